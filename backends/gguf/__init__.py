@@ -1,0 +1,1 @@
+"""GGUF files through the low-level calls of llama-cpp-python."""

@@ -1,0 +1,124 @@
+"""The seam between the engine and the models: chunks of token ids in, logits out."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from torch import Tensor
+
+WantLogits = Literal["none", "last", "all"]
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """One sequence's share of one step; prefill, chunked prefill and decode are the same thing.
+
+    `token_ids` [n] run now, at positions start .. start + n; `start` tokens of the sequence are in the cache already.
+    """
+
+    seq_id: int
+    token_ids: Sequence[int]
+    start: int
+    want_logits: WantLogits
+
+
+@dataclass(frozen=True, slots=True)
+class KVUsage:
+    """Cache cells, in tokens. `used` counts live sequences; `reusable` holds finished ones, evicted when room is needed."""
+
+    capacity: int
+    used: int
+    reusable: int
+
+
+class KVCache(Protocol):
+    """Bookkeeping and storage of keys and values; both belong to the backend."""
+
+    def open(self, seq_id: int, token_ids: Sequence[int], namespace: str) -> int:
+        """Begin a sequence and return how many leading `token_ids` were found cached; they are pinned until `close`.
+
+        Always less than len(token_ids), so that at least one token is left to run. Sequences of different namespaces
+        never share.
+        """
+
+    def reserve(self, seq_id: int, num_tokens: int) -> bool:
+        """Make sure that `num_tokens` more tokens than are committed have room; evicts finished sequences if it must.
+
+        False: no room, and nothing changed; the caller waits or preempts.
+        """
+
+    def commit(self, seq_id: int, token_ids: Sequence[int]) -> None:
+        """Record tokens that a forward pass has stored, so that later sequences can match them."""
+
+    def truncate(self, seq_id: int, num_tokens: int) -> None:
+        """Forget all but the first `num_tokens` tokens."""
+
+    def close(self, seq_id: int, *, keep: bool) -> None:
+        """End a sequence. keep: its tokens stay matchable until evicted."""
+
+    def usage(self) -> KVUsage: ...
+
+
+class Tokenizer(Protocol):
+    """Text to token ids and back, exactly as the model's files say. Safe to call from any thread."""
+
+    vocab_size: int
+    bos_id: int | None
+    eos_ids: frozenset[int]  # every token that ends a turn
+    adds_bos: bool  # whether prompts of this model start with bos_id
+
+    def encode(self, text: str, *, parse_special: bool, is_start: bool) -> list[int]:
+        """Token ids of `text`, without BOS.
+
+        parse_special: the text of a special token becomes that token; otherwise it is plain text. is_start: the text
+        opens the prompt (a sentencepiece vocabulary puts its leading space there and nowhere else).
+        """
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that the token adds to the text; a special token gives its own text, such as b"</s>"."""
+
+    def is_special(self, token_id: int) -> bool:
+        """Whether the token is a control token, whose text doesn't belong in an answer."""
+
+    def special_texts(self) -> Sequence[str]:
+        """The texts of all tokens that `parse_special` would recognise."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCard:
+    """What a loaded model says about itself."""
+
+    model_id: str  # the name that clients see
+    architecture: str  # "llama", "gemma3"
+    format: str  # "gguf Q4_1, 4.9 bpw"
+    max_model_len: int  # window served, in tokens
+    trained_len: int  # window of the model's own files, in tokens
+    cache_dtype: str
+    chat_template: str | None  # Jinja source from the model's files
+    notes: tuple[str, ...]  # start-up lines: what was chosen, and why
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What the engine may ask of this backend."""
+
+    max_num_seqs: int  # sequences open at the same time
+    max_step_tokens: int  # tokens in one forward call, over all chunks
+
+
+class Backend(Protocol):
+    """A loaded model."""
+
+    card: ModelCard
+    capabilities: Capabilities
+    kv: KVCache
+    tokenizer: Tokenizer
+
+    def forward(self, chunks: Sequence[Chunk]) -> Tensor:
+        """Run the chunks, whose room is reserved, and return float32 [rows wanted, V] in chunk order.
+
+        The result may be overwritten by the next call. Raises BackendError when the model can't run; the caller then
+        treats every chunk as not stored.
+        """
+
+    def close(self) -> None: ...

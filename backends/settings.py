@@ -1,0 +1,37 @@
+"""What a person may choose about a model: where it is, how it is cached, how its positions are scaled."""
+
+from typing import Literal
+
+from pydantic import BaseModel, Field
+
+KVCacheDtype = Literal["auto", "q8", "q4", "f16"]
+RopeKind = Literal["none", "linear", "ntk", "yarn"]
+
+
+class CacheSettings(BaseModel, frozen=True, extra="forbid"):
+    """Where keys and values live."""
+
+    tokens: int = Field(0, ge=0, description="Capacity in tokens, over all sequences; 0 chooses from window and memory.")
+    dtype: KVCacheDtype = Field("auto", description="Storage of keys and values; auto chooses for machine and memory.")
+
+
+class RopeSettings(BaseModel, frozen=True, extra="forbid"):
+    """RoPE scaling that overrides what the model's own files say; None leaves a value as the files have it."""
+
+    kind: RopeKind | None = None
+    factor: float | None = Field(None, gt=0, allow_inf_nan=False, description="How many times the trained window.")
+    theta: float | None = Field(None, gt=0, allow_inf_nan=False, description="RoPE base frequency.")
+
+
+class ModelSettings(BaseModel, frozen=True, extra="forbid"):
+    """Which model to load and how."""
+
+    model: str | None = Field(None, description="Path to a .gguf file, model folder, or hub id; None is the bundled one.")
+    revision: str | None = Field(None, description="Hub revision; None is the default branch.")
+    max_model_len: int = Field(0, ge=0, description="Context window in tokens; 0 is what the model was trained for.")
+    max_num_seqs: int = Field(16, ge=1, le=128, description="Sequences that run at the same time.")
+    step_tokens: int = Field(512, ge=16, description="Most tokens in one step (the token budget).")
+    threads: int = Field(0, ge=0, description="CPU threads; 0 is one per physical core.")
+    gpu_layers: int = Field(0, ge=-1, description="Layers on the GPU; -1 is all of them.")
+    cache: CacheSettings = CacheSettings()
+    rope: RopeSettings = RopeSettings()

@@ -1,0 +1,93 @@
+"""Errors that cross the process border by their code and reach a client in its API's own shape."""
+
+from typing import ClassVar, Self
+
+
+class EngineError(Exception):
+    """Base of everything the engine reports. `code` is stable; `param` names the field at fault, where one is."""
+
+    code: ClassVar[str] = "server_error"
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+
+    def details(self) -> dict[str, int]:
+        """Numbers that a server may want to word in its own way."""
+        return {}
+
+    @classmethod
+    def rebuild(cls, message: str, param: str | None, details: dict[str, int]) -> Self:
+        """Make the error again on the other side of the process border."""
+        return cls(message, param)
+
+
+class InvalidRequest(EngineError):
+    """The request can't be served as it is; the client has to change it."""
+
+    code = "invalid_request_error"
+
+
+class ContextLengthExceeded(InvalidRequest):
+    """Prompt and wished tokens don't fit the window."""
+
+    code = "context_length_exceeded"
+
+    def __init__(self, prompt_tokens: int, new_tokens: int, max_model_len: int, param: str | None = "prompt") -> None:
+        super().__init__(
+            f"This model's maximum context length is {max_model_len} tokens. However, you requested "
+            f"{prompt_tokens + new_tokens} tokens ({prompt_tokens} in the prompt, {new_tokens} to generate).",
+            param,
+        )
+        self.prompt_tokens = prompt_tokens
+        self.new_tokens = new_tokens
+        self.max_model_len = max_model_len
+
+    def details(self) -> dict[str, int]:
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "new_tokens": self.new_tokens,
+            "max_model_len": self.max_model_len,
+        }
+
+    @classmethod
+    def rebuild(cls, message: str, param: str | None, details: dict[str, int]) -> Self:
+        return cls(details["prompt_tokens"], details["new_tokens"], details["max_model_len"], param)
+
+
+class ModelNotFound(EngineError):
+    """The request names a model or adapter that isn't served."""
+
+    code = "model_not_found"
+
+
+class Overloaded(EngineError):
+    """As many requests wait as may wait."""
+
+    code = "rate_limit_exceeded"
+    retry_after_s: ClassVar[int] = 1
+
+
+class EngineUnavailable(EngineError):
+    """The engine process is loading, restarting or gone."""
+
+    code = "engine_unavailable"
+    retry_after_s: ClassVar[int] = 2
+
+
+class BackendFailed(EngineError):
+    """The model failed while it ran."""
+
+    code = "server_error"
+
+
+_BY_CODE: dict[str, type[EngineError]] = {
+    cls.code: cls
+    for cls in (InvalidRequest, ContextLengthExceeded, ModelNotFound, Overloaded, EngineUnavailable, BackendFailed)
+}
+
+
+def rebuild_error(code: str, message: str, param: str | None, details: dict[str, int]) -> EngineError:
+    """The exception that `code` stands for, as it was on the other side of the process border."""
+    return _BY_CODE.get(code, BackendFailed).rebuild(message, param, details)

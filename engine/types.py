@@ -1,0 +1,194 @@
+"""What crosses the process border, and what the server and the engine call things.
+
+Everything here is a msgspec struct, encoded as msgpack; nothing here imports torch.
+"""
+
+from typing import Literal
+
+from msgspec import Struct, field
+
+
+class SamplingParams(Struct, frozen=True, omit_defaults=True):
+    """How the next token is drawn. Defaults are neutral; the server has checked the ranges.
+
+    The processors run in this order: repetition, frequency and presence penalties, logit bias, temperature, top_k,
+    top_p, min_p, typical_p, draw.
+    """
+
+    temperature: float = 1.0  # 0 is greedy
+    top_k: int = 0  # 0 is off
+    top_p: float = 1.0
+    min_p: float = 0.0
+    typical_p: float = 1.0
+    repetition_penalty: float = 1.0  # over prompt and output, once per id
+    frequency_penalty: float = 0.0  # times the count of the id in the output
+    presence_penalty: float = 0.0  # if the id is in the output
+    relative_frequency_penalty: float = 0.0  # times the share of the id in prompt and output (TGI's frequency_penalty)
+    penalty_range: int = 0  # the last n tokens that penalties look at; 0 is all
+    logit_bias: dict[int, float] = field(default_factory=dict)
+    seed: int | None = None  # [0, 2**64); None draws one, which is reported back
+
+
+class StopRules(Struct, frozen=True, omit_defaults=True):
+    """When a sequence ends."""
+
+    max_tokens: int | None = None  # None is to the end of the window
+    min_tokens: int = 0  # end tokens and stop strings are held back until then
+    strings: tuple[str, ...] = ()
+    token_ids: tuple[int, ...] = ()  # besides the model's own end tokens
+    ignore_eos: bool = False  # end tokens are never drawn
+    keep_stop_text: bool = False  # TGI keeps the stop text at the end, OpenAI cuts it
+
+
+class LogprobRequest(Struct, frozen=True):
+    """Log probabilities of the generated tokens."""
+
+    processed: bool  # of the distribution that was drawn from (TGI), else of the raw logits (OpenAI)
+    top: int = 0  # that many of the likeliest tokens besides
+
+
+class Span(Struct, frozen=True, array_like=True):
+    """A piece of prompt text. parse_special: the text of special tokens in it becomes those tokens."""
+
+    text: str
+    parse_special: bool = True
+
+
+class TextPrompt(Struct, frozen=True, tag="text"):
+    """Text, one after another; BOS is put in front if the model wants one and none is there, unless add_bos is False."""
+
+    spans: tuple[Span, ...]
+    add_bos: bool = True
+
+
+class TokenPrompt(Struct, frozen=True, tag="tokens"):
+    """Token ids, run as they are."""
+
+    token_ids: tuple[int, ...]
+
+
+Prompt = TextPrompt | TokenPrompt
+
+
+class GenerateRequest(Struct, frozen=True):
+    """One prompt and `n` independent answers to it."""
+
+    request_id: str
+    prompt: Prompt
+    sampling: SamplingParams = SamplingParams()
+    stop: StopRules = StopRules()
+    n: int = 1
+    logprobs: LogprobRequest | None = None
+    prompt_logprobs: int | None = None  # raw logprobs of the prompt's tokens, with that many alternatives
+    truncate_to: int | None = None  # keep the last n tokens of the prompt
+    reserve_tokens: int | None = None  # new tokens that must fit the window; None is stop.max_tokens, or 1
+    skip_special_tokens: bool = True
+    namespace: str = ""  # requests of different namespaces never share cached tokens
+
+
+class TopToken(Struct, frozen=True, array_like=True):
+    """One of the likeliest tokens at a place."""
+
+    token_id: int
+    raw: bytes
+    logprob: float
+    is_special: bool
+
+
+class Token(Struct, frozen=True, array_like=True):
+    """One token of an answer or of a prompt.
+
+    `raw` are the token's own bytes; `text` is what it adds to the text: "" while a character is torn between tokens,
+    and for special tokens that are left out. `logprob` is None where it wasn't asked for and for a prompt's first token.
+    """
+
+    token_id: int
+    raw: bytes
+    text: str
+    logprob: float | None
+    is_special: bool
+    top: tuple[TopToken, ...] = ()
+
+
+class Timings(Struct, frozen=True, array_like=True):
+    """Seconds that a sequence spent waiting, in prefill, and in decode."""
+
+    queue_s: float
+    prefill_s: float
+    decode_s: float
+
+
+class PromptInfo(Struct, frozen=True):
+    """What became of the prompt; comes with the first delta of each choice."""
+
+    num_tokens: int
+    num_cached: int
+    seed: int
+    tokens: tuple[Token, ...] | None = None  # with prompt_logprobs
+
+
+FinishReason = Literal["eos", "stop_token", "stop_string", "length", "error"]
+
+
+class Finish(Struct, frozen=True):
+    """How a choice ended. `matched` is the stop string or token id; `message` says what was wrong with an error."""
+
+    reason: FinishReason
+    num_tokens: int
+    timings: Timings
+    matched: str | int | None = None
+    message: str | None = None
+
+
+class Delta(Struct, frozen=True):
+    """What one step added to one choice.
+
+    `text` is ready to be shown: no torn character, nothing that may still become a stop string. It can lag behind
+    `tokens`; all deltas' texts joined are the whole answer.
+    """
+
+    request_id: str
+    index: int
+    text: str
+    tokens: tuple[Token, ...]
+    prompt: PromptInfo | None = None
+    finish: Finish | None = None
+
+
+class ModelInfo(Struct, frozen=True):
+    """What the front knows of the loaded model."""
+
+    model_id: str
+    architecture: str
+    format: str
+    vocab_size: int
+    max_model_len: int
+    trained_len: int
+    cache_tokens: int
+    cache_dtype: str
+    max_num_seqs: int
+    bos_token: str | None
+    eos_token: str | None
+    special_texts: tuple[str, ...]
+    chat_template: str | None
+    notes: tuple[str, ...]
+
+
+class Stats(Struct, frozen=True):
+    """Gauges and counters since the engine started; times in seconds, cache in tokens."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    cache_used: int = 0
+    cache_reusable: int = 0
+    cache_capacity: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+    finished: int = 0
+    cancelled: int = 0
+    preemptions: int = 0
+    steps: int = 0
+    step_s: float = 0.0
+    forward_s: float = 0.0
+    sample_s: float = 0.0

@@ -1,0 +1,1 @@
+"""The front: HTTP, validation, chat templates, streaming events, auth, metrics, command line."""
