@@ -1,0 +1,159 @@
+"""A streaming HTTP client that costs next to nothing: it shares its cores with the server that it measures.
+
+While an answer streams it only splits bytes into events and notes the time of each; JSON is read afterwards.
+"""
+
+import asyncio
+import json
+import time
+from dataclasses import dataclass, field
+from urllib.parse import urlsplit
+
+
+class RequestFailed(Exception):
+    """The server answered with an error status or broke off; the message holds what it said."""
+
+
+class ChunkedDecoder:
+    """Undoes `Transfer-Encoding: chunked` on bytes that arrive in pieces of any size."""
+
+    def __init__(self) -> None:
+        self.is_finished = False
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> bytes:
+        """Return the body bytes that `data` completes."""
+        self._buffer += data
+        body = bytearray()
+        while not self.is_finished:
+            end = self._buffer.find(b"\r\n")
+            if end < 0:
+                break
+            size = int(self._buffer[:end].split(b";")[0], 16)
+            if size == 0:
+                self.is_finished = True
+            elif len(self._buffer) < end + size + 4:
+                break
+            else:
+                body += self._buffer[end + 2 : end + 2 + size]
+                del self._buffer[: end + size + 4]
+        return bytes(body)
+
+
+class EventParser:
+    """Splits a stream of server-sent events into the data of each; comments and other fields are left out."""
+
+    def __init__(self) -> None:
+        self._buffer = b""
+
+    def feed(self, data: bytes) -> list[bytes]:
+        """Return the data of the events that `data` completes."""
+        self._buffer += data.replace(b"\r", b"")  # a CR only ever ends a line: JSON escapes the others
+        *events, self._buffer = self._buffer.split(b"\n\n")
+        found = []
+        for event in events:
+            lines = [line[5:].removeprefix(b" ") for line in event.split(b"\n") if line.startswith(b"data:")]
+            if lines:
+                found.append(b"\n".join(lines))
+        return found
+
+
+@dataclass(slots=True)
+class Answer:
+    """One streamed answer and when its pieces came; times are `time.perf_counter` seconds."""
+
+    sent_s: float
+    arrivals_s: list[float] = field(default_factory=list)  # of events that carry text
+    text: str = ""
+    num_tokens: int = 0  # as the server counts them, else the number of events with text
+    prompt_tokens: int = 0  # 0 where the server doesn't say
+    cached_tokens: int = 0
+    done_s: float = 0.0
+
+    @property
+    def ttft_s(self) -> float:
+        """Time to first token."""
+        return self.arrivals_s[0] - self.sent_s
+
+    @property
+    def tpot_s(self) -> float:
+        """Time per output token after the first."""
+        return (self.arrivals_s[-1] - self.arrivals_s[0]) / (self.num_tokens - 1)
+
+    def largest_gap_s(self, after_s: float) -> float:
+        """The longest wait between two pieces of text, of the waits that ended after the time `after_s`."""
+        pairs = zip(self.arrivals_s, self.arrivals_s[1:], strict=False)
+        return max((late - early for early, late in pairs if late > after_s), default=0.0)
+
+
+def read_events(sent_s: float, events: list[tuple[float, bytes]]) -> Answer:
+    """Put together the answer of a completion or chat completion from its events and their arrival times.
+
+    Raises RequestFailed on an error event and on a stream without any text.
+    """
+    answer = Answer(sent_s, done_s=events[-1][0] if events else sent_s)
+    for arrived_s, data in events:
+        if data == b"[DONE]":
+            continue
+        event = json.loads(data)
+        if "error" in event:
+            raise RequestFailed(f"the stream ended with an error: {event['error']}")
+        for choice in event.get("choices") or ():
+            piece = choice["text"] if "text" in choice else (choice.get("delta") or {}).get("content")
+            if piece:
+                answer.text += piece
+                answer.arrivals_s.append(arrived_s)
+        if usage := event.get("usage"):
+            answer.num_tokens = usage["completion_tokens"]
+            answer.prompt_tokens = usage["prompt_tokens"]
+            answer.cached_tokens = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
+    if not answer.arrivals_s:
+        raise RequestFailed("the stream ended without any text")
+    answer.num_tokens = answer.num_tokens or len(answer.arrivals_s)
+    return answer
+
+
+async def stream(base_url: str, path: str, body: dict[str, object], until: asyncio.Event | None = None) -> Answer:
+    """POST `body` to `base_url` + `path` and read the streamed answer to its end, or hang up once `until` is set.
+
+    Raises RequestFailed for any status but 200, for error events, and when the connection closes early.
+    """
+    url = urlsplit(base_url)
+    payload = json.dumps({**body, "stream": True, "stream_options": {"include_usage": True}}).encode()
+    head = (
+        f"POST {path} HTTP/1.1\r\nHost: {url.netloc}\r\nContent-Type: application/json\r\n"
+        f"Accept: text/event-stream\r\nConnection: close\r\nContent-Length: {len(payload)}\r\n\r\n"
+    )
+    reader, writer = await asyncio.open_connection(url.hostname, url.port)
+    try:
+        sent_s = time.perf_counter()
+        writer.write(head.encode() + payload)
+        status, is_chunked = _read_head(await reader.readuntil(b"\r\n\r\n"))
+        if status != 200:
+            raise RequestFailed(f"status {status}: {(await reader.read())[:500].decode(errors='replace')}")
+        return read_events(sent_s, await _collect(reader, is_chunked, until))
+    except asyncio.IncompleteReadError as error:
+        raise RequestFailed("the connection closed before the answer began") from error
+    finally:
+        writer.close()
+
+
+def _read_head(head: bytes) -> tuple[int, bool]:
+    """Status code, and whether the body is chunked."""
+    status_line, *fields = head.decode("latin-1").lower().split("\r\n")
+    is_chunked = any(line.startswith("transfer-encoding:") and "chunked" in line for line in fields)
+    return int(status_line.split(" ")[1]), is_chunked
+
+
+async def _collect(
+    reader: asyncio.StreamReader, is_chunked: bool, until: asyncio.Event | None
+) -> list[tuple[float, bytes]]:
+    """Each event with its arrival time, up to [DONE], the end of the body, or the first bytes after `until`."""
+    decoder, parser = ChunkedDecoder(), EventParser()
+    events: list[tuple[float, bytes]] = []
+    while data := await reader.read(65536):
+        now_s = time.perf_counter()
+        events += [(now_s, event) for event in parser.feed(decoder.feed(data) if is_chunked else data)]
+        if (events and events[-1][1] == b"[DONE]") or (until is not None and until.is_set()):
+            break
+    return events
