@@ -38,6 +38,7 @@ class StopRules(Struct, frozen=True, omit_defaults=True):
     token_ids: tuple[int, ...] = ()  # besides the model's own end tokens
     ignore_eos: bool = False  # end tokens are never drawn
     keep_stop_text: bool = False  # TGI keeps the stop text at the end, OpenAI cuts it
+    length_first: bool = False  # an end token that comes as the last allowed one counts as length (TGI)
 
 
 class LogprobRequest(Struct, frozen=True):
@@ -55,7 +56,7 @@ class Span(Struct, frozen=True, array_like=True):
 
 
 class TextPrompt(Struct, frozen=True, tag="text"):
-    """Text, one after another; BOS is put in front if the model wants one and none is there, unless add_bos is False."""
+    """Text, one span after another; BOS is put in front if the model wants one and none is there, if add_bos."""
 
     spans: tuple[Span, ...]
     add_bos: bool = True
@@ -99,7 +100,7 @@ class Token(Struct, frozen=True, array_like=True):
     """One token of an answer or of a prompt.
 
     `raw` are the token's own bytes; `text` is what it adds to the text: "" while a character is torn between tokens,
-    and for special tokens that are left out. `logprob` is None where it wasn't asked for and for a prompt's first token.
+    and for special tokens that are left out. `logprob` is None where nobody asked, and for a prompt's first token.
     """
 
     token_id: int

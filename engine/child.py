@@ -1,0 +1,184 @@
+"""The engine process: takes requests from the socket, runs the loop, sends what each step brought.
+
+One thread reads the socket and tokenises; the main thread runs the model. `python -m tightrope.engine.child FD` is how
+the front starts it; `serve` alone is the same engine inside another process.
+"""
+
+import logging
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable
+
+from tqdm import tqdm
+
+from tightrope.backends.detect import open_backend
+from tightrope.backends.errors import BackendError
+from tightrope.backends.protocol import Backend
+from tightrope.backends.settings import ModelSettings
+from tightrope.engine.core import EngineCore
+from tightrope.engine.errors import EngineError, Overloaded
+from tightrope.engine.sequence import Sequence
+from tightrope.engine.settings import EngineSettings, LimitSettings
+from tightrope.engine.types import GenerateRequest
+from tightrope.engine.wire import (
+    CallFailed,
+    Cancel,
+    Detokenize,
+    Detokenized,
+    EngineEnd,
+    ErrorFrame,
+    LoadFailed,
+    Ready,
+    Refused,
+    Start,
+    StepDone,
+    Submit,
+    ToEngine,
+    Tokenize,
+    Tokenized,
+)
+
+log = logging.getLogger("tightrope.engine")
+
+OpenBackend = Callable[[ModelSettings, Callable[[float], None]], Backend]
+
+
+class FrontGone:
+    """The last item of the inbox."""
+
+
+Inbox = queue.SimpleQueue[list[Sequence] | Cancel | FrontGone]
+
+
+class Reader:
+    """Answers what needs no model, prepares what does, and passes it to the loop."""
+
+    def __init__(
+        self, end: EngineEnd, core: EngineCore, limits: LimitSettings, on_front_gone: Callable[[], None]
+    ) -> None:
+        self._end = end
+        self._core = core
+        self._limits = limits
+        self._on_front_gone = on_front_gone
+        self._num_passed = 0
+        self.inbox: Inbox = queue.SimpleQueue()
+        self.num_taken = 0  # written by the loop alone
+
+    def run(self) -> None:
+        while (message := self._end.receive()) is not None:
+            self._handle(message)
+        self.inbox.put(FrontGone())
+        self._on_front_gone()
+
+    def _handle(self, message: ToEngine) -> None:
+        match message:
+            case Submit(request=request):
+                self._submit(request)
+            case Cancel():
+                self.inbox.put(message)
+            case Tokenize(call_id=call_id, prompt=prompt):
+                try:
+                    self._end.send(Tokenized(call_id, self._core.tokenize(prompt)))
+                except EngineError as error:
+                    self._end.send(CallFailed(call_id, ErrorFrame.of(error)))
+            case Detokenize(call_id=call_id, token_ids=token_ids):
+                try:
+                    self._end.send(Detokenized(call_id, self._core.detokenize(token_ids)))
+                except EngineError as error:
+                    self._end.send(CallFailed(call_id, ErrorFrame.of(error)))
+            case Start():
+                raise AssertionError("a second Start")
+
+    def _submit(self, request: GenerateRequest) -> None:
+        try:
+            queued = self._core.num_queued + self._num_passed - self.num_taken
+            if queued >= self._limits.max_waiting:
+                raise Overloaded(f"{queued} requests are waiting already; the limit is {self._limits.max_waiting}")
+            sequences = self._core.prepare(request)
+        except EngineError as error:
+            self._end.send(Refused(request.request_id, ErrorFrame.of(error)))
+            return
+        self._num_passed += len(sequences)
+        self.inbox.put(sequences)
+
+
+def run_loop(core: EngineCore, reader: Reader, end: EngineEnd) -> None:
+    """Step while there is work, wait while there is none, end when the front is gone."""
+    inbox = reader.inbox
+    while True:
+        while not inbox.empty() or not core.has_work:
+            item = inbox.get()
+            if isinstance(item, FrontGone):
+                return
+            if isinstance(item, Cancel):
+                core.cancel(item.request_id)
+                if not core.has_work:
+                    end.send(StepDone((), core.stats()))
+            else:
+                core.add(item)
+                reader.num_taken += len(item)
+        result = core.step()
+        for request_id, error in result.failed:
+            log.error("request failed: request_id=%s error=%s", request_id, error)
+            end.send(Refused(request_id, ErrorFrame.of(error)))
+        end.send(StepDone(tuple(result.deltas), core.stats()))
+
+
+def load(settings: ModelSettings, open_backend: OpenBackend) -> Backend:
+    """Open the model with a progress bar on a terminal."""
+    with tqdm(
+        total=100, desc="loading", unit="%", leave=False, disable=None, bar_format="{desc} {bar} {n:.0f} %"
+    ) as bar:
+        return open_backend(settings, lambda share: bar.update(max(0.0, 100 * share - bar.n)) and None)
+
+
+def serve(
+    sock: socket.socket, on_front_gone: Callable[[], None] = lambda: None, open_backend: OpenBackend = open_backend
+) -> int:
+    """Run an engine over the socket until the front closes it; return the exit status.
+
+    `on_front_gone` is called at once, from another thread, possibly while a step runs.
+    """
+    end = EngineEnd(sock)
+    try:
+        return _serve(end, on_front_gone, open_backend)
+    finally:
+        end.close()
+
+
+def _serve(end: EngineEnd, on_front_gone: Callable[[], None], open_backend: OpenBackend) -> int:
+    start = end.receive()
+    if not isinstance(start, Start):
+        return 0
+    settings = EngineSettings.model_validate_json(start.settings)
+    try:
+        backend = load(settings.model, open_backend)
+    except BackendError as error:
+        end.send(LoadFailed(str(error)))
+        return 1
+    try:
+        core = EngineCore(backend, settings.limits)
+        reader = Reader(end, core, settings.limits, on_front_gone)
+        threading.Thread(target=reader.run, name="reader", daemon=True).start()
+        end.send(Ready(core.info()))
+        run_loop(core, reader, end)
+    finally:
+        backend.close()
+    return 0
+
+
+def main() -> None:
+    """Entry point of the engine process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the front, which closes the socket when it is done
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    # The model may be in the middle of a long step, which nobody waits for any more.
+    status = serve(socket.socket(fileno=int(sys.argv[1])), on_front_gone=lambda: os._exit(0))
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,274 @@
+"""The front's view of the engine: start it, watch it, start it again, and pass requests to it.
+
+Imports neither torch nor transformers nor llama_cpp.
+"""
+
+import asyncio
+import logging
+import socket
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import suppress
+from itertools import count
+from typing import Literal
+
+from tightrope.engine.errors import BackendFailed, EngineError, EngineUnavailable
+from tightrope.engine.launch import EngineHandle, Launcher, spawn_process
+from tightrope.engine.settings import EngineSettings
+from tightrope.engine.types import Delta, GenerateRequest, ModelInfo, Prompt, Stats, Token
+from tightrope.engine.wire import (
+    HEADER,
+    CallFailed,
+    Cancel,
+    Detokenize,
+    Detokenized,
+    LoadFailed,
+    Ready,
+    Refused,
+    Start,
+    StepDone,
+    Submit,
+    ToEngine,
+    ToFront,
+    Tokenize,
+    Tokenized,
+    decode_to_front,
+    encode_frame,
+)
+
+log = logging.getLogger("tightrope.client")
+
+State = Literal["loading", "ready", "restarting", "failed", "closed"]
+
+MAX_BACKOFF_S = 10.0
+STABLE_S = 30.0  # an engine that ran this long starts again without delay
+
+
+class _Stream:
+    """One request under way."""
+
+    def __init__(self, request: GenerateRequest) -> None:
+        self.request = request
+        self.items: asyncio.Queue[Delta | EngineError] = asyncio.Queue()
+        self.has_output = False
+        self.is_retry = False
+
+
+class EngineClient:
+    """One engine, supervised. All methods belong to one event loop."""
+
+    def __init__(self, settings: EngineSettings, launch: Launcher = spawn_process) -> None:
+        self._settings = settings
+        self._launch = launch
+        self._streams: dict[str, _Stream] = {}
+        self._calls: dict[int, asyncio.Future[tuple[Token, ...] | str]] = {}
+        self._call_ids = count()
+        self._writer: asyncio.StreamWriter | None = None
+        self._handle: EngineHandle | None = None
+        self._supervisor: asyncio.Task[None] | None = None
+        self._changed = asyncio.Condition()
+        self._failure: str | None = None
+        self.state: State = "loading"
+        self.info: ModelInfo | None = None
+        self.stats = Stats()
+        self.restarts = 0
+
+    # ---- life ----
+
+    async def start(self) -> None:
+        """Spawn the engine and begin to watch it; returns at once."""
+        self._supervisor = asyncio.create_task(self._supervise(), name="engine supervisor")
+
+    async def wait_ready(self) -> ModelInfo:
+        """Wait until the model is loaded. Raises BackendFailed with one line if it can't be."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: self.state in ("ready", "failed", "closed"))
+        if self.state != "ready" or self.info is None:
+            raise BackendFailed(self._failure or "the engine was closed")
+        return self.info
+
+    async def close(self) -> None:
+        """End the engine. What is still running ends with EngineUnavailable."""
+        await self._set_state("closed")
+        if self._writer is not None:
+            self._writer.close()
+        if self._supervisor is not None:
+            self._supervisor.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._supervisor
+        if self._handle is not None:
+            self._handle.kill()
+            await asyncio.to_thread(self._handle.wait)
+        self._end_streams(EngineUnavailable("the server is shutting down"))
+
+    async def _set_state(self, state: State) -> None:
+        async with self._changed:
+            self.state = state
+            self._changed.notify_all()
+
+    async def _supervise(self) -> None:
+        """Run engines one after another until one says that the model can't be loaded."""
+        backoff_s = 0.0
+        while self.state != "closed":
+            began = time.monotonic()
+            was_ready = await self._run_engine()
+            if self.state in ("failed", "closed"):
+                return
+            if not was_ready and self.info is None:
+                self._failure = f"the engine process ended while it loaded the model ({self._failure})"
+                await self._set_state("failed")
+                return
+            backoff_s = 0.0 if time.monotonic() - began > STABLE_S else min(MAX_BACKOFF_S, 2 * backoff_s + 0.25)
+            log.error("engine ended: how=%s restart_in_s=%.2f", self._failure, backoff_s)
+            self.restarts += 1
+            await asyncio.sleep(backoff_s)
+
+    async def _run_engine(self) -> bool:
+        """One engine from start to end; return whether it became ready."""
+        ours, theirs = socket.socketpair()
+        self._handle = self._launch(theirs)
+        theirs.close()
+        reader, self._writer = await asyncio.open_connection(sock=ours, limit=1 << 20)
+        self._send(Start(self._settings.model_dump_json()))
+        was_ready = False
+        try:
+            while True:
+                header = await reader.readexactly(HEADER.size)
+                message = decode_to_front(await reader.readexactly(*HEADER.unpack(header)))
+                if isinstance(message, Ready):
+                    was_ready = True
+                    await self._on_ready(message.info)
+                elif isinstance(message, LoadFailed):
+                    self._failure = message.message
+                    await self._set_state("failed")
+                else:
+                    self._dispatch(message)
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass  # end-of-file: the engine is gone
+        finally:
+            self._writer.close()
+            self._writer = None
+        if self.state == "ready":
+            await self._set_state("restarting")
+        self._fail_started()
+        how = await asyncio.to_thread(self._handle.wait)
+        if self.state != "failed":
+            self._failure = how
+        return was_ready
+
+    async def _on_ready(self, info: ModelInfo) -> None:
+        self.info = info
+        await self._set_state("ready")
+        for stream in self._streams.values():  # kept while the engine was away
+            stream.is_retry = True
+            self._send(Submit(stream.request))
+
+    def _fail_started(self) -> None:
+        """After the engine's end: answers under way have failed; requests without output wait for the next engine.
+
+        A request is tried twice at most, lest one that kills the engine does so for ever.
+        """
+        error = BackendFailed("the engine process died while this answer was being written; it is being restarted")
+        for stream in self._streams.values():
+            if stream.has_output or stream.is_retry:
+                stream.items.put_nowait(error)
+        self._streams = {i: s for i, s in self._streams.items() if not (s.has_output or s.is_retry)}
+        for call in self._calls.values():
+            if not call.done():
+                call.set_exception(error)
+        self._calls.clear()
+
+    def _end_streams(self, error: EngineError) -> None:
+        for stream in self._streams.values():
+            stream.items.put_nowait(error)
+        self._streams.clear()
+
+    # ---- messages ----
+
+    def _send(self, message: ToEngine) -> None:
+        if self._writer is not None:
+            self._writer.write(encode_frame(message))
+
+    def _dispatch(self, message: ToFront) -> None:
+        match message:
+            case StepDone(deltas=deltas, stats=stats):
+                self.stats = stats
+                for delta in deltas:
+                    stream = self._streams.get(delta.request_id)
+                    if stream is not None:
+                        stream.has_output = True
+                        stream.items.put_nowait(delta)
+            case Refused(request_id=request_id, error=error):
+                stream = self._streams.get(request_id)
+                if stream is not None:
+                    stream.items.put_nowait(error.rebuild())
+            case Tokenized(call_id=call_id, tokens=tokens):
+                self._answer(call_id, tokens)
+            case Detokenized(call_id=call_id, text=text):
+                self._answer(call_id, text)
+            case CallFailed(call_id=call_id, error=error):
+                call = self._calls.pop(call_id, None)
+                if call is not None and not call.done():
+                    call.set_exception(error.rebuild())
+
+    def _answer(self, call_id: int, value: tuple[Token, ...] | str) -> None:
+        call = self._calls.pop(call_id, None)
+        if call is not None and not call.done():
+            call.set_result(value)
+
+    # ---- requests ----
+
+    def _check_ready(self) -> None:
+        if self.state == "ready":
+            return
+        reasons: dict[State, str] = {
+            "loading": "the model is still loading",
+            "restarting": "the engine is restarting",
+            "failed": f"the model could not be loaded: {self._failure}",
+            "closed": "the server is shutting down",
+        }
+        raise EngineUnavailable(reasons.get(self.state, self.state))
+
+    async def generate(self, request: GenerateRequest) -> AsyncIterator[Delta]:
+        """Run a request; yield the deltas of its `n` choices as they come, until all have finished.
+
+        A refused request raises an EngineError at the first step, a failing one later. Closing the iterator cancels
+        the work.
+        """
+        self._check_ready()
+        assert request.request_id not in self._streams, "request ids are unique"
+        stream = self._streams[request.request_id] = _Stream(request)
+        self._send(Submit(request))
+        num_open = request.n
+        try:
+            while num_open:
+                item = await stream.items.get()
+                if isinstance(item, EngineError):
+                    num_open = 0
+                    raise item
+                if item.finish is not None:
+                    num_open -= 1
+                yield item
+        finally:
+            self._streams.pop(request.request_id, None)
+            if num_open:
+                self._send(Cancel(request.request_id))
+
+    async def tokenize(self, prompt: Prompt) -> tuple[Token, ...]:
+        """The tokens of a prompt as it would be run. Raises InvalidRequest and EngineUnavailable."""
+        tokens = await self._call(lambda call_id: Tokenize(call_id, prompt))
+        assert isinstance(tokens, tuple)
+        return tokens
+
+    async def detokenize(self, token_ids: Sequence[int]) -> str:
+        """The text of token ids, special ones included. Raises InvalidRequest and EngineUnavailable."""
+        text = await self._call(lambda call_id: Detokenize(call_id, tuple(token_ids)))
+        assert isinstance(text, str)
+        return text
+
+    async def _call(self, make: Callable[[int], ToEngine]) -> tuple[Token, ...] | str:
+        self._check_ready()
+        call_id = next(self._call_ids)
+        call = self._calls[call_id] = asyncio.get_running_loop().create_future()
+        self._send(make(call_id))
+        return await call

@@ -1,0 +1,337 @@
+"""The loop's one turn: schedule, run the model, draw tokens, turn them into text."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from tightrope.backends.errors import BackendError
+from tightrope.backends.protocol import Backend, Chunk
+from tightrope.engine.errors import BackendFailed, EngineError
+from tightrope.engine.prompts import Intake, encode_prompt, plain_token
+from tightrope.engine.sampler.sampler import Sampled, prompt_logprobs, sample
+from tightrope.engine.scheduler import Scheduler, Work
+from tightrope.engine.sequence import Sequence
+from tightrope.engine.settings import LimitSettings
+from tightrope.engine.types import (
+    Delta,
+    Finish,
+    FinishReason,
+    GenerateRequest,
+    ModelInfo,
+    Prompt,
+    PromptInfo,
+    Stats,
+    Token,
+    TokenPrompt,
+    TopToken,
+)
+
+
+@dataclass(slots=True)
+class Counters:
+    """Totals since the start; times in seconds."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+    finished: int = 0
+    cancelled: int = 0
+    steps: int = 0
+    step_s: float = 0.0
+    forward_s: float = 0.0
+    sample_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What one step brought: pieces of answers, and requests that failed."""
+
+    deltas: list[Delta]
+    failed: list[tuple[str, EngineError]]
+
+
+class EngineCore:
+    """One model and all requests to it. `prepare`, `tokenize` and `detokenize` may run in any thread, the rest in one."""
+
+    def __init__(self, backend: Backend, limits: LimitSettings, clock: Callable[[], float] = time.monotonic) -> None:
+        self._backend = backend
+        self._limits = limits
+        self._clock = clock
+        self._tokenizer = backend.tokenizer
+        self._max_num_seqs = backend.capabilities.max_num_seqs
+        self._capacity = backend.kv.usage().capacity
+        self._max_model_len = min(backend.card.max_model_len, self._capacity)
+        self._intake = Intake(self._tokenizer, self._max_model_len, limits.max_best_of)
+        self._scheduler = Scheduler(
+            backend.kv,
+            max_num_seqs=self._max_num_seqs,
+            max_step_tokens=backend.capabilities.max_step_tokens,
+            busy_step_s=limits.busy_step_ms / 1e3,
+            vocab_size=self._tokenizer.vocab_size,
+        )
+        self._requests: dict[str, list[Sequence]] = {}
+        self._counters = Counters()
+
+    # ---- beside the loop ----
+
+    def info(self) -> ModelInfo:
+        """What the front needs to know of the model."""
+        card, tokenizer = self._backend.card, self._tokenizer
+        eos = min(tokenizer.eos_ids, default=None)
+        return ModelInfo(
+            model_id=card.model_id,
+            architecture=card.architecture,
+            format=card.format,
+            vocab_size=tokenizer.vocab_size,
+            max_model_len=self._max_model_len,
+            trained_len=card.trained_len,
+            cache_tokens=self._capacity,
+            cache_dtype=card.cache_dtype,
+            max_num_seqs=self._max_num_seqs,
+            bos_token=self._text_of(tokenizer.bos_id),
+            eos_token=self._text_of(eos),
+            special_texts=tuple(tokenizer.special_texts()),
+            chat_template=card.chat_template,
+            notes=card.notes,
+        )
+
+    def _text_of(self, token_id: int | None) -> str | None:
+        return None if token_id is None else self._tokenizer.token_bytes(token_id).decode("utf-8", "replace")
+
+    def prepare(self, request: GenerateRequest) -> list[Sequence]:
+        """Tokenise and check a request. Raises InvalidRequest and ContextLengthExceeded."""
+        return self._intake.sequences(request, self._clock())
+
+    def tokenize(self, prompt: Prompt) -> tuple[Token, ...]:
+        """The tokens of a prompt, as it would be run. Raises InvalidRequest."""
+        return tuple(plain_token(i, self._tokenizer) for i in encode_prompt(prompt, self._tokenizer))
+
+    def detokenize(self, token_ids: tuple[int, ...]) -> str:
+        """The text of token ids, special ones included. Raises InvalidRequest."""
+        checked = encode_prompt(TokenPrompt(token_ids), self._tokenizer)
+        return b"".join(map(self._tokenizer.token_bytes, checked)).decode("utf-8", "replace")
+
+    # ---- the loop ----
+
+    @property
+    def has_work(self) -> bool:
+        return self._scheduler.has_work
+
+    @property
+    def num_queued(self) -> int:
+        """Answers that wait and have no free place to go to. May be read from any thread."""
+        return max(0, len(self._scheduler.waiting) + len(self._scheduler.running) - self._max_num_seqs)
+
+    def add(self, sequences: list[Sequence]) -> None:
+        """Queue a prepared request."""
+        self._requests[sequences[0].request.request_id] = list(sequences)
+        for sequence in sequences:
+            self._scheduler.add(sequence)
+
+    def cancel(self, request_id: str) -> None:
+        """Stop a request, wherever it is. Unknown ids are requests that have just ended."""
+        if self._drop(request_id):
+            self._counters.cancelled += 1
+
+    def _drop(self, request_id: str, *, keep: bool = True) -> bool:
+        sequences = self._requests.pop(request_id, [])
+        for sequence in sequences:
+            self._scheduler.remove(sequence, keep=keep)
+        return bool(sequences)
+
+    def step(self) -> StepResult:
+        """Run one step. Every waiting or running request gets further or fails; nothing is left half done."""
+        began = self._clock()
+        works = self._scheduler.schedule(began)
+        if not works:
+            return self._fail(list(self._scheduler.waiting)[:1], "the prompt doesn't fit the cache")
+        forward_began = self._clock()
+        try:
+            logits = self._backend.forward([self._chunk(work) for work in works])
+        except BackendError as error:
+            return self._fail([work.sequence for work in works], str(error))
+        sample_began = self._clock()
+        result = self._take(works, logits, sample_began)
+        ended = self._clock()
+        prefill = sum(work.num_tokens for work in works if work.num_tokens > 1)
+        self._scheduler.rate.observe(prefill, sample_began - forward_began)
+        self._counters.steps += 1
+        self._counters.step_s += ended - began
+        self._counters.forward_s += sample_began - forward_began
+        self._counters.sample_s += ended - sample_began
+        return result
+
+    def _chunk(self, work: Work) -> Chunk:
+        sequence, start = work.sequence, work.sequence.num_computed
+        if self._wants_all(sequence):
+            want = "all"
+        else:
+            want = "last" if work.is_last and sequence.request.stop.max_tokens != 0 else "none"
+        return Chunk(sequence.seq_id, sequence.token_ids[start : start + work.num_tokens], start, want)
+
+    @staticmethod
+    def _wants_all(sequence: Sequence) -> bool:
+        return sequence.prompt_tokens is not None and not sequence.is_announced
+
+    def _fail(self, sequences: list[Sequence], why: str) -> StepResult:
+        """End the requests of these sequences; nothing of them stays cached."""
+        failed = []
+        for request_id in dict.fromkeys(s.request.request_id for s in sequences):
+            self._drop(request_id, keep=False)
+            failed.append((request_id, BackendFailed(why)))
+        return StepResult([], failed)
+
+    # ---- from logits to text ----
+
+    def _take(self, works: list[Work], logits: Tensor, now_s: float) -> StepResult:
+        """Commit the step, draw the next tokens [B of them], and write the deltas."""
+        last_rows: list[int] = []
+        drawing: list[Sequence] = []
+        deltas: list[Delta] = []
+        row = 0
+        for work in works:
+            sequence, start, is_last = work.sequence, work.sequence.num_computed, work.is_last
+            self._scheduler.commit(work)
+            if self._wants_all(sequence):
+                self._score_prompt(sequence, start, logits[row : row + work.num_tokens])
+                row += work.num_tokens
+                if is_last and sequence.request.stop.max_tokens != 0:
+                    last_rows.append(row - 1)
+                    drawing.append(sequence)
+            elif is_last and sequence.request.stop.max_tokens != 0:
+                last_rows.append(row)
+                drawing.append(sequence)
+                row += 1
+            if is_last and sequence.request.stop.max_tokens == 0:
+                deltas.append(self._finish(sequence, "", (), "length", now_s))
+        if drawing:
+            for sequence in drawing:
+                self._hold_back_ends(sequence)
+            rows = logits if len(last_rows) == row else logits[last_rows]
+            for sequence, drawn in zip(drawing, sample(rows, [s.sampler for s in drawing]), strict=True):
+                deltas.append(self._advance(sequence, drawn, now_s))
+        return StepResult(deltas, [])
+
+    def _hold_back_ends(self, sequence: Sequence) -> None:
+        stop = sequence.request.stop
+        is_early = sequence.num_output < stop.min_tokens
+        ends = tuple(self._tokenizer.eos_ids) if stop.ignore_eos or is_early else ()
+        if is_early:
+            ends += tuple(i for i in stop.token_ids if 0 <= i < self._tokenizer.vocab_size)
+        sequence.sampler.suppressed = ends
+
+    def _advance(self, sequence: Sequence, drawn: Sampled | None, now_s: float) -> Delta:
+        """Append the drawn token and see whether it ends the sequence."""
+        if drawn is None:
+            message = "no token can be drawn: all are banned, or the model gave no numbers"
+            return self._finish(sequence, sequence.detokenizer.flush(), (), "error", now_s, message=message)
+        if sequence.first_token_s is None:
+            sequence.first_token_s = now_s
+        token_id = drawn.token_id
+        sequence.token_ids.append(token_id)
+        sequence.sampler.append(token_id)
+        self._counters.generated_tokens += 1
+        request, stop = sequence.request, sequence.request.stop
+        is_special = self._tokenizer.is_special(token_id)
+        raw = self._tokenizer.token_bytes(token_id)
+        is_end = token_id in self._tokenizer.eos_ids or token_id in stop.token_ids
+        shown = text = ""
+        if not is_end and not (is_special and request.skip_special_tokens):
+            shown, text = sequence.detokenizer.feed(raw, watch=sequence.num_output > stop.min_tokens)
+        token = self._token(token_id, raw, text, is_special, drawn)
+        is_full = len(sequence.token_ids) >= sequence.max_len
+        reason: FinishReason | None = None
+        matched: str | int | None = None
+        if is_end and not (is_full and stop.length_first):
+            reason = "eos" if token_id in self._tokenizer.eos_ids else "stop_token"
+            matched = token_id
+        elif sequence.detokenizer.stopped_by is not None and not (is_full and stop.length_first):
+            reason, matched = "stop_string", sequence.detokenizer.stopped_by
+        elif is_full:
+            reason = "length"
+        if reason is None:
+            return self._delta(sequence, shown, (token,))
+        if reason != "stop_string":
+            shown += sequence.detokenizer.flush()
+        return self._finish(sequence, shown, (token,), reason, now_s, matched=matched)
+
+    def _token(self, token_id: int, raw: bytes, text: str, is_special: bool, drawn: Sampled) -> Token:
+        top = tuple(
+            TopToken(i, self._tokenizer.token_bytes(i), logprob, self._tokenizer.is_special(i))
+            for i, logprob in drawn.top
+        )
+        return Token(token_id, raw, text, drawn.logprob, is_special, top)
+
+    def _score_prompt(self, sequence: Sequence, start: int, logits: Tensor) -> None:
+        """Logprobs of the prompt's tokens start + 1 ..., from the rows of the tokens before them."""
+        tokens, top = sequence.prompt_tokens, sequence.request.prompt_logprobs
+        assert tokens is not None
+        assert top is not None
+        if start == 0:
+            tokens.append(plain_token(sequence.token_ids[0], self._tokenizer))
+        following = sequence.token_ids[start + 1 : min(start + 1 + len(logits), sequence.num_prompt)]
+        scores = prompt_logprobs(logits[: len(following)], following, top)
+        for token_id, scored in zip(following, scores, strict=True):
+            raw = self._tokenizer.token_bytes(token_id)
+            text, is_special = raw.decode("utf-8", "replace"), self._tokenizer.is_special(token_id)
+            tokens.append(self._token(token_id, raw, text, is_special, scored))
+
+    def _delta(self, sequence: Sequence, text: str, tokens: tuple[Token, ...], finish: Finish | None = None) -> Delta:
+        prompt = None
+        if not sequence.is_announced:
+            sequence.is_announced = True
+            scored = sequence.prompt_tokens
+            prompt = PromptInfo(
+                sequence.num_prompt,
+                sequence.num_cached,
+                sequence.sampler.seed,
+                None if scored is None else tuple(scored),
+            )
+            self._counters.prompt_tokens += sequence.num_prompt
+            self._counters.cached_tokens += sequence.num_cached
+        return Delta(sequence.request.request_id, sequence.index, text, tokens, prompt, finish)
+
+    def _finish(
+        self,
+        sequence: Sequence,
+        text: str,
+        tokens: tuple[Token, ...],
+        reason: FinishReason,
+        now_s: float,
+        *,
+        matched: str | int | None = None,
+        message: str | None = None,
+    ) -> Delta:
+        """Write the last delta and give the sequence's place back."""
+        finish = Finish(reason, sequence.num_output, sequence.timings(now_s), matched, message)
+        delta = self._delta(sequence, text, tokens, finish)
+        self._scheduler.remove(sequence)
+        siblings = self._requests[sequence.request.request_id]
+        siblings.remove(sequence)
+        if not siblings:
+            del self._requests[sequence.request.request_id]
+            self._counters.finished += 1
+        return delta
+
+    def stats(self) -> Stats:
+        """Gauges and counters now."""
+        usage, counters = self._backend.kv.usage(), self._counters
+        return Stats(
+            num_running=len(self._scheduler.running),
+            num_waiting=len(self._scheduler.waiting),
+            cache_used=usage.used,
+            cache_reusable=usage.reusable,
+            cache_capacity=usage.capacity,
+            preemptions=self._scheduler.preemptions,
+            prompt_tokens=counters.prompt_tokens,
+            cached_tokens=counters.cached_tokens,
+            generated_tokens=counters.generated_tokens,
+            finished=counters.finished,
+            cancelled=counters.cancelled,
+            steps=counters.steps,
+            step_s=counters.step_s,
+            forward_s=counters.forward_s,
+            sample_s=counters.sample_s,
+        )

@@ -1,0 +1,77 @@
+"""Two ways to run an engine: in a process of its own, or in a thread of this one (tests, debugging)."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from typing import Protocol
+
+from tightrope.backends.threads import ENGINE_ENV
+
+
+class EngineHandle(Protocol):
+    """A started engine."""
+
+    def kill(self) -> None:
+        """End it at once, if it still runs."""
+
+    def wait(self) -> str:
+        """Block until it has ended; return how, in words."""
+
+
+Launcher = Callable[[socket.socket], EngineHandle]
+
+
+class ProcessHandle:
+    """An engine in a process of its own."""
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        self._process = process
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def kill(self) -> None:
+        if self._process.poll() is None:
+            self._process.kill()
+
+    def wait(self) -> str:
+        status = self._process.wait()
+        if status < 0:
+            return f"killed by {signal.Signals(-status).name}"
+        return f"exit status {status}"
+
+
+def spawn_process(sock: socket.socket) -> ProcessHandle:
+    """Start the engine process on its end of the socket pair; the caller closes its copy of `sock`."""
+    command = [sys.executable, "-m", "tightrope.engine.child", str(sock.fileno())]
+    environment = {**ENGINE_ENV, **os.environ}  # what the user has set wins
+    return ProcessHandle(subprocess.Popen(command, pass_fds=[sock.fileno()], env=environment, stdin=subprocess.DEVNULL))
+
+
+class ThreadHandle:
+    """An engine in a thread; it ends when the front closes the socket."""
+
+    def __init__(self, thread: threading.Thread) -> None:
+        self._thread = thread
+
+    def kill(self) -> None:
+        """Nothing: the closed socket ends it."""
+
+    def wait(self) -> str:
+        self._thread.join()
+        return "thread ended"
+
+
+def spawn_thread(sock: socket.socket) -> ThreadHandle:
+    """Run the engine in this process. Imports the model's libraries into it."""
+    from tightrope.engine.child import serve  # keeps torch out of a front that never asks for this
+
+    own = sock.dup()
+    thread = threading.Thread(target=serve, args=(own,), name="engine", daemon=True)
+    thread.start()
+    return ThreadHandle(thread)

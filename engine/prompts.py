@@ -1,0 +1,117 @@
+"""Requests to sequences: tokenise the prompt, check it against the window, resolve what sampling needs.
+
+Runs beside the loop in another thread and touches nothing of it.
+"""
+
+from itertools import count
+
+import msgspec
+
+from tightrope.backends.protocol import Tokenizer
+from tightrope.engine.detokenizer import Detokenizer
+from tightrope.engine.errors import ContextLengthExceeded, InvalidRequest
+from tightrope.engine.sampler.state import SamplerState
+from tightrope.engine.sequence import Sequence
+from tightrope.engine.types import GenerateRequest, Prompt, SamplingParams, TextPrompt, Token
+
+SEED_STEP = 0x9E3779B97F4A7C15  # sets the seeds of a request's choices apart
+SEED_MASK = (1 << 64) - 1
+
+
+def encode_prompt(prompt: Prompt, tokenizer: Tokenizer) -> list[int]:
+    """Token ids of a prompt; text gets exactly one BOS in front if the model wants one.
+
+    Raises InvalidRequest for ids outside the vocabulary.
+    """
+    if not isinstance(prompt, TextPrompt):
+        for token_id in prompt.token_ids:
+            if not 0 <= token_id < tokenizer.vocab_size:
+                raise InvalidRequest(
+                    f"token id {token_id} is outside the vocabulary of {tokenizer.vocab_size} tokens", "prompt"
+                )
+        return list(prompt.token_ids)
+    token_ids: list[int] = []
+    is_start = True
+    for span in prompt.spans:
+        if span.text:
+            token_ids += tokenizer.encode(span.text, parse_special=span.parse_special, is_start=is_start)
+            is_start = False
+    bos = tokenizer.bos_id
+    if prompt.add_bos and tokenizer.adds_bos and bos is not None and token_ids[:1] != [bos]:
+        token_ids.insert(0, bos)
+    return token_ids
+
+
+def plain_token(token_id: int, tokenizer: Tokenizer) -> Token:
+    """A token outside any answer, with its own text."""
+    raw = tokenizer.token_bytes(token_id)
+    return Token(token_id, raw, raw.decode("utf-8", "replace"), None, tokenizer.is_special(token_id))
+
+
+class Intake:
+    """Makes sequences of requests."""
+
+    def __init__(self, tokenizer: Tokenizer, max_model_len: int, max_choices: int) -> None:
+        self._tokenizer = tokenizer
+        self._max_model_len = max_model_len
+        self._max_choices = max_choices
+        self._seq_ids = count()
+
+    def sequences(self, request: GenerateRequest, now_s: float) -> list[Sequence]:
+        """The `n` sequences of a request; all but the first wait for the first to compute their prompt.
+
+        Raises InvalidRequest and ContextLengthExceeded.
+        """
+        if not 1 <= request.n <= self._max_choices:
+            raise InvalidRequest(f"n must be between 1 and {self._max_choices}, not {request.n}", "n")
+        prompt = self._prompt(request)
+        max_len = self._max_len(request, len(prompt))
+        sequences: list[Sequence] = []
+        for index in range(request.n):
+            sequence = Sequence(
+                seq_id=next(self._seq_ids),
+                request=request,
+                index=index,
+                token_ids=list(prompt),
+                sampler=SamplerState(
+                    self._sampling(request.sampling, index), prompt, self._tokenizer.vocab_size, request.logprobs
+                ),
+                detokenizer=Detokenizer(request.stop.strings, keep_stop_text=request.stop.keep_stop_text),
+                max_len=max_len,
+                arrived_s=now_s,
+                leader=sequences[0] if sequences else None,
+                prompt_tokens=[] if request.prompt_logprobs is not None else None,
+            )
+            sequences.append(sequence)
+        return sequences
+
+    def _prompt(self, request: GenerateRequest) -> list[int]:
+        token_ids = encode_prompt(request.prompt, self._tokenizer)
+        if request.truncate_to is not None:
+            token_ids = token_ids[-request.truncate_to :]
+        if not token_ids:
+            raise InvalidRequest("the prompt is empty", "prompt")
+        return token_ids
+
+    def _max_len(self, request: GenerateRequest, num_prompt: int) -> int:
+        """How long the sequence may become. The last token is drawn but never run, so it needs no place in the cache."""
+        max_tokens = request.stop.max_tokens
+        if request.reserve_tokens is not None:
+            new, window = request.reserve_tokens, self._max_model_len
+        else:
+            new = 1 if max_tokens is None else max_tokens
+            window = self._max_model_len + 1 if new == 1 else self._max_model_len
+        if num_prompt > self._max_model_len or num_prompt + new > window:
+            raise ContextLengthExceeded(num_prompt, new, self._max_model_len)
+        longest = max(self._max_model_len, num_prompt + 1)
+        return longest if max_tokens is None else min(longest, num_prompt + max_tokens)
+
+    def _sampling(self, params: SamplingParams, index: int) -> SamplingParams:
+        """The params of one choice: a seed of its own, and no bias for ids that don't exist."""
+        if params.seed is not None and index > 0:
+            params = msgspec.structs.replace(params, seed=(params.seed + index * SEED_STEP) & SEED_MASK)
+        unknown = [i for i in params.logit_bias if not 0 <= i < self._tokenizer.vocab_size]
+        if unknown:
+            known = {i: bias for i, bias in params.logit_bias.items() if i not in set(unknown)}
+            params = msgspec.structs.replace(params, logit_bias=known)
+        return params

@@ -1,0 +1,162 @@
+"""Which sequences run in the next step, and on how many tokens each.
+
+A step has a token budget. Every sequence that is writing gets its one token first, so a long prompt can't make it
+wait; what is left goes to prompts, oldest first, cut into chunks. While answers are being written, the prompt part
+of a step is also bounded in time. When the cache is full, the youngest running sequence gives its place back and
+starts again later, from what the cache still holds of it.
+"""
+
+from collections import deque
+from dataclasses import dataclass
+from itertools import count
+
+from tightrope.backends.protocol import KVCache
+from tightrope.engine.sequence import Sequence
+
+DECODE_HEADROOM = 32  # tokens of output that must have room before a sequence starts, lest it be preempted at once
+MIN_BUSY_PREFILL = 16  # tokens; smaller chunks of a prompt cost a whole step for next to nothing
+PROMPT_LOGITS = 1 << 24  # logits of a chunk whose every row is wanted: 64 MiB of float32
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """One sequence's part of the step: its next `num_tokens` pending tokens."""
+
+    sequence: Sequence
+    num_tokens: int
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the next token can be drawn afterwards."""
+        return self.num_tokens == self.sequence.num_pending
+
+
+class PrefillRate:
+    """How many prompt tokens fit a given time, learned from the steps so far."""
+
+    def __init__(self) -> None:
+        self._tokens_per_s: float | None = None
+
+    def observe(self, num_tokens: int, seconds: float) -> None:
+        if num_tokens < MIN_BUSY_PREFILL or seconds <= 0:
+            return
+        rate = num_tokens / seconds
+        self._tokens_per_s = rate if self._tokens_per_s is None else 0.7 * self._tokens_per_s + 0.3 * rate
+
+    def tokens_in(self, seconds: float) -> int:
+        if self._tokens_per_s is None:
+            return 4 * MIN_BUSY_PREFILL
+        return max(MIN_BUSY_PREFILL, int(self._tokens_per_s * seconds))
+
+
+class Scheduler:
+    """Owns the queues; the cache's bookkeeping is called from here and nowhere else."""
+
+    def __init__(
+        self, kv: KVCache, *, max_num_seqs: int, max_step_tokens: int, busy_step_s: float, vocab_size: int
+    ) -> None:
+        self._kv = kv
+        self._max_num_seqs = max_num_seqs
+        self._max_step_tokens = max_step_tokens
+        self._max_prompt_logits_chunk = max(1, PROMPT_LOGITS // vocab_size)
+        self._busy_step_s = busy_step_s
+        self._seq_ids = count()
+        self._has_room = True  # False: the head of the queue didn't fit, and nothing was freed since
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []  # oldest first
+        self.rate = PrefillRate()
+        self.preemptions = 0
+
+    def next_seq_id(self) -> int:
+        return next(self._seq_ids)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.waiting or self.running)
+
+    def add(self, sequence: Sequence) -> None:
+        self.waiting.append(sequence)
+
+    def remove(self, sequence: Sequence, *, keep: bool = True) -> None:
+        """Take a sequence out, finished or not. keep: its cached tokens stay matchable."""
+        if sequence in self.running:
+            self.running.remove(sequence)
+            self._kv.close(sequence.seq_id, keep=keep)
+            self._has_room = True
+        else:
+            self.waiting.remove(sequence)
+
+    def commit(self, work: Work) -> None:
+        """Record that the part has run."""
+        sequence = work.sequence
+        end = sequence.num_computed + work.num_tokens
+        self._kv.commit(sequence.seq_id, sequence.token_ids[sequence.num_computed : end])
+        sequence.num_computed = end
+
+    def schedule(self, now_s: float) -> list[Work]:
+        """Choose the next step's work; room for it is reserved. Empty only when nothing is waiting or running."""
+        step = self._decodes()
+        budget = self._max_step_tokens - len(step)
+        if step:
+            budget = min(budget, self.rate.tokens_in(self._busy_step_s))
+        for sequence in [s for s in self.running if not s.is_decoding]:
+            budget -= self._add_chunk(step, sequence, budget)
+        while budget > 0 and (admitted := self._admit(now_s)) is not None:
+            budget -= self._add_chunk(step, admitted, budget)
+        return step
+
+    def _decodes(self) -> list[Work]:
+        """One token for every sequence that is writing; preempts from the young end until all have room."""
+        step = []
+        for sequence in [s for s in self.running if s.is_decoding]:
+            while sequence in self.running and not self._kv.reserve(sequence.seq_id, 1):
+                self._preempt(self.running[-1])
+            if sequence in self.running:
+                step.append(Work(sequence, 1))
+        return [work for work in step if work.sequence in self.running]
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.remove(sequence)
+        sequence.num_computed = 0
+        self.waiting.appendleft(sequence)
+        self._has_room = False
+        self.preemptions += 1
+
+    def _add_chunk(self, step: list[Work], sequence: Sequence, budget: int) -> int:
+        """Give a prompt what the budget allows; return the tokens spent."""
+        num_tokens = min(sequence.num_pending, budget)
+        if sequence.prompt_tokens is not None:
+            num_tokens = min(num_tokens, self._max_prompt_logits_chunk)
+        if num_tokens > 0:
+            step.append(Work(sequence, num_tokens))
+        return num_tokens
+
+    def _admit(self, now_s: float) -> Sequence | None:
+        """Start the next waiting sequence, if there is one that may start and fits."""
+        if len(self.running) >= self._max_num_seqs or not (self._has_room or not self.running):
+            return None
+        sequence = next((s for s in self.waiting if s.leader is None or s.leader.is_prompt_computed), None)
+        if sequence is None or not self._open(sequence):
+            return None
+        self.waiting.remove(sequence)
+        self.running.append(sequence)
+        if sequence.started_s is None:
+            sequence.started_s = now_s
+        return sequence
+
+    def _open(self, sequence: Sequence) -> bool:
+        """Pin what is cached of the sequence and reserve the rest; nothing has changed if that fails."""
+        num_cached = self._kv.open(sequence.seq_id, sequence.token_ids, sequence.request.namespace)
+        if sequence.prompt_tokens is not None and not sequence.is_announced:
+            self._kv.truncate(sequence.seq_id, 0)  # logits were not cached: every row has to run
+            num_cached = 0
+            sequence.prompt_tokens = []
+        headroom = min(DECODE_HEADROOM, sequence.max_len - 1 - len(sequence.token_ids))  # the last token never runs
+        if not self._kv.reserve(sequence.seq_id, len(sequence.token_ids) - num_cached + headroom):
+            self._kv.close(sequence.seq_id, keep=False)
+            self._has_room = False
+            return False
+        sequence.num_computed = num_cached
+        if sequence.num_output == 0:
+            sequence.num_cached = num_cached
+        return True

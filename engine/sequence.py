@@ -1,0 +1,58 @@
+"""One answer being written: its tokens, how far they are computed, and when it ends."""
+
+from dataclasses import dataclass, field
+
+from tightrope.engine.detokenizer import Detokenizer
+from tightrope.engine.sampler.state import SamplerState
+from tightrope.engine.types import GenerateRequest, Timings, Token
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """State of one choice of one request. Times are seconds of the engine's clock.
+
+    `token_ids` are prompt and output; the first `num_computed` of them are in the cache.
+    """
+
+    seq_id: int
+    request: GenerateRequest
+    index: int
+    token_ids: list[int]
+    sampler: SamplerState
+    detokenizer: Detokenizer
+    max_len: int  # token_ids never grows beyond it
+    arrived_s: float
+    num_prompt: int = field(init=False)
+    num_computed: int = 0
+    num_cached: int = 0  # of the prompt, found in the cache at the first start
+    leader: "Sequence | None" = None  # the choice that computes the shared prompt first
+    prompt_tokens: list[Token] | None = None  # filled while prompt_logprobs are computed
+    started_s: float | None = None
+    first_token_s: float | None = None
+    is_announced: bool = False  # whether a delta with the PromptInfo went out
+
+    def __post_init__(self) -> None:
+        self.num_prompt = len(self.token_ids)
+
+    @property
+    def num_output(self) -> int:
+        return len(self.token_ids) - self.num_prompt
+
+    @property
+    def num_pending(self) -> int:
+        """Tokens that must run before the next one can be drawn."""
+        return len(self.token_ids) - self.num_computed
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether one step on one token gives the next one."""
+        return self.num_pending == 1 and self.num_computed > 0
+
+    @property
+    def is_prompt_computed(self) -> bool:
+        return self.num_computed >= self.num_prompt
+
+    def timings(self, now_s: float) -> Timings:
+        started = self.started_s if self.started_s is not None else now_s
+        first = self.first_token_s if self.first_token_s is not None else now_s
+        return Timings(started - self.arrived_s, first - started, now_s - first)

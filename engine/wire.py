@@ -1,0 +1,152 @@
+"""Messages between the front and the engine process: length-prefixed msgpack frames over a socket pair.
+
+A frame is a 4-byte little-endian length and that many bytes of msgpack. End-of-file means that the other side is gone.
+"""
+
+import socket
+import struct
+import threading
+from contextlib import suppress
+
+import msgspec
+from msgspec import Struct
+
+from tightrope.engine.errors import EngineError, rebuild_error
+from tightrope.engine.types import Delta, GenerateRequest, ModelInfo, Prompt, Stats, Token
+
+MAX_FRAME_BYTES = 256 << 20
+HEADER = struct.Struct("<I")
+
+
+class ErrorFrame(Struct, frozen=True):
+    """An EngineError on its way across the border."""
+
+    code: str
+    message: str
+    param: str | None
+    details: dict[str, int]
+
+    @classmethod
+    def of(cls, error: EngineError) -> "ErrorFrame":
+        return cls(error.code, error.message, error.param, error.details())
+
+    def rebuild(self) -> EngineError:
+        return rebuild_error(self.code, self.message, self.param, self.details)
+
+
+class Start(Struct, frozen=True, tag="start"):
+    """First frame to the engine: an EngineSettings as JSON."""
+
+    settings: str
+
+
+class Submit(Struct, frozen=True, tag="submit"):
+    request: GenerateRequest
+
+
+class Cancel(Struct, frozen=True, tag="cancel"):
+    request_id: str
+
+
+class Tokenize(Struct, frozen=True, tag="tokenize"):
+    call_id: int
+    prompt: Prompt
+
+
+class Detokenize(Struct, frozen=True, tag="detokenize"):
+    call_id: int
+    token_ids: tuple[int, ...]
+
+
+ToEngine = Start | Submit | Cancel | Tokenize | Detokenize
+
+
+class Ready(Struct, frozen=True, tag="ready"):
+    """The model is loaded."""
+
+    info: ModelInfo
+
+
+class LoadFailed(Struct, frozen=True, tag="load_failed"):
+    """The model can't be loaded, and trying again won't help."""
+
+    message: str
+
+
+class StepDone(Struct, frozen=True, tag="step"):
+    """All that one step brought, for all requests."""
+
+    deltas: tuple[Delta, ...]
+    stats: Stats
+
+
+class Refused(Struct, frozen=True, tag="refused"):
+    """A request ended with an error."""
+
+    request_id: str
+    error: ErrorFrame
+
+
+class Tokenized(Struct, frozen=True, tag="tokenized"):
+    call_id: int
+    tokens: tuple[Token, ...]
+
+
+class Detokenized(Struct, frozen=True, tag="detokenized"):
+    call_id: int
+    text: str
+
+
+class CallFailed(Struct, frozen=True, tag="call_failed"):
+    call_id: int
+    error: ErrorFrame
+
+
+ToFront = Ready | LoadFailed | StepDone | Refused | Tokenized | Detokenized | CallFailed
+
+_encoder = msgspec.msgpack.Encoder()
+decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode
+decode_to_front = msgspec.msgpack.Decoder(ToFront).decode
+
+
+def encode_frame(message: ToEngine | ToFront) -> bytes:
+    """One frame, header included."""
+    body = _encoder.encode(message)
+    assert len(body) <= MAX_FRAME_BYTES, f"a frame of {len(body)} bytes"
+    return HEADER.pack(len(body)) + body
+
+
+class EngineEnd:
+    """The engine's end of the socket: blocking, one thread reads, any thread sends."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._reader = sock.makefile("rb")
+        self._lock = threading.Lock()
+
+    def receive(self) -> ToEngine | None:
+        """The next message, or None when the front is gone."""
+        try:
+            header = self._reader.read(HEADER.size)
+            if len(header) < HEADER.size:
+                return None
+            (length,) = HEADER.unpack(header)
+            body = self._reader.read(length)
+        except OSError:
+            return None
+        return decode_to_engine(body) if len(body) == length else None
+
+    def send(self, message: ToFront) -> None:
+        """Write one frame. A front that is gone is not an error here: `receive` tells."""
+        frame = encode_frame(message)
+        with self._lock:
+            try:
+                self._sock.sendall(frame)
+            except OSError:
+                return
+
+    def close(self) -> None:
+        with suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)  # wakes a thread in `receive`
+        self._reader.close()
+        self._sock.close()

@@ -1,0 +1,184 @@
+"""A model made of rules: bytes are tokens, and the next token is a function of all tokens before it.
+
+It keeps its cache as honestly as a real backend: logits depend on what was stored through `commit`, so an engine that
+loses, mixes or repeats cached tokens writes other text.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from tightrope.backends.errors import BackendError
+from tightrope.backends.protocol import Capabilities, Chunk, KVUsage, ModelCard
+
+BOS, EOS, END_OF_TURN = 256, 257, 258
+SPECIAL = {BOS: "<s>", EOS: "</s>", END_OF_TURN: "<|im_end|>"}
+VOCAB_SIZE = 259
+
+
+class ByteTokenizer:
+    """One token a byte, and three special ones."""
+
+    vocab_size = VOCAB_SIZE
+    bos_id = BOS
+    eos_ids = frozenset({EOS, END_OF_TURN})
+    adds_bos = True
+
+    def encode(self, text: str, *, parse_special: bool, is_start: bool) -> list[int]:
+        if parse_special:
+            for token_id, special in SPECIAL.items():
+                if special in text:
+                    before, after = text.split(special, 1)
+                    head = self.encode(before, parse_special=True, is_start=is_start)
+                    return [*head, token_id, *self.encode(after, parse_special=True, is_start=False)]
+        return list(text.encode())
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return SPECIAL[token_id].encode() if token_id in SPECIAL else bytes([token_id])
+
+    def is_special(self, token_id: int) -> bool:
+        return token_id in SPECIAL
+
+    def special_texts(self) -> Sequence[str]:
+        return list(SPECIAL.values())
+
+
+@dataclass
+class Held:
+    """One sequence's tokens in the cache. Cells are shared by being the same number in two lists."""
+
+    namespace: str
+    token_ids: list[int] = field(default_factory=list)
+    cells: list[int] = field(default_factory=list)
+    reserved: list[int] = field(default_factory=list)
+
+
+class FakeKV:
+    """Cells with reference counts, written to be checked against, not to be fast."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.live: dict[int, Held] = {}
+        self.kept: list[Held] = []  # least recently used first
+
+    def _used(self, holders: Sequence[Held]) -> set[int]:
+        return {cell for held in holders for cell in (*held.cells, *held.reserved)}
+
+    def open(self, seq_id: int, token_ids: Sequence[int], namespace: str) -> int:
+        assert seq_id not in self.live
+        best: Held | None = None
+        length = 0
+        for held in (*self.kept, *self.live.values()):
+            same = 0
+            limit = min(len(held.token_ids), len(token_ids) - 1)
+            while held.namespace == namespace and same < limit and held.token_ids[same] == token_ids[same]:
+                same += 1
+            if same > length:
+                best, length = held, same
+        cells = best.cells[:length] if best else []
+        self.live[seq_id] = Held(namespace, list(token_ids[:length]), list(cells))
+        return length
+
+    def reserve(self, seq_id: int, num_tokens: int) -> bool:
+        held = self.live[seq_id]
+        missing = num_tokens - len(held.reserved)
+        while missing > 0:
+            taken = self._used([*self.live.values(), *self.kept])
+            free = [cell for cell in range(self.capacity) if cell not in taken]
+            if len(free) >= missing:
+                held.reserved += free[:missing]
+                return True
+            if self.capacity - len(self._used(list(self.live.values()))) < missing:
+                return False
+            self.kept.pop(0)
+        return True
+
+    def commit(self, seq_id: int, token_ids: Sequence[int]) -> None:
+        held = self.live[seq_id]
+        assert len(held.reserved) >= len(token_ids), "stored without room"
+        held.cells += held.reserved[: len(token_ids)]
+        held.reserved = held.reserved[len(token_ids) :]
+        held.token_ids += token_ids
+
+    def truncate(self, seq_id: int, num_tokens: int) -> None:
+        held = self.live[seq_id]
+        del held.token_ids[num_tokens:], held.cells[num_tokens:]
+
+    def close(self, seq_id: int, *, keep: bool) -> None:
+        held = self.live.pop(seq_id)
+        held.reserved = []
+        if keep and held.token_ids:
+            self.kept.append(held)
+
+    def usage(self) -> KVUsage:
+        used = self._used(list(self.live.values()))
+        return KVUsage(self.capacity, len(used), len(self._used(self.kept) - used))
+
+
+def letters(token_ids: Sequence[int]) -> int:
+    """A next token that depends on every token before it; never special."""
+    digest = 0
+    for token_id in token_ids:
+        digest = (digest * 31 + token_id + 7) % 1_000_003
+    return ord("a") + digest % 26
+
+
+def script(text: str | bytes, *, end: int | None = EOS) -> Callable[[Sequence[int]], int]:
+    """A model that answers any prompt which ends in "?" with `text` and its end token (or the text again)."""
+    answer = list(text.encode() if isinstance(text, str) else text) + ([end] if end is not None else [])
+
+    def next_token(token_ids: Sequence[int]) -> int:
+        asked = max((i for i, token_id in enumerate(token_ids) if token_id == ord("?")), default=-1)
+        return answer[(len(token_ids) - 1 - asked) % len(answer)]
+
+    return next_token
+
+
+class FakeBackend:
+    """A loaded model whose logits single out `next_token(all tokens so far)`."""
+
+    def __init__(
+        self,
+        next_token: Callable[[Sequence[int]], int] = letters,
+        *,
+        capacity: int = 4096,
+        max_model_len: int = 1024,
+        max_num_seqs: int = 8,
+        max_step_tokens: int = 64,
+    ) -> None:
+        self.card = ModelCard("fake", "rules", "fake", max_model_len, max_model_len, "f16", None, ())
+        self.capabilities = Capabilities(max_num_seqs, max_step_tokens)
+        self.kv = FakeKV(capacity)
+        self.tokenizer = ByteTokenizer()
+        self.steps: list[list[Chunk]] = []
+        self.broken: str | None = None
+        self._next_token = next_token
+
+    def forward(self, chunks: Sequence[Chunk]) -> Tensor:
+        assert chunks
+        if self.broken is not None:
+            raise BackendError(self.broken)
+        self.steps.append(list(chunks))
+        assert sum(len(chunk.token_ids) for chunk in chunks) <= self.capabilities.max_step_tokens
+        rows = []
+        for chunk in chunks:
+            held = self.kv.live[chunk.seq_id]
+            assert len(held.token_ids) == chunk.start, "runs where the cache does not end"
+            assert len(held.reserved) >= len(chunk.token_ids), "runs without room"
+            so_far = list(held.token_ids)
+            for position, token_id in enumerate(chunk.token_ids):
+                so_far.append(token_id)
+                is_last = position == len(chunk.token_ids) - 1
+                if chunk.want_logits == "all" or (chunk.want_logits == "last" and is_last):
+                    rows.append(self._row(so_far))
+        return torch.stack(rows) if rows else torch.empty(0, VOCAB_SIZE)
+
+    def _row(self, so_far: Sequence[int]) -> Tensor:
+        row = torch.zeros(VOCAB_SIZE)
+        row[self._next_token(so_far)] = 20.0
+        return row
+
+    def close(self) -> None:
+        self.is_closed = True
