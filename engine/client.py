@@ -269,6 +269,7 @@ class EngineClient:
     async def _call(self, make: Callable[[int], ToEngine]) -> tuple[Token, ...] | str:
         self._check_ready()
         call_id = next(self._call_ids)
-        call = self._calls[call_id] = asyncio.get_running_loop().create_future()
+        call: asyncio.Future[tuple[Token, ...] | str] = asyncio.get_running_loop().create_future()
+        self._calls[call_id] = call
         self._send(make(call_id))
         return await call

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from tightrope.backends.errors import BackendError
-from tightrope.backends.protocol import Backend, Chunk
+from tightrope.backends.protocol import Backend, Chunk, WantLogits
 from tightrope.engine.errors import BackendFailed, EngineError
 from tightrope.engine.prompts import Intake, encode_prompt, plain_token
 from tightrope.engine.sampler.sampler import Sampled, prompt_logprobs, sample
@@ -53,7 +53,7 @@ class StepResult:
 
 
 class EngineCore:
-    """One model and all requests to it. `prepare`, `tokenize` and `detokenize` may run in any thread, the rest in one."""
+    """One model and its requests. `prepare`, `tokenize` and `detokenize` may run in any thread, the rest in one."""
 
     def __init__(self, backend: Backend, limits: LimitSettings, clock: Callable[[], float] = time.monotonic) -> None:
         self._backend = backend
@@ -165,10 +165,9 @@ class EngineCore:
 
     def _chunk(self, work: Work) -> Chunk:
         sequence, start = work.sequence, work.sequence.num_computed
+        want: WantLogits = "last" if work.is_last and sequence.request.stop.max_tokens != 0 else "none"
         if self._wants_all(sequence):
             want = "all"
-        else:
-            want = "last" if work.is_last and sequence.request.stop.max_tokens != 0 else "none"
         return Chunk(sequence.seq_id, sequence.token_ids[start : start + work.num_tokens], start, want)
 
     @staticmethod
@@ -177,7 +176,7 @@ class EngineCore:
 
     def _fail(self, sequences: list[Sequence], why: str) -> StepResult:
         """End the requests of these sequences; nothing of them stays cached."""
-        failed = []
+        failed: list[tuple[str, EngineError]] = []
         for request_id in dict.fromkeys(s.request.request_id for s in sequences):
             self._drop(request_id, keep=False)
             failed.append((request_id, BackendFailed(why)))

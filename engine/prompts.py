@@ -94,7 +94,7 @@ class Intake:
         return token_ids
 
     def _max_len(self, request: GenerateRequest, num_prompt: int) -> int:
-        """How long the sequence may become. The last token is drawn but never run, so it needs no place in the cache."""
+        """How long the sequence may become. The last token is drawn but never run: it needs no place in the cache."""
         max_tokens = request.stop.max_tokens
         if request.reserve_tokens is not None:
             new, window = request.reserve_tokens, self._max_model_len

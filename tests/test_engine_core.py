@@ -4,6 +4,7 @@ import random
 
 import pytest
 from fakes import BOS, END_OF_TURN, EOS, FakeBackend, letters, script
+
 from tightrope.engine.core import EngineCore
 from tightrope.engine.errors import BackendFailed, ContextLengthExceeded, InvalidRequest
 from tightrope.engine.settings import LimitSettings

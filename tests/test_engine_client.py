@@ -1,0 +1,177 @@
+"""The front's view of an engine, held against the same core in a thread and in a process of its own."""
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from fake_engine import serve_fake
+from fakes import BOS, letters
+
+from tightrope.backends.settings import ModelSettings
+from tightrope.engine.client import EngineClient
+from tightrope.engine.errors import BackendFailed, ContextLengthExceeded, EngineUnavailable, Overloaded
+from tightrope.engine.launch import EngineHandle, ProcessHandle, ThreadHandle
+from tightrope.engine.settings import EngineSettings, LimitSettings
+from tightrope.engine.types import GenerateRequest, SamplingParams, Span, StopRules, TextPrompt, TokenPrompt
+
+FAKE_ENGINE = Path(__file__).with_name("fake_engine.py")
+
+
+def fake_process(sock: socket.socket) -> ProcessHandle:
+    command = [sys.executable, str(FAKE_ENGINE), str(sock.fileno())]
+    return ProcessHandle(subprocess.Popen(command, pass_fds=[sock.fileno()], stdin=subprocess.DEVNULL))
+
+
+def fake_thread(sock: socket.socket) -> ThreadHandle:
+    thread = threading.Thread(target=serve_fake, args=(sock.dup(),), daemon=True)
+    thread.start()
+    return ThreadHandle(thread)
+
+
+def settings(**limits: int) -> EngineSettings:
+    return EngineSettings(model=ModelSettings(max_num_seqs=4), limits=LimitSettings(**limits))
+
+
+@pytest.fixture(params=[fake_thread, fake_process], ids=["thread", "process"])
+async def client(request: pytest.FixtureRequest) -> AsyncIterator[EngineClient]:
+    client = EngineClient(settings(max_waiting=6), request.param)
+    await client.start()
+    await client.wait_ready()
+    yield client
+    await client.close()
+
+
+@pytest.fixture
+async def process_client() -> AsyncIterator[EngineClient]:
+    client = EngineClient(settings(), fake_process)
+    await client.start()
+    await client.wait_ready()
+    yield client
+    await client.close()
+
+
+def ask(request_id: str, prompt: str, max_tokens: int = 10, n: int = 1) -> GenerateRequest:
+    stop = StopRules(max_tokens=max_tokens)
+    return GenerateRequest(request_id, TextPrompt((Span(prompt),)), SamplingParams(temperature=0.0), stop, n=n)
+
+
+async def answer(client: EngineClient, request: GenerateRequest) -> str:
+    return "".join([delta.text async for delta in client.generate(request)])
+
+
+def expected(prompt: str, num_tokens: int = 10) -> str:
+    token_ids = [BOS, *prompt.encode()]
+    for _ in range(num_tokens):
+        token_ids.append(letters(token_ids))
+    return bytes(token_ids[-num_tokens:]).decode()
+
+
+async def wait_until_idle(client: EngineClient) -> None:
+    """A request that runs alone ends after all the work before it has gone."""
+    while client.stats.num_running or client.stats.num_waiting:
+        await answer(client, ask(f"probe {client.stats.steps}", "probe", 1))
+
+
+async def test_many_requests_at_once_get_their_own_answers(client: EngineClient):
+    prompts = [f"prompt {i}" for i in range(8)]
+    answers = await asyncio.gather(*(answer(client, ask(p, p)) for p in prompts))
+    assert answers == [expected(p) for p in prompts]
+
+
+async def test_the_choices_of_a_request_end_together(client: EngineClient):
+    deltas = [delta async for delta in client.generate(ask("r", "choose", n=3))]
+    assert sorted(d.index for d in deltas if d.finish is not None) == [0, 1, 2]
+
+
+async def test_a_refused_request_raises_at_once_with_its_numbers(client: EngineClient):
+    with pytest.raises(ContextLengthExceeded) as caught:
+        await answer(client, ask("r", "x" * 2000, 5))
+    assert caught.value.details() == {"prompt_tokens": 2001, "new_tokens": 5, "max_model_len": 1024}
+
+
+async def test_a_closed_iterator_stops_the_work(client: EngineClient):
+    deltas = client.generate(ask("gone", "long", 900))
+    await anext(deltas)
+    await deltas.aclose()
+    await wait_until_idle(client)
+    assert client.stats.cancelled == 1
+    assert client.stats.cache_used == 0
+    assert client.stats.generated_tokens < 900
+
+
+async def test_requests_beyond_the_queue_are_refused_and_the_rest_served(client: EngineClient):
+    results = await asyncio.gather(
+        *(answer(client, ask(f"r{i}", f"p{i}", 50)) for i in range(40)), return_exceptions=True
+    )
+    refused = [r for r in results if isinstance(r, Overloaded)]
+    served = [r for r in results if isinstance(r, str)]
+    assert len(refused) + len(served) == 40
+    assert len(served) >= 10  # four run and six wait
+    assert refused
+
+
+async def test_text_goes_to_tokens_and_back(client: EngineClient):
+    tokens = await client.tokenize(TextPrompt((Span("hé"),)))
+    assert [t.raw for t in tokens] == [b"<s>", b"h", b"\xc3", b"\xa9"]
+    assert await client.detokenize([t.token_id for t in tokens[1:]]) == "hé"
+    assert [t.token_id for t in await client.tokenize(TokenPrompt((1, 2)))] == [1, 2]
+
+
+async def test_an_engine_that_dies_fails_open_answers_and_is_back_for_the_next(process_client: EngineClient):
+    client = process_client
+    with pytest.raises(BackendFailed, match="died"):
+        await answer(client, ask("r", "crash", 20))
+    assert client.state == "restarting"
+    with pytest.raises(EngineUnavailable, match="restarting"):
+        await answer(client, ask("s", "hello"))
+    await client.wait_ready()
+    assert await answer(client, ask("t", "hello")) == expected("hello")
+
+
+async def test_requests_without_output_outlive_the_engine(process_client: EngineClient):
+    client = process_client
+    busy = [client.generate(ask(f"busy{i}", f"busy {i}", 900)) for i in range(4)]
+    for deltas in busy:
+        await anext(deltas)
+    queued = asyncio.create_task(answer(client, ask("queued", "patient")))
+    await asyncio.sleep(0)  # lets the task send its request
+    assert isinstance(client._handle, ProcessHandle)
+    os.kill(client._handle.pid, signal.SIGKILL)
+    for deltas in busy:
+        with pytest.raises(BackendFailed):
+            async for _ in deltas:
+                pass
+    assert await queued == expected("patient")
+
+
+async def test_a_model_that_cannot_be_loaded_is_not_tried_again():
+    launches: list[EngineHandle] = []
+
+    def launch(sock: socket.socket) -> EngineHandle:
+        launches.append(fake_process(sock))
+        return launches[-1]
+
+    client = EngineClient(EngineSettings(model=ModelSettings(model=str(FAKE_ENGINE))), launch)
+    await client.start()
+    with pytest.raises(BackendFailed, match="not a model"):
+        await client.wait_ready()
+    assert client.state == "failed"
+    with pytest.raises(EngineUnavailable, match="not a model"):
+        await answer(client, ask("r", "hello"))
+    await client.close()
+    assert len(launches) == 1
+
+
+async def test_an_engine_ends_when_its_front_does():
+    ours, theirs = socket.socketpair()
+    handle = fake_process(theirs)
+    theirs.close()
+    ours.close()
+    assert await asyncio.to_thread(handle.wait) == "exit status 0"
