@@ -1,0 +1,152 @@
+"""A GGUF model as a Backend: chunks of token ids in, logits out."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tightrope.backends.errors import BackendError
+from tightrope.backends.gguf.cache import SharedKVCache
+from tightrope.backends.gguf.header import Header, read_header
+from tightrope.backends.gguf.native import (
+    MAX_SEQS,
+    ContextOptions,
+    ModelOptions,
+    NativeContext,
+    NativeModel,
+    supports_gpu,
+)
+from tightrope.backends.gguf.plan import Plan, free_memory, make_plan
+from tightrope.backends.gguf.shape import ModelShape
+from tightrope.backends.gguf.tokenizer import GGUFTokenizer
+from tightrope.backends.protocol import Capabilities, Chunk, ModelCard
+from tightrope.backends.settings import ModelSettings
+from tightrope.backends.threads import compute_threads
+
+KEPT_SLOTS = 48  # finished sequences that may be kept at most; llama.cpp's work a step grows with the slots
+
+
+class GGUFBackend:
+    """Backend over one llama.cpp model and context."""
+
+    def __init__(self, path: Path, settings: ModelSettings, progress: Callable[[float], None]) -> None:
+        """Load `path`, calling `progress` with the share done. Raises BackendError, having freed everything."""
+        header = read_header(path)
+        if settings.gpu_layers and not supports_gpu():
+            raise BackendError(
+                f"gpu_layers is {settings.gpu_layers}, but this llama-cpp-python was built for the CPU; use 0, or "
+                "reinstall it with CMAKE_ARGS=-DGGML_CUDA=on"
+            )
+        free_bytes = free_memory()
+        plan = make_plan(settings, header, free_bytes)
+        torch.set_num_threads(1)  # llama.cpp's threads fill the machine; torch's beside them only get in their way
+        self._model = NativeModel(path, _model_options(settings, header, free_bytes, progress))
+        try:
+            if not self._model.writes_text:
+                raise BackendError(f"{path}: its architecture doesn't write text from left to right")
+            self._context = NativeContext(self._model, _context_options(settings, plan))
+        except BackendError:
+            self._model.close()
+            raise
+        self.tokenizer = GGUFTokenizer(self._model)
+        self.kv = SharedKVCache(
+            self._context,
+            plan.num_cells,
+            self._context.max_seqs,
+            swa_window=self._model.swa_window,
+            whole_only=self._model.has_state,
+        )
+        self.capabilities = Capabilities(settings.max_num_seqs, self._context.batch_tokens)
+        self.card = _card(path, header, self._model, plan)
+
+    def forward(self, chunks: Sequence[Chunk]) -> Tensor:
+        """See Backend. More rows than one native call may yield are computed in several calls and copied together."""
+        ends = self._fill_batch(chunks)
+        try:
+            return self._run(ends[-1] if ends else 0)
+        except BackendError:
+            self.kv.forget_uncommitted(chunk.seq_id for chunk in chunks)
+            raise
+
+    def close(self) -> None:
+        self._context.close()
+        self._model.close()
+
+    def _fill_batch(self, chunks: Sequence[Chunk]) -> list[int]:
+        """Write the chunks one after another into the native batch; returns where each ends."""
+        native = self._context
+        ends: list[int] = []
+        end = 0
+        for chunk in chunks:
+            begin, end = end, end + len(chunk.token_ids)
+            assert end <= native.batch_tokens, f"a step of more than {native.batch_tokens} tokens"
+            native.token_ids[begin:end] = chunk.token_ids
+            native.positions[begin:end] = np.arange(chunk.start, chunk.start + end - begin, dtype=np.int32)
+            native.slots[begin:end] = self.kv.slot(chunk.seq_id)
+            native.outputs[begin:end] = chunk.want_logits == "all"
+            if chunk.want_logits == "last":
+                native.outputs[end - 1] = 1
+            ends.append(end)
+        return ends
+
+    def _run(self, num_tokens: int) -> Tensor:
+        native = self._context
+        rows = np.flatnonzero(native.outputs[:num_tokens])
+        if len(rows) <= native.max_outputs:
+            native.decode(0, num_tokens)
+            return torch.from_numpy(native.logits(len(rows))) if len(rows) else self._no_rows()
+        parts: list[Tensor] = []
+        begin = 0
+        for group in range(0, len(rows), native.max_outputs):
+            is_last = group + native.max_outputs >= len(rows)
+            end = num_tokens if is_last else int(rows[group + native.max_outputs])
+            native.decode(begin, end)
+            parts.append(torch.from_numpy(native.logits(len(rows[group : group + native.max_outputs])).copy()))
+            begin = end
+        return torch.cat(parts)
+
+    def _no_rows(self) -> Tensor:
+        return torch.empty(0, self._model.vocab_size)
+
+
+def _model_options(
+    settings: ModelSettings, header: Header, free_bytes: int, progress: Callable[[float], None]
+) -> ModelOptions:
+    """A mapped file that is overwritten or cut takes the process down, so it is read instead where memory allows."""
+    return ModelOptions(settings.gpu_layers, header.weight_bytes > free_bytes // 2, progress)
+
+
+def _context_options(settings: ModelSettings, plan: Plan) -> ContextOptions:
+    return ContextOptions(
+        num_cells=plan.num_cells,
+        max_seqs=min(MAX_SEQS, settings.max_num_seqs + KEPT_SLOTS),
+        batch_tokens=plan.step_tokens,
+        ubatch_tokens=plan.step_tokens,
+        max_outputs=plan.max_outputs,
+        threads=compute_threads(settings.threads),
+        type_k=plan.cache_type.key_type,
+        type_v=plan.cache_type.value_type,
+        flash_attention=plan.cache_type.flash_attention,
+        offload_cache=settings.gpu_layers != 0,
+        rope_scaling_type=plan.rope.scaling_type,
+        rope_freq_base=plan.rope.freq_base,
+        rope_freq_scale=plan.rope.freq_scale,
+        yarn_orig_ctx=plan.rope.yarn_orig_ctx,
+        yarn_ext_factor=plan.rope.yarn_ext_factor,
+    )
+
+
+def _card(path: Path, header: Header, model: NativeModel, plan: Plan) -> ModelCard:
+    shape = ModelShape.of(header)
+    return ModelCard(
+        model_id=path.stem,
+        architecture=shape.architecture,
+        format=f"gguf {model.type_name}, {header.bits_per_weight:.1f} bpw",
+        max_model_len=plan.window,
+        trained_len=shape.trained_len,
+        cache_dtype=plan.cache_type.name,
+        chat_template=model.chat_template(),
+        notes=plan.notes,
+    )

@@ -1,0 +1,286 @@
+"""The key-value cache's bookkeeping: who holds which tokens, who shares them, who is evicted.
+
+llama.cpp stores keys and values in cells; a cell can belong to several sequence slots and is free when it belongs to
+none. This module mirrors that with logical cells and two counts for each: `refs`, the sequences that hold it, and
+`pins`, those of them that are live. So `used` (pinned), `reusable` (held by finished sequences only) and free always
+add up to the capacity, and shared cells count once.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from tightrope.backends.errors import BackendError
+from tightrope.backends.protocol import KVUsage
+
+Ints = np.ndarray[Any, np.dtype[np.int32]]
+
+
+class CellStore(Protocol):
+    """Where the cells' contents lie; NativeContext is one."""
+
+    def copy_cells(self, source: int, target: int, num_tokens: int) -> None: ...
+
+    def remove_cells(self, slot: int, start: int) -> bool: ...
+
+    def first_position(self, slot: int) -> int: ...
+
+
+@dataclass(slots=True, eq=False)
+class _Entry:
+    """A sequence, live or kept: its slot in llama.cpp, and its tokens and their logical cells, [length] of [room]."""
+
+    slot: int
+    namespace: str
+    token_ids: Ints
+    cells: Ints
+    length: int = 0
+    reserved: int = 0  # tokens beyond `length` that have room
+
+    def append(self, token_ids: Sequence[int] | Ints, cells: Ints) -> None:
+        end = self.length + len(cells)
+        if end > len(self.token_ids):
+            room = max(end, 2 * len(self.token_ids))
+            self.token_ids = np.resize(self.token_ids, room)
+            self.cells = np.resize(self.cells, room)
+        self.token_ids[self.length : end] = token_ids
+        self.cells[self.length : end] = cells
+        self.length = end
+
+    def held(self, start: int = 0) -> Ints:
+        return self.cells[start : self.length]
+
+
+class SharedKVCache:
+    """KVCache over llama.cpp's sequence slots. Finished sequences stay matchable until their room or slot is needed."""
+
+    def __init__(
+        self,
+        store: CellStore,
+        capacity: int,
+        num_slots: int,
+        *,
+        max_reusable: int | None = None,
+        swa_window: int = 0,
+        whole_only: bool = False,
+    ) -> None:
+        """capacity and max_reusable in tokens; max_reusable bounds what finished sequences may hold.
+
+        swa_window: tokens that sliding layers look back, 0 if there are none. whole_only: the model keeps a running
+        state, so that a kept sequence can be continued from its end only and never rolled back.
+        """
+        self._store = store
+        self._capacity = capacity
+        self._max_reusable = capacity if max_reusable is None else max_reusable
+        self._swa_window = swa_window
+        self._whole_only = whole_only
+        self._refs = np.zeros(capacity, np.int32)  # sequences that hold a cell
+        self._pins = np.zeros(capacity, np.int32)  # live ones among them
+        self._free = np.arange(capacity - 1, -1, -1, dtype=np.int32)  # a stack; the first _num_free are on it
+        self._num_free = capacity
+        self._num_pinned = 0
+        self._free_slots = list(range(num_slots - 1, -1, -1))
+        self._live: dict[int, _Entry] = {}
+        self._kept: list[_Entry] = []  # least recently used first
+        self._reserved = 0  # sum over the live
+
+    # --- the protocol -------------------------------------------------------------------------------------------
+
+    def open(self, seq_id: int, token_ids: Sequence[int], namespace: str) -> int:
+        """See KVCache. Raises BackendError when more sequences are open than the model has slots."""
+        assert seq_id not in self._live, f"sequence {seq_id} is open already"
+        wanted = np.asarray(token_ids, np.int32)
+        source, found = self._best_match(wanted, namespace)
+        if source is not None and self._can_take_over(source, found):
+            self._kept.remove(source)
+            self._shorten(source, found, pinned=False)
+            self._pin(source.held())
+            self._live[seq_id] = source
+            return found
+        entry = _Entry(self._take_slot(spare=source), namespace, np.empty(256, np.int32), np.empty(256, np.int32))
+        if source is not None:
+            if source in self._kept:
+                self._kept.remove(source)
+                self._kept.append(source)  # it was of use: it goes last now
+            self._store.copy_cells(source.slot, entry.slot, found)
+            shared = source.cells[:found]
+            self._refs[shared] += 1
+            entry.append(wanted[:found], shared)
+            self._pin(shared)
+        self._live[seq_id] = entry
+        return found
+
+    def reserve(self, seq_id: int, num_tokens: int) -> bool:
+        """See KVCache. A later call for the same sequence replaces the earlier one."""
+        entry = self._live[seq_id]
+        others = self._reserved - entry.reserved
+        if self._num_pinned + others + num_tokens > self._capacity:
+            return False
+        self._evict(others + num_tokens - self._num_free)
+        self._reserved = others + num_tokens
+        entry.reserved = num_tokens
+        return True
+
+    def commit(self, seq_id: int, token_ids: Sequence[int]) -> None:
+        entry = self._live[seq_id]
+        count = len(token_ids)
+        assert count <= entry.reserved, f"sequence {seq_id} commits {count} tokens, and reserved {entry.reserved}"
+        self._num_free -= count
+        cells = self._free[self._num_free : self._num_free + count]
+        self._refs[cells] = 1
+        self._pins[cells] = 1
+        self._num_pinned += count
+        entry.append(token_ids, cells)
+        entry.reserved -= count
+        self._reserved -= count
+
+    def truncate(self, seq_id: int, num_tokens: int) -> None:
+        """See KVCache. Raises BackendError when the model's state can't go back there."""
+        entry = self._live[seq_id]
+        self._reserved -= entry.reserved
+        entry.reserved = 0
+        if num_tokens < entry.length and not self._shorten(entry, num_tokens, pinned=True):
+            raise BackendError(f"this model's cache can't go back to token {num_tokens} of a sequence")
+
+    def close(self, seq_id: int, *, keep: bool) -> None:
+        entry = self._live.pop(seq_id)
+        self._reserved -= entry.reserved
+        entry.reserved = 0
+        self._unpin(entry.held())
+        if not keep or entry.length == 0 or self._is_redundant(entry):
+            self._drop(entry)
+            return
+        self._store.remove_cells(entry.slot, entry.length)  # what a failed step may have left behind
+        self._kept.append(entry)
+        self._evict(self._num_reusable - self._max_reusable)
+
+    def usage(self) -> KVUsage:
+        return KVUsage(self._capacity, self._num_pinned, self._num_reusable)
+
+    # --- for the backend ----------------------------------------------------------------------------------------
+
+    def slot(self, seq_id: int) -> int:
+        """The llama.cpp sequence that holds `seq_id`."""
+        return self._live[seq_id].slot
+
+    def forget_uncommitted(self, seq_ids: Iterable[int]) -> None:
+        """Remove what a failed forward pass may have stored beyond the committed tokens."""
+        for seq_id in seq_ids:
+            entry = self._live[seq_id]
+            self._shorten(entry, entry.length, pinned=True)
+
+    # --- matching -----------------------------------------------------------------------------------------------
+
+    def _best_match(self, wanted: Ints, namespace: str) -> tuple[_Entry | None, int]:
+        """The sequence with the longest usable common prefix, the most recent among equals, and the prefix's length."""
+        best: _Entry | None = None
+        longest = 0
+        for entry in (*self._live.values(), *self._kept):
+            if entry.namespace != namespace or min(entry.length, len(wanted) - 1) < max(longest, 1):
+                continue
+            common = self._usable(entry, min(_common_prefix(entry.token_ids[: entry.length], wanted), len(wanted) - 1))
+            if common and common >= longest:
+                best, longest = entry, common
+        return best, longest
+
+    def _usable(self, entry: _Entry, common: int) -> int:
+        """How many of the first `common` tokens of an entry can be shared: all of them, or none."""
+        if self._whole_only:
+            return common if common == entry.length else 0
+        return common if self._can_go_back(entry, common) else 0
+
+    def _can_take_over(self, source: _Entry, found: int) -> bool:
+        """Whether the new sequence continues a kept one, or has to, because no slot is left for a copy of it."""
+        has_room_beside = bool(self._free_slots) or len(self._kept) > 1
+        return source in self._kept and (found == source.length or not has_room_beside)
+
+    def _is_redundant(self, entry: _Entry) -> bool:
+        """Whether another sequence holds all of `entry`; drops kept ones that `entry` holds all of."""
+        if self._whole_only:
+            return False
+        for other in [*self._kept, *self._live.values()]:
+            if other.namespace != entry.namespace:
+                continue
+            common = _common_prefix(other.token_ids[: other.length], entry.token_ids[: entry.length])
+            if common == entry.length:
+                return True
+            if common == other.length and other in self._kept:
+                self._kept.remove(other)
+                self._drop(other)
+        return False
+
+    # --- cells and slots ----------------------------------------------------------------------------------------
+
+    @property
+    def _num_reusable(self) -> int:
+        return self._capacity - self._num_pinned - self._num_free
+
+    def _pin(self, cells: Ints) -> None:
+        self._num_pinned += int(np.count_nonzero(self._pins[cells] == 0))
+        self._pins[cells] += 1
+
+    def _unpin(self, cells: Ints) -> None:
+        self._pins[cells] -= 1
+        self._num_pinned -= int(np.count_nonzero(self._pins[cells] == 0))
+
+    def _release(self, cells: Ints) -> None:
+        """Give up one reference to each of the cells, which are all different."""
+        self._refs[cells] -= 1
+        freed = cells[self._refs[cells] == 0]
+        self._free[self._num_free : self._num_free + len(freed)] = freed
+        self._num_free += len(freed)
+
+    def _shorten(self, entry: _Entry, length: int, *, pinned: bool) -> bool:
+        """Keep the first `length` tokens; False if the model's state can't go back there, and then none are left."""
+        is_possible = self._can_go_back(entry, length) and self._store.remove_cells(entry.slot, length)
+        if not is_possible:
+            self._store.remove_cells(entry.slot, 0)
+            length = 0
+        dropped = entry.held(length)
+        if pinned:
+            self._unpin(dropped)
+        self._release(dropped)
+        entry.length = length
+        return is_possible
+
+    def _can_go_back(self, entry: _Entry, length: int) -> bool:
+        """Whether sliding layers still have all that a token at position `length` looks at."""
+        if not self._swa_window or length == 0:
+            return True
+        return self._store.first_position(entry.slot) <= max(0, length - self._swa_window)
+
+    def _drop(self, entry: _Entry) -> None:
+        self._release(entry.held())
+        self._store.remove_cells(entry.slot, 0)
+        self._free_slots.append(entry.slot)
+
+    def _evict(self, num_cells: int) -> None:
+        """Free `num_cells` cells of kept sequences, least recently used first and each from its end."""
+        goal = self._num_free + num_cells
+        while self._num_free < goal and self._kept:
+            entry = self._kept[0]
+            alone = np.flatnonzero(self._refs[entry.held()] == 1)  # places whose cell nobody else holds
+            missing = goal - self._num_free
+            if self._whole_only or len(alone) <= missing or alone[-missing] == 0:
+                self._drop(self._kept.pop(0))
+            else:
+                self._shorten(entry, int(alone[-missing]), pinned=False)
+
+    def _take_slot(self, spare: _Entry | None) -> int:
+        """A free slot, or that of the least recently used kept sequence other than `spare`."""
+        if not self._free_slots:
+            victim = next((entry for entry in self._kept if entry is not spare), None)
+            if victim is None:
+                raise BackendError("every sequence slot of the model is in use; close a sequence first")
+            self._kept.remove(victim)
+            self._drop(victim)
+        return self._free_slots.pop()
+
+
+def _common_prefix(a: Ints, b: Ints) -> int:
+    size = min(len(a), len(b))
+    differ = a[:size] != b[:size]
+    place = int(differ.argmax()) if size else 0
+    return place if size and differ[place] else size

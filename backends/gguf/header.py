@@ -1,0 +1,303 @@
+"""Reads the header of a GGUF file and trusts nothing in it.
+
+llama.cpp ends the whole process on some malformed files; this reader finds what is wrong first, in plain Python, and
+says it in one line. It also yields what planning needs: sizes, tensor types, the window the model was trained for.
+
+Layout (little endian): magic, version u32, tensor count u64, key count u64; keys, each a string, a type u32 and a
+value; tensor infos, each a name, dimension count u32, dimensions u64 (fastest first), type u32, offset u64; padding to
+the alignment; the tensors' bytes. Source: the GGUF specification, ggml/docs/gguf.md.
+"""
+
+import re
+import struct
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import BinaryIO
+
+from tightrope.backends.errors import BackendError
+
+MAGIC = b"GGUF"
+MAX_KEYS = 1 << 16
+MAX_TENSORS = 1 << 20
+MAX_STRING = 64 << 20  # bytes; the longest real ones are chat templates
+MAX_HEADER = 1 << 30  # bytes before the tensors; the largest vocabularies take about 30 MiB
+MAX_KEPT_ARRAY = 4096  # longer arrays (vocabularies) are checked and counted, not kept
+MAX_NAME = 64  # bytes of a tensor name with its end; llama.cpp's own limit
+MAX_DIMS = 4
+
+# type id -> (name, values a block, bytes a block)
+TENSOR_TYPES: dict[int, tuple[str, int, int]] = {
+    0: ("F32", 1, 4),
+    1: ("F16", 1, 2),
+    2: ("Q4_0", 32, 18),
+    3: ("Q4_1", 32, 20),
+    6: ("Q5_0", 32, 22),
+    7: ("Q5_1", 32, 24),
+    8: ("Q8_0", 32, 34),
+    9: ("Q8_1", 32, 36),
+    10: ("Q2_K", 256, 84),
+    11: ("Q3_K", 256, 110),
+    12: ("Q4_K", 256, 144),
+    13: ("Q5_K", 256, 176),
+    14: ("Q6_K", 256, 210),
+    15: ("Q8_K", 256, 292),
+    16: ("IQ2_XXS", 256, 66),
+    17: ("IQ2_XS", 256, 74),
+    18: ("IQ3_XXS", 256, 98),
+    19: ("IQ1_S", 256, 50),
+    20: ("IQ4_NL", 32, 18),
+    21: ("IQ3_S", 256, 110),
+    22: ("IQ2_S", 256, 82),
+    23: ("IQ4_XS", 256, 136),
+    24: ("I8", 1, 1),
+    25: ("I16", 1, 2),
+    26: ("I32", 1, 4),
+    27: ("I64", 1, 8),
+    28: ("F64", 1, 8),
+    29: ("IQ1_M", 256, 56),
+    30: ("BF16", 1, 2),
+    34: ("TQ1_0", 256, 54),
+    35: ("TQ2_0", 256, 66),
+    39: ("MXFP4", 32, 17),
+    40: ("NVFP4", 64, 36),
+    41: ("Q1_0", 128, 18),
+    42: ("Q2_0", 64, 18),
+}
+
+# value type id -> struct format; 8 is a string, 9 an array
+_SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
+_STRING, _ARRAY, _UINT32 = 8, 9, 4
+
+
+@dataclass(frozen=True, slots=True)
+class LongArray:
+    """An array that was checked and counted but not kept."""
+
+    count: int
+
+
+Scalar = int | float | bool | str
+Value = Scalar | tuple[Scalar, ...] | LongArray
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One tensor: dimensions fastest first, `offset` from the start of the tensor data, `num_bytes` without padding."""
+
+    name: str
+    dims: tuple[int, ...]
+    type_name: str
+    offset: int
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What a GGUF file (all its parts, when split) says before its tensors' bytes."""
+
+    path: Path
+    metadata: dict[str, Value]
+    tensors: tuple[TensorInfo, ...]
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(t.num_bytes for t in self.tensors)
+
+    @property
+    def num_params(self) -> int:
+        return sum(prod(t.dims) for t in self.tensors)
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.weight_bytes / max(1, self.num_params)
+
+
+def read_header(path: Path) -> Header:
+    """Read and check a GGUF file and, when it is the first of several parts, the other parts too.
+
+    Raises BackendError with one line that names the file and the reason.
+    """
+    header = _read_one(path)
+    count = header.metadata.get("split.count", 1)
+    if not isinstance(count, int) or count <= 1:
+        return header
+    parts = _parts(path, count)
+    if header.metadata.get("split.no", 0) != 0:
+        raise BackendError(f"{path}: this is a later part of a split model; name its first part, {parts[0].name}")
+    tensors = header.tensors + tuple(t for part in parts[1:] for t in _read_one(part).tensors)
+    return Header(path, header.metadata, tensors)
+
+
+def _parts(path: Path, count: int) -> list[Path]:
+    match = re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})\.gguf", path.name)
+    if match is None or int(match[3]) != count:
+        raise BackendError(
+            f"{path}: split into {count} parts, but not named like model-00001-of-{count:05d}.gguf; restore its name"
+        )
+    parts = [path.with_name(f"{match[1]}-{i:05d}-of-{count:05d}.gguf") for i in range(1, count + 1)]
+    for part in parts:
+        if not part.is_file():
+            raise BackendError(f"{path}: split into {count} parts, and {part.name} is missing beside it")
+    return parts
+
+
+def _read_one(path: Path) -> Header:
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            return _Parser(path, file, size).header()
+    except OSError as error:
+        raise BackendError(f"{path}: can't be read: {error.strerror or error}") from None
+
+
+class _Parser:
+    """Walks one file from its start; every length is checked against what is left of the file before it is used."""
+
+    def __init__(self, path: Path, file: BinaryIO, size: int) -> None:
+        self._path = path
+        self._file = file
+        self._size = size
+        self._pos = 0
+        self._what = "the header"
+
+    def header(self) -> Header:
+        if self._size < 4 or (magic := self._take(4)) != MAGIC:
+            start = self._path.open("rb").read(4) if self._size < 4 else magic
+            raise self._error(f"not a GGUF file: it starts with {start!r} instead of {MAGIC!r}")
+        self._version()
+        num_tensors = self._count("<Q", MAX_TENSORS, "tensors")
+        num_keys = self._count("<Q", MAX_KEYS, "metadata keys")
+        metadata: dict[str, Value] = {}
+        for i in range(num_keys):
+            self._what = f"metadata key {i + 1} of {num_keys}"
+            key = self._string()
+            if not key or key in metadata:
+                raise self._error(f"{self._what} is {'empty' if not key else f'a second {key!r}'}")
+            self._what = f"the value of {key!r}"
+            metadata[key] = self._value()
+            if key == "general.alignment":
+                self._check_alignment(metadata[key])
+        alignment = metadata.get("general.alignment", 32)
+        assert isinstance(alignment, int)
+        return Header(self._path, metadata, self._tensors(num_tensors, alignment))
+
+    def _version(self) -> None:
+        version = self._number("<I")
+        if version in (2, 3):
+            return
+        if version & 0xFFFF == 0:
+            raise self._error(f"GGUF version {version:#x}: a big-endian file; convert it for little-endian machines")
+        raise self._error(f"GGUF version {version} is not known; versions 2 and 3 are")
+
+    def _check_alignment(self, value: Value) -> None:
+        is_power = isinstance(value, int) and value >= 8 and value & (value - 1) == 0
+        if self._last_type != _UINT32 or not is_power or value > 1 << 20:  # type: ignore[operator]
+            raise self._error(f"general.alignment is {value!r}; it must be a power of two of at least 8, as uint32")
+
+    def _value(self) -> Value:
+        self._last_type = kind = self._number("<I")
+        if kind == _STRING:
+            return self._string()
+        if kind != _ARRAY:
+            return self._number(self._format(kind))
+        kind = self._number("<I")
+        count = self._number("<Q")
+        if kind == _STRING:
+            return self._string_array(count)
+        if kind == _ARRAY:
+            raise self._error(f"{self._what} is an array of arrays, which GGUF readers don't accept")
+        form = self._format(kind)
+        raw = self._take(count * struct.calcsize(form))
+        return LongArray(count) if count > MAX_KEPT_ARRAY else tuple(v for (v,) in struct.iter_unpack(form, raw))
+
+    def _format(self, kind: int) -> str:
+        if kind not in _SCALARS:
+            raise self._error(f"{self._what} has type id {kind}; ids go from 0 to 12")
+        return _SCALARS[kind]
+
+    def _string_array(self, count: int) -> Value:
+        if count * 8 > self._size - self._pos:
+            raise self._error(f"{self._what} claims {count} strings, more than the rest of the file can hold")
+        if count <= MAX_KEPT_ARRAY:
+            return tuple(self._string() for _ in range(count))
+        for _ in range(count):
+            self._take(self._length())
+        return LongArray(count)
+
+    def _tensors(self, count: int, alignment: int) -> tuple[TensorInfo, ...]:
+        tensors: list[TensorInfo] = []
+        names: set[str] = set()
+        end = 0  # where the next tensor has to start
+        for i in range(count):
+            self._what = f"tensor {i + 1} of {count}"
+            tensor = self._tensor()
+            if tensor.name in names:
+                raise self._error(f"{self._what} is a second {tensor.name!r}")
+            if tensor.offset != end:
+                raise self._error(f"tensor {tensor.name!r} starts at offset {tensor.offset}; {end} is where it belongs")
+            names.add(tensor.name)
+            tensors.append(tensor)
+            end += -(-tensor.num_bytes // alignment) * alignment
+        start = -(-self._pos // alignment) * alignment
+        if tensors and (need := start + tensors[-1].offset + tensors[-1].num_bytes) > self._size:
+            raise self._error(f"truncated: its tensors need {need} bytes, the file has {self._size}; copy it again")
+        return tuple(tensors)
+
+    def _tensor(self) -> TensorInfo:
+        length = self._number("<Q")
+        if length >= MAX_NAME:
+            raise self._error(f"{self._what} has a name of {length} bytes; {MAX_NAME - 1} is the most")
+        name = self._decode(self._take(length))
+        num_dims = self._number("<I")
+        if num_dims > MAX_DIMS:
+            raise self._error(f"tensor {name!r} has {num_dims} dimensions; {MAX_DIMS} is the most")
+        dims = tuple(self._number("<Q") for _ in range(num_dims))
+        kind = self._number("<I")
+        offset = self._number("<Q")
+        if kind not in TENSOR_TYPES:
+            raise self._error(f"tensor {name!r} has type id {kind}, which is not known")
+        type_name, block, block_bytes = TENSOR_TYPES[kind]
+        if any(dim == 0 or dim >= 1 << 40 for dim in dims) or (dims and dims[0] % block):
+            raise self._error(f"tensor {name!r} has dimensions {dims}; {type_name} needs rows of a multiple of {block}")
+        num_bytes = prod(dims) // block * block_bytes
+        if num_bytes > self._size:
+            raise self._error(f"truncated: tensor {name!r} needs {num_bytes} bytes, the file has {self._size}")
+        return TensorInfo(name, dims, type_name, offset, num_bytes)
+
+    def _count(self, form: str, most: int, what: str) -> int:
+        count = self._number(form)
+        if count > most:
+            raise self._error(f"claims {count} {what}; {most} is the most")
+        return count
+
+    def _length(self) -> int:
+        (length,) = struct.unpack("<Q", self._take(8))
+        if length > MAX_STRING:
+            raise self._error(f"{self._what} holds a string of {length} bytes; {MAX_STRING} is the most")
+        return int(length)
+
+    def _string(self) -> str:
+        return self._decode(self._take(self._length()))
+
+    def _decode(self, raw: bytes) -> str:
+        return raw.decode("utf-8", errors="replace")
+
+    def _number(self, form: str) -> int:
+        """One number of struct format `form`; floats and booleans come out as such, whatever the annotation says."""
+        (value,) = struct.unpack(form, self._take(struct.calcsize(form)))
+        return value  # type: ignore[no-any-return]
+
+    def _take(self, num_bytes: int) -> bytes:
+        if num_bytes > self._size - self._pos:
+            raise self._error(f"truncated in {self._what}: {self._size} bytes are not the whole file; copy it again")
+        if self._pos + num_bytes > MAX_HEADER:
+            raise self._error(f"its header is larger than {MAX_HEADER} bytes, in {self._what}")
+        raw = self._file.read(num_bytes)
+        if len(raw) != num_bytes:
+            raise self._error(f"became shorter while it was read, in {self._what}")
+        self._pos += num_bytes
+        return raw
+
+    def _error(self, reason: str) -> BackendError:
+        return BackendError(f"{self._path}: {reason}")

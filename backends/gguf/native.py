@@ -1,0 +1,225 @@
+"""A thin, typed layer over llama.cpp's own functions: one model, one context, many sequences.
+
+Everything here is about pointers, callbacks and return codes; what to do with them is decided elsewhere. Every native
+callback lives as long as the module or the object that owns it: llama.cpp keeps the pointer, and calling a collected
+callback ends the process.
+"""
+
+import ctypes
+import logging
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from llama_cpp import llama_cpp as ll
+
+from tightrope.backends.errors import BackendError
+
+log = logging.getLogger("tightrope.gguf")
+
+MAX_SEQS = 256  # llama.cpp's LLAMA_MAX_SEQ
+_CONTINUED = 5  # log level of a line's later pieces
+_LOG_LEVELS = {1: logging.DEBUG, 2: logging.INFO, 3: logging.WARNING, 4: logging.DEBUG}
+
+_recent_errors: deque[str] = deque(maxlen=4)  # what llama.cpp complained about last, for error messages
+_last_level = logging.DEBUG
+
+
+@ll.llama_log_callback  # type: ignore[untyped-decorator]
+def _on_log(level: int, text: bytes, _: ctypes.c_void_p) -> None:
+    """llama.cpp's chatter goes to DEBUG (hundreds of lines a start), its warnings to INFO, its errors to WARNING."""
+    global _last_level
+    _last_level = _LOG_LEVELS.get(level, _last_level) if level != _CONTINUED else _last_level
+    line = text.decode("utf-8", errors="replace").strip()
+    if not line.strip("."):
+        return
+    if _last_level == logging.WARNING:
+        _recent_errors.append(line)
+    log.log(_last_level, "%s", line)
+
+
+@dataclass(frozen=True, slots=True)
+class ContextOptions:
+    """What a context is made with; zero and None leave a rope value as the file has it."""
+
+    num_cells: int
+    max_seqs: int
+    batch_tokens: int
+    ubatch_tokens: int
+    max_outputs: int
+    threads: int
+    type_k: int
+    type_v: int
+    flash_attention: bool
+    offload_cache: bool = False
+    rope_scaling_type: int | None = None
+    rope_freq_base: float = 0.0
+    rope_freq_scale: float = 0.0
+    yarn_orig_ctx: int = 0
+    yarn_ext_factor: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelOptions:
+    """How weights are loaded."""
+
+    gpu_layers: int = 0  # -1 is all
+    use_mmap: bool = False
+    progress: Callable[[float], None] = field(default=lambda _: None)
+
+
+def supports_gpu() -> bool:
+    """Whether this build of llama.cpp can put layers on a GPU."""
+    return bool(ll.llama_supports_gpu_offload())
+
+
+def _complaints() -> str:
+    text = "; ".join(dict.fromkeys(_recent_errors))
+    _recent_errors.clear()
+    return text or "it gave no reason"
+
+
+class NativeModel:
+    """Weights and vocabulary."""
+
+    def __init__(self, path: Path, options: ModelOptions) -> None:
+        """Raises BackendError when llama.cpp refuses the file."""
+        ll.llama_backend_init()
+        ll.llama_log_set(_on_log, ctypes.c_void_p(0))  # llama_cpp set its own when it was imported
+        _recent_errors.clear()
+        self._on_progress = ll.llama_progress_callback(_progress_callback(options.progress))
+        params = ll.llama_model_default_params()
+        params.n_gpu_layers = options.gpu_layers
+        params.load_mode = ll.LLAMA_LOAD_MODE_MMAP if options.use_mmap else ll.LLAMA_LOAD_MODE_NONE
+        params.progress_callback = self._on_progress
+        self.pointer = ll.llama_model_load_from_file(str(path).encode(), params)
+        if not self.pointer:
+            raise BackendError(f"{path}: llama.cpp can't load it: {_complaints()}")
+        self.vocab = ll.llama_model_get_vocab(self.pointer)
+        self.vocab_size: int = ll.llama_vocab_n_tokens(self.vocab)
+        self.swa_window: int = ll.llama_model_n_swa(self.pointer)  # 0: every layer sees everything
+        self.has_state = bool(ll.llama_model_is_recurrent(self.pointer) or ll.llama_model_is_hybrid(self.pointer))
+        self.writes_text = bool(ll.llama_model_has_decoder(self.pointer)) and not (
+            ll.llama_model_has_encoder(self.pointer) or ll.llama_model_is_diffusion(self.pointer)
+        )
+        self.type_name = (ll.llama_ftype_name(ll.llama_model_ftype(self.pointer)) or b"mixed").decode()
+
+    def chat_template(self) -> str | None:
+        """The file's default chat template, Jinja source."""
+        template = ll.llama_model_chat_template(self.pointer, None)
+        return template.decode("utf-8", errors="replace") if template else None
+
+    def close(self) -> None:
+        if self.pointer:
+            ll.llama_model_free(self.pointer)
+            self.pointer = None
+
+
+def _progress_callback(progress: Callable[[float], None]) -> Callable[[float, Any], bool]:
+    def on_progress(share: float, _: Any) -> bool:  # noqa: ANN401 - a native pointer that nobody looks at
+        progress(min(1.0, max(0.0, share)))
+        return True
+
+    return on_progress
+
+
+class NativeContext:
+    """Cache, compute buffers and one reusable batch of up to `batch_tokens` tokens."""
+
+    def __init__(self, model: NativeModel, options: ContextOptions) -> None:
+        """Raises BackendError when llama.cpp can't make it, mostly for want of memory."""
+        _recent_errors.clear()
+        self.pointer = ll.llama_init_from_model(model.pointer, _context_params(options))
+        if not self.pointer:
+            raise BackendError(f"llama.cpp can't set up a cache of {options.num_cells} tokens: {_complaints()}")
+        self._memory = ll.llama_get_memory(self.pointer)
+        self._vocab_size = model.vocab_size
+        self.num_cells: int = ll.llama_n_ctx(self.pointer)
+        self.max_seqs: int = ll.llama_n_seq_max(self.pointer)
+        self.batch_tokens: int = ll.llama_n_batch(self.pointer)
+        self.max_outputs = options.max_outputs
+        self._make_batch(self.batch_tokens)
+
+    def _make_batch(self, size: int) -> None:
+        """Arrays that numpy writes and llama.cpp reads; each token belongs to exactly one sequence."""
+        self.token_ids = np.zeros(size, np.int32)
+        self.positions = np.zeros(size, np.int32)
+        self.slots = np.zeros(size, np.int32)
+        self.outputs = np.zeros(size, np.int8)
+        self._slot_counts = np.ones(size, np.int32)
+        self._slot_pointers = self.slots.ctypes.data + 4 * np.arange(size, dtype=np.uint64)
+
+    def decode(self, begin: int, end: int) -> None:
+        """Run tokens begin .. end of the batch arrays. Releases the GIL. Raises BackendError, naming the reason."""
+        batch = ll.llama_batch(
+            n_tokens=end - begin,
+            token=_at(self.token_ids, begin, ctypes.c_int32),
+            embd=None,
+            pos=_at(self.positions, begin, ctypes.c_int32),
+            n_seq_id=_at(self._slot_counts, begin, ctypes.c_int32),
+            seq_id=_at(self._slot_pointers, begin, ctypes.POINTER(ctypes.c_int32)),
+            logits=_at(self.outputs, begin, ctypes.c_int8),
+        )
+        _recent_errors.clear()
+        status = ll.llama_decode(self.pointer, batch)
+        if status == 1:
+            raise BackendError(f"the cache has no room for {end - begin} more tokens")
+        if status != 0:
+            raise BackendError(f"llama.cpp failed to run {end - begin} tokens (status {status}): {_complaints()}")
+
+    def logits(self, num_rows: int) -> np.ndarray[Any, np.dtype[np.float32]]:
+        """[num_rows, V] float32 of the last `decode`, in batch order; a view that the next one overwrites."""
+        return np.ctypeslib.as_array(ll.llama_get_logits(self.pointer), shape=(num_rows, self._vocab_size))
+
+    def copy_cells(self, source: int, target: int, num_tokens: int) -> None:
+        """Let sequence slot `target` share the first `num_tokens` tokens of slot `source`; moves no data."""
+        ll.llama_memory_seq_cp(self._memory, source, target, 0, num_tokens)
+
+    def remove_cells(self, slot: int, start: int) -> bool:
+        """Forget the tokens of a slot from position `start` on; False if the model's state can't be rolled back."""
+        return bool(ll.llama_memory_seq_rm(self._memory, slot, start, -1))
+
+    def first_position(self, slot: int) -> int:
+        """The first position that is still stored for a slot; -1 when it is empty."""
+        return int(ll.llama_memory_seq_pos_min(self._memory, slot))
+
+    def set_threads(self, threads: int) -> None:
+        ll.llama_set_n_threads(self.pointer, threads, threads)
+
+    def close(self) -> None:
+        if self.pointer:
+            ll.llama_free(self.pointer)
+            self.pointer = None
+
+
+def _at(array: np.ndarray[Any, Any], index: int, kind: type[Any]) -> Any:  # noqa: ANN401 - ctypes has no name for it
+    return ctypes.cast(array.ctypes.data + index * array.itemsize, ctypes.POINTER(kind))
+
+
+def _context_params(options: ContextOptions) -> Any:  # noqa: ANN401 - a structure of an untyped package
+    params = ll.llama_context_default_params()
+    params.n_ctx = options.num_cells
+    params.n_batch = options.batch_tokens
+    params.n_ubatch = options.ubatch_tokens
+    params.n_seq_max = options.max_seqs
+    params.n_outputs_max = options.max_outputs
+    params.n_threads = params.n_threads_batch = options.threads
+    params.type_k, params.type_v = options.type_k, options.type_v
+    params.flash_attn_type = (
+        ll.LLAMA_FLASH_ATTN_TYPE_ENABLED if options.flash_attention else ll.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    )
+    params.offload_kqv = options.offload_cache
+    params.kv_unified = True
+    params.swa_full = True  # a sliding-window model keeps all tokens, so that any prefix can be reused
+    params.no_perf = True
+    params.rope_freq_base = options.rope_freq_base
+    params.rope_freq_scale = options.rope_freq_scale
+    params.yarn_orig_ctx = options.yarn_orig_ctx
+    if options.rope_scaling_type is not None:
+        params.rope_scaling_type = options.rope_scaling_type
+    if options.yarn_ext_factor is not None:
+        params.yarn_ext_factor = options.yarn_ext_factor
+    return params

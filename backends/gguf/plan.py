@@ -1,0 +1,124 @@
+"""What is decided before loading: window, cache type and capacity, and whether it all fits in memory."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from llama_cpp import llama_cpp as ll
+
+from tightrope.backends.errors import BackendError
+from tightrope.backends.gguf.header import Header
+from tightrope.backends.gguf.rope import RopePlan, plan_rope
+from tightrope.backends.gguf.shape import ModelShape
+from tightrope.backends.settings import ModelSettings
+
+GIB = 1 << 30
+CELL_GRAIN = 256  # llama.cpp rounds the number of cells up to this
+MIN_DEFAULT_CELLS = 32768  # several shorter chats side by side with a window's worth of one
+MAX_OUTPUTS = 128  # rows of logits from one native call; a buffer of this many times the vocabulary is allocated
+MEMORY_SHARE = 0.9  # of the free memory; the rest is left to everyone else
+
+
+@dataclass(frozen=True, slots=True)
+class CacheType:
+    """How keys and values are stored, as GGUF type ids, and whether flash attention reads them."""
+
+    name: str
+    key_type: int
+    value_type: int
+    flash_attention: bool
+
+
+CACHE_TYPES = {
+    "f16": CacheType("f16", ll.GGML_TYPE_F16, ll.GGML_TYPE_F16, True),
+    "q8": CacheType("q8", ll.GGML_TYPE_Q8_0, ll.GGML_TYPE_Q8_0, True),
+    "q4": CacheType("q4", ll.GGML_TYPE_Q4_0, ll.GGML_TYPE_Q4_0, True),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Everything a load needs; sizes in tokens."""
+
+    window: int
+    num_cells: int
+    cache_type: CacheType
+    step_tokens: int
+    max_outputs: int
+    rope: RopePlan
+    notes: tuple[str, ...]
+
+
+def make_plan(settings: ModelSettings, header: Header, free_bytes: int) -> Plan:
+    """Decide what to allocate, given `free_bytes` of memory for weights, cache and workspace.
+
+    Raises BackendError, with the largest window that fits, when the wish doesn't.
+    """
+    shape = ModelShape.of(header)
+    rope = plan_rope(settings.rope, shape)
+    window = settings.max_model_len or rope.window
+    notes = [rope.note] if rope.note else []
+    if window > rope.window:
+        notes.append(f"window: {window} tokens, more than the {rope.window} that the model is made for without scaling")
+    max_outputs = max(settings.max_num_seqs, min(MAX_OUTPUTS, settings.step_tokens))
+    spare = int(free_bytes * MEMORY_SHARE) - header.weight_bytes - _workspace_bytes(settings, shape, max_outputs)
+    cache_type, reason = _choose_type(settings, shape, window, spare)
+    num_cells = _choose_cells(settings, shape, window, cache_type, spare)
+    size = num_cells * shape.cache_bytes(cache_type.key_type, cache_type.value_type) / GIB
+    notes.append(f"cache: {num_cells} tokens as {cache_type.name}, {size:.2f} GiB; {reason}")
+    step_tokens = min(settings.step_tokens, num_cells)
+    return Plan(window, num_cells, cache_type, step_tokens, max_outputs, rope, tuple(notes))
+
+
+def _choose_type(settings: ModelSettings, shape: ModelShape, window: int, spare: int) -> tuple[CacheType, str]:
+    wish = settings.cache.dtype
+    if wish != "auto":
+        return CACHE_TYPES[wish], "as asked"
+    need = settings.cache.tokens or window
+    fast = CACHE_TYPES["f16"]
+    if need * shape.cache_bytes(fast.key_type, fast.value_type) <= spare:
+        return fast, "the fastest to read on a CPU, and it fits"
+    return CACHE_TYPES["q8"], "half the size of f16, which does not fit"
+
+
+def _choose_cells(settings: ModelSettings, shape: ModelShape, window: int, kind: CacheType, spare: int) -> int:
+    per_token = shape.cache_bytes(kind.key_type, kind.value_type)
+    fitting = int(spare / per_token) if per_token else MIN_DEFAULT_CELLS
+    fitting = max(0, fitting) // CELL_GRAIN * CELL_GRAIN
+    wanted = settings.cache.tokens or min(window * settings.max_num_seqs, max(window, MIN_DEFAULT_CELLS))
+    least = settings.cache.tokens or window
+    if least > fitting:
+        raise BackendError(
+            f"a cache of {least} tokens as {kind.name} needs {least * per_token / GIB:.2f} GiB beside the weights, and "
+            f"{max(0, spare) / GIB:.2f} GiB is free: ask for at most {fitting} tokens"
+        )
+    return -(-min(wanted, fitting) // CELL_GRAIN) * CELL_GRAIN
+
+
+def _workspace_bytes(settings: ModelSettings, shape: ModelShape, max_outputs: int) -> int:
+    """A generous guess at llama.cpp's compute and output buffers."""
+    logits = 2 * 4 * max_outputs * shape.vocab_size
+    activations = 4 * settings.step_tokens * shape.embedding * 32
+    return logits + activations + (64 << 20)
+
+
+def free_memory() -> int:
+    """Bytes that this process may still take: what the machine has free, or its control group grants, if less."""
+    free = _meminfo_available()
+    group = Path("/sys/fs/cgroup")
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        try:
+            free = min(free, int((group / limit).read_text()) - int((group / used).read_text()))
+        except (OSError, ValueError):
+            continue  # no such control group, or no limit in it ("max")
+    return max(0, free)
+
+
+def _meminfo_available() -> int:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return 1 << 62  # not Linux: nothing is known, so nothing is refused

@@ -1,0 +1,101 @@
+"""The sizes of a model, from its GGUF header alone."""
+
+from dataclasses import dataclass
+
+from tightrope.backends.errors import BackendError
+from tightrope.backends.gguf.header import TENSOR_TYPES, Header, LongArray, Value
+
+MAX_LAYERS = 1 << 12
+MAX_WINDOW = 1 << 28
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """What planning needs to know. `key_width` and `value_width` are values a token over all layers' cache."""
+
+    architecture: str
+    trained_len: int  # tokens, with the file's own RoPE scaling
+    unscaled_len: int  # tokens before any RoPE scaling
+    vocab_size: int
+    embedding: int
+    key_width: int
+    value_width: int
+    rope_base: float
+    rope_dims: int
+
+    @classmethod
+    def of(cls, header: Header) -> "ModelShape":
+        """Raises BackendError when a size is missing or can't be."""
+        return _Reader(header).shape()
+
+    def cache_bytes(self, key_type: int, value_type: int) -> float:
+        """Bytes of cache a token takes, given GGUF type ids for keys and values."""
+        return self.key_width * _bytes_per_value(key_type) + self.value_width * _bytes_per_value(value_type)
+
+
+def _bytes_per_value(type_id: int) -> float:
+    _, block, block_bytes = TENSOR_TYPES[type_id]
+    return block_bytes / block
+
+
+class _Reader:
+    """Metadata by its short key, checked."""
+
+    def __init__(self, header: Header) -> None:
+        self._header = header
+        architecture = header.metadata.get("general.architecture")
+        if not isinstance(architecture, str) or not architecture:
+            raise BackendError(f"{header.path}: it names no general.architecture, so it holds no model")
+        self._architecture = architecture
+
+    def shape(self) -> ModelShape:
+        layers = self._int("block_count", most=MAX_LAYERS)
+        embedding = self._int("embedding_length")
+        heads = self._per_layer("attention.head_count", layers, default=1)
+        kv_heads = self._per_layer("attention.head_count_kv", layers, default=heads)
+        head_dim = embedding // max(1, max(heads))
+        key_dim = self._int("attention.key_length", default=head_dim)
+        value_dim = self._int("attention.value_length", default=head_dim)
+        trained = self._int("context_length", most=MAX_WINDOW)
+        return ModelShape(
+            architecture=self._architecture,
+            trained_len=trained,
+            unscaled_len=self._int("rope.scaling.original_context_length", default=trained, most=MAX_WINDOW),
+            vocab_size=self._vocab_size(),
+            embedding=embedding,
+            key_width=sum(kv_heads) * key_dim,
+            value_width=sum(kv_heads) * value_dim,
+            rope_base=self._float("rope.freq_base", default=10000.0),
+            rope_dims=self._int("rope.dimension_count", default=key_dim),
+        )
+
+    def _get(self, key: str) -> Value | None:
+        return self._header.metadata.get(f"{self._architecture}.{key}")
+
+    def _int(self, key: str, default: int | None = None, most: int = 1 << 24) -> int:
+        value = self._get(key)
+        if value is None and default is not None:
+            return default
+        if not isinstance(value, int) or not 1 <= value <= most:
+            name = f"{self._architecture}.{key}"
+            raise BackendError(f"{self._header.path}: {name} is {value!r}; it must be a number from 1 to {most}")
+        return value
+
+    def _float(self, key: str, default: float) -> float:
+        value = self._get(key)
+        return float(value) if isinstance(value, int | float) and value > 0 else default
+
+    def _per_layer(self, key: str, layers: int, default: int | list[int]) -> list[int]:
+        """One number a layer; a layer without attention has 0."""
+        value = self._get(key)
+        if isinstance(value, tuple) and len(value) >= layers:
+            return [int(v) for v in value[:layers]]
+        if value is None:
+            return default if isinstance(default, list) else [default] * layers
+        return [self._int(key)] * layers
+
+    def _vocab_size(self) -> int:
+        tokens = self._header.metadata.get("tokenizer.ggml.tokens")
+        if isinstance(tokens, LongArray):
+            return tokens.count
+        return len(tokens) if isinstance(tokens, tuple) else self._int("vocab_size", default=1)

