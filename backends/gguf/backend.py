@@ -21,7 +21,7 @@ from tightrope.backends.gguf.native import (
 from tightrope.backends.gguf.plan import Plan, free_memory, make_plan
 from tightrope.backends.gguf.shape import ModelShape
 from tightrope.backends.gguf.tokenizer import GGUFTokenizer
-from tightrope.backends.protocol import Capabilities, Chunk, ModelCard
+from tightrope.backends.protocol import Capabilities, Chunk, KVCache, ModelCard, Tokenizer
 from tightrope.backends.settings import ModelSettings
 from tightrope.backends.threads import compute_threads
 
@@ -50,8 +50,9 @@ class GGUFBackend:
         except BackendError:
             self._model.close()
             raise
-        self.tokenizer = GGUFTokenizer(self._model)
-        self.kv = SharedKVCache(
+        self.tokenizer: Tokenizer = GGUFTokenizer(self._model)
+        self.kv: KVCache
+        self.kv = self._cache = SharedKVCache(
             self._context,
             plan.num_cells,
             self._context.max_seqs,
@@ -67,7 +68,7 @@ class GGUFBackend:
         try:
             return self._run(ends[-1] if ends else 0)
         except BackendError:
-            self.kv.forget_uncommitted(chunk.seq_id for chunk in chunks)
+            self._cache.forget_uncommitted(chunk.seq_id for chunk in chunks)
             raise
 
     def close(self) -> None:
@@ -84,7 +85,7 @@ class GGUFBackend:
             assert end <= native.batch_tokens, f"a step of more than {native.batch_tokens} tokens"
             native.token_ids[begin:end] = chunk.token_ids
             native.positions[begin:end] = np.arange(chunk.start, chunk.start + end - begin, dtype=np.int32)
-            native.slots[begin:end] = self.kv.slot(chunk.seq_id)
+            native.slots[begin:end] = self._cache.slot(chunk.seq_id)
             native.outputs[begin:end] = chunk.want_logits == "all"
             if chunk.want_logits == "last":
                 native.outputs[end - 1] = 1

@@ -105,12 +105,11 @@ def free_memory() -> int:
     """Bytes that this process may still take: what the machine has free, or its control group grants, if less."""
     free = _meminfo_available()
     group = Path("/sys/fs/cgroup")
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
+    for limit, used in (("max", "current"), ("limit_in_bytes", "usage_in_bytes")):  # version 2, version 1
+        folder = group if limit == "max" else group / "memory"
         try:
-            free = min(free, int((group / limit).read_text()) - int((group / used).read_text()))
+            granted = int((folder / f"memory.{limit}").read_text())
+            free = min(free, granted - int((folder / f"memory.{used}").read_text()))
         except (OSError, ValueError):
             continue  # no such control group, or no limit in it ("max")
     return max(0, free)
