@@ -43,3 +43,45 @@ def paired_ratios(samples: Iterable[Sample], scenario: str, metric: str, ours: s
         if sample.scenario == scenario and metric in sample.metrics:
             by_round[sample.round][sample.server] = sample.metrics[metric]
     return [found[ours] / found[theirs] for _, found in sorted(by_round.items()) if ours in found and theirs in found]
+
+
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """What a metric must reach: its ratio to that of the server `over`, or its own value where `over` is None."""
+
+    name: str
+    scenario: str
+    metric: str
+    least: float
+    over: str | None = None
+
+
+BARS = (
+    Bar("single stream, decode speed", "1 stream", "decode_tokens_per_s", 0.95, "llama.cpp server"),
+    Bar("8 streams, total tokens/s", "8 streams", "tokens_per_s", 1.0, "llama.cpp server"),
+    Bar("second turn of a long chat, times sooner", "growing chat", "speedup", 10.0),
+)
+
+
+def judge(samples: Sequence[Sample], bars: Iterable[Bar], ours: str = "tightrope") -> list[dict[str, object]]:
+    """For each bar that was measured: its value (the median), the range over the rounds, and whether it is met."""
+    verdicts: list[dict[str, object]] = []
+    for bar in bars:
+        if bar.over is not None:
+            values = paired_ratios(samples, bar.scenario, bar.metric, ours, bar.over)
+        else:
+            values = [s.metrics[bar.metric] for s in samples if s.scenario == bar.scenario and s.server == ours]
+        if values:
+            found = spread(values)
+            verdicts.append(
+                {
+                    "name": bar.name,
+                    "over": bar.over,
+                    "bar": bar.least,
+                    "value": found["median"],
+                    "min": found["min"],
+                    "max": found["max"],
+                    "met": found["median"] >= bar.least,
+                }
+            )
+    return verdicts

