@@ -18,7 +18,7 @@ import psutil
 from bench.meter import process_tree
 from bench.workloads import Target
 
-_ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 _GGML_TYPES = {"f16": "1", "q8": "8"}
 
 
@@ -97,7 +97,7 @@ def running(peer: Peer, setup: Setup, timeout_s: float = 120.0) -> Iterator[Targ
     port = free_port()
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(
-            [sys.executable, *peer.arguments(setup, port)], cwd=_ROOT, stdout=log, stderr=subprocess.STDOUT
+            [sys.executable, *peer.arguments(setup, port)], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT
         )
         try:
             base_url = f"http://127.0.0.1:{port}"

@@ -78,7 +78,8 @@ class Answer:
     @property
     def tpot_s(self) -> float:
         """Time per output token after the first."""
-        return (self.arrivals_s[-1] - self.arrivals_s[0]) / (self.num_tokens - 1)
+        elapsed_s = max(self.arrivals_s[-1] - self.arrivals_s[0], 1e-9)  # it may all come at once
+        return elapsed_s / max(1, self.num_tokens - 1)
 
     def largest_gap_s(self, after_s: float) -> float:
         """The longest wait between two pieces of text, of the waits that ended after the time `after_s`."""
