@@ -16,6 +16,7 @@ from matplotlib.patches import Patch
 from bench.load import Summary
 
 _COLOURS = {"tightrope": "#c8442d", "llama.cpp server": "#33475b", "llama-cpp-python server": "#a9b4bf"}
+_GREY = "#5b6670"
 _STYLE: dict[Any, Any] = {  # Any: matplotlib types its keys as a list of literals
     "font.family": "DejaVu Sans",
     "font.size": 9,
@@ -84,7 +85,7 @@ def draw(summary: Summary, verdicts: Sequence[dict[str, object]], caption: str, 
     with plt.rc_context(_STYLE):
         figure, axes = plt.subplots(rows, columns, figsize=(6.2 * columns, 3.5 * rows + 1.3), squeeze=False)
         for axis, panel in zip(axes.flat, panels, strict=False):
-            _draw_panel(axis, panel, summary, servers)
+            _draw_panel(axis, panel, summary)
         for axis in axes.flat[len(panels) :]:
             axis.set_axis_off()
         figure.legend(
@@ -97,7 +98,7 @@ def draw(summary: Summary, verdicts: Sequence[dict[str, object]], caption: str, 
             handlelength=1,
             handleheight=1,
         )
-        figure.text(0.04, 0.012, _footer(verdicts, caption), fontsize=8, color="#5b6670", linespacing=1.5)
+        figure.text(0.04, 0.012, _footer(verdicts, caption), fontsize=8, color=_GREY, linespacing=1.5)
         figure.tight_layout(rect=(0.02, 0.03 + 0.02 * (len(verdicts) + 1), 0.99, 0.95), h_pad=2.5, w_pad=3)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=150, facecolor="white")
@@ -105,32 +106,47 @@ def draw(summary: Summary, verdicts: Sequence[dict[str, object]], caption: str, 
     return path
 
 
-def _draw_panel(axis: Axes, panel: Panel, summary: Summary, servers: Sequence[str]) -> None:
+def _draw_panel(axis: Axes, panel: Panel, summary: Summary) -> None:
+    measured = [group for group in panel.groups if group[1] in summary]
+    servers = [name for name in _COLOURS if any(name in summary[scenario] for _, scenario, _ in measured)]
     width = 0.8 / max(1, len(servers))
-    if panel.is_log:
-        axis.set_yscale("log")
-    for group, (_, scenario, metric) in enumerate(panel.groups):
+    for group, (_, scenario, metric) in enumerate(measured):
         for place, server in enumerate(servers):
-            spread = summary.get(scenario, {}).get(server, {}).get(metric)
-            x = group + (place - (len(servers) - 1) / 2) * width
-            if spread is None:
-                continue
-            axis.bar(x, spread["median"], width * 0.92, color=_COLOURS[server])
-            axis.vlines(x, spread["min"], spread["max"], color="#111111", linewidth=0.8, alpha=0.6)
-            axis.annotate(
-                f"{spread['median']:,.0f}",
-                (x, max(spread["median"], spread["max"])),
-                xytext=(0, 2),
-                textcoords="offset points",
-                ha="center",
-                va="bottom",
-            )
+            spread = summary[scenario].get(server, {}).get(metric)
+            if spread is not None:
+                x = group + (place - (len(servers) - 1) / 2) * width
+                _draw_value(axis, x, width, spread, _COLOURS[server], is_point=panel.is_log)
     axis.set_title(panel.title)
-    axis.text(0, 1.04, panel.subtitle, transform=axis.transAxes, color="#5b6670", fontsize=8.5)
-    axis.set_xticks(range(len(panel.groups)), [label for label, _, _ in panel.groups])
-    axis.set_yticks([], [])
+    axis.text(0, 1.04, panel.subtitle, transform=axis.transAxes, color=_GREY, fontsize=8.5)
+    axis.set_xticks(range(len(measured)), [label for label, _, _ in measured])
+    axis.set_xlim(-0.6, len(measured) - 0.4)
+    if panel.is_log:  # points on a grid: a bar would need a zero, which this scale doesn't have
+        axis.set_yscale("log")
+        axis.grid(axis="y", color="#e3e7ea")
+        axis.margins(y=0.18)
+        axis.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        axis.tick_params(axis="y", colors=_GREY)
+    else:
+        axis.set_yticks([], [])
+        axis.margins(y=0.12)
     axis.minorticks_off()
-    axis.set_xlim(-0.6, len(panel.groups) - 0.4)
+
+
+def _draw_value(axis: Axes, x: float, width: float, spread: dict[str, float], colour: str, *, is_point: bool) -> None:
+    """The median as bar or point, a whisker from smallest to largest, and the median's number."""
+    if is_point:
+        axis.plot(x, spread["median"], "o", markersize=10, color=colour, zorder=3)
+    else:
+        axis.bar(x, spread["median"], width * 0.92, color=colour)
+    axis.vlines(x, spread["min"], spread["max"], color="#111111", linewidth=0.8, alpha=0.6, zorder=4)
+    axis.annotate(
+        f"{spread['median']:,.0f}",
+        (x, spread["max"]),
+        xytext=(0, 8 if is_point else 2),
+        textcoords="offset points",
+        ha="center",
+        va="bottom",
+    )
 
 
 def _footer(verdicts: Sequence[dict[str, object]], caption: str) -> str:
