@@ -95,7 +95,7 @@ class Reader:
 
     def _submit(self, request: GenerateRequest) -> None:
         try:
-            queued = self._core.num_queued + self._num_passed - self.num_taken
+            queued = self._core.num_unplaced + self._num_passed - self.num_taken
             if queued >= self._limits.max_waiting:
                 raise Overloaded(f"{queued} requests are waiting already; the limit is {self._limits.max_waiting}")
             sequences = self._core.prepare(request)

@@ -120,9 +120,9 @@ class EngineCore:
         return self._scheduler.has_work
 
     @property
-    def num_queued(self) -> int:
-        """Answers that wait and have no free place to go to. May be read from any thread."""
-        return max(0, len(self._scheduler.waiting) + len(self._scheduler.running) - self._max_num_seqs)
+    def num_unplaced(self) -> int:
+        """Answers beyond those that can run at the same time; negative: free places. May be read from any thread."""
+        return len(self._scheduler.waiting) + len(self._scheduler.running) - self._max_num_seqs
 
     def add(self, sequences: list[Sequence]) -> None:
         """Queue a prepared request."""

@@ -151,7 +151,7 @@ class Scheduler:
             self._kv.truncate(sequence.seq_id, 0)  # logits were not cached: every row has to run
             num_cached = 0
             sequence.prompt_tokens = []
-        headroom = min(DECODE_HEADROOM, sequence.max_len - 1 - len(sequence.token_ids))  # the last token never runs
+        headroom = max(0, min(DECODE_HEADROOM, sequence.max_len - 1 - len(sequence.token_ids)))  # the last never runs
         if not self._kv.reserve(sequence.seq_id, len(sequence.token_ids) - num_cached + headroom):
             self._kv.close(sequence.seq_id, keep=False)
             self._has_room = False
