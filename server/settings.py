@@ -1,0 +1,140 @@
+"""What a person may choose about the server: one frozen tree, filled from file, environment and command line."""
+
+import os
+import tomllib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field, ValidationError, field_validator
+
+from tightrope.engine.settings import EngineSettings
+from tightrope.server.options import CONFIG, OPTIONS, Option, TreePath
+
+LogLevel = Literal["debug", "info", "warning", "error"]
+ENV_PREFIX = "TIGHTROPE_"
+
+
+class SettingsError(Exception):
+    """A setting is unknown or can't be used; the message is one line that names it and where it came from."""
+
+
+class ServerSettings(BaseModel, frozen=True, extra="forbid"):
+    """Everything that is decided before the start; nothing changes afterwards."""
+
+    host: str = Field("127.0.0.1", min_length=1, description="Address to listen on.")
+    port: int = Field(8080, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    api_key: str | None = Field(None, min_length=1, repr=False, description="Key that clients must send.")
+    cors_origins: tuple[str, ...] = Field(("*",), description="Web origins whose pages may call; * is any.")
+    max_body_bytes: int = Field(2_000_000, ge=1, description="Largest request body.")
+    max_client_batch_size: int = Field(4, ge=1, description="Prompts in one completion request.")
+    max_stop_sequences: int = Field(4, ge=0, description="Stop strings in one request.")
+    max_top_n_tokens: int = Field(5, ge=0, description="Most alternatives that a TGI request may ask for.")
+    served_model_name: str | None = Field(None, min_length=1, description="Name shown to clients; None is the model's.")
+    chat_template: str | None = Field(None, description="Jinja source used instead of the model's own.")
+    log_level: LogLevel = "info"
+    engine: EngineSettings = EngineSettings()
+
+    @field_validator("cors_origins", mode="before")
+    @classmethod
+    def _split_origins(cls, value: object) -> object:
+        """The environment and the command line give the list as one text, with commas."""
+        return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+    @field_validator("chat_template")
+    @classmethod
+    def _read_template(cls, value: str | None) -> str | None:
+        """A value that isn't Jinja source names a file."""
+        if value is None or "{{" in value or "{%" in value:
+            return value
+        try:
+            return Path(value).expanduser().read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+            raise ValueError(f"can't read the template file {value!r}: {reason}") from None
+
+
+def load_settings(arguments: Mapping[str, str], environ: Mapping[str, str] | None = None) -> ServerSettings:
+    """Merge the configuration file, the environment and the command line, the later winning, into one tree.
+
+    `arguments` maps option names ("max-model-len") to what was written behind them. Raises SettingsError for an unknown
+    option, a value that can't be used, an unreadable file, and two options of one source that contradict each other.
+    """
+    variables = _from_environment(os.environ if environ is None else environ)
+    config = arguments.get(CONFIG, variables.get(CONFIG))
+    merged: dict[TreePath, tuple[Any, str]] = {}  # value of any type that TOML has, and what to call its source
+    if config is not None:
+        merged |= _place(_from_file(Path(config).expanduser()), lambda option: f"{config}: {option}")
+    merged |= _place(variables, env_name)
+    merged |= _place(arguments, lambda option: "MODEL" if option == "model" else f"--{option}")
+
+    tree: dict[str, Any] = {}  # grows into the shape of ServerSettings, whose validation gives it its types
+    for path, (value, _) in merged.items():
+        branch = tree
+        for step in path[:-1]:
+            branch = branch.setdefault(step, {})
+        branch[path[-1]] = value
+    try:
+        return ServerSettings.model_validate(tree)
+    except ValidationError as failure:
+        raise SettingsError(_one_line(failure, merged)) from None
+
+
+def env_name(option: str) -> str:
+    """The environment variable of an option: "max-model-len" is TIGHTROPE_MAX_MODEL_LEN."""
+    return ENV_PREFIX + option.replace("-", "_").upper()
+
+
+def _from_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    known = {env_name(name): name for name in (*OPTIONS, CONFIG)}
+    ours = {name: value for name, value in environ.items() if name.startswith(ENV_PREFIX)}
+    for name in ours:
+        if name not in known:
+            raise SettingsError(f"{name}: no such setting; the environment may hold {ENV_PREFIX} and an option's name")
+    return {known[name]: value for name, value in ours.items()}
+
+
+def _from_file(path: Path) -> dict[str, Any]:
+    try:
+        values = tomllib.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise SettingsError(f"{path}: can't read the configuration: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise SettingsError(f"{path}: the configuration is not UTF-8 text") from None
+    except tomllib.TOMLDecodeError as error:
+        raise SettingsError(f"{path}: not TOML: {error}") from None
+    values = {name.replace("_", "-"): value for name, value in values.items()}
+    for name in values:
+        if name not in OPTIONS:
+            raise SettingsError(f"{path}: {name}: no such setting; a line is an option's name = value")
+    return values
+
+
+def _place(values: Mapping[str, Any], label: Callable[[str], str]) -> dict[TreePath, tuple[Any, str]]:
+    """Give every option's value its place in the tree. Raises SettingsError when two options want the same place."""
+    placed: dict[TreePath, tuple[Any, str]] = {}
+    for name, value in values.items():
+        if name == CONFIG:
+            continue
+        option: Option = OPTIONS[name]
+        for path, setting in {option.path: value, **option.also}.items():
+            if path in placed:
+                raise SettingsError(f"{placed[path][1]} and {label(name)} contradict each other; give only one of them")
+            placed[path] = (setting, label(name))
+    return placed
+
+
+def _one_line(failure: ValidationError, merged: Mapping[TreePath, tuple[Any, str]]) -> str:
+    error = failure.errors(include_url=False)[0]
+    location = tuple(str(step) for step in error["loc"])
+    value, label = next(
+        ((value, label) for path, (value, label) in merged.items() if location[: len(path)] == path),
+        (error["input"], ".".join(location)),
+    )
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "value_error":
+        return f"{label}: {message}"
+    expected = message.split(", unable to")[
+        0
+    ]  # "Input should be a valid integer, unable to parse string as an integer"
+    return f"{label}: {expected[0].lower()}{expected[1:]}, not {value!r}"
