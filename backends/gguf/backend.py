@@ -59,7 +59,7 @@ class GGUFBackend:
             swa_window=self._model.swa_window,
             whole_only=self._model.has_state,
         )
-        self.capabilities = Capabilities(settings.max_num_seqs, self._context.batch_tokens)
+        self.capabilities = Capabilities(settings.max_num_seqs, plan.step_tokens)
         self.card = _card(path, header, self._model, plan)
 
     def forward(self, chunks: Sequence[Chunk]) -> Tensor:

@@ -113,14 +113,14 @@ class SharedKVCache:
         return found
 
     def reserve(self, seq_id: int, num_tokens: int) -> bool:
-        """See KVCache. A later call for the same sequence replaces the earlier one."""
+        """See KVCache. What was reserved before and not yet committed counts towards `num_tokens`."""
         entry = self._live[seq_id]
-        others = self._reserved - entry.reserved
-        if self._num_pinned + others + num_tokens > self._capacity:
+        wanted = self._reserved + max(0, num_tokens - entry.reserved)
+        if self._num_pinned + wanted > self._capacity:
             return False
-        self._evict(others + num_tokens - self._num_free)
-        self._reserved = others + num_tokens
-        entry.reserved = num_tokens
+        self._evict(wanted - self._num_free)
+        entry.reserved += wanted - self._reserved
+        self._reserved = wanted
         return True
 
     def commit(self, seq_id: int, token_ids: Sequence[int]) -> None:

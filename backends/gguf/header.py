@@ -162,9 +162,9 @@ class _Parser:
         self._what = "the header"
 
     def header(self) -> Header:
-        if self._size < 4 or (magic := self._take(4)) != MAGIC:
-            start = self._path.open("rb").read(4) if self._size < 4 else magic
-            raise self._error(f"not a GGUF file: it starts with {start!r} instead of {MAGIC!r}")
+        magic = self._take(min(4, self._size))
+        if magic != MAGIC:
+            raise self._error(f"not a GGUF file: it starts with {magic!r} instead of {MAGIC!r}")
         self._version()
         num_tensors = self._count("<Q", MAX_TENSORS, "tensors")
         num_keys = self._count("<Q", MAX_KEYS, "metadata keys")
@@ -218,7 +218,7 @@ class _Parser:
 
     def _string_array(self, count: int) -> Value:
         if count * 8 > self._size - self._pos:
-            raise self._error(f"{self._what} claims {count} strings, more than the rest of the file can hold")
+            raise self._error(f"truncated: {self._what} claims {count} strings, more than the rest of the file holds")
         if count <= MAX_KEPT_ARRAY:
             return tuple(self._string() for _ in range(count))
         for _ in range(count):

@@ -202,10 +202,11 @@ def _at(array: np.ndarray[Any, Any], index: int, kind: type[Any]) -> Any:  # noq
 def _context_params(options: ContextOptions) -> Any:  # noqa: ANN401 - a structure of an untyped package
     params = ll.llama_context_default_params()
     params.n_ctx = options.num_cells
-    params.n_batch = options.batch_tokens
-    params.n_ubatch = options.ubatch_tokens
+    # llama.cpp measures its buffers with a token and an output for every sequence, and aborts if that is not allowed
+    params.n_batch = max(options.batch_tokens, options.max_seqs)
+    params.n_ubatch = max(options.ubatch_tokens, options.max_seqs)
     params.n_seq_max = options.max_seqs
-    params.n_outputs_max = options.max_outputs
+    params.n_outputs_max = max(options.max_outputs, options.max_seqs)
     params.n_threads = params.n_threads_batch = options.threads
     params.type_k, params.type_v = options.type_k, options.type_v
     params.flash_attn_type = (

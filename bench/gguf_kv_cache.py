@@ -1,0 +1,134 @@
+"""What the cache's storage costs: prefill and decode by types of keys and values, flash attention and micro-batch.
+
+    python -m bench.gguf_kv_cache [--part 1/4]
+
+Runs the bundled model through llama.cpp without a server: a prompt of 3,500 tokens, then decode behind it with one
+stream and with eight that share the prompt. Decode times are medians; nothing else should run meanwhile. With --part 1/4
+every fourth setting is measured, and the file keeps what it has of the others.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from itertools import pairwise
+
+import numpy as np
+from llama_cpp import llama_cpp as ll
+
+from bench import report
+from tightrope.backends.gguf.native import ContextOptions, ModelOptions, NativeContext, NativeModel
+from tightrope.backends.locate import bundled_model
+from tightrope.backends.threads import compute_threads
+
+TYPES = {"f16": ll.GGML_TYPE_F16, "q8_0": ll.GGML_TYPE_Q8_0, "q4_0": ll.GGML_TYPE_Q4_0}
+STREAMS = 8
+
+Setting = tuple[str, str, bool, int]  # keys, values, flash attention, tokens a micro-batch
+
+
+def grid() -> list[Setting]:
+    """All pairs of types that llama.cpp accepts at 512 tokens a micro-batch, and other sizes for the plain ones."""
+    pairs = [("f16", "f16"), ("q8_0", "q8_0"), ("q8_0", "f16"), ("f16", "q8_0"), ("q4_0", "q4_0")]
+    settings: list[Setting] = [(k, v, True, 512) for k, v in pairs]
+    settings += [(k, v, False, 512) for k, v in pairs if v == "f16"]  # quantised values need flash attention
+    for micro_batch in (64, 128, 256):
+        settings += [("f16", "f16", True, micro_batch), ("q8_0", "q8_0", True, micro_batch)]
+    return settings
+
+
+def measure(model: NativeModel, setting: Setting, prompt: int, steps: int) -> dict[str, object]:
+    """Prefill seconds and decode milliseconds a step for one setting."""
+    keys, values, flash, micro_batch = setting
+    options = ContextOptions(
+        num_cells=prompt + STREAMS * (steps + 2) + 256,
+        max_seqs=STREAMS,
+        batch_tokens=512,
+        ubatch_tokens=micro_batch,
+        max_outputs=STREAMS,
+        threads=compute_threads(0),
+        type_k=TYPES[keys],
+        type_v=TYPES[values],
+        flash_attention=flash,
+    )
+    context = NativeContext(model, options)
+    prefill_s = _prefill(context, prompt)
+    one_ms = _decode(context, 1, prompt, steps)
+    for slot in range(1, STREAMS):
+        context.copy_cells(0, slot, prompt)
+    context.remove_cells(0, prompt)
+    eight_ms = _decode(context, STREAMS, prompt, steps)
+    context.close()
+    return {
+        "keys": keys,
+        "values": values,
+        "flash_attention": flash,
+        "micro_batch": micro_batch,
+        "prefill_s": round(prefill_s, 2),
+        "prefill_tokens_per_s": round(prompt / prefill_s, 1),
+        "decode_1_stream_ms": round(one_ms, 2),
+        "decode_8_streams_ms": round(eight_ms, 2),
+    }
+
+
+def _prefill(context: NativeContext, prompt: int) -> float:
+    token_ids = np.random.default_rng(1).integers(1000, 40000, prompt)
+    began = time.perf_counter()
+    bounds = [*range(0, prompt, context.batch_tokens), prompt]
+    for begin, end in pairwise(bounds):
+        size = end - begin
+        context.token_ids[:size] = token_ids[begin:end]
+        context.positions[:size] = np.arange(begin, end)
+        context.slots[:size] = 0
+        context.outputs[:size] = 0
+        context.outputs[size - 1] = end == prompt
+        context.decode(0, size)
+    context.logits(1)
+    return time.perf_counter() - began
+
+
+def _decode(context: NativeContext, streams: int, depth: int, steps: int) -> float:
+    """Median milliseconds of a step of one token for each of `streams` sequences that hold `depth` tokens."""
+
+    def step(position: int) -> None:
+        context.token_ids[:streams] = 2000 + np.arange(streams)
+        context.positions[:streams] = position
+        context.slots[:streams] = np.arange(streams)
+        context.outputs[:streams] = 1
+        context.decode(0, streams)
+        context.logits(streams)
+
+    step(depth)
+    return statistics.median(_timed(lambda i=i: step(depth + 1 + i)) for i in range(steps)) * 1000
+
+
+def _timed(run: Callable[[], None]) -> float:
+    began = time.perf_counter()
+    run()
+    return time.perf_counter() - began
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--prompt", type=int, default=3500, help="tokens of the prompt")
+    parser.add_argument("--steps", type=int, default=24, help="decode steps timed for each setting")
+    parser.add_argument("--part", default="1/1", help="which share of the settings to measure, such as 2/4")
+    args = parser.parse_args()
+    part, parts = (int(word) for word in args.part.split("/"))
+    model = NativeModel(bundled_model(), ModelOptions())
+    rows = _known_rows()
+    for setting in grid()[part - 1 :: parts]:
+        rows[setting] = measure(model, setting, args.prompt, args.steps)
+        print(rows[setting], flush=True)
+    print(report.write("gguf_kv_cache", {"prompt_tokens": args.prompt, "settings": list(rows.values())}))
+
+
+def _known_rows() -> dict[Setting, dict[str, object]]:
+    path = report.RESULTS / "gguf_kv_cache.json"
+    rows = json.loads(path.read_text())["results"]["settings"] if path.exists() else []
+    return {(row["keys"], row["values"], row["flash_attention"], row["micro_batch"]): row for row in rows}
+
+
+if __name__ == "__main__":
+    main()

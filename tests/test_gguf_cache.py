@@ -1,0 +1,299 @@
+"""The cache's bookkeeping against a plain model of it, over a pretend store and over llama.cpp's own."""
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import pytest
+
+from tightrope.backends.errors import BackendError
+from tightrope.backends.gguf.backend import GGUFBackend
+from tightrope.backends.gguf.cache import SharedKVCache
+from tightrope.backends.locate import bundled_model
+from tightrope.backends.protocol import Chunk, KVUsage
+from tightrope.backends.settings import CacheSettings, ModelSettings
+
+SEED = 20240917
+
+
+@dataclass
+class PretendStore:
+    """Slots and the cells in them, as llama.cpp would hold them; a shared cell is the same object in several slots."""
+
+    slots: dict[int, list[object]] = field(default_factory=dict)
+    first: dict[int, int] = field(default_factory=dict)  # what sliding layers have left
+    keeps_state: bool = False
+
+    def copy_cells(self, source: int, target: int, num_tokens: int) -> None:
+        assert not self.slots.get(target), "a copy goes into an empty slot"
+        self.slots[target] = self.slots[source][:num_tokens]
+
+    def remove_cells(self, slot: int, start: int) -> bool:
+        cells = self.slots.setdefault(slot, [])
+        if self.keeps_state and 0 < start < len(cells):
+            return False
+        del cells[start:]
+        return True
+
+    def first_position(self, slot: int) -> int:
+        return self.first.get(slot, 0) if self.slots.get(slot) else -1
+
+    def append(self, slot: int, count: int) -> None:
+        self.slots.setdefault(slot, []).extend(object() for _ in range(count))
+
+    def num_cells(self) -> int:
+        return len({id(cell) for cells in self.slots.values() for cell in cells})
+
+
+class Driver:
+    """A cache with a pretend store, used the way the engine does."""
+
+    def __init__(self, capacity: int = 64, slots: int = 4, **options: object) -> None:
+        self.store = PretendStore(keeps_state=bool(options.get("whole_only")))
+        self.cache = SharedKVCache(self.store, capacity, slots, **options)  # type: ignore[arg-type]
+
+    def run(self, seq_id: int, token_ids: Sequence[int], namespace: str = "") -> int:
+        """Open a sequence and run all its tokens; returns how many were cached."""
+        found = self.cache.open(seq_id, token_ids, namespace)
+        assert self.extend(seq_id, token_ids[found:])
+        return found
+
+    def extend(self, seq_id: int, token_ids: Sequence[int]) -> bool:
+        if not self.cache.reserve(seq_id, len(token_ids)):
+            return False
+        self.store.append(self.cache.slot(seq_id), len(token_ids))
+        self.cache.commit(seq_id, token_ids)
+        return True
+
+
+def test_the_next_turn_of_a_chat_computes_only_what_is_new() -> None:
+    driver = Driver()
+    driver.run(1, range(20))
+    driver.cache.close(1, keep=True)
+    assert driver.run(2, range(30)) == 20
+    assert driver.cache.usage() == KVUsage(64, 30, 0)  # the first turn was taken over, not copied
+
+
+def test_the_same_prompt_again_runs_its_last_token_only() -> None:
+    driver = Driver()
+    driver.run(1, range(20))
+    driver.cache.close(1, keep=True)
+    assert driver.run(2, range(20)) == 19
+    assert driver.cache.usage() == KVUsage(64, 20, 1)
+
+
+def test_siblings_share_their_prompt_with_a_live_sequence() -> None:
+    driver = Driver()
+    driver.run(1, range(20))
+    for seq_id in (2, 3, 4):
+        assert driver.run(seq_id, range(20)) == 19
+    assert driver.cache.usage() == KVUsage(64, 23, 0)
+
+
+def test_namespaces_never_share() -> None:
+    driver = Driver()
+    driver.run(1, range(20), "alice")
+    assert driver.run(2, range(20), "bob") == 0
+    driver.cache.close(1, keep=True)
+    assert driver.run(3, range(21), "bob") == 20
+    assert driver.run(4, range(21), "alice") == 20
+
+
+def test_a_reservation_that_can_not_be_met_changes_nothing() -> None:
+    driver = Driver(capacity=64)
+    driver.run(1, range(20))
+    driver.cache.close(1, keep=True)
+    driver.run(2, range(100, 150))
+    before = driver.cache.usage()
+    assert not driver.cache.reserve(2, 15)
+    assert driver.cache.usage() == before
+    assert driver.cache.reserve(2, 14)
+
+
+def test_reserved_room_is_not_given_to_others() -> None:
+    driver = Driver(capacity=64)
+    driver.run(1, range(20))
+    assert driver.cache.reserve(1, 30)
+    driver.cache.open(2, range(100, 120), "")
+    assert not driver.cache.reserve(2, 20)
+    assert driver.extend(1, range(20, 30))
+    assert not driver.cache.reserve(2, 20)  # 20 of the 30 are still reserved
+    driver.cache.close(1, keep=True)
+    assert driver.cache.reserve(2, 20)
+
+
+def test_eviction_takes_the_end_of_the_least_recently_used_first() -> None:
+    driver = Driver(capacity=64)
+    for seq_id, start in ((1, 100), (2, 200)):
+        driver.run(seq_id, range(start, start + 25))
+        driver.cache.close(seq_id, keep=True)
+    driver.run(3, range(300, 320))  # 6 short: the last 6 tokens of sequence 1 go
+    assert driver.cache.usage() == KVUsage(64, 20, 44)
+    driver.cache.close(3, keep=False)
+    assert driver.cache.open(4, range(100, 125), "") == 19
+    assert driver.cache.open(5, range(200, 226), "") == 25
+
+
+def test_a_match_makes_a_kept_sequence_recent() -> None:
+    driver = Driver(capacity=64)
+    for seq_id, start in ((1, 100), (2, 200)):
+        driver.run(seq_id, range(start, start + 25))
+        driver.cache.close(seq_id, keep=True)
+    assert driver.run(3, [*range(100, 110), 7]) == 10
+    driver.cache.close(3, keep=False)
+    driver.run(4, range(400, 430))  # 16 short: sequence 2 loses them, though 1 is older
+    driver.cache.close(4, keep=False)
+    assert driver.cache.open(5, range(100, 126), "") == 25
+
+
+def test_slots_that_run_out_are_taken_from_kept_sequences() -> None:
+    driver = Driver(slots=3)
+    for seq_id in range(8):
+        driver.run(seq_id, [seq_id, 50, 51, 52])
+        driver.cache.close(seq_id, keep=True)
+    assert driver.cache.usage() == KVUsage(64, 0, 12)
+    for seq_id in (5, 6, 7):
+        assert driver.cache.open(seq_id, [seq_id, 50, 51, 52, 53], "") == 4
+    with pytest.raises(BackendError, match="slot"):
+        driver.cache.open(9, [1, 2], "")
+
+
+def test_the_source_of_a_match_survives_when_its_slot_is_the_only_one_left() -> None:
+    driver = Driver(slots=2)
+    driver.run(1, range(20))
+    driver.cache.close(1, keep=True)
+    driver.run(2, range(100, 110))
+    assert driver.run(3, [*range(10), 99]) == 10  # no slot for a copy: the kept sequence is cut and continued
+    assert driver.cache.usage() == KVUsage(64, 21, 0)
+
+
+def test_what_another_sequence_holds_is_not_kept_twice() -> None:
+    driver = Driver()
+    driver.run(1, range(30))
+    driver.run(2, [*range(20), 99])
+    driver.cache.truncate(2, 20)
+    driver.cache.close(2, keep=True)  # all of it is in sequence 1
+    driver.cache.close(1, keep=True)
+    assert driver.cache.usage() == KVUsage(64, 0, 30)
+    assert len([cells for cells in driver.store.slots.values() if cells]) == 1
+
+
+def test_the_bound_on_finished_sequences_holds() -> None:
+    driver = Driver(capacity=64, max_reusable=16)
+    for seq_id in range(3):
+        driver.run(seq_id, range(100 * seq_id, 100 * seq_id + 10))
+        driver.cache.close(seq_id, keep=True)
+    assert driver.cache.usage() == KVUsage(64, 0, 16)
+    assert driver.cache.open(9, range(100, 111), "") == 6  # cut from its end; the one before went whole
+
+
+def test_a_running_state_is_continued_from_its_end_or_not_at_all() -> None:
+    driver = Driver(whole_only=True)
+    driver.run(1, range(20))
+    driver.cache.close(1, keep=True)
+    assert driver.run(2, [*range(10), 99]) == 0
+    assert driver.run(3, range(25)) == 20
+    with pytest.raises(BackendError, match="go back"):
+        driver.cache.truncate(3, 24)
+    assert driver.cache.usage().used == 11  # what could not be rolled back is gone
+
+
+def test_sliding_layers_that_lost_cells_are_not_matched_there() -> None:
+    driver = Driver(swa_window=8)
+    driver.run(1, range(30))
+    driver.cache.close(1, keep=True)
+    slot = next(slot for slot, cells in driver.store.slots.items() if cells)
+    driver.store.first[slot] = 15  # llama.cpp gave the cells before to somebody else
+    assert driver.cache.open(2, [*range(20), 99], "") == 0
+    assert driver.cache.open(3, [*range(23), 99], "") == 23
+
+
+def test_a_failed_step_leaves_no_trace() -> None:
+    driver = Driver()
+    driver.run(1, range(10))
+    assert driver.cache.reserve(1, 5)
+    driver.store.append(driver.cache.slot(1), 3)  # some of the step was stored before it failed
+    driver.cache.forget_uncommitted([1])
+    assert driver.store.num_cells() == 10
+    driver.cache.close(1, keep=True)
+    assert driver.cache.usage() == KVUsage(64, 0, 10)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_random_operations_keep_every_count_exact(seed: int) -> None:
+    """Counts against the store's own cells, contents against what was said, after every one of 300 operations."""
+    rng = random.Random(SEED + seed)
+    capacity, slots = rng.choice([(48, 4), (100, 6), (200, 16)])
+    driver = Driver(capacity, slots)
+    live: dict[int, tuple[str, list[int]]] = {}
+    for seq_id in range(300):
+        operation = rng.choice(("open", "open", "extend", "extend", "extend", "truncate", "close"))
+        if operation == "open" and len(live) < slots:
+            said = [rng.randrange(2) for _ in range(rng.randrange(1, 24))]  # two tokens: prefixes meet all the time
+            namespace = rng.choice(("", "a"))
+            found = driver.cache.open(seq_id, said, namespace)
+            assert 0 <= found < len(said)
+            live[seq_id] = (namespace, said[:found])
+        elif live:
+            chosen = rng.choice(list(live))
+            namespace, tokens = live[chosen]
+            if operation == "extend":
+                more = [rng.randrange(2) for _ in range(rng.randrange(1, 9))]
+                before = driver.cache.usage()
+                if driver.extend(chosen, more):
+                    tokens += more
+                else:
+                    assert driver.cache.usage() == before
+                    assert before.used + len(more) > capacity
+            elif operation == "truncate":
+                length = rng.randrange(len(tokens) + 1)
+                driver.cache.truncate(chosen, length)
+                del tokens[length:]
+            elif operation == "close":
+                driver.cache.close(chosen, keep=rng.random() < 0.7)
+                del live[chosen]
+        usage = driver.cache.usage()
+        assert usage.used + usage.reusable == driver.store.num_cells() <= capacity
+        mine = [driver.store.slots.get(driver.cache.slot(seq_id), []) for seq_id in live]
+        assert usage.used == len({id(cell) for cells in mine for cell in cells})
+        assert [len(cells) for cells in mine] == [len(tokens) for _, tokens in live.values()]
+
+
+@pytest.fixture(scope="module")
+def small_backend() -> Iterator[GGUFBackend]:
+    """The real model with a cache of 256 tokens for 3 sequences."""
+    settings = ModelSettings(max_model_len=200, max_num_seqs=3, step_tokens=32, cache=CacheSettings(tokens=256))
+    backend = GGUFBackend(bundled_model(), settings, lambda _: None)
+    yield backend
+    backend.close()
+
+
+def test_llama_cpp_finds_room_whenever_the_cache_said_so(small_backend: GGUFBackend) -> None:
+    """Random use of a small real cache; a step fails if llama.cpp's cells and ours ever disagree."""
+    rng = random.Random(SEED)
+    cache = small_backend.kv
+    assert isinstance(cache, SharedKVCache)
+    live: dict[int, list[int]] = {}
+    refused = 0
+    for seq_id in range(160):
+        if len(live) < 3:
+            prompt = [rng.randrange(3) + 100 for _ in range(rng.randrange(2, 60))]
+            live[seq_id] = prompt[: cache.open(seq_id, prompt, "")]
+        chosen = rng.choice(list(live))
+        tokens = live[chosen]
+        more = [rng.randrange(3) + 100 for _ in range(rng.randrange(1, 25))]
+        if rng.random() < 0.2:
+            length = rng.randrange(len(tokens) + 1)
+            cache.truncate(chosen, length)
+            del tokens[length:]
+        if len(tokens) + len(more) > 200 or not cache.reserve(chosen, len(more)):
+            refused += 1
+            cache.close(chosen, keep=rng.random() < 0.8)
+            del live[chosen]
+            continue
+        small_backend.forward([Chunk(chosen, more, len(tokens), "last")])
+        cache.commit(chosen, more)
+        tokens += more
+    assert refused > 5
+    for seq_id in live:
+        cache.close(seq_id, keep=False)
