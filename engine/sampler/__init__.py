@@ -1,1 +1,30 @@
-"""Logits to tokens: an ordered chain of pure functions over [B, V] float32 logits."""
+"""Logits to tokens: an ordered chain of pure functions over a batch of rows, one row a sequence.
+
+The order. Every step is a no-op at its neutral value, which is in brackets, and rows of a batch differ freely.
+
+1.  repetition_penalty [1], > 0: a token that occurs in prompt or output has its logit divided by the penalty when it is
+    positive and multiplied when it is not, once however often the token occurs.
+2.  frequency_penalty [0] times the count of the token in the output, and presence_penalty [0] if it is there at all,
+    are subtracted.
+3.  relative_frequency_penalty [0] times the share of the token in prompt and output is subtracted.
+    With penalty_range [0: all] = n, steps 1 to 3 see the last n tokens of prompt and output, and nothing before them.
+4.  logit_bias is added. Then suppressed tokens (ends that may not come yet) get a logit of -inf.
+5.  temperature [1] divides. Below 1e-30 it counts as 1e-30; 0 is greedy: the token of the largest logit, ties to the
+    lowest id, and nothing below matters.
+6.  top_k [0]: the k likeliest tokens; of equals the lowest ids, so that it is exactly k.
+7.  top_p [1]: the smallest set of likeliest tokens whose share of what step 6 left reaches top_p; at least one.
+8.  min_p [0]: tokens at least min_p times as likely as the likeliest.
+9.  typical_p [1]: the smallest set that reaches typical_p, of tokens whose surprisal is nearest the entropy; at least
+    one.
+10. The draw: the kept tokens stand in a row, the likeliest first, equals by id, and one uniform number in [0, 1) falls
+    on one of them by its share. The number is a function of (seed, place in the output) and of nothing else: neither
+    neighbours in the batch nor rewinding change what a seed says.
+
+A row whose largest logit is not finite (all banned, or a NaN anywhere) draws nothing; its neighbours don't notice.
+
+Logits are float32, and so are steps 1 to 4; what follows is float64 over the candidates. The mass of a whole
+vocabulary, which top_p and the draw compare with, is a float32 sum: a token within about 1e-5 of such an edge may fall
+either way.
+
+How it stays fast: see candidates.py. Nobody sorts a vocabulary, unless the distribution is truly flat.
+"""

@@ -1,0 +1,40 @@
+"""The draw: a number that depends on the seed and the place alone, and the token it falls on."""
+
+import torch
+from torch import Tensor
+
+from tightrope.engine.sampler.candidates import Candidates
+
+_MASK = 2**64 - 1
+_GAMMA = 0x9E3779B97F4A7C15  # 2**64 divided by the golden ratio, made odd
+
+
+def uniform(seed: int, place: int) -> float:
+    """A number in [0, 1), a multiple of 2**-53: draw number `place` of the stream that `seed` names.
+
+    SplitMix64, whose state is a counter, so any place is reached at once. The seed is mixed first: neighbouring seeds
+    would otherwise walk the same stream at an offset.
+    Source: Steele, Lea and Flood 2014, "Fast Splittable Pseudorandom Number Generators".
+    """
+    return (_mix(_mix(seed + _GAMMA) + (place + 1) * _GAMMA) >> 11) * 2.0**-53
+
+
+def _mix(z: int) -> int:
+    z &= _MASK
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
+    return z ^ (z >> 31)
+
+
+def draw(candidates: Candidates, u: Tensor) -> tuple[Tensor, Tensor]:
+    """The column of each row's token, and whether it is settled: both [B, 1]. u [B, 1] float64 in [0, 1).
+
+    The kept tokens stand in the order of their columns; u falls on one of them by its share.
+    """
+    reached = candidates.weights.cumsum(1)
+    target = u * candidates.total
+    column = torch.searchsorted(reached, target, right=True)
+    # Rounding can leave the sum a little short of the total; the last kept token takes that share.
+    last = torch.searchsorted(reached, reached[:, -1:].contiguous())
+    settled = candidates.settled & (candidates.is_complete | (target < reached[:, -1:]))
+    return torch.minimum(column, last), settled

@@ -1,0 +1,156 @@
+"""What each sequence adds to and takes from its logits: penalties and biases, kept as a short list of tokens."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tightrope.engine.errors import InvalidRequest
+from tightrope.engine.types import SamplingParams
+
+
+class TokenEdits:
+    """The tokens of one sequence whose logits change, and how: logit / divide (or x divide, if negative) - subtract.
+
+    Follows the output token by token: `append` is O(1), so a long context costs nothing but the size of its list.
+    """
+
+    def __init__(self, params: SamplingParams, prompt_token_ids: Sequence[int], vocab_size: int) -> None:
+        """Raises InvalidRequest when logit_bias names a token that isn't there."""
+        for token_id in params.logit_bias:
+            if not 0 <= token_id < vocab_size:
+                raise InvalidRequest(
+                    f"logit_bias names token {token_id}, but token ids go from 0 to {vocab_size - 1}", "logit_bias"
+                )
+        self._params = params
+        self._counts_tokens = (
+            params.repetition_penalty != 1.0
+            or params.frequency_penalty != 0.0
+            or params.presence_penalty != 0.0
+            or params.relative_frequency_penalty != 0.0
+        )
+        self._num_prompt = len(prompt_token_ids)
+        self._history = list(prompt_token_ids) if self._counts_tokens else []
+        self._rebuild()
+
+    @property
+    def is_neutral(self) -> bool:
+        """Whether no logit ever changes."""
+        return not self._counts_tokens and not self._params.logit_bias
+
+    def append(self, token_id: int) -> None:
+        """A token was generated."""
+        if not self._counts_tokens:
+            return
+        self._history.append(token_id)
+        self._count(token_id, 1, is_output=True)
+        leaving = len(self._history) - 1 - self._params.penalty_range
+        if self._params.penalty_range > 0 and leaving >= 0:
+            self._count(self._history[leaving], -1, is_output=leaving >= self._num_prompt)
+        if self._size > 2 * self._params.penalty_range + len(self._params.logit_bias) + 256 > 256:
+            self._drop_stale()
+
+    def truncate(self, num_output: int) -> None:
+        """Forget the output after its first `num_output` tokens."""
+        if self._counts_tokens:
+            del self._history[self._num_prompt + num_output :]
+            self._rebuild()
+
+    def entries(self) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]:
+        """Distinct token ids [U], `divide` [U] and `subtract` [U]; views that the next `append` changes."""
+        subtract = self._subtract[: self._size]
+        if relative := self._params.relative_frequency_penalty:
+            length = len(self._history)
+            if self._params.penalty_range > 0:
+                length = min(length, self._params.penalty_range)
+            subtract = subtract + self._seen[: self._size] * np.float32(relative / max(length, 1))
+        return self._token_ids[: self._size], self._divide[: self._size], subtract
+
+    def _rebuild(self) -> None:
+        """Count everything anew."""
+        window = self._params.penalty_range
+        start = max(len(self._history) - window, 0) if window > 0 else 0
+        tokens = np.asarray(self._history[start:], dtype=np.int64)
+        output = tokens[max(self._num_prompt - start, 0) :]
+        bias = self._params.logit_bias
+        token_ids = np.unique(np.concatenate([tokens, np.fromiter(bias, np.int64, len(bias))]))
+        self._size = len(token_ids)
+        self._token_ids = token_ids
+        self._slots = {int(token_id): slot for slot, token_id in enumerate(token_ids)}
+        self._seen = np.bincount(np.searchsorted(token_ids, tokens), minlength=self._size).astype(np.float32)
+        self._generated = np.bincount(np.searchsorted(token_ids, output), minlength=self._size).astype(np.float32)
+        self._bias = np.zeros(self._size, np.float32)
+        for token_id, value in bias.items():
+            self._bias[self._slots[token_id]] = value
+        params = self._params
+        self._divide = np.where(self._seen > 0, np.float32(params.repetition_penalty), np.float32(1))
+        self._subtract = (
+            self._generated * np.float32(params.frequency_penalty)
+            + (self._generated > 0) * np.float32(params.presence_penalty)
+            - self._bias
+        ).astype(np.float32)
+
+    def _count(self, token_id: int, change: int, *, is_output: bool) -> None:
+        slot = self._slots.get(token_id)
+        if slot is None:
+            slot = self._new_slot(token_id)
+        self._seen[slot] += change
+        self._divide[slot] = self._params.repetition_penalty if self._seen[slot] > 0 else 1.0
+        if is_output:
+            self._generated[slot] += change
+            generated = float(self._generated[slot])
+            self._subtract[slot] = (
+                generated * self._params.frequency_penalty
+                + (generated > 0) * self._params.presence_penalty
+                - float(self._bias[slot])
+            )
+
+    def _new_slot(self, token_id: int) -> int:
+        slot = self._size
+        if slot == len(self._token_ids):
+            room = max(64, slot)
+            self._token_ids = np.concatenate([self._token_ids, np.zeros(room, np.int64)])
+            self._seen = np.concatenate([self._seen, np.zeros(room, np.float32)])
+            self._generated = np.concatenate([self._generated, np.zeros(room, np.float32)])
+            self._bias = np.concatenate([self._bias, np.zeros(room, np.float32)])
+            self._divide = np.concatenate([self._divide, np.ones(room, np.float32)])
+            self._subtract = np.concatenate([self._subtract, np.zeros(room, np.float32)])
+        self._token_ids[slot] = token_id
+        self._slots[token_id] = slot
+        self._size = slot + 1
+        return slot
+
+    def _drop_stale(self) -> None:
+        """Tokens that left the range hold slots to no purpose; counting anew frees them, rarely enough to be cheap."""
+        if self._params.penalty_range > 0:
+            self._rebuild()
+
+
+def edit_logits(logits: Tensor, edits: Sequence[TokenEdits], suppressed: Sequence[tuple[int, ...]]) -> Tensor:
+    """Apply each row's edits, then set its suppressed tokens to -inf.
+
+    logits [B, V] float32; comes back as it is when no row changes anything, else as a changed copy.
+    """
+    rows = [row for row, edit in enumerate(edits) if not edit.is_neutral]
+    banned = [row * logits.shape[1] + token_id for row, ids in enumerate(suppressed) for token_id in ids]
+    if not rows and not banned:
+        return logits
+    edited = logits.clone(memory_format=torch.contiguous_format)
+    flat = edited.view(-1)
+    if rows:
+        entries = [edits[row].entries() for row in rows]
+        offsets = np.repeat(np.asarray(rows, np.int64) * logits.shape[1], [len(ids) for ids, _, _ in entries])
+        places = _to(np.concatenate([ids for ids, _, _ in entries]) + offsets, flat)
+        divide = _to(np.concatenate([d for _, d, _ in entries]), flat)
+        subtract = _to(np.concatenate([s for _, _, s in entries]), flat)
+        values = flat[places]
+        flat[places] = torch.where(values > 0, values / divide, values * divide) - subtract
+    if banned:
+        flat[torch.tensor(banned, device=flat.device)] = -torch.inf
+    return edited
+
+
+def _to(array: NDArray[np.int64] | NDArray[np.float32], like: Tensor) -> Tensor:
+    return torch.from_numpy(array).to(like.device)

@@ -1,0 +1,36 @@
+"""What the sampler remembers of one sequence."""
+
+import os
+from collections.abc import Sequence
+
+from tightrope.engine.sampler.penalties import TokenEdits
+from tightrope.engine.types import LogprobRequest, SamplingParams
+
+
+class SamplerState:
+    """The parameters of one sequence, its seed, and what its output did to its penalties."""
+
+    def __init__(
+        self,
+        params: SamplingParams,
+        prompt_token_ids: Sequence[int],
+        vocab_size: int,
+        logprobs: LogprobRequest | None,
+    ) -> None:
+        """Raises InvalidRequest when logit_bias names a token that isn't there."""
+        self.params = params
+        self.logprobs = logprobs
+        self.seed = params.seed if params.seed is not None else int.from_bytes(os.urandom(8), "little")
+        self.suppressed: tuple[int, ...] = ()  # ids that may not be drawn now; the engine sets them between steps
+        self.edits = TokenEdits(params, prompt_token_ids, vocab_size)
+        self.num_output = 0
+
+    def append(self, token_id: int) -> None:
+        """A token was generated; O(1)."""
+        self.num_output += 1
+        self.edits.append(token_id)
+
+    def truncate(self, num_output: int) -> None:
+        """Forget generated tokens after the first `num_output`; what is drawn next is what was drawn there before."""
+        self.num_output = num_output
+        self.edits.truncate(num_output)
