@@ -37,4 +37,5 @@ def draw(candidates: Candidates, u: Tensor) -> tuple[Tensor, Tensor]:
     # Rounding can leave the sum a little short of the total; the last kept token takes that share.
     last = torch.searchsorted(reached, reached[:, -1:].contiguous())
     settled = candidates.settled & (candidates.is_complete | (target < reached[:, -1:]))
-    return torch.minimum(column, last), settled
+    # In a row of NaN, from which nothing is drawn, both lie beyond the end.
+    return torch.minimum(column, last).clamp(max=reached.shape[1] - 1), settled
