@@ -11,7 +11,9 @@ RopeKind = Literal["none", "linear", "ntk", "yarn"]
 class CacheSettings(BaseModel, frozen=True, extra="forbid"):
     """Where keys and values live."""
 
-    tokens: int = Field(0, ge=0, description="Capacity in tokens, over all sequences; 0 chooses from window and memory.")
+    tokens: int = Field(
+        0, ge=0, description="Capacity in tokens, over all sequences; 0 chooses from window and memory."
+    )
     dtype: KVCacheDtype = Field("auto", description="Storage of keys and values; auto chooses for machine and memory.")
 
 
@@ -26,7 +28,9 @@ class RopeSettings(BaseModel, frozen=True, extra="forbid"):
 class ModelSettings(BaseModel, frozen=True, extra="forbid"):
     """Which model to load and how."""
 
-    model: str | None = Field(None, description="Path to a .gguf file, model folder, or hub id; None is the bundled one.")
+    model: str | None = Field(
+        None, description="Path to a .gguf file, model folder, or hub id; None is the bundled one."
+    )
     revision: str | None = Field(None, description="Hub revision; None is the default branch.")
     max_model_len: int = Field(0, ge=0, description="Context window in tokens; 0 is what the model was trained for.")
     max_num_seqs: int = Field(16, ge=1, le=128, description="Sequences that run at the same time.")

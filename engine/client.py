@@ -7,7 +7,7 @@ import asyncio
 import logging
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import suppress
 from itertools import count
 from typing import Literal
@@ -229,7 +229,7 @@ class EngineClient:
         }
         raise EngineUnavailable(reasons.get(self.state, self.state))
 
-    async def generate(self, request: GenerateRequest) -> AsyncIterator[Delta]:
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
         """Run a request; yield the deltas of its `n` choices as they come, until all have finished.
 
         A refused request raises an EngineError at the first step, a failing one later. Closing the iterator cancels
