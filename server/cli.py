@@ -1,0 +1,141 @@
+"""The command line: `tightrope serve` and `tightrope chat`.
+
+Up front only the table of options is imported, so that `--help` answers at once.
+"""
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from typing import NoReturn
+
+from tightrope import __version__
+from tightrope.server.options import OPTIONS
+
+EXIT_FAILED = 1  # no such model, port in use
+EXIT_USAGE = 2  # a setting that can't be used
+
+EPILOG = """Each option can also stand in the file of --config (max-model-len = 8192) and in the environment
+(TIGHTROPE_MAX_MODEL_LEN=8192). The environment wins over the file, the command line over both."""
+OWN_SERVER_GROUPS = frozenset({"model", "context and memory", "speed"})  # what matters to a chat with a model
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; return the exit status: 0, 1 when it failed, 2 when it can't be understood."""
+    given = vars(_parser().parse_args(arguments))
+    command, url, system = given.pop("command"), given.pop("url", None), given.pop("system", None)
+    if "model_option" in given:
+        if "model" in given:
+            return _fail("MODEL and --model name a model twice; give only one of them", EXIT_USAGE)
+        given["model"] = given.pop("model_option")
+    values = {name.replace("_", "-"): value for name, value in given.items()}
+    try:
+        return _serve(values) if command == "serve" else _chat(values, url, system)
+    except KeyboardInterrupt:
+        return 130  # as a shell reports a command that Ctrl-C ended
+
+
+def _serve(values: Mapping[str, str]) -> int:
+    from tightrope.server.settings import SettingsError, load_settings
+
+    try:
+        settings = load_settings(values)
+    except SettingsError as error:
+        return _fail(str(error), EXIT_USAGE)
+    from tightrope.server.serve import ServeError, serve
+
+    try:
+        return serve(settings)
+    except ServeError as error:
+        return _fail(str(error), EXIT_FAILED)
+
+
+def _chat(values: Mapping[str, str], url: str | None, system: str | None) -> int:
+    from tightrope.server.chat import ChatError, chat, own_server
+    from tightrope.server.settings import SettingsError, load_settings
+
+    ignored = sorted(values.keys() - {"api-key", "config"})
+    if url is not None and ignored:
+        return _fail(f"--url: a running server has its settings already; leave out --{ignored[0]}", EXIT_USAGE)
+    try:
+        settings = load_settings(values)
+    except SettingsError as error:
+        return _fail(str(error), EXIT_USAGE)
+    try:
+        if url is not None:
+            return chat(url, settings.api_key, system)
+        with own_server(values) as own_url:
+            return chat(own_url, settings.api_key, system)
+    except ChatError as error:
+        return _fail(str(error), EXIT_FAILED)
+
+
+def _fail(message: str, status: int) -> int:
+    print(f"tightrope: {' '.join(message.split())}", file=sys.stderr)  # one line, whatever it quotes
+    return status
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the list of all options in front of it."""
+
+    def error(self, message: str) -> NoReturn:
+        sys.exit(_fail(f"{message}; see {self.prog} --help", EXIT_USAGE))
+
+
+class _Formatter(argparse.HelpFormatter):
+    """Names the value once behind all spellings of an option, not behind each."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=30)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings or action.nargs == 0:
+            return super()._format_action_invocation(action)
+        return f"{', '.join(action.option_strings)} {action.metavar}"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="tightrope", description="Long contexts in tight memory: serve the chat models you have.")
+    parser.add_argument("--version", action="version", version=f"tightrope {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+    serve = _add_command(commands, "serve", "serve a model over HTTP")
+    _add_options(serve, list(OPTIONS))
+    chat = _add_command(
+        commands, "chat", "chat in the terminal, with a running server or with a model served meanwhile"
+    )
+    talk = chat.add_argument_group("chat")
+    talk.add_argument("--url", metavar="URL", help="talk to this running server, such as http://127.0.0.1:8080")
+    talk.add_argument("--system", metavar="TEXT", help="system prompt")
+    own = [name for name, option in OPTIONS.items() if option.group in OWN_SERVER_GROUPS]
+    _add_options(chat, [*own, "api-key", "log-level"])
+    return parser
+
+
+def _add_command(commands: "argparse._SubParsersAction[_Parser]", name: str, summary: str) -> argparse.ArgumentParser:
+    return commands.add_parser(
+        name,
+        help=summary,
+        description=f"{summary[0].upper()}{summary[1:]}.",
+        usage=f"tightrope {name} [MODEL] [options]",
+        epilog=EPILOG,
+        formatter_class=_Formatter,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+
+
+def _add_options(parser: argparse.ArgumentParser, names: Sequence[str]) -> None:
+    parser.add_argument("model", nargs="?", metavar="MODEL", help=OPTIONS["model"].help)
+    parser.add_argument("--config", metavar="FILE", help="TOML file with options")
+    groups: dict[str, argparse._ArgumentGroup] = {}
+    for name in names:
+        option = OPTIONS[name]
+        if option.group not in groups:
+            groups[option.group] = parser.add_argument_group(option.group)
+        spellings = [*(a for a in option.aliases if not a.startswith("--")), f"--{name}"]
+        spellings += [alias for alias in option.aliases if alias.startswith("--")]
+        groups[option.group].add_argument(
+            *spellings,
+            dest="model_option" if name == "model" else name.replace("-", "_"),
+            metavar=option.metavar,
+            help=option.help,
+        )

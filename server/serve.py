@@ -1,0 +1,146 @@
+"""`tightrope serve`: the front process, from the bound socket to the last drained answer."""
+
+import asyncio
+import logging
+import os
+import shlex
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import uvicorn
+import uvloop
+
+from tightrope import __version__
+from tightrope.engine.client import EngineClient
+from tightrope.engine.errors import BackendFailed
+from tightrope.engine.types import ModelInfo
+from tightrope.server.app import create_app
+from tightrope.server.guards import is_loopback
+from tightrope.server.settings import ServerSettings
+
+log = logging.getLogger("tightrope.serve")
+
+DRAIN_S = 60  # how long answers may go on after SIGTERM
+
+
+class ServeError(Exception):
+    """The server can't start; the message is one line."""
+
+
+def serve(settings: ServerSettings) -> int:
+    """Serve until SIGTERM or Ctrl-C; return the exit status. Raises ServeError when address or model can't be had."""
+    _log_to_stderr(settings.log_level)
+    listener = bind(settings.host, settings.port)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(_serve(settings, listener))
+    return 0
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket; port 0 takes a free one. Raises ServeError in one line."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except (socket.gaierror, UnicodeError):
+        raise ServeError(f"--host: {host!r} is no address of this machine") from None
+    listener = socket.socket(family, kind, protocol)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # or a restart waits for old connections to time out
+    try:
+        listener.bind(address)
+        listener.listen(1024)
+    except OSError as error:
+        listener.close()
+        hint = "choose another with --port, or 0 for a free one"
+        raise ServeError(
+            f"can't listen on {host} port {port}: {(error.strerror or 'refused').lower()}; {hint}"
+        ) from None
+    listener.setblocking(False)
+    return listener
+
+
+class _Server(uvicorn.Server):
+    """uvicorn, with the signals left to us: it would end with the signal's own status after a clean drain."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+async def _serve(settings: ServerSettings, listener: socket.socket) -> None:
+    url = base_url(settings.host, listener.getsockname()[1])
+    client = EngineClient(settings.engine)
+    config = uvicorn.Config(
+        create_app(client, settings),
+        http="httptools",
+        log_config=None,
+        access_log=settings.log_level == "debug",
+        timeout_graceful_shutdown=DRAIN_S,
+        server_header=False,
+    )
+    server = _Server(config)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, _stop, server, client)
+    print(f"tightrope {__version__} at {url} is loading the model", flush=True)
+    await client.start()
+    announcing = asyncio.create_task(_announce(client, server, settings, url))
+    try:
+        await server.serve([listener])
+        if announcing.done():
+            announcing.result()  # raises what kept the model from being loaded
+    finally:
+        announcing.cancel()
+        await client.close()
+
+
+def _stop(server: uvicorn.Server, client: EngineClient) -> None:
+    """The first signal lets answers finish; the second ends everything at once, the engine with it."""
+    if server.should_exit:
+        os._exit(1)  # the engine sees its socket close
+    server.should_exit = True
+    if client.stats.num_running + client.stats.num_waiting:
+        log.warning("finishing the answers under way, at most %d s; a second signal stops at once", DRAIN_S)
+
+
+async def _announce(client: EngineClient, server: uvicorn.Server, settings: ServerSettings, url: str) -> None:
+    """Print what is served once it is. Raises ServeError, after ending the server, when it can't be."""
+    try:
+        info = await client.wait_ready()
+    except BackendFailed as error:
+        stopping, server.should_exit = server.should_exit, True
+        if stopping:
+            return
+        raise ServeError(error.message) from None
+    print("\n".join(ready_lines(info, settings, url)), flush=True)
+    if settings.api_key is None and not is_loopback(settings.host):
+        log.warning("anyone who can reach %s can use this server; --api-key asks for a key", settings.host)
+
+
+def ready_lines(info: ModelInfo, settings: ServerSettings, url: str) -> list[str]:
+    """What a person wants to know once the model is there, and one line to try."""
+    name = settings.served_model_name or info.model_id
+    key = "" if settings.api_key is None else " -H 'Authorization: Bearer YOUR_KEY'"
+    body = '{"messages": [{"role": "user", "content": "Hello!"}]}'
+    return [
+        f"ready     {name} ({info.architecture}, {info.format})",
+        f"context   {info.max_model_len} tokens",
+        f"cache     {info.cache_tokens} tokens, {info.cache_dtype}, for up to {info.max_num_seqs} answers at a time",
+        *(f"note      {note}" for note in info.notes),
+        f"url       {url} (API pages at {url}/docs)",
+        f"try       curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d {shlex.quote(body)}",
+    ]
+
+
+def base_url(host: str, port: int) -> str:
+    """The address to type on this machine; a wildcard address means loopback there."""
+    if host in ("0.0.0.0", "::", "*"):
+        host = "127.0.0.1"
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _log_to_stderr(level: str) -> None:
+    logging.basicConfig(level=level.upper(), stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
+    for name in ("uvicorn.error", "uvicorn", "httpx", "asyncio"):
+        # theirs says what ours says already ("Started server process", "Application startup complete")
+        logging.getLogger(name).setLevel("DEBUG" if level == "debug" else "WARNING")
