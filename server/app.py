@@ -1,0 +1,97 @@
+"""The application: all routes, and what stands before them."""
+
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import msgspec
+from fastapi import FastAPI, Request, Response, Security
+from fastapi.responses import JSONResponse
+from fastapi.security import HTTPBearer
+from starlette.middleware.cors import CORSMiddleware
+
+from tightrope import __version__
+from tightrope.engine.client import EngineClient
+from tightrope.server.errors import install_handlers
+from tightrope.server.front import Front
+from tightrope.server.guards import BodyLimit, HostGuard, KeyGuard, is_loopback
+from tightrope.server.metrics import Metrics
+from tightrope.server.openai_routes import openai_router
+from tightrope.server.settings import ServerSettings
+from tightrope.server.tgi_routes import tgi_router
+from tightrope.server.tgi_types import ErrorText
+from tightrope.server.tokenize_routes import tokenize_router
+
+UNHEALTHY = {"error": "unhealthy", "error_type": "healthcheck"}
+
+
+def create_app(client: EngineClient, settings: ServerSettings) -> FastAPI:
+    """The server's whole HTTP face. Its lifespan starts the client and closes it."""
+    front = Front(client, settings, Metrics(client))
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncGenerator[None, None]:
+        await client.start()
+        try:
+            yield
+        finally:
+            await front.renderer.close()
+            await client.close()
+
+    app = FastAPI(title="tightrope", version=__version__, lifespan=lifespan, redoc_url=None)
+    install_handlers(app, front.metrics.refused)
+    # Only documents that a key is asked for; KeyGuard asks, before a byte of the body is read.
+    keyed = [Security(HTTPBearer(auto_error=False))] if settings.api_key is not None else []
+    app.include_router(openai_router(front), dependencies=keyed)
+    app.include_router(tgi_router(front), dependencies=keyed)
+    app.include_router(tokenize_router(front), dependencies=keyed)
+    _add_probes(app, front)
+    # The last one added stands first.
+    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
+    if settings.api_key is not None:
+        app.add_middleware(KeyGuard, api_key=settings.api_key)
+    app.add_middleware(
+        CORSMiddleware,
+        allow_origins=settings.cors_origins,
+        allow_methods=["GET", "POST"],
+        allow_headers=["content-type", "authorization"],
+        allow_credentials=False,
+    )
+    if is_loopback(settings.host):
+        app.add_middleware(HostGuard, host=settings.host)
+    return app
+
+
+def _add_probes(app: FastAPI, front: Front) -> None:
+    unhealthy: dict[int | str, dict[str, Any]] = {
+        200: {"description": "Ready; the body is empty.", "content": {}},
+        503: {"model": ErrorText, "description": "The model is loading, or the engine is restarting."},
+    }
+
+    @app.get("/health", response_class=Response, responses=unhealthy, tags=["probes"])
+    @app.get("/ping", response_class=Response, responses=unhealthy, tags=["probes"])
+    @app.get("/", response_class=Response, responses=unhealthy, tags=["probes"])
+    async def health() -> Response:
+        """Whether requests can be served now."""
+        if front.client.state == "ready":
+            return Response()
+        return Response(msgspec.json.encode(UNHEALTHY), 503, {"retry-after": "2"}, "application/json")
+
+    @app.get(
+        "/metrics",
+        response_class=Response,
+        responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
+        tags=["probes"],
+    )
+    async def metrics() -> Response:
+        """Counters and gauges in Prometheus' text format."""
+        return Response(front.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.get("/version", tags=["probes"])
+    async def version() -> dict[str, str]:
+        """The server's version."""
+        return {"version": __version__}
+
+    @app.get("/api-doc/openapi.json", include_in_schema=False)
+    async def openapi(request: Request) -> Response:
+        return JSONResponse(app.openapi())

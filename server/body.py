@@ -1,0 +1,105 @@
+"""Request bodies: strict JSON, null means absent, and unknown fields are ignored but listed."""
+
+import asyncio
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any
+
+import msgspec
+from fastapi import Request, Response
+from fastapi.routing import APIRoute
+from pydantic import BaseModel, ConfigDict, FailFast, model_validator
+
+from tightrope.server.errors import BodyTimeout, MalformedBody, NotJson
+
+Documented = dict[int | str, dict[str, Any]]  # answers of a route by status, as FastAPI wants them for its API page
+
+READ_TIMEOUT_S = 60.0  # for the whole body; a client that sends a byte a second doesn't keep its connection
+
+
+class FirstErrorOnly(FailFast):
+    """For lists that may be long: one error is told, not one for each of a million items."""
+
+    __hash__ = object.__hash__  # a union of types needs its members hashable, and pydantic's own class isn't
+
+
+class Body(BaseModel):
+    """Base of all request bodies. Types are strict; of duplicate keys the last counts."""
+
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_absent(cls, data: object) -> object:
+        return {k: v for k, v in data.items() if v is not None} if isinstance(data, dict) else data
+
+
+def ignored_fields(body: Body, prefix: str = "") -> Iterator[str]:
+    """Names of the fields that came and mean nothing here, such as "metadata" or "messages[0].foo"."""
+    yield from (prefix + name for name in body.model_extra or ())
+    for name in body.model_fields_set & type(body).model_fields.keys():
+        value: object = getattr(body, name)
+        if isinstance(value, Body):
+            yield from ignored_fields(value, f"{prefix}{name}.")
+        elif isinstance(value, list) and value and isinstance(value[0], Body):
+            for index, item in enumerate(value):
+                yield from ignored_fields(item, f"{prefix}{name}[{index}].")
+
+
+def parse_json(raw: bytes) -> object:
+    """Parse strict UTF-8 JSON: no NaN, no Infinity, no number beyond a float, no byte order mark, no lone surrogate.
+
+    Raises MalformedBody with one line.
+    """
+    try:
+        return msgspec.json.decode(raw)
+    except RecursionError:
+        raise MalformedBody("JSON is nested too deeply") from None
+    except UnicodeDecodeError as exc:
+        raise MalformedBody(f"the body is not UTF-8: {exc.reason} (byte {exc.start})") from None
+    except msgspec.MsgspecError as exc:
+        raise MalformedBody(str(exc) if raw else "the body is empty") from None
+
+
+def _is_json(content_type: str) -> bool:
+    media = content_type.split(";")[0].strip().lower()
+    return media == "application/json" or (media.startswith("application/") and media.endswith("+json"))
+
+
+class JsonRequest(Request):
+    """A request whose body was read and parsed before FastAPI asks for it."""
+
+    raw: bytes
+    data: object
+
+    @classmethod
+    async def read(cls, request: Request) -> "JsonRequest":
+        """Read and parse. Raises NotJson, BodyTimeout and MalformedBody."""
+        if not _is_json(request.headers.get("content-type", "")):
+            raise NotJson("expected a request with the header Content-Type: application/json")
+        made = cls(request.scope, request.receive)
+        try:
+            async with asyncio.timeout(READ_TIMEOUT_S):
+                made.raw = await request.body()
+        except TimeoutError:
+            raise BodyTimeout(f"the body did not arrive within {READ_TIMEOUT_S:.0f} s") from None
+        made.data = parse_json(made.raw)
+        return made
+
+    async def body(self) -> bytes:
+        return self.raw or b"null"  # FastAPI takes an empty body for a missing one and would not ask for its JSON
+
+    async def json(self) -> object:
+        return self.data
+
+
+class JsonRoute(APIRoute):
+    """A route that reads its body by our rules."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+        has_body = self.body_field is not None
+
+        async def read_then_handle(request: Request) -> Response:
+            return await handle(await JsonRequest.read(request) if has_body else request)
+
+        return read_then_handle

@@ -1,0 +1,257 @@
+"""The only table from an error to status and body, one column a dialect; routes build no error replies."""
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import msgspec
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+
+from tightrope.engine.errors import (
+    BackendFailed,
+    ContextLengthExceeded,
+    EngineError,
+    EngineUnavailable,
+    InvalidRequest,
+    ModelNotFound,
+    Overloaded,
+)
+
+log = logging.getLogger("tightrope.server")
+
+Dialect = Literal["openai", "tgi"]
+
+TGI_PATHS = frozenset({"/", "/generate", "/generate_stream", "/info", "/health", "/ping"})
+
+
+class MalformedBody(InvalidRequest):
+    """The body is no JSON."""
+
+
+class WrongBody(InvalidRequest):
+    """The body is JSON of another shape: a missing key, a wrong type."""
+
+
+class TemplateFailed(InvalidRequest):
+    """The chat template refuses these messages, or had to be stopped."""
+
+
+class Unauthorized(EngineError):
+    """The key is missing or wrong."""
+
+    code: ClassVar[str] = "invalid_api_key"
+
+
+class ForeignHost(EngineError):
+    """The Host header names another site: a web page whose name was pointed at this machine (DNS rebinding)."""
+
+    code: ClassVar[str] = "foreign_host"
+
+
+class NoSuchRoute(EngineError):
+    """Nothing is served at this path."""
+
+    code: ClassVar[str] = "not_found"
+
+
+class WrongMethod(EngineError):
+    """The path is served, but not by this method."""
+
+    code: ClassVar[str] = "method_not_allowed"
+
+
+class BodyTimeout(EngineError):
+    """The body came too slowly."""
+
+    code: ClassVar[str] = "request_timeout"
+
+
+class BodyTooLarge(EngineError):
+    """The body is longer than the limit."""
+
+    code: ClassVar[str] = "body_too_large"
+
+
+class NotJson(EngineError):
+    """The content type is not JSON. Requiring it keeps forms of foreign web pages out."""
+
+    code: ClassVar[str] = "unsupported_media_type"
+
+
+class ClientGone(EngineError):
+    """The client hung up; nobody reads the reply."""
+
+    code: ClassVar[str] = "client_closed_request"
+
+
+@dataclass(frozen=True, slots=True)
+class OpenAIRow:
+    """`code` None is JSON's null."""
+
+    status: int
+    type: str
+    code: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class TGIRow:
+    """`fixed` replaces the message. Without `kind` the body is plain text."""
+
+    status: int
+    kind: str | None
+    prefix: str = ""
+    fixed: str | None = None
+
+
+INVALID = OpenAIRow(400, "invalid_request_error", None)
+TABLE: Mapping[type[EngineError], tuple[OpenAIRow, TGIRow]] = {
+    InvalidRequest: (INVALID, TGIRow(422, "validation", "Input validation error: ")),
+    ContextLengthExceeded: (
+        OpenAIRow(400, "invalid_request_error", "context_length_exceeded"),
+        TGIRow(422, "validation", "Input validation error: "),
+    ),
+    TemplateFailed: (INVALID, TGIRow(422, "template_error", "Template error: ")),
+    MalformedBody: (INVALID, TGIRow(400, None, "Failed to parse the request body as JSON: ")),
+    WrongBody: (INVALID, TGIRow(422, None, "Failed to deserialize the JSON body into the target type: ")),
+    Unauthorized: (OpenAIRow(401, "invalid_request_error", "invalid_api_key"), TGIRow(401, None, fixed="")),
+    ForeignHost: (OpenAIRow(403, "invalid_request_error", "foreign_host"), TGIRow(403, "foreign_host")),
+    NoSuchRoute: (OpenAIRow(404, "invalid_request_error", "not_found"), TGIRow(404, "not_found")),
+    ModelNotFound: (OpenAIRow(404, "invalid_request_error", "model_not_found"), TGIRow(404, "model_not_found")),
+    WrongMethod: (
+        OpenAIRow(405, "invalid_request_error", "method_not_allowed"),
+        TGIRow(405, "method_not_allowed"),
+    ),
+    BodyTimeout: (OpenAIRow(408, "invalid_request_error", "request_timeout"), TGIRow(408, None)),
+    BodyTooLarge: (OpenAIRow(413, "invalid_request_error", "body_too_large"), TGIRow(413, None)),
+    NotJson: (
+        OpenAIRow(415, "invalid_request_error", "unsupported_media_type"),
+        TGIRow(415, None, fixed="Expected request with `Content-Type: application/json`"),
+    ),
+    Overloaded: (
+        OpenAIRow(429, "rate_limit_exceeded", "rate_limit_exceeded"),
+        TGIRow(429, "overloaded", fixed="Model is overloaded"),
+    ),
+    ClientGone: (OpenAIRow(499, "invalid_request_error", "client_closed_request"), TGIRow(499, None)),
+    BackendFailed: (
+        OpenAIRow(500, "server_error", "server_error"),
+        TGIRow(424, "generation", "Request failed during generation: "),
+    ),
+    EngineUnavailable: (
+        OpenAIRow(503, "server_error", "engine_unavailable"),
+        TGIRow(424, "generation", "Request failed during generation: "),
+    ),
+}
+
+
+def dialect_of(request: Request) -> Dialect:
+    """The dialect that the request speaks; `/tokenize` belongs to several and decides when it has read the body."""
+    if request.scope.get("state", {}).get("dialect") == "tgi":
+        return "tgi"
+    return "tgi" if request.url.path in TGI_PATHS else "openai"
+
+
+def _rows(exc: EngineError) -> tuple[OpenAIRow, TGIRow]:
+    return next(TABLE[cls] for cls in type(exc).__mro__ if cls in TABLE)
+
+
+def error_body(exc: EngineError, dialect: Dialect) -> dict[str, Any] | str:
+    """What is said about an error: an object, or plain text."""
+    openai, tgi = _rows(exc)
+    if dialect == "openai":
+        return {"error": {"message": exc.message, "type": openai.type, "param": exc.param, "code": openai.code}}
+    text = tgi.prefix + exc.message if tgi.fixed is None else tgi.fixed
+    return text if tgi.kind is None else {"error": text, "error_type": tgi.kind}
+
+
+def error_reply(exc: EngineError, dialect: Dialect) -> Response:
+    """The whole reply for an error."""
+    openai, tgi = _rows(exc)
+    status = openai.status if dialect == "openai" else tgi.status
+    headers = {}
+    if isinstance(exc, Overloaded | EngineUnavailable):
+        headers["retry-after"] = str(exc.retry_after_s)
+    if isinstance(exc, Unauthorized):
+        headers["www-authenticate"] = "Bearer"
+    body = error_body(exc, dialect)
+    if isinstance(body, str):
+        return Response(body, status, headers, "text/plain" if body else None)
+    return Response(msgspec.json.encode(body), status, headers, "application/json")
+
+
+def error_event(exc: EngineError, dialect: Dialect) -> bytes:
+    """The last event of a stream that failed."""
+    return b"data: " + msgspec.json.encode(error_body(exc, dialect)) + b"\n\n"
+
+
+def unexpected(exc: Exception) -> BackendFailed:
+    """The error that a client is told of when our own code broke; the reason is in the log alone."""
+    log.error("request failed: error=%r", exc, exc_info=exc)
+    return BackendFailed("internal server error")
+
+
+# ---- what FastAPI and Starlette raise ----
+
+
+def _field_path(loc: tuple[int | str, ...], body: object, is_missing: bool) -> str:
+    """Pydantic's location as messages[0].content, without the names of union branches that it puts in between."""
+    path = ""
+    here = body
+    for part in loc[1:]:
+        if isinstance(part, int):
+            if not isinstance(here, list) or part >= len(here):
+                continue
+            path, here = f"{path}[{part}]", here[part]
+        elif isinstance(here, dict) and (part in here or is_missing):
+            path, here = f"{path}.{part}" if path else part, here.get(part)
+    return path
+
+
+def wrong_body(exc: RequestValidationError) -> WrongBody:
+    """One line for the first field at fault; a field that fits none of several types names them all."""
+    errors = exc.errors()
+    field = _field_path(errors[0]["loc"], exc.body, errors[0]["type"] == "missing")
+    reasons: dict[str, None] = {}
+    for error in errors[:16]:
+        is_missing = error["type"] == "missing"
+        if _field_path(error["loc"], exc.body, is_missing) == field:
+            message = "field required" if is_missing else str(error["msg"])
+            reasons[message.replace("Input should be", "should be").removeprefix("Value error, ")] = None
+    text = " or ".join(reasons)
+    return WrongBody(f"{field}: {text}" if field else f"body: {text}", field or None)
+
+
+def install_handlers(app: FastAPI, refused: Callable[[EngineError], None]) -> None:
+    """Make every error of `app` leave through the table; `refused` hears of those that requests are answered with."""
+
+    @app.exception_handler(EngineError)
+    async def engine_error(request: Request, exc: EngineError) -> Response:
+        if isinstance(exc, BackendFailed):
+            log.error("request failed: path=%s error=%s", request.url.path, exc.message)
+        refused(exc)
+        return error_reply(exc, dialect_of(request))
+
+    @app.exception_handler(RequestValidationError)
+    async def validation_error(request: Request, exc: RequestValidationError) -> Response:
+        error = wrong_body(exc)
+        refused(error)
+        return error_reply(error, dialect_of(request))
+
+    @app.exception_handler(HTTPException)
+    async def http_error(request: Request, exc: HTTPException) -> Response:
+        if exc.status_code == 405:
+            allowed = (exc.headers or {}).get("Allow", "")
+            error: EngineError = WrongMethod(f"{request.method} is not allowed on {request.url.path}; use {allowed}")
+        elif exc.status_code == 404:
+            error = NoSuchRoute(f"there is nothing at {request.url.path}")
+        else:
+            error = InvalidRequest(str(exc.detail))
+        reply = error_reply(error, dialect_of(request))
+        reply.headers.update(exc.headers or {})
+        return reply
+
+    @app.exception_handler(Exception)
+    async def any_error(request: Request, exc: Exception) -> Response:
+        return error_reply(unexpected(exc), dialect_of(request))

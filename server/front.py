@@ -1,0 +1,40 @@
+"""What every route works with."""
+
+import time
+from dataclasses import dataclass, field
+
+from tightrope.engine.client import EngineClient
+from tightrope.engine.errors import EngineUnavailable
+from tightrope.engine.types import ModelInfo
+from tightrope.server.metrics import Metrics
+from tightrope.server.openai_convert import Served
+from tightrope.server.settings import ServerSettings
+from tightrope.server.templates import ChatTemplate, TemplateRenderer
+
+
+@dataclass(frozen=True, slots=True)
+class Front:
+    """The engine and the settings, and what is made of them once."""
+
+    client: EngineClient
+    settings: ServerSettings
+    metrics: Metrics
+    renderer: TemplateRenderer = field(default_factory=TemplateRenderer)
+    started: int = field(default_factory=lambda: int(time.time()))  # seconds since 1970
+
+    def info(self) -> ModelInfo:
+        """The loaded model. Raises EngineUnavailable before its first start, and while there is none."""
+        info = self.client.info
+        if info is None:
+            raise EngineUnavailable("the model is still loading")
+        return info
+
+    def served(self) -> Served:
+        """What requests are checked against. Raises EngineUnavailable."""
+        info, settings = self.info(), self.settings
+        model_id = settings.served_model_name or info.model_id
+        return Served(model_id, info, settings.engine.limits, settings.max_client_batch_size)
+
+    def template(self) -> ChatTemplate:
+        """The chat template in use. Raises EngineUnavailable."""
+        return ChatTemplate(self.info(), self.settings.chat_template)

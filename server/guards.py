@@ -1,0 +1,110 @@
+"""What stands before every route: hosts, keys, the length of bodies. Plain ASGI, so that nothing is buffered."""
+
+import hmac
+from ipaddress import ip_address
+
+from fastapi import Request
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from tightrope.engine.errors import EngineError
+from tightrope.server.errors import BodyTooLarge, ForeignHost, Unauthorized, dialect_of, error_reply
+
+OPEN_ROUTES = frozenset({"/health", "/ping", "/info", "/metrics", "/version", "/docs", "/docs/oauth2-redirect"})
+OPEN_ROUTES |= {"/openapi.json", "/api-doc/openapi.json"}
+
+
+async def _refuse(exc: EngineError, scope: Scope, receive: Receive, send: Send) -> None:
+    reply = error_reply(exc, dialect_of(Request(scope)))
+    reply.headers["connection"] = "close"  # a body that nobody reads must not be taken for the next request
+    await reply(scope, receive, send)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address to listen on can be reached from this machine alone."""
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+class HostGuard:
+    """Refuse Host headers that don't mean this machine, while listening on loopback.
+
+    A web page can point its own name at 127.0.0.1 and so talk to a local server as if it were its own site.
+    """
+
+    def __init__(self, app: ASGIApp, host: str) -> None:
+        self._app = app
+        self._listens_on = host
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        host = Headers(scope=scope).get("host") if scope["type"] == "http" else None
+        if host is None or self._is_ours(host):  # every browser sends the header
+            return await self._app(scope, receive, send)
+        return await _refuse(
+            ForeignHost(f"this server answers to localhost and 127.0.0.1 only, not to {host[:200]!r}"),
+            scope,
+            receive,
+            send,
+        )
+
+    def _is_ours(self, header: str) -> bool:
+        name = header.rsplit("]", 1)[0].lstrip("[") if header.startswith("[") else header.rsplit(":", 1)[0]
+        name = name.lower().rstrip(".")
+        return name == self._listens_on or name.endswith(".localhost") or is_loopback(name)
+
+
+class KeyGuard:
+    """Ask for the key on every route but the open ones; a route that is added later is closed until listed."""
+
+    def __init__(self, app: ASGIApp, api_key: str) -> None:
+        self._app = app
+        self._key = api_key.encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or self._is_open(scope) or self._has_key(scope):
+            return await self._app(scope, receive, send)
+        return await _refuse(
+            Unauthorized("the API key is missing or wrong; send it as `Authorization: Bearer KEY`"),
+            scope,
+            receive,
+            send,
+        )
+
+    def _is_open(self, scope: Scope) -> bool:
+        return scope["path"] in OPEN_ROUTES or (scope["path"] == "/" and scope["method"] in ("GET", "HEAD"))
+
+    def _has_key(self, scope: Scope) -> bool:
+        scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
+        # compare_digest takes the same time wherever the first difference is
+        return scheme.lower() == "bearer" and hmac.compare_digest(key.strip().encode("latin-1"), self._key)
+
+
+class BodyLimit:
+    """Refuse bodies over a number of bytes: at once by their declared length, or when an undeclared one gets there."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+        self._app = app
+        self._max = max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        declared = Headers(scope=scope).get("content-length", "")
+        if declared.isdecimal() and int(declared) > self._max:
+            return await _refuse(self._error(), scope, receive, send)
+        num_bytes = 0
+
+        async def counted() -> Message:
+            nonlocal num_bytes
+            message = await receive()
+            num_bytes += len(message.get("body", b""))
+            if num_bytes > self._max:
+                raise self._error()
+            return message
+
+        return await self._app(scope, counted, send)
+
+    def _error(self) -> BodyTooLarge:
+        return BodyTooLarge(f"the body is longer than {self._max} bytes")

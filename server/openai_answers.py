@@ -1,0 +1,236 @@
+"""What clients of the OpenAI API get: the whole answers, and the parts that streams share with them."""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from pydantic import BaseModel
+
+from tightrope.engine.types import Finish, PromptInfo, Token
+from tightrope.server.work import Choice
+
+FinishReason = Literal["stop", "length", "tool_calls", "error"]
+LOWEST = -9999.0  # JSON has no infinity
+
+
+class ErrorDetail(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorAnswer(BaseModel):
+    """Every error on /v1."""
+
+    error: ErrorDetail
+
+
+class PromptTokensDetails(BaseModel):
+    """cached_tokens: of the prompt, found in the cache."""
+
+    cached_tokens: int
+
+
+class Usage(BaseModel):
+    """Tokens over all prompts and choices."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+
+class TopLogprob(BaseModel):
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class TokenLogprob(TopLogprob):
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(BaseModel):
+    """Raw log probabilities of an answer's tokens, the end token included."""
+
+    content: list[TokenLogprob]
+    refusal: None
+
+
+class CompletionLogprobs(BaseModel):
+    """Four lists of one length. The first echoed token has null in two of them."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
+class ChatMessage(BaseModel):
+    role: Literal["assistant"]
+    content: str
+
+
+class ChatChoice(BaseModel):
+    index: int
+    message: ChatMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReason
+    stop_reason: str | int | None
+
+
+class ChatAnswer(BaseModel):
+    """POST /v1/chat/completions."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class CompletionChoice(BaseModel):
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: FinishReason
+    stop_reason: str | int | None
+
+
+class CompletionAnswer(BaseModel):
+    """POST /v1/completions."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[CompletionChoice]
+    usage: Usage
+
+
+class ModelCard(BaseModel):
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    root: str
+    parent: str | None
+    max_model_len: int
+
+
+class ModelList(BaseModel):
+    """GET /v1/models."""
+
+    object: Literal["list"]
+    data: list[ModelCard]
+
+
+def finish_reason(finish: Finish) -> FinishReason:
+    """OpenAI's word for an end."""
+    if finish.reason in ("length", "error"):
+        return "length" if finish.reason == "length" else "error"
+    return "stop"
+
+
+def stop_reason(finish: Finish) -> str | int | None:
+    """The stop string, or the id of a token that the client named; what went wrong with an error."""
+    if finish.reason == "error":
+        return finish.message
+    return finish.matched if finish.reason in ("stop_string", "stop_token") else None
+
+
+def usage(prompts: Sequence[PromptInfo], completion_tokens: int) -> dict[str, Any]:
+    """Usage over all prompts (one PromptInfo each) and all choices."""
+    prompt_tokens = sum(prompt.num_tokens for prompt in prompts)
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": sum(prompt.num_cached for prompt in prompts)},
+    }
+
+
+def token_name(raw: bytes) -> str:
+    """A token as text; a torn character as `bytes:\\xe2\\x80`, so that different tokens have different names."""
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+
+def _finite(logprob: float | None) -> float:
+    return LOWEST if logprob is None or not logprob > LOWEST else logprob
+
+
+def chat_logprobs(tokens: Sequence[Token]) -> dict[str, Any]:
+    """The chat form."""
+    return {
+        "content": [
+            {
+                "token": token_name(token.raw),
+                "logprob": _finite(token.logprob),
+                "bytes": list(token.raw),
+                "top_logprobs": [
+                    {"token": token_name(top.raw), "logprob": _finite(top.logprob), "bytes": list(top.raw)}
+                    for top in token.top
+                ],
+            }
+            for token in tokens
+        ],
+        "refusal": None,
+    }
+
+
+def completion_logprobs(tokens: Sequence[Token], offset: int = 0) -> dict[str, Any]:
+    """The completions form; `offset` is the place of the first of `tokens` in the text.
+
+    Each dict of alternatives holds the chosen token too, with the very same float.
+    """
+    offsets = []
+    for token in tokens:
+        offsets.append(max(0, offset))
+        offset += len(token.text)
+    return {
+        "tokens": [token_name(token.raw) for token in tokens],
+        "token_logprobs": [None if token.logprob is None else _finite(token.logprob) for token in tokens],
+        "top_logprobs": [
+            None
+            if token.logprob is None
+            else {token_name(top.raw): _finite(top.logprob) for top in token.top}
+            | {token_name(token.raw): _finite(token.logprob)}
+            for token in tokens
+        ],
+        "text_offset": offsets,
+    }
+
+
+def echo_offset(echo: str, echoed: Sequence[Token]) -> int:
+    """Where the prompt's tokens begin in its text: before it, if a BOS was put in front that the text doesn't have."""
+    return len(echo) - sum(len(token.text) for token in echoed)
+
+
+def chat_choice(index: int, choice: Choice, wants_logprobs: bool) -> dict[str, Any]:
+    """One choice of a whole chat answer."""
+    return {
+        "index": index,
+        "message": {"role": "assistant", "content": choice.text},
+        "logprobs": chat_logprobs(choice.tokens) if wants_logprobs else None,
+        "finish_reason": finish_reason(choice.finish),
+        "stop_reason": stop_reason(choice.finish),
+    }
+
+
+def completion_choice(index: int, choice: Choice, echo: str | None, wants_logprobs: bool) -> dict[str, Any]:
+    """One choice of a whole completion; `echo` is the prompt's text to put in front."""
+    echoed = (choice.prompt.tokens or ()) if echo is not None else ()
+    offset = echo_offset(echo or "", echoed)
+    return {
+        "index": index,
+        "text": (echo or "") + choice.text,
+        "logprobs": completion_logprobs([*echoed, *choice.tokens], offset) if wants_logprobs else None,
+        "finish_reason": finish_reason(choice.finish),
+        "stop_reason": stop_reason(choice.finish),
+    }

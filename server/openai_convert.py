@@ -1,0 +1,236 @@
+"""From OpenAI bodies to engine requests: what can't be honoured is refused here, with the field's name."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from tightrope.engine.errors import InvalidRequest, ModelNotFound
+from tightrope.engine.settings import LimitSettings
+from tightrope.engine.types import (
+    GenerateRequest,
+    LogprobRequest,
+    ModelInfo,
+    Prompt,
+    SamplingParams,
+    Span,
+    StopRules,
+    TextPrompt,
+    TokenPrompt,
+)
+from tightrope.server.openai_requests import ChatRequest, CompletionRequest, SamplingBody
+
+MAX_STOPS = 1024  # the engine looks for each of them after each token
+ANY_MODEL = frozenset({None, "", "tgi", "dummy"})  # what clients send who don't know the name
+
+NOT_YET = "is not supported by this server"
+REFUSED: Mapping[str, str] = {
+    "structured_outputs": NOT_YET,
+    "guided_json": NOT_YET,
+    "guided_regex": NOT_YET,
+    "guided_choice": NOT_YET,
+    "guided_grammar": NOT_YET,
+    "json_schema": NOT_YET,
+    "regex_pattern": NOT_YET,
+    "grammar": NOT_YET,
+    "grammar_string": NOT_YET,
+    "functions": f"{NOT_YET}; it is the old name of tools",
+    "prompt_logprobs": f"{NOT_YET}; use echo with logprobs on /v1/completions",
+    "use_beam_search": NOT_YET,
+    "chat_template": "is taken from the model or the server's settings, never from a request",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """What requests are checked against."""
+
+    model_id: str  # the name that clients see
+    info: ModelInfo
+    limits: LimitSettings
+    max_prompts: int  # in one completion request
+
+
+def check_model(name: str | None, served: Served) -> None:
+    """Raises ModelNotFound unless `name` is the served model or one of the names for "whatever is there"."""
+    if name not in ANY_MODEL and name != served.model_id:
+        raise ModelNotFound(f"The model `{name}` does not exist.", "model")
+
+
+def check_supported(body: SamplingBody) -> None:
+    """Refuse fields that would change the answer and are not honoured; their neutral values pass."""
+    for name, reason in REFUSED.items():
+        if (body.model_extra or {}).get(name):
+            raise InvalidRequest(f"{name} {reason}", name)
+    if body.response_format is not None and body.response_format.type != "text":
+        raise InvalidRequest(f"response_format of type {body.response_format.type} {NOT_YET}", "response_format")
+    if body.stream_options is not None and not body.stream:
+        raise InvalidRequest("stream_options is only allowed when stream is true", "stream_options")
+
+
+def check_tools(body: ChatRequest) -> None:
+    """Without constrained decoding no call can be forced; `auto` may always be answered with text."""
+    choice = body.tool_choice
+    if isinstance(choice, dict):
+        function = choice.get("function")
+        name = function.get("name") if isinstance(function, dict) else None
+        if choice.get("type") != "function" or not isinstance(name, str):
+            raise InvalidRequest('tool_choice should be {"type": "function", "function": {"name": ...}}', "tool_choice")
+    elif choice not in (None, "none", "auto", "required"):
+        raise InvalidRequest('tool_choice should be "none", "auto", "required" or a named function', "tool_choice")
+    if choice not in (None, "none") and not body.tools:
+        raise InvalidRequest("tool_choice is only allowed when tools are given", "tool_choice")
+    if choice not in (None, "none", "auto"):
+        raise InvalidRequest(f"a tool_choice that forces a call {NOT_YET}; use auto or none", "tool_choice")
+
+
+def sampling_params(body: SamplingBody, info: ModelInfo) -> SamplingParams:
+    """How the body wants tokens drawn."""
+    return SamplingParams(
+        temperature=body.temperature,
+        top_k=min(max(body.top_k, 0), info.vocab_size),
+        top_p=body.top_p,
+        min_p=body.min_p,
+        typical_p=body.typical_p,
+        repetition_penalty=body.repetition_penalty,
+        frequency_penalty=body.frequency_penalty,
+        presence_penalty=body.presence_penalty,
+        logit_bias=_logit_bias(body, info),
+        seed=None if body.seed == -1 else body.seed,
+    )
+
+
+def _logit_bias(body: SamplingBody, info: ModelInfo) -> dict[int, float]:
+    pairs = body.logit_bias or {}
+    bias: dict[int, float] = {}
+    for key, value in pairs.items() if isinstance(pairs, dict) else pairs:
+        number = str(int(key)) if isinstance(key, float) and key.is_integer() else str(key)
+        if not (number.isascii() and number.isdecimal() and len(number) < 10 and int(number) < info.vocab_size):
+            raise InvalidRequest(f"logit_bias: {number[:40]} is no token id below {info.vocab_size}", "logit_bias")
+        if not -100 <= value <= 100:
+            raise InvalidRequest(f"logit_bias: {value} for token {number} is not within -100 and 100", "logit_bias")
+        bias[int(number)] = value
+    return bias
+
+
+def stop_rules(body: SamplingBody, max_tokens: int | None, info: ModelInfo, more: Sequence[str] = ()) -> StopRules:
+    """When the answer ends; `more` are the stop strings of the prompt format."""
+    strings = [body.stop] if isinstance(body.stop, str) else body.stop or []
+    if "" in strings:
+        raise InvalidRequest("stop: a stop string must not be empty", "stop")
+    if len(strings) > MAX_STOPS:
+        raise InvalidRequest(f"stop: at most {MAX_STOPS} stop strings, not {len(strings)}", "stop")
+    if max_tokens is not None and body.min_tokens > max_tokens:
+        raise InvalidRequest(f"min_tokens must not be above max_tokens ({max_tokens})", "min_tokens")
+    token_ids = body.stop_token_ids or []
+    for token_id in token_ids:
+        if not 0 <= token_id < info.vocab_size:
+            raise InvalidRequest(f"stop_token_ids: {token_id} is no token id below {info.vocab_size}", "stop_token_ids")
+    return StopRules(
+        max_tokens=max_tokens,
+        min_tokens=body.min_tokens,
+        strings=tuple(dict.fromkeys((*strings, *more))),
+        token_ids=tuple(token_ids),
+        ignore_eos=body.ignore_eos,
+        keep_stop_text=body.include_stop_str_in_output,
+    )
+
+
+def _check_most(name: str, value: int, most: int) -> None:
+    if value > most:
+        raise InvalidRequest(f"{name} must be at most {most}, not {value}", name)
+
+
+def check_chat(body: ChatRequest, served: Served) -> None:
+    """All that can be refused before the template is rendered."""
+    check_model(body.model, served)
+    check_supported(body)
+    check_tools(body)
+    _check_most("n", body.n, served.limits.max_best_of)
+    if body.top_logprobs is not None:
+        _check_most("top_logprobs", body.top_logprobs, served.limits.max_logprobs)
+        if body.top_logprobs > 0 and not body.logprobs:
+            raise InvalidRequest("top_logprobs is only allowed when logprobs is true", "top_logprobs")
+    if body.continue_final_message and body.add_generation_prompt:
+        raise InvalidRequest(
+            "continue_final_message and add_generation_prompt can't both be true", "continue_final_message"
+        )
+
+
+def chat_request(
+    body: ChatRequest, request_id: str, spans: tuple[Span, ...], format_stops: Sequence[str], served: Served
+) -> GenerateRequest:
+    """The engine's request for a chat whose prompt is rendered."""
+    max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    return GenerateRequest(
+        request_id=request_id,
+        prompt=TextPrompt(spans, body.add_special_tokens),
+        sampling=sampling_params(body, served.info),
+        stop=stop_rules(body, max_tokens, served.info, format_stops),
+        n=body.n,
+        logprobs=LogprobRequest(processed=False, top=body.top_logprobs or 0) if body.logprobs else None,
+        truncate_to=body.truncate_prompt_tokens,
+        skip_special_tokens=body.skip_special_tokens,
+        namespace=body.cache_salt or "",
+    )
+
+
+def completion_requests(body: CompletionRequest, request_id: str, served: Served) -> list[GenerateRequest]:
+    """One engine request for each prompt of the batch."""
+    check_model(body.model, served)
+    check_supported(body)
+    best_of = body.n if body.best_of is None else body.best_of
+    if best_of < body.n:
+        raise InvalidRequest(f"best_of must not be below n ({body.n})", "best_of")
+    _check_most("n", body.n, served.limits.max_best_of)
+    _check_most("best_of", best_of, served.limits.max_best_of)
+    if body.stream and best_of > body.n:
+        raise InvalidRequest("best_of above n can't be streamed", "best_of")
+    if body.suffix:
+        raise InvalidRequest("suffix needs a model that fills in the middle, which this one does not", "suffix")
+    if body.logprobs is not None:
+        _check_most("logprobs", body.logprobs, served.limits.max_logprobs)
+    prompts = completion_prompts(body, served)
+    sampling = sampling_params(body, served.info)
+    stop = stop_rules(body, body.max_tokens, served.info)
+    wants_scores = body.logprobs is not None or best_of > body.n
+    return [
+        GenerateRequest(
+            request_id=f"{request_id}-{position}",
+            prompt=prompt,
+            sampling=sampling,
+            stop=stop,
+            n=best_of,
+            logprobs=LogprobRequest(processed=False, top=body.logprobs or 0) if wants_scores else None,
+            prompt_logprobs=body.logprobs if body.echo else None,
+            truncate_to=body.truncate_prompt_tokens,
+            skip_special_tokens=body.skip_special_tokens,
+            namespace=body.cache_salt or "",
+        )
+        for position, prompt in enumerate(prompts)
+    ]
+
+
+def completion_prompts(body: CompletionRequest, served: Served) -> list[Prompt]:
+    """The prompts of the batch, each text or token ids. Raises InvalidRequest for empty ones and unknown ids."""
+    given = body.prompt
+    pieces: list[str | list[int]]
+    if isinstance(given, str):
+        pieces = [given]
+    elif given and all(isinstance(item, int) for item in given):
+        pieces = [[item for item in given if isinstance(item, int)]]
+    else:
+        pieces = [item for item in given if not isinstance(item, int)]
+    if not pieces:
+        raise InvalidRequest("prompt must not be empty", "prompt")
+    _check_most("prompt: the number of prompts", len(pieces), served.max_prompts)
+    prompts: list[Prompt] = []
+    for piece in pieces:
+        if not piece:
+            raise InvalidRequest("prompt must not be empty", "prompt")
+        if isinstance(piece, str):
+            prompts.append(TextPrompt((Span(piece),), body.add_special_tokens))
+            continue
+        for token_id in piece:
+            if not 0 <= token_id < served.info.vocab_size:
+                raise InvalidRequest(f"prompt: {token_id} is no token id below {served.info.vocab_size}", "prompt")
+        prompts.append(TokenPrompt(tuple(piece)))
+    return prompts

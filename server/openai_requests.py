@@ -1,0 +1,116 @@
+"""What clients of the OpenAI API send. Fields that are not here are ignored and listed, see `body.ignored_fields`."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from tightrope.server.body import Body, FirstErrorOnly
+
+Ids = Annotated[list[int], FirstErrorOnly()]
+MAX_INT = 2**63 - 1  # what crosses the process border as an integer
+
+Bias = dict[str, float] | list[Annotated[list[float], Field(min_length=2, max_length=2)]]
+
+
+class StreamOptions(Body):
+    """How a stream ends."""
+
+    include_usage: bool = Field(False, description="One last chunk with the usage and no choices.")
+
+
+class ResponseFormat(Body):
+    """The shape of the answer."""
+
+    type: Literal["text", "json_object", "json_schema"] = "text"
+
+
+class SamplingBody(Body):
+    """What both kinds of request have in common."""
+
+    model: str | None = Field(None, description="The served model's name; may be left out.")
+    n: int = Field(1, ge=1, description="Answers to each prompt.")
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    stop: str | Annotated[list[str], FirstErrorOnly()] | None = Field(
+        None, description="Texts that end the answer and are cut from it."
+    )
+    temperature: float = Field(1.0, ge=0, description="0 is greedy.")
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=-1, le=MAX_INT, description="0 and -1 are off.")
+    min_p: float = Field(0.0, ge=0, le=1)
+    typical_p: float = Field(1.0, gt=0, le=1)
+    repetition_penalty: float = Field(1.0, gt=0, description="Over prompt and answer, once per token id.")
+    presence_penalty: float = Field(0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(0.0, ge=-2, le=2)
+    logit_bias: Bias | None = Field(None, description='{"token id": -100 to 100}; -100 bans.')
+    seed: int | None = Field(None, ge=-1, lt=2**64, description="The same seed gives the same text; -1 is random.")
+    min_tokens: int = Field(0, ge=0, le=MAX_INT, description="Ends are held back until then.")
+    ignore_eos: bool = Field(False, description="Write on to max_tokens.")
+    stop_token_ids: Ids | None = None
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+    truncate_prompt_tokens: int | None = Field(None, ge=1, le=MAX_INT, description="Keep the last n of the prompt.")
+    cache_salt: str | None = Field(None, description="Requests with different salts share no cached tokens.")
+    response_format: ResponseFormat | None = None
+
+
+class ContentPart(Body):
+    """A piece of a message; text alone is understood."""
+
+    type: str
+    text: str | None = None
+
+
+class FunctionCall(Body):
+    """Which function the assistant called, and with what: a JSON object as text."""
+
+    name: str
+    arguments: str = "{}"
+
+
+class ToolCall(Body):
+    """A call in an assistant's earlier turn."""
+
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
+class Message(Body):
+    """One turn of the chat."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[ContentPart] | None = None
+    name: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+
+
+class ChatRequest(SamplingBody):
+    """POST /v1/chat/completions."""
+
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1, le=MAX_INT, description="Default: to the end of the window.")
+    max_tokens: int | None = Field(None, ge=1, le=MAX_INT, description="The older name of max_completion_tokens.")
+    logprobs: bool = False
+    top_logprobs: int | None = Field(None, ge=0, description="Alternatives at each token.")
+    add_generation_prompt: bool | None = Field(None, description="Open a new turn of the assistant; default true.")
+    continue_final_message: bool = Field(False, description="Write on inside the last message.")
+    add_special_tokens: bool = Field(True, description="BOS in front where the model wants one and none is there.")
+    chat_template_kwargs: dict[str, Any] | None = Field(None, description="Variables of the chat template.")
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+
+
+class CompletionRequest(SamplingBody):
+    """POST /v1/completions."""
+
+    prompt: str | Annotated[list[str], FirstErrorOnly()] | Ids | Annotated[list[Ids], FirstErrorOnly()] = Field(
+        description="Text, token ids, or a list of either."
+    )
+    max_tokens: int = Field(16, ge=0, le=MAX_INT)
+    best_of: int | None = Field(None, ge=1, description="Answers written, of which the n best are given.")
+    echo: bool = Field(False, description="Put the prompt in front of the text.")
+    logprobs: int | None = Field(None, ge=0, description="Alternatives at each token, besides the chosen one.")
+    suffix: str | None = None
+    add_special_tokens: bool = Field(True, description="BOS in front of text where the model wants one.")

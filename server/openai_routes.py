@@ -1,0 +1,216 @@
+"""The OpenAI API: models, chat completions, completions."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Sequence
+from typing import Any
+from uuid import uuid4
+
+import msgspec
+from fastapi import APIRouter, Request, Response
+
+from tightrope import __version__
+from tightrope.engine.errors import ContextLengthExceeded
+from tightrope.engine.types import GenerateRequest, TextPrompt
+from tightrope.server.body import Documented, JsonRoute, ignored_fields
+from tightrope.server.front import Front
+from tightrope.server.openai_answers import (
+    ChatAnswer,
+    CompletionAnswer,
+    ErrorAnswer,
+    ModelCard,
+    ModelList,
+    chat_choice,
+    completion_choice,
+    usage,
+)
+from tightrope.server.openai_convert import Served, chat_request, check_chat, check_model, completion_requests
+from tightrope.server.openai_messages import template_messages, template_variables
+from tightrope.server.openai_requests import ChatRequest, CompletionRequest, SamplingBody
+from tightrope.server.openai_stream import Identity, chat_events, completion_events
+from tightrope.server.sse import event_stream
+from tightrope.server.work import Choice, collect, or_gone, run, started
+
+log = logging.getLogger("tightrope.server")
+
+ERRORS: Documented = {
+    400: {"model": ErrorAnswer, "description": "A field is missing, mistyped, out of range or can't be honoured."},
+    401: {"model": ErrorAnswer, "description": "The key is missing or wrong."},
+    404: {"model": ErrorAnswer, "description": "The model does not exist."},
+    413: {"model": ErrorAnswer, "description": "The body is too long."},
+    415: {"model": ErrorAnswer, "description": "The body is not declared as JSON."},
+    429: {"model": ErrorAnswer, "description": "Too many requests wait; try again after Retry-After seconds."},
+    500: {"model": ErrorAnswer, "description": "The model failed."},
+    503: {"model": ErrorAnswer, "description": "The engine is loading or restarting."},
+    "default": {"model": ErrorAnswer, "description": "Any other error."},
+}
+EVENTS = {
+    "text/event-stream": {
+        "schema": {"type": "string"},
+        "example": 'data: {"id": "...", "choices": [...]}\n\ndata: [DONE]\n\n',
+    }
+}
+
+
+def openai_router(front: Front) -> APIRouter:
+    """All routes under /v1."""
+    router = APIRouter(prefix="/v1", route_class=JsonRoute, tags=["OpenAI"])
+
+    def card() -> ModelCard:
+        served = front.served()
+        return ModelCard(
+            id=served.model_id,
+            object="model",
+            created=front.started,
+            owned_by="tightrope",
+            root=served.info.model_id,
+            parent=None,
+            max_model_len=served.info.max_model_len,
+        )
+
+    @router.get("/models", responses={k: ERRORS[k] for k in (401, 503)})
+    async def models() -> ModelList:
+        """The served model."""
+        return ModelList(object="list", data=[card()])
+
+    @router.get("/models/{model:path}", responses={k: ERRORS[k] for k in (401, 404, 503, "default")})
+    async def model(model: str) -> ModelCard:
+        """One model; its name may contain slashes."""
+        served = front.served()
+        check_model(model, served)
+        return card()
+
+    @router.post(
+        "/chat/completions",
+        response_model=None,
+        responses={
+            **ERRORS,
+            200: {"model": ChatAnswer, "content": EVENTS, "description": "The answer, whole or as events."},
+        },
+    )
+    async def chat_completions(body: ChatRequest, request: Request) -> Response:
+        """Answer a chat."""
+        served = front.served()
+        check_chat(body, served)
+        identity = _identity("chatcmpl", served)
+        engine_request = await _chat_to_engine(front, served, identity.id, body, request)
+        _log_ignored(identity.id, body)
+        try:
+            if body.stream:
+                deltas = await started(request, run(front.metrics.generate, [engine_request]))
+                events = chat_events(deltas, identity, wants_logprobs=body.logprobs, include_usage=_include_usage(body))
+                return event_stream(events, "openai")
+            choices = await collect(request, run(front.metrics.generate, [engine_request]))
+        except ContextLengthExceeded as exc:
+            exc.param = "messages"
+            raise
+        return _whole(
+            identity,
+            "chat.completion",
+            [chat_choice(index, choice, body.logprobs) for index, choice in enumerate(choices)],
+            usage([choices[0].prompt], sum(choice.finish.num_tokens for choice in choices)),
+        )
+
+    @router.post(
+        "/completions",
+        response_model=None,
+        responses={
+            **ERRORS,
+            200: {"model": CompletionAnswer, "content": EVENTS, "description": "The text, whole or as events."},
+        },
+    )
+    async def completions(body: CompletionRequest, request: Request) -> Response:
+        """Continue one or several prompts."""
+        served = front.served()
+        identity = _identity("cmpl", served)
+        requests = completion_requests(body, identity.id, served)
+        _log_ignored(identity.id, body)
+        echoes = await or_gone(request, _prompt_texts(front, requests)) if body.echo else []
+        wants_logprobs = body.logprobs is not None
+        if body.stream:
+            deltas = await started(request, run(front.metrics.generate, requests))
+            events = completion_events(
+                deltas,
+                identity,
+                echoes=echoes,
+                n=body.n,
+                wants_logprobs=wants_logprobs,
+                include_usage=_include_usage(body),
+            )
+            return event_stream(events, "openai")
+        choices = await collect(request, run(front.metrics.generate, requests))
+        best_of = requests[0].n
+        answers: list[dict[str, Any]] = []
+        for position in range(len(requests)):
+            best = _best(choices[position * best_of : (position + 1) * best_of], body.n)
+            for choice in best:
+                echo = echoes[position] if body.echo else None
+                answers.append(completion_choice(len(answers), choice, echo, wants_logprobs))
+        return _whole(
+            identity,
+            "text_completion",
+            answers,
+            usage([c.prompt for c in choices[::best_of]], sum(choice.finish.num_tokens for choice in choices)),
+        )
+
+    return router
+
+
+async def _chat_to_engine(
+    front: Front, served: Served, request_id: str, body: ChatRequest, request: Request
+) -> GenerateRequest:
+    template = front.template()
+    opens_turn = not body.continue_final_message if body.add_generation_prompt is None else body.add_generation_prompt
+    rendering = template.render(
+        front.renderer,
+        template_messages(body.messages),
+        add_generation_prompt=opens_turn,
+        continue_final_message=body.continue_final_message,
+        variables=template_variables(body),
+    )
+    return chat_request(body, request_id, await or_gone(request, rendering), template.stops, served)
+
+
+async def _prompt_texts(front: Front, requests: Sequence[GenerateRequest]) -> list[str]:
+    """The prompts as text, for echo."""
+
+    async def text(request: GenerateRequest) -> str:
+        if isinstance(request.prompt, TextPrompt):
+            return "".join(span.text for span in request.prompt.spans)
+        return await front.client.detokenize(request.prompt.token_ids)
+
+    return list(await asyncio.gather(*map(text, requests)))
+
+
+def _best(choices: Sequence[Choice], n: int) -> Sequence[Choice]:
+    """The n choices whose tokens are likeliest on the average, when there are more."""
+    return choices if len(choices) == n else sorted(choices, key=Choice.mean_logprob, reverse=True)[:n]
+
+
+def _log_ignored(request_id: str, body: SamplingBody) -> None:
+    if log.isEnabledFor(logging.DEBUG):
+        names = [*ignored_fields(body), *(("tools",) if isinstance(body, ChatRequest) and body.tools else ())]
+        if names:
+            log.debug("fields ignored: request_id=%s fields=%r", request_id, names)
+
+
+def _include_usage(body: SamplingBody) -> bool:
+    return body.stream_options is not None and body.stream_options.include_usage
+
+
+def _identity(prefix: str, served: Served) -> Identity:
+    return Identity(f"{prefix}-{uuid4().hex}", int(time.time()), served.model_id, f"tightrope-{__version__}")
+
+
+def _whole(identity: Identity, kind: str, choices: list[dict[str, Any]], totals: dict[str, Any]) -> Response:
+    answer = {
+        "id": identity.id,
+        "object": kind,
+        "created": identity.created,
+        "model": identity.model,
+        "system_fingerprint": identity.system_fingerprint,
+        "choices": choices,
+        "usage": totals,
+    }
+    return Response(msgspec.json.encode(answer), media_type="application/json")

@@ -1,0 +1,123 @@
+"""Answers of the OpenAI API as events.
+
+This is the path that runs for every token: what is the same in all chunks is encoded once.
+"""
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass
+
+import msgspec
+
+from tightrope.engine.types import PromptInfo
+from tightrope.server.openai_answers import (
+    chat_logprobs,
+    completion_logprobs,
+    echo_offset,
+    finish_reason,
+    stop_reason,
+    usage,
+)
+from tightrope.server.sse import DONE
+from tightrope.server.work import Deltas
+
+Events = AsyncGenerator[bytes, None]
+
+encode = msgspec.json.Encoder().encode
+OPENED = b'"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null'
+CLOSED = b'"delta":{},"logprobs":null,"finish_reason":'
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What all chunks of an answer, and the whole answer, say of themselves."""
+
+    id: str
+    created: int  # seconds since 1970
+    model: str
+    system_fingerprint: str
+
+
+class _Chunks:
+    """Chunks around a choice's own bytes."""
+
+    def __init__(self, identity: Identity, kind: str, include_usage: bool) -> None:
+        head = {
+            "id": identity.id,
+            "object": kind,
+            "created": identity.created,
+            "model": identity.model,
+            "system_fingerprint": identity.system_fingerprint,
+        }
+        self._head = b"data: " + encode(head)[:-1] + b',"choices":['
+        self._prefix = self._head + b'{"index":'
+        self._suffix = b'}],"usage":null}\n\n' if include_usage else b"}]}\n\n"
+
+    def choice(self, number: int, inner: bytes) -> bytes:
+        return b"%b%d,%b%b" % (self._prefix, number, inner, self._suffix)
+
+    def usage(self, prompts: dict[int, PromptInfo], completion_tokens: int) -> bytes:
+        totals = encode(usage(list(prompts.values()), completion_tokens))
+        return b'%b],"usage":%b}\n\n' % (self._head, totals)
+
+
+async def chat_events(deltas: Deltas, identity: Identity, *, wants_logprobs: bool, include_usage: bool) -> Events:
+    """Chunks of a chat answer; the role comes once per choice."""
+    chunks = _Chunks(identity, "chat.completion.chunk", include_usage)
+    opened: set[int] = set()
+    prompts: dict[int, PromptInfo] = {}
+    completion_tokens = 0
+    async with aclosing(deltas):
+        async for number, delta in deltas:
+            event = b""
+            if number not in opened:
+                opened.add(number)
+                event = chunks.choice(number, OPENED)
+            if delta.prompt is not None:
+                prompts[0] = delta.prompt
+            has_logprobs = wants_logprobs and delta.tokens
+            if delta.text or has_logprobs:
+                logprobs = encode(chat_logprobs(delta.tokens)) if has_logprobs else b"null"
+                inner = b'"delta":{"content":%b},"logprobs":%b,"finish_reason":null' % (encode(delta.text), logprobs)
+                event += chunks.choice(number, inner)
+            if delta.finish is not None:
+                completion_tokens += delta.finish.num_tokens
+                reasons = encode(finish_reason(delta.finish)), encode(stop_reason(delta.finish))
+                event += chunks.choice(number, CLOSED + b'%b,"stop_reason":%b' % reasons)
+            if event:
+                yield event
+    yield (chunks.usage(prompts, completion_tokens) if include_usage else b"") + DONE
+
+
+async def completion_events(
+    deltas: Deltas, identity: Identity, *, echoes: list[str], n: int, wants_logprobs: bool, include_usage: bool
+) -> Events:
+    """Chunks of completions; `echoes` are the prompts' texts to put in front, one a prompt, or none at all."""
+    chunks = _Chunks(identity, "text_completion", include_usage)
+    offsets: dict[int, int] = {}  # characters that the tokens listed so far have
+    prompts: dict[int, PromptInfo] = {}
+    completion_tokens = 0
+    async with aclosing(deltas):
+        async for number, delta in deltas:
+            text, tokens = delta.text, delta.tokens
+            if delta.prompt is not None:
+                prompts[number // n] = delta.prompt
+                if echoes:
+                    echo, echoed = echoes[number // n], delta.prompt.tokens or ()
+                    text, tokens = echo + text, (*echoed, *tokens)
+                    offsets[number] = echo_offset(echo, echoed)
+            logprobs = b"null"
+            if wants_logprobs and tokens:
+                offset = offsets.get(number, 0)
+                logprobs = encode(completion_logprobs(tokens, offset))
+                offsets[number] = offset + sum(len(token.text) for token in tokens)
+            if delta.finish is not None:
+                completion_tokens += delta.finish.num_tokens
+                ends = encode(finish_reason(delta.finish)), encode(stop_reason(delta.finish))
+                end = b'%b,"stop_reason":%b' % ends
+            elif text or logprobs != b"null":
+                end = b"null"
+            else:
+                continue
+            yield chunks.choice(number, b'"text":%b,"logprobs":%b,"finish_reason":%b' % (encode(text), logprobs, end))
+    yield (chunks.usage(prompts, completion_tokens) if include_usage else b"") + DONE

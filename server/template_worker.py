@@ -1,0 +1,120 @@
+"""The process that renders chat templates: they come with models from anywhere, so they get a sandbox and limits.
+
+Jinja's sandbox keeps it from Python's insides. What the sandbox can't limit are time and memory: one expression may
+build a gigabyte, one loop may never end, and a thread can't be stopped from outside. A process can.
+
+Frames on stdin and stdout are a 4-byte little-endian length and msgpack. The process ends with its stdin.
+"""
+
+import json
+import resource
+import sys
+from collections.abc import Callable
+from datetime import datetime
+from functools import lru_cache
+from typing import Any, BinaryIO, NoReturn
+
+import jinja2
+import msgspec
+from jinja2 import nodes
+from jinja2.exceptions import SecurityError
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+MEMORY_BYTES = 512 << 20  # address space; an interpreter with Jinja takes about 40 MB of it
+
+
+class RenderJob(msgspec.Struct, array_like=True):
+    """A template's source and the variables that it sees."""
+
+    source: str
+    variables: dict[str, Any]
+
+
+class Rendered(msgspec.Struct, array_like=True):
+    """`text`, or why there is none."""
+
+    text: str | None
+    error: str | None
+
+
+class TemplateRefused(Exception):
+    """The template itself called `raise_exception`."""
+
+
+class _Generation(Extension):
+    """`{% generation %}` marks the assistant's text for training; for serving it means nothing."""
+
+    tags = {"generation"}  # noqa: RUF012 - read by Jinja as a class attribute
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise TemplateRefused(message)
+
+
+def _strftime_now(pattern: str) -> str:
+    return datetime.now().strftime(pattern)
+
+
+def _tojson(
+    value: object,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """JSON as models were trained on it: not escaped for HTML, as Jinja's own filter would."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+@lru_cache(maxsize=8)
+def compiled(source: str) -> jinja2.Template:
+    """The template, ready to render. Raises jinja2.TemplateError."""
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = _strftime_now
+    return environment.from_string(source)
+
+
+def render(job: RenderJob) -> Rendered:
+    """Render one template; whatever it does wrong becomes one line of text."""
+    try:
+        return Rendered(compiled(job.source).render(**job.variables), None)
+    except TemplateRefused as exc:
+        return Rendered(None, str(exc))
+    except SecurityError as exc:
+        return Rendered(None, f"the chat template reaches for something that is forbidden: {exc}")
+    except jinja2.TemplateSyntaxError as exc:
+        return Rendered(None, f"the chat template is broken in line {exc.lineno}: {exc.message}")
+    except MemoryError:
+        return Rendered(None, "the chat template was stopped: it used too much memory")
+    except RecursionError:
+        return Rendered(None, "the chat template was stopped: it calls itself without end")
+    except Exception as exc:  # a template is a program: it can fail in every way that a program can
+        return Rendered(None, f"the chat template can't render these messages: {exc}")
+
+
+def serve(read: BinaryIO, write: BinaryIO) -> None:
+    """Answer jobs until the other side closes."""
+    decode: Callable[[bytes], RenderJob] = msgspec.msgpack.Decoder(RenderJob).decode
+    while header := read.read(4):
+        rendered = render(decode(read.read(int.from_bytes(header, "little"))))
+        try:
+            frame = msgspec.msgpack.encode(rendered)
+        except (MemoryError, UnicodeEncodeError):  # a lone surrogate from the template's own escapes
+            frame = msgspec.msgpack.encode(Rendered(None, "the chat template rendered text that can't be encoded"))
+        write.write(len(frame).to_bytes(4, "little") + frame)
+        write.flush()
+
+
+if __name__ == "__main__":
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    serve(sys.stdin.buffer, sys.stdout.buffer)

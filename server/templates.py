@@ -1,0 +1,194 @@
+"""Chat messages to prompt text, by the Jinja template from the model's files."""
+
+import asyncio
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import lru_cache
+from typing import Any
+
+import msgspec
+
+from tightrope.engine.types import ModelInfo, Span
+from tightrope.server.errors import TemplateFailed
+from tightrope.server.template_worker import Rendered, RenderJob
+
+RENDER_TIMEOUT_S = 5.0  # a long chat takes milliseconds
+START_TIMEOUT_S = 30.0  # a busy machine takes a while to start an interpreter
+MAX_PROMPT_BYTES = 16 << 20
+
+CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + (message['content'] or '') + '<|im_end|>\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+CHATML_STOPS = ("<|im_end|>",)  # a model without a template need not know it as an end token
+
+# Marks around special-token texts in what people wrote, and at the place where an answer goes on. They are private-use
+# characters; those that come in from outside are removed first, so every mark in the rendered prompt is ours.
+OPEN, CLOSE, GO_ON = "\ue0f0", "\ue0f1", "\ue0f2"
+_NO_MARKS = str.maketrans("", "", OPEN + CLOSE + GO_ON)
+
+Message = dict[str, Any]  # as templates see it: role, content, name, tool_calls ...
+
+
+class TemplateRenderer:
+    """Renders in a process of its own, which is killed when a template takes too long and started again when needed.
+
+    It starts with the first chat. One template renders at a time.
+    """
+
+    def __init__(self, timeout_s: float = RENDER_TIMEOUT_S) -> None:
+        self._timeout_s = timeout_s
+        self._process: asyncio.subprocess.Process | None = None
+        self._lock = asyncio.Lock()
+
+    async def render(self, source: str, variables: Mapping[str, Any]) -> str:
+        """The rendered text. Raises TemplateFailed with the template's own words, or what it did wrong."""
+        async with self._lock:
+            if self._process is None:
+                await self._start()
+            done = False
+            try:
+                rendered = await self._ask(RenderJob(source, dict(variables)), self._timeout_s)
+                done = True
+            except TimeoutError:
+                raise TemplateFailed(f"the chat template was stopped after {self._timeout_s:g} s", "messages") from None
+            except (asyncio.IncompleteReadError, ConnectionError):
+                raise TemplateFailed("the chat template was stopped: it used too much memory", "messages") from None
+            finally:
+                if not done:  # also when the client hung up: what comes back now answers nobody
+                    await self._kill()
+        if rendered.text is None:
+            raise TemplateFailed(rendered.error or "the chat template failed", "messages")
+        return rendered.text
+
+    async def _start(self) -> None:
+        self._process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "tightrope.server.template_worker",
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+        )
+        try:
+            await self._ask(RenderJob("", {}), START_TIMEOUT_S)  # so that its start does not count as a render's time
+        except BaseException:
+            await self._kill()
+            raise
+
+    async def _ask(self, job: RenderJob, timeout_s: float) -> Rendered:
+        assert self._process is not None
+        reader, writer = self._process.stdout, self._process.stdin
+        assert reader is not None
+        assert writer is not None
+        frame = msgspec.msgpack.encode(job)
+        async with asyncio.timeout(timeout_s):
+            writer.write(len(frame).to_bytes(4, "little") + frame)
+            await writer.drain()
+            num_bytes = int.from_bytes(await reader.readexactly(4), "little")
+            if num_bytes > MAX_PROMPT_BYTES:
+                raise TemplateFailed(f"the chat template rendered more than {MAX_PROMPT_BYTES} bytes", "messages")
+            return msgspec.msgpack.decode(await reader.readexactly(num_bytes), type=Rendered)
+
+    async def _kill(self) -> None:
+        if self._process is None:
+            return
+        process, self._process = self._process, None
+        with suppress(ProcessLookupError):
+            process.kill()
+        if process.stdin is not None:
+            process.stdin.close()
+        await process.wait()
+
+    async def close(self) -> None:
+        """End the process."""
+        async with self._lock:
+            await self._kill()
+
+
+class ChatTemplate:
+    """The template of the served model, and what its special tokens look like."""
+
+    def __init__(self, info: ModelInfo, source: str | None = None) -> None:
+        given = source if source is not None else info.chat_template
+        self.source = CHATML if given is None else given
+        self.stops: Sequence[str] = CHATML_STOPS if given is None else ()
+        self._info = info
+
+    async def render(
+        self,
+        renderer: TemplateRenderer,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool,
+        continue_final_message: bool,
+        variables: Mapping[str, Any] | None = None,
+    ) -> tuple[Span, ...]:
+        """The prompt. What people wrote stays plain text, even if it looks like a special token.
+
+        `variables` are the request's own, beneath the fixed ones. With continue_final_message the text ends inside the
+        last message. Raises TemplateFailed.
+        """
+        marked = [_mapped(message, self._mark) for message in messages]
+        if continue_final_message:
+            marked[-1] = marked[-1] | {"content": f"{marked[-1].get('content') or ''}{GO_ON}"}
+        text = await renderer.render(
+            self.source,
+            {
+                "tools": None,
+                "documents": None,
+                **(variables or {}),
+                "messages": marked,
+                "bos_token": self._info.bos_token or "",
+                "eos_token": self._info.eos_token or "",
+                "add_generation_prompt": add_generation_prompt,
+            },
+        )
+        if continue_final_message:
+            text, mark, _ = text.rpartition(GO_ON)
+            if not mark:
+                raise TemplateFailed("the chat template leaves out the message to be continued", "messages")
+        return spans(text)
+
+    def _mark(self, text: str) -> str:
+        special = special_pattern(self._info.special_texts)
+        text = text.translate(_NO_MARKS)
+        return special.sub(rf"{OPEN}\g<0>{CLOSE}", text) if special else text
+
+
+@lru_cache(maxsize=4)
+def special_pattern(special_texts: tuple[str, ...]) -> re.Pattern[str] | None:
+    """Finds special-token texts, the longest of several. White space alone is text in every chat."""
+    texts = sorted({text for text in special_texts if text.strip()}, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, texts))) if texts else None
+
+
+def _mapped(message: Message, change: Callable[[str], str]) -> Message:
+    return {name: _map_texts(item, change, name) for name, item in message.items()}
+
+
+def _map_texts(value: object, change: Callable[[str], str], key: str = "") -> object:
+    """Change every text in a message but those that the template compares: role and type."""
+    if isinstance(value, str):
+        return value if key in ("role", "type") else change(value)
+    if isinstance(value, dict):
+        return {name: _map_texts(item, change, name) for name, item in value.items()}
+    return [_map_texts(item, change) for item in value] if isinstance(value, list) else value
+
+
+def spans(rendered: str) -> tuple[Span, ...]:
+    """Cut a rendered prompt at its marks.
+
+    A marked text is plain only while both marks still enclose it: a template that cuts messages into pieces (at
+    "</think>", say) may have torn them apart, and then the marks alone disappear.
+    """
+    pieces: list[Span] = []
+    for index, piece in enumerate(re.split(f"{OPEN}([^{OPEN}{CLOSE}]*){CLOSE}", rendered)):
+        is_plain = index % 2 == 1
+        text = piece.translate(_NO_MARKS)
+        if text:
+            pieces.append(Span(text, parse_special=not is_plain))
+    return tuple(pieces)

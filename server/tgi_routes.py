@@ -1,0 +1,132 @@
+"""The TGI API: generate, whole and streamed, and what the model is."""
+
+import time
+
+import msgspec
+from fastapi import APIRouter, Request, Response
+
+from tightrope import __version__
+from tightrope.engine.errors import ContextLengthExceeded
+from tightrope.server.body import Documented, JsonRoute
+from tightrope.server.front import Front
+from tightrope.server.sse import event_stream
+from tightrope.server.tgi_answers import Asked, answer_events, answer_headers, answer_json, stream_headers
+from tightrope.server.tgi_convert import TGILimits, generate_request, is_sampled, length_error
+from tightrope.server.tgi_types import CompatBody, ErrorText, GenerateAnswer, GenerateBody, Info
+from tightrope.server.work import Choice, collect, run, started
+
+PLAIN = {"text/plain": {"schema": {"type": "string"}}}
+ERRORS: Documented = {
+    400: {"content": PLAIN, "description": "The body is no JSON."},
+    401: {"description": "The key is missing or wrong; the body is empty."},
+    413: {"content": PLAIN, "description": "The body is too long."},
+    415: {"content": PLAIN, "description": "The body is not declared as JSON."},
+    422: {
+        "model": ErrorText,
+        "content": PLAIN,
+        "description": "A parameter is out of range (JSON), or of another type (plain text).",
+    },
+    424: {"model": ErrorText, "description": "The model failed, is loading or restarting."},
+    429: {"model": ErrorText, "description": "Too many requests wait; try again after Retry-After seconds."},
+}
+EVENTS = {"text/event-stream": {"schema": {"type": "string"}, "example": 'data: {"index": 1, "token": {...}, ...}\n\n'}}
+
+
+def tgi_router(front: Front) -> APIRouter:
+    """POST /generate, /generate_stream and /; GET /info."""
+    router = APIRouter(route_class=JsonRoute, tags=["TGI"])
+    settings = front.settings
+    compute_type = "gpu" if settings.engine.model.gpu_layers else "cpu"
+
+    def asked(body: GenerateBody, *, is_stream: bool, full_text_default: bool = False) -> Asked:
+        p = body.parameters
+        request = generate_request(body.inputs, p, TGILimits.of(front.info(), settings), is_stream=is_stream)
+        is_full = full_text_default if p is None or p.return_full_text is None else p.return_full_text
+        return Asked(
+            request,
+            details=p is not None and (p.details or p.decoder_input_details),
+            full_text=body.inputs if is_full else "",
+            is_sampled=is_sampled(p),
+        )
+
+    async def whole(body: GenerateBody, request: Request, wanted: Asked, *, as_list: bool) -> Response:
+        arrived_s = time.monotonic()
+        try:
+            choices = await collect(request, run(front.metrics.generate, [wanted.request]))
+        except ContextLengthExceeded as exc:
+            raise length_error(exc, wanted.request.stop.max_tokens) from None
+        choices.sort(key=Choice.mean_logprob, reverse=True)
+        answer = answer_json(choices, wanted)
+        return Response(
+            msgspec.json.encode([answer] if as_list else answer),
+            headers=answer_headers(body.inputs, compute_type, choices[0], arrived_s),
+            media_type="application/json",
+        )
+
+    async def streamed(body: GenerateBody, request: Request, wanted: Asked) -> Response:
+        try:
+            deltas = await started(request, run(front.metrics.generate, [wanted.request]))
+        except ContextLengthExceeded as exc:
+            raise length_error(exc, wanted.request.stop.max_tokens) from None
+        return event_stream(answer_events(deltas, wanted), "tgi", stream_headers(body.inputs, compute_type))
+
+    @router.post(
+        "/generate",
+        response_model=None,
+        responses={**ERRORS, 200: {"model": GenerateAnswer, "description": "The answer."}},
+    )
+    async def generate(body: GenerateBody, request: Request) -> Response:
+        """Write an answer."""
+        return await whole(body, request, asked(body, is_stream=False), as_list=False)
+
+    @router.post(
+        "/generate_stream",
+        response_model=None,
+        responses={**ERRORS, 200: {"content": EVENTS, "description": "One event per token."}},
+    )
+    async def generate_stream(body: GenerateBody, request: Request) -> Response:
+        """Write an answer, token by token."""
+        return await streamed(body, request, asked(body, is_stream=True))
+
+    @router.post(
+        "/",
+        response_model=None,
+        responses={
+            **ERRORS,
+            200: {"model": list[GenerateAnswer], "content": EVENTS, "description": "The answer, in a list."},
+        },
+    )
+    async def compat_generate(body: CompatBody, request: Request) -> Response:
+        """Write an answer, whole or token by token; the input comes in front of it unless return_full_text is false."""
+        wanted = asked(body, is_stream=body.stream, full_text_default=True)
+        if body.stream:
+            return await streamed(body, request, wanted)
+        return await whole(body, request, wanted, as_list=True)
+
+    @router.get("/info", responses={424: ERRORS[424]})
+    async def info() -> Info:
+        """The model and its limits."""
+        served = front.served()
+        limits = TGILimits.of(served.info, settings)
+        return Info(
+            model_id=served.model_id,
+            model_sha=None,
+            model_dtype=served.info.format,
+            model_device_type=compute_type,
+            model_pipeline_tag="text-generation",
+            max_concurrent_requests=served.limits.max_waiting + served.info.max_num_seqs,
+            max_best_of=limits.max_best_of,
+            max_stop_sequences=limits.max_stop_sequences,
+            max_input_tokens=limits.max_input_tokens,
+            max_input_length=limits.max_input_tokens,
+            max_total_tokens=limits.max_total_tokens,
+            max_batch_total_tokens=served.info.cache_tokens,
+            validation_workers=1,
+            max_client_batch_size=served.max_prompts,
+            router="tightrope",
+            version=__version__,
+            sha=None,
+            docker_label=None,
+        )
+
+    return router

@@ -1,0 +1,157 @@
+"""Text to token ids and back. One path serves several dialects, told apart by the key that is present."""
+
+from typing import Annotated
+
+from fastapi import APIRouter, Request
+from pydantic import BaseModel, Discriminator, Field, Tag
+
+from tightrope.engine.types import Span, TextPrompt, Token
+from tightrope.server.body import Body, JsonRoute
+from tightrope.server.front import Front
+from tightrope.server.openai_convert import check_model
+from tightrope.server.openai_messages import template_messages, template_variables
+from tightrope.server.openai_requests import ChatRequest, Ids
+from tightrope.server.openai_routes import ERRORS
+from tightrope.server.tgi_types import GenerateBody
+from tightrope.server.work import or_gone
+
+
+class TokenizeText(Body):
+    """vLLM's form."""
+
+    model: str | None = None
+    prompt: str
+    add_special_tokens: bool = True
+    return_token_strs: bool = False
+
+
+class TokenizeChat(ChatRequest):
+    """vLLM's form for a chat: `count` is what its prompt will be."""
+
+    add_special_tokens: bool = True
+    return_token_strs: bool = False
+
+
+class TokenizeContent(Body):
+    """llama-server's form."""
+
+    content: str
+    add_special: bool = False
+
+
+def _form(body: object) -> str | None:
+    keys = body if isinstance(body, dict) else {}
+    return next((key for key in ("inputs", "messages", "prompt", "content") if keys.get(key) is not None), None)
+
+
+TokenizeBody = Annotated[
+    Annotated[GenerateBody, Tag("inputs")]
+    | Annotated[TokenizeChat, Tag("messages")]
+    | Annotated[TokenizeText, Tag("prompt")]
+    | Annotated[TokenizeContent, Tag("content")],
+    Discriminator(
+        _form,
+        custom_error_type="no_known_form",
+        custom_error_message="one of inputs, prompt, messages and content is required",
+    ),
+]
+
+
+class DetokenizeBody(Body):
+    """POST /detokenize."""
+
+    model: str | None = None
+    tokens: Ids
+
+
+class Tokenized(BaseModel):
+    """vLLM's answer."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None
+
+
+class TokenPlace(BaseModel):
+    """TGI's answer for one token; start and stop are byte offsets into the input."""
+
+    id: int
+    text: str
+    start: int
+    stop: int
+
+
+class TokenIds(BaseModel):
+    """llama-server's answer."""
+
+    tokens: list[int]
+
+
+class Detokenized(BaseModel):
+    prompt: str = Field(description="The text; special tokens are kept.")
+
+
+def places(tokens: tuple[Token, ...], inputs: str) -> list[TokenPlace]:
+    """Where each token lies in `inputs`. A BOS put in front, or a space, has no bytes there."""
+    raw = inputs.encode()
+    found, start = [], 0
+    for token in tokens:
+        piece = token.raw
+        if not raw.startswith(piece, start):
+            piece = piece[1:] if piece[:1] == b" " and raw.startswith(piece[1:], start) else b""
+        stop = start + len(piece)
+        text = raw[start:stop].decode("utf-8", "replace")
+        found.append(TokenPlace(id=token.token_id, text=text, start=start, stop=stop))
+        start = stop
+    return found
+
+
+def tokenize_router(front: Front) -> APIRouter:
+    """POST /tokenize and /detokenize, with and without /v1."""
+    router = APIRouter(route_class=JsonRoute, tags=["tokens"])
+    documented = {key: ERRORS[key] for key in (400, 401, 404, 413, 503, "default")}
+
+    async def prompt_of(body: TokenizeChat, request: Request) -> TextPrompt:
+        opens = not body.continue_final_message if body.add_generation_prompt is None else body.add_generation_prompt
+        rendering = front.template().render(
+            front.renderer,
+            template_messages(body.messages),
+            add_generation_prompt=opens,
+            continue_final_message=body.continue_final_message,
+            variables=template_variables(body),
+        )
+        return TextPrompt(await or_gone(request, rendering), body.add_special_tokens)
+
+    @router.post("/tokenize", responses=documented)
+    @router.post("/v1/tokenize", responses=documented)
+    async def tokenize(body: TokenizeBody, request: Request) -> Tokenized | list[TokenPlace] | TokenIds:
+        """The token ids of a text or a chat."""
+        if isinstance(body, GenerateBody):
+            request.state.dialect = "tgi"
+            return places(await front.client.tokenize(TextPrompt((Span(body.inputs),))), body.inputs)
+        if isinstance(body, TokenizeContent):
+            tokens = await front.client.tokenize(TextPrompt((Span(body.content),), body.add_special))
+            return TokenIds(tokens=[token.token_id for token in tokens])
+        served = front.served()
+        check_model(body.model, served)
+        if isinstance(body, TokenizeChat):
+            prompt = await prompt_of(body, request)
+        else:
+            prompt = TextPrompt((Span(body.prompt),), body.add_special_tokens)
+        tokens = await front.client.tokenize(prompt)
+        return Tokenized(
+            count=len(tokens),
+            max_model_len=served.info.max_model_len,
+            tokens=[token.token_id for token in tokens],
+            token_strs=[token.text for token in tokens] if body.return_token_strs else None,
+        )
+
+    @router.post("/detokenize", responses=documented)
+    @router.post("/v1/detokenize", responses=documented)
+    async def detokenize(body: DetokenizeBody) -> Detokenized:
+        """The text of token ids."""
+        check_model(body.model, front.served())
+        return Detokenized(prompt=await front.client.detokenize(body.tokens))
+
+    return router
