@@ -3,8 +3,9 @@
     python -m bench.gguf_kv_cache [--part 1/4]
 
 Runs the bundled model through llama.cpp without a server: a prompt of 3,500 tokens, then decode behind it with one
-stream and with eight that share the prompt. Decode times are medians; nothing else should run meanwhile. With --part 1/4
-every fourth setting is measured, and the file keeps what it has of the others.
+stream, with eight that share the prompt ("shared"), and with eight that hold an eighth of it each ("apart"). Decode
+times are medians; nothing else should run meanwhile. With --part 1/4 every fourth setting is measured, and the file
+keeps what it has of the others.
 """
 
 import argparse
@@ -54,11 +55,17 @@ def measure(model: NativeModel, setting: Setting, prompt: int, steps: int) -> di
     )
     context = NativeContext(model, options)
     prefill_s = _prefill(context, prompt)
-    one_ms = _decode(context, 1, prompt, steps)
+    one_ms = _decode(context, [prompt], steps)
+    context.remove_cells(0, prompt)
     for slot in range(1, STREAMS):
         context.copy_cells(0, slot, prompt)
-    context.remove_cells(0, prompt)
-    eight_ms = _decode(context, STREAMS, prompt, steps)
+    shared_ms = _decode(context, [prompt] * STREAMS, steps)
+    share = prompt // STREAMS
+    for slot in range(1, STREAMS):  # each gets a range of its own, at the positions where it lies
+        context.remove_cells(slot, 0)
+        context.copy_cells(0, slot, (slot + 1) * share, slot * share)
+    context.remove_cells(0, share)
+    apart_ms = _decode(context, [(slot + 1) * share for slot in range(STREAMS)], steps)
     context.close()
     return {
         "keys": keys,
@@ -68,7 +75,8 @@ def measure(model: NativeModel, setting: Setting, prompt: int, steps: int) -> di
         "prefill_s": round(prefill_s, 2),
         "prefill_tokens_per_s": round(prompt / prefill_s, 1),
         "decode_1_stream_ms": round(one_ms, 2),
-        "decode_8_streams_ms": round(eight_ms, 2),
+        "decode_8_streams_shared_ms": round(shared_ms, 2),
+        "decode_8_streams_apart_ms": round(apart_ms, 2),
     }
 
 
@@ -88,19 +96,20 @@ def _prefill(context: NativeContext, prompt: int) -> float:
     return time.perf_counter() - began
 
 
-def _decode(context: NativeContext, streams: int, depth: int, steps: int) -> float:
-    """Median milliseconds of a step of one token for each of `streams` sequences that hold `depth` tokens."""
+def _decode(context: NativeContext, depths: list[int], steps: int) -> float:
+    """Median milliseconds of a step of one token for each sequence; `depths` are their next positions."""
+    streams = len(depths)
 
-    def step(position: int) -> None:
+    def step(index: int) -> None:
         context.token_ids[:streams] = 2000 + np.arange(streams)
-        context.positions[:streams] = position
+        context.positions[:streams] = np.array(depths) + index
         context.slots[:streams] = np.arange(streams)
         context.outputs[:streams] = 1
         context.decode(0, streams)
         context.logits(streams)
 
-    step(depth)
-    return statistics.median(_timed(lambda i=i: step(depth + 1 + i)) for i in range(steps)) * 1000
+    step(0)
+    return statistics.median(_timed(lambda i=i: step(1 + i)) for i in range(steps)) * 1000
 
 
 def _timed(run: Callable[[], None]) -> float:

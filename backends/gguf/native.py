@@ -21,8 +21,8 @@ from tightrope.backends.errors import BackendError
 log = logging.getLogger("tightrope.gguf")
 
 MAX_SEQS = 256  # llama.cpp's LLAMA_MAX_SEQ
-_CONTINUED = 5  # log level of a line's later pieces
-_LOG_LEVELS = {1: logging.DEBUG, 2: logging.INFO, 3: logging.WARNING, 4: logging.DEBUG}
+# ggml's levels: 1 debug, 2 info, 3 warning, 4 error; 5 continues the line before
+_LOG_LEVELS = {1: logging.DEBUG, 2: logging.DEBUG, 3: logging.INFO, 4: logging.WARNING}
 
 _recent_errors: deque[str] = deque(maxlen=4)  # what llama.cpp complained about last, for error messages
 _last_level = logging.DEBUG
@@ -32,7 +32,7 @@ _last_level = logging.DEBUG
 def _on_log(level: int, text: bytes, _: ctypes.c_void_p) -> None:
     """llama.cpp's chatter goes to DEBUG (hundreds of lines a start), its warnings to INFO, its errors to WARNING."""
     global _last_level
-    _last_level = _LOG_LEVELS.get(level, _last_level) if level != _CONTINUED else _last_level
+    _last_level = _LOG_LEVELS.get(level, _last_level)
     line = text.decode("utf-8", errors="replace").strip()
     if not line.strip("."):
         return
@@ -174,9 +174,9 @@ class NativeContext:
         """[num_rows, V] float32 of the last `decode`, in batch order; a view that the next one overwrites."""
         return np.ctypeslib.as_array(ll.llama_get_logits(self.pointer), shape=(num_rows, self._vocab_size))
 
-    def copy_cells(self, source: int, target: int, num_tokens: int) -> None:
-        """Let sequence slot `target` share the first `num_tokens` tokens of slot `source`; moves no data."""
-        ll.llama_memory_seq_cp(self._memory, source, target, 0, num_tokens)
+    def copy_cells(self, source: int, target: int, num_tokens: int, start: int = 0) -> None:
+        """Let sequence slot `target` share tokens start .. num_tokens of slot `source`; moves no data."""
+        ll.llama_memory_seq_cp(self._memory, source, target, start, num_tokens)
 
     def remove_cells(self, slot: int, start: int) -> bool:
         """Forget the tokens of a slot from position `start` on; False if the model's state can't be rolled back."""
