@@ -76,6 +76,7 @@ async def _serve(settings: ServerSettings, listener: socket.socket) -> None:
         http="httptools",
         log_config=None,
         access_log=settings.log_level == "debug",
+        lifespan="on",  # the app starts the engine and closes it
         timeout_graceful_shutdown=DRAIN_S,
         server_header=False,
     )
@@ -83,7 +84,6 @@ async def _serve(settings: ServerSettings, listener: socket.socket) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, _stop, server, client)
     print(f"tightrope {__version__} at {url} is loading the model", flush=True)
-    await client.start()
     announcing = asyncio.create_task(_announce(client, server, settings, url))
     try:
         await server.serve([listener])
@@ -91,7 +91,6 @@ async def _serve(settings: ServerSettings, listener: socket.socket) -> None:
             announcing.result()  # raises what kept the model from being loaded
     finally:
         announcing.cancel()
-        await client.close()
 
 
 def _stop(server: uvicorn.Server, client: EngineClient) -> None:
