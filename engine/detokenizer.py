@@ -79,6 +79,6 @@ class Detokenizer:
         return 0
 
     def flush(self) -> str:
-        """The rest of the text, when no more tokens come. A character that stayed torn becomes U+FFFD."""
-        rest, self._held = self._held + self._decoder.decode(b"", True), ""
+        """The rest of the text, when no more tokens come. A character that stayed torn is left out."""
+        rest, self._held = self._held, ""
         return rest

@@ -45,10 +45,15 @@ def test_a_torn_character_is_shown_when_it_is_complete():
     assert [out.feed(bytes([byte]))[0] for byte in emoji] == ["", "", "", "🎪"]
 
 
-def test_a_character_that_stays_torn_becomes_a_replacement_at_the_end_alone():
+def test_a_character_that_stays_torn_at_the_end_is_left_out():
     out = Detokenizer()
-    assert out.feed("é".encode()[:1])[0] == ""
-    assert out.flush() == "\ufffd"
+    assert out.feed(b"ab" + "é".encode()[:1])[0] == "ab"
+    assert out.flush() == ""
+
+
+def test_bytes_that_are_no_character_become_replacements():
+    out = Detokenizer()
+    assert out.feed(b"a\xffb")[0] == "a\ufffdb"
 
 
 def test_of_two_stop_strings_the_one_complete_first_wins_and_of_two_at_one_place_the_longer():

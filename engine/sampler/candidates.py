@@ -109,7 +109,8 @@ def weigh(ranking: Ranking, temperature: Tensor, total: Tensor) -> Candidates:
 def vocabulary_weight(logits: Tensor, temperature: Tensor) -> Tensor:
     """Weight of each whole row, where the likeliest token weighs 1: the sum of exp((logit - top) / temperature).
 
-    logits [B, V] float32; temperature and result [B, 1] float64. log_softmax is the fastest fused pass that torch has on a CPU.
+    logits [B, V] float32; temperature and result [B, 1] float64. log_softmax is the fastest
+    fused pass that torch has on a CPU.
     """
     scaled = (logits - logits.amax(-1, keepdim=True)) / temperature.float()
     return scaled.log_softmax(-1).amax(-1, keepdim=True).double().neg().exp()
