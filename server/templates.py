@@ -72,6 +72,7 @@ class TemplateRenderer:
             "tightrope.server.template_worker",
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
+            start_new_session=True,  # Ctrl-C is for the server, which then closes it
         )
         try:
             await self._ask(RenderJob("", {}), START_TIMEOUT_S)  # so that its start does not count as a render's time
