@@ -1,0 +1,68 @@
+"""Starts the real command as a process of its own and reads from its output when it is ready."""
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+START_S = 120  # a busy two-core machine needs some ten seconds
+STOP_S = 30
+
+
+@dataclass(frozen=True, slots=True)
+class RunningServer:
+    """A server that answers. `output` is what it printed until it was ready."""
+
+    url: str
+    process: subprocess.Popen[str]
+    output: str
+
+
+def clean_environment() -> dict[str, str]:
+    """This environment without the settings that whoever runs the tests may have."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("TIGHTROPE_")}
+
+
+@contextmanager
+def run_server(*options: str) -> Iterator[RunningServer]:
+    """Serve on a free port while the context lasts; then end it by SIGTERM and check that it leaves with status 0."""
+    command = [sys.executable, "-m", "tightrope", "serve", "--port", "0", *options]
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=errors, text=True, env=clean_environment(), stdin=subprocess.DEVNULL
+        )
+        try:
+            output = _read_until_ready(process)
+            if "\ntry " not in output:
+                errors.seek(0)
+                raise AssertionError(f"the server did not start: {output}{errors.read()}")
+            url = re.findall(r"http://[\d.:]+", output)[0]
+            yield RunningServer(url, process, output)
+            process.terminate()
+            assert process.wait(STOP_S) == 0
+        finally:
+            process.kill()
+            process.wait()
+            assert process.stdout is not None
+            process.stdout.close()
+
+
+def _read_until_ready(process: subprocess.Popen[str]) -> str:
+    """Everything printed up to the last line of the announcement, or up to its end if it ends before."""
+    assert process.stdout is not None
+    deadline = threading.Timer(START_S, process.kill)  # which ends the output, too
+    deadline.start()
+    try:
+        lines = []
+        for line in process.stdout:
+            lines.append(line)
+            if line.startswith("try "):
+                break
+        return "".join(lines)
+    finally:
+        deadline.cancel()
