@@ -23,7 +23,7 @@ class ChatError(Exception):
     """The conversation can't go on; the message is one line."""
 
 
-def chat(url: str, api_key: str | None, system: str | None) -> int:
+def chat(url: str, api_key: str | None, system: str | None, max_tokens: int | None) -> int:
     """Talk until /exit or end of input; return the exit status. Raises ChatError when the server can't be reached."""
     headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
     base = url.rstrip("/").removesuffix("/v1")
@@ -48,7 +48,7 @@ def chat(url: str, api_key: str | None, system: str | None) -> int:
                     print(HELP)
                 case _:
                     turn = [*messages, {"role": "user", "content": text}]
-                    answer = _answer(client, turn)
+                    answer = _answer(client, turn, max_tokens)
                     if answer:  # a turn that failed leaves no trace
                         messages = [*turn, {"role": "assistant", "content": answer}]
     return 0
@@ -83,11 +83,12 @@ def _served_model(client: httpx.Client) -> str:
         ) from None
 
 
-def _answer(client: httpx.Client, messages: list[Message]) -> str:
+def _answer(client: httpx.Client, messages: list[Message], max_tokens: int | None) -> str:
     """Stream one answer to the screen and return it, as far as it came."""
     pieces: list[str] = []
+    body = {"messages": messages, "stream": True, "max_tokens": max_tokens}
     try:
-        with client.stream("POST", "/v1/chat/completions", json={"messages": messages, "stream": True}) as reply:
+        with client.stream("POST", "/v1/chat/completions", json=body) as reply:
             if reply.is_error:
                 reply.read()
                 print(f"({_reason(reply)})")

@@ -22,14 +22,14 @@ OWN_SERVER_GROUPS = frozenset({"model", "context and memory", "speed"})  # what 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; return the exit status: 0, 1 when it failed, 2 when it can't be understood."""
     given = vars(_parser().parse_args(arguments))
-    command, url, system = given.pop("command"), given.pop("url", None), given.pop("system", None)
+    command, talk = given.pop("command"), {name: given.pop(name, None) for name in ("url", "system", "max_tokens")}
     if "model_option" in given:
         if "model" in given:
             return _fail("MODEL and --model name a model twice; give only one of them", EXIT_USAGE)
         given["model"] = given.pop("model_option")
     values = {name.replace("_", "-"): value for name, value in given.items()}
     try:
-        return _serve(values) if command == "serve" else _chat(values, url, system)
+        return _serve(values) if command == "serve" else _chat(values, **talk)
     except KeyboardInterrupt:
         return 130  # as a shell reports a command that Ctrl-C ended
 
@@ -49,7 +49,7 @@ def _serve(values: Mapping[str, str]) -> int:
         return _fail(str(error), EXIT_FAILED)
 
 
-def _chat(values: Mapping[str, str], url: str | None, system: str | None) -> int:
+def _chat(values: Mapping[str, str], url: str | None, system: str | None, max_tokens: int | None) -> int:
     from tightrope.server.chat import ChatError, chat, own_server
     from tightrope.server.settings import SettingsError, load_settings
 
@@ -62,9 +62,9 @@ def _chat(values: Mapping[str, str], url: str | None, system: str | None) -> int
         return _fail(str(error), EXIT_USAGE)
     try:
         if url is not None:
-            return chat(url, settings.api_key, system)
+            return chat(url, settings.api_key, system, max_tokens)
         with own_server(values) as own_url:
-            return chat(own_url, settings.api_key, system)
+            return chat(own_url, settings.api_key, system, max_tokens)
     except ChatError as error:
         return _fail(str(error), EXIT_FAILED)
 
@@ -105,9 +105,18 @@ def _parser() -> argparse.ArgumentParser:
     talk = chat.add_argument_group("chat")
     talk.add_argument("--url", metavar="URL", help="talk to this running server, such as http://127.0.0.1:8080")
     talk.add_argument("--system", metavar="TEXT", help="system prompt")
+    talk.add_argument(
+        "--max-tokens", metavar="N", type=_count, help="longest answer (default: to the end of the window)"
+    )
     own = [name for name, option in OPTIONS.items() if option.group in OWN_SERVER_GROUPS]
     _add_options(chat, [*own, "api-key", "log-level"])
     return parser
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"should be a positive number, not {text!r}")
+    return int(text)
 
 
 def _add_command(commands: "argparse._SubParsersAction[_Parser]", name: str, summary: str) -> argparse.ArgumentParser:

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 START_S = 120  # a busy two-core machine needs some ten seconds
 STOP_S = 30
@@ -21,6 +22,11 @@ class RunningServer:
     url: str
     process: subprocess.Popen[str]
     output: str
+    error_log: Path
+
+    def errors(self) -> str:
+        """What it has written to stderr by now."""
+        return self.error_log.read_text("utf-8")
 
 
 def clean_environment() -> dict[str, str]:
@@ -29,22 +35,22 @@ def clean_environment() -> dict[str, str]:
 
 
 @contextmanager
-def run_server(*options: str) -> Iterator[RunningServer]:
-    """Serve on a free port while the context lasts; then end it by SIGTERM and check that it leaves with status 0."""
+def run_server(*options: str, status: int = 0) -> Iterator[RunningServer]:
+    """Serve on a free port while the context lasts; then end it by SIGTERM and check the status that it leaves with."""
     command = [sys.executable, "-m", "tightrope", "serve", "--port", "0", *options]
-    with tempfile.TemporaryFile("w+") as errors:
+    with tempfile.NamedTemporaryFile() as errors:
+        error_log = Path(errors.name)
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=errors, text=True, env=clean_environment(), stdin=subprocess.DEVNULL
         )
         try:
             output = _read_until_ready(process)
             if "\ntry " not in output:
-                errors.seek(0)
-                raise AssertionError(f"the server did not start: {output}{errors.read()}")
+                raise AssertionError(f"the server did not start: {output}{error_log.read_text('utf-8')}")
             url = re.findall(r"http://[\d.:]+", output)[0]
-            yield RunningServer(url, process, output)
+            yield RunningServer(url, process, output, error_log)
             process.terminate()
-            assert process.wait(STOP_S) == 0
+            assert process.wait(STOP_S) == status
         finally:
             process.kill()
             process.wait()

