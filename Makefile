@@ -15,7 +15,7 @@ CONSTRAINTS := .ci/constraints.txt
 # Tools, the multimodal part and OpenSSL are most of the default build and are never called: 2 minutes instead of 14.
 TRIM := -DLLAVA_BUILD=OFF -DLLAMA_OPENSSL=OFF -DCMAKE_PROJECT_llama.cpp_INCLUDE=$(CURDIR)/backends/gguf/llama_build.cmake
 
-.PHONY: help serve chat test format bench clean force
+.PHONY: help serve chat test format bench llama clean force
 .NOTPARALLEL:
 
 help:
@@ -43,6 +43,8 @@ format: $(VENV)/.test
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m bench.compare $(ARGS)
+
+llama: $(VENV)/.llama
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
