@@ -12,15 +12,18 @@ _GAMMA = 0x9E3779B97F4A7C15  # 2**64 divided by the golden ratio, made odd
 def uniform(seed: int, place: int) -> float:
     """A number in [0, 1), a multiple of 2**-53: draw number `place` of the stream that `seed` names.
 
-    SplitMix64, whose state is a counter, so any place is reached at once. The seed is mixed first: neighbouring seeds
-    would otherwise walk the same stream at an offset.
+    The seed is scrambled first: seeds that lie a multiple of the generator's step apart would otherwise walk the same
+    stream at an offset.
+    """
+    return (splitmix64(splitmix64(seed, 0), place) >> 11) * 2.0**-53
+
+
+def splitmix64(seed: int, place: int) -> int:
+    """Output number `place` of SplitMix64, in [0, 2**64). Its state is a counter, so any place is reached at once.
+
     Source: Steele, Lea and Flood 2014, "Fast Splittable Pseudorandom Number Generators".
     """
-    return (_mix(_mix(seed + _GAMMA) + (place + 1) * _GAMMA) >> 11) * 2.0**-53
-
-
-def _mix(z: int) -> int:
-    z &= _MASK
+    z = (seed + (place + 1) * _GAMMA) & _MASK
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
     return z ^ (z >> 31)

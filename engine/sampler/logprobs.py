@@ -1,5 +1,7 @@
 """Log probabilities beside the drawn tokens: of the model's own distribution, or of the one that was drawn from."""
 
+import math
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -15,7 +17,7 @@ _SPARE = 12  # ranked beyond what is wanted, since tokens that tie at the border
 def raw(logits: Tensor, token_ids: Tensor, tops: list[int]) -> tuple[list[float], list[Top]]:
     """Log-softmax of each row at a token, and the row's `tops` likeliest tokens; of equals the lowest ids.
 
-    logits [B, V] float32, as the model gave them; token_ids [B] int64.
+    Tokens of no probability at all aren't listed. logits [B, V] float32, as the model gave them; token_ids [B] int64.
     """
     logprobs = logits.log_softmax(-1)
     own: list[float] = logprobs.gather(1, token_ids[:, None])[:, 0].tolist()
@@ -24,7 +26,14 @@ def raw(logits: Tensor, token_ids: Tensor, tops: list[int]) -> tuple[list[float]
         return own, [()] * len(own)
     likeliest = _likeliest(logits, n)
     listed = zip(likeliest.tolist(), logprobs.gather(1, likeliest).tolist(), tops, strict=True)
-    return own, [tuple(zip(ids[:top], values[:top], strict=True)) for ids, values, top in listed]
+    return own, [
+        tuple(
+            (token_id, logprob)
+            for token_id, logprob in zip(ids[:top], values[:top], strict=True)
+            if logprob > -math.inf
+        )
+        for ids, values, top in listed
+    ]
 
 
 def _likeliest(logits: Tensor, n: int) -> Tensor:

@@ -46,11 +46,13 @@ class TokenEdits:
             return
         self._history.append(token_id)
         self._count(token_id, 1, is_output=True)
-        leaving = len(self._history) - 1 - self._params.penalty_range
-        if self._params.penalty_range > 0 and leaving >= 0:
-            self._count(self._history[leaving], -1, is_output=leaving >= self._num_prompt)
-        if self._size > 2 * self._params.penalty_range + len(self._params.logit_bias) + 256 > 256:
-            self._drop_stale()
+        window = self._params.penalty_range
+        if window > 0:
+            leaving = len(self._history) - 1 - window
+            if leaving >= 0:
+                self._count(self._history[leaving], -1, is_output=leaving >= self._num_prompt)
+            if self._size > 2 * window + len(self._params.logit_bias) + 256:
+                self._rebuild()  # frees the slots of tokens that left the range; rare enough to keep append O(1)
 
     def truncate(self, num_output: int) -> None:
         """Forget the output after its first `num_output` tokens."""
@@ -121,11 +123,6 @@ class TokenEdits:
         self._slots[token_id] = slot
         self._size = slot + 1
         return slot
-
-    def _drop_stale(self) -> None:
-        """Tokens that left the range hold slots to no purpose; counting anew frees them, rarely enough to be cheap."""
-        if self._params.penalty_range > 0:
-            self._rebuild()
 
 
 def edit_logits(logits: Tensor, edits: Sequence[TokenEdits], suppressed: Sequence[tuple[int, ...]]) -> Tensor:
