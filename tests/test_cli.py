@@ -149,6 +149,29 @@ def test_the_terminal_chat_streams_an_answer_and_remembers_it(server: RunningSer
     assert "/reset forgets" in result.stdout
 
 
+def test_ctrl_c_stops_the_answer_and_not_the_chat(server: RunningServer):
+    command = [sys.executable, "-m", "tightrope", "chat", "--url", server.url]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=clean_environment()
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write("Count from one to a thousand, in words, and explain each number.\n")
+        process.stdin.flush()
+        shown = ""
+        while not re.search(r"> \w", shown):
+            shown += process.stdout.read(1)
+        process.send_signal(signal.SIGINT)
+        while "(stopped)" not in shown:
+            shown += process.stdout.read(1)
+        process.stdin.write("/undo\n/exit\n")
+        process.stdin.close()
+        shown += process.stdout.read()
+
+        assert process.wait(30) == 0
+    assert "(0 turns left)" in shown  # what came until then was a turn
+
+
 def test_the_terminal_chat_without_a_server_is_one_line_and_status_1():
     with socket.create_server(("127.0.0.1", 0)) as closed:
         url = f"http://127.0.0.1:{closed.getsockname()[1]}"
