@@ -11,6 +11,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 CONSTRAINTS := .ci/constraints.txt
+# named here because a comma that is written inside $(call) would end the argument
+WITH_TESTS := '.[demo,dev]'
+WITH_BENCH := '.[demo,bench]'
 
 # Tools, the multimodal part and OpenSSL are most of the default build and are never called: 2 minutes instead of 14.
 TRIM := -DLLAVA_BUILD=OFF -DLLAMA_OPENSSL=OFF -DCMAKE_PROJECT_llama.cpp_INCLUDE=$(CURDIR)/backends/gguf/llama_build.cmake
@@ -96,9 +99,9 @@ $(VENV)/.serve: $(VENV)/.llama pyproject.toml
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.serve
-	$(call step,tests: install (1 min),$(PIP) install -c $(CONSTRAINTS) -e '.[demo,dev]')
+	$(call step,tests: install (1 min),$(PIP) install -c $(CONSTRAINTS) -e $(WITH_TESTS))
 	@touch $@
 
 $(VENV)/.bench: $(VENV)/.serve
-	$(call step,bench: install (1 min),$(PIP) install -c $(CONSTRAINTS) -e '.[demo,bench]')
+	$(call step,bench: install (1 min),$(PIP) install -c $(CONSTRAINTS) -e $(WITH_BENCH))
 	@touch $@
