@@ -24,7 +24,7 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class KVUsage:
-    """Cache cells, in tokens. `used` counts live sequences; `reusable` holds finished ones, evicted when room is needed."""
+    """Cache cells, in tokens: `used` by live sequences, `reusable` by finished ones, which go when room is needed."""
 
     capacity: int
     used: int

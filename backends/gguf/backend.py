@@ -58,6 +58,7 @@ class GGUFBackend:
             self._context.max_seqs,
             swa_window=self._model.swa_window,
             whole_only=self._model.has_state,
+            parking_bytes=plan.parking_bytes,
         )
         self.capabilities = Capabilities(settings.max_num_seqs, plan.step_tokens)
         self.card = _card(path, header, self._model, plan)

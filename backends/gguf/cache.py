@@ -4,6 +4,10 @@ llama.cpp stores keys and values in cells; a cell can belong to several sequence
 none. This module mirrors that with logical cells and two counts for each: `refs`, the sequences that hold it, and
 `pins`, those of them that are live. So `used` (pinned), `reusable` (held by finished sequences only) and free always
 add up to the capacity, and shared cells count once.
+
+Every cell in use makes attention slower for everybody, masked or not: with 8,000 cells of finished chats a decode step
+of eight streams took 50 ms instead of 34. So while others run, finished sequences are parked: copied to memory beside
+the cache, and back when a prompt continues them.
 """
 
 from collections.abc import Iterable, Sequence
@@ -16,6 +20,10 @@ from tightrope.backends.errors import BackendError
 from tightrope.backends.protocol import KVUsage
 
 Ints = np.ndarray[Any, np.dtype[np.int32]]
+Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+
+MAX_IDLE_CELLS = 512  # cells of finished sequences that may stay in the cache while others run
+MIN_RESTORE_GAIN = 32  # tokens; below it, running them again costs less than the copy
 
 
 class CellStore(Protocol):
@@ -26,6 +34,12 @@ class CellStore(Protocol):
     def remove_cells(self, slot: int, start: int) -> bool: ...
 
     def first_position(self, slot: int) -> int: ...
+
+    def saved_bytes(self, slot: int) -> int: ...
+
+    def save_cells(self, slot: int) -> Bytes: ...
+
+    def load_cells(self, slot: int, saved: Bytes) -> bool: ...
 
 
 @dataclass(slots=True, eq=False)
@@ -38,6 +52,7 @@ class _Entry:
     cells: Ints
     length: int = 0
     reserved: int = 0  # tokens beyond `length` that have room
+    saved: Bytes | None = None  # a copy of the cells that is still true
 
     def append(self, token_ids: Sequence[int] | Ints, cells: Ints) -> None:
         end = self.length + len(cells)
@@ -53,6 +68,16 @@ class _Entry:
         return self.cells[start : self.length]
 
 
+@dataclass(slots=True, eq=False)
+class _Parked:
+    """A finished sequence outside the cache."""
+
+    namespace: str
+    token_ids: Ints  # [length]
+    saved: Bytes
+    first_position: int  # what sliding layers have left
+
+
 class SharedKVCache:
     """KVCache over llama.cpp's sequence slots. Finished sequences stay matchable until their room or slot is needed."""
 
@@ -65,8 +90,11 @@ class SharedKVCache:
         max_reusable: int | None = None,
         swa_window: int = 0,
         whole_only: bool = False,
+        parking_bytes: int = 0,
     ) -> None:
         """capacity and max_reusable in tokens; max_reusable bounds what finished sequences may hold.
+
+        parking_bytes: memory for finished sequences outside the cache; 0 parks none.
 
         swa_window: tokens that sliding layers look back, 0 if there are none. whole_only: the model keeps a running
         state, so that a kept sequence can be continued from its end only and never rolled back.
@@ -85,6 +113,8 @@ class SharedKVCache:
         self._live: dict[int, _Entry] = {}
         self._kept: list[_Entry] = []  # least recently used first
         self._reserved = 0  # sum over the live
+        self._parked: list[_Parked] = []  # least recently used first
+        self._parking_bytes = parking_bytes
 
     # --- the protocol -------------------------------------------------------------------------------------------
 
@@ -93,11 +123,14 @@ class SharedKVCache:
         assert seq_id not in self._live, f"sequence {seq_id} is open already"
         wanted = np.asarray(token_ids, np.int32)
         source, found = self._best_match(wanted, namespace)
+        source, found = self._restored_match(wanted, namespace, source, found)
         if source is not None and self._can_take_over(source, found):
             self._kept.remove(source)
             self._shorten(source, found, pinned=False)
+            source.saved = None  # it will grow
             self._pin(source.held())
             self._live[seq_id] = source
+            self._park_idle()
             return found
         entry = _Entry(self._take_slot(spare=source), namespace, np.empty(256, np.int32), np.empty(256, np.int32))
         if source is not None:
@@ -110,6 +143,7 @@ class SharedKVCache:
             entry.append(wanted[:found], shared)
             self._pin(shared)
         self._live[seq_id] = entry
+        self._park_idle()
         return found
 
     def reserve(self, seq_id: int, num_tokens: int) -> bool:
@@ -154,6 +188,8 @@ class SharedKVCache:
             return
         self._store.remove_cells(entry.slot, entry.length)  # what a failed step may have left behind
         self._kept.append(entry)
+        if self._live:
+            self._park_idle()
         self._evict(self._num_reusable - self._max_reusable)
 
     def usage(self) -> KVUsage:
@@ -238,6 +274,8 @@ class SharedKVCache:
         if not is_possible:
             self._store.remove_cells(entry.slot, 0)
             length = 0
+        if length != entry.length:
+            entry.saved = None
         dropped = entry.held(length)
         if pinned:
             self._unpin(dropped)
@@ -261,12 +299,81 @@ class SharedKVCache:
         goal = self._num_free + num_cells
         while self._num_free < goal and self._kept:
             entry = self._kept[0]
+            if self._park(entry):
+                continue
             alone = np.flatnonzero(self._refs[entry.held()] == 1)  # places whose cell nobody else holds
             missing = goal - self._num_free
             if self._whole_only or len(alone) <= missing or alone[-missing] == 0:
                 self._drop(self._kept.pop(0))
             else:
                 self._shorten(entry, int(alone[-missing]), pinned=False)
+
+    # --- parking ------------------------------------------------------------------------------------------------
+
+    def _park_idle(self) -> None:
+        """Leave no more than MAX_IDLE_CELLS cells to finished sequences, as far as there is memory to park them in."""
+        for entry in list(self._kept):
+            if self._num_reusable <= MAX_IDLE_CELLS:
+                return
+            self._park(entry)
+
+    def _park(self, entry: _Entry) -> bool:
+        """Move a kept sequence out of the cache; False if it can't be."""
+        if not self._parking_bytes or self._store.saved_bytes(entry.slot) > self._parking_bytes:
+            return False
+        saved = entry.saved if entry.saved is not None else self._store.save_cells(entry.slot)
+        first = self._store.first_position(entry.slot)
+        token_ids = entry.token_ids[: entry.length].copy()
+        self._parked = [p for p in self._parked if not self._covers(entry.namespace, token_ids, p)]
+        self._parked.append(_Parked(entry.namespace, token_ids, saved, first))
+        while sum(parked.saved.nbytes for parked in self._parked) > self._parking_bytes:
+            self._parked.pop(0)
+        self._kept.remove(entry)
+        self._drop(entry)
+        return True
+
+    def _covers(self, namespace: str, token_ids: Ints, parked: _Parked) -> bool:
+        """Whether a parked sequence is the beginning of these tokens, and so of no more use."""
+        is_prefix = _common_prefix(parked.token_ids, token_ids) == len(parked.token_ids)
+        return is_prefix and parked.namespace == namespace and not self._whole_only
+
+    def _restored_match(
+        self, wanted: Ints, namespace: str, source: _Entry | None, found: int
+    ) -> tuple[_Entry | None, int]:
+        """The best match, if need be a parked sequence that is brought back for it."""
+        best: _Parked | None = None
+        longest = found + MIN_RESTORE_GAIN - 1
+        for parked in self._parked:
+            if parked.namespace != namespace or min(len(parked.token_ids), len(wanted) - 1) <= longest:
+                continue
+            common = min(_common_prefix(parked.token_ids, wanted), len(wanted) - 1)
+            is_usable = common == len(parked.token_ids) if self._whole_only else self._reaches(parked, common)
+            if common > longest and is_usable:
+                best, longest = parked, common
+        if best is None or not self._restore(best):
+            return source, found
+        return self._kept[-1], longest
+
+    def _reaches(self, parked: _Parked, length: int) -> bool:
+        return not self._swa_window or parked.first_position <= max(0, length - self._swa_window)
+
+    def _restore(self, parked: _Parked) -> bool:
+        """Bring a parked sequence back as the most recent kept one; False if there is no room for it now."""
+        length = len(parked.token_ids)
+        if self._num_pinned + self._reserved + length > self._capacity or not (self._free_slots or self._kept):
+            return False
+        self._parked.remove(parked)
+        self._evict(self._reserved + length - self._num_free)
+        slot = self._take_slot(spare=None)
+        if not self._store.load_cells(slot, parked.saved):
+            self._store.remove_cells(slot, 0)
+            self._free_slots.append(slot)
+            return False
+        self._num_free -= length
+        cells = self._free[self._num_free : self._num_free + length].copy()
+        self._refs[cells] = 1
+        self._kept.append(_Entry(slot, parked.namespace, parked.token_ids, cells, length, saved=parked.saved))
+        return True
 
     def _take_slot(self, spare: _Entry | None) -> int:
         """A free slot, or that of the least recently used kept sequence other than `spare`."""

@@ -186,8 +186,19 @@ class NativeContext:
         """The first position that is still stored for a slot; -1 when it is empty."""
         return int(ll.llama_memory_seq_pos_min(self._memory, slot))
 
-    def set_threads(self, threads: int) -> None:
-        ll.llama_set_n_threads(self.pointer, threads, threads)
+    def saved_bytes(self, slot: int) -> int:
+        """Size of a copy of a slot's cells."""
+        return int(ll.llama_state_seq_get_size(self.pointer, slot))
+
+    def save_cells(self, slot: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        """A copy of a slot's cells, for `load_cells`."""
+        saved = np.empty(self.saved_bytes(slot), np.uint8)
+        written = ll.llama_state_seq_get_data(self.pointer, _at(saved, 0, ctypes.c_uint8), saved.nbytes, slot)
+        return saved[:written]
+
+    def load_cells(self, slot: int, saved: np.ndarray[Any, np.dtype[np.uint8]]) -> bool:
+        """Put a copy into an empty slot; False if there is no room for it."""
+        return bool(ll.llama_state_seq_set_data(self.pointer, _at(saved, 0, ctypes.c_uint8), saved.nbytes, slot))
 
     def close(self) -> None:
         if self.pointer:

@@ -41,6 +41,7 @@ class Plan:
 
     window: int
     num_cells: int
+    parking_bytes: int  # memory beside the cache for finished sequences
     cache_type: CacheType
     step_tokens: int
     max_outputs: int
@@ -63,10 +64,14 @@ def make_plan(settings: ModelSettings, header: Header, free_bytes: int) -> Plan:
     spare = int(free_bytes * MEMORY_SHARE) - header.weight_bytes - _workspace_bytes(settings, shape, max_outputs)
     cache_type, reason = _choose_type(settings, shape, window, spare)
     num_cells = _choose_cells(settings, shape, window, cache_type, spare)
-    size = num_cells * shape.cache_bytes(cache_type.key_type, cache_type.value_type) / GIB
-    notes.append(f"cache: {num_cells} tokens as {cache_type.name}, {size:.2f} GiB; {reason}")
+    cache_bytes = int(num_cells * shape.cache_bytes(cache_type.key_type, cache_type.value_type))
+    parking_bytes = min(cache_bytes, max(0, spare - cache_bytes) // 2)
+    notes.append(
+        f"cache: {num_cells} tokens as {cache_type.name}, {cache_bytes / GIB:.2f} GiB; {reason}; "
+        f"finished chats may take {parking_bytes / GIB:.2f} GiB beside it"
+    )
     step_tokens = min(settings.step_tokens, num_cells)
-    return Plan(window, num_cells, cache_type, step_tokens, max_outputs, rope, tuple(notes))
+    return Plan(window, num_cells, parking_bytes, cache_type, step_tokens, max_outputs, rope, tuple(notes))
 
 
 def _choose_type(settings: ModelSettings, shape: ModelShape, window: int, spare: int) -> tuple[CacheType, str]:
