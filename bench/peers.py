@@ -47,7 +47,7 @@ class Peer:
 def _tightrope(setup: Setup, port: int) -> list[str]:
     return [
         *("-m", "tightrope", "serve", str(setup.model), "--port", str(port), "--threads", str(setup.threads)),
-        *("--max-model-len", str(setup.context), "--cache-tokens", str(setup.context)),
+        *("--max-model-len", str(setup.context), "--kv-cache-tokens", str(setup.context)),
         *("--kv-cache", setup.cache, "--max-num-seqs", str(setup.slots)),
     ]
 
