@@ -1,8 +1,9 @@
 """Request bodies: strict JSON, null means absent, and unknown fields are ignored but listed."""
 
 import asyncio
+import logging
 from collections.abc import Callable, Coroutine, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 from fastapi import Request, Response
@@ -10,6 +11,8 @@ from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict, FailFast, model_validator
 
 from tightrope.server.errors import BodyTimeout, MalformedBody, NotJson
+
+log = logging.getLogger("tightrope.server")
 
 Documented = dict[int | str, dict[str, Any]]  # answers of a route by status, as FastAPI wants them for its API page
 
@@ -25,6 +28,8 @@ class FirstErrorOnly(FailFast):
 class Body(BaseModel):
     """Base of all request bodies. Types are strict; of duplicate keys the last counts."""
 
+    without_effect: ClassVar[frozenset[str]] = frozenset()  # fields that are checked and then change nothing
+
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 
     @model_validator(mode="before")
@@ -36,6 +41,7 @@ class Body(BaseModel):
 def ignored_fields(body: Body, prefix: str = "") -> Iterator[str]:
     """Names of the fields that came and mean nothing here, such as "metadata" or "messages[0].foo"."""
     yield from (prefix + name for name in body.model_extra or ())
+    yield from (prefix + name for name in body.without_effect & body.model_fields_set)
     for name in body.model_fields_set & type(body).model_fields.keys():
         value: object = getattr(body, name)
         if isinstance(value, Body):
@@ -43,6 +49,14 @@ def ignored_fields(body: Body, prefix: str = "") -> Iterator[str]:
         elif isinstance(value, list) and value and isinstance(value[0], Body):
             for index, item in enumerate(value):
                 yield from ignored_fields(item, f"{prefix}{name}[{index}].")
+
+
+def log_ignored(request_id: str, body: Body) -> None:
+    """Say at debug level which fields of a request change nothing."""
+    if log.isEnabledFor(logging.DEBUG):
+        names = sorted(ignored_fields(body))
+        if names:
+            log.debug("fields ignored: request_id=%s fields=%r", request_id, names)
 
 
 def parse_json(raw: bytes) -> object:

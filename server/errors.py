@@ -237,6 +237,8 @@ def install_handlers(app: FastAPI, refused: Callable[[EngineError], None]) -> No
     async def validation_error(request: Request, exc: RequestValidationError) -> Response:
         error = wrong_body(exc)
         refused(error)
+        if request.url.path.endswith("/tokenize") and isinstance(exc.body, dict) and "inputs" in exc.body:
+            return error_reply(error, "tgi")
         return error_reply(error, dialect_of(request))
 
     @app.exception_handler(HTTPException)

@@ -1,7 +1,9 @@
 """What every route works with."""
 
+import logging
 import time
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from tightrope.engine.client import EngineClient
 from tightrope.engine.errors import EngineUnavailable
@@ -10,6 +12,8 @@ from tightrope.server.metrics import Metrics
 from tightrope.server.openai_convert import Served
 from tightrope.server.settings import ServerSettings
 from tightrope.server.templates import ChatTemplate, TemplateRenderer
+
+log = logging.getLogger("tightrope.server")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,4 +41,11 @@ class Front:
 
     def template(self) -> ChatTemplate:
         """The chat template in use. Raises EngineUnavailable."""
-        return ChatTemplate(self.info(), self.settings.chat_template)
+        return _template(self.info(), self.settings.chat_template)
+
+
+@lru_cache(maxsize=2)  # so that it is said once
+def _template(info: ModelInfo, source: str | None) -> ChatTemplate:
+    if source is None and info.chat_template is None:
+        log.warning("the model's file has no chat template: chats are written as ChatML; --chat-template sets another")
+    return ChatTemplate(info, source)

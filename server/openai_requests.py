@@ -89,6 +89,8 @@ class Message(Body):
 class ChatRequest(SamplingBody):
     """POST /v1/chat/completions."""
 
+    without_effect = frozenset({"tools", "tool_choice"})  # a model that may choose answers with text
+
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1, le=MAX_INT, description="Default: to the end of the window.")
     max_tokens: int | None = Field(None, ge=1, le=MAX_INT, description="The older name of max_completion_tokens.")

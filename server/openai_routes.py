@@ -1,7 +1,6 @@
 """The OpenAI API: models, chat completions, completions."""
 
 import asyncio
-import logging
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +12,7 @@ from fastapi import APIRouter, Request, Response
 from tightrope import __version__
 from tightrope.engine.errors import ContextLengthExceeded
 from tightrope.engine.types import GenerateRequest, TextPrompt
-from tightrope.server.body import Documented, JsonRoute, ignored_fields
+from tightrope.server.body import Documented, JsonRoute, log_ignored
 from tightrope.server.front import Front
 from tightrope.server.openai_answers import (
     ChatAnswer,
@@ -31,8 +30,6 @@ from tightrope.server.openai_requests import ChatRequest, CompletionRequest, Sam
 from tightrope.server.openai_stream import Identity, chat_events, completion_events
 from tightrope.server.sse import event_stream
 from tightrope.server.work import Choice, collect, or_gone, run, started
-
-log = logging.getLogger("tightrope.server")
 
 ERRORS: Documented = {
     400: {"model": ErrorAnswer, "description": "A field is missing, mistyped, out of range or can't be honoured."},
@@ -95,7 +92,7 @@ def openai_router(front: Front) -> APIRouter:
         check_chat(body, served)
         identity = _identity("chatcmpl", served)
         engine_request = await _chat_to_engine(front, served, identity.id, body, request)
-        _log_ignored(identity.id, body)
+        log_ignored(identity.id, body)
         try:
             if body.stream:
                 deltas = await started(request, run(front.metrics.generate, [engine_request]))
@@ -125,7 +122,7 @@ def openai_router(front: Front) -> APIRouter:
         served = front.served()
         identity = _identity("cmpl", served)
         requests = completion_requests(body, identity.id, served)
-        _log_ignored(identity.id, body)
+        log_ignored(identity.id, body)
         echoes = await or_gone(request, _prompt_texts(front, requests)) if body.echo else []
         wants_logprobs = body.logprobs is not None
         if body.stream:
@@ -186,13 +183,6 @@ async def _prompt_texts(front: Front, requests: Sequence[GenerateRequest]) -> li
 def _best(choices: Sequence[Choice], n: int) -> Sequence[Choice]:
     """The n choices whose tokens are likeliest on the average, when there are more."""
     return choices if len(choices) == n else sorted(choices, key=Choice.mean_logprob, reverse=True)[:n]
-
-
-def _log_ignored(request_id: str, body: SamplingBody) -> None:
-    if log.isEnabledFor(logging.DEBUG):
-        names = [*ignored_fields(body), *(("tools",) if isinstance(body, ChatRequest) and body.tools else ())]
-        if names:
-            log.debug("fields ignored: request_id=%s fields=%r", request_id, names)
 
 
 def _include_usage(body: SamplingBody) -> bool:

@@ -7,7 +7,7 @@ from fastapi import APIRouter, Request, Response
 
 from tightrope import __version__
 from tightrope.engine.errors import ContextLengthExceeded
-from tightrope.server.body import Documented, JsonRoute
+from tightrope.server.body import Documented, JsonRoute, log_ignored
 from tightrope.server.front import Front
 from tightrope.server.sse import event_stream
 from tightrope.server.tgi_answers import Asked, answer_events, answer_headers, answer_json, stream_headers
@@ -41,6 +41,7 @@ def tgi_router(front: Front) -> APIRouter:
     def asked(body: GenerateBody, *, is_stream: bool, full_text_default: bool = False) -> Asked:
         p = body.parameters
         request = generate_request(body.inputs, p, TGILimits.of(front.info(), settings), is_stream=is_stream)
+        log_ignored(request.request_id, body)
         is_full = full_text_default if p is None or p.return_full_text is None else p.return_full_text
         return Asked(
             request,

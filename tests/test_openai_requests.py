@@ -278,11 +278,12 @@ def test_unknown_fields_are_listed_wherever_they_stand() -> None:
         {
             "messages": [{"role": "user", "content": "a", "mood": 1}],
             "mirostat_tau": 5,
+            "tools": [{}],
             "stream": True,
             "stream_options": {"x": 1},
         }
     )
-    assert sorted(ignored_fields(body)) == ["messages[0].mood", "mirostat_tau", "stream_options.x"]
+    assert sorted(ignored_fields(body)) == ["messages[0].mood", "mirostat_tau", "stream_options.x", "tools"]
 
 
 def test_messages_become_what_templates_expect() -> None:

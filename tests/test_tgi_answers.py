@@ -171,4 +171,8 @@ async def test_one_tokenize_path_serves_four_dialects() -> None:
         assert chat["tokens"] == [BOS, 97, 63]
         assert (await http.post("/tokenize", json={"content": "a"})).json() == {"tokens": [97]}
         assert (await http.post("/detokenize", json={"tokens": [BOS, 97]})).json() == {"prompt": "<s>a"}
-        assert (await http.post("/tokenize", json={"nothing": 1})).status_code == 400
+        reply = await http.post("/tokenize", json={"nothing": 1})
+        assert (reply.status_code, reply.headers["content-type"]) == (400, "application/json")
+        reply = await http.post("/tokenize", json={"inputs": 1})
+        assert reply.status_code == 422
+        assert reply.text.startswith("Failed to deserialize the JSON body into the target type: inputs")
