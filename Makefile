@@ -16,7 +16,7 @@ WITH_TESTS := '.[demo,dev]'
 WITH_BENCH := '.[demo,bench]'
 
 # Tools, the multimodal part and OpenSSL are most of the default build and are never called: 2 minutes instead of 14.
-TRIM := -DLLAVA_BUILD=OFF -DLLAMA_OPENSSL=OFF -DCMAKE_PROJECT_llama.cpp_INCLUDE=$(CURDIR)/backends/gguf/llama_build.cmake
+TRIM := -DLLAVA_BUILD=OFF -DLLAMA_OPENSSL=OFF -DGGML_OPENMP=OFF -DCMAKE_PROJECT_llama.cpp_INCLUDE=$(CURDIR)/backends/gguf/llama_build.cmake
 
 .PHONY: help serve chat test format bench llama clean force
 .NOTPARALLEL:

@@ -17,6 +17,7 @@ import numpy as np
 from llama_cpp import llama_cpp as ll
 
 from tightrope.backends.errors import BackendError
+from tightrope.backends.gguf.threadpool import ThreadPool
 
 log = logging.getLogger("tightrope.gguf")
 
@@ -135,6 +136,7 @@ class NativeContext:
         self.pointer = ll.llama_init_from_model(model.pointer, _context_params(options))
         if not self.pointer:
             raise BackendError(f"llama.cpp can't set up a cache of {options.num_cells} tokens: {_complaints()}")
+        self._threads = ThreadPool(self.pointer, options.threads)
         self._memory = ll.llama_get_memory(self.pointer)
         self._vocab_size = model.vocab_size
         self.num_cells: int = ll.llama_n_ctx(self.pointer)
@@ -204,6 +206,7 @@ class NativeContext:
         if self.pointer:
             ll.llama_free(self.pointer)
             self.pointer = None
+            self._threads.close()
 
 
 def _at(array: np.ndarray[Any, Any], index: int, kind: type[Any]) -> Any:  # noqa: ANN401 - ctypes has no name for it
