@@ -23,7 +23,10 @@ async def measure(target: Target, scenario: Scenario, round_index: int, salt: st
         if scenario.beside_neighbour:
             stack.enter_context(busy_neighbour())
         cores = stack.enter_context(measured_cores(target.pid))
-        metrics = await scenario.run(target, f"{salt} {scenario.name} {round_index}")
+        try:
+            metrics = await scenario.run(target, f"{salt} {scenario.name} {round_index}")
+        except RequestFailed as error:
+            raise RequestFailed(f"{target.name}, {scenario.name}: {error}") from error
     return Sample(target.name, scenario.name, round_index, {**metrics, **cores})
 
 
@@ -65,7 +68,7 @@ def _short(value: float) -> str:
 
 
 async def _run(options: argparse.Namespace) -> list[Sample]:
-    target = Target("server", options.url, options.pid, {})
+    target = Target(options.url, options.url, options.pid, {})
     salt = str(time.time_ns())  # a server that has seen an earlier run must not know the prompts
     samples = []
     for scenario in chosen(options.scenario):
@@ -84,8 +87,8 @@ def main() -> None:
     options = parser.parse_args()
     try:
         samples = asyncio.run(_run(options))
-    except (RequestFailed, OSError) as error:
-        raise SystemExit(f"{options.url}: {error}") from None
+    except RequestFailed as error:
+        raise SystemExit(str(error)) from None
     summary = summarise(samples)
     print(table(summary))
     if options.write:

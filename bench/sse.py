@@ -125,7 +125,10 @@ async def stream(base_url: str, path: str, body: dict[str, object], until: async
         f"POST {path} HTTP/1.1\r\nHost: {url.netloc}\r\nContent-Type: application/json\r\n"
         f"Accept: text/event-stream\r\nConnection: close\r\nContent-Length: {len(payload)}\r\n\r\n"
     )
-    reader, writer = await asyncio.open_connection(url.hostname, url.port)
+    try:
+        reader, writer = await asyncio.open_connection(url.hostname, url.port)
+    except OSError as error:
+        raise RequestFailed(f"nothing answers at {base_url}: {error.strerror or error}") from error
     try:
         sent_s = time.perf_counter()
         writer.write(head.encode() + payload)
@@ -133,8 +136,8 @@ async def stream(base_url: str, path: str, body: dict[str, object], until: async
         if status != 200:
             raise RequestFailed(f"status {status}: {(await reader.read())[:500].decode(errors='replace')}")
         return read_events(sent_s, await _collect(reader, is_chunked, until))
-    except asyncio.IncompleteReadError as error:
-        raise RequestFailed("the connection closed before the answer began") from error
+    except (asyncio.IncompleteReadError, ConnectionError) as error:
+        raise RequestFailed("the connection closed before the answer was complete") from error
     finally:
         writer.close()
 

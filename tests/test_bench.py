@@ -141,8 +141,15 @@ async def test_a_refused_request_fails_with_what_the_server_said() -> None:
 
 async def test_a_connection_that_closes_before_the_answer_fails_the_measurement() -> None:
     async with ScriptedServer(b"") as url:
-        with pytest.raises(RequestFailed, match="closed before"):
+        with pytest.raises(RequestFailed, match="closed before the answer was complete"):
             await stream(url, "/v1/completions", {})
+
+
+async def test_a_server_that_is_gone_fails_the_measurement() -> None:
+    async with ScriptedServer(b"") as url:
+        pass
+    with pytest.raises(RequestFailed, match="nothing answers at http://127.0.0.1"):
+        await stream(url, "/v1/completions", {})
 
 
 async def test_streams_are_sent_as_many_different_prompts() -> None:
