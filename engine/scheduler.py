@@ -146,11 +146,11 @@ class Scheduler:
 
     def _open(self, sequence: Sequence) -> bool:
         """Pin what is cached of the sequence and reserve the rest; nothing has changed if that fails."""
-        num_cached = self._kv.open(sequence.seq_id, sequence.token_ids, sequence.request.namespace)
         if sequence.prompt_tokens is not None and not sequence.is_announced:
-            self._kv.truncate(sequence.seq_id, 0)  # logits were not cached: every row has to run
-            num_cached = 0
-            sequence.prompt_tokens = []
+            sequence.prompt_tokens = []  # it may have been preempted half-way
+        num_cached = self._kv.open(
+            sequence.seq_id, sequence.token_ids, sequence.request.namespace, reuse=not sequence.needs_own_prompt
+        )
         headroom = max(0, min(DECODE_HEADROOM, sequence.max_len - 1 - len(sequence.token_ids)))  # the last never runs
         if not self._kv.reserve(sequence.seq_id, len(sequence.token_ids) - num_cached + headroom):
             self._kv.close(sequence.seq_id, keep=False)

@@ -52,6 +52,19 @@ class Sequence:
     def is_prompt_computed(self) -> bool:
         return self.num_computed >= self.num_prompt
 
+    @property
+    def needs_own_prompt(self) -> bool:
+        """Whether the prompt has to be computed even where it is cached.
+
+        For its logits, which are not cached; and for a seed, which promises the same text again: what is cached was
+        computed in other batches, and rounded otherwise in its last bits.
+        """
+        if self.is_announced:
+            return False
+        params = self.request.sampling
+        is_seeded = params.seed is not None and params.temperature > 0 and self.leader is None
+        return is_seeded or self.prompt_tokens is not None
+
     def timings(self, now_s: float) -> Timings:
         started = self.started_s if self.started_s is not None else now_s
         first = self.first_token_s if self.first_token_s is not None else now_s

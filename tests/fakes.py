@@ -66,14 +66,14 @@ class FakeKV:
     def _used(self, holders: Sequence[Held]) -> set[int]:
         return {cell for held in holders for cell in (*held.cells, *held.reserved)}
 
-    def open(self, seq_id: int, token_ids: Sequence[int], namespace: str) -> int:
+    def open(self, seq_id: int, token_ids: Sequence[int], namespace: str, *, reuse: bool = True) -> int:
         assert seq_id not in self.live
         best: Held | None = None
         length = 0
         for held in (*self.kept, *self.live.values()):
             same = 0
             limit = min(len(held.token_ids), len(token_ids) - 1)
-            while held.namespace == namespace and same < limit and held.token_ids[same] == token_ids[same]:
+            while reuse and held.namespace == namespace and same < limit and held.token_ids[same] == token_ids[same]:
                 same += 1
             if same > length:
                 best, length = held, same

@@ -333,3 +333,13 @@ def test_the_same_seed_gives_the_same_text_and_choices_differ():
     tokens = [[t.token_id for d in first if d.index == i for t in d.tokens] for i in range(2)]
     assert tokens == [[t.token_id for d in again if d.index == i for t in d.tokens] for i in range(2)]
     assert tokens[0] != tokens[1]
+
+
+def test_a_seeded_request_computes_its_prompt_anew_and_its_choices_share_it():
+    core = make_core(FakeBackend())
+    run(core, request("before", "p" * 40))
+    deltas = run(core, request("seeded", "p" * 40, n=2, sampling=SamplingParams(seed=1)))["seeded"]
+    assert [delta.prompt.num_cached for delta in deltas if delta.prompt is not None] == [0, 40]
+    greedy = run(core, request("greedy", "p" * 40, sampling=SamplingParams(temperature=0.0, seed=1)))["greedy"]
+    assert greedy[0].prompt is not None
+    assert greedy[0].prompt.num_cached == 40

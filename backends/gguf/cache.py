@@ -118,12 +118,17 @@ class SharedKVCache:
 
     # --- the protocol -------------------------------------------------------------------------------------------
 
-    def open(self, seq_id: int, token_ids: Sequence[int], namespace: str) -> int:
+    def open(self, seq_id: int, token_ids: Sequence[int], namespace: str, *, reuse: bool = True) -> int:
         """See KVCache. Raises BackendError when more sequences are open than the model has slots."""
         assert seq_id not in self._live, f"sequence {seq_id} is open already"
         wanted = np.asarray(token_ids, np.int32)
-        source, found = self._best_match(wanted, namespace)
-        source, found = self._restored_match(wanted, namespace, source, found)
+        source: _Entry | None = None
+        found = 0
+        if reuse:
+            source, found = self._best_match(wanted, namespace)
+            source, found = self._restored_match(wanted, namespace, source, found)
+        elif not self._live:
+            self._park_idle(0)  # attention adds up in the order of the cells
         if source is not None and self._can_take_over(source, found):
             self._kept.remove(source)
             self._shorten(source, found, pinned=False)
@@ -310,10 +315,11 @@ class SharedKVCache:
 
     # --- parking ------------------------------------------------------------------------------------------------
 
-    def _park_idle(self) -> None:
-        """Leave no more than MAX_IDLE_CELLS cells to finished sequences, as far as there is memory to park them in."""
+    def _park_idle(self, most: int | None = None) -> None:
+        """Leave no more than MAX_IDLE_CELLS, or `most`, to finished sequences, as far as there is memory to park in."""
+        most = MAX_IDLE_CELLS if most is None else most
         for entry in list(self._kept):
-            if self._num_reusable <= MAX_IDLE_CELLS:
+            if self._num_reusable <= most:
                 return
             self._park(entry)
 

@@ -23,7 +23,7 @@ log = logging.getLogger("tightrope.gguf")
 
 MAX_SEQS = 256  # llama.cpp's LLAMA_MAX_SEQ
 # ggml's levels: 1 debug, 2 info, 3 warning, 4 error; 5 continues the line before
-_LOG_LEVELS = {1: logging.DEBUG, 2: logging.DEBUG, 3: logging.INFO, 4: logging.WARNING}
+_LOG_LEVELS = {1: logging.DEBUG, 2: logging.DEBUG, 3: logging.DEBUG, 4: logging.WARNING}
 
 _recent_errors: deque[str] = deque(maxlen=4)  # what llama.cpp complained about last, for error messages
 _last_level = logging.DEBUG
@@ -31,7 +31,7 @@ _last_level = logging.DEBUG
 
 @ll.llama_log_callback  # type: ignore[untyped-decorator]
 def _on_log(level: int, text: bytes, _: ctypes.c_void_p) -> None:
-    """llama.cpp's chatter goes to DEBUG (hundreds of lines a start), its warnings to INFO, its errors to WARNING."""
+    """llama.cpp's errors go to WARNING, all else to DEBUG: hundreds of lines a start, and warnings that say nothing."""
     global _last_level
     _last_level = _LOG_LEVELS.get(level, _last_level)
     line = text.decode("utf-8", errors="replace").strip()

@@ -1,8 +1,8 @@
 """llama.cpp's own threads, with a wait policy that shares a machine.
 
 OpenMP's threads spin at every barrier and between steps. On two cores beside one busy process a decode step then took
-up to 52 ms instead of 8; threads that sleep at barriers cost half the speed of a quiet machine. ggml's own pool spins at
-the barriers inside a step, which are microseconds apart, and sleeps between steps: as fast as spinning on a quiet
+up to 52 ms instead of 8, and threads that sleep at barriers halve the speed of a quiet machine. ggml's own pool spins
+at the barriers inside a step, which are microseconds apart, and sleeps between steps: as fast as spinning on a quiet
 machine, and 16 ms beside a neighbour, which is the half of the machine that is left.
 """
 
