@@ -1,9 +1,9 @@
 """The draw: a number that depends on the seed and the place alone, and the token it falls on."""
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from tightrope.engine.sampler.candidates import Candidates
+from tightrope.engine.sampler.candidates import Candidates, Mask
+from tightrope.engine.sampler.ranking import Doubles, Ids
 
 _MASK = 2**64 - 1
 _GAMMA = 0x9E3779B97F4A7C15  # 2**64 divided by the golden ratio, made odd
@@ -29,16 +29,15 @@ def splitmix64(seed: int, place: int) -> int:
     return z ^ (z >> 31)
 
 
-def draw(candidates: Candidates, u: Tensor) -> tuple[Tensor, Tensor]:
-    """The column of each row's token, and whether it is settled: both [B, 1]. u [B, 1] float64 in [0, 1).
+def draw(candidates: Candidates, u: Doubles) -> tuple[Ids, Mask]:
+    """The column of each row's token, and whether it is settled: both [B, 1]. u [B, 1] in [0, 1).
 
     The kept tokens stand in the order of their columns; u falls on one of them by its share.
     """
     reached = candidates.weights.cumsum(1)
     target = u * candidates.total
-    column = torch.searchsorted(reached, target, right=True)
+    end = reached[:, -1:]
+    column = (reached <= target).sum(1, keepdims=True)
     # Rounding can leave the sum a little short of the total; the last kept token takes that share.
-    last = torch.searchsorted(reached, reached[:, -1:].contiguous())
-    settled = candidates.settled & (candidates.is_complete | (target < reached[:, -1:]))
-    # In a row of NaN, from which nothing is drawn, both lie beyond the end.
-    return torch.minimum(column, last).clamp(max=reached.shape[1] - 1), settled
+    last = (reached < end).sum(1, keepdims=True)
+    return np.minimum(column, last), candidates.settled & (candidates.is_complete | (target < end))

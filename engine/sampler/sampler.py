@@ -4,15 +4,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from tightrope.engine.sampler import logprobs as scores
-from tightrope.engine.sampler.candidates import argmax, rank, rank_all
-from tightrope.engine.sampler.chain import Chain
+from tightrope.engine.sampler.chain import Chain, Drawn
 from tightrope.engine.sampler.penalties import edit_logits
+from tightrope.engine.sampler.ranking import Blocks, Doubles, Ranking
 from tightrope.engine.sampler.state import SamplerState
 
+_DEPTHS = (0.5, 0.95, 1.0)  # of the blocks of a row that a longer list looks into
 _ROWS_AT_ONCE = 32  # of a prompt's logits; bounds the copies to a few MB
 
 
@@ -33,11 +33,12 @@ def sample(logits: Tensor, states: Sequence[SamplerState]) -> list[Sampled | Non
     if not states:
         return []
     edited = edit_logits(logits, [s.edits for s in states], [s.suppressed for s in states])
-    if all(s.params.temperature == 0 and not _wants_processed(s) for s in states):
-        drawn = _greedy(edited)
+    blocks = Blocks(edited)
+    if all(s.params.temperature == 0 and not s.wants_processed for s in states):
+        drawn = _greedy(blocks)
     else:
-        drawn = _draw(edited, states)
-    return _with_raw_logprobs(drawn, logits, states)
+        drawn = _draw(edited, blocks, states)
+    return _with_raw_logprobs(drawn, logits, blocks if edited is logits else None, states)
 
 
 def prompt_logprobs(logits: Tensor, token_ids: Sequence[int], top: int) -> list[Sampled]:
@@ -49,7 +50,7 @@ def prompt_logprobs(logits: Tensor, token_ids: Sequence[int], top: int) -> list[
     for start in range(0, len(token_ids), _ROWS_AT_ONCE):
         ids = token_ids[start : start + _ROWS_AT_ONCE]
         rows = logits[start : start + len(ids)]
-        own, tops = scores.raw(rows, torch.tensor(ids, device=rows.device), [top] * len(ids))
+        own, tops = scores.raw(rows, None, ids, [top] * len(ids))
         sampled += [
             Sampled(token_id, None if math.isnan(logprob) else logprob, () if math.isnan(logprob) else alternatives)
             for token_id, logprob, alternatives in zip(ids, own, tops, strict=True)
@@ -57,69 +58,72 @@ def prompt_logprobs(logits: Tensor, token_ids: Sequence[int], top: int) -> list[
     return sampled
 
 
-def _greedy(logits: Tensor) -> list[Sampled | None]:
-    values, token_ids = argmax(logits)
+def _greedy(blocks: Blocks) -> list[Sampled | None]:
     return [
         Sampled(token_id, None) if math.isfinite(value) else None
-        for token_id, value in zip(token_ids.tolist(), values.tolist(), strict=True)
+        for token_id, value in zip(blocks.argmax().tolist(), blocks.top[:, 0].tolist(), strict=True)
     ]
 
 
-def _draw(logits: Tensor, states: Sequence[SamplerState], *, whole: bool = False) -> list[Sampled | None]:
-    """Draw from edited logits by a short list of each row, and where that is too short, by the whole row."""
-    chain = Chain(states, logits.shape[1], logits.device)
-    ranking = rank_all(logits) if whole else rank(logits, chain.num_listed)
-    drawn = chain.run(logits, ranking)
-    kept = drawn.candidates
-    tops = [s.logprobs.top if s.logprobs is not None and s.logprobs.processed else 0 for s in states]
-    settled, valid = drawn.settled, ranking.top.isfinite()
-    if any(tops):
-        wanted = torch.tensor(tops, device=logits.device)[:, None]
-        settled = settled & (kept.is_complete | ((kept.weights > 0).sum(1, keepdim=True) >= wanted))
-    # One small transfer; a token id below 2**53 is exact in float64.
-    columns = (drawn.token_ids, drawn.logprobs, kept.total, settled, valid)
-    table = torch.cat([column.double() for column in columns], 1).tolist()
-    weights, token_ids = (kept.weights.cpu().numpy(), ranking.token_ids.cpu().numpy()) if any(tops) else (None, None)
+def _draw(logits: Tensor, blocks: Blocks, states: Sequence[SamplerState]) -> list[Sampled | None]:
+    """Draw from edited logits by a short list of each row, and where that is too short, by longer ones."""
+    chain = Chain(states)
+    totals = chain.totals(logits, blocks.top)
+    ranking = blocks.rank(chain.num_listed)
+    drawn = chain.run(ranking, totals)
     sampled: list[Sampled | None] = []
-    unsettled: list[int] = []
-    for row, (token_id, logprob, total, is_settled, is_valid) in enumerate(table):
-        sampled.append(None)
-        if not is_valid:
-            continue
-        if not is_settled and not whole:
-            unsettled.append(row)
-            continue
-        top: scores.Top = ()
-        if weights is not None and token_ids is not None:
-            top = scores.processed(weights[row], token_ids[row], total, tops[row])
-        sampled[row] = Sampled(int(token_id), logprob if _wants_processed(states[row]) else None, top)
-    if unsettled:
-        again = _draw(logits[unsettled], [states[row] for row in unsettled], whole=True)
-        for row, result in zip(unsettled, again, strict=True):
-            sampled[row] = result
+    for row, state in enumerate(states):
+        if not math.isfinite(blocks.top[row, 0]):
+            sampled.append(None)
+        elif drawn.settled[row]:
+            sampled.append(_sampled(ranking, drawn, row, state))
+        else:
+            sampled.append(_draw_deep(blocks, chain, row, totals, state))
     return sampled
 
 
+def _draw_deep(blocks: Blocks, chain: Chain, row: int, totals: Doubles, state: SamplerState) -> Sampled:
+    """Draw from one row by lists that grow until one suffices; the last is the whole vocabulary."""
+    rows = slice(row, row + 1)
+    for share in _DEPTHS:
+        ranking = blocks.rank([int(share * blocks.num)], first=row)
+        drawn = chain.run(ranking, totals[rows], rows)
+        if drawn.settled[0]:
+            break
+    return _sampled(ranking, drawn, 0, state)
+
+
+def _sampled(ranking: Ranking, drawn: Drawn, row: int, state: SamplerState) -> Sampled:
+    column = drawn.columns[row]
+    token_id = int(ranking.token_ids[row, column])
+    if not state.wants_processed:
+        return Sampled(token_id, None)
+    weights, total = drawn.candidates.weights[row], float(drawn.candidates.total[row, 0])
+    top = scores.processed(weights, ranking.token_ids[row], total, state.processed_top)
+    return Sampled(token_id, math.log(weights[column] / total), top)
+
+
 def _with_raw_logprobs(
-    drawn: list[Sampled | None], logits: Tensor, states: Sequence[SamplerState]
+    drawn: list[Sampled | None], logits: Tensor, blocks: Blocks | None, states: Sequence[SamplerState]
 ) -> list[Sampled | None]:
-    """Add what the model itself thought of the drawn tokens, in the rows that ask for it."""
+    """Add what the model itself thought of the drawn tokens, in the rows that ask for it.
+
+    blocks: those of `logits`, if they are known.
+    """
     rows: list[int] = []
     tops: list[int] = []
     token_ids: list[int] = []
     for row, (result, state) in enumerate(zip(drawn, states, strict=True)):
-        if result is not None and state.logprobs is not None and not state.logprobs.processed:
+        if result is not None and state.wants_raw:
+            assert state.logprobs is not None
             rows.append(row)
             tops.append(state.logprobs.top)
             token_ids.append(result.token_id)
     if not rows:
         return drawn
-    wanted = logits if len(rows) == len(logits) else logits[rows]
-    own, alternatives = scores.raw(wanted, torch.tensor(token_ids, device=logits.device), tops)
+    if len(rows) < len(logits):
+        logits, blocks = logits[rows], None
+    own, alternatives = scores.raw(logits, blocks, token_ids, tops)
     for row, token_id, logprob, top in zip(rows, token_ids, own, alternatives, strict=True):
         drawn[row] = Sampled(token_id, logprob, top)
     return drawn
-
-
-def _wants_processed(state: SamplerState) -> bool:
-    return state.logprobs is not None and state.logprobs.processed

@@ -24,6 +24,9 @@ class SamplerState:
         self.suppressed: tuple[int, ...] = ()  # ids that may not be drawn now; the engine sets them between steps
         self.edits = TokenEdits(params, prompt_token_ids, vocab_size)
         self.num_output = 0
+        self.wants_processed = logprobs is not None and logprobs.processed
+        self.wants_raw = logprobs is not None and not logprobs.processed
+        self.processed_top = logprobs.top if logprobs is not None and logprobs.processed else 0
 
     def append(self, token_id: int) -> None:
         """A token was generated; O(1)."""
