@@ -9,8 +9,8 @@ The order. Every step is a no-op at its neutral value, which is in brackets, and
 3.  relative_frequency_penalty [0] times the share of the token in prompt and output is subtracted.
     With penalty_range [0: all] = n, steps 1 to 3 see the last n tokens of prompt and output, and nothing before them.
 4.  logit_bias is added. Then suppressed tokens (ends that may not come yet) get a logit of -inf.
-5.  temperature [1] divides. Below 1e-30 it counts as 1e-30; 0 is greedy: the token of the largest logit, ties to the
-    lowest id, and nothing below matters.
+5.  temperature [1] divides. It is held between 1e-30 and 1e30; 0 is greedy: the token of the largest logit, ties to
+    the lowest id, and nothing below matters.
 6.  top_k [0]: the k likeliest tokens; of equals the lowest ids, so that it is exactly k.
 7.  top_p [1]: the smallest set of likeliest tokens whose share of what step 6 left reaches top_p; at least one.
 8.  min_p [0]: tokens at least min_p times as likely as the likeliest.
@@ -20,11 +20,15 @@ The order. Every step is a no-op at its neutral value, which is in brackets, and
     on one of them by its share. The number is a function of (seed, place in the output) and of nothing else: neither
     neighbours in the batch nor rewinding change what a seed says.
 
+Log probabilities are raw (log-softmax of the model's logits) or processed (log of the probability drawn from; for
+greedy the log-softmax after step 4). The likeliest tokens beside them: raw exactly as many as asked, of equals the
+lowest ids; processed all that tie with the last of them, too. Tokens of no probability are not listed.
+
 A row whose largest logit is not finite (all banned, or a NaN anywhere) draws nothing; its neighbours don't notice.
 
 Logits are float32, and so are steps 1 to 4; what follows is float64 over the candidates. The mass of a whole
 vocabulary, which top_p and the draw compare with, is a float32 sum: a token within about 1e-5 of such an edge may fall
 either way.
 
-How it stays fast: see candidates.py. Nobody sorts a vocabulary, unless the distribution is truly flat.
+How it stays fast: ranking.py. Nobody sorts a vocabulary, unless the distribution is truly flat.
 """

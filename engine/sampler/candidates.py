@@ -1,6 +1,6 @@
 """What truncation has left so far: the head of each row's ranking, and what is known of the rest."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,13 +30,13 @@ class Candidates:
 
         is_closed [B, 1]: the mask is right without knowing what isn't listed; otherwise the row is unsettled.
         """
-        weights = self.weights * (mask | ~active)
-        return replace(
-            self,
+        is_idle = ~active
+        weights = self.weights * (mask | is_idle)
+        return Candidates(
             weights=weights,
             total=np.where(active, weights.cumsum(1)[:, -1:], self.total),
-            border=np.where(active, 0.0, self.border),
-            settled=self.settled & (is_closed | self.is_complete | ~active),
+            border=self.border * is_idle,
+            settled=self.settled & (is_closed | self.is_complete | is_idle),
         )
 
 

@@ -96,7 +96,7 @@ def vocabulary_weight(logits: Tensor, top: Floats, temperature: Doubles) -> Doub
 
 
 def _keys(values: Floats, token_ids: Ids) -> Ids:
-    """One integer a token that sorts larger values first, equals by id: the float's bits, turned round, above the id."""
+    """One integer a token that sorts larger values first, equals by id: the float's bits, turned, above the id."""
     bits = (values + np.float32(0)).view(np.int32)  # + 0 makes -0 equal to 0
     return (~_rising(bits)).astype(np.int64) << 32 | token_ids
 
