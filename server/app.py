@@ -16,10 +16,10 @@ from tightrope.server.errors import install_handlers
 from tightrope.server.front import Front
 from tightrope.server.guards import BodyLimit, HostGuard, KeyGuard, is_loopback
 from tightrope.server.metrics import Metrics
-from tightrope.server.openai_routes import openai_router
+from tightrope.server.openai.routes import openai_router
 from tightrope.server.settings import ServerSettings
-from tightrope.server.tgi_routes import tgi_router
-from tightrope.server.tgi_types import ErrorText
+from tightrope.server.tgi.routes import tgi_router
+from tightrope.server.tgi.types import ErrorText
 from tightrope.server.tokenize_routes import tokenize_router
 
 UNHEALTHY = {"error": "unhealthy", "error_type": "healthcheck"}

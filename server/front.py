@@ -9,7 +9,7 @@ from tightrope.engine.client import EngineClient
 from tightrope.engine.errors import EngineUnavailable
 from tightrope.engine.types import ModelInfo
 from tightrope.server.metrics import Metrics
-from tightrope.server.openai_convert import Served
+from tightrope.server.openai.convert import Served
 from tightrope.server.settings import ServerSettings
 from tightrope.server.templates import ChatTemplate, TemplateRenderer
 

@@ -8,11 +8,11 @@ from pydantic import BaseModel, Discriminator, Field, Tag
 from tightrope.engine.types import Span, TextPrompt, Token
 from tightrope.server.body import Body, JsonRoute
 from tightrope.server.front import Front
-from tightrope.server.openai_convert import check_model
-from tightrope.server.openai_messages import template_messages, template_variables
-from tightrope.server.openai_requests import ChatRequest, Ids
-from tightrope.server.openai_routes import ERRORS
-from tightrope.server.tgi_types import GenerateBody
+from tightrope.server.openai.convert import check_model
+from tightrope.server.openai.messages import template_messages, template_variables
+from tightrope.server.openai.requests import ChatRequest, Ids
+from tightrope.server.openai.routes import ERRORS
+from tightrope.server.tgi.types import GenerateBody
 from tightrope.server.work import or_gone
 
 

@@ -10,7 +10,7 @@ from fakes import EOS, script
 
 from tightrope.backends.errors import BackendError
 from tightrope.engine.types import Finish, FinishReason, Timings, Token, TopToken
-from tightrope.server.openai_answers import chat_logprobs, completion_logprobs, finish_reason, stop_reason
+from tightrope.server.openai.answers import chat_logprobs, completion_logprobs, finish_reason, stop_reason
 
 ASK = {"messages": [{"role": "user", "content": "hi"}], "temperature": 0}
 TEMPLATE = "{{ messages[0]['content'] }}?"

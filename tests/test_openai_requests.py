@@ -19,9 +19,9 @@ from tightrope.engine.types import (
     TokenPrompt,
 )
 from tightrope.server.body import ignored_fields
-from tightrope.server.openai_convert import Served, chat_request, check_chat, completion_requests
-from tightrope.server.openai_messages import template_messages, template_variables
-from tightrope.server.openai_requests import ChatRequest, CompletionRequest, Message
+from tightrope.server.openai.convert import Served, chat_request, check_chat, completion_requests
+from tightrope.server.openai.messages import template_messages, template_variables
+from tightrope.server.openai.requests import ChatRequest, CompletionRequest, Message
 
 INFO = ModelInfo("m", "rules", "fake", 259, 1024, 1024, 4096, "f16", 8, "<s>", "</s>", (), None, ())
 SERVED = Served("m", INFO, LimitSettings(), max_prompts=4)

@@ -5,8 +5,8 @@ from fake_api import api
 
 from tightrope.engine.errors import ContextLengthExceeded, InvalidRequest
 from tightrope.engine.types import GenerateRequest, LogprobRequest, SamplingParams, StopRules
-from tightrope.server.tgi_convert import TGILimits, generate_request, is_sampled, length_error
-from tightrope.server.tgi_types import Parameters
+from tightrope.server.tgi.convert import TGILimits, generate_request, is_sampled, length_error
+from tightrope.server.tgi.types import Parameters
 
 LIMITS = TGILimits(
     max_best_of=2, max_stop_sequences=4, max_top_n_tokens=5, max_input_tokens=1023, max_total_tokens=1024

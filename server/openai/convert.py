@@ -16,7 +16,7 @@ from tightrope.engine.types import (
     TextPrompt,
     TokenPrompt,
 )
-from tightrope.server.openai_requests import ChatRequest, CompletionRequest, SamplingBody
+from tightrope.server.openai.requests import ChatRequest, CompletionRequest, SamplingBody
 
 MAX_STOPS = 1024  # the engine looks for each of them after each token
 ANY_MODEL = frozenset({None, "", "tgi", "dummy"})  # what clients send who don't know the name

@@ -1,4 +1,4 @@
-"""What TGI clients send and get. Types alone are checked here; ranges in TGI's own order and words by `tgi_convert`."""
+"""What TGI clients send and get. Types alone are checked here; ranges in TGI's own order and words by `convert`."""
 
 from typing import Any, Literal
 

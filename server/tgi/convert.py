@@ -14,7 +14,7 @@ from tightrope.engine.types import (
     TextPrompt,
 )
 from tightrope.server.settings import ServerSettings
-from tightrope.server.tgi_types import Parameters
+from tightrope.server.tgi.types import Parameters
 
 COUNTED_NEW_TOKENS = 1024  # more wished tokens than that are not held against the window
 

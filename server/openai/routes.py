@@ -14,7 +14,7 @@ from tightrope.engine.errors import ContextLengthExceeded
 from tightrope.engine.types import GenerateRequest, TextPrompt
 from tightrope.server.body import Documented, JsonRoute, log_ignored
 from tightrope.server.front import Front
-from tightrope.server.openai_answers import (
+from tightrope.server.openai.answers import (
     ChatAnswer,
     CompletionAnswer,
     ErrorAnswer,
@@ -24,10 +24,10 @@ from tightrope.server.openai_answers import (
     completion_choice,
     usage,
 )
-from tightrope.server.openai_convert import Served, chat_request, check_chat, check_model, completion_requests
-from tightrope.server.openai_messages import template_messages, template_variables
-from tightrope.server.openai_requests import ChatRequest, CompletionRequest, SamplingBody
-from tightrope.server.openai_stream import Identity, chat_events, completion_events
+from tightrope.server.openai.convert import Served, chat_request, check_chat, check_model, completion_requests
+from tightrope.server.openai.messages import template_messages, template_variables
+from tightrope.server.openai.requests import ChatRequest, CompletionRequest, SamplingBody
+from tightrope.server.openai.stream import Identity, chat_events, completion_events
 from tightrope.server.sse import event_stream
 from tightrope.server.work import Choice, collect, or_gone, run, started
 

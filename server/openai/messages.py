@@ -5,7 +5,7 @@ from typing import Any
 import msgspec
 
 from tightrope.engine.errors import InvalidRequest
-from tightrope.server.openai_requests import ChatRequest, ContentPart, Message, ToolCall
+from tightrope.server.openai.requests import ChatRequest, ContentPart, Message, ToolCall
 
 FIXED_VARIABLES = frozenset(
     {

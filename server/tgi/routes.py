@@ -10,9 +10,9 @@ from tightrope.engine.errors import ContextLengthExceeded
 from tightrope.server.body import Documented, JsonRoute, log_ignored
 from tightrope.server.front import Front
 from tightrope.server.sse import event_stream
-from tightrope.server.tgi_answers import Asked, answer_events, answer_headers, answer_json, stream_headers
-from tightrope.server.tgi_convert import TGILimits, generate_request, is_sampled, length_error
-from tightrope.server.tgi_types import CompatBody, ErrorText, GenerateAnswer, GenerateBody, Info
+from tightrope.server.tgi.answers import Asked, answer_events, answer_headers, answer_json, stream_headers
+from tightrope.server.tgi.convert import TGILimits, generate_request, is_sampled, length_error
+from tightrope.server.tgi.types import CompatBody, ErrorText, GenerateAnswer, GenerateBody, Info
 from tightrope.server.work import Choice, collect, run, started
 
 PLAIN = {"text/plain": {"schema": {"type": "string"}}}

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import msgspec
 
 from tightrope.engine.types import PromptInfo
-from tightrope.server.openai_answers import (
+from tightrope.server.openai.answers import (
     chat_logprobs,
     completion_logprobs,
     echo_offset,
