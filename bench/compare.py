@@ -6,6 +6,7 @@ whole run and take turns at each scenario, A B C, then C B A, so that a change o
 
 import argparse
 import asyncio
+from collections.abc import AsyncIterator
 from contextlib import ExitStack
 from dataclasses import asdict
 from importlib.util import find_spec
@@ -33,23 +34,50 @@ def takes_part(peer: Peer, scenario: Scenario) -> bool:
     return peer.is_parallel or not scenario.needs_parallel
 
 
-async def _compare(
+async def compare(
     targets: list[tuple[Peer, Target]], scenarios: list[Scenario], rounds: int | None, lock: Path | None
-) -> list[Sample]:
+) -> AsyncIterator[list[Sample]]:
+    """Run the scenarios, and after each yield all samples so far: a run that is cut short loses one scenario at most."""
     samples: list[Sample] = []
-    for peer, target in targets:
-        print(f"warming up {peer.name}", flush=True)
+    for _, target in targets:
         with exclusive(lock):
             await target.complete("Once upon a time", 16, seed=0)
     for scenario in scenarios:
+        taking_part = [target for peer, target in targets if takes_part(peer, scenario)]
         for index in range(rounds or scenario.rounds):
-            taking_part = [target for peer, target in targets if takes_part(peer, scenario)]
             with exclusive(lock):
                 for target in taking_part if index % 2 == 0 else reversed(taking_part):
                     samples.append(await measure(target, scenario, index, "compare"))
-        done = summarise(sample for sample in samples if sample.scenario == scenario.name)
-        print(table(done), flush=True)
-    return samples
+        print(table(summarise(sample for sample in samples if sample.scenario == scenario.name)), flush=True)
+        yield samples
+
+
+def keep(samples: list[Sample], setup: Setup, name: str) -> list[dict[str, object]]:
+    """Write what was measured so far as JSON and picture, and return the verdicts on the bars."""
+    summary, verdicts = summarise(samples), judge(samples, BARS)
+    results: dict[str, object] = {
+        "setup": {**asdict(setup), "model": setup.model.name},
+        "bars": verdicts,
+        "summary": summary,
+        "rounds": [asdict(sample) for sample in samples],
+    }
+    report.write(name, results)
+    caption = f"{setup.model.name}, {setup.threads} threads, {setup.cache} cache; medians, whiskers span all rounds"
+    draw(summary, verdicts, caption, report.RESULTS / f"{name}.png")
+    return verdicts
+
+
+async def _run(options: argparse.Namespace, setup: Setup) -> list[dict[str, object]]:
+    peers = [peer for name, peer in PEERS.items() if not options.server or name in options.server]
+    verdicts: list[dict[str, object]] = []
+    with ExitStack() as stack:
+        targets = []
+        for peer in peers:
+            print(f"starting {peer.name}", flush=True)
+            targets.append((peer, stack.enter_context(running(peer, setup))))
+        async for samples in compare(targets, chosen(options.scenario), options.rounds, options.lock):
+            verdicts = keep(samples, setup, options.name)
+    return verdicts
 
 
 def main() -> None:
@@ -62,35 +90,13 @@ def main() -> None:
     add_common_options(parser)
     options = parser.parse_args()
     setup = Setup(options.model or bundled_model(), threads=options.threads, cache=options.cache)
-    peers = [peer for name, peer in PEERS.items() if not options.server or name in options.server]
     try:
-        with ExitStack() as stack:
-            targets = []
-            for peer in peers:
-                with exclusive(options.lock):
-                    targets.append((peer, stack.enter_context(running(peer, setup))))
-            samples = asyncio.run(_compare(targets, chosen(options.scenario), options.rounds, options.lock))
+        verdicts = asyncio.run(_run(options, setup))
     except (StartFailed, RequestFailed) as error:
         raise SystemExit(str(error)) from None
-    verdicts = judge(samples, BARS)
     for verdict in verdicts:
-        print(
-            f"{'met   ' if verdict['met'] else 'MISSED'} {verdict['name']}: {verdict['value']:.2f} >= {verdict['bar']}"
-        )
-    summary = summarise(samples)
-    print(
-        report.write(
-            options.name,
-            {
-                "setup": {**asdict(setup), "model": setup.model.name},
-                "bars": verdicts,
-                "summary": summary,
-                "rounds": [asdict(sample) for sample in samples],
-            },
-        )
-    )
-    caption = f"{setup.model.name}, {setup.threads} threads, {setup.cache} cache; medians, whiskers span all rounds"
-    print(draw(summary, verdicts, caption, report.RESULTS / f"{options.name}.png"))
+        mark = "met   " if verdict["met"] else "MISSED"
+        print(f"{mark} {verdict['name']}: {verdict['value']:.2f}, bar {verdict['bar']}")
 
 
 if __name__ == "__main__":
