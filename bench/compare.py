@@ -37,7 +37,7 @@ def takes_part(peer: Peer, scenario: Scenario) -> bool:
 async def compare(
     targets: list[tuple[Peer, Target]], scenarios: list[Scenario], rounds: int | None, lock: Path | None
 ) -> AsyncIterator[list[Sample]]:
-    """Run the scenarios, and after each yield all samples so far: a run that is cut short loses one scenario at most."""
+    """Run the scenarios and yield all samples so far after each: a run that is cut short loses one scenario at most."""
     samples: list[Sample] = []
     for _, target in targets:
         with exclusive(lock):
