@@ -14,7 +14,7 @@ from pathlib import Path
 
 from bench import report
 from bench.load import add_common_options, chosen, exclusive, measure, table
-from bench.peers import PEERS, Peer, Setup, StartFailed, running
+from bench.peers import PEERS, Peer, Setup, StartFailed, end_servers_when_told, running
 from bench.plot import draw
 from bench.sse import RequestFailed
 from bench.stats import BARS, Sample, judge, summarise
@@ -39,13 +39,13 @@ async def compare(
 ) -> AsyncIterator[list[Sample]]:
     """Run the scenarios and yield all samples so far after each: a run that is cut short loses one scenario at most."""
     samples: list[Sample] = []
-    for _, target in targets:
-        with exclusive(lock):
+    with exclusive(lock):
+        for _, target in targets:
             await target.complete("Once upon a time", 16, seed=0)
     for scenario in scenarios:
         taking_part = [target for peer, target in targets if takes_part(peer, scenario)]
-        for index in range(rounds or scenario.rounds):
-            with exclusive(lock):
+        with exclusive(lock):
+            for index in range(rounds or scenario.rounds):
                 for target in taking_part if index % 2 == 0 else reversed(taking_part):
                     samples.append(await measure(target, scenario, index, "compare"))
         print(table(summarise(sample for sample in samples if sample.scenario == scenario.name)), flush=True)
@@ -89,6 +89,7 @@ def main() -> None:
     parser.add_argument("--name", default="compare", help="results go to bench/results/NAME.json and NAME.png")
     add_common_options(parser)
     options = parser.parse_args()
+    end_servers_when_told()
     setup = Setup(options.model or bundled_model(), threads=options.threads, cache=options.cache)
     try:
         verdicts = asyncio.run(_run(options, setup))

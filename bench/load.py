@@ -44,7 +44,7 @@ def exclusive(lock: Path | None) -> Iterator[None]:
 def add_common_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scenario", action="append", choices=sorted(SCENARIOS), help="may be repeated; default: all")
     parser.add_argument("--rounds", type=int, help="how often each scenario runs; default: its own number")
-    parser.add_argument("--lock", type=Path, help="lock file to hold during each measurement")
+    parser.add_argument("--lock", type=Path, help="lock file to hold while measuring")
 
 
 def chosen(names: list[str] | None) -> list[Scenario]:

@@ -1,5 +1,6 @@
 """The servers that are compared, and how each is started: same file, threads, context, cache type and slots."""
 
+import signal
 import socket
 import subprocess
 import sys
@@ -124,6 +125,11 @@ def is_ready(url: str) -> bool:
             return bool(reply.status == 200)
     except (urllib.error.URLError, OSError):
         return False
+
+
+def end_servers_when_told() -> None:
+    """Let SIGTERM unwind this process as Ctrl-C does, so that the servers it started end with it."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
 def end(process: subprocess.Popen[bytes]) -> None:

@@ -14,7 +14,7 @@ from bench import report
 from bench.compare import bundled_model
 from bench.load import exclusive
 from bench.meter import process_tree
-from bench.peers import PEERS, ROOT, Peer, Setup, StartFailed, end, free_port
+from bench.peers import PEERS, ROOT, Peer, Setup, StartFailed, end, end_servers_when_told, free_port
 from bench.stats import spread
 
 _TIMEOUT_S = 120.0
@@ -77,8 +77,9 @@ def main() -> None:
     parser.add_argument("model", nargs="?", type=Path, help="path of a .gguf file; default: the bundled model")
     parser.add_argument("--server", action="append", choices=sorted(PEERS), help="may be repeated; default: all")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--lock", type=Path, help="lock file to hold during each measurement")
+    parser.add_argument("--lock", type=Path, help="lock file to hold while measuring")
     options = parser.parse_args()
+    end_servers_when_told()
     setup = Setup(options.model or bundled_model())
     results: dict[str, object] = {}
     for name, peer in PEERS.items():
