@@ -22,7 +22,7 @@ from tightrope.backends.protocol import Backend, Chunk
 
 BETWEEN_S = 0.0003
 STREAMS = (1, 8)
-STEPS = {1: 80, 8: 30}
+STEPS = {1: 60, 8: 20}
 
 POOL = {f"own pool, poll {poll}": {"TIGHTROPE_BENCH_POLL": str(poll)} for poll in (0, 1, 50)}
 OPENMP = {
