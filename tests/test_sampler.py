@@ -131,6 +131,12 @@ def test_top_k_keeps_exactly_k_of_equal_tokens_with_the_lowest_ids():
     assert drawn.top == tuple((token, pytest.approx(math.log(0.2))) for token in range(5))
 
 
+def test_top_p_stops_at_the_token_that_reaches_it():
+    params = SamplingParams(top_k=4, top_p=0.5)  # after top_k the mass is a float64 sum, so a half is a half
+    drawn = sample(torch.zeros(1, V), [state(params, logprobs=LogprobRequest(True, 4))])[0]
+    assert [token for token, _ in drawn.top] == [0, 1]
+
+
 def test_the_last_of_the_likeliest_tokens_brings_its_equals_along_in_processed_logprobs_only():
     logits = torch.full((1, V), -20.0)
     logits[0, 10:14] = torch.tensor([5.0, 4.0, 4.0, 4.0])

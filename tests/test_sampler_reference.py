@@ -4,6 +4,7 @@ import itertools
 import math
 
 import numpy as np
+import pytest
 import sampling_reference as reference
 import torch
 from hypothesis import given, settings
@@ -18,7 +19,18 @@ from tightrope.engine.types import LogprobRequest, SamplingParams
 EDGE = 1e-5  # of the mass; the weight of a whole vocabulary is a float32 sum of approximated exponentials
 Row = tuple[str, int, SamplingParams, int]  # shape, seed of the logits, parameters, place in the output
 History = tuple[SamplingParams, list[int], list[int], set[int]]  # parameters, prompt, output, suppressed
-VOCAB_SIZES = (1, 2, 3, 31, 32, 33, 100, 1000, 5000, 12000)  # lists come from blocks above about 1000 and 8200
+VOCAB_SIZES = (
+    1,
+    2,
+    3,
+    31,
+    32,
+    33,
+    100,
+    1000,
+    5000,
+    12000,
+)  # short lists are possible above 900 tokens with top_k, 8200 without
 
 shapes = st.sampled_from(
     ["normal", "peaked", "flat", "equal", "steps", "few_levels", "huge", "tiny", "mostly_banned", "nothing", "nan"]
@@ -68,6 +80,31 @@ rows = st.tuples(shapes, st.integers(0, 2**32 - 1), params, st.integers(0, 1000)
 @settings(max_examples=120, deadline=None)
 @given(vocab_size=st.sampled_from(VOCAB_SIZES), batch=st.lists(rows, min_size=1, max_size=5))
 def test_kept_tokens_probabilities_and_draws_equal_the_reference(vocab_size: int, batch: list[Row]):
+    check_batch(vocab_size, batch)
+
+
+ALONE = (
+    SamplingParams(seed=1),
+    SamplingParams(seed=2, top_p=0.95),
+    SamplingParams(seed=3, top_p=0.5, temperature=0.7),
+    SamplingParams(seed=4, typical_p=0.9),
+    SamplingParams(seed=5, min_p=0.002),
+    SamplingParams(seed=6, min_p=0.05, temperature=2.0),
+    SamplingParams(seed=7, top_k=20),
+    SamplingParams(seed=8, top_k=1000, top_p=0.9),
+    SamplingParams(temperature=0.0),
+)
+
+
+@pytest.mark.parametrize("shape", ["normal", "peaked", "flat", "equal", "steps", "few_levels", "mostly_banned"])
+def test_a_list_that_is_too_short_is_noticed_for_every_parameter_alone(shape: str):
+    """At 9,000 tokens, 141 blocks, a short list is at first all that is looked at."""
+    for place in range(4):
+        check_batch(9000, [(shape, 10 * place + i, p, place) for i, p in enumerate(ALONE)])
+
+
+def check_batch(vocab_size: int, batch: list[Row]) -> None:
+    """Every row against the reference, and lists that were long from the start against lists that grew."""
     logits = np.stack([logits_row(shape, vocab_size, seed) for shape, seed, _, _ in batch])
     listed, plain = (
         sample(torch.from_numpy(logits), [state(p, vocab_size, place, top) for _, _, p, place in batch])

@@ -142,7 +142,7 @@ def edit_logits(logits: Tensor, edits: Sequence[TokenEdits], suppressed: Sequenc
         places = _to(np.concatenate([ids for ids, _, _ in entries]) + offsets, flat)
         divide = _to(np.concatenate([d for _, d, _ in entries]), flat)
         subtract = _to(np.concatenate([s for _, _, s in entries]), flat)
-        values = flat.gather(0, places)
+        values = flat.index_select(0, places)
         flat.scatter_(0, places, torch.where(values > 0, values / divide, values * divide) - subtract)
     if banned:
         flat[torch.tensor(banned, device=flat.device)] = -torch.inf
