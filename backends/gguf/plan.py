@@ -34,8 +34,10 @@ CACHE_TYPES = {
     "q4": CacheType("q4", ll.GGML_TYPE_Q4_0, ll.GGML_TYPE_Q4_0, True),
 }
 
-# What auto tries, best first, and why it is taken. ggml's attention on a CPU reads tiles of keys and values only when
-# both are f16; quantised ones are unpacked row by row for every query. bench/results/gguf_kv_cache.json has the times.
+# What auto tries, best first, and why it is taken. ggml's flash attention on a CPU works in tiles only when keys and
+# values are both f16; quantised ones are unpacked row by row for every query. bench/results/gguf_kv_cache.json has the
+# times. Without flash attention 8-bit keys read a prompt as fast as f16, but every stream then pays for all cells of all
+# others, and the scores of a step need memory that is short here.
 AUTO = (
     (CACHE_TYPES["f16"], "the fastest on a CPU, and it fits"),
     (
