@@ -36,7 +36,7 @@ CACHE_TYPES = {
 
 # What auto tries, best first, and why it is taken. ggml's flash attention on a CPU works in tiles only when keys and
 # values are both f16; quantised ones are unpacked row by row for every query. bench/results/gguf_kv_cache.json has the
-# times. Without flash attention 8-bit keys read a prompt as fast as f16, but every stream then pays for all cells of all
+# times. Without flash attention 8-bit keys read a prompt as fast as f16, but each stream then pays for the cells of all
 # others, and the scores of a step need memory that is short here.
 AUTO = (
     (CACHE_TYPES["f16"], "the fastest on a CPU, and it fits"),
