@@ -1,12 +1,7 @@
-"""How many threads to compute with, and how they wait. Imports neither torch nor a model library."""
+"""How many threads to compute with."""
 
 import os
 from pathlib import Path
-
-# For the environment of the engine's process, which OpenMP reads once, when its library is loaded. It matters to a
-# llama.cpp that was built with OpenMP: ours isn't (see gguf/threadpool.py), but an installed wheel may be. Its threads
-# spin 300,000 rounds by default; with 2,000 they are no slower alone and yield to a busy neighbour sooner.
-ENGINE_ENV: dict[str, str] = {"GOMP_SPINCOUNT": "2000"}
 
 
 def compute_threads(wish: int) -> int:

@@ -1,6 +1,5 @@
 """Two ways to run an engine: in a process of its own, or in a thread of this one (tests, debugging)."""
 
-import os
 import signal
 import socket
 import subprocess
@@ -8,8 +7,6 @@ import sys
 import threading
 from collections.abc import Callable
 from typing import Protocol
-
-from tightrope.backends.threads import ENGINE_ENV
 
 
 class EngineHandle(Protocol):
