@@ -46,8 +46,7 @@ class ProcessHandle:
 def spawn_process(sock: socket.socket) -> ProcessHandle:
     """Start the engine process on its end of the socket pair; the caller closes its copy of `sock`."""
     command = [sys.executable, "-m", "tightrope.engine.child", str(sock.fileno())]
-    environment = {**ENGINE_ENV, **os.environ}  # what the user has set wins
-    return ProcessHandle(subprocess.Popen(command, pass_fds=[sock.fileno()], env=environment, stdin=subprocess.DEVNULL))
+    return ProcessHandle(subprocess.Popen(command, pass_fds=[sock.fileno()], stdin=subprocess.DEVNULL))
 
 
 class ThreadHandle:
