@@ -60,11 +60,11 @@ class Chain:
             totals[rows] = vocabulary_weight(whole, top[rows], self._table[rows, :1])
         return totals
 
-    def run(self, ranking: Ranking, totals: Doubles, rows: slice = slice(None)) -> Drawn:
-        """Draw from these rows' rankings; totals [B, 1] of the same rows."""
+    def run(self, rows: Ids, ranking: Ranking, totals: Doubles) -> Drawn:
+        """Draw from these rows' ranking; totals [B, 1] of the whole batch."""
         table = self._table[rows]
         with np.errstate(all="ignore"):  # rows from which nothing can be drawn are full of NaN
-            candidates = weigh(ranking, table[:, :1], totals)
+            candidates = weigh(ranking, table[:, :1], totals[rows])
             for column, step in self._steps:
                 candidates = step(candidates, table[:, column : column + 1])
             columns, settled = draw(candidates, table[:, 1:2])

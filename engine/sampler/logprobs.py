@@ -36,11 +36,11 @@ def raw(
 
 def _likeliest(blocks: Blocks, n: int) -> Ids:
     """Ids [B, n] of the n likeliest tokens of each row, in order; tokens of -inf, of any id, fill the rest."""
-    num_rows = len(blocks.top)
-    ranking = blocks.rank([n + _SPARE] * num_rows)
+    rows = np.arange(len(blocks.top))
+    ranking = blocks.rank(rows, [n + _SPARE] * len(rows))
     num_listed = (ranking.logits > -np.inf).sum(1)
     if ((num_listed < n) & (ranking.border[:, 0] > -np.inf)).any():  # too many equals at a border
-        ranking = blocks.rank([blocks.num] * num_rows)
+        ranking = blocks.rank(rows, [blocks.num] * len(rows))
     return ranking.token_ids[:, :n]
 
 
@@ -54,5 +54,5 @@ def processed(weights: Doubles, token_ids: Ids, total: float, top: int) -> Top:
         return ()
     least = weights[kept[min(top, len(kept)) - 1]]
     listed = kept[weights[kept] >= least]
-    logprobs = np.log(weights[listed] / total)
-    return tuple(zip(token_ids[listed].tolist(), logprobs.tolist(), strict=True))
+    logprobs = [math.log(share) for share in (weights[listed] / total).tolist()]
+    return tuple(zip(token_ids[listed].tolist(), logprobs, strict=True))

@@ -54,27 +54,26 @@ class Blocks:
         token_ids: Ids = best * BLOCK + inside.argmax(1)
         return token_ids
 
-    def rank(self, wanted: Sequence[int], first: int = 0) -> Ranking:
-        """At least `wanted` [B] of the largest logits of each row, or fewer where equals at the border are left out.
+    def rank(self, rows: Ids, wanted: Sequence[int]) -> Ranking:
+        """At least `wanted` of the largest logits of these rows, or fewer where equals at the border are left out.
 
-        The rows are those from `first` on. A row is listed whole where as many are wanted as it has blocks.
+        A row is listed whole where as many are wanted as it has blocks.
         """
-        maxima = self.maxima[first : first + len(wanted)]
+        maxima = self.maxima[rows]
         size = self.num
         listed = np.partition(maxima, sorted({max(size - 1 - n, 0) for n in wanted}), axis=1)
         borders = [[listed[row, size - 1 - n] if n < size else -np.inf] for row, n in enumerate(wanted)]
         border = np.array(borders, np.float32)
-        chosen = (maxima > border).ravel().nonzero()[0]
-        inside = self._read(chosen + first * size)
-        found = (inside > border[chosen // size]).ravel().nonzero()[0]
-        places = chosen[found // BLOCK] * BLOCK + found % BLOCK  # in all the rows, each filled up to whole blocks
-        rows, token_ids = np.divmod(places, size * BLOCK)
-        counts = np.bincount(rows, minlength=len(wanted))
-        columns = np.arange(len(rows)) - (counts.cumsum() - counts)[rows]
-        keys = np.full((len(wanted), max(int(counts.max()), 1)), _NOTHING)
-        keys[rows, columns] = _keys(inside.ravel()[found], token_ids)
+        lines, blocks = (maxima > border).nonzero()
+        inside = self._read(rows[lines] * size + blocks)
+        found, places = (inside > border[lines]).nonzero()
+        lines, token_ids = lines[found], blocks[found] * BLOCK + places  # ascending, line by line
+        counts = np.bincount(lines, minlength=len(rows))
+        columns = np.arange(len(lines)) - (counts.cumsum() - counts)[lines]
+        keys = np.full((len(rows), max(int(counts.max()), 1)), _NOTHING)
+        keys[lines, columns] = _keys(inside[found, places], token_ids)
         keys.sort(axis=1)
-        return Ranking(_values(keys), keys & _ID_MASK, border, self.top[first : first + len(wanted)])
+        return Ranking(_values(keys), keys & _ID_MASK, border, self.top[rows])
 
     def _read(self, places: Ids) -> Floats:
         """Whole blocks [..., 64], by their places in the batch."""

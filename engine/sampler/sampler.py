@@ -4,16 +4,19 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from torch import Tensor
 
 from tightrope.engine.sampler import logprobs as scores
 from tightrope.engine.sampler.chain import Chain, Drawn
 from tightrope.engine.sampler.penalties import edit_logits
-from tightrope.engine.sampler.ranking import Blocks, Doubles, Ranking
+from tightrope.engine.sampler.ranking import Blocks, Ranking
 from tightrope.engine.sampler.state import SamplerState
 
-_DEPTHS = (0.7, 0.99, 1.0)  # share of the blocks that a longer list looks into: 900, 4,000, all of 50,000 tokens
-_ROWS_AT_ONCE = 32  # of a prompt's logits; bounds the copies to a few MB
+# How many of a row's blocks its list looks into: as many as the parameters suggest, then, where that was too little,
+# these shares, which give about 900, 4,000 and all of 50,000 tokens.
+_DEPTHS = (None, 0.7, 0.99, 1.0)
+_ROWS_AT_ONCE = 16  # bounds what lists of whole rows, and the logits of a prompt, take to a few dozen MB
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,37 +72,32 @@ def _draw(logits: Tensor, blocks: Blocks, states: Sequence[SamplerState]) -> lis
     """Draw from edited logits by a short list of each row, and where that is too short, by longer ones."""
     chain = Chain(states)
     totals = chain.totals(logits, blocks.top)
-    ranking = blocks.rank(chain.num_listed)
-    drawn = chain.run(ranking, totals)
-    sampled: list[Sampled | None] = []
-    for row, state in enumerate(states):
-        if not math.isfinite(blocks.top[row, 0]):
-            sampled.append(None)
-        elif drawn.settled[row]:
-            sampled.append(_sampled(ranking, drawn, row, state))
-        else:
-            sampled.append(_draw_deep(blocks, chain, row, totals, state))
+    sampled: list[Sampled | None] = [None] * len(states)
+    rows = np.flatnonzero(np.isfinite(blocks.top))
+    for share in _DEPTHS:
+        unsettled: list[int] = []
+        for start in range(0, len(rows), _ROWS_AT_ONCE):
+            part = rows[start : start + _ROWS_AT_ONCE]
+            wanted = [chain.num_listed[row] if share is None else int(share * blocks.num) for row in part]
+            ranking = blocks.rank(part, wanted)
+            drawn = chain.run(part, ranking, totals)
+            for line, (row, is_settled) in enumerate(zip(part.tolist(), drawn.settled.tolist(), strict=True)):
+                if is_settled:
+                    sampled[row] = _sampled(ranking, drawn, line, states[row])
+                else:
+                    unsettled.append(row)
+        rows = np.array(unsettled, np.int64)
+    assert not len(rows), "a row that is listed whole is settled"
     return sampled
 
 
-def _draw_deep(blocks: Blocks, chain: Chain, row: int, totals: Doubles, state: SamplerState) -> Sampled:
-    """Draw from one row by lists that grow until one suffices; the last is the whole vocabulary."""
-    rows = slice(row, row + 1)
-    for share in _DEPTHS:
-        ranking = blocks.rank([int(share * blocks.num)], first=row)
-        drawn = chain.run(ranking, totals[rows], rows)
-        if drawn.settled[0]:
-            break
-    return _sampled(ranking, drawn, 0, state)
-
-
-def _sampled(ranking: Ranking, drawn: Drawn, row: int, state: SamplerState) -> Sampled:
-    column = drawn.columns[row]
-    token_id = int(ranking.token_ids[row, column])
+def _sampled(ranking: Ranking, drawn: Drawn, line: int, state: SamplerState) -> Sampled:
+    column = drawn.columns[line]
+    token_id = int(ranking.token_ids[line, column])
     if not state.wants_processed:
         return Sampled(token_id, None)
-    weights, total = drawn.candidates.weights[row], float(drawn.candidates.total[row, 0])
-    top = scores.processed(weights, ranking.token_ids[row], total, state.processed_top)
+    weights, total = drawn.candidates.weights[line], float(drawn.candidates.total[line, 0])
+    top = scores.processed(weights, ranking.token_ids[line], total, state.processed_top)
     return Sampled(token_id, math.log(weights[column] / total), top)
 
 
