@@ -120,7 +120,7 @@ def ready_lines(info: ModelInfo, settings: ServerSettings, url: str) -> list[str
     """What a person wants to know once the model is there, and one line to try."""
     name = settings.served_model_name or info.model_id
     key = "" if settings.api_key is None else " -H 'Authorization: Bearer YOUR_KEY'"
-    body = '{"messages": [{"role": "user", "content": "Hello!"}]}'
+    body = '{"messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 100}'
     return [
         f"ready     {name} ({info.architecture}, {info.format})",
         f"context   {info.max_model_len} tokens",
