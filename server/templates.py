@@ -102,6 +102,8 @@ class TemplateRenderer:
             process.kill()
         if process.stdin is not None:
             process.stdin.close()
+        if process.stdout is not None:
+            await process.stdout.read()  # `wait` would wait for ever for a pipe that nobody empties
         await process.wait()
 
     async def close(self) -> None:
