@@ -105,7 +105,7 @@ def test_nothing_but_the_settings_reads_the_environment():
     files = [path for floor in FLOORS for path in sources(floor)]
     readers = {path.relative_to(ROOT).as_posix() for path in files if {"environ", "getenv"} & attributes(path)}
 
-    assert readers == {"server/settings.py", "engine/launch.py"}  # the launcher hands the whole of it to its child
+    assert readers == {"server/settings.py"}
 
 
 @pytest.mark.parametrize("folder", ["kernels", "tests"])
