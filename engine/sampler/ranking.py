@@ -64,14 +64,15 @@ class Blocks:
         listed = np.partition(maxima, sorted({max(size - 1 - n, 0) for n in wanted}), axis=1)
         borders = [[listed[row, size - 1 - n] if n < size else -np.inf] for row, n in enumerate(wanted)]
         border = np.array(borders, np.float32)
-        lines, blocks = (maxima > border).nonzero()
-        inside = self._read(rows[lines] * size + blocks)
-        found, places = (inside > border[lines]).nonzero()
-        lines, token_ids = lines[found], blocks[found] * BLOCK + places  # ascending, line by line
+        lines, chosen = np.divmod(np.flatnonzero(maxima > border), size)
+        inside = self._read(rows[lines] * size + chosen)
+        found = np.flatnonzero(inside > border[lines])
+        block, place = np.divmod(found, BLOCK)
+        lines, token_ids = lines[block], chosen[block] * BLOCK + place  # ascending, line by line
         counts = np.bincount(lines, minlength=len(rows))
         columns = np.arange(len(lines)) - (counts.cumsum() - counts)[lines]
         keys = np.full((len(rows), max(int(counts.max()), 1)), _NOTHING)
-        keys[lines, columns] = _keys(inside[found, places], token_ids)
+        keys[lines, columns] = _keys(inside.ravel()[found], token_ids)
         keys.sort(axis=1)
         return Ranking(_values(keys), keys & _ID_MASK, border, self.top[rows])
 
