@@ -153,7 +153,7 @@ class Scheduler:
         )
         headroom = max(0, min(DECODE_HEADROOM, sequence.max_len - 1 - len(sequence.token_ids)))  # the last never runs
         if not self._kv.reserve(sequence.seq_id, len(sequence.token_ids) - num_cached + headroom):
-            self._kv.close(sequence.seq_id, keep=False)
+            self._kv.close(sequence.seq_id, keep=True)  # what it had found stays to be found
             self._has_room = False
             return False
         sequence.num_computed = num_cached
