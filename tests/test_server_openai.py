@@ -9,10 +9,11 @@ import pytest
 from fake_api import events
 from openai.types.chat import ChatCompletionMessageParam
 
+# The prompts that two answers are compared for have no near ties: another batch rounds otherwise.
 MODEL = "tgi"  # a name that clients use who don't know the served one
-HELLO: list[ChatCompletionMessageParam] = [{"role": "user", "content": "Say hello to Mary in one sentence."}]
+HELLO: list[ChatCompletionMessageParam] = [{"role": "user", "content": "Name the days of the week."}]
 FAMILY = "안녕하세요 👩‍👩‍👧 안녕하세요 👩‍👩‍👧 안녕하세요 👩‍👩‍👧 안녕하세요"
-FACES = "😀😃😄😁😆😅😂🤣 😀😃😄😁😆😅😂🤣 😀😃😄😁"
+FACES = "😀" * 12
 HANGUL = "가나다라마바사 가나다라마바사 가나다라"
 
 
@@ -39,7 +40,7 @@ def test_a_chat_is_answered_in_words_that_make_sense(client: openai.OpenAI) -> N
     answer = client.chat.completions.create(model=MODEL, messages=HELLO, temperature=0, max_tokens=40)
     (choice,) = answer.choices
     assert choice.message.role == "assistant"
-    assert "Mary" in (choice.message.content or "")
+    assert "Tuesday" in (choice.message.content or "")
     assert choice.finish_reason in ("stop", "length")
     assert answer.usage is not None
     assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
@@ -66,10 +67,10 @@ def test_a_streamed_chat_joins_to_the_whole_answer(client: openai.OpenAI) -> Non
 
 
 def test_the_sdks_own_stream_helper_rebuilds_the_answer(client: openai.OpenAI) -> None:
-    with client.chat.completions.stream(model=MODEL, messages=HELLO, temperature=0, max_tokens=20) as stream:
+    with client.chat.completions.stream(model=MODEL, messages=HELLO, temperature=0, max_tokens=60) as stream:
         stream.until_done()
         final = stream.get_final_completion()
-    whole = client.chat.completions.create(model=MODEL, messages=HELLO, temperature=0, max_tokens=20)
+    whole = client.chat.completions.create(model=MODEL, messages=HELLO, temperature=0, max_tokens=60)
     assert final.choices[0].message.content == whole.choices[0].message.content
     assert final.choices[0].message.role == "assistant"
 
@@ -101,14 +102,14 @@ def test_emoji_and_korean_stream_without_a_broken_character(client: openai.OpenA
 
 
 def test_stop_strings_are_cut_wherever_they_fall(client: openai.OpenAI) -> None:
-    prompt = "one two three four five six seven eight nine ten one two three four five six"
-    free = client.completions.create(model=MODEL, prompt=prompt, temperature=0, max_tokens=12).choices[0].text
+    prompt = "1, 2, 3, 4, 5, 6, 7,"
+    free = client.completions.create(model=MODEL, prompt=prompt, temperature=0, max_tokens=20).choices[0].text
     stop = free[len(free) // 2 : len(free) // 2 + 4]
-    whole = client.completions.create(model=MODEL, prompt=prompt, temperature=0, max_tokens=12, stop=stop).choices[0]
+    whole = client.completions.create(model=MODEL, prompt=prompt, temperature=0, max_tokens=20, stop=stop).choices[0]
     assert whole.text == free[: free.index(stop)]
     assert whole.finish_reason == "stop"
     stream = client.completions.create(
-        model=MODEL, prompt=prompt, temperature=0, max_tokens=12, stop=[stop, "zzz"], stream=True
+        model=MODEL, prompt=prompt, temperature=0, max_tokens=20, stop=[stop, "zzz"], stream=True
     )
     assert "".join(chunk.choices[0].text for chunk in stream) == whole.text
 

@@ -17,7 +17,7 @@ CURL_BODY = (
 pytestmark = pytest.mark.filterwarnings("ignore:The `dict` method is deprecated")
 
 HEADERS = {"content-type": "application/json"}
-PROMPT = "The sun rises in the"
+PROMPT = "1, 2, 3, 4, 5, 6, 7,"  # no near ties: other batches round otherwise
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def test_its_streaming_twin_is_answered_with_events(server_url: str) -> None:
 
 def test_the_client_generates(client: Client) -> None:
     answer = client.generate(PROMPT, max_new_tokens=8)
-    assert "sky" in answer.generated_text
+    assert answer.generated_text == " 8, 9, 1"
     assert answer.details.generated_tokens == len(answer.details.tokens) == 8
     assert answer.details.finish_reason == "length"
     assert answer.details.seed is None
@@ -86,11 +86,9 @@ def test_the_client_gets_every_detail_that_it_asks_for(client: Client) -> None:
 
 
 def test_a_stop_sequence_stays_at_the_end(client: Client) -> None:
-    free = client.generate(PROMPT, max_new_tokens=12).generated_text
-    stop = free[8:12]
-    answer = client.generate(PROMPT, max_new_tokens=12, stop_sequences=[stop])
+    answer = client.generate(PROMPT, max_new_tokens=20, stop_sequences=["9, 10"])
     assert answer.details.finish_reason == "stop_sequence"
-    assert answer.generated_text == free[: free.index(stop) + len(stop)]
+    assert answer.generated_text == " 8, 9, 10"
 
 
 def test_a_seed_is_told_and_gives_the_text_again(client: Client) -> None:
@@ -124,7 +122,7 @@ async def test_the_async_client_streams_side_by_side(server_url: str) -> None:
     assert set(together) == {alone}
 
 
-@pytest.mark.parametrize("text", ["안녕하세요 안녕하세요 안녕하세요 안녕", "🤣😃🤣😃🤣😃🤣😃🤣😃🤣"])
+@pytest.mark.parametrize("text", ["안녕하세요 안녕하세요 안녕하세요 안녕", "😀" * 12])
 def test_torn_characters_give_empty_tokens_until_they_are_whole(server_url: str, text: str) -> None:
     body = {"inputs": text, "parameters": {"max_new_tokens": 30}}
     reply = httpx.post(f"{server_url}/generate_stream", json=body, timeout=60)
