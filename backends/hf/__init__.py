@@ -1,0 +1,1 @@
+"""Hugging Face model folders in our own torch engine."""

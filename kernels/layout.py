@@ -1,0 +1,125 @@
+"""What kernels read and write: a layer's cached keys and values, a step's sequences, and rotary angles.
+
+Fixed letters: T tokens in the step, B sequences, P pages, H query heads, Hkv key and value heads, D head dimension,
+R rotated dimensions (R <= D).
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+PAGE = 16  # tokens in a page of the cache
+GROUP = 32  # values that share a scale
+
+CacheDtype = Literal["q8", "q4", "f16"]
+
+
+@dataclass(frozen=True, slots=True)
+class CacheFormat:
+    """How one layer's keys and values are stored."""
+
+    dtype: CacheDtype
+    num_kv_heads: int
+    head_dim: int
+
+    @property
+    def num_groups(self) -> int:
+        """Scales of one head of one token; a last group may be partly empty."""
+        return -(-self.head_dim // GROUP)
+
+    @property
+    def code_bytes(self) -> int:
+        """Bytes of one head of one token, without its scales."""
+        if self.dtype == "f16":
+            return 2 * self.head_dim
+        return self.num_groups * (GROUP if self.dtype == "q8" else GROUP // 2)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of a token's keys and values in this layer."""
+        scales = 0 if self.dtype == "f16" else 2 * self.num_groups
+        return 2 * self.num_kv_heads * (self.code_bytes + scales)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerCache:
+    """One layer's pages.
+
+    codes: f16 float16 [P, Hkv, PAGE, D]; q8 int8 [P, Hkv, PAGE, G * 32]; q4 uint8 [P, Hkv, PAGE, G * 16], where byte j
+    of a group's sixteen holds value j in its low and value j + 16 in its high four bits. scales: float16
+    [P, Hkv, PAGE, G], empty for f16. A q8 value is code * scale, a q4 value (code - 8) * scale. Keys are stored before
+    rotation and divided by `key_factor` [Hkv, D] float32 (ones for f16 and where keys are cached rotated).
+    """
+
+    format: CacheFormat
+    key_codes: Tensor
+    key_scales: Tensor
+    value_codes: Tensor
+    value_scales: Tensor
+    key_factor: Tensor
+
+    @classmethod
+    def allocate(cls, format: CacheFormat, num_pages: int, device: torch.device | str = "cpu") -> "LayerCache":
+        """Zeroed pages, with factors of one."""
+        code_dtype, width = {
+            "f16": (torch.float16, format.head_dim),
+            "q8": (torch.int8, format.code_bytes),
+            "q4": (torch.uint8, format.code_bytes),
+        }[format.dtype]
+        groups = 0 if format.dtype == "f16" else format.num_groups
+        shape = (num_pages, format.num_kv_heads, PAGE)
+
+        def codes() -> Tensor:
+            return torch.zeros(*shape, width, dtype=code_dtype, device=device)
+
+        def scales() -> Tensor:
+            return torch.zeros(*shape, groups, dtype=torch.float16, device=device)
+
+        factor = torch.ones(format.num_kv_heads, format.head_dim, device=device)
+        return cls(format, codes(), scales(), codes(), scales(), factor)
+
+
+@dataclass(frozen=True, slots=True)
+class RopeTable:
+    """Cosines and sines by which a position is rotated, split into the page that it is in and the place in the page.
+
+    The angle of position p and pair i is p * inv_freq[i]; rotating by page p // PAGE and then by place p % PAGE gives
+    it. Dimension i is paired with i + R/2. `pages` [S, P, 2, R/2] and `places` [S, PAGE, 2, R/2], float32, hold cosine
+    and sine for each of S sets of frequencies; `set_of` [B] int32 says which set a sequence uses. `query_scale`
+    [S] float32 multiplies the rotated part of queries: the square of the attention factor of YaRN and longrope.
+    """
+
+    pages: Tensor
+    places: Tensor
+    set_of: Tensor
+    query_scale: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class StepLayout:
+    """The sequences of one step, the same for all layers.
+
+    Sequence b's tokens of this step are rows query_starts[b] .. query_starts[b + 1] of the step; with them its cache
+    holds context_lens[b] tokens, so they are at positions context_lens[b] - n .. context_lens[b]. Position p of
+    sequence b is in page block_tables[b, p // PAGE]. All on the device of the cache, but for the two maxima.
+    """
+
+    query_starts: Tensor  # [B + 1] int32
+    context_lens: Tensor  # [B] int32
+    block_tables: Tensor  # [B, pages of the longest] int32
+    slots: Tensor  # [T] int64: page * PAGE + place, where this step's tokens are stored
+    positions: Tensor  # [T] int32
+    sequence_of: Tensor  # [T] int32: which b a row belongs to
+    max_query_len: int
+    max_context_len: int
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionSpec:
+    """What a layer's attention computes, beside its inputs."""
+
+    scale: float  # of the scores
+    window: int | None = None  # a token sees itself and the window - 1 tokens before it
+    softcap: float | None = None  # scores become softcap * tanh(scores / softcap)

@@ -1,0 +1,154 @@
+"""Every kernel in plain torch: the specification of the others, and what runs where no other can.
+
+Written to be read. Arithmetic is float32 whatever is stored.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tightrope.kernels.layout import GROUP, PAGE, AttentionSpec, LayerCache, RopeTable, StepLayout
+
+TILE_ROWS = 4096  # rows of a weight that are expanded to float32 at a time
+
+
+def store_kv(cache: LayerCache, keys: Tensor, values: Tensor, slots: Tensor) -> None:
+    """Write keys and values [T, Hkv, D] into the cache's `slots` [T].
+
+    keys are not rotated yet (or already, where the layer caches them so); they are divided by the layer's factor here.
+    """
+    for tensor, codes, scales in (
+        (keys.float() / cache.key_factor, cache.key_codes, cache.key_scales),
+        (values.float(), cache.value_codes, cache.value_scales),
+    ):
+        page, place = slots // PAGE, slots % PAGE
+        if cache.format.dtype == "f16":
+            codes[page, :, place] = tensor.half()
+        else:
+            new_codes, new_scales = quantize(tensor, cache.format.dtype)
+            codes[page, :, place] = new_codes
+            scales[page, :, place] = new_scales
+
+
+def quantize(x: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
+    """Codes and float16 scales of x [..., D] float32, per 32 values.
+
+    q8: scale = largest magnitude / 127. q4: scale = the value of largest magnitude / -8, so that it is code 0 and all
+    sixteen codes are of use. Rounded to the nearest even with the scale as stored; a group whose scale is zero in
+    float16 has codes of value zero.
+    """
+    groups = F.pad(x, (0, -x.shape[-1] % GROUP)).unflatten(-1, (-1, GROUP))  # [..., G, 32]
+    if dtype == "q8":
+        scales = (groups.abs().amax(-1) / 127).half()
+    else:
+        largest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True)).squeeze(-1)
+        scales = (largest / -8).half()
+    inverse = torch.where(scales == 0, 0.0, 1 / scales.float()).unsqueeze(-1)
+    if dtype == "q8":
+        return (groups * inverse).round().clamp(-127, 127).to(torch.int8).flatten(-2), scales
+    nibbles = ((groups * inverse).round() + 8).clamp(0, 15).to(torch.uint8)
+    return (nibbles[..., : GROUP // 2] | nibbles[..., GROUP // 2 :] << 4).flatten(-2), scales
+
+
+def dequantize(codes: Tensor, scales: Tensor, dtype: str, head_dim: int) -> Tensor:
+    """Values [..., D] float32 of codes and scales."""
+    if dtype == "f16":
+        return codes.float()
+    if dtype == "q8":
+        groups = codes.unflatten(-1, (-1, GROUP)).float()
+    else:
+        packed = codes.unflatten(-1, (-1, GROUP // 2))
+        groups = torch.cat((packed & 15, packed >> 4), -1).float() - 8
+    return (groups * scales.float().unsqueeze(-1)).flatten(-2)[..., :head_dim]
+
+
+def rotate(x: Tensor, step: StepLayout, table: RopeTable) -> Tensor:
+    """Queries x [T, H, D] float32 rotated to their positions, and scaled by the table's query_scale."""
+    sets = table.set_of[step.sequence_of].long()
+    scale = table.query_scale[sets].view(-1, 1, 1)
+    half = table.places.shape[-1]
+    turned = _rotate(x, table, sets, step.positions.long())
+    return torch.cat((turned[..., : 2 * half] * scale, turned[..., 2 * half :]), -1)
+
+
+def _rotate(x: Tensor, table: RopeTable, sets: Tensor, positions: Tensor) -> Tensor:
+    """x [n, heads, D] rotated to positions [n]."""
+    half = table.places.shape[-1]
+    rest = x[..., 2 * half :]
+    first, second = x[..., :half], x[..., half : 2 * half]
+    for angles in (table.pages[sets, positions // PAGE], table.places[sets, positions % PAGE]):
+        cos, sin = angles.unsqueeze(1).unbind(2)  # [n, 1, R/2] each
+        first, second = first * cos - second * sin, second * cos + first * sin
+    return torch.cat((first, second, rest), -1)
+
+
+def attention(
+    queries: Tensor, cache: LayerCache, step: StepLayout, table: RopeTable | None, spec: AttentionSpec
+) -> Tensor:
+    """Causal attention of queries [T, H, D] float32 over everything cached of their sequences, this step included.
+
+    Queries are rotated already; cached keys are rotated here when there is a table. Query heads h share the
+    key head h // (H / Hkv). Returns [T, H, D] float32.
+    """
+    outputs = torch.empty_like(queries)
+    starts, lengths = step.query_starts.tolist(), step.context_lens.tolist()
+    for b, length in enumerate(lengths):
+        begin, end = starts[b], starts[b + 1]
+        keys, values = _gather(cache, step.block_tables[b], length)
+        if table is not None:
+            sets = table.set_of[b].long().expand(length)
+            keys = _rotate(keys, table, sets, torch.arange(length, device=keys.device))
+        outputs[begin:end] = _attend(queries[begin:end], keys, values, spec)
+    return outputs
+
+
+def _gather(cache: LayerCache, block_table: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """Keys (not rotated) and values [length, Hkv, D] float32 of one sequence."""
+    pages = block_table[: -(-length // PAGE)].long()
+    out = []
+    for codes, scales in ((cache.key_codes, cache.key_scales), (cache.value_codes, cache.value_scales)):
+        values = dequantize(codes[pages], scales[pages], cache.format.dtype, cache.format.head_dim)
+        out.append(values.transpose(1, 2).flatten(0, 1)[:length])
+    return out[0] * cache.key_factor, out[1]
+
+
+def _attend(queries: Tensor, keys: Tensor, values: Tensor, spec: AttentionSpec) -> Tensor:
+    n, length = len(queries), len(keys)
+    group = queries.shape[1] // keys.shape[1]
+    scores = torch.einsum("qhd,khd->hqk", queries, keys.repeat_interleave(group, 1)) * spec.scale
+    if spec.softcap is not None:
+        scores = spec.softcap * torch.tanh(scores / spec.softcap)
+    distance = torch.arange(length - n, length, device=keys.device).unsqueeze(1) - torch.arange(
+        length, device=keys.device
+    )
+    is_seen = distance >= 0  # [n, length]
+    if spec.window is not None:
+        is_seen &= distance < spec.window
+    weights = scores.masked_fill(~is_seen, float("-inf")).softmax(-1)
+    return torch.einsum("hqk,khd->qhd", weights, values.repeat_interleave(group, 1))
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x [T, K] float32 times weight [N, K] in any float dtype, transposed: [T, N] float32, accumulated in float32."""
+    if weight.dtype == torch.float32:
+        return F.linear(x, weight, bias)
+    out = x.new_empty(len(x), len(weight))
+    for row in range(0, len(weight), TILE_ROWS):
+        torch.mm(x, weight[row : row + TILE_ROWS].float().t(), out=out[:, row : row + TILE_ROWS])
+    return out if bias is None else out.add_(bias)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x [..., D] float32 divided by its root mean square over D, times weight [D] float32 (Gemma's 1 + w added before).
+
+    Source: Zhang and Sennrich 2019, arXiv 1910.07467.
+    """
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+
+
+def gated(gate_up: Tensor, activation: str) -> Tensor:
+    """gate_up [T, 2 * F] float32 to [T, F]: activation(gate) * up; activation is silu, gelu or gelu_tanh."""
+    gate, up = gate_up.chunk(2, -1)
+    if activation == "silu":
+        return F.silu(gate) * up
+    return F.gelu(gate, approximate="tanh" if activation == "gelu_tanh" else "none") * up
