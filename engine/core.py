@@ -209,7 +209,8 @@ class EngineCore:
             for sequence in drawing:
                 self._hold_back_ends(sequence)
             rows = logits if len(last_rows) == row else logits[last_rows]
-            for sequence, drawn in zip(drawing, sample(rows, [s.sampler for s in drawing]), strict=True):
+            drawn_tokens = sample(rows, [s.sampler for s in drawing], may_overwrite=True)
+            for sequence, drawn in zip(drawing, drawn_tokens, strict=True):
                 deltas.append(self._advance(sequence, drawn, now_s))
         return StepResult(deltas, [])
 

@@ -125,16 +125,19 @@ class TokenEdits:
         return slot
 
 
-def edit_logits(logits: Tensor, edits: Sequence[TokenEdits], suppressed: Sequence[tuple[int, ...]]) -> Tensor:
+def edit_logits(
+    logits: Tensor, edits: Sequence[TokenEdits], suppressed: Sequence[tuple[int, ...]], *, in_place: bool = False
+) -> Tensor:
     """Apply each row's edits, then set its suppressed tokens to -inf.
 
-    logits [B, V] float32; comes back as it is when no row changes anything, else as a changed copy.
+    logits [B, V] float32; comes back as it is when no row changes anything, else as a changed copy, or changed itself.
     """
     rows = [row for row, edit in enumerate(edits) if not edit.is_neutral]
     banned = [row * logits.shape[1] + token_id for row, ids in enumerate(suppressed) for token_id in ids]
     if not rows and not banned:
         return logits
-    edited = logits.clone(memory_format=torch.contiguous_format)
+    is_own = in_place and logits.is_contiguous()
+    edited = logits if is_own else logits.clone(memory_format=torch.contiguous_format)
     flat = edited.view(-1)
     if rows:
         entries = [edits[row].entries() for row in rows]
@@ -144,7 +147,9 @@ def edit_logits(logits: Tensor, edits: Sequence[TokenEdits], suppressed: Sequenc
         subtract = _to(np.concatenate([s for _, _, s in entries]), flat)
         values = flat.index_select(0, places)
         flat.scatter_(0, places, torch.where(values > 0, values / divide, values * divide) - subtract)
-    if banned:
+    if banned and flat.is_cpu:
+        flat.numpy()[banned] = -np.inf  # a fifth of the time that torch takes for a few places
+    elif banned:
         flat[torch.tensor(banned, device=flat.device)] = -torch.inf
     return edited
 

@@ -28,14 +28,15 @@ class Sampled:
     top: tuple[tuple[int, float], ...] = ()
 
 
-def sample(logits: Tensor, states: Sequence[SamplerState]) -> list[Sampled | None]:
+def sample(logits: Tensor, states: Sequence[SamplerState], *, may_overwrite: bool = False) -> list[Sampled | None]:
     """The next token of each row, or None where nothing can be drawn: all tokens banned, or a NaN in the row.
 
-    logits [B, V] float32, not modified. The states are not changed; the caller appends what it accepts.
+    logits [B, V] float32, not modified unless the caller says that they may be. The states are not changed; the caller appends what it accepts.
     """
     if not states:
         return []
-    edited = edit_logits(logits, [s.edits for s in states], [s.suppressed for s in states])
+    in_place = may_overwrite and not any(s.wants_raw for s in states)
+    edited = edit_logits(logits, [s.edits for s in states], [s.suppressed for s in states], in_place=in_place)
     blocks = Blocks(edited)
     if all(s.params.temperature == 0 and not s.wants_processed for s in states):
         drawn = _greedy(blocks)
