@@ -1,0 +1,47 @@
+"""JSON files of a model folder, read with limits and without trust."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from tightrope.backends.errors import BackendError
+
+
+def read_object(path: Path, max_bytes: int) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises BackendError when the file can't be read, is larger than `max_bytes`, is no JSON object, or holds a NaN or an
+    infinity anywhere, whose field is named.
+    """
+    try:
+        size = path.stat().st_size
+        if size > max_bytes:
+            raise BackendError(f"{path}: {size} bytes are too many; at most {max_bytes} are expected")
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        raise BackendError(f"{path}: no such file") from None
+    except OSError as error:
+        raise BackendError(f"{path}: can't be read: {error.strerror or error}") from None
+    try:
+        value = json.loads(raw)
+    except json.JSONDecodeError as error:
+        raise BackendError(f"{path}: not JSON: {error.msg} in line {error.lineno}") from None
+    except (ValueError, RecursionError):
+        raise BackendError(f"{path}: not JSON in UTF-8") from None
+    if not isinstance(value, dict):
+        raise BackendError(f"{path}: holds {type(value).__name__} instead of a JSON object")
+    _check_numbers(path, value, "")
+    return value
+
+
+def _check_numbers(path: Path, value: object, field: str) -> None:
+    """Refuse NaN and infinities, which Python's JSON reader accepts."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise BackendError(f"{path}: {field} is {value}; it must be a finite number")
+    if isinstance(value, dict):
+        for key, item in value.items():
+            _check_numbers(path, item, f"{field}.{key}" if field else key)
+    elif isinstance(value, list):
+        for i, item in enumerate(value):
+            _check_numbers(path, item, f"{field}[{i}]")
