@@ -97,6 +97,7 @@ class ModelCard:
     cache_dtype: str
     chat_template: str | None  # Jinja source from the model's files
     notes: tuple[str, ...]  # start-up lines: what was chosen, and why
+    cache_token_bytes: float = 0.0  # keys and values of one token in all layers; 0: not known
 
 
 @dataclass(frozen=True, slots=True)

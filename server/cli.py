@@ -1,4 +1,4 @@
-"""The command line: `tightrope serve` and `tightrope chat`.
+"""The command line: `tightrope serve`, `tightrope chat` and `tightrope perplexity`.
 
 Up front only the table of options is imported, so that `--help` answers at once.
 """
@@ -6,7 +6,7 @@ Up front only the table of options is imported, so that `--help` answers at once
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from tightrope import __version__
 from tightrope.server.options import OPTIONS
@@ -16,20 +16,28 @@ EXIT_USAGE = 2  # a setting that can't be used
 
 EPILOG = """Each option can also stand in the file of --config (max-model-len = 8192) and in the environment
 (TIGHTROPE_MAX_MODEL_LEN=8192). The environment wins over the file, the command line over both."""
+OWN_ARGUMENTS: Mapping[str, Sequence[str]] = {  # of a command, beside the options that settings are made of
+    "serve": (),
+    "chat": ("url", "system", "max_tokens"),
+    "perplexity": ("text", "contexts", "max_tokens", "compare_kv", "json", "plot"),
+}
 OWN_SERVER_GROUPS = frozenset({"model", "context and memory", "speed"})  # what matters to a chat with a model
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; return the exit status: 0, 1 when it failed, 2 when it can't be understood."""
     given = vars(_parser().parse_args(arguments))
-    command, talk = given.pop("command"), {name: given.pop(name, None) for name in ("url", "system", "max_tokens")}
+    command = given.pop("command")
+    own = {name: given.pop(name, None) for name in OWN_ARGUMENTS[command]}
     if "model_option" in given:
         if "model" in given:
             return _fail("MODEL and --model name a model twice; give only one of them", EXIT_USAGE)
         given["model"] = given.pop("model_option")
     values = {name.replace("_", "-"): value for name, value in given.items()}
     try:
-        return _serve(values) if command == "serve" else _chat(values, **talk)
+        if command == "perplexity":
+            return _perplexity(values, own)
+        return _serve(values) if command == "serve" else _chat(values, **own)
     except KeyboardInterrupt:
         return 130  # as a shell reports a command that Ctrl-C ended
 
@@ -66,6 +74,21 @@ def _chat(values: Mapping[str, str], url: str | None, system: str | None, max_to
         with own_server(values) as own_url:
             return chat(own_url, settings.api_key, system, max_tokens)
     except ChatError as error:
+        return _fail(str(error), EXIT_FAILED)
+
+
+def _perplexity(values: Mapping[str, str], own: Mapping[str, Any]) -> int:
+    from tightrope.server.perplexity import PerplexityError, UsageError, Wish, perplexity
+    from tightrope.server.settings import SettingsError, load_settings
+
+    try:
+        wish = Wish.of(**own)
+        settings = wish.fit(load_settings(values).engine.model)
+    except (SettingsError, UsageError) as error:
+        return _fail(str(error), EXIT_USAGE)
+    try:
+        return perplexity(settings, wish)
+    except PerplexityError as error:
         return _fail(str(error), EXIT_FAILED)
 
 
@@ -110,7 +133,24 @@ def _parser() -> argparse.ArgumentParser:
     )
     own = [name for name, option in OPTIONS.items() if option.group in OWN_SERVER_GROUPS]
     _add_options(chat, [*own, "api-key", "log-level"])
+    _add_perplexity(commands)
     return parser
+
+
+def _add_perplexity(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    parser = _add_command(commands, "perplexity", "measure how well a model predicts a text, by context length")
+    own = parser.add_argument_group("measurement")
+    own.add_argument("--text", metavar="FILE", required=True, help="text to predict, UTF-8")
+    own.add_argument("--contexts", metavar="N,N,...", help="context lengths in tokens (default: 512,1024,2048)")
+    own.add_argument(
+        "--max-tokens", metavar="N", type=_count, help="tokens to run for each length (default: the whole text)"
+    )
+    own.add_argument(
+        "--compare-kv", metavar="TYPES", help="say what caches of these types, such as q8,q4, change against f16"
+    )
+    own.add_argument("--json", metavar="FILE", help="write the results there as well")
+    own.add_argument("--plot", metavar="FILE.png", help="draw the table there as well")
+    _add_options(parser, [name for name, option in OPTIONS.items() if option.path[:2] == ("engine", "model")])
 
 
 def _count(text: str) -> int:

@@ -151,4 +151,5 @@ def _card(path: Path, header: Header, model: NativeModel, plan: Plan) -> ModelCa
         cache_dtype=plan.cache_type.name,
         chat_template=model.chat_template(),
         notes=plan.notes,
+        cache_token_bytes=shape.cache_bytes(plan.cache_type.key_type, plan.cache_type.value_type),
     )
