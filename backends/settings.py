@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import BaseModel, Field
 
 KVCacheDtype = Literal["auto", "q8", "q4", "f16"]
-RopeKind = Literal["none", "linear", "ntk", "yarn"]
+RopeKind = Literal["none", "linear", "dynamic", "ntk", "yarn", "llama3", "longrope"]
 
 
 class CacheSettings(BaseModel, frozen=True, extra="forbid"):
@@ -21,8 +21,9 @@ class RopeSettings(BaseModel, frozen=True, extra="forbid"):
     """RoPE scaling that overrides what the model's own files say; None leaves a value as the files have it."""
 
     kind: RopeKind | None = None
-    factor: float | None = Field(None, gt=0, allow_inf_nan=False, description="How many times the trained window.")
-    theta: float | None = Field(None, gt=0, allow_inf_nan=False, description="RoPE base frequency.")
+    factor: float | None = Field(None, ge=1e-6, le=1e6, description="How many times the trained window.")
+    theta: float | None = Field(None, gt=1, le=1e18, description="RoPE base frequency.")
+    original_len: int | None = Field(None, ge=2, le=1 << 28, description="Window before any scaling, in tokens.")
 
 
 class ModelSettings(BaseModel, frozen=True, extra="forbid"):

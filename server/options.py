@@ -9,7 +9,11 @@ CONFIG = "config"  # the one option that isn't in the tree: where the file is
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """One option. `also` are further places in the tree that giving it decides."""
+    """One option.
+
+    `also` are further places in the tree that giving it decides; `implies` those that it fills where nothing else does.
+    is_reciprocal: the setting is one over what is written.
+    """
 
     path: TreePath
     group: str
@@ -17,6 +21,8 @@ class Option:
     metavar: str
     aliases: tuple[str, ...] = ()
     also: Mapping[TreePath, str] = field(default_factory=dict)
+    implies: Mapping[TreePath, str] = field(default_factory=dict)
+    is_reciprocal: bool = False
 
 
 _MODEL: TreePath = ("engine", "model")
@@ -60,12 +66,30 @@ OPTIONS: Mapping[str, Option] = {
         ("--max-batch-total-tokens",),
     ),
     "rope-scaling": Option(
-        (*_ROPE, "kind"), "context and memory", "none, linear, ntk or yarn (default: the model's own)", "KIND"
+        (*_ROPE, "kind"),
+        "context and memory",
+        "none, linear, dynamic, ntk, yarn, llama3 or longrope (default: the model's own)",
+        "KIND",
     ),
     "rope-factor": Option(
         (*_ROPE, "factor"), "context and memory", "how many times the trained window the scaling reaches", "X"
     ),
     "rope-theta": Option((*_ROPE, "theta"), "context and memory", "RoPE base frequency", "X", ("--rope-freq-base",)),
+    "rope-original-len": Option(
+        (*_ROPE, "original_len"),
+        "context and memory",
+        "window in tokens before any scaling (default: the model's own)",
+        "N",
+        ("--yarn-orig-ctx",),
+    ),
+    "rope-freq-scale": Option(
+        (*_ROPE, "factor"),
+        "context and memory",
+        "short for --rope-factor 1/X, and linear unless --rope-scaling says otherwise",
+        "X",
+        implies={(*_ROPE, "kind"): "linear"},
+        is_reciprocal=True,
+    ),
     "compress-pos-emb": Option(
         (*_ROPE, "factor"),
         "context and memory",

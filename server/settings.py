@@ -62,11 +62,15 @@ def load_settings(arguments: Mapping[str, str], environ: Mapping[str, str] | Non
     """
     variables = _from_environment(os.environ if environ is None else environ)
     config = arguments.get(CONFIG, variables.get(CONFIG))
-    merged: dict[TreePath, tuple[Any, str]] = {}  # value of any type that TOML has, and what to call its source
+    sources: list[tuple[Mapping[str, Any], Callable[[str], str]]] = [
+        (variables, env_name),
+        (arguments, lambda option: "MODEL" if option == "model" else f"--{option}"),
+    ]
     if config is not None:
-        merged |= _place(_from_file(Path(config).expanduser()), lambda option: f"{config}: {option}")
-    merged |= _place(variables, env_name)
-    merged |= _place(arguments, lambda option: "MODEL" if option == "model" else f"--{option}")
+        sources.insert(0, (_from_file(Path(config).expanduser()), lambda option: f"{config}: {option}"))
+    merged: dict[TreePath, tuple[Any, str]] = {}  # value of any type that TOML has, and what to call its source
+    for values, label in sources:
+        merged = _implied(values, label) | merged | _place(values, label)
 
     tree: dict[str, Any] = {}  # grows into the shape of ServerSettings, whose validation gives it its types
     for path, (value, _) in merged.items():
@@ -120,8 +124,25 @@ def _place(values: Mapping[str, Any], label: Callable[[str], str]) -> dict[TreeP
         for path, setting in {option.path: value, **option.also}.items():
             if path in placed:
                 raise SettingsError(f"{placed[path][1]} and {label(name)} contradict each other; give only one of them")
-            placed[path] = (setting, label(name))
+            placed[path] = (_reciprocal(setting, label(name)) if option.is_reciprocal else setting, label(name))
     return placed
+
+
+def _implied(values: Mapping[str, Any], label: Callable[[str], str]) -> dict[TreePath, tuple[Any, str]]:
+    """What the options given imply where no source says otherwise."""
+    given = {name: OPTIONS[name] for name in values if name != CONFIG}
+    return {path: (value, label(name)) for name, option in given.items() for path, value in option.implies.items()}
+
+
+def _reciprocal(value: object, label: str) -> float:
+    """One over a number or its text. Raises SettingsError when it is none."""
+    try:
+        number = float(value) if isinstance(value, str | int | float) else 0.0
+    except ValueError:
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise SettingsError(f"{label}: input should be a number above 0, not {value!r}")
+    return 1 / number
 
 
 def _one_line(failure: ValidationError, merged: Mapping[TreePath, tuple[Any, str]]) -> str:

@@ -58,6 +58,17 @@ def test_alpha_value_and_compress_pos_emb_are_short_for_a_scaling_and_its_factor
     assert (linear.kind, linear.factor) == ("linear", 4)
 
 
+def test_a_frequency_scale_is_one_over_the_factor_and_linear_unless_another_source_names_a_kind(tmp_path: Path):
+    config = tmp_path / "tightrope.toml"
+    config.write_text('rope-scaling = "yarn"\n')
+
+    alone = load_settings({"rope-freq-scale": "0.125"}, {}).engine.model.rope
+    beside = load_settings({"rope-freq-scale": "0.5", "config": str(config)}, {}).engine.model.rope
+
+    assert (alone.kind, alone.factor) == ("linear", 8)
+    assert (beside.kind, beside.factor) == ("yarn", 2)
+
+
 def test_a_chat_template_is_a_file_or_its_source(tmp_path: Path):
     file = tmp_path / "chat.jinja"
     file.write_text("{{ messages }}")
@@ -82,6 +93,11 @@ def test_origins_come_as_one_text_or_as_a_list(tmp_path: Path):
         ({"port": "65536"}, {}, "--port: input should be less than or equal to 65535, not '65536'"),
         ({"kv-cache": "q5"}, {}, "--kv-cache: input should be 'auto', 'q8', 'q4' or 'f16', not 'q5'"),
         ({"rope-theta": "nan"}, {}, "--rope-theta: input should be "),
+        ({"rope-factor": "0"}, {}, "--rope-factor: input should be "),
+        ({"rope-factor": "nan"}, {}, "--rope-factor: input should be "),
+        ({"rope-freq-scale": "0"}, {}, "--rope-freq-scale: input should be a number above 0, not '0'"),
+        ({"rope-freq-scale": "x"}, {}, "--rope-freq-scale: input should be a number above 0, not 'x'"),
+        ({"rope-scaling": "spiral"}, {}, "--rope-scaling: input should be 'none', 'linear', 'dynamic', "),
         ({}, {"TIGHTROPE_THREADS": "-1"}, "TIGHTROPE_THREADS: input should be greater than or equal to 0, not '-1'"),
         ({}, {"TIGHTROPE_PROT": "1"}, "TIGHTROPE_PROT: no such setting"),
         ({"alpha-value": "2", "rope-scaling": "yarn"}, {}, "--alpha-value and --rope-scaling contradict each other"),
