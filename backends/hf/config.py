@@ -1,0 +1,229 @@
+"""What a Hugging Face folder's config.json says about its model, checked before anything is loaded."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+from tightrope.backends.errors import BackendError
+from tightrope.backends.hf.jsonfile import read_object
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+MAX_CONFIG = 16 << 20  # bytes; label lists make the largest real ones, of about 1 MB
+
+WeightDtype = Literal["bfloat16", "float16", "float32"]
+
+# Largest believable value of each size: anything above is a damaged file, found before memory is asked for.
+LIMITS: Mapping[str, int] = {
+    "num_hidden_layers": 1 << 12,
+    "hidden_size": 1 << 20,
+    "intermediate_size": 1 << 22,
+    "num_attention_heads": 1 << 14,
+    "num_key_value_heads": 1 << 14,
+    "head_dim": 1 << 12,
+    "vocab_size": 1 << 24,
+    "max_position_embeddings": 1 << 28,
+    "sliding_window": 1 << 28,
+}
+# Defaults of a transformers class are those of its first model, so these are never filled in.
+REQUIRED = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
+REQUIRED_NESTED = ("num_hidden_layers", "hidden_size")  # Gemma 3's vision models leave the rest to the class
+LAYER_TYPES = ("full_attention", "sliding_attention")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """The sizes of a decoder-only language model, as transformers' own config class resolves them."""
+
+    architecture: str  # class name, such as "LlamaForCausalLM"
+    model_type: str  # of the language model: "gemma3_text" also where config.json has it under text_config
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int  # width of the logits; the tokenizer may know fewer ids
+    trained_len: int  # max_position_embeddings, tokens
+    windows: tuple[int | None, ...]  # tokens that each layer's attention sees, None for all
+    layer_types: tuple[str, ...]  # "full_attention" or "sliding_attention"
+    dtype: WeightDtype  # as config.json says; float32 where it doesn't, which is transformers' reading
+    tie_embeddings: bool
+    num_experts: int  # routed experts of a layer, 0 for a dense model
+    raw: Mapping[str, Any]  # all of config.json, with the fields of text_config, if it has one, raised to the top
+
+
+def read_config(folder: Path) -> ModelShape:
+    """Read and check config.json.
+
+    Raises BackendError, naming the file, the field, and what would be right, when the file is missing or malformed,
+    when transformers knows no causal language model of that type, or when a size is missing or can't be.
+    """
+    path = folder / "config.json"
+    whole = read_object(path, MAX_CONFIG)
+    raw = _raise_text(path, whole)
+    model_type = raw.get("model_type")
+    if not isinstance(model_type, str):
+        raise BackendError(f"{path}: model_type is missing; it must name the model's family, such as llama")
+    reader = _Reader(path, raw, _config_class(path, model_type, raw))
+    return reader.shape(model_type, is_nested="text_config" in whole)
+
+
+def _raise_text(path: Path, whole: Mapping[str, Any]) -> dict[str, Any]:
+    text = whole.get("text_config", {})
+    if not isinstance(text, dict):
+        raise BackendError(f"{path}: text_config is {text!r:.80}; it must be an object")
+    return {key: value for key, value in whole.items() if key != "text_config"} | text
+
+
+def _config_class(path: Path, model_type: str, raw: Mapping[str, Any]) -> type["PretrainedConfig"]:
+    # importing transformers takes seconds: only once the file is known to be JSON with a model type
+    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, __version__
+
+    if model_type not in CONFIG_MAPPING:
+        own_code = "; the folder's own code (auto_map) is never run" if "auto_map" in raw else ""
+        raise BackendError(f"{path}: model_type {model_type!r} is not known to transformers {__version__}{own_code}")
+    config_class = CONFIG_MAPPING[model_type]
+    if config_class not in MODEL_FOR_CAUSAL_LM_MAPPING or raw.get("is_encoder_decoder") is True:
+        raise BackendError(
+            f"{path}: model_type {model_type!r} is no decoder-only language model; only those are served"
+        )
+    return config_class
+
+
+class _Reader:
+    """Checks the fields of one config.json as the file names them, and once more as transformers resolves them."""
+
+    def __init__(self, path: Path, raw: Mapping[str, Any], config_class: type["PretrainedConfig"]) -> None:
+        self._path = path
+        self._raw = raw
+        self._class = config_class
+
+    def shape(self, model_type: str, *, is_nested: bool) -> ModelShape:
+        given = {field: value for field in LIMITS if (value := self._given(field)) is not None}
+        for field in REQUIRED_NESTED if is_nested else REQUIRED:
+            if field not in given:
+                raise self._wrong(field, "is missing; it must be a whole number above 0")
+        self._check_sizes(given)
+        config = self._resolve()
+        sizes = given | {field: value for field in LIMITS if (value := self._resolved(config, field)) is not None}
+        for field in (*REQUIRED, "max_position_embeddings"):
+            if field not in sizes:
+                raise self._wrong(field, f"is missing, and {model_type} models have no usual value")
+        sizes.setdefault("intermediate_size", 4 * sizes["hidden_size"])
+        sizes.setdefault("num_key_value_heads", sizes["num_attention_heads"])
+        self._check_sizes(sizes)
+        sizes.setdefault("head_dim", sizes["hidden_size"] // sizes["num_attention_heads"])
+        if self._resolved(config, "kv_lora_rank"):
+            raise self._wrong("kv_lora_rank", "is set: latent attention is not served")
+        layer_types, windows = self._layers(config, sizes["num_hidden_layers"])
+        return ModelShape(
+            architecture=self._architecture(config),
+            model_type=model_type,
+            num_layers=sizes["num_hidden_layers"],
+            hidden_size=sizes["hidden_size"],
+            intermediate_size=sizes["intermediate_size"],
+            num_heads=sizes["num_attention_heads"],
+            num_kv_heads=sizes["num_key_value_heads"],
+            head_dim=sizes["head_dim"],
+            vocab_size=sizes["vocab_size"],
+            trained_len=sizes["max_position_embeddings"],
+            windows=windows,
+            layer_types=layer_types,
+            dtype=self._dtype(),
+            tie_embeddings=self._resolved(config, "tie_word_embeddings") is True,
+            num_experts=self._num_experts(config),
+            raw=MappingProxyType(dict(self._raw)),
+        )
+
+    def _name(self, field: str) -> str:
+        """The name that the file uses for a field: gpt2's hidden_size is n_embd."""
+        own = self._class.attribute_map.get(field, field)
+        return own if own in self._raw or field not in self._raw else field
+
+    def _given(self, field: str) -> Any:  # noqa: ANN401 - whatever JSON holds
+        return self._raw.get(self._name(field))
+
+    def _resolved(self, config: "PretrainedConfig", field: str) -> Any:  # noqa: ANN401 - whatever the class holds
+        """A field's value if the config class declares it, else None: a leftover of another family means nothing."""
+        own = self._class.attribute_map.get(field, field)
+        return vars(config).get(own) if {field, own} & _declared(self._class) else None
+
+    def _check_sizes(self, sizes: dict[str, Any]) -> None:
+        """Each size is a whole number in its limits, and heads divide what they share."""
+        for field, value in list(sizes.items()):
+            if field == "sliding_window" and value == 0:  # some families' word for no window
+                del sizes[field]
+            elif type(value) is not int or not 0 < value <= LIMITS[field]:
+                raise self._wrong(field, f"is {value!r:.80}; it must be a whole number from 1 to {LIMITS[field]}")
+        heads, kv_heads, hidden = (sizes.get(f) for f in ("num_attention_heads", "num_key_value_heads", "hidden_size"))
+        if heads and kv_heads and heads % kv_heads:
+            raise self._wrong("num_attention_heads", f"is {heads}, not a multiple of num_key_value_heads {kv_heads}")
+        if heads and hidden and "head_dim" not in sizes and hidden % heads:
+            raise self._wrong("hidden_size", f"is {hidden}, not a multiple of num_attention_heads {heads}")
+
+    def _resolve(self) -> "PretrainedConfig":
+        """transformers' config object, which fills in defaults and has checks of its own.
+
+        RoPE scaling is left out: it is read and checked in one place, backends/rope.py, for both runners.
+        """
+        from huggingface_hub.errors import StrictDataclassError
+
+        others = ("rope_scaling", "rope_parameters", "quantization_config", "auto_map", "torch_dtype", "dtype")
+        fields = {key: value for key, value in self._raw.items() if key not in others}
+        try:
+            return self._class.from_dict(fields)
+        except (StrictDataclassError, TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
+            reason = " ".join(str(error).split())
+            raise BackendError(f"{self._path}: {reason:.300}") from None
+
+    def _layers(self, config: "PretrainedConfig", count: int) -> tuple[tuple[str, ...], tuple[int | None, ...]]:
+        """Each layer's type and window. Families without layer_types (Mistral, Phi-3) use the window in all layers."""
+        window = self._resolved(config, "sliding_window") or None
+        if self._resolved(config, "use_sliding_window") is False:
+            window = None
+        types = self._resolved(config, "layer_types")
+        if types is None:
+            return (LAYER_TYPES[window is not None],) * count, (window,) * count
+        if not isinstance(types, list) or len(types) != count:
+            raise self._wrong("layer_types", f"must be a list of num_hidden_layers, {count}, types")
+        for kind in types:
+            if kind not in LAYER_TYPES:
+                raise self._wrong("layer_types", f"holds {kind!r:.40}; {' and '.join(LAYER_TYPES)} are served")
+            if kind == "sliding_attention" and window is None:
+                raise self._wrong("sliding_window", "is missing, but layer_types has sliding_attention")
+        return tuple(types), tuple(window if kind == "sliding_attention" else None for kind in types)
+
+    def _dtype(self) -> WeightDtype:
+        name = "dtype" if "dtype" in self._raw else "torch_dtype"
+        dtype = self._raw.get(name) or "float32"
+        plain = dtype.removeprefix("torch.") if isinstance(dtype, str) else dtype
+        if plain not in ("bfloat16", "float16", "float32"):
+            raise self._wrong(name, f"is {dtype!r:.40}; bfloat16, float16 and float32 are served")
+        return cast(WeightDtype, plain)  # one of the three, which mypy can't see through the union
+
+    def _num_experts(self, config: "PretrainedConfig") -> int:
+        for field in ("num_local_experts", "num_experts", "n_routed_experts"):
+            value = self._resolved(config, field)
+            if value is not None:
+                if type(value) is not int or not 0 <= value <= 1 << 14:
+                    raise self._wrong(field, f"is {value!r:.80}; it must be a whole number from 0 to {1 << 14}")
+                return value
+        return 0
+
+    def _architecture(self, config: "PretrainedConfig") -> str:
+        from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+        model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        return str(model_class.__name__)
+
+    def _wrong(self, field: str, reason: str) -> BackendError:
+        return BackendError(f"{self._path}: {self._name(field)} {reason}")
+
+
+def _declared(config_class: type["PretrainedConfig"]) -> frozenset[str]:
+    """The fields of a config class: its annotations, and those of its bases."""
+    return frozenset(name for base in config_class.__mro__ for name in vars(base).get("__annotations__", {}))
