@@ -218,7 +218,8 @@ def _completed(config: Mapping[str, Any]) -> tuple[dict[str, Section], int, int]
 
 def _with_known_names(config: Mapping[str, Any]) -> dict[str, Any]:
     """A copy that transformers may write to, as it does, with the one name that it no longer knows replaced."""
-    own = copy.deepcopy(dict(config))
+    others = ("quantization_config", "auto_map", "torch_dtype", "dtype")
+    own = copy.deepcopy({key: value for key, value in config.items() if key not in others})
     scaling = own.get("rope_scaling")
     if scaling and "su" in (scaling.get("type"), scaling.get("rope_type")):
         own["rope_scaling"] = {**scaling, "type": "longrope", "rope_type": "longrope"}

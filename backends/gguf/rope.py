@@ -1,4 +1,4 @@
-"""RoPE scaling as a person asks for it, in llama.cpp's terms."""
+"""RoPE scaling as a person asks for it, in llama.cpp's terms: backends/rope.py holds what the kinds mean."""
 
 from dataclasses import dataclass
 
@@ -6,6 +6,7 @@ from llama_cpp import llama_cpp as ll
 
 from tightrope.backends.errors import BackendError
 from tightrope.backends.gguf.shape import ModelShape
+from tightrope.backends.rope import check_wish
 from tightrope.backends.settings import RopeSettings
 
 
@@ -27,26 +28,38 @@ def plan_rope(settings: RopeSettings, shape: ModelShape) -> RopePlan:
 
     linear: positions divided by the factor. ntk: base' = base * factor^(d / (d - 2)), d the rotated dimensions. yarn:
     per-frequency mix of both with the temperature of the paper, done by llama.cpp. none: no scaling, whatever the file
-    says. Raises BackendError when a kind lacks its factor or a factor its kind.
+    says. llama3: the file's own factors, one for each frequency, which llama.cpp applies whatever else is asked for.
+    Raises BackendError when a kind lacks its factor, a factor its kind, or llama.cpp can't do what is asked.
     Sources: Chen et al. 2023, arXiv 2306.15595; Peng et al. 2023, arXiv 2309.00071.
     """
+    check_wish(settings)
     kind, factor, theta = settings.kind, settings.factor, settings.theta or 0.0
-    if kind in ("linear", "ntk", "yarn") and factor is None:
-        raise BackendError(f"RoPE scaling {kind!r} needs a factor: how many times the trained window to serve")
-    if factor is not None and kind in (None, "none"):
-        raise BackendError("a RoPE factor needs a kind of scaling: linear, ntk or yarn")
-    if kind is None:
-        return RopePlan(shape.trained_len, freq_base=theta)
+    original = settings.original_len or shape.unscaled_len
+    if kind in ("dynamic", "longrope"):
+        raise BackendError(
+            f"RoPE scaling {kind!r} can't be chosen for a GGUF file: it changes with a chat's length, and llama.cpp "
+            "caches keys rotated; linear, ntk and yarn work"
+        )
+    if kind == "llama3" and (factor is not None or not shape.has_freq_factors):
+        has = "holds its own factors; leave --rope-factor out" if shape.has_freq_factors else "holds no such factors"
+        raise BackendError(f"RoPE scaling 'llama3' is the file's, and this GGUF file {has}")
+    if kind is None or kind == "llama3":
+        return RopePlan(shape.trained_len, freq_base=theta, yarn_orig_ctx=settings.original_len or 0)
     if kind == "none":
-        return RopePlan(shape.unscaled_len, ll.LLAMA_ROPE_SCALING_TYPE_NONE, theta, 1.0)
-    assert factor is not None
-    window = int(shape.unscaled_len * factor)
-    note = f"rope: {kind} scaling by {factor:g}, window {window} of a model trained for {shape.unscaled_len}"
+        return RopePlan(original, ll.LLAMA_ROPE_SCALING_TYPE_NONE, theta, 1.0, note=_on_top(shape))
+    if factor is None:
+        raise BackendError(f"RoPE scaling {kind!r} needs a factor: how many times the trained window to serve")
+    window = round(original * factor)
+    note = f"rope: {kind} scaling by {factor:g}, trained window {original} tokens, reaches {window}"
+    note = "; ".join(filter(None, (note, _on_top(shape))))
     if kind == "linear":
         return RopePlan(window, ll.LLAMA_ROPE_SCALING_TYPE_LINEAR, theta, 1 / factor, note=note)
     if kind == "ntk":
         base = (theta or shape.rope_base) * factor ** (shape.rope_dims / (shape.rope_dims - 2))
-        return RopePlan(window, ll.LLAMA_ROPE_SCALING_TYPE_NONE, base, 1.0, note=f"{note}, base {base:.0f}")
-    return RopePlan(
-        window, ll.LLAMA_ROPE_SCALING_TYPE_YARN, theta, 1 / factor, shape.unscaled_len, 1.0, note=f"{note} (YaRN)"
-    )
+        return RopePlan(window, ll.LLAMA_ROPE_SCALING_TYPE_NONE, base, 1.0, note=note)
+    return RopePlan(window, ll.LLAMA_ROPE_SCALING_TYPE_YARN, theta, 1 / factor, original, 1.0, note=note)
+
+
+def _on_top(shape: ModelShape) -> str | None:
+    """What a person who changes the scaling of such a file must know."""
+    return "rope: on top of the factors that the file holds for its frequencies" if shape.has_freq_factors else None

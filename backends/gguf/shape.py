@@ -22,6 +22,7 @@ class ModelShape:
     value_width: int
     rope_base: float
     rope_dims: int
+    has_freq_factors: bool  # a factor for each rotary frequency, as Llama 3.1's scaling and longrope have them
 
     @classmethod
     def of(cls, header: Header) -> "ModelShape":
@@ -67,6 +68,7 @@ class _Reader:
             value_width=sum(kv_heads) * value_dim,
             rope_base=self._float("rope.freq_base", default=10000.0),
             rope_dims=self._int("rope.dimension_count", default=key_dim),
+            has_freq_factors=any("rope_f" in tensor.name for tensor in self._header.tensors),
         )
 
     def _get(self, key: str) -> Value | None:
