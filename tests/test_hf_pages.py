@@ -73,9 +73,10 @@ class Driver:
         self.cache.commit(seq_id, tokens)
 
     def copy(self) -> None:
-        for source, target in self.cache.copies:
-            self.storage[target] = list(self.storage[source])
-        self.cache.copied()
+        while copies := self.cache.next_copies():
+            for source, target in reversed(copies):  # in any order
+                self.storage[target] = list(self.storage[source])
+            self.cache.copied(len(copies))
 
     def run(self, seq_id: int, tokens: Sequence[int], namespace: str = "", *, reuse: bool = True) -> int:
         """Open a sequence and run all its tokens; returns how many were cached."""
@@ -144,7 +145,7 @@ def test_siblings_share_full_pages_and_copy_the_last_one() -> None:
     tables = [driver.pages(seq_id) for seq_id in (1, 2, 3, 4)]
     assert len({tuple(table[:2]) for table in tables}) == 1
     assert len({table[2] for table in tables}) == 4
-    assert [target for _, target in driver.cache.copies] == [table[2] for table in tables[1:]]
+    assert driver.cache.next_copies() == [(tables[0][2], table[2]) for table in tables[1:]]
     driver.store(1, [7, 7])  # the one that was copied writes on
     for seq_id in (2, 3, 4):
         driver.store(seq_id, [39, seq_id])
@@ -159,7 +160,7 @@ def test_a_page_is_copied_before_it_is_given_away() -> None:
     assert driver.reserve(2, 1)  # copies the second page
     driver.open(3, range(100, 132))
     assert driver.reserve(3, 32)
-    assert driver.cache.copies[0][0] in driver.pages(3)  # the page that is to be copied went to another
+    assert driver.cache.next_copies()[0][0] in driver.pages(3)  # the page that is to be copied went to another
     driver.store(3, range(100, 132))
     driver.store(2, [99])
     driver.check()

@@ -183,14 +183,23 @@ class PagedKVCache:
         """
         return max(self._live[seq_id].opened_len, num_tokens)
 
-    @property
-    def copies(self) -> Sequence[tuple[int, int]]:
-        """Pages to copy, (source, target), one after another, before anything else is stored."""
-        return self._copies
+    def next_copies(self) -> Sequence[tuple[int, int]]:
+        """Pages to copy, (source, target), in any order, before anything is stored; then tell `copied` and ask again.
 
-    def copied(self) -> None:
-        """Say that `copies` have been made."""
-        self._copies.clear()
+        No page is written twice or both read and written, so they may be repeated if something interrupts them.
+        """
+        read: set[int] = set()
+        written: set[int] = set()
+        for i, (source, target) in enumerate(self._copies):
+            if source in written or target in written or target in read:
+                return self._copies[:i]
+            read.add(source)
+            written.add(target)
+        return self._copies[:]
+
+    def copied(self, count: int) -> None:
+        """Say that the first `count` of the copies have been made."""
+        del self._copies[:count]
 
     # --- finding ----------------------------------------------------------------------------------------------------
 
@@ -243,9 +252,15 @@ class PagedKVCache:
             self._idle[source] = None
         target = self._take(sequence)
         if target.number != source.number:
-            self._copies.append((source.number, target.number))
+            self._copies.append((self._origin(source.number), target.number))
         self._hang(target, self._parent(sequence, len(sequence.pages)), tokens)
         sequence.append(target)
+
+    def _origin(self, source: int) -> int:
+        """Where the contents of a page are now, if it still waits to be copied itself: so copies needn't wait in line."""
+        targets = {target: origin for origin, target in self._copies}
+        origin = targets.get(source, source)
+        return source if origin in targets else origin
 
     def _let_go(self, sequence: _Sequence, page: _Page, *, keep: bool) -> None:
         """Drop a reference; without `keep`, nothing stays of what only this sequence has written."""
