@@ -257,7 +257,7 @@ class PagedKVCache:
         sequence.append(target)
 
     def _origin(self, source: int) -> int:
-        """Where the contents of a page are now, if it still waits to be copied itself: so copies needn't wait in line."""
+        """Where a page that waits to be copied itself has its contents yet, so that copies needn't wait in line."""
         targets = {target: origin for origin, target in self._copies}
         origin = targets.get(source, source)
         return source if origin in targets else origin
