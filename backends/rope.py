@@ -62,27 +62,6 @@ class RopeSpec:
         windows = f"trained window {self.trained_len} tokens, served window {self.window}"
         return f"rope: {how}, theta {self.theta:.10g}, {windows}"
 
-    def parameters(self) -> dict[str, Any]:
-        """The same as transformers' `rope_parameters` (Any: numbers, texts and lists)."""
-        given: dict[str, Any] = {
-            "rope_type": {"none": "default", "ntk": "default"}.get(self.kind, self.kind),
-            "rope_theta": self._ntk_theta(self.factor) if self.kind == "ntk" else self.theta,
-            "partial_rotary_factor": self.rotary_dim / self.head_dim,
-        }
-        if self.kind in ("linear", "dynamic", "yarn", "llama3", "longrope"):
-            given["factor"] = self.factor
-        if self.kind in ("yarn", "llama3", "longrope"):
-            given["original_max_position_embeddings"] = self.trained_len
-        names: tuple[str, ...] = {
-            "yarn": ("attention_factor", "beta_fast", "beta_slow", "truncate"),
-            "llama3": ("low_freq_factor", "high_freq_factor"),
-            "longrope": ("attention_factor", "short_factor", "long_factor"),
-        }.get(self.kind, ())
-        for name in names:
-            value = getattr(self, name)
-            given[name] = list(value) if isinstance(value, tuple) else value
-        return given
-
     def _scaled(self, length: int) -> NDArray[np.float64]:
         if self.kind == "linear":
             return self._plain(self.theta) / self.factor

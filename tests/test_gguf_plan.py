@@ -6,9 +6,10 @@ import pytest
 
 from tightrope.backends.errors import BackendError
 from tightrope.backends.gguf.header import Header, TensorInfo, Value
-from tightrope.backends.gguf.plan import Plan, free_memory, make_plan
+from tightrope.backends.gguf.plan import Plan, make_plan
 from tightrope.backends.gguf.rope import plan_rope
 from tightrope.backends.gguf.shape import ModelShape
+from tightrope.backends.memory import free_memory
 from tightrope.backends.settings import ModelSettings, RopeSettings
 
 GIB = 1 << 30
@@ -54,7 +55,7 @@ def test_auto_takes_the_fastest_type_that_holds_a_window(gib: float, chosen: str
 
 def test_a_window_that_does_not_fit_is_refused_with_the_one_that_does() -> None:
     with pytest.raises(
-        BackendError, match=r"8192 tokens as q8 needs 0\.53 GiB .* ask for at most (\d+) tokens"
+        BackendError, match=r"8192 tokens as q8 needs 0\.53 GiB .* take --kv-cache q4, or ask for at most (\d+) tokens"
     ) as caught:
         plan(5.0, step_tokens=64)
     fitting = int(str(caught.value).split()[-2])

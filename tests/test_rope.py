@@ -139,26 +139,10 @@ def test_ntk_is_a_larger_theta_whose_slowest_pair_turns_factor_times_slower(fact
     np.testing.assert_allclose(inv_freq, raised.frequencies(1)[0], rtol=ULPS)
 
 
-@pytest.mark.parametrize(
-    "scaling",
-    [
-        None,
-        {"type": "linear", "factor": 8.0},
-        {"type": "dynamic", "factor": 2.0},
-        {"type": "ntk", "factor": 4.0},
-        {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048, "beta_fast": 20, "mscale": 0.7},
-        {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
-        {"type": "su", "long_factor": [4.0] * 32, "short_factor": [1.0] * 32, "original_max_position_embeddings": 512},
-    ],
-    ids=lambda scaling: scaling and (scaling.get("type") or scaling["rope_type"]),
-)
-def test_a_spec_written_as_transformers_parameters_means_the_same(scaling: dict[str, Any] | None):
-    spec = resolve(scaling)
-    again = resolve(rope_parameters=spec.parameters())
+def test_the_first_name_of_longrope_still_means_it():
+    scaling = {"long_factor": [4.0] * 32, "short_factor": [1.0] * 32, "original_max_position_embeddings": 512}
 
-    for length in (10, 100_000):
-        np.testing.assert_allclose(again.frequencies(length)[0], spec.frequencies(length)[0], rtol=ULPS)
-        assert again.frequencies(length)[1] == pytest.approx(spec.frequencies(length)[1])
+    assert resolve({"type": "su", **scaling}) == resolve({"type": "longrope", **scaling})
 
 
 def test_old_and_new_style_files_say_the_same():

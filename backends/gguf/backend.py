@@ -18,9 +18,10 @@ from tightrope.backends.gguf.native import (
     NativeModel,
     supports_gpu,
 )
-from tightrope.backends.gguf.plan import Plan, free_memory, make_plan
+from tightrope.backends.gguf.plan import Plan, make_plan
 from tightrope.backends.gguf.shape import ModelShape
 from tightrope.backends.gguf.tokenizer import GGUFTokenizer
+from tightrope.backends.memory import free_memory
 from tightrope.backends.protocol import Capabilities, Chunk, KVCache, ModelCard, Tokenizer
 from tightrope.backends.settings import ModelSettings
 from tightrope.backends.threads import compute_threads

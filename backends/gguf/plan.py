@@ -1,7 +1,6 @@
 """What is decided before loading: window, cache type and capacity, and whether it all fits in memory."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from llama_cpp import llama_cpp as ll
 
@@ -9,13 +8,11 @@ from tightrope.backends.errors import BackendError
 from tightrope.backends.gguf.header import Header
 from tightrope.backends.gguf.rope import RopePlan, plan_rope
 from tightrope.backends.gguf.shape import ModelShape
+from tightrope.backends.memory import GIB, MEMORY_SHARE, MIN_DEFAULT_TOKENS, default_tokens
 from tightrope.backends.settings import ModelSettings
 
-GIB = 1 << 30
 CELL_GRAIN = 256  # llama.cpp rounds the number of cells up to this
-MIN_DEFAULT_CELLS = 32768  # several shorter chats side by side with a window's worth of one
 MAX_OUTPUTS = 128  # rows of logits from one native call; a buffer of this many times the vocabulary is allocated
-MEMORY_SHARE = 0.9  # of the free memory; the rest is left to everyone else
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +70,7 @@ def make_plan(settings: ModelSettings, header: Header, free_bytes: int) -> Plan:
     notes = [rope.note] if rope.note else []
     if window > rope.window:
         notes.append(f"window: {window} tokens, more than the {rope.window} that the model is made for without scaling")
-    max_outputs = max(settings.max_num_seqs, min(MAX_OUTPUTS, settings.step_tokens))
-    spare = int(free_bytes * MEMORY_SHARE) - header.weight_bytes - _workspace_bytes(settings, shape, max_outputs)
+    spare = int(free_bytes * MEMORY_SHARE) - header.weight_bytes - workspace_bytes(settings, shape)
     cache_type, reason = _choose_type(settings, shape, window, spare)
     num_cells = _choose_cells(settings, shape, window, cache_type, spare)
     cache_bytes = int(num_cells * shape.cache_bytes(cache_type.key_type, cache_type.value_type))
@@ -84,7 +80,7 @@ def make_plan(settings: ModelSettings, header: Header, free_bytes: int) -> Plan:
         f"finished chats may take {parking_bytes / GIB:.2f} GiB beside it"
     )
     step_tokens = min(settings.step_tokens, num_cells)
-    return Plan(window, num_cells, parking_bytes, cache_type, step_tokens, max_outputs, rope, tuple(notes))
+    return Plan(window, num_cells, parking_bytes, cache_type, step_tokens, _max_outputs(settings), rope, tuple(notes))
 
 
 def _choose_type(settings: ModelSettings, shape: ModelShape, window: int, spare: int) -> tuple[CacheType, str]:
@@ -100,50 +96,43 @@ def _choose_type(settings: ModelSettings, shape: ModelShape, window: int, spare:
 
 def _choose_cells(settings: ModelSettings, shape: ModelShape, window: int, kind: CacheType, spare: int) -> int:
     per_token = shape.cache_bytes(kind.key_type, kind.value_type)
-    fitting = int(spare / per_token) if per_token else MIN_DEFAULT_CELLS
-    fitting = max(0, fitting) // CELL_GRAIN * CELL_GRAIN
-    wanted = settings.cache.tokens or min(window * settings.max_num_seqs, max(window, MIN_DEFAULT_CELLS))
+    fitting = fitting_tokens(shape, kind, spare)
+    wanted = settings.cache.tokens or default_tokens(window, settings.max_num_seqs)
     least = settings.cache.tokens or window
     if least > fitting:
         raise BackendError(
             f"a cache of {least} tokens as {kind.name} needs {least * per_token / GIB:.2f} GiB beside the weights, and "
-            f"{max(0, spare) / GIB:.2f} GiB is free: ask for at most {fitting} tokens"
+            f"{max(0, spare) / GIB:.2f} GiB is free: {_smaller_types(shape, kind, least, spare)}"
+            f"ask for at most {fitting} tokens"
         )
     return -(-min(wanted, fitting) // CELL_GRAIN) * CELL_GRAIN
 
 
-def _workspace_bytes(settings: ModelSettings, shape: ModelShape, max_outputs: int) -> int:
+def fitting_tokens(shape: ModelShape, kind: CacheType, spare: int) -> int:
+    """The most tokens of cache that `spare` bytes hold; a model without attention layers needs none."""
+    per_token = shape.cache_bytes(kind.key_type, kind.value_type)
+    fitting = int(spare / per_token) if per_token else MIN_DEFAULT_TOKENS
+    return max(0, fitting) // CELL_GRAIN * CELL_GRAIN
+
+
+def _smaller_types(shape: ModelShape, kind: CacheType, least: int, spare: int) -> str:
+    """Which smaller types would hold as many tokens, for a refusal."""
+    per_token = shape.cache_bytes(kind.key_type, kind.value_type)
+    smaller = [
+        f"--kv-cache {other.name}"
+        for other in (CACHE_TYPES["q8"], CACHE_TYPES["q4"])
+        if shape.cache_bytes(other.key_type, other.value_type) < per_token
+        and fitting_tokens(shape, other, spare) >= least
+    ]
+    return f"take {' or '.join(smaller)}, or " if smaller else ""
+
+
+def _max_outputs(settings: ModelSettings) -> int:
+    return max(settings.max_num_seqs, min(MAX_OUTPUTS, settings.step_tokens))
+
+
+def workspace_bytes(settings: ModelSettings, shape: ModelShape) -> int:
     """A generous guess at llama.cpp's compute and output buffers."""
-    logits = 2 * 4 * max_outputs * shape.vocab_size
+    logits = 2 * 4 * _max_outputs(settings) * shape.vocab_size
     activations = 4 * settings.step_tokens * shape.embedding * 32
     return logits + activations + (64 << 20)
-
-
-def free_memory() -> int:
-    """Bytes that this process may still take: what the machine has free, or its control group grants, if less."""
-    free = _meminfo_available()
-    group = Path("/sys/fs/cgroup")
-    for folder, limit, used, idle in (
-        (group, "max", "current", "inactive_file"),  # version 2
-        (group / "memory", "limit_in_bytes", "usage_in_bytes", "total_inactive_file"),  # version 1
-    ):
-        try:
-            granted = int((folder / f"memory.{limit}").read_text())
-            taken = int((folder / f"memory.{used}").read_text()) - _stat(folder / "memory.stat", idle)
-            free = min(free, granted - taken)
-        except (OSError, ValueError):
-            continue  # no such control group, or no limit in it ("max")
-    return max(0, free)
-
-
-def _stat(path: Path, name: str) -> int:
-    """A number of memory.stat; `name` counts cached files, which the kernel gives back when memory is asked for."""
-    return next((int(line.split()[1]) for line in path.read_text().splitlines() if line.split()[0] == name), 0)
-
-
-def _meminfo_available() -> int:
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        return 1 << 62  # not Linux: nothing is known, so nothing is refused
