@@ -23,7 +23,7 @@ def store_kv(cache: LayerCache, keys: Tensor, values: Tensor, slots: Tensor) -> 
     ):
         page, place = slots // PAGE, slots % PAGE
         if cache.format.dtype == "f16":
-            codes[page, :, place] = tensor.half()
+            codes[page, :, place] = tensor.to(codes.dtype)  # a test may hold them in float32
         else:
             new_codes, new_scales = quantize(tensor, cache.format.dtype)
             codes[page, :, place] = new_codes

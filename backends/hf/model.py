@@ -1,0 +1,124 @@
+"""A loaded model: token ids and a step's layout in, logits out."""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from tightrope.backends.hf.attention import CurrentStep, LayerInfo
+from tightrope.backends.hf.checkpoint import Checkpoint
+from tightrope.backends.hf.config import ModelShape
+from tightrope.backends.hf.loader import load_weights
+from tightrope.backends.hf.rehearsal import rehearse
+from tightrope.backends.hf.rotary import fix_rotary
+from tightrope.backends.hf.skeleton import build_skeleton
+from tightrope.backends.hf.transplant import transplant
+from tightrope.backends.hf.weights import Weight
+from tightrope.backends.rope import RopeSpec
+from tightrope.kernels.layout import LayerCache, RopeTable, StepLayout
+
+DTYPES_BY_NAME = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+__all__ = ["LayerInfo", "LoadedModel", "load_model"]
+
+
+class LoadedModel:
+    """A causal language model over our cache. One step at a time.
+
+    `layers` are its attention layers in order, `activation_dtype` that of hidden states (float32 on a CPU), and `notes`
+    say what of transformers' own code runs.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, current: CurrentStep, layers: tuple[LayerInfo, ...], notes: tuple[str, ...],
+        device: torch.device, activation_dtype: torch.dtype,
+    ) -> None:  # fmt: skip
+        self._model, self._current = model, current
+        self.layers, self.notes, self.device, self.activation_dtype = layers, notes, device, activation_dtype
+        self.vocab_size: int = model.config.get_text_config().vocab_size
+
+    def attach(self, caches: Sequence[LayerCache]) -> None:
+        """Use these caches, one a layer, from now on."""
+        assert len(caches) == len(self.layers)
+        self._current.caches = tuple(caches)
+
+    @torch.inference_mode()
+    def forward(self, token_ids: Tensor, step: StepLayout, tables: Mapping[str, RopeTable], rows: Tensor) -> Tensor:
+        """Logits [len(rows), V] float32 of the given rows [int64] of token_ids [T] int64.
+
+        Stores the step's keys and values. `tables` has one for each `rope` of `layers`.
+        """
+        self._current.layout, self._current.tables = step, tables
+        output = self._model(
+            input_ids=token_ids.unsqueeze(0),
+            position_ids=step.positions.unsqueeze(0),
+            use_cache=False,
+            logits_to_keep=rows,
+        )
+        logits: Tensor = output.logits
+        return logits[0].float()
+
+
+def load_model(
+    folder: Path,
+    shape: ModelShape,
+    checkpoint: Checkpoint,
+    *,
+    device: torch.device | str = "cpu",
+    rope: Mapping[str, RopeSpec] | None = None,
+    progress: Callable[[float], None] = lambda share: None,
+) -> LoadedModel:
+    """Build and fill the model that `folder`/config.json describes.
+
+    `rope` are the resolved rotations by the keys of a step's tables; without them the model's own are used, and the
+    keys are its layer types if these rotate differently, else "default". Raises BackendError for a model that can't be
+    served, and for weights that don't fit it.
+    """
+    device = torch.device(device)
+    dtype = torch.float32 if device.type == "cpu" else DTYPES_BY_NAME[shape.dtype]
+    model = build_skeleton(folder)
+    head, table = (_name_of(model, part) for part in (model.get_output_embeddings(), model.get_input_embeddings()))
+    current = CurrentStep()
+    planted = transplant(model, rehearse(model), _rope_keys(model, rope), current, dtype)
+    if rope is not None and any(layer.rope is None for layer in planted.layers):
+        fix_rotary(model, rope)
+    weights, notes = planted.wants.weights, [f"{name} runs as transformers has it" for name in planted.kept]
+    if shape.tie_embeddings:
+        weights, note = _tied(weights, f"{head}.weight", f"{table}.weight", checkpoint)
+        notes += note
+    load_weights(weights, checkpoint, model, device, progress)
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = buffer.to(device)
+    return LoadedModel(model, current, planted.layers, tuple(notes), device, dtype)
+
+
+def _name_of(model: nn.Module, part: nn.Module) -> str:
+    return {module: name for name, module in model.named_modules()}[part]
+
+
+def _rope_keys(model: PreTrainedModel, rope: Mapping[str, RopeSpec] | None) -> Collection[str]:
+    if rope is not None:
+        return rope.keys()
+    parameters = model.config.get_text_config().to_dict().get("rope_parameters") or {}
+    return [key for key, value in parameters.items() if isinstance(value, dict)] or ["default"]
+
+
+def _tied(weights: list[Weight], head: str, table: str, checkpoint: Checkpoint) -> tuple[list[Weight], list[str]]:
+    """Let the head share the embedding's tensor, unless the file holds another for it."""
+    by_name = {weight.sources[0][0].name: weight for weight in weights}
+    both_in_file = head in checkpoint.tensors and table in checkpoint.tensors
+    if both_in_file and not torch.equal(checkpoint.read(head), checkpoint.read(table)):
+        return weights, [f"{head} differs from {table}, although config.json ties them: each is used as it is"]
+    first, second = by_name[table], by_name[head]
+
+    def deliver(tensor: Tensor) -> None:
+        first.deliver(tensor)
+        second.deliver(tensor)
+
+    also_in_file = (second.sources[0][0],) if both_in_file else ()
+    shared = replace(first, deliver=deliver, sources=((*first.sources[0], *also_in_file),))
+    return [shared if weight is first else weight for weight in weights if weight is not second], []
