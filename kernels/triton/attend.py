@@ -1,0 +1,338 @@
+"""Paged attention on CUDA: a tile of queries against cached keys that are expanded and rotated in registers.
+
+One kernel serves decode and prefill. Its programs take one key head with all query heads that share it, a tile of
+queries (of one query in decode), and a stretch of the context. In decode there are as many stretches as fill the
+card, and a second kernel merges them. Every count that shapes a launch is known on the host, so nothing waits for the
+card and a launch can be captured in a graph: what a sequence doesn't need returns at once.
+
+Products have float16 operands (float32 for float32 queries) and float32 sums. Source of the scheme: Dao et al. 2022,
+arXiv 2205.14135, and the "Flash-Decoding" note of its authors, 2023.
+"""
+
+import functools
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language import constexpr
+
+from tightrope.kernels.layout import PAGE, AttentionSpec, LayerCache, RopeTable, StepLayout
+from tightrope.kernels.triton.angles import page_angle, tile_offsets
+from tightrope.kernels.triton.cached import cached_rows, load_values
+
+_PAGE: constexpr = PAGE
+_LOG2E: constexpr = math.log2(math.e)
+
+BLOCK_TOKENS = 64  # keys of a tile
+PROGRAMS_PER_SM = 4  # of decode, so that some load while others compute
+MAX_SPLITS = 128  # stretches of a context in decode
+_BITS = {"f16": 16, "q8": 8, "q4": 4}
+
+
+@triton.jit
+def _attend(
+    queries: tl.tensor,
+    outputs: tl.tensor,
+    partials: tl.tensor,
+    stats: tl.tensor,
+    key_codes: tl.tensor,
+    key_scales: tl.tensor,
+    value_codes: tl.tensor,
+    value_scales: tl.tensor,
+    key_factor: tl.tensor,
+    query_starts: tl.tensor,
+    context_lens: tl.tensor,
+    block_tables: tl.tensor,
+    table_width: tl.tensor,
+    pages: tl.tensor,
+    places: tl.tensor,
+    set_of: tl.tensor,
+    num_pages: tl.tensor,
+    scale: tl.tensor,
+    softcap: tl.tensor,
+    window: tl.tensor,
+    num_splits: tl.tensor,
+    NUM_KV_HEADS: constexpr,
+    GROUP: constexpr,
+    GROUP_PADDED: constexpr,
+    BLOCK_QUERIES: constexpr,
+    BLOCK_TOKENS: constexpr,
+    HEAD_DIM: constexpr,
+    DIM_PADDED: constexpr,
+    HALF: constexpr,
+    HALF_PADDED: constexpr,
+    REST: constexpr,
+    REST_PADDED: constexpr,
+    BITS: constexpr,
+    IS_DECODE: constexpr,
+    HAS_WINDOW: constexpr,
+    HAS_SOFTCAP: constexpr,
+    DTYPE: constexpr,
+) -> None:
+    part, head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    first_row = tl.load(query_starts + b)
+    num_queries = tl.load(query_starts + b + 1) - first_row
+    length = tl.load(context_lens + b)
+    if IS_DECODE:
+        first_query = 0
+        is_mine = num_queries == 1
+    else:
+        first_query = part * BLOCK_QUERIES
+        is_mine = (num_queries > 1) & (first_query < num_queries)
+    if not is_mine:
+        return
+
+    first_position = length - num_queries + first_query
+    end = tl.minimum(length, first_position + BLOCK_QUERIES)
+    begin = 0
+    if HAS_WINDOW:
+        begin = tl.maximum(first_position - window + 1, 0) // _PAGE * _PAGE
+    if IS_DECODE:
+        stretch = tl.cdiv(tl.cdiv(end - begin, num_splits), BLOCK_TOKENS) * BLOCK_TOKENS
+        begin += part * stretch
+        end = tl.minimum(end, begin + stretch)
+
+    # rows of the tile: heads of the group within queries
+    row = tl.arange(0, BLOCK_QUERIES * GROUP_PADDED)
+    query, member = row // GROUP_PADDED, row % GROUP_PADDED
+    is_row = (member < GROUP) & (first_query + query < num_queries)
+    at = (first_row + first_query + query).to(tl.int64) * (NUM_KV_HEADS * GROUP) + head * GROUP + member
+    position = first_position + query
+    if HALF > 0:
+        pair = tl.arange(0, HALF_PADDED)[None, :]
+        mask = is_row[:, None] & (pair < HALF)
+        q_first = tl.load(queries + at[:, None] * HEAD_DIM + pair, mask=mask, other=0.0).to(tl.float32)
+        q_second = tl.load(queries + at[:, None] * HEAD_DIM + HALF + pair, mask=mask, other=0.0).to(tl.float32)
+        factor = key_factor + head * HEAD_DIM + pair
+        factor_first = tl.load(factor, mask=pair < HALF, other=0.0)
+        factor_second = tl.load(factor + HALF, mask=pair < HALF, other=0.0)
+        table = tl.load(set_of + b).to(tl.int64)
+        pages += table * num_pages * (2 * HALF)
+        offset_cos, offset_sin = tile_offsets(
+            pages, places + table * (_PAGE * 2 * HALF), num_pages, BLOCK_TOKENS, HALF, HALF_PADDED
+        )
+    if REST > 0:
+        dim = 2 * HALF + tl.arange(0, REST_PADDED)[None, :]
+        mask = is_row[:, None] & (dim < HEAD_DIM)
+        q_rest = tl.load(queries + at[:, None] * HEAD_DIM + dim, mask=mask, other=0.0).to(DTYPE)
+        factor_rest = tl.load(key_factor + head * HEAD_DIM + dim, mask=dim < HEAD_DIM, other=0.0)
+
+    largest = tl.full((BLOCK_QUERIES * GROUP_PADDED,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_QUERIES * GROUP_PADDED,), tl.float32)
+    mixed = tl.zeros((BLOCK_QUERIES * GROUP_PADDED, DIM_PADDED), tl.float32)
+    for start in range(begin, end, BLOCK_TOKENS):
+        token = start + tl.arange(0, BLOCK_TOKENS)
+        is_cached = token < end
+        rows = cached_rows(block_tables + b * table_width, token, is_cached, head, NUM_KV_HEADS)
+        scores = tl.zeros((BLOCK_QUERIES * GROUP_PADDED, BLOCK_TOKENS), tl.float32)
+        if HALF > 0:
+            k_first = load_values(
+                key_codes, key_scales, rows, is_cached, 0, HALF, HALF_PADDED, HEAD_DIM, BITS, tl.float32
+            )
+            k_second = load_values(
+                key_codes, key_scales, rows, is_cached, HALF, HALF, HALF_PADDED, HEAD_DIM, BITS, tl.float32
+            )
+            k_first *= factor_first
+            k_second *= factor_second
+            cos, sin = page_angle(pages, start // _PAGE, HALF, HALF_PADDED)
+            if IS_DECODE:  # few queries: turning them back to the tile's page costs less than turning its keys on
+                turned_first = (q_first * cos + q_second * sin).to(DTYPE)
+                turned_second = (q_second * cos - q_first * sin).to(DTYPE)
+                key_cos, key_sin = offset_cos, offset_sin
+            else:
+                turned_first = q_first.to(DTYPE)
+                turned_second = q_second.to(DTYPE)
+                key_cos = offset_cos * cos - offset_sin * sin
+                key_sin = offset_sin * cos + offset_cos * sin
+            rotated_first = (k_first * key_cos - k_second * key_sin).to(DTYPE)
+            rotated_second = (k_second * key_cos + k_first * key_sin).to(DTYPE)
+            scores = tl.dot(turned_first, tl.trans(rotated_first), scores, input_precision="ieee")
+            scores = tl.dot(turned_second, tl.trans(rotated_second), scores, input_precision="ieee")
+        if REST > 0:
+            k_rest = load_values(
+                key_codes, key_scales, rows, is_cached, 2 * HALF, REST, REST_PADDED, HEAD_DIM, BITS, tl.float32
+            )
+            k_rest = (k_rest * factor_rest).to(DTYPE)
+            scores = tl.dot(q_rest, tl.trans(k_rest), scores, input_precision="ieee")
+        scores *= scale
+        if HAS_SOFTCAP:
+            scores = softcap * (2 * tl.sigmoid(2 * scores / softcap) - 1)  # tanh
+        is_seen = is_cached[None, :] & (token[None, :] <= position[:, None])
+        if HAS_WINDOW:
+            is_seen &= position[:, None] - token[None, :] < window
+        scores = tl.where(is_seen, scores * _LOG2E, float("-inf"))
+
+        new_largest = tl.maximum(largest, tl.max(scores, 1))
+        reference = tl.where(new_largest == float("-inf"), 0.0, new_largest)  # a row that has seen no key yet
+        weights = tl.exp2(scores - reference[:, None])
+        fade = tl.exp2(largest - reference)
+        values = load_values(value_codes, value_scales, rows, is_cached, 0, HEAD_DIM, DIM_PADDED, HEAD_DIM, BITS, DTYPE)
+        total = total * fade + tl.sum(weights, 1)
+        mixed = tl.dot(weights.to(DTYPE), values, mixed * fade[:, None], input_precision="ieee")
+        largest = new_largest
+
+    dim = tl.arange(0, DIM_PADDED)[None, :]
+    mask = is_row[:, None] & (dim < HEAD_DIM)
+    if IS_DECODE and partials is not None:
+        slot = ((b * NUM_KV_HEADS + head) * GROUP + member) * num_splits + part
+        tl.store(stats + slot * 2, largest, mask=is_row)
+        tl.store(stats + slot * 2 + 1, total, mask=is_row)
+        tl.store(partials + slot[:, None] * HEAD_DIM + dim, mixed, mask=mask)
+    else:
+        result = mixed / tl.where(total == 0, 1.0, total)[:, None]
+        tl.store(outputs + at[:, None] * HEAD_DIM + dim, result.to(outputs.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _merge(
+    outputs: tl.tensor,
+    partials: tl.tensor,
+    stats: tl.tensor,
+    query_starts: tl.tensor,
+    num_splits: tl.tensor,
+    NUM_HEADS: constexpr,
+    HEAD_DIM: constexpr,
+    DIM_PADDED: constexpr,
+    SPLITS_PADDED: constexpr,
+) -> None:
+    """Join the stretches of one head of one decoding sequence by their largest scores and sums."""
+    b, head = tl.program_id(0), tl.program_id(1)
+    row = tl.load(query_starts + b)
+    if tl.load(query_starts + b + 1) - row != 1:
+        return
+    split = tl.arange(0, SPLITS_PADDED)
+    slot = (b * NUM_HEADS + head) * num_splits + split
+    is_split = split < num_splits
+    total = tl.load(stats + slot * 2 + 1, mask=is_split, other=0.0)
+    is_used = is_split & (total > 0)
+    largest = tl.load(stats + slot * 2, mask=is_used, other=float("-inf"))
+    overall = tl.maximum(tl.max(largest, 0), -1e38)  # finite, also where nothing is cached
+    weight = tl.exp2(largest - overall)
+    sum_of_weights = tl.sum(weight * total, 0)
+    dim = tl.arange(0, DIM_PADDED)
+    mask = is_used[:, None] & (dim < HEAD_DIM)[None, :]
+    part = tl.load(partials + slot[:, None] * HEAD_DIM + dim[None, :], mask=mask, other=0.0)
+    result = tl.sum(part * weight[:, None], 0) / tl.where(sum_of_weights == 0, 1.0, sum_of_weights)
+    at = outputs + (row.to(tl.int64) * NUM_HEADS + head) * HEAD_DIM + dim
+    tl.store(at, result.to(outputs.dtype.element_ty), mask=dim < HEAD_DIM)
+
+
+def attention(
+    queries: Tensor, cache: LayerCache, step: StepLayout, table: RopeTable | None, spec: AttentionSpec
+) -> Tensor:
+    """kernels.reference.attention: queries [T, H, D] of float16, bfloat16 or float32; the result has their dtype."""
+    queries = queries.contiguous()
+    outputs = torch.empty_like(queries)
+    num_seqs = len(step.context_lens)
+    if not len(queries) or not num_seqs:
+        return outputs
+    if step.max_query_len > 1:
+        _launch(queries, outputs, cache, step, table, spec, is_decode=False)
+    if num_seqs > 1 or step.max_query_len == 1:  # beside one prompt there is nobody who decodes
+        _launch(queries, outputs, cache, step, table, spec, is_decode=True)
+    return outputs
+
+
+def _launch(
+    queries: Tensor,
+    outputs: Tensor,
+    cache: LayerCache,
+    step: StepLayout,
+    table: RopeTable | None,
+    spec: AttentionSpec,
+    *,
+    is_decode: bool,
+) -> None:
+    num_heads, head_dim = queries.shape[1:]
+    num_kv_heads, num_seqs = cache.format.num_kv_heads, len(step.context_lens)
+    group = num_heads // num_kv_heads
+    group_padded = triton.next_power_of_2(group)
+    half = table.places.shape[-1] if table is not None else 0
+    dim_padded = _padded(head_dim)
+    partials = stats = None
+    num_splits = 1
+    if is_decode:
+        block_queries = max(1, 16 // group_padded)  # a product has 16 rows or more
+        num_splits = count_splits(num_seqs * num_kv_heads, step.max_context_len, num_processors(queries.device))
+        num_parts = num_splits
+        if num_splits > 1:
+            shape = (num_seqs, num_heads, num_splits)
+            partials = queries.new_empty(*shape, head_dim, dtype=torch.float32)
+            stats = queries.new_empty(*shape, 2, dtype=torch.float32)
+    else:
+        block_queries = max(1, (128 if dim_padded <= 128 else 64) // group_padded)
+        num_parts = -(-step.max_query_len // block_queries)
+    _attend[num_parts, num_kv_heads, num_seqs](
+        queries,
+        outputs,
+        partials,
+        stats,
+        cache.key_codes,
+        cache.key_scales,
+        cache.value_codes,
+        cache.value_scales,
+        cache.key_factor,
+        step.query_starts,
+        step.context_lens,
+        step.block_tables,
+        step.block_tables.stride(0),
+        None if table is None else table.pages,
+        None if table is None else table.places,
+        None if table is None else table.set_of,
+        0 if table is None else table.pages.shape[1],
+        spec.scale,
+        spec.softcap or 0.0,
+        spec.window or 0,
+        num_splits,
+        NUM_KV_HEADS=num_kv_heads,
+        GROUP=group,
+        GROUP_PADDED=group_padded,
+        BLOCK_QUERIES=block_queries,
+        BLOCK_TOKENS=BLOCK_TOKENS,
+        HEAD_DIM=head_dim,
+        DIM_PADDED=dim_padded,
+        HALF=half,
+        HALF_PADDED=_padded(half),
+        REST=head_dim - 2 * half,
+        REST_PADDED=_padded(head_dim - 2 * half),
+        BITS=_BITS[cache.format.dtype],
+        IS_DECODE=is_decode,
+        HAS_WINDOW=spec.window is not None,
+        HAS_SOFTCAP=spec.softcap is not None,
+        DTYPE=tl.float32 if queries.dtype == torch.float32 else tl.float16,
+        num_warps=4 if is_decode else 8,
+    )
+    if num_splits > 1:
+        _merge[num_seqs, num_heads](
+            outputs,
+            partials,
+            stats,
+            step.query_starts,
+            num_splits,
+            NUM_HEADS=num_heads,
+            HEAD_DIM=head_dim,
+            DIM_PADDED=dim_padded,
+            SPLITS_PADDED=triton.next_power_of_2(num_splits),
+        )
+
+
+def count_splits(num_rows: int, max_context_len: int, num_processors: int) -> int:
+    """Stretches of the longest context in decode, where `num_rows` key heads of sequences are to be read.
+
+    As many as keep every processor busy, but none shorter than two tiles: to merge them costs time as well.
+    """
+    wanted = -(-PROGRAMS_PER_SM * num_processors // max(num_rows, 1))
+    return max(1, min(wanted, -(-max_context_len // (2 * BLOCK_TOKENS)), MAX_SPLITS))
+
+
+@functools.cache
+def num_processors(device: torch.device) -> int:
+    """Multiprocessors of a card; a few for Triton's interpreter, which runs on a CPU, so that it splits as well."""
+    return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else 4
+
+
+def _padded(num_dims: int) -> int:
+    """A power of two that products accept, not less than `num_dims`."""
+    return max(16, int(triton.next_power_of_2(num_dims)))

@@ -1,0 +1,19 @@
+"""The kernels for CUDA tensors, by the names and with the meaning of kernels.reference.
+
+Activations are float16, bfloat16 or float32, and where the reference returns float32 these return the dtype of their
+input. Angles, norms, activations, scores and sums are float32 inside.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from tightrope.kernels.triton.attend import attention
+from tightrope.kernels.triton.pointwise import gated, rms_norm, rotate
+from tightrope.kernels.triton.store import store_kv
+
+__all__ = ["attention", "gated", "linear", "rms_norm", "rotate", "store_kv"]
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x [T, K] times weight [N, K] transposed, in the weight's dtype: cuBLAS, which sums in float32."""
+    return F.linear(x.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype))
