@@ -125,12 +125,10 @@ class Checkpoint:
         dtype = _torch_dtype(entry.dtype)
         if entry.num_bytes == 0:
             return torch.empty(entry.shape, dtype=dtype)
-        source = self._map(entry.file)
+        mapped = self._map(entry.file)
         if entry.begin % DTYPE_BYTES[entry.dtype]:  # the format does not promise alignment, kernels expect it
-            source, begin = bytearray(source[entry.begin : entry.end]), 0
-        else:
-            begin = entry.begin
-        return torch.frombuffer(source, dtype=dtype, count=prod(entry.shape), offset=begin).view(entry.shape)
+            return torch.frombuffer(bytearray(mapped[entry.begin : entry.end]), dtype=dtype).view(entry.shape)
+        return torch.frombuffer(mapped, dtype=dtype, count=prod(entry.shape), offset=entry.begin).view(entry.shape)
 
     def release(self, shard: Shard) -> None:
         """Give the shard's mapped memory back. Tensors still held stay readable, from the file once more."""

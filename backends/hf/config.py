@@ -217,7 +217,7 @@ class _Reader:
     def _architecture(self, config: "PretrainedConfig") -> str:
         from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-        model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]  # typed as a pair, which no language model has
         return str(model_class.__name__)
 
     def _wrong(self, field: str, reason: str) -> BackendError:
