@@ -3,9 +3,24 @@
 Signatures and meaning are those of kernels.reference.
 """
 
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
 from tightrope.kernels.reference import attention, gated, linear, rms_norm, rotate, store_kv
 
-__all__ = ["attention", "describe", "gated", "linear", "rms_norm", "rotate", "set_threads", "store_kv"]
+__all__ = [
+    "UNSETTLED",
+    "attention",
+    "describe",
+    "draw",
+    "gated",
+    "linear",
+    "rms_norm",
+    "rotate",
+    "set_threads",
+    "store_kv",
+]
 
 
 def set_threads(num_threads: int) -> None:
@@ -15,3 +30,15 @@ def set_threads(num_threads: int) -> None:
 def describe() -> str:
     """What runs the kernels, for the start-up lines."""
     return "torch reference"
+
+
+UNSETTLED = -2  # a row that `draw` leaves to the sampler's own steps
+
+
+def draw(logits: Tensor, params: NDArray[np.float64]) -> NDArray[np.int64] | None:
+    """A token drawn from each row, -1 where nothing can be drawn, UNSETTLED where that can't be told cheaply.
+
+    logits [B, V] float32; params [B, 6]: temperature > 0, a number in [0, 1), top_k, top_p, min_p, typical_p. None when
+    there is no native kernel for these logits.
+    """
+    return None

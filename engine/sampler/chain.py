@@ -85,6 +85,18 @@ def _row(state: SamplerState) -> list[float]:
     return [temperature, u, params.top_k, params.top_p, params.min_p, params.typical_p]
 
 
+def native_params(states: Sequence[SamplerState]) -> Doubles:
+    """[B, 2 + steps]: temperature, u and the truncation parameters, as the native twin of the chain takes them.
+
+    Greedy is there the one likeliest token.
+    """
+    rows = [_row(state) for state in states]
+    for row, state in zip(rows, states, strict=True):
+        if state.params.temperature == 0:
+            row[2] = 1.0
+    return np.array(rows, np.float64)
+
+
 def _needs_total(state: SamplerState) -> bool:
     """Whether the weight of the whole vocabulary decides anything, or is part of a logprob."""
     params = state.params

@@ -8,10 +8,11 @@ import numpy as np
 from torch import Tensor
 
 from tightrope.engine.sampler import logprobs as scores
-from tightrope.engine.sampler.chain import Chain, Drawn
+from tightrope.engine.sampler.chain import Chain, Drawn, native_params
 from tightrope.engine.sampler.penalties import edit_logits
-from tightrope.engine.sampler.ranking import Blocks, Ranking
+from tightrope.engine.sampler.ranking import Blocks, Ids, Ranking
 from tightrope.engine.sampler.state import SamplerState
+from tightrope.kernels import dispatch
 
 # How many of a row's blocks its list looks into: as many as the parameters suggest, then, where that was too little,
 # these shares, which give about 900, 4,000 and all of 50,000 tokens.
@@ -31,17 +32,21 @@ class Sampled:
 def sample(logits: Tensor, states: Sequence[SamplerState], *, may_overwrite: bool = False) -> list[Sampled | None]:
     """The next token of each row, or None where nothing can be drawn: all tokens banned, or a NaN in the row.
 
-    logits [B, V] float32, not modified unless the caller says that they may be. The states are not changed; the caller appends what it accepts.
+    logits [B, V] float32, not modified unless the caller says that they may be. The states are not changed; the caller
+    appends what it accepts.
     """
     if not states:
         return []
     in_place = may_overwrite and not any(s.wants_raw for s in states)
     edited = edit_logits(logits, [s.edits for s in states], [s.suppressed for s in states], in_place=in_place)
-    blocks = Blocks(edited)
-    if all(s.params.temperature == 0 and not s.wants_processed for s in states):
-        drawn = _greedy(blocks)
-    else:
-        drawn = _draw(edited, blocks, states)
+    drawn, rows = _draw_natively(edited, states)
+    blocks = None
+    if len(rows):
+        blocks = Blocks(edited)
+        if all(s.params.temperature == 0 and not s.wants_processed for s in states):
+            drawn = _greedy(blocks)
+        else:
+            _draw(drawn, rows, edited, blocks, states)
     return _with_raw_logprobs(drawn, logits, blocks if edited is logits else None, states)
 
 
@@ -69,12 +74,27 @@ def _greedy(blocks: Blocks) -> list[Sampled | None]:
     ]
 
 
-def _draw(logits: Tensor, blocks: Blocks, states: Sequence[SamplerState]) -> list[Sampled | None]:
-    """Draw from edited logits by a short list of each row, and where that is too short, by longer ones."""
+def _draw_natively(logits: Tensor, states: Sequence[SamplerState]) -> tuple[list[Sampled | None], Ids]:
+    """What one native pass over the rows decides, and the rows that are left to the chain."""
+    if all(s.wants_processed for s in states):
+        return [None] * len(states), np.arange(len(states))
+    token_ids = dispatch.draw(logits, native_params(states))
+    if token_ids is None:
+        return [None] * len(states), np.arange(len(states))
+    for row, state in enumerate(states):
+        if state.wants_processed:
+            token_ids[row] = dispatch.UNSETTLED
+    drawn = [Sampled(token_id, None) if token_id >= 0 else None for token_id in token_ids.tolist()]
+    return drawn, np.flatnonzero(token_ids == dispatch.UNSETTLED)
+
+
+def _draw(
+    sampled: list[Sampled | None], rows: Ids, logits: Tensor, blocks: Blocks, states: Sequence[SamplerState]
+) -> None:
+    """Draw these rows from edited logits by a short list of each, and where that is too short, by longer ones."""
     chain = Chain(states)
     totals = chain.totals(logits, blocks.top)
-    sampled: list[Sampled | None] = [None] * len(states)
-    rows = np.flatnonzero(np.isfinite(blocks.top))
+    rows = rows[np.isfinite(blocks.top[rows, 0])]
     for share in _DEPTHS:
         unsettled: list[int] = []
         for start in range(0, len(rows), _ROWS_AT_ONCE):
@@ -89,7 +109,6 @@ def _draw(logits: Tensor, blocks: Blocks, states: Sequence[SamplerState]) -> lis
                     unsettled.append(row)
         rows = np.array(unsettled, np.int64)
     assert not len(rows), "a row that is listed whole is settled"
-    return sampled
 
 
 def _sampled(ranking: Ranking, drawn: Drawn, line: int, state: SamplerState) -> Sampled:
