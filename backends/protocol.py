@@ -2,9 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from torch import Tensor
+
+from tightrope.kernels.layout import CacheDtype
 
 WantLogits = Literal["none", "last", "all"]
 
@@ -124,3 +126,23 @@ class Backend(Protocol):
         """
 
     def close(self) -> None: ...
+
+
+class CacheVariants(Protocol):
+    """The weights of a backend with other caches."""
+
+    @property
+    def num_layers(self) -> int: ...
+
+    def variant(self, dtypes: Sequence[CacheDtype]) -> Backend:
+        """A backend whose layers are cached so, [num_layers].
+
+        It shares the books of the first: it can only run what that one has just run and not yet committed.
+        """
+
+
+@runtime_checkable
+class SharesWeights(Protocol):
+    """A backend whose caches can be compared without loading the model again."""
+
+    def variants(self) -> CacheVariants: ...

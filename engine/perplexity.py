@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from tightrope.backends.errors import BackendError
-from tightrope.backends.protocol import Backend, Chunk, Tokenizer
+from tightrope.backends.protocol import Backend, CacheVariants, Chunk, Tokenizer
+from tightrope.kernels.layout import CacheDtype
 
 LOGITS_BYTES = 128 << 20  # of one step's float32 rows
+LANES = 8  # caches of single layers that are compared in one run; each takes the room of a whole f16 cache
 ROWS = 64  # rows that are exponentiated at a time, so that what is made of them stays in the processor's caches
 
 Progress = Callable[[int], None]  # told how many more tokens have been run
@@ -96,6 +98,25 @@ def compare(
     return scores
 
 
+def compare_layers(
+    base: Backend, variants: CacheVariants, kind: CacheDtype, windows: Sequence[Sequence[int]], progress: Progress
+) -> list[Score]:
+    """The scores of `base`, with all layers in f16, and of each layer cached as `kind` while the others are in f16."""
+    scores: list[Score] = []
+    num_layers = variants.num_layers
+    for start in range(0, num_layers, LANES):
+        layers = range(start, min(start + LANES, num_layers))
+        mixed = [[kind if i == layer else "f16" for i in range(num_layers)] for layer in layers]
+        first, *others = compare(base, [variants.variant(dtypes) for dtypes in mixed], windows, progress)
+        scores += others if scores else [first, *others]
+    return scores
+
+
+def layer_runs(num_layers: int) -> int:
+    """How many times `compare_layers` runs the windows."""
+    return num_layers + -(-num_layers // LANES)
+
+
 def _step_tokens(backend: Backend) -> int:
     return min(backend.capabilities.max_step_tokens, max(1, LOGITS_BYTES // (4 * backend.tokenizer.vocab_size)))
 
@@ -116,13 +137,12 @@ def _steps(
             for start in range(0, context, width):
                 chunks = [Chunk(i, window[start : start + width], start, "all") for i, window in enumerate(group)]
                 logits = backend.forward(chunks)
-                for chunk in chunks:
-                    backend.kv.commit(chunk.seq_id, chunk.token_ids)
                 targets = torch.tensor([window[start + 1 : start + 1 + width] for window in group])
                 if start + width >= context:  # nothing follows a window's last token
                     logits = logits.view(len(group), -1, logits.shape[1])[:, :-1].flatten(0, 1)
-                if targets.numel():
-                    yield logits, targets.flatten()
+                yield logits, targets.flatten()  # before the commit: backends that share books run the same step now
+                for chunk in chunks:
+                    backend.kv.commit(chunk.seq_id, chunk.token_ids)
         finally:
             for seq_id in range(len(group)):
                 backend.kv.close(seq_id, keep=False)

@@ -3,22 +3,25 @@
 import importlib.util
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from tqdm import tqdm
 
 from tightrope.backends.errors import BackendError
 from tightrope.backends.settings import KVCacheDtype, ModelSettings
+from tightrope.server.perplexity_report import LayerRow, Report, Row
 
 if TYPE_CHECKING:
-    from tightrope.backends.protocol import Backend, ModelCard  # it imports torch
+    from tightrope.backends.protocol import Backend  # it imports torch
 
 DEFAULT_CONTEXTS = "512,1024,2048"
-QUANTIZED: tuple[KVCacheDtype, ...] = ("q8", "q4")  # what can be compared with f16
+LAYER_TOKENS = 4096  # most of a comparison layer by layer, which runs them once for each; but one window
+Quantized = Literal["q8", "q4"]
+QUANTIZED: tuple[Quantized, ...] = ("q8", "q4")  # what can be compared with f16
 
 
 class UsageError(Exception):
@@ -36,7 +39,7 @@ class Wish:
     text: Path
     contexts: tuple[int, ...]  # ascending
     max_tokens: int  # for each context length; 0: the whole text
-    compare_kv: tuple[KVCacheDtype, ...]
+    compare_kv: tuple[Quantized, ...]
     json: Path | None
     plot: Path | None
 
@@ -86,62 +89,59 @@ class Wish:
         return settings.model_copy(update={"max_model_len": settings.max_model_len or longest, "cache": cache})
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One line of the table. `kl` is the mean divergence in nats from the f16 cache, None where that isn't asked."""
-
-    context: int
-    cache: str
-    bytes_per_token: float
-    windows: int
-    tokens: int  # predicted
-    perplexity: float
-    kl: float | None = None
-    change: float | None = None  # of perplexity against the f16 cache, as a share
-
-
 def perplexity(settings: ModelSettings, wish: Wish) -> int:
-    """Measure, print the table, and write what else was asked for. Raises PerplexityError in one line."""
+    """Measure, print the tables, and write what else was asked for. Raises PerplexityError in one line."""
     text = _read(wish.text)
     try:
         with ExitStack() as stack:
-            backends = [stack.enter_context(closing(backend)) for backend in _open(settings, wish)]
-            return _measure(backends, text, wish)
+            backends = [stack.enter_context(closing(backend)) for backend in _open(settings, wish.compare_kv)]
+            token_ids = backends[0].tokenizer.encode(text, parse_special=False, is_start=True)
+            report = Report(backends[0].card, wish.text.name, len(token_ids), wish.compare_kv)
+            _measure(backends, token_ids, wish, report)
+            if wish.compare_kv:
+                _measure_layers(backends[0], token_ids, wish, report)
+        _write(report, wish)
     except BackendError as error:
         raise PerplexityError(str(error)) from None
-    except OSError as error:  # the results' files
+    except OSError as error:
         raise PerplexityError(f"{error.filename}: can't be written: {error.strerror}") from None
+    return 0
 
 
-def _open(settings: ModelSettings, wish: Wish) -> "Iterator[Backend]":
+def _open(settings: ModelSettings, compare_kv: Sequence[Quantized]) -> "Iterator[Backend]":
+    """The backend to measure, or one with an f16 cache and those to compare with it, on its weights if they can be."""
     from tightrope.backends.detect import open_backend
+    from tightrope.backends.protocol import SharesWeights
     from tightrope.engine.child import load
 
-    for kind in ("f16", *wish.compare_kv) if wish.compare_kv else (settings.cache.dtype,):
-        cache = settings.cache.model_copy(update={"dtype": kind})
-        yield load(settings.model_copy(update={"cache": cache}), open_backend)
+    def opened(dtype: KVCacheDtype) -> "Backend":
+        cache = settings.cache.model_copy(update={"dtype": dtype})
+        return load(settings.model_copy(update={"cache": cache}), open_backend)
+
+    yield (base := opened("f16" if compare_kv else settings.cache.dtype))
+    if compare_kv and isinstance(base, SharesWeights):
+        variants = base.variants()
+        yield from (variants.variant([kind] * variants.num_layers) for kind in compare_kv)
+    else:
+        yield from map(opened, compare_kv)
 
 
-def _measure(backends: "Sequence[Backend]", text: str, wish: Wish) -> int:
+def _measure(backends: "Sequence[Backend]", token_ids: Sequence[int], wish: Wish, report: Report) -> None:
+    """Fill the report, and print it as it grows."""
     from tightrope.engine import perplexity as engine
 
-    tokenizer = backends[0].tokenizer
-    bos = engine.window_bos(tokenizer)
-    token_ids = tokenizer.encode(text, parse_special=False, is_start=True)
+    base, *others = backends
+    bos = engine.window_bos(base.tokenizer)
     for context in wish.contexts:
         if len(token_ids) + (bos is not None) < context:
             raise PerplexityError(f"{wish.text}: holds {len(token_ids)} tokens, too few for a context of {context}")
     windows = {context: engine.cut_windows(token_ids, context, bos, wish.max_tokens) for context in wish.contexts}
-    header = header_lines(backends[0].card, wish, len(token_ids))
-    print("\n".join(header), end="\n\n")
-    print(table_head(is_comparison=bool(wish.compare_kv)), flush=True)
-    rows: list[Row] = []
+    print("\n".join((*report.header_lines(), "", report.table_head())), flush=True)
     total = sum(len(found) * (context - 1) for context, found in windows.items()) * len(backends)
     with tqdm(total=total, unit="tok", leave=False, disable=None) as bar:
         for context, found in windows.items():
-            scores = engine.compare(backends[0], backends[1:], found, lambda n: bar.update(n) and None)
+            scores = engine.compare(base, others, found, lambda n: bar.update(n) and None)
             for backend, score in zip(backends, scores, strict=True):
-                is_base = backend is backends[0]
                 row = Row(
                     context=context,
                     cache=backend.card.cache_dtype,
@@ -149,70 +149,46 @@ def _measure(backends: "Sequence[Backend]", text: str, wish: Wish) -> int:
                     windows=len(found),
                     tokens=score.num_tokens,
                     perplexity=score.perplexity,
-                    kl=None if is_base else score.mean_divergence,
-                    change=None if is_base else score.perplexity / scores[0].perplexity - 1,
+                    kl=None if backend is base else score.mean_divergence,
+                    change=None if backend is base else score.perplexity / scores[0].perplexity - 1,
                 )
-                rows.append(row)
-                tqdm.write(table_line(row, is_comparison=bool(wish.compare_kv)), file=sys.stdout)
-                sys.stdout.flush()
+                report.rows.append(row)
+                _print_beside(bar, report.table_line(row))
+
+
+def _measure_layers(base: "Backend", token_ids: Sequence[int], wish: Wish, report: Report) -> None:
+    """The same at the longest context for each layer alone, where the backend can cache layers differently."""
+    from tightrope.backends.protocol import SharesWeights
+    from tightrope.engine import perplexity as engine
+
+    if not isinstance(base, SharesWeights):
+        return
+    longest, variants = wish.contexts[-1], base.variants()
+    most = min(wish.max_tokens or LAYER_TOKENS, LAYER_TOKENS)
+    found = engine.cut_windows(token_ids, longest, engine.window_bos(base.tokenizer), most)
+    total = engine.layer_runs(variants.num_layers) * len(wish.compare_kv) * len(found) * (longest - 1)
+    print(f"\neach layer's cache alone, {len(found)} windows of {longest} tokens\n{LayerRow.table_head()}", flush=True)
+    with tqdm(total=total, unit="tok", leave=False, disable=None) as bar:
+        for kind in wish.compare_kv:
+            first, *scores = engine.compare_layers(base, variants, kind, found, lambda n: bar.update(n) and None)
+            for layer, score in enumerate(scores):
+                change = score.perplexity / first.perplexity - 1
+                report.layers.append(LayerRow(layer, kind, longest, score.mean_divergence, change))
+                _print_beside(bar, report.layers[-1].table_line())
+
+
+def _print_beside(bar: "tqdm[object]", line: str) -> None:
+    bar.write(line, file=sys.stdout)
+    sys.stdout.flush()
+
+
+def _write(report: Report, wish: Wish) -> None:
     if wish.json is not None:
-        wish.json.write_text(json.dumps(document(backends[0].card, wish, len(token_ids), rows), indent=2) + "\n")
+        wish.json.write_text(json.dumps(report.document(), indent=2) + "\n", "utf-8")
     if wish.plot is not None:
         from tightrope.server.perplexity_plot import draw
 
-        draw(curves(rows), backends[0].card.model_id, header[1:], wish.plot)
-    return 0
-
-
-# ---- what is written ----
-
-
-def header_lines(card: "ModelCard", wish: Wish, num_tokens: int) -> list[str]:
-    """Loader, RoPE and cache in use: all that the numbers depend on, beside the text."""
-    return [
-        f"model     {card.model_id} ({card.architecture}, {card.format})",
-        f"context   {card.max_model_len} tokens served, trained for {card.trained_len}",
-        f"cache     {', '.join(('f16', *wish.compare_kv)) if wish.compare_kv else card.cache_dtype}",
-        *(f"note      {note}" for note in card.notes),
-        f"text      {wish.text.name}, {num_tokens} tokens",
-    ]
-
-
-def table_head(*, is_comparison: bool) -> str:
-    """The line above the table_lines."""
-    head = "context  windows   tokens  perplexity"
-    return head + "  cache  bytes/token     change   mean KL (nats)" if is_comparison else head
-
-
-def table_line(row: Row, *, is_comparison: bool) -> str:
-    """One row as text, in columns."""
-    line = f"{row.context:>7}  {row.windows:>7}  {row.tokens:>7}  {row.perplexity:>10.4f}"
-    if not is_comparison:
-        return line
-    line += f"  {row.cache:<5}  {row.bytes_per_token:>11.0f}"
-    return line if row.kl is None or row.change is None else f"{line}  {row.change:>+7.3%}  {row.kl:>15.6f}"
-
-
-def document(card: "ModelCard", wish: Wish, num_tokens: int, rows: Sequence[Row]) -> dict[str, object]:
-    """The results for JSON. `change` is a share, `kl` in nats; both are null where there is nothing to compare."""
-    return {
-        "model": card.model_id,
-        "architecture": card.architecture,
-        "format": card.format,
-        "trained_len": card.trained_len,
-        "max_model_len": card.max_model_len,
-        "notes": list(card.notes),
-        "text": {"file": wish.text.name, "tokens": num_tokens},
-        "rows": [asdict(row) for row in rows],
-    }
-
-
-def curves(rows: Sequence[Row]) -> Mapping[str, list[tuple[int, float]]]:
-    """(context, perplexity) points by cache."""
-    found: dict[str, list[tuple[int, float]]] = {}
-    for row in rows:
-        found.setdefault(f"{row.cache} cache", []).append((row.context, row.perplexity))
-    return found
+        draw(report.curves(), report.card.model_id, report.header_lines()[1:], wish.plot)
 
 
 # ---- files ----
