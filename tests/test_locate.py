@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tightrope.backends.detect import find_gguf, open_backend
+from tightrope.backends.detect import find_model, open_backend
 from tightrope.backends.errors import BackendError
-from tightrope.backends.locate import locate, pick_file
+from tightrope.backends.locate import locate, pick_file, pick_files
 from tightrope.backends.settings import ModelSettings
 
 
@@ -61,6 +61,30 @@ def test_a_repository_without_the_file_is_refused(files: list[str], wish: str | 
         pick_file(files, wish, "org/name")
 
 
+FOLDER = [
+    "config.json",
+    "generation_config.json",
+    "model-00001-of-00002.safetensors",
+    "model-00002-of-00002.safetensors",
+    "model.safetensors.index.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "chat_template.jinja",
+]
+NOT_NEEDED = ["README.md", "modeling_own.py", "original/consolidated.00.pth", "pytorch_model.bin", "onnx/config.json"]
+
+
+def test_of_a_repository_without_gguf_files_the_safetensors_model_is_taken_and_neither_pickles_nor_code() -> None:
+    assert pick_files(FOLDER + NOT_NEEDED, None, "org/name") == sorted(FOLDER)
+    assert pick_files([*FOLDER, "consolidated.safetensors"], None, "org/name") == sorted(FOLDER)
+    assert pick_files([*FOLDER, "m-Q4_0.gguf"], None, "org/name") == ["m-Q4_0.gguf"]
+
+
+def test_a_repository_of_pickles_is_refused() -> None:
+    with pytest.raises(BackendError, match=r"org/name: holds neither .*; pickled weights are never loaded"):
+        pick_files(["config.json", "pytorch_model.bin"], None, "org/name")
+
+
 def located_offline(model: str, home: Path) -> str:
     """What a process without a network, with its downloads in `home`, says about a hub id."""
     code = (
@@ -94,23 +118,64 @@ def test_what_was_downloaded_before_is_served_without_a_network(tmp_path: Path) 
     assert "no files match 'Q8_0'" in located_offline("org/name:Q8_0", tmp_path)
 
 
+def test_a_folder_that_was_downloaded_before_is_served_without_a_network(tmp_path: Path) -> None:
+    snapshot = tmp_path / "hub" / "models--org--name" / "snapshots" / "0123456789abcdef0123456789abcdef01234567"
+    snapshot.mkdir(parents=True)
+    (snapshot / "model.safetensors").touch()
+    (tmp_path / "hub" / "models--org--name" / "refs").mkdir()
+    (tmp_path / "hub" / "models--org--name" / "refs" / "main").write_text(snapshot.name)
+    assert located_offline("org/name", tmp_path).strip() == str(snapshot)
+
+
 def test_something_that_is_neither_path_nor_hub_id_is_one_line() -> None:
     with pytest.raises(BackendError, match="neither a file or folder here nor a hub id"):
         locate("what is this: a model?")
 
 
 def test_a_folder_is_searched_for_its_one_model(tmp_path: Path) -> None:
-    with pytest.raises(BackendError, match=r"holds no \.gguf file"):
-        find_gguf(tmp_path)
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(BackendError, match="this version serves GGUF files"):
-        find_gguf(tmp_path)
+    with pytest.raises(BackendError, match=r"holds neither a \.gguf file nor a Hugging Face model"):
+        find_model(tmp_path)
     for name in ("mmproj-m.gguf", "m-00001-of-00002.gguf", "m-00002-of-00002.gguf"):
         (tmp_path / name).touch()
-    assert find_gguf(tmp_path).name == "m-00001-of-00002.gguf"
+    assert find_model(tmp_path).name == "m-00001-of-00002.gguf"
     (tmp_path / "other.gguf").touch()
     with pytest.raises(BackendError, match=r"name one of them: m-00001-of-00002\.gguf, other\.gguf"):
-        find_gguf(tmp_path)
+        find_model(tmp_path)
+
+
+def test_a_folder_with_safetensors_is_a_hugging_face_model_whatever_else_it_holds(tmp_path: Path) -> None:
+    for name in ("config.json", "model.safetensors", "m.gguf"):
+        (tmp_path / name).touch()
+    assert find_model(tmp_path) == tmp_path
+    assert find_model(tmp_path / "m.gguf") == tmp_path / "m.gguf"
+
+
+def test_a_config_beside_one_gguf_file_means_the_gguf_file(tmp_path: Path) -> None:
+    for name in ("config.json", "m.gguf"):
+        (tmp_path / name).touch()
+    assert find_model(tmp_path).name == "m.gguf"
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("model-00001-of-00002.safetensors", "a part of a model; name its folder"),
+        ("config.json", "a part of a model; name its folder"),
+        ("pytorch_model.bin", "pickled weights can run code"),
+        ("model.pt", "convert the model to safetensors"),
+    ],
+)
+def test_a_file_of_a_hugging_face_folder_is_not_a_model(tmp_path: Path, name: str, reason: str) -> None:
+    (tmp_path / name).touch()
+    with pytest.raises(BackendError, match=rf"{name}: .*{reason}"):
+        find_model(tmp_path / name)
+
+
+def test_a_folder_of_pickles_is_refused_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "pytorch_model.bin").touch()
+    with pytest.raises(BackendError, match=r"pytorch_model\.bin: pickled weights .*; convert the model to safetensors"):
+        open_backend(ModelSettings(model=str(tmp_path)), lambda _: None)
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 a zip file", b"GGUF"])
