@@ -7,3 +7,7 @@ class BackendError(Exception):
     The message is one line for the person at the terminal: what was wrong, in which file or field, and what would be
     right.
     """
+
+
+class DoesNotFit(BackendError):
+    """The memory doesn't hold what is asked for; the message says what it would hold."""

@@ -1,6 +1,9 @@
 """How much memory there is, and what is done with it where nobody says."""
 
+from collections.abc import Sequence
 from pathlib import Path
+
+from tightrope.backends.errors import DoesNotFit
 
 GIB = 1 << 30
 MEMORY_SHARE = 0.9  # of the free memory; the rest is left to everyone else
@@ -10,6 +13,26 @@ MIN_DEFAULT_TOKENS = 32768  # of the cache: several shorter chats side by side w
 def default_tokens(window: int, max_num_seqs: int) -> int:
     """Cache capacity in tokens for a window, as long as memory allows."""
     return min(window * max_num_seqs, max(window, MIN_DEFAULT_TOKENS))
+
+
+def spare_bytes(weight_bytes: int, free_bytes: int) -> int:
+    """What is left of `free_bytes` for cache and workspace beside the weights; negative when these don't fit."""
+    return int(free_bytes * MEMORY_SHARE) - weight_bytes
+
+
+def does_not_fit(
+    tokens: int, kind: str, token_bytes: float, room: int, smaller: Sequence[str], fitting: int
+) -> DoesNotFit:
+    """The refusal of a cache of `tokens` stored as `kind`, where `room` bytes are left beside the workspace.
+
+    `smaller` are types that would hold as many tokens, `fitting` is what this one would hold.
+    """
+    need = f"a cache of {tokens} tokens as {kind} needs {tokens * token_bytes / GIB:.2f} GiB beside the weights"
+    free = f"{max(0, room) / GIB:.2f} GiB is free"
+    other = f"take {' or '.join(f'--kv-cache {name}' for name in smaller)}, or " if smaller else ""
+    if fitting == 0:
+        return DoesNotFit(f"{need}, and {free}: {other}take a smaller model, or free some memory")
+    return DoesNotFit(f"{need}, and {free}: {other}ask for at most {fitting} tokens")
 
 
 def free_memory() -> int:

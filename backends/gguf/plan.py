@@ -4,11 +4,10 @@ from dataclasses import dataclass
 
 from llama_cpp import llama_cpp as ll
 
-from tightrope.backends.errors import BackendError
 from tightrope.backends.gguf.header import Header
 from tightrope.backends.gguf.rope import RopePlan, plan_rope
 from tightrope.backends.gguf.shape import ModelShape
-from tightrope.backends.memory import GIB, MEMORY_SHARE, MIN_DEFAULT_TOKENS, default_tokens
+from tightrope.backends.memory import GIB, MIN_DEFAULT_TOKENS, default_tokens, does_not_fit, spare_bytes
 from tightrope.backends.settings import ModelSettings
 
 CELL_GRAIN = 256  # llama.cpp rounds the number of cells up to this
@@ -62,7 +61,7 @@ class Plan:
 def make_plan(settings: ModelSettings, header: Header, free_bytes: int) -> Plan:
     """Decide what to allocate, given `free_bytes` of memory for weights, cache and workspace.
 
-    Raises BackendError, with the largest window that fits, when the wish doesn't.
+    Raises DoesNotFit, with the largest window that fits, when the wish doesn't.
     """
     shape = ModelShape.of(header)
     rope = plan_rope(settings.rope, shape)
@@ -70,10 +69,10 @@ def make_plan(settings: ModelSettings, header: Header, free_bytes: int) -> Plan:
     notes = [rope.note] if rope.note else []
     if window > rope.window:
         notes.append(f"window: {window} tokens, more than the {rope.window} that the model is made for without scaling")
-    spare = int(free_bytes * MEMORY_SHARE) - header.weight_bytes - workspace_bytes(settings, shape)
+    spare = spare_bytes(header.weight_bytes, free_bytes) - workspace_bytes(settings, shape)
     cache_type, reason = _choose_type(settings, shape, window, spare)
     num_cells = _choose_cells(settings, shape, window, cache_type, spare)
-    cache_bytes = int(num_cells * shape.cache_bytes(cache_type.key_type, cache_type.value_type))
+    cache_bytes = int(num_cells * token_bytes(shape, cache_type))
     parking_bytes = min(cache_bytes, max(0, spare - cache_bytes) // 2)
     notes.append(
         f"cache: {num_cells} tokens as {cache_type.name}, {cache_bytes / GIB:.2f} GiB; {reason}; "
@@ -89,42 +88,36 @@ def _choose_type(settings: ModelSettings, shape: ModelShape, window: int, spare:
         return CACHE_TYPES[wish], "as asked"
     need = settings.cache.tokens or window
     for kind, reason in AUTO:
-        if need * shape.cache_bytes(kind.key_type, kind.value_type) <= spare:
+        if need * token_bytes(shape, kind) <= spare:
             return kind, reason
     return AUTO[-1]  # too large as well: the refusal says how large
 
 
 def _choose_cells(settings: ModelSettings, shape: ModelShape, window: int, kind: CacheType, spare: int) -> int:
-    per_token = shape.cache_bytes(kind.key_type, kind.value_type)
     fitting = fitting_tokens(shape, kind, spare)
     wanted = settings.cache.tokens or default_tokens(window, settings.max_num_seqs)
     least = settings.cache.tokens or window
     if least > fitting:
-        raise BackendError(
-            f"a cache of {least} tokens as {kind.name} needs {least * per_token / GIB:.2f} GiB beside the weights, and "
-            f"{max(0, spare) / GIB:.2f} GiB is free: {_smaller_types(shape, kind, least, spare)}"
-            f"ask for at most {fitting} tokens"
-        )
+        smaller = [CACHE_TYPES[name] for name in ("q8", "q4")]
+        names = [
+            other.name
+            for other in smaller
+            if token_bytes(shape, other) < token_bytes(shape, kind) and fitting_tokens(shape, other, spare) >= least
+        ]
+        raise does_not_fit(least, kind.name, token_bytes(shape, kind), spare, names, fitting)
     return -(-min(wanted, fitting) // CELL_GRAIN) * CELL_GRAIN
 
 
+def token_bytes(shape: ModelShape, kind: CacheType) -> float:
+    """Bytes of a token's keys and values in all layers; 0 for a model without attention."""
+    return shape.cache_bytes(kind.key_type, kind.value_type)
+
+
 def fitting_tokens(shape: ModelShape, kind: CacheType, spare: int) -> int:
-    """The most tokens of cache that `spare` bytes hold; a model without attention layers needs none."""
-    per_token = shape.cache_bytes(kind.key_type, kind.value_type)
-    fitting = int(spare / per_token) if per_token else MIN_DEFAULT_TOKENS
+    """The most tokens of cache that `spare` bytes hold."""
+    a_token = token_bytes(shape, kind)
+    fitting = int(spare / a_token) if a_token else MIN_DEFAULT_TOKENS
     return max(0, fitting) // CELL_GRAIN * CELL_GRAIN
-
-
-def _smaller_types(shape: ModelShape, kind: CacheType, least: int, spare: int) -> str:
-    """Which smaller types would hold as many tokens, for a refusal."""
-    per_token = shape.cache_bytes(kind.key_type, kind.value_type)
-    smaller = [
-        f"--kv-cache {other.name}"
-        for other in (CACHE_TYPES["q8"], CACHE_TYPES["q4"])
-        if shape.cache_bytes(other.key_type, other.value_type) < per_token
-        and fitting_tokens(shape, other, spare) >= least
-    ]
-    return f"take {' or '.join(smaller)}, or " if smaller else ""
 
 
 def _max_outputs(settings: ModelSettings) -> int:

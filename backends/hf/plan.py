@@ -1,0 +1,131 @@
+"""What the torch engine decides before loading: window, cache type and capacity, and whether it all fits in memory."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from tightrope.backends.errors import BackendError
+from tightrope.backends.hf.config import ModelShape
+from tightrope.backends.memory import GIB, default_tokens, does_not_fit, spare_bytes
+from tightrope.backends.rope import RopeSpec, resolve_rope
+from tightrope.backends.settings import ModelSettings
+from tightrope.kernels.layout import PAGE, CacheDtype, CacheFormat
+from tightrope.kernels.reference import TILE_ROWS
+
+CACHE_DTYPES: tuple[CacheDtype, ...] = ("f16", "q8", "q4")  # largest first
+CALIBRATION_TOKENS = 512  # of the text that backends/hf/calibrate.py runs once at load, in an f16 cache
+FIXED_BYTES = 128 << 20  # what libraries take once they run, and rotary tables
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Everything a load needs; sizes in tokens and bytes."""
+
+    window: int
+    num_pages: int  # of kernels.layout.PAGE tokens
+    cache_dtype: CacheDtype
+    token_bytes: int  # of keys and values in all layers
+    workspace_bytes: int  # a bound
+    step_tokens: int
+    rope: Mapping[str, RopeSpec]  # by kind of layer, as resolve_rope
+    notes: tuple[str, ...]
+
+    @property
+    def cache_bytes(self) -> int:
+        return self.num_pages * PAGE * self.token_bytes
+
+
+def make_plan(settings: ModelSettings, shape: ModelShape, weight_bytes: int, free_bytes: int) -> Plan:
+    """Decide what to allocate, given `free_bytes` of memory for weights, cache and workspace.
+
+    Raises DoesNotFit, with what would fit, when the wish doesn't, and BackendError when config.json or the wish make
+    no sense.
+    """
+    rope, notes = _choose_rope(settings, shape)
+    window = served_window(settings, shape, rope)
+    dtype = cache_dtype(settings)
+    spare = spare_bytes(weight_bytes, free_bytes)
+    num_pages = _choose_pages(settings, shape, window, dtype, spare)
+    size = num_pages * PAGE * token_bytes(shape, dtype)
+    why = "as asked" if settings.cache.dtype != "auto" else "half the room of f16, and next to no loss"
+    notes.append(f"cache: {num_pages * PAGE} tokens as {dtype}, {size / GIB:.2f} GiB; {why}")
+    return Plan(
+        window=window,
+        num_pages=num_pages,
+        cache_dtype=dtype,
+        token_bytes=token_bytes(shape, dtype),
+        workspace_bytes=workspace_bytes(settings, shape, window),
+        step_tokens=min(settings.step_tokens, num_pages * PAGE),
+        rope=rope,
+        notes=tuple(notes),
+    )
+
+
+def cache_dtype(settings: ModelSettings) -> CacheDtype:
+    """How keys and values are stored: as asked, and else in 8 bits, which lose next to nothing before rotation."""
+    return "q8" if settings.cache.dtype == "auto" else settings.cache.dtype
+
+
+def token_bytes(shape: ModelShape, dtype: CacheDtype) -> int:
+    """Bytes of a token's keys and values in all layers."""
+    return shape.num_layers * CacheFormat(dtype, shape.num_kv_heads, shape.head_dim).bytes_per_token
+
+
+def served_window(settings: ModelSettings, shape: ModelShape, rope: Mapping[str, RopeSpec]) -> int:
+    """The window in tokens, the same for all kinds of layers."""
+    return next((spec.window for spec in rope.values()), settings.max_model_len or shape.trained_len)
+
+
+def largest_window(settings: ModelSettings, shape: ModelShape, dtype: CacheDtype, spare: int) -> int:
+    """The largest window, in tokens, that `spare` bytes beside the weights hold; whole pages."""
+    fixed = workspace_bytes(settings, shape, 0)
+    a_token = token_bytes(shape, dtype) + workspace_bytes(settings, shape, 1) - fixed
+    return max(0, spare - fixed) // a_token // PAGE * PAGE
+
+
+def workspace_bytes(settings: ModelSettings, shape: ModelShape, window: int) -> int:
+    """A bound on what a step needs beside weights and cache, with activations in float32; linear in the window."""
+    tokens, hidden, ffn = settings.step_tokens, shape.hidden_size, shape.intermediate_size
+    kv_width = shape.num_kv_heads * shape.head_dim
+    qkv = shape.num_heads * shape.head_dim + 2 * kv_width
+    # a prompt whose logprobs are wanted yields a row for each token, copied once; the sampler's steps copy their rows
+    logits = 4 * shape.vocab_size * (2 * tokens + 4 * settings.max_num_seqs)
+    # hidden states, residual and norm with their copies; heads before and after rotation, and their output; the MLP
+    activations = 4 * tokens * (6 * hidden + 3 * qkv + 3 * ffn)
+    # rows of a weight that are expanded to float32 at a time, where there is no kernel that reads them as they are
+    tile = 4 * TILE_ROWS * max(hidden, ffn, qkv)
+    # attention of a prompt's chunk: keys and values of its whole sequence in one layer, expanded to float32
+    history = 4 * window * 2 * kv_width
+    calibration = CALIBRATION_TOKENS * token_bytes(shape, "f16")
+    return logits + activations + tile + history + calibration + FIXED_BYTES
+
+
+def _choose_rope(settings: ModelSettings, shape: ModelShape) -> tuple[dict[str, RopeSpec], list[str]]:
+    """The rotations, and what to say about them at start."""
+    rope = resolve_rope(shape.raw, settings.rope, settings.max_model_len)
+    if not rope:
+        if settings.max_model_len > shape.trained_len:
+            raise BackendError(
+                f"a window of {settings.max_model_len} tokens is more than this model has positions for: ask for at "
+                f"most {shape.trained_len}"
+            )
+        return rope, []
+    reach = served_window(settings, shape, resolve_rope(shape.raw, settings.rope, 0))
+    window = served_window(settings, shape, rope)
+    notes = [spec.describe() for name, spec in rope.items() if name != "sliding_attention"]
+    if window > reach:
+        notes.append(f"window: {window} tokens, more than the {reach} that the model is made for")
+    return rope, notes
+
+
+def _choose_pages(settings: ModelSettings, shape: ModelShape, window: int, dtype: CacheDtype, spare: int) -> int:
+    """Pages of the cache, given `spare` bytes for cache and workspace. Raises DoesNotFit."""
+    room = spare - workspace_bytes(settings, shape, window)
+    fitting = {kind: max(0, room) // token_bytes(shape, kind) // PAGE for kind in CACHE_DTYPES}  # pages
+    least = settings.cache.tokens or window
+    if least > fitting[dtype] * PAGE:
+        cheaper = CACHE_DTYPES[CACHE_DTYPES.index(dtype) + 1 :]
+        smaller = [kind for kind in cheaper if least <= fitting[kind] * PAGE]
+        most = fitting[dtype] * PAGE if settings.cache.tokens else largest_window(settings, shape, dtype, spare)
+        raise does_not_fit(least, dtype, token_bytes(shape, dtype), room, smaller, most)
+    wanted = settings.cache.tokens or default_tokens(window, settings.max_num_seqs)
+    return min(-(-wanted // PAGE), fitting[dtype])
