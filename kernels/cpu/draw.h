@@ -1,12 +1,14 @@
 // Draws a token from each row of logits without sorting a vocabulary: the twin of the sampler's chain of numpy steps,
 // for the parameters that most requests use. A row that it can't decide by its short list is left to the chain.
+#pragma once
+
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <limits>
 #include <vector>
 
-namespace {
+namespace drawing {
 
 constexpr int64_t BLOCK = 64;      // tokens whose maximum is looked at first
 constexpr int64_t LIST = 128;      // candidates of a row without top_k
@@ -225,15 +227,15 @@ int64_t draw_row(const float* row, int64_t vocab, const Params& params, Scratch&
     return is_settled ? scratch.list[column].token_id : UNSETTLED;
 }
 
-}  // namespace
-
-// logits [num_rows, vocab]; params [num_rows, 6]: temperature > 0, u in [0, 1), top_k, top_p, min_p, typical_p (neutral:
-// 0, 1, 0, 1). token_ids [num_rows] are written: a token, -1 where nothing can be drawn, -2 where the chain has to.
-extern "C" void tightrope_draw(const float* logits, int64_t num_rows, int64_t vocab, const double* params,
-                               int64_t* token_ids) {
+// A token for each row of logits [rows, vocab], by params [rows, 6].
+inline void draw(const float* logits, int64_t rows, int64_t vocab, const double* params, int64_t* token_ids) {
     thread_local Scratch scratch;
-    for (int64_t r = 0; r < num_rows; ++r) {
+    for (int64_t r = 0; r < rows; ++r) {
         const double* p = params + 6 * r;
         token_ids[r] = draw_row(logits + r * vocab, vocab, {p[0], p[1], p[2], p[3], p[4], p[5]}, scratch);
     }
 }
+
+}  // namespace drawing
+
+using drawing::draw;
