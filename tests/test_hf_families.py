@@ -106,7 +106,15 @@ FAMILIES = {
         },
     ),
     "olmo2, norms after the blocks": Family("olmo2", kept=("Olmo2Attention",)),
-    "granite, multipliers": Family("granite", {"residual_multiplier": 0.3, "attention_multiplier": 0.2}),
+    "granite, multipliers": Family(
+        "granite",
+        {
+            "residual_multiplier": 0.3,
+            "attention_multiplier": 0.2,
+            "embedding_multiplier": 3.0,
+            "logits_scaling": 2.0,
+        },
+    ),
     "smollm3, layers without rotation": Family(
         "smollm3", {"no_rope_layers": [1, 0]}, ropes=frozenset({"default", None})
     ),

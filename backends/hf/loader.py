@@ -4,30 +4,18 @@ Everything that headers can tell is checked before anything is allocated: no ten
 the model has it. At most the model and one mapped shard are in memory.
 """
 
-import re
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from tightrope.backends.errors import BackendError
 from tightrope.backends.hf.checkpoint import Checkpoint
+from tightrope.backends.hf.names import FileNames
 from tightrope.backends.hf.weights import Part, Weight
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-FLOATS = tuple(DTYPES)
-
-# names of modules in older files, by those in transformers 5
-RENAMES: tuple[tuple[str, str], ...] = (
-    ("", ""),
-    (".mlp.", ".block_sparse_moe."),  # Mixtral, MiniMax
-    ("lm_head.", "embed_out."),  # GPT-NeoX
-)
-
-# computed by every model that has them, and yet in some old files
-IGNORED = re.compile(r"(^|\.)(rotary_emb\.inv_freq|rotary_pos_emb\.inv_freq|masked_bias)$")
 
 Progress = Callable[[float], None]  # of the share loaded, 0 to 1
 
@@ -41,14 +29,14 @@ class _Place:
 
 
 def load_weights(
-    weights: Iterable[Weight], checkpoint: Checkpoint, model: PreTrainedModel, device: torch.device, progress: Progress
+    weights: Iterable[Weight], checkpoint: Checkpoint, names: FileNames, device: torch.device, progress: Progress
 ) -> None:
     """Fill `weights` from the checkpoint.
 
     Raises BackendError naming the tensor that is missing, unused, of another shape or dtype, or not finite.
     """
-    chosen = [(weight, _choose(weight, checkpoint, model.base_model_prefix)) for weight in weights]
-    _check_used({part.name for _, parts in chosen for part in parts}, checkpoint, model)
+    chosen = [(weight, _choose(weight, checkpoint, names)) for weight in weights]
+    _check_used({part.name for _, parts in chosen for part in parts}, checkpoint, names)
     places: dict[str, list[_Place]] = {}
     shifted: list[tuple[Tensor, float]] = []
     for weight, parts in chosen:
@@ -58,6 +46,34 @@ def load_weights(
             shifted.append((target, weight.offset))
         for part in parts:
             places.setdefault(part.name, []).append(_Place(target, part))
+    _copy(places, checkpoint, progress)
+    for target, offset in shifted:
+        target.add_(offset)
+
+
+def share(
+    weights: Sequence[Weight], head: str, table: str, checkpoint: Checkpoint, names: FileNames
+) -> tuple[list[Weight], str | None]:
+    """The weights with the head's tensor being the embedding's, and a note if the files hold two that differ.
+
+    A file that holds both, though equal, has the second one ignored.
+    """
+    first, second = (next(w for w in weights if w.sources[0][0].name == name) for name in (table, head))
+    found = names.find([table, head])
+    if found is not None and not torch.equal(*map(checkpoint.read, found)):
+        return list(weights), f"{head} differs from {table}, though config.json ties them: each is used as it is"
+
+    def deliver(tensor: Tensor) -> None:
+        first.deliver(tensor)
+        second.deliver(tensor)
+
+    both = first.sources if found is None else ((*first.sources[0], *second.sources[0]),)  # the same bytes, twice
+    shared = replace(first, deliver=deliver, sources=both)
+    return [shared if weight is first else weight for weight in weights if weight is not second], None
+
+
+def _copy(places: Mapping[str, Sequence[_Place]], checkpoint: Checkpoint, progress: Progress) -> None:
+    """Each tensor of the files to its places, in the order of the files."""
     done = 0
     for shard in checkpoint.shards():
         for name in shard.names:
@@ -69,28 +85,20 @@ def load_weights(
             done += checkpoint.tensors[name].num_bytes
             progress(done / checkpoint.weight_bytes)
         checkpoint.release(shard)
-    for target, offset in shifted:
-        target.add_(offset)
 
 
-def _choose(weight: Weight, checkpoint: Checkpoint, prefix: str) -> tuple[Part, ...]:
+def _choose(weight: Weight, checkpoint: Checkpoint, names: FileNames) -> tuple[Part, ...]:
     """The source that the files have, under the names that they use; its shapes are checked."""
-    has_prefix = any(name.startswith(f"{prefix}.") for name in checkpoint.tensors)
     for source in weight.sources:
-        for new, old in RENAMES:
-            parts = tuple(_renamed(part, new, old, "" if has_prefix else f"{prefix}.") for part in source)
-            if all(part.name in checkpoint.tensors for part in parts):
-                for part in parts:
-                    _check_part(part, checkpoint)
-                return parts
-    names = [part.name for part in weight.sources[0]]
-    missing = next(name for name in names if name not in checkpoint.tensors)
+        found = names.find([part.name for part in source])
+        if found is not None:
+            parts = tuple(replace(part, name=name) for part, name in zip(source, found, strict=True))
+            for part in parts:
+                _check_part(part, checkpoint)
+            return parts
+    wanted = [names.of(part.name) for part in weight.sources[0]]
+    missing = next(name for name in wanted if name not in checkpoint.tensors)
     raise BackendError(f"{checkpoint.folder}: tensor {missing!r} is missing; config.json describes a model that has it")
-
-
-def _renamed(part: Part, new: str, old: str, without: str) -> Part:
-    name = part.name.removeprefix(without)
-    return Part(name.replace(new, old) if new else name, part.shape, part.at)
 
 
 def _check_part(part: Part, checkpoint: Checkpoint) -> None:
@@ -104,13 +112,8 @@ def _check_part(part: Part, checkpoint: Checkpoint) -> None:
         raise BackendError(f"{entry.file}: tensor {part.name!r} is {entry.dtype}; {', '.join(DTYPES)} can be loaded")
 
 
-def _check_used(used: set[str], checkpoint: Checkpoint, model: PreTrainedModel) -> None:
-    declared: Iterable[str] = model._keys_to_ignore_on_load_unexpected or ()
-    unused = [
-        name
-        for name in checkpoint.tensors
-        if name not in used and not IGNORED.search(name) and not any(re.search(rule, name) for rule in declared)
-    ]
+def _check_used(used: set[str], checkpoint: Checkpoint, names: FileNames) -> None:
+    unused = [name for name in checkpoint.tensors if name not in used and not names.may_be_left(name)]
     if unused:
         more = f" and {len(unused) - 1} more" if len(unused) > 1 else ""
         entry = checkpoint.tensors[unused[0]]

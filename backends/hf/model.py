@@ -1,7 +1,6 @@
 """A loaded model: token ids and a step's layout in, logits out."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,12 +10,12 @@ from transformers import PreTrainedModel
 from tightrope.backends.hf.attention import CurrentStep, LayerInfo
 from tightrope.backends.hf.checkpoint import Checkpoint
 from tightrope.backends.hf.config import ModelShape
-from tightrope.backends.hf.loader import load_weights
+from tightrope.backends.hf.loader import load_weights, share
+from tightrope.backends.hf.names import FileNames
 from tightrope.backends.hf.rehearsal import rehearse
 from tightrope.backends.hf.rotary import fix_rotary
 from tightrope.backends.hf.skeleton import build_skeleton
 from tightrope.backends.hf.transplant import transplant
-from tightrope.backends.hf.weights import Weight
 from tightrope.backends.rope import RopeSpec
 from tightrope.kernels.layout import LayerCache, RopeTable, StepLayout
 
@@ -79,17 +78,20 @@ def load_model(
     """
     device = torch.device(device)
     dtype = torch.float32 if device.type == "cpu" else DTYPES_BY_NAME[shape.dtype]
-    model = build_skeleton(folder)
+    model = build_skeleton(folder, shape, rope)
     head, table = (_name_of(model, part) for part in (model.get_output_embeddings(), model.get_input_embeddings()))
     current = CurrentStep()
     planted = transplant(model, rehearse(model), _rope_keys(model, rope), current, dtype)
-    if rope is not None and any(layer.rope is None for layer in planted.layers):
+    if rope is not None:
         fix_rotary(model, rope)
     weights, notes = planted.wants.weights, [f"{name} runs as transformers has it" for name in planted.kept]
+    names = FileNames(
+        checkpoint.tensors.keys(), model.base_model_prefix, model._keys_to_ignore_on_load_unexpected or ()
+    )
     if shape.tie_embeddings:
-        weights, note = _tied(weights, f"{head}.weight", f"{table}.weight", checkpoint)
-        notes += note
-    load_weights(weights, checkpoint, model, device, progress)
+        weights, note = share(weights, f"{head}.weight", f"{table}.weight", checkpoint, names)
+        notes += [] if note is None else [note]
+    load_weights(weights, checkpoint, names, device, progress)
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = buffer.to(device)
@@ -105,20 +107,3 @@ def _rope_keys(model: PreTrainedModel, rope: Mapping[str, RopeSpec] | None) -> C
         return rope.keys()
     parameters = model.config.get_text_config().to_dict().get("rope_parameters") or {}
     return [key for key, value in parameters.items() if isinstance(value, dict)] or ["default"]
-
-
-def _tied(weights: list[Weight], head: str, table: str, checkpoint: Checkpoint) -> tuple[list[Weight], list[str]]:
-    """Let the head share the embedding's tensor, unless the file holds another for it."""
-    by_name = {weight.sources[0][0].name: weight for weight in weights}
-    both_in_file = head in checkpoint.tensors and table in checkpoint.tensors
-    if both_in_file and not torch.equal(checkpoint.read(head), checkpoint.read(table)):
-        return weights, [f"{head} differs from {table}, although config.json ties them: each is used as it is"]
-    first, second = by_name[table], by_name[head]
-
-    def deliver(tensor: Tensor) -> None:
-        first.deliver(tensor)
-        second.deliver(tensor)
-
-    also_in_file = (second.sources[0][0],) if both_in_file else ()
-    shared = replace(first, deliver=deliver, sources=((*first.sources[0], *also_in_file),))
-    return [shared if weight is first else weight for weight in weights if weight is not second], []

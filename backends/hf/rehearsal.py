@@ -3,7 +3,7 @@
 A class name or an attribute says little about what a module does with its input: whether keys are rotated in halves or
 interleaved, whether a norm adds one to its weight, which window a layer has. So the skeleton runs once, and everything
 that goes into and comes out of its modules is written down. An organ takes a module's place only if it gives the same
-(backends.hf.recognise). Costs a few megabytes and some milliseconds a layer, whatever the size of the model.
+(backends.hf.recognise). Costs a megabyte and some milliseconds a layer, also of a large model.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from tightrope.backends.errors import BackendError
 from tightrope.backends.hf.skeleton import AttentionCall, answer_with
 
-TOKENS = 4
+TOKENS = 2
 FIRST_POSITION = 5  # not zero, where every rotation is the identity
 TABLE_ROWS = 16  # of the stand-in for an embedding; more than tokens and positions
 
@@ -74,7 +74,7 @@ def rehearse(model: PreTrainedModel) -> Rehearsal:
         for module in model.modules():
             stack.callback(_stand_in(module, random, seen))
             stack.callback(module.register_forward_hook(_write_down(seen), with_kwargs=True).remove)
-            answer_with(module, _Recorder(module, random, seen))
+            stack.callback(answer_with(module, _Recorder(module, random, seen)))
         try:
             model(input_ids=ids, position_ids=positions, use_cache=False)
         except Exception as error:  # of any kind: it is the model's own code

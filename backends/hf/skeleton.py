@@ -4,39 +4,59 @@
 there, one by one as they are registered.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tightrope.backends.errors import BackendError
+from tightrope.backends.hf.config import ModelShape
+from tightrope.backends.rope import RopeSpec
 
 INTERFACE = "tightrope"  # our name among transformers' attention implementations
+ELSEWHERE = ("quantization_config", "auto_map", "torch_dtype", "dtype")  # fields that others of our modules read
 
 
-def build_skeleton(folder: Path) -> PreTrainedModel:
-    """The untouched causal language model that `folder`/config.json names, without weights.
+def build_skeleton(folder: Path, shape: ModelShape, rope: Mapping[str, RopeSpec] | None) -> PreTrainedModel:
+    """The untouched causal language model that config.json describes, without weights.
 
-    Raises BackendError when transformers doesn't know the model, or config.json doesn't describe one.
+    Where `rope` is given, its rotary modules have the right shape but not yet the right frequencies
+    (backends.hf.rotary). Raises BackendError when transformers can't build it.
     """
-    path = folder / "config.json"
+    fields = {name: value for name, value in shape.raw.items() if name not in ELSEWHERE}
+    if rope is not None:
+        fields.pop("rope_scaling", None)
+        fields["rope_parameters"] = _plain_rotation(rope)
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        config = CONFIG_MAPPING[shape.model_type].from_dict(fields)
         with _parameters_on_meta(), no_init_weights():
             model = AutoModelForCausalLM.from_config(
                 config, dtype=torch.float32, attn_implementation=INTERFACE, experts_implementation="eager"
             )
-    except Exception as error:  # of many kinds, as transformers checks the file in many places
-        raise BackendError(f"{path}: transformers can't build this model: {_one_line(error)}") from error
+    except Exception as error:  # of many kinds, as transformers checks the fields in many places
+        raise BackendError(f"{folder / 'config.json'}: transformers can't build it: {_one_line(error)}") from error
     assert isinstance(model, PreTrainedModel)
     model.requires_grad_(False).eval()
     return model
+
+
+def _plain_rotation(rope: Mapping[str, RopeSpec]) -> dict[str, object]:
+    """transformers' rope_parameters without scaling."""
+    plain = {
+        key: {
+            "rope_type": "default",
+            "rope_theta": spec.theta,
+            "partial_rotary_factor": spec.rotary_dim / spec.head_dim,
+        }
+        for key, spec in rope.items()
+    }
+    return dict(plain.get("default", plain))
 
 
 def _one_line(error: Exception) -> str:
@@ -68,9 +88,14 @@ class AttentionCall:
         raise NotImplementedError
 
 
-def answer_with(module: nn.Module, attend: AttentionCall) -> None:
-    """Let `attend` compute whatever `module` asks of the attention interface."""
+def answer_with(module: nn.Module, attend: AttentionCall) -> Callable[[], None]:
+    """Let `attend` compute whatever `module` asks of the attention interface. Returns what takes it away again."""
     module.__dict__["attend"] = attend
+
+    def remove() -> None:
+        del module.__dict__["attend"]
+
+    return remove
 
 
 def _attend(

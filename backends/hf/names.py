@@ -1,0 +1,52 @@
+"""What checkpoint files call the tensors of transformers' modules, which were renamed and nested over the years."""
+
+import re
+from collections.abc import Collection, Sequence
+
+# names in older files, by those in transformers 5
+RENAMES: tuple[tuple[str, str], ...] = (
+    (".mlp.", ".block_sparse_moe."),  # Mixtral, MiniMax
+    ("lm_head.", "embed_out."),  # GPT-NeoX
+)
+
+# prefixes of a language model within one that also sees, of transformers 5 and before
+NESTED, NESTED_BEFORE = "model.language_model.", "language_model."
+
+# computed by every model that has them, and yet in some old files
+COMPUTED = re.compile(r"(^|\.)(rotary_emb\.inv_freq|rotary_pos_emb\.inv_freq|masked_bias)$")
+
+
+class FileNames:
+    """The names in one checkpoint: with the base model's prefix, or without, or nested in a larger model."""
+
+    def __init__(self, names: Collection[str], base: str, ignored: Sequence[str] = ()) -> None:
+        """base: transformers' name of the base model, such as "model". ignored: patterns that its class declares."""
+        self._names, self._base = names, f"{base}."
+        self._ignored = (COMPUTED, *map(re.compile, ignored))
+        self._nest = next((nest for nest in (NESTED, NESTED_BEFORE) if self._has(nest)), "")
+        self._has_base = self._has(self._base)
+
+    def find(self, wanted: Sequence[str]) -> list[str] | None:
+        """The names in the files of the model's tensors `wanted`; None unless all are there."""
+        plain = [self.of(name) for name in wanted]
+        for new, old in (("", ""), *RENAMES):
+            found = [name.replace(new, old) for name in plain]
+            if all(name in self._names for name in found):
+                return found
+        return None
+
+    def of(self, name: str) -> str:
+        """What the files should call the model's tensor `name`."""
+        if self._nest == NESTED:  # model.language_model.layers, but lm_head
+            return NESTED + name.removeprefix(self._base) if name.startswith(self._base) else name
+        if self._nest:  # language_model.model.layers, language_model.lm_head
+            return NESTED_BEFORE + name
+        return name if self._has_base else name.removeprefix(self._base)
+
+    def may_be_left(self, name: str) -> bool:
+        """Whether a tensor of the files may go unused: computed anyway, or not of the language model."""
+        is_of_text = not self._nest or name.startswith((self._nest, "lm_head."))
+        return not is_of_text or any(pattern.search(name) for pattern in self._ignored)
+
+    def _has(self, prefix: str) -> bool:
+        return any(name.startswith(prefix) for name in self._names)
