@@ -93,6 +93,7 @@ class StepBuilder:
 
     def __init__(self, specs: Mapping[str, RopeSpec], window: int, device: torch.device | str = "cpu") -> None:
         """specs: the rotation of each kind of layer. window: the longest sequence, in tokens."""
+        self.window = window
         self._device = device
         self._rotary = {name: RotarySets(spec, window, device) for name, spec in specs.items()}
 

@@ -1,0 +1,146 @@
+"""A Hugging Face folder as a Backend: chunks of token ids in, logits out, over our own paged cache."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tightrope.backends.errors import BackendError
+from tightrope.backends.hf.calibrate import set_key_factors
+from tightrope.backends.hf.checkpoint import Checkpoint
+from tightrope.backends.hf.config import ModelShape, read_config
+from tightrope.backends.hf.generation import chat_template
+from tightrope.backends.hf.model import LoadedModel, load_model
+from tightrope.backends.hf.pages import PagedKVCache
+from tightrope.backends.hf.plan import Plan, make_plan
+from tightrope.backends.hf.steps import StepBuilder
+from tightrope.backends.hf.tokenizer import HFTokenizer
+from tightrope.backends.memory import free_memory
+from tightrope.backends.protocol import Capabilities, Chunk, KVCache, ModelCard, Tokenizer
+from tightrope.backends.settings import ModelSettings
+from tightrope.backends.threads import compute_threads
+from tightrope.kernels import dispatch
+from tightrope.kernels.layout import PAGE, CacheFormat, LayerCache
+
+BLAS_TOKENS = (
+    17  # steps of so many tokens give torch all threads; in smaller ones waking them takes longer than the work
+)
+LOAD_SHARE = 0.97  # of the progress; the rest is the calibration of keys
+
+
+class HFBackend:
+    """Backend over transformers' module tree with our organs."""
+
+    def __init__(self, folder: Path, settings: ModelSettings, progress: Callable[[float], None]) -> None:
+        """Load `folder`, calling `progress` with the share done.
+
+        Raises BackendError. Files and settings are checked, and the memory is planned, before anything large is
+        allocated.
+        """
+        shape = read_config(folder)
+        checkpoint = Checkpoint.open(folder)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        plan = make_plan(settings, shape, checkpoint.weight_bytes, _free_memory(device))
+        self.tokenizer: Tokenizer = HFTokenizer(folder, shape)
+        self._threads = compute_threads(settings.threads)
+        torch.set_num_threads(1)  # see BLAS_TOKENS
+        dispatch.set_threads(self._threads)
+        self.model = load_model(
+            folder, shape, checkpoint, device=device, rope=plan.rope, progress=lambda done: progress(LOAD_SHARE * done)
+        )
+        self.steps = StepBuilder(plan.rope, plan.window, device)
+        self.caches = self._allocate(plan)
+        self.model.attach(self.caches)
+        self.kv: KVCache
+        self.kv = self._pages = PagedKVCache(plan.num_pages, self.steps.frequencies_at)
+        self.capabilities = Capabilities(settings.max_num_seqs, plan.step_tokens)
+        self.card = _card(folder, shape, self.model, plan)
+        progress(1.0)
+
+    def forward(self, chunks: Sequence[Chunk]) -> Tensor:
+        """See Backend. A step that fails has stored nothing that could be found: only committed tokens are."""
+        token_ids = np.concatenate([np.asarray(chunk.token_ids, np.int64) for chunk in chunks])
+        if token_ids.min() < 0 or token_ids.max() >= self.model.vocab_size:
+            raise BackendError(f"an invalid token: ids of this model are 0 to {self.model.vocab_size - 1}")
+        try:
+            with torch.inference_mode(), self._blas_threads(len(token_ids)):
+                while copies := self._pages.next_copies():
+                    copy_pages(self.caches, copies)
+                    self._pages.copied(len(copies))
+                step, tables = self.steps.build(chunks, self._pages)
+                device = self.model.device
+                rows = torch.from_numpy(_wanted_rows(chunks)).to(device)
+                logits = self.model.forward(torch.from_numpy(token_ids).to(device), step, tables, rows)
+                return torch.from_numpy(logits.cpu().numpy())  # free of inference mode, which forbids to change it
+        except RuntimeError as error:  # of torch, running out of memory among them
+            reason = str(error).strip().partition("\n")[0]
+            raise BackendError(f"the model failed in a step of {len(token_ids)} tokens: {reason}") from error
+
+    def close(self) -> None:
+        """Let go of weights and cache."""
+        del self.model, self.caches
+
+    def _allocate(self, plan: Plan) -> list[LayerCache]:
+        """All pages of all layers, with key factors where codes are of few bits."""
+        model = self.model
+        formats = [CacheFormat(plan.cache_dtype, layer.num_kv_heads, layer.head_dim) for layer in model.layers]
+        try:
+            caches = [LayerCache.allocate(format, plan.num_pages, model.device) for format in formats]
+        except RuntimeError as error:
+            raise BackendError(f"no memory for a cache of {plan.num_pages * PAGE} tokens: {error}") from error
+        if plan.cache_dtype != "f16":
+            with self._blas_threads(plan.step_tokens):
+                set_key_factors(model, caches, self.tokenizer, self.steps, plan.step_tokens)
+        return caches
+
+    @contextmanager
+    def _blas_threads(self, num_tokens: int) -> Iterator[None]:
+        """Let torch compute a large step with all threads; the kernels have threads of their own."""
+        if num_tokens < BLAS_TOKENS:
+            yield
+            return
+        torch.set_num_threads(self._threads)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(1)
+
+
+def _free_memory(device: torch.device) -> int:
+    """Bytes that weights, cache and workspace may take where they are put."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
+
+
+def copy_pages(caches: Iterable[LayerCache], copies: Sequence[tuple[int, int]]) -> None:
+    """Copy pages, (source, target), in every layer; no page is both, or a target twice."""
+    sources, targets = (list(pages) for pages in zip(*copies, strict=True))
+    for cache in caches:
+        for tensor in (cache.key_codes, cache.key_scales, cache.value_codes, cache.value_scales):
+            tensor[targets] = tensor[sources]
+
+
+def _wanted_rows(chunks: Sequence[Chunk]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    """Rows of the step whose logits are wanted."""
+    parts: list[range] = []
+    end = 0
+    for chunk in chunks:
+        begin, end = end, end + len(chunk.token_ids)
+        parts.append(range({"all": begin, "last": end - 1, "none": end}[chunk.want_logits], end))
+    return np.concatenate([np.asarray(part, np.int64) for part in parts])
+
+
+def _card(folder: Path, shape: ModelShape, model: LoadedModel, plan: Plan) -> ModelCard:
+    return ModelCard(
+        model_id=folder.name,
+        architecture=shape.model_type,
+        format=f"safetensors {shape.dtype}",
+        max_model_len=plan.window,
+        trained_len=shape.trained_len,
+        cache_dtype=plan.cache_dtype,
+        chat_template=chat_template(folder),
+        notes=(*plan.notes, f"kernels: {dispatch.describe()}", *model.notes),
+        cache_token_bytes=plan.token_bytes,
+    )
