@@ -49,7 +49,7 @@ def _in_folder(folder: Path) -> Path:
     files = sorted(folder.glob("*.gguf"))
     models = [f for f in files if "-of-" not in f.stem or "-00001-of-" in f.stem]
     models = [f for f in models if not f.name.startswith("mmproj")]  # the image half of a vision model
-    if any(folder.glob("*.safetensors")):
+    if any(not f.name.startswith("adapter_") for f in folder.glob("*.safetensors")):  # of a LoRA, which is no model
         return folder
     if len(models) == 1:
         return models[0]

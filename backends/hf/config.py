@@ -87,7 +87,7 @@ def _config_class(path: Path, model_type: str, raw: Mapping[str, Any]) -> type["
         own_code = "; the folder's own code (auto_map) is never run" if "auto_map" in raw else ""
         raise BackendError(f"{path}: model_type {model_type!r} is not known to transformers {__version__}{own_code}")
     config_class = CONFIG_MAPPING[model_type]
-    if config_class not in MODEL_FOR_CAUSAL_LM_MAPPING or raw.get("is_encoder_decoder") is True:
+    if config_class not in MODEL_FOR_CAUSAL_LM_MAPPING or config_class.is_encoder_decoder:
         raise BackendError(
             f"{path}: model_type {model_type!r} is no decoder-only language model; only those are served"
         )
