@@ -1,4 +1,4 @@
-"""The command line: `tightrope serve`, `tightrope chat` and `tightrope perplexity`.
+"""The command line: `tightrope serve`, `tightrope chat`, `tightrope plan` and `tightrope perplexity`.
 
 Up front only the table of options is imported, so that `--help` answers at once.
 """
@@ -19,8 +19,10 @@ EPILOG = """Each option can also stand in the file of --config (max-model-len = 
 OWN_ARGUMENTS: Mapping[str, Sequence[str]] = {  # of a command, beside the options that settings are made of
     "serve": (),
     "chat": ("url", "system", "max_tokens"),
+    "plan": ("memory", "json"),
     "perplexity": ("text", "contexts", "max_tokens", "compare_kv", "json", "plot"),
 }
+_MODEL_OPTIONS = [name for name, option in OPTIONS.items() if option.path[:2] == ("engine", "model")]
 OWN_SERVER_GROUPS = frozenset({"model", "context and memory", "speed"})  # what matters to a chat with a model
 
 
@@ -37,6 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if command == "perplexity":
             return _perplexity(values, own)
+        if command == "plan":
+            return _plan(values, own["memory"], as_json=own["json"] is True)
         return _serve(values) if command == "serve" else _chat(values, **own)
     except KeyboardInterrupt:
         return 130  # as a shell reports a command that Ctrl-C ended
@@ -74,6 +78,21 @@ def _chat(values: Mapping[str, str], url: str | None, system: str | None, max_to
         with own_server(values) as own_url:
             return chat(own_url, settings.api_key, system, max_tokens)
     except ChatError as error:
+        return _fail(str(error), EXIT_FAILED)
+
+
+def _plan(values: Mapping[str, str], memory: str | None, *, as_json: bool) -> int:
+    from tightrope.server.plan import PlanError, UsageError, parse_size, plan
+    from tightrope.server.settings import SettingsError, load_settings
+
+    try:
+        settings = load_settings(values)
+        memory_bytes = None if memory is None else parse_size(memory)
+    except (SettingsError, UsageError) as error:
+        return _fail(str(error), EXIT_USAGE)
+    try:
+        return plan(settings.engine.model, memory_bytes, as_json=as_json)
+    except PlanError as error:
         return _fail(str(error), EXIT_FAILED)
 
 
@@ -133,8 +152,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     own = [name for name, option in OPTIONS.items() if option.group in OWN_SERVER_GROUPS]
     _add_options(chat, [*own, "api-key", "log-level"])
+    _add_plan(commands)
     _add_perplexity(commands)
     return parser
+
+
+def _add_plan(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    parser = _add_command(
+        commands, "plan", "say what a model needs and the largest context that fits, without loading it"
+    )
+    own = parser.add_argument_group("plan")
+    own.add_argument("--memory", metavar="SIZE", help="memory to plan for, such as 24GiB (default: what is free)")
+    own.add_argument("--json", action="store_true", help="print one JSON object")
+    _add_options(parser, _MODEL_OPTIONS)
 
 
 def _add_perplexity(commands: "argparse._SubParsersAction[_Parser]") -> None:
@@ -150,7 +180,7 @@ def _add_perplexity(commands: "argparse._SubParsersAction[_Parser]") -> None:
     )
     own.add_argument("--json", metavar="FILE", help="write the results there as well")
     own.add_argument("--plot", metavar="FILE.png", help="draw the table there as well")
-    _add_options(parser, [name for name, option in OPTIONS.items() if option.path[:2] == ("engine", "model")])
+    _add_options(parser, _MODEL_OPTIONS)
 
 
 def _count(text: str) -> int:

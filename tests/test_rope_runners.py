@@ -26,7 +26,7 @@ CONFIG = {
 }
 
 
-def shape(*tensors: str) -> ModelShape:
+def shape(*tensors: str, **extra: Value) -> ModelShape:
     """The GGUF file of the same model."""
     metadata: dict[str, Value] = {
         "general.architecture": "llama",
@@ -36,6 +36,7 @@ def shape(*tensors: str) -> ModelShape:
         "llama.attention.head_count": 4,
         "llama.rope.freq_base": THETA,
         "llama.vocab_size": 100,
+        **extra,
     }
     infos = tuple(TensorInfo(name, (32,), "F32", 0, 128) for name in tensors)
     return ModelShape.of(Header(Path("tiny.gguf"), metadata, infos))
@@ -115,5 +116,26 @@ def test_the_factors_of_a_gguf_file_are_kept_and_named():
     stretched = plan_rope(RopeSettings(kind="linear", factor=2), file)
 
     assert (own.window, own.scaling_type, own.freq_scale) == (TRAINED, None, 0.0)
-    assert stretched.note is not None
-    assert "on top of the factors that the file holds" in stretched.note
+    assert own.how == "no scaling with a factor for each frequency"
+    assert stretched.how == "linear scaling by 2 on top of the factors in the file"
+
+
+@pytest.mark.parametrize(
+    ("wish", "metadata", "line"),
+    [
+        ({}, {}, "rope: no scaling, trained window 4096 tokens, served window 9000"),
+        ({"kind": "none"}, {}, "rope: no scaling, trained window 4096 tokens, served window 9000"),
+        ({"kind": "yarn", "factor": 4}, {}, "rope: yarn scaling by 4, trained window 4096 tokens, served window 9000"),
+        (
+            {},
+            {"type": "yarn", "factor": 4.0, "original_context_length": 1024},
+            "rope: yarn scaling by 4, trained window 1024 tokens, served window 9000",
+        ),
+    ],
+)
+def test_the_line_at_start_names_kind_factor_and_both_windows(
+    wish: dict[str, object], metadata: dict[str, Value], line: str
+):
+    file = shape(**{f"llama.rope.scaling.{key}": value for key, value in metadata.items()})
+
+    assert plan_rope(RopeSettings.model_validate(wish), file).describe(9000) == line

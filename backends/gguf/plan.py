@@ -66,9 +66,9 @@ def make_plan(settings: ModelSettings, header: Header, free_bytes: int) -> Plan:
     shape = ModelShape.of(header)
     rope = plan_rope(settings.rope, shape)
     window = settings.max_model_len or rope.window
-    notes = [rope.note] if rope.note else []
+    notes = [rope.describe(window)]
     if window > rope.window:
-        notes.append(f"window: {window} tokens, more than the {rope.window} that the model is made for without scaling")
+        notes.append(f"window: {window} tokens, more than the {rope.window} that the model is made for")
     spare = spare_bytes(header.weight_bytes, free_bytes) - workspace_bytes(settings, shape)
     cache_type, reason = _choose_type(settings, shape, window, spare)
     num_cells = _choose_cells(settings, shape, window, cache_type, spare)

@@ -22,6 +22,7 @@ class ModelShape:
     value_width: int
     rope_base: float
     rope_dims: int
+    own_scaling: str | None  # what the file says of RoPE scaling, in words
     has_freq_factors: bool  # a factor for each rotary frequency, as Llama 3.1's scaling and longrope have them
 
     @classmethod
@@ -68,6 +69,7 @@ class _Reader:
             value_width=sum(kv_heads) * value_dim,
             rope_base=self._float("rope.freq_base", default=10000.0),
             rope_dims=self._int("rope.dimension_count", default=key_dim),
+            own_scaling=self._own_scaling(),
             has_freq_factors=any("rope_f" in tensor.name for tensor in self._header.tensors),
         )
 
@@ -86,6 +88,11 @@ class _Reader:
     def _float(self, key: str, default: float) -> float:
         value = self._get(key)
         return float(value) if isinstance(value, int | float) and value > 0 else default
+
+    def _own_scaling(self) -> str | None:
+        kind = self._get("rope.scaling.type")
+        factor = self._float("rope.scaling.factor", default=self._float("rope.scale_linear", default=1.0))
+        return None if kind in (None, "none") and factor == 1 else f"{kind or 'linear'} scaling by {factor:g}"
 
     def _per_layer(self, key: str, layers: int, default: int | list[int]) -> list[int]:
         """One number a layer; a layer without attention has 0."""

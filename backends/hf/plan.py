@@ -3,9 +3,11 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
+
 from tightrope.backends.errors import BackendError
 from tightrope.backends.hf.config import ModelShape
-from tightrope.backends.memory import GIB, default_tokens, does_not_fit, spare_bytes
+from tightrope.backends.memory import GIB, default_tokens, does_not_fit, free_memory, spare_bytes
 from tightrope.backends.rope import RopeSpec, resolve_rope
 from tightrope.backends.settings import ModelSettings
 from tightrope.kernels.layout import PAGE, CacheDtype, CacheFormat
@@ -58,6 +60,11 @@ def make_plan(settings: ModelSettings, shape: ModelShape, weight_bytes: int, fre
         rope=rope,
         notes=tuple(notes),
     )
+
+
+def free_bytes() -> int:
+    """Bytes that weights, cache and workspace may be put into: of the GPU's memory where there is one."""
+    return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else free_memory()
 
 
 def cache_dtype(settings: ModelSettings) -> CacheDtype:

@@ -1,0 +1,95 @@
+"""`tightrope plan`: what a model needs and the largest context that fits, from headers alone."""
+
+import json
+import re
+from typing import TYPE_CHECKING
+
+from tightrope.backends.errors import BackendError
+from tightrope.backends.settings import ModelSettings
+
+if TYPE_CHECKING:
+    from tightrope.backends.planning import Outline
+
+SIZE = re.compile(r"(?P<number>[0-9]+(?:\.[0-9]+)?)\s*(?P<unit>[KMGT]?)i?B?", re.IGNORECASE)
+UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+LEAST_MEMORY, MOST_MEMORY = 1 << 20, 1 << 50  # a megabyte and a petabyte: anything beyond is a slip
+
+
+class UsageError(Exception):
+    """An argument can't be used; the message is one line that names it."""
+
+
+class PlanError(Exception):
+    """The model can't be planned for, or doesn't fit; the message is one line."""
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as 24GiB, 24G or 512MB; units are powers of 1024. Raises UsageError."""
+    match = SIZE.fullmatch(text.strip())
+    size = int(float(match["number"]) * UNITS[match["unit"].upper()]) if match and len(text) < 32 else 0
+    if not LEAST_MEMORY <= size <= MOST_MEMORY:
+        raise UsageError(f"--memory: should be a size from 1MiB to 1024TiB, such as 24GiB, not {text:.40}")
+    return size
+
+
+def plan(settings: ModelSettings, memory_bytes: int | None, *, as_json: bool) -> int:
+    """Print the plan; return the exit status. Raises PlanError, after printing, when the wish doesn't fit."""
+    from tightrope.backends.planning import outline  # reads of it load the libraries that the model's format needs
+
+    try:
+        found = outline(settings, memory_bytes)
+    except BackendError as error:
+        raise PlanError(str(error)) from None
+    print(json.dumps(to_json(found), indent=2) if as_json else "\n".join(to_lines(found, memory_bytes is not None)))
+    if found.refusal is not None:
+        raise PlanError(found.refusal)
+    return 0
+
+
+def to_lines(found: "Outline", is_given: bool) -> list[str]:
+    """The plan as people read it. is_given: the memory was named, not measured."""
+    lines = [
+        f"model      {found.path.name} ({found.architecture}, {found.format})",
+        f"memory     {_size(found.memory_bytes)}{'' if is_given else ', nine tenths of what is free'}",
+        f"weights    {_size(found.weight_bytes)}",
+        f"workspace  {_size(found.workspace_bytes)} at most",
+        "",
+        f"cache   a token     largest context   {found.window} tokens",
+    ]
+    for cache in found.caches:
+        size = _size(found.window * cache.token_bytes)
+        verdict = f"fit in {size}" if cache.fitting >= found.window else f"would take {size}"
+        lines.append(f"{cache.name:5} {cache.token_bytes / 1024:7.1f} KiB  {cache.fitting:>15}   {verdict}")
+    if found.chosen is not None:
+        lines += ["", f"serve would keep {found.chosen.cache_tokens} tokens as {found.chosen.cache}:"]
+        lines += [f"  {note}" for note in found.chosen.notes]
+    return lines
+
+
+def to_json(found: "Outline") -> dict[str, object]:
+    """The plan as one flat object, documented in docs/plan.md; sizes in bytes and tokens."""
+    chosen = found.chosen
+    flat: dict[str, object] = {
+        "model": str(found.path),
+        "architecture": found.architecture,
+        "format": found.format,
+        "memory_bytes": found.memory_bytes,
+        "weight_bytes": found.weight_bytes,
+        "workspace_bytes": found.workspace_bytes,
+        "trained_len": found.trained_len,
+        "window": found.window,
+        "fits": chosen is not None,
+        "refusal": found.refusal,
+        "serve_cache": chosen and chosen.cache,
+        "serve_cache_tokens": chosen and chosen.cache_tokens,
+        "serve_cache_bytes": chosen and chosen.cache_bytes,
+        "serve_notes": list(chosen.notes) if chosen else [],
+    }
+    for cache in found.caches:
+        flat[f"{cache.name}_bytes_per_token"] = cache.token_bytes
+        flat[f"{cache.name}_largest_context"] = cache.fitting
+    return flat
+
+
+def _size(num_bytes: float) -> str:
+    return f"{num_bytes / (1 << 30):.2f} GiB"
