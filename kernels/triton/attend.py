@@ -18,12 +18,12 @@ import triton.language as tl
 from torch import Tensor
 from triton.language import constexpr
 
-from tightrope.kernels.layout import PAGE, AttentionSpec, LayerCache, RopeTable, StepLayout
-from tightrope.kernels.triton.angles import page_angle, tile_offsets
-from tightrope.kernels.triton.cached import cached_rows, load_values
+from tightrope.kernels.layout import GROUP, PAGE, AttentionSpec, LayerCache, RopeTable, StepLayout
+from tightrope.kernels.triton.angles import page_angle, tile_angles, turn
+from tightrope.kernels.triton.cached import cached_rows, load_planes, plane_dims
 
-_PAGE: constexpr = PAGE
-_LOG2E: constexpr = math.log2(math.e)
+_PAGE = constexpr(PAGE)
+_LOG2E = constexpr(math.log2(math.e))
 
 BLOCK_TOKENS = 64  # keys of a tile
 PROGRAMS_PER_SM = 4  # of decode, so that some load while others compute
@@ -63,8 +63,10 @@ def _attend(
     DIM_PADDED: constexpr,
     HALF: constexpr,
     HALF_PADDED: constexpr,
+    HALF_IS_WHOLE: constexpr,
     REST: constexpr,
     REST_PADDED: constexpr,
+    REST_IS_WHOLE: constexpr,
     BITS: constexpr,
     IS_DECODE: constexpr,
     HAS_WINDOW: constexpr,
@@ -100,62 +102,90 @@ def _attend(
     is_row = (member < GROUP) & (first_query + query < num_queries)
     at = (first_row + first_query + query).to(tl.int64) * (NUM_KV_HEADS * GROUP) + head * GROUP + member
     position = first_position + query
+    q_row, is_row2 = queries + at[:, None] * HEAD_DIM, is_row[:, None]
+    factor = key_factor + head * HEAD_DIM
     if HALF > 0:
-        pair = tl.arange(0, HALF_PADDED)[None, :]
-        mask = is_row[:, None] & (pair < HALF)
-        q_first = tl.load(queries + at[:, None] * HEAD_DIM + pair, mask=mask, other=0.0).to(tl.float32)
-        q_second = tl.load(queries + at[:, None] * HEAD_DIM + HALF + pair, mask=mask, other=0.0).to(tl.float32)
-        factor = key_factor + head * HEAD_DIM + pair
-        factor_first = tl.load(factor, mask=pair < HALF, other=0.0)
-        factor_second = tl.load(factor + HALF, mask=pair < HALF, other=0.0)
+        pair_a = plane_dims(0, HALF_PADDED, BITS, HALF_IS_WHOLE)
+        pair_b = plane_dims(1, HALF_PADDED, BITS, HALF_IS_WHOLE)
+        q_first_a, q_first_b = _load(q_row, pair_a, is_row2, HALF), _load(q_row, pair_b, is_row2, HALF)
+        q_second_a, q_second_b = _load(q_row + HALF, pair_a, is_row2, HALF), _load(q_row + HALF, pair_b, is_row2, HALF)
+        c_first_a, c_first_b = _load(factor, pair_a, True, HALF).to(DTYPE), _load(factor, pair_b, True, HALF).to(DTYPE)
+        c_second_a = _load(factor + HALF, pair_a, True, HALF).to(DTYPE)
+        c_second_b = _load(factor + HALF, pair_b, True, HALF).to(DTYPE)
         table = tl.load(set_of + b).to(tl.int64)
         pages += table * num_pages * (2 * HALF)
-        offset_cos, offset_sin = tile_offsets(
-            pages, places + table * (_PAGE * 2 * HALF), num_pages, BLOCK_TOKENS, HALF, HALF_PADDED
-        )
+        places += table * (_PAGE * 2 * HALF)
+        cos_a, sin_a = tile_angles(pages, places, num_pages, pair_a, BLOCK_TOKENS, HALF)
+        cos_b, sin_b = tile_angles(pages, places, num_pages, pair_b, BLOCK_TOKENS, HALF)
+        cos_a, sin_a, cos_b, sin_b = cos_a.to(DTYPE), sin_a.to(DTYPE), cos_b.to(DTYPE), sin_b.to(DTYPE)
     if REST > 0:
-        dim = 2 * HALF + tl.arange(0, REST_PADDED)[None, :]
-        mask = is_row[:, None] & (dim < HEAD_DIM)
-        q_rest = tl.load(queries + at[:, None] * HEAD_DIM + dim, mask=mask, other=0.0).to(DTYPE)
-        factor_rest = tl.load(key_factor + head * HEAD_DIM + dim, mask=dim < HEAD_DIM, other=0.0)
+        rest_a = plane_dims(0, REST_PADDED, BITS, REST_IS_WHOLE)
+        rest_b = plane_dims(1, REST_PADDED, BITS, REST_IS_WHOLE)
+        q_rest_a = _load(q_row + 2 * HALF, rest_a, is_row2, REST).to(DTYPE)
+        q_rest_b = _load(q_row + 2 * HALF, rest_b, is_row2, REST).to(DTYPE)
+        c_rest_a = _load(factor + 2 * HALF, rest_a, True, REST).to(DTYPE)
+        c_rest_b = _load(factor + 2 * HALF, rest_b, True, REST).to(DTYPE)
 
     largest = tl.full((BLOCK_QUERIES * GROUP_PADDED,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_QUERIES * GROUP_PADDED,), tl.float32)
-    mixed = tl.zeros((BLOCK_QUERIES * GROUP_PADDED, DIM_PADDED), tl.float32)
+    mixed_a = tl.zeros((BLOCK_QUERIES * GROUP_PADDED, DIM_PADDED // 2), tl.float32)
+    mixed_b = tl.zeros((BLOCK_QUERIES * GROUP_PADDED, DIM_PADDED // 2), tl.float32)
     for start in range(begin, end, BLOCK_TOKENS):
         token = start + tl.arange(0, BLOCK_TOKENS)
         is_cached = token < end
         rows = cached_rows(block_tables + b * table_width, token, is_cached, head, NUM_KV_HEADS)
         scores = tl.zeros((BLOCK_QUERIES * GROUP_PADDED, BLOCK_TOKENS), tl.float32)
         if HALF > 0:
-            k_first = load_values(
-                key_codes, key_scales, rows, is_cached, 0, HALF, HALF_PADDED, HEAD_DIM, BITS, tl.float32
+            k_first_a, k_first_b = load_planes(
+                key_codes, key_scales, rows, is_cached, 0, HALF, HALF_PADDED, HEAD_DIM, BITS, HALF_IS_WHOLE, DTYPE
             )
-            k_second = load_values(
-                key_codes, key_scales, rows, is_cached, HALF, HALF, HALF_PADDED, HEAD_DIM, BITS, tl.float32
+            k_second_a, k_second_b = load_planes(
+                key_codes, key_scales, rows, is_cached, HALF, HALF, HALF_PADDED, HEAD_DIM, BITS, HALF_IS_WHOLE, DTYPE
             )
-            k_first *= factor_first
-            k_second *= factor_second
-            cos, sin = page_angle(pages, start // _PAGE, HALF, HALF_PADDED)
-            if IS_DECODE:  # few queries: turning them back to the tile's page costs less than turning its keys on
-                turned_first = (q_first * cos + q_second * sin).to(DTYPE)
-                turned_second = (q_second * cos - q_first * sin).to(DTYPE)
-                key_cos, key_sin = offset_cos, offset_sin
-            else:
-                turned_first = q_first.to(DTYPE)
-                turned_second = q_second.to(DTYPE)
-                key_cos = offset_cos * cos - offset_sin * sin
-                key_sin = offset_sin * cos + offset_cos * sin
-            rotated_first = (k_first * key_cos - k_second * key_sin).to(DTYPE)
-            rotated_second = (k_second * key_cos + k_first * key_sin).to(DTYPE)
-            scores = tl.dot(turned_first, tl.trans(rotated_first), scores, input_precision="ieee")
-            scores = tl.dot(turned_second, tl.trans(rotated_second), scores, input_precision="ieee")
+            page_cos_a, page_sin_a = page_angle(pages, start // _PAGE, pair_a, HALF)
+            page_cos_b, page_sin_b = page_angle(pages, start // _PAGE, pair_b, HALF)
+            scores = _rotated_product(
+                scores,
+                q_first_a,
+                q_second_a,
+                k_first_a * c_first_a,
+                k_second_a * c_second_a,
+                cos_a,
+                sin_a,
+                page_cos_a,
+                page_sin_a,
+                IS_DECODE,
+                DTYPE,
+            )
+            scores = _rotated_product(
+                scores,
+                q_first_b,
+                q_second_b,
+                k_first_b * c_first_b,
+                k_second_b * c_second_b,
+                cos_b,
+                sin_b,
+                page_cos_b,
+                page_sin_b,
+                IS_DECODE,
+                DTYPE,
+            )
         if REST > 0:
-            k_rest = load_values(
-                key_codes, key_scales, rows, is_cached, 2 * HALF, REST, REST_PADDED, HEAD_DIM, BITS, tl.float32
+            k_rest_a, k_rest_b = load_planes(
+                key_codes,
+                key_scales,
+                rows,
+                is_cached,
+                2 * HALF,
+                REST,
+                REST_PADDED,
+                HEAD_DIM,
+                BITS,
+                REST_IS_WHOLE,
+                DTYPE,
             )
-            k_rest = (k_rest * factor_rest).to(DTYPE)
-            scores = tl.dot(q_rest, tl.trans(k_rest), scores, input_precision="ieee")
+            scores = tl.dot(q_rest_a, tl.trans(k_rest_a * c_rest_a), scores, input_precision="ieee")
+            scores = tl.dot(q_rest_b, tl.trans(k_rest_b * c_rest_b), scores, input_precision="ieee")
         scores *= scale
         if HAS_SOFTCAP:
             scores = softcap * (2 * tl.sigmoid(2 * scores / softcap) - 1)  # tanh
@@ -168,21 +198,62 @@ def _attend(
         reference = tl.where(new_largest == float("-inf"), 0.0, new_largest)  # a row that has seen no key yet
         weights = tl.exp2(scores - reference[:, None])
         fade = tl.exp2(largest - reference)
-        values = load_values(value_codes, value_scales, rows, is_cached, 0, HEAD_DIM, DIM_PADDED, HEAD_DIM, BITS, DTYPE)
+        value_a, value_b = load_planes(
+            value_codes, value_scales, rows, is_cached, 0, HEAD_DIM, DIM_PADDED, HEAD_DIM, BITS, True, DTYPE
+        )
         total = total * fade + tl.sum(weights, 1)
-        mixed = tl.dot(weights.to(DTYPE), values, mixed * fade[:, None], input_precision="ieee")
+        weights = weights.to(DTYPE)
+        mixed_a = tl.dot(weights, value_a, mixed_a * fade[:, None], input_precision="ieee")
+        mixed_b = tl.dot(weights, value_b, mixed_b * fade[:, None], input_precision="ieee")
         largest = new_largest
 
-    dim = tl.arange(0, DIM_PADDED)[None, :]
-    mask = is_row[:, None] & (dim < HEAD_DIM)
+    dim_a = plane_dims(0, DIM_PADDED, BITS, True)
+    dim_b = plane_dims(1, DIM_PADDED, BITS, True)
     if IS_DECODE and partials is not None:
         slot = ((b * NUM_KV_HEADS + head) * GROUP + member) * num_splits + part
         tl.store(stats + slot * 2, largest, mask=is_row)
         tl.store(stats + slot * 2 + 1, total, mask=is_row)
-        tl.store(partials + slot[:, None] * HEAD_DIM + dim, mixed, mask=mask)
+        out_row = partials + slot[:, None] * HEAD_DIM
     else:
-        result = mixed / tl.where(total == 0, 1.0, total)[:, None]
-        tl.store(outputs + at[:, None] * HEAD_DIM + dim, result.to(outputs.dtype.element_ty), mask=mask)
+        inverse = 1 / tl.where(total == 0, 1.0, total)[:, None]
+        mixed_a *= inverse
+        mixed_b *= inverse
+        out_row = outputs + at[:, None] * HEAD_DIM
+    tl.store(out_row + dim_a, mixed_a.to(out_row.dtype.element_ty), mask=is_row2 & (dim_a < HEAD_DIM))
+    tl.store(out_row + dim_b, mixed_b.to(out_row.dtype.element_ty), mask=is_row2 & (dim_b < HEAD_DIM))
+
+
+@triton.jit
+def _load(row: tl.tensor, dims: tl.tensor, is_row: tl.tensor, WIDTH: constexpr) -> tl.tensor:
+    """Numbers at `dims` of rows, float32, zero from WIDTH on."""
+    return tl.load(row + dims, mask=is_row & (dims < WIDTH), other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _rotated_product(
+    scores: tl.tensor,
+    q_first: tl.tensor,
+    q_second: tl.tensor,
+    k_first: tl.tensor,
+    k_second: tl.tensor,
+    cos: tl.tensor,
+    sin: tl.tensor,
+    page_cos: tl.tensor,
+    page_sin: tl.tensor,
+    TURN_QUERIES: constexpr,
+    DTYPE: constexpr,
+) -> tl.tensor:
+    """scores plus the product of one plane of queries with keys that are turned to their positions first.
+
+    cos, sin: of the tile's tokens, counted from its page; page_cos, page_sin: of the page.
+    """
+    if TURN_QUERIES:  # few queries: turning them back to the page costs less than turning its keys on
+        q_first, q_second = turn(q_first, q_second, page_cos, -page_sin)
+    else:
+        cos, sin = turn(cos, sin, page_cos.to(DTYPE), page_sin.to(DTYPE))
+    k_first, k_second = turn(k_first, k_second, cos, sin)
+    scores = tl.dot(q_first.to(DTYPE), tl.trans(k_first), scores, input_precision="ieee")
+    return tl.dot(q_second.to(DTYPE), tl.trans(k_second), scores, input_precision="ieee")
 
 
 @triton.jit
@@ -269,9 +340,9 @@ def _launch(
         outputs,
         partials,
         stats,
-        cache.key_codes,
+        _words(cache.key_codes),
         cache.key_scales,
-        cache.value_codes,
+        _words(cache.value_codes),
         cache.value_scales,
         cache.key_factor,
         step.query_starts,
@@ -295,8 +366,10 @@ def _launch(
         DIM_PADDED=dim_padded,
         HALF=half,
         HALF_PADDED=_padded(half),
+        HALF_IS_WHOLE=half % GROUP == 0,
         REST=head_dim - 2 * half,
         REST_PADDED=_padded(head_dim - 2 * half),
+        REST_IS_WHOLE=2 * half % GROUP == 0,
         BITS=_BITS[cache.format.dtype],
         IS_DECODE=is_decode,
         HAS_WINDOW=spec.window is not None,
@@ -333,6 +406,11 @@ def num_processors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else 4
 
 
+def _words(codes: Tensor) -> Tensor:
+    """Codes as the kernel loads them: those of q8 two at a time."""
+    return codes.view(torch.int16) if codes.dtype == torch.int8 else codes
+
+
 def _padded(num_dims: int) -> int:
-    """A power of two that products accept, not less than `num_dims`."""
-    return max(16, int(triton.next_power_of_2(num_dims)))
+    """A power of two whose half products accept, not less than `num_dims`."""
+    return max(32, int(triton.next_power_of_2(num_dims)))

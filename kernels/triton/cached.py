@@ -1,4 +1,11 @@
-"""How a Triton kernel reads cached keys and values: codes and scales in, numbers out, for a tile of tokens."""
+"""How a Triton kernel reads cached keys and values: codes and scales in, numbers out, for a tile of tokens.
+
+Products don't care in which order dimensions are summed, so a part of a head is read as two planes, each half of its
+dimensions, split as the codes lie: the even and the odd ones of q8, whose codes are loaded two at a time as an int16,
+and the low and the high nibbles of q4. A loaded element then yields one number for either plane where it is, with no
+exchange between threads. Small integers become float16 by their bits: 0x6400 | n is 1024 + n. Conversions by
+instruction run at an eighth of the rate of arithmetic and would be what decode waits for.
+"""
 
 import triton
 import triton.language as tl
@@ -6,12 +13,29 @@ from triton.language import constexpr
 
 from tightrope.kernels.layout import GROUP, PAGE
 
-_GROUP: constexpr = GROUP
-_PAGE: constexpr = PAGE
+_GROUP = constexpr(GROUP)
+_HALF_GROUP = constexpr(GROUP // 2)
+_PAGE = constexpr(PAGE)
 
 
 @triton.jit
-def load_values(
+def plane_dims(PLANE: constexpr, PADDED: constexpr, BITS: constexpr, IS_WHOLE: constexpr) -> tl.tensor:
+    """Dimensions [1, PADDED / 2] int32 of plane 0 or 1 of a part, counted from the part's first.
+
+    IS_WHOLE: the part begins with a group and takes whole groups, or the head's last.
+    """
+    dim = tl.arange(0, PADDED // 2)
+    if BITS == 8:
+        dim = 2 * dim + PLANE
+    elif BITS == 4 and IS_WHOLE:
+        dim = dim // _HALF_GROUP * _GROUP + dim % _HALF_GROUP + _HALF_GROUP * PLANE
+    else:
+        dim = dim + PLANE * (PADDED // 2)
+    return dim[None, :]
+
+
+@triton.jit
+def load_planes(
     codes: tl.tensor,
     scales: tl.tensor,
     rows: tl.tensor,
@@ -21,50 +45,59 @@ def load_values(
     PADDED: constexpr,
     HEAD_DIM: constexpr,
     BITS: constexpr,
+    IS_WHOLE: constexpr,
     DTYPE: constexpr,
-) -> tl.tensor:
-    """Dimensions FIRST .. FIRST + WIDTH of cached rows, as a tile [N, PADDED] of DTYPE; zero where there is nothing.
+) -> tuple[tl.tensor, tl.tensor]:
+    """Dimensions FIRST .. FIRST + WIDTH of cached rows as two planes [N, PADDED / 2] of DTYPE, zero where none are.
 
-    rows [N] int64 count heads of tokens in storage order, is_cached [N] says which to read.
+    codes point to float16 (16 bits), to int16, each of two codes (8), or to uint8 (4). rows [N] int64 count heads of
+    tokens in storage order, is_cached [N] says which to read. FIRST is even for 8 bits.
     """
-    GROUPS: constexpr = (HEAD_DIM + _GROUP - 1) // _GROUP
+    NUM_GROUPS: constexpr = (HEAD_DIM + _GROUP - 1) // _GROUP
+    place = tl.arange(0, PADDED // 2)[None, :]
+    row, is_row = rows[:, None], is_cached[:, None]
+    dim_a = plane_dims(0, PADDED, BITS, IS_WHOLE)
+    dim_b = plane_dims(1, PADDED, BITS, IS_WHOLE)
     if BITS == 16:
-        dims = tl.arange(0, PADDED)[None, :]
-        mask = is_cached[:, None] & (dims < WIDTH)
-        return tl.load(codes + rows[:, None] * HEAD_DIM + FIRST + dims, mask=mask, other=0.0).to(DTYPE)
-    if FIRST % _GROUP == 0 and PADDED % _GROUP == 0 and (WIDTH % _GROUP == 0 or FIRST + WIDTH == HEAD_DIM):
-        # whole groups: one scale is loaded for its 32 values; what pads the last group is stored as zero
-        groups = FIRST // _GROUP + tl.arange(0, PADDED // _GROUP)[None, :, None]
-        lanes = tl.arange(0, _GROUP)[None, None, :]
-        mask = is_cached[:, None, None] & (groups < (FIRST + WIDTH + _GROUP - 1) // _GROUP)
-        rows3 = rows[:, None, None]
-        scale = tl.load(scales + rows3 * GROUPS + groups, mask=mask, other=0.0)
-        number = _numbers(codes, rows3, groups, lanes, mask, GROUPS, BITS)
-        return tl.reshape(number.to(DTYPE) * scale.to(DTYPE), (rows.shape[0], PADDED))
-    dims = FIRST + tl.arange(0, PADDED)[None, :]
-    groups = dims // _GROUP
-    mask = is_cached[:, None] & (dims < FIRST + WIDTH)
-    scale = tl.load(scales + rows[:, None] * GROUPS + groups, mask=mask, other=0.0)
-    number = _numbers(codes, rows[:, None], groups, dims % _GROUP, mask, GROUPS, BITS)
-    return number.to(DTYPE) * scale.to(DTYPE)
+        at = codes + row * HEAD_DIM + FIRST
+        plane_a = tl.load(at + dim_a, mask=is_row & (dim_a < WIDTH), other=0.0).to(DTYPE)
+        plane_b = tl.load(at + dim_b, mask=is_row & (dim_b < WIDTH), other=0.0).to(DTYPE)
+    else:
+        if BITS == 8:
+            at = codes + row * (NUM_GROUPS * _HALF_GROUP) + FIRST // 2
+            pair = tl.load(at + place, mask=is_row & (place < WIDTH // 2), other=0).to(tl.uint16, bitcast=True)
+            number_a = ((pair & 0xFF) ^ 0x6480).to(tl.float16, bitcast=True) - 1152.0
+            number_b = ((pair >> 8) ^ 0x6480).to(tl.float16, bitcast=True) - 1152.0
+        elif IS_WHOLE:
+            at = codes + row * (NUM_GROUPS * _HALF_GROUP) + FIRST // 2
+            is_code = place < (WIDTH + _GROUP - 1) // _GROUP * _HALF_GROUP
+            pair = tl.load(at + place, mask=is_row & is_code, other=0).to(tl.uint16)
+            number_a = ((pair & 15) | 0x6400).to(tl.float16, bitcast=True) - 1032.0
+            number_b = ((pair >> 4) | 0x6400).to(tl.float16, bitcast=True) - 1032.0
+        else:
+            number_a = _nibbles(codes + row * (NUM_GROUPS * _HALF_GROUP), FIRST + dim_a, is_row & (dim_a < WIDTH))
+            number_b = _nibbles(codes + row * (NUM_GROUPS * _HALF_GROUP), FIRST + dim_b, is_row & (dim_b < WIDTH))
+        if IS_WHOLE:
+            group = tl.arange(0, PADDED // _GROUP)[None, :]
+            mask = is_row & (group * _GROUP < WIDTH)
+            scale = tl.load(scales + row * NUM_GROUPS + FIRST // _GROUP + group, mask=mask, other=0.0)
+            scale = tl.broadcast_to(scale[:, :, None], (rows.shape[0], PADDED // _GROUP, _HALF_GROUP))
+            scale_a = tl.reshape(scale, (rows.shape[0], PADDED // 2))
+            scale_b = scale_a
+        else:
+            at = scales + row * NUM_GROUPS
+            scale_a = tl.load(at + (FIRST + dim_a) // _GROUP, mask=is_row & (dim_a < WIDTH), other=0.0)
+            scale_b = tl.load(at + (FIRST + dim_b) // _GROUP, mask=is_row & (dim_b < WIDTH), other=0.0)
+        plane_a = number_a.to(DTYPE) * scale_a.to(DTYPE)
+        plane_b = number_b.to(DTYPE) * scale_b.to(DTYPE)
+    return plane_a, plane_b
 
 
 @triton.jit
-def _numbers(
-    codes: tl.tensor,
-    rows: tl.tensor,
-    groups: tl.tensor,
-    lanes: tl.tensor,
-    mask: tl.tensor,
-    GROUPS: constexpr,
-    BITS: constexpr,
-) -> tl.tensor:
-    """The integers that codes stand for, int8, at `lanes` of `groups` of `rows`."""
-    if BITS == 8:
-        return tl.load(codes + rows * (GROUPS * _GROUP) + groups * _GROUP + lanes, mask=mask, other=0)
-    half: constexpr = _GROUP // 2
-    packed = tl.load(codes + rows * (GROUPS * half) + groups * half + lanes % half, mask=mask, other=0)
-    return ((packed >> (lanes // half * 4).to(tl.uint8)) & 15).to(tl.int8) - 8
+def _nibbles(codes: tl.tensor, dims: tl.tensor, mask: tl.tensor) -> tl.tensor:
+    """q4 numbers, float16, at any `dims` of rows that begin at `codes`."""
+    byte = tl.load(codes + dims // _GROUP * _HALF_GROUP + dims % _HALF_GROUP, mask=mask, other=0).to(tl.int32)
+    return ((byte >> dims % _GROUP // _HALF_GROUP * 4 & 15) - 8).to(tl.float16)
 
 
 @triton.jit

@@ -10,9 +10,9 @@ from triton.language import constexpr
 
 from tightrope.kernels.layout import PAGE, RopeTable, StepLayout
 
-_PAGE: constexpr = PAGE
-_SQRT_HALF: constexpr = math.sqrt(0.5)
-_GELU: constexpr = 2 * math.sqrt(2 / math.pi)
+_PAGE = constexpr(PAGE)
+_SQRT_HALF = constexpr(math.sqrt(0.5))
+_GELU = constexpr(2 * math.sqrt(2 / math.pi))
 
 BLOCK = 1024  # columns of the gated activation that a program takes
 
@@ -153,7 +153,7 @@ def _gated(gate_up: tl.tensor, out: tl.tensor, num_columns: tl.tensor, ACTIVATIO
     elif ACTIVATION == "gelu":
         active = 0.5 * gate * (1 + tl.erf(gate * _SQRT_HALF))
     else:  # tanh(y) is 2 * sigmoid(2 * y) - 1, so half of 1 + tanh(y) is a sigmoid
-        active = gate * tl.sigmoid(_GELU * (gate + 0.044715 * gate * gate * gate))
+        active = gate * tl.sigmoid((gate + 0.044715 * gate * gate * gate) * _GELU)
     tl.store(out + row * num_columns + column, (active * up).to(out.dtype.element_ty), mask=mask)
 
 

@@ -7,9 +7,9 @@ from triton.language import constexpr
 
 from tightrope.kernels.layout import GROUP, PAGE, LayerCache
 
-_GROUP: constexpr = GROUP
-_PAGE: constexpr = PAGE
-_TO_EVEN: constexpr = 1.5 * 2**23  # added and taken away, it rounds a small float32 to the nearest even integer
+_GROUP = constexpr(GROUP)
+_PAGE = constexpr(PAGE)
+_TO_EVEN = constexpr(1.5 * 2**23)  # added and taken away, it rounds to the nearest integer, ties to the even one
 
 
 @triton.jit
