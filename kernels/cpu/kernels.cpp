@@ -1,0 +1,92 @@
+// The plain C interface that kernels/native.py calls. Pointers are to contiguous memory unless a stride, in floats, says
+// how far apart tokens are; shapes and meanings are those of kernels/reference.py.
+
+#include "draw.h"
+#include "linear.h"
+#include "pointwise.h"
+#include "step.h"
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+// The widest instruction set that this processor and its system run: 2 AVX-512, 1 AVX2, 0 any.
+EXPORT int tightrope_instruction_set() {
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_cpu_init();
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 0;
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                   __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") ? 2 : 1;
+#else
+    return 0;
+#endif
+}
+
+EXPORT void tightrope_set_threads(int count) { pool().set_threads(count); }
+
+// dtype: 0 float32, 1 bfloat16, 2 float16
+EXPORT void tightrope_linear(const float* x, const void* weight, int dtype, const float* bias, float* out, int rows,
+                             int inputs, int outputs) {
+    const Linear l{x, weight, bias, out, rows, inputs, outputs};
+    if (dtype == 0) linear<float>(l);
+    if (dtype == 1) linear<bf16>(l);
+    if (dtype == 2) linear<f16>(l);
+}
+
+// format: 0 f16, 1 q8, 2 q4
+EXPORT void tightrope_store_kv(void* key_codes, void* key_scales, void* value_codes, void* value_scales,
+                               const float* key_factor, int format, int kv_heads, int dims, const float* keys,
+                               int64_t key_stride, const float* values, int64_t value_stride, const int64_t* slots,
+                               int tokens) {
+    const Cache cache{(uint8_t*)key_codes, (uint8_t*)value_codes, (f16*)key_scales, (f16*)value_scales,
+                      key_factor,          format,                kv_heads,         dims};
+    store_kv(cache, keys, key_stride, values, value_stride, slots, tokens);
+}
+
+EXPORT void tightrope_attention(void* key_codes, void* key_scales, void* value_codes, void* value_scales,
+                                const float* key_factor, int format, int kv_heads, int dims, const float* queries,
+                                float* out, int heads, const float* pages, const float* places, const int32_t* set_of,
+                                int num_pages, int half, const int32_t* query_starts, const int32_t* context_lens,
+                                const int32_t* block_tables, int sequences, int block_table_width, float scale,
+                                int window, float softcap) {
+    const Attention a{queries,
+                      out,
+                      {(uint8_t*)key_codes, (uint8_t*)value_codes, (f16*)key_scales, (f16*)value_scales, key_factor,
+                       format, kv_heads, dims},
+                      {pages, places, set_of, num_pages, half},
+                      query_starts,
+                      context_lens,
+                      block_tables,
+                      sequences,
+                      block_table_width,
+                      heads,
+                      window,
+                      scale,
+                      softcap};
+    if (format == F16) attention<F16>(a);
+    if (format == Q8) attention<Q8>(a);
+    if (format == Q4) attention<Q4>(a);
+}
+
+EXPORT void tightrope_rotate(const float* x, int64_t stride, float* out, const float* pages, const float* places,
+                             const int32_t* set_of, const float* query_scale, int num_pages, int half,
+                             const int32_t* positions, const int32_t* sequence_of, int tokens, int heads, int dims) {
+    const Rope rope{pages, places, set_of, num_pages, half};
+    rotate(x, stride, out, rope, query_scale, positions, sequence_of, tokens, heads, dims);
+}
+
+EXPORT void tightrope_rms_norm(const float* x, int64_t stride, const float* weight, float* out, int rows, int width,
+                               float eps) {
+    rms_norm(x, stride, weight, out, rows, width, eps);
+}
+
+// activation: 0 silu, 1 gelu, 2 gelu_tanh
+EXPORT void tightrope_gated(const float* gate_up, float* out, int rows, int width, int activation) {
+    if (activation == SILU) gated<SILU>(gate_up, out, rows, width);
+    if (activation == GELU) gated<GELU>(gate_up, out, rows, width);
+    if (activation == GELU_TANH) gated<GELU_TANH>(gate_up, out, rows, width);
+}
+
+// Params of a row: temperature > 0, u in [0, 1), top_k, top_p, min_p, typical_p (neutral: 0, 1, 0, 1). token_ids: -1
+// where nothing can be drawn, -2 where it can't be told by a short list.
+EXPORT void tightrope_draw(const float* logits, int64_t rows, int64_t vocab, const double* params, int64_t* token_ids) {
+    draw(logits, rows, vocab, params, token_ids);
+}

@@ -1,0 +1,158 @@
+// Vectors of floats as wide as the build's registers, and how stored numbers become floats.
+//
+// One source for every instruction set: GCC's vector extensions do the arithmetic, intrinsics only what they can't say.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16;
+#elif defined(__AVX2__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
+typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+typedef int8_t Bytes __attribute__((vector_size(LANES)));
+typedef uint8_t Nibbles __attribute__((vector_size(LANES)));
+
+#define INLINE inline __attribute__((always_inline))
+
+template <class V> INLINE V load_as(const void* from) {
+    V v;
+    memcpy(&v, from, sizeof v);  // unaligned; becomes one instruction
+    return v;
+}
+INLINE Floats load(const float* from) { return load_as<Floats>(from); }
+INLINE void store(float* to, Floats v) { memcpy(to, &v, sizeof v); }
+INLINE Floats all(float x) { return Floats{} + x; }
+INLINE Ints all(int x) { return Ints{} + x; }
+
+INLINE Floats larger(Floats a, Floats b) {
+#if defined(__AVX512F__)
+    return (Floats)_mm512_maskz_max_ps(0xffff, (__m512)a, (__m512)b)  /* unmasked, GCC 12 warns */;
+#elif defined(__AVX2__)
+    return (Floats)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+    return a > b ? a : b;
+#endif
+}
+
+// Numbers as they are stored: bfloat16 is the upper half of a float, float16 is IEEE binary16.
+struct bf16 { uint16_t bits; };
+struct f16 { uint16_t bits; };
+
+INLINE Floats load(const bf16* from) {
+    return (Floats)(__builtin_convertvector(load_as<Halves>(from), Words) << 16);
+}
+INLINE Floats load(const f16* from) {
+#if defined(__AVX512F__)
+    return (Floats)_mm512_maskz_cvtph_ps(0xffff, load_as<__m256i>(from));
+#elif defined(__F16C__)
+    return (Floats)_mm256_cvtph_ps(load_as<__m128i>(from));
+#else
+    const Words h = __builtin_convertvector(load_as<Halves>(from), Words);
+    Words bits = (Words)((Floats)((h & 0x7fff) << 13) * 0x1p112f);  // moves the exponent, subnormals included
+    bits |= (h & 0x7c00) == 0x7c00 ? Words{} + 0x7f800000 : Words{};
+    return (Floats)(bits | (h & 0x8000) << 16);
+#endif
+}
+
+INLINE float to_float(float x) { return x; }
+INLINE float to_float(bf16 x) {
+    const uint32_t bits = uint32_t(x.bits) << 16;
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+INLINE float to_float(f16 x) {
+#if defined(__F16C__)
+    return _cvtsh_ss(x.bits);
+#else
+    uint16_t padded[LANES] = {x.bits};
+    return load((const f16*)padded)[0];
+#endif
+}
+
+// Rounded to the nearest float16, to the even one of two; what is too large becomes infinity.
+INLINE f16 to_f16(float x) {
+#if defined(__F16C__)
+    return {uint16_t(_cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT))};
+#else
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    const uint16_t sign = bits >> 16 & 0x8000;
+    bits &= 0x7fffffff;
+    if (bits >= 0x47800000) return {uint16_t(sign | (bits > 0x7f800000 ? 0x7e00 : 0x7c00))};
+    if (bits < 0x38800000) {  // a subnormal float16: adding a half lines the bits up and rounds them
+        float magnitude;
+        memcpy(&magnitude, &bits, 4);
+        magnitude += 0.5f;
+        memcpy(&bits, &magnitude, 4);
+        return {uint16_t(sign | (bits - 0x3f000000))};
+    }
+    return {uint16_t(sign | (bits - 0x38000000 + 0xfff + (bits >> 13 & 1)) >> 13)};
+#endif
+}
+
+INLINE float sum(Floats v) {
+    float lanes[LANES];
+    memcpy(lanes, &v, sizeof v);
+#pragma GCC unroll 4
+    for (int step = LANES / 2; step; step /= 2)
+#pragma GCC unroll 8
+        for (int i = 0; i < step; ++i) lanes[i] += lanes[i + step];
+    return lanes[0];
+}
+INLINE float largest(Floats v) {
+    float lanes[LANES];
+    memcpy(lanes, &v, sizeof v);
+#pragma GCC unroll 4
+    for (int step = LANES / 2; step; step /= 2)
+#pragma GCC unroll 8
+        for (int i = 0; i < step; ++i) lanes[i] = lanes[i] > lanes[i + step] ? lanes[i] : lanes[i + step];
+    return lanes[0];
+}
+
+// Lanes of the result are the sums of the LANES vectors, in their order. Overwrites `v`.
+INLINE Floats sums(Floats* v) {
+    Ints low, high;  // interleave the lower (upper) halves of two vectors
+    for (int i = 0; i < LANES; ++i) {
+        low[i] = i / 2 + (i % 2) * LANES;
+        high[i] = low[i] + LANES / 2;
+    }
+#pragma GCC unroll 8
+    for (int half = LANES / 2; half; half /= 2)
+#pragma GCC unroll 8
+        for (int i = 0; i < half; ++i)
+            v[i] = __builtin_shuffle(v[i], v[i + half], low) + __builtin_shuffle(v[i], v[i + half], high);
+    return v[0];
+}
+
+// e^x with a relative error under 2e-7; 0 below -87.3, and no more than 2^127.
+// Polynomial: S. Moshier, Cephes Mathematical Library, expf.
+INLINE Floats exponential(Floats x) {
+    const Ints is_tiny = x < -87.3f;
+    x = larger(x, all(-87.3f));
+    x = -larger(-x, all(-88.0f));
+    const Floats n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;  // the nearest whole number
+    const Floats r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    Floats p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    const Floats power = (Floats)((__builtin_convertvector(n, Ints) + 127) << 23);
+    const Floats result = (p * r * r + r + 1.0f) * power;
+    return is_tiny ? Floats{} : result;
+}
+INLINE Floats hyperbolic_tangent(Floats x) { return 1.0f - 2.0f / (exponential(x + x) + 1.0f); }

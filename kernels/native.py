@@ -1,0 +1,188 @@
+"""The C++ kernels of a CPU, called through ctypes; meanings and shapes are those of kernels.reference.
+
+A call costs some two microseconds beside its work: addresses and numbers are handed over as they are, without checks.
+So tensors must be what kernels.reference and kernels.layout say: float32 activations, indices of the widths stated.
+"""
+
+import ctypes
+import sysconfig
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any  # ctypes keeps the type of its types to itself
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tightrope.kernels import reference
+from tightrope.kernels.layout import AttentionSpec, LayerCache, RopeTable, StepLayout
+
+INSTRUCTION_SETS = ("portable", "avx2", "avx512")  # numbered by the library; a machine that runs one runs those before
+MOST_DIMS = 256  # of a head, in the attention; larger ones are left to the reference
+
+_WEIGHTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_FORMATS = {"f16": 0, "q8": 1, "q4": 2}
+_ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
+_TYPES: dict[str, Any] = {"p": ctypes.c_void_p, "i": ctypes.c_int, "l": ctypes.c_int64, "f": ctypes.c_float}
+
+
+def library_path(instruction_set: str) -> Path:
+    """Where the build for an instruction set lies, if it was built."""
+    return Path(__file__).parent / f"cpu_{instruction_set}{sysconfig.get_config_var('EXT_SUFFIX')}"
+
+
+def usable() -> Sequence[str]:
+    """The instruction sets that are built and that this machine runs, the fastest first; none without a build."""
+    portable = library_path("portable")
+    if not portable.exists():
+        return ()
+    widest: int = ctypes.CDLL(str(portable)).tightrope_instruction_set()
+    return [name for name in reversed(INSTRUCTION_SETS[: widest + 1]) if library_path(name).exists()]
+
+
+class NativeKernels:
+    """One build's operations, and its threads: the caller's, until `set_threads` adds more."""
+
+    def __init__(self, instruction_set: str) -> None:
+        self.instruction_set = instruction_set
+        library = ctypes.CDLL(str(library_path(instruction_set)))
+
+        def function(name: str, types: str) -> Callable[..., None]:
+            found = library[f"tightrope_{name}"]
+            found.argtypes, found.restype = [_TYPES[kind] for kind in types], None
+            return found
+
+        self.set_threads = function("set_threads", "i")
+        self._linear = function("linear", "ppippiii")
+        self._store_kv = function("store_kv", "pppppiiiplplpi")
+        self._attention = function("attention", "pppppiiippipppiipppiifif")
+        self._rotate = function("rotate", "plpppppiippiii")
+        self._rms_norm = function("rms_norm", "plppiif")
+        self._gated = function("gated", "ppiii")
+        self._draw = function("draw", "pllpp")
+
+    def describe(self) -> str:
+        return f"C++ ({self.instruction_set})"
+
+    def store_kv(self, cache: LayerCache, keys: Tensor, values: Tensor, slots: Tensor) -> None:
+        keys, key_stride = _tokens(keys)
+        values, value_stride = _tokens(values)
+        self._store_kv(
+            *_pages(cache),
+            keys.data_ptr(),
+            key_stride,
+            values.data_ptr(),
+            value_stride,
+            slots.data_ptr(),
+            slots.shape[0],
+        )
+
+    def attention(
+        self, queries: Tensor, cache: LayerCache, step: StepLayout, table: RopeTable | None, spec: AttentionSpec
+    ) -> Tensor:
+        if cache.format.head_dim > MOST_DIMS:
+            return reference.attention(queries, cache, step, table, spec)
+        queries = queries.contiguous()
+        out = torch.empty_like(queries)
+        self._attention(
+            *_pages(cache),
+            queries.data_ptr(),
+            out.data_ptr(),
+            queries.shape[1],
+            *((None, None, None, 0, 0) if table is None else _angles(table)),
+            step.query_starts.data_ptr(),
+            step.context_lens.data_ptr(),
+            step.block_tables.data_ptr(),
+            step.block_tables.shape[0],
+            step.block_tables.stride(0),
+            spec.scale,
+            spec.window or 0,
+            spec.softcap or 0.0,
+        )
+        return out
+
+    def rotate(self, x: Tensor, step: StepLayout, table: RopeTable) -> Tensor:
+        x, stride = _tokens(x)
+        tokens, heads, dims = x.shape
+        out = x.new_empty(tokens, heads, dims)
+        pages, places, set_of, num_pages, half = _angles(table)
+        self._rotate(
+            x.data_ptr(),
+            stride,
+            out.data_ptr(),
+            pages,
+            places,
+            set_of,
+            table.query_scale.data_ptr(),
+            num_pages,
+            half,
+            step.positions.data_ptr(),
+            step.sequence_of.data_ptr(),
+            tokens,
+            heads,
+            dims,
+        )
+        return out
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        x = x.contiguous()
+        rows, inputs = x.shape
+        outputs = weight.shape[0]
+        out = x.new_empty(rows, outputs)
+        self._linear(
+            x.data_ptr(),
+            weight.data_ptr(),
+            _WEIGHTS[weight.dtype],
+            None if bias is None else bias.data_ptr(),
+            out.data_ptr(),
+            rows,
+            inputs,
+            outputs,
+        )
+        return out
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        width = x.shape[-1]
+        rows = x.reshape(-1, width)
+        out = torch.empty(x.shape)
+        self._rms_norm(rows.data_ptr(), rows.stride(0), weight.data_ptr(), out.data_ptr(), rows.shape[0], width, eps)
+        return out
+
+    def gated(self, gate_up: Tensor, activation: str) -> Tensor:
+        gate_up = gate_up.contiguous()
+        rows, both = gate_up.shape
+        out = gate_up.new_empty(rows, both // 2)
+        self._gated(gate_up.data_ptr(), out.data_ptr(), rows, both // 2, _ACTIVATIONS[activation])
+        return out
+
+    def draw(self, logits: Tensor, params: NDArray[np.float64]) -> NDArray[np.int64]:
+        """See kernels.dispatch.draw; logits are contiguous."""
+        token_ids = np.empty(len(logits), np.int64)
+        self._draw(logits.data_ptr(), len(logits), logits.shape[1], params.ctypes.data, token_ids.ctypes.data)
+        return token_ids
+
+
+def _tokens(x: Tensor) -> tuple[Tensor, int]:
+    """x [T, heads, D] with each token's heads side by side, as a fused projection's slices have; and its stride."""
+    if x.stride(2) != 1 or x.stride(1) != x.shape[2]:
+        x = x.contiguous()
+    return x, x.stride(0)
+
+
+def _pages(cache: LayerCache) -> tuple[int, int, int, int, int, int, int, int]:
+    return (
+        cache.key_codes.data_ptr(),
+        cache.key_scales.data_ptr(),
+        cache.value_codes.data_ptr(),
+        cache.value_scales.data_ptr(),
+        cache.key_factor.data_ptr(),
+        _FORMATS[cache.format.dtype],
+        cache.format.num_kv_heads,
+        cache.format.head_dim,
+    )
+
+
+def _angles(table: RopeTable) -> tuple[int, int, int, int, int]:
+    _, num_pages, _, half = table.pages.shape
+    return table.pages.data_ptr(), table.places.data_ptr(), table.set_of.data_ptr(), num_pages, half
