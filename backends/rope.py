@@ -8,7 +8,7 @@ reference code (llama3). What config.json calls the parameters is transformers' 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +16,9 @@ from numpy.typing import NDArray
 from tightrope.backends.errors import BackendError
 from tightrope.backends.rope_config import FILE, LISTS, ORIGINAL, STRETCHING, RopeConfig, Section, kind_of, read_rope
 from tightrope.backends.rope_config import rotary_dim as rotary_dim_of
-from tightrope.backends.settings import RopeKind, RopeSettings
+
+if TYPE_CHECKING:  # pydantic, which a model needs only where settings are read
+    from tightrope.backends.settings import RopeKind, RopeSettings
 
 SLIDING = "sliding_attention"  # layers of a short window, which an override leaves as they are
 
@@ -31,7 +33,7 @@ class RopeSpec:
     which llama3 does, and longrope divides frequency i by element i of a list [rotary_dim / 2].
     """
 
-    kind: RopeKind
+    kind: "RopeKind"
     factor: float
     theta: float
     rotary_dim: int
@@ -111,7 +113,7 @@ class RopeSpec:
         return inv_freq / self.factor * (1 - kept) + inv_freq * kept
 
 
-def resolve_rope(config: Mapping[str, Any], settings: RopeSettings, max_model_len: int) -> dict[str, RopeSpec]:
+def resolve_rope(config: Mapping[str, Any], settings: "RopeSettings", max_model_len: int) -> dict[str, RopeSpec]:
     """The rotation of each kind of layer: "full_attention" and "sliding_attention" where a model has both, else
     "default"; nothing for a model whose config.json has no RoPE.
 
@@ -119,6 +121,8 @@ def resolve_rope(config: Mapping[str, Any], settings: RopeSettings, max_model_le
     max_model_len is the served window in tokens; 0 takes factor times the trained window where the scaling stretches
     it, else what the file says. Raises BackendError naming the field, or the option, that can't be.
     """
+    from tightrope.backends.settings import RopeSettings
+
     rope = read_rope(config)
     check_wish(settings)
     if not rope.sections and settings != RopeSettings():
@@ -131,7 +135,7 @@ def resolve_rope(config: Mapping[str, Any], settings: RopeSettings, max_model_le
     return {name: replace(spec, window=window) for name, spec in specs.items()}
 
 
-def check_wish(settings: RopeSettings) -> None:
+def check_wish(settings: "RopeSettings") -> None:
     """Raises BackendError when a factor has no kind, or is one that its kind has no meaning for."""
     if settings.factor is not None and settings.kind in (None, "none"):
         raise BackendError("a RoPE factor needs a kind of scaling: --rope-scaling linear, ntk, dynamic or yarn")
@@ -139,7 +143,7 @@ def check_wish(settings: RopeSettings) -> None:
         raise BackendError(f"a RoPE factor of {settings.factor:g} is too small: {settings.kind!r} needs at least 1")
 
 
-def _resolve(section: Section, rope: RopeConfig, settings: RopeSettings) -> RopeSpec:
+def _resolve(section: Section, rope: RopeConfig, settings: "RopeSettings") -> RopeSpec:
     """The spec of a section under the settings; its window is the one that it is made for."""
     trained_len = settings.original_len or _trained_len(section, rope)
     stretches = settings.kind is not None or kind_of(section) in ("dynamic", "ntk", "yarn")
@@ -178,7 +182,7 @@ def _trained_len(section: Section, rope: RopeConfig) -> int:
     return int(rope.max_len / section["factor"]) if kind == "linear" and rope.has_layer_kinds else rope.max_len
 
 
-def _overridden(section: Section, settings: RopeSettings) -> Section:
+def _overridden(section: Section, settings: "RopeSettings") -> Section:
     """The section as the person wants it; of the file's scaling nothing is left unless the kind is the same."""
     changed = dict(section)
     if settings.kind is not None and settings.kind != kind_of(section):
@@ -197,14 +201,14 @@ def _overridden(section: Section, settings: RopeSettings) -> Section:
     return changed
 
 
-def _factor(section: Section, kind: RopeKind, trained_len: int, max_len: int) -> float:
+def _factor(section: Section, kind: "RopeKind", trained_len: int, max_len: int) -> float:
     """How many times slower the slowest pairs turn; where a file has no factor, it is the ratio of its two windows."""
     if kind == "none":
         return 1.0
     return float(section.get("factor", max_len / trained_len))
 
 
-def _attention_factor(section: Section, kind: RopeKind, factor: float, trained_len: int) -> float:
+def _attention_factor(section: Section, kind: "RopeKind", factor: float, trained_len: int) -> float:
     """What sharpens attention over a stretched window: as the file says, or as the kind's paper recommends."""
     if kind not in ("yarn", "longrope"):
         return 1.0

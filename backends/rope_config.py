@@ -5,13 +5,15 @@ import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tightrope.backends.errors import BackendError
-from tightrope.backends.settings import RopeKind
+
+if TYPE_CHECKING:  # pydantic, which a model needs only where settings are read
+    from tightrope.backends.settings import RopeKind
 
 FILE = "config.json"
-KINDS: dict[str, RopeKind] = {  # as files name them -> as we do
+KINDS: "dict[str, RopeKind]" = {  # as files name them -> as we do
     "default": "none",
     "linear": "linear",
     "dynamic": "dynamic",
@@ -80,7 +82,7 @@ class RopeConfig:
         return "default" not in self.sections
 
 
-def kind_of(section: Section) -> RopeKind:
+def kind_of(section: Section) -> "RopeKind":
     """The kind of scaling, as we name it."""
     return KINDS[section.get("rope_type") or section.get("type") or "default"]
 
