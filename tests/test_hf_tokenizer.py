@@ -1,0 +1,455 @@
+"""Text to token ids and back by tokenizer.json and tokenizer.model, held to llama.cpp's and sentencepiece's own."""
+
+import io
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from shutil import copytree
+from typing import Any
+
+import pytest
+import sentencepiece
+from gguf_models import gemma
+from hf_models import gemma3_bf16, smollm2_bf16
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
+from tightrope.backends.errors import BackendError
+from tightrope.backends.gguf.native import ModelOptions, NativeModel
+from tightrope.backends.gguf.tokenizer import GGUFTokenizer
+from tightrope.backends.hf.config import ModelShape, read_config
+from tightrope.backends.hf.generation import chat_template
+from tightrope.backends.hf.tokenizer import HFTokenizer
+from tightrope.backends.locate import bundled_model
+
+TEXTS = [
+    "Hello, world!",
+    " leading and trailing spaces  ",
+    "안녕하세요, 만나서 반갑습니다. 오늘 날씨가 좋네요!",
+    "Family 👨‍👩‍👧‍👦, flag 🇰🇷, skin tone 👍🏽.",
+    "tabs\tand\n\nnewlines\r\n\n\n\nmany        spaces",
+    "fn main() { let x = 0x1F; } // 12345 67,890.12",
+    "Zażółć gęślą jaźń — «ünïcödé» ﬁ",
+    "\x01 a control character, and a nul \x00 too",
+    "日本語とEnglishが混ざった文",
+    "<|im_start|>user\nhi<|im_end|>\n<bos>a<eos><start_of_turn>model\n<end_of_turn>",
+    "▁ a symbol of sentencepiece, <0x0A> and <unk>",
+]
+TEXT = st.text(max_size=60) | st.text(alphabet="ab \n\t1▁<|>_éя한😀", max_size=60)
+
+
+@dataclass
+class Pair:
+    """A tokenizer of ours and llama.cpp's of the same vocabulary."""
+
+    ours: HFTokenizer
+    theirs: GGUFTokenizer
+
+    @cached_property
+    def known(self) -> set[bytes]:
+        """Single bytes that are tokens."""
+        return {raw for raw in map(self.ours.token_bytes, range(self.ours.vocab_size)) if len(raw) == 1}
+
+
+@pytest.fixture(scope="module", params=["SmolLM2", "Gemma 3"])
+def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
+    folder, file = (smollm2_bf16(), bundled_model()) if request.param == "SmolLM2" else (gemma3_bf16(), gemma())
+    model = NativeModel(file, ModelOptions())
+    yield Pair(HFTokenizer(folder, read_config(folder)), GGUFTokenizer(model))
+    model.close()
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> HFTokenizer:
+    return HFTokenizer(smollm2_bf16(), read_config(smollm2_bf16()))
+
+
+def joined(tokenizer: HFTokenizer, token_ids: list[int]) -> bytes:
+    return b"".join(tokenizer.token_bytes(token_id) for token_id in token_ids)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("is_start", [True, False])
+@pytest.mark.parametrize("parse_special", [True, False])
+def test_a_text_gets_the_ids_that_llama_cpp_gives_it(pair: Pair, text: str, is_start: bool, parse_special: bool):
+    token_ids = pair.ours.encode(text, parse_special=parse_special, is_start=is_start)
+
+    assert token_ids == pair.theirs.encode(text, parse_special=parse_special, is_start=is_start)
+
+
+@given(text=TEXT, is_start=st.booleans())
+@settings(deadline=None, max_examples=150)
+def test_the_bytes_of_the_tokens_are_the_text(pair: Pair, text: str, is_start: bool):
+    token_ids = pair.ours.encode(text, parse_special=False, is_start=is_start)
+
+    # the vocabulary of SmolLM2 lacks bytes such as 0x04 and 0xf1, which are dropped; sentencepiece writes spaces as ▁
+    # and so can't tell a ▁ in the text from a space
+    known = bytes(byte for byte in text.encode() if bytes([byte]) in pair.known)
+    assert joined(pair.ours, token_ids).replace("▁".encode(), b" ") == known.replace("▁".encode(), b" ")
+
+
+def test_every_token_has_the_bytes_that_llama_cpp_gives_it(pair: Pair):
+    ids = range(pair.ours.vocab_size)
+
+    assert pair.ours.vocab_size == pair.theirs.vocab_size
+    assert [i for i in ids if pair.ours.token_bytes(i) != pair.theirs.token_bytes(i)] == []
+
+
+def test_special_tokens_ends_and_bos_are_those_of_the_gguf_file(pair: Pair):
+    special = {i for i in range(pair.ours.vocab_size) if pair.ours.is_special(i)}
+    guessed = {b"<reponame>", b"</s>"}  # llama.cpp takes these for ends by their names, wherever they are
+
+    assert set(pair.ours.special_texts()) == {pair.ours.token_bytes(i).decode() for i in special}
+    assert {pair.ours.token_bytes(i) for i in pair.theirs.eos_ids - pair.ours.eos_ids} <= guessed
+    assert pair.ours.eos_ids <= pair.theirs.eos_ids
+    assert (pair.ours.bos_id, pair.ours.adds_bos) == (pair.theirs.bos_id, pair.theirs.adds_bos)
+
+
+def test_texts_get_the_ids_that_transformers_gives_them(smollm2: HFTokenizer):
+    theirs = AutoTokenizer.from_pretrained(smollm2_bf16())
+
+    for text in TEXTS:
+        assert smollm2.encode(text, parse_special=True, is_start=True) == theirs.encode(text, add_special_tokens=False)
+
+
+def test_special_tokens_are_parsed_only_when_asked_for(smollm2: HFTokenizer):
+    parsed = smollm2.encode("<|im_start|>user", parse_special=True, is_start=True)
+    plain = smollm2.encode("<|im_start|>user", parse_special=False, is_start=True)
+
+    assert smollm2.is_special(parsed[0])
+    assert not any(map(smollm2.is_special, plain))
+    assert joined(smollm2, parsed) == joined(smollm2, plain) == b"<|im_start|>user"
+
+
+def test_no_text_is_no_token_and_an_unpaired_surrogate_is_replaced(smollm2: HFTokenizer):
+    assert smollm2.encode("", parse_special=True, is_start=True) == []
+    assert joined(smollm2, smollm2.encode("a\ud800b", parse_special=False, is_start=True)) == b"a?b"
+
+
+def test_threads_may_share_a_tokenizer(pair: Pair):
+    def encode(job: tuple[str, bool]) -> list[int]:
+        return pair.ours.encode(job[0], parse_special=job[1], is_start=True)
+
+    jobs = [(text, parse_special) for text in TEXTS for parse_special in (True, False)]
+    expected = [encode(job) for job in jobs]
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(encode, jobs * 20)) == expected * 20
+
+
+@pytest.mark.parametrize("character", ["a", " ", "\n", "7", "한"])
+def test_a_megabyte_of_one_character_is_tokenized(pair: Pair, character: str):
+    text = character * ((1 << 20) // len(character.encode()))
+
+    assert joined(pair.ours, pair.ours.encode(text, parse_special=False, is_start=True)) == text.encode()
+
+
+# tokenizer.model, with sentencepiece itself as the twin
+
+CORPUS = (Path(__file__).resolve().parent.parent / "docs" / "request.md").read_text("utf-8") * 3
+LLAMA_SHAPE = replace(read_config(smollm2_bf16()), raw={"eos_token_id": 2})
+
+
+def trained(algorithm: str, **options: object) -> bytes:
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CORPUS.splitlines()),
+        model_writer=model,
+        model_type=algorithm,
+        vocab_size=560 if algorithm == "bpe" else 460,
+        minloglevel=2,
+        num_threads=1,
+        **options,
+    )
+    return model.getvalue()
+
+
+LLAMA_LIKE = {"byte_fallback": True, "normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+
+
+@pytest.fixture(scope="module")
+def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as the first llamas had it: tokenizer.model, and the names of its tokens."""
+    folder = tmp_path_factory.mktemp("llama")
+    raw = trained("bpe", user_defined_symbols=["<tool>"], control_symbols=["[INST]"], **LLAMA_LIKE)
+    (folder / "tokenizer.model").write_bytes(raw)
+    write(folder, "tokenizer_config.json", {"bos_token": "<s>", "eos_token": {"content": "</s>"}})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def llama(llama_folder: Path) -> HFTokenizer:
+    return HFTokenizer(llama_folder, LLAMA_SHAPE)
+
+
+@pytest.mark.parametrize("algorithm", ["bpe", "unigram"])
+@pytest.mark.parametrize("prefix", [True, False])
+def test_a_sentencepiece_model_gives_the_ids_that_sentencepiece_gives(tmp_path: Path, algorithm: str, prefix: bool):
+    raw = trained(algorithm, add_dummy_prefix=prefix, **LLAMA_LIKE)
+    (tmp_path / "tokenizer.model").write_bytes(raw)
+    ours, theirs = HFTokenizer(tmp_path, LLAMA_SHAPE), sentencepiece.SentencePieceProcessor(model_proto=raw)
+
+    @given(st.sampled_from(CORPUS.splitlines()) | TEXT.filter(lambda text: "\0" not in text))
+    @settings(deadline=None, max_examples=200)
+    def hold(text: str) -> None:
+        assert ours.encode(text, parse_special=False, is_start=True) == theirs.encode(text)
+
+    hold()
+
+
+def test_a_normalising_unigram_model_gives_the_ids_that_sentencepiece_gives(tmp_path: Path):
+    raw = trained("unigram", normalization_rule_name="nmt_nfkc", byte_fallback=True)
+    (tmp_path / "tokenizer.model").write_bytes(raw)
+    ours, theirs = HFTokenizer(tmp_path, LLAMA_SHAPE), sentencepiece.SentencePieceProcessor(model_proto=raw)
+
+    for text in [*TEXTS[:7], *CORPUS.splitlines()]:
+        assert ours.encode(text, parse_special=False, is_start=True) == theirs.encode(text), text
+
+
+@given(text=TEXT)
+@settings(deadline=None, max_examples=100)
+def test_the_leading_space_is_put_at_the_start_of_a_prompt_and_nowhere_else(llama: HFTokenizer, text: str):
+    start = joined(llama, llama.encode(text, parse_special=False, is_start=True)).decode()
+    later = joined(llama, llama.encode(text, parse_special=False, is_start=False)).decode()
+
+    assert later == text.replace("▁", " ")
+    assert start == (" " + later if text else "")
+
+
+def test_control_pieces_are_special_and_user_defined_ones_are_always_found(llama: HFTokenizer):
+    found = llama.encode("[INST]<tool></s>", parse_special=True, is_start=False)
+    plain = llama.encode("[INST]<tool></s>", parse_special=False, is_start=False)
+
+    assert [llama.token_bytes(i) for i in found] == [b"[INST]", b"<tool>", b"</s>"]
+    assert [llama.is_special(i) for i in found] == [True, False, True]
+    assert found[1] in plain
+    assert not any(map(llama.is_special, plain))
+    assert set(llama.special_texts()) == {"<unk>", "<s>", "</s>", "[INST]"}
+
+
+def test_a_llamas_prompts_start_with_bos(llama: HFTokenizer):
+    assert (llama.bos_id, llama.adds_bos, llama.eos_ids) == (1, True, {2})
+
+
+def test_bytes_that_no_piece_has_are_tokens_of_their_own(llama: HFTokenizer):
+    token_ids = llama.encode("😀", parse_special=False, is_start=False)
+
+    assert [llama.token_bytes(i) for i in token_ids] == [b"\xf0", b"\x9f", b"\x98", b"\x80"]
+
+
+def test_tokens_that_were_added_later_follow_the_sentencepiece_ones(llama_folder: Path, tmp_path: Path):
+    folder = copied(llama_folder, tmp_path)
+    write(folder, "added_tokens.json", {"<|im_end|>": 560, "<extra>": 561})
+    added = {"560": {"content": "<|im_end|>", "special": True}, "1": {"content": "<s>", "special": True}}
+    write(folder, "tokenizer_config.json", {"added_tokens_decoder": added})
+
+    tokenizer = HFTokenizer(folder, LLAMA_SHAPE)
+
+    assert tokenizer.encode("<|im_end|><extra>", parse_special=True, is_start=False) == [560, 561]
+    assert 560 in tokenizer.eos_ids
+    assert (tokenizer.is_special(560), tokenizer.is_special(561)) == (True, False)
+
+
+# what the folder's other files say
+
+SMALL = {
+    "version": "1.0",
+    "added_tokens": [
+        {"id": i, "content": text, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
+         "special": special}
+        for i, (text, special) in enumerate([("<s>", True), ("</s>", True), ("<|eot_id|>", True), ("<think>", False)])
+    ],
+    "normalizer": None,
+    "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
+    "post_processor": None,
+    "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+    "model": {"type": "BPE", "vocab": {"<s>": 0, "</s>": 1, "<|eot_id|>": 2, "<think>": 3, "a": 4, "Ġ": 5},
+              "merges": []},
+}  # fmt: skip
+ADDS_BOS = {
+    "type": "TemplateProcessing",
+    "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+    "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+    "special_tokens": {"<s>": {"id": "<s>", "ids": [0], "tokens": ["<s>"]}},
+}
+SMALL_SHAPE = replace(LLAMA_SHAPE, vocab_size=8, raw={})
+
+
+def write(folder: Path, name: str, value: object) -> None:
+    (folder / name).write_text(json.dumps(value), "utf-8")
+
+
+def copied(source: Path, target: Path) -> Path:
+    return copytree(source, target / "copy")
+
+
+def small(folder: Path, shape: ModelShape = SMALL_SHAPE, **parts: object) -> HFTokenizer:
+    write(folder, "tokenizer.json", SMALL | parts)
+    return HFTokenizer(folder, shape)
+
+
+@pytest.mark.parametrize(
+    ("post_processor", "config", "expected"),
+    [
+        (ADDS_BOS, {}, (0, True)),
+        (ADDS_BOS, {"bos_token": "</s>"}, (0, True)),
+        (ADDS_BOS, {"add_bos_token": False, "bos_token": "<s>"}, (0, False)),
+        (None, {"add_bos_token": True, "bos_token": {"content": "<s>"}}, (0, True)),
+        (None, {"bos_token": "<s>"}, (0, False)),
+        (None, {"bos_token": None}, (None, False)),
+        (None, {}, (None, False)),
+    ],
+)
+def test_bos_is_what_the_settings_say_or_else_the_post_processor(
+    tmp_path: Path, post_processor: object, config: object, expected: tuple[int | None, bool]
+):
+    write(tmp_path, "tokenizer_config.json", config)
+    tokenizer = small(tmp_path, post_processor=post_processor)
+
+    assert (tokenizer.bos_id, tokenizer.adds_bos) == expected
+
+
+@pytest.mark.parametrize(
+    ("generation", "config", "named", "ends"),
+    [
+        ({"eos_token_id": [1, 4]}, {"eos_token_id": 5}, None, {1, 2, 4}),
+        ({"eos_token_id": 1}, {}, None, {1, 2}),
+        ({}, {"eos_token_id": [5, 4]}, None, {2, 4, 5}),
+        (None, {"eos_token_id": 5}, "</s>", {1, 2, 5}),
+        (None, {}, None, {2}),
+    ],
+)
+def test_every_end_token_ends_a_turn(tmp_path: Path, generation: Any, config: Any, named: str | None, ends: set[int]):  # noqa: ANN401
+    if generation is not None:
+        write(tmp_path, "generation_config.json", generation)
+    write(tmp_path, "special_tokens_map.json", {"eos_token": named})
+
+    assert small(tmp_path, replace(SMALL_SHAPE, raw=config)).eos_ids == ends
+
+
+def test_ids_of_the_model_that_the_tokenizer_lacks_add_no_text(tmp_path: Path):
+    tokenizer = small(tmp_path)
+
+    assert tokenizer.vocab_size == 8
+    assert [tokenizer.token_bytes(i) for i in (3, 4, 5, 6, 7)] == [b"<think>", b"a", b" ", b"", b""]
+    assert not tokenizer.is_special(7)
+
+
+def test_paddings_and_cuts_of_the_training_run_are_left_aside(tmp_path: Path):
+    cut = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
+
+    assert small(tmp_path, truncation=cut).encode("aaaa", parse_special=False, is_start=True) == [4, 4, 4, 4]
+
+
+BAD: list[tuple[dict[str, object], str]] = [
+    ({"tokenizer.json": SMALL | {"model": None}}, r"tokenizer\.json: not a tokenizer of the tokenizers library"),
+    ({"tokenizer.json": SMALL | {"decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True},
+                                 "pre_tokenizer": None}},
+     r"tokenizer\.json: its decoder is WordPiece; byte-level and sentencepiece ones are served"),
+    ({"tokenizer.json": SMALL | {"model": {"type": "BPE", "vocab": {}, "merges": []}, "added_tokens": []}},
+     r"tokenizer\.json: its vocabulary is empty"),
+    ({"tokenizer.json": SMALL | {"model": {"type": "BPE", "vocab": {"a": 8}, "merges": []}}},
+     r"tokenizer\.json: token 'a' has id 8, but vocab_size in config\.json is 8"),
+    ({}, "holds neither tokenizer.json nor tokenizer.model"),
+    ({"generation_config.json": {"eos_token_id": 8}}, r"generation_config\.json: eos_token_id 8 is not a token id"),
+    ({"generation_config.json": {"eos_token_id": [1, "2"]}}, r"generation_config\.json: eos_token_id '2' is not"),
+    ({"generation_config.json": [1]}, r"generation_config\.json: holds list instead of a JSON object"),
+    ({"tokenizer_config.json": {"bos_token": 3}}, r"tokenizer_config\.json: bos_token is 3; it must be a token's text"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("files", "line"), BAD, ids=lambda value: str(value)[:60])
+def test_a_wrong_file_is_one_line_naming_file_and_field(tmp_path: Path, files: dict[str, object], line: str):
+    for name, value in (files and {"tokenizer.json": SMALL} | files).items():
+        write(tmp_path, name, value)
+
+    with pytest.raises(BackendError, match=line) as caught:
+        HFTokenizer(tmp_path, SMALL_SHAPE)
+
+    assert "\n" not in str(caught.value)
+
+
+BAD_LLAMAS: list[tuple[str, object, str]] = [
+    ("added_tokens.json", {"<x>": 570}, r"added tokens have ids \[570\]; they must follow the 560 of tokenizer\.model"),
+    ("added_tokens.json", {"<x>": "560"}, r"added_tokens\.json: the id of '<x>' is '560'; it must be a whole number"),
+    ("tokenizer_config.json", {"added_tokens_decoder": 1}, "added_tokens_decoder is 1; it must map ids to tokens"),
+    ("tokenizer_config.json", {"added_tokens_decoder": {"x": {}}}, "added_tokens_decoder of 'x' must be an object"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "line"), BAD_LLAMAS)
+def test_wrong_additions_to_a_sentencepiece_model_are_one_line(
+    llama_folder: Path, tmp_path: Path, name: str, value: object, line: str
+):
+    folder = copied(llama_folder, tmp_path)
+    write(folder, name, value)
+
+    with pytest.raises(BackendError, match=line):
+        HFTokenizer(folder, LLAMA_SHAPE)
+
+
+@given(at=st.integers(0, 400), byte=st.integers(0, 255), cut=st.integers(0, 3000))
+@settings(deadline=None, max_examples=150)
+def test_a_damaged_sentencepiece_model_is_read_or_refused_in_one_line(
+    llama_folder: Path, tmp_path_factory: pytest.TempPathFactory, at: int, byte: int, cut: int
+):
+    raw = bytearray((llama_folder / "tokenizer.model").read_bytes())
+    raw[at] = byte
+    path = tmp_path_factory.mktemp("damaged") / "tokenizer.model"
+    path.write_bytes(raw[: len(raw) - cut])
+
+    line = line_of(path.parent)
+
+    assert line is None or (line.startswith(f"{path}: ") and "\n" not in line)
+
+
+def line_of(folder: Path) -> str | None:
+    try:
+        HFTokenizer(folder, LLAMA_SHAPE)
+    except BackendError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize(
+    ("files", "source"),
+    [
+        ({"chat_template.jinja": "of the file", "tokenizer_config.json": '{"chat_template": "old"}'}, "of the file"),
+        ({"tokenizer_config.json": '{"chat_template": "one"}'}, "one"),
+        ({"tokenizer_config.json": '{"chat_template": [{"name": "tool_use", "template": "t"}, '
+          '{"name": "default", "template": "d"}]}'}, "d"),
+        ({"tokenizer_config.json": '{"chat_template": [{"name": "only", "template": "o"}]}'}, "o"),
+        ({"tokenizer_config.json": '{"chat_template": [{"name": "a", "template": "a"}, '
+          '{"name": "b", "template": "b"}]}'}, None),
+        ({"chat_template.json": '{"chat_template": "of a vision model"}'}, "of a vision model"),
+        ({"tokenizer_config.json": "{}"}, None),
+        ({}, None),
+    ],
+)  # fmt: skip
+def test_the_chat_template_is_found_where_each_version_put_it(
+    tmp_path: Path, files: dict[str, str], source: str | None
+):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+
+    assert chat_template(tmp_path) == source
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "line"),
+    [
+        ("tokenizer_config.json", b'{"chat_template": 7}', r"tokenizer_config\.json: chat_template is 7; it must be"),
+        ("tokenizer_config.json", b"{", r"tokenizer_config\.json: not JSON"),
+        ("chat_template.jinja", b"\xff\xfe", r"chat_template\.jinja: can't be read as UTF-8 text"),
+        ("chat_template.jinja", b" " * (5 << 20), r"chat_template\.jinja: larger than 4194304 bytes"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_a_wrong_chat_template_is_one_line(tmp_path: Path, name: str, content: bytes, line: str):
+    (tmp_path / name).write_bytes(content)
+
+    with pytest.raises(BackendError, match=line):
+        chat_template(tmp_path)
