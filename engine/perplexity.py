@@ -171,7 +171,7 @@ class _Rows:
     @classmethod
     def of(cls, logits: Tensor) -> "_Rows":
         shifted = (logits - logits.amax(-1, keepdim=True)).clamp_(min=-1e4)  # e^-1e4 is 0, and unlike -inf it subtracts
-        return cls(shifted, shifted.exp().sum(-1, dtype=torch.float64).log())
+        return cls(shifted, shifted.exp().sum(-1).double().log())
 
 
 def _add(score: Score, rows: Iterable[_Rows], base_rows: Iterable[_Rows], targets: Tensor) -> None:

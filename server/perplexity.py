@@ -167,7 +167,10 @@ def _measure_layers(base: "Backend", token_ids: Sequence[int], wish: Wish, repor
     most = min(wish.max_tokens or LAYER_TOKENS, LAYER_TOKENS)
     found = engine.cut_windows(token_ids, longest, engine.window_bos(base.tokenizer), most)
     total = engine.layer_runs(variants.num_layers) * len(wish.compare_kv) * len(found) * (longest - 1)
-    print(f"\neach layer's cache alone, {len(found)} windows of {longest} tokens\n{LayerRow.table_head()}", flush=True)
+    print(
+        f"\neach layer's cache alone, {len(found) * longest} tokens in windows of {longest}\n{LayerRow.table_head()}",
+        flush=True,
+    )
     with tqdm(total=total, unit="tok", leave=False, disable=None) as bar:
         for kind in wish.compare_kv:
             first, *scores = engine.compare_layers(base, variants, kind, found, lambda n: bar.update(n) and None)

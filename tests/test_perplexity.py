@@ -3,7 +3,7 @@
 import importlib.util
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,14 +11,17 @@ import pytest
 import torch
 from fakes import BOS, VOCAB_SIZE, FakeBackend
 from gguf_models import lone_logits
+from hf_models import smollm2_bf16
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
 
 from tightrope.backends.errors import BackendError
 from tightrope.backends.gguf.backend import GGUFBackend
+from tightrope.backends.hf.backend import HFBackend
 from tightrope.backends.locate import bundled_model
-from tightrope.backends.settings import CacheSettings, ModelSettings
-from tightrope.engine.perplexity import compare, cut_windows, measure, window_bos
+from tightrope.backends.settings import CacheSettings, KVCacheDtype, ModelSettings
+from tightrope.engine.perplexity import compare, compare_layers, cut_windows, layer_runs, measure, window_bos
 from tightrope.server.cli import main
 
 PROSE = "The Danube rises in the Black Forest and flows through ten countries before it meets the Black Sea. "
@@ -74,8 +77,8 @@ def test_scores_are_the_plain_sums_however_the_windows_are_cut_into_steps(
         divergence += (np.exp(p) * (p - q)).sum()
     assert first.num_tokens == second.num_tokens == len(windows) * (context - 1)
     assert (first.nll, second.nll) == pytest.approx((nll, other_nll), rel=1e-5)
-    # float32 exponentials of 256 tokens, whose errors of 1e-7 are independent
-    assert second.divergence == pytest.approx(divergence, rel=1e-5, abs=1e-7 * first.num_tokens)
+    # each row's total is a float32 sum, which is off by some 1e-7 of itself
+    assert second.divergence == pytest.approx(divergence, rel=1e-5, abs=5e-7 * first.num_tokens)
     assert first.divergence == 0
     assert base.kv.usage().used == other.kv.usage().used == 0
 
@@ -161,6 +164,66 @@ def test_the_perplexity_of_a_gguf_model_is_that_of_its_logits():
     assert found.nll / found.num_tokens == pytest.approx(expected, abs=0.01)
 
 
+# ---- the torch engine ----
+
+
+@pytest.fixture(scope="module")
+def base() -> Iterator[HFBackend]:
+    """SmolLM2 in bf16 with an f16 cache."""
+    loaded = HFBackend(smollm2_bf16(), in_torch("f16"), lambda _: None)
+    yield loaded
+    loaded.close()
+
+
+def in_torch(dtype: KVCacheDtype) -> ModelSettings:
+    return ModelSettings(max_model_len=64, step_tokens=48, cache=CacheSettings(tokens=64, dtype=dtype))
+
+
+@pytest.fixture(scope="module")
+def windows(base: HFBackend) -> list[list[int]]:
+    token_ids = base.tokenizer.encode(PROSE * 8, parse_special=False, is_start=True)
+    return cut_windows(token_ids, 64, window_bos(base.tokenizer), max_tokens=128)
+
+
+def test_the_perplexity_of_a_torch_model_is_that_of_transformers_own_loss(base: HFBackend, windows: list[list[int]]):
+    untouched = AutoModelForCausalLM.from_pretrained(smollm2_bf16(), dtype=torch.float32)
+    with torch.inference_mode():
+        batch = torch.tensor(windows)
+        expected = float(untouched(batch, labels=batch).loss)
+
+    score = measure(base, windows, lambda _: None)
+
+    # the cache rounds keys and values to 11 bits
+    assert score.nll / score.num_tokens == pytest.approx(expected, rel=2e-4)
+
+
+def test_a_variant_of_the_cache_is_what_a_model_loaded_with_it_has(base: HFBackend, windows: list[list[int]]):
+    variants = base.variants()
+    alone = HFBackend(smollm2_bf16(), in_torch("q4"), lambda _: None)
+    same, q4 = (variants.variant([dtype] * variants.num_layers) for dtype in ("f16", "q4"))
+
+    scores = compare(base, [same, q4, alone], windows, lambda _: None)
+
+    alone.close()
+    assert scores[1].nll == scores[0].nll
+    assert scores[2].nll == pytest.approx(scores[3].nll, rel=1e-6)
+    assert scores[2].divergence == pytest.approx(scores[3].divergence, rel=1e-5)
+    assert scores[2].mean_divergence > 0.001
+    assert q4.card.cache_token_bytes == alone.card.cache_token_bytes
+
+
+def test_quantising_the_cache_of_one_layer_costs_less_than_that_of_all(base: HFBackend, windows: list[list[int]]):
+    variants, short = base.variants(), [windows[0][:16]]
+    counted: list[int] = []
+    whole = compare(base, [variants.variant(["q4"] * variants.num_layers)], short, lambda _: None)[1]
+
+    _, *layers = compare_layers(base, variants, "q4", short, counted.append)
+
+    assert len(layers) == variants.num_layers == 30
+    assert all(0 < layer.mean_divergence < whole.mean_divergence for layer in layers)
+    assert sum(counted) == layer_runs(30) * 15
+
+
 # ---- the command ----
 
 
@@ -208,6 +271,23 @@ def test_comparing_caches_prints_divergence_change_and_bytes(
     assert 0 < q8["kl"] < q4["kl"]
     assert q4["change"] == pytest.approx(q4["perplexity"] / f16["perplexity"] - 1)
     assert f"{q4['kl']:.6f}" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_comparing_caches_on_the_torch_engine_adds_a_line_for_each_layer(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    results = tmp_path / "out.json"
+    wish = ["--text", str(text), "--contexts", "16", "--max-tokens", "16", "--compare-kv", "q8"]
+
+    assert main(["perplexity", str(smollm2_bf16()), *wish, "--json", str(results)]) == 0
+
+    found = json.loads(results.read_text())
+    assert [row["cache"] for row in found["rows"]] == ["f16", "q8"]
+    assert [row["layer"] for row in found["layers"]] == list(range(30))
+    last = found["layers"][-1]
+    assert capsys.readouterr().out.splitlines()[-1].split() == [
+        "29", "q8", f"{last['change']:+.3%}", f"{last['kl']:.7f}",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

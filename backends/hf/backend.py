@@ -18,6 +18,7 @@ from tightrope.backends.hf.pages import PagedKVCache
 from tightrope.backends.hf.plan import Plan, make_plan
 from tightrope.backends.hf.steps import StepBuilder
 from tightrope.backends.hf.tokenizer import HFTokenizer
+from tightrope.backends.hf.variants import CacheVariants
 from tightrope.backends.memory import free_memory
 from tightrope.backends.protocol import Capabilities, Chunk, KVCache, ModelCard, Tokenizer
 from tightrope.backends.settings import ModelSettings
@@ -73,11 +74,15 @@ class HFBackend:
                 step, tables = self.steps.build(chunks, self._pages)
                 device = self.model.device
                 rows = torch.from_numpy(_wanted_rows(chunks)).to(device)
-                logits = self.model.forward(torch.from_numpy(token_ids).to(device), step, tables, rows)
-                return torch.from_numpy(logits.cpu().numpy())  # free of inference mode, which forbids to change it
+                logits = self.model.forward(torch.from_numpy(token_ids).to(device), step, tables, rows).cpu()
         except RuntimeError as error:  # of torch, running out of memory among them
             reason = str(error).strip().partition("\n")[0]
             raise BackendError(f"the model failed in a step of {len(token_ids)} tokens: {reason}") from error
+        return torch.from_numpy(logits.numpy())  # a tensor of inference mode couldn't be changed by the sampler
+
+    def variants(self) -> CacheVariants:
+        """See SharesWeights."""
+        return CacheVariants(self)
 
     def close(self) -> None:
         """Let go of weights and cache."""
