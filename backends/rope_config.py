@@ -3,6 +3,7 @@
 import copy
 import logging
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -105,6 +106,10 @@ def read_rope(config: Mapping[str, Any]) -> RopeConfig:
     sections, head_dim, max_len = _completed(config)
     labels = dict(zip(sections, _labels(config, list(sections)), strict=True))
     for name, section in sections.items():
+        if "rope_theta" not in section:
+            raise BackendError(
+                f"{FILE}: {labels[name]}.rope_theta is missing, and the model's class has no usual value"
+            )
         _check_dims(section, head_dim, labels[name])
     return RopeConfig(sections, head_dim, max_len)
 
@@ -202,30 +207,39 @@ def _completed(config: Mapping[str, Any]) -> tuple[dict[str, Section], int, int]
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity(logging.ERROR)  # its warnings are about what is checked here
     try:
-        filled = CONFIG_MAPPING[model_type].from_dict(_with_known_names(config)).to_dict()
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):  # of names that old files have
+            filled = CONFIG_MAPPING[model_type].from_dict(_as_expected(config))
     except Exception as error:  # its validation raises many kinds; all mean that the file is wrong
         reason = str(error).strip().splitlines()[-1].strip()  # the line before only says that something is wrong
         raise BackendError(f"{FILE}: {ERROR_NAME.sub('', reason)}") from None
     finally:
         transformers_logging.set_verbosity(verbosity)
-    parameters = filled.get("rope_parameters")
+    parameters = filled.to_dict().get("rope_parameters")
     if not parameters:
         return {}, 0, 0
-    head_dim = filled.get("head_dim") or filled["hidden_size"] // filled["num_attention_heads"]
-    max_len = filled["max_position_embeddings"]
+    head_dim = filled.to_dict().get("head_dim") or filled.hidden_size // filled.num_attention_heads
+    max_len = filled.max_position_embeddings
     nested = {name: section for name, section in parameters.items() if isinstance(section, dict)}
     sections = nested or {"default": parameters}
     return {name: _without_nulls(section) for name, section in sections.items()}, head_dim, max_len
 
 
-def _with_known_names(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy that transformers may write to, as it does, with the one name that it no longer knows replaced."""
+def _as_expected(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy that transformers may write to: without nulls, which hide its defaults, and with today's names."""
     others = ("quantization_config", "auto_map", "torch_dtype", "dtype")
-    own = copy.deepcopy({key: value for key, value in config.items() if key not in others})
-    scaling = own.get("rope_scaling")
-    if scaling and "su" in (scaling.get("type"), scaling.get("rope_type")):
-        own["rope_scaling"] = {**scaling, "type": "longrope", "rope_type": "longrope"}
+    own = _without_nulls({key: value for key, value in copy.deepcopy(dict(config)).items() if key not in others})
+    for key in ("rope_scaling", "rope_parameters"):
+        if key in own:
+            own[key] = _renamed(own[key])
     return own
+
+
+def _renamed(section: Section) -> Section:
+    """A section, or an object of sections, without nulls and with no name that transformers has dropped."""
+    if _is_nested(section):
+        return {name: value and _renamed(value) for name, value in section.items()}
+    known = _without_nulls(section)
+    return {**known, "rope_type": "longrope"} if kind_of(known) == "longrope" else known
 
 
 def _without_nulls(section: Section) -> Section:

@@ -291,6 +291,39 @@ def test_what_cannot_be_is_named_with_file_and_field_in_one_line(fields: dict[st
     assert "\n" not in str(caught.value)
 
 
+NAMES = ["type", "rope_type", "factor", "rope_theta", "original_max_position_embeddings", "beta_fast", "truncate"]
+FIELDS = ["rope_scaling", "rope_parameters", "rope_theta", "partial_rotary_factor", "head_dim", "hidden_size"]
+FIELDS += ["num_attention_heads", "max_position_embeddings", "layer_types", "text_config", "rotary_pct"]
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 10**6) | st.floats() | st.sampled_from(["yarn", "linear", "su", "x"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from([*NAMES, "full_attention", "sliding_attention"]), inner, max_size=4)
+    ),
+    max_leaves=8,
+)
+
+
+@given(
+    st.sampled_from(["llama", "gemma3_text", "phi3", "gpt_neox", "gpt2"]),
+    st.dictionaries(st.sampled_from(FIELDS), anything, max_size=4),
+    st.sampled_from([RopeSettings(), RopeSettings(kind="ntk", factor=2.0)]),
+)
+def test_any_json_gives_finite_frequencies_or_one_line(model_type: str, fields: dict[str, Any], wish: RopeSettings):
+    refusal = ""
+    try:
+        specs = resolve_rope({"model_type": model_type, **fields}, wish, 0)
+    except BackendError as error:
+        specs, refusal = {}, str(error)
+
+    assert len(refusal.splitlines()) <= 1
+    for spec in specs.values():
+        inv_freq, attention_factor = spec.frequencies(5000)
+        assert np.isfinite(inv_freq).all()
+        assert attention_factor > 0
+        assert spec.window > 0
+
+
 @pytest.mark.parametrize(
     ("wish", "message"),
     [
