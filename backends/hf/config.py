@@ -1,5 +1,6 @@
 """What a Hugging Face folder's config.json says about its model, checked before anything is loaded."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -177,7 +178,7 @@ class _Reader:
         try:
             return self._class.from_dict(fields)
         except (StrictDataclassError, TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
-            reason = " ".join(str(error).split())
+            reason = re.sub(r"^Class validation error for validator '\w+': \w+: ", "", " ".join(str(error).split()))
             raise BackendError(f"{self._path}: {reason:.300}") from None
 
     def _layers(self, config: "PretrainedConfig", count: int) -> tuple[tuple[str, ...], tuple[int | None, ...]]:
