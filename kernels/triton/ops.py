@@ -1,13 +1,14 @@
 """The kernels for CUDA tensors, by the names and with the meaning of kernels.reference.
 
 Activations are float16, bfloat16 or float32, and where the reference returns float32 these return the dtype of their
-input. Angles, norms, activations, scores and sums are float32 inside.
+input. Norms, activations, scores and sums are float32 inside. `enable_fp_fusion` is said in every launch because
+Triton's default for it changes from version to version.
 """
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from tightrope.kernels.triton.attend import attention
+from tightrope.kernels.triton.attention import attention
 from tightrope.kernels.triton.pointwise import gated, rms_norm, rotate
 from tightrope.kernels.triton.store import store_kv
 

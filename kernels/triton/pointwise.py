@@ -91,6 +91,7 @@ def rotate(x: Tensor, step: StepLayout, table: RopeTable) -> Tensor:
             HALF=half,
             HALF_PADDED=triton.next_power_of_2(half),
             REST_PADDED=triton.next_power_of_2(max(1, head_dim - 2 * half)),
+            enable_fp_fusion=True,
         )
     return out
 
@@ -136,6 +137,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
             PADDED=padded,
             ROWS=rows_each,
             num_warps=4 if padded <= 2048 else 8,
+            enable_fp_fusion=True,
         )
     return out
 
@@ -163,5 +165,5 @@ def gated(gate_up: Tensor, activation: str) -> Tensor:
     out = gate_up.new_empty(num_rows, num_columns)
     if num_rows:
         grid = (num_rows, -(-num_columns // BLOCK))
-        _gated[grid](gate_up.contiguous(), out, num_columns, ACTIVATION=activation, BLOCK=BLOCK)
+        _gated[grid](gate_up.contiguous(), out, num_columns, ACTIVATION=activation, BLOCK=BLOCK, enable_fp_fusion=True)
     return out

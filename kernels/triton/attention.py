@@ -1,0 +1,163 @@
+"""Paged attention on CUDA, the launches.
+
+One kernel serves decode and prefill. Its programs take one key head with all query heads that share it, a tile of
+queries (of one query in decode), and a stretch of the context. In decode there are as many stretches as fill the
+card, and a second kernel merges them. Every count that shapes a launch is known on the host, so nothing waits for the
+card and a launch can be captured in a graph: what a sequence doesn't need returns at once.
+"""
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tightrope.kernels.layout import GROUP, AttentionSpec, LayerCache, RopeTable, StepLayout
+from tightrope.kernels.triton.attend import attend, merge
+
+PROGRAMS_PER_SM = 4  # of decode, so that some load while others compute
+SHORTEST_STRETCH = 128  # tokens
+MAX_SPLITS = 128  # stretches of a context in decode
+_BITS = {"f16": 16, "q8": 8, "q4": 4}
+
+
+def attention(
+    queries: Tensor, cache: LayerCache, step: StepLayout, table: RopeTable | None, spec: AttentionSpec
+) -> Tensor:
+    """kernels.reference.attention: queries [T, H, D] of float16, bfloat16 or float32; the result has their dtype."""
+    queries = queries.contiguous()
+    outputs = torch.empty_like(queries)
+    num_seqs = len(step.context_lens)
+    if not len(queries) or not num_seqs:
+        return outputs
+    if step.max_query_len > 1:
+        _launch(queries, outputs, cache, step, table, spec, is_decode=False)
+    if num_seqs > 1 or step.max_query_len == 1:  # beside one prompt there is nobody who decodes
+        _launch(queries, outputs, cache, step, table, spec, is_decode=True)
+    return outputs
+
+
+def _launch(
+    queries: Tensor,
+    outputs: Tensor,
+    cache: LayerCache,
+    step: StepLayout,
+    table: RopeTable | None,
+    spec: AttentionSpec,
+    *,
+    is_decode: bool,
+) -> None:
+    num_heads, head_dim = queries.shape[1:]
+    num_kv_heads, num_seqs = cache.format.num_kv_heads, len(step.context_lens)
+    group = num_heads // num_kv_heads
+    group_padded = triton.next_power_of_2(group)
+    half = table.places.shape[-1] if table is not None else 0
+    dim_padded = _padded(head_dim)
+    partials = stats = None
+    num_splits = 1
+    num_rows, block_tokens = tile_size(dim_padded, queries.dtype, is_decode)
+    block_queries = max(1, num_rows // group_padded)
+    if is_decode:
+        num_splits = count_splits(num_seqs * num_kv_heads, step.max_context_len, num_processors(queries.device))
+        num_parts = num_splits
+        if num_splits > 1:
+            shape = (num_seqs, num_heads, num_splits)
+            partials = queries.new_empty(*shape, head_dim, dtype=torch.float32)
+            stats = queries.new_empty(*shape, 2, dtype=torch.float32)
+    else:
+        num_parts = -(-step.max_query_len // block_queries)
+    attend[num_parts, num_kv_heads, num_seqs](
+        queries,
+        outputs,
+        partials,
+        stats,
+        _words(cache.key_codes),
+        cache.key_scales,
+        _words(cache.value_codes),
+        cache.value_scales,
+        cache.key_factor,
+        step.query_starts,
+        step.context_lens,
+        step.block_tables,
+        step.block_tables.stride(0),
+        None if table is None else table.pages,
+        None if table is None else table.places,
+        None if table is None else table.set_of,
+        0 if table is None else table.pages.shape[1],
+        spec.scale,
+        spec.softcap or 0.0,
+        spec.window or 0,
+        num_splits,
+        NUM_KV_HEADS=num_kv_heads,
+        GROUP=group,
+        GROUP_PADDED=group_padded,
+        BLOCK_QUERIES=block_queries,
+        BLOCK_TOKENS=block_tokens,
+        HEAD_DIM=head_dim,
+        DIM_PADDED=dim_padded,
+        HALF=half,
+        HALF_PADDED=_padded(half),
+        HALF_IS_WHOLE=half % GROUP == 0,
+        REST=head_dim - 2 * half,
+        REST_PADDED=_padded(head_dim - 2 * half),
+        REST_IS_WHOLE=2 * half % GROUP == 0,
+        BITS=_BITS[cache.format.dtype],
+        IS_DECODE=is_decode,
+        HAS_WINDOW=spec.window is not None,
+        HAS_SOFTCAP=spec.softcap is not None,
+        DTYPE=tl.float32 if queries.dtype == torch.float32 else tl.float16,
+        num_warps=4 if is_decode else 8,
+        enable_fp_fusion=True,
+    )
+    if num_splits > 1:
+        merge[num_seqs, num_heads](
+            outputs,
+            partials,
+            stats,
+            step.query_starts,
+            num_splits,
+            NUM_HEADS=num_heads,
+            HEAD_DIM=head_dim,
+            DIM_PADDED=dim_padded,
+            SPLITS_PADDED=triton.next_power_of_2(num_splits),
+            enable_fp_fusion=True,
+        )
+
+
+def tile_size(dim_padded: int, dtype: torch.dtype, is_decode: bool) -> tuple[int, int]:
+    """Rows of queries and keys of a tile: the largest that spill little and fit 99 KiB of shared memory.
+
+    An RTX 3090 and a 4090 have no more; by what the compiler says for sm_86 and sm_90. Products have 16 rows or more.
+    """
+    is_long = dim_padded > 128
+    if dtype == torch.float32:
+        rows, tokens = (16 if is_decode or is_long else 32), (16 if is_decode and is_long else 32)
+    else:
+        rows, tokens = (16 if is_decode else 64 if is_long else 128), (32 if is_long else 64)
+    return rows, tokens if dim_padded <= 256 else 16
+
+
+def count_splits(num_rows: int, max_context_len: int, num_processors: int) -> int:
+    """Stretches of the longest context in decode, where `num_rows` key heads of sequences are to be read.
+
+    As many as keep every processor busy, but few short ones: to merge them costs time as well.
+    """
+    wanted = -(-PROGRAMS_PER_SM * num_processors // max(num_rows, 1))
+    return max(1, min(wanted, -(-max_context_len // SHORTEST_STRETCH), MAX_SPLITS))
+
+
+@functools.cache
+def num_processors(device: torch.device) -> int:
+    """Multiprocessors of a card; a few for Triton's interpreter, which runs on a CPU, so that it splits as well."""
+    return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else 4
+
+
+def _words(codes: Tensor) -> Tensor:
+    """Codes as the kernel loads them: those of q8 two at a time."""
+    return codes.view(torch.int16) if codes.dtype == torch.int8 else codes
+
+
+def _padded(num_dims: int) -> int:
+    """A power of two whose half products accept, not less than `num_dims`."""
+    return max(32, int(triton.next_power_of_2(num_dims)))
