@@ -242,5 +242,5 @@ def _renamed(section: Section) -> Section:
     return {**known, "rope_type": "longrope"} if kind_of(known) == "longrope" else known
 
 
-def _without_nulls(section: Section) -> Section:
+def _without_nulls(section: Section) -> dict[str, Any]:
     return {name: value for name, value in section.items() if value is not None}
