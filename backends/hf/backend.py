@@ -13,6 +13,7 @@ from tightrope.backends.hf.calibrate import set_key_factors
 from tightrope.backends.hf.checkpoint import Checkpoint
 from tightrope.backends.hf.config import ModelShape, read_config
 from tightrope.backends.hf.generation import chat_template
+from tightrope.backends.hf.graphs import DecodeGraphs
 from tightrope.backends.hf.model import LoadedModel, load_model
 from tightrope.backends.hf.pages import PagedKVCache
 from tightrope.backends.hf.plan import Plan, make_plan
@@ -55,6 +56,10 @@ class HFBackend:
         self.steps = StepBuilder(plan.rope, plan.window, device)
         self.caches = self._allocate(plan)
         self.model.attach(self.caches)
+        # None: every step runs as it is, as it must on a CPU, and where experts are picked on the host
+        self.graphs: DecodeGraphs | None = None
+        if device.type == "cuda" and not shape.num_experts:
+            self.graphs = DecodeGraphs(self.model.forward, settings.max_num_seqs, plan.window, device)
         self.kv: KVCache
         self.kv = self._pages = PagedKVCache(plan.num_pages, self.steps.frequencies_at)
         self.capabilities = Capabilities(settings.max_num_seqs, plan.step_tokens)
@@ -74,7 +79,8 @@ class HFBackend:
                 step, tables = self.steps.build(chunks, self._pages)
                 device = self.model.device
                 rows = torch.from_numpy(_wanted_rows(chunks)).to(device)
-                logits = self.model.forward(torch.from_numpy(token_ids).to(device), step, tables, rows).cpu()
+                forward = self.model.forward if self.graphs is None else self.graphs.forward
+                logits = forward(torch.from_numpy(token_ids).to(device), step, tables, rows).cpu()
         except RuntimeError as error:  # of torch, running out of memory among them
             reason = str(error).strip().partition("\n")[0]
             raise BackendError(f"the model failed in a step of {len(token_ids)} tokens: {reason}") from error
@@ -86,7 +92,7 @@ class HFBackend:
 
     def close(self) -> None:
         """Let go of weights and cache."""
-        del self.model, self.caches
+        del self.model, self.caches, self.graphs
 
     def _allocate(self, plan: Plan) -> list[LayerCache]:
         """All pages of all layers, with key factors where codes are of few bits."""
@@ -146,6 +152,6 @@ def _card(folder: Path, shape: ModelShape, model: LoadedModel, plan: Plan) -> Mo
         trained_len=shape.trained_len,
         cache_dtype=plan.cache_dtype,
         chat_template=chat_template(folder),
-        notes=(*plan.notes, f"kernels: {dispatch.describe()}", *model.notes),
+        notes=(*plan.notes, f"kernels: {dispatch.describe(model.device)}", *model.notes),
         cache_token_bytes=plan.token_bytes,
     )

@@ -71,11 +71,13 @@ class CacheVariant:
 
     def forward(self, chunks: Sequence[Chunk]) -> Tensor:
         """See Backend."""
+        graphs, self._base.graphs = self._base.graphs, None  # they are of the base's caches
         self._base.model.attach(self.caches)
         try:
             return self._base.forward(chunks)
         finally:
             self._base.model.attach(self._base.caches)
+            self._base.graphs = graphs
 
     def close(self) -> None:
         """The base owns the weights; the caches go with this object."""
