@@ -30,6 +30,7 @@ class RotarySets:
         self._query_scale = torch.zeros(0, device=device)
         self._sets: OrderedDict[Hashable, int] = OrderedDict()  # by frequencies; least recently used first
         self._filled: list[int] = []  # pages of each set that hold angles
+        self._static: dict[int, RopeTable] = {}  # by number of sequences, where all always agree
         if not spec.depends_on_length:
             self.table([window])
 
@@ -42,12 +43,17 @@ class RotarySets:
 
     def table(self, lengths: Sequence[int]) -> RopeTable:
         """The table of a step whose sequences compute with the frequencies of these lengths [B], in tokens."""
+        if len(lengths) in self._static:
+            return self._static[len(lengths)]
         keys = [self.key(length) for length in lengths]
         in_use = set(keys)
         for key, length in zip(keys, lengths, strict=True):
             self._fill(self._set_of(key, in_use, length), length)
         set_of = torch.tensor([self._sets[key] for key in keys], dtype=torch.int32)
-        return RopeTable(self._pages, self._places, set_of.to(self._pages.device), self._query_scale)
+        table = RopeTable(self._pages, self._places, set_of.to(self._pages.device), self._query_scale)
+        if not self._spec.depends_on_length:
+            self._static[len(lengths)] = table
+        return table
 
     def _set_of(self, key: Hashable, in_use: set[Hashable], length: int) -> int:
         """The set of these frequencies: its own, one that isn't in use, or a new one."""
@@ -77,7 +83,6 @@ class RotarySets:
         """Have the angles of all pages of a sequence of this length."""
         begin, end = self._filled[number], -(-length // PAGE)
         if begin < end:
-            assert end <= self._num_pages, f"a sequence of {length} tokens, beyond the served window"
             self._pages[number, begin:end] = self._angles(length, torch.arange(begin, end) * PAGE)
             self._filled[number] = end
 
@@ -109,6 +114,7 @@ class StepBuilder:
         np.cumsum(counts, out=query_starts[1:])
         context_lens = starts + counts
         longest = int(context_lens.max())
+        assert longest <= self.window, f"a sequence of {longest} tokens in a window of {self.window}"
         block_tables = np.zeros((len(chunks), -(-longest // PAGE)), np.int32)
         for row, chunk, length in zip(block_tables, chunks, context_lens.tolist(), strict=True):
             pages = kv.block_table(chunk.seq_id, length)
