@@ -122,6 +122,21 @@ FAMILIES = {
     "cohere2, interleaved rotation": Family(
         "cohere2", {"sliding_window": 6, "num_hidden_layers": 4}, kept=("Cohere2Attention",)
     ),
+    "ministral3, queries scaled by position": Family(
+        "ministral3",
+        {
+            "head_dim": 16,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 10_000.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 16,
+                "llama_4_scaling_beta": 0.3,
+            },
+        },
+        kept=("Ministral3Attention",),
+    ),
+    "gpt2, positions in a table": Family("gpt2", {"num_key_value_heads": None}, kept=("GPT2Attention",)),
     "gpt_neox, fused by head": Family(
         "gpt_neox", {"rotary_pct": 0.5, "num_key_value_heads": None}, kept=("GPTNeoXAttention",)
     ),

@@ -27,15 +27,15 @@ __all__ = ["LayerInfo", "LoadedModel", "load_model"]
 class LoadedModel:
     """A causal language model over our cache. One step at a time.
 
-    `layers` are its attention layers in order, `activation_dtype` that of hidden states (float32 on a CPU), and `notes`
-    say what of transformers' own code runs.
+    `tree` is its module tree, `layers` are its attention layers in order, `activation_dtype` is that of hidden states
+    (float32 on a CPU), and `notes` say what of transformers' own code runs.
     """
 
     def __init__(
         self, model: PreTrainedModel, current: CurrentStep, layers: tuple[LayerInfo, ...], notes: tuple[str, ...],
         device: torch.device, activation_dtype: torch.dtype,
     ) -> None:  # fmt: skip
-        self._model, self._current = model, current
+        self.tree, self._current = model, current
         self.layers, self.notes, self.device, self.activation_dtype = layers, notes, device, activation_dtype
         self.vocab_size: int = model.config.get_text_config().vocab_size
 
@@ -51,7 +51,7 @@ class LoadedModel:
         Stores the step's keys and values. `tables` has one for each `rope` of `layers`.
         """
         self._current.layout, self._current.tables = step, tables
-        output = self._model(
+        output = self.tree(
             input_ids=token_ids.unsqueeze(0),
             position_ids=step.positions.unsqueeze(0),
             use_cache=False,

@@ -295,7 +295,9 @@ def stack(module: nn.Module, seen: Rehearsal) -> Stack | None:
 def embedding_scale(module: nn.Module, seen: Rehearsal) -> float | None:
     """By how much an embedding multiplies its rows; None when it does something else."""
     call, weight = seen.calls.get(module), seen.parameters.get(module, {}).get("weight")
-    if not isinstance(module, nn.Embedding) or call is None or weight is None:
+    if not isinstance(module, nn.Embedding) or call is None or weight is None or not call.args:
+        return None
+    if call.args[0].is_floating_point() or call.args[0].max() >= len(weight):  # a table of something else
         return None
     rows = F.embedding(call.args[0], weight)
     if is_same(call.output, rows):

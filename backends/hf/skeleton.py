@@ -20,6 +20,7 @@ from tightrope.backends.hf.config import ModelShape
 from tightrope.backends.rope import RopeSpec
 
 INTERFACE = "tightrope"  # our name among transformers' attention implementations
+QUERY_SCALING = ("llama_4_scaling_beta", "original_max_position_embeddings")  # Ministral 3's, by position
 ELSEWHERE = ("quantization_config", "auto_map", "torch_dtype", "dtype")  # fields that others of our modules read
 
 
@@ -32,7 +33,7 @@ def build_skeleton(folder: Path, shape: ModelShape, rope: Mapping[str, RopeSpec]
     fields = {name: value for name, value in shape.raw.items() if name not in ELSEWHERE}
     if rope is not None:
         fields.pop("rope_scaling", None)
-        fields["rope_parameters"] = _plain_rotation(rope)
+        fields["rope_parameters"] = _plain_rotation(shape.raw.get("rope_parameters"), rope)
     try:
         config = CONFIG_MAPPING[shape.model_type].from_dict(fields)
         with _parameters_on_meta(), no_init_weights():
@@ -46,13 +47,15 @@ def build_skeleton(folder: Path, shape: ModelShape, rope: Mapping[str, RopeSpec]
     return model
 
 
-def _plain_rotation(rope: Mapping[str, RopeSpec]) -> dict[str, object]:
-    """transformers' rope_parameters without scaling."""
+def _plain_rotation(given: object, rope: Mapping[str, RopeSpec]) -> dict[str, object]:
+    """transformers' rope_parameters without scaling, but with those of the file, `given`, that scale queries."""
+    others = {key: given[key] for key in QUERY_SCALING if key in given} if isinstance(given, dict) else {}
     plain = {
         key: {
             "rope_type": "default",
             "rope_theta": spec.theta,
             "partial_rotary_factor": spec.rotary_dim / spec.head_dim,
+            **others,
         }
         for key, spec in rope.items()
     }
