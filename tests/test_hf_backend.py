@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tightrope.backends.errors import BackendError
-from tightrope.backends.hf.backend import HFBackend, copy_pages
+from tightrope.backends.hf.backend import HFBackend, copy_pages, model_id
 from tightrope.backends.protocol import Chunk
 from tightrope.backends.settings import CacheSettings, ModelSettings, RopeSettings
 from tightrope.engine.core import EngineCore
@@ -392,6 +392,12 @@ def test_the_card_tells_what_was_loaded(backend: HFBackend) -> None:
     for start in ("rope: no scaling", "cache: 4096 tokens as f16", "kernels: "):
         assert any(note.startswith(start) for note in card.notes), start
     assert backend.kv.usage().capacity % PAGE == 0
+
+
+def test_a_model_is_called_by_its_folder_or_by_its_name_on_the_hub() -> None:
+    assert model_id(Path("/models/SmolLM2-135M")) == "SmolLM2-135M"
+    assert model_id(Path("/cache/models--acme--tiny-chat/snapshots/0a1b2c")) == "acme/tiny-chat"
+    assert model_id(Path()) == Path.cwd().name
 
 
 def test_progress_goes_up_to_one() -> None:

@@ -143,9 +143,18 @@ def _wanted_rows(chunks: Sequence[Chunk]) -> np.ndarray[tuple[int], np.dtype[np.
     return np.concatenate([np.asarray(part, np.int64) for part in parts])
 
 
+def model_id(folder: Path) -> str:
+    """What clients call the model: org/name where the hub's cache keeps it, else the folder's name."""
+    folder = folder.absolute()
+    repo = folder.parent.parent.name
+    if folder.parent.name == "snapshots" and repo.startswith("models--"):
+        return repo.removeprefix("models--").replace("--", "/")
+    return folder.name
+
+
 def _card(folder: Path, shape: ModelShape, model: LoadedModel, plan: Plan) -> ModelCard:
     return ModelCard(
-        model_id=folder.name,
+        model_id=model_id(folder),
         architecture=shape.model_type,
         format=f"safetensors {shape.dtype}",
         max_model_len=plan.window,
