@@ -126,7 +126,8 @@ class NativeKernels:
         return out
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        x = x.contiguous()
+        x, weight = x.contiguous(), weight.contiguous()
+        bias = None if bias is None else bias.float()
         rows, inputs = x.shape
         outputs = weight.shape[0]
         out = x.new_empty(rows, outputs)

@@ -82,11 +82,9 @@ static void store_kv(const Cache& c, const float* keys, size_t key_stride, const
 // Codes of dimensions d .. d + LANES of one token as floats, not scaled yet.
 template <int FORMAT> INLINE Floats codes_at(const uint8_t* codes, int d) {
     if constexpr (FORMAT == F16) return load((const f16*)codes + d);
-    if constexpr (FORMAT == Q8)
-        return __builtin_convertvector(__builtin_convertvector(load_as<Bytes>(codes + d), Ints), Floats);
-    const Nibbles packed = load_as<Nibbles>(codes + d / GROUP * (GROUP / 2) + d % (GROUP / 2));
-    const Nibbles nibbles = d % GROUP < GROUP / 2 ? packed & 15 : packed >> 4;
-    return __builtin_convertvector(__builtin_convertvector(nibbles, Ints) - 8, Floats);
+    if constexpr (FORMAT == Q8) return widen(load_as<Bytes>(codes + d));
+    const Bytes packed = load_as<Bytes>(codes + d / GROUP * (GROUP / 2) + d % (GROUP / 2));
+    return widen((d % GROUP < GROUP / 2 ? packed & 15 : packed >> 4) - 8);
 }
 
 // One head of a page's tokens: where its codes are, and its scales as floats [PAGE][groups].

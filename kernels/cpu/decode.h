@@ -64,6 +64,17 @@ static void add_values_of_heads(PageReader<FORMAT>& reader, const float* weights
     }
 }
 
+// x [dims] times `scale` and rotated against the angles [2][half].
+INLINE void turn_back(const float* __restrict x, const float* __restrict angles, int half, int dims, float scale,
+                      float* __restrict out) {
+    for (int i = 0; i < half; ++i) {
+        const float cosine = angles[i] * scale, sine = angles[half + i] * scale;
+        out[i] = x[i] * cosine + x[i + half] * sine;
+        out[i + half] = x[i + half] * cosine - x[i] * sine;
+    }
+    for (int i = 2 * half; i < dims; ++i) out[i] = x[i] * scale;
+}
+
 // Starts the reading of a head's codes of a page.
 INLINE void prefetch_page(const Cache& c, int page, int head) {
     const size_t first = c.token(page, head);
@@ -104,13 +115,7 @@ template <int FORMAT> static void decode_part(const Attention& a, const DecodePa
         // instead of every key the query is turned by the page's angle, the other way; it takes the scale along
         for (int g = 0; g < group; ++g) {
             const float* from = a.queries + (size_t(row) * a.heads + part.head * group + g) * c.dims;
-            float* const q = queries + g * ROW;
-            const float *cosine = half ? a.page_angles(part.b, index) : nullptr, *sine = cosine + half;
-            for (int i = 0; i < half; ++i) {
-                q[i] = (from[i] * cosine[i] + from[i + half] * sine[i]) * a.scale;
-                q[i + half] = (from[i + half] * cosine[i] - from[i] * sine[i]) * a.scale;
-            }
-            for (int i = 2 * half; i < c.dims; ++i) q[i] = from[i] * a.scale;
+            turn_back(from, half ? a.page_angles(part.b, index) : nullptr, half, c.dims, a.scale, queries + g * ROW);
         }
         read_keys<FORMAT>(c, page, part.head, first, last, factor, half ? a.place_angles(part.b) : factor, half, keys);
         scores_of_page(queries, keys, group, padded, scores);

@@ -22,8 +22,7 @@ typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
 typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
-typedef int8_t Bytes __attribute__((vector_size(LANES)));
-typedef uint8_t Nibbles __attribute__((vector_size(LANES)));
+typedef uint8_t Bytes __attribute__((vector_size(LANES)));
 
 #define INLINE inline __attribute__((always_inline))
 
@@ -64,6 +63,17 @@ INLINE Floats load(const f16* from) {
     Words bits = (Words)((Floats)((h & 0x7fff) << 13) * 0x1p112f);  // moves the exponent, subnormals included
     bits |= (h & 0x7c00) == 0x7c00 ? Words{} + 0x7f800000 : Words{};
     return (Floats)(bits | (h & 0x8000) << 16);
+#endif
+}
+
+// Signed bytes. In GCC 12 the widening of so many bytes has no instruction of its own, so it is named.
+INLINE Floats widen(Bytes bytes) {
+#if defined(__AVX512F__)
+    return __builtin_convertvector((Ints)_mm512_maskz_cvtepi8_epi32(0xffff, (__m128i)bytes), Floats);
+#elif defined(__AVX2__)
+    return __builtin_convertvector((Ints)_mm256_cvtepi8_epi32(_mm_cvtsi64_si128((int64_t)bytes)), Floats);
+#else
+    return Floats{float(int8_t(bytes[0])), float(int8_t(bytes[1])), float(int8_t(bytes[2])), float(int8_t(bytes[3]))};
 #endif
 }
 

@@ -1,0 +1,267 @@
+"""The C++ kernels against the torch reference, for every instruction set that this machine runs, and the reference
+against plain float64."""
+
+import math
+from dataclasses import dataclass
+from itertools import accumulate
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tightrope.kernels import dispatch, native, reference
+from tightrope.kernels.layout import PAGE, AttentionSpec, CacheDtype, CacheFormat, LayerCache, RopeTable, StepLayout
+
+# Sums of up to some hundred products of float32 numbers around 1, added in another order: errors near 1e-6 at worst.
+CLOSE = {"rtol": 2e-5, "atol": 2e-5}
+SOME = settings(max_examples=12, deadline=None)
+DTYPES = st.sampled_from(("q8", "q4", "f16"))
+SEEDS = st.integers(0, 2**32 - 1)
+
+
+@pytest.fixture(scope="module", params=native.usable() or ["none"])
+def kernels(request: pytest.FixtureRequest) -> native.NativeKernels:
+    built = native.NativeKernels(request.param)
+    built.set_threads(2)
+    return built
+
+
+@dataclass
+class Case:
+    """A layer's cache, filled with noise in pages in any order, and a step over it."""
+
+    cache: LayerCache
+    step: StepLayout
+    table: RopeTable | None
+    num_heads: int
+
+    def noise(self, num_heads: int) -> Tensor:
+        return torch.randn(len(self.step.slots), num_heads, self.cache.format.head_dim)
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    torch.manual_seed(draw(SEEDS))
+    head_dim = draw(st.sampled_from((8, 33, 64, 80, 128, 256)))
+    num_kv_heads = draw(st.integers(1, 3))
+    half = draw(st.sampled_from((0, head_dim // 4, head_dim // 2)))
+    rows = draw(st.lists(st.one_of(st.just(1), st.integers(0, 150)), min_size=1, max_size=4))
+    lengths = [n + draw(st.integers(0, 300)) * min(n, 1) for n in rows]
+    step = step_of(rows, lengths)
+    table = rope_table(half, step, num_sets=2) if half else None
+    cache = LayerCache.allocate(CacheFormat(draw(DTYPES), num_kv_heads, head_dim), int(step.block_tables.max()) + 1)
+    if cache.format.dtype != "f16":
+        cache.key_factor.uniform_(0.1, 3)
+    every_slot = torch.arange(len(cache.key_codes) * PAGE)
+    keys, values = torch.randn(2, len(every_slot), num_kv_heads, head_dim)
+    reference.store_kv(cache, keys, values, every_slot)
+    return Case(cache, step, table, num_kv_heads * draw(st.sampled_from((1, 2, 3, 8, 13))))
+
+
+def step_of(rows: list[int], lengths: list[int]) -> StepLayout:
+    counts = [-(-length // PAGE) for length in lengths]
+    pages = torch.randperm(sum(counts) + 1).int()
+    tables = torch.zeros(len(rows), max(*counts, 1), dtype=torch.int32)
+    for b, (count, end) in enumerate(zip(counts, accumulate(counts), strict=True)):
+        tables[b, :count] = pages[end - count : end]
+    sequence_of = torch.tensor([b for b, n in enumerate(rows) for _ in range(n)], dtype=torch.int32)
+    positions = torch.tensor(
+        [p for n, end in zip(rows, lengths, strict=True) for p in range(end - n, end)], dtype=torch.int32
+    )
+    slots = tables[sequence_of.long(), (positions // PAGE).long()].long() * PAGE + positions % PAGE
+    starts = torch.tensor([0, *accumulate(rows)], dtype=torch.int32)
+    context_lens = torch.tensor(lengths, dtype=torch.int32)
+    return StepLayout(starts, context_lens, tables, slots, positions, sequence_of, max(rows), max(lengths))
+
+
+def rope_table(half: int, step: StepLayout, num_sets: int) -> RopeTable:
+    inv_freq = torch.rand(num_sets, 1, half)
+
+    def turned(positions: Tensor) -> Tensor:
+        angle = positions.unsqueeze(1) * inv_freq
+        return torch.stack((angle.cos(), angle.sin()), 2)  # [S, positions, 2, half]
+
+    num_sequences, num_pages = step.block_tables.shape
+    set_of = torch.randint(num_sets, (num_sequences,), dtype=torch.int32)
+    pages, places = turned(torch.arange(num_pages) * PAGE), turned(torch.arange(PAGE))
+    return RopeTable(pages, places, set_of, torch.rand(num_sets) + 0.5)
+
+
+specs = st.builds(
+    AttentionSpec,
+    scale=st.floats(0.05, 0.3),
+    window=st.one_of(st.none(), st.integers(1, 200)),
+    softcap=st.one_of(st.none(), st.floats(1, 50)),
+)
+
+
+@given(case=cases(), spec=specs)
+@SOME
+def test_attention_equals_the_reference(kernels: native.NativeKernels, case: Case, spec: AttentionSpec):
+    queries = case.noise(case.num_heads)
+
+    ours = kernels.attention(queries, case.cache, case.step, case.table, spec)
+
+    expected = reference.attention(queries, case.cache, case.step, case.table, spec)
+    torch.testing.assert_close(ours, expected, **CLOSE)
+
+
+@pytest.mark.parametrize("dtype", ["q8", "q4", "f16"])
+def test_a_long_context_is_cut_and_merged(kernels: native.NativeKernels, dtype: CacheDtype):
+    step = step_of([1], [3000])
+    cache = LayerCache.allocate(CacheFormat(dtype, 2, 64), int(step.block_tables.max()) + 1)
+    slots = torch.arange(len(cache.key_codes) * PAGE)
+    reference.store_kv(cache, *torch.randn(2, len(slots), 2, 64), slots)
+    queries, spec = torch.randn(1, 6, 64), AttentionSpec(0.125)
+
+    ours = kernels.attention(queries, cache, step, None, spec)
+
+    torch.testing.assert_close(ours, reference.attention(queries, cache, step, None, spec), **CLOSE)
+
+
+@given(case=cases(), scale=st.sampled_from((1e-9, 1.0, 1e4)))
+@SOME
+def test_stored_codes_equal_the_reference_to_the_bit(kernels: native.NativeKernels, case: Case, scale: float):
+    kv_heads = case.cache.format.num_kv_heads
+    fused = case.noise(2 * kv_heads) * scale  # keys and values as slices of one projection
+    keys, values = fused[:, :kv_heads], fused[:, kv_heads:]
+    expected = LayerCache.allocate(case.cache.format, len(case.cache.key_codes))
+    ours = LayerCache.allocate(case.cache.format, len(case.cache.key_codes))
+    for cache in (expected, ours):
+        cache.key_factor.copy_(case.cache.key_factor)
+
+    reference.store_kv(expected, keys, values, case.step.slots)
+    kernels.store_kv(ours, keys, values, case.step.slots)
+
+    for name in ("key_codes", "key_scales", "value_codes", "value_scales"):
+        assert torch.equal(getattr(ours, name), getattr(expected, name)), name
+
+
+@given(case=cases().filter(lambda case: case.table is not None))
+@SOME
+def test_queries_are_rotated_as_by_the_reference(kernels: native.NativeKernels, case: Case):
+    assert case.table is not None
+    queries = case.noise(5)[:, 1:4]
+
+    ours = kernels.rotate(queries, case.step, case.table)
+
+    torch.testing.assert_close(ours, reference.rotate(queries, case.step, case.table), **CLOSE)
+
+
+@given(
+    seed=SEEDS,
+    dtype=st.sampled_from((torch.float32, torch.bfloat16, torch.float16)),
+    rows=st.one_of(st.integers(0, 30), st.integers(31, 200)),
+    inputs=st.one_of(st.integers(1, 200), st.sampled_from((2048, 2050, 4128))),
+    outputs=st.integers(1, 150),
+    has_bias=st.booleans(),
+)
+@settings(SOME, max_examples=40)
+def test_linear_equals_float64(
+    kernels: native.NativeKernels,
+    seed: int,
+    dtype: torch.dtype,
+    rows: int,
+    inputs: int,
+    outputs: int,
+    has_bias: bool,
+):
+    torch.manual_seed(seed)
+    x, weight = torch.randn(rows, inputs), (torch.randn(outputs, inputs) / math.sqrt(inputs)).to(dtype)
+    bias = torch.randn(outputs) if has_bias else None
+
+    ours = kernels.linear(x, weight, bias)
+
+    expected = torch.nn.functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    torch.testing.assert_close(ours.double(), expected, **CLOSE)
+
+
+@given(seed=SEEDS, rows=st.integers(0, 60), width=st.integers(1, 700))
+@SOME
+def test_norms_and_gates_equal_the_reference(kernels: native.NativeKernels, seed: int, rows: int, width: int):
+    torch.manual_seed(seed)
+    x, weight, gate_up = torch.randn(rows, 2, width) * 3, torch.randn(width), torch.randn(rows, 2 * width) * 4
+
+    torch.testing.assert_close(kernels.rms_norm(x, weight, 1e-6), reference.rms_norm(x, weight, 1e-6), **CLOSE)
+    for name in ("silu", "gelu", "gelu_tanh"):
+        torch.testing.assert_close(kernels.gated(gate_up, name), reference.gated(gate_up, name), **CLOSE)
+
+
+@given(case=cases(), spec=specs)
+@settings(SOME, max_examples=6)
+def test_the_reference_attends_as_plain_float64_does(case: Case, spec: AttentionSpec):
+    queries = case.noise(case.num_heads)
+
+    ours = reference.attention(queries, case.cache, case.step, None, spec)
+
+    expected = np.zeros(queries.shape)
+    for b in range(len(case.step.context_lens)):
+        for h in range(case.num_heads):
+            attend(case, b, h, queries.double().numpy(), spec, expected)
+    torch.testing.assert_close(ours.double().numpy(), expected, **CLOSE)
+
+
+def attend(case: Case, b: int, h: int, queries: np.ndarray, spec: AttentionSpec, out: np.ndarray) -> None:
+    """Head h's outputs of sequence b's rows into `out` [T, H, D], one row after the other, keys not rotated."""
+    cache, step = case.cache, case.step
+    kv_head = h // (case.num_heads // cache.format.num_kv_heads)
+    places = [(int(step.block_tables[b, p // PAGE]), kv_head, p % PAGE) for p in range(int(step.context_lens[b]))]
+    keys = np.array([stored(cache.key_codes, cache.key_scales, cache.format, at) for at in places])
+    values = np.array([stored(cache.value_codes, cache.value_scales, cache.format, at) for at in places])
+    for t in range(int(step.query_starts[b]), int(step.query_starts[b + 1])):
+        position = int(step.positions[t])
+        first = 0 if spec.window is None else max(0, position - spec.window + 1)
+        seen = slice(first, position + 1)
+        scores = keys[seen] * cache.key_factor[kv_head].double().numpy() @ queries[t, h] * spec.scale
+        if spec.softcap is not None:
+            scores = spec.softcap * np.tanh(scores / spec.softcap)
+        weights = np.exp(scores - scores.max())
+        out[t, h] = weights @ values[seen] / weights.sum()
+
+
+def stored(codes: Tensor, scales: Tensor, format: CacheFormat, at: tuple[int, int, int]) -> np.ndarray:
+    """The values [D] that are stored at a page, head and place, in float64."""
+    raw = codes[at].numpy()
+    if format.dtype == "f16":
+        return raw.astype(np.float64)
+    if format.dtype == "q4":
+        raw = np.concatenate([half for byte in raw.reshape(-1, 16) for half in (byte & 15, byte >> 4)])
+        raw = raw.astype(np.float64) - 8
+    return (raw.astype(np.float64) * np.repeat(scales[at].double().numpy(), 32))[: format.head_dim]
+
+
+@given(seed=SEEDS, head_dim=st.integers(1, 100), dtype=st.sampled_from(("q8", "q4")), scale=st.floats(1e-3, 1e3))
+@SOME
+def test_a_stored_value_is_no_further_off_than_its_step(seed: int, head_dim: int, dtype: CacheDtype, scale: float):
+    torch.manual_seed(seed)
+    x = torch.randn(3, head_dim) * scale
+
+    codes, scales = reference.quantize(x, dtype)
+
+    step = scales.abs().double().repeat_interleave(32, -1)[..., :head_dim]
+    error = (reference.dequantize(codes, scales, dtype, head_dim).double() - x.double()).abs()
+    # half a step by rounding, and more by the scale's own 11 bits; q4's codes end at 7, a step short of the far side
+    assert (error <= step * (0.57 if dtype == "q8" else 1.01)).all()
+
+
+def test_a_machine_without_a_build_runs_the_reference_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr(native, "usable", lambda: ())
+    dispatch._native.cache_clear()
+    dispatch._cpu.cache_clear()
+    try:
+        weight = torch.ones(2, 3)
+        assert dispatch.linear(torch.ones(1, 3), weight, None).tolist() == [[3, 3]]
+        assert dispatch.describe() == "torch reference"
+        assert len([record for record in caplog.records if "kernels=reference" in record.message]) == 1
+    finally:
+        dispatch._native.cache_clear()
+        dispatch._cpu.cache_clear()
+
+
+def test_the_fastest_build_is_what_runs():
+    assert dispatch.describe() == f"C++ ({native.usable()[0]})"
