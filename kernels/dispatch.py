@@ -5,6 +5,7 @@ built. Meanings, shapes and dtypes are those of kernels.reference.
 """
 
 import logging
+from collections.abc import Sequence
 from functools import cache
 from typing import Protocol
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from tightrope.kernels import native, reference
 from tightrope.kernels.layout import AttentionSpec, LayerCache, RopeTable, StepLayout
+from tightrope.kernels.quantized import Nf4Matrix, QuantizedMatrix
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +55,14 @@ def rotate(x: Tensor, step: StepLayout, table: RopeTable) -> Tensor:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return _kernels_for(x).linear(x, weight, bias)
+
+
+def quantized_linear(x: Tensor, matrices: Sequence[QuantizedMatrix], bias: Tensor | None) -> Tensor:
+    return reference.quantized_linear(x, matrices, bias)
+
+
+def nf4_linear(x: Tensor, matrices: Sequence[Nf4Matrix], bias: Tensor | None) -> Tensor:
+    return reference.nf4_linear(x, matrices, bias)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

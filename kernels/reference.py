@@ -3,11 +3,15 @@
 Written to be read. Arithmetic is float32 whatever is stored.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from tightrope.kernels.layout import GROUP, PAGE, AttentionSpec, LayerCache, RopeTable, StepLayout
+from tightrope.kernels.quantized import TILE, Nf4Matrix, QuantizedMatrix
+from tightrope.kernels.quantized import dequantize as dequantize_matrix
 
 TILE_ROWS = 4096  # rows of a weight that are expanded to float32 at a time
 
@@ -135,6 +139,27 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     out = x.new_empty(len(x), len(weight))
     for row in range(0, len(weight), TILE_ROWS):
         torch.mm(x, weight[row : row + TILE_ROWS].float().t(), out=out[:, row : row + TILE_ROWS])
+    return out if bias is None else out.add_(bias)
+
+
+def quantized_linear(x: Tensor, matrices: Sequence[QuantizedMatrix], bias: Tensor | None) -> Tensor:
+    """x [T, K] float32 times each of the matrices, side by side: [T, sum of their N] float32; bias the same width."""
+    return _times(x, matrices, bias)
+
+
+def nf4_linear(x: Tensor, matrices: Sequence[Nf4Matrix], bias: Tensor | None) -> Tensor:
+    """As quantized_linear."""
+    return _times(x, matrices, bias)
+
+
+def _times(x: Tensor, matrices: Sequence[QuantizedMatrix | Nf4Matrix], bias: Tensor | None) -> Tensor:
+    out = x.new_empty(len(x), sum(matrix.num_outputs for matrix in matrices))
+    end = 0
+    for matrix in matrices:
+        for tile in range(0, len(matrix.codes), TILE_ROWS // TILE):
+            weight = dequantize_matrix(matrix.tiles(tile, tile + TILE_ROWS // TILE))
+            torch.mm(x, weight, out=out[:, end : end + weight.shape[1]])
+            end += weight.shape[1]
     return out if bias is None else out.add_(bias)
 
 

@@ -1,0 +1,251 @@
+"""Quantised matrices as the kernels of a CPU read them: the one form in memory of EXL2, GPTQ and AWQ, and that of nf4.
+
+Fixed letters: K inputs, N outputs, R stored rows, G groups of stored rows, C tiles of 16 outputs (N / 16 rounded up).
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+TILE = 16  # outputs of a tile
+LINE = 64  # bytes: 4 codes, or parts of codes, side by side for each of a tile's outputs
+
+# a code is cut into planes, from its low bits up; there are whole lines of each in a block of so many rows
+PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)}
+BLOCK_ROWS = {2: 16, 3: 32, 4: 8, 5: 32, 6: 16, 8: 8}
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedMatrix:
+    """Integers with a scale, and perhaps a zero point, for each output and group of rows.
+
+        y[n] = sum over r of x[source[r]] * (code[r, n] - zero[g, n]) * scale[g, n],  g the group of stored row r
+
+    `source` int32 [R]: the input of each stored row, -1 where a row only fills up its group; None: row r is input r.
+    `group_starts` int32 [G + 1] in stored rows: each group has whole blocks of BLOCK_ROWS[bits] rows. `group_bits`
+    uint8 [G], of PLANES. Outputs after the last have scales, or codes of
+    scales, of zero.
+
+    `codes` uint8 [C, bytes]: a tile's bytes are those of its groups, one after the other; a group's are its blocks.
+    A block has for each plane of w bits, in the order of PLANES, lines of 64 bytes with 32 / w rows each: byte 4n + j
+    of a line holds, from the lowest bits up, those of its rows j, j + 4, j + 8, ... of the tile's output n. So a
+    block of 8 rows at 4 bits is one line, where byte 4n + j has row j in its low and row j + 4 in its high half.
+
+    scale: `scales` float16 or float32 [C, G, 16]; or, as in EXL2, `scale_codes` uint8 [C, G, 16] of 1 .. 16 and
+    `group_max` float32 [G]: (code / 16)^2 * group_max. zero: `zeros` int16 [C, G, 16]; None: 2^(bits - 1).
+    """
+
+    num_inputs: int
+    num_outputs: int
+    source: Tensor | None
+    group_starts: Tensor
+    group_bits: Tensor
+    codes: Tensor
+    scales: Tensor | None = None
+    scale_codes: Tensor | None = None
+    group_max: Tensor | None = None
+    zeros: Tensor | None = None
+
+    def tiles(self, begin: int, end: int) -> "QuantizedMatrix":
+        """The outputs of tiles begin .. end alone, without a copy."""
+        first = begin * TILE
+        return replace(
+            self,
+            num_outputs=min(end * TILE, self.num_outputs) - first,
+            codes=self.codes[begin:end],
+            scales=None if self.scales is None else self.scales[begin:end],
+            scale_codes=None if self.scale_codes is None else self.scale_codes[begin:end],
+            zeros=None if self.zeros is None else self.zeros[begin:end],
+        )
+
+    @property
+    def num_rows(self) -> int:
+        return int(self.group_starts[-1])
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all its tensors."""
+        parts = (self.source, self.group_starts, self.group_bits, self.codes)
+        scales = (self.scales, self.scale_codes, self.group_max, self.zeros)
+        return sum(t.nbytes for t in (*parts, *scales) if t is not None)
+
+
+@dataclass(frozen=True, slots=True)
+class Nf4Matrix:
+    """Four-bit codes of a book of sixteen numbers, with a scale for each output and block of inputs.
+
+        y[n] = sum over k of x[k] * codebook[code[k, n]] * scale[k // blocksize, n]
+
+    `codes` int32 [C, K / 8, 16]: row j of eight is in bits 4j .. 4j + 3 of its output's lane. `scales` float32
+    [C, K / blocksize, 16], zero after the last output. `codebook` float32 [16]. blocksize is a multiple of 8 that
+    divides K.
+    """
+
+    num_inputs: int
+    num_outputs: int
+    blocksize: int
+    codebook: Tensor
+    codes: Tensor
+    scales: Tensor
+
+    def tiles(self, begin: int, end: int) -> "Nf4Matrix":
+        """The outputs of tiles begin .. end alone, without a copy."""
+        outputs = min(end * TILE, self.num_outputs) - begin * TILE
+        return replace(self, num_outputs=outputs, codes=self.codes[begin:end], scales=self.scales[begin:end])
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all its tensors."""
+        return self.codebook.nbytes + self.codes.nbytes + self.scales.nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """How inputs are stored: see QuantizedMatrix."""
+
+    source: Tensor | None
+    group_starts: Tensor
+    group_bits: Tensor
+
+    def gather(self, by_input: Tensor) -> Tensor:
+        """[R, ...] of [K, ...]: each stored row's, zero where there is none."""
+        if self.source is None:
+            return by_input
+        rows = by_input[self.source.clamp(min=0).long()]
+        if bool((self.source < 0).any()):
+            rows[self.source < 0] = 0
+        return rows
+
+
+def arrange(inputs: Tensor, group_rows: Sequence[int], group_bits: Sequence[int]) -> Rows:
+    """Stored rows for `inputs` [K], listed group after group; each group is filled up to whole blocks."""
+    starts, source, end = [0], [], 0
+    for size, bits in zip(group_rows, group_bits, strict=True):
+        source.append(F.pad(inputs[end : end + size].to(torch.int32), (0, -size % BLOCK_ROWS[bits]), value=-1))
+        end += size
+        starts.append(starts[-1] + len(source[-1]))
+    assert end == len(inputs)
+    joined = torch.cat(source)
+    is_plain = torch.equal(joined, torch.arange(len(inputs), dtype=torch.int32))
+    return Rows(
+        None if is_plain else joined,
+        torch.tensor(starts, dtype=torch.int32),
+        torch.tensor(group_bits, dtype=torch.uint8),
+    )
+
+
+def pack(codes: Tensor, rows: Rows) -> Tensor:
+    """The bytes [C, bytes] of codes [R, N] uint8, each less than 2^bits of its group."""
+    codes = F.pad(codes, (0, -codes.shape[1] % TILE))
+    tiles = codes.shape[1] // TILE
+    packed = torch.empty(tiles, _num_bytes(rows), dtype=torch.uint8)
+    for bits, begin, end, at in _runs(rows):
+        blocks = codes[begin:end].view(-1, BLOCK_ROWS[bits], tiles * TILE)
+        lines, shift = [], 0
+        for width in PLANES[bits]:
+            plane = blocks if width == 8 else (blocks >> shift) & ((1 << width) - 1)
+            fields = plane.view(len(blocks), -1, 8 // width, 4, tiles * TILE)  # [blocks, lines, fields, 4, N]
+            line = fields[:, :, 0].clone()
+            for i in range(1, 8 // width):
+                line |= fields[:, :, i] << (i * width)
+            lines.append(line)
+            shift += width
+        joined = torch.cat(lines, 1).view(len(blocks), -1, 4, tiles, TILE)
+        size = joined.shape[0] * joined.shape[1] * LINE
+        packed[:, at : at + size].view(tiles, *joined.shape[:2], TILE, 4).copy_(joined.permute(3, 0, 1, 4, 2))
+    return packed
+
+
+def unpack(matrix: QuantizedMatrix) -> Tensor:
+    """The codes [R, N] uint8 of a matrix: what `pack` was given."""
+    rows = Rows(matrix.source, matrix.group_starts, matrix.group_bits)
+    tiles = len(matrix.codes)
+    codes = torch.zeros(matrix.num_rows, tiles * TILE, dtype=torch.uint8)
+    for bits, begin, end, at in _runs(rows):
+        blocks = codes[begin:end].view(-1, BLOCK_ROWS[bits], tiles * TILE)
+        num_lines = BLOCK_ROWS[bits] * TILE * bits // (8 * LINE)
+        stored = matrix.codes[:, at : at + len(blocks) * num_lines * LINE].view(tiles, len(blocks), num_lines, TILE, 4)
+        lines = stored.permute(1, 2, 4, 0, 3).reshape(len(blocks), num_lines, 4, tiles * TILE)
+        line, shift = 0, 0
+        for width in PLANES[bits]:
+            count = BLOCK_ROWS[bits] * width // 32
+            plane = lines[:, line : line + count]
+            fields = blocks.view(len(blocks), count, 8 // width, 4, tiles * TILE)
+            for i in range(8 // width):
+                fields[:, :, i] |= ((plane >> (i * width)) & ((1 << width) - 1)) << shift
+            line, shift = line + count, shift + width
+    return codes[:, : matrix.num_outputs]
+
+
+def tiled(values: Tensor) -> Tensor:
+    """[C, G, 16] of values [G, N], zero after the last output."""
+    return F.pad(values, (0, -values.shape[1] % TILE)).unflatten(1, (-1, TILE)).transpose(0, 1).contiguous()
+
+
+def untiled(values: Tensor, num_outputs: int) -> Tensor:
+    """[G, N] of values [C, G, 16]."""
+    return values.transpose(0, 1).flatten(1)[:, :num_outputs]
+
+
+def pack_nf4(codes: Tensor, scales: Tensor, codebook: Tensor, blocksize: int) -> Nf4Matrix:
+    """The matrix of codes [N, K] uint8 and scales [N, K / blocksize] float32."""
+    outputs, inputs = codes.shape
+    eights = tiled(codes.t()).view(-1, inputs // 8, 8, TILE)  # [C, K / 8, 8, 16]
+    lanes = torch.zeros(*eights.shape[:2], TILE, dtype=torch.int32)
+    for j in range(8):
+        lanes |= eights[:, :, j].to(torch.int32) << (4 * j)
+    return Nf4Matrix(inputs, outputs, blocksize, codebook.float(), lanes, tiled(scales.t().float()))
+
+
+def unpack_nf4(matrix: Nf4Matrix) -> Tensor:
+    """The codes [K, N] uint8 of a matrix."""
+    eights = torch.stack([(matrix.codes >> (4 * j)) & 15 for j in range(8)], 2)  # [C, K / 8, 8, 16]
+    return untiled(eights.to(torch.uint8).flatten(1, 2), matrix.num_outputs)
+
+
+def dequantize(matrix: QuantizedMatrix | Nf4Matrix) -> Tensor:
+    """The weight [K, N] float32 that a matrix stands for, each value rounded once."""
+    if isinstance(matrix, Nf4Matrix):
+        values = matrix.codebook[unpack_nf4(matrix).long()]
+        return values * untiled(matrix.scales, matrix.num_outputs).repeat_interleave(matrix.blocksize, 0)
+    counts = matrix.group_starts.diff().long()
+    zeros = (1 << (matrix.group_bits.int() - 1)).unsqueeze(1)  # [G, 1]
+    if matrix.zeros is not None:
+        zeros = untiled(matrix.zeros, matrix.num_outputs).int()
+    stored = (unpack(matrix).int() - zeros.repeat_interleave(counts, 0)).float()
+    stored *= scales_of(matrix).repeat_interleave(counts, 0)
+    if matrix.source is None:
+        return stored
+    weight = stored.new_zeros(matrix.num_inputs, matrix.num_outputs)
+    is_input = matrix.source >= 0
+    weight[matrix.source[is_input].long()] = stored[is_input]
+    return weight
+
+
+def scales_of(matrix: QuantizedMatrix) -> Tensor:
+    """The scale [G, N] float32 of each group and output; exact."""
+    if matrix.scales is not None:
+        return untiled(matrix.scales, matrix.num_outputs).float()
+    assert matrix.scale_codes is not None
+    assert matrix.group_max is not None
+    codes = untiled(matrix.scale_codes, matrix.num_outputs).float()
+    return (codes / 16).square() * matrix.group_max.unsqueeze(1)
+
+
+def _num_bytes(rows: Rows) -> int:
+    """Bytes of a tile's codes."""
+    return int((rows.group_starts.diff() * rows.group_bits).sum()) * TILE // 8
+
+
+def _runs(rows: Rows) -> Iterator[tuple[int, int, int, int]]:
+    """(bits, first row, end row, first byte of a tile) of neighbouring groups of the same width."""
+    starts, widths = rows.group_starts.tolist(), rows.group_bits.tolist()
+    begin = at = 0
+    for g, bits in enumerate(widths):
+        if g + 1 == len(widths) or widths[g + 1] != bits:
+            yield bits, begin, starts[g + 1], at
+            at += (starts[g + 1] - begin) * bits * TILE // 8
+            begin = starts[g + 1]
