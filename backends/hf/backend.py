@@ -16,20 +16,18 @@ from tightrope.backends.hf.generation import chat_template
 from tightrope.backends.hf.graphs import DecodeGraphs
 from tightrope.backends.hf.model import LoadedModel, load_model
 from tightrope.backends.hf.pages import PagedKVCache
-from tightrope.backends.hf.plan import Plan, make_plan
+from tightrope.backends.hf.plan import Plan, free_bytes, make_plan
 from tightrope.backends.hf.steps import StepBuilder
 from tightrope.backends.hf.tokenizer import HFTokenizer
 from tightrope.backends.hf.variants import CacheVariants
-from tightrope.backends.memory import free_memory
 from tightrope.backends.protocol import Capabilities, Chunk, KVCache, ModelCard, Tokenizer
 from tightrope.backends.settings import ModelSettings
 from tightrope.backends.threads import compute_threads
 from tightrope.kernels import dispatch
 from tightrope.kernels.layout import PAGE, CacheFormat, LayerCache
 
-BLAS_TOKENS = (
-    17  # steps of so many tokens give torch all threads; in smaller ones waking them takes longer than the work
-)
+# Steps of so many tokens give torch all threads; in smaller ones waking them takes longer than the work.
+BLAS_TOKENS = 17
 LOAD_SHARE = 0.97  # of the progress; the rest is the calibration of keys
 
 
@@ -45,7 +43,7 @@ class HFBackend:
         shape = read_config(folder)
         checkpoint = Checkpoint.open(folder)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        plan = make_plan(settings, shape, checkpoint.weight_bytes, _free_memory(device))
+        plan = make_plan(settings, shape, checkpoint.weight_bytes, free_bytes())
         self.tokenizer: Tokenizer = HFTokenizer(folder, shape)
         self._threads = compute_threads(settings.threads)
         torch.set_num_threads(1)  # see BLAS_TOKENS
@@ -118,11 +116,6 @@ class HFBackend:
             yield
         finally:
             torch.set_num_threads(1)
-
-
-def _free_memory(device: torch.device) -> int:
-    """Bytes that weights, cache and workspace may take where they are put."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
 
 
 def copy_pages(caches: Iterable[LayerCache], copies: Sequence[tuple[int, int]]) -> None:
