@@ -99,7 +99,8 @@ def load_model(
 
 
 def _name_of(model: nn.Module, part: nn.Module) -> str:
-    return {module: name for name, module in model.named_modules()}[part]
+    names: dict[nn.Module, str] = {module: name for name, module in model.named_modules()}
+    return names[part]
 
 
 def _rope_keys(model: PreTrainedModel, rope: Mapping[str, RopeSpec] | None) -> Collection[str]:

@@ -19,7 +19,7 @@ COMPUTED = re.compile(r"(^|\.)(rotary_emb\.inv_freq|rotary_pos_emb\.inv_freq|mas
 class FileNames:
     """The names in one checkpoint: with the base model's prefix, or without, or nested in a larger model."""
 
-    def __init__(self, names: Collection[str], base: str, ignored: Sequence[str] = ()) -> None:
+    def __init__(self, names: Collection[str], base: str, ignored: Collection[str] = ()) -> None:
         """base: transformers' name of the base model, such as "model". ignored: patterns that its class declares."""
         self._names, self._base = names, f"{base}."
         self._ignored = (COMPUTED, *map(re.compile, ignored))
