@@ -30,8 +30,8 @@ def bundled_model() -> Path:
 
 
 def takes_part(peer: Peer, scenario: Scenario) -> bool:
-    """Whether the scenario says anything of this server: one that runs requests in turn has no streams side by side."""
-    return peer.is_parallel or not scenario.needs_parallel
+    """Whether the scenario is for this server: one that runs requests in turn has no streams side by side."""
+    return (peer.is_parallel or not scenario.needs_parallel) and (peer.only is None or scenario.name in peer.only)
 
 
 async def compare(

@@ -1,5 +1,6 @@
 """The servers that are compared, and how each is started: same file, threads, context, cache type and slots."""
 
+import os
 import signal
 import socket
 import subprocess
@@ -43,6 +44,8 @@ class Peer:
     ready_path: str = "/health"
     extra_body: dict[str, object] = field(default_factory=dict)
     is_parallel: bool = True  # runs several requests at the same time
+    target: type[Target] = Target  # how it is asked
+    only: frozenset[str] | None = None  # the scenarios it takes part in; None is all
 
 
 def _tightrope(setup: Setup, port: int) -> list[str]:
@@ -98,14 +101,18 @@ def running(peer: Peer, setup: Setup, timeout_s: float = 120.0) -> Iterator[Targ
     port = free_port()
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(
-            [sys.executable, *peer.arguments(setup, port)], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT
+            [sys.executable, *peer.arguments(setup, port)],
+            cwd=ROOT,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "OMP_NUM_THREADS": str(setup.threads)},  # for those without an option
         )
         try:
             base_url = f"http://127.0.0.1:{port}"
             if not _wait_ready(base_url + peer.ready_path, process, timeout_s):
                 log.seek(0)
                 raise StartFailed(f"{peer.name} did not start: {' | '.join(log.read().splitlines()[-5:])}")
-            yield Target(peer.name, base_url, process.pid, peer.extra_body)
+            yield peer.target(peer.name, base_url, process.pid, peer.extra_body)
         finally:
             end(process)
 

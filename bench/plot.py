@@ -15,7 +15,13 @@ from matplotlib.patches import Patch
 
 from bench.load import Summary
 
-_COLOURS = {"tightrope": "#c8442d", "llama.cpp server": "#33475b", "llama-cpp-python server": "#a9b4bf"}
+_COLOURS = {
+    "tightrope": "#c8442d",
+    "llama.cpp server": "#33475b",
+    "llama-cpp-python server": "#a9b4bf",
+    "transformers serve": "#33475b",
+    "generate": "#a9b4bf",
+}
 _GREY = "#5b6670"
 _STYLE: dict[Any, Any] = {  # Any: matplotlib types its keys as a list of literals
     "font.family": "DejaVu Sans",
@@ -76,9 +82,15 @@ PANELS = (
 )
 
 
-def draw(summary: Summary, verdicts: Sequence[dict[str, object]], caption: str, path: Path) -> Path:
+def draw(
+    summary: Summary,
+    verdicts: Sequence[dict[str, object]],
+    caption: str,
+    path: Path,
+    panels: Sequence[Panel] = PANELS,
+) -> Path:
     """Draw the panels that were measured, medians with whiskers from smallest to largest; returns `path`."""
-    panels = [panel for panel in PANELS if any(scenario in summary for _, scenario, _ in panel.groups)]
+    panels = [panel for panel in panels if any(scenario in summary for _, scenario, _ in panel.groups)]
     servers = [name for name in _COLOURS if any(name in found for found in summary.values())]
     columns = min(2, max(1, len(panels)))
     rows = max(1, -(-len(panels) // columns))

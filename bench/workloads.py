@@ -8,7 +8,7 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
@@ -30,7 +30,10 @@ slowly suddenly again never always because although while before after until and
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A server under test. `extra_body` holds fields that only this server needs to do the same work as the others."""
+    """A server under test.
+
+    `extra_body` holds fields that only this server needs to do the same work as the others; None takes a field out.
+    """
 
     name: str
     base_url: str
@@ -38,12 +41,20 @@ class Target:
     extra_body: dict[str, object]
 
     async def complete(self, prompt: str, max_tokens: int, seed: int, until: asyncio.Event | None = None) -> Answer:
-        body = {"prompt": prompt, "max_tokens": max_tokens, "seed": seed, **_SAMPLING, **self.extra_body}
+        body = self._body({"prompt": prompt, "max_tokens": max_tokens, "seed": seed})
         return await stream(self.base_url, "/v1/completions", body, until)
 
+    async def complete_all(self, prompts: Sequence[str], max_tokens: int) -> list[Answer]:
+        """Answers to all prompts at the same time."""
+        return await asyncio.gather(*(self.complete(prompt, max_tokens, i) for i, prompt in enumerate(prompts)))
+
     async def chat(self, messages: list[dict[str, str]], max_tokens: int, seed: int) -> Answer:
-        body = {"messages": messages, "max_tokens": max_tokens, "seed": seed, **_SAMPLING, **self.extra_body}
+        body = self._body({"messages": messages, "max_tokens": max_tokens, "seed": seed})
         return await stream(self.base_url, "/v1/chat/completions", body)
+
+    def _body(self, fields: dict[str, object]) -> dict[str, object]:
+        body = {**fields, **_SAMPLING, **self.extra_body}
+        return {name: value for name, value in body.items() if value is not None}
 
 
 def prose(salt: str, num_words: int) -> str:
@@ -54,16 +65,13 @@ def prose(salt: str, num_words: int) -> str:
     return ". ".join(sentences) + "."
 
 
-async def run_streams(target: Target, salt: str, num_streams: int) -> dict[str, float]:
-    """`num_streams` answers of DECODE_TOKENS tokens at the same time, to different short prompts."""
-    answers = await asyncio.gather(
-        *(
-            target.complete(
-                f"{prose(f'{salt} {i}', 13)} Write a long story about a {subject} who reads this.\n\n", DECODE_TOKENS, i
-            )
-            for i, subject in enumerate(_SUBJECTS[:num_streams])
-        )
-    )
+async def run_streams(target: Target, salt: str, num_streams: int, max_tokens: int = DECODE_TOKENS) -> dict[str, float]:
+    """`num_streams` answers of `max_tokens` tokens at the same time, to different short prompts."""
+    prompts = [
+        f"{prose(f'{salt} {i}', 13)} Write a long story about a {subject} who reads this.\n\n"
+        for i, subject in enumerate(_SUBJECTS[:num_streams])
+    ]
+    answers = await target.complete_all(prompts, max_tokens)
     wall_s = max(answer.done_s for answer in answers) - min(answer.sent_s for answer in answers)
     return {
         "tokens_per_s": sum(answer.num_tokens for answer in answers) / wall_s,
@@ -72,6 +80,17 @@ async def run_streams(target: Target, salt: str, num_streams: int) -> dict[str, 
         "tpot_ms": 1e3 * median(answer.tpot_s for answer in answers),
         "tokens": sum(answer.num_tokens for answer in answers),
         "prompt_tokens": sum(answer.prompt_tokens for answer in answers),
+    }
+
+
+async def run_prompt(target: Target, salt: str, num_words: int) -> dict[str, float]:
+    """A long prompt alone: how fast it is read, up to the first token of the answer."""
+    answer = await target.complete(prose(salt, num_words), 2, seed=1)
+    return {
+        "ttft_ms": 1e3 * answer.ttft_s,
+        "prompt_tokens_per_s": answer.prompt_tokens / answer.ttft_s,
+        "prompt_tokens": answer.prompt_tokens,
+        "cached_tokens": answer.cached_tokens,
     }
 
 
