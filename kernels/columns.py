@@ -1,0 +1,155 @@
+"""Quantised matrices as the kernels of a card read them: words down each column, in blocks of 32 rows.
+
+Fixed letters: K inputs, N outputs (filled up to a multiple of 16), R stored rows, G groups of stored rows.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tightrope.kernels.quantized import Nf4Matrix, QuantizedMatrix, unpack, unpack_nf4, untiled
+
+BLOCK = 32  # rows; a block of w bits is w words a column
+ALIGN = 16  # outputs, so that each row of words begins at a whole 64 bytes
+TILE_OUTPUTS = 128  # that a program of a kernel takes
+
+# a code is cut into planes, from its low bits up
+PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)}
+
+PROGRAMS = 1024  # that a matrix is shared out to: several for each multiprocessor of the largest cards
+FEWEST_BLOCKS = 4  # of a program: one for each of its warps
+
+
+@dataclass(frozen=True, slots=True)
+class ColumnMatrix:
+    """Codes with a scale, and perhaps a zero point, for each output and group of rows; see QuantizedMatrix.
+
+    Stored rows are in blocks of 32 of one group: `source` int32 [R] is the input of each row, -1 where a row only fills
+    up its group, None where row r is input r; `group_of` int32 [R / 32] the group of each block.
+
+    `words` int32 [W, N]: the words of a column, block after block. A block has for each plane of w bits, in the order
+    of PLANES, w words: bits w * f .. w * f + w of word j are those of the block's row 32 / w * j + f.
+
+    scale: `scales` float16 or float32 [G, N], or `scale_codes` uint8 [G, N] and `group_max` float32 [G]:
+    (code / 16)^2 * group_max. zero: `zeros` int16 [G, N], None: 2^(bits - 1). With `codebook` float32 [16], a code of 4
+    bits stands for codebook[code] * scale.
+
+    `shares` int32 [S, 4]: what is shared out to programs: width in bits, first block, end block and first word row of
+    blocks of one width. `widths` has bit w set when there are blocks of w bits.
+    """
+
+    num_inputs: int
+    num_outputs: int
+    widths: int
+    words: Tensor
+    source: Tensor | None
+    group_of: Tensor
+    shares: Tensor
+    scales: Tensor | None = None
+    scale_codes: Tensor | None = None
+    group_max: Tensor | None = None
+    zeros: Tensor | None = None
+    codebook: Tensor | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all its tensors."""
+        parts = (self.words, self.source, self.group_of, self.shares, self.scales, self.scale_codes)
+        return sum(t.nbytes for t in (*parts, self.group_max, self.zeros, self.codebook) if t is not None)
+
+
+def to_columns(matrix: QuantizedMatrix | Nf4Matrix, device: torch.device | str | None = None) -> ColumnMatrix:
+    """The same numbers in the layout of a card, on `device`; by default on the matrix's own."""
+    if isinstance(matrix, Nf4Matrix):
+        starts = range(0, matrix.num_inputs + 1, matrix.blocksize)
+        codes, source = unpack_nf4(matrix), None
+        bits = [4] * (len(starts) - 1)
+    else:
+        starts, bits = matrix.group_starts.tolist(), matrix.group_bits.tolist()
+        codes, source = unpack(matrix), matrix.source
+    target = matrix.codes.device if device is None else torch.device(device)
+    counts = [end - begin for begin, end in zip(starts, starts[1:], strict=False)]
+    if any(count % BLOCK for count in counts):
+        codes, source = _fill_up(codes, source, counts)
+    num_blocks = [-(-count // BLOCK) for count in counts]
+
+    def across(values: Tensor | None) -> Tensor | None:  # [C, G, 16] to [G, N]
+        return None if values is None else _aligned(untiled(values, matrix.num_outputs)).contiguous().to(target)
+
+    widths, shares = _share_out(bits, num_blocks, -(-matrix.num_outputs // TILE_OUTPUTS))
+    is_book = isinstance(matrix, Nf4Matrix)
+    return ColumnMatrix(
+        matrix.num_inputs,
+        matrix.num_outputs,
+        widths,
+        pack_columns(_aligned(codes).to(target), bits, num_blocks),
+        None if source is None else source.to(target),
+        torch.arange(len(bits), dtype=torch.int32).repeat_interleave(torch.tensor(num_blocks)).to(target),
+        shares.to(target),
+        scales=across(matrix.scales),
+        scale_codes=None if is_book else across(matrix.scale_codes),
+        group_max=None if is_book or matrix.group_max is None else matrix.group_max.to(target),
+        zeros=None if is_book else across(matrix.zeros),
+        codebook=matrix.codebook.to(target) if is_book else None,
+    )
+
+
+def pack_columns(codes: Tensor, group_bits: list[int], group_blocks: list[int]) -> Tensor:
+    """The words [W, N] of codes [R, N] uint8, in groups of so many bits and blocks."""
+    words = []
+    for bits, first, end in _runs(group_bits, group_blocks):
+        blocks = codes[first * BLOCK : end * BLOCK].view(end - first, BLOCK, -1)
+        planes, shift = [], 0
+        for width in PLANES[bits]:
+            plane = (blocks >> shift) & ((1 << width) - 1)
+            fields = plane.view(len(blocks), width, 4, 8 // width, -1)  # words, bytes, fields of a byte
+            joined = fields[:, :, :, 0]
+            for i in range(1, 8 // width):
+                joined = joined | (fields[:, :, :, i] << (i * width))
+            planes.append(joined)
+            shift += width
+        joined = torch.cat(planes, 1)  # [blocks, bits, 4, N]
+        words.append(joined.transpose(2, 3).contiguous().view(torch.int32).flatten(0, 1).squeeze(-1))
+    return torch.cat(words)
+
+
+def _runs(group_bits: list[int], group_blocks: list[int]) -> list[tuple[int, int, int]]:
+    """(bits, first block, end block) of neighbouring groups of the same width."""
+    runs: list[tuple[int, int, int]] = []
+    end = 0
+    for bits, count in zip(group_bits, group_blocks, strict=True):
+        if runs and runs[-1][0] == bits:
+            runs[-1] = (bits, runs[-1][1], end + count)
+        else:
+            runs.append((bits, end, end + count))
+        end += count
+    return runs
+
+
+def _share_out(group_bits: list[int], group_blocks: list[int], num_tiles: int) -> tuple[int, Tensor]:
+    """ColumnMatrix.widths and .shares for a matrix of so many tiles of outputs."""
+    wanted = max(1, PROGRAMS // num_tiles)
+    most = max(FEWEST_BLOCKS, -(-sum(group_blocks) // wanted))
+    shares, widths, word = [], 0, 0
+    for bits, first, end in _runs(group_bits, group_blocks):
+        count = -(-(end - first) // most)
+        borders = [first + (end - first) * i // count for i in range(count + 1)]
+        shares += [(bits, a, b, word + (a - first) * bits) for a, b in zip(borders, borders[1:], strict=False)]
+        widths |= 1 << bits
+        word += (end - first) * bits
+    return widths, torch.tensor(shares, dtype=torch.int32)
+
+
+def _fill_up(codes: Tensor, source: Tensor | None, counts: list[int]) -> tuple[Tensor, Tensor]:
+    """codes [R, N] and source [R] with groups of `counts` rows filled up to whole blocks."""
+    rows = torch.arange(len(codes), dtype=torch.int32) if source is None else source
+    parts = [(c, s) for c, s in zip(codes.split(counts), rows.split(counts), strict=True)]
+    filled = [(F.pad(c, (0, 0, 0, -len(c) % BLOCK)), F.pad(s, (0, -len(s) % BLOCK), value=-1)) for c, s in parts]
+    return torch.cat([c for c, _ in filled]), torch.cat([s for _, s in filled])
+
+
+def _aligned(values: Tensor) -> Tensor:
+    """values [., N] with zeros after the last output."""
+    return F.pad(values, (0, -values.shape[1] % ALIGN))

@@ -1,0 +1,153 @@
+"""Several rows times a quantised matrix on CUDA, and the matrix expanded for products with many rows.
+
+A product does not care in which order rows are summed, so a tile is multiplied row by row of its blocks: row r of each
+of BLOCKS blocks is one operand, decoded where its words were loaded.
+"""
+
+import triton
+import triton.language as tl
+from triton.language import constexpr
+
+from tightrope.kernels.columns import BLOCK
+from tightrope.kernels.triton.quantized_tile import book_number, load_scale, load_zero, spread
+
+_BLOCK = constexpr(BLOCK)
+
+
+@triton.jit
+def batch_parts(
+    x: tl.tensor,
+    parts: tl.tensor,
+    words: tl.tensor,
+    source: tl.tensor,
+    group_of: tl.tensor,
+    shares: tl.tensor,
+    scales: tl.tensor,
+    group_max: tl.tensor,
+    zeros: tl.tensor,
+    codebook: tl.tensor,
+    num_rows: tl.tensor,
+    num_inputs: tl.tensor,
+    stride: tl.tensor,
+    WIDTHS: constexpr,
+    ROWS: constexpr,
+    BLOCKS: constexpr,
+    OUTPUTS: constexpr,
+    DTYPE: constexpr,
+) -> None:
+    """parts [S, T, N] float32 for x [T, K]: what each share of the stored rows adds to the outputs."""
+    share = tl.program_id(1)
+    bits = tl.load(shares + share * 4)
+    first = tl.load(shares + share * 4 + 1)
+    end = tl.load(shares + share * 4 + 2)
+    word = tl.load(shares + share * 4 + 3)
+    columns = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
+    tokens = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
+    total = tl.zeros((ROWS, OUTPUTS), tl.float32)
+    for BITS in tl.static_range(2, 9):
+        if (WIDTHS >> BITS) & 1:
+            if bits == BITS:
+                for block in range(first, end, BLOCKS):
+                    blocks = block + tl.arange(0, BLOCKS)
+                    at = words + (word + (blocks - first) * BITS)[:, None].to(tl.int64) * stride + columns[None, :]
+                    mask = (blocks < end)[:, None] & (columns < stride)[None, :]
+                    group = tl.load(group_of + blocks, mask=blocks < end, other=0)
+                    scale = load_scale(scales, group_max, group, columns, mask, stride)
+                    zero = load_zero(zeros, group, columns, mask, stride, BITS)
+                    LOW: constexpr = 8 if BITS == 8 else 4 if BITS >= 4 else 2
+                    HIGH: constexpr = BITS - LOW
+                    for i in tl.static_range(LOW):
+                        low = tl.load(at + i * stride, mask=mask, other=0)
+                        high = low
+                        if HIGH > 0:
+                            high = tl.load(at + (LOW + i * HIGH // LOW) * stride, mask=mask, other=0)
+                        for field in tl.static_range(32 // LOW):
+                            row = blocks * _BLOCK + (i * (32 // LOW) + field)
+                            is_row = blocks < end
+                            if source is not None:
+                                row = tl.load(source + row, mask=is_row, other=-1)
+                                is_row = row >= 0
+                            at_x = x + tokens[:, None].to(tl.int64) * num_inputs + row[None, :]
+                            number = tl.load(at_x, mask=(tokens < num_rows)[:, None] & is_row[None, :], other=0.0)
+                            weight = _weight(low, high, scale, zero, codebook, i * (32 // LOW) + field, LOW, HIGH)
+                            total = tl.dot(number.to(DTYPE), weight.to(DTYPE), total, input_precision="ieee")
+    at_parts = parts + (share * num_rows + tokens)[:, None].to(tl.int64) * stride + columns[None, :]
+    tl.store(at_parts, total, mask=(tokens < num_rows)[:, None] & (columns < stride)[None, :])
+
+
+@triton.jit
+def _weight(
+    low: tl.tensor,
+    high: tl.tensor,
+    scale: tl.tensor,
+    zero: tl.tensor,
+    codebook: tl.tensor,
+    ROW: constexpr,
+    LOW: constexpr,
+    HIGH: constexpr,
+) -> tl.tensor:
+    """(code - zero) * scale, float32, of row ROW of blocks, given the words where it lies."""
+    FIELD: constexpr = ROW % (32 // LOW)
+    if codebook is not None:
+        weight = book_number(low, codebook, FIELD) * scale
+    else:
+        unit: constexpr = 1 << (8 - FIELD * LOW % 8)
+        code = spread(low, FIELD, LOW) * unit - (unit + zero)  # exact: whole numbers
+        if HIGH > 0:
+            FIELD_HIGH: constexpr = ROW % (32 // HIGH)
+            unit_high: constexpr = 1 << (8 + LOW - FIELD_HIGH * HIGH % 8)
+            code += spread(high, FIELD_HIGH, HIGH) * unit_high - unit_high
+        weight = code * scale
+    return weight
+
+
+@triton.jit
+def expand_columns(
+    out: tl.tensor,
+    words: tl.tensor,
+    source: tl.tensor,
+    group_of: tl.tensor,
+    shares: tl.tensor,
+    scales: tl.tensor,
+    group_max: tl.tensor,
+    zeros: tl.tensor,
+    codebook: tl.tensor,
+    first_column: tl.tensor,
+    num_columns: tl.tensor,
+    stride: tl.tensor,
+    WIDTHS: constexpr,
+    BLOCKS: constexpr,
+    OUTPUTS: constexpr,
+) -> None:
+    """out [K, num_columns]: the weights of outputs from first_column on, each rounded to out's dtype."""
+    share = tl.program_id(1)
+    bits = tl.load(shares + share * 4)
+    first = tl.load(shares + share * 4 + 1)
+    end = tl.load(shares + share * 4 + 2)
+    word = tl.load(shares + share * 4 + 3)
+    own = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
+    columns = first_column + own
+    for BITS in tl.static_range(2, 9):
+        if (WIDTHS >> BITS) & 1:
+            if bits == BITS:
+                for block in range(first, end, BLOCKS):
+                    blocks = block + tl.arange(0, BLOCKS)
+                    at = words + (word + (blocks - first) * BITS)[:, None].to(tl.int64) * stride + columns[None, :]
+                    mask = (blocks < end)[:, None] & (own < num_columns)[None, :]
+                    group = tl.load(group_of + blocks, mask=blocks < end, other=0)
+                    scale = load_scale(scales, group_max, group, columns, mask, stride)
+                    zero = load_zero(zeros, group, columns, mask, stride, BITS)
+                    LOW: constexpr = 8 if BITS == 8 else 4 if BITS >= 4 else 2
+                    HIGH: constexpr = BITS - LOW
+                    for i in tl.static_range(LOW):
+                        low = tl.load(at + i * stride, mask=mask, other=0)
+                        high = low
+                        if HIGH > 0:
+                            high = tl.load(at + (LOW + i * HIGH // LOW) * stride, mask=mask, other=0)
+                        for field in tl.static_range(32 // LOW):
+                            row = blocks * _BLOCK + (i * (32 // LOW) + field)
+                            if source is not None:
+                                row = tl.load(source + row, mask=blocks < end, other=-1)
+                            weight = _weight(low, high, scale, zero, codebook, i * (32 // LOW) + field, LOW, HIGH)
+                            at_out = out + row[:, None].to(tl.int64) * num_columns + own[None, :]
+                            tl.store(at_out, weight.to(out.dtype.element_ty), mask=mask & (row >= 0)[:, None])

@@ -1,0 +1,136 @@
+"""One row times a quantised matrix on CUDA: every word is read once, by a program that has some blocks of some outputs.
+
+Within a block codes are summed with x as they are spread, 1 + code / 2^k, and what that adds is taken away once a
+block: sum of (code - zero) * x = sum of 2^k * x * spread - sum of 2^k * x - zero * sum of x.
+"""
+
+import triton
+import triton.language as tl
+from triton.language import constexpr
+
+from tightrope.kernels.columns import BLOCK
+from tightrope.kernels.triton.quantized_tile import book_number, load_scale, load_zero, spread
+
+_BLOCK = constexpr(BLOCK)
+
+
+@triton.jit
+def vector_parts(
+    x: tl.tensor,
+    parts: tl.tensor,
+    words: tl.tensor,
+    source: tl.tensor,
+    group_of: tl.tensor,
+    shares: tl.tensor,
+    scales: tl.tensor,
+    group_max: tl.tensor,
+    zeros: tl.tensor,
+    codebook: tl.tensor,
+    stride: tl.tensor,
+    WIDTHS: constexpr,
+    BLOCKS: constexpr,
+    OUTPUTS: constexpr,
+) -> None:
+    """parts [S, N] float32: what each share of the rows adds to the outputs."""
+    share = tl.program_id(1)
+    bits = tl.load(shares + share * 4)
+    first = tl.load(shares + share * 4 + 1)
+    end = tl.load(shares + share * 4 + 2)
+    word = tl.load(shares + share * 4 + 3)
+    columns = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
+    total = tl.zeros((BLOCKS, OUTPUTS), tl.float32)
+    for BITS in tl.static_range(2, 9):
+        if (WIDTHS >> BITS) & 1:
+            if bits == BITS:
+                for block in range(first, end, BLOCKS):
+                    blocks = block + tl.arange(0, BLOCKS)
+                    at = words + (word + (blocks - first) * BITS)[:, None].to(tl.int64) * stride + columns[None, :]
+                    mask = (blocks < end)[:, None] & (columns < stride)[None, :]
+                    group = tl.load(group_of + blocks, mask=blocks < end, other=0)
+                    summed = _block_sums(
+                        x, at, source, zeros, codebook, blocks, end, group, columns, mask, stride, BLOCKS, OUTPUTS, BITS
+                    )
+                    total += summed * load_scale(scales, group_max, group, columns, mask, stride)
+    tl.store(parts + share * stride + columns, tl.sum(total, 0), mask=columns < stride)
+
+
+@triton.jit
+def _block_sums(
+    x: tl.tensor,
+    at: tl.tensor,
+    source: tl.tensor,
+    zeros: tl.tensor,
+    codebook: tl.tensor,
+    blocks: tl.tensor,
+    end: tl.tensor,
+    group: tl.tensor,
+    columns: tl.tensor,
+    mask: tl.tensor,
+    stride: tl.tensor,
+    BLOCKS: constexpr,
+    OUTPUTS: constexpr,
+    BITS: constexpr,
+) -> tl.tensor:
+    """Sums [BLOCKS, OUTPUTS] of (code - zero) * x over each block's rows."""
+    LOW: constexpr = 8 if BITS == 8 else 4 if BITS >= 4 else 2
+    HIGH: constexpr = BITS - LOW
+    FIELDS: constexpr = 32 // LOW  # of a low word
+    summed = tl.zeros((BLOCKS, OUTPUTS), tl.float32)
+    added = tl.zeros((BLOCKS,), tl.float32)
+    plain = tl.zeros((BLOCKS,), tl.float32)
+    for word in tl.static_range(LOW):
+        low = tl.load(at + word * stride, mask=mask, other=0)
+        if HIGH > 0:
+            high = tl.load(at + (LOW + word * HIGH // LOW) * stride, mask=mask, other=0)
+        for field in tl.static_range(FIELDS):
+            row = blocks * _BLOCK + (word * FIELDS + field)
+            number = _load_x(x, source, row, blocks < end)
+            if codebook is not None:
+                summed += book_number(low, codebook, field) * number[:, None]
+            else:
+                number_low = number * (1 << (8 - field * LOW % 8))
+                summed += spread(low, field, LOW) * number_low[:, None]
+                added += number_low
+                plain += number
+                if HIGH > 0:
+                    FIELD: constexpr = (word * FIELDS + field) % (32 // HIGH)
+                    number_high = number * (1 << (8 + LOW - FIELD * HIGH % 8))
+                    summed += spread(high, FIELD, HIGH) * number_high[:, None]
+                    added += number_high
+    if codebook is None:
+        summed -= added[:, None] + load_zero(zeros, group, columns, mask, stride, BITS) * plain[:, None]
+    return summed
+
+
+@triton.jit
+def _load_x(x: tl.tensor, source: tl.tensor, row: tl.tensor, is_row: tl.tensor) -> tl.tensor:
+    """Inputs, float32, of stored rows; zero where there is none."""
+    if source is not None:
+        row = tl.load(source + row, mask=is_row, other=-1)
+        is_row = row >= 0
+    return tl.load(x + row, mask=is_row, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def sum_parts(
+    parts: tl.tensor,
+    bias: tl.tensor,
+    out: tl.tensor,
+    num_parts: tl.tensor,
+    num_outputs: tl.tensor,
+    part_stride: tl.tensor,
+    stride: tl.tensor,
+    PARTS_PADDED: constexpr,
+    OUTPUTS: constexpr,
+) -> None:
+    """out [T, num_outputs]: bias and the sum of parts [S, T, N], always in the same order."""
+    row = tl.program_id(1).to(tl.int64)
+    columns = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
+    part = tl.arange(0, PARTS_PADDED)
+    is_output = columns < num_outputs
+    at = parts + part[:, None].to(tl.int64) * part_stride + row * stride + columns[None, :]
+    values = tl.load(at, mask=(part < num_parts)[:, None] & is_output[None, :], other=0.0)
+    total = tl.sum(values, 0)
+    if bias is not None:
+        total += tl.load(bias + columns, mask=is_output, other=0.0).to(tl.float32)
+    tl.store(out + row * num_outputs + columns, total.to(out.dtype.element_ty), mask=is_output)
