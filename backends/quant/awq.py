@@ -1,0 +1,72 @@
+"""AWQ: 4 bits packed along the rows in an order of their own, a scale and a zero point for each group of inputs.
+
+Source: AutoAWQ 0.2.9, the GEMM layout (modules/linear/gemm.py, utils/packing_utils.py).
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tightrope.backends.errors import BackendError
+from tightrope.backends.quant.format import FLOATS, Packed, Settings
+from tightrope.kernels.quantized import QuantizedMatrix, arrange, pack, tiled
+
+NIBBLE_OF_OUTPUT = (0, 4, 1, 5, 2, 6, 3, 7)  # of the eight in a word
+
+
+class Awq:
+    """See Format."""
+
+    name = "AWQ"
+    parts = ("qweight", "qzeros", "scales")
+    optional = ()
+
+    @classmethod
+    def of(cls, path: Path, settings: Settings) -> "Awq":
+        """The format as `settings`, a block of the file `path`, describe it; raises BackendError for its relatives."""
+        if (version := str(settings.get("version", "gemm")).lower()) != "gemm":
+            raise BackendError(f"{path}: AWQ of version {version!r} is not known; gemm is")
+        if (bits := settings.get("bits", settings.get("w_bit", 4))) != 4:
+            raise BackendError(f"{path}: bits {bits!r} are not known in AWQ; 4 are")
+        return cls()
+
+    def size(self, packed: Packed) -> tuple[int, int]:
+        return packed.shape("qweight")[0], packed.shape("scales")[-1]
+
+    def memory_bytes(self, packed: Packed) -> int:
+        scales = packed.entry("scales")
+        groups, outputs = scales.shape
+        return packed.entry("qweight").num_bytes + scales.num_bytes + 2 * groups * outputs
+
+    def check(self, packed: Packed, num_inputs: int, num_outputs: int) -> None:
+        packed.expect("qweight", (num_inputs, num_outputs // 8), "I32")
+        groups = packed.shape("scales")[:1]
+        packed.expect("scales", (*groups, num_outputs), *FLOATS)
+        packed.expect("qzeros", (*groups, num_outputs // 8), "I32")
+        if not groups[0] or num_inputs % groups[0]:
+            raise packed.wrong("scales", f"has {groups[0]} groups, which don't divide {num_inputs} inputs")
+
+    def build(self, packed: Packed, num_inputs: int, num_outputs: int) -> QuantizedMatrix:
+        scales = packed.read("scales")
+        groups = len(scales)
+        rows = arrange(torch.arange(num_inputs), [num_inputs // groups] * groups, [4] * groups)
+        zeros = _unpack(packed.read("qzeros")).to(torch.int16)
+        return QuantizedMatrix(
+            num_inputs,
+            num_outputs,
+            rows.source,
+            rows.group_starts,
+            rows.group_bits,
+            pack(rows.gather(_unpack(packed.read("qweight"))), rows),
+            scales=tiled(scales if scales.dtype == torch.float16 else scales.float()),
+            zeros=None if bool((zeros == 8).all()) else tiled(zeros),
+        )
+
+
+def _unpack(words: Tensor) -> Tensor:
+    """Codes [., 8 * W] uint8 of words [., W] int32."""
+    codes = torch.empty(*words.shape, 8, dtype=torch.uint8)
+    for output, nibble in enumerate(NIBBLE_OF_OUTPUT):
+        codes[..., output] = (words >> (4 * nibble)) & 15
+    return codes.flatten(1)

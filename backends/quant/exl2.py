@@ -1,0 +1,84 @@
+"""EXL2: 2 to 8 bits in groups of rows of one matrix, rows permuted, scales as squares of four bits.
+
+Source: the layout that exllamav2 0.3.2 reads (conversion/adaptivegptq.py, module.py, ext.py).
+"""
+
+from math import gcd
+
+import torch
+from torch import Tensor
+
+from tightrope.backends.quant.format import Packed
+from tightrope.backends.quant.streams import unstream
+from tightrope.kernels.quantized import PLANES, QuantizedMatrix, arrange, pack, tiled
+
+
+class Exl2:
+    """See Format."""
+
+    name = "EXL2"
+    parts = ("q_weight", "q_scale", "q_scale_max", "q_groups", "q_invperm")
+    optional = ("q_perm", "q_group_map")  # both follow from the others
+
+    def size(self, packed: Packed) -> tuple[int, int]:
+        return packed.shape("q_invperm")[0], packed.shape("q_weight")[-1]
+
+    def memory_bytes(self, packed: Packed) -> int:
+        inputs, outputs = self.size(packed)
+        groups = packed.shape("q_scale_max")[0]
+        return packed.entry("q_weight").num_bytes + groups * (outputs + 9) + 4 * inputs
+
+    def check(self, packed: Packed, num_inputs: int, num_outputs: int) -> None:
+        stored = -(-num_outputs // 32) * 32
+        words, groups = (packed.shape(part)[:1] for part in ("q_weight", "q_scale_max"))
+        packed.expect("q_weight", (*words, stored), "I32")
+        packed.expect("q_scale_max", groups, "F16")
+        packed.expect("q_scale", (*groups, stored // 8), "I32")
+        packed.expect("q_groups", (2 * sum(groups),), "I16")
+        packed.expect("q_invperm", (num_inputs,), "I32")
+
+    def build(self, packed: Packed, num_inputs: int, num_outputs: int) -> QuantizedMatrix:
+        words = packed.read("q_weight")[:, :num_outputs]
+        bits, starts = _groups(packed, len(words))
+        counts = [(end - begin) * 32 // width for width, begin, end in zip(bits, starts, starts[1:], strict=False)]
+        if sum(counts) != num_inputs:
+            raise packed.wrong("q_groups", f"describes {sum(counts)} rows; the linear has {num_inputs} inputs")
+        rows = arrange(_permutation(packed), counts, bits)
+        borders = rows.group_starts.tolist()
+        codes = torch.zeros(borders[-1], num_outputs, dtype=torch.uint8)
+        for g, width in enumerate(bits):
+            codes[borders[g] : borders[g] + counts[g]] = unstream(words[starts[g] : starts[g + 1]].contiguous(), width)
+        return QuantizedMatrix(
+            num_inputs,
+            num_outputs,
+            rows.source,
+            rows.group_starts,
+            rows.group_bits,
+            pack(codes, rows),
+            scale_codes=tiled(unstream(packed.read("q_scale").t().contiguous(), 4).t()[:, :num_outputs] + 1),
+            group_max=packed.read("q_scale_max").float(),
+        )
+
+
+def _groups(packed: Packed, num_words: int) -> tuple[list[int], list[int]]:
+    """Bits [G], and first rows of words [G + 1]."""
+    pairs = (packed.read("q_groups").int() & 0xFFFF).view(-1, 2)  # offsets are unsigned
+    bits, starts = pairs[:, 0].tolist(), [*pairs[:, 1].tolist(), num_words]
+    for g, width in enumerate(bits):
+        if width not in PLANES:
+            raise packed.wrong("q_groups", f"has {width} bits in group {g}; {', '.join(map(str, PLANES))} are known")
+        size, period = starts[g + 1] - starts[g], width // gcd(width, 32)  # words
+        if starts[0] != 0 or size <= 0 or size % period:
+            raise packed.wrong(
+                "q_groups", f"has words {starts[g]} to {starts[g + 1]} of {num_words} in group {g} at {width} bits"
+            )
+    return bits, starts
+
+
+def _permutation(packed: Packed) -> Tensor:
+    """The input of each stored row [K]."""
+    inverse = packed.read("q_invperm").long()
+    order = inverse.argsort()
+    if not torch.equal(inverse[order], torch.arange(len(inverse))):
+        raise packed.wrong("q_invperm", f"is no permutation of 0 to {len(inverse) - 1}")
+    return order

@@ -1,0 +1,87 @@
+"""What a quantised format is to the loader: tensors by their names, checked, turned into a matrix that kernels read."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from tightrope.backends.errors import BackendError
+from tightrope.backends.hf.checkpoint import Checkpoint, TensorEntry
+from tightrope.kernels.quantized import Nf4Matrix, QuantizedMatrix
+
+Settings = Mapping[str, Any]  # a model's own words on its quantisation, as JSON has them
+FLOATS = ("F16", "BF16", "F32")
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """The tensors of one quantised linear, `module` in the files' words."""
+
+    checkpoint: Checkpoint
+    module: str
+
+    def name(self, part: str) -> str:
+        return f"{self.module}.{part}"
+
+    def has(self, part: str) -> bool:
+        return self.name(part) in self.checkpoint.tensors
+
+    def entry(self, part: str) -> TensorEntry:
+        """Raises BackendError when there is none."""
+        if not self.has(part):
+            raise BackendError(
+                f"{self.checkpoint.folder}: tensor {self.name(part)!r} is missing, which the quantised linear "
+                f"{self.module!r} needs"
+            )
+        return self.checkpoint.tensors[self.name(part)]
+
+    def shape(self, part: str) -> tuple[int, ...]:
+        return self.entry(part).shape
+
+    def read(self, part: str) -> Tensor:
+        """The tensor, of the file's pages; raises BackendError when it isn't finite."""
+        tensor = self.checkpoint.read(self.entry(part).name)
+        self.checkpoint.check_finite(self.name(part), tensor)
+        return tensor
+
+    def expect(self, part: str, shape: tuple[int, ...], *dtypes: str) -> None:
+        """Raise BackendError unless a tensor has this shape and one of these dtypes."""
+        entry = self.entry(part)
+        if entry.dtype not in dtypes:
+            raise self.wrong(part, f"is {entry.dtype}; it must be {' or '.join(dtypes)}")
+        if entry.shape != shape:
+            raise self.wrong(part, f"has shape {list(entry.shape)}; it must be {list(shape)}")
+
+    def wrong(self, part: str, reason: str) -> BackendError:
+        return BackendError(f"{self.entry(part).file}: tensor {self.name(part)!r} {reason}")
+
+
+class Format(Protocol):
+    """A format, with what a model's settings say of it."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The tensors that tell that a linear is quantised; each must be there."""
+
+    @property
+    def optional(self) -> tuple[str, ...]:
+        """Further tensors that a linear may have."""
+
+    def size(self, packed: Packed) -> tuple[int, int]:
+        """Inputs and outputs of a linear, by the shapes of its tensors; outputs may be filled up."""
+
+    def memory_bytes(self, packed: Packed) -> int:
+        """Bytes that the matrix takes in memory, by headers."""
+
+    def check(self, packed: Packed, num_inputs: int, num_outputs: int) -> None:
+        """Raise BackendError for what headers tell is wrong with a linear of that size."""
+
+    def build(self, packed: Packed, num_inputs: int, num_outputs: int) -> QuantizedMatrix | Nf4Matrix | Tensor:
+        """The matrix; a tensor [N, K] where there is no other form for it.
+
+        Raises BackendError for contents that can't be right.
+        """

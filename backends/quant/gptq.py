@@ -1,0 +1,121 @@
+"""GPTQ: 2, 3, 4 or 8 bits packed down the columns, a scale and a zero point for each group of inputs.
+
+Groups are runs of inputs or, in files of act-order, sets named by `g_idx`. Zero points are stored less one, but for
+files that say gptq_v2. Source: the layouts of AutoGPTQ 0.7.1 (qlinear_cuda.py) and GPTQModel 7.7 (qlinear/torch.py).
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tightrope.backends.errors import BackendError
+from tightrope.backends.quant.format import FLOATS, Packed, Settings
+from tightrope.backends.quant.streams import unstream
+from tightrope.kernels.quantized import QuantizedMatrix, arrange, pack, tiled
+
+BITS = (2, 3, 4, 8)
+
+
+@dataclass(frozen=True, slots=True)
+class Gptq:
+    """See Format. `group_size` is the model's word, for files without g_idx; -1 and 0 mean one group."""
+
+    group_size: int
+    is_v2: bool
+    is_symmetric: bool
+
+    name = "GPTQ"
+    parts = ("qweight", "qzeros", "scales")
+    optional = ("g_idx",)
+
+    @classmethod
+    def of(cls, path: Path, settings: Settings) -> "Gptq":
+        """The format as `settings`, a block of the file `path`, describe it; raises BackendError for its relatives."""
+        layout = settings.get("checkpoint_format") or settings.get("format") or "gptq"
+        if settings.get("is_marlin_format"):
+            layout = "marlin"
+        if layout not in ("gptq", "gptq_v2"):
+            raise BackendError(f"{path}: checkpoint_format {layout!r} is not known; gptq and gptq_v2 are")
+        if (words := settings.get("pack_dtype", "int32")) != "int32":
+            raise BackendError(f"{path}: pack_dtype {words!r} is not known; int32 is")
+        if (bits := settings.get("bits", BITS[0])) not in BITS:
+            raise BackendError(f"{path}: bits {bits!r} are not known in GPTQ; {', '.join(map(str, BITS))} are")
+        size = settings.get("group_size", -1)
+        if type(size) is not int:
+            raise BackendError(f"{path}: group_size {size!r} must be a whole number")
+        return cls(size, layout == "gptq_v2", settings.get("sym", True) is not False)
+
+    def size(self, packed: Packed) -> tuple[int, int]:
+        outputs = packed.shape("scales")[-1]
+        if packed.has("g_idx"):
+            return packed.shape("g_idx")[0], outputs
+        bits = packed.shape("qzeros")[-1] * 32 / max(1, outputs)
+        return round(packed.shape("qweight")[0] * 32 / max(1, bits)), outputs
+
+    def memory_bytes(self, packed: Packed) -> int:
+        inputs, _ = self.size(packed)
+        zeros = 0 if self.is_symmetric else 2 * packed.entry("scales").num_bytes // 2
+        order = 4 * inputs if packed.has("g_idx") else 0
+        return packed.entry("qweight").num_bytes + packed.entry("scales").num_bytes + zeros + order
+
+    def check(self, packed: Packed, num_inputs: int, num_outputs: int) -> None:
+        bits = _bits(packed, num_inputs)
+        packed.expect("qweight", (num_inputs * bits // 32, num_outputs), "I32")
+        groups = packed.shape("scales")[:1]
+        packed.expect("scales", (*groups, num_outputs), *FLOATS)
+        packed.expect("qzeros", (*groups, num_outputs * bits // 32), "I32")
+        if packed.has("g_idx"):
+            packed.expect("g_idx", (num_inputs,), "I32")
+
+    def build(self, packed: Packed, num_inputs: int, num_outputs: int) -> QuantizedMatrix:
+        bits = _bits(packed, num_inputs)
+        scales = packed.read("scales")
+        group_of = self._group_of(packed, num_inputs, len(scales))
+        counts = torch.bincount(group_of, minlength=len(scales))
+        is_used = counts > 0
+        inputs = group_of.argsort(stable=True)
+        rows = arrange(inputs, counts[is_used].tolist(), [bits] * int(is_used.sum()))
+        zeros = unstream(packed.read("qzeros").t().contiguous(), bits).t()[is_used].to(torch.int16)
+        zeros = zeros if self.is_v2 else zeros + 1  # without a carry: 2^bits is a zero point, too
+        scales = scales[is_used]
+        return QuantizedMatrix(
+            num_inputs,
+            num_outputs,
+            rows.source,
+            rows.group_starts,
+            rows.group_bits,
+            pack(rows.gather(unstream(packed.read("qweight"), bits)), rows),
+            scales=tiled(scales if scales.dtype == torch.float16 else scales.float()),
+            zeros=None if bool((zeros == 1 << (bits - 1)).all()) else tiled(zeros),
+        )
+
+    def _group_of(self, packed: Packed, num_inputs: int, num_groups: int) -> Tensor:
+        """The group of each input [K]."""
+        if packed.has("g_idx"):
+            group_of = packed.read("g_idx").long()
+            low, high = (int(value) for value in group_of.aminmax())
+            if low < 0 or high >= num_groups:
+                raise packed.wrong("g_idx", f"names group {low if low < 0 else high}; there are {num_groups} groups")
+            if high > 0 or num_groups == 1:  # all zero: as if it weren't there
+                return group_of
+        size = self.group_size if self.group_size > 0 else num_inputs
+        if -(-num_inputs // size) != num_groups:
+            if num_inputs % num_groups:
+                raise packed.wrong(
+                    "scales", f"has {num_groups} groups; {num_inputs} inputs in groups of {size} make "
+                    f"{-(-num_inputs // size)}"
+                )  # fmt: skip
+            size = num_inputs // num_groups  # of this linear alone, as GPTQModel's `dynamic` allows
+        return torch.arange(num_inputs) // size
+
+
+def _bits(packed: Packed, num_inputs: int) -> int:
+    """By the shape, as linears of one model may differ."""
+    shape = packed.shape("qweight")
+    bits = next((bits for bits in BITS if len(shape) == 2 and shape[0] * 32 == num_inputs * bits), None)
+    if bits is None:
+        rows = ", ".join(str(num_inputs * bits // 32) for bits in BITS)
+        raise packed.wrong("qweight", f"has shape {list(shape)}; {num_inputs} inputs take {rows} rows of words")
+    return bits
