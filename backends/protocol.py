@@ -36,12 +36,15 @@ class KVUsage:
 class KVCache(Protocol):
     """Bookkeeping and storage of keys and values; both belong to the backend."""
 
-    def open(self, seq_id: int, token_ids: Sequence[int], namespace: str, *, reuse: bool = True) -> int:
+    def open(
+        self, seq_id: int, token_ids: Sequence[int], namespace: str, *, reuse: bool = True, reproducible: bool = False
+    ) -> int:
         """Begin a sequence and return how many leading `token_ids` were found cached; they are pinned until `close`.
 
         Always less than len(token_ids), so that at least one token is left to run. Sequences of different namespaces
-        never share. Without `reuse` nothing is found, and if no other sequence is live, the new one is laid out as in
-        an empty cache: the same tokens then give the same logits to the last bit, whatever ran before.
+        never share. Without `reuse` nothing is found. `reproducible`: if no other sequence is live, the new one is laid
+        out as in an empty cache, so that the same tokens over the same cached ones give the same logits to the last
+        bit, whatever ran before.
         """
 
     def reserve(self, seq_id: int, num_tokens: int) -> bool:

@@ -125,6 +125,8 @@ class Scheduler:
     def _add_chunk(self, step: list[Work], sequence: Sequence, budget: int) -> int:
         """Give a prompt what the budget allows; return the tokens spent."""
         num_tokens = min(sequence.num_pending, budget)
+        if sequence.is_reproducible and 1 < num_tokens == sequence.num_pending:
+            num_tokens -= 1
         if sequence.prompt_tokens is not None:
             num_tokens = min(num_tokens, self._max_prompt_logits_chunk)
         if num_tokens > 0:
@@ -149,7 +151,11 @@ class Scheduler:
         if sequence.prompt_tokens is not None and not sequence.is_announced:
             sequence.prompt_tokens = []  # it may have been preempted half-way
         num_cached = self._kv.open(
-            sequence.seq_id, sequence.token_ids, sequence.request.namespace, reuse=not sequence.needs_own_prompt
+            sequence.seq_id,
+            sequence.token_ids,
+            sequence.request.namespace,
+            reuse=not sequence.needs_own_prompt,
+            reproducible=sequence.is_reproducible,
         )
         headroom = max(0, min(DECODE_HEADROOM, sequence.max_len - 1 - len(sequence.token_ids)))  # the last never runs
         if not self._kv.reserve(sequence.seq_id, len(sequence.token_ids) - num_cached + headroom):

@@ -54,16 +54,18 @@ class Sequence:
 
     @property
     def needs_own_prompt(self) -> bool:
-        """Whether the prompt has to be computed even where it is cached.
+        """Whether the prompt has to be computed even where it is cached: for its logits, which are not."""
+        return self.prompt_tokens is not None and not self.is_announced
 
-        For its logits, which are not cached; and for a seed, which promises the same text again: what is cached was
-        computed in other batches, and rounded otherwise in its last bits.
+    @property
+    def is_reproducible(self) -> bool:
+        """Whether a seed promises the same text again.
+
+        Logits of a token that runs in another batch are rounded otherwise in their last bits. So the last token of the
+        prompt runs by itself, as it does when all before it is found cached the next time.
         """
-        if self.is_announced:
-            return False
         params = self.request.sampling
-        is_seeded = params.seed is not None and params.temperature > 0 and self.leader is None
-        return is_seeded or self.prompt_tokens is not None
+        return params.seed is not None and params.temperature > 0
 
     def timings(self, now_s: float) -> Timings:
         started = self.started_s if self.started_s is not None else now_s

@@ -66,7 +66,9 @@ class FakeKV:
     def _used(self, holders: Sequence[Held]) -> set[int]:
         return {cell for held in holders for cell in (*held.cells, *held.reserved)}
 
-    def open(self, seq_id: int, token_ids: Sequence[int], namespace: str, *, reuse: bool = True) -> int:
+    def open(
+        self, seq_id: int, token_ids: Sequence[int], namespace: str, *, reuse: bool = True, reproducible: bool = False
+    ) -> int:
         assert seq_id not in self.live
         best: Held | None = None
         length = 0

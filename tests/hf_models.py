@@ -52,18 +52,18 @@ _GEMMA_NAMES = _NAMES | {
 @cache
 def smollm2_bf16() -> Path:
     """SmolLM2-135M-Instruct: a llama in three shards, with tied embeddings and a byte-level vocabulary."""
-    return _once("smollm2-135m", lambda folder: _write_smollm2(folder, GGUFReader(bundled_model())))
+    return once("smollm2-135m-bf16", lambda folder: _write_smollm2(folder, GGUFReader(bundled_model())))
 
 
 @cache
 def gemma3_bf16() -> Path:
     """Gemma 3 270M: windows of 512 tokens in five layers of six, norms of queries and keys, a sentencepiece BPE."""
-    return _once("gemma3-270m", lambda folder: _write_gemma3(folder, GGUFReader(gemma())))
+    return once("gemma3-270m-bf16", lambda folder: _write_gemma3(folder, GGUFReader(gemma())))
 
 
-def _once(name: str, write: Callable[[Path], None]) -> Path:
+def once(name: str, write: Callable[[Path], None]) -> Path:
     """The folder of that name, written now if it isn't there; an interrupted run leaves nothing in its place."""
-    path = FOLDER / f"{name}-bf16-{VERSION}"
+    path = FOLDER / f"{name}-{VERSION}"
     if path.is_dir():
         return path
     FOLDER.mkdir(parents=True, exist_ok=True)

@@ -335,11 +335,13 @@ def test_the_same_seed_gives_the_same_text_and_choices_differ():
     assert tokens[0] != tokens[1]
 
 
-def test_a_seeded_request_computes_its_prompt_anew_and_its_choices_share_it():
-    core = make_core(FakeBackend())
-    run(core, request("before", "p" * 40))
-    deltas = run(core, request("seeded", "p" * 40, n=2, sampling=SamplingParams(seed=1)))["seeded"]
-    assert [delta.prompt.num_cached for delta in deltas if delta.prompt is not None] == [0, 40]
-    greedy = run(core, request("greedy", "p" * 40, sampling=SamplingParams(temperature=0.0, seed=1)))["greedy"]
-    assert greedy[0].prompt is not None
-    assert greedy[0].prompt.num_cached == 40
+def test_the_last_token_of_a_seeded_prompt_runs_by_itself_as_it_does_when_the_rest_is_cached():
+    backend = FakeBackend()
+    core = make_core(backend)
+    run(core, request("first", "p" * 40, sampling=SamplingParams(seed=1)))
+    lengths = [[len(chunk.token_ids) for chunk in step] for step in backend.steps]
+    deltas = run(core, request("again", "p" * 40, sampling=SamplingParams(seed=1)))["again"]
+    assert sum(lengths[0]) + 1 == 41  # BOS and 40 bytes
+    assert lengths[1] == [1]
+    assert deltas[0].prompt is not None
+    assert deltas[0].prompt.num_cached == 40

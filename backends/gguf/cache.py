@@ -118,18 +118,21 @@ class SharedKVCache:
 
     # --- the protocol -------------------------------------------------------------------------------------------
 
-    def open(self, seq_id: int, token_ids: Sequence[int], namespace: str, *, reuse: bool = True) -> int:
+    def open(
+        self, seq_id: int, token_ids: Sequence[int], namespace: str, *, reuse: bool = True, reproducible: bool = False
+    ) -> int:
         """See KVCache. Raises BackendError when more sequences are open than the model has slots."""
         assert seq_id not in self._live, f"sequence {seq_id} is open already"
         wanted = np.asarray(token_ids, np.int32)
         source: _Entry | None = None
         found = 0
+        is_alone = reproducible and not self._live
+        if is_alone:
+            self._park_idle(0)  # attention adds up in the order of the cells
         if reuse:
             source, found = self._best_match(wanted, namespace)
-            source, found = self._restored_match(wanted, namespace, source, found)
-        elif not self._live:
-            self._park_idle(0)  # attention adds up in the order of the cells
-        if source is not None and self._can_take_over(source, found):
+            source, found = self._restored_match(wanted, namespace, source, found, keep_parked=is_alone)
+        if source is not None and (self._can_take_over(source, found) or (is_alone and source in self._kept)):
             self._kept.remove(source)
             self._shorten(source, found, pinned=False)
             source.saved = None  # it will grow
@@ -344,9 +347,12 @@ class SharedKVCache:
         return is_prefix and parked.namespace == namespace and not self._whole_only
 
     def _restored_match(
-        self, wanted: Ints, namespace: str, source: _Entry | None, found: int
+        self, wanted: Ints, namespace: str, source: _Entry | None, found: int, *, keep_parked: bool
     ) -> tuple[_Entry | None, int]:
-        """The best match, if need be a parked sequence that is brought back for it."""
+        """The best match, if need be a parked sequence that is brought back for it.
+
+        keep_parked: one that goes on otherwise stays parked, too.
+        """
         best: _Parked | None = None
         longest = found + MIN_RESTORE_GAIN - 1
         for parked in self._parked:
@@ -358,6 +364,8 @@ class SharedKVCache:
                 best, longest = parked, common
         if best is None or not self._restore(best):
             return source, found
+        if keep_parked and longest < len(best.token_ids):
+            self._parked.append(best)
         return self._kept[-1], longest
 
     def _reaches(self, parked: _Parked, length: int) -> bool:

@@ -92,7 +92,9 @@ class PagedKVCache:
 
     # --- the protocol -----------------------------------------------------------------------------------------------
 
-    def open(self, seq_id: int, token_ids: Sequence[int], namespace: str, *, reuse: bool = True) -> int:
+    def open(
+        self, seq_id: int, token_ids: Sequence[int], namespace: str, *, reuse: bool = True, reproducible: bool = False
+    ) -> int:
         """See KVCache. len(token_ids) is remembered: see `effective_len`."""
         assert seq_id not in self._live, f"sequence {seq_id} is open already"
         frequencies = self._frequencies_at(len(token_ids))

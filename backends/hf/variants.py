@@ -89,7 +89,9 @@ class _BaseBooks:
     def __init__(self, base: KVCache) -> None:
         self._base = base
 
-    def open(self, seq_id: int, token_ids: Sequence[int], namespace: str, *, reuse: bool = True) -> int:
+    def open(
+        self, seq_id: int, token_ids: Sequence[int], namespace: str, *, reuse: bool = True, reproducible: bool = False
+    ) -> int:
         return 0
 
     def reserve(self, seq_id: int, num_tokens: int) -> bool:
