@@ -18,7 +18,7 @@ PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)}
 BLOCK_ROWS = {2: 16, 3: 32, 4: 8, 5: 32, 6: 16, 8: 8}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class QuantizedMatrix:
     """Integers with a scale, and perhaps a zero point, for each output and group of rows.
 
@@ -73,7 +73,7 @@ class QuantizedMatrix:
         return sum(t.nbytes for t in (*parts, *scales) if t is not None)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Nf4Matrix:
     """Four-bit codes of a book of sixteen numbers, with a scale for each output and block of inputs.
 
