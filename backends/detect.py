@@ -17,9 +17,6 @@ def open_backend(settings: ModelSettings, progress: Callable[[float], None]) -> 
     path = find_model(locate(settings.model, settings.revision))
     # each backend loads libraries that the other doesn't need
     if path.is_dir():
-        from tightrope.backends.hf.quantised import refuse_quantised
-
-        refuse_quantised(path)
         from tightrope.backends.hf.backend import HFBackend
 
         return HFBackend(path, settings, progress)

@@ -1,11 +1,11 @@
 """What a model needs and what fits, of any format, from headers alone: the numbers that `serve` decides by."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from tightrope.backends.errors import BackendError, DoesNotFit
+from tightrope.backends.errors import DoesNotFit
 from tightrope.backends.memory import MEMORY_SHARE, free_memory, spare_bytes
 from tightrope.backends.settings import ModelSettings
 
@@ -67,11 +67,12 @@ def _of_folder(folder: Path, settings: ModelSettings, memory_bytes: int | None) 
     from tightrope.backends.hf import plan as hf
     from tightrope.backends.hf.checkpoint import Checkpoint
     from tightrope.backends.hf.config import read_config
-    from tightrope.backends.hf.quantised import refuse_quantised
+    from tightrope.backends.hf.quantised import weight_bytes as weight_bytes_of
     from tightrope.backends.rope import resolve_rope
     from tightrope.kernels.layout import PAGE
 
-    shape, weight_bytes = read_config(folder), Checkpoint.open(folder).weight_bytes
+    shape = read_config(folder)
+    weight_bytes = weight_bytes_of(folder, shape.raw, Checkpoint.open(folder))
     free_bytes = _grossed_up(memory_bytes) if memory_bytes is not None else hf.free_bytes()
     spare = spare_bytes(weight_bytes, free_bytes)
     window = hf.served_window(settings, shape, resolve_rope(shape.raw, settings.rope, settings.max_model_len))
@@ -79,12 +80,8 @@ def _of_folder(folder: Path, settings: ModelSettings, memory_bytes: int | None) 
     try:
         plan = hf.make_plan(settings, shape, weight_bytes, free_bytes)
         chosen = Chosen(plan.cache_dtype, plan.num_pages * PAGE, plan.cache_bytes, plan.notes)
-        refuse_quantised(folder)
     except DoesNotFit as error:
         refusal = str(error)
-    except BackendError as error:  # the format can be planned for, and not yet served
-        assert chosen is not None
-        chosen = replace(chosen, notes=(*chosen.notes, str(error)))
     return Outline(
         path=folder,
         architecture=shape.model_type,

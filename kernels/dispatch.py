@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tightrope.kernels import native, reference
+from tightrope.kernels.columns import ColumnMatrix
 from tightrope.kernels.layout import AttentionSpec, LayerCache, RopeTable, StepLayout
 from tightrope.kernels.quantized import Nf4Matrix, QuantizedMatrix
 
@@ -63,6 +64,13 @@ def quantized_linear(x: Tensor, matrices: Sequence[QuantizedMatrix], bias: Tenso
 
 def nf4_linear(x: Tensor, matrices: Sequence[Nf4Matrix], bias: Tensor | None) -> Tensor:
     return reference.nf4_linear(x, matrices, bias)
+
+
+def column_linear(x: Tensor, matrix: ColumnMatrix, bias: Tensor | None) -> Tensor:
+    """x [T, K] on a card times a matrix there: [T, N]."""
+    from tightrope.kernels.triton.quantized import quantized_linear  # triton is there only where CUDA is
+
+    return quantized_linear(x, matrix, bias)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

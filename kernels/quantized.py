@@ -182,7 +182,8 @@ def unpack(matrix: QuantizedMatrix) -> Tensor:
 
 def tiled(values: Tensor) -> Tensor:
     """[C, G, 16] of values [G, N], zero after the last output."""
-    return F.pad(values, (0, -values.shape[1] % TILE)).unflatten(1, (-1, TILE)).transpose(0, 1).contiguous()
+    tiles = F.pad(values, (0, -values.shape[1] % TILE)).view(len(values), -1, TILE)
+    return tiles.transpose(0, 1).contiguous()
 
 
 def untiled(values: Tensor, num_outputs: int) -> Tensor:

@@ -63,7 +63,8 @@ def dequantize(codes: Tensor, scales: Tensor, dtype: str, head_dim: int) -> Tens
     else:
         packed = codes.unflatten(-1, (-1, GROUP // 2))
         groups = torch.cat((packed & 15, packed >> 4), -1).float() - 8
-    return (groups * scales.float().unsqueeze(-1)).flatten(-2)[..., :head_dim]
+    values: Tensor = (groups * scales.float().unsqueeze(-1)).flatten(-2)
+    return values[..., :head_dim]
 
 
 def rotate(x: Tensor, step: StepLayout, table: RopeTable) -> Tensor:

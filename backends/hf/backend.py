@@ -17,6 +17,7 @@ from tightrope.backends.hf.graphs import DecodeGraphs
 from tightrope.backends.hf.model import LoadedModel, load_model
 from tightrope.backends.hf.pages import PagedKVCache
 from tightrope.backends.hf.plan import Plan, free_bytes, make_plan
+from tightrope.backends.hf.quantised import weight_bytes
 from tightrope.backends.hf.steps import StepBuilder
 from tightrope.backends.hf.tokenizer import HFTokenizer
 from tightrope.backends.hf.variants import CacheVariants
@@ -43,7 +44,7 @@ class HFBackend:
         shape = read_config(folder)
         checkpoint = Checkpoint.open(folder)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        plan = make_plan(settings, shape, checkpoint.weight_bytes, free_bytes())
+        plan = make_plan(settings, shape, weight_bytes(folder, shape.raw, checkpoint), free_bytes())
         self.tokenizer: Tokenizer = HFTokenizer(folder, shape)
         self._threads = compute_threads(settings.threads)
         torch.set_num_threads(1)  # see BLAS_TOKENS

@@ -6,11 +6,13 @@ the model has it. At most the model and one mapped shard are in memory.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from tightrope.backends.errors import BackendError
+from tightrope.backends.hf.assembly import Assembly
 from tightrope.backends.hf.checkpoint import Checkpoint
 from tightrope.backends.hf.names import FileNames
 from tightrope.backends.hf.weights import Part, Weight
@@ -29,14 +31,17 @@ class _Place:
 
 
 def load_weights(
-    weights: Iterable[Weight], checkpoint: Checkpoint, names: FileNames, device: torch.device, progress: Progress
-) -> None:
-    """Fill `weights` from the checkpoint.
+    weights: Iterable[Weight], assemblies: Sequence[Assembly], checkpoint: Checkpoint, names: FileNames,
+    device: torch.device, progress: Progress,
+) -> None:  # fmt: skip
+    """Fill `weights`, and build `assemblies`, from the checkpoint.
 
     Raises BackendError naming the tensor that is missing, unused, of another shape or dtype, or not finite.
     """
     chosen = [(weight, _choose(weight, checkpoint, names)) for weight in weights]
-    _check_used({part.name for _, parts in chosen for part in parts}, checkpoint, names)
+    sources = [source for assembly in assemblies for source in assembly.sources]
+    used = {part.name for _, parts in chosen for part in parts} | {name for s in sources for name in s.tensors}
+    _check_used(used, checkpoint, names)
     places: dict[str, list[_Place]] = {}
     shifted: list[tuple[Tensor, float]] = []
     for weight, parts in chosen:
@@ -46,7 +51,7 @@ def load_weights(
             shifted.append((target, weight.offset))
         for part in parts:
             places.setdefault(part.name, []).append(_Place(target, part))
-    _copy(places, checkpoint, progress)
+    _copy(places, _due(assemblies, checkpoint), checkpoint, progress)
     for target, offset in shifted:
         target.add_(offset)
 
@@ -72,7 +77,20 @@ def share(
     return [shared if weight is first else weight for weight in weights if weight is not second], None
 
 
-def _copy(places: Mapping[str, Sequence[_Place]], checkpoint: Checkpoint, progress: Progress) -> None:
+def _due(assemblies: Sequence[Assembly], checkpoint: Checkpoint) -> dict[str, list[Callable[[], None]]]:
+    """What is to be built after each tensor: the linears of which it is the last."""
+    order = {name: i for i, name in enumerate(name for shard in checkpoint.shards() for name in shard.names)}
+    due: dict[str, list[Callable[[], None]]] = {}
+    for assembly in assemblies:
+        for i, source in enumerate(assembly.sources):
+            due.setdefault(max(source.tensors, key=order.__getitem__), []).append(partial(assembly.build, i))
+    return due
+
+
+def _copy(
+    places: Mapping[str, Sequence[_Place]], due: Mapping[str, Sequence[Callable[[], None]]],
+    checkpoint: Checkpoint, progress: Progress,
+) -> None:  # fmt: skip
     """Each tensor of the files to its places, in the order of the files."""
     done = 0
     for shard in checkpoint.shards():
@@ -82,9 +100,12 @@ def _copy(places: Mapping[str, Sequence[_Place]], checkpoint: Checkpoint, progre
                 checkpoint.check_finite(name, tensor)
                 for place in places[name]:
                     place.target[place.part.at].copy_(tensor)
+            for build in due.get(name, ()):
+                build()
             done += checkpoint.tensors[name].num_bytes
             progress(done / checkpoint.weight_bytes)
-        checkpoint.release(shard)
+        for mapped in checkpoint.shards():  # a linear may have begun in another
+            checkpoint.release(mapped)
 
 
 def _choose(weight: Weight, checkpoint: Checkpoint, names: FileNames) -> tuple[Part, ...]:

@@ -7,16 +7,19 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from tightrope.backends.hf.assembly import assemble
 from tightrope.backends.hf.attention import CurrentStep, LayerInfo
 from tightrope.backends.hf.checkpoint import Checkpoint
 from tightrope.backends.hf.config import ModelShape
 from tightrope.backends.hf.loader import load_weights, share
 from tightrope.backends.hf.names import FileNames
+from tightrope.backends.hf.quantised import find_quantization
 from tightrope.backends.hf.rehearsal import rehearse
 from tightrope.backends.hf.rotary import fix_rotary
 from tightrope.backends.hf.skeleton import build_skeleton
 from tightrope.backends.hf.transplant import transplant
 from tightrope.backends.rope import RopeSpec
+from tightrope.kernels import dispatch
 from tightrope.kernels.layout import LayerCache, RopeTable, StepLayout
 
 DTYPES_BY_NAME = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -84,14 +87,20 @@ def load_model(
     planted = transplant(model, rehearse(model), _rope_keys(model, rope), current, dtype)
     if rope is not None:
         fix_rotary(model, rope)
-    weights, notes = planted.wants.weights, [f"{name} runs as transformers has it" for name in planted.kept]
+    notes = [f"{name} runs as transformers has it" for name in planted.kept]
     names = FileNames(
         checkpoint.tensors.keys(), model.base_model_prefix, model._keys_to_ignore_on_load_unexpected or ()
     )
-    if shape.tie_embeddings:
+    quantization = find_quantization(folder, shape.raw, checkpoint)
+    if quantization is not None:
+        notes.append(f"weights: {quantization.describe()}, run by {dispatch.describe(device)} kernels")
+    weights, assemblies = assemble(planted.wants, quantization, names, device)
+    # a quantised head stands for itself, whatever config.json says: EXL2 stores one for tied models, too
+    has_plain_head = any(weight.sources[0][0].name == f"{head}.weight" for weight in weights)
+    if shape.tie_embeddings and has_plain_head:
         weights, note = share(weights, f"{head}.weight", f"{table}.weight", checkpoint, names)
         notes += [] if note is None else [note]
-    load_weights(weights, checkpoint, names, device, progress)
+    load_weights(weights, assemblies, checkpoint, names, device, progress)
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = buffer.to(device)

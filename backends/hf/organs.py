@@ -4,6 +4,7 @@ Weights are plain tensors that the loader delivers. `forward` is how transformer
 dimensions; our own modules hand rows [T, hidden] to each other through `run`, without the cost of a module call.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,21 +13,26 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from tightrope.backends.hf.attention import Attention
+from tightrope.backends.hf.matrices import Matrix, times
 from tightrope.kernels import dispatch
 
 
 class Linear(nn.Module):
     """One linear, or several on the same input with their rows one below the other."""
 
-    weight: Tensor  # [N, K] in the file's dtype
+    weight: Matrix
     bias: Tensor | None = None  # [N] float32
 
+    def __init__(self, num_outputs: int) -> None:
+        super().__init__()
+        self.num_outputs = num_outputs
+
     def forward(self, x: Tensor) -> Tensor:
-        return self.run(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], len(self.weight))
+        return self.run(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], self.num_outputs)
 
     def run(self, x: Tensor) -> Tensor:
         """x [T, K] to [T, N]."""
-        return dispatch.linear(x, self.weight, self.bias)
+        return times(x, self.weight, self.bias)
 
 
 class RMSNorm(nn.Module):
@@ -78,8 +84,8 @@ class GatedMLP(nn.Module):
 class Experts(nn.Module):
     """The experts of a mixture, of which only those run that a token picked."""
 
-    gate_up: Tensor  # [E, 2 * F, K] in the file's dtype
-    down: Tensor  # [E, K, F]
+    gate_up: Tensor | Sequence[Matrix]  # [E, 2 * F, K] in the file's dtype, or a matrix for each expert
+    down: Tensor | Sequence[Matrix]  # [E, K, F]
 
     def __init__(self, activation: str) -> None:
         super().__init__()
@@ -93,8 +99,8 @@ class Experts(nn.Module):
         for expert, places in enumerate(order.split(counts)):
             if len(places):
                 rows = places // top_k_index.shape[1]
-                gate_up = dispatch.linear(hidden_states[rows], self.gate_up[expert], None)
-                mixed = dispatch.linear(dispatch.gated(gate_up, self.activation), self.down[expert], None)
+                gate_up = times(hidden_states[rows], self.gate_up[expert], None)
+                mixed = times(dispatch.gated(gate_up, self.activation), self.down[expert], None)
                 result.index_add_(0, rows, mixed * top_k_weights.flatten()[places].unsqueeze(1).to(mixed.dtype))
         return result
 

@@ -1,44 +1,128 @@
-"""Which quantised format a model folder is in, if any: by config.json, older settings files, or tensor names."""
+"""Which quantised format a model folder is in, if any, told by its tensors; and what it takes in memory.
 
-from collections.abc import Iterable, Mapping
+Tensors say what there is; config.json, or the older settings files beside it, say how zero points were stored. EXL2
+files written before exllamav2 0.0.16 have nothing but tensors.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from tightrope.backends.errors import BackendError
 from tightrope.backends.hf.checkpoint import Checkpoint
 from tightrope.backends.hf.jsonfile import read_object
+from tightrope.backends.quant.awq import Awq
+from tightrope.backends.quant.exl2 import Exl2
+from tightrope.backends.quant.format import Format, Packed
+from tightrope.backends.quant.gptq import Gptq
+from tightrope.backends.quant.nf4 import Nf4
 
 MAX_FILE = 16 << 20  # bytes
-SETTINGS_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}  # AutoGPTQ's and old AutoAWQ's
+SETTINGS_FILES = ("quantize_config.json", "quant_config.json")  # AutoGPTQ's and old AutoAWQ's
+AT_LOAD = ("bitsandbytes",)  # methods that may also mean: quantise plain weights while loading
 
 
-def refuse_quantised(folder: Path) -> None:
-    """Raise BackendError, naming the format, when a folder's weights are quantised; those are not served yet."""
-    path = folder / "config.json"
-    method = quant_method(folder, read_object(path, MAX_FILE), Checkpoint.open(folder).tensors)
-    if method is not None:
-        raise BackendError(
-            f"{folder}: its weights are quantised in format {method}; "
-            "bfloat16, float16 and float32 weights are served, and quantised ones as GGUF files"
+@dataclass(frozen=True)
+class Quantization:
+    """The format of a checkpoint, and the linears that are in it."""
+
+    format: Format
+    checkpoint: Checkpoint
+
+    @cached_property
+    def modules(self) -> frozenset[str]:
+        """The quantised linears, as the files call them."""
+        marks = tuple(f".{part}" for part in self.format.parts)
+        return frozenset(
+            name.removesuffix(mark) for name in self.checkpoint.tensors for mark in marks if name.endswith(mark)
         )
 
+    def packed(self, module: str) -> Packed:
+        return Packed(self.checkpoint, module)
 
-def quant_method(folder: Path, config: Mapping[str, Any], tensor_names: Iterable[str]) -> str | None:
-    """The format's name, such as gptq; None for plain weights.
+    def tensors(self, module: str) -> tuple[str, ...]:
+        """The names of a linear's tensors, but for its bias."""
+        packed = self.packed(module)
+        return tuple(packed.name(part) for part in (*self.format.parts, *self.format.optional) if packed.has(part))
 
-    Tensor names come last, and are needed: EXL2 files written before version 0.0.16 say nothing anywhere else.
+    @cached_property
+    def bits_per_weight(self) -> float:
+        """Of quantised linears, everything stored for them counted, by the shapes of their tensors."""
+        names = [name for module in self.modules for name in self.tensors(module)]
+        num_bytes = sum(self.checkpoint.tensors[name].num_bytes for name in names)
+        return 8 * num_bytes / max(1, sum(prod(self.format.size(self.packed(module))) for module in self.modules))
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of all weights once loaded, by headers."""
+        packed = {name for module in self.modules for name in self.tensors(module)}
+        plain = sum(entry.num_bytes for name, entry in self.checkpoint.tensors.items() if name not in packed)
+        return plain + sum(self.format.memory_bytes(self.packed(module)) for module in self.modules)
+
+    def describe(self) -> str:
+        return f"{self.format.name}, {self.bits_per_weight:.2f} bits per weight"
+
+
+def find_quantization(folder: Path, config: Mapping[str, Any], checkpoint: Checkpoint) -> Quantization | None:
+    """What `checkpoint` of `folder` is quantised in; None for plain weights. config is that of config.json.
+
+    Raises BackendError for a format that can't be read.
     """
-    quantization = config.get("quantization_config")
-    if isinstance(quantization, dict):
-        return str(quantization.get("quant_method") or "bitsandbytes")  # whose older blocks have no quant_method
-    for file, method in SETTINGS_FILES.items():
-        if (folder / file).is_file():
-            return method
-    for name in tensor_names:
+    path, settings = _settings(folder, config)
+    kind = _kind(checkpoint)
+    if kind == "gptq":
+        return Quantization(Gptq.of(path, settings), checkpoint)
+    if kind == "awq":
+        return Quantization(Awq.of(path, settings), checkpoint)
+    if kind is not None:
+        return Quantization(Exl2() if kind == "exl2" else Nf4(), checkpoint)
+    method = settings.get("quant_method")
+    if settings and method not in AT_LOAD:
+        raise BackendError(
+            f"{path}: weights are said to be quantised in format {method or 'unknown'}, and no tensor is in one that "
+            "can be read: EXL2, GPTQ, AWQ, bitsandbytes of 4 bits"
+        )
+    return None
+
+
+def weight_bytes(folder: Path, config: Mapping[str, Any], checkpoint: Checkpoint) -> int:
+    """Bytes of all weights once loaded, by headers. Raises BackendError as find_quantization."""
+    found = find_quantization(folder, config, checkpoint)
+    return checkpoint.weight_bytes if found is None else found.memory_bytes
+
+
+def _settings(folder: Path, config: Mapping[str, Any]) -> tuple[Path, Mapping[str, Any]]:
+    """The model's words on its quantisation, and the file that has them; empty where there are none."""
+    block = config.get("quantization_config")
+    if isinstance(block, dict):
+        return folder / "config.json", block
+    for path in (folder / file for file in SETTINGS_FILES):
+        if path.is_file():
+            return path, read_object(path, MAX_FILE)
+    return folder / "config.json", {}
+
+
+def _kind(checkpoint: Checkpoint) -> str | None:
+    """The format that names and shapes of tensors tell; None when none is packed."""
+    for name in checkpoint.tensors:
         if name.endswith(".q_weight"):
             return "exl2"
-        if name.endswith(".qweight"):
-            return "gptq or awq"
-        if ".quant_state.bitsandbytes__" in name or name.endswith(".SCB"):
-            return "bitsandbytes"
+        if ".quant_state.bitsandbytes__" in name:
+            return "nf4"
+        if name.endswith(".SCB"):
+            raise BackendError(
+                f"{checkpoint.tensors[name].file}: tensor {name!r} is of bitsandbytes' 8 bits, which can't be read; "
+                "its 4 bits can"
+            )
+        if name.endswith((".qweight", ".qzeros")):
+            return _packed_along(checkpoint, Packed(checkpoint, name.rpartition(".")[0]))
     return None
+
+
+def _packed_along(checkpoint: Checkpoint, packed: Packed) -> str:
+    """gptq where words are packed down the columns, awq where along the rows."""
+    width = packed.shape("qweight", 2)[1]
+    return "awq" if packed.shape("scales", 2)[1] == 8 * width else "gptq"

@@ -13,7 +13,7 @@ from tightrope.backends.hf.attention import Attention, CurrentStep, InterfaceAtt
 from tightrope.backends.hf.organs import Embedding, Experts, GatedMLP, Layer, Linear, RMSNorm, Stack, Unbatched
 from tightrope.backends.hf.rehearsal import Attended, Rehearsal, is_linear
 from tightrope.backends.hf.skeleton import answer_with
-from tightrope.backends.hf.weights import Wants
+from tightrope.backends.hf.weights import ExpertWeights, LinearWeights, Wants
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,13 +117,11 @@ class _Surgeon:
         return self._fused((module,)) if is_linear(module) else None
 
     def _fused(self, modules: tuple[nn.Linear, ...]) -> Linear:
-        linear = Linear()
-        rows = [(self.names[module], module.out_features) for module in modules]
-        self.wants.matrix(
-            [(f"{name}.weight", count) for name, count in rows], modules[0].in_features, _set(linear, "weight")
-        )
-        if modules[0].bias is not None:
-            self.wants.vector([(f"{name}.bias", count) for name, count in rows], _set(linear, "bias"))
+        rows = tuple((self.names[module], module.out_features) for module in modules)
+        linear = Linear(sum(count for _, count in rows))
+        has_bias = modules[0].bias is not None
+        setters = _set(linear, "weight"), _set(linear, "bias")
+        self.wants.linears.append(LinearWeights(rows, modules[0].in_features, has_bias, *setters))
         return linear
 
     def _embedding(self, module: nn.Module) -> Embedding | None:
@@ -157,8 +155,10 @@ class _Surgeon:
         organ, name = Experts(found.activation), self.names[module]
         count, hidden, middle = found.num_experts, found.hidden_size, found.intermediate_size
         gate_up, down = (("gate_proj", "up_proj"), ("w1", "w3")), (("down_proj",), ("w2",))
-        self.wants.experts(name, "gate_up_proj", gate_up, (count, 2 * middle, hidden), _set(organ, "gate_up"))
-        self.wants.experts(name, "down_proj", down, (count, hidden, middle), _set(organ, "down"))
+        self.wants.experts += [
+            ExpertWeights(name, "gate_up_proj", gate_up, (count, 2 * middle, hidden), _set(organ, "gate_up")),
+            ExpertWeights(name, "down_proj", down, (count, hidden, middle), _set(organ, "down")),
+        ]
         return organ
 
     def _attention(self, module: nn.Module) -> nn.Module | None:
@@ -201,8 +201,8 @@ class _Surgeon:
         return Stack(embedding, tuple(layers), norm)
 
 
-def _set(module: nn.Module, name: str) -> Callable[[Tensor], None]:
-    return lambda tensor: setattr(module, name, tensor)
+def _set(module: nn.Module, name: str) -> Callable[[object], None]:
+    return lambda value: setattr(module, name, value)
 
 
 def _set_parameter(module: nn.Module, name: str) -> Callable[[Tensor], None]:

@@ -32,16 +32,16 @@ class Awq:
         return cls()
 
     def size(self, packed: Packed) -> tuple[int, int]:
-        return packed.shape("qweight")[0], packed.shape("scales")[-1]
+        return packed.shape("qweight", 2)[0], packed.shape("scales", 2)[-1]
 
     def memory_bytes(self, packed: Packed) -> int:
         scales = packed.entry("scales")
-        groups, outputs = scales.shape
+        groups, outputs = packed.shape("scales", 2)
         return packed.entry("qweight").num_bytes + scales.num_bytes + 2 * groups * outputs
 
     def check(self, packed: Packed, num_inputs: int, num_outputs: int) -> None:
         packed.expect("qweight", (num_inputs, num_outputs // 8), "I32")
-        groups = packed.shape("scales")[:1]
+        groups = packed.shape("scales", 2)[:1]
         packed.expect("scales", (*groups, num_outputs), *FLOATS)
         packed.expect("qzeros", (*groups, num_outputs // 8), "I32")
         if not groups[0] or num_inputs % groups[0]:

@@ -21,16 +21,16 @@ class Exl2:
     optional = ("q_perm", "q_group_map")  # both follow from the others
 
     def size(self, packed: Packed) -> tuple[int, int]:
-        return packed.shape("q_invperm")[0], packed.shape("q_weight")[-1]
+        return packed.shape("q_invperm", 1)[0], packed.shape("q_weight", 2)[-1]
 
     def memory_bytes(self, packed: Packed) -> int:
         inputs, outputs = self.size(packed)
-        groups = packed.shape("q_scale_max")[0]
+        groups = packed.shape("q_scale_max", 1)[0]
         return packed.entry("q_weight").num_bytes + groups * (outputs + 9) + 4 * inputs
 
     def check(self, packed: Packed, num_inputs: int, num_outputs: int) -> None:
         stored = -(-num_outputs // 32) * 32
-        words, groups = (packed.shape(part)[:1] for part in ("q_weight", "q_scale_max"))
+        words, groups = packed.shape("q_weight", 2)[:1], packed.shape("q_scale_max", 1)
         packed.expect("q_weight", (*words, stored), "I32")
         packed.expect("q_scale_max", groups, "F16")
         packed.expect("q_scale", (*groups, stored // 8), "I32")

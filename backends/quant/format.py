@@ -36,8 +36,12 @@ class Packed:
             )
         return self.checkpoint.tensors[self.name(part)]
 
-    def shape(self, part: str) -> tuple[int, ...]:
-        return self.entry(part).shape
+    def shape(self, part: str, num_dims: int) -> tuple[int, ...]:
+        """The shape of a tensor that must have so many dimensions."""
+        shape = self.entry(part).shape
+        if len(shape) != num_dims:
+            raise self.wrong(part, f"has shape {list(shape)}; it must have {num_dims} dimensions")
+        return shape
 
     def read(self, part: str) -> Tensor:
         """The tensor, of the file's pages; raises BackendError when it isn't finite."""

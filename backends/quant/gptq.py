@@ -48,11 +48,11 @@ class Gptq:
         return cls(size, layout == "gptq_v2", settings.get("sym", True) is not False)
 
     def size(self, packed: Packed) -> tuple[int, int]:
-        outputs = packed.shape("scales")[-1]
+        outputs = packed.shape("scales", 2)[-1]
         if packed.has("g_idx"):
-            return packed.shape("g_idx")[0], outputs
-        bits = packed.shape("qzeros")[-1] * 32 / max(1, outputs)
-        return round(packed.shape("qweight")[0] * 32 / max(1, bits)), outputs
+            return packed.shape("g_idx", 1)[0], outputs
+        bits = packed.shape("qzeros", 2)[-1] * 32 / max(1, outputs)
+        return round(packed.shape("qweight", 2)[0] * 32 / max(1, bits)), outputs
 
     def memory_bytes(self, packed: Packed) -> int:
         inputs, _ = self.size(packed)
@@ -63,7 +63,7 @@ class Gptq:
     def check(self, packed: Packed, num_inputs: int, num_outputs: int) -> None:
         bits = _bits(packed, num_inputs)
         packed.expect("qweight", (num_inputs * bits // 32, num_outputs), "I32")
-        groups = packed.shape("scales")[:1]
+        groups = packed.shape("scales", 2)[:1]
         packed.expect("scales", (*groups, num_outputs), *FLOATS)
         packed.expect("qzeros", (*groups, num_outputs * bits // 32), "I32")
         if packed.has("g_idx"):
@@ -113,8 +113,8 @@ class Gptq:
 
 def _bits(packed: Packed, num_inputs: int) -> int:
     """By the shape, as linears of one model may differ."""
-    shape = packed.shape("qweight")
-    bits = next((bits for bits in BITS if len(shape) == 2 and shape[0] * 32 == num_inputs * bits), None)
+    shape = packed.shape("qweight", 2)
+    bits = next((bits for bits in BITS if shape[0] * 32 == num_inputs * bits), None)
     if bits is None:
         rows = ", ".join(str(num_inputs * bits // 32) for bits in BITS)
         raise packed.wrong("qweight", f"has shape {list(shape)}; {num_inputs} inputs take {rows} rows of words")

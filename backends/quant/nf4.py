@@ -37,8 +37,8 @@ class Nf4:
     """See Format."""
 
     name = "bitsandbytes 4-bit"
-    parts = ("weight", "weight.absmax", "weight.quant_map")
-    optional = (*STATES, "weight.nested_absmax", "weight.nested_quant_map")
+    parts = ("weight.absmax", "weight.quant_map")
+    optional = ("weight", *STATES, "weight.nested_absmax", "weight.nested_quant_map")
 
     def size(self, packed: Packed) -> tuple[int, int]:
         outputs, inputs = _read_state(packed).shape
