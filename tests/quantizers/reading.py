@@ -21,7 +21,7 @@ def dequantized(folder: Path) -> dict[str, Tensor]:
         for mark in MARKS:
             if name.endswith(mark):
                 stem = name.removesuffix(mark)
-                weights[f"{stem}.weight"] = matrix(_of(tensors, stem)).t().contiguous()
+                weights[f"{stem}.weight"] = matrix(parts_of(tensors, stem)).t().contiguous()
     stems = tuple(f"{name.removesuffix('weight')}" for name in weights)
     return weights | {name: t.float() for name, t in tensors.items() if not name.startswith(stems)}
 
@@ -78,7 +78,7 @@ def nf4(parts: Mapping[str, Tensor]) -> Tensor:
     return values.view(state["shape"]).t()
 
 
-def _of(tensors: Mapping[str, Tensor], stem: str) -> dict[str, Tensor]:
+def parts_of(tensors: Mapping[str, Tensor], stem: str) -> dict[str, Tensor]:
     """A matrix's tensors by the last part of their names; nf4's are named after its weight."""
     found = {name.removeprefix(f"{stem}."): t for name, t in tensors.items() if name.startswith(f"{stem}.")}
     return {name.removeprefix("weight."): tensor for name, tensor in found.items()}
