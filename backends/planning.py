@@ -37,7 +37,7 @@ class Outline:
 
     path: Path
     architecture: str
-    format: str  # "gguf" or "safetensors"
+    format: str  # "gguf", "safetensors bfloat16", "EXL2, 4.65 bits per weight"
     memory_bytes: int  # for weights, cache and workspace together
     weight_bytes: int
     workspace_bytes: int
@@ -67,12 +67,14 @@ def _of_folder(folder: Path, settings: ModelSettings, memory_bytes: int | None) 
     from tightrope.backends.hf import plan as hf
     from tightrope.backends.hf.checkpoint import Checkpoint
     from tightrope.backends.hf.config import read_config
+    from tightrope.backends.hf.quantised import describe_format, find_quantization
     from tightrope.backends.hf.quantised import weight_bytes as weight_bytes_of
     from tightrope.backends.rope import resolve_rope
     from tightrope.kernels.layout import PAGE
 
-    shape = read_config(folder)
-    weight_bytes = weight_bytes_of(folder, shape.raw, Checkpoint.open(folder))
+    shape, checkpoint = read_config(folder), Checkpoint.open(folder)
+    quantization = find_quantization(folder, shape.raw, checkpoint)
+    weight_bytes = weight_bytes_of(checkpoint, quantization)
     free_bytes = _grossed_up(memory_bytes) if memory_bytes is not None else hf.free_bytes()
     spare = spare_bytes(weight_bytes, free_bytes)
     window = hf.served_window(settings, shape, resolve_rope(shape.raw, settings.rope, settings.max_model_len))
@@ -85,7 +87,7 @@ def _of_folder(folder: Path, settings: ModelSettings, memory_bytes: int | None) 
     return Outline(
         path=folder,
         architecture=shape.model_type,
-        format="safetensors",
+        format=describe_format(shape.dtype, quantization),
         memory_bytes=spare + weight_bytes,
         weight_bytes=weight_bytes,
         workspace_bytes=hf.workspace_bytes(settings, shape, window),

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 Tensor = tuple[str, str, list[int]]  # name, safetensors dtype, shape
-WIDTHS = {"BF16": 2, "F16": 2, "I32": 4}
+WIDTHS = {"BF16": 2, "F16": 2, "I16": 2, "I32": 4}
 
 YI_34B = {
     "architectures": ["LlamaForCausalLM"],
@@ -44,7 +44,7 @@ def write_folder(folder: Path, config: dict[str, object], tensors: list[Tensor])
 
 
 def yi_34b(folder: Path, bits_per_weight: float = 4.65) -> Path:
-    """Yi-34B with all linear weights packed into 32-bit words at that many bits a weight; the embedding has 16."""
+    """Yi-34B in EXL2: its linears at about that many bits a weight, 4 to 5; the embedding has 16."""
     return write_folder(folder, YI_34B, list(_yi_tensors(bits_per_weight)))
 
 
@@ -53,7 +53,21 @@ def _yi_tensors(bits_per_weight: float) -> Iterator[Tensor]:
     linears = {"q": (7168, 7168), "k": (1024, 7168), "v": (1024, 7168), "o": (7168, 7168)}
     linears |= {"gate": (20480, 7168), "up": (20480, 7168), "down": (7168, 20480)}
     for layer in range(60):
-        for name, (rows, columns) in linears.items():
-            words = int(rows * columns * bits_per_weight / 32)
-            yield f"model.layers.{layer}.{name}_proj.qweight", "I32", [words]
-    yield "lm_head.qweight", "I32", [int(64000 * 7168 * bits_per_weight / 32)]
+        for name, (outputs, inputs) in linears.items():
+            block = "mlp" if name in ("gate", "up", "down") else "self_attn"
+            yield from _exl2(f"model.layers.{layer}.{block}.{name}_proj", outputs, inputs, bits_per_weight)
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            yield f"model.layers.{layer}.{name}.weight", "F16", [7168]
+    yield "model.norm.weight", "F16", [7168]
+    yield from _exl2("lm_head", 64000, 7168, bits_per_weight)
+
+
+def _exl2(module: str, outputs: int, inputs: int, bits_per_weight: float) -> Iterator[Tensor]:
+    """Groups of 128 rows at 5 bits, and then at 4; a scale takes 4 bits for each of a group's outputs."""
+    groups = inputs // 128
+    wide = round((bits_per_weight - 4 / 128 - 4) * groups)
+    yield f"{module}.q_weight", "I32", [(4 * groups + wide) * 128 // 32, outputs]
+    yield f"{module}.q_scale", "I32", [groups, outputs // 8]
+    yield f"{module}.q_scale_max", "F16", [groups]
+    yield f"{module}.q_groups", "I16", [2 * groups]
+    yield f"{module}.q_invperm", "I32", [inputs]

@@ -59,7 +59,7 @@ def test_the_text_lists_the_three_caches_side_by_side_and_what_serve_would_do(
     assert "would take 5.49 GiB" in rows["f16"]
     assert any("tokens as q8" in line for line in lines)
     assert any(line.strip().startswith("rope: no scaling") for line in lines)
-    assert any("quantised" in line for line in lines)  # planned for, and said that it can't be served yet
+    assert "EXL2, 4.6" in lines[0]
 
 
 def test_a_gguf_file_is_planned_for_by_the_same_command(capsys: pytest.CaptureFixture[str]):

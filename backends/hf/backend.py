@@ -17,7 +17,7 @@ from tightrope.backends.hf.graphs import DecodeGraphs
 from tightrope.backends.hf.model import LoadedModel, load_model
 from tightrope.backends.hf.pages import PagedKVCache
 from tightrope.backends.hf.plan import Plan, free_bytes, make_plan
-from tightrope.backends.hf.quantised import weight_bytes
+from tightrope.backends.hf.quantised import describe_format, find_quantization, weight_bytes
 from tightrope.backends.hf.steps import StepBuilder
 from tightrope.backends.hf.tokenizer import HFTokenizer
 from tightrope.backends.hf.variants import CacheVariants
@@ -43,8 +43,9 @@ class HFBackend:
         """
         shape = read_config(folder)
         checkpoint = Checkpoint.open(folder)
+        quantization = find_quantization(folder, shape.raw, checkpoint)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        plan = make_plan(settings, shape, weight_bytes(folder, shape.raw, checkpoint), free_bytes())
+        plan = make_plan(settings, shape, weight_bytes(checkpoint, quantization), free_bytes())
         self.tokenizer: Tokenizer = HFTokenizer(folder, shape)
         self._threads = compute_threads(settings.threads)
         torch.set_num_threads(1)  # see BLAS_TOKENS
@@ -62,7 +63,7 @@ class HFBackend:
         self.kv: KVCache
         self.kv = self._pages = PagedKVCache(plan.num_pages, self.steps.frequencies_at)
         self.capabilities = Capabilities(settings.max_num_seqs, plan.step_tokens)
-        self.card = _card(folder, shape, self.model, plan)
+        self.card = _card(folder, shape, describe_format(shape.dtype, quantization), self.model, plan)
         progress(1.0)
 
     def forward(self, chunks: Sequence[Chunk]) -> Tensor:
@@ -146,11 +147,11 @@ def model_id(folder: Path) -> str:
     return folder.name
 
 
-def _card(folder: Path, shape: ModelShape, model: LoadedModel, plan: Plan) -> ModelCard:
+def _card(folder: Path, shape: ModelShape, format: str, model: LoadedModel, plan: Plan) -> ModelCard:
     return ModelCard(
         model_id=model_id(folder),
         architecture=shape.model_type,
-        format=f"safetensors {shape.dtype}",
+        format=format,
         max_model_len=plan.window,
         trained_len=shape.trained_len,
         cache_dtype=plan.cache_dtype,

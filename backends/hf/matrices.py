@@ -40,10 +40,7 @@ class Columns:
     matrices: tuple[ColumnMatrix, ...]
 
     def times(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        if len(self.matrices) == 1:
-            return dispatch.column_linear(x, self.matrices[0], bias)
-        out = torch.cat([dispatch.column_linear(x, matrix, None) for matrix in self.matrices], -1)
-        return out if bias is None else out.add_(bias)
+        return dispatch.column_linear(x, self.matrices, bias)
 
 
 @dataclass(frozen=True, slots=True)

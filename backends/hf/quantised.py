@@ -88,10 +88,14 @@ def find_quantization(folder: Path, config: Mapping[str, Any], checkpoint: Check
     return None
 
 
-def weight_bytes(folder: Path, config: Mapping[str, Any], checkpoint: Checkpoint) -> int:
-    """Bytes of all weights once loaded, by headers. Raises BackendError as find_quantization."""
-    found = find_quantization(folder, config, checkpoint)
-    return checkpoint.weight_bytes if found is None else found.memory_bytes
+def weight_bytes(checkpoint: Checkpoint, quantization: Quantization | None) -> int:
+    """Bytes of all weights once loaded, by headers."""
+    return checkpoint.weight_bytes if quantization is None else quantization.memory_bytes
+
+
+def describe_format(dtype: str, quantization: Quantization | None) -> str:
+    """The format in words; dtype is what config.json calls that of plain weights."""
+    return f"safetensors {dtype}" if quantization is None else quantization.describe()
 
 
 def _settings(folder: Path, config: Mapping[str, Any]) -> tuple[Path, Mapping[str, Any]]:
