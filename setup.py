@@ -12,6 +12,7 @@ SOURCES = Path("kernels/cpu")
 FLAGS = ["-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-pthread", "-Wno-psabi"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
+VNNI = [*AVX512, "-mavx512vnni"]
 
 setup(
     ext_modules=[
@@ -24,6 +25,6 @@ setup(
             language="c++",
             optional=True,
         )
-        for instruction_set, flags in (("portable", []), ("avx2", AVX2), ("avx512", AVX512))
+        for instruction_set, flags in (("portable", []), ("avx2", AVX2), ("avx512", AVX512), ("avx512vnni", VNNI))
     ]
 )

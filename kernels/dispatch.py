@@ -40,6 +40,14 @@ class Kernels(Protocol):
     def gated(self, gate_up: Tensor, activation: str) -> Tensor: ...
 
 
+class CpuKernels(Kernels, Protocol):
+    """And those for matrices as a CPU has them."""
+
+    def quantized_linear(self, x: Tensor, matrices: Sequence[QuantizedMatrix], bias: Tensor | None) -> Tensor: ...
+
+    def nf4_linear(self, x: Tensor, matrices: Sequence[Nf4Matrix], bias: Tensor | None) -> Tensor: ...
+
+
 def store_kv(cache: LayerCache, keys: Tensor, values: Tensor, slots: Tensor) -> None:
     _kernels_for(keys).store_kv(cache, keys, values, slots)
 
@@ -59,11 +67,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def quantized_linear(x: Tensor, matrices: Sequence[QuantizedMatrix], bias: Tensor | None) -> Tensor:
-    return reference.quantized_linear(x, matrices, bias)
+    return (reference if x.is_cuda else _cpu()).quantized_linear(x, matrices, bias)
 
 
 def nf4_linear(x: Tensor, matrices: Sequence[Nf4Matrix], bias: Tensor | None) -> Tensor:
-    return reference.nf4_linear(x, matrices, bias)
+    return (reference if x.is_cuda else _cpu()).nf4_linear(x, matrices, bias)
 
 
 def column_linear(x: Tensor, matrix: ColumnMatrix, bias: Tensor | None) -> Tensor:
@@ -123,7 +131,7 @@ def _triton() -> Kernels:
 
 
 @cache
-def _cpu() -> Kernels:
+def _cpu() -> CpuKernels:
     return _native() or reference
 
 

@@ -9,6 +9,7 @@ import sysconfig
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any  # ctypes keeps the type of its types to itself
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -17,14 +18,52 @@ from torch import Tensor
 
 from tightrope.kernels import reference
 from tightrope.kernels.layout import AttentionSpec, LayerCache, RopeTable, StepLayout
+from tightrope.kernels.quantized import Nf4Matrix, QuantizedMatrix
 
-INSTRUCTION_SETS = ("portable", "avx2", "avx512")  # numbered by the library; a machine that runs one runs those before
+# numbered by the library; a machine that runs one runs those before
+INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512vnni")
 MOST_DIMS = 256  # of a head, in the attention; larger ones are left to the reference
+MOST_MATRICES = 8  # that share a call
 
 _WEIGHTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _FORMATS = {"f16": 0, "q8": 1, "q4": 2}
+_SCALES = {torch.float16: 0, torch.float32: 1}
+_SCALE_CODES = 2
 _ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
+_ADDRESSES: list[Any] = [ctypes.c_void_p * count for count in range(MOST_MATRICES + 1)]
 _TYPES: dict[str, Any] = {"p": ctypes.c_void_p, "i": ctypes.c_int, "l": ctypes.c_int64, "f": ctypes.c_float}
+
+
+class _Quantized(ctypes.Structure):
+    """`Matrix` in cpu/quantized_input.h."""
+
+    _fields_ = (
+        ("codes", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("group_max", ctypes.c_void_p),
+        ("zeros", ctypes.c_void_p),
+        ("source", ctypes.c_void_p),
+        ("group_starts", ctypes.c_void_p),
+        ("group_bits", ctypes.c_void_p),
+        ("tile_bytes", ctypes.c_int64),
+        ("inputs", ctypes.c_int32),
+        ("outputs", ctypes.c_int32),
+        ("groups", ctypes.c_int32),
+        ("scale_kind", ctypes.c_int32),
+    )
+
+
+class _Nf4(ctypes.Structure):
+    """`Nf4Matrix` in cpu/nf4.h."""
+
+    _fields_ = (
+        ("codebook", ctypes.c_void_p),
+        ("codes", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("inputs", ctypes.c_int32),
+        ("outputs", ctypes.c_int32),
+        ("blocksize", ctypes.c_int32),
+    )
 
 
 def library_path(instruction_set: str) -> Path:
@@ -55,6 +94,8 @@ class NativeKernels:
 
         self.set_threads = function("set_threads", "i")
         self._linear = function("linear", "ppippiii")
+        self._quantized_linear = function("quantized_linear", "ppippi")
+        self._nf4_linear = function("nf4_linear", "ppippi")
         self._store_kv = function("store_kv", "pppppiiiplplpi")
         self._attention = function("attention", "pppppiiippipppiipppiifif")
         self._rotate = function("rotate", "plpppppiippiii")
@@ -143,6 +184,12 @@ class NativeKernels:
         )
         return out
 
+    def quantized_linear(self, x: Tensor, matrices: Sequence[QuantizedMatrix], bias: Tensor | None) -> Tensor:
+        return _times(self._quantized_linear, x, matrices, bias)
+
+    def nf4_linear(self, x: Tensor, matrices: Sequence[Nf4Matrix], bias: Tensor | None) -> Tensor:
+        return _times(self._nf4_linear, x, matrices, bias)
+
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         width = x.shape[-1]
         rows = x.reshape(-1, width)
@@ -162,6 +209,70 @@ class NativeKernels:
         token_ids = np.empty(len(logits), np.int64)
         self._draw(logits.data_ptr(), len(logits), logits.shape[1], params.ctypes.data, token_ids.ctypes.data)
         return token_ids
+
+
+_described: WeakKeyDictionary[QuantizedMatrix | Nf4Matrix, tuple[_Quantized | _Nf4, int]] = WeakKeyDictionary()
+
+
+def _describe(matrix: QuantizedMatrix | Nf4Matrix) -> tuple[_Quantized | _Nf4, int]:
+    """What the library reads of a matrix, and its address; kept as long as the matrix is."""
+    if isinstance(matrix, QuantizedMatrix):
+        scales = matrix.scale_codes if matrix.scales is None else matrix.scales
+        assert scales is not None
+        tensors = (scales, matrix.group_max, matrix.zeros, matrix.source, matrix.group_starts, matrix.group_bits)
+        assert all(tensor is None or tensor.is_contiguous() for tensor in (matrix.codes, *tensors))
+        described: _Quantized | _Nf4 = _Quantized(
+            matrix.codes.data_ptr(),
+            *(None if tensor is None else tensor.data_ptr() for tensor in tensors),
+            matrix.codes.shape[1],
+            matrix.num_inputs,
+            matrix.num_outputs,
+            len(matrix.group_bits),
+            _SCALES.get(scales.dtype, _SCALE_CODES),
+        )
+    else:
+        assert matrix.codes.is_contiguous()
+        assert matrix.scales.is_contiguous()
+        described = _Nf4(
+            matrix.codebook.data_ptr(),
+            matrix.codes.data_ptr(),
+            matrix.scales.data_ptr(),
+            matrix.num_inputs,
+            matrix.num_outputs,
+            matrix.blocksize,
+        )
+    _described[matrix] = described, ctypes.addressof(described)
+    return _described[matrix]
+
+
+def _times(
+    run: Callable[..., None], x: Tensor, matrices: Sequence[QuantizedMatrix | Nf4Matrix], bias: Tensor | None
+) -> Tensor:
+    """x times matrices side by side, as many in a call as may be."""
+    if len(matrices) > MOST_MATRICES:
+        parts, end = [], 0
+        for i in range(0, len(matrices), MOST_MATRICES):
+            begin, some = end, matrices[i : i + MOST_MATRICES]
+            end += sum(matrix.num_outputs for matrix in some)
+            parts.append(_times(run, x, some, None if bias is None else bias[begin:end]))
+        return torch.cat(parts, 1)
+    x = x.contiguous()
+    bias = None if bias is None else bias.float().contiguous()
+    outputs, addresses = 0, []
+    for matrix in matrices:
+        outputs += matrix.num_outputs
+        addresses.append((_described.get(matrix) or _describe(matrix))[1])
+    out = x.new_empty(len(x), outputs)
+    count = len(addresses)
+    run(
+        x.data_ptr(),
+        _ADDRESSES[count](*addresses),
+        count,
+        None if bias is None else bias.data_ptr(),
+        out.data_ptr(),
+        len(x),
+    )
+    return out
 
 
 def _tokens(x: Tensor) -> tuple[Tensor, int]:

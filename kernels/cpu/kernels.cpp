@@ -3,18 +3,20 @@
 
 #include "draw.h"
 #include "linear.h"
+#include "nf4.h"
 #include "pointwise.h"
 #include "step.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-// The widest instruction set that this processor and its system run: 2 AVX-512, 1 AVX2, 0 any.
+// The widest instruction set that this processor and its system run: 3 AVX-512 with VNNI, 2 AVX-512, 1 AVX2, 0 any.
 EXPORT int tightrope_instruction_set() {
 #if defined(__x86_64__) || defined(__i386__)
     __builtin_cpu_init();
     if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 0;
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                   __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") ? 2 : 1;
+    const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    return has_avx512 ? __builtin_cpu_supports("avx512vnni") ? 3 : 2 : 1;
 #else
     return 0;
 #endif
@@ -29,6 +31,17 @@ EXPORT void tightrope_linear(const float* x, const void* weight, int dtype, cons
     if (dtype == 0) linear<float>(l);
     if (dtype == 1) linear<bf16>(l);
     if (dtype == 2) linear<f16>(l);
+}
+
+// Of matrices on the same x; their outputs are side by side.
+EXPORT void tightrope_quantized_linear(const float* x, const quantized::Matrix* const* matrices, int count,
+                                       const float* bias, float* out, int rows) {
+    quantized::linear(matrices, count, x, rows, bias, out);
+}
+
+EXPORT void tightrope_nf4_linear(const float* x, const quantized::Nf4Matrix* const* matrices, int count,
+                                 const float* bias, float* out, int rows) {
+    quantized::linear(matrices, count, x, rows, bias, out);
 }
 
 // format: 0 f16, 1 q8, 2 q4

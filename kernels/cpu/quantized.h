@@ -1,0 +1,218 @@
+// x [T, K] float32 times matrices of integer codes: packed codes are read once, as they are stored, for eight rows of x
+// at a time, and never expanded.
+#pragma once
+
+#include "pool.h"
+#include "quantized_input.h"
+
+namespace quantized {
+
+constexpr int MOST_ROWS = LANES == 16 ? 8 : 2;  // of x at a time, as many as the registers allow
+constexpr int TASK = 96 * 1024;                 // bytes of codes: large enough to hide its taking
+constexpr int KEPT = 256 * 1024;                // bytes of codes that stay in a core's cache while many rows of x pass
+constexpr int MOST_MATRICES = 8;                // that share a call
+
+enum ScaleKind { FLOAT16, FLOAT32, CODES };
+
+struct Tile { Floats part[PARTS]; };  // a number for each output
+
+// Rows of x at a time, largest first: eight, four, two, one.
+INLINE int rows_together(int left) {
+    int count = MOST_ROWS;
+    while (count > left) count /= 2;
+    return count;
+}
+
+INLINE Tile scale_of(const Matrix& m, size_t tile, int g) {
+    const size_t at = (tile * m.groups + g) * OUTPUTS;
+    Tile scale = {};
+    for (int p = 0; p < PARTS; ++p) {
+        if (m.scale_kind == FLOAT16) {
+            scale.part[p] = load((const f16*)m.scales + at + p * LANES);
+        } else if (m.scale_kind == FLOAT32) {
+            scale.part[p] = load((const float*)m.scales + at + p * LANES);
+        } else {
+            const Floats code = widen(load_as<Bytes>((const uint8_t*)m.scales + at + p * LANES));
+            scale.part[p] = code * code * (m.group_max[g] * (1.0f / 256));
+        }
+    }
+    return scale;
+}
+
+template <int BITS> INLINE Sums zero_of(const Matrix& m, size_t tile, int g) {
+    typedef int16_t Shorts __attribute__((vector_size(2 * LANES)));
+    Sums zero;
+    for (int p = 0; p < PARTS; ++p) {
+        zero.part[p] = all(1 << (BITS - 1));
+        if (m.zeros)
+            zero.part[p] = __builtin_convertvector(
+                load_as<Shorts>(m.zeros + (tile * m.groups + g) * OUTPUTS + p * LANES), Ints);
+    }
+    return zero;
+}
+
+// Where a tile's walk through its groups is: the next codes, and the rows of x beside them.
+struct Place {
+    const uint8_t* codes;
+    const int8_t* quads;
+    const Share* shares;
+};
+
+// Groups first .. last of a tile, all of BITS bits, times T rows of x, added to `totals`.
+template <int BITS, int T>
+__attribute__((noinline)) void add_groups(const Matrix& m, int tile, int first, int last, Place& place, Tile* totals) {
+    constexpr int SETS = T == 1 ? 2 : 1;  // of sums taken in turn, for a product waits for the one before
+    Tile total[T];
+    for (int t = 0; t < T; ++t) total[t] = totals[t];
+    const uint8_t* codes = place.codes;
+    const int8_t* x = place.quads;
+    const Share* share = place.shares;
+    for (int g = first; g < last; ++g) {
+        const Tile scale = scale_of(m, tile, g);
+        const Sums zero = zero_of<BITS>(m, tile, g);
+        for (int rows = m.group_starts[g + 1] - m.group_starts[g]; rows > 0; rows -= SHARED) {
+            Sums upper[SETS * T] = {}, lower[SETS * T] = {};
+            for (int left = std::min(rows, SHARED); left > 0; left -= BLOCK_ROWS<BITS>) {
+                Line block[BLOCK_LINES<BITS>];
+#pragma GCC unroll 8
+                for (int i = 0; i < BLOCK_LINES<BITS>; ++i, codes += LINE) block[i] = load_line(codes);
+#pragma GCC unroll 8
+                for (int quad = 0; quad < BLOCK_ROWS<BITS> / 4; ++quad) {
+                    const Line four = codes_of<BITS>(block, quad);
+#pragma GCC unroll 8
+                    for (int t = 0; t < T; ++t, x += 8) {
+                        add_products<BITS>(upper[quad % SETS * T + t], four, x);
+                        add_products<BITS>(lower[quad % SETS * T + t], four, x + 4);
+                    }
+                }
+            }
+#pragma GCC unroll 8
+            for (int t = 0; t < T; ++t, ++share)
+                for (int p = 0; p < PARTS; ++p) {
+                    Ints up = upper[t].part[p], low = lower[t].part[p];
+                    if (SETS == 2) up += upper[1].part[p], low += lower[1].part[p];
+                    const Ints whole = (up << 8) + low - zero.part[p] * share->sum;
+                    total[t].part[p] += __builtin_convertvector(whole, Floats) * (scale.part[p] * share->scale);
+                }
+        }
+    }
+    for (int t = 0; t < T; ++t) totals[t] = total[t];
+    place = {codes, x, share};
+}
+
+template <int T> INLINE void multiply_tile(const Matrix& m, int tile, Place place, Tile* totals) {
+    for (int t = 0; t < T; ++t) totals[t] = {};
+    for (int first = 0, last; first < m.groups; first = last) {
+        const int bits = m.group_bits[first];
+        for (last = first + 1; last < m.groups && m.group_bits[last] == bits;) ++last;
+        if (bits == 2) add_groups<2, T>(m, tile, first, last, place, totals);
+        if (bits == 3) add_groups<3, T>(m, tile, first, last, place, totals);
+        if (bits == 4) add_groups<4, T>(m, tile, first, last, place, totals);
+        if (bits == 5) add_groups<5, T>(m, tile, first, last, place, totals);
+        if (bits == 6) add_groups<6, T>(m, tile, first, last, place, totals);
+        if (bits == 8) add_groups<8, T>(m, tile, first, last, place, totals);
+    }
+}
+
+// A tile's results, `count` of which are outputs, with the bias [16] or null, into a row of the output.
+INLINE void store_tile(const Tile& tile, const float* bias, float* out, int count) {
+    alignas(64) float numbers[OUTPUTS];
+    memcpy(numbers, &tile, sizeof numbers);
+    for (int i = 0; i < count; ++i) out[i] = numbers[i] + (bias ? bias[i] : 0.0f);
+}
+
+// Calls work(begin, end) for ranges of 0 .. tiles, of `bytes` altogether, on all threads.
+template <class F> void for_tiles(int tiles, size_t bytes, int rows, F&& work) {
+    if (!tiles || !rows) return;
+    const bool is_one_pass = rows <= MOST_ROWS;
+    const size_t threads = pool().threads(), least = is_one_pass ? 1 : 4 * threads;
+    const size_t wanted = std::max(least, bytes / (is_one_pass ? TASK : KEPT) + 1);
+    const size_t tasks = (wanted + threads - 1) / threads * threads;  // so that all have the same to do
+    const int each = (tiles + tasks - 1) / tasks;
+    pool().run((tiles + each - 1) / each, [&](int task) { work(task * each, std::min(tiles, (task + 1) * each)); });
+}
+
+// Calls work(first, T) for the lots of rows, T their number as a constant.
+template <class F> INLINE void for_lots(int rows, F&& work) {
+    for (int first = 0, together; first < rows; first += together) {
+        together = rows_together(rows - first);
+        if constexpr (MOST_ROWS == 8) {
+            if (together == 8) work(first, std::integral_constant<int, 8>());
+            if (together == 4) work(first, std::integral_constant<int, 4>());
+        }
+        if (together == 2) work(first, std::integral_constant<int, 2>());
+        if (together == 1) work(first, std::integral_constant<int, 1>());
+    }
+}
+
+// x read as one matrix reads it, in fixed point: rows in lots of eight, four, two and one.
+struct Input {
+    int8_t* quads;  // [lots][R / 4][rows of the lot][8]
+    Share* shares;  // [lots][shares][rows of the lot]
+    int num_shares;
+};
+
+INLINE void prepare(const Matrix& m, const float* x, int rows, const Input& input) {
+    const auto row = [&](int t) {
+        int first = 0, together = rows_together(rows);
+        while (first + together <= t) first += together, together = rows_together(rows - first);
+        to_fixed(m, x + size_t(t) * m.inputs, input.quads + size_t(first) * 2 * m.rows() + 8 * (t - first),
+                 input.shares + size_t(first) * input.num_shares + (t - first), together);
+    };
+    if (rows <= MOST_ROWS)
+        for (int t = 0; t < rows; ++t) row(t);
+    else
+        pool().run(rows, row);
+}
+
+// The matrices' outputs side by side: bias and each row of `out` are as wide as all together.
+inline void linear(const Matrix* const* matrices, int count, const float* x, int rows, const float* bias, float* out) {
+    static thread_local Scratch memory;
+    int first_tile[MOST_MATRICES + 1] = {}, first_output[MOST_MATRICES + 1] = {};
+    Input inputs[MOST_MATRICES];
+    size_t bytes = 0, code_bytes = 0, at[MOST_MATRICES] = {};
+    for (int i = 0; i < count; ++i) {
+        const Matrix& m = *matrices[i];
+        const int tiles = (m.outputs + OUTPUTS - 1) / OUTPUTS;
+        first_tile[i + 1] = first_tile[i] + tiles;
+        first_output[i + 1] = first_output[i] + m.outputs;
+        code_bytes += tiles * m.tile_bytes;
+        if (i && m.reads_as(*matrices[i - 1])) continue;
+        at[i] = bytes;
+        inputs[i].num_shares = count_shares(m);
+        bytes += rows * (size_t(2) * m.rows() + sizeof(Share) * inputs[i].num_shares);
+        bytes = (bytes + 63) / 64 * 64;
+    }
+    char* const start = (char*)memory.floats(bytes / 4 + 1);
+    for (int i = 0; i < count; ++i) {
+        const Matrix& m = *matrices[i];
+        if (i && m.reads_as(*matrices[i - 1])) {
+            inputs[i] = inputs[i - 1];
+            continue;
+        }
+        inputs[i].shares = (Share*)(start + at[i]);
+        inputs[i].quads = (int8_t*)(inputs[i].shares + size_t(rows) * inputs[i].num_shares);
+        prepare(m, x, rows, inputs[i]);
+    }
+    const int tiles = first_tile[count], width = first_output[count];
+    for_tiles(tiles, code_bytes, rows, [&](int begin, int end) {
+        for_lots(rows, [&](int first, auto together) {
+            for (int index = begin, i = 0; index < end; ++index) {
+                while (index >= first_tile[i + 1]) ++i;
+                const Matrix& m = *matrices[i];
+                const int tile = index - first_tile[i], n = first_output[i] + tile * OUTPUTS;
+                Tile totals[together.value];
+                multiply_tile<together.value>(m, tile,
+                                              {m.codes + tile * m.tile_bytes,
+                                               inputs[i].quads + size_t(first) * 2 * m.rows(),
+                                               inputs[i].shares + size_t(first) * inputs[i].num_shares},
+                                              totals);
+                for (int t = 0; t < together.value; ++t)
+                    store_tile(totals[t], bias ? bias + n : nullptr, out + size_t(first + t) * width + n,
+                               std::min(OUTPUTS, m.outputs - tile * OUTPUTS));
+            }
+        });
+    });
+}
+
+}  // namespace quantized
