@@ -87,81 +87,112 @@ template <int FORMAT> INLINE Floats codes_at(const uint8_t* codes, int d) {
     return widen((d % GROUP < GROUP / 2 ? packed & 15 : packed >> 4) - 8);
 }
 
-// One head of a page's tokens: where its codes are, and its scales as floats [PAGE][groups].
+// One head of a page's tokens: where its codes are, and its scales as floats [PAGE][groups]. Reading a page starts the
+// reading of the same part of the page that comes next, `ahead`, which lies anywhere in memory.
 template <int FORMAT> struct PageReader {
-    const uint8_t* codes;
+    const uint8_t *codes, *ahead;
     int code_bytes, dims, groups;
-    float scales[FORMAT == F16 ? 1 : PAGE * MOST_DIMS / GROUP];
-    uint8_t tail[FORMAT == F16 ? 2 * MOST_DIMS : 1];
+    alignas(64) float scales[FORMAT == F16 ? 1 : PAGE * MOST_DIMS / GROUP];
+    uint8_t tail[2 * LANES];
 
-    INLINE PageReader(const Cache& c, const uint8_t* all_codes, const f16* all_scales, int page, int head)
-        : codes(all_codes + c.token(page, head) * c.code_bytes()), code_bytes(c.code_bytes()), dims(c.dims),
+    INLINE PageReader(const Cache& c, const uint8_t* all_codes, const f16* all_scales, int page, int next, int head)
+        : codes(all_codes + c.token(page, head) * c.code_bytes()),
+          ahead(all_codes + c.token(next, head) * c.code_bytes()), code_bytes(c.code_bytes()), dims(c.dims),
           groups(c.groups()) {
         if constexpr (FORMAT != F16) {
             const f16* from = all_scales + c.token(page, head) * groups;
             for (int i = 0; i < PAGE * groups; i += LANES) store(scales + i, load(from + i));
+            __builtin_prefetch(all_scales + c.token(next, head) * groups);
         }
     }
-    // A token's codes; where vectors would read past the end of a float16 token, a padded copy.
-    INLINE const uint8_t* token(int place) {
-        const uint8_t* from = codes + place * code_bytes;
-        if constexpr (FORMAT == F16)
-            if (dims % LANES) {
-                memcpy(tail, from, code_bytes);
-                memset(tail + code_bytes, 0, 2 * (LANES - dims % LANES));
-                return tail;
-            }
-        return from;
+    // Dimensions d .. d + LANES of a token, not scaled yet.
+    INLINE Floats raw(int place, int d) {
+        const uint8_t* token = codes + place * code_bytes;
+        const int byte = FORMAT == F16 ? 2 * d : FORMAT == Q8 ? d : d / 2;
+        if (byte % 64 == 0) __builtin_prefetch(ahead + place * code_bytes + byte);
+        if constexpr (FORMAT == F16) {
+            if (d + LANES <= dims) return codes_at<FORMAT>(token, d);
+            memset(tail, 0, 2 * LANES);  // a vector would read past the end
+            memcpy(tail, token + 2 * d, 2 * (dims - d));
+            return codes_at<FORMAT>(tail, 0);
+        }
+        return codes_at<FORMAT>(token, d);
     }
-    INLINE Floats scale(int place, int d) const {
-        if constexpr (FORMAT == F16) return all(1.0f);
-        return all(scales[place * groups + d / GROUP]);
+    // Those of dimension d at places `first` .. first + LANES.
+    INLINE Floats scales_of_places(int first, int d) const {
+        const float* const from = scales + first * groups;
+        Floats of_places;
+        if (groups == 2) {  // heads of 64, where this is worth its while
+            Ints place;
+            for (int lane = 0; lane < LANES; ++lane) place[lane] = 2 * lane;
+            return __builtin_shuffle(load(from), load(from + LANES), place + d / GROUP);
+        }
+#pragma GCC unroll 16
+        for (int lane = 0; lane < LANES; ++lane) of_places[lane] = from[lane * groups + d / GROUP];
+        return of_places;
     }
-    INLINE Floats values(const uint8_t* token, int place, int d) const {
-        if constexpr (FORMAT == F16) return codes_at<FORMAT>(token, d);
-        return codes_at<FORMAT>(token, d) * scale(place, d);
+    INLINE Floats values(int place, int d) {
+        return FORMAT == F16 ? raw(place, d) : raw(place, d) * scales[place * groups + d / GROUP];
     }
 };
 
-// x rotated in place, in pairs i and i + half, by angles [2][half]: cosines, then sines.
-INLINE void rotate_head(float* __restrict x, const float* __restrict angles, int half) {
-    const float *cosine = angles, *sine = angles + half;
-    for (int i = 0; i < half; ++i) {
-        const float first = x[i], second = x[i + half];
-        x[i] = first * cosine[i] - second * sine[i];
-        x[i + half] = second * cosine[i] + first * sine[i];
-    }
-}
-
 // Values of tokens first .. last of a page into out [PAGE][ROW].
-template <int FORMAT> INLINE void read_values(const Cache& c, int page, int head, int first, int last, float* out) {
-    PageReader<FORMAT> reader(c, c.value_codes, c.value_scales, page, head);
-    for (int place = first; place < last; ++place) {
-        const uint8_t* token = reader.token(place);
-        for (int d = 0; d < c.dims; d += LANES) store(out + place * ROW + d, reader.values(token, place, d));
-    }
+template <int FORMAT>
+INLINE void read_values(const Cache& c, int page, int next, int head, int first, int last, float* out) {
+    PageReader<FORMAT> reader(c, c.value_codes, c.value_scales, page, next, head);
+    for (int place = first; place < last; ++place)
+        for (int d = 0; d < c.dims; d += LANES) store(out + place * ROW + d, reader.values(place, d));
 }
 
-// Keys likewise, times the head's factor [padded to LANES], rotated by each place's `angles` [PAGE][2][half].
-template <int FORMAT>
-INLINE void read_keys(const Cache& c, int page, int head, int first, int last, const float* factor, const float* angles,
-                      int half, float* out) {
-    PageReader<FORMAT> reader(c, c.key_codes, c.key_scales, page, head);
-    for (int place = first; place < last; ++place) {
-        const uint8_t* token = reader.token(place);
-        float* const key = out + place * ROW;
-        const float *cosine = angles + size_t(place) * 2 * half, *sine = cosine + half;
-        int d = 0;
-        if (half % LANES == 0) {
-            for (; d < half; d += LANES) {
-                const Floats x = reader.values(token, place, d) * load(factor + d);
-                const Floats y = reader.values(token, place, d + half) * load(factor + d + half);
-                store(key + d, x * load(cosine + d) - y * load(sine + d));
-                store(key + d + half, y * load(cosine + d) + x * load(sine + d));
+// How a page's keys are turned: [PAGE][4][half] of the places' angles, with the page's added where given, each times the
+// factor of the dimension that it will multiply. For a pair (x, y) = (code i, code i + half), the four are what x and y
+// are multiplied by to make i, and what y and x are to make i + half.
+INLINE void turns_of_page(const float* page, const float* places, const float* factor, int half,
+                          float* __restrict out) {
+    for (int place = 0; place < PAGE; ++place, places += 2 * half, out += 4 * half)
+        for (int i = 0; i < half; ++i) {
+            float cosine = places[i], sine = places[half + i];
+            if (page) {
+                const float c = cosine, s = sine;
+                cosine = page[i] * c - page[half + i] * s;
+                sine = page[half + i] * c + page[i] * s;
             }
-            d = 2 * half;
+            out[i] = factor[i] * cosine;
+            out[half + i] = -factor[half + i] * sine;
+            out[2 * half + i] = factor[half + i] * cosine;
+            out[3 * half + i] = factor[i] * sine;
         }
-        for (; d < c.dims; d += LANES) store(key + d, reader.values(token, place, d) * load(factor + d));
-        if (half % LANES) rotate_head(key, cosine, half);
+}
+
+// Keys likewise, times the head's factor [padded to LANES] and turned by `turns` where half > 0.
+template <int FORMAT>
+INLINE void read_keys(const Cache& c, int page, int next, int head, int first, int last, const float* factor,
+                      const float* turns, int half, float* out) {
+    PageReader<FORMAT> reader(c, c.key_codes, c.key_scales, page, next, head);
+    const auto turn_pairs = [&](auto count) __attribute__((always_inline)) {  // constant or not
+        for (int d = 0; d < count; d += LANES)
+            for (int place = first; place < last; ++place) {
+                const float* const turn = turns + size_t(place) * 4 * count + d;
+                const Floats x = reader.values(place, d), y = reader.values(place, d + count);
+                store(out + place * ROW + d, x * load(turn) + y * load(turn + count));
+                store(out + place * ROW + d + count, y * load(turn + 2 * count) + x * load(turn + 3 * count));
+            }
+    };
+    const int paired = half % LANES ? 0 : half;  // pairs that are turned as they are read
+    if (half == 32) turn_pairs(std::integral_constant<int, 32>());  // addresses that are known save registers
+    else if (half == 64) turn_pairs(std::integral_constant<int, 64>());
+    else turn_pairs(paired);
+    const int turned = 2 * (half - paired);  // dimensions whose factor is in their turn
+    for (int d = 2 * paired; d < c.dims; d += LANES)
+        for (int place = first; place < last; ++place) store(out + place * ROW + d, reader.values(place, d));
+    for (int place = first; place < last; ++place) {
+        float* const key = out + place * ROW;
+        const float* const turn = turns + size_t(place) * 4 * half;
+        for (int i = 0; i < turned / 2; ++i) {
+            const float x = key[i], y = key[i + half];
+            key[i] = x * turn[i] + y * turn[half + i];
+            key[i + half] = y * turn[2 * half + i] + x * turn[3 * half + i];
+        }
+        for (int i = 2 * half; i < c.dims; ++i) key[i] *= factor[i];
     }
 }

@@ -28,7 +28,9 @@ struct Linear {
 // N rows of the weight times T rows of x. Where rows are short the processor's own prefetching finds no stream to follow.
 template <class W, int N, int T> INLINE void dots(const Linear& l, const W* weight, const float* x, float* out, int n) {
     constexpr int STEP = std::max(LANES, int(64 / sizeof(W)));  // a cache line
-    Floats acc[(N * T + LANES - 1) / LANES * LANES] = {};
+    Floats acc[(N * T + LANES - 1) / LANES * LANES];
+#pragma GCC unroll 32
+    for (Floats& a : acc) a = Floats{};
     const size_t width = l.inputs;
     const size_t ahead = width * sizeof(W) <= 4096 ? N * width : 2048 / sizeof(W);
     const auto multiply = [&](int k) __attribute__((always_inline)) {

@@ -13,6 +13,16 @@ template <class F> static void for_rows(int rows, int width, F&& work) {
     });
 }
 
+// x rotated in place, in pairs i and i + half, by angles [2][half]: cosines, then sines.
+INLINE void rotate_head(float* __restrict x, const float* __restrict angles, int half) {
+    const float *cosine = angles, *sine = angles + half;
+    for (int i = 0; i < half; ++i) {
+        const float first = x[i], second = x[i + half];
+        x[i] = first * cosine[i] - second * sine[i];
+        x[i + half] = second * cosine[i] + first * sine[i];
+    }
+}
+
 // x [T, H, D], tokens `stride` floats apart, to out [T, H, D], turned to positions [T] and times the set's query_scale.
 static void rotate(const float* x, size_t stride, float* out, const Rope& rope, const float* query_scale,
                    const int32_t* positions, const int32_t* sequence_of, int tokens, int heads, int dims) {

@@ -16,7 +16,7 @@ constexpr int TILE = 96;  // keys: whole pages, and a multiple of TALL
 
 // Queries and outputs are kept transposed, in panels [panels][D][PANEL].
 struct PrefillState {
-    float *queries, *outputs, *maxima, *totals, *keys, *values, *scores, *angles;
+    float *queries, *outputs, *maxima, *totals, *keys, *values, *scores, *turns;
     int32_t* positions;
     int lanes, panels;
 };
@@ -85,15 +85,6 @@ template <int ROWS> INLINE void add_tile_values(const PrefillState& s, float* ou
         for (int j = 0; j < WIDE; ++j) store(output + (d + i) * PANEL + j * LANES, acc[i][j]);
 }
 
-// Angles [PAGE][2][half] of a page's positions: the page's and the places' added.
-INLINE void add_angles(const float* page, const float* places, int half, float* out) {
-    for (int place = 0; place < PAGE; ++place, places += 2 * half, out += 2 * half)
-        for (int i = 0; i < half; ++i) {
-            out[i] = page[i] * places[i] - page[half + i] * places[half + i];
-            out[half + i] = page[half + i] * places[i] + page[i] * places[half + i];
-        }
-}
-
 template <int FORMAT> static void prefill_block(const Attention& a, const PrefillBlock& block) {
     const Cache& c = a.cache;
     const int group = a.group(), dims = c.dims, half = a.rope.half;
@@ -105,11 +96,11 @@ template <int FORMAT> static void prefill_block(const Attention& a, const Prefil
     s.panels = (s.lanes + PANEL - 1) / PANEL;
     const size_t lanes = size_t(s.panels) * PANEL;
     static thread_local Scratch memory;
-    s.keys = memory.floats(2 * TILE * ROW + TILE * PANEL + PAGE * MOST_DIMS + lanes * (2 * dims + 3));
+    s.keys = memory.floats(2 * TILE * ROW + TILE * PANEL + PAGE * 2 * MOST_DIMS + lanes * (2 * dims + 3));
     s.values = s.keys + TILE * ROW;
     s.scores = s.values + TILE * ROW;
-    s.angles = s.scores + TILE * PANEL;
-    s.queries = s.angles + PAGE * MOST_DIMS;
+    s.turns = s.scores + TILE * PANEL;
+    s.queries = s.turns + PAGE * 2 * MOST_DIMS;
     s.outputs = s.queries + lanes * dims;
     s.maxima = s.outputs + lanes * dims;
     s.totals = s.maxima + lanes;
@@ -135,10 +126,11 @@ template <int FORMAT> static void prefill_block(const Attention& a, const Prefil
     for (int start = a.first_seen(position) / PAGE * PAGE; start < end; start += TILE) {
         const int count = std::min(TILE, end - start);
         for (int k = 0; k < count; k += PAGE) {
-            const int index = (start + k) / PAGE, page = a.page(block.b, index), last = std::min(PAGE, count - k);
-            if (half) add_angles(a.page_angles(block.b, index), a.place_angles(block.b), half, s.angles);
-            read_keys<FORMAT>(c, page, block.head, 0, last, factor, s.angles, half, s.keys + k * ROW);
-            read_values<FORMAT>(c, page, block.head, 0, last, s.values + k * ROW);
+            const int index = (start + k) / PAGE, last = std::min(PAGE, count - k);
+            const int page = a.page(block.b, index), next = a.page(block.b, std::min(index + 1, (end - 1) / PAGE));
+            if (half) turns_of_page(a.page_angles(block.b, index), a.place_angles(block.b), factor, half, s.turns);
+            read_keys<FORMAT>(c, page, next, block.head, 0, last, factor, s.turns, half, s.keys + k * ROW);
+            read_values<FORMAT>(c, page, next, block.head, 0, last, s.values + k * ROW);
         }
         for (int panel = 0; panel < s.panels; ++panel) {
             score_panel(a, s, panel, start, count);

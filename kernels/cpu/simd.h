@@ -114,38 +114,38 @@ INLINE f16 to_f16(float x) {
 #endif
 }
 
+// Lanes i and i ^ distance change places.
+INLINE Floats swapped(Floats v, int distance) {
+    Ints other;
+    for (int i = 0; i < LANES; ++i) other[i] = i ^ distance;
+    return __builtin_shuffle(v, other);
+}
 INLINE float sum(Floats v) {
-    float lanes[LANES];
-    memcpy(lanes, &v, sizeof v);
 #pragma GCC unroll 4
-    for (int step = LANES / 2; step; step /= 2)
-#pragma GCC unroll 8
-        for (int i = 0; i < step; ++i) lanes[i] += lanes[i + step];
-    return lanes[0];
+    for (int distance = LANES / 2; distance; distance /= 2) v += swapped(v, distance);
+    return v[0];
 }
 INLINE float largest(Floats v) {
-    float lanes[LANES];
-    memcpy(lanes, &v, sizeof v);
 #pragma GCC unroll 4
-    for (int step = LANES / 2; step; step /= 2)
-#pragma GCC unroll 8
-        for (int i = 0; i < step; ++i) lanes[i] = lanes[i] > lanes[i + step] ? lanes[i] : lanes[i + step];
-    return lanes[0];
+    for (int distance = LANES / 2; distance; distance /= 2) v = larger(v, swapped(v, distance));
+    return v[0];
 }
 
-// Lanes of the result are the sums of the LANES vectors, in their order. Overwrites `v`.
-INLINE Floats sums(Floats* v) {
-    Ints low, high;  // interleave the lower (upper) halves of two vectors
+// Lanes with the bit `distance` clear are a's, with it set b's, each plus the lane of the same vector that far away.
+INLINE Floats paired(Floats a, Floats b, int distance) {
+    Ints of_own, of_other;
     for (int i = 0; i < LANES; ++i) {
-        low[i] = i / 2 + (i % 2) * LANES;
-        high[i] = low[i] + LANES / 2;
+        of_own[i] = i & distance ? i + LANES : i;
+        of_other[i] = i & distance ? i : i + LANES;
     }
-#pragma GCC unroll 8
-    for (int half = LANES / 2; half; half /= 2)
-#pragma GCC unroll 8
-        for (int i = 0; i < half; ++i)
-            v[i] = __builtin_shuffle(v[i], v[i + half], low) + __builtin_shuffle(v[i], v[i + half], high);
-    return v[0];
+    return __builtin_shuffle(a, b, of_own) + swapped(__builtin_shuffle(a, b, of_other), distance);
+}
+// Lanes of the result are the sums of LANES vectors, in their order. A tree of calls, so that all stay in registers.
+template <int STEP = 1> INLINE Floats sums(const Floats* v) {
+    if constexpr (STEP == LANES)
+        return v[0];
+    else
+        return paired(sums<2 * STEP>(v), sums<2 * STEP>(v + STEP), STEP);
 }
 
 // e^x with a relative error under 2e-7; 0 below -87.3, and no more than 2^127.
