@@ -74,7 +74,7 @@ def _of_folder(folder: Path, settings: ModelSettings, memory_bytes: int | None) 
 
     shape, checkpoint = read_config(folder), Checkpoint.open(folder)
     quantization = find_quantization(folder, shape.raw, checkpoint)
-    weight_bytes = weight_bytes_of(checkpoint, quantization)
+    weight_bytes = weight_bytes_of(checkpoint, quantization, is_tied=shape.tie_embeddings)
     free_bytes = _grossed_up(memory_bytes) if memory_bytes is not None else hf.free_bytes()
     spare = spare_bytes(weight_bytes, free_bytes)
     window = hf.served_window(settings, shape, resolve_rope(shape.raw, settings.rope, settings.max_model_len))

@@ -3,7 +3,7 @@
 Fixed letters: K inputs, N outputs, R stored rows, G groups of stored rows, C tiles of 16 outputs (N / 16 rounded up).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 TILE = 16  # outputs of a tile
 LINE = 64  # bytes: 4 codes, or parts of codes, side by side for each of a tile's outputs
+SLICE = 512  # outputs that are packed at a time
 
 # a code is cut into planes, from its low bits up; there are whole lines of each in a block of so many rows
 PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)}
@@ -159,11 +160,23 @@ def pack(codes: Tensor, rows: Rows) -> Tensor:
     return packed
 
 
+def pack_slices(codes: Callable[[int, int], Tensor], num_outputs: int, rows: Rows) -> Tensor:
+    """As `pack`, of codes that are made when they are needed: `codes` gives [R, end - begin] of outputs begin .. end.
+
+    What is made on the way then stays in a processor's cache, and takes little room beside a large matrix.
+    """
+    packed = torch.empty(-(-num_outputs // TILE), _num_bytes(rows), dtype=torch.uint8)
+    for begin in range(0, num_outputs, SLICE):
+        end = min(begin + SLICE, num_outputs)
+        packed[begin // TILE : -(-end // TILE)] = pack(codes(begin, end), rows)
+    return packed
+
+
 def unpack(matrix: QuantizedMatrix) -> Tensor:
     """The codes [R, N] uint8 of a matrix: what `pack` was given."""
     rows = Rows(matrix.source, matrix.group_starts, matrix.group_bits)
     tiles = len(matrix.codes)
-    codes = torch.zeros(matrix.num_rows, tiles * TILE, dtype=torch.uint8)
+    codes = matrix.codes.new_zeros(matrix.num_rows, tiles * TILE)
     for bits, begin, end, at in _runs(rows):
         blocks = codes[begin:end].view(-1, BLOCK_ROWS[bits], tiles * TILE)
         num_lines = BLOCK_ROWS[bits] * TILE * bits // (8 * LINE)
@@ -194,10 +207,11 @@ def untiled(values: Tensor, num_outputs: int) -> Tensor:
 def pack_nf4(codes: Tensor, scales: Tensor, codebook: Tensor, blocksize: int) -> Nf4Matrix:
     """The matrix of codes [N, K] uint8 and scales [N, K / blocksize] float32."""
     outputs, inputs = codes.shape
-    eights = tiled(codes.t()).view(-1, inputs // 8, 8, TILE)  # [C, K / 8, 8, 16]
-    lanes = torch.zeros(*eights.shape[:2], TILE, dtype=torch.int32)
-    for j in range(8):
-        lanes |= eights[:, :, j].to(torch.int32) << (4 * j)
+    lanes = torch.zeros(-(-outputs // TILE), inputs // 8, TILE, dtype=torch.int32)
+    for begin in range(0, outputs, SLICE):
+        eights = tiled(codes[begin : begin + SLICE].t()).view(-1, inputs // 8, 8, TILE)  # [., K / 8, 8, 16]
+        for j in range(8):
+            lanes[begin // TILE :][: len(eights)] |= eights[:, :, j].to(torch.int32) << (4 * j)
     return Nf4Matrix(inputs, outputs, blocksize, codebook.float(), lanes, tiled(scales.t().float()))
 
 

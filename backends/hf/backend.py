@@ -45,7 +45,9 @@ class HFBackend:
         checkpoint = Checkpoint.open(folder)
         quantization = find_quantization(folder, shape.raw, checkpoint)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        plan = make_plan(settings, shape, weight_bytes(checkpoint, quantization), free_bytes())
+        plan = make_plan(
+            settings, shape, weight_bytes(checkpoint, quantization, is_tied=shape.tie_embeddings), free_bytes()
+        )
         self.tokenizer: Tokenizer = HFTokenizer(folder, shape)
         self._threads = compute_threads(settings.threads)
         torch.set_num_threads(1)  # see BLAS_TOKENS

@@ -88,9 +88,14 @@ def find_quantization(folder: Path, config: Mapping[str, Any], checkpoint: Check
     return None
 
 
-def weight_bytes(checkpoint: Checkpoint, quantization: Quantization | None) -> int:
-    """Bytes of all weights once loaded, by headers."""
-    return checkpoint.weight_bytes if quantization is None else quantization.memory_bytes
+def weight_bytes(checkpoint: Checkpoint, quantization: Quantization | None, *, is_tied: bool) -> int:
+    """Bytes of all weights once loaded, by headers. is_tied: a head like the embedding is a copy, kept once."""
+    total = checkpoint.weight_bytes if quantization is None else quantization.memory_bytes
+    ends = ("lm_head.weight", "embed_tokens.weight")
+    found = [entry for name, entry in checkpoint.tensors.items() if name.endswith(ends)]
+    if is_tied and len(found) == 2 and (found[0].dtype, found[0].shape) == (found[1].dtype, found[1].shape):
+        total -= found[0].num_bytes
+    return total
 
 
 def describe_format(dtype: str, quantization: Quantization | None) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tightrope.backends.errors import BackendError
 from tightrope.backends.quant.format import FLOATS, Packed, Settings
-from tightrope.kernels.quantized import QuantizedMatrix, arrange, pack, tiled
+from tightrope.kernels.quantized import QuantizedMatrix, arrange, pack_slices, tiled
 
 NIBBLE_OF_OUTPUT = (0, 4, 1, 5, 2, 6, 3, 7)  # of the eight in a word
 
@@ -51,6 +51,7 @@ class Awq:
         scales = packed.read("scales")
         groups = len(scales)
         rows = arrange(torch.arange(num_inputs), [num_inputs // groups] * groups, [4] * groups)
+        words = packed.read("qweight")
         zeros = _unpack(packed.read("qzeros")).to(torch.int16)
         return QuantizedMatrix(
             num_inputs,
@@ -58,7 +59,7 @@ class Awq:
             rows.source,
             rows.group_starts,
             rows.group_bits,
-            pack(rows.gather(_unpack(packed.read("qweight"))), rows),
+            pack_slices(lambda a, b: rows.gather(_unpack(words[:, a // 8 : -(-b // 8)])), num_outputs, rows),
             scales=tiled(scales if scales.dtype == torch.float16 else scales.float()),
             zeros=None if bool((zeros == 8).all()) else tiled(zeros),
         )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tightrope.backends.quant.format import Packed
 from tightrope.backends.quant.streams import unstream
-from tightrope.kernels.quantized import PLANES, QuantizedMatrix, arrange, pack, tiled
+from tightrope.kernels.quantized import PLANES, QuantizedMatrix, arrange, pack_slices, tiled
 
 
 class Exl2:
@@ -38,23 +38,28 @@ class Exl2:
         packed.expect("q_invperm", (num_inputs,), "I32")
 
     def build(self, packed: Packed, num_inputs: int, num_outputs: int) -> QuantizedMatrix:
-        words = packed.read("q_weight")[:, :num_outputs]
+        words = packed.read("q_weight")
         bits, starts = _groups(packed, len(words))
         counts = [(end - begin) * 32 // width for width, begin, end in zip(bits, starts, starts[1:], strict=False)]
         if sum(counts) != num_inputs:
             raise packed.wrong("q_groups", f"describes {sum(counts)} rows; the linear has {num_inputs} inputs")
         rows = arrange(_permutation(packed), counts, bits)
         borders = rows.group_starts.tolist()
-        codes = torch.zeros(borders[-1], num_outputs, dtype=torch.uint8)
-        for g, width in enumerate(bits):
-            codes[borders[g] : borders[g] + counts[g]] = unstream(words[starts[g] : starts[g + 1]].contiguous(), width)
+
+        def codes(begin: int, end: int) -> Tensor:
+            made = torch.zeros(borders[-1], end - begin, dtype=torch.uint8)
+            for g, width in enumerate(bits):
+                group = words[starts[g] : starts[g + 1], begin:end]
+                made[borders[g] : borders[g] + counts[g]] = unstream(group, width)
+            return made
+
         return QuantizedMatrix(
             num_inputs,
             num_outputs,
             rows.source,
             rows.group_starts,
             rows.group_bits,
-            pack(codes, rows),
+            pack_slices(codes, num_outputs, rows),
             scale_codes=tiled(unstream(packed.read("q_scale").t().contiguous(), 4).t()[:, :num_outputs] + 1),
             group_max=packed.read("q_scale_max").float(),
         )

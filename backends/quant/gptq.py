@@ -5,6 +5,7 @@ files that say gptq_v2. Source: the layouts of AutoGPTQ 0.7.1 (qlinear_cuda.py) 
 """
 
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 import torch
@@ -13,18 +14,22 @@ from torch import Tensor
 from tightrope.backends.errors import BackendError
 from tightrope.backends.quant.format import FLOATS, Packed, Settings
 from tightrope.backends.quant.streams import unstream
-from tightrope.kernels.quantized import QuantizedMatrix, arrange, pack, tiled
+from tightrope.kernels.quantized import QuantizedMatrix, arrange, pack_slices, tiled
 
 BITS = (2, 3, 4, 8)
 
 
 @dataclass(frozen=True, slots=True)
 class Gptq:
-    """See Format. `group_size` is the model's word, for files without g_idx; -1 and 0 mean one group."""
+    """See Format. `group_size` is the model's word, for files without g_idx; -1 and 0 mean one group.
+
+    `is_symmetric` and `is_reordered` (act-order) are its words, too: memory is planned by them, and nothing is read.
+    """
 
     group_size: int
     is_v2: bool
     is_symmetric: bool
+    is_reordered: bool = True
 
     name = "GPTQ"
     parts = ("qweight", "qzeros", "scales")
@@ -45,7 +50,7 @@ class Gptq:
         size = settings.get("group_size", -1)
         if type(size) is not int:
             raise BackendError(f"{path}: group_size {size!r} must be a whole number")
-        return cls(size, layout == "gptq_v2", settings.get("sym", True) is not False)
+        return cls(size, layout == "gptq_v2", settings.get("sym") is not False, settings.get("desc_act") is not False)
 
     def size(self, packed: Packed) -> tuple[int, int]:
         outputs = packed.shape("scales", 2)[-1]
@@ -56,8 +61,8 @@ class Gptq:
 
     def memory_bytes(self, packed: Packed) -> int:
         inputs, _ = self.size(packed)
-        zeros = 0 if self.is_symmetric else 2 * packed.entry("scales").num_bytes // 2
-        order = 4 * inputs if packed.has("g_idx") else 0
+        zeros = 0 if self.is_symmetric else 2 * prod(packed.shape("scales", 2))
+        order = 4 * inputs if packed.has("g_idx") and self.is_reordered else 0
         return packed.entry("qweight").num_bytes + packed.entry("scales").num_bytes + zeros + order
 
     def check(self, packed: Packed, num_inputs: int, num_outputs: int) -> None:
@@ -80,13 +85,14 @@ class Gptq:
         zeros = unstream(packed.read("qzeros").t().contiguous(), bits).t()[is_used].to(torch.int16)
         zeros = zeros if self.is_v2 else zeros + 1  # without a carry: 2^bits is a zero point, too
         scales = scales[is_used]
+        words = packed.read("qweight")
         return QuantizedMatrix(
             num_inputs,
             num_outputs,
             rows.source,
             rows.group_starts,
             rows.group_bits,
-            pack(rows.gather(unstream(packed.read("qweight"), bits)), rows),
+            pack_slices(lambda a, b: rows.gather(unstream(words[:, a:b], bits)), num_outputs, rows),
             scales=tiled(scales if scales.dtype == torch.float16 else scales.float()),
             zeros=None if bool((zeros == 1 << (bits - 1)).all()) else tiled(zeros),
         )
