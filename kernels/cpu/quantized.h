@@ -10,6 +10,7 @@ namespace quantized {
 constexpr int MOST_ROWS = LANES == 16 ? 8 : 2;  // of x at a time, as many as the registers allow
 constexpr int TASK = 96 * 1024;                 // bytes of codes: large enough to hide its taking
 constexpr int KEPT = 256 * 1024;                // bytes of codes that stay in a core's cache while many rows of x pass
+constexpr int PASS = 512;                       // rows of x that are held in fixed point at a time
 constexpr int MOST_MATRICES = 8;                // that share a call
 
 enum ScaleKind { FLOAT16, FLOAT32, CODES };
@@ -166,7 +167,7 @@ INLINE void prepare(const Matrix& m, const float* x, int rows, const Input& inpu
 }
 
 // The matrices' outputs side by side: bias and each row of `out` are as wide as all together.
-inline void linear(const Matrix* const* matrices, int count, const float* x, int rows, const float* bias, float* out) {
+inline void multiply(const Matrix* const* matrices, int count, const float* x, int rows, const float* bias, float* out) {
     static thread_local Scratch memory;
     int first_tile[MOST_MATRICES + 1] = {}, first_output[MOST_MATRICES + 1] = {};
     Input inputs[MOST_MATRICES];
@@ -213,6 +214,14 @@ inline void linear(const Matrix* const* matrices, int count, const float* x, int
             }
         });
     });
+}
+
+inline void linear(const Matrix* const* matrices, int count, const float* x, int rows, const float* bias, float* out) {
+    int width = 0;
+    for (int i = 0; i < count; ++i) width += matrices[i]->outputs;
+    for (int first = 0; first < rows; first += PASS)
+        multiply(matrices, count, x + size_t(first) * matrices[0]->inputs, std::min(PASS, rows - first), bias,
+                 out + size_t(first) * width);
 }
 
 }  // namespace quantized
