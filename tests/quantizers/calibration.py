@@ -19,7 +19,7 @@ FAMILIES = (
     ("mlp.gate_proj", "mlp.up_proj"),
     ("mlp.down_proj",),
 )
-NUM_WINDOWS, WINDOW = 12, 256  # tokens
+NUM_WINDOWS, WINDOW = 24, 256  # tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class Calibrated:
 
 @cache
 def calibrated(folder: Path) -> Calibrated:
-    """Read the folder of a llama and run it on 3,072 tokens of prose."""
+    """Read the folder of a llama and run it on 6,144 tokens of prose."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     token_ids = tokenizer("\n".join(topics.values())[: 8 * NUM_WINDOWS * WINDOW])["input_ids"]

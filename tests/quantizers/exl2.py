@@ -27,13 +27,13 @@ def mixed(name: str, inputs: int) -> Groups:
     """
     shares = {
         "v_proj": ((6, 4), (5, 12), (4, 16)),
-        "down_proj": ((8, 2), (6, 2), (5, 4), (4, 24)),
-        "o_proj": ((5, 4), (4, 28)),
-    }.get(name.rpartition(".")[2], ((6, 2), (5, 2), (4, 18), (3, 8), (2, 2)))
-    # groups of 32 inputs where there are few of a width, as the converter has them
-    rows = [(bits, share * inputs // 1024 * 32) for bits, share in shares]
-    rows[-1] = rows[-1][0], inputs - sum(count for _, count in rows[:-1])
-    return [group for bits, count in rows for group in _cut([(bits, count)], 32 if bits > 4 else 128)]
+        "down_proj": ((8, 2), (6, 3), (5, 5), (4, 22)),
+        "o_proj": ((5, 6), (4, 26)),
+    }.get(name.rpartition(".")[2], ((6, 3), (5, 6), (4, 17), (3, 4), (2, 2)))
+    rows = {bits: share * inputs // 1024 * 32 for bits, share in shares}
+    rows[4] += inputs - sum(rows.values())
+    # small groups where bits are many, as the converter has them
+    return [group for bits, count in rows.items() for group in _cut([(bits, count)], 32 if bits > 4 else 128)]
 
 
 def head(inputs: int) -> Groups:

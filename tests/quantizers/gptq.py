@@ -3,7 +3,7 @@
 import torch
 from quantizers import streams
 from quantizers.calibration import HEAD, TABLE, Calibrated
-from quantizers.rounding import Grid, best, importance_order, round_corrected
+from quantizers.rounding import DAMPING, Grid, best, importance_order, round_corrected
 from torch import Tensor
 
 BITS, GROUP_SIZE = 4, 128
@@ -12,7 +12,7 @@ SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8)  # of the scale that clips nothing
 CONFIG = {
     "bits": BITS,
     "group_size": GROUP_SIZE,
-    "damp_percent": 0.01,
+    "damp_percent": DAMPING,
     "desc_act": True,
     "static_groups": False,
     "sym": True,

@@ -1,0 +1,35 @@
+"""The comparison of quantised files: what its ratios are of, and which of them have a bar."""
+
+from pathlib import Path
+
+from bench.peers import Setup
+from bench.quant_models import BF16, LLAMA, contestants, verdicts_of
+from bench.stats import Sample
+
+
+def sample(server: str, speed: float, round: int = 0) -> Sample:
+    return Sample(server, "1 stream", round, {"decode_tokens_per_s": speed})
+
+
+def test_every_form_is_compared_with_llama_cpp_and_bf16_and_two_of_them_have_bars() -> None:
+    servers = {BF16: 40.0, "exl2-4.0bpw": 80.0, "gptq-4bit-128g": 50.0, "nf4": 60.0, LLAMA: 100.0}
+    found = {(v["name"], v["over"]): v for v in verdicts_of([sample(*pair) for pair in servers.items()])}
+
+    assert {key: verdict["value"] for key, verdict in found.items()} == {
+        ("exl2-4.0bpw", LLAMA): 0.8,
+        ("exl2-4.0bpw", BF16): 2.0,
+        ("gptq-4bit-128g", LLAMA): 0.5,
+        ("gptq-4bit-128g", BF16): 1.25,
+        ("nf4", LLAMA): 0.6,
+        ("nf4", BF16): 1.5,
+    }
+    assert [verdict.get("met") for verdict in found.values()] == [True, True, False, False, None, None]
+
+
+def test_each_folder_has_a_server_of_its_own_beside_llama_cpp(tmp_path: Path) -> None:
+    peers = contestants({BF16: tmp_path / "bf16", "nf4": tmp_path / "nf4"})
+    commands = {peer.name: peer.arguments(Setup(tmp_path / "model.gguf"), 1) for peer in peers}
+
+    assert str(tmp_path / "nf4") in commands["nf4"]
+    assert str(tmp_path / "bf16") in commands[BF16]
+    assert str(tmp_path / "model.gguf") in commands[LLAMA]
