@@ -3,20 +3,18 @@
 Fixed letters: K inputs, N outputs (filled up to a multiple of 16), R stored rows, G groups of stored rows.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tightrope.kernels.quantized import Nf4Matrix, QuantizedMatrix, unpack, unpack_nf4, untiled
+from tightrope.kernels.quantized import PLANES, Nf4Matrix, QuantizedMatrix, unpack, unpack_nf4, untiled
 
 BLOCK = 32  # rows; a block of w bits is w words a column
 ALIGN = 16  # outputs, so that each row of words begins at a whole 64 bytes
-TILE_OUTPUTS = 128  # that a program of a kernel takes
-
-# a code is cut into planes, from its low bits up
-PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)}
+TILE_OUTPUTS = 256  # that a program takes which multiplies one row
 
 PROGRAMS = 1024  # that a matrix is shared out to: several for each multiprocessor of the largest cards
 FEWEST_BLOCKS = 4  # of a program: one for each of its warps
@@ -62,37 +60,44 @@ class ColumnMatrix:
 
 def to_columns(matrix: QuantizedMatrix | Nf4Matrix, device: torch.device | str | None = None) -> ColumnMatrix:
     """The same numbers in the layout of a card, on `device`; by default on the matrix's own."""
-    if isinstance(matrix, Nf4Matrix):
-        starts = range(0, matrix.num_inputs + 1, matrix.blocksize)
-        codes, source = unpack_nf4(matrix), None
-        bits = [4] * (len(starts) - 1)
-    else:
-        starts, bits = matrix.group_starts.tolist(), matrix.group_bits.tolist()
-        codes, source = unpack(matrix), matrix.source
     target = matrix.codes.device if device is None else torch.device(device)
-    counts = [end - begin for begin, end in zip(starts, starts[1:], strict=False)]
-    if any(count % BLOCK for count in counts):
-        codes, source = _fill_up(codes, source, counts)
-    num_blocks = [-(-count // BLOCK) for count in counts]
 
     def across(values: Tensor | None) -> Tensor | None:  # [C, G, 16] to [G, N]
         return None if values is None else _aligned(untiled(values, matrix.num_outputs)).contiguous().to(target)
 
-    widths, shares = _share_out(bits, num_blocks, -(-matrix.num_outputs // TILE_OUTPUTS))
-    is_book = isinstance(matrix, Nf4Matrix)
+    if isinstance(matrix, Nf4Matrix):
+        codes = unpack_nf4(replace(matrix, codes=matrix.codes.to(target)))
+        groups = matrix.num_inputs // matrix.blocksize
+        plain = _columns(matrix, codes, None, [matrix.blocksize] * groups, [4] * groups)
+        return replace(plain, scales=across(matrix.scales), codebook=matrix.codebook.to(target))
+    codes = unpack(replace(matrix, codes=matrix.codes.to(target)))
+    counts = matrix.group_starts.diff().tolist()
+    return replace(
+        _columns(matrix, codes, matrix.source, counts, matrix.group_bits.tolist()),
+        scales=across(matrix.scales),
+        scale_codes=across(matrix.scale_codes),
+        group_max=None if matrix.group_max is None else matrix.group_max.to(target),
+        zeros=across(matrix.zeros),
+    )
+
+
+def _columns(
+    matrix: QuantizedMatrix | Nf4Matrix, codes: Tensor, source: Tensor | None, counts: list[int], bits: list[int]
+) -> ColumnMatrix:
+    """The matrix of codes [R, N] in groups of `counts` rows, without its scales."""
+    device = codes.device
+    if any(count % BLOCK for count in counts):
+        codes, source = _fill_up(codes, source, counts)
+    num_blocks = [-(-count // BLOCK) for count in counts]
+    widths, shares = share_out(bits, num_blocks, -(-matrix.num_outputs // TILE_OUTPUTS))
     return ColumnMatrix(
         matrix.num_inputs,
         matrix.num_outputs,
         widths,
-        pack_columns(_aligned(codes).to(target), bits, num_blocks),
-        None if source is None else source.to(target),
-        torch.arange(len(bits), dtype=torch.int32).repeat_interleave(torch.tensor(num_blocks)).to(target),
-        shares.to(target),
-        scales=across(matrix.scales),
-        scale_codes=None if is_book else across(matrix.scale_codes),
-        group_max=None if is_book or matrix.group_max is None else matrix.group_max.to(target),
-        zeros=None if is_book else across(matrix.zeros),
-        codebook=matrix.codebook.to(target) if is_book else None,
+        pack_columns(_aligned(codes), bits, num_blocks),
+        None if source is None else source.to(device),
+        torch.arange(len(bits), dtype=torch.int32).repeat_interleave(torch.tensor(num_blocks)).to(device),
+        shares.to(device),
     )
 
 
@@ -128,7 +133,7 @@ def _runs(group_bits: list[int], group_blocks: list[int]) -> list[tuple[int, int
     return runs
 
 
-def _share_out(group_bits: list[int], group_blocks: list[int], num_tiles: int) -> tuple[int, Tensor]:
+def share_out(group_bits: list[int], group_blocks: list[int], num_tiles: int) -> tuple[int, Tensor]:
     """ColumnMatrix.widths and .shares for a matrix of so many tiles of outputs."""
     wanted = max(1, PROGRAMS // num_tiles)
     most = max(FEWEST_BLOCKS, -(-sum(group_blocks) // wanted))
@@ -136,7 +141,7 @@ def _share_out(group_bits: list[int], group_blocks: list[int], num_tiles: int) -
     for bits, first, end in _runs(group_bits, group_blocks):
         count = -(-(end - first) // most)
         borders = [first + (end - first) * i // count for i in range(count + 1)]
-        shares += [(bits, a, b, word + (a - first) * bits) for a, b in zip(borders, borders[1:], strict=False)]
+        shares += [(bits, a, b, word + (a - first) * bits) for a, b in pairwise(borders)]
         widths |= 1 << bits
         word += (end - first) * bits
     return widths, torch.tensor(shares, dtype=torch.int32)
@@ -144,7 +149,7 @@ def _share_out(group_bits: list[int], group_blocks: list[int], num_tiles: int) -
 
 def _fill_up(codes: Tensor, source: Tensor | None, counts: list[int]) -> tuple[Tensor, Tensor]:
     """codes [R, N] and source [R] with groups of `counts` rows filled up to whole blocks."""
-    rows = torch.arange(len(codes), dtype=torch.int32) if source is None else source
+    rows = torch.arange(len(codes), dtype=torch.int32) if source is None else source.cpu()
     parts = [(c, s) for c, s in zip(codes.split(counts), rows.split(counts), strict=True)]
     filled = [(F.pad(c, (0, 0, 0, -len(c) % BLOCK)), F.pad(s, (0, -len(s) % BLOCK), value=-1)) for c, s in parts]
     return torch.cat([c for c, _ in filled]), torch.cat([s for _, s in filled])

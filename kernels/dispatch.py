@@ -14,8 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tightrope.kernels import native, reference
+from tightrope.kernels import exllama, native, reference
 from tightrope.kernels.columns import ColumnMatrix
+from tightrope.kernels.exllama import ExllamaMatrix as ExllamaMatrix  # for those who keep one
 from tightrope.kernels.layout import AttentionSpec, LayerCache, RopeTable, StepLayout
 from tightrope.kernels.quantized import Nf4Matrix, QuantizedMatrix
 
@@ -74,11 +75,24 @@ def nf4_linear(x: Tensor, matrices: Sequence[Nf4Matrix], bias: Tensor | None) ->
     return (reference if x.is_cuda else _cpu()).nf4_linear(x, matrices, bias)
 
 
-def column_linear(x: Tensor, matrix: ColumnMatrix, bias: Tensor | None) -> Tensor:
-    """x [T, K] on a card times a matrix there: [T, N]."""
+def column_linear(x: Tensor, matrices: Sequence[ColumnMatrix], bias: Tensor | None) -> Tensor:
+    """x [T, K] on a card times each of the matrices there, side by side: [T, sum of their N]."""
     from tightrope.kernels.triton.quantized import quantized_linear  # triton is there only where CUDA is
 
-    return quantized_linear(x, matrix, bias)
+    return quantized_linear(x, matrices, bias)
+
+
+def is_exllama(matrix: QuantizedMatrix) -> bool:
+    """Whether exllamav2's own kernels are there, on a card, for this matrix."""
+    return exllama.is_exllama(matrix)
+
+
+def to_exllama(matrix: QuantizedMatrix, device: torch.device) -> ExllamaMatrix:
+    return exllama.to_exllama(matrix, device)
+
+
+def exllama_linear(x: Tensor, matrices: Sequence[ExllamaMatrix], bias: Tensor | None) -> Tensor:
+    return exllama.exllama_linear(x, matrices, bias)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -111,10 +125,10 @@ def set_threads(num_threads: int) -> None:
         built.set_threads(num_threads)
 
 
-def describe(device: torch.device | str = "cpu") -> str:
-    """What runs the kernels on a device, for the start-up lines."""
+def describe(device: torch.device | str = "cpu", *, is_exl2: bool = False) -> str:
+    """What runs the kernels on a device, for the start-up lines; those of EXL2 matrices, if it is they."""
     if torch.device(device).type == "cuda":
-        return "Triton"
+        return "exllamav2" if is_exl2 and exllama.extension() is not None else "Triton"
     built = _native()
     return "torch reference" if built is None else built.describe()
 

@@ -44,6 +44,16 @@ class Columns:
 
 
 @dataclass(frozen=True, slots=True)
+class Exllama:
+    """EXL2 matrices run by exllamav2's own kernels, side by side."""
+
+    matrices: tuple[dispatch.ExllamaMatrix, ...]
+
+    def times(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return dispatch.exllama_linear(x, self.matrices, bias)
+
+
+@dataclass(frozen=True, slots=True)
 class Mixed:
     """Several of different forms, as when a quantiser left one of a layer's projections as it was."""
 
@@ -54,7 +64,7 @@ class Mixed:
         return out if bias is None else out.add_(bias)
 
 
-Matrix = Tensor | Quantized | Nf4 | Columns | Mixed
+Matrix = Tensor | Quantized | Nf4 | Columns | Exllama | Mixed
 
 
 def times(x: Tensor, weight: Matrix, bias: Tensor | None) -> Tensor:
@@ -75,6 +85,8 @@ def side_by_side(pieces: Sequence[Piece], device: torch.device) -> Matrix:
         return Mixed(tuple(side_by_side([piece], device) for piece in pieces))
     integers = _joined(integers) if integers else ()
     if device.type == "cuda":
+        if integers and all(dispatch.is_exllama(matrix) for matrix in integers):
+            return Exllama(tuple(dispatch.to_exllama(matrix, device) for matrix in integers))
         matrices: tuple[QuantizedMatrix | Nf4Matrix, ...] = (*integers, *codes)
         return Columns(tuple(to_columns(matrix, device) for matrix in matrices))
     return Quantized(integers) if integers else Nf4(codes)

@@ -93,7 +93,8 @@ def load_model(
     )
     quantization = find_quantization(folder, shape.raw, checkpoint)
     if quantization is not None:
-        notes.append(f"weights: {quantization.describe()}, run by {dispatch.describe(device)} kernels")
+        kernels = dispatch.describe(device, is_exl2=quantization.format.name == "EXL2")
+        notes.append(f"weights: {quantization.describe()}, run by {kernels} kernels")
     weights, assemblies = assemble(planted.wants, quantization, names, device)
     # a quantised head stands for itself, whatever config.json says: EXL2 stores one for tied models, too
     has_plain_head = any(weight.sources[0][0].name == f"{head}.weight" for weight in weights)

@@ -4,6 +4,8 @@ One row, and a few, read the packed words once; the rows of the matrix are share
 kernel adds up in a fixed order. For many rows slices of the matrix are expanded and multiplied by cuBLAS.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -15,23 +17,36 @@ from tightrope.kernels.triton.quantized_vector import sum_parts, vector_parts
 
 MOST_ROWS = 64  # that are multiplied without expanding the matrix
 SLICE_BYTES = 32 << 20  # of a matrix that are expanded at a time
+BATCH_OUTPUTS = 128  # that a program takes which multiplies several rows, or expands them
+SUM_OUTPUTS = 128  # that a program of the sum takes
 
 _DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
-def quantized_linear(x: Tensor, matrix: ColumnMatrix, bias: Tensor | None) -> Tensor:
-    """x [T, K] of any float dtype times the matrix, and bias [N]: [T, N] of that dtype, summed in float32."""
+def quantized_linear(x: Tensor, matrices: Sequence[ColumnMatrix], bias: Tensor | None) -> Tensor:
+    """x [T, K] of any float dtype times each of the matrices, side by side: [T, sum of their N] of that dtype.
+
+    bias has the width of the result. Sums are float32, and always in the same order.
+    """
     x = x.contiguous()
-    if len(x) > MOST_ROWS:
-        return _expanded_linear(x, matrix, bias)
-    out = x.new_empty(len(x), matrix.num_outputs)
-    if not len(x):
-        return out
+    out = x.new_empty(len(x), sum(matrix.num_outputs for matrix in matrices))
+    end = 0
+    for matrix in matrices:
+        begin, end = end, end + matrix.num_outputs
+        own_bias = None if bias is None else bias[begin:end]
+        if len(x) > MOST_ROWS:
+            _multiply_expanded(x, matrix, own_bias, out[:, begin:end])
+        elif len(x):
+            _multiply(x, matrix, own_bias, out[:, begin:end])
+    return out
+
+
+def _multiply(x: Tensor, matrix: ColumnMatrix, bias: Tensor | None, out: Tensor) -> None:
+    """x [T, K] times the matrix to `out` [T, N], whose rows may lie apart."""
     num_shares, stride = len(matrix.shares), matrix.words.shape[1]
     parts = x.new_empty(num_shares, len(x), stride, dtype=torch.float32)
-    num_tiles = -(-stride // TILE_OUTPUTS)
     if len(x) == 1:
-        vector_parts[num_tiles, num_shares](
+        vector_parts[-(-stride // TILE_OUTPUTS), num_shares](
             x,
             parts,
             *_tensors(matrix),
@@ -44,7 +59,7 @@ def quantized_linear(x: Tensor, matrix: ColumnMatrix, bias: Tensor | None) -> Te
         )
     else:
         rows = 16 if len(x) <= 16 else 32
-        batch_parts[num_tiles, num_shares, -(-len(x) // rows)](
+        batch_parts[-(-stride // BATCH_OUTPUTS), num_shares, -(-len(x) // rows)](
             x,
             parts,
             *_tensors(matrix),
@@ -54,13 +69,12 @@ def quantized_linear(x: Tensor, matrix: ColumnMatrix, bias: Tensor | None) -> Te
             WIDTHS=matrix.widths,
             ROWS=rows,
             BLOCKS=16,
-            OUTPUTS=TILE_OUTPUTS,
-            DTYPE=_DTYPES[x.dtype],
+            OUTPUTS=BATCH_OUTPUTS,
+            DTYPE=_operands(x),
             num_warps=4,
             enable_fp_fusion=True,
         )
-    outputs = 128
-    sum_parts[-(-matrix.num_outputs // outputs), len(x)](
+    sum_parts[-(-matrix.num_outputs // SUM_OUTPUTS), len(x)](
         parts,
         bias,
         out,
@@ -68,28 +82,28 @@ def quantized_linear(x: Tensor, matrix: ColumnMatrix, bias: Tensor | None) -> Te
         matrix.num_outputs,
         parts.stride(0),
         stride,
+        out.stride(0),
         PARTS_PADDED=triton.next_power_of_2(num_shares),
-        OUTPUTS=outputs,
+        OUTPUTS=SUM_OUTPUTS,
         num_warps=4,
         enable_fp_fusion=True,
     )
-    return out
 
 
-def _expanded_linear(x: Tensor, matrix: ColumnMatrix, bias: Tensor | None) -> Tensor:
-    out = x.new_empty(len(x), matrix.num_outputs)
-    width = max(TILE_OUTPUTS, SLICE_BYTES // (matrix.num_inputs * x.element_size()) // TILE_OUTPUTS * TILE_OUTPUTS)
+def _multiply_expanded(x: Tensor, matrix: ColumnMatrix, bias: Tensor | None, out: Tensor) -> None:
+    width = max(BATCH_OUTPUTS, SLICE_BYTES // (matrix.num_inputs * x.element_size()) // BATCH_OUTPUTS * BATCH_OUTPUTS)
     for first in range(0, matrix.num_outputs, width):
         weight = expand(matrix, x.dtype, first, min(width, matrix.num_outputs - first))
         torch.mm(x, weight, out=out[:, first : first + width])
-    return out if bias is None else out.add_(bias)
+    if bias is not None:
+        out.add_(bias)
 
 
 def expand(matrix: ColumnMatrix, dtype: torch.dtype, first: int = 0, count: int | None = None) -> Tensor:
     """The weights [K, count] of `count` outputs from `first` on."""
     count = matrix.num_outputs - first if count is None else count
     weight = torch.empty(matrix.num_inputs, count, dtype=dtype, device=matrix.words.device)
-    expand_columns[-(-count // TILE_OUTPUTS), len(matrix.shares)](
+    expand_columns[-(-count // BATCH_OUTPUTS), len(matrix.shares)](
         weight,
         *_tensors(matrix),
         first,
@@ -97,11 +111,16 @@ def expand(matrix: ColumnMatrix, dtype: torch.dtype, first: int = 0, count: int 
         matrix.words.shape[1],
         WIDTHS=matrix.widths,
         BLOCKS=4,
-        OUTPUTS=TILE_OUTPUTS,
+        OUTPUTS=BATCH_OUTPUTS,
         num_warps=4,
         enable_fp_fusion=False,  # each weight is rounded as the reference rounds it
     )
     return weight
+
+
+def _operands(x: Tensor) -> tl.dtype:
+    """What numbers are multiplied as: x's dtype, where Triton can; its interpreter, on a CPU, can't in bfloat16."""
+    return tl.float32 if x.dtype == torch.bfloat16 and not x.is_cuda else _DTYPES[x.dtype]
 
 
 def _tensors(matrix: ColumnMatrix) -> tuple[Tensor | None, ...]:

@@ -9,7 +9,7 @@ import triton.language as tl
 from triton.language import constexpr
 
 from tightrope.kernels.columns import BLOCK
-from tightrope.kernels.triton.quantized_tile import book_number, load_scale, load_zero, spread
+from tightrope.kernels.triton.quantized_tile import book_number, load_scale, load_share, load_zero, spread
 
 _BLOCK = constexpr(BLOCK)
 
@@ -37,15 +37,12 @@ def batch_parts(
 ) -> None:
     """parts [S, T, N] float32 for x [T, K]: what each share of the stored rows adds to the outputs."""
     share = tl.program_id(1)
-    bits = tl.load(shares + share * 4)
-    first = tl.load(shares + share * 4 + 1)
-    end = tl.load(shares + share * 4 + 2)
-    word = tl.load(shares + share * 4 + 3)
+    bits, first, end, word = load_share(shares, share)
     columns = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     tokens = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
     total = tl.zeros((ROWS, OUTPUTS), tl.float32)
     for BITS in tl.static_range(2, 9):
-        if (WIDTHS >> BITS) & 1:
+        if (WIDTHS >> BITS) & 1:  # noqa: SIM102  decided when it is compiled, and the next one when it runs
             if bits == BITS:
                 for block in range(first, end, BLOCKS):
                     blocks = block + tl.arange(0, BLOCKS)
@@ -54,25 +51,52 @@ def batch_parts(
                     group = tl.load(group_of + blocks, mask=blocks < end, other=0)
                     scale = load_scale(scales, group_max, group, columns, mask, stride)
                     zero = load_zero(zeros, group, columns, mask, stride, BITS)
-                    LOW: constexpr = 8 if BITS == 8 else 4 if BITS >= 4 else 2
-                    HIGH: constexpr = BITS - LOW
-                    for i in tl.static_range(LOW):
-                        low = tl.load(at + i * stride, mask=mask, other=0)
-                        high = low
-                        if HIGH > 0:
-                            high = tl.load(at + (LOW + i * HIGH // LOW) * stride, mask=mask, other=0)
-                        for field in tl.static_range(32 // LOW):
-                            row = blocks * _BLOCK + (i * (32 // LOW) + field)
-                            is_row = blocks < end
-                            if source is not None:
-                                row = tl.load(source + row, mask=is_row, other=-1)
-                                is_row = row >= 0
-                            at_x = x + tokens[:, None].to(tl.int64) * num_inputs + row[None, :]
-                            number = tl.load(at_x, mask=(tokens < num_rows)[:, None] & is_row[None, :], other=0.0)
-                            weight = _weight(low, high, scale, zero, codebook, i * (32 // LOW) + field, LOW, HIGH)
-                            total = tl.dot(number.to(DTYPE), weight.to(DTYPE), total, input_precision="ieee")
+                    total = _add_product(
+                        total, x, at, source, codebook, blocks, end, tokens, num_rows, num_inputs, mask, stride,
+                        scale, zero, BITS, DTYPE,
+                    )  # fmt: skip
     at_parts = parts + (share * num_rows + tokens)[:, None].to(tl.int64) * stride + columns[None, :]
     tl.store(at_parts, total, mask=(tokens < num_rows)[:, None] & (columns < stride)[None, :])
+
+
+@triton.jit
+def _add_product(
+    total: tl.tensor,
+    x: tl.tensor,
+    at: tl.tensor,
+    source: tl.tensor,
+    codebook: tl.tensor,
+    blocks: tl.tensor,
+    end: tl.tensor,
+    tokens: tl.tensor,
+    num_rows: tl.tensor,
+    num_inputs: tl.tensor,
+    mask: tl.tensor,
+    stride: tl.tensor,
+    scale: tl.tensor,
+    zero: tl.tensor,
+    BITS: constexpr,
+    DTYPE: constexpr,
+) -> tl.tensor:
+    """total [ROWS, OUTPUTS] plus the product of x with a tile of blocks."""
+    LOW: constexpr = 8 if BITS == 8 else 4 if BITS >= 4 else 2
+    HIGH: constexpr = BITS - LOW
+    for word in tl.static_range(LOW):
+        low = tl.load(at + word * stride, mask=mask)  # what is not read meets an x of zero
+        high = low
+        if HIGH > 0:
+            high = tl.load(at + (LOW + word * HIGH // LOW) * stride, mask=mask)
+        for field in tl.static_range(32 // LOW):
+            row = blocks * _BLOCK + (word * (32 // LOW) + field)
+            is_row = blocks < end
+            if source is not None:
+                row = tl.load(source + row, mask=is_row, other=-1)
+                is_row = row >= 0
+            at_x = x + tokens[:, None].to(tl.int64) * num_inputs + row[None, :]
+            number = tl.load(at_x, mask=(tokens < num_rows)[:, None] & is_row[None, :], other=0.0)
+            weight = _weight(low, high, scale, zero, codebook, word * (32 // LOW) + field, LOW, HIGH)
+            total = tl.dot(number.to(DTYPE), weight.to(DTYPE), total, input_precision="ieee")
+    return total
 
 
 @triton.jit
@@ -121,14 +145,11 @@ def expand_columns(
 ) -> None:
     """out [K, num_columns]: the weights of outputs from first_column on, each rounded to out's dtype."""
     share = tl.program_id(1)
-    bits = tl.load(shares + share * 4)
-    first = tl.load(shares + share * 4 + 1)
-    end = tl.load(shares + share * 4 + 2)
-    word = tl.load(shares + share * 4 + 3)
+    bits, first, end, word = load_share(shares, share)
     own = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     columns = first_column + own
     for BITS in tl.static_range(2, 9):
-        if (WIDTHS >> BITS) & 1:
+        if (WIDTHS >> BITS) & 1:  # noqa: SIM102  decided when it is compiled, and the next one when it runs
             if bits == BITS:
                 for block in range(first, end, BLOCKS):
                     blocks = block + tl.arange(0, BLOCKS)
@@ -137,17 +158,37 @@ def expand_columns(
                     group = tl.load(group_of + blocks, mask=blocks < end, other=0)
                     scale = load_scale(scales, group_max, group, columns, mask, stride)
                     zero = load_zero(zeros, group, columns, mask, stride, BITS)
-                    LOW: constexpr = 8 if BITS == 8 else 4 if BITS >= 4 else 2
-                    HIGH: constexpr = BITS - LOW
-                    for i in tl.static_range(LOW):
-                        low = tl.load(at + i * stride, mask=mask, other=0)
-                        high = low
-                        if HIGH > 0:
-                            high = tl.load(at + (LOW + i * HIGH // LOW) * stride, mask=mask, other=0)
-                        for field in tl.static_range(32 // LOW):
-                            row = blocks * _BLOCK + (i * (32 // LOW) + field)
-                            if source is not None:
-                                row = tl.load(source + row, mask=blocks < end, other=-1)
-                            weight = _weight(low, high, scale, zero, codebook, i * (32 // LOW) + field, LOW, HIGH)
-                            at_out = out + row[:, None].to(tl.int64) * num_columns + own[None, :]
-                            tl.store(at_out, weight.to(out.dtype.element_ty), mask=mask & (row >= 0)[:, None])
+                    _expand(out, at, source, codebook, blocks, end, own, num_columns, mask, stride, scale, zero, BITS)
+
+
+@triton.jit
+def _expand(
+    out: tl.tensor,
+    at: tl.tensor,
+    source: tl.tensor,
+    codebook: tl.tensor,
+    blocks: tl.tensor,
+    end: tl.tensor,
+    own: tl.tensor,
+    num_columns: tl.tensor,
+    mask: tl.tensor,
+    stride: tl.tensor,
+    scale: tl.tensor,
+    zero: tl.tensor,
+    BITS: constexpr,
+) -> None:
+    """Store the weights of a tile of blocks."""
+    LOW: constexpr = 8 if BITS == 8 else 4 if BITS >= 4 else 2
+    HIGH: constexpr = BITS - LOW
+    for word in tl.static_range(LOW):
+        low = tl.load(at + word * stride, mask=mask)
+        high = low
+        if HIGH > 0:
+            high = tl.load(at + (LOW + word * HIGH // LOW) * stride, mask=mask)
+        for field in tl.static_range(32 // LOW):
+            row = blocks * _BLOCK + (word * (32 // LOW) + field)
+            if source is not None:
+                row = tl.load(source + row, mask=blocks < end, other=-1)
+            weight = _weight(low, high, scale, zero, codebook, word * (32 // LOW) + field, LOW, HIGH)
+            at_out = out + row[:, None].to(tl.int64) * num_columns + own[None, :]
+            tl.store(at_out, weight.to(out.dtype.element_ty), mask=mask & (row >= 0)[:, None])

@@ -11,6 +11,13 @@ from triton.language import constexpr
 
 
 @triton.jit
+def load_share(shares: tl.tensor, share: tl.tensor) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """Width in bits, first block, end block and first word row of what a program reads."""
+    at = shares + share * 4
+    return tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3)
+
+
+@triton.jit
 def spread(words: tl.tensor, FIELD: constexpr, WIDTH: constexpr) -> tl.tensor:
     """1 + code / 2^(8 - FIELD * WIDTH % 8), float32, of field FIELD of words."""
     left: constexpr = 15 - FIELD * WIDTH // 8 * 8  # takes the field's byte to bits 15 .. 23
@@ -40,7 +47,10 @@ def load_scale(
 def load_zero(
     zeros: tl.tensor, group: tl.tensor, columns: tl.tensor, mask: tl.tensor, stride: tl.tensor, BITS: constexpr
 ) -> tl.tensor:
-    """Zero points [blocks, columns] float32 of groups [blocks], or one for all."""
+    """Zero points float32 of groups [blocks]: [blocks, columns], or [1, 1] where one is for all."""
     if zeros is None:
-        return float(1 << (BITS - 1))
-    return tl.load(zeros + group[:, None].to(tl.int64) * stride + columns[None, :], mask=mask, other=0).to(tl.float32)
+        zero = tl.full((1, 1), 1 << (BITS - 1), tl.float32)
+    else:
+        at = zeros + group[:, None].to(tl.int64) * stride + columns[None, :]
+        zero = tl.load(at, mask=mask, other=0).to(tl.float32)
+    return zero

@@ -9,7 +9,7 @@ import triton.language as tl
 from triton.language import constexpr
 
 from tightrope.kernels.columns import BLOCK
-from tightrope.kernels.triton.quantized_tile import book_number, load_scale, load_zero, spread
+from tightrope.kernels.triton.quantized_tile import book_number, load_scale, load_share, load_zero, spread
 
 _BLOCK = constexpr(BLOCK)
 
@@ -33,14 +33,11 @@ def vector_parts(
 ) -> None:
     """parts [S, N] float32: what each share of the rows adds to the outputs."""
     share = tl.program_id(1)
-    bits = tl.load(shares + share * 4)
-    first = tl.load(shares + share * 4 + 1)
-    end = tl.load(shares + share * 4 + 2)
-    word = tl.load(shares + share * 4 + 3)
+    bits, first, end, word = load_share(shares, share)
     columns = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     total = tl.zeros((BLOCKS, OUTPUTS), tl.float32)
     for BITS in tl.static_range(2, 9):
-        if (WIDTHS >> BITS) & 1:
+        if (WIDTHS >> BITS) & 1:  # noqa: SIM102  decided when it is compiled, and the next one when it runs
             if bits == BITS:
                 for block in range(first, end, BLOCKS):
                     blocks = block + tl.arange(0, BLOCKS)
@@ -79,9 +76,9 @@ def _block_sums(
     added = tl.zeros((BLOCKS,), tl.float32)
     plain = tl.zeros((BLOCKS,), tl.float32)
     for word in tl.static_range(LOW):
-        low = tl.load(at + word * stride, mask=mask, other=0)
+        low = tl.load(at + word * stride, mask=mask)  # what is not read meets an x of zero
         if HIGH > 0:
-            high = tl.load(at + (LOW + word * HIGH // LOW) * stride, mask=mask, other=0)
+            high = tl.load(at + (LOW + word * HIGH // LOW) * stride, mask=mask)
         for field in tl.static_range(FIELDS):
             row = blocks * _BLOCK + (word * FIELDS + field)
             number = _load_x(x, source, row, blocks < end)
@@ -93,9 +90,8 @@ def _block_sums(
                 added += number_low
                 plain += number
                 if HIGH > 0:
-                    FIELD: constexpr = (word * FIELDS + field) % (32 // HIGH)
-                    number_high = number * (1 << (8 + LOW - FIELD * HIGH % 8))
-                    summed += spread(high, FIELD, HIGH) * number_high[:, None]
+                    number_high = number * (1 << (8 + LOW - (word * FIELDS + field) * HIGH % 8))
+                    summed += spread(high, (word * FIELDS + field) % (32 // HIGH), HIGH) * number_high[:, None]
                     added += number_high
     if codebook is None:
         summed -= added[:, None] + load_zero(zeros, group, columns, mask, stride, BITS) * plain[:, None]
@@ -120,10 +116,11 @@ def sum_parts(
     num_outputs: tl.tensor,
     part_stride: tl.tensor,
     stride: tl.tensor,
+    out_stride: tl.tensor,
     PARTS_PADDED: constexpr,
     OUTPUTS: constexpr,
 ) -> None:
-    """out [T, num_outputs]: bias and the sum of parts [S, T, N], always in the same order."""
+    """out [T, num_outputs], rows out_stride apart: bias and the sum of parts [S, T, N], always in the same order."""
     row = tl.program_id(1).to(tl.int64)
     columns = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     part = tl.arange(0, PARTS_PADDED)
@@ -133,4 +130,4 @@ def sum_parts(
     total = tl.sum(values, 0)
     if bias is not None:
         total += tl.load(bias + columns, mask=is_output, other=0.0).to(tl.float32)
-    tl.store(out + row * num_outputs + columns, total.to(out.dtype.element_ty), mask=is_output)
+    tl.store(out + row * out_stride + columns, total.to(out.dtype.element_ty), mask=is_output)

@@ -1,0 +1,119 @@
+"""EXL2 matrices run by exllamav2's own CUDA extension, where that is installed.
+
+It rounds scales to float16, and sums of a split product in no fixed order. Source of the calls: exllamav2 0.3.2,
+ext.py and exllamav2_ext/ext_qmatrix.cpp.
+"""
+
+import importlib
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise
+from typing import Any  # the extension has no types
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tightrope.kernels.quantized import QuantizedMatrix, unpack, untiled
+
+MOST_ROWS = 32  # that the extension multiplies without expanding the matrix
+ALIGN = 32  # outputs, to which matrices are filled up
+
+_NONE = torch.empty(0, device="meta")  # a tensor that there is not
+
+
+@cache
+def extension() -> Any | None:  # noqa: ANN401
+    """The extension's module; None where it is not installed or can't be built."""
+    for name, attribute in (("exllamav2_ext", None), ("exllamav2.ext", "ext_c")):
+        try:
+            module = importlib.import_module(name)
+        except (ImportError, OSError, RuntimeError):  # the second one compiles when it is imported
+            continue
+        return module if attribute is None else getattr(module, attribute)
+    return None
+
+
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
+class ExllamaMatrix:
+    """A matrix that the extension has taken over; `tensors` are its memory, whose codes it has shuffled."""
+
+    num_inputs: int
+    num_outputs: int
+    stored_outputs: int
+    handle: int
+    tensors: tuple[Tensor, ...]
+
+
+def is_exllama(matrix: QuantizedMatrix) -> bool:
+    """Whether the extension is there and can run a matrix: EXL2's, all of whose groups are whole words."""
+    if matrix.scale_codes is None or matrix.num_rows != matrix.num_inputs:
+        return False
+    return not bool((matrix.group_starts % 32).any()) and extension() is not None
+
+
+def to_exllama(matrix: QuantizedMatrix, device: torch.device | str) -> ExllamaMatrix:
+    """The same matrix on `device`, as the extension has it."""
+    ext = extension()
+    assert ext is not None
+    assert matrix.scale_codes is not None
+    assert matrix.group_max is not None
+    starts, bits = matrix.group_starts.tolist(), matrix.group_bits.tolist()
+    counts = [end - begin for begin, end in pairwise(starts)]
+    codes = _filled(unpack(matrix))
+    words = [_stream(part, width) for part, width in zip(codes.split(counts), bits, strict=True)]
+    scales = _filled(untiled(matrix.scale_codes, matrix.num_outputs) - 1, 1)
+    first_words = torch.tensor([0, *(len(part) for part in words)]).cumsum(0)[:-1]
+    group_map = [(g, count - row) for g, count in enumerate(counts) for row in range(count)]
+    tensors = {
+        "q_weight": torch.cat(words),
+        "q_perm": _NONE if matrix.source is None else matrix.source.short(),
+        "q_invperm": _NONE if matrix.source is None else matrix.source.argsort().short(),
+        "q_scale": _stream(scales.t(), 4).t().contiguous(),
+        "q_scale_max": matrix.group_max.half() * (1 / 256),
+        "q_groups": torch.stack((torch.tensor(bits), first_words), 1).flatten().short(),
+        "q_group_map": torch.tensor(group_map).flatten().short(),
+    }
+    moved = [tensor if tensor is _NONE else tensor.to(device) for tensor in tensors.values()]
+    handle: int = ext.make_q_matrix(*moved, _NONE, _NONE, _NONE, _NONE, _NONE, 0)
+    result = ExllamaMatrix(matrix.num_inputs, matrix.num_outputs, codes.shape[1], handle, tuple(moved))
+    weakref.finalize(result, ext.free_q_matrix, handle)
+    return result
+
+
+def exllama_linear(x: Tensor, matrices: Sequence[ExllamaMatrix], bias: Tensor | None) -> Tensor:
+    """x [T, K] times each of the matrices, side by side, in float16: [T, sum of their N] of x's dtype."""
+    ext = extension()
+    assert ext is not None
+    half, parts = x.half().contiguous(), []
+    for matrix in matrices:
+        if len(x) <= MOST_ROWS:
+            out = half.new_empty(len(x), matrix.stored_outputs)
+            if len(x):
+                ext.gemm_half_q_half(half, matrix.handle, out, False)
+        else:
+            weight = half.new_empty(matrix.num_inputs, matrix.stored_outputs)
+            ext.reconstruct(matrix.handle, weight)
+            out = half @ weight
+        parts.append(out[:, : matrix.num_outputs])
+    joined = torch.cat(parts, 1).to(x.dtype)
+    return joined if bias is None else joined.add_(bias)
+
+
+def _filled(values: Tensor, number: int = 0) -> Tensor:
+    """values [., N] filled up to whole ALIGNs of outputs."""
+    return F.pad(values, (0, -values.shape[1] % ALIGN), value=number)
+
+
+def _stream(codes: Tensor, bits: int) -> Tensor:
+    """Words [R * bits / 32, N] int32 of codes [R, N]: one after the other, from the lowest bit up, across words."""
+    cycles = codes.long().reshape(-1, 32, codes.shape[1])
+    words = cycles.new_zeros(len(cycles), bits, codes.shape[1])
+    for i in range(32):
+        word, bit = divmod(i * bits, 32)
+        words[:, word] |= (cycles[:, i] << bit) & 0xFFFFFFFF
+        if bit + bits > 32:
+            words[:, word + 1] |= cycles[:, i] >> (32 - bit)
+    return words.flatten(0, 1).to(torch.int32)  # wraps
