@@ -35,9 +35,16 @@ def takes_part(peer: Peer, scenario: Scenario) -> bool:
 
 
 async def compare(
-    targets: list[tuple[Peer, Target]], scenarios: list[Scenario], rounds: int | None, lock: Path | None
+    targets: list[tuple[Peer, Target]],
+    scenarios: list[Scenario],
+    rounds: int | None,
+    lock: Path | None,
+    salt: str = "compare",
 ) -> AsyncIterator[list[Sample]]:
-    """Run the scenarios and yield all samples so far after each: a run that is cut short loses one scenario at most."""
+    """Run the scenarios and yield all samples so far after each: a run that is cut short loses one scenario at most.
+
+    The same `salt` gives the same prompts.
+    """
     samples: list[Sample] = []
     with exclusive(lock):
         for _, target in targets:
@@ -47,7 +54,7 @@ async def compare(
         with exclusive(lock):
             for index in range(rounds or scenario.rounds):
                 for target in taking_part if index % 2 == 0 else reversed(taking_part):
-                    samples.append(await measure(target, scenario, index, "compare"))
+                    samples.append(await measure(target, scenario, index, salt))
         print(table(summarise(sample for sample in samples if sample.scenario == scenario.name)), flush=True)
         yield samples
 

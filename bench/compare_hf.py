@@ -1,23 +1,22 @@
 """Compare the torch engine with `transformers serve` and plain `generate`: python -m bench.compare_hf MODEL_FOLDER
 
-Each peer is tried once in float32 and bfloat16 (`generate` with both kinds of attention as well), one process at a
-time; the fastest variant of each takes part in a scenario. Then all are up and take turns, as in bench.compare.
+Each peer is up in float32 and in bfloat16 (`generate` with eager attention as well) and all are tried once, in turns;
+only the fastest variant of each takes part in a scenario. Then they take turns with tightrope as in bench.compare.
 Answers are greedy and run to their last token; prompts are new each time, so that no prompt cache helps.
 """
 
 import argparse
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
 from bench import report
-from bench.compare import compare, takes_part
-from bench.load import exclusive, measure
+from bench.compare import compare
 from bench.peers import Peer, Setup, StartFailed, end_servers_when_told, running
-from bench.peers_hf import OURS, VARIANTS, Variant
+from bench.peers_hf import OURS, VARIANTS, family
 from bench.plot import Panel, draw
 from bench.sse import RequestFailed
 from bench.stats import Bar, Sample, judge, summarise
@@ -60,93 +59,60 @@ def scenarios(stream_tokens: int) -> list[Scenario]:
     ]
 
 
-@dataclass(frozen=True, slots=True)
-class Trial:
-    """What a variant reached, once, in a scenario's metric."""
-
-    server: str
-    variant: str
-    scenario: str
-    value: float
-
-
-async def try_out(variant: Variant, setup: Setup, lock: Path | None) -> list[Trial]:
-    """Start the variant alone and run each of its scenarios once, after an answer that warms it up."""
-    found = []
-    with running(variant.peer, setup) as target, exclusive(lock):
-        await target.complete("Once upon a time", 16, seed=0)
-        for scenario in scenarios(_TRIAL_TOKENS):
-            if takes_part(variant.peer, scenario):
-                metrics = (await measure(target, scenario, 0, "trial")).metrics
-                value = metrics[_METRICS[scenario.name]]
-                found.append(Trial(variant.peer.name, variant.label, scenario.name, value))
-    return found
-
-
-def winners(trials: Sequence[Trial]) -> dict[tuple[str, str], str]:
-    """The fastest variant's label for each (scenario, server)."""
-    best: dict[tuple[str, str], Trial] = {}
+def winners(trials: Iterable[Sample]) -> dict[str, list[str]]:
+    """The scenarios that each variant won, by its name: those where it was the fastest of its family."""
+    best: dict[tuple[str, str], Sample] = {}
     for trial in trials:
-        key = trial.scenario, trial.server
-        if key not in best or trial.value > best[key].value:
+        key, metric = (trial.scenario, family(trial.server)), _METRICS[trial.scenario]
+        if key not in best or trial.metrics[metric] > best[key].metrics[metric]:
             best[key] = trial
-    return {key: trial.variant for key, trial in best.items()}
+    won: dict[str, list[str]] = {}
+    for trial in best.values():
+        won.setdefault(trial.server, []).append(trial.scenario)
+    return won
 
 
-def chosen_peers(trials: Sequence[Trial]) -> list[Peer]:
-    """The variants that won, each for the scenarios that it won."""
-    labels = winners(trials)
-    peers = []
-    for variant in VARIANTS:
-        won = frozenset(s for (s, server), label in labels.items() if (server, label) == _key(variant))
-        if won:
-            peers.append(replace(variant.peer, only=won))
-    return peers
-
-
-def _key(variant: Variant) -> tuple[str, str]:
-    return variant.peer.name, variant.label
+def entrants(variants: Iterable[tuple[Peer, Target]], won: Mapping[str, list[str]]) -> list[tuple[Peer, Target]]:
+    """The variants that won anything, each for what it won and under its family's name."""
+    return [
+        (replace(peer, only=frozenset(won[peer.name])), replace(target, name=family(peer.name)))
+        for peer, target in variants
+        if peer.name in won
+    ]
 
 
 async def _run(options: argparse.Namespace, setup: Setup) -> list[dict[str, object]]:
-    trials: list[Trial] = []
-    for variant in VARIANTS:
-        print(f"trying {variant.peer.name} in {variant.label}", flush=True)
-        trials += await try_out(variant, setup, options.lock)
-    for (scenario, server), label in winners(trials).items():
-        print(f"{scenario}: {server} is fastest in {label}", flush=True)
     verdicts: list[dict[str, object]] = []
     with ExitStack() as stack:
-        targets: list[tuple[Peer, Target]] = []
-        for peer in (OURS, *chosen_peers(trials)):
+        targets = []
+        for peer in (OURS, *VARIANTS):
             print(f"starting {peer.name}", flush=True)
             targets.append((peer, stack.enter_context(running(peer, setup))))
+        ours, *variants = targets
+        *_, trials = [s async for s in compare(variants, scenarios(_TRIAL_TOKENS), 1, options.lock, salt="trial")]
+        targets = [ours, *entrants(variants, winners(trials))]
         async for samples in compare(targets, scenarios(options.tokens), options.rounds, options.lock):
             verdicts = keep(samples, trials, setup, options.name)
     return verdicts
 
 
-def keep(samples: Sequence[Sample], trials: Sequence[Trial], setup: Setup, name: str) -> list[dict[str, object]]:
+def keep(samples: Sequence[Sample], trials: Sequence[Sample], setup: Setup, name: str) -> list[dict[str, object]]:
     """Write what was measured so far as JSON and picture, and return the verdicts on the bars."""
-    summary, verdicts, chosen = summarise(samples), judge(samples, BARS), winners(trials)
-    report.write(
-        name,
-        {
-            "setup": {**asdict(setup), "model": setup.model.name},
-            "variants": [
-                {**asdict(trial), "is_chosen": chosen[trial.scenario, trial.server] == trial.variant}
-                for trial in trials
-            ],
-            "bars": verdicts,
-            "summary": summary,
-            "rounds": [asdict(sample) for sample in samples],
-        },
-    )
-    peers = "; ".join(
-        f"{scenario}, {server}: {label}" for (scenario, server), label in sorted(chosen.items()) if scenario in summary
-    )
-    caption = f"{setup.model.name}, {setup.threads} threads, {setup.cache} cache; medians, whiskers span all rounds"
-    draw(summary, verdicts, f"{caption}\n{peers}", report.RESULTS / f"{name}.png", PANELS)
+    summary, verdicts, won = summarise(samples), judge(samples, BARS), winners(trials)
+    results: dict[str, object] = {
+        "setup": {**asdict(setup), "model": setup.model.name},
+        "variants": won,
+        "bars": verdicts,
+        "summary": summary,
+        "trials": [asdict(trial) for trial in trials],
+        "rounds": [asdict(sample) for sample in samples],
+    }
+    report.write(name, results)
+    caption = [
+        f"{setup.model.name}, {setup.threads} threads, {setup.cache} cache; medians, whiskers span all rounds",
+        *(f"{variant}: {' and '.join(scenarios)}" for variant, scenarios in won.items()),
+    ]
+    draw(summary, verdicts, "\n".join(caption), report.RESULTS / f"{name}.png", PANELS)
     return verdicts
 
 

@@ -15,8 +15,8 @@ from transformers.cli.serving.completion import TransformersTextCompletionCreate
 
 from bench import generate_server
 from bench.compare import takes_part
-from bench.compare_hf import BARS, Trial, chosen_peers, scenarios, winners
-from bench.peers_hf import OURS, VARIANTS, BatchTarget
+from bench.compare_hf import BARS, entrants, scenarios, winners
+from bench.peers_hf import OURS, VARIANTS, BatchTarget, family
 from bench.sse import RequestFailed
 from bench.stats import Sample, judge
 from bench.workloads import Target, run_prompt, run_streams
@@ -75,7 +75,7 @@ async def test_generate_that_is_gone_fails_the_measurement() -> None:
 
 
 async def test_transformers_is_sent_no_field_that_it_refuses() -> None:
-    [body] = {json.dumps(variant.peer.extra_body) for variant in VARIANTS if variant.peer.name == "transformers serve"}
+    [body] = {json.dumps(peer.extra_body) for peer in VARIANTS if family(peer.name) == "transformers serve"}
     server = ScriptedServer(streamed("a"))
     async with server as url:
         await Target("transformers serve", url, None, json.loads(body)).complete("one", 4, seed=0)
@@ -85,31 +85,46 @@ async def test_transformers_is_sent_no_field_that_it_refuses() -> None:
     assert json.loads(str(sent["generation_config"]))["eos_token_id"] == -1
 
 
+def trial(server: str, scenario: str, value: float) -> Sample:
+    return Sample(
+        server, scenario, 0, dict.fromkeys(("decode_tokens_per_s", "tokens_per_s", "prompt_tokens_per_s"), value)
+    )
+
+
 TRIALS = [
-    Trial("transformers serve", "bfloat16", "1 stream", 25.0),
-    Trial("transformers serve", "float32", "1 stream", 15.0),
-    Trial("generate", "bfloat16 sdpa", "8 streams", 107.0),
-    Trial("generate", "bfloat16 eager", "8 streams", 151.0),
-    Trial("generate", "bfloat16 sdpa", "4,000 tokens", 550.0),
-    Trial("generate", "float32 sdpa", "4,000 tokens", 350.0),
+    trial("transformers serve, bfloat16", "1 stream", 25.0),
+    trial("transformers serve, float32", "1 stream", 15.0),
+    trial("generate, bfloat16 sdpa", "8 streams", 107.0),
+    trial("generate, bfloat16 eager", "8 streams", 151.0),
+    trial("generate, bfloat16 sdpa", "4,000 tokens", 550.0),
+    trial("generate, float32 sdpa", "4,000 tokens", 350.0),
 ]
 
 
 def test_the_fastest_variant_of_each_peer_is_kept_for_each_scenario() -> None:
     assert winners(TRIALS) == {
-        ("1 stream", "transformers serve"): "bfloat16",
-        ("8 streams", "generate"): "bfloat16 eager",
-        ("4,000 tokens", "generate"): "bfloat16 sdpa",
+        "transformers serve, bfloat16": ["1 stream"],
+        "generate, bfloat16 eager": ["8 streams"],
+        "generate, bfloat16 sdpa": ["4,000 tokens"],
     }
 
 
-def test_a_peer_takes_part_in_what_its_variant_won_and_tightrope_in_all() -> None:
-    parts = [(peer.name, sorted(peer.only or ())) for peer in chosen_peers(TRIALS)]
-    assert parts == [
-        ("transformers serve", ["1 stream"]),
-        ("generate", ["4,000 tokens"]),
-        ("generate", ["8 streams"]),
+def test_a_variant_takes_part_in_what_it_won_under_its_peers_name() -> None:
+    variants = [(peer, peer.target(peer.name, "http://127.0.0.1:1", None, {})) for peer in VARIANTS]
+    entered = entrants(variants, winners(TRIALS))
+    assert {target.name: type(target) for _, target in entered} == {
+        "transformers serve": Target,
+        "generate": BatchTarget,
+    }
+    parts = [(s.name, t.name) for peer, t in entered for s in scenarios(8) if takes_part(peer, s)]
+    assert sorted(parts) == [
+        ("1 stream", "transformers serve"),
+        ("4,000 tokens", "generate"),
+        ("8 streams", "generate"),
     ]
+
+
+def test_tightrope_takes_part_in_all() -> None:
     assert all(takes_part(OURS, scenario) for scenario in scenarios(8))
 
 
