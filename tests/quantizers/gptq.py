@@ -50,7 +50,7 @@ def matrix(weight: Tensor, hessian: Tensor, order: Tensor) -> dict[str, Tensor]:
 
 def fit(rows: Tensor, bits: int) -> Grid:
     """Scales in half precision, with the zero point in the middle."""
-    wanted = 2 * rows.abs().amax(0) / ((1 << bits) - 1)
+    wanted = (2 * rows.abs().amax(0) / ((1 << bits) - 1)).clamp(min=1e-6)  # halves of less have few bits
     zero = torch.full_like(wanted, 1 << (bits - 1))
     return best(rows, (Grid(bits, (shrink * wanted).half().float(), zero) for shrink in SHRINKS))
 

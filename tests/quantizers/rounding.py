@@ -15,7 +15,10 @@ DAMPING = 0.05  # of the mean diagonal of the hessian, which few tokens have mad
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """The values that a group's rows may take, (code - zero) * scale; scale and zero are [N] float32, as stored."""
+    """The values that a group's rows may take, (code - zero) * scale.
+
+    scale, above 0, and zero are [N] float32, and exactly what is stored.
+    """
 
     bits: int
     scale: Tensor
@@ -23,11 +26,10 @@ class Grid:
 
     def encode(self, rows: Tensor) -> Tensor:
         """The nearest codes, as float32."""
-        inverse = torch.where(self.scale == 0, 0.0, 1 / self.scale)
-        return (rows * inverse + self.zero).round_().clamp_(0, (1 << self.bits) - 1)
+        return (rows / self.scale).add_(self.zero).round_().clamp_(0, (1 << self.bits) - 1)
 
     def decode(self, codes: Tensor) -> Tensor:
-        return (codes - self.zero) * self.scale
+        return (codes - self.zero).mul_(self.scale)
 
 
 Fit = Callable[[Tensor, int], Grid]  # of a group's rows [n, N], to so many bits
@@ -67,7 +69,7 @@ def round_corrected(weight: Tensor, hessian: Tensor, groups: Sequence[tuple[int,
 
     A group's grid is fitted to its rows as earlier corrections have left them.
     """
-    weight, factor = weight.clone(), _factor(hessian)
+    weight, factor = weight.clone(memory_format=torch.contiguous_format), _factor(hessian)
     codes = torch.empty(weight.shape, dtype=torch.uint8)
     grids: list[Grid] = []
     end = 0
