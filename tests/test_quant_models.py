@@ -1,5 +1,6 @@
 """SmolLM2 in the formats that people have: the logits that its files stand for, perplexity near bf16's, and a chat."""
 
+from collections.abc import Iterator
 from contextlib import closing
 from functools import cache
 
@@ -22,21 +23,14 @@ from tightrope.backends.settings import CacheSettings, ModelSettings
 from tightrope.engine.perplexity import cut_windows, measure
 
 FORMS = tuple(WRITERS)
-WINDOW, NUM_TOKENS = 256, 768
+WINDOW, NUM_TOKENS = 256, 512
 SETTINGS = ModelSettings(max_model_len=512, max_num_seqs=4, cache=CacheSettings(tokens=1024, dtype="f16"))
 
 # Activations in 16 bits of fixed point, keys and values in 11 bits, against 24 bits everywhere.
 AS_FLOAT32 = 3e-3
 
 # of bf16's perplexity: a model so small has nothing to spare
-MOST = 1.35
-
-
-def load(form: str) -> Backend:
-    """SmolLM2 in one of FORMS, in bf16, or as the GGUF file that all of these were made from."""
-    if form == "gguf":
-        return GGUFBackend(bundled_model(), SETTINGS, lambda _: None)
-    return HFBackend(smollm2_bf16() if form == "bf16" else smollm2(form), SETTINGS, lambda _: None)
+MOST = 1.4
 
 
 @cache
@@ -46,11 +40,30 @@ def text() -> str:
     return whole[len(whole) * 3 // 4 :]
 
 
+def perplexity(backend: Backend) -> float:
+    token_ids = backend.tokenizer.encode(text(), parse_special=False, is_start=True)
+    return measure(backend, cut_windows(token_ids[:NUM_TOKENS], WINDOW, None), lambda _: None).perplexity
+
+
 @cache
-def perplexity(form: str) -> float:
-    with closing(load(form)) as backend:
-        token_ids = backend.tokenizer.encode(text(), parse_special=False, is_start=True)
-        return measure(backend, cut_windows(token_ids[:NUM_TOKENS], WINDOW, None), lambda _: None).perplexity
+def perplexities_before() -> tuple[float, float]:
+    """Those of bf16, and of the GGUF file that all folders were made from."""
+    with (
+        closing(HFBackend(smollm2_bf16(), SETTINGS, lambda _: None)) as bf16,
+        closing(GGUFBackend(bundled_model(), SETTINGS, lambda _: None)) as gguf,
+    ):
+        return perplexity(bf16), perplexity(gguf)
+
+
+@pytest.fixture(scope="module", params=FORMS)
+def form(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def backend(form: str) -> Iterator[HFBackend]:
+    with closing(HFBackend(smollm2(form), SETTINGS, lambda _: None)) as loaded:
+        yield loaded
 
 
 @pytest.fixture(scope="module")
@@ -60,37 +73,33 @@ def twin() -> PreTrainedModel:
     return model
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_a_folder_gives_the_logits_of_the_weights_it_stands_for(form: str, twin: PreTrainedModel):
+def test_a_folder_gives_the_logits_of_the_weights_it_stands_for(form: str, backend: HFBackend, twin: PreTrainedModel):
     weights = {name: tensor for name, tensor in dequantized(smollm2(form)).items() if not name.endswith(".bias")}
     head = weights.pop("lm_head.weight", weights["model.embed_tokens.weight"])
     twin.set_output_embeddings(nn.Linear(*reversed(head.shape), bias=False, device="meta"))
     twin.load_state_dict(weights | {"lm_head.weight": head}, assign=True)
-    with closing(load(form)) as backend:
-        token_ids = backend.tokenizer.encode(text(), parse_special=False, is_start=True)[:40]
-        backend.kv.open(1, token_ids, "")
-        assert backend.kv.reserve(1, len(token_ids))
-        prompt = backend.forward([Chunk(1, token_ids[:-1], 0, "all")]).clone()
-        backend.kv.commit(1, token_ids[:-1])
-        step = backend.forward([Chunk(1, token_ids[-1:], len(token_ids) - 1, "last")]).clone()
+    token_ids = backend.tokenizer.encode(text(), parse_special=False, is_start=True)[:40]
+    backend.kv.open(1, token_ids, "")
+    assert backend.kv.reserve(1, len(token_ids))
+    prompt = backend.forward([Chunk(1, token_ids[:-1], 0, "all")]).clone()
+    backend.kv.commit(1, token_ids[:-1])
+    step = backend.forward([Chunk(1, token_ids[-1:], len(token_ids) - 1, "last")]).clone()
+    backend.kv.close(1, keep=False)
 
     with torch.inference_mode():
         expected = twin(input_ids=torch.tensor([token_ids]), use_cache=False).logits[0]
-    torch.testing.assert_close(
-        torch.cat((prompt, step)), expected, rtol=0, atol=AS_FLOAT32 * float(expected.abs().max())
-    )
+    tolerance = AS_FLOAT32 * float(expected.abs().max())
+    torch.testing.assert_close(torch.cat((prompt, step)), expected, rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_perplexity_stays_near_that_of_bf16(form: str):
-    found, bf16 = perplexity(form), perplexity("bf16")
-    print(f"perplexity of {NUM_TOKENS} tokens: {form} {found:.3f}, bf16 {bf16:.3f}, gguf {perplexity('gguf'):.3f}")
+def test_perplexity_stays_near_that_of_bf16(form: str, backend: HFBackend):
+    found, (bf16, gguf) = perplexity(backend), perplexities_before()
+    print(f"perplexity of {NUM_TOKENS} tokens: {form} {found:.3f}, bf16 {bf16:.3f}, gguf {gguf:.3f}")
 
-    assert 1 < found / bf16 < MOST
+    assert found < MOST * bf16
 
 
-@pytest.mark.parametrize(("form", "format"), [*zip(FORMS, ("EXL2", "EXL2", "GPTQ", "AWQ", "nf4"), strict=True)])
-def test_a_folder_is_served_and_answers_in_a_chat(form: str, format: str):
+def test_a_folder_is_served_and_answers_in_a_chat(form: str):
     with (
         run_server(str(smollm2(form)), "--max-model-len", "512") as server,
         openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client,
@@ -103,6 +112,6 @@ def test_a_folder_is_served_and_answers_in_a_chat(form: str, format: str):
             max_tokens=24,
         )
 
-    assert format in server.output
+    assert form.partition("-")[0] in server.output.lower()
     assert card.id == smollm2(form).name
     assert "Paris" in (answer.choices[0].message.content or "")
