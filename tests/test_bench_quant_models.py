@@ -7,8 +7,8 @@ from bench.quant_models import BF16, LLAMA, contestants, verdicts_of
 from bench.stats import Sample
 
 
-def sample(server: str, speed: float, round: int = 0) -> Sample:
-    return Sample(server, "1 stream", round, {"decode_tokens_per_s": speed})
+def sample(server: str, speed: float, round: int = 0, other_cores: float = 0.0) -> Sample:
+    return Sample(server, "1 stream", round, {"decode_tokens_per_s": speed, "other_cores": other_cores})
 
 
 def test_every_form_is_compared_with_llama_cpp_and_bf16_and_two_of_them_have_bars() -> None:
@@ -24,6 +24,15 @@ def test_every_form_is_compared_with_llama_cpp_and_bf16_and_two_of_them_have_bar
         ("nf4", BF16): 1.5,
     }
     assert [verdict.get("met") for verdict in found.values()] == [True, True, False, False, None, None]
+
+
+def test_rounds_in_which_others_were_at_work_do_not_count() -> None:
+    quiet = [sample(LLAMA, 100.0), sample("nf4", 90.0)]
+    busy = [sample(LLAMA, 2.0, 1, 1.0), sample("nf4", 60.0, 1, 1.0), sample(LLAMA, 2.0, 2, 1.0), sample("nf4", 80.0, 2)]
+
+    [verdict] = verdicts_of(quiet + busy)
+
+    assert (verdict["value"], verdict["max"]) == (0.9, 0.9)
 
 
 def test_each_folder_has_a_server_of_its_own_beside_llama_cpp(tmp_path: Path) -> None:
