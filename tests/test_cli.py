@@ -156,20 +156,23 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(server: RunningServer):
     ) as process:
         assert process.stdin is not None
         assert process.stdout is not None
-        process.stdin.write("Count from one to a thousand, in words, and explain each number.\n")
-        process.stdin.flush()
         shown = ""
-        while not re.search(r"> \w", shown):
-            shown += process.stdout.read(1)
-        process.send_signal(signal.SIGINT)
-        while "(stopped)" not in shown:
-            shown += process.stdout.read(1)
+        while "(stopped)" not in shown:  # an answer may be over before the signal comes: then ask again
+            asked = len(shown)
+            process.stdin.write("Count from one to a thousand, in words, and explain each number.\n")
+            process.stdin.flush()
+            while not re.search(r"> \w", shown[asked:]) and (char := process.stdout.read(1)):
+                shown += char
+            process.send_signal(signal.SIGINT)
+            while not re.search(r"\(stopped\)|/exit leaves", shown[asked:]) and (char := process.stdout.read(1)):
+                shown += char
+            assert process.poll() is None, shown
         process.stdin.write("/undo\n/exit\n")
         process.stdin.close()
         shown += process.stdout.read()
 
         assert process.wait(30) == 0
-    assert "(0 turns left)" in shown  # what came until then was a turn
+    assert "turns left)" in shown  # what came until then was a turn
 
 
 def test_the_terminal_chat_without_a_server_is_one_line_and_status_1():
