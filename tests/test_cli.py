@@ -152,7 +152,12 @@ def test_the_terminal_chat_streams_an_answer_and_remembers_it(server: RunningSer
 def test_ctrl_c_stops_the_answer_and_not_the_chat(server: RunningServer):
     command = [sys.executable, "-m", "tightrope", "chat", "--url", server.url]
     with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=clean_environment()
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=clean_environment(),
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # in the background it may be ignored
     ) as process:
         assert process.stdin is not None
         assert process.stdout is not None
