@@ -22,7 +22,7 @@ from tightrope.kernels.quantized import (
 # x is rounded to 2^-16 of the largest of 128 numbers, some three times their root mean square: a relative error of
 # 2e-5 in the root mean square, far less where many such errors add up.
 FIXED_POINT = 4e-5
-FLOAT = 2e-6  # sums of float32 products
+FLOAT = 1e-5  # float32 sums of up to 1,152 products; the largest seen is 3e-6
 SOME = settings(max_examples=25, deadline=None)
 WIDTHS = (2, 3, 4, 5, 6, 8)
 SEEDS = st.integers(0, 2**32 - 1)
