@@ -40,8 +40,8 @@ def assert_product(ops: ModuleType, matrix: QuantizedMatrix | Nf4Matrix, x: Tens
     """Held to float64; sums of n numbers may be off by as much as a few roundings of their sizes' sum."""
     weight = dequantize(matrix).double()
     wanted = x.double() @ weight + (0 if bias is None else bias.double())
-    # one row is summed with numbers 2^8 times as large as the smallest codes, in float32
-    step = {torch.float32: 2.0**-15, torch.float16: 2.0**-9, torch.bfloat16: 2.0**-6}[x.dtype]
+    # one row is summed in float32 with numbers 2^8 times as large as the smallest codes, which cancel: 2^-16 a rounding
+    step = {torch.float32: 2.0**-13, torch.float16: 2.0**-9, torch.bfloat16: 2.0**-6}[x.dtype]
     sizes = x.double().abs() @ weight.abs() + (0 if bias is None else bias.double().abs())
     allowed = step * sizes + 1e-6
 
