@@ -52,7 +52,7 @@ llama: $(VENV)/.llama
 
 kernels: $(VENV)/.serve
 	@rm -rf build/temp.* build/lib.*
-	$(call step,kernels: build (30 s),$(PIP) install --no-deps -c $(CONSTRAINTS) -e .)
+	$(call step,kernels: build (90 s),$(PIP) install --no-deps -c $(CONSTRAINTS) -e .)
 
 clean:
 	rm -rf $(VENV) kernels/*.so build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

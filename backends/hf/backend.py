@@ -41,8 +41,8 @@ class HFBackend:
         Raises BackendError. Files and settings are checked, and the memory is planned, before anything large is
         allocated.
         """
-        shape = read_config(folder)
         checkpoint = Checkpoint.open(folder)
+        shape = read_config(folder)
         quantization = find_quantization(folder, shape.raw, checkpoint)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         plan = make_plan(
