@@ -37,8 +37,9 @@ def encode_prompt(prompt: Prompt, tokenizer: Tokenizer) -> list[int]:
             token_ids += tokenizer.encode(span.text, parse_special=span.parse_special, is_start=is_start)
             is_start = False
     bos = tokenizer.bos_id
-    if prompt.add_bos and tokenizer.adds_bos and bos is not None and token_ids[:1] != [bos]:
-        token_ids.insert(0, bos)
+    if prompt.add_bos and tokenizer.adds_bos and bos is not None:
+        num_there = next((i for i, token_id in enumerate(token_ids) if token_id != bos), len(token_ids))
+        token_ids[:num_there] = [bos]  # client and template may both have written one
     return token_ids
 
 

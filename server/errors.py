@@ -39,6 +39,10 @@ class TemplateFailed(InvalidRequest):
     """The chat template refuses these messages, or had to be stopped."""
 
 
+class TemplateRefused(TemplateFailed):
+    """The chat template itself says that it can't render these messages."""
+
+
 class Unauthorized(EngineError):
     """The key is missing or wrong."""
 

@@ -41,11 +41,12 @@ class Front:
 
     def template(self) -> ChatTemplate:
         """The chat template in use. Raises EngineUnavailable."""
-        return _template(self.info(), self.settings.chat_template)
+        settings = self.settings
+        return _template(self.info(), settings.chat_template, tuple(settings.chat_template_args.items()))
 
 
 @lru_cache(maxsize=2)  # so that it is said once
-def _template(info: ModelInfo, source: str | None) -> ChatTemplate:
-    if source is None and info.chat_template is None:
+def _template(info: ModelInfo, chosen: str | None, variables: tuple[tuple[str, str], ...]) -> ChatTemplate:
+    if chosen is None and info.chat_template is None:
         log.warning("the model's file has no chat template: chats are written as ChatML; --chat-template sets another")
-    return ChatTemplate(info, source)
+    return ChatTemplate(info, chosen, dict(variables))

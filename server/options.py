@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from tightrope.server.builtin_templates import PROMPT_FORMATS
+
 TreePath = tuple[str, ...]  # where an option lives in ServerSettings
 CONFIG = "config"  # the one option that isn't in the tree: where the file is
 
@@ -42,7 +44,16 @@ OPTIONS: Mapping[str, Option] = {
         ("served_model_name",), "model", "name that clients see (default: the model's)", "NAME"
     ),
     "chat-template": Option(
-        ("chat_template",), "model", "Jinja file, or source, used instead of the model's own template", "FILE"
+        ("chat_template",),
+        "model",
+        f"used instead of the model's own: a Jinja file or source, or {', '.join(PROMPT_FORMATS)}",
+        "NAME|FILE",
+    ),
+    "chat-template-arg": Option(
+        ("chat_template_args",),
+        "model",
+        "variables of the chat template, such as length=medium, with commas between",
+        "NAME=VALUE",
     ),
     "max-model-len": Option(
         (*_MODEL, "max_model_len"),

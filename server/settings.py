@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from tightrope.engine.settings import EngineSettings
+from tightrope.server.builtin_templates import FIXED_VARIABLES, PROMPT_FORMATS
 from tightrope.server.options import CONFIG, OPTIONS, Option, TreePath
 
 LogLevel = Literal["debug", "info", "warning", "error"]
@@ -31,7 +32,10 @@ class ServerSettings(BaseModel, frozen=True, extra="forbid"):
     max_stop_sequences: int = Field(4, ge=0, description="Stop strings in one request.")
     max_top_n_tokens: int = Field(5, ge=0, description="Most alternatives that a TGI request may ask for.")
     served_model_name: str | None = Field(None, min_length=1, description="Name shown to clients; None is the model's.")
-    chat_template: str | None = Field(None, description="Jinja source used instead of the model's own.")
+    chat_template: str | None = Field(
+        None, description="Used instead of the model's own: the name of a built-in format, or Jinja source."
+    )
+    chat_template_args: dict[str, str] = Field({}, description="Variables of the chat template, beneath a request's.")
     log_level: LogLevel = "info"
     engine: EngineSettings = EngineSettings()
 
@@ -44,14 +48,28 @@ class ServerSettings(BaseModel, frozen=True, extra="forbid"):
     @field_validator("chat_template")
     @classmethod
     def _read_template(cls, value: str | None) -> str | None:
-        """A value that isn't Jinja source names a file."""
-        if value is None or "{{" in value or "{%" in value:
+        """A value that is neither Jinja source nor a built-in format's name is that of a file."""
+        if value is None or value in PROMPT_FORMATS or "{{" in value or "{%" in value:
             return value
         try:
             return Path(value).expanduser().read_text("utf-8")
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-            raise ValueError(f"can't read the template file {value!r}: {reason}") from None
+            raise ValueError(
+                f"can't read the template file {value!r}: {reason}; built-in are {', '.join(PROMPT_FORMATS)}"
+            ) from None
+
+    @field_validator("chat_template_args", mode="before")
+    @classmethod
+    def _split_args(cls, value: object) -> object:
+        """The environment and the command line give NAME=VALUE, with commas between several."""
+        if not isinstance(value, str):
+            return value
+        pairs = [part.partition("=") for part in value.split(",") if part.strip()]
+        for name, equals, _ in pairs:
+            if not equals or not name.strip().isidentifier() or name.strip() in FIXED_VARIABLES:
+                raise ValueError(f"expected NAME=VALUE with a variable of the template, not {name.strip()!r}")
+        return {name.strip(): text.strip() for name, _, text in pairs}
 
 
 def load_settings(arguments: Mapping[str, str], environ: Mapping[str, str] | None = None) -> ServerSettings:

@@ -33,10 +33,11 @@ class RenderJob(msgspec.Struct, array_like=True):
 
 
 class Rendered(msgspec.Struct, array_like=True):
-    """`text`, or why there is none."""
+    """`text`, or why there is none; is_refusal: the template says so itself, of these messages."""
 
     text: str | None
     error: str | None
+    is_refusal: bool = False
 
 
 class TemplateRefused(Exception):
@@ -89,7 +90,7 @@ def render(job: RenderJob) -> Rendered:
     try:
         return Rendered(compiled(job.source).render(**job.variables), None)
     except TemplateRefused as exc:
-        return Rendered(None, str(exc))
+        return Rendered(None, str(exc), is_refusal=True)
     except SecurityError as exc:
         return Rendered(None, f"the chat template reaches for something that is forbidden: {exc}")
     except jinja2.TemplateSyntaxError as exc:

@@ -5,33 +5,26 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import msgspec
 
 from tightrope.engine.types import ModelInfo, Span
-from tightrope.server.errors import TemplateFailed
+from tightrope.server.builtin_templates import CHATML, PROMPT_FORMATS, PromptFormat
+from tightrope.server.errors import TemplateFailed, TemplateRefused
+from tightrope.server.role_order import Message, regular_orders
 from tightrope.server.template_worker import Rendered, RenderJob
 
 RENDER_TIMEOUT_S = 5.0  # a long chat takes milliseconds
 START_TIMEOUT_S = 30.0  # a busy machine takes a while to start an interpreter
 MAX_PROMPT_BYTES = 16 << 20
 
-CHATML = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\\n' + (message['content'] or '') + '<|im_end|>\\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
-CHATML_STOPS = ("<|im_end|>",)  # a model without a template need not know it as an end token
-
 # Marks around special-token texts in what people wrote, and at the place where an answer goes on. They are private-use
 # characters; those that come in from outside are removed first, so every mark in the rendered prompt is ours.
 OPEN, CLOSE, GO_ON = "\ue0f0", "\ue0f1", "\ue0f2"
 _NO_MARKS = str.maketrans("", "", OPEN + CLOSE + GO_ON)
-
-Message = dict[str, Any]  # as templates see it: role, content, name, tool_calls ...
 
 
 class TemplateRenderer:
@@ -61,6 +54,8 @@ class TemplateRenderer:
             finally:
                 if not done:  # also when the client hung up: what comes back now answers nobody
                     await self._kill()
+        if rendered.is_refusal:
+            raise TemplateRefused(rendered.error or "the chat template refuses these messages", "messages")
         if rendered.text is None:
             raise TemplateFailed(rendered.error or "the chat template failed", "messages")
         return rendered.text
@@ -112,14 +107,28 @@ class TemplateRenderer:
             await self._kill()
 
 
-class ChatTemplate:
-    """The template of the served model, and what its special tokens look like."""
+@dataclass(frozen=True, slots=True)
+class RenderedPrompt:
+    """A chat as one prompt; `notes` say what was done to its messages that nobody asked for."""
 
-    def __init__(self, info: ModelInfo, source: str | None = None) -> None:
-        given = source if source is not None else info.chat_template
-        self.source = CHATML if given is None else given
-        self.stops: Sequence[str] = CHATML_STOPS if given is None else ()
+    spans: tuple[Span, ...]
+    notes: tuple[str, ...] = ()
+
+
+class ChatTemplate:
+    """The template of the served model, and what its special tokens look like.
+
+    `chosen` is the name of a built-in format or a Jinja source, and wins over the model's own; `variables` are the
+    server's, beneath those of a request.
+    """
+
+    def __init__(self, info: ModelInfo, chosen: str | None = None, variables: Mapping[str, str] | None = None) -> None:
+        own = CHATML if info.chat_template is None else PromptFormat(info.chat_template)
+        in_use = own if chosen is None else PROMPT_FORMATS.get(chosen, PromptFormat(chosen))
+        self.source = in_use.source
+        self.stops = in_use.stops
         self._info = info
+        self._variables = dict(variables or {})
 
     async def render(
         self,
@@ -129,37 +138,66 @@ class ChatTemplate:
         add_generation_prompt: bool,
         continue_final_message: bool,
         variables: Mapping[str, Any] | None = None,
-    ) -> tuple[Span, ...]:
+    ) -> RenderedPrompt:
         """The prompt. What people wrote stays plain text, even if it looks like a special token.
 
         `variables` are the request's own, beneath the fixed ones. With continue_final_message the text ends inside the
-        last message. Raises TemplateFailed.
+        last message. A chat that the template refuses, or of whose system messages it leaves one out, is tried in
+        stricter orders of its roles. Raises TemplateFailed, for a refusal with the template's words on the chat as it
+        came.
         """
         marked = [_mapped(message, self._mark) for message in messages]
         if continue_final_message:
             marked[-1] = marked[-1] | {"content": f"{marked[-1].get('content') or ''}{GO_ON}"}
-        text = await renderer.render(
-            self.source,
-            {
-                "tools": None,
-                "documents": None,
-                **(variables or {}),
-                "messages": marked,
-                "bos_token": self._info.bos_token or "",
-                "eos_token": self._info.eos_token or "",
-                "add_generation_prompt": add_generation_prompt,
-            },
-        )
+        fixed = {
+            "tools": None,
+            "documents": None,
+            **self._variables,
+            **(variables or {}),
+            "bos_token": self._info.bos_token or "",
+            "eos_token": self._info.eos_token or "",
+            "add_generation_prompt": add_generation_prompt,
+        }
+        text, notes = await _render_ordered(renderer, self.source, marked, fixed)
         if continue_final_message:
             text, mark, _ = text.rpartition(GO_ON)
             if not mark:
                 raise TemplateFailed("the chat template leaves out the message to be continued", "messages")
-        return spans(text)
+        return RenderedPrompt(spans(text), notes)
 
     def _mark(self, text: str) -> str:
         special = special_pattern(self._info.special_texts)
         text = text.translate(_NO_MARKS)
         return special.sub(rf"{OPEN}\g<0>{CLOSE}", text) if special else text
+
+
+async def _render_ordered(
+    renderer: TemplateRenderer, source: str, messages: list[Message], variables: Mapping[str, Any]
+) -> tuple[str, tuple[str, ...]]:
+    """The text of the chat, in the first order of roles that the template takes whole, and notes."""
+    first: str | None = None
+    try:
+        first = await renderer.render(source, {**variables, "messages": messages})
+        refusal = TemplateRefused("the chat template leaves out a system message", "messages")
+        if not _loses_system(messages, first):
+            return first, ()
+    except TemplateRefused as exc:
+        refusal = exc
+    for order in regular_orders(messages):
+        try:
+            text = await renderer.render(source, {**variables, "messages": order})
+        except TemplateRefused:
+            continue
+        if first is None or not _loses_system(order, text):
+            return text, (f"messages were merged into {len(order)} turns: {refusal.message}",)
+    if first is None:
+        raise refusal
+    return first, (refusal.message,)
+
+
+def _loses_system(messages: Sequence[Message], text: str) -> bool:
+    """Whether a system message is nowhere in the text: many templates take one at the start alone."""
+    return any(m["role"] == "system" and m["content"].strip() not in text for m in messages)
 
 
 @lru_cache(maxsize=4)

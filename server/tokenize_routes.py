@@ -121,7 +121,7 @@ def tokenize_router(front: Front) -> APIRouter:
             continue_final_message=body.continue_final_message,
             variables=template_variables(body),
         )
-        return TextPrompt(await or_gone(request, rendering), body.add_special_tokens)
+        return TextPrompt((await or_gone(request, rendering)).spans, body.add_special_tokens)
 
     @router.post("/tokenize", responses=documented)
     @router.post("/v1/tokenize", responses=documented)

@@ -35,13 +35,14 @@ async def rendered(
     goes_on: bool = False,
     **variables: object,
 ) -> tuple[Span, ...]:
-    return await ChatTemplate(info(source)).render(
+    prompt = await ChatTemplate(info(source)).render(
         renderer,
         [dict(message) for message in messages],
         add_generation_prompt=opens,
         continue_final_message=goes_on,
         variables=variables,
     )
+    return prompt.spans
 
 
 async def test_a_model_without_a_template_gets_chatml_and_its_stop(renderer: TemplateRenderer) -> None:

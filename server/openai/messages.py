@@ -5,21 +5,8 @@ from typing import Any
 import msgspec
 
 from tightrope.engine.errors import InvalidRequest
+from tightrope.server.builtin_templates import FIXED_VARIABLES
 from tightrope.server.openai.requests import ChatRequest, ContentPart, Message, ToolCall
-
-FIXED_VARIABLES = frozenset(
-    {
-        "messages",
-        "tools",
-        "documents",
-        "bos_token",
-        "eos_token",
-        "add_generation_prompt",
-        "continue_final_message",
-        "chat_template",
-        "tokenize",
-    }
-)
 
 
 def template_messages(messages: list[Message]) -> list[dict[str, Any]]:

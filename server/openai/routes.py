@@ -166,7 +166,8 @@ async def _chat_to_engine(
         continue_final_message=body.continue_final_message,
         variables=template_variables(body),
     )
-    return chat_request(body, request_id, await or_gone(request, rendering), template.stops, served)
+    prompt = await or_gone(request, rendering)
+    return chat_request(body, request_id, prompt.spans, template.stops, served)
 
 
 async def _prompt_texts(front: Front, requests: Sequence[GenerateRequest]) -> list[str]:
