@@ -15,6 +15,7 @@ from tightrope.engine.client import EngineClient
 from tightrope.server.errors import install_handlers
 from tightrope.server.front import Front
 from tightrope.server.guards import BodyLimit, HostGuard, KeyGuard, is_loopback
+from tightrope.server.invocations import invocations_router
 from tightrope.server.metrics import Metrics
 from tightrope.server.openai.routes import openai_router
 from tightrope.server.settings import ServerSettings
@@ -45,6 +46,7 @@ def create_app(client: EngineClient, settings: ServerSettings) -> FastAPI:
     app.include_router(openai_router(front), dependencies=keyed)
     app.include_router(tgi_router(front), dependencies=keyed)
     app.include_router(tokenize_router(front), dependencies=keyed)
+    app.include_router(invocations_router(front), dependencies=keyed)
     _add_probes(app, front)
     # The last one added stands first.
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)

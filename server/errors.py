@@ -24,7 +24,9 @@ log = logging.getLogger("tightrope.server")
 
 Dialect = Literal["openai", "tgi"]
 
-TGI_PATHS = frozenset({"/", "/generate", "/generate_stream", "/info", "/health", "/ping"})
+TGI_PATHS = frozenset({"/", "/generate", "/generate_stream", "/chat_tokenize", "/info", "/health", "/ping"})
+
+SHARED_PATHS = frozenset({"/tokenize", "/v1/tokenize", "/invocations"})  # the key `inputs` makes a body TGI's
 
 
 class MalformedBody(InvalidRequest):
@@ -203,12 +205,12 @@ def _field_path(loc: tuple[int | str, ...], body: object, is_missing: bool) -> s
     """Pydantic's location as messages[0].content, without the names of union branches that it puts in between."""
     path = ""
     here = body
-    for part in loc[1:]:
+    for place, part in enumerate(loc[1:], 2):
         if isinstance(part, int):
             if not isinstance(here, list) or part >= len(here):
                 continue
             path, here = f"{path}[{part}]", here[part]
-        elif isinstance(here, dict) and (part in here or is_missing):
+        elif isinstance(here, dict) and (part in here or (is_missing and place == len(loc))):
             path, here = f"{path}.{part}" if path else part, here.get(part)
     return path
 
@@ -222,6 +224,8 @@ def wrong_body(exc: RequestValidationError) -> WrongBody:
         is_missing = error["type"] == "missing"
         if _field_path(error["loc"], exc.body, is_missing) == field:
             message = "field required" if is_missing else str(error["msg"])
+            if error["type"] == "too_short" and error["ctx"]["actual_length"] == 0:
+                message = "must not be empty"
             reasons[message.replace("Input should be", "should be").removeprefix("Value error, ")] = None
     text = " or ".join(reasons)
     return WrongBody(f"{field}: {text}" if field else f"body: {text}", field or None)
@@ -241,9 +245,8 @@ def install_handlers(app: FastAPI, refused: Callable[[EngineError], None]) -> No
     async def validation_error(request: Request, exc: RequestValidationError) -> Response:
         error = wrong_body(exc)
         refused(error)
-        if request.url.path.endswith("/tokenize") and isinstance(exc.body, dict) and "inputs" in exc.body:
-            return error_reply(error, "tgi")
-        return error_reply(error, dialect_of(request))
+        is_shared = request.url.path in SHARED_PATHS and isinstance(exc.body, dict)
+        return error_reply(error, "tgi" if is_shared and "inputs" in exc.body else dialect_of(request))
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, exc: HTTPException) -> Response:

@@ -157,7 +157,7 @@ OPTIONS: Mapping[str, Option] = {
     ),
     "max-stop-sequences": Option(("max_stop_sequences",), "limits", "stop strings in one request (default: 4)", "N"),
     "max-client-batch-size": Option(
-        ("max_client_batch_size",), "limits", "prompts in one completion request (default: 4)", "N"
+        ("max_client_batch_size",), "limits", "prompts in one completion request (default: 128)", "N"
     ),
     "max-body-bytes": Option(
         ("max_body_bytes",), "limits", "largest request body (default: 2000000)", "N", ("--payload-limit",)

@@ -28,7 +28,7 @@ class ServerSettings(BaseModel, frozen=True, extra="forbid"):
     api_key: str | None = Field(None, min_length=1, repr=False, description="Key that clients must send.")
     cors_origins: tuple[str, ...] = Field(("*",), description="Web origins whose pages may call; * is any.")
     max_body_bytes: int = Field(2_000_000, ge=1, description="Largest request body.")
-    max_client_batch_size: int = Field(4, ge=1, description="Prompts in one completion request.")
+    max_client_batch_size: int = Field(128, ge=1, description="Prompts in one completion request.")
     max_stop_sequences: int = Field(4, ge=0, description="Stop strings in one request.")
     max_top_n_tokens: int = Field(5, ge=0, description="Most alternatives that a TGI request may ask for.")
     served_model_name: str | None = Field(None, min_length=1, description="Name shown to clients; None is the model's.")

@@ -9,11 +9,10 @@ from tightrope.engine.types import Span, TextPrompt, Token
 from tightrope.server.body import Body, JsonRoute
 from tightrope.server.front import Front
 from tightrope.server.openai.convert import check_model
-from tightrope.server.openai.messages import template_messages, template_variables
 from tightrope.server.openai.requests import ChatRequest, Ids
-from tightrope.server.openai.routes import ERRORS
+from tightrope.server.openai.routes import ERRORS, rendered_chat
+from tightrope.server.tgi.routes import ERRORS as TGI_ERRORS
 from tightrope.server.tgi.types import GenerateBody
-from tightrope.server.work import or_gone
 
 
 class TokenizeText(Body):
@@ -40,15 +39,16 @@ class TokenizeContent(Body):
 
 
 def _form(body: object) -> str | None:
+    """The body's tag. In brackets, since errors are told with the path of tags and keys: a tag is to be no key."""
     keys = body if isinstance(body, dict) else {}
-    return next((key for key in ("inputs", "messages", "prompt", "content") if keys.get(key) is not None), None)
+    return next((f"<{key}>" for key in ("inputs", "messages", "prompt", "content") if keys.get(key) is not None), None)
 
 
 TokenizeBody = Annotated[
-    Annotated[GenerateBody, Tag("inputs")]
-    | Annotated[TokenizeChat, Tag("messages")]
-    | Annotated[TokenizeText, Tag("prompt")]
-    | Annotated[TokenizeContent, Tag("content")],
+    Annotated[GenerateBody, Tag("<inputs>")]
+    | Annotated[TokenizeChat, Tag("<messages>")]
+    | Annotated[TokenizeText, Tag("<prompt>")]
+    | Annotated[TokenizeContent, Tag("<content>")],
     Discriminator(
         _form,
         custom_error_type="no_known_form",
@@ -88,6 +88,25 @@ class TokenIds(BaseModel):
     tokens: list[int]
 
 
+class ChatTokenized(BaseModel):
+    """TGI's answer for a chat: the tokens of its prompt, and the prompt."""
+
+    tokenize_response: list[TokenPlace]
+    templated_text: str
+
+
+class TokenizerInfo(BaseModel):
+    """What lm-evaluation-harness and others read of tokenizer_config.json."""
+
+    tokenizer_class: str
+    bos_token: str | None
+    eos_token: str | None
+    pad_token: str | None
+    additional_special_tokens: list[str]
+    model_max_length: int
+    chat_template: str
+
+
 class Detokenized(BaseModel):
     prompt: str = Field(description="The text; special tokens are kept.")
 
@@ -112,17 +131,6 @@ def tokenize_router(front: Front) -> APIRouter:
     router = APIRouter(route_class=JsonRoute, tags=["tokens"])
     documented = {key: ERRORS[key] for key in (400, 401, 404, 413, 503, "default")}
 
-    async def prompt_of(body: TokenizeChat, request: Request) -> TextPrompt:
-        opens = not body.continue_final_message if body.add_generation_prompt is None else body.add_generation_prompt
-        rendering = front.template().render(
-            front.renderer,
-            template_messages(body.messages),
-            add_generation_prompt=opens,
-            continue_final_message=body.continue_final_message,
-            variables=template_variables(body),
-        )
-        return TextPrompt((await or_gone(request, rendering)).spans, body.add_special_tokens)
-
     @router.post("/tokenize", responses=documented)
     @router.post("/v1/tokenize", responses=documented)
     async def tokenize(body: TokenizeBody, request: Request) -> Tokenized | list[TokenPlace] | TokenIds:
@@ -136,7 +144,7 @@ def tokenize_router(front: Front) -> APIRouter:
         served = front.served()
         check_model(body.model, served)
         if isinstance(body, TokenizeChat):
-            prompt = await prompt_of(body, request)
+            prompt = TextPrompt((await rendered_chat(front, body, request)).spans, body.add_special_tokens)
         else:
             prompt = TextPrompt((Span(body.prompt),), body.add_special_tokens)
         tokens = await front.client.tokenize(prompt)
@@ -145,6 +153,28 @@ def tokenize_router(front: Front) -> APIRouter:
             max_model_len=served.info.max_model_len,
             tokens=[token.token_id for token in tokens],
             token_strs=[token.text for token in tokens] if body.return_token_strs else None,
+        )
+
+    @router.post("/chat_tokenize", responses=TGI_ERRORS)
+    async def chat_tokenize(body: ChatRequest, request: Request) -> ChatTokenized:
+        """The tokens of a chat's prompt, as TGI lists them, and the prompt."""
+        spans = (await rendered_chat(front, body, request)).spans
+        text = "".join(span.text for span in spans)
+        tokens = await front.client.tokenize(TextPrompt(spans, body.add_special_tokens))
+        return ChatTokenized(tokenize_response=places(tokens, text), templated_text=text)
+
+    @router.get("/tokenizer_info", responses={key: ERRORS[key] for key in (401, 503)})
+    async def tokenizer_info() -> TokenizerInfo:
+        """The model's special tokens and its chat template, as in a tokenizer_config.json."""
+        info = front.info()
+        return TokenizerInfo(
+            tokenizer_class="PreTrainedTokenizerFast",
+            bos_token=info.bos_token,
+            eos_token=info.eos_token,
+            pad_token=None,
+            additional_special_tokens=list(info.special_texts),
+            model_max_length=info.max_model_len,
+            chat_template=front.template().source,
         )
 
     @router.post("/detokenize", responses=documented)

@@ -171,6 +171,30 @@ async def test_a_bos_that_was_put_in_front_has_no_place_in_the_echoed_text() -> 
     assert logprobs["text_offset"] == [0, 0, 1, 2, 3]
 
 
+async def test_prompt_logprobs_score_each_id_of_the_prompt_beside_what_echo_shows() -> None:
+    async with api() as http:
+        body = {"prompt": list(b"ab?"), "max_tokens": 1, "temperature": 0, "prompt_logprobs": 2}
+        (choice,) = (await post(http, "/v1/completions", **body))["choices"]
+        (echoed,) = (await post(http, "/v1/completions", **body, echo=True, logprobs=0))["choices"]
+    first, *scored = choice["prompt_logprobs"]
+    assert first is None
+    for token_id, entries in zip(b"b?", scored, strict=True):
+        assert len(entries) in (2, 3), "two alternatives, and the prompt's own token if it is neither"
+        assert entries[str(token_id)]["decoded_token"] == chr(token_id)
+        ranked = sorted((e["rank"], e["logprob"]) for e in entries.values() if e["rank"] is not None)
+        assert [rank for rank, _ in ranked] == [1, 2]
+        assert ranked[0][1] >= ranked[1][1]
+    assert choice["text"] == "f"
+    assert echoed["prompt_logprobs"] == choice["prompt_logprobs"]
+    assert [len(top or ()) for top in echoed["logprobs"]["top_logprobs"]] == [0, 1, 1, 1], "logprobs 0: no others"
+
+
+async def test_a_chat_scores_its_prompt_too() -> None:
+    async with api(chat_template=TEMPLATE) as http:
+        (choice,) = (await post(http, "/v1/chat/completions", **ASK, prompt_logprobs=0))["choices"]
+    assert [sorted(entries) for entries in choice["prompt_logprobs"][1:]] == [[str(i)] for i in b"hi?"]
+
+
 async def test_streamed_logprobs_are_the_whole_answers_in_pieces() -> None:
     async with api("héy") as http:
         body = {"prompt": "a?", "logprobs": 2, "temperature": 0, "echo": True}

@@ -178,6 +178,8 @@ def test_echo_with_logprobs_asks_for_the_prompts_too() -> None:
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"top_logprobs": 1}, "top_logprobs"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"prompt_logprobs": 21}, "prompt_logprobs"),
+        ({"prompt_logprobs": 0, "stream": True}, "prompt_logprobs"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"guided_json": {"type": "object"}}, "guided_json"),
         ({"grammar": "root ::= x"}, "grammar"),
@@ -354,6 +356,7 @@ def test_template_variables_of_a_request_cannot_take_the_place_of_ours(name: str
         (b'{"prompt": "a", "n": "2"}', 400, "n", "n: should be a valid integer"),
         (b'{"prompt": "a", "stop": [1]}', 400, "stop", "stop: should be a valid string"),
         (b'{"prompt": "a", "top_p": 0}', 400, "top_p", "top_p: should be greater than 0"),
+        (b'{"prompt": []}', 400, "prompt", "prompt must not be empty"),
         (b'{"prompt": "a", "model": "x"}', 404, "model", "The model `x` does not exist."),
         (b'{"prompt": "a", "prompt": "b", "max_tokens": 1}', 200, None, ""),
     ],
@@ -368,6 +371,17 @@ async def test_bad_bodies_are_told_in_openais_shape(body: bytes, status: int, pa
             assert (error["type"], error["param"]) == ("invalid_request_error", param)
             assert text in error["message"]
             assert "\n" not in error["message"]
+
+
+async def test_a_chat_without_messages_is_told_so_in_plain_words() -> None:
+    async with api() as http:
+        reply = await http.post("/v1/chat/completions", json={"messages": []})
+    assert reply.json()["error"] == {
+        "message": "messages: must not be empty",
+        "type": "invalid_request_error",
+        "param": "messages",
+        "code": None,
+    }
 
 
 async def test_a_prompt_over_the_window_is_refused_with_both_counts() -> None:

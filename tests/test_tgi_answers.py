@@ -1,9 +1,11 @@
 """What the TGI routes answer, to the key, whole and streamed."""
 
+import re
+
 import httpx
 import pytest
 from fake_api import api, events
-from fakes import BOS, EOS, script
+from fakes import BOS, EOS, VOCAB_SIZE, script
 
 TEXT = "Grüße, 안녕 👩‍👩‍👧!"
 TOKEN_KEYS = ["id", "text", "logprob", "special"]
@@ -173,6 +175,66 @@ async def test_one_tokenize_path_serves_four_dialects() -> None:
         assert (await http.post("/detokenize", json={"tokens": [BOS, 97]})).json() == {"prompt": "<s>a"}
         reply = await http.post("/tokenize", json={"nothing": 1})
         assert (reply.status_code, reply.headers["content-type"]) == (400, "application/json")
+        reply = await http.post("/tokenize", json={"prompt": "a", "add_special_tokens": 1})
+        assert reply.json()["error"]["param"] == "add_special_tokens"
         reply = await http.post("/tokenize", json={"inputs": 1})
         assert reply.status_code == 422
         assert reply.text.startswith("Failed to deserialize the JSON body into the target type: inputs")
+
+
+async def test_a_chat_is_tokenized_with_the_places_in_its_templated_text() -> None:
+    async with api(chat_template="{{ messages[0].content }}!<|im_end|>") as http:
+        reply = await http.post("/chat_tokenize", json={"messages": [{"role": "user", "content": "é"}]})
+        answer = reply.json()
+        assert list(answer) == ["tokenize_response", "templated_text"]
+        assert answer["templated_text"] == "é!<|im_end|>"
+        assert answer["tokenize_response"][0] == {"id": BOS, "text": "", "start": 0, "stop": 0}
+        assert [(t["start"], t["stop"]) for t in answer["tokenize_response"][1:]] == [(0, 1), (1, 2), (2, 3), (3, 13)]
+        refused = await http.post("/chat_tokenize", json={"messages": []})
+        assert refused.status_code == 422
+        assert refused.text.endswith("messages: must not be empty")
+
+
+async def test_the_tokenizers_special_tokens_are_told_as_text() -> None:
+    async with api(chat_template="{{ messages }}") as http:
+        info = (await http.get("/tokenizer_info")).json()
+    assert (info["bos_token"], info["eos_token"], info["chat_template"]) == ("<s>", "</s>", "{{ messages }}")
+    assert isinstance(info["tokenizer_class"], str)
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/", {"inputs": "hi?", "parameters": {"return_full_text": False}}),
+        ("/", {"inputs": "hi?", "parameters": {"top_p": 1.0}}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "hi?"}], "max_tokens": 2, "stream": True}),
+        ("/v1/completions", {"prompt": "hi?", "max_tokens": 2}),
+        ("/v1/completions", {"prompt": "hi?", "max_tokens": -2}),
+    ],
+)
+async def test_invocations_answer_as_the_route_that_the_body_is_made_for(path: str, body: dict[str, object]) -> None:
+    def timeless(text: str) -> str:
+        return re.sub(r'"(id|created|cached_tokens)":("[^"]*"|\d+)', "", text)
+
+    async with api(chat_template="{{ messages[0].content }}") as http:
+        own, invoked = await http.post(path, json=body), await http.post("/invocations", json=body)
+    assert invoked.status_code == own.status_code
+    assert timeless(invoked.text) == timeless(own.text)
+    assert invoked.headers["content-type"] == own.headers["content-type"]
+
+
+async def test_invocations_of_no_known_shape_name_the_shapes() -> None:
+    async with api() as http:
+        reply = await http.post("/invocations", json={"texts": "hi"})
+    assert (reply.status_code, reply.json()["error"]["message"]) == (
+        400,
+        "body: one of inputs, messages and prompt is required",
+    )
+
+
+async def test_alternatives_that_tie_at_the_border_are_all_listed() -> None:
+    async with api("a") as http:  # all tokens but one have the same logit
+        details = (await ask(http, details=True, top_n_tokens=2, max_new_tokens=1)).json()["details"]
+        assert len(details["top_tokens"][0]) == VOCAB_SIZE
+        details = (await ask(http, details=True, top_n_tokens=1, max_new_tokens=1)).json()["details"]
+        assert [token["text"] for token in details["top_tokens"][0]] == ["a"]

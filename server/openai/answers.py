@@ -1,11 +1,13 @@
 """What clients of the OpenAI API get: the whole answers, and the parts that streams share with them."""
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel
+import msgspec
+from pydantic import BaseModel, Field
 
 from tightrope.engine.types import Finish, PromptInfo, Token
+from tightrope.server.openai.requests import ChatRequest, CompletionRequest
 from tightrope.server.work import Choice
 
 FinishReason = Literal["stop", "length", "tool_calls", "error"]
@@ -66,6 +68,19 @@ class CompletionLogprobs(BaseModel):
     text_offset: list[int]
 
 
+class PromptLogprob(BaseModel):
+    """rank: place among the likeliest, null for a token beyond those listed."""
+
+    logprob: float
+    rank: int | None
+    decoded_token: str
+
+
+PromptLogprobs = Annotated[
+    list[dict[str, PromptLogprob] | None], Field(description="Absent unless asked for; token ids are the keys.")
+]
+
+
 class ChatMessage(BaseModel):
     role: Literal["assistant"]
     content: str
@@ -77,6 +92,7 @@ class ChatChoice(BaseModel):
     logprobs: ChatLogprobs | None
     finish_reason: FinishReason
     stop_reason: str | int | None
+    prompt_logprobs: PromptLogprobs = []
 
 
 class ChatAnswer(BaseModel):
@@ -97,6 +113,7 @@ class CompletionChoice(BaseModel):
     logprobs: CompletionLogprobs | None
     finish_reason: FinishReason
     stop_reason: str | int | None
+    prompt_logprobs: PromptLogprobs = []
 
 
 class CompletionAnswer(BaseModel):
@@ -212,25 +229,60 @@ def echo_offset(echo: str, echoed: Sequence[Token]) -> int:
     return len(echo) - sum(len(token.text) for token in echoed)
 
 
-def chat_choice(index: int, choice: Choice, wants_logprobs: bool) -> dict[str, Any]:
+def prompt_logprobs(tokens: Sequence[Token], top: int) -> list[dict[str, Any] | None]:
+    """vLLM's form: for each token of the prompt its own entry and those of the `top` likeliest, by token id.
+
+    The first token has null. `rank` is the place among the likeliest, null for a token beyond those listed.
+    """
+    listed: list[dict[str, Any] | None] = []
+    for token in tokens:
+        if token.logprob is None:
+            listed.append(None)
+            continue
+        ranks = {other.token_id: rank for rank, other in enumerate(token.top, 1)}
+        chosen = {token.token_id: (token.raw, token.logprob)}
+        others = {other.token_id: (other.raw, other.logprob) for other in token.top[:top]}
+        listed.append(
+            {
+                str(token_id): {
+                    "logprob": _finite(logprob),
+                    "rank": ranks.get(token_id),
+                    "decoded_token": token_name(raw),
+                }
+                for token_id, (raw, logprob) in (others | chosen).items()
+            }
+        )
+    return listed
+
+
+def _scored_prompt(choice: Choice, top: int | None) -> dict[str, Any]:
+    return {} if top is None else {"prompt_logprobs": prompt_logprobs(choice.prompt.tokens or (), top)}
+
+
+def chat_choice(index: int, choice: Choice, body: ChatRequest) -> dict[str, Any]:
     """One choice of a whole chat answer."""
     return {
         "index": index,
         "message": {"role": "assistant", "content": choice.text},
-        "logprobs": chat_logprobs(choice.tokens) if wants_logprobs else None,
+        "logprobs": chat_logprobs(choice.tokens) if body.logprobs else None,
         "finish_reason": finish_reason(choice.finish),
         "stop_reason": stop_reason(choice.finish),
+        **_scored_prompt(choice, body.prompt_logprobs),
     }
 
 
-def completion_choice(index: int, choice: Choice, echo: str | None, wants_logprobs: bool) -> dict[str, Any]:
+def completion_choice(index: int, choice: Choice, echo: str | None, body: CompletionRequest) -> dict[str, Any]:
     """One choice of a whole completion; `echo` is the prompt's text to put in front."""
-    echoed = (choice.prompt.tokens or ()) if echo is not None else ()
-    offset = echo_offset(echo or "", echoed)
+    logprobs = None
+    if body.logprobs is not None:
+        prompt = (choice.prompt.tokens or ()) if echo is not None else ()
+        echoed = [msgspec.structs.replace(token, top=token.top[: body.logprobs]) for token in prompt]
+        logprobs = completion_logprobs([*echoed, *choice.tokens], echo_offset(echo or "", echoed))
     return {
         "index": index,
         "text": (echo or "") + choice.text,
-        "logprobs": completion_logprobs([*echoed, *choice.tokens], offset) if wants_logprobs else None,
+        "logprobs": logprobs,
         "finish_reason": finish_reason(choice.finish),
         "stop_reason": stop_reason(choice.finish),
+        **_scored_prompt(choice, body.prompt_logprobs),
     }

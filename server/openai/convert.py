@@ -33,7 +33,6 @@ REFUSED: Mapping[str, str] = {
     "grammar": NOT_YET,
     "grammar_string": NOT_YET,
     "functions": f"{NOT_YET}; it is the old name of tools",
-    "prompt_logprobs": f"{NOT_YET}; use echo with logprobs on /v1/completions",
     "use_beam_search": NOT_YET,
     "chat_template": "is taken from the model or the server's settings, never from a request",
 }
@@ -64,6 +63,8 @@ def check_supported(body: SamplingBody) -> None:
         raise InvalidRequest(f"response_format of type {body.response_format.type} {NOT_YET}", "response_format")
     if body.stream_options is not None and not body.stream:
         raise InvalidRequest("stream_options is only allowed when stream is true", "stream_options")
+    if body.prompt_logprobs is not None and body.stream:
+        raise InvalidRequest("prompt_logprobs can't be streamed; leave stream out", "prompt_logprobs")
 
 
 def check_tools(body: ChatRequest) -> None:
@@ -145,6 +146,7 @@ def check_chat(body: ChatRequest, served: Served) -> None:
     check_supported(body)
     check_tools(body)
     _check_most("n", body.n, served.limits.max_best_of)
+    _check_most("prompt_logprobs", body.prompt_logprobs or 0, served.limits.max_logprobs)
     if body.top_logprobs is not None:
         _check_most("top_logprobs", body.top_logprobs, served.limits.max_logprobs)
         if body.top_logprobs > 0 and not body.logprobs:
@@ -167,6 +169,7 @@ def chat_request(
         stop=stop_rules(body, max_tokens, served.info, format_stops),
         n=body.n,
         logprobs=LogprobRequest(processed=False, top=body.top_logprobs or 0) if body.logprobs else None,
+        prompt_logprobs=body.prompt_logprobs,
         truncate_to=body.truncate_prompt_tokens,
         skip_special_tokens=body.skip_special_tokens,
         namespace=body.cache_salt or "",
@@ -188,6 +191,8 @@ def completion_requests(body: CompletionRequest, request_id: str, served: Served
         raise InvalidRequest("suffix needs a model that fills in the middle, which this one does not", "suffix")
     if body.logprobs is not None:
         _check_most("logprobs", body.logprobs, served.limits.max_logprobs)
+    _check_most("prompt_logprobs", body.prompt_logprobs or 0, served.limits.max_logprobs)
+    scored = [body.prompt_logprobs, body.logprobs if body.echo else None]  # alternatives at each token of the prompt
     prompts = completion_prompts(body, served)
     sampling = sampling_params(body, served.info)
     stop = stop_rules(body, body.max_tokens, served.info)
@@ -200,7 +205,7 @@ def completion_requests(body: CompletionRequest, request_id: str, served: Served
             stop=stop,
             n=best_of,
             logprobs=LogprobRequest(processed=False, top=body.logprobs or 0) if wants_scores else None,
-            prompt_logprobs=body.logprobs if body.echo else None,
+            prompt_logprobs=max((top for top in scored if top is not None), default=None),
             truncate_to=body.truncate_prompt_tokens,
             skip_special_tokens=body.skip_special_tokens,
             namespace=body.cache_salt or "",

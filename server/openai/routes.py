@@ -29,6 +29,7 @@ from tightrope.server.openai.messages import template_messages, template_variabl
 from tightrope.server.openai.requests import ChatRequest, CompletionRequest, SamplingBody
 from tightrope.server.openai.stream import Identity, chat_events, completion_events
 from tightrope.server.sse import event_stream
+from tightrope.server.templates import RenderedPrompt
 from tightrope.server.work import Choice, collect, or_gone, run, started
 
 ERRORS: Documented = {
@@ -88,26 +89,7 @@ def openai_router(front: Front) -> APIRouter:
     )
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         """Answer a chat."""
-        served = front.served()
-        check_chat(body, served)
-        identity = _identity("chatcmpl", served)
-        engine_request = await _chat_to_engine(front, served, identity.id, body, request)
-        log_ignored(identity.id, body)
-        try:
-            if body.stream:
-                deltas = await started(request, run(front.metrics.generate, [engine_request]))
-                events = chat_events(deltas, identity, wants_logprobs=body.logprobs, include_usage=_include_usage(body))
-                return event_stream(events, "openai")
-            choices = await collect(request, run(front.metrics.generate, [engine_request]))
-        except ContextLengthExceeded as exc:
-            exc.param = "messages"
-            raise
-        return _whole(
-            identity,
-            "chat.completion",
-            [chat_choice(index, choice, body.logprobs) for index, choice in enumerate(choices)],
-            usage([choices[0].prompt], sum(choice.finish.num_tokens for choice in choices)),
-        )
+        return await answer_chat(front, body, request)
 
     @router.post(
         "/completions",
@@ -119,55 +101,81 @@ def openai_router(front: Front) -> APIRouter:
     )
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Continue one or several prompts."""
-        served = front.served()
-        identity = _identity("cmpl", served)
-        requests = completion_requests(body, identity.id, served)
-        log_ignored(identity.id, body)
-        echoes = await or_gone(request, _prompt_texts(front, requests)) if body.echo else []
-        wants_logprobs = body.logprobs is not None
-        if body.stream:
-            deltas = await started(request, run(front.metrics.generate, requests))
-            events = completion_events(
-                deltas,
-                identity,
-                echoes=echoes,
-                n=body.n,
-                wants_logprobs=wants_logprobs,
-                include_usage=_include_usage(body),
-            )
-            return event_stream(events, "openai")
-        choices = await collect(request, run(front.metrics.generate, requests))
-        best_of = requests[0].n
-        answers: list[dict[str, Any]] = []
-        for position in range(len(requests)):
-            best = _best(choices[position * best_of : (position + 1) * best_of], body.n)
-            for choice in best:
-                echo = echoes[position] if body.echo else None
-                answers.append(completion_choice(len(answers), choice, echo, wants_logprobs))
-        return _whole(
-            identity,
-            "text_completion",
-            answers,
-            usage([c.prompt for c in choices[::best_of]], sum(choice.finish.num_tokens for choice in choices)),
-        )
+        return await answer_completion(front, body, request)
 
     return router
 
 
-async def _chat_to_engine(
-    front: Front, served: Served, request_id: str, body: ChatRequest, request: Request
-) -> GenerateRequest:
-    template = front.template()
+async def answer_chat(front: Front, body: ChatRequest, request: Request) -> Response:
+    """The reply to a chat, whole or as events. Raises EngineError while a status can still be chosen."""
+    served = front.served()
+    check_chat(body, served)
+    identity = _identity("chatcmpl", served)
+    prompt = await rendered_chat(front, body, request)
+    engine_request = chat_request(body, identity.id, prompt.spans, front.template().stops, served)
+    log_ignored(identity.id, body)
+    try:
+        if body.stream:
+            deltas = await started(request, run(front.metrics.generate, [engine_request]))
+            events = chat_events(deltas, identity, wants_logprobs=body.logprobs, include_usage=_include_usage(body))
+            return event_stream(events, "openai")
+        choices = await collect(request, run(front.metrics.generate, [engine_request]))
+    except ContextLengthExceeded as exc:
+        exc.param = "messages"
+        raise
+    return _whole(
+        identity,
+        "chat.completion",
+        [chat_choice(index, choice, body) for index, choice in enumerate(choices)],
+        usage([choices[0].prompt], sum(choice.finish.num_tokens for choice in choices)),
+    )
+
+
+async def answer_completion(front: Front, body: CompletionRequest, request: Request) -> Response:
+    """The reply to one or several prompts, whole or as events. Raises EngineError while a status can be chosen."""
+    served = front.served()
+    identity = _identity("cmpl", served)
+    requests = completion_requests(body, identity.id, served)
+    log_ignored(identity.id, body)
+    echoes = await or_gone(request, _prompt_texts(front, requests)) if body.echo else []
+    if body.stream:
+        deltas = await started(request, run(front.metrics.generate, requests))
+        events = completion_events(
+            deltas,
+            identity,
+            echoes=echoes,
+            n=body.n,
+            wants_logprobs=body.logprobs is not None,
+            include_usage=_include_usage(body),
+        )
+        return event_stream(events, "openai")
+    choices = await collect(request, run(front.metrics.generate, requests))
+    best_of = requests[0].n
+    answers: list[dict[str, Any]] = []
+    for position in range(len(requests)):
+        best = _best(choices[position * best_of : (position + 1) * best_of], body.n)
+        for choice in best:
+            echo = echoes[position] if body.echo else None
+            answers.append(completion_choice(len(answers), choice, echo, body))
+    return _whole(
+        identity,
+        "text_completion",
+        answers,
+        usage([c.prompt for c in choices[::best_of]], sum(choice.finish.num_tokens for choice in choices)),
+    )
+
+
+async def rendered_chat(front: Front, body: ChatRequest, request: Request) -> RenderedPrompt:
+    """The prompt of a chat by the template in use. Raises InvalidRequest, TemplateFailed and ClientGone."""
     opens_turn = not body.continue_final_message if body.add_generation_prompt is None else body.add_generation_prompt
-    rendering = template.render(
+    rendering = front.template().render(
         front.renderer,
         template_messages(body.messages),
         add_generation_prompt=opens_turn,
         continue_final_message=body.continue_final_message,
         variables=template_variables(body),
     )
-    prompt = await or_gone(request, rendering)
-    return chat_request(body, request_id, prompt.spans, template.stops, served)
+    return await or_gone(request, rendering)
 
 
 async def _prompt_texts(front: Front, requests: Sequence[GenerateRequest]) -> list[str]:

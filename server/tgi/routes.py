@@ -36,40 +36,6 @@ def tgi_router(front: Front) -> APIRouter:
     """POST /generate, /generate_stream and /; GET /info."""
     router = APIRouter(route_class=JsonRoute, tags=["TGI"])
     settings = front.settings
-    compute_type = "gpu" if settings.engine.model.gpu_layers else "cpu"
-
-    def asked(body: GenerateBody, *, is_stream: bool, full_text_default: bool = False) -> Asked:
-        p = body.parameters
-        request = generate_request(body.inputs, p, TGILimits.of(front.info(), settings), is_stream=is_stream)
-        log_ignored(request.request_id, body)
-        is_full = full_text_default if p is None or p.return_full_text is None else p.return_full_text
-        return Asked(
-            request,
-            details=p is not None and (p.details or p.decoder_input_details),
-            full_text=body.inputs if is_full else "",
-            is_sampled=is_sampled(p),
-        )
-
-    async def whole(body: GenerateBody, request: Request, wanted: Asked, *, as_list: bool) -> Response:
-        arrived_s = time.monotonic()
-        try:
-            choices = await collect(request, run(front.metrics.generate, [wanted.request]))
-        except ContextLengthExceeded as exc:
-            raise length_error(exc, wanted.request.stop.max_tokens) from None
-        choices.sort(key=Choice.mean_logprob, reverse=True)
-        answer = answer_json(choices, wanted)
-        return Response(
-            msgspec.json.encode([answer] if as_list else answer),
-            headers=answer_headers(body.inputs, compute_type, choices[0], arrived_s),
-            media_type="application/json",
-        )
-
-    async def streamed(body: GenerateBody, request: Request, wanted: Asked) -> Response:
-        try:
-            deltas = await started(request, run(front.metrics.generate, [wanted.request]))
-        except ContextLengthExceeded as exc:
-            raise length_error(exc, wanted.request.stop.max_tokens) from None
-        return event_stream(answer_events(deltas, wanted), "tgi", stream_headers(body.inputs, compute_type))
 
     @router.post(
         "/generate",
@@ -78,7 +44,7 @@ def tgi_router(front: Front) -> APIRouter:
     )
     async def generate(body: GenerateBody, request: Request) -> Response:
         """Write an answer."""
-        return await whole(body, request, asked(body, is_stream=False), as_list=False)
+        return await _whole(front, body, request, _asked(front, body, is_stream=False), as_list=False)
 
     @router.post(
         "/generate_stream",
@@ -87,7 +53,7 @@ def tgi_router(front: Front) -> APIRouter:
     )
     async def generate_stream(body: GenerateBody, request: Request) -> Response:
         """Write an answer, token by token."""
-        return await streamed(body, request, asked(body, is_stream=True))
+        return await _streamed(front, body, request, _asked(front, body, is_stream=True))
 
     @router.post(
         "/",
@@ -99,10 +65,7 @@ def tgi_router(front: Front) -> APIRouter:
     )
     async def compat_generate(body: CompatBody, request: Request) -> Response:
         """Write an answer, whole or token by token; the input comes in front of it unless return_full_text is false."""
-        wanted = asked(body, is_stream=body.stream, full_text_default=True)
-        if body.stream:
-            return await streamed(body, request, wanted)
-        return await whole(body, request, wanted, as_list=True)
+        return await answer_compat(front, body, request)
 
     @router.get("/info", responses={424: ERRORS[424]})
     async def info() -> Info:
@@ -113,7 +76,7 @@ def tgi_router(front: Front) -> APIRouter:
             model_id=served.model_id,
             model_sha=None,
             model_dtype=served.info.format,
-            model_device_type=compute_type,
+            model_device_type=_compute_type(front),
             model_pipeline_tag="text-generation",
             max_concurrent_requests=served.limits.max_waiting + served.info.max_num_seqs,
             max_best_of=limits.max_best_of,
@@ -131,3 +94,52 @@ def tgi_router(front: Front) -> APIRouter:
         )
 
     return router
+
+
+async def answer_compat(front: Front, body: CompatBody, request: Request) -> Response:
+    """The reply of POST /: a list of one answer, or events. Raises EngineError while a status can still be chosen."""
+    wanted = _asked(front, body, is_stream=body.stream, full_text_default=True)
+    if body.stream:
+        return await _streamed(front, body, request, wanted)
+    return await _whole(front, body, request, wanted, as_list=True)
+
+
+def _compute_type(front: Front) -> str:
+    return "gpu" if front.settings.engine.model.gpu_layers else "cpu"
+
+
+def _asked(front: Front, body: GenerateBody, *, is_stream: bool, full_text_default: bool = False) -> Asked:
+    p = body.parameters
+    limits = TGILimits.of(front.info(), front.settings)
+    request = generate_request(body.inputs, p, limits, is_stream=is_stream)
+    log_ignored(request.request_id, body)
+    is_full = full_text_default if p is None or p.return_full_text is None else p.return_full_text
+    return Asked(
+        request,
+        details=p is not None and (p.details or p.decoder_input_details),
+        full_text=body.inputs if is_full else "",
+        is_sampled=is_sampled(p),
+    )
+
+
+async def _whole(front: Front, body: GenerateBody, request: Request, wanted: Asked, *, as_list: bool) -> Response:
+    arrived_s = time.monotonic()
+    try:
+        choices = await collect(request, run(front.metrics.generate, [wanted.request]))
+    except ContextLengthExceeded as exc:
+        raise length_error(exc, wanted.request.stop.max_tokens) from None
+    choices.sort(key=Choice.mean_logprob, reverse=True)
+    answer = answer_json(choices, wanted)
+    return Response(
+        msgspec.json.encode([answer] if as_list else answer),
+        headers=answer_headers(body.inputs, _compute_type(front), choices[0], arrived_s),
+        media_type="application/json",
+    )
+
+
+async def _streamed(front: Front, body: GenerateBody, request: Request, wanted: Asked) -> Response:
+    try:
+        deltas = await started(request, run(front.metrics.generate, [wanted.request]))
+    except ContextLengthExceeded as exc:
+        raise length_error(exc, wanted.request.stop.max_tokens) from None
+    return event_stream(answer_events(deltas, wanted), "tgi", stream_headers(body.inputs, _compute_type(front)))

@@ -1,0 +1,48 @@
+"""SageMaker's one route for everything: the body's shape says which API is meant."""
+
+from typing import Annotated
+
+from fastapi import APIRouter, Request, Response
+from pydantic import Discriminator, Tag
+
+from tightrope.server.body import JsonRoute
+from tightrope.server.front import Front
+from tightrope.server.openai.requests import ChatRequest, CompletionRequest
+from tightrope.server.openai.routes import ERRORS, answer_chat, answer_completion
+from tightrope.server.tgi.routes import answer_compat
+from tightrope.server.tgi.types import CompatBody
+
+
+def _shape(body: object) -> str | None:
+    """The body's tag. In brackets, since errors are told with the path of tags and keys: a tag is to be no key."""
+    keys = body if isinstance(body, dict) else {}
+    return next((f"<{key}>" for key in ("inputs", "messages", "prompt") if keys.get(key) is not None), None)
+
+
+AnyBody = Annotated[
+    Annotated[CompatBody, Tag("<inputs>")]
+    | Annotated[ChatRequest, Tag("<messages>")]
+    | Annotated[CompletionRequest, Tag("<prompt>")],
+    Discriminator(
+        _shape,
+        custom_error_type="no_known_shape",
+        custom_error_message="one of inputs, messages and prompt is required",
+    ),
+]
+
+
+def invocations_router(front: Front) -> APIRouter:
+    """POST /invocations."""
+    router = APIRouter(route_class=JsonRoute, tags=["TGI"])
+
+    @router.post("/invocations", response_model=None, responses=ERRORS)
+    async def invocations(body: AnyBody, request: Request) -> Response:
+        """Answer as POST /, /v1/chat/completions or /v1/completions do to the same body."""
+        if isinstance(body, CompatBody):
+            request.state.dialect = "tgi"
+            return await answer_compat(front, body, request)
+        if isinstance(body, ChatRequest):
+            return await answer_chat(front, body, request)
+        return await answer_completion(front, body, request)
+
+    return router
