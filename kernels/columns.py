@@ -1,6 +1,7 @@
 """Quantised matrices as the kernels of a card read them: words down each column, in blocks of 32 rows.
 
-Fixed letters: K inputs, N outputs (filled up to a multiple of 16), R stored rows, G groups of stored rows.
+Fixed letters: K inputs, N outputs (filled up to tiles of 16, so that each row of words begins at a whole 64 bytes), R
+stored rows, G groups of stored rows.
 """
 
 from dataclasses import dataclass, replace
@@ -10,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tightrope.kernels.quantized import PLANES, Nf4Matrix, QuantizedMatrix, unpack, unpack_nf4, untiled
+from tightrope.kernels.quantized import PLANES, TILE, Nf4Matrix, QuantizedMatrix, unpack, unpack_nf4, untiled
 
 BLOCK = 32  # rows; a block of w bits is w words a column
-ALIGN = 16  # outputs, so that each row of words begins at a whole 64 bytes
+SLICE_TILES = 256  # of a matrix that are laid out anew at a time
 TILE_OUTPUTS = 256  # that a program takes which multiplies one row
 
 PROGRAMS = 1024  # that a matrix is shared out to: several for each multiprocessor of the largest cards
@@ -59,21 +60,22 @@ class ColumnMatrix:
 
 
 def to_columns(matrix: QuantizedMatrix | Nf4Matrix, device: torch.device | str | None = None) -> ColumnMatrix:
-    """The same numbers in the layout of a card, on `device`; by default on the matrix's own."""
+    """The same numbers in the layout of a card, on `device`; by default on the matrix's own.
+
+    Codes are laid out anew SLICE_TILES tiles at a time, so that little more than the two matrices is in memory.
+    """
     target = matrix.codes.device if device is None else torch.device(device)
 
     def across(values: Tensor | None) -> Tensor | None:  # [C, G, 16] to [G, N]
         return None if values is None else _aligned(untiled(values, matrix.num_outputs)).contiguous().to(target)
 
     if isinstance(matrix, Nf4Matrix):
-        codes = unpack_nf4(replace(matrix, codes=matrix.codes.to(target)))
         groups = matrix.num_inputs // matrix.blocksize
-        plain = _columns(matrix, codes, None, [matrix.blocksize] * groups, [4] * groups)
+        plain = _columns(matrix, None, [matrix.blocksize] * groups, [4] * groups, target)
         return replace(plain, scales=across(matrix.scales), codebook=matrix.codebook.to(target))
-    codes = unpack(replace(matrix, codes=matrix.codes.to(target)))
     counts = matrix.group_starts.diff().tolist()
     return replace(
-        _columns(matrix, codes, matrix.source, counts, matrix.group_bits.tolist()),
+        _columns(matrix, matrix.source, counts, matrix.group_bits.tolist(), target),
         scales=across(matrix.scales),
         scale_codes=across(matrix.scale_codes),
         group_max=None if matrix.group_max is None else matrix.group_max.to(target),
@@ -82,23 +84,35 @@ def to_columns(matrix: QuantizedMatrix | Nf4Matrix, device: torch.device | str |
 
 
 def _columns(
-    matrix: QuantizedMatrix | Nf4Matrix, codes: Tensor, source: Tensor | None, counts: list[int], bits: list[int]
+    matrix: QuantizedMatrix | Nf4Matrix, source: Tensor | None, counts: list[int], bits: list[int], device: torch.device
 ) -> ColumnMatrix:
-    """The matrix of codes [R, N] in groups of `counts` rows, without its scales."""
-    device = codes.device
-    if any(count % BLOCK for count in counts):
-        codes, source = _fill_up(codes, source, counts)
+    """The matrix without its scales; its stored rows are in groups of `counts` rows."""
     num_blocks = [-(-count // BLOCK) for count in counts]
+    num_words = sum(width * count for width, count in zip(bits, num_blocks, strict=True))
+    words = torch.empty(num_words, len(matrix.codes) * TILE, dtype=torch.int32, device=device)
+    for begin in range(0, len(matrix.codes), SLICE_TILES):
+        part = matrix.tiles(begin, min(begin + SLICE_TILES, len(matrix.codes)))
+        codes = _unpacked(replace(part, codes=part.codes.to(device)))
+        first = begin * TILE
+        words[:, first : first + SLICE_TILES * TILE] = pack_columns(_filled_up(codes, counts, 0), bits, num_blocks)
+    if any(count % BLOCK for count in counts):
+        rows = torch.arange(sum(counts), dtype=torch.int32) if source is None else source.cpu()
+        source = _filled_up(rows.unsqueeze(1), counts, -1).squeeze(1)
     widths, shares = share_out(bits, num_blocks, -(-matrix.num_outputs // TILE_OUTPUTS))
     return ColumnMatrix(
         matrix.num_inputs,
         matrix.num_outputs,
         widths,
-        pack_columns(_aligned(codes), bits, num_blocks),
+        words,
         None if source is None else source.to(device),
         torch.arange(len(bits), dtype=torch.int32).repeat_interleave(torch.tensor(num_blocks)).to(device),
         shares.to(device),
     )
+
+
+def _unpacked(matrix: QuantizedMatrix | Nf4Matrix) -> Tensor:
+    """The codes [R, N] uint8, N filled up to whole tiles with zeros."""
+    return _aligned(unpack_nf4(matrix) if isinstance(matrix, Nf4Matrix) else unpack(matrix))
 
 
 def pack_columns(codes: Tensor, group_bits: list[int], group_blocks: list[int]) -> Tensor:
@@ -147,14 +161,13 @@ def share_out(group_bits: list[int], group_blocks: list[int], num_tiles: int) ->
     return widths, torch.tensor(shares, dtype=torch.int32)
 
 
-def _fill_up(codes: Tensor, source: Tensor | None, counts: list[int]) -> tuple[Tensor, Tensor]:
-    """codes [R, N] and source [R] with groups of `counts` rows filled up to whole blocks."""
-    rows = torch.arange(len(codes), dtype=torch.int32) if source is None else source.cpu()
-    parts = [(c, s) for c, s in zip(codes.split(counts), rows.split(counts), strict=True)]
-    filled = [(F.pad(c, (0, 0, 0, -len(c) % BLOCK)), F.pad(s, (0, -len(s) % BLOCK), value=-1)) for c, s in parts]
-    return torch.cat([c for c, _ in filled]), torch.cat([s for _, s in filled])
+def _filled_up(rows: Tensor, counts: list[int], number: int) -> Tensor:
+    """rows [R, .] in groups of `counts`, each filled up to whole blocks with a number."""
+    if not any(count % BLOCK for count in counts):
+        return rows
+    return torch.cat([F.pad(part, (0, 0, 0, -len(part) % BLOCK), value=number) for part in rows.split(counts)])
 
 
 def _aligned(values: Tensor) -> Tensor:
     """values [., N] with zeros after the last output."""
-    return F.pad(values, (0, -values.shape[1] % ALIGN))
+    return F.pad(values, (0, -values.shape[1] % TILE))

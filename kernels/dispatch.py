@@ -68,11 +68,16 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def quantized_linear(x: Tensor, matrices: Sequence[QuantizedMatrix], bias: Tensor | None) -> Tensor:
-    return (reference if x.is_cuda else _cpu()).quantized_linear(x, matrices, bias)
+    return _cpu().quantized_linear(x, matrices, bias)
 
 
 def nf4_linear(x: Tensor, matrices: Sequence[Nf4Matrix], bias: Tensor | None) -> Tensor:
-    return (reference if x.is_cuda else _cpu()).nf4_linear(x, matrices, bias)
+    return _cpu().nf4_linear(x, matrices, bias)
+
+
+def reads_columns(device: torch.device) -> bool:
+    """Whether kernels on a device read quantised matrices as ColumnMatrix."""
+    return device.type == "cuda"
 
 
 def column_linear(x: Tensor, matrices: Sequence[ColumnMatrix], bias: Tensor | None) -> Tensor:

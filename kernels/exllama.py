@@ -1,10 +1,11 @@
 """EXL2 matrices run by exllamav2's own CUDA extension, where that is installed.
 
 It rounds scales to float16, and sums of a split product in no fixed order. Source of the calls: exllamav2 0.3.2,
-ext.py and exllamav2_ext/ext_qmatrix.cpp.
+ext.py, exllamav2_ext/ext_qmatrix.cpp and exllamav2_ext/cuda/q_gemm.cu.
 """
 
 import importlib
+import logging
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,19 +19,29 @@ from torch import Tensor
 
 from tightrope.kernels.quantized import QuantizedMatrix, unpack, untiled
 
-MOST_ROWS = 32  # that the extension multiplies without expanding the matrix
+MOST_ROWS = 32  # that are multiplied without expanding the matrix
+MOST_EXPANDED = 1 << 28  # weights of a matrix that is expanded, all at once and to float16; heads have more
 ALIGN = 32  # outputs, to which matrices are filled up
+
+# The first calls with a size, and so many rows or fewer, are timed to choose a kernel. They wait for the card, which
+# the recording of a CUDA graph forbids, so they are made at load.
+TIMED_ROWS, TIMED_CALLS = 4, 201
+_timed: set[tuple[torch.device, int, int]] = set()
+log = logging.getLogger(__name__)
 
 _NONE = torch.empty(0, device="meta")  # a tensor that there is not
 
 
 @cache
 def extension() -> Any | None:  # noqa: ANN401
-    """The extension's module; None where it is not installed or can't be built."""
+    """The extension's module; None where it is not installed or can't be built, which is logged."""
     for name, attribute in (("exllamav2_ext", None), ("exllamav2.ext", "ext_c")):
         try:
             module = importlib.import_module(name)
-        except (ImportError, OSError, RuntimeError):  # the second one compiles when it is imported
+        except (ImportError, OSError, RuntimeError) as error:  # the second one compiles when it is imported
+            if not isinstance(error, ModuleNotFoundError) or error.name != name.partition(".")[0]:
+                reason = str(error).strip().partition("\n")[0]
+                log.warning("kernels=Triton for EXL2: exllamav2 is installed, but %s can't be used: %s", name, reason)
             continue
         return module if attribute is None else getattr(module, attribute)
     return None
@@ -48,10 +59,11 @@ class ExllamaMatrix:
 
 
 def is_exllama(matrix: QuantizedMatrix) -> bool:
-    """Whether the extension is there and can run a matrix: EXL2's, all of whose groups are whole words."""
+    """Whether the extension is there and can run a matrix: EXL2's, of whole words, the widest groups first."""
     if matrix.scale_codes is None or matrix.num_rows != matrix.num_inputs:
         return False
-    return not bool((matrix.group_starts % 32).any()) and extension() is not None
+    is_sorted = not bool((matrix.group_bits.int().diff() > 0).any())
+    return is_sorted and not bool((matrix.group_starts % 32).any()) and extension() is not None
 
 
 def to_exllama(matrix: QuantizedMatrix, device: torch.device | str) -> ExllamaMatrix:
@@ -80,7 +92,20 @@ def to_exllama(matrix: QuantizedMatrix, device: torch.device | str) -> ExllamaMa
     handle: int = ext.make_q_matrix(*moved, _NONE, _NONE, _NONE, _NONE, _NONE, 0)
     result = ExllamaMatrix(matrix.num_inputs, matrix.num_outputs, codes.shape[1], handle, tuple(moved))
     weakref.finalize(result, ext.free_q_matrix, handle)
+    _have_timed(result, torch.device(device))
     return result
+
+
+def _have_timed(matrix: ExllamaMatrix, device: torch.device) -> None:
+    """Let the extension choose its kernels for matrices of this size."""
+    size = (device, matrix.num_inputs, matrix.stored_outputs)
+    if size in _timed:
+        return
+    _timed.add(size)
+    for rows in range(1, TIMED_ROWS + 1):
+        x = torch.zeros(rows, matrix.num_inputs, dtype=torch.float16, device=device)
+        for _ in range(TIMED_CALLS):
+            exllama_linear(x, [matrix], None)
 
 
 def exllama_linear(x: Tensor, matrices: Sequence[ExllamaMatrix], bias: Tensor | None) -> Tensor:
@@ -89,7 +114,7 @@ def exllama_linear(x: Tensor, matrices: Sequence[ExllamaMatrix], bias: Tensor | 
     assert ext is not None
     half, parts = x.half().contiguous(), []
     for matrix in matrices:
-        if len(x) <= MOST_ROWS:
+        if len(x) <= MOST_ROWS or matrix.num_inputs * matrix.stored_outputs > MOST_EXPANDED:
             out = half.new_empty(len(x), matrix.stored_outputs)
             if len(x):
                 ext.gemm_half_q_half(half, matrix.handle, out, False)

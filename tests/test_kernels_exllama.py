@@ -1,6 +1,7 @@
 """What is handed to exllamav2's extension is what EXL2 files hold: a stand-in reads it by the format's description."""
 
 import importlib
+from collections import Counter
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ class Extension:
 
     def __init__(self) -> None:
         self.weights: dict[int, Tensor] = {}  # [K, N] by handle
+        self.calls: Counter[tuple[int, ...]] = Counter()  # products, by rows, inputs and outputs
 
     def make_q_matrix(
         self, q_weight: Tensor, q_perm: Tensor, q_invperm: Tensor, q_scale: Tensor, q_scale_max: Tensor,
@@ -41,6 +43,7 @@ class Extension:
 
     def gemm_half_q_half(self, a: Tensor, handle: int, c: Tensor, force_cuda: bool) -> None:
         assert a.dtype == c.dtype == torch.float16
+        self.calls[len(a), *self.weights[handle].shape] += 1
         c.copy_(a.float() @ self.weights[handle])
 
     def reconstruct(self, handle: int, output: Tensor) -> None:
@@ -54,6 +57,7 @@ class Extension:
 def extension(monkeypatch: pytest.MonkeyPatch) -> Extension:
     stand_in = Extension()
     monkeypatch.setattr(exllama, "extension", lambda: stand_in)
+    monkeypatch.setattr(exllama, "_timed", set())
     return stand_in
 
 
@@ -89,16 +93,53 @@ def test_only_exl2_matrices_go_to_the_extension(extension: Extension):
     assert dispatch.is_exllama(exl2_matrix())
     assert not dispatch.is_exllama(random_matrix([64], [4], 32))
     assert not dispatch.is_exllama(random_matrix([40], [4], 32, is_coded=True))
+    assert not dispatch.is_exllama(random_matrix([32, 32], [4, 5], 32, is_coded=True))  # it takes the widest first
 
 
-def test_without_the_extension_none_is_found(monkeypatch: pytest.MonkeyPatch):
+def test_kernels_are_timed_at_load_once_for_each_size(extension: Extension):
+    """The extension does so in its first 200 products of up to 4 rows, and waits: no graph could record that."""
+    for num_outputs in (48, 64, 64):
+        matrix = dispatch.to_exllama(exl2_matrix(num_outputs=num_outputs), torch.device("cpu"))
+
+    assert extension.calls == {(rows, 320, 64): 201 for rows in range(1, 5)}
+    dispatch.exllama_linear(torch.randn(1, 320), [matrix], None)
+    assert extension.calls[1, 320, 64] == 202
+
+
+def test_a_head_too_large_to_be_expanded_is_multiplied_as_it_is(extension: Extension, monkeypatch: pytest.MonkeyPatch):
+    matrix = dispatch.to_exllama(exl2_matrix(), torch.device("cpu"))
+    monkeypatch.setattr(exllama, "MOST_EXPANDED", 320 * 64 - 1)
+
+    dispatch.exllama_linear(torch.randn(33, 320), [matrix], None)
+
+    assert extension.calls[33, 320, 64] == 1
+
+
+def test_without_the_extension_none_is_found(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
     def missing(name: str) -> None:
-        raise ImportError(name)
+        raise ModuleNotFoundError(name=name.partition(".")[0])
 
     exllama.extension.cache_clear()
     monkeypatch.setattr(importlib, "import_module", missing)
 
     assert exllama.extension() is None
     assert dispatch.describe("cuda", is_exl2=True) == "Triton"
+    assert not caplog.records
+
+    exllama.extension.cache_clear()
+
+
+def test_an_extension_that_cannot_be_built_is_told_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    def broken(name: str) -> None:
+        raise RuntimeError(f"Error building extension {name!r}\nnvcc: not found")
+
+    exllama.extension.cache_clear()
+    monkeypatch.setattr(importlib, "import_module", broken)
+
+    assert exllama.extension() is None
+    assert "kernels=Triton for EXL2: exllamav2 is installed, but exllamav2.ext can't be used" in caplog.text
+    assert "\nnvcc" not in caplog.text
 
     exllama.extension.cache_clear()

@@ -1,7 +1,5 @@
 """The CUDA kernels in Triton's interpreter, on a CPU, held to the torch reference."""
 
-import importlib
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from types import ModuleType
@@ -10,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interpreted import interpreted
 from torch import Tensor
 
 from tightrope.kernels import reference
@@ -19,22 +18,10 @@ from tightrope.kernels.layout import PAGE, AttentionSpec, CacheDtype, CacheForma
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")
 
 
-def is_triton(name: str) -> bool:
-    return name.partition(".")[0] == "triton" or name.startswith("tightrope.kernels.triton")
-
-
 @pytest.fixture(scope="module")
 def ops() -> Iterator[ModuleType]:
-    """kernels/triton/ops.py with Triton imported anew: at import it chooses to interpret, and others have theirs."""
-    others = {name: sys.modules.pop(name) for name in list(sys.modules) if is_triton(name)}
-    native = {name: module for name, module in others.items() if name.startswith("triton._C")}
-    sys.modules.update(native)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        yield importlib.import_module("tightrope.kernels.triton.ops")
-    for name in [name for name in sys.modules if is_triton(name) and name not in native]:
-        sys.modules[f"interpreted.{name}"] = sys.modules.pop(name)  # kept: Python clears at its end what stands there
-    sys.modules.update(others)
+    with interpreted("ops") as module:
+        yield module
 
 
 @dataclass(frozen=True)

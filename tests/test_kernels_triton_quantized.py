@@ -1,7 +1,5 @@
 """The CUDA kernels of quantised matrices in Triton's interpreter, on a CPU, held to the dequantised product."""
 
-import importlib
-import sys
 from collections.abc import Iterator
 from types import ModuleType
 
@@ -9,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interpreted import interpreted
 from torch import Tensor
 
 from bench.gpu.matrices import random_matrix, random_nf4
@@ -18,22 +17,10 @@ from tightrope.kernels.quantized import PLANES, Nf4Matrix, QuantizedMatrix, dequ
 WIDTHS = sorted(PLANES)
 
 
-def is_triton(name: str) -> bool:
-    return name.partition(".")[0] == "triton" or name.startswith("tightrope.kernels.triton")
-
-
 @pytest.fixture(scope="module")
 def ops() -> Iterator[ModuleType]:
-    """The launches with Triton imported anew: at import it chooses to interpret, and others have theirs."""
-    others = {name: sys.modules.pop(name) for name in list(sys.modules) if is_triton(name)}
-    native = {name: module for name, module in others.items() if name.startswith("triton._C")}
-    sys.modules.update(native)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        yield importlib.import_module("tightrope.kernels.triton.quantized")
-    for name in [name for name in sys.modules if is_triton(name) and name not in native]:
-        sys.modules[f"interpreted.{name}"] = sys.modules.pop(name)  # kept: Python clears at its end what stands there
-    sys.modules.update(others)
+    with interpreted("quantized") as module:
+        yield module
 
 
 def assert_product(ops: ModuleType, matrix: QuantizedMatrix | Nf4Matrix, x: Tensor, bias: Tensor | None = None) -> None:

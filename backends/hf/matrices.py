@@ -84,7 +84,7 @@ def side_by_side(pieces: Sequence[Piece], device: torch.device) -> Matrix:
     if len(integers) != len(pieces) and len(codes) != len(pieces):
         return Mixed(tuple(side_by_side([piece], device) for piece in pieces))
     integers = _joined(integers) if integers else ()
-    if device.type == "cuda":
+    if dispatch.reads_columns(device):
         if integers and all(dispatch.is_exllama(matrix) for matrix in integers):
             return Exllama(tuple(dispatch.to_exllama(matrix, device) for matrix in integers))
         matrices: tuple[QuantizedMatrix | Nf4Matrix, ...] = (*integers, *codes)
