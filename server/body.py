@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from typing import Any, ClassVar
 
 import msgspec
@@ -29,6 +29,7 @@ class Body(BaseModel):
     """Base of all request bodies. Types are strict; of duplicate keys the last counts."""
 
     without_effect: ClassVar[frozenset[str]] = frozenset()  # fields that are checked and then change nothing
+    read_elsewhere: ClassVar[frozenset[str]] = frozenset()  # fields that aren't declared here, and mean something yet
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 
@@ -40,7 +41,7 @@ class Body(BaseModel):
 
 def ignored_fields(body: Body, prefix: str = "") -> Iterator[str]:
     """Names of the fields that came and mean nothing here, such as "metadata" or "messages[0].foo"."""
-    yield from (prefix + name for name in body.model_extra or ())
+    yield from (prefix + name for name in body.model_extra or () if name not in body.read_elsewhere)
     yield from (prefix + name for name in body.without_effect & body.model_fields_set)
     for name in body.model_fields_set & type(body).model_fields.keys():
         value: object = getattr(body, name)
@@ -51,10 +52,10 @@ def ignored_fields(body: Body, prefix: str = "") -> Iterator[str]:
                 yield from ignored_fields(item, f"{prefix}{name}[{index}].")
 
 
-def log_ignored(request_id: str, body: Body) -> None:
+def log_ignored(request_id: str, ignored: Callable[[], Iterable[str]]) -> None:
     """Say at debug level which fields of a request change nothing."""
     if log.isEnabledFor(logging.DEBUG):
-        names = sorted(ignored_fields(body))
+        names = sorted(ignored())
         if names:
             log.debug("fields ignored: request_id=%s fields=%r", request_id, names)
 

@@ -166,14 +166,11 @@ def test_echo_with_logprobs_asks_for_the_prompts_too() -> None:
     ("fields", "param"),
     [
         ({"n": 9}, "n"),
-        ({"logit_bias": {"259": 1}}, "logit_bias"),
-        ({"logit_bias": {"-1": 1}}, "logit_bias"),
         ({"logit_bias": {"x": 1}}, "logit_bias"),
         ({"logit_bias": {"1": 101}}, "logit_bias"),
         ({"stop": ""}, "stop"),
         ({"stop": ["a", ""]}, "stop"),
         ({"stop": [str(i) for i in range(1025)]}, "stop"),
-        ({"stop_token_ids": [259]}, "stop_token_ids"),
         ({"min_tokens": 3, "max_tokens": 2}, "min_tokens"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"top_logprobs": 1}, "top_logprobs"),
@@ -279,13 +276,13 @@ def test_unknown_fields_are_listed_wherever_they_stand() -> None:
     body = ChatRequest.model_validate(
         {
             "messages": [{"role": "user", "content": "a", "mood": 1}],
-            "mirostat_tau": 5,
+            "mood": 5,
             "tools": [{}],
             "stream": True,
             "stream_options": {"x": 1},
         }
     )
-    assert sorted(ignored_fields(body)) == ["messages[0].mood", "mirostat_tau", "stream_options.x", "tools"]
+    assert sorted(ignored_fields(body)) == ["messages[0].mood", "mood", "stream_options.x", "tools"]
 
 
 def test_messages_become_what_templates_expect() -> None:

@@ -10,15 +10,14 @@ from tightrope.engine.types import (
     LogprobRequest,
     ModelInfo,
     Prompt,
-    SamplingParams,
     Span,
-    StopRules,
     TextPrompt,
     TokenPrompt,
 )
+from tightrope.server.body import ignored_fields
 from tightrope.server.openai.requests import ChatRequest, CompletionRequest, SamplingBody
+from tightrope.server.sampling_fields import KNOWN, Ignored, Sampling, read_sampling
 
-MAX_STOPS = 1024  # the engine looks for each of them after each token
 ANY_MODEL = frozenset({None, "", "tgi", "dummy"})  # what clients send who don't know the name
 
 NOT_YET = "is not supported by this server"
@@ -83,56 +82,18 @@ def check_tools(body: ChatRequest) -> None:
         raise InvalidRequest(f"a tool_choice that forces a call {NOT_YET}; use auto or none", "tool_choice")
 
 
-def sampling_params(body: SamplingBody, info: ModelInfo) -> SamplingParams:
-    """How the body wants tokens drawn."""
-    return SamplingParams(
-        temperature=body.temperature,
-        top_k=min(max(body.top_k, 0), info.vocab_size),
-        top_p=body.top_p,
-        min_p=body.min_p,
-        typical_p=body.typical_p,
-        repetition_penalty=body.repetition_penalty,
-        frequency_penalty=body.frequency_penalty,
-        presence_penalty=body.presence_penalty,
-        logit_bias=_logit_bias(body, info),
-        seed=None if body.seed == -1 else body.seed,
+def sampling(body: SamplingBody, info: ModelInfo, max_tokens: int | None, more_stops: Sequence[str] = ()) -> Sampling:
+    """How the body wants tokens drawn and when the answer ends; `more_stops` are those of the prompt format."""
+    typed = {name: getattr(body, name) for name in body.model_fields_set & KNOWN}
+    return read_sampling(
+        typed | (body.model_extra or {}), info.vocab_size, max_tokens=max_tokens, more_stops=more_stops
     )
 
 
-def _logit_bias(body: SamplingBody, info: ModelInfo) -> dict[int, float]:
-    pairs = body.logit_bias or {}
-    bias: dict[int, float] = {}
-    for key, value in pairs.items() if isinstance(pairs, dict) else pairs:
-        number = str(int(key)) if isinstance(key, float) and key.is_integer() else str(key)
-        if not (number.isascii() and number.isdecimal() and len(number) < 10 and int(number) < info.vocab_size):
-            raise InvalidRequest(f"logit_bias: {number[:40]} is no token id below {info.vocab_size}", "logit_bias")
-        if not -100 <= value <= 100:
-            raise InvalidRequest(f"logit_bias: {value} for token {number} is not within -100 and 100", "logit_bias")
-        bias[int(number)] = value
-    return bias
-
-
-def stop_rules(body: SamplingBody, max_tokens: int | None, info: ModelInfo, more: Sequence[str] = ()) -> StopRules:
-    """When the answer ends; `more` are the stop strings of the prompt format."""
-    strings = [body.stop] if isinstance(body.stop, str) else body.stop or []
-    if "" in strings:
-        raise InvalidRequest("stop: a stop string must not be empty", "stop")
-    if len(strings) > MAX_STOPS:
-        raise InvalidRequest(f"stop: at most {MAX_STOPS} stop strings, not {len(strings)}", "stop")
-    if max_tokens is not None and body.min_tokens > max_tokens:
-        raise InvalidRequest(f"min_tokens must not be above max_tokens ({max_tokens})", "min_tokens")
-    token_ids = body.stop_token_ids or []
-    for token_id in token_ids:
-        if not 0 <= token_id < info.vocab_size:
-            raise InvalidRequest(f"stop_token_ids: {token_id} is no token id below {info.vocab_size}", "stop_token_ids")
-    return StopRules(
-        max_tokens=max_tokens,
-        min_tokens=body.min_tokens,
-        strings=tuple(dict.fromkeys((*strings, *more))),
-        token_ids=tuple(token_ids),
-        ignore_eos=body.ignore_eos,
-        keep_stop_text=body.include_stop_str_in_output,
-    )
+def fields_ignored(body: SamplingBody, info: ModelInfo) -> list[Ignored]:
+    """The fields of a valid body that change nothing, and why."""
+    unknown = [(name, "no field of this route") for name in ignored_fields(body)]
+    return [*unknown, *sampling(body, info, None).ignored]
 
 
 def _check_most(name: str, value: int, most: int) -> None:
@@ -161,12 +122,12 @@ def chat_request(
     body: ChatRequest, request_id: str, spans: tuple[Span, ...], format_stops: Sequence[str], served: Served
 ) -> GenerateRequest:
     """The engine's request for a chat whose prompt is rendered."""
-    max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    asked = sampling(body, served.info, None, format_stops)
     return GenerateRequest(
         request_id=request_id,
         prompt=TextPrompt(spans, body.add_special_tokens),
-        sampling=sampling_params(body, served.info),
-        stop=stop_rules(body, max_tokens, served.info, format_stops),
+        sampling=asked.params,
+        stop=asked.stop,
         n=body.n,
         logprobs=LogprobRequest(processed=False, top=body.top_logprobs or 0) if body.logprobs else None,
         prompt_logprobs=body.prompt_logprobs,
@@ -194,15 +155,14 @@ def completion_requests(body: CompletionRequest, request_id: str, served: Served
     _check_most("prompt_logprobs", body.prompt_logprobs or 0, served.limits.max_logprobs)
     scored = [body.prompt_logprobs, body.logprobs if body.echo else None]  # alternatives at each token of the prompt
     prompts = completion_prompts(body, served)
-    sampling = sampling_params(body, served.info)
-    stop = stop_rules(body, body.max_tokens, served.info)
+    asked = sampling(body, served.info, body.max_tokens)
     wants_scores = body.logprobs is not None or best_of > body.n
     return [
         GenerateRequest(
             request_id=f"{request_id}-{position}",
             prompt=prompt,
-            sampling=sampling,
-            stop=stop,
+            sampling=asked.params,
+            stop=asked.stop,
             n=best_of,
             logprobs=LogprobRequest(processed=False, top=body.logprobs or 0) if wants_scores else None,
             prompt_logprobs=max((top for top in scored if top is not None), default=None),

@@ -1,15 +1,20 @@
-"""What clients of the OpenAI API send. Fields that are not here are ignored and listed, see `body.ignored_fields`."""
+"""What clients of the OpenAI API send.
+
+The sampling fields here are those that our API page shows; server.sampling_fields reads them and their many siblings.
+Other fields are ignored and listed, see `convert.fields_ignored`.
+"""
 
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from tightrope.server.body import Body, FirstErrorOnly
+from tightrope.server.sampling_fields import KNOWN
 
 Ids = Annotated[list[int], FirstErrorOnly()]
 MAX_INT = 2**63 - 1  # what crosses the process border as an integer
 
-Bias = dict[str, float] | list[Annotated[list[float], Field(min_length=2, max_length=2)]]
+Bias = dict[str, float | bool] | list[Annotated[list[float | bool], Field(min_length=2, max_length=2)]]
 
 
 class StreamOptions(Body):
@@ -27,6 +32,8 @@ class ResponseFormat(Body):
 class SamplingBody(Body):
     """What both kinds of request have in common."""
 
+    read_elsewhere = KNOWN
+
     model: str | None = Field(None, description="The served model's name; may be left out.")
     n: int = Field(1, ge=1, description="Answers to each prompt.")
     stream: bool = False
@@ -42,7 +49,7 @@ class SamplingBody(Body):
     repetition_penalty: float = Field(1.0, gt=0, description="Over prompt and answer, once per token id.")
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
-    logit_bias: Bias | None = Field(None, description='{"token id": -100 to 100}; -100 bans.')
+    logit_bias: Bias | None = Field(None, description='{"token id": -100 to 100}; -100 and false ban.')
     seed: int | None = Field(None, ge=-1, lt=2**64, description="The same seed gives the same text; -1 is random.")
     min_tokens: int = Field(0, ge=0, le=MAX_INT, description="Ends are held back until then.")
     ignore_eos: bool = Field(False, description="Write on to max_tokens.")

@@ -24,7 +24,14 @@ from tightrope.server.openai.answers import (
     completion_choice,
     usage,
 )
-from tightrope.server.openai.convert import Served, chat_request, check_chat, check_model, completion_requests
+from tightrope.server.openai.convert import (
+    Served,
+    chat_request,
+    check_chat,
+    check_model,
+    completion_requests,
+    fields_ignored,
+)
 from tightrope.server.openai.messages import template_messages, template_variables
 from tightrope.server.openai.requests import ChatRequest, CompletionRequest, SamplingBody
 from tightrope.server.openai.stream import Identity, chat_events, completion_events
@@ -113,7 +120,7 @@ async def answer_chat(front: Front, body: ChatRequest, request: Request) -> Resp
     identity = _identity("chatcmpl", served)
     prompt = await rendered_chat(front, body, request)
     engine_request = chat_request(body, identity.id, prompt.spans, front.template().stops, served)
-    log_ignored(identity.id, body)
+    log_ignored(identity.id, lambda: (name for name, _ in fields_ignored(body, served.info)))
     try:
         if body.stream:
             deltas = await started(request, run(front.metrics.generate, [engine_request]))
@@ -136,7 +143,7 @@ async def answer_completion(front: Front, body: CompletionRequest, request: Requ
     served = front.served()
     identity = _identity("cmpl", served)
     requests = completion_requests(body, identity.id, served)
-    log_ignored(identity.id, body)
+    log_ignored(identity.id, lambda: (name for name, _ in fields_ignored(body, served.info)))
     echoes = await or_gone(request, _prompt_texts(front, requests)) if body.echo else []
     if body.stream:
         deltas = await started(request, run(front.metrics.generate, requests))

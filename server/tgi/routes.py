@@ -7,7 +7,7 @@ from fastapi import APIRouter, Request, Response
 
 from tightrope import __version__
 from tightrope.engine.errors import ContextLengthExceeded
-from tightrope.server.body import Documented, JsonRoute, log_ignored
+from tightrope.server.body import Documented, JsonRoute, ignored_fields, log_ignored
 from tightrope.server.front import Front
 from tightrope.server.sse import event_stream
 from tightrope.server.tgi.answers import Asked, answer_events, answer_headers, answer_json, stream_headers
@@ -112,7 +112,7 @@ def _asked(front: Front, body: GenerateBody, *, is_stream: bool, full_text_defau
     p = body.parameters
     limits = TGILimits.of(front.info(), front.settings)
     request = generate_request(body.inputs, p, limits, is_stream=is_stream)
-    log_ignored(request.request_id, body)
+    log_ignored(request.request_id, lambda: ignored_fields(body))
     is_full = full_text_default if p is None or p.return_full_text is None else p.return_full_text
     return Asked(
         request,

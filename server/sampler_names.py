@@ -1,0 +1,50 @@
+"""What other servers call the sampler's steps where a client orders them."""
+
+from collections.abc import Mapping
+
+from tightrope.engine.errors import InvalidRequest
+from tightrope.engine.types import SAMPLER_ORDER
+
+Order = tuple[tuple[str, ...], frozenset[str]]  # the steps in order, and the SamplingParams that a list switches off
+
+_STEPS: Mapping[str, str] = {step: step for step in SAMPLER_ORDER} | {
+    "dynamic_temperature": "temperature",
+    "quadratic_sampling": "smoothing",
+    "typ_p": "typical_p",
+    "typical": "typical_p",
+    "tfs_z": "tfs",
+    "nsigma": "top_n_sigma",
+}
+_SET_BY_A_STEP: Mapping[str, str] = {"smoothing": "smoothing_factor", "xtc": "xtc_probability"}
+_LLAMA_CPP = frozenset({"top_n_sigma", "top_k", "typical_p", "tfs", "xtc", "top_p", "min_p"})  # those it can leave out
+_KOBOLD = ("top_k", "top_a", "top_p", "tfs", "typical_p", "temperature", None)  # by number; 6 are the penalties
+
+
+def named_order(name: str, value: object) -> Order:
+    """text-generation-webui's `sampler_priority`: names, in a list or one a line; what it leaves out comes last.
+
+    Penalties and mirostat have their places, before and after all steps, wherever a list names them.
+    """
+    if isinstance(value, str):
+        value = [line.strip() for line in value.replace(",", "\n").splitlines() if line.strip()]
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise InvalidRequest(f"{name} must be a list of names, not {type(value).__name__}", name)
+    return tuple(dict.fromkeys(_STEPS[item] for item in value if item in _STEPS)), frozenset()
+
+
+def llama_cpp_order(name: str, value: object) -> Order:
+    """llama.cpp's `samplers`: a step that isn't named doesn't run."""
+    order, _ = named_order(name, value)
+    missing = _LLAMA_CPP - set(order)
+    return order, frozenset(_SET_BY_A_STEP.get(step, step) for step in missing) if order else frozenset()
+
+
+def kobold_order(name: str, value: object) -> Order:
+    """KoboldCpp's `sampler_order`: numbers. min_p, which has none, follows top_p."""
+    if not isinstance(value, list) or not all(type(item) is int and 0 <= item < len(_KOBOLD) for item in value):
+        raise InvalidRequest(f"{name} must be a list of numbers from 0 to {len(_KOBOLD) - 1}", name)
+    order: list[str] = []
+    for step in dict.fromkeys(_KOBOLD[item] for item in value):
+        if step is not None:
+            order += [step, "min_p"] if step == "top_p" else [step]
+    return tuple(order), frozenset()
