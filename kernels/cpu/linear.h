@@ -1,102 +1,15 @@
 // x [T, K] float32 times the transpose of a weight [N, K] of any float type.
 //
-// Few rows: the weight is read once, as it is stored, and multiplied by all rows as it passes; memory is the limit.
-// Many rows: columns of x are packed to panels, rows of the weight expanded to float32 a few at a time; arithmetic is.
+// Few rows take dots.h's way. Many: columns of x are packed to panels, rows of the weight expanded to float32 a few at a
+// time; arithmetic is the limit.
 #pragma once
 
-#include <algorithm>
-
-#include "pool.h"
+#include "dots.h"
 #include "tile.h"
 
-constexpr int FEW = 24;                     // at most so many rows go the first way
-constexpr int DOT_ROWS = 4;                 // weight rows at a time
-constexpr int DOT_COLUMNS = LANES == 16 ? 6 : 3;  // rows of x at a time, as many as the registers allow
 constexpr int DEPTH = 2048;                 // of K at a time
 constexpr int EXPANDED = DEPTH + 16;        // floats between expanded rows: no power of two, which would share cache sets
 constexpr size_t PACKED = 192 * 1024;       // floats of x that are packed at a time, so that they stay in a core's cache
-constexpr int TASK_BYTES = 96 * 1024;       // of weight: large enough to hide the taking of a task
-
-struct Linear {
-    const float* x;
-    const void* weight;
-    const float* bias;  // or null
-    float* out;
-    int rows, inputs, outputs;
-};
-
-// N rows of the weight times T rows of x. Where rows are short the processor's own prefetching finds no stream to follow.
-template <class W, int N, int T> INLINE void dots(const Linear& l, const W* weight, const float* x, float* out, int n) {
-    constexpr int STEP = std::max(LANES, int(64 / sizeof(W)));  // a cache line
-    Floats acc[(N * T + LANES - 1) / LANES * LANES];
-#pragma GCC unroll 32
-    for (Floats& a : acc) a = Floats{};
-    const size_t width = l.inputs;
-    const size_t ahead = width * sizeof(W) <= 4096 ? N * width : 2048 / sizeof(W);
-    const auto multiply = [&](int k) __attribute__((always_inline)) {
-        Floats w[N];
-#pragma GCC unroll 8
-        for (int i = 0; i < N; ++i) w[i] = load(weight + i * width + k);
-#pragma GCC unroll 8
-        for (int t = 0; t < T; ++t) {
-            const Floats v = load(x + t * width + k);
-#pragma GCC unroll 8
-            for (int i = 0; i < N; ++i) acc[i * T + t] += w[i] * v;
-        }
-    };
-    int k = 0;
-    for (; k + STEP <= l.inputs; k += STEP) {
-#pragma GCC unroll 8
-        for (int i = 0; i < N; ++i) __builtin_prefetch(weight + i * width + k + ahead, 0, 2);
-#pragma GCC unroll 8
-        for (int part = 0; part < STEP; part += LANES) multiply(k + part);
-    }
-    for (; k + LANES <= l.inputs; k += LANES) multiply(k);
-    float totals[N * T + LANES];
-    if constexpr (N * T * 2 <= LANES)
-        for (int i = 0; i < N * T; ++i) totals[i] = sum(acc[i]);
-    else
-#pragma GCC unroll 8
-        for (int i = 0; i < N * T; i += LANES) store(totals + i, sums(acc + i));
-    for (int i = 0; i < N; ++i)
-        for (int t = 0; t < T; ++t) {
-            float total = totals[i * T + t] + (l.bias ? l.bias[n + i] : 0.0f);
-            for (int rest = k; rest < l.inputs; ++rest) total += to_float(weight[i * width + rest]) * x[t * width + rest];
-            out[size_t(t) * l.outputs + i] = total;
-        }
-}
-
-template <class W, int N> INLINE void dots_of_all_rows(const Linear& l, int n) {
-    const W* weight = (const W*)l.weight + size_t(n) * l.inputs;
-    for (int t = 0; t < l.rows;) {
-        const int left = l.rows - t;
-        const float* x = l.x + size_t(t) * l.inputs;
-        float* out = l.out + size_t(t) * l.outputs + n;
-        const auto step = [&](auto columns) {
-            dots<W, N, columns.value>(l, weight, x, out, n);
-            t += columns.value;
-        };
-        if constexpr (DOT_COLUMNS == 6) {
-            if (left >= 6) { step(std::integral_constant<int, 6>()); continue; }
-            if (left == 5) { step(std::integral_constant<int, 5>()); continue; }
-            if (left == 4) { step(std::integral_constant<int, 4>()); continue; }
-        }
-        if (left >= 3) step(std::integral_constant<int, 3>());
-        else if (left == 2) step(std::integral_constant<int, 2>());
-        else step(std::integral_constant<int, 1>());
-    }
-}
-
-template <class W> void linear_few_rows(const Linear& l) {
-    const int wanted = std::max<int>(1, TASK_BYTES / (l.inputs * sizeof(W)));
-    const int rows = (wanted + DOT_ROWS - 1) / DOT_ROWS * DOT_ROWS;
-    pool().run((l.outputs + rows - 1) / rows, [&](int task) {
-        int n = task * rows;
-        const int end = std::min(n + rows, l.outputs);
-        for (; n + DOT_ROWS <= end; n += DOT_ROWS) dots_of_all_rows<W, DOT_ROWS>(l, n);
-        for (; n < end; ++n) dots_of_all_rows<W, 1>(l, n);
-    });
-}
 
 // Columns `first` .. of x, transposed, in panels [panels][depth][PANEL]; rows past the last are zero.
 INLINE void pack(const Linear& l, int first_row, int k0, int depth, float* panel) {
@@ -164,5 +77,5 @@ template <class W> void linear(const Linear& l) {
     part.x += size_t(part.rows) * l.inputs;
     part.out += size_t(part.rows) * l.outputs;
     part.rows = few;
-    if (few) linear_few_rows<W>(part);
+    if (few) dots<W>(part);
 }

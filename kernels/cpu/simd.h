@@ -46,6 +46,16 @@ INLINE Floats larger(Floats a, Floats b) {
 #endif
 }
 
+// v, in a register from here on: used often, it would else be loaded for every use.
+INLINE Floats held(Floats v) {
+#if defined(__AVX512F__)
+    asm("" : "+v"(v));
+#elif defined(__x86_64__)
+    asm("" : "+x"(v));
+#endif
+    return v;
+}
+
 // Numbers as they are stored: bfloat16 is the upper half of a float, float16 is IEEE binary16.
 struct bf16 { uint16_t bits; };
 struct f16 { uint16_t bits; };
@@ -140,12 +150,24 @@ INLINE Floats paired(Floats a, Floats b, int distance) {
     }
     return __builtin_shuffle(a, b, of_own) + swapped(__builtin_shuffle(a, b, of_other), distance);
 }
-// Lanes of the result are the sums of LANES vectors, in their order. A tree of calls, so that all stay in registers.
-template <int STEP = 1> INLINE Floats sums(const Floats* v) {
-    if constexpr (STEP == LANES)
+// The first COUNT lanes of the result, a power of two, are the sums of so many vectors, in their order. A tree of calls, so
+// that all stay in registers.
+template <int COUNT = LANES, int STEP = 1> INLINE Floats sums(const Floats* v) {
+    if constexpr (STEP < COUNT) {
+        return paired(sums<COUNT, 2 * STEP>(v), sums<COUNT, 2 * STEP>(v + STEP), STEP);
+    } else if constexpr (STEP < LANES) {
+        const Floats halves = sums<COUNT, 2 * STEP>(v);
+        return halves + swapped(halves, STEP);
+    } else {
         return v[0];
-    else
-        return paired(sums<2 * STEP>(v), sums<2 * STEP>(v + STEP), STEP);
+    }
+}
+
+// How many vectors of `count` go into one such tree.
+constexpr int largest_tree(int count) {
+    int tree = LANES;
+    while (tree > count) tree /= 2;
+    return tree;
 }
 
 // e^x with a relative error under 2e-7; 0 below -87.3, and no more than 2^127.
