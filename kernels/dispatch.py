@@ -157,10 +157,14 @@ def _cpu() -> CpuKernels:
 @cache
 def _native() -> native.NativeKernels | None:
     """The fastest build that this machine runs; None where there is none, which is logged once."""
-    usable = native.usable()
-    if not usable:
+    try:
+        usable = native.usable()
+        built = native.NativeKernels(usable[0]) if usable else None
+    except native.UnusableBuild as error:
+        log.warning("kernels=reference: %s; install tightrope anew", error)
+        return None
+    if built is None:
         log.warning("kernels=reference: the C++ kernels are not built; install a C++ compiler, then tightrope anew")
         return None
-    built = native.NativeKernels(usable[0])
     built.set_threads(torch.get_num_threads())
     return built

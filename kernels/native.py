@@ -22,6 +22,7 @@ from tightrope.kernels.quantized import Nf4Matrix, QuantizedMatrix
 
 # numbered by the library; a machine that runs one runs those before
 INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512vnni")
+INTERFACE = 1  # that of cpu/kernels.cpp; a build that gives no number is of the first
 MOST_DIMS = 256  # of a head, in the attention; larger ones are left to the reference
 MOST_MATRICES = 8  # that share a call
 
@@ -66,29 +67,54 @@ class _Nf4(ctypes.Structure):
     )
 
 
+class UnusableBuild(Exception):
+    """One line: a library that lies where a build is looked for, but isn't one of these sources."""
+
+
 def library_path(instruction_set: str) -> Path:
     """Where the build for an instruction set lies, if it was built."""
     return Path(__file__).parent / f"cpu_{instruction_set}{sysconfig.get_config_var('EXT_SUFFIX')}"
 
 
 def usable() -> Sequence[str]:
-    """The instruction sets that are built and that this machine runs, the fastest first; none without a build."""
-    portable = library_path("portable")
-    if not portable.exists():
+    """The instruction sets that are built and that this machine runs, the fastest first; none without a build.
+
+    Raises UnusableBuild.
+    """
+    if not library_path("portable").exists():
         return ()
-    widest: int = ctypes.CDLL(str(portable)).tightrope_instruction_set()
+    widest: int = _open("portable").tightrope_instruction_set()
     return [name for name in reversed(INSTRUCTION_SETS[: widest + 1]) if library_path(name).exists()]
+
+
+def _open(instruction_set: str) -> ctypes.CDLL:
+    """The build for an instruction set. Raises UnusableBuild where it isn't one of this version."""
+    path = library_path(instruction_set)
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise UnusableBuild(f"{path} can't be loaded: {' '.join(str(error).split())}") from None
+    if not hasattr(library, "tightrope_instruction_set"):
+        raise UnusableBuild(f"{path} is no build of these kernels")
+    interface = library.tightrope_interface() if hasattr(library, "tightrope_interface") else 1
+    if interface != INTERFACE:
+        raise UnusableBuild(f"{path} is of another version: its interface is {interface}, not {INTERFACE}")
+    return library
 
 
 class NativeKernels:
     """One build's operations, and its threads: the caller's, until `set_threads` adds more."""
 
     def __init__(self, instruction_set: str) -> None:
+        """Raises UnusableBuild."""
         self.instruction_set = instruction_set
-        library = ctypes.CDLL(str(library_path(instruction_set)))
+        library = _open(instruction_set)
 
         def function(name: str, types: str) -> Callable[..., None]:
-            found = library[f"tightrope_{name}"]
+            try:
+                found = library[f"tightrope_{name}"]
+            except AttributeError:
+                raise UnusableBuild(f"{library._name} is of another version: it has no tightrope_{name}") from None
             found.argtypes, found.restype = [_TYPES[kind] for kind in types], None
             return found
 

@@ -9,6 +9,9 @@
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
+// Raised, here and in kernels/native.py, whenever what a function takes or reads changes its meaning.
+EXPORT int tightrope_interface() { return 1; }
+
 // The widest instruction set that this processor and its system run: 3 AVX-512 with VNNI, 2 AVX-512, 1 AVX2, 0 any.
 EXPORT int tightrope_instruction_set() {
 #if defined(__x86_64__) || defined(__i386__)
