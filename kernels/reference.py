@@ -14,6 +14,7 @@ from tightrope.kernels.quantized import TILE, Nf4Matrix, QuantizedMatrix
 from tightrope.kernels.quantized import dequantize as dequantize_matrix
 
 TILE_ROWS = 4096  # rows of a weight that are expanded to float32 at a time
+TILE_SCORES = 1 << 21  # scores of attention, and numbers of keys, that are held at a time
 
 
 def store_kv(cache: LayerCache, keys: Tensor, values: Tensor, slots: Tensor) -> None:
@@ -98,39 +99,69 @@ def attention(
     outputs = torch.empty_like(queries)
     starts, lengths = step.query_starts.tolist(), step.context_lens.tolist()
     for b, length in enumerate(lengths):
-        begin, end = starts[b], starts[b + 1]
-        keys, values = _gather(cache, step.block_tables[b], length)
-        if table is not None:
-            sets = table.set_of[b].long().expand(length)
-            keys = _rotate(keys, table, sets, torch.arange(length, device=keys.device))
-        outputs[begin:end] = _attend(queries[begin:end], keys, values, spec)
+        rows = queries[starts[b] : starts[b + 1]]
+        outputs[starts[b] : starts[b + 1]] = _attend(rows, cache, step.block_tables[b], length, table, b, spec)
     return outputs
 
 
-def _gather(cache: LayerCache, block_table: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """Keys (not rotated) and values [length, Hkv, D] float32 of one sequence."""
-    pages = block_table[: -(-length // PAGE)].long()
+def attention_bytes(num_tokens: int, num_heads: int, num_kv_heads: int, head_dim: int) -> int:
+    """A bound on what `attention` of `num_tokens` takes beside its output; the context's length is no part of it.
+
+    Keys on their way from codes to rotated float32 are up to six tensors of a tile, scores and masks four, and sums of
+    values, with what is added and what they were before, four of the queries' size.
+    """
+    tile = max(TILE_SCORES, PAGE * max(num_tokens * num_heads, num_kv_heads * head_dim))
+    return 4 * (10 * tile + 4 * num_tokens * num_heads * (head_dim + 2))
+
+
+def _attend(
+    queries: Tensor,
+    cache: LayerCache,
+    block_table: Tensor,
+    length: int,
+    table: RopeTable | None,
+    sequence: int,
+    spec: AttentionSpec,
+) -> Tensor:
+    """Attention of the last tokens of one sequence, a tile of keys after another.
+
+    Weights are relative to the largest score so far, and what was summed before is corrected where a larger one comes.
+    Source: Milakov and Gimelshein 2018, arXiv 1805.02867.
+    """
+    n, num_heads, head_dim = queries.shape
+    num_kv_heads = cache.format.num_kv_heads
+    queries = queries.unflatten(1, (num_kv_heads, -1))  # [n, Hkv, H / Hkv, D]
+    largest = queries.new_full(queries.shape[:3], torch.finfo(torch.float32).min).permute(1, 2, 0)  # [Hkv, H / Hkv, n]
+    total, mixed = torch.zeros_like(largest), torch.zeros_like(queries).permute(1, 2, 0, 3)
+    size = max(1, TILE_SCORES // max(n * num_heads, num_kv_heads * head_dim, 1) // PAGE) * PAGE
+    first = 0 if spec.window is None else max(0, length - n - spec.window + 1) // PAGE * PAGE
+    for begin in range(first, length, size):
+        positions = torch.arange(begin, min(begin + size, length), device=queries.device)
+        keys, values = _gather(cache, block_table, begin, begin + len(positions))
+        if table is not None:
+            keys = _rotate(keys, table, table.set_of[sequence].long().expand(len(positions)), positions)
+        scores = torch.einsum("nhgd,khd->hgnk", queries, keys).mul_(spec.scale)
+        if spec.softcap is not None:
+            scores.div_(spec.softcap).tanh_().mul_(spec.softcap)
+        distance = torch.arange(length - n, length, device=queries.device).unsqueeze(1) - positions  # [n, keys]
+        is_seen = (distance >= 0) & (distance < (spec.window or length))
+        scores.masked_fill_(~is_seen, float("-inf"))
+        previous, largest = largest, largest.maximum(scores.amax(-1))
+        weights = scores.sub_(largest.unsqueeze(-1)).exp_()
+        shrunk = (previous - largest).exp_()
+        total = total * shrunk + weights.sum(-1)
+        mixed = mixed * shrunk.unsqueeze(-1) + torch.einsum("hgnk,khd->hgnd", weights, values)
+    return (mixed / total.unsqueeze(-1)).permute(2, 0, 1, 3).flatten(1, 2)
+
+
+def _gather(cache: LayerCache, block_table: Tensor, begin: int, end: int) -> tuple[Tensor, Tensor]:
+    """Keys (not rotated) and values [end - begin, Hkv, D] float32 of one sequence; `begin` is where a page begins."""
+    pages = block_table[begin // PAGE : -(-end // PAGE)].long()
     out = []
     for codes, scales in ((cache.key_codes, cache.key_scales), (cache.value_codes, cache.value_scales)):
         values = dequantize(codes[pages], scales[pages], cache.format.dtype, cache.format.head_dim)
-        out.append(values.transpose(1, 2).flatten(0, 1)[:length])
+        out.append(values.transpose(1, 2).flatten(0, 1)[: end - begin])
     return out[0] * cache.key_factor, out[1]
-
-
-def _attend(queries: Tensor, keys: Tensor, values: Tensor, spec: AttentionSpec) -> Tensor:
-    n, length = len(queries), len(keys)
-    group = queries.shape[1] // keys.shape[1]
-    scores = torch.einsum("qhd,khd->hqk", queries, keys.repeat_interleave(group, 1)) * spec.scale
-    if spec.softcap is not None:
-        scores = spec.softcap * torch.tanh(scores / spec.softcap)
-    distance = torch.arange(length - n, length, device=keys.device).unsqueeze(1) - torch.arange(
-        length, device=keys.device
-    )
-    is_seen = distance >= 0  # [n, length]
-    if spec.window is not None:
-        is_seen &= distance < spec.window
-    weights = scores.masked_fill(~is_seen, float("-inf")).softmax(-1)
-    return torch.einsum("hqk,khd->qhd", weights, values.repeat_interleave(group, 1))
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
