@@ -7,12 +7,18 @@ from tightrope.backends.errors import DoesNotFit
 
 GIB = 1 << 30
 MEMORY_SHARE = 0.9  # of the free memory; the rest is left to everyone else
+PROMPT_LOGITS = 1 << 24  # of a step's prompts whose every row is wanted: 64 MiB of float32
 MIN_DEFAULT_TOKENS = 32768  # of the cache: several shorter chats side by side with a window's worth of one
 
 
 def default_tokens(window: int, max_num_seqs: int) -> int:
     """Cache capacity in tokens for a window, as long as memory allows."""
     return min(window * max_num_seqs, max(window, MIN_DEFAULT_TOKENS))
+
+
+def prompt_rows(vocab_size: int, step_tokens: int) -> int:
+    """Rows of logits that a step of `step_tokens` may yield for prompts, beside one row for each sequence."""
+    return min(step_tokens, max(1, PROMPT_LOGITS // vocab_size))
 
 
 def spare_bytes(weight_bytes: int, free_bytes: int) -> int:

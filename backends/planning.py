@@ -90,7 +90,7 @@ def _of_folder(folder: Path, settings: ModelSettings, memory_bytes: int | None) 
         format=describe_format(shape.dtype, quantization),
         memory_bytes=spare + weight_bytes,
         weight_bytes=weight_bytes,
-        workspace_bytes=hf.workspace_bytes(settings, shape, window),
+        workspace_bytes=hf.workspace_bytes(settings, shape),
         trained_len=shape.trained_len,
         window=window,
         caches=tuple(

@@ -111,6 +111,7 @@ class Capabilities:
 
     max_num_seqs: int  # sequences open at the same time
     max_step_tokens: int  # tokens in one forward call, over all chunks
+    max_prompt_rows: int  # tokens of those chunks in one forward call that want the logits of all their rows
 
 
 class Backend(Protocol):

@@ -69,7 +69,7 @@ class EngineCore:
             max_num_seqs=self._max_num_seqs,
             max_step_tokens=backend.capabilities.max_step_tokens,
             busy_step_s=limits.busy_step_ms / 1e3,
-            vocab_size=self._tokenizer.vocab_size,
+            max_prompt_rows=backend.capabilities.max_prompt_rows,
         )
         self._requests: dict[str, list[Sequence]] = {}
         self._counters = Counters()
@@ -166,13 +166,9 @@ class EngineCore:
     def _chunk(self, work: Work) -> Chunk:
         sequence, start = work.sequence, work.sequence.num_computed
         want: WantLogits = "last" if work.is_last and sequence.request.stop.max_tokens != 0 else "none"
-        if self._wants_all(sequence):
+        if sequence.needs_own_prompt:
             want = "all"
         return Chunk(sequence.seq_id, sequence.token_ids[start : start + work.num_tokens], start, want)
-
-    @staticmethod
-    def _wants_all(sequence: Sequence) -> bool:
-        return sequence.prompt_tokens is not None and not sequence.is_announced
 
     def _fail(self, sequences: list[Sequence], why: str) -> StepResult:
         """End the requests of these sequences; nothing of them stays cached."""
@@ -193,7 +189,7 @@ class EngineCore:
         for work in works:
             sequence, start, is_last = work.sequence, work.sequence.num_computed, work.is_last
             self._scheduler.commit(work)
-            if self._wants_all(sequence):
+            if sequence.needs_own_prompt:
                 self._score_prompt(sequence, start, logits[row : row + work.num_tokens])
                 row += work.num_tokens
                 if is_last and sequence.request.stop.max_tokens != 0:

@@ -11,7 +11,6 @@ from tightrope.backends.errors import BackendError
 from tightrope.backends.protocol import Backend, CacheVariants, Chunk, Tokenizer
 from tightrope.kernels.layout import CacheDtype
 
-LOGITS_BYTES = 128 << 20  # of one step's float32 rows
 LANES = 8  # caches of single layers that are compared in one run; each takes the room of a whole f16 cache
 ROWS = 64  # rows that are exponentiated at a time, so that what is made of them stays in the processor's caches
 
@@ -118,7 +117,7 @@ def layer_runs(num_layers: int) -> int:
 
 
 def _step_tokens(backend: Backend) -> int:
-    return min(backend.capabilities.max_step_tokens, max(1, LOGITS_BYTES // (4 * backend.tokenizer.vocab_size)))
+    return min(backend.capabilities.max_step_tokens, backend.capabilities.max_prompt_rows)
 
 
 def _steps(

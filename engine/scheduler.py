@@ -15,7 +15,6 @@ from tightrope.engine.sequence import Sequence
 
 DECODE_HEADROOM = 32  # tokens of output that must have room before a sequence starts, lest it be preempted at once
 MIN_BUSY_PREFILL = 16  # tokens; smaller chunks of a prompt cost a whole step for next to nothing
-PROMPT_LOGITS = 1 << 24  # logits of a chunk whose every row is wanted: 64 MiB of float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +52,12 @@ class Scheduler:
     """Owns the queues; the cache's bookkeeping is called from here and nowhere else."""
 
     def __init__(
-        self, kv: KVCache, *, max_num_seqs: int, max_step_tokens: int, busy_step_s: float, vocab_size: int
+        self, kv: KVCache, *, max_num_seqs: int, max_step_tokens: int, busy_step_s: float, max_prompt_rows: int
     ) -> None:
         self._kv = kv
         self._max_num_seqs = max_num_seqs
         self._max_step_tokens = max_step_tokens
-        self._max_prompt_logits_chunk = max(1, PROMPT_LOGITS // vocab_size)
+        self._max_prompt_rows = max_prompt_rows
         self._busy_step_s = busy_step_s
         self._seq_ids = count()
         self._has_room = True  # False: the head of the queue didn't fit, and nothing was freed since
@@ -127,8 +126,9 @@ class Scheduler:
         num_tokens = min(sequence.num_pending, budget)
         if sequence.is_reproducible and 1 < num_tokens == sequence.num_pending:
             num_tokens -= 1
-        if sequence.prompt_tokens is not None:
-            num_tokens = min(num_tokens, self._max_prompt_logits_chunk)
+        if sequence.needs_own_prompt:
+            taken = sum(work.num_tokens for work in step if work.sequence.needs_own_prompt)
+            num_tokens = min(num_tokens, self._max_prompt_rows - taken)
         if num_tokens > 0:
             step.append(Work(sequence, num_tokens))
         return num_tokens

@@ -149,9 +149,10 @@ class FakeBackend:
         max_model_len: int = 1024,
         max_num_seqs: int = 8,
         max_step_tokens: int = 64,
+        max_prompt_rows: int = 0,
     ) -> None:
         self.card = ModelCard("fake", "rules", "fake", max_model_len, max_model_len, "f16", None, ())
-        self.capabilities = Capabilities(max_num_seqs, max_step_tokens)
+        self.capabilities = Capabilities(max_num_seqs, max_step_tokens, max_prompt_rows or max_step_tokens)
         self.kv = FakeKV(capacity)
         self.tokenizer = ByteTokenizer()
         self.steps: list[list[Chunk]] = []
@@ -164,6 +165,8 @@ class FakeBackend:
             raise BackendError(self.broken)
         self.steps.append(list(chunks))
         assert sum(len(chunk.token_ids) for chunk in chunks) <= self.capabilities.max_step_tokens
+        scored = [chunk for chunk in chunks if chunk.want_logits == "all"]
+        assert sum(len(chunk.token_ids) for chunk in scored) <= self.capabilities.max_prompt_rows
         rows = []
         for chunk in chunks:
             held = self.kv.live[chunk.seq_id]

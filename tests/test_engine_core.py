@@ -242,6 +242,20 @@ def test_special_text_in_a_plain_span_stays_text():
     assert [t.token_id for t in tokens] == [BOS, *b"<s>"]
 
 
+def test_prompts_side_by_side_get_their_logprobs_from_steps_of_few_rows():
+    backend = FakeBackend(max_step_tokens=64, max_prompt_rows=8)  # which refuses a step of more
+    prompts = {name: name * 30 for name in "abc"}
+    wanted = [request(name, prompt, prompt_logprobs=0, max_tokens=2) for name, prompt in prompts.items()]
+
+    found = run(make_core(backend), *wanted)
+
+    for name, prompt in prompts.items():
+        info = found[name][0].prompt
+        assert info is not None
+        assert info.tokens is not None
+        assert [token.token_id for token in info.tokens[1:]] == list(prompt.encode())
+
+
 def test_prompt_logprobs_cover_every_prompt_token_and_leave_the_answer_as_it_was():
     backend = FakeBackend(max_step_tokens=16)
     core = make_core(backend)

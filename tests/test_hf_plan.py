@@ -19,7 +19,7 @@ from tightrope.backends.hf.plan import (
     token_bytes,
     workspace_bytes,
 )
-from tightrope.backends.memory import MEMORY_SHARE, spare_bytes
+from tightrope.backends.memory import MEMORY_SHARE, prompt_rows, spare_bytes
 from tightrope.backends.settings import ModelSettings
 from tightrope.kernels.layout import PAGE, CacheDtype, CacheFormat, LayerCache
 
@@ -132,11 +132,24 @@ def test_a_model_of_learned_positions_has_no_more_of_them(yi: Path):
         make_plan(beyond, gpt2, 0, 400 * GIB)
 
 
-def test_the_workspace_grows_with_the_step_and_the_vocabulary(yi: Path):
+def test_the_workspace_grows_with_the_step_and_the_sequences(yi: Path):
+    model = shape(yi)
+    one, more = ModelSettings(max_num_seqs=1), ModelSettings(max_num_seqs=9)
     small, large = ModelSettings(step_tokens=64), ModelSettings(step_tokens=1024)
 
-    assert workspace_bytes(large, shape(yi), 0) - workspace_bytes(small, shape(yi), 0) >= 960 * 64000 * 4
-    assert workspace_bytes(small, shape(yi), WINDOW) < 2 * GIB
+    assert workspace_bytes(more, model) - workspace_bytes(one, model) >= 8 * model.vocab_size * 4
+    assert workspace_bytes(large, model) - workspace_bytes(small, model) >= 960 * model.intermediate_size * 4
+
+
+@pytest.mark.parametrize("step_tokens", [512, 8192])
+def test_a_large_vocabulary_takes_no_more_for_the_logits_of_a_prompt_than_a_step_may_yield(yi: Path, step_tokens: int):
+    settings = ModelSettings(max_num_seqs=1, step_tokens=step_tokens)
+    large = shape(yi, vocab_size=262_144)
+    assert prompt_rows(large.vocab_size, step_tokens) == 64
+
+    more = workspace_bytes(settings, large) - workspace_bytes(settings, shape(yi, vocab_size=1))
+
+    assert more <= 4 * (2 * 64 + 4) * large.vocab_size
 
 
 @pytest.mark.parametrize("fields", [{"rope_scaling": {"type": "linear", "factor": 0}}, {"rope_theta": -1.0}])

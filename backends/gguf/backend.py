@@ -21,7 +21,7 @@ from tightrope.backends.gguf.native import (
 from tightrope.backends.gguf.plan import Plan, make_plan
 from tightrope.backends.gguf.shape import ModelShape
 from tightrope.backends.gguf.tokenizer import GGUFTokenizer
-from tightrope.backends.memory import free_memory
+from tightrope.backends.memory import free_memory, prompt_rows
 from tightrope.backends.protocol import Capabilities, Chunk, KVCache, ModelCard, Tokenizer
 from tightrope.backends.settings import ModelSettings
 from tightrope.backends.threads import compute_threads
@@ -61,7 +61,9 @@ class GGUFBackend:
             whole_only=self._model.has_state,
             parking_bytes=plan.parking_bytes,
         )
-        self.capabilities = Capabilities(settings.max_num_seqs, plan.step_tokens)
+        self.capabilities = Capabilities(
+            settings.max_num_seqs, plan.step_tokens, prompt_rows(ModelShape.of(header).vocab_size, plan.step_tokens)
+        )
         self.card = _card(path, header, self._model, plan)
 
     def forward(self, chunks: Sequence[Chunk]) -> Tensor:

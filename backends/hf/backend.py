@@ -21,6 +21,7 @@ from tightrope.backends.hf.quantised import describe_format, find_quantization, 
 from tightrope.backends.hf.steps import StepBuilder
 from tightrope.backends.hf.tokenizer import HFTokenizer
 from tightrope.backends.hf.variants import CacheVariants
+from tightrope.backends.memory import prompt_rows
 from tightrope.backends.protocol import Capabilities, Chunk, KVCache, ModelCard, Tokenizer
 from tightrope.backends.settings import ModelSettings
 from tightrope.backends.threads import compute_threads
@@ -64,7 +65,9 @@ class HFBackend:
             self.graphs = DecodeGraphs(self.model.forward, settings.max_num_seqs, plan.window, device)
         self.kv: KVCache
         self.kv = self._pages = PagedKVCache(plan.num_pages, self.steps.frequencies_at)
-        self.capabilities = Capabilities(settings.max_num_seqs, plan.step_tokens)
+        self.capabilities = Capabilities(
+            settings.max_num_seqs, plan.step_tokens, prompt_rows(shape.vocab_size, plan.step_tokens)
+        )
         self.card = _card(folder, shape, describe_format(shape.dtype, quantization), self.model, plan)
         progress(1.0)
 

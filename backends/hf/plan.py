@@ -7,11 +7,11 @@ import torch
 
 from tightrope.backends.errors import BackendError
 from tightrope.backends.hf.config import ModelShape
-from tightrope.backends.memory import GIB, default_tokens, does_not_fit, free_memory, spare_bytes
+from tightrope.backends.memory import GIB, default_tokens, does_not_fit, free_memory, prompt_rows, spare_bytes
 from tightrope.backends.rope import RopeSpec, resolve_rope
 from tightrope.backends.settings import ModelSettings
 from tightrope.kernels.layout import PAGE, CacheDtype, CacheFormat
-from tightrope.kernels.reference import TILE_ROWS
+from tightrope.kernels.reference import TILE_ROWS, attention_bytes
 
 CACHE_DTYPES: tuple[CacheDtype, ...] = ("f16", "q8", "q4")  # largest first
 CALIBRATION_TOKENS = 512  # of the text that backends/hf/calibrate.py runs once at load, in an f16 cache
@@ -55,7 +55,7 @@ def make_plan(settings: ModelSettings, shape: ModelShape, weight_bytes: int, fre
         num_pages=num_pages,
         cache_dtype=dtype,
         token_bytes=token_bytes(shape, dtype),
-        workspace_bytes=workspace_bytes(settings, shape, window),
+        workspace_bytes=workspace_bytes(settings, shape),
         step_tokens=min(settings.step_tokens, num_pages * PAGE),
         rope=rope,
         notes=tuple(notes),
@@ -84,26 +84,24 @@ def served_window(settings: ModelSettings, shape: ModelShape, rope: Mapping[str,
 
 def largest_window(settings: ModelSettings, shape: ModelShape, dtype: CacheDtype, spare: int) -> int:
     """The largest window, in tokens, that `spare` bytes beside the weights hold; whole pages."""
-    fixed = workspace_bytes(settings, shape, 0)
-    a_token = token_bytes(shape, dtype) + workspace_bytes(settings, shape, 1) - fixed
-    return max(0, spare - fixed) // a_token // PAGE * PAGE
+    return max(0, spare - workspace_bytes(settings, shape)) // token_bytes(shape, dtype) // PAGE * PAGE
 
 
-def workspace_bytes(settings: ModelSettings, shape: ModelShape, window: int) -> int:
-    """A bound on what a step needs beside weights and cache, with activations in float32; linear in the window."""
+def workspace_bytes(settings: ModelSettings, shape: ModelShape) -> int:
+    """A bound on what a step needs beside weights and cache, with activations in float32."""
     tokens, hidden, ffn = settings.step_tokens, shape.hidden_size, shape.intermediate_size
     kv_width = shape.num_kv_heads * shape.head_dim
     qkv = shape.num_heads * shape.head_dim + 2 * kv_width
     # a prompt whose logprobs are wanted yields a row for each token, copied once; the sampler's steps copy their rows
-    logits = 4 * shape.vocab_size * (2 * tokens + 4 * settings.max_num_seqs)
+    logits = 4 * shape.vocab_size * (2 * prompt_rows(shape.vocab_size, tokens) + 4 * settings.max_num_seqs)
     # hidden states, residual and norm with their copies; heads before and after rotation, and their output; the MLP
     activations = 4 * tokens * (6 * hidden + 3 * qkv + 3 * ffn)
     # rows of a weight that are expanded to float32 at a time, where there is no kernel that reads them as they are
     tile = 4 * TILE_ROWS * max(hidden, ffn, qkv)
-    # attention of a prompt's chunk: keys and values of its whole sequence in one layer, expanded to float32
-    history = 4 * window * 2 * kv_width
+    # the other kernels need less than the reference
+    attention = attention_bytes(tokens, shape.num_heads, shape.num_kv_heads, shape.head_dim)
     calibration = CALIBRATION_TOKENS * token_bytes(shape, "f16")
-    return logits + activations + tile + history + calibration + FIXED_BYTES
+    return logits + activations + tile + attention + calibration + FIXED_BYTES
 
 
 def _choose_rope(settings: ModelSettings, shape: ModelShape) -> tuple[dict[str, RopeSpec], list[str]]:
@@ -126,7 +124,7 @@ def _choose_rope(settings: ModelSettings, shape: ModelShape) -> tuple[dict[str, 
 
 def _choose_pages(settings: ModelSettings, shape: ModelShape, window: int, dtype: CacheDtype, spare: int) -> int:
     """Pages of the cache, given `spare` bytes for cache and workspace. Raises DoesNotFit."""
-    room = spare - workspace_bytes(settings, shape, window)
+    room = spare - workspace_bytes(settings, shape)
     fitting = {kind: max(0, room) // token_bytes(shape, kind) // PAGE for kind in CACHE_DTYPES}  # pages
     least = settings.cache.tokens or window
     if least > fitting[dtype] * PAGE:
