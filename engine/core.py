@@ -221,7 +221,10 @@ class EngineCore:
     def _advance(self, sequence: Sequence, drawn: Sampled | None, now_s: float) -> Delta:
         """Append the drawn token and see whether it ends the sequence."""
         if drawn is None:
+            grammar = sequence.sampler.grammar
             message = "no token can be drawn: all are banned, or the model gave no numbers"
+            if grammar is not None and grammar.error is not None:
+                message = f"the grammar can't be followed any further: {grammar.error}"
             return self._finish(sequence, sequence.detokenizer.flush(), (), "error", now_s, message=message)
         if sequence.first_token_s is None:
             sequence.first_token_s = now_s
@@ -245,6 +248,8 @@ class EngineCore:
             matched = token_id
         elif sequence.detokenizer.stopped_by is not None and not (is_full and stop.length_first):
             reason, matched = "stop_string", sequence.detokenizer.stopped_by
+        elif sequence.sampler.has_complete_text and not (is_full and stop.length_first):
+            reason = "eos"  # nothing but an end token may follow: it is not waited for
         elif is_full:
             reason = "length"
         if reason is None:

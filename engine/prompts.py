@@ -10,6 +10,7 @@ import msgspec
 from tightrope.backends.protocol import Tokenizer
 from tightrope.engine.detokenizer import Detokenizer
 from tightrope.engine.errors import ContextLengthExceeded, InvalidRequest
+from tightrope.engine.grammar import Grammars
 from tightrope.engine.sampler.state import SamplerState
 from tightrope.engine.sequence import Sequence
 from tightrope.engine.types import GenerateRequest, Prompt, SamplingParams, TextPrompt, Token
@@ -57,6 +58,7 @@ class Intake:
         self._max_model_len = max_model_len
         self._max_choices = max_choices
         self._seq_ids = count()
+        self._grammars = Grammars(tokenizer)
 
     def sequences(self, request: GenerateRequest, now_s: float) -> list[Sequence]:
         """The `n` sequences of a request; all but the first wait for the first to compute their prompt.
@@ -67,6 +69,7 @@ class Intake:
             raise InvalidRequest(f"n must be between 1 and {self._max_choices}, not {request.n}", "n")
         prompt = self._prompt(request)
         max_len = self._max_len(request, len(prompt))
+        matcher = None if request.grammar is None else self._grammars.matcher(request.grammar)
         sequences: list[Sequence] = []
         for index in range(request.n):
             sequence = Sequence(
@@ -75,7 +78,11 @@ class Intake:
                 index=index,
                 token_ids=list(prompt),
                 sampler=SamplerState(
-                    self._sampling(request.sampling, index), prompt, self._tokenizer.vocab_size, request.logprobs
+                    self._sampling(request.sampling, index),
+                    prompt,
+                    self._tokenizer.vocab_size,
+                    request.logprobs,
+                    None if matcher is None else matcher.fork(),
                 ),
                 detokenizer=Detokenizer(request.stop.strings, keep_stop_text=request.stop.keep_stop_text),
                 max_len=max_len,

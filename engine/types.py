@@ -111,6 +111,21 @@ class TokenPrompt(Struct, frozen=True, tag="tokens"):
 Prompt = TextPrompt | TokenPrompt
 
 
+GrammarKind = Literal["json_schema", "regex", "choice", "grammar", "lark"]
+
+
+class Grammar(Struct, frozen=True):
+    """What the answer may look like; `field` is the request's name for it.
+
+    `text` by kind: a JSON schema as JSON; a regular expression that the whole answer matches; a JSON list of texts; a
+    grammar of the client's, in GBNF or Lark; a Lark grammar of the front's own making.
+    """
+
+    kind: GrammarKind
+    text: str
+    field: str
+
+
 class GenerateRequest(Struct, frozen=True):
     """One prompt and `n` independent answers to it."""
 
@@ -118,6 +133,7 @@ class GenerateRequest(Struct, frozen=True):
     prompt: Prompt
     sampling: SamplingParams = SamplingParams()
     stop: StopRules = StopRules()
+    grammar: Grammar | None = None
     n: int = 1
     logprobs: LogprobRequest | None = None
     prompt_logprobs: int | None = None  # raw logprobs of the prompt's tokens, with that many alternatives

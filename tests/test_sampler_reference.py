@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tightrope.engine.sampler.draw import uniform
+from tightrope.engine.grammar import Packed
 from tightrope.engine.sampler.penalties import edit_logits
 from tightrope.engine.sampler.sampler import Sampled, prompt_logprobs, sample
 from tightrope.engine.sampler.state import SamplerState
@@ -18,7 +19,7 @@ from tightrope.engine.types import LogprobRequest, SamplingParams
 
 EDGE = 1e-5  # of the mass; the weight of a whole vocabulary is a float32 sum of approximated exponentials
 Row = tuple[str, int, SamplingParams, int]  # shape, seed of the logits, parameters, place in the output
-History = tuple[SamplingParams, list[int], list[int], set[int]]  # parameters, prompt, output, suppressed
+History = tuple[SamplingParams, list[int], list[int], set[int], set[int] | None]
 VOCAB_SIZES = (
     1,
     2,
@@ -176,8 +177,18 @@ penalties = st.builds(
     logit_bias=st.dictionaries(tokens, st.floats(-100, 100, width=32), max_size=3),
 )
 histories = st.tuples(
-    penalties, st.lists(tokens, max_size=40), st.lists(tokens, max_size=40), st.sets(tokens, max_size=2)
+    penalties,
+    st.lists(tokens, max_size=40),
+    st.lists(tokens, max_size=40),
+    st.sets(tokens, max_size=2),
+    st.none() | st.sets(tokens),
 )
+
+
+def packed(allowed: set[int], vocab_size: int) -> Packed:
+    bits = np.zeros(vocab_size, np.uint8)
+    bits[sorted(allowed)] = 1
+    return np.packbits(bits, bitorder="little")
 
 
 @settings(max_examples=150, deadline=None)
@@ -185,7 +196,7 @@ histories = st.tuples(
 def test_penalised_logits_equal_the_reference_even_after_a_rewind(batch: list[History], rewind: int, seed: int):
     logits = np.stack([logits_row("mostly_banned" if i % 2 else "normal", 50, seed + i) for i in range(len(batch))])
     states = []
-    for p, prompt, output, _ in batch:
+    for p, prompt, output, *_ in batch:
         made = SamplerState(p, prompt, 50, None)
         for token in [*output, *range(rewind)]:
             made.append(token)
@@ -195,11 +206,13 @@ def test_penalised_logits_equal_the_reference_even_after_a_rewind(batch: list[Hi
         states.append(made)
     before = torch.from_numpy(logits.copy())
 
-    edited = edit_logits(before, [s.edits for s in states], [tuple(banned) for *_, banned in batch])
+    masks = [None if allowed is None else packed(allowed, 50) for *_, allowed in batch]
+    edited = edit_logits(before, [s.edits for s in states], [tuple(banned) for *_, banned, _ in batch], masks)
 
-    for row, (p, prompt, output, banned), result in zip(logits, batch, edited.numpy(), strict=True):
+    for row, (p, prompt, output, banned, allowed), result in zip(logits, batch, edited.numpy(), strict=True):
         whole = [*output, *output[len(output) // 2 :]]
-        expected = reference.penalise(row.astype(np.float64), p, prompt, whole, banned)
+        excluded = set() if allowed is None else set(range(50)) - allowed
+        expected = reference.penalise(row.astype(np.float64), p, prompt, whole, banned | excluded)
         np.testing.assert_allclose(result, expected, rtol=1e-5, atol=2e-5)
     assert torch.equal(before, torch.from_numpy(logits))
 

@@ -8,7 +8,8 @@ The order. Every step is a no-op at its neutral value, which is in brackets, and
     are subtracted.
 3.  relative_frequency_penalty [0] times the share of the token in prompt and output is subtracted.
     With penalty_range [0: all] = n, steps 1 to 3 see the last n tokens of prompt and output, and nothing before them.
-4.  logit_bias is added. Then suppressed tokens (ends that may not come yet) get a logit of -inf.
+4.  logit_bias is added. Then suppressed tokens (ends that may not come yet), and those that a grammar excludes, get a
+    logit of -inf.
 5.  temperature [1] divides. It is held between 1e-30 and 1e30; 0 is greedy: the token of the largest logit, ties to
     the lowest id, and nothing below matters.
 6.  top_k [0]: the k likeliest tokens; of equals the lowest ids, so that it is exactly k.

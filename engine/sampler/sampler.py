@@ -38,7 +38,8 @@ def sample(logits: Tensor, states: Sequence[SamplerState], *, may_overwrite: boo
     if not states:
         return []
     in_place = may_overwrite and not any(s.wants_raw for s in states)
-    edited = edit_logits(logits, [s.edits for s in states], [s.suppressed for s in states], in_place=in_place)
+    masks = [None if s.grammar is None else s.grammar.mask() for s in states]
+    edited = edit_logits(logits, [s.edits for s in states], [s.suppressed for s in states], masks, in_place=in_place)
     drawn, rows = _draw_natively(edited, states)
     blocks = None
     if len(rows):

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 
+from tightrope.engine.grammar import Matcher
 from tightrope.engine.sampler.penalties import TokenEdits
 from tightrope.engine.types import LogprobRequest, SamplingParams
 
@@ -16,24 +17,35 @@ class SamplerState:
         prompt_token_ids: Sequence[int],
         vocab_size: int,
         logprobs: LogprobRequest | None,
+        grammar: Matcher | None = None,
     ) -> None:
         """Raises InvalidRequest when logit_bias names a token that isn't there."""
         self.params = params
         self.logprobs = logprobs
         self.seed = params.seed if params.seed is not None else int.from_bytes(os.urandom(8), "little")
         self.suppressed: tuple[int, ...] = ()  # ids that may not be drawn now; the engine sets them between steps
+        self.grammar = grammar
         self.edits = TokenEdits(params, prompt_token_ids, vocab_size)
         self.num_output = 0
         self.wants_processed = logprobs is not None and logprobs.processed
         self.wants_raw = logprobs is not None and not logprobs.processed
         self.processed_top = logprobs.top if logprobs is not None and logprobs.processed else 0
 
+    @property
+    def has_complete_text(self) -> bool:
+        """Whether a grammar is satisfied, and nothing can be added."""
+        return self.grammar is not None and self.grammar.is_complete
+
     def append(self, token_id: int) -> None:
         """A token was generated; O(1)."""
         self.num_output += 1
         self.edits.append(token_id)
+        if self.grammar is not None:
+            self.grammar.append(token_id)
 
     def truncate(self, num_output: int) -> None:
         """Forget generated tokens after the first `num_output`; what is drawn next is what was drawn there before."""
         self.num_output = num_output
         self.edits.truncate(num_output)
+        if self.grammar is not None:
+            self.grammar.truncate(num_output)
