@@ -13,6 +13,11 @@ from starlette.middleware.cors import CORSMiddleware
 from tightrope import __version__
 from tightrope.engine.client import EngineClient
 from tightrope.server.errors import install_handlers
+from tightrope.server.families.koboldcpp import koboldcpp_router
+from tightrope.server.families.llamacpp import llamacpp_router
+from tightrope.server.families.ollama import ollama_router
+from tightrope.server.families.ooba import ooba_router
+from tightrope.server.families.tabby import tabby_router
 from tightrope.server.front import Front
 from tightrope.server.guards import BodyLimit, HostGuard, KeyGuard, is_loopback
 from tightrope.server.invocations import invocations_router
@@ -43,10 +48,13 @@ def create_app(client: EngineClient, settings: ServerSettings) -> FastAPI:
     install_handlers(app, front.metrics.refused)
     # Only documents that a key is asked for; KeyGuard asks, before a byte of the body is read.
     keyed = [Security(HTTPBearer(auto_error=False))] if settings.api_key is not None else []
-    app.include_router(openai_router(front), dependencies=keyed)
+    app.include_router(openai_router(front), prefix="/v1", dependencies=keyed)
+    app.include_router(openai_router(front), dependencies=keyed, include_in_schema=False)  # for URLs without /v1
     app.include_router(tgi_router(front), dependencies=keyed)
     app.include_router(tokenize_router(front), dependencies=keyed)
     app.include_router(invocations_router(front), dependencies=keyed)
+    for family in (tabby_router, ooba_router, llamacpp_router, koboldcpp_router, ollama_router):
+        app.include_router(family(front), dependencies=keyed)
     _add_probes(app, front)
     # The last one added stands first.
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
@@ -56,7 +64,7 @@ def create_app(client: EngineClient, settings: ServerSettings) -> FastAPI:
         CORSMiddleware,
         allow_origins=settings.cors_origins,
         allow_methods=["GET", "POST"],
-        allow_headers=["content-type", "authorization"],
+        allow_headers=["content-type", "authorization", "x-api-key"],
         allow_credentials=False,
     )
     if is_loopback(settings.host):

@@ -192,6 +192,11 @@ def error_event(exc: EngineError, dialect: Dialect) -> bytes:
     return b"data: " + msgspec.json.encode(error_body(exc, dialect)) + b"\n\n"
 
 
+def error_line(exc: EngineError) -> bytes:
+    """The same for a stream of JSON lines."""
+    return msgspec.json.encode(error_body(exc, "openai")) + b"\n"
+
+
 def unexpected(exc: Exception) -> BackendFailed:
     """The error that a client is told of when our own code broke; the reason is in the log alone."""
     log.error("request failed: error=%r", exc, exc_info=exc)

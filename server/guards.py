@@ -66,7 +66,7 @@ class KeyGuard:
         if scope["type"] != "http" or self._is_open(scope) or self._has_key(scope):
             return await self._app(scope, receive, send)
         return await _refuse(
-            Unauthorized("the API key is missing or wrong; send it as `Authorization: Bearer KEY`"),
+            Unauthorized("the API key is missing or wrong; send it as `Authorization: Bearer KEY` or `X-API-Key: KEY`"),
             scope,
             receive,
             send,
@@ -76,9 +76,11 @@ class KeyGuard:
         return scope["path"] in OPEN_ROUTES or (scope["path"] == "/" and scope["method"] in ("GET", "HEAD"))
 
     def _has_key(self, scope: Scope) -> bool:
-        scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
+        headers = Headers(scope=scope)
+        scheme, _, bearer = headers.get("authorization", "").partition(" ")
+        given = [headers.get("x-api-key", ""), bearer if scheme.lower() == "bearer" else ""]
         # compare_digest takes the same time wherever the first difference is
-        return scheme.lower() == "bearer" and hmac.compare_digest(key.strip().encode("latin-1"), self._key)
+        return any(hmac.compare_digest(key.strip().encode("latin-1"), self._key) for key in given)
 
 
 class BodyLimit:

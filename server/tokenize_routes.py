@@ -3,7 +3,7 @@
 from typing import Annotated
 
 from fastapi import APIRouter, Request
-from pydantic import BaseModel, Discriminator, Field, Tag
+from pydantic import BaseModel, Discriminator, Tag
 
 from tightrope.engine.types import Span, TextPrompt, Token
 from tightrope.server.body import Body, JsonRoute
@@ -108,7 +108,10 @@ class TokenizerInfo(BaseModel):
 
 
 class Detokenized(BaseModel):
-    prompt: str = Field(description="The text; special tokens are kept.")
+    """The text, special tokens kept, under vLLM's name and llama-server's."""
+
+    prompt: str
+    content: str
 
 
 def places(tokens: tuple[Token, ...], inputs: str) -> list[TokenPlace]:
@@ -182,6 +185,7 @@ def tokenize_router(front: Front) -> APIRouter:
     async def detokenize(body: DetokenizeBody) -> Detokenized:
         """The text of token ids."""
         check_model(body.model, front.served())
-        return Detokenized(prompt=await front.client.detokenize(body.tokens))
+        text = await front.client.detokenize(body.tokens)
+        return Detokenized(prompt=text, content=text)
 
     return router

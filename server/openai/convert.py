@@ -192,7 +192,7 @@ def completion_prompts(body: CompletionRequest, served: Served) -> list[Prompt]:
         if not piece:
             raise InvalidRequest("prompt must not be empty", "prompt")
         if isinstance(piece, str):
-            prompts.append(TextPrompt((Span(piece),), body.add_special_tokens))
+            prompts.append(TextPrompt((Span(piece),), body.add_special_tokens and body.add_bos_token))
             continue
         for token_id in piece:
             if not 0 <= token_id < served.info.vocab_size:

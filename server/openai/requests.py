@@ -126,3 +126,4 @@ class CompletionRequest(SamplingBody):
     logprobs: int | None = Field(None, ge=0, description="Alternatives at each token, besides the chosen one.")
     suffix: str | None = None
     add_special_tokens: bool = Field(True, description="BOS in front of text where the model wants one.")
+    add_bos_token: bool = Field(True, description="The same; no BOS is added unless both are true.")

@@ -14,6 +14,7 @@ from tightrope.engine.errors import ContextLengthExceeded
 from tightrope.engine.types import GenerateRequest, TextPrompt
 from tightrope.server.body import Documented, JsonRoute, log_ignored
 from tightrope.server.front import Front
+from tightrope.server.one_token import one_token_each
 from tightrope.server.openai.answers import (
     ChatAnswer,
     CompletionAnswer,
@@ -59,8 +60,8 @@ EVENTS = {
 
 
 def openai_router(front: Front) -> APIRouter:
-    """All routes under /v1."""
-    router = APIRouter(prefix="/v1", route_class=JsonRoute, tags=["OpenAI"])
+    """All routes, relative to /v1."""
+    router = APIRouter(route_class=JsonRoute, tags=["OpenAI"])
 
     def card() -> ModelCard:
         served = front.served()
@@ -148,7 +149,7 @@ async def answer_completion(front: Front, body: CompletionRequest, request: Requ
     if body.stream:
         deltas = await started(request, run(front.metrics.generate, requests))
         events = completion_events(
-            deltas,
+            deltas if body.logprobs is None else one_token_each(deltas),
             identity,
             echoes=echoes,
             n=body.n,

@@ -1,0 +1,253 @@
+"""Ollama's routes under /api: the model, and generation of prompts and chats as lines of JSON."""
+
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from datetime import UTC, datetime
+from typing import Annotated, Any
+
+import msgspec
+from fastapi import APIRouter, Request, Response
+from pydantic import BaseModel, Field
+
+from tightrope import __version__
+from tightrope.engine.errors import InvalidRequest, ModelNotFound
+from tightrope.engine.types import Finish, GenerateRequest, PromptInfo, TextPrompt
+from tightrope.server.body import Body, FirstErrorOnly, JsonRoute
+from tightrope.server.families.text import STATUS_ERRORS, TextBody, pieces, text_prompt, text_request, whole
+from tightrope.server.front import Front
+from tightrope.server.openai.convert import Served, check_model
+from tightrope.server.openai.routes import ERRORS
+from tightrope.server.sse import line_stream
+from tightrope.server.work import Deltas, or_gone
+
+encode = msgspec.json.Encoder().encode
+LATEST = ":latest"  # the tag that clients put behind a name without one
+LINES = {"application/x-ndjson": {"schema": {"type": "string"}}}
+
+
+class OllamaBody(Body):
+    """What both kinds of request have in common. `options` hold the sampling, under Ollama's or any other names."""
+
+    model: str | None = None
+    stream: bool = Field(True, description="Lines of JSON as they come; false gives one object.")
+    options: TextBody = TextBody()
+    keep_alive: int | float | str | None = Field(None, description="The model stays loaded: changes nothing.")
+    format: str | dict[str, Any] | None = Field(None, description="json or a JSON schema.")
+
+    without_effect = frozenset({"keep_alive"})
+
+
+class OllamaGenerate(OllamaBody):
+    """POST /api/generate."""
+
+    prompt: str = Field("", description="Without one the model is named as loaded.")
+    system: str | None = None
+    raw: bool = Field(False, description="Run the prompt as it is, without the chat template.")
+    images: list[str] | None = None
+    suffix: str | None = None
+
+
+class OllamaMessage(Body):
+    """One turn of the chat."""
+
+    role: str
+    content: str = ""
+    images: list[str] | None = None
+
+
+class OllamaChat(OllamaBody):
+    """POST /api/chat."""
+
+    messages: Annotated[list[OllamaMessage], FirstErrorOnly()] = Field([])
+
+
+class ModelDetails(BaseModel):
+    format: str
+    family: str
+    quantization_level: str
+
+
+class OllamaModel(BaseModel):
+    name: str
+    model: str
+    modified_at: str
+    size: int
+    details: ModelDetails
+
+
+class OllamaModels(BaseModel):
+    models: list[OllamaModel]
+
+
+class ShowBody(Body):
+    """POST /api/show."""
+
+    model: str | None = None
+    name: str | None = Field(None, description="The older name of model.")
+
+
+class Shown(BaseModel):
+    template: str
+    details: ModelDetails
+    model_info: dict[str, str | int]
+    capabilities: list[str]
+
+
+class OllamaAnswer(BaseModel):
+    """The answer to /api/generate, or one of its lines; /api/chat has `message` in place of `response`."""
+
+    model: str
+    created_at: str
+    response: str
+    done: bool
+    done_reason: str | None = None
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat().replace("+00:00", "Z")
+
+
+def _ending(prompt: PromptInfo, finish: Finish) -> dict[str, Any]:
+    """Times in nanoseconds."""
+    times = finish.timings
+    return {
+        "done": True,
+        "done_reason": "length" if finish.reason == "length" else "stop",
+        "total_duration": round(1e9 * (times.queue_s + times.prefill_s + times.decode_s)),
+        "load_duration": 0,
+        "prompt_eval_count": prompt.num_tokens,
+        "prompt_eval_duration": round(1e9 * times.prefill_s),
+        "eval_count": finish.num_tokens,
+        "eval_duration": round(1e9 * times.decode_s),
+    }
+
+
+Wrap = Callable[[str], dict[str, Any]]  # a piece of text in the place that the route has for it
+
+
+def _response(text: str) -> dict[str, Any]:
+    return {"response": text}
+
+
+def _message(text: str) -> dict[str, Any]:
+    return {"message": {"role": "assistant", "content": text}}
+
+
+async def _lines(deltas: Deltas, model: str, wrap: Wrap) -> AsyncGenerator[bytes, None]:
+    prompt: PromptInfo | None = None
+    async with aclosing(deltas):
+        async for _, delta in deltas:
+            prompt = delta.prompt or prompt
+            if delta.text:
+                yield encode({"model": model, "created_at": _now(), **wrap(delta.text), "done": False}) + b"\n"
+            if delta.finish is not None:
+                assert prompt is not None, "the first delta tells of the prompt"
+                ending = _ending(prompt, delta.finish)
+                yield encode({"model": model, "created_at": _now(), **wrap(""), **ending}) + b"\n"
+
+
+def _check_model(name: str | None, served: Served) -> None:
+    try:
+        check_model(name, served)
+    except ModelNotFound:
+        if name != served.model_id + LATEST:
+            raise
+
+
+def ollama_router(front: Front) -> APIRouter:
+    """/api/tags, /api/show, /api/version, /api/generate and /api/chat."""
+    router = APIRouter(prefix="/api", route_class=JsonRoute, tags=["Ollama"])
+    since = datetime.fromtimestamp(front.started, UTC).isoformat().replace("+00:00", "Z")
+
+    def details() -> ModelDetails:
+        info = front.info()
+        return ModelDetails(format=info.format, family=info.architecture, quantization_level=info.format)
+
+    async def answer(body: OllamaBody, asked: GenerateRequest, request: Request, wrap: Wrap) -> Response:
+        model = front.served().model_id
+        if body.stream:
+            return line_stream(_lines(await pieces(front, asked, request), model, wrap))
+        choice = await whole(front, asked, request)
+        made = {"model": model, "created_at": _now(), **wrap(choice.text), **_ending(choice.prompt, choice.finish)}
+        return Response(encode(made), media_type="application/json")
+
+    def loaded(body: OllamaBody, wrap: Wrap) -> Response:
+        made = {"model": front.served().model_id, "created_at": _now(), **wrap(""), "done": True, "done_reason": "load"}
+        return Response(encode(made) + b"\n", media_type="application/x-ndjson" if body.stream else "application/json")
+
+    async def templated(body: OllamaBody, messages: list[dict[str, Any]], request: Request) -> GenerateRequest:
+        template = front.template()
+        rendering = template.render(front.renderer, messages, add_generation_prompt=True, continue_final_message=False)
+        prompt = TextPrompt((await or_gone(request, rendering)).spans)
+        return text_request(body, body.options.model_extra or {}, prompt, front.served(), stops=template.stops)
+
+    def check(body: OllamaBody) -> None:
+        _check_model(body.model, front.served())
+        if body.format:
+            raise InvalidRequest("format is not supported by this server", "format")
+
+    @router.get("/version")
+    async def version() -> dict[str, str]:
+        """This server's version."""
+        return {"version": __version__}
+
+    @router.get("/tags", responses=STATUS_ERRORS)
+    async def tags() -> OllamaModels:
+        """The models: the one that is served."""
+        name = front.served().model_id
+        return OllamaModels(models=[OllamaModel(name=name, model=name, modified_at=since, size=0, details=details())])
+
+    @router.post("/show", responses={key: ERRORS[key] for key in (400, 401, 404, 413, 415, 503, "default")})
+    async def show(body: ShowBody) -> Shown:
+        """The served model: its template and its window."""
+        served = front.served()
+        _check_model(body.model or body.name, served)
+        info = served.info
+        return Shown(
+            template=front.template().source,
+            details=details(),
+            model_info={
+                "general.architecture": info.architecture,
+                f"{info.architecture}.context_length": info.max_model_len,
+            },
+            capabilities=["completion"],
+        )
+
+    @router.post(
+        "/generate",
+        response_model=None,
+        responses={**ERRORS, 200: {"model": OllamaAnswer, "content": LINES, "description": "The text."}},
+    )
+    async def generate(body: OllamaGenerate, request: Request) -> Response:
+        """Continue a prompt, or answer it by the chat template unless it is raw."""
+        check(body)
+        for name in ("images", "suffix"):
+            if getattr(body, name):
+                raise InvalidRequest(f"{name} needs another kind of model than this one", name)
+        if not body.prompt:
+            return loaded(body, _response)
+        if body.raw:
+            fields = body.options.model_extra or {}
+            asked = text_request(body, fields, text_prompt(body.prompt), front.served())
+        else:
+            turns = [("system", body.system), ("user", body.prompt)]
+            messages = [{"role": role, "content": text} for role, text in turns if text]
+            asked = await templated(body, messages, request)
+        return await answer(body, asked, request, _response)
+
+    @router.post(
+        "/chat",
+        response_model=None,
+        responses={**ERRORS, 200: {"model": OllamaAnswer, "content": LINES, "description": "The answer."}},
+    )
+    async def chat(body: OllamaChat, request: Request) -> Response:
+        """Answer a chat."""
+        check(body)
+        if any(message.images for message in body.messages):
+            raise InvalidRequest("images need another kind of model than this one", "messages")
+        if not body.messages:
+            return loaded(body, _message)
+        messages = [{"role": message.role, "content": message.content} for message in body.messages]
+        return await answer(body, await templated(body, messages, request), request, _message)
+
+    return router
