@@ -1,0 +1,123 @@
+"""Clients as people install them, against the real server on both runners: the bundled GGUF file, and a bf16 folder."""
+
+from collections.abc import AsyncIterator, Iterator
+
+import openai
+import pytest
+from huggingface_hub import InferenceClient
+from langchain_openai import ChatOpenAI
+from openai import OpenAI
+from pydantic import SecretStr
+from text_generation import Client
+
+# text-generation calls a method that pydantic has renamed
+pytestmark = pytest.mark.filterwarnings("ignore:The `dict` method is deprecated")
+
+COUNTING = "1, 2, 3, 4, 5, 6, 7,"  # no near ties: both runners and every batch go on alike
+COUNTED = " 8, 9, 1"
+QUESTION = "Say hello to Mary in one sentence."
+
+
+@pytest.fixture(scope="module", params=["gguf", "torch"])
+def url(request: pytest.FixtureRequest) -> str:
+    served: str = request.getfixturevalue("server_url" if request.param == "gguf" else "torch_server_url")
+    return served
+
+
+@pytest.fixture
+def openai_client(url: str) -> Iterator[OpenAI]:
+    with OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture
+async def async_client(url: str) -> AsyncIterator[openai.AsyncOpenAI]:
+    async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture
+def langchain_model(url: str) -> ChatOpenAI:
+    return ChatOpenAI(base_url=f"{url}/v1", api_key=SecretStr("none"), model="dummy", temperature=0, max_retries=0)
+
+
+def test_openai_completes_whole_and_streamed(openai_client: OpenAI) -> None:
+    whole = openai_client.completions.create(model="", prompt=COUNTING, max_tokens=8, temperature=0)
+    assert whole.choices[0].text == COUNTED
+    stream = openai_client.completions.create(model="", prompt=COUNTING, max_tokens=8, temperature=0, stream=True)
+    assert "".join(chunk.choices[0].text for chunk in stream) == COUNTED
+
+
+def test_openai_chats_whole_and_streamed(openai_client: OpenAI) -> None:
+    whole = openai_client.chat.completions.create(
+        model="",
+        messages=[{"role": "developer", "content": "Be kind."}, {"role": "user", "content": QUESTION}],
+        max_completion_tokens=30,
+        temperature=0,
+    )
+    assert "Mary" in (whole.choices[0].message.content or "")
+    stream = openai_client.chat.completions.create(
+        model="", messages=[{"role": "user", "content": QUESTION}], max_tokens=30, temperature=0, stream=True
+    )
+    assert "Mary" in "".join(chunk.choices[0].delta.content or "" for chunk in stream)
+
+
+async def test_openai_streams_asynchronously(async_client: openai.AsyncOpenAI) -> None:
+    stream = await async_client.completions.create(
+        model="", prompt=COUNTING, max_tokens=8, temperature=0, stream=True, stream_options={"include_usage": True}
+    )
+    chunks = [chunk async for chunk in stream]
+    assert "".join(chunk.choices[0].text for chunk in chunks[:-1]) == COUNTED
+    assert chunks[-1].usage is not None
+    assert chunks[-1].usage.completion_tokens == 8
+
+
+def test_openai_scores_a_prompt_without_writing(openai_client: OpenAI) -> None:
+    answer = openai_client.completions.create(model="", prompt=[504, 3575], echo=True, max_tokens=0, logprobs=1)
+    logprobs = answer.choices[0].logprobs
+    assert logprobs is not None
+    assert logprobs.token_logprobs is not None
+    assert logprobs.token_logprobs[0] is None
+    assert logprobs.token_logprobs[1] < 0
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens == 0
+
+
+def test_text_generation_generates_and_streams(url: str) -> None:
+    client = Client(url, timeout=60)
+    answer = client.generate(COUNTING, max_new_tokens=8, decoder_input_details=True, top_n_tokens=2)
+    assert answer.generated_text == COUNTED
+    assert answer.details.prefill[-1].logprob is not None
+    assert answer.details.top_tokens is not None
+    assert answer.details.top_tokens[0][0].id == answer.details.tokens[0].id
+    stream = client.generate_stream(COUNTING, max_new_tokens=8)
+    assert "".join(reply.token.text for reply in stream) == COUNTED
+
+
+def test_huggingface_hub_generates_chats_and_asks_for_the_model(url: str) -> None:
+    client = InferenceClient(url, timeout=60)
+    assert client.text_generation(COUNTING, max_new_tokens=8, return_full_text=False) == COUNTED
+    streamed = client.text_generation(COUNTING, max_new_tokens=8, stream=True, details=True)
+    assert "".join(event.token.text for event in streamed) == COUNTED
+    messages = [{"role": "user", "content": QUESTION}]
+    answer = client.chat_completion(messages, max_tokens=30, temperature=0)
+    assert "Mary" in (answer.choices[0].message.content or "")
+    chunks = list(client.chat_completion(messages, max_tokens=30, temperature=0, stream=True))
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == answer.choices[0].message.content
+    endpoint = InferenceClient(url, provider="hf-inference")
+    assert endpoint.get_endpoint_info()["router"] == "tightrope"
+    assert endpoint.health_check()
+
+
+def test_langchain_invokes_streams_and_counts(langchain_model: ChatOpenAI) -> None:
+    answer = langchain_model.invoke(QUESTION, max_tokens=30, top_p=1.0, extra_body={"top_k": -1})
+    assert "Mary" in str(answer.content)
+    assert answer.response_metadata["finish_reason"] in ("stop", "length")
+    pieces = list(langchain_model.stream(QUESTION, max_tokens=30, stream_usage=True))
+    assert "".join(str(piece.content) for piece in pieces) == answer.content
+    assert sum((piece.usage_metadata or {"output_tokens": 0})["output_tokens"] for piece in pieces) > 0
+
+
+async def test_langchain_answers_asynchronously(langchain_model: ChatOpenAI) -> None:
+    answer = await langchain_model.ainvoke(QUESTION, max_tokens=30)
+    assert "Mary" in str(answer.content)
