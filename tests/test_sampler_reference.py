@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tightrope.engine.sampler.draw import uniform
 from tightrope.engine.grammar import Packed
+from tightrope.engine.sampler.draw import uniform
 from tightrope.engine.sampler.penalties import edit_logits
 from tightrope.engine.sampler.sampler import Sampled, prompt_logprobs, sample
 from tightrope.engine.sampler.state import SamplerState
@@ -19,7 +19,7 @@ from tightrope.engine.types import LogprobRequest, SamplingParams
 
 EDGE = 1e-5  # of the mass; the weight of a whole vocabulary is a float32 sum of approximated exponentials
 Row = tuple[str, int, SamplingParams, int]  # shape, seed of the logits, parameters, place in the output
-History = tuple[SamplingParams, list[int], list[int], set[int], set[int] | None]
+History = tuple[SamplingParams, list[int], list[int], set[int], set[int] | None]  # ..., output, suppressed, allowed
 VOCAB_SIZES = (
     1,
     2,

@@ -1,6 +1,7 @@
 """The real server and the real model, driven by curl's request and the text-generation package."""
 
 import asyncio
+import re
 
 import httpx
 import pytest
@@ -107,8 +108,14 @@ def test_the_clients_chat_is_answered(client: Client) -> None:
 def test_refusals_reach_the_client_as_its_own_exceptions(server_url: str, client: Client) -> None:
     with pytest.raises(ValidationError, match=r"must have less than|must be <="):
         client.generate("x " * 20000, max_new_tokens=1)
-    with pytest.raises(ValidationError, match="grammar is not supported"):
-        client.generate("x", grammar={"type": "regex", "value": "a"})
+    with pytest.raises(ValidationError, match=r"grammar is not valid: .*unclosed group"):
+        client.generate("x", grammar={"type": "regex", "value": "(a"})
+
+
+def test_a_grammar_is_followed(client: Client) -> None:
+    answer = client.generate("My number is", max_new_tokens=20, grammar={"type": "regex", "value": "[0-9]{3}-[0-9]{2}"})
+    assert re.fullmatch("[0-9]{3}-[0-9]{2}", answer.generated_text)
+    assert answer.details.finish_reason == "eos_token"
 
 
 async def test_the_async_client_streams_side_by_side(server_url: str) -> None:

@@ -5,7 +5,7 @@ from fake_api import api
 
 from tightrope.engine.errors import ContextLengthExceeded, InvalidRequest
 from tightrope.engine.types import GenerateRequest, LogprobRequest, SamplingParams, StopRules
-from tightrope.server.tgi.convert import TGILimits, generate_request, is_sampled, length_error
+from tightrope.server.tgi.convert import TGILimits, generate_request, is_sampled, refusal
 from tightrope.server.tgi.types import Parameters
 
 LIMITS = TGILimits(
@@ -42,7 +42,16 @@ def ask(
         ({"top_n_tokens": 6}, "`top_n_tokens` must be >= 0 and <= 5. Given: 6"),
         ({"truncate": 0}, "`truncate` must be strictly positive and less than 1023. Given: 0"),
         ({"truncate": 1024}, "`truncate` must be strictly positive and less than 1023. Given: 1024"),
-        ({"grammar": {"type": "regex", "value": "a"}}, "grammar is not supported"),
+        ({"grammar": {"type": "regex"}}, "grammar is not valid: Grammar must have a 'value' field"),
+        ({"grammar": {"type": "json", "value": {}}}, "grammar is not valid: Grammar must have a 'properties' field"),
+        (
+            {"grammar": {"type": "json", "value": "{"}},
+            "grammar is not valid: the schema is no JSON: Input data was truncated",
+        ),
+        (
+            {"grammar": {"type": "xml", "value": "a"}},
+            "grammar is not valid: its type must be json, json_object, json_schema or regex, not 'xml'",
+        ),
         ({"watermark": True}, "`watermark` is not supported: this server doesn't mark its texts"),
         ({"adapter_id": "x"}, "`adapter_id` is not supported: no adapters are loaded"),
     ],
@@ -85,7 +94,7 @@ def test_the_first_check_in_tgis_order_is_the_one_reported() -> None:
         "stop": list("abcde"),
         "top_n_tokens": 6,
         "truncate": 0,
-        "grammar": {},
+        "grammar": {"type": "regex"},
     }
     reported = []
     while wrong:
@@ -203,7 +212,7 @@ def test_null_means_absent_in_every_parameter() -> None:
     ],
 )
 def test_lengths_are_refused_in_tgis_words(prompt: int, new: int | None, text: str) -> None:
-    exc = length_error(ContextLengthExceeded(prompt, new or 1, 1024), new)
+    exc = refusal(ContextLengthExceeded(prompt, new or 1, 1024), new)
     assert exc.message == text
 
 

@@ -7,6 +7,7 @@ from tightrope.engine.errors import InvalidRequest, ModelNotFound
 from tightrope.engine.settings import LimitSettings
 from tightrope.engine.types import (
     GenerateRequest,
+    Grammar,
     LogprobRequest,
     ModelInfo,
     Prompt,
@@ -17,20 +18,12 @@ from tightrope.engine.types import (
 from tightrope.server.body import ignored_fields
 from tightrope.server.openai.requests import ChatRequest, CompletionRequest, SamplingBody
 from tightrope.server.sampling_fields import KNOWN, Ignored, Sampling, read_sampling
+from tightrope.server.structured import read_grammar
 
 ANY_MODEL = frozenset({None, "", "tgi", "dummy"})  # what clients send who don't know the name
 
 NOT_YET = "is not supported by this server"
 REFUSED: Mapping[str, str] = {
-    "structured_outputs": NOT_YET,
-    "guided_json": NOT_YET,
-    "guided_regex": NOT_YET,
-    "guided_choice": NOT_YET,
-    "guided_grammar": NOT_YET,
-    "json_schema": NOT_YET,
-    "regex_pattern": NOT_YET,
-    "grammar": NOT_YET,
-    "grammar_string": NOT_YET,
     "functions": f"{NOT_YET}; it is the old name of tools",
     "use_beam_search": NOT_YET,
     "chat_template": "is taken from the model or the server's settings, never from a request",
@@ -58,8 +51,6 @@ def check_supported(body: SamplingBody) -> None:
     for name, reason in REFUSED.items():
         if (body.model_extra or {}).get(name):
             raise InvalidRequest(f"{name} {reason}", name)
-    if body.response_format is not None and body.response_format.type != "text":
-        raise InvalidRequest(f"response_format of type {body.response_format.type} {NOT_YET}", "response_format")
     if body.stream_options is not None and not body.stream:
         raise InvalidRequest("stream_options is only allowed when stream is true", "stream_options")
     if body.prompt_logprobs is not None and body.stream:
@@ -88,6 +79,14 @@ def sampling(body: SamplingBody, info: ModelInfo, max_tokens: int | None, more_s
     return read_sampling(
         typed | (body.model_extra or {}), info.vocab_size, max_tokens=max_tokens, more_stops=more_stops
     )
+
+
+def answer_grammar(body: SamplingBody) -> Grammar | None:
+    """What the body wants the answer to look like."""
+    given = dict(body.model_extra or {})
+    if body.response_format is not None:
+        given["response_format"] = body.response_format.model_dump(exclude_unset=True)
+    return read_grammar(given)
 
 
 def fields_ignored(body: SamplingBody, info: ModelInfo) -> list[Ignored]:
@@ -128,6 +127,7 @@ def chat_request(
         prompt=TextPrompt(spans, body.add_special_tokens),
         sampling=asked.params,
         stop=asked.stop,
+        grammar=answer_grammar(body),
         n=body.n,
         logprobs=LogprobRequest(processed=False, top=body.top_logprobs or 0) if body.logprobs else None,
         prompt_logprobs=body.prompt_logprobs,
@@ -156,6 +156,7 @@ def completion_requests(body: CompletionRequest, request_id: str, served: Served
     scored = [body.prompt_logprobs, body.logprobs if body.echo else None]  # alternatives at each token of the prompt
     prompts = completion_prompts(body, served)
     asked = sampling(body, served.info, body.max_tokens)
+    grammar = answer_grammar(body)
     wants_scores = body.logprobs is not None or best_of > body.n
     return [
         GenerateRequest(
@@ -163,6 +164,7 @@ def completion_requests(body: CompletionRequest, request_id: str, served: Served
             prompt=prompt,
             sampling=asked.params,
             stop=asked.stop,
+            grammar=grammar,
             n=best_of,
             logprobs=LogprobRequest(processed=False, top=body.logprobs or 0) if wants_scores else None,
             prompt_logprobs=max((top for top in scored if top is not None), default=None),

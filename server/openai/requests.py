@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from tightrope.server import structured
 from tightrope.server.body import Body, FirstErrorOnly
 from tightrope.server.sampling_fields import KNOWN
 
@@ -26,13 +27,16 @@ class StreamOptions(Body):
 class ResponseFormat(Body):
     """The shape of the answer."""
 
+    read_elsewhere = frozenset({"schema"})  # llama.cpp's place for the schema of a json_object
+
     type: Literal["text", "json_object", "json_schema"] = "text"
+    json_schema: dict[str, Any] | None = Field(None, description='{"name": ..., "schema": ...}; always enforced.')
 
 
 class SamplingBody(Body):
     """What both kinds of request have in common."""
 
-    read_elsewhere = KNOWN
+    read_elsewhere = KNOWN | structured.NAMES
 
     model: str | None = Field(None, description="The served model's name; may be left out.")
     n: int = Field(1, ge=1, description="Answers to each prompt.")

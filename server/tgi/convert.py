@@ -14,6 +14,7 @@ from tightrope.engine.types import (
     TextPrompt,
 )
 from tightrope.server.settings import ServerSettings
+from tightrope.server.structured import in_tgi_words, read_tgi_grammar
 from tightrope.server.tgi.types import Parameters
 
 COUNTED_NEW_TOKENS = 1024  # more wished tokens than that are not held against the window
@@ -72,6 +73,7 @@ def generate_request(
         stop=StopRules(
             max_tokens=p.max_new_tokens, strings=tuple(p.stop or ()), keep_stop_text=True, length_first=True
         ),
+        grammar=read_tgi_grammar(p.grammar),
         n=best_of,
         logprobs=LogprobRequest(processed=True, top=top) if wants_logprobs else None,
         prompt_logprobs=0 if p.decoder_input_details else None,
@@ -143,16 +145,16 @@ def _check_rest(p: Parameters, limits: TGILimits) -> None:
         raise InvalidRequest(
             f"`truncate` must be strictly positive and less than {most}. Given: {p.truncate}", "truncate"
         )
-    if p.grammar is not None:
-        raise InvalidRequest("grammar is not supported", "grammar")
     if p.watermark:
         raise InvalidRequest("`watermark` is not supported: this server doesn't mark its texts", "watermark")
     if p.adapter_id is not None:
         raise InvalidRequest("`adapter_id` is not supported: no adapters are loaded", "adapter_id")
 
 
-def length_error(exc: ContextLengthExceeded, max_new_tokens: int | None) -> InvalidRequest:
+def refusal(exc: InvalidRequest, max_new_tokens: int | None) -> InvalidRequest:
     """The engine's refusal in TGI's words."""
+    if not isinstance(exc, ContextLengthExceeded):
+        return in_tgi_words(exc)
     given, most = exc.prompt_tokens, exc.max_model_len
     if max_new_tokens is None and given <= most:
         return InvalidRequest(f"`inputs` must have less than {most - 1} tokens. Given: {given}", "inputs")

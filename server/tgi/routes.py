@@ -6,12 +6,12 @@ import msgspec
 from fastapi import APIRouter, Request, Response
 
 from tightrope import __version__
-from tightrope.engine.errors import ContextLengthExceeded
+from tightrope.engine.errors import InvalidRequest
 from tightrope.server.body import Documented, JsonRoute, ignored_fields, log_ignored
 from tightrope.server.front import Front
 from tightrope.server.sse import event_stream
 from tightrope.server.tgi.answers import Asked, answer_events, answer_headers, answer_json, stream_headers
-from tightrope.server.tgi.convert import TGILimits, generate_request, is_sampled, length_error
+from tightrope.server.tgi.convert import TGILimits, generate_request, is_sampled, refusal
 from tightrope.server.tgi.types import CompatBody, ErrorText, GenerateAnswer, GenerateBody, Info
 from tightrope.server.work import Choice, collect, run, started
 
@@ -126,8 +126,8 @@ async def _whole(front: Front, body: GenerateBody, request: Request, wanted: Ask
     arrived_s = time.monotonic()
     try:
         choices = await collect(request, run(front.metrics.generate, [wanted.request]))
-    except ContextLengthExceeded as exc:
-        raise length_error(exc, wanted.request.stop.max_tokens) from None
+    except InvalidRequest as exc:
+        raise refusal(exc, wanted.request.stop.max_tokens) from None
     choices.sort(key=Choice.mean_logprob, reverse=True)
     answer = answer_json(choices, wanted)
     return Response(
@@ -140,6 +140,6 @@ async def _whole(front: Front, body: GenerateBody, request: Request, wanted: Ask
 async def _streamed(front: Front, body: GenerateBody, request: Request, wanted: Asked) -> Response:
     try:
         deltas = await started(request, run(front.metrics.generate, [wanted.request]))
-    except ContextLengthExceeded as exc:
-        raise length_error(exc, wanted.request.stop.max_tokens) from None
+    except InvalidRequest as exc:
+        raise refusal(exc, wanted.request.stop.max_tokens) from None
     return event_stream(answer_events(deltas, wanted), "tgi", stream_headers(body.inputs, _compute_type(front)))

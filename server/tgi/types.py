@@ -30,7 +30,7 @@ class Parameters(Body):
     decoder_input_details: bool = Field(False, description="The input's tokens with their logprobs, in the details.")
     top_n_tokens: int | None = Field(None, ge=0, lt=U32, description="Alternatives at each token.")
     watermark: bool = Field(False, description="Not supported: true is refused.")
-    grammar: dict[str, Any] | None = Field(None, description="Not supported: refused.")
+    grammar: dict[str, Any] | None = Field(None, description='{"type": "json" or "regex", "value": ...}')
     adapter_id: str | None = Field(None, description="No adapters are loaded: refused.")
 
 
