@@ -230,7 +230,7 @@ class EngineCore:
             sequence.first_token_s = now_s
         token_id = drawn.token_id
         sequence.token_ids.append(token_id)
-        sequence.sampler.append(token_id)
+        sequence.sampler.append(token_id, drawn.surprise)
         self._counters.generated_tokens += 1
         request, stop = sequence.request, sequence.request.stop
         is_special = self._tokenizer.is_special(token_id)

@@ -83,6 +83,7 @@ class Intake:
                     self._tokenizer.vocab_size,
                     request.logprobs,
                     None if matcher is None else matcher.fork(),
+                    self._tokenizer.token_bytes,
                 ),
                 detokenizer=Detokenizer(request.stop.strings, keep_stop_text=request.stop.keep_stop_text),
                 max_len=max_len,
@@ -115,11 +116,14 @@ class Intake:
         return longest if max_tokens is None else min(longest, num_prompt + max_tokens)
 
     def _sampling(self, params: SamplingParams, index: int) -> SamplingParams:
-        """The params of one choice: a seed of its own, and no bias for ids that don't exist."""
+        """The params of one choice: a seed of its own, and no bias or ban for ids that don't exist."""
         if params.seed is not None and index > 0:
             params = msgspec.structs.replace(params, seed=(params.seed + index * SEED_STEP) & SEED_MASK)
         unknown = [i for i in params.logit_bias if not 0 <= i < self._tokenizer.vocab_size]
         if unknown:
             known = {i: bias for i, bias in params.logit_bias.items() if i not in set(unknown)}
             params = msgspec.structs.replace(params, logit_bias=known)
+        if any(not 0 <= i < self._tokenizer.vocab_size for i in params.banned_tokens):
+            banned = tuple(i for i in params.banned_tokens if 0 <= i < self._tokenizer.vocab_size)
+            params = msgspec.structs.replace(params, banned_tokens=banned)
         return params

@@ -45,8 +45,8 @@ class SamplingParams(Struct, frozen=True, omit_defaults=True):
     seed: int | None = None  # [0, 2**64); None draws one, which is reported back
     dynatemp_range: float = 0.0  # >= 0; the temperature moves by so much up and down with the entropy
     dynatemp_exponent: float = 1.0  # > 0; of the entropy's share of its largest possible value
-    smoothing_factor: float = 0.0  # >= 0; 0 is off
-    smoothing_curve: float = 1.0  # >= 1
+    smoothing_factor: float = 0.0  # [0, 1000]; 0 is off
+    smoothing_curve: float = 1.0  # [1, 100]
     top_n_sigma: float = 0.0  # >= 0; 0 is off
     tfs: float = 1.0  # (0, 1]
     top_a: float = 0.0  # [0, 1]

@@ -3,13 +3,14 @@
 Probabilities are lists of (token id, probability), the likeliest first and equals by id, which always sum to 1.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tightrope.engine.types import SamplingParams
+from tightrope.engine.types import SAMPLER_ORDER, SamplingParams
 
 Logits = NDArray[np.float64]
 Distribution = list[tuple[int, float]]
@@ -92,15 +93,148 @@ def _until(entries: Distribution, p: float) -> Distribution:
     return kept
 
 
-def truncate(logits: Logits, params: SamplingParams) -> Distribution:
-    """Steps 5 to 9: what may be drawn, and how likely. Greedy draws the first token of an untruncated softmax."""
+def temper(distribution: Distribution, params: SamplingParams) -> Distribution:
+    t = params.temperature
+    if params.dynatemp_range > 0:
+        share = entropy(distribution) / math.log(len(distribution)) if len(distribution) > 1 else 0.0
+        low, high = max(t - params.dynatemp_range, 0.0), t + params.dynatemp_range
+        t = low + (high - low) * min(max(share, 0.0), 1.0) ** params.dynatemp_exponent
+    t = min(max(t, 1e-30), 1e30)
+    most = max(p for _, p in distribution)
+    return renormalise([(token, math.exp(math.log(p / most) / t)) for token, p in distribution])
+
+
+def entropy(distribution: Distribution) -> float:
+    return -math.fsum(p * math.log(p) for _, p in distribution)
+
+
+def smooth(distribution: Distribution, factor: float, curve: float) -> Distribution:
+    """f(x) = -(3 - curve) / 2 factor x**2 + (curve - 1) / 2 factor x**3, for the logit x below the largest."""
+    if factor == 0:
+        return distribution
+    most = max(p for _, p in distribution)
+    bent = {}
+    for token, p in distribution:
+        x = math.log(p / most)
+        bent[token] = -(3 - curve) / 2 * factor * x**2 + (curve - 1) / 2 * factor * x**3
+    top = max(bent.values())
+    weights = [(token, math.exp(value - top)) for token, value in bent.items()]
+    return renormalise(sorted(weights, key=lambda entry: (-entry[1], entry[0])))
+
+
+def top_n_sigma(distribution: Distribution, n: float) -> Distribution:
+    if n == 0:
+        return distribution
+    logits = [math.log(p) for _, p in distribution]
+    least = max(logits) - n * float(np.std(logits))
+    return renormalise([entry for entry in distribution if math.log(entry[1]) >= least])
+
+
+def tfs(distribution: Distribution, z: float) -> Distribution:
+    if z >= 1 or len(distribution) < 3:
+        return distribution
+    bends = np.abs(np.diff([p for _, p in distribution], n=2))
+    if bends.sum() == 0:
+        return distribution
+    reached = np.concatenate([[0.0], np.cumsum(bends)]) / bends.sum()
+    return renormalise([entry for entry, share in zip(distribution, reached, strict=False) if share <= z])
+
+
+def top_a(distribution: Distribution, a: float) -> Distribution:
+    most = max(p for _, p in distribution)
+    return _at_least(distribution, a * most**2)
+
+
+def eta_cutoff(distribution: Distribution, epsilon: float) -> Distribution:
+    return _at_least(distribution, min(epsilon, math.sqrt(epsilon) * math.exp(-entropy(distribution))))
+
+
+def _at_least(distribution: Distribution, least: float) -> Distribution:
+    most = max(p for _, p in distribution)
+    return renormalise([entry for entry in distribution if entry[1] >= min(least, most)])
+
+
+def xtc(distribution: Distribution, acts: bool, threshold: float, min_keep: int) -> Distribution:
+    likely = [token for token, p in distribution if p >= threshold]
+    removed = set(likely[:-1])
+    if not acts or len(distribution) - len(removed) < min_keep:
+        return distribution
+    return renormalise([entry for entry in distribution if entry[0] not in removed])
+
+
+def mirostat_1(distribution: Distribution, mu: float, vocab_size: int) -> Distribution:
+    ps = [p for _, p in distribution[:100]]
+    steps = [math.log((i + 2) / (i + 1)) for i in range(len(ps) - 1)]
+    falls = [math.log(a / b) for a, b in itertools.pairwise(ps)]
+    s = sum(t * b for t, b in zip(steps, falls, strict=True)) / max(sum(t * t for t in steps), 1e-30)
+    excess = s - 1
+    spread = math.log(vocab_size) if abs(excess) <= 1e-9 else (1 - vocab_size**-excess) / excess
+    log_k = (mu * math.log(2) - math.log(max(spread, 1e-300))) / max(s, 1e-9)
+    return renormalise(distribution[: max(math.floor(math.exp(min(log_k, 40))), 1)])
+
+
+def mirostat_2(distribution: Distribution, mu: float) -> Distribution:
+    return _at_least(distribution, 2.0**-mu)
+
+
+def truncate(logits: Logits, params: SamplingParams, *, acts: bool = False, mu: float | None = None) -> Distribution:
+    """Steps 5 and 6: what may be drawn, and how likely. Greedy draws the first token of an untruncated softmax.
+
+    acts: what XTC's dice say; mu: mirostat's aim.
+    """
     if params.temperature == 0:
         return softmax(logits, 1.0)
-    distribution = softmax(logits, params.temperature)
-    distribution = top_k(distribution, params.top_k)
-    distribution = top_p(distribution, params.top_p)
-    distribution = min_p(distribution, params.min_p)
-    return typical_p(distribution, params.typical_p)
+    order = [*params.order, *(step for step in SAMPLER_ORDER if step not in params.order)]
+    if order[0] == "temperature" and params.dynatemp_range == 0:
+        distribution = softmax(logits, params.temperature)
+        order = order[1:]
+    else:
+        distribution = softmax(logits, 1.0)
+    for step in order:
+        before = distribution
+        distribution = run(step, distribution, params, acts)
+        if step not in ("temperature", "smoothing", "xtc"):
+            distribution = at_least_so_many(before, distribution, params.min_keep)
+    aim = 2 * params.mirostat_tau if mu is None else mu
+    if params.mirostat_mode == 0:
+        return distribution
+    aimed = mirostat_1(distribution, aim, len(logits)) if params.mirostat_mode == 1 else mirostat_2(distribution, aim)
+    return at_least_so_many(distribution, aimed, params.min_keep)
+
+
+def at_least_so_many(before: Distribution, after: Distribution, min_keep: int) -> Distribution:
+    """What a step has left, and the likeliest that it was given."""
+    kept = {token for token, _ in after} | {token for token, _ in before[:min_keep]}
+    return renormalise([entry for entry in before if entry[0] in kept])
+
+
+def run(step: str, distribution: Distribution, params: SamplingParams, acts: bool) -> Distribution:
+    match step:
+        case "temperature":
+            return temper(distribution, params)
+        case "smoothing":
+            return smooth(distribution, params.smoothing_factor, params.smoothing_curve)
+        case "top_n_sigma":
+            return top_n_sigma(distribution, params.top_n_sigma)
+        case "top_k":
+            return top_k(distribution, params.top_k)
+        case "top_p":
+            return top_p(distribution, params.top_p)
+        case "min_p":
+            return min_p(distribution, params.min_p)
+        case "typical_p":
+            return typical_p(distribution, params.typical_p)
+        case "tfs":
+            return tfs(distribution, params.tfs)
+        case "top_a":
+            return top_a(distribution, params.top_a)
+        case "epsilon_cutoff":
+            return _at_least(distribution, params.epsilon_cutoff)
+        case "eta_cutoff":
+            return eta_cutoff(distribution, params.eta_cutoff)
+        case "xtc":
+            return xtc(distribution, acts, params.xtc_threshold, params.min_keep)
+    raise AssertionError(step)
 
 
 def draw(distribution: Distribution, u: float) -> int:

@@ -1,23 +1,25 @@
 """What truncation has left so far: the head of each row's ranking, and what is known of the rest."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tightrope.engine.sampler.ranking import Doubles, Ranking
+from tightrope.engine.sampler.ranking import Doubles, Ids, Ranking
 
 Mask = NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True)
 class Candidates:
-    """The tokens that are still kept, in the columns of a ranking."""
+    """The tokens that are still kept, the likeliest first and equals by id; removed ones stand anywhere among them."""
 
-    weights: Doubles  # [B, N]: proportional to probability, 1 for the row's likeliest; 0 is removed or not listed
+    token_ids: Ids  # [B, N]
+    weights: Doubles  # [B, N]: proportional to probability, at most 1; 0 is removed or not listed
     total: Doubles  # [B, 1]: weight of all kept tokens, listed or not
     border: Doubles  # [B, 1]: no kept token that isn't listed weighs more; 0: every kept token is listed
     settled: Mask  # [B, 1]: False when a decision would have needed tokens that aren't listed
+    min_keep: Ids  # [B, 1]: so many tokens no step goes below
 
     @property
     def is_complete(self) -> Mask:
@@ -25,27 +27,58 @@ class Candidates:
         is_complete: Mask = self.border == 0
         return is_complete
 
+    @property
+    def num_kept(self) -> Ids:
+        """[B, 1]: of the listed tokens."""
+        num_kept: Ids = np.count_nonzero(self.weights, axis=1, keepdims=True)
+        return num_kept
+
     def keep(self, mask: Mask, active: Mask, is_closed: Mask) -> "Candidates":
-        """Where `active` [B, 1], keep only what `mask` [B, N] says and nothing that isn't listed.
+        """Where `active` [B, 1], keep only what `mask` [B, N] says and `min_keep`, and nothing that isn't listed.
 
         is_closed [B, 1]: the mask is right without knowing what isn't listed; otherwise the row is unsettled.
         """
         is_idle = ~active
+        if self.min_keep.any():
+            place = (self.weights > 0).cumsum(1)
+            mask = mask | (place <= self.min_keep)
+            is_closed = is_closed & (place[:, -1:] >= self.min_keep)
         weights = self.weights * (mask | is_idle)
-        return Candidates(
+        return replace(
+            self,
             weights=weights,
             total=np.where(active, weights.cumsum(1)[:, -1:], self.total),
             border=self.border * is_idle,
             settled=self.settled & (is_closed | self.is_complete | is_idle),
         )
 
+    def reweigh(self, weights: Doubles, active: Mask) -> "Candidates":
+        """Where `active` [B, 1], give the kept tokens other weights, which may change their order.
 
-def weigh(ranking: Ranking, temperature: Doubles, total: Doubles) -> Candidates:
-    """Candidates at a temperature > 0 [B, 1]; total [B, 1] is the weight of the whole vocabulary."""
+        Tokens that aren't listed would change too, so a row that isn't complete is unsettled.
+        """
+        weights = np.where(active & (self.weights > 0), weights, self.weights * ~active)
+        token_ids = self.token_ids
+        if (np.diff(weights, axis=1) > 0).any():
+            order = np.lexsort((token_ids, -weights), axis=1)
+            weights, token_ids = np.take_along_axis(weights, order, 1), np.take_along_axis(token_ids, order, 1)
+        return replace(
+            self,
+            token_ids=token_ids,
+            weights=weights,
+            total=np.where(active, weights.cumsum(1)[:, -1:], self.total),
+            settled=self.settled & (self.is_complete | ~active),
+        )
+
+
+def weigh(ranking: Ranking, temperature: Doubles, total: Doubles, min_keep: Ids) -> Candidates:
+    """Candidates at a temperature > 0 [B, 1]; total [B, 1] is the weight of the whole vocabulary; min_keep [B, 1]."""
     top = ranking.top.astype(np.float64)
     return Candidates(
+        token_ids=ranking.token_ids,
         weights=np.exp((ranking.logits - top) / temperature),
         total=total,
         border=np.exp((ranking.border - top) / temperature),
         settled=np.ones(top.shape, np.bool_),
+        min_keep=min_keep,
     )

@@ -1,49 +1,68 @@
 """The steps from ranked logits to a drawn token, for a batch whose rows have parameters of their own."""
 
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Concatenate
 
 import numpy as np
 from torch import Tensor
 
+from tightrope.engine.sampler import mirostat, reshaping, truncation
 from tightrope.engine.sampler.candidates import Candidates, Mask, weigh
-from tightrope.engine.sampler.draw import draw, uniform
+from tightrope.engine.sampler.draw import dice, draw, uniform
 from tightrope.engine.sampler.ranking import Doubles, Floats, Ids, Ranking, vocabulary_weight
 from tightrope.engine.sampler.state import SamplerState
-from tightrope.engine.sampler.truncation import min_p, top_k, top_p, typical_p
+from tightrope.engine.types import SamplingParams
 
-TRUNCATION: tuple[tuple[str, float, Callable[[Candidates, Doubles], Candidates]], ...] = (
-    ("top_k", 0, top_k),
-    ("top_p", 1, top_p),
-    ("min_p", 0, min_p),
-    ("typical_p", 1, typical_p),
-)  # parameter, neutral value, step; in the order in which they run
+Step = Callable[Concatenate[Candidates, ...], Candidates]
+
+STEPS: Mapping[str, tuple[Step, tuple[str, ...]]] = {  # by name: the step, and the columns that it takes
+    "temperature": (reshaping.temperature, ("temperature", "dynatemp_range", "dynatemp_exponent")),
+    "smoothing": (reshaping.smoothing, ("smoothing_factor", "smoothing_curve")),
+    "top_n_sigma": (truncation.top_n_sigma, ("top_n_sigma",)),
+    "top_k": (truncation.top_k, ("top_k",)),
+    "top_p": (truncation.top_p, ("top_p",)),
+    "min_p": (truncation.min_p, ("min_p",)),
+    "typical_p": (truncation.typical_p, ("typical_p",)),
+    "tfs": (truncation.tfs, ("tfs",)),
+    "top_a": (truncation.top_a, ("top_a",)),
+    "epsilon_cutoff": (truncation.epsilon_cutoff, ("epsilon_cutoff",)),
+    "eta_cutoff": (truncation.eta_cutoff, ("eta_cutoff",)),
+    "xtc": (truncation.xtc, ("xtc_acts", "xtc_threshold")),
+    "mirostat": (mirostat.mirostat, ("mirostat_mode", "mu", "vocab_size")),
+}
+_NEUTRAL = SamplingParams()
+_READS_TOTAL = frozenset({"top_p", "top_a", "epsilon_cutoff", "xtc", "mirostat"})  # when they come first
 
 _LIST = 128  # candidates listed at first for a row without top_k: enough for most rows at temperature 1
 _SPARE = 12  # listed beyond what is wanted, since tokens that tie at the border are left out
-_TEMPERATURES = (1e-30, 1e30)  # what float32 can divide by
 
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """What came of a batch."""
+    """What came of some rows."""
 
-    candidates: Candidates  # the kept tokens, in the columns of the ranking
+    candidates: Candidates  # the kept tokens
     columns: Ids  # [B]: of the drawn tokens
     settled: Mask  # [B]: False where the ranking was too short to tell
 
 
 class Chain:
-    """The parameters of a batch, and the steps that aren't neutral in every row."""
+    """The parameters of rows that have the same order of steps, and the steps that aren't neutral in every row."""
 
-    def __init__(self, states: Sequence[SamplerState]) -> None:
-        rows = [_row(state) for state in states]
-        self._table = np.array(rows, np.float64)  # [B, 2 + steps]
+    def __init__(self, states: Sequence[SamplerState], vocab_size: int) -> None:
+        plans = [state.plan for state in states]
+        self._weights_at = _column([plan.temperature for plan in plans])  # [B, 1]
+        self._u = _column([_u(state) for state in states])
+        self._min_keep = _column([state.params.min_keep for state in states]).astype(np.int64)
+        active = {step for plan in plans for step in plan.steps}
         self._steps = [
-            (column, step)
-            for column, (_, neutral, step) in enumerate(TRUNCATION, 2)
-            if any(row[column] != neutral for row in rows)
+            (STEPS[step][0], [_values(step, name, states, vocab_size) for name in STEPS[step][1]])
+            for step in plans[0].order
+            if step in active
         ]
+        self._vocab_size = vocab_size
         self._tops = np.array([[state.processed_top] for state in states])
         self._lists_tops = bool(self._tops.any())
         self._weighed = [row for row, state in enumerate(states) if _needs_total(state)]
@@ -52,57 +71,84 @@ class Chain:
     def totals(self, logits: Tensor, top: Floats) -> Doubles:
         """Weight of each whole row [B, 1], where a step asks for it; elsewhere a bound, as no weight exceeds 1.
 
-        top [B, 1]: the largest logit of each row.
+        logits [B, V]; top [B, 1]: the largest logit of each row.
         """
-        totals = np.full((len(logits), 1), float(logits.shape[1]))
+        totals = np.full((len(top), 1), float(self._vocab_size))
         if rows := self._weighed:
-            whole = logits if len(rows) == len(logits) else logits[rows]
-            totals[rows] = vocabulary_weight(whole, top[rows], self._table[rows, :1])
+            whole = logits if len(rows) == len(top) else logits[rows]
+            totals[rows] = vocabulary_weight(whole, top[rows], self._weights_at[rows])
         return totals
 
-    def run(self, rows: Ids, ranking: Ranking, totals: Doubles) -> Drawn:
-        """Draw from these rows' ranking; totals [B, 1] of the whole batch."""
-        table = self._table[rows]
+    def run(self, lines: Ids, ranking: Ranking, totals: Doubles) -> Drawn:
+        """Draw from the ranking of these of its rows; totals [B, 1] of all of them."""
         with np.errstate(all="ignore"):  # rows from which nothing can be drawn are full of NaN
-            candidates = weigh(ranking, table[:, :1], totals[rows])
-            for column, step in self._steps:
-                candidates = step(candidates, table[:, column : column + 1])
-            columns, settled = draw(candidates, table[:, 1:2])
+            candidates = weigh(ranking, self._weights_at[lines], totals[lines], self._min_keep[lines])
+            for step, values in self._steps:
+                candidates = step(candidates, *(column[lines] for column in values))
+            columns, settled = draw(candidates, self._u[lines])
         if self._lists_tops:
-            num_kept = np.count_nonzero(candidates.weights, axis=1, keepdims=True)
-            settled &= candidates.is_complete | (num_kept >= self._tops[rows])
+            settled &= candidates.is_complete | (candidates.num_kept >= self._tops[lines])
         return Drawn(candidates, columns[:, 0], settled[:, 0])
 
 
-def _row(state: SamplerState) -> list[float]:
-    """temperature, u, and the truncation parameters. Greedy is the first of all tokens at temperature 1."""
-    params = state.params
-    if params.temperature == 0:
-        return [1.0, 0.0, *(neutral for _, neutral, _ in TRUNCATION)]
-    low, high = _TEMPERATURES
-    temperature = min(max(params.temperature, low), high)
-    u = uniform(state.seed, state.num_output)
-    return [temperature, u, params.top_k, params.top_p, params.min_p, params.typical_p]
+def chains(states: Sequence[SamplerState], rows: Ids, vocab_size: int) -> list[tuple[Ids, Chain]]:
+    """These rows of a batch, those together that have the same order of steps."""
+    groups: dict[tuple[str, ...], list[int]] = defaultdict(list)
+    for row in rows.tolist():
+        groups[states[row].plan.order].append(row)
+    return [(np.array(group), Chain([states[row] for row in group], vocab_size)) for group in groups.values()]
 
 
 def native_params(states: Sequence[SamplerState]) -> Doubles:
-    """[B, 2 + steps]: temperature, u and the truncation parameters, as the native twin of the chain takes them.
+    """[B, 6]: temperature, u and the truncation parameters, as the native twin of the chain takes them.
 
-    Greedy is there the one likeliest token.
+    Greedy, and rows that it can't draw from, is there the one likeliest token.
     """
-    rows = [_row(state) for state in states]
-    for row, state in zip(rows, states, strict=True):
-        if state.params.temperature == 0:
-            row[2] = 1.0
+    rows = []
+    for state in states:
+        params, steps = state.params, state.plan.steps
+        if params.temperature == 0 or not state.plan.is_native:
+            rows.append([1.0, 0.0, 1.0, 1.0, 0.0, 1.0])
+        elif not steps:
+            rows.append([state.plan.temperature, _u(state), 0.0, 1.0, 0.0, 1.0])
+        else:
+            truncated = [params.top_k, params.top_p, params.min_p, params.typical_p]
+            rows.append([state.plan.temperature, _u(state), *truncated])
     return np.array(rows, np.float64)
+
+
+def _u(state: SamplerState) -> float:
+    return 0.0 if state.params.temperature == 0 else uniform(state.seed, state.num_output)
+
+
+def _values(step: str, name: str, states: Sequence[SamplerState], vocab_size: int) -> Doubles:
+    """A column of a step [B, 1]; neutral in rows whose plan doesn't have the step."""
+    return _column([_value(step, name, state, vocab_size) for state in states])
+
+
+def _value(step: str, name: str, state: SamplerState, vocab_size: int) -> float:
+    params = state.params if step in state.plan.steps else _NEUTRAL
+    match name:
+        case "xtc_acts":
+            return float(dice(state.seed, state.num_output) < params.xtc_probability)
+        case "mu":
+            return state.mu
+        case "vocab_size":
+            return vocab_size
+    value: float = getattr(params, name)
+    return value
+
+
+def _column(values: Sequence[float]) -> Doubles:
+    return np.array(values, np.float64)[:, None]
 
 
 def _needs_total(state: SamplerState) -> bool:
     """Whether the weight of the whole vocabulary decides anything, or is part of a logprob."""
-    params = state.params
-    if params.temperature == 0:
+    if state.params.temperature == 0:
         return state.wants_processed
-    return params.top_k == 0 and (params.top_p < 1 or (params.min_p == 0 and params.typical_p == 1))
+    steps = state.plan.steps
+    return not steps or steps[0] in _READS_TOTAL
 
 
 def _num_listed(state: SamplerState) -> int:

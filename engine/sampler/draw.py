@@ -6,6 +6,7 @@ from tightrope.engine.sampler.candidates import Candidates, Mask
 from tightrope.engine.sampler.ranking import Doubles, Ids
 
 _MASK = 2**64 - 1
+_DICE = 0xD1CE5EED0DD5A11D  # sets the second stream of a seed apart from the first
 _GAMMA = 0x9E3779B97F4A7C15  # 2**64 divided by the golden ratio, made odd
 
 
@@ -16,6 +17,11 @@ def uniform(seed: int, place: int) -> float:
     stream at an offset.
     """
     return (splitmix64(splitmix64(seed, 0), place) >> 11) * 2.0**-53
+
+
+def dice(seed: int, place: int) -> float:
+    """A second number in [0, 1) for the same place, of a stream of its own."""
+    return uniform(seed ^ _DICE, place)
 
 
 def splitmix64(seed: int, place: int) -> int:

@@ -1,6 +1,6 @@
 """What each sequence adds to and takes from its logits: penalties and biases, kept as a short list of tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tightrope.engine.errors import InvalidRequest
 from tightrope.engine.grammar import Packed
+from tightrope.engine.sampler.repeats import Repeats
 from tightrope.engine.types import SamplingParams
 
 
@@ -16,16 +17,26 @@ class TokenEdits:
     """The tokens of one sequence whose logits change, and how: logit / divide (or x divide, if negative) - subtract.
 
     Follows the output token by token: `append` is O(1), so a long context costs nothing but the size of its list.
+    What would repeat the context is found by `repeats`, where that is asked for.
     """
 
-    def __init__(self, params: SamplingParams, prompt_token_ids: Sequence[int], vocab_size: int) -> None:
-        """Raises InvalidRequest when logit_bias names a token that isn't there."""
-        for token_id in params.logit_bias:
-            if not 0 <= token_id < vocab_size:
-                raise InvalidRequest(
-                    f"logit_bias names token {token_id}, but token ids go from 0 to {vocab_size - 1}", "logit_bias"
-                )
+    def __init__(
+        self,
+        params: SamplingParams,
+        prompt_token_ids: Sequence[int],
+        vocab_size: int,
+        token_bytes: Callable[[int], bytes] | None = None,
+    ) -> None:
+        """Raises InvalidRequest when a bias or ban names a token that isn't there, or a breaker is too long."""
+        for name, token_ids in (("logit_bias", params.logit_bias), ("banned_tokens", params.banned_tokens)):
+            for token_id in token_ids:
+                if not 0 <= token_id < vocab_size:
+                    raise InvalidRequest(
+                        f"{name} names token {token_id}, but token ids go from 0 to {vocab_size - 1}", name
+                    )
         self._params = params
+        self._biases = params.logit_bias | dict.fromkeys(params.banned_tokens, -np.inf)
+        self.repeats = Repeats(params, prompt_token_ids, token_bytes) if Repeats.are_looked_for(params) else None
         self._counts_tokens = (
             params.repetition_penalty != 1.0
             or params.frequency_penalty != 0.0
@@ -38,11 +49,13 @@ class TokenEdits:
 
     @property
     def is_neutral(self) -> bool:
-        """Whether no logit ever changes."""
-        return not self._counts_tokens and not self._params.logit_bias
+        """Whether no logit ever changes, but for repeats."""
+        return not self._counts_tokens and not self._biases
 
     def append(self, token_id: int) -> None:
         """A token was generated."""
+        if self.repeats is not None:
+            self.repeats.append(token_id)
         if not self._counts_tokens:
             return
         self._history.append(token_id)
@@ -52,11 +65,13 @@ class TokenEdits:
             leaving = len(self._history) - 1 - window
             if leaving >= 0:
                 self._count(self._history[leaving], -1, is_output=leaving >= self._num_prompt)
-            if self._size > 2 * window + len(self._params.logit_bias) + 256:
+            if self._size > 2 * window + len(self._biases) + 256:
                 self._rebuild()  # frees the slots of tokens that left the range; rare enough to keep append O(1)
 
     def truncate(self, num_output: int) -> None:
         """Forget the output after its first `num_output` tokens."""
+        if self.repeats is not None:
+            self.repeats.truncate(self._num_prompt + num_output)
         if self._counts_tokens:
             del self._history[self._num_prompt + num_output :]
             self._rebuild()
@@ -77,7 +92,7 @@ class TokenEdits:
         start = max(len(self._history) - window, 0) if window > 0 else 0
         tokens = np.asarray(self._history[start:], dtype=np.int64)
         output = tokens[max(self._num_prompt - start, 0) :]
-        bias = self._params.logit_bias
+        bias = self._biases
         token_ids = np.unique(np.concatenate([tokens, np.fromiter(bias, np.int64, len(bias))]))
         self._size = len(token_ids)
         self._token_ids = token_ids
@@ -136,12 +151,15 @@ def edit_logits(
 ) -> Tensor:
     """Apply each row's edits, then set its suppressed tokens, and those that its grammar's mask excludes, to -inf.
 
+    Penalties and biases come first, DRY's penalties after them.
+
     logits [B, V] float32; comes back as it is when no row changes anything, else as a changed copy, or changed itself.
     """
     rows = [row for row, edit in enumerate(edits) if not edit.is_neutral]
     banned = [row * logits.shape[1] + token_id for row, ids in enumerate(suppressed) for token_id in ids]
     masked = [row for row, mask in enumerate(masks) if mask is not None]
-    if not rows and not banned and not masked:
+    repeats = [(row, edit.repeats) for row, edit in enumerate(edits) if edit.repeats is not None]
+    if not rows and not banned and not masked and not repeats:
         return logits
     is_own = in_place and logits.is_contiguous()
     edited = logits if is_own else logits.clone(memory_format=torch.contiguous_format)
@@ -154,6 +172,9 @@ def edit_logits(
         subtract = _to(np.concatenate([s for _, _, s in entries]), flat)
         values = flat.index_select(0, places)
         flat.scatter_(0, places, torch.where(values > 0, values / divide, values * divide) - subtract)
+    for row, repeat in repeats:
+        token_ids, subtract = repeat.penalties()
+        edited[row].index_add_(0, _to(token_ids, flat), _to(subtract, flat), alpha=-1)
     if banned and flat.is_cpu:
         flat.numpy()[banned] = -np.inf  # a fifth of the time that torch takes for a few places
     elif banned:

@@ -2,15 +2,16 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from torch import Tensor
 
 from tightrope.engine.sampler import logprobs as scores
-from tightrope.engine.sampler.chain import Chain, Drawn, native_params
+from tightrope.engine.sampler.chain import Drawn, chains, native_params
 from tightrope.engine.sampler.penalties import edit_logits
-from tightrope.engine.sampler.ranking import Blocks, Ids, Ranking
+from tightrope.engine.sampler.ranking import Blocks, Ids
+from tightrope.engine.sampler.reshaping import reshape_rows
 from tightrope.engine.sampler.state import SamplerState
 from tightrope.kernels import dispatch
 
@@ -22,11 +23,15 @@ _ROWS_AT_ONCE = 16  # bounds what lists of whole rows, and the logits of a promp
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """A token, its log probability where that was asked for, and the likeliest tokens with theirs, descending."""
+    """A token, its log probability where that was asked for, and the likeliest tokens with theirs, descending.
+
+    surprise: in bits, among the tokens that could be drawn; where mirostat steers by it.
+    """
 
     token_id: int
     logprob: float | None
     top: tuple[tuple[int, float], ...] = ()
+    surprise: float | None = None
 
 
 def sample(logits: Tensor, states: Sequence[SamplerState], *, may_overwrite: bool = False) -> list[Sampled | None]:
@@ -40,15 +45,16 @@ def sample(logits: Tensor, states: Sequence[SamplerState], *, may_overwrite: boo
     in_place = may_overwrite and not any(s.wants_raw for s in states)
     masks = [None if s.grammar is None else s.grammar.mask() for s in states]
     edited = edit_logits(logits, [s.edits for s in states], [s.suppressed for s in states], masks, in_place=in_place)
-    drawn, rows = _draw_natively(edited, states)
+    shaped = _shape(edited, states, is_own=in_place or edited is not logits)
+    drawn, rows = _draw_natively(shaped, states)
     blocks = None
     if len(rows):
-        blocks = Blocks(edited)
+        blocks = Blocks(shaped)
         if all(s.params.temperature == 0 and not s.wants_processed for s in states):
             drawn = _greedy(blocks)
         else:
-            _draw(drawn, rows, edited, blocks, states)
-    return _with_raw_logprobs(drawn, logits, blocks if edited is logits else None, states)
+            _draw(drawn, rows, shaped, blocks, states)
+    return _with_raw_logprobs(drawn, logits, blocks if shaped is logits else None, states)
 
 
 def prompt_logprobs(logits: Tensor, token_ids: Sequence[int], top: int) -> list[Sampled]:
@@ -75,16 +81,23 @@ def _greedy(blocks: Blocks) -> list[Sampled | None]:
     ]
 
 
+def _shape(logits: Tensor, states: Sequence[SamplerState], *, is_own: bool) -> Tensor:
+    """Apply the steps that take whole rows; the logits themselves change only where they are our own."""
+    heads = [(row, state.plan.head, state.params) for row, state in enumerate(states) if state.plan.head]
+    if not heads:
+        return logits
+    shaped = logits if is_own else logits.clone()
+    reshape_rows(shaped, heads)
+    return shaped
+
+
 def _draw_natively(logits: Tensor, states: Sequence[SamplerState]) -> tuple[list[Sampled | None], Ids]:
     """What one native pass over the rows decides, and the rows that are left to the chain."""
-    if all(s.wants_processed for s in states):
-        return [None] * len(states), np.arange(len(states))
-    token_ids = dispatch.draw(logits, native_params(states))
+    is_native = [state.plan.is_native and not state.wants_processed for state in states]
+    token_ids = dispatch.draw(logits, native_params(states)) if any(is_native) else None
     if token_ids is None:
         return [None] * len(states), np.arange(len(states))
-    for row, state in enumerate(states):
-        if state.wants_processed:
-            token_ids[row] = dispatch.UNSETTLED
+    token_ids[~np.array(is_native)] = dispatch.UNSETTLED
     drawn = [Sampled(token_id, None) if token_id >= 0 else None for token_id in token_ids.tolist()]
     return drawn, np.flatnonzero(token_ids == dispatch.UNSETTLED)
 
@@ -93,33 +106,38 @@ def _draw(
     sampled: list[Sampled | None], rows: Ids, logits: Tensor, blocks: Blocks, states: Sequence[SamplerState]
 ) -> None:
     """Draw these rows from edited logits by a short list of each, and where that is too short, by longer ones."""
-    chain = Chain(states)
-    totals = chain.totals(logits, blocks.top)
-    rows = rows[np.isfinite(blocks.top[rows, 0])]
-    for share in _DEPTHS:
-        unsettled: list[int] = []
-        for start in range(0, len(rows), _ROWS_AT_ONCE):
-            part = rows[start : start + _ROWS_AT_ONCE]
-            wanted = [chain.num_listed[row] if share is None else int(share * blocks.num) for row in part]
-            ranking = blocks.rank(part, wanted)
-            drawn = chain.run(part, ranking, totals)
-            for line, (row, is_settled) in enumerate(zip(part.tolist(), drawn.settled.tolist(), strict=True)):
-                if is_settled:
-                    sampled[row] = _sampled(ranking, drawn, line, states[row])
-                else:
-                    unsettled.append(row)
-        rows = np.array(unsettled, np.int64)
-    assert not len(rows), "a row that is listed whole is settled"
+    for group, chain in chains(states, rows[np.isfinite(blocks.top[rows, 0])], logits.shape[1]):
+        totals = chain.totals(logits if len(group) == len(logits) else logits[group], blocks.top[group])
+        lines = np.arange(len(group))
+        for share in _DEPTHS:
+            unsettled: list[int] = []
+            for start in range(0, len(lines), _ROWS_AT_ONCE):
+                part = lines[start : start + _ROWS_AT_ONCE]
+                wanted = [chain.num_listed[line] if share is None else int(share * blocks.num) for line in part]
+                drawn = chain.run(part, blocks.rank(group[part], wanted), totals)
+                for place, (line, is_settled) in enumerate(zip(part.tolist(), drawn.settled.tolist(), strict=True)):
+                    if is_settled:
+                        sampled[group[line]] = _sampled(drawn, place, states[group[line]])
+                    else:
+                        unsettled.append(line)
+            lines = np.array(unsettled, np.int64)
+        assert not len(lines), "a row that is listed whole is settled"
 
 
-def _sampled(ranking: Ranking, drawn: Drawn, line: int, state: SamplerState) -> Sampled:
-    column = drawn.columns[line]
-    token_id = int(ranking.token_ids[line, column])
-    if not state.wants_processed:
+def _sampled(drawn: Drawn, place: int, state: SamplerState) -> Sampled:
+    column = drawn.columns[place]
+    candidates = drawn.candidates
+    token_id = int(candidates.token_ids[place, column])
+    weights, total = candidates.weights[place], float(candidates.total[place, 0])
+    steers = "mirostat" in state.plan.steps
+    if not (state.wants_processed or steers):
         return Sampled(token_id, None)
-    weights, total = drawn.candidates.weights[line], float(drawn.candidates.total[line, 0])
-    top = scores.processed(weights, ranking.token_ids[line], total, state.processed_top)
-    return Sampled(token_id, math.log(weights[column] / total), top)
+    logprob = math.log(weights[column] / total)
+    surprise = -logprob / math.log(2) if steers else None
+    if not state.wants_processed:
+        return Sampled(token_id, None, surprise=surprise)
+    top = scores.processed(weights, candidates.token_ids[place], total, state.processed_top)
+    return Sampled(token_id, logprob, top, surprise)
 
 
 def _with_raw_logprobs(
@@ -143,6 +161,8 @@ def _with_raw_logprobs(
     if len(rows) < len(logits):
         logits, blocks = logits[rows], None
     own, alternatives = scores.raw(logits, blocks, token_ids, tops)
-    for row, token_id, logprob, top in zip(rows, token_ids, own, alternatives, strict=True):
-        drawn[row] = Sampled(token_id, logprob, top)
+    for row, logprob, top in zip(rows, own, alternatives, strict=True):
+        result = drawn[row]
+        assert result is not None
+        drawn[row] = replace(result, logprob=logprob, top=top)
     return drawn

@@ -1,10 +1,12 @@
 """What the sampler remembers of one sequence."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from tightrope.engine.grammar import Matcher
+from tightrope.engine.sampler.mirostat import first_mu, next_mu
 from tightrope.engine.sampler.penalties import TokenEdits
+from tightrope.engine.sampler.plan import plan
 from tightrope.engine.types import LogprobRequest, SamplingParams
 
 
@@ -18,15 +20,21 @@ class SamplerState:
         vocab_size: int,
         logprobs: LogprobRequest | None,
         grammar: Matcher | None = None,
+        token_bytes: Callable[[int], bytes] | None = None,
     ) -> None:
-        """Raises InvalidRequest when logit_bias names a token that isn't there."""
+        """token_bytes: what a token adds to the text; without it, DRY has no breakers.
+
+        Raises InvalidRequest when a bias or ban names a token that isn't there, or a breaker is too long.
+        """
         self.params = params
+        self.plan = plan(params)
         self.logprobs = logprobs
         self.seed = params.seed if params.seed is not None else int.from_bytes(os.urandom(8), "little")
         self.suppressed: tuple[int, ...] = ()  # ids that may not be drawn now; the engine sets them between steps
         self.grammar = grammar
-        self.edits = TokenEdits(params, prompt_token_ids, vocab_size)
+        self.edits = TokenEdits(params, prompt_token_ids, vocab_size, token_bytes)
         self.num_output = 0
+        self._mus = [first_mu(params.mirostat_tau)]  # mirostat's aims, one a token and one for the next
         self.wants_processed = logprobs is not None and logprobs.processed
         self.wants_raw = logprobs is not None and not logprobs.processed
         self.processed_top = logprobs.top if logprobs is not None and logprobs.processed else 0
@@ -36,10 +44,17 @@ class SamplerState:
         """Whether a grammar is satisfied, and nothing can be added."""
         return self.grammar is not None and self.grammar.is_complete
 
-    def append(self, token_id: int) -> None:
-        """A token was generated; O(1)."""
+    @property
+    def mu(self) -> float:
+        """Mirostat's aim for the next token, in bits."""
+        return self._mus[-1]
+
+    def append(self, token_id: int, surprise: float | None = None) -> None:
+        """A token was generated; `surprise` as the draw told it."""
         self.num_output += 1
         self.edits.append(token_id)
+        if surprise is not None:
+            self._mus.append(next_mu(self.mu, surprise, self.params.mirostat_tau, self.params.mirostat_eta))
         if self.grammar is not None:
             self.grammar.append(token_id)
 
@@ -47,5 +62,6 @@ class SamplerState:
         """Forget generated tokens after the first `num_output`; what is drawn next is what was drawn there before."""
         self.num_output = num_output
         self.edits.truncate(num_output)
+        del self._mus[num_output + 1 :]
         if self.grammar is not None:
             self.grammar.truncate(num_output)

@@ -3,10 +3,12 @@
 Parameters are [B, 1] float64; a row whose parameter is neutral comes back unchanged.
 """
 
+from dataclasses import replace
+
 import numpy as np
 
-from tightrope.engine.sampler.candidates import Candidates
-from tightrope.engine.sampler.ranking import Doubles
+from tightrope.engine.sampler.candidates import Candidates, Mask
+from tightrope.engine.sampler.ranking import Doubles, Ids
 
 _TINY = np.finfo(np.float64).tiny  # a share so small that one token always reaches it
 
@@ -49,6 +51,116 @@ def typical_p(candidates: Candidates, p: Doubles) -> Candidates:
     mask = np.zeros(shares.shape, np.bool_)
     np.put_along_axis(mask, order, _before(reached) < np.maximum(p, _TINY), 1)
     return candidates.keep(mask, active=p < 1, is_closed=np.zeros(p.shape, np.bool_))
+
+
+def tfs(candidates: Candidates, z: Doubles) -> Candidates:
+    """Cut the tail where the curve of sorted probabilities has become straight. Neutral: 1.
+
+    Its second differences are summed from the likeliest token on; a token is kept while the share of those before it
+    is at most z, and the likeliest always. Where the curve is straight all along, or has less than three tokens,
+    nothing is tail.
+    Source: Bricken 2019, "Tail Free Sampling".
+    """
+    weights, listed = _packed(candidates)
+    bends = np.zeros_like(weights)
+    bends[:, :-2] = np.abs(np.diff(weights, n=2, axis=1))
+    place = np.arange(weights.shape[1])
+    bends *= place < listed - 2
+    reached = bends.cumsum(1)
+    share = _before(reached) / np.where(reached[:, -1:] > 0, reached[:, -1:], np.inf)
+    mask = _unpacked(candidates, (share <= z) | (place == 0))
+    return candidates.keep(mask, active=z < 1, is_closed=np.zeros(z.shape, np.bool_))
+
+
+def top_a(candidates: Candidates, a: Doubles) -> Candidates:
+    """Keep tokens whose probability is at least a times the square of the likeliest one's. Neutral: 0.
+
+    Source: BlinkDL 2022, RWKV-LM, "the top-a sampling method".
+    """
+    most = candidates.weights.max(1, keepdims=True)
+    least = np.minimum(a * most * (most / candidates.total), most)
+    return candidates.keep(candidates.weights >= least, active=a > 0, is_closed=candidates.border < least)
+
+
+def epsilon_cutoff(candidates: Candidates, epsilon: Doubles) -> Candidates:
+    """Keep tokens of at least this probability, or else the likeliest. Neutral: 0.
+
+    Source: Hewitt, Manning and Liang 2022, "Truncation Sampling as Language Model Desmoothing", arXiv 2210.15191.
+    """
+    least = np.minimum(epsilon * candidates.total, candidates.weights.max(1, keepdims=True))
+    return candidates.keep(candidates.weights >= least, active=epsilon > 0, is_closed=candidates.border < least)
+
+
+def eta_cutoff(candidates: Candidates, epsilon: Doubles) -> Candidates:
+    """Keep tokens of at least min(epsilon, sqrt(epsilon) exp(-entropy)), or else the likeliest. Neutral: 0.
+
+    Source: Hewitt, Manning and Liang 2022, "Truncation Sampling as Language Model Desmoothing", arXiv 2210.15191.
+    """
+    shares = candidates.weights / candidates.weights.cumsum(1)[:, -1:]
+    eta = np.minimum(epsilon, np.sqrt(epsilon) * np.exp(-entropy(shares)))
+    mask = shares >= np.minimum(eta, shares.max(1, keepdims=True))
+    return candidates.keep(mask, active=epsilon > 0, is_closed=np.zeros(epsilon.shape, np.bool_))
+
+
+def top_n_sigma(candidates: Candidates, n: Doubles) -> Candidates:
+    """Keep tokens whose logit is at most n standard deviations of all logits below the largest. Neutral: 0.
+
+    Source: Tang et al. 2024, "Top-nσ: Not All Logits Are You Need", arXiv 2411.07641.
+    """
+    is_kept = candidates.weights > 0
+    logits = np.log(np.where(is_kept, candidates.weights, 1.0))
+    count = candidates.num_kept
+    mean = logits.sum(1, keepdims=True) / count
+    sigma = np.sqrt((is_kept * (logits - mean) ** 2).sum(1, keepdims=True) / count)
+    top = np.log(candidates.weights.max(1, keepdims=True))
+    return candidates.keep(logits >= top - n * sigma, active=n > 0, is_closed=np.zeros(n.shape, np.bool_))
+
+
+def xtc(candidates: Candidates, acts: Doubles, threshold: Doubles) -> Candidates:
+    """Remove all tokens of at least the threshold's probability but the least likely of them. Neutral: acts 0.
+
+    acts: 1 where the row's own dice, thrown once a token, say so. Nothing is removed where less than `min_keep` tokens
+    would be left.
+    Source: Weidmann 2024, "Exclude Top Choices (XTC)", text-generation-webui pull request 6335.
+    """
+    weights, total = candidates.weights, candidates.total
+    is_likely = (weights >= threshold * total) & (weights > 0)
+    place = is_likely.cumsum(1)
+    removed = is_likely & (place < place[:, -1:])
+    active = (acts > 0) & removed.any(1, keepdims=True)
+    num_left = candidates.num_kept - removed.sum(1, keepdims=True)
+    active &= ~candidates.is_complete | (num_left >= candidates.min_keep)
+    left = weights * ~(removed & active)
+    # What isn't listed keeps its weight: a difference of sums, which says nothing where little is left.
+    total = np.where(active, total - (weights - left).sum(1, keepdims=True), total)
+    is_sure = (candidates.border < threshold * candidates.total) & (total > 0.1 * candidates.total)
+    return replace(
+        candidates,
+        weights=left,
+        total=np.where(candidates.is_complete, left.cumsum(1)[:, -1:], total),
+        settled=candidates.settled & (candidates.is_complete | is_sure | (acts == 0)),
+    )
+
+
+def entropy(shares: Doubles) -> Doubles:
+    """Of each row of probabilities [B, N], in nats: [B, 1]."""
+    logs = np.log(np.where(shares > 0, shares, 1.0))
+    sums: Doubles = -(shares * logs).sum(1, keepdims=True)
+    return sums
+
+
+def _packed(candidates: Candidates) -> tuple[Doubles, Ids]:
+    """Weights [B, N] with removed tokens moved behind the kept ones, and how many those are [B, 1]."""
+    order = (candidates.weights == 0).argsort(axis=1, kind="stable")
+    return np.take_along_axis(candidates.weights, order, 1), candidates.num_kept
+
+
+def _unpacked(candidates: Candidates, mask: Mask) -> Mask:
+    """A mask over packed weights, for the places where the tokens stand."""
+    order = (candidates.weights == 0).argsort(axis=1, kind="stable")
+    placed = np.zeros_like(mask)
+    np.put_along_axis(placed, order, mask, 1)
+    return placed
 
 
 def _before(reached: Doubles) -> Doubles:

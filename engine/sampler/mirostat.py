@@ -1,0 +1,54 @@
+"""Mirostat: truncation that aims at a surprise, and corrects its aim by what was drawn.
+
+`mu` is the aim of the next token, in bits; it starts at twice tau.
+Source: Basu et al. 2021, "Mirostat: A Neural Text Decoding Algorithm that Directly Controls Perplexity",
+arXiv 2007.14966; version 2 is the authors' later simplification.
+"""
+
+import numpy as np
+
+from tightrope.engine.sampler.candidates import Candidates
+from tightrope.engine.sampler.ranking import Doubles
+
+_MEASURED = 100  # likeliest tokens from which version 1 estimates the exponent of Zipf's law
+
+
+def first_mu(tau: float) -> float:
+    return 2 * tau
+
+
+def next_mu(mu: float, surprise: float, tau: float, eta: float) -> float:
+    """The aim after a token of this surprise, in bits, among those that could be drawn."""
+    return mu - eta * (surprise - tau)
+
+
+def mirostat(candidates: Candidates, mode: Doubles, mu: Doubles, vocab_size: Doubles) -> Candidates:
+    """Keep tokens that surprise by at most mu bits (2), or as many as Zipf's law expects to (1). Neutral: mode 0."""
+    candidates = _by_zipfs_law(candidates, mode == 1, mu, vocab_size)
+    most = candidates.weights.max(1, keepdims=True)
+    least = np.minimum(candidates.total * np.exp2(-mu), most)
+    return candidates.keep(candidates.weights >= least, active=mode == 2, is_closed=candidates.border < least)
+
+
+def _by_zipfs_law(
+    candidates: Candidates, active: np.ndarray[tuple[int, ...], np.dtype[np.bool_]], mu: Doubles, vocab_size: Doubles
+) -> Candidates:
+    """Keep the k likeliest tokens, where a Zipf distribution cut after k has a surprise of mu bits."""
+    if not active.any():
+        return candidates
+    order = (candidates.weights == 0).argsort(axis=1, kind="stable")[:, :_MEASURED]
+    logs = np.log(np.take_along_axis(candidates.weights, order, 1))
+    ranks = np.log(np.arange(1, logs.shape[1] + 1))
+    steps = np.diff(ranks)
+    falls = np.where(logs[:, 1:] > -np.inf, logs[:, :-1] - logs[:, 1:], 0.0)
+    is_measured = logs[:, 1:] > -np.inf
+    s = (steps * falls).sum(1, keepdims=True) / np.maximum((steps**2 * is_measured).sum(1, keepdims=True), 1e-30)
+    excess = s - 1
+    spread = np.where(
+        np.abs(excess) > 1e-9, -np.expm1(-excess * np.log(vocab_size)) / excess, np.log(vocab_size)
+    )  # (1 - V**-excess) / excess, and its limit
+    k = np.exp(np.clip((mu * np.log(2) - np.log(np.maximum(spread, 1e-300))) / np.maximum(s, 1e-9), 0.0, 40.0))
+    place = (candidates.weights > 0).cumsum(1)
+    num_kept = place[:, -1:]
+    is_closed = (num_kept >= np.floor(k)) & (num_kept >= _MEASURED)
+    return candidates.keep(place <= np.floor(k), active=active, is_closed=is_closed)

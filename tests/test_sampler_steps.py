@@ -1,0 +1,256 @@
+"""Every step, in any order and any company, against the float64 reference."""
+
+import math
+
+import numpy as np
+import pytest
+import sampling_reference as reference
+import torch
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from msgspec import structs
+
+from tightrope.engine.sampler.draw import dice, uniform
+from tightrope.engine.sampler.mirostat import next_mu
+from tightrope.engine.sampler.sampler import Sampled, sample
+from tightrope.engine.sampler.state import SamplerState
+from tightrope.engine.types import SAMPLER_ORDER, LogprobRequest, SamplingParams
+
+EDGE = 2e-5  # of a border: whole rows are summed and reshaped in float32
+unit = st.floats(0.05, 0.98)
+
+
+def maybe(values: st.SearchStrategy[float], neutral: float) -> st.SearchStrategy[float]:
+    return st.one_of(st.just(neutral), st.just(neutral), values)
+
+
+params = st.builds(
+    SamplingParams,
+    temperature=st.sampled_from([0.3, 1.0, 1.0, 2.5]),
+    top_k=st.sampled_from([0, 0, 3, 40]),
+    top_p=maybe(unit, 1.0),
+    min_p=maybe(st.floats(0.001, 0.3), 0.0),
+    typical_p=maybe(unit, 1.0),
+    dynatemp_range=maybe(st.floats(0.1, 1.0), 0.0),
+    dynatemp_exponent=st.sampled_from([1.0, 0.5, 2.0]),
+    smoothing_factor=maybe(st.floats(0.05, 2.0), 0.0),
+    smoothing_curve=st.sampled_from([1.0, 2.5, 6.0]),
+    top_n_sigma=maybe(st.floats(0.5, 3.0), 0.0),
+    tfs=maybe(unit, 1.0),
+    top_a=maybe(st.floats(0.01, 0.9), 0.0),
+    epsilon_cutoff=maybe(st.floats(1e-4, 0.1), 0.0),
+    eta_cutoff=maybe(st.floats(1e-4, 0.1), 0.0),
+    xtc_probability=maybe(st.sampled_from([0.5, 1.0]), 0.0),
+    xtc_threshold=st.floats(0.01, 0.5),
+    mirostat_mode=st.sampled_from([0, 0, 0, 1, 2]),
+    mirostat_tau=st.floats(0.5, 8.0),
+    min_keep=st.sampled_from([0, 0, 0, 1, 5]),
+    order=st.one_of(st.just(()), st.permutations(SAMPLER_ORDER).map(lambda order: tuple(order[:6]))),
+    seed=st.integers(0, 2**64 - 1),
+)
+THRESHOLDS = (
+    "top_p",
+    "min_p",
+    "typical_p",
+    "top_n_sigma",
+    "tfs",
+    "top_a",
+    "epsilon_cutoff",
+    "eta_cutoff",
+    "xtc_threshold",
+    "mirostat_tau",
+)
+
+
+def logits_row(shape: str, vocab_size: int, seed: int) -> np.ndarray:
+    row = np.random.default_rng(seed).normal(0, 2.5, vocab_size)
+    match shape:
+        case "peaked":
+            row[seed % vocab_size] += 15
+        case "zipf":
+            row = -1.6 * np.log(np.random.default_rng(seed).permutation(vocab_size) + 1.0) + row / 10
+        case "mostly_banned":
+            row[np.random.default_rng(seed + 1).random(vocab_size) < 0.9] = -np.inf
+            row[seed % vocab_size] = 1.0
+    return row.astype(np.float32)
+
+
+def expected(row: np.ndarray, p: SamplingParams, place: int) -> reference.Distribution:
+    """What the reference keeps; the example is dropped where a border lies within EDGE of a token."""
+    exact, acts = row.astype(np.float64), dice(p.seed or 0, place) < p.xtc_probability
+    kept = reference.truncate(exact, p, acts=acts)
+    for name in THRESHOLDS:
+        value = getattr(p, name)
+        for factor in (1 - EDGE, 1 + EDGE) if value != getattr(SamplingParams(), name) else ():
+            nudged = min(value * factor, 1 - 1e-12) if name in ("top_p", "typical_p", "tfs") and value < 1 else value
+            nudged = value * factor if name not in ("top_p", "typical_p", "tfs") else nudged
+            other = reference.truncate(exact, structs.replace(p, **{name: nudged}), acts=acts)
+            assume({token for token, _ in other} == {token for token, _ in kept})
+    return kept
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow])
+@given(
+    vocab_size=st.sampled_from([1, 2, 3, 30, 400]),
+    shape=st.sampled_from(["normal", "peaked", "zipf", "mostly_banned"]),
+    seed=st.integers(0, 2**32 - 1),
+    p=params,
+    other=params,
+    place=st.integers(0, 1000),
+)
+def test_any_steps_in_any_order_keep_and_draw_what_the_reference_does(
+    vocab_size: int, shape: str, seed: int, p: SamplingParams, other: SamplingParams, place: int
+):
+    row = logits_row(shape, vocab_size, seed)
+    kept = expected(row, p, place)
+    neighbour = logits_row("normal", vocab_size, seed + 1)
+    results = []
+    for logprobs in (LogprobRequest(processed=True, top=vocab_size), None):
+        states = [SamplerState(p, [], vocab_size, logprobs), SamplerState(other, [], vocab_size, None)]
+        states[0].num_output = place
+        results.append(sample(torch.from_numpy(np.stack([row, neighbour])), states)[0])
+    whole, plain = results
+
+    assert whole is not None
+    assert plain is not None
+    assert {token for token, logprob in whole.top if logprob > -600} == {t for t, q in kept if q > math.exp(-600)}
+    for token, logprob in whole.top:
+        probability = dict(kept).get(token, 0.0)
+        assert math.exp(logprob) == pytest.approx(probability, rel=2e-4, abs=1e-12)
+    u = uniform(p.seed or 0, place)
+    assert whole.token_id in {reference.draw(kept, min(max(u + nudge, 0.0), 1.0)) for nudge in (-1e-4, 0, 1e-4)}
+    assert plain.token_id in {reference.draw(kept, min(max(u + nudge, 0.0), 1.0)) for nudge in (-1e-4, 0, 1e-4)}
+
+
+def state(vocab_size: int, **fields: object) -> SamplerState:
+    return SamplerState(SamplingParams(**fields), [], vocab_size, LogprobRequest(True, vocab_size))  # type: ignore[arg-type]
+
+
+def one(logits: torch.Tensor, **fields: object) -> Sampled:
+    drawn = sample(logits[None], [state(len(logits), **fields)])[0]
+    assert drawn is not None
+    return drawn
+
+
+def kept(logits: torch.Tensor, **fields: object) -> set[int]:
+    return {token for token, _ in one(logits, **fields).top}
+
+
+STEEP = torch.tensor([0.5, 0.2, 0.15, 0.08, 0.04, 0.02, 0.01]).log()
+
+
+@pytest.mark.parametrize(
+    ("fields", "tokens"),
+    [
+        ({"tfs": 0.5}, {0}),  # second differences 0.25, 0.02, 0.03, 0.02, 0.01: shares 0.76, 0.82, ...
+        ({"tfs": 0.8}, {0, 1}),
+        ({"top_a": 0.4}, {0, 1, 2}),  # 0.4 x 0.5 x 0.5 = 0.1
+        ({"epsilon_cutoff": 0.03}, {0, 1, 2, 3, 4}),
+        ({"epsilon_cutoff": 0.9}, {0}),
+        ({"eta_cutoff": 0.03}, {0, 1, 2, 3, 4}),
+        ({"xtc_probability": 1.0, "xtc_threshold": 0.1}, {2, 3, 4, 5, 6}),
+        ({"xtc_probability": 1.0, "xtc_threshold": 0.3}, {0, 1, 2, 3, 4, 5, 6}),  # the only one stays
+        ({"xtc_probability": 1.0, "xtc_threshold": 0.1, "min_keep": 6}, {0, 1, 2, 3, 4, 5, 6}),
+        ({"top_p": 0.4, "min_keep": 3}, {0, 1, 2}),
+        ({"top_k": 2, "min_keep": 3}, {0, 1, 2}),
+        ({"mirostat_mode": 2, "mirostat_tau": 1.5}, {0, 1, 2}),  # mu = 3 bits: at least an eighth
+        ({"top_k": 2, "min_p": 0.5, "order": ("top_k", "min_p")}, {0}),
+        ({"temperature": 9.0, "min_p": 0.5}, {0, 1, 2, 3, 4, 5, 6}),
+        ({"temperature": 9.0, "min_p": 0.5, "order": ("min_p", "temperature")}, {0}),
+    ],
+)
+def test_worked_examples(fields: dict[str, object], tokens: set[int]):
+    assert kept(STEEP, **fields) == tokens
+
+
+def test_top_n_sigma_keeps_the_same_tokens_at_any_temperature():
+    logits = torch.randn(5000, generator=torch.Generator().manual_seed(3)) * 3
+    sets = [kept(logits, top_n_sigma=1.0, temperature=t) for t in (0.1, 1.0, 10.0)]
+    assert sets[0] == sets[1] == sets[2]
+    assert 1 < len(sets[0]) < 200
+
+
+def test_a_dynamic_temperature_is_low_where_the_model_is_sure_and_high_where_it_is_not():
+    sure, unsure = torch.tensor([20.0, 0.0, 0.0, 0.0]), torch.tensor([0.1, 0.0, 0.0, 0.0])
+    for logits, temperature in ((sure, 0.5), (unsure, 1.5)):
+        dynamic, fixed = one(logits, dynatemp_range=0.5), one(logits, temperature=temperature)
+        assert [token for token, _ in dynamic.top] == [token for token, _ in fixed.top]
+        for (_, a), (_, b) in zip(dynamic.top, fixed.top, strict=True):
+            assert a == pytest.approx(b, rel=0.02, abs=1e-3)
+
+
+def test_smoothing_with_a_steep_curve_can_lift_a_token_above_the_likeliest():
+    top = one(torch.tensor([1.0, 0.5, -3.0]), smoothing_factor=2.0, smoothing_curve=8.0).top
+    assert top[0][0] == 1
+    late = one(torch.tensor([1.0, 0.5, -3.0]), smoothing_factor=2.0, smoothing_curve=8.0, top_k=2, order=("top_k",))
+    assert [token for token, _ in late.top] == [1, 0]
+
+
+def test_xtc_acts_as_often_as_its_probability_says_and_the_same_again_for_the_same_seed():
+    def has_acted(seed: int) -> bool:
+        return 0 not in {t for t, _ in one(STEEP, xtc_probability=0.3, xtc_threshold=0.1, seed=seed).top}
+
+    acted = [has_acted(seed) for seed in range(400)]
+    assert 88 < sum(acted) < 152  # 120 expected, 3.5 standard deviations
+    assert acted[:20] == [has_acted(seed) for seed in range(20)]
+
+
+@pytest.mark.parametrize("mode", [1, 2])
+def test_mirostat_steers_the_mean_surprise_to_its_target(mode: int):
+    logits = -1.1 * torch.arange(1, 5001).log()  # Zipf's law, as version 1 takes it to be
+    made = SamplerState(SamplingParams(mirostat_mode=mode, mirostat_tau=3.0, seed=1), [], 5000, None)
+    surprises = []
+    for _ in range(600):
+        drawn = sample(logits[None], [made])[0]
+        assert drawn is not None
+        assert drawn.surprise is not None
+        surprises.append(drawn.surprise)
+        made.append(drawn.token_id, drawn.surprise)
+    assert sum(surprises[100:]) / 500 == pytest.approx(3.0, abs=0.3)
+
+
+def test_mirostats_aim_goes_back_with_a_rewound_sequence():
+    logits = torch.randn(40, 500, generator=torch.Generator().manual_seed(2)) * 2
+    made = SamplerState(SamplingParams(mirostat_mode=2, mirostat_tau=4.0, mirostat_eta=0.5, seed=5), [], 500, None)
+
+    def go_on(start: int) -> list[tuple[int, float]]:
+        written = []
+        for row in logits[start:]:
+            drawn = sample(row[None], [made])[0]
+            assert drawn is not None
+            assert drawn.surprise is not None
+            before = made.mu
+            made.append(drawn.token_id, drawn.surprise)
+            assert made.mu == next_mu(before, drawn.surprise, 4.0, 0.5)
+            written.append((drawn.token_id, made.mu))
+        return written
+
+    first = go_on(0)
+    made.truncate(13)
+    assert go_on(13) == first[13:]
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
+def test_rows_without_numbers_draw_nothing_whatever_reshapes_them(broken: float):
+    logits = torch.randn(3, 2000, generator=torch.Generator().manual_seed(1))
+    logits[1] = broken
+    fields = {"smoothing_factor": 0.3, "dynatemp_range": 0.5, "top_n_sigma": 1.0, "mirostat_mode": 2, "seed": 1}
+    drawn = sample(logits, [state(2000, **fields) for _ in range(3)])
+    assert drawn[1] is None
+    assert drawn[0] is not None
+    assert drawn[2] is not None
+
+
+def test_extreme_parameters_stay_finite():
+    logits = torch.randn(2000, generator=torch.Generator().manual_seed(4)) * 20
+    for fields in (
+        {"mirostat_mode": 1, "mirostat_tau": 1e300},
+        {"mirostat_mode": 1, "mirostat_tau": 1e-300},
+        {"mirostat_mode": 2, "mirostat_tau": 1e300},
+        {"smoothing_factor": 1000.0, "smoothing_curve": 100.0},
+        {"dynatemp_range": 1e300, "dynatemp_exponent": 1e300},
+        {"top_n_sigma": 1e300},
+        {"temperature": 1e300, "order": ("min_p", "temperature"), "min_p": 0.01},
+        {"temperature": 1e-300, "order": ("min_p", "temperature"), "min_p": 0.01},
+    ):
+        assert one(logits, seed=1, **fields).logprob is not None
