@@ -37,9 +37,43 @@ def penalise(
         logits[token] -= params.relative_frequency_penalty * seen.count(token) / len(seen)
     for token, bias in params.logit_bias.items():
         logits[token] += bias
+    for token in params.banned_tokens:
+        logits[token] = -math.inf
     for token in suppressed:
         logits[token] = -math.inf
     return logits
+
+
+def dry(token_ids: Sequence[int], params: SamplingParams, breaks: Sequence[bool]) -> dict[int, float]:
+    """What DRY subtracts, by token; breaks: whether a breaker ends in each token."""
+    lengths = runs(token_ids, breaks, params.dry_range)
+    return {
+        token: min(params.dry_multiplier * params.dry_base ** float(length - params.dry_allowed_length), 1e30)
+        for token, length in lengths.items()
+        if length >= params.dry_allowed_length
+    }
+
+
+def repeated_ngrams(token_ids: Sequence[int], n: int) -> set[int]:
+    """The tokens that would complete n tokens that are there already."""
+    grams = [tuple(token_ids[i : i + n]) for i in range(len(token_ids) - n + 1)]
+    begun = tuple(token_ids[len(token_ids) - n + 1 :])
+    return {gram[-1] for gram in grams if gram[:-1] == begun}
+
+
+def runs(token_ids: Sequence[int], breaks: Sequence[bool], window: int = 0) -> dict[int, int]:
+    """For each token that followed a run somewhere: how long the longest was. See engine.sampler.repeats."""
+    size = len(token_ids)
+    start = max(size - window, 0) if window else 0
+    free = next((i for i in range(size) if breaks[size - 1 - i]), size)  # tokens after the last breaker
+    longest: dict[int, int] = {}
+    for end in range(start, size - 1):
+        length = 0
+        while length < min(free, end - start + 1, 256) and token_ids[end - length] == token_ids[size - 1 - length]:
+            length += 1
+        if length:
+            longest[token_ids[end + 1]] = max(length, longest.get(token_ids[end + 1], 0))
+    return longest
 
 
 def is_drawable(logits: Logits) -> bool:

@@ -8,16 +8,32 @@ The order. Every step is a no-op at its neutral value, which is in brackets, and
     are subtracted.
 3.  relative_frequency_penalty [0] times the share of the token in prompt and output is subtracted.
     With penalty_range [0: all] = n, steps 1 to 3 see the last n tokens of prompt and output, and nothing before them.
-4.  logit_bias is added. Then suppressed tokens (ends that may not come yet), and those that a grammar excludes, get a
-    logit of -inf.
-5.  temperature [1] divides. It is held between 1e-30 and 1e30; 0 is greedy: the token of the largest logit, ties to
-    the lowest id, and nothing below matters.
-6.  top_k [0]: the k likeliest tokens; of equals the lowest ids, so that it is exactly k.
-7.  top_p [1]: the smallest set of likeliest tokens whose share of what step 6 left reaches top_p; at least one.
-8.  min_p [0]: tokens at least min_p times as likely as the likeliest.
-9.  typical_p [1]: the smallest set that reaches typical_p, of tokens whose surprisal is nearest the entropy; at least
-    one.
-10. The draw: the kept tokens stand in a row, the likeliest first, equals by id, and one uniform number in [0, 1) falls
+4.  logit_bias is added, and banned_tokens get a logit of -inf. DRY's penalties are subtracted (dry_multiplier [0]): a
+    token that would go on with a stretch of dry_allowed_length or more tokens which stands in prompt and output already
+    loses dry_multiplier x dry_base ** (length - dry_allowed_length). no_repeat_ngram_size [0] bans such tokens. Then
+    suppressed tokens (ends that may not come yet), and those that a grammar excludes, get a logit of -inf.
+5.  The steps of `order`, then those that it doesn't name, as they stand here. Each sees what the steps before it left:
+
+    temperature [1] divides. It is held between 1e-30 and 1e30; 0 is greedy: the token of the largest logit, ties to the
+        lowest id, and nothing else of step 5 and 6 happens. dynatemp_range [0] lets it move up and down by so much, to
+        the share that the entropy has of its largest possible value, to the power of dynatemp_exponent.
+    smoothing [smoothing_factor 0]: logits are bent, see reshaping.quadratic.
+    top_n_sigma [0]: logits at most so many standard deviations below the largest.
+    top_k [0]: the k likeliest tokens; of equals the lowest ids, so that it is exactly k.
+    top_p [1]: the smallest set of likeliest tokens whose share of what is left reaches top_p; at least one.
+    min_p [0]: tokens at least min_p times as likely as the likeliest.
+    typical_p [1]: the smallest set that reaches typical_p, of tokens whose surprisal is nearest the entropy; at least
+        one.
+    tfs [1]: the likeliest tokens, up to where the curve of probabilities has become straight.
+    top_a [0]: tokens of at least top_a times the square of the largest probability.
+    epsilon_cutoff [0]: tokens of at least this probability; eta_cutoff [0]: or of less where the entropy is high.
+    xtc [xtc_probability 0]: so often, of the tokens of at least xtc_threshold's probability all but the least likely
+        are removed. The dice have a stream of their own under the seed.
+
+    min_keep [0]: each step that removes tokens leaves so many, the likeliest of those that it was given.
+6.  mirostat_mode [0] keeps tokens of at most `mu` bits of surprise (2), or as many as Zipf's law expects to (1), and
+    afterwards corrects mu, which starts at twice mirostat_tau, by mirostat_eta times what was missed.
+7.  The draw: the kept tokens stand in a row, the likeliest first, equals by id, and one uniform number in [0, 1) falls
     on one of them by its share. The number is a function of (seed, place in the output) and of nothing else: neither
     neighbours in the batch nor rewinding change what a seed says.
 
@@ -27,7 +43,7 @@ lowest ids; processed all that tie with the last of them, too. Tokens of no prob
 
 A row whose largest logit is not finite (all banned, or a NaN anywhere) draws nothing; its neighbours don't notice.
 
-Logits are float32, and so are steps 1 to 4; what follows is float64 over the candidates. The mass of a whole
+Logits are float32, and so are steps 1 to 4 and what was reshaped as a whole row; what follows is float64 over the candidates. The mass of a whole
 vocabulary, which top_p and the draw compare with, is a float32 sum: a token within about 1e-5 of such an edge may fall
 either way.
 

@@ -173,8 +173,8 @@ def edit_logits(
         values = flat.index_select(0, places)
         flat.scatter_(0, places, torch.where(values > 0, values / divide, values * divide) - subtract)
     for row, repeat in repeats:
-        token_ids, subtract = repeat.penalties()
-        edited[row].index_add_(0, _to(token_ids, flat), _to(subtract, flat), alpha=-1)
+        repeated, penalties = repeat.penalties()
+        edited[row].index_add_(0, _to(repeated, flat), _to(penalties, flat), alpha=-1)
     if banned and flat.is_cpu:
         flat.numpy()[banned] = -np.inf  # a fifth of the time that torch takes for a few places
     elif banned:

@@ -30,6 +30,8 @@ class Runs:
         self._tokens = np.empty(max(1024, 2 * len(token_ids)), np.int32)
         self._tokens[: len(token_ids)] = token_ids
         self._size = len(token_ids)
+        self._lengths = np.zeros(0, np.int32)  # of the run that ends at each place
+        self._places: Ids = np.empty(0, np.int64)  # where runs end
         self._rebuild()
 
     def append(self, token_id: int) -> None:
@@ -67,8 +69,8 @@ class Runs:
 
     def _rebuild(self) -> None:
         """Runs of up to LONGEST tokens are known once as many tokens have been followed."""
-        self._lengths = np.zeros(len(self._tokens), np.int32)  # of the run that ends at each place
-        self._places: Ids = np.empty(0, np.int64)  # where runs end
+        self._lengths = np.zeros(len(self._tokens), np.int32)
+        self._places = self._places[:0]
         for size in range(max(self._size - LONGEST, 0) + 1, self._size + 1):
             self._follow(size)
 
@@ -76,7 +78,9 @@ class Runs:
         """Go on from the runs of the first size - 1 tokens to those of the first `size`."""
         tokens = self._tokens[: size - 1]
         places = np.flatnonzero(tokens == self._tokens[size - 1])
-        if self._breakers is not None and self._breakers.ends_in(self._tokens[max(size - MAX_BYTES, 0) : size].tolist()):
+        if self._breakers is not None and self._breakers.ends_in(
+            self._tokens[max(size - MAX_BYTES, 0) : size].tolist()
+        ):
             places = places[:0]
         before = self._lengths[places - 1]  # place -1 is the end of the array, which no run has reached
         if len(places) and places[0] == 0:
