@@ -272,7 +272,7 @@ def run(step: str, distribution: Distribution, params: SamplingParams, acts: boo
 
 
 def draw(distribution: Distribution, u: float) -> int:
-    """Step 10: the token on which u in [0, 1) falls."""
+    """Step 7: the token on which u in [0, 1) falls."""
     reached = 0.0
     for token, probability in distribution:
         reached += probability

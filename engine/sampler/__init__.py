@@ -43,9 +43,9 @@ lowest ids; processed all that tie with the last of them, too. Tokens of no prob
 
 A row whose largest logit is not finite (all banned, or a NaN anywhere) draws nothing; its neighbours don't notice.
 
-Logits are float32, and so are steps 1 to 4 and what was reshaped as a whole row; what follows is float64 over the candidates. The mass of a whole
-vocabulary, which top_p and the draw compare with, is a float32 sum: a token within about 1e-5 of such an edge may fall
-either way.
+Logits are float32, and so are steps 1 to 4 and what is reshaped as a whole row; what follows is float64 over the
+candidates. The mass of a whole vocabulary, which top_p and the draw compare with, is a float32 sum: a token within
+about 1e-5 of such an edge may fall either way.
 
 How it stays fast: ranking.py. Nobody sorts a vocabulary, unless the distribution is truly flat.
 """
