@@ -27,13 +27,13 @@ def spare_bytes(weight_bytes: int, free_bytes: int) -> int:
 
 
 def does_not_fit(
-    tokens: int, kind: str, token_bytes: float, room: int, smaller: Sequence[str], fitting: int
+    tokens: int, kind: str, need_bytes: float, room: int, smaller: Sequence[str], fitting: int
 ) -> DoesNotFit:
-    """The refusal of a cache of `tokens` stored as `kind`, where `room` bytes are left beside the workspace.
+    """The refusal of a cache of `tokens` stored as `kind`, of `need_bytes`, where `room` bytes are left.
 
     `smaller` are types that would hold as many tokens, `fitting` is what this one would hold.
     """
-    need = f"a cache of {tokens} tokens as {kind} needs {tokens * token_bytes / GIB:.2f} GiB beside the weights"
+    need = f"a cache of {tokens} tokens as {kind} needs {need_bytes / GIB:.2f} GiB beside the weights"
     free = f"{max(0, room) / GIB:.2f} GiB is free"
     other = f"take {' or '.join(f'--kv-cache {name}' for name in smaller)}, or " if smaller else ""
     if fitting == 0:

@@ -18,6 +18,7 @@ class CacheChoice:
 
     name: str
     token_bytes: float
+    window_bytes: float  # of the served window's tokens; less than all of them where layers slide
     fitting: int
 
 
@@ -94,7 +95,12 @@ def _of_folder(folder: Path, settings: ModelSettings, memory_bytes: int | None) 
         trained_len=shape.trained_len,
         window=window,
         caches=tuple(
-            CacheChoice(name, hf.token_bytes(shape, name), hf.largest_window(settings, shape, name, spare))
+            CacheChoice(
+                name,
+                hf.token_bytes(shape, name),
+                hf.CacheSizes.of(settings, shape, name).bytes_of(-(-window // PAGE)),
+                hf.largest_window(settings, shape, name, spare),
+            )
             for name in CACHE_NAMES
         ),
         chosen=chosen,
@@ -113,6 +119,7 @@ def _of_gguf(path: Path, settings: ModelSettings, memory_bytes: int | None) -> O
     free_bytes = _grossed_up(memory_bytes) if memory_bytes is not None else free_memory()
     spare = spare_bytes(header.weight_bytes, free_bytes)
     workspace = gguf.workspace_bytes(settings, shape)
+    window = settings.max_model_len or plan_rope(settings.rope, shape).window
     chosen, refusal = None, None
     try:
         plan = gguf.make_plan(settings, header, free_bytes)
@@ -129,9 +136,14 @@ def _of_gguf(path: Path, settings: ModelSettings, memory_bytes: int | None) -> O
         weight_bytes=header.weight_bytes,
         workspace_bytes=workspace,
         trained_len=shape.trained_len,
-        window=settings.max_model_len or plan_rope(settings.rope, shape).window,
+        window=window,
         caches=tuple(
-            CacheChoice(kind.name, gguf.token_bytes(shape, kind), gguf.fitting_tokens(shape, kind, spare - workspace))
+            CacheChoice(
+                kind.name,
+                gguf.token_bytes(shape, kind),
+                window * gguf.token_bytes(shape, kind),
+                gguf.fitting_tokens(shape, kind, spare - workspace),
+            )
             for kind in kinds
         ),
         chosen=chosen,

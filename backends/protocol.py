@@ -57,7 +57,10 @@ class KVCache(Protocol):
         """Record tokens that a forward pass has stored, so that later sequences can match them."""
 
     def truncate(self, seq_id: int, num_tokens: int) -> None:
-        """Forget all but the first `num_tokens` tokens."""
+        """Forget all but the first `num_tokens` tokens.
+
+        Raises BackendError where layers with a window or a state have moved on from there.
+        """
 
     def close(self, seq_id: int, *, keep: bool) -> None:
         """End a sequence. keep: its tokens stay matchable until evicted."""

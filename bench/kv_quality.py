@@ -130,8 +130,7 @@ def _memory(base: HFBackend, lanes: dict[tuple[CacheDtype, str], CacheVariant]) 
 def allocated_bytes(caches: Sequence[LayerCache]) -> float:
     """Bytes of codes and scales, for each token that there is room for."""
     tensors = [t for c in caches for t in (c.key_codes, c.key_scales, c.value_codes, c.value_scales)]
-    pages, _, places, _ = tensors[0].shape
-    return sum(tensor.nbytes for tensor in tensors) / (pages * places)
+    return sum(tensor.nbytes / (tensor.shape[0] * tensor.shape[2]) for tensor in tensors)  # [P, Hkv, PAGE, ...]
 
 
 def judge(rows: Sequence[dict[str, object]]) -> dict[str, dict[str, object]]:

@@ -50,7 +50,8 @@ class LayerCache:
     codes: f16 float16 [P, Hkv, PAGE, D]; q8 int8 [P, Hkv, PAGE, G * 32]; q4 uint8 [P, Hkv, PAGE, G * 16], where byte j
     of a group's sixteen holds value j in its low and value j + 16 in its high four bits. scales: float16
     [P, Hkv, PAGE, G], empty for f16. A q8 value is code * scale, a q4 value (code - 8) * scale. Keys are stored before
-    rotation and divided by `key_factor` [Hkv, D] float32 (ones for f16 and where keys are cached rotated).
+    rotation and divided by `key_factor` [Hkv, D] float32 (ones for f16 and where keys are cached rotated). is_windowed:
+    its pages are those of StepLayout.windowed.
     """
 
     format: CacheFormat
@@ -59,9 +60,12 @@ class LayerCache:
     value_codes: Tensor
     value_scales: Tensor
     key_factor: Tensor
+    is_windowed: bool = False
 
     @classmethod
-    def allocate(cls, format: CacheFormat, num_pages: int, device: torch.device | str = "cpu") -> "LayerCache":
+    def allocate(
+        cls, format: CacheFormat, num_pages: int, device: torch.device | str = "cpu", *, is_windowed: bool = False
+    ) -> "LayerCache":
         """Zeroed pages, with factors of one."""
         code_dtype, width = {
             "f16": (torch.float16, format.head_dim),
@@ -78,7 +82,7 @@ class LayerCache:
             return torch.zeros(*shape, groups, dtype=torch.float16, device=device)
 
         factor = torch.ones(format.num_kv_heads, format.head_dim, device=device)
-        return cls(format, codes(), scales(), codes(), scales(), factor)
+        return cls(format, codes(), scales(), codes(), scales(), factor, is_windowed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +108,9 @@ class StepLayout:
     Sequence b's tokens of this step are rows query_starts[b] .. query_starts[b + 1] of the step; with them its cache
     holds context_lens[b] tokens, so they are at positions context_lens[b] - n .. context_lens[b]. Position p of
     sequence b is in page block_tables[b, p // PAGE]. All on the device of the cache, but for the two maxima.
+
+    `windowed` is the same step with the pages of sliding-window layers, where these have fewer: its block tables hold
+    page 0 where no window reaches.
     """
 
     query_starts: Tensor  # [B + 1] int32
@@ -114,6 +121,7 @@ class StepLayout:
     sequence_of: Tensor  # [T] int32: which b a row belongs to
     max_query_len: int
     max_context_len: int
+    windowed: "StepLayout | None" = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,7 +57,7 @@ def to_lines(found: "Outline", is_given: bool) -> list[str]:
         f"cache   a token     largest context   {found.window} tokens",
     ]
     for cache in found.caches:
-        size = _size(found.window * cache.token_bytes)
+        size = _size(cache.window_bytes)
         verdict = f"fit in {size}" if cache.fitting >= found.window else f"would take {size}"
         lines.append(f"{cache.name:5} {cache.token_bytes / 1024:7.1f} KiB  {cache.fitting:>15}   {verdict}")
     if found.chosen is not None:
@@ -87,6 +87,7 @@ def to_json(found: "Outline") -> dict[str, object]:
     }
     for cache in found.caches:
         flat[f"{cache.name}_bytes_per_token"] = cache.token_bytes
+        flat[f"{cache.name}_bytes_for_window"] = cache.window_bytes
         flat[f"{cache.name}_largest_context"] = cache.fitting
     return flat
 

@@ -13,7 +13,7 @@ from tightrope.backends.hf.graphs import DecodeGraphs, batch_size, context_size
 from tightrope.kernels.layout import PAGE, RopeTable, StepLayout
 
 LONGEST = 5000  # tokens
-VOCABULARY = 7
+VOCABULARY = 9
 
 
 class Recorder:
@@ -37,7 +37,8 @@ class Model:
     def forward(self, token_ids: Tensor, step: StepLayout, tables: Mapping[str, RopeTable], rows: Tensor) -> Tensor:
         self.steps.append(step)
         self.stored += [slot for slot in step.slots.tolist() if slot >= 0]
-        sequences = step.sequence_of.long()
+        sequences, pages = step.sequence_of.long(), (step.positions // PAGE).long()
+        windowed = step if step.windowed is None else step.windowed
         table = tables["default"]
         seen = torch.stack(
             (
@@ -45,7 +46,9 @@ class Model:
                 step.positions,
                 step.context_lens[sequences],
                 step.slots,
-                step.block_tables[sequences, (step.positions // PAGE).long()],
+                step.block_tables[sequences, pages],
+                windowed.slots,
+                windowed.block_tables[sequences, pages],
                 table.query_scale[table.set_of[sequences].long()],
                 table.pages[table.set_of[sequences].long(), 0, 0, 0],
             ),
@@ -63,7 +66,7 @@ def rope_table(set_of: list[int]) -> RopeTable:
     )
 
 
-def decode_step(lengths: list[int]) -> tuple[Tensor, StepLayout]:
+def decode_step(lengths: list[int], *, has_windows: bool = False) -> tuple[Tensor, StepLayout]:
     """Token ids and the layout of a step in which sequences of these lengths have one token each."""
     width = -(-max(lengths) // PAGE)
     block_tables = torch.arange(len(lengths) * width, dtype=torch.int32).view(len(lengths), width)
@@ -79,19 +82,24 @@ def decode_step(lengths: list[int]) -> tuple[Tensor, StepLayout]:
         max_query_len=1,
         max_context_len=max(lengths),
     )
+    if has_windows:
+        step = replace(step, windowed=replace(step, block_tables=block_tables + 1000, slots=step.slots + 1000 * PAGE))
     return torch.tensor(lengths) * 7, step
 
 
-def graphs_of(model: Model, recorder: Recorder, max_num_seqs: int = 8) -> DecodeGraphs:
-    return DecodeGraphs(model.forward, max_num_seqs, LONGEST, "cpu", recorder)
+def graphs_of(model: Model, recorder: Recorder, max_num_seqs: int = 8, *, has_windows: bool = False) -> DecodeGraphs:
+    return DecodeGraphs(model.forward, max_num_seqs, LONGEST, "cpu", recorder, has_windows=has_windows)
 
 
-@given(steps=st.lists(st.lists(st.integers(1, LONGEST), min_size=1, max_size=9), min_size=1, max_size=6))
-def test_any_run_of_steps_gives_what_the_model_gives(steps: list[list[int]]):
-    graphs = graphs_of(Model(), Recorder())
+@given(
+    steps=st.lists(st.lists(st.integers(1, LONGEST), min_size=1, max_size=9), min_size=1, max_size=6),
+    has_windows=st.booleans(),
+)
+def test_any_run_of_steps_gives_what_the_model_gives(steps: list[list[int]], has_windows: bool):
+    graphs = graphs_of(Model(), Recorder(), has_windows=has_windows)
     table = rope_table([0])
     for lengths in steps:
-        token_ids, step = decode_step(lengths)
+        token_ids, step = decode_step(lengths, has_windows=has_windows)
         sets = torch.tensor([length % 2 for length in lengths], dtype=torch.int32)
         tables = {"default": replace(table, set_of=sets)}
         rows = torch.arange(len(lengths))
@@ -117,14 +125,15 @@ def test_steps_of_one_size_share_a_recording_and_others_get_their_own():
 
 def test_a_step_is_filled_up_with_sequences_that_hold_and_store_nothing():
     model = Model()
-    graphs = graphs_of(model, Recorder())
+    graphs = graphs_of(model, Recorder(), has_windows=True)
     for lengths in ([5, 6, 7, 8], [11, 12, 13]):  # what the first leaves behind must not show in the second
-        token_ids, step = decode_step(lengths)
+        token_ids, step = decode_step(lengths, has_windows=True)
         graphs.forward(token_ids, step, {"default": rope_table([1] * len(lengths))}, torch.arange(len(lengths)))
 
     last = model.steps[-1]
     assert last.context_lens.tolist() == [11, 12, 13, 0]
-    assert last.slots[3] == -1
+    assert last.windowed is not None
+    assert last.slots[3] == last.windowed.slots[3] == -1
     assert last.query_starts.tolist() == [0, 1, 2, 3, 4]
 
 

@@ -9,11 +9,16 @@ from fakes import FakeKV
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tightrope.backends.errors import BackendError
 from tightrope.backends.hf.pages import PagedKVCache
+from tightrope.backends.hf.windows import most_needed
 from tightrope.backends.protocol import KVUsage
 from tightrope.kernels.layout import PAGE
 
 Cell = tuple[Hashable, Hashable, tuple[int, ...]]  # namespace, frequencies, all tokens up to and with this one
+Storage = dict[int, list[Cell | None]]  # what the places of each page hold
+
+MOST_LIVE, MOST_TOKENS = 5, 120  # sequences at a time, and tokens of a step, where layers have windows
 
 
 @dataclass
@@ -33,12 +38,15 @@ class Held:
 class Driver:
     """A cache used as the engine does, with a storage that is checked after every operation."""
 
-    def __init__(self, num_pages: int = 8, trained_len: int = 1 << 20) -> None:
+    def __init__(
+        self, num_pages: int = 8, trained_len: int = 1 << 20, *, window: int | None = None, num_window_pages: int = 0
+    ) -> None:
         """Sequences beyond trained_len have frequencies of their own length, as with dynamic NTK."""
-        self.trained_len = trained_len
-        self.cache = PagedKVCache(num_pages, self.frequencies)
+        self.trained_len, self.window = trained_len, window
+        self.cache = PagedKVCache(num_pages, self.frequencies, num_window_pages=num_window_pages, window=window)
         self.num_pages = num_pages
-        self.storage: dict[int, list[Cell | None]] = {page: [None] * PAGE for page in range(num_pages)}
+        self.storage: Storage = {page: [None] * PAGE for page in range(num_pages)}
+        self.window_storage: Storage = {page: [None] * PAGE for page in range(num_window_pages)}
         self.live: dict[int, Held] = {}
 
     def frequencies(self, length: int) -> Hashable:
@@ -65,18 +73,34 @@ class Driver:
         self.copy()
         held = self.live[seq_id]
         kind = self.frequencies(max(held.opened_len, len(held.cells) + len(tokens)))
+        begin, end = len(held.cells), len(held.cells) + len(tokens)
+        window_pages = self.cache.window_table(seq_id, end).tolist() if self.window else []
         for token in tokens:
             page, place = self.pages(seq_id)[len(held.cells) // PAGE], len(held.cells) % PAGE
             held.cells.append((held.namespace, kind, (*held.tokens, token)))
             self.storage[page][place] = held.cells[-1]
         held.reserved = max(0, held.reserved - len(tokens))
+        if self.window:
+            for place in range(begin, end):
+                self.window_storage[window_pages[place // PAGE]][place % PAGE] = held.cells[place]
+            self.check_window(held, window_pages, begin)  # of the step's first token; those after it see less far back
         self.cache.commit(seq_id, tokens)
 
     def copy(self) -> None:
-        while copies := self.cache.next_copies():
-            for source, target in reversed(copies):  # in any order
-                self.storage[target] = list(self.storage[source])
-            self.cache.copied(len(copies))
+        for waiting, storage in (
+            (self.cache.copies, self.storage),
+            (self.cache.window_copies, self.window_storage),
+        ):
+            while copies := waiting.next():
+                for source, target in reversed(copies):  # in any order
+                    storage[target] = list(storage[source])
+                waiting.done(len(copies))
+
+    def check_window(self, held: Held, window_pages: Sequence[int], begin: int) -> None:
+        """All that a token at `begin` may look at, and the tokens after it, lie where the window's pages are."""
+        assert self.window is not None
+        for place in range(max(0, begin - self.window + 1), len(held.cells)):
+            assert self.window_storage[window_pages[place // PAGE]][place % PAGE] == held.cells[place]
 
     def run(self, seq_id: int, tokens: Sequence[int], namespace: str = "", *, reuse: bool = True) -> int:
         """Open a sequence and run all its tokens; returns how many were cached."""
@@ -95,6 +119,15 @@ class Driver:
         del self.live[seq_id].cells[length:]
         self.live[seq_id].reserved = 0
 
+    def truncate_if_possible(self, seq_id: int, length: int) -> None:
+        """Where it isn't, nothing changes."""
+        before = self.cache.usage()
+        try:
+            self.truncate(seq_id, length)
+        except BackendError:
+            assert self.window is not None
+            assert self.cache.usage() == before
+
     def close(self, seq_id: int, *, keep: bool = True) -> None:
         self.cache.close(seq_id, keep=keep)
         del self.live[seq_id]
@@ -112,6 +145,9 @@ class Driver:
             used.update(pages)
             assert len(set(pages)) == len(pages)
             assert held.cells == [self.storage[pages[i // PAGE]][i % PAGE] for i in range(len(held.cells))]
+            if self.window:
+                window_pages = self.cache.window_table(seq_id, len(held.cells)).tolist()
+                self.check_window(held, window_pages, len(held.cells))
         usage = self.cache.usage()
         assert usage.capacity == self.num_pages * PAGE
         assert usage.used == len(used) * PAGE
@@ -145,7 +181,7 @@ def test_siblings_share_full_pages_and_copy_the_last_one() -> None:
     tables = [driver.pages(seq_id) for seq_id in (1, 2, 3, 4)]
     assert len({tuple(table[:2]) for table in tables}) == 1
     assert len({table[2] for table in tables}) == 4
-    assert driver.cache.next_copies() == [(tables[0][2], table[2]) for table in tables[1:]]
+    assert driver.cache.copies.next() == [(tables[0][2], table[2]) for table in tables[1:]]
     driver.store(1, [7, 7])  # the one that was copied writes on
     for seq_id in (2, 3, 4):
         driver.store(seq_id, [39, seq_id])
@@ -160,7 +196,7 @@ def test_a_page_is_copied_before_it_is_given_away() -> None:
     assert driver.reserve(2, 1)  # copies the second page
     driver.open(3, range(100, 132))
     assert driver.reserve(3, 32)
-    assert driver.cache.next_copies()[0][0] in driver.pages(3)  # the page that is to be copied went to another
+    assert driver.cache.copies.next()[0][0] in driver.pages(3)  # the page that is to be copied went to another
     driver.store(3, range(100, 132))
     driver.store(2, [99])
     driver.check()
@@ -324,6 +360,76 @@ def test_a_block_table_names_a_page_for_every_page_of_tokens() -> None:
     assert len(cache.block_table(1, 17)) == 2
 
 
+def windowed(window: int, *, num_seqs: int = 1) -> Driver:
+    """A cache of plenty of pages, and of no more window pages than so many live sequences need."""
+    return Driver(64, window=window, num_window_pages=most_needed(window, num_seqs, MOST_TOKENS))
+
+
+def test_a_long_sequence_goes_through_few_window_pages() -> None:
+    driver = windowed(40)
+    driver.open(1, range(900))
+    for start in range(0, 900, 90):
+        assert driver.extend(1, range(start, start + 90))
+        driver.check()
+    assert len(driver.window_storage) < len(driver.storage) / 4
+
+
+def test_the_next_turn_goes_on_where_the_last_window_still_is() -> None:
+    driver = windowed(40)
+    driver.run(1, range(100))
+    driver.close(1)
+    assert driver.open(2, range(110)) == 100
+    assert driver.extend(2, range(100, 110))
+    driver.check()
+
+
+def test_a_beginning_whose_window_went_to_others_is_found_as_far_as_one_can_go_on() -> None:
+    driver = windowed(40, num_seqs=2)
+    driver.run(1, range(64))
+    driver.open(2, [*range(64), *range(500, 800)])
+    for start in range(500, 800, 100):
+        assert driver.extend(2, range(start, start + 100))  # its windows push out those in the middle
+    driver.close(2)
+    assert driver.open(3, [*range(64), *range(500, 600)]) == 64  # where a live sequence still has its window
+    driver.close(3)
+    assert driver.open(4, [*range(64), *range(500, 900)]) == 364
+    driver.check()
+
+
+def test_a_beginning_without_any_window_is_computed_again() -> None:
+    driver = windowed(40)
+    driver.run(1, range(100))
+    driver.close(1)
+    for start in range(1000, 1400, 100):
+        driver.run(start, range(start, start + 100))
+        driver.close(start)
+    assert driver.cache.usage().reusable == 5 * 7 * PAGE  # all tokens are there still
+    assert driver.run(2, range(100)) == 0
+    driver.check()
+
+
+def test_a_sequence_goes_back_as_far_as_its_window_is_there_and_else_stays_as_it_was() -> None:
+    driver = windowed(40)
+    driver.run(1, range(100))
+    driver.truncate(1, 70)
+    for start in (200, 300, 400):
+        assert driver.extend(1, range(start, start + 100))
+    with pytest.raises(BackendError, match="can't go back to token 60"):
+        driver.truncate(1, 60)
+    assert driver.extend(1, [7, 8])
+    driver.check()
+
+
+def test_siblings_write_window_pages_of_their_own() -> None:
+    driver = windowed(40, num_seqs=3)
+    driver.run(1, range(100))
+    for seq_id in (2, 3):
+        assert driver.open(seq_id, range(100)) == 99
+        assert driver.extend(seq_id, [99, seq_id])
+    assert driver.extend(1, [55])
+    driver.check()
+
+
 # Prompts branch off two texts of few different tokens, so that beginnings meet in the middle of pages.
 TEXTS = [[i * i // 7 % 3 for i in range(120)], [i * i // 5 % 2 for i in range(120)]]
 PROMPTS = st.builds(
@@ -344,14 +450,23 @@ OPERATIONS = st.one_of(
 )
 
 
-@settings(max_examples=300, deadline=None)
-@given(st.lists(OPERATIONS, max_size=40), st.integers(3, 24), st.sampled_from([40, 1 << 20]))
+@settings(max_examples=400, deadline=None)
+@given(
+    st.lists(OPERATIONS, max_size=40),
+    st.integers(3, 24),
+    st.sampled_from([40, 1 << 20]),
+    st.sampled_from([None, None, 1, 2, 16, 17, 18, 19, 40]),
+)
 def test_whatever_is_done_every_sequence_reads_back_what_it_stored(
-    operations: list[tuple], num_pages: int, trained_len: int
+    operations: list[tuple], num_pages: int, trained_len: int, window: int | None
 ) -> None:
-    driver = Driver(num_pages, trained_len)
+    """And reads all that it may look at in layers with a window, of which there are no more pages than needed."""
+    num_window_pages = 0 if window is None else most_needed(window, MOST_LIVE, MOST_TOKENS)
+    driver = Driver(num_pages, trained_len, window=window, num_window_pages=num_window_pages)
     for seq_id, (kind, first, second, flag) in enumerate(operations):
         if kind in ("open", "run"):
+            if window is not None and len(driver.live) == MOST_LIVE:
+                driver.close(min(driver.live))
             found = driver.open(seq_id, first, second, reuse=flag)
             if kind == "run":
                 if driver.reserve(seq_id, len(first) - found):
@@ -369,7 +484,7 @@ def test_whatever_is_done_every_sequence_reads_back_what_it_stored(
             elif kind == "reserve":
                 driver.reserve(chosen, second)
             elif kind == "truncate":
-                driver.truncate(chosen, int(second * length))
+                driver.truncate_if_possible(chosen, int(second * length))
             else:
                 driver.close(chosen, keep=second)
         driver.check()
@@ -377,7 +492,8 @@ def test_whatever_is_done_every_sequence_reads_back_what_it_stored(
         driver.close(seq_id)
     assert driver.cache.usage().used == 0
     driver.open(-1, range(1000, 1000 + num_pages * PAGE))
-    assert driver.extend(-1, range(1000, 1000 + num_pages * PAGE))  # nothing was lost
+    for start in range(1000, 1000 + num_pages * PAGE, MOST_TOKENS):
+        assert driver.extend(-1, range(start, min(start + MOST_TOKENS, 1000 + num_pages * PAGE)))  # nothing was lost
     driver.check()
 
 

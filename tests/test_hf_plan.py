@@ -13,14 +13,16 @@ from tightrope.backends.errors import BackendError, DoesNotFit
 from tightrope.backends.hf.checkpoint import Checkpoint
 from tightrope.backends.hf.config import ModelShape, read_config
 from tightrope.backends.hf.plan import (
+    CacheSizes,
     Plan,
     largest_window,
     make_plan,
     token_bytes,
     workspace_bytes,
 )
+from tightrope.backends.hf.windows import KEPT_WINDOWS, most_needed
 from tightrope.backends.memory import MEMORY_SHARE, prompt_rows, spare_bytes
-from tightrope.backends.settings import ModelSettings
+from tightrope.backends.settings import CacheSettings, ModelSettings
 from tightrope.kernels.layout import PAGE, CacheDtype, CacheFormat, LayerCache
 
 GIB = 1 << 30
@@ -78,6 +80,53 @@ def test_the_planned_bytes_are_those_of_the_tensors(
     tensors = [t for c in caches for t in (c.key_codes, c.key_scales, c.value_codes, c.value_scales)]
 
     assert sum(t.nbytes for t in tensors) == 5 * PAGE * token_bytes(small, dtype)
+
+
+def sliding(folder: Path, num_full: int, window: int = 1024) -> ModelShape:
+    """The model with a sliding window in all but `num_full` of its 60 layers."""
+    return shape(folder, windows=(window,) * (60 - num_full) + (None,) * num_full)
+
+
+@pytest.mark.parametrize("num_full", [0, 10, 60])
+@pytest.mark.parametrize("dtype", ["q8", "q4", "f16"])
+def test_layers_with_a_window_are_planned_with_the_pages_that_live_and_kept_windows_need(
+    yi: Path, num_full: int, dtype: CacheDtype
+):
+    settings = ModelSettings.model_validate({"max_num_seqs": 2, "max_model_len": 30_000, "cache": {"dtype": dtype}})
+    made = make_plan(settings, sliding(yi, num_full), 0, 400 * GIB)
+    formats = CacheFormat(dtype, 8, 128)
+    caches = [
+        LayerCache.allocate(formats, made.num_window_pages if is_windowed else made.num_pages, "meta")
+        for is_windowed in made.windowed
+    ]
+
+    assert made.windowed == (num_full < 60,) * (60 - num_full) + (False,) * num_full
+    if num_full < 60:
+        assert made.window_tokens == 1024
+        assert made.num_window_pages == most_needed(1024, 2 + KEPT_WINDOWS, settings.step_tokens) < made.num_pages
+    tensors = [t for c in caches for t in (c.key_codes, c.key_scales, c.value_codes, c.value_scales)]
+    assert sum(tensor.nbytes for tensor in tensors) == made.cache_bytes
+
+
+def test_a_cache_that_is_shorter_than_the_windows_has_pages_of_one_kind(yi: Path):
+    made = make_plan(ModelSettings(cache=CacheSettings(tokens=4096)), sliding(yi, 10), 0, 400 * GIB)
+
+    assert made.windowed == (False,) * 60
+    assert (made.window_tokens, made.num_window_pages) == (None, 0)
+    assert made.cache_bytes == 4096 * made.token_bytes
+
+
+@given(st.floats(0.5, 60), st.integers(0, 60), st.sampled_from([1, 4, 16]))
+def test_the_largest_window_of_sliding_layers_fits_and_a_page_more_does_not(
+    yi: Path, gib: float, num_full: int, max_num_seqs: int
+):
+    settings = ModelSettings(max_num_seqs=max_num_seqs)
+    sizes = CacheSizes.of(settings, sliding(yi, num_full), "q8")
+
+    fitting = sizes.fitting(int(gib * GIB))
+
+    assert sizes.bytes_of(fitting) <= gib * GIB
+    assert num_full == 0 or sizes.bytes_of(fitting + 1) > int(gib * GIB)
 
 
 @given(st.floats(20, 200), st.sampled_from(["q8", "q4", "f16"]), st.sampled_from([16, 512, 2048]))

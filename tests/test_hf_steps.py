@@ -67,6 +67,21 @@ def test_every_token_is_stored_where_the_block_table_says(parts: list[tuple[int,
     assert row == len(step.slots) == len(set(step.slots.tolist()))
 
 
+def test_layers_with_a_window_store_and_look_in_pages_of_their_own() -> None:
+    kv = PagedKVCache(64, num_window_pages=6, window=20)
+    opened(kv, 1, 200, 0, 200)
+    kv.commit(1, range(100))
+    step = layout([Chunk(1, range(100, 130), 100, "last")], kv)
+
+    assert step.windowed is not None
+    table = step.windowed.block_tables[0]
+    looked_at = table[(100 - 19) // PAGE :].tolist()
+    assert table.tolist() == [0] * 5 + looked_at
+    assert len(set(looked_at)) == 4
+    assert step.windowed.slots.tolist() == [int(table[p // PAGE]) * PAGE + p % PAGE for p in range(100, 130)]
+    assert step.windowed.positions is step.positions
+
+
 def test_the_layout_has_the_dtypes_that_kernels_read() -> None:
     kv = PagedKVCache(8)
     opened(kv, 1, 20, 0, 20)

@@ -15,7 +15,7 @@ from tightrope.kernels.layout import AttentionSpec, CacheDtype, CacheFormat, Lay
 
 
 @pytest.mark.parametrize("spec", [AttentionSpec(0.1), AttentionSpec(0.1, window=100, softcap=30.0)])
-@pytest.mark.parametrize(("rows", "length"), [(1, 20_000), (300, 6000), (300, 12_000)])
+@pytest.mark.parametrize(("rows", "length"), [(1, 20_000), (100, 4000), (100, 8000)])
 @pytest.mark.parametrize("dtype", ["f16", "q8", "q4"])
 def test_the_references_attention_keeps_within_the_bytes_that_are_planned_for_any_context(
     dtype: CacheDtype, rows: int, length: int, spec: AttentionSpec

@@ -104,7 +104,7 @@ def _choose_cells(settings: ModelSettings, shape: ModelShape, window: int, kind:
             for other in smaller
             if token_bytes(shape, other) < token_bytes(shape, kind) and fitting_tokens(shape, other, spare) >= least
         ]
-        raise does_not_fit(least, kind.name, token_bytes(shape, kind), spare, names, fitting)
+        raise does_not_fit(least, kind.name, least * token_bytes(shape, kind), spare, names, fitting)
     return -(-min(wanted, fitting) // CELL_GRAIN) * CELL_GRAIN
 
 

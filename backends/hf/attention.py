@@ -32,6 +32,13 @@ class CurrentStep:
     tables: Mapping[str, RopeTable] = field(default_factory=dict)
     caches: tuple[LayerCache, ...] = ()
 
+    def layer(self, index: int) -> tuple[StepLayout, LayerCache]:
+        """The step as a layer has it, and the layer's cache."""
+        cache = self.caches[index]
+        layout = None if self.layout is None else self.layout.windowed if cache.is_windowed else self.layout
+        assert layout is not None
+        return layout, cache
+
 
 class Attention(nn.Module):
     """Queries, keys and values by one linear, perhaps normed by head; keys go into the cache before rotation."""
@@ -59,8 +66,7 @@ class Attention(nn.Module):
     def run(self, x: Tensor) -> Tensor:
         """x [T, hidden] to [T, hidden]; stores the step's keys and values."""
         current, layer = self.current, self.layer
-        step, cache = current.layout, current.caches[self.index]
-        assert step is not None
+        step, cache = current.layer(self.index)
         h, hkv = self.num_heads, layer.num_kv_heads
         qkv = self._run_qkv(x).view(len(x), h + 2 * hkv, layer.head_dim)
         q, k, v = qkv.split((h, hkv, hkv), 1)
@@ -86,8 +92,7 @@ class InterfaceAttention(AttentionCall):
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, mask: object, **settings: object
     ) -> tuple[Tensor, None]:
-        step, cache = self.current.layout, self.current.caches[self.index]
-        assert step is not None
+        step, cache = self.current.layer(self.index)
         q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))  # [T, heads, D]
         dispatch.store_kv(cache, k, v, step.slots)
         return dispatch.attention(q, cache, step, None, self.layer.spec).unsqueeze(0), None

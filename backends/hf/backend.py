@@ -62,9 +62,20 @@ class HFBackend:
         # None: every step runs as it is, as it must on a CPU, and where experts are picked on the host
         self.graphs: DecodeGraphs | None = None
         if device.type == "cuda" and not shape.num_experts:
-            self.graphs = DecodeGraphs(self.model.forward, settings.max_num_seqs, plan.window, device)
+            self.graphs = DecodeGraphs(
+                self.model.forward,
+                settings.max_num_seqs,
+                plan.window,
+                device,
+                has_windows=any(plan.windowed),
+            )
         self.kv: KVCache
-        self.kv = self._pages = PagedKVCache(plan.num_pages, self.steps.frequencies_at)
+        self.kv = self._pages = PagedKVCache(
+            plan.num_pages,
+            self.steps.frequencies_at,
+            num_window_pages=plan.num_window_pages,
+            window=plan.window_tokens,
+        )
         self.capabilities = Capabilities(
             settings.max_num_seqs, plan.step_tokens, prompt_rows(shape.vocab_size, plan.step_tokens)
         )
@@ -78,9 +89,7 @@ class HFBackend:
             raise BackendError(f"an invalid token: ids of this model are 0 to {self.model.vocab_size - 1}")
         try:
             with torch.inference_mode(), self._blas_threads(len(token_ids)):
-                while copies := self._pages.next_copies():
-                    copy_pages(self.caches, copies)
-                    self._pages.copied(len(copies))
+                self._copy_pages()
                 step, tables = self.steps.build(chunks, self._pages)
                 device = self.model.device
                 rows = torch.from_numpy(_wanted_rows(chunks)).to(device)
@@ -102,15 +111,28 @@ class HFBackend:
     def _allocate(self, plan: Plan) -> list[LayerCache]:
         """All pages of all layers, with key factors where codes are of few bits."""
         model = self.model
-        formats = [CacheFormat(plan.cache_dtype, layer.num_kv_heads, layer.head_dim) for layer in model.layers]
+        caches: list[LayerCache] = []
         try:
-            caches = [LayerCache.allocate(format, plan.num_pages, model.device) for format in formats]
+            for number, (layer, is_windowed) in enumerate(zip(model.layers, plan.windowed, strict=True)):
+                if is_windowed and (layer.spec.window or plan.window + 1) > (plan.window_tokens or 0):
+                    raise BackendError(f"config.json: layer {number} sees more than its sliding_window")
+                format = CacheFormat(plan.cache_dtype, layer.num_kv_heads, layer.head_dim)
+                num_pages = plan.num_window_pages if is_windowed else plan.num_pages
+                caches.append(LayerCache.allocate(format, num_pages, model.device, is_windowed=is_windowed))
         except RuntimeError as error:
             raise BackendError(f"no memory for a cache of {plan.num_pages * PAGE} tokens: {error}") from error
         if plan.cache_dtype != "f16":
             with self._blas_threads(plan.step_tokens):
                 set_key_factors(model, caches, self.tokenizer, self.steps, plan.step_tokens)
         return caches
+
+    def _copy_pages(self) -> None:
+        """Make the copies that the cache's books ask for."""
+        for waiting, is_windowed in ((self._pages.copies, False), (self._pages.window_copies, True)):
+            caches = [cache for cache in self.caches if cache.is_windowed is is_windowed]
+            while copies := waiting.next():
+                copy_pages(caches, copies)
+                waiting.done(len(copies))
 
     @contextmanager
     def _blas_threads(self, num_tokens: int) -> Iterator[None]:

@@ -6,6 +6,7 @@ are sized by the longest context of a step, which is rounded up as well.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -64,14 +65,21 @@ class DecodeGraphs:
         max_model_len: int,
         device: torch.device | str = "cuda",
         capture: Callable[[Replay], Replay] | None = None,
+        *,
+        has_windows: bool = False,
     ) -> None:
-        """max_num_seqs: the largest batch that is recorded; max_model_len: the longest context, in tokens."""
+        """max_num_seqs: the largest batch that is recorded; max_model_len: the longest context, in tokens.
+
+        has_windows: steps are `windowed` as well.
+        """
         self._forward = forward
         self._largest = batch_size(max_num_seqs)
         self._max_model_len = max_model_len
         self._capture = capture or CudaCapture()
         self._token_ids = torch.zeros(self._largest, dtype=torch.int64, device=device)
         self._step = _empty_step(self._largest, -(-max_model_len // PAGE), device)
+        if has_windows:
+            self._step = replace(self._step, windowed=_empty_step(self._largest, -(-max_model_len // PAGE), device))
         self._sets: dict[str, Tensor] = {}  # set_of [largest] of each table
         self._addresses: tuple[tuple[str, int], ...] = ()  # of the tables that the graphs read
         self._graphs: dict[tuple[int, int], Replay] = {}  # by batch size and context
@@ -110,14 +118,19 @@ class DecodeGraphs:
             (fixed.positions, step.positions),
             *((self._sets[name], table.set_of) for name, table in tables.items()),
         ]
+        block_tables = [(fixed.block_tables, step.block_tables)]
+        if fixed.windowed is not None and step.windowed is not None:
+            pairs.append((fixed.windowed.slots, step.windowed.slots))
+            block_tables.append((fixed.windowed.block_tables, step.windowed.block_tables))
         for target, source in pairs:
             target[:used].copy_(source)
-        width = min(step.block_tables.shape[1], fixed.block_tables.shape[1])
-        fixed.block_tables[:used, :width].copy_(step.block_tables[:, :width])
-        if used < size:
-            for target, _ in pairs:
-                target[used:size].zero_()
-            fixed.slots[used:size].fill_(-1)
+            target[used:size].zero_()
+        for target, source in block_tables:
+            width = min(source.shape[1], target.shape[1])
+            target[:used, :width].copy_(source[:, :width])
+        for layout in (fixed, fixed.windowed):
+            if layout is not None:
+                layout.slots[used:size].fill_(-1)
 
     def _record(self, size: int, context: int, tables: Mapping[str, RopeTable]) -> Replay:
         fixed = self._step
@@ -131,6 +144,9 @@ class DecodeGraphs:
             max_query_len=1,
             max_context_len=context,
         )
+        if fixed.windowed is not None:
+            block_tables, slots = fixed.windowed.block_tables[:size], fixed.windowed.slots[:size]
+            step = replace(step, windowed=replace(step, block_tables=block_tables, slots=slots))
         angles = {
             name: RopeTable(table.pages, table.places, self._sets[name][:size], table.query_scale)
             for name, table in tables.items()

@@ -1,52 +1,34 @@
 """The paged cache's bookkeeping: which page holds which tokens, who shares it, who is evicted.
 
-Pages with tokens form a tree: a page hangs below the page that holds the tokens before its own, so that a path from a
-root is a beginning that was computed, and a page can only be found through token ids that are equal all the way. A live
-sequence holds a reference to every page of its path; a page without references belongs to finished sequences, can still
-be found, and waits in a queue to be evicted.
+Pages with tokens form a tree (backends.hf.tree). A live sequence holds a reference to every page of its path; a page
+without references belongs to finished sequences, can still be found, and waits in a queue to be evicted.
 
 Whoever finds part of a page, or a page that another sequence still writes, reads it as it is and gets a copy of its own
 before it stores. Copies are queued and run before the next step stores anything, so a page may be given away while it
 still waits to be copied.
 
+Sliding-window layers have fewer pages (backends.hf.windows): a beginning is found as far as they can go on from there.
+
 Nothing here knows of tensors; kernels.layout says what a page is.
 """
 
-from bisect import bisect_left, insort
+from bisect import insort
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from operator import attrgetter, itemgetter
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
 
+from tightrope.backends.errors import BackendError
+from tightrope.backends.hf.copies import Copies
+from tightrope.backends.hf.tree import Page, Root, equals, hang, neighbours, num_common, tokens_of, twin_of
+from tightrope.backends.hf.windows import WindowPages
 from tightrope.backends.protocol import KVUsage
 from tightrope.kernels.layout import PAGE
 
 Ints = np.ndarray[Any, np.dtype[np.int32]]
-
-_tokens_of = attrgetter("tokens")
-
-
-@dataclass(slots=True, eq=False)
-class _Root:
-    """Where all beginnings hang that may be shared with each other."""
-
-    key: Hashable
-    children: list["_Page"] = field(default_factory=list)  # sorted by their tokens
-
-
-@dataclass(slots=True, eq=False)
-class _Page:
-    """A page and its place in the tree."""
-
-    number: int
-    parent: "_Page | _Root | None" = None  # None: not in the tree
-    tokens: tuple[int, ...] = ()  # what can be found here; a page with children is full
-    children: list["_Page"] = field(default_factory=list)  # sorted by their tokens
-    refs: int = 0  # live sequences that hold it
-    writer: "_Sequence | None" = None  # who may store into it
 
 
 @dataclass(slots=True, eq=False)
@@ -56,12 +38,13 @@ class _Sequence:
     root: Hashable
     opened_len: int
     frequencies: Hashable
-    pages: list[_Page] = field(default_factory=list)
+    pages: list[Page] = field(default_factory=list)
     table: Ints = field(default_factory=lambda: np.zeros(64, np.int32))  # [>= len(pages)] their numbers
     length: int = 0  # tokens stored
     num_findable: int = 0  # how many of them, from the first, may be found by others
+    held: range = range(0)  # places in `pages` of those whose window number it holds
 
-    def append(self, page: _Page) -> None:
+    def append(self, page: Page) -> None:
         if len(self.pages) == len(self.table):
             self.table = np.resize(self.table, 2 * len(self.table))
         self.table[len(self.pages)] = page.number
@@ -76,19 +59,29 @@ class _Sequence:
 class PagedKVCache:
     """KVCache over numbered pages. Capacity and usage are whole pages, in tokens."""
 
-    def __init__(self, num_pages: int, frequencies_at: Callable[[int], Hashable] = lambda length: None) -> None:
-        """frequencies_at: what tells apart the rotary frequencies of a sequence of so many tokens.
+    def __init__(
+        self,
+        num_pages: int,
+        frequencies_at: Callable[[int], Hashable] = lambda length: None,
+        *,
+        num_window_pages: int = 0,
+        window: int | None = None,
+    ) -> None:
+        """num_window_pages and window: see WindowPages.
 
-        Keys are cached before rotation, but what they are made of has been through rotated layers: tokens are shared
-        only among sequences that compute with the same frequencies.
+        frequencies_at: what tells apart the rotary frequencies of a sequence of so many tokens. Keys are cached before
+        rotation, but what they are made of has been through rotated layers: tokens are shared only among sequences that
+        compute with the same frequencies.
         """
         self._num_pages = num_pages
         self._frequencies_at = frequencies_at
         self._free = list(range(num_pages - 1, -1, -1))  # a stack of page numbers
-        self._idle: OrderedDict[_Page, None] = OrderedDict()  # in the tree and without references; first out in front
-        self._roots: dict[Hashable, _Root] = {}
+        self._idle: OrderedDict[Page, None] = OrderedDict()  # in the tree and without references; first out in front
+        self._roots: dict[Hashable, Root] = {}
         self._live: dict[int, _Sequence] = {}
-        self._copies: list[tuple[int, int]] = []
+        self._windows = WindowPages(num_window_pages, window)
+        self.has_windows = window is not None
+        self.copies, self.window_copies = Copies(), Copies()  # of pages, and of window pages
 
     # --- the protocol -----------------------------------------------------------------------------------------------
 
@@ -100,12 +93,13 @@ class PagedKVCache:
         frequencies = self._frequencies_at(len(token_ids))
         sequence = _Sequence((namespace, frequencies), len(token_ids), frequencies)
         if reuse:
-            path, sequence.length = self._find(sequence.root, token_ids[:-1])
-            sequence.num_findable = sequence.length
-            for page in path:
+            path, found = self._find(sequence.root, token_ids[:-1])
+            sequence.length = sequence.num_findable = self._windows.continuable(path, found)
+            for page in path[: -(-sequence.length // PAGE)]:
                 self._idle.pop(page, None)
                 page.refs += 1
                 sequence.append(page)
+            self._hold(sequence, self._windows.needed(sequence.length))
         self._live[seq_id] = sequence
         return sequence.length
 
@@ -131,6 +125,7 @@ class PagedKVCache:
         start, end = sequence.length, sequence.length + len(token_ids)
         assert end <= len(sequence.pages) * PAGE, f"sequence {seq_id} stores {len(token_ids)} tokens without room"
         sequence.length = end
+        self._hold(sequence, self._windows.needed(end))
         if (
             sequence.num_findable < start
             or self._frequencies_at(self.effective_len(seq_id, end)) != sequence.frequencies
@@ -140,12 +135,15 @@ class PagedKVCache:
         for place in range(start // PAGE, -(-end // PAGE)):
             page = sequence.pages[place]
             new = token_ids[max(start, place * PAGE) - start : (place + 1) * PAGE - start]
-            self._hang(page, self._parent(sequence, place), page.tokens + tuple(new))
+            hang(page, self._parent(sequence, place), page.tokens + tuple(new))
 
     def truncate(self, seq_id: int, num_tokens: int) -> None:
-        """See KVCache. Reserved room is given back too."""
+        """See KVCache. Reserved room is given back too. Raises BackendError where windows of layers have moved on."""
         sequence = self._live[seq_id]
         length = min(num_tokens, sequence.length)
+        if self._windows.continuable(sequence.pages, length) < length:
+            raise BackendError(f"the cache of sliding-window layers can't go back to token {length} of a sequence")
+        self._hold(sequence, self._windows.needed(length))
         num_kept = -(-length // PAGE)
         for page in reversed(sequence.pages[num_kept:]):
             self._let_go(sequence, page, keep=False)
@@ -156,13 +154,14 @@ class PagedKVCache:
         page, used = sequence.pages[-1], length % PAGE
         if page.writer is sequence and len(page.tokens) > used:
             if page.refs == 1 and not page.children:
-                self._hang(page, page.parent, page.tokens[:used])
+                hang(page, page.parent, page.tokens[:used])
             else:
                 page.writer = None  # others read what would be overwritten
 
     def close(self, seq_id: int, *, keep: bool) -> None:
         """See KVCache. What is kept twice is merged."""
         sequence = self._live.pop(seq_id)
+        self._hold(sequence, range(0))
         if keep:
             sequence.pages = self._merge(sequence)
         for page in reversed(sequence.pages):  # ends first: a page leaves after all that hang below it
@@ -178,6 +177,17 @@ class PagedKVCache:
         """Page numbers [ceil(num_tokens / PAGE)] of a sequence's first tokens; a view, to be read at once."""
         return self._live[seq_id].table[: -(-num_tokens // PAGE)]
 
+    def window_table(self, seq_id: int, num_tokens: int) -> Ints:
+        """Window page numbers [ceil(num_tokens / PAGE)] for a step up to `num_tokens`; 0 where no layer looks."""
+        sequence, num_pages = self._live[seq_id], -(-num_tokens // PAGE)
+        self._hold(sequence, range(self._windows.needed(sequence.length).start, num_pages))
+        table = np.zeros(num_pages, np.int32)
+        for place in sequence.held:
+            number = sequence.pages[place].window_number
+            assert number is not None  # it is held
+            table[place] = number
+        return table
+
     def effective_len(self, seq_id: int, num_tokens: int) -> int:
         """The length whose frequencies a sequence computes with when it holds `num_tokens`: its prompt's at least.
 
@@ -185,86 +195,83 @@ class PagedKVCache:
         """
         return max(self._live[seq_id].opened_len, num_tokens)
 
-    def next_copies(self) -> Sequence[tuple[int, int]]:
-        """Pages to copy, (source, target), in any order, before anything is stored; then tell `copied` and ask again.
-
-        No page is written twice or both read and written, so they may be repeated if something interrupts them.
-        """
-        read: set[int] = set()
-        written: set[int] = set()
-        for i, (source, target) in enumerate(self._copies):
-            if source in written or target in written or target in read:
-                return self._copies[:i]
-            read.add(source)
-            written.add(target)
-        return self._copies[:]
-
-    def copied(self, count: int) -> None:
-        """Say that the first `count` of the copies have been made."""
-        del self._copies[:count]
-
     # --- finding ----------------------------------------------------------------------------------------------------
 
-    def _find(self, root: Hashable, wanted: Sequence[int]) -> tuple[list[_Page], int]:
+    def _find(self, root: Hashable, wanted: Sequence[int]) -> tuple[list[Page], int]:
         """The path that holds most of `wanted`, and how many tokens that is.
 
         Several pages may hold the same tokens while their sequences live, so all equal paths are followed together.
         """
-        parents: list[_Page | _Root] = [self._roots[root]] if root in self._roots else []
-        end: _Page | _Root | None = None
+        parents: list[Page | Root] = [self._roots[root]] if root in self._roots else []
+        end: Page | Root | None = None
         length = 0
         while parents:
             part = tuple(wanted[length : length + PAGE])
-            found = [(_common(page.tokens, part), page) for parent in parents for page in _neighbours(parent, part)]
+            found = [(num_common(page.tokens, part), page) for parent in parents for page in neighbours(parent, part)]
             common, best = max(found, key=itemgetter(0), default=(0, None))
             if common == 0:
                 break
             length, end = length + common, best
-            parents = [page for parent in parents for page in _equals(parent, part)] if common == PAGE else []
-        path: list[_Page] = []
-        while isinstance(end, _Page):
+            parents = [page for parent in parents for page in equals(parent, part)] if common == PAGE else []
+        path: list[Page] = []
+        while isinstance(end, Page):
             path.append(end)
             end = end.parent
         return path[::-1], length
 
-    def _parent(self, sequence: _Sequence, place: int) -> _Page | _Root:
+    def _parent(self, sequence: _Sequence, place: int) -> Page | Root:
         """What the page in this place of a sequence hangs below."""
         if place:
             return sequence.pages[place - 1]
-        return self._roots.setdefault(sequence.root, _Root(sequence.root))
+        return self._roots.setdefault(sequence.root, Root(sequence.root))
 
     # --- giving and taking ------------------------------------------------------------------------------------------
 
-    def _take(self, writer: _Sequence) -> _Page:
+    def _take(self, writer: _Sequence) -> Page:
         """A page to write, evicting if none is free. The caller has made sure that there is one."""
         if not self._free:
             self._discard(next(iter(self._idle)))
-        return _Page(self._free.pop(), refs=1, writer=writer)
+        return Page(self._free.pop(), refs=1, writer=writer)
 
     def _own_tail(self, sequence: _Sequence) -> None:
         """Exchange a borrowed last page for one to write; the page itself where nobody else would miss anything."""
+        held = self._windows.needed(sequence.length)  # the last of them is what is exchanged
+        window_source = sequence.pages[-1].window_number
+        self._hold(sequence, held[:-1])
         source, used = sequence.pages.pop(), sequence.length % PAGE
         tokens = source.tokens[:used]  # it may be evicted here
         source.refs -= 1
         if source.refs == 0 and source.tokens == tokens:
             source.refs, source.writer = 1, sequence
             sequence.append(source)
+            self._hold(sequence, held)
             return
         if source.refs == 0:
             self._idle[source] = None
         target = self._take(sequence)
         if target.number != source.number:
-            self._copies.append((self._origin(source.number), target.number))
-        self._hang(target, self._parent(sequence, len(sequence.pages)), tokens)
+            self.copies.add(source.number, target.number)
+        hang(target, self._parent(sequence, len(sequence.pages)), tokens)
         sequence.append(target)
+        self._hold(sequence, held)
+        if held and window_source != target.window_number:
+            assert window_source is not None
+            assert target.window_number is not None
+            self.window_copies.add(window_source, target.window_number)
 
-    def _origin(self, source: int) -> int:
-        """Where a page that waits to be copied itself has its contents yet, so that copies needn't wait in line."""
-        targets = {target: origin for origin, target in self._copies}
-        origin = targets.get(source, source)
-        return source if origin in targets else origin
+    def _hold(self, sequence: _Sequence, places: range) -> None:
+        """Have a sequence hold the window numbers of the pages in these places, and no others."""
+        if places == sequence.held:
+            return
+        for place in places:
+            if place not in sequence.held:
+                self._windows.hold(sequence.pages[place])
+        for place in sequence.held:
+            if place not in places:
+                self._windows.let_go(sequence.pages[place])
+        sequence.held = places
 
-    def _let_go(self, sequence: _Sequence, page: _Page, *, keep: bool) -> None:
+    def _let_go(self, sequence: _Sequence, page: Page, *, keep: bool) -> None:
         """Drop a reference; without `keep`, nothing stays of what only this sequence has written."""
         was_written = page.writer is sequence
         if was_written:
@@ -277,78 +284,32 @@ class PagedKVCache:
         else:
             self._idle[page] = None
 
-    def _merge(self, sequence: _Sequence) -> list[_Page]:
+    def _merge(self, sequence: _Sequence) -> list[Page]:
         """The pages of a closing sequence, those that another page could stand for replaced by it."""
-        path: list[_Page] = []
+        path: list[Page] = []
         for page in sequence.pages:
-            twin = _twin(page) if page.refs == 1 and page.tokens else None
+            twin = twin_of(page) if page.refs == 1 and page.tokens else None
             if twin is None:
                 path.append(page)
                 continue
             for child in page.children:
                 child.parent = twin
-                insort(twin.children, child, key=_tokens_of)
+                insort(twin.children, child, key=tokens_of)
             page.children = []
+            self._windows.hand_over(page, twin)
             self._discard(page)
             self._idle.pop(twin, None)
             twin.refs += 1
             path.append(twin)
         return path
 
-    def _discard(self, page: _Page) -> None:
+    def _discard(self, page: Page) -> None:
         """Take a page out of the tree and give its number back."""
         assert not page.children, "a page goes after all that hang below it"
         parent = page.parent
         self._idle.pop(page, None)
-        self._hang(page, None, ())
+        self._windows.forget(page)
+        hang(page, None, ())
         self._free.append(page.number)
-        if isinstance(parent, _Root) and not parent.children:
+        if isinstance(parent, Root) and not parent.children:
             del self._roots[parent.key]
-
-    def _hang(self, page: _Page, parent: _Page | _Root | None, tokens: tuple[int, ...]) -> None:
-        """Put a page, wherever it was, below `parent` with these tokens; below nothing without."""
-        if page.parent is not None:
-            siblings = page.parent.children
-            del siblings[_place(siblings, page)]
-        page.parent, page.tokens = (parent, tokens) if tokens else (None, ())
-        if page.parent is not None:
-            insort(page.parent.children, page, key=_tokens_of)
-
-
-def _place(siblings: list[_Page], page: _Page) -> int:
-    place = bisect_left(siblings, page.tokens, key=_tokens_of)
-    while siblings[place] is not page:
-        place += 1  # past pages with the same tokens
-    return place
-
-
-def _neighbours(parent: _Page | _Root, part: tuple[int, ...]) -> list[_Page]:
-    """The children before and after which `part` would stand in order: none has more of its beginning in common."""
-    place = bisect_left(parent.children, part, key=_tokens_of)
-    return parent.children[max(0, place - 1) : place + 1]
-
-
-def _equals(parent: _Page | _Root, part: tuple[int, ...]) -> list[_Page]:
-    """All children with exactly these tokens."""
-    place = end = bisect_left(parent.children, part, key=_tokens_of)
-    while end < len(parent.children) and parent.children[end].tokens == part:
-        end += 1
-    return parent.children[place:end]
-
-
-def _twin(page: _Page) -> _Page | None:
-    """Another page in the same place of the tree that holds all tokens of `page`."""
-    assert page.parent is not None
-    siblings = page.parent.children
-    place = _place(siblings, page)
-    for other in siblings[max(0, place - 1) : place] + siblings[place + 1 : place + 2]:
-        if other.tokens[: len(page.tokens)] == page.tokens:
-            return other
-    return None
-
-
-def _common(a: tuple[int, ...], b: tuple[int, ...]) -> int:
-    """How many leading tokens are equal."""
-    if a == b:
-        return len(a)
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

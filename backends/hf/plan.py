@@ -7,6 +7,7 @@ import torch
 
 from tightrope.backends.errors import BackendError
 from tightrope.backends.hf.config import ModelShape
+from tightrope.backends.hf.windows import KEPT_WINDOWS, most_needed
 from tightrope.backends.memory import GIB, default_tokens, does_not_fit, free_memory, prompt_rows, spare_bytes
 from tightrope.backends.rope import RopeSpec, resolve_rope
 from tightrope.backends.settings import ModelSettings
@@ -15,6 +16,7 @@ from tightrope.kernels.reference import TILE_ROWS, attention_bytes
 
 CACHE_DTYPES: tuple[CacheDtype, ...] = ("f16", "q8", "q4")  # largest first
 CALIBRATION_TOKENS = 512  # of the text that backends/hf/calibrate.py runs once at load, in an f16 cache
+MOST_TOKENS = 1 << 28  # of a cache whose tokens take nothing beyond the window: the longest window that is believed
 FIXED_BYTES = 128 << 20  # what libraries take once they run, and rotary tables
 
 
@@ -26,14 +28,45 @@ class Plan:
     num_pages: int  # of kernels.layout.PAGE tokens
     cache_dtype: CacheDtype
     token_bytes: int  # of keys and values in all layers
+    cache_bytes: int
+    windowed: tuple[bool, ...]  # layers that have `num_window_pages` instead
+    num_window_pages: int
+    window_tokens: int | None  # that such layers see; None where all layers have as many pages
     workspace_bytes: int  # a bound
     step_tokens: int
     rope: Mapping[str, RopeSpec]  # by kind of layer, as resolve_rope
     notes: tuple[str, ...]
 
-    @property
-    def cache_bytes(self) -> int:
-        return self.num_pages * PAGE * self.token_bytes
+
+@dataclass(frozen=True, slots=True)
+class CacheSizes:
+    """What pages of the cache take, and how many fit. Layers with a sliding window stop at `most_window_pages`."""
+
+    full_bytes: int  # of a token in the layers that see everything
+    windowed_bytes: int  # and in those with a window
+    window_tokens: int | None
+    most_window_pages: int
+
+    @classmethod
+    def of(cls, settings: ModelSettings, shape: ModelShape, dtype: CacheDtype) -> "CacheSizes":
+        layer_bytes = CacheFormat(dtype, shape.num_kv_heads, shape.head_dim).bytes_per_token
+        windows = [window for window in shape.windows if window is not None]
+        if not windows:
+            return cls(shape.num_layers * layer_bytes, 0, None, 0)
+        most = most_needed(max(windows), settings.max_num_seqs + KEPT_WINDOWS, settings.step_tokens)
+        return cls((shape.num_layers - len(windows)) * layer_bytes, len(windows) * layer_bytes, max(windows), most)
+
+    def bytes_of(self, num_pages: int) -> int:
+        return PAGE * (num_pages * self.full_bytes + min(num_pages, self.most_window_pages) * self.windowed_bytes)
+
+    def fitting(self, room: int) -> int:
+        """The most pages that `room` bytes hold."""
+        num_pages = max(0, room) // (PAGE * (self.full_bytes + self.windowed_bytes))
+        if num_pages <= self.most_window_pages:
+            return num_pages
+        if not self.full_bytes:
+            return MOST_TOKENS // PAGE
+        return (room - PAGE * self.most_window_pages * self.windowed_bytes) // (PAGE * self.full_bytes)
 
 
 def make_plan(settings: ModelSettings, shape: ModelShape, weight_bytes: int, free_bytes: int) -> Plan:
@@ -47,14 +80,26 @@ def make_plan(settings: ModelSettings, shape: ModelShape, weight_bytes: int, fre
     dtype = cache_dtype(settings)
     spare = spare_bytes(weight_bytes, free_bytes)
     num_pages = _choose_pages(settings, shape, window, dtype, spare)
-    size = num_pages * PAGE * token_bytes(shape, dtype)
+    sizes = CacheSizes.of(settings, shape, dtype)
+    size = sizes.bytes_of(num_pages)
+    has_windows = sizes.window_tokens is not None and sizes.most_window_pages < num_pages
+    windowed = tuple(has_windows and tokens is not None for tokens in shape.windows)
     why = "as asked" if settings.cache.dtype != "auto" else "half the room of f16, and next to no loss"
     notes.append(f"cache: {num_pages * PAGE} tokens as {dtype}, {size / GIB:.2f} GiB; {why}")
+    if has_windows:
+        notes.append(
+            f"cache: {sum(windowed)} of {len(windowed)} layers see {sizes.window_tokens} tokens, and keep "
+            f"{sizes.most_window_pages * PAGE}"
+        )
     return Plan(
         window=window,
         num_pages=num_pages,
         cache_dtype=dtype,
         token_bytes=token_bytes(shape, dtype),
+        cache_bytes=size,
+        windowed=windowed,
+        num_window_pages=sizes.most_window_pages if has_windows else 0,
+        window_tokens=sizes.window_tokens if has_windows else None,
         workspace_bytes=workspace_bytes(settings, shape),
         step_tokens=min(settings.step_tokens, num_pages * PAGE),
         rope=rope,
@@ -84,7 +129,7 @@ def served_window(settings: ModelSettings, shape: ModelShape, rope: Mapping[str,
 
 def largest_window(settings: ModelSettings, shape: ModelShape, dtype: CacheDtype, spare: int) -> int:
     """The largest window, in tokens, that `spare` bytes beside the weights hold; whole pages."""
-    return max(0, spare - workspace_bytes(settings, shape)) // token_bytes(shape, dtype) // PAGE * PAGE
+    return CacheSizes.of(settings, shape, dtype).fitting(spare - workspace_bytes(settings, shape)) * PAGE
 
 
 def workspace_bytes(settings: ModelSettings, shape: ModelShape) -> int:
@@ -125,12 +170,13 @@ def _choose_rope(settings: ModelSettings, shape: ModelShape) -> tuple[dict[str, 
 def _choose_pages(settings: ModelSettings, shape: ModelShape, window: int, dtype: CacheDtype, spare: int) -> int:
     """Pages of the cache, given `spare` bytes for cache and workspace. Raises DoesNotFit."""
     room = spare - workspace_bytes(settings, shape)
-    fitting = {kind: max(0, room) // token_bytes(shape, kind) // PAGE for kind in CACHE_DTYPES}  # pages
+    sizes = {kind: CacheSizes.of(settings, shape, kind) for kind in CACHE_DTYPES}
+    fitting = {kind: sizes[kind].fitting(room) for kind in CACHE_DTYPES}  # pages
     least = settings.cache.tokens or window
     if least > fitting[dtype] * PAGE:
         cheaper = CACHE_DTYPES[CACHE_DTYPES.index(dtype) + 1 :]
         smaller = [kind for kind in cheaper if least <= fitting[kind] * PAGE]
         most = fitting[dtype] * PAGE if settings.cache.tokens else largest_window(settings, shape, dtype, spare)
-        raise does_not_fit(least, dtype, token_bytes(shape, dtype), room, smaller, most)
+        raise does_not_fit(least, dtype, sizes[dtype].bytes_of(-(-least // PAGE)), room, smaller, most)
     wanted = settings.cache.tokens or default_tokens(window, settings.max_num_seqs)
     return min(-(-wanted // PAGE), fitting[dtype])

@@ -1,7 +1,8 @@
 """From the chunks of a step and the cache's block tables to what kernels read: StepLayout and rotary tables."""
 
 from collections import OrderedDict
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -115,23 +116,32 @@ class StepBuilder:
         context_lens = starts + counts
         longest = int(context_lens.max())
         assert longest <= self.window, f"a sequence of {longest} tokens in a window of {self.window}"
-        block_tables = np.zeros((len(chunks), -(-longest // PAGE)), np.int32)
-        for row, chunk, length in zip(block_tables, chunks, context_lens.tolist(), strict=True):
-            pages = kv.block_table(chunk.seq_id, length)
-            row[: len(pages)] = pages
         sequence_of = np.repeat(np.arange(len(chunks), dtype=np.int32), counts)
         positions = np.arange(query_starts[-1], dtype=np.int32) + np.repeat(starts - query_starts[:-1], counts)
-        slots = block_tables[sequence_of, positions // PAGE].astype(np.int64) * PAGE + positions % PAGE
+
+        def places(table_of: Callable[[int, int], Ints]) -> tuple[Tensor, Tensor]:
+            """Block tables and slots of the pages that `table_of` names."""
+            block_tables = np.zeros((len(chunks), -(-longest // PAGE)), np.int32)
+            for row, chunk, length in zip(block_tables, chunks, context_lens.tolist(), strict=True):
+                pages = table_of(chunk.seq_id, length)
+                row[: len(pages)] = pages
+            slots = block_tables[sequence_of, positions // PAGE].astype(np.int64) * PAGE + positions % PAGE
+            return self._on_device(block_tables), self._on_device(slots)
+
+        block_tables, slots = places(kv.block_table)
         step = StepLayout(
             query_starts=self._on_device(query_starts),
             context_lens=self._on_device(context_lens),
-            block_tables=self._on_device(block_tables),
-            slots=self._on_device(slots),
+            block_tables=block_tables,
+            slots=slots,
             positions=self._on_device(positions),
             sequence_of=self._on_device(sequence_of),
             max_query_len=int(counts.max()),
             max_context_len=longest,
         )
+        if kv.has_windows:
+            block_tables, slots = places(kv.window_table)
+            step = replace(step, windowed=replace(step, block_tables=block_tables, slots=slots))
         lengths = [
             kv.effective_len(chunk.seq_id, length) for chunk, length in zip(chunks, context_lens.tolist(), strict=True)
         ]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tightrope.backends.hf.calibrate import set_key_factors
 from tightrope.backends.protocol import Chunk, KVCache, KVUsage
-from tightrope.kernels.layout import CacheDtype, CacheFormat, LayerCache
+from tightrope.kernels.layout import CacheDtype, LayerCache
 
 if TYPE_CHECKING:
     from tightrope.backends.hf.backend import HFBackend
@@ -43,12 +43,16 @@ class CacheVariants:
         return [cache.key_factor for cache in holders]
 
     def _allocate(self, dtypes: Sequence[CacheDtype], num_pages: int | None = None) -> list[LayerCache]:
-        model, pages = self._base.model, num_pages or len(self._base.caches[0].key_codes)
-        formats = [
-            CacheFormat(dtype, layer.num_kv_heads, layer.head_dim)
-            for dtype, layer in zip(dtypes, model.layers, strict=True)
+        """Caches like those of the base, or of `num_pages` each."""
+        return [
+            LayerCache.allocate(
+                replace(cache.format, dtype=dtype),
+                num_pages or len(cache.key_codes),
+                self._base.model.device,
+                is_windowed=cache.is_windowed,
+            )
+            for dtype, cache in zip(dtypes, self._base.caches, strict=True)
         ]
-        return [LayerCache.allocate(format, pages, model.device) for format in formats]
 
 
 class CacheVariant:
