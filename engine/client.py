@@ -42,6 +42,7 @@ State = Literal["loading", "ready", "restarting", "failed", "closed"]
 
 MAX_BACKOFF_S = 10.0
 STABLE_S = 30.0  # an engine that ran this long starts again without delay
+STUCK_S = 30.0  # a step that takes longer than this is no step under way but a stuck engine
 
 
 class _Stream:
@@ -57,9 +58,16 @@ class _Stream:
 class EngineClient:
     """One engine, supervised. All methods belong to one event loop."""
 
-    def __init__(self, settings: EngineSettings, launch: Launcher = spawn_process) -> None:
+    def __init__(
+        self,
+        settings: EngineSettings,
+        launch: Launcher = spawn_process,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._settings = settings
         self._launch = launch
+        self._clock = clock
+        self._step_began_s = 0.0  # by the clock: when the last step ended, or the first request came to an idle engine
         self._streams: dict[str, _Stream] = {}
         self._calls: dict[int, asyncio.Future[tuple[Token, ...] | str]] = {}
         self._call_ids = count()
@@ -100,6 +108,17 @@ class EngineClient:
             self._handle.kill()
             await asyncio.to_thread(self._handle.wait)
         self._end_streams(EngineUnavailable("the server is shutting down"))
+
+    @property
+    def is_healthy(self) -> bool:
+        """Whether the model answers: it is loaded, and no step has been under way for longer than STUCK_S."""
+        return self.state == "ready" and not (self._has_work and self._clock() - self._step_began_s > STUCK_S)
+
+    @property
+    def _has_work(self) -> bool:
+        """Whether the engine owes a step, as far as can be told from here."""
+        is_busy = self.stats.num_running + self.stats.num_waiting > 0
+        return is_busy or any(not stream.has_output for stream in self._streams.values())
 
     async def _set_state(self, state: State) -> None:
         async with self._changed:
@@ -158,6 +177,8 @@ class EngineClient:
 
     async def _on_ready(self, info: ModelInfo) -> None:
         self.info = info
+        self.stats = Stats()
+        self._step_began_s = self._clock()
         await self._set_state("ready")
         for stream in self._streams.values():  # kept while the engine was away
             stream.is_retry = True
@@ -193,6 +214,7 @@ class EngineClient:
         match message:
             case StepDone(deltas=deltas, stats=stats):
                 self.stats = stats
+                self._step_began_s = self._clock()
                 for delta in deltas:
                     stream = self._streams.get(delta.request_id)
                     if stream is not None:
@@ -237,6 +259,8 @@ class EngineClient:
         """
         self._check_ready()
         assert request.request_id not in self._streams, "request ids are unique"
+        if not self._has_work:
+            self._step_began_s = self._clock()
         stream = self._streams[request.request_id] = _Stream(request)
         self._send(Submit(request))
         num_open = request.n

@@ -75,7 +75,7 @@ def create_app(client: EngineClient, settings: ServerSettings) -> FastAPI:
 def _add_probes(app: FastAPI, front: Front) -> None:
     unhealthy: dict[int | str, dict[str, Any]] = {
         200: {"description": "Ready; the body is empty.", "content": {}},
-        503: {"model": ErrorText, "description": "The model is loading, or the engine is restarting."},
+        503: {"model": ErrorText, "description": "The model is loading, or the engine is restarting or stuck."},
     }
 
     @app.get("/health", response_class=Response, responses=unhealthy, tags=["probes"])
@@ -83,7 +83,7 @@ def _add_probes(app: FastAPI, front: Front) -> None:
     @app.get("/", response_class=Response, responses=unhealthy, tags=["probes"])
     async def health() -> Response:
         """Whether requests can be served now."""
-        if front.client.state == "ready":
+        if front.client.is_healthy:
             return Response()
         return Response(msgspec.json.encode(UNHEALTHY), 503, {"retry-after": "2"}, "application/json")
 

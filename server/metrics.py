@@ -165,7 +165,7 @@ class _Snapshot(Collector):
 
     def _own(self) -> Iterable[Metric]:
         stats = self._client.stats
-        yield GaugeMetricFamily("tightrope_ready", "1 while the model answers", float(self._client.state == "ready"))
+        yield GaugeMetricFamily("tightrope_ready", "1 while the model answers", float(self._client.is_healthy))
         yield CounterMetricFamily(
             "tightrope_engine_restarts", "Times the engine was started again", self._client.restarts
         )

@@ -18,6 +18,7 @@ from tightrope.engine.client import EngineClient
 from tightrope.engine.errors import BackendFailed
 from tightrope.engine.types import ModelInfo
 from tightrope.server.app import create_app
+from tightrope.server.connections import Connection
 from tightrope.server.guards import is_loopback
 from tightrope.server.settings import ServerSettings
 
@@ -73,7 +74,8 @@ async def _serve(settings: ServerSettings, listener: socket.socket) -> None:
     client = EngineClient(settings.engine)
     config = uvicorn.Config(
         create_app(client, settings),
-        http="httptools",
+        http=Connection,
+        ws="none",
         log_config=None,
         access_log=settings.log_level == "debug",
         lifespan="on",  # the app starts the engine and closes it

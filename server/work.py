@@ -13,6 +13,8 @@ from tightrope.server.errors import ClientGone
 
 T = TypeVar("T")
 
+FIRST_DELTA_S = 10.0  # after that, a stream begins with a comment
+
 Generate = Callable[[GenerateRequest], AsyncGenerator[Delta, None]]
 Deltas = AsyncGenerator[tuple[int, Delta], None]  # (choice number over all prompts, what it gained)
 
@@ -116,19 +118,26 @@ async def _pump(
 async def started(request: Request, deltas: Deltas) -> Deltas:
     """Wait for the first delta, so that a refusal still gets its own status; then go on from it.
 
-    Raises whatever the engine says to the request, and ClientGone.
+    Refusals come at once, but a first delta waits for its prompt. After FIRST_DELTA_S the reply begins without it, so
+    that comments can keep the line alive; what fails later is told by an event. Raises whatever the engine says to the
+    request until then, and ClientGone.
     """
+    first = asyncio.ensure_future(anext(deltas))
     try:
-        first = await or_gone(request, anext(deltas))
+        await or_gone(request, asyncio.wait((first,), timeout=FIRST_DELTA_S))
+        if first.done():
+            first.result()
     except BaseException:
+        first.cancel()
+        await asyncio.gather(first, return_exceptions=True)
         await deltas.aclose()
         raise
     return _from(first, deltas)
 
 
-async def _from(first: tuple[int, Delta], rest: Deltas) -> Deltas:
+async def _from(first: asyncio.Future[tuple[int, Delta]], rest: Deltas) -> Deltas:
     async with aclosing(rest):
-        yield first
+        yield await first  # a client that hangs up now cancels it
         async for item in rest:
             yield item
 

@@ -2,6 +2,7 @@
 
 import socket
 import threading
+import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -12,6 +13,7 @@ from typing import Any
 import httpx
 import msgspec
 from fakes import FakeBackend, script
+from fastapi import FastAPI
 
 from tightrope.engine.child import serve
 from tightrope.engine.client import EngineClient
@@ -36,23 +38,38 @@ def launcher(backend: FakeBackend) -> Callable[[socket.socket], ThreadHandle]:
 
 
 @asynccontextmanager
-async def api(
+async def application(
     answer: str | NextToken = "fine",
     *,
     chat_template: str | None = None,
     limits: Mapping[str, int] = MappingProxyType({}),
+    clock: Callable[[], float] = time.monotonic,
     **settings: object,
-) -> AsyncGenerator[httpx.AsyncClient, None]:
-    """An HTTP client of a server whose model answers prompts that end in "?" with `answer`."""
+) -> AsyncGenerator[FastAPI, None]:
+    """The server's application, started, with a model that answers prompts that end in "?" with `answer`."""
     engine = EngineSettings(limits=LimitSettings.model_validate(limits))
     chosen = ServerSettings.model_validate({"engine": engine, **settings})
     next_token = script(answer) if isinstance(answer, str) else answer
     backend = FakeBackend(next_token)
     backend.card = replace(backend.card, chat_template=chat_template)
-    client = EngineClient(chosen.engine, launcher(backend))
+    client = EngineClient(chosen.engine, launcher(backend), clock)
     app = create_app(client, chosen)
     async with app.router.lifespan_context(app):
         await client.wait_ready()
+        yield app
+
+
+@asynccontextmanager
+async def api(
+    answer: str | NextToken = "fine",
+    *,
+    chat_template: str | None = None,
+    limits: Mapping[str, int] = MappingProxyType({}),
+    clock: Callable[[], float] = time.monotonic,
+    **settings: object,
+) -> AsyncGenerator[httpx.AsyncClient, None]:
+    """An HTTP client of that application, without a socket between them."""
+    async with application(answer, chat_template=chat_template, limits=limits, clock=clock, **settings) as app:
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as http:
             yield http

@@ -33,7 +33,7 @@ def delta(reason: FinishReason | None = None, index: int = 0) -> Delta:
 class ScriptedClient:
     """Answers every request with the same deltas, then raises `error` if there is one."""
 
-    state = "ready"
+    is_healthy = True
     restarts = 0
 
     def __init__(self, *deltas: Delta, error: EngineError | None = None, stats: Stats | None = None) -> None:

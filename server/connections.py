@@ -1,0 +1,127 @@
+"""uvicorn's HTTP connection with bounds: on how many there are, how large heads get, and how slow clients may be."""
+
+import asyncio
+import resource
+from typing import Any
+
+from uvicorn.config import Config
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.server import ServerState
+
+HEAD_TIMEOUT_S = 20.0  # from a connection's begin, or a request's first byte, to the end of its headers
+SEND_TIMEOUT_S = 30.0  # a client that takes nothing for so long, with its buffer full, is dropped
+MAX_HEAD_BYTES = 32 << 10  # of the first line and all headers
+MAX_CONNECTIONS = 4096
+TOO_LARGE = (
+    b"HTTP/1.1 431 Request Header Fields Too Large\r\n"
+    b"content-type: application/json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n"
+)
+SPARE_FILES = 64  # descriptors left for the model, the engine and the log
+
+
+def most_connections() -> int:
+    """How many connections may be open, by this process' limit of file descriptors."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return max(SPARE_FILES // 4, min(MAX_CONNECTIONS, soft - SPARE_FILES))
+
+
+class _HeadTooLarge(Exception):
+    """Raised inside the parser; it comes out as a parser's error."""
+
+
+class Connection(HttpToolsProtocol):
+    """One client. Above the most, the connection that has been without a request for longest makes room."""
+
+    def __init__(
+        self,
+        config: Config,
+        server_state: ServerState,
+        app_state: dict[str, Any],  # as uvicorn has it
+        _loop: asyncio.AbstractEventLoop | None = None,
+    ) -> None:
+        super().__init__(config, server_state, app_state, _loop)
+        self._head_timer: asyncio.TimerHandle | None = None
+        self._send_timer: asyncio.TimerHandle | None = None
+        self._head_bytes: int | None = 0  # of the head that is coming in; None while a body does
+        self._is_head_too_large = False
+        self._idle_since = self.loop.time()
+
+    # ---- life ----
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
+        super().connection_made(transport)
+        self._head_timer = self.loop.call_later(HEAD_TIMEOUT_S, self._abort)
+        if len(self.connections) > most_connections():
+            self._make_room()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        for timer in (self._head_timer, self._send_timer):
+            if timer is not None:
+                timer.cancel()
+        super().connection_lost(exc)
+
+    def _abort(self) -> None:
+        """Close at once; what is still to be sent is dropped, and the work for it is cancelled."""
+        self.transport.abort()
+
+    def _is_idle(self) -> bool:
+        return self.cycle is None or self.cycle.response_complete
+
+    def _make_room(self) -> None:
+        idle = [other for other in self.connections if isinstance(other, Connection) and other._is_idle()]
+        min(idle, key=lambda other: other._idle_since).transport.abort()  # this one is idle itself
+
+    def on_response_complete(self) -> None:
+        self._idle_since = self.loop.time()
+        super().on_response_complete()
+
+    # ---- heads ----
+
+    def data_received(self, data: bytes) -> None:
+        if self._head_bytes is not None:
+            self._head_bytes += len(data)
+        super().data_received(data)
+        if self._head_bytes is not None and self._head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
+            self._is_head_too_large = True
+            self.send_400_response("the first line and the headers are too long")
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        if self._head_timer is None:
+            self._head_timer = self.loop.call_later(HEAD_TIMEOUT_S, self._abort)
+
+    def on_headers_complete(self) -> None:
+        self._head_bytes = None
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+        if len(self.url) + sum(len(name) + len(value) for name, value in self.headers) > MAX_HEAD_BYTES:
+            self._is_head_too_large = True
+            raise _HeadTooLarge
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        self._head_bytes = 0
+        super().on_message_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        """uvicorn's reply to what is no HTTP, and ours to what is too much of it."""
+        if not self._is_head_too_large:
+            super().send_400_response(msg)
+            return
+        text = f"the first line and the headers are longer than {MAX_HEAD_BYTES} bytes"
+        body = b'{"error":{"message":"%b","type":"invalid_request_error","param":null,"code":null}}' % text.encode()
+        self.transport.write(TOO_LARGE % len(body) + body)
+        self.transport.close()
+
+    # ---- slow readers ----
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._send_timer = self.loop.call_later(SEND_TIMEOUT_S, self._abort)
+
+    def resume_writing(self) -> None:
+        if self._send_timer is not None:
+            self._send_timer.cancel()
+            self._send_timer = None
+        super().resume_writing()

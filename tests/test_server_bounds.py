@@ -1,0 +1,229 @@
+"""Clients that are slow, silent or too many, and an engine that is stuck: what the server holds for them is bounded."""
+
+import asyncio
+import socket
+import threading
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
+
+import httpx
+import msgspec
+import pytest
+import uvicorn
+from fake_api import NextToken, api, application, events
+
+from tightrope.engine.client import STUCK_S
+from tightrope.server import body, connections, sse, work
+from tightrope.server.connections import Connection
+
+PATIENCE_S = 30
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server, which leaves the test's signals alone."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+@asynccontextmanager
+async def serving(answer: str | NextToken = "fine", *, send_buffer: int | None = None) -> AsyncGenerator[int, None]:
+    """The application on a real port of this machine; yields the port."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        if send_buffer is not None:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)  # accepted connections inherit it
+        listener.setblocking(False)
+        async with application(answer) as app:
+            server = Server(uvicorn.Config(app, http=Connection, ws="none", lifespan="off", log_config=None))
+            running = asyncio.create_task(server.serve([listener]))
+            try:
+                yield listener.getsockname()[1]
+            finally:
+                server.should_exit = server.force_exit = True
+                await running
+
+
+def request(path: str, body: dict[str, object] | bytes, *headers: str, method: str = "POST") -> bytes:
+    raw = body if isinstance(body, bytes) else msgspec.json.encode(body)
+    lines = [f"{method} {path} HTTP/1.1", "host: localhost", "content-type: application/json", *headers]
+    if not any(header.startswith("content-length") for header in headers):
+        lines.append(f"content-length: {len(raw)}")
+    return "\r\n".join([*lines, "", ""]).encode() + raw
+
+
+async def reply_to(port: int, raw: bytes) -> bytes:
+    """All that comes back on a connection of its own, up to its end."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        writer.write(raw)
+        async with asyncio.timeout(PATIENCE_S):
+            return await reader.read()
+    finally:
+        writer.close()
+
+
+async def metric(http: httpx.AsyncClient, name: str) -> float:
+    lines = (await http.get("/metrics")).text.splitlines()
+    return next((float(line.split()[1]) for line in lines if line.startswith(f"{name} ")), 0.0)
+
+
+async def wait_until(http: httpx.AsyncClient, name: str, value: float) -> None:
+    async with asyncio.timeout(PATIENCE_S):
+        while await metric(http, name) != value:
+            await asyncio.sleep(0.01)
+
+
+def rest_of(connection: socket.socket) -> bytes:
+    connection.settimeout(PATIENCE_S)
+    pieces = []
+    with suppress(ConnectionResetError):
+        while piece := connection.recv(65536):
+            pieces.append(piece)
+    return b"".join(pieces)
+
+
+def endless(token_ids: Sequence[int]) -> int:
+    return ord("a")
+
+
+async def test_a_reader_that_takes_nothing_is_dropped_and_its_neighbour_is_served(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(connections, "SEND_TIMEOUT_S", 0.3)
+    asked = {"prompt": "a", "max_tokens": 1000, "stream": True, "logprobs": 20}  # more than the sockets' buffers hold
+    async with (
+        serving(endless, send_buffer=4096) as port,
+        httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE_S) as http,
+    ):
+        with socket.socket() as slow:
+            slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            slow.connect(("127.0.0.1", port))
+            slow.sendall(request("/v1/completions", asked))
+            neighbour = await http.post("/v1/completions", json={**asked, "max_tokens": 50})
+            assert events(neighbour.text)[-1] == "[DONE]"
+            await wait_until(http, 'tgi_request_failure{err="dropped"}', 1)
+            assert b"[DONE]" not in rest_of(slow)
+
+
+async def test_a_connection_that_never_asks_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "HEAD_TIMEOUT_S", 0.1)
+    async with serving() as port:
+        for begun in (b"", b"GET /health HT", b"GET /health HTTP/1.1\r\nhost: loc"):
+            assert await reply_to(port, begun) == b""
+
+
+async def test_idle_connections_beyond_the_most_make_room_for_new_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "MAX_CONNECTIONS", 20)
+    async with serving() as port:
+        idle = [await asyncio.open_connection("127.0.0.1", port) for _ in range(200)]
+        answer = await reply_to(port, request("/generate", {"inputs": "a?"}, "connection: close"))
+        assert answer.endswith(b'{"generated_text":"fine"}')
+        closed = 0
+        for reader, writer in idle:
+            closed += reader.at_eof() or reader.exception() is not None
+            writer.close()
+        assert closed >= 180
+
+
+async def test_a_request_under_way_is_not_closed_for_newcomers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "MAX_CONNECTIONS", 5)
+    begun, go_on = threading.Event(), threading.Event()
+
+    def waits(token_ids: Sequence[int]) -> int:
+        begun.set()
+        assert go_on.wait(PATIENCE_S)
+        return ord("a")
+
+    async with serving(waits) as port:
+        body = {"inputs": "a", "parameters": {"max_new_tokens": 2}}
+        under_way = asyncio.create_task(reply_to(port, request("/generate", body, "connection: close")))
+        await asyncio.to_thread(begun.wait, PATIENCE_S)
+        others = [await asyncio.open_connection("127.0.0.1", port) for _ in range(20)]
+        go_on.set()
+        assert (await under_way).endswith(b'{"generated_text":"aa"}')
+        for _, writer in others:
+            writer.close()
+
+
+@pytest.mark.parametrize("is_complete", [True, False])
+async def test_huge_headers_are_told_so(is_complete: bool) -> None:
+    async with serving() as port:
+        raw = request("/health", b"", "x-long: " + "x" * 40_000, method="GET")
+        reply = await reply_to(port, raw if is_complete else raw[:-4])
+    head, _, text = reply.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 431 ")
+    assert "longer than 32768 bytes" in msgspec.json.decode(text)["error"]["message"]
+
+
+async def test_a_long_body_is_no_long_head() -> None:
+    async with serving() as port:
+        raw = request("/generate", {"inputs": "x" * 100_000}, "connection: close")
+        assert (await reply_to(port, raw)).startswith(b"HTTP/1.1 422 ")
+
+
+async def test_pipelined_requests_are_answered_in_order() -> None:
+    async with serving() as port:
+        first = request("/generate", {"inputs": "hello?"})
+        raw = await reply_to(port, first + request("/nothing", b"", "connection: close", method="GET"))
+    assert raw.index(b'{"generated_text":"fine"}') < raw.index(b"there is nothing at /nothing")
+
+
+async def test_a_body_shorter_than_it_says_is_a_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(body, "READ_TIMEOUT_S", 0.1)
+    async with serving() as port:
+        raw = request("/v1/completions", b'{"prompt":', "content-length: 100", "connection: close")
+        assert (await reply_to(port, raw)).startswith(b"HTTP/1.1 408 ")
+
+
+async def test_a_body_longer_than_it_says_closes_the_connection() -> None:
+    async with serving() as port:
+        raw = request("/generate", b'{"inputs": "a?"}}}}}', "content-length: 16")
+        assert b"HTTP/1.1 400 " in await reply_to(port, raw)
+
+
+async def test_a_long_prefill_is_bridged_by_comments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(work, "FIRST_DELTA_S", 0.05)
+    monkeypatch.setattr(sse, "PING_S", 0.05)
+    go_on = threading.Event()
+
+    def waits(token_ids: Sequence[int]) -> int:
+        assert go_on.wait(PATIENCE_S)
+        return ord("a")
+
+    async with serving(waits) as port:
+        url = f"http://127.0.0.1:{port}/v1/completions"
+        asked = {"prompt": "a", "max_tokens": 2, "stream": True}
+        lines: list[str] = []
+        async with httpx.AsyncClient(timeout=PATIENCE_S) as http, http.stream("POST", url, json=asked) as reply:
+            assert reply.status_code == 200
+            async for line in reply.aiter_lines():
+                lines.append(line)
+                if lines.count(": ping") == 2:
+                    go_on.set()
+    assert [line for line in lines if line.startswith("data: ")][-1] == "data: [DONE]"
+
+
+async def test_health_is_bad_while_a_step_is_stuck_and_good_again_after_it() -> None:
+    now_s = 0.0
+    begun, go_on = threading.Event(), threading.Event()
+
+    def sticks(token_ids: Sequence[int]) -> int:
+        begun.set()
+        assert go_on.wait(PATIENCE_S)
+        return ord("a")
+
+    async with api(sticks, clock=lambda: now_s) as http:
+        now_s = 1000.0
+        assert (await http.get("/health")).status_code == 200, "an idle engine owes no step"
+        asked = asyncio.create_task(http.post("/v1/completions", json={"prompt": "a", "max_tokens": 3}))
+        await asyncio.to_thread(begun.wait, PATIENCE_S)
+        now_s += STUCK_S
+        assert (await http.get("/health")).status_code == 200
+        now_s += 1
+        reply = await http.get("/health")
+        assert (reply.status_code, reply.json()) == (503, {"error": "unhealthy", "error_type": "healthcheck"})
+        assert await metric(http, "tightrope_ready") == 0
+        go_on.set()
+        assert (await asked).status_code == 200
+        assert (await http.get("/health")).status_code == 200
