@@ -12,7 +12,7 @@ from pydantic import BaseModel, Field
 from tightrope.engine.errors import InvalidRequest
 from tightrope.engine.types import Finish, GenerateRequest, Span, TextPrompt
 from tightrope.server.body import Body, JsonRequest, JsonRoute
-from tightrope.server.families.text import CALL_ERRORS, STATUS_ERRORS, TextBody, pieces, text_prompt, text_request
+from tightrope.server.families.text import CALL_ERRORS, STATUS_ERRORS, TextBody, pieces, text_request
 from tightrope.server.front import Front
 from tightrope.server.openai.routes import ERRORS
 from tightrope.server.sse import event_stream
@@ -35,7 +35,6 @@ encode = msgspec.json.Encoder().encode
 class KoboldBody(TextBody):
     """POST /api/v1/generate; sampling fields come under KoboldCpp's or any other names."""
 
-    prompt: str
     genkey: str = Field("", description="What an abort names; without one it stops those that have none either.")
     trim_stop: bool = Field(True, description="Stop strings are always cut; false changes nothing.")
 
@@ -163,8 +162,15 @@ def koboldcpp_router(front: Front) -> APIRouter:
     aborts = Aborts()
 
     def asked(body: KoboldBody) -> GenerateRequest:
-        fields = body.model_extra or {}
-        return text_request(body, fields, text_prompt(body.prompt), front.served(), max_tokens=DEFAULT_TOKENS)
+        served = front.served()
+        return text_request(
+            body,
+            body.model_extra or {},
+            body.checked_prompt(served),
+            served,
+            max_tokens=DEFAULT_TOKENS,
+            skip_special_tokens=body.skip_special_tokens,
+        )
 
     @router.get("/v1/info/version", responses=STATUS_ERRORS)
     async def api_version() -> Result:

@@ -9,22 +9,18 @@ import msgspec
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field
 
-from tightrope.engine.types import Finish, Prompt, PromptInfo, Token
+from tightrope.engine.types import Finish, PromptInfo, Token
 from tightrope.server.body import JsonRoute
 from tightrope.server.families.text import (
     STATUS_ERRORS,
     TextBody,
     pieces,
-    text_prompt,
     text_request,
-    token_prompt,
     whole,
 )
 from tightrope.server.front import Front
 from tightrope.server.one_token import one_token_each
 from tightrope.server.openai.answers import LOWEST, token_name
-from tightrope.server.openai.convert import Served
-from tightrope.server.openai.requests import Ids
 from tightrope.server.openai.routes import ERRORS
 from tightrope.server.sse import event_stream
 from tightrope.server.work import Deltas
@@ -35,7 +31,6 @@ encode = msgspec.json.Encoder().encode
 class CompletionBody(TextBody):
     """POST /completion; n_predict, stop and the sampling fields come under llama.cpp's or any other names."""
 
-    prompt: str | Ids
     stream: bool = False
     n_probs: int = Field(0, ge=0, description="Alternatives listed at each token.")
     cache_prompt: bool = Field(True, description="Found tokens are always reused; false changes nothing.")
@@ -156,9 +151,6 @@ def llamacpp_router(front: Front) -> APIRouter:
     """/completion, /props and /slots."""
     router = APIRouter(route_class=JsonRoute, tags=["llama.cpp"])
 
-    def prompt_of(body: CompletionBody, served: Served) -> Prompt:
-        return text_prompt(body.prompt) if isinstance(body.prompt, str) else token_prompt(body.prompt, served)
-
     @router.post(
         "/completion",
         response_model=None,
@@ -168,7 +160,14 @@ def llamacpp_router(front: Front) -> APIRouter:
         """Continue a prompt."""
         served = front.served()
         top = body.n_probs or None
-        asked = text_request(body, body.model_extra or {}, prompt_of(body, served), served, top=top)
+        asked = text_request(
+            body,
+            body.model_extra or {},
+            body.checked_prompt(served),
+            served,
+            top=top,
+            skip_special_tokens=body.skip_special_tokens,
+        )
         if body.stream:
             deltas = await pieces(front, asked, request)
             shown = one_token_each(deltas) if top else deltas

@@ -11,9 +11,9 @@ from pydantic import BaseModel, Field
 
 from tightrope import __version__
 from tightrope.engine.errors import InvalidRequest, ModelNotFound
-from tightrope.engine.types import Finish, GenerateRequest, PromptInfo, TextPrompt
+from tightrope.engine.types import Finish, GenerateRequest, PromptInfo, Span, TextPrompt
 from tightrope.server.body import Body, FirstErrorOnly, JsonRoute
-from tightrope.server.families.text import STATUS_ERRORS, TextBody, pieces, text_prompt, text_request, whole
+from tightrope.server.families.text import STATUS_ERRORS, SamplingFields, pieces, text_request, whole
 from tightrope.server.front import Front
 from tightrope.server.openai.convert import Served, check_model
 from tightrope.server.openai.routes import ERRORS
@@ -30,7 +30,7 @@ class OllamaBody(Body):
 
     model: str | None = None
     stream: bool = Field(True, description="Lines of JSON as they come; false gives one object.")
-    options: TextBody = TextBody()
+    options: SamplingFields = SamplingFields()
     keep_alive: int | float | str | None = Field(None, description="The model stays loaded: changes nothing.")
     format: str | dict[str, Any] | None = Field(None, description="json or a JSON schema.")
 
@@ -179,12 +179,14 @@ def ollama_router(front: Front) -> APIRouter:
         template = front.template()
         rendering = template.render(front.renderer, messages, add_generation_prompt=True, continue_final_message=False)
         prompt = TextPrompt((await or_gone(request, rendering)).spans)
-        return text_request(body, body.options.model_extra or {}, prompt, front.served(), stops=template.stops)
+        return text_request(body, fields_of(body), prompt, front.served(), stops=template.stops)
 
-    def check(body: OllamaBody) -> None:
-        _check_model(body.model, front.served())
-        if body.format:
-            raise InvalidRequest("format is not supported by this server", "format")
+    def fields_of(body: OllamaBody) -> dict[str, object]:
+        """The options, and the format under a name of its own."""
+        if isinstance(body.format, str) and body.format not in ("", "json"):
+            raise InvalidRequest("format must be json or a JSON schema", "format")
+        shape = {"response_format": {"type": "json_object"}} if body.format == "json" else {"json_schema": body.format}
+        return (body.options.model_extra or {}) | (shape if body.format else {})
 
     @router.get("/version")
     async def version() -> dict[str, str]:
@@ -220,15 +222,14 @@ def ollama_router(front: Front) -> APIRouter:
     )
     async def generate(body: OllamaGenerate, request: Request) -> Response:
         """Continue a prompt, or answer it by the chat template unless it is raw."""
-        check(body)
+        _check_model(body.model, front.served())
         for name in ("images", "suffix"):
             if getattr(body, name):
                 raise InvalidRequest(f"{name} needs another kind of model than this one", name)
         if not body.prompt:
             return loaded(body, _response)
         if body.raw:
-            fields = body.options.model_extra or {}
-            asked = text_request(body, fields, text_prompt(body.prompt), front.served())
+            asked = text_request(body, fields_of(body), TextPrompt((Span(body.prompt),)), front.served())
         else:
             turns = [("system", body.system), ("user", body.prompt)]
             messages = [{"role": role, "content": text} for role, text in turns if text]
@@ -242,7 +243,7 @@ def ollama_router(front: Front) -> APIRouter:
     )
     async def chat(body: OllamaChat, request: Request) -> Response:
         """Answer a chat."""
-        check(body)
+        _check_model(body.model, front.served())
         if any(message.images for message in body.messages):
             raise InvalidRequest("images need another kind of model than this one", "messages")
         if not body.messages:

@@ -4,24 +4,47 @@ from collections.abc import Mapping, Sequence
 from uuid import uuid4
 
 from fastapi import Request
+from pydantic import Field
 
 from tightrope.engine.errors import InvalidRequest
 from tightrope.engine.types import GenerateRequest, LogprobRequest, Prompt, Span, TextPrompt, TokenPrompt
+from tightrope.server import structured
 from tightrope.server.body import Body, Documented, ignored_fields, log_ignored
 from tightrope.server.front import Front
 from tightrope.server.openai.convert import Served
+from tightrope.server.openai.requests import Ids
 from tightrope.server.openai.routes import ERRORS
 from tightrope.server.sampling_fields import KNOWN, read_sampling
+from tightrope.server.structured import read_grammar
 from tightrope.server.work import Choice, Deltas, collect, run, started
 
 STATUS_ERRORS: Documented = {key: ERRORS[key] for key in (401, 503)}
 CALL_ERRORS: Documented = {key: ERRORS[key] for key in (400, 401, 413, 415, 503, "default")}
 
 
-class TextBody(Body):
-    """Base of the families' bodies: sampling fields come under any of their names."""
+class SamplingFields(Body):
+    """How to draw and what the answer must look like, under any of the names that clients have for it."""
 
-    read_elsewhere = KNOWN
+    read_elsewhere = KNOWN | structured.NAMES
+
+
+class TextBody(SamplingFields):
+    """A raw prompt, and how to take it."""
+
+    prompt: str | Ids
+    add_bos_token: bool = Field(True, description="BOS in front of text where the model wants one.")
+    skip_special_tokens: bool = True
+
+    def checked_prompt(self, served: Served) -> Prompt:
+        """The prompt for the engine; special tokens written as text are parsed. Raises InvalidRequest."""
+        if not self.prompt:
+            raise InvalidRequest("prompt must not be empty", "prompt")
+        if isinstance(self.prompt, str):
+            return TextPrompt((Span(self.prompt),), self.add_bos_token)
+        for token_id in self.prompt:
+            if not 0 <= token_id < served.info.vocab_size:
+                raise InvalidRequest(f"prompt: {token_id} is no token id below {served.info.vocab_size}", "prompt")
+        return TokenPrompt(tuple(self.prompt))
 
 
 def text_request(
@@ -33,12 +56,15 @@ def text_request(
     max_tokens: int | None = None,
     stops: Sequence[str] = (),
     top: int | None = None,
+    skip_special_tokens: bool = True,
 ) -> GenerateRequest:
-    """The engine's request. `fields` hold the sampling, `stops` are the prompt format's, `top` alternatives are listed.
+    """The engine's request. `fields` are those of SamplingFields, `stops` the prompt format's.
 
-    max_tokens: where the fields name none; None is to the end of the window. Raises InvalidRequest.
+    max_tokens: where the fields name none; None is to the end of the window. top: alternatives listed at each token.
+    Raises InvalidRequest.
     """
     asked = read_sampling(fields, served.info.vocab_size, max_tokens=max_tokens, more_stops=stops)
+    grammar = read_grammar(fields)
     if top is not None and top > served.limits.max_logprobs:
         raise InvalidRequest(f"n_probs must be at most {served.limits.max_logprobs}, not {top}", "n_probs")
     request_id = f"text-{uuid4().hex}"
@@ -48,25 +74,10 @@ def text_request(
         prompt=prompt,
         sampling=asked.params,
         stop=asked.stop,
+        grammar=grammar,
         logprobs=None if top is None else LogprobRequest(processed=False, top=top),
+        skip_special_tokens=skip_special_tokens,
     )
-
-
-def text_prompt(text: str, name: str = "prompt") -> TextPrompt:
-    """A raw prompt: special tokens written as text are parsed. Raises InvalidRequest for an empty one."""
-    if not text:
-        raise InvalidRequest(f"{name} must not be empty", name)
-    return TextPrompt((Span(text),))
-
-
-def token_prompt(token_ids: Sequence[int], served: Served) -> TokenPrompt:
-    """Token ids as they are. Raises InvalidRequest for those outside the vocabulary, and for none at all."""
-    if not token_ids:
-        raise InvalidRequest("prompt must not be empty", "prompt")
-    for token_id in token_ids:
-        if not 0 <= token_id < served.info.vocab_size:
-            raise InvalidRequest(f"prompt: {token_id} is no token id below {served.info.vocab_size}", "prompt")
-    return TokenPrompt(tuple(token_ids))
 
 
 async def whole(front: Front, asked: GenerateRequest, request: Request) -> Choice:

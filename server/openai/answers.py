@@ -81,6 +81,9 @@ PromptLogprobs = Annotated[
 ]
 
 
+Explained = Annotated[dict[str, Any], Field(description="Absent unless asked for.")]
+
+
 class ChatMessage(BaseModel):
     role: Literal["assistant"]
     content: str
@@ -105,6 +108,7 @@ class ChatAnswer(BaseModel):
     system_fingerprint: str
     choices: list[ChatChoice]
     usage: Usage
+    explain: Explained = {}
 
 
 class CompletionChoice(BaseModel):
@@ -126,6 +130,7 @@ class CompletionAnswer(BaseModel):
     system_fingerprint: str
     choices: list[CompletionChoice]
     usage: Usage
+    explain: Explained = {}
 
 
 class ModelCard(BaseModel):

@@ -63,6 +63,7 @@ class SamplingBody(Body):
     truncate_prompt_tokens: int | None = Field(None, ge=1, le=MAX_INT, description="Keep the last n of the prompt.")
     cache_salt: str | None = Field(None, description="Requests with different salts share no cached tokens.")
     response_format: ResponseFormat | None = None
+    explain: bool = Field(False, description="Say in the answer what was done: prompt, samplers, ignored fields.")
     prompt_logprobs: int | None = Field(
         None, ge=0, description="Score the prompt's tokens too, with that many alternatives; not in streams."
     )

@@ -11,8 +11,9 @@ from fastapi import APIRouter, Request, Response
 
 from tightrope import __version__
 from tightrope.engine.errors import ContextLengthExceeded
-from tightrope.engine.types import GenerateRequest, TextPrompt
+from tightrope.engine.types import GenerateRequest, PromptInfo, TextPrompt
 from tightrope.server.body import Documented, JsonRoute, log_ignored
+from tightrope.server.explain import Explanation, explain
 from tightrope.server.front import Front
 from tightrope.server.one_token import one_token_each
 from tightrope.server.openai.answers import (
@@ -122,10 +123,17 @@ async def answer_chat(front: Front, body: ChatRequest, request: Request) -> Resp
     prompt = await rendered_chat(front, body, request)
     engine_request = chat_request(body, identity.id, prompt.spans, front.template().stops, served)
     log_ignored(identity.id, lambda: (name for name, _ in fields_ignored(body, served.info)))
+    explanation = await _explanation(front, body, [engine_request], request, prompt.notes)
     try:
         if body.stream:
             deltas = await started(request, run(front.metrics.generate, [engine_request]))
-            events = chat_events(deltas, identity, wants_logprobs=body.logprobs, include_usage=_include_usage(body))
+            events = chat_events(
+                deltas,
+                identity,
+                wants_logprobs=body.logprobs,
+                include_usage=_include_usage(body),
+                explanation=explanation,
+            )
             return event_stream(events, "openai")
         choices = await collect(request, run(front.metrics.generate, [engine_request]))
     except ContextLengthExceeded as exc:
@@ -135,7 +143,9 @@ async def answer_chat(front: Front, body: ChatRequest, request: Request) -> Resp
         identity,
         "chat.completion",
         [chat_choice(index, choice, body) for index, choice in enumerate(choices)],
-        usage([choices[0].prompt], sum(choice.finish.num_tokens for choice in choices)),
+        [choices[0].prompt],
+        sum(choice.finish.num_tokens for choice in choices),
+        explanation,
     )
 
 
@@ -145,6 +155,7 @@ async def answer_completion(front: Front, body: CompletionRequest, request: Requ
     identity = _identity("cmpl", served)
     requests = completion_requests(body, identity.id, served)
     log_ignored(identity.id, lambda: (name for name, _ in fields_ignored(body, served.info)))
+    explanation = await _explanation(front, body, requests, request)
     echoes = await or_gone(request, _prompt_texts(front, requests)) if body.echo else []
     if body.stream:
         deltas = await started(request, run(front.metrics.generate, requests))
@@ -155,6 +166,7 @@ async def answer_completion(front: Front, body: CompletionRequest, request: Requ
             n=body.n,
             wants_logprobs=body.logprobs is not None,
             include_usage=_include_usage(body),
+            explanation=explanation,
         )
         return event_stream(events, "openai")
     choices = await collect(request, run(front.metrics.generate, requests))
@@ -169,7 +181,9 @@ async def answer_completion(front: Front, body: CompletionRequest, request: Requ
         identity,
         "text_completion",
         answers,
-        usage([c.prompt for c in choices[::best_of]], sum(choice.finish.num_tokens for choice in choices)),
+        [choice.prompt for choice in choices[::best_of]],
+        sum(choice.finish.num_tokens for choice in choices),
+        explanation,
     )
 
 
@@ -210,7 +224,26 @@ def _identity(prefix: str, served: Served) -> Identity:
     return Identity(f"{prefix}-{uuid4().hex}", int(time.time()), served.model_id, f"tightrope-{__version__}")
 
 
-def _whole(identity: Identity, kind: str, choices: list[dict[str, Any]], totals: dict[str, Any]) -> Response:
+async def _explanation(
+    front: Front,
+    body: SamplingBody,
+    requests: Sequence[GenerateRequest],
+    request: Request,
+    notes: tuple[str, ...] = (),
+) -> Explanation | None:
+    if not body.explain:
+        return None
+    return await or_gone(request, explain(front, requests, fields_ignored(body, front.info()), notes))
+
+
+def _whole(
+    identity: Identity,
+    kind: str,
+    choices: list[dict[str, Any]],
+    prompts: Sequence[PromptInfo],
+    num_tokens: int,
+    explanation: Explanation | None,
+) -> Response:
     answer = {
         "id": identity.id,
         "object": kind,
@@ -218,6 +251,8 @@ def _whole(identity: Identity, kind: str, choices: list[dict[str, Any]], totals:
         "model": identity.model,
         "system_fingerprint": identity.system_fingerprint,
         "choices": choices,
-        "usage": totals,
+        "usage": usage(prompts, num_tokens),
     }
+    if explanation is not None:
+        answer["explain"] = explanation.told(dict(enumerate(prompts)))
     return Response(msgspec.json.encode(answer), media_type="application/json")

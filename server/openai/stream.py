@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import msgspec
 
 from tightrope.engine.types import PromptInfo
+from tightrope.server.explain import Explanation
 from tightrope.server.openai.answers import (
     chat_logprobs,
     completion_logprobs,
@@ -60,8 +61,18 @@ class _Chunks:
         totals = encode(usage(list(prompts.values()), completion_tokens))
         return b'%b],"usage":%b}\n\n' % (self._head, totals)
 
+    def explained(self, explanation: Explanation, prompts: dict[int, PromptInfo]) -> bytes:
+        return b'%b],"explain":%b}\n\n' % (self._head, encode(explanation.told(prompts)))
 
-async def chat_events(deltas: Deltas, identity: Identity, *, wants_logprobs: bool, include_usage: bool) -> Events:
+
+async def chat_events(
+    deltas: Deltas,
+    identity: Identity,
+    *,
+    wants_logprobs: bool,
+    include_usage: bool,
+    explanation: Explanation | None = None,
+) -> Events:
     """Chunks of a chat answer; the role comes once per choice."""
     chunks = _Chunks(identity, "chat.completion.chunk", include_usage)
     opened: set[int] = set()
@@ -86,11 +97,20 @@ async def chat_events(deltas: Deltas, identity: Identity, *, wants_logprobs: boo
                 event += chunks.choice(number, CLOSED + b'%b,"stop_reason":%b' % reasons)
             if event:
                 yield event
+    if explanation is not None:
+        yield chunks.explained(explanation, prompts)
     yield (chunks.usage(prompts, completion_tokens) if include_usage else b"") + DONE
 
 
 async def completion_events(
-    deltas: Deltas, identity: Identity, *, echoes: list[str], n: int, wants_logprobs: bool, include_usage: bool
+    deltas: Deltas,
+    identity: Identity,
+    *,
+    echoes: list[str],
+    n: int,
+    wants_logprobs: bool,
+    include_usage: bool,
+    explanation: Explanation | None = None,
 ) -> Events:
     """Chunks of completions; `echoes` are the prompts' texts to put in front, one a prompt, or none at all."""
     chunks = _Chunks(identity, "text_completion", include_usage)
@@ -120,4 +140,6 @@ async def completion_events(
             else:
                 continue
             yield chunks.choice(number, b'"text":%b,"logprobs":%b,"finish_reason":%b' % (encode(text), logprobs, end))
+    if explanation is not None:
+        yield chunks.explained(explanation, prompts)
     yield (chunks.usage(prompts, completion_tokens) if include_usage else b"") + DONE
