@@ -12,7 +12,7 @@ from torch import Tensor
 
 TILE = 16  # outputs of a tile
 LINE = 64  # bytes: 4 codes, or parts of codes, side by side for each of a tile's outputs
-SLICE = 512  # outputs that are packed at a time
+SLICE, SLICE_ON_CARD = 512, 4096  # outputs that are packed at a time: in a processor's caches, or in few launches
 
 # a code is cut into planes, from its low bits up; there are whole lines of each in a block of so many rows
 PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)}
@@ -115,15 +115,20 @@ class Rows:
         """[R, ...] of [K, ...]: each stored row's, zero where there is none."""
         if self.source is None:
             return by_input
-        rows = by_input[self.source.clamp(min=0).long()]
+        source = self.source.to(by_input.device)
+        rows = by_input[source.clamp(min=0).long()]
         if bool((self.source < 0).any()):
-            rows[self.source < 0] = 0
+            rows[source < 0] = 0
         return rows
 
 
 def arrange(inputs: Tensor, group_rows: Sequence[int], group_bits: Sequence[int]) -> Rows:
-    """Stored rows for `inputs` [K], listed group after group; each group is filled up to whole blocks."""
+    """Stored rows for `inputs` [K], listed group after group; each group is filled up to whole blocks.
+
+    The tensors of the result are on the CPU: they are read here and there, to see how rows are stored.
+    """
     starts, source, end = [0], [], 0
+    inputs = inputs.cpu()
     for size, bits in zip(group_rows, group_bits, strict=True):
         source.append(F.pad(inputs[end : end + size].to(torch.int32), (0, -size % BLOCK_ROWS[bits]), value=-1))
         end += size
@@ -142,7 +147,7 @@ def pack(codes: Tensor, rows: Rows) -> Tensor:
     """The bytes [C, bytes] of codes [R, N] uint8, each less than 2^bits of its group."""
     codes = F.pad(codes, (0, -codes.shape[1] % TILE))
     tiles = codes.shape[1] // TILE
-    packed = torch.empty(tiles, _num_bytes(rows), dtype=torch.uint8)
+    packed = codes.new_empty(tiles, _num_bytes(rows))
     for bits, begin, end, at in _runs(rows):
         blocks = codes[begin:end].view(-1, BLOCK_ROWS[bits], tiles * TILE)
         lines, shift = [], 0
@@ -160,14 +165,17 @@ def pack(codes: Tensor, rows: Rows) -> Tensor:
     return packed
 
 
-def pack_slices(codes: Callable[[int, int], Tensor], num_outputs: int, rows: Rows) -> Tensor:
+def pack_slices(
+    codes: Callable[[int, int], Tensor], num_outputs: int, rows: Rows, device: torch.device | None = None
+) -> Tensor:
     """As `pack`, of codes that are made when they are needed: `codes` gives [R, end - begin] of outputs begin .. end.
 
     What is made on the way then stays in a processor's cache, and takes little room beside a large matrix.
     """
-    packed = torch.empty(-(-num_outputs // TILE), _num_bytes(rows), dtype=torch.uint8)
-    for begin in range(0, num_outputs, SLICE):
-        end = min(begin + SLICE, num_outputs)
+    packed = torch.empty(-(-num_outputs // TILE), _num_bytes(rows), dtype=torch.uint8, device=device)
+    width = SLICE_ON_CARD if packed.is_cuda else SLICE
+    for begin in range(0, num_outputs, width):
+        end = min(begin + width, num_outputs)
         packed[begin // TILE : -(-end // TILE)] = pack(codes(begin, end), rows)
     return packed
 
@@ -207,7 +215,7 @@ def untiled(values: Tensor, num_outputs: int) -> Tensor:
 def pack_nf4(codes: Tensor, scales: Tensor, codebook: Tensor, blocksize: int) -> Nf4Matrix:
     """The matrix of codes [N, K] uint8 and scales [N, K / blocksize] float32."""
     outputs, inputs = codes.shape
-    lanes = torch.zeros(-(-outputs // TILE), inputs // 8, TILE, dtype=torch.int32)
+    lanes = codes.new_zeros(-(-outputs // TILE), inputs // 8, TILE, dtype=torch.int32)
     for begin in range(0, outputs, SLICE):
         eights = tiled(codes[begin : begin + SLICE].t()).view(-1, inputs // 8, 8, TILE)  # [., K / 8, 8, 16]
         for j in range(8):

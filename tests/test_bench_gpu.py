@@ -37,8 +37,13 @@ def test_its_smoke_run_checks_every_kernel_on_a_bare_machine():
     assert result.returncode == 0, result.stderr
     results = json.JSONDecoder().raw_decode(result.stdout)[0]
     assert {row["kernel"].split()[0] for row in results["checks"]} == {
-        "store_kv", "rotate", "attention", "rms_norm", "gated"
+        "store_kv", "rotate", "attention", "rms_norm", "gated", "quantised"
     }  # fmt: skip
     assert all(row["holds"] for row in results["checks"])
     assert [row["sequences"] for row in results["decode"]] == [1, 2]
+    assert {row["rows"] for row in results["products"]} == {1, 8}
+    assert {row["matrix"].split()[0] for row in results["products"]} == {"gptq", "exl2", "nf4"}
+    (row,) = results["exl2_decode"]
+    assert row["kernel"] == "Triton"
+    assert row["planned_weight_bytes"] > row["step_bytes"] - 40 * row["layers"] * 2 * 2 * (32 + 2) > 0
     assert results["decode_attention"][0]["layer_bytes"] == 200 * 2 * 8 * (128 + 2 * 4)

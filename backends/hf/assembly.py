@@ -83,9 +83,10 @@ class _Assembler:
             wanted.deliver(side_by_side([piece for piece, _ in built], self.device))
             if any(bias is not None for _, bias in built):
                 biases = [
-                    torch.zeros(s.num_outputs) if b is None else b for s, (_, b) in zip(sources, built, strict=True)
+                    torch.zeros(s.num_outputs, device=self.device) if b is None else b
+                    for s, (_, b) in zip(sources, built, strict=True)
                 ]
-                wanted.deliver_bias(torch.cat(biases).to(self.device))
+                wanted.deliver_bias(torch.cat(biases))
 
         return Assembly(sources, deliver)
 
@@ -133,7 +134,7 @@ class _Assembler:
         module = self._module(name)
         if module is None:
             return self._plain(name, outputs, inputs, has_bias)
-        format, packed = self.found.format, self.found.packed(module)
+        format, packed = self.found.format, self.found.packed(module, self.device)
         format.check(packed, inputs, outputs)
         tensors = self.found.tensors(module)
         if has_bias or packed.has("bias"):
@@ -152,7 +153,7 @@ class _Assembler:
 
     def _plain(self, name: str, outputs: int, inputs: int, has_bias: bool) -> Source:
         """A linear left as it was among others that are quantised."""
-        packed = self.found.packed(self.names.of(name))
+        packed = self.found.packed(self.names.of(name), self.device)
         packed.expect("weight", (outputs, inputs), "F16", "BF16", "F32")
         if has_bias:
             packed.expect("bias", (outputs,), "F16", "BF16", "F32")

@@ -11,12 +11,14 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tightrope.backends.errors import BackendError
 from tightrope.backends.hf.checkpoint import Checkpoint
 from tightrope.backends.hf.jsonfile import read_object
 from tightrope.backends.quant.awq import Awq
 from tightrope.backends.quant.exl2 import Exl2
-from tightrope.backends.quant.format import Format, Packed
+from tightrope.backends.quant.format import CPU, Format, Packed
 from tightrope.backends.quant.gptq import Gptq
 from tightrope.backends.quant.nf4 import Nf4
 
@@ -40,8 +42,8 @@ class Quantization:
             name.removesuffix(mark) for name in self.checkpoint.tensors for mark in marks if name.endswith(mark)
         )
 
-    def packed(self, module: str) -> Packed:
-        return Packed(self.checkpoint, module)
+    def packed(self, module: str, device: torch.device = CPU) -> Packed:
+        return Packed(self.checkpoint, module, device)
 
     def tensors(self, module: str) -> tuple[str, ...]:
         """The names of a linear's tensors, but for its bias."""

@@ -59,7 +59,9 @@ class Awq:
             rows.source,
             rows.group_starts,
             rows.group_bits,
-            pack_slices(lambda a, b: rows.gather(_unpack(words[:, a // 8 : -(-b // 8)])), num_outputs, rows),
+            pack_slices(
+                lambda a, b: rows.gather(_unpack(words[:, a // 8 : -(-b // 8)])), num_outputs, rows, packed.device
+            ),
             scales=tiled(scales if scales.dtype == torch.float16 else scales.float()),
             zeros=None if bool((zeros == 8).all()) else tiled(zeros),
         )
@@ -67,7 +69,7 @@ class Awq:
 
 def _unpack(words: Tensor) -> Tensor:
     """Codes [., 8 * W] uint8 of words [., W] int32."""
-    codes = torch.empty(*words.shape, 8, dtype=torch.uint8)
+    codes = words.new_empty(*words.shape, 8, dtype=torch.uint8)
     for output, nibble in enumerate(NIBBLE_OF_OUTPUT):
         codes[..., output] = (words >> (4 * nibble)) & 15
     return codes.flatten(1)

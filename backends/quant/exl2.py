@@ -46,11 +46,13 @@ class Exl2:
         rows = arrange(_permutation(packed), counts, bits)
         borders = rows.group_starts.tolist()
 
+        runs = _runs(bits, starts, counts, borders)
+
         def codes(begin: int, end: int) -> Tensor:
-            made = torch.zeros(borders[-1], end - begin, dtype=torch.uint8)
-            for g, width in enumerate(bits):
-                group = words[starts[g] : starts[g + 1], begin:end]
-                made[borders[g] : borders[g] + counts[g]] = unstream(group, width)
+            made = words.new_zeros(borders[-1], end - begin, dtype=torch.uint8)
+            for width, first, last, row in runs:
+                group = unstream(words[first:last, begin:end], width)
+                made[row : row + len(group)] = group
             return made
 
         return QuantizedMatrix(
@@ -59,7 +61,7 @@ class Exl2:
             rows.source,
             rows.group_starts,
             rows.group_bits,
-            pack_slices(codes, num_outputs, rows),
+            pack_slices(codes, num_outputs, rows, packed.device),
             scale_codes=tiled(unstream(packed.read("q_scale").t().contiguous(), 4).t()[:, :num_outputs] + 1),
             group_max=packed.read("q_scale_max").float(),
         )
@@ -80,9 +82,20 @@ def _groups(packed: Packed, num_words: int) -> tuple[list[int], list[int]]:
     return bits, starts
 
 
+def _runs(bits: list[int], starts: list[int], counts: list[int], borders: list[int]) -> list[tuple[int, int, int, int]]:
+    """(bits, first word, end word, first stored row) of neighbouring groups of one width, but for those filled up."""
+    runs: list[tuple[int, int, int, int]] = []
+    for g, width in enumerate(bits):
+        if runs and runs[-1][0] == width and borders[g] - borders[g - 1] == counts[g - 1]:
+            runs[-1] = (width, runs[-1][1], starts[g + 1], runs[-1][3])
+        else:
+            runs.append((width, starts[g], starts[g + 1], borders[g]))
+    return runs
+
+
 def _permutation(packed: Packed) -> Tensor:
     """The input of each stored row [K]."""
-    inverse = packed.read("q_invperm").long()
+    inverse = packed.read("q_invperm").cpu().long()
     order = inverse.argsort()
     if not torch.equal(inverse[order], torch.arange(len(inverse))):
         raise packed.wrong("q_invperm", f"is no permutation of 0 to {len(inverse) - 1}")

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from tightrope.backends.errors import BackendError
@@ -12,14 +13,16 @@ from tightrope.kernels.quantized import Nf4Matrix, QuantizedMatrix
 
 Settings = Mapping[str, Any]  # a model's own words on its quantisation, as JSON has them
 FLOATS = ("F16", "BF16", "F32")
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """The tensors of one quantised linear, `module` in the files' words."""
+    """The tensors of one quantised linear, `module` in the files' words; they are read onto `device`."""
 
     checkpoint: Checkpoint
     module: str
+    device: torch.device = CPU
 
     def name(self, part: str) -> str:
         return f"{self.module}.{part}"
@@ -44,10 +47,10 @@ class Packed:
         return shape
 
     def read(self, part: str) -> Tensor:
-        """The tensor, of the file's pages; raises BackendError when it isn't finite."""
+        """The tensor, on a CPU of the file's pages; raises BackendError when it isn't finite."""
         tensor = self.checkpoint.read(self.entry(part).name)
         self.checkpoint.check_finite(self.name(part), tensor)
-        return tensor
+        return tensor.to(self.device)
 
     def expect(self, part: str, shape: tuple[int, ...], *dtypes: str) -> None:
         """Raise BackendError unless a tensor has this shape and one of these dtypes."""
@@ -85,7 +88,7 @@ class Format(Protocol):
         """Raise BackendError for what headers tell is wrong with a linear of that size."""
 
     def build(self, packed: Packed, num_inputs: int, num_outputs: int) -> QuantizedMatrix | Nf4Matrix | Tensor:
-        """The matrix; a tensor [N, K] where there is no other form for it.
+        """The matrix, made on the device of `packed`; a tensor [N, K] where there is no other form for it.
 
         Raises BackendError for contents that can't be right.
         """

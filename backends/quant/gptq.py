@@ -92,7 +92,7 @@ class Gptq:
             rows.source,
             rows.group_starts,
             rows.group_bits,
-            pack_slices(lambda a, b: rows.gather(unstream(words[:, a:b], bits)), num_outputs, rows),
+            pack_slices(lambda a, b: rows.gather(unstream(words[:, a:b], bits)), num_outputs, rows, packed.device),
             scales=tiled(scales if scales.dtype == torch.float16 else scales.float()),
             zeros=None if bool((zeros == 1 << (bits - 1)).all()) else tiled(zeros),
         )
@@ -100,7 +100,7 @@ class Gptq:
     def _group_of(self, packed: Packed, num_inputs: int, num_groups: int) -> Tensor:
         """The group of each input [K]."""
         if packed.has("g_idx"):
-            group_of = packed.read("g_idx").long()
+            group_of = packed.read("g_idx").cpu().long()
             low, high = (int(value) for value in group_of.aminmax())
             if low < 0 or high >= num_groups:
                 raise packed.wrong("g_idx", f"names group {low if low < 0 else high}; there are {num_groups} groups")

@@ -70,13 +70,13 @@ class Nf4:
 
     def build(self, packed: Packed, num_inputs: int, num_outputs: int) -> Nf4Matrix | Tensor:
         state = _read_state(packed)
-        raw = packed.checkpoint.read(packed.name("weight")).flatten().view(torch.uint8)
+        raw = packed.checkpoint.read(packed.name("weight")).to(packed.device).flatten().view(torch.uint8)
         codes = torch.stack((raw >> 4, raw & 15), 1).flatten()[: num_inputs * num_outputs].view(state.shape)
         book, scales = packed.read("weight.quant_map"), _scales(packed, state)
         if state.run % 8:  # no kernel's form has such blocks
             spread = scales.repeat_interleave(state.blocksize)[: codes.numel()]
             return book[codes.long()] * spread.view(state.shape)
-        first = torch.arange(0, codes.numel(), state.run)  # weight of each run
+        first = torch.arange(0, codes.numel(), state.run, device=packed.device)  # weight of each run
         return pack_nf4(codes, scales[first // state.blocksize].view(num_outputs, -1), book, state.run)
 
 

@@ -10,7 +10,7 @@ def unstream(words: Tensor, bits: int) -> Tensor:
     """Codes [W * 32 / bits, N] uint8 of words [W, N] int32: a stream down each column of whole periods."""
     period = bits // gcd(bits, 32)  # words after which a code begins at bit 0 again
     cycles = words.view(-1, period, words.shape[1])
-    codes = torch.empty(len(cycles), 32 * period // bits, words.shape[1], dtype=torch.uint8)
+    codes = words.new_empty(len(cycles), 32 * period // bits, words.shape[1], dtype=torch.uint8)
     for i in range(codes.shape[1]):
         word, bit = divmod(i * bits, 32)
         value = cycles[:, word] >> bit

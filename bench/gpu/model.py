@@ -3,21 +3,16 @@
 The model is the server's own, over random weights that are made on the device; its layers are as many as fit.
 """
 
-import json
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from bench.gpu.cases import make_step, make_table, noisy_cache
+from bench.gpu.random_weights import plain_entries, random_model
 from bench.gpu.timing import seconds
-from tightrope.backends.hf.checkpoint import Checkpoint, Shard, TensorEntry
-from tightrope.backends.hf.config import read_config
 from tightrope.backends.hf.graphs import DecodeGraphs, Forward
-from tightrope.backends.hf.model import LoadedModel, load_model
+from tightrope.backends.hf.model import LoadedModel
 from tightrope.kernels.layout import CacheFormat
 
 BAR = 0.7  # share of the roofline that decode of one sequence must reach under graphs
@@ -41,25 +36,6 @@ SMALL = {
 }
 
 
-class RandomWeights(Checkpoint):
-    """A checkpoint that is nowhere: each tensor is drawn when it is read."""
-
-    __slots__ = ()
-
-    def read(self, name: str) -> Tensor:
-        shape = self.tensors[name].shape
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        if len(shape) == 1:
-            return torch.ones(shape, dtype=torch.bfloat16, device=device)
-        return torch.empty(shape, dtype=torch.bfloat16, device=device).normal_(std=shape[1] ** -0.5)
-
-    def release(self, shard: Shard) -> None:
-        """Nothing is mapped."""
-
-    def check_finite(self, name: str, tensor: Tensor) -> None:
-        """They are."""
-
-
 def measure(
     device: torch.device, bandwidth: float, is_smoke: bool, show: Callable[[str], None]
 ) -> list[dict[str, object]]:
@@ -67,7 +43,8 @@ def measure(
     sizes = dict(SMALL if is_smoke else FULL)
     if device.type == "cuda" and not is_smoke:
         sizes["num_hidden_layers"] = _layers_that_fit(sizes, torch.cuda.mem_get_info(device)[0])
-    model, weight_bytes = _random_model(sizes, device, show)
+    model, weights = random_model(sizes, plain_entries(sizes), device, show)
+    weight_bytes = sum(e.num_bytes for e in weights.tensors.values() if "embed_tokens" not in e.name)  # read in a step
     rows = []
     for num_seqs in (1, 2) if is_smoke else BATCHES:
         for row in _measure(model, weight_bytes, num_seqs, 40 if is_smoke else CONTEXT, bandwidth):
@@ -113,56 +90,7 @@ def _runners(model: LoadedModel, context: int, device: torch.device) -> list[tup
 
 def _layers_that_fit(sizes: dict[str, int], free_bytes: int) -> int:
     """Layers of bf16 weights, beside embedding and head, in four fifths of what is free."""
-    entries = _entries(sizes | {"num_hidden_layers": 1})
+    entries = plain_entries(sizes | {"num_hidden_layers": 1})
     layer_bytes = sum(entry.num_bytes for entry in entries if ".layers." in entry.name)
     rest = sum(entry.num_bytes for entry in entries) - layer_bytes
     return max(1, min(sizes["num_hidden_layers"], (free_bytes * 4 // 5 - rest) // layer_bytes))
-
-
-def _random_model(sizes: dict[str, int], device: torch.device, show: Callable[[str], None]) -> tuple[LoadedModel, int]:
-    """The model, and the bytes of weights that each step reads: all but the embedding's table."""
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "dtype": "bfloat16",
-        "max_position_embeddings": 4096,
-        "rope_theta": 5e6,
-        "tie_word_embeddings": False,
-        **sizes,
-    }
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        (folder / "config.json").write_text(json.dumps(config))
-        entries = _entries(sizes)
-        weights = RandomWeights(
-            folder, {e.name: e for e in entries}, (Shard(folder / "random", tuple(e.name for e in entries)),)
-        )
-        show(f"random weights: {sizes['num_hidden_layers']} layers, {weights.weight_bytes / 2**30:.1f} GiB")
-        model = load_model(folder, read_config(folder), weights, device=device)
-    return model, sum(entry.num_bytes for entry in entries if "embed_tokens" not in entry.name)
-
-
-def _entries(sizes: dict[str, int]) -> Sequence[TensorEntry]:
-    """The tensors of a Llama checkpoint of these sizes."""
-    hidden, inner = sizes["hidden_size"], sizes["intermediate_size"]
-    heads, kv_heads = sizes["num_attention_heads"], sizes["num_key_value_heads"]
-    kv = hidden // heads * kv_heads
-    layer = {
-        "self_attn.q_proj": (hidden, hidden),
-        "self_attn.k_proj": (kv, hidden),
-        "self_attn.v_proj": (kv, hidden),
-        "self_attn.o_proj": (hidden, hidden),
-        "mlp.gate_proj": (inner, hidden),
-        "mlp.up_proj": (inner, hidden),
-        "mlp.down_proj": (hidden, inner),
-        "input_layernorm": (hidden,),
-        "post_attention_layernorm": (hidden,),
-    }
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (sizes["vocab_size"], hidden)}
-    for i in range(sizes["num_hidden_layers"]):
-        shapes |= {f"model.layers.{i}.{name}.weight": shape for name, shape in layer.items()}
-    shapes |= {"model.norm.weight": (hidden,), "lm_head.weight": (sizes["vocab_size"], hidden)}
-    return [
-        TensorEntry(name, "BF16", shape, Path("random"), 0, 2 * torch.Size(shape).numel())
-        for name, shape in shapes.items()
-    ]
