@@ -147,7 +147,7 @@ def test_the_cache_takes_the_bytes_that_were_planned_for_windows(backend: HFBack
     assert sum(t.nbytes for t in tensors) == 30 * layer_bytes * kept < 2048 * backend.card.cache_token_bytes / 3
 
 
-def test_gemma_3_beyond_its_window_has_the_logits_of_transformers_in_a_fifth_of_the_pages() -> None:
+def test_gemma_3_beyond_its_window_has_the_logits_of_transformers_with_a_fifth_of_the_pages() -> None:
     backend = load(gemma3_bf16(), tokens=16_384, max_num_seqs=1, step_tokens=128)
     sizes = {len(cache.key_codes) for cache in backend.caches}
     assert max(sizes) == 1024 > 5 * min(sizes)
@@ -162,12 +162,15 @@ def test_gemma_3_beyond_its_window_has_the_logits_of_transformers_in_a_fifth_of_
         rows.append(backend.forward([Chunk(1, part, start, "last")])[-1])
         backend.kv.commit(1, part)
     backend.kv.close(1, keep=True)
+    assert backend.kv.open(2, token_ids, "") == len(token_ids) - 1
+    assert backend.kv.reserve(2, 1)
+    again = backend.forward([Chunk(2, token_ids[-1:], len(token_ids) - 1, "last")])[0]
 
     theirs = AutoModelForCausalLM.from_pretrained(gemma3_bf16(), dtype=torch.float32)
     assert isinstance(theirs, PreTrainedModel)
     ends = [min(start + 128, len(token_ids)) - 1 for start in range(0, len(token_ids), 128)]
     with torch.inference_mode():
         expected = theirs(torch.tensor([token_ids]), logits_to_keep=torch.tensor(ends)).logits[0]
-    for row, wanted in zip(rows, expected, strict=True):
+    for row, wanted in zip([*rows, again], [*expected, expected[-1]], strict=True):
         assert (row - wanted).norm() < AS_FLOAT32 * wanted.norm()
     backend.close()
