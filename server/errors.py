@@ -26,7 +26,7 @@ Dialect = Literal["openai", "tgi"]
 
 TGI_PATHS = frozenset({"/", "/generate", "/generate_stream", "/chat_tokenize", "/info", "/health", "/ping"})
 
-SHARED_PATHS = frozenset({"/tokenize", "/v1/tokenize", "/invocations"})  # the key `inputs` makes a body TGI's
+SHARED_PATHS = frozenset({"/tokenize", "/invocations"})  # the key `inputs` makes a body TGI's
 
 
 class MalformedBody(InvalidRequest):

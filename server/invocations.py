@@ -5,12 +5,21 @@ from typing import Annotated
 from fastapi import APIRouter, Request, Response
 from pydantic import Discriminator, Tag
 
-from tightrope.server.body import JsonRoute
+from tightrope.server.body import Documented, JsonRoute
 from tightrope.server.front import Front
+from tightrope.server.openai.answers import ErrorAnswer
 from tightrope.server.openai.requests import ChatRequest, CompletionRequest
 from tightrope.server.openai.routes import ERRORS, answer_chat, answer_completion
+from tightrope.server.tgi.routes import ERRORS as TGI_ERRORS
 from tightrope.server.tgi.routes import answer_compat
-from tightrope.server.tgi.types import CompatBody
+from tightrope.server.tgi.types import CompatBody, ErrorText
+
+BOTH: Documented = {
+    **ERRORS,
+    422: TGI_ERRORS[422],
+    424: TGI_ERRORS[424],
+    429: {**ERRORS[429], "model": ErrorAnswer | ErrorText},
+}
 
 
 def _shape(body: object) -> str | None:
@@ -35,7 +44,7 @@ def invocations_router(front: Front) -> APIRouter:
     """POST /invocations."""
     router = APIRouter(route_class=JsonRoute, tags=["TGI"])
 
-    @router.post("/invocations", response_model=None, responses=ERRORS)
+    @router.post("/invocations", response_model=None, responses=BOTH)
     async def invocations(body: AnyBody, request: Request) -> Response:
         """Answer as POST /, /v1/chat/completions or /v1/completions do to the same body."""
         if isinstance(body, CompatBody):

@@ -7,6 +7,7 @@ from pydantic import BaseModel, Discriminator, Tag
 
 from tightrope.engine.types import Span, TextPrompt, Token
 from tightrope.server.body import Body, JsonRoute
+from tightrope.server.errors import SHARED_PATHS
 from tightrope.server.front import Front
 from tightrope.server.openai.convert import check_model
 from tightrope.server.openai.requests import ChatRequest, Ids
@@ -134,12 +135,15 @@ def tokenize_router(front: Front) -> APIRouter:
     router = APIRouter(route_class=JsonRoute, tags=["tokens"])
     documented = {key: ERRORS[key] for key in (400, 401, 404, 413, 503, "default")}
 
-    @router.post("/tokenize", responses=documented)
+    shared = {**documented, 422: TGI_ERRORS[422], 424: TGI_ERRORS[424]}
+
+    @router.post("/tokenize", responses=shared)
     @router.post("/v1/tokenize", responses=documented)
     async def tokenize(body: TokenizeBody, request: Request) -> Tokenized | list[TokenPlace] | TokenIds:
         """The token ids of a text or a chat."""
         if isinstance(body, GenerateBody):
-            request.state.dialect = "tgi"
+            if request.url.path in SHARED_PATHS:
+                request.state.dialect = "tgi"
             return places(await front.client.tokenize(TextPrompt((Span(body.inputs),))), body.inputs)
         if isinstance(body, TokenizeContent):
             tokens = await front.client.tokenize(TextPrompt((Span(body.content),), body.add_special))

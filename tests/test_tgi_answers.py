@@ -172,7 +172,7 @@ async def test_one_tokenize_path_serves_four_dialects() -> None:
         chat = (await http.post("/tokenize", json={"messages": [{"role": "user", "content": "a"}]})).json()
         assert chat["tokens"] == [BOS, 97, 63]
         assert (await http.post("/tokenize", json={"content": "a"})).json() == {"tokens": [97]}
-        assert (await http.post("/detokenize", json={"tokens": [BOS, 97]})).json() ["prompt"] == "<s>a"
+        assert (await http.post("/detokenize", json={"tokens": [BOS, 97]})).json()["prompt"] == "<s>a"
         reply = await http.post("/tokenize", json={"nothing": 1})
         assert (reply.status_code, reply.headers["content-type"]) == (400, "application/json")
         reply = await http.post("/tokenize", json={"prompt": "a", "add_special_tokens": 1})

@@ -12,8 +12,8 @@ from tightrope.server import structured
 from tightrope.server.body import Body, FirstErrorOnly
 from tightrope.server.sampling_fields import KNOWN
 
-Ids = Annotated[list[int], FirstErrorOnly()]
 MAX_INT = 2**63 - 1  # what crosses the process border as an integer
+Ids = Annotated[list[Annotated[int, Field(ge=-MAX_INT, le=MAX_INT)]], FirstErrorOnly()]
 
 Bias = dict[str, float | bool] | list[Annotated[list[float | bool], Field(min_length=2, max_length=2)]]
 

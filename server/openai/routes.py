@@ -54,7 +54,6 @@ ERRORS: Documented = {
 }
 EVENTS = {
     "text/event-stream": {
-        "schema": {"type": "string"},
         "example": 'data: {"id": "...", "choices": [...]}\n\ndata: [DONE]\n\n',
     }
 }

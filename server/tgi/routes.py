@@ -29,7 +29,7 @@ ERRORS: Documented = {
     424: {"model": ErrorText, "description": "The model failed, is loading or restarting."},
     429: {"model": ErrorText, "description": "Too many requests wait; try again after Retry-After seconds."},
 }
-EVENTS = {"text/event-stream": {"schema": {"type": "string"}, "example": 'data: {"index": 1, "token": {...}, ...}\n\n'}}
+EVENTS = {"text/event-stream": {"example": 'data: {"index": 1, "token": {...}, ...}\n\n'}}
 
 
 def tgi_router(front: Front) -> APIRouter:
