@@ -26,12 +26,11 @@ from tightrope.backends.protocol import Tokenizer
 from tightrope.engine.errors import InvalidRequest
 from tightrope.engine.grammar_text import lark_of
 from tightrope.engine.repeats import repeat_fault
-from tightrope.engine.schemas import MAX_BYTES, schema_fault
+from tightrope.engine.schemas import MAX_BYTES, WHITE_SPACE, schema_fault
 from tightrope.engine.types import Grammar
 
 Packed = NDArray[np.uint8]  # [>= V / 8]: one bit a token, the lowest first; 1 is allowed
 
-WHITE_SPACE = r"\n?[ \t]{0,16}"  # between the parts of JSON
 NUM_KEPT = 16  # compiled grammars of earlier requests; those of one client are mostly the same
 MAX_LEXER_STATES = 20_000  # 2 KB each: what one answer's grammar may take of memory while it is written
 

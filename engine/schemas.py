@@ -5,6 +5,7 @@ passes over words that it doesn't know, as the standard allows. Here those are r
 or an assertion of an older draft, would otherwise be dropped without a word.
 """
 
+import json
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,6 +14,7 @@ from typing import Any
 from tightrope.engine.repeats import repeat_fault
 
 MAX_NODES = 1000  # subschemas; compile time grows with their square, 0.2 s here, and references nest as deep
+WHITE_SPACE = r"\n?[ \t]{0,16}"  # between the parts of JSON, as a regular expression
 MAX_BYTES = 256 << 10  # of the schema as text: enumerations are long without having subschemas
 
 TYPES = ("null", "boolean", "integer", "number", "string", "array", "object")
@@ -35,15 +37,31 @@ _KNOWN = _ONE | _LISTS | _NAMED | _COUNTS | _NUMBERS | _PLAIN | _NOTES
 Json = Any  # a value of JSON
 
 
+def lark_of_schema(schema: Mapping[str, Json]) -> str:
+    """A schema as a part of a Lark grammar."""
+    return "%json " + json.dumps({**schema, "x-guidance": {"whitespace_pattern": WHITE_SPACE}})
+
+
+def malformed(schema: Json) -> str | None:
+    """Whether a schema is none at all: as `schema_fault`, but for one that shapes nothing and is shown to a model."""
+    for num_seen, (place, node) in enumerate(_nodes(schema)):
+        fault = f"there are more than {MAX_NODES} subschemas" if num_seen == MAX_NODES else _form_fault(node)
+        if fault is not None:
+            return f"{place}: {fault}"
+    return None
+
+
 def schema_fault(schema: Json) -> str | None:
     """What is wrong with a schema, with the place as a JSON pointer; None where nothing is.
 
     Too many subschemas are wrong, and so are references round in a circle from which no finite value leads out.
     """
+    if (fault := malformed(schema)) is not None:
+        return fault
     nodes: list[Json] = []
     for place, node in _nodes(schema):
         nodes.append(node)
-        fault = f"there are more than {MAX_NODES} subschemas" if len(nodes) > MAX_NODES else _node_fault(node)
+        fault = _keyword_fault(node)
         if fault is not None:
             return f"{place}: {fault}"
     known = {id(node) for node in nodes}
@@ -74,19 +92,20 @@ def _nodes(root: Json) -> Iterator[tuple[str, Json]]:
                 stack += [(f"{place}/{key}/{name}", item) for name, item in reversed(value.items())]
 
 
-def _node_fault(node: Json) -> str | None:
+def _form_fault(node: Json) -> str | None:
     if isinstance(node, bool):
         return None
     if not isinstance(node, dict):
         return f"a schema is an object, true or false, not {node!r:.40}"
-    for key, value in node.items():
-        if key not in _KNOWN and not key.startswith("x-"):
-            return f"the keyword {key!r:.60} can't be enforced"
+    return next((fault for key, value in node.items() if (fault := _value_fault(key, value)) is not None), None)
+
+
+def _keyword_fault(node: Json) -> str | None:
+    for key in node if isinstance(node, dict) else ():
         if key == "x-guidance":
             return "'x-guidance' can't be set by a request"
-        fault = _value_fault(key, value)
-        if fault is not None:
-            return fault
+        if key not in _KNOWN and not key.startswith("x-"):
+            return f"the keyword {key!r:.60} can't be enforced"
     return None
 
 

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine, Iterable, Iterator
+from collections.abc import Callable, Container, Coroutine, Iterable, Iterator
 from typing import Any, ClassVar
 
 import msgspec
@@ -25,11 +25,21 @@ class FirstErrorOnly(FailFast):
     __hash__ = object.__hash__  # a union of types needs its members hashable, and pydantic's own class isn't
 
 
+class _EveryName:
+    """Holds every text."""
+
+    def __contains__(self, name: object) -> bool:
+        return True
+
+
+EVERY_NAME: Container[str] = _EveryName()
+
+
 class Body(BaseModel):
     """Base of all request bodies. Types are strict; of duplicate keys the last counts."""
 
     without_effect: ClassVar[frozenset[str]] = frozenset()  # fields that are checked and then change nothing
-    read_elsewhere: ClassVar[frozenset[str]] = frozenset()  # fields that aren't declared here, and mean something yet
+    read_elsewhere: ClassVar[Container[str]] = ()  # fields that aren't declared here, and mean something yet
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 

@@ -138,6 +138,7 @@ class ChatTemplate:
         add_generation_prompt: bool,
         continue_final_message: bool,
         variables: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
     ) -> RenderedPrompt:
         """The prompt. What people wrote stays plain text, even if it looks like a special token.
 
@@ -150,7 +151,7 @@ class ChatTemplate:
         if continue_final_message:
             marked[-1] = marked[-1] | {"content": f"{marked[-1].get('content') or ''}{GO_ON}"}
         fixed = {
-            "tools": None,
+            "tools": [_mapped(tool, self._mark) for tool in tools] or None,
             "documents": None,
             **self._variables,
             **(variables or {}),
@@ -207,7 +208,7 @@ def special_pattern(special_texts: tuple[str, ...]) -> re.Pattern[str] | None:
     return re.compile("|".join(map(re.escape, texts))) if texts else None
 
 
-def _mapped(message: Message, change: Callable[[str], str]) -> Message:
+def _mapped(message: Mapping[str, Any], change: Callable[[str], str]) -> Message:
     return {name: _map_texts(item, change, name) for name, item in message.items()}
 
 

@@ -28,6 +28,13 @@ SERVED = Served("m", INFO, LimitSettings(), max_prompts=4)
 USER = [{"role": "user", "content": "hi"}]
 
 
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+
+
+def tool(**function: object) -> dict[str, Any]:
+    return {"tools": [{"type": "function", "function": TOOL["function"] | function}]}
+
+
 def chat(**fields: object) -> GenerateRequest:
     body = ChatRequest.model_validate({"messages": USER, **fields})
     check_chat(body, SERVED)
@@ -183,10 +190,18 @@ def test_echo_with_logprobs_asks_for_the_prompts_too() -> None:
         ({"chat_template": "{{ 1 }}"}, "chat_template"),
         ({"continue_final_message": True, "add_generation_prompt": True}, "continue_final_message"),
         ({"tool_choice": "auto"}, "tool_choice"),
-        ({"tools": [{}], "tool_choice": "required"}, "tool_choice"),
-        ({"tools": [{}], "tool_choice": "sometimes"}, "tool_choice"),
-        ({"tools": [{}], "tool_choice": {"type": "function"}}, "tool_choice"),
-        ({"tools": [{}], "tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice"),
+        ({"tools": [TOOL], "tool_choice": "sometimes"}, "tool_choice"),
+        ({"tools": [TOOL], "tool_choice": {"type": "function"}}, "tool_choice"),
+        ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice"),
+        ({"tools": [TOOL, TOOL]}, "tools"),
+        ({"tools": [TOOL] * 129}, "tools"),
+        (tool(name="a b"), "tools[0].function.name"),
+        (tool(name="a" * 65), "tools[0].function.name"),
+        (tool(parameters={"type": "array"}), "tools[0].function.parameters"),
+        (tool(parameters={"properties": {"a": {"type": "strin"}}}), "tools[0].function.parameters"),
+        (tool(parameters={"properties": {"a": {"pattern": "(a"}}}), "tools[0].function.parameters"),
+        (tool(parameters={"not": {}}, strict=True), "tools[0].function.parameters"),
+        (tool(parameters={"not": {}}) | {"tool_choice": "required"}, "tools[0].function.parameters"),
     ],
 )
 def test_what_a_chat_cannot_have_is_refused_with_the_fields_name(fields: dict[str, Any], param: str) -> None:
@@ -277,12 +292,12 @@ def test_unknown_fields_are_listed_wherever_they_stand() -> None:
         {
             "messages": [{"role": "user", "content": "a", "mood": 1}],
             "mood": 5,
-            "tools": [{}],
+            "tools": [TOOL | {"shown": 1}],
             "stream": True,
             "stream_options": {"x": 1},
         }
     )
-    assert sorted(ignored_fields(body)) == ["messages[0].mood", "mood", "stream_options.x", "tools"]
+    assert sorted(ignored_fields(body)) == ["messages[0].mood", "mood", "stream_options.x"]
 
 
 def test_messages_become_what_templates_expect() -> None:

@@ -7,7 +7,9 @@ import msgspec
 from pydantic import BaseModel, Field
 
 from tightrope.engine.types import Finish, PromptInfo, Token
+from tightrope.server.openai.call_parser import Arguments, CallOpened
 from tightrope.server.openai.requests import ChatRequest, CompletionRequest
+from tightrope.server.openai.tools import ToolUse
 from tightrope.server.work import Choice
 
 FinishReason = Literal["stop", "length", "tool_calls", "error"]
@@ -84,9 +86,25 @@ PromptLogprobs = Annotated[
 Explained = Annotated[dict[str, Any], Field(description="Absent unless asked for.")]
 
 
+class CalledFunction(BaseModel):
+    """arguments: a JSON object as text, cut short where the answer is."""
+
+    name: str
+    arguments: str
+
+
+class MadeCall(BaseModel):
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
 class ChatMessage(BaseModel):
+    """content: null beside calls without text. tool_calls: absent without calls."""
+
     role: Literal["assistant"]
-    content: str
+    content: str | None
+    tool_calls: list[MadeCall] = []
 
 
 class ChatChoice(BaseModel):
@@ -150,11 +168,11 @@ class ModelList(BaseModel):
     data: list[ModelCard]
 
 
-def finish_reason(finish: Finish) -> FinishReason:
+def finish_reason(finish: Finish, num_calls: int = 0) -> FinishReason:
     """OpenAI's word for an end."""
     if finish.reason in ("length", "error"):
         return "length" if finish.reason == "length" else "error"
-    return "stop"
+    return "tool_calls" if num_calls else "stop"
 
 
 def stop_reason(finish: Finish) -> str | int | None:
@@ -264,13 +282,34 @@ def _scored_prompt(choice: Choice, top: int | None) -> dict[str, Any]:
     return {} if top is None else {"prompt_logprobs": prompt_logprobs(choice.prompt.tokens or (), top)}
 
 
-def chat_choice(index: int, choice: Choice, body: ChatRequest) -> dict[str, Any]:
+def chat_message(text: str, tools: ToolUse | None) -> dict[str, Any]:
+    """The assistant's message, with the calls that are in its text."""
+    if tools is None:
+        return {"role": "assistant", "content": text}
+    parser = tools.parser()
+    content = ""
+    calls: list[dict[str, Any]] = []
+    for piece in (*parser.feed(text), *parser.finish()):
+        match piece:
+            case str():
+                content += piece
+            case CallOpened(call_id=call_id, name=name):
+                calls.append({"id": call_id, "type": "function", "function": {"name": name, "arguments": ""}})
+            case Arguments(text=arguments):
+                calls[-1]["function"]["arguments"] += arguments
+    if not calls:
+        return {"role": "assistant", "content": content}
+    return {"role": "assistant", "content": content or None, "tool_calls": calls}
+
+
+def chat_choice(index: int, choice: Choice, body: ChatRequest, tools: ToolUse | None = None) -> dict[str, Any]:
     """One choice of a whole chat answer."""
+    message = chat_message(choice.text, tools)
     return {
         "index": index,
-        "message": {"role": "assistant", "content": choice.text},
+        "message": message,
         "logprobs": chat_logprobs(choice.tokens) if body.logprobs else None,
-        "finish_reason": finish_reason(choice.finish),
+        "finish_reason": finish_reason(choice.finish, len(message.get("tool_calls", ()))),
         "stop_reason": stop_reason(choice.finish),
         **_scored_prompt(choice, body.prompt_logprobs),
     }

@@ -17,6 +17,7 @@ from tightrope.engine.types import (
 )
 from tightrope.server.body import ignored_fields
 from tightrope.server.openai.requests import ChatRequest, CompletionRequest, SamplingBody
+from tightrope.server.openai.tools import ToolUse, check_tools
 from tightrope.server.sampling_fields import KNOWN, Ignored, Sampling, read_sampling
 from tightrope.server.structured import read_grammar
 
@@ -55,22 +56,6 @@ def check_supported(body: SamplingBody) -> None:
         raise InvalidRequest("stream_options is only allowed when stream is true", "stream_options")
     if body.prompt_logprobs is not None and body.stream:
         raise InvalidRequest("prompt_logprobs can't be streamed; leave stream out", "prompt_logprobs")
-
-
-def check_tools(body: ChatRequest) -> None:
-    """Without constrained decoding no call can be forced; `auto` may always be answered with text."""
-    choice = body.tool_choice
-    if isinstance(choice, dict):
-        function = choice.get("function")
-        name = function.get("name") if isinstance(function, dict) else None
-        if choice.get("type") != "function" or not isinstance(name, str):
-            raise InvalidRequest('tool_choice should be {"type": "function", "function": {"name": ...}}', "tool_choice")
-    elif choice not in (None, "none", "auto", "required"):
-        raise InvalidRequest('tool_choice should be "none", "auto", "required" or a named function', "tool_choice")
-    if choice not in (None, "none") and not body.tools:
-        raise InvalidRequest("tool_choice is only allowed when tools are given", "tool_choice")
-    if choice not in (None, "none", "auto"):
-        raise InvalidRequest(f"a tool_choice that forces a call {NOT_YET}; use auto or none", "tool_choice")
 
 
 def sampling(body: SamplingBody, info: ModelInfo, max_tokens: int | None, more_stops: Sequence[str] = ()) -> Sampling:
@@ -117,17 +102,33 @@ def check_chat(body: ChatRequest, served: Served) -> None:
         )
 
 
+def _chat_grammar(body: ChatRequest, tools: ToolUse | None) -> Grammar | None:
+    """The grammar of a chat's answer. A response_format speaks of text, so a forced call goes before it."""
+    asked = answer_grammar(body)
+    if tools is None:
+        return asked
+    if tools.is_forced and asked is not None and asked.field != "response_format":
+        raise InvalidRequest(f"{asked.field} and a tool_choice that forces a call exclude each other", asked.field)
+    return tools.grammar if tools.is_forced or asked is None else asked
+
+
 def chat_request(
-    body: ChatRequest, request_id: str, spans: tuple[Span, ...], format_stops: Sequence[str], served: Served
+    body: ChatRequest,
+    request_id: str,
+    spans: tuple[Span, ...],
+    format_stops: Sequence[str],
+    served: Served,
+    tools: ToolUse | None = None,
 ) -> GenerateRequest:
     """The engine's request for a chat whose prompt is rendered."""
-    asked = sampling(body, served.info, None, format_stops)
+    more_stops = [*format_stops, *(() if tools is None else tools.stops)]
+    asked = sampling(body, served.info, None, more_stops)
     return GenerateRequest(
         request_id=request_id,
         prompt=TextPrompt(spans, body.add_special_tokens),
         sampling=asked.params,
         stop=asked.stop,
-        grammar=answer_grammar(body),
+        grammar=_chat_grammar(body, tools),
         n=body.n,
         logprobs=LogprobRequest(processed=False, top=body.top_logprobs or 0) if body.logprobs else None,
         prompt_logprobs=body.prompt_logprobs,

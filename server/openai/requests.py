@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from tightrope.server import structured
-from tightrope.server.body import Body, FirstErrorOnly
+from tightrope.server.body import EVERY_NAME, Body, FirstErrorOnly
 from tightrope.server.sampling_fields import KNOWN
 
 MAX_INT = 2**63 - 1  # what crosses the process border as an integer
@@ -101,10 +101,27 @@ class Message(Body):
     tool_call_id: str | None = None
 
 
+class Function(Body):
+    """A function that the model may call; it is shown to the model as it came, with whatever else is in it."""
+
+    read_elsewhere = EVERY_NAME
+
+    name: str = Field(description="1 to 64 letters, digits, _ and -.")
+    parameters: dict[str, Any] | None = Field(None, description="A JSON schema; default: no parameters.")
+    strict: bool | None = Field(None, description="Calls that the model decides on are valid under the schema too.")
+
+
+class Tool(Body):
+    """A kind of tool; there are no others than functions."""
+
+    read_elsewhere = EVERY_NAME
+
+    type: Literal["function"]
+    function: Function
+
+
 class ChatRequest(SamplingBody):
     """POST /v1/chat/completions."""
-
-    without_effect = frozenset({"tools", "tool_choice"})  # a model that may choose answers with text
 
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1, le=MAX_INT, description="Default: to the end of the window.")
@@ -115,8 +132,11 @@ class ChatRequest(SamplingBody):
     continue_final_message: bool = Field(False, description="Write on inside the last message.")
     add_special_tokens: bool = Field(True, description="BOS in front where the model wants one and none is there.")
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="Variables of the chat template.")
-    tools: list[dict[str, Any]] | None = None
-    tool_choice: str | dict[str, Any] | None = None
+    tools: list[Tool] | None = None
+    tool_choice: str | dict[str, Any] | None = Field(
+        None, description='"none", "auto", "required" or {"type": "function", "function": {"name": ...}}.'
+    )
+    parallel_tool_calls: bool = Field(True, description="Whether one answer may hold several calls.")
 
 
 class CompletionRequest(SamplingBody):

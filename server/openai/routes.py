@@ -26,6 +26,7 @@ from tightrope.server.openai.answers import (
     completion_choice,
     usage,
 )
+from tightrope.server.openai.call_format import takes_tools, with_tool_text
 from tightrope.server.openai.convert import (
     Served,
     chat_request,
@@ -37,6 +38,7 @@ from tightrope.server.openai.convert import (
 from tightrope.server.openai.messages import template_messages, template_variables
 from tightrope.server.openai.requests import ChatRequest, CompletionRequest, SamplingBody
 from tightrope.server.openai.stream import Identity, chat_events, completion_events
+from tightrope.server.openai.tools import tool_use
 from tightrope.server.sse import event_stream
 from tightrope.server.templates import RenderedPrompt
 from tightrope.server.work import Choice, collect, or_gone, run, started
@@ -120,7 +122,9 @@ async def answer_chat(front: Front, body: ChatRequest, request: Request) -> Resp
     check_chat(body, served)
     identity = _identity("chatcmpl", served)
     prompt = await rendered_chat(front, body, request)
-    engine_request = chat_request(body, identity.id, prompt.spans, front.template().stops, served)
+    template = front.template()
+    tools = tool_use(body, template.source)
+    engine_request = chat_request(body, identity.id, prompt.spans, template.stops, served, tools)
     log_ignored(identity.id, lambda: (name for name, _ in fields_ignored(body, served.info)))
     explanation = await _explanation(front, body, [engine_request], request, prompt.notes)
     try:
@@ -131,6 +135,7 @@ async def answer_chat(front: Front, body: ChatRequest, request: Request) -> Resp
                 identity,
                 wants_logprobs=body.logprobs,
                 include_usage=_include_usage(body),
+                tools=tools,
                 explanation=explanation,
             )
             return event_stream(events, "openai")
@@ -141,7 +146,7 @@ async def answer_chat(front: Front, body: ChatRequest, request: Request) -> Resp
     return _whole(
         identity,
         "chat.completion",
-        [chat_choice(index, choice, body) for index, choice in enumerate(choices)],
+        [chat_choice(index, choice, body, tools) for index, choice in enumerate(choices)],
         [choices[0].prompt],
         sum(choice.finish.num_tokens for choice in choices),
         explanation,
@@ -189,12 +194,18 @@ async def answer_completion(front: Front, body: CompletionRequest, request: Requ
 async def rendered_chat(front: Front, body: ChatRequest, request: Request) -> RenderedPrompt:
     """The prompt of a chat by the template in use. Raises InvalidRequest, TemplateFailed and ClientGone."""
     opens_turn = not body.continue_final_message if body.add_generation_prompt is None else body.add_generation_prompt
-    rendering = front.template().render(
+    template = front.template()
+    messages, tools = template_messages(body.messages), tool_use(body, template.source)
+    shown = [] if tools is None else tools.shown
+    if not takes_tools(template.source):
+        messages, shown = with_tool_text(messages, shown), []
+    rendering = template.render(
         front.renderer,
-        template_messages(body.messages),
+        messages,
         add_generation_prompt=opens_turn,
         continue_final_message=body.continue_final_message,
         variables=template_variables(body),
+        tools=shown,
     )
     return await or_gone(request, rendering)
 

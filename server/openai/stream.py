@@ -19,6 +19,8 @@ from tightrope.server.openai.answers import (
     stop_reason,
     usage,
 )
+from tightrope.server.openai.call_parser import Arguments, CallOpened, CallParser, Piece
+from tightrope.server.openai.tools import ToolUse
 from tightrope.server.sse import DONE
 from tightrope.server.work import Deltas
 
@@ -65,15 +67,28 @@ class _Chunks:
         return b'%b],"explain":%b}\n\n' % (self._head, encode(explanation.told(prompts)))
 
 
+def _delta(piece: Piece) -> bytes:
+    """What a piece of an answer adds to its message."""
+    match piece:
+        case CallOpened(index=index, call_id=call_id, name=name):
+            function = {"name": name, "arguments": ""}
+            return encode({"tool_calls": [{"index": index, "id": call_id, "type": "function", "function": function}]})
+        case Arguments(index=index, text=text):
+            return encode({"tool_calls": [{"index": index, "function": {"arguments": text}}]})
+    return b'{"content":%b}' % encode(piece)
+
+
 async def chat_events(
     deltas: Deltas,
     identity: Identity,
     *,
     wants_logprobs: bool,
     include_usage: bool,
+    tools: ToolUse | None = None,
     explanation: Explanation | None = None,
 ) -> Events:
     """Chunks of a chat answer; the role comes once per choice."""
+    parsers: dict[int, CallParser] = {}
     chunks = _Chunks(identity, "chat.completion.chunk", include_usage)
     opened: set[int] = set()
     prompts: dict[int, PromptInfo] = {}
@@ -83,17 +98,24 @@ async def chat_events(
             event = b""
             if number not in opened:
                 opened.add(number)
+                if tools is not None:
+                    parsers[number] = tools.parser()
                 event = chunks.choice(number, OPENED)
             if delta.prompt is not None:
                 prompts[0] = delta.prompt
-            has_logprobs = wants_logprobs and delta.tokens
-            if delta.text or has_logprobs:
-                logprobs = encode(chat_logprobs(delta.tokens)) if has_logprobs else b"null"
-                inner = b'"delta":{"content":%b},"logprobs":%b,"finish_reason":null' % (encode(delta.text), logprobs)
+            parser = parsers.get(number)
+            pieces: list[Piece] = [delta.text] if delta.text else []
+            if parser is not None:
+                pieces = parser.feed(delta.text) + (parser.finish() if delta.finish is not None else [])
+            logprobs = encode(chat_logprobs(delta.tokens)) if wants_logprobs and delta.tokens else b"null"
+            for piece in pieces or ([""] if logprobs != b"null" else []):
+                inner = b'"delta":%b,"logprobs":%b,"finish_reason":null' % (_delta(piece), logprobs)
                 event += chunks.choice(number, inner)
+                logprobs = b"null"  # they come once
             if delta.finish is not None:
                 completion_tokens += delta.finish.num_tokens
-                reasons = encode(finish_reason(delta.finish)), encode(stop_reason(delta.finish))
+                num_calls = 0 if parser is None else parser.num_calls
+                reasons = encode(finish_reason(delta.finish, num_calls)), encode(stop_reason(delta.finish))
                 event += chunks.choice(number, CLOSED + b'%b,"stop_reason":%b' % reasons)
             if event:
                 yield event
