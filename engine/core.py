@@ -8,6 +8,7 @@ from torch import Tensor
 
 from tightrope.backends.errors import BackendError
 from tightrope.backends.protocol import Backend, Chunk, WantLogits
+from tightrope.engine.banned import Held
 from tightrope.engine.errors import BackendFailed, EngineError
 from tightrope.engine.prompts import Intake, encode_prompt, plain_token
 from tightrope.engine.sampler.sampler import Sampled, prompt_logprobs, sample
@@ -207,7 +208,7 @@ class EngineCore:
             rows = logits if len(last_rows) == row else logits[last_rows]
             drawn_tokens = sample(rows, [s.sampler for s in drawing], may_overwrite=True)
             for sequence, drawn in zip(drawing, drawn_tokens, strict=True):
-                deltas.append(self._advance(sequence, drawn, now_s))
+                deltas += self._advance(sequence, drawn, now_s)
         return StepResult(deltas, [])
 
     def _hold_back_ends(self, sequence: Sequence) -> None:
@@ -216,16 +217,18 @@ class EngineCore:
         ends = tuple(self._tokenizer.eos_ids) if stop.ignore_eos or is_early else ()
         if is_early:
             ends += tuple(i for i in stop.token_ids if 0 <= i < self._tokenizer.vocab_size)
+        if sequence.banned is not None:
+            ends += sequence.banned.excluded_at(sequence.num_output)
         sequence.sampler.suppressed = ends
 
-    def _advance(self, sequence: Sequence, drawn: Sampled | None, now_s: float) -> Delta:
+    def _advance(self, sequence: Sequence, drawn: Sampled | None, now_s: float) -> list[Delta]:
         """Append the drawn token and see whether it ends the sequence."""
         if drawn is None:
             grammar = sequence.sampler.grammar
             message = "no token can be drawn: all are banned, or the model gave no numbers"
             if grammar is not None and grammar.error is not None:
                 message = f"the grammar can't be followed any further: {grammar.error}"
-            return self._finish(sequence, sequence.detokenizer.flush(), (), "error", now_s, message=message)
+            return self._end(sequence, [], "error", now_s, message=message)
         if sequence.first_token_s is None:
             sequence.first_token_s = now_s
         token_id = drawn.token_id
@@ -236,27 +239,60 @@ class EngineCore:
         is_special = self._tokenizer.is_special(token_id)
         raw = self._tokenizer.token_bytes(token_id)
         is_end = token_id in self._tokenizer.eos_ids or token_id in stop.token_ids
+        before = sequence.detokenizer.copy() if sequence.banned is not None else sequence.detokenizer
         shown = text = ""
         if not is_end and not (is_special and request.skip_special_tokens):
             shown, text = sequence.detokenizer.feed(raw, watch=sequence.num_output > stop.min_tokens)
-        token = self._token(token_id, raw, text, is_special, drawn)
+        held = Held(self._token(token_id, raw, text, is_special, drawn), shown, before)
+        given = [held]
+        if sequence.banned is not None:
+            num_banned = sequence.banned.feed(held)
+            if num_banned is not None:
+                return self._take_back(sequence, num_banned, now_s)
+            given = sequence.banned.release()
         is_full = len(sequence.token_ids) >= sequence.max_len
-        reason: FinishReason | None = None
-        matched: str | int | None = None
         if is_end and not (is_full and stop.length_first):
-            reason = "eos" if token_id in self._tokenizer.eos_ids else "stop_token"
-            matched = token_id
-        elif sequence.detokenizer.stopped_by is not None and not (is_full and stop.length_first):
-            reason, matched = "stop_string", sequence.detokenizer.stopped_by
-        elif sequence.sampler.has_complete_text and not (is_full and stop.length_first):
-            reason = "eos"  # nothing but an end token may follow: it is not waited for
-        elif is_full:
-            reason = "length"
-        if reason is None:
-            return self._delta(sequence, shown, (token,))
-        if reason != "stop_string":
-            shown += sequence.detokenizer.flush()
-        return self._finish(sequence, shown, (token,), reason, now_s, matched=matched)
+            reason: FinishReason = "eos" if token_id in self._tokenizer.eos_ids else "stop_token"
+            return self._end(sequence, given, reason, now_s, matched=token_id)
+        if sequence.detokenizer.stopped_by is not None and not (is_full and stop.length_first):
+            return self._end(sequence, given, "stop_string", now_s, matched=sequence.detokenizer.stopped_by)
+        if sequence.sampler.has_complete_text and not (is_full and stop.length_first):
+            return self._end(sequence, given, "eos", now_s)  # only an end token may follow: it is not waited for
+        if is_full:
+            return self._end(sequence, given, "length", now_s)
+        if not given:
+            return [self._delta(sequence, "", ())]
+        return [self._delta(sequence, one.shown, (one.token,)) for one in given]
+
+    def _take_back(self, sequence: Sequence, num_tokens: int, now_s: float) -> list[Delta]:
+        """Go back to before the tokens that became a banned string, and on from there by another one."""
+        assert sequence.banned is not None
+        sequence.detokenizer = sequence.banned.take_back(num_tokens).before
+        del sequence.token_ids[-num_tokens:]
+        sequence.sampler.truncate(sequence.num_output)
+        if sequence.banned.is_stuck:
+            return self._end(sequence, [], "error", now_s, message="every way on leads to a banned string")
+        self._scheduler.rewind(sequence)
+        return [self._delta(sequence, "", ())]
+
+    def _end(
+        self,
+        sequence: Sequence,
+        given: list[Held],
+        reason: FinishReason,
+        now_s: float,
+        *,
+        matched: str | int | None = None,
+        message: str | None = None,
+    ) -> list[Delta]:
+        """The last deltas, one a token: what is given out now, and what was held back."""
+        if sequence.banned is not None:
+            given = given + sequence.banned.release_all()
+        rest = "" if reason == "stop_string" else sequence.detokenizer.flush()
+        deltas = [self._delta(sequence, one.shown, (one.token,)) for one in given[:-1]]
+        shown = "".join(one.shown for one in given[-1:]) + rest
+        tokens = tuple(one.token for one in given[-1:])
+        return [*deltas, self._finish(sequence, shown, tokens, reason, now_s, matched=matched, message=message)]
 
     def _token(self, token_id: int, raw: bytes, text: str, is_special: bool, drawn: Sampled) -> Token:
         top = tuple(

@@ -24,6 +24,13 @@ class Detokenizer:
         self._held = ""  # decoded, not shown yet
         self.stopped_by: str | None = None
 
+    def copy(self) -> "Detokenizer":
+        """Another one that stands where this one stands now."""
+        made = Detokenizer(self._stop, keep_stop_text=self._keep)
+        made._decoder.setstate(self._decoder.getstate())
+        made._seen, made._held, made.stopped_by = self._seen, self._held, self.stopped_by
+        return made
+
     def feed(self, raw: bytes, *, watch: bool = True) -> tuple[str, str]:
         """Take one token's bytes; return (what to show now, what this token added to the text).
 

@@ -8,6 +8,7 @@ from itertools import count
 import msgspec
 
 from tightrope.backends.protocol import Tokenizer
+from tightrope.engine.banned import BannedStrings
 from tightrope.engine.detokenizer import Detokenizer
 from tightrope.engine.errors import ContextLengthExceeded, InvalidRequest
 from tightrope.engine.grammar import Grammars
@@ -88,6 +89,7 @@ class Intake:
                 detokenizer=Detokenizer(request.stop.strings, keep_stop_text=request.stop.keep_stop_text),
                 max_len=max_len,
                 arrived_s=now_s,
+                banned=BannedStrings(banned) if (banned := request.sampling.banned_strings) else None,
                 leader=sequences[0] if sequences else None,
                 prompt_tokens=[] if request.prompt_logprobs is not None else None,
             )

@@ -10,6 +10,7 @@ from collections import deque
 from dataclasses import dataclass
 from itertools import count
 
+from tightrope.backends.errors import BackendError
 from tightrope.backends.protocol import KVCache
 from tightrope.engine.sequence import Sequence
 
@@ -91,6 +92,22 @@ class Scheduler:
         end = sequence.num_computed + work.num_tokens
         self._kv.commit(sequence.seq_id, sequence.token_ids[sequence.num_computed : end])
         sequence.num_computed = end
+
+    def rewind(self, sequence: Sequence) -> None:
+        """Follow a running sequence that has lost tokens at its end: the last of the rest runs again, for its logits.
+
+        Where the cache can't go back there, the sequence starts again, from what is cached of it.
+        """
+        num_kept = len(sequence.token_ids) - 1
+        try:
+            if num_kept > 0:
+                self._kv.truncate(sequence.seq_id, num_kept)
+        except BackendError:
+            num_kept = 0
+        sequence.num_computed = num_kept
+        if num_kept == 0:
+            self.remove(sequence)
+            self.waiting.appendleft(sequence)
 
     def schedule(self, now_s: float) -> list[Work]:
         """Choose the next step's work; room for it is reserved. Empty only when nothing is waiting or running."""

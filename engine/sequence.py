@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from tightrope.engine.banned import BannedStrings
 from tightrope.engine.detokenizer import Detokenizer
 from tightrope.engine.sampler.state import SamplerState
 from tightrope.engine.types import GenerateRequest, Timings, Token
@@ -22,6 +23,7 @@ class Sequence:
     detokenizer: Detokenizer
     max_len: int  # token_ids never grows beyond it
     arrived_s: float
+    banned: BannedStrings | None = None
     num_prompt: int = field(init=False)
     num_computed: int = 0
     num_cached: int = 0  # of the prompt, found in the cache at the first start
