@@ -42,6 +42,11 @@ def send(url: str, path: str, body: dict[str, object]) -> socket.socket:
         ("/v1/completions", {"prompt": "Tell me.", **LONG}),
         ("/v1/completions", {"prompt": ["Tell me.", "Tell him."], **LONG, "n": 2}),
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Tell me."}], **LONG}),
+        ("/v1/completions", {"prompt": "Tell me.", "logprobs": 2, **LONG}),
+        ("/completion", {"prompt": "Tell me.", **LONG}),
+        ("/api/generate", {"prompt": "Tell me.", "options": LONG}),
+        ("/api/v1/generate", {"prompt": "Tell me.", **LONG}),
+        ("/api/extra/generate/stream", {"prompt": "Tell me.", **LONG}),
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])
