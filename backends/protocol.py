@@ -22,6 +22,8 @@ class Chunk:
     token_ids: Sequence[int]
     start: int
     want_logits: WantLogits
+    adapter: str | None = None  # the name of one that is loaded
+    adapter_scale: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +107,7 @@ class ModelCard:
     cache_dtype: str
     chat_template: str | None  # Jinja source from the model's files
     notes: tuple[str, ...]  # start-up lines: what was chosen, and why
+    adapters: tuple[str, ...] = ()  # names that chunks may use
     cache_token_bytes: float = 0.0  # keys and values of one token in all layers; 0: not known
 
 
@@ -118,7 +121,7 @@ class Capabilities:
 
 
 class Backend(Protocol):
-    """A loaded model."""
+    """A loaded model; chunks may name the adapters of its settings."""
 
     card: ModelCard
     capabilities: Capabilities

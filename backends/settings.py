@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, field_validator
 
 KVCacheDtype = Literal["auto", "q8", "q4", "f16"]
 RopeKind = Literal["none", "linear", "dynamic", "ntk", "yarn", "llama3", "longrope"]
@@ -40,3 +40,18 @@ class ModelSettings(BaseModel, frozen=True, extra="forbid"):
     gpu_layers: int = Field(0, ge=-1, description="Layers on the GPU; -1 is all of them.")
     cache: CacheSettings = CacheSettings()
     rope: RopeSettings = RopeSettings()
+    adapters: dict[str, str] = Field({}, description="LoRA adapters: folders by the names that requests use.")
+
+    @field_validator("adapters", mode="before")
+    @classmethod
+    def _split_adapters(cls, value: object) -> object:
+        """The environment and the command line give NAME=PATH, with commas between several."""
+        if not isinstance(value, str):
+            return value
+        pairs = [part.partition("=") for part in value.split(",") if part.strip()]
+        for name, _, path in pairs:
+            if not name.strip() or not path.strip():
+                raise ValueError(f"expected NAME=PATH, not {name + path!r}")
+        if len({name.strip() for name, _, _ in pairs}) < len(pairs):
+            raise ValueError("a name stands for two adapters")
+        return {name.strip(): path.strip() for name, _, path in pairs}

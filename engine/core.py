@@ -96,6 +96,7 @@ class EngineCore:
             special_texts=tuple(tokenizer.special_texts()),
             chat_template=card.chat_template,
             notes=card.notes,
+            adapters=card.adapters,
         )
 
     def _text_of(self, token_id: int | None) -> str | None:
@@ -169,7 +170,9 @@ class EngineCore:
         want: WantLogits = "last" if work.is_last and sequence.request.stop.max_tokens != 0 else "none"
         if sequence.needs_own_prompt:
             want = "all"
-        return Chunk(sequence.seq_id, sequence.token_ids[start : start + work.num_tokens], start, want)
+        request = sequence.request
+        token_ids = sequence.token_ids[start : start + work.num_tokens]
+        return Chunk(sequence.seq_id, token_ids, start, want, request.adapter, request.adapter_scale)
 
     def _fail(self, sequences: list[Sequence], why: str) -> StepResult:
         """End the requests of these sequences; nothing of them stays cached."""

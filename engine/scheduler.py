@@ -170,7 +170,7 @@ class Scheduler:
         num_cached = self._kv.open(
             sequence.seq_id,
             sequence.token_ids,
-            sequence.request.namespace,
+            sequence.namespace,
             reuse=not sequence.needs_own_prompt,
             reproducible=sequence.is_reproducible,
         )

@@ -37,6 +37,14 @@ class Sequence:
         self.num_prompt = len(self.token_ids)
 
     @property
+    def namespace(self) -> str:
+        """Whose cached tokens may be shared: keys and values depend on the adapter, and how much of it is used."""
+        request = self.request
+        if request.adapter is None:
+            return request.namespace
+        return f"{request.namespace}\0{request.adapter}\0{request.adapter_scale!r}"
+
+    @property
     def num_output(self) -> int:
         return len(self.token_ids) - self.num_prompt
 

@@ -7,8 +7,6 @@ from typing import Literal
 
 from msgspec import Struct, field
 
-LONGEST_RUN = 256  # tokens of a repetition that DRY and no_repeat_ngram_size tell apart
-
 # The order in which truncation runs unless a request names another; the sampler's package says what each step does.
 SAMPLER_ORDER = (
     "temperature",
@@ -143,6 +141,8 @@ class GenerateRequest(Struct, frozen=True):
     reserve_tokens: int | None = None  # new tokens that must fit the window; None is stop.max_tokens, or 1
     skip_special_tokens: bool = True
     namespace: str = ""  # requests of different namespaces never share cached tokens
+    adapter: str | None = None  # one of ModelInfo.adapters; its cached tokens are shared with nobody else's
+    adapter_scale: float = 1.0
 
 
 class TopToken(Struct, frozen=True, array_like=True):
@@ -231,6 +231,7 @@ class ModelInfo(Struct, frozen=True):
     special_texts: tuple[str, ...]
     chat_template: str | None
     notes: tuple[str, ...]
+    adapters: tuple[str, ...] = ()  # names that requests may use
 
 
 class Stats(Struct, frozen=True):

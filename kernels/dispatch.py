@@ -5,7 +5,7 @@ built. Meanings, shapes and dtypes are those of kernels.reference.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Protocol
 
@@ -18,6 +18,7 @@ from tightrope.kernels import exllama, native, reference
 from tightrope.kernels.columns import ColumnMatrix
 from tightrope.kernels.exllama import ExllamaMatrix as ExllamaMatrix  # for those who keep one
 from tightrope.kernels.layout import AttentionSpec, LayerCache, RopeTable, StepLayout
+from tightrope.kernels.low_rank import AdapterRows, LowRank
 from tightrope.kernels.quantized import Nf4Matrix, QuantizedMatrix
 
 log = logging.getLogger(__name__)
@@ -35,6 +36,8 @@ class Kernels(Protocol):
     def rotate(self, x: Tensor, step: StepLayout, table: RopeTable) -> Tensor: ...
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor: ...
+
+    def add_low_rank(self, out: Tensor, x: Tensor, adapters: Mapping[int, LowRank], rows: AdapterRows) -> None: ...
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor: ...
 
@@ -98,6 +101,10 @@ def to_exllama(matrix: QuantizedMatrix, device: torch.device) -> ExllamaMatrix:
 
 def exllama_linear(x: Tensor, matrices: Sequence[ExllamaMatrix], bias: Tensor | None) -> Tensor:
     return exllama.exllama_linear(x, matrices, bias)
+
+
+def add_low_rank(out: Tensor, x: Tensor, adapters: Mapping[int, LowRank], rows: AdapterRows) -> None:
+    _kernels_for(x).add_low_rank(out, x, adapters, rows)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -6,7 +6,7 @@ So tensors must be what kernels.reference and kernels.layout say: float32 activa
 
 import ctypes
 import sysconfig
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any  # ctypes keeps the type of its types to itself
 from weakref import WeakKeyDictionary
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from tightrope.kernels import reference
 from tightrope.kernels.layout import AttentionSpec, LayerCache, RopeTable, StepLayout
+from tightrope.kernels.low_rank import AdapterRows, LowRank
 from tightrope.kernels.quantized import Nf4Matrix, QuantizedMatrix
 
 # numbered by the library; a machine that runs one runs those before
@@ -71,6 +72,25 @@ class UnusableBuild(Exception):
     """One line: a library that lies where a build is looked for, but isn't one of these sources."""
 
 
+class _LowRankPart(ctypes.Structure):
+    """`low_rank::Part` in cpu/low_rank.h."""
+
+    _fields_ = (
+        ("down", ctypes.c_void_p),
+        ("up", ctypes.c_void_p),
+        ("dtype", ctypes.c_int32),
+        ("first", ctypes.c_int32),
+        ("rank", ctypes.c_int32),
+        ("outputs", ctypes.c_int32),
+    )
+
+
+class _LowRank(ctypes.Structure):
+    """`low_rank::Adapter` there."""
+
+    _fields_ = (("parts", ctypes.c_void_p), ("count", ctypes.c_int32), ("slot", ctypes.c_int32))
+
+
 def library_path(instruction_set: str) -> Path:
     """Where the build for an instruction set lies, if it was built."""
     return Path(__file__).parent / f"cpu_{instruction_set}{sysconfig.get_config_var('EXT_SUFFIX')}"
@@ -122,6 +142,7 @@ class NativeKernels:
         self._linear = function("linear", "ppippiii")
         self._quantized_linear = function("quantized_linear", "ppippi")
         self._nf4_linear = function("nf4_linear", "ppippi")
+        self._add_low_rank = function("add_low_rank", "ppppiiipi")
         self._store_kv = function("store_kv", "pppppiiiplplpi")
         self._attention = function("attention", "pppppiiippipppiipppiifif")
         self._rotate = function("rotate", "plpppppiippiii")
@@ -216,6 +237,22 @@ class NativeKernels:
     def nf4_linear(self, x: Tensor, matrices: Sequence[Nf4Matrix], bias: Tensor | None) -> Tensor:
         return _times(self._nf4_linear, x, matrices, bias)
 
+    def add_low_rank(self, out: Tensor, x: Tensor, adapters: Mapping[int, LowRank], rows: AdapterRows) -> None:
+        assert out.is_contiguous()
+        x = x.contiguous()
+        addresses = [_describe_low_rank(slot, adapters[slot]) for slot in rows.present if slot in adapters]
+        self._add_low_rank(
+            x.data_ptr(),
+            out.data_ptr(),
+            rows.slots.data_ptr(),
+            rows.scales.data_ptr(),
+            len(x),
+            x.shape[1],
+            out.shape[1],
+            (ctypes.c_void_p * len(addresses))(*addresses),
+            len(addresses),
+        )
+
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         width = x.shape[-1]
         rows = x.reshape(-1, width)
@@ -269,6 +306,26 @@ def _describe(matrix: QuantizedMatrix | Nf4Matrix) -> tuple[_Quantized | _Nf4, i
         )
     _described[matrix] = described, ctypes.addressof(described)
     return _described[matrix]
+
+
+_described_low_rank: WeakKeyDictionary[LowRank, dict[int, tuple[_LowRank, object, int]]] = WeakKeyDictionary()
+
+
+def _describe_low_rank(slot: int, adapter: LowRank) -> int:
+    """The address of what the library reads of an adapter in this slot; kept as long as the adapter is."""
+    known = _described_low_rank.setdefault(adapter, {})
+    if slot not in known:
+        parts = (_LowRankPart * len(adapter.parts))(
+            *(
+                _LowRankPart(
+                    part.down.data_ptr(), part.up.data_ptr(), _WEIGHTS[part.down.dtype], part.first, *part.up.shape
+                )
+                for part in adapter.parts
+            )
+        )
+        described = _LowRank(ctypes.addressof(parts), len(parts), slot)
+        known[slot] = described, parts, ctypes.addressof(described)
+    return known[slot][2]
 
 
 def _times(

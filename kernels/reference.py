@@ -3,13 +3,14 @@
 Written to be read. Arithmetic is float32 whatever is stored.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from tightrope.kernels.layout import GROUP, PAGE, AttentionSpec, LayerCache, RopeTable, StepLayout
+from tightrope.kernels.low_rank import AdapterRows, LowRank
 from tightrope.kernels.quantized import TILE, Nf4Matrix, QuantizedMatrix
 from tightrope.kernels.quantized import dequantize as dequantize_matrix
 
@@ -193,6 +194,21 @@ def _times(x: Tensor, matrices: Sequence[QuantizedMatrix | Nf4Matrix], bias: Ten
             torch.mm(x, weight, out=out[:, end : end + weight.shape[1]])
             end += weight.shape[1]
     return out if bias is None else out.add_(bias)
+
+
+def add_low_rank(out: Tensor, x: Tensor, adapters: Mapping[int, LowRank], rows: AdapterRows) -> None:
+    """Add to out [T, N] what each row's adapter makes of x [T, K].
+
+    `adapters` are by slot; a slot without an entry adds nothing.
+    """
+    for slot in rows.present:
+        if slot not in adapters:
+            continue
+        chosen = (rows.slots == slot).nonzero()[:, 0]
+        mine, scales = x[chosen].float(), rows.scales[chosen].unsqueeze(1)
+        for part in adapters[slot].parts:
+            added = mine @ part.down.float().T @ part.up.float() * scales
+            out[chosen, part.first : part.first + part.up.shape[1]] += added.to(out.dtype)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

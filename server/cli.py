@@ -35,7 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if "model" in given:
             return _fail("MODEL and --model name a model twice; give only one of them", EXIT_USAGE)
         given["model"] = given.pop("model_option")
-    values = {name.replace("_", "-"): value for name, value in given.items()}
+    values = {
+        name.replace("_", "-"): ",".join(value) if isinstance(value, list) else value for name, value in given.items()
+    }
     try:
         if command == "perplexity":
             return _perplexity(values, own)
@@ -217,4 +219,5 @@ def _add_options(parser: argparse.ArgumentParser, names: Sequence[str]) -> None:
             dest="model_option" if name == "model" else name.replace("-", "_"),
             metavar=option.metavar,
             help=option.help,
+            action="append" if option.is_list else "store",
         )

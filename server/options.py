@@ -14,7 +14,7 @@ class Option:
     """One option.
 
     `also` are further places in the tree that giving it decides; `implies` those that it fills where nothing else does.
-    is_reciprocal: the setting is one over what is written.
+    is_reciprocal: the setting is one over what is written. is_list: the command line may give it several times.
     """
 
     path: TreePath
@@ -25,6 +25,7 @@ class Option:
     also: Mapping[TreePath, str] = field(default_factory=dict)
     implies: Mapping[TreePath, str] = field(default_factory=dict)
     is_reciprocal: bool = False
+    is_list: bool = False
 
 
 _MODEL: TreePath = ("engine", "model")
@@ -40,6 +41,13 @@ OPTIONS: Mapping[str, Option] = {
         ("-m", "--model-id"),
     ),
     "revision": Option((*_MODEL, "revision"), "model", "hub revision: branch, tag or commit", "REV"),
+    "lora": Option(
+        (*_MODEL, "adapters"),
+        "model",
+        "LoRA adapters of a model folder, that requests name as their model; with commas between, or given again",
+        "NAME=PATH",
+        is_list=True,
+    ),
     "served-model-name": Option(
         ("served_model_name",), "model", "name that clients see (default: the model's)", "NAME"
     ),

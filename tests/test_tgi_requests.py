@@ -53,7 +53,7 @@ def ask(
             "grammar is not valid: its type must be json, json_object, json_schema or regex, not 'xml'",
         ),
         ({"watermark": True}, "`watermark` is not supported: this server doesn't mark its texts"),
-        ({"adapter_id": "x"}, "`adapter_id` is not supported: no adapters are loaded"),
+        ({"adapter_id": "x"}, "adapter_id: no adapter 'x' is loaded"),
     ],
 )
 def test_values_out_of_range_are_refused_in_tgis_words(parameters: dict[str, object], text: str) -> None:

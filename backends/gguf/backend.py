@@ -35,6 +35,8 @@ class GGUFBackend:
     def __init__(self, path: Path, settings: ModelSettings, progress: Callable[[float], None]) -> None:
         """Load `path`, calling `progress` with the share done. Raises BackendError, having freed everything."""
         header = read_header(path)
+        if settings.adapters:
+            raise BackendError(f"{path}: adapters can be used with a model's folder, not with a GGUF file")
         if settings.gpu_layers and not supports_gpu():
             raise BackendError(
                 f"gpu_layers is {settings.gpu_layers}, but this llama-cpp-python was built for the CPU; use 0, or "

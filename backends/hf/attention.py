@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from tightrope.backends.hf.skeleton import AttentionCall
 from tightrope.kernels import dispatch
 from tightrope.kernels.layout import AttentionSpec, LayerCache, RopeTable, StepLayout
+from tightrope.kernels.low_rank import AdapterRows
 
 if TYPE_CHECKING:
     from tightrope.backends.hf.organs import Linear, RMSNorm
@@ -31,6 +32,8 @@ class CurrentStep:
     layout: StepLayout | None = None
     tables: Mapping[str, RopeTable] = field(default_factory=dict)
     caches: tuple[LayerCache, ...] = ()
+    adapters: AdapterRows | None = None  # None when no row of the step uses any
+    head_adapters: AdapterRows | None = None  # of the rows whose logits are wanted
 
     def layer(self, index: int) -> tuple[StepLayout, LayerCache]:
         """The step as a layer has it, and the layer's cache."""

@@ -16,6 +16,7 @@ from tightrope.backends.hf.generation import chat_template
 from tightrope.backends.hf.graphs import DecodeGraphs
 from tightrope.backends.hf.model import LoadedModel, load_model
 from tightrope.backends.hf.pages import PagedKVCache
+from tightrope.backends.hf.peft import adapter_bytes, read_adapter
 from tightrope.backends.hf.plan import Plan, free_bytes, make_plan
 from tightrope.backends.hf.quantised import describe_format, find_quantization, weight_bytes
 from tightrope.backends.hf.steps import StepBuilder
@@ -45,10 +46,10 @@ class HFBackend:
         checkpoint = Checkpoint.open(folder)
         shape = read_config(folder)
         quantization = find_quantization(folder, shape.raw, checkpoint)
+        adapters = {name: read_adapter(Path(path).expanduser()) for name, path in settings.adapters.items()}
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        plan = make_plan(
-            settings, shape, weight_bytes(checkpoint, quantization, is_tied=shape.tie_embeddings), free_bytes()
-        )
+        size = weight_bytes(checkpoint, quantization, is_tied=shape.tie_embeddings)
+        plan = make_plan(settings, shape, size + sum(map(adapter_bytes, adapters.values())), free_bytes())
         self.tokenizer: Tokenizer = HFTokenizer(folder, shape)
         self._threads = compute_threads(settings.threads)
         torch.set_num_threads(1)  # see BLAS_TOKENS
@@ -57,6 +58,8 @@ class HFBackend:
             folder, shape, checkpoint, device=device, rope=plan.rope, progress=lambda done: progress(LOAD_SHARE * done)
         )
         self.steps = StepBuilder(plan.rope, plan.window, device)
+        for name, adapter in adapters.items():
+            self.model.adapters.load(name, adapter)
         self.caches = self._allocate(plan)
         self.model.attach(self.caches)
         # None: every step runs as it is, as it must on a CPU, and where experts are picked on the host
@@ -93,8 +96,11 @@ class HFBackend:
                 step, tables = self.steps.build(chunks, self._pages)
                 device = self.model.device
                 rows = torch.from_numpy(_wanted_rows(chunks)).to(device)
-                forward = self.model.forward if self.graphs is None else self.graphs.forward
-                logits = forward(torch.from_numpy(token_ids).to(device), step, tables, rows).cpu()
+                ids, adapters = torch.from_numpy(token_ids).to(device), self.model.adapters.rows(chunks)
+                if self.graphs is None or adapters is not None:
+                    logits = self.model.forward(ids, step, tables, rows, adapters).cpu()
+                else:
+                    logits = self.graphs.forward(ids, step, tables, rows).cpu()
         except RuntimeError as error:  # of torch, running out of memory among them
             reason = str(error).strip().partition("\n")[0]
             raise BackendError(f"the model failed in a step of {len(token_ids)} tokens: {reason}") from error
@@ -184,5 +190,6 @@ def _card(folder: Path, shape: ModelShape, format: str, model: LoadedModel, plan
         cache_dtype=plan.cache_dtype,
         chat_template=chat_template(folder),
         notes=(*plan.notes, f"kernels: {dispatch.describe(model.device)}", *model.notes),
+        adapters=model.adapters.names,
         cache_token_bytes=plan.token_bytes,
     )

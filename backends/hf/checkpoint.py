@@ -106,6 +106,13 @@ class Checkpoint:
             _compare(folder, weight_map, tensors)
         return cls(folder, MappingProxyType(tensors), tuple(shards))
 
+    @classmethod
+    def of_file(cls, path: Path) -> "Checkpoint":
+        """A single file's. Raises BackendError when it is truncated or malformed."""
+        entries = read_header(path)
+        names = tuple(entry.name for entry in entries)
+        return cls(path.parent, MappingProxyType({entry.name: entry for entry in entries}), (Shard(path, names),))
+
     @property
     def weight_bytes(self) -> int:
         return sum(entry.num_bytes for entry in self.tensors.values())

@@ -7,12 +7,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from tightrope.backends.hf.adapters import Adapters
 from tightrope.backends.hf.assembly import assemble
 from tightrope.backends.hf.attention import CurrentStep, LayerInfo
 from tightrope.backends.hf.checkpoint import Checkpoint
 from tightrope.backends.hf.config import ModelShape
 from tightrope.backends.hf.loader import load_weights, share
 from tightrope.backends.hf.names import FileNames
+from tightrope.backends.hf.organs import Linear
 from tightrope.backends.hf.quantised import find_quantization
 from tightrope.backends.hf.rehearsal import rehearse
 from tightrope.backends.hf.rotary import fix_rotary
@@ -21,6 +23,7 @@ from tightrope.backends.hf.transplant import transplant
 from tightrope.backends.rope import RopeSpec
 from tightrope.kernels import dispatch
 from tightrope.kernels.layout import LayerCache, RopeTable, StepLayout
+from tightrope.kernels.low_rank import AdapterRows
 
 DTYPES_BY_NAME = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -41,6 +44,9 @@ class LoadedModel:
         self.tree, self._current = model, current
         self.layers, self.notes, self.device, self.activation_dtype = layers, notes, device, activation_dtype
         self.vocab_size: int = model.config.get_text_config().vocab_size
+        # on a CPU sixteen bits for what is read in each step; what is added is small
+        low_rank_dtype = torch.float16 if device.type == "cpu" else activation_dtype
+        self.adapters = Adapters(model, device, low_rank_dtype)
 
     def attach(self, caches: Sequence[LayerCache]) -> None:
         """Use these caches, one a layer, from now on."""
@@ -48,12 +54,18 @@ class LoadedModel:
         self._current.caches = tuple(caches)
 
     @torch.inference_mode()
-    def forward(self, token_ids: Tensor, step: StepLayout, tables: Mapping[str, RopeTable], rows: Tensor) -> Tensor:
+    def forward(
+        self, token_ids: Tensor, step: StepLayout, tables: Mapping[str, RopeTable], rows: Tensor,
+        adapters: AdapterRows | None = None,
+    ) -> Tensor:  # fmt: skip
         """Logits [len(rows), V] float32 of the given rows [int64] of token_ids [T] int64.
 
-        Stores the step's keys and values. `tables` has one for each `rope` of `layers`.
+        Stores the step's keys and values. `tables` has one for each `rope` of `layers`; `adapters` says which of the
+        token_ids use which.
         """
         self._current.layout, self._current.tables = step, tables
+        self._current.adapters = adapters
+        self._current.head_adapters = None if adapters is None else adapters.at(rows)
         output = self.tree(
             input_ids=token_ids.unsqueeze(0),
             position_ids=step.positions.unsqueeze(0),
@@ -85,6 +97,8 @@ def load_model(
     head, table = (_name_of(model, part) for part in (model.get_output_embeddings(), model.get_input_embeddings()))
     current = CurrentStep()
     planted = transplant(model, rehearse(model), _rope_keys(model, rope), current, dtype)
+    if isinstance(organ := model.get_submodule(head), Linear):
+        organ.is_head = True
     if rope is not None:
         fix_rotary(model, rope)
     notes = [f"{name} runs as transformers has it" for name in planted.kept]

@@ -4,7 +4,7 @@ Weights are plain tensors that the loader delivers. `forward` is how transformer
 dimensions; our own modules hand rows [T, hidden] to each other through `run`, without the cost of a module call.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,27 +12,52 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
-from tightrope.backends.hf.attention import Attention
+from tightrope.backends.hf.attention import Attention, CurrentStep
 from tightrope.backends.hf.matrices import Matrix, times
 from tightrope.kernels import dispatch
+from tightrope.kernels.low_rank import AdapterRows, LowRank
 
 
 class Linear(nn.Module):
-    """One linear, or several on the same input with their rows one below the other."""
+    """One linear, or several on the same input with their rows one below the other.
+
+    `rows` are their names and numbers of outputs. Rows of a step may use adapters: `adapters` add to the outputs of
+    those in their slot, `replaced` are whole weights in the place of ours.
+    """
 
     weight: Matrix
     bias: Tensor | None = None  # [N] float32
 
-    def __init__(self, num_outputs: int) -> None:
+    def __init__(self, rows: Sequence[tuple[str, int]], num_inputs: int, current: CurrentStep) -> None:
         super().__init__()
-        self.num_outputs = num_outputs
+        self.rows, self.num_inputs, self.num_outputs = tuple(rows), num_inputs, sum(size for _, size in rows)
+        self.current = current
+        self.adapters: dict[int, LowRank] = {}
+        self.replaced: dict[int, Tensor] = {}  # [N, K] by slot
+        self.is_head = False  # whether only rows whose logits are wanted come here
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.num_outputs, self.num_inputs
 
     def forward(self, x: Tensor) -> Tensor:
         return self.run(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], self.num_outputs)
 
     def run(self, x: Tensor) -> Tensor:
         """x [T, K] to [T, N]."""
-        return times(x, self.weight, self.bias)
+        out = times(x, self.weight, self.bias)
+        rows = self.current.head_adapters if self.is_head else self.current.adapters
+        if rows is not None and (self.adapters or self.replaced):
+            self._adapt(out, x, rows)
+        return out
+
+    def _adapt(self, out: Tensor, x: Tensor, rows: AdapterRows) -> None:
+        if len(x) != len(rows.slots):
+            raise RuntimeError(f"{self.rows[0][0]} runs on a part of the step, where it can't be adapted")
+        for slot in self.replaced.keys() & set(rows.present):
+            mine = (rows.slots == slot).nonzero()[:, 0]
+            out[mine] = times(x[mine], self.replaced[slot], self.bias)
+        dispatch.add_low_rank(out, x, self.adapters, rows)
 
 
 class RMSNorm(nn.Module):
@@ -51,16 +76,28 @@ class RMSNorm(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Rows of a table that stays in the file's dtype, in the activations' dtype, times a scale."""
+    """Rows of a table that stays in the file's dtype, in the activations' dtype, times a scale.
+
+    `replaced` are the tables of adapters that have one of their own, by slot.
+    """
 
     weight: Tensor  # [V, hidden]
 
-    def __init__(self, scale: float, dtype: torch.dtype) -> None:
+    def __init__(self, name: str, scale: float, dtype: torch.dtype, current: CurrentStep) -> None:
         super().__init__()
-        self.scale, self.dtype = scale, dtype
+        self.name, self.scale, self.dtype, self.current = name, scale, dtype, current
+        self.replaced: dict[int, Tensor] = {}
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.weight.shape)
 
     def forward(self, token_ids: Tensor) -> Tensor:
         rows = F.embedding(token_ids, self.weight).to(self.dtype)
+        if self.replaced and (adapters := self.current.adapters) is not None:
+            for slot in self.replaced.keys() & set(adapters.present):
+                mine = (adapters.slots == slot).view(token_ids.shape)
+                rows[mine] = F.embedding(token_ids[mine], self.replaced[slot]).to(self.dtype)
         return rows if self.scale == 1 else rows * self.scale
 
     run = forward
@@ -82,14 +119,26 @@ class GatedMLP(nn.Module):
 
 
 class Experts(nn.Module):
-    """The experts of a mixture, of which only those run that a token picked."""
+    """The experts of a mixture, of which only those run that a token picked. Adapters are by expert, then by slot."""
 
     gate_up: Tensor | Sequence[Matrix]  # [E, 2 * F, K] in the file's dtype, or a matrix for each expert
     down: Tensor | Sequence[Matrix]  # [E, K, F]
 
-    def __init__(self, activation: str) -> None:
+    def __init__(self, name: str, shape: tuple[int, int, int], activation: str, current: CurrentStep) -> None:
+        """shape: number of experts, hidden size K, size F between their two products."""
         super().__init__()
-        self.activation = activation
+        self.name, self.activation, self.current = name, activation, current
+        num_experts, self.hidden, self.middle = shape
+        self.gate_up_adapters: tuple[dict[int, LowRank], ...] = tuple({} for _ in range(num_experts))
+        self.down_adapters: tuple[dict[int, LowRank], ...] = tuple({} for _ in range(num_experts))
+
+    def places(self) -> Iterator[tuple[str, dict[int, LowRank], int, int, int]]:
+        """Each expert's linears as files name them: name, adapters, first output, outputs, inputs."""
+        for expert, (gate_up, down) in enumerate(zip(self.gate_up_adapters, self.down_adapters, strict=True)):
+            for gate_name, up_name, down_name in (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2")):
+                yield f"{self.name}.{expert}.{gate_name}", gate_up, 0, self.middle, self.hidden
+                yield f"{self.name}.{expert}.{up_name}", gate_up, self.middle, self.middle, self.hidden
+                yield f"{self.name}.{expert}.{down_name}", down, 0, self.hidden, self.middle
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states [T, K], top_k_index and top_k_weights [T, k] to [T, K]."""
@@ -99,10 +148,19 @@ class Experts(nn.Module):
         for expert, places in enumerate(order.split(counts)):
             if len(places):
                 rows = places // top_k_index.shape[1]
-                gate_up = times(hidden_states[rows], self.gate_up[expert], None)
-                mixed = times(dispatch.gated(gate_up, self.activation), self.down[expert], None)
+                adapters = None if self.current.adapters is None else self.current.adapters.at(rows)
+                gate_up = _adapted(hidden_states[rows], self.gate_up[expert], self.gate_up_adapters[expert], adapters)
+                middle = dispatch.gated(gate_up, self.activation)
+                mixed = _adapted(middle, self.down[expert], self.down_adapters[expert], adapters)
                 result.index_add_(0, rows, mixed * top_k_weights.flatten()[places].unsqueeze(1).to(mixed.dtype))
         return result
+
+
+def _adapted(x: Tensor, weight: Matrix, added: Mapping[int, LowRank], rows: AdapterRows | None) -> Tensor:
+    out = times(x, weight, None)
+    if rows is not None and added:
+        dispatch.add_low_rank(out, x, added, rows)
+    return out
 
 
 class Unbatched(nn.Module):

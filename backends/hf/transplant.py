@@ -118,7 +118,7 @@ class _Surgeon:
 
     def _fused(self, modules: tuple[nn.Linear, ...]) -> Linear:
         rows = tuple((self.names[module], module.out_features) for module in modules)
-        linear = Linear(sum(count for _, count in rows))
+        linear = Linear(rows, modules[0].in_features, self.current)
         has_bias = modules[0].bias is not None
         setters = _set(linear, "weight"), _set(linear, "bias")
         self.wants.linears.append(LinearWeights(rows, modules[0].in_features, has_bias, *setters))
@@ -128,8 +128,8 @@ class _Surgeon:
         scale = recognise.embedding_scale(module, self.seen)
         if scale is None or not isinstance(module, nn.Embedding):
             return None
-        organ = Embedding(scale, self.dtype)
-        rows = [(f"{self.names[module]}.weight", module.num_embeddings)]
+        organ = Embedding(self.names[module], scale, self.dtype, self.current)
+        rows = [(f"{organ.name}.weight", module.num_embeddings)]
         self.wants.matrix(rows, module.embedding_dim, _set(organ, "weight"))
         return organ
 
@@ -152,8 +152,9 @@ class _Surgeon:
         found = recognise.experts(module)
         if found is None:
             return None
-        organ, name = Experts(found.activation), self.names[module]
         count, hidden, middle = found.num_experts, found.hidden_size, found.intermediate_size
+        name = self.names[module]
+        organ = Experts(name, (count, hidden, middle), found.activation, self.current)
         gate_up, down = (("gate_proj", "up_proj"), ("w1", "w3")), (("down_proj",), ("w2",))
         self.wants.experts += [
             ExpertWeights(name, "gate_up_proj", gate_up, (count, 2 * middle, hidden), _set(organ, "gate_up")),

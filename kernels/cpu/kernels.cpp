@@ -3,6 +3,7 @@
 
 #include "draw.h"
 #include "linear.h"
+#include "low_rank.h"
 #include "nf4.h"
 #include "pointwise.h"
 #include "step.h"
@@ -45,6 +46,12 @@ EXPORT void tightrope_quantized_linear(const float* x, const quantized::Matrix* 
 EXPORT void tightrope_nf4_linear(const float* x, const quantized::Nf4Matrix* const* matrices, int count,
                                  const float* bias, float* out, int rows) {
     quantized::linear(matrices, count, x, rows, bias, out);
+}
+
+// Adds to out [rows, outputs] what the adapter of each row makes of x.
+EXPORT void tightrope_add_low_rank(const float* x, float* out, const int32_t* slots, const float* scales, int rows,
+                                   int inputs, int outputs, const low_rank::Adapter* const* adapters, int count) {
+    low_rank::add({x, out, slots, scales, rows, inputs, outputs}, adapters, count);
 }
 
 // format: 0 f16, 1 q8, 2 q4

@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tightrope.kernels.triton.attention import attention
+from tightrope.kernels.triton.low_rank import add_low_rank
 from tightrope.kernels.triton.pointwise import gated, rms_norm, rotate
 from tightrope.kernels.triton.store import store_kv
 
-__all__ = ["attention", "gated", "linear", "rms_norm", "rotate", "store_kv"]
+__all__ = ["add_low_rank", "attention", "gated", "linear", "rms_norm", "rotate", "store_kv"]
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -41,10 +41,16 @@ class Served:
     max_prompts: int  # in one completion request
 
 
-def check_model(name: str | None, served: Served) -> None:
-    """Raises ModelNotFound unless `name` is the served model or one of the names for "whatever is there"."""
-    if name not in ANY_MODEL and name != served.model_id:
+def check_model(name: str | None, served: Served) -> str | None:
+    """The adapter that `name` means; None for the served model and the names for "whatever is there".
+
+    Raises ModelNotFound for any other name.
+    """
+    if name in ANY_MODEL or name == served.model_id:
+        return None
+    if name not in served.info.adapters:
         raise ModelNotFound(f"The model `{name}` does not exist.", "model")
+    return name
 
 
 def check_supported(body: SamplingBody) -> None:
@@ -135,12 +141,14 @@ def chat_request(
         truncate_to=body.truncate_prompt_tokens,
         skip_special_tokens=body.skip_special_tokens,
         namespace=body.cache_salt or "",
+        adapter=check_model(body.model, served),
+        adapter_scale=body.adapter_scale,
     )
 
 
 def completion_requests(body: CompletionRequest, request_id: str, served: Served) -> list[GenerateRequest]:
     """One engine request for each prompt of the batch."""
-    check_model(body.model, served)
+    adapter = check_model(body.model, served)
     check_supported(body)
     best_of = body.n if body.best_of is None else body.best_of
     if best_of < body.n:
@@ -172,6 +180,8 @@ def completion_requests(body: CompletionRequest, request_id: str, served: Served
             truncate_to=body.truncate_prompt_tokens,
             skip_special_tokens=body.skip_special_tokens,
             namespace=body.cache_salt or "",
+            adapter=adapter,
+            adapter_scale=body.adapter_scale,
         )
         for position, prompt in enumerate(prompts)
     ]

@@ -38,7 +38,8 @@ class SamplingBody(Body):
 
     read_elsewhere = KNOWN | structured.NAMES
 
-    model: str | None = Field(None, description="The served model's name; may be left out.")
+    model: str | None = Field(None, description="The served model's name, or an adapter's; may be left out.")
+    adapter_scale: float = Field(1.0, ge=-10, le=10, description="How much of the adapter is added.")
     n: int = Field(1, ge=1, description="Answers to each prompt.")
     stream: bool = False
     stream_options: StreamOptions | None = None

@@ -65,29 +65,28 @@ def openai_router(front: Front) -> APIRouter:
     """All routes, relative to /v1."""
     router = APIRouter(route_class=JsonRoute, tags=["OpenAI"])
 
-    def card() -> ModelCard:
+    def card(adapter: str | None = None) -> ModelCard:
         served = front.served()
         return ModelCard(
-            id=served.model_id,
+            id=served.model_id if adapter is None else adapter,
             object="model",
             created=front.started,
             owned_by="tightrope",
-            root=served.info.model_id,
-            parent=None,
+            root=served.info.model_id if adapter is None else adapter,
+            parent=None if adapter is None else served.model_id,
             max_model_len=served.info.max_model_len,
         )
 
     @router.get("/models", responses={k: ERRORS[k] for k in (401, 503)})
     async def models() -> ModelList:
-        """The served model."""
-        return ModelList(object="list", data=[card()])
+        """The served model and its adapters."""
+        return ModelList(object="list", data=[card(), *map(card, front.served().info.adapters)])
 
     @router.get("/models/{model:path}", responses={k: ERRORS[k] for k in (401, 404, 503, "default")})
     async def model(model: str) -> ModelCard:
         """One model; its name may contain slashes."""
         served = front.served()
-        check_model(model, served)
-        return card()
+        return card(check_model(model, served))
 
     @router.post(
         "/chat/completions",

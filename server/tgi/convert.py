@@ -29,6 +29,7 @@ class TGILimits:
     max_top_n_tokens: int
     max_input_tokens: int
     max_total_tokens: int
+    adapters: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, info: ModelInfo, settings: ServerSettings) -> "TGILimits":
@@ -38,6 +39,7 @@ class TGILimits:
             max_top_n_tokens=settings.max_top_n_tokens,
             max_input_tokens=info.max_model_len - 1,
             max_total_tokens=info.max_model_len,
+            adapters=info.adapters,
         )
 
 
@@ -78,6 +80,8 @@ def generate_request(
         logprobs=LogprobRequest(processed=True, top=top) if wants_logprobs else None,
         prompt_logprobs=0 if p.decoder_input_details else None,
         truncate_to=p.truncate,
+        adapter=p.adapter_id,
+        adapter_scale=p.adapter_scale,
         reserve_tokens=None if p.max_new_tokens is None else min(p.max_new_tokens, COUNTED_NEW_TOKENS),
     )
 
@@ -147,8 +151,8 @@ def _check_rest(p: Parameters, limits: TGILimits) -> None:
         )
     if p.watermark:
         raise InvalidRequest("`watermark` is not supported: this server doesn't mark its texts", "watermark")
-    if p.adapter_id is not None:
-        raise InvalidRequest("`adapter_id` is not supported: no adapters are loaded", "adapter_id")
+    if p.adapter_id is not None and p.adapter_id not in limits.adapters:
+        raise InvalidRequest(f"adapter_id: no adapter {p.adapter_id[:100]!r} is loaded", "adapter_id")
 
 
 def refusal(exc: InvalidRequest, max_new_tokens: int | None) -> InvalidRequest:

@@ -31,7 +31,8 @@ class Parameters(Body):
     top_n_tokens: int | None = Field(None, ge=0, lt=U32, description="Alternatives at each token.")
     watermark: bool = Field(False, description="Not supported: true is refused.")
     grammar: dict[str, Any] | None = Field(None, description='{"type": "json" or "regex", "value": ...}')
-    adapter_id: str | None = Field(None, description="No adapters are loaded: refused.")
+    adapter_id: str | None = Field(None, description="The name of a loaded adapter.")
+    adapter_scale: float = Field(1.0, ge=-10, le=10, description="How much of the adapter is added.")
 
 
 class GenerateBody(Body):

@@ -1,0 +1,57 @@
+"""Low-rank additions to linears, a different one for each row of a step: their form in memory.
+
+Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+NONE = -1  # the slot of rows without an adapter
+
+
+@dataclass(frozen=True, slots=True)
+class LowRankPart:
+    """An addition to outputs first .. first + N of a linear: (x @ down.T) @ up, scaled.
+
+    down [r, K]; up [r, N], with the adapter's own scaling in it; both of one dtype, float32, bfloat16 or float16.
+    """
+
+    first: int
+    down: Tensor
+    up: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
+class LowRank:
+    """What one adapter adds to one linear, which may be several on the same input, side by side."""
+
+    parts: tuple[LowRankPart, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(part.down.nbytes + part.up.nbytes for part in self.parts)
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterRows:
+    """Which adapter each of T rows uses, and how much of it: slots [T] int32, NONE without; scales [T] float32."""
+
+    slots: Tensor
+    scales: Tensor
+    present: tuple[int, ...]  # the slots in use, ascending
+
+    def at(self, rows: Tensor) -> "AdapterRows":
+        """Those of rows [n] int64 alone."""
+        return AdapterRows(self.slots[rows], self.scales[rows], self.present)
+
+
+def make_low_rank(pieces: "list[tuple[int, Tensor, Tensor, float]]", dtype: torch.dtype) -> LowRank:
+    """Of (first output, A [r, K], B [N, r], scaling) each, as files have them."""
+    return LowRank(
+        tuple(
+            LowRankPart(first, a.to(dtype).contiguous(), (b.float().T * scaling).to(dtype).contiguous())
+            for first, a, b, scaling in pieces
+        )
+    )
