@@ -7,6 +7,8 @@ from typing import Literal
 
 from msgspec import Struct, field
 
+LONGEST_RUN = 256  # tokens of a repetition that DRY and no_repeat_ngram_size tell apart
+
 # The order in which truncation runs unless a request names another; the sampler's package says what each step does.
 SAMPLER_ORDER = (
     "temperature",

@@ -12,18 +12,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeGuard
 
+from tightrope.engine.banned import MAX_CHARS, MAX_STRINGS
 from tightrope.engine.errors import InvalidRequest
-from tightrope.engine.types import SAMPLER_ORDER, SamplingParams, StopRules
+from tightrope.engine.sampler.breakers import MAX_BYTES
+from tightrope.engine.types import LONGEST_RUN, SAMPLER_ORDER, SamplingParams, StopRules
 from tightrope.server.sampler_names import kobold_order, llama_cpp_order, named_order
 
 MAX_STOPS = 1024  # the engine looks for each of them after each token
-MAX_BANNED_STRINGS = 1024
-MAX_BANNED_CHARS = 256  # of one banned string: so much text is held back at most
 MAX_BREAKERS = 16384
-MAX_BREAKER_BYTES = 64
 MAX_INT = 2**63 - 1  # what crosses the process border as an integer
 _LARGEST = 1e300  # far beyond what any number here is good for
-LONGEST_RUN = 256  # tokens of a repetition that DRY and no_repeat_ngram_size tell apart
 
 Given = Mapping[str, Any]  # Any: a request's JSON, whose types are checked here
 Ignored = tuple[str, str]  # a field's name, and why it changes nothing
@@ -277,10 +275,10 @@ class _Reading:
             self.targets["banned_tokens"] = tuple(dict.fromkeys(banned))
         if (name := self.first(_BANNED_STRINGS)) is not None:
             texts = [text for text in _texts(name, self.given[name]) if text]
-            if len(texts) > MAX_BANNED_STRINGS:
-                raise InvalidRequest(f"{name}: at most {MAX_BANNED_STRINGS} strings, not {len(texts)}", name)
-            if longest := max((len(text) for text in texts if len(text) > MAX_BANNED_CHARS), default=0):
-                raise InvalidRequest(f"{name}: at most {MAX_BANNED_CHARS} characters each, not {longest}", name)
+            if len(texts) > MAX_STRINGS:
+                raise InvalidRequest(f"{name}: at most {MAX_STRINGS} strings, not {len(texts)}", name)
+            if longest := max((len(text) for text in texts if len(text) > MAX_CHARS), default=0):
+                raise InvalidRequest(f"{name}: at most {MAX_CHARS} characters each, not {longest}", name)
             if texts:
                 self.targets["banned_strings"] = tuple(dict.fromkeys(texts))
 
@@ -322,8 +320,8 @@ class _Reading:
         texts = list(dict.fromkeys(text for text in _texts(name, self.given[name]) if text))
         if len(texts) > MAX_BREAKERS:
             raise InvalidRequest(f"{name}: at most {MAX_BREAKERS} strings, not {len(texts)}", name)
-        if longest := max((size for text in texts if (size := len(text.encode())) > MAX_BREAKER_BYTES), default=0):
-            raise InvalidRequest(f"{name}: at most {MAX_BREAKER_BYTES} bytes each, not {longest}", name)
+        if longest := max((size for text in texts if (size := len(text.encode())) > MAX_BYTES), default=0):
+            raise InvalidRequest(f"{name}: at most {MAX_BYTES} bytes each, not {longest}", name)
         self.targets[name] = tuple(texts)
 
     def refuse_guidance(self) -> None:

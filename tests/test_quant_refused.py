@@ -143,6 +143,17 @@ def test_tensors_that_cannot_be_right_are_named_with_the_reason(tmp_path: Path, 
     assert DOWN in line
 
 
+def test_an_expert_with_a_bias_is_named(tmp_path: Path):
+    """Zeros are what AutoGPTQ writes where there is none; anything else would be left out of the sum."""
+    path = copied("mixtral-gptq-4bit-32g-actorder", tmp_path)
+    tensors = {key: tensor.clone() for key, tensor in load_file(path).items()}
+    expert = "model.layers.1.block_sparse_moe.experts.2.w1"
+    tensors[f"{expert}.bias"] = torch.ones(tensors[f"{expert}.scales"].shape[1]).half()
+    save_file(tensors, path)
+
+    assert refusal(tmp_path).endswith(f"tensor '{expert}.bias' must be all zero: experts of this model add no bias")
+
+
 @pytest.mark.parametrize(
     ("name", "settings", "reason"),
     [

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tightrope.engine.sampler.breakers import Breakers
-from tightrope.engine.sampler.repeats import LONGEST, Repeats, Runs
+from tightrope.engine.sampler.repeats import Repeats, Runs
 from tightrope.engine.sampler.sampler import sample
 from tightrope.engine.sampler.state import SamplerState
-from tightrope.engine.types import SamplingParams
+from tightrope.engine.types import LONGEST_RUN, SamplingParams
 
 PIECES = ("a", "b", "ab", "\n", "ba", "")
 texts = st.text("ab\n", max_size=3)
@@ -84,7 +84,7 @@ def test_runs_longer_than_the_longest_count_as_that_long(period: int, size: int,
         following, lengths = runs.following(2, window)
         found = dict(zip(following.tolist(), lengths.tolist(), strict=True))
         assert found == {k: n for k, n in reference.runs(token_ids, [False] * size, window).items() if n >= 2}
-    assert window or max(found.values()) == LONGEST
+    assert window or max(found.values()) == LONGEST_RUN
 
 
 def test_a_breaker_is_found_inside_a_token_and_across_several():

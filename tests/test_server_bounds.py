@@ -106,6 +106,29 @@ async def test_a_reader_that_takes_nothing_is_dropped_and_its_neighbour_is_serve
             assert b"[DONE]" not in rest_of(slow)
 
 
+async def test_a_thousand_clients_that_connect_and_drop_leave_nothing_behind() -> None:
+    raw = request("/v1/completions", {"prompt": "a", "max_tokens": 200, "stream": True})
+
+    async def drop(port: int, num_bytes: int) -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(raw)
+        await reader.read(num_bytes)  # before the answer, or in the middle of it
+        writer.transport.abort()
+
+    async with (
+        serving(endless) as port,
+        httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE_S) as http,
+    ):
+        for _ in range(25):
+            await asyncio.gather(*(drop(port, num_bytes % 2) for num_bytes in range(40)))
+        await wait_until(http, "tgi_batch_current_size", 0)
+        await wait_until(http, 'tightrope_cache_tokens{state="used"}', 0)
+        assert await metric(http, 'tgi_request_failure{err="dropped"}') > 0
+        assert await metric(http, 'tgi_request_failure{err="generation"}') == 0
+        asked = await http.post("/v1/completions", json={"prompt": "a", "max_tokens": 2})
+        assert asked.json()["choices"][0]["text"] == "aa"
+
+
 async def test_a_connection_that_never_asks_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connections, "HEAD_TIMEOUT_S", 0.1)
     async with serving() as port:

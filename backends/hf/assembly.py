@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -103,14 +104,20 @@ class _Assembler:
                 for part in parts
             )
 
-            def deliver(built: Sequence[tuple[Piece, Tensor | None]], step: int = step) -> None:
-                if any(bias is not None for _, bias in built):
-                    raise BackendError(f"{wanted.prefix}: experts with biases that aren't zero can't be served")
-                pieces = [piece for piece, _ in built]
-                wanted.deliver([side_by_side(pieces[i : i + step], self.device) for i in range(0, len(pieces), step)])
-
-            return Assembly(sources, deliver)
+            return Assembly(sources, partial(self._deliver_experts, wanted, sources, step))
         return None
+
+    def _deliver_experts(
+        self, wanted: ExpertWeights, sources: Sequence[Source], step: int, built: Sequence[tuple[Piece, Tensor | None]]
+    ) -> None:
+        """Hand over a matrix for each expert, of `step` pieces. Raises BackendError for biases, which experts lack."""
+        for source, (_, bias) in zip(sources, built, strict=True):
+            if bias is not None:
+                name = source.tensors[-1]
+                file = self.found.checkpoint.tensors[name].file
+                raise BackendError(f"{file}: tensor {name!r} must be all zero: experts of this model add no bias")
+        pieces = [piece for piece, _ in built]
+        wanted.deliver([side_by_side(pieces[i : i + step], self.device) for i in range(0, len(pieces), step)])
 
     def _split(self, name: str, count: int) -> list[tuple[str, int]]:
         """The linears that files have for one of the model's."""

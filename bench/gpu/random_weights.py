@@ -1,6 +1,7 @@
 """Checkpoints of Llama's layout that are nowhere: each tensor is drawn when it is read, the same for the same name."""
 
 import json
+import math
 import tempfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -134,5 +135,5 @@ def _exl2_rows(part: str, num_inputs: int, bits: list[int], generator: torch.Gen
         words = widths * (GROUP_ROWS // 32)
         return torch.stack((widths, words.cumsum(0) - words), 1).flatten().short()
     if part == "q_scale_max":
-        return (2 * torch.exp2(-widths.float()) * (12 / num_inputs) ** 0.5).half()
+        return (2 * torch.exp2(-widths.float()) * math.sqrt(12 / num_inputs)).half()
     return torch.randperm(num_inputs, generator=generator, dtype=torch.int32, device=generator.device)

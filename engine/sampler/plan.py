@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from tightrope.engine.sampler.reshaping import LEAST, MOST
 from tightrope.engine.types import SAMPLER_ORDER, SamplingParams
 
-_ON_ROWS = frozenset({"temperature", "smoothing", "top_n_sigma"})  # can be applied to a whole row of logits
+_RESHAPING = frozenset({"temperature", "smoothing"})
+_ON_ROWS = _RESHAPING | {"top_n_sigma", "eta_cutoff"}  # can be applied to a whole row of logits
 NATIVE = ("top_k", "top_p", "min_p", "typical_p")  # what the native draw does, in this order
 
 
@@ -26,7 +27,7 @@ def plan(params: SamplingParams) -> Plan:
     if params.temperature == 0:
         return Plan((), 1.0, (), order, True)
     active = tuple(step for step in order if _is_active(step, params))
-    on_rows = _ON_ROWS if params.min_keep <= 1 else _ON_ROWS - {"top_n_sigma"}  # which counts no tokens there
+    on_rows = _ON_ROWS if params.min_keep <= 1 else _RESHAPING  # nobody counts tokens there
     num_head = next((i for i, step in enumerate(active) if step not in on_rows), len(active))
     head, steps = active[:num_head], active[num_head:]
     temperature = 1.0

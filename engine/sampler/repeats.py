@@ -12,9 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tightrope.engine.sampler.breakers import MAX_BYTES, Breakers
-from tightrope.engine.types import SamplingParams
+from tightrope.engine.types import LONGEST_RUN, SamplingParams
 
-LONGEST = 256  # tokens; a longer run counts as this long
 MAX_PENALTY = 1e30  # keeps logits finite whatever the base
 
 Ids = NDArray[np.int64]
@@ -22,7 +21,7 @@ Floats = NDArray[np.float64]
 
 
 class Runs:
-    """The runs of one sequence; `append` is O(places where the token came before)."""
+    """The runs of one sequence. One that is longer than LONGEST_RUN counts as that long."""
 
     def __init__(self, token_ids: Sequence[int], breakers: Breakers | None = None) -> None:
         """breakers: texts across which no run reaches."""
@@ -58,7 +57,7 @@ class Runs:
         if window > 0:
             lengths = np.minimum(lengths, places + 1 - (self._size - window))
         is_long = lengths >= least
-        tokens, lengths = self._tokens[places[is_long] + 1], np.minimum(lengths[is_long], LONGEST)
+        tokens, lengths = self._tokens[places[is_long] + 1], np.minimum(lengths[is_long], LONGEST_RUN)
         longest = np.zeros(int(tokens.max(initial=-1)) + 1, np.int32)
         np.maximum.at(longest, tokens, lengths)  # sorting them would take ten times as long where they are many
         following = np.flatnonzero(longest)
@@ -68,10 +67,10 @@ class Runs:
         return np.flatnonzero(np.bincount(self._tokens[: self._size]))
 
     def _rebuild(self) -> None:
-        """Runs of up to LONGEST tokens are known once as many tokens have been followed."""
+        """Runs of up to LONGEST_RUN tokens are known once as many tokens have been followed."""
         self._lengths = np.zeros(len(self._tokens), np.int32)
         self._places = self._places[:0]
-        for size in range(max(self._size - LONGEST, 0) + 1, self._size + 1):
+        for size in range(max(self._size - LONGEST_RUN, 0) + 1, self._size + 1):
             self._follow(size)
 
     def _follow(self, size: int) -> None:

@@ -1,7 +1,7 @@
 """Steps that change how likely tokens are, and remove none: temperature, fixed or dynamic, and smoothing.
 
-Most requests run them first. They are applied to whole rows of logits there, and so is top_n_sigma among them, in one
-pass over the vocabulary; what truncation has shortened is reshaped as candidates.
+Most requests run them first. They are applied to whole rows of logits there, and so are top_n_sigma and eta_cutoff,
+which look at all tokens too; what truncation has shortened is reshaped as candidates.
 """
 
 import math
@@ -84,6 +84,10 @@ def reshape_rows(logits: Tensor, heads: Sequence[tuple[int, Sequence[str], Sampl
                 case "top_n_sigma":
                     sigma = values[values > -torch.inf].std(correction=0)
                     values = values.masked_fill(values < -params.top_n_sigma * sigma, -torch.inf)
+                case "eta_cutoff":
+                    logprobs = values.log_softmax(0)
+                    eta = min(params.eta_cutoff, math.sqrt(params.eta_cutoff) * math.exp(-_entropy(logprobs)))
+                    values = values.masked_fill(logprobs < min(math.log(eta), float(logprobs.max())), -torch.inf)
                 case _:
                     raise AssertionError(step)
         logits[row] = values.float()
@@ -93,9 +97,12 @@ def _row_temperature(values: Tensor, params: SamplingParams) -> float:
     t = params.temperature
     if params.dynatemp_range > 0:
         num_possible = int((values > -torch.inf).sum())
-        logprobs = values.log_softmax(0)
-        surprise = torch.where(logprobs > -torch.inf, -logprobs * logprobs.exp(), 0.0).sum()
-        share = float(surprise) / math.log(max(num_possible, 2))
+        share = _entropy(values.log_softmax(0)) / math.log(max(num_possible, 2))
         arguments = (np.array(v) for v in (t, params.dynatemp_range, params.dynatemp_exponent, share))
         t = float(dynamic(*arguments))
     return min(max(t, LEAST), MOST)
+
+
+def _entropy(logprobs: Tensor) -> float:
+    """In nats, of one row [V]."""
+    return float(torch.where(logprobs > -torch.inf, -logprobs * logprobs.exp(), 0.0).sum())

@@ -61,15 +61,18 @@ def tfs(candidates: Candidates, z: Doubles) -> Candidates:
     nothing is tail.
     Source: Bricken 2019, "Tail Free Sampling".
     """
-    weights, listed = _packed(candidates)
+    weights, num_kept = _packed(candidates)
+    place = np.arange(weights.shape[1])
     bends = np.zeros_like(weights)
     bends[:, :-2] = np.abs(np.diff(weights, n=2, axis=1))
-    place = np.arange(weights.shape[1])
-    bends *= place < listed - 2
-    reached = bends.cumsum(1)
-    share = _before(reached) / np.where(reached[:, -1:] > 0, reached[:, -1:], np.inf)
-    mask = _unpacked(candidates, (share <= z) | (place == 0))
-    return candidates.keep(mask, active=z < 1, is_closed=np.zeros(z.shape, np.bool_))
+    before = _before((bends * (place < num_kept - 2)).cumsum(1))
+    listed = before[:, -1:]
+    # Beyond the list the curve falls from its last but one weight to 0: it can't bend by more than twice that.
+    last = np.take_along_axis(weights, np.maximum(num_kept - 2, 0), 1)
+    most = listed + np.where(candidates.is_complete, 0.0, 2 * last)
+    fewest, longest = ((before <= z * bound) | (place == 0) for bound in (listed, most))
+    is_closed = (fewest == longest).all(1, keepdims=True) & (longest.sum(1, keepdims=True) < num_kept - 2)
+    return candidates.keep(_unpacked(candidates, fewest), active=z < 1, is_closed=is_closed)
 
 
 def top_a(candidates: Candidates, a: Doubles) -> Candidates:
