@@ -170,7 +170,7 @@ def check_status(exchange: Exchange, answer: dict[str, Any]) -> None:
 @pytest.fixture(scope="module")
 def replies(server_url: str) -> list[tuple[Exchange, httpx.Response]]:
     """All exchanges, played side by side."""
-    with httpx.Client(base_url=server_url, timeout=300) as http, ThreadPoolExecutor(4) as pool:
+    with httpx.Client(base_url=server_url, timeout=300) as http, ThreadPoolExecutor(2) as pool:
         model = http.get("/v1/models").json()["data"][0]["id"]
         exchanges = [playable(exchange, model) for exchange in EXCHANGES]
         return list(zip(exchanges, pool.map(lambda exchange: played(http, exchange), exchanges), strict=True))
