@@ -31,6 +31,13 @@ SETTINGS = {
     "top_p 0.95": SamplingParams(top_p=0.95),
     "top_p 0.95 at 0.7": SamplingParams(top_p=0.95, temperature=0.7),
     "temperature 1": SamplingParams(),
+    "chat": SamplingParams(
+        temperature=1.3, min_p=0.05, dry_multiplier=0.8, xtc_probability=0.5, order=("min_p", "xtc", "temperature")
+    ),
+    "smoothing": SamplingParams(smoothing_factor=0.3, min_p=0.02),
+    "dynamic": SamplingParams(dynatemp_range=0.5, min_p=0.05),
+    "tfs": SamplingParams(tfs=0.95),
+    "mirostat": SamplingParams(mirostat_mode=2),
 }
 LOGPROBS = {
     "none": None,
@@ -47,6 +54,11 @@ def logits_like_a_models(generator: torch.Generator) -> torch.Tensor:
     return 12 - exponents[:, None] * (ranks + 1).log() + noise
 
 
+def _token_bytes(token_id: int) -> bytes:
+    """Text for DRY's breakers to be looked for in."""
+    return b"%x " % token_id
+
+
 def time_steps(logits: torch.Tensor, states: list[SamplerState]) -> list[float]:
     """Milliseconds of each of STEPS steps, after a few to warm up; every drawn token is appended."""
     num = len(states)
@@ -59,7 +71,7 @@ def time_steps(logits: torch.Tensor, states: list[SamplerState]) -> list[float]:
         elapsed = time.perf_counter() - began
         for state, sampled in zip(states, drawn, strict=True):
             assert sampled is not None
-            state.append(sampled.token_id)
+            state.append(sampled.token_id, sampled.surprise)
         if step >= 0:
             times.append(elapsed * 1e3)
     return times
@@ -76,7 +88,7 @@ def main() -> None:
         for wanted, request in LOGPROBS.items():
             for streams, bar in BARS_MS.items():
                 states = [
-                    SamplerState(structs.replace(params, seed=i), prompts[i], VOCAB_SIZE, request)
+                    SamplerState(structs.replace(params, seed=i), prompts[i], VOCAB_SIZE, request, None, _token_bytes)
                     for i in range(streams)
                 ]
                 times = time_steps(logits, states)

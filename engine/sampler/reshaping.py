@@ -4,7 +4,7 @@ Most requests run them first. They are applied to whole rows of logits there, an
 which look at all tokens too; what truncation has shortened is reshaped as candidates.
 """
 
-import math
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -61,48 +61,72 @@ def quadratic(logits: T, factor: T, curve: T) -> T:
     return factor * logits * logits * (logits * (curve - 1) / 2 - (3 - curve) / 2)
 
 
-def reshape_rows(logits: Tensor, heads: Sequence[tuple[int, Sequence[str], SamplingParams]]) -> None:
+def reshape_rows(logits: Tensor, heads: Sequence[tuple[int, tuple[str, ...], SamplingParams]]) -> None:
     """Apply first steps to whole rows of logits [B, V] float32, in place: (row, steps, the row's parameters).
 
-    The largest logit of such a row is 0 afterwards. A row without any finite logit, or with a NaN, stays without one.
+    The largest logit of such a row is 0 afterwards. Rows whose largest logit isn't finite stay as they are.
     """
+    groups: dict[tuple[str, ...], list[tuple[int, SamplingParams]]] = defaultdict(list)
     for row, steps, params in heads:
-        values = logits[row].double()
-        top = values.max()
-        if not top.isfinite():
-            continue
-        values = values - top
+        groups[steps].append((row, params))
+    for steps, members in groups.items():
+        rows = [row for row, _ in members]
+        before = logits[rows]  # [n, V], a copy
+        top = before.amax(-1, keepdim=True)
+        values = before - top
         for step in steps:
-            match step:
-                case "temperature":
-                    values = values / _row_temperature(values, params)
-                case "smoothing":
-                    factor, curve = (torch.tensor(v) for v in (params.smoothing_factor, params.smoothing_curve))
-                    bent = quadratic(values, factor.double(), curve.double())
-                    values = torch.where(values > -torch.inf, bent, values)
-                    values = values - values.max()
-                case "top_n_sigma":
-                    sigma = values[values > -torch.inf].std(correction=0)
-                    values = values.masked_fill(values < -params.top_n_sigma * sigma, -torch.inf)
-                case "eta_cutoff":
-                    logprobs = values.log_softmax(0)
-                    eta = min(params.eta_cutoff, math.sqrt(params.eta_cutoff) * math.exp(-_entropy(logprobs)))
-                    values = values.masked_fill(logprobs < min(math.log(eta), float(logprobs.max())), -torch.inf)
-                case _:
-                    raise AssertionError(step)
-        logits[row] = values.float()
+            values = _ROW_STEPS[step](values, [params for _, params in members])
+        logits[rows] = torch.where(top.isfinite(), values, before)
 
 
-def _row_temperature(values: Tensor, params: SamplingParams) -> float:
-    t = params.temperature
-    if params.dynatemp_range > 0:
-        num_possible = int((values > -torch.inf).sum())
-        share = _entropy(values.log_softmax(0)) / math.log(max(num_possible, 2))
-        arguments = (np.array(v) for v in (t, params.dynatemp_range, params.dynatemp_exponent, share))
-        t = float(dynamic(*arguments))
-    return min(max(t, LEAST), MOST)
+def _temper_rows(values: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    t = _column(values, [p.temperature for p in params])
+    spread = _column(values, [p.dynatemp_range for p in params])
+    if (spread > 0).any():
+        most = (values > -torch.inf).sum(-1, keepdim=True).clamp(min=2).log()
+        share = _entropy(values.log_softmax(-1)) / most
+        arguments = (t, spread, _column(values, [p.dynatemp_exponent for p in params]), share)
+        moved = torch.from_numpy(dynamic(*(a.cpu().numpy().astype(np.float64) for a in arguments))).to(values)
+        t = torch.where(spread > 0, moved, t)
+    return values / t.clamp(LEAST, MOST)
 
 
-def _entropy(logprobs: Tensor) -> float:
-    """In nats, of one row [V]."""
-    return float(torch.where(logprobs > -torch.inf, -logprobs * logprobs.exp(), 0.0).sum())
+def _smooth_rows(values: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    factor = _column(values, [p.smoothing_factor for p in params])
+    curve = _column(values, [p.smoothing_curve for p in params])
+    bent = torch.where(values > -torch.inf, quadratic(values, factor, curve), values)
+    return bent.sub_(bent.amax(-1, keepdim=True))
+
+
+def _keep_n_sigma_of_rows(values: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    is_possible = values > -torch.inf
+    count = is_possible.sum(-1, keepdim=True)
+    mean = values.masked_fill(~is_possible, 0.0).sum(-1, keepdim=True) / count
+    sigma = ((values - mean).masked_fill_(~is_possible, 0.0).square_().sum(-1, keepdim=True) / count).sqrt()
+    return values.masked_fill(values < -_column(values, [p.top_n_sigma for p in params]) * sigma, -torch.inf)
+
+
+def _cut_eta_of_rows(values: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    logprobs = values.log_softmax(-1)
+    epsilon = _column(values, [p.eta_cutoff for p in params])
+    eta = torch.minimum(epsilon.log(), epsilon.log() / 2 - _entropy(logprobs))
+    return values.masked_fill(logprobs < torch.minimum(eta, logprobs.amax(-1, keepdim=True)), -torch.inf)
+
+
+_ROW_STEPS = {
+    "temperature": _temper_rows,
+    "smoothing": _smooth_rows,
+    "top_n_sigma": _keep_n_sigma_of_rows,
+    "eta_cutoff": _cut_eta_of_rows,
+}
+
+
+def _column(like: Tensor, values: Sequence[float]) -> Tensor:
+    """[n, 1], in the type of `like`, no larger than that can hold."""
+    most = torch.finfo(like.dtype).max
+    return torch.tensor([[min(value, most)] for value in values], dtype=like.dtype, device=like.device)
+
+
+def _entropy(logprobs: Tensor) -> Tensor:
+    """In nats, of each row [n, V]: [n, 1]."""
+    return -(logprobs.exp() * logprobs.clamp(min=torch.finfo(logprobs.dtype).min)).sum(-1, keepdim=True)
