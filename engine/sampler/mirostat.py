@@ -10,6 +10,7 @@ import numpy as np
 from tightrope.engine.sampler.candidates import Candidates
 from tightrope.engine.sampler.ranking import Doubles
 
+_NOTHING_BITS = 20  # all tokens that surprise by so much more than log2(V) have less than a millionth of the mass
 _MEASURED = 100  # likeliest tokens from which version 1 estimates the exponent of Zipf's law
 
 
@@ -23,11 +24,15 @@ def next_mu(mu: float, surprise: float, tau: float, eta: float) -> float:
 
 
 def mirostat(candidates: Candidates, mode: Doubles, mu: Doubles, vocab_size: Doubles) -> Candidates:
-    """Keep tokens that surprise by at most mu bits (2), or as many as Zipf's law expects to (1). Neutral: mode 0."""
+    """Keep tokens that surprise by at most mu bits (2), or as many as Zipf's law expects to (1). Neutral: mode 0.
+
+    Where the model surprises less than tau, mu grows for ever: beyond what all tokens together need, nothing is cut.
+    """
     candidates = _by_zipfs_law(candidates, mode == 1, mu, vocab_size)
+    cuts = (mode == 2) & (mu < np.log2(vocab_size) + _NOTHING_BITS)
     most = candidates.weights.max(1, keepdims=True)
     least = np.minimum(candidates.total * np.exp2(-mu), most)
-    return candidates.keep(candidates.weights >= least, active=mode == 2, is_closed=candidates.border < least)
+    return candidates.keep(candidates.weights >= least, active=cuts, is_closed=candidates.border < least)
 
 
 def _by_zipfs_law(
@@ -50,5 +55,6 @@ def _by_zipfs_law(
     k = np.exp(np.clip((mu * np.log(2) - np.log(np.maximum(spread, 1e-300))) / np.maximum(s, 1e-9), 0.0, 40.0))
     place = (candidates.weights > 0).cumsum(1)
     num_kept = place[:, -1:]
+    active = active & (k < vocab_size)
     is_closed = (num_kept >= np.floor(k)) & (num_kept >= _MEASURED)
     return candidates.keep(place <= np.floor(k), active=active, is_closed=is_closed)
