@@ -207,6 +207,18 @@ async def test_what_cannot_be_had_is_refused_with_the_fields_name(path: str, bod
     assert refused.json()["error"]["param"] == param
 
 
+@pytest.mark.parametrize("path", ["/completion", "/api/v1/generate", "/api/extra/generate/stream", "/api/generate"])
+@pytest.mark.parametrize("stream", [False, True])
+async def test_an_answer_that_fails_is_an_error_and_no_clean_end(path: str, stream: bool) -> None:
+    bans = {"custom_token_bans": list(range(259))}
+    async with api() as http:
+        body = {"prompt": "a", "raw": True, "stream": stream, **bans, "options": bans}
+        reply = await http.post(path, json=body)
+    last = reply.text.rstrip("\n").rsplit("\n", 1)[-1].removeprefix("data: ")
+    assert "no token can be drawn" in json.loads(last)["error"]["message"]
+    assert reply.status_code == (200 if path.endswith("stream") or (stream and "v1" not in path) else 500)
+
+
 async def test_a_prompt_over_the_window_is_told_with_both_numbers() -> None:
     body = {"prompt": "a" * 2000, "max_length": 8, "n_predict": 8, "options": {"num_predict": 8}}
     async with api() as http:

@@ -12,7 +12,7 @@ from pydantic import BaseModel, Field
 from tightrope.engine.errors import InvalidRequest
 from tightrope.engine.types import Finish, GenerateRequest, Span, TextPrompt
 from tightrope.server.body import Body, JsonRequest, JsonRoute
-from tightrope.server.families.text import CALL_ERRORS, STATUS_ERRORS, TextBody, pieces, text_request
+from tightrope.server.families.text import CALL_ERRORS, STATUS_ERRORS, TextBody, checked, pieces, text_request
 from tightrope.server.front import Front
 from tightrope.server.openai.routes import ERRORS
 from tightrope.server.sse import event_stream
@@ -128,7 +128,7 @@ async def until_aborted(deltas: Deltas, aborts: Aborts, genkey: str) -> Deltas:
 
 
 def _reason(finish: Finish | None) -> str | None:
-    return None if finish is None else "length" if finish.reason == "length" else "stop"
+    return None if finish is None else "length" if checked(finish).reason == "length" else "stop"
 
 
 async def _result(deltas: Deltas) -> dict[str, Any]:

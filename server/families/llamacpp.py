@@ -14,6 +14,7 @@ from tightrope.server.body import JsonRoute
 from tightrope.server.families.text import (
     STATUS_ERRORS,
     TextBody,
+    checked,
     pieces,
     text_request,
     whole,
@@ -144,7 +145,7 @@ async def _events(deltas: Deltas, model: str, *, wants_probs: bool) -> AsyncGene
                 yield b"data: %b\n\n" % encode(event)
             if delta.finish is not None:
                 assert prompt is not None, "the first delta tells of the prompt"
-                yield b"data: %b\n\n" % encode(_ending("", prompt, delta.finish, model))
+                yield b"data: %b\n\n" % encode(_ending("", prompt, checked(delta.finish), model))
 
 
 def llamacpp_router(front: Front) -> APIRouter:

@@ -13,7 +13,7 @@ from tightrope import __version__
 from tightrope.engine.errors import InvalidRequest, ModelNotFound
 from tightrope.engine.types import Finish, GenerateRequest, PromptInfo, Span, TextPrompt
 from tightrope.server.body import Body, FirstErrorOnly, JsonRoute
-from tightrope.server.families.text import STATUS_ERRORS, SamplingFields, pieces, text_request, whole
+from tightrope.server.families.text import STATUS_ERRORS, SamplingFields, checked, pieces, text_request, whole
 from tightrope.server.front import Front
 from tightrope.server.openai.convert import Served, check_model
 from tightrope.server.openai.routes import ERRORS
@@ -142,7 +142,7 @@ async def _lines(deltas: Deltas, model: str, wrap: Wrap) -> AsyncGenerator[bytes
                 yield encode({"model": model, "created_at": _now(), **wrap(delta.text), "done": False}) + b"\n"
             if delta.finish is not None:
                 assert prompt is not None, "the first delta tells of the prompt"
-                ending = _ending(prompt, delta.finish)
+                ending = _ending(prompt, checked(delta.finish))
                 yield encode({"model": model, "created_at": _now(), **wrap(""), **ending}) + b"\n"
 
 

@@ -6,8 +6,8 @@ from uuid import uuid4
 from fastapi import Request
 from pydantic import Field
 
-from tightrope.engine.errors import InvalidRequest
-from tightrope.engine.types import GenerateRequest, LogprobRequest, Prompt, Span, TextPrompt, TokenPrompt
+from tightrope.engine.errors import BackendFailed, InvalidRequest
+from tightrope.engine.types import Finish, GenerateRequest, LogprobRequest, Prompt, Span, TextPrompt, TokenPrompt
 from tightrope.server import structured
 from tightrope.server.body import Body, Documented, ignored_fields, log_ignored
 from tightrope.server.front import Front
@@ -80,9 +80,17 @@ def text_request(
     )
 
 
+def checked(finish: Finish) -> Finish:
+    """The finish, in dialects without a word for a failed one. Raises BackendFailed with what went wrong."""
+    if finish.reason == "error":
+        raise BackendFailed(finish.message or "the answer failed")
+    return finish
+
+
 async def whole(front: Front, asked: GenerateRequest, request: Request) -> Choice:
-    """The answer when it is finished. Raises what the engine raises, and ClientGone."""
+    """The answer when it is finished. Raises what the engine raises, BackendFailed for a failed one, and ClientGone."""
     (choice,) = await collect(request, run(front.metrics.generate, [asked]))
+    checked(choice.finish)
     return choice
 
 
