@@ -17,6 +17,7 @@ from torch import Tensor
 from tightrope.kernels import exllama, native, reference
 from tightrope.kernels.columns import ColumnMatrix
 from tightrope.kernels.exllama import ExllamaMatrix as ExllamaMatrix  # for those who keep one
+from tightrope.kernels.layer import DecoderLayer
 from tightrope.kernels.layout import AttentionSpec, LayerCache, RopeTable, StepLayout
 from tightrope.kernels.low_rank import AdapterRows, LowRank
 from tightrope.kernels.quantized import Nf4Matrix, QuantizedMatrix
@@ -113,6 +114,19 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def gated(gate_up: Tensor, activation: str) -> Tensor:
     return _kernels_for(gate_up).gated(gate_up, activation)
+
+
+def decoder_layer(
+    x: Tensor, layer: DecoderLayer, cache: LayerCache, step: StepLayout, table: RopeTable | None
+) -> Tensor | None:
+    """A layer's output for x [T, hidden] float32; stores the step's keys and values, as its operations do one by one.
+
+    None, and nothing stored, where no kernel runs a layer of so many tokens at once.
+    """
+    kernels = _kernels_for(x)
+    if isinstance(kernels, native.NativeKernels):
+        return kernels.decoder_layer(x, layer, cache, step, table)
+    return None
 
 
 UNSETTLED = -2  # a row that `draw` leaves to the sampler's own steps

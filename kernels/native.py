@@ -17,55 +17,21 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tightrope.kernels import reference
+from tightrope.kernels.layer import DecoderLayer
 from tightrope.kernels.layout import AttentionSpec, LayerCache, RopeTable, StepLayout
 from tightrope.kernels.low_rank import AdapterRows, LowRank
+from tightrope.kernels.native_structs import ACTIVATIONS, MOST_MATRICES, WEIGHTS, layer_address, matrix_address
 from tightrope.kernels.quantized import Nf4Matrix, QuantizedMatrix
 
 # numbered by the library; a machine that runs one runs those before
 INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512vnni")
 INTERFACE = 1  # that of cpu/kernels.cpp; a build that gives no number is of the first
 MOST_DIMS = 256  # of a head, in the attention; larger ones are left to the reference
-MOST_MATRICES = 8  # that share a call
+MOST_LAYER_TOKENS = 64  # that take a layer at once: the memory for it is kept, and more hide the time between calls
 
-_WEIGHTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _FORMATS = {"f16": 0, "q8": 1, "q4": 2}
-_SCALES = {torch.float16: 0, torch.float32: 1}
-_SCALE_CODES = 2
-_ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
 _ADDRESSES: list[Any] = [ctypes.c_void_p * count for count in range(MOST_MATRICES + 1)]
 _TYPES: dict[str, Any] = {"p": ctypes.c_void_p, "i": ctypes.c_int, "l": ctypes.c_int64, "f": ctypes.c_float}
-
-
-class _Quantized(ctypes.Structure):
-    """`Matrix` in cpu/quantized_input.h."""
-
-    _fields_ = (
-        ("codes", ctypes.c_void_p),
-        ("scales", ctypes.c_void_p),
-        ("group_max", ctypes.c_void_p),
-        ("zeros", ctypes.c_void_p),
-        ("source", ctypes.c_void_p),
-        ("group_starts", ctypes.c_void_p),
-        ("group_bits", ctypes.c_void_p),
-        ("tile_bytes", ctypes.c_int64),
-        ("inputs", ctypes.c_int32),
-        ("outputs", ctypes.c_int32),
-        ("groups", ctypes.c_int32),
-        ("scale_kind", ctypes.c_int32),
-    )
-
-
-class _Nf4(ctypes.Structure):
-    """`Nf4Matrix` in cpu/nf4.h."""
-
-    _fields_ = (
-        ("codebook", ctypes.c_void_p),
-        ("codes", ctypes.c_void_p),
-        ("scales", ctypes.c_void_p),
-        ("inputs", ctypes.c_int32),
-        ("outputs", ctypes.c_int32),
-        ("blocksize", ctypes.c_int32),
-    )
 
 
 class UnusableBuild(Exception):
@@ -149,6 +115,9 @@ class NativeKernels:
         self._rms_norm = function("rms_norm", "plppiif")
         self._gated = function("gated", "ppiii")
         self._draw = function("draw", "pllpp")
+        self._decoder_layer: Callable[..., None] | None = None
+        if hasattr(library, "tightrope_decoder_layer"):  # a library built before there was one serves without it
+            self._decoder_layer = function("decoder_layer", "pp" + "pppppiii" + "pppiip" + "pppii" + "pppi")
 
     def describe(self) -> str:
         return f"C++ ({self.instruction_set})"
@@ -222,7 +191,7 @@ class NativeKernels:
         self._linear(
             x.data_ptr(),
             weight.data_ptr(),
-            _WEIGHTS[weight.dtype],
+            WEIGHTS[weight.dtype],
             None if bias is None else bias.data_ptr(),
             out.data_ptr(),
             rows,
@@ -264,7 +233,31 @@ class NativeKernels:
         gate_up = gate_up.contiguous()
         rows, both = gate_up.shape
         out = gate_up.new_empty(rows, both // 2)
-        self._gated(gate_up.data_ptr(), out.data_ptr(), rows, both // 2, _ACTIVATIONS[activation])
+        self._gated(gate_up.data_ptr(), out.data_ptr(), rows, both // 2, ACTIVATIONS[activation])
+        return out
+
+    def decoder_layer(
+        self, x: Tensor, layer: DecoderLayer, cache: LayerCache, step: StepLayout, table: RopeTable | None
+    ) -> Tensor | None:
+        """See kernels.dispatch.decoder_layer."""
+        if self._decoder_layer is None or len(x) > MOST_LAYER_TOKENS or cache.format.head_dim > MOST_DIMS:
+            return None
+        out = x.clone()
+        self._decoder_layer(
+            layer_address(layer),
+            out.data_ptr(),
+            *_pages(cache),
+            *((None, None, None, 0, 0, None) if table is None else (*_angles(table), table.query_scale.data_ptr())),
+            step.query_starts.data_ptr(),
+            step.context_lens.data_ptr(),
+            step.block_tables.data_ptr(),
+            step.block_tables.shape[0],
+            step.block_tables.stride(0),
+            step.slots.data_ptr(),
+            step.positions.data_ptr(),
+            step.sequence_of.data_ptr(),
+            len(x),
+        )
         return out
 
     def draw(self, logits: Tensor, params: NDArray[np.float64]) -> NDArray[np.int64]:
@@ -272,40 +265,6 @@ class NativeKernels:
         token_ids = np.empty(len(logits), np.int64)
         self._draw(logits.data_ptr(), len(logits), logits.shape[1], params.ctypes.data, token_ids.ctypes.data)
         return token_ids
-
-
-_described: WeakKeyDictionary[QuantizedMatrix | Nf4Matrix, tuple[_Quantized | _Nf4, int]] = WeakKeyDictionary()
-
-
-def _describe(matrix: QuantizedMatrix | Nf4Matrix) -> tuple[_Quantized | _Nf4, int]:
-    """What the library reads of a matrix, and its address; kept as long as the matrix is."""
-    if isinstance(matrix, QuantizedMatrix):
-        scales = matrix.scale_codes if matrix.scales is None else matrix.scales
-        assert scales is not None
-        tensors = (scales, matrix.group_max, matrix.zeros, matrix.source, matrix.group_starts, matrix.group_bits)
-        assert all(tensor is None or tensor.is_contiguous() for tensor in (matrix.codes, *tensors))
-        described: _Quantized | _Nf4 = _Quantized(
-            matrix.codes.data_ptr(),
-            *(None if tensor is None else tensor.data_ptr() for tensor in tensors),
-            matrix.codes.shape[1],
-            matrix.num_inputs,
-            matrix.num_outputs,
-            len(matrix.group_bits),
-            _SCALES.get(scales.dtype, _SCALE_CODES),
-        )
-    else:
-        assert matrix.codes.is_contiguous()
-        assert matrix.scales.is_contiguous()
-        described = _Nf4(
-            matrix.codebook.data_ptr(),
-            matrix.codes.data_ptr(),
-            matrix.scales.data_ptr(),
-            matrix.num_inputs,
-            matrix.num_outputs,
-            matrix.blocksize,
-        )
-    _described[matrix] = described, ctypes.addressof(described)
-    return _described[matrix]
 
 
 _described_low_rank: WeakKeyDictionary[LowRank, dict[int, tuple[_LowRank, object, int]]] = WeakKeyDictionary()
@@ -318,7 +277,7 @@ def _describe_low_rank(slot: int, adapter: LowRank) -> int:
         parts = (_LowRankPart * len(adapter.parts))(
             *(
                 _LowRankPart(
-                    part.down.data_ptr(), part.up.data_ptr(), _WEIGHTS[part.down.dtype], part.first, *part.up.shape
+                    part.down.data_ptr(), part.up.data_ptr(), WEIGHTS[part.down.dtype], part.first, *part.up.shape
                 )
                 for part in adapter.parts
             )
@@ -344,7 +303,7 @@ def _times(
     outputs, addresses = 0, []
     for matrix in matrices:
         outputs += matrix.num_outputs
-        addresses.append((_described.get(matrix) or _describe(matrix))[1])
+        addresses.append(matrix_address(matrix))
     out = x.new_empty(len(x), outputs)
     count = len(addresses)
     run(

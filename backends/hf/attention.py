@@ -66,10 +66,16 @@ class Attention(nn.Module):
     def forward(self, hidden_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, None]:
         return self.run(hidden_states.reshape(-1, hidden_states.shape[-1])).view(hidden_states.shape), None
 
+    def now(self) -> tuple[StepLayout, LayerCache, RopeTable | None]:
+        """The current step, the layer's cache, and by what its queries and keys are rotated."""
+        step, cache = self.current.layer(self.index)
+        rope = self.layer.rope
+        return step, cache, None if rope is None else self.current.tables[rope]
+
     def run(self, x: Tensor) -> Tensor:
         """x [T, hidden] to [T, hidden]; stores the step's keys and values."""
-        current, layer = self.current, self.layer
-        step, cache = current.layer(self.index)
+        layer = self.layer
+        step, cache, table = self.now()
         h, hkv = self.num_heads, layer.num_kv_heads
         qkv = self._run_qkv(x).view(len(x), h + 2 * hkv, layer.head_dim)
         q, k, v = qkv.split((h, hkv, hkv), 1)
@@ -79,7 +85,6 @@ class Attention(nn.Module):
         if k_norm is not None:
             k = k_norm(k)
         dispatch.store_kv(cache, k, v, step.slots)
-        table = None if layer.rope is None else current.tables[layer.rope]
         if table is not None:
             q = dispatch.rotate(q, step, table)
         attended = dispatch.attention(q, cache, step, table, layer.spec)  # [T, H, D]

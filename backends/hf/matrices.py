@@ -8,6 +8,7 @@ from torch import Tensor
 
 from tightrope.kernels import dispatch
 from tightrope.kernels.columns import ColumnMatrix, to_columns
+from tightrope.kernels.layer import Projection
 from tightrope.kernels.quantized import TILE, Nf4Matrix, QuantizedMatrix
 
 Piece = Tensor | QuantizedMatrix | Nf4Matrix  # a tensor is [N, K]
@@ -72,6 +73,13 @@ def times(x: Tensor, weight: Matrix, bias: Tensor | None) -> Tensor:
     if isinstance(weight, Tensor):
         return dispatch.linear(x, weight, bias)
     return weight.times(x, bias)
+
+
+def projection(weight: Matrix, bias: Tensor | None) -> Projection | None:
+    """A linear as a whole layer's kernel has it; None for forms that it doesn't know."""
+    if isinstance(weight, Tensor):
+        return Projection(weight, bias)
+    return Projection(weight.matrices, bias) if isinstance(weight, Quantized | Nf4) else None
 
 
 def side_by_side(pieces: Sequence[Piece], device: torch.device) -> Matrix:

@@ -5,6 +5,7 @@ dimensions; our own modules hand rows [T, hidden] to each other through `run`, w
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -13,8 +14,9 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from tightrope.backends.hf.attention import Attention, CurrentStep
-from tightrope.backends.hf.matrices import Matrix, times
+from tightrope.backends.hf.matrices import Matrix, projection, times
 from tightrope.kernels import dispatch
+from tightrope.kernels.layer import DecoderLayer, Norm
 from tightrope.kernels.low_rank import AdapterRows, LowRank
 
 
@@ -197,11 +199,41 @@ class Layer(nn.Module):
 
     def run(self, x: Tensor) -> Tensor:
         """x [T, hidden] to [T, hidden]."""
+        if self.attention.current.adapters is None and (whole := self._whole) is not None:
+            step, cache, table = self.attention.now()
+            if (done := dispatch.decoder_layer(x, whole, cache, step, table)) is not None:
+                return done
         before, after, before_mlp, after_mlp = self._norms
         y = self._run_attention(x if before is None else before(x))
         x = x + (y if after is None else after(y))
         y = self._run_mlp(x if before_mlp is None else before_mlp(x))
         return x + (y if after_mlp is None else after_mlp(y))
+
+    @cached_property
+    def _whole(self) -> DecoderLayer | None:
+        """The layer as one kernel runs it, where its parts have the forms for that; read once weights are there."""
+        attention, mlp = self.attention, self.mlp
+        if not isinstance(mlp, GatedMLP):
+            return None
+        linears = (attention.qkv, attention.out, mlp.gate_up, mlp.down)
+        qkv, out, gate_up, down = (projection(linear.weight, linear.bias) for linear in linears)
+        if qkv is None or out is None or gate_up is None or down is None:
+            return None
+        return DecoderLayer(
+            qkv,
+            out,
+            gate_up,
+            down,
+            (_of(self.input_norm), _of(self.post_attention_norm), _of(self.pre_mlp_norm), _of(self.post_mlp_norm)),
+            (_of(attention.q_norm), _of(attention.k_norm)),
+            attention.num_heads,
+            mlp.activation,
+            attention.layer.spec,
+        )
+
+
+def _of(norm: RMSNorm | None) -> Norm | None:
+    return None if norm is None else Norm(norm.weight, norm.eps)
 
 
 class Stack(nn.Module):

@@ -1,5 +1,5 @@
-// Few rows of x times the transpose of a weight: the weight is read once, as it is stored, and meets all rows of x as it
-// passes. With one row memory is the limit, with eight arithmetic is as much.
+// Few rows of x times the transpose of a weight: the weight is read once, as it is stored, and meets all rows of x as
+// it passes. With one row memory is the limit, with eight arithmetic is as much.
 #pragma once
 
 #include <algorithm>
@@ -7,12 +7,12 @@
 #include "pool.h"
 #include "simd.h"
 
-constexpr int FEW = 24;                            // at most so many rows of x go this way
+constexpr int FEW = 24;  // at most so many rows of x go this way
 constexpr int REGISTERS = LANES == 16 ? 32 : 16;
 constexpr int MOST_COLUMNS = LANES == 16 ? 8 : 4;  // rows of x at a time
-constexpr int NEAR = 6 * 1024;                     // floats of x that stay in a core's first cache beside the weight
-constexpr int MOST_DEPTH = 2048;                   // inputs at a time
-constexpr int TASK_BYTES = 96 * 1024;              // of weight: large enough to hide the taking of a task
+constexpr int NEAR = 6 * 1024;          // floats of x that stay in a core's first cache beside the weight
+constexpr int MOST_DEPTH = 2048;        // inputs at a time
+constexpr int TASK_BYTES = 96 * 1024;   // of weight: large enough to hide the taking of a task
 
 struct Linear {
     const float* x;
@@ -22,11 +22,11 @@ struct Linear {
     int rows, inputs, outputs;
 };
 
-// How many rows of the weight meet T rows of x at a time: beside their sums, registers hold two vectors of each row, one
-// of x and a mask. Four give the processor streams enough to read.
+// How many rows of the weight meet T rows of x at a time: beside their sums, registers hold two vectors of each row,
+// one of x and a mask. Four give the processor streams enough to read.
 constexpr int dot_rows(int T) { return std::min(4, (REGISTERS - 2) / (T + 2)); }
 
-// The numbers that are widened at a time, as vectors. Two bfloat16 share a word: the even ones come first, then the odd.
+// Vectors that are widened at a time. Two bfloat16 share a word: the even ones come first, then the odd.
 template <class W> constexpr int PARTS_OF = 1;
 template <> constexpr int PARTS_OF<bf16> = 2;
 template <class W> constexpr int STEP_OF = PARTS_OF<W> * LANES;
@@ -92,8 +92,8 @@ struct Panel {
     int first_row, from, depth;
 };
 
-// Rows n .. n + N of the weight times a panel of T rows, into `out`, or added to it after the first panel. Where rows are
-// short the processor's own prefetching finds no stream to follow.
+// Rows n .. n + N of the weight times a panel of T rows, into `out`, or added to it after the first panel. Where rows
+// are short the processor's own prefetching finds no stream to follow.
 template <class W, int N, int T> INLINE void dots_of(const Linear& l, const Panel& panel, int n) {
     constexpr int STEP = STEP_OF<W>;
     const size_t width = l.inputs;
@@ -147,7 +147,8 @@ template <class W> void dots(const Linear& l) {
         interleave<W>(l.x + size_t(first) * l.inputs, l.inputs, first_of(pass + 1) - first,
                       panels + size_t(first) * steps * STEP);
     }
-    const int most = std::max(1, std::min(MOST_DEPTH, NEAR / std::min(l.rows, MOST_COLUMNS)) / STEP);  // steps at a time
+    // steps at a time
+    const int most = std::max(1, std::min(MOST_DEPTH, NEAR / std::min(l.rows, MOST_COLUMNS)) / STEP);
     const int parts = (steps + most - 1) / most, depth = (steps + parts - 1) / parts * STEP;
     const int wanted = std::max<int>(1, TASK_BYTES / (l.inputs * sizeof(W)));
     const int each = (wanted + 11) / 12 * 12;  // a multiple of every dot_rows

@@ -2,11 +2,8 @@
 // how far apart tokens are; shapes and meanings are those of kernels/reference.py.
 
 #include "draw.h"
-#include "linear.h"
+#include "layer.h"
 #include "low_rank.h"
-#include "nf4.h"
-#include "pointwise.h"
-#include "step.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -31,10 +28,7 @@ EXPORT void tightrope_set_threads(int count) { pool().set_threads(count); }
 // dtype: 0 float32, 1 bfloat16, 2 float16
 EXPORT void tightrope_linear(const float* x, const void* weight, int dtype, const float* bias, float* out, int rows,
                              int inputs, int outputs) {
-    const Linear l{x, weight, bias, out, rows, inputs, outputs};
-    if (dtype == 0) linear<float>(l);
-    if (dtype == 1) linear<bf16>(l);
-    if (dtype == 2) linear<f16>(l);
+    project({weight, bias, dtype, 1, inputs, outputs}, x, out, rows);
 }
 
 // Of matrices on the same x; their outputs are side by side.
@@ -84,9 +78,7 @@ EXPORT void tightrope_attention(void* key_codes, void* key_scales, void* value_c
                       window,
                       scale,
                       softcap};
-    if (format == F16) attention<F16>(a);
-    if (format == Q8) attention<Q8>(a);
-    if (format == Q4) attention<Q4>(a);
+    attention(a);
 }
 
 EXPORT void tightrope_rotate(const float* x, int64_t stride, float* out, const float* pages, const float* places,
@@ -103,9 +95,33 @@ EXPORT void tightrope_rms_norm(const float* x, int64_t stride, const float* weig
 
 // activation: 0 silu, 1 gelu, 2 gelu_tanh
 EXPORT void tightrope_gated(const float* gate_up, float* out, int rows, int width, int activation) {
-    if (activation == SILU) gated<SILU>(gate_up, out, rows, width);
-    if (activation == GELU) gated<GELU>(gate_up, out, rows, width);
-    if (activation == GELU_TANH) gated<GELU_TANH>(gate_up, out, rows, width);
+    gated(activation, gate_up, out, rows, width);
+}
+
+// x [T, hidden] to what the layer makes of it, in place; keys and values are stored.
+EXPORT void tightrope_decoder_layer(const DecoderLayer* layer, float* x, void* key_codes, void* key_scales,
+                                    void* value_codes, void* value_scales, const float* key_factor, int format,
+                                    int kv_heads, int dims, const float* pages, const float* places,
+                                    const int32_t* set_of, int num_pages, int half, const float* query_scale,
+                                    const int32_t* query_starts, const int32_t* context_lens,
+                                    const int32_t* block_tables, int sequences, int block_table_width,
+                                    const int64_t* slots, const int32_t* positions, const int32_t* sequence_of,
+                                    int tokens) {
+    const Attention a{nullptr,
+                      nullptr,
+                      {(uint8_t*)key_codes, (uint8_t*)value_codes, (f16*)key_scales, (f16*)value_scales, key_factor,
+                       format, kv_heads, dims},
+                      {pages, places, set_of, num_pages, half},
+                      query_starts,
+                      context_lens,
+                      block_tables,
+                      sequences,
+                      block_table_width,
+                      layer->heads,
+                      layer->window,
+                      layer->scale,
+                      layer->softcap};
+    decoder_layer(*layer, a, {slots, positions, sequence_of, query_scale, tokens}, x);
 }
 
 // Params of a row: temperature > 0, u in [0, 1), top_k, top_p, min_p, typical_p (neutral: 0, 1, 0, 1). token_ids: -1

@@ -1,0 +1,147 @@
+"""A whole decoder layer in one call against its operations one by one in the reference, for every instruction set that
+this machine runs."""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from step_builder import rope_tables, step_of
+from torch import Tensor
+
+from tightrope.backends.rope import RopeSpec
+from tightrope.kernels import native, reference
+from tightrope.kernels.layer import DecoderLayer, Norm, Projection
+from tightrope.kernels.layout import AttentionSpec, CacheFormat, LayerCache, RopeTable, StepLayout
+from tightrope.kernels.quantized import Nf4Matrix, QuantizedMatrix, arrange, pack, pack_nf4, tiled
+
+HIDDEN, HEADS, KV_HEADS, DIMS, MIDDLE, PAGES = 64, 4, 2, 32, 96, 8
+# Float32 roundings, and now and then a float16 key or value, 2^-11 of it, that they round the other way.
+CLOSE = {"rtol": 2e-3, "atol": 2e-3}
+ROPE = {"default": RopeSpec("yarn", 2.0, 10000.0, DIMS // 2, DIMS, 64, 128, attention_factor=1.1)}
+
+
+@pytest.fixture(scope="module", params=native.usable() or ["none"])
+def kernels(request: pytest.FixtureRequest) -> native.NativeKernels:
+    built = native.NativeKernels(request.param)
+    built.set_threads(2)
+    return built
+
+
+def plain(dtype: torch.dtype) -> Callable[[int, int], Tensor]:
+    return lambda outputs, inputs: (torch.randn(outputs, inputs) / math.sqrt(inputs)).to(dtype)
+
+
+def quantized(outputs: int, inputs: int) -> tuple[QuantizedMatrix, ...]:
+    """Four bits in groups of 32, as two matrices side by side."""
+    groups = inputs // 32
+    rows = arrange(torch.arange(inputs), [32] * groups, [4] * groups)
+
+    def matrix(width: int) -> QuantizedMatrix:
+        codes = torch.randint(16, (inputs, width), dtype=torch.uint8)
+        scales = (torch.rand(groups, width) + 0.5) / (5 * math.sqrt(inputs))
+        packed = pack(codes, rows)
+        return QuantizedMatrix(inputs, width, None, rows.group_starts, rows.group_bits, packed, scales=tiled(scales))
+
+    return matrix(outputs // 2), matrix(outputs - outputs // 2)
+
+
+def nf4(outputs: int, inputs: int) -> tuple[Nf4Matrix, ...]:
+    codes = torch.randint(16, (outputs, inputs), dtype=torch.uint8)
+    return (pack_nf4(codes, torch.rand(outputs, inputs // 32) / math.sqrt(inputs), torch.rand(16) * 4 - 2, 32),)
+
+
+FORMS = (plain(torch.float32), plain(torch.bfloat16), plain(torch.float16), quantized, nf4)
+
+
+@st.composite
+def layers(draw: st.DrawFn) -> DecoderLayer:
+    torch.manual_seed(draw(st.integers(0, 2**32 - 1)))
+
+    def projection(outputs: int, inputs: int) -> Projection:
+        return Projection(
+            draw(st.sampled_from(FORMS))(outputs, inputs), torch.randn(outputs) if draw(st.booleans()) else None
+        )
+
+    def norm(width: int) -> Norm | None:
+        return Norm(torch.rand(width) + 0.5, 1e-5) if draw(st.booleans()) else None
+
+    return DecoderLayer(
+        projection((HEADS + 2 * KV_HEADS) * DIMS, HIDDEN),
+        projection(HIDDEN, HEADS * DIMS),
+        projection(2 * MIDDLE, HIDDEN),
+        projection(HIDDEN, MIDDLE),
+        (norm(HIDDEN), norm(HIDDEN), norm(HIDDEN), norm(HIDDEN)),
+        (norm(DIMS), norm(DIMS)),
+        HEADS,
+        draw(st.sampled_from(("silu", "gelu", "gelu_tanh"))),
+        AttentionSpec(DIMS**-0.5, draw(st.sampled_from((None, 20))), draw(st.sampled_from((None, 30.0)))),
+    )
+
+
+def one_by_one(x: Tensor, layer: DecoderLayer, cache: LayerCache, step: StepLayout, table: RopeTable | None) -> Tensor:
+    def project(projection: Projection, x: Tensor) -> Tensor:
+        weight, bias = projection.weight, projection.bias
+        if isinstance(weight, Tensor):
+            return reference.linear(x, weight, bias)
+        return reference.quantized_linear(x, weight, bias)
+
+    def normed(norm: Norm | None, x: Tensor) -> Tensor:
+        return x if norm is None else reference.rms_norm(x, norm.weight, norm.eps)
+
+    before_attention, after_attention, before_mlp, after_mlp = layer.norms
+    qkv = project(layer.qkv, normed(before_attention, x)).view(len(x), HEADS + 2 * KV_HEADS, DIMS)
+    q, k, v = qkv.split((HEADS, KV_HEADS, KV_HEADS), 1)
+    q, k = normed(layer.head_norms[0], q), normed(layer.head_norms[1], k)
+    reference.store_kv(cache, k, v, step.slots)
+    if table is not None:
+        q = reference.rotate(q, step, table)
+    attended = reference.attention(q, cache, step, table, layer.attention)
+    x = x + normed(after_attention, project(layer.out, attended.flatten(1)))
+    gates = reference.gated(project(layer.gate_up, normed(before_mlp, x)), layer.activation)
+    return x + normed(after_mlp, project(layer.down, gates))
+
+
+def noise() -> LayerCache:
+    cache = LayerCache.allocate(CacheFormat("f16", KV_HEADS, DIMS), 3 * PAGES)
+    cache.key_codes.normal_()
+    cache.value_codes.normal_()
+    return cache
+
+
+@given(
+    layer=layers(),
+    chunks=st.lists(st.tuples(st.integers(0, 100), st.sampled_from((1, 1, 5, 18))), min_size=1, max_size=3),
+    is_rotated=st.booleans(),
+)
+@settings(max_examples=20, deadline=None)
+def test_a_layer_at_once_equals_its_operations_one_by_one(
+    kernels: native.NativeKernels, layer: DecoderLayer, chunks: list[tuple[int, int]], is_rotated: bool
+):
+    step = step_of(chunks, PAGES)
+    table = rope_tables(ROPE, [before + now for before, now in chunks], PAGES)["default"] if is_rotated else None
+    x, cache = torch.randn(len(step.slots), HIDDEN), noise()
+    theirs = replace(cache, key_codes=cache.key_codes.clone(), value_codes=cache.value_codes.clone())
+    given_x = x.clone()
+
+    ours = kernels.decoder_layer(x, layer, cache, step, table)
+
+    assert ours is not None
+    torch.testing.assert_close(ours, one_by_one(x, layer, theirs, step, table), **CLOSE)
+    assert torch.equal(x, given_x)
+
+
+def test_a_long_prompt_is_left_to_the_operations_one_by_one(kernels: native.NativeKernels):
+    tokens = native.MOST_LAYER_TOKENS + 1
+    step, cache = step_of([(0, tokens)], PAGES), noise()
+    projection = Projection(torch.zeros(HIDDEN, HIDDEN), None)
+    layer = DecoderLayer(
+        projection, projection, projection, projection, (None,) * 4, (None,) * 2, HEADS, "silu", AttentionSpec(1.0)
+    )
+    before = cache.key_codes.clone()
+
+    assert kernels.decoder_layer(torch.randn(tokens, HIDDEN), layer, cache, step, None) is None
+    assert torch.equal(cache.key_codes, before)
