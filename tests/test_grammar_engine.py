@@ -186,3 +186,16 @@ def test_a_grammar_is_refused_after_the_prompts_length_was_checked():
         core.prepare(request("r", Grammar("regex", "(", "regex"), stop=StopRules(max_tokens=10_000)))
     with pytest.raises(InvalidRequest, match="regex: "):
         core.prepare(request("r", Grammar("regex", "(", "regex")))
+
+
+def test_a_banned_string_takes_the_grammar_back_with_the_text():
+    either = GenerateRequest(
+        "r",
+        TextPrompt((Span("?"),)),
+        SamplingParams(temperature=0.0, banned_strings=("nono",)),
+        StopRules(max_tokens=20),
+        grammar=Grammar("regex", "nono|yes", "regex"),
+    )
+    text, finish, tokens = answers(FakeBackend(script("nono")), either)["r", 0]
+    assert (text, finish.reason) == ("yes", "eos")
+    assert "".join(token.text for token in tokens) == text
