@@ -75,7 +75,7 @@ def measure(
     device: torch.device, bandwidth: float, is_smoke: bool, show: Callable[[str], None]
 ) -> list[dict[str, object]]:
     """One row for each kind of matrix, number of rows and kernel: time of a product, share of `bandwidth`."""
-    inputs, outputs = (2 * GROUP_ROWS, 64) if is_smoke else (INPUTS, OUTPUTS)
+    inputs, outputs = (GROUP_ROWS, 32) if is_smoke else (INPUTS, OUTPUTS)
     rows: list[dict[str, object]] = []
     for kind, matrix in _large(inputs, outputs, device):
         runners = _runners(matrix, device, 1 if is_smoke else WORKING_SET)
