@@ -7,15 +7,20 @@ from pydantic import Discriminator, Tag
 
 from tightrope.server.body import Documented, JsonRoute
 from tightrope.server.front import Front
-from tightrope.server.openai.answers import ErrorAnswer
+from tightrope.server.openai.answers import ChatAnswer, CompletionAnswer, ErrorAnswer
 from tightrope.server.openai.requests import ChatRequest, CompletionRequest
-from tightrope.server.openai.routes import ERRORS, answer_chat, answer_completion
+from tightrope.server.openai.routes import ERRORS, EVENTS, answer_chat, answer_completion
 from tightrope.server.tgi.routes import ERRORS as TGI_ERRORS
 from tightrope.server.tgi.routes import answer_compat
-from tightrope.server.tgi.types import CompatBody, ErrorText
+from tightrope.server.tgi.types import CompatBody, ErrorText, GenerateAnswer
 
 BOTH: Documented = {
     **ERRORS,
+    200: {
+        "model": list[GenerateAnswer] | ChatAnswer | CompletionAnswer,
+        "content": EVENTS,
+        "description": "What the route that the body is made for answers.",
+    },
     422: TGI_ERRORS[422],
     424: TGI_ERRORS[424],
     429: {**ERRORS[429], "model": ErrorAnswer | ErrorText},
