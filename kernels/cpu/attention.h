@@ -22,7 +22,7 @@ struct Attention {
     float scale, softcap;                             // softcap 0: none
 
     int group() const { return heads / cache.kv_heads; }
-    int page(int b, int index) const { return block_tables[size_t(b) * block_table_width + index]; }
+    const int32_t* pages(int b) const { return block_tables + size_t(b) * block_table_width; }
     const float* page_angles(int b, int index) const {
         return rope.pages + (size_t(rope.set_of[b]) * rope.num_pages + index) * 2 * rope.half;
     }

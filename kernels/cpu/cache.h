@@ -79,12 +79,17 @@ static void store_kv(const Cache& c, const float* keys, size_t key_stride, const
     });
 }
 
-// Codes of dimensions d .. d + LANES of one token as floats, not scaled yet.
-template <int FORMAT> INLINE Floats codes_at(const uint8_t* codes, int d) {
-    if constexpr (FORMAT == F16) return load((const f16*)codes + d);
-    if constexpr (FORMAT == Q8) return widen(load_as<Bytes>(codes + d));
-    const Bytes packed = load_as<Bytes>(codes + d / GROUP * (GROUP / 2) + d % (GROUP / 2));
-    return widen((d % GROUP < GROUP / 2 ? packed & 15 : packed >> 4) - 8);
+// Codes of dimensions d .. d + LANES of one token as floats, not scaled yet; what is past the last one has no meaning.
+template <int FORMAT> INLINE Floats codes_at(const uint8_t* token, int d, int dims) {
+    if constexpr (FORMAT == Q8) return widen(load_as<Bytes>(token + d));
+    if constexpr (FORMAT == Q4) {
+        const Bytes packed = load_as<Bytes>(token + d / GROUP * (GROUP / 2) + d % (GROUP / 2));
+        return widen((d % GROUP < GROUP / 2 ? packed & 15 : packed >> 4) - 8);
+    }
+    if (d + LANES <= dims) return load((const f16*)token + d);
+    uint16_t last[LANES] = {};  // a vector would read past the end
+    memcpy(last, token + 2 * d, 2 * (dims - d));
+    return load((const f16*)last);
 }
 
 // One head of a page's tokens: where its codes are, and its scales as floats [PAGE][groups]. Reading a page starts the
@@ -93,7 +98,6 @@ template <int FORMAT> struct PageReader {
     const uint8_t *codes, *ahead;
     int code_bytes, dims, groups;
     alignas(64) float scales[FORMAT == F16 ? 1 : PAGE * MOST_DIMS / GROUP];
-    uint8_t tail[2 * LANES];
 
     INLINE PageReader(const Cache& c, const uint8_t* all_codes, const f16* all_scales, int page, int next, int head)
         : codes(all_codes + c.token(page, head) * c.code_bytes()),
@@ -105,34 +109,12 @@ template <int FORMAT> struct PageReader {
             __builtin_prefetch(all_scales + c.token(next, head) * groups);
         }
     }
-    // Dimensions d .. d + LANES of a token, not scaled yet.
-    INLINE Floats raw(int place, int d) {
-        const uint8_t* token = codes + place * code_bytes;
+    // Dimensions d .. d + LANES of a token, scaled.
+    INLINE Floats values(int place, int d) {
         const int byte = FORMAT == F16 ? 2 * d : FORMAT == Q8 ? d : d / 2;
         if (byte % 64 == 0) __builtin_prefetch(ahead + place * code_bytes + byte);
-        if constexpr (FORMAT == F16) {
-            if (d + LANES <= dims) return codes_at<FORMAT>(token, d);
-            memset(tail, 0, 2 * LANES);  // a vector would read past the end
-            memcpy(tail, token + 2 * d, 2 * (dims - d));
-            return codes_at<FORMAT>(tail, 0);
-        }
-        return codes_at<FORMAT>(token, d);
-    }
-    // Those of dimension d at places `first` .. first + LANES.
-    INLINE Floats scales_of_places(int first, int d) const {
-        const float* const from = scales + first * groups;
-        Floats of_places;
-        if (groups == 2) {  // heads of 64, where this is worth its while
-            Ints place;
-            for (int lane = 0; lane < LANES; ++lane) place[lane] = 2 * lane;
-            return __builtin_shuffle(load(from), load(from + LANES), place + d / GROUP);
-        }
-#pragma GCC unroll 16
-        for (int lane = 0; lane < LANES; ++lane) of_places[lane] = from[lane * groups + d / GROUP];
-        return of_places;
-    }
-    INLINE Floats values(int place, int d) {
-        return FORMAT == F16 ? raw(place, d) : raw(place, d) * scales[place * groups + d / GROUP];
+        const Floats raw = codes_at<FORMAT>(codes + place * code_bytes, d, dims);
+        return FORMAT == F16 ? raw : raw * scales[place * groups + d / GROUP];
     }
 };
 
@@ -144,19 +126,15 @@ INLINE void read_values(const Cache& c, int page, int next, int head, int first,
         for (int d = 0; d < c.dims; d += LANES) store(out + place * ROW + d, reader.values(place, d));
 }
 
-// How a page's keys are turned: [PAGE][4][half] of the places' angles, with the page's added where given, each times the
-// factor of the dimension that it will multiply. For a pair (x, y) = (code i, code i + half), the four are what x and y
-// are multiplied by to make i, and what y and x are to make i + half.
+// How a page's keys are turned: [PAGE][4][half] of its angles and the places' together, each times the factor of the
+// dimension that it will multiply. For a pair (x, y) = (code i, code i + half), the four are what x and y are multiplied
+// by to make i, and what y and x are to make i + half.
 INLINE void turns_of_page(const float* page, const float* places, const float* factor, int half,
                           float* __restrict out) {
     for (int place = 0; place < PAGE; ++place, places += 2 * half, out += 4 * half)
         for (int i = 0; i < half; ++i) {
-            float cosine = places[i], sine = places[half + i];
-            if (page) {
-                const float c = cosine, s = sine;
-                cosine = page[i] * c - page[half + i] * s;
-                sine = page[half + i] * c + page[i] * s;
-            }
+            const float c = places[i], s = places[half + i];
+            const float cosine = page[i] * c - page[half + i] * s, sine = page[half + i] * c + page[i] * s;
             out[i] = factor[i] * cosine;
             out[half + i] = -factor[half + i] * sine;
             out[2 * half + i] = factor[half + i] * cosine;

@@ -127,7 +127,7 @@ template <int FORMAT> static void prefill_block(const Attention& a, const Prefil
         const int count = std::min(TILE, end - start);
         for (int k = 0; k < count; k += PAGE) {
             const int index = (start + k) / PAGE, last = std::min(PAGE, count - k);
-            const int page = a.page(block.b, index), next = a.page(block.b, std::min(index + 1, (end - 1) / PAGE));
+            const int page = a.pages(block.b)[index], next = a.pages(block.b)[std::min(index + 1, (end - 1) / PAGE)];
             if (half) turns_of_page(a.page_angles(block.b, index), a.place_angles(block.b), factor, half, s.turns);
             read_keys<FORMAT>(c, page, next, block.head, 0, last, factor, s.turns, half, s.keys + k * ROW);
             read_values<FORMAT>(c, page, next, block.head, 0, last, s.values + k * ROW);

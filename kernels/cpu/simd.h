@@ -63,18 +63,19 @@ struct f16 { uint16_t bits; };
 INLINE Floats load(const bf16* from) {
     return (Floats)(__builtin_convertvector(load_as<Halves>(from), Words) << 16);
 }
-INLINE Floats load(const f16* from) {
+INLINE Floats of_f16(Halves halves) {
 #if defined(__AVX512F__)
-    return (Floats)_mm512_maskz_cvtph_ps(0xffff, load_as<__m256i>(from));
+    return (Floats)_mm512_maskz_cvtph_ps(0xffff, (__m256i)halves);
 #elif defined(__F16C__)
-    return (Floats)_mm256_cvtph_ps(load_as<__m128i>(from));
+    return (Floats)_mm256_cvtph_ps((__m128i)halves);
 #else
-    const Words h = __builtin_convertvector(load_as<Halves>(from), Words);
+    const Words h = __builtin_convertvector(halves, Words);
     Words bits = (Words)((Floats)((h & 0x7fff) << 13) * 0x1p112f);  // moves the exponent, subnormals included
     bits |= (h & 0x7c00) == 0x7c00 ? Words{} + 0x7f800000 : Words{};
     return (Floats)(bits | (h & 0x8000) << 16);
 #endif
 }
+INLINE Floats load(const f16* from) { return of_f16(load_as<Halves>(from)); }
 
 // Signed bytes. In GCC 12 the widening of so many bytes has no instruction of its own, so it is named.
 INLINE Floats widen(Bytes bytes) {

@@ -1,0 +1,186 @@
+// Scores of a page's keys with the queries of a group. The page's tokens are the lanes of vectors: no sum runs across
+// lanes, and no key is written down.
+#pragma once
+
+#include "attention.h"
+
+constexpr int SPAN_PAGES = 16;  // between two corrections of the softmax
+constexpr int SPAN = SPAN_PAGES * PAGE;
+
+// Lanes of 128 bits: a0 b0 a1 b1, and a2 b2 a3 b3.
+template <int FROM> INLINE Words interleaved(Words a, Words b) {
+    Ints lanes;
+    for (int i = 0; i < LANES; ++i) lanes[i] = i / 4 * 4 + FROM + i % 4 / 2 + (i % 2 ? LANES : 0);
+    return __builtin_shuffle(a, b, lanes);
+}
+// Likewise of pairs: a0 a1 b0 b1, and a2 a3 b2 b3.
+template <int FROM> INLINE Words interleaved_pairs(Words a, Words b) {
+    Ints lanes;
+    for (int i = 0; i < LANES; ++i) lanes[i] = i / 4 * 4 + FROM + i % 2 + (i % 4 < 2 ? 0 : LANES);
+    return __builtin_shuffle(a, b, lanes);
+}
+// Sixteen bytes of each fourth row.
+INLINE Words each_fourth(const uint8_t* row, size_t stride) {
+#if defined(__AVX512F__)
+    __m512i pieces = _mm512_castsi128_si512(load_as<__m128i>(row));
+    pieces = _mm512_inserti32x4(pieces, load_as<__m128i>(row + 4 * stride), 1);
+    pieces = _mm512_inserti32x4(pieces, load_as<__m128i>(row + 8 * stride), 2);
+    return (Words)_mm512_inserti32x4(pieces, load_as<__m128i>(row + 12 * stride), 3);
+#elif defined(__AVX2__)
+    const __m256i piece = _mm256_castsi128_si256(load_as<__m128i>(row));
+    return (Words)_mm256_inserti128_si256(piece, load_as<__m128i>(row + 4 * stride), 1);
+#else
+    return load_as<Words>(row);
+#endif
+}
+
+// PAGE rows of `bytes` bytes, `stride` bytes apart, to columns of four bytes [columns][PAGE]; zeros fill the last one.
+INLINE void transpose(const uint8_t* rows, size_t stride, int bytes, uint32_t* columns) {
+    int at = 0;
+    for (; at + 16 <= bytes; at += 16, columns += 4 * PAGE)
+#pragma GCC unroll 4
+        for (int first = 0; first < PAGE; first += LANES) {
+            const uint8_t* const from = rows + first * stride + at;
+            const Words a = each_fourth(from, stride), b = each_fourth(from + stride, stride),
+                        c = each_fourth(from + 2 * stride, stride), d = each_fourth(from + 3 * stride, stride);
+            const Words ab = interleaved<0>(a, b), cd = interleaved<0>(c, d);
+            const Words ab2 = interleaved<2>(a, b), cd2 = interleaved<2>(c, d);
+            const Words column[4] = {interleaved_pairs<0>(ab, cd), interleaved_pairs<2>(ab, cd),
+                                     interleaved_pairs<0>(ab2, cd2), interleaved_pairs<2>(ab2, cd2)};
+            for (int i = 0; i < 4; ++i) memcpy(columns + i * PAGE + first, &column[i], sizeof column[i]);
+        }
+    for (; at < bytes; at += 4, columns += PAGE)
+        for (int place = 0; place < PAGE; ++place) {
+            columns[place] = 0;
+            memcpy(columns + place, rows + place * stride + at, std::min(4, bytes - at));
+        }
+}
+
+// How places turn keys: [half][4][PAGE], each times the factor of the dimension that it will multiply; `angles` are
+// [PAGE][2][half]. For a pair (x, y) = (code i, code i + half), the four are what x and y are multiplied by to make i,
+// and what y and x are to make i + half.
+INLINE void turns_of_places(const float* angles, const float* factor, int half, float* turns) {
+    alignas(64) uint32_t columns[MOST_DIMS][PAGE];
+    const size_t row = size_t(8) * half;  // bytes
+    transpose((const uint8_t*)angles, row, int(row), columns[0]);
+    for (int i = 0; i < half; ++i, turns += 4 * PAGE)
+        for (int part = 0; part < PAGE; part += LANES) {
+            const Floats cosine = load((const float*)columns[i] + part);
+            const Floats sine = load((const float*)columns[half + i] + part);
+            store(turns + part, cosine * factor[i]);
+            store(turns + PAGE + part, sine * -factor[half + i]);
+            store(turns + 2 * PAGE + part, cosine * factor[half + i]);
+            store(turns + 3 * PAGE + part, sine * factor[i]);
+        }
+}
+
+// Lanes 0, 2, 4 ... or 1, 3, 5 ... of two vectors.
+template <int FIRST> INLINE Floats each_second(Floats a, Floats b) {
+    Ints lanes;
+    for (int i = 0; i < LANES; ++i) lanes[i] = 2 * i + FIRST;
+    return __builtin_shuffle(a, b, lanes);
+}
+// COUNT * PAGE numbers, of which each COUNT-th is of the same row, to rows, `step` floats apart. COUNT is a power of two.
+template <int COUNT> INLINE void split_rows(const Floats* numbers, float* rows, int step) {
+    constexpr int VECTORS = PAGE / LANES;
+    if constexpr (COUNT == 1) {
+        for (int i = 0; i < VECTORS; ++i) store(rows + i * LANES, numbers[i]);
+    } else {
+        Floats even[COUNT / 2 * VECTORS], odd[COUNT / 2 * VECTORS];
+        for (int i = 0; i < COUNT / 2 * VECTORS; ++i) {
+            even[i] = each_second<0>(numbers[2 * i], numbers[2 * i + 1]);
+            odd[i] = each_second<1>(numbers[2 * i], numbers[2 * i + 1]);
+        }
+        split_rows<COUNT / 2>(even, rows, 2 * step);
+        split_rows<COUNT / 2>(odd, rows + step, 2 * step);
+    }
+}
+template <int COUNT> INLINE void split_scales(const f16* scales, float* rows) {
+    Floats numbers[COUNT * PAGE / LANES];
+    for (int i = 0; i < COUNT * PAGE / LANES; ++i) numbers[i] = load(scales + i * LANES);
+    split_rows<COUNT>(numbers, rows, PAGE);
+}
+// Scales of a page's places [PAGE][groups] to rows [groups][PAGE].
+INLINE void read_scales(const f16* scales, int groups, float* rows) {
+    if (groups == 2) return split_scales<2>(scales, rows);  // heads of 64
+    if (groups == 4) return split_scales<4>(scales, rows);  // of 128
+    if (groups == 8) return split_scales<8>(scales, rows);  // of 256
+    for (int place = 0; place < PAGE; ++place)
+        for (int g = 0; g < groups; ++g) rows[g * PAGE + place] = to_float(scales[place * groups + g]);
+}
+
+// One head of a page's keys: codes in columns of four bytes, scales in rows.
+template <int FORMAT> struct KeyPage {
+    alignas(64) uint32_t columns[FORMAT == F16 ? MOST_DIMS / 2 : MOST_DIMS / 4][PAGE];
+    alignas(64) float scales[MOST_DIMS / GROUP][PAGE];
+
+    INLINE KeyPage(const Cache& c, int page, int head) {
+        const size_t bytes = c.code_bytes();
+        transpose(c.key_codes + c.token(page, head) * bytes, bytes, int(bytes), columns[0]);
+        if constexpr (FORMAT != F16)
+            read_scales(c.key_scales + c.token(page, head) * c.groups(), c.groups(), scales[0]);
+    }
+
+    // Codes of dimensions d .. d + 3, not scaled yet; d is a multiple of four.
+    struct Four {
+        Words words[FORMAT == F16 ? 2 : 1];
+        INLINE Floats operator[](int i) const {
+            if constexpr (FORMAT == F16)
+                return of_f16(__builtin_convertvector(words[i / 2] >> (16 * (i % 2)), Halves));
+            const int bits = FORMAT == Q8 ? 8 : 4;
+            return __builtin_convertvector((Ints)(words[0] << (32 - bits - 8 * i)) >> (32 - bits), Floats);
+        }
+    };
+    INLINE Four four(int d, int part) const {
+        const auto column = [&](int i) { return load_as<Words>(columns[i] + part); };
+        if constexpr (FORMAT == F16) return {{column(d / 2), column(d / 2 + 1)}};
+        if constexpr (FORMAT == Q8) return {{column(d / 4)}};
+        const Words packed = column(d / GROUP * 4 + d % 16 / 4) ^ 0x88888888;  // to signed numbers of four bits
+        return {{packed >> (d % GROUP < 16 ? 0 : 4)}};
+    }
+    INLINE Floats scale(int d, int part) const {
+        return FORMAT == F16 ? all(1.0f) : load(scales[d / GROUP] + part);
+    }
+
+    // Adds to scores of HEADS queries, each ROW floats after the one before.
+    template <int HEADS>
+    INLINE void add_scores(const float* queries, const float* turns, int half, int dims, float* scores) const {
+        for (int part = 0; part < PAGE; part += LANES) {
+            Floats acc[HEADS] = {}, other[HEADS] = {};
+            const auto one = [&](int d) __attribute__((always_inline)) { return four(d & ~3, part)[d % 4] * scale(d, part); };
+            const auto pair = [&](Floats x, Floats y, int i) __attribute__((always_inline)) {
+                const float* const turn = turns + size_t(i) * 4 * PAGE + part;
+                const Floats first = x * load(turn) + y * load(turn + PAGE);
+                const Floats second = y * load(turn + 2 * PAGE) + x * load(turn + 3 * PAGE);
+                const float* const query = queries + i;
+#pragma GCC unroll 8
+                for (int g = 0; g < HEADS; ++g) {
+                    acc[g] += first * query[g * ROW];
+                    other[g] += second * query[g * ROW + half];
+                }
+            };
+            const auto single = [&](Floats x, int d) __attribute__((always_inline)) {
+#pragma GCC unroll 8
+                for (int g = 0; g < HEADS; ++g) acc[g] += x * queries[g * ROW + d];
+            };
+            int i = 0;
+            for (; i + 4 <= half && half % 4 == 0; i += 4) {
+                const Four x = four(i, part), y = four(i + half, part);
+                const Floats scale_x = scale(i, part), scale_y = scale(i + half, part);
+#pragma GCC unroll 4
+                for (int j = 0; j < 4; ++j) pair(x[j] * scale_x, y[j] * scale_y, i + j);
+            }
+            for (; i < half; ++i) pair(one(i), one(i + half), i);
+            int d = 2 * half;
+            for (; d + 4 <= dims && d % 4 == 0; d += 4) {
+                const Four x = four(d, part);
+                const Floats scale_x = scale(d, part);
+#pragma GCC unroll 4
+                for (int j = 0; j < 4; ++j) single(x[j] * scale_x, d + j);
+            }
+            for (; d < dims; ++d) single(one(d), d);
+#pragma GCC unroll 8
+            for (int g = 0; g < HEADS; ++g) store(scores + g * SPAN + part, acc[g] + other[g]);
+        }
+    }
+};
