@@ -127,8 +127,8 @@ INLINE void read_values(const Cache& c, int page, int next, int head, int first,
 }
 
 // How a page's keys are turned: [PAGE][4][half] of its angles and the places' together, each times the factor of the
-// dimension that it will multiply. For a pair (x, y) = (code i, code i + half), the four are what x and y are multiplied
-// by to make i, and what y and x are to make i + half.
+// dimension that it will multiply. For a pair (x, y) = (code i, code i + half), the four are what x and y are
+// multiplied by to make i, and what y and x are to make i + half.
 INLINE void turns_of_page(const float* page, const float* places, const float* factor, int half,
                           float* __restrict out) {
     for (int place = 0; place < PAGE; ++place, places += 2 * half, out += 4 * half)

@@ -1,35 +1,36 @@
-// Attention of one query a sequence. Reading the cache is the limit: every page is read once for all heads of a group.
+// Attention of one query a sequence. Reading the cache is the limit: every page is read once for all heads of a group,
+// in the order in which it lies in memory.
 //
-// Source: Dao et al. 2023, "Flash-Decoding for long-context inference": the context is cut into parts, each with its own
-// softmax, which are merged in the end.
+// Source: Dao et al. 2023, "Flash-Decoding for long-context inference": the context is cut into parts, each with its
+// own softmax, which are merged in the end.
 #pragma once
 
 #include "scores.h"
 
 struct DecodePart {
-    int b, head, first_page, last_page;
-    size_t partial;  // where in the scratch: [G] maxima, [G] sums, [G][ROW] outputs
+    int b, first_page, last_page;
+    size_t partial;  // where in the scratch: [H] maxima, [H] sums, [H][ROW] outputs
 };
 
 constexpr int TOGETHER = LANES == 16 ? 8 : 4;  // heads whose outputs are held in registers
 
-INLINE size_t partial_floats(int group) { return size_t(group) * (2 + ROW); }
+INLINE size_t partial_floats(int heads) { return size_t(heads) * (2 + ROW); }
 
 // A part's pages from one correction of the softmax to the next, and the places in them that are seen.
 struct Span {
-    const int* pages;
-    int count, first, last;  // first place of the first page, end of the last page
+    const int32_t *pages, *later;  // later: as many of the next span, so far as there are
+    int count, num_later, first, last;  // first place of the first page, end of the last page
 
     int first_of(int i) const { return i ? 0 : first; }
     int last_of(int i) const { return i + 1 < count ? PAGE : last; }
-    int next_of(int i) const { return pages[std::min(i + 1, count - 1)]; }
 };
 
-// Starts the reading of one head of a page: pages lie anywhere in memory, and no processor guesses where the next one is.
+// Starts the reading of one head of a page, to the second cache: pages lie anywhere in memory, and no processor guesses
+// where the next one is.
 INLINE void fetch(const Cache& c, const uint8_t* codes, const f16* scales, int page, int head) {
     const size_t token = c.token(page, head), bytes = c.code_bytes();
-    for (size_t at = 0; at < PAGE * bytes; at += 64) __builtin_prefetch(codes + token * bytes + at);
-    for (int at = 0; at < PAGE * c.groups(); at += 32) __builtin_prefetch(scales + token * c.groups() + at);
+    for (size_t at = 0; at < PAGE * bytes; at += 64) __builtin_prefetch(codes + token * bytes + at, 0, 2);
+    for (int at = 0; at < PAGE * c.groups(); at += 32) __builtin_prefetch(scales + token * c.groups() + at, 0, 2);
 }
 
 // out[g] = out[g] * corrections[g] + sum over places of weights[g][place] * values, for HEADS heads, of VECTORS vectors
@@ -47,21 +48,28 @@ INLINE void add_values_at(const Cache& c, const Span& span, int head, const floa
         for (int j = 0; j < VECTORS; ++j) acc[g][j] = load(out + g * ROW + d + j * LANES) * corrections[g];
     for (int i = 0; i < span.count; ++i, all_weights += PAGE) {
         alignas(64) float weights[GROUPS][HEADS][PAGE], scales[MOST_DIMS / GROUP][PAGE];  // weights times scales
-        if constexpr (FORMAT != F16) {
+        if constexpr (FORMAT != F16)
             read_scales(c.value_scales + c.token(span.pages[i], head) * c.groups(), c.groups(), scales[0]);
-            __builtin_prefetch(c.value_scales + c.token(span.next_of(i), head) * c.groups());
-        }
         for (int k = 0; k < GROUPS; ++k)
             for (int part = 0; part < PAGE; part += LANES) {
                 const Floats scale = FORMAT == F16 ? all(1.0f) : load(scales[d / GROUP + k] + part);
 #pragma GCC unroll 8
-                for (int g = 0; g < HEADS; ++g) store(weights[k][g] + part, load(all_weights + g * SPAN + part) * scale);
+                for (int g = 0; g < HEADS; ++g)
+                    store(weights[k][g] + part, load(all_weights + g * SPAN + part) * scale);
             }
-        const uint8_t* token = c.value_codes + (c.token(span.pages[i], head) + span.first_of(i)) * code_bytes;
-        const uint8_t* ahead = c.value_codes + (c.token(span.next_of(i), head) + span.first_of(i)) * code_bytes + byte;
+        const auto block = [&](const uint8_t* codes, int page) { return codes + c.token(page, head) * code_bytes; };
+        const uint8_t* token = block(c.value_codes, span.pages[i]) + span.first_of(i) * code_bytes;
+        const uint8_t* ahead = block(c.value_codes, span.pages[std::min(i + 1, span.count - 1)]) + byte;
+        const uint8_t* later = i < span.num_later ? block(c.key_codes, span.later[i]) + byte : ahead;
+        if (FORMAT != F16 && !d && i < span.num_later)
+            __builtin_prefetch(c.key_scales + c.token(span.later[i], head) * c.groups(), 0, 2);
         const int last = span.last_of(i);
-        for (int place = span.first_of(i); place < last; ++place, token += code_bytes, ahead += code_bytes) {
-            for (int at = 0; at < BYTES; at += 64) __builtin_prefetch(ahead + at);
+        for (int place = span.first_of(i); place < last; ++place, token += code_bytes) {
+            for (int at = 0; at < BYTES; at += 64) {
+                __builtin_prefetch(ahead + at);
+                __builtin_prefetch(later + at, 0, 2);
+            }
+            ahead += code_bytes, later += code_bytes;
             Floats v[VECTORS];
 #pragma GCC unroll 4
             for (int j = 0; j < VECTORS; ++j) v[j] = codes_at<FORMAT>(token, d + j * LANES, c.dims);
@@ -121,7 +129,7 @@ INLINE void turn_back(const float* __restrict x, const float* __restrict angles,
     for (i = 2 * half; i < dims; ++i) out[i] = x[i];
 }
 
-// Scores [SPAN], `count` of them, to weights relative to the largest so far. Returns by what earlier sums are corrected.
+// `count` scores to weights relative to the largest so far. Returns by what earlier sums are corrected.
 INLINE float soften(const Attention& a, float* scores, int count, float& maximum, float& total) {
     for (int i = count; i % LANES; ++i) scores[i] = UNSEEN;
     Floats most = all(maximum), sums = {};
@@ -137,7 +145,7 @@ INLINE float soften(const Attention& a, float* scores, int count, float& maximum
     const float before = maximum;
     maximum = largest(most);
     for (int i = 0; i < count; i += LANES) {
-        const Floats weight = exponential(load(scores + i) - maximum);
+        const Floats weight = exponential_inside(larger(load(scores + i) - maximum, all(-87.3f)));
         store(scores + i, weight);
         sums += weight;
     }
@@ -148,73 +156,82 @@ INLINE float soften(const Attention& a, float* scores, int count, float& maximum
 
 template <int FORMAT> static void decode_part(const Attention& a, const DecodePart& part, float* partial) {
     const Cache& c = a.cache;
-    const int group = a.group(), half = a.rope.half, length = a.context_lens[part.b];
+    const int heads = a.heads, group = a.group(), half = a.rope.half, length = a.context_lens[part.b];
     const int row = a.query_starts[part.b], seen = a.first_seen(length - 1);
     float* const maxima = partial;
-    float* const totals = partial + group;
-    float* const outputs = partial + 2 * group;
-    std::fill(maxima, maxima + group, UNSEEN);
-    std::fill(totals, totals + group, 0.0f);
-    std::fill(outputs, outputs + group * ROW, 0.0f);
+    float* const totals = partial + heads;
+    float* const outputs = partial + 2 * heads;
+    std::fill(maxima, maxima + heads, UNSEEN);
+    std::fill(totals, totals + heads, 0.0f);
+    std::fill(outputs, outputs + heads * ROW, 0.0f);
 
     static thread_local Scratch memory;
-    float* const queries = memory.floats(size_t(group) * (2 * ROW + SPAN + 1) + PAGE * 2 * MOST_DIMS);
-    float* const turned = queries + group * ROW;
+    const size_t size = size_t(heads) * (ROW + SPAN + 1) + group * ROW + (PAGE + c.kv_heads) * MOST_DIMS;
+    float* const queries = memory.floats(size);
+    float* const turned = queries + heads * ROW;
     float* const scores = turned + group * ROW;
-    float* const turns = scores + group * SPAN;
-    float* const corrections = turns + PAGE * 2 * MOST_DIMS;
-    alignas(64) float factor[MOST_DIMS];
-    a.copy_factor(part.head, factor);
-    if (half) turns_of_places(a.place_angles(part.b), factor, half, turns);
-    for (int g = 0; g < group; ++g) {
-        const float* const from = a.queries + (size_t(row) * a.heads + part.head * group + g) * c.dims;
-        for (int d = 0; d < c.dims; ++d) queries[g * ROW + d] = from[d] * a.scale * (d < 2 * half ? 1 : factor[d]);
+    float* const turns = scores + heads * SPAN;
+    float* const ratios = turns + PAGE * MOST_DIMS;
+    float* const corrections = ratios + c.kv_heads * MOST_DIMS;
+    if (half) transpose((const uint8_t*)a.place_angles(part.b), 8 * half, 8 * half, (uint32_t*)turns);
+    for (int head = 0; head < heads; ++head) {
+        // of a pair's two factors the first goes into the query, and so does the scale
+        const float* const from = a.queries + (size_t(row) * heads + head) * c.dims;
+        const float* const factor = c.key_factor + head / group * c.dims;
+        for (int d = 0; d < c.dims; ++d)
+            queries[head * ROW + d] = from[d] * (a.scale * factor[half <= d && d < 2 * half ? d - half : d]);
+    }
+    for (int head = 0; head < c.kv_heads; ++head) {
+        const float* const factor = c.key_factor + head * c.dims;
+        for (int i = 0; i < half; ++i) ratios[head * MOST_DIMS + i] = factor[i + half] / factor[i];
     }
 
     for (int start = part.first_page; start < part.last_page; start += SPAN_PAGES) {
         const int count = std::min(SPAN_PAGES, part.last_page - start), end = start + count;
-        const Span span{a.pages(part.b) + start, count, std::max(0, seen - start * PAGE),
-                        std::min(PAGE, length - (end - 1) * PAGE)};
-        for (int i = 0; i < count; ++i) {
-            float* const at = scores + i * PAGE;
-            // instead of every key the query is turned by the page's angle, the other way
-            for (int g = 0; g < group; ++g)
-                turn_back(queries + g * ROW, half ? a.page_angles(part.b, start + i) : nullptr, half, c.dims,
-                          turned + g * ROW);
-            if (i + 1 < count) fetch(c, c.key_codes, c.key_scales, span.pages[i + 1], part.head);
-            else fetch(c, c.value_codes, c.value_scales, span.pages[0], part.head);
-            const KeyPage<FORMAT> keys(c, span.pages[i], part.head);
-            for_heads(group, [&](int g, auto heads) __attribute__((always_inline)) {
-                keys.template add_scores<heads.value>(turned + g * ROW, turns, half, c.dims, at + g * SPAN);
+        const int32_t* const pages = a.pages(part.b) + start;
+        const Span span{pages, pages + count, count, std::min(SPAN_PAGES, part.last_page - end),
+                        std::max(0, seen - start * PAGE), std::min(PAGE, length - (end - 1) * PAGE)};
+        for (int i = 0; i < count; ++i)
+            for (int head = 0; head < c.kv_heads; ++head) {
+                fetch(c, c.value_codes, c.value_scales, pages[i], head);
+                // instead of every key the query is turned by the page's angle, the other way
+                for (int g = 0; g < group; ++g)
+                    turn_back(queries + (head * group + g) * ROW, half ? a.page_angles(part.b, start + i) : nullptr,
+                              half, c.dims, turned + g * ROW);
+                const KeyPage<FORMAT> keys(c, pages[i], head);
+                float* const at = scores + head * group * SPAN + i * PAGE;
+                for_heads(group, [&](int g, auto count) __attribute__((always_inline)) {
+                    keys.template score<count.value>(turned + g * ROW, turns, ratios + head * MOST_DIMS, half, c.dims,
+                                                     at + g * SPAN);
+                });
+            }
+        for (int head = 0; head < heads; ++head) {
+            float* const of_head = scores + head * SPAN;
+            std::fill_n(of_head, span.first, UNSEEN);
+            corrections[head] = soften(a, of_head, (count - 1) * PAGE + span.last, maxima[head], totals[head]);
+        }
+        for (int head = 0; head < c.kv_heads; ++head)
+            for_heads(group, [&](int g, auto count) __attribute__((always_inline)) {
+                g += head * group;
+                add_values<FORMAT, count.value>(c, span, head, scores + g * SPAN, corrections + g, outputs + g * ROW);
             });
-        }
-        for (int g = 0; g < group; ++g) {
-            std::fill_n(scores + g * SPAN, span.first, UNSEEN);
-            const int tokens = (count - 1) * PAGE + span.last;
-            corrections[g] = soften(a, scores + g * SPAN, tokens, maxima[g], totals[g]);
-        }
-        if (end < part.last_page) fetch(c, c.key_codes, c.key_scales, span.pages[count], part.head);
-        for_heads(group, [&](int g, auto heads) __attribute__((always_inline)) {
-            add_values<FORMAT, heads.value>(c, span, part.head, scores + g * SPAN, corrections + g, outputs + g * ROW);
-        });
     }
 }
 
-// Parts [first, last) are those of one sequence and head.
+// Parts [first, last) are those of one sequence.
 static void merge_parts(const Attention& a, const DecodePart* first, const DecodePart* last, const float* scratch) {
-    const int group = a.group();
-    for (int g = 0; g < group; ++g) {
+    for (int head = 0; head < a.heads; ++head) {
         float maximum = UNSEEN, total = 0, weighted[MOST_DIMS] = {};
         for (const DecodePart* part = first; part < last; ++part)
-            maximum = std::max(maximum, scratch[part->partial + g]);
+            maximum = std::max(maximum, scratch[part->partial + head]);
         for (const DecodePart* part = first; part < last; ++part) {
             const float* const partial = scratch + part->partial;
-            const float weight = expf(partial[g] - maximum);
-            const float* const output = partial + 2 * group + g * ROW;
-            total += weight * partial[group + g];
+            const float weight = expf(partial[head] - maximum);
+            const float* const output = partial + 2 * a.heads + head * ROW;
+            total += weight * partial[a.heads + head];
             for (int d = 0; d < a.cache.dims; ++d) weighted[d] += weight * output[d];
         }
-        const size_t row = size_t(a.query_starts[first->b]) * a.heads + first->head * group + g;
-        for (int d = 0; d < a.cache.dims; ++d) a.out[row * a.cache.dims + d] = weighted[d] / total;
+        float* const out = a.out + (size_t(a.query_starts[first->b]) * a.heads + head) * a.cache.dims;
+        for (int d = 0; d < a.cache.dims; ++d) out[d] = weighted[d] / total;
     }
 }

@@ -56,31 +56,13 @@ INLINE void transpose(const uint8_t* rows, size_t stride, int bytes, uint32_t* c
         }
 }
 
-// How places turn keys: [half][4][PAGE], each times the factor of the dimension that it will multiply; `angles` are
-// [PAGE][2][half]. For a pair (x, y) = (code i, code i + half), the four are what x and y are multiplied by to make i,
-// and what y and x are to make i + half.
-INLINE void turns_of_places(const float* angles, const float* factor, int half, float* turns) {
-    alignas(64) uint32_t columns[MOST_DIMS][PAGE];
-    const size_t row = size_t(8) * half;  // bytes
-    transpose((const uint8_t*)angles, row, int(row), columns[0]);
-    for (int i = 0; i < half; ++i, turns += 4 * PAGE)
-        for (int part = 0; part < PAGE; part += LANES) {
-            const Floats cosine = load((const float*)columns[i] + part);
-            const Floats sine = load((const float*)columns[half + i] + part);
-            store(turns + part, cosine * factor[i]);
-            store(turns + PAGE + part, sine * -factor[half + i]);
-            store(turns + 2 * PAGE + part, cosine * factor[half + i]);
-            store(turns + 3 * PAGE + part, sine * factor[i]);
-        }
-}
-
 // Lanes 0, 2, 4 ... or 1, 3, 5 ... of two vectors.
 template <int FIRST> INLINE Floats each_second(Floats a, Floats b) {
     Ints lanes;
     for (int i = 0; i < LANES; ++i) lanes[i] = 2 * i + FIRST;
     return __builtin_shuffle(a, b, lanes);
 }
-// COUNT * PAGE numbers, of which each COUNT-th is of the same row, to rows, `step` floats apart. COUNT is a power of two.
+// COUNT * PAGE numbers, each COUNT-th of the same row, to rows `step` floats apart; COUNT is a power of two.
 template <int COUNT> INLINE void split_rows(const Floats* numbers, float* rows, int step) {
     constexpr int VECTORS = PAGE / LANES;
     if constexpr (COUNT == 1) {
@@ -142,16 +124,17 @@ template <int FORMAT> struct KeyPage {
         return FORMAT == F16 ? all(1.0f) : load(scales[d / GROUP] + part);
     }
 
-    // Adds to scores of HEADS queries, each ROW floats after the one before.
+    // Scores of HEADS queries, each ROW floats after the one before. Pairs (i, i + half) are turned by the cosines and
+    // sines `turns` [2][half][PAGE], the second of a pair times its ratio [half] first.
     template <int HEADS>
-    INLINE void add_scores(const float* queries, const float* turns, int half, int dims, float* scores) const {
+    INLINE void score(const float* queries, const float* turns, const float* ratios, int half, int dims,
+                      float* scores) const {
         for (int part = 0; part < PAGE; part += LANES) {
-            Floats acc[HEADS] = {}, other[HEADS] = {};
-            const auto one = [&](int d) __attribute__((always_inline)) { return four(d & ~3, part)[d % 4] * scale(d, part); };
+            Floats acc[HEADS] = {}, other[HEADS] = {}, total[HEADS] = {};
             const auto pair = [&](Floats x, Floats y, int i) __attribute__((always_inline)) {
-                const float* const turn = turns + size_t(i) * 4 * PAGE + part;
-                const Floats first = x * load(turn) + y * load(turn + PAGE);
-                const Floats second = y * load(turn + 2 * PAGE) + x * load(turn + 3 * PAGE);
+                const Floats cosine = load(turns + i * PAGE + part), sine = load(turns + (half + i) * PAGE + part);
+                y *= ratios[i];
+                const Floats first = x * cosine - y * sine, second = y * cosine + x * sine;
                 const float* const query = queries + i;
 #pragma GCC unroll 8
                 for (int g = 0; g < HEADS; ++g) {
@@ -163,8 +146,25 @@ template <int FORMAT> struct KeyPage {
 #pragma GCC unroll 8
                 for (int g = 0; g < HEADS; ++g) acc[g] += x * queries[g * ROW + d];
             };
+            const auto one = [&](int d) __attribute__((always_inline)) {
+                return four(d & ~3, part)[d % 4] * scale(d, part);
+            };
             int i = 0;
-            for (; i + 4 <= half && half % 4 == 0; i += 4) {
+            while (half % GROUP == 0 && i < half) {  // a pair of scales at a time, one of which can wait for the sum
+                const Floats own = scale(i, part), outer = own == 0 ? all(0x1p-24f) : own;
+                const Floats inner = scale(i + half, part) / outer;
+                for (const int end = i + GROUP; i < end; i += 4) {
+                    const Four x = four(i, part), y = four(i + half, part);
+#pragma GCC unroll 4
+                    for (int j = 0; j < 4; ++j) pair(x[j], FORMAT == F16 ? y[j] : y[j] * inner, i + j);
+                }
+#pragma GCC unroll 8
+                for (int g = 0; g < HEADS; ++g) {
+                    total[g] += (acc[g] + other[g]) * outer;
+                    acc[g] = other[g] = Floats{};
+                }
+            }
+            for (; half % 4 == 0 && i < half; i += 4) {
                 const Four x = four(i, part), y = four(i + half, part);
                 const Floats scale_x = scale(i, part), scale_y = scale(i + half, part);
 #pragma GCC unroll 4
@@ -172,7 +172,7 @@ template <int FORMAT> struct KeyPage {
             }
             for (; i < half; ++i) pair(one(i), one(i + half), i);
             int d = 2 * half;
-            for (; d + 4 <= dims && d % 4 == 0; d += 4) {
+            for (; d % 4 == 0 && d + 4 <= dims; d += 4) {
                 const Four x = four(d, part);
                 const Floats scale_x = scale(d, part);
 #pragma GCC unroll 4
@@ -180,7 +180,7 @@ template <int FORMAT> struct KeyPage {
             }
             for (; d < dims; ++d) single(one(d), d);
 #pragma GCC unroll 8
-            for (int g = 0; g < HEADS; ++g) store(scores + g * SPAN + part, acc[g] + other[g]);
+            for (int g = 0; g < HEADS; ++g) store(scores + g * SPAN + part, total[g] + acc[g] + other[g]);
         }
     }
 };

@@ -171,21 +171,22 @@ constexpr int largest_tree(int count) {
     return tree;
 }
 
-// e^x with a relative error under 2e-7; 0 below -87.3, and no more than 2^127.
+// e^x with a relative error under 2e-7, for x from -87.3 to 88.
 // Polynomial: S. Moshier, Cephes Mathematical Library, expf.
-INLINE Floats exponential(Floats x) {
-    const Ints is_tiny = x < -87.3f;
-    x = larger(x, all(-87.3f));
-    x = -larger(-x, all(-88.0f));
-    const Floats n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;  // the nearest whole number
+INLINE Floats exponential_inside(Floats x) {
+    const Floats shifted = x * 1.44269504f + 12582912.0f;  // its lowest bits are the nearest whole number
+    const Floats n = shifted - 12582912.0f;
     const Floats r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
     Floats p = r * 1.9875691500e-4f + 1.3981999507e-3f;
     p = p * r + 8.3334519073e-3f;
     p = p * r + 4.1665795894e-2f;
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
-    const Floats power = (Floats)((__builtin_convertvector(n, Ints) + 127) << 23);
-    const Floats result = (p * r * r + r + 1.0f) * power;
-    return is_tiny ? Floats{} : result;
+    return (Floats)((Ints)(p * r * r + r + 1.0f) + ((Ints)shifted << 23));
+}
+// For every x; 0 below -87.3, and no more than 2^127.
+INLINE Floats exponential(Floats x) {
+    const Floats result = exponential_inside(-larger(-larger(x, all(-87.3f)), all(-88.0f)));
+    return x < -87.3f ? Floats{} : result;
 }
 INLINE Floats hyperbolic_tangent(Floats x) { return 1.0f - 2.0f / (exponential(x + x) + 1.0f); }

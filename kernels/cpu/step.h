@@ -4,25 +4,24 @@
 #include "decode.h"
 #include "prefill.h"
 
-constexpr int PART_PAGES = 16;      // a decoding task is no smaller
+constexpr int PART_PAGES = 8;       // a decoding task is no smaller
 constexpr int TASKS_A_THREAD = 6;   // so that threads end at about the same time
 
-INLINE void plan_decode(const Attention& a, std::vector<DecodePart>& parts, std::vector<size_t>& heads) {
+INLINE void plan_decode(const Attention& a, std::vector<DecodePart>& parts, std::vector<size_t>& sequences) {
     size_t pages = 0;
     const auto is_decode = [&](int b) { return a.query_starts[b + 1] - a.query_starts[b] == 1; };
     const auto first_page = [&](int b) { return a.first_seen(a.context_lens[b] - 1) / PAGE; };
     const auto end_page = [&](int b) { return (a.context_lens[b] + PAGE - 1) / PAGE; };
     for (int b = 0; b < a.sequences; ++b)
-        if (is_decode(b)) pages += size_t(end_page(b) - first_page(b)) * a.cache.kv_heads;
+        if (is_decode(b)) pages += end_page(b) - first_page(b);
     const int most = std::max<int>(PART_PAGES, int(pages / (pool().threads() * TASKS_A_THREAD)) + 1);
-    for (int b = 0; b < a.sequences; ++b)
-        for (int head = 0; is_decode(b) && head < a.cache.kv_heads; ++head) {
-            heads.push_back(parts.size());
-            for (int page = first_page(b); page < end_page(b); page += most)
-                parts.push_back({b, head, page, std::min(page + most, end_page(b)),
-                                 parts.size() * partial_floats(a.group())});
-        }
-    heads.push_back(parts.size());
+    for (int b = 0; b < a.sequences; ++b) {
+        if (!is_decode(b)) continue;
+        sequences.push_back(parts.size());
+        for (int page = first_page(b); page < end_page(b); page += most)
+            parts.push_back({b, page, std::min(page + most, end_page(b)), parts.size() * partial_floats(a.heads)});
+    }
+    sequences.push_back(parts.size());
 }
 
 INLINE void plan_prefill(const Attention& a, std::vector<PrefillBlock>& blocks) {
@@ -40,17 +39,17 @@ INLINE void plan_prefill(const Attention& a, std::vector<PrefillBlock>& blocks) 
 template <int FORMAT> static void attention(const Attention& a) {
     std::vector<DecodePart> parts;
     std::vector<PrefillBlock> blocks;
-    std::vector<size_t> heads;  // parts heads[i] .. heads[i + 1] are of one sequence and head
-    plan_decode(a, parts, heads);
+    std::vector<size_t> sequences;  // parts sequences[i] .. sequences[i + 1] are of one
+    plan_decode(a, parts, sequences);
     plan_prefill(a, blocks);
     static thread_local Scratch memory;
-    float* const partials = memory.floats(parts.size() * partial_floats(a.group()));
+    float* const partials = memory.floats(parts.size() * partial_floats(a.heads));
     const int num_blocks = int(blocks.size());
     pool().run(num_blocks + int(parts.size()), [&](int task) {
         if (task < num_blocks) return prefill_block<FORMAT>(a, blocks[task]);
         const DecodePart& part = parts[task - num_blocks];
         decode_part<FORMAT>(a, part, partials + part.partial);
     });
-    for (size_t i = 0; i + 1 < heads.size(); ++i)
-        merge_parts(a, parts.data() + heads[i], parts.data() + heads[i + 1], partials);
+    for (size_t i = 0; i + 1 < sequences.size(); ++i)
+        merge_parts(a, parts.data() + sequences[i], parts.data() + sequences[i + 1], partials);
 }
