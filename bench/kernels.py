@@ -94,14 +94,15 @@ def linear(n: int, k: int, rows: int, stream: float) -> Row:
     )
 
 
-def layer(heads: tuple[int, int, int], dtype: CacheDtype, tokens: int) -> LayerCache:
-    """A layer's cache with `tokens` tokens of noise in its pages."""
+def layers(count: int, heads: tuple[int, int, int], dtype: CacheDtype, tokens: int) -> list[LayerCache]:
+    """Layers' caches with `tokens` tokens of noise in their pages."""
     _, num_kv_heads, dims = heads
-    cache = LayerCache.allocate(CacheFormat(dtype, num_kv_heads, dims), tokens // PAGE)
-    for start in range(0, tokens, 512):
-        keys, values = torch.randn(2, 512, num_kv_heads, dims)
-        dispatch.store_kv(cache, keys, values, torch.arange(start, start + 512))
-    return cache
+    caches = [LayerCache.allocate(CacheFormat(dtype, num_kv_heads, dims), tokens // PAGE) for _ in range(count)]
+    for cache in caches:
+        for start in range(0, tokens, 512):
+            keys, values = torch.randn(2, 512, num_kv_heads, dims)
+            dispatch.store_kv(cache, keys, values, torch.arange(start, start + 512))
+    return caches
 
 
 def step_of(rows: int, tokens: int) -> StepLayout:
@@ -135,7 +136,7 @@ def decode(heads: tuple[int, int, int], dtype: CacheDtype, tokens: int, stream: 
     """One query over `tokens` cached ones, layer after layer; torch's reads float32, rotated before."""
     num_heads, num_kv_heads, dims = heads
     bytes_per_layer = CacheFormat(dtype, num_kv_heads, dims).bytes_per_token * tokens
-    caches = [layer(heads, dtype, tokens) for _ in range(max(1, int(BEYOND_CACHES / bytes_per_layer)))]
+    caches = layers(max(1, int(BEYOND_CACHES / bytes_per_layer)), heads, dtype, tokens)
     queries, spec = torch.randn(1, num_heads, dims), AttentionSpec(dims**-0.5)
     step, table = step_of(1, tokens), angles(dims, tokens)
     ours = seconds(lambda: [dispatch.attention(queries, cache, step, table, spec) for cache in caches], 3) / len(caches)
@@ -164,7 +165,7 @@ def prefill(heads: tuple[int, int, int], tokens: int) -> Row:
     """The last 512 of `tokens` tokens over all of them; torch's has float32 keys and values, rotated before."""
     num_heads, num_kv_heads, dims = heads
     rows = 512
-    cache, step, table = layer(heads, "q8", tokens), step_of(rows, tokens), angles(dims, tokens)
+    [cache], step, table = layers(1, heads, "q8", tokens), step_of(rows, tokens), angles(dims, tokens)
     queries, spec = torch.randn(rows, num_heads, dims), AttentionSpec(dims**-0.5)
     ours = seconds(lambda: dispatch.attention(queries, cache, step, table, spec))
     q = torch.randn(1, num_heads, rows, dims)

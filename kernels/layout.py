@@ -4,6 +4,10 @@ Fixed letters: T tokens in the step, B sequences, P pages, H query heads, Hkv ke
 R rotated dimensions (R <= D).
 """
 
+import math
+import mmap
+import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,6 +16,7 @@ from torch import Tensor
 
 PAGE = 16  # tokens in a page of the cache
 GROUP = 32  # values that share a scale
+LARGE = 1 << 18  # bytes of a tensor that is mapped by itself
 
 CacheDtype = Literal["q8", "q4", "f16"]
 
@@ -66,7 +71,10 @@ class LayerCache:
     def allocate(
         cls, format: CacheFormat, num_pages: int, device: torch.device | str = "cpu", *, is_windowed: bool = False
     ) -> "LayerCache":
-        """Zeroed pages, with factors of one."""
+        """Zeroed pages, with factors of one.
+
+        Raises RuntimeError or OSError where there is no memory for them.
+        """
         code_dtype, width = {
             "f16": (torch.float16, format.head_dim),
             "q8": (torch.int8, format.code_bytes),
@@ -76,13 +84,32 @@ class LayerCache:
         shape = (num_pages, format.num_kv_heads, PAGE)
 
         def codes() -> Tensor:
-            return torch.zeros(*shape, width, dtype=code_dtype, device=device)
+            return _zeros((*shape, width), code_dtype, device)
 
         def scales() -> Tensor:
-            return torch.zeros(*shape, groups, dtype=torch.float16, device=device)
+            return _zeros((*shape, groups), torch.float16, device)
 
         factor = torch.ones(format.num_kv_heads, format.head_dim, device=device)
         return cls(format, codes(), scales(), codes(), scales(), factor, is_windowed)
+
+    def touch(self) -> None:
+        """Write to all pages, after which the memory that the system promised is there."""
+        for tensor in (self.key_codes, self.key_scales, self.value_codes, self.value_scales):
+            tensor.zero_()
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """On Linux in pages of 2 MiB where the system has them: attention reads so much that looking up small ones tells.
+
+    Their memory is taken when it is first written to, and neighbours share a page, so all is best allocated first.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    if sys.platform != "linux" or torch.device(device).type != "cpu" or size < LARGE:
+        return torch.zeros(shape, dtype=dtype, device=device)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a system without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
 @dataclass(frozen=True, slots=True)

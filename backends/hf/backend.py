@@ -125,8 +125,10 @@ class HFBackend:
                 format = CacheFormat(plan.cache_dtype, layer.num_kv_heads, layer.head_dim)
                 num_pages = plan.num_window_pages if is_windowed else plan.num_pages
                 caches.append(LayerCache.allocate(format, num_pages, model.device, is_windowed=is_windowed))
-        except RuntimeError as error:
+        except (RuntimeError, OSError) as error:
             raise BackendError(f"no memory for a cache of {plan.num_pages * PAGE} tokens: {error}") from error
+        for cache in caches:
+            cache.touch()
         if plan.cache_dtype != "f16":
             with self._blas_threads(plan.step_tokens):
                 set_key_factors(model, caches, self.tokenizer, self.steps, plan.step_tokens)
