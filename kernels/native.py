@@ -25,7 +25,7 @@ from tightrope.kernels.quantized import Nf4Matrix, QuantizedMatrix
 
 # numbered by the library; a machine that runs one runs those before
 INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512vnni")
-INTERFACE = 1  # that of cpu/kernels.cpp; a build that gives no number is of the first
+INTERFACE = 2  # that of cpu/kernels.cpp; a build that gives no number is of the first
 MOST_DIMS = 256  # of a head, in the attention; larger ones are left to the reference
 MOST_LAYER_TOKENS = 64  # that take a layer at once: the memory for it is kept, and more hide the time between calls
 

@@ -1,5 +1,6 @@
 """From TGI bodies to engine requests, with TGI's checks in TGI's order and words."""
 
+import secrets
 from dataclasses import dataclass
 from uuid import uuid4
 
@@ -71,7 +72,7 @@ def generate_request(
     return GenerateRequest(
         request_id=f"tgi-{uuid4().hex}",
         prompt=TextPrompt((Span(inputs),)),
-        sampling=_sampling(p, sampled),
+        sampling=_sampling(p, sampled, is_told=wants_logprobs),
         stop=StopRules(
             max_tokens=p.max_new_tokens, strings=tuple(p.stop or ()), keep_stop_text=True, length_first=True
         ),
@@ -86,7 +87,9 @@ def generate_request(
     )
 
 
-def _sampling(p: Parameters, sampled: bool) -> SamplingParams:
+def _sampling(p: Parameters, sampled: bool, *, is_told: bool) -> SamplingParams:
+    """is_told: the answer names its seed, which must give the text again."""
+    seed = secrets.randbits(64) if p.seed is None and sampled and is_told else p.seed
     return SamplingParams(
         temperature=(1.0 if p.temperature is None else p.temperature) if sampled else 0.0,
         top_k=p.top_k or 0,
@@ -94,7 +97,7 @@ def _sampling(p: Parameters, sampled: bool) -> SamplingParams:
         typical_p=1.0 if p.typical_p is None else p.typical_p,
         repetition_penalty=1.0 if p.repetition_penalty is None else p.repetition_penalty,
         relative_frequency_penalty=p.frequency_penalty or 0.0,
-        seed=p.seed,
+        seed=seed,
     )
 
 
