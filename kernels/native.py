@@ -115,9 +115,7 @@ class NativeKernels:
         self._rms_norm = function("rms_norm", "plppiif")
         self._gated = function("gated", "ppiii")
         self._draw = function("draw", "pllpp")
-        self._decoder_layer: Callable[..., None] | None = None
-        if hasattr(library, "tightrope_decoder_layer"):  # a library built before there was one serves without it
-            self._decoder_layer = function("decoder_layer", "pp" + "pppppiii" + "pppiip" + "pppii" + "pppi")
+        self._decoder_layer = function("decoder_layer", "pp" + "pppppiii" + "pppiip" + "pppii" + "pppi")
 
     def describe(self) -> str:
         return f"C++ ({self.instruction_set})"
@@ -240,7 +238,7 @@ class NativeKernels:
         self, x: Tensor, layer: DecoderLayer, cache: LayerCache, step: StepLayout, table: RopeTable | None
     ) -> Tensor | None:
         """See kernels.dispatch.decoder_layer."""
-        if self._decoder_layer is None or len(x) > MOST_LAYER_TOKENS or cache.format.head_dim > MOST_DIMS:
+        if len(x) > MOST_LAYER_TOKENS or cache.format.head_dim > MOST_DIMS:
             return None
         out = x.clone()
         self._decoder_layer(
