@@ -199,7 +199,7 @@ def test_the_next_turn_of_a_chat_computes_only_what_is_new(client: openai.OpenAI
         ({"temperature": -1}, openai.BadRequestError, "temperature"),
         ({"messages": []}, openai.BadRequestError, "messages"),
         ({"n": 1000}, openai.BadRequestError, "n must be at most"),
-        ({"response_format": {"type": "json_object"}}, openai.BadRequestError, "response_format"),
+        ({"response_format": {"type": "yaml"}}, openai.BadRequestError, "response_format"),
     ],
 )
 def test_refusals_reach_the_sdk_as_its_own_exceptions(
