@@ -23,6 +23,7 @@ _COLOURS = {
     "generate": "#a9b4bf",
 }
 _GREY = "#5b6670"
+_LINE, _LEGEND = 0.18, 0.4  # inches that a line of the footer, and the legend, take
 _STYLE: dict[Any, Any] = {  # Any: matplotlib types its keys as a list of literals
     "font.family": "DejaVu Sans",
     "font.size": 9,
@@ -94,8 +95,11 @@ def draw(
     servers = [name for name in _COLOURS if any(name in found for found in summary.values())]
     columns = min(2, max(1, len(panels)))
     rows = max(1, -(-len(panels) // columns))
+    footer = _footer(verdicts, caption)
+    below = 0.2 + _LINE * (footer.count("\n") + 1)  # inches, as all that isn't panels
+    height = 3.5 * rows + _LEGEND + below
     with plt.rc_context(_STYLE):
-        figure, axes = plt.subplots(rows, columns, figsize=(6.2 * columns, 3.5 * rows + 1.3), squeeze=False)
+        figure, axes = plt.subplots(rows, columns, figsize=(6.2 * columns, height), squeeze=False)
         for axis, panel in zip(axes.flat, panels, strict=False):
             _draw_panel(axis, panel, summary)
         for axis in axes.flat[len(panels) :]:
@@ -110,8 +114,8 @@ def draw(
             handlelength=1,
             handleheight=1,
         )
-        figure.text(0.04, 0.012, _footer(verdicts, caption), fontsize=8, color=_GREY, linespacing=1.5)
-        figure.tight_layout(rect=(0.02, 0.03 + 0.02 * (len(verdicts) + 1), 0.99, 0.95), h_pad=2.5, w_pad=3)
+        figure.text(0.04, 0.1 / height, footer, fontsize=8, color=_GREY, linespacing=1.5)
+        figure.tight_layout(rect=(0.02, below / height, 0.99, 1 - _LEGEND / height), h_pad=2.5, w_pad=3)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=150, facecolor="white")
         plt.close(figure)
