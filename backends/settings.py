@@ -8,6 +8,12 @@ KVCacheDtype = Literal["auto", "q8", "q4", "f16"]
 RopeKind = Literal["none", "linear", "dynamic", "ntk", "yarn", "llama3", "longrope"]
 
 
+def split_pairs(text: str) -> list[tuple[str, str | None]]:
+    """NAME=VALUE, with commas between several; None is the value where there is no =."""
+    pairs = [part.partition("=") for part in text.split(",") if part.strip()]
+    return [(name.strip(), value.strip() if equals else None) for name, equals, value in pairs]
+
+
 class CacheSettings(BaseModel, frozen=True, extra="forbid"):
     """Where keys and values live."""
 
@@ -48,10 +54,10 @@ class ModelSettings(BaseModel, frozen=True, extra="forbid"):
         """The environment and the command line give NAME=PATH, with commas between several."""
         if not isinstance(value, str):
             return value
-        pairs = [part.partition("=") for part in value.split(",") if part.strip()]
-        for name, _, path in pairs:
-            if not name.strip() or not path.strip():
-                raise ValueError(f"expected NAME=PATH, not {name + path!r}")
-        if len({name.strip() for name, _, _ in pairs}) < len(pairs):
+        pairs = split_pairs(value)
+        for name, path in pairs:
+            if not name or not path:
+                raise ValueError(f"expected NAME=PATH, not {name or path!r}")
+        if len(dict(pairs)) < len(pairs):
             raise ValueError("a name stands for two adapters")
-        return {name.strip(): path.strip() for name, _, path in pairs}
+        return dict(pairs)

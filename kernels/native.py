@@ -57,7 +57,7 @@ class _LowRank(ctypes.Structure):
     _fields_ = (("parts", ctypes.c_void_p), ("count", ctypes.c_int32), ("slot", ctypes.c_int32))
 
 
-def library_path(instruction_set: str) -> Path:
+def build_path(instruction_set: str) -> Path:
     """Where the build for an instruction set lies, if it was built."""
     return Path(__file__).parent / f"cpu_{instruction_set}{sysconfig.get_config_var('EXT_SUFFIX')}"
 
@@ -67,15 +67,15 @@ def usable() -> Sequence[str]:
 
     Raises UnusableBuild.
     """
-    if not library_path("portable").exists():
+    if not build_path("portable").exists():
         return ()
     widest: int = _open("portable").tightrope_instruction_set()
-    return [name for name in reversed(INSTRUCTION_SETS[: widest + 1]) if library_path(name).exists()]
+    return [name for name in reversed(INSTRUCTION_SETS[: widest + 1]) if build_path(name).exists()]
 
 
 def _open(instruction_set: str) -> ctypes.CDLL:
     """The build for an instruction set. Raises UnusableBuild where it isn't one of this version."""
-    path = library_path(instruction_set)
+    path = build_path(instruction_set)
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:

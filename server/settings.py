@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError, field_validator
 
+from tightrope.backends.settings import split_pairs
 from tightrope.engine.settings import EngineSettings
 from tightrope.server.builtin_templates import FIXED_VARIABLES, PROMPT_FORMATS
 from tightrope.server.options import CONFIG, OPTIONS, Option, TreePath
@@ -65,11 +66,11 @@ class ServerSettings(BaseModel, frozen=True, extra="forbid"):
         """The environment and the command line give NAME=VALUE, with commas between several."""
         if not isinstance(value, str):
             return value
-        pairs = [part.partition("=") for part in value.split(",") if part.strip()]
-        for name, equals, _ in pairs:
-            if not equals or not name.strip().isidentifier() or name.strip() in FIXED_VARIABLES:
-                raise ValueError(f"expected NAME=VALUE with a variable of the template, not {name.strip()!r}")
-        return {name.strip(): text.strip() for name, _, text in pairs}
+        pairs = split_pairs(value)
+        for name, text in pairs:
+            if text is None or not name.isidentifier() or name in FIXED_VARIABLES:
+                raise ValueError(f"expected NAME=VALUE with a variable of the template, not {name!r}")
+        return dict(pairs)
 
 
 def load_settings(arguments: Mapping[str, str], environ: Mapping[str, str] | None = None) -> ServerSettings:

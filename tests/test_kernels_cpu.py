@@ -288,7 +288,7 @@ def test_a_build_of_another_version_is_left_alone_and_the_reference_serves(
 
     line = reference_serves(caplog)
 
-    assert f"{native.library_path('portable')} is of another version: its interface is " in line
+    assert f"{native.build_path('portable')} is of another version: its interface is " in line
     assert line.endswith(", not 10000; install tightrope anew")
 
 
@@ -305,7 +305,7 @@ def test_a_file_that_is_no_build_of_ours_is_named_and_the_reference_serves(
 ):
     foreign = tmp_path / "cpu_portable.so"
     foreign.write_bytes(Path(_ctypes.__file__).read_bytes() if is_library else b"no library")
-    monkeypatch.setattr(native, "library_path", lambda instruction_set: foreign)
+    monkeypatch.setattr(native, "build_path", lambda instruction_set: foreign)
 
     line = reference_serves(caplog)
 

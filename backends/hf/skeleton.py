@@ -4,6 +4,7 @@
 there, one by one as they are registered.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -81,14 +82,14 @@ def _parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = original  # type: ignore[method-assign]
 
 
-class AttentionCall:
+class AttentionCall(ABC):
     """What stands behind the attention interface in one module: called with queries, keys, values and a mask."""
 
+    @abstractmethod
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, mask: object, **settings: object
     ) -> tuple[Tensor, None]:
         """query [1, H, T, D], key and value [1, Hkv, T, D] to [1, T, H, D]."""
-        raise NotImplementedError
 
 
 def answer_with(module: nn.Module, attend: AttentionCall) -> Callable[[], None]:
