@@ -29,8 +29,8 @@ SAMPLER_ORDER = (
 class SamplingParams(Struct, frozen=True, omit_defaults=True):
     """How the next token is drawn. Defaults are neutral; the server has checked the ranges.
 
-    Penalties, biases and bans edit the logits first; then the steps of `order` run; mirostat comes last of all. With a
-    temperature of 0 the likeliest token is taken, and no step runs.
+    Penalties, biases and bans edit the logits first; then the steps of `order` run; mirostat or adaptive-p comes last.
+    With a temperature of 0 the likeliest token is taken, and no step runs.
     """
 
     temperature: float = 1.0  # >= 0; 0 is greedy
@@ -43,6 +43,7 @@ class SamplingParams(Struct, frozen=True, omit_defaults=True):
     presence_penalty: float = 0.0  # if the id is in the output
     relative_frequency_penalty: float = 0.0  # times the share of the id in prompt and output (TGI's frequency_penalty)
     penalty_range: int = 0  # the last n tokens that penalties look at; 0 is all
+    repetition_decay: int = 0  # tokens before that range over which penalties fade; 0 where the range is all
     logit_bias: dict[int, float] = field(default_factory=dict)
     seed: int | None = None  # [0, 2**64); None draws one, which is reported back
     dynatemp_range: float = 0.0  # >= 0; the temperature moves by so much up and down with the entropy
@@ -59,6 +60,9 @@ class SamplingParams(Struct, frozen=True, omit_defaults=True):
     mirostat_mode: int = 0  # 0 is off; 1 or 2
     mirostat_tau: float = 5.0  # > 0; the surprise aimed at, in bits
     mirostat_eta: float = 0.1  # (0, 1]; how fast the aim is corrected
+    adaptive_target: float = -1.0  # [0, 1], the probability aimed at; negative is off; not together with mirostat
+    adaptive_decay: float = 0.9  # [0, 1); the share of what was drawn before in the mean that is corrected
+    skew: float = 0.0  # [-20, 20]; the draw leans to less likely tokens above 0, to likelier ones below
     dry_multiplier: float = 0.0  # >= 0; 0 is off
     dry_base: float = 1.75  # >= 1
     dry_allowed_length: int = 2  # [1, 256] tokens that may be repeated without a penalty

@@ -13,7 +13,7 @@ from tightrope.server.sampling_fields import Ignored
 
 # Steps with the parameters that they look at; a step is off while the first of them is neutral.
 _EDITS: tuple[tuple[str, ...], ...] = (
-    ("repetition_penalty", "penalty_range"),
+    ("repetition_penalty", "penalty_range", "repetition_decay"),
     ("frequency_penalty", "penalty_range"),
     ("presence_penalty", "penalty_range"),
     ("relative_frequency_penalty", "penalty_range"),
@@ -28,6 +28,7 @@ _STEPS: Mapping[str, tuple[str, ...]] = {step: (step,) for step in SAMPLER_ORDER
     "smoothing": ("smoothing_factor", "smoothing_curve"),
     "xtc": ("xtc_probability", "xtc_threshold"),
 }
+_ADAPTIVE_P = ("adaptive_target", "adaptive_decay")
 _MIROSTAT = ("mirostat_mode", "mirostat_tau", "mirostat_eta")
 _NEUTRAL = msgspec.structs.asdict(SamplingParams())
 
@@ -61,6 +62,8 @@ def samplers(params: SamplingParams) -> list[dict[str, Any]]:
         active += [names for names in steps if names[0] in changed or "dynatemp_range" in changed & {*names}]
         active += [("min_keep",)] if params.min_keep else []
         active += [_MIROSTAT] if params.mirostat_mode else []
+        active += [_ADAPTIVE_P] if params.adaptive_target >= 0 else []
+        active += [("skew",)] if params.skew else []
     return [{name: values[name] for name in names} for names in active]
 
 

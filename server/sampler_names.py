@@ -15,27 +15,36 @@ _STEPS: Mapping[str, str] = {step: step for step in SAMPLER_ORDER} | {
     "tfs_z": "tfs",
     "nsigma": "top_n_sigma",
 }
-_SET_BY_A_STEP: Mapping[str, str] = {"smoothing": "smoothing_factor", "xtc": "xtc_probability"}
-_LLAMA_CPP = frozenset({"top_n_sigma", "top_k", "typical_p", "tfs", "xtc", "top_p", "min_p"})  # those it can leave out
+_SET_BY_A_STEP: Mapping[str, str] = {
+    "smoothing": "smoothing_factor",
+    "xtc": "xtc_probability",
+    "adaptive_p": "adaptive_target",
+}
+# those that a list of llama.cpp's can leave out
+_LLAMA_CPP = frozenset({"top_n_sigma", "top_k", "typical_p", "tfs", "xtc", "top_p", "min_p", "adaptive_p"})
 _KOBOLD = ("top_k", "top_a", "top_p", "tfs", "typical_p", "temperature", None)  # by number; 6 are the penalties
 
 
 def named_order(name: str, value: object) -> Order:
     """text-generation-webui's `sampler_priority`: names, in a list or one a line; what it leaves out comes last.
 
-    Penalties and mirostat have their places, before and after all steps, wherever a list names them.
+    Penalties, mirostat and adaptive-p have their places, before and after all steps, wherever a list names them.
     """
+    return tuple(dict.fromkeys(_STEPS[item] for item in _names(name, value) if item in _STEPS)), frozenset()
+
+
+def _names(name: str, value: object) -> list[str]:
     if isinstance(value, str):
         value = [line.strip() for line in value.replace(",", "\n").splitlines() if line.strip()]
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
         raise InvalidRequest(f"{name} must be a list of names, not {type(value).__name__}", name)
-    return tuple(dict.fromkeys(_STEPS[item] for item in value if item in _STEPS)), frozenset()
+    return value
 
 
 def llama_cpp_order(name: str, value: object) -> Order:
     """llama.cpp's `samplers`: a step that isn't named doesn't run."""
     order, _ = named_order(name, value)
-    missing = _LLAMA_CPP - set(order)
+    missing = _LLAMA_CPP - {*order, *_names(name, value)}
     return order, frozenset(_SET_BY_A_STEP.get(step, step) for step in missing) if order else frozenset()
 
 

@@ -87,6 +87,14 @@ NUMBERS = (
         whole=True,
         off=frozenset({-1}),
     ),
+    Number(
+        "repetition_decay",
+        ("repetition_decay", "token_repetition_decay"),
+        low=0,
+        high=MAX_INT,
+        whole=True,
+        part_of="penalty_range",
+    ),
     Number("smoothing_factor", ("smoothing_factor",), low=0, high=1000),
     Number("smoothing_curve", ("smoothing_curve",), low=1, high=100, part_of="smoothing_factor"),
     Number("top_n_sigma", ("top_n_sigma", "nsigma"), low=0, off=frozenset({-1})),
@@ -99,6 +107,7 @@ NUMBERS = (
     Number("mirostat_mode", ("mirostat_mode", "mirostat"), low=0, high=2, whole=True),
     Number("mirostat_tau", ("mirostat_tau",), low=0, above_low=True, part_of="mirostat_mode"),
     Number("mirostat_eta", ("mirostat_eta",), low=0, above_low=True, high=1, part_of="mirostat_mode"),
+    Number("skew", ("skew",), low=-20, high=20),
     Number("dry_multiplier", ("dry_multiplier",), low=0),
     Number("dry_base", ("dry_base",), low=1, part_of="dry_multiplier"),
     Number(
@@ -130,6 +139,8 @@ _TEMPERATURE = Number("temperature", (), low=0)
 _DYNATEMP_LOW = ("dynatemp_low", "dynatemp_min", "min_temp")
 _DYNATEMP_HIGH = ("dynatemp_high", "dynatemp_max", "max_temp")
 _RANGE = Number("dynatemp_range", ("dynatemp_range",), low=0)
+_ADAPTIVE_TARGET = Number("adaptive_target", ("adaptive_target",), high=1)
+_ADAPTIVE_DECAY = Number("adaptive_decay", ("adaptive_decay",), low=0, high=1, below_high=True)
 _EXPONENT = Number("dynatemp_exponent", ("dynatemp_exponent", "temp_exponent"), low=0, above_low=True)
 
 _STOPS = ("stop", "stopping_strings", "stop_sequence", "stop_sequences")
@@ -145,9 +156,6 @@ _ORDERS: tuple[tuple[str, Callable[[str, object], tuple[tuple[str, ...], frozens
 
 _NOT_BUILT = "is not a sampler of this server"
 WITHOUT_EFFECT: Mapping[str, tuple[Callable[[Any], bool], str]] = {  # by name: what is neutral, and why the rest isn't
-    "skew": (lambda v: v == 0, _NOT_BUILT),
-    "adaptive_target": (lambda v: v < 0, _NOT_BUILT),
-    "repetition_decay": (lambda v: v == 0, "a penalty ends where its range ends"),
     "rep_pen_slope": (lambda v: v in (0, 1), "a penalty is the same all over its range"),
     "encoder_repetition_penalty": (lambda v: v == 1, _NOT_BUILT),
     "penalty_alpha": (lambda v: v == 0, "contrastive search is not served"),
@@ -157,11 +165,12 @@ WITHOUT_EFFECT: Mapping[str, tuple[Callable[[Any], bool], str]] = {  # by name: 
     "max_tokens_second": (lambda v: v == 0, "the rate of tokens is not limited"),
     "speculative_ngram": (lambda v: v is False, "the server decides how it speculates"),
 }
+_OTHER_NUMBERS = (_MIN_TOKENS, _MAX_TOKENS, _RANGE, _EXPONENT, _ADAPTIVE_TARGET, _ADAPTIVE_DECAY)
 KNOWN: frozenset[str] = frozenset(  # all names that are read here
-    {name for number in (*NUMBERS, _MIN_TOKENS, _MAX_TOKENS, _RANGE, _EXPONENT) for name in number.names}
+    {name for number in (*NUMBERS, *_OTHER_NUMBERS) for name in number.names}
     | {*_STOPS, *_IGNORE_EOS, *_KEEP_STOP, *_BANNED_STRINGS, *_BANNED_TOKENS, *_DYNATEMP_LOW, *_DYNATEMP_HIGH}
     | {"dry_sequence_breakers", "dynamic_temperature", "do_sample", "temperature_last", "stop_token_ids", "logit_bias"}
-    | {"guidance_scale", "cfg_scale", "negative_prompt", "adaptive_decay"}
+    | {"guidance_scale", "cfg_scale", "negative_prompt"}
     | {name for name, _ in _ORDERS}
     | WITHOUT_EFFECT.keys()
 )
@@ -179,6 +188,7 @@ def read_sampling(
     reading.refuse_guidance()
     reading.numbers()
     reading.temperature()
+    reading.adaptive_p()
     reading.order()
     reading.bans()
     if reading.targets.get("dry_multiplier"):
@@ -246,6 +256,19 @@ class _Reading:
             self.targets["dynatemp_range"] = half
         if self.targets.get("dynatemp_range") and (exponent := self.number(_EXPONENT)) is not None:
             self.targets["dynatemp_exponent"] = exponent
+
+    def adaptive_p(self) -> None:
+        """Off below 0; mirostat steers alone."""
+        target = self.number(_ADAPTIVE_TARGET)
+        if target is None or target < 0:
+            return
+        decay = self.number(_ADAPTIVE_DECAY)
+        if self.targets.get("mirostat_mode"):
+            self.ignored.append(("adaptive_target", "mirostat_mode steers already"))
+            return
+        self.targets["adaptive_target"] = target
+        if decay is not None:
+            self.targets["adaptive_decay"] = decay
 
     def order(self) -> None:
         """One list of steps, whatever the dialect; what a llama.cpp list leaves out is off."""
@@ -339,6 +362,8 @@ class _Reading:
             value = self.given[name]
             if not (isinstance(value, bool | int | float) and is_neutral(value)):
                 self.ignored.append((name, why))
+        if self.given.get("repetition_decay") and not self.targets.get("penalty_range"):
+            self.ignored.append(("repetition_decay", "the penalty's range is all there is, and has no end to fade at"))
         if self.given.get("negative_prompt"):
             self.ignored.append(("negative_prompt", "guidance_scale is 1"))
 

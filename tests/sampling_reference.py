@@ -20,21 +20,16 @@ def penalise(
     logits: Logits, params: SamplingParams, prompt: Sequence[int], output: Sequence[int], suppressed: Sequence[int] = ()
 ) -> Logits:
     """Steps 1 to 4: penalties, biases, and tokens that may not come."""
-    seen = [*prompt, *output]
-    generated = list(output)
-    if params.penalty_range > 0:
-        seen = seen[-params.penalty_range :]
-        generated = generated[-params.penalty_range :]
+    whole = [*prompt, *output]
+    strengths = {place: strength(len(whole) - 1 - place, params) for place in range(len(whole))}
     logits = logits.copy()
-    for token in set(seen):
-        if logits[token] > 0:
-            logits[token] /= params.repetition_penalty
-        else:
-            logits[token] *= params.repetition_penalty
-    for token in set(generated):
-        logits[token] -= params.frequency_penalty * generated.count(token) + params.presence_penalty
-    for token in set(seen):
-        logits[token] -= params.relative_frequency_penalty * seen.count(token) / len(seen)
+    for token in set(whole):
+        seen = [strengths[i] for i, other in enumerate(whole) if other == token]
+        generated = [strengths[i] for i, other in enumerate(whole) if other == token and i >= len(prompt)]
+        penalty = 1 + (params.repetition_penalty - 1) * max(seen)
+        logits[token] *= penalty if logits[token] <= 0 else 1 / penalty
+        logits[token] -= params.frequency_penalty * sum(generated) + params.presence_penalty * max(generated, default=0)
+        logits[token] -= params.relative_frequency_penalty * sum(seen) / sum(strengths.values())
     for token, bias in params.logit_bias.items():
         logits[token] += bias
     for token in params.banned_tokens:
@@ -42,6 +37,15 @@ def penalise(
     for token in suppressed:
         logits[token] = -math.inf
     return logits
+
+
+def strength(distance: int, params: SamplingParams) -> float:
+    """How much a token counts that stands so many before the last one: 1 in the range, then less and less."""
+    if params.penalty_range == 0 or distance < params.penalty_range:
+        return 1.0
+    if distance >= params.penalty_range + params.repetition_decay:
+        return 0.0
+    return 1 - (distance - params.penalty_range) / params.repetition_decay
 
 
 def dry(token_ids: Sequence[int], params: SamplingParams, breaks: Sequence[bool]) -> dict[int, float]:
@@ -211,10 +215,18 @@ def mirostat_2(distribution: Distribution, mu: float) -> Distribution:
     return _at_least(distribution, 2.0**-mu)
 
 
-def truncate(logits: Logits, params: SamplingParams, *, acts: bool = False, mu: float | None = None) -> Distribution:
+def adaptive_p(distribution: Distribution, aim: float) -> Distribution:
+    weights = []
+    for token, p in distribution:
+        distance = abs(p - min(max(aim, 0), 1)) / 0.3
+        weights.append((token, math.exp(-10 * distance**2 / (1 + distance))))
+    return renormalise(sorted(weights, key=lambda entry: (-entry[1], entry[0])))
+
+
+def truncate(logits: Logits, params: SamplingParams, *, acts: bool = False, aim: float | None = None) -> Distribution:
     """Steps 5 and 6: what may be drawn, and how likely. Greedy draws the first token of an untruncated softmax.
 
-    acts: what XTC's dice say; mu: mirostat's aim.
+    acts: what XTC's dice say; aim: that of mirostat or adaptive-p, if it isn't the first.
     """
     if params.temperature == 0:
         return softmax(logits, 1.0)
@@ -229,9 +241,11 @@ def truncate(logits: Logits, params: SamplingParams, *, acts: bool = False, mu: 
         distribution = run(step, distribution, params, acts)
         if step not in ("temperature", "smoothing", "xtc"):
             distribution = at_least_so_many(before, distribution, params.min_keep)
-    aim = 2 * params.mirostat_tau if mu is None else mu
     if params.mirostat_mode == 0:
-        return distribution
+        if params.adaptive_target < 0:
+            return distribution
+        return adaptive_p(distribution, params.adaptive_target if aim is None else aim)
+    aim = 2 * params.mirostat_tau if aim is None else aim
     aimed = mirostat_1(distribution, aim, len(logits)) if params.mirostat_mode == 1 else mirostat_2(distribution, aim)
     return at_least_so_many(distribution, aimed, params.min_keep)
 

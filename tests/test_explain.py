@@ -64,9 +64,9 @@ async def test_each_prompt_of_a_batch_is_told() -> None:
 
 
 async def test_ignored_fields_come_with_reasons() -> None:
-    body = {"prompt": "a", "api_type": "tabby", "truncation_length": 8192, "skew": 0.5, "zebra": 1, "top_k": -1}
+    body = {"prompt": "a", "api_type": "tabby", "truncation_length": 8192, "num_beams": 2, "zebra": 1, "top_k": -1}
     record = await explained("/v1/completions", body)
-    assert [entry["field"] for entry in record["ignored"]] == ["api_type", "skew", "truncation_length", "zebra"]
+    assert [entry["field"] for entry in record["ignored"]] == ["api_type", "num_beams", "truncation_length", "zebra"]
     assert all(entry["why"] for entry in record["ignored"])
 
 
@@ -89,13 +89,17 @@ async def test_without_the_field_nothing_is_explained() -> None:
         (
             SamplingParams(top_p=0.9, temperature=0.5, top_k=40, repetition_penalty=1.1),
             [
-                {"repetition_penalty": 1.1, "penalty_range": 0},
+                {"repetition_penalty": 1.1, "penalty_range": 0, "repetition_decay": 0},
                 {"temperature": 0.5, "dynatemp_range": 0, "dynatemp_exponent": 1},
                 {"top_k": 40},
                 {"top_p": 0.9},
             ],
         ),
         (SamplingParams(top_p=0.9, top_k=40, order=("top_p",)), [{"top_p": 0.9}, {"top_k": 40}]),
+        (
+            SamplingParams(adaptive_target=0.5, skew=0.1),
+            [{"adaptive_target": 0.5, "adaptive_decay": 0.9}, {"skew": 0.1}],
+        ),
         (
             SamplingParams(dynatemp_range=0.5, xtc_probability=0.5, mirostat_mode=2, min_keep=2),
             [

@@ -174,6 +174,7 @@ penalties = st.builds(
     presence_penalty=st.sampled_from([0.0, 0.7, -1.0]),
     relative_frequency_penalty=st.sampled_from([0.0, 1.5]),
     penalty_range=st.sampled_from([0, 0, 1, 4, 30]),
+    repetition_decay=st.sampled_from([0, 0, 1, 7, 100]),
     logit_bias=st.dictionaries(tokens, st.floats(-100, 100, width=32), max_size=3),
 )
 histories = st.tuples(

@@ -44,6 +44,8 @@ params = st.builds(
     xtc_threshold=st.floats(0.01, 0.5),
     mirostat_mode=st.sampled_from([0, 0, 0, 1, 2]),
     mirostat_tau=st.floats(0.5, 8.0),
+    adaptive_target=maybe(st.floats(0.0, 1.0), -1.0),
+    skew=maybe(st.floats(-3.0, 3.0), 0.0),
     min_keep=st.sampled_from([0, 0, 0, 1, 5]),
     order=st.one_of(st.just(()), st.permutations(SAMPLER_ORDER).map(lambda order: tuple(order[:6]))),
     seed=st.integers(0, 2**64 - 1),
@@ -117,7 +119,7 @@ def test_any_steps_in_any_order_keep_and_draw_what_the_reference_does(
     for token, logprob in whole.top:
         probability = dict(kept).get(token, 0.0)
         assert math.exp(logprob) == pytest.approx(probability, rel=2e-4, abs=1e-12)
-    u = uniform(p.seed or 0, place)
+    u = uniform(p.seed or 0, place) ** math.exp(-p.skew)
     assert whole.token_id in {reference.draw(kept, min(max(u + nudge, 0.0), 1.0)) for nudge in (-1e-4, 0, 1e-4)}
     assert plain.token_id in {reference.draw(kept, min(max(u + nudge, 0.0), 1.0)) for nudge in (-1e-4, 0, 1e-4)}
 
@@ -195,6 +197,33 @@ def test_xtc_acts_as_often_as_its_probability_says_and_the_same_again_for_the_sa
     assert acted[:20] == [has_acted(seed) for seed in range(20)]
 
 
+@pytest.mark.parametrize("skew", [-20.0, -1.0, 1.0, 20.0])
+def test_a_skewed_draw_leans_to_less_likely_tokens_above_zero_and_to_likelier_ones_below(skew: float):
+    def ranks(skew: float) -> list[int]:  # the tokens of STEEP stand in the order of their probabilities
+        return [one(STEEP, skew=skew, seed=seed).token_id for seed in range(200)]
+
+    plain, leaning = ranks(0.0), ranks(skew)
+    assert all((b - a) * skew >= 0 for a, b in zip(plain, leaning, strict=True))
+    assert plain != leaning
+    if abs(skew) == 20:
+        assert set(leaning) == {6 if skew > 0 else 0}
+
+
+@pytest.mark.parametrize(("target", "mean"), [(0.1, 0.1), (0.3, 0.3), (0.9, 0.45)])  # 0.45 is the most there is
+def test_adaptive_p_prefers_tokens_near_its_aim_and_moves_the_mean_probability_towards_it(target: float, mean: float):
+    assert one(STEEP, adaptive_target=0.2).top[0][0] == 1
+    logits = torch.tensor([0.45, 0.25, 0.15, 0.1, 0.05]).log()
+    made = SamplerState(SamplingParams(adaptive_target=target, adaptive_decay=0.8, seed=1), [], 5, None)
+    probabilities = []
+    for _ in range(600):
+        drawn = sample(logits[None], [made])[0]
+        assert drawn is not None
+        assert drawn.surprise == pytest.approx(-float(logits[drawn.token_id]) / math.log(2))  # of before its step
+        probabilities.append(float(logits[drawn.token_id].exp()))
+        made.append(drawn.token_id, drawn.surprise)
+    assert sum(probabilities) / 600 == pytest.approx(mean, abs=0.03)
+
+
 @pytest.mark.parametrize("mode", [1, 2])
 def test_mirostat_steers_the_mean_surprise_to_its_target(mode: int):
     logits = -1.1 * torch.arange(1, 5001).log()  # Zipf's law, as version 1 takes it to be
@@ -209,9 +238,16 @@ def test_mirostat_steers_the_mean_surprise_to_its_target(mode: int):
     assert sum(surprises[100:]) / 500 == pytest.approx(3.0, abs=0.3)
 
 
-def test_mirostats_aim_goes_back_with_a_rewound_sequence():
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(mirostat_mode=2, mirostat_tau=4.0, mirostat_eta=0.5, seed=5),
+        SamplingParams(adaptive_target=0.1, adaptive_decay=0.5, min_p=0.05, seed=5),
+    ],
+)
+def test_the_aim_of_what_steers_goes_back_with_a_rewound_sequence(params: SamplingParams):
     logits = torch.randn(40, 500, generator=torch.Generator().manual_seed(2)) * 2
-    made = SamplerState(SamplingParams(mirostat_mode=2, mirostat_tau=4.0, mirostat_eta=0.5, seed=5), [], 500, None)
+    made = SamplerState(params, [], 500, None)
 
     def go_on(start: int) -> list[tuple[int, float]]:
         written = []
@@ -219,10 +255,12 @@ def test_mirostats_aim_goes_back_with_a_rewound_sequence():
             drawn = sample(row[None], [made])[0]
             assert drawn is not None
             assert drawn.surprise is not None
-            before = made.mu
+            before = made.aim
             made.append(drawn.token_id, drawn.surprise)
-            assert made.mu == next_mu(before, drawn.surprise, 4.0, 0.5)
-            written.append((drawn.token_id, made.mu))
+            by_surprise = next_mu(before, drawn.surprise, 4.0, 0.5)
+            by_probability = 0.5 * before + 0.5 * (2 * 0.1 - 2.0**-drawn.surprise)
+            assert made.aim == pytest.approx(by_surprise if params.mirostat_mode else by_probability)
+            written.append((drawn.token_id, made.aim))
         return written
 
     first = go_on(0)

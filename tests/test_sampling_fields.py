@@ -136,6 +136,11 @@ def test_the_parts_of_a_sampler_that_is_off_are_not_even_read() -> None:
         ),
         ({"dynatemp_range": 0.5, "temperature": 2}, {"temperature": 2, "dynatemp_range": 0.5}),
         ({"dynatemp_low": 0.5, "dynatemp_high": 2, "dynamic_temperature": False}, {}),
+        ({"rep_pen_range": 64, "repetition_decay": 32}, {"penalty_range": 64, "repetition_decay": 32}),
+        ({"adaptive_target": 0, "adaptive_decay": 0.5}, {"adaptive_target": 0, "adaptive_decay": 0.5}),
+        ({"adaptive_target": -1, "adaptive_decay": 7}, {}),
+        ({"adaptive_target": 0.4, "samplers": ["adaptive_p"]}, {"adaptive_target": 0.4}),
+        ({"skew": -0.5}, {"skew": -0.5}),
         ({"custom_token_bans": "1,2, 3"}, {"banned_tokens": (1, 2, 3)}),
         ({"custom_token_bans": [4, 4]}, {"banned_tokens": (4,)}),
         ({"banned_strings": ["a", "", "a"]}, {"banned_strings": ("a",)}),
@@ -199,6 +204,20 @@ def test_ids_outside_the_vocabulary_are_listed_and_do_no_harm() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("fields", "ignored"),
+    [
+        ({"repetition_decay": 5}, "repetition_decay"),
+        ({"adaptive_target": 0.5, "mirostat_mode": 2}, "adaptive_target"),
+        ({"adaptive_target": 0.5, "samplers": ["top_k"]}, "adaptive_target"),
+    ],
+)
+def test_a_value_that_others_leave_nothing_to_do_is_listed(fields: dict[str, Any], ignored: str) -> None:
+    read = read_sampling(fields, V)
+    assert [name for name, _ in read.ignored] == [ignored]
+    assert (read.params.repetition_decay, read.params.adaptive_target) == (0, -1.0)
+
+
 def test_of_names_that_disagree_the_first_counts_and_the_others_are_listed() -> None:
     read = read_sampling({"seed": 3, "sampler_seed": 4, "typical": 0.5, "typical_p": 0.5}, V)
     assert (read.params.seed, read.params.typical_p) == (3, 0.5)
@@ -242,6 +261,9 @@ def test_stops_and_lengths_have_many_names_too() -> None:
         ({"dry_multiplier": 1, "dry_sequence_breakers": [str(i) for i in range(16385)]}, "dry_sequence_breakers"),
         ({"dynatemp_low": 2, "dynatemp_high": 1}, "dynatemp_low"),
         ({"dynamic_temperature": 1}, "dynamic_temperature"),
+        ({"adaptive_target": 1.1}, "adaptive_target"),
+        ({"adaptive_target": 0.5, "adaptive_decay": 1}, "adaptive_decay"),
+        ({"rep_pen_range": 9, "repetition_decay": -1}, "repetition_decay"),
         ({"sampler_order": [7]}, "sampler_order"),
         ({"sampler_priority": 3}, "sampler_priority"),
         ({"temperature_last": "yes"}, "temperature_last"),

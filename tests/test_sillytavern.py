@@ -52,7 +52,6 @@ IGNORED |= {
     "logit_bias",
     "rep_pen_slope",
     "logprobs",
-    "skew",
     "max_tokens",
     "sampler_seed",
     "xtc_probability",

@@ -7,7 +7,8 @@ The order. Every step is a no-op at its neutral value, which is in brackets, and
 2.  frequency_penalty [0] times the count of the token in the output, and presence_penalty [0] if it is there at all,
     are subtracted.
 3.  relative_frequency_penalty [0] times the share of the token in prompt and output is subtracted.
-    With penalty_range [0: all] = n, steps 1 to 3 see the last n tokens of prompt and output, and nothing before them.
+    With penalty_range [0: all] = n, steps 1 to 3 see the last n tokens of prompt and output, and nothing before them;
+    with repetition_decay [0] = m, m more of them, each counting less by a 1/m than the one after it.
 4.  logit_bias is added, and banned_tokens get a logit of -inf. DRY's penalties are subtracted (dry_multiplier [0]): a
     token that would go on with a stretch of dry_allowed_length or more tokens which stands in prompt and output already
     loses dry_multiplier x dry_base ** (length - dry_allowed_length). no_repeat_ngram_size [0] bans such tokens. Then
@@ -32,10 +33,11 @@ The order. Every step is a no-op at its neutral value, which is in brackets, and
 
     min_keep [0]: each step that removes tokens leaves so many, the likeliest of those that it was given.
 6.  mirostat_mode [0] keeps tokens of at most `mu` bits of surprise (2), or as many as Zipf's law expects to (1), and
-    afterwards corrects mu, which starts at twice mirostat_tau, by mirostat_eta times what was missed.
+    afterwards corrects mu, which starts at twice mirostat_tau, by mirostat_eta times what was missed. adaptive_target
+    [below 0], where mirostat is off, prefers tokens of about that probability, see adaptive.py.
 7.  The draw: the kept tokens stand in a row, the likeliest first, equals by id, and one uniform number in [0, 1) falls
-    on one of them by its share. The number is a function of (seed, place in the output) and of nothing else: neither
-    neighbours in the batch nor rewinding change what a seed says.
+    on one of them by its share; skew [0] bends it to u ** exp(-skew). The number is a function of (seed, place in the
+    output) and of nothing else: neither neighbours in the batch nor rewinding change what a seed says.
 
 Log probabilities are raw (log-softmax of the model's logits) or processed (log of the probability drawn from; for
 greedy the log-softmax after step 4). The likeliest tokens beside them: raw exactly as many as asked, of equals the

@@ -9,8 +9,10 @@ import numpy as np
 from torch import Tensor
 
 from tightrope.engine.sampler import mirostat, reshaping, truncation
+from tightrope.engine.sampler.adaptive import adaptive_p
 from tightrope.engine.sampler.candidates import Candidates, Mask, weigh
-from tightrope.engine.sampler.draw import dice, draw, uniform
+from tightrope.engine.sampler.draw import dice, draw, skewed, uniform
+from tightrope.engine.sampler.plan import STEERING
 from tightrope.engine.sampler.ranking import Doubles, Floats, Ids, Ranking, vocabulary_weight
 from tightrope.engine.sampler.state import SamplerState
 from tightrope.engine.types import SamplingParams
@@ -30,10 +32,11 @@ STEPS: Mapping[str, tuple[Step, tuple[str, ...]]] = {  # by name: the step, and 
     "epsilon_cutoff": (truncation.epsilon_cutoff, ("epsilon_cutoff",)),
     "eta_cutoff": (truncation.eta_cutoff, ("eta_cutoff",)),
     "xtc": (truncation.xtc, ("xtc_acts", "xtc_threshold")),
-    "mirostat": (mirostat.mirostat, ("mirostat_mode", "mu", "vocab_size")),
+    "mirostat": (mirostat.mirostat, ("mirostat_mode", "aim", "vocab_size")),
+    "adaptive_p": (adaptive_p, ("adaptive_target", "aim")),
 }
 _NEUTRAL = SamplingParams()
-_READS_TOTAL = frozenset({"top_p", "top_a", "epsilon_cutoff", "xtc", "mirostat"})  # when they come first
+_READS_TOTAL = frozenset({"top_p", "top_a", "epsilon_cutoff", "xtc", "mirostat", "adaptive_p"})  # when they come first
 
 _LIST = 128  # candidates listed at first for a row without top_k: enough for most rows at temperature 1
 _SPARE = 12  # listed beyond what is wanted, since tokens that tie at the border are left out
@@ -46,6 +49,7 @@ class Drawn:
     candidates: Candidates  # the kept tokens
     columns: Ids  # [B]: of the drawn tokens
     settled: Mask  # [B]: False where the ranking was too short to tell
+    surprises: Doubles | None  # [B]: bits, among the tokens that the steering steps were given; where there are any
 
 
 class Chain:
@@ -58,10 +62,11 @@ class Chain:
         self._min_keep = _column([state.params.min_keep for state in states]).astype(np.int64)
         active = {step for plan in plans for step in plan.steps}
         self._steps = [
-            (STEPS[step][0], [_values(step, name, states, vocab_size) for name in STEPS[step][1]])
+            (step, [_values(step, name, states, vocab_size) for name in STEPS[step][1]])
             for step in plans[0].order
             if step in active
         ]
+        self._steers = not active.isdisjoint(STEERING)
         self._vocab_size = vocab_size
         self._tops = np.array([[state.processed_top] for state in states])
         self._lists_tops = bool(self._tops.any())
@@ -83,12 +88,24 @@ class Chain:
         """Draw from the ranking of these of its rows; totals [B, 1] of all of them."""
         with np.errstate(all="ignore"):  # rows from which nothing can be drawn are full of NaN
             candidates = weigh(ranking, self._weights_at[lines], totals[lines], self._min_keep[lines])
+            given = candidates
             for step, values in self._steps:
-                candidates = step(candidates, *(column[lines] for column in values))
+                candidates = STEPS[step][0](candidates, *(column[lines] for column in values))
+                given = given if step == "adaptive_p" else candidates
             columns, settled = draw(candidates, self._u[lines])
+            surprises = (
+                _surprises(given, np.take_along_axis(candidates.token_ids, columns, 1)) if self._steers else None
+            )
         if self._lists_tops:
             settled &= candidates.is_complete | (candidates.num_kept >= self._tops[lines])
-        return Drawn(candidates, columns[:, 0], settled[:, 0])
+        return Drawn(candidates, columns[:, 0], settled[:, 0], surprises)
+
+
+def _surprises(given: Candidates, token_ids: Ids) -> Doubles:
+    """Of the drawn tokens [B, 1], in bits [B]."""
+    shares = (given.weights * (given.token_ids == token_ids)).sum(1) / given.total[:, 0]
+    surprises: Doubles = -np.log2(shares)
+    return surprises
 
 
 def chains(states: Sequence[SamplerState], rows: Ids, vocab_size: int) -> list[tuple[Ids, Chain]]:
@@ -118,7 +135,9 @@ def native_params(states: Sequence[SamplerState]) -> Doubles:
 
 
 def _u(state: SamplerState) -> float:
-    return 0.0 if state.params.temperature == 0 else uniform(state.seed, state.num_output)
+    if state.params.temperature == 0:
+        return 0.0
+    return skewed(uniform(state.seed, state.num_output), state.params.skew)
 
 
 def _values(step: str, name: str, states: Sequence[SamplerState], vocab_size: int) -> Doubles:
@@ -131,8 +150,8 @@ def _value(step: str, name: str, state: SamplerState, vocab_size: int) -> float:
     match name:
         case "xtc_acts":
             return float(dice(state.seed, state.num_output) < params.xtc_probability)
-        case "mu":
-            return state.mu
+        case "aim":
+            return state.aim
         case "vocab_size":
             return vocab_size
     value: float = getattr(params, name)

@@ -1,5 +1,7 @@
 """The draw: a number that depends on the seed and the place alone, and the token it falls on."""
 
+import math
+
 import numpy as np
 
 from tightrope.engine.sampler.candidates import Candidates, Mask
@@ -17,6 +19,14 @@ def uniform(seed: int, place: int) -> float:
     stream at an offset.
     """
     return (splitmix64(splitmix64(seed, 0), place) >> 11) * 2.0**-53
+
+
+def skewed(u: float, skew: float) -> float:
+    """u ** exp(-skew): a number in [0, 1) that lies further up, among less likely tokens, the larger the skew is.
+
+    Source: exllamav2's sampling parameter `skew` (exllamav2_ext/ext_sampling.cpp).
+    """
+    return min(u ** math.exp(-skew), 1 - 2.0**-53) if skew else u
 
 
 def dice(seed: int, place: int) -> float:

@@ -12,11 +12,14 @@ from tightrope.engine.grammar import Packed
 from tightrope.engine.sampler.repeats import Repeats
 from tightrope.engine.types import SamplingParams
 
+Floats = NDArray[np.float32]
+
 
 class TokenEdits:
     """The tokens of one sequence whose logits change, and how: logit / divide (or x divide, if negative) - subtract.
 
-    Follows the output token by token: `append` is O(1), so a long context costs nothing but the size of its list.
+    Follows the output token by token: `append` is O(1), so a long context costs nothing but the size of its list. Only
+    penalties that fade are counted anew for each token.
     What would repeat the context is found by `repeats`, where that is asked for.
     """
 
@@ -43,6 +46,7 @@ class TokenEdits:
             or params.presence_penalty != 0.0
             or params.relative_frequency_penalty != 0.0
         )
+        self._decay = params.repetition_decay if params.penalty_range > 0 else 0
         self._num_prompt = len(prompt_token_ids)
         self._history = list(prompt_token_ids) if self._counts_tokens else []
         self._rebuild()
@@ -59,6 +63,8 @@ class TokenEdits:
         if not self._counts_tokens:
             return
         self._history.append(token_id)
+        if self._decay:
+            return  # each token's penalty changes with every token: `entries` counts anew
         self._count(token_id, 1, is_output=True)
         window = self._params.penalty_range
         if window > 0:
@@ -78,37 +84,44 @@ class TokenEdits:
 
     def entries(self) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]:
         """Distinct token ids [U], `divide` [U] and `subtract` [U]; views that the next `append` changes."""
+        if self._decay:
+            self._rebuild()
         subtract = self._subtract[: self._size]
         if relative := self._params.relative_frequency_penalty:
-            length = len(self._history)
-            if self._params.penalty_range > 0:
-                length = min(length, self._params.penalty_range)
-            subtract = subtract + self._seen[: self._size] * np.float32(relative / max(length, 1))
+            length = float(self._seen[: self._size].sum())
+            subtract = subtract + self._seen[: self._size] * np.float32(relative / max(length, 1.0))
         return self._token_ids[: self._size], self._divide[: self._size], subtract
 
     def _rebuild(self) -> None:
         """Count everything anew."""
-        window = self._params.penalty_range
-        start = max(len(self._history) - window, 0) if window > 0 else 0
+        params, bias = self._params, self._biases
+        window = params.penalty_range
+        start = max(len(self._history) - window - self._decay, 0) if window > 0 else 0
         tokens = np.asarray(self._history[start:], dtype=np.int64)
-        output = tokens[max(self._num_prompt - start, 0) :]
-        bias = self._biases
+        strengths = fade(len(tokens), window, self._decay)
         token_ids = np.unique(np.concatenate([tokens, np.fromiter(bias, np.int64, len(bias))]))
         self._size = len(token_ids)
         self._token_ids = token_ids
         self._slots = {int(token_id): slot for slot, token_id in enumerate(token_ids)}
-        self._seen = np.bincount(np.searchsorted(token_ids, tokens), minlength=self._size).astype(np.float32)
-        self._generated = np.bincount(np.searchsorted(token_ids, output), minlength=self._size).astype(np.float32)
+        slots = np.searchsorted(token_ids, tokens)
+        output = slice(max(self._num_prompt - start, 0), None)
+        self._seen, latest = self._sums(slots, strengths)
+        self._generated, latest_generated = self._sums(slots[output], strengths[output])
         self._bias = np.zeros(self._size, np.float32)
         for token_id, value in bias.items():
             self._bias[self._slots[token_id]] = value
-        params = self._params
-        self._divide = np.where(self._seen > 0, np.float32(params.repetition_penalty), np.float32(1))
+        self._divide = 1 + latest * np.float32(params.repetition_penalty - 1)
         self._subtract = (
             self._generated * np.float32(params.frequency_penalty)
-            + (self._generated > 0) * np.float32(params.presence_penalty)
+            + latest_generated * np.float32(params.presence_penalty)
             - self._bias
         ).astype(np.float32)
+
+    def _sums(self, slots: NDArray[np.int64], strengths: NDArray[np.float32]) -> tuple[Floats, Floats]:
+        """The strengths of each token's places, summed, and the largest of them, which is that of the latest."""
+        most = np.zeros(self._size, np.float32)
+        np.maximum.at(most, slots, strengths)
+        return np.bincount(slots, strengths, self._size).astype(np.float32), most
 
     def _count(self, token_id: int, change: int, *, is_output: bool) -> None:
         slot = self._slots.get(token_id)
@@ -139,6 +152,17 @@ class TokenEdits:
         self._slots[token_id] = slot
         self._size = slot + 1
         return slot
+
+
+def fade(num_tokens: int, window: int, decay: int) -> Floats:
+    """How much each of the last tokens counts: the last `window` and the one before them 1, those before ever less.
+
+    Source: exllamav2's `token_repetition_decay` (exllamav2_ext/cpp/sampling.cpp).
+    """
+    if decay == 0:
+        return np.ones(num_tokens, np.float32)
+    distance = np.arange(num_tokens - 1, -1, -1)
+    return np.clip(1 - (distance - window) / decay, 0, 1).astype(np.float32)
 
 
 def edit_logits(

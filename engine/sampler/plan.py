@@ -7,6 +7,7 @@ from tightrope.engine.types import SAMPLER_ORDER, SamplingParams
 
 _RESHAPING = frozenset({"temperature", "smoothing"})
 _ON_ROWS = _RESHAPING | {"top_n_sigma", "eta_cutoff"}  # can be applied to a whole row of logits
+STEERING = ("mirostat", "adaptive_p")  # after all others: they look at what was drawn
 NATIVE = ("top_k", "top_p", "min_p", "typical_p")  # what the native draw does, in this order
 
 
@@ -20,10 +21,15 @@ class Plan:
     order: tuple[str, ...]  # of all steps, those that are neutral too
     is_native: bool  # whether the native draw can do all of `steps`
 
+    @property
+    def is_steered(self) -> bool:
+        """Whether the surprise of the drawn token decides how the next is drawn."""
+        return bool(self.steps) and self.steps[-1] in STEERING
+
 
 def plan(params: SamplingParams) -> Plan:
     """Greedy is the first of all tokens at temperature 1."""
-    order = (*params.order, *(step for step in SAMPLER_ORDER if step not in params.order), "mirostat")
+    order = (*params.order, *(step for step in SAMPLER_ORDER if step not in params.order), *STEERING)
     if params.temperature == 0:
         return Plan((), 1.0, (), order, True)
     active = tuple(step for step in order if _is_active(step, params))
@@ -65,4 +71,6 @@ def _is_active(step: str, params: SamplingParams) -> bool:
             return params.xtc_probability > 0
         case "mirostat":
             return params.mirostat_mode > 0
+        case "adaptive_p":
+            return params.adaptive_target >= 0 and params.mirostat_mode == 0
     raise ValueError(f"there is no step {step!r}")

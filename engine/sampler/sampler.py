@@ -25,7 +25,7 @@ _ROWS_AT_ONCE = 16  # bounds what lists of whole rows, and the logits of a promp
 class Sampled:
     """A token, its log probability where that was asked for, and the likeliest tokens with theirs, descending.
 
-    surprise: in bits, among the tokens that could be drawn; where mirostat steers by it.
+    surprise: in bits, among the tokens that could be drawn; where mirostat or adaptive-p steers by it.
     """
 
     token_id: int
@@ -129,13 +129,12 @@ def _sampled(drawn: Drawn, place: int, state: SamplerState) -> Sampled:
     candidates = drawn.candidates
     token_id = int(candidates.token_ids[place, column])
     weights, total = candidates.weights[place], float(candidates.total[place, 0])
-    steers = "mirostat" in state.plan.steps
-    if not (state.wants_processed or steers):
-        return Sampled(token_id, None)
-    logprob = math.log(weights[column] / total)
-    surprise = -logprob / math.log(2) if steers else None
+    surprise = None
+    if drawn.surprises is not None and state.plan.is_steered:
+        surprise = float(drawn.surprises[place])
     if not state.wants_processed:
         return Sampled(token_id, None, surprise=surprise)
+    logprob = math.log(weights[column] / total)
     top = scores.processed(weights, candidates.token_ids[place], total, state.processed_top)
     return Sampled(token_id, logprob, top, surprise)
 

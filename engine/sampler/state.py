@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Sequence
 
 from tightrope.engine.grammar import Matcher
-from tightrope.engine.sampler.mirostat import first_mu, next_mu
+from tightrope.engine.sampler import adaptive, mirostat
 from tightrope.engine.sampler.penalties import TokenEdits
 from tightrope.engine.sampler.plan import plan
 from tightrope.engine.types import LogprobRequest, SamplingParams
@@ -34,7 +34,8 @@ class SamplerState:
         self.grammar = grammar
         self.edits = TokenEdits(params, prompt_token_ids, vocab_size, token_bytes)
         self.num_output = 0
-        self._mus = [first_mu(params.mirostat_tau)]  # mirostat's aims, one a token and one for the next
+        first = mirostat.first_mu(params.mirostat_tau) if params.mirostat_mode else params.adaptive_target
+        self._aims = [first]  # of the step that steers, one a token and one for the next
         self.wants_processed = logprobs is not None and logprobs.processed
         self.wants_raw = logprobs is not None and not logprobs.processed
         self.processed_top = logprobs.top if logprobs is not None and logprobs.processed else 0
@@ -45,16 +46,21 @@ class SamplerState:
         return self.grammar is not None and self.grammar.is_complete
 
     @property
-    def mu(self) -> float:
-        """Mirostat's aim for the next token, in bits."""
-        return self._mus[-1]
+    def aim(self) -> float:
+        """For the next token: mirostat's in bits, or the probability that adaptive-p would like."""
+        return self._aims[-1]
 
     def append(self, token_id: int, surprise: float | None = None) -> None:
         """A token was generated; `surprise` as the draw told it."""
         self.num_output += 1
         self.edits.append(token_id)
         if surprise is not None:
-            self._mus.append(next_mu(self.mu, surprise, self.params.mirostat_tau, self.params.mirostat_eta))
+            params = self.params
+            if params.mirostat_mode:
+                aim = mirostat.next_mu(self.aim, surprise, params.mirostat_tau, params.mirostat_eta)
+            else:
+                aim = adaptive.next_aim(self.aim, 2.0**-surprise, params.adaptive_target, params.adaptive_decay)
+            self._aims.append(aim)
         if self.grammar is not None:
             self.grammar.append(token_id)
 
@@ -62,6 +68,6 @@ class SamplerState:
         """Forget generated tokens after the first `num_output`; what is drawn next is what was drawn there before."""
         self.num_output = num_output
         self.edits.truncate(num_output)
-        del self._mus[num_output + 1 :]
+        del self._aims[num_output + 1 :]
         if self.grammar is not None:
             self.grammar.truncate(num_output)
