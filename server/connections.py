@@ -2,7 +2,8 @@
 
 import asyncio
 import resource
-from typing import Any
+from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
 
 from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -32,6 +33,9 @@ class _HeadTooLarge(Exception):
 class Connection(HttpToolsProtocol):
     """One client. Above the most, the connection that has been without a request for longest makes room."""
 
+    # By server, the connections that are without a request, for longest first: thousands of newcomers look for one.
+    _idle_of: ClassVar[WeakKeyDictionary[ServerState, dict["Connection", None]]] = WeakKeyDictionary()
+
     def __init__(
         self,
         config: Config,
@@ -44,36 +48,34 @@ class Connection(HttpToolsProtocol):
         self._send_timer: asyncio.TimerHandle | None = None
         self._head_bytes: int | None = 0  # of the head that is coming in; None while a body does
         self._is_head_too_large = False
-        self._idle_since = self.loop.time()
+        self._idle = self._idle_of.setdefault(server_state, {})
 
     # ---- life ----
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         super().connection_made(transport)
         self._head_timer = self.loop.call_later(HEAD_TIMEOUT_S, self._abort)
+        self._idle[self] = None
         if len(self.connections) > most_connections():
-            self._make_room()
+            oldest = next(iter(self._idle))  # this one is idle itself
+            del self._idle[oldest]  # now: several newcomers may come before it is lost
+            oldest.transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
         for timer in (self._head_timer, self._send_timer):
             if timer is not None:
                 timer.cancel()
+        self._idle.pop(self, None)
         super().connection_lost(exc)
 
     def _abort(self) -> None:
         """Close at once; what is still to be sent is dropped, and the work for it is cancelled."""
         self.transport.abort()
 
-    def _is_idle(self) -> bool:
-        return self.cycle is None or self.cycle.response_complete
-
-    def _make_room(self) -> None:
-        idle = [other for other in self.connections if isinstance(other, Connection) and other._is_idle()]
-        min(idle, key=lambda other: other._idle_since).transport.abort()  # this one is idle itself
-
     def on_response_complete(self) -> None:
-        self._idle_since = self.loop.time()
         super().on_response_complete()
+        if self.cycle is None or self.cycle.response_complete:  # else the next request of a pipeline is under way
+            self._idle[self] = None
 
     # ---- heads ----
 
@@ -98,6 +100,7 @@ class Connection(HttpToolsProtocol):
         if len(self.url) + sum(len(name) + len(value) for name, value in self.headers) > MAX_HEAD_BYTES:
             self._is_head_too_large = True
             raise _HeadTooLarge
+        self._idle.pop(self, None)
         super().on_headers_complete()
 
     def on_message_complete(self) -> None:

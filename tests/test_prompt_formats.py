@@ -102,9 +102,9 @@ async def test_a_length_stands_on_the_answer_that_is_continued_too(renderer: Tem
 
 @pytest.mark.parametrize("name", PROMPT_FORMATS)
 async def test_every_format_takes_what_role_play_clients_send(renderer: TemplateRenderer, name: str) -> None:
-    chat = [SYSTEM, NOTE, GREETING, HELLO, MORE, NOTE | {"content": "Thunder."}]
+    chat = [SYSTEM, NOTE, GREETING, HELLO, NOTE | {"content": "Thunder."}]
     prompt = text(await rendered(renderer, ChatTemplate(INFO, name), chat))
-    places = [prompt.index(m["content"]) for m in (SYSTEM, NOTE, GREETING, HELLO, MORE)]
+    places = [prompt.index(m["content"]) for m in (SYSTEM, NOTE, GREETING, HELLO)]
     assert sorted(places[2:]) == places[2:]
     assert "Thunder." in prompt
 
@@ -112,9 +112,10 @@ async def test_every_format_takes_what_role_play_clients_send(renderer: Template
 @pytest.mark.parametrize(
     ("messages", "expected"),
     [
-        ([HELLO, MORE], "<u>Hello.\n\nAnyone?"),
         ([SYSTEM, NOTE, GREETING, HELLO], "<u>Be Mara.\n\nIt rains.<a>Welcome!<u>Hello."),
         ([GREETING, HELLO], "<u><a>Welcome!<u>Hello."),
+        ([GREETING, GREETING, HELLO], "<u><a>Welcome!\n\nWelcome!<u>Hello."),
+        ([HELLO, NOTE, GREETING, MORE, NOTE], "<u>Hello.\n\nIt rains.<a>Welcome!<u>Anyone?\n\nIt rains."),
         ([HELLO, GREETING, NOTE, MORE], "<u>Hello.<a>Welcome!<u>It rains.\n\nAnyone?"),
     ],
 )
@@ -126,9 +127,20 @@ async def test_a_template_that_insists_on_alternation_is_met_by_merging(
     assert "roles must alternate" in prompt.notes[0]
 
 
-async def test_a_regular_chat_that_the_template_refuses_is_refused_in_its_words(renderer: TemplateRenderer) -> None:
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [SYSTEM, HELLO],
+        [HELLO, MORE],
+        [SYSTEM, NOTE, GREETING, HELLO, MORE],
+        [HELLO, GREETING, GREETING],
+    ],
+)
+async def test_turns_that_the_template_refuses_are_refused_in_its_words(
+    renderer: TemplateRenderer, messages: list[dict[str, Any]]
+) -> None:
     with pytest.raises(TemplateFailed, match=r"^roles must alternate$"):
-        await rendered(renderer, ChatTemplate(INFO, STRICT), [SYSTEM, HELLO])
+        await rendered(renderer, ChatTemplate(INFO, STRICT), messages)
 
 
 async def test_a_chat_that_stays_refused_is_refused_in_the_words_it_met_first(renderer: TemplateRenderer) -> None:
@@ -147,6 +159,11 @@ async def test_a_system_message_that_no_order_saves_is_told_of(renderer: Templat
     prompt = await rendered(renderer, ChatTemplate(INFO, source), [SYSTEM, HELLO])
     assert text(prompt) == "Hello."
     assert prompt.notes == ("the chat template leaves out a system message",)
+
+
+def test_a_note_joins_the_turn_beside_it_and_two_turns_stay_two() -> None:
+    assert list(regular_orders([HELLO, NOTE, MORE])) == [[HELLO | {"content": "Hello.\n\nIt rains."}, MORE]]
+    assert list(regular_orders([HELLO, MORE, GREETING, GREETING])) == []
 
 
 def test_messages_of_different_names_and_tool_calls_stay_apart() -> None:

@@ -1,10 +1,12 @@
 """Clients that are slow, silent or too many, and an engine that is stuck: what the server holds for them is bounded."""
 
 import asyncio
+import resource
+import select
 import socket
 import threading
 from collections.abc import AsyncGenerator, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 
 import httpx
 import msgspec
@@ -136,17 +138,39 @@ async def test_a_connection_that_never_asks_is_closed(monkeypatch: pytest.Monkey
             assert await reply_to(port, begun) == b""
 
 
-async def test_idle_connections_beyond_the_most_make_room_for_new_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connections, "MAX_CONNECTIONS", 20)
-    async with serving() as port:
-        idle = [await asyncio.open_connection("127.0.0.1", port) for _ in range(200)]
-        answer = await reply_to(port, request("/generate", {"inputs": "a?"}, "connection: close"))
-        assert answer.endswith(b'{"generated_text":"fine"}')
-        closed = 0
-        for reader, writer in idle:
-            closed += reader.at_eof() or reader.exception() is not None
-            writer.close()
-        assert closed >= 180
+@contextmanager
+def room_for_files() -> Iterator[int]:
+    """As many descriptors as this process may have at all; yields how many that is."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    try:
+        yield hard
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+async def test_ten_thousand_idle_connections_are_bounded_and_others_are_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    with ExitStack() as clients:
+        most_files = clients.enter_context(room_for_files())
+        monkeypatch.setattr(connections, "MAX_CONNECTIONS", min(connections.MAX_CONNECTIONS, most_files // 4))
+        most = connections.most_connections()
+        wanted = min(10_000, most_files - most - 500)  # the server's ends are files of this process, too
+        async with serving() as port:
+            loop = asyncio.get_running_loop()
+
+            async def idle() -> socket.socket:
+                connection = clients.enter_context(socket.socket())
+                connection.setblocking(False)
+                await loop.sock_connect(connection, ("127.0.0.1", port))
+                return connection
+
+            idles = [one for _ in range(wanted // 250) for one in await asyncio.gather(*(idle() for _ in range(250)))]
+            answer = await reply_to(port, request("/generate", {"inputs": "a?"}, "connection: close"))
+            assert answer.endswith(b'{"generated_text":"fine"}')
+            poll = select.poll()
+            for connection in idles:
+                poll.register(connection, select.POLLRDHUP)
+            assert len(idles) - len(poll.poll(0)) <= most
 
 
 async def test_a_request_under_way_is_not_closed_for_newcomers(monkeypatch: pytest.MonkeyPatch) -> None:
