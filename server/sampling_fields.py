@@ -148,6 +148,7 @@ _IGNORE_EOS = ("ignore_eos", "ban_eos_token")
 _KEEP_STOP = ("include_stop_str_in_output",)
 _BANNED_STRINGS = ("banned_strings", "bad_words")
 _BANNED_TOKENS = ("custom_token_bans", "banned_tokens")
+_ALLOWED_TOKENS = ("allowed_token_ids", "allowed_tokens")
 _ORDERS: tuple[tuple[str, Callable[[str, object], tuple[tuple[str, ...], frozenset[str]]]], ...] = (
     ("sampler_priority", named_order),
     ("samplers", llama_cpp_order),
@@ -166,13 +167,19 @@ WITHOUT_EFFECT: Mapping[str, tuple[Callable[[Any], bool], str]] = {  # by name: 
     "speculative_ngram": (lambda v: v is False, "the server decides how it speculates"),
 }
 _OTHER_NUMBERS = (_MIN_TOKENS, _MAX_TOKENS, _RANGE, _EXPONENT, _ADAPTIVE_TARGET, _ADAPTIVE_DECAY)
+ROPE = frozenset(
+    {"rope_scaling", "rope_factor", "rope_theta", "rope_scale", "rope_alpha", "alpha_value", "compress_pos_emb"}
+    | {"rope_freq_base", "rope_freq_scale", "rope_frequency_base", "rope_frequency_scale"}
+)
 KNOWN: frozenset[str] = frozenset(  # all names that are read here
     {name for number in (*NUMBERS, *_OTHER_NUMBERS) for name in number.names}
-    | {*_STOPS, *_IGNORE_EOS, *_KEEP_STOP, *_BANNED_STRINGS, *_BANNED_TOKENS, *_DYNATEMP_LOW, *_DYNATEMP_HIGH}
+    | {*_STOPS, *_IGNORE_EOS, *_KEEP_STOP, *_BANNED_STRINGS, *_BANNED_TOKENS, *_ALLOWED_TOKENS}
+    | {*_DYNATEMP_LOW, *_DYNATEMP_HIGH}
     | {"dry_sequence_breakers", "dynamic_temperature", "do_sample", "temperature_last", "stop_token_ids", "logit_bias"}
     | {"guidance_scale", "cfg_scale", "negative_prompt"}
     | {name for name, _ in _ORDERS}
     | WITHOUT_EFFECT.keys()
+    | ROPE
 )
 
 
@@ -186,6 +193,7 @@ def read_sampling(
     """
     reading = _Reading({name: value for name, value in given.items() if value is not None}, vocab_size)
     reading.refuse_guidance()
+    reading.refuse_rope()
     reading.numbers()
     reading.temperature()
     reading.adaptive_p()
@@ -292,6 +300,11 @@ class _Reading:
         bias, banned = self._bias()
         if (name := self.first(_BANNED_TOKENS)) is not None:
             banned += self._known_ids(name, _ids(name, self.given[name]))
+        if (name := self.first(_ALLOWED_TOKENS)) is not None and (ids := _ids(name, self.given[name])):
+            allowed = set(self._known_ids(name, ids))
+            if not allowed:
+                raise InvalidRequest(f"{name}: none of them is below the vocabulary's {self.vocab_size}", name)
+            banned += [token_id for token_id in range(self.vocab_size) if token_id not in allowed]
         if bias:
             self.targets["logit_bias"] = bias
         if banned:
@@ -354,6 +367,10 @@ class _Reading:
                     f"{name} must be 1: guidance by a negative prompt would run every step twice, and is not served",
                     name,
                 )
+
+    def refuse_rope(self) -> None:
+        for name in sorted(ROPE & self.given.keys()):
+            raise InvalidRequest(f"{name}: positions are scaled alike for all requests, as set at the start", name)
 
     def without_effect(self) -> None:
         for name, (is_neutral, why) in WITHOUT_EFFECT.items():

@@ -1,6 +1,7 @@
 """What people and programs send by mistake or on purpose: each case has its answer, and the next request is fine."""
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -56,6 +57,8 @@ async def http() -> AsyncIterator[httpx.AsyncClient]:
         ({"repetition_penalty": 1e9}, 200),
         ({"min_p": 1.1}, 400),
         ({"logit_bias": {"1": 101}}, 400),
+        ({"logit_bias": {str(i): 1 for i in range(100_000)}}, 200),  # a body holds no more than half as many again
+        ({"rope_scaling": {"type": "linear", "factor": -1}}, 400),
         ({"n": 0}, 400),
         ({"n": 10**9}, 400),
         ({"n": 2, "best_of": 1}, 400),
@@ -90,11 +93,27 @@ async def test_a_batch_larger_than_the_most_is_refused(http: httpx.AsyncClient) 
     assert (reply.status_code, "at most 128" in reply.text) == (400, True)
 
 
+@pytest.mark.parametrize("field", ["chat_template_kwargs", "template_vars"])
 @pytest.mark.parametrize("name", ["messages", "tokenize", "add_generation_prompt"])
-async def test_template_variables_that_are_the_servers_are_refused(http: httpx.AsyncClient, name: str) -> None:
-    body = {"messages": [{"role": "user", "content": "a?"}], "chat_template_kwargs": {name: True}}
+async def test_template_variables_that_are_the_servers_are_refused(
+    http: httpx.AsyncClient, name: str, field: str
+) -> None:
+    body = {"messages": [{"role": "user", "content": "a?"}], field: {name: True}}
     reply = await http.post("/v1/chat/completions", json=body)
-    assert (reply.status_code, reply.json()["error"]["param"]) == (400, "chat_template_kwargs")
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, field)
+
+
+async def test_two_turns_of_the_user_are_refused_in_the_words_of_a_template_that_takes_none() -> None:
+    refuses = (
+        "{% if messages | length > 1 %}{{ raise_exception('one turn alone') }}{% endif %}{{ messages[0].content }}"
+    )
+    turns = [{"role": "user", "content": "a?"}] * 2
+    async with api(chat_template=refuses) as http:
+        here = await http.post("/v1/chat/completions", json={"messages": turns, "stream": True})
+        there = await http.post("/chat_tokenize", json={"messages": turns})
+    assert (here.status_code, here.json()["error"]["message"]) == (400, "one turn alone")
+    assert (here.json()["error"]["param"], there.status_code) == ("messages", 422)
+    assert there.json() == {"error": "Template error: one turn alone", "error_type": "template_error"}
 
 
 async def test_a_link_in_a_message_is_refused_and_not_fetched(http: httpx.AsyncClient) -> None:
@@ -109,6 +128,22 @@ async def test_when_every_token_is_banned_the_answer_ends_with_an_error(http: ht
     assert reply.json()["choices"][0]["finish_reason"] == "error"
     reply = await http.post("/v1/completions", json={**GOOD, "logit_bias": banned})
     assert reply.json()["choices"][0]["finish_reason"] in ("error", "stop", "length"), "a bias alone may leave the best"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "status"),
+    [("a\x00b 😀?", 200), (b'"\xc0\xaf?"', 400), (b'"\xed\xa0\x80?"', 400), (b'"\\udc00?"', 400)],
+    ids=["NUL", "overlong", "surrogate", "escaped surrogate"],
+)
+async def test_odd_text_comes_back_exactly_or_is_refused(
+    http: httpx.AsyncClient, prompt: str | bytes, status: int
+) -> None:
+    raw = prompt if isinstance(prompt, bytes) else json.dumps(prompt).encode()
+    content = b'{"echo": true, "max_tokens": 0, "prompt": ' + raw + b"}"
+    reply = await http.post("/v1/completions", content=content, headers={"content-type": "application/json"})
+    assert reply.status_code == status
+    if status == 200:
+        assert reply.json()["choices"][0]["text"] == prompt
 
 
 async def test_requests_of_one_id_are_independent(http: httpx.AsyncClient) -> None:

@@ -140,6 +140,19 @@ async def test_the_gauges_show_the_engines_latest_numbers():
     assert (found["tgi_batch_inference_duration_count"], found["tgi_batch_inference_duration_sum"]) == (7, 1.5)
 
 
+NAMES_OF_TGI = """
+    tgi_request_count tgi_request_success tgi_batch_inference_count tgi_batch_inference_success tgi_queue_size
+    tgi_batch_current_size tgi_batch_current_max_tokens tgi_batch_total_tokens tgi_request_duration_count
+    tgi_request_queue_duration_count tgi_request_inference_duration_count tgi_request_generated_tokens_count
+    tgi_request_mean_time_per_token_duration_count tgi_request_input_length_count tgi_request_max_new_tokens_count
+    tgi_batch_inference_duration_count tgi_batch_forward_duration_count tgi_batch_decode_duration_count
+"""
+
+
+def test_the_names_that_users_of_tgi_chart_are_there():
+    assert set(NAMES_OF_TGI.split()) <= values(Metrics(ScriptedClient())).keys()
+
+
 async def test_two_apps_count_apart():
     one, other = Metrics(ScriptedClient(delta("eos"))), Metrics(ScriptedClient())
     [_ async for _ in one.generate(REQUEST)]

@@ -218,6 +218,13 @@ def test_a_value_that_others_leave_nothing_to_do_is_listed(fields: dict[str, Any
     assert (read.params.repetition_decay, read.params.adaptive_target) == (0, -1.0)
 
 
+def test_all_but_the_allowed_ids_are_banned() -> None:
+    read = read_sampling({"allowed_token_ids": [5, 7, 29871], "custom_token_bans": "7"}, 9)
+    assert sorted(read.params.banned_tokens) == [0, 1, 2, 3, 4, 6, 7, 8]
+    assert read.ignored == (("allowed_token_ids", "no token ids below 9: 29871"),)
+    assert read_sampling({"allowed_tokens": []}, 9).params == SamplingParams()
+
+
 def test_of_names_that_disagree_the_first_counts_and_the_others_are_listed() -> None:
     read = read_sampling({"seed": 3, "sampler_seed": 4, "typical": 0.5, "typical_p": 0.5}, V)
     assert (read.params.seed, read.params.typical_p) == (3, 0.5)
@@ -253,6 +260,11 @@ def test_stops_and_lengths_have_many_names_too() -> None:
         ({"logit_bias": "1"}, "logit_bias"),
         ({"custom_token_bans": "1,x"}, "custom_token_bans"),
         ({"custom_token_bans": 7}, "custom_token_bans"),
+        ({"allowed_tokens": [29871]}, "allowed_tokens"),
+        ({"allowed_token_ids": 5}, "allowed_token_ids"),
+        ({"rope_scaling": {"type": "linear", "factor": 0}}, "rope_scaling"),
+        ({"rope_frequency_base": 1e9}, "rope_frequency_base"),
+        ({"compress_pos_emb": 2}, "compress_pos_emb"),
         ({"banned_strings": [1]}, "banned_strings"),
         ({"banned_strings": "[1"}, "banned_strings"),
         ({"banned_strings": ["x" * 257]}, "banned_strings"),

@@ -10,6 +10,7 @@ import msgspec
 import pytest
 
 LONG = {"max_tokens": 4000, "ignore_eos": True, "temperature": 0}
+GENERATE = {"inputs": "1, 2, 3,", "parameters": {"max_new_tokens": 4000}}  # greedy: it counts on and on
 PATIENCE_S = 30
 
 
@@ -43,6 +44,7 @@ def send(url: str, path: str, body: dict[str, object]) -> socket.socket:
         ("/v1/completions", {"prompt": ["Tell me.", "Tell him."], **LONG, "n": 2}),
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Tell me."}], **LONG}),
         ("/v1/completions", {"prompt": "Tell me.", "logprobs": 2, **LONG}),
+        ("/", GENERATE),
         ("/completion", {"prompt": "Tell me.", **LONG}),
         ("/api/generate", {"prompt": "Tell me.", "options": LONG}),
         ("/api/v1/generate", {"prompt": "Tell me.", **LONG}),

@@ -1,11 +1,14 @@
 """What the TGI routes answer, to the key, whole and streamed."""
 
 import re
+from collections.abc import Sequence
 
 import httpx
 import pytest
 from fake_api import api, events
 from fakes import BOS, EOS, VOCAB_SIZE, script
+
+from tightrope.backends.errors import BackendError
 
 TEXT = "Grüße, 안녕 👩‍👩‍👧!"
 TOKEN_KEYS = ["id", "text", "logprob", "special"]
@@ -112,6 +115,20 @@ async def test_a_stream_without_details_ends_with_null_details() -> None:
     assert last["details"] is None
 
 
+async def test_a_failure_is_424_whole_and_one_error_event_in_a_stream() -> None:
+    def breaks(token_ids: Sequence[int]) -> int:
+        if len(token_ids) > 6:
+            raise BackendError("the model broke")
+        return ord("a")
+
+    error = {"error": "Request failed during generation: the model broke", "error_type": "generation"}
+    async with api(breaks) as http:
+        reply = await http.post("/generate", json={"inputs": "abc?"})
+        assert (reply.status_code, reply.json()) == (424, error)
+        *pieces, last = events((await ask(http, "/generate_stream")).text)
+    assert ["".join(piece["token"]["text"] for piece in pieces), last] == ["aaa", error]
+
+
 async def test_the_root_answers_a_list_with_the_full_text_unless_told_otherwise() -> None:
     async with api("a") as http:
         assert (await ask(http, "/")).json() == [{"generated_text": "hi?a"}]
@@ -146,6 +163,9 @@ async def test_info_tells_the_limits() -> None:
     assert info["model_sha"] is None
     assert (info["max_best_of"], info["max_total_tokens"]) == (3, 1024)
     assert info["max_input_tokens"] == info["max_input_length"] == 1023
+    told = "model_id model_sha model_pipeline_tag max_concurrent_requests max_best_of max_stop_sequences "
+    told += "max_input_tokens max_total_tokens validation_workers max_client_batch_size router version sha docker_label"
+    assert {*told.split(), "model_dtype", "model_device_type", "max_batch_total_tokens"} <= info.keys()
 
 
 @pytest.mark.parametrize("path", ["/health", "/ping", "/"])
@@ -157,7 +177,8 @@ async def test_a_healthy_server_answers_with_an_empty_body(path: str) -> None:
 
 async def test_tokens_are_listed_with_their_places_in_bytes() -> None:
     async with api() as http:
-        places = (await http.post("/tokenize", json={"inputs": "é!"})).json()
+        body = {"inputs": "é!", "parameters": {"top_p": 1.0, "stop": list("abcdef")}, "note": 1}
+        places = (await http.post("/tokenize", json=body)).json()
     assert places[0] == {"id": BOS, "text": "", "start": 0, "stop": 0}
     assert [(place["start"], place["stop"]) for place in places[1:]] == [(0, 1), (1, 2), (2, 3)]
     assert places[-1] == {"id": ord("!"), "text": "!", "start": 2, "stop": 3}
@@ -171,6 +192,8 @@ async def test_one_tokenize_path_serves_four_dialects() -> None:
         assert bare["tokens"] == [97]
         chat = (await http.post("/tokenize", json={"messages": [{"role": "user", "content": "a"}]})).json()
         assert chat["tokens"] == [BOS, 97, 63]
+        asked = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 1}
+        assert (await http.post("/v1/chat/completions", json=asked)).json()["usage"]["prompt_tokens"] == chat["count"]
         assert (await http.post("/tokenize", json={"content": "a"})).json() == {"tokens": [97]}
         assert (await http.post("/detokenize", json={"tokens": [BOS, 97]})).json()["prompt"] == "<s>a"
         reply = await http.post("/tokenize", json={"nothing": 1})

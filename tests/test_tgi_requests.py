@@ -5,8 +5,9 @@ from fake_api import api
 
 from tightrope.engine.errors import ContextLengthExceeded, InvalidRequest
 from tightrope.engine.types import GenerateRequest, LogprobRequest, SamplingParams, StopRules
+from tightrope.server.body import ignored_fields
 from tightrope.server.tgi.convert import TGILimits, generate_request, is_sampled, refusal
-from tightrope.server.tgi.types import Parameters
+from tightrope.server.tgi.types import GenerateBody, Parameters
 
 LIMITS = TGILimits(
     max_best_of=2, max_stop_sequences=4, max_top_n_tokens=5, max_input_tokens=1023, max_total_tokens=1024
@@ -187,6 +188,13 @@ def test_logprobs_are_computed_only_where_somebody_sees_them(
     parameters: dict[str, object], is_stream: bool, expected: LogprobRequest
 ) -> None:
     assert ask(is_stream=is_stream, **parameters).logprobs == expected
+
+
+def test_unknown_keys_change_nothing_wherever_they_stand() -> None:
+    body = GenerateBody.model_validate({"inputs": "hi", "mood": 1, "parameters": {"mood": 2, "best_of": 1, "seed": 3}})
+    asked = generate_request(body.inputs, body.parameters, LIMITS, is_stream=True)
+    assert asked.sampling == ask(seed=3).sampling
+    assert sorted(ignored_fields(body)) == ["mood", "parameters.mood"]
 
 
 def test_null_means_absent_in_every_parameter() -> None:

@@ -57,8 +57,10 @@ def _tool_call(call: ToolCall) -> dict[str, Any]:
 
 def template_variables(body: ChatRequest) -> dict[str, Any]:
     """The request's own variables for the template. Raises InvalidRequest for names that the server sets."""
-    variables = body.chat_template_kwargs or {}
-    taken = sorted(FIXED_VARIABLES & variables.keys())
-    if taken:
-        raise InvalidRequest(f"chat_template_kwargs must not set {taken[0]}", "chat_template_kwargs")
+    variables: dict[str, Any] = {}
+    for name in ("template_vars", "chat_template_kwargs"):
+        given: dict[str, Any] = getattr(body, name) or {}
+        if taken := sorted(FIXED_VARIABLES & given.keys()):
+            raise InvalidRequest(f"{name} must not set {taken[0]}", name)
+        variables |= given
     return variables

@@ -133,6 +133,7 @@ class ChatRequest(SamplingBody):
     continue_final_message: bool = Field(False, description="Write on inside the last message.")
     add_special_tokens: bool = Field(True, description="BOS in front where the model wants one and none is there.")
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="Variables of the chat template.")
+    template_vars: dict[str, Any] | None = Field(None, description="The same, beneath chat_template_kwargs.")
     tools: list[Tool] | None = None
     tool_choice: str | dict[str, Any] | None = Field(
         None, description='"none", "auto", "required" or {"type": "function", "function": {"name": ...}}.'
