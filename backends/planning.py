@@ -68,7 +68,7 @@ def _of_folder(folder: Path, settings: ModelSettings, memory_bytes: int | None) 
     from tightrope.backends.hf import plan as hf
     from tightrope.backends.hf.checkpoint import Checkpoint
     from tightrope.backends.hf.config import read_config
-    from tightrope.backends.hf.peft import adapter_bytes, read_adapter
+    from tightrope.backends.hf.peft import room_for_adapters
     from tightrope.backends.hf.quantised import describe_format, find_quantization
     from tightrope.backends.hf.quantised import weight_bytes as weight_bytes_of
     from tightrope.backends.rope import resolve_rope
@@ -77,7 +77,7 @@ def _of_folder(folder: Path, settings: ModelSettings, memory_bytes: int | None) 
     shape, checkpoint = read_config(folder), Checkpoint.open(folder)
     quantization = find_quantization(folder, shape.raw, checkpoint)
     weight_bytes = weight_bytes_of(checkpoint, quantization, is_tied=shape.tie_embeddings)
-    weight_bytes += sum(adapter_bytes(read_adapter(Path(path).expanduser())) for path in settings.adapters.values())
+    weight_bytes += room_for_adapters(settings)
     free_bytes = _grossed_up(memory_bytes) if memory_bytes is not None else hf.free_bytes()
     spare = spare_bytes(weight_bytes, free_bytes)
     window = hf.served_window(settings, shape, resolve_rope(shape.raw, settings.rope, settings.max_model_len))

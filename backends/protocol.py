@@ -1,7 +1,8 @@
 """The seam between the engine and the models: chunks of token ids in, logits out."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
 
 from torch import Tensor
@@ -107,7 +108,6 @@ class ModelCard:
     cache_dtype: str
     chat_template: str | None  # Jinja source from the model's files
     notes: tuple[str, ...]  # start-up lines: what was chosen, and why
-    adapters: tuple[str, ...] = ()  # names that chunks may use
     cache_token_bytes: float = 0.0  # keys and values of one token in all layers; 0: not known
 
 
@@ -118,15 +118,31 @@ class Capabilities:
     max_num_seqs: int  # sequences open at the same time
     max_step_tokens: int  # tokens in one forward call, over all chunks
     max_prompt_rows: int  # tokens of those chunks in one forward call that want the logits of all their rows
+    mixes_adapters: bool = True  # whether chunks of one forward call may differ in adapter and scale
+
+
+class AdapterStore(Protocol):
+    """The adapters beside a model's weights, by the names that chunks use; those of the settings are in place."""
+
+    def prepare(self, name: str, path: Path) -> Callable[[], None]:
+        """Read and check an adapter; the result, called between steps, puts it in place.
+
+        This may run in another thread, beside `forward`, one at a time. Both raise BackendError, and have then changed
+        nothing.
+        """
+
+    def remove(self, name: str) -> None:
+        """Forget an adapter that no chunk will name any more, in place or prepared; between steps."""
 
 
 class Backend(Protocol):
-    """A loaded model; chunks may name the adapters of its settings."""
+    """A loaded model."""
 
     card: ModelCard
     capabilities: Capabilities
     kv: KVCache
     tokenizer: Tokenizer
+    adapters: AdapterStore
 
     def forward(self, chunks: Sequence[Chunk]) -> Tensor:
         """Run the chunks, whose room is reserved, and return float32 [rows wanted, V] in chunk order.

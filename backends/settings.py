@@ -1,5 +1,7 @@
 """What a person may choose about a model: where it is, how it is cached, how its positions are scaled."""
 
+import re
+from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, Field, field_validator
@@ -7,11 +9,23 @@ from pydantic import BaseModel, Field, field_validator
 KVCacheDtype = Literal["auto", "q8", "q4", "f16"]
 RopeKind = Literal["none", "linear", "dynamic", "ntk", "yarn", "llama3", "longrope"]
 
+MAX_ADAPTER_NAME = 128  # characters
+_ADAPTER_NAME = re.compile(r"[A-Za-z0-9][\w.:-]*(/[A-Za-z0-9][\w.:-]*)*", re.ASCII)
+
 
 def split_pairs(text: str) -> list[tuple[str, str | None]]:
     """NAME=VALUE, with commas between several; None is the value where there is no =."""
     pairs = [part.partition("=") for part in text.split(",") if part.strip()]
     return [(name.strip(), value.strip() if equals else None) for name, equals, value in pairs]
+
+
+def check_adapter_name(name: str) -> None:
+    """Raises ValueError for what can't name an adapter: a name is shown in lists, logs and URLs."""
+    if len(name) > MAX_ADAPTER_NAME or not _ADAPTER_NAME.fullmatch(name):
+        raise ValueError(
+            f"{name[:60]!r} can't name an adapter: up to {MAX_ADAPTER_NAME} letters, digits and . _ : - can, in parts "
+            "with / between that begin with a letter or digit"
+        )
 
 
 class CacheSettings(BaseModel, frozen=True, extra="forbid"):
@@ -46,7 +60,14 @@ class ModelSettings(BaseModel, frozen=True, extra="forbid"):
     gpu_layers: int = Field(0, ge=-1, description="Layers on the GPU; -1 is all of them.")
     cache: CacheSettings = CacheSettings()
     rope: RopeSettings = RopeSettings()
-    adapters: dict[str, str] = Field({}, description="LoRA adapters: folders by the names that requests use.")
+    adapters: dict[str, str] = Field({}, description="LoRA adapters: paths by the names that requests use.")
+    adapter_folder: str | None = Field(None, description="Where adapters may be loaded from while the model runs.")
+    adapter_memory_mib: int = Field(512, ge=1, description="Memory kept for these, in MiB.")
+
+    @property
+    def adapter_reserve_bytes(self) -> int:
+        """Memory for adapters beside those that are loaded at the start."""
+        return 0 if self.adapter_folder is None else self.adapter_memory_mib << 20
 
     @field_validator("adapters", mode="before")
     @classmethod
@@ -58,6 +79,14 @@ class ModelSettings(BaseModel, frozen=True, extra="forbid"):
         for name, path in pairs:
             if not name or not path:
                 raise ValueError(f"expected NAME=PATH, not {name or path!r}")
+            check_adapter_name(name)
         if len(dict(pairs)) < len(pairs):
             raise ValueError("a name stands for two adapters")
         return dict(pairs)
+
+    @field_validator("adapter_folder")
+    @classmethod
+    def _check_folder(cls, value: str | None) -> str | None:
+        if value is not None and not Path(value).expanduser().is_dir():
+            raise ValueError(f"there is no folder {value!r}")
+        return value

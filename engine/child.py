@@ -19,10 +19,11 @@ from tightrope.backends.detect import open_backend
 from tightrope.backends.errors import BackendError
 from tightrope.backends.protocol import Backend
 from tightrope.backends.settings import ModelSettings
+from tightrope.engine.adapters import Action, AdapterCalls
 from tightrope.engine.core import EngineCore
 from tightrope.engine.errors import EngineError, Overloaded
 from tightrope.engine.sequence import Sequence
-from tightrope.engine.settings import EngineSettings, LimitSettings
+from tightrope.engine.settings import EngineSettings
 from tightrope.engine.types import GenerateRequest
 from tightrope.engine.wire import (
     CallFailed,
@@ -31,6 +32,7 @@ from tightrope.engine.wire import (
     Detokenized,
     EngineEnd,
     ErrorFrame,
+    LoadAdapter,
     LoadFailed,
     Ready,
     Refused,
@@ -40,6 +42,7 @@ from tightrope.engine.wire import (
     ToEngine,
     Tokenize,
     Tokenized,
+    UnloadAdapter,
 )
 
 log = logging.getLogger("tightrope.engine")
@@ -51,21 +54,22 @@ class FrontGone:
     """The last item of the inbox."""
 
 
-Inbox = queue.SimpleQueue[list[Sequence] | Cancel | FrontGone]
+Inbox = queue.SimpleQueue[list[Sequence] | Cancel | Action | FrontGone]
 
 
 class Reader:
     """Answers what needs no model, prepares what does, and passes it to the loop."""
 
     def __init__(
-        self, end: EngineEnd, core: EngineCore, limits: LimitSettings, on_front_gone: Callable[[], None]
+        self, end: EngineEnd, core: EngineCore, settings: EngineSettings, on_front_gone: Callable[[], None]
     ) -> None:
         self._end = end
         self._core = core
-        self._limits = limits
+        self._limits = settings.limits
         self._on_front_gone = on_front_gone
         self._num_passed = 0
         self.inbox: Inbox = queue.SimpleQueue()
+        self._adapters = AdapterCalls(core.adapters, settings.model.adapter_folder, end, self.inbox.put)
         self.num_taken = 0  # written by the loop alone
 
     def run(self) -> None:
@@ -90,6 +94,10 @@ class Reader:
                     self._end.send(Detokenized(call_id, self._core.detokenize(token_ids)))
                 except EngineError as error:
                     self._end.send(CallFailed(call_id, ErrorFrame.of(error)))
+            case LoadAdapter():
+                self._adapters.load(message)
+            case UnloadAdapter():
+                self._adapters.unload(message)
             case Start():
                 raise AssertionError("a second Start")
 
@@ -118,14 +126,25 @@ def run_loop(core: EngineCore, reader: Reader, end: EngineEnd) -> None:
                 core.cancel(item.request_id)
                 if not core.has_work:
                     end.send(StepDone((), core.stats()))
-            else:
-                core.add(item)
+            elif isinstance(item, list):
+                _add(core, item, end)
                 reader.num_taken += len(item)
+            else:
+                item()
+            core.free_adapters()
         result = core.step()
+        core.free_adapters()
         for request_id, error in result.failed:
             log.error("request failed: request_id=%s error=%s", request_id, error)
             end.send(Refused(request_id, ErrorFrame.of(error)))
         end.send(StepDone(tuple(result.deltas), core.stats()))
+
+
+def _add(core: EngineCore, sequences: list[Sequence], end: EngineEnd) -> None:
+    try:
+        core.add(sequences)
+    except EngineError as error:
+        end.send(Refused(sequences[0].request.request_id, ErrorFrame.of(error)))
 
 
 def load(settings: ModelSettings, open_backend: OpenBackend) -> Backend:
@@ -161,10 +180,12 @@ def _serve(end: EngineEnd, on_front_gone: Callable[[], None], open_backend: Open
         end.send(LoadFailed(str(error)))
         return 1
     try:
-        core = EngineCore(backend, settings.limits)
-        reader = Reader(end, core, settings.limits, on_front_gone)
+        core = EngineCore(backend, settings.limits, adapter_paths=settings.model.adapters)
+        if start.adapters is not None:
+            core.adapters.restore(start.adapters)
+        reader = Reader(end, core, settings, on_front_gone)
         threading.Thread(target=reader.run, name="reader", daemon=True).start()
-        end.send(Ready(core.info()))
+        end.send(Ready(core.info(), core.adapters.paths))
         run_loop(core, reader, end)
     finally:
         backend.close()

@@ -18,10 +18,12 @@ from tightrope.engine.settings import EngineSettings
 from tightrope.engine.types import Delta, GenerateRequest, ModelInfo, Prompt, Stats, Token
 from tightrope.engine.wire import (
     HEADER,
+    AdapterList,
     CallFailed,
     Cancel,
     Detokenize,
     Detokenized,
+    LoadAdapter,
     LoadFailed,
     Ready,
     Refused,
@@ -32,12 +34,14 @@ from tightrope.engine.wire import (
     ToFront,
     Tokenize,
     Tokenized,
+    UnloadAdapter,
     decode_to_front,
     encode_frame,
 )
 
 log = logging.getLogger("tightrope.client")
 
+Answer = tuple[Token, ...] | str | dict[str, str]  # to a call
 State = Literal["loading", "ready", "restarting", "failed", "closed"]
 
 MAX_BACKOFF_S = 10.0
@@ -69,7 +73,7 @@ class EngineClient:
         self._clock = clock
         self._step_began_s = 0.0  # by the clock: when the last step ended, or the first request came to an idle engine
         self._streams: dict[str, _Stream] = {}
-        self._calls: dict[int, asyncio.Future[tuple[Token, ...] | str]] = {}
+        self._calls: dict[int, asyncio.Future[Answer]] = {}
         self._call_ids = count()
         self._writer: asyncio.StreamWriter | None = None
         self._handle: EngineHandle | None = None
@@ -78,6 +82,7 @@ class EngineClient:
         self._failure: str | None = None
         self.state: State = "loading"
         self.info: ModelInfo | None = None
+        self.adapters: dict[str, str] = {}  # paths of those that requests may use, by name
         self.stats = Stats()
         self.restarts = 0
 
@@ -148,7 +153,7 @@ class EngineClient:
         self._handle = self._launch(theirs)
         theirs.close()
         reader, self._writer = await asyncio.open_connection(sock=ours, limit=1 << 20)
-        self._send(Start(self._settings.model_dump_json()))
+        self._send(Start(self._settings.model_dump_json(), None if self.info is None else self.adapters))
         was_ready = False
         try:
             while True:
@@ -156,7 +161,7 @@ class EngineClient:
                 message = decode_to_front(await reader.readexactly(*HEADER.unpack(header)))
                 if isinstance(message, Ready):
                     was_ready = True
-                    await self._on_ready(message.info)
+                    await self._on_ready(message)
                 elif isinstance(message, LoadFailed):
                     self._failure = message.message
                     await self._set_state("failed")
@@ -175,8 +180,8 @@ class EngineClient:
             self._failure = how
         return was_ready
 
-    async def _on_ready(self, info: ModelInfo) -> None:
-        self.info = info
+    async def _on_ready(self, ready: Ready) -> None:
+        self.info, self.adapters = ready.info, ready.adapters
         self.stats = Stats()
         self._step_began_s = self._clock()
         await self._set_state("ready")
@@ -228,12 +233,15 @@ class EngineClient:
                 self._answer(call_id, tokens)
             case Detokenized(call_id=call_id, text=text):
                 self._answer(call_id, text)
+            case AdapterList(call_id=call_id, adapters=adapters):
+                self.adapters = adapters
+                self._answer(call_id, adapters)
             case CallFailed(call_id=call_id, error=error):
                 call = self._calls.pop(call_id, None)
                 if call is not None and not call.done():
                     call.set_exception(error.rebuild())
 
-    def _answer(self, call_id: int, value: tuple[Token, ...] | str) -> None:
+    def _answer(self, call_id: int, value: Answer) -> None:
         call = self._calls.pop(call_id, None)
         if call is not None and not call.done():
             call.set_result(value)
@@ -290,10 +298,21 @@ class EngineClient:
         assert isinstance(text, str)
         return text
 
-    async def _call(self, make: Callable[[int], ToEngine]) -> tuple[Token, ...] | str:
+    async def load_adapter(self, name: str, path: str, *, in_place: bool = False) -> None:
+        """Load an adapter from the folder of the settings; when this returns, `adapters` has it.
+
+        in_place: one of that name gives way to it. Raises InvalidRequest and EngineUnavailable.
+        """
+        await self._call(lambda call_id: LoadAdapter(call_id, name, path, in_place))
+
+    async def unload_adapter(self, name: str) -> None:
+        """Let no new request name an adapter; those that use it finish. Raises ModelNotFound and EngineUnavailable."""
+        await self._call(lambda call_id: UnloadAdapter(call_id, name))
+
+    async def _call(self, make: Callable[[int], ToEngine]) -> Answer:
         self._check_ready()
         call_id = next(self._call_ids)
-        call: asyncio.Future[tuple[Token, ...] | str] = asyncio.get_running_loop().create_future()
+        call: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         self._calls[call_id] = call
         self._send(make(call_id))
         return await call

@@ -1,13 +1,15 @@
 """The loop's one turn: schedule, run the model, draw tokens, turn them into text."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from torch import Tensor
 
 from tightrope.backends.errors import BackendError
 from tightrope.backends.protocol import Backend, Chunk, WantLogits
+from tightrope.engine.adapters import Adapters
 from tightrope.engine.banned import Held
 from tightrope.engine.errors import BackendFailed, EngineError
 from tightrope.engine.prompts import Intake, encode_prompt, plain_token
@@ -56,7 +58,14 @@ class StepResult:
 class EngineCore:
     """One model and its requests. `prepare`, `tokenize` and `detokenize` may run in any thread, the rest in one."""
 
-    def __init__(self, backend: Backend, limits: LimitSettings, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        limits: LimitSettings,
+        clock: Callable[[], float] = time.monotonic,
+        adapter_paths: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        """adapter_paths: of the adapters that the backend has loaded, by name."""
         self._backend = backend
         self._limits = limits
         self._clock = clock
@@ -74,6 +83,7 @@ class EngineCore:
         )
         self._requests: dict[str, list[Sequence]] = {}
         self._counters = Counters()
+        self.adapters = Adapters(backend.adapters, adapter_paths)
 
     # ---- beside the loop ----
 
@@ -96,7 +106,6 @@ class EngineCore:
             special_texts=tuple(tokenizer.special_texts()),
             chat_template=card.chat_template,
             notes=card.notes,
-            adapters=card.adapters,
         )
 
     def _text_of(self, token_id: int | None) -> str | None:
@@ -127,7 +136,11 @@ class EngineCore:
         return len(self._scheduler.waiting) + len(self._scheduler.running) - self._max_num_seqs
 
     def add(self, sequences: list[Sequence]) -> None:
-        """Queue a prepared request."""
+        """Queue a prepared request. Raises ModelNotFound when its adapter isn't there any more."""
+        adapter = sequences[0].request.adapter
+        key = None if adapter is None else self.adapters.key(adapter)
+        for sequence in sequences:
+            sequence.adapter = key
         self._requests[sequences[0].request.request_id] = list(sequences)
         for sequence in sequences:
             self._scheduler.add(sequence)
@@ -136,6 +149,11 @@ class EngineCore:
         """Stop a request, wherever it is. Unknown ids are requests that have just ended."""
         if self._drop(request_id):
             self._counters.cancelled += 1
+
+    def free_adapters(self) -> None:
+        """Forget unloaded adapters that no request uses any more."""
+        if self.adapters.has_leaving:
+            self.adapters.free({sequence.adapter for sequences in self._requests.values() for sequence in sequences})
 
     def _drop(self, request_id: str, *, keep: bool = True) -> bool:
         sequences = self._requests.pop(request_id, [])
@@ -172,7 +190,7 @@ class EngineCore:
             want = "all"
         request = sequence.request
         token_ids = sequence.token_ids[start : start + work.num_tokens]
-        return Chunk(sequence.seq_id, token_ids, start, want, request.adapter, request.adapter_scale)
+        return Chunk(sequence.seq_id, token_ids, start, want, sequence.adapter, request.adapter_scale)
 
     def _fail(self, sequences: list[Sequence], why: str) -> StepResult:
         """End the requests of these sequences; nothing of them stays cached."""

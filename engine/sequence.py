@@ -32,6 +32,7 @@ class Sequence:
     started_s: float | None = None
     first_token_s: float | None = None
     is_announced: bool = False  # whether a delta with the PromptInfo went out
+    adapter: str | None = None  # what the backend calls the one that the request names
 
     def __post_init__(self) -> None:
         self.num_prompt = len(self.token_ids)
@@ -40,9 +41,9 @@ class Sequence:
     def namespace(self) -> str:
         """Whose cached tokens may be shared: keys and values depend on the adapter, and how much of it is used."""
         request = self.request
-        if request.adapter is None:
+        if self.adapter is None:
             return request.namespace
-        return f"{request.namespace}\0{request.adapter}\0{request.adapter_scale!r}"
+        return f"{request.namespace}\0{self.adapter}\0{request.adapter_scale!r}"
 
     @property
     def num_output(self) -> int:

@@ -147,7 +147,7 @@ class GenerateRequest(Struct, frozen=True):
     reserve_tokens: int | None = None  # new tokens that must fit the window; None is stop.max_tokens, or 1
     skip_special_tokens: bool = True
     namespace: str = ""  # requests of different namespaces never share cached tokens
-    adapter: str | None = None  # one of ModelInfo.adapters; its cached tokens are shared with nobody else's
+    adapter: str | None = None  # the name of one that is loaded; its cached tokens are shared with nobody else's
     adapter_scale: float = 1.0
 
 
@@ -237,7 +237,6 @@ class ModelInfo(Struct, frozen=True):
     special_texts: tuple[str, ...]
     chat_template: str | None
     notes: tuple[str, ...]
-    adapters: tuple[str, ...] = ()  # names that requests may use
 
 
 class Stats(Struct, frozen=True):

@@ -35,9 +35,13 @@ class ErrorFrame(Struct, frozen=True):
 
 
 class Start(Struct, frozen=True, tag="start"):
-    """First frame to the engine: an EngineSettings as JSON."""
+    """First frame to the engine: an EngineSettings as JSON.
+
+    `adapters` are the paths, by name, of those that the engine before this one served at last.
+    """
 
     settings: str
+    adapters: dict[str, str] | None = None
 
 
 class Submit(Struct, frozen=True, tag="submit"):
@@ -58,13 +62,28 @@ class Detokenize(Struct, frozen=True, tag="detokenize"):
     token_ids: tuple[int, ...]
 
 
-ToEngine = Start | Submit | Cancel | Tokenize | Detokenize
+class LoadAdapter(Struct, frozen=True, tag="load_adapter"):
+    """in_place: an adapter of that name gives way to this one."""
+
+    call_id: int
+    name: str
+    path: str
+    in_place: bool
+
+
+class UnloadAdapter(Struct, frozen=True, tag="unload_adapter"):
+    call_id: int
+    name: str
+
+
+ToEngine = Start | Submit | Cancel | Tokenize | Detokenize | LoadAdapter | UnloadAdapter
 
 
 class Ready(Struct, frozen=True, tag="ready"):
-    """The model is loaded."""
+    """The model is loaded; `adapters` are the paths, by name, of those that requests may use."""
 
     info: ModelInfo
+    adapters: dict[str, str]
 
 
 class LoadFailed(Struct, frozen=True, tag="load_failed"):
@@ -97,12 +116,19 @@ class Detokenized(Struct, frozen=True, tag="detokenized"):
     text: str
 
 
+class AdapterList(Struct, frozen=True, tag="adapter_list"):
+    """The adapters that requests may use now, as in Ready."""
+
+    call_id: int
+    adapters: dict[str, str]
+
+
 class CallFailed(Struct, frozen=True, tag="call_failed"):
     call_id: int
     error: ErrorFrame
 
 
-ToFront = Ready | LoadFailed | StepDone | Refused | Tokenized | Detokenized | CallFailed
+ToFront = Ready | LoadFailed | StepDone | Refused | Tokenized | Detokenized | AdapterList | CallFailed
 
 _encoder = msgspec.msgpack.Encoder()
 decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode

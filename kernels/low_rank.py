@@ -33,6 +33,10 @@ class LowRank:
     def num_bytes(self) -> int:
         return sum(part.down.nbytes + part.up.nbytes for part in self.parts)
 
+    def to(self, device: torch.device) -> "LowRank":
+        """The same in the memory of `device`."""
+        return LowRank(tuple(LowRankPart(p.first, p.down.to(device), p.up.to(device)) for p in self.parts))
+
 
 @dataclass(frozen=True, slots=True)
 class AdapterRows:

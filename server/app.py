@@ -12,6 +12,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from tightrope import __version__
 from tightrope.engine.client import EngineClient
+from tightrope.server.adapter_routes import adapter_router
 from tightrope.server.errors import install_handlers
 from tightrope.server.families.koboldcpp import koboldcpp_router
 from tightrope.server.families.llamacpp import llamacpp_router
@@ -19,7 +20,7 @@ from tightrope.server.families.ollama import ollama_router
 from tightrope.server.families.ooba import ooba_router
 from tightrope.server.families.tabby import tabby_router
 from tightrope.server.front import Front
-from tightrope.server.guards import BodyLimit, HostGuard, KeyGuard, is_loopback
+from tightrope.server.guards import AdminGuard, BodyLimit, HostGuard, KeyGuard, is_loopback
 from tightrope.server.invocations import invocations_router
 from tightrope.server.metrics import Metrics
 from tightrope.server.openai.routes import openai_router
@@ -50,6 +51,7 @@ def create_app(client: EngineClient, settings: ServerSettings) -> FastAPI:
     keyed = [Security(HTTPBearer(auto_error=False))] if settings.api_key is not None else []
     app.include_router(openai_router(front), prefix="/v1", dependencies=keyed)
     app.include_router(openai_router(front), dependencies=keyed, include_in_schema=False)  # for URLs without /v1
+    app.include_router(adapter_router(front), prefix="/v1", dependencies=[Security(HTTPBearer(auto_error=False))])
     app.include_router(tgi_router(front), dependencies=keyed)
     app.include_router(tokenize_router(front), dependencies=keyed)
     app.include_router(invocations_router(front), dependencies=keyed)
@@ -58,13 +60,14 @@ def create_app(client: EngineClient, settings: ServerSettings) -> FastAPI:
     _add_probes(app, front)
     # The last one added stands first.
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
+    app.add_middleware(AdminGuard, admin_key=settings.admin_key)
     if settings.api_key is not None:
-        app.add_middleware(KeyGuard, api_key=settings.api_key)
+        app.add_middleware(KeyGuard, api_key=settings.api_key, admin_key=settings.admin_key)
     app.add_middleware(
         CORSMiddleware,
         allow_origins=settings.cors_origins,
         allow_methods=["GET", "POST"],
-        allow_headers=["content-type", "authorization", "x-api-key"],
+        allow_headers=["content-type", "authorization", "x-api-key", "x-admin-key"],
         allow_credentials=False,
     )
     if is_loopback(settings.host):

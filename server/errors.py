@@ -57,6 +57,12 @@ class ForeignHost(EngineError):
     code: ClassVar[str] = "foreign_host"
 
 
+class SwitchedOff(EngineError):
+    """The route changes what is served, and the settings don't allow that."""
+
+    code: ClassVar[str] = "switched_off"
+
+
 class NoSuchRoute(EngineError):
     """Nothing is served at this path."""
 
@@ -124,8 +130,12 @@ TABLE: Mapping[type[EngineError], tuple[OpenAIRow, TGIRow]] = {
     WrongBody: (INVALID, TGIRow(422, None, "Failed to deserialize the JSON body into the target type: ")),
     Unauthorized: (OpenAIRow(401, "invalid_request_error", "invalid_api_key"), TGIRow(401, None, fixed="")),
     ForeignHost: (OpenAIRow(403, "invalid_request_error", "foreign_host"), TGIRow(403, "foreign_host")),
+    SwitchedOff: (OpenAIRow(403, "invalid_request_error", "switched_off"), TGIRow(403, "switched_off")),
     NoSuchRoute: (OpenAIRow(404, "invalid_request_error", "not_found"), TGIRow(404, "not_found")),
-    ModelNotFound: (OpenAIRow(404, "invalid_request_error", "model_not_found"), TGIRow(404, "model_not_found")),
+    ModelNotFound: (
+        OpenAIRow(404, "invalid_request_error", "model_not_found"),
+        TGIRow(422, "validation", "Input validation error: "),
+    ),
     WrongMethod: (
         OpenAIRow(405, "invalid_request_error", "method_not_allowed"),
         TGIRow(405, "method_not_allowed"),

@@ -37,7 +37,7 @@ class Front:
         """What requests are checked against. Raises EngineUnavailable."""
         info, settings = self.info(), self.settings
         model_id = settings.served_model_name or info.model_id
-        return Served(model_id, info, settings.engine.limits, settings.max_client_batch_size)
+        return Served(model_id, info, settings.engine.limits, settings.max_client_batch_size, self.client.adapters)
 
     def template(self) -> ChatTemplate:
         """The chat template in use. Raises EngineUnavailable."""

@@ -8,10 +8,11 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tightrope.engine.errors import EngineError
-from tightrope.server.errors import BodyTooLarge, ForeignHost, Unauthorized, dialect_of, error_reply
+from tightrope.server.errors import BodyTooLarge, ForeignHost, SwitchedOff, Unauthorized, dialect_of, error_reply
 
 OPEN_ROUTES = frozenset({"/health", "/ping", "/info", "/metrics", "/version", "/docs", "/docs/oauth2-redirect"})
 OPEN_ROUTES |= {"/openapi.json", "/api-doc/openapi.json"}
+ADMIN_ROUTES = frozenset({"/v1/load_lora_adapter", "/v1/unload_lora_adapter"})
 
 
 async def _refuse(exc: EngineError, scope: Scope, receive: Receive, send: Send) -> None:
@@ -55,15 +56,27 @@ class HostGuard:
         return name == self._listens_on or name.endswith(".localhost") or is_loopback(name)
 
 
+def has_key(scope: Scope, *keys: str | None) -> bool:
+    """Whether a request came with one of the keys; None is a key that nobody has."""
+    headers = Headers(scope=scope)
+    scheme, _, bearer = headers.get("authorization", "").partition(" ")
+    given = [headers.get("x-api-key", ""), headers.get("x-admin-key", ""), bearer if scheme.lower() == "bearer" else ""]
+    # compare_digest takes the same time wherever the first difference is
+    return any(
+        hmac.compare_digest(sent.strip().encode("latin-1"), key.encode()) for key in keys if key for sent in given
+    )
+
+
 class KeyGuard:
     """Ask for the key on every route but the open ones; a route that is added later is closed until listed."""
 
-    def __init__(self, app: ASGIApp, api_key: str) -> None:
+    def __init__(self, app: ASGIApp, api_key: str, admin_key: str | None) -> None:
+        """admin_key: which opens what the other one does, too."""
         self._app = app
-        self._key = api_key.encode()
+        self._keys = (api_key, admin_key)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or self._is_open(scope) or self._has_key(scope):
+        if scope["type"] != "http" or self._is_open(scope) or has_key(scope, *self._keys):
             return await self._app(scope, receive, send)
         return await _refuse(
             Unauthorized("the API key is missing or wrong; send it as `Authorization: Bearer KEY` or `X-API-Key: KEY`"),
@@ -75,12 +88,26 @@ class KeyGuard:
     def _is_open(self, scope: Scope) -> bool:
         return scope["path"] in OPEN_ROUTES or (scope["path"] == "/" and scope["method"] in ("GET", "HEAD"))
 
-    def _has_key(self, scope: Scope) -> bool:
-        headers = Headers(scope=scope)
-        scheme, _, bearer = headers.get("authorization", "").partition(" ")
-        given = [headers.get("x-api-key", ""), bearer if scheme.lower() == "bearer" else ""]
-        # compare_digest takes the same time wherever the first difference is
-        return any(hmac.compare_digest(key.strip().encode("latin-1"), self._key) for key in given)
+
+class AdminGuard:
+    """Ask for the admin key on routes that change what is served; without one in the settings they are closed."""
+
+    def __init__(self, app: ASGIApp, admin_key: str | None) -> None:
+        self._app = app
+        self._key = admin_key
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] not in ADMIN_ROUTES or has_key(scope, self._key):
+            return await self._app(scope, receive, send)
+        refusal: EngineError = Unauthorized(
+            "this needs the admin key; send it as `Authorization: Bearer KEY` or `X-Admin-Key: KEY`"
+        )
+        if self._key is None:
+            refusal = SwitchedOff(
+                "adapters can't be changed while this server runs: "
+                "it was started without --admin-key KEY and --lora-folder DIR"
+            )
+        return await _refuse(refusal, scope, receive, send)
 
 
 class BodyLimit:

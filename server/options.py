@@ -44,9 +44,21 @@ OPTIONS: Mapping[str, Option] = {
     "lora": Option(
         (*_MODEL, "adapters"),
         "model",
-        "LoRA adapters of a model folder, that requests name as their model; with commas between, or given again",
+        "LoRA adapters, that requests name as their model; with commas between, or given again",
         "NAME=PATH",
         is_list=True,
+    ),
+    "lora-folder": Option(
+        (*_MODEL, "adapter_folder"),
+        "model",
+        "folder that adapters may be loaded from while the server runs, with the admin key (default: none)",
+        "DIR",
+    ),
+    "lora-memory-mib": Option(
+        (*_MODEL, "adapter_memory_mib"),
+        "context and memory",
+        "memory kept for adapters from that folder, in MiB (default: 512)",
+        "N",
     ),
     "served-model-name": Option(
         ("served_model_name",), "model", "name that clients see (default: the model's)", "NAME"
@@ -173,6 +185,12 @@ OPTIONS: Mapping[str, Option] = {
     "host": Option(("host",), "network", "address to listen on (default: 127.0.0.1)", "ADDRESS", ("--hostname",)),
     "port": Option(("port",), "network", "port to listen on; 0 takes a free one (default: 8080)", "PORT", ("-p",)),
     "api-key": Option(("api_key",), "network", "key that clients must send (better given as TIGHTROPE_API_KEY)", "KEY"),
+    "admin-key": Option(
+        ("admin_key",),
+        "network",
+        "key for loading and unloading adapters (better given as TIGHTROPE_ADMIN_KEY; default: nobody may)",
+        "KEY",
+    ),
     "cors-origins": Option(
         ("cors_origins",),
         "network",

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, Field, ValidationError, field_validator
+from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_validator
 
 from tightrope.backends.settings import split_pairs
 from tightrope.engine.settings import EngineSettings
@@ -27,6 +27,7 @@ class ServerSettings(BaseModel, frozen=True, extra="forbid"):
     host: str = Field("127.0.0.1", min_length=1, description="Address to listen on.")
     port: int = Field(8080, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
     api_key: str | None = Field(None, min_length=1, repr=False, description="Key that clients must send.")
+    admin_key: str | None = Field(None, min_length=1, repr=False, description="Key for changing what is served.")
     cors_origins: tuple[str, ...] = Field(("*",), description="Web origins whose pages may call; * is any.")
     max_body_bytes: int = Field(2_000_000, ge=1, description="Largest request body.")
     max_client_batch_size: int = Field(128, ge=1, description="Prompts in one completion request.")
@@ -39,6 +40,13 @@ class ServerSettings(BaseModel, frozen=True, extra="forbid"):
     chat_template_args: dict[str, str] = Field({}, description="Variables of the chat template, beneath a request's.")
     log_level: LogLevel = "info"
     engine: EngineSettings = EngineSettings()
+
+    @field_validator("admin_key")
+    @classmethod
+    def _differs(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is not None and value == info.data.get("api_key"):
+            raise ValueError("the admin key must not be the API key, which every client has")
+        return value
 
     @field_validator("cors_origins", mode="before")
     @classmethod

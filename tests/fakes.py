@@ -6,6 +6,7 @@ loses, mixes or repeats cached tokens writes other text.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -138,6 +139,21 @@ def script(text: str | bytes, *, end: int | None = EOS) -> Callable[[Sequence[in
     return next_token
 
 
+class FakeAdapters:
+    """Adapters that are there when their files are; they change nothing. `in_place` are their names."""
+
+    def __init__(self) -> None:
+        self.in_place: set[str] = set()
+
+    def prepare(self, name: str, path: Path) -> Callable[[], None]:
+        if not path.is_file():
+            raise BackendError(f"{path}: no adapter")
+        return lambda: self.in_place.add(name)
+
+    def remove(self, name: str) -> None:
+        self.in_place.discard(name)
+
+
 class FakeBackend:
     """A loaded model whose logits single out `next_token(all tokens so far)`."""
 
@@ -155,6 +171,7 @@ class FakeBackend:
         self.capabilities = Capabilities(max_num_seqs, max_step_tokens, max_prompt_rows or max_step_tokens)
         self.kv = FakeKV(capacity)
         self.tokenizer = ByteTokenizer()
+        self.adapters = FakeAdapters()
         self.steps: list[list[Chunk]] = []
         self.broken: str | None = None
         self._next_token = next_token

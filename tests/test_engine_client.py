@@ -13,10 +13,18 @@ from pathlib import Path
 import pytest
 from fake_engine import serve_fake
 from fakes import BOS, letters
+from msgspec import structs
 
 from tightrope.backends.settings import ModelSettings
 from tightrope.engine.client import EngineClient
-from tightrope.engine.errors import BackendFailed, ContextLengthExceeded, EngineUnavailable, Overloaded
+from tightrope.engine.errors import (
+    BackendFailed,
+    ContextLengthExceeded,
+    EngineUnavailable,
+    InvalidRequest,
+    ModelNotFound,
+    Overloaded,
+)
 from tightrope.engine.launch import EngineHandle, ProcessHandle, ThreadHandle
 from tightrope.engine.settings import EngineSettings, LimitSettings
 from tightrope.engine.types import GenerateRequest, SamplingParams, Span, StopRules, TextPrompt, TokenPrompt
@@ -149,6 +157,30 @@ async def test_requests_without_output_outlive_the_engine(process_client: Engine
             async for _ in deltas:
                 pass
     assert await queued == expected("patient")
+
+
+async def test_adapters_outlive_the_engine_as_far_as_their_files_do(tmp_path: Path):
+    for name in ("kept", "unloaded", "deleted"):
+        (tmp_path / name).touch()
+    client = EngineClient(EngineSettings(model=ModelSettings(adapter_folder=str(tmp_path))), fake_process)
+    await client.start()
+    await client.wait_ready()
+    for name in ("kept", "unloaded", "deleted"):
+        await client.load_adapter(name, name)
+    with pytest.raises(InvalidRequest, match="no such file"):
+        await client.load_adapter("never", "there")
+    await client.unload_adapter("unloaded")
+    assert client.adapters.keys() == {"kept", "deleted"}
+    (tmp_path / "deleted").unlink()
+    with pytest.raises(BackendFailed, match="died"):
+        await answer(client, ask("r", "crash", 20))
+    await client.wait_ready()
+
+    assert client.adapters == {"kept": str(tmp_path / "kept")}
+    assert await answer(client, structs.replace(ask("s", "hello"), adapter="kept")) == expected("hello")
+    with pytest.raises(ModelNotFound):
+        await answer(client, structs.replace(ask("t", "hello"), adapter="deleted"))
+    await client.close()
 
 
 async def test_a_model_that_cannot_be_loaded_is_not_tried_again():

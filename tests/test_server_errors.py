@@ -45,7 +45,7 @@ KEY = {"authorization": "Bearer secret"}
                     }
                 },
             ),
-            (404, {"error": "no", "error_type": "model_not_found"}),
+            (422, {"error": "Input validation error: no", "error_type": "validation"}),
         ),
         (
             Overloaded("full"),

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tightrope.backends.errors import BackendError
+from tightrope.backends.gguf.adapters import GGUFAdapters
 from tightrope.backends.gguf.cache import SharedKVCache
 from tightrope.backends.gguf.header import Header, read_header
 from tightrope.backends.gguf.native import (
@@ -22,7 +23,7 @@ from tightrope.backends.gguf.plan import Plan, make_plan
 from tightrope.backends.gguf.shape import ModelShape
 from tightrope.backends.gguf.tokenizer import GGUFTokenizer
 from tightrope.backends.memory import free_memory, prompt_rows
-from tightrope.backends.protocol import Capabilities, Chunk, KVCache, ModelCard, Tokenizer
+from tightrope.backends.protocol import AdapterStore, Capabilities, Chunk, KVCache, ModelCard, Tokenizer
 from tightrope.backends.settings import ModelSettings
 from tightrope.backends.threads import compute_threads
 
@@ -54,6 +55,7 @@ class GGUFBackend:
             self._model.close()
             raise
         self.tokenizer: Tokenizer = GGUFTokenizer(self._model)
+        self.adapters: AdapterStore = GGUFAdapters()
         self.kv: KVCache
         self.kv = self._cache = SharedKVCache(
             self._context,

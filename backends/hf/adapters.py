@@ -4,16 +4,18 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tightrope.backends.adapters import AdapterRoom
 from tightrope.backends.errors import BackendError
 from tightrope.backends.hf.checkpoint import TensorEntry
 from tightrope.backends.hf.names import NESTED, NESTED_BEFORE, RENAMES
 from tightrope.backends.hf.organs import Embedding, Experts, Linear
-from tightrope.backends.hf.peft import PeftAdapter
+from tightrope.backends.hf.peft import PeftAdapter, adapter_bytes, read_adapter
 from tightrope.backends.protocol import Chunk
 from tightrope.kernels.low_rank import NONE, AdapterRows, LowRank, make_low_rank
 
@@ -31,7 +33,7 @@ class _Place:
 
 
 class Adapters:
-    """The adapters of one loaded model, each in a slot of its own."""
+    """The adapters of one loaded model, each in a slot of its own; an AdapterStore. `room` bounds them all together."""
 
     def __init__(self, tree: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
         """dtype: of the low-rank matrices; sixteen bits halve what each step reads."""
@@ -45,14 +47,11 @@ class Adapters:
                 self._whole[organ.rows[0][0]] = organ
         self._slots: dict[str, int] = {}
         self._numbers = count()
+        self.room = AdapterRoom(0)
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(self._slots)
-
-    def load(self, name: str, adapter: PeftAdapter) -> None:
-        """Raises BackendError, naming file and tensor, when the adapter doesn't fit this model."""
-        slot = next(self._numbers)
+    def prepare(self, name: str, path: Path) -> Callable[[], None]:
+        """See AdapterStore. Errors name file and tensor."""
+        adapter = read_adapter(path)
         deltas = self._deltas(adapter)
         saved = {self._whole_at(adapter, module): entry for module, entry in adapter.saved.items()}
         for organ, entry in saved.items():
@@ -61,21 +60,30 @@ class Adapters:
                     f"{entry.file}: tensor {entry.name!r} has shape {list(entry.shape)}, the model's is "
                     f"{list(organ.shape)}: an adapter for another base"
                 )
-        read = self._reader(adapter)
-        built = [(adapters, self._build(pieces, read)) for adapters, pieces in deltas]
-        for organ, entry in saved.items():
-            organ.replaced[slot] = read(entry).clone().to(self._device)
-        for adapters, low_rank in built:
-            adapters[slot] = low_rank
-        self._slots[name] = slot
+        with self.room.taken(name, adapter_bytes(adapter)):
+            read = self._reader(adapter)
+            built = [(adapters, self._build(pieces, read)) for adapters, pieces in deltas]
+            whole = [(organ, read(entry).clone()) for organ, entry in saved.items()]
 
-    def unload(self, name: str) -> None:
-        """Forget an adapter that no sequence uses."""
-        slot = self._slots.pop(name)
-        for place in self._places.values():
-            place.adapters.pop(slot, None)
-        for organ in self._whole.values():
-            organ.replaced.pop(slot, None)
+        def put_in_place() -> None:
+            slot = next(self._numbers)
+            for organ, tensor in whole:
+                organ.replaced[slot] = tensor.to(self._device)
+            for adapters, low_rank in built:
+                adapters[slot] = low_rank.to(self._device)
+            self._slots[name] = slot
+
+        return put_in_place
+
+    def remove(self, name: str) -> None:
+        """See AdapterStore."""
+        slot = self._slots.pop(name, None)
+        if slot is not None:
+            for place in self._places.values():
+                place.adapters.pop(slot, None)
+            for organ in self._whole.values():
+                organ.replaced.pop(slot, None)
+        self.room.give_back(name)
 
     def rows(self, chunks: Sequence[Chunk]) -> AdapterRows | None:
         """Which adapter each row of a step uses; None when none uses any."""
@@ -126,7 +134,7 @@ class Adapters:
         parts = []
         for first, down, up, scaling in pieces:
             a, b = _balanced(read(down).float(), read(up).float(), scaling)
-            parts.append((first, a.to(self._device), b.to(self._device), scaling))
+            parts.append((first, a, b, scaling))
         return make_low_rank(parts, self._dtype)
 
     def _reader(self, adapter: PeftAdapter) -> Callable[[TensorEntry], Tensor]:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tightrope.backends.adapters import AdapterRoom
 from tightrope.backends.errors import BackendError
 from tightrope.backends.hf.calibrate import set_key_factors
 from tightrope.backends.hf.checkpoint import Checkpoint
@@ -16,14 +17,14 @@ from tightrope.backends.hf.generation import chat_template
 from tightrope.backends.hf.graphs import DecodeGraphs
 from tightrope.backends.hf.model import LoadedModel, load_model
 from tightrope.backends.hf.pages import PagedKVCache
-from tightrope.backends.hf.peft import adapter_bytes, read_adapter
+from tightrope.backends.hf.peft import room_for_adapters
 from tightrope.backends.hf.plan import Plan, free_bytes, make_plan
 from tightrope.backends.hf.quantised import describe_format, find_quantization, weight_bytes
 from tightrope.backends.hf.steps import StepBuilder
 from tightrope.backends.hf.tokenizer import HFTokenizer
 from tightrope.backends.hf.variants import CacheVariants
 from tightrope.backends.memory import prompt_rows
-from tightrope.backends.protocol import Capabilities, Chunk, KVCache, ModelCard, Tokenizer
+from tightrope.backends.protocol import AdapterStore, Capabilities, Chunk, KVCache, ModelCard, Tokenizer
 from tightrope.backends.settings import ModelSettings
 from tightrope.backends.threads import compute_threads
 from tightrope.kernels import dispatch
@@ -46,10 +47,10 @@ class HFBackend:
         checkpoint = Checkpoint.open(folder)
         shape = read_config(folder)
         quantization = find_quantization(folder, shape.raw, checkpoint)
-        adapters = {name: read_adapter(Path(path).expanduser()) for name, path in settings.adapters.items()}
+        adapter_bytes = room_for_adapters(settings)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         size = weight_bytes(checkpoint, quantization, is_tied=shape.tie_embeddings)
-        plan = make_plan(settings, shape, size + sum(map(adapter_bytes, adapters.values())), free_bytes())
+        plan = make_plan(settings, shape, size + adapter_bytes, free_bytes())
         self.tokenizer: Tokenizer = HFTokenizer(folder, shape)
         self._threads = compute_threads(settings.threads)
         torch.set_num_threads(1)  # see BLAS_TOKENS
@@ -58,8 +59,10 @@ class HFBackend:
             folder, shape, checkpoint, device=device, rope=plan.rope, progress=lambda done: progress(LOAD_SHARE * done)
         )
         self.steps = StepBuilder(plan.rope, plan.window, device)
-        for name, adapter in adapters.items():
-            self.model.adapters.load(name, adapter)
+        self.adapters: AdapterStore = self.model.adapters
+        self.model.adapters.room = AdapterRoom(adapter_bytes)
+        for name, path in settings.adapters.items():
+            self.adapters.prepare(name, Path(path).expanduser())()
         self.caches = self._allocate(plan)
         self.model.attach(self.caches)
         # None: every step runs as it is, as it must on a CPU, and where experts are picked on the host
@@ -112,7 +115,7 @@ class HFBackend:
 
     def close(self) -> None:
         """Let go of weights and cache."""
-        del self.model, self.caches, self.graphs
+        del self.model, self.caches, self.graphs, self.adapters
 
     def _allocate(self, plan: Plan) -> list[LayerCache]:
         """All pages of all layers, with key factors where codes are of few bits."""
@@ -192,6 +195,5 @@ def _card(folder: Path, shape: ModelShape, format: str, model: LoadedModel, plan
         cache_dtype=plan.cache_dtype,
         chat_template=chat_template(folder),
         notes=(*plan.notes, f"kernels: {dispatch.describe(model.device)}", *model.notes),
-        adapters=model.adapters.names,
         cache_token_bytes=plan.token_bytes,
     )

@@ -15,6 +15,7 @@ from typing import Any
 from tightrope.backends.errors import BackendError
 from tightrope.backends.hf.checkpoint import Checkpoint, TensorEntry
 from tightrope.backends.hf.jsonfile import read_object
+from tightrope.backends.settings import ModelSettings
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MAX_CONFIG = 1_000_000  # bytes
@@ -97,6 +98,12 @@ def adapter_bytes(adapter: PeftAdapter) -> int:
     """What an adapter takes in memory: two bytes a number of low rank, whole weights as they are in the file."""
     low_rank = sum(prod(entry.shape) for delta in adapter.deltas.values() for entry in (delta.down, delta.up))
     return 2 * low_rank + sum(entry.num_bytes for entry in adapter.saved.values())
+
+
+def room_for_adapters(settings: ModelSettings) -> int:
+    """Bytes of the adapters that are loaded at the start, and of the room for more. Raises BackendError."""
+    at_start = sum(adapter_bytes(read_adapter(Path(path).expanduser())) for path in settings.adapters.values())
+    return at_start + settings.adapter_reserve_bytes
 
 
 def _read_config(folder: Path) -> Mapping[str, Any]:

@@ -64,7 +64,7 @@ class CacheVariant:
     def __init__(self, base: "HFBackend", caches: Sequence[LayerCache]) -> None:
         self.caches = tuple(caches)
         self._base = base
-        self.tokenizer, self.capabilities = base.tokenizer, base.capabilities
+        self.tokenizer, self.capabilities, self.adapters = base.tokenizer, base.capabilities, base.adapters
         self.kv: KVCache = _BaseBooks(base.kv)
         kinds = sorted({cache.format.dtype for cache in caches})
         self.card = replace(

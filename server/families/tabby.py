@@ -1,15 +1,17 @@
 """TabbyAPI's routes beside /v1/completions: the connection that gives SillyTavern everything.
 
-Models are not loaded, unloaded or downloaded over HTTP, so the key's permission is `api`, never `admin`.
+Models are not loaded, unloaded or downloaded over HTTP; the admin key loads adapters, by the routes of
+server/adapter_routes.py.
 """
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from pydantic import BaseModel, Field
 
 from tightrope.engine.types import Span, TextPrompt
 from tightrope.server.body import Body, JsonRoute
 from tightrope.server.families.text import CALL_ERRORS, STATUS_ERRORS
 from tightrope.server.front import Front
+from tightrope.server.guards import has_key
 from tightrope.server.openai.requests import Ids
 
 
@@ -62,7 +64,21 @@ class Permission(BaseModel):
     permission: str
 
 
+class LoraCard(BaseModel):
+    """A loaded adapter, which a request names as its model."""
+
+    id: str
+    object: str = "lora"
+    created: int
+    owned_by: str = "tightrope"
+
+
 class Loras(BaseModel):
+    object: str = "list"
+    data: list[LoraCard]
+
+
+class Templates(BaseModel):
     object: str = "list"
     data: list[str] = []
 
@@ -93,22 +109,23 @@ def tabby_router(front: Front) -> APIRouter:
         return card()
 
     @router.get("/auth/permission", responses=STATUS_ERRORS)
-    async def permission() -> Permission:
+    async def permission(request: Request) -> Permission:
         """What the key allows."""
-        return Permission(permission="api")
+        is_admin = has_key(request.scope, front.settings.admin_key)
+        return Permission(permission="admin" if is_admin else "api")
 
     @router.get("/lora/list", responses=STATUS_ERRORS)
     @router.get("/loras", responses=STATUS_ERRORS)
     @router.get("/lora", responses=STATUS_ERRORS)
     async def loras() -> Loras:
-        """No adapters are loaded."""
-        return Loras()
+        """The loaded adapters."""
+        return Loras(data=[LoraCard(id=name, created=front.started) for name in front.served().adapters])
 
     @router.get("/template/list", responses=STATUS_ERRORS)
     @router.get("/templates", responses=STATUS_ERRORS)
-    async def templates() -> Loras:
+    async def templates() -> Templates:
         """The template is chosen at the start, so there is none to choose from."""
-        return Loras()
+        return Templates()
 
     @router.post("/token/encode", responses=CALL_ERRORS)
     async def encode(body: EncodeBody) -> Encoded:

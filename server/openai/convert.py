@@ -1,7 +1,7 @@
 """From OpenAI bodies to engine requests: what can't be honoured is refused here, with the field's name."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from tightrope.engine.errors import InvalidRequest, ModelNotFound
 from tightrope.engine.settings import LimitSettings
@@ -39,6 +39,7 @@ class Served:
     info: ModelInfo
     limits: LimitSettings
     max_prompts: int  # in one completion request
+    adapters: Mapping[str, str] = field(default_factory=dict)  # paths of those that may be named as the model
 
 
 def check_model(name: str | None, served: Served) -> str | None:
@@ -48,7 +49,7 @@ def check_model(name: str | None, served: Served) -> str | None:
     """
     if name in ANY_MODEL or name == served.model_id:
         return None
-    if name not in served.info.adapters:
+    if name not in served.adapters:
         raise ModelNotFound(f"The model `{name}` does not exist.", "model")
     return name
 

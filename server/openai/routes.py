@@ -72,7 +72,7 @@ def openai_router(front: Front) -> APIRouter:
             object="model",
             created=front.started,
             owned_by="tightrope",
-            root=served.info.model_id if adapter is None else adapter,
+            root=served.info.model_id if adapter is None else served.adapters[adapter],
             parent=None if adapter is None else served.model_id,
             max_model_len=served.info.max_model_len,
         )
@@ -80,7 +80,7 @@ def openai_router(front: Front) -> APIRouter:
     @router.get("/models", responses={k: ERRORS[k] for k in (401, 503)})
     async def models() -> ModelList:
         """The served model and its adapters."""
-        return ModelList(object="list", data=[card(), *map(card, front.served().info.adapters)])
+        return ModelList(object="list", data=[card(), *map(card, front.served().adapters)])
 
     @router.get("/models/{model:path}", responses={k: ERRORS[k] for k in (401, 404, 503, "default")})
     async def model(model: str) -> ModelCard:

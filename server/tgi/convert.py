@@ -1,6 +1,7 @@
 """From TGI bodies to engine requests, with TGI's checks in TGI's order and words."""
 
 import secrets
+from collections.abc import Collection
 from dataclasses import dataclass
 from uuid import uuid4
 
@@ -30,17 +31,17 @@ class TGILimits:
     max_top_n_tokens: int
     max_input_tokens: int
     max_total_tokens: int
-    adapters: tuple[str, ...] = ()
+    adapters: Collection[str] = ()
 
     @classmethod
-    def of(cls, info: ModelInfo, settings: ServerSettings) -> "TGILimits":
+    def of(cls, info: ModelInfo, settings: ServerSettings, adapters: Collection[str]) -> "TGILimits":
         return cls(
             max_best_of=settings.engine.limits.max_best_of,
             max_stop_sequences=settings.max_stop_sequences,
             max_top_n_tokens=settings.max_top_n_tokens,
             max_input_tokens=info.max_model_len - 1,
             max_total_tokens=info.max_model_len,
-            adapters=info.adapters,
+            adapters=adapters,
         )
 
 

@@ -71,7 +71,7 @@ def tgi_router(front: Front) -> APIRouter:
     async def info() -> Info:
         """The model and its limits."""
         served = front.served()
-        limits = TGILimits.of(served.info, settings)
+        limits = TGILimits.of(served.info, settings, served.adapters)
         return Info(
             model_id=served.model_id,
             model_sha=None,
@@ -110,7 +110,7 @@ def _compute_type(front: Front) -> str:
 
 def _asked(front: Front, body: GenerateBody, *, is_stream: bool, full_text_default: bool = False) -> Asked:
     p = body.parameters
-    limits = TGILimits.of(front.info(), front.settings)
+    limits = TGILimits.of(front.info(), front.settings, front.client.adapters)
     request = generate_request(body.inputs, p, limits, is_stream=is_stream)
     log_ignored(request.request_id, lambda: ignored_fields(body))
     is_full = full_text_default if p is None or p.return_full_text is None else p.return_full_text
