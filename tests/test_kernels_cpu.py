@@ -20,6 +20,8 @@ from tightrope.kernels.layout import PAGE, AttentionSpec, CacheDtype, CacheForma
 
 # Sums of up to some hundred products of float32 numbers around 1, added in another order: errors near 1e-6 at worst.
 CLOSE = {"rtol": 2e-5, "atol": 2e-5}
+# Many rows by bf16 in words of 16 bits: 4e-5 of the sums' own spread, which is 1, six times over.
+IN_WORDS = {"rtol": 2e-5, "atol": 2.5e-4}
 SOME = settings(max_examples=12, deadline=None)
 DTYPES = st.sampled_from(("q8", "q4", "f16"))
 SEEDS = st.integers(0, 2**32 - 1)
@@ -179,7 +181,23 @@ def test_linear_equals_float64(
     ours = kernels.linear(x, weight, bias)
 
     expected = torch.nn.functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
-    torch.testing.assert_close(ours.double(), expected, **CLOSE)
+    torch.testing.assert_close(ours.double(), expected, **(IN_WORDS if dtype == torch.bfloat16 else CLOSE))
+
+
+def test_each_row_of_a_product_has_its_own_range(kernels: native.NativeKernels):
+    x, weight = torch.randn(80, 200), torch.randn(40, 200).bfloat16()
+    x[0, 5], x[1, 70], x[2] = torch.inf, torch.nan, 0
+    x[3] *= 1e-12
+    x[4] *= 1e12
+    x[5, 0] = 1e5
+
+    ours = kernels.linear(x, weight, None).double()
+
+    assert not ours[:2].isfinite().any()
+    assert ours[2].eq(0).all()
+    expected = x[3:].double() @ weight.double().T
+    lengths = x[3:].double().norm(dim=1, keepdim=True) * weight.double().norm(dim=1)
+    assert ((ours[3:] - expected).abs() <= lengths * IN_WORDS["atol"]).all()
 
 
 @given(seed=SEEDS, rows=st.integers(0, 60), width=st.integers(1, 700))

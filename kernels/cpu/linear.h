@@ -4,8 +4,7 @@
 // time; arithmetic is the limit.
 #pragma once
 
-#include "dots.h"
-#include "tile.h"
+#include "linear_words.h"
 
 constexpr int DEPTH = 2048;                 // of K at a time
 constexpr int EXPANDED = DEPTH + 16;        // floats between expanded rows: no power of two, which would share cache sets
@@ -69,6 +68,9 @@ template <class W> void linear_many_rows(const Linear& l) {
 }
 
 template <class W> void linear(const Linear& l) {
+#if defined(__AVX512VNNI__)
+    if (std::is_same<W, bf16>() && l.rows > FEW_FOR_WORDS) return linear_words(l);
+#endif
     const int rest = l.rows % PANEL;  // fewer than half a panel go faster the first way
     const int few = l.rows <= FEW ? l.rows : 2 * rest <= PANEL ? rest : 0;
     Linear part = l;
