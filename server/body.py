@@ -62,6 +62,11 @@ def ignored_fields(body: Body, prefix: str = "") -> Iterator[str]:
                 yield from ignored_fields(item, f"{prefix}{name}[{index}].")
 
 
+def unread_fields(body: Body) -> list[tuple[str, str]]:
+    """The same with the reason, in words."""
+    return [(name, "no field of this route") for name in ignored_fields(body)]
+
+
 def log_ignored(request_id: str, ignored: Callable[[], Iterable[str]]) -> None:
     """Say at debug level which fields of a request change nothing."""
     if log.isEnabledFor(logging.DEBUG):

@@ -3,13 +3,18 @@
 import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
+from fastapi import Request
+from pydantic import Field
 
 from tightrope.engine.types import SAMPLER_ORDER, GenerateRequest, Prompt, PromptInfo, SamplingParams, TextPrompt, Token
 from tightrope.server.front import Front
 from tightrope.server.sampling_fields import Ignored
+from tightrope.server.work import or_gone
+
+Explained = Annotated[dict[str, Any], Field(description="Absent unless asked for.")]
 
 # Steps with the parameters that they look at; a step is off while the first of them is neutral.
 _EDITS: tuple[tuple[str, ...], ...] = (
@@ -97,11 +102,24 @@ class Explanation:
 
 
 async def explain(
-    front: Front, requests: Sequence[GenerateRequest], ignored: list[Ignored], notes: tuple[str, ...] = ()
+    front: Front,
+    requests: Sequence[GenerateRequest],
+    ignored: list[Ignored],
+    request: Request,
+    notes: tuple[str, ...] = (),
 ) -> Explanation:
-    """Begin the record of requests that differ in their prompts alone. Raises EngineError."""
-    prompts = await asyncio.gather(*(_prompt(front, request) for request in requests))
-    return Explanation(list(prompts), requests[0], ignored, notes)
+    """Begin the record of requests that differ in their prompts alone. Raises EngineError, also if the client goes."""
+    prompts = await or_gone(request, _prompts(front, requests))
+    return Explanation(prompts, requests[0], ignored, notes)
+
+
+def explained(explanation: Explanation | None, info: PromptInfo | None) -> dict[str, Any]:
+    """What is added to an answer to one prompt: the record under its key, or nothing."""
+    return {} if explanation is None or info is None else {"explain": explanation.told({0: info})}
+
+
+async def _prompts(front: Front, requests: Sequence[GenerateRequest]) -> list[dict[str, Any]]:
+    return list(await asyncio.gather(*(_prompt(front, request) for request in requests)))
 
 
 async def _prompt(front: Front, request: GenerateRequest) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """`explain: true`: what was done with a request, told in the answer itself."""
 
+import json
 from typing import Any
 
 import pytest
@@ -56,6 +57,33 @@ async def test_a_chats_prompt_is_shown_as_it_was_run() -> None:
 async def test_the_decision_about_bos_is_told(prompt: object, fields: dict[str, Any], bos: str, ids: list[int]) -> None:
     (told,) = (await explained("/v1/completions", {"prompt": prompt, **fields}))["prompts"]
     assert (told["bos"], told["token_ids"]) == (bos, ids)
+
+
+OTHER_ROUTES = {  # route by body, and where the streamed record stands
+    "/generate": ({"inputs": "a?"}, "/generate_stream"),
+    "/completion": ({"prompt": "a?", "temperature": 0}, "/completion"),
+    "/api/v1/generate": ({"prompt": "a?", "temperature": 0}, "/api/extra/generate/stream"),
+    "/api/generate": ({"prompt": "a?", "raw": True, "options": {"temperature": 0}}, "/api/generate"),
+    "/api/chat": ({"messages": [{"role": "user", "content": "a"}], "options": {"temperature": 0}}, "/api/chat"),
+}
+
+
+@pytest.mark.parametrize("path", OTHER_ROUTES)
+async def test_every_route_that_writes_tells_of_its_one_prompt(path: str) -> None:
+    body, streamed_path = OTHER_ROUTES[path]
+    body |= {"explain": True, "zebra": 1}
+    async with api("Fine.", chat_template="{{ messages[0].content }}?") as http:
+        whole = (await http.post(path, json=body | {"stream": False})).json()
+        lines = (await http.post(streamed_path, json=body | {"stream": True})).text.splitlines()
+        silent = await http.post(path, json=body | {"explain": False, "stream": False})
+    told = [json.loads(line.removeprefix("data: ")) for line in lines if "{" in line]
+    assert ["explain" in event for event in told] == [False] * (len(told) - 1) + [True], "in the last event alone"
+    assert "explain" not in silent.text
+    for record in (whole["explain"], told[-1]["explain"]):
+        assert [prompt["text"] for prompt in record["prompts"]] == ["a?"]
+        assert record["prompts"][0]["token_ids"] == [256, *b"a?"]
+        assert {"zebra"} <= {entry["field"] for entry in record["ignored"]} <= {"zebra", "stream"}
+        assert (record["samplers"] == [{"temperature": 0.0}]) == (path != "/generate"), "drawn, for want of parameters"
 
 
 async def test_each_prompt_of_a_batch_is_told() -> None:

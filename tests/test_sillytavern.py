@@ -1,10 +1,12 @@
 """Requests captured from SillyTavern 1.12.6 and 1.19.0, sent again to the real server.
 
-Prompts are cut as they were captured; only the model's name and the length of the answer are changed. Requests that
-differ from another in nothing but the text of their chat are left out.
+All 160 captured exchanges are here, those whose scripted answer was an error as well; requests that are equal stand
+once, under all their names. Prompts are cut as they were captured; only the model's name and the length of the answer
+are changed.
 """
 
 import json
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import httpx
 import pytest
 from fake_api import api
 
+from tightrope.backends.errors import BackendError
 from tightrope.server.body import Body, ignored_fields
 from tightrope.server.families.koboldcpp import KoboldBody
 from tightrope.server.families.llamacpp import CompletionBody
@@ -216,13 +219,50 @@ def test_no_field_is_lost_each_is_read_or_listed(version: str, kind: str) -> Non
         assert all(changed.values())
 
 
-async def test_a_wrong_key_is_told_in_words_that_the_client_shows() -> None:
-    tabby = next(e for e in EXCHANGES if "generate with key" in e["what"])
+def test_every_captured_exchange_is_here() -> None:
+    assert sum(len(exchange["what"]) for exchange in EXCHANGES) == 160
+
+
+# The client shows `error.message` of a reply that is none, and of an event; in other places it looks for nothing.
+@pytest.mark.parametrize("exchange", [e for e in EXCHANGES if any(w.startswith("error unauth") for w in e["what"])])
+async def test_a_wrong_key_is_told_in_words_that_the_client_shows(exchange: Exchange) -> None:
     async with api(api_key="another") as http:
-        for stream in (True, False):
-            refused = await http.post(tabby["path"], json=tabby["body"] | {"stream": stream}, headers=tabby["headers"])
-            assert refused.status_code == 401
-            assert "API key" in refused.json()["error"]["message"]
+        refused = await http.post(exchange["path"], json=exchange["body"], headers=exchange["headers"])
+    assert refused.status_code == 401
+    assert "API key" in refused.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("exchange", [e for e in EXCHANGES if any(w.startswith("error openai") for w in e["what"])])
+async def test_a_prompt_that_is_too_long_is_told_in_words_that_the_client_shows(exchange: Exchange) -> None:
+    body = {name: value for name, value in exchange["body"].items() if name != "model"}
+    if "prompt" in body:
+        body["prompt"] *= 10
+    else:
+        body["messages"] = body["messages"] * 10
+    async with api() as http:
+        refused = await http.post(exchange["path"], json=body)
+    assert refused.status_code == 400
+    assert "maximum context length is 1024 tokens" in refused.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("exchange", [e for e in EXCHANGES if "error in the stream" in e["what"]])
+async def test_a_failure_in_mid_stream_is_told_in_words_that_the_client_shows(exchange: Exchange) -> None:
+    written = 0
+
+    def breaks(token_ids: Sequence[int]) -> int:
+        nonlocal written
+        written += 1
+        if written > 3:
+            raise BackendError("the engine stopped")
+        return ord("a")
+
+    body = {name: value for name, value in exchange["body"].items() if name not in ("model", *LENGTHS)}
+    async with api(breaks, max_model_len=4096) as http:
+        reply = await http.post(exchange["path"], json=body)
+    *pieces, last = events(reply)
+    assert reply.status_code == 200
+    assert "".join(text_of(exchange["path"], piece) for piece in pieces) == "aaa"
+    assert last["error"]["message"] == "the engine stopped"
 
 
 async def test_special_tokens_written_as_text_are_parsed_in_a_raw_prompt() -> None:

@@ -10,9 +10,18 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field
 
 from tightrope.engine.errors import InvalidRequest
-from tightrope.engine.types import Finish, GenerateRequest, Span, TextPrompt
+from tightrope.engine.types import Finish, PromptInfo, Span, TextPrompt
 from tightrope.server.body import Body, JsonRequest, JsonRoute
-from tightrope.server.families.text import CALL_ERRORS, STATUS_ERRORS, TextBody, checked, pieces, text_request
+from tightrope.server.explain import Explained, Explanation, explain, explained
+from tightrope.server.families.text import (
+    CALL_ERRORS,
+    STATUS_ERRORS,
+    Asked,
+    TextBody,
+    checked,
+    pieces,
+    text_request,
+)
 from tightrope.server.front import Front
 from tightrope.server.openai.routes import ERRORS
 from tightrope.server.sse import event_stream
@@ -78,6 +87,7 @@ class KoboldText(BaseModel):
 
 class KoboldAnswer(BaseModel):
     results: list[KoboldText]
+    explain: Explained = {}
 
 
 class Aborts:
@@ -131,29 +141,35 @@ def _reason(finish: Finish | None) -> str | None:
     return None if finish is None else "length" if checked(finish).reason == "length" else "stop"
 
 
-async def _result(deltas: Deltas) -> dict[str, Any]:
+async def _answer(deltas: Deltas, explanation: Explanation | None) -> dict[str, Any]:
     """What was written, be it finished or aborted."""
-    text, finish, num_prompt, num_tokens = "", None, 0, 0
+    text, finish, num_tokens = "", None, 0
+    prompt: PromptInfo | None = None
     async with aclosing(deltas):
         async for _, delta in deltas:
             text += delta.text
             finish = delta.finish
-            num_prompt += delta.prompt.num_tokens if delta.prompt else 0
+            prompt = delta.prompt or prompt
             num_tokens += len(delta.tokens)
-    return {
+    result = {
         "text": text,
         "finish_reason": _reason(finish) or "stop",
-        "prompt_tokens": num_prompt,
+        "prompt_tokens": 0 if prompt is None else prompt.num_tokens,
         "completion_tokens": num_tokens,
     }
+    return {"results": [result], **explained(explanation, prompt)}
 
 
-async def _events(deltas: Deltas) -> AsyncGenerator[bytes, None]:
+async def _events(deltas: Deltas, explanation: Explanation | None) -> AsyncGenerator[bytes, None]:
+    prompt: PromptInfo | None = None
     async with aclosing(deltas):
         async for _, delta in deltas:
+            prompt = delta.prompt or prompt
             if delta.text or delta.finish is not None:
-                event = encode({"token": delta.text, "finish_reason": _reason(delta.finish)})
-                yield b"event: message\ndata: %b\n\n" % event
+                event: dict[str, Any] = {"token": delta.text, "finish_reason": _reason(delta.finish)}
+                if delta.finish is not None:
+                    event |= explained(explanation, prompt)
+                yield b"event: message\ndata: %b\n\n" % encode(event)
 
 
 def koboldcpp_router(front: Front) -> APIRouter:
@@ -161,9 +177,9 @@ def koboldcpp_router(front: Front) -> APIRouter:
     router = APIRouter(prefix="/api", route_class=JsonRoute, tags=["KoboldCpp"])
     aborts = Aborts()
 
-    def asked(body: KoboldBody) -> GenerateRequest:
+    async def prepared(body: KoboldBody, request: Request) -> tuple[Asked, Explanation | None]:
         served = front.served()
-        return text_request(
+        asked = text_request(
             body,
             body.model_extra or {},
             body.checked_prompt(served),
@@ -171,6 +187,9 @@ def koboldcpp_router(front: Front) -> APIRouter:
             max_tokens=DEFAULT_TOKENS,
             skip_special_tokens=body.skip_special_tokens,
         )
+        if not body.explain:
+            return asked, None
+        return asked, await explain(front, [asked.request], asked.ignored, request)
 
     @router.get("/v1/info/version", responses=STATUS_ERRORS)
     async def api_version() -> Result:
@@ -217,9 +236,10 @@ def koboldcpp_router(front: Front) -> APIRouter:
     )
     async def generate(body: KoboldBody, request: Request) -> Response:
         """Continue a prompt; an abort gives what was written so far."""
-        deltas = run(front.metrics.generate, [asked(body)])
-        result = await or_gone(request, _result(until_aborted(deltas, aborts, body.genkey)))
-        return Response(encode({"results": [result]}), media_type="application/json")
+        asked, explanation = await prepared(body, request)
+        deltas = until_aborted(run(front.metrics.generate, [asked.request]), aborts, body.genkey)
+        answer = await or_gone(request, _answer(deltas, explanation))
+        return Response(encode(answer), media_type="application/json")
 
     @router.post(
         "/extra/generate/stream",
@@ -228,7 +248,8 @@ def koboldcpp_router(front: Front) -> APIRouter:
     )
     async def generate_stream(body: KoboldBody, request: Request) -> Response:
         """Continue a prompt, one event for each piece of text."""
-        deltas = await pieces(front, asked(body), request)
-        return event_stream(_events(until_aborted(deltas, aborts, body.genkey)), "openai")
+        asked, explanation = await prepared(body, request)
+        deltas = until_aborted(await pieces(front, asked, request), aborts, body.genkey)
+        return event_stream(_events(deltas, explanation), "openai")
 
     return router

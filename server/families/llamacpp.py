@@ -11,6 +11,7 @@ from pydantic import BaseModel, Field
 
 from tightrope.engine.types import Finish, PromptInfo, Token
 from tightrope.server.body import JsonRoute
+from tightrope.server.explain import Explained, Explanation, explain, explained
 from tightrope.server.families.text import (
     STATUS_ERRORS,
     TextBody,
@@ -58,6 +59,7 @@ class Completion(BaseModel):
     truncated: bool
     timings: dict[str, float]
     completion_probabilities: list[dict[str, Any]] = Field([], description="Absent unless asked for.")
+    explain: Explained = {}
 
 
 class Generation(BaseModel):
@@ -133,7 +135,9 @@ def _ending(content: str, prompt: PromptInfo, finish: Finish, model: str) -> dic
     }
 
 
-async def _events(deltas: Deltas, model: str, *, wants_probs: bool) -> AsyncGenerator[bytes, None]:
+async def _events(
+    deltas: Deltas, model: str, explanation: Explanation | None, *, wants_probs: bool
+) -> AsyncGenerator[bytes, None]:
     prompt: PromptInfo | None = None
     async with aclosing(deltas):
         async for _, delta in deltas:
@@ -145,7 +149,8 @@ async def _events(deltas: Deltas, model: str, *, wants_probs: bool) -> AsyncGene
                 yield b"data: %b\n\n" % encode(event)
             if delta.finish is not None:
                 assert prompt is not None, "the first delta tells of the prompt"
-                yield b"data: %b\n\n" % encode(_ending("", prompt, checked(delta.finish), model))
+                ending = _ending("", prompt, checked(delta.finish), model)
+                yield b"data: %b\n\n" % encode(ending | explained(explanation, prompt))
 
 
 def llamacpp_router(front: Front) -> APIRouter:
@@ -169,14 +174,16 @@ def llamacpp_router(front: Front) -> APIRouter:
             top=top,
             skip_special_tokens=body.skip_special_tokens,
         )
+        explanation = await explain(front, [asked.request], asked.ignored, request) if body.explain else None
         if body.stream:
             deltas = await pieces(front, asked, request)
             shown = one_token_each(deltas) if top else deltas
-            return event_stream(_events(shown, served.model_id, wants_probs=top is not None), "openai")
+            return event_stream(_events(shown, served.model_id, explanation, wants_probs=top is not None), "openai")
         choice = await whole(front, asked, request)
         answer = _ending(choice.text, choice.prompt, choice.finish, served.model_id)
         if top:
             answer["completion_probabilities"] = probabilities(choice.tokens)
+        answer |= explained(explanation, choice.prompt)
         return Response(encode(answer), media_type="application/json")
 
     @router.get("/props", responses=STATUS_ERRORS)

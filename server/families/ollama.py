@@ -11,9 +11,10 @@ from pydantic import BaseModel, Field
 
 from tightrope import __version__
 from tightrope.engine.errors import InvalidRequest, ModelNotFound
-from tightrope.engine.types import Finish, GenerateRequest, PromptInfo, Span, TextPrompt
+from tightrope.engine.types import Finish, PromptInfo, Span, TextPrompt
 from tightrope.server.body import Body, FirstErrorOnly, JsonRoute
-from tightrope.server.families.text import STATUS_ERRORS, SamplingFields, checked, pieces, text_request, whole
+from tightrope.server.explain import Explained, Explanation, explain, explained
+from tightrope.server.families.text import STATUS_ERRORS, Asked, SamplingFields, checked, pieces, text_request, whole
 from tightrope.server.front import Front
 from tightrope.server.openai.convert import Served, check_model
 from tightrope.server.openai.routes import ERRORS
@@ -33,6 +34,7 @@ class OllamaBody(Body):
     options: SamplingFields = SamplingFields()
     keep_alive: int | float | str | None = Field(None, description="The model stays loaded: changes nothing.")
     format: str | dict[str, Any] | None = Field(None, description="json or a JSON schema.")
+    explain: bool = Field(False, description="Say in the last line what was done: prompt, samplers, ignored fields.")
 
     without_effect = frozenset({"keep_alive"})
 
@@ -101,6 +103,7 @@ class OllamaAnswer(BaseModel):
     response: str
     done: bool
     done_reason: str | None = None
+    explain: Explained = {}
 
 
 def _now() -> str:
@@ -133,7 +136,9 @@ def _message(text: str) -> dict[str, Any]:
     return {"message": {"role": "assistant", "content": text}}
 
 
-async def _lines(deltas: Deltas, model: str, wrap: Wrap) -> AsyncGenerator[bytes, None]:
+async def _lines(
+    deltas: Deltas, model: str, wrap: Wrap, explanation: Explanation | None
+) -> AsyncGenerator[bytes, None]:
     prompt: PromptInfo | None = None
     async with aclosing(deltas):
         async for _, delta in deltas:
@@ -142,7 +147,7 @@ async def _lines(deltas: Deltas, model: str, wrap: Wrap) -> AsyncGenerator[bytes
                 yield encode({"model": model, "created_at": _now(), **wrap(delta.text), "done": False}) + b"\n"
             if delta.finish is not None:
                 assert prompt is not None, "the first delta tells of the prompt"
-                ending = _ending(prompt, checked(delta.finish))
+                ending = _ending(prompt, checked(delta.finish)) | explained(explanation, prompt)
                 yield encode({"model": model, "created_at": _now(), **wrap(""), **ending}) + b"\n"
 
 
@@ -163,23 +168,30 @@ def ollama_router(front: Front) -> APIRouter:
         info = front.info()
         return ModelDetails(format=info.format, family=info.architecture, quantization_level=info.format)
 
-    async def answer(body: OllamaBody, asked: GenerateRequest, request: Request, wrap: Wrap) -> Response:
+    async def answer(
+        body: OllamaBody, asked: Asked, request: Request, wrap: Wrap, notes: tuple[str, ...] = ()
+    ) -> Response:
         model = front.served().model_id
+        explanation = await explain(front, [asked.request], asked.ignored, request, notes) if body.explain else None
         if body.stream:
-            return line_stream(_lines(await pieces(front, asked, request), model, wrap))
+            return line_stream(_lines(await pieces(front, asked, request), model, wrap, explanation))
         choice = await whole(front, asked, request)
         made = {"model": model, "created_at": _now(), **wrap(choice.text), **_ending(choice.prompt, choice.finish)}
-        return Response(encode(made), media_type="application/json")
+        return Response(encode(made | explained(explanation, choice.prompt)), media_type="application/json")
 
     def loaded(body: OllamaBody, wrap: Wrap) -> Response:
         made = {"model": front.served().model_id, "created_at": _now(), **wrap(""), "done": True, "done_reason": "load"}
         return Response(encode(made) + b"\n", media_type="application/x-ndjson" if body.stream else "application/json")
 
-    async def templated(body: OllamaBody, messages: list[dict[str, Any]], request: Request) -> GenerateRequest:
+    async def templated(
+        body: OllamaBody, messages: list[dict[str, Any]], request: Request
+    ) -> tuple[Asked, tuple[str, ...]]:
+        """What a chat asks for, and notes on how it became a prompt."""
         template = front.template()
         rendering = template.render(front.renderer, messages, add_generation_prompt=True, continue_final_message=False)
-        prompt = TextPrompt((await or_gone(request, rendering)).spans)
-        return text_request(body, fields_of(body), prompt, front.served(), stops=template.stops)
+        rendered = await or_gone(request, rendering)
+        asked = text_request(body, fields_of(body), TextPrompt(rendered.spans), front.served(), stops=template.stops)
+        return asked, rendered.notes
 
     def fields_of(body: OllamaBody) -> dict[str, object]:
         """The options, and the format under a name of its own."""
@@ -230,11 +242,11 @@ def ollama_router(front: Front) -> APIRouter:
             return loaded(body, _response)
         if body.raw:
             asked = text_request(body, fields_of(body), TextPrompt((Span(body.prompt),)), front.served())
-        else:
-            turns = [("system", body.system), ("user", body.prompt)]
-            messages = [{"role": role, "content": text} for role, text in turns if text]
-            asked = await templated(body, messages, request)
-        return await answer(body, asked, request, _response)
+            return await answer(body, asked, request, _response)
+        turns = [("system", body.system), ("user", body.prompt)]
+        messages = [{"role": role, "content": text} for role, text in turns if text]
+        asked, notes = await templated(body, messages, request)
+        return await answer(body, asked, request, _response, notes)
 
     @router.post(
         "/chat",
@@ -249,6 +261,7 @@ def ollama_router(front: Front) -> APIRouter:
         if not body.messages:
             return loaded(body, _message)
         messages = [{"role": message.role, "content": message.content} for message in body.messages]
-        return await answer(body, await templated(body, messages, request), request, _message)
+        asked, notes = await templated(body, messages, request)
+        return await answer(body, asked, request, _message, notes)
 
     return router

@@ -1,6 +1,7 @@
 """What the families share: a raw prompt with sampling fields of any dialect, run as one engine request."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from uuid import uuid4
 
 from fastapi import Request
@@ -9,12 +10,12 @@ from pydantic import Field
 from tightrope.engine.errors import BackendFailed, InvalidRequest
 from tightrope.engine.types import Finish, GenerateRequest, LogprobRequest, Prompt, Span, TextPrompt, TokenPrompt
 from tightrope.server import structured
-from tightrope.server.body import Body, Documented, ignored_fields, log_ignored
+from tightrope.server.body import Body, Documented, log_ignored, unread_fields
 from tightrope.server.front import Front
 from tightrope.server.openai.convert import Served
 from tightrope.server.openai.requests import Ids
 from tightrope.server.openai.routes import ERRORS
-from tightrope.server.sampling_fields import KNOWN, read_sampling
+from tightrope.server.sampling_fields import KNOWN, Ignored, read_sampling
 from tightrope.server.structured import read_grammar
 from tightrope.server.work import Choice, Deltas, collect, run, started
 
@@ -33,6 +34,7 @@ class TextBody(SamplingFields):
 
     prompt: str | Ids
     add_bos_token: bool = Field(True, description="BOS in front of text where the model wants one.")
+    explain: bool = Field(False, description="Say in the answer what was done: prompt, samplers, ignored fields.")
     skip_special_tokens: bool = True
 
     def checked_prompt(self, served: Served) -> Prompt:
@@ -47,6 +49,14 @@ class TextBody(SamplingFields):
         return TokenPrompt(tuple(self.prompt))
 
 
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """The engine's request, and the fields of its body that change nothing."""
+
+    request: GenerateRequest
+    ignored: list[Ignored]
+
+
 def text_request(
     body: Body,
     fields: Mapping[str, object],
@@ -57,8 +67,8 @@ def text_request(
     stops: Sequence[str] = (),
     top: int | None = None,
     skip_special_tokens: bool = True,
-) -> GenerateRequest:
-    """The engine's request. `fields` are those of SamplingFields, `stops` the prompt format's.
+) -> Asked:
+    """What the body asks of the engine. `fields` are those of SamplingFields, `stops` the prompt format's.
 
     max_tokens: where the fields name none; None is to the end of the window. top: alternatives listed at each token.
     Raises InvalidRequest.
@@ -68,8 +78,9 @@ def text_request(
     if top is not None and top > served.limits.max_logprobs:
         raise InvalidRequest(f"n_probs must be at most {served.limits.max_logprobs}, not {top}", "n_probs")
     request_id = f"text-{uuid4().hex}"
-    log_ignored(request_id, lambda: [*ignored_fields(body), *(name for name, _ in asked.ignored)])
-    return GenerateRequest(
+    ignored = [*((name.removeprefix("options."), why) for name, why in unread_fields(body)), *asked.ignored]
+    log_ignored(request_id, lambda: (name for name, _ in ignored))
+    request = GenerateRequest(
         request_id=request_id,
         prompt=prompt,
         sampling=asked.params,
@@ -78,6 +89,7 @@ def text_request(
         logprobs=None if top is None else LogprobRequest(processed=False, top=top),
         skip_special_tokens=skip_special_tokens,
     )
+    return Asked(request, ignored)
 
 
 def checked(finish: Finish) -> Finish:
@@ -87,13 +99,13 @@ def checked(finish: Finish) -> Finish:
     return finish
 
 
-async def whole(front: Front, asked: GenerateRequest, request: Request) -> Choice:
+async def whole(front: Front, asked: Asked, request: Request) -> Choice:
     """The answer when it is finished. Raises what the engine raises, BackendFailed for a failed one, and ClientGone."""
-    (choice,) = await collect(request, run(front.metrics.generate, [asked]))
+    (choice,) = await collect(request, run(front.metrics.generate, [asked.request]))
     checked(choice.finish)
     return choice
 
 
-async def pieces(front: Front, asked: GenerateRequest, request: Request) -> Deltas:
+async def pieces(front: Front, asked: Asked, request: Request) -> Deltas:
     """The answer's deltas as they come, once the engine has taken the request. Raises what it says instead."""
-    return await started(request, run(front.metrics.generate, [asked]))
+    return await started(request, run(front.metrics.generate, [asked.request]))

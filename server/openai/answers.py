@@ -7,6 +7,7 @@ import msgspec
 from pydantic import BaseModel, Field
 
 from tightrope.engine.types import Finish, PromptInfo, Token
+from tightrope.server.explain import Explained
 from tightrope.server.openai.call_parser import Arguments, CallOpened
 from tightrope.server.openai.requests import ChatRequest, CompletionRequest
 from tightrope.server.openai.tools import ToolUse
@@ -81,9 +82,6 @@ class PromptLogprob(BaseModel):
 PromptLogprobs = Annotated[
     list[dict[str, PromptLogprob] | None], Field(description="Absent unless asked for; token ids are the keys.")
 ]
-
-
-Explained = Annotated[dict[str, Any], Field(description="Absent unless asked for.")]
 
 
 class CalledFunction(BaseModel):

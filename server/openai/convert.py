@@ -15,7 +15,7 @@ from tightrope.engine.types import (
     TextPrompt,
     TokenPrompt,
 )
-from tightrope.server.body import ignored_fields
+from tightrope.server.body import unread_fields
 from tightrope.server.openai.requests import ChatRequest, CompletionRequest, SamplingBody
 from tightrope.server.openai.tools import ToolUse, check_tools
 from tightrope.server.sampling_fields import KNOWN, Ignored, Sampling, read_sampling
@@ -83,8 +83,7 @@ def answer_grammar(body: SamplingBody) -> Grammar | None:
 
 def fields_ignored(body: SamplingBody, info: ModelInfo) -> list[Ignored]:
     """The fields of a valid body that change nothing, and why."""
-    unknown = [(name, "no field of this route") for name in ignored_fields(body)]
-    return [*unknown, *sampling(body, info, None).ignored]
+    return [*unread_fields(body), *sampling(body, info, None).ignored]
 
 
 def _check_most(name: str, value: int, most: int) -> None:

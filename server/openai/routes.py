@@ -242,7 +242,7 @@ async def _explanation(
 ) -> Explanation | None:
     if not body.explain:
         return None
-    return await or_gone(request, explain(front, requests, fields_ignored(body, front.info()), notes))
+    return await explain(front, requests, fields_ignored(body, front.info()), request, notes)
 
 
 def _whole(

@@ -10,6 +10,7 @@ import msgspec
 
 from tightrope.engine.errors import BackendFailed
 from tightrope.engine.types import Finish, GenerateRequest, PromptInfo, Token
+from tightrope.server.explain import Explanation, explained
 from tightrope.server.work import Choice, Deltas
 
 encode = msgspec.json.Encoder().encode
@@ -30,6 +31,7 @@ class Asked:
     details: bool
     full_text: str  # to be put in front: the inputs, or nothing
     is_sampled: bool
+    explanation: Explanation | None = None
 
     @property
     def top(self) -> int:
@@ -85,8 +87,9 @@ def answer_json(choices: Sequence[Choice], asked: Asked) -> dict[str, Any]:
     best, others = choices[0], choices[1:]
     reason(best.finish)
     answer: dict[str, Any] = {"generated_text": asked.full_text + best.text}
+    told = explained(asked.explanation, best.prompt)
     if not asked.details:
-        return answer
+        return answer | told
     details = _sequence(best, asked)
     if others:
         details["best_of_sequences"] = [
@@ -94,7 +97,7 @@ def answer_json(choices: Sequence[Choice], asked: Asked) -> dict[str, Any]:
             for other in others
         ]
     answer["details"] = details | _top_tokens(best, asked)
-    return answer
+    return answer | told
 
 
 def _top_tokens(choice: Choice, asked: Asked) -> dict[str, Any]:
@@ -129,6 +132,7 @@ async def answer_events(deltas: Deltas, asked: Asked) -> AsyncGenerator[bytes, N
                             "seed": asked.seed(prompt),
                             "input_length": prompt.num_tokens,
                         }
+                    event |= explained(asked.explanation, prompt)
                 events += b"data: " + encode(event) + b"\n\n"
             if events:
                 yield events

@@ -7,7 +7,8 @@ from fastapi import APIRouter, Request, Response
 
 from tightrope import __version__
 from tightrope.engine.errors import InvalidRequest
-from tightrope.server.body import Documented, JsonRoute, ignored_fields, log_ignored
+from tightrope.server.body import Documented, JsonRoute, ignored_fields, log_ignored, unread_fields
+from tightrope.server.explain import explain
 from tightrope.server.front import Front
 from tightrope.server.sse import event_stream
 from tightrope.server.tgi.answers import Asked, answer_events, answer_headers, answer_json, stream_headers
@@ -44,7 +45,8 @@ def tgi_router(front: Front) -> APIRouter:
     )
     async def generate(body: GenerateBody, request: Request) -> Response:
         """Write an answer."""
-        return await _whole(front, body, request, _asked(front, body, is_stream=False), as_list=False)
+        wanted = await _asked(front, body, request, is_stream=False)
+        return await _whole(front, body, request, wanted, as_list=False)
 
     @router.post(
         "/generate_stream",
@@ -53,7 +55,7 @@ def tgi_router(front: Front) -> APIRouter:
     )
     async def generate_stream(body: GenerateBody, request: Request) -> Response:
         """Write an answer, token by token."""
-        return await _streamed(front, body, request, _asked(front, body, is_stream=True))
+        return await _streamed(front, body, request, await _asked(front, body, request, is_stream=True))
 
     @router.post(
         "/",
@@ -98,7 +100,7 @@ def tgi_router(front: Front) -> APIRouter:
 
 async def answer_compat(front: Front, body: CompatBody, request: Request) -> Response:
     """The reply of POST /: a list of one answer, or events. Raises EngineError while a status can still be chosen."""
-    wanted = _asked(front, body, is_stream=body.stream, full_text_default=True)
+    wanted = await _asked(front, body, request, is_stream=body.stream, full_text_default=True)
     if body.stream:
         return await _streamed(front, body, request, wanted)
     return await _whole(front, body, request, wanted, as_list=True)
@@ -108,17 +110,20 @@ def _compute_type(front: Front) -> str:
     return "gpu" if front.settings.engine.model.gpu_layers else "cpu"
 
 
-def _asked(front: Front, body: GenerateBody, *, is_stream: bool, full_text_default: bool = False) -> Asked:
+async def _asked(
+    front: Front, body: GenerateBody, request: Request, *, is_stream: bool, full_text_default: bool = False
+) -> Asked:
     p = body.parameters
     limits = TGILimits.of(front.info(), front.settings, front.client.adapters)
-    request = generate_request(body.inputs, p, limits, is_stream=is_stream)
-    log_ignored(request.request_id, lambda: ignored_fields(body))
+    asked = generate_request(body.inputs, p, limits, is_stream=is_stream)
+    log_ignored(asked.request_id, lambda: ignored_fields(body))
     is_full = full_text_default if p is None or p.return_full_text is None else p.return_full_text
     return Asked(
-        request,
+        asked,
         details=p is not None and (p.details or p.decoder_input_details),
         full_text=body.inputs if is_full else "",
         is_sampled=is_sampled(p),
+        explanation=await explain(front, [asked], unread_fields(body), request) if body.explain else None,
     )
 
 

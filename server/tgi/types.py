@@ -5,6 +5,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field
 
 from tightrope.server.body import Body
+from tightrope.server.explain import Explained
 
 U32 = 2**32
 U64 = 2**64
@@ -40,6 +41,7 @@ class GenerateBody(Body):
 
     inputs: str
     parameters: Parameters | None = None
+    explain: bool = Field(False, description="Say in the answer what was done: prompt, samplers, ignored fields.")
 
 
 class CompatBody(GenerateBody):
@@ -93,6 +95,7 @@ class GenerateAnswer(BaseModel):
 
     generated_text: str
     details: Details | None = None
+    explain: Explained = {}
 
 
 class ErrorText(BaseModel):
