@@ -17,7 +17,7 @@ from torch import Tensor
 from tightrope.kernels import exllama, native, reference
 from tightrope.kernels.columns import ColumnMatrix
 from tightrope.kernels.exllama import ExllamaMatrix as ExllamaMatrix  # for those who keep one
-from tightrope.kernels.layer import DecoderLayer
+from tightrope.kernels.layer import DecoderLayer, GatedExperts
 from tightrope.kernels.layout import AttentionSpec, LayerCache, RopeTable, StepLayout
 from tightrope.kernels.low_rank import AdapterRows, LowRank
 from tightrope.kernels.quantized import Nf4Matrix, QuantizedMatrix
@@ -117,7 +117,12 @@ def gated(gate_up: Tensor, activation: str) -> Tensor:
 
 
 def decoder_layer(
-    x: Tensor, layer: DecoderLayer, cache: LayerCache, step: StepLayout, table: RopeTable | None
+    x: Tensor,
+    layer: DecoderLayer,
+    cache: LayerCache,
+    step: StepLayout,
+    table: RopeTable | None,
+    adapters: AdapterRows | None,
 ) -> Tensor | None:
     """A layer's output for x [T, hidden] float32; stores the step's keys and values, as its operations do one by one.
 
@@ -125,8 +130,19 @@ def decoder_layer(
     """
     kernels = _kernels_for(x)
     if isinstance(kernels, native.NativeKernels):
-        return kernels.decoder_layer(x, layer, cache, step, table)
+        return kernels.decoder_layer(x, layer, cache, step, table, adapters)
     return None
+
+
+def experts(
+    x: Tensor, layer: GatedExperts, picked: Tensor, shares: Tensor, adapters: AdapterRows | None
+) -> Tensor | None:
+    """What the experts `picked` [T, k] int64 make of x [T, K] float32, by their shares [T, k] float32: [T, K].
+
+    None where no kernel runs them at once.
+    """
+    kernels = _kernels_for(x)
+    return kernels.experts(x, layer, picked, shares, adapters) if isinstance(kernels, native.NativeKernels) else None
 
 
 UNSETTLED = -2  # a row that `draw` leaves to the sampler's own steps

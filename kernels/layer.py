@@ -1,19 +1,25 @@
-"""What a decoder layer is made of, for kernels that run all of it at once."""
+"""What a decoder layer, or its mixture of experts, is made of, for kernels that run all of it at once."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from tightrope.kernels.layout import AttentionSpec
+from tightrope.kernels.low_rank import LowRank
 from tightrope.kernels.quantized import Nf4Matrix, QuantizedMatrix
 
 
 @dataclass(frozen=True, slots=True)
 class Projection:
-    """A plain weight [N, K], or quantised matrices whose outputs are side by side; and a bias [N] float32."""
+    """A plain weight [N, K], or quantised matrices whose outputs are side by side; and a bias [N] float32.
+
+    `adapters` add to the outputs of the rows in their slot; they may come and go.
+    """
 
     weight: Tensor | tuple[QuantizedMatrix | Nf4Matrix, ...]
     bias: Tensor | None
+    adapters: Mapping[int, LowRank] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,3 +47,22 @@ class DecoderLayer:
     num_heads: int
     activation: str
     attention: AttentionSpec
+
+    @property
+    def projections(self) -> tuple[Projection, ...]:
+        """In the order in which kernels are told of their adapters."""
+        return self.qkv, self.out, self.gate_up, self.down
+
+
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
+class GatedExperts:
+    """The gated MLPs of a mixture, expert by expert; see kernels.reference.gated for what lies between the two."""
+
+    gate_up: tuple[Projection, ...]
+    down: tuple[Projection, ...]
+    activation: str
+
+    @property
+    def projections(self) -> tuple[Projection, ...]:
+        """In the order in which kernels are told of their adapters."""
+        return tuple(part for pair in zip(self.gate_up, self.down, strict=True) for part in pair)

@@ -9,7 +9,6 @@ import sysconfig
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any  # ctypes keeps the type of its types to itself
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -17,15 +16,22 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tightrope.kernels import reference
-from tightrope.kernels.layer import DecoderLayer
+from tightrope.kernels.layer import DecoderLayer, GatedExperts, Projection
 from tightrope.kernels.layout import AttentionSpec, LayerCache, RopeTable, StepLayout
 from tightrope.kernels.low_rank import AdapterRows, LowRank
-from tightrope.kernels.native_structs import ACTIVATIONS, MOST_MATRICES, WEIGHTS, layer_address, matrix_address
+from tightrope.kernels.native_structs import (
+    ACTIVATIONS,
+    MOST_MATRICES,
+    WEIGHTS,
+    layer_address,
+    low_rank_address,
+    matrix_address,
+)
 from tightrope.kernels.quantized import Nf4Matrix, QuantizedMatrix
 
 # numbered by the library; a machine that runs one runs those before
 INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512vnni")
-INTERFACE = 2  # that of cpu/kernels.cpp; a build that gives no number is of the first
+INTERFACE = 3  # that of cpu/kernels.cpp; a build that gives no number is of the first
 MOST_DIMS = 256  # of a head, in the attention; larger ones are left to the reference
 MOST_LAYER_TOKENS = 64  # that take a layer at once: the memory for it is kept, and more hide the time between calls
 
@@ -36,25 +42,6 @@ _TYPES: dict[str, Any] = {"p": ctypes.c_void_p, "i": ctypes.c_int, "l": ctypes.c
 
 class UnusableBuild(Exception):
     """One line: a library that lies where a build is looked for, but isn't one of these sources."""
-
-
-class _LowRankPart(ctypes.Structure):
-    """`low_rank::Part` in cpu/low_rank.h."""
-
-    _fields_ = (
-        ("down", ctypes.c_void_p),
-        ("up", ctypes.c_void_p),
-        ("dtype", ctypes.c_int32),
-        ("first", ctypes.c_int32),
-        ("rank", ctypes.c_int32),
-        ("outputs", ctypes.c_int32),
-    )
-
-
-class _LowRank(ctypes.Structure):
-    """`low_rank::Adapter` there."""
-
-    _fields_ = (("parts", ctypes.c_void_p), ("count", ctypes.c_int32), ("slot", ctypes.c_int32))
 
 
 def build_path(instruction_set: str) -> Path:
@@ -115,7 +102,8 @@ class NativeKernels:
         self._rms_norm = function("rms_norm", "plppiif")
         self._gated = function("gated", "ppiii")
         self._draw = function("draw", "pllpp")
-        self._decoder_layer = function("decoder_layer", "pp" + "pppppiii" + "pppiip" + "pppii" + "pppi")
+        self._decoder_layer = function("decoder_layer", "pp" + "pppppiii" + "pppiip" + "pppii" + "pppi" + "pppi")
+        self._experts = function("experts", "pppppii" + "pppi")
 
     def describe(self) -> str:
         return f"C++ ({self.instruction_set})"
@@ -207,7 +195,7 @@ class NativeKernels:
     def add_low_rank(self, out: Tensor, x: Tensor, adapters: Mapping[int, LowRank], rows: AdapterRows) -> None:
         assert out.is_contiguous()
         x = x.contiguous()
-        addresses = [_describe_low_rank(slot, adapters[slot]) for slot in rows.present if slot in adapters]
+        addresses = [low_rank_address(slot, adapters[slot]) for slot in rows.present if slot in adapters]
         self._add_low_rank(
             x.data_ptr(),
             out.data_ptr(),
@@ -234,8 +222,32 @@ class NativeKernels:
         self._gated(gate_up.data_ptr(), out.data_ptr(), rows, both // 2, ACTIVATIONS[activation])
         return out
 
+    def experts(
+        self, x: Tensor, layer: GatedExperts, picked: Tensor, shares: Tensor, adapters: AdapterRows | None
+    ) -> Tensor:
+        """See kernels.dispatch.experts."""
+        x, picked, shares = x.contiguous(), picked.contiguous(), shares.contiguous()
+        assert (picked.dtype, shares.dtype) == (torch.int64, torch.float32)
+        out = torch.empty_like(x)
+        self._experts(
+            layer_address(layer),
+            x.data_ptr(),
+            picked.data_ptr(),
+            shares.data_ptr(),
+            out.data_ptr(),
+            *picked.shape,
+            *_adapted(layer.projections, adapters),
+        )
+        return out
+
     def decoder_layer(
-        self, x: Tensor, layer: DecoderLayer, cache: LayerCache, step: StepLayout, table: RopeTable | None
+        self,
+        x: Tensor,
+        layer: DecoderLayer,
+        cache: LayerCache,
+        step: StepLayout,
+        table: RopeTable | None,
+        adapters: AdapterRows | None,
     ) -> Tensor | None:
         """See kernels.dispatch.decoder_layer."""
         if len(x) > MOST_LAYER_TOKENS or cache.format.head_dim > MOST_DIMS:
@@ -255,6 +267,7 @@ class NativeKernels:
             step.positions.data_ptr(),
             step.sequence_of.data_ptr(),
             len(x),
+            *_adapted(layer.projections, adapters),
         )
         return out
 
@@ -265,24 +278,19 @@ class NativeKernels:
         return token_ids
 
 
-_described_low_rank: WeakKeyDictionary[LowRank, dict[int, tuple[_LowRank, object, int]]] = WeakKeyDictionary()
-
-
-def _describe_low_rank(slot: int, adapter: LowRank) -> int:
-    """The address of what the library reads of an adapter in this slot; kept as long as the adapter is."""
-    known = _described_low_rank.setdefault(adapter, {})
-    if slot not in known:
-        parts = (_LowRankPart * len(adapter.parts))(
-            *(
-                _LowRankPart(
-                    part.down.data_ptr(), part.up.data_ptr(), WEIGHTS[part.down.dtype], part.first, *part.up.shape
-                )
-                for part in adapter.parts
-            )
-        )
-        described = _LowRank(ctypes.addressof(parts), len(parts), slot)
-        known[slot] = described, parts, ctypes.addressof(described)
-    return known[slot][2]
+def _adapted(
+    projections: Sequence[Projection], rows: AdapterRows | None
+) -> tuple[ctypes.Array[ctypes.c_void_p] | None, int | None, int | None, int]:
+    """`low_rank::Rows` in cpu/low_rank.h: for each projection the addresses of the step's adapters."""
+    if rows is None or not any(projection.adapters for projection in projections):
+        return None, None, None, 0
+    addresses = [
+        low_rank_address(slot, projection.adapters[slot]) if slot in projection.adapters else None
+        for projection in projections
+        for slot in rows.present
+    ]
+    held = (ctypes.c_void_p * len(addresses))(*addresses)
+    return held, rows.slots.data_ptr(), rows.scales.data_ptr(), len(rows.present)
 
 
 def _times(

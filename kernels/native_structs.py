@@ -1,11 +1,13 @@
 """What the C++ kernels read by address: matrices and whole layers, described once and kept as long as they are."""
 
 import ctypes
+from collections.abc import Sequence
 from weakref import WeakKeyDictionary
 
 import torch
 
-from tightrope.kernels.layer import DecoderLayer, Norm, Projection
+from tightrope.kernels.layer import DecoderLayer, GatedExperts, Norm, Projection
+from tightrope.kernels.low_rank import LowRank
 from tightrope.kernels.quantized import Nf4Matrix, QuantizedMatrix
 
 MOST_MATRICES = 8  # that share a call
@@ -82,8 +84,39 @@ class _DecoderLayer(ctypes.Structure):
     )
 
 
+class _Experts(ctypes.Structure):
+    """`Experts` in cpu/experts.h."""
+
+    _fields_ = (
+        ("gate_up", ctypes.c_void_p),
+        ("down", ctypes.c_void_p),
+        ("count", ctypes.c_int32),
+        ("activation", ctypes.c_int32),
+    )
+
+
+class _LowRankPart(ctypes.Structure):
+    """`low_rank::Part` in cpu/low_rank.h."""
+
+    _fields_ = (
+        ("down", ctypes.c_void_p),
+        ("up", ctypes.c_void_p),
+        ("dtype", ctypes.c_int32),
+        ("first", ctypes.c_int32),
+        ("rank", ctypes.c_int32),
+        ("outputs", ctypes.c_int32),
+    )
+
+
+class _LowRank(ctypes.Structure):
+    """`low_rank::Adapter` there."""
+
+    _fields_ = (("parts", ctypes.c_void_p), ("count", ctypes.c_int32), ("slot", ctypes.c_int32))
+
+
 _matrices: WeakKeyDictionary[QuantizedMatrix | Nf4Matrix, tuple[ctypes.Structure, int]] = WeakKeyDictionary()
-_layers: WeakKeyDictionary[DecoderLayer, tuple[tuple[object, ...], int]] = WeakKeyDictionary()
+_layers: WeakKeyDictionary[DecoderLayer | GatedExperts, tuple[tuple[object, ...], int]] = WeakKeyDictionary()
+_low_rank: WeakKeyDictionary[LowRank, dict[int, tuple[_LowRank, object, int]]] = WeakKeyDictionary()
 
 
 def matrix_address(matrix: QuantizedMatrix | Nf4Matrix) -> int:
@@ -91,9 +124,26 @@ def matrix_address(matrix: QuantizedMatrix | Nf4Matrix) -> int:
     return (_matrices.get(matrix) or _describe_matrix(matrix))[1]
 
 
-def layer_address(layer: DecoderLayer) -> int:
-    """Of what the library reads of a layer."""
-    return (_layers.get(layer) or _describe_layer(layer))[1]
+def layer_address(layer: DecoderLayer | GatedExperts) -> int:
+    """Of what the library reads of a layer, or of its experts."""
+    return (_layers.get(layer) or _keep_layer(layer))[1]
+
+
+def low_rank_address(slot: int, adapter: LowRank) -> int:
+    """Of what the library reads of an adapter in this slot."""
+    known = _low_rank.setdefault(adapter, {})
+    if slot not in known:
+        parts = (_LowRankPart * len(adapter.parts))(
+            *(
+                _LowRankPart(
+                    part.down.data_ptr(), part.up.data_ptr(), WEIGHTS[part.down.dtype], part.first, *part.up.shape
+                )
+                for part in adapter.parts
+            )
+        )
+        described = _LowRank(ctypes.addressof(parts), len(parts), slot)
+        known[slot] = described, parts, ctypes.addressof(described)
+    return known[slot][2]
 
 
 def _describe_matrix(matrix: QuantizedMatrix | Nf4Matrix) -> tuple[ctypes.Structure, int]:
@@ -126,10 +176,16 @@ def _describe_matrix(matrix: QuantizedMatrix | Nf4Matrix) -> tuple[ctypes.Struct
     return _matrices[matrix]
 
 
-def _describe_layer(layer: DecoderLayer) -> tuple[tuple[object, ...], int]:
+def _keep_layer(layer: DecoderLayer | GatedExperts) -> tuple[tuple[object, ...], int]:
     kept: list[object] = []  # what the description points to, beside the layer's own tensors
-    described = _DecoderLayer(
-        *(_describe_projection(part, kept) for part in (layer.qkv, layer.out, layer.gate_up, layer.down)),
+    described = _describe_layer(layer, kept) if isinstance(layer, DecoderLayer) else _describe_experts(layer, kept)
+    _layers[layer] = (described, *kept), ctypes.addressof(described)
+    return _layers[layer]
+
+
+def _describe_layer(layer: DecoderLayer, kept: list[object]) -> _DecoderLayer:
+    return _DecoderLayer(
+        *(_describe_projection(part, kept) for part in layer.projections),
         *(_describe_norm(norm) for norm in (*layer.norms, *layer.head_norms)),
         layer.num_heads,
         layer.attention.window or 0,
@@ -137,8 +193,15 @@ def _describe_layer(layer: DecoderLayer) -> tuple[tuple[object, ...], int]:
         layer.attention.scale,
         layer.attention.softcap or 0.0,
     )
-    _layers[layer] = (described, *kept), ctypes.addressof(described)
-    return _layers[layer]
+
+
+def _describe_experts(layer: GatedExperts, kept: list[object]) -> _Experts:
+    def described(projections: Sequence[Projection]) -> int:
+        parts = (_Projection * len(projections))(*(_describe_projection(part, kept) for part in projections))
+        kept.append(parts)
+        return ctypes.addressof(parts)
+
+    return _Experts(described(layer.gate_up), described(layer.down), len(layer.down), ACTIVATIONS[layer.activation])
 
 
 def _describe_projection(projection: Projection, kept: list[object]) -> _Projection:

@@ -100,11 +100,11 @@ def merged(base: Path, folder: Path, deltas: Mapping[str, tuple[Tensor, Tensor]]
     return folder
 
 
-def noise(base: Path, chosen: Callable[[str], bool], rank: int) -> dict[str, tuple[Tensor, Tensor]]:
+def noise(weights: Mapping[str, Tensor], chosen: Callable[[str], bool], rank: int) -> dict[str, tuple[Tensor, Tensor]]:
     """Random low-rank changes of the chosen linears, about a tenth of their size."""
     torch.manual_seed(rank)
     deltas = {}
-    for name, weight in load_file(base / "model.safetensors").items():
+    for name, weight in weights.items():
         if name.endswith(".weight") and weight.ndim == 2 and chosen(name):
             n, k = weight.shape
             size = 0.1 * weight.float().std().item() / rank**0.5
@@ -118,7 +118,7 @@ def noise(base: Path, chosen: Callable[[str], bool], rank: int) -> dict[str, tup
     ids=["all linears", "experts", "attention"],
 )
 def test_an_adapter_is_the_merged_weights(model: str, part: str, tmp_path: Path) -> None:
-    deltas = noise(DATA / model, lambda name: part in name, rank=5)
+    deltas = noise(load_file(DATA / model / "model.safetensors"), lambda name: part in name, rank=5)
     adapter = write_adapter(tmp_path / "adapter", deltas)
     ids = EXPECTED[model]["prompts"][0]["ids"]
     with closing(open_model(DATA / model, mine=adapter)) as backend:
@@ -133,7 +133,7 @@ def test_an_adapter_is_the_merged_weights(model: str, part: str, tmp_path: Path)
 
 def test_ranks_and_alphas_follow_their_patterns(tmp_path: Path) -> None:
     base = DATA / "llama-bf16"
-    deltas = noise(base, lambda name: "q_proj" in name, rank=4)
+    deltas = noise(load_file(base / "model.safetensors"), lambda name: "q_proj" in name, rank=4)
     first, second = sorted(deltas)
     deltas[second] = (deltas[second][0][:2], deltas[second][1][:, :2])
     adapter = write_adapter(

@@ -1,5 +1,5 @@
-"""A whole decoder layer in one call against its operations one by one in the reference, for every instruction set that
-this machine runs."""
+"""A decoder layer, or all its experts, in one call against their operations one by one in the reference, for every
+instruction set that this machine runs."""
 
 import math
 from collections.abc import Callable
@@ -14,8 +14,9 @@ from torch import Tensor
 
 from tightrope.backends.rope import RopeSpec
 from tightrope.kernels import native, reference
-from tightrope.kernels.layer import DecoderLayer, Norm, Projection
+from tightrope.kernels.layer import DecoderLayer, GatedExperts, Norm, Projection
 from tightrope.kernels.layout import AttentionSpec, CacheFormat, LayerCache, RopeTable, StepLayout
+from tightrope.kernels.low_rank import NONE, AdapterRows, LowRank, make_low_rank
 from tightrope.kernels.quantized import Nf4Matrix, QuantizedMatrix, arrange, pack, pack_nf4, tiled
 
 HIDDEN, HEADS, KV_HEADS, DIMS, MIDDLE, PAGES = 64, 4, 2, 32, 96, 8
@@ -57,14 +58,36 @@ def nf4(outputs: int, inputs: int) -> tuple[Nf4Matrix, ...]:
 FORMS = (plain(torch.float32), plain(torch.bfloat16), plain(torch.float16), quantized, nf4)
 
 
+def adapter(outputs: int, inputs: int) -> LowRank:
+    """An addition to the upper part of the outputs."""
+    rank, first = 5, outputs // 3
+    a, b = torch.randn(rank, inputs) / math.sqrt(inputs), torch.randn(outputs - first, rank) / math.sqrt(rank)
+    return make_low_rank([(first, a, b, 0.5)], torch.float16)
+
+
+@st.composite
+def projections(draw: st.DrawFn, outputs: int, inputs: int, *, has_bias: bool = True) -> Projection:
+    weight = draw(st.sampled_from(FORMS))(outputs, inputs)
+    bias = torch.randn(outputs) if has_bias and draw(st.booleans()) else None
+    return Projection(weight, bias, {slot: adapter(outputs, inputs) for slot in draw(st.sets(st.integers(0, 2)))})
+
+
+@st.composite
+def adapter_rows(draw: st.DrawFn, count: int) -> AdapterRows | None:
+    """Slots that hold an adapter everywhere, here and there, and nowhere; None when no row uses any."""
+    slots = draw(st.lists(st.integers(NONE, 3), min_size=count, max_size=count))
+    if set(slots) == {NONE}:
+        return None
+    present = tuple(sorted(set(slots) - {NONE}))
+    return AdapterRows(torch.tensor(slots, dtype=torch.int32), torch.rand(count) + 0.5, present)
+
+
 @st.composite
 def layers(draw: st.DrawFn) -> DecoderLayer:
     torch.manual_seed(draw(st.integers(0, 2**32 - 1)))
 
     def projection(outputs: int, inputs: int) -> Projection:
-        return Projection(
-            draw(st.sampled_from(FORMS))(outputs, inputs), torch.randn(outputs) if draw(st.booleans()) else None
-        )
+        return draw(projections(outputs, inputs))
 
     def norm(width: int) -> Norm | None:
         return Norm(torch.rand(width) + 0.5, 1e-5) if draw(st.booleans()) else None
@@ -82,27 +105,37 @@ def layers(draw: st.DrawFn) -> DecoderLayer:
     )
 
 
-def one_by_one(x: Tensor, layer: DecoderLayer, cache: LayerCache, step: StepLayout, table: RopeTable | None) -> Tensor:
-    def project(projection: Projection, x: Tensor) -> Tensor:
-        weight, bias = projection.weight, projection.bias
-        if isinstance(weight, Tensor):
-            return reference.linear(x, weight, bias)
-        return reference.quantized_linear(x, weight, bias)
+def project(projection: Projection, x: Tensor, rows: AdapterRows | None) -> Tensor:
+    weight, bias = projection.weight, projection.bias
+    times = reference.linear if isinstance(weight, Tensor) else reference.quantized_linear
+    out = times(x, weight, bias)
+    if rows is not None:
+        reference.add_low_rank(out, x, projection.adapters, rows)
+    return out
 
+
+def one_by_one(
+    x: Tensor,
+    layer: DecoderLayer,
+    cache: LayerCache,
+    step: StepLayout,
+    table: RopeTable | None,
+    rows: AdapterRows | None,
+) -> Tensor:
     def normed(norm: Norm | None, x: Tensor) -> Tensor:
         return x if norm is None else reference.rms_norm(x, norm.weight, norm.eps)
 
     before_attention, after_attention, before_mlp, after_mlp = layer.norms
-    qkv = project(layer.qkv, normed(before_attention, x)).view(len(x), HEADS + 2 * KV_HEADS, DIMS)
+    qkv = project(layer.qkv, normed(before_attention, x), rows).view(len(x), HEADS + 2 * KV_HEADS, DIMS)
     q, k, v = qkv.split((HEADS, KV_HEADS, KV_HEADS), 1)
     q, k = normed(layer.head_norms[0], q), normed(layer.head_norms[1], k)
     reference.store_kv(cache, k, v, step.slots)
     if table is not None:
         q = reference.rotate(q, step, table)
     attended = reference.attention(q, cache, step, table, layer.attention)
-    x = x + normed(after_attention, project(layer.out, attended.flatten(1)))
-    gates = reference.gated(project(layer.gate_up, normed(before_mlp, x)), layer.activation)
-    return x + normed(after_mlp, project(layer.down, gates))
+    x = x + normed(after_attention, project(layer.out, attended.flatten(1), rows))
+    gates = reference.gated(project(layer.gate_up, normed(before_mlp, x), rows), layer.activation)
+    return x + normed(after_mlp, project(layer.down, gates, rows))
 
 
 def noise() -> LayerCache:
@@ -116,21 +149,27 @@ def noise() -> LayerCache:
     layer=layers(),
     chunks=st.lists(st.tuples(st.integers(0, 100), st.sampled_from((1, 1, 5, 18))), min_size=1, max_size=3),
     is_rotated=st.booleans(),
+    data=st.data(),
 )
 @settings(max_examples=20, deadline=None)
 def test_a_layer_at_once_equals_its_operations_one_by_one(
-    kernels: native.NativeKernels, layer: DecoderLayer, chunks: list[tuple[int, int]], is_rotated: bool
+    kernels: native.NativeKernels,
+    layer: DecoderLayer,
+    chunks: list[tuple[int, int]],
+    is_rotated: bool,
+    data: st.DataObject,
 ):
     step = step_of(chunks, PAGES)
+    rows = data.draw(adapter_rows(len(step.slots)))
     table = rope_tables(ROPE, [before + now for before, now in chunks], PAGES)["default"] if is_rotated else None
     x, cache = torch.randn(len(step.slots), HIDDEN), noise()
     theirs = replace(cache, key_codes=cache.key_codes.clone(), value_codes=cache.value_codes.clone())
     given_x = x.clone()
 
-    ours = kernels.decoder_layer(x, layer, cache, step, table)
+    ours = kernels.decoder_layer(x, layer, cache, step, table, rows)
 
     assert ours is not None
-    torch.testing.assert_close(ours, one_by_one(x, layer, theirs, step, table), **CLOSE)
+    torch.testing.assert_close(ours, one_by_one(x, layer, theirs, step, table, rows), **CLOSE)
     assert torch.equal(x, given_x)
 
 
@@ -143,5 +182,44 @@ def test_a_long_prompt_is_left_to_the_operations_one_by_one(kernels: native.Nati
     )
     before = cache.key_codes.clone()
 
-    assert kernels.decoder_layer(torch.randn(tokens, HIDDEN), layer, cache, step, None) is None
+    assert kernels.decoder_layer(torch.randn(tokens, HIDDEN), layer, cache, step, None, None) is None
     assert torch.equal(cache.key_codes, before)
+
+
+EXPERTS = 5
+
+
+@st.composite
+def mixtures(draw: st.DrawFn) -> GatedExperts:
+    torch.manual_seed(draw(st.integers(0, 2**32 - 1)))
+    return GatedExperts(
+        tuple(draw(projections(2 * MIDDLE, HIDDEN, has_bias=False)) for _ in range(EXPERTS)),
+        tuple(draw(projections(HIDDEN, MIDDLE, has_bias=False)) for _ in range(EXPERTS)),
+        draw(st.sampled_from(("silu", "gelu", "gelu_tanh"))),
+    )
+
+
+def one_token_at_a_time(
+    x: Tensor, layer: GatedExperts, picked: Tensor, shares: Tensor, rows: AdapterRows | None
+) -> Tensor:
+    out = torch.zeros_like(x)
+    for t, experts in enumerate(picked.tolist()):
+        mine = None if rows is None else rows.at(torch.tensor([t]))
+        for expert, share in zip(experts, shares[t], strict=True):
+            gates = reference.gated(project(layer.gate_up[expert], x[t : t + 1], mine), layer.activation)
+            out[t] += share * project(layer.down[expert], gates, mine)[0]
+    return out
+
+
+@given(layer=mixtures(), count=st.sampled_from((1, 1, 2, 9, 70)), each=st.integers(1, EXPERTS), data=st.data())
+@settings(max_examples=10, deadline=None)
+def test_experts_at_once_equal_each_token_by_itself(
+    kernels: native.NativeKernels, layer: GatedExperts, count: int, each: int, data: st.DataObject
+):
+    rows = data.draw(adapter_rows(count))
+    x, shares = torch.randn(count, HIDDEN), torch.rand(count, each)
+    picked = torch.rand(count, EXPERTS).topk(each).indices
+
+    ours = kernels.experts(x, layer, picked, shares, rows)
+
+    torch.testing.assert_close(ours, one_token_at_a_time(x, layer, picked, shares, rows), **CLOSE)

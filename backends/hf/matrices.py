@@ -1,6 +1,6 @@
 """The forms that a linear's weight takes in memory, and what each is multiplied by."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 from tightrope.kernels import dispatch
 from tightrope.kernels.columns import ColumnMatrix, to_columns
 from tightrope.kernels.layer import Projection
+from tightrope.kernels.low_rank import LowRank
 from tightrope.kernels.quantized import TILE, Nf4Matrix, QuantizedMatrix
 
 Piece = Tensor | QuantizedMatrix | Nf4Matrix  # a tensor is [N, K]
@@ -75,11 +76,11 @@ def times(x: Tensor, weight: Matrix, bias: Tensor | None) -> Tensor:
     return weight.times(x, bias)
 
 
-def projection(weight: Matrix, bias: Tensor | None) -> Projection | None:
+def projection(weight: Matrix, bias: Tensor | None, adapters: Mapping[int, LowRank]) -> Projection | None:
     """A linear as a whole layer's kernel has it; None for forms that it doesn't know."""
     if isinstance(weight, Tensor):
-        return Projection(weight, bias)
-    return Projection(weight.matrices, bias) if isinstance(weight, Quantized | Nf4) else None
+        return Projection(weight, bias, adapters)
+    return Projection(weight.matrices, bias, adapters) if isinstance(weight, Quantized | Nf4) else None
 
 
 def side_by_side(pieces: Sequence[Piece], device: torch.device) -> Matrix:

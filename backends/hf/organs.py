@@ -16,7 +16,7 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 from tightrope.backends.hf.attention import Attention, CurrentStep
 from tightrope.backends.hf.matrices import Matrix, projection, times
 from tightrope.kernels import dispatch
-from tightrope.kernels.layer import DecoderLayer, Norm
+from tightrope.kernels.layer import DecoderLayer, GatedExperts, Norm, Projection
 from tightrope.kernels.low_rank import AdapterRows, LowRank
 
 
@@ -144,6 +144,19 @@ class Experts(nn.Module):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states [T, K], top_k_index and top_k_weights [T, k] to [T, K]."""
+        if self._whole is not None:
+            shares, rows = top_k_weights.to(hidden_states.dtype), self.current.adapters
+            if (done := dispatch.experts(hidden_states, self._whole, top_k_index, shares, rows)) is not None:
+                return done
+        return self._one_by_one(hidden_states, top_k_index, top_k_weights)
+
+    @cached_property
+    def _whole(self) -> GatedExperts | None:
+        """All experts as one kernel runs them, where they have the forms for that; read once weights are there."""
+        gate_up, down = _projections(self.gate_up, self.gate_up_adapters), _projections(self.down, self.down_adapters)
+        return GatedExperts(gate_up, down, self.activation) if gate_up and down else None
+
+    def _one_by_one(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         result = torch.zeros_like(hidden_states)
         order = top_k_index.flatten().argsort(stable=True)  # places [T * k], sorted by expert
         counts = torch.bincount(top_k_index.flatten(), minlength=len(self.down)).tolist()
@@ -156,6 +169,15 @@ class Experts(nn.Module):
                 mixed = _adapted(middle, self.down[expert], self.down_adapters[expert], adapters)
                 result.index_add_(0, rows, mixed * top_k_weights.flatten()[places].unsqueeze(1).to(mixed.dtype))
         return result
+
+
+def _projections(
+    weights: Tensor | Sequence[Matrix], adapters: Sequence[Mapping[int, LowRank]]
+) -> tuple[Projection, ...]:
+    """Each expert's; none unless all have forms that a kernel knows."""
+    found = [projection(weight, None, added) for weight, added in zip(weights, adapters, strict=True)]
+    known = tuple(one for one in found if one is not None)
+    return known if len(known) == len(found) else ()
 
 
 def _adapted(x: Tensor, weight: Matrix, added: Mapping[int, LowRank], rows: AdapterRows | None) -> Tensor:
@@ -199,9 +221,10 @@ class Layer(nn.Module):
 
     def run(self, x: Tensor) -> Tensor:
         """x [T, hidden] to [T, hidden]."""
-        if self.attention.current.adapters is None and (whole := self._whole) is not None:
+        if (whole := self._whole) is not None:
             step, cache, table = self.attention.now()
-            if (done := dispatch.decoder_layer(x, whole, cache, step, table)) is not None:
+            rows = self.attention.current.adapters
+            if (done := dispatch.decoder_layer(x, whole, cache, step, table, rows)) is not None:
                 return done
         before, after, before_mlp, after_mlp = self._norms
         y = self._run_attention(x if before is None else before(x))
@@ -216,7 +239,7 @@ class Layer(nn.Module):
         if not isinstance(mlp, GatedMLP):
             return None
         linears = (attention.qkv, attention.out, mlp.gate_up, mlp.down)
-        qkv, out, gate_up, down = (projection(linear.weight, linear.bias) for linear in linears)
+        qkv, out, gate_up, down = (projection(linear.weight, linear.bias, linear.adapters) for linear in linears)
         if qkv is None or out is None or gate_up is None or down is None:
             return None
         return DecoderLayer(

@@ -2,13 +2,12 @@
 // how far apart tokens are; shapes and meanings are those of kernels/reference.py.
 
 #include "draw.h"
-#include "layer.h"
-#include "low_rank.h"
+#include "experts.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 // Raised, here and in kernels/native.py, whenever what a function takes or reads changes its meaning.
-EXPORT int tightrope_interface() { return 2; }
+EXPORT int tightrope_interface() { return 3; }
 
 // The widest instruction set that this processor and its system run: 3 AVX-512 with VNNI, 2 AVX-512, 1 AVX2, 0 any.
 EXPORT int tightrope_instruction_set() {
@@ -98,7 +97,14 @@ EXPORT void tightrope_gated(const float* gate_up, float* out, int rows, int widt
     gated(activation, gate_up, out, rows, width);
 }
 
-// x [T, hidden] to what the layer makes of it, in place; keys and values are stored.
+// out [T, hidden]: what the picked experts of each of x [T, hidden] make of it. adapters: see experts.h.
+EXPORT void tightrope_experts(const Experts* layer, const float* x, const int64_t* picked, const float* shares,
+                              float* out, int tokens, int each, const low_rank::Adapter* const* adapters,
+                              const int32_t* slots, const float* scales, int count) {
+    experts(*layer, {picked, shares, tokens, each}, {adapters, slots, scales, count}, x, out);
+}
+
+// x [T, hidden] to what the layer makes of it, in place; keys and values are stored. adapters: see layer.h.
 EXPORT void tightrope_decoder_layer(const DecoderLayer* layer, float* x, void* key_codes, void* key_scales,
                                     void* value_codes, void* value_scales, const float* key_factor, int format,
                                     int kv_heads, int dims, const float* pages, const float* places,
@@ -106,7 +112,8 @@ EXPORT void tightrope_decoder_layer(const DecoderLayer* layer, float* x, void* k
                                     const int32_t* query_starts, const int32_t* context_lens,
                                     const int32_t* block_tables, int sequences, int block_table_width,
                                     const int64_t* slots, const int32_t* positions, const int32_t* sequence_of,
-                                    int tokens) {
+                                    int tokens, const low_rank::Adapter* const* adapters,
+                                    const int32_t* adapter_slots, const float* adapter_scales, int num_adapters) {
     const Attention a{nullptr,
                       nullptr,
                       {(uint8_t*)key_codes, (uint8_t*)value_codes, (f16*)key_scales, (f16*)value_scales, key_factor,
@@ -121,7 +128,8 @@ EXPORT void tightrope_decoder_layer(const DecoderLayer* layer, float* x, void* k
                       layer->window,
                       layer->scale,
                       layer->softcap};
-    decoder_layer(*layer, a, {slots, positions, sequence_of, query_scale, tokens}, x);
+    decoder_layer(*layer, a, {slots, positions, sequence_of, query_scale, tokens},
+                  {adapters, adapter_slots, adapter_scales, num_adapters}, x);
 }
 
 // Params of a row: temperature > 0, u in [0, 1), top_k, top_p, min_p, typical_p (neutral: 0, 1, 0, 1). token_ids: -1

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "linear.h"
+#include "low_rank.h"
 #include "nf4.h"
 #include "pointwise.h"
 #include "step.h"
@@ -45,6 +46,13 @@ static void project(const Projection& p, const float* x, float* out, int rows) {
     if (p.kind == NF4) quantized_as((const quantized::Nf4Matrix* const*)p.weight);
 }
 
+// And what adapters add to the outputs: those of the `place`th of the linears that `rows` tells of.
+static void project(const Projection& p, const low_rank::Rows& rows, int place, const float* x, float* out, int count) {
+    project(p, x, out, count);
+    low_rank::add({x, out, rows.slots, rows.scales, count, p.inputs, p.outputs},
+                  rows.adapters + size_t(place) * rows.count, rows.count);
+}
+
 static void gated(int activation, const float* gate_up, float* out, int rows, int width) {
     if (activation == SILU) gated<SILU>(gate_up, out, rows, width);
     if (activation == GELU) gated<GELU>(gate_up, out, rows, width);
@@ -57,8 +65,10 @@ static void attention(const Attention& a) {
     if (a.cache.format == Q4) attention<Q4>(a);
 }
 
-// `a` comes without queries and output. x [T, hidden] is what the layer adds to.
-static void decoder_layer(const DecoderLayer& layer, Attention a, const Tokens& tokens, float* x) {
+// `a` comes without queries and output. x [T, hidden] is what the layer adds to. `adapted` tells of qkv, out, gate_up and
+// down.
+static void decoder_layer(const DecoderLayer& layer, Attention a, const Tokens& tokens, const low_rank::Rows& adapted,
+                          float* x) {
     const int count = tokens.count, hidden = layer.qkv.inputs, middle = layer.down.inputs;
     const int width = layer.qkv.outputs, dims = a.cache.dims, kv_heads = a.cache.kv_heads;
     const size_t attended_floats = size_t(count) * layer.heads * dims;
@@ -79,7 +89,7 @@ static void decoder_layer(const DecoderLayer& layer, Attention a, const Tokens& 
     const auto add = [&](const float* more) {
         for (size_t i = 0; i < size_t(count) * hidden; ++i) x[i] += more[i];
     };
-    project(layer.qkv, norm_of(layer.before_attention, x, normed), qkv, count);
+    project(layer.qkv, adapted, 0, norm_of(layer.before_attention, x, normed), qkv, count);
     float* const keys = qkv + layer.heads * dims;
     for (int t = 0; t < count; ++t) {
         const size_t at = size_t(t) * width;
@@ -98,10 +108,10 @@ static void decoder_layer(const DecoderLayer& layer, Attention a, const Tokens& 
     a.queries = rotated;
     a.out = attended;
     attention(a);
-    project(layer.out, attended, y, count);
+    project(layer.out, adapted, 1, attended, y, count);
     add(norm_of(layer.after_attention, y, normed));
-    project(layer.gate_up, norm_of(layer.before_mlp, x, normed), gate_up, count);
+    project(layer.gate_up, adapted, 2, norm_of(layer.before_mlp, x, normed), gate_up, count);
     gated(layer.activation, gate_up, gates, count, middle);
-    project(layer.down, gates, y, count);
+    project(layer.down, adapted, 3, gates, y, count);
     add(norm_of(layer.after_mlp, y, normed));
 }

@@ -18,6 +18,15 @@ struct Adapter {
     int32_t count, slot;
 };
 
+// Which adapter each row uses, and how much of it. `adapters` are those of one linear, `count` of them, null where one
+// adds nothing; more linears have theirs one after the other.
+struct Rows {
+    const Adapter* const* adapters;
+    const int32_t* slots;
+    const float* scales;
+    int count;
+};
+
 struct Addition {
     const float* x;  // [rows, inputs]
     float* out;      // [rows, outputs], added to
@@ -151,6 +160,7 @@ inline void add(const Addition& a, const Adapter* const* adapters, int count) {
     rows.reserve(a.rows);  // pointers into it stay
     size_t floats = 0;
     for (int i = 0; i < count; ++i) {
+        if (!adapters[i]) continue;
         const size_t begin = rows.size();
         for (int t = 0; t < a.rows; ++t)
             if (a.slots[t] == adapters[i]->slot) rows.push_back(t);
