@@ -112,6 +112,7 @@ def _of_folder(folder: Path, settings: ModelSettings, memory_bytes: int | None) 
 
 def _of_gguf(path: Path, settings: ModelSettings, memory_bytes: int | None) -> Outline:
     from tightrope.backends.gguf import plan as gguf
+    from tightrope.backends.gguf.adapters import room_for_adapters
     from tightrope.backends.gguf.header import read_header
     from tightrope.backends.gguf.rope import plan_rope
     from tightrope.backends.gguf.shape import ModelShape
@@ -119,12 +120,14 @@ def _of_gguf(path: Path, settings: ModelSettings, memory_bytes: int | None) -> O
     header = read_header(path)
     shape = ModelShape.of(header)
     free_bytes = _grossed_up(memory_bytes) if memory_bytes is not None else free_memory()
-    spare = spare_bytes(header.weight_bytes, free_bytes)
+    adapter_bytes = room_for_adapters(settings, header)
+    weight_bytes = header.weight_bytes + adapter_bytes
+    spare = spare_bytes(weight_bytes, free_bytes)
     workspace = gguf.workspace_bytes(settings, shape)
     window = settings.max_model_len or plan_rope(settings.rope, shape).window
     chosen, refusal = None, None
     try:
-        plan = gguf.make_plan(settings, header, free_bytes)
+        plan = gguf.make_plan(settings, header, free_bytes, adapter_bytes)
         size = int(plan.num_cells * gguf.token_bytes(shape, plan.cache_type))
         chosen = Chosen(plan.cache_type.name, plan.num_cells, size, plan.notes)
     except DoesNotFit as error:
@@ -134,8 +137,8 @@ def _of_gguf(path: Path, settings: ModelSettings, memory_bytes: int | None) -> O
         path=path,
         architecture=shape.architecture,
         format="gguf",
-        memory_bytes=spare + header.weight_bytes,
-        weight_bytes=header.weight_bytes,
+        memory_bytes=spare + weight_bytes,
+        weight_bytes=weight_bytes,
         workspace_bytes=workspace,
         trained_len=shape.trained_len,
         window=window,

@@ -80,6 +80,7 @@ class EngineCore:
             max_step_tokens=backend.capabilities.max_step_tokens,
             busy_step_s=limits.busy_step_ms / 1e3,
             max_prompt_rows=backend.capabilities.max_prompt_rows,
+            mixes_adapters=backend.capabilities.mixes_adapters,
         )
         self._requests: dict[str, list[Sequence]] = {}
         self._counters = Counters()

@@ -3,16 +3,20 @@
 A step has a token budget. Every sequence that is writing gets its one token first, so a long prompt can't make it
 wait; what is left goes to prompts, oldest first, cut into chunks. While answers are being written, the prompt part
 of a step is also bounded in time. When the cache is full, the youngest running sequence gives its place back and
-starts again later, from what the cache still holds of it.
+starts again later, from what the cache still holds of it. Where a backend can't mix adapters, a step takes the
+sequences of one alone, and engine/turns.py says of which.
 """
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 
 from tightrope.backends.errors import BackendError
 from tightrope.backends.protocol import KVCache
-from tightrope.engine.sequence import Sequence
+from tightrope.engine.sequence import AdapterUse, Sequence
+from tightrope.engine.turns import AdapterTurns
 
 DECODE_HEADROOM = 32  # tokens of output that must have room before a sequence starts, lest it be preempted at once
 MIN_BUSY_PREFILL = 16  # tokens; smaller chunks of a prompt cost a whole step for next to nothing
@@ -53,13 +57,21 @@ class Scheduler:
     """Owns the queues; the cache's bookkeeping is called from here and nowhere else."""
 
     def __init__(
-        self, kv: KVCache, *, max_num_seqs: int, max_step_tokens: int, busy_step_s: float, max_prompt_rows: int
+        self,
+        kv: KVCache,
+        *,
+        max_num_seqs: int,
+        max_step_tokens: int,
+        busy_step_s: float,
+        max_prompt_rows: int,
+        mixes_adapters: bool,
     ) -> None:
         self._kv = kv
         self._max_num_seqs = max_num_seqs
         self._max_step_tokens = max_step_tokens
         self._max_prompt_rows = max_prompt_rows
         self._busy_step_s = busy_step_s
+        self._turns = None if mixes_adapters else AdapterTurns()
         self._seq_ids = count()
         self._has_room = True  # False: the head of the queue didn't fit, and nothing was freed since
         self.waiting: deque[Sequence] = deque()
@@ -111,20 +123,30 @@ class Scheduler:
 
     def schedule(self, now_s: float) -> list[Work]:
         """Choose the next step's work; room for it is reserved. Empty only when nothing is waiting or running."""
-        step = self._decodes()
+        if self._turns is None:
+            return self._step_of(lambda sequence: True, now_s)
+        for use in self._turns.order((*self.running, *self.waiting), now_s):
+            step = self._step_of(partial(_uses, use), now_s)
+            if step:
+                self._turns.take(use, now_s)
+                return step
+        return []
+
+    def _step_of(self, may_run: Callable[[Sequence], bool], now_s: float) -> list[Work]:
+        step = self._decodes(may_run)
         budget = self._max_step_tokens - len(step)
-        if step:
+        if any(sequence.is_decoding for sequence in self.running):
             budget = min(budget, self.rate.tokens_in(self._busy_step_s))
-        for sequence in [s for s in self.running if not s.is_decoding]:
+        for sequence in [s for s in self.running if may_run(s) and not s.is_decoding]:
             budget -= self._add_chunk(step, sequence, budget)
-        while budget > 0 and (admitted := self._admit(now_s)) is not None:
+        while budget > 0 and (admitted := self._admit(may_run, now_s)) is not None:
             budget -= self._add_chunk(step, admitted, budget)
         return step
 
-    def _decodes(self) -> list[Work]:
+    def _decodes(self, may_run: Callable[[Sequence], bool]) -> list[Work]:
         """One token for every sequence that is writing; preempts from the young end until all have room."""
         step = []
-        for sequence in [s for s in self.running if s.is_decoding]:
+        for sequence in [s for s in self.running if may_run(s) and s.is_decoding]:
             while sequence in self.running and not self._kv.reserve(sequence.seq_id, 1):
                 self._preempt(self.running[-1])
             if sequence in self.running:
@@ -150,11 +172,12 @@ class Scheduler:
             step.append(Work(sequence, num_tokens))
         return num_tokens
 
-    def _admit(self, now_s: float) -> Sequence | None:
+    def _admit(self, may_run: Callable[[Sequence], bool], now_s: float) -> Sequence | None:
         """Start the next waiting sequence, if there is one that may start and fits."""
         if len(self.running) >= self._max_num_seqs or not (self._has_room or not self.running):
             return None
-        sequence = next((s for s in self.waiting if s.leader is None or s.leader.is_prompt_computed), None)
+        startable = (s for s in self.waiting if s.leader is None or s.leader.is_prompt_computed)
+        sequence = next(filter(may_run, startable), None)
         if sequence is None or not self._open(sequence):
             return None
         self.waiting.remove(sequence)
@@ -183,3 +206,7 @@ class Scheduler:
         if sequence.num_output == 0:
             sequence.num_cached = num_cached
         return True
+
+
+def _uses(use: AdapterUse, sequence: Sequence) -> bool:
+    return sequence.adapter_use == use

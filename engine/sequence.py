@@ -7,6 +7,8 @@ from tightrope.engine.detokenizer import Detokenizer
 from tightrope.engine.sampler.state import SamplerState
 from tightrope.engine.types import GenerateRequest, Timings, Token
 
+AdapterUse = tuple[str, float] | None  # what the backend calls an adapter, and its scale
+
 
 @dataclass(slots=True, eq=False)
 class Sequence:
@@ -44,6 +46,11 @@ class Sequence:
         if self.adapter is None:
             return request.namespace
         return f"{request.namespace}\0{self.adapter}\0{request.adapter_scale!r}"
+
+    @property
+    def adapter_use(self) -> AdapterUse:
+        """What a step has in common where a backend can't mix adapters."""
+        return None if self.adapter is None else (self.adapter, self.request.adapter_scale)
 
     @property
     def num_output(self) -> int:

@@ -1,16 +1,67 @@
-"""Adapters of a GGUF model."""
+"""The adapters beside a GGUF model's weights. llama.cpp applies one of them, at one scale, to a whole step."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from tightrope.backends.adapters import AdapterRoom
 from tightrope.backends.errors import BackendError
+from tightrope.backends.gguf.adapter_file import check_finite, read_adapter_file
+from tightrope.backends.gguf.header import Header
+from tightrope.backends.gguf.native import NativeAdapter, NativeContext, NativeModel
+from tightrope.backends.protocol import Chunk
+from tightrope.backends.settings import ModelSettings
+
+
+def room_for_adapters(settings: ModelSettings, base: Header) -> int:
+    """Bytes of the adapters that are loaded at the start, and of the room for more. Raises BackendError."""
+    at_start = sum(_read(Path(path).expanduser(), base).weight_bytes for path in settings.adapters.values())
+    return at_start + settings.adapter_reserve_bytes
+
+
+def _read(path: Path, base: Header) -> Header:
+    if path.is_dir():
+        raise BackendError(
+            f"{path}: a folder in PEFT's format can be used with a model's folder; for a GGUF model "
+            "convert_lora_to_gguf.py of llama.cpp makes a file of it"
+        )
+    return read_adapter_file(path, base)
 
 
 class GGUFAdapters:
-    """An AdapterStore that holds none."""
+    """The adapters of one model and context; an AdapterStore."""
+
+    def __init__(self, model: NativeModel, context: NativeContext, base: Header, room: AdapterRoom) -> None:
+        self._model, self._context, self._base, self._room = model, context, base, room
+        self._in_place: dict[str, NativeAdapter] = {}
+        self._applied: str | None = None
 
     def prepare(self, name: str, path: Path) -> Callable[[], None]:
-        raise BackendError(f"{path}: adapters can be used with a model's folder, not with a GGUF file")
+        """See AdapterStore. llama.cpp reads the file between steps: it has a list that a step may be reading."""
+        header = _read(path, self._base)
+        with self._room.taken(name, header.weight_bytes):
+            check_finite(header)  # which brings the file into memory as well
+
+        def put_in_place() -> None:
+            self._in_place[name] = NativeAdapter(self._model, header.path)
+
+        return put_in_place
 
     def remove(self, name: str) -> None:
-        """Nothing is there."""
+        """See AdapterStore."""
+        adapter = self._in_place.pop(name, None)
+        if adapter is not None:
+            if self._applied == name:
+                self._context.apply(None, 0.0)
+                self._applied = None
+            adapter.close()
+        self._room.give_back(name)
+
+    def apply(self, chunks: Sequence[Chunk]) -> None:
+        """Make the next step one with the adapter and scale that all of its chunks name."""
+        name, scale = chunks[0].adapter, chunks[0].adapter_scale
+        assert all(chunk.adapter == name for chunk in chunks), "one adapter a step"
+        assert name is None or all(chunk.adapter_scale == scale for chunk in chunks), "one scale a step"
+        if name is None and self._applied is None:
+            return
+        self._context.apply(None if name is None else self._in_place[name], scale)
+        self._applied = name

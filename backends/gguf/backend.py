@@ -7,8 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tightrope.backends.adapters import AdapterRoom
 from tightrope.backends.errors import BackendError
-from tightrope.backends.gguf.adapters import GGUFAdapters
+from tightrope.backends.gguf.adapters import GGUFAdapters, room_for_adapters
 from tightrope.backends.gguf.cache import SharedKVCache
 from tightrope.backends.gguf.header import Header, read_header
 from tightrope.backends.gguf.native import (
@@ -36,15 +37,14 @@ class GGUFBackend:
     def __init__(self, path: Path, settings: ModelSettings, progress: Callable[[float], None]) -> None:
         """Load `path`, calling `progress` with the share done. Raises BackendError, having freed everything."""
         header = read_header(path)
-        if settings.adapters:
-            raise BackendError(f"{path}: adapters can be used with a model's folder, not with a GGUF file")
         if settings.gpu_layers and not supports_gpu():
             raise BackendError(
                 f"gpu_layers is {settings.gpu_layers}, but this llama-cpp-python was built for the CPU; use 0, or "
                 "reinstall it with CMAKE_ARGS=-DGGML_CUDA=on"
             )
+        adapter_bytes = room_for_adapters(settings, header)
         free_bytes = free_memory()
-        plan = make_plan(settings, header, free_bytes)
+        plan = make_plan(settings, header, free_bytes, adapter_bytes)
         torch.set_num_threads(1)  # llama.cpp's threads fill the machine; torch's beside them only get in their way
         self._model = NativeModel(path, _model_options(settings, header, free_bytes, progress))
         try:
@@ -54,8 +54,15 @@ class GGUFBackend:
         except BackendError:
             self._model.close()
             raise
+        self.adapters: AdapterStore
+        self.adapters = self._adapters = GGUFAdapters(self._model, self._context, header, AdapterRoom(adapter_bytes))
+        try:
+            for name, adapter_path in settings.adapters.items():
+                self._adapters.prepare(name, Path(adapter_path).expanduser())()
+        except BackendError:
+            self.close()
+            raise
         self.tokenizer: Tokenizer = GGUFTokenizer(self._model)
-        self.adapters: AdapterStore = GGUFAdapters()
         self.kv: KVCache
         self.kv = self._cache = SharedKVCache(
             self._context,
@@ -66,12 +73,16 @@ class GGUFBackend:
             parking_bytes=plan.parking_bytes,
         )
         self.capabilities = Capabilities(
-            settings.max_num_seqs, plan.step_tokens, prompt_rows(ModelShape.of(header).vocab_size, plan.step_tokens)
+            settings.max_num_seqs,
+            plan.step_tokens,
+            prompt_rows(ModelShape.of(header).vocab_size, plan.step_tokens),
+            mixes_adapters=False,
         )
         self.card = _card(path, header, self._model, plan)
 
     def forward(self, chunks: Sequence[Chunk]) -> Tensor:
         """See Backend. More rows than one native call may yield are computed in several calls and copied together."""
+        self._adapters.apply(chunks)
         ends = self._fill_batch(chunks)
         try:
             return self._run(ends[-1] if ends else 0)

@@ -67,7 +67,7 @@ TENSOR_TYPES: dict[int, tuple[str, int, int]] = {
 
 # value type id -> struct format; 8 is a string, 9 an array
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
-_STRING, _ARRAY, _UINT32 = 8, 9, 4
+_STRING, _ARRAY, _UINT32, _FLOAT32 = 8, 9, 4, 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +99,7 @@ class Header:
     path: Path
     metadata: dict[str, Value]
     tensors: tuple[TensorInfo, ...]
+    data_start: int = 0  # of the (first) file's tensors, in bytes
 
     @property
     def weight_bytes(self) -> int:
@@ -126,7 +127,7 @@ def read_header(path: Path) -> Header:
     if header.metadata.get("split.no", 0) != 0:
         raise BackendError(f"{path}: this is a later part of a split model; name its first part, {parts[0].name}")
     tensors = header.tensors + tuple(t for part in parts[1:] for t in _read_one(part).tensors)
-    return Header(path, header.metadata, tensors)
+    return Header(path, header.metadata, tensors, header.data_start)
 
 
 def _parts(path: Path, count: int) -> list[Path]:
@@ -178,9 +179,12 @@ class _Parser:
             metadata[key] = self._value()
             if key == "general.alignment":
                 self._check_alignment(metadata[key])
+            if key == "adapter.lora.alpha" and self._last_type != _FLOAT32:
+                raise self._error(f"{key} is {metadata[key]!r}; it must be a number, as float32")
         alignment = metadata.get("general.alignment", 32)
         assert isinstance(alignment, int)
-        return Header(self._path, metadata, self._tensors(num_tensors, alignment))
+        tensors = self._tensors(num_tensors, alignment)
+        return Header(self._path, metadata, tensors, -(-self._pos // alignment) * alignment)
 
     def _version(self) -> None:
         version = self._number("<I")

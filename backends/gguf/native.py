@@ -119,6 +119,21 @@ class NativeModel:
             self.pointer = None
 
 
+class NativeAdapter:
+    """A LoRA adapter beside a model's weights; it goes with the model at the latest."""
+
+    def __init__(self, model: NativeModel, path: Path) -> None:
+        """Raises BackendError when llama.cpp refuses the file. Not to be called while a step runs."""
+        _recent_errors.clear()
+        self.pointer = ll.llama_adapter_lora_init(model.pointer, str(path).encode())
+        if not self.pointer:
+            raise BackendError(f"{path}: llama.cpp can't load it: {_complaints()}")
+
+    def close(self) -> None:
+        """Free it. No context may apply it any more."""
+        ll.llama_adapter_lora_free(self.pointer)
+
+
 def _progress_callback(progress: Callable[[float], None]) -> Callable[[float, Any], bool]:
     def on_progress(share: float, _: Any) -> bool:  # noqa: ANN401 - a native pointer that nobody looks at
         progress(min(1.0, max(0.0, share)))
@@ -171,6 +186,12 @@ class NativeContext:
             raise BackendError(f"the cache has no room for {end - begin} more tokens")
         if status != 0:
             raise BackendError(f"llama.cpp failed to run {end - begin} tokens (status {status}): {_complaints()}")
+
+    def apply(self, adapter: NativeAdapter | None, scale: float) -> None:
+        """Add `scale` times an adapter in all steps from now on, or none. A change makes the next step plan anew."""
+        adapters = (ll.llama_adapter_lora_p_ctypes * 1)(*([] if adapter is None else [adapter.pointer]))
+        num_adapters = 0 if adapter is None else 1
+        ll.llama_set_adapters_lora(self.pointer, adapters, num_adapters, (ctypes.c_float * 1)(scale))
 
     def logits(self, num_rows: int) -> np.ndarray[Any, np.dtype[np.float32]]:
         """[num_rows, V] float32 of the last `decode`, in batch order; a view that the next one overwrites."""

@@ -58,8 +58,8 @@ class Plan:
     notes: tuple[str, ...]
 
 
-def make_plan(settings: ModelSettings, header: Header, free_bytes: int) -> Plan:
-    """Decide what to allocate, given `free_bytes` of memory for weights, cache and workspace.
+def make_plan(settings: ModelSettings, header: Header, free_bytes: int, adapter_bytes: int = 0) -> Plan:
+    """Decide what to allocate, given `free_bytes` of memory for weights, adapters, cache and workspace.
 
     Raises DoesNotFit, with the largest window that fits, when the wish doesn't.
     """
@@ -69,7 +69,7 @@ def make_plan(settings: ModelSettings, header: Header, free_bytes: int) -> Plan:
     notes = [rope.describe(window)]
     if window > rope.window:
         notes.append(f"window: {window} tokens, more than the {rope.window} that the model is made for")
-    spare = spare_bytes(header.weight_bytes, free_bytes) - workspace_bytes(settings, shape)
+    spare = spare_bytes(header.weight_bytes + adapter_bytes, free_bytes) - workspace_bytes(settings, shape)
     cache_type, reason = _choose_type(settings, shape, window, spare)
     num_cells = _choose_cells(settings, shape, window, cache_type, spare)
     cache_bytes = int(num_cells * token_bytes(shape, cache_type))
