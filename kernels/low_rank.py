@@ -3,6 +3,7 @@
 Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -59,3 +60,15 @@ def make_low_rank(pieces: "list[tuple[int, Tensor, Tensor, float]]", dtype: torc
             for first, a, b, scaling in pieces
         )
     )
+
+
+def balanced(down: Tensor, up: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    """The same product with numbers of about the same size in both, so that sixteen bits hold them well.
+
+    down [r, K], up [N, r], both float32; `scaling` will be multiplied into `up` later.
+    """
+    sizes = down.abs().max().item(), up.abs().max().item() * abs(scaling)
+    if not all(sizes):
+        return down, up
+    shift = 2.0 ** round(math.log2(sizes[1] / sizes[0]) / 2)
+    return down * shift, up / shift

@@ -15,10 +15,15 @@ import pytest
 import torch
 from gguf_files import write_adapter, write_model
 from real_server import RunningServer, run_server
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tightrope.backends.errors import BackendError
 from tightrope.backends.gguf.backend import GGUFBackend
+from tightrope.backends.gguf.header import Header
+from tightrope.backends.gguf.peft_file import Conversion
+from tightrope.backends.hf.backend import HFBackend
+from tightrope.backends.hf.peft import read_adapter
 from tightrope.backends.protocol import Chunk
 from tightrope.backends.settings import CacheSettings, ModelSettings
 
@@ -51,7 +56,9 @@ def open_model(path: Path, **adapters: Path) -> GGUFBackend:
     return GGUFBackend(path, settings, lambda _: None)
 
 
-def last_logits(backend: GGUFBackend, ids: list[int], adapter: str | None = None, scale: float = 1.0) -> Tensor:
+def last_logits(
+    backend: GGUFBackend | HFBackend, ids: list[int], adapter: str | None = None, scale: float = 1.0
+) -> Tensor:
     """[V] after a prompt; nothing stays cached."""
     backend.kv.open(0, ids, f"{adapter} {scale}", reuse=False)
     assert backend.kv.reserve(0, len(ids))
@@ -153,6 +160,65 @@ def test_an_adapter_that_does_not_fit_its_base_stops_the_start(files: Path) -> N
         open_model(files / "mixtral-bf16.gguf", mine=files / "lora.gguf").close()
     with pytest.raises(BackendError, match=r"nowhere\.gguf: no such file"):
         open_model(files / "llama-bf16.gguf", mine=files / "nowhere.gguf").close()
+
+
+def test_a_peft_folder_gives_the_logits_that_it_has_in_the_torch_engine(files: Path) -> None:
+    expected = EXPECTED["llama-lora-r4"]
+    with closing(open_model(files / "llama-bf16.gguf", mine=DATA / "llama-lora-r4")) as backend:
+        for prompt in expected["prompts"]:
+            assert_expected(last_logits(backend, prompt["ids"], "mine"), prompt)
+        for prompt in expected["prompts_without_adapter"]:
+            assert_expected(last_logits(backend, prompt["ids"]), prompt)
+
+
+def noise(base: Path, folder: Path) -> Path:
+    """A PEFT folder of random changes to all linears but the router, experts' of other ranks and some left out."""
+    generator = torch.Generator().manual_seed(5)
+    tensors: dict[str, Tensor] = {}
+    for name, weight in load_file(base / "model.safetensors").items():
+        module = name.removesuffix(".weight")
+        if weight.ndim < 2 or module.endswith(("embed_tokens", "block_sparse_moe.gate", "experts.2.w1")):
+            continue
+        rank, (outputs, inputs) = 2 if "experts.1." in name else 4, weight.shape
+        size = 0.1 * weight.float().std().item()
+        tensors[f"base_model.model.{module}.lora_A.weight"] = torch.randn(rank, inputs, generator=generator)
+        tensors[f"base_model.model.{module}.lora_B.weight"] = size * torch.randn(outputs, rank, generator=generator)
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 6, "use_rslora": True, "rank_pattern": {r"experts\.1\.w\d": 2}}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("name", ["mixtral-bf16", "llama-untied-bf16"])
+def test_a_peft_folder_changes_experts_head_queries_and_keys_as_in_the_torch_engine(
+    name: str, files: Path, tmp_path: Path
+) -> None:
+    adapter = noise(DATA / name, tmp_path / "adapter")
+    ids = list(range(40, 72))
+    torch_settings = ModelSettings(
+        max_model_len=256, cache=CacheSettings(tokens=1024, dtype="f16"), adapters={"mine": str(adapter)}
+    )
+    with closing(HFBackend(DATA / name, torch_settings, lambda _: None)) as backend:
+        base, whole, part = (last_logits(backend, ids, *use) for use in ((None,), ("mine",), ("mine", 0.5)))
+    with closing(open_model(files / f"{name}.gguf", mine=adapter)) as backend:
+        for expected, use in (base, (None,)), (whole, ("mine",)), (part, ("mine", 0.5)):
+            torch.testing.assert_close(last_logits(backend, ids, *use), expected, atol=CLOSE, rtol=0)
+    assert (whole - base).abs().max() > 100 * CLOSE
+
+
+def test_peft_folders_that_can_not_be_converted_are_refused_in_one_line(files: Path, tmp_path: Path) -> None:
+    with closing(open_model(files / "llama-untied-bf16.gguf")) as backend:
+        for folder, reason in (
+            (DATA / "llama-untied-lora-rslora-head", "'lm_head' is saved whole, which a GGUF model can't use"),
+            (noise(DATA / "mixtral-bf16", tmp_path / "experts"), r"block_sparse_moe.* is no linear of this model"),
+            (DATA, r"adapter_config\.json is missing"),
+        ):
+            with pytest.raises(BackendError, match=reason) as raised:
+                backend.adapters.prepare("mine", folder)
+            assert "\n" not in str(raised.value)
+    with pytest.raises(BackendError, match=r"of architecture 'phi3': make a file of it by convert_lora_to_gguf\.py"):
+        Conversion(read_adapter(DATA / "llama-lora-r4"), Header(Path("m"), {"general.architecture": "phi3"}, ()))
 
 
 def test_an_adapter_in_sixteen_bits_is_read(files: Path) -> None:

@@ -50,7 +50,7 @@ def read_adapter_file(path: Path, base: Header) -> Header:
     for name, parts in halves.items():
         if parts.keys() != {"lora_a", "lora_b"}:
             raise BackendError(f"{path}: {name!r} has {' and '.join(parts)} alone; an adapter has both halves")
-        _check_shapes(path, name, known.get(name), parts["lora_a"], parts["lora_b"])
+        check_shapes(path, name, known.get(name), parts["lora_a"].dims, parts["lora_b"].dims)
     return header
 
 
@@ -85,14 +85,16 @@ def _check_kind(header: Header, base: Header) -> None:
         raise BackendError(f"{path}: an adapter with activation by tokens (aLoRA) can't be served")
 
 
-def _check_shapes(path: Path, name: str, target: TensorInfo | None, down: TensorInfo, up: TensorInfo) -> None:
-    """Dimensions, fastest first: the model's [K, N, ...], A [K, r, ...], B [r, N, ...]."""
-    if target is None or len(target.dims) < 2 or name.startswith("token_embd"):
-        raise BackendError(f"{path}: {name!r} is no linear of this model: an adapter for another base")
-    inputs, outputs, *rest = target.dims
-    rank = up.dims[0]
-    if down.dims != (inputs, rank, *rest) or up.dims != (rank, outputs, *rest):
+def check_shapes(path: Path, name: str, target: TensorInfo | None, down: tuple[int, ...], up: tuple[int, ...]) -> None:
+    """Dimensions, fastest first: the model's [K, N, ...], A [K, r, ...], B [r, N, ...]. Raises BackendError."""
+    if target is None or len(target.dims) < 2 or target.name.startswith("token_embd"):
         raise BackendError(
-            f"{path}: {name!r} is {list(target.dims)} in the model, which lora_a {list(down.dims)} and lora_b "
-            f"{list(up.dims)} don't fit: an adapter for another base"
+            f"{path}: {name!r} is no linear of this model that can be adapted: an adapter for another base"
+        )
+    inputs, outputs, *rest = target.dims
+    rank = up[0]
+    if down != (inputs, rank, *rest) or up != (rank, outputs, *rest):
+        raise BackendError(
+            f"{path}: {name!r} is {list(target.dims)} in the model, which A {list(down)} and B {list(up)} don't fit: "
+            "an adapter for another base"
         )

@@ -4,27 +4,25 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tightrope.backends.adapters import AdapterRoom
-from tightrope.backends.errors import BackendError
 from tightrope.backends.gguf.adapter_file import check_finite, read_adapter_file
 from tightrope.backends.gguf.header import Header
 from tightrope.backends.gguf.native import NativeAdapter, NativeContext, NativeModel
+from tightrope.backends.gguf.peft_file import Conversion
+from tightrope.backends.hf.peft import read_adapter
 from tightrope.backends.protocol import Chunk
 from tightrope.backends.settings import ModelSettings
 
 
 def room_for_adapters(settings: ModelSettings, base: Header) -> int:
     """Bytes of the adapters that are loaded at the start, and of the room for more. Raises BackendError."""
-    at_start = sum(_read(Path(path).expanduser(), base).weight_bytes for path in settings.adapters.values())
-    return at_start + settings.adapter_reserve_bytes
+    paths = [Path(path).expanduser() for path in settings.adapters.values()]
+    return sum(_num_bytes(path, base) for path in paths) + settings.adapter_reserve_bytes
 
 
-def _read(path: Path, base: Header) -> Header:
+def _num_bytes(path: Path, base: Header) -> int:
     if path.is_dir():
-        raise BackendError(
-            f"{path}: a folder in PEFT's format can be used with a model's folder; for a GGUF model "
-            "convert_lora_to_gguf.py of llama.cpp makes a file of it"
-        )
-    return read_adapter_file(path, base)
+        return Conversion(read_adapter(path), base).num_bytes
+    return read_adapter_file(path, base).weight_bytes
 
 
 class GGUFAdapters:
@@ -37,12 +35,25 @@ class GGUFAdapters:
 
     def prepare(self, name: str, path: Path) -> Callable[[], None]:
         """See AdapterStore. llama.cpp reads the file between steps: it has a list that a step may be reading."""
-        header = _read(path, self._base)
+        if path.is_dir():
+            return self._prepare_folder(name, path)
+        header = read_adapter_file(path, self._base)
         with self._room.taken(name, header.weight_bytes):
             check_finite(header)  # which brings the file into memory as well
 
         def put_in_place() -> None:
-            self._in_place[name] = NativeAdapter(self._model, header.path)
+            self._in_place[name] = NativeAdapter(self._model, path)
+
+        return put_in_place
+
+    def _prepare_folder(self, name: str, folder: Path) -> Callable[[], None]:
+        conversion = Conversion(read_adapter(folder), self._base)
+        with self._room.taken(name, conversion.num_bytes):
+            file = conversion.write()
+
+        def put_in_place() -> None:
+            with file:
+                self._in_place[name] = NativeAdapter(self._model, Path(file.name))
 
         return put_in_place
 

@@ -1,6 +1,5 @@
 """Adapters beside a model's weights: each adds to linears of the rows that use it, and to nobody else's."""
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -17,7 +16,7 @@ from tightrope.backends.hf.names import NESTED, NESTED_BEFORE, RENAMES
 from tightrope.backends.hf.organs import Embedding, Experts, Linear
 from tightrope.backends.hf.peft import PeftAdapter, adapter_bytes, read_adapter
 from tightrope.backends.protocol import Chunk
-from tightrope.kernels.low_rank import NONE, AdapterRows, LowRank, make_low_rank
+from tightrope.kernels.low_rank import NONE, AdapterRows, LowRank, balanced, make_low_rank
 
 _FLOATS = ("F32", "F16", "BF16")
 
@@ -133,7 +132,7 @@ class Adapters:
     ) -> LowRank:
         parts = []
         for first, down, up, scaling in pieces:
-            a, b = _balanced(read(down).float(), read(up).float(), scaling)
+            a, b = balanced(read(down).float(), read(up).float(), scaling)
             parts.append((first, a, b, scaling))
         return make_low_rank(parts, self._dtype)
 
@@ -166,12 +165,3 @@ def _spellings(module: str) -> Iterator[str]:
             for base in ("", "model."):
                 for new, old in (("", ""), *RENAMES):
                     yield base + (plain.replace(old, new) if old else plain)
-
-
-def _balanced(down: Tensor, up: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-    """The same product with numbers of about the same size in both, so that sixteen bits hold them well."""
-    sizes = down.abs().max().item(), up.abs().max().item() * abs(scaling)
-    if not all(sizes):
-        return down, up
-    shift = 2.0 ** round(math.log2(sizes[1] / sizes[0]) / 2)
-    return down * shift, up / shift
