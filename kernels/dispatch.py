@@ -17,7 +17,7 @@ from torch import Tensor
 from tightrope.kernels import exllama, native, reference
 from tightrope.kernels.columns import ColumnMatrix
 from tightrope.kernels.exllama import ExllamaMatrix as ExllamaMatrix  # for those who keep one
-from tightrope.kernels.layer import DecoderLayer, GatedExperts
+from tightrope.kernels.layer import DecoderLayer, GatedExperts, StackedExperts
 from tightrope.kernels.layout import AttentionSpec, LayerCache, RopeTable, StepLayout
 from tightrope.kernels.low_rank import AdapterRows, LowRank
 from tightrope.kernels.quantized import Nf4Matrix, QuantizedMatrix
@@ -134,13 +134,22 @@ def decoder_layer(
     return None
 
 
-def experts(
-    x: Tensor, layer: GatedExperts, picked: Tensor, shares: Tensor, adapters: AdapterRows | None
-) -> Tensor | None:
-    """What the experts `picked` [T, k] int64 make of x [T, K] float32, by their shares [T, k] float32: [T, K].
+MOST_STACKED = 256  # tokens whose experts run together on a card; for more each is expanded by itself
 
-    None where no kernel runs them at once.
+
+def experts(
+    x: Tensor, layer: GatedExperts | StackedExperts, picked: Tensor, shares: Tensor, adapters: AdapterRows | None
+) -> Tensor | None:
+    """What the experts `picked` [T, k] int64 make of x [T, K], by their shares [T, k] float32: [T, K].
+
+    None where no kernel runs them at once. On a card nothing is read from it.
     """
+    if isinstance(layer, StackedExperts):
+        if adapters is not None or len(x) > MOST_STACKED:
+            return None
+        from tightrope.kernels.triton.experts import experts as stacked  # triton is there only where CUDA is
+
+        return stacked(x, layer, picked, shares)
     kernels = _kernels_for(x)
     return kernels.experts(x, layer, picked, shares, adapters) if isinstance(kernels, native.NativeKernels) else None
 

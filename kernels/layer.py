@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from tightrope.kernels.column_stack import ColumnStack
 from tightrope.kernels.layout import AttentionSpec
 from tightrope.kernels.low_rank import LowRank
 from tightrope.kernels.quantized import Nf4Matrix, QuantizedMatrix
@@ -66,3 +67,16 @@ class GatedExperts:
     def projections(self) -> tuple[Projection, ...]:
         """In the order in which kernels are told of their adapters."""
         return tuple(part for pair in zip(self.gate_up, self.down, strict=True) for part in pair)
+
+
+@dataclass(frozen=True, slots=True)
+class StackedExperts:
+    """The same on a card: plain weights [E, N, K], or stacks whose outputs are side by side."""
+
+    gate_up: Tensor | tuple[ColumnStack, ...]
+    down: Tensor | tuple[ColumnStack, ...]
+    activation: str
+
+    @property
+    def num_experts(self) -> int:
+        return len(self.down) if isinstance(self.down, Tensor) else self.down[0].num_experts

@@ -110,7 +110,7 @@ def test_only_the_experts_that_a_token_picked_are_multiplied(monkeypatch: pytest
         def watched(x: Tensor, layer: GatedExperts, picked: Tensor, shares: Tensor, rows: object) -> Tensor:
             """Whatever was not picked is no number now."""
             nonlocal poisoned
-            organ = next(organ for organ in organs if organ._whole is layer)
+            organ = next(organ for organ in organs if organ.whole is layer)
             unused = sorted(set(range(4)) - set(picked.flatten().tolist()))
             poisoned += len(unused)
             kept = organ.down[unused].clone()

@@ -59,6 +59,7 @@ def test_a_checkpoint_gives_its_logits_by_triton(name: str, monkeypatch: pytest.
 
     assert quantised(model)
     assert all(isinstance(weight, Columns) for weight in quantised(model))
+    assert model.picks_experts_on_card == name.startswith("mixtral")
     prompt = EXPECTED[name][0]
     found = last_logits(model, folder, prompt["ids"])
     torch.testing.assert_close(

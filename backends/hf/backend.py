@@ -14,7 +14,7 @@ from tightrope.backends.hf.calibrate import set_key_factors
 from tightrope.backends.hf.checkpoint import Checkpoint
 from tightrope.backends.hf.config import ModelShape, read_config
 from tightrope.backends.hf.generation import chat_template
-from tightrope.backends.hf.graphs import DecodeGraphs
+from tightrope.backends.hf.graphs import DecodeGraphs, batch_size
 from tightrope.backends.hf.model import LoadedModel, load_model
 from tightrope.backends.hf.pages import PagedKVCache
 from tightrope.backends.hf.peft import room_for_adapters
@@ -65,9 +65,10 @@ class HFBackend:
             self.adapters.prepare(name, Path(path).expanduser())()
         self.caches = self._allocate(plan)
         self.model.attach(self.caches)
-        # None: every step runs as it is, as it must on a CPU, and where experts are picked on the host
+        # None: every step runs as it is, as it must on a CPU, and where a step waits to learn which experts run
         self.graphs: DecodeGraphs | None = None
-        if device.type == "cuda" and not shape.num_experts:
+        are_few = batch_size(settings.max_num_seqs) <= dispatch.MOST_STACKED
+        if device.type == "cuda" and (not shape.num_experts or (are_few and self.model.picks_experts_on_card)):
             self.graphs = DecodeGraphs(
                 self.model.forward,
                 settings.max_num_seqs,

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from tightrope.kernels import dispatch
+from tightrope.kernels.column_stack import ColumnStack, stack_columns
 from tightrope.kernels.columns import ColumnMatrix, to_columns
 from tightrope.kernels.layer import Projection
 from tightrope.kernels.low_rank import LowRank
@@ -81,6 +82,24 @@ def projection(weight: Matrix, bias: Tensor | None, adapters: Mapping[int, LowRa
     if isinstance(weight, Tensor):
         return Projection(weight, bias, adapters)
     return Projection(weight.matrices, bias, adapters) if isinstance(weight, Quantized | Nf4) else None
+
+
+def stacked(weights: Tensor | Sequence[Matrix]) -> tuple[Tensor | tuple[ColumnStack, ...], Sequence[Matrix]] | None:
+    """Experts' weights on a card as one kernel runs all of them, and each expert's, in the same memory.
+
+    None elsewhere, and for forms that it doesn't know.
+    """
+    if isinstance(weights, Tensor):
+        return (weights, list(weights)) if dispatch.reads_columns(weights.device) else None
+    columns = [weight.matrices for weight in weights if isinstance(weight, Columns)]
+    if len(columns) < len(weights) or len({len(matrices) for matrices in columns}) > 1:
+        return None
+    found = [stack_columns(matrices) for matrices in zip(*columns, strict=True)]
+    known = [one for one in found if one is not None]
+    if len(known) < len(found):
+        return None
+    parts = zip(*(parts for _, parts in known), strict=True)
+    return tuple(stack for stack, _ in known), [Columns(matrices) for matrices in parts]
 
 
 def side_by_side(pieces: Sequence[Piece], device: torch.device) -> Matrix:

@@ -14,7 +14,7 @@ from tightrope.backends.hf.checkpoint import Checkpoint
 from tightrope.backends.hf.config import ModelShape
 from tightrope.backends.hf.loader import load_weights, share
 from tightrope.backends.hf.names import FileNames
-from tightrope.backends.hf.organs import Linear
+from tightrope.backends.hf.organs import Experts, Linear
 from tightrope.backends.hf.quantised import find_quantization
 from tightrope.backends.hf.rehearsal import rehearse
 from tightrope.backends.hf.rotary import fix_rotary
@@ -22,6 +22,7 @@ from tightrope.backends.hf.skeleton import build_skeleton
 from tightrope.backends.hf.transplant import transplant
 from tightrope.backends.rope import RopeSpec
 from tightrope.kernels import dispatch
+from tightrope.kernels.layer import StackedExperts
 from tightrope.kernels.layout import LayerCache, RopeTable, StepLayout
 from tightrope.kernels.low_rank import AdapterRows
 
@@ -47,6 +48,12 @@ class LoadedModel:
         # on a CPU sixteen bits for what is read in each step; what is added is small
         low_rank_dtype = torch.float16 if device.type == "cpu" else activation_dtype
         self.adapters = Adapters(model, device, low_rank_dtype)
+
+    @property
+    def picks_experts_on_card(self) -> bool:
+        """Whether no step waits to learn which experts were picked; asked of mixtures alone."""
+        found = [organ for organ in self.tree.modules() if isinstance(organ, Experts)]
+        return bool(found) and all(isinstance(organ.whole, StackedExperts) for organ in found)
 
     def attach(self, caches: Sequence[LayerCache]) -> None:
         """Use these caches, one a layer, from now on."""
@@ -117,6 +124,8 @@ def load_model(
         notes += [] if note is None else [note]
     load_weights(weights, assemblies, checkpoint, names, device, progress)
     for module in model.modules():
+        if isinstance(module, Experts):
+            module.settle()
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = buffer.to(device)
     return LoadedModel(model, current, planted.layers, tuple(notes), device, dtype)

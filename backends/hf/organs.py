@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from tightrope.backends.hf.attention import Attention, CurrentStep
-from tightrope.backends.hf.matrices import Matrix, projection, times
+from tightrope.backends.hf.matrices import Matrix, projection, stacked, times
 from tightrope.kernels import dispatch
-from tightrope.kernels.layer import DecoderLayer, GatedExperts, Norm, Projection
+from tightrope.kernels.layer import DecoderLayer, GatedExperts, Norm, Projection, StackedExperts
 from tightrope.kernels.low_rank import AdapterRows, LowRank
 
 
@@ -125,6 +125,7 @@ class Experts(nn.Module):
 
     gate_up: Tensor | Sequence[Matrix]  # [E, 2 * F, K] in the file's dtype, or a matrix for each expert
     down: Tensor | Sequence[Matrix]  # [E, K, F]
+    whole: GatedExperts | StackedExperts | None = None  # where their forms are known to a kernel
 
     def __init__(self, name: str, shape: tuple[int, int, int], activation: str, current: CurrentStep) -> None:
         """shape: number of experts, hidden size K, size F between their two products."""
@@ -144,17 +145,23 @@ class Experts(nn.Module):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states [T, K], top_k_index and top_k_weights [T, k] to [T, K]."""
-        if self._whole is not None:
-            shares, rows = top_k_weights.to(hidden_states.dtype), self.current.adapters
-            if (done := dispatch.experts(hidden_states, self._whole, top_k_index, shares, rows)) is not None:
+        rows = self.current.adapters if any(self.gate_up_adapters) or any(self.down_adapters) else None
+        if self.whole is not None:
+            shares = top_k_weights.to(torch.float32)
+            if (done := dispatch.experts(hidden_states, self.whole, top_k_index, shares, rows)) is not None:
                 return done
         return self._one_by_one(hidden_states, top_k_index, top_k_weights)
 
-    @cached_property
-    def _whole(self) -> GatedExperts | None:
-        """All experts as one kernel runs them, where they have the forms for that; read once weights are there."""
-        gate_up, down = _projections(self.gate_up, self.gate_up_adapters), _projections(self.down, self.down_adapters)
-        return GatedExperts(gate_up, down, self.activation) if gate_up and down else None
+    def settle(self) -> None:
+        """Lay out the weights, once they are there, as the kernels that run all experts at once have them."""
+        gate_up, down = stacked(self.gate_up), stacked(self.down)
+        if gate_up is not None and down is not None:
+            self.whole = StackedExperts(gate_up[0], down[0], self.activation)
+            self.gate_up, self.down = gate_up[1], down[1]
+            return
+        all_gate_up = _projections(self.gate_up, self.gate_up_adapters)
+        all_down = _projections(self.down, self.down_adapters)
+        self.whole = GatedExperts(all_gate_up, all_down, self.activation) if all_gate_up and all_down else None
 
     def _one_by_one(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         result = torch.zeros_like(hidden_states)

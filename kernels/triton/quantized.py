@@ -49,7 +49,7 @@ def _multiply(x: Tensor, matrix: ColumnMatrix, bias: Tensor | None, out: Tensor)
         vector_parts[-(-stride // TILE_OUTPUTS), num_shares](
             x,
             parts,
-            *_tensors(matrix),
+            *columns_of(matrix),
             stride,
             WIDTHS=matrix.widths,
             BLOCKS=4,
@@ -62,7 +62,7 @@ def _multiply(x: Tensor, matrix: ColumnMatrix, bias: Tensor | None, out: Tensor)
         batch_parts[-(-stride // BATCH_OUTPUTS), num_shares, -(-len(x) // rows)](
             x,
             parts,
-            *_tensors(matrix),
+            *columns_of(matrix),
             len(x),
             matrix.num_inputs,
             stride,
@@ -70,7 +70,7 @@ def _multiply(x: Tensor, matrix: ColumnMatrix, bias: Tensor | None, out: Tensor)
             ROWS=rows,
             BLOCKS=16,
             OUTPUTS=BATCH_OUTPUTS,
-            DTYPE=_operands(x),
+            DTYPE=operands(x),
             num_warps=4,
             enable_fp_fusion=True,
         )
@@ -105,7 +105,7 @@ def expand(matrix: ColumnMatrix, dtype: torch.dtype, first: int = 0, count: int 
     weight = torch.empty(matrix.num_inputs, count, dtype=dtype, device=matrix.words.device)
     expand_columns[-(-count // BATCH_OUTPUTS), len(matrix.shares)](
         weight,
-        *_tensors(matrix),
+        *columns_of(matrix),
         first,
         count,
         matrix.words.shape[1],
@@ -118,12 +118,12 @@ def expand(matrix: ColumnMatrix, dtype: torch.dtype, first: int = 0, count: int 
     return weight
 
 
-def _operands(x: Tensor) -> tl.dtype:
+def operands(x: Tensor) -> tl.dtype:
     """What numbers are multiplied as: x's dtype, where Triton can; its interpreter, on a CPU, can't in bfloat16."""
     return tl.float32 if x.dtype == torch.bfloat16 and not x.is_cuda else _DTYPES[x.dtype]
 
 
-def _tensors(matrix: ColumnMatrix) -> tuple[Tensor | None, ...]:
+def columns_of(matrix: ColumnMatrix) -> tuple[Tensor | None, ...]:
     """A matrix's tensors in the order in which the kernels take them."""
     scales = matrix.scales if matrix.scales is not None else matrix.scale_codes
     return (

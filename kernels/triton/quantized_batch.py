@@ -45,7 +45,7 @@ def batch_parts(
     for BITS in tl.static_range(2, 9):
         if (WIDTHS >> BITS) & 1:  # noqa: SIM102  decided when it is compiled, and the next one when it runs
             if bits == BITS:
-                total = _multiply_blocks(
+                total = multiply_blocks(
                     total, x, words, source, group_of, scales, group_max, zeros, codebook, first, end, word, columns,
                     tokens, num_rows, num_inputs, stride, BITS, BLOCKS, DTYPE,
                 )  # fmt: skip
@@ -54,7 +54,7 @@ def batch_parts(
 
 
 @triton.jit
-def _multiply_blocks(
+def multiply_blocks(
     total: tl.tensor,
     x: tl.tensor,
     words: tl.tensor,
