@@ -10,12 +10,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tightrope.backends.errors import BackendError
 from tightrope.backends.hf.checkpoint import Checkpoint, TensorEntry
 from tightrope.backends.hf.jsonfile import read_object
-from tightrope.backends.settings import ModelSettings
+
+if TYPE_CHECKING:
+    from tightrope.backends.settings import ModelSettings  # which needs pydantic; the benchmarks of a card do not
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MAX_CONFIG = 1_000_000  # bytes
@@ -100,7 +102,7 @@ def adapter_bytes(adapter: PeftAdapter) -> int:
     return 2 * low_rank + sum(entry.num_bytes for entry in adapter.saved.values())
 
 
-def room_for_adapters(settings: ModelSettings) -> int:
+def room_for_adapters(settings: "ModelSettings") -> int:
     """Bytes of the adapters that are loaded at the start, and of the room for more. Raises BackendError."""
     at_start = sum(adapter_bytes(read_adapter(Path(path).expanduser())) for path in settings.adapters.values())
     return at_start + settings.adapter_reserve_bytes
