@@ -71,3 +71,69 @@ def _exl2(module: str, outputs: int, inputs: int, bits_per_weight: float) -> Ite
     yield f"{module}.q_scale_max", "F16", [groups]
     yield f"{module}.q_groups", "I16", [2 * groups]
     yield f"{module}.q_invperm", "I32", [inputs]
+
+
+MIXTRAL_8X7B = {
+    "architectures": ["MixtralForCausalLM"],
+    "model_type": "mixtral",
+    "num_hidden_layers": 32,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 32000,
+    "max_position_embeddings": 32768,
+    "rope_theta": 1000000.0,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+}
+
+
+def mixtral_8x7b(folder: Path, *, is_gptq: bool = False) -> Path:
+    """Mixtral-8x7B in bf16, or its linears in GPTQ of 4 bits in groups of 128."""
+    quantization = {"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False}}
+    config = MIXTRAL_8X7B | (quantization if is_gptq else {})
+    return write_folder(folder, config, list(_mixtral_tensors(is_gptq)))
+
+
+def _mixtral_tensors(is_gptq: bool) -> Iterator[Tensor]:
+    def linear(name: str, outputs: int, inputs: int) -> Iterator[Tensor]:
+        if not is_gptq:
+            yield f"{name}.weight", "BF16", [outputs, inputs]
+            return
+        yield f"{name}.qweight", "I32", [inputs // 8, outputs]
+        yield f"{name}.qzeros", "I32", [inputs // 128, outputs // 8]
+        yield f"{name}.scales", "F16", [inputs // 128, outputs]
+
+    for name in ("model.embed_tokens", "lm_head"):
+        yield f"{name}.weight", "BF16", [32000, 4096]
+    for i in range(32):
+        layer = f"model.layers.{i}"
+        for name, outputs in (("q", 4096), ("k", 1024), ("v", 1024), ("o", 4096)):
+            yield from linear(f"{layer}.self_attn.{name}_proj", outputs, 4096)
+        for e in range(8):
+            expert = f"{layer}.block_sparse_moe.experts.{e}"
+            for name, outputs, inputs in (("w1", 14336, 4096), ("w3", 14336, 4096), ("w2", 4096, 14336)):
+                yield from linear(f"{expert}.{name}", outputs, inputs)
+        yield f"{layer}.block_sparse_moe.gate.weight", "BF16", [8, 4096]
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            yield f"{layer}.{name}.weight", "BF16", [4096]
+    yield "model.norm.weight", "BF16", [4096]
+
+
+def mixtral_lora(folder: Path, rank: int) -> Path:
+    """An adapter for it, on all linears of attention and experts."""
+    pairs = [(name, shape) for name, _, shape in _mixtral_tensors(False) if "self_attn" in name or ".experts." in name]
+    tensors: list[Tensor] = []
+    for name, (outputs, inputs) in pairs:
+        module = f"base_model.model.{name.removesuffix('.weight')}"
+        tensors.append((f"{module}.lora_A.weight", "F16", [rank, inputs]))
+        tensors.append((f"{module}.lora_B.weight", "F16", [outputs, rank]))
+    write_folder(folder, {}, tensors)
+    (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
+    (folder / "config.json").unlink()
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder

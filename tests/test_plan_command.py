@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hf_folders import yi_34b
+from hf_folders import mixtral_8x7b, mixtral_lora, yi_34b
 from test_cli import bundled_model
 
 from tightrope.backends.gguf.header import read_header
@@ -129,3 +129,25 @@ def test_a_broken_scaling_in_a_folder_is_one_line_with_file_and_field(
     assert main(["plan", str(folder), "--memory=24GiB"]) == 1
 
     assert capsys.readouterr().err.startswith("tightrope: config.json: rope_scaling.rope_type is 'spiral'; known are")
+
+
+def test_the_experts_of_a_mixtral_8x7b_are_counted_all_and_its_adapter_beside_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    plain, packed = mixtral_8x7b(tmp_path / "bf16"), mixtral_8x7b(tmp_path / "gptq", is_gptq=True)
+    adapter = mixtral_lora(tmp_path / "adapter", rank=32)
+
+    bf16, gptq, adapted = (
+        planned(capsys, str(folder), "--memory=120GiB", "--max-model-len=4096", *more)[1]["weight_bytes"]
+        for folder, more in ((plain, ()), (packed, ()), (packed, (f"--lora=mine={adapter}",)))
+    )
+
+    assert isinstance(bf16, int)
+    assert isinstance(gptq, int)
+    assert bf16 / 2 == pytest.approx(46.7e9, rel=1e-3)  # its card's number of parameters
+    expert = 3 * 4096 * 14336
+    assert bf16 / 2 - 32 * (8 - 2) * expert == pytest.approx(12.9e9, rel=2e-3)  # those of a token
+    rest = (2 * 32000 + 32 * (8 + 2) + 1) * 4096  # embedding and head, routers and norms, in 16 bits
+    assert gptq == 2 * rest + (bf16 / 2 - rest) * (4 + 16 / 128) / 8  # codes and scales
+    sizes = [(4096, 4096), (1024, 4096), (1024, 4096), (4096, 4096), *[(14336, 4096)] * 24]
+    assert adapted == gptq + 32 * 2 * 32 * sum(map(sum, sizes))  # layers, bytes, rank
