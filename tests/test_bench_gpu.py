@@ -37,7 +37,7 @@ def test_its_smoke_run_checks_every_kernel_on_a_bare_machine():
     assert result.returncode == 0, result.stderr
     results = json.JSONDecoder().raw_decode(result.stdout)[0]
     assert {row["kernel"].split()[0] for row in results["checks"]} == {
-        "store_kv", "rotate", "attention", "rms_norm", "gated", "quantised"
+        "store_kv", "rotate", "attention", "rms_norm", "gated", "quantised", "experts"
     }  # fmt: skip
     assert all(row["holds"] for row in results["checks"])
     assert [row["sequences"] for row in results["decode"]] == [1, 2]
@@ -47,3 +47,7 @@ def test_its_smoke_run_checks_every_kernel_on_a_bare_machine():
     assert row["kernel"] == "Triton"
     assert row["planned_weight_bytes"] > row["step_bytes"] - 40 * row["layers"] * 2 * 2 * (32 + 2) > 0
     assert results["decode_attention"][0]["layer_bytes"] == 200 * 2 * 8 * (128 + 2 * 4)
+    mixtures = results["mixture_decode"]
+    assert [row["sequences"] for row in mixtures] == [1, 2]
+    assert mixtures[0]["experts_read"] == 2 * 2  # layers, and experts of a token
+    assert mixtures[0]["step_bytes"] < mixtures[1]["step_bytes"]

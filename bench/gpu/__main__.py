@@ -1,6 +1,7 @@
 """The CUDA side in one command: every Triton kernel against the reference, then speeds against the card's own.
 
-Last comes an EXL2 model of Yi-34B's shape in 24 GiB; exllamav2's kernels run beside ours where they are installed.
+Last come an EXL2 model of Yi-34B's shape in 24 GiB, for which exllamav2's kernels run beside ours where they are
+installed, and a Mixtral of 8x7B's shape at 4 bits.
 
 `python -m bench.gpu` in the checkout, on a machine with a CUDA card, PyTorch, Triton and transformers; no more is
 needed, nothing need be installed. Writes bench/results/gpu.json and exits with 1 if a result is wrong or below its bar.
@@ -33,19 +34,24 @@ def main() -> int:
         return _refuse("no CUDA device; --smoke runs tiny sizes on a CPU")
 
     from bench import report
-    from bench.gpu import attention, correctness, model, quantised, quantised_model, timing
+    from bench.gpu import attention, correctness, experts, model, quantised, quantised_model, timing
 
     device = torch.device("cpu" if is_smoke else "cuda")
     bandwidth = timing.memory_bandwidth(device, 1 << (20 if is_smoke else 31))
     _show(f"memory: a copy moves {bandwidth / 1e9:.0f} GB/s")
     results: dict[str, object] = {"device": _describe(device), "bandwidth_gb_s": bandwidth / 1e9}
-    checks = correctness.check_kernels(device, is_smoke, _show) + quantised.check_products(device, is_smoke, _show)
+    checks = [
+        *correctness.check_kernels(device, is_smoke, _show),
+        *quantised.check_products(device, is_smoke, _show),
+        *experts.check(device, is_smoke, _show),
+    ]
     speeds = []
     for name, measure in (
         ("decode_attention", attention.measure),
         ("products", quantised.measure),
         ("decode", model.measure),
         ("exl2_decode", quantised_model.measure),
+        ("mixture_decode", experts.measure),
     ):
         rows = measure(device, bandwidth, is_smoke, _show)
         results[name] = rows

@@ -1,4 +1,7 @@
-"""Checkpoints of Llama's layout that are nowhere: each tensor is drawn when it is read, the same for the same name."""
+"""Checkpoints of Llama's and Mixtral's layout that are nowhere: each tensor is drawn when it is read.
+
+The same name gives the same numbers. Sizes that have `num_local_experts` are a Mixtral's.
+"""
 
 import json
 import math
@@ -35,6 +38,11 @@ class RandomWeights(Checkpoint):
         if part in ("q_groups", "q_scale_max", "q_invperm"):
             num_inputs = self.tensors[f"{module}.q_invperm"].shape[0]
             return _exl2_rows(part, num_inputs, _bits(module, num_inputs), generator).to(device)
+        if part == "scales":  # of GPTQ: uniform codes of 4 bits give products of about the size of their input
+            inputs = GROUP_ROWS * entry.shape[0]
+            return torch.full(entry.shape, math.sqrt(12 / inputs) / 16, dtype=torch.float16, device=device)
+        if part == "qzeros":  # of 8, stored less one
+            return torch.full(entry.shape, 0x77777777, dtype=torch.int32, device=device)
         if entry.dtype == "I32":  # words of codes of any kind
             full = torch.iinfo(torch.int32)
             return torch.randint(full.min, full.max, entry.shape, dtype=torch.int32, device=device, generator=generator)
@@ -54,11 +62,12 @@ class RandomWeights(Checkpoint):
 def random_model(
     sizes: Sizes, entries: Sequence[TensorEntry], device: torch.device, show: Callable[[str], None]
 ) -> tuple[LoadedModel, RandomWeights]:
-    """The server's own model of a Llama of these sizes and tensors, and its weights."""
+    """The server's own model of these sizes and tensors, and its weights."""
+    kind = "Mixtral" if "num_local_experts" in sizes else "Llama"
     dtype = "bfloat16" if entries[0].dtype == "BF16" else "float16"
     config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": [f"{kind}ForCausalLM"],
+        "model_type": kind.lower(),
         "dtype": dtype,
         "max_position_embeddings": 4096,
         "rope_theta": 5e6,
@@ -96,6 +105,23 @@ def exl2_entries(sizes: Sizes) -> list[TensorEntry]:
     return _entries(sizes, "F16", linear)
 
 
+def gptq_entries(sizes: Sizes) -> list[TensorEntry]:
+    """Those of one in GPTQ of 4 bits, whose head and routers are plain."""
+
+    def linear(name: str, shape: tuple[int, ...]) -> list[TensorEntry]:
+        if name.endswith(("lm_head", ".gate")):
+            return [_entry(f"{name}.weight", "F16", shape)]
+        outputs, inputs = shape
+        groups = inputs // GROUP_ROWS
+        return [
+            _entry(f"{name}.qweight", "I32", (inputs // 8, outputs)),
+            _entry(f"{name}.qzeros", "I32", (groups, outputs // 8)),
+            _entry(f"{name}.scales", "F16", (groups, outputs)),
+        ]
+
+    return _entries(sizes, "F16", linear)
+
+
 def _entries(
     sizes: Sizes, dtype: str, linear: Callable[[str, tuple[int, ...]], list[TensorEntry]]
 ) -> list[TensorEntry]:
@@ -106,10 +132,14 @@ def _entries(
         "self_attn.k_proj": (kv, hidden),
         "self_attn.v_proj": (kv, hidden),
         "self_attn.o_proj": (hidden, hidden),
-        "mlp.gate_proj": (inner, hidden),
-        "mlp.up_proj": (inner, hidden),
-        "mlp.down_proj": (hidden, inner),
     }
+    experts = range(sizes.get("num_local_experts", 0))
+    mlps = [(f"block_sparse_moe.experts.{e}", ("w1", "w3", "w2")) for e in experts]
+    for mlp, names in mlps or [("mlp", ("gate_proj", "up_proj", "down_proj"))]:
+        shapes = ((inner, hidden), (inner, hidden), (hidden, inner))
+        linears |= {f"{mlp}.{name}": shape for name, shape in zip(names, shapes, strict=True)}
+    if mlps:
+        linears["block_sparse_moe.gate"] = (len(mlps), hidden)
     entries = [_entry("model.embed_tokens.weight", dtype, (sizes["vocab_size"], hidden))]
     for i in range(sizes["num_hidden_layers"]):
         layer = f"model.layers.{i}"
