@@ -37,7 +37,7 @@ class AdapterRoom:
     @contextmanager
     def taken(self, name: str, num_bytes: int) -> Iterator[None]:
         """Take room for an adapter, given back if the block raises. Raises BackendError where there is too little."""
-        free = self._num_bytes - sum(list(self._taken.values()))
+        free = self._num_bytes - sum(list(self._taken.values()))  # a copy: another thread may give room back
         if num_bytes > free:
             raise BackendError(
                 f"the adapter takes {num_bytes / MIB:.1f} MiB, and {max(0, free) / MIB:.1f} of the "

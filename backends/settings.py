@@ -79,7 +79,6 @@ class ModelSettings(BaseModel, frozen=True, extra="forbid"):
         for name, path in pairs:
             if not name or not path:
                 raise ValueError(f"expected NAME=PATH, not {name or path!r}")
-            check_adapter_name(name)
         if len(dict(pairs)) < len(pairs):
             raise ValueError("a name stands for two adapters")
         return dict(pairs)
@@ -89,4 +88,11 @@ class ModelSettings(BaseModel, frozen=True, extra="forbid"):
     def _check_folder(cls, value: str | None) -> str | None:
         if value is not None and not Path(value).expanduser().is_dir():
             raise ValueError(f"there is no folder {value!r}")
+        return value
+
+    @field_validator("adapters")
+    @classmethod
+    def _check_names(cls, value: dict[str, str]) -> dict[str, str]:
+        for name in value:
+            check_adapter_name(name)
         return value

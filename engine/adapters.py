@@ -109,9 +109,9 @@ class Adapters:
         for name in [name for name, served in self._served.items() if paths.get(name) != served.path]:
             self.unload(name)
         self.free(())
-        for name, path in paths.items():
+        for name in [name for name in paths if name not in self._served]:
             try:
-                self.prepare(name, Path(path))()
+                self.prepare(name, Path(paths[name]))()
             except EngineError as error:
                 log.warning("adapter not loaded again: name=%s reason=%s", name, error.message)
 

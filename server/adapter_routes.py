@@ -11,7 +11,7 @@ from tightrope.engine.errors import InvalidRequest
 from tightrope.server.body import Body, Documented, JsonRoute, ignored_fields, log_ignored
 from tightrope.server.errors import SwitchedOff
 from tightrope.server.front import Front
-from tightrope.server.openai.convert import ANY_MODEL
+from tightrope.server.openai.convert import means_the_model
 from tightrope.server.openai.routes import ERRORS
 
 log = logging.getLogger("tightrope.server")
@@ -68,5 +68,5 @@ def _check_name(name: str, front: Front) -> None:
         check_adapter_name(name)
     except ValueError as error:
         raise InvalidRequest(f"lora_name: {error}", "lora_name") from None
-    if name in ANY_MODEL or name == front.served().model_id:
+    if means_the_model(name, front.served().model_id):
         raise InvalidRequest(f"lora_name: {name!r} means the model itself", "lora_name")

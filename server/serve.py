@@ -20,6 +20,7 @@ from tightrope.engine.types import ModelInfo
 from tightrope.server.app import create_app
 from tightrope.server.connections import Connection
 from tightrope.server.guards import is_loopback
+from tightrope.server.openai.convert import means_the_model
 from tightrope.server.settings import ServerSettings
 
 log = logging.getLogger("tightrope.serve")
@@ -108,6 +109,9 @@ async def _announce(client: EngineClient, server: uvicorn.Server, settings: Serv
     """Print what is served once it is. Raises ServeError, after ending the server, when it can't be."""
     try:
         info = await client.wait_ready()
+        for name in client.adapters:
+            if means_the_model(name, settings.served_model_name or info.model_id):
+                raise BackendFailed(f"--lora: {name!r} means the model itself; give the adapter another name")
     except BackendFailed as error:
         stopping, server.should_exit = server.should_exit, True
         if stopping:

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -12,7 +14,7 @@ import pytest
 import torch
 from fake_api import api
 from fakes import FakeBackend
-from real_server import RunningServer, run_server
+from real_server import RunningServer, clean_environment, run_server
 from safetensors.torch import load_file, save_file
 
 from tightrope.backends.adapters import MIB, AdapterRoom, find_adapter
@@ -131,10 +133,11 @@ def test_an_engine_serves_what_the_one_before_it_served(
     load(core, "a", tmp_path / "a")
     load(core, "b", tmp_path / "b")
     (tmp_path / "c").touch()
+    caplog.clear()
     core.adapters.restore({"b": str(tmp_path / "b"), "c": str(tmp_path / "c"), "gone": str(tmp_path / "gone")})
 
     assert core.adapters.paths == {"b": str(tmp_path / "b"), "c": str(tmp_path / "c")}
-    assert "name=gone" in caplog.text
+    assert [record.args[0] for record in caplog.records if record.args] == ["gone"]
 
 
 def test_adapters_share_the_room_that_is_kept_for_them() -> None:
@@ -191,6 +194,15 @@ async def test_the_api_key_does_not_change_adapters_and_the_admin_key_opens_ever
 
 
 # ---- the real server ----
+
+
+def test_an_adapter_with_the_name_of_the_model_stops_the_start() -> None:
+    options = ["--model", str(DATA / "llama-bf16"), "--port=0", "--lora", f"llama-bf16={DATA / 'llama-lora-r4'}"]
+    command = [sys.executable, "-m", "tightrope", "serve", *options]
+    result = subprocess.run(command, capture_output=True, text=True, env=clean_environment(), timeout=120)
+
+    reason = "--lora: 'llama-bf16' means the model itself; give the adapter another name"
+    assert (result.returncode, result.stderr) == (1, f"tightrope: {reason}\n")
 
 
 @pytest.fixture(scope="module")

@@ -24,6 +24,7 @@ from tightrope.backends.gguf.header import Header
 from tightrope.backends.gguf.peft_file import Conversion
 from tightrope.backends.hf.backend import HFBackend
 from tightrope.backends.hf.peft import read_adapter
+from tightrope.backends.planning import outline
 from tightrope.backends.protocol import Chunk
 from tightrope.backends.settings import CacheSettings, ModelSettings
 
@@ -31,6 +32,7 @@ DATA = Path(__file__).parent / "data" / "adapters"
 EXPECTED: Mapping[str, Any] = json.loads((DATA / "expected.json").read_text("utf-8"))
 # Keys and values are kept in float16, and ggml multiplies by them in it; adapters move these logits by about 1.
 CLOSE = 1e-2
+NUM_LOW_RANK = 2 * 4 * (3 * (128 + 352) + 2 * (128 + 128) + 128 + 64)  # of llama-lora-r4: two layers of rank 4
 
 
 @pytest.fixture(scope="module")
@@ -226,6 +228,20 @@ def test_an_adapter_in_sixteen_bits_is_read(files: Path) -> None:
     path = write_adapter(DATA / "llama-lora-r4", files / "half.gguf", DATA / "llama-bf16", dtype=np.float16)
     with closing(open_model(files / "llama-bf16.gguf", mine=path)) as backend:
         assert_expected(last_logits(backend, prompt["ids"], "mine"), prompt)
+
+
+def test_the_plan_counts_adapters_and_the_room_for_more(files: Path) -> None:
+    for model in (files / "llama-bf16.gguf", DATA / "llama-bf16"):
+        alone, with_adapter, with_room = (
+            outline(ModelSettings(model=str(model), **more), memory_bytes=4 << 30).weight_bytes
+            for more in (
+                {},
+                {"adapters": {"mine": str(DATA / "llama-lora-r4")}},
+                {"adapter_folder": str(files), "adapter_memory_mib": 7},
+            )
+        )
+        assert with_adapter - alone == 2 * NUM_LOW_RANK
+        assert with_room - alone == 7 << 20
 
 
 # ---- the real server ----

@@ -108,6 +108,10 @@ def test_origins_come_as_one_text_or_as_a_list(tmp_path: Path):
         ),
         ({"config": "/no/such.toml"}, {}, "/no/such.toml: can't read the configuration: No such file"),
         ({"max-num-seqs": "0"}, {}, "--max-num-seqs: input should be greater than or equal to 1, not '0'"),
+        ({"lora": "../up=/tmp"}, {}, "--lora: '../up' can't name an adapter: up to 128 letters, digits"),
+        ({"lora-folder": "/no/such/folder"}, {}, "--lora-folder: there is no folder '/no/such/folder'"),
+        ({"lora-memory-mib": "0"}, {}, "--lora-memory-mib: input should be greater than or equal to 1, not '0'"),
+        ({"admin-key": "hunter2"}, {"TIGHTROPE_API_KEY": "hunter2"}, "--admin-key: the admin key must not be the API"),
     ],
 )
 def test_a_setting_that_cannot_be_used_is_named_in_one_line(
@@ -139,8 +143,8 @@ def test_what_is_wrong_in_the_file_is_named_with_the_file(tmp_path: Path, text: 
     assert str(caught.value).startswith(f"{config}: {message}")
 
 
-def test_the_key_is_not_shown_with_the_settings():
-    assert "hunter2" not in repr(load_settings({"api-key": "hunter2"}, {}))
+def test_the_keys_are_not_shown_with_the_settings():
+    assert "hunter" not in repr(load_settings({"api-key": "hunter2", "admin-key": "hunter3"}, {}))
 
 
 def test_an_options_variable_is_its_name_in_capitals():

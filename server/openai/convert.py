@@ -42,12 +42,17 @@ class Served:
     adapters: Mapping[str, str] = field(default_factory=dict)  # paths of those that may be named as the model
 
 
+def means_the_model(name: str | None, model_id: str) -> bool:
+    """Whether a request's `model` is the served one, and no adapter."""
+    return name in ANY_MODEL or name == model_id
+
+
 def check_model(name: str | None, served: Served) -> str | None:
     """The adapter that `name` means; None for the served model and the names for "whatever is there".
 
     Raises ModelNotFound for any other name.
     """
-    if name in ANY_MODEL or name == served.model_id:
+    if means_the_model(name, served.model_id):
         return None
     if name not in served.adapters:
         raise ModelNotFound(f"The model `{name}` does not exist.", "model")
