@@ -12,6 +12,7 @@ from tightrope.backends.protocol import Backend, Chunk, WantLogits
 from tightrope.engine.adapters import Adapters
 from tightrope.engine.banned import Held
 from tightrope.engine.errors import BackendFailed, EngineError
+from tightrope.engine.guidance import Guide, guided
 from tightrope.engine.prompts import Intake, encode_prompt, plain_token
 from tightrope.engine.sampler.sampler import Sampled, prompt_logprobs, sample
 from tightrope.engine.scheduler import Scheduler, Work
@@ -73,7 +74,13 @@ class EngineCore:
         self._max_num_seqs = backend.capabilities.max_num_seqs
         self._capacity = backend.kv.usage().capacity
         self._max_model_len = min(backend.card.max_model_len, self._capacity)
-        self._intake = Intake(self._tokenizer, self._max_model_len, limits.max_best_of)
+        self._intake = Intake(
+            self._tokenizer,
+            self._max_model_len,
+            limits.max_best_of,
+            cache_tokens=self._capacity,
+            max_num_seqs=self._max_num_seqs,
+        )
         self._scheduler = Scheduler(
             backend.kv,
             max_num_seqs=self._max_num_seqs,
@@ -170,7 +177,7 @@ class EngineCore:
             return self._fail(list(self._scheduler.waiting)[:1], "the prompt doesn't fit the cache")
         forward_began = self._clock()
         try:
-            logits = self._backend.forward([self._chunk(work) for work in works])
+            logits = self._backend.forward([chunk for work in works for chunk in self._chunks(work)])
         except BackendError as error:
             return self._fail([work.sequence for work in works], str(error))
         sample_began = self._clock()
@@ -184,14 +191,26 @@ class EngineCore:
         self._counters.sample_s += ended - sample_began
         return result
 
-    def _chunk(self, work: Work) -> Chunk:
-        sequence, start = work.sequence, work.sequence.num_computed
-        want: WantLogits = "last" if work.is_last and sequence.request.stop.max_tokens != 0 else "none"
-        if sequence.needs_own_prompt:
-            want = "all"
-        request = sequence.request
-        token_ids = sequence.token_ids[start : start + work.num_tokens]
-        return Chunk(sequence.seq_id, token_ids, start, want, sequence.adapter, request.adapter_scale)
+    def _chunks(self, work: Work) -> list[Chunk]:
+        """The sequence's part, then its guide's; a part may have no tokens in this step."""
+        sequence, request = work.sequence, work.sequence.request
+        last: WantLogits = "last" if work.is_last and request.stop.max_tokens != 0 else "none"
+        want: WantLogits = "all" if sequence.needs_own_prompt else last
+        parts: list[tuple[Sequence | Guide, int, WantLogits]] = [(sequence, work.num_tokens, want)]
+        if sequence.guide is not None:
+            parts.append((sequence.guide, work.num_guide_tokens, last))
+        return [
+            Chunk(
+                one.seq_id,
+                one.token_ids[one.num_computed : one.num_computed + num_tokens],
+                one.num_computed,
+                wanted,
+                sequence.adapter,
+                request.adapter_scale,
+            )
+            for one, num_tokens, wanted in parts
+            if num_tokens > 0
+        ]
 
     def _fail(self, sequences: list[Sequence], why: str) -> StepResult:
         """End the requests of these sequences; nothing of them stays cached."""
@@ -212,7 +231,7 @@ class EngineCore:
         for work in works:
             sequence, start, is_last = work.sequence, work.sequence.num_computed, work.is_last
             self._scheduler.commit(work)
-            if sequence.needs_own_prompt:
+            if sequence.needs_own_prompt and work.num_tokens:
                 self._score_prompt(sequence, start, logits[row : row + work.num_tokens])
                 row += work.num_tokens
                 if is_last and sequence.request.stop.max_tokens != 0:
@@ -221,6 +240,9 @@ class EngineCore:
             elif is_last and sequence.request.stop.max_tokens != 0:
                 last_rows.append(row)
                 drawing.append(sequence)
+                row += 1
+            if sequence.guide is not None and drawing[-1:] == [sequence]:
+                logits[last_rows[-1]] = guided(logits[last_rows[-1]], logits[row], sequence.guide.scale)
                 row += 1
             if is_last and sequence.request.stop.max_tokens == 0:
                 deltas.append(self._finish(sequence, "", (), "length", now_s))
@@ -254,7 +276,7 @@ class EngineCore:
         if sequence.first_token_s is None:
             sequence.first_token_s = now_s
         token_id = drawn.token_id
-        sequence.token_ids.append(token_id)
+        sequence.append(token_id)
         sequence.sampler.append(token_id, drawn.surprise)
         self._counters.generated_tokens += 1
         request, stop = sequence.request, sequence.request.stop
@@ -290,7 +312,7 @@ class EngineCore:
         """Go back to before the tokens that became a banned string, and on from there by another one."""
         assert sequence.banned is not None
         sequence.detokenizer = sequence.banned.take_back(num_tokens).before
-        del sequence.token_ids[-num_tokens:]
+        sequence.take_back(num_tokens)
         sequence.sampler.truncate(sequence.num_output)
         if sequence.banned.is_stuck:
             return self._end(sequence, [], "error", now_s, message="every way on leads to a banned string")

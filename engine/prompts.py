@@ -12,10 +12,13 @@ from tightrope.engine.banned import BannedStrings
 from tightrope.engine.detokenizer import Detokenizer
 from tightrope.engine.errors import ContextLengthExceeded, InvalidRequest
 from tightrope.engine.grammar import Grammars
+from tightrope.engine.guidance import Guide
 from tightrope.engine.sampler.state import SamplerState
 from tightrope.engine.sequence import Sequence
-from tightrope.engine.types import GenerateRequest, Prompt, SamplingParams, TextPrompt, Token
+from tightrope.engine.types import GenerateRequest, Prompt, SamplingParams, Span, TextPrompt, Token
+from tightrope.kernels.layout import PAGE
 
+GUIDE = "negative_prompt"  # the request's name for it
 SEED_STEP = 0x9E3779B97F4A7C15  # sets the seeds of a request's choices apart
 SEED_MASK = (1 << 64) - 1
 
@@ -54,9 +57,13 @@ def plain_token(token_id: int, tokenizer: Tokenizer) -> Token:
 class Intake:
     """Makes sequences of requests."""
 
-    def __init__(self, tokenizer: Tokenizer, max_model_len: int, max_choices: int) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, max_model_len: int, max_choices: int, *, cache_tokens: int, max_num_seqs: int
+    ) -> None:
         self._tokenizer = tokenizer
         self._max_model_len = max_model_len
+        self._cache_tokens = cache_tokens
+        self._max_num_seqs = max_num_seqs
         self._max_choices = max_choices
         self._seq_ids = count()
         self._grammars = Grammars(tokenizer)
@@ -70,6 +77,9 @@ class Intake:
             raise InvalidRequest(f"n must be between 1 and {self._max_choices}, not {request.n}", "n")
         prompt = self._prompt(request)
         max_len = self._max_len(request, len(prompt))
+        negative = self._negative_prompt(request, prompt)
+        if negative:
+            max_len = min(max_len, self._guided_len(request, len(prompt), len(negative)))
         matcher = None if request.grammar is None else self._grammars.matcher(request.grammar)
         sequences: list[Sequence] = []
         for index in range(request.n):
@@ -89,12 +99,45 @@ class Intake:
                 detokenizer=Detokenizer(request.stop.strings, keep_stop_text=request.stop.keep_stop_text),
                 max_len=max_len,
                 arrived_s=now_s,
+                guide=self._guide(request, negative),
                 banned=BannedStrings(banned) if (banned := request.sampling.banned_strings) else None,
                 leader=sequences[0] if sequences else None,
                 prompt_tokens=[] if request.prompt_logprobs is not None else None,
             )
             sequences.append(sequence)
         return sequences
+
+    def _guide(self, request: GenerateRequest, negative: list[int]) -> Guide | None:
+        if request.guidance is None or not negative:
+            return None
+        return Guide(next(self._seq_ids), list(negative), request.guidance.scale)
+
+    def _negative_prompt(self, request: GenerateRequest, prompt: list[int]) -> list[int]:
+        """The token ids of the guide's prompt, one at least; none where nothing is to be guided.
+
+        No text is a BOS alone where the model begins with one, else the last token of the prompt.
+        """
+        guidance = request.guidance
+        if guidance is None or guidance.scale == 1 or request.stop.max_tokens == 0:
+            return []
+        add_bos = request.prompt.add_bos if isinstance(request.prompt, TextPrompt) else True
+        negative = TextPrompt((Span(guidance.text),), add_bos)
+        return encode_prompt(negative, self._tokenizer) or prompt[-1:]
+
+    def _guided_len(self, request: GenerateRequest, num_prompt: int, num_negative: int) -> int:
+        """How long a guided sequence may become, for its guide's sake. Raises InvalidRequest."""
+        if self._max_num_seqs < 2:
+            raise InvalidRequest(f"{GUIDE}: its sequence needs a second place, and --max-num-seqs is 1", GUIDE)
+        room = self._cache_tokens - 2 * (PAGE - 1)  # pages that are begun may be empty but for one token
+        most = min(self._max_model_len - num_negative, (room - num_prompt - num_negative) // 2)
+        asked = request.stop.max_tokens if request.reserve_tokens is None else request.reserve_tokens
+        if most < (asked or 1):
+            raise InvalidRequest(
+                f"{GUIDE}: beside its {num_negative} tokens and the prompt's {num_prompt} there is room for "
+                f"{max(0, most)} tokens of an answer; {asked or 1} were asked for",
+                GUIDE,
+            )
+        return num_prompt + most
 
     def _prompt(self, request: GenerateRequest) -> list[int]:
         token_ids = encode_prompt(request.prompt, self._tokenizer)

@@ -15,6 +15,7 @@ from itertools import count
 
 from tightrope.backends.errors import BackendError
 from tightrope.backends.protocol import KVCache
+from tightrope.engine.guidance import Guide
 from tightrope.engine.sequence import AdapterUse, Sequence
 from tightrope.engine.turns import AdapterTurns
 
@@ -24,15 +25,21 @@ MIN_BUSY_PREFILL = 16  # tokens; smaller chunks of a prompt cost a whole step fo
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """One sequence's part of the step: its next `num_tokens` pending tokens."""
+    """One sequence's part of the step: its next `num_tokens` pending tokens, and as many of its guide as are told."""
 
     sequence: Sequence
     num_tokens: int
+    num_guide_tokens: int = 0
 
     @property
     def is_last(self) -> bool:
         """Whether the next token can be drawn afterwards."""
         return self.num_tokens == self.sequence.num_pending
+
+    @property
+    def num_run(self) -> int:
+        """Tokens that the model runs."""
+        return self.num_tokens + self.num_guide_tokens
 
 
 class PrefillRate:
@@ -93,7 +100,8 @@ class Scheduler:
         """Take a sequence out, finished or not. keep: its cached tokens stay matchable."""
         if sequence in self.running:
             self.running.remove(sequence)
-            self._kv.close(sequence.seq_id, keep=keep)
+            for seq_id in sequence.seq_ids:
+                self._kv.close(seq_id, keep=keep)
             self._has_room = True
         else:
             self.waiting.remove(sequence)
@@ -104,21 +112,27 @@ class Scheduler:
         end = sequence.num_computed + work.num_tokens
         self._kv.commit(sequence.seq_id, sequence.token_ids[sequence.num_computed : end])
         sequence.num_computed = end
+        if (guide := sequence.guide) is not None:
+            end = guide.num_computed + work.num_guide_tokens
+            self._kv.commit(guide.seq_id, guide.token_ids[guide.num_computed : end])
+            guide.num_computed = end
 
     def rewind(self, sequence: Sequence) -> None:
         """Follow a running sequence that has lost tokens at its end: the last of the rest runs again, for its logits.
 
         Where the cache can't go back there, the sequence starts again, from what is cached of it.
         """
-        num_kept = len(sequence.token_ids) - 1
+        written: list[Sequence | Guide] = [sequence] if sequence.guide is None else [sequence, sequence.guide]
         try:
-            if num_kept > 0:
-                self._kv.truncate(sequence.seq_id, num_kept)
+            for one in written:
+                one.num_computed = len(one.token_ids) - 1
+                if one.num_computed > 0:
+                    self._kv.truncate(one.seq_id, one.num_computed)
         except BackendError:
-            num_kept = 0
-        sequence.num_computed = num_kept
-        if num_kept == 0:
+            sequence.num_computed = 0
+        if any(one.num_computed == 0 for one in written):
             self.remove(sequence)
+            sequence.restart()
             self.waiting.appendleft(sequence)
 
     def schedule(self, now_s: float) -> list[Work]:
@@ -134,7 +148,7 @@ class Scheduler:
 
     def _step_of(self, may_run: Callable[[Sequence], bool], now_s: float) -> list[Work]:
         step = self._decodes(may_run)
-        budget = self._max_step_tokens - len(step)
+        budget = self._max_step_tokens - sum(work.num_run for work in step)
         if any(sequence.is_decoding for sequence in self.running):
             budget = min(budget, self.rate.tokens_in(self._busy_step_s))
         for sequence in [s for s in self.running if may_run(s) and not s.is_decoding]:
@@ -147,30 +161,40 @@ class Scheduler:
         """One token for every sequence that is writing; preempts from the young end until all have room."""
         step = []
         for sequence in [s for s in self.running if may_run(s) and s.is_decoding]:
-            while sequence in self.running and not self._kv.reserve(sequence.seq_id, 1):
+            while sequence in self.running and not all(self._kv.reserve(seq_id, 1) for seq_id in sequence.seq_ids):
                 self._preempt(self.running[-1])
             if sequence in self.running:
-                step.append(Work(sequence, 1))
+                step.append(Work(sequence, 1, len(sequence.seq_ids) - 1))
         return [work for work in step if work.sequence in self.running]
 
     def _preempt(self, sequence: Sequence) -> None:
         self.remove(sequence)
-        sequence.num_computed = 0
+        sequence.restart()
         self.waiting.appendleft(sequence)
         self._has_room = False
         self.preemptions += 1
 
     def _add_chunk(self, step: list[Work], sequence: Sequence, budget: int) -> int:
         """Give a prompt what the budget allows; return the tokens spent."""
+        guide = sequence.guide
+        # A guide's prompt runs first, but for its last token: that one runs beside the last of its sequence's.
+        num_guide = 0 if guide is None else min(guide.num_pending - 1, budget)
+        budget -= num_guide
         num_tokens = min(sequence.num_pending, budget)
         if sequence.is_reproducible and 1 < num_tokens == sequence.num_pending:
             num_tokens -= 1
         if sequence.needs_own_prompt:
             taken = sum(work.num_tokens for work in step if work.sequence.needs_own_prompt)
             num_tokens = min(num_tokens, self._max_prompt_rows - taken)
-        if num_tokens > 0:
-            step.append(Work(sequence, num_tokens))
-        return num_tokens
+        if guide is not None and num_tokens == sequence.num_pending:
+            if guide.num_pending == 1 and num_tokens < budget:
+                num_guide = 1
+            else:
+                num_tokens -= 1
+        work = Work(sequence, max(0, num_tokens), num_guide)
+        if work.num_run > 0:
+            step.append(work)
+        return work.num_run
 
     def _admit(self, may_run: Callable[[Sequence], bool], now_s: float) -> Sequence | None:
         """Start the next waiting sequence, if there is one that may start and fits."""
@@ -178,13 +202,19 @@ class Scheduler:
             return None
         startable = (s for s in self.waiting if s.leader is None or s.leader.is_prompt_computed)
         sequence = next(filter(may_run, startable), None)
-        if sequence is None or not self._open(sequence):
+        if sequence is None or self._num_places(*self.running, sequence) > self._max_num_seqs:
+            return None
+        if not self._open(sequence):
             return None
         self.waiting.remove(sequence)
         self.running.append(sequence)
         if sequence.started_s is None:
             sequence.started_s = now_s
         return sequence
+
+    @staticmethod
+    def _num_places(*sequences: Sequence) -> int:
+        return sum(len(sequence.seq_ids) for sequence in sequences)
 
     def _open(self, sequence: Sequence) -> bool:
         """Pin what is cached of the sequence and reserve the rest; nothing has changed if that fails."""
@@ -198,7 +228,13 @@ class Scheduler:
             reproducible=sequence.is_reproducible,
         )
         headroom = max(0, min(DECODE_HEADROOM, sequence.max_len - 1 - len(sequence.token_ids)))  # the last never runs
-        if not self._kv.reserve(sequence.seq_id, len(sequence.token_ids) - num_cached + headroom):
+        has_room = self._kv.reserve(sequence.seq_id, len(sequence.token_ids) - num_cached + headroom)
+        if has_room and (guide := sequence.guide) is not None:
+            guide.num_computed = self._kv.open(guide.seq_id, guide.token_ids, sequence.namespace)
+            has_room = self._kv.reserve(guide.seq_id, guide.num_pending + headroom)
+            if not has_room:
+                self._kv.close(guide.seq_id, keep=True)
+        if not has_room:
             self._kv.close(sequence.seq_id, keep=True)  # what it had found stays to be found
             self._has_room = False
             return False

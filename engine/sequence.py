@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from tightrope.engine.banned import BannedStrings
 from tightrope.engine.detokenizer import Detokenizer
+from tightrope.engine.guidance import Guide
 from tightrope.engine.sampler.state import SamplerState
 from tightrope.engine.types import GenerateRequest, Timings, Token
 
@@ -26,6 +27,7 @@ class Sequence:
     max_len: int  # token_ids never grows beyond it
     arrived_s: float
     banned: BannedStrings | None = None
+    guide: Guide | None = None  # runs in the same steps
     num_prompt: int = field(init=False)
     num_computed: int = 0
     num_cached: int = 0  # of the prompt, found in the cache at the first start
@@ -64,7 +66,32 @@ class Sequence:
     @property
     def is_decoding(self) -> bool:
         """Whether one step on one token gives the next one."""
-        return self.num_pending == 1 and self.num_computed > 0
+        guide = self.guide
+        is_guided = guide is None or (guide.num_pending == 1 and guide.num_computed > 0)
+        return self.num_pending == 1 and self.num_computed > 0 and is_guided
+
+    @property
+    def seq_ids(self) -> tuple[int, ...]:
+        """What the cache knows it by: one sequence, or two."""
+        return (self.seq_id,) if self.guide is None else (self.seq_id, self.guide.seq_id)
+
+    def append(self, token_id: int) -> None:
+        """Add a token of the output."""
+        self.token_ids.append(token_id)
+        if self.guide is not None:
+            self.guide.token_ids.append(token_id)
+
+    def take_back(self, num_tokens: int) -> None:
+        """Remove the output's last tokens; how much of the rest is computed is the scheduler's to say."""
+        del self.token_ids[-num_tokens:]
+        if self.guide is not None:
+            del self.guide.token_ids[-num_tokens:]
+
+    def restart(self) -> None:
+        """Nothing of it is in the cache any more."""
+        self.num_computed = 0
+        if self.guide is not None:
+            self.guide.num_computed = 0
 
     @property
     def is_prompt_computed(self) -> bool:

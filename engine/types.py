@@ -132,6 +132,13 @@ class Grammar(Struct, frozen=True):
     field: str
 
 
+class Guidance(Struct, frozen=True):
+    """A text that the answer is led away from, by how much the prompt makes a token likelier than the text does."""
+
+    text: str  # "" is no text at all
+    scale: float  # >= 0; 1 changes nothing
+
+
 class GenerateRequest(Struct, frozen=True):
     """One prompt and `n` independent answers to it."""
 
@@ -140,6 +147,7 @@ class GenerateRequest(Struct, frozen=True):
     sampling: SamplingParams = SamplingParams()
     stop: StopRules = StopRules()
     grammar: Grammar | None = None
+    guidance: Guidance | None = None
     n: int = 1
     logprobs: LogprobRequest | None = None
     prompt_logprobs: int | None = None  # raw logprobs of the prompt's tokens, with that many alternatives

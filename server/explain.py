@@ -72,6 +72,12 @@ def samplers(params: SamplingParams) -> list[dict[str, Any]]:
     return [{name: values[name] for name in names} for names in active]
 
 
+def _guidance(request: GenerateRequest) -> list[dict[str, Any]]:
+    """What is done to the logits before all samplers."""
+    guidance = request.guidance
+    return [] if guidance is None else [{"guidance_scale": guidance.scale, "negative_prompt": guidance.text}]
+
+
 @dataclass(frozen=True, slots=True)
 class Explanation:
     """All that is known before the work begins."""
@@ -89,7 +95,7 @@ class Explanation:
                 prompt | {"tokens_reused": infos[place].num_cached, "seed": infos[place].seed}
                 for place, prompt in enumerate(self.prompts)
             ],
-            "samplers": samplers(self.request.sampling),
+            "samplers": _guidance(self.request) + samplers(self.request.sampling),
             "stop": {
                 "max_tokens": stop.max_tokens,
                 "strings": stop.strings,

@@ -15,7 +15,7 @@ from typing import Any, TypeGuard
 from tightrope.engine.banned import MAX_CHARS, MAX_STRINGS
 from tightrope.engine.errors import InvalidRequest
 from tightrope.engine.sampler.breakers import MAX_BYTES
-from tightrope.engine.types import LONGEST_RUN, SAMPLER_ORDER, SamplingParams, StopRules
+from tightrope.engine.types import LONGEST_RUN, SAMPLER_ORDER, Guidance, SamplingParams, StopRules
 from tightrope.server.sampler_names import kobold_order, llama_cpp_order, named_order
 
 MAX_STOPS = 1024  # the engine looks for each of them after each token
@@ -33,6 +33,7 @@ class Sampling:
 
     params: SamplingParams
     stop: StopRules
+    guidance: Guidance | None
     ignored: tuple[Ignored, ...]
 
 
@@ -143,6 +144,9 @@ _ADAPTIVE_TARGET = Number("adaptive_target", ("adaptive_target",), high=1)
 _ADAPTIVE_DECAY = Number("adaptive_decay", ("adaptive_decay",), low=0, high=1, below_high=True)
 _EXPONENT = Number("dynatemp_exponent", ("dynatemp_exponent", "temp_exponent"), low=0, above_low=True)
 
+_GUIDANCE = Number("scale", ("guidance_scale", "cfg_scale"), low=0, high=100, off=frozenset({1}))
+_NEGATIVE = "negative_prompt"
+
 _STOPS = ("stop", "stopping_strings", "stop_sequence", "stop_sequences")
 _IGNORE_EOS = ("ignore_eos", "ban_eos_token")
 _KEEP_STOP = ("include_stop_str_in_output",)
@@ -166,7 +170,7 @@ WITHOUT_EFFECT: Mapping[str, tuple[Callable[[Any], bool], str]] = {  # by name: 
     "max_tokens_second": (lambda v: v == 0, "the rate of tokens is not limited"),
     "speculative_ngram": (lambda v: v is False, "the server decides how it speculates"),
 }
-_OTHER_NUMBERS = (_MIN_TOKENS, _MAX_TOKENS, _RANGE, _EXPONENT, _ADAPTIVE_TARGET, _ADAPTIVE_DECAY)
+_OTHER_NUMBERS = (_MIN_TOKENS, _MAX_TOKENS, _RANGE, _EXPONENT, _ADAPTIVE_TARGET, _ADAPTIVE_DECAY, _GUIDANCE)
 ROPE = frozenset(
     {"rope_scaling", "rope_factor", "rope_theta", "rope_scale", "rope_alpha", "alpha_value", "compress_pos_emb"}
     | {"rope_freq_base", "rope_freq_scale", "rope_frequency_base", "rope_frequency_scale"}
@@ -176,7 +180,7 @@ KNOWN: frozenset[str] = frozenset(  # all names that are read here
     | {*_STOPS, *_IGNORE_EOS, *_KEEP_STOP, *_BANNED_STRINGS, *_BANNED_TOKENS, *_ALLOWED_TOKENS}
     | {*_DYNATEMP_LOW, *_DYNATEMP_HIGH}
     | {"dry_sequence_breakers", "dynamic_temperature", "do_sample", "temperature_last", "stop_token_ids", "logit_bias"}
-    | {"guidance_scale", "cfg_scale", "negative_prompt"}
+    | {_NEGATIVE}
     | {name for name, _ in _ORDERS}
     | WITHOUT_EFFECT.keys()
     | ROPE
@@ -192,7 +196,6 @@ def read_sampling(
     name of the first field that is mistyped, out of range, or asks for what can't be had.
     """
     reading = _Reading({name: value for name, value in given.items() if value is not None}, vocab_size)
-    reading.refuse_guidance()
     reading.refuse_rope()
     reading.numbers()
     reading.temperature()
@@ -202,8 +205,9 @@ def read_sampling(
     if reading.targets.get("dry_multiplier"):
         reading.breakers()
     reading.without_effect()
+    guidance = reading.guidance()
     return Sampling(
-        SamplingParams(**reading.targets), reading.stop_rules(max_tokens, more_stops), tuple(reading.ignored)
+        SamplingParams(**reading.targets), reading.stop_rules(max_tokens, more_stops), guidance, tuple(reading.ignored)
     )
 
 
@@ -360,13 +364,17 @@ class _Reading:
             raise InvalidRequest(f"{name}: at most {MAX_BYTES} bytes each, not {longest}", name)
         self.targets[name] = tuple(texts)
 
-    def refuse_guidance(self) -> None:
-        for name in ("guidance_scale", "cfg_scale"):
-            if self.given.get(name, 1) != 1:
-                raise InvalidRequest(
-                    f"{name} must be 1: guidance by a negative prompt would run every step twice, and is not served",
-                    name,
-                )
+    def guidance(self) -> Guidance | None:
+        """A negative prompt without a scale, or with a scale of 1, changes nothing."""
+        scale = self.number(_GUIDANCE)
+        text = self.given.get(_NEGATIVE, "")
+        if not isinstance(text, str):
+            raise InvalidRequest(f"{_NEGATIVE} must be a string, not {_shown(text)}", _NEGATIVE)
+        if scale is not None:
+            return Guidance(text, scale)
+        if text:
+            self.ignored.append((_NEGATIVE, "guidance_scale is 1"))
+        return None
 
     def refuse_rope(self) -> None:
         for name in sorted(ROPE & self.given.keys()):
@@ -381,8 +389,6 @@ class _Reading:
                 self.ignored.append((name, why))
         if self.given.get("repetition_decay") and not self.targets.get("penalty_range"):
             self.ignored.append(("repetition_decay", "the penalty's range is all there is, and has no end to fade at"))
-        if self.given.get("negative_prompt"):
-            self.ignored.append(("negative_prompt", "guidance_scale is 1"))
 
     def flag(self, names: Sequence[str], *, default: bool | None = None) -> bool | None:
         name = self.first(names)

@@ -31,6 +31,7 @@ OUTPUTS: Mapping[str, GrammarKind] = {
     "choice": "choice",
     "grammar": "grammar",
 }
+OVERRULED = {"grammar_string": "json_schema"}  # TabbyAPI's clients have a box for each, and send both
 NAMES = frozenset({*KINDS, "structured_outputs", "response_format"})
 
 Given = Mapping[str, Any]  # Any: a request's JSON, whose types are checked here
@@ -52,13 +53,23 @@ def read_grammar(given: Given) -> Grammar | None:
     return found
 
 
+def overruled(given: Given) -> list[tuple[str, str]]:
+    """Fields that ask for a shape of the answer while another that counts more does so, and why they change nothing."""
+    return [
+        (name, f"{other} came too, and counts")
+        for name, other in OVERRULED.items()
+        if not (_is_empty(given.get(name)) or _is_empty(given.get(other)))
+    ]
+
+
 def _grammars(given: Given) -> Iterator[Grammar]:
     if (response_format := given.get("response_format")) is not None:
         schema = _response_schema(response_format)
         if schema is not None:
             yield _grammar("response_format", "json_schema", schema)
+    passed_over = dict(overruled(given))
     for name, kind in KINDS.items():
-        if not _is_empty(given.get(name)):
+        if not _is_empty(given.get(name)) and name not in passed_over:
             yield _grammar(name, kind, given[name])
     outputs = given.get("structured_outputs")
     if _is_empty(outputs):

@@ -1,12 +1,15 @@
 """Clients as people install them, against the real server on both runners: the bundled GGUF file, and a bf16 folder."""
 
+import json
 from collections.abc import AsyncIterator, Iterator
 
+import jsonschema
 import openai
 import pytest
 from huggingface_hub import InferenceClient
 from langchain_openai import ChatOpenAI
 from openai import OpenAI
+from openai.types.chat import ChatCompletionMessageParam, ChatCompletionToolParam
 from pydantic import SecretStr
 from text_generation import Client
 
@@ -70,6 +73,46 @@ async def test_openai_streams_asynchronously(async_client: openai.AsyncOpenAI) -
     assert "".join(chunk.choices[0].text for chunk in chunks[:-1]) == COUNTED
     assert chunks[-1].usage is not None
     assert chunks[-1].usage.completion_tokens == 8
+
+
+def test_openai_gets_an_answer_of_the_schema(openai_client: OpenAI) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"name": {"type": "string", "maxLength": 12}, "age": {"type": "integer", "maximum": 120}},
+        "required": ["name", "age"],
+        "additionalProperties": False,
+    }
+    answer = openai_client.chat.completions.create(
+        model="",
+        messages=[{"role": "user", "content": "Mary is 30. Say so as JSON."}],
+        response_format={"type": "json_schema", "json_schema": {"name": "person", "schema": schema, "strict": True}},
+        temperature=0,
+    )
+    jsonschema.validate(json.loads(answer.choices[0].message.content or ""), schema)
+
+
+def test_openai_calls_a_tool_whole_and_streamed(openai_client: OpenAI) -> None:
+    parameters = {"type": "object", "properties": {"city": {"enum": ["Paris", "Seoul"]}}, "required": ["city"]}
+    tool: ChatCompletionToolParam = {"type": "function", "function": {"name": "weather", "parameters": parameters}}
+    messages: list[ChatCompletionMessageParam] = [{"role": "user", "content": "How is the weather in Paris?"}]
+    whole = openai_client.chat.completions.create(
+        model="", messages=messages, tools=[tool], tool_choice="required", parallel_tool_calls=False, temperature=0
+    )
+    (call,) = whole.choices[0].message.tool_calls or ()
+    assert call.type == "function"
+    assert (call.function.name, whole.choices[0].finish_reason) == ("weather", "tool_calls")
+    assert json.loads(call.function.arguments)["city"] in ("Paris", "Seoul")
+    stream = openai_client.chat.completions.create(
+        model="",
+        messages=messages,
+        tools=[tool],
+        tool_choice={"type": "function", "function": {"name": "weather"}},
+        temperature=0,
+        stream=True,
+    )
+    pieces = [c for chunk in stream for c in chunk.choices[0].delta.tool_calls or () if c.function is not None]
+    assert [c.function.name for c in pieces if c.function is not None and c.function.name] == ["weather"]
+    assert json.loads("".join(c.function.arguments or "" for c in pieces if c.function is not None))
 
 
 def test_openai_scores_a_prompt_without_writing(openai_client: OpenAI) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from tightrope.engine.errors import InvalidRequest
-from tightrope.engine.types import SAMPLER_ORDER, SamplingParams, StopRules
+from tightrope.engine.types import SAMPLER_ORDER, Guidance, SamplingParams, StopRules
 from tightrope.server.sampling_fields import KNOWN, NUMBERS, WITHOUT_EFFECT, Number, read_sampling
 
 V = 1000
@@ -218,6 +218,21 @@ def test_a_value_that_others_leave_nothing_to_do_is_listed(fields: dict[str, Any
     assert (read.params.repetition_decay, read.params.adaptive_target) == (0, -1.0)
 
 
+@pytest.mark.parametrize(
+    ("fields", "guidance"),
+    [
+        ({"guidance_scale": 1.5, "negative_prompt": "be rude"}, Guidance("be rude", 1.5)),
+        ({"cfg_scale": 0}, Guidance("", 0)),
+        ({"guidance_scale": 1, "negative_prompt": ""}, None),
+        ({"negative_prompt": ""}, None),
+    ],
+)
+def test_guidance_needs_a_scale_that_changes_something(fields: dict[str, Any], guidance: Guidance | None) -> None:
+    read = read_sampling(fields, V)
+    assert (read.guidance, read.ignored) == (guidance, ())
+    assert read_sampling({"negative_prompt": "rude"}, V).ignored == (("negative_prompt", "guidance_scale is 1"),)
+
+
 def test_all_but_the_allowed_ids_are_banned() -> None:
     read = read_sampling({"allowed_token_ids": [5, 7, 29871], "custom_token_bans": "7"}, 9)
     assert sorted(read.params.banned_tokens) == [0, 1, 2, 3, 4, 6, 7, 8]
@@ -252,7 +267,9 @@ def test_stops_and_lengths_have_many_names_too() -> None:
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
-        ({"guidance_scale": 1.5, "negative_prompt": "be rude"}, "guidance_scale"),
+        ({"guidance_scale": -1}, "guidance_scale"),
+        ({"guidance_scale": "2"}, "guidance_scale"),
+        ({"cfg_scale": 2, "negative_prompt": ["rude"]}, "negative_prompt"),
         ({"logit_bias": {"x": 1}}, "logit_bias"),
         ({"logit_bias": {"1": 101}}, "logit_bias"),
         ({"logit_bias": {"1": True}}, "logit_bias"),

@@ -87,7 +87,7 @@ async def test_an_answer_that_can_only_be_banned_ends_with_an_error() -> None:
         ({"stopping_strings": [""]}, "stopping_strings"),
         ({"xtc_probability": 2}, "xtc_probability"),
         ({"dynamic_temperature": True, "dynatemp_low": 2, "dynatemp_high": 1}, "dynatemp_low"),
-        ({"guidance_scale": 1.5, "negative_prompt": "be rude"}, "guidance_scale"),
+        ({"guidance_scale": 101, "negative_prompt": "be rude"}, "guidance_scale"),
     ],
 )
 async def test_values_out_of_range_are_refused_with_their_name(fields: dict[str, Any], param: str) -> None:

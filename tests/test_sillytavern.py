@@ -41,9 +41,7 @@ LENGTHS = ("max_tokens", "max_new_tokens", "n_predict", "num_predict", "max_leng
 LENGTH = 4  # tokens: enough for a stream, and few enough for all of them
 VOCAB_SIZE = 49_152
 
-SHOWS_EVERYTHING = "generate samplers set"  # a request with every slider moved, also those that exclude each other
-NOT_SERVED = {"guidance_scale", "negative_prompt"}  # refused with a reason
-EXCLUSIVE = {"grammar_string", "json_schema"}  # two grammars at once
+SHOWS_EVERYTHING = "generate samplers set"  # a request with every slider moved and every box filled
 
 # What may change nothing: notes of the client to itself, what the server decides, and samplers that are not built.
 IGNORED = {"api_type", "api_server", "legacy_api", "truncation_length", "num_ctx", "max_context_length", "n_probs"}
@@ -66,7 +64,7 @@ def is_generate(exchange: Exchange) -> bool:
 
 
 def playable(exchange: Exchange, model: str) -> Exchange:
-    """The exchange with the served model's name, a short answer, and none of what excludes each other."""
+    """The exchange with the served model's name and a short answer."""
     body = exchange["body"]
     if not isinstance(body, dict):
         return exchange
@@ -76,7 +74,6 @@ def playable(exchange: Exchange, model: str) -> Exchange:
     if "model" in body and body["model"] not in ("tgi", "undefined"):
         body["model"] = model
     if SHOWS_EVERYTHING in exchange["what"]:
-        body = {name: value for name, value in body.items() if name not in NOT_SERVED | EXCLUSIVE}
         body["min_tokens"] = min(body["min_tokens"], LENGTH)
     return exchange | {"body": body}
 
@@ -193,11 +190,14 @@ def test_every_request_is_answered_in_the_shape_that_the_client_reads(
 
 
 @pytest.mark.parametrize("exchange", [e for e in EXCHANGES if SHOWS_EVERYTHING in e["what"]])
-async def test_what_is_not_served_is_refused_with_its_name_and_a_reason(exchange: Exchange) -> None:
-    async with api() as http:
-        refused = await http.post(exchange["path"], json=exchange["body"])
-    assert refused.status_code == 400
-    assert refused.json()["error"]["param"] in NOT_SERVED | EXCLUSIVE
+async def test_of_two_shapes_for_the_answer_the_schema_counts_and_the_grammar_is_listed(exchange: Exchange) -> None:
+    body = {name: value for name, value in exchange["body"].items() if name != "model"}
+    body |= {"stream": False, "explain": True, "min_tokens": 0, "max_tokens": 12, "ban_eos_token": False}
+    async with api(max_model_len=4096) as http:
+        answer = (await http.post(exchange["path"], json=body | {"ignore_eos": False})).json()
+    assert answer["choices"][0]["text"].startswith('{"a"')
+    assert [e["field"] for e in answer["explain"]["ignored"] if "counts" in e["why"]] == ["grammar_string"]
+    assert answer["explain"]["samplers"][0] == {"guidance_scale": 1.5, "negative_prompt": "be rude"}
 
 
 def fields_of(exchange: Exchange) -> tuple[Body, dict[str, Any]]:
@@ -211,8 +211,7 @@ def test_no_field_is_lost_each_is_read_or_listed(version: str, kind: str) -> Non
     for exchange in EXCHANGES:
         if (exchange["version"], exchange["type"]) != (version, kind) or not is_generate(exchange):
             continue
-        served = {name: value for name, value in exchange["body"].items() if name not in NOT_SERVED}
-        body, fields = fields_of(exchange | {"body": served})
+        body, fields = fields_of(exchange)
         unread = {name.removeprefix("options.") for name in ignored_fields(body)}
         changed = dict(read_sampling({n: v for n, v in fields.items() if n in KNOWN}, VOCAB_SIZE).ignored)
         assert unread | changed.keys() <= IGNORED

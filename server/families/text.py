@@ -16,7 +16,7 @@ from tightrope.server.openai.convert import Served
 from tightrope.server.openai.requests import Ids
 from tightrope.server.openai.routes import ERRORS
 from tightrope.server.sampling_fields import KNOWN, Ignored, read_sampling
-from tightrope.server.structured import read_grammar
+from tightrope.server.structured import overruled, read_grammar
 from tightrope.server.work import Choice, Deltas, collect, run, started
 
 STATUS_ERRORS: Documented = {key: ERRORS[key] for key in (401, 503)}
@@ -79,12 +79,14 @@ def text_request(
         raise InvalidRequest(f"n_probs must be at most {served.limits.max_logprobs}, not {top}", "n_probs")
     request_id = f"text-{uuid4().hex}"
     ignored = [*((name.removeprefix("options."), why) for name, why in unread_fields(body)), *asked.ignored]
+    ignored += overruled(fields)
     log_ignored(request_id, lambda: (name for name, _ in ignored))
     request = GenerateRequest(
         request_id=request_id,
         prompt=prompt,
         sampling=asked.params,
         stop=asked.stop,
+        guidance=asked.guidance,
         grammar=grammar,
         logprobs=None if top is None else LogprobRequest(processed=False, top=top),
         skip_special_tokens=skip_special_tokens,

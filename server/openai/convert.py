@@ -19,7 +19,7 @@ from tightrope.server.body import unread_fields
 from tightrope.server.openai.requests import ChatRequest, CompletionRequest, SamplingBody
 from tightrope.server.openai.tools import ToolUse, check_tools
 from tightrope.server.sampling_fields import KNOWN, Ignored, Sampling, read_sampling
-from tightrope.server.structured import read_grammar
+from tightrope.server.structured import overruled, read_grammar
 
 ANY_MODEL = frozenset({None, "", "tgi", "dummy"})  # what clients send who don't know the name
 
@@ -88,7 +88,7 @@ def answer_grammar(body: SamplingBody) -> Grammar | None:
 
 def fields_ignored(body: SamplingBody, info: ModelInfo) -> list[Ignored]:
     """The fields of a valid body that change nothing, and why."""
-    return [*unread_fields(body), *sampling(body, info, None).ignored]
+    return [*unread_fields(body), *sampling(body, info, None).ignored, *overruled(body.model_extra or {})]
 
 
 def _check_most(name: str, value: int, most: int) -> None:
@@ -139,6 +139,7 @@ def chat_request(
         prompt=TextPrompt(spans, body.add_special_tokens),
         sampling=asked.params,
         stop=asked.stop,
+        guidance=asked.guidance,
         grammar=_chat_grammar(body, tools),
         n=body.n,
         logprobs=LogprobRequest(processed=False, top=body.top_logprobs or 0) if body.logprobs else None,
@@ -178,6 +179,7 @@ def completion_requests(body: CompletionRequest, request_id: str, served: Served
             prompt=prompt,
             sampling=asked.params,
             stop=asked.stop,
+            guidance=asked.guidance,
             grammar=grammar,
             n=best_of,
             logprobs=LogprobRequest(processed=False, top=body.logprobs or 0) if wants_scores else None,

@@ -1,0 +1,189 @@
+"""Guidance by a negative prompt: the logits by a plain twin, and a hidden sequence that keeps up with its own."""
+
+import random
+
+import httpx
+import numpy as np
+import pytest
+import torch
+from fake_api import events
+from fakes import BOS, FakeBackend, letters
+from hypothesis import given
+from hypothesis import strategies as st
+from test_engine_core import expected, make_core, request, run, text_of
+
+from tightrope.engine.errors import InvalidRequest
+from tightrope.engine.guidance import guided
+from tightrope.engine.types import GenerateRequest, Guidance, SamplingParams
+
+AWAY, TOWARDS = 0.0, 2.0  # scales at which the negative prompt alone decides, and the prompt alone in a model of rules
+
+
+def ask(name: str, prompt: str, negative: str, scale: float, *, n: int = 1, **fields: object) -> GenerateRequest:
+    plain = request(name, prompt, n=n, **fields)  # type: ignore[arg-type]
+    return GenerateRequest(
+        name, plain.prompt, plain.sampling, plain.stop, n=n, guidance=Guidance(negative, scale), namespace="n"
+    )
+
+
+@given(st.integers(1, 40), st.floats(0, 10), st.integers(0, 2**32 - 1))
+def test_the_difference_of_the_log_probabilities_counts_so_many_times(size: int, scale: float, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    prompted, negative = rng.normal(0, 5, (2, size)).astype(np.float32)
+    p, n = (x.astype(np.float64) - np.logaddexp.reduce(x.astype(np.float64)) for x in (prompted, negative))
+    found = guided(torch.from_numpy(prompted), torch.from_numpy(negative), scale)
+    np.testing.assert_allclose(found.numpy(), n + scale * (p - n), atol=1e-4 * (1 + scale))
+
+
+def test_a_token_that_either_prompt_rules_out_is_left_to_the_prompt() -> None:
+    ruled_out = float("-inf")
+    prompted, negative = torch.tensor([0.0, ruled_out, 0.0]), torch.tensor([0.0, 0.0, ruled_out])
+    found = guided(prompted, negative, 3.0)
+    assert found[1] == ruled_out
+    assert found[2] == prompted.log_softmax(-1)[2]
+
+
+@pytest.mark.parametrize(("scale", "decides"), [(AWAY, "negative"), (TOWARDS, "prompt")])
+@pytest.mark.parametrize("step_tokens", [8, 64])
+def test_both_prompts_are_read_and_both_follow_what_is_written(scale: float, decides: str, step_tokens: int) -> None:
+    texts = {"prompt": "a prompt of some length", "negative": "x" * 40}
+    for prompt, negative in ((texts["prompt"], texts["negative"]), (texts["negative"], texts["prompt"])):
+        core = make_core(FakeBackend(max_step_tokens=step_tokens))
+        deltas = run(core, ask("r", prompt, negative, scale))["r"]
+        assert text_of(deltas) == expected(negative if decides == "negative" else prompt, 20)
+        assert deltas[-1].finish is not None
+        assert deltas[-1].finish.num_tokens == 20
+        assert core.stats().cache_used == 0
+
+
+def test_a_scale_of_one_costs_nothing() -> None:
+    backend = FakeBackend()
+    run(make_core(backend), ask("r", "hello", "bye", 1.0))
+    assert all(len(step) == 1 for step in backend.steps)
+
+
+def test_no_text_is_a_bos_alone() -> None:
+    deltas = run(make_core(FakeBackend()), ask("r", "hello", "", AWAY))["r"]
+    assert text_of(deltas) == expected("", 20)
+
+
+def test_choices_share_both_prompts_and_the_next_request_finds_them() -> None:
+    backend = FakeBackend()
+    core = make_core(backend)
+    for prefilled in (41 + 31, 2):
+        backend.steps.clear()
+        deltas = run(core, ask("r", "p" * 40, "q" * 30, AWAY, n=3))["r"]
+        assert [text_of(deltas, i) for i in range(3)] == [expected("q" * 30, 20)] * 3
+        num_run = sum(len(chunk.token_ids) for step in backend.steps for chunk in step)
+        assert num_run == prefilled + 2 * (3 * 19) + 2 * 2, "and the last token of each prompt once for each choice"
+
+
+def test_a_banned_string_is_taken_back_from_both() -> None:
+    prompt = [BOS, *b"q" * 30]
+    banned = expected("q" * 30, 6)[2:6]
+    token_ids = list(prompt)
+    while len(token_ids) < len(prompt) + 20:  # all other ways on tie, and the lowest id is taken
+        token_ids.append(0 if len(token_ids) == len(prompt) + 2 else letters(token_ids))
+    core = make_core(FakeBackend())
+    sampling = SamplingParams(temperature=0.0, banned_strings=(banned,))
+    deltas = run(core, ask("r", "p" * 40, "q" * 30, AWAY, sampling=sampling))["r"]
+    assert text_of(deltas) == bytes(token_ids[len(prompt) :]).decode()
+    assert core.stats().cache_used == 0
+
+
+def test_random_traffic_with_and_without_guides_is_answered_exactly() -> None:
+    rng = random.Random(11)
+    preemptions = 0
+    for _ in range(20):
+        backend = FakeBackend(capacity=rng.randint(290, 320), max_model_len=128, max_num_seqs=rng.randint(2, 6))
+        core = make_core(backend)
+        todo = {
+            f"r{i}": (
+                rng.choice("abcdef") * rng.randint(1, 60),
+                rng.choice(["", rng.choice("xyz") * rng.randint(1, 60)]),
+            )
+            for i in range(12)
+        }
+        texts = dict.fromkeys(todo, "")
+        finished: set[str] = set()
+        cancelled = {name for name in todo if rng.random() < 0.2}
+        queue = list(todo)
+        num = rng.randint(1, 60)
+        while queue or core.has_work:
+            if queue and rng.random() < 0.4:
+                name = queue.pop()
+                prompt, negative = todo[name]
+                asked = request(name, prompt, max_tokens=num)
+                core.add(core.prepare(ask(name, prompt, negative, AWAY, max_tokens=num) if negative else asked))
+            if cancelled and rng.random() < 0.1:
+                core.cancel(rng.choice(sorted(cancelled)))
+            if core.has_work:
+                result = core.step()
+                assert not result.failed
+                for delta in result.deltas:
+                    texts[delta.request_id] += delta.text
+                    if delta.finish is not None:
+                        finished.add(delta.request_id)
+        for name, (prompt, negative) in todo.items():
+            assert name in finished or name in cancelled
+            whole = expected(negative or prompt, num)
+            assert texts[name] == whole if name in finished else whole.startswith(texts[name])
+        assert core.stats().cache_used == 0
+        assert not backend.kv.live
+        preemptions += core.stats().preemptions
+    assert preemptions > 0
+
+
+@pytest.mark.parametrize(
+    ("backend", "negative"),
+    [
+        (FakeBackend(max_num_seqs=1), "x"),
+        (FakeBackend(max_model_len=128), "x" * 120),
+        (FakeBackend(capacity=128, max_model_len=128), "x" * 40),
+    ],
+    ids=["one place", "window", "cache"],
+)
+def test_a_guide_that_can_not_run_is_refused_by_name(backend: FakeBackend, negative: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        make_core(backend).prepare(ask("r", "a" * 20, negative, TOWARDS))
+    assert caught.value.param == "negative_prompt"
+
+
+def test_an_answer_without_a_limit_ends_where_the_guides_room_does() -> None:
+    core = make_core(FakeBackend(max_model_len=128))
+    deltas = run(core, ask("r", "a", "b" * 99, AWAY, max_tokens=None))["r"]
+    assert deltas[-1].finish is not None
+    assert (deltas[-1].finish.reason, deltas[-1].finish.num_tokens) == ("length", 128 - 100)
+
+
+@pytest.mark.parametrize("runner", ["server_url", "torch_server_url"])
+def test_a_real_model_is_led_by_as_much_as_it_was_asked_to(runner: str, request: pytest.FixtureRequest) -> None:
+    url = f"{request.getfixturevalue(runner)}/v1/completions"
+    asked = {"max_tokens": 1, "temperature": 0, "logprobs": 20}
+    prompt, negative = "The nicest colour is", "The ugliest colour in the world was"
+
+    def likeliest(**fields: object) -> dict[str, float]:
+        answer = httpx.post(url, json={**asked, **fields}, timeout=60).json()
+        top: dict[str, float] = answer["choices"][0]["logprobs"]["top_logprobs"][0]
+        return top
+
+    p, n = likeliest(prompt=prompt), likeliest(prompt=negative)
+    found = likeliest(prompt=prompt, negative_prompt=negative, guidance_scale=1.5)
+    first, *others = p.keys() & n.keys() & found.keys()
+    assert others
+    led = {token: n[token] + 1.5 * (p[token] - n[token]) for token in (first, *others)}
+    for token in others:  # up to one number for all of them, which makes the probabilities add up to one
+        assert found[token] - found[first] == pytest.approx(led[token] - led[first], abs=0.05)
+
+
+@pytest.mark.parametrize("runner", ["server_url", "torch_server_url"])
+def test_a_guided_answer_is_the_same_whole_streamed_and_beside_others(
+    runner: str, request: pytest.FixtureRequest
+) -> None:
+    url = f"{request.getfixturevalue(runner)}/v1/completions"
+    asked = {"prompt": "1, 2, 3, 4, 5, 6, 7,", "negative_prompt": "One, two,", "guidance_scale": 1.2, "max_tokens": 8}
+    asked |= {"temperature": 0}
+    whole = httpx.post(url, json=asked | {"n": 2}, timeout=60).json()["choices"]
+    assert {choice["text"] for choice in whole} == {" 8, 9, 1"}
+    reply = httpx.post(url, json=asked | {"stream": True}, timeout=60)
+    assert "".join(e["choices"][0]["text"] for e in events(reply.text) if e != "[DONE]") == " 8, 9, 1"
