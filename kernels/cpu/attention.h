@@ -36,3 +36,4 @@ struct Attention {
 };
 
 constexpr float UNSEEN = -1e30f;  // a score whose exponential is 0, without the NaN that infinities make
+constexpr float LN2 = 0.6931471806f;

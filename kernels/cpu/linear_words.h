@@ -61,7 +61,7 @@ INLINE void word_block(const Linear& l, const WordRows& x, const int32_t* panel,
     Floats totals[TALL][WIDE] = {};
     for (int g = 0; g < x.groups; ++g, words += SHARING, panel += WIDE * PAIRS * LANES, panel_units += PANEL) {
         Ints acc[TALL][WIDE] = {};
-        word_products<TALL>(acc, (const int32_t*)words, x.stride / 2, panel, panel + PAIRS * LANES, PAIRS);
+        word_products<TALL>(acc, (const int32_t*)words, x.stride / 2, 1, panel, panel + PAIRS * LANES, PAIRS);
 #pragma GCC unroll 2
         for (int j = 0; j < WIDE; ++j) {
             const Floats unit = load(panel_units + j * LANES);

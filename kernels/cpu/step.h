@@ -2,7 +2,7 @@
 #pragma once
 
 #include "decode.h"
-#include "prefill.h"
+#include "prefill_words.h"
 
 constexpr int PART_PAGES = 8;       // a decoding task is no smaller
 constexpr int TASKS_A_THREAD = 6;   // so that threads end at about the same time
@@ -24,8 +24,8 @@ INLINE void plan_decode(const Attention& a, std::vector<DecodePart>& parts, std:
     sequences.push_back(parts.size());
 }
 
-INLINE void plan_prefill(const Attention& a, std::vector<PrefillBlock>& blocks) {
-    const int rows = std::max(1, BLOCK_QUERIES / a.group());
+INLINE void plan_prefill(const Attention& a, int block_queries, std::vector<PrefillBlock>& blocks) {
+    const int rows = std::max(1, block_queries / a.group());
     for (int b = 0; b < a.sequences; ++b) {
         const int count = a.query_starts[b + 1] - a.query_starts[b];
         if (count < 2) continue;
@@ -36,17 +36,29 @@ INLINE void plan_prefill(const Attention& a, std::vector<PrefillBlock>& blocks) 
     }
 }
 
+// How blocks of queries are attended.
+struct Prefill {
+    int block_queries;
+    void (*attend)(const Attention& a, const PrefillBlock& block);
+};
+template <int FORMAT> constexpr Prefill prefill() {
+#if defined(__AVX512VNNI__)
+    if constexpr (FORMAT != F16) return {WORD_QUERIES, prefill_words<FORMAT>};
+#endif
+    return {BLOCK_QUERIES, prefill_block<FORMAT>};
+}
+
 template <int FORMAT> static void attention(const Attention& a) {
     std::vector<DecodePart> parts;
     std::vector<PrefillBlock> blocks;
     std::vector<size_t> sequences;  // parts sequences[i] .. sequences[i + 1] are of one
     plan_decode(a, parts, sequences);
-    plan_prefill(a, blocks);
+    plan_prefill(a, prefill<FORMAT>().block_queries, blocks);
     static thread_local Scratch memory;
     float* const partials = memory.floats(parts.size() * partial_floats(a.heads));
     const int num_blocks = int(blocks.size());
     pool().run(num_blocks + int(parts.size()), [&](int task) {
-        if (task < num_blocks) return prefill_block<FORMAT>(a, blocks[task]);
+        if (task < num_blocks) return prefill<FORMAT>().attend(a, blocks[task]);
         const DecodePart& part = parts[task - num_blocks];
         decode_part<FORMAT>(a, part, partials + part.partial);
     });

@@ -18,6 +18,8 @@ constexpr float LEAST_LENGTH = 1e-18f, MOST_LENGTH = 1e18f;  // of what is scale
 
 enum Unit { ANY, POWER_OF_TWO };  // with the latter, numbers of few bits are exact where they are large enough
 
+INLINE Ints rounded(Floats x) { return (Ints)_mm512_maskz_cvtps_epi32(0xffff, (__m512)x); }
+
 // `count` numbers, a multiple of LANES, as multiples of the unit that is returned, `length` long together, or less. The
 // error of a number is half a unit. Less than LEAST_LENGTH counts as zero; with more than MOST_LENGTH, or what isn't a
 // number, the unit isn't one either.
@@ -40,26 +42,30 @@ template <Unit UNIT> INLINE float to_words(const float* x, int count, float leng
     }
     for (int i = 0; i < count; i += LANES) {
         const Floats scaled = is_usual ? load(x + i) * scale : Floats{};
-        const __m512i whole = _mm512_maskz_cvtps_epi32(0xffff, (__m512)scaled);
-        const __m256i narrow = _mm512_maskz_cvtepi32_epi16(0xffff, whole);
+        const __m256i narrow = _mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)rounded(scaled));
         memcpy(words + i, &narrow, sizeof narrow);
     }
     return is_usual ? 1 / scale : squared < 1 ? 0.0f : NAN;
 }
 
-// acc[i][j] += sum over pairs k of a[i * stride + k] * panel[j][k], a pair being two words in four bytes.
+// acc[i][j] += sum over pairs k of a[i * row + k * step] * panel[j][k], a pair being two words in four bytes.
 template <int ROWS>
-INLINE void word_products(Ints (&acc)[ROWS][WIDE], const int32_t* a, size_t stride, const int32_t* left,
+INLINE void word_products(Ints (&acc)[ROWS][WIDE], const int32_t* a, size_t row, size_t step, const int32_t* left,
                           const int32_t* right, int pairs) {
-    for (int k = 0; k < pairs; ++k, ++a, left += LANES, right += LANES) {
+    for (int k = 0; k < pairs; ++k, a += step, left += LANES, right += LANES) {
         const __m512i l = load_as<__m512i>(left), r = load_as<__m512i>(right);
 #pragma GCC unroll 16
         for (int i = 0; i < ROWS; ++i) {
-            const __m512i x = _mm512_set1_epi32(a[i * stride]);
+            const __m512i x = _mm512_set1_epi32(a[i * row]);
             acc[i][0] = (Ints)_mm512_dpwssd_epi32((__m512i)acc[i][0], x, l);
             acc[i][1] = (Ints)_mm512_dpwssd_epi32((__m512i)acc[i][1], x, r);
         }
     }
+}
+
+// Lane by lane a pair of words of two whole numbers.
+INLINE Ints paired_words(Ints first, Ints second) {
+    return (Ints)_mm512_mask_blend_epi16(0xaaaaaaaa, (__m512i)first, (__m512i)(second << 16));
 }
 
 #endif
