@@ -52,12 +52,12 @@ def test_no_two_options_share_a_spelling():
 
 
 OPTIONS_OF_TGI = """
-    --model-id --revision --hostname -p --port --quantize --dtype --kv-cache-dtype --max-input-tokens --max-total-tokens
-    --max-batch-prefill-tokens --max-batch-total-tokens --max-concurrent-requests --max-best-of --max-stop-sequences
-    --max-top-n-tokens --max-client-batch-size --waiting-served-ratio --max-waiting-tokens --max-batch-size
-    --rope-scaling --rope-factor --speculate --cuda-graphs --cuda-memory-fraction --num-shard --sharded --trust-remote-code
-    --lora-adapters --api-key --cors-allow-origin --payload-limit --tokenizer-config-path --disable-grammar-support
-    --enable-prefill-logprobs --json-output --usage-stats
+    --model-id --revision --hostname -p --port --quantize --dtype --kv-cache-dtype --max-input-tokens
+    --max-total-tokens --max-batch-prefill-tokens --max-batch-total-tokens --max-concurrent-requests --max-best-of
+    --max-stop-sequences --max-top-n-tokens --max-client-batch-size --waiting-served-ratio --max-waiting-tokens
+    --max-batch-size --rope-scaling --rope-factor --speculate --cuda-graphs --cuda-memory-fraction --num-shard
+    --sharded --trust-remote-code --lora-adapters --api-key --cors-allow-origin --payload-limit
+    --tokenizer-config-path --disable-grammar-support --enable-prefill-logprobs --json-output --usage-stats
 """
 
 
