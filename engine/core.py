@@ -8,14 +8,14 @@ from types import MappingProxyType
 from torch import Tensor
 
 from tightrope.backends.errors import BackendError
-from tightrope.backends.protocol import Backend, Chunk, WantLogits
+from tightrope.backends.protocol import Backend
 from tightrope.engine.adapters import Adapters
 from tightrope.engine.banned import Held
 from tightrope.engine.errors import BackendFailed, EngineError
-from tightrope.engine.guidance import Guide, guided
+from tightrope.engine.guidance import guided
 from tightrope.engine.prompts import Intake, encode_prompt, plain_token
 from tightrope.engine.sampler.sampler import Sampled, prompt_logprobs, sample
-from tightrope.engine.scheduler import Scheduler, Work
+from tightrope.engine.scheduler import Scheduler, Work, chunks
 from tightrope.engine.sequence import Sequence
 from tightrope.engine.settings import LimitSettings
 from tightrope.engine.types import (
@@ -177,40 +177,19 @@ class EngineCore:
             return self._fail(list(self._scheduler.waiting)[:1], "the prompt doesn't fit the cache")
         forward_began = self._clock()
         try:
-            logits = self._backend.forward([chunk for work in works for chunk in self._chunks(work)])
+            logits = self._backend.forward([chunk for work in works for chunk in chunks(work)])
         except BackendError as error:
             return self._fail([work.sequence for work in works], str(error))
         sample_began = self._clock()
         result = self._take(works, logits, sample_began)
         ended = self._clock()
-        prefill = sum(work.num_tokens for work in works if work.num_tokens > 1)
+        prefill = sum(work.num_run for work in works if work.num_run > len(work.sequence.seq_ids))
         self._scheduler.rate.observe(prefill, sample_began - forward_began)
         self._counters.steps += 1
         self._counters.step_s += ended - began
         self._counters.forward_s += sample_began - forward_began
         self._counters.sample_s += ended - sample_began
         return result
-
-    def _chunks(self, work: Work) -> list[Chunk]:
-        """The sequence's part, then its guide's; a part may have no tokens in this step."""
-        sequence, request = work.sequence, work.sequence.request
-        last: WantLogits = "last" if work.is_last and request.stop.max_tokens != 0 else "none"
-        want: WantLogits = "all" if sequence.needs_own_prompt else last
-        parts: list[tuple[Sequence | Guide, int, WantLogits]] = [(sequence, work.num_tokens, want)]
-        if sequence.guide is not None:
-            parts.append((sequence.guide, work.num_guide_tokens, last))
-        return [
-            Chunk(
-                one.seq_id,
-                one.token_ids[one.num_computed : one.num_computed + num_tokens],
-                one.num_computed,
-                wanted,
-                sequence.adapter,
-                request.adapter_scale,
-            )
-            for one, num_tokens, wanted in parts
-            if num_tokens > 0
-        ]
 
     def _fail(self, sequences: list[Sequence], why: str) -> StepResult:
         """End the requests of these sequences; nothing of them stays cached."""

@@ -14,7 +14,7 @@ from functools import partial
 from itertools import count
 
 from tightrope.backends.errors import BackendError
-from tightrope.backends.protocol import KVCache
+from tightrope.backends.protocol import Chunk, KVCache, WantLogits
 from tightrope.engine.guidance import Guide
 from tightrope.engine.sequence import AdapterUse, Sequence
 from tightrope.engine.turns import AdapterTurns
@@ -40,6 +40,28 @@ class Work:
     def num_run(self) -> int:
         """Tokens that the model runs."""
         return self.num_tokens + self.num_guide_tokens
+
+
+def chunks(work: Work) -> list[Chunk]:
+    """The sequence's part, then its guide's; a part may have no tokens in this step."""
+    sequence, request = work.sequence, work.sequence.request
+    last: WantLogits = "last" if work.is_last and request.stop.max_tokens != 0 else "none"
+    want: WantLogits = "all" if sequence.needs_own_prompt else last
+    parts: list[tuple[Sequence | Guide, int, WantLogits]] = [(sequence, work.num_tokens, want)]
+    if sequence.guide is not None:
+        parts.append((sequence.guide, work.num_guide_tokens, last))
+    return [
+        Chunk(
+            one.seq_id,
+            one.token_ids[one.num_computed : one.num_computed + num_tokens],
+            one.num_computed,
+            wanted,
+            sequence.adapter,
+            request.adapter_scale,
+        )
+        for one, num_tokens, wanted in parts
+        if num_tokens > 0
+    ]
 
 
 class PrefillRate:
