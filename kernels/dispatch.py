@@ -21,6 +21,7 @@ from tightrope.kernels.layer import DecoderLayer, GatedExperts, StackedExperts
 from tightrope.kernels.layout import AttentionSpec, LayerCache, RopeTable, StepLayout
 from tightrope.kernels.low_rank import AdapterRows, LowRank
 from tightrope.kernels.quantized import Nf4Matrix, QuantizedMatrix
+from tightrope.kernels.rows import Ranked
 
 log = logging.getLogger(__name__)
 
@@ -154,17 +155,34 @@ def experts(
     return kernels.experts(x, layer, picked, shares, adapters) if isinstance(kernels, native.NativeKernels) else None
 
 
-UNSETTLED = -2  # a row that `draw` leaves to the sampler's own steps
+def draw(logits: Tensor, rows: NDArray[np.int64], params: NDArray[np.float64]) -> NDArray[np.int64] | None:
+    """A token drawn from each of these rows, -1 where nothing can be drawn.
 
-
-def draw(logits: Tensor, params: NDArray[np.float64]) -> NDArray[np.int64] | None:
-    """A token drawn from each row, -1 where nothing can be drawn, UNSETTLED where that can't be told cheaply.
-
-    logits [B, V] float32; params [B, 6]: temperature > 0, a number in [0, 1), top_k, top_p, min_p, typical_p. None when
-    there is no native kernel for these logits.
+    logits [any, V] float32; rows [B]; params [B, 5 + 4 * MOST_BENDS]: a number in [0, 1), top_k, top_p, min_p and
+    typical_p (neutral: 0, 1, 0, 1), and bends as `row_sums` takes them. None where there is no native kernel for these
+    logits.
     """
-    built = _native()
-    return None if built is None or logits.is_cuda or not logits.is_contiguous() else built.draw(logits, params)
+    built = _native_for(logits)
+    return None if built is None else built.draw(logits, rows, params)
+
+
+def rank(logits: Tensor, rows: NDArray[np.int64], wanted: NDArray[np.int64]) -> Ranked:
+    built = _native_for(logits)
+    return reference.rank(logits, rows, wanted) if built is None else built.rank(logits, rows, wanted)
+
+
+def row_sums(logits: Tensor, rows: NDArray[np.int64], bends: NDArray[np.float64]) -> NDArray[np.float64]:
+    built = _native_for(logits)
+    return reference.row_sums(logits, rows, bends) if built is None else built.row_sums(logits, rows, bends)
+
+
+def row_mass(logits: Tensor, rows: NDArray[np.int64], bends: NDArray[np.float64]) -> NDArray[np.float64]:
+    built = _native_for(logits)
+    return reference.row_mass(logits, rows, bends) if built is None else built.row_mass(logits, rows, bends)
+
+
+def _native_for(logits: Tensor) -> native.NativeKernels | None:
+    return _native() if logits.is_cpu and logits.is_contiguous() else None
 
 
 def set_threads(num_threads: int) -> None:

@@ -28,10 +28,11 @@ from tightrope.kernels.native_structs import (
     matrix_address,
 )
 from tightrope.kernels.quantized import Nf4Matrix, QuantizedMatrix
+from tightrope.kernels.rows import SUMS, Ranked
 
 # numbered by the library; a machine that runs one runs those before
 INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512vnni")
-INTERFACE = 3  # that of cpu/kernels.cpp; a build that gives no number is of the first
+INTERFACE = 4  # that of cpu/kernels.cpp; a build that gives no number is of the first
 MOST_DIMS = 256  # of a head, in the attention; larger ones are left to the reference
 MOST_LAYER_TOKENS = 64  # that take a layer at once: the memory for it is kept, and more hide the time between calls
 
@@ -101,7 +102,9 @@ class NativeKernels:
         self._rotate = function("rotate", "plpppppiippiii")
         self._rms_norm = function("rms_norm", "plppiif")
         self._gated = function("gated", "ppiii")
-        self._draw = function("draw", "pllpp")
+        self._draw = function("draw", "plplpp")
+        self._rank = function("rank", "plplplpppp")
+        self._row_sums = function("row_sums", "plplpip")
         self._decoder_layer = function("decoder_layer", "pp" + "pppppiii" + "pppiip" + "pppii" + "pppi" + "pppi")
         self._experts = function("experts", "pppppii" + "pppi")
 
@@ -271,11 +274,30 @@ class NativeKernels:
         )
         return out
 
-    def draw(self, logits: Tensor, params: NDArray[np.float64]) -> NDArray[np.int64]:
-        """See kernels.dispatch.draw; logits are contiguous."""
-        token_ids = np.empty(len(logits), np.int64)
-        self._draw(logits.data_ptr(), len(logits), logits.shape[1], params.ctypes.data, token_ids.ctypes.data)
+    def draw(self, logits: Tensor, rows: NDArray[np.int64], params: NDArray[np.float64]) -> NDArray[np.int64]:
+        """See kernels.dispatch.draw; logits are contiguous, here and below."""
+        token_ids = np.empty(len(rows), np.int64)
+        self._draw(*_rows(logits, rows), params.ctypes.data, token_ids.ctypes.data)
         return token_ids
+
+    def rank(self, logits: Tensor, rows: NDArray[np.int64], wanted: NDArray[np.int64]) -> Ranked:
+        wanted = np.minimum(wanted, logits.shape[1])
+        width = int(wanted.max())
+        values, token_ids = np.empty((len(rows), width), np.float32), np.empty((len(rows), width), np.int64)
+        border, top = np.empty((len(rows), 1), np.float32), np.empty((len(rows), 1), np.float32)
+        results = (array.ctypes.data for array in (values, token_ids, border, top))
+        self._rank(*_rows(logits, rows), wanted.ctypes.data, width, *results)
+        return Ranked(values, token_ids, border, top)
+
+    def row_sums(self, logits: Tensor, rows: NDArray[np.int64], bends: NDArray[np.float64]) -> NDArray[np.float64]:
+        sums = np.empty((len(rows), len(SUMS)))
+        self._row_sums(*_rows(logits, rows), bends.ctypes.data, 0, sums.ctypes.data)
+        return sums
+
+    def row_mass(self, logits: Tensor, rows: NDArray[np.int64], bends: NDArray[np.float64]) -> NDArray[np.float64]:
+        mass = np.empty((len(rows), 1))
+        self._row_sums(*_rows(logits, rows), bends.ctypes.data, 1, mass.ctypes.data)
+        return mass
 
 
 def _adapted(
@@ -321,6 +343,10 @@ def _times(
         len(x),
     )
     return out
+
+
+def _rows(logits: Tensor, rows: NDArray[np.int64]) -> tuple[int, int, int, int]:
+    return logits.data_ptr(), logits.shape[1], rows.ctypes.data, len(rows)
 
 
 def _tokens(x: Tensor) -> tuple[Tensor, int]:

@@ -5,14 +5,17 @@ Written to be read. Arithmetic is float32 whatever is stored.
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tightrope.kernels.layout import GROUP, PAGE, AttentionSpec, LayerCache, RopeTable, StepLayout
 from tightrope.kernels.low_rank import AdapterRows, LowRank
 from tightrope.kernels.quantized import TILE, Nf4Matrix, QuantizedMatrix
 from tightrope.kernels.quantized import dequantize as dequantize_matrix
+from tightrope.kernels.rows import CUT, DIVIDE, MOST_BENDS, PARABOLA, SUMS, Ranked
 
 TILE_ROWS = 4096  # rows of a weight that are expanded to float32 at a time
 TILE_SCORES = 1 << 21  # scores of attention, and numbers of keys, that are held at a time
@@ -225,3 +228,52 @@ def gated(gate_up: Tensor, activation: str) -> Tensor:
     if activation == "silu":
         return F.silu(gate) * up
     return F.gelu(gate, approximate="tanh" if activation == "gelu_tanh" else "none") * up
+
+
+# ---- rows of logits ----
+
+
+def rank(logits: Tensor, rows: NDArray[np.int64], wanted: NDArray[np.int64]) -> Ranked:
+    """At least the `wanted` [B] largest logits of these rows [B] of logits [any, V] float32.
+
+    Of equals at the border, here none is listed, and elsewhere the lowest ids: there are as many as wanted, then.
+    """
+    chosen = logits[torch.from_numpy(rows).to(logits.device)]
+    num = int(min(wanted.max() + 1, logits.shape[1]))
+    found, ids = (result.cpu().numpy() for result in chosen.topk(num))
+    border = found[:, -1:] if num < logits.shape[1] else np.full((len(rows), 1), -np.inf, np.float32)
+    values = np.where(found > border, found, np.float32(-np.inf))
+    order = np.lexsort((ids, -values), axis=1)
+    top = chosen.amax(-1, keepdim=True).cpu().numpy()
+    return Ranked(np.take_along_axis(values, order, 1), np.take_along_axis(ids, order, 1), border, top)
+
+
+def row_sums(logits: Tensor, rows: NDArray[np.int64], bends: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Sums over the possible tokens of these rows [B] of logits [any, V] float32: [B, 5], in the order of SUMS.
+
+    How many there are, and their exp(y), y exp(y), y and y squared, where y is how far a logit lies below the largest
+    one of its row, after the row's bends [B, MOST_BENDS, 4], which are (kind, a, b, c): y / a; the parabola
+    a y y (y (b - 1) / 2 - (3 - b) / 2) - c; or -inf where y is less than a; kind 0 is none. No bend lifts a y above 0.
+    NaN where nothing can be drawn.
+    """
+    chosen = logits[torch.from_numpy(rows).to(logits.device)]
+    y = chosen - chosen.amax(-1, keepdim=True)
+    for place in range(MOST_BENDS):
+        kinds, a, b, c = torch.from_numpy(bends[:, place].astype(np.float32)).to(y.device).unsqueeze(-1).unbind(1)
+        if not kinds.any():
+            break
+        parabola = torch.where(y > -torch.inf, a * y * y * (y * (b - 1) / 2 - (3 - b) / 2) - c, y)
+        y = torch.where(kinds == DIVIDE, y / torch.where(kinds == DIVIDE, a, 1), y)
+        y = torch.where(kinds == PARABOLA, parabola, y)
+        y = torch.where((kinds == CUT) & (y < a), -torch.inf, y)
+    is_possible = y > -torch.inf
+    weights, finite = y.exp(), torch.where(is_possible, y, 0.0)
+    sums = torch.stack(
+        [column.sum(-1, dtype=torch.float64) for column in (is_possible, weights, finite * weights, finite, finite**2)]
+    )
+    return np.where(chosen.amax(-1, keepdim=True).isfinite().cpu().numpy(), sums.T.cpu().numpy(), np.nan)
+
+
+def row_mass(logits: Tensor, rows: NDArray[np.int64], bends: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The sum of exp(y) alone: [B, 1]."""
+    return row_sums(logits, rows, bends)[:, [SUMS.index("mass")]]

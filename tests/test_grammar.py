@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tightrope.engine.errors import InvalidRequest
-from tightrope.engine.grammar import Grammars, Matcher
+from tightrope.engine.grammar import Grammars, Matcher, masks
 from tightrope.engine.types import Grammar, GrammarKind
 
 TOKENIZER = ByteTokenizer()
@@ -29,7 +29,7 @@ def schema(value: object) -> Matcher:
 
 
 def allowed(matcher: Matcher) -> set[int]:
-    return set(np.flatnonzero(np.unpackbits(matcher.mask(), count=VOCAB_SIZE, bitorder="little")).tolist())
+    return set(np.flatnonzero(np.unpackbits(masks([matcher])[0], count=VOCAB_SIZE, bitorder="little")).tolist())
 
 
 def say(matcher: Matcher, text: str) -> bool:
@@ -67,6 +67,16 @@ def walk(matcher: Matcher, rng: random.Random, limit: int = 4000) -> str:
 
 
 # ---- what is allowed ----
+
+
+def test_masks_of_many_are_those_of_each_alone_and_one_that_went_wrong_allows_nothing() -> None:
+    matchers = [compiled("regex", "a+b"), compiled("regex", "[0-9]"), compiled("regex", "xy"), compiled("regex", "z")]
+    matchers[1].append(ord("q"))  # a token that it excludes
+    matchers[3].append(ord("z"))  # complete
+    together = [set(np.flatnonzero(np.unpackbits(mask, bitorder="little")).tolist()) for mask in masks(matchers)]
+    assert together == [allowed(matcher) for matcher in matchers]
+    assert together[:3] == [{ord("a")}, set(), {ord("x")}]
+    assert masks([]) == []
 
 
 @pytest.mark.parametrize(
@@ -123,14 +133,14 @@ def test_white_space_in_json_is_a_newline_and_an_indentation_at_most():
 @given(st.integers(0, 2**32), st.data())
 def test_going_back_leads_to_where_the_text_was(seed: int, data: st.DataObject):
     matcher, rng = schema({"type": "array", "items": {"enum": ["ab", 12, None]}}), random.Random(seed)
-    masks, drawn = [], []
+    before, drawn = [], []
     while not matcher.is_complete and len(drawn) < 30:
-        masks.append(matcher.mask().copy())
+        before.append(masks([matcher])[0])
         drawn.append(rng.choice(sorted(allowed(matcher) - {EOS})))
         matcher.append(drawn[-1])
     keep = data.draw(st.integers(0, len(drawn) - 1))
     matcher.truncate(keep)
-    assert matcher.mask().tolist() == masks[keep].tolist()
+    assert masks([matcher])[0].tolist() == before[keep].tolist()
     matcher.append(drawn[keep])
     assert matcher.num_tokens == keep + 1
 

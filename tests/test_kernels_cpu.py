@@ -11,12 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tightrope.kernels import dispatch, native, reference
 from tightrope.kernels.layout import PAGE, AttentionSpec, CacheDtype, CacheFormat, LayerCache, RopeTable, StepLayout
+from tightrope.kernels.rows import CUT, DIVIDE, MOST_BENDS, PARABOLA, SUMS
 
 # Sums of up to some hundred products of float32 numbers around 1, added in another order: errors near 1e-6 at worst.
 CLOSE = {"rtol": 2e-5, "atol": 2e-5}
@@ -34,6 +36,84 @@ def kernels(request: pytest.FixtureRequest) -> native.NativeKernels:
     built = native.NativeKernels(request.param)
     built.set_threads(2)
     return built
+
+
+def logit_rows(seed: int, num: int, vocab_size: int) -> Tensor:
+    """Of every kind: noise, few levels and so many equals, tokens that are banned, and a row of NaN."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(num, vocab_size, generator=generator) * 4
+    rows[1::4] = rows[1::4].round()
+    rows[2::4] = torch.where(torch.rand(rows[2::4].shape, generator=generator) < 0.7, -torch.inf, rows[2::4])
+    rows[3::4, 0] = torch.nan
+    return rows
+
+
+@SOME
+@given(SEEDS, st.sampled_from((1, 5, 64, 1000, 9000)), st.lists(st.integers(1, 9000), min_size=1, max_size=5))
+def test_the_largest_logits_are_listed_in_order_and_equals_by_id(
+    kernels: native.NativeKernels, seed: int, vocab_size: int, wanted: list[int]
+):
+    logits = logit_rows(seed, 2 * len(wanted), vocab_size)
+    rows = np.arange(len(wanted)) * 2 % 7 % len(logits)
+    found = kernels.rank(logits, rows, np.array(wanted))
+    plain = reference.rank(logits, rows, np.array(wanted))
+    np.testing.assert_array_equal(found.top, plain.top)
+    for line, (row, num) in enumerate(zip(rows, wanted, strict=True)):
+        values = logits[row].numpy()
+        if np.isnan(values).any():
+            continue
+        order = np.lexsort((np.arange(vocab_size), -values))
+        expected = [int(i) for i in order if values[i] > -np.inf]
+        listed = found.token_ids[line][found.logits[line] > -np.inf].tolist()
+        assert listed == expected[:num]
+        np.testing.assert_array_equal(found.logits[line][: len(listed)], values[listed])
+        assert len(listed) == len(expected) or found.border[line, 0] == values[listed[-1]]
+        shorter = plain.token_ids[line][plain.logits[line] > -np.inf].tolist()  # here equals at the border are left out
+        assert shorter == [i for i in expected if values[i] > plain.border[line, 0]]
+
+
+BENDS = st.lists(
+    st.one_of(
+        st.tuples(st.just(DIVIDE), st.floats(0.2, 3), st.just(0.0), st.just(0.0)),
+        st.tuples(st.just(PARABOLA), st.floats(0.05, 2), st.floats(1, 3), st.just(0.0)),
+        st.tuples(st.just(CUT), st.floats(-9, 0), st.just(0.0), st.just(0.0)),
+    ),
+    max_size=2,  # two parabolas make logits of 1e12; more would leave float32
+)
+
+
+def bent_sums(row: NDArray[np.float32], bends: list[tuple[float, ...]]) -> list[float]:
+    """The sums of one row in plain float64; NaN where nothing can be drawn."""
+    if not np.isfinite(row.max()):
+        return [math.nan] * len(SUMS)
+    y = row.astype(np.float64) - float(row.max())
+    y = y[y > -np.inf]
+    for kind, a, b, c in bends:
+        if kind == DIVIDE:
+            y = y / a
+        elif kind == PARABOLA:
+            y = a * y**2 * (y * (b - 1) / 2 - (3 - b) / 2) - c
+        else:
+            assume(np.abs(y - a).min(initial=1.0) > 1e-3)  # rounding decides about such a token
+            y = y[y >= a]
+    return [len(y), np.exp(y).sum(), (y * np.exp(y)).sum(), y.sum(), (y**2).sum()]
+
+
+@SOME
+@given(SEEDS, st.sampled_from((1, 5, 64, 1000, 3000)), st.lists(BENDS, min_size=1, max_size=5))
+def test_sums_of_bent_rows_are_those_of_plain_float64(
+    kernels: native.NativeKernels, seed: int, vocab_size: int, bends: list[list[tuple[float, ...]]]
+):
+    logits = logit_rows(seed, len(bends), vocab_size)
+    rows = np.arange(len(bends))
+    table = np.zeros((len(bends), MOST_BENDS, 4))
+    for line, members in enumerate(bends):
+        for place, bend in enumerate(members):
+            table[line, place] = bend
+    exact = np.array([bent_sums(logits[row].numpy(), bends[row]) for row in rows])
+    for found in (kernels.row_sums(logits, rows, table), reference.row_sums(logits, rows, table)):
+        np.testing.assert_allclose(found, exact, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(kernels.row_mass(logits, rows, table)[:, 0], exact[:, 1], rtol=1e-5)
 
 
 @dataclass

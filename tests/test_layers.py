@@ -96,6 +96,7 @@ def test_only_the_dispatcher_imports_a_kernel_implementation():
         "native_structs",
         "quantized",
         "reference",
+        "rows",
     }
     reached = [
         (path, name)

@@ -207,7 +207,7 @@ def test_penalised_logits_equal_the_reference_even_after_a_rewind(batch: list[Hi
         states.append(made)
     before = torch.from_numpy(logits.copy())
 
-    masks = [None if allowed is None else packed(allowed, 50) for *_, allowed in batch]
+    masks = {row: packed(allowed, 50) for row, (*_, allowed) in enumerate(batch) if allowed is not None}
     edited = edit_logits(before, [s.edits for s in states], [tuple(banned) for *_, banned, _ in batch], masks)
 
     for row, (p, prompt, output, banned, allowed), result in zip(logits, batch, edited.numpy(), strict=True):

@@ -15,6 +15,7 @@ from tightrope.engine.sampler.mirostat import next_mu
 from tightrope.engine.sampler.sampler import Sampled, sample
 from tightrope.engine.sampler.state import SamplerState
 from tightrope.engine.types import SAMPLER_ORDER, LogprobRequest, SamplingParams
+from tightrope.kernels import dispatch
 
 EDGE = 2e-5  # of a border: whole rows are summed and reshaped in float32
 unit = st.floats(0.05, 0.98)
@@ -106,13 +107,22 @@ def test_any_steps_in_any_order_keep_and_draw_what_the_reference_does(
     row = logits_row(shape, vocab_size, seed)
     kept = expected(row, p, place)
     neighbour = logits_row("normal", vocab_size, seed + 1)
-    results = []
-    for logprobs in (LogprobRequest(processed=True, top=vocab_size), None):
-        states = [SamplerState(p, [], vocab_size, logprobs), SamplerState(other, [], vocab_size, None)]
-        states[0].num_output = place
-        results.append(sample(torch.from_numpy(np.stack([row, neighbour])), states)[0])
-    whole, plain = results
+    for is_native in (True, False):
+        with pytest.MonkeyPatch.context() as patch:
+            if not is_native:
+                patch.setattr(dispatch, "_native", lambda: None)
+            results = []
+            for logprobs in (LogprobRequest(processed=True, top=vocab_size), None):
+                states = [SamplerState(p, [], vocab_size, logprobs), SamplerState(other, [], vocab_size, None)]
+                states[0].num_output = place
+                results.append(sample(torch.from_numpy(np.stack([row, neighbour])), states)[0])
+        check(p, place, kept, *results)
 
+
+def check(
+    p: SamplingParams, place: int, kept: reference.Distribution, whole: Sampled | None, plain: Sampled | None
+) -> None:
+    """What was drawn with the logprobs of all tokens, and without any, against what the reference keeps."""
     assert whole is not None
     assert plain is not None
     assert {token for token, logprob in whole.top if logprob > -600} == {t for t, q in kept if q > math.exp(-600)}

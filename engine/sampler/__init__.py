@@ -45,9 +45,11 @@ lowest ids; processed all that tie with the last of them, too. Tokens of no prob
 
 A row whose largest logit is not finite (all banned, or a NaN anywhere) draws nothing; its neighbours don't notice.
 
-Logits are float32, and so are steps 1 to 4 and what is reshaped as a whole row; what follows is float64 over the
-candidates. The mass of a whole vocabulary, which top_p and the draw compare with, is a float32 sum: a token within
-about 1e-5 of such an edge may fall either way.
+Logits are float32, and so are steps 1 to 4; what follows is float64 over the largest of them. What is summed over a
+whole vocabulary, its mass and entropy and deviation, is made of float32 exponentials: a token within about 1e-5 of an
+edge that they decide may fall either way.
 
-How it stays fast: ranking.py. Nobody sorts a vocabulary, unless the distribution is truly flat.
+How it stays fast: the common parameters are drawn by one kernel, and the others work on a short list of the largest
+logits (chain.py), with proof that no other token matters or a longer list. What looks at a whole row is summed in one
+pass (bending.py). Nobody sorts a vocabulary, unless the distribution is truly flat.
 """

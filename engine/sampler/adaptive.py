@@ -7,8 +7,8 @@ Source: llama.cpp's sampler `adaptive-p` (pull request 17927) and its author's n
 
 import numpy as np
 
+from tightrope.engine.sampler.arrays import Doubles
 from tightrope.engine.sampler.candidates import Candidates
-from tightrope.engine.sampler.ranking import Doubles
 
 _WIDTH = 0.3  # of the preferred probabilities
 _SHARPNESS = 10.0  # how fast preference is lost with the distance, in logits

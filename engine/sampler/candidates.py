@@ -3,11 +3,8 @@
 from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import NDArray
 
-from tightrope.engine.sampler.ranking import Doubles, Ids, Ranking
-
-Mask = NDArray[np.bool_]
+from tightrope.engine.sampler.arrays import Doubles, Ids, Mask
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,14 +68,17 @@ class Candidates:
         )
 
 
-def weigh(ranking: Ranking, temperature: Doubles, total: Doubles, min_keep: Ids) -> Candidates:
-    """Candidates at a temperature > 0 [B, 1]; total [B, 1] is the weight of the whole vocabulary; min_keep [B, 1]."""
-    top = ranking.top.astype(np.float64)
+def weigh(y: Doubles, token_ids: Ids, border: Doubles, total: Doubles, min_keep: Ids) -> Candidates:
+    """Candidates of bent logits y [B, N], at most 0; border [B, 1]: none that isn't listed has a larger one.
+
+    total [B, 1] is the weight of the whole vocabulary, or NaN where only that of a complete list matters.
+    """
+    weights, border = np.exp(y), np.exp(border)
     return Candidates(
-        token_ids=ranking.token_ids,
-        weights=np.exp((ranking.logits - top) / temperature),
-        total=total,
-        border=np.exp((ranking.border - top) / temperature),
-        settled=np.ones(top.shape, np.bool_),
+        token_ids=token_ids,
+        weights=weights,
+        total=np.where(np.isnan(total), weights.cumsum(1)[:, -1:], total),
+        border=border,
+        settled=np.ones(border.shape, np.bool_),
         min_keep=min_keep,
     )

@@ -10,12 +10,13 @@ from torch import Tensor
 
 from tightrope.engine.sampler import mirostat, reshaping, truncation
 from tightrope.engine.sampler.adaptive import adaptive_p
-from tightrope.engine.sampler.candidates import Candidates, Mask, weigh
+from tightrope.engine.sampler.arrays import Doubles, Ids, Mask
+from tightrope.engine.sampler.bending import bends_of, bent
+from tightrope.engine.sampler.candidates import Candidates, weigh
 from tightrope.engine.sampler.draw import dice, draw, skewed, uniform
-from tightrope.engine.sampler.plan import STEERING
-from tightrope.engine.sampler.ranking import Doubles, Floats, Ids, Ranking, vocabulary_weight
 from tightrope.engine.sampler.state import SamplerState
 from tightrope.engine.types import SamplingParams
+from tightrope.kernels import dispatch
 
 Step = Callable[Concatenate[Candidates, ...], Candidates]
 
@@ -39,7 +40,6 @@ _NEUTRAL = SamplingParams()
 _READS_TOTAL = frozenset({"top_p", "top_a", "epsilon_cutoff", "xtc", "mirostat", "adaptive_p"})  # when they come first
 
 _LIST = 128  # candidates listed at first for a row without top_k: enough for most rows at temperature 1
-_SPARE = 12  # listed beyond what is wanted, since tokens that tie at the border are left out
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,46 +48,50 @@ class Drawn:
 
     candidates: Candidates  # the kept tokens
     columns: Ids  # [B]: of the drawn tokens
-    settled: Mask  # [B]: False where the ranking was too short to tell
+    settled: Mask  # [B]: False where the list was too short to tell
+    drawable: Mask  # [B]: False where nothing can be drawn at all
     surprises: Doubles | None  # [B]: bits, among the tokens that the steering steps were given; where there are any
 
 
 class Chain:
-    """The parameters of rows that have the same order of steps, and the steps that aren't neutral in every row."""
+    """Rows of logits that have the same order of steps, and the steps that aren't neutral in every row."""
 
-    def __init__(self, states: Sequence[SamplerState], vocab_size: int) -> None:
-        plans = [state.plan for state in states]
-        self._weights_at = _column([plan.temperature for plan in plans])  # [B, 1]
+    def __init__(self, logits: Tensor, rows: Ids, states: Sequence[SamplerState]) -> None:
+        """logits [any, V] float32; rows [B] of them, and their states."""
+        self._logits, self._rows = logits, rows
+        self._vocab_size = vocab_size = logits.shape[1]
+        self._bends = bends_of(logits, rows, states)
+        self._totals = self._weigh_rows(states)
         self._u = _column([_u(state) for state in states])
         self._min_keep = _column([state.params.min_keep for state in states]).astype(np.int64)
+        plans = [state.plan for state in states]
         active = {step for plan in plans for step in plan.steps}
         self._steps = [
             (step, [_values(step, name, states, vocab_size) for name in STEPS[step][1]])
             for step in plans[0].order
             if step in active
         ]
-        self._steers = not active.isdisjoint(STEERING)
-        self._vocab_size = vocab_size
+        self._steers = any(plan.is_steered for plan in plans)
         self._tops = np.array([[state.processed_top] for state in states])
         self._lists_tops = bool(self._tops.any())
-        self._weighed = [row for row, state in enumerate(states) if _needs_total(state)]
-        self.num_listed = [_num_listed(state) for state in states]
+        self._num_listed = np.array([_num_listed(state) for state in states])
 
-    def totals(self, logits: Tensor, top: Floats) -> Doubles:
-        """Weight of each whole row [B, 1], where a step asks for it; elsewhere a bound, as no weight exceeds 1.
-
-        logits [B, V]; top [B, 1]: the largest logit of each row.
-        """
-        totals = np.full((len(top), 1), float(self._vocab_size))
-        if rows := self._weighed:
-            whole = logits if len(rows) == len(top) else logits[rows]
-            totals[rows] = vocabulary_weight(whole, top[rows], self._weights_at[rows])
+    def _weigh_rows(self, states: Sequence[SamplerState]) -> Doubles:
+        """Weight of each whole row [B, 1], where a step asks for it; elsewhere NaN."""
+        totals = np.full((len(states), 1), np.nan)
+        if weighed := [line for line, state in enumerate(states) if _needs_total(state)]:
+            totals[weighed] = dispatch.row_mass(self._logits, self._rows[weighed], self._bends[weighed])
         return totals
 
-    def run(self, lines: Ids, ranking: Ranking, totals: Doubles) -> Drawn:
-        """Draw from the ranking of these of its rows; totals [B, 1] of all of them."""
+    def run(self, lines: Ids, num_listed: int | None) -> Drawn:
+        """Draw from so many of the largest logits of these lines [n] of it; None: as their parameters suggest."""
+        wanted = self._num_listed[lines] if num_listed is None else np.full(len(lines), num_listed)
+        ranked = dispatch.rank(self._logits, self._rows[lines], wanted)
+        bends = self._bends[lines]
         with np.errstate(all="ignore"):  # rows from which nothing can be drawn are full of NaN
-            candidates = weigh(ranking, self._weights_at[lines], totals[lines], self._min_keep[lines])
+            top = ranked.top.astype(np.float64)
+            y, border = bent(ranked.logits - top, bends), bent(ranked.border - top, bends)
+            candidates = weigh(y, ranked.token_ids, border, self._totals[lines], self._min_keep[lines])
             given = candidates
             for step, values in self._steps:
                 candidates = STEPS[step][0](candidates, *(column[lines] for column in values))
@@ -97,8 +101,16 @@ class Chain:
                 _surprises(given, np.take_along_axis(candidates.token_ids, columns, 1)) if self._steers else None
             )
         if self._lists_tops:
-            settled &= candidates.is_complete | (candidates.num_kept >= self._tops[lines])
-        return Drawn(candidates, columns[:, 0], settled[:, 0], surprises)
+            settled &= _is_sure_of_tops(candidates, self._tops[lines])
+        return Drawn(candidates, columns[:, 0], settled[:, 0], np.isfinite(ranked.top[:, 0]), surprises)
+
+
+def _is_sure_of_tops(candidates: Candidates, tops: Ids) -> Mask:
+    """Whether the `tops` [B, 1] likeliest tokens, and all that tie with the last of them, are listed: [B, 1]."""
+    is_kept = candidates.weights > 0
+    last = (candidates.weights * (is_kept & (is_kept.cumsum(1) == tops))).sum(1, keepdims=True)
+    is_sure: Mask = candidates.is_complete | (tops == 0) | (last > candidates.border)
+    return is_sure
 
 
 def _surprises(given: Candidates, token_ids: Ids) -> Doubles:
@@ -108,30 +120,32 @@ def _surprises(given: Candidates, token_ids: Ids) -> Doubles:
     return surprises
 
 
-def chains(states: Sequence[SamplerState], rows: Ids, vocab_size: int) -> list[tuple[Ids, Chain]]:
+def chains(logits: Tensor, rows: Ids, states: Sequence[SamplerState]) -> list[tuple[Ids, Chain]]:
     """These rows of a batch, those together that have the same order of steps."""
     groups: dict[tuple[str, ...], list[int]] = defaultdict(list)
     for row in rows.tolist():
         groups[states[row].plan.order].append(row)
-    return [(np.array(group), Chain([states[row] for row in group], vocab_size)) for group in groups.values()]
+    return [
+        (np.array(group), Chain(logits, np.array(group), [states[row] for row in group])) for group in groups.values()
+    ]
 
 
-def native_params(states: Sequence[SamplerState]) -> Doubles:
-    """[B, 6]: temperature, u and the truncation parameters, as the native twin of the chain takes them.
+def native_params(logits: Tensor, rows: Ids, states: Sequence[SamplerState]) -> Doubles:
+    """[B, 5 + 4 * MOST_BENDS]: u, the truncation parameters and the bends, as the native twin of the chain takes them.
 
-    Greedy, and rows that it can't draw from, is there the one likeliest token.
+    Greedy is there the one likeliest token.
     """
-    rows = []
+    numbers = []
     for state in states:
         params, steps = state.params, state.plan.steps
-        if params.temperature == 0 or not state.plan.is_native:
-            rows.append([1.0, 0.0, 1.0, 1.0, 0.0, 1.0])
+        if params.temperature == 0:
+            numbers.append([0.0, 1.0, 1.0, 0.0, 1.0])
         elif not steps:
-            rows.append([state.plan.temperature, _u(state), 0.0, 1.0, 0.0, 1.0])
+            numbers.append([_u(state), 0.0, 1.0, 0.0, 1.0])
         else:
-            truncated = [params.top_k, params.top_p, params.min_p, params.typical_p]
-            rows.append([state.plan.temperature, _u(state), *truncated])
-    return np.array(rows, np.float64)
+            numbers.append([_u(state), params.top_k, params.top_p, params.min_p, params.typical_p])
+    bends = bends_of(logits, rows, states).reshape(len(rows), -1)
+    return np.hstack([np.array(numbers, np.float64), bends])
 
 
 def _u(state: SamplerState) -> float:
@@ -173,5 +187,5 @@ def _needs_total(state: SamplerState) -> bool:
 def _num_listed(state: SamplerState) -> int:
     params = state.params
     if params.temperature == 0:
-        return state.processed_top + _SPARE
-    return params.top_k + _SPARE if params.top_k > 0 else max(_LIST, state.processed_top + _SPARE)
+        return state.processed_top + 1  # and what ties with the last
+    return params.top_k if params.top_k > 0 else max(_LIST, state.processed_top + 1)

@@ -4,8 +4,8 @@ import math
 
 import numpy as np
 
-from tightrope.engine.sampler.candidates import Candidates, Mask
-from tightrope.engine.sampler.ranking import Doubles, Ids
+from tightrope.engine.sampler.arrays import Doubles, Ids, Mask
+from tightrope.engine.sampler.candidates import Candidates
 
 _MASK = 2**64 - 1
 _DICE = 0xD1CE5EED0DD5A11D  # sets the second stream of a seed apart from the first

@@ -7,41 +7,34 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tightrope.engine.sampler.ranking import Blocks, Doubles, Ids
+from tightrope.engine.sampler.arrays import Doubles, Ids
+from tightrope.kernels import dispatch
+from tightrope.kernels.rows import MOST_BENDS
 
 Top = tuple[tuple[int, float], ...]
 
-_SPARE = 12  # ranked beyond what is wanted, since tokens that tie at the border are left out
 
+def raw(logits: Tensor, rows: Ids, token_ids: Sequence[int], tops: Sequence[int]) -> tuple[list[float], list[Top]]:
+    """Log-softmax of each of these rows at a token, and the row's `tops` likeliest tokens; of equals the lowest ids.
 
-def raw(
-    logits: Tensor, blocks: Blocks | None, token_ids: Sequence[int], tops: Sequence[int]
-) -> tuple[list[float], list[Top]]:
-    """Log-softmax of each row at a token, and the row's `tops` likeliest tokens; of equals the lowest ids.
-
-    Tokens of no probability at all aren't listed. logits [B, V] float32, as the model gave them, and their blocks if
-    they are known; token_ids and tops [B].
+    Tokens of no probability at all aren't listed. logits [any, V] float32, as the model gave them; rows, token_ids and
+    tops [B].
     """
-    n = min(max(tops), logits.shape[1])
-    ids = np.array(token_ids, np.int64)[:, None]
-    if n > 0:
-        ids = np.hstack([ids, _likeliest(blocks or Blocks(logits), n)])
-    logprobs = logits.log_softmax(-1).gather(1, torch.from_numpy(ids).to(logits.device)).tolist()
+    wanted = np.maximum(np.array(tops, np.int64), 1)
+    ranked = dispatch.rank(logits, rows, wanted)
+    num_listed = (ranked.logits > -np.inf).sum(1)
+    if ((num_listed < wanted) & (ranked.border[:, 0] > -np.inf)).any():  # too many equals at a border
+        ranked = dispatch.rank(logits, rows, np.full(len(rows), logits.shape[1]))
+    own = logits[torch.from_numpy(rows).to(logits.device), torch.tensor(token_ids, device=logits.device)]
+    mass = dispatch.row_mass(logits, rows, np.zeros((len(rows), MOST_BENDS, 4)))
+    with np.errstate(invalid="ignore"):  # rows without numbers
+        values = np.hstack([own.cpu().numpy()[:, None], ranked.logits]).astype(np.float64)
+        logprobs = (values - ranked.top - np.log(mass)).tolist()
     listed: list[Top] = [
-        tuple(pair for pair in zip(row[1 : 1 + top], values[1 : 1 + top], strict=True) if pair[1] > -math.inf)
-        for row, values, top in zip(ids.tolist(), logprobs, tops, strict=True)
+        tuple(pair for pair in zip(ids[:top], row[1 : 1 + top], strict=False) if pair[1] > -math.inf)
+        for ids, row, top in zip(ranked.token_ids.tolist(), logprobs, tops, strict=True)
     ]
-    return [values[0] for values in logprobs], listed
-
-
-def _likeliest(blocks: Blocks, n: int) -> Ids:
-    """Ids [B, n] of the n likeliest tokens of each row, in order; tokens of -inf, of any id, fill the rest."""
-    rows = np.arange(len(blocks.top))
-    ranking = blocks.rank(rows, [n + _SPARE] * len(rows))
-    num_listed = (ranking.logits > -np.inf).sum(1)
-    if ((num_listed < n) & (ranking.border[:, 0] > -np.inf)).any():  # too many equals at a border
-        ranking = blocks.rank(rows, [blocks.num] * len(rows))
-    return ranking.token_ids[:, :n]
+    return [row[0] for row in logprobs], listed
 
 
 def processed(weights: Doubles, token_ids: Ids, total: float, top: int) -> Top:

@@ -5,10 +5,12 @@ Source: Basu et al. 2021, "Mirostat: A Neural Text Decoding Algorithm that Direc
 arXiv 2007.14966; version 2 is the authors' later simplification.
 """
 
+import math
+
 import numpy as np
 
+from tightrope.engine.sampler.arrays import Doubles, Mask
 from tightrope.engine.sampler.candidates import Candidates
-from tightrope.engine.sampler.ranking import Doubles
 
 _NOTHING_BITS = 20  # all tokens that surprise by so much more than log2(V) have less than a millionth of the mass
 _MEASURED = 100  # likeliest tokens from which version 1 estimates the exponent of Zipf's law
@@ -23,21 +25,21 @@ def next_mu(mu: float, surprise: float, tau: float, eta: float) -> float:
     return mu - eta * (surprise - tau)
 
 
-def mirostat(candidates: Candidates, mode: Doubles, mu: Doubles, vocab_size: Doubles) -> Candidates:
-    """Keep tokens that surprise by at most mu bits (2), or as many as Zipf's law expects to (1). Neutral: mode 0.
+def cuts(mu: float, vocab_size: int) -> bool:
+    """Whether version 2 removes anything: where the model surprises less than tau, mu grows for ever."""
+    return mu < math.log2(vocab_size) + _NOTHING_BITS
 
-    Where the model surprises less than tau, mu grows for ever: beyond what all tokens together need, nothing is cut.
-    """
+
+def mirostat(candidates: Candidates, mode: Doubles, mu: Doubles, vocab_size: Doubles) -> Candidates:
+    """Keep tokens that surprise by at most mu bits (2), or as many as Zipf's law expects to (1). Neutral: mode 0."""
     candidates = _by_zipfs_law(candidates, mode == 1, mu, vocab_size)
-    cuts = (mode == 2) & (mu < np.log2(vocab_size) + _NOTHING_BITS)
+    active = (mode == 2) & (mu < np.log2(vocab_size) + _NOTHING_BITS)
     most = candidates.weights.max(1, keepdims=True)
     least = np.minimum(candidates.total * np.exp2(-mu), most)
-    return candidates.keep(candidates.weights >= least, active=cuts, is_closed=candidates.border < least)
+    return candidates.keep(candidates.weights >= least, active=active, is_closed=candidates.border < least)
 
 
-def _by_zipfs_law(
-    candidates: Candidates, active: np.ndarray[tuple[int, ...], np.dtype[np.bool_]], mu: Doubles, vocab_size: Doubles
-) -> Candidates:
+def _by_zipfs_law(candidates: Candidates, active: Mask, mu: Doubles, vocab_size: Doubles) -> Candidates:
     """Keep the k likeliest tokens, where a Zipf distribution cut after k has a surprise of mu bits."""
     if not active.any():
         return candidates

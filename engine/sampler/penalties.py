@@ -1,6 +1,6 @@
 """What each sequence adds to and takes from its logits: penalties and biases, kept as a short list of tokens."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -169,11 +169,11 @@ def edit_logits(
     logits: Tensor,
     edits: Sequence[TokenEdits],
     suppressed: Sequence[tuple[int, ...]],
-    masks: Sequence[Packed | None],
+    masks: Mapping[int, Packed],
     *,
     in_place: bool = False,
 ) -> Tensor:
-    """Apply each row's edits, then set its suppressed tokens, and those that its grammar's mask excludes, to -inf.
+    """Apply each row's edits, then set its suppressed tokens, and those that its mask excludes if it has one, to -inf.
 
     Penalties and biases come first, DRY's penalties after them.
 
@@ -181,9 +181,8 @@ def edit_logits(
     """
     rows = [row for row, edit in enumerate(edits) if not edit.is_neutral]
     banned = [row * logits.shape[1] + token_id for row, ids in enumerate(suppressed) for token_id in ids]
-    masked = [row for row, mask in enumerate(masks) if mask is not None]
     repeats = [(row, edit.repeats) for row, edit in enumerate(edits) if edit.repeats is not None]
-    if not rows and not banned and not masked and not repeats:
+    if not rows and not banned and not masks and not repeats:
         return logits
     is_own = in_place and logits.is_contiguous()
     edited = logits if is_own else logits.clone(memory_format=torch.contiguous_format)
@@ -198,13 +197,14 @@ def edit_logits(
         flat.scatter_(0, places, torch.where(values > 0, values / divide, values * divide) - subtract)
     for row, repeat in repeats:
         repeated, penalties = repeat.penalties()
-        edited[row].index_add_(0, _to(repeated, flat), _to(penalties, flat), alpha=-1)
+        if len(repeated):
+            edited[row].index_add_(0, _to(repeated, flat), _to(penalties, flat), alpha=-1)
     if banned and flat.is_cpu:
         flat.numpy()[banned] = -np.inf  # a fifth of the time that torch takes for a few places
     elif banned:
         flat[torch.tensor(banned, device=flat.device)] = -torch.inf
-    if masked:
-        _exclude(edited, masked, np.stack([mask for mask in masks if mask is not None]))
+    if masks:
+        _exclude(edited, list(masks), np.stack(list(masks.values())))
     return edited
 
 

@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 
-from tightrope.engine.sampler.reshaping import LEAST, MOST
 from tightrope.engine.types import SAMPLER_ORDER, SamplingParams
 
 _RESHAPING = frozenset({"temperature", "smoothing"})
-_ON_ROWS = _RESHAPING | {"top_n_sigma", "eta_cutoff"}  # can be applied to a whole row of logits
+_BENDING = _RESHAPING | {"top_n_sigma", "eta_cutoff", "mirostat"}  # look at nothing but a logit and sums over all
+_STEEPEST = 3  # curve of smoothing that keeps the order of logits
 STEERING = ("mirostat", "adaptive_p")  # after all others: they look at what was drawn
 NATIVE = ("top_k", "top_p", "min_p", "typical_p")  # what the native draw does, in this order
 
@@ -15,32 +15,32 @@ NATIVE = ("top_k", "top_p", "min_p", "typical_p")  # what the native draw does, 
 class Plan:
     """The steps of one sequence that aren't neutral."""
 
-    head: tuple[str, ...]  # applied to the row of logits
-    temperature: float  # at which the row is weighed after that; 1 where the temperature is no first step
-    steps: tuple[str, ...]  # of candidates
+    head: tuple[str, ...]  # the first of them, as long as they keep the order of logits and need no list: bending.py
+    steps: tuple[str, ...]  # the others: of candidates
     order: tuple[str, ...]  # of all steps, those that are neutral too
     is_native: bool  # whether the native draw can do all of `steps`
 
     @property
     def is_steered(self) -> bool:
         """Whether the surprise of the drawn token decides how the next is drawn."""
-        return bool(self.steps) and self.steps[-1] in STEERING
+        return not {*self.head, *self.steps}.isdisjoint(STEERING)
 
 
 def plan(params: SamplingParams) -> Plan:
-    """Greedy is the first of all tokens at temperature 1."""
+    """Greedy is the first of all tokens, and has no steps."""
     order = (*params.order, *(step for step in SAMPLER_ORDER if step not in params.order), *STEERING)
     if params.temperature == 0:
-        return Plan((), 1.0, (), order, True)
+        return Plan((), (), order, True)
     active = tuple(step for step in order if _is_active(step, params))
-    on_rows = _ON_ROWS if params.min_keep <= 1 else _RESHAPING  # nobody counts tokens there
-    num_head = next((i for i, step in enumerate(active) if step not in on_rows), len(active))
+    bending = _BENDING if params.min_keep <= 1 else _RESHAPING  # nobody counts tokens there
+    if params.smoothing_curve > _STEEPEST:
+        bending -= {"smoothing"}
+    if params.mirostat_mode == 1:
+        bending -= {"mirostat"}
+    num_head = next((i for i, step in enumerate(active) if step not in bending), len(active))
     head, steps = active[:num_head], active[num_head:]
-    temperature = 1.0
-    if head == ("temperature",) and params.dynatemp_range == 0:  # costs nothing: weights are exponentials anyway
-        head, temperature = (), min(max(params.temperature, LEAST), MOST)
-    is_native = params.min_keep <= 1 and steps == tuple(step for step in NATIVE if step in steps)
-    return Plan(head, temperature, steps, order, is_native)
+    is_native = params.min_keep <= 1 and "mirostat" not in head and steps == tuple(s for s in NATIVE if s in steps)
+    return Plan(head, steps, order, is_native)
 
 
 def _is_active(step: str, params: SamplingParams) -> bool:

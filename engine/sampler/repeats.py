@@ -16,6 +16,8 @@ from tightrope.engine.types import LONGEST_RUN, SamplingParams
 
 MAX_PENALTY = 1e30  # keeps logits finite whatever the base
 
+_FEW = 1000  # tokens that are sorted; more are counted, in an array as long as the vocabulary
+
 Ids = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
@@ -57,9 +59,16 @@ class Runs:
         if window > 0:
             lengths = np.minimum(lengths, places + 1 - (self._size - window))
         is_long = lengths >= least
-        tokens, lengths = self._tokens[places[is_long] + 1], np.minimum(lengths[is_long], LONGEST_RUN)
-        longest = np.zeros(int(tokens.max(initial=-1)) + 1, np.int32)
-        np.maximum.at(longest, tokens, lengths)  # sorting them would take ten times as long where they are many
+        if not is_long.any():
+            return np.empty(0, np.int64), np.empty(0, np.int32)
+        tokens = self._tokens[places[is_long] + 1].astype(np.int64)
+        runs = np.minimum(lengths[is_long], LONGEST_RUN).astype(np.int32)
+        if len(tokens) < _FEW:
+            order = np.lexsort((-runs, tokens))
+            following, first = np.unique(tokens[order], return_index=True)
+            return following, runs[order][first]
+        longest = np.zeros(int(tokens.max()) + 1, np.int32)
+        np.maximum.at(longest, tokens, runs)
         following = np.flatnonzero(longest)
         return following, longest[following]
 

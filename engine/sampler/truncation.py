@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from tightrope.engine.sampler.candidates import Candidates, Mask
-from tightrope.engine.sampler.ranking import Doubles, Ids
+from tightrope.engine.sampler.arrays import Doubles, Ids, Mask
+from tightrope.engine.sampler.candidates import Candidates
 
 _TINY = np.finfo(np.float64).tiny  # a share so small that one token always reaches it
 

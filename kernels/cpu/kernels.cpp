@@ -7,7 +7,7 @@
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 // Raised, here and in kernels/native.py, whenever what a function takes or reads changes its meaning.
-EXPORT int tightrope_interface() { return 3; }
+EXPORT int tightrope_interface() { return 4; }
 
 // The widest instruction set that this processor and its system run: 3 AVX-512 with VNNI, 2 AVX-512, 1 AVX2, 0 any.
 EXPORT int tightrope_instruction_set() {
@@ -132,8 +132,19 @@ EXPORT void tightrope_decoder_layer(const DecoderLayer* layer, float* x, void* k
                   {adapters, adapter_slots, adapter_scales, num_adapters}, x);
 }
 
-// Params of a row: temperature > 0, u in [0, 1), top_k, top_p, min_p, typical_p (neutral: 0, 1, 0, 1). token_ids: -1
-// where nothing can be drawn, -2 where it can't be told by a short list.
-EXPORT void tightrope_draw(const float* logits, int64_t rows, int64_t vocab, const double* params, int64_t* token_ids) {
-    draw(logits, rows, vocab, params, token_ids);
+// A token for each of these rows of logits, -1 where nothing can be drawn. See drawing::Params.
+EXPORT void tightrope_draw(const float* logits, int64_t vocab, const int64_t* rows, int64_t count, const double* params,
+                           int64_t* token_ids) {
+    drawing::draw(logits, vocab, rows, count, params, token_ids);
+}
+
+EXPORT void tightrope_rank(const float* logits, int64_t vocab, const int64_t* rows, int64_t count,
+                           const int64_t* wanted, int64_t width, float* out_logits, int64_t* out_ids, float* borders,
+                           float* tops) {
+    drawing::rank_rows(logits, vocab, rows, count, wanted, width, out_logits, out_ids, borders, tops);
+}
+
+EXPORT void tightrope_row_sums(const float* logits, int64_t vocab, const int64_t* rows, int64_t count,
+                               const double* bends, int is_mass_alone, double* sums) {
+    drawing::sum_rows(logits, vocab, rows, count, bends, is_mass_alone, sums);
 }

@@ -1,0 +1,20 @@
+"""What kernels over whole rows of logits take and give."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+MOST_BENDS = 6  # of a row; cpu/logits.h knows the number, too
+DIVIDE, PARABOLA, CUT = 1.0, 2.0, 3.0  # kinds of bends, see reference.row_sums
+SUMS = ("count", "mass", "moment", "first", "second")  # what is summed over a row
+
+
+@dataclass(frozen=True, slots=True)
+class Ranked:
+    """The largest logits of some rows: descending, equals by id."""
+
+    logits: NDArray[np.float32]  # [B, N]; -inf where nothing is listed
+    token_ids: NDArray[np.int64]  # [B, N]
+    border: NDArray[np.float32]  # [B, 1]: no token that isn't listed has a larger logit; -inf: all possible are listed
+    top: NDArray[np.float32]  # [B, 1]: the largest; not finite in a row from which nothing can be drawn
