@@ -128,6 +128,46 @@ async def test_when_every_token_is_banned_the_answer_ends_with_an_error(http: ht
     assert reply.json()["choices"][0]["finish_reason"] == "error"
     reply = await http.post("/v1/completions", json={**GOOD, "logit_bias": banned})
     assert reply.json()["choices"][0]["finish_reason"] in ("error", "stop", "length"), "a bias alone may leave the best"
+    others = [
+        i for i in range(VOCAB_SIZE) if i != ord("f")
+    ]  # the bias and the grammar leave one token, which is banned
+    together = {"logit_bias": {"102": 100}, "top_k": 1, "guided_regex": "f+", "custom_token_bans": [ord("f")]}
+    for fields in (together, {**together, "custom_token_bans": others, "guided_regex": "[a-e]+"}):
+        reply = await http.post("/v1/completions", json={**GOOD, **fields})
+        assert reply.json()["choices"][0]["finish_reason"] == "error"
+
+
+ENDLESS = {"$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"grammar_string": 'root ::= root "a" | "b"'},
+        {"grammar_string": 'root ::= "a" root'},
+        {"grammar_string": "root ::= " + " | ".join(f'"{i}"' for i in range(10**5))},
+        {"grammar_string": 'root ::= (("a"{1,100000}){1,100000}){1,100000}'},
+        {"regex_pattern": "((a{1,100000}){1,100000}){1,100000}"},
+        {"regex_pattern": "(a"},
+        {"regex_pattern": "(a+)+$"},
+        {"regex_pattern": "[^\\s\\S]"},
+        {"json_schema": {"type": "object", "properties": {"a": {"$ref": "#/$defs/none"}}}},
+        {"json_schema": {"type": "object", "properties": {"a": ENDLESS}, "required": ["a"], "$defs": ENDLESS["$defs"]}},
+        {"json_schema": {"type": "object", "properties": {"a": {"not": {"type": "string"}}}}},
+        {"json_schema": {"type": "object", "properties": {"a": {"type": "string", "pattern": "(a+)+$"}}}},
+    ],
+    ids=lambda fields: f"{next(iter(fields))} {str(next(iter(fields.values())))[:40]}",
+)
+async def test_a_grammar_that_cannot_be_enforced_is_refused_at_once_by_both_apis(
+    http: httpx.AsyncClient, fields: dict[str, Any]
+) -> None:
+    ((name, value),) = fields.items()
+    reply = await http.post("/v1/completions", json={**GOOD, **fields})
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, name)
+    if name != "grammar_string":  # which TGI has no word for
+        kind = "regex" if name == "regex_pattern" else "json"
+        tgi = {"inputs": "a?", "parameters": {"grammar": {"type": kind, "value": value}}}
+        assert (await http.post("/generate", json=tgi)).status_code == 422
 
 
 @pytest.mark.parametrize(
