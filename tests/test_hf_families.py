@@ -105,6 +105,12 @@ FAMILIES = {
             "shared_expert_intermediate_size": 40,
         },
     ),
+    "olmoe": Family("olmoe", {"num_experts": 4, "num_experts_per_tok": 2, "eos_token_id": 1}, kept=("OlmoeAttention",)),
+    "ernie4_5_moe, a table beside its router": Family(
+        "ernie4_5_moe",
+        {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 32, "moe_layer_start_index": 0},
+        kept=("Ernie4_5_MoeAttention",),
+    ),
     "olmo2, norms after the blocks": Family("olmo2", kept=("Olmo2Attention",)),
     "granite, multipliers": Family(
         "granite",

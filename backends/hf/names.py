@@ -6,6 +6,7 @@ from collections.abc import Collection, Sequence
 # names in older files, by those in transformers 5
 RENAMES: tuple[tuple[str, str], ...] = (
     (".mlp.", ".block_sparse_moe."),  # Mixtral, MiniMax
+    (".mlp.gate.moe_statics.", ".mlp.moe_statics."),  # Ernie 4.5
     ("lm_head.", "embed_out."),  # GPT-NeoX
 )
 
