@@ -19,9 +19,11 @@ from tightrope.engine.errors import BackendFailed
 from tightrope.engine.types import ModelInfo
 from tightrope.server.app import create_app
 from tightrope.server.connections import Connection
+from tightrope.server.errors import TemplateFailed
 from tightrope.server.guards import is_loopback
 from tightrope.server.openai.convert import means_the_model
 from tightrope.server.settings import ServerSettings
+from tightrope.server.templates import ChatTemplate, TemplateRenderer
 
 log = logging.getLogger("tightrope.serve")
 
@@ -112,7 +114,8 @@ async def _announce(client: EngineClient, server: uvicorn.Server, settings: Serv
         for name in client.adapters:
             if means_the_model(name, settings.served_model_name or info.model_id):
                 raise BackendFailed(f"--lora: {name!r} means the model itself; give the adapter another name")
-    except BackendFailed as error:
+        await _check_template(ChatTemplate(info, settings.chat_template))
+    except (BackendFailed, TemplateFailed) as error:
         stopping, server.should_exit = server.should_exit, True
         if stopping:
             return
@@ -120,6 +123,17 @@ async def _announce(client: EngineClient, server: uvicorn.Server, settings: Serv
     print("\n".join(ready_lines(info, settings, url)), flush=True)
     if settings.api_key is None and not is_loopback(settings.host):
         log.warning("anyone who can reach %s can use this server; --api-key asks for a key", settings.host)
+
+
+async def _check_template(template: ChatTemplate) -> None:
+    """Raise TemplateFailed if the template, which may come from anywhere, names what it must not reach."""
+    renderer = TemplateRenderer()
+    try:
+        await renderer.check(template.source)
+    except TemplateFailed as error:
+        raise TemplateFailed(f"{error.message}; choose another with --chat-template") from None
+    finally:
+        await renderer.close()
 
 
 def ready_lines(info: ModelInfo, settings: ServerSettings, url: str) -> list[str]:

@@ -24,12 +24,15 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 MEMORY_BYTES = 512 << 20  # address space; an interpreter with Jinja takes about 40 MB of it
 
+_LOADING = (nodes.Include, nodes.Import, nodes.FromImport, nodes.Extends)
+_REACHING = (nodes.Getattr, nodes.Getitem, *_LOADING)
+
 
 class RenderJob(msgspec.Struct, array_like=True):
-    """A template's source and the variables that it sees."""
+    """A template's source and the variables that it sees; without any it is looked through, and not run."""
 
     source: str
-    variables: dict[str, Any]
+    variables: dict[str, Any] | None
 
 
 class Rendered(msgspec.Struct, array_like=True):
@@ -73,21 +76,48 @@ def _tojson(
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
-@lru_cache(maxsize=8)
-def compiled(source: str) -> jinja2.Template:
-    """The template, ready to render. Raises jinja2.TemplateError."""
+@lru_cache(maxsize=1)
+def _environment() -> ImmutableSandboxedEnvironment:
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
     )
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_now
-    return environment.from_string(source)
+    return environment
+
+
+@lru_cache(maxsize=8)
+def compiled(source: str) -> jinja2.Template:
+    """The template, ready to render. Raises jinja2.TemplateError."""
+    return _environment().from_string(source)
+
+
+def check(source: str) -> None:
+    """Raise SecurityError if the template names Python's insides or other files, on whatever way through it.
+
+    One that is broken says so when it renders: a model whose chats can't be written still continues texts.
+    """
+    try:
+        tree = _environment().parse(source)
+    except jinja2.TemplateSyntaxError:
+        return
+    for node in tree.find_all(_REACHING):
+        name: object = type(node).__name__.lower()
+        if isinstance(node, nodes.Getattr):
+            name = node.attr
+        elif isinstance(node, nodes.Getitem):
+            name = node.arg.value if isinstance(node.arg, nodes.Const) else ""
+        if isinstance(node, _LOADING) or (isinstance(name, str) and name.startswith("__")):
+            raise SecurityError(f"{name} in line {node.lineno}")
 
 
 def render(job: RenderJob) -> Rendered:
     """Render one template; whatever it does wrong becomes one line of text."""
     try:
+        if job.variables is None:
+            check(job.source)
+            return Rendered("", None)
         return Rendered(compiled(job.source).render(**job.variables), None)
     except TemplateRefused as exc:
         return Rendered(None, str(exc), is_refusal=True)

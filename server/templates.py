@@ -38,14 +38,21 @@ class TemplateRenderer:
         self._process: asyncio.subprocess.Process | None = None
         self._lock = asyncio.Lock()
 
+    async def check(self, source: str) -> None:
+        """Raise TemplateFailed if the template names what no template may reach, whichever messages it would see."""
+        await self._run(source, None)
+
     async def render(self, source: str, variables: Mapping[str, Any]) -> str:
         """The rendered text. Raises TemplateFailed with the template's own words, or what it did wrong."""
+        return await self._run(source, dict(variables))
+
+    async def _run(self, source: str, variables: dict[str, Any] | None) -> str:
         async with self._lock:
             if self._process is None:
                 await self._start()
             done = False
             try:
-                rendered = await self._ask(RenderJob(source, dict(variables)), self._timeout_s)
+                rendered = await self._ask(RenderJob(source, variables), self._timeout_s)
                 done = True
             except TimeoutError:
                 raise TemplateFailed(f"the chat template was stopped after {self._timeout_s:g} s", "messages") from None

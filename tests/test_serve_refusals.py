@@ -113,3 +113,17 @@ def test_weights_and_tokenizers_that_can_not_be_are_refused(
     spoil(folder)
 
     assert_refused(folder, line)
+
+
+def test_a_template_that_reaches_for_pythons_insides_is_refused_with_its_line(tiny: Path, tmp_path: Path):
+    folder = shutil.copytree(tiny, tmp_path / "hostile")
+    (folder / "chat_template.jinja").write_text("{{ bos_token }}\n{{ messages.__class__.__base__ }}\n")
+
+    status, _, stderr = serve(folder)
+
+    assert status == 1
+    assert stderr.splitlines()[-1] == (
+        "tightrope: the chat template reaches for something that is forbidden: __base__ in line 2; "
+        "choose another with --chat-template"
+    )
+    assert "Traceback" not in stderr

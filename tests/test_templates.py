@@ -174,6 +174,25 @@ async def test_a_hostile_template_ends_in_one_line_and_the_next_one_renders(
     assert await rendered(renderer, ECHO) == (Span("[user]hi[go]"),)
 
 
+@pytest.mark.parametrize(
+    ("source", "what"),
+    [
+        ("{% if false %}{{ messages.__class__ }}{% endif %}", "__class__ in line 1"),
+        ("hello\n{{ messages['__class__'] }}", "__class__ in line 2"),
+        ("{% macro m() %}{{ ''|attr('x') }}{{ raise_exception.__globals__ }}{% endmacro %}", "__globals__ in line 1"),
+        ("{% include '/etc/hostname' %}", "include in line 1"),
+        ("{% from 'os' import system %}", "fromimport in line 1"),
+    ],
+)
+async def test_what_a_template_may_not_reach_is_seen_without_running_it(
+    renderer: TemplateRenderer, source: str, what: str
+) -> None:
+    with pytest.raises(TemplateFailed, match=f"forbidden: {what}"):
+        await renderer.check(source)
+    for harmless in (ECHO, ENDLESS, "{% if %}"):
+        await renderer.check(harmless)
+
+
 async def test_a_render_that_nobody_waits_for_is_not_mistaken_for_the_next(renderer: TemplateRenderer) -> None:
     await rendered(renderer, ECHO)
     task = asyncio.create_task(rendered(renderer, ENDLESS))
