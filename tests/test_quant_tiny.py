@@ -29,6 +29,7 @@ SERVED = {
     "llama-gptq-4bit-32g-actorder": "GPTQ",
     "llama-awq-4bit-32g": "AWQ",
     "llama-untied-bnb-nf4": "bitsandbytes 4-bit",
+    "mixtral-gptq-4bit-32g-actorder": "GPTQ",
 }  # and what each is called
 PAGES = 2
 
