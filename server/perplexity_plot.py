@@ -1,5 +1,6 @@
 """Perplexity over context length as a picture. Needs matplotlib, which a plain install doesn't bring."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import matplotlib.pyplot as plt
 
 COLOURS = ("#c8442d", "#33475b", "#4d9078", "#d99a2b", "#7d5ba6", "#6b7f8e", "#111111", "#b56576")
 GREY = "#5b6670"
+NOTE_WIDTH = 112  # characters in a line below the picture
 
 
 def draw(
@@ -24,10 +26,12 @@ def draw(
 ) -> Path:
     """Draw one line for each curve's (context, perplexity) points, contexts logarithmic to base 2; returns `path`.
 
-    notes: lines below the picture. trained_len: a mark at this context. most: perplexities above leave the picture.
+    notes: told below the picture, each on lines of its own. trained_len: a mark at this context. most: perplexities
+    above leave the picture.
     """
+    lines = [line for note in notes for line in textwrap.wrap(note, NOTE_WIDTH)]
     with plt.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
-        figure, axis = plt.subplots(figsize=(7.2, 4.4 + 0.16 * len(notes)))
+        figure, axis = plt.subplots(figsize=(7.2, 4.4 + 0.16 * len(lines)))
         for index, (name, points) in enumerate(curves.items()):
             axis.plot(*zip(*points, strict=True), "o-", markersize=4, color=COLOURS[index % len(COLOURS)], label=name)
         axis.set_xscale("log", base=2)
@@ -38,7 +42,7 @@ def draw(
         axis.set_ylabel("perplexity, less is better")
         axis.grid(axis="y", color="#e3e7ea")
         if most is not None:
-            axis.set_ylim(top=most)
+            axis.set_ylim(0, most)
         if trained_len is not None:
             axis.axvline(trained_len, color=GREY, linewidth=0.8, linestyle=":")
             axis.annotate(
@@ -51,8 +55,8 @@ def draw(
             )
         axis.legend(frameon=False)
         axis.set_title(title, loc="left", fontweight="bold")
-        figure.tight_layout(rect=(0, 0.03 * len(notes), 1, 1))
-        figure.text(0.02, 0.01, "\n".join(notes), fontsize=7, color=GREY, family="monospace", linespacing=1.4)
+        figure.tight_layout(rect=(0, 0.03 * len(lines), 1, 1))
+        figure.text(0.02, 0.01, "\n".join(lines), fontsize=7, color=GREY, family="monospace", linespacing=1.4)
         figure.savefig(path, dpi=150, facecolor="white")
         plt.close(figure)
     return path
