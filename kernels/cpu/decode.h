@@ -5,7 +5,7 @@
 // own softmax, which are merged in the end.
 #pragma once
 
-#include "scores.h"
+#include "values.h"
 
 struct DecodePart {
     int b, first_page, last_page;
@@ -16,83 +16,12 @@ constexpr int TOGETHER = LANES == 16 ? 8 : 4;  // heads whose outputs are held i
 
 INLINE size_t partial_floats(int heads) { return size_t(heads) * (2 + ROW); }
 
-// A part's pages from one correction of the softmax to the next, and the places in them that are seen.
-struct Span {
-    const int32_t *pages, *later;  // later: as many of the next span, so far as there are
-    int count, num_later, first, last;  // first place of the first page, end of the last page
-
-    int first_of(int i) const { return i ? 0 : first; }
-    int last_of(int i) const { return i + 1 < count ? PAGE : last; }
-};
-
 // Starts the reading of one head of a page, to the second cache: pages lie anywhere in memory, and no processor guesses
 // where the next one is.
 INLINE void fetch(const Cache& c, const uint8_t* codes, const f16* scales, int page, int head) {
     const size_t token = c.token(page, head), bytes = c.code_bytes();
     for (size_t at = 0; at < PAGE * bytes; at += 64) __builtin_prefetch(codes + token * bytes + at, 0, 2);
     for (int at = 0; at < PAGE * c.groups(); at += 32) __builtin_prefetch(scales + token * c.groups() + at, 0, 2);
-}
-
-// out[g] = out[g] * corrections[g] + sum over places of weights[g][place] * values, for HEADS heads, of VECTORS vectors
-// from dimension d: enough sums at a time that none waits for its own last step.
-template <int FORMAT, int HEADS, int VECTORS>
-INLINE void add_values_at(const Cache& c, const Span& span, int head, const float* all_weights,
-                          const float* corrections, int d, float* out) {
-    constexpr int GROUPS = VECTORS * LANES > GROUP ? VECTORS * LANES / GROUP : 1;
-    constexpr int BYTES = VECTORS * LANES * (FORMAT == F16 ? 4 : FORMAT == Q8 ? 2 : 1) / 2;
-    const int code_bytes = c.code_bytes(), byte = FORMAT == F16 ? 2 * d : FORMAT == Q8 ? d : d / 2;
-    Floats acc[HEADS][VECTORS];
-#pragma GCC unroll 8
-    for (int g = 0; g < HEADS; ++g)
-#pragma GCC unroll 4
-        for (int j = 0; j < VECTORS; ++j) acc[g][j] = load(out + g * ROW + d + j * LANES) * corrections[g];
-    for (int i = 0; i < span.count; ++i, all_weights += PAGE) {
-        alignas(64) float weights[GROUPS][HEADS][PAGE], scales[MOST_DIMS / GROUP][PAGE];  // weights times scales
-        if constexpr (FORMAT != F16)
-            read_scales(c.value_scales + c.token(span.pages[i], head) * c.groups(), c.groups(), scales[0]);
-        for (int k = 0; k < GROUPS; ++k)
-            for (int part = 0; part < PAGE; part += LANES) {
-                const Floats scale = FORMAT == F16 ? all(1.0f) : load(scales[d / GROUP + k] + part);
-#pragma GCC unroll 8
-                for (int g = 0; g < HEADS; ++g)
-                    store(weights[k][g] + part, load(all_weights + g * SPAN + part) * scale);
-            }
-        const auto block = [&](const uint8_t* codes, int page) { return codes + c.token(page, head) * code_bytes; };
-        const uint8_t* token = block(c.value_codes, span.pages[i]) + span.first_of(i) * code_bytes;
-        const uint8_t* ahead = block(c.value_codes, span.pages[std::min(i + 1, span.count - 1)]) + byte;
-        const uint8_t* later = i < span.num_later ? block(c.key_codes, span.later[i]) + byte : ahead;
-        if (FORMAT != F16 && !d && i < span.num_later)
-            __builtin_prefetch(c.key_scales + c.token(span.later[i], head) * c.groups(), 0, 2);
-        const int last = span.last_of(i);
-        for (int place = span.first_of(i); place < last; ++place, token += code_bytes) {
-            for (int at = 0; at < BYTES; at += 64) {
-                __builtin_prefetch(ahead + at);
-                __builtin_prefetch(later + at, 0, 2);
-            }
-            ahead += code_bytes, later += code_bytes;
-            Floats v[VECTORS];
-#pragma GCC unroll 4
-            for (int j = 0; j < VECTORS; ++j) v[j] = codes_at<FORMAT>(token, d + j * LANES, c.dims);
-#pragma GCC unroll 8
-            for (int g = 0; g < HEADS; ++g)
-#pragma GCC unroll 4
-                for (int j = 0; j < VECTORS; ++j) acc[g][j] += v[j] * weights[j * LANES / GROUP][g][place];
-        }
-    }
-#pragma GCC unroll 8
-    for (int g = 0; g < HEADS; ++g)
-#pragma GCC unroll 4
-        for (int j = 0; j < VECTORS; ++j) store(out + g * ROW + d + j * LANES, acc[g][j]);
-}
-
-template <int FORMAT, int HEADS>
-INLINE void add_values(const Cache& c, const Span& span, int head, const float* weights, const float* corrections,
-                       float* out) {
-    constexpr int VECTORS = LANES == 16 && HEADS <= 4 ? 4 : 2;
-    int d = 0;
-    for (; d + VECTORS * LANES <= c.dims; d += VECTORS * LANES)
-        add_values_at<FORMAT, HEADS, VECTORS>(c, span, head, weights, corrections, d, out);
-    for (; d < c.dims; d += LANES) add_values_at<FORMAT, HEADS, 1>(c, span, head, weights, corrections, d, out);
 }
 
 // Calls work(first, HEADS) for as many heads of a group at a time as registers hold, HEADS as a constant.
