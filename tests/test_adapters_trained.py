@@ -38,11 +38,11 @@ BASES = {
 def servers() -> Iterator[dict[str, RunningServer]]:
     """SmolLM2 in three formats, each with the trained adapter; they start together."""
     adapter = keeper()
+    folders = {name: str(make()) for name, make in BASES.items()}  # transformers can't load in two threads at once
     with ExitStack() as stack, ThreadPoolExecutor(len(BASES)) as pool:
 
         def start(name: str) -> RunningServer:
-            folder = str(BASES[name]())
-            return stack.enter_context(run_server(folder, "--lora", f"keeper={adapter}", "--max-model-len=512"))
+            return stack.enter_context(run_server(folders[name], "--lora", f"keeper={adapter}", "--max-model-len=512"))
 
         yield dict(zip(BASES, pool.map(start, BASES), strict=True))
 
