@@ -13,14 +13,16 @@ from tightrope.kernels.column_stack import ColumnStack
 from tightrope.kernels.columns import ColumnMatrix
 from tightrope.kernels.layer import StackedExperts
 from tightrope.kernels.triton import experts as compiled
+from tightrope.kernels.triton import quantized
 
 
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Launch]:
     found: list[Launch] = []
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    for name in ("_share_out", "grouped_parts", "grouped_plain", "sum_parts"):
+    for name in ("_share_out", "grouped_parts", "grouped_plain"):
         monkeypatch.setattr(compiled, name, Recorder(getattr(compiled, name), found))
+    monkeypatch.setattr(quantized, "sum_parts", Recorder(quantized.sum_parts, found))
     monkeypatch.setattr(compiled, "gated", lambda x, activation: x[:, : x.shape[1] // 2].contiguous())
     return found
 

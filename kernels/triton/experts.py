@@ -13,10 +13,9 @@ from triton.language import constexpr
 from tightrope.kernels.column_stack import ColumnStack
 from tightrope.kernels.layer import StackedExperts
 from tightrope.kernels.triton.pointwise import gated
-from tightrope.kernels.triton.quantized import BATCH_OUTPUTS, SUM_OUTPUTS, columns_of, operands
+from tightrope.kernels.triton.quantized import BATCH_OUTPUTS, add_parts, columns_of, operands
 from tightrope.kernels.triton.quantized_batch import multiply_blocks
 from tightrope.kernels.triton.quantized_tile import load_share
-from tightrope.kernels.triton.quantized_vector import sum_parts
 
 ROWS = 16  # places of a tile, the fewest that a card's matrix units take
 PLACES = 64  # that a program of the table looks at together
@@ -111,20 +110,7 @@ def _times_stack(x: Tensor, stack: ColumnStack, tiles: Tensor, out: Tensor, each
         num_warps=4,
         enable_fp_fusion=True,
     )
-    sum_parts[triton.cdiv(matrix.num_outputs, SUM_OUTPUTS), len(out)](
-        parts,
-        None,
-        out,
-        num_shares,
-        matrix.num_outputs,
-        parts.stride(0),
-        stride,
-        out.stride(0),
-        PARTS_PADDED=triton.next_power_of_2(num_shares),
-        OUTPUTS=SUM_OUTPUTS,
-        num_warps=4,
-        enable_fp_fusion=True,
-    )
+    add_parts(parts, None, out)
 
 
 @triton.jit

@@ -74,12 +74,19 @@ def _multiply(x: Tensor, matrix: ColumnMatrix, bias: Tensor | None, out: Tensor)
             num_warps=4,
             enable_fp_fusion=True,
         )
-    sum_parts[-(-matrix.num_outputs // SUM_OUTPUTS), len(x)](
+    add_parts(parts, bias, out)
+
+
+def add_parts(parts: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """Add up the shares of parts [S, T, stride] float32 and bias [N] to `out` [T, N], whose rows may lie apart."""
+    num_shares, num_rows, stride = parts.shape
+    num_outputs = out.shape[1]
+    sum_parts[triton.cdiv(num_outputs, SUM_OUTPUTS), num_rows](
         parts,
         bias,
         out,
         num_shares,
-        matrix.num_outputs,
+        num_outputs,
         parts.stride(0),
         stride,
         out.stride(0),
