@@ -1,6 +1,6 @@
 """The seam between the engine and the models: chunks of token ids in, logits out."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
@@ -10,6 +10,7 @@ from torch import Tensor
 from tightrope.kernels.layout import CacheDtype
 
 WantLogits = Literal["none", "last", "all"]
+MAX_ADDED_TEXTS = 16_384  # vocabularies with most of them hold some 6,000, such as HTML's tags and unused places
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +96,19 @@ class Tokenizer(Protocol):
     def special_texts(self) -> Sequence[str]:
         """The texts of all tokens that `parse_special` would recognise."""
 
+    def added_texts(self) -> Sequence[str]:
+        """The texts of added and user-defined tokens that no flag makes special, in the order of their ids.
+
+        Which of them are marks of a chat is for the chat template to say. Blanks and byte pieces are none, and what
+        comes after the first MAX_ADDED_TEXTS is left out.
+        """
+
+    def set_marks(self, marks: Collection[str], ends: Collection[str]) -> None:
+        """Make added texts special from now on, and those of `ends` ends of a turn; others are ignored.
+
+        To be called before the first request, while nothing else uses the tokenizer. `ends` may name special texts too.
+        """
+
 
 @dataclass(frozen=True, slots=True)
 class ModelCard:
@@ -109,6 +123,8 @@ class ModelCard:
     chat_template: str | None  # Jinja source from the model's files
     notes: tuple[str, ...]  # start-up lines: what was chosen, and why
     cache_token_bytes: float = 0.0  # keys and values of one token in all layers; 0: not known
+    # bos_token, pad_token, additional_special_tokens and the like: texts that chat templates use by these names
+    named_tokens: tuple[tuple[str, str | tuple[str, ...]], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

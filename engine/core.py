@@ -114,6 +114,7 @@ class EngineCore:
             special_texts=tuple(tokenizer.special_texts()),
             chat_template=card.chat_template,
             notes=card.notes,
+            named_tokens=card.named_tokens,
         )
 
     def _text_of(self, token_id: int | None) -> str | None:

@@ -245,6 +245,8 @@ class ModelInfo(Struct, frozen=True):
     special_texts: tuple[str, ...]
     chat_template: str | None
     notes: tuple[str, ...]
+    # bos_token, pad_token, additional_special_tokens and the like, as chat templates call them; pairs, to be hashable
+    named_tokens: tuple[tuple[str, str | tuple[str, ...]], ...] = ()
 
 
 class Stats(Struct, frozen=True):

@@ -164,6 +164,7 @@ class ChatTemplate:
             **(variables or {}),
             "bos_token": self._info.bos_token or "",
             "eos_token": self._info.eos_token or "",
+            **dict(self._info.named_tokens),
             "add_generation_prompt": add_generation_prompt,
         }
         text, notes = await _render_ordered(renderer, self.source, marked, fixed)

@@ -4,7 +4,7 @@ It keeps its cache as honestly as a real backend: logits depend on what was stor
 loses, mixes or repeats cached tokens writes other text.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -44,6 +44,12 @@ class ByteTokenizer:
 
     def special_texts(self) -> Sequence[str]:
         return list(SPECIAL.values())
+
+    def added_texts(self) -> Sequence[str]:
+        return []
+
+    def set_marks(self, marks: Collection[str], ends: Collection[str]) -> None:
+        """It has no added texts."""
 
 
 @dataclass

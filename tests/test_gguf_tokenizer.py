@@ -92,3 +92,23 @@ def test_threads_may_share_a_tokenizer(tokenizer: GGUFTokenizer) -> None:
 def test_a_megabyte_of_one_character_is_tokenized(tokenizer: GGUFTokenizer, character: str) -> None:
     text = character * ((1 << 20) // len(character.encode()))
     assert joined(tokenizer, tokenizer.encode(text, parse_special=False, is_start=True)) == text.encode()
+
+
+def test_a_user_defined_token_becomes_a_mark_when_the_chat_template_says_so() -> None:
+    model = NativeModel(gemma(), ModelOptions())
+    tokenizer = GGUFTokenizer(model)
+    assert "<table>" in tokenizer.added_texts()
+    [table] = tokenizer.encode("<table>", parse_special=False, is_start=False)
+
+    tokenizer.set_marks(["<table>", "<unknown>"], ["<table>"])
+
+    text = "a <table> <table"
+    plain = tokenizer.encode(text, parse_special=False, is_start=True)
+    assert tokenizer.encode("<table>", parse_special=True, is_start=False) == [table]
+    assert tokenizer.is_special(table)
+    assert "<table>" in tokenizer.special_texts()
+    assert "<table>" not in tokenizer.added_texts()
+    assert table in tokenizer.eos_ids
+    assert table not in plain
+    assert joined(tokenizer, plain) == text.encode()
+    model.close()

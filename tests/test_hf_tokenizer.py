@@ -453,3 +453,33 @@ def test_a_wrong_chat_template_is_one_line(tmp_path: Path, name: str, content: b
 
     with pytest.raises(BackendError, match=line):
         chat_template(tmp_path)
+
+
+def test_an_added_text_becomes_a_mark_when_the_chat_template_says_so(tmp_path: Path):
+    tokenizer = small(tmp_path)
+    assert tokenizer.added_texts() == ["<think>"]
+    assert tokenizer.encode("<think>", parse_special=False, is_start=True) == [3]
+
+    tokenizer.set_marks(["<think>", "<unknown>", "a"], ["<think>", "a"])
+
+    assert tokenizer.added_texts() == []
+    assert tokenizer.encode("<think>a", parse_special=True, is_start=True) == [3, 4]
+    assert 3 not in tokenizer.encode("<think>", parse_special=False, is_start=True)
+    assert [tokenizer.is_special(i) for i in (2, 3, 4)] == [True, True, False]
+    assert "<think>" in tokenizer.special_texts()
+    assert tokenizer.eos_ids == {2, 3}
+    assert tokenizer.token_bytes(3) == b"<think>"
+
+
+def test_a_user_defined_piece_becomes_a_mark_when_the_chat_template_says_so(llama_folder: Path):
+    tokenizer = HFTokenizer(llama_folder, LLAMA_SHAPE)
+    assert tokenizer.added_texts() == ["<tool>"]
+    [tool] = tokenizer.encode("<tool>", parse_special=False, is_start=False)
+
+    tokenizer.set_marks(["<tool>"], ["</s>"])
+
+    assert tokenizer.encode("<tool>", parse_special=True, is_start=False) == [tool]
+    plain = tokenizer.encode("<tool>", parse_special=False, is_start=False)
+    assert tool not in plain
+    assert joined(tokenizer, plain) == b"<tool>"
+    assert tokenizer.eos_ids == {2}

@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator, Sequence
 
 import pytest
 from fake_api import api
+from msgspec import structs
 
 from tightrope.engine.types import ModelInfo, Span
 from tightrope.server.errors import TemplateFailed
@@ -58,6 +59,16 @@ async def test_a_model_without_a_template_gets_chatml_and_its_stop(renderer: Tem
 
 async def test_the_settings_template_wins_over_the_models() -> None:
     assert ChatTemplate(info(ECHO), "mine").source == "mine"
+
+
+async def test_the_models_named_tokens_reach_the_template(renderer: TemplateRenderer) -> None:
+    named = (("bos_token", "<b>"), ("pad_token", "<pad>"), ("additional_special_tokens", ("<x>", "<y>")))
+    source = "{{ bos_token }}{{ eos_token }}{{ pad_token }}{{ additional_special_tokens[1] }}{{ unk_token }}"
+    template = ChatTemplate(structs.replace(info(source), named_tokens=named), variables={"pad_token": "mine"})
+
+    prompt = await template.render(renderer, HI, add_generation_prompt=True, continue_final_message=False)
+
+    assert prompt.spans == (Span("<b></s><pad><y>"),)
 
 
 async def test_special_tokens_in_what_people_wrote_stay_plain_text(renderer: TemplateRenderer) -> None:

@@ -1,12 +1,14 @@
 """Text to token ids and back by the vocabulary in the GGUF file."""
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from llama_cpp import llama_cpp as ll
 
 from tightrope.backends.gguf.native import NativeModel
+from tightrope.backends.plain_text import cut_at_marks, marks_pattern
+from tightrope.backends.protocol import MAX_ADDED_TEXTS
 
 _CONTROL = ll.LLAMA_TOKEN_ATTR_CONTROL | ll.LLAMA_TOKEN_ATTR_UNKNOWN  # what parse_special decides about
 _SPACE_PREFIXED = (ll.LLAMA_VOCAB_TYPE_SPM, ll.LLAMA_VOCAB_TYPE_UGM)
@@ -28,12 +30,23 @@ class GGUFTokenizer:
         self._special = frozenset(i for i in ids if ll.llama_vocab_get_attr(self._vocab, i) & _CONTROL)
         self._bytes: dict[int, bytes] = {}  # filled as tokens are seen
         self._special_texts = tuple(self.token_bytes(i).decode(errors="replace") for i in sorted(self._special))
+        self._added = self._user_defined()
+        self._marks = marks_pattern(())
         self._separator_ids = self._tokenize(_SEPARATOR, parse_special=False) if self._prefixes_space() else []
 
     def encode(self, text: str, *, parse_special: bool, is_start: bool) -> list[int]:
         """See Tokenizer. An unpaired surrogate, which has no UTF-8, becomes a replacement character."""
         if not text:
             return []
+        if not parse_special and self._marks is not None:  # llama.cpp finds user-defined tokens in any text
+            first, *others = cut_at_marks(text, self._marks)
+            token_ids = self._encode(first, parse_special=False, is_start=is_start)
+            for piece in others:
+                token_ids += self._encode(piece, parse_special=False, is_start=False)
+            return token_ids
+        return self._encode(text, parse_special=parse_special, is_start=is_start)
+
+    def _encode(self, text: str, *, parse_special: bool, is_start: bool) -> list[int]:
         if is_start or not self._separator_ids:
             return self._tokenize(text, parse_special=parse_special)
         # the vocabulary would put a space in front: let it go in front of a separator, and cut both off
@@ -50,8 +63,32 @@ class GGUFTokenizer:
         return token_id in self._special
 
     def special_texts(self) -> Sequence[str]:
-        """Control and unknown tokens. A user-defined token, such as a run of spaces, is plain text and always found."""
+        """Control and unknown tokens, and marks. Other user-defined tokens, such as runs of spaces, are plain text."""
         return self._special_texts
+
+    def added_texts(self) -> Sequence[str]:
+        """See Tokenizer. User-defined tokens."""
+        return [text for text, token_id in self._added.items() if token_id not in self._special]
+
+    def set_marks(self, marks: Collection[str], ends: Collection[str]) -> None:
+        """See Tokenizer."""
+        found = {text: self._added[text] for text in marks if text in self._added}
+        known = found | dict(zip(self._special_texts, sorted(self._special), strict=True))
+        self._special |= set(found.values())
+        self._special_texts = tuple(self.token_bytes(i).decode(errors="replace") for i in sorted(self._special))
+        self.eos_ids |= {known[text] for text in ends if text in known}
+        user_defined = [text for text, token_id in self._added.items() if token_id in self._special]
+        self._marks = marks_pattern(user_defined)
+
+    def _user_defined(self) -> dict[str, int]:
+        """Ids of user-defined tokens by their texts, as far as these could be marks."""
+        found: dict[str, int] = {}
+        for token_id in range(self.vocab_size):
+            if ll.llama_vocab_get_attr(self._vocab, token_id) & ll.LLAMA_TOKEN_ATTR_USER_DEFINED:
+                text = self.token_bytes(token_id).decode(errors="replace")
+                if text.strip() and len(found) < MAX_ADDED_TEXTS:
+                    found.setdefault(text, token_id)
+        return found
 
     def _prefixes_space(self) -> bool:
         """Whether the vocabulary puts a space in front of every text."""

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from tightrope.backends.errors import BackendError
 from tightrope.backends.hf.config import ModelShape
 from tightrope.backends.hf.generation import TURN_ENDS, end_ids, named_token, read_optional
 from tightrope.backends.hf.spm import read_sentencepiece
+from tightrope.backends.protocol import MAX_ADDED_TEXTS
 
 MAX_FILE = 512 << 20  # bytes; vocabularies of 256,000 pieces take about 35 MB
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -28,18 +29,11 @@ class HFTokenizer:
         """Raises BackendError when the folder has no tokenizer, a malformed one, or one with ids outside the model."""
         source, self._path = _read(folder)
         self.vocab_size = shape.vocab_size
+        self._source = source
         self._added = source.get_added_tokens_decoder()
         self._check_ids(source)
-        self._encoders = {
-            (is_start, parse_special): _variant(source, self._path, prefixed=is_start, parse_special=parse_special)
-            for is_start in (True, False)
-            for parse_special in (True, False)
-        }
-        self._whole = self._encoders[True, True]
-        self._special = frozenset(i for i, token in self._added.items() if token.special)
-        self._special_texts = tuple(self._added[i].content for i in sorted(self._special))
+        self._build()
         self._bytes = _piece_reader(source, self._path)
-        self._known: dict[int, bytes] = {}  # filled as tokens are seen
         self.bos_id, self.adds_bos = self._bos(folder, source, shape)
         named_end = named_token(folder, "eos_token")
         ends = {self._whole.token_to_id(text) for text in TURN_ENDS & set(self._special_texts)}
@@ -65,12 +59,42 @@ class HFTokenizer:
             known = self._known[token_id] = self._read_token(token_id)
         return known
 
+    def _build(self) -> None:
+        """Make the encoders, and list what is special by the flags of the added tokens."""
+        self._encoders = {
+            (is_start, parse_special): _variant(
+                self._source, self._added, self._path, prefixed=is_start, parse_special=parse_special
+            )
+            for is_start in (True, False)
+            for parse_special in (True, False)
+        }
+        self._whole = self._encoders[True, True]
+        self._special = frozenset(i for i, token in self._added.items() if token.special)
+        self._special_texts = tuple(self._added[i].content for i in sorted(self._special))
+        self._known: dict[int, bytes] = {}  # filled as tokens are seen
+
     def is_special(self, token_id: int) -> bool:
         return token_id in self._special
 
     def special_texts(self) -> Sequence[str]:
         """Special tokens. Others that were added, such as runs of spaces, are plain text and always found."""
         return self._special_texts
+
+    def added_texts(self) -> Sequence[str]:
+        """See Tokenizer."""
+        found = (token.content for _, token in sorted(self._added.items()) if not token.special)
+        texts = [text for text in found if text.strip() and not _BYTE_PIECE.fullmatch(text)]
+        return texts[:MAX_ADDED_TEXTS]
+
+    def set_marks(self, marks: Collection[str], ends: Collection[str]) -> None:
+        """See Tokenizer."""
+        wanted = set(marks).intersection(self.added_texts())
+        for token_id, token in self._added.items():
+            if token.content in wanted:
+                token.special = True
+                self._added[token_id] = token
+        self._build()
+        self.eos_ids |= {i for i in self._special if self._added[i].content in set(ends)}
 
     def _read_token(self, token_id: int) -> bytes:
         if not 0 <= token_id < self.vocab_size:
@@ -166,7 +190,9 @@ def _later_tokens(folder: Path, tokenizer: Tokenizer) -> list[AddedToken]:
     return [tokens[i] for i in sorted(tokens)]
 
 
-def _variant(source: Tokenizer, path: Path, *, prefixed: bool, parse_special: bool) -> Tokenizer:
+def _variant(
+    source: Tokenizer, added: Mapping[int, AddedToken], path: Path, *, prefixed: bool, parse_special: bool
+) -> Tokenizer:
     """A tokenizer over the same vocabulary that recognises special tokens, and puts a space in front, or doesn't."""
     tokenizer = Tokenizer(source.model)
     if prefixed:
@@ -177,7 +203,6 @@ def _variant(source: Tokenizer, path: Path, *, prefixed: bool, parse_special: bo
         empty = {"version": "1.0", "added_tokens": [], "model": {"type": "BPE", "vocab": {}, "merges": []}}
         bare = Tokenizer.from_str(json.dumps(empty | {name: _without_prefix(part) for name, part in parts.items()}))
         tokenizer.normalizer, tokenizer.pre_tokenizer = bare.normalizer, bare.pre_tokenizer
-    added = source.get_added_tokens_decoder()
     tokenizer.add_tokens([added[i] for i in sorted(added)])
     if tokenizer.get_added_tokens_decoder().keys() != added.keys():
         raise BackendError(f"{path}: ids of added_tokens are not the ones that follow its vocabulary")
