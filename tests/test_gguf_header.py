@@ -162,7 +162,7 @@ def test_a_file_with_changed_bytes_is_read_or_refused_and_nothing_else(data: st.
 
 def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
     for path in (tmp_path / "nowhere.gguf", tmp_path):
-        with pytest.raises(BackendError, match="can't be read"):
+        with pytest.raises(BackendError, match=r"no such file|can't be read"):
             read_header(path)
 
 

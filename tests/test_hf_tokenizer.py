@@ -444,7 +444,7 @@ def test_the_chat_template_is_found_where_each_version_put_it(
         ("tokenizer_config.json", b'{"chat_template": 7}', r"tokenizer_config\.json: chat_template is 7; it must be"),
         ("tokenizer_config.json", b"{", r"tokenizer_config\.json: not JSON"),
         ("chat_template.jinja", b"\xff\xfe", r"chat_template\.jinja: can't be read as UTF-8 text"),
-        ("chat_template.jinja", b" " * (5 << 20), r"chat_template\.jinja: larger than 4194304 bytes"),
+        ("chat_template.jinja", b" " * (5 << 20), r"chat_template\.jinja: 5242880 bytes are too many"),
     ],
     ids=lambda value: str(value)[:30],
 )

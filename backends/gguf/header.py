@@ -8,6 +8,7 @@ value; tensor infos, each a name, dimension count u32, dimensions u64 (fastest f
 the alignment; the tensors' bytes. Source: the GGUF specification, ggml/docs/gguf.md.
 """
 
+import os
 import re
 import struct
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from tightrope.backends.errors import BackendError
+from tightrope.backends.opened import open_file
 
 MAGIC = b"GGUF"
 MAX_KEYS = 1 << 16
@@ -144,12 +146,8 @@ def _parts(path: Path, count: int) -> list[Path]:
 
 
 def _read_one(path: Path) -> Header:
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            return _Parser(path, file, size).header()
-    except OSError as error:
-        raise BackendError(f"{path}: can't be read: {error.strerror or error}") from None
+    with open_file(path) as file:
+        return _Parser(path, file, os.fstat(file.fileno()).st_size).header()
 
 
 class _Parser:

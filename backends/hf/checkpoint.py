@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from tightrope.backends.errors import BackendError
 from tightrope.backends.hf.jsonfile import read_object
+from tightrope.backends.opened import open_file
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -160,11 +161,9 @@ class Checkpoint:
     def _map(self, path: Path) -> mmap.mmap:
         if path not in self._maps:
             try:
-                with path.open("rb") as file:
+                with open_file(path) as file:
                     # private and copied on write: torch wants writable memory, and the file must never change
                     self._maps[path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-            except OSError as error:
-                raise BackendError(f"{path}: can't be read: {error.strerror or error}") from None
             except ValueError:
                 raise BackendError(f"{path}: became empty since its header was read") from None
             if (need := max(t.end for t in self.tensors.values() if t.file == path)) > len(self._maps[path]):
@@ -177,21 +176,18 @@ def read_header(path: Path) -> tuple[TensorEntry, ...]:
 
     Raises BackendError unless every byte of the file belongs to exactly one tensor of known dtype and matching shape.
     """
-    try:
-        with path.open("rb") as file:
-            size = file.seek(0, 2)
-            file.seek(0)
-            prefix = file.read(8)
-            length = int.from_bytes(prefix, "little")
-            if len(prefix) < 8:
-                raise BackendError(f"{path}: truncated: {size} bytes are no safetensors file; copy it again")
-            if length > MAX_HEADER:
-                raise BackendError(f"{path}: not a safetensors file: its header would have {length} bytes")
-            if length > size - 8:
-                raise BackendError(f"{path}: truncated: its header needs {length + 8} bytes, the file has {size}")
-            raw = file.read(length)
-    except OSError as error:
-        raise BackendError(f"{path}: can't be read: {error.strerror or error}") from None
+    with open_file(path) as file:
+        size = file.seek(0, 2)
+        file.seek(0)
+        prefix = file.read(8)
+        length = int.from_bytes(prefix, "little")
+        if len(prefix) < 8:
+            raise BackendError(f"{path}: truncated: {size} bytes are no safetensors file; copy it again")
+        if length > MAX_HEADER:
+            raise BackendError(f"{path}: not a safetensors file: its header would have {length} bytes")
+        if length > size - 8:
+            raise BackendError(f"{path}: truncated: its header needs {length + 8} bytes, the file has {size}")
+        raw = file.read(length)
     entries = [_entry(path, name, value, 8 + length, size) for name, value in _parse(path, raw).items()]
     entries.sort(key=lambda entry: (entry.begin, entry.end))
     end = 8 + length

@@ -7,6 +7,7 @@ from typing import Any
 from tightrope.backends.errors import BackendError
 from tightrope.backends.hf.config import ModelShape
 from tightrope.backends.hf.jsonfile import read_object
+from tightrope.backends.opened import read_bytes
 
 MAX_FILE = 64 << 20  # bytes; the longest real ones list every added token
 MAX_TEMPLATE = 4 << 20  # bytes
@@ -70,11 +71,9 @@ def chat_template(folder: Path) -> str | None:
     """
     path = folder / "chat_template.jinja"
     if path.is_file():
-        if path.stat().st_size > MAX_TEMPLATE:
-            raise BackendError(f"{path}: larger than {MAX_TEMPLATE} bytes; it must be a Jinja template")
         try:
-            return path.read_text("utf-8")
-        except (OSError, UnicodeDecodeError):
+            return read_bytes(path, MAX_TEMPLATE).decode("utf-8").replace("\r\n", "\n")
+        except UnicodeDecodeError:
             raise BackendError(f"{path}: can't be read as UTF-8 text") from None
     for file in ("tokenizer_config.json", "chat_template.json"):
         value = read_optional(folder / file).get("chat_template")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tightrope.backends.errors import BackendError
+from tightrope.backends.opened import read_bytes
 
 
 def read_object(path: Path, max_bytes: int) -> dict[str, Any]:
@@ -14,15 +15,7 @@ def read_object(path: Path, max_bytes: int) -> dict[str, Any]:
     Raises BackendError when the file can't be read, is larger than `max_bytes`, is no JSON object, or holds a NaN or an
     infinity anywhere, whose field is named.
     """
-    try:
-        size = path.stat().st_size
-        if size > max_bytes:
-            raise BackendError(f"{path}: {size} bytes are too many; at most {max_bytes} are expected")
-        raw = path.read_bytes()
-    except FileNotFoundError:
-        raise BackendError(f"{path}: no such file") from None
-    except OSError as error:
-        raise BackendError(f"{path}: can't be read: {error.strerror or error}") from None
+    raw = read_bytes(path, max_bytes)
     try:
         value = json.loads(raw)
     except json.JSONDecodeError as error:

@@ -14,6 +14,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
 
 from tightrope.backends.errors import BackendError
+from tightrope.backends.opened import read_bytes
 
 MAX_FILE = 256 << 20  # bytes; vocabularies of 256,000 pieces take about 5 MB
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
@@ -45,12 +46,7 @@ class SentencePieceModel:
 
 def read_sentencepiece(path: Path) -> Tokenizer:
     """The tokenizer of a sentencepiece BPE or unigram model. Raises BackendError when the file is none."""
-    try:
-        if path.stat().st_size > MAX_FILE:
-            raise BackendError(f"{path}: larger than {MAX_FILE} bytes; it must be a sentencepiece model")
-        raw = path.read_bytes()
-    except OSError as error:
-        raise BackendError(f"{path}: can't be read: {error.strerror or error}") from None
+    raw = read_bytes(path, MAX_FILE)
     try:
         model = parse(raw)
     except (ValueError, TypeError, IndexError, struct.error):

@@ -12,6 +12,7 @@ from tightrope.backends.errors import BackendError
 from tightrope.backends.hf.config import ModelShape
 from tightrope.backends.hf.generation import TURN_ENDS, end_ids, named_token, read_optional
 from tightrope.backends.hf.spm import read_sentencepiece
+from tightrope.backends.opened import read_bytes
 from tightrope.backends.protocol import MAX_ADDED_TEXTS
 
 MAX_FILE = 512 << 20  # bytes; vocabularies of 256,000 pieces take about 35 MB
@@ -149,10 +150,9 @@ def _read(folder: Path) -> tuple[Tokenizer, Path]:
 
 
 def _read_json(path: Path) -> Tokenizer:
-    if path.stat().st_size > MAX_FILE:
-        raise BackendError(f"{path}: larger than {MAX_FILE} bytes; it must be a tokenizer of the tokenizers library")
+    raw = read_bytes(path, MAX_FILE)
     try:
-        tokenizer = Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_buffer(raw)
     except Exception as error:  # the library raises plain Exception for all that can be wrong with a file
         raise BackendError(
             f"{path}: not a tokenizer of the tokenizers library: {' '.join(str(error).split()):.200}"
