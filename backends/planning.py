@@ -71,7 +71,6 @@ def _of_folder(folder: Path, settings: ModelSettings, memory_bytes: int | None) 
     from tightrope.backends.hf.peft import room_for_adapters
     from tightrope.backends.hf.quantised import describe_format, find_quantization
     from tightrope.backends.hf.quantised import weight_bytes as weight_bytes_of
-    from tightrope.backends.rope import resolve_rope
     from tightrope.kernels.layout import PAGE
 
     shape, checkpoint = read_config(folder), Checkpoint.open(folder)
@@ -80,7 +79,7 @@ def _of_folder(folder: Path, settings: ModelSettings, memory_bytes: int | None) 
     weight_bytes += room_for_adapters(settings)
     free_bytes = _grossed_up(memory_bytes) if memory_bytes is not None else hf.free_bytes()
     spare = spare_bytes(weight_bytes, free_bytes)
-    window = hf.served_window(settings, shape, resolve_rope(shape.raw, settings.rope, settings.max_model_len))
+    window = hf.served_window(settings, shape, hf.rope_of(settings, shape))
     chosen, refusal = None, None
     try:
         plan = hf.make_plan(settings, shape, weight_bytes, free_bytes)

@@ -8,14 +8,16 @@ reference code (llama3). What config.json calls the parameters is transformers' 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tightrope.backends.errors import BackendError
-from tightrope.backends.rope_config import FILE, LISTS, ORIGINAL, STRETCHING, RopeConfig, Section, kind_of, read_rope
+from tightrope.backends.rope_config import FILE, LISTS, STRETCHING, RopeConfig, Section, kind_of, read_rope
 from tightrope.backends.rope_config import rotary_dim as rotary_dim_of
+from tightrope.backends.rope_window import Witnesses, own_windows
 
 if TYPE_CHECKING:  # pydantic, which a model needs only where settings are read
     from tightrope.backends.settings import RopeKind, RopeSettings
@@ -28,9 +30,10 @@ class RopeSpec:
     """The rotation of one kind of layer, resolved.
 
     `trained_len` is the window, in tokens, that the frequencies were made for before any scaling, `window` the one that
-    is served. The fields after it are of single kinds: `attention_factor` multiplies cosines and sines (yarn,
-    longrope), the betas are turns within the trained window between which YaRN ramps, the freq factors those between
-    which llama3 does, and longrope divides frequency i by element i of a list [rotary_dim / 2].
+    is served. The fields after it are of single kinds: `dynamic_len` is the window beyond which dynamic scaling begins,
+    0 for the trained one, `attention_factor` multiplies cosines and sines (yarn, longrope), the betas are turns within
+    the trained window between which YaRN ramps, the freq factors those between which llama3 does, and longrope divides
+    frequency i by element i of a list [rotary_dim / 2]. `note` says what the files disagree about, if anything.
     """
 
     kind: "RopeKind"
@@ -40,6 +43,7 @@ class RopeSpec:
     head_dim: int
     trained_len: int
     window: int
+    dynamic_len: int = 0
     attention_factor: float = 1.0
     beta_fast: float = 32.0
     beta_slow: float = 1.0
@@ -48,6 +52,7 @@ class RopeSpec:
     high_freq_factor: float = 4.0
     short_factor: tuple[float, ...] = ()
     long_factor: tuple[float, ...] = ()
+    note: str = ""
 
     @property
     def depends_on_length(self) -> bool:
@@ -70,7 +75,8 @@ class RopeSpec:
         if self.kind == "ntk":
             return self._plain(self._ntk_theta(self.factor))
         if self.kind == "dynamic":
-            beyond = max(length, self.trained_len) / self.trained_len - 1
+            begin = self.dynamic_len or self.trained_len
+            beyond = max(length, begin) / begin - 1
             return self._plain(self._ntk_theta(1 + self.factor * beyond))
         if self.kind == "yarn":
             return self._yarn()
@@ -113,7 +119,9 @@ class RopeSpec:
         return inv_freq / self.factor * (1 - kept) + inv_freq * kept
 
 
-def resolve_rope(config: Mapping[str, Any], settings: "RopeSettings", max_model_len: int) -> dict[str, RopeSpec]:
+def resolve_rope(
+    config: Mapping[str, Any], settings: "RopeSettings", max_model_len: int, witnesses: Witnesses = MappingProxyType({})
+) -> dict[str, RopeSpec]:
     """The rotation of each kind of layer: "full_attention" and "sliding_attention" where a model has both, else
     "default"; nothing for a model whose config.json has no RoPE.
 
@@ -128,11 +136,11 @@ def resolve_rope(config: Mapping[str, Any], settings: "RopeSettings", max_model_
     if not rope.sections and settings != RopeSettings():
         raise BackendError(f"{FILE}: a model of type {config.get('model_type')!r} has no RoPE that could be changed")
     specs = {
-        name: _resolve(section, rope, RopeSettings() if name == SLIDING else settings)
+        name: _resolve(section, rope, RopeSettings() if name == SLIDING else settings, witnesses)
         for name, section in rope.sections.items()
     }
     window = max_model_len or max((spec.window for name, spec in specs.items() if name != SLIDING), default=0)
-    return {name: replace(spec, window=window) for name, spec in specs.items()}
+    return {name: replace(spec, window=window, note="" if max_model_len else spec.note) for name, spec in specs.items()}
 
 
 def check_wish(settings: "RopeSettings") -> None:
@@ -143,11 +151,11 @@ def check_wish(settings: "RopeSettings") -> None:
         raise BackendError(f"a RoPE factor of {settings.factor:g} is too small: {settings.kind!r} needs at least 1")
 
 
-def _resolve(section: Section, rope: RopeConfig, settings: "RopeSettings") -> RopeSpec:
+def _resolve(section: Section, rope: RopeConfig, settings: "RopeSettings", witnesses: Witnesses) -> RopeSpec:
     """The spec of a section under the settings; its window is the one that it is made for."""
-    trained_len = settings.original_len or _trained_len(section, rope)
-    stretches = settings.kind is not None or kind_of(section) in ("dynamic", "ntk", "yarn")
-    stretches |= kind_of(section) == "linear" and not rope.has_layer_kinds
+    own, own_kind = own_windows(section, rope, witnesses), kind_of(section)
+    trained_len = settings.original_len or own.trained_len
+    is_own = settings.kind is None and (settings.original_len is None or own_kind in ("none", "llama3", "longrope"))
     section = _overridden(section, settings)
     kind = kind_of(section)
     factor = _factor(section, kind, trained_len, rope.max_len)
@@ -158,7 +166,9 @@ def _resolve(section: Section, rope: RopeConfig, settings: "RopeSettings") -> Ro
         rotary_dim=rotary_dim_of(section, rope.head_dim),
         head_dim=rope.head_dim,
         trained_len=trained_len,
-        window=round(factor * trained_len) if stretches else rope.max_len,
+        window=own.reach if is_own else round(factor * trained_len),
+        # transformers' formula begins beyond max_position_embeddings, whatever else a file says
+        dynamic_len=rope.max_len if own_kind == "dynamic" and settings.original_len is None else 0,
         attention_factor=_attention_factor(section, kind, factor, trained_len),
         beta_fast=section.get("beta_fast") or 32.0,
         beta_slow=section.get("beta_slow") or 1.0,
@@ -167,19 +177,8 @@ def _resolve(section: Section, rope: RopeConfig, settings: "RopeSettings") -> Ro
         high_freq_factor=section.get("high_freq_factor", 4.0),
         short_factor=tuple(section.get("short_factor", ())),
         long_factor=tuple(section.get("long_factor", ())),
+        note=own.note if is_own else "",
     )
-
-
-def _trained_len(section: Section, rope: RopeConfig) -> int:
-    """The window before any scaling.
-
-    Files of linear and dynamic models give it as max_position_embeddings, but Gemma 3's, which have kinds of layers,
-    give the window after scaling there.
-    """
-    kind = kind_of(section)
-    if kind in ("yarn", "llama3", "longrope", "ntk"):
-        return int(section.get(ORIGINAL, rope.max_len))
-    return int(rope.max_len / section["factor"]) if kind == "linear" and rope.has_layer_kinds else rope.max_len
 
 
 def _overridden(section: Section, settings: "RopeSettings") -> Section:

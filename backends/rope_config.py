@@ -77,6 +77,7 @@ class RopeConfig:
     sections: Mapping[str, Section]
     head_dim: int
     max_len: int  # max_position_embeddings
+    outer_len: int | None = None  # original_max_position_embeddings beside the section, if the file has it
 
     @property
     def has_layer_kinds(self) -> bool:
@@ -101,8 +102,9 @@ def read_rope(config: Mapping[str, Any]) -> RopeConfig:
     text = config.get("text_config")
     config = text if isinstance(text, Mapping) else config
     _check_numbers(config, "")
+    outer_len = config.get(ORIGINAL)
     for label, section in _written(config):
-        _check_section(section, label)
+        _check_section(section, label, has_original=outer_len is not None)
     sections, head_dim, max_len = _completed(config)
     labels = dict(zip(sections, _labels(config, list(sections)), strict=True))
     for name, section in sections.items():
@@ -111,7 +113,7 @@ def read_rope(config: Mapping[str, Any]) -> RopeConfig:
                 f"{FILE}: {labels[name]}.rope_theta is missing, and the model's class has no usual value"
             )
         _check_dims(section, head_dim, labels[name])
-    return RopeConfig(sections, head_dim, max_len)
+    return RopeConfig(sections, head_dim, max_len, outer_len if "default" in sections else None)
 
 
 def _written(config: Mapping[str, Any]) -> Iterator[tuple[str, Section]]:
@@ -138,7 +140,8 @@ def _labels(config: Mapping[str, Any], names: Sequence[str]) -> list[str]:
     return [f"{key}.{name}" if _is_nested(config.get(key) or {}) else key for name in names]
 
 
-def _check_section(section: Section, label: str) -> None:
+def _check_section(section: Section, label: str, *, has_original: bool) -> None:
+    """has_original: the file has an original window beside the section."""
     if not isinstance(section, Mapping):
         raise BackendError(f"{FILE}: {label} is {section!r}; it must be an object or null")
     name = section.get("rope_type") or section.get("type") or "default"
@@ -149,7 +152,7 @@ def _check_section(section: Section, label: str) -> None:
     for key in REQUIRED.get(kind, ()):
         if section.get(key) is None:
             raise BackendError(f"{FILE}: {label}.{key} is missing; {name!r} needs it")
-    if kind == "yarn" and section.get("factor") is None and section.get(ORIGINAL) is None:
+    if kind == "yarn" and section.get("factor") is None and section.get(ORIGINAL) is None and not has_original:
         raise BackendError(f"{FILE}: {label}.factor is missing; {name!r} needs it, or {ORIGINAL}")
     if kind in STRETCHING and (factor := section.get("factor")) is not None and factor < 1:
         raise BackendError(f"{FILE}: {label}.factor is {factor!r}; {name!r} needs at least 1")
@@ -209,6 +212,7 @@ def _completed(config: Mapping[str, Any]) -> tuple[dict[str, Section], int, int]
     try:
         with warnings.catch_warnings(action="ignore", category=FutureWarning):  # of names that old files have
             filled = CONFIG_MAPPING[model_type].from_dict(_as_expected(config))
+            filled.standardize_rope_params()  # as its rotary modules do first: only now values beside a section count
     except Exception as error:  # its validation raises many kinds; all mean that the file is wrong
         reason = str(error).strip().splitlines()[-1].strip()  # the line before only says that something is wrong
         raise BackendError(f"{FILE}: {ERROR_NAME.sub('', reason)}") from None
@@ -239,6 +243,8 @@ def _renamed(section: Section) -> Section:
     if _is_nested(section):
         return {name: value and _renamed(value) for name, value in section.items()}
     known = _without_nulls(section)
+    if kind_of(known) == "yarn":
+        known.setdefault("factor", None)  # which stands for the ratio of the two windows, but must be there
     return {**known, "rope_type": "longrope"} if kind_of(known) == "longrope" else known
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from tightrope.backends.errors import BackendError
 from tightrope.backends.hf.jsonfile import read_object
+from tightrope.backends.hf.lengths import other_lengths
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -55,6 +56,7 @@ class ModelShape:
     tie_embeddings: bool
     num_experts: int  # routed experts of a layer, 0 for a dense model
     raw: Mapping[str, Any]  # all of config.json, with the fields of text_config, if it has one, raised to the top
+    other_lengths: Mapping[str, float]  # tokens that other fields and files give, by the fields' names
 
 
 def read_config(folder: Path) -> ModelShape:
@@ -138,6 +140,7 @@ class _Reader:
             tie_embeddings=self._resolved(config, "tie_word_embeddings") is True,
             num_experts=self._num_experts(config),
             raw=MappingProxyType(dict(self._raw)),
+            other_lengths=MappingProxyType(other_lengths(self._path.parent, self._raw)),
         )
 
     def _name(self, field: str) -> str:

@@ -149,9 +149,14 @@ def workspace_bytes(settings: ModelSettings, shape: ModelShape) -> int:
     return logits + activations + tile + attention + calibration + FIXED_BYTES
 
 
+def rope_of(settings: ModelSettings, shape: ModelShape) -> dict[str, RopeSpec]:
+    """The rotations, by kind of layer, as resolve_rope."""
+    return resolve_rope(shape.raw, settings.rope, settings.max_model_len, shape.other_lengths)
+
+
 def _choose_rope(settings: ModelSettings, shape: ModelShape) -> tuple[dict[str, RopeSpec], list[str]]:
     """The rotations, and what to say about them at start."""
-    rope = resolve_rope(shape.raw, settings.rope, settings.max_model_len)
+    rope = rope_of(settings, shape)
     if not rope:
         if settings.max_model_len > shape.trained_len:
             raise BackendError(
@@ -159,9 +164,11 @@ def _choose_rope(settings: ModelSettings, shape: ModelShape) -> tuple[dict[str, 
                 f"most {shape.trained_len}"
             )
         return rope, []
-    reach = served_window(settings, shape, resolve_rope(shape.raw, settings.rope, 0))
+    reach = served_window(settings, shape, rope_of(settings.model_copy(update={"max_model_len": 0}), shape))
     window = served_window(settings, shape, rope)
-    notes = [spec.describe() for name, spec in rope.items() if name != "sliding_attention"]
+    specs = [spec for name, spec in rope.items() if name != "sliding_attention"]
+    notes = [spec.describe() for spec in specs]
+    notes.extend(dict.fromkeys(spec.note for spec in specs if spec.note))
     if window > reach:
         notes.append(f"window: {window} tokens, more than the {reach} that the model is made for")
     return rope, notes

@@ -1,0 +1,22 @@
+"""Lengths that a folder's files give beside max_position_embeddings: advice, of which only a RoPE section asks."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tightrope.backends.errors import BackendError
+from tightrope.backends.hf.jsonfile import read_object
+
+MAX_FILE = 64 << 20  # bytes, as in backends/hf/generation.py
+FIELDS = (("tokenizer_config.json", "model_max_length"), ("generation_config.json", "max_length"))
+
+
+def other_lengths(folder: Path, config: Mapping[str, Any]) -> dict[str, float]:
+    """Tokens, by the fields' names; what is missing, or is no number, gives none. config is that of config.json."""
+    found = {"config.json's max_sequence_length": config.get("max_sequence_length")}
+    for file, field in FIELDS:
+        try:
+            found[f"{file}'s {field}"] = read_object(folder / file, MAX_FILE).get(field)
+        except BackendError:  # whoever needs the file says what is wrong with it
+            continue
+    return {name: value for name, value in found.items() if type(value) in (int, float)}
