@@ -1,9 +1,10 @@
 """Every name under which clients ask for an answer of a certain shape, and the grammar that it comes to.
 
 The dialects: OpenAI's response_format; vLLM's structured_outputs and its older guided_*; TabbyAPI's json_schema,
-regex_pattern and grammar_string; llama.cpp's json_schema and grammar; TGI's grammar object. Clients send most of them
-at once with nothing in them: null, "", {} and [] ask for nothing. Those that ask must agree. Whether a grammar can be
-enforced is the engine's to say; here its form is checked.
+regex_pattern and grammar_string; llama.cpp's json_schema and grammar; Ollama's format; TGI's object of a type and a
+value, as its grammar or as a response_format. Clients send most of them at once with nothing in them: null, "", {} and
+[] ask for nothing. Those that ask must agree. Whether a grammar can be enforced is the engine's to say; here its form
+is checked.
 """
 
 from collections.abc import Iterator, Mapping
@@ -21,6 +22,7 @@ KINDS: Mapping[str, GrammarKind] = {
     "regex_pattern": "regex",
     "guided_regex": "regex",
     "guided_choice": "choice",
+    "format": "json_schema",
     "grammar": "grammar",
     "grammar_string": "grammar",
     "guided_grammar": "grammar",
@@ -33,6 +35,13 @@ OUTPUTS: Mapping[str, GrammarKind] = {
 }
 OVERRULED = {"grammar_string": "json_schema"}  # TabbyAPI's clients have a box for each, and send both
 NAMES = frozenset({*KINDS, "structured_outputs", "response_format"})
+PLACES: Mapping[str, tuple[str, ...]] = {  # by type: where an object with a type may have its shape
+    "text": (),
+    "json_object": ("schema", "value"),  # llama.cpp's and TGI's
+    "json": ("schema", "value"),
+    "json_schema": ("json_schema", "schema", "value"),
+    "regex": ("value",),
+}
 
 Given = Mapping[str, Any]  # Any: a request's JSON, whose types are checked here
 
@@ -64,13 +73,20 @@ def overruled(given: Given) -> list[tuple[str, str]]:
 
 def _grammars(given: Given) -> Iterator[Grammar]:
     if (response_format := given.get("response_format")) is not None:
-        schema = _response_schema(response_format)
-        if schema is not None:
-            yield _grammar("response_format", "json_schema", schema)
+        if not isinstance(response_format, dict):
+            raise InvalidRequest("response_format must be an object with a type", "response_format")
+        if (grammar := _typed("response_format", response_format)) is not None:
+            yield grammar
     passed_over = dict(overruled(given))
     for name, kind in KINDS.items():
-        if not _is_empty(given.get(name)) and name not in passed_over:
-            yield _grammar(name, kind, given[name])
+        value = given.get(name)
+        if _is_empty(value) or name in passed_over:
+            continue
+        if kind == "grammar" and isinstance(value, dict):
+            if (grammar := _typed(name, value)) is not None:
+                yield grammar
+        else:
+            yield _grammar(name, kind, ANY_OBJECT if (name, value) == ("format", "json") else value)
     outputs = given.get("structured_outputs")
     if _is_empty(outputs):
         return
@@ -94,24 +110,32 @@ def _is_empty(value: object) -> bool:
     return value is None or value == "" or value == {} or value == []
 
 
-def _response_schema(response_format: object) -> object:
-    """The schema that a response_format names; None for plain text."""
-    name = "response_format"
-    if not isinstance(response_format, dict):
-        raise InvalidRequest(f"{name} must be an object with a type", name)
-    match response_format.get("type", "text"):
-        case "text":
-            return None
-        case "json_object":
-            schema = response_format.get("schema")  # as llama.cpp's server takes it
-            return ANY_OBJECT if _is_empty(schema) else schema
-        case "json_schema":
-            wrapped = response_format.get("json_schema", response_format)
-            if not isinstance(wrapped, dict) or "schema" not in wrapped:
-                raise InvalidRequest(f"{name}.json_schema.schema: field required", f"{name}.json_schema")
-            return wrapped["schema"]
-        case other:
-            raise InvalidRequest(f"{name}.type must be text, json_object or json_schema, not {other!r:.40}", name)
+def _typed(field: str, given: Given) -> Grammar | None:
+    """What an object with a type asks for; None for plain text. Its shape stands where one of the dialects has it."""
+    kind = given.get("type", "text")
+    if not isinstance(kind, str) or kind not in PLACES:
+        raise InvalidRequest(f"{field}.type must be one of {', '.join(PLACES)}, not {kind!r:.40}", field)
+    places = PLACES[kind]
+    for name in PLACES["json_schema"]:
+        if name not in places and not _is_empty(given.get(name)):
+            raise InvalidRequest(f"{field}.{name} does not go with the type {kind}", f"{field}.{name}")
+    there = [name for name in places if given.get(name) is not None]
+    asking = [name for name in there if not _is_empty(given[name])]
+    if len(asking) > 1:
+        raise InvalidRequest(f"{field}.{asking[1]}: {asking[0]} came too; send one of them", f"{field}.{asking[1]}")
+    if kind == "text":
+        return None
+    if kind in ("json_object", "json"):
+        return _grammar(field, "json_schema", given[asking[0]] if asking else ANY_OBJECT)
+    if kind == "regex":
+        if not asking:
+            raise InvalidRequest(f"{field}.value: field required", f"{field}.value")
+        return _grammar(field, "regex", given["value"])
+    place = (asking or there or ["json_schema"])[0]
+    wrapped = given if place == "schema" else given.get(place)
+    if not isinstance(wrapped, dict) or "schema" not in wrapped:
+        raise InvalidRequest(f"{field}.{place}.schema: field required", f"{field}.{place}")
+    return _grammar(field, "json_schema", wrapped["schema"])
 
 
 def _grammar(field: str, kind: GrammarKind, value: object) -> Grammar:
@@ -127,7 +151,11 @@ def _grammar(field: str, kind: GrammarKind, value: object) -> Grammar:
 
 
 def _schema_text(field: str, value: object) -> str:
-    """A schema as canonical JSON, given as an object or as its text."""
+    """A schema as canonical JSON, given as an object or as its text.
+
+    One that lists properties and names no type means an object, as TGI, vLLM and llama.cpp take it; by the letter of
+    JSON Schema a number would do as well.
+    """
     if isinstance(value, str):
         try:
             value = msgspec.json.decode(value)
@@ -135,6 +163,8 @@ def _schema_text(field: str, value: object) -> str:
             raise InvalidRequest(f"{field}: the schema is no JSON: {error}", field) from None
     if not isinstance(value, dict | bool):
         raise InvalidRequest(f"{field}: a schema is an object, true or false", field)
+    if isinstance(value, dict) and "properties" in value and "type" not in value:
+        value = ANY_OBJECT | value
     return msgspec.json.encode(value).decode()
 
 
@@ -145,19 +175,17 @@ def read_tgi_grammar(given: Given | None) -> Grammar | None:
     """TGI's form: {"type": "json", "json_object", "regex" or "json_schema", "value": ...}, refused in its words."""
     if not given:
         return None
-    kind, value = given.get("type"), given.get("value")
-    if value is None:
+    if given.get("value") is None:
         raise _tgi_fault("Grammar must have a 'value' field")
-    if kind == "regex":
-        return _grammar("grammar", "regex", value)
-    if kind == "json_schema":
-        value = value.get("schema") if isinstance(value, dict) else None
-    elif kind not in ("json", "json_object"):
+    if given.get("type") not in ("json", "json_object", "json_schema", "regex"):
+        kind = given.get("type")
         raise _tgi_fault(f"its type must be json, json_object, json_schema or regex, not {kind!r:.40}")
     try:
-        grammar = _grammar("grammar", "json_schema", value)
+        grammar = _typed("grammar", given)
     except InvalidRequest as error:
         raise _tgi_fault(error.message.removeprefix("grammar: ")) from None
+    if grammar is None or grammar.kind == "regex":
+        return grammar
     if not isinstance(schema := msgspec.json.decode(grammar.text), dict) or "properties" not in schema:
         raise _tgi_fault("Grammar must have a 'properties' field")
     return grammar

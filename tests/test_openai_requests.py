@@ -186,7 +186,7 @@ def test_echo_with_logprobs_asks_for_the_prompts_too() -> None:
         ({"prompt_logprobs": 0, "stream": True}, "prompt_logprobs"),
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
         ({"guided_json": 5}, "guided_json"),
-        ({"grammar": {"type": "regex"}}, "grammar"),
+        ({"grammar": {"type": "regex"}}, "grammar.value"),
         ({"chat_template": "{{ 1 }}"}, "chat_template"),
         ({"continue_final_message": True, "add_generation_prompt": True}, "continue_final_message"),
         ({"tool_choice": "auto"}, "tool_choice"),

@@ -1,6 +1,7 @@
 """The names under which clients ask for a shape, and what comes of them over HTTP."""
 
 import json
+import re
 from typing import Any
 
 import msgspec
@@ -39,6 +40,14 @@ def schema_of(grammar: Grammar | None) -> object:
         {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "strict": True, "schema": SCHEMA}}},
         {"response_format": {"type": "json_schema", "schema": SCHEMA}},
         {"response_format": {"type": "json_object", "schema": SCHEMA}},
+        {"response_format": {"type": "json_object", "value": SCHEMA}},
+        {"response_format": {"type": "json_object", "value": json.dumps(SCHEMA)}},
+        {"response_format": {"type": "json", "value": SCHEMA}},
+        {"response_format": {"type": "json", "value": json.dumps(SCHEMA)}},
+        {"response_format": {"type": "json_schema", "value": {"name": "x", "schema": SCHEMA}}},
+        {"grammar": {"type": "json", "value": SCHEMA}},
+        {"grammar": {"type": "json_schema", "value": {"schema": SCHEMA}}},
+        {"format": SCHEMA},
         {"json_schema": SCHEMA},
         {"guided_json": SCHEMA},
         {"guided_json": json.dumps(SCHEMA)},
@@ -52,7 +61,14 @@ def test_a_schema_is_read_under_every_name(given: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    "given", [{"response_format": {"type": "json_object"}}, {"structured_outputs": {"json_object": True}}]
+    "given",
+    [
+        {"response_format": {"type": "json_object"}},
+        {"response_format": {"type": "json"}},
+        {"response_format": {"type": "json_object", "value": {}}},
+        {"structured_outputs": {"json_object": True}},
+        {"format": "json"},
+    ],
 )
 def test_a_json_object_is_any_object(given: dict[str, Any]) -> None:
     assert schema_of(read_grammar(NEUTRAL | given)) == {"type": "object"}
@@ -62,6 +78,8 @@ def test_a_json_object_is_any_object(given: dict[str, Any]) -> None:
     ("given", "grammar"),
     [
         ({"guided_regex": "a+"}, Grammar("regex", "a+", "guided_regex")),
+        ({"response_format": {"type": "regex", "value": "a+"}}, Grammar("regex", "a+", "response_format")),
+        ({"grammar": {"type": "regex", "value": "a+"}}, Grammar("regex", "a+", "grammar")),
         ({"regex_pattern": "a+"}, Grammar("regex", "a+", "regex_pattern")),
         ({"structured_outputs": {"regex": "a+"}}, Grammar("regex", "a+", "structured_outputs.regex")),
         ({"guided_choice": ["a", "b"]}, Grammar("choice", '["a","b"]', "guided_choice")),
@@ -97,6 +115,16 @@ def test_neutral_values_ask_for_nothing() -> None:
         ({"response_format": {"type": "xml"}}, "response_format"),
         ({"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}}, "response_format.json_schema"),
         ({"response_format": "json"}, "response_format"),
+        ({"response_format": {"type": "regex"}}, "response_format.value"),
+        ({"response_format": {"type": "regex", "value": {"a": 1}}}, "response_format"),
+        ({"response_format": {"type": "json", "value": "{"}}, "response_format"),
+        ({"response_format": {"type": "json_schema", "value": SCHEMA}}, "response_format.value"),
+        ({"response_format": {"type": "json_object", "json_schema": {"schema": {}}}}, "response_format.json_schema"),
+        ({"response_format": {"json_schema": {"schema": SCHEMA}}}, "response_format.json_schema"),
+        ({"response_format": {"type": "text", "value": SCHEMA}}, "response_format.value"),
+        ({"response_format": {"type": "json", "schema": SCHEMA, "value": SCHEMA}}, "response_format.value"),
+        ({"grammar": {"type": "xml", "value": "a"}}, "grammar"),
+        ({"format": "xml"}, "format"),
     ],
 )
 def test_values_of_a_wrong_form_are_refused_with_the_fields_name(given: dict[str, Any], field: str) -> None:
@@ -104,6 +132,18 @@ def test_values_of_a_wrong_form_are_refused_with_the_fields_name(given: dict[str
         read_grammar(given)
     assert caught.value.param == field
     assert field in caught.value.message
+
+
+@pytest.mark.parametrize("kind", ["json", "json_object"])
+async def test_tgis_response_format_holds_a_chat_to_its_schema_and_a_completion_to_its_expression(kind: str) -> None:
+    seven = {"properties": {"zzz": {"const": 7}}, "required": ["zzz"], "additionalProperties": False}
+    async with api("fine") as http:
+        shape = {"response_format": {"type": kind, "value": seven}}
+        chat = (await http.post("/v1/chat/completions", json=ASK | shape)).json()["choices"][0]
+        assert json.loads(chat["message"]["content"]) == {"zzz": 7}
+        shape = {"response_format": {"type": "regex", "value": "[0-9]{1,3}"}}
+        text = (await http.post("/v1/completions", json={"prompt": "?"} | shape)).json()["choices"][0]["text"]
+        assert re.fullmatch("[0-9]{1,3}", text)
 
 
 async def test_a_chat_a_stream_and_a_completion_follow_the_grammar() -> None:

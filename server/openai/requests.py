@@ -29,8 +29,9 @@ class ResponseFormat(Body):
 
     read_elsewhere = frozenset({"schema"})  # llama.cpp's place for the schema of a json_object
 
-    type: Literal["text", "json_object", "json_schema"] = "text"
+    type: Literal["text", "json_object", "json_schema", "json", "regex"] = "text"
     json_schema: dict[str, Any] | None = Field(None, description='{"name": ..., "schema": ...}; always enforced.')
+    value: Any = Field(None, description="TGI's place for a JSON schema, or for a regular expression.")
 
 
 class SamplingBody(Body):
