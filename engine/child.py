@@ -22,6 +22,7 @@ from tightrope.backends.settings import ModelSettings
 from tightrope.engine.adapters import Action, AdapterCalls
 from tightrope.engine.core import EngineCore
 from tightrope.engine.errors import EngineError, Overloaded
+from tightrope.engine.info import model_info
 from tightrope.engine.sequence import Sequence
 from tightrope.engine.settings import EngineSettings
 from tightrope.engine.types import GenerateRequest
@@ -33,9 +34,11 @@ from tightrope.engine.wire import (
     EngineEnd,
     ErrorFrame,
     LoadAdapter,
+    Loaded,
     LoadFailed,
     Ready,
     Refused,
+    SetMarks,
     Start,
     StepDone,
     Submit,
@@ -98,8 +101,8 @@ class Reader:
                 self._adapters.load(message)
             case UnloadAdapter():
                 self._adapters.unload(message)
-            case Start():
-                raise AssertionError("a second Start")
+            case Start() | SetMarks():
+                raise AssertionError(f"a second {type(message).__name__}")
 
     def _submit(self, request: GenerateRequest) -> None:
         try:
@@ -180,12 +183,17 @@ def _serve(end: EngineEnd, on_front_gone: Callable[[], None], open_backend: Open
         end.send(LoadFailed(str(error)))
         return 1
     try:
+        end.send(Loaded(model_info(backend)))
+        message = end.receive()
+        if not isinstance(message, SetMarks):
+            return 0
+        backend.tokenizer.set_marks(message.marks.texts, message.marks.ends)
         core = EngineCore(backend, settings.limits, adapter_paths=settings.model.adapters)
         if start.adapters is not None:
             core.adapters.restore(start.adapters)
         reader = Reader(end, core, settings, on_front_gone)
         threading.Thread(target=reader.run, name="reader", daemon=True).start()
-        end.send(Ready(core.info(), core.adapters.paths))
+        end.send(Ready(model_info(backend), core.adapters.paths))
         run_loop(core, reader, end)
     finally:
         backend.close()

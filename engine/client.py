@@ -7,7 +7,7 @@ import asyncio
 import logging
 import socket
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import suppress
 from itertools import count
 from typing import Literal
@@ -15,7 +15,7 @@ from typing import Literal
 from tightrope.engine.errors import BackendFailed, EngineError, EngineUnavailable
 from tightrope.engine.launch import EngineHandle, Launcher, spawn_process
 from tightrope.engine.settings import EngineSettings
-from tightrope.engine.types import Delta, GenerateRequest, ModelInfo, Prompt, Stats, Token
+from tightrope.engine.types import Delta, GenerateRequest, ModelInfo, Prompt, Stats, Token, TurnMarks
 from tightrope.engine.wire import (
     HEADER,
     AdapterList,
@@ -24,9 +24,11 @@ from tightrope.engine.wire import (
     Detokenize,
     Detokenized,
     LoadAdapter,
+    Loaded,
     LoadFailed,
     Ready,
     Refused,
+    SetMarks,
     Start,
     StepDone,
     Submit,
@@ -42,6 +44,7 @@ from tightrope.engine.wire import (
 log = logging.getLogger("tightrope.client")
 
 Answer = tuple[Token, ...] | str | dict[str, str]  # to a call
+FindMarks = Callable[[ModelInfo], Awaitable[TurnMarks]]
 State = Literal["loading", "ready", "restarting", "failed", "closed"]
 
 MAX_BACKOFF_S = 10.0
@@ -77,6 +80,7 @@ class EngineClient:
         self._call_ids = count()
         self._writer: asyncio.StreamWriter | None = None
         self._handle: EngineHandle | None = None
+        self._find_marks: FindMarks | None = None
         self._supervisor: asyncio.Task[None] | None = None
         self._changed = asyncio.Condition()
         self._failure: str | None = None
@@ -88,8 +92,12 @@ class EngineClient:
 
     # ---- life ----
 
-    async def start(self) -> None:
-        """Spawn the engine and begin to watch it; returns at once."""
+    async def start(self, find_marks: FindMarks | None = None) -> None:
+        """Spawn the engine and begin to watch it; returns at once.
+
+        `find_marks` is asked of every model that an engine has loaded, before requests reach it. It must not raise.
+        """
+        self._find_marks = find_marks
         self._supervisor = asyncio.create_task(self._supervise(), name="engine supervisor")
 
     async def wait_ready(self) -> ModelInfo:
@@ -159,7 +167,10 @@ class EngineClient:
             while True:
                 header = await reader.readexactly(HEADER.size)
                 message = decode_to_front(await reader.readexactly(*HEADER.unpack(header)))
-                if isinstance(message, Ready):
+                if isinstance(message, Loaded):
+                    marks = await self._find_marks(message.info) if self._find_marks else TurnMarks()
+                    self._send(SetMarks(marks))
+                elif isinstance(message, Ready):
                     was_ready = True
                     await self._on_ready(message)
                 elif isinstance(message, LoadFailed):

@@ -13,6 +13,7 @@ from tightrope.engine.adapters import Adapters
 from tightrope.engine.banned import Held
 from tightrope.engine.errors import BackendFailed, EngineError
 from tightrope.engine.guidance import guided
+from tightrope.engine.info import window
 from tightrope.engine.prompts import Intake, encode_prompt, plain_token
 from tightrope.engine.sampler.sampler import Sampled, prompt_logprobs, sample
 from tightrope.engine.scheduler import Scheduler, Work, chunks
@@ -23,7 +24,6 @@ from tightrope.engine.types import (
     Finish,
     FinishReason,
     GenerateRequest,
-    ModelInfo,
     Prompt,
     PromptInfo,
     Stats,
@@ -73,7 +73,7 @@ class EngineCore:
         self._tokenizer = backend.tokenizer
         self._max_num_seqs = backend.capabilities.max_num_seqs
         self._capacity = backend.kv.usage().capacity
-        self._max_model_len = min(backend.card.max_model_len, self._capacity)
+        self._max_model_len = window(backend)
         self._intake = Intake(
             self._tokenizer,
             self._max_model_len,
@@ -94,31 +94,6 @@ class EngineCore:
         self.adapters = Adapters(backend.adapters, adapter_paths)
 
     # ---- beside the loop ----
-
-    def info(self) -> ModelInfo:
-        """What the front needs to know of the model."""
-        card, tokenizer = self._backend.card, self._tokenizer
-        eos = min(tokenizer.eos_ids, default=None)
-        return ModelInfo(
-            model_id=card.model_id,
-            architecture=card.architecture,
-            format=card.format,
-            vocab_size=tokenizer.vocab_size,
-            max_model_len=self._max_model_len,
-            trained_len=card.trained_len,
-            cache_tokens=self._capacity,
-            cache_dtype=card.cache_dtype,
-            max_num_seqs=self._max_num_seqs,
-            bos_token=self._text_of(tokenizer.bos_id),
-            eos_token=self._text_of(eos),
-            special_texts=tuple(tokenizer.special_texts()),
-            chat_template=card.chat_template,
-            notes=card.notes,
-            named_tokens=card.named_tokens,
-        )
-
-    def _text_of(self, token_id: int | None) -> str | None:
-        return None if token_id is None else self._tokenizer.token_bytes(token_id).decode("utf-8", "replace")
 
     def prepare(self, request: GenerateRequest) -> list[Sequence]:
         """Tokenise and check a request. Raises InvalidRequest and ContextLengthExceeded."""

@@ -247,6 +247,18 @@ class ModelInfo(Struct, frozen=True):
     notes: tuple[str, ...]
     # bos_token, pad_token, additional_special_tokens and the like, as chat templates call them; pairs, to be hashable
     named_tokens: tuple[tuple[str, str | tuple[str, ...]], ...] = ()
+    added_texts: tuple[str, ...] = ()  # of added and user-defined tokens that are not special
+    end_texts: tuple[str, ...] = ()  # of the tokens that end a turn
+
+
+class TurnMarks(Struct, frozen=True):
+    """Texts of tokens that the chat template writes around turns: they are special, whatever flag the files give them.
+
+    `ends` are those that end the model's turn.
+    """
+
+    texts: tuple[str, ...] = ()
+    ends: tuple[str, ...] = ()
 
 
 class Stats(Struct, frozen=True):

@@ -12,7 +12,7 @@ import msgspec
 from msgspec import Struct
 
 from tightrope.engine.errors import EngineError, rebuild_error
-from tightrope.engine.types import Delta, GenerateRequest, ModelInfo, Prompt, Stats, Token
+from tightrope.engine.types import Delta, GenerateRequest, ModelInfo, Prompt, Stats, Token, TurnMarks
 
 MAX_FRAME_BYTES = 256 << 20
 HEADER = struct.Struct("<I")
@@ -42,6 +42,12 @@ class Start(Struct, frozen=True, tag="start"):
 
     settings: str
     adapters: dict[str, str] | None = None
+
+
+class SetMarks(Struct, frozen=True, tag="set_marks"):
+    """Answer to Loaded: what else is special in chats of this model."""
+
+    marks: TurnMarks
 
 
 class Submit(Struct, frozen=True, tag="submit"):
@@ -76,11 +82,17 @@ class UnloadAdapter(Struct, frozen=True, tag="unload_adapter"):
     name: str
 
 
-ToEngine = Start | Submit | Cancel | Tokenize | Detokenize | LoadAdapter | UnloadAdapter
+ToEngine = Start | SetMarks | Submit | Cancel | Tokenize | Detokenize | LoadAdapter | UnloadAdapter
+
+
+class Loaded(Struct, frozen=True, tag="loaded"):
+    """The model is in memory; the engine waits for SetMarks before it takes requests."""
+
+    info: ModelInfo
 
 
 class Ready(Struct, frozen=True, tag="ready"):
-    """The model is loaded; `adapters` are the paths, by name, of those that requests may use."""
+    """Requests are taken; `adapters` are the paths, by name, of those that requests may use."""
 
     info: ModelInfo
     adapters: dict[str, str]
@@ -128,7 +140,7 @@ class CallFailed(Struct, frozen=True, tag="call_failed"):
     error: ErrorFrame
 
 
-ToFront = Ready | LoadFailed | StepDone | Refused | Tokenized | Detokenized | AdapterList | CallFailed
+ToFront = Loaded | Ready | LoadFailed | StepDone | Refused | Tokenized | Detokenized | AdapterList | CallFailed
 
 _encoder = msgspec.msgpack.Encoder()
 decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode

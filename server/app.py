@@ -38,7 +38,7 @@ def create_app(client: EngineClient, settings: ServerSettings) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncGenerator[None, None]:
-        await client.start()
+        await client.start(front.turn_marks)
         try:
             yield
         finally:

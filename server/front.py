@@ -7,11 +7,12 @@ from functools import lru_cache
 
 from tightrope.engine.client import EngineClient
 from tightrope.engine.errors import EngineUnavailable
-from tightrope.engine.types import ModelInfo
+from tightrope.engine.types import ModelInfo, TurnMarks
 from tightrope.server.metrics import Metrics
 from tightrope.server.openai.convert import Served
 from tightrope.server.settings import ServerSettings
 from tightrope.server.templates import ChatTemplate, TemplateRenderer
+from tightrope.server.turn_marks import find_turn_marks
 
 log = logging.getLogger("tightrope.server")
 
@@ -38,6 +39,11 @@ class Front:
         info, settings = self.info(), self.settings
         model_id = settings.served_model_name or info.model_id
         return Served(model_id, info, settings.engine.limits, settings.max_client_batch_size, self.client.adapters)
+
+    async def turn_marks(self, info: ModelInfo) -> TurnMarks:
+        """What the chat template in use makes special of the vocabulary of a model that was just loaded."""
+        template = ChatTemplate(info, self.settings.chat_template, self.settings.chat_template_args)
+        return await find_turn_marks(self.renderer, template, info)
 
     def template(self) -> ChatTemplate:
         """The chat template in use. Raises EngineUnavailable."""

@@ -45,13 +45,14 @@ async def application(
     limits: Mapping[str, int] = MappingProxyType({}),
     clock: Callable[[], float] = time.monotonic,
     max_model_len: int = 1024,
+    added: Sequence[str] = (),
     **settings: object,
 ) -> AsyncGenerator[FastAPI, None]:
     """The server's application, started, with a model that answers prompts that end in "?" with `answer`."""
     engine = EngineSettings(limits=LimitSettings.model_validate(limits))
     chosen = ServerSettings.model_validate({"engine": engine, **settings})
     next_token = script(answer) if isinstance(answer, str) else answer
-    backend = FakeBackend(next_token, max_model_len=max_model_len)
+    backend = FakeBackend(next_token, max_model_len=max_model_len, added=added)
     backend.card = replace(backend.card, chat_template=chat_template)
     client = EngineClient(chosen.engine, launcher(backend), clock)
     app = create_app(client, chosen)

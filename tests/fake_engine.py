@@ -17,6 +17,8 @@ from tightrope.backends.errors import BackendError
 from tightrope.backends.settings import ModelSettings
 from tightrope.engine.child import serve
 
+TURN = "<|turn|>"  # a token that no flag makes special
+
 
 def next_token(token_ids: Sequence[int]) -> int:
     text = bytes(i for i in token_ids if i < 256)
@@ -29,7 +31,7 @@ def open_fake(settings: ModelSettings, progress: Callable[[float], None]) -> Fak
     progress(1.0)
     if settings.model is not None and Path(settings.model).exists():
         raise BackendError(f"{settings.model}: not a model")
-    return FakeBackend(next_token, max_num_seqs=settings.max_num_seqs)
+    return FakeBackend(next_token, max_num_seqs=settings.max_num_seqs, added=[TURN])
 
 
 def serve_fake(sock: socket.socket) -> int:

@@ -20,36 +20,40 @@ VOCAB_SIZE = 259
 
 
 class ByteTokenizer:
-    """One token a byte, and three special ones."""
+    """One token a byte, three special ones, and `added` ones behind them, which no flag makes special."""
 
-    vocab_size = VOCAB_SIZE
     bos_id = BOS
-    eos_ids = frozenset({EOS, END_OF_TURN})
     adds_bos = True
 
+    def __init__(self, added: Sequence[str] = ()) -> None:
+        self.vocab_size = VOCAB_SIZE + len(added)
+        self.eos_ids = frozenset({EOS, END_OF_TURN})
+        self._texts = SPECIAL | dict(enumerate(added, VOCAB_SIZE))
+        self._special = set(SPECIAL)
+
     def encode(self, text: str, *, parse_special: bool, is_start: bool) -> list[int]:
-        if parse_special:
-            for token_id, special in SPECIAL.items():
-                if special in text:
-                    before, after = text.split(special, 1)
-                    head = self.encode(before, parse_special=True, is_start=is_start)
-                    return [*head, token_id, *self.encode(after, parse_special=True, is_start=False)]
+        for token_id, found in self._texts.items():
+            if found in text and (parse_special or token_id not in self._special):
+                before, after = text.split(found, 1)
+                head = self.encode(before, parse_special=parse_special, is_start=is_start)
+                return [*head, token_id, *self.encode(after, parse_special=parse_special, is_start=False)]
         return list(text.encode())
 
     def token_bytes(self, token_id: int) -> bytes:
-        return SPECIAL[token_id].encode() if token_id in SPECIAL else bytes([token_id])
+        return self._texts[token_id].encode() if token_id in self._texts else bytes([token_id])
 
     def is_special(self, token_id: int) -> bool:
-        return token_id in SPECIAL
+        return token_id in self._special
 
     def special_texts(self) -> Sequence[str]:
-        return list(SPECIAL.values())
+        return [self._texts[token_id] for token_id in sorted(self._special)]
 
     def added_texts(self) -> Sequence[str]:
-        return []
+        return [text for token_id, text in self._texts.items() if token_id not in self._special]
 
     def set_marks(self, marks: Collection[str], ends: Collection[str]) -> None:
-        """It has no added texts."""
+        self._special |= {token_id for token_id, text in self._texts.items() if text in marks}
+        self.eos_ids |= {token_id for token_id in self._special if self._texts[token_id] in ends}
 
 
 @dataclass
@@ -172,11 +176,12 @@ class FakeBackend:
         max_num_seqs: int = 8,
         max_step_tokens: int = 64,
         max_prompt_rows: int = 0,
+        added: Sequence[str] = (),
     ) -> None:
         self.card = ModelCard("fake", "rules", "fake", max_model_len, max_model_len, "f16", None, ())
         self.capabilities = Capabilities(max_num_seqs, max_step_tokens, max_prompt_rows or max_step_tokens)
         self.kv = FakeKV(capacity)
-        self.tokenizer = ByteTokenizer()
+        self.tokenizer = ByteTokenizer(added)
         self.adapters = FakeAdapters()
         self.steps: list[list[Chunk]] = []
         self.broken: str | None = None
@@ -201,10 +206,10 @@ class FakeBackend:
                 is_last = position == len(chunk.token_ids) - 1
                 if chunk.want_logits == "all" or (chunk.want_logits == "last" and is_last):
                     rows.append(self._row(so_far))
-        return torch.stack(rows) if rows else torch.empty(0, VOCAB_SIZE)
+        return torch.stack(rows) if rows else torch.empty(0, self.tokenizer.vocab_size)
 
     def _row(self, so_far: Sequence[int]) -> Tensor:
-        row = torch.zeros(VOCAB_SIZE)
+        row = torch.zeros(self.tokenizer.vocab_size)
         row[self._next_token(so_far)] = 20.0
         return row
 

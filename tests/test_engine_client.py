@@ -11,8 +11,8 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from fake_engine import serve_fake
-from fakes import BOS, letters
+from fake_engine import TURN, serve_fake
+from fakes import BOS, VOCAB_SIZE, letters
 from msgspec import structs
 
 from tightrope.backends.settings import ModelSettings
@@ -25,9 +25,18 @@ from tightrope.engine.errors import (
     ModelNotFound,
     Overloaded,
 )
-from tightrope.engine.launch import EngineHandle, ProcessHandle, ThreadHandle
+from tightrope.engine.launch import EngineHandle, Launcher, ProcessHandle, ThreadHandle
 from tightrope.engine.settings import EngineSettings, LimitSettings
-from tightrope.engine.types import GenerateRequest, SamplingParams, Span, StopRules, TextPrompt, TokenPrompt
+from tightrope.engine.types import (
+    GenerateRequest,
+    ModelInfo,
+    SamplingParams,
+    Span,
+    StopRules,
+    TextPrompt,
+    TokenPrompt,
+    TurnMarks,
+)
 
 FAKE_ENGINE = Path(__file__).with_name("fake_engine.py")
 
@@ -141,6 +150,35 @@ async def test_an_engine_that_dies_fails_open_answers_and_is_back_for_the_next(p
         await answer(client, ask("s", "hello"))
     await client.wait_ready()
     assert await answer(client, ask("t", "hello")) == expected("hello")
+
+
+@pytest.mark.parametrize("launch", [fake_thread, fake_process], ids=["thread", "process"])
+async def test_marks_of_the_chat_template_are_special_in_every_engine(launch: Launcher):
+    asked: list[tuple[str, ...]] = []
+
+    async def find_marks(info: ModelInfo) -> TurnMarks:
+        asked.append(info.added_texts)
+        return TurnMarks((TURN,), (TURN,))
+
+    prompt = TextPrompt((Span(TURN), Span(TURN, parse_special=False)))
+    client = EngineClient(settings(), launch)
+    await client.start(find_marks)
+    for num_engines in (1, 2) if launch is fake_process else (1,):
+        info = await client.wait_ready()
+        assert asked == [(TURN,)] * num_engines
+        assert (info.added_texts, TURN in info.special_texts, TURN in info.end_texts) == ((), True, True)
+        assert [token.token_id for token in await client.tokenize(prompt)] == [BOS, VOCAB_SIZE, *TURN.encode()]
+        if isinstance(client._handle, ProcessHandle):
+            with pytest.raises(BackendFailed, match="died"):
+                await answer(client, ask("r", "crash", 20))
+    await client.close()
+
+
+async def test_without_a_word_about_marks_nothing_becomes_special(client: EngineClient):
+    info = await client.wait_ready()
+    assert (info.added_texts, info.end_texts) == ((TURN,), ("</s>", "<|im_end|>"))
+    typed = await client.tokenize(TextPrompt((Span(TURN, parse_special=False),)))
+    assert [token.token_id for token in typed] == [BOS, VOCAB_SIZE]
 
 
 async def test_requests_without_output_outlive_the_engine(process_client: EngineClient):

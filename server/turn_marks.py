@@ -1,0 +1,130 @@
+"""Which tokens a chat template writes around turns.
+
+A file's flags don't tell it: many tunes have `<|im_end|>` in their vocabulary as a piece that its user defined, or add
+it without saying that it is special. The template does: what stands behind the words of the assistant ends its turn.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from tightrope.engine.types import ModelInfo, TurnMarks
+from tightrope.server.errors import TemplateFailed
+from tightrope.server.templates import ChatTemplate, TemplateRenderer
+
+Role = Literal["system", "user", "assistant"]
+
+_ROLE_WORD = re.compile(r"[\w:./-]{1,32}\s*")  # "user\n" between marks; a sentence is none
+_TEXT = re.compile(r"""[\w\s#:.,;!?*='"`()…—-]*""")  # words, headings such as "### Input:", rules, blanks
+_CHAT: tuple[tuple[Role, str], ...] = (
+    ("system", "Hornbeam"),
+    ("user", "Sycamore"),
+    ("assistant", "Whitethorn"),
+    ("user", "Buckthorn"),
+    ("assistant", "Rowanberry"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """What a template writes between the words of one message and of the next; None at the ends of the chat."""
+
+    before: Role | None  # whose words stand before it
+    text: str
+    after: Role | None
+
+
+def gaps(rendered: str, words: Sequence[tuple[Role, str]]) -> list[Gap]:
+    """A rendered chat cut at its messages' words, as far as they are there in this order."""
+    found: list[Gap] = []
+    before: Role | None = None
+    start = 0
+    for role, text in words:
+        place = rendered.find(text, start)
+        if place < 0:
+            continue
+        found.append(Gap(before, rendered[start:place], role))
+        before, start = role, place + len(text)
+    return [*found, Gap(before, rendered[start:], None)]
+
+
+async def find_turn_marks(renderer: TemplateRenderer, template: ChatTemplate, info: ModelInfo) -> TurnMarks:
+    """The marks that a template writes around the messages of a chat; none if it takes no chat of plain messages."""
+    unknown = {*info.added_texts, *info.special_texts} - {*info.end_texts, info.bos_token}
+    if not unknown:
+        return TurnMarks()
+    for words in (_CHAT, _CHAT[1:], _CHAT[:-1], _CHAT[1:-1]):
+        messages = [{"role": role, "content": text} for role, text in words]
+        try:
+            prompt = await template.render(
+                renderer, messages, add_generation_prompt=False, continue_final_message=False
+            )
+        except TemplateFailed:
+            continue
+        return turn_marks(gaps("".join(span.text for span in prompt.spans), words), info)
+    return TurnMarks()
+
+
+def turn_marks(found: Iterable[Gap], info: ModelInfo) -> TurnMarks:
+    """The marks in the gaps, each one token of the vocabulary.
+
+    An end is what stands behind an assistant's words. A tag that opens what stands in front of them, such as
+    `<think>`, belongs to the answer and is no mark; words, headings and blanks are none, even if they are one token.
+    """
+    every = list(found)
+    candidates = _candidates(info, "\0".join(gap.text for gap in every))
+    if not candidates:
+        return TurnMarks()
+    pattern = re.compile(f"({'|'.join(map(re.escape, candidates))})")
+    texts: set[str] = set()
+    ends: set[str] = set()
+    in_front: set[str] = set()  # of an assistant's words, behind a person's
+    for gap in every:
+        pieces = pattern.split(gap.text)  # text, mark, text, mark ... text
+        if gap.before is not None:
+            first = _first_mark(pieces)
+            texts |= first
+            ends |= first if gap.before == "assistant" else set()
+        if gap.after in ("user", "system"):
+            texts |= _enclosing(pieces[::-1])
+        elif gap.after == "assistant":
+            in_front |= _enclosing(pieces)
+    tokens = (*info.special_texts, *info.added_texts)
+    texts |= {mark for mark in in_front if (partner := _partner(mark, tokens)) is None or partner in texts}
+    if {"<|return|>", "<|call|>"} <= set(info.special_texts):
+        ends.discard("<|end|>")  # in OpenAI's harmony format it ends a message, and a turn has several
+    added = texts & set(info.added_texts)
+    return TurnMarks(tuple(sorted(added)), tuple(sorted(ends - set(info.end_texts))))
+
+
+def _candidates(info: ModelInfo, text: str) -> list[str]:
+    """The tokens in the text that may be marks, the longest first."""
+    added = (token for token in info.added_texts if not _TEXT.fullmatch(token))
+    flagged = (token for token in info.special_texts if token.strip())
+    return sorted({token for token in (*flagged, *added) if token in text}, key=len, reverse=True)
+
+
+def _first_mark(pieces: Sequence[str]) -> set[str]:
+    """The mark that follows words directly, or behind blanks."""
+    return {pieces[1]} if len(pieces) > 1 and not pieces[0].strip() else set()
+
+
+def _enclosing(pieces: Sequence[str]) -> set[str]:
+    """The marks from words outwards, past one role's name such as "user", up to the next text."""
+    marks: set[str] = set()
+    may_be_role = True
+    for index, piece in enumerate(pieces):
+        if index % 2:
+            marks.add(piece)
+        elif piece.strip():
+            if not may_be_role or not _ROLE_WORD.fullmatch(piece):
+                break
+            may_be_role = False
+    return marks
+
+
+def _partner(mark: str, tokens: Iterable[str]) -> str | None:
+    """The token that closes what this one opens, or opens what it closes: `</think>` and `<think>`."""
+    bare = mark.replace("/", "", 1)
+    return next((other for other in tokens if other != mark and other.replace("/", "", 1) == bare), None)
