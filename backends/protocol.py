@@ -125,6 +125,7 @@ class ModelCard:
     cache_token_bytes: float = 0.0  # keys and values of one token in all layers; 0: not known
     # bos_token, pad_token, additional_special_tokens and the like: texts that chat templates use by these names
     named_tokens: tuple[tuple[str, str | tuple[str, ...]], ...] = ()
+    chat_templates: tuple[tuple[str, str], ...] = ()  # names and Jinja sources, where the files hold several
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,6 +31,7 @@ def model_info(backend: Backend) -> ModelInfo:
         eos_token=ends[0] if ends else None,
         special_texts=tuple(tokenizer.special_texts()),
         chat_template=card.chat_template,
+        chat_templates=card.chat_templates,
         notes=card.notes,
         named_tokens=card.named_tokens,
         added_texts=tuple(tokenizer.added_texts()),

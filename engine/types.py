@@ -247,6 +247,7 @@ class ModelInfo(Struct, frozen=True):
     notes: tuple[str, ...]
     # bos_token, pad_token, additional_special_tokens and the like, as chat templates call them; pairs, to be hashable
     named_tokens: tuple[tuple[str, str | tuple[str, ...]], ...] = ()
+    chat_templates: tuple[tuple[str, str], ...] = ()  # names and Jinja sources, where the files hold several
     added_texts: tuple[str, ...] = ()  # of added and user-defined tokens that are not special
     end_texts: tuple[str, ...] = ()  # of the tokens that end a turn
 

@@ -11,7 +11,8 @@ from tightrope.engine.types import ModelInfo, TurnMarks
 from tightrope.server.metrics import Metrics
 from tightrope.server.openai.convert import Served
 from tightrope.server.settings import ServerSettings
-from tightrope.server.templates import ChatTemplate, TemplateRenderer
+from tightrope.server.template_renderer import TemplateRenderer
+from tightrope.server.templates import ChatTemplate
 from tightrope.server.turn_marks import find_turn_marks
 
 log = logging.getLogger("tightrope.server")

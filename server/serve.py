@@ -7,7 +7,7 @@ import shlex
 import signal
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import uvicorn
@@ -23,7 +23,8 @@ from tightrope.server.errors import TemplateFailed
 from tightrope.server.guards import is_loopback
 from tightrope.server.openai.convert import means_the_model
 from tightrope.server.settings import ServerSettings
-from tightrope.server.templates import ChatTemplate, TemplateRenderer
+from tightrope.server.template_renderer import TemplateRenderer
+from tightrope.server.templates import ChatTemplate
 
 log = logging.getLogger("tightrope.serve")
 
@@ -114,29 +115,31 @@ async def _announce(client: EngineClient, server: uvicorn.Server, settings: Serv
         for name in client.adapters:
             if means_the_model(name, settings.served_model_name or info.model_id):
                 raise BackendFailed(f"--lora: {name!r} means the model itself; give the adapter another name")
-        await _check_template(ChatTemplate(info, settings.chat_template))
+        notes = await _template_notes(ChatTemplate(info, settings.chat_template, settings.chat_template_args))
     except (BackendFailed, TemplateFailed) as error:
         stopping, server.should_exit = server.should_exit, True
         if stopping:
             return
         raise ServeError(error.message) from None
-    print("\n".join(ready_lines(info, settings, url)), flush=True)
+    print("\n".join(ready_lines(info, settings, url, notes)), flush=True)
     if settings.api_key is None and not is_loopback(settings.host):
         log.warning("anyone who can reach %s can use this server; --api-key asks for a key", settings.host)
 
 
-async def _check_template(template: ChatTemplate) -> None:
-    """Raise TemplateFailed if the template, which may come from anywhere, names what it must not reach."""
+async def _template_notes(template: ChatTemplate) -> tuple[str, ...]:
+    """What to say of the template. Raises TemplateFailed if it, which may come from anywhere, reaches too far."""
     renderer = TemplateRenderer()
     try:
-        await renderer.check(template.source)
+        for source in template.sources:
+            await renderer.check(source)
+        return await template.notes(renderer)
     except TemplateFailed as error:
         raise TemplateFailed(f"{error.message}; choose another with --chat-template") from None
     finally:
         await renderer.close()
 
 
-def ready_lines(info: ModelInfo, settings: ServerSettings, url: str) -> list[str]:
+def ready_lines(info: ModelInfo, settings: ServerSettings, url: str, template_notes: Sequence[str] = ()) -> list[str]:
     """What a person wants to know once the model is there, and one line to try."""
     name = settings.served_model_name or info.model_id
     key = "" if settings.api_key is None else " -H 'Authorization: Bearer YOUR_KEY'"
@@ -145,7 +148,7 @@ def ready_lines(info: ModelInfo, settings: ServerSettings, url: str) -> list[str
         f"ready     {name} ({info.architecture}, {info.format})",
         f"context   {info.max_model_len} tokens",
         f"cache     {info.cache_tokens} tokens, {info.cache_dtype}, for up to {info.max_num_seqs} answers at a time",
-        *(f"note      {note}" for note in info.notes),
+        *(f"note      {note}" for note in (*info.notes, *template_notes)),
         f"url       {url} (API pages at {url}/docs)",
         f"try       curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d {shlex.quote(body)}",
     ]

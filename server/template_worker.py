@@ -3,19 +3,19 @@
 Jinja's sandbox keeps it from Python's insides. What the sandbox can't limit are time and memory: one expression may
 build a gigabyte, one loop may never end, and a thread can't be stopped from outside. A process can.
 
-Frames on stdin and stdout are a 4-byte little-endian length and msgpack. The process ends with its stdin.
+Frames on stdin and stdout are a 4-byte little-endian length and JSON text, which keeps the order of keys and whole
+numbers of any size. The process ends with its stdin.
 """
 
 import json
 import resource
 import sys
-from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from functools import lru_cache
 from typing import Any, BinaryIO, NoReturn
 
 import jinja2
-import msgspec
 from jinja2 import nodes
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
@@ -28,19 +28,33 @@ _LOADING = (nodes.Include, nodes.Import, nodes.FromImport, nodes.Extends)
 _REACHING = (nodes.Getattr, nodes.Getitem, *_LOADING)
 
 
-class RenderJob(msgspec.Struct, array_like=True):
-    """A template's source and the variables that it sees; without any it is looked through, and not run."""
+@dataclass(frozen=True, slots=True)
+class RenderJob:
+    """A template's source and the variables of each chat that it writes; without any it is looked through, not run."""
 
     source: str
-    variables: dict[str, Any] | None
+    chats: tuple[dict[str, Any], ...]
+
+    def packed(self) -> bytes:
+        """As a frame holds it. The variables must be of JSON's own types."""
+        return _json([self.source, self.chats])
 
 
-class Rendered(msgspec.Struct, array_like=True):
+@dataclass(frozen=True, slots=True)
+class Rendered:
     """`text`, or why there is none; is_refusal: the template says so itself, of these messages."""
 
     text: str | None
     error: str | None
     is_refusal: bool = False
+
+
+_OUT_OF_MEMORY = Rendered(None, "the chat template was stopped: it used too much memory")
+
+
+def _json(value: object) -> bytes:
+    """UTF-8 that `json.loads` reads back as it was; halves of characters, which templates can make, included."""
+    return json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8", "surrogatepass")
 
 
 class TemplateRefused(Exception):
@@ -112,13 +126,13 @@ def check(source: str) -> None:
             raise SecurityError(f"{name} in line {node.lineno}")
 
 
-def render(job: RenderJob) -> Rendered:
-    """Render one template; whatever it does wrong becomes one line of text."""
+def render(source: str, variables: dict[str, Any] | None) -> Rendered:
+    """Render one chat, or look the template through; whatever it does wrong becomes one line of text."""
     try:
-        if job.variables is None:
-            check(job.source)
+        if variables is None:
+            check(source)
             return Rendered("", None)
-        return Rendered(compiled(job.source).render(**job.variables), None)
+        return Rendered(compiled(source).render(**variables), None)
     except TemplateRefused as exc:
         return Rendered(None, str(exc), is_refusal=True)
     except SecurityError as exc:
@@ -126,7 +140,7 @@ def render(job: RenderJob) -> Rendered:
     except jinja2.TemplateSyntaxError as exc:
         return Rendered(None, f"the chat template is broken in line {exc.lineno}: {exc.message}")
     except MemoryError:
-        return Rendered(None, "the chat template was stopped: it used too much memory")
+        return _OUT_OF_MEMORY
     except RecursionError:
         return Rendered(None, "the chat template was stopped: it calls itself without end")
     except Exception as exc:  # a template is a program: it can fail in every way that a program can
@@ -135,13 +149,13 @@ def render(job: RenderJob) -> Rendered:
 
 def serve(read: BinaryIO, write: BinaryIO) -> None:
     """Answer jobs until the other side closes."""
-    decode: Callable[[bytes], RenderJob] = msgspec.msgpack.Decoder(RenderJob).decode
     while header := read.read(4):
-        rendered = render(decode(read.read(int.from_bytes(header, "little"))))
+        source, chats = json.loads(read.read(int.from_bytes(header, "little")))
+        made = [render(source, variables) for variables in chats or [None]]
         try:
-            frame = msgspec.msgpack.encode(rendered)
-        except (MemoryError, UnicodeEncodeError):  # a lone surrogate from the template's own escapes
-            frame = msgspec.msgpack.encode(Rendered(None, "the chat template rendered text that can't be encoded"))
+            frame = _json([asdict(rendered) for rendered in made])
+        except MemoryError:
+            frame = _json([asdict(_OUT_OF_MEMORY)] * len(made))
         write.write(len(frame).to_bytes(4, "little") + frame)
         write.flush()
 

@@ -1,117 +1,25 @@
 """Chat messages to prompt text, by the Jinja template from the model's files."""
 
-import asyncio
 import re
-import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-import msgspec
-
 from tightrope.engine.types import ModelInfo, Span
 from tightrope.server.builtin_templates import CHATML, PROMPT_FORMATS, PromptFormat
-from tightrope.server.errors import TemplateFailed, TemplateRefused
-from tightrope.server.role_order import Message, regular_orders
-from tightrope.server.template_worker import Rendered, RenderJob
-
-RENDER_TIMEOUT_S = 5.0  # a long chat takes milliseconds
-START_TIMEOUT_S = 30.0  # a busy machine takes a while to start an interpreter
-MAX_PROMPT_BYTES = 16 << 20
+from tightrope.server.content import Message, with_text
+from tightrope.server.errors import TemplateFailed
+from tightrope.server.template_probe import TemplateFacts, probe
+from tightrope.server.template_renderer import TemplateRenderer
+from tightrope.server.whole_chats import WORDS, Rendering
 
 # Marks around special-token texts in what people wrote, and at the place where an answer goes on. They are private-use
 # characters; those that come in from outside are removed first, so every mark in the rendered prompt is ours.
 OPEN, CLOSE, GO_ON = "\ue0f0", "\ue0f1", "\ue0f2"
-_NO_MARKS = str.maketrans("", "", OPEN + CLOSE + GO_ON)
+_NO_MARKS = str.maketrans("", "", OPEN + CLOSE + GO_ON + WORDS)
 
-
-class TemplateRenderer:
-    """Renders in a process of its own, which is killed when a template takes too long and started again when needed.
-
-    It starts with the first chat. One template renders at a time.
-    """
-
-    def __init__(self, timeout_s: float = RENDER_TIMEOUT_S) -> None:
-        self._timeout_s = timeout_s
-        self._process: asyncio.subprocess.Process | None = None
-        self._lock = asyncio.Lock()
-
-    async def check(self, source: str) -> None:
-        """Raise TemplateFailed if the template names what no template may reach, whichever messages it would see."""
-        await self._run(source, None)
-
-    async def render(self, source: str, variables: Mapping[str, Any]) -> str:
-        """The rendered text. Raises TemplateFailed with the template's own words, or what it did wrong."""
-        return await self._run(source, dict(variables))
-
-    async def _run(self, source: str, variables: dict[str, Any] | None) -> str:
-        async with self._lock:
-            if self._process is None:
-                await self._start()
-            done = False
-            try:
-                rendered = await self._ask(RenderJob(source, variables), self._timeout_s)
-                done = True
-            except TimeoutError:
-                raise TemplateFailed(f"the chat template was stopped after {self._timeout_s:g} s", "messages") from None
-            except (asyncio.IncompleteReadError, ConnectionError):
-                raise TemplateFailed("the chat template was stopped: it used too much memory", "messages") from None
-            finally:
-                if not done:  # also when the client hung up: what comes back now answers nobody
-                    await self._kill()
-        if rendered.is_refusal:
-            raise TemplateRefused(rendered.error or "the chat template refuses these messages", "messages")
-        if rendered.text is None:
-            raise TemplateFailed(rendered.error or "the chat template failed", "messages")
-        return rendered.text
-
-    async def _start(self) -> None:
-        self._process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "tightrope.server.template_worker",
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            start_new_session=True,  # Ctrl-C is for the server, which then closes it
-        )
-        try:
-            await self._ask(RenderJob("", {}), START_TIMEOUT_S)  # so that its start does not count as a render's time
-        except BaseException:
-            await self._kill()
-            raise
-
-    async def _ask(self, job: RenderJob, timeout_s: float) -> Rendered:
-        assert self._process is not None
-        reader, writer = self._process.stdout, self._process.stdin
-        assert reader is not None
-        assert writer is not None
-        frame = msgspec.msgpack.encode(job)
-        async with asyncio.timeout(timeout_s):
-            writer.write(len(frame).to_bytes(4, "little") + frame)
-            await writer.drain()
-            num_bytes = int.from_bytes(await reader.readexactly(4), "little")
-            if num_bytes > MAX_PROMPT_BYTES:
-                raise TemplateFailed(f"the chat template rendered more than {MAX_PROMPT_BYTES} bytes", "messages")
-            return msgspec.msgpack.decode(await reader.readexactly(num_bytes), type=Rendered)
-
-    async def _kill(self) -> None:
-        if self._process is None:
-            return
-        process, self._process = self._process, None
-        with suppress(ProcessLookupError):
-            process.kill()
-        if process.stdin is not None:
-            process.stdin.close()
-        if process.stdout is not None:
-            await process.stdout.read()  # `wait` would wait for ever for a pipe that nobody empties
-        await process.wait()
-
-    async def close(self) -> None:
-        """End the process."""
-        async with self._lock:
-            await self._kill()
+TOOL_USE = "tool_use"  # the name of the template that transformers takes when tools are given
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,19 +31,45 @@ class RenderedPrompt:
 
 
 class ChatTemplate:
-    """The template of the served model, and what its special tokens look like.
+    """The templates of the served model, and what its special tokens look like.
 
-    `chosen` is the name of a built-in format or a Jinja source, and wins over the model's own; `variables` are the
-    server's, beneath those of a request.
+    `chosen` is the name of a built-in format, of one of the model's own templates, or a Jinja source, and wins over the
+    model's own; `variables` are the server's, beneath those of a request.
     """
 
     def __init__(self, info: ModelInfo, chosen: str | None = None, variables: Mapping[str, str] | None = None) -> None:
         own = CHATML if info.chat_template is None else PromptFormat(info.chat_template)
-        in_use = own if chosen is None else PROMPT_FORMATS.get(chosen, PromptFormat(chosen))
+        named = dict(info.chat_templates)
+        in_use = own if chosen is None else PROMPT_FORMATS.get(chosen, PromptFormat(named.get(chosen, chosen)))
         self.source = in_use.source
         self.stops = in_use.stops
+        self._tool_use = named.get(TOOL_USE) if chosen is None else None
         self._info = info
         self._variables = dict(variables or {})
+        self._facts: dict[str, TemplateFacts] = {}
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Every template that a chat may be written by."""
+        return (self.source,) if self._tool_use is None else (self.source, self._tool_use)
+
+    def source_for(self, *, has_tools: bool) -> str:
+        """The template of a chat with tools, or without: as in transformers, one named "tool_use" is for the first."""
+        return self._tool_use if has_tools and self._tool_use is not None else self.source
+
+    async def facts(self, renderer: TemplateRenderer, source: str) -> TemplateFacts:
+        """What one of the sources does with words that it is given; found out once."""
+        known = self._facts.get(source)
+        if known is None:
+            fixed = self._fixed(None) | {"documents": None}
+            known = await probe(renderer, source, fixed, with_tools=source == self._tool_use)
+            self._facts[source] = known
+        return known
+
+    async def notes(self, renderer: TemplateRenderer) -> tuple[str, ...]:
+        """What a person should know of these templates before anyone chats."""
+        facts = [await self.facts(renderer, source) for source in self.sources]
+        return tuple(dict.fromkeys(note for known in facts if (note := _note(known)) is not None))
 
     async def render(
         self,
@@ -149,30 +83,39 @@ class ChatTemplate:
     ) -> RenderedPrompt:
         """The prompt. What people wrote stays plain text, even if it looks like a special token.
 
-        `variables` are the request's own, beneath the fixed ones. With continue_final_message the text ends inside the
-        last message. A chat that the template refuses, or of whose system messages it leaves one out, is tried in
-        stricter orders of its roles. Raises TemplateFailed, for a refusal with the template's words on the chat as it
-        came.
+        Content is text or a list of parts of text. `variables` are the request's own, beneath the fixed ones. With
+        continue_final_message the text ends inside the last message. A chat that the template refuses, or of whose
+        words it leaves some out, is tried in stricter orders of its roles. Raises TemplateFailed, for a refusal with
+        the template's words on the chat as it came.
         """
-        marked = [_mapped(message, self._mark) for message in messages]
+        try:
+            marked = [_mapped(message, self._mark) for message in messages]
+            if continue_final_message:
+                marked[-1] = with_text(marked[-1], lambda text: text + GO_ON)
+            source = self.source_for(has_tools=bool(tools))
+            fixed = self._fixed(variables) | {
+                "tools": [_mapped(tool, self._mark) for tool in tools] or None,
+                "add_generation_prompt": add_generation_prompt,
+            }
+            facts = await self.facts(renderer, source)
+            text, notes = await Rendering(renderer, source, facts, fixed).of(marked)
+        except RecursionError:
+            raise TemplateFailed("the messages are nested too deeply", "messages") from None
         if continue_final_message:
-            marked[-1] = marked[-1] | {"content": f"{marked[-1].get('content') or ''}{GO_ON}"}
-        fixed = {
-            "tools": [_mapped(tool, self._mark) for tool in tools] or None,
+            text, mark, _ = text.rpartition(GO_ON)
+            if not mark:
+                raise TemplateFailed("the chat template leaves out the message to be continued", "messages")
+        return RenderedPrompt(spans(text), notes)
+
+    def _fixed(self, variables: Mapping[str, Any] | None) -> dict[str, Any]:
+        return {
             "documents": None,
             **self._variables,
             **(variables or {}),
             "bos_token": self._info.bos_token or "",
             "eos_token": self._info.eos_token or "",
             **dict(self._info.named_tokens),
-            "add_generation_prompt": add_generation_prompt,
         }
-        text, notes = await _render_ordered(renderer, self.source, marked, fixed)
-        if continue_final_message:
-            text, mark, _ = text.rpartition(GO_ON)
-            if not mark:
-                raise TemplateFailed("the chat template leaves out the message to be continued", "messages")
-        return RenderedPrompt(spans(text), notes)
 
     def _mark(self, text: str) -> str:
         special = special_pattern(self._info.special_texts)
@@ -180,33 +123,15 @@ class ChatTemplate:
         return special.sub(rf"{OPEN}\g<0>{CLOSE}", text) if special else text
 
 
-async def _render_ordered(
-    renderer: TemplateRenderer, source: str, messages: list[Message], variables: Mapping[str, Any]
-) -> tuple[str, tuple[str, ...]]:
-    """The text of the chat, in the first order of roles that the template takes whole, and notes."""
-    first: str | None = None
-    try:
-        first = await renderer.render(source, {**variables, "messages": messages})
-        refusal = TemplateRefused("the chat template leaves out a system message", "messages")
-        if not _loses_system(messages, first):
-            return first, ()
-    except TemplateRefused as exc:
-        refusal = exc
-    for order in regular_orders(messages):
-        try:
-            text = await renderer.render(source, {**variables, "messages": order})
-        except TemplateRefused:
-            continue
-        if first is None or not _loses_system(order, text):
-            return text, (f"messages were merged into {len(order)} turns: {refusal.message}",)
-    if first is None:
-        raise refusal
-    return first, (refusal.message,)
-
-
-def _loses_system(messages: Sequence[Message], text: str) -> bool:
-    """Whether a system message is nowhere in the text: many templates take one at the start alone."""
-    return any(m["role"] == "system" and m["content"].strip() not in text for m in messages)
+def _note(facts: TemplateFacts) -> str | None:
+    mend = "--chat-template sets another"
+    if facts.is_broken:
+        return f"the chat template can't write even a word of one user; {mend}"
+    if "user" in facts.lost:
+        return f"the chat template leaves out what users write, as text and as parts: chats are refused; {mend}"
+    if "user" in facts.partly_lost:
+        return f"the chat template leaves out some turns of the user: chats of several turns are refused; {mend}"
+    return None
 
 
 @lru_cache(maxsize=4)

@@ -11,7 +11,8 @@ from typing import Literal
 
 from tightrope.engine.types import ModelInfo, TurnMarks
 from tightrope.server.errors import TemplateFailed
-from tightrope.server.templates import ChatTemplate, TemplateRenderer
+from tightrope.server.template_renderer import TemplateRenderer
+from tightrope.server.templates import ChatTemplate
 
 Role = Literal["system", "user", "assistant"]
 
@@ -54,7 +55,7 @@ async def find_turn_marks(renderer: TemplateRenderer, template: ChatTemplate, in
     unknown = {*info.added_texts, *info.special_texts} - {*info.end_texts, info.bos_token}
     if not unknown:
         return TurnMarks()
-    for words in (_CHAT, _CHAT[1:], _CHAT[:-1], _CHAT[1:-1]):
+    for words in (_CHAT, _CHAT[1:], _CHAT[:-1], _CHAT[1:-1], _CHAT[1:2]):
         messages = [{"role": role, "content": text} for role, text in words]
         try:
             prompt = await template.render(

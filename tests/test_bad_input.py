@@ -103,14 +103,17 @@ async def test_template_variables_that_are_the_servers_are_refused(
     assert (reply.status_code, reply.json()["error"]["param"]) == (400, field)
 
 
-async def test_two_turns_of_the_user_are_refused_in_the_words_of_a_template_that_takes_none() -> None:
-    refuses = (
-        "{% if messages | length > 1 %}{{ raise_exception('one turn alone') }}{% endif %}{{ messages[0].content }}"
-    )
+async def test_two_turns_of_the_user_are_one_for_a_template_that_takes_no_two() -> None:
+    refuses = "{% if messages | length > 1 %}{{ raise_exception('one turn alone') }}{% endif %}"
     turns = [{"role": "user", "content": "a?"}] * 2
-    async with api(chat_template=refuses) as http:
-        here = await http.post("/v1/chat/completions", json={"messages": turns, "stream": True})
-        there = await http.post("/chat_tokenize", json={"messages": turns})
+    answered = [*turns, {"role": "assistant", "content": "b"}]
+    async with api(chat_template=refuses + "{{ messages[0].content }}") as http:
+        merged = await http.post("/v1/chat/completions", json={"messages": turns, "explain": True})
+        here = await http.post("/v1/chat/completions", json={"messages": answered, "stream": True})
+        there = await http.post("/chat_tokenize", json={"messages": answered})
+    explanation = merged.json()["explain"]
+    assert explanation["prompts"][0]["text"].removeprefix("<s>") == "a?\n\na?"
+    assert "messages were merged into 1 turn: one turn alone" in str(explanation)
     assert (here.status_code, here.json()["error"]["message"]) == (400, "one turn alone")
     assert (here.json()["error"]["param"], there.status_code) == ("messages", 422)
     assert there.json() == {"error": "Template error: one turn alone", "error_type": "template_error"}

@@ -17,7 +17,8 @@ from tightrope.server.openai.convert import Served, chat_request
 from tightrope.server.openai.requests import ChatRequest
 from tightrope.server.role_order import regular_orders
 from tightrope.server.settings import SettingsError, load_settings
-from tightrope.server.templates import ChatTemplate, RenderedPrompt, TemplateRenderer
+from tightrope.server.template_renderer import TemplateRenderer
+from tightrope.server.templates import ChatTemplate, RenderedPrompt
 
 GOLDEN = json.loads(Path(__file__).with_name("data").joinpath("prompt_formats/golden.json").read_text("utf-8"))
 INFO = ModelInfo("m", "rules", "fake", 9, 9, 9, 9, "f16", 1, "<s>", "</s>", ("<s>", "</s>"), None, ())
@@ -117,6 +118,15 @@ async def test_every_format_takes_what_role_play_clients_send(renderer: Template
         ([GREETING, GREETING, HELLO], "<u><a>Welcome!\n\nWelcome!<u>Hello."),
         ([HELLO, NOTE, GREETING, MORE, NOTE], "<u>Hello.\n\nIt rains.<a>Welcome!<u>Anyone?\n\nIt rains."),
         ([HELLO, GREETING, NOTE, MORE], "<u>Hello.<a>Welcome!<u>It rains.\n\nAnyone?"),
+        ([SYSTEM, HELLO], "<u>Be Mara.\n\nHello."),
+        ([SYSTEM], "<u>Be Mara."),
+        ([SYSTEM, GREETING], "<u>Be Mara.<a>Welcome!"),
+        ([SYSTEM, HELLO, GREETING, MORE], "<u>Be Mara.\n\nHello.<a>Welcome!<u>Anyone?"),
+        ([HELLO, MORE], "<u>Hello.\n\nAnyone?"),
+        ([HELLO | {"name": "Tom"}, MORE | {"name": "Ann"}], "<u>Hello.\n\nAnyone?"),
+        ([SYSTEM, NOTE, GREETING, HELLO, MORE], "<u>Be Mara.\n\nIt rains.<a>Welcome!<u>Hello.\n\nAnyone?"),
+        ([HELLO, GREETING, GREETING], "<u>Hello.<a>Welcome!\n\nWelcome!"),
+        ([HELLO | {"content": [{"type": "text", "text": "Hello."}]}, MORE], "<u>Hello.\n\nAnyone?"),
     ],
 )
 async def test_a_template_that_insists_on_alternation_is_met_by_merging(
@@ -125,22 +135,6 @@ async def test_a_template_that_insists_on_alternation_is_met_by_merging(
     prompt = await rendered(renderer, ChatTemplate(INFO, STRICT), messages)
     assert text(prompt) == expected
     assert "roles must alternate" in prompt.notes[0]
-
-
-@pytest.mark.parametrize(
-    "messages",
-    [
-        [SYSTEM, HELLO],
-        [HELLO, MORE],
-        [SYSTEM, NOTE, GREETING, HELLO, MORE],
-        [HELLO, GREETING, GREETING],
-    ],
-)
-async def test_turns_that_the_template_refuses_are_refused_in_its_words(
-    renderer: TemplateRenderer, messages: list[dict[str, Any]]
-) -> None:
-    with pytest.raises(TemplateFailed, match=r"^roles must alternate$"):
-        await rendered(renderer, ChatTemplate(INFO, STRICT), messages)
 
 
 async def test_a_chat_that_stays_refused_is_refused_in_the_words_it_met_first(renderer: TemplateRenderer) -> None:
@@ -154,23 +148,50 @@ async def test_system_messages_that_a_template_would_pass_over_are_merged(render
     assert text(prompt) == "[Be Mara.\n\nIt rains.]<u>Hello.<a>Welcome!<u>It rains.\n\nAnyone?"
 
 
-async def test_a_system_message_that_no_order_saves_is_told_of(renderer: TemplateRenderer) -> None:
+async def test_a_system_message_that_a_template_drops_goes_into_the_users_turn(renderer: TemplateRenderer) -> None:
     source = "{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}"
+    prompt = await rendered(renderer, ChatTemplate(INFO, source), [SYSTEM, HELLO])
+    assert text(prompt) == "Be Mara.\n\nHello."
+    assert prompt.notes == ("messages were merged into 1 turn: the chat template leaves out a system message",)
+
+
+async def test_a_system_message_that_no_order_saves_is_told_of(renderer: TemplateRenderer) -> None:
+    source = (
+        "{% for m in messages %}{% if m.role != 'system' and 'Be Mara' in m.content %}{{ raise_exception('no') }}"
+        "{% endif %}{% if m.role != 'system' %}{{ m.content }}{% endif %}{% endfor %}"
+    )
     prompt = await rendered(renderer, ChatTemplate(INFO, source), [SYSTEM, HELLO])
     assert text(prompt) == "Hello."
     assert prompt.notes == ("the chat template leaves out a system message",)
 
 
-def test_a_note_joins_the_turn_beside_it_and_two_turns_stay_two() -> None:
-    assert list(regular_orders([HELLO, NOTE, MORE])) == [[HELLO | {"content": "Hello.\n\nIt rains."}, MORE]]
-    assert list(regular_orders([HELLO, MORE, GREETING, GREETING])) == []
+@pytest.mark.parametrize(
+    "messages", [[HELLO, GREETING, GREETING], [SYSTEM, GREETING], [HELLO, GREETING | {"content": "Wel"}, GREETING]]
+)
+async def test_an_answer_that_was_merged_goes_on_where_it_ends(
+    renderer: TemplateRenderer, messages: list[dict[str, Any]]
+) -> None:
+    prompt = await rendered(renderer, ChatTemplate(INFO, STRICT + "<end>"), messages, goes_on=True)
+    assert text(prompt).endswith("Welcome!")
 
 
-def test_messages_of_different_names_and_tool_calls_stay_apart() -> None:
-    call = {"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]}
+def test_the_orders_of_a_chat_come_from_its_own_to_the_strictest() -> None:
+    noted = HELLO | {"content": "Hello.\n\nIt rains."}
+    joined = HELLO | {"content": "Hello.\n\nIt rains.\n\nAnyone?"}
+    assert list(regular_orders([HELLO, NOTE, MORE])) == [[HELLO, NOTE, MORE], [noted, MORE], [joined]]
+    top = HELLO | {"content": "Be Mara.\n\nHello."}
+    assert list(regular_orders([SYSTEM, HELLO, GREETING])) == [[SYSTEM, HELLO, GREETING], [top, GREETING]]
+    assert list(regular_orders([HELLO, GREETING, MORE])) == [[HELLO, GREETING, MORE]]
+
+
+def test_calls_keep_their_results_behind_them_and_results_stay_apart() -> None:
+    one = {"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]}
+    two = {"role": "assistant", "content": None, "tool_calls": [{"id": "2"}]}
     result = {"role": "tool", "content": "4", "tool_call_id": "1"}
-    chat = [HELLO | {"name": "Tom"}, MORE | {"name": "Ann"}, call, result, result]
-    assert list(regular_orders(chat)) == []
+    chat = [HELLO, MORE, GREETING, one, result, result, two, GREETING]
+    joined = HELLO | {"content": "Hello.\n\nAnyone?"}
+    told = one | {"content": "Welcome!"}
+    assert list(regular_orders(chat)) == [chat, [joined, told, result, result, two, GREETING]]
 
 
 @pytest.mark.parametrize(

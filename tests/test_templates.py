@@ -9,7 +9,8 @@ from msgspec import structs
 
 from tightrope.engine.types import ModelInfo, Span
 from tightrope.server.errors import TemplateFailed
-from tightrope.server.templates import ChatTemplate, TemplateRenderer, spans
+from tightrope.server.template_renderer import TemplateRenderer
+from tightrope.server.templates import ChatTemplate, spans
 
 SPECIALS = ("<|im_start|>", "<|im_end|>", "</s>", "<think>", "</think>", " ")
 HI = [{"role": "user", "content": "hi"}]
@@ -63,12 +64,15 @@ async def test_the_settings_template_wins_over_the_models() -> None:
 
 async def test_the_models_named_tokens_reach_the_template(renderer: TemplateRenderer) -> None:
     named = (("bos_token", "<b>"), ("pad_token", "<pad>"), ("additional_special_tokens", ("<x>", "<y>")))
-    source = "{{ bos_token }}{{ eos_token }}{{ pad_token }}{{ additional_special_tokens[1] }}{{ unk_token }}"
+    source = (
+        "{{ bos_token }}{{ eos_token }}{{ pad_token }}{{ additional_special_tokens[1] }}{{ unk_token }}"
+        "{{ messages[0].content }}"
+    )
     template = ChatTemplate(structs.replace(info(source), named_tokens=named), variables={"pad_token": "mine"})
 
     prompt = await template.render(renderer, HI, add_generation_prompt=True, continue_final_message=False)
 
-    assert prompt.spans == (Span("<b></s><pad><y>"),)
+    assert prompt.spans == (Span("<b></s><pad><y>hi"),)
 
 
 async def test_special_tokens_in_what_people_wrote_stay_plain_text(renderer: TemplateRenderer) -> None:
@@ -115,8 +119,9 @@ async def test_the_last_message_is_continued_where_it_ends(renderer: TemplateRen
 
 
 async def test_a_template_that_drops_the_last_message_cannot_continue_it(renderer: TemplateRenderer) -> None:
+    answered = [*HI, {"role": "assistant", "content": "Once upon"}]
     with pytest.raises(TemplateFailed, match="leaves out"):
-        await rendered(renderer, "{{ messages[0].content }}", [*HI, *HI], goes_on=True)
+        await rendered(renderer, "{{ messages[0].content }}", answered, goes_on=True)
 
 
 async def test_templates_see_what_they_were_written_for(renderer: TemplateRenderer) -> None:
@@ -124,13 +129,15 @@ async def test_templates_see_what_they_were_written_for(renderer: TemplateRender
         "{{ bos_token }}{{ eos_token }}{{ tools is none }}{{ documents is none }}{{ mood }}"
         "{{ {'a': '<é>'} | tojson }}{% generation %}g{% endgeneration %}"
         "{% for i in range(9) %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}{{ strftime_now('%Y')|length }}"
+        "{{ messages[0].content }}"
     )
     (span,) = await rendered(renderer, source, mood="calm")
-    assert span.text == '<s></s>TrueTruecalm{"a": "<é>"}g014'
+    assert span.text == '<s></s>TrueTruecalm{"a": "<é>"}g014hi'
 
 
 async def test_blocks_leave_no_empty_lines(renderer: TemplateRenderer) -> None:
-    assert await rendered(renderer, "{% if true %}\n  {% set x = 1 %}\na\n{% endif %}\nb") == (Span("a\nb"),)
+    source = "{% if true %}\n  {% set x = 1 %}\na\n{% endif %}\n{{ messages[0].content }}"
+    assert await rendered(renderer, source) == (Span("a\nhi"),)
 
 
 async def test_a_template_refuses_in_its_own_words(renderer: TemplateRenderer) -> None:
@@ -222,16 +229,17 @@ async def test_renders_side_by_side_do_not_mix(renderer: TemplateRenderer) -> No
 
 
 async def test_a_refusing_template_is_a_400_and_a_long_chat_is_no_problem() -> None:
-    refuses = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}?"
+    refuses = "{% if messages | length == 1 %}{{ raise_exception('too short') }}{% endif %}"
+    refuses += "{% for m in messages %}{{ m.content }}{% endfor %}?"
     async with api(chat_template=refuses) as http:
-        body = {"messages": [{"role": "system", "content": "x"}]}
+        body = {"messages": HI}
         reply = await http.post("/v1/chat/completions", json=body)
         assert reply.status_code == 400
         assert reply.json()["error"] == {
-            "message": "no system role",
+            "message": "too short",
             "type": "invalid_request_error",
             "param": "messages",
             "code": None,
         }
-        body = {"messages": [{"role": "user", "content": "x" * 500}] * 1000}
+        body = {"messages": [{"role": "user", "content": "x"}] * 900}
         assert (await http.post("/v1/chat/completions", json=body)).status_code == 200

@@ -14,7 +14,8 @@ from tightrope.server.builtin_templates import PROMPT_FORMATS
 from tightrope.server.front import Front
 from tightrope.server.metrics import Metrics
 from tightrope.server.settings import ServerSettings
-from tightrope.server.templates import ChatTemplate, TemplateRenderer
+from tightrope.server.template_renderer import TemplateRenderer
+from tightrope.server.templates import ChatTemplate
 from tightrope.server.turn_marks import find_turn_marks
 
 CHATML = (

@@ -1,0 +1,118 @@
+"""What a chat template does with the words that it is given, found by giving it marked ones.
+
+Templates differ in the content that they read: text, a list of parts, or either. One that reads the other kind writes
+nothing of it, or Python's own form of a list, and says no word. So a few short chats are rendered in each shape, and
+looked through for their words.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any, Literal
+
+from tightrope.server.errors import TemplateFailed
+from tightrope.server.template_renderer import TemplateRenderer
+
+Shape = Literal["text", "parts"]
+
+SHAPES: tuple[Shape, ...] = ("text", "parts")
+_ROLES = ("system", "user", "assistant")
+_CHATS = (
+    ("user",),
+    ("system", "user"),
+    ("user", "assistant", "user"),
+    ("system", "user", "assistant", "user", "assistant"),
+)
+_TOOL = {
+    "type": "function",
+    "function": {"name": "probe", "description": "", "parameters": {"type": "object", "properties": {}}},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TemplateFacts:
+    """What one template was seen to do."""
+
+    shapes: Mapping[str, frozenset[Shape]]  # of each role's content, in which most of its words are kept
+    lost: frozenset[str] = frozenset()  # roles of which no word is kept
+    partly_lost: frozenset[str] = frozenset()  # roles of whose turns some are kept, and some aren't
+    is_broken: bool = False  # not one of the chats could be rendered
+
+    def shapes_of(self, role: str) -> frozenset[Shape]:
+        """Those in which content of this role is kept; a role that wasn't probed is like the user's."""
+        return self.shapes.get(role, self.shapes["user"])
+
+
+UNKNOWN = TemplateFacts(dict.fromkeys(_ROLES, frozenset({"text"})))  # what most templates read
+
+
+@dataclass(frozen=True, slots=True)
+class _Chat:
+    """A chat of marked words, each in its role's shape."""
+
+    roles: tuple[str, ...]
+    shapes: tuple[tuple[str, Shape], ...]  # of the roles that occur
+
+    def words(self) -> list[tuple[str, str]]:
+        """The role and the words of each message."""
+        return [(role, f"{role}probe{place}") for place, role in enumerate(self.roles)]
+
+    def messages(self) -> list[dict[str, Any]]:
+        shapes = dict(self.shapes)
+        return [
+            {"role": role, "content": word if shapes[role] == "text" else [{"type": "text", "text": word}]}
+            for role, word in self.words()
+        ]
+
+
+async def probe(
+    renderer: TemplateRenderer, source: str, variables: Mapping[str, Any], *, with_tools: bool
+) -> TemplateFacts:
+    """Render the chats in every shape, and look at what comes out.
+
+    `variables` are those that the template sees beside the messages; with_tools: it is made for chats with tools alone.
+    UNKNOWN for a template that had to be stopped.
+    """
+    fixed = {**variables, "tools": [_TOOL] if with_tools else None, "add_generation_prompt": False}
+    assignments = [dict(zip(_ROLES, shapes, strict=True)) for shapes in product(SHAPES, repeat=len(_ROLES))]
+    chats = list(dict.fromkeys(_chat(roles, shapes) for roles in _CHATS for shapes in assignments))
+    try:
+        texts = await renderer.render_each(source, [{**fixed, "messages": chat.messages()} for chat in chats])
+    except TemplateFailed:
+        return UNKNOWN
+    return _facts(assignments, dict(zip(chats, texts, strict=True)))
+
+
+def _chat(roles: tuple[str, ...], shapes: Mapping[str, Shape]) -> _Chat:
+    return _Chat(roles, tuple((role, shapes[role]) for role in sorted(set(roles))))
+
+
+def _facts(assignments: Sequence[Mapping[str, Shape]], texts: Mapping[_Chat, str | None]) -> TemplateFacts:
+    def seen(shapes: Mapping[str, Shape]) -> list[tuple[_Chat, str]]:
+        """The chats in these shapes that could be rendered, with their texts."""
+        chats = (_chat(roles, shapes) for roles in _CHATS)
+        return [(chat, text) for chat in chats if (text := texts[chat]) is not None]
+
+    def kept(shapes: Mapping[str, Shape]) -> int:
+        return sum(sum(_keeps(text, word) for _, word in chat.words()) for chat, text in seen(shapes))
+
+    most = max(map(kept, assignments))
+    best = [shapes for shapes in assignments if kept(shapes) == most]
+    chosen = seen(best[0])
+    words = [(role, _keeps(text, word)) for chat, text in chosen for role, word in chat.words()]
+    lost = frozenset(role for role in _ROLES if (role, False) in words and (role, True) not in words)
+    return TemplateFacts(
+        shapes={
+            role: frozenset(shapes[role] for shapes in best) if (role, True) in words else frozenset({"text"})
+            for role in _ROLES
+        },
+        lost=lost,
+        partly_lost=frozenset(role for role in _ROLES if (role, False) in words) - lost,
+        is_broken=not chosen,
+    )
+
+
+def _keeps(text: str, word: str) -> bool:
+    """Whether a word is in the text as itself, and not as part of a list in Python's or JSON's notation."""
+    return word in text and re.search(rf"""["']text["']\s*:\s*["']{word}""", text) is None
