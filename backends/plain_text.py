@@ -1,22 +1,40 @@
 """Text that must not be read as marks, for vocabularies that would find them in any text."""
 
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Mapping, Sequence
 
 
-def marks_pattern(marks: Collection[str]) -> re.Pattern[str] | None:
-    """Finds the marks in a text, the longest of several; None for no marks. One character is too short to be cut."""
-    texts = sorted((mark for mark in marks if len(mark) > 1), key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, texts))) if texts else None
+class MarkCutter:
+    """Cuts a text inside the marks that it holds."""
+
+    def __init__(self, cuts: Mapping[str, int]) -> None:
+        """cuts: behind how many of its characters each mark is cut; at least one, and not all."""
+        self._cuts = cuts
+        texts = sorted(cuts, key=len, reverse=True)
+        self._pattern = re.compile("|".join(map(re.escape, texts))) if texts else None
+
+    def pieces(self, text: str) -> list[str]:
+        """The text in pieces, one at least, none of which holds a whole mark."""
+        if self._pattern is None:
+            return [text]
+        places = [match.start() + self._cuts[match[0]] for match in self._pattern.finditer(text)]
+        if not places:
+            return [text]
+        parts = [text[start:end] for start, end in zip([0, *places], [*places, len(text)], strict=True)]
+        return [piece for part in parts for piece in self.pieces(part)]  # marks may overlap
 
 
-def cut_at_marks(text: str, marks: re.Pattern[str]) -> list[str]:
-    """The text in pieces, none of which holds a whole mark: each mark is cut behind its first character.
+def place_to_cut(mark: str, token_id: int, encode: Callable[[str], Sequence[int]]) -> int | None:
+    """Behind how many characters a mark is cut, so that its pieces are tokenized as its text would be.
 
-    Tokenized one by one, the pieces give the bytes of the text and none of the marks' tokens.
+    That is where a token of plain text ends, so that no place gives fewer tokens. None if the vocabulary doesn't find
+    the mark in plain text, and if no cut keeps it from that.
     """
-    pieces, end = [], 0
-    while match := marks.search(text, end):
-        pieces.append(text[end : match.start() + 1])
-        end = match.start() + 1  # another mark may begin inside this one
-    return [*pieces, text[end:]]
+    if token_id not in encode(mark):
+        return None
+    found: dict[int, int] = {}
+    for place in range(1, len(mark)):
+        token_ids = [*encode(mark[:place]), *encode(mark[place:])]
+        if token_id not in token_ids:
+            found[place] = len(token_ids)
+    return min(found, key=found.__getitem__, default=None)

@@ -16,6 +16,7 @@ def model_info(backend: Backend) -> ModelInfo:
     def text_of(token_id: int) -> str:
         return tokenizer.token_bytes(token_id).decode("utf-8", "replace")
 
+    named_end = dict(card.named_tokens).get("eos_token")
     ends = tuple(map(text_of, sorted(tokenizer.eos_ids)))
     return ModelInfo(
         model_id=card.model_id,
@@ -28,7 +29,7 @@ def model_info(backend: Backend) -> ModelInfo:
         cache_dtype=card.cache_dtype,
         max_num_seqs=backend.capabilities.max_num_seqs,
         bos_token=None if tokenizer.bos_id is None else text_of(tokenizer.bos_id),
-        eos_token=ends[0] if ends else None,
+        eos_token=named_end if isinstance(named_end, str) else next(iter(ends), None),
         special_texts=tuple(tokenizer.special_texts()),
         chat_template=card.chat_template,
         chat_templates=card.chat_templates,

@@ -5,7 +5,7 @@ Source of names and row order: convert_hf_to_gguf.py and convert_lora_to_gguf.py
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +50,44 @@ def write_model(folder: Path, path: Path) -> Path:
     _add_tokenizer(writer, json.loads((folder / "tokenizer.json").read_text()))
     for name, tensor in _tensors(load_file(folder / "model.safetensors"), config):
         writer.add_tensor(f"{name}.weight", tensor)
+    return _finish(writer, path)
+
+
+Token = tuple[str, TokenType]
+
+
+def write_vocabulary(path: Path, kind: str, tokens: Sequence[Token], **keys: str | bool | int) -> Path:
+    """A llama of one layer of zeros over a vocabulary of `kind`, "gpt2" or "llama", whose later tokens are likelier.
+
+    keys: of the tokenizer, such as eos_token_id and pre; `merges` joins pairs of a line each.
+    """
+    writer = GGUFWriter(path, "llama")
+    writer.add_block_count(1)
+    writer.add_context_length(128)
+    writer.add_embedding_length(32)
+    writer.add_feed_forward_length(32)
+    writer.add_head_count(1)
+    writer.add_head_count_kv(1)
+    writer.add_rope_dimension_count(32)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(len(tokens))
+    writer.add_tokenizer_model(kind)
+    writer.add_token_list([text for text, _ in tokens])
+    writer.add_token_types([token_type for _, token_type in tokens])
+    writer.add_token_scores([float(place) for place in range(len(tokens))])
+    if kind == "gpt2":
+        writer.add_token_merges(str(keys.pop("merges", "")).splitlines())
+    for key, value in keys.items():
+        add = writer.add_string if isinstance(value, str) else writer.add_bool if isinstance(value, bool) else None
+        (add or writer.add_uint32)(f"tokenizer.ggml.{key}", value)  # type: ignore[operator]
+    for name, shape in {
+        "token_embd": (len(tokens), 32),
+        "output": (len(tokens), 32),
+        **dict.fromkeys((f"blk.0.{part}" for part in _IN_LAYER.values() if "norm" not in part), (32, 32)),
+        **dict.fromkeys(("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm"), (32,)),
+    }.items():
+        if name != "blk.0.ffn_gate_inp":
+            writer.add_tensor(f"{name}.weight", np.zeros(shape, np.float32))
     return _finish(writer, path)
 
 

@@ -62,7 +62,8 @@ class GGUFBackend:
         except BackendError:
             self.close()
             raise
-        self.tokenizer: Tokenizer = GGUFTokenizer(self._model)
+        tokenizer = GGUFTokenizer(self._model)
+        self.tokenizer: Tokenizer = tokenizer
         self.kv: KVCache
         self.kv = self._cache = SharedKVCache(
             self._context,
@@ -78,7 +79,7 @@ class GGUFBackend:
             prompt_rows(ModelShape.of(header).vocab_size, plan.step_tokens),
             mixes_adapters=False,
         )
-        self.card = _card(path, header, self._model, plan)
+        self.card = _card(path, header, self._model, plan, tokenizer)
 
     def forward(self, chunks: Sequence[Chunk]) -> Tensor:
         """See Backend. More rows than one native call may yield are computed in several calls and copied together."""
@@ -158,7 +159,7 @@ def _context_options(settings: ModelSettings, plan: Plan) -> ContextOptions:
     )
 
 
-def _card(path: Path, header: Header, model: NativeModel, plan: Plan) -> ModelCard:
+def _card(path: Path, header: Header, model: NativeModel, plan: Plan, tokenizer: GGUFTokenizer) -> ModelCard:
     shape = ModelShape.of(header)
     return ModelCard(
         model_id=path.stem,
@@ -169,5 +170,6 @@ def _card(path: Path, header: Header, model: NativeModel, plan: Plan) -> ModelCa
         cache_dtype=plan.cache_type.name,
         chat_template=model.chat_template(),
         notes=plan.notes,
+        named_tokens=tokenizer.named_tokens,
         cache_token_bytes=shape.cache_bytes(plan.cache_type.key_type, plan.cache_type.value_type),
     )

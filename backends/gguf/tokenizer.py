@@ -6,8 +6,9 @@ from typing import Any
 
 from llama_cpp import llama_cpp as ll
 
+from tightrope.backends.gguf.named_tokens import bos_id, end_ids, named_ids
 from tightrope.backends.gguf.native import NativeModel
-from tightrope.backends.plain_text import cut_at_marks, marks_pattern
+from tightrope.backends.plain_text import MarkCutter, place_to_cut
 from tightrope.backends.protocol import MAX_ADDED_TEXTS
 
 _CONTROL = ll.LLAMA_TOKEN_ATTR_CONTROL | ll.LLAMA_TOKEN_ATTR_UNKNOWN  # what parse_special decides about
@@ -22,29 +23,29 @@ class GGUFTokenizer:
         self._model = model  # keeps the vocabulary's memory alive
         self._vocab: Any = model.vocab  # a native pointer
         self.vocab_size = model.vocab_size
-        bos = ll.llama_vocab_bos(self._vocab)
-        self.bos_id: int | None = bos if bos >= 0 else None
+        named = named_ids(model)
+        self.bos_id = bos_id(model, named)
         self.adds_bos = bool(ll.llama_vocab_get_add_bos(self._vocab)) and self.bos_id is not None
         ids = range(self.vocab_size)
-        self.eos_ids = frozenset(i for i in ids if ll.llama_vocab_is_eog(self._vocab, i))
+        self.eos_ids = end_ids(model, named)
         self._special = frozenset(i for i in ids if ll.llama_vocab_get_attr(self._vocab, i) & _CONTROL)
         self._bytes: dict[int, bytes] = {}  # filled as tokens are seen
-        self._special_texts = tuple(self.token_bytes(i).decode(errors="replace") for i in sorted(self._special))
+        self._special_texts = tuple(map(self._text, sorted(self._special)))
         self._added = self._user_defined()
-        self._marks = marks_pattern(())
         self._separator_ids = self._tokenize(_SEPARATOR, parse_special=False) if self._prefixes_space() else []
+        self.named_tokens = tuple((name, self._text(token_id)) for name, token_id in named.items())
+        self._cutter = self._make_cutter()
 
     def encode(self, text: str, *, parse_special: bool, is_start: bool) -> list[int]:
         """See Tokenizer. An unpaired surrogate, which has no UTF-8, becomes a replacement character."""
         if not text:
             return []
-        if not parse_special and self._marks is not None:  # llama.cpp finds user-defined tokens in any text
-            first, *others = cut_at_marks(text, self._marks)
-            token_ids = self._encode(first, parse_special=False, is_start=is_start)
-            for piece in others:
-                token_ids += self._encode(piece, parse_special=False, is_start=False)
-            return token_ids
-        return self._encode(text, parse_special=parse_special, is_start=is_start)
+        if parse_special:
+            return self._encode(text, parse_special=True, is_start=is_start)
+        token_ids: list[int] = []
+        for piece in self._cutter.pieces(text):  # llama.cpp finds user-defined tokens in any text
+            token_ids += self._encode(piece, parse_special=False, is_start=is_start and not token_ids)
+        return token_ids
 
     def _encode(self, text: str, *, parse_special: bool, is_start: bool) -> list[int]:
         if is_start or not self._separator_ids:
@@ -75,20 +76,32 @@ class GGUFTokenizer:
         found = {text: self._added[text] for text in marks if text in self._added}
         known = found | dict(zip(self._special_texts, sorted(self._special), strict=True))
         self._special |= set(found.values())
-        self._special_texts = tuple(self.token_bytes(i).decode(errors="replace") for i in sorted(self._special))
+        self._special_texts = tuple(map(self._text, sorted(self._special)))
         self.eos_ids |= {known[text] for text in ends if text in known}
-        user_defined = [text for text, token_id in self._added.items() if token_id in self._special]
-        self._marks = marks_pattern(user_defined)
+        self._cutter = self._make_cutter()
+
+    def _make_cutter(self) -> MarkCutter:
+        """What keeps plain text from being read as special tokens."""
+
+        def encode(text: str) -> list[int]:
+            return self._encode(text, parse_special=False, is_start=False)
+
+        texts = zip(self._special_texts, sorted(self._special), strict=True)
+        places = {text: place_to_cut(text, token_id, encode) for text, token_id in texts}
+        return MarkCutter({text: place for text, place in places.items() if place is not None})
 
     def _user_defined(self) -> dict[str, int]:
         """Ids of user-defined tokens by their texts, as far as these could be marks."""
         found: dict[str, int] = {}
         for token_id in range(self.vocab_size):
             if ll.llama_vocab_get_attr(self._vocab, token_id) & ll.LLAMA_TOKEN_ATTR_USER_DEFINED:
-                text = self.token_bytes(token_id).decode(errors="replace")
+                text = self._text(token_id)
                 if text.strip() and len(found) < MAX_ADDED_TEXTS:
                     found.setdefault(text, token_id)
         return found
+
+    def _text(self, token_id: int) -> str:
+        return self.token_bytes(token_id).decode(errors="replace")
 
     def _prefixes_space(self) -> bool:
         """Whether the vocabulary puts a space in front of every text."""
