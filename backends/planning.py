@@ -66,30 +66,36 @@ def outline(settings: ModelSettings, memory_bytes: int | None) -> Outline:
 
 def _of_folder(folder: Path, settings: ModelSettings, memory_bytes: int | None) -> Outline:
     from tightrope.backends.hf import plan as hf
+    from tightrope.backends.hf.blueprint import draw
     from tightrope.backends.hf.checkpoint import Checkpoint
     from tightrope.backends.hf.config import read_config
+    from tightrope.backends.hf.generation import chat_template
     from tightrope.backends.hf.peft import room_for_adapters
-    from tightrope.backends.hf.quantised import describe_format, find_quantization
-    from tightrope.backends.hf.quantised import weight_bytes as weight_bytes_of
+    from tightrope.backends.hf.tokenizer import HFTokenizer, has_tokenizer
+    from tightrope.backends.rope import resolve_rope
     from tightrope.kernels.layout import PAGE
 
-    shape, checkpoint = read_config(folder), Checkpoint.open(folder)
-    quantization = find_quantization(folder, shape.raw, checkpoint)
-    weight_bytes = weight_bytes_of(checkpoint, quantization, is_tied=shape.tie_embeddings)
-    weight_bytes += room_for_adapters(settings)
+    shape = read_config(folder)
+    rope = resolve_rope(shape.raw, settings.rope, settings.max_model_len)
+    blueprint = draw(folder, shape, Checkpoint.open(folder), rope)
+    if has_tokenizer(folder):  # headers alone are enough to plan
+        HFTokenizer(folder, shape)
+        chat_template(folder)
+    weight_bytes = blueprint.weight_bytes + room_for_adapters(settings)
     free_bytes = _grossed_up(memory_bytes) if memory_bytes is not None else hf.free_bytes()
     spare = spare_bytes(weight_bytes, free_bytes)
     window = hf.served_window(settings, shape, hf.rope_of(settings, shape))
     chosen, refusal = None, None
     try:
         plan = hf.make_plan(settings, shape, weight_bytes, free_bytes)
+        hf.check_layers(plan, blueprint.layers)
         chosen = Chosen(plan.cache_dtype, plan.num_pages * PAGE, plan.cache_bytes, plan.notes)
     except DoesNotFit as error:
         refusal = str(error)
     return Outline(
         path=folder,
         architecture=shape.model_type,
-        format=describe_format(shape.dtype, quantization),
+        format=blueprint.format,
         memory_bytes=spare + weight_bytes,
         weight_bytes=weight_bytes,
         workspace_bytes=hf.workspace_bytes(settings, shape),

@@ -153,15 +153,89 @@ def test_the_links_of_the_hubs_cache_are_followed(tmp_path: Path):
     assert torch.equal(Checkpoint.open(snapshot).read("w"), torch.ones(2))
 
 
-def test_a_link_that_leaves_the_folder_is_refused(tmp_path: Path):
+def test_links_to_other_folders_and_disks_are_followed(tmp_path: Path):
     (tmp_path / "model").mkdir()
-    save_file({"w": torch.ones(2)}, tmp_path / "elsewhere.safetensors")
-    (tmp_path / "model/model.safetensors").symlink_to("../elsewhere.safetensors")
+    (tmp_path / "elsewhere").mkdir()
+    sharded(tmp_path / "elsewhere")
+    for file in (tmp_path / "elsewhere").glob("*.safetensors"):
+        (tmp_path / "model" / file.name).symlink_to(file)
+    (tmp_path / "model/model.safetensors.index.json").symlink_to("../elsewhere/model.safetensors.index.json")
 
-    with pytest.raises(
-        BackendError, match=r"model\.safetensors: a link to .*elsewhere\.safetensors, outside the model's"
-    ):
-        Checkpoint.open(tmp_path / "model")
+    assert torch.equal(Checkpoint.open(tmp_path / "model").read("c"), torch.arange(8.0))
+
+
+def test_a_link_that_leads_nowhere_says_so(tmp_path: Path):
+    (tmp_path / "model.safetensors").symlink_to("../blobs/0123")
+
+    with pytest.raises(BackendError, match=r"model\.safetensors: a link to .*/blobs/0123, which is missing"):
+        Checkpoint.open(tmp_path)
+
+
+FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("change", "absent"),
+    [
+        ({"rotary_emb.inv_freq": SECOND, "mtp.fc.weight": SECOND}, {"rotary_emb.inv_freq", "mtp.fc.weight"}),
+        ({"c": FIRST}, set()),
+        ({"mtp.fc.weight": "mtp.safetensors"}, {"mtp.fc.weight"}),
+    ],
+)
+def test_what_an_index_has_wrong_does_not_keep_the_tensors_from_being_read(
+    tmp_path: Path, change: dict[str, str], absent: set[str]
+):
+    checkpoint = Checkpoint.open(sharded(tmp_path, **change))
+
+    assert checkpoint.tensors.keys() == {"a", "b", "c"}
+    assert checkpoint.absent.keys() == absent
+    assert torch.equal(checkpoint.read("c"), torch.arange(8.0))
+
+
+@pytest.mark.parametrize("weight_map", [{"a": FIRST}, {"a": FIRST, "c": SECOND}])
+def test_tensors_and_shards_that_an_index_leaves_out_are_read(tmp_path: Path, weight_map: dict[str, str]):
+    write_index(sharded(tmp_path), weight_map)
+
+    assert Checkpoint.open(tmp_path).tensors.keys() == {"a", "b", "c"}
+
+
+def test_a_shard_of_another_name_than_the_index_has_it_is_found(tmp_path: Path):
+    (sharded(tmp_path) / SECOND).rename(tmp_path / "second.safetensors")
+
+    assert Checkpoint.open(tmp_path).tensors.keys() == {"a", "b", "c"}
+
+
+@pytest.mark.parametrize("named", [FIRST, SECOND])
+def test_of_a_tensor_in_two_shards_the_one_counts_that_the_index_names(tmp_path: Path, named: str):
+    sharded(tmp_path, a=named)
+    save_file({"a": torch.ones(4), "c": torch.arange(8.0)}, tmp_path / SECOND)
+
+    checkpoint = Checkpoint.open(tmp_path)
+
+    assert torch.equal(checkpoint.read("a"), torch.arange(4.0) if named == FIRST else torch.ones(4))
+    assert sorted(name for shard in checkpoint.shards() for name in shard.names) == ["a", "b", "c"]
+
+
+def test_a_tensor_of_a_shard_that_is_missing_is_said_to_be_in_it(tmp_path: Path):
+    (sharded(tmp_path) / SECOND).unlink()
+
+    line = str(Checkpoint.open(tmp_path).missing("c", "which the model needs"))
+
+    assert line.startswith(f"{tmp_path}/model.safetensors.index.json: shard {SECOND} is missing, and tensor 'c', which")
+    assert line.endswith("download or copy the model again")
+
+
+def test_a_tensor_that_only_the_index_knows_is_said_to_be_missing_in_its_file(tmp_path: Path):
+    line = str(Checkpoint.open(sharded(tmp_path, d=SECOND)).missing("d", "which the model needs"))
+
+    assert line.startswith(f"{tmp_path}/{SECOND}: tensor 'd' is missing, which the model needs, and its index says")
+
+
+def test_the_layout_of_mistral_beside_the_same_weights_is_left_aside(tmp_path: Path):
+    save_file({"tok_embeddings.weight": torch.ones(2)}, tmp_path / "consolidated.safetensors")
+    (tmp_path / "consolidated.safetensors.index.json").write_text("{}")
+
+    assert Checkpoint.open(sharded(tmp_path)).tensors.keys() == {"a", "b", "c"}
 
 
 GOOD = {"a": entry(0, 16), "b": entry(16, 40)}
@@ -217,14 +291,15 @@ def test_a_file_cut_short_or_of_another_kind_is_one_line(tmp_path: Path, content
         Checkpoint.open(tmp_path)
 
 
-def without(name: str) -> Callable[[Path], object]:
-    return lambda folder: (sharded(folder) / name).unlink()
-
-
 def without_last_and_index(folder: Path) -> None:
     sharded(folder)
     for name in ("model-00002-of-00002.safetensors", "model.safetensors.index.json"):
         (folder / name).unlink()
+
+
+def with_an_index_alone(folder: Path) -> None:
+    for file in sharded(folder).glob("*.safetensors"):
+        file.unlink()
 
 
 def with_twice_the_same(folder: Path) -> None:
@@ -233,25 +308,21 @@ def with_twice_the_same(folder: Path) -> None:
 
 
 def with_two_indices(folder: Path) -> None:
-    sharded(folder)
-    (folder / "consolidated.safetensors.index.json").write_text("{}")
+    (sharded(folder) / "model.safetensors.index.json").rename(folder / "a.safetensors.index.json")
+    (folder / "b.safetensors.index.json").write_text("{}")
 
 
 BAD_FOLDERS: list[tuple[Callable[[Path], object], str]] = [
-    (without("model-00002-of-00002.safetensors"), r"index\.json: shard model-00002-of-00002\.safetensors is missing"),
     (without_last_and_index, "shard model-00002-of-00002.safetensors is missing"),
     (lambda f: sharded(f, c="../model-00002-of-00002.safetensors"), r"weight_map of .c. is .*, outside the folder"),
     (lambda f: sharded(f, c="/etc/model.safetensors"), r"weight_map of 'c' is '/etc/.*, outside the folder"),
     (lambda f: sharded(f, c="..\\model.safetensors"), "weight_map of 'c' is .*, outside the folder"),
     (lambda f: sharded(f, c="model.bin"), r"weight_map of 'c' is 'model\.bin'; it must be a \.safetensors file's name"),
-    (lambda f: sharded(f, d="model-00002-of-00002.safetensors"),
-     r"00002-of-00002\.safetensors: tensor 'd' is missing, which the index says is there"),
-    (lambda f: sharded(f, c="model-00001-of-00002.safetensors"), r"tensor 'c' is missing, which the index"),
-    (lambda f: (sharded(f), write_index(f, {"a": "model-00001-of-00002.safetensors"})), "'b' is not in the index"),
     (lambda f: (sharded(f), write_index(f, {})), r"index\.json: weight_map is missing or empty"),
     (lambda f: (sharded(f), write_index(f, [1])), r"index\.json: weight_map is missing or empty"),
     (lambda f: (sharded(f), (f / "model.safetensors.index.json").write_text("{")), r"index\.json: not JSON"),
     (with_two_indices, "holds 2 index files"),
+    (with_an_index_alone, "an index without any of the .safetensors files that it names; download or copy the model"),
     (with_twice_the_same, r"y\.safetensors: tensor 'w' is in x\.safetensors as well"),
     (lambda f: save_file({}, f / "model.safetensors"), "its safetensors files hold no tensors"),
     (lambda f: (f / "pytorch_model.bin").touch(), r"pytorch_model\.bin: pickled weights can run code .* safetensors$"),

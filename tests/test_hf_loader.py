@@ -226,7 +226,10 @@ DOWN = "model.layers.1.mlp.down_proj.weight"
     [
         (lambda tensors: tensors.pop(DOWN), f"tensor '{DOWN}' is missing"),
         (lambda tensors: tensors.pop("lm_head.weight"), "tensor 'lm_head.weight' is missing"),
-        (replace_tensor("model.extra", torch.ones(3)), "tensor 'model.extra' has no place in the model"),
+        (
+            replace_tensor("model.extra", torch.ones(3000)),
+            "model.safetensors: model.extra have no place in the model that config.json describes, and are",
+        ),
         (
             replace_tensor(DOWN, torch.ones(48, 32)),
             f"tensor '{DOWN}' has shape [48, 32], by config.json it must be [32, 48]",

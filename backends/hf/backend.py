@@ -10,21 +10,22 @@ from torch import Tensor
 
 from tightrope.backends.adapters import AdapterRoom
 from tightrope.backends.errors import BackendError
+from tightrope.backends.hf.blueprint import draw
 from tightrope.backends.hf.calibrate import set_key_factors
 from tightrope.backends.hf.checkpoint import Checkpoint
 from tightrope.backends.hf.config import ModelShape, read_config
 from tightrope.backends.hf.generation import chat_template
 from tightrope.backends.hf.graphs import DecodeGraphs, batch_size
-from tightrope.backends.hf.model import LoadedModel, load_model
+from tightrope.backends.hf.model import LoadedModel, build
 from tightrope.backends.hf.pages import PagedKVCache
 from tightrope.backends.hf.peft import room_for_adapters
-from tightrope.backends.hf.plan import Plan, free_bytes, make_plan
-from tightrope.backends.hf.quantised import describe_format, find_quantization, weight_bytes
+from tightrope.backends.hf.plan import Plan, check_layers, free_bytes, make_plan
 from tightrope.backends.hf.steps import StepBuilder
 from tightrope.backends.hf.tokenizer import HFTokenizer
 from tightrope.backends.hf.variants import CacheVariants
 from tightrope.backends.memory import prompt_rows
 from tightrope.backends.protocol import AdapterStore, Capabilities, Chunk, KVCache, ModelCard, Tokenizer
+from tightrope.backends.rope import resolve_rope
 from tightrope.backends.settings import ModelSettings
 from tightrope.backends.threads import compute_threads
 from tightrope.kernels import dispatch
@@ -44,20 +45,18 @@ class HFBackend:
         Raises BackendError. Files and settings are checked, and the memory is planned, before anything large is
         allocated.
         """
-        checkpoint = Checkpoint.open(folder)
         shape = read_config(folder)
-        quantization = find_quantization(folder, shape.raw, checkpoint)
-        adapter_bytes = room_for_adapters(settings)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        size = weight_bytes(checkpoint, quantization, is_tied=shape.tie_embeddings)
-        plan = make_plan(settings, shape, size + adapter_bytes, free_bytes())
+        rope = resolve_rope(shape.raw, settings.rope, settings.max_model_len)
+        blueprint = draw(folder, shape, Checkpoint.open(folder), rope, device)
+        adapter_bytes = room_for_adapters(settings)
+        plan = make_plan(settings, shape, blueprint.weight_bytes + adapter_bytes, free_bytes())
+        check_layers(plan, blueprint.layers)
         self.tokenizer: Tokenizer = HFTokenizer(folder, shape)
         self._threads = compute_threads(settings.threads)
         torch.set_num_threads(1)  # see BLAS_TOKENS
         dispatch.set_threads(self._threads)
-        self.model = load_model(
-            folder, shape, checkpoint, device=device, rope=plan.rope, progress=lambda done: progress(LOAD_SHARE * done)
-        )
+        self.model = build(blueprint, lambda done: progress(LOAD_SHARE * done))
         self.steps = StepBuilder(plan.rope, plan.window, device)
         self.adapters: AdapterStore = self.model.adapters
         self.model.adapters.room = AdapterRoom(adapter_bytes)
@@ -86,7 +85,7 @@ class HFBackend:
         self.capabilities = Capabilities(
             settings.max_num_seqs, plan.step_tokens, prompt_rows(shape.vocab_size, plan.step_tokens)
         )
-        self.card = _card(folder, shape, describe_format(shape.dtype, quantization), self.model, plan)
+        self.card = _card(folder, shape, blueprint.format, self.model, plan)
         progress(1.0)
 
     def forward(self, chunks: Sequence[Chunk]) -> Tensor:
@@ -123,9 +122,7 @@ class HFBackend:
         model = self.model
         caches: list[LayerCache] = []
         try:
-            for number, (layer, is_windowed) in enumerate(zip(model.layers, plan.windowed, strict=True)):
-                if is_windowed and (layer.spec.window or plan.window + 1) > (plan.window_tokens or 0):
-                    raise BackendError(f"config.json: layer {number} sees more than its sliding_window")
+            for layer, is_windowed in zip(model.layers, plan.windowed, strict=True):
                 format = CacheFormat(plan.cache_dtype, layer.num_kv_heads, layer.head_dim)
                 num_pages = plan.num_window_pages if is_windowed else plan.num_pages
                 caches.append(LayerCache.allocate(format, num_pages, model.device, is_windowed=is_windowed))

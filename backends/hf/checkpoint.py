@@ -6,7 +6,6 @@ Source: the format's description, huggingface/safetensors README. Pickled weight
 
 import json
 import mmap
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
@@ -15,14 +14,13 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from tightrope.backends.errors import BackendError
-from tightrope.backends.hf.jsonfile import read_object
+from tightrope.backends.hf.shards import Shards, find_shards
 from tightrope.backends.opened import open_file
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 MAX_HEADER = 100_000_000  # bytes; the format's own limit
-MAX_INDEX = 200_000_000  # bytes
 MAX_DIMS = 8
 
 DTYPE_BYTES: Mapping[str, int] = {
@@ -43,9 +41,6 @@ DTYPE_BYTES: Mapping[str, int] = {
     "U64": 8,
     "F64": 8,
 }
-
-_PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,33 +74,33 @@ class Checkpoint:
     folder: Path
     tensors: Mapping[str, TensorEntry]
     _shards: tuple[Shard, ...]
+    index: Path | None = None
+    absent: Mapping[str, str] = field(default_factory=dict)  # tensors that only the index knows, and its file for each
     _maps: dict[Path, mmap.mmap] = field(default_factory=dict)
 
     @classmethod
     def open(cls, folder: Path) -> "Checkpoint":
         """Read and check the headers of all shards.
 
-        Raises BackendError, naming the file and what in it is wrong, when a shard is missing, lies outside the folder,
-        is truncated or malformed, when a tensor is in two shards, or when index and shards disagree.
+        Whether all that a model needs is there is not asked here: `missing` says why a tensor isn't. Raises
+        BackendError, naming the file and what in it is wrong, when there are no weights, when a shard is truncated or
+        malformed, and when a tensor is in two shards and no index says in which it counts.
         """
-        paths, weight_map = _find_shards(folder)
+        shards = find_shards(folder)
         tensors: dict[str, TensorEntry] = {}
-        shards = []
-        for path in paths:
-            entries = read_header(path)
-            for entry in entries:
+        for path in shards.paths:
+            for entry in read_header(path):
                 if entry.name in tensors:
-                    other = tensors[entry.name].file.name
-                    raise BackendError(
-                        f"{path}: tensor {entry.name!r} is in {other} as well; keep one of the two files"
-                    )
+                    entry = _the_one(entry, tensors[entry.name], shards)
                 tensors[entry.name] = entry
-            shards.append(Shard(path, tuple(entry.name for entry in entries)))
         if not tensors:
             raise BackendError(f"{folder}: its safetensors files hold no tensors; copy the model again")
-        if weight_map is not None:
-            _compare(folder, weight_map, tensors)
-        return cls(folder, MappingProxyType(tensors), tuple(shards))
+        names: dict[Path, list[str]] = {path: [] for path in shards.paths}
+        for entry in sorted(tensors.values(), key=lambda entry: (entry.begin, entry.end)):
+            names[entry.file].append(entry.name)
+        files = tuple(Shard(path, tuple(found)) for path, found in names.items())
+        absent = {name: file for name, file in shards.weight_map.items() if name not in tensors}
+        return cls(folder, MappingProxyType(tensors), files, shards.index, MappingProxyType(absent))
 
     @classmethod
     def of_file(cls, path: Path) -> "Checkpoint":
@@ -117,6 +112,20 @@ class Checkpoint:
     @property
     def weight_bytes(self) -> int:
         return sum(entry.num_bytes for entry in self.tensors.values())
+
+    def missing(self, name: str, reason: str) -> BackendError:
+        """That a tensor isn't there; reason: who needs it, "which ..."."""
+        files = sorted(set(self.absent.values()) - {shard.path.name for shard in self._shards})
+        if files:
+            file = self.absent.get(name, files[0])
+            return BackendError(
+                f"{self.index}: shard {file} is missing, and tensor {name!r}, {reason}, is in no other file; download "
+                "or copy the model again"
+            )
+        file = self.absent.get(name)
+        place = self.folder if file is None else self.folder / file
+        said = "" if file is None else ", and its index says that it is there"
+        return BackendError(f"{place}: tensor {name!r} is missing, {reason}{said}")
 
     def shards(self) -> Sequence[Shard]:
         """The files in the order of their names. Loading one after the other and releasing each maps one at a time."""
@@ -169,6 +178,17 @@ class Checkpoint:
             if (need := max(t.end for t in self.tensors.values() if t.file == path)) > len(self._maps[path]):
                 raise BackendError(f"{path}: became shorter than its {need} bytes since its header was read")
         return self._maps[path]
+
+
+def _the_one(entry: TensorEntry, other: TensorEntry, shards: Shards) -> TensorEntry:
+    """Of two tensors of one name the one that the index names. Raises BackendError when it names neither."""
+    named = shards.weight_map.get(entry.name)
+    for one in (entry, other):
+        if one.file.name == named:
+            return one
+    raise BackendError(
+        f"{entry.file}: tensor {entry.name!r} is in {other.file.name} as well; keep one of the two files"
+    )
 
 
 def read_header(path: Path) -> tuple[TensorEntry, ...]:
@@ -251,87 +271,6 @@ def _are_counts(value: object) -> bool:
 
 def _short(value: object) -> str:
     return repr(value)[:100]
-
-
-def _find_shards(folder: Path) -> tuple[list[Path], Mapping[str, str] | None]:
-    """The shards of a folder, in order, and the index's map from tensor to file where there is an index that counts."""
-    found = sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("adapter_"))
-    single = folder / "model.safetensors"
-    if single in found:
-        return [_inside(folder, single.name, folder)], None
-    indices = sorted(folder.glob("*.safetensors.index.json"))
-    if len(indices) > 1:
-        raise BackendError(
-            f"{folder}: holds {len(indices)} index files ({', '.join(i.name for i in indices)}); keep one"
-        )
-    if indices:
-        weight_map = _read_index(indices[0])
-        names = sorted(set(weight_map.values()))
-        # a quantiser may have copied the index of the model that it read: then none of the index's files is here
-        if not found or any((folder / name).is_file() for name in names):
-            return [_inside(folder, name, indices[0]) for name in names], weight_map
-    if not found:
-        raise _no_weights(folder)
-    _check_parts(folder, found)
-    return [_inside(folder, path.name, folder) for path in found], None
-
-
-def _read_index(path: Path) -> Mapping[str, str]:
-    weight_map = read_object(path, MAX_INDEX).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise BackendError(f"{path}: weight_map is missing or empty; it must map tensor names to file names")
-    for name, file in weight_map.items():
-        if not isinstance(file, str) or not file.endswith(".safetensors"):
-            raise BackendError(
-                f"{path}: weight_map of {name!r} is {_short(file)}; it must be a .safetensors file's name"
-            )
-        if re.search(r"[/\\:\0]", file):
-            raise BackendError(
-                f"{path}: weight_map of {name!r} is {_short(file)}, outside the folder; a plain name is right"
-            )
-    return weight_map
-
-
-def _inside(folder: Path, name: str, said_by: Path) -> Path:
-    """The shard's path, if its file is in the folder, or in the blobs of the hub's cache that the folder belongs to."""
-    path = folder / name
-    if not path.is_file():
-        raise BackendError(f"{said_by}: shard {name} is missing; download or copy the model again")
-    home, real = folder.resolve(), path.resolve()
-    blobs = home.parent.parent / "blobs"  # of models--org--name/snapshots/COMMIT, whose files are links
-    is_blob = home.parent.name == "snapshots" and real.is_relative_to(blobs)
-    if not real.is_relative_to(home) and not is_blob:
-        raise BackendError(f"{path}: a link to {real}, outside the model's folder; put the file itself there")
-    return path
-
-
-def _check_parts(folder: Path, found: Sequence[Path]) -> None:
-    """Files named like part 1 of 3 must be all there, also when no index names them."""
-    names = {path.name for path in found}
-    for match in filter(None, map(_PART.fullmatch, sorted(names))):
-        for number in range(1, min(int(match["count"]), 10_000) + 1):
-            part = f"{match['stem']}-{number:05d}-of-{match['count']}.safetensors"
-            if part not in names:
-                raise BackendError(f"{folder}: shard {part} is missing; download or copy the model again")
-
-
-def _no_weights(folder: Path) -> BackendError:
-    pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
-    if pickles:
-        return BackendError(
-            f"{folder / pickles[0]}: pickled weights can run code when they are read, so they are not; "
-            "convert the model to safetensors"
-        )
-    return BackendError(f"{folder}: holds no .safetensors file")
-
-
-def _compare(folder: Path, weight_map: Mapping[str, str], tensors: Mapping[str, TensorEntry]) -> None:
-    for name, file in weight_map.items():
-        if name not in tensors or tensors[name].file.name != file:
-            raise BackendError(f"{folder / file}: tensor {name!r} is missing, which the index says is there")
-    for name, entry in tensors.items():
-        if name not in weight_map:
-            raise BackendError(f"{entry.file}: tensor {name!r} is not in the index; both must be of the same model")
 
 
 def _torch_dtype(name: str) -> Any:  # noqa: ANN401 - a torch.dtype, whose module is not imported for headers alone

@@ -8,13 +8,25 @@ RENAMES: tuple[tuple[str, str], ...] = (
     (".mlp.", ".block_sparse_moe."),  # Mixtral, MiniMax
     (".mlp.gate.moe_statics.", ".mlp.moe_statics."),  # Ernie 4.5
     ("lm_head.", "embed_out."),  # GPT-NeoX
+    (".input_layernorm.", ".ln1."),  # Yi, as first uploaded
+    (".post_attention_layernorm.", ".ln2."),
 )
 
 # prefixes of a language model within one that also sees, of transformers 5 and before
 NESTED, NESTED_BEFORE = "model.language_model.", "language_model."
 
 # computed by every model that has them, and yet in some old files
-COMPUTED = re.compile(r"(^|\.)(rotary_emb\.inv_freq|rotary_pos_emb\.inv_freq|masked_bias)$")
+COMPUTED = re.compile(
+    r"(^|\.)(rotary_(pos_)?emb\.(inv_freq|cos_cached|sin_cached)|rope\.freqs|masked_bias|position_ids)$"
+)
+
+# of use for something else than the next token: layers that predict several tokens at once (of Qwen, MiMo, Ernie),
+# scales for a cache of 8 bits (of llm-compressor, ModelOpt, Quark), the value head of trl
+OTHER_USE = re.compile(
+    r"(^|\.)(mtp(_\w+)?\.|(v|value)_head\.|(([kv]|kv|q|prob)_(cache_)?(scale|zero_point)|[kv]_proj\.output_scale)$)"
+)
+# and in what such layers of DeepSeek's and GLM's, which follow the model's own, differ from these
+_MTP_PART = re.compile(r"^(?P<layer>.*\.layers\.\d+\.)(eh_proj|enorm|hnorm|shared_head)\.")
 
 
 class FileNames:
@@ -24,6 +36,7 @@ class FileNames:
         """base: transformers' name of the base model, such as "model". ignored: patterns that its class declares."""
         self._names, self._base = names, f"{base}."
         self._ignored = (COMPUTED, *map(re.compile, ignored))
+        self._mtp_layers = tuple({match["layer"] for name in names if (match := _MTP_PART.match(name))})
         self._nest = next((nest for nest in (NESTED, NESTED_BEFORE) if self._has(nest)), "")
         self._has_base = self._has(self._base)
 
@@ -48,6 +61,10 @@ class FileNames:
         """Whether a tensor of the files may go unused: computed anyway, or not of the language model."""
         is_of_text = not self._nest or name.startswith((self._nest, "lm_head."))
         return not is_of_text or any(pattern.search(name) for pattern in self._ignored)
+
+    def is_of_other_use(self, name: str) -> bool:
+        """Whether a tensor is known by its name to be of no use for the next token: MTP layers, scales of a cache."""
+        return OTHER_USE.search(name) is not None or name.startswith(self._mtp_layers)
 
     def _has(self, prefix: str) -> bool:
         return any(name.startswith(prefix) for name in self._names)

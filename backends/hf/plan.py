@@ -1,11 +1,12 @@
 """What the torch engine decides before loading: window, cache type and capacity, and whether it all fits in memory."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from tightrope.backends.errors import BackendError
+from tightrope.backends.hf.attention import LayerInfo
 from tightrope.backends.hf.config import ModelShape
 from tightrope.backends.hf.windows import KEPT_WINDOWS, most_needed
 from tightrope.backends.memory import GIB, default_tokens, does_not_fit, free_memory, prompt_rows, spare_bytes
@@ -105,6 +106,13 @@ def make_plan(settings: ModelSettings, shape: ModelShape, weight_bytes: int, fre
         rope=rope,
         notes=tuple(notes),
     )
+
+
+def check_layers(plan: Plan, layers: Sequence[LayerInfo]) -> None:
+    """Raise BackendError where a layer of the model sees more than the pages that it is planned with."""
+    for number, (layer, is_windowed) in enumerate(zip(layers, plan.windowed, strict=True)):
+        if is_windowed and (layer.spec.window or plan.window + 1) > (plan.window_tokens or 0):
+            raise BackendError(f"config.json: layer {number} sees more than its sliding_window")
 
 
 def free_bytes() -> int:

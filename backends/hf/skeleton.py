@@ -42,7 +42,11 @@ def build_skeleton(folder: Path, shape: ModelShape, rope: Mapping[str, RopeSpec]
                 config, dtype=torch.float32, attn_implementation=INTERFACE, experts_implementation="eager"
             )
     except Exception as error:  # of many kinds, as transformers checks the fields in many places
-        raise BackendError(f"{folder / 'config.json'}: transformers can't build it: {_one_line(error)}") from error
+        path = folder / "config.json"
+        for name, value in fields.items():
+            if isinstance(error, KeyError) and isinstance(value, str) and error.args == (value,):  # as of hidden_act
+                raise BackendError(f"{path}: {name} is {value!r:.80}, which transformers doesn't know") from error
+        raise BackendError(f"{path}: transformers can't build it: {_one_line(error)}") from error
     assert isinstance(model, PreTrainedModel)
     model.requires_grad_(False).eval()
     return model

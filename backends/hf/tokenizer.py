@@ -1,6 +1,7 @@
 """Text to token ids and back by a Hugging Face folder's tokenizer.json or tokenizer.model."""
 
 import json
+import os
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -134,13 +135,18 @@ class HFTokenizer:
         return bos, bos is not None and self._path.name == "tokenizer.model"  # a llama's, from before the setting
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder has a tokenizer's file, right or not."""
+    return any(os.path.lexists(folder / name) for name in ("tokenizer.json", "tokenizer.model"))
+
+
 def _read(folder: Path) -> tuple[Tokenizer, Path]:
     """The folder's tokenizer and the file it came from."""
     path = folder / "tokenizer.json"
-    if path.is_file():
+    if os.path.lexists(path):
         return _read_json(path), path
     path = folder / "tokenizer.model"
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise BackendError(
             f"{folder}: holds neither tokenizer.json nor tokenizer.model; copy the model's tokenizer too"
         )

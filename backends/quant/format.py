@@ -33,10 +33,7 @@ class Packed:
     def entry(self, part: str) -> TensorEntry:
         """Raises BackendError when there is none."""
         if not self.has(part):
-            raise BackendError(
-                f"{self.checkpoint.folder}: tensor {self.name(part)!r} is missing, which the quantised linear "
-                f"{self.module!r} needs"
-            )
+            raise self.checkpoint.missing(self.name(part), f"which the linear {self.module!r} needs")
         return self.checkpoint.tensors[self.name(part)]
 
     def shape(self, part: str, num_dims: int) -> tuple[int, ...]:

@@ -1,0 +1,124 @@
+"""A model before its weights are read: the module tree, and which tensor goes where, checked as far as headers tell.
+
+`serve` loads by it, and `plan` makes one to refuse what `serve` would refuse: there is one set of checks.
+"""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from tightrope.backends.hf.assembly import Assembly, assemble
+from tightrope.backends.hf.attention import CurrentStep, LayerInfo
+from tightrope.backends.hf.checkpoint import Checkpoint
+from tightrope.backends.hf.config import ModelShape
+from tightrope.backends.hf.loader import tie
+from tightrope.backends.hf.matching import LeftOver, check_all, notes_on
+from tightrope.backends.hf.names import FileNames
+from tightrope.backends.hf.organs import Linear
+from tightrope.backends.hf.packings import check_packing
+from tightrope.backends.hf.quantised import Quantization, describe_format, find_quantization, weight_bytes
+from tightrope.backends.hf.rehearsal import rehearse
+from tightrope.backends.hf.rotary import fix_rotary
+from tightrope.backends.hf.skeleton import build_skeleton
+from tightrope.backends.hf.transplant import transplant
+from tightrope.backends.hf.weights import Weight
+from tightrope.backends.rope import RopeSpec
+
+DTYPES_BY_NAME = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass(frozen=True, slots=True)
+class Blueprint:
+    """Everything that loading needs; `tree` has our modules in place, and no weights yet."""
+
+    shape: ModelShape
+    checkpoint: Checkpoint
+    tree: PreTrainedModel
+    current: CurrentStep
+    layers: tuple[LayerInfo, ...]
+    names: FileNames
+    quantization: Quantization | None
+    weights: tuple[Weight, ...]
+    assemblies: tuple[Assembly, ...]
+    left: LeftOver
+    tied: tuple[str, str] | None  # weights of head and embedding, by name, that are one if the files' are equal
+    device: torch.device
+    activation_dtype: torch.dtype
+    notes: tuple[str, ...]
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights once loaded."""
+        tensors = self.checkpoint.tensors
+        size = weight_bytes(self.checkpoint, self.quantization, is_tied=self.shape.tie_embeddings)
+        return size - sum(tensors[name].num_bytes for name in self.left.names)
+
+    @property
+    def format(self) -> str:
+        return describe_format(self.shape.dtype, self.quantization)
+
+
+def draw(
+    folder: Path, shape: ModelShape, checkpoint: Checkpoint, rope: Mapping[str, RopeSpec] | None,
+    device: torch.device | str = "cpu",
+) -> Blueprint:  # fmt: skip
+    """The blueprint of the model that `folder`/config.json describes. Some milliseconds a layer; reads no weights.
+
+    `rope` are the resolved rotations by the keys of a step's tables; without them the model's own are used, and the
+    keys are its layer types if these rotate differently, else "default". Raises BackendError for a model that can't be
+    served, and for tensors that are missing, that don't fit it, or of a format that isn't read.
+    """
+    device = torch.device(device)
+    dtype = torch.float32 if device.type == "cpu" else DTYPES_BY_NAME[shape.dtype]
+    model = build_skeleton(folder, shape, rope)
+    head, table = (_name_of(model, part) for part in (model.get_output_embeddings(), model.get_input_embeddings()))
+    current = CurrentStep()
+    planted = transplant(model, rehearse(model), _rope_keys(model, rope), current, dtype)
+    if isinstance(organ := model.get_submodule(head), Linear):
+        organ.is_head = True
+    if rope is not None:
+        fix_rotary(model, rope)
+    names = FileNames(
+        checkpoint.tensors.keys(), model.base_model_prefix, model._keys_to_ignore_on_load_unexpected or ()
+    )
+    check_packing(checkpoint, [name for name in checkpoint.tensors if not names.may_be_left(name)], shape.raw)
+    quantization = find_quantization(folder, shape.raw, checkpoint)
+    weights, assemblies = assemble(planted.wants, quantization, names, device)
+    # a quantised head stands for itself, whatever config.json says: EXL2 stores one for tied models, too
+    has_plain_head = any(weight.sources[0][0].name == f"{head}.weight" for weight in weights)
+    tied = (f"{head}.weight", f"{table}.weight") if shape.tie_embeddings and has_plain_head else None
+    if tied is not None:
+        weights = tie(weights, *tied, names)
+    left = check_all(weights, assemblies, checkpoint, names)
+    return Blueprint(
+        shape=shape,
+        checkpoint=checkpoint,
+        tree=model,
+        current=current,
+        layers=planted.layers,
+        names=names,
+        quantization=quantization,
+        weights=tuple(weights),
+        assemblies=tuple(assemblies),
+        left=left,
+        tied=tied,
+        device=device,
+        activation_dtype=dtype,
+        notes=(*(f"{name} runs as transformers has it" for name in planted.kept), *notes_on(left, checkpoint)),
+    )
+
+
+def _name_of(model: nn.Module, part: nn.Module) -> str:
+    names: dict[nn.Module, str] = {module: name for name, module in model.named_modules()}
+    return names[part]
+
+
+def _rope_keys(model: PreTrainedModel, rope: Mapping[str, RopeSpec] | None) -> Collection[str]:
+    if rope is not None:
+        return rope.keys()
+    parameters = model.config.get_text_config().to_dict().get("rope_parameters") or {}
+    return [key for key, value in parameters.items() if isinstance(value, dict)] or ["default"]
