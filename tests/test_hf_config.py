@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from tightrope.backends.errors import BackendError
 from tightrope.backends.hf.config import LIMITS, MAX_CONFIG, ModelShape, read_config
@@ -58,6 +60,15 @@ def test_the_shape_is_what_the_file_says(tmp_path: Path):
 )
 def test_the_dtype_is_read_under_its_old_and_its_new_name(tmp_path: Path, fields: dict[str, Any], dtype: str):
     assert read_config(folder_of(tmp_path, LLAMA | fields)).dtype == dtype
+
+
+@pytest.mark.parametrize("stated", [{"torch_dtype": "auto"}, {"dtype": "auto"}, {"torch_dtype": None}, {"dtype": None}])
+def test_a_dtype_that_is_left_open_is_that_of_the_tensors(tmp_path: Path, stated: dict[str, Any]):
+    tensors = {"model.norm.weight": torch.ones(4), "lm_head.weight": torch.ones(8, 4).half(), "ids": torch.arange(999)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    without = {name: value for name, value in LLAMA.items() if name != "torch_dtype"}
+
+    assert read_config(folder_of(tmp_path, without | stated)).dtype == "float16"
 
 
 @pytest.mark.parametrize(

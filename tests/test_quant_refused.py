@@ -163,7 +163,18 @@ def test_an_expert_with_a_bias_is_named(tmp_path: Path):
         (GPTQ, {"checkpoint_format": "bitblas"}, "checkpoint_format 'bitblas' is not known"),
         (GPTQ, {"pack_dtype": "int16"}, "pack_dtype 'int16' is not known; int32 is"),
         (GPTQ, {"group_size": "many"}, "group_size 'many' must be a whole number"),
-        (AWQ, {"version": "GEMV"}, "AWQ of version 'gemv' is not known; gemm is"),
+        (
+            GPTQ,
+            {"packing_format": "auto_round:llm_compressor"},
+            "packing_format 'auto_round:llm_compressor' is not known",
+        ),
+        (GPTQ, {"quant_method": "awq", "version": "gemv"}, "said to be in AWQ, of version 'gemv', and no tensor is in"),
+        (
+            GPTQ,
+            {"packing_format": "auto_round:auto_awq"},
+            "said to be in AWQ, of version None, and no tensor is in the",
+        ),
+        (AWQ, {"packing_format": "auto_round:mlx"}, "packing_format 'auto_round:mlx' is not known; auto_round, "),
         (AWQ, {"bits": 8}, "bits 8 are not known in AWQ; 4 are"),
     ],
 )

@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from tightrope.backends.errors import BackendError
+from tightrope.backends.hf.checkpoint import Checkpoint
 from tightrope.backends.hf.jsonfile import read_object
 from tightrope.backends.hf.lengths import other_lengths
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 MAX_CONFIG = 16 << 20  # bytes; label lists make the largest real ones, of about 1 MB
 
 WeightDtype = Literal["bfloat16", "float16", "float32"]
+STORED: Mapping[str, WeightDtype] = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # as safetensors has them
 
 # Largest believable value of each size: anything above is a damaged file, found before memory is asked for.
 LIMITS: Mapping[str, int] = {
@@ -52,7 +54,7 @@ class ModelShape:
     trained_len: int  # max_position_embeddings, tokens
     windows: tuple[int | None, ...]  # tokens that each layer's attention sees, None for all
     layer_types: tuple[str, ...]  # "full_attention" or "sliding_attention"
-    dtype: WeightDtype  # as config.json says; float32 where it doesn't, which is transformers' reading
+    dtype: WeightDtype  # as config.json says; where it doesn't, that of the tensors, which is transformers' reading
     tie_embeddings: bool
     num_experts: int  # routed experts of a layer, 0 for a dense model
     raw: Mapping[str, Any]  # all of config.json, with the fields of text_config, if it has one, raised to the top
@@ -202,10 +204,13 @@ class _Reader:
         return tuple(types), tuple(window if kind == "sliding_attention" else None for kind in types)
 
     def _dtype(self) -> WeightDtype:
-        name = "dtype" if "dtype" in self._raw else "torch_dtype"
-        dtype = self._raw.get(name) or "float32"
+        """As stated; null and "auto" mean that of the tensors."""
+        name = "torch_dtype" if self._raw.get("dtype") is None else "dtype"
+        dtype = self._raw.get(name)
+        if dtype in (None, "auto"):
+            return _stored_dtype(self._path.parent)
         plain = dtype.removeprefix("torch.") if isinstance(dtype, str) else dtype
-        if plain not in ("bfloat16", "float16", "float32"):
+        if plain not in STORED.values():
             raise self._wrong(name, f"is {dtype!r:.40}; bfloat16, float16 and float32 are served")
         return cast(WeightDtype, plain)  # one of the three, which mypy can't see through the union
 
@@ -226,6 +231,19 @@ class _Reader:
 
     def _wrong(self, field: str, reason: str) -> BackendError:
         return BackendError(f"{self._path}: {self._name(field)} {reason}")
+
+
+def _stored_dtype(folder: Path) -> WeightDtype:
+    """The floating-point type that most bytes of the weights are in; float32 where none can be read."""
+    num_bytes: dict[WeightDtype, int] = dict.fromkeys(STORED.values(), 0)
+    try:
+        entries = Checkpoint.open(folder).tensors.values()
+    except BackendError:  # told by whoever needs the weights
+        return "float32"
+    for entry in entries:
+        if (dtype := STORED.get(entry.dtype)) is not None:
+            num_bytes[dtype] += entry.num_bytes
+    return max(num_bytes, key=lambda dtype: num_bytes[dtype])
 
 
 def _declared(config_class: type["PretrainedConfig"]) -> frozenset[str]:

@@ -13,10 +13,12 @@ FIELDS = (("tokenizer_config.json", "model_max_length"), ("generation_config.jso
 
 def other_lengths(folder: Path, config: Mapping[str, Any]) -> dict[str, float]:
     """Tokens, by the fields' names; what is missing, or is no number, gives none. config is that of config.json."""
-    found = {"config.json's max_sequence_length": config.get("max_sequence_length")}
+    found: dict[str, object] = {"config.json's max_sequence_length": config.get("max_sequence_length")}
     for file, field in FIELDS:
         try:
             found[f"{file}'s {field}"] = read_object(folder / file, MAX_FILE).get(field)
         except BackendError:  # whoever needs the file says what is wrong with it
             continue
-    return {name: value for name, value in found.items() if type(value) in (int, float)}
+    return {
+        name: value for name, value in found.items() if isinstance(value, int | float) and not isinstance(value, bool)
+    }

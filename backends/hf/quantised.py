@@ -21,9 +21,11 @@ from tightrope.backends.quant.exl2 import Exl2
 from tightrope.backends.quant.format import CPU, Format, Packed
 from tightrope.backends.quant.gptq import Gptq
 from tightrope.backends.quant.nf4 import Nf4
+from tightrope.backends.quant.stated import is_awq, layout_of
 
 MAX_FILE = 16 << 20  # bytes
-SETTINGS_FILES = ("quantize_config.json", "quant_config.json")  # AutoGPTQ's and old AutoAWQ's
+# AutoGPTQ's, old AutoAWQ's and auto-round's
+SETTINGS_FILES = ("quantize_config.json", "quant_config.json", "quantization_config.json")
 AT_LOAD = ("bitsandbytes",)  # methods that may also mean: quantise plain weights while loading
 
 
@@ -75,6 +77,11 @@ def find_quantization(folder: Path, config: Mapping[str, Any], checkpoint: Check
     """
     path, settings = _settings(folder, config)
     kind = _kind(checkpoint)
+    if kind == "gptq" and (is_awq(settings) or layout_of(path, settings) == "awq"):
+        raise BackendError(
+            f"{path}: weights are said to be in AWQ, of version {settings.get('version')!r:.40}, and no tensor is in "
+            "the layout of version 'gemm', the one that can be read"
+        )
     if kind == "gptq":
         return Quantization(Gptq.of(path, settings), checkpoint)
     if kind == "awq":
@@ -85,7 +92,7 @@ def find_quantization(folder: Path, config: Mapping[str, Any], checkpoint: Check
     if settings and method not in AT_LOAD:
         raise BackendError(
             f"{path}: weights are said to be quantised in format {method or 'unknown'}, and no tensor is in one that "
-            "can be read: EXL2, GPTQ, AWQ, bitsandbytes of 4 bits"
+            "can be read: EXL2, GPTQ, AWQ, AutoRound, bitsandbytes of 4 bits"
         )
     return None
 

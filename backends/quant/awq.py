@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tightrope.backends.errors import BackendError
 from tightrope.backends.quant.format import FLOATS, Packed, Settings
+from tightrope.backends.quant.stated import check_meaning, layout_of, whole_number
 from tightrope.kernels.quantized import QuantizedMatrix, arrange, pack_slices, tiled
 
 NIBBLE_OF_OUTPUT = (0, 4, 1, 5, 2, 6, 3, 7)  # of the eight in a word
@@ -24,11 +25,16 @@ class Awq:
 
     @classmethod
     def of(cls, path: Path, settings: Settings) -> "Awq":
-        """The format as `settings`, a block of the file `path`, describe it; raises BackendError for its relatives."""
-        if (version := str(settings.get("version", "gemm")).lower()) != "gemm":
-            raise BackendError(f"{path}: AWQ of version {version!r} is not known; gemm is")
-        if (bits := settings.get("bits", settings.get("w_bit", 4))) != 4:
+        """The format as `settings`, a block of the file `path`, describe it; raises BackendError for its relatives.
+
+        `version` is not asked: it names the kernel that the file was made for, and the tensors are those of GEMM.
+        """
+        bits = whole_number(path, settings, "w_bit" if settings.get("bits") is None else "bits", 4)
+        if bits != 4:
             raise BackendError(f"{path}: bits {bits!r} are not known in AWQ; 4 are")
+        if settings.get("packing_format") is not None:
+            layout_of(path, settings)
+        check_meaning(path, settings)
         return cls()
 
     def size(self, packed: Packed) -> tuple[int, int]:

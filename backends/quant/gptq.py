@@ -1,10 +1,12 @@
 """GPTQ: 2, 3, 4 or 8 bits packed down the columns, a scale and a zero point for each group of inputs.
 
 Groups are runs of inputs or, in files of act-order, sets named by `g_idx`. Zero points are stored less one, but for
-files that say gptq_v2. Source: the layouts of AutoGPTQ 0.7.1 (qlinear_cuda.py) and GPTQModel 7.7 (qlinear/torch.py).
+files that say gptq_v2, and some of auto-round's. Source: the layouts of AutoGPTQ 0.7.1 (qlinear_cuda.py), GPTQModel 7.7
+(qlinear/torch.py) and auto-round 0.16 (torch/qlinear_torch.py, qlinear_torch_zp.py).
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from tightrope.backends.errors import BackendError
 from tightrope.backends.quant.format import FLOATS, Packed, Settings
+from tightrope.backends.quant.stated import check_meaning, group_sizes, is_symmetric, layout_of, whole_number
 from tightrope.backends.quant.streams import unstream
 from tightrope.kernels.quantized import QuantizedMatrix, arrange, pack_slices, tiled
 
@@ -24,12 +27,14 @@ class Gptq:
     """See Format. `group_size` is the model's word, for files without g_idx; -1 and 0 mean one group.
 
     `is_symmetric` and `is_reordered` (act-order) are its words, too: memory is planned by them, and nothing is read.
+    `group_sizes` are those of single linears, by the names or patterns that the model's settings have for them.
     """
 
     group_size: int
     is_v2: bool
     is_symmetric: bool
     is_reordered: bool = True
+    group_sizes: Mapping[str, int] = field(default_factory=dict)
 
     name = "GPTQ"
     parts = ("qweight", "qzeros", "scales")
@@ -38,19 +43,20 @@ class Gptq:
     @classmethod
     def of(cls, path: Path, settings: Settings) -> "Gptq":
         """The format as `settings`, a block of the file `path`, describe it; raises BackendError for its relatives."""
-        layout = settings.get("checkpoint_format") or settings.get("format") or "gptq"
-        if settings.get("is_marlin_format"):
-            layout = "marlin"
-        if layout not in ("gptq", "gptq_v2"):
-            raise BackendError(f"{path}: checkpoint_format {layout!r} is not known; gptq and gptq_v2 are")
-        if (words := settings.get("pack_dtype", "int32")) != "int32":
-            raise BackendError(f"{path}: pack_dtype {words!r} is not known; int32 is")
-        if (bits := settings.get("bits", BITS[0])) not in BITS:
+        layout = layout_of(path, settings)
+        words = settings.get("pack_dtype") or "int32"
+        if words != "int32":
+            raise BackendError(f"{path}: pack_dtype {words!r:.40} is not known; int32 is")
+        if (bits := whole_number(path, settings, "bits", BITS[0])) not in BITS:
             raise BackendError(f"{path}: bits {bits!r} are not known in GPTQ; {', '.join(map(str, BITS))} are")
-        size = settings.get("group_size", -1)
-        if type(size) is not int:
-            raise BackendError(f"{path}: group_size {size!r} must be a whole number")
-        return cls(size, layout == "gptq_v2", settings.get("sym") is not False, settings.get("desc_act") is not False)
+        check_meaning(path, settings)
+        return cls(
+            whole_number(path, settings, "group_size", -1),
+            layout == "gptq_v2",
+            is_symmetric(path, settings),
+            settings.get("desc_act") is not False,
+            group_sizes(path, settings),
+        )
 
     def size(self, packed: Packed) -> tuple[int, int]:
         outputs = packed.shape("scales", 2)[-1]
@@ -106,15 +112,28 @@ class Gptq:
                 raise packed.wrong("g_idx", f"names group {low if low < 0 else high}; there are {num_groups} groups")
             if high > 0 or num_groups == 1:  # all zero: as if it weren't there
                 return group_of
-        size = self.group_size if self.group_size > 0 else num_inputs
-        if -(-num_inputs // size) != num_groups:
-            if num_inputs % num_groups:
-                raise packed.wrong(
-                    "scales", f"has {num_groups} groups; {num_inputs} inputs in groups of {size} make "
-                    f"{-(-num_inputs // size)}"
-                )  # fmt: skip
-            size = num_inputs // num_groups  # of this linear alone, as GPTQModel's `dynamic` allows
-        return torch.arange(num_inputs) // size
+        return torch.arange(num_inputs) // self._group_size(packed, num_inputs, num_groups)
+
+    def _group_size(self, packed: Packed, num_inputs: int, num_groups: int) -> int:
+        """Inputs of a group, of this linear alone: as stated where that makes so many groups, else as they divide.
+
+        A pattern of names is not looked up, as files are not trusted with one: the number of groups tells.
+        """
+        stated = self.group_sizes.get(packed.module)
+        sizes = (self.group_size, *self.group_sizes.values()) if stated is None else (stated,)
+        wholes = [min(size, num_inputs) if size > 0 else num_inputs for size in sizes]
+        fitting = sorted({size for size in wholes if -(-num_inputs // size) == num_groups})
+        if len(fitting) > 1:
+            made_by = " and ".join(map(str, fitting))
+            raise packed.wrong("scales", f"has {num_groups} groups, which group_size {made_by} of the settings make")
+        if fitting:
+            return fitting[0]
+        if num_inputs % num_groups:
+            raise packed.wrong(
+                "scales", f"has {num_groups} groups; {num_inputs} inputs in groups of {wholes[0]} make "
+                f"{-(-num_inputs // wholes[0])}"
+            )  # fmt: skip
+        return num_inputs // num_groups
 
 
 def _bits(packed: Packed, num_inputs: int) -> int:
