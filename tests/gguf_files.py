@@ -14,6 +14,8 @@ from gguf import GGUFWriter, TokenType
 from safetensors.torch import load_file
 from torch import Tensor
 
+from tightrope.backends.hf.spm import parse
+
 _WHOLE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 _IN_LAYER = {
     "self_attn.q_proj": "attn_q",
@@ -47,7 +49,13 @@ def write_model(folder: Path, path: Path) -> Path:
     if "num_local_experts" in config:
         writer.add_expert_count(config["num_local_experts"])
         writer.add_expert_used_count(config["num_experts_per_tok"])
-    _add_tokenizer(writer, json.loads((folder / "tokenizer.json").read_text()))
+    if (folder / "tokenizer.json").is_file():
+        _add_tokenizer(writer, json.loads((folder / "tokenizer.json").read_text()))
+    else:
+        _add_sentencepiece(writer, (folder / "tokenizer.model").read_bytes())
+    settings = folder / "tokenizer_config.json"
+    if settings.is_file() and "chat_template" in (named := json.loads(settings.read_text())):
+        writer.add_chat_template(named["chat_template"])
     for name, tensor in _tensors(load_file(folder / "model.safetensors"), config):
         writer.add_tensor(f"{name}.weight", tensor)
     return _finish(writer, path)
@@ -129,6 +137,18 @@ def _add_tokenizer(writer: GGUFWriter, tokenizer: Mapping[str, Mapping[str, obje
     writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
+
+
+def _add_sentencepiece(writer: GGUFWriter, raw: bytes) -> None:
+    model = parse(raw)
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list([piece.text for piece in model.pieces])
+    writer.add_token_scores([piece.score for piece in model.pieces])
+    writer.add_token_types([piece.type for piece in model.pieces])  # GGUF has sentencepiece's own numbers
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_add_bos_token(False)
+    writer.add_add_space_prefix(model.prefixes_space)
 
 
 def _tensors(weights: Mapping[str, Tensor], config: Mapping[str, int]) -> Iterator[tuple[str, np.ndarray]]:

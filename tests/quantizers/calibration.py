@@ -39,12 +39,14 @@ class Calibrated:
                 yield names, self.hessians[names[0]]
 
     def weight(self, name: str) -> Tensor:
-        """[K, N] float32 of the matrix; the head's is the embedding's."""
-        return self.tensors[f"{TABLE if name == HEAD else name}.weight"].float().t()
+        """[K, N] float32 of the matrix; the head's is the embedding's where the model has no other."""
+        own = self.tensors.get(f"{name}.weight")
+        return (self.tensors[f"{TABLE}.weight"] if own is None else own).float().t()
 
     def others(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """Embeddings and norms, which every format leaves as they are."""
-        return {name: t.to(dtype) for name, t in self.tensors.items() if "_proj." not in name}
+        matrices = ("_proj.", f"{HEAD}.")
+        return {name: t.to(dtype) for name, t in self.tensors.items() if not any(part in name for part in matrices)}
 
 
 @cache

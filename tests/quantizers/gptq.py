@@ -2,7 +2,7 @@
 
 import torch
 from quantizers import streams
-from quantizers.calibration import HEAD, TABLE, Calibrated
+from quantizers.calibration import HEAD, Calibrated
 from quantizers.rounding import DAMPING, Grid, best, importance_order, round_corrected
 from torch import Tensor
 
@@ -25,9 +25,9 @@ CONFIG = {
 
 
 def quantize(model: Calibrated) -> dict[str, Tensor]:
-    """All tensors of the file; the head is a copy of the embedding."""
+    """All tensors of the file; the head is not quantised."""
     tensors = model.others(torch.float16)
-    tensors[f"{HEAD}.weight"] = tensors[f"{TABLE}.weight"].clone()
+    tensors[f"{HEAD}.weight"] = model.weight(HEAD).t().to(torch.float16).clone()
     for names, hessian in model.families():
         order = importance_order(hessian)
         for name in names:
