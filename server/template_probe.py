@@ -24,7 +24,7 @@ _CHATS = (
     ("user", "assistant", "user"),
     ("system", "user", "assistant", "user", "assistant"),
 )
-_TOOL = {
+TOOL = {
     "type": "function",
     "function": {"name": "probe", "description": "", "parameters": {"type": "object", "properties": {}}},
 }
@@ -74,7 +74,7 @@ async def probe(
     `variables` are those that the template sees beside the messages; with_tools: it is made for chats with tools alone.
     UNKNOWN for a template that had to be stopped.
     """
-    fixed = {**variables, "tools": [_TOOL] if with_tools else None, "add_generation_prompt": False}
+    fixed = {**variables, "tools": [TOOL] if with_tools else None, "add_generation_prompt": False}
     assignments = [dict(zip(_ROLES, shapes, strict=True)) for shapes in product(SHAPES, repeat=len(_ROLES))]
     chats = list(dict.fromkeys(_chat(roles, shapes) for roles in _CHATS for shapes in assignments))
     try:

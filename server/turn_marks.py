@@ -5,12 +5,13 @@ it without saying that it is special. The template does: what stands behind the 
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from tightrope.engine.types import ModelInfo, TurnMarks
 from tightrope.server.errors import TemplateFailed
+from tightrope.server.template_probe import TOOL
 from tightrope.server.template_renderer import TemplateRenderer
 from tightrope.server.templates import ChatTemplate
 
@@ -18,6 +19,8 @@ Role = Literal["system", "user", "assistant"]
 
 _ROLE_WORD = re.compile(r"[\w:./-]{1,32}\s*")  # "user\n" between marks; a sentence is none
 _TEXT = re.compile(r"""[\w\s#:.,;!?*='"`()…—-]*""")  # words, headings such as "### Input:", rules, blanks
+# ends of turns where a turn has several messages: in OpenAI's harmony format, and in Solar's
+_SEVERAL_MESSAGES = ({"<|return|>", "<|call|>"}, {"<|flush|>", "<|calls|>"})
 _CHAT: tuple[tuple[Role, str], ...] = (
     ("system", "Hornbeam"),
     ("user", "Sycamore"),
@@ -51,20 +54,31 @@ def gaps(rendered: str, words: Sequence[tuple[Role, str]]) -> list[Gap]:
 
 
 async def find_turn_marks(renderer: TemplateRenderer, template: ChatTemplate, info: ModelInfo) -> TurnMarks:
-    """The marks that a template writes around the messages of a chat; none if it takes no chat of plain messages."""
+    """The marks that the templates write around the messages of a chat; none if they take no plain messages."""
     unknown = {*info.added_texts, *info.special_texts} - {*info.end_texts, info.bos_token}
     if not unknown:
         return TurnMarks()
+    found: list[Gap] = []
+    for source in template.sources:
+        tools = () if source == template.source else (TOOL,)
+        found += await _rendered_gaps(renderer, template, tools)
+    return turn_marks(found, info)
+
+
+async def _rendered_gaps(
+    renderer: TemplateRenderer, template: ChatTemplate, tools: Sequence[Mapping[str, Any]]
+) -> list[Gap]:
+    """Those of the longest chat that the template takes."""
     for words in (_CHAT, _CHAT[1:], _CHAT[:-1], _CHAT[1:-1], _CHAT[1:2]):
         messages = [{"role": role, "content": text} for role, text in words]
         try:
             prompt = await template.render(
-                renderer, messages, add_generation_prompt=False, continue_final_message=False
+                renderer, messages, add_generation_prompt=False, continue_final_message=False, tools=tools
             )
         except TemplateFailed:
             continue
-        return turn_marks(gaps("".join(span.text for span in prompt.spans), words), info)
-    return TurnMarks()
+        return gaps("".join(span.text for span in prompt.spans), words)
+    return []
 
 
 def turn_marks(found: Iterable[Gap], info: ModelInfo) -> TurnMarks:
@@ -93,8 +107,8 @@ def turn_marks(found: Iterable[Gap], info: ModelInfo) -> TurnMarks:
             in_front |= _enclosing(pieces)
     tokens = (*info.special_texts, *info.added_texts)
     texts |= {mark for mark in in_front if (partner := _partner(mark, tokens)) is None or partner in texts}
-    if {"<|return|>", "<|call|>"} <= set(info.special_texts):
-        ends.discard("<|end|>")  # in OpenAI's harmony format it ends a message, and a turn has several
+    if any(turn_ends <= {*tokens} for turn_ends in _SEVERAL_MESSAGES):
+        ends.discard("<|end|>")  # there it ends one of the messages of a turn
     added = texts & set(info.added_texts)
     return TurnMarks(tuple(sorted(added)), tuple(sorted(ends - set(info.end_texts))))
 

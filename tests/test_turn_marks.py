@@ -105,7 +105,7 @@ async def found(renderer: TemplateRenderer, template: str, model: ModelInfo) -> 
             {"<｜stop｜>"},
         ),
         (TAGS, TAG_MARKS, set(TAG_MARKS), {"</assistant>"}),
-        (HARMONY, HARMONY_MARKS, set(HARMONY_MARKS) - {"<|call|>"}, {"<|end|>", "<|return|>"}),
+        (HARMONY, HARMONY_MARKS, set(HARMONY_MARKS) - {"<|call|>"}, {"<|return|>"}),
     ],
 )
 async def test_marks_around_turns_are_found_whatever_their_flag(
@@ -126,6 +126,14 @@ async def test_a_flagged_mark_that_no_file_names_as_an_end_ends_a_turn_as_well(r
 
 async def test_an_end_of_a_message_within_a_turn_is_no_end(renderer: TemplateRenderer):
     assert await found(renderer, HARMONY, info(flagged=HARMONY_MARKS)) == (set(), {"<|return|>"})
+
+
+async def test_the_template_for_chats_with_tools_counts_as_well(renderer: TemplateRenderer):
+    model = info((*CHATML_MARKS, "<|turn|>"))
+    named = (("tool_use", CHATML.replace("im_end", "turn")),)
+    model = msgspec.structs.replace(model, chat_template=CHATML, chat_templates=named)
+    marks = await find_turn_marks(renderer, ChatTemplate(model), model)
+    assert set(marks.ends) == {"<|im_end|>", "<|turn|>"}
 
 
 async def test_a_template_that_takes_no_chat_marks_nothing(renderer: TemplateRenderer):
