@@ -62,8 +62,8 @@ def _in_folder(folder: Path) -> Path:
     for name in names:
         if name.endswith(".bin"):
             check_is_no_ggml(folder / name)
-    if (error := no_weights(folder, names)) is not None:
-        raise error
+    if (reason := no_weights(folder, names)) is not None:
+        raise reason
     raise BackendError(f"{folder}: holds neither a .gguf file nor a Hugging Face model{_below(folder)}")
 
 

@@ -76,13 +76,11 @@ def what_it_is(names: Collection[str]) -> str | None:
     cut = [name for name in sorted(names) if re.search(r"\.gguf[-.](split|part)", name.lower())]
     if cut:
         return f"a GGUF file that was cut up to be uploaded ({cut[0]}): join its parts with cat, in order"
-    if any(name.lower().endswith(".gguf") for name in names):
-        halves = [name for name in sorted(names) if is_image_half(name)]
-        if halves:
-            return f"the image half of a model alone ({halves[0]}): add the language model's .gguf file"
-        return (
-            f"parts of a GGUF model ({min(name for name in names if name.lower().endswith('.gguf'))}) without its first"
-        )
+    for name in sorted(names):
+        if name.lower().endswith(".gguf") and is_image_half(name):
+            return f"the image half of a model alone ({name}): add the language model's .gguf file"
+        if name.lower().endswith(".gguf") and "-of-" in name:
+            return f"a part of a GGUF model ({name}) without the first one; download or copy the model again"
     for name in sorted(names):
         if "ggml" in name.lower() and name.endswith(".bin"):
             return f"a model in llama.cpp's format from before GGUF ({name}): {_OLD_GGML}"

@@ -117,9 +117,9 @@ class Checkpoint:
         """That a tensor isn't there; reason: who needs it, "which ..."."""
         files = sorted(set(self.absent.values()) - {shard.path.name for shard in self._shards})
         if files:
-            file = self.absent.get(name, files[0])
+            shard = self.absent.get(name, files[0])
             return BackendError(
-                f"{self.index}: shard {file} is missing, and tensor {name!r}, {reason}, is in no other file; download "
+                f"{self.index}: shard {shard} is missing, and tensor {name!r}, {reason}, is in no other file; download "
                 "or copy the model again"
             )
         file = self.absent.get(name)

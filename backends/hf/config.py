@@ -35,6 +35,14 @@ LIMITS: Mapping[str, int] = {
 # Defaults of a transformers class are those of its first model, so these are never filled in.
 REQUIRED = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
 REQUIRED_NESTED = ("num_hidden_layers", "hidden_size")  # Gemma 3's vision models leave the rest to the class
+# Model types from before a family had a class in transformers: the one that computes the same, and the defaults in
+# which the two differ. Source for Yi: configuration_yi.py of the first uploads, whose norms are called ln1 and ln2.
+ALIASES: Mapping[str, tuple[str, Mapping[str, object]]] = {
+    "yi": (
+        "llama",
+        {"num_key_value_heads": 4, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "rope_theta": 5_000_000.0},
+    ),
+}
 LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
@@ -73,6 +81,9 @@ def read_config(folder: Path) -> ModelShape:
     model_type = raw.get("model_type")
     if not isinstance(model_type, str):
         raise BackendError(f"{path}: model_type is missing; it must name the model's family, such as llama")
+    if model_type.lower() in ALIASES:
+        model_type, defaults = ALIASES[model_type.lower()]
+        raw = {**defaults, **raw, "model_type": model_type}
     reader = _Reader(path, raw, _config_class(path, model_type, raw))
     return reader.shape(model_type, is_nested="text_config" in whole)
 
