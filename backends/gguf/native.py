@@ -111,7 +111,7 @@ class NativeModel:
     def chat_template(self) -> str | None:
         """The file's default chat template, Jinja source."""
         template = ll.llama_model_chat_template(self.pointer, None)
-        return template.decode("utf-8", errors="replace") if template else None
+        return template.decode("utf-8", errors="replace") if template is not None else None
 
     def close(self) -> None:
         if self.pointer:
