@@ -91,8 +91,13 @@ class HFBackend:
     def forward(self, chunks: Sequence[Chunk]) -> Tensor:
         """See Backend. A step that fails has stored nothing that could be found: only committed tokens are."""
         token_ids = np.concatenate([np.asarray(chunk.token_ids, np.int64) for chunk in chunks])
-        if token_ids.min() < 0 or token_ids.max() >= self.model.vocab_size:
-            raise BackendError(f"an invalid token: ids of this model are 0 to {self.model.vocab_size - 1}")
+        limits = {chunk.adapter: self.model.adapters.num_tokens(chunk.adapter) for chunk in chunks}
+        for adapter, num_tokens in limits.items():
+            mine = token_ids
+            if len(limits) > 1:
+                mine = np.concatenate([chunk.token_ids for chunk in chunks if chunk.adapter == adapter])
+            if mine.min() < 0 or mine.max() >= num_tokens:
+                raise BackendError(f"an invalid token: ids of this model are 0 to {num_tokens - 1}")
         try:
             with torch.inference_mode(), self._blas_threads(len(token_ids)):
                 self._copy_pages()
