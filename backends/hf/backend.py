@@ -52,7 +52,8 @@ class HFBackend:
         adapter_bytes = room_for_adapters(settings)
         plan = make_plan(settings, shape, blueprint.weight_bytes + adapter_bytes, free_bytes())
         check_layers(plan, blueprint.layers)
-        self.tokenizer: Tokenizer = HFTokenizer(folder, shape)
+        tokenizer = HFTokenizer(folder, shape)
+        self.tokenizer: Tokenizer = tokenizer
         self._threads = compute_threads(settings.threads)
         torch.set_num_threads(1)  # see BLAS_TOKENS
         dispatch.set_threads(self._threads)
@@ -85,7 +86,7 @@ class HFBackend:
         self.capabilities = Capabilities(
             settings.max_num_seqs, plan.step_tokens, prompt_rows(shape.vocab_size, plan.step_tokens)
         )
-        self.card = _card(folder, shape, blueprint.format, self.model, plan)
+        self.card = _card(folder, shape, blueprint.format, self.model, plan, tokenizer)
         progress(1.0)
 
     def forward(self, chunks: Sequence[Chunk]) -> Tensor:
@@ -188,7 +189,9 @@ def model_id(folder: Path) -> str:
     return folder.name
 
 
-def _card(folder: Path, shape: ModelShape, format: str, model: LoadedModel, plan: Plan) -> ModelCard:
+def _card(
+    folder: Path, shape: ModelShape, format: str, model: LoadedModel, plan: Plan, tokenizer: HFTokenizer
+) -> ModelCard:
     return ModelCard(
         model_id=model_id(folder),
         architecture=shape.model_type,
@@ -197,6 +200,7 @@ def _card(folder: Path, shape: ModelShape, format: str, model: LoadedModel, plan
         trained_len=shape.trained_len,
         cache_dtype=plan.cache_dtype,
         chat_template=chat_template(folder),
-        notes=(*plan.notes, f"kernels: {dispatch.describe(model.device)}", *model.notes),
+        notes=(*plan.notes, f"kernels: {dispatch.describe(model.device)}", *model.notes, *tokenizer.notes),
         cache_token_bytes=plan.token_bytes,
+        named_tokens=tokenizer.named_tokens,
     )
