@@ -71,8 +71,7 @@ def _of_folder(folder: Path, settings: ModelSettings, memory_bytes: int | None) 
     from tightrope.backends.hf.config import read_config
     from tightrope.backends.hf.generation import chat_template
     from tightrope.backends.hf.peft import room_for_adapters
-    from tightrope.backends.hf.tokenizer import HFTokenizer
-    from tightrope.backends.hf.vocabulary import has_tokenizer
+    from tightrope.backends.hf.tokenizer import HFTokenizer, has_tokenizer
     from tightrope.backends.rope import resolve_rope
     from tightrope.kernels.layout import PAGE
 
@@ -119,11 +118,12 @@ def _of_folder(folder: Path, settings: ModelSettings, memory_bytes: int | None) 
 def _of_gguf(path: Path, settings: ModelSettings, memory_bytes: int | None) -> Outline:
     from tightrope.backends.gguf import plan as gguf
     from tightrope.backends.gguf.adapters import room_for_adapters
-    from tightrope.backends.gguf.header import read_header
+    from tightrope.backends.gguf.model_file import read_model
     from tightrope.backends.gguf.rope import plan_rope
     from tightrope.backends.gguf.shape import ModelShape
+    from tightrope.backends.gguf.trial import try_load
 
-    header = read_header(path)
+    header = read_model(path, settings)
     shape = ModelShape.of(header)
     free_bytes = _grossed_up(memory_bytes) if memory_bytes is not None else free_memory()
     adapter_bytes = room_for_adapters(settings, header)
@@ -135,8 +135,10 @@ def _of_gguf(path: Path, settings: ModelSettings, memory_bytes: int | None) -> O
     try:
         plan = gguf.make_plan(settings, header, free_bytes, adapter_bytes)
         size = int(plan.num_cells * gguf.token_bytes(shape, plan.cache_type))
-        chosen = Chosen(plan.cache_type.name, plan.num_cells, size, plan.notes)
+        notes = plan.notes + header.notes + try_load(path, gguf.context_options(settings, plan))
+        chosen = Chosen(plan.cache_type.name, plan.num_cells, size, notes)
     except DoesNotFit as error:
+        try_load(path, gguf.least_options())
         refusal = str(error)
     kinds = [gguf.CACHE_TYPES[name] for name in CACHE_NAMES]
     return Outline(

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from llama_cpp import llama_cpp as ll
 
 from tightrope.backends.errors import BackendError
-from tightrope.backends.gguf.header import TENSOR_TYPES, LongArray, read_header
+from tightrope.backends.gguf.header import LongArray, read_header
 from tightrope.backends.gguf.shape import ModelShape
+from tightrope.backends.gguf.tensor_types import TENSOR_TYPES
 from tightrope.backends.locate import bundled_model
 
 U32, STRING, ARRAY = 4, 8, 9
@@ -57,9 +58,44 @@ def refusal(folder: Path, content: bytes) -> str:
 
 
 ALIGNMENT = "general.alignment"
+F32, F64 = 6, 12
+TOKENS, TYPES, KIND = "tokenizer.ggml.tokens", "tokenizer.ggml.token_type", "tokenizer.ggml.model"
+
+
+def floats(*values: float) -> bytes:
+    return struct.pack(f"<IQ{len(values)}f", F32, len(values), *values)
+
+
+def texts(*values: bytes) -> bytes:
+    return struct.pack("<IQ", STRING, len(values)) + b"".join(struct.pack("<Q", len(value)) + value for value in values)
+
+
+def vocabulary(kind: str, *pieces: bytes, types: bytes | None = None, more: tuple[bytes, ...] = ()) -> bytes:
+    keys = (key(KIND, STRING, text(kind)), key(TOKENS, ARRAY, texts(*pieces)), *more)
+    return gguf(keys=keys if types is None else (*keys, key(TYPES, ARRAY, types)))
+
+
+BYTES = tuple(b"<0x%02X>" % i for i in range(256))
+BERT_IDS = tuple(
+    key(f"tokenizer.ggml.{name}_token_id", U32, struct.pack("<I", i))
+    for i, name in enumerate(("unknown", "cls", "seperator"))
+)
 HOSTILE = {
-    "an empty file": (b"", "not a GGUF file"),
-    "another magic": (gguf(magic=b"GGML"), "not a GGUF file"),
+    "an empty file": (b"", "not a GGUF file: it is empty"),
+    "another magic": (gguf(magic=b"GGML"), "not a GGUF file: it starts with b'GGML"),
+    "a git-lfs pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 9\n", "a git-lfs pointer"),
+    "an old ggml file": (gguf(magic=b"lmgg"), "an old GGML file (ggml), as written before August 2023"),
+    "an old ggmf file": (gguf(magic=b"fmgg"), "an old GGML file (ggmf)"),
+    "an old ggjt file": (gguf(magic=b"tjgg"), "convert_llama_ggml_to_gguf.py"),
+    "a file for big-endian machines": (gguf(magic=b"FUGG"), "big-endian"),
+    "a zip archive": (b"PK\x03\x04" + bytes(60), "pickled PyTorch weights"),
+    "a broken download": (bytes(5000), "begins with zeros"),
+    "a web page": (b"<!DOCTYPE html><html><body>404</body></html>", "a web page"),
+    "a text": (b"Entry not found", "it is a text"),
+    "safetensors": (
+        struct.pack("<Q", 40) + b'{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}' + bytes(4),
+        "safetensors",
+    ),
     "43 bytes": (gguf(keys=(key("a", U32, struct.pack("<I", 1)),), num_keys=2)[:43], "truncated"),
     "version 0": (gguf(version=0), "big-endian"),
     "version 1": (gguf(version=1), "version 1 is not known"),
@@ -93,6 +129,33 @@ HOSTILE = {
     "an unaligned offset": (gguf(tensors=(tensor("a", (8,)), tensor("b", (8,), offset=33))), "offset 33"),
     "overlapping tensors": (gguf(tensors=(tensor("a", (64,)), tensor("b", (8,), offset=32))), "offset 32"),
     "an offset behind the file": (gguf(tensors=(tensor("t", (8,), offset=2**62),)), "offset"),
+    "a float of NaN": (gguf(keys=(key("a.scale", F32, struct.pack("<f", float("nan"))),)), "'a.scale' is nan"),
+    "a float of infinity": (gguf(keys=(key("a.scale", F32, struct.pack("<f", float("-inf"))),)), "'a.scale' is -inf"),
+    "a double of NaN": (gguf(keys=(key("a.scale", F64, struct.pack("<d", float("nan"))),)), "'a.scale' is nan"),
+    "NaN in an array": (gguf(keys=(key("a", ARRAY, floats(0, 1, float("nan"))),)), "'a' has nan as number 2"),
+    "infinity in a long array": (
+        gguf(keys=(key("a", ARRAY, floats(*[0.5] * 5000, float("inf"))),)),
+        "inf as number 5000",
+    ),
+    "a text twice": (vocabulary("gpt2", b"a", b"b", b"", b"", b"b"), "tokens 1 and 4 have the same text, 'b'"),
+    "a text that is not UTF-8": (
+        vocabulary("gpt2", b"a", b"\xc3", b"\xa9"),
+        "the text of token 1, b'\\xc3', is not UTF-8",
+    ),
+    "texts that are numbers": (gguf(keys=(key(TOKENS, ARRAY, floats(1, 2)),)), f"{TOKENS} must be an array of strings"),
+    "one text alone": (gguf(keys=(key(TOKENS, STRING, text("a")),)), f"{TOKENS} must be an array of strings"),
+    "types that are floats": (vocabulary("gpt2", b"a", types=floats(1)), f"{TYPES} must be an array of int32"),
+    "too few types": (
+        vocabulary("gpt2", b"a", b"b", types=struct.pack("<IQi", 5, 1, 1)),
+        f"{TYPES} has 1 elements; it must have one for each of 2 tokens",
+    ),
+    "a byte that no piece stands for": (vocabulary("llama", *BYTES[:200], *BYTES[201:]), "<0xC8> first"),
+    "bert without its keys": (vocabulary("bert", b"a", b"b"), "tokenizer.ggml.unknown_token_id is missing"),
+    "bert with an id beyond the end": (vocabulary("bert", b"a", b"b", more=BERT_IDS), "seperator_token_id is 2"),
+    "bert with byte pieces": (
+        vocabulary("bert", b"a", b"b", b"c", types=struct.pack("<IQ3i", 5, 3, 1, 6, 1), more=BERT_IDS),
+        "has byte tokens",
+    ),
     "a tensor cut short": (gguf(tensors=(tensor("t", (1024,)),), data=b"\0" * 4000), "truncated"),
 }
 
@@ -118,6 +181,23 @@ def test_a_well_formed_file_yields_its_metadata_and_tensors(tmp_path: Path) -> N
         ("b", (32,), "Q4_0", 18),
     ]
     assert header.bits_per_weight == pytest.approx(8 * (64 + 18) / (16 + 32))
+
+
+def test_a_vocabulary_that_can_be_served_is_taken_and_what_is_odd_about_it_noted(tmp_path: Path) -> None:
+    path = tmp_path / "good.gguf"
+    end = key("tokenizer.ggml.eos_token_id", U32, struct.pack("<I", 0))
+    blank = "▁".encode()
+    for content, note in (
+        (vocabulary("llama", *BYTES, blank, more=(end,)), None),
+        (vocabulary("llama", *BYTES, more=(end,)), "no piece for a blank"),
+        (vocabulary("llama", *BYTES, blank), "names no end token"),
+        (vocabulary("gpt2", b"a", more=(end,)), "lacks tokenizer.ggml.pre"),
+        (vocabulary("gpt2", b"a", b"", b"", more=(end, key("tokenizer.ggml.pre", STRING, text("qwen2")))), None),
+        (vocabulary("bert", b"a", b"b", b"c", more=(end, *BERT_IDS)), None),
+    ):
+        path.write_bytes(content)
+        notes = read_header(path).notes
+        assert (notes == ()) if note is None else (note in " ".join(notes)), notes
 
 
 def test_the_real_file_cut_anywhere_is_refused_at_once(tmp_path: Path) -> None:
@@ -187,8 +267,8 @@ def test_block_sizes_are_those_of_ggml() -> None:
     ggml = ctypes.CDLL(str(Path(ll.__file__).parent / "lib" / "libggml-base.so"))
     ggml.ggml_type_size.restype = ctypes.c_size_t
     ggml.ggml_blck_size.restype = ctypes.c_int64
-    for kind, (name, block, block_bytes) in TENSOR_TYPES.items():
-        assert (ggml.ggml_blck_size(kind), ggml.ggml_type_size(kind)) == (block, block_bytes), name
+    for kind, form in TENSOR_TYPES.items():
+        assert (ggml.ggml_blck_size(kind), ggml.ggml_type_size(kind)) == (form.values, form.num_bytes), form.name
 
 
 def test_sizes_of_the_real_model_come_from_its_header() -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tightrope.backends.errors import BackendError
-from tightrope.backends.gguf.header import Header, TensorInfo, Value
+from tightrope.backends.gguf.header import DataFile, Header, TensorInfo, Value
 from tightrope.backends.gguf.plan import Plan, make_plan
 from tightrope.backends.gguf.rope import plan_rope
 from tightrope.backends.gguf.shape import ModelShape
@@ -29,7 +29,9 @@ def header(**extra: Value) -> Header:
         "llama.vocab_size": 32000,
         **extra,
     }
-    return Header(Path("8b.gguf"), metadata, (TensorInfo("w", (1 << 33,), "Q4_0", 0, 4 * GIB),))
+    return Header(
+        Path("8b.gguf"), metadata, (DataFile(Path("8b.gguf"), 0, (TensorInfo("w", (1 << 33,), "Q4_0", 0, 4 * GIB),)),)
+    )
 
 
 def plan(gib: float, **settings: object) -> Plan:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from llama_cpp import llama_cpp as ll
 
 from tightrope.backends.errors import BackendError
-from tightrope.backends.gguf.header import Header, TensorInfo, Value
+from tightrope.backends.gguf.header import DataFile, Header, TensorInfo, Value
 from tightrope.backends.gguf.rope import RopePlan, plan_rope
 from tightrope.backends.gguf.shape import ModelShape
 from tightrope.backends.rope import resolve_rope
@@ -39,7 +39,8 @@ def shape(*tensors: str, **extra: Value) -> ModelShape:
         **extra,
     }
     infos = tuple(TensorInfo(name, (32,), "F32", 0, 128) for name in tensors)
-    return ModelShape.of(Header(Path("tiny.gguf"), metadata, infos))
+    path = Path("tiny.gguf")
+    return ModelShape.of(Header(path, metadata, (DataFile(path, 0, infos),)))
 
 
 def native_angles(plan: RopePlan, position: int) -> tuple[np.ndarray, float]:

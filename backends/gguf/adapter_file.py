@@ -5,25 +5,15 @@ convert_lora_to_gguf.py and src/llama-adapter.cpp of llama.cpp. With `alpha` y +
 without y += scale * B (A x).
 """
 
+from math import isfinite
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from tightrope.backends.errors import BackendError
 from tightrope.backends.gguf.header import Header, TensorInfo, read_header
 
 ALPHA = "adapter.lora.alpha"
 
-# what a tensor may hold, and the floats in it that must be finite
-_HALF_BLOCK = np.dtype([("scale", "<f2"), ("codes", "i1", 32)])
-_DTYPES: dict[str, np.dtype[Any]] = {
-    "F32": np.dtype("<f4"),
-    "F16": np.dtype("<f2"),
-    "BF16": np.dtype("<u2"),
-    "Q8_0": _HALF_BLOCK,
-}
-_BF16_EXPONENT = 0x7F80  # all ones in infinities and NaN
+_TYPES = ("F32", "F16", "BF16", "Q8_0")  # what a tensor may be
 
 
 def read_adapter_file(path: Path, base: Header) -> Header:
@@ -40,10 +30,8 @@ def read_adapter_file(path: Path, base: Header) -> Header:
         name, _, part = tensor.name.rpartition(".")
         if part not in ("lora_a", "lora_b"):
             raise BackendError(f"{path}: tensor {tensor.name!r} can't be used; those named *.lora_a and *.lora_b can")
-        if tensor.type_name not in _DTYPES:
-            raise BackendError(
-                f"{path}: tensor {tensor.name!r} is {tensor.type_name}; {', '.join(_DTYPES)} can be used"
-            )
+        if tensor.type_name not in _TYPES:
+            raise BackendError(f"{path}: tensor {tensor.name!r} is {tensor.type_name}; {', '.join(_TYPES)} can be used")
         halves.setdefault(name, {})[part] = tensor
     if not halves:
         raise BackendError(f"{path}: holds no adapter")
@@ -52,20 +40,6 @@ def read_adapter_file(path: Path, base: Header) -> Header:
             raise BackendError(f"{path}: {name!r} has {' and '.join(parts)} alone; an adapter has both halves")
         check_shapes(path, name, known.get(name), parts["lora_a"].dims, parts["lora_b"].dims)
     return header
-
-
-def check_finite(header: Header) -> None:
-    """Read an adapter's tensors once. Raises BackendError when one holds NaN or infinity."""
-    for tensor in header.tensors:
-        dtype = _DTYPES[tensor.type_name]
-        count = tensor.num_bytes // dtype.itemsize
-        values = np.fromfile(header.path, dtype, count, offset=header.data_start + tensor.offset)
-        if tensor.type_name == "BF16":
-            is_finite = (values & _BF16_EXPONENT) != _BF16_EXPONENT
-        else:
-            is_finite = np.isfinite(values["scale"] if dtype is _HALF_BLOCK else values)
-        if len(values) < count or not is_finite.all():
-            raise BackendError(f"{header.path}: tensor {tensor.name!r} holds NaN or infinity, or is cut short")
 
 
 def _check_kind(header: Header, base: Header) -> None:
@@ -79,7 +53,7 @@ def _check_kind(header: Header, base: Header) -> None:
     if theirs != ours:
         raise BackendError(f"{path}: an adapter for a model of architecture {theirs!r}; this one is {ours!r}")
     alpha = metadata.get(ALPHA, 0.0)
-    if not isinstance(alpha, float) or not np.isfinite(alpha):
+    if not isinstance(alpha, float) or not isfinite(alpha):
         raise BackendError(f"{path}: {ALPHA} is {alpha!r}; it must be a finite number")
     if "adapter.alora.invocation_tokens" in metadata:
         raise BackendError(f"{path}: an adapter with activation by tokens (aLoRA) can't be served")

@@ -4,10 +4,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tightrope.backends.adapters import AdapterRoom
-from tightrope.backends.gguf.adapter_file import check_finite, read_adapter_file
+from tightrope.backends.gguf.adapter_file import read_adapter_file
 from tightrope.backends.gguf.header import Header
 from tightrope.backends.gguf.native import NativeAdapter, NativeContext, NativeModel
 from tightrope.backends.gguf.peft_file import Conversion
+from tightrope.backends.gguf.values import check_values
 from tightrope.backends.hf.peft import read_adapter
 from tightrope.backends.protocol import Chunk
 from tightrope.backends.settings import ModelSettings
@@ -39,7 +40,7 @@ class GGUFAdapters:
             return self._prepare_folder(name, path)
         header = read_adapter_file(path, self._base)
         with self._room.taken(name, header.weight_bytes):
-            check_finite(header)  # which brings the file into memory as well
+            check_values(header)  # which brings the file into memory as well
 
         def put_in_place() -> None:
             self._in_place[name] = NativeAdapter(self._model, path)

@@ -11,24 +11,20 @@ from tightrope.backends.adapters import AdapterRoom
 from tightrope.backends.errors import BackendError
 from tightrope.backends.gguf.adapters import GGUFAdapters, room_for_adapters
 from tightrope.backends.gguf.cache import SharedKVCache
-from tightrope.backends.gguf.header import Header, read_header
+from tightrope.backends.gguf.header import Header
+from tightrope.backends.gguf.model_file import read_model
 from tightrope.backends.gguf.native import (
-    MAX_SEQS,
-    ContextOptions,
     ModelOptions,
     NativeContext,
     NativeModel,
-    supports_gpu,
 )
-from tightrope.backends.gguf.plan import Plan, make_plan
+from tightrope.backends.gguf.plan import Plan, context_options, make_plan
 from tightrope.backends.gguf.shape import ModelShape
 from tightrope.backends.gguf.tokenizer import GGUFTokenizer
+from tightrope.backends.gguf.values import ValueScan
 from tightrope.backends.memory import free_memory, prompt_rows
 from tightrope.backends.protocol import AdapterStore, Capabilities, Chunk, KVCache, ModelCard, Tokenizer
 from tightrope.backends.settings import ModelSettings
-from tightrope.backends.threads import compute_threads
-
-KEPT_SLOTS = 48  # finished sequences that may be kept at most; llama.cpp's work a step grows with the slots
 
 
 class GGUFBackend:
@@ -36,24 +32,23 @@ class GGUFBackend:
 
     def __init__(self, path: Path, settings: ModelSettings, progress: Callable[[float], None]) -> None:
         """Load `path`, calling `progress` with the share done. Raises BackendError, having freed everything."""
-        header = read_header(path)
-        if settings.gpu_layers and not supports_gpu():
-            raise BackendError(
-                f"gpu_layers is {settings.gpu_layers}, but this llama-cpp-python was built for the CPU; use 0, or "
-                "reinstall it with CMAKE_ARGS=-DGGML_CUDA=on"
-            )
+        header = read_model(path, settings)
         adapter_bytes = room_for_adapters(settings, header)
         free_bytes = free_memory()
         plan = make_plan(settings, header, free_bytes, adapter_bytes)
         torch.set_num_threads(1)  # llama.cpp's threads fill the machine; torch's beside them only get in their way
-        self._model = NativeModel(path, _model_options(settings, header, free_bytes, progress))
-        try:
-            if not self._model.writes_text:
-                raise BackendError(f"{path}: its architecture doesn't write text from left to right")
-            self._context = NativeContext(self._model, _context_options(settings, plan))
-        except BackendError:
-            self._model.close()
-            raise
+        with ValueScan(header) as scan:
+            self._model = NativeModel(path, _model_options(settings, header, free_bytes, progress))
+            try:
+                self._context = NativeContext(self._model, context_options(settings, plan))
+            except BackendError:
+                self._model.close()
+                raise
+            try:
+                scan.finish()
+            except BackendError:
+                self.close()
+                raise
         self.adapters: AdapterStore
         self.adapters = self._adapters = GGUFAdapters(self._model, self._context, header, AdapterRoom(adapter_bytes))
         try:
@@ -136,27 +131,7 @@ def _model_options(
     settings: ModelSettings, header: Header, free_bytes: int, progress: Callable[[float], None]
 ) -> ModelOptions:
     """A mapped file that is overwritten or cut takes the process down, so it is read instead where memory allows."""
-    return ModelOptions(settings.gpu_layers, header.weight_bytes > free_bytes // 2, progress)
-
-
-def _context_options(settings: ModelSettings, plan: Plan) -> ContextOptions:
-    return ContextOptions(
-        num_cells=plan.num_cells,
-        max_seqs=min(MAX_SEQS, settings.max_num_seqs + KEPT_SLOTS),
-        batch_tokens=plan.step_tokens,
-        ubatch_tokens=plan.step_tokens,
-        max_outputs=plan.max_outputs,
-        threads=compute_threads(settings.threads),
-        type_k=plan.cache_type.key_type,
-        type_v=plan.cache_type.value_type,
-        flash_attention=plan.cache_type.flash_attention,
-        offload_cache=settings.gpu_layers != 0,
-        rope_scaling_type=plan.rope.scaling_type,
-        rope_freq_base=plan.rope.freq_base,
-        rope_freq_scale=plan.rope.freq_scale,
-        yarn_orig_ctx=plan.rope.yarn_orig_ctx,
-        yarn_ext_factor=plan.rope.yarn_ext_factor,
-    )
+    return ModelOptions(settings.gpu_layers, use_mmap=header.weight_bytes > free_bytes // 2, progress=progress)
 
 
 def _card(path: Path, header: Header, model: NativeModel, plan: Plan, tokenizer: GGUFTokenizer) -> ModelCard:
@@ -169,7 +144,7 @@ def _card(path: Path, header: Header, model: NativeModel, plan: Plan, tokenizer:
         trained_len=shape.trained_len,
         cache_dtype=plan.cache_type.name,
         chat_template=model.chat_template(),
-        notes=plan.notes,
+        notes=plan.notes + header.notes + model.notes,
         named_tokens=tokenizer.named_tokens,
         cache_token_bytes=shape.cache_bytes(plan.cache_type.key_type, plan.cache_type.value_type),
     )

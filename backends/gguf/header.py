@@ -12,11 +12,16 @@ import os
 import re
 import struct
 from dataclasses import dataclass
-from math import prod
+from math import isfinite, prod
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
+
+import numpy as np
 
 from tightrope.backends.errors import BackendError
+from tightrope.backends.gguf.foreign import SNIFFED, describe
+from tightrope.backends.gguf.tensor_types import TENSOR_TYPES
+from tightrope.backends.gguf.vocabulary import PER_TOKEN, TOKENS, BadVocabulary, check_vocabulary
 from tightrope.backends.opened import open_file
 
 MAGIC = b"GGUF"
@@ -28,48 +33,10 @@ MAX_KEPT_ARRAY = 4096  # longer arrays (vocabularies) are checked and counted, n
 MAX_NAME = 64  # bytes of a tensor name with its end; llama.cpp's own limit
 MAX_DIMS = 4
 
-# type id -> (name, values a block, bytes a block)
-TENSOR_TYPES: dict[int, tuple[str, int, int]] = {
-    0: ("F32", 1, 4),
-    1: ("F16", 1, 2),
-    2: ("Q4_0", 32, 18),
-    3: ("Q4_1", 32, 20),
-    6: ("Q5_0", 32, 22),
-    7: ("Q5_1", 32, 24),
-    8: ("Q8_0", 32, 34),
-    9: ("Q8_1", 32, 36),
-    10: ("Q2_K", 256, 84),
-    11: ("Q3_K", 256, 110),
-    12: ("Q4_K", 256, 144),
-    13: ("Q5_K", 256, 176),
-    14: ("Q6_K", 256, 210),
-    15: ("Q8_K", 256, 292),
-    16: ("IQ2_XXS", 256, 66),
-    17: ("IQ2_XS", 256, 74),
-    18: ("IQ3_XXS", 256, 98),
-    19: ("IQ1_S", 256, 50),
-    20: ("IQ4_NL", 32, 18),
-    21: ("IQ3_S", 256, 110),
-    22: ("IQ2_S", 256, 82),
-    23: ("IQ4_XS", 256, 136),
-    24: ("I8", 1, 1),
-    25: ("I16", 1, 2),
-    26: ("I32", 1, 4),
-    27: ("I64", 1, 8),
-    28: ("F64", 1, 8),
-    29: ("IQ1_M", 256, 56),
-    30: ("BF16", 1, 2),
-    34: ("TQ1_0", 256, 54),
-    35: ("TQ2_0", 256, 66),
-    39: ("MXFP4", 32, 17),
-    40: ("NVFP4", 64, 36),
-    41: ("Q1_0", 128, 18),
-    42: ("Q2_0", 64, 18),
-}
-
 # value type id -> struct format; 8 is a string, 9 an array
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 _STRING, _ARRAY, _UINT32, _FLOAT32 = 8, 9, 4, 6
+_FLOATS = (6, 12)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +48,7 @@ class LongArray:
 
 Scalar = int | float | bool | str
 Value = Scalar | tuple[Scalar, ...] | LongArray
+Array = np.ndarray[Any, np.dtype[Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,13 +63,26 @@ class TensorInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class DataFile:
+    """One file of a model, with the tensors in it; their offsets count from byte `data_start`."""
+
+    path: Path
+    data_start: int
+    tensors: tuple[TensorInfo, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Header:
     """What a GGUF file (all its parts, when split) says before its tensors' bytes."""
 
     path: Path
     metadata: dict[str, Value]
-    tensors: tuple[TensorInfo, ...]
-    data_start: int = 0  # of the (first) file's tensors, in bytes
+    files: tuple[DataFile, ...]
+    notes: tuple[str, ...] = ()  # what is odd about the vocabulary, one line each
+
+    @property
+    def tensors(self) -> tuple[TensorInfo, ...]:
+        return tuple(tensor for file in self.files for tensor in file.tensors)
 
     @property
     def weight_bytes(self) -> int:
@@ -128,8 +109,8 @@ def read_header(path: Path) -> Header:
     parts = _parts(path, count)
     if header.metadata.get("split.no", 0) != 0:
         raise BackendError(f"{path}: this is a later part of a split model; name its first part, {parts[0].name}")
-    tensors = header.tensors + tuple(t for part in parts[1:] for t in _read_one(part).tensors)
-    return Header(path, header.metadata, tensors, header.data_start)
+    files = header.files + tuple(file for part in parts[1:] for file in _read_one(part).files)
+    return Header(path, header.metadata, files, header.notes)
 
 
 def _parts(path: Path, count: int) -> list[Path]:
@@ -159,11 +140,18 @@ class _Parser:
         self._size = size
         self._pos = 0
         self._what = "the header"
+        self._last_type = self._element_type = -1
+        self._strings: list[bytes] = []  # of the last array of strings
+        self._numbers: Array = np.empty(0)  # of the last array of numbers
+        self._texts: list[bytes] | None = None  # of the vocabulary
+        self._per_token: dict[str, Array] = {}
 
     def header(self) -> Header:
-        magic = self._take(min(4, self._size))
-        if magic != MAGIC:
-            raise self._error(f"not a GGUF file: it starts with {magic!r} instead of {MAGIC!r}")
+        start = self._file.read(SNIFFED)
+        if not start.startswith(MAGIC):
+            raise self._error(f"not a GGUF file: {describe(start, self._size)}")
+        self._file.seek(0)
+        self._take(len(MAGIC))
         self._version()
         num_tensors = self._count("<Q", MAX_TENSORS, "tensors")
         num_keys = self._count("<Q", MAX_KEYS, "metadata keys")
@@ -179,10 +167,15 @@ class _Parser:
                 self._check_alignment(metadata[key])
             if key == "adapter.lora.alpha" and self._last_type != _FLOAT32:
                 raise self._error(f"{key} is {metadata[key]!r}; it must be a number, as float32")
+            if key in PER_TOKEN:
+                self._check_per_token(key)
+        notes = self._check_vocabulary(metadata)
         alignment = metadata.get("general.alignment", 32)
         assert isinstance(alignment, int)
         tensors = self._tensors(num_tensors, alignment)
-        return Header(self._path, metadata, tensors, -(-self._pos // alignment) * alignment)
+        return Header(
+            self._path, metadata, (DataFile(self._path, -(-self._pos // alignment) * alignment, tensors),), notes
+        )
 
     def _version(self) -> None:
         version = self._number("<I")
@@ -197,35 +190,68 @@ class _Parser:
         if self._last_type != _UINT32 or not is_power or value > 1 << 20:  # type: ignore[operator]
             raise self._error(f"general.alignment is {value!r}; it must be a power of two of at least 8, as uint32")
 
+    def _check_per_token(self, key: str) -> None:
+        """Arrays with an element for each token: llama.cpp reads them as of one type."""
+        wanted = PER_TOKEN[key]
+        if self._last_type != _ARRAY or self._element_type not in wanted.values():
+            raise self._error(f"{key} must be an array of {' or '.join(wanted)}")
+        if key == TOKENS:
+            self._texts = self._strings
+        else:
+            self._per_token[key] = self._numbers
+
+    def _check_vocabulary(self, metadata: dict[str, Value]) -> tuple[str, ...]:
+        if self._texts is None:
+            return ()
+        try:
+            return check_vocabulary(self._texts, self._per_token, metadata)
+        except BadVocabulary as error:
+            raise self._error(str(error)) from None
+
     def _value(self) -> Value:
         self._last_type = kind = self._number("<I")
         if kind == _STRING:
             return self._string()
         if kind != _ARRAY:
-            return self._number(self._format(kind))
-        kind = self._number("<I")
-        count = self._number("<Q")
-        if kind == _STRING:
-            return self._string_array(count)
+            value = self._number(self._format(kind))
+            if not isfinite(value):
+                raise self._error(f"{self._what} is {value}; it must be a finite number")
+            return value
+        self._element_type = self._number("<I")
+        return self._array(self._element_type, self._number("<Q"))
+
+    def _array(self, kind: int, count: int) -> Value:
         if kind == _ARRAY:
             raise self._error(f"{self._what} is an array of arrays, which GGUF readers don't accept")
+        if kind == _STRING:
+            texts = self._strings = self._string_array(count)
+            return LongArray(count) if count > MAX_KEPT_ARRAY else tuple(self._decode(text) for text in texts)
         form = self._format(kind)
         raw = self._take(count * struct.calcsize(form))
-        return LongArray(count) if count > MAX_KEPT_ARRAY else tuple(v for (v,) in struct.iter_unpack(form, raw))
+        values = self._numbers = np.frombuffer(raw, form)
+        if kind in _FLOATS and not (is_finite := np.isfinite(values)).all():
+            place = int(is_finite.argmin())
+            raise self._error(f"{self._what} has {values[place]} as number {place}; all must be finite")
+        return LongArray(count) if count > MAX_KEPT_ARRAY else tuple(values.tolist())
 
     def _format(self, kind: int) -> str:
         if kind not in _SCALARS:
             raise self._error(f"{self._what} has type id {kind}; ids go from 0 to 12")
         return _SCALARS[kind]
 
-    def _string_array(self, count: int) -> Value:
+    def _string_array(self, count: int) -> list[bytes]:
         if count * 8 > self._size - self._pos:
             raise self._error(f"truncated: {self._what} claims {count} strings, more than the rest of the file holds")
-        if count <= MAX_KEPT_ARRAY:
-            return tuple(self._string() for _ in range(count))
+        read, end, from_bytes = self._file.read, min(self._size, MAX_HEADER), int.from_bytes  # a loop of 10^5 and more
+        texts: list[bytes] = []
         for _ in range(count):
-            self._take(self._length())
-        return LongArray(count)
+            length = from_bytes(read(8), "little")
+            if length > MAX_STRING or self._pos + 8 + length > end:
+                self._file.seek(self._pos)
+                self._take(self._length())  # says what is wrong
+            texts.append(read(length))
+            self._pos += 8 + length
+        return texts
 
     def _tensors(self, count: int, alignment: int) -> tuple[TensorInfo, ...]:
         tensors: list[TensorInfo] = []
@@ -259,13 +285,14 @@ class _Parser:
         offset = self._number("<Q")
         if kind not in TENSOR_TYPES:
             raise self._error(f"tensor {name!r} has type id {kind}, which is not known")
-        type_name, block, block_bytes = TENSOR_TYPES[kind]
-        if any(dim == 0 or dim >= 1 << 40 for dim in dims) or (dims and dims[0] % block):
-            raise self._error(f"tensor {name!r} has dimensions {dims}; {type_name} needs rows of a multiple of {block}")
-        num_bytes = prod(dims) // block * block_bytes
+        form = TENSOR_TYPES[kind]
+        if any(dim == 0 or dim >= 1 << 40 for dim in dims) or (dims and dims[0] % form.values):
+            reason = f"{form.name} needs rows of a multiple of {form.values}"
+            raise self._error(f"tensor {name!r} has dimensions {dims}; {reason}")
+        num_bytes = prod(dims) // form.values * form.num_bytes
         if num_bytes > self._size:
             raise self._error(f"truncated: tensor {name!r} needs {num_bytes} bytes, the file has {self._size}")
-        return TensorInfo(name, dims, type_name, offset, num_bytes)
+        return TensorInfo(name, dims, form.name, offset, num_bytes)
 
     def _count(self, form: str, most: int, what: str) -> int:
         count = self._number(form)
@@ -274,10 +301,10 @@ class _Parser:
         return count
 
     def _length(self) -> int:
-        (length,) = struct.unpack("<Q", self._take(8))
+        length = int.from_bytes(self._take(8), "little")
         if length > MAX_STRING:
             raise self._error(f"{self._what} holds a string of {length} bytes; {MAX_STRING} is the most")
-        return int(length)
+        return length
 
     def _string(self) -> str:
         return self._decode(self._take(self._length()))

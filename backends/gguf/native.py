@@ -7,6 +7,7 @@ callback ends the process.
 
 import ctypes
 import logging
+import re
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -25,20 +26,31 @@ MAX_SEQS = 256  # llama.cpp's LLAMA_MAX_SEQ
 # ggml's levels: 1 debug, 2 info, 3 warning, 4 error; 5 continues the line before
 _LOG_LEVELS = {1: logging.DEBUG, 2: logging.DEBUG, 3: logging.DEBUG, 4: logging.WARNING}
 
+_WARNING = 3
+_MAX_WARNINGS = 1 << 16  # a vocabulary may have one for each token
+_SAID_BETTER = ("missing pre-tokenizer type", "GENERATION QUALITY", "CONSIDER REGENERATING")  # by the header's checks
+_FUNCTION = re.compile(r"^\w+: ")  # each line begins with the name of a native function
+
 _recent_errors: deque[str] = deque(maxlen=4)  # what llama.cpp complained about last, for error messages
+_recent_warnings: deque[str] = deque(maxlen=_MAX_WARNINGS)
 _last_level = logging.DEBUG
 
 
 @ll.llama_log_callback  # type: ignore[untyped-decorator]
 def _on_log(level: int, text: bytes, _: ctypes.c_void_p) -> None:
-    """llama.cpp's errors go to WARNING, all else to DEBUG: hundreds of lines a start, and warnings that say nothing."""
+    """llama.cpp's errors go to WARNING, all else to DEBUG: hundreds of lines a start, most warnings about our settings.
+
+    Warnings are kept as well, for `NativeModel.notes`: those about a person's file reach the lines of the start.
+    """
     global _last_level
     _last_level = _LOG_LEVELS.get(level, _last_level)
-    line = text.decode("utf-8", errors="replace").strip()
+    line = "".join(c if c.isprintable() else "\ufffd" for c in text.decode("utf-8", errors="replace").strip())
     if not line.strip("."):
         return
     if _last_level == logging.WARNING:
         _recent_errors.append(line)
+    if level == _WARNING:
+        _recent_warnings.append(line)
     log.log(_last_level, "%s", line)
 
 
@@ -69,6 +81,7 @@ class ModelOptions:
 
     gpu_layers: int = 0  # -1 is all
     use_mmap: bool = False
+    has_weights: bool = True  # without them a model only says whether, and how, it could be loaded
     progress: Callable[[float], None] = field(default=lambda _: None)
 
 
@@ -78,35 +91,60 @@ def supports_gpu() -> bool:
 
 
 def _complaints() -> str:
-    text = "; ".join(dict.fromkeys(_recent_errors))
+    texts = [_FUNCTION.sub("", line).removeprefix("error loading model: ") for line in _recent_errors]
     _recent_errors.clear()
-    return text or "it gave no reason"
+    reasons = [text for text in dict.fromkeys(texts) if text != "failed to load model"]
+    return "; ".join(reasons) or "it gave no reason"
+
+
+def _warnings() -> tuple[str, ...]:
+    """What llama.cpp warned of, a line for each kind: lines that differ in numbers and quoted texts are one kind."""
+    kinds: dict[str, list[str]] = {}
+    for line in _recent_warnings:
+        text = _FUNCTION.sub("", line).strip("* ")
+        if text and not text.startswith(_SAID_BETTER):
+            kinds.setdefault(re.sub(r"'.*?'|\d+", "", text), []).append(text)
+    _recent_warnings.clear()
+    more = "; {} more lines are like this one"
+    return tuple(f"llama.cpp: {texts[0]}{more.format(len(texts) - 1) if texts[1:] else ''}" for texts in kinds.values())
 
 
 class NativeModel:
     """Weights and vocabulary."""
 
     def __init__(self, path: Path, options: ModelOptions) -> None:
-        """Raises BackendError when llama.cpp refuses the file."""
+        """Raises BackendError when llama.cpp refuses the file, or its model doesn't write text from left to right."""
         ll.llama_backend_init()
         ll.llama_log_set(_on_log, ctypes.c_void_p(0))  # llama_cpp set its own when it was imported
         _recent_errors.clear()
+        _recent_warnings.clear()
         self._on_progress = ll.llama_progress_callback(_progress_callback(options.progress))
         params = ll.llama_model_default_params()
         params.n_gpu_layers = options.gpu_layers
         params.load_mode = ll.LLAMA_LOAD_MODE_MMAP if options.use_mmap else ll.LLAMA_LOAD_MODE_NONE
         params.progress_callback = self._on_progress
+        if not options.has_weights:
+            params.no_alloc = True
+            no_devices = (ctypes.c_void_p * 1)(None)  # a list ends with NULL
+            params.devices = ctypes.cast(no_devices, ctypes.c_void_p)
         self.pointer = ll.llama_model_load_from_file(str(path).encode(), params)
         if not self.pointer:
             raise BackendError(f"{path}: llama.cpp can't load it: {_complaints()}")
+        if not self._writes_text():
+            self.close()
+            raise BackendError(f"{path}: no model to chat with: its architecture doesn't write text from left to right")
+        self.notes = _warnings()  # what llama.cpp finds odd about the file
         self.vocab = ll.llama_model_get_vocab(self.pointer)
         self.vocab_size: int = ll.llama_vocab_n_tokens(self.vocab)
         self.swa_window: int = ll.llama_model_n_swa(self.pointer)  # 0: every layer sees everything
         self.has_state = bool(ll.llama_model_is_recurrent(self.pointer) or ll.llama_model_is_hybrid(self.pointer))
-        self.writes_text = bool(ll.llama_model_has_decoder(self.pointer)) and not (
-            ll.llama_model_has_encoder(self.pointer) or ll.llama_model_is_diffusion(self.pointer)
-        )
         self.type_name = (ll.llama_ftype_name(ll.llama_model_ftype(self.pointer)) or b"mixed").decode()
+
+    def _writes_text(self) -> bool:
+        model = self.pointer
+        return bool(ll.llama_model_has_decoder(model)) and not (
+            ll.llama_model_has_encoder(model) or ll.llama_model_is_diffusion(model)
+        )
 
     def chat_template(self) -> str | None:
         """The file's default chat template, Jinja source."""

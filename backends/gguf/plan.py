@@ -5,12 +5,15 @@ from dataclasses import dataclass
 from llama_cpp import llama_cpp as ll
 
 from tightrope.backends.gguf.header import Header
+from tightrope.backends.gguf.native import MAX_SEQS, ContextOptions
 from tightrope.backends.gguf.rope import RopePlan, plan_rope
 from tightrope.backends.gguf.shape import ModelShape
 from tightrope.backends.memory import GIB, MIN_DEFAULT_TOKENS, default_tokens, does_not_fit, spare_bytes
 from tightrope.backends.settings import ModelSettings
+from tightrope.backends.threads import compute_threads
 
 CELL_GRAIN = 256  # llama.cpp rounds the number of cells up to this
+KEPT_SLOTS = 48  # finished sequences that may be kept at most; llama.cpp's work a step grows with the slots
 MAX_OUTPUTS = 128  # rows of logits from one native call; a buffer of this many times the vocabulary is allocated
 
 
@@ -129,3 +132,40 @@ def workspace_bytes(settings: ModelSettings, shape: ModelShape) -> int:
     logits = 2 * 4 * _max_outputs(settings) * shape.vocab_size
     activations = 4 * settings.step_tokens * shape.embedding * 32
     return logits + activations + (64 << 20)
+
+
+def context_options(settings: ModelSettings, plan: Plan) -> ContextOptions:
+    """What a plan's context is made with."""
+    return ContextOptions(
+        num_cells=plan.num_cells,
+        max_seqs=min(MAX_SEQS, settings.max_num_seqs + KEPT_SLOTS),
+        batch_tokens=plan.step_tokens,
+        ubatch_tokens=plan.step_tokens,
+        max_outputs=plan.max_outputs,
+        threads=compute_threads(settings.threads),
+        type_k=plan.cache_type.key_type,
+        type_v=plan.cache_type.value_type,
+        flash_attention=plan.cache_type.flash_attention,
+        offload_cache=settings.gpu_layers != 0,
+        rope_scaling_type=plan.rope.scaling_type,
+        rope_freq_base=plan.rope.freq_base,
+        rope_freq_scale=plan.rope.freq_scale,
+        yarn_orig_ctx=plan.rope.yarn_orig_ctx,
+        yarn_ext_factor=plan.rope.yarn_ext_factor,
+    )
+
+
+def least_options() -> ContextOptions:
+    """The smallest context, for a model whose window doesn't fit."""
+    kind = CACHE_TYPES["f16"]
+    return ContextOptions(
+        num_cells=CELL_GRAIN,
+        max_seqs=1,
+        batch_tokens=CELL_GRAIN,
+        ubatch_tokens=CELL_GRAIN,
+        max_outputs=1,
+        threads=1,
+        type_k=kind.key_type,
+        type_v=kind.value_type,
+        flash_attention=kind.flash_attention,
+    )

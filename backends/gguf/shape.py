@@ -3,10 +3,22 @@
 from dataclasses import dataclass
 
 from tightrope.backends.errors import BackendError
-from tightrope.backends.gguf.header import TENSOR_TYPES, Header, LongArray, Value
+from tightrope.backends.gguf.header import Header, LongArray, Value
+from tightrope.backends.gguf.tensor_types import TENSOR_TYPES
 
-MAX_LAYERS = 1 << 12
+MAX_LAYERS = 512  # llama.cpp's own limit; it ends the process beyond
 MAX_WINDOW = 1 << 28
+MAX_HEADS = 1 << 16
+# metadata floats by their short key, and the values they can have: above the first number, up to the second
+_RANGES = {
+    "attention.layer_norm_epsilon": (0.0, 1.0),
+    "attention.layer_norm_rms_epsilon": (0.0, 1.0),
+    "attention.group_norm_epsilon": (0.0, 1.0),
+    "rope.freq_base": (1.0, 1e18),
+    "rope.freq_base_swa": (1.0, 1e18),
+}
+_FACTORS = ("rope.scaling.factor", "rope.scale_linear")  # 0 says that there is none
+_MAX_FACTOR = 1e6
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +48,8 @@ class ModelShape:
 
 
 def _bytes_per_value(type_id: int) -> float:
-    _, block, block_bytes = TENSOR_TYPES[type_id]
-    return block_bytes / block
+    kind = TENSOR_TYPES[type_id]
+    return kind.num_bytes / kind.values
 
 
 class _Reader:
@@ -55,6 +67,7 @@ class _Reader:
         self._architecture = architecture
 
     def shape(self) -> ModelShape:
+        self._check_floats()
         layers = self._int("block_count", most=MAX_LAYERS)
         embedding = self._int("embedding_length")
         heads = self._per_layer("attention.head_count", layers, default=1)
@@ -85,27 +98,44 @@ class _Reader:
         if value is None and default is not None:
             return default
         if not isinstance(value, int) or not 1 <= value <= most:
-            name = f"{self._architecture}.{key}"
-            raise BackendError(f"{self._header.path}: {name} is {value!r}; it must be a number from 1 to {most}")
+            raise self._error(key, value, f"it must be a number from 1 to {most}")
         return value
+
+    def _check_floats(self) -> None:
+        for key, (above, most) in _RANGES.items():
+            value = self._float(key, default=most)
+            if not above < value <= most:
+                raise self._error(key, value, f"it must be more than {above:g} and at most {most:g}")
+        for key in _FACTORS:
+            if not 0 <= (value := self._float(key, default=0.0)) <= _MAX_FACTOR:
+                raise self._error(key, value, f"it must be a number from 0 to {_MAX_FACTOR:g}")
 
     def _float(self, key: str, default: float) -> float:
         value = self._get(key)
-        return float(value) if isinstance(value, int | float) and value > 0 else default
+        if value is None:
+            return default
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise self._error(key, value, "it must be a number")
+        return float(value)
+
+    def _error(self, key: str, value: object, reason: str) -> BackendError:
+        return BackendError(f"{self._header.path}: {self._architecture}.{key} is {value!r}; {reason}")
 
     def _own_scaling(self) -> str | None:
         kind = self._get("rope.scaling.type")
-        factor = self._float("rope.scaling.factor", default=self._float("rope.scale_linear", default=1.0))
+        factor = next((factor for key in _FACTORS if (factor := self._float(key, default=0.0))), 1.0)
         return None if kind in (None, "none") and factor == 1 else f"{kind or 'linear'} scaling by {factor:g}"
 
     def _per_layer(self, key: str, layers: int, default: int | list[int]) -> list[int]:
         """One number a layer; a layer without attention has 0."""
         value = self._get(key)
         if isinstance(value, tuple) and len(value) >= layers:
+            if not all(isinstance(v, int) and 0 <= v <= MAX_HEADS for v in value):
+                raise self._error(key, value, f"it must hold numbers from 0 to {MAX_HEADS}")
             return [int(v) for v in value[:layers]]
         if value is None:
             return default if isinstance(default, list) else [default] * layers
-        return [self._int(key)] * layers
+        return [self._int(key, most=MAX_HEADS)] * layers
 
     def _vocab_size(self) -> int:
         tokens = self._header.metadata.get("tokenizer.ggml.tokens")

@@ -1,0 +1,52 @@
+"""What `plan` and `serve` both ask of a GGUF file before anything else: whether it is a model for chats at all."""
+
+from pathlib import Path
+
+from tightrope.backends.errors import BackendError
+from tightrope.backends.gguf.header import Header, read_header
+from tightrope.backends.gguf.native import supports_gpu
+from tightrope.backends.gguf.shape import ModelShape
+from tightrope.backends.gguf.vocabulary import TOKENS
+from tightrope.backends.settings import ModelSettings
+
+# general.type -> what such a file is; older files are told by their architecture
+_OTHER_TYPES = {
+    "adapter": "a LoRA adapter; serve its base model and name this file with --lora NAME=PATH",
+    "mmproj": "the image half (mmproj) of a model, without the part that writes; name the other .gguf file",
+    "imatrix": "an importance matrix, which is only used to quantise a model",
+}
+_OTHER_ARCHITECTURES = {
+    "clip": _OTHER_TYPES["mmproj"],
+    "controlvector": "a control vector, which changes a model and is none",
+}
+_POOLED = {1: "mean", 2: "cls", 3: "last", 4: "rank"}  # how one vector is made of a text's
+
+
+def read_model(path: Path, settings: ModelSettings) -> Header:
+    """The header of a model that could be served as `settings` want it.
+
+    Raises BackendError, in one line with the file's name, for everything that a header shows to be wrong. What only
+    llama.cpp knows, such as the tensors that an architecture needs, is asked by `try_load`.
+    """
+    if settings.gpu_layers and not supports_gpu():
+        raise BackendError(
+            f"gpu_layers is {settings.gpu_layers}, but this llama-cpp-python was built for the CPU; use 0, or "
+            "reinstall it with CMAKE_ARGS=-DGGML_CUDA=on"
+        )
+    header = read_header(path)
+    architecture = header.metadata.get("general.architecture")
+    other = _OTHER_TYPES.get(str(header.metadata.get("general.type"))) or _OTHER_ARCHITECTURES.get(str(architecture))
+    if other is not None:
+        raise BackendError(f"{path}: no model to chat with: it is {other}")
+    if not header.tensors:
+        raise BackendError(f"{path}: no model to chat with: it holds no tensors, perhaps a vocabulary alone")
+    pooling = header.metadata.get(f"{architecture}.pooling_type", 0)
+    if isinstance(pooling, int) and pooling in _POOLED:
+        raise BackendError(
+            f"{path}: no model to chat with: it makes vectors of texts ({architecture}.pooling_type is {pooling}, "
+            f"{_POOLED[pooling]})"
+        )
+    if TOKENS not in header.metadata or header.metadata.get("tokenizer.ggml.model") in ("none", "no_vocab"):
+        raise BackendError(f"{path}: it holds no vocabulary ({TOKENS}); convert the model anew")
+    ModelShape.of(header)
+    return header
