@@ -20,40 +20,12 @@ UNIT = 2.0**-24  # of float32: a rounded number is off by at most this share of 
 LAMBDA = 9.0  # a chance of 5e-18 for each sum; ten thousand examples make some 1e9 sums
 
 # as in kernels/cpu: lengths that two sides of a product have as whole numbers, and the largest of those numbers
-SHARING, WORD_LONG, WORD_SHORTER, WORD_MOST = 64, 65500, 32760, 32767
-FEW_ROWS = 64  # up to which a linear runs in floats
+WORD_LONG, WORD_SHORTER, WORD_MOST = 65500, 32760, 32767
 
 
 def roundings(count: float) -> float:
     """The relative error of a number, or of a sum's terms together, after `count` roundings of float32."""
     return LAMBDA * math.sqrt(count) * UNIT
-
-
-def product_bound(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Of x [T, K] times weight [N, K], transposed, summed in float32 in any order: [T, N] float64."""
-    size = x.double().abs() @ weight.double().abs().T
-    if bias is not None:
-        size = size + bias.double().abs()
-    return roundings(x.shape[1] + 2) * size
-
-
-def words_bound(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Of the same product as whole numbers of 16 bits, SHARING neighbours of a row with one unit: [T, N] float64.
-
-    A number is off by half its unit; sums of whole numbers are exact; floats add up the groups.
-    """
-    size, error = torch.zeros(2, len(x), len(weight), dtype=torch.float64)
-    for mine, theirs in zip(x.double().split(SHARING, 1), weight.double().split(SHARING, 1), strict=True):
-        off_x = _half_unit(mine, WORD_LONG)
-        # its unit is a power of two, up to twice as large as needed
-        off_weight = 2 * _half_unit(theirs, WORD_SHORTER)
-        count = mine.shape[1]
-        size += (mine.abs() + off_x) @ (theirs.abs() + off_weight).T
-        error += off_x * theirs.abs().sum(1) + mine.abs().sum(1, keepdim=True) * off_weight.T
-        error += off_x @ off_weight.T * count
-    if bias is not None:
-        size = size + bias.double().abs()
-    return error + roundings(-(-x.shape[1] // SHARING) + 6) * size
 
 
 def within(found: Tensor, exact: Tensor, bound: Tensor) -> None:
@@ -62,7 +34,7 @@ def within(found: Tensor, exact: Tensor, bound: Tensor) -> None:
     assert bool((off <= 0).all()), f"{off.max():.3g} beyond its bound of {bound.flatten()[off.argmax()]:.3g}"
 
 
-def _half_unit(x: Tensor, length: float) -> Tensor:
+def half_unit(x: Tensor, length: float) -> Tensor:
     """Of rows x [n, K], with `length` for their own length: [n, 1]. The scaled number's own rounding comes on top."""
     unit = torch.maximum(x.norm(dim=1, keepdim=True) / length, x.abs().amax(1, keepdim=True) / WORD_MOST)
     return unit * (0.5 + WORD_MOST * 4 * UNIT)
@@ -77,7 +49,7 @@ class Attended:
 
 
 @dataclass(frozen=True, slots=True)
-class _Head:
+class CachedHead:
     """What one sequence has cached of one head, in float64: keys rotated, all [tokens, D]; value_steps: one code's."""
 
     keys: Tensor
@@ -105,13 +77,13 @@ def attend_exactly(
         distance = step.positions[rows].long().unsqueeze(1) - torch.arange(length)
         is_seen = (distance >= 0) & (distance < (spec.window or length + 1))
         for h in range(queries.shape[1]):
-            head = _head(cache, step.block_tables[b], length, h // heads_per_key, table, b)
+            head = cached_head(cache, step.block_tables[b], length, h // heads_per_key, table, b)
             output[rows, h], bound[rows, h] = _softmax(queries[rows, h].double(), head, is_seen, spec, in_words)
     return Attended(output, bound)
 
 
 def _softmax(
-    queries: Tensor, head: _Head, is_seen: Tensor, spec: AttentionSpec, in_words: bool
+    queries: Tensor, head: CachedHead, is_seen: Tensor, spec: AttentionSpec, in_words: bool
 ) -> tuple[Tensor, Tensor]:
     """Output and bound [n, D] of queries [n, D] float64, which see [n, tokens]."""
     keys, values = head.keys, head.values
@@ -147,7 +119,7 @@ def _softmax(
 
 def _off_in_words(queries: Tensor, keys: Tensor) -> Tensor:
     """Of products [n, tokens] of rows that are whole numbers with one unit each."""
-    off_query, off_key = _half_unit(queries, WORD_LONG), _half_unit(keys, WORD_SHORTER).T
+    off_query, off_key = half_unit(queries, WORD_LONG), half_unit(keys, WORD_SHORTER).T
     mixed = off_query * keys.abs().sum(1) + queries.abs().sum(1, keepdim=True) * off_key
     return mixed + off_query * off_key * keys.shape[1]
 
@@ -159,7 +131,9 @@ def _largest_near(x: Tensor, size: int) -> Tensor:
     return largest.view(x.transpose(-1, -2).shape).transpose(-1, -2)
 
 
-def _head(cache: LayerCache, pages: Tensor, length: int, head: int, table: RopeTable | None, sequence: int) -> _Head:
+def cached_head(
+    cache: LayerCache, pages: Tensor, length: int, head: int, table: RopeTable | None, sequence: int
+) -> CachedHead:
     at, dims = pages[: -(-length // PAGE)].long(), cache.format.head_dim
     keys, values = (
         # a code times its scale has at most 19 bits, so float32 holds it exactly
@@ -170,9 +144,11 @@ def _head(cache: LayerCache, pages: Tensor, length: int, head: int, table: RopeT
     if table is not None:
         keys = rotate_exactly(keys.unsqueeze(1), table, int(table.set_of[sequence]), torch.arange(length))[:, 0]
     if cache.format.dtype == "f16":
-        return _Head(keys, values, torch.zeros_like(values), 0)
+        return CachedHead(keys, values, torch.zeros_like(values), 0)
     steps = cache.value_scales[at, head].double().abs().flatten(0, 1)[:length]
-    return _Head(keys, values, steps.repeat_interleave(GROUP, -1)[:, :dims], 127 if cache.format.dtype == "q8" else 8)
+    return CachedHead(
+        keys, values, steps.repeat_interleave(GROUP, -1)[:, :dims], 127 if cache.format.dtype == "q8" else 8
+    )
 
 
 def rotate_exactly(x: Tensor, table: RopeTable, number: int, positions: Tensor) -> Tensor:
