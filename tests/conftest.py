@@ -1,9 +1,31 @@
 """Fixtures that several test modules share."""
 
+import sys
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import is_hypothesis_test, settings
 from real_server import RunningServer, run_server
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--examples", type=int, help="examples of each property test, instead of its own number")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    number = config.getoption("--examples")
+    for item in items if number else ():
+        test = getattr(item, "obj", None)
+        if is_hypothesis_test(test):
+            of_test = test._hypothesis_internal_use_settings
+            test._hypothesis_internal_use_settings = settings(of_test, max_examples=number, database=None)
+
+
+@pytest.fixture(autouse=True)
+def _same_numbers_in_every_run() -> None:
+    """Tests that draw tensors without a seed of their own."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
 
 
 @pytest.fixture(scope="session")

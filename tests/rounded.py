@@ -67,16 +67,16 @@ def project(projection: Projection, x: Rounded, rows: AdapterRows | None, *, in_
     weight = projection.weight
     if isinstance(weight, Tensor):
         of_words = in_words and weight.dtype == torch.bfloat16 and len(x.value) > FEW_ROWS
-        out = _linear(x, weight.double().T, _words(x.value, weight) if of_words else None)
+        out = times(x, weight.double().T, _words(x.value, weight) if of_words else None)
     else:
-        parts = [_linear(x, dequantize(m).double(), _fixed(x.value, m)) for m in weight]
+        parts = [times(x, dequantize(m).double(), _fixed(x.value, m)) for m in weight]
         out = Rounded(torch.cat([p.value for p in parts], 1), torch.cat([p.off for p in parts], 1))
     if projection.bias is not None:
         out = out + Rounded.exact(projection.bias.expand_as(out.value))
     return out if rows is None else low_rank(out, x, projection.adapters, rows)
 
 
-def _linear(x: Rounded, weight: Tensor, extra: Tensor | None = None) -> Rounded:
+def times(x: Rounded, weight: Tensor, extra: Tensor | None = None) -> Rounded:
     """Times weight [K, N] float64; `extra` [T, N]: the scale of errors beside those of float32."""
     out = Rounded(x.value @ weight, (x.off.square() @ weight.square()).sqrt())
     # a dequantized weight has a rounding of its own, and each output's units and scales a few
@@ -118,7 +118,7 @@ def low_rank(out: Rounded, x: Rounded, adapters: "dict[int, LowRank]", rows: Ada
         scales = rows.scales[chosen].double().unsqueeze(1)
         for part in adapters[slot].parts:
             columns = slice(part.first, part.first + part.up.shape[1])
-            added = _linear(_linear(x[chosen], part.down.double().T), part.up.double())
+            added = times(times(x[chosen], part.down.double().T), part.up.double())
             value[chosen, columns] += added.value * scales
             size = value[chosen, columns].abs() + (added.value * scales).abs()
             square[chosen, columns] += (added.off * scales).square() + 4 * (UNIT * size).square()

@@ -5,10 +5,13 @@ from dataclasses import dataclass, replace
 from types import ModuleType
 
 import pytest
+import rounded
 import torch
+from error_bounds import attend_exactly, within
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from interpreted import interpreted
+from rounded import Rounded
 from torch import Tensor
 
 from tightrope.kernels import reference
@@ -114,18 +117,11 @@ def make_table(rotated: int, num_pages: int, num_sets: int, num_seqs: int) -> Ro
     )
 
 
-def attended(ops: ModuleType, case: Case) -> tuple[Tensor, Tensor]:
-    """What the kernel and the reference make of a case, float32."""
+def check_attended(ops: ModuleType, case: Case) -> None:
     found = ops.attention(case.queries, case.cache, case.step, case.table, case.spec)
     assert found.dtype == case.queries.dtype
-    wanted = reference.attention(case.queries.float(), case.cache, case.step, case.table, case.spec)
-    return found.float(), wanted
-
-
-# Float32 throughout, sums in another order and angles added in another.
-CLOSE = {"rtol": 1e-4, "atol": 2e-5}
-# Products of float16 numbers: 2**-11 relative each, of values around 1, and the result in the activations' dtype.
-HALF_CLOSE = {"rtol": 1e-2, "atol": 4e-3}
+    exact = attend_exactly(case.queries, case.cache, case.step, case.table, case.spec)
+    within(found, exact.output, exact.bound)
 
 
 @pytest.mark.parametrize("dtype", ["q8", "q4", "f16"])
@@ -133,9 +129,7 @@ HALF_CLOSE = {"rtol": 1e-2, "atol": 4e-3}
 def test_decode_reads_the_cache_as_the_reference_does(ops: ModuleType, head_dim: int, group: int, dtype: CacheDtype):
     case = make_case([(1, 150), (1, 17), (1, 1)], head_dim, 2, group, dtype)
 
-    found, wanted = attended(ops, case)
-
-    torch.testing.assert_close(found, wanted, **CLOSE)
+    check_attended(ops, case)
 
 
 @pytest.mark.parametrize("dtype", ["q8", "q4", "f16"])
@@ -145,9 +139,7 @@ def test_a_prompts_chunk_sees_its_history_and_itself_as_in_the_reference(
 ):
     case = make_case([(20, 70), (5, 5)], head_dim, 2, group, dtype)
 
-    found, wanted = attended(ops, case)
-
-    torch.testing.assert_close(found, wanted, **CLOSE)
+    check_attended(ops, case)
 
 
 @pytest.mark.parametrize("new", [1, 9])
@@ -157,17 +149,13 @@ def test_heads_that_are_rotated_in_part_or_not_at_all_attend_as_in_the_reference
 ):
     case = make_case([(new, 83), (new, 40)], 128, 1, 2, "q8", rotated)
 
-    found, wanted = attended(ops, case)
-
-    torch.testing.assert_close(found, wanted, **CLOSE)
+    check_attended(ops, case)
 
 
 def test_a_step_may_mix_prompts_and_decoding_sequences(ops: ModuleType):
     case = make_case([(1, 140), (30, 90), (1, 1), (2, 64), (1, 33)], group=2, num_sets=3)
 
-    found, wanted = attended(ops, case)
-
-    torch.testing.assert_close(found, wanted, **CLOSE)
+    check_attended(ops, case)
 
 
 @pytest.mark.parametrize("lengths", [[(1, 200), (1, 5)], [(40, 130), (1, 90)]])
@@ -175,18 +163,14 @@ def test_a_step_may_mix_prompts_and_decoding_sequences(ops: ModuleType):
 def test_a_window_hides_what_lies_before_it(ops: ModuleType, window: int, lengths: list[tuple[int, int]]):
     case = make_case(lengths, spec=AttentionSpec(scale=0.2, window=window))
 
-    found, wanted = attended(ops, case)
-
-    torch.testing.assert_close(found, wanted, **CLOSE)
+    check_attended(ops, case)
 
 
 @pytest.mark.parametrize("new", [1, 6])
 def test_a_softcap_bends_the_scores(ops: ModuleType, new: int):
     case = make_case([(new, 80)], spec=AttentionSpec(scale=1.0, softcap=3.0))
 
-    found, wanted = attended(ops, case)
-
-    torch.testing.assert_close(found, wanted, **CLOSE)
+    check_attended(ops, case)
 
 
 @pytest.mark.parametrize("activations", [torch.bfloat16, torch.float16])
@@ -194,14 +178,17 @@ def test_a_softcap_bends_the_scores(ops: ModuleType, new: int):
 def test_half_precision_queries_attend_within_their_rounding(ops: ModuleType, new: int, activations: torch.dtype):
     case = make_case([(new, 130), (new, 20)], 128, activations=activations)
 
-    found, wanted = attended(ops, case)
+    found = ops.attention(case.queries, case.cache, case.step, case.table, case.spec)
 
-    torch.testing.assert_close(found, wanted, **HALF_CLOSE)
+    assert found.dtype == activations
+    wanted = reference.attention(case.queries.float(), case.cache, case.step, case.table, case.spec)
+    # products of float16 numbers: 2**-11 relative each, of values around 1, and the result in the activations' dtype
+    torch.testing.assert_close(found.float(), wanted, rtol=1e-2, atol=4e-3)
 
 
 @settings(max_examples=12, deadline=None)
 @given(data=st.data())
-def test_any_step_attends_as_in_the_reference(ops: ModuleType, data: st.DataObject):
+def test_any_step_attends_as_in_float64(ops: ModuleType, data: st.DataObject):
     seqs = st.tuples(st.integers(1, 20), st.integers(0, 120)).map(lambda s: (s[0], s[0] + s[1]))
     head_dim = data.draw(st.sampled_from([32, 64, 80, 96]))
     case = make_case(
@@ -218,9 +205,7 @@ def test_any_step_attends_as_in_the_reference(ops: ModuleType, data: st.DataObje
         seed=data.draw(st.integers(0, 2**31)),
     )
 
-    found, wanted = attended(ops, case)
-
-    torch.testing.assert_close(found, wanted, **CLOSE)
+    check_attended(ops, case)
 
 
 def test_a_sequence_without_tokens_comes_out_as_zeros(ops: ModuleType):
@@ -283,9 +268,7 @@ def test_slices_of_a_fused_projection_are_stored_and_turned_in_place(ops: Module
     reference.store_kv(wanted, keys, values, case.step.slots)
 
     assert torch.equal(found.value_codes, wanted.value_codes)
-    torch.testing.assert_close(
-        ops.rotate(queries, case.step, case.table), reference.rotate(queries, case.step, case.table), **CLOSE
-    )
+    rounded.rotate(Rounded.exact(queries), case.step, case.table).check(ops.rotate(queries, case.step, case.table))
 
 
 @pytest.mark.parametrize("rotated", [16, 40, 80])

@@ -5,15 +5,16 @@ from dataclasses import fields, replace
 from types import ModuleType
 
 import pytest
+import rounded
 import torch
 from card_experts import EXPERTS, HIDDEN, MIDDLE, layer_of, matrices
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from interpreted import interpreted
+from rounded import Rounded
 from torch import Tensor
 
 from bench.gpu.matrices import random_nf4
-from tightrope.kernels import reference
 from tightrope.kernels.column_stack import stack_columns
 from tightrope.kernels.columns import ColumnMatrix, to_columns
 
@@ -39,12 +40,25 @@ def test_experts_of_a_card_equal_each_token_by_itself(card: ModuleType, kind: st
 
     found = card.experts(x, layer, picked, shares)
 
-    expected = torch.zeros(count, HIDDEN, dtype=torch.float64)
-    for t in range(count):
-        for expert, share in zip(picked[t].tolist(), shares[t].tolist(), strict=True):
-            gates = reference.gated((gate_up[expert].double() @ x[t].double()).unsqueeze(0), "silu")[0]
-            expected[t] += share * (down[expert].double() @ gates)
-    torch.testing.assert_close(found, expected.float(), rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+    weights = [(up.double().T, out.double().T) for up, out in zip(gate_up, down, strict=True)]
+    one_expert_at_a_time(x, picked, shares, weights).check(found)
+
+
+def one_expert_at_a_time(x: Tensor, picked: Tensor, shares: Tensor, weights: list[tuple[Tensor, Tensor]]) -> Rounded:
+    """`weights` [K, N] float64 of each expert's two linears."""
+    out = Rounded.exact(torch.zeros_like(x))
+    for expert, (gate_up, down) in enumerate(weights):
+        tokens, places = (picked == expert).nonzero(as_tuple=True)
+        gates = rounded.gated(times(Rounded.exact(x[tokens]), gate_up), "silu")
+        made, share = times(gates, down), shares[tokens, places].unsqueeze(1)
+        summed = out[tokens] + Rounded(made.value * share, made.off * share).again(made.value.abs() * share, 1)
+        out.value[tokens], out.off[tokens] = summed.value, summed.off
+    return out
+
+
+def times(x: Rounded, weight: Tensor) -> Rounded:
+    """One row is summed with numbers up to 2^8 times as large as the smallest codes, which cancel."""
+    return rounded.times(x, weight).again(2**8 * (x.value.abs() @ weight.abs()), 1)
 
 
 @given(st.lists(st.integers(0, EXPERTS - 1), min_size=1, max_size=200))
