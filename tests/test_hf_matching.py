@@ -139,6 +139,42 @@ def test_a_method_that_the_config_names_is_part_of_the_line(tmp_path: Path):
         load(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"quant_method": "gptq", "bits": 4, "group_size": 128},
+        {"quant_method": "awq", "bits": 4, "version": "gemv"},
+        {"quant_method": "compressed-tensors", "config_groups": {}, "kv_cache_scheme": {"num_bits": 8}},
+    ],
+)
+def test_settings_that_were_left_beside_plain_weights_are_noted(tmp_path: Path, settings: dict[str, object]):
+    untouched = write(tmp_path)
+    edited(tmp_path, quantization_config=settings)
+
+    model = load(tmp_path)
+
+    assert_close(logits(model, tmp_path), untouched)
+    assert model.notes == (
+        f"weights: plain, though config.json speaks of {settings['quant_method']}; served as they are",
+    )
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"quant_method": "bitnet", "quantization_mode": "online"},
+        {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"input_activations": {"num_bits": 8}}}},
+        {"bits": 4},
+    ],
+)
+def test_a_method_that_means_more_than_how_weights_are_stored_is_refused(tmp_path: Path, settings: dict[str, object]):
+    write(tmp_path)
+    edited(tmp_path, quantization_config=settings)
+
+    with pytest.raises(BackendError, match=r"are said to be quantised in format .*, and no tensor is in one that can"):
+        load(tmp_path)
+
+
 def shard(folder: Path, **more: str) -> list[str]:
     """Split the folder's file in two, with an index that has `more` entries; returns the names in the second one."""
     tensors = load_file(folder / "model.safetensors")
@@ -151,6 +187,17 @@ def shard(folder: Path, **more: str) -> list[str]:
         index |= dict.fromkeys(part, file)
     (folder / INDEX).write_text(json.dumps({"weight_map": index | more}))
     return names[9:]
+
+
+def without_groups(folder: Path) -> None:
+    quantized("llama-gptq-4bit-32g-actorder")(folder)
+    path = next(folder.glob("*.safetensors"))
+    tensors = load_file(path)
+    for name in [name for name in tensors if name.endswith("g_idx")]:
+        del tensors[name]
+    for name in [name for name in tensors if name.endswith((".scales", ".qzeros"))]:
+        tensors[name] = tensors[name][:0]
+    save_file(tensors, path)
 
 
 def test_an_index_that_names_what_nobody_needs_is_noted_and_served(tmp_path: Path):
@@ -248,6 +295,7 @@ BROKEN: list[tuple[str, Callable[[Path], None], str]] = [
     ("an AWQ of another width", quantized("llama-awq-4bit-32g", intermediate_size=384), "it must be"),
     ("an EXL2 of another width", quantized("llama-exl2-mixed-h6", intermediate_size=384), "it must be"),
     ("an nf4 of another width", quantized("llama-untied-bnb-nf4", intermediate_size=384), "it must be"),
+    ("a GPTQ without groups", without_groups, "scales' has no group"),
     ("a vocabulary of another size", plain(len, vocab_size=91), "has shape [90, 32], by config.json it must be"),
     ("a pointer", pointer, "tokenizer.json: a git-lfs pointer in place of the file itself"),
 ]  # fmt: skip

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from tightrope.backends.errors import BackendError
 from tightrope.backends.hf.assembly import Assembly, assemble
 from tightrope.backends.hf.attention import CurrentStep, LayerInfo
 from tightrope.backends.hf.checkpoint import Checkpoint
@@ -20,7 +21,14 @@ from tightrope.backends.hf.matching import LeftOver, check_all, notes_on
 from tightrope.backends.hf.names import FileNames
 from tightrope.backends.hf.organs import Linear
 from tightrope.backends.hf.packings import check_packing
-from tightrope.backends.hf.quantised import Quantization, describe_format, find_quantization, weight_bytes
+from tightrope.backends.hf.quantised import (
+    Quantization,
+    describe_format,
+    find_quantization,
+    note_on_plain,
+    stated_and_not_found,
+    weight_bytes,
+)
 from tightrope.backends.hf.rehearsal import rehearse
 from tightrope.backends.hf.rotary import fix_rotary
 from tightrope.backends.hf.skeleton import build_skeleton
@@ -93,7 +101,12 @@ def draw(
     tied = (f"{head}.weight", f"{table}.weight") if shape.tie_embeddings and has_plain_head else None
     if tied is not None:
         weights = tie(weights, *tied, names)
-    left = check_all(weights, assemblies, checkpoint, names)
+    try:
+        left = check_all(weights, assemblies, checkpoint, names)
+    except BackendError as error:
+        stated = stated_and_not_found(folder, shape.raw) if quantization is None else None
+        raise stated or error from None
+    plain = note_on_plain(folder, shape.raw) if quantization is None else None
     return Blueprint(
         shape=shape,
         checkpoint=checkpoint,
@@ -108,7 +121,11 @@ def draw(
         tied=tied,
         device=device,
         activation_dtype=dtype,
-        notes=(*(f"{name} runs as transformers has it" for name in planted.kept), *notes_on(left, checkpoint)),
+        notes=(
+            *(f"{name} runs as transformers has it" for name in planted.kept),
+            *notes_on(left, checkpoint),
+            *([] if plain is None else [plain]),
+        ),
     )
 
 

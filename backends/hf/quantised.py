@@ -26,6 +26,7 @@ from tightrope.backends.quant.stated import is_awq, layout_of
 MAX_FILE = 16 << 20  # bytes
 # AutoGPTQ's, old AutoAWQ's and auto-round's
 SETTINGS_FILES = ("quantize_config.json", "quant_config.json", "quantization_config.json")
+PACKED_ALONE = ("gptq", "awq", "exl2", "auto-round")  # methods that change nothing but how weights are stored
 AT_LOAD = ("bitsandbytes",)  # methods that may also mean: quantise plain weights while loading
 
 
@@ -88,13 +89,44 @@ def find_quantization(folder: Path, config: Mapping[str, Any], checkpoint: Check
         return Quantization(Awq.of(path, settings), checkpoint)
     if kind is not None:
         return Quantization(Exl2() if kind == "exl2" else Nf4(), checkpoint)
-    method = settings.get("quant_method")
-    if settings and method not in AT_LOAD:
-        raise BackendError(
-            f"{path}: weights are said to be quantised in format {method or 'unknown'}, and no tensor is in one that "
-            "can be read: EXL2, GPTQ, AWQ, AutoRound, bitsandbytes of 4 bits"
-        )
+    if settings and settings.get("quant_method") not in AT_LOAD and not _may_be_left_over(settings):
+        raise _not_read(path, settings)
     return None
+
+
+def stated_and_not_found(folder: Path, config: Mapping[str, Any]) -> BackendError | None:
+    """What to say of plain weights of which some are missing, where the settings speak of packed ones."""
+    path, settings = _settings(folder, config)
+    return _not_read(path, settings) if settings and settings.get("quant_method") not in AT_LOAD else None
+
+
+def note_on_plain(folder: Path, config: Mapping[str, Any]) -> str | None:
+    """A start-up line for plain weights, all of them there, where the settings speak of packed ones."""
+    path, settings = _settings(folder, config)
+    if not settings or settings.get("quant_method") in AT_LOAD:
+        return None
+    return f"weights: plain, though {path.name} speaks of {settings.get('quant_method')!s:.40}; served as they are"
+
+
+def _may_be_left_over(settings: Mapping[str, Any]) -> bool:
+    """Whether plain weights beside these settings are what the model computes with.
+
+    They are where somebody expanded them and kept the settings, and where nothing but a cache was quantised. Other
+    methods quantise while they load, or the activations, so that plain weights alone are another model.
+    """
+    method = settings.get("quant_method")
+    if method == "compressed-tensors":
+        return not settings.get("config_groups")
+    if method == "modelopt":
+        return not settings.get("quant_algo")
+    return method in PACKED_ALONE
+
+
+def _not_read(path: Path, settings: Mapping[str, Any]) -> BackendError:
+    return BackendError(
+        f"{path}: weights are said to be quantised in format {settings.get('quant_method') or 'unknown'}, and no "
+        "tensor is in one that can be read: EXL2, GPTQ, AWQ, AutoRound, bitsandbytes of 4 bits"
+    )
 
 
 def weight_bytes(checkpoint: Checkpoint, quantization: Quantization | None, *, is_tied: bool) -> int:
@@ -130,11 +162,6 @@ def _kind(checkpoint: Checkpoint) -> str | None:
             return "exl2"
         if ".quant_state.bitsandbytes__" in name:
             return "nf4"
-        if name.endswith(".SCB"):
-            raise BackendError(
-                f"{checkpoint.tensors[name].file}: tensor {name!r} is of bitsandbytes' 8 bits, which can't be read; "
-                "its 4 bits can"
-            )
         if name.endswith((".qweight", ".qzeros")):
             return _packed_along(checkpoint, Packed(checkpoint, name.rpartition(".")[0]))
     return None

@@ -77,8 +77,12 @@ class Gptq:
         groups = packed.shape("scales", 2)[:1]
         packed.expect("scales", (*groups, num_outputs), *FLOATS)
         packed.expect("qzeros", (*groups, num_outputs * bits // 32), "I32")
+        if not groups[0]:
+            raise packed.wrong("scales", "has no group")
         if packed.has("g_idx"):
             packed.expect("g_idx", (num_inputs,), "I32")
+        else:
+            self._group_size(packed, num_inputs, groups[0])
 
     def build(self, packed: Packed, num_inputs: int, num_outputs: int) -> QuantizedMatrix:
         bits = _bits(packed, num_inputs)
