@@ -6,10 +6,18 @@ from typing import Literal
 
 from pydantic import BaseModel, Field, field_validator
 
+from tightrope.backends.threads import most_threads, usable_cpus
+
 KVCacheDtype = Literal["auto", "q8", "q4", "f16"]
 RopeKind = Literal["none", "linear", "dynamic", "ntk", "yarn", "llama3", "longrope"]
 
 MAX_ADAPTER_NAME = 128  # characters
+MAX_TOKENS = 1 << 30  # of a window or a cache, whose places are counted with 32 bits
+MAX_TRAINED_LEN = 1 << 28  # tokens; as is believed of a model's own files
+MAX_SEQS = 128  # all of them are rows of each decoding step, and their logits are kept side by side
+MAX_STEP_TOKENS = 1 << 16  # the workspace grows by each, and no kernel gains by more than some thousands
+MAX_GPU_LAYERS = 1 << 16  # beyond any model's; people write 999 or 9999 for all of them
+MAX_ADAPTER_MIB = 1 << 20  # a TiB, as much as large machines have in all
 _ADAPTER_NAME = re.compile(r"[A-Za-z0-9][\w.:-]*(/[A-Za-z0-9][\w.:-]*)*", re.ASCII)
 
 
@@ -32,7 +40,7 @@ class CacheSettings(BaseModel, frozen=True, extra="forbid"):
     """Where keys and values live."""
 
     tokens: int = Field(
-        0, ge=0, description="Capacity in tokens, over all sequences; 0 chooses from window and memory."
+        0, ge=0, le=MAX_TOKENS, description="Capacity in tokens over all sequences; 0 chooses what is right."
     )
     dtype: KVCacheDtype = Field("auto", description="Storage of keys and values; auto chooses for machine and memory.")
 
@@ -43,7 +51,9 @@ class RopeSettings(BaseModel, frozen=True, extra="forbid"):
     kind: RopeKind | None = None
     factor: float | None = Field(None, ge=1e-6, le=1e6, description="How many times the trained window.")
     theta: float | None = Field(None, gt=1, le=1e18, description="RoPE base frequency.")
-    original_len: int | None = Field(None, ge=2, le=1 << 28, description="Window before any scaling, in tokens.")
+    original_len: int | None = Field(
+        None, ge=2, le=MAX_TRAINED_LEN, description="Window before any scaling, in tokens."
+    )
 
 
 class ModelSettings(BaseModel, frozen=True, extra="forbid"):
@@ -53,21 +63,31 @@ class ModelSettings(BaseModel, frozen=True, extra="forbid"):
         None, description="Path to a .gguf file, model folder, or hub id; None is the bundled one."
     )
     revision: str | None = Field(None, description="Hub revision; None is the default branch.")
-    max_model_len: int = Field(0, ge=0, description="Context window in tokens; 0 is what the model was trained for.")
-    max_num_seqs: int = Field(16, ge=1, le=128, description="Sequences that run at the same time.")
-    step_tokens: int = Field(512, ge=16, description="Most tokens in one step (the token budget).")
-    threads: int = Field(0, ge=0, description="CPU threads; 0 is one per physical core.")
-    gpu_layers: int = Field(0, ge=-1, description="Layers on the GPU; -1 is all of them.")
+    max_model_len: int = Field(
+        0, ge=0, le=MAX_TOKENS, description="Context window in tokens; 0 is what the model was trained for."
+    )
+    max_num_seqs: int = Field(16, ge=1, le=MAX_SEQS, description="Sequences that run at the same time.")
+    step_tokens: int = Field(512, ge=16, le=MAX_STEP_TOKENS, description="Most tokens in one step (the token budget).")
+    threads: int = Field(0, ge=0, description="CPU threads, four per usable CPU at most; 0 is one per physical core.")
+    gpu_layers: int = Field(0, ge=-1, le=MAX_GPU_LAYERS, description="Layers on the GPU; -1 is all of them.")
     cache: CacheSettings = CacheSettings()
     rope: RopeSettings = RopeSettings()
     adapters: dict[str, str] = Field({}, description="LoRA adapters: paths by the names that requests use.")
     adapter_folder: str | None = Field(None, description="Where adapters may be loaded from while the model runs.")
-    adapter_memory_mib: int = Field(512, ge=1, description="Memory kept for these, in MiB.")
+    adapter_memory_mib: int = Field(512, ge=1, le=MAX_ADAPTER_MIB, description="Memory kept for these, in MiB.")
 
     @property
     def adapter_reserve_bytes(self) -> int:
         """Memory for adapters beside those that are loaded at the start."""
         return 0 if self.adapter_folder is None else self.adapter_memory_mib << 20
+
+    @field_validator("threads")
+    @classmethod
+    def _check_threads(cls, value: int) -> int:
+        if value > most_threads():
+            cpus = len(usable_cpus())
+            raise ValueError(f"at most {most_threads()} threads for the {cpus} CPUs that may be used, not {value}")
+        return value
 
     @field_validator("adapters", mode="before")
     @classmethod

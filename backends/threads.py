@@ -9,11 +9,20 @@ def compute_threads(wish: int) -> int:
     return wish or min(physical_cores(), cpu_quota())
 
 
+def most_threads() -> int:
+    """The most that may be wished for: more only wait for each other, and thousands take a machine down."""
+    return 4 * len(usable_cpus())
+
+
+def usable_cpus() -> set[int]:
+    """The CPUs that this process may run on."""
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+
+
 def physical_cores() -> int:
     """Physical cores among the CPUs that this process may run on; counts CPUs where the topology can't be read."""
-    cpus = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
     cores = set()
-    for cpu in cpus:
+    for cpu in usable_cpus():
         topology = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology")
         try:
             cores.add((topology / "thread_siblings_list").read_text())

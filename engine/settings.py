@@ -2,17 +2,26 @@
 
 from pydantic import BaseModel, Field
 
-from tightrope.backends.settings import ModelSettings
+from tightrope.backends.settings import MAX_SEQS, ModelSettings
+
+MAX_WAITING = 1 << 16  # each keeps a connection open, of which a process has about as many
+MAX_ALTERNATIVES = 1 << 10  # a line each in the answer, for every token of it
+MAX_BUSY_STEP_MS = 60_000.0  # while a step runs no answer grows: after a minute people take the server for dead
 
 
 class LimitSettings(BaseModel, frozen=True, extra="forbid"):
     """Bounds that no request can exceed."""
 
-    max_waiting: int = Field(128, ge=0, description="Requests that may wait for their first step; above it: 429.")
-    max_best_of: int = Field(8, ge=1, description="Answers to one prompt (n, best_of).")
-    max_logprobs: int = Field(20, ge=0, description="Alternatives listed at each token.")
+    max_waiting: int = Field(
+        128, ge=0, le=MAX_WAITING, description="Requests that may wait for their first step; above it: 429."
+    )
+    max_best_of: int = Field(8, ge=1, le=MAX_SEQS, description="Answers to one prompt (n, best_of).")
+    max_logprobs: int = Field(20, ge=0, le=MAX_ALTERNATIVES, description="Alternatives listed at each token.")
     busy_step_ms: float = Field(
-        150.0, gt=0, description="While answers are being written, a step takes in no more prompt than fits this time."
+        150.0,
+        gt=0,
+        le=MAX_BUSY_STEP_MS,
+        description="While answers are being written, a step takes in no more prompt than fits this time.",
     )
 
 

@@ -135,7 +135,13 @@ OPTIONS: Mapping[str, Option] = {
         "A",
         also={(*_ROPE, "kind"): "ntk"},
     ),
-    "threads": Option((*_MODEL, "threads"), "speed", "CPU threads (default: one per physical core)", "N", ("-t",)),
+    "threads": Option(
+        (*_MODEL, "threads"),
+        "speed",
+        "CPU threads, at most four per CPU (default: one per physical core)",
+        "N",
+        ("-t",),
+    ),
     "gpu-layers": Option(
         (*_MODEL, "gpu_layers"),
         "speed",

@@ -9,12 +9,14 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_validator
 
 from tightrope.backends.settings import split_pairs
-from tightrope.engine.settings import EngineSettings
+from tightrope.engine.settings import MAX_ALTERNATIVES, MAX_WAITING, EngineSettings
 from tightrope.server.builtin_templates import FIXED_VARIABLES, PROMPT_FORMATS
 from tightrope.server.options import CONFIG, OPTIONS, Option, TreePath
 
 LogLevel = Literal["debug", "info", "warning", "error"]
 ENV_PREFIX = "TIGHTROPE_"
+MAX_BODY_BYTES = 1 << 30  # a body is held in memory, as bytes and as objects of several times their size
+MAX_STOPS = 1 << 10  # each is looked for behind every token
 
 
 class SettingsError(Exception):
@@ -29,10 +31,12 @@ class ServerSettings(BaseModel, frozen=True, extra="forbid"):
     api_key: str | None = Field(None, min_length=1, repr=False, description="Key that clients must send.")
     admin_key: str | None = Field(None, min_length=1, repr=False, description="Key for changing what is served.")
     cors_origins: tuple[str, ...] = Field(("*",), description="Web origins whose pages may call; * is any.")
-    max_body_bytes: int = Field(2_000_000, ge=1, description="Largest request body.")
-    max_client_batch_size: int = Field(128, ge=1, description="Prompts in one completion request.")
-    max_stop_sequences: int = Field(4, ge=0, description="Stop strings in one request.")
-    max_top_n_tokens: int = Field(5, ge=0, description="Most alternatives that a TGI request may ask for.")
+    max_body_bytes: int = Field(2_000_000, ge=1, le=MAX_BODY_BYTES, description="Largest request body.")
+    max_client_batch_size: int = Field(128, ge=1, le=MAX_WAITING, description="Prompts in one completion request.")
+    max_stop_sequences: int = Field(4, ge=0, le=MAX_STOPS, description="Stop strings in one request.")
+    max_top_n_tokens: int = Field(
+        5, ge=0, le=MAX_ALTERNATIVES, description="Most alternatives that a TGI request may ask for."
+    )
     served_model_name: str | None = Field(None, min_length=1, description="Name shown to clients; None is the model's.")
     chat_template: str | None = Field(
         None, description="Used instead of the model's own: the name of a built-in format, or Jinja source."
@@ -132,7 +136,7 @@ def _from_file(path: Path) -> dict[str, Any]:
         raise SettingsError(f"{path}: can't read the configuration: {error.strerror}") from None
     except UnicodeDecodeError:
         raise SettingsError(f"{path}: the configuration is not UTF-8 text") from None
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # not only TOML's own: of numbers with thousands of digits, too
         raise SettingsError(f"{path}: not TOML: {error}") from None
     values = {name.replace("_", "-"): value for name, value in values.items()}
     for name in values:
@@ -168,7 +172,7 @@ def _reciprocal(value: object, label: str) -> float:
     except ValueError:
         number = 0.0
     if not 0 < number < float("inf"):
-        raise SettingsError(f"{label}: input should be a number above 0, not {value!r}")
+        raise SettingsError(f"{label}: input should be a number above 0, not {value!r:.80}")
     return 1 / number
 
 
@@ -185,4 +189,4 @@ def _one_line(failure: ValidationError, merged: Mapping[TreePath, tuple[Any, str
     expected = message.split(", unable to")[
         0
     ]  # "Input should be a valid integer, unable to parse string as an integer"
-    return f"{label}: {expected[0].lower()}{expected[1:]}, not {value!r}"
+    return f"{label}: {expected[0].lower()}{expected[1:]}, not {value!r:.80}"
