@@ -95,7 +95,8 @@ class EngineClient:
     async def start(self, find_marks: FindMarks | None = None) -> None:
         """Spawn the engine and begin to watch it; returns at once.
 
-        `find_marks` is asked of every model that an engine has loaded, before requests reach it. It must not raise.
+        `find_marks` is asked of every model that an engine has loaded, before requests reach it. If it raises OSError,
+        as a timeout does, that engine is not used: the first fails with a line, and a later one is started again.
         """
         self._find_marks = find_marks
         self._supervisor = asyncio.create_task(self._supervise(), name="engine supervisor")
@@ -168,8 +169,8 @@ class EngineClient:
                 header = await reader.readexactly(HEADER.size)
                 message = decode_to_front(await reader.readexactly(*HEADER.unpack(header)))
                 if isinstance(message, Loaded):
-                    marks = await self._find_marks(message.info) if self._find_marks else TurnMarks()
-                    self._send(SetMarks(marks))
+                    if not await self._send_marks(message.info):
+                        break
                 elif isinstance(message, Ready):
                     was_ready = True
                     await self._on_ready(message)
@@ -190,6 +191,20 @@ class EngineClient:
         if self.state != "failed":
             self._failure = how
         return was_ready
+
+    async def _send_marks(self, info: ModelInfo) -> bool:
+        """Tell the engine what the chat template makes special; False if that can't be found out."""
+        try:
+            marks = TurnMarks() if self._find_marks is None else await self._find_marks(info)
+        except OSError as error:
+            reason = f"the chat template can't be asked what ends a turn: {str(error) or 'it did not answer in time'}"
+            log.error("%s", reason)
+            if self.info is None:
+                self._failure = reason
+                await self._set_state("failed")
+            return False
+        self._send(SetMarks(marks))
+        return True
 
     async def _on_ready(self, ready: Ready) -> None:
         self.info, self.adapters = ready.info, ready.adapters

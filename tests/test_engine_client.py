@@ -174,6 +174,32 @@ async def test_marks_of_the_chat_template_are_special_in_every_engine(launch: La
     await client.close()
 
 
+async def test_an_engine_is_not_used_without_its_marks(caplog: pytest.LogCaptureFixture):
+    fails = [False, True, False]
+
+    async def find_marks(info: ModelInfo) -> TurnMarks:
+        if fails.pop(0):
+            raise TimeoutError
+        return TurnMarks((TURN,), (TURN,))
+
+    client = EngineClient(settings(), fake_process)
+    await client.start(find_marks)
+    await client.wait_ready()
+    with pytest.raises(BackendFailed, match="died"):
+        await answer(client, ask("r", "crash", 20))
+    assert TURN in (await client.wait_ready()).end_texts
+    assert (fails, client.restarts) == ([], 2)
+    assert "did not answer in time" in caplog.text
+    await client.close()
+
+    fails = [True]
+    client = EngineClient(settings(), fake_thread)
+    await client.start(find_marks)
+    with pytest.raises(BackendFailed, match="the chat template can't be asked what ends a turn"):
+        await client.wait_ready()
+    await client.close()
+
+
 async def test_without_a_word_about_marks_nothing_becomes_special(client: EngineClient):
     info = await client.wait_ready()
     assert (info.added_texts, info.end_texts) == ((TURN,), ("</s>", "<|im_end|>"))
