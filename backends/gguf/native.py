@@ -18,6 +18,7 @@ import numpy as np
 from llama_cpp import llama_cpp as ll
 
 from tightrope.backends.errors import BackendError
+from tightrope.backends.gguf.header import read_header
 from tightrope.backends.gguf.threadpool import ThreadPool
 
 log = logging.getLogger("tightrope.gguf")
@@ -27,12 +28,15 @@ MAX_SEQS = 256  # llama.cpp's LLAMA_MAX_SEQ
 _LOG_LEVELS = {1: logging.DEBUG, 2: logging.DEBUG, 3: logging.DEBUG, 4: logging.WARNING}
 
 _WARNING = 3
+_MAX_NAMED = 4  # tensors in a message
+_ASKS = "create_tensor: loading tensor "
 _MAX_WARNINGS = 1 << 16  # a vocabulary may have one for each token
 _SAID_BETTER = ("missing pre-tokenizer type", "GENERATION QUALITY", "CONSIDER REGENERATING")  # by the header's checks
 _FUNCTION = re.compile(r"^\w+: ")  # each line begins with the name of a native function
 
 _recent_errors: deque[str] = deque(maxlen=4)  # what llama.cpp complained about last, for error messages
 _recent_warnings: deque[str] = deque(maxlen=_MAX_WARNINGS)
+_asked_tensors: set[str] = set()  # names that llama.cpp looked for in the last file
 _last_level = logging.DEBUG
 
 
@@ -51,6 +55,8 @@ def _on_log(level: int, text: bytes, _: ctypes.c_void_p) -> None:
         _recent_errors.append(line)
     if level == _WARNING:
         _recent_warnings.append(line)
+    if line.startswith(_ASKS):
+        _asked_tensors.add(line.removeprefix(_ASKS))
     log.log(_last_level, "%s", line)
 
 
@@ -97,11 +103,21 @@ def _complaints() -> str:
     return "; ".join(reasons) or "it gave no reason"
 
 
+def _why_not_loaded(path: Path) -> str:
+    """llama.cpp's complaint about a file. Where it only counts tensors, those that it did not look for are named."""
+    reason = _complaints()
+    if "wrong number of tensors" not in reason:
+        return reason
+    names = [repr(tensor.name) for tensor in read_header(path).tensors if tensor.name not in _asked_tensors]
+    more = f" and {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else ""
+    return f"{reason}; its architecture has no {', '.join(names[:_MAX_NAMED])}{more}"
+
+
 def _warnings() -> tuple[str, ...]:
     """What llama.cpp warned of, a line for each kind: lines that differ in numbers and quoted texts are one kind."""
     kinds: dict[str, list[str]] = {}
     for line in _recent_warnings:
-        text = _FUNCTION.sub("", line).strip("* ")
+        text = " ".join(_FUNCTION.sub("", line).strip("* ").split())
         if text and not text.startswith(_SAID_BETTER):
             kinds.setdefault(re.sub(r"'.*?'|\d+", "", text), []).append(text)
     _recent_warnings.clear()
@@ -118,6 +134,7 @@ class NativeModel:
         ll.llama_log_set(_on_log, ctypes.c_void_p(0))  # llama_cpp set its own when it was imported
         _recent_errors.clear()
         _recent_warnings.clear()
+        _asked_tensors.clear()
         self._on_progress = ll.llama_progress_callback(_progress_callback(options.progress))
         params = ll.llama_model_default_params()
         params.n_gpu_layers = options.gpu_layers
@@ -129,7 +146,7 @@ class NativeModel:
             params.devices = ctypes.cast(no_devices, ctypes.c_void_p)
         self.pointer = ll.llama_model_load_from_file(str(path).encode(), params)
         if not self.pointer:
-            raise BackendError(f"{path}: llama.cpp can't load it: {_complaints()}")
+            raise BackendError(f"{path}: llama.cpp can't load it: {_why_not_loaded(path)}")
         if not self._writes_text():
             self.close()
             raise BackendError(f"{path}: no model to chat with: its architecture doesn't write text from left to right")

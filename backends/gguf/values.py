@@ -5,9 +5,10 @@ The file is read beside the loader, in pieces that a core's cache holds and not 
 process if somebody cut the file; whichever of the two comes first brings it in from the disk.
 """
 
+import os
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any, BinaryIO, Self
+from typing import Any, Self
 
 import numpy as np
 
@@ -16,7 +17,7 @@ from tightrope.backends.gguf.header import DataFile, Header, TensorInfo
 from tightrope.backends.gguf.tensor_types import TENSOR_TYPES, Floats
 from tightrope.backends.opened import open_file
 
-_PIECE = 1 << 18  # bytes that are read at once
+_PIECE = 1 << 20  # bytes that are read at once
 _TYPES = {kind.name: kind for kind in TENSOR_TYPES.values()}
 # form -> dtype, and the bits that are all set in NaN and, where the form has it, in infinity
 _BITS: dict[str, tuple[str, int]] = {
@@ -67,29 +68,29 @@ def check_values(header: Header, is_stopped: Callable[[], bool] = lambda: False)
 
     Ends early and without a verdict once `is_stopped` says so.
     """
+    buffer = np.empty(_PIECE, np.uint8)
     for part in header.files:
         with open_file(part.path) as file:
             for tensor in part.tensors:
-                for first, blocks in _pieces(file, part, tensor):
+                for first, blocks in _pieces(file.fileno(), part, tensor, buffer):
                     if is_stopped():
                         return
                     _check_blocks(part, tensor, first, blocks)
 
 
-def _pieces(file: BinaryIO, part: DataFile, tensor: TensorInfo) -> Iterator[tuple[int, Array]]:
-    """Blocks of a tensor, uint8 [n, bytes of a block], each time with the number of the first."""
+def _pieces(file: int, part: DataFile, tensor: TensorInfo, buffer: Array) -> Iterator[tuple[int, Array]]:
+    """Blocks of a tensor, uint8 [n, bytes of a block], each time with the number of the first; all in `buffer`."""
     kind = _TYPES[tensor.type_name]
     if not kind.floats:
         return
     num_blocks = tensor.num_bytes // kind.num_bytes
-    step = _PIECE // kind.num_bytes
-    file.seek(part.data_start + tensor.offset)
+    step = len(buffer) // kind.num_bytes
     for first in range(0, num_blocks, step):
-        num_bytes = min(step, num_blocks - first) * kind.num_bytes
-        raw = file.read(num_bytes)
-        if len(raw) != num_bytes:
+        blocks = buffer[: min(step, num_blocks - first) * kind.num_bytes]
+        start = part.data_start + tensor.offset + first * kind.num_bytes
+        if os.preadv(file, [blocks.data], start) != len(blocks):
             raise BackendError(f"{part.path}: became shorter while it was read, in tensor {tensor.name!r}")
-        yield first, np.frombuffer(raw, np.uint8).reshape(-1, kind.num_bytes)
+        yield first, blocks.reshape(-1, kind.num_bytes)
 
 
 def _check_blocks(part: DataFile, tensor: TensorInfo, first: int, blocks: Array) -> None:
