@@ -5,7 +5,7 @@ it without saying that it is special. The template does: what stands behind the 
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from tightrope.server.templates import ChatTemplate
 Role = Literal["system", "user", "assistant"]
 
 _ROLE_WORD = re.compile(r"[\w:./-]{1,32}\s*")  # "user\n" between marks; a sentence is none
+_ASSISTANT = re.compile("assistant|bot|model|gpt", re.IGNORECASE)
 _TEXT = re.compile(r"""[\w\s#:.,;!?*='"`()…—-]*""")  # words, headings such as "### Input:", rules, blanks
 # ends of turns where a turn has several messages: in OpenAI's harmony format, and in Solar's
 _SEVERAL_MESSAGES = ({"<|return|>", "<|call|>"}, {"<|flush|>", "<|calls|>"})
@@ -84,32 +85,25 @@ async def _rendered_gaps(
 def turn_marks(found: Iterable[Gap], info: ModelInfo) -> TurnMarks:
     """The marks in the gaps, each one token of the vocabulary.
 
-    An end is what stands behind an assistant's words. A tag that opens what stands in front of them, such as
-    `<think>`, belongs to the answer and is no mark; words, headings and blanks are none, even if they are one token.
+    An end is what stands behind an assistant's words. In front of them only what names the assistant is a mark: other
+    tokens there, such as `<think>`, belong to the answer. Words, headings and blanks are none, even if they are one
+    token.
     """
     every = list(found)
     candidates = _candidates(info, "\0".join(gap.text for gap in every))
     if not candidates:
         return TurnMarks()
     pattern = re.compile(f"({'|'.join(map(re.escape, candidates))})")
-    texts: set[str] = set()
-    ends: set[str] = set()
-    in_front: set[str] = set()  # of an assistant's words, behind a person's
-    for gap in every:
-        pieces = pattern.split(gap.text)  # text, mark, text, mark ... text
-        if gap.before is not None:
-            first = _first_mark(pieces)
-            texts |= first
-            ends |= first if gap.before == "assistant" else set()
-        if gap.after in ("user", "system"):
-            texts |= _enclosing(pieces[::-1])
-        elif gap.after == "assistant":
-            in_front |= _enclosing(pieces)
-    tokens = (*info.special_texts, *info.added_texts)
-    texts |= {mark for mark in in_front if (partner := _partner(mark, tokens)) is None or partner in texts}
-    if any(turn_ends <= {*tokens} for turn_ends in _SEVERAL_MESSAGES):
+    cut = [(gap, pattern.split(gap.text)) for gap in every]  # text, mark, text, mark ... text
+    ends = {mark for gap, pieces in cut if gap.before == "assistant" for mark in _first_mark(pieces)}
+    behind = ends | {mark for gap, pieces in cut if gap.before is not None for mark in _first_mark(pieces)}
+    before = {mark for gap, pieces in cut if gap.after in ("system", "user") for mark in _opening(pieces, behind)}
+    named = {
+        mark for gap, pieces in cut if gap.after == "assistant" for mark in pieces[1::2] if _ASSISTANT.search(mark)
+    }
+    if any(turn_ends <= {*info.special_texts, *info.added_texts} for turn_ends in _SEVERAL_MESSAGES):
         ends.discard("<|end|>")  # there it ends one of the messages of a turn
-    added = texts & set(info.added_texts)
+    added = (behind | before | named) & set(info.added_texts)
     return TurnMarks(tuple(sorted(added)), tuple(sorted(ends - set(info.end_texts))))
 
 
@@ -125,21 +119,17 @@ def _first_mark(pieces: Sequence[str]) -> set[str]:
     return {pieces[1]} if len(pieces) > 1 and not pieces[0].strip() else set()
 
 
-def _enclosing(pieces: Sequence[str]) -> set[str]:
-    """The marks from words outwards, past one role's name such as "user", up to the next text."""
+def _opening(pieces: Sequence[str], behind: Collection[str]) -> set[str]:
+    """The marks in front of words, back past one role's name such as "user", to the end of the turn before."""
     marks: set[str] = set()
     may_be_role = True
-    for index, piece in enumerate(pieces):
+    for index, piece in enumerate(reversed(pieces)):
         if index % 2:
             marks.add(piece)
+            if piece in behind:
+                break
         elif piece.strip():
             if not may_be_role or not _ROLE_WORD.fullmatch(piece):
                 break
             may_be_role = False
     return marks
-
-
-def _partner(mark: str, tokens: Iterable[str]) -> str | None:
-    """The token that closes what this one opens, or opens what it closes: `</think>` and `<think>`."""
-    bare = mark.replace("/", "", 1)
-    return next((other for other in tokens if other != mark and other.replace("/", "", 1) == bare), None)

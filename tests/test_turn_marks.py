@@ -44,6 +44,18 @@ THINKING = (
     "{% if m.role == 'assistant' %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
     "{{ m.content + '<|im_end|>\n' }}{% endfor %}"
 )
+ONLY_OPENED = CHATML.replace("'<|im_start|>' + m.role + '\n'", "'<|im_start|>' + m.role + '\n' + thought[m.role]")
+ONLY_OPENED = "{% set thought = {'assistant': '<think>\n', 'user': '', 'system': ''} %}" + ONLY_OPENED
+CALLS_AS = "\nCall as <tool_call>\n{}\n</tool_call>"
+TAGS_AT_THE_END_OF_A_SYSTEM_PROMPT = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content }}"
+    f"{{% if loop.first %}}{CALLS_AS}{{% endif %}}"
+    "{{ '<|im_end|>\n' }}{% endfor %}"
+)
+COMMAND = (
+    "{% for m in messages %}<|START|>{% if m.role == 'assistant' %}<|CHATBOT|><|START_THINKING|><|END_THINKING|>"
+    "{% else %}{{ '<|' + m.role | upper + '|>' }}{% endif %}{{ m.content }}<|END|>{% endfor %}"
+)
 DEEPSEEK = (
     "{% for m in messages %}{% if m.role == 'user' %}{{ '<｜User｜>' + m.content }}"
     "{% elif m.role == 'assistant' %}{{ '<｜Assistant｜><think></think>' + m.content + '<｜stop｜>' }}"
@@ -103,6 +115,19 @@ async def found(renderer: TemplateRenderer, template: str, model: ModelInfo) -> 
             ("<｜User｜>", "<｜Assistant｜>", "<｜stop｜>", "<think>", "</think>"),
             {"<｜User｜>", "<｜Assistant｜>", "<｜stop｜>"},
             {"<｜stop｜>"},
+        ),
+        (ONLY_OPENED, (*CHATML_MARKS, "<think>"), set(CHATML_MARKS), {"<|im_end|>"}),
+        (
+            TAGS_AT_THE_END_OF_A_SYSTEM_PROMPT,
+            (*CHATML_MARKS, "<tool_call>", "</tool_call>"),
+            set(CHATML_MARKS),
+            {"<|im_end|>"},
+        ),
+        (
+            COMMAND,
+            ("<|START|>", "<|USER|>", "<|SYSTEM|>", "<|CHATBOT|>", "<|START_THINKING|>", "<|END_THINKING|>", "<|END|>"),
+            {"<|START|>", "<|USER|>", "<|SYSTEM|>", "<|CHATBOT|>", "<|END|>"},
+            {"<|END|>"},
         ),
         (TAGS, TAG_MARKS, set(TAG_MARKS), {"</assistant>"}),
         (HARMONY, HARMONY_MARKS, set(HARMONY_MARKS) - {"<|call|>"}, {"<|return|>"}),
