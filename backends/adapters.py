@@ -50,6 +50,10 @@ class AdapterRoom:
             self.give_back(name)
             raise
 
+    def settle(self, name: str, num_bytes: int) -> None:
+        """Say what an adapter takes in truth, where that is less than the room it was given."""
+        self._taken[name] = min(num_bytes, self._taken[name])
+
     def give_back(self, name: str) -> None:
         """Free what an adapter had taken."""
         self._taken.pop(name, None)

@@ -71,7 +71,8 @@ def _of_folder(folder: Path, settings: ModelSettings, memory_bytes: int | None) 
     from tightrope.backends.hf.config import read_config
     from tightrope.backends.hf.generation import chat_template
     from tightrope.backends.hf.peft import room_for_adapters
-    from tightrope.backends.hf.tokenizer import HFTokenizer, has_tokenizer
+    from tightrope.backends.hf.tokenizer import HFTokenizer
+    from tightrope.backends.hf.vocabulary import has_tokenizer
     from tightrope.backends.rope import resolve_rope
     from tightrope.kernels.layout import PAGE
 

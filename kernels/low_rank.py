@@ -51,6 +51,11 @@ class AdapterRows:
         """Those of rows [n] int64 alone."""
         return AdapterRows(self.slots[rows], self.scales[rows], self.present)
 
+    def check(self, num_rows: int, name: str) -> None:
+        """Raises RuntimeError where a module is given other rows than these are."""
+        if num_rows != len(self.slots):
+            raise RuntimeError(f"{name} runs on a part of the step, where it can't be adapted")
+
 
 def make_low_rank(pieces: "list[tuple[int, Tensor, Tensor, float]]", dtype: torch.dtype) -> LowRank:
     """Of (first output, A [r, K], B [N, r], scaling) each, as files have them."""

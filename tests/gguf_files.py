@@ -38,13 +38,15 @@ Change = Callable[[str, np.ndarray], np.ndarray | None]
 def write_model(
     folder: Path,
     path: Path,
+    user_defined: TokenType = TokenType.USER_DEFINED,
     *,
     change: Change = lambda _, values: values,
     keys: Callable[[GGUFWriter], None] = lambda _: None,
 ) -> Path:
     """A llama, or a mixture of experts, from a Hugging Face folder.
 
-    change: what is written of a tensor's name and values; None leaves it out. keys: adds to the metadata or changes it.
+    user_defined: what sentencepiece's user-defined pieces become; older converters wrote them as normal ones. change:
+    what is written of a tensor's name and values; None leaves it out. keys: adds to the metadata or changes it.
     """
     config = json.loads((folder / "config.json").read_text())
     writer = GGUFWriter(path, "llama")
@@ -64,7 +66,7 @@ def write_model(
     if (folder / "tokenizer.json").is_file():
         _add_tokenizer(writer, json.loads((folder / "tokenizer.json").read_text()))
     else:
-        _add_sentencepiece(writer, (folder / "tokenizer.model").read_bytes())
+        _add_sentencepiece(writer, (folder / "tokenizer.model").read_bytes(), user_defined)
     settings = folder / "tokenizer_config.json"
     if settings.is_file() and "chat_template" in (named := json.loads(settings.read_text())):
         writer.add_chat_template(named["chat_template"])
@@ -153,12 +155,13 @@ def _add_tokenizer(writer: GGUFWriter, tokenizer: Mapping[str, Mapping[str, obje
     writer.add_eos_token_id(2)
 
 
-def _add_sentencepiece(writer: GGUFWriter, raw: bytes) -> None:
+def _add_sentencepiece(writer: GGUFWriter, raw: bytes, user_defined: TokenType) -> None:
     model = parse(raw)
     writer.add_tokenizer_model("llama")
     writer.add_token_list([piece.text for piece in model.pieces])
     writer.add_token_scores([piece.score for piece in model.pieces])
-    writer.add_token_types([piece.type for piece in model.pieces])  # GGUF has sentencepiece's own numbers
+    types = [TokenType(piece.type) for piece in model.pieces]  # GGUF has sentencepiece's own numbers
+    writer.add_token_types([user_defined if t is TokenType.USER_DEFINED else t for t in types])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_add_bos_token(False)

@@ -137,6 +137,36 @@ def test_a_typed_mark_is_tokenized_as_if_the_vocabulary_did_not_have_it(
                 assert any(map(tokenizer.is_special, parsed)) == any(mark in text for mark in TURN_MARKS)
 
 
+@pytest.mark.parametrize("write", [bpe, spm])
+def test_a_mark_that_an_older_converter_wrote_as_plain_text_is_one_token_all_the_same(
+    opened: Opened, tmp_path: Path, write: Callable[..., Path]
+) -> None:
+    start, marks = SPM_START if write is spm else [], TURN_MARKS[:3]
+    user = opened(write(tmp_path / "user.gguf", [*start, *((mark, USER) for mark in marks)]))
+    plain = opened(write(tmp_path / "plain.gguf", [*start, *((mark, NORMAL) for mark in marks)]))
+    assert plain.added_texts() == list(marks)
+    assert not any(len(plain.encode(mark, parse_special=True, is_start=False)) == 1 for mark in marks)
+
+    for tokenizer in (user, plain):
+        tokenizer.set_marks(marks, marks[1:2])
+
+    assert plain.eos_ids == user.eos_ids
+    for text in TYPED:
+        for is_start in (True, False):
+            typed = plain.encode(text, parse_special=False, is_start=is_start)
+            assert not any(map(plain.is_special, typed))
+            if "<|>" not in text:
+                parsed = plain.encode(text, parse_special=True, is_start=is_start)
+                assert parsed == user.encode(text, parse_special=True, is_start=is_start), text
+
+
+def test_plain_tokens_that_text_becomes_are_no_marks(opened: Opened, tmp_path: Path) -> None:
+    html = [("</", NORMAL), ("</>", NORMAL)]
+    tokenizer = opened(write_vocabulary(tmp_path / "m.gguf", "gpt2", [*BYTES, *html], pre="gpt-2", merges="< /\n</ >"))
+    assert tokenizer.added_texts() == []
+    assert len(tokenizer.encode("</>", parse_special=True, is_start=False)) == 1
+
+
 def test_no_piece_of_a_text_holds_a_mark() -> None:
     cutter = MarkCutter({"<<": 1, "<a>": 2, "a><": 1, "<<<a": 3})
     for text in ("", "plain", "<<", "<<<a>", "<a><a><<<<a>", "<" * 1001, "<a" * 50 + ">"):

@@ -8,11 +8,13 @@ import io
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import sentencepiece
 import torch
+from gguf import TokenType
 from gguf_files import write_model
 from quantizers import exl2, gptq
 from quantizers.calibration import FAMILIES, Calibrated
@@ -77,10 +79,10 @@ def write_exl2(folder: Path) -> Path:
     return _folder(folder, vocabulary, tensors, "float16", {"quantization_config": settings})
 
 
-def write_gguf(folder: Path) -> Path:
+def write_gguf(folder: Path, user_defined: TokenType = TokenType.USER_DEFINED) -> Path:
     """The path of a file in float32."""
     source = write_bf16(folder / "source")
-    path = write_model(source, folder / "yi.gguf")
+    path = write_model(source, folder / "yi.gguf", user_defined)
     shutil.rmtree(source)
     return path
 
@@ -90,6 +92,7 @@ FORMS: dict[str, Callable[[Path], Path]] = {
     "gptq": write_gptq,
     "exl2": write_exl2,
     "gguf": write_gguf,
+    "gguf of an older converter": partial(write_gguf, user_defined=TokenType.NORMAL),
 }
 
 

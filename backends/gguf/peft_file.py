@@ -17,12 +17,11 @@ from tightrope.backends.errors import BackendError
 from tightrope.backends.gguf.adapter_file import check_shapes
 from tightrope.backends.gguf.header import MAGIC, Header, TensorInfo
 from tightrope.backends.hf.checkpoint import TensorEntry
-from tightrope.backends.hf.peft import Delta, PeftAdapter
+from tightrope.backends.hf.peft import Delta, PeftAdapter, check_float
 from tightrope.kernels.low_rank import balanced
 
 ALIGNMENT = 32  # of tensors in the file, in bytes
 _STRING, _F16 = 8, 1  # type ids of a value and of a tensor
-_FLOATS = ("F32", "F16", "BF16")
 
 # architectures with the names below, and whether a head's rows of queries and keys are (x0, y0, x1, y1 ...) in their
 # files; in those of Hugging Face they are (x0, x1 ... y0, y1 ...)
@@ -63,10 +62,14 @@ class Conversion:
                 f"{adapter.folder}: a folder in PEFT's format can't be used with a GGUF model of architecture "
                 f"{self._architecture!r}: make a file of it by convert_lora_to_gguf.py of llama.cpp"
             )
-        if adapter.saved:
-            raise BackendError(
-                f"{adapter.folder}: {next(iter(adapter.saved))!r} is saved whole, which a GGUF model can't use"
-            )
+        for part, what in (
+            (tuple(module for module, _ in adapter.own), "is saved whole"),
+            (tuple(adapter.table_deltas), "is an embedding with rows changed"),
+            (tuple(adapter.tokens), "has single trained tokens"),
+            (tuple(adapter.base), "is saved whole"),
+        ):
+            if part:
+                raise BackendError(f"{adapter.folder}: {part[0]!r} {what}, which a GGUF model can't use")
         self._known = {tensor.name: tensor for tensor in base.tensors}
         self._stacks: dict[str, dict[int, Delta]] = {}  # experts by number; 0 for what has none
         for module, delta in adapter.deltas.items():
@@ -95,8 +98,7 @@ class Conversion:
     def _check(self, module: str, target: TensorInfo | None, expert: int | None, delta: Delta) -> None:
         path = self._adapter.folder
         for entry in (delta.down, delta.up):
-            if entry.dtype not in _FLOATS:
-                raise BackendError(f"{entry.file}: tensor {entry.name!r} is {entry.dtype}; {_FLOATS} can be used")
+            check_float(entry)
         down, up = delta.down.shape[::-1], delta.up.shape[::-1]
         if expert is not None and target is not None:
             if len(target.dims) != 3 or expert >= target.dims[2]:

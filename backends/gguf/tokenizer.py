@@ -1,6 +1,7 @@
 """Text to token ids and back by the vocabulary in the GGUF file."""
 
 import ctypes
+import re
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from tightrope.backends.protocol import MAX_ADDED_TEXTS
 
 _CONTROL = ll.LLAMA_TOKEN_ATTR_CONTROL | ll.LLAMA_TOKEN_ATTR_UNKNOWN  # what parse_special decides about
 _SPACE_PREFIXED = (ll.LLAMA_VOCAB_TYPE_SPM, ll.LLAMA_VOCAB_TYPE_UGM)
+_BRACKETED = re.compile(r"[<\[◁【]\S+[>\]▷】]")  # as marks are written
 _SEPARATOR = "\x01"  # a character that no vocabulary joins with others
 
 
@@ -31,8 +33,9 @@ class GGUFTokenizer:
         self._special = frozenset(i for i in ids if ll.llama_vocab_get_attr(self._vocab, i) & _CONTROL)
         self._bytes: dict[int, bytes] = {}  # filled as tokens are seen
         self._special_texts = tuple(map(self._text, sorted(self._special)))
-        self._added = self._user_defined()
         self._separator_ids = self._tokenize(_SEPARATOR, parse_special=False) if self._prefixes_space() else []
+        self._added = self._added_tokens()
+        self._unseen: re.Pattern[str] | None = None  # marks that llama.cpp doesn't find even where it parses them
         self.named_tokens = tuple((name, self._text(token_id)) for name, token_id in named.items())
         self._cutter = self._make_cutter()
 
@@ -41,10 +44,21 @@ class GGUFTokenizer:
         if not text:
             return []
         if parse_special:
-            return self._encode(text, parse_special=True, is_start=is_start)
+            return self._encode_parsed(text, is_start=is_start)
         token_ids: list[int] = []
         for piece in self._cutter.pieces(text):  # llama.cpp finds user-defined tokens in any text
             token_ids += self._encode(piece, parse_special=False, is_start=is_start and not token_ids)
+        return token_ids
+
+    def _encode_parsed(self, text: str, *, is_start: bool) -> list[int]:
+        if self._unseen is None:
+            return self._encode(text, parse_special=True, is_start=is_start)
+        token_ids: list[int] = []
+        for index, piece in enumerate(self._unseen.split(text)):
+            if index % 2:
+                token_ids.append(self._added[piece])
+            elif piece:  # behind a mark stands the space that llama.cpp puts behind every other special token
+                token_ids += self._encode(piece, parse_special=True, is_start=is_start or index > 0)
         return token_ids
 
     def _encode(self, text: str, *, parse_special: bool, is_start: bool) -> list[int]:
@@ -68,7 +82,7 @@ class GGUFTokenizer:
         return self._special_texts
 
     def added_texts(self) -> Sequence[str]:
-        """See Tokenizer. User-defined tokens."""
+        """See Tokenizer. User-defined tokens, and those that text in brackets should be but never becomes."""
         return [text for text, token_id in self._added.items() if token_id not in self._special]
 
     def set_marks(self, marks: Collection[str], ends: Collection[str]) -> None:
@@ -79,6 +93,8 @@ class GGUFTokenizer:
         self._special_texts = tuple(map(self._text, sorted(self._special)))
         self.eos_ids |= {known[text] for text in ends if text in known}
         self._cutter = self._make_cutter()
+        unseen = sorted((text for text, i in found.items() if not self._is_user_defined(i)), key=len, reverse=True)
+        self._unseen = re.compile(f"({'|'.join(map(re.escape, unseen))})") if unseen else None
 
     def _make_cutter(self) -> MarkCutter:
         """What keeps plain text from being read as special tokens."""
@@ -90,15 +106,27 @@ class GGUFTokenizer:
         places = {text: place_to_cut(text, token_id, encode) for text, token_id in texts}
         return MarkCutter({text: place for text, place in places.items() if place is not None})
 
-    def _user_defined(self) -> dict[str, int]:
-        """Ids of user-defined tokens by their texts, as far as these could be marks."""
+    def _added_tokens(self) -> dict[str, int]:
+        """Ids of tokens that could be marks, by their texts: user-defined ones, and plain ones that no text becomes.
+
+        The second kind is in files of older converters, which had user-defined pieces for plain ones.
+        """
         found: dict[str, int] = {}
         for token_id in range(self.vocab_size):
-            if ll.llama_vocab_get_attr(self._vocab, token_id) & ll.LLAMA_TOKEN_ATTR_USER_DEFINED:
-                text = self._text(token_id)
-                if text.strip() and len(found) < MAX_ADDED_TEXTS:
-                    found.setdefault(text, token_id)
+            text = self._text(token_id)
+            may_be_mark = self._is_user_defined(token_id) or self._is_out_of_reach(token_id, text)
+            if may_be_mark and text.strip() and len(found) < MAX_ADDED_TEXTS:
+                found.setdefault(text, token_id)
         return found
+
+    def _is_user_defined(self, token_id: int) -> bool:
+        return bool(ll.llama_vocab_get_attr(self._vocab, token_id) & ll.LLAMA_TOKEN_ATTR_USER_DEFINED)
+
+    def _is_out_of_reach(self, token_id: int, text: str) -> bool:
+        is_plain = ll.llama_vocab_get_attr(self._vocab, token_id) == ll.LLAMA_TOKEN_ATTR_NORMAL
+        if not is_plain or _BRACKETED.fullmatch(text) is None:
+            return False
+        return self._encode(text, parse_special=True, is_start=False) != [token_id]
 
     def _text(self, token_id: int) -> str:
         return self.token_bytes(token_id).decode(errors="replace")

@@ -52,7 +52,8 @@ class HFBackend:
         adapter_bytes = room_for_adapters(settings)
         plan = make_plan(settings, shape, blueprint.weight_bytes + adapter_bytes, free_bytes())
         check_layers(plan, blueprint.layers)
-        self.tokenizer: Tokenizer = HFTokenizer(folder, shape)
+        tokenizer = HFTokenizer(folder, shape)
+        self.tokenizer: Tokenizer = tokenizer
         self._threads = compute_threads(settings.threads)
         torch.set_num_threads(1)  # see BLAS_TOKENS
         dispatch.set_threads(self._threads)
@@ -85,14 +86,19 @@ class HFBackend:
         self.capabilities = Capabilities(
             settings.max_num_seqs, plan.step_tokens, prompt_rows(shape.vocab_size, plan.step_tokens)
         )
-        self.card = _card(folder, shape, blueprint.format, self.model, plan)
+        self.card = _card(folder, shape, blueprint.format, self.model, plan, tokenizer)
         progress(1.0)
 
     def forward(self, chunks: Sequence[Chunk]) -> Tensor:
         """See Backend. A step that fails has stored nothing that could be found: only committed tokens are."""
         token_ids = np.concatenate([np.asarray(chunk.token_ids, np.int64) for chunk in chunks])
-        if token_ids.min() < 0 or token_ids.max() >= self.model.vocab_size:
-            raise BackendError(f"an invalid token: ids of this model are 0 to {self.model.vocab_size - 1}")
+        limits = {chunk.adapter: self.model.adapters.num_tokens(chunk.adapter) for chunk in chunks}
+        for adapter, num_tokens in limits.items():
+            mine = token_ids
+            if len(limits) > 1:
+                mine = np.concatenate([chunk.token_ids for chunk in chunks if chunk.adapter == adapter])
+            if mine.min() < 0 or mine.max() >= num_tokens:
+                raise BackendError(f"an invalid token: ids of this model are 0 to {num_tokens - 1}")
         try:
             with torch.inference_mode(), self._blas_threads(len(token_ids)):
                 self._copy_pages()
@@ -183,7 +189,9 @@ def model_id(folder: Path) -> str:
     return folder.name
 
 
-def _card(folder: Path, shape: ModelShape, format: str, model: LoadedModel, plan: Plan) -> ModelCard:
+def _card(
+    folder: Path, shape: ModelShape, format: str, model: LoadedModel, plan: Plan, tokenizer: HFTokenizer
+) -> ModelCard:
     return ModelCard(
         model_id=model_id(folder),
         architecture=shape.model_type,
@@ -192,6 +200,7 @@ def _card(folder: Path, shape: ModelShape, format: str, model: LoadedModel, plan
         trained_len=shape.trained_len,
         cache_dtype=plan.cache_dtype,
         chat_template=chat_template(folder),
-        notes=(*plan.notes, f"kernels: {dispatch.describe(model.device)}", *model.notes),
+        notes=(*plan.notes, f"kernels: {dispatch.describe(model.device)}", *model.notes, *tokenizer.notes),
         cache_token_bytes=plan.token_bytes,
+        named_tokens=tokenizer.named_tokens,
     )

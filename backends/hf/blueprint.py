@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from tightrope.backends.errors import BackendError
+from tightrope.backends.hf.adapter_tables import Tables
 from tightrope.backends.hf.assembly import Assembly, assemble
 from tightrope.backends.hf.attention import CurrentStep, LayerInfo
 from tightrope.backends.hf.checkpoint import Checkpoint
@@ -19,7 +20,7 @@ from tightrope.backends.hf.config import ModelShape
 from tightrope.backends.hf.loader import tie
 from tightrope.backends.hf.matching import LeftOver, check_all, notes_on
 from tightrope.backends.hf.names import FileNames
-from tightrope.backends.hf.organs import Linear
+from tightrope.backends.hf.organs import Embedding, Linear
 from tightrope.backends.hf.packings import check_packing
 from tightrope.backends.hf.quantised import (
     Quantization,
@@ -56,6 +57,7 @@ class Blueprint:
     tied: tuple[str, str] | None  # weights of head and embedding, by name, that are one if the files' are equal
     device: torch.device
     activation_dtype: torch.dtype
+    tables: Tables
     notes: tuple[str, ...]
 
     @property
@@ -121,12 +123,19 @@ def draw(
         tied=tied,
         device=device,
         activation_dtype=dtype,
+        tables=_tables(model, (table, head), shape),
         notes=(
             *(f"{name} runs as transformers has it" for name in planted.kept),
             *notes_on(left, checkpoint),
             *([] if plain is None else [plain]),
         ),
     )
+
+
+def _tables(model: nn.Module, names: tuple[str, str], shape: ModelShape) -> Tables:
+    embedding = next((m for m in model.modules() if isinstance(m, Embedding) and m.name == names[0]), None)
+    head = next((m for m in model.modules() if isinstance(m, Linear) and m.is_head), None)
+    return Tables(embedding, head, names, shape.tie_embeddings, shape.vocab_size, shape.hidden_size)
 
 
 def _name_of(model: nn.Module, part: nn.Module) -> str:

@@ -1,67 +1,98 @@
-"""What a folder says about generation beside its weights: end tokens, named tokens, the chat template."""
+"""What is known of a folder's chats: its template, and the marks of turns that have well-known names."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from tightrope.backends.errors import BackendError
-from tightrope.backends.hf.config import ModelShape
 from tightrope.backends.hf.jsonfile import read_object
 from tightrope.backends.opened import read_bytes
 
 MAX_FILE = 64 << 20  # bytes; the longest real ones list every added token
 MAX_TEMPLATE = 4 << 20  # bytes
 
-# Tokens that end a turn in every family that has them; fine-tunes often leave them out of generation_config.json.
+# Tokens that end a turn in every family that has them, and tokens that begin one; fine-tunes often flag neither and
+# leave them out of generation_config.json. From llama.cpp's list and the files of published models.
 TURN_ENDS = frozenset(
     {
         "<|im_end|>",
         "<|eot_id|>",
         "<|eom_id|>",
+        "<|eot|>",
+        "<|eom|>",
+        "<|end|>",
+        "<|return|>",
+        "<|call|>",
+        "<|flush|>",
+        "<|calls|>",
         "<|end_of_text|>",
         "<|endoftext|>",
         "<end_of_turn>",
         "<|end_of_turn|>",
+        "<|endofturn|>",
+        "[|endofturn|]",
         "<|END_OF_TURN_TOKEN|>",
+        "<end_of_utterance>",
+        "<|end▁of▁sentence|>",
         "<｜end▁of▁sentence｜>",
+        "<|end_of_sentence|>",
+        "<EOT>",
+        "▁<EOT>",
+        "[EOT]",
+        "<eoa>",
+        "<eod>",
+        "<seed:eos>",
+        "[e~[",
+    }
+)
+HARMONY_ENDS = frozenset({"<|return|>", "<|call|>"})  # where they are, <|end|> ends a message within a turn
+TURN_STARTS = frozenset(
+    {
+        "<|im_start|>",
+        "<|start_header_id|>",
+        "<|end_header_id|>",
+        "<|header_start|>",
+        "<|header_end|>",
+        "<start_of_turn>",
+        "<|start_of_role|>",
+        "<|end_of_role|>",
+        "<|START_OF_TURN_TOKEN|>",
+        "<|startoftext|>",
+        "<|begin_of_text|>",
+        "<|begin▁of▁sentence|>",
+        "<｜begin▁of▁sentence｜>",
+        "<｜User｜>",
+        "<｜Assistant｜>",
+        "<|start|>",
+        "<|message|>",
+        "<|channel|>",
+        "<|system|>",
+        "<|user|>",
+        "<|assistant|>",
+        "<|im_middle|>",
+        "<|im_system|>",
+        "<|im_user|>",
+        "<|im_assistant|>",
+        "[INST]",
+        "[/INST]",
+        "[SYSTEM_PROMPT]",
+        "[/SYSTEM_PROMPT]",
+        "[AVAILABLE_TOOLS]",
+        "[/AVAILABLE_TOOLS]",
+        "[TOOL_CALLS]",
+        "[TOOL_RESULTS]",
+        "[/TOOL_RESULTS]",
+        "]~b]",
+        "<seed:bos>",
     }
 )
 
 
 def read_optional(path: Path) -> dict[str, Any]:
-    """A JSON object that a folder may lack; empty if it does. Raises BackendError when it is malformed."""
-    return read_object(path, MAX_FILE) if path.is_file() else {}
+    """A JSON object that a folder may lack; empty if it does. Raises BackendError when it is malformed.
 
-
-def end_ids(folder: Path, shape: ModelShape) -> frozenset[int]:
-    """Every eos_token_id of generation_config.json, or of config.json if that file names none.
-
-    Not of both: converters leave another model's id in config.json. Raises BackendError for ids outside the vocabulary.
+    Numbers may be NaN or infinite: a limit such as model_max_length is written so where there is none.
     """
-    path = folder / "generation_config.json"
-    value = read_optional(path).get("eos_token_id")
-    if value is None:
-        path, value = folder / "config.json", shape.raw.get("eos_token_id")
-    ids = value if isinstance(value, list) else [] if value is None else [value]
-    for token_id in ids:
-        if type(token_id) is not int or not 0 <= token_id < shape.vocab_size:
-            raise BackendError(
-                f"{path}: eos_token_id {token_id!r:.40} is not a token id of the vocabulary of {shape.vocab_size}"
-            )
-    return frozenset(ids)
-
-
-def named_token(folder: Path, name: str) -> str | None:
-    """The text of a token such as bos_token, by tokenizer_config.json or else special_tokens_map.json."""
-    for file in ("tokenizer_config.json", "special_tokens_map.json"):
-        value = read_optional(folder / file).get(name)
-        if isinstance(value, Mapping):  # an added token with its flags
-            value = value.get("content")
-        if isinstance(value, str):
-            return value
-        if value is not None:
-            raise BackendError(f"{folder / file}: {name} is {value!r:.80}; it must be a token's text")
-    return None
+    return read_object(path, MAX_FILE, finite=False) if path.is_file() else {}
 
 
 def chat_template(folder: Path) -> str | None:

@@ -9,11 +9,11 @@ from tightrope.backends.errors import BackendError
 from tightrope.backends.opened import read_bytes
 
 
-def read_object(path: Path, max_bytes: int) -> dict[str, Any]:
+def read_object(path: Path, max_bytes: int, *, finite: bool = True) -> dict[str, Any]:
     """The JSON object in a file.
 
-    Raises BackendError when the file can't be read, is larger than `max_bytes`, is no JSON object, or holds a NaN or an
-    infinity anywhere, whose field is named.
+    Raises BackendError when the file can't be read, is larger than `max_bytes`, is no JSON object, or, if `finite`,
+    holds a NaN or an infinity anywhere, whose field is named.
     """
     raw = read_bytes(path, max_bytes)
     try:
@@ -24,7 +24,8 @@ def read_object(path: Path, max_bytes: int) -> dict[str, Any]:
         raise BackendError(f"{path}: not JSON in UTF-8") from None
     if not isinstance(value, dict):
         raise BackendError(f"{path}: holds {type(value).__name__} instead of a JSON object")
-    _check_numbers(path, value, "")
+    if finite:
+        _check_numbers(path, value, "")
     return value
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from tightrope.backends.hf.adapter_tables import Tables
 from tightrope.backends.hf.adapters import Adapters
 from tightrope.backends.hf.attention import CurrentStep, LayerInfo
 from tightrope.backends.hf.blueprint import Blueprint, draw
@@ -32,14 +33,14 @@ class LoadedModel:
 
     def __init__(
         self, model: PreTrainedModel, current: CurrentStep, layers: tuple[LayerInfo, ...], notes: tuple[str, ...],
-        device: torch.device, activation_dtype: torch.dtype,
+        device: torch.device, activation_dtype: torch.dtype, tables: Tables,
     ) -> None:  # fmt: skip
         self.tree, self._current = model, current
         self.layers, self.notes, self.device, self.activation_dtype = layers, notes, device, activation_dtype
         self.vocab_size: int = model.config.get_text_config().vocab_size
         # on a CPU sixteen bits for what is read in each step; what is added is small
         low_rank_dtype = torch.float16 if device.type == "cpu" else activation_dtype
-        self.adapters = Adapters(model, device, low_rank_dtype)
+        self.adapters = Adapters(model, current, tables, device, low_rank_dtype)
 
     @property
     def picks_experts_on_card(self) -> bool:
@@ -59,8 +60,8 @@ class LoadedModel:
     ) -> Tensor:  # fmt: skip
         """Logits [len(rows), V] float32 of the given rows [int64] of token_ids [T] int64.
 
-        Stores the step's keys and values. `tables` has one for each `rope` of `layers`; `adapters` says which of the
-        token_ids use which.
+        V is larger where an adapter of the step knows more tokens. Stores the step's keys and values. `tables` has one
+        for each `rope` of `layers`; `adapters` says which of the token_ids use which.
         """
         self._current.layout, self._current.tables = step, tables
         self._current.adapters = adapters
@@ -71,8 +72,9 @@ class LoadedModel:
             use_cache=False,
             logits_to_keep=rows,
         )
-        logits: Tensor = output.logits
-        return logits[0].float()
+        logits: Tensor = output.logits[0].float()
+        head_adapters = self._current.head_adapters
+        return logits if head_adapters is None else self.adapters.ruled_out(logits, head_adapters)
 
 
 def load_model(
@@ -106,4 +108,6 @@ def build(blueprint: Blueprint, progress: Callable[[float], None]) -> LoadedMode
             module.settle()
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = buffer.to(device)
-    return LoadedModel(model, blueprint.current, blueprint.layers, tuple(notes), device, blueprint.activation_dtype)
+    return LoadedModel(
+        model, blueprint.current, blueprint.layers, tuple(notes), device, blueprint.activation_dtype, blueprint.tables
+    )

@@ -1,7 +1,7 @@
 """What checkpoint files call the tensors of transformers' modules, which were renamed and nested over the years."""
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 # names in older files, by those in transformers 5
 RENAMES: tuple[tuple[str, str], ...] = (
@@ -68,3 +68,13 @@ class FileNames:
 
     def _has(self, prefix: str) -> bool:
         return any(name.startswith(prefix) for name in self._names)
+
+
+def spellings(module: str) -> Iterator[str]:
+    """What a module of an adapter may be called in transformers' tree of today."""
+    for nest in (NESTED, NESTED_BEFORE, ""):
+        if module.startswith(nest):
+            plain = module.removeprefix(nest)
+            for base in ("", "model."):
+                for new, old in (("", ""), *RENAMES):
+                    yield base + (f"{plain}.".replace(old, new).removesuffix(".") if old else plain)

@@ -15,6 +15,7 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from tightrope.backends.hf.attention import Attention, CurrentStep
 from tightrope.backends.hf.matrices import Matrix, projection, stacked, times
+from tightrope.backends.hf.tables import TableChange
 from tightrope.kernels import dispatch
 from tightrope.kernels.layer import DecoderLayer, GatedExperts, Norm, Projection, StackedExperts
 from tightrope.kernels.low_rank import AdapterRows, LowRank
@@ -24,7 +25,7 @@ class Linear(nn.Module):
     """One linear, or several on the same input with their rows one below the other.
 
     `rows` are their names and numbers of outputs. Rows of a step may use adapters: `adapters` add to the outputs of
-    those in their slot, `replaced` are whole weights in the place of ours.
+    those in their slot. A head may have rows of its own in an adapter, `changes`, and more outputs then.
     """
 
     weight: Matrix
@@ -35,7 +36,7 @@ class Linear(nn.Module):
         self.rows, self.num_inputs, self.num_outputs = tuple(rows), num_inputs, sum(size for _, size in rows)
         self.current = current
         self.adapters: dict[int, LowRank] = {}
-        self.replaced: dict[int, Tensor] = {}  # [N, K] by slot
+        self.changes: dict[int, TableChange] = {}  # by slot
         self.is_head = False  # whether only rows whose logits are wanted come here
 
     @property
@@ -43,44 +44,66 @@ class Linear(nn.Module):
         return self.num_outputs, self.num_inputs
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.run(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], self.num_outputs)
+        out = self.run(x.reshape(-1, x.shape[-1]))
+        return out.view(*x.shape[:-1], out.shape[-1])
 
     def run(self, x: Tensor) -> Tensor:
         """x [T, K] to [T, N]."""
         out = times(x, self.weight, self.bias)
         rows = self.current.head_adapters if self.is_head else self.current.adapters
-        if rows is not None and (self.adapters or self.replaced):
-            self._adapt(out, x, rows)
+        if rows is not None and (self.adapters or self.changes):
+            return self._adapted(out, x, rows)
         return out
 
-    def _adapt(self, out: Tensor, x: Tensor, rows: AdapterRows) -> None:
-        if len(x) != len(rows.slots):
-            raise RuntimeError(f"{self.rows[0][0]} runs on a part of the step, where it can't be adapted")
-        for slot in self.replaced.keys() & set(rows.present):
+    def _adapted(self, out: Tensor, x: Tensor, rows: AdapterRows) -> Tensor:
+        rows.check(len(x), self.rows[0][0])
+        present = sorted(self.changes.keys() & set(rows.present))
+        num_outputs = max([self.num_outputs, *(self.changes[slot].num_rows for slot in present)])
+        if num_outputs > self.num_outputs:
+            out = F.pad(out, (0, num_outputs - self.num_outputs))  # of tokens that not all rows have
+        for slot in present:
             mine = (rows.slots == slot).nonzero()[:, 0]
-            out[mine] = times(x[mine], self.replaced[slot], self.bias)
+            out[mine] = self.changes[slot].scored(out[mine], x[mine], rows.scales[mine], self.num_outputs)
         dispatch.add_low_rank(out, x, self.adapters, rows)
+        return out
 
 
 class RMSNorm(nn.Module):
-    """Root mean square norm; Gemma's one is in the weight."""
+    """Root mean square norm; Gemma's one, `offset`, is in the weight. `replaced` are those of adapters, by slot."""
 
     weight: Tensor  # [N] float32
 
-    def __init__(self, eps: float) -> None:
+    def __init__(self, name: str, size: int, eps: float, offset: float, current: CurrentStep) -> None:
         super().__init__()
-        self.eps = eps
+        self.name, self.size, self.eps, self.offset, self.current = name, size, eps, offset, current
+        self.replaced: dict[int, Tensor] = {}
+        self.runs_by_row = True  # whether the first dimension of what `run` is given is that of a step's rows
 
     def forward(self, x: Tensor) -> Tensor:
-        return dispatch.rms_norm(x.contiguous(), self.weight, self.eps)
+        return self.run(x.reshape(-1, x.shape[-1])).view(x.shape)
 
-    run = forward
+    def run(self, x: Tensor) -> Tensor:
+        """x [T, N], or [T, heads, N]."""
+        out = dispatch.rms_norm(x.contiguous(), self.weight, self.eps)
+        if self.replaced and (rows := self.current.adapters) is not None:
+            rows.check(len(x), self.name)
+            for slot in self.replaced.keys() & set(rows.present):
+                mine = (rows.slots == slot).nonzero()[:, 0]
+                own = dispatch.rms_norm(x[mine].contiguous(), self.replaced[slot], self.eps)
+                out[mine] = torch.lerp(out[mine], own, rows.scales[mine].to(out.dtype).view(-1, *[1] * (x.dim() - 1)))
+        return out
+
+    @property
+    def is_replaced(self) -> bool:
+        """Whether a row of the step has another weight than ours."""
+        rows = self.current.adapters
+        return rows is not None and not self.replaced.keys().isdisjoint(rows.present)
 
 
 class Embedding(nn.Module):
     """Rows of a table that stays in the file's dtype, in the activations' dtype, times a scale.
 
-    `replaced` are the tables of adapters that have one of their own, by slot.
+    `changes` are what adapters make of it, by slot.
     """
 
     weight: Tensor  # [V, hidden]
@@ -88,18 +111,24 @@ class Embedding(nn.Module):
     def __init__(self, name: str, scale: float, dtype: torch.dtype, current: CurrentStep) -> None:
         super().__init__()
         self.name, self.scale, self.dtype, self.current = name, scale, dtype, current
-        self.replaced: dict[int, Tensor] = {}
+        self.changes: dict[int, TableChange] = {}
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.weight.shape)
+    def shape(self) -> tuple[int, int]:
+        num_rows, width = self.weight.shape
+        return num_rows, width
 
     def forward(self, token_ids: Tensor) -> Tensor:
-        rows = F.embedding(token_ids, self.weight).to(self.dtype)
-        if self.replaced and (adapters := self.current.adapters) is not None:
-            for slot in self.replaced.keys() & set(adapters.present):
+        adapters = self.current.adapters if self.changes else None
+        if adapters is None:
+            rows = F.embedding(token_ids, self.weight).to(self.dtype)
+        else:
+            rows = F.embedding(token_ids.clamp(max=len(self.weight) - 1), self.weight).to(self.dtype)
+            for slot in self.changes.keys() & set(adapters.present):
                 mine = (adapters.slots == slot).view(token_ids.shape)
-                rows[mine] = F.embedding(token_ids[mine], self.replaced[slot]).to(self.dtype)
+                rows[mine] = self.changes[slot].embedded(
+                    rows[mine], token_ids[mine], adapters.scales[mine.flatten()], len(self.weight)
+                )
         return rows if self.scale == 1 else rows * self.scale
 
     run = forward
@@ -222,13 +251,14 @@ class Layer(nn.Module):
         self.input_norm, self.post_attention_norm, self.pre_mlp_norm, self.post_mlp_norm = norms
         self._run_attention, self._run_mlp = attention.run, mlp.run
         self._norms = tuple(None if norm is None else norm.run for norm in norms)
+        self._all_norms = [norm for norm in (*norms, attention.q_norm, attention.k_norm) if norm is not None]
 
     def forward(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
         return self.run(hidden_states.reshape(-1, hidden_states.shape[-1])).view(hidden_states.shape)
 
     def run(self, x: Tensor) -> Tensor:
         """x [T, hidden] to [T, hidden]."""
-        if (whole := self._whole) is not None:
+        if (whole := self._whole) is not None and not any(norm.is_replaced for norm in self._all_norms):
             step, cache, table = self.attention.now()
             rows = self.attention.current.adapters
             if (done := dispatch.decoder_layer(x, whole, cache, step, table, rows)) is not None:

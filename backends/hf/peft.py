@@ -1,53 +1,49 @@
 """PEFT adapters as files: a folder with adapter_config.json and adapter_model.safetensors, checked by their headers.
 
-Source: the files that huggingface/peft writes. y += scaling * up(down(x)) with scaling = alpha / rank, or
-alpha / sqrt(rank) where rank-stabilised (Kalajdzievski 2023, arXiv 2312.03732).
+Source: the files that huggingface/peft writes. y += scaling * up(down(x)), where the config gives the scaling.
 """
 
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
 from tightrope.backends.errors import BackendError
 from tightrope.backends.hf.checkpoint import Checkpoint, TensorEntry
-from tightrope.backends.hf.jsonfile import read_object
+from tightrope.backends.hf.names import COMPUTED
+from tightrope.backends.hf.peft_config import CONFIG, PeftConfig, read_peft_config
 
 if TYPE_CHECKING:
     from tightrope.backends.settings import ModelSettings  # which needs pydantic; the benchmarks of a card do not
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-MAX_CONFIG = 1_000_000  # bytes
-MAX_NUMBER = 65536  # rank and alpha
-MAX_PATTERN = 500  # characters
+WEIGHTS = "adapter_model.safetensors"
+FLOATS = ("F32", "F16", "BF16")  # types of its numbers
+USED = "lora_A and lora_B of linears, lora_embedding_A and _B, and whole embeddings, heads and norms"
 
+# a name as peft writes it is PREFIX, the module's path, and what it is; old files also say whose, mostly "default"
 _PREFIX = "base_model.model."
-_PART = re.compile(r"(?P<module>.+)\.lora_(?P<part>A|B)(\.default)?\.weight")
-_SAVED = re.compile(r"(?P<module>.*(?:lm_head|embed_tokens))(\.modules_to_save(\.default)?)?\.weight")
-_REPEATED_GROUP = re.compile(r"\)\s*[*+{]")  # may take exponential time
-_ORIGINAL = re.compile(r".*\.(original_module|base_layer)\.(weight|bias)")  # of the base, saved along
+_WHOSE = r"(\.[^.]+)?"
+_HALF = re.compile(rf"(?P<module>.+)\.lora_(?P<part>A|B){_WHOSE}\.weight")
+_TABLE_HALF = re.compile(rf"(?P<module>.+)\.lora_embedding_(?P<part>A|B){_WHOSE}")
+_TOKENS = re.compile(rf"(?P<module>.+)\.token_adapter\.trainable_tokens_delta{_WHOSE}")
+_BASE = re.compile(r"(?P<module>.+?)(\.token_adapter)?\.(original_module|base_layer)\.(?P<part>weight|bias)")
+_OWN = re.compile(rf"(?P<module>.+)\.modules_to_save{_WHOSE}\.(?P<part>weight|bias)")
+_PLAIN = re.compile(r"(?P<module>.+)\.(?P<part>weight|bias)")
+_TABLES = ("embed_tokens", "lm_head", "wte", "embed_in", "embed_out", "embeddings")  # ends of their modules' names
 
-# settings under which the formula above isn't what peft computes, and their neutral values
-_OTHER_FORMULAS: Mapping[str, str] = {
-    "use_dora": "DoRA",
-    "use_qalora": "QALoRA",
-    "use_bdlora": "BD-LoRA",
-    "lora_bias": "biases in its low-rank parts",
-    "fan_in_fan_out": "weights transposed (fan_in_fan_out)",
-    "layer_replication": "replicated layers",
-    "trainable_token_indices": "single trained tokens",
-    "target_parameters": "parameters of fused experts (target_parameters)",
-    "alora_invocation_tokens": "activation by tokens (aLoRA)",
-    "arrow_config": "Arrow routing",
-}
+
+Key = TypeVar("Key")
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """What is added to one linear: tensors A [rank, inputs] and B [outputs, rank], by their names, and the scaling."""
+    """What is added to one linear: tensors A [rank, inputs] and B [outputs, rank], by their names, and the scaling.
+
+    To an embedding [V, hidden] the same, seen from its outputs: A [rank, V] and B [hidden, rank].
+    """
 
     down: TensorEntry
     up: TensorEntry
@@ -55,18 +51,35 @@ class Delta:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenRows:
+    """Single rows of an embedding or a head: ids, and a tensor [len(ids), hidden]."""
+
+    token_ids: tuple[int, ...]
+    entry: TensorEntry
+
+
+@dataclass(frozen=True, slots=True)
 class PeftAdapter:
-    """An adapter whose headers are checked. Keys are paths of modules in the base model."""
+    """An adapter whose headers are checked. Keys are paths of modules in the base model, in `own` of their tensors.
+
+    own: whole tensors in the place of the base's. base: whole tensors of the base that the adapter was trained beside,
+    as peft saves them with embeddings; where embedding and head are tied, such a tensor is that of both.
+    """
 
     folder: Path
     checkpoint: Checkpoint
+    config: PeftConfig
     deltas: Mapping[str, Delta]
-    saved: Mapping[str, TensorEntry]  # whole weights of the head or the embedding
+    table_deltas: Mapping[str, Delta]
+    tokens: Mapping[str, TokenRows]
+    own: Mapping[tuple[str, str], TensorEntry]  # by module and "weight" or "bias"
+    base: Mapping[str, TensorEntry]
+    notes: tuple[str, ...]
 
 
 def read_adapter(folder: Path) -> PeftAdapter:
     """Raises BackendError, naming file and field, for what is no LoRA, or one that computes something else."""
-    config = _read_config(folder)
+    config = read_peft_config(folder)
     path = folder / WEIGHTS
     if not path.is_file():
         pickle = folder / "adapter_model.bin"
@@ -76,95 +89,114 @@ def read_adapter(folder: Path) -> PeftAdapter:
                 "convert the adapter to safetensors"
             )
         raise BackendError(f"{folder}: {WEIGHTS} is missing")
-    checkpoint = Checkpoint.of_file(path)
-    halves: dict[str, dict[str, TensorEntry]] = {}
-    saved: dict[str, TensorEntry] = {}
-    for name, entry in checkpoint.tensors.items():
-        if not name.startswith(_PREFIX):
-            raise BackendError(f"{path}: tensor {name!r} is not of a PEFT adapter, whose names begin with {_PREFIX}")
+    reading = _Reading(config, path)
+    for name, entry in reading.checkpoint.tensors.items():
+        reading.take(name, entry)
+    return reading.adapter(folder)
+
+
+class _Reading:
+    """One walk over an adapter's tensors."""
+
+    def __init__(self, config: PeftConfig, path: Path) -> None:
+        self.config, self.path, self.checkpoint = config, path, Checkpoint.of_file(path)
+        self._halves: dict[str, dict[str, TensorEntry]] = {}
+        self._table_halves: dict[str, dict[str, TensorEntry]] = {}
+        self._tokens: dict[str, TokenRows] = {}
+        self._own: dict[tuple[str, str], TensorEntry] = {}
+        self._marked: dict[tuple[str, str], TensorEntry] = {}  # said to be the adapter's own by their names
+        self._base: dict[str, TensorEntry] = {}
+        self._left: list[str] = []
+
+    def take(self, name: str, entry: TensorEntry) -> None:
+        """Put one tensor where it belongs. Raises BackendError for one that can't be used."""
         inner = name.removeprefix(_PREFIX)
-        if match := _PART.fullmatch(inner):
-            halves.setdefault(match["module"], {})[match["part"]] = entry
-        elif match := _SAVED.fullmatch(inner):
-            saved[match["module"]] = entry
-        elif not _ORIGINAL.fullmatch(inner):
-            raise BackendError(f"{path}: tensor {name!r} can't be used; lora_A and lora_B of linears, and whole "
-                               "lm_head and embed_tokens, can")  # fmt: skip
-    deltas = {module: _delta(path, module, parts, config) for module, parts in halves.items()}
-    if not deltas and not saved:
-        raise BackendError(f"{path}: holds no adapter")
-    return PeftAdapter(folder, checkpoint, deltas, saved)
+        if COMPUTED.search(inner):
+            self._left.append(name)
+        elif match := _HALF.fullmatch(inner):
+            self._put(self._halves.setdefault(match["module"], {}), match["part"], entry)
+        elif match := _TABLE_HALF.fullmatch(inner):
+            self._put(self._table_halves.setdefault(match["module"], {}), match["part"], entry)
+        elif match := _TOKENS.fullmatch(inner):
+            self._put(self._tokens, match["module"], self._token_rows(match["module"], entry))
+        elif match := _BASE.fullmatch(inner):
+            is_table = match["module"].endswith(_TABLES) and match["part"] == "weight"
+            if is_table:
+                self._put(self._base, match["module"], entry)
+            else:
+                self._left.append(name)
+        elif match := _OWN.fullmatch(inner):
+            self._put(self._marked, (match["module"], match["part"]), entry)
+        elif ".lora_" not in inner and (match := _PLAIN.fullmatch(inner)):
+            module, part = match["module"], match["part"]
+            is_own = self.config.saves(module) or part == "bias" or not module.endswith(_TABLES)
+            if is_own:
+                self._put(self._own, (module, part), entry)
+            else:
+                self._put(self._base, module, entry)
+        else:
+            raise BackendError(f"{self.path}: tensor {name!r} can't be used; {USED} can")
+
+    def adapter(self, folder: Path) -> PeftAdapter:
+        deltas = {module: self._delta("lora_", module, parts) for module, parts in self._halves.items()}
+        table_deltas = {
+            module: self._delta("lora_embedding_", module, parts) for module, parts in self._table_halves.items()
+        }
+        own = self._marked | self._own
+        if not (deltas or table_deltas or own or self._tokens or self._base):
+            raise BackendError(f"{self.path}: holds no adapter")
+        left = self._left
+        notes = (f"{self.path}: {len(left)} tensors are left out, {left[0]!r} among them",) if left else ()
+        return PeftAdapter(
+            folder, self.checkpoint, self.config, deltas, table_deltas, self._tokens, own, self._base,
+            notes,
+        )  # fmt: skip
+
+    def _put(self, where: dict[Key, Value], key: Key, value: Value) -> None:
+        if key in where:
+            raise BackendError(f"{self.path}: holds {key!r} twice; a file of one adapter can be used")
+        where[key] = value
+
+    def _token_rows(self, module: str, entry: TensorEntry) -> TokenRows:
+        token_ids = self.config.tokens_of(module)
+        if token_ids is None:
+            raise BackendError(f"{self.path}: tensor {entry.name!r}: trainable_token_indices of {CONFIG} has no ids")
+        if len(entry.shape) != 2 or entry.shape[0] != len(token_ids):
+            raise BackendError(
+                f"{self.path}: tensor {entry.name!r} has shape {list(entry.shape)}; trainable_token_indices of "
+                f"{CONFIG} names {len(token_ids)} tokens"
+            )
+        return TokenRows(token_ids, entry)
+
+    def _delta(self, kind: str, module: str, parts: Mapping[str, TensorEntry]) -> Delta:
+        if parts.keys() != {"A", "B"}:
+            there, missing = ("A", "B") if "A" in parts else ("B", "A")
+            raise BackendError(f"{self.path}: {module!r} has {kind}{there} but no {kind}{missing}")
+        down, up = parts["A"], parts["B"]
+        rank = self.config.rank_of(module)
+        if len(down.shape) != 2 or len(up.shape) != 2 or down.shape[0] != rank or up.shape[1] != rank:
+            raise BackendError(
+                f"{self.path}: {kind}A {list(down.shape)} and {kind}B {list(up.shape)} of {module!r} don't fit rank "
+                f"{rank:g}, which {CONFIG} gives"
+            )
+        return Delta(down, up, self.config.scaling_of(module))
+
+
+def check_float(entry: TensorEntry) -> None:
+    """Raises BackendError for numbers of a type that adapters don't have."""
+    if entry.dtype not in FLOATS:
+        raise BackendError(f"{entry.file}: tensor {entry.name!r} is {entry.dtype}; {FLOATS} can be used")
 
 
 def adapter_bytes(adapter: PeftAdapter) -> int:
-    """What an adapter takes in memory: two bytes a number of low rank, whole weights as they are in the file."""
-    low_rank = sum(prod(entry.shape) for delta in adapter.deltas.values() for entry in (delta.down, delta.up))
-    return 2 * low_rank + sum(entry.num_bytes for entry in adapter.saved.values())
+    """What an adapter takes in memory at most: two bytes a number of low rank, whole weights as in the file."""
+    deltas = (*adapter.deltas.values(), *adapter.table_deltas.values())
+    low_rank = sum(prod(entry.shape) for delta in deltas for entry in (delta.down, delta.up))
+    whole = (*adapter.own.values(), *adapter.base.values(), *(rows.entry for rows in adapter.tokens.values()))
+    return 2 * low_rank + sum(entry.num_bytes for entry in whole)
 
 
 def room_for_adapters(settings: "ModelSettings") -> int:
     """Bytes of the adapters that are loaded at the start, and of the room for more. Raises BackendError."""
     at_start = sum(adapter_bytes(read_adapter(Path(path).expanduser())) for path in settings.adapters.values())
     return at_start + settings.adapter_reserve_bytes
-
-
-def _read_config(folder: Path) -> Mapping[str, Any]:
-    path = folder / CONFIG
-    if not path.is_file():
-        raise BackendError(f"{folder}: no PEFT adapter: {CONFIG} is missing")
-    config = read_object(path, MAX_CONFIG)
-    kind = config.get("peft_type")
-    if kind != "LORA":
-        raise BackendError(f"{path}: peft_type is {str(kind)[:40]!r}; LORA can be served")
-    for field, what in _OTHER_FORMULAS.items():
-        if config.get(field):
-            raise BackendError(f"{path}: {field}: an adapter with {what} can't be served")
-    if config.get("bias", "none") != "none":
-        raise BackendError(f"{path}: bias is {str(config['bias'])[:40]!r}; only an adapter with none can be served")
-    _check_number(path, "r", config.get("r"))
-    _check_number(path, "lora_alpha", config.get("lora_alpha"))
-    for field in ("rank_pattern", "alpha_pattern"):
-        patterns = config.get(field) or {}
-        if not isinstance(patterns, dict):
-            raise BackendError(f"{path}: {field} must be an object of patterns and numbers")
-        for pattern, value in patterns.items():
-            _check_number(path, f"{field}[{pattern[:60]!r}]", value)
-            _check_pattern(path, field, pattern)
-    return config
-
-
-def _check_number(path: Path, field: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= MAX_NUMBER:
-        raise BackendError(f"{path}: {field} is {str(value)[:40]}; it must be a number above 0")
-
-
-def _check_pattern(path: Path, field: str, pattern: str) -> None:
-    if len(pattern) > MAX_PATTERN or _REPEATED_GROUP.search(pattern):
-        raise BackendError(f"{path}: {field}: {pattern[:60]!r} is too long or too costly a pattern to match")
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise BackendError(f"{path}: {field}: {pattern[:60]!r} is no pattern: {error}") from None
-
-
-def _delta(path: Path, module: str, parts: Mapping[str, TensorEntry], config: Mapping[str, Any]) -> Delta:
-    if parts.keys() != {"A", "B"}:
-        there, missing = ("A", "B") if "A" in parts else ("B", "A")
-        raise BackendError(f"{path}: {module!r} has lora_{there} but no lora_{missing}")
-    down, up = parts["A"], parts["B"]
-    rank = _by_pattern(config, "rank_pattern", module, config["r"])
-    if len(down.shape) != 2 or len(up.shape) != 2 or down.shape[0] != rank or up.shape[1] != rank:
-        raise BackendError(
-            f"{path}: lora_A {list(down.shape)} and lora_B {list(up.shape)} of {module!r} don't fit rank {rank}, "
-            f"which {CONFIG} gives"
-        )
-    alpha = _by_pattern(config, "alpha_pattern", module, config["lora_alpha"])
-    return Delta(down, up, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
-
-
-def _by_pattern(config: Mapping[str, Any], field: str, module: str, default: float) -> float:
-    """The value of the first pattern that matches the module's path, or its end from a dot on."""
-    for pattern, value in (config.get(field) or {}).items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", module):
-            return float(value)
-    return float(default)

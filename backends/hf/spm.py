@@ -1,9 +1,14 @@
 """A sentencepiece model file as a tokenizer of the tokenizers library, for folders without tokenizer.json.
 
 The file is a protocol buffer: pieces (1), each with text (1), score (2) and type (3); the trainer's settings (2), of
-which the algorithm (3), byte fallback (35) and the unknown piece (40) matter; the normaliser's settings (3): a table of
-characters (2), a space put in front (3), runs of spaces made one (4). Source: sentencepiece_model.proto of
-google/sentencepiece.
+which the algorithm (3), byte fallback (35) and the ids of the unknown piece (40), BOS (41) and EOS (42) matter; the
+normaliser's settings (3): a table of characters (2), a space put in front (3), runs of spaces made one (4). Source:
+sentencepiece_model.proto of google/sentencepiece.
+
+sentencepiece puts the space in front of the whole text, whatever it starts with, and never joins a user-defined piece
+with what stands around it, whether the piece is found in the text or in the text with its spaces made ▁. Here such
+pieces are added tokens that are looked for in the normalised text, and the space is asked for by a mark in front of
+the text: a normaliser that puts it there would also put it in front of the pieces that are looked for.
 """
 
 import struct
@@ -20,6 +25,7 @@ MAX_FILE = 256 << 20  # bytes; vocabularies of 256,000 pieces take about 5 MB
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
 UNIGRAM, BPE = 1, 2
 NEVER = -1e9  # a score with which a piece is not found in text
+PREFIX = "\U0010ffff"  # in front of a part of a text: a space goes here; a character that is in no text
 
 _Field = tuple[int, int | bytes]
 
@@ -39,13 +45,15 @@ class SentencePieceModel:
     algorithm: int
     byte_fallback: bool
     unknown_id: int
+    bos_id: int  # -1: none
+    eos_id: int
     charsmap: bytes
     prefixes_space: bool
     joins_spaces: bool
 
 
-def read_sentencepiece(path: Path) -> Tokenizer:
-    """The tokenizer of a sentencepiece BPE or unigram model. Raises BackendError when the file is none."""
+def read_sentencepiece(path: Path) -> SentencePieceModel:
+    """A sentencepiece BPE or unigram model. Raises BackendError when the file is none."""
     raw = read_bytes(path, MAX_FILE)
     try:
         model = parse(raw)
@@ -55,9 +63,10 @@ def read_sentencepiece(path: Path) -> Tokenizer:
         ) from None
     if model.algorithm not in (UNIGRAM, BPE):
         raise BackendError(f"{path}: sentencepiece algorithm {model.algorithm} is not served; unigram and BPE are")
-    if len({piece.text for piece in model.pieces}) != len(model.pieces) or model.unknown_id >= len(model.pieces):
+    size = len(model.pieces)
+    if len({piece.text for piece in model.pieces}) != size or not 0 <= model.unknown_id < size:
         raise BackendError(f"{path}: its pieces are not unique, or it has no unknown piece; copy it again")
-    return build(model)
+    return model
 
 
 def parse(raw: bytes) -> SentencePieceModel:
@@ -76,7 +85,9 @@ def parse(raw: bytes) -> SentencePieceModel:
         pieces,
         algorithm=_number(trainer.get(3, UNIGRAM)),
         byte_fallback=bool(trainer.get(35, 0)),
-        unknown_id=_number(trainer.get(40, 0)),
+        unknown_id=_signed(_number(trainer.get(40, 0))),
+        bos_id=_signed(_number(trainer.get(41, 1))),
+        eos_id=_signed(_number(trainer.get(42, 2))),
         charsmap=_message(normalizer.get(2, b"")),
         prefixes_space=bool(normalizer.get(3, 1)),
         joins_spaces=bool(normalizer.get(4, 1)),
@@ -84,7 +95,7 @@ def parse(raw: bytes) -> SentencePieceModel:
 
 
 def build(model: SentencePieceModel) -> Tokenizer:
-    """Pieces keep their ids. Control pieces become special tokens, user-defined ones tokens that are always found."""
+    """The tokenizer without its added tokens, for which see `added`. Pieces keep their ids."""
     pieces = model.pieces
     if model.algorithm == BPE:
         algorithm: models.Model = models.BPE(
@@ -95,31 +106,44 @@ def build(model: SentencePieceModel) -> Tokenizer:
             byte_fallback=model.byte_fallback,
         )
     else:
-        scores = [(p.text, p.score if p.type in (NORMAL, USER_DEFINED) else NEVER) for p in pieces]
+        scores = [(p.text, p.score if p.type == NORMAL else NEVER) for p in pieces]
         algorithm = models.Unigram(scores, model.unknown_id, model.byte_fallback)
     tokenizer = Tokenizer(algorithm)
     tokenizer.normalizer = _normalizer(model)
-    # a piece of spaces is found by the algorithm: in the text, before it is normalised, it would have to be spaces
-    found = [p for p in pieces if p.type in (UNKNOWN, CONTROL) or (p.type == USER_DEFINED and "▁" not in p.text)]
-    tokenizer.add_tokens([AddedToken(p.text, normalized=False, special=p.type != USER_DEFINED) for p in found])
     fallback = [decoders.ByteFallback()] if model.byte_fallback else []
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), *fallback, decoders.Fuse()])
     return tokenizer
 
 
+def added(model: SentencePieceModel) -> dict[int, AddedToken]:
+    """Control pieces as special tokens, user-defined ones as tokens that are always found, by their ids."""
+    return {
+        i: AddedToken(piece.text, normalized=piece.type == USER_DEFINED, special=piece.type != USER_DEFINED)
+        for i, piece in enumerate(model.pieces)
+        if piece.type in (UNKNOWN, CONTROL, USER_DEFINED)
+    }
+
+
 def _normalizer(model: SentencePieceModel) -> normalizers.Normalizer:
+    """Spaces as sentencepiece has them, in a part of a text between added tokens, which PREFIX may stand before."""
     steps: list[normalizers.Normalizer] = [normalizers.Precompiled(model.charsmap)] if model.charsmap else []
     if model.joins_spaces:
-        steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
-    if model.prefixes_space:
-        steps.append(normalizers.Prepend("▁"))
-    steps.append(normalizers.Replace(" ", "▁"))
+        steps += [
+            normalizers.Replace(Regex(rf"(?<=\A{PREFIX}) +|\A +| +\z"), ""),
+            normalizers.Replace(Regex(" {2,}"), " "),
+            normalizers.Replace(Regex(rf"\A{PREFIX}\z"), ""),  # nothing gets no space
+        ]
+    steps += [
+        normalizers.Replace(" ", "▁"),
+        normalizers.Replace(Regex(rf"\A{PREFIX}"), "▁"),
+        normalizers.Replace(PREFIX, ""),
+    ]
     return normalizers.Sequence(steps)
 
 
 def _merges(pieces: Sequence[Piece]) -> list[tuple[str, str]]:
     """Every way to join two pieces into a third, the joins that sentencepiece prefers (of higher score) first."""
-    joinable = {p.text for p in pieces if p.type in (NORMAL, USER_DEFINED)}
+    joinable = {p.text for p in pieces if p.type == NORMAL}
     ranked = sorted((p for p in pieces if p.text in joinable), key=lambda p: -p.score)  # stable: then by id
     return [
         (p.text[:cut], p.text[cut:])
@@ -168,6 +192,11 @@ def _varint(raw: bytes, at: int) -> tuple[int, int]:
         shift += 7
         if shift > 63:
             raise ValueError("a number of more than 64 bits")
+
+
+def _signed(value: int) -> int:
+    """A varint as the signed number of 32 bits that it stands for."""
+    return (value & 0xFFFFFFFF) - (1 << 32) if value & (1 << 31) else value
 
 
 def _message(value: int | bytes) -> bytes:

@@ -137,8 +137,9 @@ class _Surgeon:
         found = recognise.norm(module, self.seen)
         if found is None:
             return None
-        organ = RMSNorm(found.eps)
-        rows = [(f"{self.names[module]}.weight", found.size)]
+        organ = RMSNorm(self.names[module], found.size, found.eps, found.offset, self.current)
+        organ.runs_by_row = self.seen.calls[module].hidden_states.dim() == 3
+        rows = [(f"{organ.name}.weight", found.size)]
         self.wants.vector(rows, _set(organ, "weight"), found.offset)
         return organ
 
@@ -172,6 +173,9 @@ class _Surgeon:
             self.kept.append(type(module).__name__)
             return None
         q_norm, k_norm = (None if norm is None else self._norm(norm) for norm in (found.q_norm, found.k_norm))
+        for organ in (q_norm, k_norm):
+            if organ is not None:
+                organ.runs_by_row = True
         qkv, out = self._fused(found.qkv), self._fused((found.out,))
         return Attention(qkv, out, (q_norm, k_norm), asked.query.shape[1], layer, index, self.current)
 
