@@ -148,6 +148,12 @@ class AdapterStore(Protocol):
         nothing.
         """
 
+    def tokenizer(self, name: str) -> Tokenizer | None:
+        """The adapter's own, of a vocabulary that isn't the model's; None for an adapter without, or not in place.
+
+        With it ids go up to its `vocab_size`, and logits of a step are as wide as the largest vocabulary in it.
+        """
+
     def remove(self, name: str) -> None:
         """Forget an adapter that no chunk will name any more, in place or prepared; between steps."""
 

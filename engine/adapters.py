@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tightrope.backends.adapters import find_adapter
 from tightrope.backends.errors import BackendError
-from tightrope.backends.protocol import AdapterStore
+from tightrope.backends.protocol import AdapterStore, Tokenizer
 from tightrope.engine.errors import BackendFailed, EngineError, InvalidRequest, ModelNotFound
 from tightrope.engine.wire import AdapterList, CallFailed, EngineEnd, ErrorFrame, LoadAdapter, UnloadAdapter
 
@@ -34,6 +34,21 @@ class Adapters:
         self._served = {name: _Served(name, path) for name, path in paths.items()}
         self._leaving: set[str] = set()  # keys that no new request can name
         self._numbers = count(1)
+        self._marks: tuple[Collection[str], Collection[str]] = ((), ())
+
+    def set_marks(self, marks: Collection[str], ends: Collection[str]) -> None:
+        """What Tokenizer.set_marks is told of the adapters' own vocabularies; before the first request."""
+        self._marks = marks, ends
+        for served in self._served.values():
+            self._mark(served.key)
+
+    def _mark(self, key: str) -> None:
+        if (tokenizer := self._store.tokenizer(key)) is not None:
+            tokenizer.set_marks(*self._marks)
+
+    def tokenizer(self, name: str) -> Tokenizer | None:
+        """The adapter's own; None where it has the model's. Raises ModelNotFound."""
+        return self._store.tokenizer(self.key(name))
 
     @property
     def paths(self) -> dict[str, str]:
@@ -68,6 +83,7 @@ class Adapters:
                     return
                 with _told():
                     put_in_place()
+                self._mark(key)
             except EngineError:
                 self._store.remove(key)
                 raise

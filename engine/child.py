@@ -189,6 +189,7 @@ def _serve(end: EngineEnd, on_front_gone: Callable[[], None], open_backend: Open
             return 0
         backend.tokenizer.set_marks(message.marks.texts, message.marks.ends)
         core = EngineCore(backend, settings.limits, adapter_paths=settings.model.adapters)
+        core.adapters.set_marks(message.marks.texts, message.marks.ends)
         if start.adapters is not None:
             core.adapters.restore(start.adapters)
         reader = Reader(end, core, settings, on_front_gone)

@@ -11,7 +11,7 @@ from tightrope.backends.errors import BackendError
 from tightrope.backends.protocol import Backend
 from tightrope.engine.adapters import Adapters
 from tightrope.engine.banned import Held
-from tightrope.engine.errors import BackendFailed, EngineError
+from tightrope.engine.errors import BackendFailed, EngineError, InvalidRequest
 from tightrope.engine.guidance import guided
 from tightrope.engine.info import window
 from tightrope.engine.prompts import Intake, encode_prompt, plain_token
@@ -80,6 +80,7 @@ class EngineCore:
             limits.max_best_of,
             cache_tokens=self._capacity,
             max_num_seqs=self._max_num_seqs,
+            tokenizer_of=lambda adapter: self.adapters.tokenizer(adapter),
         )
         self._scheduler = Scheduler(
             backend.kv,
@@ -123,6 +124,8 @@ class EngineCore:
         """Queue a prepared request. Raises ModelNotFound when its adapter isn't there any more."""
         adapter = sequences[0].request.adapter
         key = None if adapter is None else self.adapters.key(adapter)
+        if sequences[0].tokenizer is not self._intake.tokenizer(adapter):
+            raise InvalidRequest(f"{adapter!r} was loaded anew with other tokens: ask once more", "model")
         for sequence in sequences:
             sequence.adapter = key
         self._requests[sequences[0].request.request_id] = list(sequences)
@@ -213,9 +216,9 @@ class EngineCore:
     def _hold_back_ends(self, sequence: Sequence) -> None:
         stop = sequence.request.stop
         is_early = sequence.num_output < stop.min_tokens
-        ends = tuple(self._tokenizer.eos_ids) if stop.ignore_eos or is_early else ()
+        ends = tuple(sequence.tokenizer.eos_ids) if stop.ignore_eos or is_early else ()
         if is_early:
-            ends += tuple(i for i in stop.token_ids if 0 <= i < self._tokenizer.vocab_size)
+            ends += tuple(i for i in stop.token_ids if 0 <= i < sequence.tokenizer.vocab_size)
         if sequence.banned is not None:
             ends += sequence.banned.excluded_at(sequence.num_output)
         sequence.sampler.suppressed = ends
@@ -235,14 +238,14 @@ class EngineCore:
         sequence.sampler.append(token_id, drawn.surprise)
         self._counters.generated_tokens += 1
         request, stop = sequence.request, sequence.request.stop
-        is_special = self._tokenizer.is_special(token_id)
-        raw = self._tokenizer.token_bytes(token_id)
-        is_end = token_id in self._tokenizer.eos_ids or token_id in stop.token_ids
+        is_special = sequence.tokenizer.is_special(token_id)
+        raw = sequence.tokenizer.token_bytes(token_id)
+        is_end = token_id in sequence.tokenizer.eos_ids or token_id in stop.token_ids
         before = sequence.detokenizer.copy() if sequence.banned is not None else sequence.detokenizer
         shown = text = ""
         if not is_end and not (is_special and request.skip_special_tokens):
             shown, text = sequence.detokenizer.feed(raw, watch=sequence.num_output > stop.min_tokens)
-        held = Held(self._token(token_id, raw, text, is_special, drawn), shown, before)
+        held = Held(self._token(sequence, token_id, raw, text, is_special, drawn), shown, before)
         given = [held]
         if sequence.banned is not None:
             num_banned = sequence.banned.feed(held)
@@ -251,7 +254,7 @@ class EngineCore:
             given = sequence.banned.release()
         is_full = len(sequence.token_ids) >= sequence.max_len
         if is_end and not (is_full and stop.length_first):
-            reason: FinishReason = "eos" if token_id in self._tokenizer.eos_ids else "stop_token"
+            reason: FinishReason = "eos" if token_id in sequence.tokenizer.eos_ids else "stop_token"
             return self._end(sequence, given, reason, now_s, matched=token_id)
         if sequence.detokenizer.stopped_by is not None and not (is_full and stop.length_first):
             return self._end(sequence, given, "stop_string", now_s, matched=sequence.detokenizer.stopped_by)
@@ -293,9 +296,11 @@ class EngineCore:
         tokens = tuple(one.token for one in given[-1:])
         return [*deltas, self._finish(sequence, shown, tokens, reason, now_s, matched=matched, message=message)]
 
-    def _token(self, token_id: int, raw: bytes, text: str, is_special: bool, drawn: Sampled) -> Token:
+    def _token(
+        self, sequence: Sequence, token_id: int, raw: bytes, text: str, is_special: bool, drawn: Sampled
+    ) -> Token:
         top = tuple(
-            TopToken(i, self._tokenizer.token_bytes(i), logprob, self._tokenizer.is_special(i))
+            TopToken(i, sequence.tokenizer.token_bytes(i), logprob, sequence.tokenizer.is_special(i))
             for i, logprob in drawn.top
         )
         return Token(token_id, raw, text, drawn.logprob, is_special, top)
@@ -306,13 +311,13 @@ class EngineCore:
         assert tokens is not None
         assert top is not None
         if start == 0:
-            tokens.append(plain_token(sequence.token_ids[0], self._tokenizer))
+            tokens.append(plain_token(sequence.token_ids[0], sequence.tokenizer))
         following = sequence.token_ids[start + 1 : min(start + 1 + len(logits), sequence.num_prompt)]
         scores = prompt_logprobs(logits[: len(following)], following, top)
         for token_id, scored in zip(following, scores, strict=True):
-            raw = self._tokenizer.token_bytes(token_id)
-            text, is_special = raw.decode("utf-8", "replace"), self._tokenizer.is_special(token_id)
-            tokens.append(self._token(token_id, raw, text, is_special, scored))
+            raw = sequence.tokenizer.token_bytes(token_id)
+            text, is_special = raw.decode("utf-8", "replace"), sequence.tokenizer.is_special(token_id)
+            tokens.append(self._token(sequence, token_id, raw, text, is_special, scored))
 
     def _delta(self, sequence: Sequence, text: str, tokens: tuple[Token, ...], finish: Finish | None = None) -> Delta:
         prompt = None

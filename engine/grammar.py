@@ -80,11 +80,15 @@ def masks(matchers: Sequence[Matcher]) -> list[Packed]:
     """
     words = np.zeros((len(matchers), max((matcher.num_words for matcher in matchers), default=0)), np.int32)
     able = [(place, matcher) for place, matcher in enumerate(matchers) if not matcher.native.is_error()]
-    if len(able) == 1:
-        ((place, matcher),) = able
-        fill_next_token_bitmask(matcher.native, words, place)
-    elif able:
-        fill_next_token_bitmask_par(_executor(), [(matcher.native, place) for place, matcher in able], words)
+    for num_words in {matcher.num_words for _, matcher in able}:  # vocabularies of adapters may be larger
+        places = [place for place, matcher in able if matcher.num_words == num_words]
+        natives = [matchers[place].native for place in places]
+        found = np.zeros((len(places), num_words), np.int32)
+        if len(natives) == 1:
+            fill_next_token_bitmask(natives[0], found)
+        else:
+            fill_next_token_bitmask_par(_executor(), [(native, line) for line, native in enumerate(natives)], found)
+        words[places, :num_words] = found
     for place, matcher in able:
         if matcher.native.is_error():
             words[place] = 0

@@ -3,6 +3,7 @@
 Runs beside the loop in another thread and touches nothing of it.
 """
 
+from collections.abc import Callable
 from itertools import count
 
 import msgspec
@@ -21,6 +22,7 @@ from tightrope.kernels.layout import PAGE
 GUIDE = "negative_prompt"  # the request's name for it
 SEED_STEP = 0x9E3779B97F4A7C15  # sets the seeds of a request's choices apart
 SEED_MASK = (1 << 64) - 1
+MOST_OTHERS = 2  # vocabularies of adapters that are laid out for grammars at a time
 
 
 def encode_prompt(prompt: Prompt, tokenizer: Tokenizer) -> list[int]:
@@ -58,15 +60,24 @@ class Intake:
     """Makes sequences of requests."""
 
     def __init__(
-        self, tokenizer: Tokenizer, max_model_len: int, max_choices: int, *, cache_tokens: int, max_num_seqs: int
+        self,
+        tokenizer: Tokenizer,
+        max_model_len: int,
+        max_choices: int,
+        *,
+        cache_tokens: int,
+        max_num_seqs: int,
+        tokenizer_of: Callable[[str], Tokenizer | None] = lambda adapter: None,
     ) -> None:
-        self._tokenizer = tokenizer
+        """tokenizer_of: an adapter's own, if it has one."""
+        self._tokenizer, self._tokenizer_of = tokenizer, tokenizer_of
         self._max_model_len = max_model_len
         self._cache_tokens = cache_tokens
         self._max_num_seqs = max_num_seqs
         self._max_choices = max_choices
         self._seq_ids = count()
         self._grammars = Grammars(tokenizer)
+        self._others: list[tuple[Tokenizer, Grammars]] = []  # the last used stands last
 
     def sequences(self, request: GenerateRequest, now_s: float) -> list[Sequence]:
         """The `n` sequences of a request; all but the first wait for the first to compute their prompt.
@@ -75,12 +86,13 @@ class Intake:
         """
         if not 1 <= request.n <= self._max_choices:
             raise InvalidRequest(f"n must be between 1 and {self._max_choices}, not {request.n}", "n")
-        prompt = self._prompt(request)
+        tokenizer = self.tokenizer(request.adapter)
+        prompt = self._prompt(request, tokenizer)
         max_len = self._max_len(request, len(prompt))
-        negative = self._negative_prompt(request, prompt)
+        negative = self._negative_prompt(request, prompt, tokenizer)
         if negative:
             max_len = min(max_len, self._guided_len(request, len(prompt), len(negative)))
-        matcher = None if request.grammar is None else self._grammars.matcher(request.grammar)
+        matcher = None if request.grammar is None else self._grammars_of(tokenizer).matcher(request.grammar)
         sequences: list[Sequence] = []
         for index in range(request.n):
             sequence = Sequence(
@@ -89,13 +101,14 @@ class Intake:
                 index=index,
                 token_ids=list(prompt),
                 sampler=SamplerState(
-                    self._sampling(request.sampling, index),
+                    _sampling(request.sampling, index, tokenizer.vocab_size),
                     prompt,
-                    self._tokenizer.vocab_size,
+                    tokenizer.vocab_size,
                     request.logprobs,
                     None if matcher is None else matcher.fork(),
-                    self._tokenizer.token_bytes,
+                    tokenizer.token_bytes,
                 ),
+                tokenizer=tokenizer,
                 detokenizer=Detokenizer(request.stop.strings, keep_stop_text=request.stop.keep_stop_text),
                 max_len=max_len,
                 arrived_s=now_s,
@@ -107,12 +120,26 @@ class Intake:
             sequences.append(sequence)
         return sequences
 
+    def tokenizer(self, adapter: str | None) -> Tokenizer:
+        """Whose tokens a request with this adapter is made of. Raises ModelNotFound."""
+        return (None if adapter is None else self._tokenizer_of(adapter)) or self._tokenizer
+
+    def _grammars_of(self, tokenizer: Tokenizer) -> Grammars:
+        """Over a vocabulary; those of adapters are laid out when they are first asked for."""
+        if tokenizer is self._tokenizer:
+            return self._grammars
+        known = next((pair for pair in self._others if pair[0] is tokenizer), (tokenizer, None))
+        grammars = known[1] or Grammars(tokenizer)
+        others = [pair for pair in self._others if pair[0] is not tokenizer]
+        self._others = [*others, (tokenizer, grammars)][-MOST_OTHERS:]
+        return grammars
+
     def _guide(self, request: GenerateRequest, negative: list[int]) -> Guide | None:
         if request.guidance is None or not negative:
             return None
         return Guide(next(self._seq_ids), list(negative), request.guidance.scale)
 
-    def _negative_prompt(self, request: GenerateRequest, prompt: list[int]) -> list[int]:
+    def _negative_prompt(self, request: GenerateRequest, prompt: list[int], tokenizer: Tokenizer) -> list[int]:
         """The token ids of the guide's prompt, one at least; none where nothing is to be guided.
 
         No text is a BOS alone where the model begins with one, else the last token of the prompt.
@@ -122,7 +149,7 @@ class Intake:
             return []
         add_bos = request.prompt.add_bos if isinstance(request.prompt, TextPrompt) else True
         negative = TextPrompt((Span(guidance.text),), add_bos)
-        return encode_prompt(negative, self._tokenizer) or prompt[-1:]
+        return encode_prompt(negative, tokenizer) or prompt[-1:]
 
     def _guided_len(self, request: GenerateRequest, num_prompt: int, num_negative: int) -> int:
         """How long a guided sequence may become, for its guide's sake. Raises InvalidRequest."""
@@ -139,8 +166,8 @@ class Intake:
             )
         return num_prompt + most
 
-    def _prompt(self, request: GenerateRequest) -> list[int]:
-        token_ids = encode_prompt(request.prompt, self._tokenizer)
+    def _prompt(self, request: GenerateRequest, tokenizer: Tokenizer) -> list[int]:
+        token_ids = encode_prompt(request.prompt, tokenizer)
         if request.truncate_to is not None:
             token_ids = token_ids[-request.truncate_to :]
         if not token_ids:
@@ -160,15 +187,16 @@ class Intake:
         longest = max(self._max_model_len, num_prompt + 1)
         return longest if max_tokens is None else min(longest, num_prompt + max_tokens)
 
-    def _sampling(self, params: SamplingParams, index: int) -> SamplingParams:
-        """The params of one choice: a seed of its own, and no bias or ban for ids that don't exist."""
-        if params.seed is not None and index > 0:
-            params = msgspec.structs.replace(params, seed=(params.seed + index * SEED_STEP) & SEED_MASK)
-        unknown = [i for i in params.logit_bias if not 0 <= i < self._tokenizer.vocab_size]
-        if unknown:
-            known = {i: bias for i, bias in params.logit_bias.items() if i not in set(unknown)}
-            params = msgspec.structs.replace(params, logit_bias=known)
-        if any(not 0 <= i < self._tokenizer.vocab_size for i in params.banned_tokens):
-            banned = tuple(i for i in params.banned_tokens if 0 <= i < self._tokenizer.vocab_size)
-            params = msgspec.structs.replace(params, banned_tokens=banned)
-        return params
+
+def _sampling(params: SamplingParams, index: int, vocab_size: int) -> SamplingParams:
+    """The params of one choice: a seed of its own, and no bias or ban for ids that don't exist."""
+    if params.seed is not None and index > 0:
+        params = msgspec.structs.replace(params, seed=(params.seed + index * SEED_STEP) & SEED_MASK)
+    unknown = [i for i in params.logit_bias if not 0 <= i < vocab_size]
+    if unknown:
+        known = {i: bias for i, bias in params.logit_bias.items() if i not in set(unknown)}
+        params = msgspec.structs.replace(params, logit_bias=known)
+    if any(not 0 <= i < vocab_size for i in params.banned_tokens):
+        banned = tuple(i for i in params.banned_tokens if 0 <= i < vocab_size)
+        params = msgspec.structs.replace(params, banned_tokens=banned)
+    return params

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from tightrope.backends.protocol import Tokenizer
 from tightrope.engine.banned import BannedStrings
 from tightrope.engine.detokenizer import Detokenizer
 from tightrope.engine.guidance import Guide
@@ -23,6 +24,7 @@ class Sequence:
     index: int
     token_ids: list[int]
     sampler: SamplerState
+    tokenizer: Tokenizer
     detokenizer: Detokenizer
     max_len: int  # token_ids never grows beyond it
     arrived_s: float

@@ -160,6 +160,9 @@ class FakeAdapters:
             raise BackendError(f"{path}: no adapter")
         return lambda: self.in_place.add(name)
 
+    def tokenizer(self, name: str) -> None:
+        return None
+
     def remove(self, name: str) -> None:
         self.in_place.discard(name)
 

@@ -10,7 +10,7 @@ from tightrope.backends.gguf.native import NativeAdapter, NativeContext, NativeM
 from tightrope.backends.gguf.peft_file import Conversion
 from tightrope.backends.gguf.values import check_values
 from tightrope.backends.hf.peft import read_adapter
-from tightrope.backends.protocol import Chunk
+from tightrope.backends.protocol import Chunk, Tokenizer
 from tightrope.backends.settings import ModelSettings
 
 
@@ -57,6 +57,10 @@ class GGUFAdapters:
                 self._in_place[name] = NativeAdapter(self._model, Path(file.name))
 
         return put_in_place
+
+    def tokenizer(self, name: str) -> Tokenizer | None:
+        """See AdapterStore. An adapter changes no vocabulary here."""
+        return None
 
     def remove(self, name: str) -> None:
         """See AdapterStore."""

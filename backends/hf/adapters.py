@@ -119,7 +119,8 @@ class Adapters:
 
     def tokenizer(self, name: str) -> Tokenizer | None:
         """See AdapterStore."""
-        return self._loaded[name].tokenizer
+        loaded = self._loaded.get(name)
+        return None if loaded is None else loaded.tokenizer
 
     def num_tokens(self, name: str | None) -> int:
         """How many tokens a chunk with this adapter may be made of."""

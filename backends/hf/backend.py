@@ -1,5 +1,6 @@
 """A Hugging Face folder as a Backend: chunks of token ids in, logits out, over our own paged cache."""
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from tightrope.backends.adapters import AdapterRoom
 from tightrope.backends.errors import BackendError
+from tightrope.backends.hf.adapter_tokens import tokenizer_at
 from tightrope.backends.hf.blueprint import draw
 from tightrope.backends.hf.calibrate import set_key_factors
 from tightrope.backends.hf.checkpoint import Checkpoint
@@ -30,6 +32,8 @@ from tightrope.backends.settings import ModelSettings
 from tightrope.backends.threads import compute_threads
 from tightrope.kernels import dispatch
 from tightrope.kernels.layout import PAGE, CacheFormat, LayerCache
+
+log = logging.getLogger("tightrope.hf")
 
 # Steps of so many tokens give torch all threads; in smaller ones waking them takes longer than the work.
 BLAS_TOKENS = 17
@@ -60,9 +64,15 @@ class HFBackend:
         self.model = build(blueprint, lambda done: progress(LOAD_SHARE * done))
         self.steps = StepBuilder(plan.rope, plan.window, device)
         self.adapters: AdapterStore = self.model.adapters
+        adapter_notes: list[str] = []
         self.model.adapters.room = AdapterRoom(adapter_bytes)
+        self.model.adapters.tokenizer_at = lambda path, num_tokens: tokenizer_at(
+            path, num_tokens, folder, shape, self.tokenizer
+        )
+        self.model.adapters.announce = adapter_notes.append
         for name, path in settings.adapters.items():
             self.adapters.prepare(name, Path(path).expanduser())()
+        self.model.adapters.announce = log.warning
         self.caches = self._allocate(plan)
         self.model.attach(self.caches)
         # None: every step runs as it is, as it must on a CPU, and where a step waits to learn which experts run
@@ -86,7 +96,7 @@ class HFBackend:
         self.capabilities = Capabilities(
             settings.max_num_seqs, plan.step_tokens, prompt_rows(shape.vocab_size, plan.step_tokens)
         )
-        self.card = _card(folder, shape, blueprint.format, self.model, plan, tokenizer)
+        self.card = _card(folder, shape, blueprint.format, self.model, plan, tokenizer, adapter_notes)
         progress(1.0)
 
     def forward(self, chunks: Sequence[Chunk]) -> Tensor:
@@ -190,7 +200,13 @@ def model_id(folder: Path) -> str:
 
 
 def _card(
-    folder: Path, shape: ModelShape, format: str, model: LoadedModel, plan: Plan, tokenizer: HFTokenizer
+    folder: Path,
+    shape: ModelShape,
+    format: str,
+    model: LoadedModel,
+    plan: Plan,
+    tokenizer: HFTokenizer,
+    adapter_notes: Sequence[str],
 ) -> ModelCard:
     return ModelCard(
         model_id=model_id(folder),
@@ -200,7 +216,13 @@ def _card(
         trained_len=shape.trained_len,
         cache_dtype=plan.cache_dtype,
         chat_template=chat_template(folder),
-        notes=(*plan.notes, f"kernels: {dispatch.describe(model.device)}", *model.notes, *tokenizer.notes),
+        notes=(
+            *plan.notes,
+            f"kernels: {dispatch.describe(model.device)}",
+            *model.notes,
+            *tokenizer.notes,
+            *adapter_notes,
+        ),
         cache_token_bytes=plan.token_bytes,
         named_tokens=tokenizer.named_tokens,
     )

@@ -41,9 +41,7 @@ def _fill(bends: Doubles, logits: Tensor, rows: Ids, states: Sequence[SamplerSta
             found = dispatch.row_sums(logits, rows[measured], bends[measured]).tolist()
             sums = {line: dict(zip(SUMS, row, strict=True)) for line, row in zip(measured, found, strict=True)}
         for line in members:
-            bends[line, place] = _BENDS[states[line].plan.head[place]](
-                states[line], sums.get(line, {}), logits.shape[1]
-            )
+            bends[line, place] = _BENDS[states[line].plan.head[place]](states[line], sums.get(line, {}))
 
 
 def bent(y: Doubles, bends: Doubles) -> Doubles:
@@ -65,7 +63,7 @@ def _is_measured(state: SamplerState, step: str) -> bool:
     return step not in ("temperature", "smoothing") or (step == "temperature" and state.params.dynatemp_range > 0)
 
 
-def _temperature(state: SamplerState, sums: Sums, vocab_size: int) -> Bend:
+def _temperature(state: SamplerState, sums: Sums) -> Bend:
     params = state.params
     t = params.temperature
     if params.dynatemp_range > 0:
@@ -74,23 +72,23 @@ def _temperature(state: SamplerState, sums: Sums, vocab_size: int) -> Bend:
     return DIVIDE, min(max(t, LEAST), MOST), 0.0, 0.0
 
 
-def _smoothing(state: SamplerState, sums: Sums, vocab_size: int) -> Bend:
+def _smoothing(state: SamplerState, sums: Sums) -> Bend:
     return PARABOLA, state.params.smoothing_factor, state.params.smoothing_curve, 0.0
 
 
-def _top_n_sigma(state: SamplerState, sums: Sums, vocab_size: int) -> Bend:
+def _top_n_sigma(state: SamplerState, sums: Sums) -> Bend:
     mean = sums["first"] / sums["count"]
     variance = sums["second"] / sums["count"] - mean * mean
     return CUT, -state.params.top_n_sigma * math.sqrt(max(variance, 0.0)), 0.0, 0.0
 
 
-def _eta_cutoff(state: SamplerState, sums: Sums, vocab_size: int) -> Bend:
+def _eta_cutoff(state: SamplerState, sums: Sums) -> Bend:
     epsilon = math.log(state.params.eta_cutoff)
     return _cut(min(epsilon, epsilon / 2 - _entropy(sums)) + math.log(sums["mass"]))
 
 
-def _mirostat_2(state: SamplerState, sums: Sums, vocab_size: int) -> Bend:
-    return _cut(math.log(sums["mass"]) - state.aim * math.log(2)) if cuts(state.aim, vocab_size) else NONE
+def _mirostat_2(state: SamplerState, sums: Sums) -> Bend:
+    return _cut(math.log(sums["mass"]) - state.aim * math.log(2)) if cuts(state.aim, state.vocab_size) else NONE
 
 
 def _cut(y: float) -> Bend:
@@ -102,7 +100,7 @@ def _entropy(sums: Sums) -> float:
     return math.log(sums["mass"]) - sums["moment"] / sums["mass"]
 
 
-_BENDS: Mapping[str, Callable[[SamplerState, Sums, int], Bend]] = {
+_BENDS: Mapping[str, Callable[[SamplerState, Sums], Bend]] = {
     "temperature": _temperature,
     "smoothing": _smoothing,
     "top_n_sigma": _top_n_sigma,

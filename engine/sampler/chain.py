@@ -59,7 +59,6 @@ class Chain:
     def __init__(self, logits: Tensor, rows: Ids, states: Sequence[SamplerState]) -> None:
         """logits [any, V] float32; rows [B] of them, and their states."""
         self._logits, self._rows = logits, rows
-        self._vocab_size = vocab_size = logits.shape[1]
         self._bends = bends_of(logits, rows, states)
         self._totals = self._weigh_rows(states)
         self._u = _column([_u(state) for state in states])
@@ -67,7 +66,7 @@ class Chain:
         plans = [state.plan for state in states]
         active = {step for plan in plans for step in plan.steps}
         self._steps = [
-            (step, [_values(step, name, states, vocab_size) for name in STEPS[step][1]])
+            (step, [_values(step, name, states) for name in STEPS[step][1]])
             for step in plans[0].order
             if step in active
         ]
@@ -154,12 +153,12 @@ def _u(state: SamplerState) -> float:
     return skewed(uniform(state.seed, state.num_output), state.params.skew)
 
 
-def _values(step: str, name: str, states: Sequence[SamplerState], vocab_size: int) -> Doubles:
+def _values(step: str, name: str, states: Sequence[SamplerState]) -> Doubles:
     """A column of a step [B, 1]; neutral in rows whose plan doesn't have the step."""
-    return _column([_value(step, name, state, vocab_size) for state in states])
+    return _column([_value(step, name, state) for state in states])
 
 
-def _value(step: str, name: str, state: SamplerState, vocab_size: int) -> float:
+def _value(step: str, name: str, state: SamplerState) -> float:
     params = state.params if step in state.plan.steps else _NEUTRAL
     match name:
         case "xtc_acts":
@@ -167,7 +166,7 @@ def _value(step: str, name: str, state: SamplerState, vocab_size: int) -> float:
         case "aim":
             return state.aim
         case "vocab_size":
-            return vocab_size
+            return state.vocab_size
     value: float = getattr(params, name)
     return value
 

@@ -27,6 +27,7 @@ class SamplerState:
         Raises InvalidRequest when a bias or ban names a token that isn't there, or a breaker is too long.
         """
         self.params = params
+        self.vocab_size = vocab_size  # a row of logits may be wider, for others' sake
         self.plan = plan(params)
         self.logprobs = logprobs
         self.seed = params.seed if params.seed is not None else int.from_bytes(os.urandom(8), "little")

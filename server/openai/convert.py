@@ -21,6 +21,7 @@ from tightrope.server.openai.tools import ToolUse, check_tools
 from tightrope.server.sampling_fields import KNOWN, Ignored, Sampling, read_sampling
 from tightrope.server.structured import overruled, read_grammar
 
+MOST_TOKEN_IDS = 1 << 24  # more than any vocabulary has
 ANY_MODEL = frozenset({None, "", "tgi", "dummy"})  # what clients send who don't know the name
 
 NOT_YET = "is not supported by this server"
@@ -208,6 +209,8 @@ def completion_prompts(body: CompletionRequest, served: Served) -> list[Prompt]:
         raise InvalidRequest("prompt must not be empty", "prompt")
     _check_most("prompt: the number of prompts", len(pieces), served.max_prompts)
     prompts: list[Prompt] = []
+    # an adapter may know more tokens than the model; which, the engine tells
+    end = served.info.vocab_size if check_model(body.model, served) is None else MOST_TOKEN_IDS
     for piece in pieces:
         if not piece:
             raise InvalidRequest("prompt must not be empty", "prompt")
@@ -215,7 +218,7 @@ def completion_prompts(body: CompletionRequest, served: Served) -> list[Prompt]:
             prompts.append(TextPrompt((Span(piece),), body.add_special_tokens and body.add_bos_token))
             continue
         for token_id in piece:
-            if not 0 <= token_id < served.info.vocab_size:
-                raise InvalidRequest(f"prompt: {token_id} is no token id below {served.info.vocab_size}", "prompt")
+            if not 0 <= token_id < end:
+                raise InvalidRequest(f"prompt: {token_id} is no token id below {end}", "prompt")
         prompts.append(TokenPrompt(tuple(piece)))
     return prompts
