@@ -1,5 +1,6 @@
 """`plan` refuses the GGUF files that `serve` refuses, for the same reason in one line, before any weights are read."""
 
+import ctypes
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -94,8 +95,12 @@ BROKEN_KEYS: dict[str, tuple[Keys, str]] = {
         put("tokenizer.ggml.pre", "abacus", STRING),
         "unknown pre-tokenizer type: 'abacus'",
     ),
-    "an image half": (put("general.type", "mmproj", STRING), "the image half (mmproj) of a model"),
-    "an adapter": (put("general.type", "adapter", STRING), "it is a LoRA adapter; serve its base model"),
+    "an image half": (put("general.type", "mmproj", STRING), "the image half of a model (mmproj)"),
+    "an image half by its architecture": (
+        put("general.architecture", "clip", STRING),
+        "the image half of a model (mmproj)",
+    ),
+    "an adapter": (put("general.type", "adapter", STRING), "a LoRA adapter, no model: name it with --lora"),
     "a model that makes vectors": (
         put("llama.pooling_type", 3, U32),
         "it makes vectors of texts (llama.pooling_type is 3, last)",
@@ -155,6 +160,12 @@ def test_a_file_over_which_llama_cpp_ends_the_process_is_refused_in_one_line(tmp
     path.write_bytes(content.replace(text, struct.pack("<Q", 1) + b"a", 1))
     with pytest.raises(BackendError, match=r"m\.gguf: llama\.cpp ends over it: GGML_ASSERT\(.*\) failed$"):
         try_load(path, least_options())
+
+
+def test_no_debugger_is_run_over_a_process_that_llama_cpp_ends() -> None:
+    getenv = ctypes.CDLL(None).getenv
+    getenv.restype = ctypes.c_char_p
+    assert getenv(b"GGML_NO_BACKTRACE") == b"1"
 
 
 def noted(path: Path) -> str:

@@ -2,8 +2,11 @@
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
+from gguf import GGUFWriter, TokenType
+from gguf_files import write_model
 from gguf_models import gemma
 
 from tightrope.backends.gguf.native import ModelOptions, NativeModel
@@ -111,4 +114,23 @@ def test_a_user_defined_token_becomes_a_mark_when_the_chat_template_says_so() ->
     assert table in tokenizer.eos_ids
     assert table not in plain
     assert joined(tokenizer, plain) == text.encode()
+    model.close()
+
+
+def test_a_blank_without_a_piece_of_its_own_takes_three_tokens(tmp_path: Path) -> None:
+    def without_blank(writer: GGUFWriter) -> None:
+        keys = writer.kv_data[0]
+        size = len(keys["tokenizer.ggml.tokens"].value)
+        pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+        keys["tokenizer.ggml.tokens"].value[:] = pieces + [f"word{i}" for i in range(size - len(pieces))]
+        keys["tokenizer.ggml.token_type"].value[3:259] = [TokenType.BYTE] * 256
+        keys["tokenizer.ggml.model"].value = "llama"
+
+    path = write_model(
+        Path(__file__).parent / "data" / "adapters" / "llama-bf16", tmp_path / "m.gguf", keys=without_blank
+    )
+    model = NativeModel(path, ModelOptions())
+    tokenizer = GGUFTokenizer(model)
+    blank = [3 + byte for byte in "▁".encode()]
+    assert tokenizer.encode(12 * " ", parse_special=False, is_start=False) == 12 * blank
     model.close()

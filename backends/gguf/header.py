@@ -19,7 +19,8 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from tightrope.backends.errors import BackendError
-from tightrope.backends.gguf.foreign import SNIFFED, describe
+from tightrope.backends.foreign import check_is_no_ggml
+from tightrope.backends.gguf.not_gguf import SNIFFED, describe
 from tightrope.backends.gguf.tensor_types import TENSOR_TYPES
 from tightrope.backends.gguf.vocabulary import PER_TOKEN, TOKENS, BadVocabulary, check_vocabulary
 from tightrope.backends.opened import open_file
@@ -149,6 +150,7 @@ class _Parser:
     def header(self) -> Header:
         start = self._file.read(SNIFFED)
         if not start.startswith(MAGIC):
+            check_is_no_ggml(self._path)
             raise self._error(f"not a GGUF file: {describe(start, self._size)}")
         self._file.seek(0)
         self._take(len(MAGIC))

@@ -11,13 +11,13 @@ from tightrope.backends.settings import ModelSettings
 
 # general.type -> what such a file is; older files are told by their architecture
 _OTHER_TYPES = {
-    "adapter": "a LoRA adapter; serve its base model and name this file with --lora NAME=PATH",
-    "mmproj": "the image half (mmproj) of a model, without the part that writes; name the other .gguf file",
-    "imatrix": "an importance matrix, which is only used to quantise a model",
+    "adapter": "a LoRA adapter, no model: name it with --lora beside its base model",
+    "mmproj": "the image half of a model (mmproj); name the language model's own file",
+    "imatrix": "an importance matrix, no model: only the tools that quantise use it",
 }
 _OTHER_ARCHITECTURES = {
     "clip": _OTHER_TYPES["mmproj"],
-    "controlvector": "a control vector, which changes a model and is none",
+    "controlvector": "a control vector, no model: it changes the answers of one",
 }
 _POOLED = {1: "mean", 2: "cls", 3: "last", 4: "rank"}  # how one vector is made of a text's
 
@@ -37,7 +37,7 @@ def read_model(path: Path, settings: ModelSettings) -> Header:
     architecture = header.metadata.get("general.architecture")
     other = _OTHER_TYPES.get(str(header.metadata.get("general.type"))) or _OTHER_ARCHITECTURES.get(str(architecture))
     if other is not None:
-        raise BackendError(f"{path}: no model to chat with: it is {other}")
+        raise BackendError(f"{path}: {other}")
     if not header.tensors:
         raise BackendError(f"{path}: no model to chat with: it holds no tensors, perhaps a vocabulary alone")
     pooling = header.metadata.get(f"{architecture}.pooling_type", 0)

@@ -60,10 +60,6 @@ class _Reader:
         architecture = header.metadata.get("general.architecture")
         if not isinstance(architecture, str) or not architecture:
             raise BackendError(f"{header.path}: it names no general.architecture, so it holds no model")
-        if architecture == "clip":
-            raise BackendError(f"{header.path}: the image half of a model (mmproj); name the language model's own file")
-        if header.metadata.get("general.type") == "adapter":
-            raise BackendError(f"{header.path}: a LoRA adapter, no model: name it with --lora beside its base model")
         self._architecture = architecture
 
     def shape(self) -> ModelShape:

@@ -135,16 +135,18 @@ class GGUFTokenizer:
         """Whether the vocabulary puts a space in front of every text."""
         if ll.llama_vocab_type(self._vocab) not in _SPACE_PREFIXED:
             return False
-        first = self._tokenize("a", parse_special=False)[:1]
-        return bool(first) and self.token_bytes(first[0]).startswith(b" ")
+        text = b"".join(map(self.token_bytes, self._tokenize("a", parse_special=False)))
+        return text.startswith((b" ", "▁".encode()))  # the latter where the vocabulary has no piece for a blank
 
     def _tokenize(self, text: str, *, parse_special: bool) -> list[int]:
         raw = text.encode("utf-8", errors="replace")
-        room = len(raw) + 8  # a token is at least a byte; the space in front may be one more
-        out = (ctypes.c_int32 * room)()
-        count = ll.llama_tokenize(self._vocab, raw, len(raw), out, room, False, parse_special)
-        assert count >= 0, f"{-count} tokens of {len(raw)} bytes"
-        return out[:count]
+        room = len(raw) + 8  # a token is a byte and more, mostly; the space in front may be one more
+        while True:
+            out = (ctypes.c_int32 * room)()
+            count = ll.llama_tokenize(self._vocab, raw, len(raw), out, room, False, parse_special)
+            if count >= 0:
+                return out[:count]
+            room = -count  # a blank without a piece of its own takes three tokens
 
     def _piece(self, token_id: int) -> bytes:
         size = 64

@@ -1,13 +1,7 @@
-"""Names what a person has in hand where a GGUF file should be."""
+"""Names by its first bytes what a person has in hand where a GGUF file should be."""
 
 import re
 
-_OLD = {
-    b"lmgg": "ggml",
-    b"fmgg": "ggmf",
-    b"tjgg": "ggjt",
-    b"algg": "ggla, an adapter",
-}
 _STARTS = {
     b"PK\x03\x04": "a zip archive or pickled PyTorch weights, which are never loaded, as they can run code",
     b"\x80\x02": "pickled weights, which are never loaded, as they can run code",
@@ -25,11 +19,6 @@ def describe(start: bytes, num_bytes: int) -> str:
     """What a file of `num_bytes` bytes is that starts so and is no GGUF file, and what to do, as the end of a line."""
     if num_bytes == 0:
         return "it is empty; copy or download it again"
-    if (name := _OLD.get(start[:4])) is not None:
-        return (
-            f"it is an old GGML file ({name}), as written before August 2023; get the model as GGUF, or convert it "
-            "with convert_llama_ggml_to_gguf.py of llama.cpp"
-        )
     for head, words in _STARTS.items():
         if start.startswith(head):
             return f"it is {words}"
