@@ -25,7 +25,7 @@ MAX_FILE = 256 << 20  # bytes; vocabularies of 256,000 pieces take about 5 MB
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
 UNIGRAM, BPE = 1, 2
 NEVER = -1e9  # a score with which a piece is not found in text
-PREFIX = "\U0010ffff"  # in front of a part of a text: a space goes here; a character that is in no text
+PREFIX, NO_PREFIX = "\U0010ffff", "\U0010fffe"  # in front of a part of a text: a space goes here, or doesn't
 
 _Field = tuple[int, int | bytes]
 
@@ -125,18 +125,18 @@ def added(model: SentencePieceModel) -> dict[int, AddedToken]:
 
 
 def _normalizer(model: SentencePieceModel) -> normalizers.Normalizer:
-    """Spaces as sentencepiece has them, in a part of a text between added tokens, which PREFIX may stand before."""
+    """Spaces as sentencepiece has them, in a part of a text between added tokens, in front of which may be PREFIX."""
     steps: list[normalizers.Normalizer] = [normalizers.Precompiled(model.charsmap)] if model.charsmap else []
     if model.joins_spaces:
         steps += [
-            normalizers.Replace(Regex(rf"(?<=\A{PREFIX}) +|\A +| +\z"), ""),
+            normalizers.Replace(Regex(rf"(?<=\A[{PREFIX}{NO_PREFIX}]) +|\A +| +\z"), ""),
             normalizers.Replace(Regex(" {2,}"), " "),
             normalizers.Replace(Regex(rf"\A{PREFIX}\z"), ""),  # nothing gets no space
         ]
     steps += [
         normalizers.Replace(" ", "▁"),
         normalizers.Replace(Regex(rf"\A{PREFIX}"), "▁"),
-        normalizers.Replace(PREFIX, ""),
+        normalizers.Replace(Regex(rf"\A{NO_PREFIX}"), ""),
     ]
     return normalizers.Sequence(steps)
 

@@ -1,13 +1,14 @@
 """Text to token ids and back by a Hugging Face folder's tokenizer.json or tokenizer.model."""
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
+from tightrope.backends.errors import BackendError
 from tightrope.backends.hf.config import ModelShape
 from tightrope.backends.hf.encoders import encoder
 from tightrope.backends.hf.pieces import BYTE_PIECE, byte_level, piece_reader
-from tightrope.backends.hf.spm import PREFIX
+from tightrope.backends.hf.spm import NO_PREFIX, PREFIX
 from tightrope.backends.hf.token_files import TokenFiles, read_token_files
 from tightrope.backends.hf.vocabulary import Vocabulary, read_vocabulary
 from tightrope.backends.plain_text import MarkCutter, place_to_cut
@@ -29,6 +30,7 @@ class HFTokenizer:
         self._bytes = piece_reader(self._vocabulary.source, self._vocabulary.path)
         self._prefixes_parts = _prefixes_parts(files)
         self.notes: tuple[str, ...] = (*files.notes, *self._vocabulary.notes)
+        self._pieces: Mapping[str, int] = self._vocabulary.source.get_vocab(with_added_tokens=False)
         self._build()
         self.bos_id, self.adds_bos = self._bos(files, shape)
         self.eos_ids: frozenset[int] = self._ends(files)
@@ -41,17 +43,15 @@ class HFTokenizer:
             return []
         if not text.isascii():
             text = text.encode("utf-8", errors="replace").decode("utf-8")
-        if parse_special:
-            return self._encode(text, parse_special=True, is_start=is_start)
-        first, *others = self._cutter.pieces(text)
-        token_ids = self._encode(first, parse_special=False, is_start=is_start)
+        first, *others = self._cutters[parse_special].pieces(text)
+        token_ids = self._encode(first, parse_special=parse_special, is_start=is_start)
         for piece in others:
-            token_ids += self._encode(piece, parse_special=False, is_start=False)
+            token_ids += self._encode(piece, parse_special=parse_special, is_start=False)
         return token_ids
 
     def _encode(self, text: str, *, parse_special: bool, is_start: bool) -> list[int]:
-        if self._vocabulary.prefixes_space:
-            text = self._with_prefixes(text, parse_special=parse_special, is_start=is_start)
+        if self._vocabulary.prefixes_space is not None:
+            text = self._with_marks(text, parse_special=parse_special, is_start=is_start)
         tokenizer = self._encoders[is_start, parse_special]
         # the fast call leaves offsets out, and releases the interpreter's lock like the other
         token_ids: list[int] = tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
@@ -59,18 +59,22 @@ class HFTokenizer:
             return [self._own_ids.get(token_id, token_id) for token_id in token_ids]
         return token_ids
 
-    def _with_prefixes(self, text: str, *, parse_special: bool, is_start: bool) -> str:
+    def _with_marks(self, text: str, *, parse_special: bool, is_start: bool) -> str:
         """The text of a sentencepiece vocabulary with PREFIX where it puts a space: at its start, unless that is an
         added token, and, in vocabularies of the first years, behind each added token.
+
+        The other parts begin with NO_PREFIX where the text itself holds such characters.
         """
+        usual = NO_PREFIX if PREFIX in text or NO_PREFIX in text else ""
+        prefix = PREFIX if self._vocabulary.prefixes_space else usual
         finds = self._finds[parse_special]
-        if finds is None:
-            return PREFIX + text if is_start else text
-        if not self._prefixes_parts:
-            return PREFIX + text if is_start and not finds.match(text) else text
+        if finds is None or not (usual or self._prefixes_parts):
+            is_marked = is_start and (finds is None or not finds.match(text))
+            return (prefix if is_marked else usual) + text
         parts = finds.split(text)  # text and added tokens in turns
-        first = 0 if is_start else 2
-        parts[first::2] = [PREFIX + part if part else part for part in parts[first::2]]
+        behind = prefix if self._prefixes_parts else usual
+        begins = [prefix if is_start else usual, *[behind] * (len(parts) // 2)]
+        parts[::2] = [begin + part if part else part for begin, part in zip(begins, parts[::2], strict=True)]
         return "".join(parts)
 
     def token_bytes(self, token_id: int) -> bytes:
@@ -116,21 +120,25 @@ class HFTokenizer:
         # ids that the library gives where the files have others
         ids = {whole.token_to_id(token.content): token_id for token_id, token in added.items()}
         self._own_ids = {given: token_id for given, token_id in ids.items() if given != token_id}
+        if self._own_ids.keys() & set(self._pieces.values()):
+            raise BackendError(f"{vocabulary.path}: its vocabulary has fewer pieces than ids; copy it again")
         self._special = frozenset(i for i, token in added.items() if token.special)
         self._special_texts = tuple(added[i].content for i in sorted(self._special))
         self._finds = {parse_special: _finds(vocabulary, parse_special) for parse_special in (True, False)}
         self._known: dict[int, bytes] = {}  # filled as tokens are seen
-        self._cutter = self._mark_cutter()
+        named_bytes = (f"<0x{byte:02X}>" for byte in range(256))
+        bytes_ids = {text: self._pieces[text] for text in named_bytes if text in self._pieces}
+        # all but the unknown one, which stands for any letter
+        marks = {added[i].content: i for i in self._special if i != vocabulary.unknown_id}
+        self._cutters = {True: self._cutter(bytes_ids), False: self._cutter(bytes_ids | marks)}
 
-    def _mark_cutter(self) -> MarkCutter:
-        """Cuts the marks that a vocabulary's pieces or merges make of plain letters."""
+    def _cutter(self, ids: Mapping[str, int]) -> MarkCutter:
+        """Cuts texts of tokens that the vocabulary would make of plain letters, such as the name of a byte's piece."""
 
         def plain(text: str) -> list[int]:
             return self._encode(text, parse_special=False, is_start=False)
 
-        marks = self._special - {self._vocabulary.unknown_id}  # which stands for any letter
-        texts = ((self._vocabulary.added[token_id].content, token_id) for token_id in marks)
-        places = ((text, place_to_cut(text, token_id, plain)) for text, token_id in texts)
+        places = ((text, place_to_cut(text, token_id, plain)) for text, token_id in ids.items())
         return MarkCutter({text: place for text, place in places if place is not None})
 
     def _read_token(self, token_id: int) -> bytes:
@@ -189,5 +197,6 @@ def _finds(vocabulary: Vocabulary, parse_special: bool) -> re.Pattern[str] | Non
     for token in sorted(vocabulary.added.values(), key=lambda token: -len(token.content)):
         if not token.normalized and (parse_special or not token.special):
             before, after = r"\s*" if token.lstrip else "", r"\s*" if token.rstrip else ""
-            texts.append(f"{before}{re.escape(token.content)}{after}")
+            word = rf"(?<!\w){re.escape(token.content)}(?!\w)" if token.single_word else re.escape(token.content)
+            texts.append(f"{before}{word}{after}")
     return re.compile(f"({'|'.join(texts)})") if texts and vocabulary.prefixes_space is not None else None
