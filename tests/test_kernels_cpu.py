@@ -92,7 +92,9 @@ def bent_sums(row: NDArray[np.float64], bends: list[tuple[float, ...]]) -> tuple
             y, off = y / a, (off + 3 * UNIT * np.abs(y)) / a
         elif kind == PARABOLA:
             cubic, square = (b - 1) / 2 * y**3, (3 - b) / 2 * y**2
-            off = a * (off * np.abs(3 * (b - 1) / 2 * y**2 - (3 - b) * y) + 8 * UNIT * (np.abs(cubic) + square))
+            # b - 1 and 3 - b may lose all digits but those of b
+            sizes = (b + 1) / 2 * np.abs(y) ** 3 + (b + 3) / 2 * y**2
+            off = a * (off * np.abs(3 * (b - 1) / 2 * y**2 - (3 - b) * y) + 8 * UNIT * sizes)
             y = a * (cubic - square) - c
         else:
             assume((np.abs(y - a) > off).all())  # rounding decides about other tokens
@@ -108,7 +110,7 @@ def bent_sums(row: NDArray[np.float64], bends: list[tuple[float, ...]]) -> tuple
             off_weights.sum(),
             (np.abs(y) * off_weights + off * weights).sum(),
             (off + 1e-12 * np.abs(y)).sum(),
-            (2 * np.abs(y) * off + off**2 + 1e-12 * y**2).sum(),
+            (2 * np.abs(y) * off + off**2 + 2 * UNIT * y**2).sum(),
         ],
     )
 
