@@ -66,22 +66,12 @@ def outline(settings: ModelSettings, memory_bytes: int | None) -> Outline:
 
 def _of_folder(folder: Path, settings: ModelSettings, memory_bytes: int | None) -> Outline:
     from tightrope.backends.hf import plan as hf
-    from tightrope.backends.hf.blueprint import draw
-    from tightrope.backends.hf.checkpoint import Checkpoint
-    from tightrope.backends.hf.config import read_config
-    from tightrope.backends.hf.generation import chat_template
+    from tightrope.backends.hf.inspection import inspect
     from tightrope.backends.hf.peft import room_for_adapters
-    from tightrope.backends.hf.tokenizer import HFTokenizer
-    from tightrope.backends.hf.vocabulary import has_tokenizer
-    from tightrope.backends.rope import resolve_rope
     from tightrope.kernels.layout import PAGE
 
-    shape = read_config(folder)
-    rope = resolve_rope(shape.raw, settings.rope, settings.max_model_len)
-    blueprint = draw(folder, shape, Checkpoint.open(folder), rope)
-    if has_tokenizer(folder):  # headers alone are enough to plan
-        HFTokenizer(folder, shape)
-        chat_template(folder)
+    found = inspect(folder, settings)
+    shape, blueprint = found.shape, found.blueprint
     weight_bytes = blueprint.weight_bytes + room_for_adapters(settings)
     free_bytes = _grossed_up(memory_bytes) if memory_bytes is not None else hf.free_bytes()
     spare = spare_bytes(weight_bytes, free_bytes)

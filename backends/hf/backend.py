@@ -12,12 +12,11 @@ from torch import Tensor
 from tightrope.backends.adapters import AdapterRoom
 from tightrope.backends.errors import BackendError
 from tightrope.backends.hf.adapter_tokens import tokenizer_at
-from tightrope.backends.hf.blueprint import draw
 from tightrope.backends.hf.calibrate import set_key_factors
-from tightrope.backends.hf.checkpoint import Checkpoint
-from tightrope.backends.hf.config import ModelShape, read_config
+from tightrope.backends.hf.config import ModelShape
 from tightrope.backends.hf.generation import chat_template
 from tightrope.backends.hf.graphs import DecodeGraphs, batch_size
+from tightrope.backends.hf.inspection import inspect
 from tightrope.backends.hf.model import LoadedModel, build
 from tightrope.backends.hf.pages import PagedKVCache
 from tightrope.backends.hf.peft import room_for_adapters
@@ -27,7 +26,6 @@ from tightrope.backends.hf.tokenizer import HFTokenizer
 from tightrope.backends.hf.variants import CacheVariants
 from tightrope.backends.memory import prompt_rows
 from tightrope.backends.protocol import AdapterStore, Capabilities, Chunk, KVCache, ModelCard, Tokenizer
-from tightrope.backends.rope import resolve_rope
 from tightrope.backends.settings import ModelSettings
 from tightrope.backends.threads import compute_threads
 from tightrope.kernels import dispatch
@@ -49,14 +47,13 @@ class HFBackend:
         Raises BackendError. Files and settings are checked, and the memory is planned, before anything large is
         allocated.
         """
-        shape = read_config(folder)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        rope = resolve_rope(shape.raw, settings.rope, settings.max_model_len)
-        blueprint = draw(folder, shape, Checkpoint.open(folder), rope, device)
+        found = inspect(folder, settings, device)
+        shape, blueprint = found.shape, found.blueprint
         adapter_bytes = room_for_adapters(settings)
         plan = make_plan(settings, shape, blueprint.weight_bytes + adapter_bytes, free_bytes())
         check_layers(plan, blueprint.layers)
-        tokenizer = HFTokenizer(folder, shape)
+        tokenizer = found.tokenizer or HFTokenizer(folder, shape)  # which says what is missing
         self.tokenizer: Tokenizer = tokenizer
         self._threads = compute_threads(settings.threads)
         torch.set_num_threads(1)  # see BLAS_TOKENS

@@ -1,7 +1,4 @@
-"""A model before its weights are read: the module tree, and which tensor goes where, checked as far as headers tell.
-
-`serve` loads by it, and `plan` makes one to refuse what `serve` would refuse: there is one set of checks.
-"""
+"""A model before its weights are read: the module tree, and which tensor goes where, checked as far as headers tell."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass

@@ -1,0 +1,34 @@
+"""A model folder, checked as far as that takes no weights: `serve` goes on from here, and `plan` ends here."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from tightrope.backends.hf.blueprint import Blueprint, draw
+from tightrope.backends.hf.checkpoint import Checkpoint
+from tightrope.backends.hf.config import ModelShape, read_config
+from tightrope.backends.hf.tokenizer import HFTokenizer
+from tightrope.backends.hf.vocabulary import has_tokenizer
+from tightrope.backends.rope import RopeSpec, resolve_rope
+from tightrope.backends.settings import ModelSettings
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """What a folder holds. `tokenizer` is None where it has none: a folder of headers can be planned for."""
+
+    shape: ModelShape
+    rope: Mapping[str, RopeSpec]
+    tokenizer: HFTokenizer | None
+    blueprint: Blueprint
+
+
+def inspect(folder: Path, settings: ModelSettings, device: torch.device | str = "cpu") -> Inspection:
+    """Read all of a folder but its weights. Raises BackendError in one line for whatever can't be served."""
+    shape = read_config(folder)
+    rope = resolve_rope(shape.raw, settings.rope, settings.max_model_len)
+    checkpoint = Checkpoint.open(folder)
+    tokenizer = HFTokenizer(folder, shape) if has_tokenizer(folder) else None
+    return Inspection(shape, rope, tokenizer, draw(folder, shape, checkpoint, rope, device))
