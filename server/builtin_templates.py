@@ -58,7 +58,7 @@ _LLAMA_2 = r"""
 {{ (bos_token if ns.turns else '') + '[INST] ' + ns.system + message.content + ' [/INST]' }}
 {%- set ns.system = '' -%}{%- set ns.turns = ns.turns + 1 -%}{%- set ns.expected = 'assistant' -%}
 {%- else -%}
-{{ ' ' + message.content + eos_token }}
+{{ ' ' + message.content + ' ' + eos_token }}
 {%- set ns.expected = 'user' -%}
 {%- endif -%}
 {%- endfor -%}
