@@ -22,7 +22,6 @@ from tightrope.backends.errors import BackendError
 from tightrope.backends.gguf.native import ModelOptions, NativeModel
 from tightrope.backends.gguf.tokenizer import GGUFTokenizer
 from tightrope.backends.hf.config import ModelShape, read_config
-from tightrope.backends.hf.generation import chat_template
 from tightrope.backends.hf.tokenizer import HFTokenizer
 from tightrope.backends.locate import bundled_model
 
@@ -410,47 +409,6 @@ def line_of(folder: Path) -> str | None:
     except BackendError as error:
         return str(error)
     return None
-
-
-@pytest.mark.parametrize(
-    ("files", "source"),
-    [
-        ({"chat_template.jinja": "of the file", "tokenizer_config.json": '{"chat_template": "old"}'}, "of the file"),
-        ({"tokenizer_config.json": '{"chat_template": "one"}'}, "one"),
-        ({"tokenizer_config.json": '{"chat_template": [{"name": "tool_use", "template": "t"}, '
-          '{"name": "default", "template": "d"}]}'}, "d"),
-        ({"tokenizer_config.json": '{"chat_template": [{"name": "only", "template": "o"}]}'}, "o"),
-        ({"tokenizer_config.json": '{"chat_template": [{"name": "a", "template": "a"}, '
-          '{"name": "b", "template": "b"}]}'}, None),
-        ({"chat_template.json": '{"chat_template": "of a vision model"}'}, "of a vision model"),
-        ({"tokenizer_config.json": "{}"}, None),
-        ({}, None),
-    ],
-)  # fmt: skip
-def test_the_chat_template_is_found_where_each_version_put_it(
-    tmp_path: Path, files: dict[str, str], source: str | None
-):
-    for name, text in files.items():
-        (tmp_path / name).write_text(text)
-
-    assert chat_template(tmp_path) == source
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "line"),
-    [
-        ("tokenizer_config.json", b'{"chat_template": 7}', r"tokenizer_config\.json: chat_template is 7; it must be"),
-        ("tokenizer_config.json", b"{", r"tokenizer_config\.json: not JSON"),
-        ("chat_template.jinja", b"\xff\xfe", r"chat_template\.jinja: can't be read as UTF-8 text"),
-        ("chat_template.jinja", b" " * (5 << 20), r"chat_template\.jinja: 5242880 bytes are too many"),
-    ],
-    ids=lambda value: str(value)[:30],
-)
-def test_a_wrong_chat_template_is_one_line(tmp_path: Path, name: str, content: bytes, line: str):
-    (tmp_path / name).write_bytes(content)
-
-    with pytest.raises(BackendError, match=line):
-        chat_template(tmp_path)
 
 
 def test_an_added_text_becomes_a_mark_when_the_chat_template_says_so(tmp_path: Path):

@@ -136,6 +136,7 @@ def _model_options(
 
 def _card(path: Path, header: Header, model: NativeModel, plan: Plan, tokenizer: GGUFTokenizer) -> ModelCard:
     shape = ModelShape.of(header)
+    default, templates = model.chat_template(), header.chat_templates
     return ModelCard(
         model_id=path.stem,
         architecture=shape.architecture,
@@ -143,7 +144,8 @@ def _card(path: Path, header: Header, model: NativeModel, plan: Plan, tokenizer:
         max_model_len=plan.window,
         trained_len=shape.trained_len,
         cache_dtype=plan.cache_type.name,
-        chat_template=model.chat_template(),
+        chat_template=templates[0][1] if default is None and len(templates) == 1 else default,
+        chat_templates=templates,
         notes=plan.notes + header.notes + model.notes,
         named_tokens=tokenizer.named_tokens,
         cache_token_bytes=shape.cache_bytes(plan.cache_type.key_type, plan.cache_type.value_type),

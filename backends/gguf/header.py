@@ -86,6 +86,13 @@ class Header:
         return tuple(tensor for file in self.files for tensor in file.tensors)
 
     @property
+    def chat_templates(self) -> tuple[tuple[str, str], ...]:
+        """Names and Jinja sources of the chat templates that stand beside the default one."""
+        start = "tokenizer.chat_template."
+        named = {key.removeprefix(start): value for key, value in self.metadata.items() if key.startswith(start)}
+        return tuple((name, value) for name, value in named.items() if isinstance(value, str))
+
+    @property
     def weight_bytes(self) -> int:
         return sum(t.num_bytes for t in self.tensors)
 

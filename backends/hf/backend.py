@@ -13,8 +13,8 @@ from tightrope.backends.adapters import AdapterRoom
 from tightrope.backends.errors import BackendError
 from tightrope.backends.hf.adapter_tokens import tokenizer_at
 from tightrope.backends.hf.calibrate import set_key_factors
+from tightrope.backends.hf.chat_templates import DEFAULT, chat_templates
 from tightrope.backends.hf.config import ModelShape
-from tightrope.backends.hf.generation import chat_template
 from tightrope.backends.hf.graphs import DecodeGraphs, batch_size
 from tightrope.backends.hf.inspection import inspect
 from tightrope.backends.hf.model import LoadedModel, build
@@ -205,6 +205,7 @@ def _card(
     tokenizer: HFTokenizer,
     adapter_notes: Sequence[str],
 ) -> ModelCard:
+    templates = chat_templates(folder)
     return ModelCard(
         model_id=model_id(folder),
         architecture=shape.model_type,
@@ -212,7 +213,8 @@ def _card(
         max_model_len=plan.window,
         trained_len=shape.trained_len,
         cache_dtype=plan.cache_dtype,
-        chat_template=chat_template(folder),
+        chat_template=templates.get(DEFAULT),
+        chat_templates=tuple(templates.items()),
         notes=(
             *plan.notes,
             f"kernels: {dispatch.describe(model.device)}",
