@@ -3,12 +3,12 @@
 import asyncio
 import logging
 from collections.abc import Callable, Container, Coroutine, Iterable, Iterator
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import msgspec
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
-from pydantic import BaseModel, ConfigDict, FailFast, model_validator
+from pydantic import BaseModel, ConfigDict, FailFast, ModelWrapValidatorHandler, PrivateAttr, model_validator
 
 from tightrope.server.errors import BodyTimeout, MalformedBody, NotJson
 
@@ -47,6 +47,25 @@ class Body(BaseModel):
     @classmethod
     def _null_is_absent(cls, data: object) -> object:
         return {k: v for k, v in data.items() if v is not None} if isinstance(data, dict) else data
+
+
+class ShownBody(Body):
+    """A part of a body that the chat template is shown as it came: with the order of its keys, and with its nulls."""
+
+    _given: dict[str, Any] = PrivateAttr(default_factory=dict)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _keep(cls, data: object, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        made = handler(data)
+        if isinstance(data, dict):
+            made._given = data
+        return made
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The JSON that this was read from; not to be changed."""
+        return self._given
 
 
 def ignored_fields(body: Body, prefix: str = "") -> Iterator[str]:

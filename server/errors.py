@@ -45,6 +45,10 @@ class TemplateRefused(TemplateFailed):
     """The chat template itself says that it can't render these messages."""
 
 
+class TemplateStopped(TemplateFailed):
+    """The chat template took too long, or too much memory."""
+
+
 class Unauthorized(EngineError):
     """The key is missing or wrong."""
 

@@ -7,10 +7,11 @@ looked through for their words.
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any, Literal
 
+from tightrope.server.content import in_shape
 from tightrope.server.errors import TemplateFailed
 from tightrope.server.template_renderer import TemplateRenderer
 
@@ -24,6 +25,7 @@ _CHATS = (
     ("user", "assistant", "user"),
     ("system", "user", "assistant", "user", "assistant"),
 )
+_CALL_CONTENTS: tuple[Mapping[str, str | None], ...] = ({}, {"content": ""}, {"content": None})
 TOOL = {
     "type": "function",
     "function": {"name": "probe", "description": "", "parameters": {"type": "object", "properties": {}}},
@@ -38,6 +40,9 @@ class TemplateFacts:
     lost: frozenset[str] = frozenset()  # roles of which no word is kept
     partly_lost: frozenset[str] = frozenset()  # roles of whose turns some are kept, and some aren't
     is_broken: bool = False  # not one of the chats could be rendered
+    call_content: Mapping[str, str | None] = field(
+        default_factory=lambda: {"content": ""}
+    )  # beside calls, if no text is
 
     def shapes_of(self, role: str) -> frozenset[Shape]:
         """Those in which content of this role is kept; a role that wasn't probed is like the user's."""
@@ -74,14 +79,49 @@ async def probe(
     `variables` are those that the template sees beside the messages; with_tools: it is made for chats with tools alone.
     UNKNOWN for a template that had to be stopped.
     """
-    fixed = {**variables, "tools": [TOOL] if with_tools else None, "add_generation_prompt": False}
-    assignments = [dict(zip(_ROLES, shapes, strict=True)) for shapes in product(SHAPES, repeat=len(_ROLES))]
-    chats = list(dict.fromkeys(_chat(roles, shapes) for roles in _CHATS for shapes in assignments))
     try:
-        texts = await renderer.render_each(source, [{**fixed, "messages": chat.messages()} for chat in chats])
+        facts = await _probe_words(renderer, source, variables, [TOOL] if with_tools else None)
+        return await _probe_calls(renderer, source, variables, facts) if "tool_calls" in source else facts
     except TemplateFailed:
         return UNKNOWN
+
+
+async def _probe_words(
+    renderer: TemplateRenderer, source: str, variables: Mapping[str, Any], tools: Sequence[Mapping[str, Any]] | None
+) -> TemplateFacts:
+    fixed = {**variables, "tools": tools, "add_generation_prompt": False}
+    assignments = [dict(zip(_ROLES, shapes, strict=True)) for shapes in product(SHAPES, repeat=len(_ROLES))]
+    chats = list(dict.fromkeys(_chat(roles, shapes) for roles in _CHATS for shapes in assignments))
+    texts = await renderer.render_each(source, [{**fixed, "messages": chat.messages()} for chat in chats])
     return _facts(assignments, dict(zip(chats, texts, strict=True)))
+
+
+async def _probe_calls(
+    renderer: TemplateRenderer, source: str, variables: Mapping[str, Any], facts: TemplateFacts
+) -> TemplateFacts:
+    """The facts with those about calls and their results: the first form in which most of them is kept."""
+    call = {"id": "call00000", "type": "function", "function": {"name": "callprobe", "arguments": {"x": "givenprobe"}}}
+    forms = [(content, shape) for content in _CALL_CONTENTS for shape in SHAPES]
+    chats = [
+        [
+            in_shape({"role": "user", "content": "userprobe"}, facts.shapes_of("user")),
+            {"role": "assistant", **content, "tool_calls": [call]},
+            in_shape(
+                {"role": "tool", "content": "resultprobe", "name": "callprobe", "tool_call_id": "call00000"}, {shape}
+            ),
+            in_shape({"role": "assistant", "content": "assistantprobe"}, facts.shapes_of("assistant")),
+        ]
+        for content, shape in forms
+    ]
+    fixed = {**variables, "tools": [TOOL], "add_generation_prompt": False}
+    texts = await renderer.render_each(source, [{**fixed, "messages": chat} for chat in chats])
+    words = ("userprobe", "callprobe", "givenprobe", "resultprobe", "assistantprobe")
+    kept = [0 if text is None else sum(_keeps(text, word) for word in words) for text in texts]
+    if not any(kept):
+        return facts
+    best = [form for form, num in zip(forms, kept, strict=True) if num == max(kept)]
+    results = frozenset(shape for content, shape in best if content == best[0][0])
+    return replace(facts, call_content=best[0][0], shapes={**facts.shapes, "tool": results})
 
 
 def _chat(roles: tuple[str, ...], shapes: Mapping[str, Shape]) -> _Chat:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-from tightrope.server.errors import TemplateFailed, TemplateRefused
+from tightrope.server.errors import TemplateFailed, TemplateRefused, TemplateStopped
 from tightrope.server.template_worker import Rendered, RenderJob
 
 RENDER_TIMEOUT_S = 5.0  # a long chat takes milliseconds
@@ -54,9 +54,11 @@ class TemplateRenderer:
                 made = await self._ask(job, self._timeout_s)
                 done = True
             except TimeoutError:
-                raise TemplateFailed(f"the chat template was stopped after {self._timeout_s:g} s", "messages") from None
+                raise TemplateStopped(
+                    f"the chat template was stopped after {self._timeout_s:g} s", "messages"
+                ) from None
             except (asyncio.IncompleteReadError, ConnectionError):
-                raise TemplateFailed("the chat template was stopped: it used too much memory", "messages") from None
+                raise TemplateStopped("the chat template was stopped: it used too much memory", "messages") from None
             finally:
                 if not done:  # also when the client hung up: what comes back now answers nobody
                     await self._kill()
@@ -89,7 +91,7 @@ class TemplateRenderer:
             await writer.drain()
             num_bytes = int.from_bytes(await reader.readexactly(4), "little")
             if num_bytes > MAX_PROMPT_BYTES:
-                raise TemplateFailed(f"the chat template rendered more than {MAX_PROMPT_BYTES} bytes", "messages")
+                raise TemplateStopped(f"the chat template rendered more than {MAX_PROMPT_BYTES} bytes", "messages")
             return [Rendered(**fields) for fields in json.loads(await reader.readexactly(num_bytes))]
 
     async def _kill(self) -> None:

@@ -10,6 +10,7 @@ numbers of any size. The process ends with its stdin.
 import json
 import resource
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from functools import lru_cache
@@ -62,13 +63,17 @@ class TemplateRefused(Exception):
 
 
 class _Generation(Extension):
-    """`{% generation %}` marks the assistant's text for training; for serving it means nothing."""
+    """`{% generation %}` marks the assistant's text for training; for serving it is a block with a scope of its own."""
 
     tags = {"generation"}  # noqa: RUF012 - read by Jinja as a class attribute
 
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("_text"), [], [], body).set_lineno(line)
+
+    def _text(self, caller: Callable[[], str]) -> str:
+        return caller()
 
 
 def _raise_exception(message: str) -> NoReturn:

@@ -1,9 +1,7 @@
 """Chat messages to prompt text, by the Jinja template from the model's files."""
 
-import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tightrope.engine.types import ModelInfo, Span
@@ -12,12 +10,8 @@ from tightrope.server.content import Message, with_text
 from tightrope.server.errors import TemplateFailed
 from tightrope.server.template_probe import TemplateFacts, probe
 from tightrope.server.template_renderer import TemplateRenderer
-from tightrope.server.whole_chats import WORDS, Rendering
-
-# Marks around special-token texts in what people wrote, and at the place where an answer goes on. They are private-use
-# characters; those that come in from outside are removed first, so every mark in the rendered prompt is ours.
-OPEN, CLOSE, GO_ON = "\ue0f0", "\ue0f1", "\ue0f2"
-_NO_MARKS = str.maketrans("", "", OPEN + CLOSE + GO_ON + WORDS)
+from tightrope.server.typed_tokens import TypedTokens, new_mark, special_pattern
+from tightrope.server.whole_chats import Rendering
 
 TOOL_USE = "tool_use"  # the name of the template that transformers takes when tools are given
 
@@ -43,8 +37,9 @@ class ChatTemplate:
         in_use = own if chosen is None else PROMPT_FORMATS.get(chosen, PromptFormat(named.get(chosen, chosen)))
         self.source = in_use.source
         self.stops = in_use.stops
-        self._tool_use = named.get(TOOL_USE) if chosen is None else None
+        self._tool_use = (named.get(TOOL_USE) or None) if chosen is None else None
         self._info = info
+        self._special = special_pattern(info.special_texts)
         self._variables = dict(variables or {})
         self._facts: dict[str, TemplateFacts] = {}
 
@@ -61,8 +56,9 @@ class ChatTemplate:
         """What one of the sources does with words that it is given; found out once."""
         known = self._facts.get(source)
         if known is None:
-            fixed = self._fixed(None) | {"documents": None}
-            known = await probe(renderer, source, fixed, with_tools=source == self._tool_use)
+            known = await probe(
+                renderer, source, self._fixed(None) | {"documents": None}, with_tools=source == self._tool_use
+            )
             self._facts[source] = known
         return known
 
@@ -80,6 +76,7 @@ class ChatTemplate:
         continue_final_message: bool,
         variables: Mapping[str, Any] | None = None,
         tools: Sequence[Mapping[str, Any]] = (),
+        documents: Sequence[Mapping[str, Any]] = (),
     ) -> RenderedPrompt:
         """The prompt. What people wrote stays plain text, even if it looks like a special token.
 
@@ -88,28 +85,30 @@ class ChatTemplate:
         words it leaves some out, is tried in stricter orders of its roles. Raises TemplateFailed, for a refusal with
         the template's words on the chat as it came.
         """
-        try:
-            marked = [_mapped(message, self._mark) for message in messages]
-            if continue_final_message:
-                marked[-1] = with_text(marked[-1], lambda text: text + GO_ON)
-            source = self.source_for(has_tools=bool(tools))
-            fixed = self._fixed(variables) | {
-                "tools": [_mapped(tool, self._mark) for tool in tools] or None,
-                "add_generation_prompt": add_generation_prompt,
-            }
-            facts = await self.facts(renderer, source)
-            text, notes = await Rendering(renderer, source, facts, fixed).of(marked)
-        except RecursionError:
-            raise TemplateFailed("the messages are nested too deeply", "messages") from None
+        chat, go_on = list(messages), new_mark()
         if continue_final_message:
-            text, mark, _ = text.rpartition(GO_ON)
-            if not mark:
-                raise TemplateFailed("the chat template leaves out the message to be continued", "messages")
-        return RenderedPrompt(spans(text), notes)
+            chat[-1] = with_text(chat[-1], lambda text: text + go_on)
+        source = self.source_for(has_tools=bool(tools))
+        seen = {"tools": list(tools), "documents": list(documents)}
+        fixed = self._fixed(variables) | {"add_generation_prompt": add_generation_prompt}
+        try:
+            facts = await self.facts(renderer, source)
+            rendering = Rendering(renderer, source, facts, fixed | _or_none(seen))
+            written = await rendering.of(chat)
+            typed = TypedTokens(self._special)
+            order, shown = list(map(typed.marked, written.order)), typed.marked(seen)
+            marked = written.text
+            if (order, shown) != (written.order, seen):
+                marked = await replace(rendering, variables=fixed | _or_none(shown)).text(order)
+        except RecursionError:
+            raise TemplateFailed("messages or tools are nested too deeply", "messages") from None
+        prompt = written.text
+        if continue_final_message:
+            prompt, marked = _before(go_on, prompt), _before(go_on, marked)
+        return RenderedPrompt(typed.spans(prompt, marked), written.notes)
 
     def _fixed(self, variables: Mapping[str, Any] | None) -> dict[str, Any]:
         return {
-            "documents": None,
             **self._variables,
             **(variables or {}),
             "bos_token": self._info.bos_token or "",
@@ -117,10 +116,17 @@ class ChatTemplate:
             **dict(self._info.named_tokens),
         }
 
-    def _mark(self, text: str) -> str:
-        special = special_pattern(self._info.special_texts)
-        text = text.translate(_NO_MARKS)
-        return special.sub(rf"{OPEN}\g<0>{CLOSE}", text) if special else text
+
+def _or_none(seen: Mapping[str, Any]) -> dict[str, Any]:
+    """Templates are told of tools and documents that there are none by none, and not by an empty list."""
+    return {name: value or None for name, value in seen.items()}
+
+
+def _before(mark: str, text: str) -> str:
+    before, found, _ = text.rpartition(mark)
+    if not found:
+        raise TemplateFailed("the chat template leaves out the message to be continued", "messages")
+    return before
 
 
 def _note(facts: TemplateFacts) -> str | None:
@@ -132,38 +138,3 @@ def _note(facts: TemplateFacts) -> str | None:
     if "user" in facts.partly_lost:
         return f"the chat template leaves out some turns of the user: chats of several turns are refused; {mend}"
     return None
-
-
-@lru_cache(maxsize=4)
-def special_pattern(special_texts: tuple[str, ...]) -> re.Pattern[str] | None:
-    """Finds special-token texts, the longest of several. White space alone is text in every chat."""
-    texts = sorted({text for text in special_texts if text.strip()}, key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, texts))) if texts else None
-
-
-def _mapped(message: Mapping[str, Any], change: Callable[[str], str]) -> Message:
-    return {name: _map_texts(item, change, name) for name, item in message.items()}
-
-
-def _map_texts(value: object, change: Callable[[str], str], key: str = "") -> object:
-    """Change every text in a message but those that the template compares: role and type."""
-    if isinstance(value, str):
-        return value if key in ("role", "type") else change(value)
-    if isinstance(value, dict):
-        return {name: _map_texts(item, change, name) for name, item in value.items()}
-    return [_map_texts(item, change) for item in value] if isinstance(value, list) else value
-
-
-def spans(rendered: str) -> tuple[Span, ...]:
-    """Cut a rendered prompt at its marks.
-
-    A marked text is plain only while both marks still enclose it: a template that cuts messages into pieces (at
-    "</think>", say) may have torn them apart, and then the marks alone disappear.
-    """
-    pieces: list[Span] = []
-    for index, piece in enumerate(re.split(f"{OPEN}([^{OPEN}{CLOSE}]*){CLOSE}", rendered)):
-        is_plain = index % 2 == 1
-        text = piece.translate(_NO_MARKS)
-        if text:
-            pieces.append(Span(text, parse_special=not is_plain))
-    return tuple(pieces)

@@ -9,17 +9,25 @@ from dataclasses import dataclass
 from typing import Any
 
 from tightrope.server.content import Message, in_shape, pieces
-from tightrope.server.errors import TemplateFailed, TemplateRefused
+from tightrope.server.errors import TemplateFailed, TemplateStopped
 from tightrope.server.role_order import regular_orders
 from tightrope.server.template_probe import TemplateFacts
 from tightrope.server.template_renderer import TemplateRenderer
-
-WORDS = "\ue0f3"  # around a number that stands in place of a message's words; private use, and none comes from outside
+from tightrope.server.typed_tokens import new_mark
 
 _LEFT_OUT = {
     "system": "the chat template leaves out a system message",
     "user": "the chat template leaves out what a user wrote",
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A chat's text, the messages in the order in which it was written, and what was done to them."""
+
+    text: str
+    order: list[Message]
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,53 +39,65 @@ class Rendering:
     facts: TemplateFacts
     variables: Mapping[str, Any]
 
-    async def of(self, messages: list[Message]) -> tuple[str, tuple[str, ...]]:
-        """The text of the chat in the first order of its roles that the template takes whole, and notes.
+    async def of(self, messages: list[Message]) -> Written:
+        """The chat in the first order of its roles that the template takes whole.
 
         If none is, the system's words are lost with a note. Raises TemplateFailed, with the template's own words on the
         chat as it came, if every order is refused or loses words of a user.
         """
         reason: TemplateFailed | None = None
-        without_system: str | None = None
+        without_system: Written | None = None
         for order in regular_orders(messages):
             try:
-                text = await self._text(order)
+                text = await self.text(order)
+            except TemplateStopped:
+                raise
             except TemplateFailed as exc:
-                if reason is None and not isinstance(exc, TemplateRefused):
-                    raise
                 reason = reason or exc
                 continue
             lost = await self._lost(order, text)
             if not lost:
-                return text, () if reason is None else (_note(len(order), reason),)
+                return Written(text, order, () if reason is None else (_note(len(order), reason),))
             if "user" not in lost:
-                without_system = without_system or text
+                without_system = without_system or Written(text, order, (_LEFT_OUT["system"],))
             reason = reason or TemplateFailed(_LEFT_OUT["user" if "user" in lost else "system"], "messages")
         assert reason is not None, "no order was whole"
         if without_system is None:
             raise reason
-        return without_system, (_LEFT_OUT["system"],)
+        return without_system
 
-    async def _text(self, messages: list[Message]) -> str:
-        shaped = [in_shape(message, self.facts.shapes_of(message["role"])) for message in messages]
+    async def text(self, messages: list[Message]) -> str:
+        """The text of a chat as it is. Raises TemplateFailed."""
+        shaped = [in_shape(self._told(message), self.facts.shapes_of(message["role"])) for message in messages]
         return await self.renderer.render(self.source, {**self.variables, "messages": shaped})
+
+    def _told(self, message: Message) -> Message:
+        """The message with what the template wants in place of words that it hasn't got: calls may stand alone."""
+        return message if message.get("content") is not None else {**message, **self.facts.call_content}
 
     async def _lost(self, messages: list[Message], text: str) -> set[str]:
         """The roles of which words are nowhere in the text: system, user, both or none."""
-        changed = {
-            place
-            for place, message in enumerate(messages)
-            if message["role"] in _LEFT_OUT and not all(piece.strip() in text for piece in pieces(message))
-        }
+        loses = self.facts.lost | self.facts.partly_lost  # there, words that are found may be another message's
+        changed = {place for place, m in enumerate(messages) if m["role"] in loses and "".join(pieces(m)).strip()}
+        start = 0  # messages mostly stand in their order
+        for place, message in enumerate(messages):
+            for piece in pieces(message) if message["role"] in _LEFT_OUT else ():
+                words = piece.strip()
+                found = text.find(words, start)
+                found = text.find(words) if found < 0 else found
+                start = max(start, found)
+                if found < 0:
+                    changed.add(place)
         if not changed:
             return set()
-        words = [f"{WORDS}{place}{WORDS}" for place in range(len(messages))]
-        marked = [m | {"content": words[place]} if place in changed else m for place, m in enumerate(messages)]
+        mark = new_mark()
+        marks = [f"{mark}{place:08}" for place in range(len(messages))]
+        marked = [m | {"content": marks[place]} if place in changed else m for place, m in enumerate(messages)]
         try:
-            text = await self._text(marked)
+            text = await self.text(marked)
         except TemplateFailed:
             return set()  # it looks into the words themselves
-        return {messages[place]["role"] for place in changed if words[place] not in text}
+        return {messages[place]["role"] for place in changed if marks[place] not in text} & _LEFT_OUT.keys()
 
 
 def _note(num_turns: int, reason: TemplateFailed) -> str:

@@ -1,5 +1,6 @@
 """What the OpenAI API takes, what it refuses, and what the engine is asked for."""
 
+import json
 from typing import Any
 
 import pytest
@@ -18,10 +19,11 @@ from tightrope.engine.types import (
     TextPrompt,
     TokenPrompt,
 )
-from tightrope.server.body import ignored_fields
+from tightrope.server.body import ignored_fields, parse_json
 from tightrope.server.openai.convert import Served, chat_request, check_chat, completion_requests
 from tightrope.server.openai.messages import template_messages, template_variables
 from tightrope.server.openai.requests import ChatRequest, CompletionRequest, Message
+from tightrope.server.openai.tools import tool_use
 
 INFO = ModelInfo("m", "rules", "fake", 259, 1024, 1024, 4096, "f16", 8, "<s>", "</s>", (), None, ())
 SERVED = Served("m", INFO, LimitSettings(), max_prompts=4)
@@ -316,22 +318,56 @@ def test_messages_become_what_templates_expect() -> None:
         }
     )
     assert template_messages(body.messages) == [
-        {"role": "system", "content": "a\nb"},
+        {"role": "system", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
         {"role": "user", "content": "hi", "name": "Ann"},
         {
             "role": "assistant",
-            "content": "",
             "tool_calls": [{"id": "1", "type": "function", "function": {"name": "f", "arguments": {"x": 1}}}],
         },
         {"role": "tool", "content": "2", "tool_call_id": "1"},
     ]
 
 
+def test_templates_are_shown_the_requests_own_json() -> None:
+    tool = {"type": "function", "function": {"strict": None, "description": "d", "name": "f", "x": {"max": 10**30}}}
+    calls = [{"type": "function", "function": {"arguments": '{"b": 1.0, "a": [null, 1e23]}', "name": "f"}, "id": None}]
+    raw = json.dumps(
+        {
+            "messages": [
+                {"content": "hi", "mood": {"z": 1, "a": 10**30}, "role": "user", "name": None},
+                {"tool_calls": calls, "role": "assistant", "reasoning": "hm"},
+                {"role": "assistant", "content": None, "tool_calls": []},
+                {"role": "tool"},
+            ],
+            "tools": [tool],
+        }
+    )
+    body = ChatRequest.model_validate(parse_json(raw.encode()))
+    tools = tool_use(body, "tools")
+    assert tools is not None
+    assert json.dumps(tools.shown) == json.dumps([tool])
+    function = {"arguments": {"b": 1.0, "a": [None, 1e23]}, "name": "f"}
+    assert json.dumps(template_messages(body.messages)) == json.dumps(
+        [
+            {"content": "hi", "mood": {"z": 1, "a": 10**30}, "role": "user"},
+            {
+                "thinking": "hm",
+                "tool_calls": [{"type": "function", "function": function, "id": None}],
+                "role": "assistant",
+                "reasoning": "hm",
+                "reasoning_content": "hm",
+            },
+            {"role": "assistant", "content": ""},
+            {"role": "tool", "content": ""},
+        ]
+    )
+
+
 @pytest.mark.parametrize(
     ("message", "param"),
     [
         ({"role": "user"}, "messages[0].content"),
-        ({"role": "assistant", "content": None}, "messages[0].content"),
+        ({"role": "system", "content": None}, "messages[0].content"),
         ({"role": "user", "content": [{"type": "image_url"}]}, "messages[0].content[0]"),
         ({"role": "user", "content": [{"type": "text"}]}, "messages[0].content[0].text"),
     ],

@@ -122,7 +122,7 @@ async def test_a_template_that_keeps_the_last_turn_alone_refuses_longer_chats(re
     with pytest.raises(TemplateFailed, match="leaves out what a user wrote"):
         await template.render(
             renderer,
-            [*one, {"role": "assistant", "content": "yes"}, {"role": "user", "content": "well?"}],
+            [*one, {"role": "assistant", "content": "yes"}, {"role": "user", "content": "hi there"}],
             add_generation_prompt=True,
             continue_final_message=False,
         )
@@ -142,3 +142,32 @@ async def test_a_broken_template_is_told_of_and_an_endless_one_is_not_waited_for
     (note,) = await ChatTemplate(info("{% if %}")).notes(renderer)
     assert "can't write even a word" in note
     assert await facts(renderer, ENDLESS) == UNKNOWN
+
+
+CALL = {"id": "1", "type": "function", "function": {"name": "ring", "arguments": {"times": 3}}}
+_CALLS = "{% for c in m.tool_calls or [] %}({{ c.function.name }}{{ c.function.arguments | tojson }}){% endfor %}"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        each("{{ m.content }}" + _CALLS),
+        each("{% if m.content is defined %}{{ m.content | trim }}{% endif %}" + _CALLS),
+        each("{{ m.content + '' }}" + _CALLS),
+        each("{% if m.role == 'assistant' and m.content is none %}" + _CALLS + "{% else %}{{ m.content }}{% endif %}"),
+        each("{% if m.tool_calls and 'content' not in m %}" + _CALLS + "{% else %}{{ m.content }}{% endif %}"),
+        each("{% for part in m.content or [] %}{{ part.text }}{% endfor %}" + _CALLS),
+        each("{% if m.role == 'tool' %}" + _PARTS + "{% else %}{{ m.content }}{% endif %}" + _CALLS),
+        each("{% if m.role == 'tool' %}{{ m.content }}{% else %}" + _PARTS + "{% endif %}" + _CALLS),
+    ],
+)
+async def test_calls_without_words_and_their_results_are_kept(renderer: TemplateRenderer, source: str) -> None:
+    messages = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "tool_calls": [CALL]},
+        {"role": "tool", "content": "ding", "tool_call_id": "1"},
+    ]
+    prompt = await ChatTemplate(info(source)).render(
+        renderer, messages, add_generation_prompt=True, continue_final_message=False
+    )
+    assert prompt.spans == (Span('<user>hi|<assistant>(ring{"times": 3})|<tool>ding|'),)

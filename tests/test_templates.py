@@ -10,7 +10,8 @@ from msgspec import structs
 from tightrope.engine.types import ModelInfo, Span
 from tightrope.server.errors import TemplateFailed
 from tightrope.server.template_renderer import TemplateRenderer
-from tightrope.server.templates import ChatTemplate, spans
+from tightrope.server.templates import ChatTemplate
+from tightrope.server.typed_tokens import TypedTokens, special_pattern
 
 SPECIALS = ("<|im_start|>", "<|im_end|>", "</s>", "<think>", "</think>", " ")
 HI = [{"role": "user", "content": "hi"}]
@@ -88,14 +89,31 @@ async def test_special_tokens_in_what_people_wrote_stay_plain_text(renderer: Tem
     )
 
 
-async def test_marks_that_come_from_outside_are_taken_out_first(renderer: TemplateRenderer) -> None:
-    hostile = "a\ue0f1<|im_\ue0f0end|>\ue0f1\ue0f2b"
-    messages = [{"role": "user", "content": hostile}]
-    assert await rendered(renderer, ECHO, messages) == (
-        Span("[user]a"),
-        Span("<|im_end|>", False),
-        Span("b[go]"),
-    )
+async def test_every_character_that_came_is_in_the_prompt(renderer: TemplateRenderer) -> None:
+    strange = "a\ue0f1<|im_\ue0f0end|>\ue0f1\ue0f2\0\u202eb"
+    assert await rendered(renderer, ECHO, [{"role": "user", "content": strange}]) == (Span(f"[user]{strange}[go]"),)
+
+
+@pytest.mark.parametrize(
+    ("source", "text"),
+    [
+        ("{{ messages[0].content | tojson }}</s>", '"</s>é"'),
+        ("{{ messages[0].content | tojson(ensure_ascii=true) }}</s>", '"</s>\\u00e9"'),
+        ("{{ [messages[0].content] }}</s>", "['</s>é']"),
+        (
+            "{{ messages[0].content | length }}{{ messages[0].content | upper }}{{ messages[0].content }}</s>",
+            "5</S>É</s>é",
+        ),
+        ("{{ messages[0].content.split('</s>')[1].lstrip() }}{{ messages[0].content }}</s>", "é</s>é"),
+    ],
+)
+async def test_looking_for_typed_tokens_leaves_no_trace_in_the_prompt(
+    renderer: TemplateRenderer, source: str, text: str
+) -> None:
+    before, _, behind = text.partition("</s>")
+    expected = (Span(before), Span("</s>", parse_special=False), Span(f"{behind}</s>"))
+    found = await rendered(renderer, source, [{"role": "user", "content": "</s>é"}])
+    assert found == tuple(span for span in expected if span.text)
 
 
 async def test_a_template_that_cuts_messages_apart_leaves_no_marks(renderer: TemplateRenderer) -> None:
@@ -104,10 +122,22 @@ async def test_a_template_that_cuts_messages_apart_leaves_no_marks(renderer: Tem
     assert await rendered(renderer, source, messages) == (Span("yes|"), Span("<think>", False), Span("hm"))
 
 
-def test_a_mark_without_its_partner_marks_nothing() -> None:
-    assert spans("a\ue0f0b") == (Span("ab"),)
-    assert spans("a\ue0f1b\ue0f0c") == (Span("abc"),)
-    assert spans("") == ()
+@pytest.mark.parametrize(
+    ("prompt", "marked", "expected"),
+    [
+        ("a</s>b", "a1</s>b", [("a</s>b", True)]),  # a mark without its partner
+        ("a</s>", "a2</s>11</s>2", [("a</s>", True)]),
+        ("a</s>", "a21</s>2", [("a", True), ("</s>", False)]),
+        ("</s>b</s>", "1</s>2b</s>", [("</s>", False), ("b</s>", True)]),
+        ("</s>a</s>b</s>", "1</s>2b</s>", [("</s>", False), ("a</s>b", True), ("</s>", False)]),
+        ("</s>", "1</S>2", [("</s>", True)]),
+        ("<s>a</s>", "1</s>2", [("<s>a", True), ("</s>", False)]),
+        ("", "", []),
+    ],
+)
+def test_typed_tokens_are_told_by_their_marks(prompt: str, marked: str, expected: list[tuple[str, bool]]) -> None:
+    typed = TypedTokens(special_pattern(("<s>", "</s>")), opening="1", closing="2")
+    assert typed.spans(prompt, marked) == tuple(Span(*piece) for piece in expected)
 
 
 async def test_the_last_message_is_continued_where_it_ends(renderer: TemplateRenderer) -> None:

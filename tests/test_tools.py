@@ -26,7 +26,7 @@ NAMED = {"type": "function", "function": {"name": "get_weather"}}
 @pytest.mark.parametrize("parallel", [True, False])
 async def test_a_forced_call_is_made_and_valid_whatever_the_model_wants(choice: object, parallel: bool) -> None:
     fields = {"tool_choice": choice, "parallel_tool_calls": parallel, "n": 2, "seed": 3, "max_tokens": 900}
-    async with api("no calls from me", chat_template=PLAIN) as http:
+    async with api("no calls from me", chat_template=PLAIN, max_model_len=4096) as http:
         for choice_ in (await http.post("/v1/chat/completions", json=ASK | fields)).json()["choices"]:
             message = choice_["message"]
             assert choice_["finish_reason"] == "tool_calls"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tightrope.engine.schemas import lark_of_schema
+from tightrope.server.content import text_of, with_text
 
 MAX_CALLS = 16  # forced in one answer
 
@@ -89,6 +90,9 @@ To call one, write nothing but this, with the function's name and its arguments:
 </tool_call>"""
 
 
+_CALL = ("name", "arguments")
+
+
 def with_tool_text(messages: Sequence[dict[str, Any]], tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The chat without anything that such a template doesn't know.
 
@@ -102,16 +106,16 @@ def with_tool_text(messages: Sequence[dict[str, Any]], tools: Sequence[Mapping[s
     text = _INTRODUCTION.format(tools=lines)
     if made[0]["role"] != "system":
         return [{"role": "system", "content": text}, *made]
-    return [made[0] | {"content": f"{made[0]['content']}\n\n{text}"}, *made[1:]]
+    return [with_text(made[0], lambda system: f"{system}\n\n{text}"), *made[1:]]
 
 
 def _plain_message(message: dict[str, Any]) -> dict[str, Any]:
     if message["role"] == "tool":
-        return {"role": "user", "content": f"<tool_response>\n{message['content']}\n</tool_response>"}
+        return {"role": "user", "content": f"<tool_response>\n{text_of(message)}\n</tool_response>"}
     if "tool_calls" not in message:
         return message
     calls = [
-        f"{HERMES.opening}\n{json.dumps(call['function'], ensure_ascii=False)}\n{HERMES.closing}"
-        for call in message["tool_calls"]
+        f"{HERMES.opening}\n{json.dumps({key: function[key] for key in _CALL}, ensure_ascii=False)}\n{HERMES.closing}"
+        for function in (call["function"] for call in message["tool_calls"])
     ]
-    return {"role": message["role"], "content": "\n".join(filter(None, (message["content"], *calls)))}
+    return {"role": message["role"], "content": "\n".join(filter(None, (text_of(message), *calls)))}

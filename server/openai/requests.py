@@ -9,9 +9,10 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from tightrope.server import structured
-from tightrope.server.body import EVERY_NAME, Body, FirstErrorOnly
+from tightrope.server.body import EVERY_NAME, Body, FirstErrorOnly, ShownBody
 from tightrope.server.sampling_fields import KNOWN
 
+REASONING = ("reasoning_content", "thinking", "reasoning")  # names of what an assistant thought before its words
 MAX_INT = 2**63 - 1  # what crosses the process border as an integer
 Ids = Annotated[list[Annotated[int, Field(ge=-MAX_INT, le=MAX_INT)]], FirstErrorOnly()]
 
@@ -71,7 +72,7 @@ class SamplingBody(Body):
     )
 
 
-class ContentPart(Body):
+class ContentPart(ShownBody):
     """A piece of a message; text alone is understood."""
 
     type: str
@@ -85,7 +86,7 @@ class FunctionCall(Body):
     arguments: str = "{}"
 
 
-class ToolCall(Body):
+class ToolCall(ShownBody):
     """A call in an assistant's earlier turn."""
 
     id: str | None = None
@@ -93,8 +94,10 @@ class ToolCall(Body):
     function: FunctionCall
 
 
-class Message(Body):
-    """One turn of the chat."""
+class Message(ShownBody):
+    """One turn of the chat. Whatever else is in it is for the chat template, which may read it or not."""
+
+    read_elsewhere = frozenset(REASONING)
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[ContentPart] | None = None
@@ -113,7 +116,7 @@ class Function(Body):
     strict: bool | None = Field(None, description="Calls that the model decides on are valid under the schema too.")
 
 
-class Tool(Body):
+class Tool(ShownBody):
     """A kind of tool; there are no others than functions."""
 
     read_elsewhere = EVERY_NAME
@@ -135,6 +138,7 @@ class ChatRequest(SamplingBody):
     add_special_tokens: bool = Field(True, description="BOS in front where the model wants one and none is there.")
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="Variables of the chat template.")
     template_vars: dict[str, Any] | None = Field(None, description="The same, beneath chat_template_kwargs.")
+    documents: list[dict[str, Any]] | None = Field(None, description="For templates that write them into the prompt.")
     tools: list[Tool] | None = None
     tool_choice: str | dict[str, Any] | None = Field(
         None, description='"none", "auto", "required" or {"type": "function", "function": {"name": ...}}.'

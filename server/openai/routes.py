@@ -10,7 +10,7 @@ import msgspec
 from fastapi import APIRouter, Request, Response
 
 from tightrope import __version__
-from tightrope.engine.errors import ContextLengthExceeded
+from tightrope.engine.errors import ContextLengthExceeded, InvalidRequest
 from tightrope.engine.types import GenerateRequest, PromptInfo, TextPrompt
 from tightrope.server.body import Documented, JsonRoute, log_ignored
 from tightrope.server.explain import Explanation, explain
@@ -38,7 +38,7 @@ from tightrope.server.openai.convert import (
 from tightrope.server.openai.messages import template_messages, template_variables
 from tightrope.server.openai.requests import ChatRequest, CompletionRequest, SamplingBody
 from tightrope.server.openai.stream import Identity, chat_events, completion_events
-from tightrope.server.openai.tools import tool_use
+from tightrope.server.openai.tools import may_call, tool_use
 from tightrope.server.sse import event_stream
 from tightrope.server.templates import RenderedPrompt
 from tightrope.server.work import Choice, collect, or_gone, run, started
@@ -122,7 +122,7 @@ async def answer_chat(front: Front, body: ChatRequest, request: Request) -> Resp
     identity = _identity("chatcmpl", served)
     prompt = await rendered_chat(front, body, request)
     template = front.template()
-    tools = tool_use(body, template.source)
+    tools = tool_use(body, template.source_for(has_tools=may_call(body)))
     engine_request = chat_request(body, identity.id, prompt.spans, template.stops, served, tools)
     log_ignored(identity.id, lambda: (name for name, _ in fields_ignored(body, served.info)))
     explanation = await _explanation(front, body, [engine_request], request, prompt.notes)
@@ -194,9 +194,12 @@ async def rendered_chat(front: Front, body: ChatRequest, request: Request) -> Re
     """The prompt of a chat by the template in use. Raises InvalidRequest, TemplateFailed and ClientGone."""
     opens_turn = not body.continue_final_message if body.add_generation_prompt is None else body.add_generation_prompt
     template = front.template()
-    messages, tools = template_messages(body.messages), tool_use(body, template.source)
+    source = template.source_for(has_tools=may_call(body))
+    if body.documents and "documents" not in source:
+        raise InvalidRequest("documents: the chat template has no place for them", "documents")
+    messages, tools = template_messages(body.messages), tool_use(body, source)
     shown = [] if tools is None else tools.shown
-    if not takes_tools(template.source):
+    if not takes_tools(source):
         messages, shown = with_tool_text(messages, shown), []
     rendering = template.render(
         front.renderer,
@@ -205,6 +208,7 @@ async def rendered_chat(front: Front, body: ChatRequest, request: Request) -> Re
         continue_final_message=body.continue_final_message,
         variables=template_variables(body),
         tools=shown,
+        documents=body.documents or (),
     )
     return await or_gone(request, rendering)
 

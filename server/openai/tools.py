@@ -91,9 +91,14 @@ def _forced(body: ChatRequest) -> list[Function]:
     return [tool.function for tool in body.tools or [] if chosen in (None, tool.function.name)]
 
 
+def may_call(body: ChatRequest) -> bool:
+    """Whether tools are given, and are to be shown."""
+    return bool(body.tools) and body.tool_choice != "none"
+
+
 def tool_use(body: ChatRequest, template: str) -> ToolUse | None:
     """The tools of a checked request, for a model with this template; None where none may be called."""
-    if not body.tools or body.tool_choice == "none":
+    if not body.tools or not may_call(body):
         return None
     written = call_format(template)
     functions = [tool.function for tool in body.tools]
@@ -105,7 +110,7 @@ def tool_use(body: ChatRequest, template: str) -> ToolUse | None:
     elif any(f.strict for f in functions):
         text = written.free_grammar({f.name: (f.parameters or {}) if f.strict else {} for f in functions})
     return ToolUse(
-        shown=[tool.model_dump(exclude_unset=True) for tool in body.tools],
+        shown=[tool.given for tool in body.tools],
         names=frozenset(f.name for f in functions),
         call_format=written,
         grammar=None if text is None else Grammar("lark", text, "tools"),
