@@ -46,6 +46,11 @@ class Adapters:
         if (tokenizer := self._store.tokenizer(key)) is not None:
             tokenizer.set_marks(*self._marks)
 
+    def special_texts(self) -> tuple[str, ...]:
+        """Of the adapters' own vocabularies."""
+        tokenizers = (self._store.tokenizer(served.key) for served in self._served.values())
+        return tuple(dict.fromkeys(text for known in tokenizers if known is not None for text in known.special_texts()))
+
     def tokenizer(self, name: str) -> Tokenizer | None:
         """The adapter's own; None where it has the model's. Raises ModelNotFound."""
         return self._store.tokenizer(self.key(name))

@@ -87,14 +87,14 @@ class Reader:
                 self._submit(request)
             case Cancel():
                 self.inbox.put(message)
-            case Tokenize(call_id=call_id, prompt=prompt):
+            case Tokenize(call_id=call_id, prompt=prompt, adapter=adapter):
                 try:
-                    self._end.send(Tokenized(call_id, self._core.tokenize(prompt)))
+                    self._end.send(Tokenized(call_id, self._core.tokenize(prompt, adapter)))
                 except EngineError as error:
                     self._end.send(CallFailed(call_id, ErrorFrame.of(error)))
-            case Detokenize(call_id=call_id, token_ids=token_ids):
+            case Detokenize(call_id=call_id, token_ids=token_ids, adapter=adapter):
                 try:
-                    self._end.send(Detokenized(call_id, self._core.detokenize(token_ids)))
+                    self._end.send(Detokenized(call_id, self._core.detokenize(token_ids, adapter)))
                 except EngineError as error:
                     self._end.send(CallFailed(call_id, ErrorFrame.of(error)))
             case LoadAdapter():
@@ -194,7 +194,7 @@ def _serve(end: EngineEnd, on_front_gone: Callable[[], None], open_backend: Open
             core.adapters.restore(start.adapters)
         reader = Reader(end, core, settings, on_front_gone)
         threading.Thread(target=reader.run, name="reader", daemon=True).start()
-        end.send(Ready(model_info(backend), core.adapters.paths))
+        end.send(Ready(model_info(backend, core.adapters.special_texts()), core.adapters.paths))
         run_loop(core, reader, end)
     finally:
         backend.close()

@@ -312,15 +312,15 @@ class EngineClient:
             if num_open:
                 self._send(Cancel(request.request_id))
 
-    async def tokenize(self, prompt: Prompt) -> tuple[Token, ...]:
+    async def tokenize(self, prompt: Prompt, adapter: str | None = None) -> tuple[Token, ...]:
         """The tokens of a prompt as it would be run. Raises InvalidRequest and EngineUnavailable."""
-        tokens = await self._call(lambda call_id: Tokenize(call_id, prompt))
+        tokens = await self._call(lambda call_id: Tokenize(call_id, prompt, adapter))
         assert isinstance(tokens, tuple)
         return tokens
 
-    async def detokenize(self, token_ids: Sequence[int]) -> str:
+    async def detokenize(self, token_ids: Sequence[int], adapter: str | None = None) -> str:
         """The text of token ids, special ones included. Raises InvalidRequest and EngineUnavailable."""
-        text = await self._call(lambda call_id: Detokenize(call_id, tuple(token_ids)))
+        text = await self._call(lambda call_id: Detokenize(call_id, tuple(token_ids), adapter))
         assert isinstance(text, str)
         return text
 

@@ -100,14 +100,16 @@ class EngineCore:
         """Tokenise and check a request. Raises InvalidRequest and ContextLengthExceeded."""
         return self._intake.sequences(request, self._clock())
 
-    def tokenize(self, prompt: Prompt) -> tuple[Token, ...]:
-        """The tokens of a prompt, as it would be run. Raises InvalidRequest."""
-        return tuple(plain_token(i, self._tokenizer) for i in encode_prompt(prompt, self._tokenizer))
+    def tokenize(self, prompt: Prompt, adapter: str | None = None) -> tuple[Token, ...]:
+        """The tokens of a prompt, as it would be run. Raises InvalidRequest and ModelNotFound."""
+        tokenizer = self._intake.tokenizer(adapter)
+        return tuple(plain_token(i, tokenizer) for i in encode_prompt(prompt, tokenizer))
 
-    def detokenize(self, token_ids: tuple[int, ...]) -> str:
-        """The text of token ids, special ones included. Raises InvalidRequest."""
-        checked = encode_prompt(TokenPrompt(token_ids), self._tokenizer)
-        return b"".join(map(self._tokenizer.token_bytes, checked)).decode("utf-8", "replace")
+    def detokenize(self, token_ids: tuple[int, ...], adapter: str | None = None) -> str:
+        """The text of token ids, special ones included. Raises InvalidRequest and ModelNotFound."""
+        tokenizer = self._intake.tokenizer(adapter)
+        checked = encode_prompt(TokenPrompt(token_ids), tokenizer)
+        return b"".join(map(tokenizer.token_bytes, checked)).decode("utf-8", "replace")
 
     # ---- the loop ----
 

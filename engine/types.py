@@ -250,6 +250,7 @@ class ModelInfo(Struct, frozen=True):
     chat_templates: tuple[tuple[str, str], ...] = ()  # names and Jinja sources, where the files hold several
     added_texts: tuple[str, ...] = ()  # of added and user-defined tokens that are not special
     end_texts: tuple[str, ...] = ()  # of the tokens that end a turn
+    adapter_texts: tuple[str, ...] = ()  # of special tokens that only adapters have, of those loaded at the start
 
 
 class TurnMarks(Struct, frozen=True):

@@ -61,11 +61,13 @@ class Cancel(Struct, frozen=True, tag="cancel"):
 class Tokenize(Struct, frozen=True, tag="tokenize"):
     call_id: int
     prompt: Prompt
+    adapter: str | None = None  # whose tokens they are
 
 
 class Detokenize(Struct, frozen=True, tag="detokenize"):
     call_id: int
     token_ids: tuple[int, ...]
+    adapter: str | None = None
 
 
 class LoadAdapter(Struct, frozen=True, tag="load_adapter"):

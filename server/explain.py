@@ -129,12 +129,12 @@ async def _prompts(front: Front, requests: Sequence[GenerateRequest]) -> list[di
 
 
 async def _prompt(front: Front, request: GenerateRequest) -> dict[str, Any]:
-    tokens = await front.client.tokenize(request.prompt)
+    tokens = await front.client.tokenize(request.prompt, request.adapter)
     shown = tokens if request.truncate_to is None else tokens[-request.truncate_to :]
     if isinstance(request.prompt, TextPrompt):
         text = "".join(span.text for span in request.prompt.spans)
     else:
-        text = await front.client.detokenize(request.prompt.token_ids)
+        text = await front.client.detokenize(request.prompt.token_ids, request.adapter)
     return {
         "text": text,
         "token_ids": [token.token_id for token in shown],

@@ -39,7 +39,7 @@ class ChatTemplate:
         self.stops = in_use.stops
         self._tool_use = (named.get(TOOL_USE) or None) if chosen is None else None
         self._info = info
-        self._special = special_pattern(info.special_texts)
+        self._special = special_pattern((*info.special_texts, *info.adapter_texts))
         self._variables = dict(variables or {})
         self._facts: dict[str, TemplateFacts] = {}
 

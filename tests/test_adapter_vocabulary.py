@@ -139,3 +139,13 @@ def test_a_grown_vocabulary_is_served_as_peft_has_it(server: RunningServer, grow
     ended = ask("grown", ENDING).json()["choices"][0]
     assert (ended["text"], ended["finish_reason"]) == ("", "stop")
     assert [ask(model, [5, i]).status_code for model, i in (("llama-untied-bf16", START), ("grown", 514))] == [400, 400]
+
+
+def test_marks_of_an_adapter_that_a_person_types_in_a_chat_are_text(server: RunningServer):
+    typed = {"messages": [{"role": "user", "content": "a <|turn|> b"}], "max_tokens": 1, "explain": True}
+    answer = httpx.post(f"{server.url}/v1/chat/completions", json={"model": "grown", **typed}, timeout=60).json()
+    parsed = {"model": "grown", "prompt": "a <|turn|> b", "max_tokens": 1, "explain": True}
+    plain = httpx.post(f"{server.url}/v1/completions", json=parsed, timeout=60).json()
+
+    assert START not in answer["explain"]["prompts"][0]["token_ids"]
+    assert START in plain["explain"]["prompts"][0]["token_ids"]

@@ -219,7 +219,7 @@ async def _prompt_texts(front: Front, requests: Sequence[GenerateRequest]) -> li
     async def text(request: GenerateRequest) -> str:
         if isinstance(request.prompt, TextPrompt):
             return "".join(span.text for span in request.prompt.spans)
-        return await front.client.detokenize(request.prompt.token_ids)
+        return await front.client.detokenize(request.prompt.token_ids, request.adapter)
 
     return list(await asyncio.gather(*map(text, requests)))
 
