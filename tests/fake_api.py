@@ -42,6 +42,7 @@ async def application(
     answer: str | NextToken = "fine",
     *,
     chat_template: str | None = None,
+    chat_templates: Mapping[str, str] = MappingProxyType({}),
     limits: Mapping[str, int] = MappingProxyType({}),
     clock: Callable[[], float] = time.monotonic,
     max_model_len: int = 1024,
@@ -53,7 +54,7 @@ async def application(
     chosen = ServerSettings.model_validate({"engine": engine, **settings})
     next_token = script(answer) if isinstance(answer, str) else answer
     backend = FakeBackend(next_token, max_model_len=max_model_len, added=added)
-    backend.card = replace(backend.card, chat_template=chat_template)
+    backend.card = replace(backend.card, chat_template=chat_template, chat_templates=tuple(chat_templates.items()))
     client = EngineClient(chosen.engine, launcher(backend), clock)
     app = create_app(client, chosen)
     async with app.router.lifespan_context(app):

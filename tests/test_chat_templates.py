@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from fake_api import api
 from gguf import GGUFWriter
 from msgspec import structs
 
@@ -111,3 +112,16 @@ def test_the_template_called_tool_use_writes_chats_with_tools(
     assert template.source_for(has_tools=False) == plain
     assert template.source_for(has_tools=True) == with_tools
     assert set(template.sources) == {plain, with_tools}
+
+
+async def test_a_request_that_may_call_tools_is_written_by_tool_use() -> None:
+    words = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    named = {"tool_use": "{{ tools | map(attribute='function.name') | join }}" + words, "default": "plain " + words}
+    ask = {"messages": [{"role": "user", "content": " hi?"}], "explain": True}
+    tools = [{"type": "function", "function": {"name": "ring"}}]
+    async with api("fine", chat_template=named["default"], chat_templates=named) as http:
+        prompts = [
+            (await http.post("/v1/chat/completions", json=ask | more)).json()["explain"]["prompts"][0]["text"]
+            for more in ({}, {"tools": tools}, {"tools": tools, "tool_choice": "none"}, {"tools": []})
+        ]
+    assert [prompt.removeprefix("<s>") for prompt in prompts] == ["plain  hi?", "ring hi?", "plain  hi?", "plain  hi?"]

@@ -151,3 +151,13 @@ def test_the_experts_of_a_mixtral_8x7b_are_counted_all_and_its_adapter_beside_th
     assert gptq == 2 * rest + (bf16 / 2 - rest) * (4 + 16 / 128) / 8  # codes and scales
     sizes = [(4096, 4096), (1024, 4096), (1024, 4096), (4096, 4096), *[(14336, 4096)] * 24]
     assert adapted == gptq + 32 * 2 * 32 * sum(map(sum, sizes))  # layers, bytes, rank
+
+
+def test_a_chat_template_that_serve_refuses_is_refused_for_a_plan_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    folder = yi_34b(tmp_path / "yi-34b")
+    (folder / "chat_template.jinja").write_bytes(b"\xff\xfe")
+
+    assert main(["plan", str(folder), "--memory=24GiB"]) == 1
+    assert "chat_template.jinja: can't be read as UTF-8 text" in capsys.readouterr().err

@@ -13,10 +13,9 @@ from tightrope.backends.adapters import AdapterRoom
 from tightrope.backends.errors import BackendError
 from tightrope.backends.hf.adapter_tokens import tokenizer_at
 from tightrope.backends.hf.calibrate import set_key_factors
-from tightrope.backends.hf.chat_templates import DEFAULT, chat_templates
-from tightrope.backends.hf.config import ModelShape
+from tightrope.backends.hf.chat_templates import DEFAULT
 from tightrope.backends.hf.graphs import DecodeGraphs, batch_size
-from tightrope.backends.hf.inspection import inspect
+from tightrope.backends.hf.inspection import Inspection, inspect
 from tightrope.backends.hf.model import LoadedModel, build
 from tightrope.backends.hf.pages import PagedKVCache
 from tightrope.backends.hf.peft import room_for_adapters
@@ -93,7 +92,7 @@ class HFBackend:
         self.capabilities = Capabilities(
             settings.max_num_seqs, plan.step_tokens, prompt_rows(shape.vocab_size, plan.step_tokens)
         )
-        self.card = _card(folder, shape, blueprint.format, self.model, plan, tokenizer, adapter_notes)
+        self.card = _card(folder, found, self.model, plan, tokenizer, adapter_notes)
         progress(1.0)
 
     def forward(self, chunks: Sequence[Chunk]) -> Tensor:
@@ -198,18 +197,17 @@ def model_id(folder: Path) -> str:
 
 def _card(
     folder: Path,
-    shape: ModelShape,
-    format: str,
+    found: Inspection,
     model: LoadedModel,
     plan: Plan,
     tokenizer: HFTokenizer,
     adapter_notes: Sequence[str],
 ) -> ModelCard:
-    templates = chat_templates(folder)
+    shape, templates = found.shape, found.chat_templates
     return ModelCard(
         model_id=model_id(folder),
         architecture=shape.model_type,
-        format=format,
+        format=found.blueprint.format,
         max_model_len=plan.window,
         trained_len=shape.trained_len,
         cache_dtype=plan.cache_dtype,

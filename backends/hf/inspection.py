@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from tightrope.backends.hf.blueprint import Blueprint, draw
+from tightrope.backends.hf.chat_templates import chat_templates
 from tightrope.backends.hf.checkpoint import Checkpoint
 from tightrope.backends.hf.config import ModelShape, read_config
 from tightrope.backends.hf.tokenizer import HFTokenizer
@@ -23,6 +24,7 @@ class Inspection:
     rope: Mapping[str, RopeSpec]
     tokenizer: HFTokenizer | None
     blueprint: Blueprint
+    chat_templates: Mapping[str, str]
 
 
 def inspect(folder: Path, settings: ModelSettings, device: torch.device | str = "cpu") -> Inspection:
@@ -31,4 +33,5 @@ def inspect(folder: Path, settings: ModelSettings, device: torch.device | str = 
     rope = resolve_rope(shape.raw, settings.rope, settings.max_model_len)
     checkpoint = Checkpoint.open(folder)
     tokenizer = HFTokenizer(folder, shape) if has_tokenizer(folder) else None
-    return Inspection(shape, rope, tokenizer, draw(folder, shape, checkpoint, rope, device))
+    templates = chat_templates(folder)
+    return Inspection(shape, rope, tokenizer, draw(folder, shape, checkpoint, rope, device), templates)
