@@ -1,5 +1,6 @@
 """Hard text over folders whose tokenizers are spread over their files in every way, held to what made the files."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -153,6 +154,11 @@ MODELS: dict[str, tuple[bytes, dict[str, object]]] = {
     "no space in front": (trained(add_dummy_prefix=False), {}),
     "runs of spaces made one": (trained(remove_extra_whitespaces=True), {}),
     "a unigram model": (trained("unigram", 300), {}),
+    "characters made one by a table": (trained("unigram", 300, normalization_rule_name="nmt_nfkc"), {}),
+    "letters made small by a table": (
+        trained("bpe", 400, normalization_rule_name="nmt_nfkc_cf", remove_extra_whitespaces=True),
+        {},
+    ),
     "a unigram model without byte pieces": (trained("unigram", 300, byte_fallback=False), {}),
     "renamed user-defined pieces": (
         trained(user_defined_symbols="<free0>,<free1>"),
@@ -171,7 +177,7 @@ def test_a_folder_with_tokenizer_model_gives_the_ids_that_sentencepiece_gives(tm
         assert ours.encode(text, parse_special=False, is_start=True) == theirs.encode(text), text
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if "made one" not in name and "without byte" not in name])
+@pytest.mark.parametrize("name", [name for name in MODELS if not re.search("made|without byte", name)])
 def test_typed_text_comes_back_whole_over_sentencepiece_too(tmp_path: Path, name: str):
     raw, files = MODELS[name]
     ours = HFTokenizer(write(tmp_path, files | {"tokenizer.model": raw}), shape(2048))

@@ -19,6 +19,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
 
 from tightrope.backends.errors import BackendError
+from tightrope.backends.hf.charsmap import Charsmap
 from tightrope.backends.opened import read_bytes
 
 MAX_FILE = 256 << 20  # bytes; vocabularies of 256,000 pieces take about 5 MB
@@ -47,7 +48,7 @@ class SentencePieceModel:
     unknown_id: int
     bos_id: int  # -1: none
     eos_id: int
-    charsmap: bytes
+    charsmap: Charsmap | None
     prefixes_space: bool
     joins_spaces: bool
 
@@ -88,7 +89,7 @@ def parse(raw: bytes) -> SentencePieceModel:
         unknown_id=_signed(_number(trainer.get(40, 0))),
         bos_id=_signed(_number(trainer.get(41, 1))),
         eos_id=_signed(_number(trainer.get(42, 2))),
-        charsmap=_message(normalizer.get(2, b"")),
+        charsmap=Charsmap(charsmap) if (charsmap := _message(normalizer.get(2, b""))) else None,
         prefixes_space=bool(normalizer.get(3, 1)),
         joins_spaces=bool(normalizer.get(4, 1)),
     )
@@ -125,8 +126,11 @@ def added(model: SentencePieceModel) -> dict[int, AddedToken]:
 
 
 def _normalizer(model: SentencePieceModel) -> normalizers.Normalizer:
-    """Spaces as sentencepiece has them, in a part of a text between added tokens, in front of which may be PREFIX."""
-    steps: list[normalizers.Normalizer] = [normalizers.Precompiled(model.charsmap)] if model.charsmap else []
+    """Spaces as sentencepiece has them, in a part of a text between added tokens, in front of which may be PREFIX.
+
+    The table of characters is not among the steps: user-defined pieces are found before it is used.
+    """
+    steps: list[normalizers.Normalizer] = []
     if model.joins_spaces:
         steps += [
             normalizers.Replace(Regex(rf"(?<=\A[{PREFIX}{NO_PREFIX}]) +|\A +| +\z"), ""),

@@ -1,8 +1,10 @@
 """Text to token ids and back by a Hugging Face folder's tokenizer.json or tokenizer.model."""
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
+
+from tokenizers import AddedToken
 
 from tightrope.backends.errors import BackendError
 from tightrope.backends.hf.config import ModelShape
@@ -10,7 +12,7 @@ from tightrope.backends.hf.encoders import encoder
 from tightrope.backends.hf.pieces import BYTE_PIECE, byte_level, piece_reader
 from tightrope.backends.hf.spm import NO_PREFIX, PREFIX
 from tightrope.backends.hf.token_files import TokenFiles, read_token_files
-from tightrope.backends.hf.vocabulary import Vocabulary, read_vocabulary
+from tightrope.backends.hf.vocabulary import read_vocabulary
 from tightrope.backends.plain_text import MarkCutter, place_to_cut
 from tightrope.backends.protocol import MAX_ADDED_TEXTS
 
@@ -50,6 +52,11 @@ class HFTokenizer:
         return token_ids
 
     def _encode(self, text: str, *, parse_special: bool, is_start: bool) -> list[int]:
+        if self._vocabulary.charsmap is not None:
+            kept = self._kept[parse_special]
+            parts = [text] if kept is None else kept.split(text)  # text and added tokens in turns
+            parts[::2] = map(self._vocabulary.charsmap.replace, parts[::2])
+            text = "".join(parts)
         if self._vocabulary.prefixes_space is not None:
             text = self._with_marks(text, parse_special=parse_special, is_start=is_start)
         tokenizer = self._encoders[is_start, parse_special]
@@ -124,7 +131,11 @@ class HFTokenizer:
             raise BackendError(f"{vocabulary.path}: its vocabulary has fewer pieces than ids; copy it again")
         self._special = frozenset(i for i, token in added.items() if token.special)
         self._special_texts = tuple(added[i].content for i in sorted(self._special))
-        self._finds = {parse_special: _finds(vocabulary, parse_special) for parse_special in (True, False)}
+        raw = [] if vocabulary.prefixes_space is None else [token for token in added.values() if not token.normalized]
+        kept = [] if vocabulary.charsmap is None else added.values()
+        switch = (True, False)
+        self._finds = {parse_special: _finds(raw, parse_special=parse_special) for parse_special in switch}
+        self._kept = {parse_special: _finds(kept, parse_special=parse_special) for parse_special in switch}
         self._known: dict[int, bytes] = {}  # filled as tokens are seen
         named_bytes = (f"<0x{byte:02X}>" for byte in range(256))
         bytes_ids = {text: self._pieces[text] for text in named_bytes if text in self._pieces}
@@ -191,12 +202,12 @@ def _prefixes_parts(files: TokenFiles) -> bool:
     return str(files.settings.get("tokenizer_class")).removesuffix("Fast") != "LlamaTokenizer"
 
 
-def _finds(vocabulary: Vocabulary, parse_special: bool) -> re.Pattern[str] | None:
-    """Finds the added tokens, and blanks that they take in, for which a sentencepiece vocabulary searches raw text."""
+def _finds(added: Iterable[AddedToken], *, parse_special: bool) -> re.Pattern[str] | None:
+    """Finds added tokens in a text, with the blanks that they take in; None if there are none."""
     texts = []
-    for token in sorted(vocabulary.added.values(), key=lambda token: -len(token.content)):
-        if not token.normalized and (parse_special or not token.special):
+    for token in sorted(added, key=lambda token: -len(token.content)):
+        if parse_special or not token.special:
             before, after = r"\s*" if token.lstrip else "", r"\s*" if token.rstrip else ""
             word = rf"(?<!\w){re.escape(token.content)}(?!\w)" if token.single_word else re.escape(token.content)
             texts.append(f"{before}{word}{after}")
-    return re.compile(f"({'|'.join(texts)})") if texts and vocabulary.prefixes_space is not None else None
+    return re.compile(f"({'|'.join(texts)})") if texts else None

@@ -11,6 +11,7 @@ from tokenizers import AddedToken, Tokenizer
 
 from tightrope.backends.errors import BackendError
 from tightrope.backends.hf import spm
+from tightrope.backends.hf.charsmap import Charsmap
 from tightrope.backends.hf.encoders import encoder
 from tightrope.backends.hf.generation import HARMONY_ENDS, TURN_ENDS, TURN_STARTS
 from tightrope.backends.hf.token_files import NamedTokens, TokenFiles
@@ -29,6 +30,7 @@ class Vocabulary:
     added: dict[int, AddedToken]
     prefixes_space: bool | None = None  # of a sentencepiece file: PREFIX asks for the space; None: `source` puts it
     unknown_id: int | None = None
+    charsmap: Charsmap | None = None  # of a sentencepiece file
     named: NamedTokens = field(default_factory=dict)  # by the file itself
     notes: list[str] = field(default_factory=list)
 
@@ -140,7 +142,7 @@ def _from_sentencepiece(path: Path, vocab_size: int, files: TokenFiles) -> Vocab
     # the file's own word, unless the settings have one: transformers' llamas prefix a space whatever the file says
     prefixes = files.settings.get("add_prefix_space")
     prefixes_space = prefixes if isinstance(prefixes, bool) else model.prefixes_space
-    return Vocabulary(path, spm.build(model), added, prefixes_space, unknown_id, named, notes)
+    return Vocabulary(path, spm.build(model), added, prefixes_space, unknown_id, model.charsmap, named, notes)
 
 
 class _Join:
