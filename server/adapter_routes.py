@@ -8,7 +8,7 @@ from pydantic import Field
 
 from tightrope.backends.settings import check_adapter_name
 from tightrope.engine.errors import InvalidRequest
-from tightrope.server.body import Body, Documented, JsonRoute, ignored_fields, log_ignored
+from tightrope.server.body import Body, Documented, JsonRoute
 from tightrope.server.errors import SwitchedOff
 from tightrope.server.front import Front
 from tightrope.server.openai.convert import means_the_model
@@ -47,7 +47,6 @@ def adapter_router(front: Front) -> APIRouter:
         if front.settings.engine.model.adapter_folder is None:
             raise SwitchedOff("no adapter can be loaded while this server runs: --lora-folder DIR allows those in DIR")
         _check_name(body.lora_name, front)
-        log_ignored(body.lora_name, lambda: ignored_fields(body))
         await front.client.load_adapter(body.lora_name, body.lora_path, in_place=body.load_inplace)
         log.info("adapter loaded: name=%s path=%s", body.lora_name, front.client.adapters.get(body.lora_name))
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
@@ -55,7 +54,6 @@ def adapter_router(front: Front) -> APIRouter:
     @router.post("/unload_lora_adapter", responses=REPLIES)
     async def unload(body: UnloadBody) -> Response:
         """Unload an adapter: answers under way finish with it, and then its memory is free."""
-        log_ignored(body.lora_name, lambda: ignored_fields(body))
         await front.client.unload_adapter(body.lora_name)
         log.info("adapter unloaded: name=%s", body.lora_name)
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")

@@ -1,8 +1,9 @@
-"""Request bodies: strict JSON, null means absent, and unknown fields are ignored but listed."""
+"""Request bodies: strict JSON, null means absent, and unknown fields are refused or ignored but listed."""
 
 import asyncio
 import logging
 from collections.abc import Callable, Container, Coroutine, Iterable, Iterator
+from functools import partial, wraps
 from typing import Any, ClassVar, Self
 
 import msgspec
@@ -10,10 +11,12 @@ from fastapi import Request, Response
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict, FailFast, ModelWrapValidatorHandler, PrivateAttr, model_validator
 
-from tightrope.server.errors import BodyTimeout, MalformedBody, NotJson
+from tightrope.server.errors import SHARED_PATHS, BodyTimeout, MalformedBody, NotJson
+from tightrope.server.lost_fields import refuse_lost
 
 log = logging.getLogger("tightrope.server")
 
+Endpoint = Callable[..., Coroutine[Any, Any, object]]  # a route's function, by FastAPI called with what it asks for
 Documented = dict[int | str, dict[str, Any]]  # answers of a route by status, as FastAPI wants them for its API page
 
 READ_TIMEOUT_S = 60.0  # for the whole body; a client that sends a byte a second doesn't keep its connection
@@ -40,6 +43,8 @@ class Body(BaseModel):
 
     without_effect: ClassVar[frozenset[str]] = frozenset()  # fields that are checked and then change nothing
     read_elsewhere: ClassVar[Container[str]] = ()  # fields that aren't declared here, and mean something yet
+
+    # Any other field that came is refused, or listed as ignored: see JsonRoute.
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 
@@ -68,17 +73,23 @@ class ShownBody(Body):
         return self._given
 
 
-def ignored_fields(body: Body, prefix: str = "") -> Iterator[str]:
-    """Names of the fields that came and mean nothing here, such as "metadata" or "messages[0].foo"."""
-    yield from (prefix + name for name in body.model_extra or () if name not in body.read_elsewhere)
-    yield from (prefix + name for name in body.without_effect & body.model_fields_set)
+def _parts(body: Body, prefix: str = "") -> Iterator[tuple[str, Body]]:
+    """The body and all bodies in it, each with the path that stands before its fields' names."""
+    yield prefix, body
     for name in body.model_fields_set & type(body).model_fields.keys():
         value: object = getattr(body, name)
         if isinstance(value, Body):
-            yield from ignored_fields(value, f"{prefix}{name}.")
+            yield from _parts(value, f"{prefix}{name}.")
         elif isinstance(value, list) and value and isinstance(value[0], Body):
             for index, item in enumerate(value):
-                yield from ignored_fields(item, f"{prefix}{name}[{index}].")
+                yield from _parts(item, f"{prefix}{name}[{index}].")
+
+
+def ignored_fields(body: Body) -> Iterator[str]:
+    """Names of the fields that came and mean nothing here, such as "metadata" or "messages[0].foo"."""
+    for prefix, part in _parts(body):
+        yield from (prefix + name for name in part.model_extra or () if name not in part.read_elsewhere)
+        yield from (prefix + name for name in part.without_effect & part.model_fields_set)
 
 
 def unread_fields(body: Body) -> list[tuple[str, str]]:
@@ -86,12 +97,22 @@ def unread_fields(body: Body) -> list[tuple[str, str]]:
     return [(name, "no field of this route") for name in ignored_fields(body)]
 
 
-def log_ignored(request_id: str, ignored: Callable[[], Iterable[str]]) -> None:
-    """Say at debug level which fields of a request change nothing."""
+def refuse_unread(body: Body) -> None:
+    """Raises InvalidRequest for a field that means nothing here and would have changed the answer."""
+    refuse_lost(
+        (prefix + name, name, value)
+        for prefix, part in _parts(body)
+        for name, value in (part.model_extra or {}).items()
+        if name not in part.read_elsewhere and name not in part.without_effect
+    )
+
+
+def log_ignored(where: str, ignored: Callable[[], Iterable[str]]) -> None:
+    """Say at debug level which fields of a request change nothing; `where` is its id, or the route that it came to."""
     if log.isEnabledFor(logging.DEBUG):
         names = sorted(ignored())
         if names:
-            log.debug("fields ignored: request_id=%s fields=%r", request_id, names)
+            log.debug("fields ignored: %s fields=%r", where, names)
 
 
 def parse_json(raw: bytes) -> object:
@@ -132,6 +153,8 @@ class JsonRequest(Request):
         except TimeoutError:
             raise BodyTimeout(f"the body did not arrive within {READ_TIMEOUT_S:.0f} s") from None
         made.data = parse_json(made.raw)
+        if request.url.path in SHARED_PATHS and isinstance(made.data, dict) and made.data.get("inputs") is not None:
+            request.state.dialect = "tgi"
         return made
 
     async def body(self) -> bytes:
@@ -142,7 +165,10 @@ class JsonRequest(Request):
 
 
 class JsonRoute(APIRoute):
-    """A route that reads its body by our rules."""
+    """A route that reads its body by our rules, and passes over no field in silence."""
+
+    def __init__(self, path: str, endpoint: Endpoint, **settings: Any) -> None:  # noqa: ANN401  # FastAPI's own
+        super().__init__(path, _accounting(path, endpoint), **settings)
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
@@ -152,3 +178,17 @@ class JsonRoute(APIRoute):
             return await handle(await JsonRequest.read(request) if has_body else request)
 
         return read_then_handle
+
+
+def _accounting(path: str, endpoint: Endpoint) -> Endpoint:
+    """The endpoint, behind the one place where a body's unread fields are refused or logged."""
+
+    @wraps(endpoint)  # FastAPI asks for the signature
+    async def account_then_answer(**given: object) -> object:
+        for body in given.values():
+            if isinstance(body, Body):
+                refuse_unread(body)
+                log_ignored(f"path={path}", partial(ignored_fields, body))
+        return await endpoint(**given)
+
+    return account_then_answer

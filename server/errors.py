@@ -167,7 +167,7 @@ TABLE: Mapping[type[EngineError], tuple[OpenAIRow, TGIRow]] = {
 
 
 def dialect_of(request: Request) -> Dialect:
-    """The dialect that the request speaks; `/tokenize` belongs to several and decides when it has read the body."""
+    """The dialect that the request speaks; on shared paths the body tells, once it is read."""
     if request.scope.get("state", {}).get("dialect") == "tgi":
         return "tgi"
     return "tgi" if request.url.path in TGI_PATHS else "openai"
@@ -264,8 +264,7 @@ def install_handlers(app: FastAPI, refused: Callable[[EngineError], None]) -> No
     async def validation_error(request: Request, exc: RequestValidationError) -> Response:
         error = wrong_body(exc)
         refused(error)
-        is_shared = request.url.path in SHARED_PATHS and isinstance(exc.body, dict)
-        return error_reply(error, "tgi" if is_shared and "inputs" in exc.body else dialect_of(request))
+        return error_reply(error, dialect_of(request))
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, exc: HTTPException) -> Response:

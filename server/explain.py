@@ -39,6 +39,7 @@ _NEUTRAL = msgspec.structs.asdict(SamplingParams())
 
 _OF_THE_CLIENT = "the client's own note"
 _WINDOW = "the window is the server's; a prompt that does not fit is refused"
+_TEMPLATE = "a variable of the chat template comes in chat_template_kwargs"
 REASONS: Mapping[str, str] = {  # fields that clients send without a meaning to any server, and near misses
     "api_type": _OF_THE_CLIENT,
     "api_server": _OF_THE_CLIENT,
@@ -51,6 +52,13 @@ REASONS: Mapping[str, str] = {  # fields that clients send without a meaning to 
     "trim_stop": "stop strings are always cut",
     "include_reasoning": "the text comes as the model writes it",
     "spaces_between_special_tokens": "tokens' texts are joined as they are",
+    "reasoning_effort": _TEMPLATE,
+    "enable_thinking": _TEMPLATE,
+    "prediction": "drafts come from the server itself",
+    "num_keep": _WINDOW,
+    "n_keep": _WINDOW,
+    "n_discard": _WINDOW,
+    "id_slot": "the server finds the cached tokens by itself",
 }
 
 
@@ -102,7 +110,9 @@ class Explanation:
                 "token_ids": stop.token_ids,
                 "ignore_eos": stop.ignore_eos,
             },
-            "ignored": [{"field": name, "why": REASONS.get(name, why)} for name, why in sorted(self.ignored)],
+            "ignored": [
+                {"field": name, "why": REASONS.get(name.rpartition(".")[2], why)} for name, why in sorted(self.ignored)
+            ],
             "notes": self.notes,
         }
 

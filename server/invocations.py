@@ -53,7 +53,6 @@ def invocations_router(front: Front) -> APIRouter:
     async def invocations(body: AnyBody, request: Request) -> Response:
         """Answer as POST /, /v1/chat/completions or /v1/completions do to the same body."""
         if isinstance(body, CompatBody):
-            request.state.dialect = "tgi"
             return await answer_compat(front, body, request)
         if isinstance(body, ChatRequest):
             return await answer_chat(front, body, request)

@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from tightrope.engine.errors import InvalidRequest
 from tightrope.engine.types import SAMPLER_ORDER
 
-Order = tuple[tuple[str, ...], frozenset[str]]  # the steps in order, and the SamplingParams that a list switches off
+# the steps in order, the SamplingParams that a list switches off, and names in it that mean no step
+Order = tuple[tuple[str, ...], frozenset[str], tuple[str, ...]]
 
 _STEPS: Mapping[str, str] = {step: step for step in SAMPLER_ORDER} | {
     "dynamic_temperature": "temperature",
@@ -20,6 +21,23 @@ _SET_BY_A_STEP: Mapping[str, str] = {
     "xtc": "xtc_probability",
     "adaptive_p": "adaptive_target",
 }
+_IN_THEIR_PLACE = frozenset(  # steps that come before or after all others, whatever a list says
+    {"penalties", "repetition_penalty", "presence_penalty", "frequency_penalty", "no_repeat_ngram", "dry", "mirostat"}
+    | {"encoder_repetition_penalty", "adaptive_p", "skew", "infill", "logit_bias"}
+)
+_LETTERS: Mapping[str, str] = {  # llama.cpp's short form of a list
+    "d": "dry",
+    "k": "top_k",
+    "y": "typ_p",
+    "p": "top_p",
+    "s": "top_n_sigma",
+    "m": "min_p",
+    "t": "temperature",
+    "x": "xtc",
+    "i": "infill",
+    "e": "penalties",
+    "a": "adaptive_p",
+}
 # those that a list of llama.cpp's can leave out
 _LLAMA_CPP = frozenset({"top_n_sigma", "top_k", "typical_p", "tfs", "xtc", "top_p", "min_p", "adaptive_p"})
 _KOBOLD = ("top_k", "top_a", "top_p", "tfs", "typical_p", "temperature", None)  # by number; 6 are the penalties
@@ -30,7 +48,9 @@ def named_order(name: str, value: object) -> Order:
 
     Penalties, mirostat and adaptive-p have their places, before and after all steps, wherever a list names them.
     """
-    return tuple(dict.fromkeys(_STEPS[item] for item in _names(name, value) if item in _STEPS)), frozenset()
+    names = _names(name, value)
+    unknown = tuple(item for item in dict.fromkeys(names) if item not in _STEPS and item not in _IN_THEIR_PLACE)
+    return tuple(dict.fromkeys(_STEPS[item] for item in names if item in _STEPS)), frozenset(), unknown
 
 
 def _names(name: str, value: object) -> list[str]:
@@ -42,10 +62,13 @@ def _names(name: str, value: object) -> list[str]:
 
 
 def llama_cpp_order(name: str, value: object) -> Order:
-    """llama.cpp's `samplers`: a step that isn't named doesn't run."""
-    order, _ = named_order(name, value)
+    """llama.cpp's `samplers`, names or a text of letters: a step that isn't there doesn't run."""
+    if isinstance(value, str) and set(value) <= _LETTERS.keys():
+        value = [_LETTERS[letter] for letter in value]
+    order, _, unknown = named_order(name, value)
     missing = _LLAMA_CPP - {*order, *_names(name, value)}
-    return order, frozenset(_SET_BY_A_STEP.get(step, step) for step in missing) if order else frozenset()
+    left_out = frozenset(_SET_BY_A_STEP.get(step, step) for step in missing) if order else frozenset()
+    return order, left_out, unknown
 
 
 def kobold_order(name: str, value: object) -> Order:
@@ -56,4 +79,4 @@ def kobold_order(name: str, value: object) -> Order:
     for step in dict.fromkeys(_KOBOLD[item] for item in value):
         if step is not None:
             order += [step, "min_p"] if step == "top_p" else [step]
-    return tuple(order), frozenset()
+    return tuple(order), frozenset(), ()

@@ -8,7 +8,7 @@ changes nothing; nothing else is read here, and names that this module doesn't k
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeGuard
 
@@ -16,7 +16,7 @@ from tightrope.engine.banned import MAX_CHARS, MAX_STRINGS
 from tightrope.engine.errors import InvalidRequest
 from tightrope.engine.sampler.breakers import MAX_BYTES
 from tightrope.engine.types import LONGEST_RUN, SAMPLER_ORDER, Guidance, SamplingParams, StopRules
-from tightrope.server.sampler_names import kobold_order, llama_cpp_order, named_order
+from tightrope.server.sampler_names import Order, kobold_order, llama_cpp_order, named_order
 
 MAX_STOPS = 1024  # the engine looks for each of them after each token
 MAX_BREAKERS = 16384
@@ -148,23 +148,25 @@ _GUIDANCE = Number("scale", ("guidance_scale", "cfg_scale"), low=0, high=100, of
 _NEGATIVE = "negative_prompt"
 
 _STOPS = ("stop", "stopping_strings", "stop_sequence", "stop_sequences")
-_IGNORE_EOS = ("ignore_eos", "ban_eos_token")
+_IGNORE_EOS = ("ignore_eos", "ban_eos_token", "use_default_badwordsids")  # the last one is KoboldCpp's
+_TO_THE_WINDOW = "auto_max_new_tokens"
 _KEEP_STOP = ("include_stop_str_in_output",)
 _BANNED_STRINGS = ("banned_strings", "bad_words")
 _BANNED_TOKENS = ("custom_token_bans", "banned_tokens")
 _ALLOWED_TOKENS = ("allowed_token_ids", "allowed_tokens")
-_ORDERS: tuple[tuple[str, Callable[[str, object], tuple[tuple[str, ...], frozenset[str]]]], ...] = (
+_ORDERS: tuple[tuple[str, Callable[[str, object], Order]], ...] = (
     ("sampler_priority", named_order),
     ("samplers", llama_cpp_order),
     ("sampler_order", kobold_order),
 )
 
-_NOT_BUILT = "is not a sampler of this server"
+NOT_BUILT: Mapping[str, tuple[float, str]] = {  # by name: the neutral value, and why others are refused
+    "encoder_repetition_penalty": (1, "is not a sampler of this server"),
+    "penalty_alpha": (0, "contrastive search is not served"),
+    "num_beams": (1, "beam search is not served"),
+}
 WITHOUT_EFFECT: Mapping[str, tuple[Callable[[Any], bool], str]] = {  # by name: what is neutral, and why the rest isn't
     "rep_pen_slope": (lambda v: v in (0, 1), "a penalty is the same all over its range"),
-    "encoder_repetition_penalty": (lambda v: v == 1, _NOT_BUILT),
-    "penalty_alpha": (lambda v: v == 0, "contrastive search is not served"),
-    "num_beams": (lambda v: v == 1, "beam search is not served"),
     "length_penalty": (lambda v: v == 1, "beam search is not served"),
     "early_stopping": (lambda v: v is False, "beam search is not served"),
     "max_tokens_second": (lambda v: v == 0, "the rate of tokens is not limited"),
@@ -175,13 +177,19 @@ ROPE = frozenset(
     {"rope_scaling", "rope_factor", "rope_theta", "rope_scale", "rope_alpha", "alpha_value", "compress_pos_emb"}
     | {"rope_freq_base", "rope_freq_scale", "rope_frequency_base", "rope_frequency_scale"}
 )
+GUIDANCE_SCALES = _GUIDANCE.names
+STEERING: frozenset[str] = frozenset(  # without which an answer would be another one, and not only drawn otherwise
+    {_NEGATIVE, *_STOPS, "stop_token_ids", *_IGNORE_EOS, "logit_bias"}
+    | {*_BANNED_STRINGS, *_BANNED_TOKENS, *_ALLOWED_TOKENS}
+)
 KNOWN: frozenset[str] = frozenset(  # all names that are read here
     {name for number in (*NUMBERS, *_OTHER_NUMBERS) for name in number.names}
     | {*_STOPS, *_IGNORE_EOS, *_KEEP_STOP, *_BANNED_STRINGS, *_BANNED_TOKENS, *_ALLOWED_TOKENS}
     | {*_DYNATEMP_LOW, *_DYNATEMP_HIGH}
     | {"dry_sequence_breakers", "dynamic_temperature", "do_sample", "temperature_last", "stop_token_ids", "logit_bias"}
-    | {_NEGATIVE}
+    | {_NEGATIVE, _TO_THE_WINDOW}
     | {name for name, _ in _ORDERS}
+    | NOT_BUILT.keys()
     | WITHOUT_EFFECT.keys()
     | ROPE
 )
@@ -197,6 +205,7 @@ def read_sampling(
     """
     reading = _Reading({name: value for name, value in given.items() if value is not None}, vocab_size)
     reading.refuse_rope()
+    reading.refuse_not_built()
     reading.numbers()
     reading.temperature()
     reading.adaptive_p()
@@ -228,6 +237,12 @@ class _Reading:
                 self.ignored.append((other, f"{there[0]} came too, and counts"))
         return there[0] if there else None
 
+    def lists(self, names: Iterable[str]) -> Iterator[tuple[str, object]]:
+        """The names that are there with something in them, and their values: of lists, each counts."""
+        for name in names:
+            if name in self.given and self.given[name] not in ("", [], {}):
+                yield name, self.given[name]
+
     def number(self, number: Number) -> float | None:
         """None where the field is absent or off."""
         name = self.first(number.names)
@@ -255,6 +270,8 @@ class _Reading:
         if is_on is False or self.targets.get("temperature") == 0:
             return
         low_name, high_name = self.first(_DYNATEMP_LOW), self.first(_DYNATEMP_HIGH)
+        if (low_name is None) != (high_name is None):
+            self.ignored.append((low_name or high_name or "", "the other end of the range is missing"))
         middle = self.targets.get("temperature", 1.0)
         low = high = middle
         if low_name is not None and high_name is not None:
@@ -264,6 +281,8 @@ class _Reading:
             raise InvalidRequest(f"{low_name} must not be above {high_name} ({high:g}), not {low:g}", low_name)
         if low < high:
             self.targets |= {"temperature": (low + high) / 2, "dynatemp_range": (high - low) / 2}
+            if self.number(_RANGE) not in (None, 0, (high - low) / 2):
+                self.ignored.append(("dynatemp_range", f"{low_name} and {high_name} came too, and count"))
         elif (half := self.number(_RANGE)) is not None:
             self.targets["dynatemp_range"] = half
         if self.targets.get("dynatemp_range") and (exponent := self.number(_EXPONENT)) is not None:
@@ -287,7 +306,8 @@ class _Reading:
         for name, read in _ORDERS:
             if name not in self.given:
                 continue
-            order, left_out = read(name, self.given[name])
+            order, left_out, unknown = read(name, self.given[name])
+            self.ignored += [(name, f"there is no step {step!r:.40}") for step in unknown]
             self.targets["order"] = order
             for target in sorted(left_out & self.targets.keys()):
                 del self.targets[target]
@@ -302,10 +322,10 @@ class _Reading:
 
     def bans(self) -> None:
         bias, banned = self._bias()
-        if (name := self.first(_BANNED_TOKENS)) is not None:
-            banned += self._known_ids(name, _ids(name, self.given[name]))
-        if (name := self.first(_ALLOWED_TOKENS)) is not None and (ids := _ids(name, self.given[name])):
-            allowed = set(self._known_ids(name, ids))
+        for name, value in self.lists(_BANNED_TOKENS):
+            banned += self._known_ids(name, _ids(name, value))
+        for name, value in self.lists(_ALLOWED_TOKENS):
+            allowed = set(self._known_ids(name, _ids(name, value)))
             if not allowed:
                 raise InvalidRequest(f"{name}: none of them is below the vocabulary's {self.vocab_size}", name)
             banned += [token_id for token_id in range(self.vocab_size) if token_id not in allowed]
@@ -313,14 +333,15 @@ class _Reading:
             self.targets["logit_bias"] = bias
         if banned:
             self.targets["banned_tokens"] = tuple(dict.fromkeys(banned))
-        if (name := self.first(_BANNED_STRINGS)) is not None:
-            texts = [text for text in _texts(name, self.given[name]) if text]
+        texts: list[str] = []
+        for name, value in self.lists(_BANNED_STRINGS):
+            texts += [text for text in _texts(name, value) if text]
             if len(texts) > MAX_STRINGS:
                 raise InvalidRequest(f"{name}: at most {MAX_STRINGS} strings, not {len(texts)}", name)
             if longest := max((len(text) for text in texts if len(text) > MAX_CHARS), default=0):
                 raise InvalidRequest(f"{name}: at most {MAX_CHARS} characters each, not {longest}", name)
-            if texts:
-                self.targets["banned_strings"] = tuple(dict.fromkeys(texts))
+        if texts:
+            self.targets["banned_strings"] = tuple(dict.fromkeys(texts))
 
     def _bias(self) -> tuple[dict[int, float], list[int]]:
         """Biases by token id, and the ids whose bias is `false`: banned."""
@@ -380,6 +401,11 @@ class _Reading:
         for name in sorted(ROPE & self.given.keys()):
             raise InvalidRequest(f"{name}: positions are scaled alike for all requests, as set at the start", name)
 
+    def refuse_not_built(self) -> None:
+        for name, (neutral, why) in NOT_BUILT.items():
+            if self.given.get(name, neutral) != neutral:
+                raise InvalidRequest(f"{name}: {why}", name)
+
     def without_effect(self) -> None:
         for name, (is_neutral, why) in WITHOUT_EFFECT.items():
             if name not in self.given:
@@ -401,13 +427,19 @@ class _Reading:
 
     def stop_rules(self, max_tokens: int | None, more_stops: Sequence[str]) -> StopRules:
         wished = self.number(_MAX_TOKENS)
-        if self.first(_MAX_TOKENS.names) is not None:
+        if self.flag((_TO_THE_WINDOW,)):
+            max_tokens = None
+        elif self.first(_MAX_TOKENS.names) is not None:
             max_tokens = None if wished is None else int(wished)
         min_tokens = int(self.number(_MIN_TOKENS) or 0)
         if max_tokens is not None and min_tokens > max_tokens:
             raise InvalidRequest(f"min_tokens must not be above max_tokens ({max_tokens})", "min_tokens")
-        name = self.first(_STOPS)
-        strings = [] if name is None else _stops(name, self.given[name])
+        strings: list[str] = []
+        for name in _STOPS:
+            if name in self.given:
+                strings = list(dict.fromkeys((*strings, *_stops(name, self.given[name]))))
+                if len(strings) > MAX_STOPS:
+                    raise InvalidRequest(f"{name}: at most {MAX_STOPS} stop strings, not {len(strings)}", name)
         token_ids = _ids("stop_token_ids", self.given.get("stop_token_ids", []))
         return StopRules(
             max_tokens=max_tokens,
@@ -425,8 +457,6 @@ def _stops(name: str, value: object) -> list[str]:
         raise InvalidRequest(f"{name} must be a string or a list of strings, not {_shown(value)}", name)
     if "" in strings:
         raise InvalidRequest(f"{name}: a stop string must not be empty", name)
-    if len(strings) > MAX_STOPS:
-        raise InvalidRequest(f"{name}: at most {MAX_STOPS} stop strings, not {len(strings)}", name)
     return strings
 
 

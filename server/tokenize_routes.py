@@ -3,15 +3,17 @@
 from typing import Annotated
 
 from fastapi import APIRouter, Request
-from pydantic import BaseModel, Discriminator, Tag
+from pydantic import BaseModel, Discriminator, Field, Tag
 
 from tightrope.engine.types import Span, TextPrompt, Token
+from tightrope.server import structured
 from tightrope.server.body import Body, JsonRoute
-from tightrope.server.errors import SHARED_PATHS
 from tightrope.server.front import Front
 from tightrope.server.openai.convert import check_model
-from tightrope.server.openai.requests import ChatRequest, Ids
+from tightrope.server.openai.requests import MAX_INT, ChatRequest, Ids, SamplingBody
 from tightrope.server.openai.routes import ERRORS, rendered_chat
+from tightrope.server.openai.tools import check_tools
+from tightrope.server.sampling_fields import KNOWN
 from tightrope.server.tgi.routes import ERRORS as TGI_ERRORS
 from tightrope.server.tgi.types import GenerateBody
 
@@ -22,14 +24,32 @@ class TokenizeText(Body):
     model: str | None = None
     prompt: str
     add_special_tokens: bool = True
+    truncate_prompt_tokens: int | None = Field(None, ge=1, le=MAX_INT, description="Keep the last n.")
     return_token_strs: bool = False
 
 
-class TokenizeChat(ChatRequest):
+class CountedChat(ChatRequest):
+    """A chat of which only the prompt matters, TGI's form: how its answer is to be written changes nothing."""
+
+    without_effect = frozenset(
+        {*KNOWN, *structured.NAMES, *SamplingBody.model_fields, "logprobs", "top_logprobs", "parallel_tool_calls"}
+        - {"truncate_prompt_tokens"}
+    )
+
+
+class TokenizeChat(CountedChat):
     """vLLM's form for a chat: `count` is what its prompt will be."""
+
+    without_effect = CountedChat.without_effect - {"model"}
 
     add_special_tokens: bool = True
     return_token_strs: bool = False
+
+
+class TokenizeInputs(GenerateBody):
+    """TGI's form, the body of a request to generate."""
+
+    without_effect = frozenset({"parameters", "explain", "model"})
 
 
 class TokenizeContent(Body):
@@ -37,6 +57,8 @@ class TokenizeContent(Body):
 
     content: str
     add_special: bool = False
+    parse_special: bool = Field(True, description="Whether the text of special tokens becomes those tokens.")
+    with_pieces: bool = Field(False, description="List each token's text beside its id.")
 
 
 def _form(body: object) -> str | None:
@@ -46,7 +68,7 @@ def _form(body: object) -> str | None:
 
 
 TokenizeBody = Annotated[
-    Annotated[GenerateBody, Tag("<inputs>")]
+    Annotated[TokenizeInputs, Tag("<inputs>")]
     | Annotated[TokenizeChat, Tag("<messages>")]
     | Annotated[TokenizeText, Tag("<prompt>")]
     | Annotated[TokenizeContent, Tag("<content>")],
@@ -83,10 +105,17 @@ class TokenPlace(BaseModel):
     stop: int
 
 
+class TokenPiece(BaseModel):
+    """piece: the token's text, or its bytes where they are no text by themselves."""
+
+    id: int
+    piece: str | list[int]
+
+
 class TokenIds(BaseModel):
     """llama-server's answer."""
 
-    tokens: list[int]
+    tokens: list[int] | list[TokenPiece]
 
 
 class ChatTokenized(BaseModel):
@@ -130,6 +159,18 @@ def places(tokens: tuple[Token, ...], inputs: str) -> list[TokenPlace]:
     return found
 
 
+def _piece(token: Token) -> TokenPiece:
+    try:
+        return TokenPiece(id=token.token_id, piece=token.raw.decode())
+    except UnicodeDecodeError:
+        return TokenPiece(id=token.token_id, piece=list(token.raw))
+
+
+def _last(most: int | None) -> slice:
+    """Where the tokens lie that are left of a prompt that is cut."""
+    return slice(None if most is None else -most, None)
+
+
 def tokenize_router(front: Front) -> APIRouter:
     """POST /tokenize and /detokenize, with and without /v1."""
     router = APIRouter(route_class=JsonRoute, tags=["tokens"])
@@ -141,20 +182,20 @@ def tokenize_router(front: Front) -> APIRouter:
     @router.post("/v1/tokenize", responses=documented)
     async def tokenize(body: TokenizeBody, request: Request) -> Tokenized | list[TokenPlace] | TokenIds:
         """The token ids of a text or a chat."""
-        if isinstance(body, GenerateBody):
-            if request.url.path in SHARED_PATHS:
-                request.state.dialect = "tgi"
+        if isinstance(body, TokenizeInputs):
             return places(await front.client.tokenize(TextPrompt((Span(body.inputs),))), body.inputs)
         if isinstance(body, TokenizeContent):
-            tokens = await front.client.tokenize(TextPrompt((Span(body.content),), body.add_special))
-            return TokenIds(tokens=[token.token_id for token in tokens])
+            span = Span(body.content, body.parse_special)
+            tokens = await front.client.tokenize(TextPrompt((span,), body.add_special))
+            return TokenIds(tokens=[_piece(t) if body.with_pieces else t.token_id for t in tokens])
         served = front.served()
         check_model(body.model, served)
         if isinstance(body, TokenizeChat):
+            check_tools(body)
             prompt = TextPrompt((await rendered_chat(front, body, request)).spans, body.add_special_tokens)
         else:
             prompt = TextPrompt((Span(body.prompt),), body.add_special_tokens)
-        tokens = await front.client.tokenize(prompt)
+        tokens = (await front.client.tokenize(prompt))[_last(body.truncate_prompt_tokens)]
         return Tokenized(
             count=len(tokens),
             max_model_len=served.info.max_model_len,
@@ -163,12 +204,15 @@ def tokenize_router(front: Front) -> APIRouter:
         )
 
     @router.post("/chat_tokenize", responses=TGI_ERRORS)
-    async def chat_tokenize(body: ChatRequest, request: Request) -> ChatTokenized:
+    async def chat_tokenize(body: CountedChat, request: Request) -> ChatTokenized:
         """The tokens of a chat's prompt, as TGI lists them, and the prompt."""
+        check_tools(body)
         spans = (await rendered_chat(front, body, request)).spans
         text = "".join(span.text for span in spans)
         tokens = await front.client.tokenize(TextPrompt(spans, body.add_special_tokens))
-        return ChatTokenized(tokenize_response=places(tokens, text), templated_text=text)
+        return ChatTokenized(
+            tokenize_response=places(tokens, text)[_last(body.truncate_prompt_tokens)], templated_text=text
+        )
 
     @router.get("/tokenizer_info", responses={key: ERRORS[key] for key in (401, 503)})
     async def tokenizer_info() -> TokenizerInfo:

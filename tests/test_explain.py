@@ -92,9 +92,14 @@ async def test_each_prompt_of_a_batch_is_told() -> None:
 
 
 async def test_ignored_fields_come_with_reasons() -> None:
-    body = {"prompt": "a", "api_type": "tabby", "truncation_length": 8192, "num_beams": 2, "zebra": 1, "top_k": -1}
+    body = {"prompt": "a", "api_type": "tabby", "truncation_length": 8192, "length_penalty": 2, "zebra": 1, "top_k": -1}
     record = await explained("/v1/completions", body)
-    assert [entry["field"] for entry in record["ignored"]] == ["api_type", "num_beams", "truncation_length", "zebra"]
+    assert [entry["field"] for entry in record["ignored"]] == [
+        "api_type",
+        "length_penalty",
+        "truncation_length",
+        "zebra",
+    ]
     assert all(entry["why"] for entry in record["ignored"])
 
 

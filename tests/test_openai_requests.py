@@ -19,7 +19,7 @@ from tightrope.engine.types import (
     TextPrompt,
     TokenPrompt,
 )
-from tightrope.server.body import ignored_fields, parse_json
+from tightrope.server.body import ignored_fields, parse_json, refuse_unread
 from tightrope.server.openai.convert import Served, chat_request, check_chat, completion_requests
 from tightrope.server.openai.messages import template_messages, template_variables
 from tightrope.server.openai.requests import ChatRequest, CompletionRequest, Message
@@ -39,6 +39,7 @@ def tool(**function: object) -> dict[str, Any]:
 
 def chat(**fields: object) -> GenerateRequest:
     body = ChatRequest.model_validate({"messages": USER, **fields})
+    refuse_unread(body)  # as the route does
     check_chat(body, SERVED)
     return chat_request(body, "id", (Span("prompt"),), (), SERVED)
 

@@ -253,6 +253,55 @@ def test_what_changes_nothing_is_listed_with_a_reason(name: str) -> None:
     assert why
 
 
+def test_lists_under_several_names_all_count_and_empty_ones_hide_none() -> None:
+    read = read_sampling(
+        {
+            "stop": [],
+            "stopping_strings": ["a"],
+            "stop_sequence": ["b"],
+            "custom_token_bans": "",
+            "banned_tokens": [3],
+            "banned_strings": ["x"],
+            "bad_words": ["y"],
+            "allowed_token_ids": [1, 2, 3],
+            "allowed_tokens": [2, 3],
+        },
+        5,
+    )
+    assert read.stop.strings == ("a", "b")
+    assert read.params.banned_strings == ("x", "y")
+    assert sorted(read.params.banned_tokens) == [0, 1, 3, 4]
+    assert read.ignored == ()
+
+
+def test_half_a_range_of_temperatures_is_listed() -> None:
+    read = read_sampling({"dynatemp_low": 0.5, "temperature": 0.8}, V)
+    assert (read.params, read.ignored) == (
+        SamplingParams(temperature=0.8),
+        (("dynatemp_low", "the other end of the range is missing"),),
+    )
+    both = {"dynatemp_low": 0.5, "dynatemp_high": 1.5}
+    assert read_sampling(both | {"dynatemp_range": 0.5}, V).ignored == ()
+    assert [name for name, _ in read_sampling(both | {"dynatemp_range": 0.7}, V).ignored] == ["dynatemp_range"]
+
+
+def test_steps_that_there_are_not_are_listed() -> None:
+    for name in ("samplers", "sampler_priority"):
+        read = read_sampling({name: ["penalties", "dry", "top_k", "tempreature"]}, V)
+        assert read.ignored == ((name, "there is no step 'tempreature'"),)
+
+
+def test_llama_cpps_letters_are_a_list_of_steps() -> None:
+    letters = read_sampling({"samplers": "kpt", "top_k": 5, "min_p": 0.1}, V)
+    assert letters == read_sampling({"samplers": ["top_k", "top_p", "temperature"], "top_k": 5, "min_p": 0.1}, V)
+    assert letters.params.order == ("top_k", "top_p", "temperature")
+
+
+def test_a_length_up_to_the_window_goes_before_a_number() -> None:
+    assert read_sampling({"auto_max_new_tokens": True, "max_tokens": 9}, V).stop.max_tokens is None
+    assert read_sampling({"auto_max_new_tokens": False, "max_tokens": 9}, V).stop.max_tokens == 9
+
+
 def test_stops_and_lengths_have_many_names_too() -> None:
     read = read_sampling(
         {"stopping_strings": ["a", "b", "a"], "max_new_tokens": 9, "min_length": 2, "ban_eos_token": True},
@@ -291,6 +340,9 @@ def test_stops_and_lengths_have_many_names_too() -> None:
         ({"dynatemp_low": 2, "dynatemp_high": 1}, "dynatemp_low"),
         ({"dynamic_temperature": 1}, "dynamic_temperature"),
         ({"adaptive_target": 1.1}, "adaptive_target"),
+        ({"num_beams": 4}, "num_beams"),
+        ({"penalty_alpha": 0.6}, "penalty_alpha"),
+        ({"encoder_repetition_penalty": 1.2}, "encoder_repetition_penalty"),
         ({"adaptive_target": 0.5, "adaptive_decay": 1}, "adaptive_decay"),
         ({"rep_pen_range": 9, "repetition_decay": -1}, "repetition_decay"),
         ({"sampler_order": [7]}, "sampler_order"),

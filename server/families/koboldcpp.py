@@ -44,6 +44,8 @@ encode = msgspec.json.Encoder().encode
 class KoboldBody(TextBody):
     """POST /api/v1/generate; sampling fields come under KoboldCpp's or any other names."""
 
+    singleline: bool = Field(False, description="End with the line.")
+    render_special: bool = Field(False, description="Show special tokens as text; so does skip_special_tokens: false.")
     genkey: str = Field("", description="What an abort names; without one it stops those that have none either.")
     trim_stop: bool = Field(True, description="Stop strings are always cut; false changes nothing.")
 
@@ -179,13 +181,15 @@ def koboldcpp_router(front: Front) -> APIRouter:
 
     async def prepared(body: KoboldBody, request: Request) -> tuple[Asked, Explanation | None]:
         served = front.served()
+        if body.render_special:
+            body = body.model_copy(update={"skip_special_tokens": False})
         asked = text_request(
             body,
             body.model_extra or {},
             body.checked_prompt(served),
             served,
             max_tokens=DEFAULT_TOKENS,
-            skip_special_tokens=body.skip_special_tokens,
+            stops=("\n",) if body.singleline else (),
         )
         if not body.explain:
             return asked, None

@@ -16,6 +16,7 @@ from tightrope.server.families.text import (
     STATUS_ERRORS,
     TextBody,
     checked,
+    model_name,
     pieces,
     text_request,
     whole,
@@ -172,15 +173,15 @@ def llamacpp_router(front: Front) -> APIRouter:
             body.checked_prompt(served),
             served,
             top=top,
-            skip_special_tokens=body.skip_special_tokens,
         )
+        model = model_name(asked, served)
         explanation = await explain(front, [asked.request], asked.ignored, request) if body.explain else None
         if body.stream:
             deltas = await pieces(front, asked, request)
             shown = one_token_each(deltas) if top else deltas
-            return event_stream(_events(shown, served.model_id, explanation, wants_probs=top is not None), "openai")
+            return event_stream(_events(shown, model, explanation, wants_probs=top is not None), "openai")
         choice = await whole(front, asked, request)
-        answer = _ending(choice.text, choice.prompt, choice.finish, served.model_id)
+        answer = _ending(choice.text, choice.prompt, choice.finish, model)
         if top:
             answer["completion_probabilities"] = probabilities(choice.tokens)
         answer |= explained(explanation, choice.prompt)

@@ -1,7 +1,8 @@
 """Ollama's routes under /api: the model, and generation of prompts and chats as lines of JSON."""
 
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Annotated, Any
 
@@ -10,33 +11,51 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field
 
 from tightrope import __version__
-from tightrope.engine.errors import InvalidRequest, ModelNotFound
-from tightrope.engine.types import Finish, PromptInfo, Span, TextPrompt
+from tightrope.engine.errors import InvalidRequest
+from tightrope.engine.types import Finish, Prompt, PromptInfo, Span, TextPrompt
+from tightrope.server import structured
 from tightrope.server.body import Body, FirstErrorOnly, JsonRoute
 from tightrope.server.explain import Explained, Explanation, explain, explained
-from tightrope.server.families.text import STATUS_ERRORS, Asked, SamplingFields, checked, pieces, text_request, whole
+from tightrope.server.families.text import STATUS_ERRORS, Asked, checked, model_name, pieces, text_request, whole
 from tightrope.server.front import Front
-from tightrope.server.openai.convert import Served, check_model
+from tightrope.server.openai.convert import check_model
+from tightrope.server.openai.requests import AnswerBody
 from tightrope.server.openai.routes import ERRORS
+from tightrope.server.sampling_fields import KNOWN, Ignored
 from tightrope.server.sse import line_stream
 from tightrope.server.work import Deltas, or_gone
 
 encode = msgspec.json.Encoder().encode
-LATEST = ":latest"  # the tag that clients put behind a name without one
 LINES = {"application/x-ndjson": {"schema": {"type": "string"}}}
 
 
-class OllamaBody(Body):
-    """What both kinds of request have in common. `options` hold the sampling, under Ollama's or any other names."""
+class OllamaOptions(Body):
+    """Sampling and the answer's shape, under Ollama's or any other names."""
 
-    model: str | None = None
+    read_elsewhere = KNOWN | structured.NAMES
+
+
+class OllamaBody(AnswerBody):
+    """What both kinds of request have in common. What `options` may hold is taken beside them, too."""
+
     stream: bool = Field(True, description="Lines of JSON as they come; false gives one object.")
-    options: SamplingFields = SamplingFields()
+    options: OllamaOptions = OllamaOptions()
     keep_alive: int | float | str | None = Field(None, description="The model stays loaded: changes nothing.")
     format: str | dict[str, Any] | None = Field(None, description="json or a JSON schema.")
-    explain: bool = Field(False, description="Say in the last line what was done: prompt, samplers, ignored fields.")
 
     without_effect = frozenset({"keep_alive"})
+
+    def fields(self) -> dict[str, Any]:
+        """Sampling and shape, from wherever they stand."""
+        shape = {} if self.format is None else {"format": self.format}
+        return (self.model_extra or {}) | shape | (self.options.model_extra or {})
+
+    def overruled(self) -> list[Ignored]:
+        """The fields that stand beside the options and say something else than they."""
+        options = self.options.model_extra or {}
+        beside = (self.model_extra or {}) | {"format": self.format}
+        differ = [name for name in beside if options.get(name) not in (None, beside[name])]
+        return [(name, "the options have it too, and count") for name in differ if beside[name] is not None]
 
 
 class OllamaGenerate(OllamaBody):
@@ -45,8 +64,6 @@ class OllamaGenerate(OllamaBody):
     prompt: str = Field("", description="Without one the model is named as loaded.")
     system: str | None = None
     raw: bool = Field(False, description="Run the prompt as it is, without the chat template.")
-    images: list[str] | None = None
-    suffix: str | None = None
 
 
 class OllamaMessage(Body):
@@ -54,7 +71,6 @@ class OllamaMessage(Body):
 
     role: str
     content: str = ""
-    images: list[str] | None = None
 
 
 class OllamaChat(OllamaBody):
@@ -151,14 +167,6 @@ async def _lines(
                 yield encode({"model": model, "created_at": _now(), **wrap(""), **ending}) + b"\n"
 
 
-def _check_model(name: str | None, served: Served) -> None:
-    try:
-        check_model(name, served)
-    except ModelNotFound:
-        if name != served.model_id + LATEST:
-            raise
-
-
 def ollama_router(front: Front) -> APIRouter:
     """/api/tags, /api/show, /api/version, /api/generate and /api/chat."""
     router = APIRouter(prefix="/api", route_class=JsonRoute, tags=["Ollama"])
@@ -171,7 +179,7 @@ def ollama_router(front: Front) -> APIRouter:
     async def answer(
         body: OllamaBody, asked: Asked, request: Request, wrap: Wrap, notes: tuple[str, ...] = ()
     ) -> Response:
-        model = front.served().model_id
+        model = model_name(asked, front.served())
         explanation = await explain(front, [asked.request], asked.ignored, request, notes) if body.explain else None
         if body.stream:
             return line_stream(_lines(await pieces(front, asked, request), model, wrap, explanation))
@@ -180,7 +188,9 @@ def ollama_router(front: Front) -> APIRouter:
         return Response(encode(made | explained(explanation, choice.prompt)), media_type="application/json")
 
     def loaded(body: OllamaBody, wrap: Wrap) -> Response:
-        made = {"model": front.served().model_id, "created_at": _now(), **wrap(""), "done": True, "done_reason": "load"}
+        served = front.served()
+        name = check_model(body.model, served) or served.model_id
+        made = {"model": name, "created_at": _now(), **wrap(""), "done": True, "done_reason": "load"}
         return Response(encode(made) + b"\n", media_type="application/x-ndjson" if body.stream else "application/json")
 
     async def templated(
@@ -190,15 +200,11 @@ def ollama_router(front: Front) -> APIRouter:
         template = front.template()
         rendering = template.render(front.renderer, messages, add_generation_prompt=True, continue_final_message=False)
         rendered = await or_gone(request, rendering)
-        asked = text_request(body, fields_of(body), TextPrompt(rendered.spans), front.served(), stops=template.stops)
-        return asked, rendered.notes
+        return request_of(body, TextPrompt(rendered.spans), template.stops), rendered.notes
 
-    def fields_of(body: OllamaBody) -> dict[str, object]:
-        """The options, and the format under a name of its own."""
-        if isinstance(body.format, str) and body.format not in ("", "json"):
-            raise InvalidRequest("format must be json or a JSON schema", "format")
-        shape = {"response_format": {"type": "json_object"}} if body.format == "json" else {"json_schema": body.format}
-        return (body.options.model_extra or {}) | (shape if body.format else {})
+    def request_of(body: OllamaBody, prompt: Prompt, stops: Sequence[str] = ()) -> Asked:
+        asked = text_request(body, body.fields(), prompt, front.served(), stops=stops)
+        return replace(asked, ignored=[*asked.ignored, *body.overruled()])
 
     @router.get("/version")
     async def version() -> dict[str, str]:
@@ -207,15 +213,20 @@ def ollama_router(front: Front) -> APIRouter:
 
     @router.get("/tags", responses=STATUS_ERRORS)
     async def tags() -> OllamaModels:
-        """The models: the one that is served."""
-        name = front.served().model_id
-        return OllamaModels(models=[OllamaModel(name=name, model=name, modified_at=since, size=0, details=details())])
+        """The models: the one that is served, and its adapters."""
+        served = front.served()
+        return OllamaModels(
+            models=[
+                OllamaModel(name=name, model=name, modified_at=since, size=0, details=details())
+                for name in (served.model_id, *served.adapters)
+            ]
+        )
 
     @router.post("/show", responses={key: ERRORS[key] for key in (400, 401, 404, 413, 415, 503, "default")})
     async def show(body: ShowBody) -> Shown:
-        """The served model: its template and its window."""
+        """The served model, or one of its adapters: its template and its window."""
         served = front.served()
-        _check_model(body.model or body.name, served)
+        check_model(body.model or body.name, served)
         info = served.info
         return Shown(
             template=front.template().source,
@@ -234,14 +245,12 @@ def ollama_router(front: Front) -> APIRouter:
     )
     async def generate(body: OllamaGenerate, request: Request) -> Response:
         """Continue a prompt, or answer it by the chat template unless it is raw."""
-        _check_model(body.model, front.served())
-        for name in ("images", "suffix"):
-            if getattr(body, name):
-                raise InvalidRequest(f"{name} needs another kind of model than this one", name)
         if not body.prompt:
             return loaded(body, _response)
         if body.raw:
-            asked = text_request(body, fields_of(body), TextPrompt((Span(body.prompt),)), front.served())
+            if body.system:
+                raise InvalidRequest("system: a raw prompt is run as it is, so write it into the prompt", "system")
+            asked = request_of(body, TextPrompt((Span(body.prompt),)))
             return await answer(body, asked, request, _response)
         turns = [("system", body.system), ("user", body.prompt)]
         messages = [{"role": role, "content": text} for role, text in turns if text]
@@ -255,9 +264,6 @@ def ollama_router(front: Front) -> APIRouter:
     )
     async def chat(body: OllamaChat, request: Request) -> Response:
         """Answer a chat."""
-        _check_model(body.model, front.served())
-        if any(message.images for message in body.messages):
-            raise InvalidRequest("images need another kind of model than this one", "messages")
         if not body.messages:
             return loaded(body, _message)
         messages = [{"role": message.role, "content": message.content} for message in body.messages]

@@ -34,8 +34,9 @@ def ooba_router(front: Front) -> APIRouter:
 
     @router.get("/model/info", responses=STATUS_ERRORS)
     async def model_info() -> InternalInfo:
-        """The served model."""
-        return InternalInfo(model_name=front.served().model_id)
+        """The served model and its adapters."""
+        served = front.served()
+        return InternalInfo(model_name=served.model_id, lora_names=list(served.adapters))
 
     @router.post("/encode", responses=CALL_ERRORS)
     async def encode(body: TextOnly) -> Encoded:

@@ -4,6 +4,8 @@ Models are not loaded, unloaded or downloaded over HTTP; the admin key loads ada
 server/adapter_routes.py.
 """
 
+from typing import Literal
+
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, Field
 
@@ -32,6 +34,7 @@ class DecodeBody(Body):
     """POST /v1/token/decode."""
 
     tokens: Ids
+    decode_special_tokens: Literal[True] = Field(True, description="Special tokens keep their text.")
 
 
 class Decoded(BaseModel):

@@ -9,13 +9,13 @@ from pydantic import Field
 
 from tightrope.engine.errors import BackendFailed, InvalidRequest
 from tightrope.engine.types import Finish, GenerateRequest, LogprobRequest, Prompt, Span, TextPrompt, TokenPrompt
-from tightrope.server import structured
-from tightrope.server.body import Body, Documented, log_ignored, unread_fields
+from tightrope.server.body import Documented, log_ignored, unread_fields
 from tightrope.server.front import Front
-from tightrope.server.openai.convert import Served
-from tightrope.server.openai.requests import Ids
+from tightrope.server.lost_fields import idle_scale
+from tightrope.server.openai.convert import Served, check_model
+from tightrope.server.openai.requests import AnswerBody, Ids
 from tightrope.server.openai.routes import ERRORS
-from tightrope.server.sampling_fields import KNOWN, Ignored, read_sampling
+from tightrope.server.sampling_fields import Ignored, read_sampling
 from tightrope.server.structured import overruled, read_grammar
 from tightrope.server.work import Choice, Deltas, collect, run, started
 
@@ -23,26 +23,19 @@ STATUS_ERRORS: Documented = {key: ERRORS[key] for key in (401, 503)}
 CALL_ERRORS: Documented = {key: ERRORS[key] for key in (400, 401, 413, 415, 503, "default")}
 
 
-class SamplingFields(Body):
-    """How to draw and what the answer must look like, under any of the names that clients have for it."""
-
-    read_elsewhere = KNOWN | structured.NAMES
-
-
-class TextBody(SamplingFields):
+class TextBody(AnswerBody):
     """A raw prompt, and how to take it."""
 
     prompt: str | Ids
     add_bos_token: bool = Field(True, description="BOS in front of text where the model wants one.")
-    explain: bool = Field(False, description="Say in the answer what was done: prompt, samplers, ignored fields.")
-    skip_special_tokens: bool = True
+    add_special_tokens: bool = Field(True, description="The same; no BOS is added unless both are true.")
 
     def checked_prompt(self, served: Served) -> Prompt:
         """The prompt for the engine; special tokens written as text are parsed. Raises InvalidRequest."""
         if not self.prompt:
             raise InvalidRequest("prompt must not be empty", "prompt")
         if isinstance(self.prompt, str):
-            return TextPrompt((Span(self.prompt),), self.add_bos_token)
+            return TextPrompt((Span(self.prompt),), self.add_bos_token and self.add_special_tokens)
         for token_id in self.prompt:
             if not 0 <= token_id < served.info.vocab_size:
                 raise InvalidRequest(f"prompt: {token_id} is no token id below {served.info.vocab_size}", "prompt")
@@ -58,7 +51,7 @@ class Asked:
 
 
 def text_request(
-    body: Body,
+    body: AnswerBody,
     fields: Mapping[str, object],
     prompt: Prompt,
     served: Served,
@@ -66,21 +59,20 @@ def text_request(
     max_tokens: int | None = None,
     stops: Sequence[str] = (),
     top: int | None = None,
-    skip_special_tokens: bool = True,
 ) -> Asked:
-    """What the body asks of the engine. `fields` are those of SamplingFields, `stops` the prompt format's.
+    """What the body asks of the engine. `fields` are those of sampling and shape, `stops` the prompt format's.
 
     max_tokens: where the fields name none; None is to the end of the window. top: alternatives listed at each token.
-    Raises InvalidRequest.
+    Raises InvalidRequest and ModelNotFound.
     """
+    adapter = check_model(body.model, served)
     asked = read_sampling(fields, served.info.vocab_size, max_tokens=max_tokens, more_stops=stops)
     grammar = read_grammar(fields)
     if top is not None and top > served.limits.max_logprobs:
         raise InvalidRequest(f"n_probs must be at most {served.limits.max_logprobs}, not {top}", "n_probs")
     request_id = f"text-{uuid4().hex}"
-    ignored = [*((name.removeprefix("options."), why) for name, why in unread_fields(body)), *asked.ignored]
-    ignored += overruled(fields)
-    log_ignored(request_id, lambda: (name for name, _ in ignored))
+    beside_others = [*asked.ignored, *overruled(fields), *idle_scale(body.adapter_scale, adapter)]
+    log_ignored(f"request_id={request_id}", lambda: (name for name, _ in beside_others))
     request = GenerateRequest(
         request_id=request_id,
         prompt=prompt,
@@ -89,9 +81,18 @@ def text_request(
         guidance=asked.guidance,
         grammar=grammar,
         logprobs=None if top is None else LogprobRequest(processed=False, top=top),
-        skip_special_tokens=skip_special_tokens,
+        truncate_to=body.truncate_prompt_tokens,
+        skip_special_tokens=body.skip_special_tokens,
+        namespace=body.cache_salt or "",
+        adapter=adapter,
+        adapter_scale=body.adapter_scale,
     )
-    return Asked(request, ignored)
+    return Asked(request, [*unread_fields(body), *beside_others])
+
+
+def model_name(asked: Asked, served: Served) -> str:
+    """What an answer says that has written it: the adapter, or the served model."""
+    return asked.request.adapter or served.model_id
 
 
 def checked(finish: Finish) -> Finish:

@@ -15,7 +15,7 @@ from tightrope.engine.types import (
     TextPrompt,
     TokenPrompt,
 )
-from tightrope.server.body import unread_fields
+from tightrope.server.lost_fields import idle_scale
 from tightrope.server.openai.requests import ChatRequest, CompletionRequest, SamplingBody
 from tightrope.server.openai.tools import ToolUse, check_tools
 from tightrope.server.sampling_fields import KNOWN, Ignored, Sampling, read_sampling
@@ -24,12 +24,7 @@ from tightrope.server.structured import overruled, read_grammar
 MOST_TOKEN_IDS = 1 << 24  # more than any vocabulary has
 ANY_MODEL = frozenset({None, "", "tgi", "dummy"})  # what clients send who don't know the name
 
-NOT_YET = "is not supported by this server"
-REFUSED: Mapping[str, str] = {
-    "functions": f"{NOT_YET}; it is the old name of tools",
-    "use_beam_search": NOT_YET,
-    "chat_template": "is taken from the model or the server's settings, never from a request",
-}
+LATEST = ":latest"  # the tag that Ollama's clients put behind a name without one
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,18 +48,16 @@ def check_model(name: str | None, served: Served) -> str | None:
 
     Raises ModelNotFound for any other name.
     """
-    if means_the_model(name, served.model_id):
-        return None
-    if name not in served.adapters:
-        raise ModelNotFound(f"The model `{name}` does not exist.", "model")
-    return name
+    for meant in (name, None if name is None else name.removesuffix(LATEST)):
+        if means_the_model(meant, served.model_id):
+            return None
+        if meant in served.adapters:
+            return meant
+    raise ModelNotFound(f"The model `{name}` does not exist.", "model")
 
 
 def check_supported(body: SamplingBody) -> None:
-    """Refuse fields that would change the answer and are not honoured; their neutral values pass."""
-    for name, reason in REFUSED.items():
-        if (body.model_extra or {}).get(name):
-            raise InvalidRequest(f"{name} {reason}", name)
+    """Refuse fields that only mean something together with others."""
     if body.stream_options is not None and not body.stream:
         raise InvalidRequest("stream_options is only allowed when stream is true", "stream_options")
     if body.prompt_logprobs is not None and body.stream:
@@ -87,9 +80,14 @@ def answer_grammar(body: SamplingBody) -> Grammar | None:
     return read_grammar(given)
 
 
-def fields_ignored(body: SamplingBody, info: ModelInfo) -> list[Ignored]:
-    """The fields of a valid body that change nothing, and why."""
-    return [*unread_fields(body), *sampling(body, info, None).ignored, *overruled(body.model_extra or {})]
+def fields_overruled(body: SamplingBody, served: Served) -> list[Ignored]:
+    """The fields of a valid body that are read here, and change nothing beside others, and why."""
+    ignored = [*sampling(body, served.info, None).ignored, *overruled(body.model_extra or {})]
+    ignored += idle_scale(body.adapter_scale, check_model(body.model, served))
+    forces_call = isinstance(body, ChatRequest) and body.tools and body.tool_choice not in (None, "none", "auto")
+    if forces_call and answer_grammar(body) is not None:
+        ignored.append(("response_format", "tool_choice forces a call, which goes before it"))
+    return ignored
 
 
 def _check_most(name: str, value: int, most: int) -> None:

@@ -1,7 +1,7 @@
 """What clients of the OpenAI API send.
 
 The sampling fields here are those that our API page shows; server.sampling_fields reads them and their many siblings.
-Other fields are ignored and listed, see `convert.fields_ignored`.
+Other fields are refused, or ignored and listed, see `convert.fields_ignored`.
 """
 
 from typing import Annotated, Any, Literal
@@ -35,13 +35,22 @@ class ResponseFormat(Body):
     value: Any = Field(None, description="TGI's place for a JSON schema, or for a regular expression.")
 
 
-class SamplingBody(Body):
-    """What both kinds of request have in common."""
+class AnswerBody(Body):
+    """What all routes that write have in common, whichever dialect they speak, but for TGI's."""
 
     read_elsewhere = KNOWN | structured.NAMES
 
     model: str | None = Field(None, description="The served model's name, or an adapter's; may be left out.")
     adapter_scale: float = Field(1.0, ge=-10, le=10, description="How much of the adapter is added.")
+    cache_salt: str | None = Field(None, description="Requests with different salts share no cached tokens.")
+    truncate_prompt_tokens: int | None = Field(None, ge=1, le=MAX_INT, description="Keep the last n of the prompt.")
+    skip_special_tokens: bool = True
+    explain: bool = Field(False, description="Say in the answer what was done: prompt, samplers, ignored fields.")
+
+
+class SamplingBody(AnswerBody):
+    """What both kinds of request have in common."""
+
     n: int = Field(1, ge=1, description="Answers to each prompt.")
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -62,11 +71,7 @@ class SamplingBody(Body):
     ignore_eos: bool = Field(False, description="Write on to max_tokens.")
     stop_token_ids: Ids | None = None
     include_stop_str_in_output: bool = False
-    skip_special_tokens: bool = True
-    truncate_prompt_tokens: int | None = Field(None, ge=1, le=MAX_INT, description="Keep the last n of the prompt.")
-    cache_salt: str | None = Field(None, description="Requests with different salts share no cached tokens.")
     response_format: ResponseFormat | None = None
-    explain: bool = Field(False, description="Say in the answer what was done: prompt, samplers, ignored fields.")
     prompt_logprobs: int | None = Field(
         None, ge=0, description="Score the prompt's tokens too, with that many alternatives; not in streams."
     )

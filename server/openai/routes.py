@@ -12,7 +12,7 @@ from fastapi import APIRouter, Request, Response
 from tightrope import __version__
 from tightrope.engine.errors import ContextLengthExceeded, InvalidRequest
 from tightrope.engine.types import GenerateRequest, PromptInfo, TextPrompt
-from tightrope.server.body import Documented, JsonRoute, log_ignored
+from tightrope.server.body import Documented, JsonRoute, log_ignored, unread_fields
 from tightrope.server.explain import Explanation, explain
 from tightrope.server.front import Front
 from tightrope.server.one_token import one_token_each
@@ -33,7 +33,7 @@ from tightrope.server.openai.convert import (
     check_chat,
     check_model,
     completion_requests,
-    fields_ignored,
+    fields_overruled,
 )
 from tightrope.server.openai.messages import template_messages, template_variables
 from tightrope.server.openai.requests import ChatRequest, CompletionRequest, SamplingBody
@@ -119,12 +119,12 @@ async def answer_chat(front: Front, body: ChatRequest, request: Request) -> Resp
     """The reply to a chat, whole or as events. Raises EngineError while a status can still be chosen."""
     served = front.served()
     check_chat(body, served)
-    identity = _identity("chatcmpl", served)
+    identity = _identity("chatcmpl", body.model, served)
     prompt = await rendered_chat(front, body, request)
     template = front.template()
     tools = tool_use(body, template.source_for(has_tools=may_call(body)))
     engine_request = chat_request(body, identity.id, prompt.spans, template.stops, served, tools)
-    log_ignored(identity.id, lambda: (name for name, _ in fields_ignored(body, served.info)))
+    log_ignored(f"request_id={identity.id}", lambda: (name for name, _ in fields_overruled(body, served)))
     explanation = await _explanation(front, body, [engine_request], request, prompt.notes)
     try:
         if body.stream:
@@ -155,9 +155,9 @@ async def answer_chat(front: Front, body: ChatRequest, request: Request) -> Resp
 async def answer_completion(front: Front, body: CompletionRequest, request: Request) -> Response:
     """The reply to one or several prompts, whole or as events. Raises EngineError while a status can be chosen."""
     served = front.served()
-    identity = _identity("cmpl", served)
+    identity = _identity("cmpl", body.model, served)
     requests = completion_requests(body, identity.id, served)
-    log_ignored(identity.id, lambda: (name for name, _ in fields_ignored(body, served.info)))
+    log_ignored(f"request_id={identity.id}", lambda: (name for name, _ in fields_overruled(body, served)))
     explanation = await _explanation(front, body, requests, request)
     echoes = await or_gone(request, _prompt_texts(front, requests)) if body.echo else []
     if body.stream:
@@ -233,8 +233,9 @@ def _include_usage(body: SamplingBody) -> bool:
     return body.stream_options is not None and body.stream_options.include_usage
 
 
-def _identity(prefix: str, served: Served) -> Identity:
-    return Identity(f"{prefix}-{uuid4().hex}", int(time.time()), served.model_id, f"tightrope-{__version__}")
+def _identity(prefix: str, name: str | None, served: Served) -> Identity:
+    model = check_model(name, served) or served.model_id
+    return Identity(f"{prefix}-{uuid4().hex}", int(time.time()), model, f"tightrope-{__version__}")
 
 
 async def _explanation(
@@ -246,7 +247,8 @@ async def _explanation(
 ) -> Explanation | None:
     if not body.explain:
         return None
-    return await explain(front, requests, fields_ignored(body, front.info()), request, notes)
+    ignored = [*unread_fields(body), *fields_overruled(body, front.served())]
+    return await explain(front, requests, ignored, request, notes)
 
 
 def _whole(

@@ -55,9 +55,9 @@ def is_sampled(parameters: Parameters | None) -> bool:
 
 
 def generate_request(
-    inputs: str, parameters: Parameters | None, limits: TGILimits, *, is_stream: bool
+    inputs: str, parameters: Parameters | None, limits: TGILimits, *, is_stream: bool, model: str | None = None
 ) -> GenerateRequest:
-    """The engine's request. Raises InvalidRequest with the first text of TGI's that applies."""
+    """The engine's request; `model` may name an adapter. Raises InvalidRequest with TGI's first text that applies."""
     p = parameters or Parameters()
     sampled = is_sampled(parameters)
     best_of = 1 if p.best_of is None else p.best_of
@@ -82,7 +82,7 @@ def generate_request(
         logprobs=LogprobRequest(processed=True, top=top) if wants_logprobs else None,
         prompt_logprobs=0 if p.decoder_input_details else None,
         truncate_to=p.truncate,
-        adapter=p.adapter_id,
+        adapter=model if p.adapter_id is None and model in limits.adapters else p.adapter_id,
         adapter_scale=p.adapter_scale,
         reserve_tokens=None if p.max_new_tokens is None else min(p.max_new_tokens, COUNTED_NEW_TOKENS),
     )

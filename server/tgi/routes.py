@@ -7,9 +7,10 @@ from fastapi import APIRouter, Request, Response
 
 from tightrope import __version__
 from tightrope.engine.errors import InvalidRequest
-from tightrope.server.body import Documented, JsonRoute, ignored_fields, log_ignored, unread_fields
+from tightrope.server.body import Documented, JsonRoute, log_ignored, unread_fields
 from tightrope.server.explain import explain
 from tightrope.server.front import Front
+from tightrope.server.lost_fields import idle_scale
 from tightrope.server.sse import event_stream
 from tightrope.server.tgi.answers import Asked, answer_events, answer_headers, answer_json, stream_headers
 from tightrope.server.tgi.convert import TGILimits, generate_request, is_sampled, refusal
@@ -114,16 +115,20 @@ async def _asked(
     front: Front, body: GenerateBody, request: Request, *, is_stream: bool, full_text_default: bool = False
 ) -> Asked:
     p = body.parameters
-    limits = TGILimits.of(front.info(), front.settings, front.client.adapters)
-    asked = generate_request(body.inputs, p, limits, is_stream=is_stream)
-    log_ignored(asked.request_id, lambda: ignored_fields(body))
+    served = front.served()
+    limits = TGILimits.of(served.info, front.settings, served.adapters)
+    asked = generate_request(body.inputs, p, limits, model=body.model, is_stream=is_stream)
+    ignored = idle_scale(asked.adapter_scale, asked.adapter)
+    if body.model not in (None, asked.adapter, served.model_id):
+        ignored.append(("model", "adapter_id counts" if asked.adapter else "no adapter has this name"))
+    log_ignored(f"request_id={asked.request_id}", lambda: (name for name, _ in ignored))
     is_full = full_text_default if p is None or p.return_full_text is None else p.return_full_text
     return Asked(
         asked,
         details=p is not None and (p.details or p.decoder_input_details),
         full_text=body.inputs if is_full else "",
         is_sampled=is_sampled(p),
-        explanation=await explain(front, [asked], unread_fields(body), request) if body.explain else None,
+        explanation=await explain(front, [asked], unread_fields(body) + ignored, request) if body.explain else None,
     )
 
 

@@ -41,6 +41,7 @@ class GenerateBody(Body):
 
     inputs: str
     parameters: Parameters | None = None
+    model: str | None = Field(None, description="An adapter's name counts as adapter_id; others change nothing.")
     explain: bool = Field(False, description="Say in the answer what was done: prompt, samplers, ignored fields.")
 
 
