@@ -32,7 +32,7 @@ class HFTokenizer:
         self._bytes = piece_reader(self._vocabulary.source, self._vocabulary.path)
         self._prefixes_parts = _prefixes_parts(files)
         self.notes: tuple[str, ...] = (*files.notes, *self._vocabulary.notes)
-        self._pieces: Mapping[str, int] = self._vocabulary.source.get_vocab(with_added_tokens=False)
+        self._pieces = self._vocabulary.pieces
         self._build()
         self.bos_id, self.adds_bos = self._bos(files, shape)
         self.eos_ids: frozenset[int] = self._ends(files)

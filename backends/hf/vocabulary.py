@@ -2,12 +2,14 @@
 
 import json
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
+from tokenizers.models import BPE, Unigram
 
 from tightrope.backends.errors import BackendError
 from tightrope.backends.hf import spm
@@ -27,6 +29,7 @@ class Vocabulary:
 
     path: Path
     source: Tokenizer  # its model, normaliser, pre-tokenizer and decoder; its own list of added tokens doesn't count
+    pieces: Mapping[str, int]  # of its model, with their ids
     added: dict[int, AddedToken]
     prefixes_space: bool | None = None  # of a sentencepiece file: PREFIX asks for the space; None: `source` puts it
     unknown_id: int | None = None
@@ -37,8 +40,7 @@ class Vocabulary:
     def id_of(self, text: str) -> int | None:
         """The id of an added token or a piece."""
         ids = (token_id for token_id, token in self.added.items() if token.content == text)
-        piece: int | None = self.source.model.token_to_id(text)
-        return next(ids, piece)
+        return next(ids, self.pieces.get(text))
 
     def turn_ends(self) -> set[int]:
         """Added tokens that end a turn by their well-known names."""
@@ -79,12 +81,7 @@ def _from_json(path: Path, vocab_size: int) -> Vocabulary:
         raise BackendError(
             f"{path}: not a tokenizer of the tokenizers library: {' '.join(str(error).split()):.200}"
         ) from None
-    whole = json.loads(raw)
-    # by the ids of the file: the library gives added tokens the ids that follow, in the order in which they are listed
-    added = {
-        entry["id"]: AddedToken(**{name: value for name, value in entry.items() if name != "id"})
-        for entry in whole.get("added_tokens") or []
-    }
+    added = _added(raw)
     pieces = source.get_vocab(with_added_tokens=False)
     if not pieces and not added:
         raise BackendError(f"{path}: its vocabulary is empty")
@@ -92,12 +89,29 @@ def _from_json(path: Path, vocab_size: int) -> Vocabulary:
     foreign = {text: i for text, i in pieces.items() if i >= vocab_size and text not in texts}
     notes = _check_foreign(path, foreign, len(pieces), vocab_size)
     if any(i >= vocab_size for i in pieces.values()):
+        whole = json.loads(raw)
         source = Tokenizer.from_str(json.dumps(whole | {"model": _cut(whole["model"], vocab_size), "added_tokens": []}))
+        pieces = source.get_vocab(with_added_tokens=False)
     source.no_padding()  # settings of the training run
     source.no_truncation()
-    unknown = getattr(source.model, "unk_token", None)  # of BPE; a unigram model doesn't tell
-    unknown_id = whole["model"].get("unk_id") if unknown is None else source.token_to_id(unknown)
-    return Vocabulary(path, source, added, unknown_id=unknown_id, notes=notes)
+    # a unigram model doesn't tell it
+    unknown_id = json.loads(raw)["model"].get("unk_id") if isinstance(source.model, Unigram) else None
+    if isinstance(source.model, BPE) and source.model.unk_token is not None:
+        unknown_id = pieces.get(source.model.unk_token)
+    return Vocabulary(path, source, pieces, added, unknown_id=unknown_id, notes=notes)
+
+
+def _added(raw: bytes) -> dict[int, AddedToken]:
+    """The added tokens of a file that the library could read, by the ids that the file states.
+
+    The library gives them the ids that follow the pieces, in the order in which they are listed. A large vocabulary is
+    most of such a file and takes seconds to read, so that the list alone is read.
+    """
+    found = re.search(rb'"added_tokens"\s*:\s*(?=\[)', raw)
+    entries = json.JSONDecoder().raw_decode(raw[found.end() :].decode("utf-8", errors="replace"))[0] if found else []
+    return {
+        entry["id"]: AddedToken(**{name: value for name, value in entry.items() if name != "id"}) for entry in entries
+    }
 
 
 def _check_foreign(path: Path, foreign: Mapping[str, int], num_pieces: int, vocab_size: int) -> list[str]:
@@ -142,7 +156,8 @@ def _from_sentencepiece(path: Path, vocab_size: int, files: TokenFiles) -> Vocab
     # the file's own word, unless the settings have one: transformers' llamas prefix a space whatever the file says
     prefixes = files.settings.get("add_prefix_space")
     prefixes_space = prefixes if isinstance(prefixes, bool) else model.prefixes_space
-    return Vocabulary(path, spm.build(model), added, prefixes_space, unknown_id, model.charsmap, named, notes)
+    ids = {piece.text: i for i, piece in enumerate(model.pieces)}
+    return Vocabulary(path, spm.build(model), ids, added, prefixes_space, unknown_id, model.charsmap, named, notes)
 
 
 class _Join:
@@ -152,7 +167,7 @@ class _Join:
         self._vocabulary = vocabulary
         self._files = files
         self._vocab_size = vocab_size
-        self._pieces: Mapping[str, int] = vocabulary.source.get_vocab(with_added_tokens=False)
+        self._pieces = vocabulary.pieces
         self._texts = {i: text for text, i in self._pieces.items()}
         self._tokens: dict[str, tuple[int | None, AddedToken]] = {}  # by text; None: the next free id
         self._plain: Callable[[str], list[int]] | None = None
