@@ -164,8 +164,7 @@ class EngineCore:
         sample_began = self._clock()
         result = self._take(works, logits, sample_began)
         ended = self._clock()
-        prefill = sum(work.num_run for work in works if work.num_run > len(work.sequence.seq_ids))
-        self._scheduler.rate.observe(prefill, sample_began - forward_began)
+        self._scheduler.observe(works, ended - forward_began)
         self._counters.steps += 1
         self._counters.step_s += ended - began
         self._counters.forward_s += sample_began - forward_began

@@ -1,10 +1,9 @@
 """Which sequences run in the next step, and on how many tokens each.
 
-A step has a token budget. Every sequence that is writing gets its one token first, so a long prompt can't make it
-wait; what is left goes to prompts, oldest first, cut into chunks. While answers are being written, the prompt part
-of a step is also bounded in time. When the cache is full, the youngest running sequence gives its place back and
-starts again later, from what the cache still holds of it. Where a backend can't mix adapters, a step takes the
-sequences of one alone, and engine/turns.py says of which.
+A step has a budget of tokens and of time. Every sequence that is writing gets its one token first, so a long prompt
+can't make it wait; what is left goes to prompts, by the policy that `Scheduler.schedule` tells. When the cache is full,
+the youngest running sequence gives its place back and starts again later, from what the cache still holds of it. Where
+a backend can't mix adapters, a step takes the sequences of one alone, and engine/turns.py says of which.
 """
 
 from collections import deque
@@ -20,16 +19,25 @@ from tightrope.engine.sequence import AdapterUse, Sequence
 from tightrope.engine.turns import AdapterTurns
 
 DECODE_HEADROOM = 32  # tokens of output that must have room before a sequence starts, lest it be preempted at once
-MIN_BUSY_PREFILL = 16  # tokens; smaller chunks of a prompt cost a whole step for next to nothing
+MIN_CHUNK = 16  # tokens; smaller chunks of a prompt cost a whole step for next to nothing
+# While nobody writes, a step of prompts takes so long, in seconds: a prompt that comes waits for half of it on average.
+# The weights are read once for at least as many tokens as MIN_QUIET_CHUNK, whose products take far longer than that.
+QUIET_STEP_S, MIN_QUIET_CHUNK = 0.5, 64
+OLDEST_SHARE = 0.25  # of a step's prompt budget, for the prompt that came first, whatever else there is
+PATIENCE_S = 60.0  # the longest that smaller prompts may be admitted ahead of the first that doesn't fit the cache
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """One sequence's part of the step: its next `num_tokens` pending tokens, and as many of its guide as are told."""
+    """One sequence's part of the step: its next `num_tokens` pending tokens, and as many of its guide as are told.
+
+    is_scored: each of its tokens' logits is looked at, which takes far longer than to compute them.
+    """
 
     sequence: Sequence
     num_tokens: int
     num_guide_tokens: int = 0
+    is_scored: bool = False
 
     @property
     def is_last(self) -> bool:
@@ -40,6 +48,11 @@ class Work:
     def num_run(self) -> int:
         """Tokens that the model runs."""
         return self.num_tokens + self.num_guide_tokens
+
+    @property
+    def is_of_prompt(self) -> bool:
+        """Whether it is more than the one token of an answer."""
+        return self.num_run > len(self.sequence.seq_ids)
 
 
 def chunks(work: Work) -> list[Chunk]:
@@ -67,19 +80,39 @@ def chunks(work: Work) -> list[Chunk]:
 class PrefillRate:
     """How many prompt tokens fit a given time, learned from the steps so far."""
 
-    def __init__(self) -> None:
+    def __init__(self, first: int) -> None:
+        """first: what is tried before a step has told."""
+        self._first = first
         self._tokens_per_s: float | None = None
 
     def observe(self, num_tokens: int, seconds: float) -> None:
-        if num_tokens < MIN_BUSY_PREFILL or seconds <= 0:
+        if num_tokens <= 0 or seconds <= 0:
             return
         rate = num_tokens / seconds
         self._tokens_per_s = rate if self._tokens_per_s is None else 0.7 * self._tokens_per_s + 0.3 * rate
 
     def tokens_in(self, seconds: float) -> int:
-        if self._tokens_per_s is None:
-            return 4 * MIN_BUSY_PREFILL
-        return max(MIN_BUSY_PREFILL, int(self._tokens_per_s * seconds))
+        return self._first if self._tokens_per_s is None else int(self._tokens_per_s * seconds)
+
+    def seconds_of(self, num_tokens: int) -> float:
+        return 0.0 if self._tokens_per_s is None else num_tokens / self._tokens_per_s
+
+
+@dataclass(slots=True)
+class _Budget:
+    """What prompts may take of a step. Time is in seconds; `kept` is the share that is kept for the oldest of them."""
+
+    tokens: int
+    seconds: float
+    least: int  # tokens for the first prompt and for the oldest, however slow the model is
+    kept: float = 0.0
+    taken: int = 0
+    spent_s: float = 0.0
+
+    def tokens_for(self, rate: PrefillRate, *, at_least: int) -> int:
+        seconds = self.seconds * (1 - self.kept) - self.spent_s
+        fitting = max(rate.tokens_in(max(0.0, seconds)), at_least)
+        return min(fitting, int(self.tokens * (1 - self.kept)) - self.taken)
 
 
 class Scheduler:
@@ -102,10 +135,10 @@ class Scheduler:
         self._busy_step_s = busy_step_s
         self._turns = None if mixes_adapters else AdapterTurns()
         self._seq_ids = count()
-        self._has_room = True  # False: the head of the queue didn't fit, and nothing was freed since
+        self._unfit: set[Sequence] = set()  # waiting ones that didn't fit the cache, since something was last freed
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # oldest first
-        self.rate = PrefillRate()
+        self._rate, self._scored_rate = PrefillRate(4 * MIN_CHUNK), PrefillRate(MIN_CHUNK)
         self.preemptions = 0
 
     def next_seq_id(self) -> int:
@@ -124,9 +157,10 @@ class Scheduler:
             self.running.remove(sequence)
             for seq_id in sequence.seq_ids:
                 self._kv.close(seq_id, keep=keep)
-            self._has_room = True
+            self._unfit.clear()
         else:
             self.waiting.remove(sequence)
+            self._unfit.discard(sequence)
 
     def commit(self, work: Work) -> None:
         """Record that the part has run."""
@@ -157,8 +191,31 @@ class Scheduler:
             sequence.restart()
             self.waiting.appendleft(sequence)
 
+    def observe(self, step: list[Work], seconds: float) -> None:
+        """Learn from a step that took so long, in seconds, with what was done with its logits."""
+        plain = sum(work.num_run for work in step if work.is_of_prompt and not work.is_scored)
+        scored = sum(work.num_run for work in step if work.is_scored)
+        if scored:
+            self._scored_rate.observe(scored, seconds - self._rate.seconds_of(plain))
+        elif plain >= MIN_CHUNK:  # fewer take as long as one
+            self._rate.observe(plain, seconds)
+
     def schedule(self, now_s: float) -> list[Work]:
-        """Choose the next step's work; room for it is reserved. Empty only when nothing is waiting or running."""
+        """Choose the next step's work; room for it is reserved.
+
+        Empty only when nothing is waiting or running, or nothing that waits fits the empty cache.
+
+        The policy, for prompts that are read at the same time: shortest remaining first, and a quarter of each step for
+        the oldest. The one with the fewest tokens left goes first, because it delays the others least, so the mean time
+        to a first token is the smallest that there is (Schrage 1968, "A Proof of the Optimality of the Shortest
+        Remaining Processing Time Discipline"): a line of 20 tokens doesn't wait for a window of 24,000. By itself that
+        would starve a long prompt for as long as short ones come. So whichever came first has OLDEST_SHARE of every
+        step, and the rest too while it is alone; each prompt becomes the oldest in its time, and none takes longer than
+        four times what it takes alone after that. A step is bounded in time always: to QUIET_STEP_S while nobody
+        writes, to `busy_step_s` while somebody does, or is about to because a prompt ends in this step. Prompts whose
+        tokens are all scored count by what that takes. One that doesn't fit the cache is passed over by those that do,
+        until it has waited for PATIENCE_S; then what gets free is kept for it.
+        """
         if self._turns is None:
             return self._step_of(lambda sequence: True, now_s)
         for use in self._turns.order((*self.running, *self.waiting), now_s):
@@ -170,14 +227,47 @@ class Scheduler:
 
     def _step_of(self, may_run: Callable[[Sequence], bool], now_s: float) -> list[Work]:
         step = self._decodes(may_run)
-        budget = self._max_step_tokens - sum(work.num_run for work in step)
-        if any(sequence.is_decoding for sequence in self.running):
-            budget = min(budget, self.rate.tokens_in(self._busy_step_s))
-        for sequence in [s for s in self.running if may_run(s) and not s.is_decoding]:
-            budget -= self._add_chunk(step, sequence, budget)
-        while budget > 0 and (admitted := self._admit(may_run, now_s)) is not None:
-            budget -= self._add_chunk(step, admitted, budget)
+        is_busy = any(sequence.is_decoding for sequence in self.running)
+        budget = _Budget(
+            self._max_step_tokens - sum(work.num_run for work in step),
+            self._busy_step_s if is_busy else max(QUIET_STEP_S, self._busy_step_s),
+            MIN_CHUNK if is_busy else MIN_QUIET_CHUNK,
+        )
+        prompts = [s for s in self.running if may_run(s) and not s.is_decoding]
+        prompts += [s for s in self.waiting if may_run(s) and (s.leader is None or s.leader.is_prompt_computed)]
+        if not prompts or budget.tokens <= 0:
+            return step
+        if not self.running:
+            self._unfit.clear()
+        oldest = next((s for s in sorted(prompts, key=lambda s: s.arrived_s) if self._start(s, now_s)), None)
+        prompts.sort(key=lambda s: (s.num_output == 0, s.num_pending))  # those that have begun to write first
+        if oldest is not None and prompts[0] is not oldest:
+            prompts.remove(oldest)
+            prompts.append(oldest)
+            budget.kept = OLDEST_SHARE
+        for sequence in prompts:
+            self._add_prompt(step, sequence, budget, now_s, is_oldest=sequence is oldest)
         return step
+
+    def _add_prompt(
+        self, step: list[Work], sequence: Sequence, budget: _Budget, now_s: float, *, is_oldest: bool
+    ) -> None:
+        """Give a prompt its part of the step, if there is any left and it can start."""
+        if is_oldest:
+            budget.kept = 0.0
+        rate = self._scored_rate if sequence.needs_own_prompt else self._rate
+        has_minimum = is_oldest or not budget.taken
+        # the time of scored tokens is their own: few of them make no step dearer
+        least = 1 if sequence.needs_own_prompt else budget.least
+        num_tokens = budget.tokens_for(rate, at_least=least if has_minimum else 0)
+        is_crumb = not has_minimum and num_tokens < min(MIN_CHUNK, sequence.num_pending)
+        if num_tokens <= 0 or is_crumb or not self._start(sequence, now_s):
+            return
+        spent = self._add_chunk(step, sequence, num_tokens)
+        budget.taken += spent
+        budget.spent_s += rate.seconds_of(spent)
+        if spent and step[-1].is_last:  # its first token comes with this step
+            budget.seconds, budget.least = min(budget.seconds, self._busy_step_s), MIN_CHUNK
 
     def _decodes(self, may_run: Callable[[Sequence], bool]) -> list[Work]:
         """One token for every sequence that is writing; preempts from the young end until all have room."""
@@ -193,7 +283,7 @@ class Scheduler:
         self.remove(sequence)
         sequence.restart()
         self.waiting.appendleft(sequence)
-        self._has_room = False
+        self._unfit.add(sequence)
         self.preemptions += 1
 
     def _add_chunk(self, step: list[Work], sequence: Sequence, budget: int) -> int:
@@ -213,26 +303,26 @@ class Scheduler:
                 num_guide = 1
             else:
                 num_tokens -= 1
-        work = Work(sequence, max(0, num_tokens), num_guide)
+        work = Work(sequence, max(0, num_tokens), num_guide, sequence.needs_own_prompt)
         if work.num_run > 0:
             step.append(work)
         return work.num_run
 
-    def _admit(self, may_run: Callable[[Sequence], bool], now_s: float) -> Sequence | None:
-        """Start the next waiting sequence, if there is one that may start and fits."""
-        if len(self.running) >= self._max_num_seqs or not (self._has_room or not self.running):
-            return None
-        startable = (s for s in self.waiting if s.leader is None or s.leader.is_prompt_computed)
-        sequence = next(filter(may_run, startable), None)
-        if sequence is None or self._num_places(*self.running, sequence) > self._max_num_seqs:
-            return None
+    def _start(self, sequence: Sequence, now_s: float) -> bool:
+        """Whether a prompt runs: already, or from now on, if there is a place and room in the cache."""
+        if sequence in self.running:
+            return True
+        if sequence in self._unfit or self._num_places(*self.running, sequence) > self._max_num_seqs:
+            return False
+        if any(s.arrived_s < min(sequence.arrived_s, now_s - PATIENCE_S) for s in self._unfit):
+            return False
         if not self._open(sequence):
-            return None
+            return False
         self.waiting.remove(sequence)
         self.running.append(sequence)
         if sequence.started_s is None:
             sequence.started_s = now_s
-        return sequence
+        return True
 
     @staticmethod
     def _num_places(*sequences: Sequence) -> int:
@@ -258,7 +348,7 @@ class Scheduler:
                 self._kv.close(guide.seq_id, keep=True)
         if not has_room:
             self._kv.close(sequence.seq_id, keep=True)  # what it had found stays to be found
-            self._has_room = False
+            self._unfit.add(sequence)
             return False
         sequence.num_computed = num_cached
         if sequence.num_output == 0:
