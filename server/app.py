@@ -20,11 +20,12 @@ from tightrope.server.families.ollama import ollama_router
 from tightrope.server.families.ooba import ooba_router
 from tightrope.server.families.tabby import tabby_router
 from tightrope.server.front import Front
-from tightrope.server.guards import AdminGuard, BodyLimit, HostGuard, KeyGuard, is_loopback
+from tightrope.server.guards import AdminGuard, BodyLimit, KeyGuard
 from tightrope.server.invocations import invocations_router
 from tightrope.server.metrics import Metrics
 from tightrope.server.openai.routes import openai_router
 from tightrope.server.settings import ServerSettings
+from tightrope.server.sites import HostGuard, OriginGuard
 from tightrope.server.tgi.routes import tgi_router
 from tightrope.server.tgi.types import ErrorText
 from tightrope.server.tokenize_routes import tokenize_router
@@ -67,11 +68,12 @@ def create_app(client: EngineClient, settings: ServerSettings) -> FastAPI:
         CORSMiddleware,
         allow_origins=settings.cors_origins,
         allow_methods=["GET", "POST"],
-        allow_headers=["content-type", "authorization", "x-api-key", "x-admin-key"],
+        allow_headers=["*"],  # what a page asks to send is answered with: SDKs add many of their own
         allow_credentials=False,
+        allow_private_network=True,  # an origin that is let in may be a public site
     )
-    if is_loopback(settings.host):
-        app.add_middleware(HostGuard, host=settings.host)
+    app.add_middleware(OriginGuard, origins=settings.cors_origins)
+    app.add_middleware(HostGuard, names=settings.host_names)
     return app
 
 

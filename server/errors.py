@@ -56,9 +56,21 @@ class Unauthorized(EngineError):
 
 
 class ForeignHost(EngineError):
-    """The Host header names another site: a web page whose name was pointed at this machine (DNS rebinding)."""
+    """The Host header has a name that is not this server's: maybe that of a page, pointed at it (DNS rebinding)."""
 
     code: ClassVar[str] = "foreign_host"
+
+
+class AmbiguousHost(EngineError):
+    """The request has several Host headers."""
+
+    code: ClassVar[str] = "ambiguous_host"
+
+
+class ForeignOrigin(EngineError):
+    """A web page of another site asks for something to be done."""
+
+    code: ClassVar[str] = "foreign_origin"
 
 
 class SwitchedOff(EngineError):
@@ -134,6 +146,8 @@ TABLE: Mapping[type[EngineError], tuple[OpenAIRow, TGIRow]] = {
     WrongBody: (INVALID, TGIRow(422, None, "Failed to deserialize the JSON body into the target type: ")),
     Unauthorized: (OpenAIRow(401, "invalid_request_error", "invalid_api_key"), TGIRow(401, None, fixed="")),
     ForeignHost: (OpenAIRow(403, "invalid_request_error", "foreign_host"), TGIRow(403, "foreign_host")),
+    AmbiguousHost: (OpenAIRow(400, "invalid_request_error", "ambiguous_host"), TGIRow(400, "ambiguous_host")),
+    ForeignOrigin: (OpenAIRow(403, "invalid_request_error", "foreign_origin"), TGIRow(403, "foreign_origin")),
     SwitchedOff: (OpenAIRow(403, "invalid_request_error", "switched_off"), TGIRow(403, "switched_off")),
     NoSuchRoute: (OpenAIRow(404, "invalid_request_error", "not_found"), TGIRow(404, "not_found")),
     ModelNotFound: (

@@ -1,4 +1,4 @@
-"""What stands before every route: hosts, keys, the length of bodies. Plain ASGI, so that nothing is buffered."""
+"""What stands before every route: keys, the length of bodies. Plain ASGI, so that nothing is buffered."""
 
 import hmac
 from ipaddress import ip_address
@@ -8,14 +8,15 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tightrope.engine.errors import EngineError
-from tightrope.server.errors import BodyTooLarge, ForeignHost, SwitchedOff, Unauthorized, dialect_of, error_reply
+from tightrope.server.errors import BodyTooLarge, SwitchedOff, Unauthorized, dialect_of, error_reply
 
 OPEN_ROUTES = frozenset({"/health", "/ping", "/info", "/metrics", "/version", "/docs", "/docs/oauth2-redirect"})
 OPEN_ROUTES |= {"/openapi.json", "/api-doc/openapi.json"}
 ADMIN_ROUTES = frozenset({"/v1/load_lora_adapter", "/v1/unload_lora_adapter"})
 
 
-async def _refuse(exc: EngineError, scope: Scope, receive: Receive, send: Send) -> None:
+async def refuse(exc: EngineError, scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer with an error, and leave the body unread."""
     reply = error_reply(exc, dialect_of(Request(scope)))
     reply.headers["connection"] = "close"  # a body that nobody reads must not be taken for the next request
     await reply(scope, receive, send)
@@ -27,33 +28,6 @@ def is_loopback(host: str) -> bool:
         return ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
-
-
-class HostGuard:
-    """Refuse Host headers that don't mean this machine, while listening on loopback.
-
-    A web page can point its own name at 127.0.0.1 and so talk to a local server as if it were its own site.
-    """
-
-    def __init__(self, app: ASGIApp, host: str) -> None:
-        self._app = app
-        self._listens_on = host
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        host = Headers(scope=scope).get("host") if scope["type"] == "http" else None
-        if host is None or self._is_ours(host):  # every browser sends the header
-            return await self._app(scope, receive, send)
-        return await _refuse(
-            ForeignHost(f"this server answers to localhost and 127.0.0.1 only, not to {host[:200]!r}"),
-            scope,
-            receive,
-            send,
-        )
-
-    def _is_ours(self, header: str) -> bool:
-        name = header.rsplit("]", 1)[0].lstrip("[") if header.startswith("[") else header.rsplit(":", 1)[0]
-        name = name.lower().rstrip(".")
-        return name == self._listens_on or name.endswith(".localhost") or is_loopback(name)
 
 
 def has_key(scope: Scope, *keys: str | None) -> bool:
@@ -78,7 +52,7 @@ class KeyGuard:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or self._is_open(scope) or has_key(scope, *self._keys):
             return await self._app(scope, receive, send)
-        return await _refuse(
+        return await refuse(
             Unauthorized("the API key is missing or wrong; send it as `Authorization: Bearer KEY` or `X-API-Key: KEY`"),
             scope,
             receive,
@@ -107,7 +81,7 @@ class AdminGuard:
                 "adapters can't be changed while this server runs: "
                 "it was started without --admin-key KEY and --lora-folder DIR"
             )
-        return await _refuse(refusal, scope, receive, send)
+        return await refuse(refusal, scope, receive, send)
 
 
 class BodyLimit:
@@ -122,7 +96,7 @@ class BodyLimit:
             return await self._app(scope, receive, send)
         declared = Headers(scope=scope).get("content-length", "")
         if declared.isdecimal() and int(declared) > self._max:
-            return await _refuse(self._error(), scope, receive, send)
+            return await refuse(self._error(), scope, receive, send)
         num_bytes = 0
 
         async def counted() -> Message:

@@ -200,9 +200,15 @@ OPTIONS: Mapping[str, Option] = {
     "cors-origins": Option(
         ("cors_origins",),
         "network",
-        "web origins whose pages may call, with commas between (default: *)",
+        "origins of web pages that may call, as https://app.example, with commas between; * is any (default: none)",
         "URLS",
         ("--cors-allow-origin",),
+    ),
+    "allowed-hosts": Option(
+        ("allowed_hosts",),
+        "network",
+        "names that this server is reached by, besides localhost and addresses, with commas between; * is any",
+        "NAMES",
     ),
     "log-level": Option(("log_level",), "network", "debug, info, warning or error (default: info)", "LEVEL"),
 }

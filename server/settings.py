@@ -12,6 +12,7 @@ from tightrope.backends.settings import split_pairs
 from tightrope.engine.settings import MAX_ALTERNATIVES, MAX_WAITING, EngineSettings
 from tightrope.server.builtin_templates import FIXED_VARIABLES, PROMPT_FORMATS
 from tightrope.server.options import CONFIG, OPTIONS, Option, TreePath
+from tightrope.server.site_names import parse_host_pattern, parse_origin
 
 LogLevel = Literal["debug", "info", "warning", "error"]
 ENV_PREFIX = "TIGHTROPE_"
@@ -30,7 +31,8 @@ class ServerSettings(BaseModel, frozen=True, extra="forbid"):
     port: int = Field(8080, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
     api_key: str | None = Field(None, min_length=1, repr=False, description="Key that clients must send.")
     admin_key: str | None = Field(None, min_length=1, repr=False, description="Key for changing what is served.")
-    cors_origins: tuple[str, ...] = Field(("*",), description="Web origins whose pages may call; * is any.")
+    cors_origins: tuple[str, ...] = Field((), description="Web origins whose pages may call; * is any.")
+    allowed_hosts: tuple[str, ...] = Field((), description="Names in Host headers that mean this server; * is any.")
     max_body_bytes: int = Field(2_000_000, ge=1, le=MAX_BODY_BYTES, description="Largest request body.")
     max_client_batch_size: int = Field(128, ge=1, le=MAX_WAITING, description="Prompts in one completion request.")
     max_stop_sequences: int = Field(4, ge=0, le=MAX_STOPS, description="Stop strings in one request.")
@@ -52,11 +54,26 @@ class ServerSettings(BaseModel, frozen=True, extra="forbid"):
             raise ValueError("the admin key must not be the API key, which every client has")
         return value
 
-    @field_validator("cors_origins", mode="before")
+    @field_validator("cors_origins", "allowed_hosts", mode="before")
     @classmethod
-    def _split_origins(cls, value: object) -> object:
+    def _split_list(cls, value: object) -> object:
         """The environment and the command line give the list as one text, with commas."""
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _are_origins(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(map(parse_origin, value))
+
+    @field_validator("allowed_hosts")
+    @classmethod
+    def _are_hosts(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(map(parse_host_pattern, value))
+
+    @property
+    def host_names(self) -> frozenset[str]:
+        """All names that this server answers to, besides addresses and localhost."""
+        return frozenset({*self.allowed_hosts, self.host.lower()})
 
     @field_validator("chat_template")
     @classmethod

@@ -167,40 +167,6 @@ async def test_with_the_key_routes_are_open() -> None:
         assert reply.json() == {"generated_text": "fine"}
 
 
-@pytest.mark.parametrize("host", ["evil.example", "localhost.evil.example:8080", "192.168.0.7", "127.0.0.1.evil.net"])
-async def test_a_foreign_host_is_refused_while_listening_on_loopback(host: str) -> None:
-    async with api() as http:
-        reply = await http.get("/v1/models", headers={"host": host})
-        assert (reply.status_code, reply.json()["error"]["code"]) == (403, "foreign_host")
-    async with api(host="0.0.0.0") as http:
-        assert (await http.get("/v1/models", headers={"host": host})).status_code == 200
-
-
-@pytest.mark.parametrize("host", ["localhost", "LOCALHOST:80", "127.0.0.1:9", "127.8.8.8", "[::1]:80", "a.localhost"])
-async def test_names_of_this_machine_are_taken(host: str) -> None:
-    async with api() as http:
-        assert (await http.get("/v1/models", headers={"host": host})).status_code == 200
-
-
-async def test_any_origin_may_call_but_never_with_cookies() -> None:
-    async with api() as http:
-        asked = {
-            "origin": "https://a.example",
-            "access-control-request-method": "POST",
-            "access-control-request-headers": "authorization,content-type",
-        }
-        reply = await http.options("/v1/chat/completions", headers=asked)
-        assert reply.status_code == 200
-        assert reply.headers["access-control-allow-origin"] == "*"
-        allowed = reply.headers["access-control-allow-headers"].lower()
-        assert "authorization" in allowed
-        assert "content-type" in allowed
-        assert "access-control-allow-credentials" not in reply.headers
-    async with api(cors_origins="https://b.example") as http:
-        reply = await http.get("/health", headers={"origin": "https://a.example"})
-        assert "access-control-allow-origin" not in reply.headers
-
-
 async def test_a_body_that_says_it_is_too_long_is_refused_unread() -> None:
     read = asyncio.Event()
 
