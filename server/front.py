@@ -2,18 +2,25 @@
 
 import logging
 import time
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from functools import lru_cache
+from hashlib import sha256
+
+from fastapi import Request
+from msgspec.structs import replace
 
 from tightrope.engine.client import EngineClient
 from tightrope.engine.errors import EngineUnavailable
-from tightrope.engine.types import ModelInfo, TurnMarks
+from tightrope.engine.types import Delta, GenerateRequest, ModelInfo, TurnMarks
+from tightrope.server.guards import owner_of
 from tightrope.server.metrics import Metrics
 from tightrope.server.openai.convert import Served
 from tightrope.server.settings import ServerSettings
 from tightrope.server.template_renderer import TemplateRenderer
 from tightrope.server.templates import ChatTemplate
 from tightrope.server.turn_marks import find_turn_marks
+from tightrope.server.work import Generate
 
 log = logging.getLogger("tightrope.server")
 
@@ -46,10 +53,30 @@ class Front:
         template = ChatTemplate(info, self.settings.chat_template, self.settings.chat_template_args)
         return await find_turn_marks(self.renderer, template, info)
 
+    def generate_for(self, request: Request) -> Generate:
+        """What runs the engine's requests that one HTTP request asks for.
+
+        They share cached tokens with those that came with the same key and salt alone: an answer tells how many were
+        found, and so whether somebody has sent the same text before.
+        """
+        owner = owner_of(request.scope, self.settings.api_key, self.settings.admin_key)
+
+        def generate(asked: GenerateRequest) -> AsyncGenerator[Delta, None]:
+            return self.metrics.generate(replace(asked, namespace=_namespace(owner, asked.namespace)))
+
+        return generate
+
     def template(self) -> ChatTemplate:
         """The chat template in use. Raises EngineUnavailable."""
         settings = self.settings
         return _template(self.info(), settings.chat_template, tuple(settings.chat_template_args.items()))
+
+
+def _namespace(owner: bytes, salt: str) -> str:
+    """The empty text where there is neither key nor salt; else a hash, in which neither can pass for the other."""
+    if not owner and not salt:
+        return ""
+    return sha256(b"%d:%b%b" % (len(owner), owner, salt.encode())).hexdigest()
 
 
 @lru_cache(maxsize=2)  # so that it is said once

@@ -30,15 +30,25 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def has_key(scope: Scope, *keys: str | None) -> bool:
-    """Whether a request came with one of the keys; None is a key that nobody has."""
+def sent_keys(scope: Scope) -> list[bytes]:
+    """The keys that a request came with, right or wrong."""
     headers = Headers(scope=scope)
     scheme, _, bearer = headers.get("authorization", "").partition(" ")
-    given = [headers.get("x-api-key", ""), headers.get("x-admin-key", ""), bearer if scheme.lower() == "bearer" else ""]
+    given = [bearer if scheme.lower() == "bearer" else "", headers.get("x-api-key", ""), headers.get("x-admin-key", "")]
+    return [key.strip().encode("latin-1") for key in given if key.strip()]
+
+
+def has_key(scope: Scope, *keys: str | None) -> bool:
+    """Whether a request came with one of the keys; None is a key that nobody has."""
     # compare_digest takes the same time wherever the first difference is
-    return any(
-        hmac.compare_digest(sent.strip().encode("latin-1"), key.encode()) for key in keys if key for sent in given
-    )
+    return any(hmac.compare_digest(sent, key.encode()) for key in keys if key for sent in sent_keys(scope))
+
+
+def owner_of(scope: Scope, *keys: str | None) -> bytes:
+    """The key by which a request was let in; where none is asked for, the one that it brought, or b""."""
+    valid = [key.encode() for key in keys if key]
+    sent = sent_keys(scope)
+    return next((key for key in sent if key in valid), b"" if valid else next(iter(sent), b""))
 
 
 class KeyGuard:

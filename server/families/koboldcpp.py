@@ -241,7 +241,7 @@ def koboldcpp_router(front: Front) -> APIRouter:
     async def generate(body: KoboldBody, request: Request) -> Response:
         """Continue a prompt; an abort gives what was written so far."""
         asked, explanation = await prepared(body, request)
-        deltas = until_aborted(run(front.metrics.generate, [asked.request]), aborts, body.genkey)
+        deltas = until_aborted(run(front.generate_for(request), [asked.request]), aborts, body.genkey)
         answer = await or_gone(request, _answer(deltas, explanation))
         return Response(encode(answer), media_type="application/json")
 

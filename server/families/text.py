@@ -104,11 +104,11 @@ def checked(finish: Finish) -> Finish:
 
 async def whole(front: Front, asked: Asked, request: Request) -> Choice:
     """The answer when it is finished. Raises what the engine raises, BackendFailed for a failed one, and ClientGone."""
-    (choice,) = await collect(request, run(front.metrics.generate, [asked.request]))
+    (choice,) = await collect(request, run(front.generate_for(request), [asked.request]))
     checked(choice.finish)
     return choice
 
 
 async def pieces(front: Front, asked: Asked, request: Request) -> Deltas:
     """The answer's deltas as they come, once the engine has taken the request. Raises what it says instead."""
-    return await started(request, run(front.metrics.generate, [asked.request]))
+    return await started(request, run(front.generate_for(request), [asked.request]))

@@ -128,7 +128,7 @@ async def answer_chat(front: Front, body: ChatRequest, request: Request) -> Resp
     explanation = await _explanation(front, body, [engine_request], request, prompt.notes)
     try:
         if body.stream:
-            deltas = await started(request, run(front.metrics.generate, [engine_request]))
+            deltas = await started(request, run(front.generate_for(request), [engine_request]))
             events = chat_events(
                 deltas,
                 identity,
@@ -138,7 +138,7 @@ async def answer_chat(front: Front, body: ChatRequest, request: Request) -> Resp
                 explanation=explanation,
             )
             return event_stream(events, "openai")
-        choices = await collect(request, run(front.metrics.generate, [engine_request]))
+        choices = await collect(request, run(front.generate_for(request), [engine_request]))
     except ContextLengthExceeded as exc:
         exc.param = "messages"
         raise
@@ -161,7 +161,7 @@ async def answer_completion(front: Front, body: CompletionRequest, request: Requ
     explanation = await _explanation(front, body, requests, request)
     echoes = await or_gone(request, _prompt_texts(front, requests)) if body.echo else []
     if body.stream:
-        deltas = await started(request, run(front.metrics.generate, requests))
+        deltas = await started(request, run(front.generate_for(request), requests))
         events = completion_events(
             deltas if body.logprobs is None else one_token_each(deltas),
             identity,
@@ -172,7 +172,7 @@ async def answer_completion(front: Front, body: CompletionRequest, request: Requ
             explanation=explanation,
         )
         return event_stream(events, "openai")
-    choices = await collect(request, run(front.metrics.generate, requests))
+    choices = await collect(request, run(front.generate_for(request), requests))
     best_of = requests[0].n
     answers: list[dict[str, Any]] = []
     for position in range(len(requests)):

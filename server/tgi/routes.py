@@ -135,7 +135,7 @@ async def _asked(
 async def _whole(front: Front, body: GenerateBody, request: Request, wanted: Asked, *, as_list: bool) -> Response:
     arrived_s = time.monotonic()
     try:
-        choices = await collect(request, run(front.metrics.generate, [wanted.request]))
+        choices = await collect(request, run(front.generate_for(request), [wanted.request]))
     except InvalidRequest as exc:
         raise refusal(exc, wanted.request.stop.max_tokens) from None
     choices.sort(key=Choice.mean_logprob, reverse=True)
@@ -149,7 +149,7 @@ async def _whole(front: Front, body: GenerateBody, request: Request, wanted: Ask
 
 async def _streamed(front: Front, body: GenerateBody, request: Request, wanted: Asked) -> Response:
     try:
-        deltas = await started(request, run(front.metrics.generate, [wanted.request]))
+        deltas = await started(request, run(front.generate_for(request), [wanted.request]))
     except InvalidRequest as exc:
         raise refusal(exc, wanted.request.stop.max_tokens) from None
     return event_stream(answer_events(deltas, wanted), "tgi", stream_headers(body.inputs, _compute_type(front)))
