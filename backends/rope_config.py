@@ -24,6 +24,7 @@ KINDS: "dict[str, RopeKind]" = {  # as files name them -> as we do
     "longrope": "longrope",
     "su": "longrope",  # its name in the first Phi-3 files
 }
+SEVERAL_AXES = ("mrope", "default")  # `type` and `rope_type` of models that see; text has all axes alike
 REQUIRED = {
     "linear": ("factor",),
     "dynamic": ("factor",),
@@ -147,6 +148,12 @@ def _check_section(section: Section, label: str, *, has_original: bool) -> None:
     name = section.get("rope_type") or section.get("type") or "default"
     if not isinstance(name, str) or name not in KINDS:
         raise BackendError(f"{FILE}: {label}.rope_type is {name!r}; known are {', '.join(KINDS)}")
+    old = section.get("type") or name
+    is_same = isinstance(old, str) and KINDS.get(old) == KINDS[name]
+    if not is_same and (old, name) != SEVERAL_AXES:
+        raise BackendError(
+            f"{FILE}: {label}.type is {old!r} and {label}.rope_type is {name!r}; they must name the same kind"
+        )
     kind = KINDS[name]
     _check_numbers(section, f"{label}.")
     for key in REQUIRED.get(kind, ()):

@@ -361,6 +361,13 @@ async def test_ollamas_tag_stands_behind_an_adapter_as_behind_the_model(watched:
     assert (await watched.http.post("/api/show", json={"model": "limarp:8b"})).status_code == 404
 
 
+@pytest.mark.parametrize("name", [name for name in DIALECTS if "tgi" not in name and name != "invocations, inputs"])
+async def test_biases_for_ids_outside_the_vocabulary_are_listed(watched: Watched, name: str) -> None:
+    reply, _ = await watched.ask(DIALECTS[name], {"logit_bias": {"99999999": 5, "98": 5}})
+    assert watched.is_listed(reply, "logit_bias")
+    assert [request.sampling.logit_bias for request in watched.requests] == [{98: 5}]
+
+
 async def test_salts_and_cuts_reach_the_engine_from_the_families_too(watched: Watched) -> None:
     namespaces = set()
     for name in ("koboldcpp", "llama.cpp", "ollama chat"):

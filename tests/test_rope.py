@@ -239,6 +239,22 @@ def test_a_model_without_rope_has_no_specs_and_no_override():
 
 
 NAN, LISTS = float("nan"), {"long_factor": [1.0] * 32, "short_factor": [1.0] * 32}
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("linear", "linear"), (None, "linear"), ("linear", None), ("su", "longrope"), ("longrope", "su")],
+)
+def test_two_names_of_one_kind_are_taken(old: str | None, new: str | None):
+    lists = {"long_factor": [2.0] * 32, "short_factor": [1.0] * 32} if "linear" not in (old, new) else {}
+    both = resolve({"type": old, "rope_type": new, "factor": 4.0, **lists})
+    assert both == resolve({"rope_type": new or old, "factor": 4.0, **lists})
+
+
+def test_a_kind_of_several_axes_is_the_plain_one_for_text():
+    assert resolve({"type": "mrope", "rope_type": "default"}) == resolve()
+
+
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
 
@@ -247,6 +263,21 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_fr
     [
         ({"rope_scaling": {"type": "spiral"}}, "rope_scaling.rope_type is 'spiral'; known are default, linear"),
         ({"rope_scaling": {"type": 3}}, "rope_scaling.rope_type is 3"),
+        (
+            {"rope_scaling": {"type": "linear", "rope_type": "yarn", "factor": 4.0}},
+            "rope_scaling.type is 'linear' and rope_scaling.rope_type is 'yarn'; they must name the same kind",
+        ),
+        ({"rope_scaling": {"type": "default", "rope_type": "linear", "factor": 4.0}}, "rope_scaling.type is 'default'"),
+        (
+            {"rope_scaling": {"type": "dynamic", "rope_type": "default", "factor": 4.0}},
+            "rope_scaling.type is 'dynamic'",
+        ),
+        ({"rope_scaling": {"type": "spiral", "rope_type": "linear", "factor": 4.0}}, "rope_scaling.type is 'spiral'"),
+        ({"rope_scaling": {"type": 3, "rope_type": "linear", "factor": 4.0}}, "rope_scaling.type is 3"),
+        (
+            {"rope_parameters": {"full_attention": {"type": "yarn", "rope_type": "linear", "factor": 4.0}}},
+            "rope_parameters.full_attention.type is 'yarn'",
+        ),
         ({"rope_scaling": {"type": "linear"}}, "rope_scaling.factor is missing; 'linear' needs it"),
         ({"rope_scaling": {"type": "linear", "factor": 0}}, "rope_scaling.factor is 0; it must be a number above 0"),
         ({"rope_scaling": {"type": "linear", "factor": -2.0}}, "rope_scaling.factor is -2.0; it must be"),
