@@ -18,6 +18,7 @@ from tightrope.backends.detect import open_backend
 from tightrope.backends.errors import BackendError
 from tightrope.backends.protocol import Backend
 from tightrope.backends.settings import ModelSettings
+from tightrope.engine.console import log_to_stderr
 from tightrope.engine.core import EngineCore
 from tightrope.engine.errors import EngineError
 from tightrope.engine.info import model_info
@@ -129,7 +130,7 @@ def _serve(end: EngineEnd, on_front_gone: Callable[[], None], open_backend: Open
 def main() -> None:
     """Entry point of the engine process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the front, which closes the socket when it is done
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    log_to_stderr("info")
     # The model may be in the middle of a long step, which nobody waits for any more.
     status = serve(socket.socket(fileno=int(sys.argv[1])), on_front_gone=lambda: os._exit(0))
     sys.exit(status)

@@ -13,6 +13,8 @@ from typing import Any, NoReturn
 
 import httpx
 
+from tightrope.engine.console import printable, printable_lines
+
 HELP = "/reset forgets the conversation, /undo the last turn, /exit leaves; Ctrl-C stops an answer."
 STOP_GRACE_S = 10
 
@@ -29,7 +31,7 @@ def chat(url: str, api_key: str | None, system: str | None, max_tokens: int | No
     base = url.rstrip("/").removesuffix("/v1")
     # a long prompt may take minutes to its first token, so only connecting has a limit
     with httpx.Client(base_url=base, headers=headers, timeout=httpx.Timeout(None, connect=10)) as client:
-        print(f"{_served_model(client)} at {base}\n{HELP}")
+        print(f"{printable(_served_model(client))} at {base}\n{HELP}")
         start: list[Message] = [{"role": "system", "content": system}] if system else []
         messages = list(start)
         while (text := _read("\n> ")) is not None:
@@ -91,16 +93,16 @@ def _answer(client: httpx.Client, messages: list[Message], max_tokens: int | Non
         with client.stream("POST", "/v1/chat/completions", json=body) as reply:
             if reply.is_error:
                 reply.read()
-                print(f"({_reason(reply)})")
+                print(f"({printable(_reason(reply))})")
                 return ""
             for piece in _pieces(reply.iter_lines()):
                 pieces.append(piece)
-                print(piece, end="", flush=True)
+                print(printable_lines(piece), end="", flush=True)
         print()
     except KeyboardInterrupt:  # leaving the `with` closes the connection, which stops the work
         print(" (stopped)")
     except (httpx.HTTPError, ChatError) as error:
-        print(f"\n({error})")
+        print(f"\n({printable(str(error))})")
     return "".join(pieces)
 
 

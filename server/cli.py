@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from tightrope import __version__
+from tightrope.engine.console import printable
 from tightrope.server.options import OPTIONS
 
 EXIT_FAILED = 1  # no such model, port in use
@@ -114,7 +115,7 @@ def _perplexity(values: Mapping[str, str], own: Mapping[str, Any]) -> int:
 
 
 def _fail(message: str, status: int) -> int:
-    print(f"tightrope: {' '.join(message.split())}", file=sys.stderr)  # one line, whatever it quotes
+    print(f"tightrope: {printable(' '.join(message.split()))}", file=sys.stderr)  # one line, whatever it quotes
     return status
 
 

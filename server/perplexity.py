@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from tightrope.backends.errors import BackendError
 from tightrope.backends.settings import KVCacheDtype, ModelSettings
+from tightrope.engine.console import printable
 from tightrope.server.perplexity_report import LayerRow, Report, Row
 
 if TYPE_CHECKING:
@@ -136,7 +137,7 @@ def _measure(backends: "Sequence[Backend]", token_ids: Sequence[int], wish: Wish
         if len(token_ids) + (bos is not None) < context:
             raise PerplexityError(f"{wish.text}: holds {len(token_ids)} tokens, too few for a context of {context}")
     windows = {context: engine.cut_windows(token_ids, context, bos, wish.max_tokens) for context in wish.contexts}
-    print("\n".join((*report.header_lines(), "", report.table_head())), flush=True)
+    print("\n".join(map(printable, (*report.header_lines(), "", report.table_head()))), flush=True)
     total = sum(len(found) * (context - 1) for context, found in windows.items()) * len(backends)
     with tqdm(total=total, unit="tok", leave=False, disable=None) as bar:
         for context, found in windows.items():

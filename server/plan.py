@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from tightrope.backends.errors import BackendError
 from tightrope.backends.settings import ModelSettings
+from tightrope.engine.console import printable
 
 if TYPE_CHECKING:
     from tightrope.backends.planning import Outline
@@ -40,10 +41,14 @@ def plan(settings: ModelSettings, memory_bytes: int | None, *, as_json: bool) ->
         found = outline(settings, memory_bytes)
     except BackendError as error:
         raise PlanError(str(error)) from None
-    print(json.dumps(to_json(found), indent=2) if as_json else "\n".join(to_lines(found, memory_bytes is not None)))
+    print(json.dumps(to_json(found), indent=2) if as_json else _as_text(found, memory_bytes))
     if found.refusal is not None:
         raise PlanError(found.refusal)
     return 0
+
+
+def _as_text(found: "Outline", memory_bytes: int | None) -> str:
+    return "\n".join(map(printable, to_lines(found, memory_bytes is not None)))
 
 
 def to_lines(found: "Outline", is_given: bool) -> list[str]:

@@ -6,7 +6,6 @@ import os
 import shlex
 import signal
 import socket
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -15,6 +14,7 @@ import uvloop
 
 from tightrope import __version__
 from tightrope.engine.client import EngineClient
+from tightrope.engine.console import log_to_stderr, printable
 from tightrope.engine.errors import BackendFailed
 from tightrope.engine.types import ModelInfo
 from tightrope.server.app import create_app
@@ -121,7 +121,7 @@ async def _announce(client: EngineClient, server: uvicorn.Server, settings: Serv
         if stopping:
             return
         raise ServeError(error.message) from None
-    print("\n".join(ready_lines(info, settings, url, notes)), flush=True)
+    print("\n".join(map(printable, ready_lines(info, settings, url, notes))), flush=True)
     if settings.api_key is None and not is_loopback(settings.host):
         log.warning("anyone who can reach %s can use this server; --api-key asks for a key", settings.host)
 
@@ -162,7 +162,7 @@ def base_url(host: str, port: int) -> str:
 
 
 def _log_to_stderr(level: str) -> None:
-    logging.basicConfig(level=level.upper(), stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
+    log_to_stderr(level)
     for name in ("uvicorn.error", "uvicorn", "httpx", "asyncio"):
         # theirs says what ours says already ("Started server process", "Application startup complete")
         logging.getLogger(name).setLevel("DEBUG" if level == "debug" else "WARNING")
