@@ -10,8 +10,9 @@ import msgspec
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict, FailFast, ModelWrapValidatorHandler, PrivateAttr, model_validator
+from starlette.requests import ClientDisconnect
 
-from tightrope.server.errors import SHARED_PATHS, BodyTimeout, MalformedBody, NotJson
+from tightrope.server.errors import SHARED_PATHS, BodyTimeout, ClientGone, MalformedBody, NotJson
 from tightrope.server.lost_fields import refuse_lost
 
 log = logging.getLogger("tightrope.server")
@@ -143,13 +144,15 @@ class JsonRequest(Request):
 
     @classmethod
     async def read(cls, request: Request) -> "JsonRequest":
-        """Read and parse. Raises NotJson, BodyTimeout and MalformedBody."""
+        """Read and parse. Raises NotJson, BodyTimeout, ClientGone and MalformedBody."""
         if not _is_json(request.headers.get("content-type", "")):
             raise NotJson("expected a request with the header Content-Type: application/json")
         made = cls(request.scope, request.receive)
         try:
             async with asyncio.timeout(READ_TIMEOUT_S):
                 made.raw = await request.body()
+        except ClientDisconnect:
+            raise ClientGone("the client hung up in the middle of its body") from None
         except TimeoutError:
             raise BodyTimeout(f"the body did not arrive within {READ_TIMEOUT_S:.0f} s") from None
         made.data = parse_json(made.raw)

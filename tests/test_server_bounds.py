@@ -227,3 +227,19 @@ async def test_health_is_bad_while_a_step_is_stuck_and_good_again_after_it() -> 
         go_on.set()
         assert (await asked).status_code == 200
         assert (await http.get("/health")).status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/generate", "/api/extra/abort", "/tokenize", "/nothing"])
+async def test_a_client_that_leaves_in_the_middle_of_its_body_is_no_error_of_ours(
+    path: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    async with serving() as port:
+        for headers in (["content-length: 100"], ["transfer-encoding: chunked", "content-length-is: none"]):
+            _, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(request(path, b'5\r\n{"pro', *headers))
+            await writer.drain()
+            writer.transport.abort()
+        assert b"fine" in await reply_to(port, request("/generate", {"inputs": "a?"}, "connection: close"))
+    # the server has ended, and with it whatever it did for those who left
+    assert [record.getMessage() for record in caplog.records if record.levelname in ("ERROR", "WARNING")] == []
