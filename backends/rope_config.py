@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from tightrope.backends.config_fields import computing
 from tightrope.backends.errors import BackendError
 
 if TYPE_CHECKING:  # pydantic, which a model needs only where settings are read
@@ -237,8 +238,7 @@ def _completed(config: Mapping[str, Any]) -> tuple[dict[str, Section], int, int]
 
 def _as_expected(config: Mapping[str, Any]) -> dict[str, Any]:
     """A copy that transformers may write to: without nulls, which hide its defaults, and with today's names."""
-    others = ("quantization_config", "auto_map", "torch_dtype", "dtype")
-    own = _without_nulls({key: value for key, value in copy.deepcopy(dict(config)).items() if key not in others})
+    own = _without_nulls(copy.deepcopy(computing(config)))
     for key in ("rope_scaling", "rope_parameters"):
         if key in own:
             own[key] = _renamed(own[key])

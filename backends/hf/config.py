@@ -7,6 +7,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, cast
 
+from tightrope.backends.config_fields import as_meant, computing
 from tightrope.backends.errors import BackendError
 from tightrope.backends.hf.checkpoint import Checkpoint
 from tightrope.backends.hf.jsonfile import read_object
@@ -84,7 +85,8 @@ def read_config(folder: Path) -> ModelShape:
     if model_type.lower() in ALIASES:
         model_type, defaults = ALIASES[model_type.lower()]
         raw = {**defaults, **raw, "model_type": model_type}
-    reader = _Reader(path, raw, _config_class(path, model_type, raw))
+    config_class = _config_class(path, model_type, raw)
+    reader = _Reader(path, as_meant(raw, _annotations(config_class)), config_class)
     return reader.shape(model_type, is_nested="text_config" in whole)
 
 
@@ -167,7 +169,7 @@ class _Reader:
     def _resolved(self, config: "PretrainedConfig", field: str) -> Any:  # noqa: ANN401 - whatever the class holds
         """A field's value if the config class declares it, else None: a leftover of another family means nothing."""
         own = self._class.attribute_map.get(field, field)
-        return vars(config).get(own) if {field, own} & _declared(self._class) else None
+        return vars(config).get(own) if {field, own} & _annotations(self._class).keys() else None
 
     def _check_sizes(self, sizes: dict[str, Any]) -> None:
         """Each size is a whole number in its limits, and heads divide what they share."""
@@ -189,8 +191,7 @@ class _Reader:
         """
         from huggingface_hub.errors import StrictDataclassError
 
-        others = ("rope_scaling", "rope_parameters", "quantization_config", "auto_map", "torch_dtype", "dtype")
-        fields = {key: value for key, value in self._raw.items() if key not in others}
+        fields = {k: v for k, v in computing(self._raw).items() if k not in ("rope_scaling", "rope_parameters")}
         try:
             return self._class.from_dict(fields)
         except (StrictDataclassError, TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
@@ -257,6 +258,9 @@ def _stored_dtype(folder: Path) -> WeightDtype:
     return max(num_bytes, key=lambda dtype: num_bytes[dtype])
 
 
-def _declared(config_class: type["PretrainedConfig"]) -> frozenset[str]:
-    """The fields of a config class: its annotations, and those of its bases."""
-    return frozenset(name for base in config_class.__mro__ for name in vars(base).get("__annotations__", {}))
+def _annotations(config_class: type["PretrainedConfig"]) -> dict[str, object]:
+    """The types that a config class declares of its fields, by the names that files have for them, too."""
+    found: dict[str, object] = {}
+    for base in reversed(config_class.__mro__):
+        found |= vars(base).get("__annotations__", {})
+    return found | {name: found[own] for name, own in config_class.attribute_map.items() if own in found}

@@ -16,13 +16,13 @@ from transformers.initialization import no_init_weights
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from tightrope.backends.config_fields import computing
 from tightrope.backends.errors import BackendError
 from tightrope.backends.hf.config import ModelShape
 from tightrope.backends.rope import RopeSpec
 
 INTERFACE = "tightrope"  # our name among transformers' attention implementations
 QUERY_SCALING = ("llama_4_scaling_beta", "original_max_position_embeddings")  # Ministral 3's, by position
-ELSEWHERE = ("quantization_config", "auto_map", "torch_dtype", "dtype")  # fields that others of our modules read
 
 
 def build_skeleton(folder: Path, shape: ModelShape, rope: Mapping[str, RopeSpec] | None) -> PreTrainedModel:
@@ -31,12 +31,14 @@ def build_skeleton(folder: Path, shape: ModelShape, rope: Mapping[str, RopeSpec]
     Where `rope` is given, its rotary modules have the right shape but not yet the right frequencies
     (backends.hf.rotary). Raises BackendError when transformers can't build it.
     """
-    fields = {name: value for name, value in shape.raw.items() if name not in ELSEWHERE}
+    fields = computing(shape.raw)
     if rope is not None:
         fields.pop("rope_scaling", None)
         fields["rope_parameters"] = _plain_rotation(shape.raw.get("rope_parameters"), rope)
     try:
         config = CONFIG_MAPPING[shape.model_type].from_dict(fields)
+        if config.pad_token_id is not None and not 0 <= config.pad_token_id < shape.vocab_size:
+            config.pad_token_id = None  # a token that was never given a row, as of many a tune; nothing is padded
         with _parameters_on_meta(), no_init_weights():
             model = AutoModelForCausalLM.from_config(
                 config, dtype=torch.float32, attn_implementation=INTERFACE, experts_implementation="eager"
