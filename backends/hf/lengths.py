@@ -8,15 +8,16 @@ from tightrope.backends.errors import BackendError
 from tightrope.backends.hf.jsonfile import read_object
 
 MAX_FILE = 64 << 20  # bytes, as in backends/hf/generation.py
+OWN_FIELDS = ("max_sequence_length", "model_max_length")  # of config.json itself
 FIELDS = (("tokenizer_config.json", "model_max_length"), ("generation_config.json", "max_length"))
 
 
 def other_lengths(folder: Path, config: Mapping[str, Any]) -> dict[str, float]:
     """Tokens, by the fields' names; what is missing, or is no number, gives none. config is that of config.json."""
-    found: dict[str, object] = {"config.json's max_sequence_length": config.get("max_sequence_length")}
+    found: dict[str, object] = {f"config.json's {field}": config.get(field) for field in OWN_FIELDS}
     for file, field in FIELDS:
         try:
-            found[f"{file}'s {field}"] = read_object(folder / file, MAX_FILE).get(field)
+            found[f"{file}'s {field}"] = read_object(folder / file, MAX_FILE, finite=False).get(field)
         except BackendError:  # whoever needs the file says what is wrong with it
             continue
     return {
