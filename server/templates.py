@@ -10,7 +10,7 @@ from tightrope.server.content import Message, with_text
 from tightrope.server.errors import TemplateFailed
 from tightrope.server.template_probe import TemplateFacts, probe
 from tightrope.server.template_renderer import TemplateRenderer
-from tightrope.server.typed_tokens import TypedTokens, new_mark, special_pattern
+from tightrope.server.typed_tokens import TypedTokens, new_mark, special_texts
 from tightrope.server.whole_chats import Rendering
 
 TOOL_USE = "tool_use"  # the name of the template that transformers takes when tools are given
@@ -39,7 +39,7 @@ class ChatTemplate:
         self.stops = in_use.stops
         self._tool_use = (named.get(TOOL_USE) or None) if chosen is None else None
         self._info = info
-        self._special = special_pattern((*info.special_texts, *info.adapter_texts))
+        self._special = special_texts((*info.special_texts, *info.adapter_texts))
         self._variables = dict(variables or {})
         self._facts: dict[str, TemplateFacts] = {}
 

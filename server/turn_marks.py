@@ -109,9 +109,8 @@ def turn_marks(found: Iterable[Gap], info: ModelInfo) -> TurnMarks:
 
 def _candidates(info: ModelInfo, text: str) -> list[str]:
     """The tokens in the text that may be marks, the longest first."""
-    added = (token for token in info.added_texts if not _TEXT.fullmatch(token))
-    flagged = (token for token in info.special_texts if token.strip())
-    return sorted({token for token in (*flagged, *added) if token in text}, key=len, reverse=True)
+    every = (token for token in (*info.special_texts, *info.added_texts) if not _TEXT.fullmatch(token))
+    return sorted({token for token in every if token in text}, key=len, reverse=True)
 
 
 def _first_mark(pieces: Sequence[str]) -> set[str]:

@@ -1,5 +1,6 @@
 """What ends a turn by a GGUF file, and marks that a person types, on vocabularies of both kinds."""
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -10,7 +11,7 @@ from gguf_files import Token, write_vocabulary
 
 from tightrope.backends.gguf.native import ModelOptions, NativeModel
 from tightrope.backends.gguf.tokenizer import GGUFTokenizer
-from tightrope.backends.plain_text import MarkCutter, place_to_cut
+from tightrope.backends.plain_text import MarkCutter, any_of, place_to_cut
 
 NORMAL, CONTROL, USER = TokenType.NORMAL, TokenType.CONTROL, TokenType.USER_DEFINED
 LETTERS = [*map(chr, range(0x21, 0x7F)), *map(chr, range(0xA1, 0xAD)), *map(chr, range(0xAE, 0x100))]
@@ -173,6 +174,16 @@ def test_no_piece_of_a_text_holds_a_mark() -> None:
         pieces = cutter.pieces(text)
         assert "".join(pieces) == text
         assert not any(mark in piece for piece in pieces for mark in ("<<", "<a>", "a><", "<<<a"))
+
+
+def test_the_longest_of_many_texts_is_found_and_fast() -> None:
+    texts = ["<", "<a", "<ab", "<abc>", "</s>", "a", "b*", "▁x", *(f"<|reserved_{i}|>" for i in range(1000)), "<" * 30]
+    pattern = re.compile(any_of(texts))
+    plain = re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))))
+    for text in ("<ab<abc><|reserved_12|> b*b▁x<|reserved_1234|></s>", "<" * 31 + "<a<|reserved_1|>", "", "xyz"):
+        assert pattern.findall(text) == plain.findall(text)
+    assert pattern.findall("<|reserved_" * 100_000) == ["<"] * 100_000  # looked for one by one: for seconds
+    assert re.search(any_of([]), "text") is None
 
 
 def test_a_mark_that_plain_text_does_not_hold_is_not_cut() -> None:

@@ -11,7 +11,7 @@ from tightrope.engine.types import ModelInfo, Span
 from tightrope.server.errors import TemplateFailed
 from tightrope.server.template_renderer import TemplateRenderer
 from tightrope.server.templates import ChatTemplate
-from tightrope.server.typed_tokens import TypedTokens, special_pattern
+from tightrope.server.typed_tokens import TypedTokens, special_texts
 
 SPECIALS = ("<|im_start|>", "<|im_end|>", "</s>", "<think>", "</think>", " ")
 HI = [{"role": "user", "content": "hi"}]
@@ -136,8 +136,33 @@ async def test_a_template_that_cuts_messages_apart_leaves_no_marks(renderer: Tem
     ],
 )
 def test_typed_tokens_are_told_by_their_marks(prompt: str, marked: str, expected: list[tuple[str, bool]]) -> None:
-    typed = TypedTokens(special_pattern(("<s>", "</s>")), opening="1", closing="2")
+    typed = TypedTokens(special_texts(("<s>", "</s>")), opening="1", closing="2")
     assert typed.spans(prompt, marked) == tuple(Span(*piece) for piece in expected)
+
+
+def test_many_typed_tokens_are_told_though_the_template_looked_at_one() -> None:
+    typed = TypedTokens(special_texts(("<s>", "</s>")), opening="1", closing="2")
+    marked = "</s>" + "1<s>2</s>" * 50_000
+    spans = typed.spans("</s></s>" + "<s></s>" * 50_000, marked)
+    assert sum(not span.parse_special for span in spans) == 50_000
+    assert "".join(span.text for span in spans[::2]) == "</s></s>" + "</s>" * 50_000
+
+
+@pytest.mark.parametrize("parts", [["<", "/s>"], ["a<", "/", "s>"], [*"</s>"], ["</ ", " s> b"], ["</s>", "</", "s>"]])
+async def test_parts_that_a_template_joins_make_no_special_token(renderer: TemplateRenderer, parts: list[str]) -> None:
+    source = "{% for part in messages[0].content %}{{ part.text | trim }}{% endfor %}</s>"
+    content = [{"type": "text", "text": text} for text in parts]
+    *spans, end = await rendered(renderer, source, [{"role": "user", "content": content}])
+    assert end.text.endswith("</s>")
+    assert "</s>" not in "".join(span.text for span in (*spans, end) if span.parse_special).removesuffix("</s>")
+    assert "".join(span.text for span in spans) + end.text == "".join(map(str.strip, parts)) + "</s>"
+
+
+async def test_keys_of_what_a_template_is_shown_are_text(renderer: TemplateRenderer) -> None:
+    tools = [{"properties": {"</s>": {}}}]
+    template = ChatTemplate(info("{{ messages[0].content }}{{ tools | tojson }}</s>"))
+    found = await template.render(renderer, HI, add_generation_prompt=True, continue_final_message=False, tools=tools)
+    assert found.spans == (Span('hi[{"properties": {"'), Span("</s>", False), Span('": {}}}]</s>'))
 
 
 async def test_the_last_message_is_continued_where_it_ends(renderer: TemplateRenderer) -> None:

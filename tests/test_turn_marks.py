@@ -143,6 +143,7 @@ async def test_marks_around_turns_are_found_whatever_their_flag(
 async def test_words_headings_and_blanks_are_no_marks_though_they_be_one_token(renderer: TemplateRenderer, name: str):
     added = ("\n", "\n\n", " ", "###", "### ", "\n\n### Instruction:", "USER", "USER:", "ASSISTANT:", "User: ")
     assert await found(renderer, PROMPT_FORMATS[name].source, info(added)) == (set(), set())
+    assert await found(renderer, PROMPT_FORMATS[name].source, info(flagged=added)) == (set(), set())
 
 
 async def test_a_flagged_mark_that_no_file_names_as_an_end_ends_a_turn_as_well(renderer: TemplateRenderer):
