@@ -24,7 +24,7 @@ COPY .ci/constraints.txt .ci/
 COPY backends/gguf/llama_build.cmake backends/gguf/
 RUN make llama
 COPY pyproject.toml README.md ./
-COPY tightrope/__init__.py tightrope/__main__.py tightrope/
+COPY tightrope/__init__.py tightrope/__main__.py tightrope/processes.py tightrope/
 COPY server server
 COPY engine engine
 COPY backends backends

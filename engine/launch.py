@@ -3,10 +3,13 @@
 import signal
 import socket
 import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from typing import Protocol
+
+from tightrope.processes import child_command, child_environment
+
+NO_DEBUGGER = {"GGML_NO_BACKTRACE": "1"}  # or ggml runs gdb over itself when it aborts: 20 s, and 100 lines
 
 
 class EngineHandle(Protocol):
@@ -45,8 +48,13 @@ class ProcessHandle:
 
 def spawn_process(sock: socket.socket) -> ProcessHandle:
     """Start the engine process on its end of the socket pair; the caller closes its copy of `sock`."""
-    command = [sys.executable, "-m", "tightrope.engine.child", str(sock.fileno())]
-    return ProcessHandle(subprocess.Popen(command, pass_fds=[sock.fileno()], stdin=subprocess.DEVNULL))
+    return run_process(child_command("tightrope.engine.child", str(sock.fileno())), sock)
+
+
+def run_process(command: list[str], sock: socket.socket) -> ProcessHandle:
+    """Run a command that is told the descriptor of `sock`, which it inherits."""
+    environment = child_environment(**NO_DEBUGGER)
+    return ProcessHandle(subprocess.Popen(command, pass_fds=[sock.fileno()], stdin=subprocess.DEVNULL, env=environment))
 
 
 class ThreadHandle:

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import httpx
 
 from tightrope.engine.console import printable, printable_lines
+from tightrope.processes import child_command
 
 HELP = "/reset forgets the conversation, /undo the last turn, /exit leaves; Ctrl-C stops an answer."
 STOP_GRACE_S = 10
@@ -142,11 +143,13 @@ def own_server(options: Mapping[str, str]) -> Iterator[str]:
 
     `options` are passed on by name. Raises ChatError when the server ends before it is ready; it has said why itself.
     """
-    command = [sys.executable, "-m", "tightrope", "serve", "--log-level=warning"]
+    command = child_command("tightrope", "serve", "--log-level=warning")
     command += [f"--{name}={value}" for name, value in options.items()]
     command += ["--host=127.0.0.1", "--port=0"]
     # its own session: Ctrl-C here stops an answer, not the server
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    server = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _leave)  # a closed terminal must not leave the server behind
     try:

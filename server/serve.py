@@ -6,6 +6,7 @@ import os
 import shlex
 import signal
 import socket
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -89,7 +90,7 @@ async def _serve(settings: ServerSettings, listener: socket.socket) -> None:
     server = _Server(config)
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, _stop, server, client)
-    print(f"tightrope {__version__} at {url} is loading the model", flush=True)
+    _say(f"tightrope {__version__} at {url} is loading the model")
     announcing = asyncio.create_task(_announce(client, server, settings, url))
     try:
         await server.serve([listener])
@@ -121,9 +122,19 @@ async def _announce(client: EngineClient, server: uvicorn.Server, settings: Serv
         if stopping:
             return
         raise ServeError(error.message) from None
-    print("\n".join(map(printable, ready_lines(info, settings, url, notes))), flush=True)
+    _say("\n".join(map(printable, ready_lines(info, settings, url, notes))))
     if settings.api_key is None and not is_loopback(settings.host):
         log.warning("anyone who can reach %s can use this server; --api-key asks for a key", settings.host)
+
+
+def _say(text: str) -> None:
+    """Print what people may want to read; a full disk or a reader that left is no reason not to serve."""
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        log.warning("standard output takes nothing more: %s", error.strerror)
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())  # or what is left in its buffer fails again at the end
 
 
 async def _template_notes(template: ChatTemplate) -> tuple[str, ...]:

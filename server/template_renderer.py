@@ -2,12 +2,13 @@
 
 import asyncio
 import json
+import math
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
+from tightrope.processes import bare_environment, child_command
 from tightrope.server.errors import TemplateFailed, TemplateRefused, TemplateStopped
 from tightrope.server.template_worker import Rendered, RenderJob
 
@@ -66,9 +67,8 @@ class TemplateRenderer:
 
     async def _start(self) -> None:
         self._process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "tightrope.server.template_worker",
+            *child_command("tightrope.server.template_worker", str(math.ceil(2 * self._timeout_s))),
+            env=bare_environment(),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             start_new_session=True,  # Ctrl-C is for the server, which then closes it

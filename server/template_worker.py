@@ -1,13 +1,15 @@
 """The process that renders chat templates: they come with models from anywhere, so they get a sandbox and limits.
 
 Jinja's sandbox keeps it from Python's insides. What the sandbox can't limit are time and memory: one expression may
-build a gigabyte, one loop may never end, and a thread can't be stopped from outside. A process can.
+build a gigabyte, one loop may never end, and a thread can't be stopped from outside. A process can. Its first argument
+is the time of the processor that one job may take, in whole seconds: an end for a loop that nobody waits for any more.
 
 Frames on stdin and stdout are a 4-byte little-endian length and JSON text, which keeps the order of keys and whole
 numbers of any size. The process ends with its stdin.
 """
 
 import json
+import math
 import resource
 import sys
 from collections.abc import Callable
@@ -152,9 +154,18 @@ def render(source: str, variables: dict[str, Any] | None) -> Rendered:
         return Rendered(None, f"the chat template can't render these messages: {exc}")
 
 
-def serve(read: BinaryIO, write: BinaryIO) -> None:
+def _limit_cpu(seconds: int) -> None:
+    """Let this process be ended by SIGXCPU when it has computed for so long from now on."""
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    _, most = resource.getrlimit(resource.RLIMIT_CPU)
+    limit = math.ceil(usage.ru_utime + usage.ru_stime) + seconds
+    resource.setrlimit(resource.RLIMIT_CPU, (limit if most == resource.RLIM_INFINITY else min(limit, most), most))
+
+
+def serve(read: BinaryIO, write: BinaryIO, cpu_s: int) -> None:
     """Answer jobs until the other side closes."""
     while header := read.read(4):
+        _limit_cpu(cpu_s)
         source, chats = json.loads(read.read(int.from_bytes(header, "little")))
         made = [render(source, variables) for variables in chats or [None]]
         try:
@@ -167,4 +178,4 @@ def serve(read: BinaryIO, write: BinaryIO) -> None:
 
 if __name__ == "__main__":
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
-    serve(sys.stdin.buffer, sys.stdout.buffer)
+    serve(sys.stdin.buffer, sys.stdout.buffer, int(sys.argv[1]))

@@ -6,10 +6,11 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 START_S = 120  # a busy two-core machine needs some ten seconds
 STOP_S = 30
@@ -34,14 +35,32 @@ def clean_environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith("TIGHTROPE_")}
 
 
+MODULE = (sys.executable, "-m", "tightrope")
+
+
 @contextmanager
-def run_server(*options: str, status: int = 0) -> Iterator[RunningServer]:
-    """Serve on a free port while the context lasts; then end it by SIGTERM and check the status that it leaves with."""
-    command = [sys.executable, "-m", "tightrope", "serve", "--port", "0", *options]
+def run_server(
+    *options: str,
+    status: int | None = 0,
+    program: Sequence[str] = MODULE,
+    cwd: Path | None = None,
+    environment: Mapping[str, str] = MappingProxyType({}),
+) -> Iterator[RunningServer]:
+    """Serve on a free port while the context lasts; then end it by SIGTERM and check the status that it leaves with.
+
+    status: None where the context ends it. environment: more variables.
+    """
+    command = [*program, "serve", "--port", "0", *options]
     with tempfile.NamedTemporaryFile() as errors:
         error_log = Path(errors.name)
         process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=errors, text=True, env=clean_environment(), stdin=subprocess.DEVNULL
+            command,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            env=clean_environment() | environment,
+            stdin=subprocess.DEVNULL,
+            cwd=cwd,
         )
         try:
             output = _read_until_ready(process)
@@ -50,7 +69,8 @@ def run_server(*options: str, status: int = 0) -> Iterator[RunningServer]:
             url = re.findall(r"http://[\d.:]+", output)[0]
             yield RunningServer(url, process, output, error_log)
             process.terminate()
-            assert process.wait(STOP_S) == status
+            ended = process.wait(STOP_S)
+            assert status is None or ended == status
         finally:
             process.kill()
             process.wait()

@@ -5,10 +5,10 @@ The floors live in folders at the top of the repository and are imported as `tig
 package's search path; in an installed wheel the floors already lie beside it.
 """
 
-from pathlib import Path
+import os.path  # loaded by Python itself: nothing may be searched for yet, see tightrope/processes.py
 
 __version__ = "0.1.0"
 
-_root = Path(__file__).resolve().parent.parent
-if (_root / "pyproject.toml").is_file():
-    __path__.insert(0, str(_root))
+_root = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
+if os.path.isfile(os.path.join(_root, "pyproject.toml")):
+    __path__.insert(0, _root)
