@@ -9,11 +9,11 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import IO, Literal
 
 import psutil
 
@@ -99,22 +99,40 @@ def running(peer: Peer, setup: Setup, timeout_s: float = 120.0) -> Iterator[Targ
     Raises StartFailed.
     """
     port = free_port()
+    environment = {"OMP_NUM_THREADS": str(setup.threads)}  # for those without an option
     with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(
-            [sys.executable, *peer.arguments(setup, port)],
-            cwd=ROOT,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "OMP_NUM_THREADS": str(setup.threads)},  # for those without an option
-        )
-        try:
-            base_url = f"http://127.0.0.1:{port}"
-            if not _wait_ready(base_url + peer.ready_path, process, timeout_s):
-                log.seek(0)
-                raise StartFailed(f"{peer.name} did not start: {' | '.join(log.read().splitlines()[-5:])}")
-            yield peer.target(peer.name, base_url, process.pid, peer.extra_body)
-        finally:
-            end(process)
+        url = f"http://127.0.0.1:{port}"
+        with started(peer.arguments(setup, port), url + peer.ready_path, log, environment, timeout_s) as process:
+            yield peer.target(peer.name, url, process.pid, peer.extra_body)
+
+
+@contextmanager
+def started(
+    arguments: Sequence[str],
+    ready_url: str,
+    log: IO[str],
+    environment: Mapping[str, str],
+    timeout_s: float = 120.0,
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Run Python with these arguments until `ready_url` answers, and end it with all its children after the block.
+
+    log: takes what it prints. environment: what differs from ours. Raises StartFailed.
+    """
+    process = subprocess.Popen(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        env={**os.environ, **environment},
+    )
+    try:
+        if not _wait_ready(ready_url, process, timeout_s):
+            log.seek(0)
+            name = " ".join(arguments[:3])
+            raise StartFailed(f"{name} did not start: {' | '.join(log.read().splitlines()[-5:])}")
+        yield process
+    finally:
+        end(process)
 
 
 def free_port() -> int:

@@ -22,9 +22,9 @@ _COLOURS = {
     "transformers serve": "#33475b",
     "generate": "#a9b4bf",
 }
-_GREY = "#5b6670"
-_LINE, _LEGEND = 0.18, 0.4  # inches that a line of the footer, and the legend, take
-_STYLE: dict[Any, Any] = {  # Any: matplotlib types its keys as a list of literals
+GREY = "#5b6670"
+LINE, _LEGEND = 0.18, 0.4  # inches that a line of the footer, and the legend, take
+STYLE: dict[Any, Any] = {  # Any: matplotlib types its keys as a list of literals
     "font.family": "DejaVu Sans",
     "font.size": 9,
     "axes.spines.top": False,
@@ -96,9 +96,9 @@ def draw(
     columns = min(2, max(1, len(panels)))
     rows = max(1, -(-len(panels) // columns))
     footer = _footer(verdicts, caption)
-    below = 0.2 + _LINE * (footer.count("\n") + 1)  # inches, as all that isn't panels
+    below = 0.2 + LINE * (footer.count("\n") + 1)  # inches, as all that isn't panels
     height = 3.5 * rows + _LEGEND + below
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         figure, axes = plt.subplots(rows, columns, figsize=(6.2 * columns, height), squeeze=False)
         for axis, panel in zip(axes.flat, panels, strict=False):
             _draw_panel(axis, panel, summary)
@@ -114,7 +114,7 @@ def draw(
             handlelength=1,
             handleheight=1,
         )
-        figure.text(0.04, 0.1 / height, footer, fontsize=8, color=_GREY, linespacing=1.5)
+        figure.text(0.04, 0.1 / height, footer, fontsize=8, color=GREY, linespacing=1.5)
         figure.tight_layout(rect=(0.02, below / height, 0.99, 1 - _LEGEND / height), h_pad=2.5, w_pad=3)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=150, facecolor="white")
@@ -133,7 +133,7 @@ def _draw_panel(axis: Axes, panel: Panel, summary: Summary) -> None:
                 x = group + (place - (len(servers) - 1) / 2) * width
                 _draw_value(axis, x, width, spread, _COLOURS[server], is_point=panel.is_log)
     axis.set_title(panel.title)
-    axis.text(0, 1.04, panel.subtitle, transform=axis.transAxes, color=_GREY, fontsize=8.5)
+    axis.text(0, 1.04, panel.subtitle, transform=axis.transAxes, color=GREY, fontsize=8.5)
     axis.set_xticks(range(len(measured)), [label for label, _, _ in measured])
     axis.set_xlim(-0.6, len(measured) - 0.4)
     if panel.is_log:  # points on a grid: a bar would need a zero, which this scale doesn't have
@@ -141,7 +141,7 @@ def _draw_panel(axis: Axes, panel: Panel, summary: Summary) -> None:
         axis.grid(axis="y", color="#e3e7ea")
         axis.margins(y=0.18)
         axis.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-        axis.tick_params(axis="y", colors=_GREY)
+        axis.tick_params(axis="y", colors=GREY)
     else:
         axis.set_yticks([], [])
         axis.margins(y=0.12)

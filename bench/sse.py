@@ -6,7 +6,9 @@ While an answer streams it only splits bytes into events and notes the time of e
 import asyncio
 import json
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from urllib.parse import urlsplit
 
 
@@ -114,50 +116,97 @@ def read_events(sent_s: float, events: list[tuple[float, bytes]]) -> Answer:
     return answer
 
 
-async def stream(base_url: str, path: str, body: dict[str, object], until: asyncio.Event | None = None) -> Answer:
-    """POST `body` to `base_url` + `path` and read the streamed answer to its end, or hang up once `until` is set.
+@dataclass(slots=True)
+class Reply:
+    """What came back for one request; times are `time.perf_counter` seconds."""
 
-    Raises RequestFailed for any status but 200, for error events, and when the connection closes early.
+    asked_s: float  # before the connection was opened
+    sent_s: float
+    status: int
+    head_s: float  # when status and headers had come
+    headers: Mapping[str, str]  # in lower case
+    body: bytes = b""
+    events: list[tuple[float, bytes]] = field(default_factory=list)  # the data of each in a body of events
+    is_whole: bool = False  # the server ended the body where it said that it would, or with [DONE]
+    done_s: float = 0.0
+
+
+async def exchange(
+    base_url: str,
+    path: str,
+    payload: bytes | None,
+    headers: Mapping[str, str] = MappingProxyType({}),
+    is_enough: Callable[[int], bool] = lambda num_events: False,
+    missing: int = 0,
+) -> Reply:
+    """POST `payload` to `base_url` + `path`, or GET it if that is None, and read what comes back.
+
+    is_enough: asked, whenever bytes have come, whether to hang up after so many events. missing: bytes that the headers
+    announce beyond those sent, as of a client that leaves in the middle of its body.
+    Raises RequestFailed when nobody listens, and when the connection closes before there is a status.
     """
     url = urlsplit(base_url)
-    payload = json.dumps({**body, "stream": True, "stream_options": {"include_usage": True}}).encode()
-    head = (
-        f"POST {path} HTTP/1.1\r\nHost: {url.netloc}\r\nContent-Type: application/json\r\n"
-        f"Accept: text/event-stream\r\nConnection: close\r\nContent-Length: {len(payload)}\r\n\r\n"
-    )
+    fields = {"Host": url.netloc, "Connection": "close"}
+    if payload is not None:
+        fields |= {"Content-Type": "application/json", "Content-Length": str(len(payload) + missing)}
+    lines = [f"{name}: {value}\r\n" for name, value in (fields | dict(headers)).items()]
+    head = f"{'GET' if payload is None else 'POST'} {path} HTTP/1.1\r\n{''.join(lines)}\r\n"
+    asked_s = time.perf_counter()
     try:
         reader, writer = await asyncio.open_connection(url.hostname, url.port)
     except OSError as error:
         raise RequestFailed(f"nothing answers at {base_url}: {error.strerror or error}") from error
     try:
         sent_s = time.perf_counter()
-        writer.write(head.encode() + payload)
-        status, is_chunked = _read_head(await reader.readuntil(b"\r\n\r\n"))
-        if status != 200:
-            raise RequestFailed(f"status {status}: {(await reader.read())[:500].decode(errors='replace')}")
-        return read_events(sent_s, await _collect(reader, is_chunked, until))
+        writer.write(head.encode() + (payload or b""))
+        status, found = _read_head(await reader.readuntil(b"\r\n\r\n"))
+        reply = Reply(asked_s, sent_s, status, time.perf_counter(), found)
+        await _collect(reader, reply, is_enough)
+        return reply
     except (asyncio.IncompleteReadError, ConnectionError) as error:
         raise RequestFailed("the connection closed before the answer was complete") from error
     finally:
         writer.close()
 
 
-def _read_head(head: bytes) -> tuple[int, bool]:
-    """Status code, and whether the body is chunked."""
-    status_line, *fields = head.decode("latin-1").lower().split("\r\n")
-    is_chunked = any(line.startswith("transfer-encoding:") and "chunked" in line for line in fields)
-    return int(status_line.split(" ")[1]), is_chunked
+async def stream(base_url: str, path: str, body: dict[str, object], until: asyncio.Event | None = None) -> Answer:
+    """POST `body` to `base_url` + `path` and read the streamed answer to its end, or hang up once `until` is set.
+
+    Raises RequestFailed for any status but 200, for error events, and when the connection closes early.
+    """
+    payload = json.dumps({**body, "stream": True, "stream_options": {"include_usage": True}}).encode()
+    headers = {"Accept": "text/event-stream"}
+    is_enough = (lambda num_events: False) if until is None else (lambda num_events: until.is_set())
+    reply = await exchange(base_url, path, payload, headers, is_enough)
+    if reply.status != 200:
+        raise RequestFailed(f"status {reply.status}: {reply.body[:500].decode(errors='replace')}")
+    return read_events(reply.sent_s, reply.events)
 
 
-async def _collect(
-    reader: asyncio.StreamReader, is_chunked: bool, until: asyncio.Event | None
-) -> list[tuple[float, bytes]]:
-    """Each event with its arrival time, up to [DONE], the end of the body, or the first bytes after `until`."""
+def _read_head(head: bytes) -> tuple[int, dict[str, str]]:
+    """Status code and headers, in lower case."""
+    status_line, *lines = head.decode("latin-1").lower().split("\r\n")
+    pairs = (line.partition(":") for line in lines if line)
+    return int(status_line.split(" ")[1]), {name: value.strip() for name, _, value in pairs}
+
+
+async def _collect(reader: asyncio.StreamReader, reply: Reply, is_enough: Callable[[int], bool]) -> None:
+    """Read the body into `reply`, up to [DONE], its end, or the first bytes after which it is enough."""
+    is_chunked = "chunked" in reply.headers.get("transfer-encoding", "")
+    length = None if is_chunked or "content-length" not in reply.headers else int(reply.headers["content-length"])
     decoder, parser = ChunkedDecoder(), EventParser()
-    events: list[tuple[float, bytes]] = []
-    while data := await reader.read(65536):
+    body = bytearray()
+    is_left = False
+    while not (reply.is_whole or is_left):
+        data = await reader.read(65536)
         now_s = time.perf_counter()
-        events += [(now_s, event) for event in parser.feed(decoder.feed(data) if is_chunked else data)]
-        if (events and events[-1][1] == b"[DONE]") or (until is not None and until.is_set()):
+        if not data:  # without a stated length this is how a body ends
+            reply.is_whole = not is_chunked and length is None
             break
-    return events
+        piece = decoder.feed(data) if is_chunked else data
+        body += piece
+        reply.events += [(now_s, event) for event in parser.feed(piece)]
+        is_done = bool(reply.events) and reply.events[-1][1] == b"[DONE]"
+        reply.is_whole = is_done or decoder.is_finished or (length is not None and len(body) >= length)
+        is_left = is_enough(len(reply.events))
+    reply.body, reply.done_s = bytes(body), time.perf_counter()
