@@ -33,6 +33,11 @@ class MarkCutter:
         self._cuts = cuts
         self._pattern = re.compile(any_of(cuts)) if cuts else None
 
+    @property
+    def cuts_any(self) -> bool:
+        """Whether there are marks to be cut at all."""
+        return self._pattern is not None
+
     def pieces(self, text: str) -> list[str]:
         """The text in pieces, one at least, none of which holds a whole mark."""
         if self._pattern is None:

@@ -81,9 +81,9 @@ Token = tuple[str, TokenType]
 
 
 def write_vocabulary(path: Path, kind: str, tokens: Sequence[Token], **keys: str | bool | int) -> Path:
-    """A llama of one layer of zeros over a vocabulary of `kind`, "gpt2" or "llama", whose later tokens are likelier.
+    """A llama of one layer of zeros over a vocabulary of `kind`, "gpt2" or another, whose later tokens are likelier.
 
-    keys: of the tokenizer, such as eos_token_id and pre; `merges` joins pairs of a line each.
+    keys: of the tokenizer, such as eos_token_id. `merges` joins pairs of a line each, and `name` is the model's.
     """
     writer = GGUFWriter(path, "llama")
     writer.add_block_count(1)
@@ -101,6 +101,8 @@ def write_vocabulary(path: Path, kind: str, tokens: Sequence[Token], **keys: str
     writer.add_token_scores([float(place) for place in range(len(tokens))])
     if kind == "gpt2":
         writer.add_token_merges(str(keys.pop("merges", "")).splitlines())
+    if (name := keys.pop("name", None)) is not None:
+        writer.add_name(str(name))
     for key, value in keys.items():
         add = writer.add_string if isinstance(value, str) else writer.add_bool if isinstance(value, bool) else None
         (add or writer.add_uint32)(f"tokenizer.ggml.{key}", value)  # type: ignore[operator]

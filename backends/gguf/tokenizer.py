@@ -9,13 +9,16 @@ from llama_cpp import llama_cpp as ll
 
 from tightrope.backends.gguf.named_tokens import bos_id, end_ids, named_ids
 from tightrope.backends.gguf.native import NativeModel
+from tightrope.backends.gguf.special_tokens import SpecialToken, SpecialTokens
 from tightrope.backends.plain_text import MarkCutter, place_to_cut
 from tightrope.backends.protocol import MAX_ADDED_TEXTS
 
 _CONTROL = ll.LLAMA_TOKEN_ATTR_CONTROL | ll.LLAMA_TOKEN_ATTR_UNKNOWN  # what parse_special decides about
 _SPACE_PREFIXED = (ll.LLAMA_VOCAB_TYPE_SPM, ll.LLAMA_VOCAB_TYPE_UGM)
 _BRACKETED = re.compile(r"[<\[◁【]\S+[>\]▷】]")  # as marks are written
-_SEPARATOR = "\x01"  # a character that no vocabulary joins with others
+_SEPARATOR = b"\x01"  # a character that no vocabulary joins with others
+_SHORT = 64  # bytes of a text whose ids are kept for when it comes again
+_MOST_KNOWN = 4096
 
 
 class GGUFTokenizer:
@@ -30,42 +33,51 @@ class GGUFTokenizer:
         self.adds_bos = bool(ll.llama_vocab_get_add_bos(self._vocab)) and self.bos_id is not None
         ids = range(self.vocab_size)
         self.eos_ids = end_ids(model, named)
-        self._special = frozenset(i for i in ids if ll.llama_vocab_get_attr(self._vocab, i) & _CONTROL)
+        self._special = frozenset(i for i in ids if self._attr(i) & _CONTROL)
         self._bytes: dict[int, bytes] = {}  # filled as tokens are seen
         self._special_texts = tuple(map(self._text, sorted(self._special)))
         self._separator_ids = self._tokenize(_SEPARATOR, parse_special=False) if self._prefixes_space() else []
         self._added = self._added_tokens()
-        self._unseen: re.Pattern[str] | None = None  # marks that llama.cpp doesn't find even where it parses them
+        self._marks: dict[bytes, int] = {}  # what the chat template makes special
         self.named_tokens = tuple((name, self._text(token_id)) for name, token_id in named.items())
-        self._cutter = self._make_cutter()
+        self._cut()
 
     def encode(self, text: str, *, parse_special: bool, is_start: bool) -> list[int]:
         """See Tokenizer. An unpaired surrogate, which has no UTF-8, becomes a replacement character."""
-        if not text:
-            return []
-        if parse_special:
-            return self._encode_parsed(text, is_start=is_start)
         token_ids: list[int] = []
-        for piece in self._cutter.pieces(text):  # llama.cpp finds user-defined tokens in any text
-            token_ids += self._encode(piece, parse_special=False, is_start=is_start and not token_ids)
+        known: dict[tuple[bytes, bool], list[int]] = {}  # a chat has the same few words between its marks
+        is_prefixed = is_start
+        for part in self._cut_out[parse_special].parts(_utf8(text)):
+            if isinstance(part, int):
+                token_ids.append(part)
+                is_prefixed = True  # llama.cpp puts the space of such a vocabulary behind every special token
+                continue
+            key = part, is_prefixed
+            found = known.get(key)
+            if found is None:
+                found = self._encode_part(part, parse_special=parse_special, is_prefixed=is_prefixed)
+                if len(part) <= _SHORT and len(known) < _MOST_KNOWN:
+                    known[key] = found
+            token_ids += found
+            is_prefixed = False
         return token_ids
 
-    def _encode_parsed(self, text: str, *, is_start: bool) -> list[int]:
-        if self._unseen is None:
-            return self._encode(text, parse_special=True, is_start=is_start)
+    def _encode_part(self, part: bytes, *, parse_special: bool, is_prefixed: bool) -> list[int]:
+        """Token ids of a text without special tokens; without parse_special it may still hold texts of some."""
+        if parse_special or not self._cutter.cuts_any:
+            return self._encode(part, parse_special=False, is_prefixed=is_prefixed)
         token_ids: list[int] = []
-        for index, piece in enumerate(self._unseen.split(text)):
-            if index % 2:
-                token_ids.append(self._added[piece])
-            elif piece:  # behind a mark stands the space that llama.cpp puts behind every other special token
-                token_ids += self._encode(piece, parse_special=True, is_start=is_start or index > 0)
+        for piece in self._cutter.pieces(part.decode(errors="surrogateescape")):
+            raw = piece.encode(errors="surrogateescape")
+            token_ids += self._encode(raw, parse_special=False, is_prefixed=is_prefixed and not token_ids)
         return token_ids
 
-    def _encode(self, text: str, *, parse_special: bool, is_start: bool) -> list[int]:
-        if is_start or not self._separator_ids:
-            return self._tokenize(text, parse_special=parse_special)
+    def _encode(self, raw: bytes, *, parse_special: bool, is_prefixed: bool) -> list[int]:
+        """llama.cpp's own token ids. is_prefixed: with the space that the vocabulary puts in front, if it does."""
+        if is_prefixed or not self._separator_ids:
+            return self._tokenize(raw, parse_special=parse_special)
         # the vocabulary would put a space in front: let it go in front of a separator, and cut both off
-        token_ids = self._tokenize(_SEPARATOR + text, parse_special=parse_special)
+        token_ids = self._tokenize(_SEPARATOR + raw, parse_special=parse_special)
         return token_ids[len(self._separator_ids) :]
 
     def token_bytes(self, token_id: int) -> bytes:
@@ -92,19 +104,51 @@ class GGUFTokenizer:
         self._special |= set(found.values())
         self._special_texts = tuple(map(self._text, sorted(self._special)))
         self.eos_ids |= {known[text] for text in ends if text in known}
-        self._cutter = self._make_cutter()
-        unseen = sorted((text for text, i in found.items() if not self._is_user_defined(i)), key=len, reverse=True)
-        self._unseen = re.compile(f"({'|'.join(map(re.escape, unseen))})") if unseen else None
+        self._marks = {_utf8(text): token_id for text, token_id in found.items()}
+        self._cut()
 
-    def _make_cutter(self) -> MarkCutter:
-        """What keeps plain text from being read as special tokens."""
+    def _cut(self) -> None:
+        """Set what is cut out of texts, and what keeps plain text from being read as special tokens."""
+        tokens = {token.text: token for token in map(self._special_token, range(self.vocab_size)) if token is not None}
+        plain = [token for token in tokens.values() if not self._attr(token.token_id) & _CONTROL]
+        marks = {text: SpecialToken(token_id, text) for text, token_id in self._marks.items()}  # in any text or in none
+        self._cut_out = {
+            True: SpecialTokens((marks | tokens).values(), self._precedes),
+            False: SpecialTokens((token for token in plain if token.text not in marks), self._precedes),
+        }
 
         def encode(text: str) -> list[int]:
-            return self._encode(text, parse_special=False, is_start=False)
+            return self._encode(_utf8(text), parse_special=False, is_prefixed=False)
 
         texts = zip(self._special_texts, sorted(self._special), strict=True)
         places = {text: place_to_cut(text, token_id, encode) for text, token_id in texts}
-        return MarkCutter({text: place for text, place in places.items() if place is not None})
+        self._cutter = MarkCutter({text: place for text, place in places.items() if place is not None})
+
+    def _special_token(self, token_id: int) -> SpecialToken | None:
+        """A token that llama.cpp finds in texts by itself."""
+        attr = self._attr(token_id)
+        if not attr & (_CONTROL | ll.LLAMA_TOKEN_ATTR_USER_DEFINED):
+            return None
+        text: bytes = ll.llama_vocab_get_text(self._vocab, token_id)
+        if self.token_bytes(token_id).startswith(text + b"\0"):
+            text = self.token_bytes(token_id)  # which goes on behind the zero byte
+        return SpecialToken(
+            token_id, text, bool(attr & ll.LLAMA_TOKEN_ATTR_LSTRIP), bool(attr & ll.LLAMA_TOKEN_ATTR_RSTRIP)
+        )
+
+    def _precedes(self, one: SpecialToken, other: SpecialToken, joined: bytes) -> bool | None:
+        """Which of two texts of one length llama.cpp looks for first, as it shows where one goes into the other.
+
+        It sorts them by length alone, and what becomes of equals is up to the library that it is built with.
+        """
+        token_ids = self._tokenize(joined, parse_special=True)
+        finds_one, finds_other = token_ids[:1] == [one.token_id], token_ids[-1:] == [other.token_id]
+        if one.strips_right and len(joined) == len(one.text) + len(other.text):
+            return not finds_other
+        return finds_one if finds_one or finds_other else None
+
+    def _attr(self, token_id: int) -> int:
+        return int(ll.llama_vocab_get_attr(self._vocab, token_id))
 
     def _added_tokens(self) -> dict[str, int]:
         """Ids of tokens that could be marks, by their texts: user-defined ones, and plain ones that no text becomes.
@@ -120,13 +164,13 @@ class GGUFTokenizer:
         return found
 
     def _is_user_defined(self, token_id: int) -> bool:
-        return bool(ll.llama_vocab_get_attr(self._vocab, token_id) & ll.LLAMA_TOKEN_ATTR_USER_DEFINED)
+        return bool(self._attr(token_id) & ll.LLAMA_TOKEN_ATTR_USER_DEFINED)
 
     def _is_out_of_reach(self, token_id: int, text: str) -> bool:
-        is_plain = ll.llama_vocab_get_attr(self._vocab, token_id) == ll.LLAMA_TOKEN_ATTR_NORMAL
+        is_plain = self._attr(token_id) == ll.LLAMA_TOKEN_ATTR_NORMAL
         if not is_plain or _BRACKETED.fullmatch(text) is None:
             return False
-        return self._encode(text, parse_special=True, is_start=False) != [token_id]
+        return self._encode(_utf8(text), parse_special=True, is_prefixed=False) != [token_id]
 
     def _text(self, token_id: int) -> str:
         return self.token_bytes(token_id).decode(errors="replace")
@@ -135,11 +179,10 @@ class GGUFTokenizer:
         """Whether the vocabulary puts a space in front of every text."""
         if ll.llama_vocab_type(self._vocab) not in _SPACE_PREFIXED:
             return False
-        text = b"".join(map(self.token_bytes, self._tokenize("a", parse_special=False)))
+        text = b"".join(map(self.token_bytes, self._tokenize(b"a", parse_special=False)))
         return text.startswith((b" ", "▁".encode()))  # the latter where the vocabulary has no piece for a blank
 
-    def _tokenize(self, text: str, *, parse_special: bool) -> list[int]:
-        raw = text.encode("utf-8", errors="replace")
+    def _tokenize(self, raw: bytes, *, parse_special: bool) -> list[int]:
         room = len(raw) + 8  # a token is a byte and more, mostly; the space in front may be one more
         while True:
             out = (ctypes.c_int32 * room)()
@@ -156,3 +199,7 @@ class GGUFTokenizer:
             if count >= 0:
                 return out.raw[:count]
             size = -count
+
+
+def _utf8(text: str) -> bytes:
+    return text.encode("utf-8", errors="replace")
