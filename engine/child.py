@@ -25,6 +25,7 @@ from tightrope.engine.info import model_info
 from tightrope.engine.reader import FrontGone, Reader
 from tightrope.engine.sequence import Sequence
 from tightrope.engine.settings import EngineSettings
+from tightrope.engine.types import Delta
 from tightrope.engine.wire import (
     Cancel,
     EngineEnd,
@@ -46,6 +47,19 @@ OpenBackend = Callable[[ModelSettings, Callable[[float], None]], Backend]
 def run_loop(core: EngineCore, reader: Reader, end: EngineEnd) -> None:
     """Step while there is work, wait while there is none, end when the front is gone."""
     inbox = reader.inbox
+    told = core.stats()  # what the front knows
+
+    def tell(deltas: tuple[Delta, ...] = ()) -> None:
+        nonlocal told
+        told = core.stats()
+        end.send(StepDone(deltas, told))
+
+    def tell_of_begin() -> None:
+        """A step may take long; meanwhile the front's gauges are to show those whom it has taken in."""
+        now = core.stats()
+        if (now.num_running, now.num_waiting) != (told.num_running, told.num_waiting):
+            tell()
+
     while True:
         while not inbox.empty() or not core.has_work:
             item = inbox.get()
@@ -54,19 +68,19 @@ def run_loop(core: EngineCore, reader: Reader, end: EngineEnd) -> None:
             if isinstance(item, Cancel):
                 core.cancel(item.request_id)
                 if not core.has_work:
-                    end.send(StepDone((), core.stats()))
+                    tell()
             elif isinstance(item, list):
                 _add(core, item, end)
                 reader.num_taken += len(item)
             else:
                 item()
             core.free_adapters()
-        result = core.step()
+        result = core.step(tell_of_begin)
         core.free_adapters()
         for request_id, error in result.failed:
             log.error("request failed: request_id=%s error=%s", request_id, error)
             end.send(Refused(request_id, ErrorFrame.of(error)))
-        end.send(StepDone(tuple(result.deltas), core.stats()))
+        tell(tuple(result.deltas))
 
 
 def _add(core: EngineCore, sequences: list[Sequence], end: EngineEnd) -> None:

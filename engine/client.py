@@ -12,8 +12,10 @@ from contextlib import suppress
 from itertools import count
 from typing import Literal
 
-from tightrope.engine.errors import BackendFailed, EngineError, EngineUnavailable
+from tightrope.engine.errors import BackendFailed, EngineError, EngineUnavailable, InvalidRequest, Overloaded
 from tightrope.engine.launch import EngineHandle, Launcher, spawn_process
+from tightrope.engine.outbox import Outbox
+from tightrope.engine.queueing import QueueTimes
 from tightrope.engine.settings import EngineSettings
 from tightrope.engine.types import Delta, GenerateRequest, ModelInfo, Prompt, Stats, Token, TurnMarks
 from tightrope.engine.wire import (
@@ -38,7 +40,6 @@ from tightrope.engine.wire import (
     Tokenized,
     UnloadAdapter,
     decode_to_front,
-    encode_frame,
 )
 
 log = logging.getLogger("tightrope.client")
@@ -55,11 +56,13 @@ STUCK_S = 30.0  # a step that takes longer than this is no step under way but a 
 class _Stream:
     """One request under way."""
 
-    def __init__(self, request: GenerateRequest) -> None:
+    def __init__(self, request: GenerateRequest, arrived_s: float) -> None:
         self.request = request
         self.items: asyncio.Queue[Delta | EngineError] = asyncio.Queue()
         self.has_output = False
         self.is_retry = False
+        self.num_open = request.n  # choices that have not finished
+        self.arrived_s = arrived_s
 
 
 class EngineClient:
@@ -79,6 +82,8 @@ class EngineClient:
         self._calls: dict[int, asyncio.Future[Answer]] = {}
         self._call_ids = count()
         self._writer: asyncio.StreamWriter | None = None
+        self._outbox: Outbox | None = None
+        self._times = QueueTimes()
         self._handle: EngineHandle | None = None
         self._find_marks: FindMarks | None = None
         self._supervisor: asyncio.Task[None] | None = None
@@ -162,6 +167,8 @@ class EngineClient:
         self._handle = self._launch(theirs)
         theirs.close()
         reader, self._writer = await asyncio.open_connection(sock=ours, limit=1 << 20)
+        self._outbox = Outbox(self._unsent)
+        writing = asyncio.create_task(self._outbox.write_to(self._writer), name="engine outbox")
         self._send(Start(self._settings.model_dump_json(), None if self.info is None else self.adapters))
         was_ready = False
         try:
@@ -182,6 +189,8 @@ class EngineClient:
         except (asyncio.IncompleteReadError, ConnectionError):
             pass  # end-of-file: the engine is gone
         finally:
+            writing.cancel()
+            self._outbox = None
             self._writer.close()
             self._writer = None
         if self.state == "ready":
@@ -238,8 +247,15 @@ class EngineClient:
     # ---- messages ----
 
     def _send(self, message: ToEngine) -> None:
-        if self._writer is not None:
-            self._writer.write(encode_frame(message))
+        if self._outbox is not None:
+            self._outbox.put(message)
+
+    def _unsent(self, message: ToEngine, reason: ValueError) -> None:
+        """End what can't be sent."""
+        if isinstance(message, Submit) and message.request.request_id in self._streams:
+            self._streams[message.request.request_id].items.put_nowait(InvalidRequest(str(reason)))
+        elif isinstance(message, Tokenize | Detokenize) and message.call_id in self._calls:
+            self._calls.pop(message.call_id).set_exception(InvalidRequest(str(reason)))
 
     def _dispatch(self, message: ToFront) -> None:
         match message:
@@ -248,13 +264,19 @@ class EngineClient:
                 self._step_began_s = self._clock()
                 for delta in deltas:
                     stream = self._streams.get(delta.request_id)
+                    if delta.finish is not None:
+                        self._times.observe(delta.finish)
                     if stream is not None:
                         stream.has_output = True
+                        stream.num_open -= delta.finish is not None
                         stream.items.put_nowait(delta)
             case Refused(request_id=request_id, error=error):
                 stream = self._streams.get(request_id)
                 if stream is not None:
-                    stream.items.put_nowait(error.rebuild())
+                    refusal = error.rebuild()
+                    if isinstance(refusal, Overloaded):
+                        refusal.retry_after_s = self.retry_after_s
+                    stream.items.put_nowait(refusal)
             case Tokenized(call_id=call_id, tokens=tokens):
                 self._answer(call_id, tokens)
             case Detokenized(call_id=call_id, text=text):
@@ -285,6 +307,40 @@ class EngineClient:
         }
         raise EngineUnavailable(reasons.get(self.state, self.state))
 
+    @property
+    def num_open(self) -> int:
+        """Answers that have been asked for and have not finished."""
+        return sum(stream.num_open for stream in self._streams.values())
+
+    @property
+    def num_running(self) -> int:
+        """Answers that the engine is writing now, as it said when its step began."""
+        return min(self.stats.num_running, self.num_open)
+
+    @property
+    def num_waiting(self) -> int:
+        """Answers that wait for a place now, those among them that the engine has not even read."""
+        return self.num_open - self.num_running
+
+    @property
+    def retry_after_s(self) -> int:
+        """Seconds after which one who is refused now may find a place."""
+        now = self._clock()
+        oldest_s = max(
+            (now - stream.arrived_s for stream in self._streams.values() if not stream.has_output), default=0.0
+        )
+        return self._times.wait_s(max(0, self.num_open - self._num_places), self._num_places, oldest_s)
+
+    @property
+    def _num_places(self) -> int:
+        return 1 if self.info is None else self.info.max_num_seqs
+
+    def _check_room(self) -> None:
+        num_waiting, most = self.num_open - self._num_places, self._settings.limits.max_waiting
+        if num_waiting >= most:
+            message = f"{num_waiting} requests are waiting already; the limit is {most}"
+            raise Overloaded(message, retry_after_s=self.retry_after_s)
+
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
         """Run a request; yield the deltas of its `n` choices as they come, until all have finished.
 
@@ -292,10 +348,11 @@ class EngineClient:
         the work.
         """
         self._check_ready()
+        self._check_room()
         assert request.request_id not in self._streams, "request ids are unique"
         if not self._has_work:
             self._step_began_s = self._clock()
-        stream = self._streams[request.request_id] = _Stream(request)
+        stream = self._streams[request.request_id] = _Stream(request, self._clock())
         self._send(Submit(request))
         num_open = request.n
         try:
@@ -309,7 +366,7 @@ class EngineClient:
                 yield item
         finally:
             self._streams.pop(request.request_id, None)
-            if num_open:
+            if num_open and not self._take_back(request.request_id):
                 self._send(Cancel(request.request_id))
 
     async def tokenize(self, prompt: Prompt, adapter: str | None = None) -> tuple[Token, ...]:
@@ -341,4 +398,11 @@ class EngineClient:
         call: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         self._calls[call_id] = call
         self._send(make(call_id))
-        return await call
+        try:
+            return await call
+        finally:
+            self._calls.pop(call_id, None)
+            self._take_back(call_id)
+
+    def _take_back(self, key: str | int) -> bool:
+        return self._outbox is not None and self._outbox.take_back(key)

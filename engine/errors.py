@@ -4,14 +4,20 @@ from typing import ClassVar, Self
 
 
 class EngineError(Exception):
-    """Base of everything the engine reports. `code` is stable; `param` names the field at fault, where one is."""
+    """Base of everything the engine reports. `code` is stable; `param` names the field at fault, where one is.
+
+    `retry_after_s` is there for what passes by itself.
+    """
 
     code: ClassVar[str] = "server_error"
+    retry_after_s: int | None = None
 
-    def __init__(self, message: str, param: str | None = None) -> None:
+    def __init__(self, message: str, param: str | None = None, retry_after_s: int | None = None) -> None:
         super().__init__(message)
         self.message = message
         self.param = param
+        if retry_after_s is not None:
+            self.retry_after_s = retry_after_s
 
     def details(self) -> dict[str, int]:
         """Numbers that a server may want to word in its own way."""
@@ -66,14 +72,14 @@ class Overloaded(EngineError):
     """As many requests wait as may wait."""
 
     code = "rate_limit_exceeded"
-    retry_after_s: ClassVar[int] = 1
+    retry_after_s = 2
 
 
 class EngineUnavailable(EngineError):
     """The engine process is loading, restarting or gone."""
 
     code = "engine_unavailable"
-    retry_after_s: ClassVar[int] = 2
+    retry_after_s = 2
 
 
 class BackendFailed(EngineError):

@@ -150,9 +150,10 @@ decode_to_front = msgspec.msgpack.Decoder(ToFront).decode
 
 
 def encode_frame(message: ToEngine | ToFront) -> bytes:
-    """One frame, header included."""
+    """One frame, header included. Raises ValueError for one above MAX_FRAME_BYTES."""
     body = _encoder.encode(message)
-    assert len(body) <= MAX_FRAME_BYTES, f"a frame of {len(body)} bytes"
+    if len(body) > MAX_FRAME_BYTES:
+        raise ValueError(f"a message of {len(body)} bytes; the engine takes {MAX_FRAME_BYTES}")
     return HEADER.pack(len(body)) + body
 
 

@@ -60,7 +60,12 @@ def create_app(client: EngineClient, settings: ServerSettings) -> FastAPI:
         app.include_router(family(front), dependencies=keyed)
     _add_probes(app, front)
     # The last one added stands first.
-    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
+    app.add_middleware(
+        BodyLimit,
+        max_bytes=settings.max_body_bytes,
+        max_held_bytes=settings.max_held_bytes,
+        retry_after_s=lambda: client.retry_after_s,
+    )
     app.add_middleware(AdminGuard, admin_key=settings.admin_key)
     if settings.api_key is not None:
         app.add_middleware(KeyGuard, api_key=settings.api_key, admin_key=settings.admin_key)

@@ -109,6 +109,13 @@ class NotJson(EngineError):
     code: ClassVar[str] = "unsupported_media_type"
 
 
+class ShuttingDown(EngineError):
+    """The server finishes what is under way, and takes nothing more."""
+
+    code: ClassVar[str] = "shutting_down"
+    retry_after_s = 1
+
+
 class ClientGone(EngineError):
     """The client hung up; nobody reads the reply."""
 
@@ -173,6 +180,7 @@ TABLE: Mapping[type[EngineError], tuple[OpenAIRow, TGIRow]] = {
         OpenAIRow(500, "server_error", "server_error"),
         TGIRow(424, "generation", "Request failed during generation: "),
     ),
+    ShuttingDown: (OpenAIRow(503, "server_error", "shutting_down"), TGIRow(503, "shutting_down")),
     EngineUnavailable: (
         OpenAIRow(503, "server_error", "engine_unavailable"),
         TGIRow(424, "generation", "Request failed during generation: "),
@@ -205,7 +213,7 @@ def error_reply(exc: EngineError, dialect: Dialect) -> Response:
     openai, tgi = _rows(exc)
     status = openai.status if dialect == "openai" else tgi.status
     headers = {}
-    if isinstance(exc, Overloaded | EngineUnavailable):
+    if exc.retry_after_s is not None:
         headers["retry-after"] = str(exc.retry_after_s)
     if isinstance(exc, Unauthorized):
         headers["www-authenticate"] = "Bearer"

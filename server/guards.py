@@ -1,13 +1,14 @@
 """What stands before every route: keys, the length of bodies. Plain ASGI, so that nothing is buffered."""
 
 import hmac
+from collections.abc import Callable
 from ipaddress import ip_address
 
 from fastapi import Request
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from tightrope.engine.errors import EngineError
+from tightrope.engine.errors import EngineError, Overloaded
 from tightrope.server.errors import BodyTooLarge, SwitchedOff, Unauthorized, dialect_of, error_reply
 
 OPEN_ROUTES = frozenset({"/health", "/ping", "/info", "/metrics", "/version", "/docs", "/docs/oauth2-redirect"})
@@ -95,11 +96,18 @@ class AdminGuard:
 
 
 class BodyLimit:
-    """Refuse bodies over a number of bytes: at once by their declared length, or when an undeclared one gets there."""
+    """Bound the bytes of each body, and of all that are held at the same time.
 
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+    One that is too long is refused at once by its declared length, or when an undeclared one gets there. A body is held
+    until its request is answered, whether it is being read, waits or runs; one that has no others beside it may stay.
+    """
+
+    def __init__(self, app: ASGIApp, max_bytes: int, max_held_bytes: int, retry_after_s: Callable[[], int]) -> None:
         self._app = app
         self._max = max_bytes
+        self._max_held = max_held_bytes
+        self._num_held = 0
+        self._retry_after_s = retry_after_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -112,12 +120,22 @@ class BodyLimit:
         async def counted() -> Message:
             nonlocal num_bytes
             message = await receive()
-            num_bytes += len(message.get("body", b""))
+            num_more = len(message.get("body", b""))
+            num_bytes += num_more
+            self._num_held += num_more
             if num_bytes > self._max:
                 raise self._error()
+            if num_more and self._num_held > max(self._max_held, num_bytes):
+                raise Overloaded(
+                    f"the bodies of requests under way have {self._num_held} bytes; the limit is {self._max_held}",
+                    retry_after_s=self._retry_after_s(),
+                )
             return message
 
-        return await self._app(scope, counted, send)
+        try:
+            return await self._app(scope, counted, send)
+        finally:
+            self._num_held -= num_bytes
 
     def _error(self) -> BodyTooLarge:
         return BodyTooLarge(f"the body is longer than {self._max} bytes")

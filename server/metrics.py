@@ -98,7 +98,7 @@ class Metrics:
 
     def refused(self, error: EngineError) -> None:
         """Count a request that was answered with `error`, unless `generate` has counted it already."""
-        if error not in self._counted and isinstance(error, InvalidRequest):
+        if error not in self._counted and isinstance(error, InvalidRequest | Overloaded):
             self.num_requests += 1
             self._count_failure(error)
 
@@ -150,8 +150,8 @@ class _Snapshot(Collector):
 
     def _tgi_batches(self) -> Iterable[Metric]:
         stats = self._client.stats
-        yield GaugeMetricFamily("tgi_queue_size", "Sequences waiting for a turn", stats.num_waiting)
-        yield GaugeMetricFamily("tgi_batch_current_size", "Sequences running", stats.num_running)
+        yield GaugeMetricFamily("tgi_queue_size", "Sequences waiting for a turn", self._client.num_waiting)
+        yield GaugeMetricFamily("tgi_batch_current_size", "Sequences running", self._client.num_running)
         yield GaugeMetricFamily("tgi_batch_current_max_tokens", "Cached tokens of running sequences", stats.cache_used)
         yield GaugeMetricFamily("tgi_batch_total_tokens", "Tokens the cache can hold", stats.cache_capacity)
         yield UnknownMetricFamily("tgi_batch_inference_count", "Steps begun", stats.steps)

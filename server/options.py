@@ -188,6 +188,12 @@ OPTIONS: Mapping[str, Option] = {
     "max-body-bytes": Option(
         ("max_body_bytes",), "limits", "largest request body (default: 2000000)", "N", ("--payload-limit",)
     ),
+    "max-held-bytes": Option(
+        ("max_held_bytes",),
+        "limits",
+        "bytes of the bodies of all requests that wait or run; more are refused with 429 (default: 64000000)",
+        "N",
+    ),
     "host": Option(("host",), "network", "address to listen on (default: 127.0.0.1)", "ADDRESS", ("--hostname",)),
     "port": Option(("port",), "network", "port to listen on; 0 takes a free one (default: 8080)", "PORT", ("-p",)),
     "api-key": Option(("api_key",), "network", "key that clients must send (better given as TIGHTROPE_API_KEY)", "KEY"),

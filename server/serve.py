@@ -22,6 +22,7 @@ from tightrope.server.app import create_app
 from tightrope.server.connections import Connection
 from tightrope.server.errors import TemplateFailed
 from tightrope.server.guards import is_loopback
+from tightrope.server.memory import give_back_freed_memory
 from tightrope.server.openai.convert import means_the_model
 from tightrope.server.settings import ServerSettings
 from tightrope.server.template_renderer import TemplateRenderer
@@ -39,6 +40,7 @@ class ServeError(Exception):
 def serve(settings: ServerSettings) -> int:
     """Serve until SIGTERM or Ctrl-C; return the exit status. Raises ServeError when address or model can't be had."""
     _log_to_stderr(settings.log_level)
+    give_back_freed_memory()
     listener = bind(settings.host, settings.port)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(_serve(settings, listener))

@@ -34,6 +34,9 @@ class ServerSettings(BaseModel, frozen=True, extra="forbid"):
     cors_origins: tuple[str, ...] = Field((), description="Web origins whose pages may call; * is any.")
     allowed_hosts: tuple[str, ...] = Field((), description="Names in Host headers that mean this server; * is any.")
     max_body_bytes: int = Field(2_000_000, ge=1, le=MAX_BODY_BYTES, description="Largest request body.")
+    max_held_bytes: int = Field(
+        64_000_000, ge=1, le=MAX_BODY_BYTES, description="Bytes of bodies of requests under way."
+    )
     max_client_batch_size: int = Field(128, ge=1, le=MAX_WAITING, description="Prompts in one completion request.")
     max_stop_sequences: int = Field(4, ge=0, le=MAX_STOPS, description="Stop strings in one request.")
     max_top_n_tokens: int = Field(

@@ -40,6 +40,7 @@ class ScriptedClient:
         self._deltas = deltas
         self._error = error
         self.stats = stats or Stats()
+        self.num_running, self.num_waiting = self.stats.num_running, self.stats.num_waiting
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
         for item in self._deltas:

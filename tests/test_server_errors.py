@@ -228,7 +228,7 @@ async def test_the_body_limit_leaves_other_kinds_of_connections_alone() -> None:
     async def ignore(message: object) -> None:
         raise AssertionError("nothing is to be sent")
 
-    await BodyLimit(inner, 1)({"type": "lifespan"}, never, ignore)
+    await BodyLimit(inner, 1, 1, lambda: 1)({"type": "lifespan"}, never, ignore)
     assert seen == ["called"]
 
 
