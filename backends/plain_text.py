@@ -3,6 +3,8 @@
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
+# Words, headings such as "### Input:", rules and blanks, which models write in any text: no marks, even as tokens.
+WORDS = re.compile(r"""[\w\s#:.,;!?*='"`()…—-]*""")
 MOST_BRANCHES = 8  # that a pattern holds inside each other
 
 

@@ -21,6 +21,7 @@ class Lost:
 
 
 _NO_FIELD = "is no field of this route, and the answer would be another one without it"
+_BESIDE = "its fields are read beside the others, in the body itself"
 _IN_FRONT = "nothing is put in front of a prompt by this route; write it into the prompt or the messages"
 _TEMPLATE = "a chat template is taken from the model or the server's settings, never from a request"
 _VARIABLE = "variables of the chat template are given in chat_template_kwargs, on /v1/chat/completions"
@@ -36,6 +37,7 @@ _NOT_BUILT = "it is not supported by this server"
 LOST: Mapping[str, Lost] = {
     **dict.fromkeys(("memory", "system", "system_prompt", "instructions", "soft_prompt"), Lost(_IN_FRONT)),
     **dict.fromkeys(("context", "prompt", "content", "inputs", "messages", "parameters"), Lost(_NO_FIELD)),
+    **dict.fromkeys(("extra_body", "options", "sampling_params", "generation_config"), Lost(_BESIDE)),
     **dict.fromkeys(("chat_template", "chat_template_str", "template", "prompt_template"), Lost(_TEMPLATE)),
     **dict.fromkeys(("instruction_template", "instruction_template_str", "tool_prompt"), Lost(_TEMPLATE)),
     **dict.fromkeys(("chat_template_kwargs", "template_vars", "guideline"), Lost(_VARIABLE)),

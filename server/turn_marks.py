@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from tightrope.backends.plain_text import WORDS
 from tightrope.engine.types import ModelInfo, TurnMarks
 from tightrope.server.errors import TemplateFailed
 from tightrope.server.template_probe import TOOL
@@ -19,7 +20,6 @@ Role = Literal["system", "user", "assistant"]
 
 _ROLE_WORD = re.compile(r"[\w:./-]{1,32}\s*")  # "user\n" between marks; a sentence is none
 _ASSISTANT = re.compile("assistant|bot|model|gpt", re.IGNORECASE)
-_TEXT = re.compile(r"""[\w\s#:.,;!?*='"`()…—-]*""")  # words, headings such as "### Input:", rules, blanks
 # ends of turns where a turn has several messages: in OpenAI's harmony format, and in Solar's
 _SEVERAL_MESSAGES = ({"<|return|>", "<|call|>"}, {"<|flush|>", "<|calls|>"})
 _CHAT: tuple[tuple[Role, str], ...] = (
@@ -109,7 +109,7 @@ def turn_marks(found: Iterable[Gap], info: ModelInfo) -> TurnMarks:
 
 def _candidates(info: ModelInfo, text: str) -> list[str]:
     """The tokens in the text that may be marks, the longest first."""
-    every = (token for token in (*info.special_texts, *info.added_texts) if not _TEXT.fullmatch(token))
+    every = (token for token in (*info.special_texts, *info.added_texts) if not WORDS.fullmatch(token))
     return sorted({token for token in every if token in text}, key=len, reverse=True)
 
 

@@ -98,7 +98,8 @@ MEANT: Mapping[str, Any] = {
     **dict.fromkeys(("continue_", "impersonate", "echo"), True),
     "response_prefix": "Sure",
     "prompt_embeds": "aGk=",
-    "parameters": {"temperature": 0.5},
+    **{key: {"temperature": 0.5} for key in ("parameters", "options", "extra_body", "sampling_params")},
+    "generation_config": {"temperature": 0.5},
     # which model, and which answers
     **dict.fromkeys(("model", "adapter_id", "lora_name", "lora_path"), "limarp"),
     **{key: [{"id": 0, "scale": 0.5}] for key in ("lora", "lora_adapters")},

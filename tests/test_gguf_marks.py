@@ -161,6 +161,23 @@ def test_a_mark_that_an_older_converter_wrote_as_plain_text_is_one_token_all_the
                 assert parsed == user.encode(text, parse_special=True, is_start=is_start), text
 
 
+@pytest.mark.parametrize("kind", [USER, NORMAL, CONTROL])
+@pytest.mark.parametrize("key", ["eos_token_id", "eot_token_id", "eom_token_id"])
+def test_an_end_that_the_file_names_is_no_text_whatever_its_type(
+    opened: Opened, tmp_path: Path, key: str, kind: TokenType
+) -> None:
+    for name, make, first in (("bpe", bpe, 264), ("spm", spm, 3 + len(PIECES) + len(WORDS))):
+        added = [*(SPM_START if make is spm else []), ("<|halt|>", kind), ("Human:", USER)]
+        tokenizer = opened(make(tmp_path / f"{name}.gguf", added, **{key: first}))
+        assert first in tokenizer.eos_ids
+        assert "<|halt|>" in tokenizer.special_texts()
+        assert first in tokenizer.encode("a<|halt|>b", parse_special=True, is_start=True)
+        assert first not in tokenizer.encode("a<|halt|>b", parse_special=False, is_start=True)
+        tokenizer.set_marks((), ())
+        assert first in tokenizer.encode("a<|halt|>b", parse_special=True, is_start=True)
+        assert tokenizer.added_texts() == ["Human:"]
+
+
 def test_plain_tokens_that_text_becomes_are_no_marks(opened: Opened, tmp_path: Path) -> None:
     html = [("</", NORMAL), ("</>", NORMAL)]
     tokenizer = opened(write_vocabulary(tmp_path / "m.gguf", "gpt2", [*BYTES, *html], pre="gpt-2", merges="< /\n</ >"))

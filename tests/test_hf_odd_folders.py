@@ -322,6 +322,33 @@ def test_every_file_may_name_an_end_and_a_default_of_config_classes_is_none(tmp_
     assert HFTokenizer(write(tmp_path / "words", files), shape(300, eos_token_id=2)).eos_ids == {259}
 
 
+@pytest.mark.parametrize("place", ["generation_config.json", "config.json"])
+@pytest.mark.parametrize("raw", [None, trained(user_defined_symbols="<|halt|>,Human:")])
+def test_an_end_that_is_named_by_its_id_alone_is_no_text(tmp_path: Path, raw: bytes | None, place: str):
+    first = 259 if raw is None else 3
+    stated = {"eos_token_id": [2, first, first + 1]}
+    words = byte_level(BASE | {259: flagged("<|halt|>", False), 260: flagged("Human:", False)})
+    vocabulary = {"tokenizer.json": words} if raw is None else {"tokenizer.model": raw}
+    files = vocabulary | {"tokenizer_config.json": NAMES} | ({place: stated} if "generation" in place else {})
+    config = stated if place == "config.json" else {}
+    ours = HFTokenizer(write(tmp_path, files), shape(2048, **config))
+
+    assert ours.eos_ids == {2, first, first + 1}
+    assert "<|halt|>" in ours.special_texts()
+    assert ours.added_texts() == ["Human:"]
+    assert first in ours.encode("a<|halt|>", parse_special=True, is_start=True)
+    assert keeps(ours, "a<|halt|>b")
+
+
+def test_names_that_transformers_keeps_apart_are_those_of_special_tokens(tmp_path: Path):
+    names = FAST | {"model_specific_special_tokens": {"eot_token": "<|x|>"}}
+    files = {"tokenizer.json": byte_level(BASE | {259: flagged("<|x|>", False)}), "tokenizer_config.json": names}
+    ours = HFTokenizer(write(tmp_path, files), shape(300))
+
+    assert ours.eos_ids == {2, 259}
+    assert dict(ours.named_tokens)["eot_token"] == "<|x|>"
+
+
 def test_a_word_that_is_named_as_padding_stays_a_word(tmp_path: Path):
     files = {"tokenizer.json": byte_level(), "tokenizer_config.json": FAST | {"pad_token": "!"}}
     ours = HFTokenizer(write(tmp_path, files), shape(300))

@@ -10,7 +10,7 @@ from llama_cpp import llama_cpp as ll
 from tightrope.backends.gguf.named_tokens import bos_id, end_ids, named_ids
 from tightrope.backends.gguf.native import NativeModel
 from tightrope.backends.gguf.special_tokens import SpecialToken, SpecialTokens
-from tightrope.backends.plain_text import MarkCutter, place_to_cut
+from tightrope.backends.plain_text import WORDS, MarkCutter, place_to_cut
 from tightrope.backends.protocol import MAX_ADDED_TEXTS
 
 _CONTROL = ll.LLAMA_TOKEN_ATTR_CONTROL | ll.LLAMA_TOKEN_ATTR_UNKNOWN  # what parse_special decides about
@@ -38,9 +38,10 @@ class GGUFTokenizer:
         self._special_texts = tuple(map(self._text, sorted(self._special)))
         self._separator_ids = self._tokenize(_SEPARATOR, parse_special=False) if self._prefixes_space() else []
         self._added = self._added_tokens()
-        self._marks: dict[bytes, int] = {}  # what the chat template makes special
+        self._marks: dict[bytes, int] = {}  # added tokens that are special all the same
         self.named_tokens = tuple((name, self._text(token_id)) for name, token_id in named.items())
-        self._cut()
+        # what ends a turn is no text, whatever its type
+        self.set_marks([text for text, i in self._added.items() if i in self.eos_ids and not WORDS.fullmatch(text)], ())
 
     def encode(self, text: str, *, parse_special: bool, is_start: bool) -> list[int]:
         """See Tokenizer. An unpaired surrogate, which has no UTF-8, becomes a replacement character."""
@@ -104,7 +105,7 @@ class GGUFTokenizer:
         self._special |= set(found.values())
         self._special_texts = tuple(map(self._text, sorted(self._special)))
         self.eos_ids |= {known[text] for text in ends if text in known}
-        self._marks = {_utf8(text): token_id for text, token_id in found.items()}
+        self._marks |= {_utf8(text): token_id for text, token_id in found.items()}
         self._cut()
 
     def _cut(self) -> None:

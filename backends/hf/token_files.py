@@ -21,7 +21,8 @@ from tightrope.backends.hf.jsonfile import read_object
 
 NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 END_NAMES = ("eos_token", "eot_token", "eom_token")
-_LISTS = ("additional_special_tokens", "extra_special_tokens")  # the name before transformers 5, and since
+# names before transformers 5, and since
+_LISTS = ("additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens")
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
 _DEFAULT_END_IDS = (1, 2)  # that config classes fill in; in a vocabulary without marks at its start they are words
 

@@ -18,6 +18,7 @@ from tightrope.backends.hf.encoders import encoder
 from tightrope.backends.hf.generation import HARMONY_ENDS, TURN_ENDS, TURN_STARTS
 from tightrope.backends.hf.token_files import NamedTokens, TokenFiles
 from tightrope.backends.opened import read_bytes
+from tightrope.backends.plain_text import WORDS
 
 MAX_FILE = 512 << 20  # bytes; vocabularies of 256,000 pieces take about 35 MB
 MOST_LEFT_OUT = 0.02  # of a vocabulary's own pieces; with more of them it is another model's
@@ -191,6 +192,9 @@ class _Join:
                 self._state(self._tokens[text][1], None, special=True)
             elif text in self._pieces and not self._is_word(text):
                 self._state(AddedToken(text, normalized=False, special=True), None)
+        for text in [text for text, (token_id, _) in self._tokens.items() if token_id in files.end_ids]:
+            if not WORDS.fullmatch(text):  # what ends a turn is no text, even if its id alone is named
+                self._state(self._tokens[text][1], None, special=True)
         self._vocabulary.added = self._by_id()
         self._vocabulary.notes = self._notes()
 
