@@ -18,6 +18,17 @@ _OLD_GGML = (
     "convert it with convert_llama_ggml_to_gguf.py of an older llama.cpp, or download the model as GGUF or safetensors"
 )
 
+_STARTS = {
+    b"PK\x03\x04": "it is a zip archive or pickled PyTorch weights, which are never loaded, as they can run code",
+    b"\x80\x02": "it is pickled weights, which are never loaded, as they can run code",
+    b"\x1f\x8b": "it is a gzip archive; unpack it first",
+    b"\xfd7zXZ": "it is an xz archive; unpack it first",
+    b"7z\xbc\xaf": "it is a 7z archive; unpack it first",
+    b"Rar!": "it is a rar archive; unpack it first",
+}
+SNIFFED = 256  # bytes from the start that `told_by_start` wants to see
+_SHOWN = 40  # of them in a line
+
 # what quantisers measured; a name that tells a number of bits is a model's, made with its help
 _STATISTICS = re.compile(r"imatrix.*\.gguf|(?!.*(q\d|f16|f32)).*[-_.]imatrix\.gguf")
 
@@ -62,6 +73,8 @@ def what_it_is(names: Collection[str]) -> str | None:
     """
     if "adapter_config.json" in names:
         return "a LoRA adapter, no model: serve the model that it was made for, and name this one with --lora NAME=PATH"
+    if "adapter_model.safetensors" in names or "adapter_model.bin" in names:
+        return "a LoRA adapter, no model, and its adapter_config.json is missing: download or copy it again"
     own = [name for name in sorted(names) if name.startswith(CONSOLIDATED)]
     if any(name.endswith(".safetensors") for name in own):
         return (
@@ -89,6 +102,27 @@ def what_it_is(names: Collection[str]) -> str | None:
             return what
     if any(name.endswith(".safetensors.index.json") for name in names):
         return "an index without any of the .safetensors files that it names; download or copy the model again"
+    return None
+
+
+def told_by_start(start: bytes, num_bytes: int, *, is_json: bool = False) -> str | None:
+    """What a file of `num_bytes` bytes that can't be read is, and what to do, as the end of a line; None if unknown.
+
+    is_json: it should be JSON, so that of one that begins as such nothing is told.
+    """
+    if num_bytes == 0:
+        return "it is empty; copy or download it again"
+    for head, words in _STARTS.items():
+        if start.startswith(head):
+            return words
+    if not start.strip(b"\0"):
+        return "it begins with zeros, as downloads that were broken off do; download it again"
+    if re.match(rb"\s*(<!doctype|<html|<\?xml)", start, re.IGNORECASE):
+        return "it is a web page, perhaps of a failed download; download the file itself"
+    if is_json and start.lstrip()[:1] in (b"{", b"["):
+        return None
+    if all(0x20 <= byte < 0x7F or byte in b"\t\r\n" for byte in start[:_SHOWN]):
+        return f"it is a text, perhaps of a failed download: {start[:_SHOWN]!r}; download the file itself"
     return None
 
 

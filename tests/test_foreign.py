@@ -17,6 +17,7 @@ from tightrope.backends.settings import ModelSettings
 KINDS: list[tuple[list[str], str]] = [
     (["adapter_config.json", "adapter_model.safetensors", "tokenizer.json"], "a LoRA adapter, no model: serve the"),
     (["adapter_config.json", "adapter_model.bin", "config.json"], "a LoRA adapter, no model"),
+    (["adapter_model.safetensors"], "a LoRA adapter, no model, and its adapter_config.json is missing"),
     (["params.json", "consolidated.safetensors", "tekken.json"], r"Mistral's own layout \(params.json, consolidated.s"),
     (["consolidated-00001-of-00002.safetensors", "consolidated-00002-of-00002.safetensors"], "Mistral's own layout"),
     (["params.json", "consolidated.00.pth", "tokenizer.model"], r"Meta's own layout \(params.json, consolidated.00"),
@@ -139,4 +140,14 @@ def test_a_person_who_named_the_folder_above_a_model_is_told_the_one_below(tmp_p
     (tmp_path / below / "config.json").write_text(json.dumps({}))
 
     with pytest.raises(BackendError, match=rf"holds neither .*; {tmp_path / below} seems to"):
+        find_model(tmp_path)
+
+
+def test_a_person_who_named_the_folder_above_an_adapter_is_told_so(tmp_path: Path):
+    (tmp_path / "checkpoint-100").mkdir()
+    (tmp_path / "checkpoint-100" / "adapter_config.json").write_text("{}")
+
+    with pytest.raises(
+        BackendError, match=rf"{tmp_path / 'checkpoint-100'} is a LoRA adapter, to be named with --lora"
+    ):
         find_model(tmp_path)

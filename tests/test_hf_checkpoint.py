@@ -240,7 +240,7 @@ def test_the_layout_of_mistral_beside_the_same_weights_is_left_aside(tmp_path: P
 
 GOOD = {"a": entry(0, 16), "b": entry(16, 40)}
 BAD_HEADERS: list[tuple[object, int, str]] = [
-    (b"", 0, "its header is not JSON"),
+    (b"", 0, "it begins with zeros"),
     (b"not json", 40, "its header is not JSON"),
     (b"[" * 5000, 40, "its header is not JSON"),
     (b"\xff\xfe", 40, "its header is not JSON"),
@@ -277,11 +277,17 @@ def test_a_wrong_header_is_one_line_naming_file_and_tensor(tmp_path: Path, heade
 @pytest.mark.parametrize(
     ("content", "line"),
     [
-        (b"", "truncated: 0 bytes are no safetensors file"),
+        (b"", "it is empty; copy or download it again"),
+        (bytes(4096), "it begins with zeros, as downloads that were broken off do"),
+        (b"<!DOCTYPE html>\n<html>", "it is a web page"),
+        (b"Entry not found", "it is a text, perhaps of a failed download: b'Entry not found'"),
+        (b"/annex/objects/SHA256E-s9--0a.safetensors\n", "it is a text, .*/annex/objects/SHA256E"),
+        (b"GGUF\3\0\0\0", "it is a GGUF file; give it a name that ends in .gguf"),
+        (b"PK\3\4\0\0\x08\x08" + bytes(16), "pickled PyTorch weights, which are never loaded"),
         (b"\x10\0\0", "truncated: 3 bytes"),
         (b"\x10\0\0\0\0\0\0\0{}", "truncated: its header needs 24 bytes, the file has 10"),
         ((MAX_HEADER + 1).to_bytes(8, "little") + b"{}", "its header would have 100000001 bytes"),
-        (b"\xff" * 64, "its header would have"),
+        (b"\xff" * 64, "its header would have \\d+ bytes; download or copy it again"),
     ],
 )
 def test_a_file_cut_short_or_of_another_kind_is_one_line(tmp_path: Path, content: bytes, line: str):

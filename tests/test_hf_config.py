@@ -194,7 +194,9 @@ def test_a_wrong_field_is_one_line_naming_file_and_field(tmp_path: Path, fields:
 @pytest.mark.parametrize(
     ("content", "line"),
     [
-        (b"", "not JSON: Expecting value in line 1"),
+        (b"", "not JSON: it is empty; copy or download it again"),
+        (b"Entry not found", "not JSON: it is a text, perhaps of a failed download: b'Entry not found'"),
+        (b"\n<!doctype html>", "not JSON: it is a web page"),
         (b'{"model_type": "llama",\n}', "not JSON: .* in line [12]"),
         (b'{"model_type": "\xff"}', "not JSON in UTF-8"),
         (b"[" * 100_000, "not JSON"),

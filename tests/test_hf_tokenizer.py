@@ -370,6 +370,35 @@ def test_a_wrong_file_is_one_line_naming_file_and_field(tmp_path: Path, files: d
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("names", "line"),
+    [
+        (
+            ["vocab.json", "merges.txt", "vocab.txt"],
+            r"merges.txt and vocab.json can't be read: let transformers write it",
+        ),
+        (["spiece.model"], "spiece.model can't be read: let transformers write it as tokenizer.json"),
+        (["tekken.json", "params.json"], "tekken.json is of Mistral's own layout"),
+        (["tokenizer.model.v3"], "a copy of it named tokenizer.model can be read"),
+        (["qwen.tiktoken", "tokenization_qwen.py"], "qwen.tiktoken needs the model's own code"),
+        (["vocab.json"], "copy the model's tokenizer too"),
+    ],
+)
+def test_a_vocabulary_of_another_kind_is_named_with_what_to_do(tmp_path: Path, names: list[str], line: str):
+    for name in names:
+        (tmp_path / name).touch()
+
+    with pytest.raises(BackendError, match=f"holds neither tokenizer.json nor tokenizer.model; .*{line}"):
+        HFTokenizer(tmp_path, SMALL_SHAPE)
+
+
+def test_a_vocabulary_of_tiktoken_is_no_sentencepiece_file_and_is_called_what_it_is(tmp_path: Path):
+    (tmp_path / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\nIw== 2\n")
+
+    with pytest.raises(BackendError, match=r"tokenizer\.model: a vocabulary of tiktoken, .*; add the model's tokeniz"):
+        HFTokenizer(tmp_path, SMALL_SHAPE)
+
+
 BAD_LLAMAS: list[tuple[str, object, str]] = [
     ("added_tokens.json", {"<x>": "560"}, r"added_tokens\.json: the id of '<x>' is '560'; it must be a whole number"),
     ("tokenizer_config.json", {"added_tokens_decoder": 1}, "added_tokens_decoder is 1; it must map ids to tokens"),

@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from tightrope.backends.errors import BackendError
+from tightrope.backends.foreign import SNIFFED, told_by_start
 from tightrope.backends.hf.shards import Shards, find_shards
 from tightrope.backends.opened import open_file
 
@@ -199,12 +200,13 @@ def read_header(path: Path) -> tuple[TensorEntry, ...]:
     with open_file(path) as file:
         size = file.seek(0, 2)
         file.seek(0)
-        prefix = file.read(8)
-        length = int.from_bytes(prefix, "little")
-        if len(prefix) < 8:
+        start = file.read(SNIFFED)
+        length = int.from_bytes(start[:8], "little")
+        if 0 < len(start) < 8:
             raise BackendError(f"{path}: truncated: {size} bytes are no safetensors file; copy it again")
-        if length > MAX_HEADER:
-            raise BackendError(f"{path}: not a safetensors file: its header would have {length} bytes")
+        if not 0 < length <= MAX_HEADER:
+            raise BackendError(f"{path}: not a safetensors file: {_what_it_is(start, size, length)}")
+        file.seek(8)
         if length > size - 8:
             raise BackendError(f"{path}: truncated: its header needs {length + 8} bytes, the file has {size}")
         raw = file.read(length)
@@ -222,6 +224,12 @@ def read_header(path: Path) -> tuple[TensorEntry, ...]:
     if end != size:
         raise BackendError(f"{path}: {size - end} bytes at its end belong to no tensor; copy it again")
     return tuple(entries)
+
+
+def _what_it_is(start: bytes, size: int, length: int) -> str:
+    if start.startswith(b"GGUF"):
+        return "it is a GGUF file; give it a name that ends in .gguf, and name the file itself"
+    return told_by_start(start, size) or f"its header would have {length} bytes; download or copy it again"
 
 
 def _parse(path: Path, raw: bytes) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tightrope.backends.errors import BackendError
+from tightrope.backends.foreign import SNIFFED, told_by_start
 from tightrope.backends.opened import read_bytes
 
 
@@ -19,7 +20,8 @@ def read_object(path: Path, max_bytes: int, *, finite: bool = True) -> dict[str,
     try:
         value = json.loads(raw)
     except json.JSONDecodeError as error:
-        raise BackendError(f"{path}: not JSON: {error.msg} in line {error.lineno}") from None
+        told = told_by_start(raw[:SNIFFED], len(raw), is_json=True) or f"{error.msg} in line {error.lineno}"
+        raise BackendError(f"{path}: not JSON: {told}") from None
     except (ValueError, RecursionError):
         raise BackendError(f"{path}: not JSON in UTF-8") from None
     if not isinstance(value, dict):

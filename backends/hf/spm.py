@@ -11,6 +11,7 @@ pieces are added tokens that are looked for in the normalised text, and the spac
 the text: a normaliser that puts it there would also put it in front of the pieces that are looked for.
 """
 
+import re
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ MAX_FILE = 256 << 20  # bytes; vocabularies of 256,000 pieces take about 5 MB
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
 UNIGRAM, BPE = 1, 2
 NEVER = -1e9  # a score with which a piece is not found in text
+_TIKTOKEN = re.compile(rb"[A-Za-z0-9+/=]+ \d+\r?\n")  # a line of other vocabularies: a token in base 64, its rank
 PREFIX, NO_PREFIX = "\U0010ffff", "\U0010fffe"  # in front of a part of a text: a space goes here, or doesn't
 
 _Field = tuple[int, int | bytes]
@@ -56,6 +58,10 @@ class SentencePieceModel:
 def read_sentencepiece(path: Path) -> SentencePieceModel:
     """A sentencepiece BPE or unigram model. Raises BackendError when the file is none."""
     raw = read_bytes(path, MAX_FILE)
+    if _TIKTOKEN.match(raw):
+        raise BackendError(
+            f"{path}: a vocabulary of tiktoken, as Meta's own layout of Llama 3 has it; add the model's tokenizer.json"
+        )
     try:
         model = parse(raw)
     except (ValueError, TypeError, IndexError, struct.error):

@@ -12,6 +12,7 @@ from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import BPE, Unigram
 
 from tightrope.backends.errors import BackendError
+from tightrope.backends.foreign import SNIFFED, told_by_start
 from tightrope.backends.hf import spm
 from tightrope.backends.hf.charsmap import Charsmap
 from tightrope.backends.hf.encoders import encoder
@@ -22,6 +23,20 @@ from tightrope.backends.plain_text import WORDS
 
 MAX_FILE = 512 << 20  # bytes; vocabularies of 256,000 pieces take about 35 MB
 MOST_LEFT_OUT = 0.02  # of a vocabulary's own pieces; with more of them it is another model's
+
+_CONVERTED = "can't be read: let transformers write it as tokenizer.json, by AutoTokenizer.from_pretrained(FOLDER)"
+# (files that stand together, what to do about them)
+_OTHER_VOCABULARIES: tuple[tuple[frozenset[str], str], ...] = (
+    (frozenset({"vocab.json", "merges.txt"}), f"{_CONVERTED}.save_pretrained(FOLDER)"),
+    (frozenset({"spiece.model"}), f"{_CONVERTED}.save_pretrained(FOLDER)"),
+    (frozenset({"tekken.json"}), "is of Mistral's own layout, which can't be read: add tokenizer.json"),
+    (
+        frozenset({"tokenizer.model.v3"}),
+        "is of Mistral's own layout: a copy of it named tokenizer.model can be read",
+    ),
+    (frozenset({"qwen.tiktoken"}), "needs the model's own code: take tokenizer.json from a later model of the family"),
+    (frozenset({"tiktoken.model"}), "needs the model's own code: take tokenizer.json from a converted copy on the hub"),
+)
 
 
 @dataclass(slots=True)
@@ -66,12 +81,19 @@ def read_vocabulary(folder: Path, vocab_size: int, files: TokenFiles) -> Vocabul
     else:
         path = folder / "tokenizer.model"
         if not os.path.lexists(path):
-            raise BackendError(
-                f"{folder}: holds neither tokenizer.json nor tokenizer.model; copy the model's tokenizer too"
-            )
+            raise BackendError(f"{folder}: holds neither tokenizer.json nor tokenizer.model; {_what_to_do(folder)}")
         vocabulary = _from_sentencepiece(path, vocab_size, files)
     _Join(vocabulary, files, vocab_size).run()
     return vocabulary
+
+
+def _what_to_do(folder: Path) -> str:
+    """Where a tokenizer.json comes from, if the folder has a vocabulary of another kind."""
+    there = {path.name for path in folder.iterdir()}
+    for names, origin in _OTHER_VOCABULARIES:
+        if names <= there:
+            return f"{' and '.join(sorted(names))} {origin}"
+    return "copy the model's tokenizer too"
 
 
 def _from_json(path: Path, vocab_size: int) -> Vocabulary:
@@ -79,9 +101,8 @@ def _from_json(path: Path, vocab_size: int) -> Vocabulary:
     try:
         source = Tokenizer.from_buffer(raw)
     except Exception as error:  # the library raises plain Exception for all that can be wrong with a file
-        raise BackendError(
-            f"{path}: not a tokenizer of the tokenizers library: {' '.join(str(error).split()):.200}"
-        ) from None
+        told = told_by_start(raw[:SNIFFED], len(raw), is_json=True) or f"{' '.join(str(error).split()):.200}"
+        raise BackendError(f"{path}: not a tokenizer of the tokenizers library: {told}") from None
     added = _added(raw)
     pieces = source.get_vocab(with_added_tokens=False)
     if not pieces and not added:
