@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from test_adapters import DATA, rename, with_config
 
@@ -121,12 +122,35 @@ def test_tensors_may_stand_under_the_model_s_own_names(adapter: Path):
     assert read_adapter(adapter).deltas.keys() == read_adapter(ADAPTER).deltas.keys()
 
 
-def test_frequencies_that_were_saved_along_are_left_out_with_a_note(adapter: Path):
+@pytest.mark.parametrize(
+    ("nest", "tower"), [("model.language_model.", "model.vision_tower."), ("language_model.model.", "")]
+)
+def test_the_part_of_an_adapter_that_is_of_a_tower_is_left_out_with_a_note(adapter: Path, nest: str, tower: str):
+    file = adapter / "adapter_model.safetensors"
+    rename(adapter, "base_model.model.model.", f"base_model.model.{nest}")
+    tensors = load_file(file)
+    seen = f"base_model.model.{tower or 'vision_tower.'}encoder.layers.0.self_attn.q_proj"
+    extra = {f"{seen}.lora_A.weight": torch.ones(4, 8), f"{seen}.lora_B.weight": torch.ones(8, 4)}
+    save_file({name: tensor.clone() for name, tensor in (tensors | extra).items()}, file)
+
+    read = read_adapter(adapter)
+
+    assert len(read.deltas) == len(read_adapter(ADAPTER).deltas)
+    assert "2 tensors are left out" in read.notes[0]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        [f"base_model.model.model.layers.{i}.self_attn.rotary_emb.inv_freq" for i in (0, 1)],
+        ["v_head.summary.weight", "v_head.summary.bias"],  # of trl, which trains with rewards
+        ["base_model.model.model.layers.0.self_attn.k_scale", "base_model.model.model.layers.0.self_attn.v_scale"],
+    ],
+)
+def test_what_was_saved_along_and_is_of_no_use_is_left_out_with_a_note(adapter: Path, names: list[str]):
     file = adapter / "adapter_model.safetensors"
     tensors = load_file(file)
-    extra = {
-        f"base_model.model.model.layers.{i}.self_attn.rotary_emb.inv_freq": tensors[next(iter(tensors))] for i in (0, 1)
-    }
+    extra = dict.fromkeys(names, tensors[next(iter(tensors))])
     save_file({name: tensor.clone() for name, tensor in (tensors | extra).items()}, file)
 
     read = read_adapter(adapter)

@@ -17,6 +17,7 @@ from torch import Tensor
 from tightrope.backends.errors import BackendError
 from tightrope.backends.hf.backend import HFBackend
 from tightrope.backends.hf.peft import read_adapter
+from tightrope.backends.planning import outline
 from tightrope.backends.protocol import Chunk
 from tightrope.backends.settings import CacheSettings, ModelSettings
 
@@ -206,6 +207,27 @@ def test_an_adapter_that_can_not_be_right_is_refused_in_one_line(
     with pytest.raises(BackendError, match=reason) as raised:
         open_model(DATA / "llama-bf16", mine=folder).close()
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (narrow, r"the model's linear has \d+ inputs: an adapter for another base"),
+        (lambda f: rename(f, "layers.1", "layers.9"), r"layers\.9\..* is no linear of this model"),
+        (lambda f: with_config(f, use_dora=True), r"use_dora: an adapter with DoRA can't be served"),
+    ],
+)
+def test_a_plan_refuses_the_adapters_that_serve_refuses(
+    spoil: Callable[[Path], None], reason: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "adapter"
+    shutil.copytree(DATA / "llama-lora-r4", folder)
+    settings = ModelSettings(model=str(DATA / "llama-bf16"), max_model_len=256, adapters={"mine": str(folder)})
+    assert outline(settings, None).chosen is not None
+    spoil(folder)
+
+    with pytest.raises(BackendError, match=reason):
+        outline(settings, None)
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tightrope.backends.adapters import AdapterRoom
 from tightrope.backends.errors import BackendError
-from tightrope.backends.hf.adapter_tables import Tables, planned_tables
+from tightrope.backends.hf.adapter_tables import PlannedTables, Tables, planned_tables
 from tightrope.backends.hf.attention import CurrentStep
 from tightrope.backends.hf.checkpoint import TensorEntry
 from tightrope.backends.hf.kept_norms import KeptNorm, is_kept_norm
@@ -33,6 +33,16 @@ class _Place:
     first: int
     outputs: int
     inputs: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Checked:
+    """An adapter that fits the model: what changes each of its linears, and the norms that it replaces."""
+
+    adapter: PeftAdapter
+    tables: PlannedTables
+    deltas: list[tuple[dict[int, LowRank], _Pieces]]
+    norms: list[tuple[RMSNorm | KeptNorm, dict[str, TensorEntry]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,12 +74,17 @@ class Adapters:
         self.announce: Callable[[str], None] = lambda line: None
         self.tokenizer_at: Callable[[Path, int], Tokenizer | None] = lambda folder, num_tokens: None
 
-    def prepare(self, name: str, path: Path) -> Callable[[], None]:
-        """See AdapterStore. Errors name file and tensor."""
+    def check(self, path: Path) -> _Checked:
+        """An adapter's files as far as headers tell. Raises BackendError, which names file and tensor."""
         adapter = read_adapter(path)
         tables = planned_tables(adapter, self._tables)
         deltas = self._deltas(adapter, tables.num_scored)
-        norms = self._own_norms(adapter, tables.names)
+        return _Checked(adapter, tables, deltas, self._own_norms(adapter, tables.names))
+
+    def prepare(self, name: str, path: Path) -> Callable[[], None]:
+        """See AdapterStore. Errors name file and tensor."""
+        checked = self.check(path)
+        adapter, tables, deltas, norms = checked.adapter, checked.tables, checked.deltas, checked.norms
         with self.room.taken(name, adapter_bytes(adapter)):
             read = self._reader(adapter)
             built = [(adapters, self._build(pieces, read)) for adapters, pieces in deltas]

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from tightrope.backends.errors import BackendError
 from tightrope.backends.hf.adapter_tables import Tables
+from tightrope.backends.hf.adapters import Adapters
 from tightrope.backends.hf.assembly import Assembly, assemble
 from tightrope.backends.hf.attention import CurrentStep, LayerInfo
 from tightrope.backends.hf.checkpoint import Checkpoint
@@ -54,7 +55,7 @@ class Blueprint:
     tied: tuple[str, str] | None  # weights of head and embedding, by name, that are one if the files' are equal
     device: torch.device
     activation_dtype: torch.dtype
-    tables: Tables
+    adapters: Adapters  # none loaded yet
     notes: tuple[str, ...]
 
     @property
@@ -120,7 +121,14 @@ def draw(
         tied=tied,
         device=device,
         activation_dtype=dtype,
-        tables=_tables(model, (table, head), shape),
+        adapters=Adapters(
+            model,
+            current,
+            _tables(model, (table, head), shape),
+            device,
+            # on a CPU sixteen bits for what is read in each step; what is added is small
+            torch.float16 if device.type == "cpu" else dtype,
+        ),
         notes=(
             *(f"{name} runs as transformers has it" for name in planted.kept),
             *notes_on(left, checkpoint),

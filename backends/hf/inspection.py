@@ -34,4 +34,7 @@ def inspect(folder: Path, settings: ModelSettings, device: torch.device | str = 
     checkpoint = Checkpoint.open(folder)
     tokenizer = HFTokenizer(folder, shape) if has_tokenizer(folder) else None
     templates = chat_templates(folder)
-    return Inspection(shape, rope, tokenizer, draw(folder, shape, checkpoint, rope, device), templates)
+    blueprint = draw(folder, shape, checkpoint, rope, device)
+    for path in settings.adapters.values():
+        blueprint.adapters.check(Path(path).expanduser())
+    return Inspection(shape, rope, tokenizer, blueprint, templates)

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tightrope.backends.hf.adapter_tables import Tables
 from tightrope.backends.hf.adapters import Adapters
 from tightrope.backends.hf.attention import CurrentStep, LayerInfo
 from tightrope.backends.hf.blueprint import Blueprint, draw
@@ -33,14 +32,12 @@ class LoadedModel:
 
     def __init__(
         self, model: PreTrainedModel, current: CurrentStep, layers: tuple[LayerInfo, ...], notes: tuple[str, ...],
-        device: torch.device, activation_dtype: torch.dtype, tables: Tables,
+        device: torch.device, activation_dtype: torch.dtype, adapters: Adapters,
     ) -> None:  # fmt: skip
         self.tree, self._current = model, current
         self.layers, self.notes, self.device, self.activation_dtype = layers, notes, device, activation_dtype
         self.vocab_size: int = model.config.get_text_config().vocab_size
-        # on a CPU sixteen bits for what is read in each step; what is added is small
-        low_rank_dtype = torch.float16 if device.type == "cpu" else activation_dtype
-        self.adapters = Adapters(model, current, tables, device, low_rank_dtype)
+        self.adapters = adapters
 
     @property
     def picks_experts_on_card(self) -> bool:
@@ -109,5 +106,5 @@ def build(blueprint: Blueprint, progress: Callable[[float], None]) -> LoadedMode
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = buffer.to(device)
     return LoadedModel(
-        model, blueprint.current, blueprint.layers, tuple(notes), device, blueprint.activation_dtype, blueprint.tables
+        model, blueprint.current, blueprint.layers, tuple(notes), device, blueprint.activation_dtype, blueprint.adapters
     )

@@ -1,7 +1,7 @@
 """What checkpoint files call the tensors of transformers' modules, which were renamed and nested over the years."""
 
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 # names in older files, by those in transformers 5
 RENAMES: tuple[tuple[str, str], ...] = (
@@ -37,7 +37,7 @@ class FileNames:
         self._names, self._base = names, f"{base}."
         self._ignored = (COMPUTED, *map(re.compile, ignored))
         self._mtp_layers = tuple({match["layer"] for name in names if (match := _MTP_PART.match(name))})
-        self._nest = next((nest for nest in (NESTED, NESTED_BEFORE) if self._has(nest)), "")
+        self._nest = nest_of(names)
         self._has_base = self._has(self._base)
 
     def find(self, wanted: Sequence[str]) -> list[str] | None:
@@ -68,6 +68,12 @@ class FileNames:
 
     def _has(self, prefix: str) -> bool:
         return any(name.startswith(prefix) for name in self._names)
+
+
+def nest_of(names: Iterable[str]) -> str:
+    """The prefix under which a larger model has its language model, by the names of tensors; empty if there is none."""
+    found = tuple(names)
+    return next((nest for nest in (NESTED, NESTED_BEFORE) if any(name.startswith(nest) for name in found)), "")
 
 
 def spellings(module: str) -> Iterator[str]:

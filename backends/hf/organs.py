@@ -108,15 +108,12 @@ class Embedding(nn.Module):
 
     weight: Tensor  # [V, hidden]
 
-    def __init__(self, name: str, scale: float, dtype: torch.dtype, current: CurrentStep) -> None:
+    def __init__(
+        self, name: str, shape: tuple[int, int], scale: float, dtype: torch.dtype, current: CurrentStep
+    ) -> None:
         super().__init__()
-        self.name, self.scale, self.dtype, self.current = name, scale, dtype, current
+        self.name, self.shape, self.scale, self.dtype, self.current = name, shape, scale, dtype, current
         self.changes: dict[int, TableChange] = {}
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        num_rows, width = self.weight.shape
-        return num_rows, width
 
     def forward(self, token_ids: Tensor) -> Tensor:
         adapters = self.current.adapters if self.changes else None

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from tightrope.backends.errors import BackendError
 from tightrope.backends.hf.checkpoint import Checkpoint, TensorEntry
-from tightrope.backends.hf.names import COMPUTED
+from tightrope.backends.hf.names import COMPUTED, OTHER_USE, nest_of
 from tightrope.backends.hf.peft_config import CONFIG, PeftConfig, read_peft_config
 
 if TYPE_CHECKING:
@@ -107,11 +107,13 @@ class _Reading:
         self._marked: dict[tuple[str, str], TensorEntry] = {}  # said to be the adapter's own by their names
         self._base: dict[str, TensorEntry] = {}
         self._left: list[str] = []
+        self._nest = nest_of(name.removeprefix(_PREFIX) for name in self.checkpoint.tensors)
 
     def take(self, name: str, entry: TensorEntry) -> None:
         """Put one tensor where it belongs. Raises BackendError for one that can't be used."""
         inner = name.removeprefix(_PREFIX)
-        if COMPUTED.search(inner):
+        is_of_text = not self._nest or inner.startswith((self._nest, "lm_head."))
+        if not is_of_text or COMPUTED.search(inner) or OTHER_USE.search(inner):
             self._left.append(name)
         elif match := _HALF.fullmatch(inner):
             self._put(self._halves.setdefault(match["module"], {}), match["part"], entry)

@@ -128,7 +128,8 @@ class _Surgeon:
         scale = recognise.embedding_scale(module, self.seen)
         if scale is None or not isinstance(module, nn.Embedding):
             return None
-        organ = Embedding(self.names[module], scale, self.dtype, self.current)
+        shape = module.num_embeddings, module.embedding_dim
+        organ = Embedding(self.names[module], shape, scale, self.dtype, self.current)
         rows = [(f"{organ.name}.weight", module.num_embeddings)]
         self.wants.matrix(rows, module.embedding_dim, _set(organ, "weight"))
         return organ
