@@ -13,6 +13,7 @@ from starlette.middleware.cors import CORSMiddleware
 from tightrope import __version__
 from tightrope.engine.client import EngineClient
 from tightrope.server.adapter_routes import adapter_router
+from tightrope.server.draining import Drain, DrainGuard
 from tightrope.server.errors import install_handlers
 from tightrope.server.families.koboldcpp import koboldcpp_router
 from tightrope.server.families.llamacpp import llamacpp_router
@@ -33,8 +34,11 @@ from tightrope.server.tokenize_routes import tokenize_router
 UNHEALTHY = {"error": "unhealthy", "error_type": "healthcheck"}
 
 
-def create_app(client: EngineClient, settings: ServerSettings) -> FastAPI:
-    """The server's whole HTTP face. Its lifespan starts the client and closes it."""
+def create_app(client: EngineClient, settings: ServerSettings, drain: Drain | None = None) -> FastAPI:
+    """The server's whole HTTP face. Its lifespan starts the client and closes it.
+
+    drain: counts the requests under way, and refuses new ones once it has begun.
+    """
     front = Front(client, settings, Metrics(client))
 
     @asynccontextmanager
@@ -69,6 +73,8 @@ def create_app(client: EngineClient, settings: ServerSettings) -> FastAPI:
     app.add_middleware(AdminGuard, admin_key=settings.admin_key)
     if settings.api_key is not None:
         app.add_middleware(KeyGuard, api_key=settings.api_key, admin_key=settings.admin_key)
+    if drain is not None:
+        app.add_middleware(DrainGuard, drain=drain)
     app.add_middleware(
         CORSMiddleware,
         allow_origins=settings.cors_origins,

@@ -20,6 +20,7 @@ from tightrope.engine.errors import BackendFailed
 from tightrope.engine.types import ModelInfo
 from tightrope.server.app import create_app
 from tightrope.server.connections import Connection
+from tightrope.server.draining import Drain
 from tightrope.server.errors import TemplateFailed
 from tightrope.server.guards import is_loopback
 from tightrope.server.memory import give_back_freed_memory
@@ -31,6 +32,7 @@ from tightrope.server.templates import ChatTemplate
 log = logging.getLogger("tightrope.serve")
 
 DRAIN_S = 60  # how long answers may go on after SIGTERM
+CLOSE_S = 5  # how long connections may then take to close
 
 
 class ServeError(Exception):
@@ -79,39 +81,50 @@ class _Server(uvicorn.Server):
 async def _serve(settings: ServerSettings, listener: socket.socket) -> None:
     url = base_url(settings.host, listener.getsockname()[1])
     client = EngineClient(settings.engine)
+    drain = Drain(DRAIN_S)
     config = uvicorn.Config(
-        create_app(client, settings),
+        create_app(client, settings, drain),
         http=Connection,
         ws="none",
         log_config=None,
         access_log=settings.log_level == "debug",
         lifespan="on",  # the app starts the engine and closes it
-        timeout_graceful_shutdown=DRAIN_S,
+        timeout_graceful_shutdown=CLOSE_S,
         server_header=False,
     )
     server = _Server(config)
     for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, _stop, server, client)
+        asyncio.get_running_loop().add_signal_handler(number, _stop, drain)
     _say(f"tightrope {__version__} at {url} is loading the model")
-    announcing = asyncio.create_task(_announce(client, server, settings, url))
+    announcing = asyncio.create_task(_announce(client, server, drain, settings, url))
+    ending = asyncio.create_task(_end(drain, server))
     try:
         await server.serve([listener])
         if announcing.done():
             announcing.result()  # raises what kept the model from being loaded
     finally:
         announcing.cancel()
+        ending.cancel()
 
 
-def _stop(server: uvicorn.Server, client: EngineClient) -> None:
+def _stop(drain: Drain) -> None:
     """The first signal lets answers finish; the second ends everything at once, the engine with it."""
-    if server.should_exit:
+    if drain.is_on:
         os._exit(1)  # the engine sees its socket close
-    server.should_exit = True
-    if client.stats.num_running + client.stats.num_waiting:
+    if drain.num_open:
         log.warning("finishing the answers under way, at most %d s; a second signal stops at once", DRAIN_S)
+    drain.begin()
 
 
-async def _announce(client: EngineClient, server: uvicorn.Server, settings: ServerSettings, url: str) -> None:
+async def _end(drain: Drain, server: uvicorn.Server) -> None:
+    """End the server once it has been told to, and owes nobody an answer; until then it listens, and refuses."""
+    await drain.over()
+    server.should_exit = True
+
+
+async def _announce(
+    client: EngineClient, server: uvicorn.Server, drain: Drain, settings: ServerSettings, url: str
+) -> None:
     """Print what is served once it is. Raises ServeError, after ending the server, when it can't be."""
     try:
         info = await client.wait_ready()
@@ -120,8 +133,8 @@ async def _announce(client: EngineClient, server: uvicorn.Server, settings: Serv
                 raise BackendFailed(f"--lora: {name!r} means the model itself; give the adapter another name")
         notes = await _template_notes(ChatTemplate(info, settings.chat_template, settings.chat_template_args))
     except (BackendFailed, TemplateFailed) as error:
-        stopping, server.should_exit = server.should_exit, True
-        if stopping:
+        server.should_exit = True
+        if drain.is_on:
             return
         raise ServeError(error.message) from None
     _say("\n".join(map(printable, ready_lines(info, settings, url, notes))))

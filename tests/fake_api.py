@@ -20,6 +20,7 @@ from tightrope.engine.client import EngineClient
 from tightrope.engine.launch import ThreadHandle
 from tightrope.engine.settings import EngineSettings, LimitSettings
 from tightrope.server.app import create_app
+from tightrope.server.draining import Drain
 from tightrope.server.settings import ServerSettings
 
 NextToken = Callable[[Sequence[int]], int]
@@ -45,6 +46,7 @@ async def application(
     chat_templates: Mapping[str, str] = MappingProxyType({}),
     limits: Mapping[str, int] = MappingProxyType({}),
     clock: Callable[[], float] = time.monotonic,
+    drain: Drain | None = None,
     max_model_len: int = 1024,
     added: Sequence[str] = (),
     **settings: object,
@@ -56,7 +58,7 @@ async def application(
     backend = FakeBackend(next_token, max_model_len=max_model_len, added=added)
     backend.card = replace(backend.card, chat_template=chat_template, chat_templates=tuple(chat_templates.items()))
     client = EngineClient(chosen.engine, launcher(backend), clock)
-    app = create_app(client, chosen)
+    app = create_app(client, chosen, drain)
     async with app.router.lifespan_context(app):
         await client.wait_ready()
         yield app
@@ -69,10 +71,13 @@ async def api(
     chat_template: str | None = None,
     limits: Mapping[str, int] = MappingProxyType({}),
     clock: Callable[[], float] = time.monotonic,
+    drain: Drain | None = None,
     **settings: object,
 ) -> AsyncGenerator[httpx.AsyncClient, None]:
     """An HTTP client of that application, without a socket between them."""
-    async with application(answer, chat_template=chat_template, limits=limits, clock=clock, **settings) as app:
+    async with application(
+        answer, chat_template=chat_template, limits=limits, clock=clock, drain=drain, **settings
+    ) as app:
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as http:
             yield http

@@ -213,10 +213,16 @@ def open_stream(client: httpx.Client, url: str, num_tokens: int) -> AbstractCont
 
 def test_the_first_sigterm_lets_an_answer_finish():
     with run_server("--ctx-size=2048") as running, httpx.Client(timeout=60) as client:
-        with open_stream(client, running.url, num_tokens=100) as reply:
+        with open_stream(client, running.url, num_tokens=300) as reply:
             lines = reply.iter_lines()
             next(lines)
             running.process.send_signal(signal.SIGTERM)
+            while "finishing the answers under way" not in running.errors():
+                next(lines)  # the answer goes on
+            newcomer = httpx.post(f"{running.url}/v1/completions", json={"prompt": "a"})
+            assert (newcomer.status_code, newcomer.json()["error"]["code"]) == (503, "shutting_down")
+            assert 1 <= int(newcomer.headers["retry-after"]) <= 60
+            assert httpx.get(f"{running.url}/health").status_code == 503
 
             assert "data: [DONE]" in list(lines)
         assert running.process.wait(30) == 0

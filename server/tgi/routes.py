@@ -30,6 +30,7 @@ ERRORS: Documented = {
     },
     424: {"model": ErrorText, "description": "The model failed, is loading or restarting."},
     429: {"model": ErrorText, "description": "Too many requests wait; try again after Retry-After seconds."},
+    503: {"model": ErrorText, "description": "The server is shutting down; another may be here after Retry-After."},
 }
 EVENTS = {"text/event-stream": {"example": 'data: {"index": 1, "token": {...}, ...}\n\n'}}
 
