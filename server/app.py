@@ -13,6 +13,7 @@ from starlette.middleware.cors import CORSMiddleware
 from tightrope import __version__
 from tightrope.engine.client import EngineClient
 from tightrope.server.adapter_routes import adapter_router
+from tightrope.server.api_page import add_api_page
 from tightrope.server.draining import Drain, DrainGuard
 from tightrope.server.errors import install_handlers
 from tightrope.server.families.koboldcpp import koboldcpp_router
@@ -50,7 +51,7 @@ def create_app(client: EngineClient, settings: ServerSettings, drain: Drain | No
             await front.renderer.close()
             await client.close()
 
-    app = FastAPI(title="tightrope", version=__version__, lifespan=lifespan, redoc_url=None)
+    app = FastAPI(title="tightrope", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     install_handlers(app, front.metrics.refused)
     # Only documents that a key is asked for; KeyGuard asks, before a byte of the body is read.
     keyed = [Security(HTTPBearer(auto_error=False))] if settings.api_key is not None else []
@@ -63,6 +64,7 @@ def create_app(client: EngineClient, settings: ServerSettings, drain: Drain | No
     for family in (tabby_router, ooba_router, llamacpp_router, koboldcpp_router, ollama_router):
         app.include_router(family(front), dependencies=keyed)
     _add_probes(app, front)
+    add_api_page(app)
     # The last one added stands first.
     app.add_middleware(
         BodyLimit,

@@ -11,7 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from tightrope.engine.errors import EngineError, Overloaded
 from tightrope.server.errors import BodyTooLarge, SwitchedOff, Unauthorized, dialect_of, error_reply
 
-OPEN_ROUTES = frozenset({"/health", "/ping", "/info", "/metrics", "/version", "/docs", "/docs/oauth2-redirect"})
+OPEN_ROUTES = frozenset({"/health", "/ping", "/info", "/metrics", "/version", "/docs"})
 OPEN_ROUTES |= {"/openapi.json", "/api-doc/openapi.json"}
 ADMIN_ROUTES = frozenset({"/v1/load_lora_adapter", "/v1/unload_lora_adapter"})
 
