@@ -27,9 +27,15 @@ def with_text(message: Message, change: Callable[[str], str]) -> Message:
     return message | {"content": change(text_of(message))}
 
 
-def in_shape(message: Message, shapes: Collection[str]) -> Message:
-    """The message as it is if its content is of one of these shapes, "text" and "parts"; or else in the other one."""
+def in_shape(message: Message, shapes: Collection[str], *, joins_parts: bool = False) -> Message:
+    """The message as it is if its content is of one of these shapes, "text" and "parts"; or else in the other one.
+
+    joins_parts: several parts become one, or the text that they are together.
+    """
     content = message.get("content")
+    if joins_parts and isinstance(content, list) and len(content) > 1:
+        content = text_of(message)
     if content is None or ("parts" if isinstance(content, list) else "text") in shapes:
-        return message
-    return message | {"content": text_of(message) if "text" in shapes else [{"type": "text", "text": content}]}
+        return message | {"content": content} if "content" in message else message
+    text = text_of(message | {"content": content})
+    return message | {"content": text if "text" in shapes else [{"type": "text", "text": text}]}

@@ -6,7 +6,7 @@ looked through for their words.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any, Literal
@@ -39,6 +39,7 @@ class TemplateFacts:
     shapes: Mapping[str, frozenset[Shape]]  # of each role's content, in which most of its words are kept
     lost: frozenset[str] = frozenset()  # roles of which no word is kept
     partly_lost: frozenset[str] = frozenset()  # roles of whose turns some are kept, and some aren't
+    one_part: frozenset[str] = frozenset()  # roles of whose parts only some are kept, so that they are to be one
     is_broken: bool = False  # not one of the chats could be rendered
     call_content: Mapping[str, str | None] = field(
         default_factory=lambda: {"content": ""}
@@ -80,7 +81,9 @@ async def probe(
     UNKNOWN for a template that had to be stopped.
     """
     try:
-        facts = await _probe_words(renderer, source, variables, [TOOL] if with_tools else None)
+        tools = [TOOL] if with_tools else None
+        facts = await _probe_words(renderer, source, variables, tools)
+        facts = await _probe_parts(renderer, source, variables, tools, facts)
         return await _probe_calls(renderer, source, variables, facts) if "tool_calls" in source else facts
     except TemplateFailed:
         return UNKNOWN
@@ -94,6 +97,29 @@ async def _probe_words(
     chats = list(dict.fromkeys(_chat(roles, shapes) for roles in _CHATS for shapes in assignments))
     texts = await renderer.render_each(source, [{**fixed, "messages": chat.messages()} for chat in chats])
     return _facts(assignments, dict(zip(chats, texts, strict=True)))
+
+
+async def _probe_parts(
+    renderer: TemplateRenderer,
+    source: str,
+    variables: Mapping[str, Any],
+    tools: Sequence[Mapping[str, Any]] | None,
+    facts: TemplateFacts,
+) -> TemplateFacts:
+    """The facts with those about content of two parts, in the roles that have parts at all."""
+    chats = [_Chat(roles, ()).words() for roles in _CHATS]
+    messages = [[_in_two(role, word, facts.shapes_of(role)) for role, word in words] for words in chats]
+    fixed = {**variables, "tools": tools, "add_generation_prompt": False}
+    texts = await renderer.render_each(source, [{**fixed, "messages": chat} for chat in messages])
+    seen = [(role, word, text) for words, text in zip(chats, texts, strict=True) if text for role, word in words]
+    kept = [(role, _keeps(text, f"{word}a"), _keeps(text, f"{word}b")) for role, word, text in seen]
+    torn = {role for role, keeps_first, keeps_second in kept if keeps_first != keeps_second}
+    return replace(facts, one_part=frozenset(torn))
+
+
+def _in_two(role: str, word: str, shapes: Collection[Shape]) -> dict[str, Any]:
+    parts = [{"type": "text", "text": f"{word}{letter}"} for letter in "ab"]
+    return in_shape({"role": role, "content": parts}, shapes)
 
 
 async def _probe_calls(
@@ -155,4 +181,5 @@ def _facts(assignments: Sequence[Mapping[str, Shape]], texts: Mapping[_Chat, str
 
 def _keeps(text: str, word: str) -> bool:
     """Whether a word is in the text as itself, and not as part of a list in Python's or JSON's notation."""
+    text = text.lower()  # some write it in capitals
     return word in text and re.search(rf"""["']text["']\s*:\s*["']{word}""", text) is None

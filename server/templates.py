@@ -137,4 +137,6 @@ def _note(facts: TemplateFacts) -> str | None:
         return f"the chat template leaves out what users write, as text and as parts: chats are refused; {mend}"
     if "user" in facts.partly_lost:
         return f"the chat template leaves out some turns of the user: chats of several turns are refused; {mend}"
+    if "assistant" in facts.lost:
+        return f"the chat template leaves out what the assistant wrote: chats with its turns are refused; {mend}"
     return None

@@ -18,6 +18,7 @@ from tightrope.server.typed_tokens import new_mark
 _LEFT_OUT = {
     "system": "the chat template leaves out a system message",
     "user": "the chat template leaves out what a user wrote",
+    "assistant": "the chat template leaves out what the assistant wrote",
 }
 
 
@@ -43,7 +44,7 @@ class Rendering:
         """The chat in the first order of its roles that the template takes whole.
 
         If none is, the system's words are lost with a note. Raises TemplateFailed, with the template's own words on the
-        chat as it came, if every order is refused or loses words of a user.
+        chat as it came, if every order is refused or loses words of a user or of the assistant.
         """
         reason: TemplateFailed | None = None
         without_system: Written | None = None
@@ -58,9 +59,10 @@ class Rendering:
             lost = await self._lost(order, text)
             if not lost:
                 return Written(text, order, () if reason is None else (_note(len(order), reason),))
-            if "user" not in lost:
+            if lost == {"system"}:
                 without_system = without_system or Written(text, order, (_LEFT_OUT["system"],))
-            reason = reason or TemplateFailed(_LEFT_OUT["user" if "user" in lost else "system"], "messages")
+            worst = next(role for role in ("user", "assistant", "system") if role in lost)
+            reason = reason or TemplateFailed(_LEFT_OUT[worst], "messages")
         assert reason is not None, "no order was whole"
         if without_system is None:
             raise reason
@@ -68,20 +70,28 @@ class Rendering:
 
     async def text(self, messages: list[Message]) -> str:
         """The text of a chat as it is. Raises TemplateFailed."""
-        shaped = [in_shape(self._told(message), self.facts.shapes_of(message["role"])) for message in messages]
+        shaped = [self._shaped(message) for message in messages]
         return await self.renderer.render(self.source, {**self.variables, "messages": shaped})
+
+    def _shaped(self, message: Message) -> Message:
+        role, facts = message["role"], self.facts
+        return in_shape(self._told(message), facts.shapes_of(role), joins_parts=role in facts.one_part)
 
     def _told(self, message: Message) -> Message:
         """The message with what the template wants in place of words that it hasn't got: calls may stand alone."""
         return message if message.get("content") is not None else {**message, **self.facts.call_content}
 
     async def _lost(self, messages: list[Message], text: str) -> set[str]:
-        """The roles of which words are nowhere in the text: system, user, both or none."""
+        """The roles of which words are nowhere in the text.
+
+        Of the assistant's some are left out on purpose, such as its thoughts; it loses them where no word is ever kept.
+        """
+        watched = {"system", "user"} | (self.facts.lost & {"assistant"})
         loses = self.facts.lost | self.facts.partly_lost  # there, words that are found may be another message's
         changed = {place for place, m in enumerate(messages) if m["role"] in loses and "".join(pieces(m)).strip()}
         start = 0  # messages mostly stand in their order
         for place, message in enumerate(messages):
-            for piece in pieces(message) if message["role"] in _LEFT_OUT else ():
+            for piece in pieces(message) if message["role"] in watched else ():
                 words = piece.strip()
                 found = text.find(words, start)
                 found = text.find(words) if found < 0 else found
@@ -97,7 +107,7 @@ class Rendering:
             text = await self.text(marked)
         except TemplateFailed:
             return set()  # it looks into the words themselves
-        return {messages[place]["role"] for place in changed if marks[place] not in text} & _LEFT_OUT.keys()
+        return {messages[place]["role"] for place in changed if marks[place] not in text} & watched
 
 
 def _note(num_turns: int, reason: TemplateFailed) -> str:

@@ -89,6 +89,48 @@ async def test_words_reach_every_template_as_text_and_as_parts(
     assert prompt.notes == ()
 
 
+@pytest.mark.parametrize(
+    "written",
+    [
+        "{{ m.content[0].text }}",
+        "{{ m.content if m.content is string else m.content[-1]['text'] }}",
+        "{{ (m.content | selectattr('type', 'eq', 'text') | list)[0].text }}",
+        "{% if m.role == 'user' %}" + _EITHER + "{% else %}{{ m.content[0].text }}{% endif %}",
+    ],
+)
+@pytest.mark.parametrize("role", ["system", "user", "assistant"])
+async def test_no_part_is_lost_where_a_template_reads_one(renderer: TemplateRenderer, written: str, role: str) -> None:
+    content = [{"type": "text", "text": "Is it"}, {"type": "text", "text": "in?"}]
+    prompt = await ChatTemplate(info(each(written))).render(
+        renderer, [{"role": role, "content": content}], add_generation_prompt=True, continue_final_message=False
+    )
+    text = "".join(span.text for span in prompt.spans)
+    assert text == f"<{role}>Is it{'' if role == 'user' and 'if m.role' in written else chr(10)}in?|"
+    assert prompt.notes == ()
+
+
+async def test_a_template_that_leaves_out_the_assistant_says_so_and_refuses_its_turns(
+    renderer: TemplateRenderer,
+) -> None:
+    template = ChatTemplate(info("{% for m in messages if m.role != 'assistant' %}{{ m.content }}{% endfor %}"))
+    (note,) = await template.notes(renderer)
+    assert "leaves out what the assistant wrote" in note
+    chat = [{"role": "user", "content": "hi"}]
+    prompt = await template.render(renderer, chat, add_generation_prompt=True, continue_final_message=False)
+    assert prompt.spans == (Span("hi"),)
+    with pytest.raises(TemplateFailed, match="leaves out what the assistant wrote"):
+        await template.render(
+            renderer,
+            [*chat, {"role": "assistant", "content": "hi"}, *chat],
+            add_generation_prompt=True,
+            continue_final_message=False,
+        )
+
+
+async def test_a_template_that_writes_capitals_keeps_words(renderer: TemplateRenderer) -> None:
+    assert await ChatTemplate(info(each("{{ m.content | upper }}"))).notes(renderer) == ()
+
+
 @pytest.mark.parametrize("shape", ["text", "parts"])
 async def test_a_message_of_parts_is_continued_where_it_ends(renderer: TemplateRenderer, shape: str) -> None:
     greeting: object = "Once upon" if shape == "text" else [{"type": "text", "text": "Once upon"}]
