@@ -87,6 +87,15 @@ BROKEN_KEYS: dict[str, tuple[Keys, str]] = {
         put("llama.block_count", 513, U32),
         "llama.block_count is 513; it must be a number from 1 to 512",
     ),
+    "experts and none of them used": (
+        put("llama.expert_count", 4, U32),
+        "llama.expert_used_count is 0; with 4 experts it must be a number from 1 to 4",
+    ),
+    "experts used that are not there": (put("llama.expert_used_count", 2, U32), "is 2; there are no experts"),
+    "experts without end": (
+        put("llama.expert_count", 513, U32),
+        "llama.expert_count is 513; it must be a number from 0 to 512",
+    ),
     "another architecture": (put("general.architecture", "abacus", STRING), "abacus"),
     "no kind of vocabulary": (drop("tokenizer.ggml.model"), "tokenizer.ggml.model"),
     "no merges": (drop("tokenizer.ggml.merges"), "cannot find tokenizer merges"),

@@ -9,6 +9,7 @@ from tightrope.backends.gguf.tensor_types import TENSOR_TYPES
 MAX_LAYERS = 512  # llama.cpp's own limit; it ends the process beyond
 MAX_WINDOW = 1 << 28
 MAX_HEADS = 1 << 16
+MAX_EXPERTS = 512  # llama.cpp's own limit, too
 # metadata floats by their short key, and the values they can have: above the first number, up to the second
 _RANGES = {
     "attention.layer_norm_epsilon": (0.0, 1.0),
@@ -64,6 +65,7 @@ class _Reader:
 
     def shape(self) -> ModelShape:
         self._check_floats()
+        self._check_experts()
         layers = self._int("block_count", most=MAX_LAYERS)
         embedding = self._int("embedding_length")
         heads = self._per_layer("attention.head_count", layers, default=1)
@@ -105,6 +107,18 @@ class _Reader:
         for key in _FACTORS:
             if not 0 <= (value := self._float(key, default=0.0)) <= _MAX_FACTOR:
                 raise self._error(key, value, f"it must be a number from 0 to {_MAX_FACTOR:g}")
+
+    def _check_experts(self) -> None:
+        """llama.cpp ends the process over numbers of experts that can't be."""
+        experts, used = self._get("expert_count") or 0, self._get("expert_used_count") or 0
+        if not isinstance(experts, int) or not 0 <= experts <= MAX_EXPERTS:
+            raise self._error("expert_count", experts, f"it must be a number from 0 to {MAX_EXPERTS}")
+        most = max(used, default=0) if isinstance(used, tuple) else used  # some models have a number for each layer
+        if not isinstance(most, int) or not (0 < most <= experts or most == experts == 0):
+            wanted = (
+                f"with {experts} experts it must be a number from 1 to {experts}" if experts else "there are no experts"
+            )
+            raise self._error("expert_used_count", used, wanted)
 
     def _float(self, key: str, default: float) -> float:
         value = self._get(key)
