@@ -72,6 +72,6 @@ def _below(folder: Path) -> str:
     for pattern in ("*/config.json", "*/*.gguf", "snapshots/*/config.json", "snapshots/*/*.gguf"):
         for _, path in zip(range(MOST_FOLDERS), folder.glob(pattern), strict=False):
             return f"; {path.parent} seems to"
-    if (path := next(folder.glob("*/adapter_config.json"), None)) is not None:
-        return f"; {path.parent} is a LoRA adapter, to be named with --lora beside the model that it was made for"
+    if (config := next(folder.glob("*/adapter_config.json"), None)) is not None:
+        return f"; {config.parent} is a LoRA adapter, to be named with --lora beside the model that it was made for"
     return ""

@@ -72,6 +72,13 @@ def test_a_wrong_chat_template_is_one_line(tmp_path: Path, name: str, content: b
         chat_templates(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["chat_template.jinja", "tokenizer_config.json", "chat_template.json"])
+def test_a_link_to_a_template_that_is_gone_is_no_folder_without_one(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).symlink_to("../blobs/0123")
+    with pytest.raises(BackendError, match=rf"{name}: a link to .*/blobs/0123, which is missing; bring that back"):
+        chat_templates(tmp_path)
+
+
 def test_more_templates_than_any_model_has_are_refused(tmp_path: Path) -> None:
     many = {f"t{i}": "x" for i in range(33)}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": many}))

@@ -392,6 +392,21 @@ def test_a_vocabulary_of_another_kind_is_named_with_what_to_do(tmp_path: Path, n
         HFTokenizer(tmp_path, SMALL_SHAPE)
 
 
+def test_links_to_files_that_are_gone_are_told(tmp_path: Path):
+    write(tmp_path, "tokenizer.json", SMALL)
+    for name in ("generation_config.json", "special_tokens_map.json", "added_tokens.json"):
+        (tmp_path / name).symlink_to("../blobs/0123")
+
+    notes = HFTokenizer(tmp_path, SMALL_SHAPE).notes
+    assert [note.partition(": a link to ")[0] for note in notes] == [
+        f"left out: {tmp_path / name}"
+        for name in ("added_tokens.json", "special_tokens_map.json", "generation_config.json")
+    ]
+    (tmp_path / "tokenizer_config.json").symlink_to("../blobs/0123")
+    with pytest.raises(BackendError, match=r"tokenizer_config\.json: a link to .*, which is missing"):
+        HFTokenizer(tmp_path, SMALL_SHAPE)
+
+
 def test_a_vocabulary_of_tiktoken_is_no_sentencepiece_file_and_is_called_what_it_is(tmp_path: Path):
     (tmp_path / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\nIw== 2\n")
 

@@ -5,6 +5,7 @@ NAME.jinja; or else chat_template of tokenizer_config.json, one source or a list
 chat_template.json, which processors have.
 """
 
+import os
 from pathlib import Path
 
 from tightrope.backends.errors import BackendError
@@ -26,7 +27,7 @@ def chat_templates(folder: Path) -> dict[str, str]:
     named = sorted((folder / "additional_chat_templates").glob("*.jinja"))
     if len(named) > MAX_TEMPLATES:
         raise BackendError(f"{named[0].parent}: holds {len(named)} templates; {MAX_TEMPLATES} are the most")
-    templates = {DEFAULT: _read(main)} if main.is_file() else _in_json(folder)
+    templates = {DEFAULT: _read(main)} if os.path.lexists(main) else _in_json(folder)
     templates |= {path.stem: _read(path) for path in named}
     if len(templates) == 1:
         templates.setdefault(DEFAULT, *templates.values())

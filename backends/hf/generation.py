@@ -1,5 +1,6 @@
 """The marks of turns that have well-known names, and how a folder's smaller files are read."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -85,8 +86,9 @@ TURN_STARTS = frozenset(
 
 
 def read_optional(path: Path) -> dict[str, Any]:
-    """A JSON object that a folder may lack; empty if it does. Raises BackendError when it is malformed.
+    """A JSON object that a folder may lack; empty if it does. Raises BackendError when it is malformed, or a link to
+    what is gone.
 
     Numbers may be NaN or infinite: a limit such as model_max_length is written so where there is none.
     """
-    return read_object(path, MAX_FILE, finite=False) if path.is_file() else {}
+    return read_object(path, MAX_FILE, finite=False) if os.path.lexists(path) else {}

@@ -4,6 +4,7 @@ Tensors say what there is; config.json, or the older settings files beside it, s
 files written before exllamav2 0.0.16 have nothing but tensors.
 """
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -150,7 +151,7 @@ def _settings(folder: Path, config: Mapping[str, Any]) -> tuple[Path, Mapping[st
     if isinstance(block, dict):
         return folder / "config.json", block
     for path in (folder / file for file in SETTINGS_FILES):
-        if path.is_file():
+        if os.path.lexists(path):
             return path, read_object(path, MAX_FILE)
     return folder / "config.json", {}
 

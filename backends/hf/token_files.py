@@ -16,8 +16,7 @@ from tokenizers import AddedToken
 
 from tightrope.backends.errors import BackendError
 from tightrope.backends.hf.config import ModelShape
-from tightrope.backends.hf.generation import MAX_FILE, read_optional
-from tightrope.backends.hf.jsonfile import read_object
+from tightrope.backends.hf.generation import read_optional
 
 NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 END_NAMES = ("eos_token", "eot_token", "eom_token")
@@ -71,10 +70,8 @@ def read_token_files(folder: Path, shape: ModelShape) -> TokenFiles:
 
 def _advice(path: Path, notes: list[str]) -> dict[str, Any]:
     """A file whose loss costs no more than what it says; empty, with a note, if it is no JSON object."""
-    if not path.is_file():
-        return {}
     try:
-        return read_object(path, MAX_FILE, finite=False)
+        return read_optional(path)
     except BackendError as error:
         notes.append(f"left out: {error}")
         return {}
