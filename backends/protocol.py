@@ -79,6 +79,9 @@ class Tokenizer(Protocol):
     bos_id: int | None
     eos_ids: frozenset[int]  # every token that ends a turn
     adds_bos: bool  # whether prompts of this model start with bos_id
+    lost_bytes: bytes  # bytes of UTF-8 that may become no token at all
+    # other bytes of text that one token stands for, at most; None: any text may be left out, or be one token
+    max_token_bytes: int | None
 
     def encode(self, text: str, *, parse_special: bool, is_start: bool) -> list[int]:
         """Token ids of `text`, without BOS.

@@ -1,7 +1,7 @@
 """The engine process: takes requests from the socket, runs the loop, sends what each step brought.
 
-One thread reads the socket and tokenises; the main thread runs the model. `python -m tightrope.engine.child FD` is how
-the front starts it; `serve` alone is the same engine inside another process.
+One thread reads the socket, two more tokenise; the main thread runs the model. `python -m tightrope.engine.child FD` is
+how the front starts it; `serve` alone is the same engine inside another process.
 """
 
 import logging
@@ -99,20 +99,20 @@ def load(settings: ModelSettings, open_backend: OpenBackend) -> Backend:
 
 
 def serve(
-    sock: socket.socket, on_front_gone: Callable[[], None] = lambda: None, open_backend: OpenBackend = open_backend
+    sock: socket.socket, on_end: Callable[[int], None] = lambda status: None, open_backend: OpenBackend = open_backend
 ) -> int:
-    """Run an engine over the socket until the front closes it; return the exit status.
+    """Run an engine over the socket until the front closes it, or it can't be read; return the exit status.
 
-    `on_front_gone` is called at once, from another thread, possibly while a step runs.
+    `on_end` is called with it at once, from another thread, possibly while a step runs.
     """
     end = EngineEnd(sock)
     try:
-        return _serve(end, on_front_gone, open_backend)
+        return _serve(end, on_end, open_backend)
     finally:
         end.close()
 
 
-def _serve(end: EngineEnd, on_front_gone: Callable[[], None], open_backend: OpenBackend) -> int:
+def _serve(end: EngineEnd, on_end: Callable[[int], None], open_backend: OpenBackend) -> int:
     start = end.receive()
     if not isinstance(start, Start):
         return 0
@@ -132,13 +132,16 @@ def _serve(end: EngineEnd, on_front_gone: Callable[[], None], open_backend: Open
         core.adapters.set_marks(message.marks.texts, message.marks.ends)
         if start.adapters is not None:
             core.adapters.restore(start.adapters)
-        reader = Reader(end, core, settings, on_front_gone)
+        reader = Reader(end, core, settings, on_end)
         threading.Thread(target=reader.run, name="reader", daemon=True).start()
-        end.send(Ready(model_info(backend, core.adapters.special_texts()), core.adapters.paths))
-        run_loop(core, reader, end)
+        try:
+            end.send(Ready(model_info(backend, core.adapters.special_texts()), core.adapters.paths))
+            run_loop(core, reader, end)
+        finally:
+            reader.close()
+        return reader.status
     finally:
         backend.close()
-    return 0
 
 
 def main() -> None:
@@ -146,7 +149,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the front, which closes the socket when it is done
     log_to_stderr("info")
     # The model may be in the middle of a long step, which nobody waits for any more.
-    status = serve(socket.socket(fileno=int(sys.argv[1])), on_front_gone=lambda: os._exit(0))
+    status = serve(socket.socket(fileno=int(sys.argv[1])), on_end=os._exit)
     sys.exit(status)
 
 

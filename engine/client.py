@@ -17,7 +17,7 @@ from tightrope.engine.launch import EngineHandle, Launcher, spawn_process
 from tightrope.engine.outbox import Outbox
 from tightrope.engine.queueing import QueueTimes
 from tightrope.engine.settings import EngineSettings
-from tightrope.engine.types import Delta, GenerateRequest, ModelInfo, Prompt, Stats, Token, TurnMarks
+from tightrope.engine.types import Delta, GenerateRequest, ModelInfo, Prompt, Stats, TokenRun, TurnMarks
 from tightrope.engine.wire import (
     HEADER,
     AdapterList,
@@ -44,7 +44,7 @@ from tightrope.engine.wire import (
 
 log = logging.getLogger("tightrope.client")
 
-Answer = tuple[Token, ...] | str | dict[str, str]  # to a call
+Answer = TokenRun | str | dict[str, str]  # to a call
 FindMarks = Callable[[ModelInfo], Awaitable[TurnMarks]]
 State = Literal["loading", "ready", "restarting", "failed", "closed"]
 
@@ -369,10 +369,10 @@ class EngineClient:
             if num_open and not self._take_back(request.request_id):
                 self._send(Cancel(request.request_id))
 
-    async def tokenize(self, prompt: Prompt, adapter: str | None = None) -> tuple[Token, ...]:
-        """The tokens of a prompt as it would be run. Raises InvalidRequest and EngineUnavailable."""
-        tokens = await self._call(lambda call_id: Tokenize(call_id, prompt, adapter))
-        assert isinstance(tokens, tuple)
+    async def tokenize(self, prompt: Prompt, adapter: str | None = None, *, last: int | None = None) -> TokenRun:
+        """The tokens of a prompt as it would be run, or the last few. Raises InvalidRequest and EngineUnavailable."""
+        tokens = await self._call(lambda call_id: Tokenize(call_id, prompt, adapter, last))
+        assert isinstance(tokens, TokenRun)
         return tokens
 
     async def detokenize(self, token_ids: Sequence[int], adapter: str | None = None) -> str:

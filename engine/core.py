@@ -28,7 +28,9 @@ from tightrope.engine.types import (
     PromptInfo,
     Stats,
     Token,
+    TokenPiece,
     TokenPrompt,
+    TokenRun,
     TopToken,
 )
 
@@ -100,10 +102,11 @@ class EngineCore:
         """Tokenise and check a request. Raises InvalidRequest and ContextLengthExceeded."""
         return self._intake.sequences(request, self._clock())
 
-    def tokenize(self, prompt: Prompt, adapter: str | None = None) -> tuple[Token, ...]:
-        """The tokens of a prompt, as it would be run. Raises InvalidRequest and ModelNotFound."""
+    def tokenize(self, prompt: Prompt, adapter: str | None = None, last: int | None = None) -> TokenRun:
+        """The tokens of a prompt, as it would be run, or the last few. Raises InvalidRequest and ModelNotFound."""
         tokenizer = self._intake.tokenizer(adapter)
-        return tuple(plain_token(i, tokenizer) for i in encode_prompt(prompt, tokenizer))
+        token_ids = encode_prompt(prompt, tokenizer, last)
+        return TokenRun.of(token_ids, lambda i: TokenPiece(tokenizer.token_bytes(i), tokenizer.is_special(i)))
 
     def detokenize(self, token_ids: tuple[int, ...], adapter: str | None = None) -> str:
         """The text of token ids, special ones included. Raises InvalidRequest and ModelNotFound."""

@@ -40,12 +40,24 @@ class ContextLengthExceeded(InvalidRequest):
 
     code = "context_length_exceeded"
 
-    def __init__(self, prompt_tokens: int, new_tokens: int, max_model_len: int, param: str | None = "prompt") -> None:
+    def __init__(
+        self,
+        prompt_tokens: int,
+        new_tokens: int,
+        max_model_len: int,
+        param: str | None = "prompt",
+        *,
+        is_least: bool = False,
+    ) -> None:
+        """is_least: the prompt was not read to its end, and has so many tokens at least."""
+        least = "at least " if is_least else ""
         super().__init__(
             f"This model's maximum context length is {max_model_len} tokens. However, you requested "
-            f"{prompt_tokens + new_tokens} tokens ({prompt_tokens} in the prompt, {new_tokens} to generate).",
+            f"{least}{prompt_tokens + new_tokens} tokens ({least}{prompt_tokens} in the prompt, {new_tokens} to "
+            "generate).",
             param,
         )
+        self.is_least = is_least
         self.prompt_tokens = prompt_tokens
         self.new_tokens = new_tokens
         self.max_model_len = max_model_len
@@ -55,11 +67,17 @@ class ContextLengthExceeded(InvalidRequest):
             "prompt_tokens": self.prompt_tokens,
             "new_tokens": self.new_tokens,
             "max_model_len": self.max_model_len,
-        }
+        } | ({"is_least": 1} if self.is_least else {})
 
     @classmethod
     def rebuild(cls, message: str, param: str | None, details: dict[str, int]) -> Self:
-        return cls(details["prompt_tokens"], details["new_tokens"], details["max_model_len"], param)
+        return cls(
+            details["prompt_tokens"],
+            details["new_tokens"],
+            details["max_model_len"],
+            param,
+            is_least="is_least" in details,
+        )
 
 
 class ModelNotFound(EngineError):

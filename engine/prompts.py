@@ -1,8 +1,9 @@
 """Requests to sequences: tokenise the prompt, check it against the window, resolve what sampling needs.
 
-Runs beside the loop in another thread and touches nothing of it.
+Runs beside the loop in other threads and touches nothing of it.
 """
 
+import threading
 from collections.abc import Callable
 from itertools import count
 
@@ -14,6 +15,7 @@ from tightrope.engine.detokenizer import Detokenizer
 from tightrope.engine.errors import ContextLengthExceeded, InvalidRequest
 from tightrope.engine.grammar import Grammars
 from tightrope.engine.guidance import Guide
+from tightrope.engine.prompt_bytes import check_bytes, last_bytes
 from tightrope.engine.sampler.state import SamplerState
 from tightrope.engine.sequence import Sequence
 from tightrope.engine.types import GenerateRequest, Prompt, SamplingParams, Span, TextPrompt, Token
@@ -25,10 +27,11 @@ SEED_MASK = (1 << 64) - 1
 MOST_OTHERS = 2  # vocabularies of adapters that are laid out for grammars at a time
 
 
-def encode_prompt(prompt: Prompt, tokenizer: Tokenizer) -> list[int]:
-    """Token ids of a prompt; text gets exactly one BOS in front if the model wants one.
+def encode_prompt(prompt: Prompt, tokenizer: Tokenizer, last: int | None = None) -> list[int]:
+    """Token ids of a prompt, or the last few; text gets exactly one BOS in front if the model wants one.
 
-    Raises InvalidRequest for ids outside the vocabulary.
+    Of a text only the bytes are read in which its last tokens must lie. Raises InvalidRequest for ids outside the
+    vocabulary.
     """
     if not isinstance(prompt, TextPrompt):
         for token_id in prompt.token_ids:
@@ -36,18 +39,21 @@ def encode_prompt(prompt: Prompt, tokenizer: Tokenizer) -> list[int]:
                 raise InvalidRequest(
                     f"token id {token_id} is outside the vocabulary of {tokenizer.vocab_size} tokens", "prompt"
                 )
-        return list(prompt.token_ids)
+        return list(prompt.token_ids[-(last or 0) :])
+    is_cut = False
+    if last is not None:
+        prompt, is_cut = last_bytes(prompt, tokenizer, last)
     token_ids: list[int] = []
-    is_start = True
+    is_start = not is_cut
     for span in prompt.spans:
         if span.text:
             token_ids += tokenizer.encode(span.text, parse_special=span.parse_special, is_start=is_start)
             is_start = False
     bos = tokenizer.bos_id
-    if prompt.add_bos and tokenizer.adds_bos and bos is not None:
+    if prompt.add_bos and tokenizer.adds_bos and bos is not None and not is_cut:
         num_there = next((i for i, token_id in enumerate(token_ids) if token_id != bos), len(token_ids))
         token_ids[:num_there] = [bos]  # client and template may both have written one
-    return token_ids
+    return token_ids[-(last or 0) :]
 
 
 def plain_token(token_id: int, tokenizer: Tokenizer) -> Token:
@@ -77,6 +83,7 @@ class Intake:
         self._max_choices = max_choices
         self._seq_ids = count()
         self._grammars = Grammars(tokenizer)
+        self._others_lock = threading.Lock()
         self._others: list[tuple[Tokenizer, Grammars]] = []  # the last used stands last
 
     def sequences(self, request: GenerateRequest, now_s: float) -> list[Sequence]:
@@ -128,11 +135,12 @@ class Intake:
         """Over a vocabulary; those of adapters are laid out when they are first asked for."""
         if tokenizer is self._tokenizer:
             return self._grammars
-        known = next((pair for pair in self._others if pair[0] is tokenizer), (tokenizer, None))
-        grammars = known[1] or Grammars(tokenizer)
-        others = [pair for pair in self._others if pair[0] is not tokenizer]
-        self._others = [*others, (tokenizer, grammars)][-MOST_OTHERS:]
-        return grammars
+        with self._others_lock:
+            known = next((pair for pair in self._others if pair[0] is tokenizer), (tokenizer, None))
+            grammars = known[1] or Grammars(tokenizer)
+            others = [pair for pair in self._others if pair[0] is not tokenizer]
+            self._others = [*others, (tokenizer, grammars)][-MOST_OTHERS:]
+            return grammars
 
     def _guide(self, request: GenerateRequest, negative: list[int]) -> Guide | None:
         if request.guidance is None or not negative:
@@ -149,6 +157,7 @@ class Intake:
             return []
         add_bos = request.prompt.add_bos if isinstance(request.prompt, TextPrompt) else True
         negative = TextPrompt((Span(guidance.text),), add_bos)
+        check_bytes(negative, tokenizer, self._max_model_len, 0, GUIDE)
         return encode_prompt(negative, tokenizer) or prompt[-1:]
 
     def _guided_len(self, request: GenerateRequest, num_prompt: int, num_negative: int) -> int:
@@ -167,9 +176,10 @@ class Intake:
         return num_prompt + most
 
     def _prompt(self, request: GenerateRequest, tokenizer: Tokenizer) -> list[int]:
-        token_ids = encode_prompt(request.prompt, tokenizer)
-        if request.truncate_to is not None:
-            token_ids = token_ids[-request.truncate_to :]
+        last = request.truncate_to
+        if isinstance(request.prompt, TextPrompt) and (last is None or last > self._max_model_len):
+            check_bytes(request.prompt, tokenizer, self._max_model_len, _new_tokens(request), "prompt")
+        token_ids = encode_prompt(request.prompt, tokenizer, last)
         if not token_ids:
             raise InvalidRequest("the prompt is empty", "prompt")
         return token_ids
@@ -177,15 +187,19 @@ class Intake:
     def _max_len(self, request: GenerateRequest, num_prompt: int) -> int:
         """How long the sequence may become. The last token is drawn but never run: it needs no place in the cache."""
         max_tokens = request.stop.max_tokens
-        if request.reserve_tokens is not None:
-            new, window = request.reserve_tokens, self._max_model_len
-        else:
-            new = 1 if max_tokens is None else max_tokens
-            window = self._max_model_len + 1 if new == 1 else self._max_model_len
+        new, window = _new_tokens(request), self._max_model_len
+        if request.reserve_tokens is None and new == 1:
+            window += 1
         if num_prompt > self._max_model_len or num_prompt + new > window:
             raise ContextLengthExceeded(num_prompt, new, self._max_model_len)
         longest = max(self._max_model_len, num_prompt + 1)
         return longest if max_tokens is None else min(longest, num_prompt + max_tokens)
+
+
+def _new_tokens(request: GenerateRequest) -> int:
+    """How many new tokens must fit the window."""
+    max_tokens = 1 if request.stop.max_tokens is None else request.stop.max_tokens
+    return max_tokens if request.reserve_tokens is None else request.reserve_tokens
 
 
 def _sampling(params: SamplingParams, index: int, vocab_size: int) -> SamplingParams:

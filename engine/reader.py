@@ -1,11 +1,15 @@
-"""What the front asks for, read beside the loop: answered here where no model is needed, or prepared for the loop."""
+"""What the front asks for, read beside the loop: answered where no model is needed, or prepared for the loop."""
 
+import logging
 import queue
+import threading
 from collections.abc import Callable
 
 from tightrope.engine.adapters import Action, AdapterCalls
 from tightrope.engine.core import EngineCore
-from tightrope.engine.errors import EngineError, Overloaded
+from tightrope.engine.errors import BackendFailed, EngineError, Overloaded
+from tightrope.engine.lanes import Lanes
+from tightrope.engine.prompt_bytes import prompt_bytes, request_bytes
 from tightrope.engine.sequence import Sequence
 from tightrope.engine.settings import EngineSettings
 from tightrope.engine.types import GenerateRequest
@@ -22,10 +26,13 @@ from tightrope.engine.wire import (
     Start,
     Submit,
     ToEngine,
+    ToFront,
     Tokenize,
     Tokenized,
     UnloadAdapter,
 )
+
+log = logging.getLogger("tightrope.engine")
 
 
 class FrontGone:
@@ -36,42 +43,58 @@ Inbox = queue.SimpleQueue[list[Sequence] | Cancel | Action | FrontGone]
 
 
 class Reader:
-    """Answers what needs no model, prepares what does, and passes it to the loop."""
+    """Reads what the front sends and does none of it itself: the loop runs requests, `Lanes` read their texts.
+
+    Whatever goes wrong with a request is an answer to it. If reading itself goes wrong, nothing would ever be read
+    again: the engine ends, and is started anew.
+    """
 
     def __init__(
-        self, end: EngineEnd, core: EngineCore, settings: EngineSettings, on_front_gone: Callable[[], None]
+        self, end: EngineEnd, core: EngineCore, settings: EngineSettings, on_end: Callable[[int], None]
     ) -> None:
+        """on_end: called when nothing more is read, with the status that the process should end with."""
         self._end = end
         self._core = core
         self._limits = settings.limits
-        self._on_front_gone = on_front_gone
+        self._on_end = on_end
+        self._lanes = Lanes()
+        self._lock = threading.Lock()
         self._num_passed = 0
+        self._preparing: dict[str, int] = {}  # how many answers, by request
         self.inbox: Inbox = queue.SimpleQueue()
         self._adapters = AdapterCalls(core.adapters, settings.model.adapter_folder, end, self.inbox.put)
         self.num_taken = 0  # written by the loop alone
+        self.status = 0
 
     def run(self) -> None:
-        while (message := self._end.receive()) is not None:
-            self._handle(message)
+        """Read until the front is gone."""
+        try:
+            while (message := self._end.receive()) is not None:
+                self._handle(message)
+        except BaseException:
+            log.critical("the engine can read no more requests, and ends", exc_info=True)
+            self.status = 1
         self.inbox.put(FrontGone())
-        self._on_front_gone()
+        self._on_end(self.status)
+
+    def close(self) -> None:
+        """Wait for the text that is being read, if there is one; to be called before the model goes."""
+        self._lanes.close()
 
     def _handle(self, message: ToEngine) -> None:
         match message:
             case Submit(request=request):
                 self._submit(request)
-            case Cancel():
-                self.inbox.put(message)
-            case Tokenize(call_id=call_id, prompt=prompt, adapter=adapter):
-                try:
-                    self._end.send(Tokenized(call_id, self._core.tokenize(prompt, adapter)))
-                except EngineError as error:
-                    self._end.send(CallFailed(call_id, ErrorFrame.of(error)))
+            case Cancel(request_id=request_id):
+                with self._lock:
+                    if self._preparing.pop(request_id, None) is None:
+                        self.inbox.put(message)
+            case Tokenize(call_id=call_id, prompt=prompt, adapter=adapter, last=last):
+                size = prompt_bytes(prompt)
+                self._call(call_id, size, lambda: Tokenized(call_id, self._core.tokenize(prompt, adapter, last)))
             case Detokenize(call_id=call_id, token_ids=token_ids, adapter=adapter):
-                try:
-                    self._end.send(Detokenized(call_id, self._core.detokenize(token_ids, adapter)))
-                except EngineError as error:
-                    self._end.send(CallFailed(call_id, ErrorFrame.of(error)))
+                size = len(token_ids)
+                self._call(call_id, size, lambda: Detokenized(call_id, self._core.detokenize(token_ids, adapter)))
             case LoadAdapter():
                 self._adapters.load(message)
             case UnloadAdapter():
@@ -79,14 +102,50 @@ class Reader:
             case Start() | SetMarks():
                 raise AssertionError(f"a second {type(message).__name__}")
 
+    def _call(self, call_id: int, num_bytes: int, answer: Callable[[], ToFront]) -> None:
+        def job() -> None:
+            try:
+                self._end.send(answer())
+            except BaseException as error:
+                self._end.send(CallFailed(call_id, ErrorFrame.of(_as_engine_error(error, f"call_id={call_id}"))))
+
+        self._lanes.put(num_bytes, job)
+
     def _submit(self, request: GenerateRequest) -> None:
-        try:
-            queued = self._core.num_unplaced + self._num_passed - self.num_taken
-            if queued >= self._limits.max_waiting:
-                raise Overloaded(f"{queued} requests are waiting already; the limit is {self._limits.max_waiting}")
-            sequences = self._core.prepare(request)
-        except EngineError as error:
-            self._end.send(Refused(request.request_id, ErrorFrame.of(error)))
+        request_id = request.request_id
+        with self._lock:
+            preparing = sum(self._preparing.values())
+            queued = self._core.num_unplaced + self._num_passed - self.num_taken + preparing
+            is_refused = queued >= self._limits.max_waiting
+            if not is_refused:
+                self._preparing[request_id] = max(1, min(request.n, self._limits.max_best_of))
+        if is_refused:
+            full = Overloaded(f"{queued} requests are waiting already; the limit is {self._limits.max_waiting}")
+            self._end.send(Refused(request_id, ErrorFrame.of(full)))
+        else:
+            self._lanes.put(request_bytes(request), lambda: self._prepare(request))
+
+    def _prepare(self, request: GenerateRequest) -> None:
+        request_id = request.request_id
+        if request_id not in self._preparing:  # cancelled
             return
-        self._num_passed += len(sequences)
-        self.inbox.put(sequences)
+        try:
+            sequences = self._core.prepare(request)
+        except BaseException as error:
+            if self._preparing.pop(request_id, None) is not None:
+                refusal = _as_engine_error(error, f"request_id={request_id}")
+                self._end.send(Refused(request_id, ErrorFrame.of(refusal)))
+            return
+        with self._lock:
+            if self._preparing.pop(request_id, None) is not None:
+                self._num_passed += len(sequences)
+                self.inbox.put(sequences)
+
+
+def _as_engine_error(error: BaseException, where: str) -> EngineError:
+    """What a client is told; what nobody foresaw is logged. Tokenizers panic with what is no Exception."""
+    if isinstance(error, EngineError):
+        return error
+    log.error("not read: %s", where, exc_info=error)
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return BackendFailed(f"the request can't be read: {reason:.200}")

@@ -3,6 +3,8 @@
 Everything here is a msgspec struct, encoded as msgpack; nothing here imports torch.
 """
 
+from array import array
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 from msgspec import Struct, field
@@ -181,6 +183,38 @@ class Token(Struct, frozen=True, array_like=True):
     logprob: float | None
     is_special: bool
     top: tuple[TopToken, ...] = ()
+
+
+class TokenPiece(Struct, frozen=True, array_like=True):
+    """What every token of an id is."""
+
+    raw: bytes
+    is_special: bool
+
+
+class TokenRun(Struct, frozen=True):
+    """The tokens of a text, of which there may be millions: ids, and each id's piece once."""
+
+    packed: bytes  # [n] int32, in this machine's order of bytes
+    pieces: dict[int, TokenPiece]
+
+    @classmethod
+    def of(cls, token_ids: Sequence[int], piece: Callable[[int], TokenPiece]) -> "TokenRun":
+        """The run of these ids; `piece` is asked once for each."""
+        return cls(array("i", token_ids).tobytes(), {i: piece(i) for i in set(token_ids)})
+
+    @property
+    def ids(self) -> list[int]:
+        return array("i", self.packed).tolist()
+
+    def __len__(self) -> int:
+        return len(self.packed) // array("i").itemsize
+
+    def __iter__(self) -> Iterator[Token]:
+        """The tokens one by one, each with its own text."""
+        for token_id in self.ids:
+            piece = self.pieces[token_id]
+            yield Token(token_id, piece.raw, piece.raw.decode("utf-8", "replace"), None, piece.is_special)
 
 
 class Timings(Struct, frozen=True, array_like=True):

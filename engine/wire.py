@@ -12,7 +12,7 @@ import msgspec
 from msgspec import Struct
 
 from tightrope.engine.errors import EngineError, rebuild_error
-from tightrope.engine.types import Delta, GenerateRequest, ModelInfo, Prompt, Stats, Token, TurnMarks
+from tightrope.engine.types import Delta, GenerateRequest, ModelInfo, Prompt, Stats, TokenRun, TurnMarks
 
 MAX_FRAME_BYTES = 256 << 20
 HEADER = struct.Struct("<I")
@@ -62,6 +62,7 @@ class Tokenize(Struct, frozen=True, tag="tokenize"):
     call_id: int
     prompt: Prompt
     adapter: str | None = None  # whose tokens they are
+    last: int | None = None  # how many of them are wanted, from the end; None: all
 
 
 class Detokenize(Struct, frozen=True, tag="detokenize"):
@@ -122,7 +123,7 @@ class Refused(Struct, frozen=True, tag="refused"):
 
 class Tokenized(Struct, frozen=True, tag="tokenized"):
     call_id: int
-    tokens: tuple[Token, ...]
+    tokens: TokenRun
 
 
 class Detokenized(Struct, frozen=True, tag="detokenized"):

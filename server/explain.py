@@ -1,8 +1,9 @@
 """What was done with a request: prompt, BOS, reused tokens, samplers in order, fields that changed nothing."""
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Annotated, Any
 
 import msgspec
@@ -140,19 +141,19 @@ async def _prompts(front: Front, requests: Sequence[GenerateRequest]) -> list[di
 
 async def _prompt(front: Front, request: GenerateRequest) -> dict[str, Any]:
     tokens = await front.client.tokenize(request.prompt, request.adapter)
-    shown = tokens if request.truncate_to is None else tokens[-request.truncate_to :]
+    shown = tokens.ids if request.truncate_to is None else tokens.ids[-request.truncate_to :]
     if isinstance(request.prompt, TextPrompt):
         text = "".join(span.text for span in request.prompt.spans)
     else:
         text = await front.client.detokenize(request.prompt.token_ids, request.adapter)
     return {
         "text": text,
-        "token_ids": [token.token_id for token in shown],
+        "token_ids": shown,
         "bos": await _bos(front, request.prompt, tokens),
     }
 
 
-async def _bos(front: Front, prompt: Prompt, tokens: Sequence[Token]) -> str:
+async def _bos(front: Front, prompt: Prompt, tokens: Iterable[Token]) -> str:
     """Who put the BOS in front, in words."""
     bos = front.info().bos_token
     if bos is None:
@@ -168,6 +169,5 @@ async def _bos(front: Front, prompt: Prompt, tokens: Sequence[Token]) -> str:
     return "one: put in front by the server" if kept else "none: neither the model nor the prompt wants one"
 
 
-def _leading(bos: str, tokens: Sequence[Token]) -> int:
-    is_bos = [token.is_special and token.raw == bos.encode() for token in tokens]
-    return next((place for place, yes in enumerate(is_bos) if not yes), len(is_bos))
+def _leading(bos: str, tokens: Iterable[Token]) -> int:
+    return sum(1 for _ in takewhile(lambda token: token.is_special and token.raw == bos.encode(), tokens))

@@ -1,14 +1,17 @@
 """Text to token ids and back. One path serves several dialects, told apart by the key that is present."""
 
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from typing import Annotated
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Discriminator, Field, Tag
 
 from tightrope.engine.types import Span, TextPrompt, Token
 from tightrope.server import structured
 from tightrope.server.body import Body, JsonRoute
 from tightrope.server.front import Front
+from tightrope.server.long_lists import json_answer, json_list, json_object
 from tightrope.server.openai.convert import check_model
 from tightrope.server.openai.requests import MAX_INT, ChatRequest, Ids, SamplingBody
 from tightrope.server.openai.routes import ERRORS, rendered_chat
@@ -144,31 +147,25 @@ class Detokenized(BaseModel):
     content: str
 
 
-def places(tokens: tuple[Token, ...], inputs: str) -> list[TokenPlace]:
-    """Where each token lies in `inputs`. A BOS put in front, or a space, has no bytes there."""
-    raw = inputs.encode()
-    found, start = [], 0
+def places(tokens: Iterable[Token], inputs: str) -> Iterator[dict[str, str | int]]:
+    """Where each token lies in `inputs`, as TokenPlace has it. A BOS put in front, or a space, has no bytes there."""
+    raw, start = inputs.encode(), 0
     for token in tokens:
         piece = token.raw
         if not raw.startswith(piece, start):
             piece = piece[1:] if piece[:1] == b" " and raw.startswith(piece[1:], start) else b""
         stop = start + len(piece)
         text = raw[start:stop].decode("utf-8", "replace")
-        found.append(TokenPlace(id=token.token_id, text=text, start=start, stop=stop))
+        yield {"id": token.token_id, "text": text, "start": start, "stop": stop}
         start = stop
-    return found
 
 
-def _piece(token: Token) -> TokenPiece:
+def _piece(token: Token) -> dict[str, object]:
+    """As TokenPiece has it."""
     try:
-        return TokenPiece(id=token.token_id, piece=token.raw.decode())
+        return {"id": token.token_id, "piece": token.raw.decode()}
     except UnicodeDecodeError:
-        return TokenPiece(id=token.token_id, piece=list(token.raw))
-
-
-def _last(most: int | None) -> slice:
-    """Where the tokens lie that are left of a prompt that is cut."""
-    return slice(None if most is None else -most, None)
+        return {"id": token.token_id, "piece": list(token.raw)}
 
 
 def tokenize_router(front: Front) -> APIRouter:
@@ -178,16 +175,21 @@ def tokenize_router(front: Front) -> APIRouter:
 
     shared = {**documented, 422: TGI_ERRORS[422], 424: TGI_ERRORS[424]}
 
-    @router.post("/tokenize", responses=shared)
-    @router.post("/v1/tokenize", responses=documented)
-    async def tokenize(body: TokenizeBody, request: Request) -> Tokenized | list[TokenPlace] | TokenIds:
+    answers = Tokenized | list[TokenPlace] | TokenIds
+
+    @router.post("/tokenize", responses=shared, response_model=answers)
+    @router.post("/v1/tokenize", responses=documented, response_model=answers)
+    async def tokenize(body: TokenizeBody, request: Request) -> Tokenized | list[TokenPlace] | TokenIds | Response:
         """The token ids of a text or a chat."""
         if isinstance(body, TokenizeInputs):
-            return places(await front.client.tokenize(TextPrompt((Span(body.inputs),))), body.inputs)
+            tokens = await front.client.tokenize(TextPrompt((Span(body.inputs),)))
+            return json_answer(await json_list(places(tokens, body.inputs)))
         if isinstance(body, TokenizeContent):
             span = Span(body.content, body.parse_special)
             tokens = await front.client.tokenize(TextPrompt((span,), body.add_special))
-            return TokenIds(tokens=[_piece(t) if body.with_pieces else t.token_id for t in tokens])
+            if body.with_pieces:
+                return json_answer(json_object({"tokens": await json_list(map(_piece, tokens))}))
+            return TokenIds(tokens=tokens.ids)
         served = front.served()
         check_model(body.model, served)
         if isinstance(body, TokenizeChat):
@@ -195,24 +197,25 @@ def tokenize_router(front: Front) -> APIRouter:
             prompt = TextPrompt((await rendered_chat(front, body, request)).spans, body.add_special_tokens)
         else:
             prompt = TextPrompt((Span(body.prompt),), body.add_special_tokens)
-        tokens = (await front.client.tokenize(prompt))[_last(body.truncate_prompt_tokens)]
-        return Tokenized(
-            count=len(tokens),
-            max_model_len=served.info.max_model_len,
-            tokens=[token.token_id for token in tokens],
-            token_strs=[token.text for token in tokens] if body.return_token_strs else None,
+        tokens = await front.client.tokenize(prompt, last=body.truncate_prompt_tokens)
+        answer = Tokenized(
+            count=len(tokens), max_model_len=served.info.max_model_len, tokens=tokens.ids, token_strs=None
         )
+        if not body.return_token_strs:
+            return answer
+        texts = await json_list(token.text for token in tokens)
+        return json_answer(json_object(answer.model_dump() | {"token_strs": texts}))
 
-    @router.post("/chat_tokenize", responses=TGI_ERRORS)
-    async def chat_tokenize(body: CountedChat, request: Request) -> ChatTokenized:
+    @router.post("/chat_tokenize", responses=TGI_ERRORS, response_model=ChatTokenized)
+    async def chat_tokenize(body: CountedChat, request: Request) -> Response:
         """The tokens of a chat's prompt, as TGI lists them, and the prompt."""
         check_tools(body)
         spans = (await rendered_chat(front, body, request)).spans
         text = "".join(span.text for span in spans)
         tokens = await front.client.tokenize(TextPrompt(spans, body.add_special_tokens))
-        return ChatTokenized(
-            tokenize_response=places(tokens, text)[_last(body.truncate_prompt_tokens)], templated_text=text
-        )
+        num_cut = 0 if (last := body.truncate_prompt_tokens) is None else max(0, len(tokens) - last)
+        found = await json_list(islice(places(tokens, text), num_cut, None))
+        return json_answer(json_object({"tokenize_response": found, "templated_text": text}))
 
     @router.get("/tokenizer_info", responses={key: ERRORS[key] for key in (401, 503)})
     async def tokenizer_info() -> TokenizerInfo:

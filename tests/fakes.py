@@ -30,6 +30,8 @@ class ByteTokenizer:
         self.eos_ids = frozenset({EOS, END_OF_TURN})
         self._texts = SPECIAL | dict(enumerate(added, VOCAB_SIZE))
         self._special = set(SPECIAL)
+        self.lost_bytes = b""
+        self.max_token_bytes = max(len(text.encode()) for text in self._texts.values())
 
     def encode(self, text: str, *, parse_special: bool, is_start: bool) -> list[int]:
         for token_id, found in self._texts.items():

@@ -137,8 +137,8 @@ async def test_requests_beyond_the_queue_are_refused_and_the_rest_served(client:
 async def test_text_goes_to_tokens_and_back(client: EngineClient):
     tokens = await client.tokenize(TextPrompt((Span("hé"),)))
     assert [t.raw for t in tokens] == [b"<s>", b"h", b"\xc3", b"\xa9"]
-    assert await client.detokenize([t.token_id for t in tokens[1:]]) == "hé"
-    assert [t.token_id for t in await client.tokenize(TokenPrompt((1, 2)))] == [1, 2]
+    assert await client.detokenize(tokens.ids[1:]) == "hé"
+    assert (await client.tokenize(TokenPrompt((1, 2)))).ids == [1, 2]
 
 
 async def test_an_engine_that_dies_fails_open_answers_and_is_back_for_the_next(process_client: EngineClient):

@@ -42,7 +42,7 @@ class SpecialTokens:
         self._by_text = {token.text: token for token in tokens if token.text}
         self._precedes = precedes
         self._known: dict[tuple[bytes, bytes], bool | None] = {}  # its answers
-        self._strips = any(token.strips_left or token.strips_right for token in self._by_text.values())
+        self.strips_any = any(token.strips_left or token.strips_right for token in self._by_text.values())
         texts = sorted(self._by_text)
         self._alone = frozenset(text for text in texts if _stands_alone(text, texts))
         self._pattern = re.compile(_either(texts, 0), re.DOTALL) if texts else None
@@ -51,7 +51,7 @@ class SpecialTokens:
         """The text's parts between special tokens, and the ids of those, in order. No part is empty."""
         if self._pattern is None:
             places: Iterator[tuple[int, int, int]] = iter(())
-        elif self._strips:
+        elif self.strips_any:
             present = [token for text, token in self._by_text.items() if text in raw]
             places = self._passes(raw, 0, len(raw), present)
         else:

@@ -17,6 +17,7 @@ _CONTROL = ll.LLAMA_TOKEN_ATTR_CONTROL | ll.LLAMA_TOKEN_ATTR_UNKNOWN  # what par
 _SPACE_PREFIXED = (ll.LLAMA_VOCAB_TYPE_SPM, ll.LLAMA_VOCAB_TYPE_UGM)
 _BRACKETED = re.compile(r"[<\[◁【]\S+[>\]▷】]")  # as marks are written
 _SEPARATOR = b"\x01"  # a character that no vocabulary joins with others
+_CHARACTER = 4  # bytes of UTF-8 at most: one that is in no piece may be one unknown token
 _SHORT = 64  # bytes of a text whose ids are kept for when it comes again
 _MOST_KNOWN = 4096
 
@@ -42,6 +43,7 @@ class GGUFTokenizer:
         self.named_tokens = tuple((name, self._text(token_id)) for name, token_id in named.items())
         # what ends a turn is no text, whatever its type
         self.set_marks([text for text, i in self._added.items() if i in self.eos_ids and not WORDS.fullmatch(text)], ())
+        self.lost_bytes, self.max_token_bytes = self._measure()
 
     def encode(self, text: str, *, parse_special: bool, is_start: bool) -> list[int]:
         """See Tokenizer. An unpaired surrogate, which has no UTF-8, becomes a replacement character."""
@@ -124,6 +126,19 @@ class GGUFTokenizer:
         texts = zip(self._special_texts, sorted(self._special), strict=True)
         places = {text: place_to_cut(text, token_id, encode) for text, token_id in texts}
         self._cutter = MarkCutter({text: place for text, place in places.items() if place is not None})
+
+    def _measure(self) -> tuple[bytes, int | None]:
+        """`lost_bytes` and `max_token_bytes`, see Tokenizer."""
+        pieces = [self.token_bytes(i) for i in range(self.vocab_size)]
+        kind = ll.llama_vocab_type(self._vocab)
+        # the special tokens that take in the blanks beside them leave text out, and other vocabularies clean it
+        if kind not in (ll.LLAMA_VOCAB_TYPE_SPM, ll.LLAMA_VOCAB_TYPE_BPE) or self._cut_out[True].strips_any:
+            return b"", None
+        known = {piece[0] for piece in pieces if len(piece) == 1}
+        is_byte_level = kind == ll.LLAMA_VOCAB_TYPE_BPE  # and leaves out what it has no token for
+        lost = bytes(byte for byte in range(256) if byte not in known) if is_byte_level else b""
+        longest = max(len(piece.replace(b" ", "▁".encode())) for piece in pieces)  # a text may hold either
+        return lost, max(_CHARACTER, longest)
 
     def _special_token(self, token_id: int) -> SpecialToken | None:
         """A token that llama.cpp finds in texts by itself."""

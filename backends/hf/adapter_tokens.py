@@ -40,6 +40,7 @@ class OtherSize:
     def __init__(self, inner: Tokenizer, vocab_size: int) -> None:
         self._inner, self.vocab_size = inner, vocab_size
         self.bos_id, self.adds_bos, self.eos_ids = inner.bos_id, inner.adds_bos, inner.eos_ids
+        self.lost_bytes, self.max_token_bytes = inner.lost_bytes, inner.max_token_bytes
 
     def encode(self, text: str, *, parse_special: bool, is_start: bool) -> list[int]:
         """See Tokenizer."""

@@ -9,6 +9,7 @@ from tokenizers import AddedToken
 from tightrope.backends.errors import BackendError
 from tightrope.backends.hf.config import ModelShape
 from tightrope.backends.hf.encoders import encoder
+from tightrope.backends.hf.piece_bytes import max_token_bytes
 from tightrope.backends.hf.pieces import BYTE_PIECE, byte_level, piece_reader
 from tightrope.backends.hf.spm import NO_PREFIX, PREFIX
 from tightrope.backends.hf.token_files import TokenFiles, read_token_files
@@ -36,6 +37,7 @@ class HFTokenizer:
         self._build()
         self.bos_id, self.adds_bos = self._bos(files, shape)
         self.eos_ids: frozenset[int] = self._ends(files)
+        self.lost_bytes, self.max_token_bytes = self._measure()
         own = {name: text for name, text in self._vocabulary.named.items() if name not in files.settings}
         self.named_tokens = tuple((own | files.named).items())
 
@@ -160,6 +162,18 @@ class HFTokenizer:
             return added.content.encode()
         piece = self._vocabulary.source.model.id_to_token(token_id) if added is None else added.content
         return b"" if piece is None else self._bytes(piece)
+
+    def _measure(self) -> tuple[bytes, int | None]:
+        """`lost_bytes` and `max_token_bytes`, see Tokenizer."""
+        vocabulary, added = self._vocabulary, self._vocabulary.added.values()
+        if vocabulary.charsmap is not None or any(token.lstrip or token.rstrip for token in added):
+            return b"", None
+        texts = [*self._pieces, *(token.content for token in added)]
+        longest = max_token_bytes(vocabulary.source, texts)
+        if self._bytes is not byte_level:
+            return b"", longest
+        known = {byte_level(text) for text in self._pieces if len(text) == 1}
+        return bytes(byte for byte in range(256) if bytes([byte]) not in known), longest
 
     def _bos(self, files: TokenFiles, shape: ModelShape) -> tuple[int | None, bool]:
         """BOS and whether prompts start with it: as tokenizer_config.json says, or else as the post-processor does."""

@@ -220,7 +220,7 @@ def koboldcpp_router(front: Front) -> APIRouter:
     async def tokencount(body: CountBody) -> Counted:
         """The token ids of a text. The counts of a prompt's pieces add up unless `special` is set."""
         tokens = await front.client.tokenize(TextPrompt((Span(body.prompt),), body.special))
-        return Counted(value=len(tokens), ids=[token.token_id for token in tokens])
+        return Counted(value=len(tokens), ids=tokens.ids)
 
     @router.post("/extra/abort", responses=CALL_ERRORS, openapi_extra=ABORT_BODY)
     async def abort(request: Request) -> Success:

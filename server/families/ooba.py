@@ -30,7 +30,7 @@ def ooba_router(front: Front) -> APIRouter:
     router = APIRouter(prefix="/v1/internal", route_class=JsonRoute, tags=["text-generation-webui"])
 
     async def ids(text: str) -> list[int]:
-        return [token.token_id for token in await front.client.tokenize(TextPrompt((Span(text),), add_bos=False))]
+        return (await front.client.tokenize(TextPrompt((Span(text),), add_bos=False))).ids
 
     @router.get("/model/info", responses=STATUS_ERRORS)
     async def model_info() -> InternalInfo:

@@ -135,7 +135,7 @@ def tabby_router(front: Front) -> APIRouter:
         """The token ids of a text."""
         span = Span(body.text, body.encode_special_tokens)
         tokens = await front.client.tokenize(TextPrompt((span,), body.add_bos_token))
-        return Encoded(tokens=[token.token_id for token in tokens], length=len(tokens))
+        return Encoded(tokens=tokens.ids, length=len(tokens))
 
     @router.post("/token/decode", responses=CALL_ERRORS)
     async def decode(body: DecodeBody) -> Decoded:

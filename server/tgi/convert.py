@@ -163,8 +163,9 @@ def refusal(exc: InvalidRequest, max_new_tokens: int | None) -> InvalidRequest:
     """The engine's refusal in TGI's words."""
     if not isinstance(exc, ContextLengthExceeded):
         return in_tgi_words(exc)
-    given, most = exc.prompt_tokens, exc.max_model_len
-    if max_new_tokens is None and given <= most:
+    most = exc.max_model_len
+    given = f"at least {exc.prompt_tokens}" if exc.is_least else f"{exc.prompt_tokens}"
+    if max_new_tokens is None and exc.prompt_tokens <= most:
         return InvalidRequest(f"`inputs` must have less than {most - 1} tokens. Given: {given}", "inputs")
     return InvalidRequest(
         f"`inputs` tokens + `max_new_tokens` must be <= {most}. "

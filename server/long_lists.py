@@ -1,0 +1,31 @@
+"""Answers with lists that may have millions of items."""
+
+import asyncio
+from collections.abc import Iterable, Mapping
+from itertools import islice
+
+import msgspec
+from fastapi import Response
+
+SLICE = 2000  # items; some milliseconds
+
+
+async def json_list(items: Iterable[object]) -> bytes:
+    """The list as JSON, made slice by slice, between which other requests are answered."""
+    slices: list[bytes] = []
+    rest = iter(items)
+    while part := list(islice(rest, SLICE)):
+        slices.append(msgspec.json.encode(part)[1:-1])
+        await asyncio.sleep(0)
+    return b"[" + b",".join(slices) + b"]"
+
+
+def json_answer(content: bytes) -> Response:
+    """An answer that is JSON already."""
+    return Response(content, media_type="application/json")
+
+
+def json_object(fields: Mapping[str, object]) -> bytes:
+    """An object as JSON; values in bytes are JSON already."""
+    raw = {name: msgspec.Raw(value) if isinstance(value, bytes) else value for name, value in fields.items()}
+    return msgspec.json.encode(raw)
