@@ -250,12 +250,18 @@ class EngineClient:
         if self._outbox is not None:
             self._outbox.put(message)
 
-    def _unsent(self, message: ToEngine, reason: ValueError) -> None:
+    def _unsent(self, message: ToEngine, reason: Exception) -> None:
         """End what can't be sent."""
+        error: EngineError = InvalidRequest(str(reason))
+        if not isinstance(reason, ValueError):  # which tells of a frame that is too long
+            log.error("a message can't be sent: type=%s error=%r", type(message).__name__, reason)
+            error = BackendFailed("the request can't be sent to the engine")
         if isinstance(message, Submit) and message.request.request_id in self._streams:
-            self._streams[message.request.request_id].items.put_nowait(InvalidRequest(str(reason)))
-        elif isinstance(message, Tokenize | Detokenize) and message.call_id in self._calls:
-            self._calls.pop(message.call_id).set_exception(InvalidRequest(str(reason)))
+            self._streams[message.request.request_id].items.put_nowait(error)
+        elif isinstance(message, Tokenize | Detokenize | LoadAdapter | UnloadAdapter):
+            call = self._calls.pop(message.call_id, None)
+            if call is not None and not call.done():
+                call.set_exception(error)
 
     def _dispatch(self, message: ToFront) -> None:
         match message:

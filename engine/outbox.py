@@ -6,7 +6,7 @@ from contextlib import suppress
 
 from tightrope.engine.wire import Submit, ToEngine, Tokenize, encode_frame
 
-Unsent = Callable[[ToEngine, ValueError], None]
+Unsent = Callable[[ToEngine, Exception], None]
 
 
 class Outbox:
@@ -43,7 +43,7 @@ class Outbox:
                     message = self._messages.pop(next(iter(self._messages)))
                     try:
                         writer.write(encode_frame(message))
-                    except ValueError as error:
+                    except Exception as error:  # of one message; those behind it are to go on
                         self._unsent(message, error)
                     del message  # or its text stays in memory for as long as the next one waits
                     await writer.drain()

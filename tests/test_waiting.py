@@ -17,10 +17,10 @@ from served_app import PATIENCE_S
 from test_engine_client import answer, ask, expected, fake_process, settings
 
 from tightrope.engine.client import EngineClient
-from tightrope.engine.errors import InvalidRequest, Overloaded
+from tightrope.engine.errors import BackendFailed, InvalidRequest, Overloaded
 from tightrope.engine.launch import ProcessHandle
 from tightrope.engine.queueing import LONGEST_S, QueueTimes
-from tightrope.engine.types import Finish, Span, TextPrompt, Timings
+from tightrope.engine.types import Finish, GenerateRequest, Span, TextPrompt, Timings, TokenPrompt
 
 
 class Gate:
@@ -160,6 +160,22 @@ async def test_a_message_that_is_too_long_for_the_engine_is_an_answer_to_its_req
         with pytest.raises(InvalidRequest, match=r"a message of \d+ bytes"):
             await work
     assert await answer(client, ask("s", "hello")) == expected("hello")
+    await client.close()
+
+
+async def test_what_makes_no_frame_for_any_other_reason_holds_nobody_up(caplog: pytest.LogCaptureFixture) -> None:
+    client = EngineClient(settings(), fake_process)
+    await client.start()
+    await client.wait_ready()
+    beyond_msgpack = GenerateRequest("r", TokenPrompt((1 << 70,)))
+    neighbour = asyncio.create_task(answer(client, ask("s", "hello")))
+    with pytest.raises(BackendFailed, match="can't be sent"):
+        await answer(client, beyond_msgpack)
+    with pytest.raises(BackendFailed, match="can't be sent"):
+        await client.detokenize([1 << 70])
+    assert await neighbour == expected("hello")
+    assert client.restarts == 0
+    assert caplog.text.count("a message can't be sent") == 2
     await client.close()
 
 
