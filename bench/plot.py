@@ -23,7 +23,7 @@ _COLOURS = {
     "generate": "#a9b4bf",
 }
 GREY = "#5b6670"
-LINE, _LEGEND = 0.18, 0.4  # inches that a line of the footer, and the legend, take
+_LINE, _LEGEND = 0.18, 0.4  # inches that a line of the footer, and the legend, take
 STYLE: dict[Any, Any] = {  # Any: matplotlib types its keys as a list of literals
     "font.family": "DejaVu Sans",
     "font.size": 9,
@@ -96,7 +96,7 @@ def draw(
     columns = min(2, max(1, len(panels)))
     rows = max(1, -(-len(panels) // columns))
     footer = _footer(verdicts, caption)
-    below = 0.2 + LINE * (footer.count("\n") + 1)  # inches, as all that isn't panels
+    below = 0.2 + _LINE * (footer.count("\n") + 1)  # inches, as all that isn't panels
     height = 3.5 * rows + _LEGEND + below
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(rows, columns, figsize=(6.2 * columns, height), squeeze=False)

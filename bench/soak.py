@@ -189,7 +189,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--minutes", type=float, default=30.0)
     add_model_options(parser)
-    parser.add_argument("--clients", type=int, default=12, help="how many ask at the same time")
+    parser.add_argument("--clients", type=int, default=20, help="how many ask at the same time")
     parser.add_argument("--seed", type=int, default=0, help="of what is asked, and when engines are killed")
     parser.add_argument("--name", default="soak", help="results go to bench/results/NAME.json and NAME.png")
     options = parser.parse_args()

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from bench.plot import GREY, LINE, STYLE
+from bench.plot import GREY, STYLE
 from bench.watch import Reading, line, lives
 
+_SIZE, _SPACING = 8, 1.5  # of the lines below the panels: points, and how far apart they are
 _FRONT, _ENGINE, _OTHERS = "#33475b", "#c8442d", "#a9b4bf"
 
 
@@ -21,7 +22,7 @@ def draw(
 ) -> Path:
     """Three panels over the minutes of a run, thin lines at the marks; an engine's line breaks where it ended."""
     footer = "\n".join([*map(line, verdicts), caption])
-    below = 0.3 + LINE * (footer.count("\n") + 1)  # inches
+    below = 0.2 + _SIZE * _SPACING / 72 * (footer.count("\n") + 1)  # inches
     height = 7.5 + below
     with plt.rc_context(STYLE):
         figure, (front, engine, counts) = plt.subplots(3, 1, figsize=(10, height), sharex=True)
@@ -48,7 +49,7 @@ def draw(
             axis.legend(loc="upper right", frameon=False, fontsize=8, ncols=3)
             axis.set_ylabel("number" if axis is counts else "MiB, anonymous", color=GREY)
         counts.set_xlabel("minutes", color=GREY)
-        figure.text(0.04, 0.1 / height, footer, fontsize=8, color=GREY, linespacing=1.5)
+        figure.text(0.04, 0.1 / height, footer, fontsize=_SIZE, color=GREY, linespacing=_SPACING)
         figure.tight_layout(rect=(0.02, below / height, 0.99, 1), h_pad=1.5)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=110, facecolor="white")

@@ -19,6 +19,7 @@ from bench.meter import process_tree
 
 ENGINE = "tightrope.engine.child"  # in the command line of the engine's process
 LEAST_READINGS = 9  # three for each third
+LEAST_REQUESTS = 100  # between the thirds: memory comes in pages and pools, and of a few requests says nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,14 +117,14 @@ def growth(points: Sequence[tuple[int, float]]) -> float | None:
     """How much a value rises with 1,000 requests: from the median of the first third to that of the last.
 
     points: requests so far and the value, in order of time. Medians pass over what single requests hold for a moment.
-    None for fewer than nine points, or when no request came between.
+    None for fewer than LEAST_READINGS points, or LEAST_REQUESTS requests between the two.
     """
     third = len(points) // 3
     if len(points) < LEAST_READINGS:
         return None
     first, last = points[:third], points[-third:]
     requests = fmean(n for n, _ in last) - fmean(n for n, _ in first)
-    if requests <= 0:
+    if requests < LEAST_REQUESTS:
         return None
     return 1000 * (median(value for _, value in last) - median(value for _, value in first)) / requests
 

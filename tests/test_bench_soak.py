@@ -45,9 +45,10 @@ def test_what_single_requests_hold_for_a_moment_is_no_growth() -> None:
     assert growth([(n, 40.0 + 30 * (draw.random() < 0.2)) for n in range(0, 6000, 100)]) == 0
 
 
-def test_growth_is_unknown_without_requests_or_with_few_readings() -> None:
-    assert growth([(n, 1.0) for n in range(8)]) is None
+def test_growth_is_unknown_with_few_requests_or_few_readings() -> None:
+    assert growth([(1000 * n, 1.0) for n in range(8)]) is None
     assert growth([(5, 1.0)] * 30) is None
+    assert growth([(n, 1.0) for n in range(100)]) is None
     assert engine_growth([reading(0)], 0) is None
 
 
