@@ -159,6 +159,37 @@ def test_settings_that_were_left_beside_plain_weights_are_noted(tmp_path: Path, 
     )
 
 
+def test_packed_integers_of_mlx_are_told_by_its_own_field(tmp_path: Path):
+    write(tmp_path)
+    edited(tmp_path, quantization={"group_size": 32, "bits": 4, "mode": "mxfp4"})
+    name = "model.layers.0.mlp.up_proj.weight"
+    rewrite(tmp_path, lambda tensors: tensors.update({name: torch.zeros(4, 4, dtype=torch.uint32)}))
+
+    with pytest.raises(BackendError, match=rf"tensor '{name}' is of MLX \(packed integers\), which can't be read"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("part", ["lora_A.weight", "lora_B.default.weight", "lora_embedding_A.default"])
+def test_an_adapter_that_was_never_merged_is_not_left_out_of_a_model(tmp_path: Path, part: str):
+    write(tmp_path)
+    name = f"model.layers.0.self_attn.q_proj.{part}"
+    rewrite(tmp_path, lambda tensors: tensors.update({name: torch.ones(1, 2)}))
+
+    with pytest.raises(BackendError, match=rf"tensor '{name}' is of a LoRA adapter that was never merged"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("wrapper", ["_orig_mod.", "module.", "base_model.model."])
+def test_names_inside_of_another_module_are_shown_beside_what_is_missing(tmp_path: Path, wrapper: str):
+    write(tmp_path)
+    rewrite(tmp_path, lambda tensors: [tensors.update({wrapper + n: tensors.pop(n)}) for n in list(tensors)] and None)
+
+    with pytest.raises(
+        BackendError, match=rf"'embed_tokens.weight' is missing, .*; the files hold '{wrapper}model.emb"
+    ):
+        load(tmp_path)
+
+
 @pytest.mark.parametrize(
     "settings",
     [

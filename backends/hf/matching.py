@@ -42,7 +42,9 @@ def choose(weight: Weight, checkpoint: Checkpoint, names: FileNames) -> tuple[Pa
             return parts
     wanted = [names.of(part.name) for part in weight.sources[0]]
     missing = next((name for name in wanted if name not in checkpoint.tensors), wanted[0])
-    raise checkpoint.missing(missing, "which the model of config.json needs")
+    other = next((name for name in checkpoint.tensors if name.endswith(f".{missing}")), None)
+    called = "" if other is None else f"; the files hold {other!r}, perhaps the same inside of another module"
+    raise checkpoint.missing(missing, f"which the model of config.json needs{called}")
 
 
 def check_all(

@@ -38,6 +38,7 @@ _BY_NAME: tuple[tuple[str, str | None, str], ...] = (
     ("B", "s", "Marlin"),
     ("weight_scale_inv", "weight", "fp8 in blocks"),
 )
+_UNMERGED = re.compile(r"\.lora_(embedding_)?[AB]($|\.)|\.lora_magnitude_vector($|\.)")
 _BLOCKS = re.compile(r"(gate_up_proj|down_proj)_blocks$")  # of gpt-oss
 _BY_DTYPE: Mapping[str, str] = {
     "F8_E4M3": "fp8",
@@ -55,6 +56,11 @@ def check_packing(checkpoint: Checkpoint, names: Sequence[str], config: Mapping[
     """
     tensors = checkpoint.tensors
     for name in names:
+        if _UNMERGED.search(name):
+            raise BackendError(
+                f"{tensors[name].file}: tensor {name!r} is of a LoRA adapter that was never merged into the weights: "
+                "merge it, or save it by itself and name it with --lora"
+            )
         if (format := _format(tensors, name)) is not None:
             raise BackendError(f"{tensors[name].file}: tensor {name!r} is of {format}, which can't be read; {READ}")
     for name in names:
@@ -76,7 +82,9 @@ def _format(tensors: Mapping[str, TensorEntry], name: str) -> str | None:
 
 
 def _said(config: Mapping[str, Any]) -> str | None:
-    """The method that config.json names."""
+    """The method that config.json names; `quantization` is a field of mlx-lm alone."""
+    if isinstance(config.get("quantization"), dict):
+        return "MLX"
     block = config.get("quantization_config")
     method = block.get("quant_method") if isinstance(block, dict) else None
     return method if isinstance(method, str) else None
