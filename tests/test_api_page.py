@@ -99,6 +99,12 @@ def test_no_text_of_the_document_becomes_markup() -> None:
     assert "alert(1)" in Page(page).text
 
 
+async def test_a_probe_may_ask_for_the_head_of_the_page_alone(reply: httpx.Response) -> None:
+    async with api(api_key="secret") as http:
+        head = await http.head("/docs")
+    assert (head.status_code, head.headers["content-type"]) == (200, reply.headers["content-type"])
+
+
 async def test_nothing_is_left_of_the_page_with_scripts_of_others() -> None:
     async with api() as http:
         assert (await http.get("/docs/oauth2-redirect")).status_code == 404
