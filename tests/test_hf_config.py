@@ -155,6 +155,8 @@ BAD_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"head_dim": 10**5}, "head_dim is 100000; it must be a whole number from 1 to 4096"),
     ({"hidden_size": float("nan")}, "hidden_size is nan; it must be a finite number"),
     ({"rms_norm_eps": float("inf")}, "rms_norm_eps is inf; it must be a finite number"),
+    ({"rms_norm_eps": -1e-5}, "rms_norm_eps is -1e-05; it must be a number from 0 to 1"),
+    ({"model_type": "gpt_neox", "layer_norm_eps": 1e5}, "layer_norm_eps is 100000.0; it must be a number from 0 to 1"),
     ({"rope_scaling": {"type": "linear", "factor": float("nan")}}, r"rope_scaling\.factor is nan; it must be a finite"),
     ({"short": [1.0, float("nan")]}, r"short\[1\] is nan; it must be a finite number"),
     ({"hidden_size": REMOVED}, "hidden_size is missing"),

@@ -126,6 +126,7 @@ class _Reader:
             if field not in given:
                 raise self._wrong(field, "is missing; it must be a whole number above 0")
         self._check_sizes(given)
+        self._check_epsilons()
         config = self._resolve()
         sizes = given | {field: value for field in LIMITS if (value := self._resolved(config, field)) is not None}
         for field in (*REQUIRED, "max_position_embeddings"):
@@ -183,6 +184,13 @@ class _Reader:
             raise self._wrong("num_attention_heads", f"is {heads}, not a multiple of num_key_value_heads {kv_heads}")
         if heads and hidden and "head_dim" not in sizes and hidden % heads:
             raise self._wrong("hidden_size", f"is {hidden}, not a multiple of num_attention_heads {heads}")
+
+    def _check_epsilons(self) -> None:
+        """What norms add to a variance: below zero they give NaN, and far above nothing but noise."""
+        for field, value in self._raw.items():
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if field.endswith(("_eps", "_epsilon")) and is_number and not 0 <= value <= 1:
+                raise self._wrong(field, f"is {value!r:.80}; it must be a number from 0 to 1")
 
     def _resolve(self) -> "PretrainedConfig":
         """transformers' config object, which fills in defaults and has checks of its own.
