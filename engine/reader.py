@@ -5,6 +5,7 @@ import queue
 import threading
 from collections.abc import Callable
 
+from tightrope.backends.errors import BackendError
 from tightrope.engine.adapters import Action, AdapterCalls
 from tightrope.engine.core import EngineCore
 from tightrope.engine.errors import BackendFailed, EngineError, Overloaded
@@ -146,6 +147,6 @@ def _as_engine_error(error: BaseException, where: str) -> EngineError:
     """What a client is told; what nobody foresaw is logged. Tokenizers panic with what is no Exception."""
     if isinstance(error, EngineError):
         return error
-    log.error("not read: %s", where, exc_info=error)
+    log.error("not read: %s reason=%s", where, error, exc_info=None if isinstance(error, BackendError) else error)
     reason = " ".join(str(error).split()) or type(error).__name__
     return BackendFailed(f"the request can't be read: {reason:.200}")

@@ -1,7 +1,9 @@
 """Text to token ids and back by tokenizer.json and tokenizer.model, held to llama.cpp's and sentencepiece's own."""
 
+import base64
 import io
 import json
+import struct
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -345,6 +347,8 @@ def test_paddings_and_cuts_of_the_training_run_are_left_aside(tmp_path: Path):
     assert small(tmp_path, truncation=cut).encode("aaaa", parse_special=False, is_start=True) == [4, 4, 4, 4]
 
 
+GIVES_UP = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
+LONG_TABLE = base64.b64encode(struct.pack("<I", 1024) + bytes(1024) + 300 * b"x" + b"\0").decode()
 BAD: list[tuple[dict[str, object], str]] = [
     ({"tokenizer.json": SMALL | {"model": None}}, r"tokenizer\.json: not a tokenizer of the tokenizers library"),
     ({"tokenizer.json": SMALL | {"decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True},
@@ -352,6 +356,19 @@ BAD: list[tuple[dict[str, object], str]] = [
      r"tokenizer\.json: its decoder is WordPiece; byte-level and sentencepiece ones are served"),
     ({"tokenizer.json": SMALL | {"model": {"type": "BPE", "vocab": {}, "merges": []}, "added_tokens": []}},
      r"tokenizer\.json: its vocabulary is empty"),
+    ({"tokenizer.json": SMALL | {"model": {"type": "BPE", "vocab": {}, "merges": []}}},
+     r"tokenizer\.json: its vocabulary is empty"),
+    ({"tokenizer.json": SMALL | {"normalizer": {"type": "Sequence", "normalizers": 4 * [
+        {"type": "Replace", "pattern": {"String": "a"}, "content": 1000 * "a"}]}}},
+     r"tokenizer\.json: its normaliser makes a text up to 1e\+12 times as long; 64 times are served"),
+    ({"tokenizer.json": SMALL | {"normalizer": {"type": "Replace", "pattern": {"Regex": "x*"}, "content": 64 * "a"}}},
+     r"tokenizer\.json: its normaliser makes a text up to 65 times as long"),
+    ({"tokenizer.json": SMALL | {"normalizer": {"type": "Prepend", "prepend": 2000 * "a"}}},
+     r"tokenizer\.json: its normaliser puts 2000 bytes in front of a text; 1024 are served"),
+    ({"tokenizer.json": SMALL | {"normalizer": {"type": "Precompiled", "precompiled_charsmap": LONG_TABLE}}},
+     r"tokenizer\.json: its normaliser's table of characters makes 300 bytes of one text; 256 are served"),
+    ({"tokenizer.json": SMALL | {"pre_tokenizer": GIVES_UP | {"pattern": {"Regex": "([a-z ]+)+[0-9]"}}}},
+     r"tokenizer\.json: the model's tokenizer gives up on this text: .*retry-limit"),
     ({"tokenizer.json": SMALL | {"model": {"type": "BPE", "vocab": {"a": 8}, "merges": []}}},
      r"tokenizer\.json: token 'a' has id 8, but vocab_size in config\.json is 8"),
     ({}, "holds neither tokenizer.json nor tokenizer.model"),
@@ -445,6 +462,49 @@ def test_a_damaged_sentencepiece_model_is_read_or_refused_in_one_line(
     line = line_of(path.parent)
 
     assert line is None or (line.startswith(f"{path}: ") and "\n" not in line)
+
+
+def test_a_text_on_which_a_pattern_gives_up_is_an_error_and_no_end(tmp_path: Path):
+    tokenizer = small(tmp_path, pre_tokenizer=GIVES_UP)
+    assert tokenizer.encode("aa", parse_special=False, is_start=True) == [4, 4]
+
+    with pytest.raises(BackendError, match=r"the model's tokenizer gives up on this text: .*retry-limit"):
+        tokenizer.encode("a" * 40 + "!", parse_special=False, is_start=True)
+
+
+NAMED = {"<s>": 0, "</s>": 1, "<|eot_id|>": 2, "<think>": 3}
+LETTERS = list(map(chr, [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x144)]))  # GPT-2's alphabet
+FULL = NAMED | {text: i for i, text in enumerate(LETTERS, 4)}
+LESS = NAMED | {text: i for i, text in enumerate(["aa" if text == "a" else text for text in LETTERS], 4)}
+BYTES = NAMED | {f"<0x{byte:02X}>": 4 + byte for byte in range(256)}
+SPACED: dict[str, object] = {
+    "model": {"type": "BPE", "vocab": BYTES | {"▁▁▁▁": 260}, "merges": [], "byte_fallback": True},
+    "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+    "pre_tokenizer": None,
+    "decoder": {"type": "Sequence", "decoders": [{"type": "ByteFallback"}]},
+}
+
+
+@pytest.mark.parametrize(
+    ("parts", "lost", "longest"),
+    [
+        ({"model": {"type": "BPE", "vocab": FULL, "merges": []}}, 0, 10),
+        ({"model": {"type": "BPE", "vocab": LESS, "merges": []}}, 1, 10),
+        ({"model": {"type": "BPE", "vocab": FULL, "merges": []}, "normalizer": {"type": "NFC"}}, 0, 30),
+        ({"model": {"type": "BPE", "vocab": FULL, "merges": []}, "normalizer": {"type": "NFKC"}}, 0, None),
+        ({"model": {"type": "BPE", "vocab": FULL, "merges": []}, "normalizer": {
+            "type": "Strip", "strip_left": True, "strip_right": True}}, 0, None),
+        ({"model": {"type": "BPE", "vocab": FULL, "merges": []}, "pre_tokenizer": {"type": "Sequence",
+            "pretokenizers": [GIVES_UP | {"behavior": "Removed"}, SMALL["pre_tokenizer"]]}}, 0, None),
+        (SPACED, 0, 12),
+        (SPACED | {"model": {"type": "BPE", "vocab": NAMED | {"▁": 4}, "merges": [], "byte_fallback": True}}, 0, None),
+    ],
+)  # fmt: skip
+def test_a_token_stands_for_so_many_bytes_at_most(
+    tmp_path: Path, parts: dict[str, object], lost: int, longest: int | None
+):
+    tokenizer = small(tmp_path, shape=replace(SMALL_SHAPE, vocab_size=400), **parts)
+    assert (len(tokenizer.lost_bytes), tokenizer.max_token_bytes) == (lost, longest)
 
 
 def line_of(folder: Path) -> str | None:

@@ -59,6 +59,8 @@ def set_key_factors(
     if tokenizer.adds_bos and tokenizer.bos_id is not None:
         token_ids = [tokenizer.bos_id, *token_ids]
     token_ids = token_ids[: min(CALIBRATION_TOKENS, steps.window)]
+    if not token_ids:  # a vocabulary without these letters
+        return
     num_pages = -(-len(token_ids) // PAGE)
     formats = [CacheFormat("f16", layer.num_kv_heads, layer.head_dim) for layer in model.layers]
     passing = [LayerCache.allocate(format, num_pages, model.device) for format in formats]

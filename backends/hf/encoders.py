@@ -6,6 +6,8 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 
+from tightrope.backends.errors import BackendError
+
 
 def encoder(source: Tokenizer, added: Iterable[AddedToken], *, prefixed: bool, parse_special: bool) -> Tokenizer:
     """A tokenizer over the vocabulary of `source` that recognises `added`, flagged ones if `parse_special`.
@@ -24,6 +26,26 @@ def encoder(source: Tokenizer, added: Iterable[AddedToken], *, prefixed: bool, p
     tokenizer.add_tokens(list(added))
     tokenizer.encode_special_tokens = not parse_special
     return tokenizer
+
+
+class UnreadableText(BackendError):
+    """A tokenizer gives up on a text."""
+
+
+def token_ids(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool = False) -> list[int]:
+    """Token ids of a text. Raises UnreadableText.
+
+    The fast call leaves offsets out, and releases the interpreter's lock.
+    """
+    try:
+        ids: list[int] = tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+    except BaseException as error:
+        # a pattern that takes too many tries panics in Rust, which is no Exception here, and its class has no module
+        if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
+            raise
+        reason = " ".join(str(error).split())
+        raise UnreadableText(f"the model's tokenizer gives up on this text: {reason:.200}") from None
+    return ids
 
 
 def state(part: Any) -> Any:  # noqa: ANN401 - any part of a tokenizer, and its JSON

@@ -8,7 +8,7 @@ from tokenizers import AddedToken
 
 from tightrope.backends.errors import BackendError
 from tightrope.backends.hf.config import ModelShape
-from tightrope.backends.hf.encoders import encoder
+from tightrope.backends.hf.encoders import UnreadableText, encoder, token_ids
 from tightrope.backends.hf.piece_bytes import max_token_bytes
 from tightrope.backends.hf.pieces import BYTE_PIECE, byte_level, piece_reader
 from tightrope.backends.hf.spm import NO_PREFIX, PREFIX
@@ -16,6 +16,8 @@ from tightrope.backends.hf.token_files import TokenFiles, read_token_files
 from tightrope.backends.hf.vocabulary import read_vocabulary
 from tightrope.backends.plain_text import MarkCutter, place_to_cut
 from tightrope.backends.protocol import MAX_ADDED_TEXTS
+
+_ORDINARY = "The ferry left at seven, when the harbour was still grey."  # a text that every tokenizer reads
 
 
 class HFTokenizer:
@@ -34,8 +36,12 @@ class HFTokenizer:
         self._prefixes_parts = _prefixes_parts(files)
         self.notes: tuple[str, ...] = (*files.notes, *self._vocabulary.notes)
         self._pieces = self._vocabulary.pieces
-        self._build()
-        self.bos_id, self.adds_bos = self._bos(files, shape)
+        try:
+            self._build()
+            self.bos_id, self.adds_bos = self._bos(files, shape)
+            self.encode(_ORDINARY, parse_special=True, is_start=True)
+        except UnreadableText as error:
+            raise BackendError(f"{self._vocabulary.path}: {error}") from None
         self.eos_ids: frozenset[int] = self._ends(files)
         self.lost_bytes, self.max_token_bytes = self._measure()
         own = {name: text for name, text in self._vocabulary.named.items() if name not in files.settings}
@@ -62,11 +68,10 @@ class HFTokenizer:
         if self._vocabulary.prefixes_space is not None:
             text = self._with_marks(text, parse_special=parse_special, is_start=is_start)
         tokenizer = self._encoders[is_start, parse_special]
-        # the fast call leaves offsets out, and releases the interpreter's lock like the other
-        token_ids: list[int] = tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        ids = token_ids(tokenizer, text)
         if self._own_ids:
-            return [self._own_ids.get(token_id, token_id) for token_id in token_ids]
-        return token_ids
+            return [self._own_ids.get(token_id, token_id) for token_id in ids]
+        return ids
 
     def _with_marks(self, text: str, *, parse_special: bool, is_start: bool) -> str:
         """The text of a sentencepiece vocabulary with PREFIX where it puts a space: at its start, unless that is an
@@ -183,8 +188,8 @@ class HFTokenizer:
         if bos is None:
             given = shape.raw.get("bos_token_id")
             bos = given if type(given) is int and 0 <= given < self.vocab_size else None
-        first = vocabulary.source.encode("a").ids[:1]
-        added = first != vocabulary.source.encode("a", add_special_tokens=False).ids[:1] and first[0] in self._special
+        first = token_ids(vocabulary.source, "a", add_special_tokens=True)[:1]
+        added = first != token_ids(vocabulary.source, "a")[:1] and first[0] in self._special
         wish = files.settings.get("add_bos_token")
         if added and wish is not False:
             return first[0], True

@@ -15,8 +15,9 @@ from tightrope.backends.errors import BackendError
 from tightrope.backends.foreign import SNIFFED, told_by_start
 from tightrope.backends.hf import spm
 from tightrope.backends.hf.charsmap import Charsmap
-from tightrope.backends.hf.encoders import encoder
+from tightrope.backends.hf.encoders import UnreadableText, encoder, state, token_ids
 from tightrope.backends.hf.generation import HARMONY_ENDS, TURN_ENDS, TURN_STARTS
+from tightrope.backends.hf.growth import growth_fault
 from tightrope.backends.hf.token_files import NamedTokens, TokenFiles
 from tightrope.backends.opened import read_bytes
 from tightrope.backends.plain_text import WORDS
@@ -83,7 +84,10 @@ def read_vocabulary(folder: Path, vocab_size: int, files: TokenFiles) -> Vocabul
         if not os.path.lexists(path):
             raise BackendError(f"{folder}: holds neither tokenizer.json nor tokenizer.model; {_what_to_do(folder)}")
         vocabulary = _from_sentencepiece(path, vocab_size, files)
-    _Join(vocabulary, files, vocab_size).run()
+    try:
+        _Join(vocabulary, files, vocab_size).run()
+    except UnreadableText as error:
+        raise BackendError(f"{path}: {error}") from None
     return vocabulary
 
 
@@ -103,10 +107,13 @@ def _from_json(path: Path, vocab_size: int) -> Vocabulary:
     except Exception as error:  # the library raises plain Exception for all that can be wrong with a file
         told = told_by_start(raw[:SNIFFED], len(raw), is_json=True) or f"{' '.join(str(error).split()):.200}"
         raise BackendError(f"{path}: not a tokenizer of the tokenizers library: {told}") from None
+    fault = growth_fault(state(source.normalizer))
+    if fault is not None:
+        raise BackendError(f"{path}: {fault}")
     added = _added(raw)
     pieces = source.get_vocab(with_added_tokens=False)
-    if not pieces and not added:
-        raise BackendError(f"{path}: its vocabulary is empty")
+    if not pieces:
+        raise BackendError(f"{path}: its vocabulary is empty; copy the model's own tokenizer.json")
     texts = {token.content for token in added.values()}
     foreign = {text: i for text, i in pieces.items() if i >= vocab_size and text not in texts}
     notes = _check_foreign(path, foreign, len(pieces), vocab_size)
@@ -256,7 +263,7 @@ class _Join:
             return False
         if self._plain is None:
             tokenizer = encoder(self._vocabulary.source, (), prefixed=False, parse_special=False)
-            self._plain = lambda text: list(tokenizer.encode(text, add_special_tokens=False).ids)
+            self._plain = lambda text: token_ids(tokenizer, text)
         return self._plain(text) == [token_id]
 
     def _by_id(self) -> dict[int, AddedToken]:
