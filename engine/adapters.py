@@ -196,4 +196,4 @@ class AdapterCalls:
         except EngineError as error:
             self._end.send(CallFailed(call_id, ErrorFrame.of(error)))
         else:
-            self._end.send(AdapterList(call_id, self._adapters.paths))
+            self._end.send(AdapterList(call_id, self._adapters.paths, self._adapters.special_texts()))

@@ -25,7 +25,7 @@ from tightrope.engine.info import model_info
 from tightrope.engine.reader import FrontGone, Reader
 from tightrope.engine.sequence import Sequence
 from tightrope.engine.settings import EngineSettings
-from tightrope.engine.types import Delta
+from tightrope.engine.types import Delta, with_adapter_texts
 from tightrope.engine.wire import (
     Cancel,
     EngineEnd,
@@ -135,7 +135,8 @@ def _serve(end: EngineEnd, on_end: Callable[[int], None], open_backend: OpenBack
         reader = Reader(end, core, settings, on_end)
         threading.Thread(target=reader.run, name="reader", daemon=True).start()
         try:
-            end.send(Ready(model_info(backend, core.adapters.special_texts()), core.adapters.paths))
+            info = with_adapter_texts(model_info(backend), core.adapters.special_texts())
+            end.send(Ready(info, core.adapters.paths))
             run_loop(core, reader, end)
         finally:
             reader.close()

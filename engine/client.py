@@ -17,7 +17,16 @@ from tightrope.engine.launch import EngineHandle, Launcher, spawn_process
 from tightrope.engine.outbox import Outbox
 from tightrope.engine.queueing import QueueTimes
 from tightrope.engine.settings import EngineSettings
-from tightrope.engine.types import Delta, GenerateRequest, ModelInfo, Prompt, Stats, TokenRun, TurnMarks
+from tightrope.engine.types import (
+    Delta,
+    GenerateRequest,
+    ModelInfo,
+    Prompt,
+    Stats,
+    TokenRun,
+    TurnMarks,
+    with_adapter_texts,
+)
 from tightrope.engine.wire import (
     HEADER,
     AdapterList,
@@ -287,8 +296,10 @@ class EngineClient:
                 self._answer(call_id, tokens)
             case Detokenized(call_id=call_id, text=text):
                 self._answer(call_id, text)
-            case AdapterList(call_id=call_id, adapters=adapters):
+            case AdapterList(call_id=call_id, adapters=adapters, special_texts=texts):
                 self.adapters = adapters
+                if self.info is not None:
+                    self.info = with_adapter_texts(self.info, texts)
                 self._answer(call_id, adapters)
             case CallFailed(call_id=call_id, error=error):
                 call = self._calls.pop(call_id, None)

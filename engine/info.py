@@ -11,8 +11,8 @@ def window(backend: Backend) -> int:
     return min(backend.card.max_model_len, backend.kv.usage().capacity)
 
 
-def model_info(backend: Backend, adapter_texts: tuple[str, ...] = ()) -> ModelInfo:
-    """The model as it is now: its tokenizer may still learn marks. adapter_texts: see ModelInfo."""
+def model_info(backend: Backend) -> ModelInfo:
+    """The model as it is now: its tokenizer may still learn marks."""
     card, tokenizer = backend.card, backend.tokenizer
     is_empty = card.chat_template is not None and not card.chat_template.strip()
 
@@ -40,5 +40,4 @@ def model_info(backend: Backend, adapter_texts: tuple[str, ...] = ()) -> ModelIn
         named_tokens=card.named_tokens,
         added_texts=tuple(tokenizer.added_texts()),
         end_texts=ends,
-        adapter_texts=tuple(text for text in adapter_texts if text not in tokenizer.special_texts()),
     )

@@ -4,10 +4,11 @@ Everything here is a msgspec struct, encoded as msgpack; nothing here imports to
 """
 
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal
 
 from msgspec import Struct, field
+from msgspec.structs import replace
 
 LONGEST_RUN = 256  # tokens of a repetition that DRY and no_repeat_ngram_size tell apart
 
@@ -284,7 +285,12 @@ class ModelInfo(Struct, frozen=True):
     chat_templates: tuple[tuple[str, str], ...] = ()  # names and Jinja sources, where the files hold several
     added_texts: tuple[str, ...] = ()  # of added and user-defined tokens that are not special
     end_texts: tuple[str, ...] = ()  # of the tokens that end a turn
-    adapter_texts: tuple[str, ...] = ()  # of special tokens that only adapters have, of those loaded at the start
+    adapter_texts: tuple[str, ...] = ()  # of special tokens that only the adapters have that requests may use
+
+
+def with_adapter_texts(info: ModelInfo, texts: Iterable[str]) -> ModelInfo:
+    """The same with the special tokens of these adapters."""
+    return replace(info, adapter_texts=tuple(t for t in texts if t not in info.special_texts))
 
 
 class TurnMarks(Struct, frozen=True):

@@ -132,10 +132,11 @@ class Detokenized(Struct, frozen=True, tag="detokenized"):
 
 
 class AdapterList(Struct, frozen=True, tag="adapter_list"):
-    """The adapters that requests may use now, as in Ready."""
+    """The adapters that requests may use now, as in Ready, and the special tokens of their own vocabularies."""
 
     call_id: int
     adapters: dict[str, str]
+    special_texts: tuple[str, ...] = ()
 
 
 class CallFailed(Struct, frozen=True, tag="call_failed"):

@@ -13,7 +13,7 @@ import httpx
 import pytest
 import torch
 from fake_api import api
-from fakes import FakeBackend
+from fakes import VOCAB_SIZE, ByteTokenizer, FakeAdapters, FakeBackend
 from real_server import RunningServer, clean_environment, run_server
 from safetensors.torch import load_file, save_file
 
@@ -21,7 +21,7 @@ from tightrope.backends.adapters import MIB, AdapterRoom, find_adapter
 from tightrope.backends.errors import BackendError
 from tightrope.engine.core import EngineCore
 from tightrope.engine.errors import InvalidRequest, ModelNotFound
-from tightrope.engine.settings import LimitSettings
+from tightrope.engine.settings import EngineSettings, LimitSettings
 from tightrope.engine.types import GenerateRequest, StopRules, TokenPrompt
 
 DATA = Path(__file__).parent / "data" / "adapters"
@@ -170,6 +170,23 @@ def test_only_paths_in_the_folder_of_adapters_are_found(tmp_path: Path) -> None:
 
 
 # ---- who may ----
+
+
+async def test_a_mark_that_a_loaded_adapter_knows_is_text_where_a_person_types_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = ByteTokenizer(added=["<|turn|>"])
+    own.set_marks(["<|turn|>"], ["<|turn|>"])
+    monkeypatch.setattr(FakeAdapters, "tokenizer", lambda store, name: own)
+    (tmp_path / "poet").touch()
+    monkeypatch.setattr("tightrope.engine.adapters.find_adapter", lambda folder, path: tmp_path / path)
+    engine = EngineSettings.model_validate({"model": {"adapter_folder": str(tmp_path)}})
+    async with api(admin_key="chief", engine=engine, chat_template="<|turn|>{{ messages[0].content }}?") as http:
+        body = {"lora_name": "poet", "lora_path": "poet"}
+        assert (await http.post("/v1/load_lora_adapter", json=body, headers=ADMIN)).status_code == 200
+        chat = {"model": "poet", "messages": [{"role": "user", "content": "a<|turn|>b"}], "explain": True}
+        reply = (await http.post("/v1/chat/completions", json=chat)).json()
+    assert reply["explain"]["prompts"][0]["token_ids"].count(VOCAB_SIZE) == 1
 
 
 async def test_without_an_admin_key_the_routes_are_closed() -> None:
