@@ -23,15 +23,18 @@ from tightrope.engine.core import EngineCore
 from tightrope.engine.errors import EngineError
 from tightrope.engine.info import model_info
 from tightrope.engine.reader import FrontGone, Reader
+from tightrope.engine.scheduler import Work
 from tightrope.engine.sequence import Sequence
 from tightrope.engine.settings import EngineSettings
 from tightrope.engine.types import Delta, with_adapter_texts
+from tightrope.engine.watch import Activity, Watch
 from tightrope.engine.wire import (
     Cancel,
     EngineEnd,
     ErrorFrame,
     Loaded,
     LoadFailed,
+    Progress,
     Ready,
     Refused,
     SetMarks,
@@ -44,8 +47,8 @@ log = logging.getLogger("tightrope.engine")
 OpenBackend = Callable[[ModelSettings, Callable[[float], None]], Backend]
 
 
-def run_loop(core: EngineCore, reader: Reader, end: EngineEnd) -> None:
-    """Step while there is work, wait while there is none, end when the front is gone."""
+def run_loop(core: EngineCore, reader: Reader, end: EngineEnd, activity: Activity) -> None:
+    """Step while there is work, wait while there is none, end when the front is gone. `activity` is told what."""
     inbox = reader.inbox
     told = core.stats()  # what the front knows
 
@@ -54,8 +57,13 @@ def run_loop(core: EngineCore, reader: Reader, end: EngineEnd) -> None:
         told = core.stats()
         end.send(StepDone(deltas, told))
 
-    def tell_of_begin() -> None:
-        """A step may take long; meanwhile the front's gauges are to show those whom it has taken in."""
+    def tell_of_begin(works: list[Work]) -> None:
+        """A step may take long; meanwhile the front is to know whom it has taken in, and the watch how many tokens."""
+        for sequence in (work.sequence for work in works):
+            if not sequence.has_begun:
+                sequence.has_begun = True
+                end.send(Progress(sequence.request.request_id, "running"))
+        activity.begin("step", sum(work.num_run for work in works))
         now = core.stats()
         if (now.num_running, now.num_waiting) != (told.num_running, told.num_waiting):
             tell()
@@ -65,6 +73,7 @@ def run_loop(core: EngineCore, reader: Reader, end: EngineEnd) -> None:
             item = inbox.get()
             if isinstance(item, FrontGone):
                 return
+            activity.begin(type(item).__name__)
             if isinstance(item, Cancel):
                 core.cancel(item.request_id)
                 if not core.has_work:
@@ -75,8 +84,11 @@ def run_loop(core: EngineCore, reader: Reader, end: EngineEnd) -> None:
             else:
                 item()
             core.free_adapters()
+            activity.end()
+        activity.begin("step")
         result = core.step(tell_of_begin)
         core.free_adapters()
+        activity.end()
         for request_id, error in result.failed:
             log.error("request failed: request_id=%s error=%s", request_id, error)
             end.send(Refused(request_id, ErrorFrame.of(error)))
@@ -107,16 +119,28 @@ def serve(
     """
     end = EngineEnd(sock)
     try:
-        return _serve(end, on_end, open_backend)
+        start = end.receive()
+        if not isinstance(start, Start):
+            return 0
+        settings = EngineSettings.model_validate_json(start.settings)
+        watch = Watch(end, settings.life, on_end)
+        watch.start()
+        try:
+            return _serve(end, start, settings, watch, on_end, open_backend)
+        finally:
+            watch.stop()
     finally:
         end.close()
 
 
-def _serve(end: EngineEnd, on_end: Callable[[int], None], open_backend: OpenBackend) -> int:
-    start = end.receive()
-    if not isinstance(start, Start):
-        return 0
-    settings = EngineSettings.model_validate_json(start.settings)
+def _serve(
+    end: EngineEnd,
+    start: Start,
+    settings: EngineSettings,
+    watch: Watch,
+    on_end: Callable[[int], None],
+    open_backend: OpenBackend,
+) -> int:
     try:
         backend = load(settings.model, open_backend)
     except BackendError as error:
@@ -132,12 +156,12 @@ def _serve(end: EngineEnd, on_end: Callable[[int], None], open_backend: OpenBack
         core.adapters.set_marks(message.marks.texts, message.marks.ends)
         if start.adapters is not None:
             core.adapters.restore(start.adapters)
-        reader = Reader(end, core, settings, on_end)
+        reader = Reader(end, core, settings, watch, on_end)
         threading.Thread(target=reader.run, name="reader", daemon=True).start()
         try:
             info = with_adapter_texts(model_info(backend), core.adapters.special_texts())
             end.send(Ready(info, core.adapters.paths))
-            run_loop(core, reader, end)
+            run_loop(core, reader, end, watch.activity())
         finally:
             reader.close()
         return reader.status

@@ -1,22 +1,19 @@
-"""The front's view of the engine: start it, watch it, start it again, and pass requests to it.
+"""The front's view of the engine: requests and calls to whichever engine is there.
 
 Imports neither torch nor transformers nor llama_cpp.
 """
 
 import asyncio
 import logging
-import socket
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from contextlib import suppress
 from itertools import count
-from typing import Literal
 
 from tightrope.engine.errors import BackendFailed, EngineError, EngineUnavailable, InvalidRequest, Overloaded
 from tightrope.engine.launch import EngineHandle, Launcher, spawn_process
-from tightrope.engine.outbox import Outbox
 from tightrope.engine.queueing import QueueTimes
 from tightrope.engine.settings import EngineSettings
+from tightrope.engine.supervisor import State, Supervisor
 from tightrope.engine.types import (
     Delta,
     GenerateRequest,
@@ -28,15 +25,13 @@ from tightrope.engine.types import (
     with_adapter_texts,
 )
 from tightrope.engine.wire import (
-    HEADER,
     AdapterList,
     CallFailed,
     Cancel,
     Detokenize,
     Detokenized,
     LoadAdapter,
-    Loaded,
-    LoadFailed,
+    Progress,
     Ready,
     Refused,
     SetMarks,
@@ -48,18 +43,15 @@ from tightrope.engine.wire import (
     Tokenize,
     Tokenized,
     UnloadAdapter,
-    decode_to_front,
 )
 
 log = logging.getLogger("tightrope.client")
 
 Answer = TokenRun | str | dict[str, str]  # to a call
 FindMarks = Callable[[ModelInfo], Awaitable[TurnMarks]]
-State = Literal["loading", "ready", "restarting", "failed", "closed"]
 
-MAX_BACKOFF_S = 10.0
-STABLE_S = 30.0  # an engine that ran this long starts again without delay
-STUCK_S = 30.0  # a step that takes longer than this is no step under way but a stuck engine
+STUCK_S = 30.0  # while a step takes longer than this, health says no
+MAX_TRIES = 2  # of a request, lest one that kills the engine does so for ever
 
 
 class _Stream:
@@ -69,7 +61,8 @@ class _Stream:
         self.request = request
         self.items: asyncio.Queue[Delta | EngineError] = asyncio.Queue()
         self.has_output = False
-        self.is_retry = False
+        self.has_begun = False  # in the present engine: that one may end because of it
+        self.num_tries = 0  # in engines that have ended while it had begun
         self.num_open = request.n  # choices that have not finished
         self.arrived_s = arrived_s
 
@@ -84,25 +77,17 @@ class EngineClient:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._settings = settings
-        self._launch = launch
         self._clock = clock
         self._step_began_s = 0.0  # by the clock: when the last step ended, or the first request came to an idle engine
         self._streams: dict[str, _Stream] = {}
         self._calls: dict[int, asyncio.Future[Answer]] = {}
         self._call_ids = count()
-        self._writer: asyncio.StreamWriter | None = None
-        self._outbox: Outbox | None = None
         self._times = QueueTimes()
-        self._handle: EngineHandle | None = None
         self._find_marks: FindMarks | None = None
-        self._supervisor: asyncio.Task[None] | None = None
-        self._changed = asyncio.Condition()
-        self._failure: str | None = None
-        self.state: State = "loading"
+        self._supervisor = Supervisor(settings.life, launch, self)
         self.info: ModelInfo | None = None
         self.adapters: dict[str, str] = {}  # paths of those that requests may use, by name
         self.stats = Stats()
-        self.restarts = 0
 
     # ---- life ----
 
@@ -113,29 +98,36 @@ class EngineClient:
         as a timeout does, that engine is not used: the first fails with a line, and a later one is started again.
         """
         self._find_marks = find_marks
-        self._supervisor = asyncio.create_task(self._supervise(), name="engine supervisor")
+        await self._supervisor.start()
 
     async def wait_ready(self) -> ModelInfo:
         """Wait until the model is loaded. Raises BackendFailed with one line if it can't be."""
-        async with self._changed:
-            await self._changed.wait_for(lambda: self.state in ("ready", "failed", "closed"))
-        if self.state != "ready" or self.info is None:
-            raise BackendFailed(self._failure or "the engine was closed")
+        await self._supervisor.wait_ready()
+        assert self.info is not None
         return self.info
+
+    async def wait_failed(self) -> str:
+        """Wait until no engine will be started any more, other than by `close`; returns the reason."""
+        return await self._supervisor.wait_failed()
 
     async def close(self) -> None:
         """End the engine. What is still running ends with EngineUnavailable."""
-        await self._set_state("closed")
-        if self._writer is not None:
-            self._writer.close()
-        if self._supervisor is not None:
-            self._supervisor.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._supervisor
-        if self._handle is not None:
-            self._handle.kill()
-            await asyncio.to_thread(self._handle.wait)
+        await self._supervisor.close()
         self._end_streams(EngineUnavailable("the server is shutting down"))
+
+    @property
+    def state(self) -> State:
+        return self._supervisor.state
+
+    @property
+    def restarts(self) -> int:
+        """How often an engine was started again."""
+        return self._supervisor.restarts
+
+    @property
+    def engine(self) -> EngineHandle | None:
+        """The one that was started last."""
+        return self._supervisor.handle
 
     @property
     def is_healthy(self) -> bool:
@@ -148,105 +140,45 @@ class EngineClient:
         is_busy = self.stats.num_running + self.stats.num_waiting > 0
         return is_busy or any(not stream.has_output for stream in self._streams.values())
 
-    async def _set_state(self, state: State) -> None:
-        async with self._changed:
-            self.state = state
-            self._changed.notify_all()
+    # ---- what the supervisor tells ----
 
-    async def _supervise(self) -> None:
-        """Run engines one after another until one says that the model can't be loaded."""
-        backoff_s = 0.0
-        while self.state != "closed":
-            began = time.monotonic()
-            was_ready = await self._run_engine()
-            if self.state in ("failed", "closed"):
-                return
-            if not was_ready and self.info is None:
-                self._failure = f"the engine process ended while it loaded the model ({self._failure})"
-                await self._set_state("failed")
-                return
-            backoff_s = 0.0 if time.monotonic() - began > STABLE_S else min(MAX_BACKOFF_S, 2 * backoff_s + 0.25)
-            log.error("engine ended: how=%s restart_in_s=%.2f", self._failure, backoff_s)
-            self.restarts += 1
-            await asyncio.sleep(backoff_s)
+    def first_message(self) -> Start:
+        return Start(self._settings.model_dump_json(), None if self.info is None else self.adapters)
 
-    async def _run_engine(self) -> bool:
-        """One engine from start to end; return whether it became ready."""
-        ours, theirs = socket.socketpair()
-        self._handle = self._launch(theirs)
-        theirs.close()
-        reader, self._writer = await asyncio.open_connection(sock=ours, limit=1 << 20)
-        self._outbox = Outbox(self._unsent)
-        writing = asyncio.create_task(self._outbox.write_to(self._writer), name="engine outbox")
-        self._send(Start(self._settings.model_dump_json(), None if self.info is None else self.adapters))
-        was_ready = False
+    async def on_loaded(self, info: ModelInfo) -> SetMarks:
+        """Find out what the chat template makes special. Raises EngineUnavailable if that can't be."""
         try:
-            while True:
-                header = await reader.readexactly(HEADER.size)
-                message = decode_to_front(await reader.readexactly(*HEADER.unpack(header)))
-                if isinstance(message, Loaded):
-                    if not await self._send_marks(message.info):
-                        break
-                elif isinstance(message, Ready):
-                    was_ready = True
-                    await self._on_ready(message)
-                elif isinstance(message, LoadFailed):
-                    self._failure = message.message
-                    await self._set_state("failed")
-                else:
-                    self._dispatch(message)
-        except (asyncio.IncompleteReadError, ConnectionError):
-            pass  # end-of-file: the engine is gone
-        finally:
-            writing.cancel()
-            self._outbox = None
-            self._writer.close()
-            self._writer = None
-        if self.state == "ready":
-            await self._set_state("restarting")
-        self._fail_started()
-        how = await asyncio.to_thread(self._handle.wait)
-        if self.state != "failed":
-            self._failure = how
-        return was_ready
-
-    async def _send_marks(self, info: ModelInfo) -> bool:
-        """Tell the engine what the chat template makes special; False if that can't be found out."""
-        try:
-            marks = TurnMarks() if self._find_marks is None else await self._find_marks(info)
+            return SetMarks(TurnMarks() if self._find_marks is None else await self._find_marks(info))
         except OSError as error:
-            reason = f"the chat template can't be asked what ends a turn: {str(error) or 'it did not answer in time'}"
-            log.error("%s", reason)
-            if self.info is None:
-                self._failure = reason
-                await self._set_state("failed")
-            return False
-        self._send(SetMarks(marks))
-        return True
+            words = str(error) or "it did not answer in time"
+            raise EngineUnavailable(f"the chat template can't be asked what ends a turn: {words}") from None
 
-    async def _on_ready(self, ready: Ready) -> None:
+    def on_ready(self, ready: Ready) -> None:
         self.info, self.adapters = ready.info, ready.adapters
         self.stats = Stats()
         self._step_began_s = self._clock()
-        await self._set_state("ready")
         for stream in self._streams.values():  # kept while the engine was away
-            stream.is_retry = True
             self._send(Submit(stream.request))
 
-    def _fail_started(self) -> None:
-        """After the engine's end: answers under way have failed; requests without output wait for the next engine.
+    def on_lost(self) -> None:
+        """Answers under way have failed; requests without output wait for the next engine.
 
-        A request is tried twice at most, lest one that kills the engine does so for ever.
+        One that had begun counts as tried, one that only waited for its turn doesn't.
         """
         error = BackendFailed("the engine process died while this answer was being written; it is being restarted")
-        for stream in self._streams.values():
-            if stream.has_output or stream.is_retry:
+        for request_id, stream in list(self._streams.items()):
+            stream.num_tries += stream.has_begun
+            stream.has_begun = False
+            if stream.has_output or stream.num_tries >= MAX_TRIES:
                 stream.items.put_nowait(error)
-        self._streams = {i: s for i, s in self._streams.items() if not (s.has_output or s.is_retry)}
+                del self._streams[request_id]
         for call in self._calls.values():
             if not call.done():
                 call.set_exception(error)
         self._calls.clear()
+
+    def on_given_up(self) -> None:
+        self._end_streams(EngineUnavailable("the engine has ended, and no other could be started in time"))
 
     def _end_streams(self, error: EngineError) -> None:
         for stream in self._streams.values():
@@ -256,10 +188,9 @@ class EngineClient:
     # ---- messages ----
 
     def _send(self, message: ToEngine) -> None:
-        if self._outbox is not None:
-            self._outbox.put(message)
+        self._supervisor.send(message)
 
-    def _unsent(self, message: ToEngine, reason: Exception) -> None:
+    def on_unsent(self, message: ToEngine, reason: Exception) -> None:
         """End what can't be sent."""
         error: EngineError = InvalidRequest(str(reason))
         if not isinstance(reason, ValueError):  # which tells of a frame that is too long
@@ -272,8 +203,11 @@ class EngineClient:
             if call is not None and not call.done():
                 call.set_exception(error)
 
-    def _dispatch(self, message: ToFront) -> None:
+    def on_message(self, message: ToFront) -> None:
         match message:
+            case Progress(request_id=request_id, stage=stage):
+                if (stream := self._streams.get(request_id)) is not None:
+                    stream.has_begun = stage != "waiting"
             case StepDone(deltas=deltas, stats=stats):
                 self.stats = stats
                 self._step_began_s = self._clock()
@@ -319,7 +253,7 @@ class EngineClient:
         reasons: dict[State, str] = {
             "loading": "the model is still loading",
             "restarting": "the engine is restarting",
-            "failed": f"the model could not be loaded: {self._failure}",
+            "failed": f"the model could not be loaded: {self._supervisor.failure}",
             "closed": "the server is shutting down",
         }
         raise EngineUnavailable(reasons.get(self.state, self.state))
@@ -422,4 +356,4 @@ class EngineClient:
             self._take_back(call_id)
 
     def _take_back(self, key: str | int) -> bool:
-        return self._outbox is not None and self._outbox.take_back(key)
+        return self._supervisor.take_back(key)

@@ -153,14 +153,14 @@ class EngineCore:
             self._scheduler.remove(sequence, keep=keep)
         return bool(sequences)
 
-    def step(self, begun: Callable[[], None] = lambda: None) -> StepResult:
+    def step(self, begun: Callable[[list[Work]], None] = lambda works: None) -> StepResult:
         """Run one step. Every waiting or running request gets further or fails; nothing is left half done.
 
-        begun: called once it is decided which sequences run, before the model does.
+        begun: called with what is to run once that is decided, before the model runs it.
         """
         began = self._clock()
         works = self._scheduler.schedule(began)
-        begun()
+        begun(works)
         if not works:
             return self._fail(list(self._scheduler.waiting)[:1], "the prompt doesn't fit the cache")
         forward_began = self._clock()

@@ -18,8 +18,8 @@ class EngineHandle(Protocol):
     def kill(self) -> None:
         """End it at once, if it still runs."""
 
-    def wait(self) -> str:
-        """Block until it has ended; return how, in words."""
+    def poll(self) -> str | None:
+        """How it has ended, in words; None while it runs."""
 
 
 Launcher = Callable[[socket.socket], EngineHandle]
@@ -39,8 +39,10 @@ class ProcessHandle:
         if self._process.poll() is None:
             self._process.kill()
 
-    def wait(self) -> str:
-        status = self._process.wait()
+    def poll(self) -> str | None:
+        status = self._process.poll()
+        if status is None:
+            return None
         if status < 0:
             return f"killed by {signal.Signals(-status).name}"
         return f"exit status {status}"
@@ -66,9 +68,8 @@ class ThreadHandle:
     def kill(self) -> None:
         """Nothing: the closed socket ends it."""
 
-    def wait(self) -> str:
-        self._thread.join()
-        return "thread ended"
+    def poll(self) -> str | None:
+        return None if self._thread.is_alive() else "thread ended"
 
 
 def spawn_thread(sock: socket.socket) -> ThreadHandle:

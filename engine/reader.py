@@ -14,6 +14,7 @@ from tightrope.engine.prompt_bytes import prompt_bytes, request_bytes
 from tightrope.engine.sequence import Sequence
 from tightrope.engine.settings import EngineSettings
 from tightrope.engine.types import GenerateRequest
+from tightrope.engine.watch import Watch
 from tightrope.engine.wire import (
     CallFailed,
     Cancel,
@@ -22,6 +23,7 @@ from tightrope.engine.wire import (
     EngineEnd,
     ErrorFrame,
     LoadAdapter,
+    Progress,
     Refused,
     SetMarks,
     Start,
@@ -51,13 +53,19 @@ class Reader:
     """
 
     def __init__(
-        self, end: EngineEnd, core: EngineCore, settings: EngineSettings, on_end: Callable[[int], None]
+        self,
+        end: EngineEnd,
+        core: EngineCore,
+        settings: EngineSettings,
+        watch: Watch,
+        on_end: Callable[[int], None],
     ) -> None:
         """on_end: called when nothing more is read, with the status that the process should end with."""
         self._end = end
         self._core = core
         self._limits = settings.limits
         self._on_end = on_end
+        self._watch = watch
         self._lanes = Lanes()
         self._lock = threading.Lock()
         self._num_passed = 0
@@ -70,8 +78,11 @@ class Reader:
     def run(self) -> None:
         """Read until the front is gone."""
         try:
+            activity = self._watch.activity()
             while (message := self._end.receive()) is not None:
+                activity.begin(type(message).__name__)
                 self._handle(message)
+                activity.end()
         except BaseException:
             log.critical("the engine can read no more requests, and ends", exc_info=True)
             self.status = 1
@@ -110,7 +121,16 @@ class Reader:
             except BaseException as error:
                 self._end.send(CallFailed(call_id, ErrorFrame.of(_as_engine_error(error, f"call_id={call_id}"))))
 
-        self._lanes.put(num_bytes, job)
+        self._read(num_bytes, job)
+
+    def _read(self, num_bytes: int, job: Callable[[], None]) -> None:
+        """Run what reads a text of so many bytes, beside this thread."""
+
+        def watched() -> None:
+            with self._watch.over("text"):
+                job()
+
+        self._lanes.put(num_bytes, watched)
 
     def _submit(self, request: GenerateRequest) -> None:
         request_id = request.request_id
@@ -124,12 +144,13 @@ class Reader:
             full = Overloaded(f"{queued} requests are waiting already; the limit is {self._limits.max_waiting}")
             self._end.send(Refused(request_id, ErrorFrame.of(full)))
         else:
-            self._lanes.put(request_bytes(request), lambda: self._prepare(request))
+            self._read(request_bytes(request), lambda: self._prepare(request))
 
     def _prepare(self, request: GenerateRequest) -> None:
         request_id = request.request_id
         if request_id not in self._preparing:  # cancelled
             return
+        self._end.send(Progress(request_id, "preparing"))
         try:
             sequences = self._core.prepare(request)
         except BaseException as error:
@@ -139,6 +160,7 @@ class Reader:
             return
         with self._lock:
             if self._preparing.pop(request_id, None) is not None:
+                self._end.send(Progress(request_id, "waiting"))  # before the loop can say that it runs
                 self._num_passed += len(sequences)
                 self.inbox.put(sequences)
 

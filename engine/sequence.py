@@ -37,6 +37,7 @@ class Sequence:
     prompt_tokens: list[Token] | None = None  # filled while prompt_logprobs are computed
     started_s: float | None = None
     first_token_s: float | None = None
+    has_begun: bool = False  # whether it was in a step
     is_announced: bool = False  # whether a delta with the PromptInfo went out
     adapter: str | None = None  # what the backend calls the one that the request names
 

@@ -25,8 +25,24 @@ class LimitSettings(BaseModel, frozen=True, extra="forbid"):
     )
 
 
+BEATS = 20  # signs of life in the time after which an engine without any is killed
+PATIENCE = 5  # times as long for a step, or for silence while a model loads; beside what a step's tokens should take
+MAX_LIFE_S = 86_400.0
+
+
+class LifeSettings(BaseModel, frozen=True, extra="forbid"):
+    """When an engine is given up. Seconds."""
+
+    stuck_s: float = Field(60.0, gt=0, le=MAX_LIFE_S, description="An engine without a sign of life is killed then.")
+    restart_limit_s: float = Field(
+        600.0, gt=0, le=MAX_LIFE_S, description="The server ends when no engine could be started for this long."
+    )
+    waiting_s: float = Field(60.0, gt=0, le=MAX_LIFE_S, description="How long requests wait for another engine.")
+
+
 class EngineSettings(BaseModel, frozen=True, extra="forbid"):
     """All that the engine process is told at its start."""
 
     model: ModelSettings = ModelSettings()
     limits: LimitSettings = LimitSettings()
+    life: LifeSettings = LifeSettings()

@@ -7,6 +7,7 @@ import socket
 import struct
 import threading
 from contextlib import suppress
+from typing import Literal
 
 import msgspec
 from msgspec import Struct
@@ -107,6 +108,17 @@ class LoadFailed(Struct, frozen=True, tag="load_failed"):
     message: str
 
 
+class Alive(Struct, frozen=True, tag="alive"):
+    """A sign of life, now and then."""
+
+
+class Progress(Struct, frozen=True, tag="progress"):
+    """How far a request is: being made ready for the loop, waiting there for its turn, or in the step that begins."""
+
+    request_id: str
+    stage: Literal["preparing", "waiting", "running"]
+
+
 class StepDone(Struct, frozen=True, tag="step"):
     """All that one step brought, for all requests."""
 
@@ -144,7 +156,19 @@ class CallFailed(Struct, frozen=True, tag="call_failed"):
     error: ErrorFrame
 
 
-ToFront = Loaded | Ready | LoadFailed | StepDone | Refused | Tokenized | Detokenized | AdapterList | CallFailed
+ToFront = (
+    Alive
+    | Loaded
+    | LoadFailed
+    | Ready
+    | Progress
+    | StepDone
+    | Refused
+    | Tokenized
+    | Detokenized
+    | AdapterList
+    | CallFailed
+)
 
 _encoder = msgspec.msgpack.Encoder()
 decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode
@@ -187,6 +211,15 @@ class EngineEnd:
                 self._sock.sendall(frame)
             except OSError:
                 return
+
+    def is_front_gone(self) -> bool:
+        """Whether `receive` would return None at once; may be asked while another thread is in it."""
+        try:
+            return self._sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
 
     def close(self) -> None:
         with suppress(OSError):

@@ -194,6 +194,18 @@ OPTIONS: Mapping[str, Option] = {
         "bytes of the bodies of all requests that wait or run; more are refused with 429 (default: 64000000)",
         "N",
     ),
+    "restart-limit": Option(
+        ("engine", "life", "restart_limit_s"),
+        "limits",
+        "seconds of failed starts of the engine after which the server ends, with status 1 (default: 600)",
+        "S",
+    ),
+    "stuck-after": Option(
+        ("engine", "life", "stuck_s"),
+        "limits",
+        "seconds without a sign of life after which the engine is killed and started again (default: 60)",
+        "S",
+    ),
     "host": Option(("host",), "network", "address to listen on (default: 127.0.0.1)", "ADDRESS", ("--hostname",)),
     "port": Option(("port",), "network", "port to listen on; 0 takes a free one (default: 8080)", "PORT", ("-p",)),
     "api-key": Option(("api_key",), "network", "key that clients must send (better given as TIGHTROPE_API_KEY)", "KEY"),

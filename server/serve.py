@@ -125,7 +125,7 @@ async def _end(drain: Drain, server: uvicorn.Server) -> None:
 async def _announce(
     client: EngineClient, server: uvicorn.Server, drain: Drain, settings: ServerSettings, url: str
 ) -> None:
-    """Print what is served once it is. Raises ServeError, after ending the server, when it can't be."""
+    """Print what is served once it is. Raises ServeError, after ending the server, when it can't be, or no more."""
     try:
         info = await client.wait_ready()
         for name in client.adapters:
@@ -140,6 +140,9 @@ async def _announce(
     _say("\n".join(map(printable, ready_lines(info, settings, url, notes))))
     if settings.api_key is None and not is_loopback(settings.host):
         log.warning("anyone who can reach %s can use this server; --api-key asks for a key", settings.host)
+    reason = await client.wait_failed()
+    server.should_exit = True
+    raise ServeError(reason)
 
 
 def _say(text: str) -> None:

@@ -1,7 +1,7 @@
 """The engine process with a model made of rules: `python fake_engine.py FD`.
 
-Prompts steer it: "crash" in a prompt kills the process when it would write its third token, and while the file named by
-`settings.model.model` exists, loading fails.
+Prompts steer it: "crash" in a prompt kills the process when it would write its third token, and "hang" makes that step
+last for ever. While the file named by `settings.model.model` exists, loading fails.
 """
 
 import os
@@ -24,6 +24,8 @@ def next_token(token_ids: Sequence[int]) -> int:
     text = bytes(i for i in token_ids if i < 256)
     if b"crash" in text and len(text.split(b"crash")[1]) >= 3:
         os.kill(os.getpid(), signal.SIGKILL)
+    if b"hang" in text and len(text.split(b"hang")[1]) >= 3:
+        signal.pause()
     return letters(token_ids)
 
 
@@ -34,9 +36,9 @@ def open_fake(settings: ModelSettings, progress: Callable[[float], None]) -> Fak
     return FakeBackend(next_token, max_num_seqs=settings.max_num_seqs, added=[TURN])
 
 
-def serve_fake(sock: socket.socket) -> int:
-    return serve(sock, open_backend=open_fake)
+def serve_fake(sock: socket.socket, on_end: Callable[[int], None] = lambda status: None) -> int:
+    return serve(sock, on_end, open_fake)
 
 
 if __name__ == "__main__":
-    sys.exit(serve_fake(socket.socket(fileno=int(sys.argv[1]))))
+    sys.exit(serve_fake(socket.socket(fileno=int(sys.argv[1])), on_end=os._exit))

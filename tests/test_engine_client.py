@@ -1,13 +1,16 @@
 """The front's view of an engine, held against the same core in a thread and in a process of its own."""
 
 import asyncio
+import errno
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -26,7 +29,7 @@ from tightrope.engine.errors import (
     Overloaded,
 )
 from tightrope.engine.launch import EngineHandle, Launcher, ProcessHandle, ThreadHandle
-from tightrope.engine.settings import EngineSettings, LimitSettings
+from tightrope.engine.settings import EngineSettings, LifeSettings, LimitSettings
 from tightrope.engine.types import (
     GenerateRequest,
     ModelInfo,
@@ -37,7 +40,9 @@ from tightrope.engine.types import (
     TokenPrompt,
     TurnMarks,
 )
+from tightrope.engine.watch import Activity
 
+PATIENCE_S = 60.0  # a busy machine starts a process in some seconds
 FAKE_ENGINE = Path(__file__).with_name("fake_engine.py")
 
 
@@ -54,6 +59,38 @@ def fake_thread(sock: socket.socket) -> ThreadHandle:
 
 def settings(**limits: int) -> EngineSettings:
     return EngineSettings(model=ModelSettings(max_num_seqs=4), limits=LimitSettings(**limits))
+
+
+def short_lived(**life: float) -> EngineSettings:
+    return EngineSettings(model=ModelSettings(max_num_seqs=1), life=LifeSettings(**life))
+
+
+@asynccontextmanager
+async def running(settings: EngineSettings, launch: Launcher = fake_process) -> AsyncIterator[EngineClient]:
+    client = EngineClient(settings, launch)
+    await client.start()
+    try:
+        await client.wait_ready()
+        yield client
+    finally:
+        await client.close()
+
+
+def send_to_engine(client: EngineClient, number: signal.Signals) -> None:
+    assert isinstance(client.engine, ProcessHandle)
+    os.kill(client.engine.pid, number)
+
+
+async def ended(handle: EngineHandle) -> str:
+    while (how := handle.poll()) is None:
+        await asyncio.sleep(0)
+    return how
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    async with asyncio.timeout(PATIENCE_S):
+        while not holds():
+            await asyncio.sleep(0)
 
 
 @pytest.fixture(params=[fake_thread, fake_process], ids=["thread", "process"])
@@ -168,7 +205,7 @@ async def test_marks_of_the_chat_template_are_special_in_every_engine(launch: La
         assert asked == [(TURN,)] * num_engines
         assert (info.added_texts, TURN in info.special_texts, TURN in info.end_texts) == ((), True, True)
         assert [token.token_id for token in await client.tokenize(prompt)] == [BOS, VOCAB_SIZE, *TURN.encode()]
-        if isinstance(client._handle, ProcessHandle):
+        if isinstance(client.engine, ProcessHandle):
             with pytest.raises(BackendFailed, match="died"):
                 await answer(client, ask("r", "crash", 20))
     await client.close()
@@ -214,8 +251,7 @@ async def test_requests_without_output_outlive_the_engine(process_client: Engine
         await anext(deltas)
     queued = asyncio.create_task(answer(client, ask("queued", "patient")))
     await asyncio.sleep(0)  # lets the task send its request
-    assert isinstance(client._handle, ProcessHandle)
-    os.kill(client._handle.pid, signal.SIGKILL)
+    send_to_engine(client, signal.SIGKILL)
     for deltas in busy:
         with pytest.raises(BackendFailed):
             async for _ in deltas:
@@ -270,4 +306,155 @@ async def test_an_engine_ends_when_its_front_does():
     handle = fake_process(theirs)
     theirs.close()
     ours.close()
-    assert await asyncio.to_thread(handle.wait) == "exit status 0"
+    assert await ended(handle) == "exit status 0"
+
+
+# ---- what can go wrong at a restart ----
+
+
+def refuse(error: Exception) -> Launcher:
+    def launch(sock: socket.socket) -> EngineHandle:
+        raise error
+
+    return launch
+
+
+def say(frame: bytes) -> Launcher:
+    """An engine that says this, and then nothing."""
+
+    def launch(sock: socket.socket) -> EngineHandle:
+        own = sock.dup()
+
+        def speak() -> None:
+            with own:
+                own.sendall(frame)
+                while own.recv(1 << 16):
+                    pass
+
+        thread = threading.Thread(target=speak, daemon=True)
+        thread.start()
+        return ThreadHandle(thread)
+
+    return launch
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        refuse(OSError(errno.EMFILE, "Too many open files")),
+        refuse(RuntimeError("can't start new thread")),
+        say(b"\x01\0\0\0\xc1"),
+        say(b"\xff\xff\xff\xff"),
+    ],
+    ids=["no descriptor", "no thread", "no message", "too long a frame"],
+)
+async def test_whatever_goes_wrong_at_a_restart_is_tried_again(fault: Launcher):
+    launches: list[Launcher] = [fake_process, fault, fault, fake_process]
+    async with running(short_lived(), lambda sock: launches.pop(0)(sock)) as client:
+        busy = client.generate(ask("busy", "busy", 900))
+        await anext(busy)
+        waiting = asyncio.create_task(answer(client, ask("waiting", "patient")))
+        await asyncio.sleep(0)
+        send_to_engine(client, signal.SIGKILL)
+        with pytest.raises(BackendFailed, match="died"):
+            await anext(aiter([d async for d in busy]))
+        assert await waiting == expected("patient")
+    assert (launches, client.restarts) == ([], 3)
+
+
+async def test_a_load_that_fails_at_a_restart_is_tried_again_and_ends_who_waits(tmp_path: Path):
+    away = tmp_path / "away"
+    model = EngineSettings(model=ModelSettings(model=str(away), max_num_seqs=1), life=LifeSettings(waiting_s=1.0))
+    async with running(model) as client:
+        busy = client.generate(ask("busy", "busy", 900))
+        await anext(busy)
+        waiting = asyncio.create_task(answer(client, ask("waiting", "patient")))
+        await asyncio.sleep(0)
+        away.touch()
+        send_to_engine(client, signal.SIGKILL)
+        with pytest.raises(EngineUnavailable, match="no other could be started"):
+            await waiting
+        assert client.state == "restarting"
+        away.unlink()
+        await client.wait_ready()
+        assert await answer(client, ask("later", "hello")) == expected("hello")
+        await busy.aclose()
+
+
+async def test_loads_that_keep_failing_are_given_up_in_the_end(tmp_path: Path):
+    away = tmp_path / "away"
+    model = EngineSettings(model=ModelSettings(model=str(away)), life=LifeSettings(restart_limit_s=1.0))
+    async with running(model) as client:
+        away.touch()
+        send_to_engine(client, signal.SIGKILL)
+        assert "not a model" in await asyncio.wait_for(client.wait_failed(), PATIENCE_S)
+        assert client.state == "failed"
+
+
+async def test_the_pause_starts_anew_once_an_engine_has_answered(caplog: pytest.LogCaptureFixture):
+    async with running(settings()) as client:
+        for place in range(5):
+            await client.wait_ready()
+            if place != 1:
+                assert await answer(client, ask(f"{place}", "hello")) == expected("hello")
+            send_to_engine(client, signal.SIGKILL)
+            await until(lambda: client.state == "restarting")
+        await client.wait_ready()
+    pauses = re.findall(r"restart_in_s=([\d.]+)", caplog.text)
+    assert pauses == ["0.00", "0.25", "0.00", "0.00", "0.00"]
+
+
+# ---- engines that stand still ----
+
+
+async def test_a_stopped_engine_is_killed_and_what_waited_is_answered():
+    async with running(short_lived(stuck_s=0.5)) as client:
+        send_to_engine(client, signal.SIGSTOP)
+        assert await asyncio.wait_for(answer(client, ask("r", "hello")), PATIENCE_S) == expected("hello")
+        assert client.restarts == 1
+
+
+async def test_a_step_that_never_ends_is_ended():
+    async with running(short_lived(stuck_s=0.5)) as client:
+        with pytest.raises(BackendFailed, match="died"):
+            await asyncio.wait_for(answer(client, ask("r", "hang")), PATIENCE_S)
+        await client.wait_ready()
+        assert await answer(client, ask("s", "hello")) == expected("hello")
+
+
+def test_a_step_may_take_as_long_as_its_tokens_took_before():
+    activity = Activity(patience_s=300.0)
+    activity.begin("step", 512)
+    first = activity.task
+    activity.end()
+    activity.begin("step", 24_000)
+    assert first is not None
+    assert activity.task is not None
+    assert first.allowed_s == 300 + 512  # a token a second, while nothing is known
+    assert 300 < activity.task.allowed_s < 300 + 24_000
+
+
+# ---- requests that waited ----
+
+
+async def test_requests_that_only_waited_outlive_any_number_of_engines():
+    async with running(short_lived()) as client:
+        writing = [client.generate(ask(name, name, 900)) for name in "abc"]
+        firsts = [asyncio.ensure_future(anext(deltas)) for deltas in writing]
+        waiting = [asyncio.create_task(answer(client, ask(f"w{i}", f"wait {i}"))) for i in range(8)]
+        for first, deltas in zip(firsts, writing, strict=True):  # one at a time: its prompt is the shortest
+            await asyncio.wait_for(first, PATIENCE_S)
+            send_to_engine(client, signal.SIGKILL)
+            with pytest.raises(BackendFailed, match="died"):
+                async for _ in deltas:
+                    pass
+        assert await asyncio.gather(*waiting) == [expected(f"wait {i}") for i in range(8)]
+        assert client.restarts == 3
+
+
+async def test_a_request_that_ends_every_engine_is_tried_twice():
+    async with running(settings()) as client:
+        with pytest.raises(BackendFailed, match="died"):
+            await answer(client, ask("r", "crashabc"))
+        assert client.restarts == 1
+        await client.wait_ready()

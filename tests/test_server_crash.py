@@ -2,22 +2,24 @@
 
 import json
 import os
+import resource
+import shutil
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
 import pytest
 from real_server import RunningServer, run_server
 
+TINY = Path(__file__).with_name("data") / "adapters" / "llama-bf16"
 BACK_S = 20  # how soon a killed engine must serve again
 
 
 @pytest.fixture(scope="module")
 def own_server() -> Iterator[RunningServer]:
-    with run_server() as running:
+    with run_server("--stuck-after=4") as running:
         yield running
 
 
@@ -90,14 +92,44 @@ def test_a_killed_engine_ends_the_stream_with_an_error_and_is_back(
     assert own_server.process.poll() is None
 
 
-def test_the_engine_ends_with_a_front_that_is_killed():
-    is_gone = False
-    with suppress(AssertionError), run_server() as running:  # which asks for status 0 at the end
-        child = engine_pid(running.process.pid)
-        running.process.kill()
-        running.process.wait()
-        deadline = time.monotonic() + BACK_S
-        while not is_gone and time.monotonic() < deadline:
-            os.sched_yield()
-            is_gone = not Path(f"/proc/{child}").exists()
-    assert is_gone
+def test_a_stopped_engine_is_killed_and_what_it_owed_is_answered(own_server: RunningServer):
+    os.kill(engine_pid(own_server.process.pid), signal.SIGSTOP)
+
+    answer = httpx.post(f"{own_server.url}/v1/completions", json={"prompt": "hello", "max_tokens": 3}, timeout=60)
+
+    assert answer.status_code == 200
+    assert "no sign of life" in own_server.errors()
+
+
+def test_an_engine_that_finds_no_descriptor_is_started_when_there_is_one(own_server: RunningServer):
+    front = own_server.process.pid
+    before = resource.prlimit(front, resource.RLIMIT_NOFILE)
+    engine = engine_pid(front)
+    num_open = len(os.listdir(f"/proc/{front}/fd"))
+    resource.prlimit(front, resource.RLIMIT_NOFILE, (num_open - 1, before[1]))
+    try:
+        os.kill(engine, signal.SIGKILL)
+        wait_until(lambda: "Too many open files" in own_server.errors())
+    finally:
+        resource.prlimit(front, resource.RLIMIT_NOFILE, before)
+
+    wait_until_healthy(own_server.url)
+
+
+def test_a_server_whose_model_stays_away_ends_with_status_1(tmp_path: Path):
+    model = tmp_path / "model"
+    shutil.copytree(TINY, model)
+    with run_server(str(model), "--restart-limit=1.5", status=None) as server:
+        model.rename(tmp_path / "away")
+        os.kill(engine_pid(server.process.pid), signal.SIGKILL)
+        assert server.process.wait(60) == 1
+        last = server.errors().splitlines()[-1]
+    assert last.startswith("tightrope: no engine could be started for 1.5 s (--restart-limit)")
+    assert str(model) in last
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < deadline
+        os.sched_yield()

@@ -119,12 +119,12 @@ async def stopped_engine() -> AsyncIterator[tuple[EngineClient, int]]:
     client = EngineClient(settings(max_waiting=6), fake_process)
     await client.start()
     await client.wait_ready()
-    assert isinstance(client._handle, ProcessHandle)
-    os.kill(client._handle.pid, signal.SIGSTOP)
+    assert isinstance(client.engine, ProcessHandle)
+    os.kill(client.engine.pid, signal.SIGSTOP)
     try:
-        yield client, client._handle.pid
+        yield client, client.engine.pid
     finally:
-        os.kill(client._handle.pid, signal.SIGCONT)
+        os.kill(client.engine.pid, signal.SIGCONT)
         await client.close()
 
 
@@ -141,8 +141,8 @@ async def test_what_waits_for_an_engine_that_stands_still_is_counted_and_goes_wh
             task.cancel()
         await asyncio.gather(*tasks, *calls, return_exceptions=True)
         assert client.num_open == 0
-        assert client._outbox is not None
-        assert len(client._outbox._messages) <= 1, "at most the cancel of the one that was on its way"
+        assert client._supervisor._outbox is not None
+        assert len(client._supervisor._outbox._messages) <= 1, "at most the cancel of the one that was on its way"
         assert client._calls == {}
         waits = asyncio.create_task(answer(client, ask("last", "patient")))
         os.kill(pid, signal.SIGCONT)
