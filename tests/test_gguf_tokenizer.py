@@ -8,6 +8,8 @@ import pytest
 from gguf import GGUFWriter, TokenType
 from gguf_files import write_model
 from gguf_models import gemma
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from tightrope.backends.gguf.native import ModelOptions, NativeModel
 from tightrope.backends.gguf.tokenizer import GGUFTokenizer
@@ -95,6 +97,21 @@ def test_threads_may_share_a_tokenizer(tokenizer: GGUFTokenizer) -> None:
 def test_a_megabyte_of_one_character_is_tokenized(tokenizer: GGUFTokenizer, character: str) -> None:
     text = character * ((1 << 20) // len(character.encode()))
     assert joined(tokenizer, tokenizer.encode(text, parse_special=False, is_start=True)) == text.encode()
+
+
+@given(text=st.text(), repeat=st.integers(1, 40), parse_special=st.booleans())
+@example(text=" ", repeat=400, parse_special=False)
+@example(text="▁", repeat=400, parse_special=False)
+@example(text="\x04", repeat=400, parse_special=False)
+@example(text="<|endoftext|>", repeat=9, parse_special=True)
+@settings(deadline=None, derandomize=True)
+def test_a_text_has_so_many_tokens_at_least(
+    tokenizer: GGUFTokenizer, text: str, repeat: int, parse_special: bool
+) -> None:
+    assert tokenizer.max_token_bytes is not None
+    raw = (text * repeat).encode().translate(None, tokenizer.lost_bytes)
+    token_ids = tokenizer.encode(text * repeat, parse_special=parse_special, is_start=False)
+    assert len(token_ids) * tokenizer.max_token_bytes >= len(raw)
 
 
 def test_a_user_defined_token_becomes_a_mark_when_the_chat_template_says_so() -> None:
