@@ -212,18 +212,23 @@ async def test_what_cannot_be_had_is_refused_with_the_fields_name(path: str, bod
 async def test_an_answer_that_fails_is_an_error_and_no_clean_end(path: str, stream: bool) -> None:
     bans = {"custom_token_bans": list(range(259))}
     async with api() as http:
-        body = {"prompt": "a", "raw": True, "stream": stream, **bans, "options": bans}
-        reply = await http.post(path, json=body)
+        body = {"prompt": "a", "stream": stream}
+        reply = await http.post(path, json=body | ({"raw": True, "options": bans} if path == "/api/generate" else bans))
     last = reply.text.rstrip("\n").rsplit("\n", 1)[-1].removeprefix("data: ")
     assert "no token can be drawn" in json.loads(last)["error"]["message"]
     assert reply.status_code == (200 if path.endswith("stream") or (stream and "v1" not in path) else 500)
 
 
 async def test_a_prompt_over_the_window_is_told_with_both_numbers() -> None:
-    body = {"prompt": "a" * 2000, "max_length": 8, "n_predict": 8, "options": {"num_predict": 8}}
+    fields = {
+        "/completion": {"n_predict": 8},
+        "/api/v1/generate": {"max_length": 8},
+        "/api/extra/generate/stream": {"max_length": 8},
+        "/api/generate": {"raw": True, "options": {"num_predict": 8}},
+    }
     async with api() as http:
-        for path in ("/completion", "/api/v1/generate", "/api/extra/generate/stream", "/api/generate"):
-            refused = await http.post(path, json=body | {"stream": True, "raw": True})
+        for path, own in fields.items():
+            refused = await http.post(path, json={"prompt": "a" * 2000, "stream": True, **own})
             assert refused.status_code == 400
             message = refused.json()["error"]["message"]
             assert "1024" in message
