@@ -37,7 +37,6 @@ class LifeSettings(BaseModel, frozen=True, extra="forbid"):
     restart_limit_s: float = Field(
         600.0, gt=0, le=MAX_LIFE_S, description="The server ends when no engine could be started for this long."
     )
-    waiting_s: float = Field(60.0, gt=0, le=MAX_LIFE_S, description="How long requests wait for another engine.")
 
 
 class EngineSettings(BaseModel, frozen=True, extra="forbid"):

@@ -37,6 +37,7 @@ State = Literal["loading", "ready", "restarting", "failed", "closed"]
 
 MAX_PAUSE_S = 10.0
 STABLE_S = 30.0  # an engine that ran this long is followed at once, as one that has answered is
+WAITING_S = 60.0  # how long requests wait for another engine
 END_GRACE_S = 10.0  # for an engine that has closed its socket, or was killed, to end
 LOADING_S = 120.0  # at least, for an engine that imports its libraries from a slow disk: it says nothing meanwhile
 _POLL_S = 0.02
@@ -199,8 +200,7 @@ class Supervisor:
         if was_ready:
             self._lost_s = time.monotonic()
             await self._set_state("restarting")
-            seconds = self._settings.waiting_s
-            self._expiry = asyncio.get_running_loop().call_later(seconds, self._listener.on_given_up)
+            self._expiry = asyncio.get_running_loop().call_later(WAITING_S, self._listener.on_given_up)
         self._listener.on_lost()
         how = "it was never there" if self.handle is None else await _end_of(self.handle)
         if not reason and not was_ready:

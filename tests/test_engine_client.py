@@ -19,6 +19,7 @@ from fakes import BOS, VOCAB_SIZE, letters
 from msgspec import structs
 
 from tightrope.backends.settings import ModelSettings
+from tightrope.engine import supervisor
 from tightrope.engine.client import EngineClient
 from tightrope.engine.errors import (
     BackendFailed,
@@ -362,9 +363,12 @@ async def test_whatever_goes_wrong_at_a_restart_is_tried_again(fault: Launcher):
     assert (launches, client.restarts) == ([], 3)
 
 
-async def test_a_load_that_fails_at_a_restart_is_tried_again_and_ends_who_waits(tmp_path: Path):
+async def test_a_load_that_fails_at_a_restart_is_tried_again_and_ends_who_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(supervisor, "WAITING_S", 1.0)
     away = tmp_path / "away"
-    model = EngineSettings(model=ModelSettings(model=str(away), max_num_seqs=1), life=LifeSettings(waiting_s=1.0))
+    model = EngineSettings(model=ModelSettings(model=str(away), max_num_seqs=1))
     async with running(model) as client:
         busy = client.generate(ask("busy", "busy", 900))
         await anext(busy)
