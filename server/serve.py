@@ -16,7 +16,7 @@ import uvloop
 from tightrope import __version__
 from tightrope.engine.client import EngineClient
 from tightrope.engine.console import log_to_stderr, printable
-from tightrope.engine.errors import BackendFailed
+from tightrope.engine.errors import BackendFailed, EngineError
 from tightrope.engine.types import ModelInfo
 from tightrope.server.app import create_app
 from tightrope.server.connections import Connection
@@ -132,7 +132,7 @@ async def _announce(
             if means_the_model(name, settings.served_model_name or info.model_id):
                 raise BackendFailed(f"--lora: {name!r} means the model itself; give the adapter another name")
         notes = await _template_notes(ChatTemplate(info, settings.chat_template, settings.chat_template_args))
-    except (BackendFailed, TemplateFailed) as error:
+    except EngineError as error:
         server.should_exit = True
         if drain.is_on:
             return

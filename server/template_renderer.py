@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
+from tightrope.engine.errors import EngineUnavailable
 from tightrope.processes import bare_environment, child_command
 from tightrope.server.errors import TemplateFailed, TemplateRefused, TemplateStopped
 from tightrope.server.template_worker import Rendered, RenderJob
@@ -49,7 +50,11 @@ class TemplateRenderer:
     async def _run(self, job: RenderJob) -> list[Rendered]:
         async with self._lock:
             if self._process is None:
-                await self._start()
+                try:
+                    await self._start()
+                except OSError as error:  # no descriptor, memory or process to be had, or no time on a busy machine
+                    why = str(error) or "it did not answer in time"
+                    raise EngineUnavailable(f"the process for chat templates can't be started: {why}") from None
             done = False
             try:
                 made = await self._ask(job, self._timeout_s)

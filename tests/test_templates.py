@@ -1,12 +1,15 @@
 """Chat templates: what they render, what of it is plain text, and how hostile ones end."""
 
 import asyncio
+import os
+import resource
 from collections.abc import AsyncIterator, Sequence
 
 import pytest
 from fake_api import api
 from msgspec import structs
 
+from tightrope.engine.errors import EngineUnavailable
 from tightrope.engine.types import ModelInfo, Span
 from tightrope.server.errors import TemplateFailed
 from tightrope.server.template_renderer import TemplateRenderer
@@ -298,3 +301,16 @@ async def test_a_refusing_template_is_a_400_and_a_long_chat_is_no_problem() -> N
         }
         body = {"messages": [{"role": "user", "content": "x"}] * 900}
         assert (await http.post("/v1/chat/completions", json=body)).status_code == 200
+
+
+async def test_a_chat_that_finds_no_descriptor_for_its_template_is_told_to_come_again():
+    renderer = TemplateRenderer()
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) - 1, before[1]))
+    try:
+        with pytest.raises(EngineUnavailable, match="can't be started"):
+            await renderer.render("{{ word }}", {"word": "hello"})
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert await renderer.render("{{ word }}", {"word": "hello"}) == "hello"
+    await renderer.close()
