@@ -2,12 +2,14 @@
 
 import asyncio
 import json
-import os
 import random
+import subprocess
+import sys
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from subprocess import PIPE
 
 import pytest
 from fake_api import api
@@ -75,8 +77,12 @@ def test_a_value_that_could_not_be_measured_misses_its_bar() -> None:
     assert line(verdict("x", None, 1.0)) == "x: not measured (bar: 1, missed)"
 
 
-async def test_this_process_is_read_as_a_front_without_an_engine() -> None:
-    found = read(os.getpid(), 1.5, 3)
+def test_a_process_without_children_is_read_as_a_front_without_an_engine() -> None:
+    with subprocess.Popen([sys.executable, "-c", "print(1, flush=True); input()"], stdin=PIPE, stdout=PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()  # it is up
+        found = read(process.pid, 1.5, 3)
+        process.communicate(b"\n")
     assert found is not None
     assert (found.at_s, found.requests, found.engine) == (1.5, 3, None)
     assert found.front.mib > 1
