@@ -50,12 +50,16 @@ def strength(distance: int, params: SamplingParams) -> float:
 
 def dry(token_ids: Sequence[int], params: SamplingParams, breaks: Sequence[bool]) -> dict[int, float]:
     """What DRY subtracts, by token; breaks: whether a breaker ends in each token."""
+    most = 1e30
+
+    def penalty(excess: int) -> float:
+        if excess * math.log(params.dry_base) > math.log(most / params.dry_multiplier):  # the power may be no number
+            return most
+        return params.dry_multiplier * params.dry_base**excess
+
     lengths = runs(token_ids, breaks, params.dry_range)
-    return {
-        token: min(params.dry_multiplier * params.dry_base ** float(length - params.dry_allowed_length), 1e30)
-        for token, length in lengths.items()
-        if length >= params.dry_allowed_length
-    }
+    excesses = {token: length - params.dry_allowed_length for token, length in lengths.items()}
+    return {token: penalty(excess) for token, excess in excesses.items() if excess >= 0}
 
 
 def repeated_ngrams(token_ids: Sequence[int], n: int) -> set[int]:
