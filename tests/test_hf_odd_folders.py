@@ -23,6 +23,7 @@ from odd_folders import (
 from transformers import AutoTokenizer
 
 from tightrope.backends.errors import BackendError
+from tightrope.backends.hf.config import read_config
 from tightrope.backends.hf.tokenizer import HFTokenizer
 
 CHAT = "<|im_start|>user\nthe ferry <|im_end|>\n<|im_start|> </s>x<s> y <tool> z <|x|> a<|x|>b ferry ferryman"
@@ -320,6 +321,28 @@ def test_every_file_may_name_an_end_and_a_default_of_config_classes_is_none(tmp_
     words["model"]["vocab"] = {text: i for i, text in enumerate(dict(sorted(words["model"]["vocab"].items())))}
     files = {"tokenizer.json": words, "generation_config.json": {"eos_token_id": 259}}
     assert HFTokenizer(write(tmp_path / "words", files), shape(300, eos_token_id=2)).eos_ids == {259}
+
+
+@pytest.mark.parametrize(
+    ("top", "inner", "ends"),
+    [
+        (260, 2, {2, 260}),
+        (2, 260, {2, 260}),
+        ([1, 260], None, {1, 260}),
+        (None, [260], {260}),
+        ([2, 260], [260, 262], {2, 260, 262}),
+        (2, 2, {2}),
+    ],
+)
+def test_the_ends_of_an_image_model_are_those_of_both_of_its_places(
+    tmp_path: Path, top: object, inner: object, ends: set[int]
+):
+    tokens = BASE | {260: flagged("<|a|>", False), 262: flagged("<|b|>")}
+    text = {"model_type": "gemma3_text", "hidden_size": 64, "num_hidden_layers": 1, "vocab_size": 300}
+    config = {"model_type": "gemma3", "eos_token_id": top, "text_config": text | {"eos_token_id": inner}}
+    folder = write(tmp_path, {"tokenizer.json": byte_level(tokens), "config.json": config})
+
+    assert HFTokenizer(folder, read_config(folder)).eos_ids == ends
 
 
 @pytest.mark.parametrize("place", ["generation_config.json", "config.json"])

@@ -44,6 +44,7 @@ ALIASES: Mapping[str, tuple[str, Mapping[str, object]]] = {
         {"num_key_value_heads": 4, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "rope_theta": 5_000_000.0},
     ),
 }
+ENDS = "eos_token_id"
 LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
@@ -66,7 +67,8 @@ class ModelShape:
     dtype: WeightDtype  # as config.json says; where it doesn't, that of the tensors, which is transformers' reading
     tie_embeddings: bool
     num_experts: int  # routed experts of a layer, 0 for a dense model
-    raw: Mapping[str, Any]  # all of config.json, with the fields of text_config, if it has one, raised to the top
+    # all of config.json, with the fields of text_config, if it has one, raised to the top; ends of both are joined
+    raw: Mapping[str, Any]
     other_lengths: Mapping[str, float]  # tokens that other fields and files give, by the fields' names
 
 
@@ -94,7 +96,15 @@ def _raise_text(path: Path, whole: Mapping[str, Any]) -> dict[str, Any]:
     text = whole.get("text_config", {})
     if not isinstance(text, dict):
         raise BackendError(f"{path}: text_config is {text!r:.80}; it must be an object")
-    return {key: value for key, value in whole.items() if key != "text_config"} | text
+    raised = {key: value for key, value in whole.items() if key != "text_config"} | text
+    ends = [end for part in (whole, text) if (value := part.get(ENDS)) is not None for end in _as_list(value)]
+    if ENDS in whole and ENDS in text:  # either place may have the end of a turn alone, or that of a text
+        raised[ENDS] = ends[0] if ends and all(end == ends[0] for end in ends) else ends
+    return raised
+
+
+def _as_list(value: object) -> list[object]:
+    return value if isinstance(value, list) else [value]
 
 
 def _config_class(path: Path, model_type: str, raw: Mapping[str, Any]) -> type["PretrainedConfig"]:

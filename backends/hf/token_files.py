@@ -39,7 +39,7 @@ class TokenFiles:
     special: dict[str, AddedToken] = field(default_factory=dict)  # every token that has a name
     end_texts: frozenset[str] = frozenset()
     end_ids: frozenset[int] = frozenset()
-    default_end_id: int | None = None  # an end that may be nothing but the default of a config class
+    default_end_ids: frozenset[int] = frozenset()  # ends that may be nothing but the default of a config class
     notes: list[str] = field(default_factory=list)
 
 
@@ -144,10 +144,10 @@ def _read_end_ids(folder: Path, shape: ModelShape, files: TokenFiles) -> None:
     """Every eos_token_id of generation_config.json and config.json that is an id of the model."""
     config, path = folder / "config.json", folder / "generation_config.json"
     generation = _ids(path, _advice(path, files.notes).get("eos_token_id"), shape.vocab_size, files.notes)
-    stated = shape.raw.get("eos_token_id")
-    files.end_ids = generation | _ids(config, stated, shape.vocab_size, files.notes)
-    if generation and stated in _DEFAULT_END_IDS and stated not in generation:
-        files.default_end_id = stated
+    files.end_ids = generation | _ids(config, shape.raw.get("eos_token_id"), shape.vocab_size, files.notes)
+    defaults = files.end_ids.intersection(_DEFAULT_END_IDS) - generation
+    if files.end_ids - defaults:
+        files.default_end_ids = defaults
 
 
 def _ids(path: Path, value: object, vocab_size: int, notes: list[str]) -> frozenset[int]:

@@ -205,9 +205,7 @@ class HFTokenizer:
         named = {vocabulary.id_of(text) for text in texts}
         ends = {i for i in named if i is not None} | vocabulary.turn_ends() | files.end_ids
         # transformers writes the default of a config class where nobody gave an end
-        if files.default_end_id not in named | self._special and files.default_end_id not in vocabulary.added:
-            ends.discard(files.default_end_id)
-        return frozenset(ends)
+        return frozenset(ends - (files.default_end_ids - named - self._special - vocabulary.added.keys()))
 
 
 def _prefixes_parts(files: TokenFiles) -> bool:
