@@ -1,16 +1,12 @@
 """Text to token ids and back by tokenizer.json and tokenizer.model, held to llama.cpp's and sentencepiece's own."""
 
 import base64
-import io
-import json
 import struct
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from shutil import copytree
-from typing import Any
 
 import pytest
 import sentencepiece
@@ -18,12 +14,25 @@ from gguf_models import gemma
 from hf_models import gemma3_bf16, smollm2_bf16
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_tokenizers import (
+    CORPUS,
+    LLAMA_LIKE,
+    LLAMA_SHAPE,
+    SMALL,
+    SMALL_SHAPE,
+    copied,
+    joined,
+    llama_like,
+    small,
+    trained,
+    write,
+)
 from transformers import AutoTokenizer
 
 from tightrope.backends.errors import BackendError
 from tightrope.backends.gguf.native import ModelOptions, NativeModel
 from tightrope.backends.gguf.tokenizer import GGUFTokenizer
-from tightrope.backends.hf.config import ModelShape, read_config
+from tightrope.backends.hf.config import read_config
 from tightrope.backends.hf.tokenizer import HFTokenizer
 from tightrope.backends.locate import bundled_model
 
@@ -67,10 +76,6 @@ def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
 @pytest.fixture(scope="module")
 def smollm2() -> HFTokenizer:
     return HFTokenizer(smollm2_bf16(), read_config(smollm2_bf16()))
-
-
-def joined(tokenizer: HFTokenizer, token_ids: list[int]) -> bytes:
-    return b"".join(tokenizer.token_bytes(token_id) for token_id in token_ids)
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -117,15 +122,6 @@ def test_texts_get_the_ids_that_transformers_gives_them(smollm2: HFTokenizer):
         assert smollm2.encode(text, parse_special=True, is_start=True) == theirs.encode(text, add_special_tokens=False)
 
 
-def test_special_tokens_are_parsed_only_when_asked_for(smollm2: HFTokenizer):
-    parsed = smollm2.encode("<|im_start|>user", parse_special=True, is_start=True)
-    plain = smollm2.encode("<|im_start|>user", parse_special=False, is_start=True)
-
-    assert smollm2.is_special(parsed[0])
-    assert not any(map(smollm2.is_special, plain))
-    assert joined(smollm2, parsed) == joined(smollm2, plain) == b"<|im_start|>user"
-
-
 def test_no_text_is_no_token_and_an_unpaired_surrogate_is_replaced(smollm2: HFTokenizer):
     assert smollm2.encode("", parse_special=True, is_start=True) == []
     assert joined(smollm2, smollm2.encode("a\ud800b", parse_special=False, is_start=True)) == b"a?b"
@@ -150,36 +146,10 @@ def test_a_megabyte_of_one_character_is_tokenized(pair: Pair, character: str):
 
 # tokenizer.model, with sentencepiece itself as the twin
 
-CORPUS = (Path(__file__).resolve().parent.parent / "docs" / "request.md").read_text("utf-8") * 3
-LLAMA_SHAPE = replace(read_config(smollm2_bf16()), raw={"eos_token_id": 2})
-
-
-def trained(algorithm: str, **options: object) -> bytes:
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(CORPUS.splitlines()),
-        model_writer=model,
-        model_type=algorithm,
-        vocab_size=560 if algorithm == "bpe" else 460,
-        minloglevel=2,
-        num_threads=1,
-        **options,
-    )
-    return model.getvalue()
-
-
-LLAMA_LIKE = {"byte_fallback": True, "normalization_rule_name": "identity", "remove_extra_whitespaces": False}
-
 
 @pytest.fixture(scope="module")
 def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder as the first llamas had it: tokenizer.model, and the names of its tokens."""
-    folder = tmp_path_factory.mktemp("llama")
-    raw = trained("bpe", user_defined_symbols=["<tool>"], control_symbols=["[INST]"], **LLAMA_LIKE)
-    (folder / "tokenizer.model").write_bytes(raw)
-    names = {"bos_token": "<s>", "eos_token": {"content": "</s>"}}
-    write(folder, "tokenizer_config.json", names | {"tokenizer_class": "LlamaTokenizer"})
-    return folder
+    return llama_like(tmp_path_factory.mktemp("llama"))
 
 
 @pytest.fixture(scope="module")
@@ -221,116 +191,10 @@ def test_the_leading_space_is_put_at_the_start_of_a_prompt_and_nowhere_else(llam
     assert start == (" " + later if text else "")
 
 
-def test_control_pieces_are_special_and_user_defined_ones_are_always_found(llama: HFTokenizer):
-    found = llama.encode("[INST]<tool></s>", parse_special=True, is_start=False)
-    plain = llama.encode("[INST]<tool></s>", parse_special=False, is_start=False)
-
-    assert [llama.token_bytes(i) for i in found] == [b"[INST]", b"<tool>", b"</s>"]
-    assert [llama.is_special(i) for i in found] == [True, False, True]
-    assert found[1] in plain
-    assert not any(map(llama.is_special, plain))
-    assert set(llama.special_texts()) == {"<unk>", "<s>", "</s>", "[INST]"}
-
-
-def test_a_llamas_prompts_start_with_bos(llama: HFTokenizer):
-    assert (llama.bos_id, llama.adds_bos, llama.eos_ids) == (1, True, {2})
-
-
 def test_bytes_that_no_piece_has_are_tokens_of_their_own(llama: HFTokenizer):
     token_ids = llama.encode("😀", parse_special=False, is_start=False)
 
     assert [llama.token_bytes(i) for i in token_ids] == [b"\xf0", b"\x9f", b"\x98", b"\x80"]
-
-
-def test_tokens_that_were_added_later_follow_the_sentencepiece_ones(llama_folder: Path, tmp_path: Path):
-    folder = copied(llama_folder, tmp_path)
-    write(folder, "added_tokens.json", {"<|im_end|>": 560, "<extra>": 561})
-    added = {"560": {"content": "<|im_end|>", "special": True}, "1": {"content": "<s>", "special": True}}
-    write(folder, "tokenizer_config.json", {"added_tokens_decoder": added})
-
-    tokenizer = HFTokenizer(folder, LLAMA_SHAPE)
-
-    assert tokenizer.encode("<|im_end|><extra>", parse_special=True, is_start=False) == [560, 561]
-    assert 560 in tokenizer.eos_ids
-    assert (tokenizer.is_special(560), tokenizer.is_special(561)) == (True, False)
-
-
-# what the folder's other files say
-
-SMALL = {
-    "version": "1.0",
-    "added_tokens": [
-        {"id": i, "content": text, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
-         "special": special}
-        for i, (text, special) in enumerate([("<s>", True), ("</s>", True), ("<|eot_id|>", True), ("<think>", False)])
-    ],
-    "normalizer": None,
-    "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
-    "post_processor": None,
-    "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
-    "model": {"type": "BPE", "vocab": {"<s>": 0, "</s>": 1, "<|eot_id|>": 2, "<think>": 3, "a": 4, "Ġ": 5},
-              "merges": []},
-}  # fmt: skip
-ADDS_BOS = {
-    "type": "TemplateProcessing",
-    "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
-    "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
-    "special_tokens": {"<s>": {"id": "<s>", "ids": [0], "tokens": ["<s>"]}},
-}
-SMALL_SHAPE = replace(LLAMA_SHAPE, vocab_size=8, raw={})
-
-
-def write(folder: Path, name: str, value: object) -> None:
-    (folder / name).write_text(json.dumps(value), "utf-8")
-
-
-def copied(source: Path, target: Path) -> Path:
-    return copytree(source, target / "copy")
-
-
-def small(folder: Path, shape: ModelShape = SMALL_SHAPE, **parts: object) -> HFTokenizer:
-    write(folder, "tokenizer.json", SMALL | parts)
-    return HFTokenizer(folder, shape)
-
-
-@pytest.mark.parametrize(
-    ("post_processor", "config", "expected"),
-    [
-        (ADDS_BOS, {}, (0, True)),
-        (ADDS_BOS, {"bos_token": "</s>"}, (0, True)),
-        (ADDS_BOS, {"add_bos_token": False, "bos_token": "<s>"}, (0, False)),
-        (None, {"add_bos_token": True, "bos_token": {"content": "<s>"}}, (0, True)),
-        (None, {"bos_token": "<s>"}, (0, False)),
-        (None, {"bos_token": None}, (None, False)),
-        (None, {}, (None, False)),
-    ],
-)
-def test_bos_is_what_the_settings_say_or_else_the_post_processor(
-    tmp_path: Path, post_processor: object, config: object, expected: tuple[int | None, bool]
-):
-    write(tmp_path, "tokenizer_config.json", config)
-    tokenizer = small(tmp_path, post_processor=post_processor)
-
-    assert (tokenizer.bos_id, tokenizer.adds_bos) == expected
-
-
-@pytest.mark.parametrize(
-    ("generation", "config", "named", "ends"),
-    [
-        ({"eos_token_id": [1, 4]}, {"eos_token_id": 5}, None, {1, 2, 4, 5}),
-        ({"eos_token_id": 1}, {}, None, {1, 2}),
-        ({}, {"eos_token_id": [5, 4]}, None, {2, 4, 5}),
-        ({"eos_token_id": 4}, {"eos_token_id": 3}, None, {2, 3, 4}),
-        (None, {"eos_token_id": 5}, "</s>", {1, 2, 5}),
-        (None, {}, None, {2}),
-    ],
-)
-def test_every_end_token_ends_a_turn(tmp_path: Path, generation: Any, config: Any, named: str | None, ends: set[int]):  # noqa: ANN401
-    if generation is not None:
-        write(tmp_path, "generation_config.json", generation)
-    write(tmp_path, "special_tokens_map.json", {"eos_token": named})
-
-    assert small(tmp_path, replace(SMALL_SHAPE, raw=config)).eos_ids == ends
 
 
 def test_ids_of_the_model_that_the_tokenizer_lacks_add_no_text(tmp_path: Path):
@@ -513,33 +377,3 @@ def line_of(folder: Path) -> str | None:
     except BackendError as error:
         return str(error)
     return None
-
-
-def test_an_added_text_becomes_a_mark_when_the_chat_template_says_so(tmp_path: Path):
-    tokenizer = small(tmp_path)
-    assert tokenizer.added_texts() == ["<think>"]
-    assert tokenizer.encode("<think>", parse_special=False, is_start=True) == [3]
-
-    tokenizer.set_marks(["<think>", "<unknown>", "a"], ["<think>", "a"])
-
-    assert tokenizer.added_texts() == []
-    assert tokenizer.encode("<think>a", parse_special=True, is_start=True) == [3, 4]
-    assert 3 not in tokenizer.encode("<think>", parse_special=False, is_start=True)
-    assert [tokenizer.is_special(i) for i in (2, 3, 4)] == [True, True, False]
-    assert "<think>" in tokenizer.special_texts()
-    assert tokenizer.eos_ids == {2, 3}
-    assert tokenizer.token_bytes(3) == b"<think>"
-
-
-def test_a_user_defined_piece_becomes_a_mark_when_the_chat_template_says_so(llama_folder: Path):
-    tokenizer = HFTokenizer(llama_folder, LLAMA_SHAPE)
-    assert tokenizer.added_texts() == ["<tool>"]
-    [tool] = tokenizer.encode("<tool>", parse_special=False, is_start=False)
-
-    tokenizer.set_marks(["<tool>"], ["</s>"])
-
-    assert tokenizer.encode("<tool>", parse_special=True, is_start=False) == [tool]
-    plain = tokenizer.encode("<tool>", parse_special=False, is_start=False)
-    assert tool not in plain
-    assert joined(tokenizer, plain) == b"<tool>"
-    assert tokenizer.eos_ids == {2}
