@@ -97,7 +97,7 @@ def text_of(deltas: list[Delta]) -> str:
     return "".join(delta.text for delta in deltas)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     banned=st.lists(st.text("abcdAB", min_size=1, max_size=4), min_size=1, max_size=4).map(tuple),
     prompt=st.text("abc", min_size=1, max_size=5),

@@ -216,7 +216,7 @@ def test_the_real_file_cut_anywhere_is_refused_at_once(tmp_path: Path) -> None:
 
 
 @given(data=st.data())
-@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 def test_a_file_with_changed_bytes_is_read_or_refused_and_nothing_else(data: st.DataObject, tmp_path: Path) -> None:
     content = bytearray(
         gguf(

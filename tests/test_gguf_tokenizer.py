@@ -104,7 +104,7 @@ def test_a_megabyte_of_one_character_is_tokenized(tokenizer: GGUFTokenizer, char
 @example(text="▁", repeat=400, parse_special=False)
 @example(text="\x04", repeat=400, parse_special=False)
 @example(text="<|endoftext|>", repeat=9, parse_special=True)
-@settings(deadline=None, derandomize=True)
+@settings(derandomize=True)
 def test_a_text_has_so_many_tokens_at_least(
     tokenizer: GGUFTokenizer, text: str, repeat: int, parse_special: bool
 ) -> None:

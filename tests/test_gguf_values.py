@@ -102,7 +102,7 @@ CONVERTED = [
 
 @pytest.mark.parametrize("type_id", CONVERTED, ids=[TENSOR_TYPES[i].name for i in CONVERTED])
 @given(seed=st.integers(0, 2**32 - 1))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_random_blocks_are_refused_exactly_if_ggml_makes_values_of_them_that_are_not_finite(
     type_id: int, seed: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

@@ -47,7 +47,7 @@ def write_index(folder: Path, weight_map: object) -> None:
 
 
 @given(st.data())
-@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 def test_what_was_saved_is_read_back_to_the_last_bit(tmp_path: Path, data: st.DataObject):
     shapes = data.draw(st.lists(st.lists(st.integers(0, 5), max_size=4), min_size=1, max_size=5))
     tensors = {}
@@ -349,7 +349,7 @@ def test_a_folder_that_is_not_whole_is_one_line(tmp_path: Path, make: Callable[[
 
 
 @given(st.integers(0, 150), st.integers(0, 255), st.integers(0, 60))
-@settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 def test_a_damaged_header_is_read_or_refused_in_one_line(tmp_path: Path, at: int, byte: int, cut: int):
     path = write(tmp_path / "model.safetensors", GOOD, 40)
     raw = bytearray(path.read_bytes())
@@ -375,7 +375,7 @@ def entries_or_line(path: Path) -> list[tuple[int, int]] | str:
 
 
 @given(st.sampled_from([torch.bfloat16, torch.float16, torch.float32]), st.integers(1, 3000), st.data())
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 def test_one_value_that_is_not_finite_is_found_wherever_it_is(
     tmp_path: Path, dtype: torch.dtype, size: int, data: st.DataObject
 ):

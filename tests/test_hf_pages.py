@@ -310,7 +310,7 @@ OPERATIONS = st.one_of(
 )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(
     st.lists(OPERATIONS, max_size=40),
     st.integers(3, 24),
@@ -357,7 +357,7 @@ def test_whatever_is_done_every_sequence_reads_back_what_it_stored(
     driver.check()
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(st.tuples(PROMPTS, st.sampled_from(["", "a"]), st.booleans(), st.booleans()), max_size=20))
 def test_where_nothing_is_evicted_the_longest_beginning_is_found(prompts: list[tuple]) -> None:
     """Against a plain model that compares with every sequence there was."""

@@ -47,7 +47,7 @@ def opened(kv: PagedKVCache, seq_id: int, num_tokens: int, stored: int, room: in
 
 
 @given(st.lists(st.tuples(st.integers(0, 70), st.integers(1, 40)), min_size=1, max_size=6))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_every_token_is_stored_where_the_block_table_says(parts: list[tuple[int, int]]) -> None:
     """parts: tokens that have run, and tokens of this step, of each sequence."""
     kv = PagedKVCache(200)
@@ -120,7 +120,7 @@ def check_turned(found: Tensor, spec: RopeSpec, length: int, position: int) -> N
 
 @pytest.mark.parametrize("spec", [PLAIN, DYNAMIC, LONGROPE], ids=lambda spec: spec.kind)
 @given(st.lists(st.lists(st.integers(1, 512), min_size=1, max_size=5), min_size=1, max_size=6))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_each_sequence_is_rotated_with_the_frequencies_of_its_own_length(
     spec: RopeSpec, steps: list[list[int]]
 ) -> None:

@@ -88,7 +88,7 @@ def test_a_text_gets_the_ids_that_llama_cpp_gives_it(pair: Pair, text: str, is_s
 
 
 @given(text=TEXT, is_start=st.booleans())
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 def test_the_bytes_of_the_tokens_are_the_text(pair: Pair, text: str, is_start: bool):
     token_ids = pair.ours.encode(text, parse_special=False, is_start=is_start)
 
@@ -165,7 +165,7 @@ def test_a_sentencepiece_model_gives_the_ids_that_sentencepiece_gives(tmp_path: 
     ours, theirs = HFTokenizer(tmp_path, LLAMA_SHAPE), sentencepiece.SentencePieceProcessor(model_proto=raw)
 
     @given(st.sampled_from(CORPUS.splitlines()) | TEXT.filter(lambda text: "\0" not in text))
-    @settings(deadline=None, max_examples=200)
+    @settings(max_examples=200)
     def hold(text: str) -> None:
         assert ours.encode(text, parse_special=False, is_start=True) == theirs.encode(text)
 
@@ -182,7 +182,7 @@ def test_a_normalising_unigram_model_gives_the_ids_that_sentencepiece_gives(tmp_
 
 
 @given(text=TEXT)
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 def test_the_leading_space_is_put_at_the_start_of_a_prompt_and_nowhere_else(llama: HFTokenizer, text: str):
     start = joined(llama, llama.encode(text, parse_special=False, is_start=True)).decode()
     later = joined(llama, llama.encode(text, parse_special=False, is_start=False)).decode()
@@ -314,7 +314,7 @@ def test_wrong_additions_to_a_sentencepiece_model_are_one_line(
 
 
 @given(at=st.integers(0, 400), byte=st.integers(0, 255), cut=st.integers(0, 3000))
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 def test_a_damaged_sentencepiece_model_is_read_or_refused_in_one_line(
     llama_folder: Path, tmp_path_factory: pytest.TempPathFactory, at: int, byte: int, cut: int
 ):

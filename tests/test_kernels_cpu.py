@@ -24,7 +24,7 @@ from tightrope.kernels.layer import Projection
 from tightrope.kernels.layout import PAGE, AttentionSpec, CacheDtype, CacheFormat, LayerCache, RopeTable, StepLayout
 from tightrope.kernels.rows import CUT, DIVIDE, MOST_BENDS, PARABOLA, SUMS
 
-SOME = settings(max_examples=12, deadline=None)
+SOME = settings(max_examples=12)
 DTYPES = st.sampled_from(("q8", "q4", "f16"))
 SEEDS = st.integers(0, 2**32 - 1)
 

@@ -142,7 +142,7 @@ def noise() -> LayerCache:
     is_rotated=st.booleans(),
     data=st.data(),
 )
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_a_layer_at_once_equals_its_operations_one_by_one(
     kernels: native.NativeKernels,
     layer: DecoderLayer,
@@ -206,7 +206,7 @@ def one_expert_at_a_time(
 
 
 @given(layer=mixtures(), count=st.sampled_from((1, 1, 2, 9, 70)), each=st.integers(1, EXPERTS), data=st.data())
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 def test_experts_at_once_equal_each_token_by_itself(
     kernels: native.NativeKernels, layer: GatedExperts, count: int, each: int, data: st.DataObject
 ):

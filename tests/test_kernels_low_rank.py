@@ -17,7 +17,7 @@ from tightrope.kernels import native, reference
 from tightrope.kernels.low_rank import NONE, AdapterRows, LowRank, make_low_rank
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-SOME = settings(max_examples=25, deadline=None)
+SOME = settings(max_examples=25)
 
 Case = tuple[Tensor, Tensor, Mapping[int, LowRank], AdapterRows]
 
@@ -83,7 +83,7 @@ def card() -> Iterator[ModuleType]:
         yield module
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(case=cases())
 def test_the_kernels_of_a_card_are_the_formula(card: ModuleType, case: Case) -> None:
     expected = exact(case)

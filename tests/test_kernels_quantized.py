@@ -22,7 +22,7 @@ from tightrope.kernels.quantized import (
     tiled,
 )
 
-SOME = settings(max_examples=25, deadline=None)
+SOME = settings(max_examples=25)
 WIDTHS = (2, 3, 4, 5, 6, 8)
 SEEDS = st.integers(0, 2**32 - 1)
 ROWS = st.sampled_from((1, 2, 3, 7, 8, 9, 16, 29))
@@ -111,7 +111,7 @@ def test_a_product_with_packed_codes_is_that_with_the_weights_they_stand_for(
 
 
 @given(list_of_shapes=st.lists(shapes(), min_size=2, max_size=11), rows=ROWS, seed=SEEDS)
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6)
 def test_matrices_on_the_same_x_give_their_outputs_side_by_side(
     kernels: native.NativeKernels, list_of_shapes: list[Shape], rows: int, seed: int
 ):

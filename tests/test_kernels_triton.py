@@ -186,7 +186,7 @@ def test_half_precision_queries_attend_within_their_rounding(ops: ModuleType, ne
     torch.testing.assert_close(found.float(), wanted, rtol=1e-2, atol=4e-3)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(data=st.data())
 def test_any_step_attends_as_in_float64(ops: ModuleType, data: st.DataObject):
     seqs = st.tuples(st.integers(1, 20), st.integers(0, 120)).map(lambda s: (s[0], s[0] + s[1]))
@@ -218,7 +218,7 @@ def test_a_sequence_without_tokens_comes_out_as_zeros(ops: ModuleType):
     assert found[0].ne(0).any()
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     head_dim=st.sampled_from([32, 64, 80, 128]),
     dtype=st.sampled_from(["q8", "q4", "f16"]),

@@ -31,7 +31,7 @@ def card() -> Iterator[ModuleType]:
     each=st.integers(1, EXPERTS),
     seed=st.integers(0, 2**32 - 1),
 )
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 def test_experts_of_a_card_equal_each_token_by_itself(card: ModuleType, kind: str, count: int, each: int, seed: int):
     torch.manual_seed(seed)
     layer, gate_up, down = layer_of(kind)
@@ -62,7 +62,7 @@ def times(x: Rounded, weight: Tensor) -> Rounded:
 
 
 @given(st.lists(st.integers(0, EXPERTS - 1), min_size=1, max_size=200))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_every_place_is_in_one_tile_of_its_expert(card: ModuleType, picks: list[int]):
     tiles = card.share_out(torch.tensor(picks).unsqueeze(1), EXPERTS).tolist()
 

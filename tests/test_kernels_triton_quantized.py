@@ -135,7 +135,7 @@ def test_each_block_is_shared_out_once():
     assert len({end - first for _, first, end, _ in shares}) > 1
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(data=st.data())
 def test_any_matrix_multiplies_as_it_is_dequantised(ops: ModuleType, data: st.DataObject):
     groups = st.tuples(st.integers(1, 20).map(lambda n: 8 * n), st.sampled_from(WIDTHS))

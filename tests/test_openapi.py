@@ -72,7 +72,6 @@ def operations() -> list[APIOperation]:
 def test_every_answer_is_on_the_api_page(operation: APIOperation, url: str) -> None:
     @settings(
         max_examples=EXAMPLES,
-        deadline=None,
         database=None,
         derandomize=True,
         phases=[Phase.generate],

@@ -51,7 +51,7 @@ class ScatteredBackend(FakeBackend):
         )
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     st.lists(st.integers(0, 255), min_size=40, max_size=100),
     st.integers(2, 40),

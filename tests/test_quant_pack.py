@@ -76,7 +76,7 @@ def plain_weight(matrix: QuantizedMatrix, codes: Tensor) -> np.ndarray:
     return weight
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(matrices())
 def test_unpacking_gives_the_codes_that_were_packed(made: tuple[QuantizedMatrix, Tensor]):
     matrix, codes = made
@@ -84,7 +84,7 @@ def test_unpacking_gives_the_codes_that_were_packed(made: tuple[QuantizedMatrix,
     assert torch.equal(unpack(matrix), codes)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(matrices())
 def test_a_matrix_stands_for_the_weight_of_the_formula(made: tuple[QuantizedMatrix, Tensor]):
     matrix, codes = made
@@ -92,7 +92,7 @@ def test_a_matrix_stands_for_the_weight_of_the_formula(made: tuple[QuantizedMatr
     np.testing.assert_array_equal(dequantize(matrix).numpy(), plain_weight(matrix, codes).astype(np.float32))
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(matrices(), st.integers(1, 3), st.booleans())
 def test_the_reference_multiplies_matrices_side_by_side(
     made: tuple[QuantizedMatrix, Tensor], num_rows: int, has_bias: bool
@@ -109,7 +109,6 @@ def test_the_reference_multiplies_matrices_side_by_side(
     assert (np.abs(found.numpy() - wanted) <= 1e-5 * np.concatenate([size] * 2, 1) + 1e-6).all()
 
 
-@settings(deadline=None)
 @given(WIDTHS, st.integers(1, 3), st.integers(1, 2), st.integers(0, 1 << 30))
 def test_a_line_holds_rows_four_apart_from_the_lowest_bits_up(bits: int, blocks: int, tiles: int, seed: int):
     count, outputs = blocks * BLOCK_ROWS[bits], tiles * TILE
@@ -140,7 +139,6 @@ def test_packing_in_slices_gives_the_same_bytes():
     assert torch.equal(pack_slices(lambda begin, end: codes[:, begin:end], codes.shape[1], rows), pack(codes, rows))
 
 
-@settings(deadline=None)
 @given(st.integers(1, 40), st.integers(1, 4), st.sampled_from([8, 16, 64]), st.integers(0, 1 << 30))
 def test_nf4_stands_for_the_book_s_numbers_times_the_scales(outputs: int, blocks: int, blocksize: int, seed: int):
     made = torch.Generator().manual_seed(seed)
@@ -153,7 +151,6 @@ def test_nf4_stands_for_the_book_s_numbers_times_the_scales(outputs: int, blocks
     assert torch.equal(dequantize(matrix).t(), book[codes.long()] * scales.repeat_interleave(blocksize, 1))
 
 
-@settings(deadline=None)
 @given(WIDTHS, st.integers(1, 3), st.integers(1, 3), st.integers(0, 1 << 30))
 def test_a_stream_is_read_across_the_borders_of_words(bits: int, periods: int, columns: int, seed: int):
     codes = np.random.default_rng(seed).integers(0, 1 << bits, (32 * periods, columns))

@@ -27,7 +27,6 @@ def field(words: list[int], bits: int, index: int) -> int:
     return number >> (bits * index) & ((1 << bits) - 1)
 
 
-@settings(deadline=None)
 @given(SEEDS, WIDTHS, st.integers(1, 3), st.integers(1, 4))
 def test_a_stream_has_each_value_at_its_place_and_comes_back(seed: int, bits: int, runs: int, columns: int):
     codes = drawn_codes(seed, bits, 32 * runs, columns)
@@ -40,7 +39,7 @@ def test_a_stream_has_each_value_at_its_place_and_comes_back(seed: int, bits: in
     assert torch.equal(streams.unpack_along(streams.pack_along(codes.t(), bits), bits), codes.t())
 
 
-@settings(deadline=None, max_examples=12)
+@settings(max_examples=12)
 @given(SEEDS, st.integers(1, 20))
 def test_an_exl2_matrix_reads_as_its_formula_says(seed: int, runs: int):
     inputs, outputs = 32 * runs, 32
@@ -78,7 +77,7 @@ def test_mixed_widths_cover_all_inputs_in_whole_runs_and_never_grow(runs: int, n
     assert widths == sorted(widths, reverse=True)
 
 
-@settings(deadline=None, max_examples=12)
+@settings(max_examples=12)
 @given(SEEDS, st.sampled_from((32, 128, 160, 320)))
 def test_a_gptq_matrix_reads_as_its_formula_says(seed: int, inputs: int):
     weight, order = drawn(seed, inputs, 32), drawn(seed + 1, inputs).argsort()
@@ -99,7 +98,7 @@ def test_a_gptq_matrix_reads_as_its_formula_says(seed: int, inputs: int):
             assert abs(value - float(weight[k, n])) < 2.1 * step
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(SEEDS, st.integers(1, 3), st.integers(1, 4))
 def test_an_awq_matrix_reads_as_its_formula_says(seed: int, groups: int, eights: int):
     weight = drawn(seed, 64 * groups, 8 * eights)
@@ -117,7 +116,7 @@ def test_an_awq_matrix_reads_as_its_formula_says(seed: int, groups: int, eights:
     assert bool(((read - weight).abs() <= 1.01 * parts["scales"].float().repeat_interleave(64, 0)).all())
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(SEEDS, st.integers(1, 9), st.sampled_from((64, 128, 576)))
 def test_an_nf4_matrix_reads_as_its_formula_says(seed: int, outputs: int, inputs: int):
     weight = drawn(seed, outputs, inputs)
@@ -138,7 +137,7 @@ def test_an_nf4_matrix_reads_as_its_formula_says(seed: int, outputs: int, inputs
     assert float((read - weight).abs().max() / weight.abs().max()) < 0.16
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(SEEDS, st.integers(2, 5))
 def test_correction_leaves_outputs_nearer_than_rounding_alone(seed: int, runs: int):
     inputs = 32 * runs

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import Gemma3TextConfig, LlamaConfig, Phi3Config
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RotaryEmbedding
@@ -64,7 +64,6 @@ def configs(draw: st.DrawFn) -> dict[str, Any]:
     return config | {"rope_theta": theta, "rope_scaling": section}
 
 
-@settings(deadline=None)
 @given(configs(), st.integers(1, 3000))
 def test_frequencies_are_those_of_transformers_own_module(raw: dict[str, Any], length: int):
     config_class, module_class = FAMILIES[raw["model_type"]]

@@ -78,7 +78,7 @@ def logits_row(shape: str, vocab_size: int, seed: int) -> np.ndarray:
 rows = st.tuples(shapes, st.integers(0, 2**32 - 1), params, st.integers(0, 1000))
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(vocab_size=st.sampled_from(VOCAB_SIZES), batch=st.lists(rows, min_size=1, max_size=5))
 def test_kept_tokens_probabilities_and_draws_equal_the_reference(vocab_size: int, batch: list[Row]):
     check_batch(vocab_size, batch)
@@ -192,7 +192,7 @@ def packed(allowed: set[int], vocab_size: int) -> Packed:
     return np.packbits(bits, bitorder="little")
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(batch=st.lists(histories, min_size=1, max_size=4), rewind=st.integers(0, 40), seed=st.integers(0, 2**32 - 1))
 def test_penalised_logits_equal_the_reference_even_after_a_rewind(batch: list[History], rewind: int, seed: int):
     logits = np.stack([logits_row("mostly_banned" if i % 2 else "normal", 50, seed + i) for i in range(len(batch))])
@@ -218,7 +218,7 @@ def test_penalised_logits_equal_the_reference_even_after_a_rewind(batch: list[Hi
     assert torch.equal(before, torch.from_numpy(logits))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(vocab_size=st.sampled_from(VOCAB_SIZES), seed=st.integers(0, 2**32 - 1), top=st.integers(0, 8), shape=shapes)
 def test_raw_logprobs_are_the_models_own_and_list_exactly_the_wanted_number(
     vocab_size: int, seed: int, top: int, shape: str

@@ -49,7 +49,7 @@ params = st.builds(
 tokens = st.lists(st.integers(0, len(PIECES) - 1), max_size=40)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(p=params, prompt=tokens, output=tokens, rewind=tokens)
 def test_penalties_of_repeats_equal_the_reference_even_after_a_rewind(
     p: SamplingParams, prompt: list[int], output: list[int], rewind: list[int]
@@ -73,7 +73,7 @@ def test_penalties_of_repeats_equal_the_reference_even_after_a_rewind(
     np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(period=st.integers(1, 3), size=st.integers(500, 1100), window=st.sampled_from([0, 100]))
 def test_runs_longer_than_the_longest_count_as_that_long(period: int, size: int, window: int):
     token_ids = [i % period for i in range(size)]

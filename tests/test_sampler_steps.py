@@ -92,7 +92,7 @@ def expected(row: np.ndarray, p: SamplingParams, place: int) -> reference.Distri
     return kept
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow])
 @given(
     vocab_size=st.sampled_from([1, 2, 3, 30, 400]),
     shape=st.sampled_from(["normal", "peaked", "zipf", "mostly_banned"]),

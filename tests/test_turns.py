@@ -82,7 +82,7 @@ cases = st.lists(
 )  # fmt: skip
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(cases, st.integers(1, 4), st.integers(128, 400))
 def test_every_step_has_one_adapter_at_one_scale_and_every_answer_is_its_own(
     wanted: list[tuple[str | None, float, int, int]], num_seqs: int, capacity: int
