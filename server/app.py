@@ -11,7 +11,6 @@ from fastapi.security import HTTPBearer
 from starlette.middleware.cors import CORSMiddleware
 
 from tightrope import __version__
-from tightrope.engine.client import EngineClient
 from tightrope.server.adapter_routes import adapter_router
 from tightrope.server.api_page import add_api_page
 from tightrope.server.draining import Drain, DrainGuard
@@ -24,9 +23,7 @@ from tightrope.server.families.tabby import tabby_router
 from tightrope.server.front import Front
 from tightrope.server.guards import AdminGuard, BodyLimit, KeyGuard
 from tightrope.server.invocations import invocations_router
-from tightrope.server.metrics import Metrics
 from tightrope.server.openai.routes import openai_router
-from tightrope.server.settings import ServerSettings
 from tightrope.server.sites import HostGuard, OriginGuard
 from tightrope.server.tgi.routes import tgi_router
 from tightrope.server.tgi.types import ErrorText
@@ -35,12 +32,12 @@ from tightrope.server.tokenize_routes import tokenize_router
 UNHEALTHY = {"error": "unhealthy", "error_type": "healthcheck"}
 
 
-def create_app(client: EngineClient, settings: ServerSettings, drain: Drain | None = None) -> FastAPI:
-    """The server's whole HTTP face. Its lifespan starts the client and closes it.
+def create_app(front: Front, drain: Drain | None = None) -> FastAPI:
+    """The server's whole HTTP face. Its lifespan starts the engine's client, and closes it and the renderer.
 
     drain: counts the requests under way, and refuses new ones once it has begun.
     """
-    front = Front(client, settings, Metrics(client))
+    client, settings = front.client, front.settings
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncGenerator[None, None]:

@@ -1,10 +1,8 @@
 """What every route works with."""
 
-import logging
 import time
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
-from functools import lru_cache
 from hashlib import sha256
 
 from fastapi import Request
@@ -13,16 +11,15 @@ from msgspec.structs import replace
 from tightrope.engine.client import EngineClient
 from tightrope.engine.errors import EngineUnavailable
 from tightrope.engine.types import Delta, GenerateRequest, ModelInfo, TurnMarks
+from tightrope.server.errors import TemplateFailed
 from tightrope.server.guards import owner_of
 from tightrope.server.metrics import Metrics
 from tightrope.server.openai.convert import Served
 from tightrope.server.settings import ServerSettings
 from tightrope.server.template_renderer import TemplateRenderer
-from tightrope.server.templates import ChatTemplate
+from tightrope.server.templates import ChatTemplate, Probed
 from tightrope.server.turn_marks import find_turn_marks
 from tightrope.server.work import Generate
-
-log = logging.getLogger("tightrope.server")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +30,7 @@ class Front:
     settings: ServerSettings
     metrics: Metrics
     renderer: TemplateRenderer = field(default_factory=TemplateRenderer)
+    probed: Probed = field(default_factory=dict)  # shared by the templates of every start of the engine
     started: int = field(default_factory=lambda: int(time.time()))  # seconds since 1970
 
     def info(self) -> ModelInfo:
@@ -50,8 +48,17 @@ class Front:
 
     async def turn_marks(self, info: ModelInfo) -> TurnMarks:
         """What the chat template in use makes special of the vocabulary of a model that was just loaded."""
-        template = ChatTemplate(info, self.settings.chat_template, self.settings.chat_template_args)
-        return await find_turn_marks(self.renderer, template, info)
+        return await find_turn_marks(self.renderer, self._template_of(info), info)
+
+    async def template_notes(self) -> tuple[str, ...]:
+        """What to say of the template. Raises TemplateFailed if it, which may come from anywhere, reaches too far."""
+        template = self.template()
+        try:
+            for source in template.sources:
+                await self.renderer.check(source)
+            return await template.notes(self.renderer)
+        except TemplateFailed as error:
+            raise TemplateFailed(f"{error.message}; choose another with --chat-template") from None
 
     def generate_for(self, request: Request) -> Generate:
         """What runs the engine's requests that one HTTP request asks for.
@@ -68,8 +75,10 @@ class Front:
 
     def template(self) -> ChatTemplate:
         """The chat template in use. Raises EngineUnavailable."""
-        settings = self.settings
-        return _template(self.info(), settings.chat_template, tuple(settings.chat_template_args.items()))
+        return self._template_of(self.info())
+
+    def _template_of(self, info: ModelInfo) -> ChatTemplate:
+        return ChatTemplate(info, self.settings.chat_template, self.settings.chat_template_args, self.probed)
 
 
 def _namespace(owner: bytes, salt: str) -> str:
@@ -77,10 +86,3 @@ def _namespace(owner: bytes, salt: str) -> str:
     if not owner and not salt:
         return ""
     return sha256(b"%d:%b%b" % (len(owner), owner, salt.encode())).hexdigest()
-
-
-@lru_cache(maxsize=2)  # so that it is said once
-def _template(info: ModelInfo, chosen: str | None, variables: tuple[tuple[str, str], ...]) -> ChatTemplate:
-    if chosen is None and info.chat_template is None:
-        log.warning("the model's file has no chat template: chats are written as ChatML; --chat-template sets another")
-    return ChatTemplate(info, chosen, dict(variables))

@@ -21,13 +21,12 @@ from tightrope.engine.types import ModelInfo
 from tightrope.server.app import create_app
 from tightrope.server.connections import Connection
 from tightrope.server.draining import Drain
-from tightrope.server.errors import TemplateFailed
+from tightrope.server.front import Front
 from tightrope.server.guards import is_loopback
 from tightrope.server.memory import give_back_freed_memory
+from tightrope.server.metrics import Metrics
 from tightrope.server.openai.convert import means_the_model
 from tightrope.server.settings import ServerSettings
-from tightrope.server.template_renderer import TemplateRenderer
-from tightrope.server.templates import ChatTemplate
 
 log = logging.getLogger("tightrope.serve")
 
@@ -81,9 +80,10 @@ class _Server(uvicorn.Server):
 async def _serve(settings: ServerSettings, listener: socket.socket) -> None:
     url = base_url(settings.host, listener.getsockname()[1])
     client = EngineClient(settings.engine)
+    front = Front(client, settings, Metrics(client))
     drain = Drain(DRAIN_S)
     config = uvicorn.Config(
-        create_app(client, settings, drain),
+        create_app(front, drain),
         http=Connection,
         ws="none",
         log_config=None,
@@ -96,7 +96,7 @@ async def _serve(settings: ServerSettings, listener: socket.socket) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, _stop, drain)
     _say(f"tightrope {__version__} at {url} is loading the model")
-    announcing = asyncio.create_task(_announce(client, server, drain, settings, url))
+    announcing = asyncio.create_task(_announce(front, server, drain, url))
     ending = asyncio.create_task(_end(drain, server))
     try:
         await server.serve([listener])
@@ -122,16 +122,15 @@ async def _end(drain: Drain, server: uvicorn.Server) -> None:
     server.should_exit = True
 
 
-async def _announce(
-    client: EngineClient, server: uvicorn.Server, drain: Drain, settings: ServerSettings, url: str
-) -> None:
+async def _announce(front: Front, server: uvicorn.Server, drain: Drain, url: str) -> None:
     """Print what is served once it is. Raises ServeError, after ending the server, when it can't be, or no more."""
+    client, settings = front.client, front.settings
     try:
         info = await client.wait_ready()
         for name in client.adapters:
             if means_the_model(name, settings.served_model_name or info.model_id):
                 raise BackendFailed(f"--lora: {name!r} means the model itself; give the adapter another name")
-        notes = await _template_notes(ChatTemplate(info, settings.chat_template, settings.chat_template_args))
+        notes = await front.template_notes()
     except EngineError as error:
         server.should_exit = True
         if drain.is_on:
@@ -153,19 +152,6 @@ def _say(text: str) -> None:
         log.warning("standard output takes nothing more: %s", error.strerror)
         with open(os.devnull, "w") as nowhere:
             os.dup2(nowhere.fileno(), sys.stdout.fileno())  # or what is left in its buffer fails again at the end
-
-
-async def _template_notes(template: ChatTemplate) -> tuple[str, ...]:
-    """What to say of the template. Raises TemplateFailed if it, which may come from anywhere, reaches too far."""
-    renderer = TemplateRenderer()
-    try:
-        for source in template.sources:
-            await renderer.check(source)
-        return await template.notes(renderer)
-    except TemplateFailed as error:
-        raise TemplateFailed(f"{error.message}; choose another with --chat-template") from None
-    finally:
-        await renderer.close()
 
 
 def ready_lines(info: ModelInfo, settings: ServerSettings, url: str, template_notes: Sequence[str] = ()) -> list[str]:

@@ -1,6 +1,6 @@
 """Chat messages to prompt text, by the Jinja template from the model's files."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,6 +13,8 @@ from tightrope.server.template_renderer import TemplateRenderer
 from tightrope.server.typed_tokens import TypedTokens, new_mark, special_texts
 from tightrope.server.whole_chats import Rendering
 
+Probed = dict[tuple[Hashable, ...], TemplateFacts]  # by template, what it sees beside messages, and with_tools
+NO_TEMPLATE = "the model's file has no chat template: chats are written as ChatML; --chat-template sets another"
 TOOL_USE = "tool_use"  # the name of the template that transformers takes when tools are given
 
 
@@ -28,10 +30,17 @@ class ChatTemplate:
     """The templates of the served model, and what its special tokens look like.
 
     `chosen` is the name of a built-in format, of one of the model's own templates, or a Jinja source, and wins over the
-    model's own; `variables` are the server's, beneath those of a request.
+    model's own; `variables` are the server's, beneath those of a request. What is found out about templates is kept in
+    `probed`, which several objects may share.
     """
 
-    def __init__(self, info: ModelInfo, chosen: str | None = None, variables: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        info: ModelInfo,
+        chosen: str | None = None,
+        variables: Mapping[str, str] | None = None,
+        probed: Probed | None = None,
+    ) -> None:
         own = CHATML if info.chat_template is None else PromptFormat(info.chat_template)
         named = dict(info.chat_templates)
         in_use = own if chosen is None else PROMPT_FORMATS.get(chosen, PromptFormat(named.get(chosen, chosen)))
@@ -41,7 +50,8 @@ class ChatTemplate:
         self._info = info
         self._special = special_texts((*info.special_texts, *info.adapter_texts))
         self._variables = dict(variables or {})
-        self._facts: dict[str, TemplateFacts] = {}
+        self._probed: Probed = {} if probed is None else probed
+        self._is_guess = chosen is None and info.chat_template is None
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -54,18 +64,17 @@ class ChatTemplate:
 
     async def facts(self, renderer: TemplateRenderer, source: str) -> TemplateFacts:
         """What one of the sources does with words that it is given; found out once."""
-        known = self._facts.get(source)
-        if known is None:
-            known = await probe(
-                renderer, source, self._fixed(None) | {"documents": None}, with_tools=source == self._tool_use
-            )
-            self._facts[source] = known
-        return known
+        fixed, with_tools = self._fixed(None), source == self._tool_use
+        key = (source, with_tools, *sorted(fixed.items()))
+        if key not in self._probed:
+            self._probed[key] = await probe(renderer, source, fixed | {"documents": None}, with_tools=with_tools)
+        return self._probed[key]
 
     async def notes(self, renderer: TemplateRenderer) -> tuple[str, ...]:
         """What a person should know of these templates before anyone chats."""
         facts = [await self.facts(renderer, source) for source in self.sources]
-        return tuple(dict.fromkeys(note for known in facts if (note := _note(known)) is not None))
+        guess = (NO_TEMPLATE,) if self._is_guess else ()
+        return (*guess, *dict.fromkeys(note for known in facts if (note := _note(known)) is not None))
 
     async def render(
         self,

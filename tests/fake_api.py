@@ -21,6 +21,8 @@ from tightrope.engine.launch import ThreadHandle
 from tightrope.engine.settings import EngineSettings, LimitSettings
 from tightrope.server.app import create_app
 from tightrope.server.draining import Drain
+from tightrope.server.front import Front
+from tightrope.server.metrics import Metrics
 from tightrope.server.settings import ServerSettings
 
 NextToken = Callable[[Sequence[int]], int]
@@ -58,7 +60,7 @@ async def application(
     backend = FakeBackend(next_token, max_model_len=max_model_len, added=added)
     backend.card = replace(backend.card, chat_template=chat_template, chat_templates=tuple(chat_templates.items()))
     client = EngineClient(chosen.engine, launcher(backend), clock)
-    app = create_app(client, chosen, drain)
+    app = create_app(Front(client, chosen, Metrics(client)), drain)
     async with app.router.lifespan_context(app):
         await client.wait_ready()
         yield app

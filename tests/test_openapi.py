@@ -23,6 +23,8 @@ from tightrope.engine.client import EngineClient
 from tightrope.engine.settings import EngineSettings
 from tightrope.server.app import create_app
 from tightrope.server.connections import Connection
+from tightrope.server.front import Front
+from tightrope.server.metrics import Metrics
 from tightrope.server.settings import ServerSettings
 
 EXAMPLES = 8  # for each route
@@ -64,7 +66,8 @@ def url() -> Iterator[str]:
 
 def operations() -> list[APIOperation]:
     """Every route of the API page, which is made without a model."""
-    app = create_app(EngineClient(EngineSettings()), ServerSettings())
+    client = EngineClient(EngineSettings())
+    app = create_app(Front(client, ServerSettings(), Metrics(client)))
     return [result.ok() for result in schemathesis.openapi.from_dict(app.openapi()).get_all_operations()]
 
 

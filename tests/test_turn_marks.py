@@ -1,6 +1,7 @@
 """Which tokens a chat template makes special, and which of them end a turn."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Any
 
 import msgspec
 import pytest
@@ -184,6 +185,44 @@ async def test_the_template_that_is_chosen_counts_and_not_the_files_own(chosen: 
     await front.renderer.close()
     wanted = ("<|turn|>",) if chosen == TURNS else ("<|im_end|>",)
     assert marks == TurnMarks(wanted, wanted)
+
+
+class CountingRenderer(TemplateRenderer):
+    """Counts how often a template is given several chats at once, which is how it is probed."""
+
+    num_probes = 0
+
+    async def render_each(self, source: str, chats: Sequence[Mapping[str, Any]]) -> list[str | None]:
+        self.num_probes += 1
+        return await super().render_each(source, chats)
+
+
+async def test_one_process_probes_a_template_once_for_marks_notes_and_chats():
+    renderer, model = CountingRenderer(), msgspec.structs.replace(info(CHATML_MARKS), chat_template=CHATML)
+    client = EngineClient(EngineSettings())
+    front = Front(client, ServerSettings(), Metrics(client), renderer)
+    marks = await front.turn_marks(model)
+    num_probes = renderer.num_probes
+    assert num_probes > 0
+
+    client.info = msgspec.structs.replace(model, special_texts=(*model.special_texts, *marks.texts), added_texts=())
+    assert await front.template_notes() == ()
+    messages = [{"role": "user", "content": "fine?"}]
+    await front.template().render(renderer, messages, add_generation_prompt=True, continue_final_message=False)
+    await renderer.close()
+
+    assert renderer.num_probes == num_probes
+
+
+async def test_a_model_without_a_template_is_told_of_at_the_start():
+    client = EngineClient(EngineSettings())
+    client.info = info()
+    for chosen, notes in ((None, 1), ("chatml", 0)):
+        front = Front(client, ServerSettings(chat_template=chosen), Metrics(client))
+        assert [note.partition(":")[0] for note in await front.template_notes()] == [
+            "the model's file has no chat template"
+        ] * notes
+        await front.renderer.close()
 
 
 async def test_an_answer_ends_where_the_model_writes_the_mark_that_the_template_writes():

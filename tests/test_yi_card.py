@@ -15,6 +15,8 @@ from tightrope.backends.settings import ModelSettings
 from tightrope.engine.client import EngineClient
 from tightrope.engine.settings import EngineSettings
 from tightrope.server.app import create_app
+from tightrope.server.front import Front
+from tightrope.server.metrics import Metrics
 from tightrope.server.settings import ServerSettings
 
 CARD = {"temperature": 1.2, "repetition_penalty": 1.05}
@@ -28,7 +30,7 @@ async def served(path: Path) -> AsyncIterator[httpx.AsyncClient]:
     settings = EngineSettings(model=ModelSettings(model=str(path), threads=1))
     backend = open_backend(settings.model, lambda share: None)
     client = EngineClient(settings, launcher(backend))
-    app = create_app(client, ServerSettings(engine=settings))
+    app = create_app(Front(client, ServerSettings(engine=settings), Metrics(client)))
     async with app.router.lifespan_context(app):
         await client.wait_ready()
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
