@@ -16,9 +16,12 @@ from text_generation import Client
 # text-generation calls a method that pydantic has renamed
 pytestmark = pytest.mark.filterwarnings("ignore:The `dict` method is deprecated")
 
-COUNTING = "1, 2, 3, 4, 5, 6, 7,"  # no near ties: both runners and every batch go on alike
+# No near ties: both runners, every batch and every cached part of the prompt go on alike, whatever the rounding.
+COUNTING = "1, 2, 3, 4, 5, 6, 7,"
 COUNTED = " 8, 9, 1"
-QUESTION = "Say hello to Mary in one sentence."
+INSTRUCTION = "You are a helpful assistant."
+QUESTION = "Repeat after me: Hello, Mary!"
+ANSWER = "Hello, Mary!"
 
 
 @pytest.fixture(scope="module", params=["gguf", "torch"])
@@ -54,15 +57,15 @@ def test_openai_completes_whole_and_streamed(openai_client: OpenAI) -> None:
 def test_openai_chats_whole_and_streamed(openai_client: OpenAI) -> None:
     whole = openai_client.chat.completions.create(
         model="",
-        messages=[{"role": "developer", "content": "Be kind."}, {"role": "user", "content": QUESTION}],
+        messages=[{"role": "developer", "content": INSTRUCTION}, {"role": "user", "content": QUESTION}],
         max_completion_tokens=30,
         temperature=0,
     )
-    assert "Mary" in (whole.choices[0].message.content or "")
+    assert whole.choices[0].message.content == ANSWER
     stream = openai_client.chat.completions.create(
         model="", messages=[{"role": "user", "content": QUESTION}], max_tokens=30, temperature=0, stream=True
     )
-    assert "Mary" in "".join(chunk.choices[0].delta.content or "" for chunk in stream)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == ANSWER
 
 
 async def test_openai_streams_asynchronously(async_client: openai.AsyncOpenAI) -> None:
@@ -144,9 +147,9 @@ def test_huggingface_hub_generates_chats_and_asks_for_the_model(url: str) -> Non
     assert "".join(event.token.text for event in streamed) == COUNTED
     messages = [{"role": "user", "content": QUESTION}]
     answer = client.chat_completion(messages, max_tokens=30, temperature=0)
-    assert "Mary" in (answer.choices[0].message.content or "")
+    assert answer.choices[0].message.content == ANSWER
     chunks = list(client.chat_completion(messages, max_tokens=30, temperature=0, stream=True))
-    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == answer.choices[0].message.content
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == ANSWER
     endpoint = InferenceClient(url, provider="hf-inference")
     assert endpoint.get_endpoint_info()["router"] == "tightrope"
     assert endpoint.health_check()
@@ -154,13 +157,13 @@ def test_huggingface_hub_generates_chats_and_asks_for_the_model(url: str) -> Non
 
 def test_langchain_invokes_streams_and_counts(langchain_model: ChatOpenAI) -> None:
     answer = langchain_model.invoke(QUESTION, max_tokens=30, top_p=1.0, extra_body={"top_k": -1})
-    assert "Mary" in str(answer.content)
-    assert answer.response_metadata["finish_reason"] in ("stop", "length")
+    assert answer.content == ANSWER
+    assert answer.response_metadata["finish_reason"] == "stop"
     pieces = list(langchain_model.stream(QUESTION, max_tokens=30, stream_usage=True))
-    assert "".join(str(piece.content) for piece in pieces) == answer.content
+    assert "".join(str(piece.content) for piece in pieces) == ANSWER
     assert sum((piece.usage_metadata or {"output_tokens": 0})["output_tokens"] for piece in pieces) > 0
 
 
 async def test_langchain_answers_asynchronously(langchain_model: ChatOpenAI) -> None:
     answer = await langchain_model.ainvoke(QUESTION, max_tokens=30)
-    assert "Mary" in str(answer.content)
+    assert answer.content == ANSWER
