@@ -7,6 +7,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import engine_runs
 import httpx
 import pytest
 import torch
@@ -23,9 +24,6 @@ from tightrope.engine.types import (
     Grammar,
     LogprobRequest,
     SamplingParams,
-    Span,
-    StopRules,
-    TextPrompt,
     TokenPrompt,
 )
 
@@ -57,22 +55,14 @@ def grown(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.Tensor]
     return folder, logits_of(model, [PROMPT])[0]
 
 
-def request(name: str, prompt: Any, adapter: str | None, **more: Any) -> GenerateRequest:  # noqa: ANN401
-    given = TextPrompt((Span(prompt),)) if isinstance(prompt, str) else TokenPrompt(tuple(prompt))
-    sampling = more.pop("sampling", SamplingParams(temperature=0.0))
-    return GenerateRequest(name, given, sampling, StopRules(max_tokens=6), adapter=adapter, **more)
+def request(name: str, prompt: str | list[int], adapter: str | None, **more: Any) -> GenerateRequest:  # noqa: ANN401
+    given = TokenPrompt(tuple(prompt)) if isinstance(prompt, list) else prompt
+    return engine_runs.request(name, given, adapter=adapter, max_tokens=6, **more)
 
 
 def run(core: EngineCore, *requests: GenerateRequest) -> dict[str, list[int]]:
-    for one in requests:
-        core.add(core.prepare(one))
-    found: dict[str, list[int]] = {one.request_id: [] for one in requests}
-    while core.has_work:
-        result = core.step()
-        assert not result.failed
-        for delta in result.deltas:
-            found[delta.request_id] += [token.token_id for token in delta.tokens]
-    return found
+    found = engine_runs.run(core, *requests)
+    return {name: [token.token_id for delta in deltas for token in delta.tokens] for name, deltas in found.items()}
 
 
 def test_requests_with_and_without_the_tokens_run_in_one_step_whatever_they_ask_for(grown: tuple[Path, torch.Tensor]):

@@ -3,76 +3,17 @@
 import random
 
 import pytest
+from engine_runs import make_core, request, run, text_of, text_prompt
 from fakes import BOS, END_OF_TURN, EOS, FakeBackend, letters, script
 
-from tightrope.engine.core import EngineCore
 from tightrope.engine.errors import BackendFailed, ContextLengthExceeded, InvalidRequest
-from tightrope.engine.settings import LimitSettings
 from tightrope.engine.types import (
-    Delta,
-    GenerateRequest,
-    LogprobRequest,
     Prompt,
     SamplingParams,
     Span,
-    StopRules,
     TextPrompt,
     TokenPrompt,
 )
-
-GREEDY = SamplingParams(temperature=0.0)
-
-
-def text_prompt(text: str) -> TextPrompt:
-    return TextPrompt((Span(text),))
-
-
-def request(
-    request_id: str = "r",
-    prompt: Prompt | str = "hello?",
-    *,
-    n: int = 1,
-    logprobs: LogprobRequest | None = None,
-    prompt_logprobs: int | None = None,
-    reserve_tokens: int | None = None,
-    truncate_to: int | None = None,
-    namespace: str = "",
-    sampling: SamplingParams = GREEDY,
-    **stop: object,
-) -> GenerateRequest:
-    return GenerateRequest(
-        request_id,
-        text_prompt(prompt) if isinstance(prompt, str) else prompt,
-        sampling,
-        StopRules(**{"max_tokens": 20, **stop}),  # type: ignore[arg-type]
-        n=n,
-        logprobs=logprobs,
-        prompt_logprobs=prompt_logprobs,
-        reserve_tokens=reserve_tokens,
-        truncate_to=truncate_to,
-        namespace=namespace,
-    )
-
-
-def make_core(backend: FakeBackend, **limits: object) -> EngineCore:
-    return EngineCore(backend, LimitSettings(**limits))  # type: ignore[arg-type]
-
-
-def run(core: EngineCore, *requests: GenerateRequest) -> dict[str, list[Delta]]:
-    """Queue all at once and step until all have ended."""
-    for item in requests:
-        core.add(core.prepare(item))
-    deltas: dict[str, list[Delta]] = {item.request_id: [] for item in requests}
-    while core.has_work:
-        result = core.step()
-        assert not result.failed
-        for delta in result.deltas:
-            deltas[delta.request_id].append(delta)
-    return deltas
-
-
-def text_of(deltas: list[Delta], index: int = 0) -> str:
-    return "".join(delta.text for delta in deltas if delta.index == index)
 
 
 def expected(prompt: str, num_tokens: int) -> str:

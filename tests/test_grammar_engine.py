@@ -4,10 +4,13 @@ import json
 import random
 import re
 from collections.abc import Sequence
+from typing import Any
 
+import engine_runs
 import jsonschema
 import pytest
 import torch
+from engine_runs import make_core, run, text_of
 from fakes import EOS, VOCAB_SIZE, FakeBackend, script
 
 from tightrope.engine.core import EngineCore
@@ -19,9 +22,6 @@ from tightrope.engine.types import (
     Grammar,
     LogprobRequest,
     SamplingParams,
-    Span,
-    StopRules,
-    TextPrompt,
     Token,
 )
 
@@ -42,30 +42,24 @@ class DiceBackend(FakeBackend):
         return torch.randn(VOCAB_SIZE, generator=self._dice) + self._bonus
 
 
-def request(request_id: str, grammar: Grammar | None, n: int = 1, **fields: object) -> GenerateRequest:
-    stop = fields.pop("stop", StopRules(max_tokens=600))
-    prompt = TextPrompt((Span("?"),))
-    return GenerateRequest(request_id, prompt, SamplingParams(seed=7), stop, grammar=grammar, n=n, **fields)  # type: ignore[arg-type]
+def request(request_id: str, grammar: Grammar | None, n: int = 1, **fields: Any) -> GenerateRequest:  # noqa: ANN401
+    fields = {"max_tokens": 600, "sampling": SamplingParams(seed=7), **fields}
+    return engine_runs.request(request_id, "?", grammar=grammar, n=n, **fields)
 
 
 def answers(backend: FakeBackend, *requests: GenerateRequest) -> dict[tuple[str, int], tuple[str, Finish, list[Token]]]:
     """Text, end and tokens of each choice."""
-    core = EngineCore(backend, LimitSettings(max_best_of=NUM_EACH))
-    for item in requests:
-        core.add(core.prepare(item))
-    texts: dict[tuple[str, int], str] = {}
-    tokens: dict[tuple[str, int], list[Token]] = {}
-    done: dict[tuple[str, int], tuple[str, Finish, list[Token]]] = {}
-    while core.has_work:
-        result = core.step()
-        assert not result.failed
-        for delta in result.deltas:
-            key = delta.request_id, delta.index
-            texts[key] = texts.get(key, "") + delta.text
-            tokens.setdefault(key, []).extend(delta.tokens)
-            if delta.finish is not None:
-                done[key] = texts[key], delta.finish, tokens[key]
-    return done
+    found = run(make_core(backend, max_best_of=NUM_EACH), *requests)
+    return {
+        (request_id, last.index): (
+            text_of(deltas, last.index),
+            last.finish,
+            [token for delta in deltas if delta.index == last.index for token in delta.tokens],
+        )
+        for request_id, deltas in found.items()
+        for last in deltas
+        if last.finish is not None
+    }
 
 
 def some_schema(rng: random.Random, depth: int = 2) -> dict[str, object]:
@@ -117,7 +111,7 @@ def test_a_thousand_answers_are_valid_under_their_schemas():
 
 
 def test_rows_without_a_grammar_are_drawn_as_if_alone():
-    free = request("free", None, stop=StopRules(max_tokens=20))
+    free = request("free", None, max_tokens=20)
     alone = answers(FakeBackend(), free)["free", 0][0]
     grammars = [request(f"r{i}", NUMBERS) for i in range(3)]
     together = answers(FakeBackend(), grammars[0], free, *grammars[1:])
@@ -142,11 +136,11 @@ def test_a_model_that_wants_to_end_writes_on_until_the_grammar_lets_it():
 
 
 def test_an_answer_cut_by_its_limit_says_so():
-    cut = request("r", NUMBERS, stop=StopRules(max_tokens=5))
+    cut = request("r", NUMBERS, max_tokens=5)
     text, finish, _ = answers(DiceBackend(), cut)["r", 0]
     assert finish.reason == "length"
     assert len(text) == 5
-    whole = request("r", Grammar("regex", "abcde", "regex"), stop=StopRules(max_tokens=5))
+    whole = request("r", Grammar("regex", "abcde", "regex"), max_tokens=5)
     assert answers(DiceBackend(), whole)["r", 0][1].reason == "eos"
 
 
@@ -162,7 +156,7 @@ def test_a_grammar_that_asks_for_too_much_at_once_ends_with_an_error():
 def test_preemption_does_not_disturb_a_grammar():
     def texts(capacity: int) -> list[str]:
         backend = FakeBackend(capacity=capacity)  # its logits depend on the tokens alone
-        requests = [request(f"r{i}", NUMBERS, stop=StopRules(max_tokens=30)) for i in range(4)]
+        requests = [request(f"r{i}", NUMBERS, max_tokens=30) for i in range(4)]
         return [text for (text, _, _) in answers(backend, *requests).values()]
 
     assert all(re.fullmatch(NUMBERS.text, text) for text in texts(50))
@@ -183,19 +177,14 @@ def test_raw_log_probabilities_are_of_the_model_and_processed_ones_of_the_gramma
 def test_a_grammar_is_refused_after_the_prompts_length_was_checked():
     core = EngineCore(FakeBackend(), LimitSettings())
     with pytest.raises(InvalidRequest, match="context length"):
-        core.prepare(request("r", Grammar("regex", "(", "regex"), stop=StopRules(max_tokens=10_000)))
+        core.prepare(request("r", Grammar("regex", "(", "regex"), max_tokens=10_000))
     with pytest.raises(InvalidRequest, match="regex: "):
         core.prepare(request("r", Grammar("regex", "(", "regex")))
 
 
 def test_a_banned_string_takes_the_grammar_back_with_the_text():
-    either = GenerateRequest(
-        "r",
-        TextPrompt((Span("?"),)),
-        SamplingParams(temperature=0.0, banned_strings=("nono",)),
-        StopRules(max_tokens=20),
-        grammar=Grammar("regex", "nono|yes", "regex"),
-    )
+    sampling = SamplingParams(temperature=0.0, banned_strings=("nono",))
+    either = engine_runs.request("r", "?", sampling=sampling, grammar=Grammar("regex", "nono|yes", "regex"))
     text, finish, tokens = answers(FakeBackend(script("nono")), either)["r", 0]
     assert (text, finish.reason) == ("yes", "eos")
     assert "".join(token.text for token in tokens) == text

@@ -7,12 +7,13 @@ import httpx
 import numpy as np
 import pytest
 import torch
+from engine_runs import make_core, request, run, text_of
 from error_bounds import UNIT
 from fake_api import events
 from fakes import BOS, FakeBackend, letters
 from hypothesis import given
 from hypothesis import strategies as st
-from test_engine_core import expected, make_core, request, run, text_of
+from test_engine_core import expected
 
 from tightrope.engine.errors import InvalidRequest
 from tightrope.engine.guidance import guided

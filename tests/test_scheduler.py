@@ -4,8 +4,8 @@ import random
 from collections.abc import Sequence
 
 import pytest
+from engine_runs import request
 from fakes import FakeBackend
-from test_engine_core import request
 from torch import Tensor
 
 from tightrope.backends.protocol import Chunk
