@@ -84,6 +84,17 @@ FOLDERS: dict[str, dict[str, object]] = {
         "tokenizer.json": byte_level(BASE | {259: flagged("<|im_start|>", False)}),
         "tokenizer_config.json": FAST | {"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]},
     },
+    "lists in two files": {
+        "tokenizer.json": byte_level(),
+        "tokenizer_config.json": FAST | {"extra_special_tokens": ["<|x|>"]},
+        "added_tokens.json": {"<|im_start|>": 259, "<|im_end|>": 260},
+        "special_tokens_map.json": {"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]},
+    },
+    "tokens without ids in two files": {
+        "tokenizer.json": byte_level(),
+        "tokenizer_config.json": FAST | {"extra_special_tokens": ["<|x|>"]},
+        "special_tokens_map.json": {"pad_token": "<|im_end|>", "eos_token": "<|im_start|>"},
+    },
     "extra_special_tokens by name": {
         "tokenizer.json": byte_level(),
         "tokenizer_config.json": FAST | {"extra_special_tokens": {"image_token": "<|x|>"}},

@@ -57,7 +57,10 @@ def read_token_files(folder: Path, shape: ModelShape) -> TokenFiles:
     named, mapped = _named(path, files.settings), _named(map_path, _advice(map_path, files.notes))
     ends = {text for source in (named, mapped) for name in END_NAMES for text in _texts(source.get(name, ()))}
     joined = mapped | named if "added_tokens_decoder" in files.settings else named | mapped
-    for tokens in joined.values():
+    lists = [tokens for source in (named, mapped) if isinstance(tokens := source.get(_LISTS[0]), tuple)]
+    if lists:
+        joined[_LISTS[0]] = tuple({token.content: token for tokens in lists for token in tokens}.values())
+    for tokens in (joined[name] for name in sorted(joined, key=_place)):
         for token in tokens if isinstance(tokens, tuple) else (tokens,):
             files.special.setdefault(token.content, token)
     for name, tokens in joined.items():
@@ -66,6 +69,12 @@ def read_token_files(folder: Path, shape: ModelShape) -> TokenFiles:
     files.end_texts = frozenset(ends)
     _read_end_ids(folder, shape, files)
     return files
+
+
+def _place(name: str) -> int:
+    """When transformers gives ids to the tokens of a name, which have none of their own: lists come last."""
+    last = len(NAMES) + (name == _LISTS[0])
+    return NAMES.index(name) if name in NAMES else last
 
 
 def _advice(path: Path, notes: list[str]) -> dict[str, Any]:
@@ -121,7 +130,7 @@ def _named(path: Path, values: Mapping[str, Any]) -> dict[str, AddedToken | tupl
         if name in _LISTS and isinstance(value, list):
             items = [_token(item, special=True) for item in value if _is_token(item)]
             if items:
-                named["additional_special_tokens"] = tuple(items)
+                named[_LISTS[0]] = tuple(items)
         elif name in _LISTS and isinstance(value, dict):
             named |= {key: _token(item, special=True) for key, item in value.items() if _is_token(item)}
         elif name.endswith("_token") and _is_token(value):
