@@ -26,7 +26,7 @@ AUTO_ROUND = {"quant_method": "auto-round", "bits": 4, "group_size": 32, "sym": 
 LINEAR = "model.layers.0.mlp.down_proj"
 
 
-@pytest.mark.parametrize("method", ["auto-round", "intel/auto-round", "auto_round"])
+@pytest.mark.parametrize("method", ["auto-round", "intel/auto-round", "auto_round", "AutoRound"])
 @pytest.mark.parametrize(
     ("stated", "is_v2"),
     [
@@ -49,7 +49,7 @@ def test_autoround_packings_tell_how_zero_points_are_stored(method: str, stated:
     assert Gptq.of(FILE, AUTO_ROUND | {"quant_method": method} | stated).is_v2 is is_v2
 
 
-@pytest.mark.parametrize("method", ["gptq", None])
+@pytest.mark.parametrize("method", ["gptq", "GPTQ", "gptq_marlin", None])
 def test_files_of_other_tools_are_not_asked_for_a_backend(method: str | None):
     assert not Gptq.of(FILE, {"quant_method": method, "backend": "auto_round:exllamav2"}).is_v2
 
@@ -87,6 +87,8 @@ def test_what_is_no_whole_number_is_refused(value: object):
             {"packing_format": "auto_round", "checkpoint_format": "gptq"},
             "packing_format 'auto_round' and checkpoint_format 'gptq' contradict each other",
         ),
+        ({"quant_method": "exl3"}, "quant_method 'exl3' is not known here; gptq, awq, auto-round are"),
+        ({"quant_method": 3}, "quant_method 3 is not known here"),
         ({"data_type": "mx_fp"}, "data_type 'mx_fp' is not known; int, int_sym"),
         ({"data_type": "int_asym_float_zp"}, "data_type 'int_asym_float_zp' is not known"),
         ({"act_bits": 8}, "act_bits are 8: quantised activations are not served"),

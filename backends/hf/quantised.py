@@ -22,12 +22,12 @@ from tightrope.backends.quant.exl2 import Exl2
 from tightrope.backends.quant.format import CPU, Format, Packed
 from tightrope.backends.quant.gptq import Gptq
 from tightrope.backends.quant.nf4 import Nf4
-from tightrope.backends.quant.stated import is_awq, layout_of
+from tightrope.backends.quant.stated import METHODS, is_awq, layout_of, method_of
 
 MAX_FILE = 16 << 20  # bytes
 # AutoGPTQ's, old AutoAWQ's and auto-round's
 SETTINGS_FILES = ("quantize_config.json", "quant_config.json", "quantization_config.json")
-PACKED_ALONE = ("gptq", "awq", "exl2", "auto-round")  # methods that change nothing but how weights are stored
+PACKED_ALONE = (*METHODS, "exl2")  # methods that change nothing but how weights are stored
 AT_LOAD = ("bitsandbytes",)  # methods that may also mean: quantise plain weights while loading
 
 
@@ -90,7 +90,7 @@ def find_quantization(folder: Path, config: Mapping[str, Any], checkpoint: Check
         return Quantization(Awq.of(path, settings), checkpoint)
     if kind is not None:
         return Quantization(Exl2() if kind == "exl2" else Nf4(), checkpoint)
-    if settings and settings.get("quant_method") not in AT_LOAD and not _may_be_left_over(settings):
+    if settings and method_of(settings) not in AT_LOAD and not _may_be_left_over(settings):
         raise _not_read(path, settings)
     return None
 
@@ -98,13 +98,13 @@ def find_quantization(folder: Path, config: Mapping[str, Any], checkpoint: Check
 def stated_and_not_found(folder: Path, config: Mapping[str, Any]) -> BackendError | None:
     """What to say of plain weights of which some are missing, where the settings speak of packed ones."""
     path, settings = _settings(folder, config)
-    return _not_read(path, settings) if settings and settings.get("quant_method") not in AT_LOAD else None
+    return _not_read(path, settings) if settings and method_of(settings) not in AT_LOAD else None
 
 
 def note_on_plain(folder: Path, config: Mapping[str, Any]) -> str | None:
     """A start-up line for plain weights, all of them there, where the settings speak of packed ones."""
     path, settings = _settings(folder, config)
-    if not settings or settings.get("quant_method") in AT_LOAD:
+    if not settings or method_of(settings) in AT_LOAD:
         return None
     return f"weights: plain, though {path.name} speaks of {settings.get('quant_method')!s:.40}; served as they are"
 
@@ -115,7 +115,7 @@ def _may_be_left_over(settings: Mapping[str, Any]) -> bool:
     They are where somebody expanded them and kept the settings, and where nothing but a cache was quantised. Other
     methods quantise while they load, or the activations, so that plain weights alone are another model.
     """
-    method = settings.get("quant_method")
+    method = method_of(settings)
     if method == "compressed-tensors":
         return not settings.get("config_groups")
     if method == "modelopt":

@@ -31,6 +31,7 @@ KERNELS = ("exllamav1", "exllamav2", "triton", "tritonv2", "cuda", "gemm")
 INTEGER_TYPES = ("int", "int_sym", "int_asym", "int_sym_gptq")
 RECIPES = ("rtn_", "opt_rtn_")  # how codes were found, in front of such a type
 TURNED = ("rotation_config", "spinquant_config", "hadamard_config", "transform_config")
+METHODS = ("gptq", "awq", "auto-round")  # within a name: files also say intel/auto-round, gptq_marlin or autoround
 OVERRIDES = ("extra_config", "dynamic")  # of single linears: auto-round's and GPTQModel's
 # fields of one linear in auto-round's settings, of which the tensors tell the first ones
 KNOWN = ("bits", "group_size", "sym", "scale_dtype", "data_type", "super_bits", "super_group_size")
@@ -51,9 +52,21 @@ def whole_number(path: Path, settings: Settings, field: str, default: int) -> in
     return value
 
 
+def method_of(settings: Settings) -> str | None:
+    """The method that is stated, one of METHODS whichever way it is spelt, or another as it is; None for none.
+
+    The first files of bitsandbytes name it by its switches alone.
+    """
+    stated = settings.get("quant_method")
+    if stated is None:
+        return "bitsandbytes" if "load_in_4bit" in settings or "load_in_8bit" in settings else None
+    plain = str(stated).lower().replace("_", "-").replace("autoround", "auto-round")
+    return next((method for method in METHODS if method in plain), plain)
+
+
 def is_awq(settings: Settings) -> bool:
     """Whether the settings are those of AutoAWQ or its relatives, which an old file tells by its names of fields."""
-    return "awq" in _method(settings) or "w_bit" in settings
+    return method_of(settings) == "awq" or "w_bit" in settings
 
 
 def layout_of(path: Path, settings: Settings) -> Layout:
@@ -81,6 +94,9 @@ def layout_of(path: Path, settings: Settings) -> Layout:
 
 def check_meaning(path: Path, settings: Settings) -> None:
     """Raise BackendError, naming the field, where packed integers would stand for something else than weights."""
+    if method_of(settings) not in (None, *METHODS):
+        stated = settings["quant_method"]
+        raise BackendError(f"{path}: quant_method {stated!r:.40} is not known here; {', '.join(METHODS)} are")
     if _is_auto_round(settings):
         _check_types(path, settings, "")
     for name, entry in _overrides(path, settings, "extra_config"):
@@ -138,14 +154,9 @@ def _overrides(path: Path, settings: Settings, field: str) -> Iterator[tuple[str
 
 def _plain(packing: Any) -> str:  # noqa: ANN401 - whatever JSON holds
     """A packing without the kernel that was meant for it."""
-    words = str(packing).lower().replace("auto-round", "auto_round").replace("autoround", "auto_round").split(":")
+    words = str(packing).lower().replace("-", "_").replace("autoround", "auto_round").split(":")
     return ":".join(words[:-1] if len(words) > 1 and words[-1] in KERNELS else words)
 
 
-def _method(settings: Settings) -> str:
-    return str(settings.get("quant_method", "")).lower()
-
-
 def _is_auto_round(settings: Settings) -> bool:
-    """auto-round, and intel/auto-round before 0.5."""
-    return "auto-round" in _method(settings).replace("_", "-")
+    return method_of(settings) == "auto-round"
