@@ -9,6 +9,7 @@ from tightrope.backends.errors import DoesNotFit
 from tightrope.backends.memory import MEMORY_SHARE, free_memory, spare_bytes
 from tightrope.backends.settings import ModelSettings
 
+NO_TOKENIZER = "tokenizer: the folder holds none, and serve refuses it without; copy the model's own"
 CACHE_NAMES: tuple[Literal["q8", "q4", "f16"], ...] = ("q8", "q4", "f16")  # as they are shown, side by side
 
 
@@ -80,7 +81,8 @@ def _of_folder(folder: Path, settings: ModelSettings, memory_bytes: int | None) 
     try:
         plan = hf.make_plan(settings, shape, weight_bytes, free_bytes)
         hf.check_layers(plan, blueprint.layers)
-        chosen = Chosen(plan.cache_dtype, plan.num_pages * PAGE, plan.cache_bytes, plan.notes)
+        notes = plan.notes if found.tokenizer is not None else (*plan.notes, NO_TOKENIZER)
+        chosen = Chosen(plan.cache_dtype, plan.num_pages * PAGE, plan.cache_bytes, notes)
     except DoesNotFit as error:
         refusal = str(error)
     return Outline(
