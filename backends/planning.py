@@ -56,8 +56,8 @@ def outline(settings: ModelSettings, memory_bytes: int | None) -> Outline:
     memory_bytes: a size that may be used up; None is this machine's free memory, of which `serve` leaves a share.
     Raises BackendError for a model or a wish that can't be; a plan that doesn't fit is no error here.
     """
-    from tightrope.backends.detect import find_model
     from tightrope.backends.locate import locate
+    from tightrope.backends.registry import find_model
 
     path = find_model(locate(settings.model, settings.revision))
     if path.is_dir():
@@ -66,10 +66,10 @@ def outline(settings: ModelSettings, memory_bytes: int | None) -> Outline:
 
 
 def _of_folder(folder: Path, settings: ModelSettings, memory_bytes: int | None) -> Outline:
+    from tightrope.backends.files.peft import room_for_adapters
     from tightrope.backends.hf import plan as hf
-    from tightrope.backends.hf.inspection import inspect
-    from tightrope.backends.hf.peft import room_for_adapters
-    from tightrope.kernels.layout import PAGE
+    from tightrope.backends.hf.load.inspection import inspect
+    from tightrope.kernels.forms.layout import PAGE
 
     found = inspect(folder, settings)
     shape, blueprint = found.shape, found.blueprint

@@ -7,7 +7,7 @@ from typing import Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from tightrope.kernels.layout import CacheDtype
+from tightrope.kernels.forms.layout import CacheDtype
 
 WantLogits = Literal["none", "last", "all"]
 MAX_ADDED_TEXTS = 16_384  # vocabularies with most of them hold some 6,000, such as HTML's tags and unused places

@@ -21,13 +21,13 @@ from bench.gpu.cases import make_step, make_table, noisy_cache
 from bench.gpu.random_weights import Sizes, gptq_entries, plain_entries, random_model
 from bench.load import exclusive
 from bench.stats import spread
-from tightrope.backends.hf.checkpoint import TensorEntry
-from tightrope.backends.hf.model import LoadedModel
-from tightrope.backends.hf.organs import Linear
+from tightrope.backends.files.safetensors import TensorEntry
+from tightrope.backends.hf.modules.modules import Linear
+from tightrope.backends.hf.runner import LoadedModel
 from tightrope.backends.threads import compute_threads
 from tightrope.kernels import dispatch
-from tightrope.kernels.layout import CacheFormat
-from tightrope.kernels.low_rank import AdapterRows, make_low_rank
+from tightrope.kernels.forms.layout import CacheFormat
+from tightrope.kernels.forms.low_rank import AdapterRows, make_low_rank
 
 RANK, NUM_ADAPTERS = 32, 4
 CONTEXT = 256  # tokens that each sequence has cached

@@ -15,9 +15,9 @@ import torch
 
 from bench import report
 from bench.sampler import NUM_ROWS, VOCAB_SIZE, logits_like_a_models
-from tightrope.backends.detect import open_backend
+from tightrope.backends.registry import open_backend
 from tightrope.backends.settings import ModelSettings
-from tightrope.engine.grammar import Grammars
+from tightrope.engine.guided.grammar import Grammars
 from tightrope.engine.sampler.sampler import sample
 from tightrope.engine.sampler.state import SamplerState
 from tightrope.engine.types import Grammar, SamplingParams

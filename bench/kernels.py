@@ -17,7 +17,15 @@ from torch import Tensor
 from bench import report
 from tightrope.backends.threads import compute_threads
 from tightrope.kernels import dispatch
-from tightrope.kernels.layout import PAGE, AttentionSpec, CacheDtype, CacheFormat, LayerCache, RopeTable, StepLayout
+from tightrope.kernels.forms.layout import (
+    PAGE,
+    AttentionSpec,
+    CacheDtype,
+    CacheFormat,
+    LayerCache,
+    RopeTable,
+    StepLayout,
+)
 
 BEYOND_CACHES = 300e6  # bytes
 SIZES = ((576, 576), (1536, 576), (576, 1536), (4096, 4096), (4096, 11008))  # outputs, inputs

@@ -25,13 +25,13 @@ from tqdm import tqdm
 from bench import report
 from bench.english import NAME, english_text
 from tightrope.backends.hf.backend import HFBackend
-from tightrope.backends.hf.pages import PagedKVCache
-from tightrope.backends.hf.variants import CacheVariant, CacheVariants
+from tightrope.backends.hf.cache.pages import PagedKVCache
+from tightrope.backends.hf.run.variants import CacheVariant, CacheVariants
 from tightrope.backends.protocol import Chunk
 from tightrope.backends.settings import CacheSettings, ModelSettings
 from tightrope.engine.perplexity import Score, compare, cut_windows, window_bos
 from tightrope.kernels import dispatch, reference
-from tightrope.kernels.layout import CacheDtype, LayerCache, RopeTable
+from tightrope.kernels.forms.layout import CacheDtype, LayerCache, RopeTable
 
 KINDS: tuple[CacheDtype, ...] = ("q8", "q4")
 FACTOR, PLAIN, AFTER = "before rotation, channel factor", "before rotation", "after rotation"

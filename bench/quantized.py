@@ -19,7 +19,7 @@ from bench import report
 from bench.kernels import BEYOND_CACHES, Row, seconds, shown, stream_bandwidth
 from tightrope.backends.threads import compute_threads
 from tightrope.kernels import dispatch
-from tightrope.kernels.quantized import Nf4Matrix, QuantizedMatrix, arrange, pack, pack_nf4, tiled
+from tightrope.kernels.forms.quantized import Nf4Matrix, QuantizedMatrix, arrange, pack, pack_nf4, tiled
 
 LARGE = (4096, 11008)  # outputs, inputs
 SMALL = ((576, 576), (192, 576), (1536, 576), (576, 1536))  # of SmolLM2-135M

@@ -18,11 +18,11 @@ from tqdm import tqdm
 
 from bench import report
 from bench.english import NAME, english_text
-from tightrope.backends.detect import open_backend
 from tightrope.backends.protocol import Backend
+from tightrope.backends.registry import open_backend
 from tightrope.backends.settings import CacheSettings, ModelSettings, RopeKind, RopeSettings
 from tightrope.engine.perplexity import cut_windows, measure, window_bos
-from tightrope.server.perplexity_plot import draw
+from tightrope.server.cli.perplexity.plot import draw
 
 CONTEXTS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 WORTH_SEEING = 4.0  # times the best perplexity; what is worse leaves the picture

@@ -17,7 +17,7 @@ import psutil
 
 from bench.meter import process_tree
 
-ENGINE = "tightrope.engine.child"  # in the command line of the engine's process
+ENGINE = "tightrope.engine.process.child"  # in the command line of the engine's process
 LEAST_READINGS = 9  # three for each third
 LEAST_REQUESTS = 100  # between the thirds: memory comes in pages and pools, and of a few requests says nothing
 

@@ -12,7 +12,7 @@ from tightrope.backends.adapters import find_adapter
 from tightrope.backends.errors import BackendError
 from tightrope.backends.protocol import AdapterStore, Tokenizer
 from tightrope.engine.errors import BackendFailed, EngineError, InvalidRequest, ModelNotFound
-from tightrope.engine.wire import AdapterList, CallFailed, EngineEnd, ErrorFrame, LoadAdapter, UnloadAdapter
+from tightrope.engine.process.wire import AdapterList, CallFailed, EngineEnd, ErrorFrame, LoadAdapter, UnloadAdapter
 
 log = logging.getLogger("tightrope.engine")
 

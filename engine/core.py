@@ -10,15 +10,15 @@ from torch import Tensor
 from tightrope.backends.errors import BackendError
 from tightrope.backends.protocol import Backend
 from tightrope.engine.adapters import Adapters
-from tightrope.engine.banned import Held
 from tightrope.engine.errors import BackendFailed, EngineError, InvalidRequest
 from tightrope.engine.guidance import guided
 from tightrope.engine.info import window
-from tightrope.engine.prompts import Intake, encode_prompt, plain_token
+from tightrope.engine.intake import Intake, encode_prompt, plain_token
 from tightrope.engine.sampler.sampler import Sampled, prompt_logprobs, sample
 from tightrope.engine.scheduler import Scheduler, Work, chunks
 from tightrope.engine.sequence import Sequence
 from tightrope.engine.settings import LimitSettings
+from tightrope.engine.text.banned_strings import Held
 from tightrope.engine.types import (
     Delta,
     Finish,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tightrope.backends.errors import BackendError
 from tightrope.backends.protocol import Backend, CacheVariants, Chunk, Tokenizer
-from tightrope.kernels.layout import CacheDtype
+from tightrope.kernels.forms.layout import CacheDtype
 
 LANES = 8  # caches of single layers that are compared in one run; each takes the room of a whole f16 cache
 ROWS = 64  # rows that are exponentiated at a time, so that what is made of them stays in the processor's caches

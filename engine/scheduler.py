@@ -3,7 +3,7 @@
 A step has a budget of tokens and of time. Every sequence that is writing gets its one token first, so a long prompt
 can't make it wait; what is left goes to prompts, by the policy that `Scheduler.schedule` tells. When the cache is full,
 the youngest running sequence gives its place back and starts again later, from what the cache still holds of it. Where
-a backend can't mix adapters, a step takes the sequences of one alone, and engine/turns.py says of which.
+a backend can't mix adapters, a step takes the sequences of one alone, and engine/adapter_turns.py says of which.
 """
 
 from collections import deque
@@ -14,9 +14,9 @@ from itertools import count
 
 from tightrope.backends.errors import BackendError
 from tightrope.backends.protocol import Chunk, KVCache, WantLogits
+from tightrope.engine.adapter_turns import AdapterTurns
 from tightrope.engine.guidance import Guide
 from tightrope.engine.sequence import AdapterUse, Sequence
-from tightrope.engine.turns import AdapterTurns
 
 DECODE_HEADROOM = 32  # tokens of output that must have room before a sequence starts, lest it be preempted at once
 MIN_CHUNK = 16  # tokens; smaller chunks of a prompt cost a whole step for next to nothing

@@ -3,10 +3,10 @@
 from dataclasses import dataclass, field
 
 from tightrope.backends.protocol import Tokenizer
-from tightrope.engine.banned import BannedStrings
-from tightrope.engine.detokenizer import Detokenizer
 from tightrope.engine.guidance import Guide
 from tightrope.engine.sampler.state import SamplerState
+from tightrope.engine.text.banned_strings import BannedStrings
+from tightrope.engine.text.detokenizer import Detokenizer
 from tightrope.engine.types import GenerateRequest, Timings, Token
 
 AdapterUse = tuple[str, float] | None  # what the backend calls an adapter, and its scale

@@ -14,14 +14,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tightrope.kernels import exllama, native, reference
-from tightrope.kernels.columns import ColumnMatrix
+from tightrope.kernels import exllama, reference
+from tightrope.kernels.cpu import native
 from tightrope.kernels.exllama import ExllamaMatrix as ExllamaMatrix  # for those who keep one
-from tightrope.kernels.layer import DecoderLayer, GatedExperts, StackedExperts
-from tightrope.kernels.layout import AttentionSpec, LayerCache, RopeTable, StepLayout
-from tightrope.kernels.low_rank import AdapterRows, LowRank
-from tightrope.kernels.quantized import Nf4Matrix, QuantizedMatrix
-from tightrope.kernels.rows import Ranked
+from tightrope.kernels.forms.columns import ColumnMatrix
+from tightrope.kernels.forms.layer import DecoderLayer, GatedExperts, StackedExperts
+from tightrope.kernels.forms.layout import AttentionSpec, LayerCache, RopeTable, StepLayout
+from tightrope.kernels.forms.low_rank import AdapterRows, LowRank
+from tightrope.kernels.forms.quantized import Nf4Matrix, QuantizedMatrix
+from tightrope.kernels.forms.rows import Ranked
 
 log = logging.getLogger(__name__)
 

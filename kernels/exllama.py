@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tightrope.kernels.quantized import QuantizedMatrix, unpack, untiled
+from tightrope.kernels.forms.quantized import QuantizedMatrix, unpack, untiled
 
 MOST_ROWS = 32  # that are multiplied without expanding the matrix
 MOST_EXPANDED = 1 << 28  # weights of a matrix that is expanded, all at once and to float16; heads have more

@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tightrope.kernels.layout import GROUP, PAGE, AttentionSpec, LayerCache, RopeTable, StepLayout
-from tightrope.kernels.low_rank import AdapterRows, LowRank
-from tightrope.kernels.quantized import TILE, Nf4Matrix, QuantizedMatrix
-from tightrope.kernels.quantized import dequantize as dequantize_matrix
-from tightrope.kernels.rows import CUT, DIVIDE, MOST_BENDS, PARABOLA, SUMS, Ranked
+from tightrope.kernels.forms.layout import GROUP, PAGE, AttentionSpec, LayerCache, RopeTable, StepLayout
+from tightrope.kernels.forms.low_rank import AdapterRows, LowRank
+from tightrope.kernels.forms.quantized import TILE, Nf4Matrix, QuantizedMatrix
+from tightrope.kernels.forms.quantized import dequantize as dequantize_matrix
+from tightrope.kernels.forms.rows import CUT, DIVIDE, MOST_BENDS, PARABOLA, SUMS, Ranked
 
 TILE_ROWS = 4096  # rows of a weight that are expanded to float32 at a time
 TILE_SCORES = 1 << 21  # scores of attention, and numbers of keys, that are held at a time

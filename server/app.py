@@ -11,23 +11,23 @@ from fastapi.security import HTTPBearer
 from starlette.middleware.cors import CORSMiddleware
 
 from tightrope import __version__
-from tightrope.server.adapter_routes import adapter_router
-from tightrope.server.api_page import add_api_page
-from tightrope.server.draining import Drain, DrainGuard
-from tightrope.server.errors import install_handlers
-from tightrope.server.families.koboldcpp import koboldcpp_router
-from tightrope.server.families.llamacpp import llamacpp_router
-from tightrope.server.families.ollama import ollama_router
-from tightrope.server.families.ooba import ooba_router
-from tightrope.server.families.tabby import tabby_router
-from tightrope.server.front import Front
-from tightrope.server.guards import AdminGuard, BodyLimit, KeyGuard
-from tightrope.server.invocations import invocations_router
-from tightrope.server.openai.routes import openai_router
-from tightrope.server.sites import HostGuard, OriginGuard
-from tightrope.server.tgi.routes import tgi_router
-from tightrope.server.tgi.types import ErrorText
-from tightrope.server.tokenize_routes import tokenize_router
+from tightrope.server.dialects.adapters import adapter_router
+from tightrope.server.dialects.invocations import invocations_router
+from tightrope.server.dialects.koboldcpp import koboldcpp_router
+from tightrope.server.dialects.llamacpp import llamacpp_router
+from tightrope.server.dialects.ollama import ollama_router
+from tightrope.server.dialects.ooba import ooba_router
+from tightrope.server.dialects.openai.routes import openai_router
+from tightrope.server.dialects.tabby import tabby_router
+from tightrope.server.dialects.tgi.requests import ErrorText
+from tightrope.server.dialects.tgi.routes import tgi_router
+from tightrope.server.dialects.tokenize import tokenize_router
+from tightrope.server.http.api_page import add_api_page
+from tightrope.server.http.draining import Drain, DrainGuard
+from tightrope.server.http.errors import install_handlers
+from tightrope.server.http.guards import AdminGuard, BodyLimit, KeyGuard
+from tightrope.server.http.sites import HostGuard, OriginGuard
+from tightrope.server.state import Front
 
 UNHEALTHY = {"error": "unhealthy", "error_type": "healthcheck"}
 

@@ -1,5 +1,5 @@
 """`python -m tightrope` is the `tightrope` command."""
 
-from tightrope.server.cli import main
+from tightrope.server.cli.main import main
 
 raise SystemExit(main())

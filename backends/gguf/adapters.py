@@ -4,12 +4,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tightrope.backends.adapters import AdapterRoom
+from tightrope.backends.files.peft import read_adapter
 from tightrope.backends.gguf.adapter_file import read_adapter_file
 from tightrope.backends.gguf.header import Header
 from tightrope.backends.gguf.native import NativeAdapter, NativeContext, NativeModel
 from tightrope.backends.gguf.peft_file import Conversion
 from tightrope.backends.gguf.values import check_values
-from tightrope.backends.hf.peft import read_adapter
 from tightrope.backends.protocol import Chunk, Tokenizer
 from tightrope.backends.settings import ModelSettings
 

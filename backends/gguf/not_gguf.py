@@ -2,7 +2,7 @@
 
 import re
 
-from tightrope.backends.foreign import told_by_start
+from tightrope.backends.files.foreign import told_by_start
 
 _SHOWN = 40  # bytes in a line
 

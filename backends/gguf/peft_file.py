@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from tightrope.backends.errors import BackendError
+from tightrope.backends.files.peft import Delta, PeftAdapter, check_float
+from tightrope.backends.files.safetensors import TensorEntry
 from tightrope.backends.gguf.adapter_file import check_shapes
 from tightrope.backends.gguf.header import MAGIC, Header, TensorInfo
-from tightrope.backends.hf.checkpoint import TensorEntry
-from tightrope.backends.hf.peft import Delta, PeftAdapter, check_float
-from tightrope.kernels.low_rank import balanced
+from tightrope.kernels.forms.low_rank import balanced
 
 ALIGNMENT = 32  # of tensors in the file, in bytes
 _STRING, _F16 = 8, 1  # type ids of a value and of a tensor

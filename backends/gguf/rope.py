@@ -1,4 +1,4 @@
-"""RoPE scaling as a person asks for it, in llama.cpp's terms: backends/rope.py holds what the kinds mean."""
+"""RoPE scaling as a person asks for it, in llama.cpp's terms: backends/rope/scaling.py holds what the kinds mean."""
 
 from dataclasses import dataclass
 
@@ -6,7 +6,7 @@ from llama_cpp import llama_cpp as ll
 
 from tightrope.backends.errors import BackendError
 from tightrope.backends.gguf.shape import ModelShape
-from tightrope.backends.rope import check_wish
+from tightrope.backends.rope.scaling import check_wish
 from tightrope.backends.settings import RopeSettings
 
 

@@ -13,9 +13,9 @@ from typing import Any, Self
 import numpy as np
 
 from tightrope.backends.errors import BackendError
+from tightrope.backends.files.opened import open_file
 from tightrope.backends.gguf.header import DataFile, Header, TensorInfo
 from tightrope.backends.gguf.tensor_types import TENSOR_TYPES, Floats
-from tightrope.backends.opened import open_file
 
 _PIECE = 1 << 20  # bytes that are read at once
 _TYPES = {kind.name: kind for kind in TENSOR_TYPES.values()}

@@ -11,24 +11,24 @@ from torch import Tensor
 
 from tightrope.backends.adapters import AdapterRoom
 from tightrope.backends.errors import BackendError
-from tightrope.backends.hf.adapter_tokens import tokenizer_at
-from tightrope.backends.hf.calibrate import set_key_factors
-from tightrope.backends.hf.chat_templates import DEFAULT
-from tightrope.backends.hf.graphs import DecodeGraphs, batch_size
-from tightrope.backends.hf.inspection import Inspection, inspect
-from tightrope.backends.hf.model import LoadedModel, build
-from tightrope.backends.hf.pages import PagedKVCache
-from tightrope.backends.hf.peft import room_for_adapters
+from tightrope.backends.files.chat_templates import DEFAULT
+from tightrope.backends.files.peft import room_for_adapters
+from tightrope.backends.hf.adapters.token_owners import tokenizer_at
+from tightrope.backends.hf.cache.pages import PagedKVCache
+from tightrope.backends.hf.load.inspection import Inspection, inspect
 from tightrope.backends.hf.plan import Plan, check_layers, free_bytes, make_plan
-from tightrope.backends.hf.steps import StepBuilder
-from tightrope.backends.hf.tokenizer import HFTokenizer
-from tightrope.backends.hf.variants import CacheVariants
+from tightrope.backends.hf.run.calibrate import set_key_factors
+from tightrope.backends.hf.run.graphs import DecodeGraphs, batch_size
+from tightrope.backends.hf.run.steps import StepBuilder
+from tightrope.backends.hf.run.variants import CacheVariants
+from tightrope.backends.hf.runner import LoadedModel, build
+from tightrope.backends.hf.text.tokenizer import HFTokenizer
 from tightrope.backends.memory import prompt_rows
 from tightrope.backends.protocol import AdapterStore, Capabilities, Chunk, KVCache, ModelCard, Tokenizer
 from tightrope.backends.settings import ModelSettings
 from tightrope.backends.threads import compute_threads
 from tightrope.kernels import dispatch
-from tightrope.kernels.layout import PAGE, CacheFormat, LayerCache
+from tightrope.kernels.forms.layout import PAGE, CacheFormat, LayerCache
 
 log = logging.getLogger("tightrope.hf")
 

@@ -6,17 +6,17 @@ from dataclasses import dataclass
 import torch
 
 from tightrope.backends.errors import BackendError
-from tightrope.backends.hf.attention import LayerInfo
-from tightrope.backends.hf.config import ModelShape
-from tightrope.backends.hf.windows import KEPT_WINDOWS, most_needed
+from tightrope.backends.files.hf_config import ModelShape
+from tightrope.backends.hf.cache.window_pages import KEPT_WINDOWS, most_needed
+from tightrope.backends.hf.modules.attention import LayerInfo
 from tightrope.backends.memory import GIB, default_tokens, does_not_fit, free_memory, prompt_rows, spare_bytes
-from tightrope.backends.rope import RopeSpec, resolve_rope
+from tightrope.backends.rope.scaling import RopeSpec, resolve_rope
 from tightrope.backends.settings import ModelSettings
-from tightrope.kernels.layout import PAGE, CacheDtype, CacheFormat
+from tightrope.kernels.forms.layout import PAGE, CacheDtype, CacheFormat
 from tightrope.kernels.reference import TILE_ROWS, attention_bytes
 
 CACHE_DTYPES: tuple[CacheDtype, ...] = ("f16", "q8", "q4")  # largest first
-CALIBRATION_TOKENS = 512  # of the text that backends/hf/calibrate.py runs once at load, in an f16 cache
+CALIBRATION_TOKENS = 512  # of the text that backends/hf/run/calibrate.py runs once at load, in an f16 cache
 MOST_TOKENS = 1 << 28  # of a cache whose tokens take nothing beyond the window: the longest window that is believed
 FIXED_BYTES = 128 << 20  # what libraries take once they run, and rotary tables
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from tightrope.backends.errors import BackendError
 from tightrope.backends.quant.format import FLOATS, Packed, Settings
 from tightrope.backends.quant.stated import check_meaning, layout_of, whole_number
-from tightrope.kernels.quantized import QuantizedMatrix, arrange, pack_slices, tiled
+from tightrope.kernels.forms.quantized import QuantizedMatrix, arrange, pack_slices, tiled
 
 NIBBLE_OF_OUTPUT = (0, 4, 1, 5, 2, 6, 3, 7)  # of the eight in a word
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tightrope.backends.quant.format import Packed
 from tightrope.backends.quant.streams import unstream
-from tightrope.kernels.quantized import PLANES, QuantizedMatrix, arrange, pack_slices, tiled
+from tightrope.kernels.forms.quantized import PLANES, QuantizedMatrix, arrange, pack_slices, tiled
 
 
 class Exl2:

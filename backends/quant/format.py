@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from tightrope.backends.errors import BackendError
-from tightrope.backends.hf.checkpoint import Checkpoint, TensorEntry
-from tightrope.kernels.quantized import Nf4Matrix, QuantizedMatrix
+from tightrope.backends.files.safetensors import Checkpoint, TensorEntry
+from tightrope.kernels.forms.quantized import Nf4Matrix, QuantizedMatrix
 
 Settings = Mapping[str, Any]  # a model's own words on its quantisation, as JSON has them
 FLOATS = ("F16", "BF16", "F32")

@@ -17,7 +17,7 @@ from tightrope.backends.errors import BackendError
 from tightrope.backends.quant.format import FLOATS, Packed, Settings
 from tightrope.backends.quant.stated import check_meaning, group_sizes, is_symmetric, layout_of, whole_number
 from tightrope.backends.quant.streams import unstream
-from tightrope.kernels.quantized import QuantizedMatrix, arrange, pack_slices, tiled
+from tightrope.kernels.forms.quantized import QuantizedMatrix, arrange, pack_slices, tiled
 
 BITS = (2, 3, 4, 8)
 

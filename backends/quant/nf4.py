@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tightrope.backends.quant.format import Packed
-from tightrope.kernels.quantized import Nf4Matrix, pack_nf4
+from tightrope.kernels.forms.quantized import Nf4Matrix, pack_nf4
 
 STATES = ("weight.quant_state.bitsandbytes__nf4", "weight.quant_state.bitsandbytes__fp4")
 MAX_STATE = 1 << 16  # bytes of JSON

@@ -6,7 +6,7 @@ import torch
 
 from bench.gpu.cases import make_step, make_table, noisy_cache
 from bench.gpu.timing import recorded, seconds
-from tightrope.kernels.layout import AttentionSpec, CacheDtype, CacheFormat
+from tightrope.kernels.forms.layout import AttentionSpec, CacheDtype, CacheFormat
 from tightrope.kernels.triton import ops
 
 BAR = 0.6  # share of the bandwidth that decode of 24k and 128k tokens must reach

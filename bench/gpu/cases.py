@@ -5,7 +5,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tightrope.kernels.layout import PAGE, AttentionSpec, CacheDtype, CacheFormat, LayerCache, RopeTable, StepLayout
+from tightrope.kernels.forms.layout import (
+    PAGE,
+    AttentionSpec,
+    CacheDtype,
+    CacheFormat,
+    LayerCache,
+    RopeTable,
+    StepLayout,
+)
 
 
 @dataclass(frozen=True)

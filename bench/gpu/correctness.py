@@ -7,7 +7,7 @@ from torch import Tensor
 
 from bench.gpu.cases import Case, Shape, make_case
 from tightrope.kernels import reference
-from tightrope.kernels.layout import AttentionSpec, LayerCache
+from tightrope.kernels.forms.layout import AttentionSpec, LayerCache
 from tightrope.kernels.triton import ops
 
 # Largest error allowed, relative to the largest value: float16 products, and the rounding of the result itself.

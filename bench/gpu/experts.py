@@ -15,12 +15,12 @@ from bench.gpu.correctness import Check
 from bench.gpu.model import SMALL
 from bench.gpu.random_weights import Sizes, gptq_entries, random_model
 from bench.gpu.timing import seconds
-from tightrope.backends.hf import graphs
-from tightrope.backends.hf.graphs import DecodeGraphs
-from tightrope.backends.hf.model import LoadedModel
-from tightrope.backends.hf.organs import Experts
-from tightrope.backends.hf.quantised import find_quantization
-from tightrope.kernels.layout import CacheFormat
+from tightrope.backends.hf.modules.modules import Experts
+from tightrope.backends.hf.run import graphs
+from tightrope.backends.hf.run.graphs import DecodeGraphs
+from tightrope.backends.hf.runner import LoadedModel
+from tightrope.backends.quant.find import find_quantization
+from tightrope.kernels.forms.layout import CacheFormat
 
 BAR = 0.6  # share of the roofline that decode of one sequence must reach
 MOST_SHARE = 0.4  # of a step of all experts that one of those picked may take

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tightrope.kernels.quantized import TILE, Nf4Matrix, QuantizedMatrix, arrange, pack, pack_nf4, tiled
+from tightrope.kernels.forms.quantized import TILE, Nf4Matrix, QuantizedMatrix, arrange, pack, pack_nf4, tiled
 
 EXL2_MIX = ((6, 0.1), (5, 0.45), (4, 0.45))  # bits and share of the groups: 4.65 bits per weight
 GROUP_ROWS = 128

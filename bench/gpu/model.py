@@ -11,9 +11,9 @@ import torch
 from bench.gpu.cases import make_step, make_table, noisy_cache
 from bench.gpu.random_weights import plain_entries, random_model
 from bench.gpu.timing import seconds
-from tightrope.backends.hf.graphs import DecodeGraphs, Forward
-from tightrope.backends.hf.model import LoadedModel
-from tightrope.kernels.layout import CacheFormat
+from tightrope.backends.hf.run.graphs import DecodeGraphs, Forward
+from tightrope.backends.hf.runner import LoadedModel
+from tightrope.kernels.forms.layout import CacheFormat
 
 BAR = 0.7  # share of the roofline that decode of one sequence must reach under graphs
 BATCHES = (1, 8)

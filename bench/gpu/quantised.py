@@ -11,9 +11,9 @@ from bench.gpu.correctness import BOUNDS, Check
 from bench.gpu.matrices import EXL2_MIX, GROUP_ROWS, exl2_bits, large_matrix, random_matrix, random_nf4
 from bench.gpu.timing import recorded, seconds
 from tightrope.kernels import dispatch
-from tightrope.kernels.columns import ColumnMatrix, to_columns
 from tightrope.kernels.exllama import ExllamaMatrix
-from tightrope.kernels.quantized import Nf4Matrix, QuantizedMatrix, dequantize
+from tightrope.kernels.forms.columns import ColumnMatrix, to_columns
+from tightrope.kernels.forms.quantized import Nf4Matrix, QuantizedMatrix, dequantize
 
 BAR = 0.6  # share of the bandwidth that one row must reach
 INPUTS, OUTPUTS = 7168, 20480  # of Yi-34B's MLP

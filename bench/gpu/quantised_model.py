@@ -18,11 +18,11 @@ from bench.gpu.cases import make_step, make_table, noisy_cache
 from bench.gpu.model import FULL, SMALL
 from bench.gpu.random_weights import exl2_entries, random_model
 from bench.gpu.timing import seconds
-from tightrope.backends.hf.graphs import DecodeGraphs
-from tightrope.backends.hf.model import LoadedModel
-from tightrope.backends.hf.quantised import find_quantization
+from tightrope.backends.hf.run.graphs import DecodeGraphs
+from tightrope.backends.hf.runner import LoadedModel
+from tightrope.backends.quant.find import find_quantization
 from tightrope.kernels import exllama
-from tightrope.kernels.layout import CacheFormat
+from tightrope.kernels.forms.layout import CacheFormat
 
 BAR = 0.6  # share of the roofline that decode must reach
 CAP = 24 << 30  # bytes

@@ -11,10 +11,10 @@ from torch import Tensor
 from tightrope.engine.sampler import mirostat, reshaping, truncation
 from tightrope.engine.sampler.adaptive import adaptive_p
 from tightrope.engine.sampler.arrays import Doubles, Ids, Mask
-from tightrope.engine.sampler.bending import bends_of, bent
 from tightrope.engine.sampler.candidates import Candidates, weigh
 from tightrope.engine.sampler.draw import dice, draw, skewed, uniform
 from tightrope.engine.sampler.state import SamplerState
+from tightrope.engine.sampler.transforms import bends_of, bent
 from tightrope.engine.types import SamplingParams
 from tightrope.kernels import dispatch
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tightrope.engine.sampler.arrays import Doubles, Ids
 from tightrope.kernels import dispatch
-from tightrope.kernels.rows import MOST_BENDS
+from tightrope.kernels.forms.rows import MOST_BENDS
 
 Top = tuple[tuple[int, float], ...]
 

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tightrope.engine.errors import InvalidRequest
-from tightrope.engine.grammar import Packed
+from tightrope.engine.guided.grammar import Packed
 from tightrope.engine.sampler.repeats import Repeats
 from tightrope.engine.types import SamplingParams
 

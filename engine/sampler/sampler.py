@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from torch import Tensor
 
-from tightrope.engine.grammar import masks
+from tightrope.engine.guided.grammar import masks
 from tightrope.engine.sampler import logprobs as scores
 from tightrope.engine.sampler.arrays import Ids
 from tightrope.engine.sampler.chain import Drawn, chains, native_params

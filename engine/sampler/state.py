@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Sequence
 
-from tightrope.engine.grammar import Matcher
+from tightrope.engine.guided.grammar import Matcher
 from tightrope.engine.sampler import adaptive, mirostat
 from tightrope.engine.sampler.penalties import TokenEdits
 from tightrope.engine.sampler.plan import plan

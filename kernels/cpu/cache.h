@@ -1,5 +1,5 @@
 // Pages of cached keys and values: how numbers get in (quantised) and out (as floats, keys rotated).
-// The layouts are those of kernels/layout.py.
+// The layouts are those of kernels/forms/layout.py.
 #pragma once
 
 #include <algorithm>

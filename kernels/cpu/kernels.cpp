@@ -1,4 +1,4 @@
-// The plain C interface that kernels/native.py calls. Pointers are to contiguous memory unless a stride, in floats, says
+// The plain C interface that kernels/cpu/native.py calls. Pointers are to contiguous memory unless a stride, in floats, says
 // how far apart tokens are; shapes and meanings are those of kernels/reference.py.
 
 #include "draw.h"
@@ -6,7 +6,7 @@
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-// Raised, here and in kernels/native.py, whenever what a function takes or reads changes its meaning.
+// Raised, here and in kernels/cpu/native.py, whenever what a function takes or reads changes its meaning.
 EXPORT int tightrope_interface() { return 4; }
 
 // The widest instruction set that this processor and its system run: 3 AVX-512 with VNNI, 2 AVX-512, 1 AVX2, 0 any.

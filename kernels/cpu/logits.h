@@ -73,7 +73,7 @@ inline Lanes exp_negative(Lanes x) {
 struct Bend {
     double kind, a, b, c;
 };
-constexpr int MOST_BENDS = 6;  // of a row; kernels/rows.py knows the number too
+constexpr int MOST_BENDS = 6;  // of a row; kernels/forms/rows.py knows the number too
 constexpr double DIVIDE = 1, PARABOLA = 2, CUT = 3;
 
 inline double bent(double y, const Bend* bends) {

@@ -5,7 +5,7 @@
 
 namespace quantized {
 
-// As Nf4Matrix in kernels/quantized.py; native.py has the same fields.
+// As Nf4Matrix in kernels/forms/quantized.py; native.py has the same fields.
 struct Nf4Matrix {
     const float* codebook;
     const int32_t* codes;

@@ -15,7 +15,7 @@ constexpr int SHARED = 128;        // numbers with one scale, at most; whole blo
 constexpr float LARGEST = 32512;   // its upper byte is 127
 constexpr float LEAST = 1e-30f;    // what is smaller throughout counts as zero: its inverse would not be a number
 
-// As QuantizedMatrix in kernels/quantized.py; native.py has the same fields.
+// As QuantizedMatrix in kernels/forms/quantized.py; native.py has the same fields.
 struct Matrix {
     const uint8_t* codes;
     const void* scales;      // or codes of scales

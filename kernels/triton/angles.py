@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from triton.language import constexpr
 
-from tightrope.kernels.layout import PAGE
+from tightrope.kernels.forms.layout import PAGE
 
 _PAGE = constexpr(PAGE)
 

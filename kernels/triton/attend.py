@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from triton.language import constexpr
 
-from tightrope.kernels.layout import PAGE
+from tightrope.kernels.forms.layout import PAGE
 from tightrope.kernels.triton.angles import page_angle, tile_angles, turn
 from tightrope.kernels.triton.cached import cached_rows, load_planes, plane_dims
 

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tightrope.kernels.layout import GROUP, AttentionSpec, LayerCache, RopeTable, StepLayout
+from tightrope.kernels.forms.layout import GROUP, AttentionSpec, LayerCache, RopeTable, StepLayout
 from tightrope.kernels.triton.attend import attend, merge
 
 PROGRAMS_PER_SM = 4  # of decode, so that some load while others compute

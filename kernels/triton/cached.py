@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from triton.language import constexpr
 
-from tightrope.kernels.layout import GROUP, PAGE
+from tightrope.kernels.forms.layout import GROUP, PAGE
 
 _GROUP = constexpr(GROUP)
 _HALF_GROUP = constexpr(GROUP // 2)

@@ -10,8 +10,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language import constexpr
 
-from tightrope.kernels.column_stack import ColumnStack
-from tightrope.kernels.layer import StackedExperts
+from tightrope.kernels.forms.column_stack import ColumnStack
+from tightrope.kernels.forms.layer import StackedExperts
 from tightrope.kernels.triton.pointwise import gated
 from tightrope.kernels.triton.quantized import BATCH_OUTPUTS, add_parts, columns_of, operands
 from tightrope.kernels.triton.quantized_batch import multiply_blocks

@@ -9,7 +9,7 @@ from torch import Tensor
 from triton.language import constexpr
 
 from tightrope.kernels import reference
-from tightrope.kernels.low_rank import AdapterRows, LowRank
+from tightrope.kernels.forms.low_rank import AdapterRows, LowRank
 
 FEW = 64  # rows; more are left to cuBLAS, adapter by adapter
 INPUTS = 256  # of K at a time

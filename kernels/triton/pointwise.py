@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language import constexpr
 
-from tightrope.kernels.layout import PAGE, RopeTable, StepLayout
+from tightrope.kernels.forms.layout import PAGE, RopeTable, StepLayout
 
 _PAGE = constexpr(PAGE)
 _SQRT_HALF = constexpr(math.sqrt(0.5))

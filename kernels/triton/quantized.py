@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tightrope.kernels.columns import TILE_OUTPUTS, ColumnMatrix
+from tightrope.kernels.forms.columns import TILE_OUTPUTS, ColumnMatrix
 from tightrope.kernels.triton.quantized_batch import batch_parts, expand_columns
 from tightrope.kernels.triton.quantized_vector import sum_parts, vector_parts
 

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from triton.language import constexpr
 
-from tightrope.kernels.columns import BLOCK
+from tightrope.kernels.forms.columns import BLOCK
 from tightrope.kernels.triton.quantized_tile import book_number, load_scale, load_share, load_zero, spread
 
 _BLOCK = constexpr(BLOCK)

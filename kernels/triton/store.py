@@ -5,7 +5,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language import constexpr
 
-from tightrope.kernels.layout import GROUP, PAGE, LayerCache
+from tightrope.kernels.forms.layout import GROUP, PAGE, LayerCache
 
 _GROUP = constexpr(GROUP)
 _PAGE = constexpr(PAGE)

@@ -1,0 +1,258 @@
+"""Adapters beside a model's weights: each changes what the rows that use it compute, and nobody else's."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tightrope.backends.adapters import AdapterRoom
+from tightrope.backends.errors import BackendError
+from tightrope.backends.files.peft import USED, PeftAdapter, adapter_bytes, check_float, read_adapter
+from tightrope.backends.files.safetensors import TensorEntry
+from tightrope.backends.files.tensor_names import spellings
+from tightrope.backends.hf.adapters.file_tables import PlannedTables, Tables, planned_tables
+from tightrope.backends.hf.modules.attention import CurrentStep
+from tightrope.backends.hf.modules.kept_norms import KeptNorm, is_kept_norm
+from tightrope.backends.hf.modules.modules import Experts, Linear, RMSNorm
+from tightrope.backends.protocol import Chunk, Tokenizer
+from tightrope.kernels.forms.low_rank import NONE, AdapterRows, LowRank, balanced, make_low_rank
+
+_Pieces = list[tuple[int, TensorEntry, TensorEntry, float]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a module of the files lies in ours: outputs first .. first + outputs of what `adapters` belongs to."""
+
+    adapters: dict[int, LowRank]
+    first: int
+    outputs: int
+    inputs: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Checked:
+    """An adapter that fits the model: what changes each of its linears, and the norms that it replaces."""
+
+    adapter: PeftAdapter
+    tables: PlannedTables
+    deltas: list[tuple[dict[int, LowRank], _Pieces]]
+    norms: list[tuple[RMSNorm | KeptNorm, dict[str, TensorEntry]]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    """An adapter in place: its slot, the tokens that it knows, and their tokenizer where it isn't the model's."""
+
+    slot: int
+    num_tokens: int
+    tokenizer: Tokenizer | None
+
+
+class Adapters:
+    """The adapters of one loaded model, each in a slot of its own; an AdapterStore. `room` bounds them all together.
+
+    `announce` is given a line for what a person should know of an adapter that is loaded. `tokenizer_at` makes the
+    tokenizer of an adapter's folder, for so many tokens; None where the folder has none of its own.
+    """
+
+    def __init__(
+        self, tree: nn.Module, current: CurrentStep, tables: Tables, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        """dtype: of the low-rank matrices; sixteen bits halve what each step reads."""
+        self._device, self._dtype, self._tables = device, dtype, tables
+        self._places = dict(_places(tree))
+        self._norms = dict(_norms(tree, tables.width, current))
+        self._loaded: dict[str, _Loaded] = {}
+        self._numbers = count()
+        self.room = AdapterRoom(0)
+        self.announce: Callable[[str], None] = lambda line: None
+        self.tokenizer_at: Callable[[Path, int], Tokenizer | None] = lambda folder, num_tokens: None
+
+    def check(self, path: Path) -> _Checked:
+        """An adapter's files as far as headers tell. Raises BackendError, which names file and tensor."""
+        adapter = read_adapter(path)
+        tables = planned_tables(adapter, self._tables)
+        deltas = self._deltas(adapter, tables.num_scored)
+        return _Checked(adapter, tables, deltas, self._own_norms(adapter, tables.names))
+
+    def prepare(self, name: str, path: Path) -> Callable[[], None]:
+        """See AdapterStore. Errors name file and tensor."""
+        checked = self.check(path)
+        adapter, tables, deltas, norms = checked.adapter, checked.tables, checked.deltas, checked.norms
+        with self.room.taken(name, adapter_bytes(adapter)):
+            read = self._reader(adapter)
+            built = [(adapters, self._build(pieces, read)) for adapters, pieces in deltas]
+            tied = tables.tied_delta
+            if tied is not None and self._tables.head is not None:
+                pieces = [(0, read(tied.up).float().T, read(tied.down).float().T, tied.scaling)]
+                built.append((self._tables.head.adapters, self._low_rank(pieces)))
+            changes = [(organ, change.to(self._device)) for organ, change in tables.build(read, self._dtype)]
+            replaced = [(norm, {part: read(entry) for part, entry in own.items()}) for norm, own in norms]
+            self.room.settle(
+                name,
+                sum(low_rank.num_bytes for _, low_rank in built)
+                + sum(change.num_bytes for _, change in changes)
+                + sum(tensor.nbytes for _, own in replaced for tensor in own.values()),
+            )
+            own_tokenizer = self.tokenizer_at(path, tables.num_tokens) if tables.has_own_tokens else None
+        for note in (*adapter.notes, *tables.notes):
+            self.announce(note)
+
+        def put_in_place() -> None:
+            slot = next(self._numbers)
+            for organ, change in changes:
+                organ.changes[slot] = change
+            for norm, own in replaced:
+                if isinstance(norm, KeptNorm):
+                    norm.replaced[slot] = norm.with_weights(own)
+                else:
+                    norm.replaced[slot] = (own["weight"].float() + norm.offset).to(self._device)
+            for adapters, low_rank in built:
+                adapters[slot] = low_rank.to(self._device)
+            self._loaded[name] = _Loaded(slot, tables.num_tokens, own_tokenizer)
+
+        return put_in_place
+
+    def remove(self, name: str) -> None:
+        """See AdapterStore."""
+        loaded = self._loaded.pop(name, None)
+        if loaded is not None:
+            for place in self._places.values():
+                place.adapters.pop(loaded.slot, None)
+            for norm in self._norms.values():
+                norm.replaced.pop(loaded.slot, None)
+            for organ in (self._tables.embedding, self._tables.head):
+                if organ is not None:
+                    organ.changes.pop(loaded.slot, None)
+        self.room.give_back(name)
+
+    def tokenizer(self, name: str) -> Tokenizer | None:
+        """See AdapterStore."""
+        loaded = self._loaded.get(name)
+        return None if loaded is None else loaded.tokenizer
+
+    def num_tokens(self, name: str | None) -> int:
+        """How many tokens a chunk with this adapter may be made of."""
+        return self._tables.num_tokens if name is None else self._loaded[name].num_tokens
+
+    def rows(self, chunks: Sequence[Chunk]) -> AdapterRows | None:
+        """Which adapter each row of a step uses; None when none uses any."""
+        if all(chunk.adapter is None for chunk in chunks):
+            return None
+        slots = [NONE if chunk.adapter is None else self._loaded[chunk.adapter].slot for chunk in chunks]
+        counts = [len(chunk.token_ids) for chunk in chunks]
+        scales = [chunk.adapter_scale for chunk in chunks]
+        return AdapterRows(
+            torch.from_numpy(np.repeat(np.array(slots, np.int32), counts)).to(self._device),
+            torch.from_numpy(np.repeat(np.array(scales, np.float32), counts)).to(self._device),
+            tuple(sorted({slot for slot in slots if slot != NONE})),
+        )
+
+    def ruled_out(self, logits: Tensor, rows: AdapterRows) -> Tensor:
+        """Logits [n, V] with -inf for the tokens that a row's adapter, or the model alone, doesn't have.
+
+        V becomes the largest number of tokens among them.
+        """
+        head = self._tables.head
+        changes = {} if head is None else head.changes
+        known = {loaded.slot: loaded.num_tokens for loaded in self._loaded.values() if loaded.slot in rows.present}
+        theirs = self._tables.num_tokens
+        if all(n == theirs for n in known.values()) and not changes.keys() & known.keys():
+            return logits
+        logits = F.pad(logits, (0, max(theirs, *known.values(), logits.shape[1]) - logits.shape[1]))
+        for slot, num_tokens in {NONE: theirs, **known}.items():
+            scored = changes[slot].num_rows if slot in changes else theirs
+            mine = (rows.slots == slot).nonzero()[:, 0]
+            logits[mine, min(num_tokens, scored) :] = -torch.inf
+        return logits
+
+    def _deltas(self, adapter: PeftAdapter, num_scored: int) -> list[tuple[dict[int, LowRank], _Pieces]]:
+        """What each of our linears gets, by headers; a head has `num_scored` outputs with this adapter."""
+        found: dict[int, tuple[dict[int, LowRank], _Pieces]] = {}
+        head = self._tables.head
+        for module, delta in adapter.deltas.items():
+            place = next((self._places[name] for name in spellings(module) if name in self._places), None)
+            if place is None:
+                raise BackendError(
+                    f"{delta.down.file}: {module!r} is no linear of this model that can be adapted: an adapter for "
+                    "another base"
+                )
+            is_head = head is not None and place.adapters is head.adapters
+            outputs = num_scored if is_head else place.outputs
+            for entry, side, wanted in ((delta.down, 1, place.inputs), (delta.up, 0, outputs)):
+                check_float(entry)
+                if entry.shape[side] != wanted:
+                    raise BackendError(
+                        f"{entry.file}: tensor {entry.name!r} has shape {list(entry.shape)}, the model's linear has "
+                        f"{wanted} {'inputs' if side else 'outputs'}: an adapter for another base"
+                    )
+            pieces = found.setdefault(id(place.adapters), (place.adapters, []))[1]
+            pieces.append((place.first, delta.down, delta.up, delta.scaling))
+        return list(found.values())
+
+    def _own_norms(
+        self, adapter: PeftAdapter, tables: frozenset[str]
+    ) -> list[tuple[RMSNorm | KeptNorm, dict[str, TensorEntry]]]:
+        """The norms that get weights of the adapter's own, by headers; `tables` are modules that are none."""
+        found: dict[str, tuple[RMSNorm | KeptNorm, dict[str, TensorEntry]]] = {}
+        for (module, part), entry in adapter.own.items():
+            if module in tables:
+                continue
+            name = next((name for name in spellings(module) if name in self._norms), None)
+            if name is None:
+                raise BackendError(f"{entry.file}: tensor {entry.name!r} can't be used with this model; {USED} can")
+            norm = self._norms[name]
+            wanted = {"weight": norm.size} if isinstance(norm, RMSNorm) else norm.sizes
+            check_float(entry)
+            if part not in wanted or entry.shape != (wanted[part],):
+                raise BackendError(
+                    f"{entry.file}: tensor {entry.name!r} has shape {list(entry.shape)}, the model's norm has "
+                    f"{dict(wanted)}: an adapter for another base"
+                )
+            found.setdefault(name, (norm, {}))[1][part] = entry
+        return list(found.values())
+
+    def _build(self, pieces: _Pieces, read: Callable[[TensorEntry], Tensor]) -> LowRank:
+        return self._low_rank([(first, read(down), read(up), scaling) for first, down, up, scaling in pieces])
+
+    def _low_rank(self, pieces: Sequence[tuple[int, Tensor, Tensor, float]]) -> LowRank:
+        parts = []
+        for first, down, up, scaling in pieces:
+            a, b = balanced(down.float(), up.float(), scaling)
+            parts.append((first, a, b, scaling))
+        return make_low_rank(parts, self._dtype)
+
+    def _reader(self, adapter: PeftAdapter) -> Callable[[TensorEntry], Tensor]:
+        def read(entry: TensorEntry) -> Tensor:
+            tensor = adapter.checkpoint.read(entry.name)
+            adapter.checkpoint.check_finite(entry.name, tensor)
+            return tensor
+
+        return read
+
+
+def _places(tree: nn.Module) -> Iterator[tuple[str, _Place]]:
+    for organ in tree.modules():
+        if isinstance(organ, Linear):
+            first = 0
+            for name, outputs in organ.rows:
+                yield name, _Place(organ.adapters, first, outputs, organ.num_inputs)
+                first += outputs
+        elif isinstance(organ, Experts):
+            for name, adapters, first, outputs, inputs in organ.places():
+                yield name, _Place(adapters, first, outputs, inputs)
+
+
+def _norms(tree: nn.Module, hidden_size: int, current: CurrentStep) -> Iterator[tuple[str, RMSNorm | KeptNorm]]:
+    for name, module in tree.named_modules():
+        if isinstance(module, RMSNorm):
+            if module.runs_by_row:
+                yield module.name, module
+        elif is_kept_norm(module, hidden_size):
+            yield name, KeptNorm(name, module, current)

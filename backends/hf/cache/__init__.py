@@ -1,0 +1,1 @@
+"""The paged cache's bookkeeping: no tensor in sight."""

@@ -1,0 +1,315 @@
+"""The paged cache's bookkeeping: which page holds which tokens, who shares it, who is evicted.
+
+Pages with tokens form a tree (backends.hf.tree). A live sequence holds a reference to every page of its path; a page
+without references belongs to finished sequences, can still be found, and waits in a queue to be evicted.
+
+Whoever finds part of a page, or a page that another sequence still writes, reads it as it is and gets a copy of its own
+before it stores. Copies are queued and run before the next step stores anything, so a page may be given away while it
+still waits to be copied.
+
+Sliding-window layers have fewer pages (backends.hf.windows): a beginning is found as far as they can go on from there.
+
+Nothing here knows of tensors; kernels.layout says what a page is.
+"""
+
+from bisect import insort
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from operator import itemgetter
+from typing import Any
+
+import numpy as np
+
+from tightrope.backends.errors import BackendError
+from tightrope.backends.hf.cache.copies import Copies
+from tightrope.backends.hf.cache.page_tree import Page, Root, equals, hang, neighbours, num_common, tokens_of, twin_of
+from tightrope.backends.hf.cache.window_pages import WindowPages
+from tightrope.backends.protocol import KVUsage
+from tightrope.kernels.forms.layout import PAGE
+
+Ints = np.ndarray[Any, np.dtype[np.int32]]
+
+
+@dataclass(slots=True, eq=False)
+class _Sequence:
+    """A live sequence; its tokens are in `pages`, and so is the room that is reserved for more."""
+
+    root: Hashable
+    opened_len: int
+    frequencies: Hashable
+    pages: list[Page] = field(default_factory=list)
+    table: Ints = field(default_factory=lambda: np.zeros(64, np.int32))  # [>= len(pages)] their numbers
+    length: int = 0  # tokens stored
+    num_findable: int = 0  # how many of them, from the first, may be found by others
+    held: range = range(0)  # places in `pages` of those whose window number it holds
+
+    def append(self, page: Page) -> None:
+        if len(self.pages) == len(self.table):
+            self.table = np.resize(self.table, 2 * len(self.table))
+        self.table[len(self.pages)] = page.number
+        self.pages.append(page)
+
+    @property
+    def borrows_tail(self) -> bool:
+        """Whether the next token would go into a page that isn't this sequence's to write."""
+        return self.length % PAGE != 0 and self.pages[self.length // PAGE].writer is not self
+
+
+class PagedKVCache:
+    """KVCache over numbered pages. Capacity and usage are whole pages, in tokens."""
+
+    def __init__(
+        self,
+        num_pages: int,
+        frequencies_at: Callable[[int], Hashable] = lambda length: None,
+        *,
+        num_window_pages: int = 0,
+        window: int | None = None,
+    ) -> None:
+        """num_window_pages and window: see WindowPages.
+
+        frequencies_at: what tells apart the rotary frequencies of a sequence of so many tokens. Keys are cached before
+        rotation, but what they are made of has been through rotated layers: tokens are shared only among sequences that
+        compute with the same frequencies.
+        """
+        self._num_pages = num_pages
+        self._frequencies_at = frequencies_at
+        self._free = list(range(num_pages - 1, -1, -1))  # a stack of page numbers
+        self._idle: OrderedDict[Page, None] = OrderedDict()  # in the tree and without references; first out in front
+        self._roots: dict[Hashable, Root] = {}
+        self._live: dict[int, _Sequence] = {}
+        self._windows = WindowPages(num_window_pages, window)
+        self.has_windows = window is not None
+        self.copies, self.window_copies = Copies(), Copies()  # of pages, and of window pages
+
+    # --- the protocol -----------------------------------------------------------------------------------------------
+
+    def open(
+        self, seq_id: int, token_ids: Sequence[int], namespace: str, *, reuse: bool = True, reproducible: bool = False
+    ) -> int:
+        """See KVCache. len(token_ids) is remembered: see `effective_len`."""
+        assert seq_id not in self._live, f"sequence {seq_id} is open already"
+        frequencies = self._frequencies_at(len(token_ids))
+        sequence = _Sequence((namespace, frequencies), len(token_ids), frequencies)
+        if reuse:
+            path, found = self._find(sequence.root, token_ids[:-1])
+            sequence.length = sequence.num_findable = self._windows.continuable(path, found)
+            for page in path[: -(-sequence.length // PAGE)]:
+                self._idle.pop(page, None)
+                page.refs += 1
+                sequence.append(page)
+            self._hold(sequence, self._windows.needed(sequence.length))
+        self._live[seq_id] = sequence
+        return sequence.length
+
+    def reserve(self, seq_id: int, num_tokens: int) -> bool:
+        """See KVCache. A borrowed page at the end is exchanged for one to write."""
+        sequence = self._live[seq_id]
+        borrows = num_tokens > 0 and sequence.borrows_tail
+        missing = -(-(sequence.length + num_tokens) // PAGE) - len(sequence.pages) + borrows
+        if missing <= 0:
+            return True
+        given_back = borrows and sequence.pages[-1].refs == 1
+        if missing > len(self._free) + len(self._idle) + given_back:
+            return False
+        if borrows:
+            self._own_tail(sequence)
+        for _ in range(missing - borrows):
+            sequence.append(self._take(sequence))
+        return True
+
+    def commit(self, seq_id: int, token_ids: Sequence[int]) -> None:
+        """See KVCache. Tokens that were computed with other frequencies than the first can't be found later."""
+        sequence = self._live[seq_id]
+        start, end = sequence.length, sequence.length + len(token_ids)
+        assert end <= len(sequence.pages) * PAGE, f"sequence {seq_id} stores {len(token_ids)} tokens without room"
+        sequence.length = end
+        self._hold(sequence, self._windows.needed(end))
+        if (
+            sequence.num_findable < start
+            or self._frequencies_at(self.effective_len(seq_id, end)) != sequence.frequencies
+        ):
+            return
+        sequence.num_findable = end
+        for place in range(start // PAGE, -(-end // PAGE)):
+            page = sequence.pages[place]
+            new = token_ids[max(start, place * PAGE) - start : (place + 1) * PAGE - start]
+            hang(page, self._parent(sequence, place), page.tokens + tuple(new))
+
+    def truncate(self, seq_id: int, num_tokens: int) -> None:
+        """See KVCache. Reserved room is given back too. Raises BackendError where windows of layers have moved on."""
+        sequence = self._live[seq_id]
+        length = min(num_tokens, sequence.length)
+        if self._windows.continuable(sequence.pages, length) < length:
+            raise BackendError(f"the cache of sliding-window layers can't go back to token {length} of a sequence")
+        self._hold(sequence, self._windows.needed(length))
+        num_kept = -(-length // PAGE)
+        for page in reversed(sequence.pages[num_kept:]):
+            self._let_go(sequence, page, keep=False)
+        del sequence.pages[num_kept:]
+        sequence.length, sequence.num_findable = length, min(length, sequence.num_findable)
+        if length % PAGE == 0:
+            return
+        page, used = sequence.pages[-1], length % PAGE
+        if page.writer is sequence and len(page.tokens) > used:
+            if page.refs == 1 and not page.children:
+                hang(page, page.parent, page.tokens[:used])
+            else:
+                page.writer = None  # others read what would be overwritten
+
+    def close(self, seq_id: int, *, keep: bool) -> None:
+        """See KVCache. What is kept twice is merged."""
+        sequence = self._live.pop(seq_id)
+        self._hold(sequence, range(0))
+        if keep:
+            sequence.pages = self._merge(sequence)
+        for page in reversed(sequence.pages):  # ends first: a page leaves after all that hang below it
+            self._let_go(sequence, page, keep=keep)
+
+    def usage(self) -> KVUsage:
+        used = self._num_pages - len(self._free) - len(self._idle)
+        return KVUsage(self._num_pages * PAGE, used * PAGE, len(self._idle) * PAGE)
+
+    # --- for the backend --------------------------------------------------------------------------------------------
+
+    def block_table(self, seq_id: int, num_tokens: int) -> Ints:
+        """Page numbers [ceil(num_tokens / PAGE)] of a sequence's first tokens; a view, to be read at once."""
+        return self._live[seq_id].table[: -(-num_tokens // PAGE)]
+
+    def window_table(self, seq_id: int, num_tokens: int) -> Ints:
+        """Window page numbers [ceil(num_tokens / PAGE)] for a step up to `num_tokens`; 0 where no layer looks."""
+        sequence, num_pages = self._live[seq_id], -(-num_tokens // PAGE)
+        self._hold(sequence, range(self._windows.needed(sequence.length).start, num_pages))
+        table = np.zeros(num_pages, np.int32)
+        for place in sequence.held:
+            number = sequence.pages[place].window_number
+            assert number is not None  # it is held
+            table[place] = number
+        return table
+
+    def effective_len(self, seq_id: int, num_tokens: int) -> int:
+        """The length whose frequencies a sequence computes with when it holds `num_tokens`: its prompt's at least.
+
+        All chunks of a prompt compute with those of the whole, as if it were run in one piece.
+        """
+        return max(self._live[seq_id].opened_len, num_tokens)
+
+    # --- finding ----------------------------------------------------------------------------------------------------
+
+    def _find(self, root: Hashable, wanted: Sequence[int]) -> tuple[list[Page], int]:
+        """The path that holds most of `wanted`, and how many tokens that is.
+
+        Several pages may hold the same tokens while their sequences live, so all equal paths are followed together.
+        """
+        parents: list[Page | Root] = [self._roots[root]] if root in self._roots else []
+        end: Page | Root | None = None
+        length = 0
+        while parents:
+            part = tuple(wanted[length : length + PAGE])
+            found = [(num_common(page.tokens, part), page) for parent in parents for page in neighbours(parent, part)]
+            common, best = max(found, key=itemgetter(0), default=(0, None))
+            if common == 0:
+                break
+            length, end = length + common, best
+            parents = [page for parent in parents for page in equals(parent, part)] if common == PAGE else []
+        path: list[Page] = []
+        while isinstance(end, Page):
+            path.append(end)
+            end = end.parent
+        return path[::-1], length
+
+    def _parent(self, sequence: _Sequence, place: int) -> Page | Root:
+        """What the page in this place of a sequence hangs below."""
+        if place:
+            return sequence.pages[place - 1]
+        return self._roots.setdefault(sequence.root, Root(sequence.root))
+
+    # --- giving and taking ------------------------------------------------------------------------------------------
+
+    def _take(self, writer: _Sequence) -> Page:
+        """A page to write, evicting if none is free. The caller has made sure that there is one."""
+        if not self._free:
+            self._discard(next(iter(self._idle)))
+        return Page(self._free.pop(), refs=1, writer=writer)
+
+    def _own_tail(self, sequence: _Sequence) -> None:
+        """Exchange a borrowed last page for one to write; the page itself where nobody else would miss anything."""
+        held = self._windows.needed(sequence.length)  # the last of them is what is exchanged
+        window_source = sequence.pages[-1].window_number
+        self._hold(sequence, held[:-1])
+        source, used = sequence.pages.pop(), sequence.length % PAGE
+        tokens = source.tokens[:used]  # it may be evicted here
+        source.refs -= 1
+        if source.refs == 0 and source.tokens == tokens:
+            source.refs, source.writer = 1, sequence
+            sequence.append(source)
+            self._hold(sequence, held)
+            return
+        if source.refs == 0:
+            self._idle[source] = None
+        target = self._take(sequence)
+        if target.number != source.number:
+            self.copies.add(source.number, target.number)
+        hang(target, self._parent(sequence, len(sequence.pages)), tokens)
+        sequence.append(target)
+        self._hold(sequence, held)
+        if held and window_source != target.window_number:
+            assert window_source is not None
+            assert target.window_number is not None
+            self.window_copies.add(window_source, target.window_number)
+
+    def _hold(self, sequence: _Sequence, places: range) -> None:
+        """Have a sequence hold the window numbers of the pages in these places, and no others."""
+        if places == sequence.held:
+            return
+        for place in places:
+            if place not in sequence.held:
+                self._windows.hold(sequence.pages[place])
+        for place in sequence.held:
+            if place not in places:
+                self._windows.let_go(sequence.pages[place])
+        sequence.held = places
+
+    def _let_go(self, sequence: _Sequence, page: Page, *, keep: bool) -> None:
+        """Drop a reference; without `keep`, nothing stays of what only this sequence has written."""
+        was_written = page.writer is sequence
+        if was_written:
+            page.writer = None
+        page.refs -= 1
+        if page.refs > 0:
+            return
+        if not page.tokens or (was_written and not keep and not page.children):
+            self._discard(page)
+        else:
+            self._idle[page] = None
+
+    def _merge(self, sequence: _Sequence) -> list[Page]:
+        """The pages of a closing sequence, those that another page could stand for replaced by it."""
+        path: list[Page] = []
+        for page in sequence.pages:
+            twin = twin_of(page) if page.refs == 1 and page.tokens else None
+            if twin is None:
+                path.append(page)
+                continue
+            for child in page.children:
+                child.parent = twin
+                insort(twin.children, child, key=tokens_of)
+            page.children = []
+            self._windows.hand_over(page, twin)
+            self._discard(page)
+            self._idle.pop(twin, None)
+            twin.refs += 1
+            path.append(twin)
+        return path
+
+    def _discard(self, page: Page) -> None:
+        """Take a page out of the tree and give its number back."""
+        assert not page.children, "a page goes after all that hang below it"
+        parent = page.parent
+        self._idle.pop(page, None)
+        self._windows.forget(page)
+        hang(page, None, ())
+        self._free.append(page.number)
+        if isinstance(parent, Root) and not parent.children:
+            del self._roots[parent.key]

@@ -1,0 +1,173 @@
+"""From what a model wants to what its files hold: plain tensors to copy, and quantised linears to build."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from tightrope.backends.errors import BackendError
+from tightrope.backends.files.tensor_names import FileNames
+from tightrope.backends.hf.load.weights import ExpertWeights, LinearWeights, Wants, Weight
+from tightrope.backends.hf.modules.matrices import Piece, side_by_side
+from tightrope.backends.quant.find import Quantization
+
+# projections that some models fuse, and that EXL2's converter splits
+SPLIT = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One linear of the files: the tensors that it needs, and how it is made of them."""
+
+    tensors: tuple[str, ...]
+    num_outputs: int
+    build: Callable[[], tuple[Piece, Tensor | None]]  # weight and bias [N] float32
+
+
+@dataclass(slots=True)
+class Assembly:
+    """Linears that belong together; `deliver` is called with all of them once the last one is built."""
+
+    sources: tuple[Source, ...]
+    deliver: Callable[[Sequence[tuple[Piece, Tensor | None]]], None]
+    _built: dict[int, tuple[Piece, Tensor | None]] = field(default_factory=dict)
+
+    def build(self, index: int) -> None:
+        """Make one of the sources."""
+        self._built[index] = self.sources[index].build()
+        if len(self._built) == len(self.sources):
+            self.deliver([self._built[i] for i in range(len(self.sources))])
+            self._built.clear()
+
+
+def assemble(
+    wants: Wants, quantization: Quantization | None, names: FileNames, device: torch.device
+) -> tuple[list[Weight], list[Assembly]]:
+    """What is to be copied, and what is to be built.
+
+    Raises BackendError where the headers of a quantised linear don't fit the model.
+    """
+    weights = list(wants.weights)
+    assemblies: list[Assembly] = []
+    assembler = None if quantization is None else _Assembler(quantization, names, device)
+    for linear in wants.linears:
+        built = None if assembler is None else assembler.linear(linear)
+        if built is None:
+            weights += linear.plain()
+        else:
+            assemblies.append(built)
+    for experts in wants.experts:
+        built = None if assembler is None else assembler.experts(experts)
+        if built is None:
+            weights.append(experts.plain())
+        else:
+            assemblies.append(built)
+    return weights, assemblies
+
+
+class _Assembler:
+    """Finds the quantised linears of one checkpoint."""
+
+    def __init__(self, quantization: Quantization, names: FileNames, device: torch.device) -> None:
+        self.found, self.names, self.device = quantization, names, device
+
+    def linear(self, wanted: LinearWeights) -> Assembly | None:
+        """None when all of it is plain."""
+        rows = [part for row in wanted.rows for part in self._split(*row)]
+        if not any(self._module(name) for name, _ in rows):
+            return None
+        sources = tuple(self._source(name, count, wanted.width, wanted.has_bias) for name, count in rows)
+
+        def deliver(built: Sequence[tuple[Piece, Tensor | None]]) -> None:
+            wanted.deliver(side_by_side([piece for piece, _ in built], self.device))
+            if any(bias is not None for _, bias in built):
+                biases = [
+                    torch.zeros(s.num_outputs, device=self.device) if b is None else b
+                    for s, (_, b) in zip(sources, built, strict=True)
+                ]
+                wanted.deliver_bias(torch.cat(biases))
+
+        return Assembly(sources, deliver)
+
+    def experts(self, wanted: ExpertWeights) -> Assembly | None:
+        """None when all of it is plain."""
+        count, rows, width = wanted.shape
+        for parts in wanted.split:
+            if self._module(wanted.module(0, parts[0])) is None:
+                continue
+            step = len(parts)
+            sources = tuple(
+                self._source(wanted.module(expert, part), rows // step, width, False)
+                for expert in range(count)
+                for part in parts
+            )
+
+            return Assembly(sources, partial(self._deliver_experts, wanted, sources, step))
+        return None
+
+    def _deliver_experts(
+        self, wanted: ExpertWeights, sources: Sequence[Source], step: int, built: Sequence[tuple[Piece, Tensor | None]]
+    ) -> None:
+        """Hand over a matrix for each expert, of `step` pieces. Raises BackendError for biases, which experts lack."""
+        for source, (_, bias) in zip(sources, built, strict=True):
+            if bias is not None:
+                name = source.tensors[-1]
+                file = self.found.checkpoint.tensors[name].file
+                raise BackendError(f"{file}: tensor {name!r} must be all zero: experts of this model add no bias")
+        pieces = [piece for piece, _ in built]
+        wanted.deliver([side_by_side(pieces[i : i + step], self.device) for i in range(0, len(pieces), step)])
+
+    def _split(self, name: str, count: int) -> list[tuple[str, int]]:
+        """The linears that files have for one of the model's."""
+        prefix, _, last = name.rpartition(".")
+        modules = [self._module(f"{prefix}.{part}") for part in SPLIT.get(last, ())]
+        if not modules or None in modules or self._module(name) is not None:
+            return [(name, count)]
+        sizes = [self.found.format.size(self.found.packed(module))[1] for module in modules if module is not None]
+        return [(f"{prefix}.{part}", size) for part, size in zip(SPLIT[last], sizes, strict=True)]
+
+    def _module(self, name: str) -> str | None:
+        """What the files call a quantised linear; None when there is no such."""
+        for part in self.found.format.parts:
+            found = self.names.find([f"{name}.{part}"])
+            if found is not None:
+                return found[0].removesuffix(f".{part}")
+        return None
+
+    def _source(self, name: str, outputs: int, inputs: int, has_bias: bool) -> Source:
+        """A linear of the files, checked as far as headers tell."""
+        module = self._module(name)
+        if module is None:
+            return self._plain(name, outputs, inputs, has_bias)
+        format, packed = self.found.format, self.found.packed(module, self.device)
+        format.check(packed, inputs, outputs)
+        tensors = self.found.tensors(module)
+        if has_bias or packed.has("bias"):
+            # EXL2 fills up a bias as it does the outputs
+            stored = format.size(packed)[1] if packed.shape("bias", 1) != (outputs,) else outputs
+            packed.expect("bias", (stored,), "F16", "BF16", "F32")
+            tensors = (*tensors, packed.name("bias"))
+
+        def build() -> tuple[Piece, Tensor | None]:
+            bias = packed.read("bias")[:outputs].float() if packed.has("bias") else None
+            if bias is not None and not has_bias and not bool(bias.any()):
+                bias = None  # AutoGPTQ writes zeros where the model has none
+            return format.build(packed, inputs, outputs), bias
+
+        return Source(tensors, outputs, build)
+
+    def _plain(self, name: str, outputs: int, inputs: int, has_bias: bool) -> Source:
+        """A linear left as it was among others that are quantised."""
+        packed = self.found.packed(self.names.of(name), self.device)
+        packed.expect("weight", (outputs, inputs), "F16", "BF16", "F32")
+        if has_bias:
+            packed.expect("bias", (outputs,), "F16", "BF16", "F32")
+
+        def build() -> tuple[Piece, Tensor | None]:
+            return packed.read("weight").clone(), packed.read("bias").float() if has_bias else None
+
+        return Source(
+            tuple(packed.name(part) for part in (("weight", "bias") if has_bias else ("weight",))), outputs, build
+        )

@@ -1,0 +1,155 @@
+"""A model before its weights are read: the module tree, and which tensor goes where, checked as far as headers tell."""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from tightrope.backends.errors import BackendError
+from tightrope.backends.files.hf_config import ModelShape
+from tightrope.backends.files.packings import check_packing
+from tightrope.backends.files.safetensors import Checkpoint
+from tightrope.backends.files.tensor_names import FileNames
+from tightrope.backends.hf.adapters.file_tables import Tables
+from tightrope.backends.hf.adapters.rows import Adapters
+from tightrope.backends.hf.load.assembly import Assembly, assemble
+from tightrope.backends.hf.load.loader import tie
+from tightrope.backends.hf.load.matching import LeftOver, check_all, notes_on
+from tightrope.backends.hf.load.skeleton import build_skeleton
+from tightrope.backends.hf.load.specialise import transplant
+from tightrope.backends.hf.load.trace import rehearse
+from tightrope.backends.hf.load.weights import Weight
+from tightrope.backends.hf.modules.attention import CurrentStep, LayerInfo
+from tightrope.backends.hf.modules.modules import Embedding, Linear
+from tightrope.backends.hf.modules.rotary import fix_rotary
+from tightrope.backends.quant.find import (
+    Quantization,
+    describe_format,
+    find_quantization,
+    note_on_plain,
+    stated_and_not_found,
+    weight_bytes,
+)
+from tightrope.backends.rope.scaling import RopeSpec
+
+DTYPES_BY_NAME = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass(frozen=True, slots=True)
+class Blueprint:
+    """Everything that loading needs; `tree` has our modules in place, and no weights yet."""
+
+    shape: ModelShape
+    checkpoint: Checkpoint
+    tree: PreTrainedModel
+    current: CurrentStep
+    layers: tuple[LayerInfo, ...]
+    names: FileNames
+    quantization: Quantization | None
+    weights: tuple[Weight, ...]
+    assemblies: tuple[Assembly, ...]
+    left: LeftOver
+    tied: tuple[str, str] | None  # weights of head and embedding, by name, that are one if the files' are equal
+    device: torch.device
+    activation_dtype: torch.dtype
+    adapters: Adapters  # none loaded yet
+    notes: tuple[str, ...]
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights once loaded."""
+        tensors = self.checkpoint.tensors
+        size = weight_bytes(self.checkpoint, self.quantization, is_tied=self.shape.tie_embeddings)
+        return size - sum(tensors[name].num_bytes for name in self.left.names)
+
+    @property
+    def format(self) -> str:
+        return describe_format(self.shape.dtype, self.quantization)
+
+
+def draw(
+    folder: Path, shape: ModelShape, checkpoint: Checkpoint, rope: Mapping[str, RopeSpec] | None,
+    device: torch.device | str = "cpu",
+) -> Blueprint:  # fmt: skip
+    """The blueprint of the model that `folder`/config.json describes. Some milliseconds a layer; reads no weights.
+
+    `rope` are the resolved rotations by the keys of a step's tables; without them the model's own are used, and the
+    keys are its layer types if these rotate differently, else "default". Raises BackendError for a model that can't be
+    served, and for tensors that are missing, that don't fit it, or of a format that isn't read.
+    """
+    device = torch.device(device)
+    dtype = torch.float32 if device.type == "cpu" else DTYPES_BY_NAME[shape.dtype]
+    model = build_skeleton(folder, shape, rope)
+    head, table = (_name_of(model, part) for part in (model.get_output_embeddings(), model.get_input_embeddings()))
+    current = CurrentStep()
+    planted = transplant(model, rehearse(model), _rope_keys(model, rope), current, dtype)
+    if isinstance(organ := model.get_submodule(head), Linear):
+        organ.is_head = True
+    if rope is not None:
+        fix_rotary(model, rope)
+    names = FileNames(
+        checkpoint.tensors.keys(), model.base_model_prefix, model._keys_to_ignore_on_load_unexpected or ()
+    )
+    check_packing(checkpoint, [name for name in checkpoint.tensors if not names.may_be_left(name)], shape.raw)
+    quantization = find_quantization(folder, shape.raw, checkpoint)
+    weights, assemblies = assemble(planted.wants, quantization, names, device)
+    # a quantised head stands for itself, whatever config.json says: EXL2 stores one for tied models, too
+    has_plain_head = any(weight.sources[0][0].name == f"{head}.weight" for weight in weights)
+    tied = (f"{head}.weight", f"{table}.weight") if shape.tie_embeddings and has_plain_head else None
+    if tied is not None:
+        weights = tie(weights, *tied, names)
+    try:
+        left = check_all(weights, assemblies, checkpoint, names)
+    except BackendError as error:
+        stated = stated_and_not_found(folder, shape.raw) if quantization is None else None
+        raise stated or error from None
+    plain = note_on_plain(folder, shape.raw) if quantization is None else None
+    return Blueprint(
+        shape=shape,
+        checkpoint=checkpoint,
+        tree=model,
+        current=current,
+        layers=planted.layers,
+        names=names,
+        quantization=quantization,
+        weights=tuple(weights),
+        assemblies=tuple(assemblies),
+        left=left,
+        tied=tied,
+        device=device,
+        activation_dtype=dtype,
+        adapters=Adapters(
+            model,
+            current,
+            _tables(model, (table, head), shape),
+            device,
+            # on a CPU sixteen bits for what is read in each step; what is added is small
+            torch.float16 if device.type == "cpu" else dtype,
+        ),
+        notes=(
+            *(f"{name} runs as transformers has it" for name in planted.kept),
+            *notes_on(left, checkpoint),
+            *([] if plain is None else [plain]),
+        ),
+    )
+
+
+def _tables(model: nn.Module, names: tuple[str, str], shape: ModelShape) -> Tables:
+    embedding = next((m for m in model.modules() if isinstance(m, Embedding) and m.name == names[0]), None)
+    head = next((m for m in model.modules() if isinstance(m, Linear) and m.is_head), None)
+    return Tables(embedding, head, names, shape.tie_embeddings, shape.vocab_size, shape.hidden_size)
+
+
+def _name_of(model: nn.Module, part: nn.Module) -> str:
+    names: dict[nn.Module, str] = {module: name for name, module in model.named_modules()}
+    return names[part]
+
+
+def _rope_keys(model: PreTrainedModel, rope: Mapping[str, RopeSpec] | None) -> Collection[str]:
+    if rope is not None:
+        return rope.keys()
+    parameters = model.config.get_text_config().to_dict().get("rope_parameters") or {}
+    return [key for key, value in parameters.items() if isinstance(value, dict)] or ["default"]

@@ -1,0 +1,40 @@
+"""A model folder, checked as far as that takes no weights: `serve` goes on from here, and `plan` ends here."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from tightrope.backends.files.chat_templates import chat_templates
+from tightrope.backends.files.hf_config import ModelShape, read_config
+from tightrope.backends.files.safetensors import Checkpoint
+from tightrope.backends.hf.load.blueprint import Blueprint, draw
+from tightrope.backends.hf.text.tokenizer import HFTokenizer
+from tightrope.backends.hf.text.vocabulary import has_tokenizer
+from tightrope.backends.rope.scaling import RopeSpec, resolve_rope
+from tightrope.backends.settings import ModelSettings
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """What a folder holds. `tokenizer` is None where it has none: a folder of headers can be planned for."""
+
+    shape: ModelShape
+    rope: Mapping[str, RopeSpec]
+    tokenizer: HFTokenizer | None
+    blueprint: Blueprint
+    chat_templates: Mapping[str, str]
+
+
+def inspect(folder: Path, settings: ModelSettings, device: torch.device | str = "cpu") -> Inspection:
+    """Read all of a folder but its weights. Raises BackendError in one line for whatever can't be served."""
+    shape = read_config(folder)
+    rope = resolve_rope(shape.raw, settings.rope, settings.max_model_len)
+    checkpoint = Checkpoint.open(folder)
+    tokenizer = HFTokenizer(folder, shape) if has_tokenizer(folder) else None
+    templates = chat_templates(folder)
+    blueprint = draw(folder, shape, checkpoint, rope, device)
+    for path in settings.adapters.values():
+        blueprint.adapters.check(Path(path).expanduser())
+    return Inspection(shape, rope, tokenizer, blueprint, templates)

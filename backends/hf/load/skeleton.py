@@ -1,0 +1,140 @@
+"""transformers' module tree of a model folder: every parameter on the meta device, every buffer real.
+
+`torch.device("meta")` would lose buffers that no file holds (`inv_freq`, Gemma's `embed_scale`), so only parameters go
+there, one by one as they are registered.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+from transformers.initialization import no_init_weights
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from tightrope.backends.errors import BackendError
+from tightrope.backends.files.config_fields import computing
+from tightrope.backends.files.hf_config import ModelShape
+from tightrope.backends.rope.scaling import RopeSpec
+
+INTERFACE = "tightrope"  # our name among transformers' attention implementations
+QUERY_SCALING = ("llama_4_scaling_beta", "original_max_position_embeddings")  # Ministral 3's, by position
+
+
+def build_skeleton(folder: Path, shape: ModelShape, rope: Mapping[str, RopeSpec] | None) -> PreTrainedModel:
+    """The untouched causal language model that config.json describes, without weights.
+
+    Where `rope` is given, its rotary modules have the right shape but not yet the right frequencies
+    (backends.hf.rotary). Raises BackendError when transformers can't build it.
+    """
+    fields = computing(shape.raw)
+    if rope is not None:
+        fields.pop("rope_scaling", None)
+        fields["rope_parameters"] = _plain_rotation(shape.raw.get("rope_parameters"), rope)
+    try:
+        config = CONFIG_MAPPING[shape.model_type].from_dict(fields)
+        if config.pad_token_id is not None and not 0 <= config.pad_token_id < shape.vocab_size:
+            config.pad_token_id = None  # a token that was never given a row, as of many a tune; nothing is padded
+        with _parameters_on_meta(), no_init_weights():
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32, attn_implementation=INTERFACE, experts_implementation="eager"
+            )
+    except Exception as error:  # of many kinds, as transformers checks the fields in many places
+        path = folder / "config.json"
+        for name, value in fields.items():
+            if isinstance(error, KeyError) and isinstance(value, str) and error.args == (value,):  # as of hidden_act
+                raise BackendError(f"{path}: {name} is {value!r:.80}, which transformers doesn't know") from error
+        raise BackendError(f"{path}: transformers can't build it: {_one_line(error)}") from error
+    assert isinstance(model, PreTrainedModel)
+    model.requires_grad_(False).eval()
+    return model
+
+
+def _plain_rotation(given: object, rope: Mapping[str, RopeSpec]) -> dict[str, object]:
+    """transformers' rope_parameters without scaling, but with those of the file, `given`, that scale queries."""
+    others = {key: given[key] for key in QUERY_SCALING if key in given} if isinstance(given, dict) else {}
+    plain = {
+        key: {
+            "rope_type": "default",
+            "rope_theta": spec.theta,
+            "partial_rotary_factor": spec.rotary_dim / spec.head_dim,
+            **others,
+        }
+        for key, spec in rope.items()
+    }
+    return dict(plain.get("default", plain))
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Move each parameter to the meta device when a module registers it; not for two threads at once."""
+    original = nn.Module.register_parameter
+
+    def register(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        original(self, name, None if param is None else nn.Parameter(param.to("meta"), requires_grad=False))
+
+    nn.Module.register_parameter = register  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = original  # type: ignore[method-assign]
+
+
+class AttentionCall(ABC):
+    """What stands behind the attention interface in one module: called with queries, keys, values and a mask."""
+
+    @abstractmethod
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: object, **settings: object
+    ) -> tuple[Tensor, None]:
+        """query [1, H, T, D], key and value [1, Hkv, T, D] to [1, T, H, D]."""
+
+
+def answer_with(module: nn.Module, attend: AttentionCall) -> Callable[[], None]:
+    """Let `attend` compute whatever `module` asks of the attention interface. Returns what takes it away again."""
+    module.__dict__["attend"] = attend
+
+    def remove() -> None:
+        del module.__dict__["attend"]
+
+    return remove
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: object,
+    **settings: object,
+) -> tuple[Tensor, None]:
+    attend: AttentionCall = module.__dict__["attend"]
+    return attend(query, key, value, attention_mask, **settings)
+
+
+class Mask:
+    """Which tokens a token sees, as transformers describes it; never materialised."""
+
+    def __init__(self, is_seen: Callable[[int, int, Tensor, Tensor], Tensor]) -> None:
+        self._is_seen = is_seen
+
+    def sees(self, query: int, key: int) -> bool:
+        """Whether the token at position `query` sees the one at `key`."""
+        return bool(self._is_seen(0, 0, torch.tensor(query), torch.tensor(key)))
+
+
+def _mask(*, mask_function: Callable[[int, int, Tensor, Tensor], Tensor], **sizes: object) -> Mask:
+    """In place of a mask: attention knows causality and window from the layer's AttentionSpec."""
+    return Mask(mask_function)
+
+
+ALL_ATTENTION_FUNCTIONS.register(INTERFACE, _attend)
+ALL_MASK_ATTENTION_FUNCTIONS.register(INTERFACE, _mask)

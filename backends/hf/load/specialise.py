@@ -1,0 +1,215 @@
+"""The walk: our modules take the places of those of the skeleton that compute what ours do."""
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from tightrope.backends.errors import BackendError
+from tightrope.backends.hf.load import patterns
+from tightrope.backends.hf.load.skeleton import answer_with
+from tightrope.backends.hf.load.trace import Attended, Rehearsal, is_linear
+from tightrope.backends.hf.load.weights import ExpertWeights, LinearWeights, Wants
+from tightrope.backends.hf.modules.attention import Attention, CurrentStep, InterfaceAttention, LayerInfo
+from tightrope.backends.hf.modules.modules import Embedding, Experts, GatedMLP, Layer, Linear, RMSNorm, Stack, Unbatched
+
+
+@dataclass(frozen=True, slots=True)
+class Transplant:
+    """What the walk left: the attention layers in order, the weights to load, and which classes were kept."""
+
+    layers: tuple[LayerInfo, ...]
+    wants: Wants
+    kept: tuple[str, ...]  # names of classes that attend, or stack layers, in their own way
+
+
+def transplant(
+    model: PreTrainedModel, seen: Rehearsal, ropes: Collection[str], current: CurrentStep, dtype: torch.dtype
+) -> Transplant:
+    """Replace what we know of `model`'s modules. `ropes` are the keys of the tables that steps will have.
+
+    Raises BackendError when the model keeps more than keys and values, or attends in a way that our cache can't.
+    """
+    layers = _layers(model, seen)
+    surgeon = _Surgeon(model, seen, layers, ropes, current, dtype)
+    surgeon.operate()
+    return Transplant(tuple(surgeon.layers), surgeon.wants, tuple(dict.fromkeys(surgeon.kept)))
+
+
+def _layers(model: PreTrainedModel, seen: Rehearsal) -> dict[nn.Module, Attended]:
+    def refused(reason: str) -> BackendError:
+        return BackendError(f"config.json: a model of model_type {model.config.model_type!r} can't be served: {reason}")
+
+    if any(isinstance(module, nn.Conv1d) for module in model.modules()):
+        raise refused("its layers keep a state beside keys and values")
+    asked = {attended.module: attended for attended in seen.attended}
+    count: int = model.config.get_text_config().num_hidden_layers
+    if len(asked) != count or len(seen.attended) != count:
+        raise refused(f"of its {count} layers {len(seen.attended)} attend through transformers' attention interface")
+    return asked
+
+
+class _Surgeon:
+    """One walk over one model."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        seen: Rehearsal,
+        asked: dict[nn.Module, Attended],
+        ropes: Collection[str],
+        current: CurrentStep,
+        dtype: torch.dtype,
+    ) -> None:
+        self.model, self.seen, self.asked, self.ropes, self.current = model, seen, asked, ropes, current
+        self.names = {module: name for name, module in model.named_modules()}
+        self.index = {module: i for i, module in enumerate(asked)}
+        self.dtype = dtype
+        self.wants = Wants(dtype)
+        self.kept: list[str] = []
+        self.layers = [self._layer(i, attended) for i, attended in enumerate(asked.values())]
+
+    def operate(self) -> None:
+        self._children(self.model)
+
+    def _layer(self, index: int, asked: Attended) -> LayerInfo:
+        try:
+            spec = patterns.scores(asked)
+        except ValueError as reason:
+            kind = self.model.config.model_type
+            raise BackendError(f"config.json: a model of model_type {kind!r} can't be served: {reason}") from None
+        heads = patterns.heads(asked, self.seen)
+        rope = self._rope(index) if heads is not None and heads.is_rotated else None
+        return LayerInfo(asked.key.shape[1], asked.key.shape[3], spec, rope)
+
+    def _rope(self, index: int) -> str:
+        """The key of a layer's rotary table: its type where types rotate differently."""
+        if "default" in self.ropes:
+            return "default"
+        layer_type: str = self.model.config.get_text_config().layer_types[index]
+        return layer_type
+
+    def _children(self, module: nn.Module) -> None:
+        """Operate below a module that keeps its class."""
+        for name, child in module.named_children():
+            module._modules[name] = self._planted(child)
+        prefix = f"{self.names[module]}." if self.names[module] else ""
+        for name, parameter in module.named_parameters(recurse=False):
+            self.wants.as_it_is(prefix + name, parameter, _set_parameter(module, name))
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                self.wants.as_it_is(prefix + name, buffer, _set(module, name))
+
+    def _planted(self, module: nn.Module) -> nn.Module:
+        """Our module in place of one of the skeleton; itself where we know none, operated on below."""
+        for plant in (self._linear, self._embedding, self._norm, self._mlp, self._experts, self._attention):
+            if (organ := plant(module)) is not None:
+                return organ
+        for build in (self._block, self._stack):
+            if (organ := build(module)) is not None:
+                return organ
+        self._children(module)
+        return module
+
+    def _linear(self, module: nn.Module) -> Linear | None:
+        return self._fused((module,)) if is_linear(module) else None
+
+    def _fused(self, modules: tuple[nn.Linear, ...]) -> Linear:
+        rows = tuple((self.names[module], module.out_features) for module in modules)
+        linear = Linear(rows, modules[0].in_features, self.current)
+        has_bias = modules[0].bias is not None
+        setters = _set(linear, "weight"), _set(linear, "bias")
+        self.wants.linears.append(LinearWeights(rows, modules[0].in_features, has_bias, *setters))
+        return linear
+
+    def _embedding(self, module: nn.Module) -> Embedding | None:
+        scale = patterns.embedding_scale(module, self.seen)
+        if scale is None or not isinstance(module, nn.Embedding):
+            return None
+        shape = module.num_embeddings, module.embedding_dim
+        organ = Embedding(self.names[module], shape, scale, self.dtype, self.current)
+        rows = [(f"{organ.name}.weight", module.num_embeddings)]
+        self.wants.matrix(rows, module.embedding_dim, _set(organ, "weight"))
+        return organ
+
+    def _norm(self, module: nn.Module) -> RMSNorm | None:
+        found = patterns.norm(module, self.seen)
+        if found is None:
+            return None
+        organ = RMSNorm(self.names[module], found.size, found.eps, found.offset, self.current)
+        organ.runs_by_row = self.seen.calls[module].hidden_states.dim() == 3
+        rows = [(f"{organ.name}.weight", found.size)]
+        self.wants.vector(rows, _set(organ, "weight"), found.offset)
+        return organ
+
+    def _mlp(self, module: nn.Module) -> GatedMLP | None:
+        found = patterns.gated(module, self.seen)
+        if found is None:
+            return None
+        return GatedMLP(self._fused(found.gate_up), self._fused((found.down,)), found.activation)
+
+    def _experts(self, module: nn.Module) -> Experts | None:
+        found = patterns.experts(module)
+        if found is None:
+            return None
+        count, hidden, middle = found.num_experts, found.hidden_size, found.intermediate_size
+        name = self.names[module]
+        organ = Experts(name, (count, hidden, middle), found.activation, self.current)
+        gate_up, down = (("gate_proj", "up_proj"), ("w1", "w3")), (("down_proj",), ("w2",))
+        self.wants.experts += [
+            ExpertWeights(name, "gate_up_proj", gate_up, (count, 2 * middle, hidden), _set(organ, "gate_up")),
+            ExpertWeights(name, "down_proj", down, (count, hidden, middle), _set(organ, "down")),
+        ]
+        return organ
+
+    def _attention(self, module: nn.Module) -> nn.Module | None:
+        if module not in self.asked:
+            return None
+        asked, index = self.asked[module], self.index[module]
+        found, layer = patterns.heads(asked, self.seen), self.layers[index]
+        if found is None:
+            answer_with(module, InterfaceAttention(layer, index, self.current))
+            self.kept.append(type(module).__name__)
+            return None
+        q_norm, k_norm = (None if norm is None else self._norm(norm) for norm in (found.q_norm, found.k_norm))
+        for organ in (q_norm, k_norm):
+            if organ is not None:
+                organ.runs_by_row = True
+        qkv, out = self._fused(found.qkv), self._fused((found.out,))
+        return Attention(qkv, out, (q_norm, k_norm), asked.query.shape[1], layer, index, self.current)
+
+    def _as_block(self, module: nn.Module) -> patterns.Block | None:
+        """What a decoder layer is made of, if our layer can take its place."""
+        found = patterns.block(module, self.seen)
+        asked = self.asked.get(found.attention) if found is not None else None
+        return found if asked is not None and patterns.heads(asked, self.seen) is not None else None
+
+    def _block(self, module: nn.Module) -> Layer | None:
+        found = self._as_block(module)
+        if found is None:
+            return None
+        attention, mlp = self._planted(found.attention), self._planted(found.mlp)
+        assert isinstance(attention, Attention)
+        norms = (found.input_norm, found.post_attention_norm, found.pre_mlp_norm, found.post_mlp_norm)
+        first, second, third, fourth = (None if norm is None else self._norm(norm) for norm in norms)
+        return Layer(attention, mlp if isinstance(mlp, GatedMLP) else Unbatched(mlp), (first, second, third, fourth))
+
+    def _stack(self, module: nn.Module) -> Stack | None:
+        found = patterns.stack(module, self.seen)
+        if found is None or any(self._as_block(layer) is None for layer in found.layers):
+            return None
+        embedding, norm = self._embedding(found.embedding), self._norm(found.norm)
+        if embedding is None or norm is None:
+            return None
+        layers = [layer for layer in map(self._block, found.layers) if layer is not None]
+        return Stack(embedding, tuple(layers), norm)
+
+
+def _set(module: nn.Module, name: str) -> Callable[[object], None]:
+    return lambda value: setattr(module, name, value)
+
+
+def _set_parameter(module: nn.Module, name: str) -> Callable[[Tensor], None]:
+    return lambda tensor: setattr(module, name, nn.Parameter(tensor, requires_grad=False))

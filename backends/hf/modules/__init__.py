@@ -1,0 +1,1 @@
+"""Our modules in transformers' tree."""

@@ -1,0 +1,106 @@
+"""Attention over our cache, in the place of transformers' attention modules or behind its attention interface."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from tightrope.backends.hf.load.skeleton import AttentionCall
+from tightrope.kernels import dispatch
+from tightrope.kernels.forms.layout import AttentionSpec, LayerCache, RopeTable, StepLayout
+from tightrope.kernels.forms.low_rank import AdapterRows
+
+if TYPE_CHECKING:
+    from tightrope.backends.hf.modules.modules import Linear, RMSNorm
+
+
+@dataclass(frozen=True, slots=True)
+class LayerInfo:
+    """One attention layer. `rope` is its key in a step's tables; None: nothing is rotated when keys are read."""
+
+    num_kv_heads: int
+    head_dim: int
+    spec: AttentionSpec
+    rope: str | None
+
+
+@dataclass(slots=True)
+class CurrentStep:
+    """The step that a model runs, shared by its attention modules; and each layer's cache."""
+
+    layout: StepLayout | None = None
+    tables: Mapping[str, RopeTable] = field(default_factory=dict)
+    caches: tuple[LayerCache, ...] = ()
+    adapters: AdapterRows | None = None  # None when no row of the step uses any
+    head_adapters: AdapterRows | None = None  # of the rows whose logits are wanted
+
+    def layer(self, index: int) -> tuple[StepLayout, LayerCache]:
+        """The step as a layer has it, and the layer's cache."""
+        cache = self.caches[index]
+        layout = None if self.layout is None else self.layout.windowed if cache.is_windowed else self.layout
+        assert layout is not None
+        return layout, cache
+
+
+class Attention(nn.Module):
+    """Queries, keys and values by one linear, perhaps normed by head; keys go into the cache before rotation."""
+
+    def __init__(
+        self,
+        qkv: "Linear",
+        out: "Linear",
+        norms: tuple["RMSNorm | None", "RMSNorm | None"],
+        num_heads: int,
+        layer: LayerInfo,
+        index: int,
+        current: CurrentStep,
+    ) -> None:
+        super().__init__()
+        self.qkv, self.out = qkv, out
+        self.q_norm, self.k_norm = norms
+        self.num_heads, self.layer, self.index, self.current = num_heads, layer, index, current
+        self._run_qkv, self._run_out = qkv.run, out.run
+        self._norms = tuple(None if norm is None else norm.run for norm in norms)
+
+    def forward(self, hidden_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, None]:
+        return self.run(hidden_states.reshape(-1, hidden_states.shape[-1])).view(hidden_states.shape), None
+
+    def now(self) -> tuple[StepLayout, LayerCache, RopeTable | None]:
+        """The current step, the layer's cache, and by what its queries and keys are rotated."""
+        step, cache = self.current.layer(self.index)
+        rope = self.layer.rope
+        return step, cache, None if rope is None else self.current.tables[rope]
+
+    def run(self, x: Tensor) -> Tensor:
+        """x [T, hidden] to [T, hidden]; stores the step's keys and values."""
+        layer = self.layer
+        step, cache, table = self.now()
+        h, hkv = self.num_heads, layer.num_kv_heads
+        qkv = self._run_qkv(x).view(len(x), h + 2 * hkv, layer.head_dim)
+        q, k, v = qkv.split((h, hkv, hkv), 1)
+        q_norm, k_norm = self._norms
+        if q_norm is not None:
+            q = q_norm(q)
+        if k_norm is not None:
+            k = k_norm(k)
+        dispatch.store_kv(cache, k, v, step.slots)
+        if table is not None:
+            q = dispatch.rotate(q, step, table)
+        attended = dispatch.attention(q, cache, step, table, layer.spec)  # [T, H, D]
+        return self._run_out(attended.view(len(x), -1))
+
+
+class InterfaceAttention(AttentionCall):
+    """Behind the attention interface of an untouched module: keys arrive rotated, and are cached so."""
+
+    def __init__(self, layer: LayerInfo, index: int, current: CurrentStep) -> None:
+        self.layer, self.index, self.current = layer, index, current
+
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: object, **settings: object
+    ) -> tuple[Tensor, None]:
+        step, cache = self.current.layer(self.index)
+        q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))  # [T, heads, D]
+        dispatch.store_kv(cache, k, v, step.slots)
+        return dispatch.attention(q, cache, step, None, self.layer.spec).unsqueeze(0), None

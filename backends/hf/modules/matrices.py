@@ -1,0 +1,152 @@
+"""The forms that a linear's weight takes in memory, and what each is multiplied by."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from tightrope.kernels import dispatch
+from tightrope.kernels.forms.column_stack import ColumnStack, stack_columns
+from tightrope.kernels.forms.columns import ColumnMatrix, to_columns
+from tightrope.kernels.forms.layer import Projection
+from tightrope.kernels.forms.low_rank import LowRank
+from tightrope.kernels.forms.quantized import TILE, Nf4Matrix, QuantizedMatrix
+
+Piece = Tensor | QuantizedMatrix | Nf4Matrix  # a tensor is [N, K]
+
+
+@dataclass(frozen=True, slots=True)
+class Quantized:
+    """Integers with scales, several matrices side by side."""
+
+    matrices: tuple[QuantizedMatrix, ...]
+
+    def times(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return dispatch.quantized_linear(x, self.matrices, bias)
+
+
+@dataclass(frozen=True, slots=True)
+class Nf4:
+    """Codes of a book, several matrices side by side."""
+
+    matrices: tuple[Nf4Matrix, ...]
+
+    def times(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return dispatch.nf4_linear(x, self.matrices, bias)
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """Quantised matrices of either kind on a card, side by side."""
+
+    matrices: tuple[ColumnMatrix, ...]
+
+    def times(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return dispatch.column_linear(x, self.matrices, bias)
+
+
+@dataclass(frozen=True, slots=True)
+class Exllama:
+    """EXL2 matrices run by exllamav2's own kernels, side by side."""
+
+    matrices: tuple[dispatch.ExllamaMatrix, ...]
+
+    def times(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return dispatch.exllama_linear(x, self.matrices, bias)
+
+
+@dataclass(frozen=True, slots=True)
+class Mixed:
+    """Several of different forms, as when a quantiser left one of a layer's projections as it was."""
+
+    parts: tuple["Matrix", ...]
+
+    def times(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        out = torch.cat([times(x, part, None) for part in self.parts], -1)
+        return out if bias is None else out.add_(bias)
+
+
+Matrix = Tensor | Quantized | Nf4 | Columns | Exllama | Mixed
+
+
+def times(x: Tensor, weight: Matrix, bias: Tensor | None) -> Tensor:
+    """x [T, K] times the weight: [T, N]."""
+    if isinstance(weight, Tensor):
+        return dispatch.linear(x, weight, bias)
+    return weight.times(x, bias)
+
+
+def projection(weight: Matrix, bias: Tensor | None, adapters: Mapping[int, LowRank]) -> Projection | None:
+    """A linear as a whole layer's kernel has it; None for forms that it doesn't know."""
+    if isinstance(weight, Tensor):
+        return Projection(weight, bias, adapters)
+    return Projection(weight.matrices, bias, adapters) if isinstance(weight, Quantized | Nf4) else None
+
+
+def stacked(weights: Tensor | Sequence[Matrix]) -> tuple[Tensor | tuple[ColumnStack, ...], Sequence[Matrix]] | None:
+    """Experts' weights on a card as one kernel runs all of them, and each expert's, in the same memory.
+
+    None elsewhere, and for forms that it doesn't know.
+    """
+    if isinstance(weights, Tensor):
+        return (weights, list(weights)) if dispatch.reads_columns(weights.device) else None
+    columns = [weight.matrices for weight in weights if isinstance(weight, Columns)]
+    if len(columns) < len(weights) or len({len(matrices) for matrices in columns}) > 1:
+        return None
+    found = [stack_columns(matrices) for matrices in zip(*columns, strict=True)]
+    known = [one for one in found if one is not None]
+    if len(known) < len(found):
+        return None
+    parts = zip(*(parts for _, parts in known), strict=True)
+    return tuple(stack for stack, _ in known), [Columns(matrices) for matrices in parts]
+
+
+def side_by_side(pieces: Sequence[Piece], device: torch.device) -> Matrix:
+    """One matrix, on `device`, of pieces that have the same inputs, their outputs one after the other."""
+    tensors = [piece for piece in pieces if isinstance(piece, Tensor)]
+    if len(tensors) == len(pieces):
+        return torch.cat(tensors).to(device)
+    integers = tuple(piece for piece in pieces if isinstance(piece, QuantizedMatrix))
+    codes = tuple(piece for piece in pieces if isinstance(piece, Nf4Matrix))
+    if len(integers) != len(pieces) and len(codes) != len(pieces):
+        return Mixed(tuple(side_by_side([piece], device) for piece in pieces))
+    integers = _joined(integers) if integers else ()
+    if dispatch.reads_columns(device):
+        if integers and all(dispatch.is_exllama(matrix) for matrix in integers):
+            return Exllama(tuple(dispatch.to_exllama(matrix, device) for matrix in integers))
+        matrices: tuple[QuantizedMatrix | Nf4Matrix, ...] = (*integers, *codes)
+        return Columns(tuple(to_columns(matrix, device) for matrix in matrices))
+    return Quantized(integers) if integers else Nf4(codes)
+
+
+def _joined(matrices: tuple[QuantizedMatrix, ...]) -> tuple[QuantizedMatrix, ...]:
+    """One matrix where all have their inputs in the same order and groups: then inputs are prepared once."""
+    first = matrices[0]
+    if len(matrices) == 1 or not all(_are_alike(first, other) for other in matrices[1:]):
+        return matrices
+    if any(matrix.num_outputs % TILE for matrix in matrices[:-1]):
+        return matrices
+    scales = [matrix.scales for matrix in matrices if matrix.scales is not None]
+    zeros = [matrix.zeros for matrix in matrices if matrix.zeros is not None]
+    codes = [matrix.codes for matrix in matrices]
+    return (
+        replace(
+            first,
+            num_outputs=sum(matrix.num_outputs for matrix in matrices),
+            codes=torch.cat(codes),
+            scales=torch.cat(scales),
+            zeros=torch.cat(zeros) if zeros else None,
+        ),
+    )
+
+
+def _are_alike(first: QuantizedMatrix, second: QuantizedMatrix) -> bool:
+    """Whether rows are arranged alike, with scales and zeros of the same kind."""
+    if first.scales is None or second.scales is None or first.scales.dtype != second.scales.dtype:
+        return False
+    if (first.zeros is None) != (second.zeros is None) or (first.source is None) != (second.source is None):
+        return False
+    sources = first.source is None or second.source is None or torch.equal(first.source, second.source)
+    groups = torch.equal(first.group_starts, second.group_starts) and torch.equal(first.group_bits, second.group_bits)
+    return sources and groups

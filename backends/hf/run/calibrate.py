@@ -1,0 +1,90 @@
+"""What each key channel is divided by before its 8-bit or 4-bit codes: its largest magnitude over a fixed text.
+
+Before rotation the channels with large keys are always the same ones, and would spoil the scale of the 31 others that
+share it. Divided so, all channels are of one size, and the attention kernels multiply the factor back in.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tightrope.backends.hf.cache.pages import PagedKVCache
+from tightrope.backends.hf.plan import CALIBRATION_TOKENS
+from tightrope.backends.hf.run.steps import StepBuilder
+from tightrope.backends.hf.runner import LoadedModel
+from tightrope.backends.protocol import Chunk, Tokenizer
+from tightrope.kernels.forms.layout import PAGE, CacheFormat, LayerCache
+
+SMALLEST = 1e-3  # factor of a channel, of its head's largest: one that lay still in this text may move in another
+
+TEXT = """\
+The ferry left at seven, when the harbour was still grey and the gulls sat in a row along the wall. Marta had brought \
+two loaves, a jar of honey and the letter, which she had read so often that it came apart at the folds. "You will not \
+find him there," the old pilot said, without turning round. "He went up the coast in the spring, to mend boats." She \
+thanked him and stayed on deck all the same, because the cabin smelled of diesel and wet dogs.
+
+Bread needs four things: flour, water, salt and time. For one loaf, mix 500 grams of flour with 350 grams of water and \
+10 grams of salt, add a little of yesterday's dough, and fold it every half hour. After five hours it should have \
+grown by about a half. Bake it in a closed pot at 240 degrees for thirty minutes, then open the lid and give it \
+another fifteen. Why does the lid matter? The steam keeps the crust soft while the loaf rises; once the steam is gone, \
+sugars brown and the crust turns crisp.
+
+In the nineteenth century most towns kept a time of their own, which was read from the sun. Trains ended that. A \
+timetable that crosses three counties can't have a different noon in each, and so, line by line and country by \
+country, clocks were set to a common hour. Some people complained bitterly. A clergyman wrote that the railway had no \
+right to move midday, and for twenty years one tower showed both times with two minute hands, one black, one gilded.
+
+To find a word in a dictionary, nobody starts at the first page. We open the book near the middle, see whether we are \
+too far, and throw away half of what is left. A list of a million names needs no more than twenty such steps, since \
+two multiplied by itself twenty times is a little more than a million. The same idea finds a broken commit, a leak in \
+a pipe, or the weight at which a rope snaps: try the middle, and keep the half in which the answer must lie.
+
+"Is it far?" asked the boy. "Far enough," she said, "but the road is good, the moon is nearly full, and we have eaten. \
+My grandmother walked it in the snow with a clock on her back." He thought about this for a while. "What did she want \
+with a clock in the snow?" Marta laughed for the first time in a week, and told him.
+"""
+
+
+@torch.inference_mode()
+def set_key_factors(
+    model: LoadedModel, caches: Sequence[LayerCache], tokenizer: Tokenizer, steps: StepBuilder, step_tokens: int
+) -> None:
+    """Run the text once and write the key factors into `caches`; layers that cache rotated keys keep ones.
+
+    Leaves the model with caches of its own for the run: attach others before the next step. steps: the model's
+    rotation. step_tokens: tokens to run at a time.
+    """
+    token_ids = tokenizer.encode(TEXT, parse_special=False, is_start=True)
+    if tokenizer.adds_bos and tokenizer.bos_id is not None:
+        token_ids = [tokenizer.bos_id, *token_ids]
+    token_ids = token_ids[: min(CALIBRATION_TOKENS, steps.window)]
+    if not token_ids:  # a vocabulary without these letters
+        return
+    num_pages = -(-len(token_ids) // PAGE)
+    formats = [CacheFormat("f16", layer.num_kv_heads, layer.head_dim) for layer in model.layers]
+    passing = [LayerCache.allocate(format, num_pages, model.device) for format in formats]
+    model.attach(passing)
+    _run(model, token_ids, PagedKVCache(num_pages), steps, step_tokens)
+    for layer, seen, cache in zip(model.layers, passing, caches, strict=True):
+        if layer.rope is not None:
+            cache.key_factor.copy_(_factors(seen.key_codes))
+
+
+def _run(model: LoadedModel, token_ids: Sequence[int], kv: PagedKVCache, steps: StepBuilder, step_tokens: int) -> None:
+    """Store the keys and values of all tokens; no logits are computed."""
+    kv.open(0, token_ids, "")
+    kv.reserve(0, len(token_ids))
+    for start in range(0, len(token_ids), step_tokens):
+        part = token_ids[start : start + step_tokens]
+        layout, tables = steps.build([Chunk(0, part, start, "none")], kv)
+        rows = torch.empty(0, dtype=torch.int64, device=model.device)
+        model.forward(torch.tensor(part, device=model.device), layout, tables, rows)
+        kv.commit(0, part)
+
+
+def _factors(keys: Tensor) -> Tensor:
+    """Factors [Hkv, D] float32 of cached keys [P, Hkv, PAGE, D]; places that hold nothing are zero."""
+    largest = keys.float().abs().amax((0, 2))
+    floor = SMALLEST * largest.amax(-1, keepdim=True)
+    return torch.where(floor > 0, largest.maximum(floor), 1.0)

@@ -1,0 +1,186 @@
+"""Decode under CUDA graphs: a step of one token a sequence is recorded once for each size and played back.
+
+A recorded step always works on the same memory, so what changes from step to step is copied into fixed inputs first.
+A smaller batch fills the rest of its size with sequences that have no tokens, whose slot -1 stores nothing; launches
+are sized by the longest context of a step, which is rounded up as well.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from tightrope.kernels.forms.layout import PAGE, RopeTable, StepLayout
+
+SHORTEST_CONTEXT = 2048  # tokens; longer contexts are rounded up to it times a power of CONTEXT_STEP
+CONTEXT_STEP = 4
+
+Replay = Callable[[], Tensor]
+
+
+class Forward(Protocol):
+    """LoadedModel.forward."""
+
+    def __call__(
+        self, token_ids: Tensor, step: StepLayout, tables: Mapping[str, RopeTable], rows: Tensor
+    ) -> Tensor: ...
+
+
+class CudaCapture:
+    """Records work as a CUDA graph; all graphs share one pool of memory, since one runs at a time."""
+
+    def __init__(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, run: Replay) -> Replay:
+        """`run` recorded; what it returned is written again by each replay."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            run()  # compiles kernels and sets up libraries, which a recording can't do
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            result = run()
+
+        def replay() -> Tensor:
+            graph.replay()
+            return result
+
+        return replay
+
+
+class DecodeGraphs:
+    """A model's forward, recorded for steps in which every sequence has one token.
+
+    Other steps run as they are. A call stores keys and values as the forward does, and its result is the caller's own.
+    """
+
+    def __init__(
+        self,
+        forward: Forward,
+        max_num_seqs: int,
+        max_model_len: int,
+        device: torch.device | str = "cuda",
+        capture: Callable[[Replay], Replay] | None = None,
+        *,
+        has_windows: bool = False,
+    ) -> None:
+        """max_num_seqs: the largest batch that is recorded; max_model_len: the longest context, in tokens.
+
+        has_windows: steps are `windowed` as well.
+        """
+        self._forward = forward
+        self._largest = batch_size(max_num_seqs)
+        self._max_model_len = max_model_len
+        self._capture = capture or CudaCapture()
+        self._token_ids = torch.zeros(self._largest, dtype=torch.int64, device=device)
+        self._step = _empty_step(self._largest, -(-max_model_len // PAGE), device)
+        if has_windows:
+            self._step = replace(self._step, windowed=_empty_step(self._largest, -(-max_model_len // PAGE), device))
+        self._sets: dict[str, Tensor] = {}  # set_of [largest] of each table
+        self._addresses: tuple[tuple[str, int], ...] = ()  # of the tables that the graphs read
+        self._graphs: dict[tuple[int, int], Replay] = {}  # by batch size and context
+
+    def forward(self, token_ids: Tensor, step: StepLayout, tables: Mapping[str, RopeTable], rows: Tensor) -> Tensor:
+        """Logits [len(rows), V] float32, as `forward` gives them. Rows rise, none twice."""
+        num_seqs = len(step.context_lens)
+        if step.max_query_len > 1 or len(token_ids) != num_seqs or num_seqs > self._largest or not len(rows):
+            return self._forward(token_ids, step, tables, rows)
+        self._forget_moved(tables)
+        size, context = batch_size(num_seqs), context_size(step.max_context_len, self._max_model_len)
+        self._fill(token_ids, step, tables, size)
+        replay = self._graphs.get((size, context))
+        if replay is None:
+            replay = self._graphs[size, context] = self._record(size, context, tables)
+        logits = replay()
+        return logits[:num_seqs].clone() if len(rows) == num_seqs else logits[rows]
+
+    def _forget_moved(self, tables: Mapping[str, RopeTable]) -> None:
+        """Angles are read where they lie; when one table has grown it lies elsewhere, and graphs are recorded anew."""
+        addresses = tuple((name, table.pages.data_ptr()) for name, table in sorted(tables.items()))
+        if addresses == self._addresses:
+            return
+        self._graphs.clear()
+        self._addresses = addresses
+        self._sets = {name: self._step.context_lens.new_zeros(self._largest) for name in tables}
+
+    def _fill(self, token_ids: Tensor, step: StepLayout, tables: Mapping[str, RopeTable], size: int) -> None:
+        """Put a step into the first `size` places of the fixed inputs."""
+        used = len(token_ids)
+        fixed = self._step
+        pairs = [
+            (self._token_ids, token_ids),
+            (fixed.context_lens, step.context_lens),
+            (fixed.slots, step.slots),
+            (fixed.positions, step.positions),
+            *((self._sets[name], table.set_of) for name, table in tables.items()),
+        ]
+        block_tables = [(fixed.block_tables, step.block_tables)]
+        if fixed.windowed is not None and step.windowed is not None:
+            pairs.append((fixed.windowed.slots, step.windowed.slots))
+            block_tables.append((fixed.windowed.block_tables, step.windowed.block_tables))
+        for target, source in pairs:
+            target[:used].copy_(source)
+            target[used:size].zero_()
+        for target, source in block_tables:
+            width = min(source.shape[1], target.shape[1])
+            target[:used, :width].copy_(source[:, :width])
+        for layout in (fixed, fixed.windowed):
+            if layout is not None:
+                layout.slots[used:size].fill_(-1)
+
+    def _record(self, size: int, context: int, tables: Mapping[str, RopeTable]) -> Replay:
+        fixed = self._step
+        step = StepLayout(
+            query_starts=fixed.query_starts[: size + 1],
+            context_lens=fixed.context_lens[:size],
+            block_tables=fixed.block_tables[:size],
+            slots=fixed.slots[:size],
+            positions=fixed.positions[:size],
+            sequence_of=fixed.sequence_of[:size],
+            max_query_len=1,
+            max_context_len=context,
+        )
+        if fixed.windowed is not None:
+            block_tables, slots = fixed.windowed.block_tables[:size], fixed.windowed.slots[:size]
+            step = replace(step, windowed=replace(step, block_tables=block_tables, slots=slots))
+        angles = {
+            name: RopeTable(table.pages, table.places, self._sets[name][:size], table.query_scale)
+            for name, table in tables.items()
+        }
+        rows = torch.arange(size, device=self._token_ids.device)
+        return self._capture(lambda: self._forward(self._token_ids[:size], step, angles, rows))
+
+
+def batch_size(num_seqs: int) -> int:
+    """The batch that `num_seqs` sequences are recorded with: a power of two."""
+    return 1 << max(num_seqs - 1, 0).bit_length()
+
+
+def context_size(num_tokens: int, max_model_len: int) -> int:
+    """The longest context, in tokens, that a step with one of `num_tokens` is recorded for."""
+    size = SHORTEST_CONTEXT
+    while size < num_tokens:
+        size *= CONTEXT_STEP
+    return max(num_tokens, min(size, max_model_len))
+
+
+def _empty_step(num_seqs: int, num_pages: int, device: torch.device | str) -> StepLayout:
+    """One row for each of `num_seqs` sequences, all of them without tokens."""
+
+    def zeros(*shape: int) -> Tensor:
+        return torch.zeros(*shape, dtype=torch.int32, device=device)
+
+    return StepLayout(
+        query_starts=torch.arange(num_seqs + 1, dtype=torch.int32, device=device),
+        context_lens=zeros(num_seqs),
+        block_tables=zeros(num_seqs, num_pages),
+        slots=torch.full((num_seqs,), -1, dtype=torch.int64, device=device),
+        positions=zeros(num_seqs),
+        sequence_of=torch.arange(num_seqs, dtype=torch.int32, device=device),
+        max_query_len=1,
+        max_context_len=0,
+    )

@@ -1,0 +1,1 @@
+"""A folder's vocabulary and tokenizer."""

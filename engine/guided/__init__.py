@@ -1,0 +1,1 @@
+"""Answers of a given shape: grammars, JSON schemas and regular expressions."""

@@ -1,0 +1,182 @@
+"""The engine process: takes requests from the socket, runs the loop, sends what each step brought.
+
+One thread reads the socket, two more tokenise; the main thread runs the model. The front starts it by
+`python -m tightrope.engine.process.child FD`; `serve` alone is the same engine inside another process.
+"""
+
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable
+
+from tqdm import tqdm
+
+from tightrope.backends.errors import BackendError
+from tightrope.backends.protocol import Backend
+from tightrope.backends.registry import open_backend
+from tightrope.backends.settings import ModelSettings
+from tightrope.engine.console import log_to_stderr
+from tightrope.engine.core import EngineCore
+from tightrope.engine.errors import EngineError
+from tightrope.engine.info import model_info
+from tightrope.engine.process.reader import FrontGone, Reader
+from tightrope.engine.process.watch import Activity, Watch
+from tightrope.engine.process.wire import (
+    Cancel,
+    EngineEnd,
+    ErrorFrame,
+    Loaded,
+    LoadFailed,
+    Progress,
+    Ready,
+    Refused,
+    SetMarks,
+    Start,
+    StepDone,
+)
+from tightrope.engine.scheduler import Work
+from tightrope.engine.sequence import Sequence
+from tightrope.engine.settings import EngineSettings
+from tightrope.engine.types import Delta, with_adapter_texts
+
+log = logging.getLogger("tightrope.engine")
+
+OpenBackend = Callable[[ModelSettings, Callable[[float], None]], Backend]
+
+
+def run_loop(core: EngineCore, reader: Reader, end: EngineEnd, activity: Activity) -> None:
+    """Step while there is work, wait while there is none, end when the front is gone. `activity` is told what."""
+    inbox = reader.inbox
+    told = core.stats()  # what the front knows
+
+    def tell(deltas: tuple[Delta, ...] = ()) -> None:
+        nonlocal told
+        told = core.stats()
+        end.send(StepDone(deltas, told))
+
+    def tell_of_begin(works: list[Work]) -> None:
+        """A step may take long; meanwhile the front is to know whom it has taken in, and the watch how many tokens."""
+        for sequence in (work.sequence for work in works):
+            if not sequence.has_begun:
+                sequence.has_begun = True
+                end.send(Progress(sequence.request.request_id, "running"))
+        activity.begin("step", sum(work.num_run for work in works))
+        now = core.stats()
+        if (now.num_running, now.num_waiting) != (told.num_running, told.num_waiting):
+            tell()
+
+    while True:
+        while not inbox.empty() or not core.has_work:
+            item = inbox.get()
+            if isinstance(item, FrontGone):
+                return
+            activity.begin(type(item).__name__)
+            if isinstance(item, Cancel):
+                core.cancel(item.request_id)
+                if not core.has_work:
+                    tell()
+            elif isinstance(item, list):
+                _add(core, item, end)
+                reader.num_taken += len(item)
+            else:
+                item()
+            core.free_adapters()
+            activity.end()
+        activity.begin("step")
+        result = core.step(tell_of_begin)
+        core.free_adapters()
+        activity.end()
+        for request_id, error in result.failed:
+            log.error("request failed: request_id=%s error=%s", request_id, error)
+            end.send(Refused(request_id, ErrorFrame.of(error)))
+        tell(tuple(result.deltas))
+
+
+def _add(core: EngineCore, sequences: list[Sequence], end: EngineEnd) -> None:
+    try:
+        core.add(sequences)
+    except EngineError as error:
+        end.send(Refused(sequences[0].request.request_id, ErrorFrame.of(error)))
+
+
+def load(settings: ModelSettings, open_backend: OpenBackend) -> Backend:
+    """Open the model with a progress bar on a terminal."""
+    with tqdm(
+        total=100, desc="loading", unit="%", leave=False, disable=None, bar_format="{desc} {bar} {n:.0f} %"
+    ) as bar:
+        return open_backend(settings, lambda share: bar.update(max(0.0, 100 * share - bar.n)) and None)
+
+
+def serve(
+    sock: socket.socket, on_end: Callable[[int], None] = lambda status: None, open_backend: OpenBackend = open_backend
+) -> int:
+    """Run an engine over the socket until the front closes it, or it can't be read; return the exit status.
+
+    `on_end` is called with it at once, from another thread, possibly while a step runs.
+    """
+    end = EngineEnd(sock)
+    try:
+        start = end.receive()
+        if not isinstance(start, Start):
+            return 0
+        settings = EngineSettings.model_validate_json(start.settings)
+        watch = Watch(end, settings.life, on_end)
+        watch.start()
+        try:
+            return _serve(end, start, settings, watch, on_end, open_backend)
+        finally:
+            watch.stop()
+    finally:
+        end.close()
+
+
+def _serve(
+    end: EngineEnd,
+    start: Start,
+    settings: EngineSettings,
+    watch: Watch,
+    on_end: Callable[[int], None],
+    open_backend: OpenBackend,
+) -> int:
+    try:
+        backend = load(settings.model, open_backend)
+    except BackendError as error:
+        end.send(LoadFailed(str(error)))
+        return 1
+    try:
+        end.send(Loaded(model_info(backend)))
+        message = end.receive()
+        if not isinstance(message, SetMarks):
+            return 0
+        backend.tokenizer.set_marks(message.marks.texts, message.marks.ends)
+        core = EngineCore(backend, settings.limits, adapter_paths=settings.model.adapters)
+        core.adapters.set_marks(message.marks.texts, message.marks.ends)
+        if start.adapters is not None:
+            core.adapters.restore(start.adapters)
+        reader = Reader(end, core, settings, watch, on_end)
+        threading.Thread(target=reader.run, name="reader", daemon=True).start()
+        try:
+            info = with_adapter_texts(model_info(backend), core.adapters.special_texts())
+            end.send(Ready(info, core.adapters.paths))
+            run_loop(core, reader, end, watch.activity())
+        finally:
+            reader.close()
+        return reader.status
+    finally:
+        backend.close()
+
+
+def main() -> None:
+    """Entry point of the engine process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the front, which closes the socket when it is done
+    log_to_stderr("info")
+    # The model may be in the middle of a long step, which nobody waits for any more.
+    status = serve(socket.socket(fileno=int(sys.argv[1])), on_end=os._exit)
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,359 @@
+"""The front's view of the engine: requests and calls to whichever engine is there.
+
+Imports neither torch nor transformers nor llama_cpp.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from itertools import count
+
+from tightrope.engine.errors import BackendFailed, EngineError, EngineUnavailable, InvalidRequest, Overloaded
+from tightrope.engine.process.launch import EngineHandle, Launcher, spawn_process
+from tightrope.engine.process.supervisor import State, Supervisor
+from tightrope.engine.process.wire import (
+    AdapterList,
+    CallFailed,
+    Cancel,
+    Detokenize,
+    Detokenized,
+    LoadAdapter,
+    Progress,
+    Ready,
+    Refused,
+    SetMarks,
+    Start,
+    StepDone,
+    Submit,
+    ToEngine,
+    ToFront,
+    Tokenize,
+    Tokenized,
+    UnloadAdapter,
+)
+from tightrope.engine.queueing import QueueTimes
+from tightrope.engine.settings import EngineSettings
+from tightrope.engine.types import (
+    Delta,
+    GenerateRequest,
+    ModelInfo,
+    Prompt,
+    Stats,
+    TokenRun,
+    TurnMarks,
+    with_adapter_texts,
+)
+
+log = logging.getLogger("tightrope.client")
+
+Answer = TokenRun | str | dict[str, str]  # to a call
+FindMarks = Callable[[ModelInfo], Awaitable[TurnMarks]]
+
+STUCK_S = 30.0  # while a step takes longer than this, health says no
+MAX_TRIES = 2  # of a request, lest one that kills the engine does so for ever
+
+
+class _Stream:
+    """One request under way."""
+
+    def __init__(self, request: GenerateRequest, arrived_s: float) -> None:
+        self.request = request
+        self.items: asyncio.Queue[Delta | EngineError] = asyncio.Queue()
+        self.has_output = False
+        self.has_begun = False  # in the present engine: that one may end because of it
+        self.num_tries = 0  # in engines that have ended while it had begun
+        self.num_open = request.n  # choices that have not finished
+        self.arrived_s = arrived_s
+
+
+class EngineClient:
+    """One engine, supervised. All methods belong to one event loop."""
+
+    def __init__(
+        self,
+        settings: EngineSettings,
+        launch: Launcher = spawn_process,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._settings = settings
+        self._clock = clock
+        self._step_began_s = 0.0  # by the clock: when the last step ended, or the first request came to an idle engine
+        self._streams: dict[str, _Stream] = {}
+        self._calls: dict[int, asyncio.Future[Answer]] = {}
+        self._call_ids = count()
+        self._times = QueueTimes()
+        self._find_marks: FindMarks | None = None
+        self._supervisor = Supervisor(settings.life, launch, self)
+        self.info: ModelInfo | None = None
+        self.adapters: dict[str, str] = {}  # paths of those that requests may use, by name
+        self.stats = Stats()
+
+    # ---- life ----
+
+    async def start(self, find_marks: FindMarks | None = None) -> None:
+        """Spawn the engine and begin to watch it; returns at once.
+
+        `find_marks` is asked of every model that an engine has loaded, before requests reach it. If it raises OSError,
+        as a timeout does, that engine is not used: the first fails with a line, and a later one is started again.
+        """
+        self._find_marks = find_marks
+        await self._supervisor.start()
+
+    async def wait_ready(self) -> ModelInfo:
+        """Wait until the model is loaded. Raises BackendFailed with one line if it can't be."""
+        await self._supervisor.wait_ready()
+        assert self.info is not None
+        return self.info
+
+    async def wait_failed(self) -> str:
+        """Wait until no engine will be started any more, other than by `close`; returns the reason."""
+        return await self._supervisor.wait_failed()
+
+    async def close(self) -> None:
+        """End the engine. What is still running ends with EngineUnavailable."""
+        await self._supervisor.close()
+        self._end_streams(EngineUnavailable("the server is shutting down"))
+
+    @property
+    def state(self) -> State:
+        return self._supervisor.state
+
+    @property
+    def restarts(self) -> int:
+        """How often an engine was started again."""
+        return self._supervisor.restarts
+
+    @property
+    def engine(self) -> EngineHandle | None:
+        """The one that was started last."""
+        return self._supervisor.handle
+
+    @property
+    def is_healthy(self) -> bool:
+        """Whether the model answers: it is loaded, and no step has been under way for longer than STUCK_S."""
+        return self.state == "ready" and not (self._has_work and self._clock() - self._step_began_s > STUCK_S)
+
+    @property
+    def _has_work(self) -> bool:
+        """Whether the engine owes a step, as far as can be told from here."""
+        is_busy = self.stats.num_running + self.stats.num_waiting > 0
+        return is_busy or any(not stream.has_output for stream in self._streams.values())
+
+    # ---- what the supervisor tells ----
+
+    def first_message(self) -> Start:
+        return Start(self._settings.model_dump_json(), None if self.info is None else self.adapters)
+
+    async def on_loaded(self, info: ModelInfo) -> SetMarks:
+        """Find out what the chat template makes special. Raises EngineUnavailable if that can't be."""
+        try:
+            return SetMarks(TurnMarks() if self._find_marks is None else await self._find_marks(info))
+        except OSError as error:
+            words = str(error) or "it did not answer in time"
+            raise EngineUnavailable(f"the chat template can't be asked what ends a turn: {words}") from None
+
+    def on_ready(self, ready: Ready) -> None:
+        self.info, self.adapters = ready.info, ready.adapters
+        self.stats = Stats()
+        self._step_began_s = self._clock()
+        for stream in self._streams.values():  # kept while the engine was away
+            self._send(Submit(stream.request))
+
+    def on_lost(self) -> None:
+        """Answers under way have failed; requests without output wait for the next engine.
+
+        One that had begun counts as tried, one that only waited for its turn doesn't.
+        """
+        error = BackendFailed("the engine process died while this answer was being written; it is being restarted")
+        for request_id, stream in list(self._streams.items()):
+            stream.num_tries += stream.has_begun
+            stream.has_begun = False
+            if stream.has_output or stream.num_tries >= MAX_TRIES:
+                stream.items.put_nowait(error)
+                del self._streams[request_id]
+        for call in self._calls.values():
+            if not call.done():
+                call.set_exception(error)
+        self._calls.clear()
+
+    def on_given_up(self) -> None:
+        self._end_streams(EngineUnavailable("the engine has ended, and no other could be started in time"))
+
+    def _end_streams(self, error: EngineError) -> None:
+        for stream in self._streams.values():
+            stream.items.put_nowait(error)
+        self._streams.clear()
+
+    # ---- messages ----
+
+    def _send(self, message: ToEngine) -> None:
+        self._supervisor.send(message)
+
+    def on_unsent(self, message: ToEngine, reason: Exception) -> None:
+        """End what can't be sent."""
+        error: EngineError = InvalidRequest(str(reason))
+        if not isinstance(reason, ValueError):  # which tells of a frame that is too long
+            log.error("a message can't be sent: type=%s error=%r", type(message).__name__, reason)
+            error = BackendFailed("the request can't be sent to the engine")
+        if isinstance(message, Submit) and message.request.request_id in self._streams:
+            self._streams[message.request.request_id].items.put_nowait(error)
+        elif isinstance(message, Tokenize | Detokenize | LoadAdapter | UnloadAdapter):
+            call = self._calls.pop(message.call_id, None)
+            if call is not None and not call.done():
+                call.set_exception(error)
+
+    def on_message(self, message: ToFront) -> None:
+        match message:
+            case Progress(request_id=request_id, stage=stage):
+                if (stream := self._streams.get(request_id)) is not None:
+                    stream.has_begun = stage != "waiting"
+            case StepDone(deltas=deltas, stats=stats):
+                self.stats = stats
+                self._step_began_s = self._clock()
+                for delta in deltas:
+                    stream = self._streams.get(delta.request_id)
+                    if delta.finish is not None:
+                        self._times.observe(delta.finish)
+                    if stream is not None:
+                        stream.has_output = True
+                        stream.num_open -= delta.finish is not None
+                        stream.items.put_nowait(delta)
+            case Refused(request_id=request_id, error=error):
+                stream = self._streams.get(request_id)
+                if stream is not None:
+                    refusal = error.rebuild()
+                    if isinstance(refusal, Overloaded):
+                        refusal.retry_after_s = self.retry_after_s
+                    stream.items.put_nowait(refusal)
+            case Tokenized(call_id=call_id, tokens=tokens):
+                self._answer(call_id, tokens)
+            case Detokenized(call_id=call_id, text=text):
+                self._answer(call_id, text)
+            case AdapterList(call_id=call_id, adapters=adapters, special_texts=texts):
+                self.adapters = adapters
+                if self.info is not None:
+                    self.info = with_adapter_texts(self.info, texts)
+                self._answer(call_id, adapters)
+            case CallFailed(call_id=call_id, error=error):
+                call = self._calls.pop(call_id, None)
+                if call is not None and not call.done():
+                    call.set_exception(error.rebuild())
+
+    def _answer(self, call_id: int, value: Answer) -> None:
+        call = self._calls.pop(call_id, None)
+        if call is not None and not call.done():
+            call.set_result(value)
+
+    # ---- requests ----
+
+    def _check_ready(self) -> None:
+        if self.state == "ready":
+            return
+        reasons: dict[State, str] = {
+            "loading": "the model is still loading",
+            "restarting": "the engine is restarting",
+            "failed": f"the model could not be loaded: {self._supervisor.failure}",
+            "closed": "the server is shutting down",
+        }
+        raise EngineUnavailable(reasons.get(self.state, self.state))
+
+    @property
+    def num_open(self) -> int:
+        """Answers that have been asked for and have not finished."""
+        return sum(stream.num_open for stream in self._streams.values())
+
+    @property
+    def num_running(self) -> int:
+        """Answers that the engine is writing now, as it said when its step began."""
+        return min(self.stats.num_running, self.num_open)
+
+    @property
+    def num_waiting(self) -> int:
+        """Answers that wait for a place now, those among them that the engine has not even read."""
+        return self.num_open - self.num_running
+
+    @property
+    def retry_after_s(self) -> int:
+        """Seconds after which one who is refused now may find a place."""
+        now = self._clock()
+        oldest_s = max(
+            (now - stream.arrived_s for stream in self._streams.values() if not stream.has_output), default=0.0
+        )
+        return self._times.wait_s(max(0, self.num_open - self._num_places), self._num_places, oldest_s)
+
+    @property
+    def _num_places(self) -> int:
+        return 1 if self.info is None else self.info.max_num_seqs
+
+    def _check_room(self) -> None:
+        num_waiting, most = self.num_open - self._num_places, self._settings.limits.max_waiting
+        if num_waiting >= most:
+            message = f"{num_waiting} requests are waiting already; the limit is {most}"
+            raise Overloaded(message, retry_after_s=self.retry_after_s)
+
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
+        """Run a request; yield the deltas of its `n` choices as they come, until all have finished.
+
+        A refused request raises an EngineError at the first step, a failing one later. Closing the iterator cancels
+        the work.
+        """
+        self._check_ready()
+        self._check_room()
+        assert request.request_id not in self._streams, "request ids are unique"
+        if not self._has_work:
+            self._step_began_s = self._clock()
+        stream = self._streams[request.request_id] = _Stream(request, self._clock())
+        self._send(Submit(request))
+        num_open = request.n
+        try:
+            while num_open:
+                item = await stream.items.get()
+                if isinstance(item, EngineError):
+                    num_open = 0
+                    raise item
+                if item.finish is not None:
+                    num_open -= 1
+                yield item
+        finally:
+            self._streams.pop(request.request_id, None)
+            if num_open and not self._take_back(request.request_id):
+                self._send(Cancel(request.request_id))
+
+    async def tokenize(self, prompt: Prompt, adapter: str | None = None, *, last: int | None = None) -> TokenRun:
+        """The tokens of a prompt as it would be run, or the last few. Raises InvalidRequest and EngineUnavailable."""
+        tokens = await self._call(lambda call_id: Tokenize(call_id, prompt, adapter, last))
+        assert isinstance(tokens, TokenRun)
+        return tokens
+
+    async def detokenize(self, token_ids: Sequence[int], adapter: str | None = None) -> str:
+        """The text of token ids, special ones included. Raises InvalidRequest and EngineUnavailable."""
+        text = await self._call(lambda call_id: Detokenize(call_id, tuple(token_ids), adapter))
+        assert isinstance(text, str)
+        return text
+
+    async def load_adapter(self, name: str, path: str, *, in_place: bool = False) -> None:
+        """Load an adapter from the folder of the settings; when this returns, `adapters` has it.
+
+        in_place: one of that name gives way to it. Raises InvalidRequest and EngineUnavailable.
+        """
+        await self._call(lambda call_id: LoadAdapter(call_id, name, path, in_place))
+
+    async def unload_adapter(self, name: str) -> None:
+        """Let no new request name an adapter; those that use it finish. Raises ModelNotFound and EngineUnavailable."""
+        await self._call(lambda call_id: UnloadAdapter(call_id, name))
+
+    async def _call(self, make: Callable[[int], ToEngine]) -> Answer:
+        self._check_ready()
+        call_id = next(self._call_ids)
+        call: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        self._calls[call_id] = call
+        self._send(make(call_id))
+        try:
+            return await call
+        finally:
+            self._calls.pop(call_id, None)
+            self._take_back(call_id)
+
+    def _take_back(self, key: str | int) -> bool:
+        return self._supervisor.take_back(key)

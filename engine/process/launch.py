@@ -1,0 +1,82 @@
+"""Two ways to run an engine: in a process of its own, or in a thread of this one (tests, debugging)."""
+
+import signal
+import socket
+import subprocess
+import threading
+from collections.abc import Callable
+from typing import Protocol
+
+from tightrope.processes import child_command, child_environment
+
+NO_DEBUGGER = {"GGML_NO_BACKTRACE": "1"}  # or ggml runs gdb over itself when it aborts: 20 s, and 100 lines
+
+
+class EngineHandle(Protocol):
+    """A started engine."""
+
+    def kill(self) -> None:
+        """End it at once, if it still runs."""
+
+    def poll(self) -> str | None:
+        """How it has ended, in words; None while it runs."""
+
+
+Launcher = Callable[[socket.socket], EngineHandle]
+
+
+class ProcessHandle:
+    """An engine in a process of its own."""
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        self._process = process
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def kill(self) -> None:
+        if self._process.poll() is None:
+            self._process.kill()
+
+    def poll(self) -> str | None:
+        status = self._process.poll()
+        if status is None:
+            return None
+        if status < 0:
+            return f"killed by {signal.Signals(-status).name}"
+        return f"exit status {status}"
+
+
+def spawn_process(sock: socket.socket) -> ProcessHandle:
+    """Start the engine process on its end of the socket pair; the caller closes its copy of `sock`."""
+    return run_process(child_command("tightrope.engine.process.child", str(sock.fileno())), sock)
+
+
+def run_process(command: list[str], sock: socket.socket) -> ProcessHandle:
+    """Run a command that is told the descriptor of `sock`, which it inherits."""
+    environment = child_environment(**NO_DEBUGGER)
+    return ProcessHandle(subprocess.Popen(command, pass_fds=[sock.fileno()], stdin=subprocess.DEVNULL, env=environment))
+
+
+class ThreadHandle:
+    """An engine in a thread; it ends when the front closes the socket."""
+
+    def __init__(self, thread: threading.Thread) -> None:
+        self._thread = thread
+
+    def kill(self) -> None:
+        """Nothing: the closed socket ends it."""
+
+    def poll(self) -> str | None:
+        return None if self._thread.is_alive() else "thread ended"
+
+
+def spawn_thread(sock: socket.socket) -> ThreadHandle:
+    """Run the engine in this process. Imports the model's libraries into it."""
+    from tightrope.engine.process.child import serve  # keeps torch out of a front that never asks for this
+
+    own = sock.dup()
+    thread = threading.Thread(target=serve, args=(own,), name="engine", daemon=True)
+    thread.start()
+    return ThreadHandle(thread)

@@ -1,0 +1,1 @@
+"""Tokens to text, and texts that must not be written."""

@@ -1,0 +1,374 @@
+"""The C++ kernels of a CPU, called through ctypes; meanings and shapes are those of kernels.reference.
+
+A call costs some two microseconds beside its work: addresses and numbers are handed over as they are, without checks.
+So tensors must be what kernels.reference and kernels.layout say: float32 activations, indices of the widths stated.
+"""
+
+import ctypes
+import sysconfig
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any  # ctypes keeps the type of its types to itself
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tightrope.kernels import reference
+from tightrope.kernels.cpu.structs import (
+    ACTIVATIONS,
+    MOST_MATRICES,
+    WEIGHTS,
+    layer_address,
+    low_rank_address,
+    matrix_address,
+)
+from tightrope.kernels.forms.layer import DecoderLayer, GatedExperts, Projection
+from tightrope.kernels.forms.layout import AttentionSpec, LayerCache, RopeTable, StepLayout
+from tightrope.kernels.forms.low_rank import AdapterRows, LowRank
+from tightrope.kernels.forms.quantized import Nf4Matrix, QuantizedMatrix
+from tightrope.kernels.forms.rows import SUMS, Ranked
+
+# numbered by the library; a machine that runs one runs those before
+INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512vnni")
+INTERFACE = 4  # that of cpu/kernels.cpp; a build that gives no number is of the first
+MOST_DIMS = 256  # of a head, in the attention; larger ones are left to the reference
+MOST_LAYER_TOKENS = 64  # that take a layer at once: the memory for it is kept, and more hide the time between calls
+
+_FORMATS = {"f16": 0, "q8": 1, "q4": 2}
+_ADDRESSES: list[Any] = [ctypes.c_void_p * count for count in range(MOST_MATRICES + 1)]
+_TYPES: dict[str, Any] = {"p": ctypes.c_void_p, "i": ctypes.c_int, "l": ctypes.c_int64, "f": ctypes.c_float}
+
+
+class UnusableBuild(Exception):
+    """One line: a library that lies where a build is looked for, but isn't one of these sources."""
+
+
+def build_path(instruction_set: str) -> Path:
+    """Where the build for an instruction set lies, if it was built."""
+    return Path(__file__).parent.parent / f"cpu_{instruction_set}{sysconfig.get_config_var('EXT_SUFFIX')}"
+
+
+def usable() -> Sequence[str]:
+    """The instruction sets that are built and that this machine runs, the fastest first; none without a build.
+
+    Raises UnusableBuild.
+    """
+    if not build_path("portable").exists():
+        return ()
+    widest: int = _open("portable").tightrope_instruction_set()
+    return [name for name in reversed(INSTRUCTION_SETS[: widest + 1]) if build_path(name).exists()]
+
+
+def _open(instruction_set: str) -> ctypes.CDLL:
+    """The build for an instruction set. Raises UnusableBuild where it isn't one of this version."""
+    path = build_path(instruction_set)
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise UnusableBuild(f"{path} can't be loaded: {' '.join(str(error).split())}") from None
+    if not hasattr(library, "tightrope_instruction_set"):
+        raise UnusableBuild(f"{path} is no build of these kernels")
+    interface = library.tightrope_interface() if hasattr(library, "tightrope_interface") else 1
+    if interface != INTERFACE:
+        raise UnusableBuild(f"{path} is of another version: its interface is {interface}, not {INTERFACE}")
+    return library
+
+
+class NativeKernels:
+    """One build's operations, and its threads: the caller's, until `set_threads` adds more."""
+
+    def __init__(self, instruction_set: str) -> None:
+        """Raises UnusableBuild."""
+        self.instruction_set = instruction_set
+        library = _open(instruction_set)
+
+        def function(name: str, types: str) -> Callable[..., None]:
+            try:
+                found = library[f"tightrope_{name}"]
+            except AttributeError:
+                raise UnusableBuild(f"{library._name} is of another version: it has no tightrope_{name}") from None
+            found.argtypes, found.restype = [_TYPES[kind] for kind in types], None
+            return found
+
+        self.set_threads = function("set_threads", "i")
+        self._linear = function("linear", "ppippiii")
+        self._quantized_linear = function("quantized_linear", "ppippi")
+        self._nf4_linear = function("nf4_linear", "ppippi")
+        self._add_low_rank = function("add_low_rank", "ppppiiipi")
+        self._store_kv = function("store_kv", "pppppiiiplplpi")
+        self._attention = function("attention", "pppppiiippipppiipppiifif")
+        self._rotate = function("rotate", "plpppppiippiii")
+        self._rms_norm = function("rms_norm", "plppiif")
+        self._gated = function("gated", "ppiii")
+        self._draw = function("draw", "plplpp")
+        self._rank = function("rank", "plplplpppp")
+        self._row_sums = function("row_sums", "plplpip")
+        self._decoder_layer = function("decoder_layer", "pp" + "pppppiii" + "pppiip" + "pppii" + "pppi" + "pppi")
+        self._experts = function("experts", "pppppii" + "pppi")
+
+    def describe(self) -> str:
+        return f"C++ ({self.instruction_set})"
+
+    def store_kv(self, cache: LayerCache, keys: Tensor, values: Tensor, slots: Tensor) -> None:
+        keys, key_stride = _tokens(keys)
+        values, value_stride = _tokens(values)
+        self._store_kv(
+            *_pages(cache),
+            keys.data_ptr(),
+            key_stride,
+            values.data_ptr(),
+            value_stride,
+            slots.data_ptr(),
+            slots.shape[0],
+        )
+
+    def attention(
+        self, queries: Tensor, cache: LayerCache, step: StepLayout, table: RopeTable | None, spec: AttentionSpec
+    ) -> Tensor:
+        if cache.format.head_dim > MOST_DIMS:
+            return reference.attention(queries, cache, step, table, spec)
+        queries = queries.contiguous()
+        out = torch.empty_like(queries)
+        self._attention(
+            *_pages(cache),
+            queries.data_ptr(),
+            out.data_ptr(),
+            queries.shape[1],
+            *((None, None, None, 0, 0) if table is None else _angles(table)),
+            step.query_starts.data_ptr(),
+            step.context_lens.data_ptr(),
+            step.block_tables.data_ptr(),
+            step.block_tables.shape[0],
+            step.block_tables.stride(0),
+            spec.scale,
+            spec.window or 0,
+            spec.softcap or 0.0,
+        )
+        return out
+
+    def rotate(self, x: Tensor, step: StepLayout, table: RopeTable) -> Tensor:
+        x, stride = _tokens(x)
+        tokens, heads, dims = x.shape
+        out = x.new_empty(tokens, heads, dims)
+        pages, places, set_of, num_pages, half = _angles(table)
+        self._rotate(
+            x.data_ptr(),
+            stride,
+            out.data_ptr(),
+            pages,
+            places,
+            set_of,
+            table.query_scale.data_ptr(),
+            num_pages,
+            half,
+            step.positions.data_ptr(),
+            step.sequence_of.data_ptr(),
+            tokens,
+            heads,
+            dims,
+        )
+        return out
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        x, weight = x.contiguous(), weight.contiguous()
+        bias = None if bias is None else bias.float()
+        rows, inputs = x.shape
+        outputs = weight.shape[0]
+        out = x.new_empty(rows, outputs)
+        self._linear(
+            x.data_ptr(),
+            weight.data_ptr(),
+            WEIGHTS[weight.dtype],
+            None if bias is None else bias.data_ptr(),
+            out.data_ptr(),
+            rows,
+            inputs,
+            outputs,
+        )
+        return out
+
+    def quantized_linear(self, x: Tensor, matrices: Sequence[QuantizedMatrix], bias: Tensor | None) -> Tensor:
+        return _times(self._quantized_linear, x, matrices, bias)
+
+    def nf4_linear(self, x: Tensor, matrices: Sequence[Nf4Matrix], bias: Tensor | None) -> Tensor:
+        return _times(self._nf4_linear, x, matrices, bias)
+
+    def add_low_rank(self, out: Tensor, x: Tensor, adapters: Mapping[int, LowRank], rows: AdapterRows) -> None:
+        assert out.is_contiguous()
+        x = x.contiguous()
+        addresses = [low_rank_address(slot, adapters[slot]) for slot in rows.present if slot in adapters]
+        self._add_low_rank(
+            x.data_ptr(),
+            out.data_ptr(),
+            rows.slots.data_ptr(),
+            rows.scales.data_ptr(),
+            len(x),
+            x.shape[1],
+            out.shape[1],
+            (ctypes.c_void_p * len(addresses))(*addresses),
+            len(addresses),
+        )
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        width = x.shape[-1]
+        rows = x.reshape(-1, width)
+        out = torch.empty(x.shape)
+        self._rms_norm(rows.data_ptr(), rows.stride(0), weight.data_ptr(), out.data_ptr(), rows.shape[0], width, eps)
+        return out
+
+    def gated(self, gate_up: Tensor, activation: str) -> Tensor:
+        gate_up = gate_up.contiguous()
+        rows, both = gate_up.shape
+        out = gate_up.new_empty(rows, both // 2)
+        self._gated(gate_up.data_ptr(), out.data_ptr(), rows, both // 2, ACTIVATIONS[activation])
+        return out
+
+    def experts(
+        self, x: Tensor, layer: GatedExperts, picked: Tensor, shares: Tensor, adapters: AdapterRows | None
+    ) -> Tensor:
+        """See kernels.dispatch.experts."""
+        x, picked, shares = x.contiguous(), picked.contiguous(), shares.contiguous()
+        assert (picked.dtype, shares.dtype) == (torch.int64, torch.float32)
+        out = torch.empty_like(x)
+        self._experts(
+            layer_address(layer),
+            x.data_ptr(),
+            picked.data_ptr(),
+            shares.data_ptr(),
+            out.data_ptr(),
+            *picked.shape,
+            *_adapted(layer.projections, adapters),
+        )
+        return out
+
+    def decoder_layer(
+        self,
+        x: Tensor,
+        layer: DecoderLayer,
+        cache: LayerCache,
+        step: StepLayout,
+        table: RopeTable | None,
+        adapters: AdapterRows | None,
+    ) -> Tensor | None:
+        """See kernels.dispatch.decoder_layer."""
+        if len(x) > MOST_LAYER_TOKENS or cache.format.head_dim > MOST_DIMS:
+            return None
+        out = x.clone()
+        self._decoder_layer(
+            layer_address(layer),
+            out.data_ptr(),
+            *_pages(cache),
+            *((None, None, None, 0, 0, None) if table is None else (*_angles(table), table.query_scale.data_ptr())),
+            step.query_starts.data_ptr(),
+            step.context_lens.data_ptr(),
+            step.block_tables.data_ptr(),
+            step.block_tables.shape[0],
+            step.block_tables.stride(0),
+            step.slots.data_ptr(),
+            step.positions.data_ptr(),
+            step.sequence_of.data_ptr(),
+            len(x),
+            *_adapted(layer.projections, adapters),
+        )
+        return out
+
+    def draw(self, logits: Tensor, rows: NDArray[np.int64], params: NDArray[np.float64]) -> NDArray[np.int64]:
+        """See kernels.dispatch.draw; logits are contiguous, here and below."""
+        token_ids = np.empty(len(rows), np.int64)
+        self._draw(*_rows(logits, rows), params.ctypes.data, token_ids.ctypes.data)
+        return token_ids
+
+    def rank(self, logits: Tensor, rows: NDArray[np.int64], wanted: NDArray[np.int64]) -> Ranked:
+        wanted = np.minimum(wanted, logits.shape[1])
+        width = int(wanted.max())
+        values, token_ids = np.empty((len(rows), width), np.float32), np.empty((len(rows), width), np.int64)
+        border, top = np.empty((len(rows), 1), np.float32), np.empty((len(rows), 1), np.float32)
+        results = (array.ctypes.data for array in (values, token_ids, border, top))
+        self._rank(*_rows(logits, rows), wanted.ctypes.data, width, *results)
+        return Ranked(values, token_ids, border, top)
+
+    def row_sums(self, logits: Tensor, rows: NDArray[np.int64], bends: NDArray[np.float64]) -> NDArray[np.float64]:
+        sums = np.empty((len(rows), len(SUMS)))
+        self._row_sums(*_rows(logits, rows), bends.ctypes.data, 0, sums.ctypes.data)
+        return sums
+
+    def row_mass(self, logits: Tensor, rows: NDArray[np.int64], bends: NDArray[np.float64]) -> NDArray[np.float64]:
+        mass = np.empty((len(rows), 1))
+        self._row_sums(*_rows(logits, rows), bends.ctypes.data, 1, mass.ctypes.data)
+        return mass
+
+
+def _adapted(
+    projections: Sequence[Projection], rows: AdapterRows | None
+) -> tuple[ctypes.Array[ctypes.c_void_p] | None, int | None, int | None, int]:
+    """`low_rank::Rows` in cpu/low_rank.h: for each projection the addresses of the step's adapters."""
+    if rows is None or not any(projection.adapters for projection in projections):
+        return None, None, None, 0
+    addresses = [
+        low_rank_address(slot, projection.adapters[slot]) if slot in projection.adapters else None
+        for projection in projections
+        for slot in rows.present
+    ]
+    held = (ctypes.c_void_p * len(addresses))(*addresses)
+    return held, rows.slots.data_ptr(), rows.scales.data_ptr(), len(rows.present)
+
+
+def _times(
+    run: Callable[..., None], x: Tensor, matrices: Sequence[QuantizedMatrix | Nf4Matrix], bias: Tensor | None
+) -> Tensor:
+    """x times matrices side by side, as many in a call as may be."""
+    if len(matrices) > MOST_MATRICES:
+        parts, end = [], 0
+        for i in range(0, len(matrices), MOST_MATRICES):
+            begin, some = end, matrices[i : i + MOST_MATRICES]
+            end += sum(matrix.num_outputs for matrix in some)
+            parts.append(_times(run, x, some, None if bias is None else bias[begin:end]))
+        return torch.cat(parts, 1)
+    x = x.contiguous()
+    bias = None if bias is None else bias.float().contiguous()
+    outputs, addresses = 0, []
+    for matrix in matrices:
+        outputs += matrix.num_outputs
+        addresses.append(matrix_address(matrix))
+    out = x.new_empty(len(x), outputs)
+    count = len(addresses)
+    run(
+        x.data_ptr(),
+        _ADDRESSES[count](*addresses),
+        count,
+        None if bias is None else bias.data_ptr(),
+        out.data_ptr(),
+        len(x),
+    )
+    return out
+
+
+def _rows(logits: Tensor, rows: NDArray[np.int64]) -> tuple[int, int, int, int]:
+    return logits.data_ptr(), logits.shape[1], rows.ctypes.data, len(rows)
+
+
+def _tokens(x: Tensor) -> tuple[Tensor, int]:
+    """x [T, heads, D] with each token's heads side by side, as a fused projection's slices have; and its stride."""
+    if x.stride(2) != 1 or x.stride(1) != x.shape[2]:
+        x = x.contiguous()
+    return x, x.stride(0)
+
+
+def _pages(cache: LayerCache) -> tuple[int, int, int, int, int, int, int, int]:
+    return (
+        cache.key_codes.data_ptr(),
+        cache.key_scales.data_ptr(),
+        cache.value_codes.data_ptr(),
+        cache.value_scales.data_ptr(),
+        cache.key_factor.data_ptr(),
+        _FORMATS[cache.format.dtype],
+        cache.format.num_kv_heads,
+        cache.format.head_dim,
+    )
+
+
+def _angles(table: RopeTable) -> tuple[int, int, int, int, int]:
+    _, num_pages, _, half = table.pages.shape
+    return table.pages.data_ptr(), table.places.data_ptr(), table.set_of.data_ptr(), num_pages, half

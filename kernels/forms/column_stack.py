@@ -1,0 +1,101 @@
+"""The quantised matrices of experts on a card, one below the other: a kernel finds each of them by numbers there."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import reduce
+from operator import or_
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tightrope.kernels.forms.columns import BLOCK, ColumnMatrix
+
+
+@dataclass(frozen=True, slots=True)
+class ColumnStack:
+    """Matrices of the same inputs and outputs, one below the other in `matrix`.
+
+    Of its shares each expert has as many, one expert's after the other's, filled up with shares of no blocks; they tell
+    words and blocks of the whole stack, as `group_of` does groups. `source` is there always.
+    """
+
+    matrix: ColumnMatrix
+    num_experts: int
+
+
+def stack_columns(matrices: Sequence[ColumnMatrix]) -> tuple[ColumnStack, tuple[ColumnMatrix, ...]] | None:
+    """The stack of matrices, and each of them again as a part of it, so that nothing is in memory twice.
+
+    None where they can't be stacked: their sizes, or kinds of scales, zero points or books differ.
+    """
+    first = matrices[0]
+    if any(_kind(matrix) != _kind(first) for matrix in matrices) or not _have_one_book(matrices):
+        return None
+    most = max(len(matrix.shares) for matrix in matrices)
+    shares, groups = [], []
+    word = block = group = 0
+    for matrix in matrices:
+        offsets = torch.tensor([0, block, block, word], dtype=torch.int32, device=matrix.shares.device)
+        shares.append(F.pad(matrix.shares + offsets, (0, 0, 0, most - len(matrix.shares))))
+        groups.append(matrix.group_of + group)
+        word, block, group = word + len(matrix.words), block + len(matrix.group_of), group + _num_groups(matrix)
+    whole = replace(
+        first,
+        widths=reduce(or_, (matrix.widths for matrix in matrices)),
+        words=torch.cat([matrix.words for matrix in matrices]),
+        source=torch.cat([_source(matrix) for matrix in matrices]),
+        group_of=torch.cat(groups),
+        shares=torch.cat(shares),
+        scales=_joined([matrix.scales for matrix in matrices]),
+        scale_codes=_joined([matrix.scale_codes for matrix in matrices]),
+        group_max=_joined([matrix.group_max for matrix in matrices]),
+        zeros=_joined([matrix.zeros for matrix in matrices]),
+    )
+    return ColumnStack(whole, len(matrices)), tuple(_parts(whole, matrices))
+
+
+def _kind(matrix: ColumnMatrix) -> tuple[object, ...]:
+    """What must be the same for a kernel to read two matrices alike."""
+    tensors = (matrix.scales, matrix.scale_codes, matrix.group_max, matrix.zeros)
+    dtypes = (None if tensor is None else tensor.dtype for tensor in tensors)
+    return matrix.num_inputs, matrix.num_outputs, *dtypes
+
+
+def _have_one_book(matrices: Sequence[ColumnMatrix]) -> bool:
+    book = matrices[0].codebook
+    if book is None:
+        return all(matrix.codebook is None for matrix in matrices)
+    return all(matrix.codebook is not None and torch.equal(matrix.codebook, book) for matrix in matrices)
+
+
+def _source(matrix: ColumnMatrix) -> Tensor:
+    rows = len(matrix.group_of) * BLOCK
+    return torch.arange(rows, dtype=torch.int32, device=matrix.words.device) if matrix.source is None else matrix.source
+
+
+def _num_groups(matrix: ColumnMatrix) -> int:
+    scales = matrix.scale_codes if matrix.scales is None else matrix.scales
+    assert scales is not None
+    return len(scales)
+
+
+def _joined(tensors: Sequence[Tensor | None]) -> Tensor | None:
+    found = [tensor for tensor in tensors if tensor is not None]
+    return torch.cat(found) if found else None
+
+
+def _parts(whole: ColumnMatrix, matrices: Sequence[ColumnMatrix]) -> Iterator[ColumnMatrix]:
+    """The matrices with the stack's memory for all that is large."""
+    word = group = 0
+    for matrix in matrices:
+        words, groups = slice(word, word + len(matrix.words)), slice(group, group + _num_groups(matrix))
+        word, group = words.stop, groups.stop
+        yield replace(
+            matrix,
+            words=whole.words[words],
+            scales=None if whole.scales is None else whole.scales[groups],
+            scale_codes=None if whole.scale_codes is None else whole.scale_codes[groups],
+            group_max=None if whole.group_max is None else whole.group_max[groups],
+            zeros=None if whole.zeros is None else whole.zeros[groups],
+        )

@@ -1,0 +1,173 @@
+"""Quantised matrices as the kernels of a card read them: words down each column, in blocks of 32 rows.
+
+Fixed letters: K inputs, N outputs (filled up to tiles of 16, so that each row of words begins at a whole 64 bytes), R
+stored rows, G groups of stored rows.
+"""
+
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tightrope.kernels.forms.quantized import PLANES, TILE, Nf4Matrix, QuantizedMatrix, unpack, unpack_nf4, untiled
+
+BLOCK = 32  # rows; a block of w bits is w words a column
+SLICE_TILES = 256  # of a matrix that are laid out anew at a time
+TILE_OUTPUTS = 256  # that a program takes which multiplies one row
+
+PROGRAMS = 1024  # that a matrix is shared out to: several for each multiprocessor of the largest cards
+FEWEST_BLOCKS = 4  # of a program: one for each of its warps
+
+
+@dataclass(frozen=True, slots=True)
+class ColumnMatrix:
+    """Codes with a scale, and perhaps a zero point, for each output and group of rows; see QuantizedMatrix.
+
+    Stored rows are in blocks of 32 of one group: `source` int32 [R] is the input of each row, -1 where a row only fills
+    up its group, None where row r is input r; `group_of` int32 [R / 32] the group of each block.
+
+    `words` int32 [W, N]: the words of a column, block after block. A block has for each plane of w bits, in the order
+    of PLANES, w words: bits w * f .. w * f + w of word j are those of the block's row 32 / w * j + f.
+
+    scale: `scales` float16 or float32 [G, N], or `scale_codes` uint8 [G, N] and `group_max` float32 [G]:
+    (code / 16)^2 * group_max. zero: `zeros` int16 [G, N], None: 2^(bits - 1). With `codebook` float32 [16], a code of 4
+    bits stands for codebook[code] * scale.
+
+    `shares` int32 [S, 4]: what is shared out to programs: width in bits, first block, end block and first word row of
+    blocks of one width. `widths` has bit w set when there are blocks of w bits.
+    """
+
+    num_inputs: int
+    num_outputs: int
+    widths: int
+    words: Tensor
+    source: Tensor | None
+    group_of: Tensor
+    shares: Tensor
+    scales: Tensor | None = None
+    scale_codes: Tensor | None = None
+    group_max: Tensor | None = None
+    zeros: Tensor | None = None
+    codebook: Tensor | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all its tensors."""
+        parts = (self.words, self.source, self.group_of, self.shares, self.scales, self.scale_codes)
+        return sum(t.nbytes for t in (*parts, self.group_max, self.zeros, self.codebook) if t is not None)
+
+
+def to_columns(matrix: QuantizedMatrix | Nf4Matrix, device: torch.device | str | None = None) -> ColumnMatrix:
+    """The same numbers in the layout of a card, on `device`; by default on the matrix's own.
+
+    Codes are laid out anew SLICE_TILES tiles at a time, so that little more than the two matrices is in memory.
+    """
+    target = matrix.codes.device if device is None else torch.device(device)
+
+    def across(values: Tensor | None) -> Tensor | None:  # [C, G, 16] to [G, N]
+        return None if values is None else _aligned(untiled(values, matrix.num_outputs)).contiguous().to(target)
+
+    if isinstance(matrix, Nf4Matrix):
+        groups = matrix.num_inputs // matrix.blocksize
+        plain = _columns(matrix, None, [matrix.blocksize] * groups, [4] * groups, target)
+        return replace(plain, scales=across(matrix.scales), codebook=matrix.codebook.to(target))
+    counts = matrix.group_starts.diff().tolist()
+    return replace(
+        _columns(matrix, matrix.source, counts, matrix.group_bits.tolist(), target),
+        scales=across(matrix.scales),
+        scale_codes=across(matrix.scale_codes),
+        group_max=None if matrix.group_max is None else matrix.group_max.to(target),
+        zeros=across(matrix.zeros),
+    )
+
+
+def _columns(
+    matrix: QuantizedMatrix | Nf4Matrix, source: Tensor | None, counts: list[int], bits: list[int], device: torch.device
+) -> ColumnMatrix:
+    """The matrix without its scales; its stored rows are in groups of `counts` rows."""
+    num_blocks = [-(-count // BLOCK) for count in counts]
+    num_words = sum(width * count for width, count in zip(bits, num_blocks, strict=True))
+    words = torch.empty(num_words, len(matrix.codes) * TILE, dtype=torch.int32, device=device)
+    for begin in range(0, len(matrix.codes), SLICE_TILES):
+        part = matrix.tiles(begin, min(begin + SLICE_TILES, len(matrix.codes)))
+        codes = _unpacked(replace(part, codes=part.codes.to(device)))
+        first = begin * TILE
+        words[:, first : first + SLICE_TILES * TILE] = pack_columns(_filled_up(codes, counts, 0), bits, num_blocks)
+    if any(count % BLOCK for count in counts):
+        rows = torch.arange(sum(counts), dtype=torch.int32) if source is None else source.cpu()
+        source = _filled_up(rows.unsqueeze(1), counts, -1).squeeze(1)
+    widths, shares = share_out(bits, num_blocks, -(-matrix.num_outputs // TILE_OUTPUTS))
+    return ColumnMatrix(
+        matrix.num_inputs,
+        matrix.num_outputs,
+        widths,
+        words,
+        None if source is None else source.to(device),
+        torch.arange(len(bits), dtype=torch.int32).repeat_interleave(torch.tensor(num_blocks)).to(device),
+        shares.to(device),
+    )
+
+
+def _unpacked(matrix: QuantizedMatrix | Nf4Matrix) -> Tensor:
+    """The codes [R, N] uint8, N filled up to whole tiles with zeros."""
+    return _aligned(unpack_nf4(matrix) if isinstance(matrix, Nf4Matrix) else unpack(matrix))
+
+
+def pack_columns(codes: Tensor, group_bits: list[int], group_blocks: list[int]) -> Tensor:
+    """The words [W, N] of codes [R, N] uint8, in groups of so many bits and blocks."""
+    words = []
+    for bits, first, end in _runs(group_bits, group_blocks):
+        blocks = codes[first * BLOCK : end * BLOCK].view(end - first, BLOCK, -1)
+        planes, shift = [], 0
+        for width in PLANES[bits]:
+            plane = (blocks >> shift) & ((1 << width) - 1)
+            fields = plane.view(len(blocks), width, 4, 8 // width, -1)  # words, bytes, fields of a byte
+            joined = fields[:, :, :, 0]
+            for i in range(1, 8 // width):
+                joined = joined | (fields[:, :, :, i] << (i * width))
+            planes.append(joined)
+            shift += width
+        joined = torch.cat(planes, 1)  # [blocks, bits, 4, N]
+        words.append(joined.transpose(2, 3).contiguous().view(torch.int32).flatten(0, 1).squeeze(-1))
+    return torch.cat(words)
+
+
+def _runs(group_bits: list[int], group_blocks: list[int]) -> list[tuple[int, int, int]]:
+    """(bits, first block, end block) of neighbouring groups of the same width."""
+    runs: list[tuple[int, int, int]] = []
+    end = 0
+    for bits, count in zip(group_bits, group_blocks, strict=True):
+        if runs and runs[-1][0] == bits:
+            runs[-1] = (bits, runs[-1][1], end + count)
+        else:
+            runs.append((bits, end, end + count))
+        end += count
+    return runs
+
+
+def share_out(group_bits: list[int], group_blocks: list[int], num_tiles: int) -> tuple[int, Tensor]:
+    """ColumnMatrix.widths and .shares for a matrix of so many tiles of outputs."""
+    wanted = max(1, PROGRAMS // num_tiles)
+    most = max(FEWEST_BLOCKS, -(-sum(group_blocks) // wanted))
+    shares, widths, word = [], 0, 0
+    for bits, first, end in _runs(group_bits, group_blocks):
+        count = -(-(end - first) // most)
+        borders = [first + (end - first) * i // count for i in range(count + 1)]
+        shares += [(bits, a, b, word + (a - first) * bits) for a, b in pairwise(borders)]
+        widths |= 1 << bits
+        word += (end - first) * bits
+    return widths, torch.tensor(shares, dtype=torch.int32)
+
+
+def _filled_up(rows: Tensor, counts: list[int], number: int) -> Tensor:
+    """rows [R, .] in groups of `counts`, each filled up to whole blocks with a number."""
+    if not any(count % BLOCK for count in counts):
+        return rows
+    return torch.cat([F.pad(part, (0, 0, 0, -len(part) % BLOCK), value=number) for part in rows.split(counts)])
+
+
+def _aligned(values: Tensor) -> Tensor:
+    """values [., N] with zeros after the last output."""
+    return F.pad(values, (0, -values.shape[1] % TILE))

@@ -1,0 +1,224 @@
+"""The commands: `tightrope serve`, `tightrope chat`, `tightrope plan` and `tightrope perplexity`.
+
+Up front only the table of options is imported, so that `--help` answers at once.
+"""
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
+
+from tightrope import __version__
+from tightrope.engine.console import printable
+from tightrope.server.settings.options import OPTIONS
+
+EXIT_FAILED = 1  # no such model, port in use
+EXIT_USAGE = 2  # a setting that can't be used
+
+EPILOG = """Each option can also stand in the file of --config (max-model-len = 8192) and in the environment
+(TIGHTROPE_MAX_MODEL_LEN=8192). The environment wins over the file, the command line over both."""
+OWN_ARGUMENTS: Mapping[str, Sequence[str]] = {  # of a command, beside the options that settings are made of
+    "serve": (),
+    "chat": ("url", "system", "max_tokens"),
+    "plan": ("memory", "json"),
+    "perplexity": ("text", "contexts", "max_tokens", "compare_kv", "json", "plot"),
+}
+_MODEL_OPTIONS = [name for name, option in OPTIONS.items() if option.path[:2] == ("engine", "model")]
+OWN_SERVER_GROUPS = frozenset({"model", "context and memory", "speed"})  # what matters to a chat with a model
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; return the exit status: 0, 1 when it failed, 2 when it can't be understood."""
+    given = vars(_parser().parse_args(arguments))
+    command = given.pop("command")
+    own = {name: given.pop(name, None) for name in OWN_ARGUMENTS[command]}
+    if "model_option" in given:
+        if "model" in given:
+            return _fail("MODEL and --model name a model twice; give only one of them", EXIT_USAGE)
+        given["model"] = given.pop("model_option")
+    values = {
+        name.replace("_", "-"): ",".join(value) if isinstance(value, list) else value for name, value in given.items()
+    }
+    try:
+        if command == "perplexity":
+            return _perplexity(values, own)
+        if command == "plan":
+            return _plan(values, own["memory"], as_json=own["json"] is True)
+        return _serve(values) if command == "serve" else _chat(values, **own)
+    except KeyboardInterrupt:
+        return 130  # as a shell reports a command that Ctrl-C ended
+
+
+def _serve(values: Mapping[str, str]) -> int:
+    from tightrope.server.settings.settings import SettingsError, load_settings
+
+    try:
+        settings = load_settings(values)
+    except SettingsError as error:
+        return _fail(str(error), EXIT_USAGE)
+    from tightrope.server.cli.serve import ServeError, serve
+
+    try:
+        return serve(settings)
+    except ServeError as error:
+        return _fail(str(error), EXIT_FAILED)
+
+
+def _chat(values: Mapping[str, str], url: str | None, system: str | None, max_tokens: int | None) -> int:
+    from tightrope.server.cli.chat import ChatError, chat, own_server
+    from tightrope.server.settings.settings import SettingsError, load_settings
+
+    ignored = sorted(values.keys() - {"api-key", "config"})
+    if url is not None and ignored:
+        return _fail(f"--url: a running server has its settings already; leave out --{ignored[0]}", EXIT_USAGE)
+    try:
+        settings = load_settings(values)
+    except SettingsError as error:
+        return _fail(str(error), EXIT_USAGE)
+    try:
+        if url is not None:
+            return chat(url, settings.api_key, system, max_tokens)
+        with own_server(values) as own_url:
+            return chat(own_url, settings.api_key, system, max_tokens)
+    except ChatError as error:
+        return _fail(str(error), EXIT_FAILED)
+
+
+def _plan(values: Mapping[str, str], memory: str | None, *, as_json: bool) -> int:
+    from tightrope.server.cli.plan import PlanError, UsageError, parse_size, plan
+    from tightrope.server.settings.settings import SettingsError, load_settings
+
+    try:
+        settings = load_settings(values)
+        memory_bytes = None if memory is None else parse_size(memory)
+    except (SettingsError, UsageError) as error:
+        return _fail(str(error), EXIT_USAGE)
+    try:
+        return plan(settings.engine.model, memory_bytes, as_json=as_json)
+    except PlanError as error:
+        return _fail(str(error), EXIT_FAILED)
+
+
+def _perplexity(values: Mapping[str, str], own: Mapping[str, Any]) -> int:
+    from tightrope.server.cli.perplexity.command import PerplexityError, UsageError, Wish, perplexity
+    from tightrope.server.settings.settings import SettingsError, load_settings
+
+    try:
+        wish = Wish.of(**own)
+        settings = wish.fit(load_settings(values).engine.model)
+    except (SettingsError, UsageError) as error:
+        return _fail(str(error), EXIT_USAGE)
+    try:
+        return perplexity(settings, wish)
+    except PerplexityError as error:
+        return _fail(str(error), EXIT_FAILED)
+
+
+def _fail(message: str, status: int) -> int:
+    print(f"tightrope: {printable(' '.join(message.split()))}", file=sys.stderr)  # one line, whatever it quotes
+    return status
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the list of all options in front of it."""
+
+    def error(self, message: str) -> NoReturn:
+        sys.exit(_fail(f"{message}; see {self.prog} --help", EXIT_USAGE))
+
+
+class _Formatter(argparse.HelpFormatter):
+    """Names the value once behind all spellings of an option, not behind each."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=30)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings or action.nargs == 0:
+            return super()._format_action_invocation(action)
+        return f"{', '.join(action.option_strings)} {action.metavar}"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="tightrope", description="Long contexts in tight memory: serve the chat models you have.")
+    parser.add_argument("--version", action="version", version=f"tightrope {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+    serve = _add_command(commands, "serve", "serve a model over HTTP")
+    _add_options(serve, list(OPTIONS))
+    chat = _add_command(
+        commands, "chat", "chat in the terminal, with a running server or with a model served meanwhile"
+    )
+    talk = chat.add_argument_group("chat")
+    talk.add_argument("--url", metavar="URL", help="talk to this running server, such as http://127.0.0.1:8080")
+    talk.add_argument("--system", metavar="TEXT", help="system prompt")
+    talk.add_argument(
+        "--max-tokens", metavar="N", type=_count, help="longest answer (default: to the end of the window)"
+    )
+    own = [name for name, option in OPTIONS.items() if option.group in OWN_SERVER_GROUPS]
+    _add_options(chat, [*own, "api-key", "log-level"])
+    _add_plan(commands)
+    _add_perplexity(commands)
+    return parser
+
+
+def _add_plan(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    parser = _add_command(
+        commands, "plan", "say what a model needs and the largest context that fits, without loading it"
+    )
+    own = parser.add_argument_group("plan")
+    own.add_argument("--memory", metavar="SIZE", help="memory to plan for, such as 24GiB (default: what is free)")
+    own.add_argument("--json", action="store_true", help="print one JSON object")
+    _add_options(parser, _MODEL_OPTIONS)
+
+
+def _add_perplexity(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    parser = _add_command(commands, "perplexity", "measure how well a model predicts a text, by context length")
+    own = parser.add_argument_group("measurement")
+    own.add_argument("--text", metavar="FILE", required=True, help="text to predict, UTF-8")
+    own.add_argument("--contexts", metavar="N,N,...", help="context lengths in tokens (default: 512,1024,2048)")
+    own.add_argument(
+        "--max-tokens", metavar="N", type=_count, help="tokens to run for each length (default: the whole text)"
+    )
+    own.add_argument(
+        "--compare-kv", metavar="TYPES", help="say what caches of these types, such as q8,q4, change against f16"
+    )
+    own.add_argument("--json", metavar="FILE", help="write the results there as well")
+    own.add_argument("--plot", metavar="FILE.png", help="draw the table there as well")
+    _add_options(parser, _MODEL_OPTIONS)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"should be a positive number, not {text!r}")
+    return int(text)
+
+
+def _add_command(commands: "argparse._SubParsersAction[_Parser]", name: str, summary: str) -> argparse.ArgumentParser:
+    return commands.add_parser(
+        name,
+        help=summary,
+        description=f"{summary[0].upper()}{summary[1:]}.",
+        usage=f"tightrope {name} [MODEL] [options]",
+        epilog=EPILOG,
+        formatter_class=_Formatter,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+
+
+def _add_options(parser: argparse.ArgumentParser, names: Sequence[str]) -> None:
+    parser.add_argument("model", nargs="?", metavar="MODEL", help=OPTIONS["model"].help)
+    parser.add_argument("--config", metavar="FILE", help="TOML file with options")
+    groups: dict[str, argparse._ArgumentGroup] = {}
+    for name in names:
+        option = OPTIONS[name]
+        if option.group not in groups:
+            groups[option.group] = parser.add_argument_group(option.group)
+        spellings = [*(a for a in option.aliases if not a.startswith("--")), f"--{name}"]
+        spellings += [alias for alias in option.aliases if alias.startswith("--")]
+        groups[option.group].add_argument(
+            *spellings,
+            dest="model_option" if name == "model" else name.replace("-", "_"),
+            metavar=option.metavar,
+            help=option.help,
+            action="append" if option.is_list else "store",
+        )

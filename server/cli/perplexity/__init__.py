@@ -1,0 +1,1 @@
+"""`tightrope perplexity`: the command, what it found, and its picture."""

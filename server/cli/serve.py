@@ -1,0 +1,183 @@
+"""`tightrope serve`: the front process, from the bound socket to the last drained answer."""
+
+import asyncio
+import logging
+import os
+import shlex
+import signal
+import socket
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import uvicorn
+import uvloop
+
+from tightrope import __version__
+from tightrope.engine.console import log_to_stderr, printable
+from tightrope.engine.errors import BackendFailed, EngineError
+from tightrope.engine.process.client import EngineClient
+from tightrope.engine.types import ModelInfo
+from tightrope.server.app import create_app
+from tightrope.server.cli.freed_memory import give_back_freed_memory
+from tightrope.server.dialects.openai.convert import means_the_model
+from tightrope.server.http.connections import Connection
+from tightrope.server.http.draining import Drain
+from tightrope.server.http.guards import is_loopback
+from tightrope.server.http.metrics import Metrics
+from tightrope.server.settings.settings import ServerSettings
+from tightrope.server.state import Front
+
+log = logging.getLogger("tightrope.serve")
+
+DRAIN_S = 60  # how long answers may go on after SIGTERM
+CLOSE_S = 5  # how long connections may then take to close
+
+
+class ServeError(Exception):
+    """The server can't start; the message is one line."""
+
+
+def serve(settings: ServerSettings) -> int:
+    """Serve until SIGTERM or Ctrl-C; return the exit status. Raises ServeError when address or model can't be had."""
+    _log_to_stderr(settings.log_level)
+    give_back_freed_memory()
+    listener = bind(settings.host, settings.port)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(_serve(settings, listener))
+    return 0
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket; port 0 takes a free one. Raises ServeError in one line."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except (socket.gaierror, UnicodeError):
+        raise ServeError(f"--host: {host!r} is no address of this machine") from None
+    listener = socket.socket(family, kind, protocol)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # or a restart waits for old connections to time out
+    try:
+        listener.bind(address)
+        listener.listen(1024)
+    except OSError as error:
+        listener.close()
+        hint = "choose another with --port, or 0 for a free one"
+        raise ServeError(
+            f"can't listen on {host} port {port}: {(error.strerror or 'refused').lower()}; {hint}"
+        ) from None
+    listener.setblocking(False)
+    return listener
+
+
+class _Server(uvicorn.Server):
+    """uvicorn, with the signals left to us: it would end with the signal's own status after a clean drain."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+async def _serve(settings: ServerSettings, listener: socket.socket) -> None:
+    url = base_url(settings.host, listener.getsockname()[1])
+    client = EngineClient(settings.engine)
+    front = Front(client, settings, Metrics(client))
+    drain = Drain(DRAIN_S)
+    config = uvicorn.Config(
+        create_app(front, drain),
+        http=Connection,
+        ws="none",
+        log_config=None,
+        access_log=settings.log_level == "debug",
+        lifespan="on",  # the app starts the engine and closes it
+        timeout_graceful_shutdown=CLOSE_S,
+        server_header=False,
+    )
+    server = _Server(config)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, _stop, drain)
+    _say(f"tightrope {__version__} at {url} is loading the model")
+    announcing = asyncio.create_task(_announce(front, server, drain, url))
+    ending = asyncio.create_task(_end(drain, server))
+    try:
+        await server.serve([listener])
+        if announcing.done():
+            announcing.result()  # raises what kept the model from being loaded
+    finally:
+        announcing.cancel()
+        ending.cancel()
+
+
+def _stop(drain: Drain) -> None:
+    """The first signal lets answers finish; the second ends everything at once, the engine with it."""
+    if drain.is_on:
+        os._exit(1)  # the engine sees its socket close
+    if drain.num_open:
+        log.warning("finishing the answers under way, at most %d s; a second signal stops at once", DRAIN_S)
+    drain.begin()
+
+
+async def _end(drain: Drain, server: uvicorn.Server) -> None:
+    """End the server once it has been told to, and owes nobody an answer; until then it listens, and refuses."""
+    await drain.over()
+    server.should_exit = True
+
+
+async def _announce(front: Front, server: uvicorn.Server, drain: Drain, url: str) -> None:
+    """Print what is served once it is. Raises ServeError, after ending the server, when it can't be, or no more."""
+    client, settings = front.client, front.settings
+    try:
+        info = await client.wait_ready()
+        for name in client.adapters:
+            if means_the_model(name, settings.served_model_name or info.model_id):
+                raise BackendFailed(f"--lora: {name!r} means the model itself; give the adapter another name")
+        notes = await front.template_notes()
+    except EngineError as error:
+        server.should_exit = True
+        if drain.is_on:
+            return
+        raise ServeError(error.message) from None
+    _say("\n".join(map(printable, ready_lines(info, settings, url, notes))))
+    if settings.api_key is None and not is_loopback(settings.host):
+        log.warning("anyone who can reach %s can use this server; --api-key asks for a key", settings.host)
+    reason = await client.wait_failed()
+    server.should_exit = True
+    raise ServeError(reason)
+
+
+def _say(text: str) -> None:
+    """Print what people may want to read; a full disk or a reader that left is no reason not to serve."""
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        log.warning("standard output takes nothing more: %s", error.strerror)
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())  # or what is left in its buffer fails again at the end
+
+
+def ready_lines(info: ModelInfo, settings: ServerSettings, url: str, template_notes: Sequence[str] = ()) -> list[str]:
+    """What a person wants to know once the model is there, and one line to try."""
+    name = settings.served_model_name or info.model_id
+    key = "" if settings.api_key is None else " -H 'Authorization: Bearer YOUR_KEY'"
+    body = '{"messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 100}'
+    return [
+        f"ready     {name} ({info.architecture}, {info.format})",
+        f"context   {info.max_model_len} tokens",
+        f"cache     {info.cache_tokens} tokens, {info.cache_dtype}, for up to {info.max_num_seqs} answers at a time",
+        *(f"note      {note}" for note in (*info.notes, *template_notes)),
+        f"url       {url} (API pages at {url}/docs)",
+        f"try       curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d {shlex.quote(body)}",
+    ]
+
+
+def base_url(host: str, port: int) -> str:
+    """The address to type on this machine; a wildcard address means loopback there."""
+    if host in ("0.0.0.0", "::", "*"):
+        host = "127.0.0.1"
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _log_to_stderr(level: str) -> None:
+    log_to_stderr(level)
+    for name in ("uvicorn.error", "uvicorn", "httpx", "asyncio"):
+        # theirs says what ours says already ("Started server process", "Application startup complete")
+        logging.getLogger(name).setLevel("DEBUG" if level == "debug" else "WARNING")

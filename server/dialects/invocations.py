@@ -1,0 +1,61 @@
+"""SageMaker's one route for everything: the body's shape says which API is meant."""
+
+from typing import Annotated
+
+from fastapi import APIRouter, Request, Response
+from pydantic import Discriminator, Tag
+
+from tightrope.server.dialects.openai.answers import ChatAnswer, CompletionAnswer, ErrorAnswer
+from tightrope.server.dialects.openai.requests import ChatRequest, CompletionRequest
+from tightrope.server.dialects.openai.routes import ERRORS, EVENTS, answer_chat, answer_completion
+from tightrope.server.dialects.tgi.requests import CompatBody, ErrorText, GenerateAnswer
+from tightrope.server.dialects.tgi.routes import ERRORS as TGI_ERRORS
+from tightrope.server.dialects.tgi.routes import answer_compat
+from tightrope.server.http.body import Documented, JsonRoute
+from tightrope.server.state import Front
+
+BOTH: Documented = {
+    **ERRORS,
+    200: {
+        "model": list[GenerateAnswer] | ChatAnswer | CompletionAnswer,
+        "content": EVENTS,
+        "description": "What the route that the body is made for answers.",
+    },
+    422: TGI_ERRORS[422],
+    424: TGI_ERRORS[424],
+    429: {**ERRORS[429], "model": ErrorAnswer | ErrorText},
+}
+
+
+def _shape(body: object) -> str | None:
+    """The body's tag. In brackets, since errors are told with the path of tags and keys: a tag is to be no key."""
+    keys = body if isinstance(body, dict) else {}
+    return next((f"<{key}>" for key in ("inputs", "messages", "prompt") if keys.get(key) is not None), None)
+
+
+AnyBody = Annotated[
+    Annotated[CompatBody, Tag("<inputs>")]
+    | Annotated[ChatRequest, Tag("<messages>")]
+    | Annotated[CompletionRequest, Tag("<prompt>")],
+    Discriminator(
+        _shape,
+        custom_error_type="no_known_shape",
+        custom_error_message="one of inputs, messages and prompt is required",
+    ),
+]
+
+
+def invocations_router(front: Front) -> APIRouter:
+    """POST /invocations."""
+    router = APIRouter(route_class=JsonRoute, tags=["TGI"])
+
+    @router.post("/invocations", response_model=None, responses=BOTH)
+    async def invocations(body: AnyBody, request: Request) -> Response:
+        """Answer as POST /, /v1/chat/completions or /v1/completions do to the same body."""
+        if isinstance(body, CompatBody):
+            return await answer_compat(front, body, request)
+        if isinstance(body, ChatRequest):
+            return await answer_chat(front, body, request)
+        return await answer_completion(front, body, request)
+
+    return router

@@ -1,0 +1,330 @@
+"""What clients of the OpenAI API get: the whole answers, and the parts that streams share with them."""
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+import msgspec
+from pydantic import BaseModel, Field
+
+from tightrope.engine.types import Finish, PromptInfo, Token
+from tightrope.server.answering import Choice
+from tightrope.server.dialects.openai.call_parser import Arguments, CallOpened
+from tightrope.server.dialects.openai.requests import ChatRequest, CompletionRequest
+from tightrope.server.dialects.openai.tools import ToolUse
+from tightrope.server.fields.explain import Explained
+
+FinishReason = Literal["stop", "length", "tool_calls", "error"]
+LOWEST = -9999.0  # JSON has no infinity
+
+
+class ErrorDetail(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorAnswer(BaseModel):
+    """Every error on /v1."""
+
+    error: ErrorDetail
+
+
+class PromptTokensDetails(BaseModel):
+    """cached_tokens: of the prompt, found in the cache."""
+
+    cached_tokens: int
+
+
+class Usage(BaseModel):
+    """Tokens over all prompts and choices."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+
+class TopLogprob(BaseModel):
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class TokenLogprob(TopLogprob):
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(BaseModel):
+    """Raw log probabilities of an answer's tokens, the end token included."""
+
+    content: list[TokenLogprob]
+    refusal: None
+
+
+class CompletionLogprobs(BaseModel):
+    """Four lists of one length. The first echoed token has null in two of them."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
+class PromptLogprob(BaseModel):
+    """rank: place among the likeliest, null for a token beyond those listed."""
+
+    logprob: float
+    rank: int | None
+    decoded_token: str
+
+
+PromptLogprobs = Annotated[
+    list[dict[str, PromptLogprob] | None], Field(description="Absent unless asked for; token ids are the keys.")
+]
+
+
+class CalledFunction(BaseModel):
+    """arguments: a JSON object as text, cut short where the answer is."""
+
+    name: str
+    arguments: str
+
+
+class MadeCall(BaseModel):
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
+class ChatMessage(BaseModel):
+    """content: null beside calls without text. tool_calls: absent without calls."""
+
+    role: Literal["assistant"]
+    content: str | None
+    tool_calls: list[MadeCall] = []
+
+
+class ChatChoice(BaseModel):
+    index: int
+    message: ChatMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReason
+    stop_reason: str | int | None
+    prompt_logprobs: PromptLogprobs = []
+
+
+class ChatAnswer(BaseModel):
+    """POST /v1/chat/completions."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[ChatChoice]
+    usage: Usage
+    explain: Explained = {}
+
+
+class CompletionChoice(BaseModel):
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: FinishReason
+    stop_reason: str | int | None
+    prompt_logprobs: PromptLogprobs = []
+
+
+class CompletionAnswer(BaseModel):
+    """POST /v1/completions."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[CompletionChoice]
+    usage: Usage
+    explain: Explained = {}
+
+
+class ModelCard(BaseModel):
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    root: str
+    parent: str | None
+    max_model_len: int
+
+
+class ModelList(BaseModel):
+    """GET /v1/models."""
+
+    object: Literal["list"]
+    data: list[ModelCard]
+
+
+def finish_reason(finish: Finish, num_calls: int = 0) -> FinishReason:
+    """OpenAI's word for an end."""
+    if finish.reason in ("length", "error"):
+        return "length" if finish.reason == "length" else "error"
+    return "tool_calls" if num_calls else "stop"
+
+
+def stop_reason(finish: Finish) -> str | int | None:
+    """The stop string, or the id of a token that the client named; what went wrong with an error."""
+    if finish.reason == "error":
+        return finish.message
+    return finish.matched if finish.reason in ("stop_string", "stop_token") else None
+
+
+def usage(prompts: Sequence[PromptInfo], completion_tokens: int) -> dict[str, Any]:
+    """Usage over all prompts (one PromptInfo each) and all choices."""
+    prompt_tokens = sum(prompt.num_tokens for prompt in prompts)
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": sum(prompt.num_cached for prompt in prompts)},
+    }
+
+
+def token_name(raw: bytes) -> str:
+    """A token as text; a torn character as `bytes:\\xe2\\x80`, so that different tokens have different names."""
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+
+def _finite(logprob: float | None) -> float:
+    return LOWEST if logprob is None or not logprob > LOWEST else logprob
+
+
+def chat_logprobs(tokens: Sequence[Token]) -> dict[str, Any]:
+    """The chat form."""
+    return {
+        "content": [
+            {
+                "token": token_name(token.raw),
+                "logprob": _finite(token.logprob),
+                "bytes": list(token.raw),
+                "top_logprobs": [
+                    {"token": token_name(top.raw), "logprob": _finite(top.logprob), "bytes": list(top.raw)}
+                    for top in token.top
+                ],
+            }
+            for token in tokens
+        ],
+        "refusal": None,
+    }
+
+
+def completion_logprobs(tokens: Sequence[Token], offset: int = 0) -> dict[str, Any]:
+    """The completions form; `offset` is the place of the first of `tokens` in the text.
+
+    Each dict of alternatives holds the chosen token too, with the very same float.
+    """
+    offsets = []
+    for token in tokens:
+        offsets.append(max(0, offset))
+        offset += len(token.text)
+    return {
+        "tokens": [token_name(token.raw) for token in tokens],
+        "token_logprobs": [None if token.logprob is None else _finite(token.logprob) for token in tokens],
+        "top_logprobs": [
+            None
+            if token.logprob is None
+            else {token_name(top.raw): _finite(top.logprob) for top in token.top}
+            | {token_name(token.raw): _finite(token.logprob)}
+            for token in tokens
+        ],
+        "text_offset": offsets,
+    }
+
+
+def echo_offset(echo: str, echoed: Sequence[Token]) -> int:
+    """Where the prompt's tokens begin in its text: before it, if a BOS was put in front that the text doesn't have."""
+    return len(echo) - sum(len(token.text) for token in echoed)
+
+
+def prompt_logprobs(tokens: Sequence[Token], top: int) -> list[dict[str, Any] | None]:
+    """vLLM's form: for each token of the prompt its own entry and those of the `top` likeliest, by token id.
+
+    The first token has null. `rank` is the place among the likeliest, null for a token beyond those listed.
+    """
+    listed: list[dict[str, Any] | None] = []
+    for token in tokens:
+        if token.logprob is None:
+            listed.append(None)
+            continue
+        ranks = {other.token_id: rank for rank, other in enumerate(token.top, 1)}
+        chosen = {token.token_id: (token.raw, token.logprob)}
+        others = {other.token_id: (other.raw, other.logprob) for other in token.top[:top]}
+        listed.append(
+            {
+                str(token_id): {
+                    "logprob": _finite(logprob),
+                    "rank": ranks.get(token_id),
+                    "decoded_token": token_name(raw),
+                }
+                for token_id, (raw, logprob) in (others | chosen).items()
+            }
+        )
+    return listed
+
+
+def _scored_prompt(choice: Choice, top: int | None) -> dict[str, Any]:
+    return {} if top is None else {"prompt_logprobs": prompt_logprobs(choice.prompt.tokens or (), top)}
+
+
+def chat_message(text: str, tools: ToolUse | None) -> dict[str, Any]:
+    """The assistant's message, with the calls that are in its text."""
+    if tools is None:
+        return {"role": "assistant", "content": text}
+    parser = tools.parser()
+    content = ""
+    calls: list[dict[str, Any]] = []
+    for piece in (*parser.feed(text), *parser.finish()):
+        match piece:
+            case str():
+                content += piece
+            case CallOpened(call_id=call_id, name=name):
+                calls.append({"id": call_id, "type": "function", "function": {"name": name, "arguments": ""}})
+            case Arguments(text=arguments):
+                calls[-1]["function"]["arguments"] += arguments
+    if not calls:
+        return {"role": "assistant", "content": content}
+    return {"role": "assistant", "content": content or None, "tool_calls": calls}
+
+
+def chat_choice(index: int, choice: Choice, body: ChatRequest, tools: ToolUse | None = None) -> dict[str, Any]:
+    """One choice of a whole chat answer."""
+    message = chat_message(choice.text, tools)
+    return {
+        "index": index,
+        "message": message,
+        "logprobs": chat_logprobs(choice.tokens) if body.logprobs else None,
+        "finish_reason": finish_reason(choice.finish, len(message.get("tool_calls", ()))),
+        "stop_reason": stop_reason(choice.finish),
+        **_scored_prompt(choice, body.prompt_logprobs),
+    }
+
+
+def completion_choice(index: int, choice: Choice, echo: str | None, body: CompletionRequest) -> dict[str, Any]:
+    """One choice of a whole completion; `echo` is the prompt's text to put in front."""
+    logprobs = None
+    if body.logprobs is not None:
+        prompt = (choice.prompt.tokens or ()) if echo is not None else ()
+        echoed = [msgspec.structs.replace(token, top=token.top[: body.logprobs]) for token in prompt]
+        logprobs = completion_logprobs([*echoed, *choice.tokens], echo_offset(echo or "", echoed))
+    return {
+        "index": index,
+        "text": (echo or "") + choice.text,
+        "logprobs": logprobs,
+        "finish_reason": finish_reason(choice.finish),
+        "stop_reason": stop_reason(choice.finish),
+        **_scored_prompt(choice, body.prompt_logprobs),
+    }

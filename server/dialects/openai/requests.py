@@ -1,0 +1,166 @@
+"""What clients of the OpenAI API send.
+
+The sampling fields here are those that our API page shows; server.sampling_fields reads them and their many siblings.
+Other fields are refused, or ignored and listed, see `convert.fields_ignored`.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from tightrope.server.fields import structured
+from tightrope.server.fields.sampling import KNOWN
+from tightrope.server.http.body import EVERY_NAME, Body, FirstErrorOnly, ShownBody
+
+REASONING = ("reasoning_content", "thinking", "reasoning")  # names of what an assistant thought before its words
+MAX_INT = 2**63 - 1  # what crosses the process border as an integer
+Ids = Annotated[list[Annotated[int, Field(ge=-MAX_INT, le=MAX_INT)]], FirstErrorOnly()]
+
+Bias = dict[str, float | bool] | list[Annotated[list[float | bool], Field(min_length=2, max_length=2)]]
+
+
+class StreamOptions(Body):
+    """How a stream ends."""
+
+    include_usage: bool = Field(False, description="One last chunk with the usage and no choices.")
+
+
+class ResponseFormat(Body):
+    """The shape of the answer."""
+
+    read_elsewhere = frozenset({"schema"})  # llama.cpp's place for the schema of a json_object
+
+    type: Literal["text", "json_object", "json_schema", "json", "regex"] = "text"
+    json_schema: dict[str, Any] | None = Field(None, description='{"name": ..., "schema": ...}; always enforced.')
+    value: Any = Field(None, description="TGI's place for a JSON schema, or for a regular expression.")
+
+
+class AnswerBody(Body):
+    """What all routes that write have in common, whichever dialect they speak, but for TGI's."""
+
+    read_elsewhere = KNOWN | structured.NAMES
+
+    model: str | None = Field(None, description="The served model's name, or an adapter's; may be left out.")
+    adapter_scale: float = Field(1.0, ge=-10, le=10, description="How much of the adapter is added.")
+    cache_salt: str | None = Field(None, description="Requests with different salts share no cached tokens.")
+    truncate_prompt_tokens: int | None = Field(None, ge=1, le=MAX_INT, description="Keep the last n of the prompt.")
+    skip_special_tokens: bool = True
+    explain: bool = Field(False, description="Say in the answer what was done: prompt, samplers, ignored fields.")
+
+
+class SamplingBody(AnswerBody):
+    """What both kinds of request have in common."""
+
+    n: int = Field(1, ge=1, description="Answers to each prompt.")
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    stop: str | Annotated[list[str], FirstErrorOnly()] | None = Field(
+        None, description="Texts that end the answer and are cut from it."
+    )
+    temperature: float = Field(1.0, ge=0, description="0 is greedy.")
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=-1, le=MAX_INT, description="0 and -1 are off.")
+    min_p: float = Field(0.0, ge=0, le=1)
+    typical_p: float = Field(1.0, gt=0, le=1)
+    repetition_penalty: float = Field(1.0, gt=0, description="Over prompt and answer, once per token id.")
+    presence_penalty: float = Field(0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(0.0, ge=-2, le=2)
+    logit_bias: Bias | None = Field(None, description='{"token id": -100 to 100}; -100 and false ban.')
+    seed: int | None = Field(None, ge=-1, lt=2**64, description="The same seed gives the same text; -1 is random.")
+    min_tokens: int = Field(0, ge=0, le=MAX_INT, description="Ends are held back until then.")
+    ignore_eos: bool = Field(False, description="Write on to max_tokens.")
+    stop_token_ids: Ids | None = None
+    include_stop_str_in_output: bool = False
+    response_format: ResponseFormat | None = None
+    prompt_logprobs: int | None = Field(
+        None, ge=0, description="Score the prompt's tokens too, with that many alternatives; not in streams."
+    )
+
+
+class ContentPart(ShownBody):
+    """A piece of a message; text alone is understood."""
+
+    type: str
+    text: str | None = None
+
+
+class FunctionCall(Body):
+    """Which function the assistant called, and with what: a JSON object as text."""
+
+    name: str
+    arguments: str = "{}"
+
+
+class ToolCall(ShownBody):
+    """A call in an assistant's earlier turn."""
+
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
+class Message(ShownBody):
+    """One turn of the chat. Whatever else is in it is for the chat template, which may read it or not."""
+
+    read_elsewhere = frozenset(REASONING)
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[ContentPart] | None = None
+    name: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+
+
+class Function(Body):
+    """A function that the model may call; it is shown to the model as it came, with whatever else is in it."""
+
+    read_elsewhere = EVERY_NAME
+
+    name: str = Field(description="1 to 64 letters, digits, _ and -.")
+    parameters: dict[str, Any] | None = Field(None, description="A JSON schema; default: no parameters.")
+    strict: bool | None = Field(None, description="Calls that the model decides on are valid under the schema too.")
+
+
+class Tool(ShownBody):
+    """A kind of tool; there are no others than functions."""
+
+    read_elsewhere = EVERY_NAME
+
+    type: Literal["function"]
+    function: Function
+
+
+class ChatRequest(SamplingBody):
+    """POST /v1/chat/completions."""
+
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1, le=MAX_INT, description="Default: to the end of the window.")
+    max_tokens: int | None = Field(None, ge=1, le=MAX_INT, description="The older name of max_completion_tokens.")
+    logprobs: bool = False
+    top_logprobs: int | None = Field(None, ge=0, description="Alternatives at each token.")
+    add_generation_prompt: bool | None = Field(None, description="Open a new turn of the assistant; default true.")
+    continue_final_message: bool = Field(False, description="Write on inside the last message.")
+    add_special_tokens: bool = Field(True, description="BOS in front where the model wants one and none is there.")
+    chat_template_kwargs: dict[str, Any] | None = Field(None, description="Variables of the chat template.")
+    template_vars: dict[str, Any] | None = Field(None, description="The same, beneath chat_template_kwargs.")
+    documents: list[dict[str, Any]] | None = Field(None, description="For templates that write them into the prompt.")
+    tools: list[Tool] | None = None
+    tool_choice: str | dict[str, Any] | None = Field(
+        None, description='"none", "auto", "required" or {"type": "function", "function": {"name": ...}}.'
+    )
+    parallel_tool_calls: bool = Field(True, description="Whether one answer may hold several calls.")
+
+
+class CompletionRequest(SamplingBody):
+    """POST /v1/completions."""
+
+    prompt: str | Annotated[list[str], FirstErrorOnly()] | Ids | Annotated[list[Ids], FirstErrorOnly()] = Field(
+        description="Text, token ids, or a list of either."
+    )
+    max_tokens: int = Field(16, ge=0, le=MAX_INT)
+    best_of: int | None = Field(None, ge=1, description="Answers written, of which the n best are given.")
+    echo: bool = Field(False, description="Put the prompt in front of the text.")
+    logprobs: int | None = Field(None, ge=0, description="Alternatives at each token, besides the chosen one.")
+    suffix: str | None = None
+    add_special_tokens: bool = Field(True, description="BOS in front of text where the model wants one.")
+    add_bos_token: bool = Field(True, description="The same; no BOS is added unless both are true.")

@@ -1,0 +1,173 @@
+"""What was done with a request: prompt, BOS, reused tokens, samplers in order, fields that changed nothing."""
+
+import asyncio
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Annotated, Any
+
+import msgspec
+from fastapi import Request
+from pydantic import Field
+
+from tightrope.engine.types import SAMPLER_ORDER, GenerateRequest, Prompt, PromptInfo, SamplingParams, TextPrompt, Token
+from tightrope.server.answering import or_gone
+from tightrope.server.fields.sampling import Ignored
+from tightrope.server.state import Front
+
+Explained = Annotated[dict[str, Any], Field(description="Absent unless asked for.")]
+
+# Steps with the parameters that they look at; a step is off while the first of them is neutral.
+_EDITS: tuple[tuple[str, ...], ...] = (
+    ("repetition_penalty", "penalty_range", "repetition_decay"),
+    ("frequency_penalty", "penalty_range"),
+    ("presence_penalty", "penalty_range"),
+    ("relative_frequency_penalty", "penalty_range"),
+    ("no_repeat_ngram_size",),
+    ("dry_multiplier", "dry_base", "dry_allowed_length", "dry_range", "dry_sequence_breakers"),
+    ("logit_bias",),
+    ("banned_tokens",),
+    ("banned_strings",),
+)
+_STEPS: Mapping[str, tuple[str, ...]] = {step: (step,) for step in SAMPLER_ORDER} | {
+    "temperature": ("temperature", "dynatemp_range", "dynatemp_exponent"),
+    "smoothing": ("smoothing_factor", "smoothing_curve"),
+    "xtc": ("xtc_probability", "xtc_threshold"),
+}
+_ADAPTIVE_P = ("adaptive_target", "adaptive_decay")
+_MIROSTAT = ("mirostat_mode", "mirostat_tau", "mirostat_eta")
+_NEUTRAL = msgspec.structs.asdict(SamplingParams())
+
+_OF_THE_CLIENT = "the client's own note"
+_WINDOW = "the window is the server's; a prompt that does not fit is refused"
+_TEMPLATE = "a variable of the chat template comes in chat_template_kwargs"
+REASONS: Mapping[str, str] = {  # fields that clients send without a meaning to any server, and near misses
+    "api_type": _OF_THE_CLIENT,
+    "api_server": _OF_THE_CLIENT,
+    "legacy_api": _OF_THE_CLIENT,
+    "truncation_length": _WINDOW,
+    "num_ctx": _WINDOW,
+    "max_context_length": _WINDOW,
+    "n_probs": "logprobs decides here",
+    "cache_prompt": "found tokens are always reused",
+    "trim_stop": "stop strings are always cut",
+    "include_reasoning": "the text comes as the model writes it",
+    "spaces_between_special_tokens": "tokens' texts are joined as they are",
+    "reasoning_effort": _TEMPLATE,
+    "enable_thinking": _TEMPLATE,
+    "prediction": "drafts come from the server itself",
+    "num_keep": _WINDOW,
+    "n_keep": _WINDOW,
+    "n_discard": _WINDOW,
+    "id_slot": "the server finds the cached tokens by itself",
+}
+
+
+def samplers(params: SamplingParams) -> list[dict[str, Any]]:
+    """The steps that are not neutral, in the order in which they run; greedy decoding looks at the edits alone."""
+    values = msgspec.structs.asdict(params)
+    changed = {name for name, value in values.items() if value != _NEUTRAL[name]}
+    active = [names for names in _EDITS if names[0] in changed]
+    if params.temperature == 0:
+        active.append(("temperature",))
+    else:
+        order = (*params.order, *(step for step in SAMPLER_ORDER if step not in params.order))
+        steps = [_STEPS[step] for step in order]
+        active += [names for names in steps if names[0] in changed or "dynatemp_range" in changed & {*names}]
+        active += [("min_keep",)] if params.min_keep else []
+        active += [_MIROSTAT] if params.mirostat_mode else []
+        active += [_ADAPTIVE_P] if params.adaptive_target >= 0 else []
+        active += [("skew",)] if params.skew else []
+    return [{name: values[name] for name in names} for names in active]
+
+
+def _guidance(request: GenerateRequest) -> list[dict[str, Any]]:
+    """What is done to the logits before all samplers."""
+    guidance = request.guidance
+    return [] if guidance is None else [{"guidance_scale": guidance.scale, "negative_prompt": guidance.text}]
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """All that is known before the work begins."""
+
+    prompts: list[dict[str, Any]]
+    request: GenerateRequest
+    ignored: list[Ignored]
+    notes: tuple[str, ...]
+
+    def told(self, infos: Mapping[int, PromptInfo]) -> dict[str, Any]:
+        """The record, with what became of each prompt."""
+        stop = self.request.stop
+        return {
+            "prompts": [
+                prompt | {"tokens_reused": infos[place].num_cached, "seed": infos[place].seed}
+                for place, prompt in enumerate(self.prompts)
+            ],
+            "samplers": _guidance(self.request) + samplers(self.request.sampling),
+            "stop": {
+                "max_tokens": stop.max_tokens,
+                "strings": stop.strings,
+                "token_ids": stop.token_ids,
+                "ignore_eos": stop.ignore_eos,
+            },
+            "ignored": [
+                {"field": name, "why": REASONS.get(name.rpartition(".")[2], why)} for name, why in sorted(self.ignored)
+            ],
+            "notes": self.notes,
+        }
+
+
+async def explain(
+    front: Front,
+    requests: Sequence[GenerateRequest],
+    ignored: list[Ignored],
+    request: Request,
+    notes: tuple[str, ...] = (),
+) -> Explanation:
+    """Begin the record of requests that differ in their prompts alone. Raises EngineError, also if the client goes."""
+    prompts = await or_gone(request, _prompts(front, requests))
+    return Explanation(prompts, requests[0], ignored, notes)
+
+
+def explained(explanation: Explanation | None, info: PromptInfo | None) -> dict[str, Any]:
+    """What is added to an answer to one prompt: the record under its key, or nothing."""
+    return {} if explanation is None or info is None else {"explain": explanation.told({0: info})}
+
+
+async def _prompts(front: Front, requests: Sequence[GenerateRequest]) -> list[dict[str, Any]]:
+    return list(await asyncio.gather(*(_prompt(front, request) for request in requests)))
+
+
+async def _prompt(front: Front, request: GenerateRequest) -> dict[str, Any]:
+    tokens = await front.client.tokenize(request.prompt, request.adapter)
+    shown = tokens.ids if request.truncate_to is None else tokens.ids[-request.truncate_to :]
+    if isinstance(request.prompt, TextPrompt):
+        text = "".join(span.text for span in request.prompt.spans)
+    else:
+        text = await front.client.detokenize(request.prompt.token_ids, request.adapter)
+    return {
+        "text": text,
+        "token_ids": shown,
+        "bos": await _bos(front, request.prompt, tokens),
+    }
+
+
+async def _bos(front: Front, prompt: Prompt, tokens: Iterable[Token]) -> str:
+    """Who put the BOS in front, in words."""
+    bos = front.info().bos_token
+    if bos is None:
+        return "none: the model has none"
+    if not isinstance(prompt, TextPrompt):
+        return "token ids are run as they are"
+    written = _leading(bos, await front.client.tokenize(TextPrompt(prompt.spans, add_bos=False)))
+    kept = _leading(bos, tokens)
+    if written > kept:
+        return f"one: {written} stood at the start of the prompt, and one of them was kept"
+    if written:
+        return "one: it stands in the prompt" if written == 1 else f"{written}: they stand in the prompt"
+    return "one: put in front by the server" if kept else "none: neither the model nor the prompt wants one"
+
+
+def _leading(bos: str, tokens: Iterable[Token]) -> int:
+    return sum(1 for _ in takewhile(lambda token: token.is_special and token.raw == bos.encode(), tokens))

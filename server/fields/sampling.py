@@ -1,0 +1,504 @@
+"""Every name under which clients send sampling values, and what the engine is asked for.
+
+The dialects: OpenAI and vLLM, Aphrodite, TabbyAPI, text-generation-webui ("ooba"), KoboldCpp, llama.cpp's server,
+Ollama. Clients send most values under several names at once and nearly all of them at their neutral values; of several
+names the first that is there counts. A field is honoured, refused with its name, or listed with the reason why it
+changes nothing; nothing else is read here, and names that this module doesn't know are left alone.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeGuard
+
+from tightrope.engine.errors import InvalidRequest
+from tightrope.engine.sampler.breakers import MAX_BYTES
+from tightrope.engine.text.banned_strings import MAX_CHARS, MAX_STRINGS
+from tightrope.engine.types import LONGEST_RUN, SAMPLER_ORDER, Guidance, SamplingParams, StopRules
+from tightrope.server.fields.sampler_order import Order, kobold_order, llama_cpp_order, named_order
+
+MAX_STOPS = 1024  # the engine looks for each of them after each token
+MAX_BREAKERS = 16384
+MAX_INT = 2**63 - 1  # what crosses the process border as an integer
+_LARGEST = 1e300  # far beyond what any number here is good for
+
+Given = Mapping[str, Any]  # Any: a request's JSON, whose types are checked here
+Ignored = tuple[str, str]  # a field's name, and why it changes nothing
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """What a request asks of the sampler, and the fields that asked for something else."""
+
+    params: SamplingParams
+    stop: StopRules
+    guidance: Guidance | None
+    ignored: tuple[Ignored, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Number:
+    """A value of SamplingParams: its names, and the interval that it must lie in."""
+
+    target: str
+    names: tuple[str, ...]
+    low: float = -math.inf
+    high: float = math.inf
+    above_low: bool = False  # the interval is open there
+    below_high: bool = False
+    whole: bool = False
+    off: frozenset[float] = frozenset()  # other values that mean the neutral one
+    unit: float = 1.0  # of what clients send, in the engine's unit
+    part_of: str | None = None  # means something only while that target isn't neutral, and is read only then
+
+    def read(self, name: str, value: object) -> float:
+        """Raises InvalidRequest unless `value` is a number in the interval."""
+        wanted = "an integer" if self.whole else "a number"
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise InvalidRequest(f"{name} must be {wanted}, not {_shown(value)}", name)
+        is_low = value < self.low or (self.above_low and value == self.low)
+        is_high = value > self.high or (self.below_high and value == self.high)
+        if is_low or is_high or not abs(value) <= _LARGEST or (self.whole and value != int(value)):
+            raise InvalidRequest(f"{name} must be {wanted} {self._interval()}, not {_shown(value)}", name)
+        return int(value) if self.whole else value * self.unit
+
+    def _interval(self) -> str:
+        low = f"{'above' if self.above_low else 'from'} {self.low:g}" if self.low > -math.inf else ""
+        high = f"{'below' if self.below_high else 'to'} {self.high:g}" if self.high < math.inf else ""
+        return f"{low} {high}".strip() or "of a usual size"
+
+
+_CUTOFF = 1e-4  # clients send epsilon and eta cutoffs in ten-thousandths
+
+NUMBERS = (
+    Number("temperature", ("temperature",), low=0),
+    Number("top_k", ("top_k",), low=0, high=MAX_INT, whole=True, off=frozenset({-1})),
+    Number("top_p", ("top_p",), low=0, above_low=True, high=1),
+    Number("min_p", ("min_p",), low=0, high=1),
+    Number("typical_p", ("typical_p", "typical", "typ_p"), low=0, above_low=True, high=1),
+    Number("repetition_penalty", ("repetition_penalty", "rep_pen", "repeat_penalty"), low=0, above_low=True),
+    Number("frequency_penalty", ("frequency_penalty", "freq_pen"), low=-2, high=2),
+    Number("presence_penalty", ("presence_penalty", "presence_pen"), low=-2, high=2),
+    Number(
+        "penalty_range",
+        ("repetition_penalty_range", "penalty_range", "rep_pen_range", "repeat_last_n", "repetition_range"),
+        low=0,
+        high=MAX_INT,
+        whole=True,
+        off=frozenset({-1}),
+    ),
+    Number(
+        "repetition_decay",
+        ("repetition_decay", "token_repetition_decay"),
+        low=0,
+        high=MAX_INT,
+        whole=True,
+        part_of="penalty_range",
+    ),
+    Number("smoothing_factor", ("smoothing_factor",), low=0, high=1000),
+    Number("smoothing_curve", ("smoothing_curve",), low=1, high=100, part_of="smoothing_factor"),
+    Number("top_n_sigma", ("top_n_sigma", "nsigma"), low=0, off=frozenset({-1})),
+    Number("tfs", ("tfs", "tfs_z"), low=0, above_low=True, high=1),
+    Number("top_a", ("top_a",), low=0, high=1),
+    Number("epsilon_cutoff", ("epsilon_cutoff",), low=0, high=10_000, below_high=True, unit=_CUTOFF),
+    Number("eta_cutoff", ("eta_cutoff",), low=0, high=10_000, below_high=True, unit=_CUTOFF),
+    Number("xtc_probability", ("xtc_probability",), low=0, high=1),
+    Number("xtc_threshold", ("xtc_threshold",), low=0, high=1, part_of="xtc_probability"),
+    Number("mirostat_mode", ("mirostat_mode", "mirostat"), low=0, high=2, whole=True),
+    Number("mirostat_tau", ("mirostat_tau",), low=0, above_low=True, part_of="mirostat_mode"),
+    Number("mirostat_eta", ("mirostat_eta",), low=0, above_low=True, high=1, part_of="mirostat_mode"),
+    Number("skew", ("skew",), low=-20, high=20),
+    Number("dry_multiplier", ("dry_multiplier",), low=0),
+    Number("dry_base", ("dry_base",), low=1, part_of="dry_multiplier"),
+    Number(
+        "dry_allowed_length", ("dry_allowed_length",), low=1, high=LONGEST_RUN, whole=True, part_of="dry_multiplier"
+    ),
+    Number(
+        "dry_range",
+        ("dry_range", "dry_penalty_last_n"),
+        low=0,
+        high=MAX_INT,
+        whole=True,
+        off=frozenset({-1}),
+        part_of="dry_multiplier",
+    ),
+    Number("no_repeat_ngram_size", ("no_repeat_ngram_size",), low=0, high=LONGEST_RUN, whole=True),
+    Number("min_keep", ("min_keep",), low=0, high=MAX_INT, whole=True),
+    Number("seed", ("seed", "sampler_seed"), low=0, high=2**64, below_high=True, whole=True, off=frozenset({-1})),
+)
+_MIN_TOKENS = Number("min_tokens", ("min_tokens", "min_length"), low=0, high=MAX_INT, whole=True)
+_MAX_TOKENS = Number(
+    "max_tokens",
+    ("max_completion_tokens", "max_tokens", "max_new_tokens", "n_predict", "num_predict", "max_length"),
+    low=0,
+    high=MAX_INT,
+    whole=True,
+    off=frozenset({-1, -2}),  # "as many as there is room for", in llama.cpp's and Ollama's words
+)
+_TEMPERATURE = Number("temperature", (), low=0)
+_DYNATEMP_LOW = ("dynatemp_low", "dynatemp_min", "min_temp")
+_DYNATEMP_HIGH = ("dynatemp_high", "dynatemp_max", "max_temp")
+_RANGE = Number("dynatemp_range", ("dynatemp_range",), low=0)
+_ADAPTIVE_TARGET = Number("adaptive_target", ("adaptive_target",), high=1)
+_ADAPTIVE_DECAY = Number("adaptive_decay", ("adaptive_decay",), low=0, high=1, below_high=True)
+_EXPONENT = Number("dynatemp_exponent", ("dynatemp_exponent", "temp_exponent"), low=0, above_low=True)
+
+_GUIDANCE = Number("scale", ("guidance_scale", "cfg_scale"), low=0, high=100, off=frozenset({1}))
+_NEGATIVE = "negative_prompt"
+
+_STOPS = ("stop", "stopping_strings", "stop_sequence", "stop_sequences")
+_IGNORE_EOS = ("ignore_eos", "ban_eos_token", "use_default_badwordsids")  # the last one is KoboldCpp's
+_TO_THE_WINDOW = "auto_max_new_tokens"
+_KEEP_STOP = ("include_stop_str_in_output",)
+_BANNED_STRINGS = ("banned_strings", "bad_words")
+_BANNED_TOKENS = ("custom_token_bans", "banned_tokens")
+_ALLOWED_TOKENS = ("allowed_token_ids", "allowed_tokens")
+_ORDERS: tuple[tuple[str, Callable[[str, object], Order]], ...] = (
+    ("sampler_priority", named_order),
+    ("samplers", llama_cpp_order),
+    ("sampler_order", kobold_order),
+)
+
+NOT_BUILT: Mapping[str, tuple[float, str]] = {  # by name: the neutral value, and why others are refused
+    "encoder_repetition_penalty": (1, "is not a sampler of this server"),
+    "penalty_alpha": (0, "contrastive search is not served"),
+    "num_beams": (1, "beam search is not served"),
+}
+WITHOUT_EFFECT: Mapping[str, tuple[Callable[[Any], bool], str]] = {  # by name: what is neutral, and why the rest isn't
+    "rep_pen_slope": (lambda v: v in (0, 1), "a penalty is the same all over its range"),
+    "length_penalty": (lambda v: v == 1, "beam search is not served"),
+    "early_stopping": (lambda v: v is False, "beam search is not served"),
+    "max_tokens_second": (lambda v: v == 0, "the rate of tokens is not limited"),
+    "speculative_ngram": (lambda v: v is False, "the server decides how it speculates"),
+}
+_OTHER_NUMBERS = (_MIN_TOKENS, _MAX_TOKENS, _RANGE, _EXPONENT, _ADAPTIVE_TARGET, _ADAPTIVE_DECAY, _GUIDANCE)
+ROPE = frozenset(
+    {"rope_scaling", "rope_factor", "rope_theta", "rope_scale", "rope_alpha", "alpha_value", "compress_pos_emb"}
+    | {"rope_freq_base", "rope_freq_scale", "rope_frequency_base", "rope_frequency_scale"}
+)
+GUIDANCE_SCALES = _GUIDANCE.names
+STEERING: frozenset[str] = frozenset(  # without which an answer would be another one, and not only drawn otherwise
+    {_NEGATIVE, *_STOPS, "stop_token_ids", *_IGNORE_EOS, "logit_bias"}
+    | {*_BANNED_STRINGS, *_BANNED_TOKENS, *_ALLOWED_TOKENS}
+)
+KNOWN: frozenset[str] = frozenset(  # all names that are read here
+    {name for number in (*NUMBERS, *_OTHER_NUMBERS) for name in number.names}
+    | {*_STOPS, *_IGNORE_EOS, *_KEEP_STOP, *_BANNED_STRINGS, *_BANNED_TOKENS, *_ALLOWED_TOKENS}
+    | {*_DYNATEMP_LOW, *_DYNATEMP_HIGH}
+    | {"dry_sequence_breakers", "dynamic_temperature", "do_sample", "temperature_last", "stop_token_ids", "logit_bias"}
+    | {_NEGATIVE, _TO_THE_WINDOW}
+    | {name for name, _ in _ORDERS}
+    | NOT_BUILT.keys()
+    | WITHOUT_EFFECT.keys()
+    | ROPE
+)
+
+
+def read_sampling(
+    given: Given, vocab_size: int, *, max_tokens: int | None = None, more_stops: Sequence[str] = ()
+) -> Sampling:
+    """The engine's parameters for the fields of a request; null means absent, and unknown names are passed over.
+
+    max_tokens: where the request names none; more_stops: those of the prompt format. Raises InvalidRequest with the
+    name of the first field that is mistyped, out of range, or asks for what can't be had.
+    """
+    reading = _Reading({name: value for name, value in given.items() if value is not None}, vocab_size)
+    reading.refuse_rope()
+    reading.refuse_not_built()
+    reading.numbers()
+    reading.temperature()
+    reading.adaptive_p()
+    reading.order()
+    reading.bans()
+    if reading.targets.get("dry_multiplier"):
+        reading.breakers()
+    reading.without_effect()
+    guidance = reading.guidance()
+    return Sampling(
+        SamplingParams(**reading.targets), reading.stop_rules(max_tokens, more_stops), guidance, tuple(reading.ignored)
+    )
+
+
+@dataclass(slots=True)
+class _Reading:
+    """One request on its way to the engine."""
+
+    given: Given
+    vocab_size: int
+    targets: dict[str, Any] = field(default_factory=dict)  # fields of SamplingParams
+    ignored: list[Ignored] = field(default_factory=list)
+
+    def first(self, names: Iterable[str]) -> str | None:
+        """The name that counts, of those that are there; the others are listed where they say something else."""
+        there = [name for name in names if name in self.given]
+        for other in there[1:]:
+            if self.given[other] != self.given[there[0]]:
+                self.ignored.append((other, f"{there[0]} came too, and counts"))
+        return there[0] if there else None
+
+    def lists(self, names: Iterable[str]) -> Iterator[tuple[str, object]]:
+        """The names that are there with something in them, and their values: of lists, each counts."""
+        for name in names:
+            if name in self.given and self.given[name] not in ("", [], {}):
+                yield name, self.given[name]
+
+    def number(self, number: Number) -> float | None:
+        """None where the field is absent or off."""
+        name = self.first(number.names)
+        if name is None or (_is_number(self.given[name]) and self.given[name] in number.off):
+            return None
+        return number.read(name, self.given[name])
+
+    def numbers(self) -> None:
+        for number in NUMBERS:
+            if number.part_of is not None and not self.targets.get(number.part_of):
+                continue
+            value = self.number(number)
+            if value is not None:
+                self.targets[number.target] = value
+        if self.targets.get("top_k"):
+            self.targets["top_k"] = min(self.targets["top_k"], self.vocab_size)
+        if self.targets.get("min_keep"):
+            self.targets["min_keep"] = min(self.targets["min_keep"], self.vocab_size)
+
+    def temperature(self) -> None:
+        """Greedy where nothing is to be sampled; the interval of a dynamic temperature as a middle and a range."""
+        if self.flag(("do_sample",), default=True) is False:
+            self.targets["temperature"] = 0.0
+        is_on = self.flag(("dynamic_temperature",))
+        if is_on is False or self.targets.get("temperature") == 0:
+            return
+        low_name, high_name = self.first(_DYNATEMP_LOW), self.first(_DYNATEMP_HIGH)
+        if (low_name is None) != (high_name is None):
+            self.ignored.append((low_name or high_name or "", "the other end of the range is missing"))
+        middle = self.targets.get("temperature", 1.0)
+        low = high = middle
+        if low_name is not None and high_name is not None:
+            low = _TEMPERATURE.read(low_name, self.given[low_name])
+            high = _TEMPERATURE.read(high_name, self.given[high_name])
+        if low > high:
+            raise InvalidRequest(f"{low_name} must not be above {high_name} ({high:g}), not {low:g}", low_name)
+        if low < high:
+            self.targets |= {"temperature": (low + high) / 2, "dynatemp_range": (high - low) / 2}
+            if self.number(_RANGE) not in (None, 0, (high - low) / 2):
+                self.ignored.append(("dynatemp_range", f"{low_name} and {high_name} came too, and count"))
+        elif (half := self.number(_RANGE)) is not None:
+            self.targets["dynatemp_range"] = half
+        if self.targets.get("dynatemp_range") and (exponent := self.number(_EXPONENT)) is not None:
+            self.targets["dynatemp_exponent"] = exponent
+
+    def adaptive_p(self) -> None:
+        """Off below 0; mirostat steers alone."""
+        target = self.number(_ADAPTIVE_TARGET)
+        if target is None or target < 0:
+            return
+        decay = self.number(_ADAPTIVE_DECAY)
+        if self.targets.get("mirostat_mode"):
+            self.ignored.append(("adaptive_target", "mirostat_mode steers already"))
+            return
+        self.targets["adaptive_target"] = target
+        if decay is not None:
+            self.targets["adaptive_decay"] = decay
+
+    def order(self) -> None:
+        """One list of steps, whatever the dialect; what a llama.cpp list leaves out is off."""
+        for name, read in _ORDERS:
+            if name not in self.given:
+                continue
+            order, left_out, unknown = read(name, self.given[name])
+            self.ignored += [(name, f"there is no step {step!r:.40}") for step in unknown]
+            self.targets["order"] = order
+            for target in sorted(left_out & self.targets.keys()):
+                del self.targets[target]
+                self.ignored.append((target, f"{name} leaves it out"))
+            break
+        if self.flag(("temperature_last",)):
+            order = self.targets.get("order") or SAMPLER_ORDER
+            order = (*order, *(step for step in SAMPLER_ORDER if step not in order))
+            self.targets["order"] = (*(step for step in order if step != "temperature"), "temperature")
+        if self.targets.get("order") == SAMPLER_ORDER[: len(self.targets.get("order", ()))]:
+            self.targets.pop("order", None)
+
+    def bans(self) -> None:
+        bias, banned = self._bias()
+        for name, value in self.lists(_BANNED_TOKENS):
+            banned += self._known_ids(name, _ids(name, value))
+        for name, value in self.lists(_ALLOWED_TOKENS):
+            allowed = set(self._known_ids(name, _ids(name, value)))
+            if not allowed:
+                raise InvalidRequest(f"{name}: none of them is below the vocabulary's {self.vocab_size}", name)
+            banned += [token_id for token_id in range(self.vocab_size) if token_id not in allowed]
+        if bias:
+            self.targets["logit_bias"] = bias
+        if banned:
+            self.targets["banned_tokens"] = tuple(dict.fromkeys(banned))
+        texts: list[str] = []
+        for name, value in self.lists(_BANNED_STRINGS):
+            texts += [text for text in _texts(name, value) if text]
+            if len(texts) > MAX_STRINGS:
+                raise InvalidRequest(f"{name}: at most {MAX_STRINGS} strings, not {len(texts)}", name)
+            if longest := max((len(text) for text in texts if len(text) > MAX_CHARS), default=0):
+                raise InvalidRequest(f"{name}: at most {MAX_CHARS} characters each, not {longest}", name)
+        if texts:
+            self.targets["banned_strings"] = tuple(dict.fromkeys(texts))
+
+    def _bias(self) -> tuple[dict[int, float], list[int]]:
+        """Biases by token id, and the ids whose bias is `false`: banned."""
+        name = "logit_bias"
+        pairs = self.given.get(name) or {}
+        if isinstance(pairs, dict):
+            pairs = list(pairs.items())
+        if not isinstance(pairs, list) or not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs):
+            raise InvalidRequest(f"{name} must be an object or a list of pairs, not {_shown(pairs)}", name)
+        values: dict[int, float | bool] = {}
+        for key, value in pairs:
+            is_ban = value is False
+            if not is_ban and not (_is_number(value) and -100 <= value <= 100):
+                raise InvalidRequest(
+                    f"{name}: {_shown(value)} for token {_shown(key)} is not within -100 and 100", name
+                )
+            values[_token_id(name, key)] = value
+        known = self._known_ids(name, values)
+        return (
+            {token_id: values[token_id] for token_id in known if values[token_id] is not False},
+            [token_id for token_id in known if values[token_id] is False],
+        )
+
+    def _known_ids(self, name: str, token_ids: Iterable[int]) -> list[int]:
+        """The ids that are in the vocabulary. Clients without our tokenizer send others; those are listed."""
+        token_ids = list(token_ids)
+        known = [token_id for token_id in token_ids if 0 <= token_id < self.vocab_size]
+        if unknown := [token_id for token_id in token_ids if not 0 <= token_id < self.vocab_size]:
+            some = ", ".join(map(str, unknown[:8])) + (", ..." if len(unknown) > 8 else "")
+            self.ignored.append((name, f"no token ids below {self.vocab_size}: {some}"))
+        return known
+
+    def breakers(self) -> None:
+        name = "dry_sequence_breakers"
+        if name not in self.given:
+            return
+        texts = list(dict.fromkeys(text for text in _texts(name, self.given[name]) if text))
+        if len(texts) > MAX_BREAKERS:
+            raise InvalidRequest(f"{name}: at most {MAX_BREAKERS} strings, not {len(texts)}", name)
+        if longest := max((size for text in texts if (size := len(text.encode())) > MAX_BYTES), default=0):
+            raise InvalidRequest(f"{name}: at most {MAX_BYTES} bytes each, not {longest}", name)
+        self.targets[name] = tuple(texts)
+
+    def guidance(self) -> Guidance | None:
+        """A negative prompt without a scale, or with a scale of 1, changes nothing."""
+        scale = self.number(_GUIDANCE)
+        text = self.given.get(_NEGATIVE, "")
+        if not isinstance(text, str):
+            raise InvalidRequest(f"{_NEGATIVE} must be a string, not {_shown(text)}", _NEGATIVE)
+        if scale is not None:
+            return Guidance(text, scale)
+        if text:
+            self.ignored.append((_NEGATIVE, "guidance_scale is 1"))
+        return None
+
+    def refuse_rope(self) -> None:
+        for name in sorted(ROPE & self.given.keys()):
+            raise InvalidRequest(f"{name}: positions are scaled alike for all requests, as set at the start", name)
+
+    def refuse_not_built(self) -> None:
+        for name, (neutral, why) in NOT_BUILT.items():
+            if self.given.get(name, neutral) != neutral:
+                raise InvalidRequest(f"{name}: {why}", name)
+
+    def without_effect(self) -> None:
+        for name, (is_neutral, why) in WITHOUT_EFFECT.items():
+            if name not in self.given:
+                continue
+            value = self.given[name]
+            if not (isinstance(value, bool | int | float) and is_neutral(value)):
+                self.ignored.append((name, why))
+        if self.given.get("repetition_decay") and not self.targets.get("penalty_range"):
+            self.ignored.append(("repetition_decay", "the penalty's range is all there is, and has no end to fade at"))
+
+    def flag(self, names: Sequence[str], *, default: bool | None = None) -> bool | None:
+        name = self.first(names)
+        if name is None:
+            return default
+        value = self.given[name]
+        if not isinstance(value, bool):
+            raise InvalidRequest(f"{name} must be true or false, not {_shown(value)}", name)
+        return value
+
+    def stop_rules(self, max_tokens: int | None, more_stops: Sequence[str]) -> StopRules:
+        wished = self.number(_MAX_TOKENS)
+        if self.flag((_TO_THE_WINDOW,)):
+            max_tokens = None
+        elif self.first(_MAX_TOKENS.names) is not None:
+            max_tokens = None if wished is None else int(wished)
+        min_tokens = int(self.number(_MIN_TOKENS) or 0)
+        if max_tokens is not None and min_tokens > max_tokens:
+            raise InvalidRequest(f"min_tokens must not be above max_tokens ({max_tokens})", "min_tokens")
+        strings: list[str] = []
+        for name in _STOPS:
+            if name in self.given:
+                strings = list(dict.fromkeys((*strings, *_stops(name, self.given[name]))))
+                if len(strings) > MAX_STOPS:
+                    raise InvalidRequest(f"{name}: at most {MAX_STOPS} stop strings, not {len(strings)}", name)
+        token_ids = _ids("stop_token_ids", self.given.get("stop_token_ids", []))
+        return StopRules(
+            max_tokens=max_tokens,
+            min_tokens=min_tokens,
+            strings=tuple(dict.fromkeys((*strings, *more_stops))),
+            token_ids=tuple(self._known_ids("stop_token_ids", token_ids)),
+            ignore_eos=any(self.flag((name,)) or False for name in _IGNORE_EOS),
+            keep_stop_text=self.flag(_KEEP_STOP) or False,
+        )
+
+
+def _stops(name: str, value: object) -> list[str]:
+    strings = [value] if isinstance(value, str) else value
+    if not isinstance(strings, list) or not all(isinstance(text, str) for text in strings):
+        raise InvalidRequest(f"{name} must be a string or a list of strings, not {_shown(value)}", name)
+    if "" in strings:
+        raise InvalidRequest(f"{name}: a stop string must not be empty", name)
+    return strings
+
+
+def _texts(name: str, value: object) -> list[str]:
+    """A list of texts, as a list, as JSON in a string, or with commas between them."""
+    texts = value
+    if isinstance(value, str):
+        texts = value.split(",") if not value.lstrip().startswith("[") else _from_json(name, value)
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise InvalidRequest(f"{name} must be a list of strings, not {_shown(value)}", name)
+    return texts
+
+
+def _ids(name: str, value: object) -> list[int]:
+    """Token ids as a list, or with commas between them."""
+    if isinstance(value, str):
+        value = [text for text in value.strip().removeprefix("[").removesuffix("]").split(",") if text.strip()]
+    if not isinstance(value, list):
+        raise InvalidRequest(f"{name} must be a list of token ids, not {_shown(value)}", name)
+    return [_token_id(name, item) for item in value]
+
+
+def _token_id(name: str, value: object) -> int:
+    if isinstance(value, str) and value.strip().removeprefix("-").isdecimal() and value.isascii() and len(value) < 20:
+        return int(value)
+    if _is_number(value) and abs(value) < MAX_INT and value == int(value):
+        return int(value)
+    raise InvalidRequest(f"{name}: {_shown(value)} is no token id", name)
+
+
+def _from_json(name: str, text: str) -> object:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        raise InvalidRequest(f"{name} must be JSON where it begins with a bracket, not {_shown(text)}", name) from None
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _shown(value: object) -> str:
+    """A value in a message of one line."""
+    text = json.dumps(value) if isinstance(value, str | int | float | bool) else type(value).__name__
+    return text if len(text) <= 40 else text[:40] + "..."

@@ -1,0 +1,1 @@
+"""What stands before and behind every route: guards, bodies, errors, events, metrics."""

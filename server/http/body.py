@@ -1,0 +1,197 @@
+"""Request bodies: strict JSON, null means absent, and unknown fields are refused or ignored but listed."""
+
+import asyncio
+import logging
+from collections.abc import Callable, Container, Coroutine, Iterable, Iterator
+from functools import partial, wraps
+from typing import Any, ClassVar, Self
+
+import msgspec
+from fastapi import Request, Response
+from fastapi.routing import APIRoute
+from pydantic import BaseModel, ConfigDict, FailFast, ModelWrapValidatorHandler, PrivateAttr, model_validator
+from starlette.requests import ClientDisconnect
+
+from tightrope.server.fields.lost_fields import refuse_lost
+from tightrope.server.http.errors import SHARED_PATHS, BodyTimeout, ClientGone, MalformedBody, NotJson
+
+log = logging.getLogger("tightrope.server")
+
+Endpoint = Callable[..., Coroutine[Any, Any, object]]  # a route's function, by FastAPI called with what it asks for
+Documented = dict[int | str, dict[str, Any]]  # answers of a route by status, as FastAPI wants them for its API page
+
+READ_TIMEOUT_S = 60.0  # for the whole body; a client that sends a byte a second doesn't keep its connection
+
+
+class FirstErrorOnly(FailFast):
+    """For lists that may be long: one error is told, not one for each of a million items."""
+
+    __hash__ = object.__hash__  # a union of types needs its members hashable, and pydantic's own class isn't
+
+
+class _EveryName:
+    """Holds every text."""
+
+    def __contains__(self, name: object) -> bool:
+        return True
+
+
+EVERY_NAME: Container[str] = _EveryName()
+
+
+class Body(BaseModel):
+    """Base of all request bodies. Types are strict; of duplicate keys the last counts."""
+
+    without_effect: ClassVar[frozenset[str]] = frozenset()  # fields that are checked and then change nothing
+    read_elsewhere: ClassVar[Container[str]] = ()  # fields that aren't declared here, and mean something yet
+
+    # Any other field that came is refused, or listed as ignored: see JsonRoute.
+
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_absent(cls, data: object) -> object:
+        return {k: v for k, v in data.items() if v is not None} if isinstance(data, dict) else data
+
+
+class ShownBody(Body):
+    """A part of a body that the chat template is shown as it came: with the order of its keys, and with its nulls."""
+
+    _given: dict[str, Any] = PrivateAttr(default_factory=dict)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _keep(cls, data: object, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        made = handler(data)
+        if isinstance(data, dict):
+            made._given = data
+        return made
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The JSON that this was read from; not to be changed."""
+        return self._given
+
+
+def _parts(body: Body, prefix: str = "") -> Iterator[tuple[str, Body]]:
+    """The body and all bodies in it, each with the path that stands before its fields' names."""
+    yield prefix, body
+    for name in body.model_fields_set & type(body).model_fields.keys():
+        value: object = getattr(body, name)
+        if isinstance(value, Body):
+            yield from _parts(value, f"{prefix}{name}.")
+        elif isinstance(value, list) and value and isinstance(value[0], Body):
+            for index, item in enumerate(value):
+                yield from _parts(item, f"{prefix}{name}[{index}].")
+
+
+def ignored_fields(body: Body) -> Iterator[str]:
+    """Names of the fields that came and mean nothing here, such as "metadata" or "messages[0].foo"."""
+    for prefix, part in _parts(body):
+        yield from (prefix + name for name in part.model_extra or () if name not in part.read_elsewhere)
+        yield from (prefix + name for name in part.without_effect & part.model_fields_set)
+
+
+def unread_fields(body: Body) -> list[tuple[str, str]]:
+    """The same with the reason, in words."""
+    return [(name, "no field of this route") for name in ignored_fields(body)]
+
+
+def refuse_unread(body: Body) -> None:
+    """Raises InvalidRequest for a field that means nothing here and would have changed the answer."""
+    refuse_lost(
+        (prefix + name, name, value)
+        for prefix, part in _parts(body)
+        for name, value in (part.model_extra or {}).items()
+        if name not in part.read_elsewhere and name not in part.without_effect
+    )
+
+
+def log_ignored(where: str, ignored: Callable[[], Iterable[str]]) -> None:
+    """Say at debug level which fields of a request change nothing; `where` is its id, or the route that it came to."""
+    if log.isEnabledFor(logging.DEBUG):
+        names = sorted(ignored())
+        if names:
+            log.debug("fields ignored: %s fields=%r", where, names)
+
+
+def parse_json(raw: bytes) -> object:
+    """Parse strict UTF-8 JSON: no NaN, no Infinity, no number beyond a float, no byte order mark, no lone surrogate.
+
+    Raises MalformedBody with one line.
+    """
+    try:
+        return msgspec.json.decode(raw)
+    except RecursionError:
+        raise MalformedBody("JSON is nested too deeply") from None
+    except UnicodeDecodeError as exc:
+        raise MalformedBody(f"the body is not UTF-8: {exc.reason} (byte {exc.start})") from None
+    except msgspec.MsgspecError as exc:
+        raise MalformedBody(str(exc) if raw else "the body is empty") from None
+
+
+def _is_json(content_type: str) -> bool:
+    media = content_type.split(";")[0].strip().lower()
+    return media == "application/json" or (media.startswith("application/") and media.endswith("+json"))
+
+
+class JsonRequest(Request):
+    """A request whose body was read and parsed before FastAPI asks for it."""
+
+    raw: bytes
+    data: object
+
+    @classmethod
+    async def read(cls, request: Request) -> "JsonRequest":
+        """Read and parse. Raises NotJson, BodyTimeout, ClientGone and MalformedBody."""
+        if not _is_json(request.headers.get("content-type", "")):
+            raise NotJson("expected a request with the header Content-Type: application/json")
+        made = cls(request.scope, request.receive)
+        try:
+            async with asyncio.timeout(READ_TIMEOUT_S):
+                made.raw = await request.body()
+        except ClientDisconnect:
+            raise ClientGone("the client hung up in the middle of its body") from None
+        except TimeoutError:
+            raise BodyTimeout(f"the body did not arrive within {READ_TIMEOUT_S:.0f} s") from None
+        made.data = parse_json(made.raw)
+        if request.url.path in SHARED_PATHS and isinstance(made.data, dict) and made.data.get("inputs") is not None:
+            request.state.dialect = "tgi"
+        return made
+
+    async def body(self) -> bytes:
+        return self.raw or b"null"  # FastAPI takes an empty body for a missing one and would not ask for its JSON
+
+    async def json(self) -> object:
+        return self.data
+
+
+class JsonRoute(APIRoute):
+    """A route that reads its body by our rules, and passes over no field in silence."""
+
+    def __init__(self, path: str, endpoint: Endpoint, **settings: Any) -> None:  # noqa: ANN401  # FastAPI's own
+        super().__init__(path, _accounting(path, endpoint), **settings)
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+        has_body = self.body_field is not None
+
+        async def read_then_handle(request: Request) -> Response:
+            return await handle(await JsonRequest.read(request) if has_body else request)
+
+        return read_then_handle
+
+
+def _accounting(path: str, endpoint: Endpoint) -> Endpoint:
+    """The endpoint, behind the one place where a body's unread fields are refused or logged."""
+
+    @wraps(endpoint)  # FastAPI asks for the signature
+    async def account_then_answer(**given: object) -> object:
+        for body in given.values():
+            if isinstance(body, Body):
+                refuse_unread(body)
+                log_ignored(f"path={path}", partial(ignored_fields, body))
+        return await endpoint(**given)
+
+    return account_then_answer

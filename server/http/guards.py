@@ -1,0 +1,141 @@
+"""What stands before every route: keys, the length of bodies. Plain ASGI, so that nothing is buffered."""
+
+import hmac
+from collections.abc import Callable
+from ipaddress import ip_address
+
+from fastapi import Request
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from tightrope.engine.errors import EngineError, Overloaded
+from tightrope.server.http.errors import BodyTooLarge, SwitchedOff, Unauthorized, dialect_of, error_reply
+
+OPEN_ROUTES = frozenset({"/health", "/ping", "/info", "/metrics", "/version", "/docs"})
+OPEN_ROUTES |= {"/openapi.json", "/api-doc/openapi.json"}
+ADMIN_ROUTES = frozenset({"/v1/load_lora_adapter", "/v1/unload_lora_adapter"})
+
+
+async def refuse(exc: EngineError, scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer with an error, and leave the body unread."""
+    reply = error_reply(exc, dialect_of(Request(scope)))
+    reply.headers["connection"] = "close"  # a body that nobody reads must not be taken for the next request
+    await reply(scope, receive, send)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address to listen on can be reached from this machine alone."""
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def sent_keys(scope: Scope) -> list[bytes]:
+    """The keys that a request came with, right or wrong."""
+    headers = Headers(scope=scope)
+    scheme, _, bearer = headers.get("authorization", "").partition(" ")
+    given = [bearer if scheme.lower() == "bearer" else "", headers.get("x-api-key", ""), headers.get("x-admin-key", "")]
+    return [key.strip().encode("latin-1") for key in given if key.strip()]
+
+
+def has_key(scope: Scope, *keys: str | None) -> bool:
+    """Whether a request came with one of the keys; None is a key that nobody has."""
+    # compare_digest takes the same time wherever the first difference is
+    return any(hmac.compare_digest(sent, key.encode()) for key in keys if key for sent in sent_keys(scope))
+
+
+def owner_of(scope: Scope, *keys: str | None) -> bytes:
+    """The key by which a request was let in; where none is asked for, the one that it brought, or b""."""
+    valid = [key.encode() for key in keys if key]
+    sent = sent_keys(scope)
+    return next((key for key in sent if key in valid), b"" if valid else next(iter(sent), b""))
+
+
+class KeyGuard:
+    """Ask for the key on every route but the open ones; a route that is added later is closed until listed."""
+
+    def __init__(self, app: ASGIApp, api_key: str, admin_key: str | None) -> None:
+        """admin_key: which opens what the other one does, too."""
+        self._app = app
+        self._keys = (api_key, admin_key)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or self._is_open(scope) or has_key(scope, *self._keys):
+            return await self._app(scope, receive, send)
+        return await refuse(
+            Unauthorized("the API key is missing or wrong; send it as `Authorization: Bearer KEY` or `X-API-Key: KEY`"),
+            scope,
+            receive,
+            send,
+        )
+
+    def _is_open(self, scope: Scope) -> bool:
+        return scope["path"] in OPEN_ROUTES or (scope["path"] == "/" and scope["method"] in ("GET", "HEAD"))
+
+
+class AdminGuard:
+    """Ask for the admin key on routes that change what is served; without one in the settings they are closed."""
+
+    def __init__(self, app: ASGIApp, admin_key: str | None) -> None:
+        self._app = app
+        self._key = admin_key
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] not in ADMIN_ROUTES or has_key(scope, self._key):
+            return await self._app(scope, receive, send)
+        refusal: EngineError = Unauthorized(
+            "this needs the admin key; send it as `Authorization: Bearer KEY` or `X-Admin-Key: KEY`"
+        )
+        if self._key is None:
+            refusal = SwitchedOff(
+                "adapters can't be changed while this server runs: "
+                "it was started without --admin-key KEY and --lora-folder DIR"
+            )
+        return await refuse(refusal, scope, receive, send)
+
+
+class BodyLimit:
+    """Bound the bytes of each body, and of all that are held at the same time.
+
+    One that is too long is refused at once by its declared length, or when an undeclared one gets there. A body is held
+    until its request is answered, whether it is being read, waits or runs; one that has no others beside it may stay.
+    """
+
+    def __init__(self, app: ASGIApp, max_bytes: int, max_held_bytes: int, retry_after_s: Callable[[], int]) -> None:
+        self._app = app
+        self._max = max_bytes
+        self._max_held = max_held_bytes
+        self._num_held = 0
+        self._retry_after_s = retry_after_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        declared = Headers(scope=scope).get("content-length", "")
+        if declared.isdecimal() and int(declared) > self._max:
+            return await refuse(self._error(), scope, receive, send)
+        num_bytes = 0
+
+        async def counted() -> Message:
+            nonlocal num_bytes
+            message = await receive()
+            num_more = len(message.get("body", b""))
+            num_bytes += num_more
+            self._num_held += num_more
+            if num_bytes > self._max:
+                raise self._error()
+            if num_more and self._num_held > max(self._max_held, num_bytes):
+                raise Overloaded(
+                    f"the bodies of requests under way have {self._num_held} bytes; the limit is {self._max_held}",
+                    retry_after_s=self._retry_after_s(),
+                )
+            return message
+
+        try:
+            return await self._app(scope, counted, send)
+        finally:
+            self._num_held -= num_bytes
+
+    def _error(self) -> BodyTooLarge:
+        return BodyTooLarge(f"the body is longer than {self._max} bytes")

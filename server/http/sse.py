@@ -1,0 +1,64 @@
+"""Streams over sse-starlette: events come in as finished bytes, comments keep silent connections alive."""
+
+import logging
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import aclosing
+from functools import partial
+
+from sse_starlette import EventSourceResponse, ServerSentEvent
+from sse_starlette.sse import AppStatus
+
+from tightrope.engine.errors import EngineError
+from tightrope.server.http.errors import Dialect, error_event, error_line, unexpected
+
+log = logging.getLogger("tightrope.server")
+
+NEVER_S = 366 * 86400
+PING_S = 15  # proxies cut lines that stay silent for longer than 30 to 60 s
+DONE = b"data: [DONE]\n\n"  # /v1 alone; compared byte by byte by huggingface_hub
+
+# sse-starlette would cut every stream at SIGTERM; uvicorn's drain limit decides that, and running answers may finish.
+AppStatus.enable_automatic_graceful_drain = False
+
+
+def _ping() -> ServerSentEvent:
+    return ServerSentEvent(comment="ping", sep="\n")
+
+
+def event_stream(
+    events: AsyncGenerator[bytes, None], dialect: Dialect, headers: Mapping[str, str] | None = None
+) -> EventSourceResponse:
+    """The reply that writes `events` as they come and closes the iterator when the client hangs up."""
+    return EventSourceResponse(
+        with_errors(events, partial(error_event, dialect=dialect)),
+        headers={"cache-control": "no-cache", **(headers or {})},
+        ping=PING_S,
+        sep="\n",
+        ping_message_factory=_ping,
+    )
+
+
+def line_stream(lines: AsyncGenerator[bytes, None]) -> EventSourceResponse:
+    """The same for lines of JSON, which have no comments: a silent connection stays silent."""
+    return EventSourceResponse(
+        with_errors(lines, error_line),
+        headers={"cache-control": "no-cache"},
+        media_type="application/x-ndjson",
+        ping=NEVER_S,
+        sep="\n",
+    )
+
+
+async def with_errors(
+    events: AsyncGenerator[bytes, None], told: Callable[[EngineError], bytes]
+) -> AsyncGenerator[bytes, None]:
+    """The events; a failure in the middle becomes the last of them as it is `told`, for the status is spent."""
+    async with aclosing(events):
+        try:
+            async for event in events:
+                yield event
+        except EngineError as exc:
+            log.error("stream failed: error=%s", exc.message)
+            yield told(exc)
+        except Exception as exc:  # the outermost loop of a stream: nothing above it can still answer
+            yield told(unexpected(exc))

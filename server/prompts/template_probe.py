@@ -1,0 +1,185 @@
+"""What a chat template does with the words that it is given, found by giving it marked ones.
+
+Templates differ in the content that they read: text, a list of parts, or either. One that reads the other kind writes
+nothing of it, or Python's own form of a list, and says no word. So a few short chats are rendered in each shape, and
+looked through for their words.
+"""
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import product
+from typing import Any, Literal
+
+from tightrope.server.http.errors import TemplateFailed
+from tightrope.server.prompts.content import in_shape
+from tightrope.server.prompts.template_renderer import TemplateRenderer
+
+Shape = Literal["text", "parts"]
+
+SHAPES: tuple[Shape, ...] = ("text", "parts")
+_ROLES = ("system", "user", "assistant")
+_CHATS = (
+    ("user",),
+    ("system", "user"),
+    ("user", "assistant", "user"),
+    ("system", "user", "assistant", "user", "assistant"),
+)
+_CALL_CONTENTS: tuple[Mapping[str, str | None], ...] = ({}, {"content": ""}, {"content": None})
+TOOL = {
+    "type": "function",
+    "function": {"name": "probe", "description": "", "parameters": {"type": "object", "properties": {}}},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TemplateFacts:
+    """What one template was seen to do."""
+
+    shapes: Mapping[str, frozenset[Shape]]  # of each role's content, in which most of its words are kept
+    lost: frozenset[str] = frozenset()  # roles of which no word is kept
+    partly_lost: frozenset[str] = frozenset()  # roles of whose turns some are kept, and some aren't
+    one_part: frozenset[str] = frozenset()  # roles of whose parts only some are kept, so that they are to be one
+    is_broken: bool = False  # not one of the chats could be rendered
+    call_content: Mapping[str, str | None] = field(
+        default_factory=lambda: {"content": ""}
+    )  # beside calls, if no text is
+
+    def shapes_of(self, role: str) -> frozenset[Shape]:
+        """Those in which content of this role is kept; a role that wasn't probed is like the user's."""
+        return self.shapes.get(role, self.shapes["user"])
+
+
+UNKNOWN = TemplateFacts(dict.fromkeys(_ROLES, frozenset({"text"})))  # what most templates read
+
+
+@dataclass(frozen=True, slots=True)
+class _Chat:
+    """A chat of marked words, each in its role's shape."""
+
+    roles: tuple[str, ...]
+    shapes: tuple[tuple[str, Shape], ...]  # of the roles that occur
+
+    def words(self) -> list[tuple[str, str]]:
+        """The role and the words of each message."""
+        return [(role, f"{role}probe{place}") for place, role in enumerate(self.roles)]
+
+    def messages(self) -> list[dict[str, Any]]:
+        shapes = dict(self.shapes)
+        return [
+            {"role": role, "content": word if shapes[role] == "text" else [{"type": "text", "text": word}]}
+            for role, word in self.words()
+        ]
+
+
+async def probe(
+    renderer: TemplateRenderer, source: str, variables: Mapping[str, Any], *, with_tools: bool
+) -> TemplateFacts:
+    """Render the chats in every shape, and look at what comes out.
+
+    `variables` are those that the template sees beside the messages; with_tools: it is made for chats with tools alone.
+    UNKNOWN for a template that had to be stopped.
+    """
+    try:
+        tools = [TOOL] if with_tools else None
+        facts = await _probe_words(renderer, source, variables, tools)
+        facts = await _probe_parts(renderer, source, variables, tools, facts)
+        return await _probe_calls(renderer, source, variables, facts) if "tool_calls" in source else facts
+    except TemplateFailed:
+        return UNKNOWN
+
+
+async def _probe_words(
+    renderer: TemplateRenderer, source: str, variables: Mapping[str, Any], tools: Sequence[Mapping[str, Any]] | None
+) -> TemplateFacts:
+    fixed = {**variables, "tools": tools, "add_generation_prompt": False}
+    assignments = [dict(zip(_ROLES, shapes, strict=True)) for shapes in product(SHAPES, repeat=len(_ROLES))]
+    chats = list(dict.fromkeys(_chat(roles, shapes) for roles in _CHATS for shapes in assignments))
+    texts = await renderer.render_each(source, [{**fixed, "messages": chat.messages()} for chat in chats])
+    return _facts(assignments, dict(zip(chats, texts, strict=True)))
+
+
+async def _probe_parts(
+    renderer: TemplateRenderer,
+    source: str,
+    variables: Mapping[str, Any],
+    tools: Sequence[Mapping[str, Any]] | None,
+    facts: TemplateFacts,
+) -> TemplateFacts:
+    """The facts with those about content of two parts, in the roles that have parts at all."""
+    chats = [_Chat(roles, ()).words() for roles in _CHATS]
+    messages = [[_in_two(role, word, facts.shapes_of(role)) for role, word in words] for words in chats]
+    fixed = {**variables, "tools": tools, "add_generation_prompt": False}
+    texts = await renderer.render_each(source, [{**fixed, "messages": chat} for chat in messages])
+    seen = [(role, word, text) for words, text in zip(chats, texts, strict=True) if text for role, word in words]
+    kept = [(role, _keeps(text, f"{word}a"), _keeps(text, f"{word}b")) for role, word, text in seen]
+    torn = {role for role, keeps_first, keeps_second in kept if keeps_first != keeps_second}
+    return replace(facts, one_part=frozenset(torn))
+
+
+def _in_two(role: str, word: str, shapes: Collection[Shape]) -> dict[str, Any]:
+    parts = [{"type": "text", "text": f"{word}{letter}"} for letter in "ab"]
+    return in_shape({"role": role, "content": parts}, shapes)
+
+
+async def _probe_calls(
+    renderer: TemplateRenderer, source: str, variables: Mapping[str, Any], facts: TemplateFacts
+) -> TemplateFacts:
+    """The facts with those about calls and their results: the first form in which most of them is kept."""
+    call = {"id": "call00000", "type": "function", "function": {"name": "callprobe", "arguments": {"x": "givenprobe"}}}
+    forms = [(content, shape) for content in _CALL_CONTENTS for shape in SHAPES]
+    chats = [
+        [
+            in_shape({"role": "user", "content": "userprobe"}, facts.shapes_of("user")),
+            {"role": "assistant", **content, "tool_calls": [call]},
+            in_shape(
+                {"role": "tool", "content": "resultprobe", "name": "callprobe", "tool_call_id": "call00000"}, {shape}
+            ),
+            in_shape({"role": "assistant", "content": "assistantprobe"}, facts.shapes_of("assistant")),
+        ]
+        for content, shape in forms
+    ]
+    fixed = {**variables, "tools": [TOOL], "add_generation_prompt": False}
+    texts = await renderer.render_each(source, [{**fixed, "messages": chat} for chat in chats])
+    words = ("userprobe", "callprobe", "givenprobe", "resultprobe", "assistantprobe")
+    kept = [0 if text is None else sum(_keeps(text, word) for word in words) for text in texts]
+    if not any(kept):
+        return facts
+    best = [form for form, num in zip(forms, kept, strict=True) if num == max(kept)]
+    results = frozenset(shape for content, shape in best if content == best[0][0])
+    return replace(facts, call_content=best[0][0], shapes={**facts.shapes, "tool": results})
+
+
+def _chat(roles: tuple[str, ...], shapes: Mapping[str, Shape]) -> _Chat:
+    return _Chat(roles, tuple((role, shapes[role]) for role in sorted(set(roles))))
+
+
+def _facts(assignments: Sequence[Mapping[str, Shape]], texts: Mapping[_Chat, str | None]) -> TemplateFacts:
+    def seen(shapes: Mapping[str, Shape]) -> list[tuple[_Chat, str]]:
+        """The chats in these shapes that could be rendered, with their texts."""
+        chats = (_chat(roles, shapes) for roles in _CHATS)
+        return [(chat, text) for chat in chats if (text := texts[chat]) is not None]
+
+    def kept(shapes: Mapping[str, Shape]) -> int:
+        return sum(sum(_keeps(text, word) for _, word in chat.words()) for chat, text in seen(shapes))
+
+    most = max(map(kept, assignments))
+    best = [shapes for shapes in assignments if kept(shapes) == most]
+    chosen = seen(best[0])
+    words = [(role, _keeps(text, word)) for chat, text in chosen for role, word in chat.words()]
+    lost = frozenset(role for role in _ROLES if (role, False) in words and (role, True) not in words)
+    return TemplateFacts(
+        shapes={
+            role: frozenset(shapes[role] for shapes in best) if (role, True) in words else frozenset({"text"})
+            for role in _ROLES
+        },
+        lost=lost,
+        partly_lost=frozenset(role for role in _ROLES if (role, False) in words) - lost,
+        is_broken=not chosen,
+    )
+
+
+def _keeps(text: str, word: str) -> bool:
+    """Whether a word is in the text as itself, and not as part of a list in Python's or JSON's notation."""
+    text = text.lower()  # some write it in capitals
+    return word in text and re.search(rf"""["']text["']\s*:\s*["']{word}""", text) is None

@@ -1,0 +1,232 @@
+"""The names of all options; the same in the configuration file, in the environment and on the command line."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from tightrope.server.prompts.prompt_formats import PROMPT_FORMATS
+
+TreePath = tuple[str, ...]  # where an option lives in ServerSettings
+CONFIG = "config"  # the one option that isn't in the tree: where the file is
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One option.
+
+    `also` are further places in the tree that giving it decides; `implies` those that it fills where nothing else does.
+    is_reciprocal: the setting is one over what is written. is_list: the command line may give it several times.
+    """
+
+    path: TreePath
+    group: str
+    help: str
+    metavar: str
+    aliases: tuple[str, ...] = ()
+    also: Mapping[TreePath, str] = field(default_factory=dict)
+    implies: Mapping[TreePath, str] = field(default_factory=dict)
+    is_reciprocal: bool = False
+    is_list: bool = False
+
+
+_MODEL: TreePath = ("engine", "model")
+_ROPE: TreePath = (*_MODEL, "rope")
+_LIMITS: TreePath = ("engine", "limits")
+
+OPTIONS: Mapping[str, Option] = {
+    "model": Option(
+        (*_MODEL, "model"),
+        "model",
+        "path of a .gguf file or model folder, or a Hugging Face hub id (default: the bundled demo model)",
+        "MODEL",
+        ("-m", "--model-id"),
+    ),
+    "revision": Option((*_MODEL, "revision"), "model", "hub revision: branch, tag or commit", "REV"),
+    "lora": Option(
+        (*_MODEL, "adapters"),
+        "model",
+        "LoRA adapters, that requests name as their model; with commas between, or given again",
+        "NAME=PATH",
+        is_list=True,
+    ),
+    "lora-folder": Option(
+        (*_MODEL, "adapter_folder"),
+        "model",
+        "folder that adapters may be loaded from while the server runs, with the admin key (default: none)",
+        "DIR",
+    ),
+    "lora-memory-mib": Option(
+        (*_MODEL, "adapter_memory_mib"),
+        "context and memory",
+        "memory kept for adapters from that folder, in MiB (default: 512)",
+        "N",
+    ),
+    "served-model-name": Option(
+        ("served_model_name",), "model", "name that clients see (default: the model's)", "NAME"
+    ),
+    "chat-template": Option(
+        ("chat_template",),
+        "model",
+        f"used instead of the model's own: a Jinja file or source, or {', '.join(PROMPT_FORMATS)}",
+        "NAME|FILE",
+    ),
+    "chat-template-arg": Option(
+        ("chat_template_args",),
+        "model",
+        "variables of the chat template, such as length=medium, with commas between",
+        "NAME=VALUE",
+    ),
+    "max-model-len": Option(
+        (*_MODEL, "max_model_len"),
+        "context and memory",
+        "context window in tokens (default: what the model was trained for)",
+        "N",
+        ("-c", "--ctx-size", "--max-total-tokens"),
+    ),
+    "kv-cache": Option(
+        (*_MODEL, "cache", "dtype"),
+        "context and memory",
+        "storage of keys and values: auto, q8, q4 or f16 (default: auto)",
+        "TYPE",
+        ("--cache-type",),
+    ),
+    "kv-cache-tokens": Option(
+        (*_MODEL, "cache", "tokens"),
+        "context and memory",
+        "cache capacity in tokens over all sequences (default: chosen from window and memory)",
+        "N",
+        ("--max-batch-total-tokens",),
+    ),
+    "rope-scaling": Option(
+        (*_ROPE, "kind"),
+        "context and memory",
+        "none, linear, dynamic, ntk, yarn, llama3 or longrope (default: the model's own)",
+        "KIND",
+    ),
+    "rope-factor": Option(
+        (*_ROPE, "factor"), "context and memory", "how many times the trained window the scaling reaches", "X"
+    ),
+    "rope-theta": Option((*_ROPE, "theta"), "context and memory", "RoPE base frequency", "X", ("--rope-freq-base",)),
+    "rope-original-len": Option(
+        (*_ROPE, "original_len"),
+        "context and memory",
+        "window in tokens before any scaling (default: the model's own)",
+        "N",
+        ("--yarn-orig-ctx",),
+    ),
+    "rope-freq-scale": Option(
+        (*_ROPE, "factor"),
+        "context and memory",
+        "short for --rope-factor 1/X, and linear unless --rope-scaling says otherwise",
+        "X",
+        implies={(*_ROPE, "kind"): "linear"},
+        is_reciprocal=True,
+    ),
+    "compress-pos-emb": Option(
+        (*_ROPE, "factor"),
+        "context and memory",
+        "short for --rope-scaling linear --rope-factor N",
+        "N",
+        also={(*_ROPE, "kind"): "linear"},
+    ),
+    "alpha-value": Option(
+        (*_ROPE, "factor"),
+        "context and memory",
+        "short for --rope-scaling ntk --rope-factor A",
+        "A",
+        also={(*_ROPE, "kind"): "ntk"},
+    ),
+    "threads": Option(
+        (*_MODEL, "threads"),
+        "speed",
+        "CPU threads, at most four per CPU (default: one per physical core)",
+        "N",
+        ("-t",),
+    ),
+    "gpu-layers": Option(
+        (*_MODEL, "gpu_layers"),
+        "speed",
+        "layers on the GPU, -1 for all of them (default: 0)",
+        "N",
+        ("-ngl", "--n-gpu-layers"),
+    ),
+    "max-num-seqs": Option(
+        (*_MODEL, "max_num_seqs"),
+        "speed",
+        "answers written at the same time (default: 16)",
+        "N",
+        ("-np", "--parallel"),
+    ),
+    "step-tokens": Option(
+        (*_MODEL, "step_tokens"),
+        "speed",
+        "most tokens in one step (default: 512)",
+        "N",
+        ("-b", "--batch-size", "--max-num-batched-tokens"),
+    ),
+    "busy-step-ms": Option(
+        (*_LIMITS, "busy_step_ms"),
+        "speed",
+        "while answers are being written, a step takes in no more prompt than fits this time (default: 150)",
+        "MS",
+    ),
+    "max-waiting": Option(
+        (*_LIMITS, "max_waiting"),
+        "limits",
+        "requests that may wait for their turn; more are refused with 429 (default: 128)",
+        "N",
+        ("--max-concurrent-requests",),
+    ),
+    "max-best-of": Option((*_LIMITS, "max_best_of"), "limits", "answers to one prompt: n, best_of (default: 8)", "N"),
+    "max-logprobs": Option((*_LIMITS, "max_logprobs"), "limits", "alternatives listed per token (default: 20)", "N"),
+    "max-top-n-tokens": Option(
+        ("max_top_n_tokens",), "limits", "the same for TGI requests: top_n_tokens (default: 5)", "N"
+    ),
+    "max-stop-sequences": Option(("max_stop_sequences",), "limits", "stop strings in one request (default: 4)", "N"),
+    "max-client-batch-size": Option(
+        ("max_client_batch_size",), "limits", "prompts in one completion request (default: 128)", "N"
+    ),
+    "max-body-bytes": Option(
+        ("max_body_bytes",), "limits", "largest request body (default: 2000000)", "N", ("--payload-limit",)
+    ),
+    "max-held-bytes": Option(
+        ("max_held_bytes",),
+        "limits",
+        "bytes of the bodies of all requests that wait or run; more are refused with 429 (default: 64000000)",
+        "N",
+    ),
+    "restart-limit": Option(
+        ("engine", "life", "restart_limit_s"),
+        "limits",
+        "seconds of failed starts of the engine after which the server ends, with status 1 (default: 600)",
+        "S",
+    ),
+    "stuck-after": Option(
+        ("engine", "life", "stuck_s"),
+        "limits",
+        "seconds without a sign of life after which the engine is killed and started again (default: 60)",
+        "S",
+    ),
+    "host": Option(("host",), "network", "address to listen on (default: 127.0.0.1)", "ADDRESS", ("--hostname",)),
+    "port": Option(("port",), "network", "port to listen on; 0 takes a free one (default: 8080)", "PORT", ("-p",)),
+    "api-key": Option(("api_key",), "network", "key that clients must send (better given as TIGHTROPE_API_KEY)", "KEY"),
+    "admin-key": Option(
+        ("admin_key",),
+        "network",
+        "key for loading and unloading adapters (better given as TIGHTROPE_ADMIN_KEY; default: nobody may)",
+        "KEY",
+    ),
+    "cors-origins": Option(
+        ("cors_origins",),
+        "network",
+        "origins of web pages that may call, as https://app.example, with commas between; * is any (default: none)",
+        "URLS",
+        ("--cors-allow-origin",),
+    ),
+    "allowed-hosts": Option(
+        ("allowed_hosts",),
+        "network",
+        "names that this server is reached by, besides localhost and addresses, with commas between; * is any",
+        "NAMES",
+    ),
+    "log-level": Option(("log_level",), "network", "debug, info, warning or error (default: info)", "LEVEL"),
+}

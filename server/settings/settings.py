@@ -1,0 +1,212 @@
+"""What a person may choose about the server: one frozen tree, filled from file, environment and command line."""
+
+import os
+import tomllib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_validator
+
+from tightrope.backends.settings import split_pairs
+from tightrope.engine.settings import MAX_ALTERNATIVES, MAX_WAITING, EngineSettings
+from tightrope.server.prompts.prompt_formats import FIXED_VARIABLES, PROMPT_FORMATS
+from tightrope.server.settings.options import CONFIG, OPTIONS, Option, TreePath
+from tightrope.server.settings.site_names import parse_host_pattern, parse_origin
+
+LogLevel = Literal["debug", "info", "warning", "error"]
+ENV_PREFIX = "TIGHTROPE_"
+MAX_BODY_BYTES = 1 << 30  # a body is held in memory, as bytes and as objects of several times their size
+MAX_STOPS = 1 << 10  # each is looked for behind every token
+
+
+class SettingsError(Exception):
+    """A setting is unknown or can't be used; the message is one line that names it and where it came from."""
+
+
+class ServerSettings(BaseModel, frozen=True, extra="forbid"):
+    """Everything that is decided before the start; nothing changes afterwards."""
+
+    host: str = Field("127.0.0.1", min_length=1, description="Address to listen on.")
+    port: int = Field(8080, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    api_key: str | None = Field(None, min_length=1, repr=False, description="Key that clients must send.")
+    admin_key: str | None = Field(None, min_length=1, repr=False, description="Key for changing what is served.")
+    cors_origins: tuple[str, ...] = Field((), description="Web origins whose pages may call; * is any.")
+    allowed_hosts: tuple[str, ...] = Field((), description="Names in Host headers that mean this server; * is any.")
+    max_body_bytes: int = Field(2_000_000, ge=1, le=MAX_BODY_BYTES, description="Largest request body.")
+    max_held_bytes: int = Field(
+        64_000_000, ge=1, le=MAX_BODY_BYTES, description="Bytes of bodies of requests under way."
+    )
+    max_client_batch_size: int = Field(128, ge=1, le=MAX_WAITING, description="Prompts in one completion request.")
+    max_stop_sequences: int = Field(4, ge=0, le=MAX_STOPS, description="Stop strings in one request.")
+    max_top_n_tokens: int = Field(
+        5, ge=0, le=MAX_ALTERNATIVES, description="Most alternatives that a TGI request may ask for."
+    )
+    served_model_name: str | None = Field(None, min_length=1, description="Name shown to clients; None is the model's.")
+    chat_template: str | None = Field(
+        None, description="Used instead of the model's own: the name of a built-in format, or Jinja source."
+    )
+    chat_template_args: dict[str, str] = Field({}, description="Variables of the chat template, beneath a request's.")
+    log_level: LogLevel = "info"
+    engine: EngineSettings = EngineSettings()
+
+    @field_validator("admin_key")
+    @classmethod
+    def _differs(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is not None and value == info.data.get("api_key"):
+            raise ValueError("the admin key must not be the API key, which every client has")
+        return value
+
+    @field_validator("cors_origins", "allowed_hosts", mode="before")
+    @classmethod
+    def _split_list(cls, value: object) -> object:
+        """The environment and the command line give the list as one text, with commas."""
+        return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _are_origins(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(map(parse_origin, value))
+
+    @field_validator("allowed_hosts")
+    @classmethod
+    def _are_hosts(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(map(parse_host_pattern, value))
+
+    @property
+    def host_names(self) -> frozenset[str]:
+        """All names that this server answers to, besides addresses and localhost."""
+        return frozenset({*self.allowed_hosts, self.host.lower()})
+
+    @field_validator("chat_template")
+    @classmethod
+    def _read_template(cls, value: str | None) -> str | None:
+        """A value that is neither Jinja source nor a built-in format's name is that of a file."""
+        if value is None or value in PROMPT_FORMATS or "{{" in value or "{%" in value:
+            return value
+        try:
+            return Path(value).expanduser().read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+            raise ValueError(
+                f"can't read the template file {value!r}: {reason}; built-in are {', '.join(PROMPT_FORMATS)}"
+            ) from None
+
+    @field_validator("chat_template_args", mode="before")
+    @classmethod
+    def _split_args(cls, value: object) -> object:
+        """The environment and the command line give NAME=VALUE, with commas between several."""
+        if not isinstance(value, str):
+            return value
+        pairs = split_pairs(value)
+        for name, text in pairs:
+            if text is None or not name.isidentifier() or name in FIXED_VARIABLES:
+                raise ValueError(f"expected NAME=VALUE with a variable of the template, not {name!r}")
+        return dict(pairs)
+
+
+def load_settings(arguments: Mapping[str, str], environ: Mapping[str, str] | None = None) -> ServerSettings:
+    """Merge the configuration file, the environment and the command line, the later winning, into one tree.
+
+    `arguments` maps option names ("max-model-len") to what was written behind them. Raises SettingsError for an unknown
+    option, a value that can't be used, an unreadable file, and two options of one source that contradict each other.
+    """
+    variables = _from_environment(os.environ if environ is None else environ)
+    config = arguments.get(CONFIG, variables.get(CONFIG))
+    sources: list[tuple[Mapping[str, Any], Callable[[str], str]]] = [
+        (variables, env_name),
+        (arguments, lambda option: "MODEL" if option == "model" else f"--{option}"),
+    ]
+    if config is not None:
+        sources.insert(0, (_from_file(Path(config).expanduser()), lambda option: f"{config}: {option}"))
+    merged: dict[TreePath, tuple[Any, str]] = {}  # value of any type that TOML has, and what to call its source
+    for values, label in sources:
+        merged = _implied(values, label) | merged | _place(values, label)
+
+    tree: dict[str, Any] = {}  # grows into the shape of ServerSettings, whose validation gives it its types
+    for path, (value, _) in merged.items():
+        branch = tree
+        for step in path[:-1]:
+            branch = branch.setdefault(step, {})
+        branch[path[-1]] = value
+    try:
+        return ServerSettings.model_validate(tree)
+    except ValidationError as failure:
+        raise SettingsError(_one_line(failure, merged)) from None
+
+
+def env_name(option: str) -> str:
+    """The environment variable of an option: "max-model-len" is TIGHTROPE_MAX_MODEL_LEN."""
+    return ENV_PREFIX + option.replace("-", "_").upper()
+
+
+def _from_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    known = {env_name(name): name for name in (*OPTIONS, CONFIG)}
+    ours = {name: value for name, value in environ.items() if name.startswith(ENV_PREFIX)}
+    for name in ours:
+        if name not in known:
+            raise SettingsError(f"{name}: no such setting; the environment may hold {ENV_PREFIX} and an option's name")
+    return {known[name]: value for name, value in ours.items()}
+
+
+def _from_file(path: Path) -> dict[str, Any]:
+    try:
+        values = tomllib.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise SettingsError(f"{path}: can't read the configuration: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise SettingsError(f"{path}: the configuration is not UTF-8 text") from None
+    except (ValueError, RecursionError) as error:  # not only TOML's own: of numbers with thousands of digits, too
+        raise SettingsError(f"{path}: not TOML: {error}") from None
+    values = {name.replace("_", "-"): value for name, value in values.items()}
+    for name in values:
+        if name not in OPTIONS:
+            raise SettingsError(f"{path}: {name}: no such setting; a line is an option's name = value")
+    return values
+
+
+def _place(values: Mapping[str, Any], label: Callable[[str], str]) -> dict[TreePath, tuple[Any, str]]:
+    """Give every option's value its place in the tree. Raises SettingsError when two options want the same place."""
+    placed: dict[TreePath, tuple[Any, str]] = {}
+    for name, value in values.items():
+        if name == CONFIG:
+            continue
+        option: Option = OPTIONS[name]
+        for path, setting in {option.path: value, **option.also}.items():
+            if path in placed:
+                raise SettingsError(f"{placed[path][1]} and {label(name)} contradict each other; give only one of them")
+            placed[path] = (_reciprocal(setting, label(name)) if option.is_reciprocal else setting, label(name))
+    return placed
+
+
+def _implied(values: Mapping[str, Any], label: Callable[[str], str]) -> dict[TreePath, tuple[Any, str]]:
+    """What the options given imply where no source says otherwise."""
+    given = {name: OPTIONS[name] for name in values if name != CONFIG}
+    return {path: (value, label(name)) for name, option in given.items() for path, value in option.implies.items()}
+
+
+def _reciprocal(value: object, label: str) -> float:
+    """One over a number or its text. Raises SettingsError when it is none."""
+    try:
+        number = float(value) if isinstance(value, str | int | float) else 0.0
+    except ValueError:
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise SettingsError(f"{label}: input should be a number above 0, not {value!r:.80}")
+    return 1 / number
+
+
+def _one_line(failure: ValidationError, merged: Mapping[TreePath, tuple[Any, str]]) -> str:
+    error = failure.errors(include_url=False)[0]
+    location = tuple(str(step) for step in error["loc"])
+    value, label = next(
+        ((value, label) for path, (value, label) in merged.items() if location[: len(path)] == path),
+        (error["input"], ".".join(location)),
+    )
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "value_error":
+        return f"{label}: {message}"
+    expected = message.split(", unable to")[
+        0
+    ]  # "Input should be a valid integer, unable to parse string as an integer"
+    return f"{label}: {expected[0].lower()}{expected[1:]}, not {value!r:.80}"

@@ -1,0 +1,88 @@
+"""What every route works with."""
+
+import time
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, field
+from hashlib import sha256
+
+from fastapi import Request
+from msgspec.structs import replace
+
+from tightrope.engine.errors import EngineUnavailable
+from tightrope.engine.process.client import EngineClient
+from tightrope.engine.types import Delta, GenerateRequest, ModelInfo, TurnMarks
+from tightrope.server.answering import Generate
+from tightrope.server.dialects.openai.convert import Served
+from tightrope.server.http.errors import TemplateFailed
+from tightrope.server.http.guards import owner_of
+from tightrope.server.http.metrics import Metrics
+from tightrope.server.prompts.template_renderer import TemplateRenderer
+from tightrope.server.prompts.templates import ChatTemplate, Probed
+from tightrope.server.prompts.turn_marks import find_turn_marks
+from tightrope.server.settings.settings import ServerSettings
+
+
+@dataclass(frozen=True, slots=True)
+class Front:
+    """The engine and the settings, and what is made of them once."""
+
+    client: EngineClient
+    settings: ServerSettings
+    metrics: Metrics
+    renderer: TemplateRenderer = field(default_factory=TemplateRenderer)
+    probed: Probed = field(default_factory=dict)  # shared by the templates of every start of the engine
+    started: int = field(default_factory=lambda: int(time.time()))  # seconds since 1970
+
+    def info(self) -> ModelInfo:
+        """The loaded model. Raises EngineUnavailable before its first start, and while there is none."""
+        info = self.client.info
+        if info is None:
+            raise EngineUnavailable("the model is still loading")
+        return info
+
+    def served(self) -> Served:
+        """What requests are checked against. Raises EngineUnavailable."""
+        info, settings = self.info(), self.settings
+        model_id = settings.served_model_name or info.model_id
+        return Served(model_id, info, settings.engine.limits, settings.max_client_batch_size, self.client.adapters)
+
+    async def turn_marks(self, info: ModelInfo) -> TurnMarks:
+        """What the chat template in use makes special of the vocabulary of a model that was just loaded."""
+        return await find_turn_marks(self.renderer, self._template_of(info), info)
+
+    async def template_notes(self) -> tuple[str, ...]:
+        """What to say of the template. Raises TemplateFailed if it, which may come from anywhere, reaches too far."""
+        template = self.template()
+        try:
+            for source in template.sources:
+                await self.renderer.check(source)
+            return await template.notes(self.renderer)
+        except TemplateFailed as error:
+            raise TemplateFailed(f"{error.message}; choose another with --chat-template") from None
+
+    def generate_for(self, request: Request) -> Generate:
+        """What runs the engine's requests that one HTTP request asks for.
+
+        They share cached tokens with those that came with the same key and salt alone: an answer tells how many were
+        found, and so whether somebody has sent the same text before.
+        """
+        owner = owner_of(request.scope, self.settings.api_key, self.settings.admin_key)
+
+        def generate(asked: GenerateRequest) -> AsyncGenerator[Delta, None]:
+            return self.metrics.generate(replace(asked, namespace=_namespace(owner, asked.namespace)))
+
+        return generate
+
+    def template(self) -> ChatTemplate:
+        """The chat template in use. Raises EngineUnavailable."""
+        return self._template_of(self.info())
+
+    def _template_of(self, info: ModelInfo) -> ChatTemplate:
+        return ChatTemplate(info, self.settings.chat_template, self.settings.chat_template_args, self.probed)
+
+
+def _namespace(owner: bytes, salt: str) -> str:
+    """The empty text where there is neither key nor salt; else a hash, in which neither can pass for the other."""
+    if not owner and not salt:
+        return ""
+    return sha256(b"%d:%b%b" % (len(owner), owner, salt.encode())).hexdigest()

@@ -1,0 +1,208 @@
+"""Decode under recorded graphs: a stand-in records a call as the call itself, on the fixed inputs that it was given."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tightrope.backends.hf.run.graphs import DecodeGraphs, batch_size, context_size
+from tightrope.kernels.forms.layout import PAGE, RopeTable, StepLayout
+
+LONGEST = 5000  # tokens
+VOCABULARY = 9
+
+
+class Recorder:
+    """Counts recordings; to replay one is to run it again, so a result tells what the fixed inputs hold by then."""
+
+    def __init__(self) -> None:
+        self.recordings = 0
+
+    def __call__(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        self.recordings += 1
+        return run
+
+
+class Model:
+    """Its logits tell of each row everything that it was given; `steps` are the layouts of its calls."""
+
+    def __init__(self) -> None:
+        self.steps: list[StepLayout] = []
+        self.stored: list[int] = []
+
+    def forward(self, token_ids: Tensor, step: StepLayout, tables: Mapping[str, RopeTable], rows: Tensor) -> Tensor:
+        self.steps.append(step)
+        self.stored += [slot for slot in step.slots.tolist() if slot >= 0]
+        sequences, pages = step.sequence_of.long(), (step.positions // PAGE).long()
+        windowed = step if step.windowed is None else step.windowed
+        table = tables["default"]
+        seen = torch.stack(
+            (
+                token_ids,
+                step.positions,
+                step.context_lens[sequences],
+                step.slots,
+                step.block_tables[sequences, pages],
+                windowed.slots,
+                windowed.block_tables[sequences, pages],
+                table.query_scale[table.set_of[sequences].long()],
+                table.pages[table.set_of[sequences].long(), 0, 0, 0],
+            ),
+            1,
+        )
+        return seen[rows].float()
+
+
+def rope_table(set_of: list[int]) -> RopeTable:
+    return RopeTable(
+        pages=torch.tensor([3.0, 4.0]).view(2, 1, 1, 1).expand(2, 4, 2, 1).contiguous(),
+        places=torch.zeros(2, PAGE, 2, 1),
+        set_of=torch.tensor(set_of, dtype=torch.int32),
+        query_scale=torch.tensor([1.0, 2.0]),
+    )
+
+
+def decode_step(lengths: list[int], *, has_windows: bool = False) -> tuple[Tensor, StepLayout]:
+    """Token ids and the layout of a step in which sequences of these lengths have one token each."""
+    width = -(-max(lengths) // PAGE)
+    block_tables = torch.arange(len(lengths) * width, dtype=torch.int32).view(len(lengths), width)
+    positions = torch.tensor(lengths) - 1
+    pages = block_tables[torch.arange(len(lengths)), positions // PAGE]
+    step = StepLayout(
+        query_starts=torch.arange(len(lengths) + 1, dtype=torch.int32),
+        context_lens=torch.tensor(lengths, dtype=torch.int32),
+        block_tables=block_tables,
+        slots=pages.long() * PAGE + positions % PAGE,
+        positions=positions.int(),
+        sequence_of=torch.arange(len(lengths), dtype=torch.int32),
+        max_query_len=1,
+        max_context_len=max(lengths),
+    )
+    if has_windows:
+        step = replace(step, windowed=replace(step, block_tables=block_tables + 1000, slots=step.slots + 1000 * PAGE))
+    return torch.tensor(lengths) * 7, step
+
+
+def graphs_of(model: Model, recorder: Recorder, max_num_seqs: int = 8, *, has_windows: bool = False) -> DecodeGraphs:
+    return DecodeGraphs(model.forward, max_num_seqs, LONGEST, "cpu", recorder, has_windows=has_windows)
+
+
+@given(
+    steps=st.lists(st.lists(st.integers(1, LONGEST), min_size=1, max_size=9), min_size=1, max_size=6),
+    has_windows=st.booleans(),
+)
+def test_any_run_of_steps_gives_what_the_model_gives(steps: list[list[int]], has_windows: bool):
+    graphs = graphs_of(Model(), Recorder(), has_windows=has_windows)
+    table = rope_table([0])
+    for lengths in steps:
+        token_ids, step = decode_step(lengths, has_windows=has_windows)
+        sets = torch.tensor([length % 2 for length in lengths], dtype=torch.int32)
+        tables = {"default": replace(table, set_of=sets)}
+        rows = torch.arange(len(lengths))
+
+        found = graphs.forward(token_ids, step, tables, rows)
+
+        assert torch.equal(found, Model().forward(token_ids, step, tables, rows))
+
+
+def test_steps_of_one_size_share_a_recording_and_others_get_their_own():
+    recorder = Recorder()
+    graphs = graphs_of(Model(), recorder)
+    table = rope_table([0] * 4)
+
+    counts = []
+    for lengths in ([10, 20, 30, 40], [50, 60, 70, 2048], [1], [2048], [2049]):
+        tables = {"default": replace(table, set_of=table.set_of[: len(lengths)])}
+        graphs.forward(*decode_step(lengths), tables, torch.arange(len(lengths)))
+        counts.append(recorder.recordings)
+
+    assert counts == [1, 1, 2, 2, 3]
+
+
+def test_a_step_is_filled_up_with_sequences_that_hold_and_store_nothing():
+    model = Model()
+    graphs = graphs_of(model, Recorder(), has_windows=True)
+    for lengths in ([5, 6, 7, 8], [11, 12, 13]):  # what the first leaves behind must not show in the second
+        token_ids, step = decode_step(lengths, has_windows=True)
+        graphs.forward(token_ids, step, {"default": rope_table([1] * len(lengths))}, torch.arange(len(lengths)))
+
+    last = model.steps[-1]
+    assert last.context_lens.tolist() == [11, 12, 13, 0]
+    assert last.windowed is not None
+    assert last.slots[3] == last.windowed.slots[3] == -1
+    assert last.query_starts.tolist() == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("rows", [[0], [1, 2], [0, 1, 2]])
+def test_only_the_wanted_rows_come_back(rows: list[int]):
+    graphs = graphs_of(Model(), Recorder())
+    token_ids, step = decode_step([10, 20, 30])
+    tables = {"default": rope_table([0, 1, 0])}
+
+    found = graphs.forward(token_ids, step, tables, torch.tensor(rows))
+
+    assert torch.equal(found, Model().forward(token_ids, step, tables, torch.tensor(rows)))
+
+
+def test_a_result_outlives_the_next_step():
+    recorded = torch.zeros(1, VOCABULARY)  # every replay writes its result here
+
+    def capture(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        return lambda: recorded.copy_(run())
+
+    graphs = DecodeGraphs(Model().forward, 1, LONGEST, "cpu", capture)
+    tables = {"default": rope_table([0])}
+
+    first = graphs.forward(*decode_step([10]), tables, torch.arange(1))
+    kept = first.clone()
+    graphs.forward(*decode_step([99]), tables, torch.arange(1))
+
+    assert torch.equal(first, kept)
+
+
+def test_a_table_that_lies_elsewhere_is_recorded_anew():
+    recorder = Recorder()
+    graphs = graphs_of(Model(), recorder)
+    token_ids, step = decode_step([10])
+    first, grown = rope_table([0]), rope_table([0])
+    grown.pages.fill_(9.0)
+
+    for table in (first, first, grown):
+        found = graphs.forward(token_ids, step, {"default": table}, torch.arange(1))
+
+    assert recorder.recordings == 2
+    assert found[0, -1] == 9.0
+
+
+@pytest.mark.parametrize(
+    ("lengths", "changes"),
+    [([10, 20], {"max_query_len": 2}), (list(range(1, 18)), {})],
+    ids=["a prompt", "more sequences than are recorded"],
+)
+def test_other_steps_run_as_they_are(lengths: list[int], changes: dict[str, int]):
+    model, recorder = Model(), Recorder()
+    graphs = graphs_of(model, recorder)
+    token_ids, step = decode_step(lengths)
+    step = replace(step, **changes)
+
+    graphs.forward(token_ids, step, {"default": rope_table([0] * len(lengths))}, torch.arange(len(lengths)))
+
+    assert recorder.recordings == 0
+    assert model.steps == [step]
+
+
+@pytest.mark.parametrize(("num_seqs", "size"), [(1, 1), (2, 2), (3, 4), (4, 4), (5, 8), (16, 16), (17, 32)])
+def test_batches_are_recorded_in_powers_of_two(num_seqs: int, size: int):
+    assert batch_size(num_seqs) == size
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "size"),
+    [(1, 2048), (2048, 2048), (2049, 8192), (30000, 32768), (32769, 100_000), (100_000, 100_000)],
+)
+def test_contexts_are_recorded_in_few_sizes_up_to_the_window(num_tokens: int, size: int):
+    assert context_size(num_tokens, 100_000) == size

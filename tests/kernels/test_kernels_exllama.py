@@ -1,0 +1,145 @@
+"""What is handed to exllamav2's extension is what EXL2 files hold: a stand-in reads it by the format's description."""
+
+import importlib
+from collections import Counter
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench.gpu.matrices import random_matrix
+from tightrope.backends.quant.streams import unstream
+from tightrope.kernels import dispatch, exllama
+from tightrope.kernels.forms.quantized import QuantizedMatrix, dequantize
+
+
+class Extension:
+    """exllamav2_ext in plain torch, on a CPU."""
+
+    def __init__(self) -> None:
+        self.weights: dict[int, Tensor] = {}  # [K, N] by handle
+        self.calls: Counter[tuple[int, ...]] = Counter()  # products, by rows, inputs and outputs
+
+    def make_q_matrix(
+        self, q_weight: Tensor, q_perm: Tensor, q_invperm: Tensor, q_scale: Tensor, q_scale_max: Tensor,
+        q_groups: Tensor, q_group_map: Tensor, *rest: Tensor | int,
+    ) -> int:  # fmt: skip
+        assert all(tensor.is_meta for tensor in rest[:-1] if isinstance(tensor, Tensor))
+        groups = (q_groups.int() & 0xFFFF).view(-1, 2).tolist()
+        ends = [first for _, first in groups[1:]] + [len(q_weight)]
+        scales = (unstream(q_scale.t().contiguous(), 4).t().float() + 1).square() * q_scale_max.float()[:, None]
+        parts = []
+        for (bits, first), end, scale in zip(groups, ends, scales, strict=True):
+            parts.append((unstream(q_weight[first:end].contiguous(), bits).float() - (1 << (bits - 1))) * scale)
+        rows_left = [[g, len(part) - row] for g, part in enumerate(parts) for row in range(len(part))]
+        assert q_group_map.view(-1, 2).tolist() == rows_left
+        stored = torch.cat(parts)
+        if not q_perm.is_meta:
+            invperm = q_invperm.int() & 0xFFFF
+            assert torch.equal((q_perm.int() & 0xFFFF)[invperm], torch.arange(len(stored), dtype=torch.int32))
+            stored = stored[invperm]
+        self.weights[len(self.weights)] = stored
+        return len(self.weights) - 1
+
+    def gemm_half_q_half(self, a: Tensor, handle: int, c: Tensor, force_cuda: bool) -> None:
+        assert a.dtype == c.dtype == torch.float16
+        self.calls[len(a), *self.weights[handle].shape] += 1
+        c.copy_(a.float() @ self.weights[handle])
+
+    def reconstruct(self, handle: int, output: Tensor) -> None:
+        output.copy_(self.weights[handle])
+
+    def free_q_matrix(self, handle: int) -> None:
+        self.weights[handle].zero_()
+
+
+@pytest.fixture
+def extension(monkeypatch: pytest.MonkeyPatch) -> Extension:
+    stand_in = Extension()
+    monkeypatch.setattr(exllama, "extension", lambda: stand_in)
+    monkeypatch.setattr(exllama, "_timed", set())
+    return stand_in
+
+
+def exl2_matrix(*, is_permuted: bool = True, num_outputs: int = 48) -> QuantizedMatrix:
+    sizes = [32, 64, 32, 96, 32, 64]
+    return random_matrix(sizes, [8, 6, 5, 4, 3, 2], num_outputs, is_coded=True, is_permuted=is_permuted)
+
+
+@pytest.mark.parametrize("is_permuted", [True, False])
+@pytest.mark.parametrize("num_rows", [0, 1, 32, 33])
+def test_the_extension_gets_the_numbers_of_the_matrix(extension: Extension, num_rows: int, is_permuted: bool):
+    matrices = [exl2_matrix(is_permuted=is_permuted), exl2_matrix(is_permuted=is_permuted, num_outputs=64)]
+    x, bias = torch.randn(num_rows, 320), torch.randn(112)
+
+    taken = [dispatch.to_exllama(matrix, torch.device("cpu")) for matrix in matrices]
+    found = dispatch.exllama_linear(x, taken, bias)
+
+    assert found.dtype == torch.float32
+    wanted = x @ torch.cat([dequantize(matrix) for matrix in matrices], 1) + bias
+    torch.testing.assert_close(found, wanted, rtol=1e-2, atol=1e-2)  # float16 numbers, scales rounded to it
+
+
+def test_a_matrix_that_is_dropped_is_freed(extension: Extension):
+    taken = dispatch.to_exllama(exl2_matrix(), torch.device("cpu"))
+    assert extension.weights[taken.handle].any()
+
+    del taken
+
+    assert not extension.weights[0].any()
+
+
+def test_only_exl2_matrices_go_to_the_extension(extension: Extension):
+    assert dispatch.is_exllama(exl2_matrix())
+    assert not dispatch.is_exllama(random_matrix([64], [4], 32))
+    assert not dispatch.is_exllama(random_matrix([40], [4], 32, is_coded=True))
+    assert not dispatch.is_exllama(random_matrix([32, 32], [4, 5], 32, is_coded=True))  # it takes the widest first
+
+
+def test_kernels_are_timed_at_load_once_for_each_size(extension: Extension):
+    """The extension does so in its first 200 products of up to 4 rows, and waits: no graph could record that."""
+    for num_outputs in (48, 64, 64):
+        matrix = dispatch.to_exllama(exl2_matrix(num_outputs=num_outputs), torch.device("cpu"))
+
+    assert extension.calls == {(rows, 320, 64): 201 for rows in range(1, 5)}
+    dispatch.exllama_linear(torch.randn(1, 320), [matrix], None)
+    assert extension.calls[1, 320, 64] == 202
+
+
+def test_a_head_too_large_to_be_expanded_is_multiplied_as_it_is(extension: Extension, monkeypatch: pytest.MonkeyPatch):
+    matrix = dispatch.to_exllama(exl2_matrix(), torch.device("cpu"))
+    monkeypatch.setattr(exllama, "MOST_EXPANDED", 320 * 64 - 1)
+
+    dispatch.exllama_linear(torch.randn(33, 320), [matrix], None)
+
+    assert extension.calls[33, 320, 64] == 1
+
+
+def test_without_the_extension_none_is_found(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+    def missing(name: str) -> None:
+        raise ModuleNotFoundError(name=name.partition(".")[0])
+
+    exllama.extension.cache_clear()
+    monkeypatch.setattr(importlib, "import_module", missing)
+
+    assert exllama.extension() is None
+    assert dispatch.describe("cuda", is_exl2=True) == "Triton"
+    assert not caplog.records
+
+    exllama.extension.cache_clear()
+
+
+def test_an_extension_that_cannot_be_built_is_told_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    def broken(name: str) -> None:
+        raise RuntimeError(f"Error building extension {name!r}\nnvcc: not found")
+
+    exllama.extension.cache_clear()
+    monkeypatch.setattr(importlib, "import_module", broken)
+
+    assert exllama.extension() is None
+    assert "kernels=Triton for EXL2: exllamav2 is installed, but exllamav2.ext can't be used" in caplog.text
+    assert "\nnvcc" not in caplog.text
+
+    exllama.extension.cache_clear()

@@ -1,0 +1,92 @@
+"""Low-rank additions of mixed batches: C++, a card's kernels and the reference against plain float64."""
+
+from collections.abc import Iterator, Mapping
+from types import ModuleType
+
+import numpy as np
+import pytest
+import rounded
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from interpreted import interpreted
+from rounded import Rounded
+from torch import Tensor
+
+from tightrope.kernels import reference
+from tightrope.kernels.cpu import native
+from tightrope.kernels.forms.low_rank import NONE, AdapterRows, LowRank, make_low_rank
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SOME = settings(max_examples=25)
+
+Case = tuple[Tensor, Tensor, Mapping[int, LowRank], AdapterRows]
+
+
+@pytest.fixture(scope="module", params=native.usable() or ["none"])
+def kernels(request: pytest.FixtureRequest) -> native.NativeKernels:
+    built = native.NativeKernels(request.param)
+    built.set_threads(2)
+    return built
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    """Outputs, inputs, adapters in some slots, and rows that use those, others, or none."""
+    torch.manual_seed(draw(st.integers(0, 2**32 - 1)))
+    rows, inputs = draw(st.integers(1, 40)), draw(st.integers(1, 150))
+    sizes = draw(st.lists(st.integers(1, 300), min_size=1, max_size=3))  # of the linears side by side
+    firsts = np.cumsum([0, *sizes]).tolist()
+    adapters: dict[int, LowRank] = {}
+    for slot in draw(st.sets(st.integers(0, 5), max_size=4)):
+        chosen = draw(st.sets(st.integers(0, len(sizes) - 1), min_size=1))
+        rank, dtype = draw(st.integers(1, 40)), draw(st.sampled_from(DTYPES))
+        pieces = [
+            (firsts[i], torch.randn(rank, inputs) / inputs**0.5, torch.randn(sizes[i], rank), draw(st.floats(-2, 2)))
+            for i in chosen
+        ]
+        adapters[slot] = make_low_rank(pieces, dtype)
+    slots = torch.tensor(draw(st.lists(st.integers(NONE, 6), min_size=rows, max_size=rows)), dtype=torch.int32)
+    present = tuple(sorted(set(slots.tolist()) - {NONE}))
+    return (
+        torch.randn(rows, firsts[-1]),
+        torch.randn(rows, inputs),
+        adapters,
+        AdapterRows(slots, torch.rand(rows), present),
+    )
+
+
+def exact(case: Case) -> Rounded:
+    """In float64, whatever the order of its sums in float32."""
+    out, x, adapters, rows = case
+    return rounded.low_rank(Rounded.exact(out), Rounded.exact(x), adapters, rows)
+
+
+@SOME
+@given(case=cases())
+def test_each_row_gets_what_its_adapter_makes_of_it(kernels: native.NativeKernels, case: Case) -> None:
+    expected = exact(case)
+    kernels.add_low_rank(*case)
+    expected.check(case[0])
+
+
+@SOME
+@given(case=cases())
+def test_the_reference_is_the_formula(case: Case) -> None:
+    expected = exact(case)
+    reference.add_low_rank(*case)
+    expected.check(case[0])
+
+
+@pytest.fixture(scope="module")
+def card() -> Iterator[ModuleType]:
+    with interpreted("low_rank") as module:
+        yield module
+
+
+@settings(max_examples=8)
+@given(case=cases())
+def test_the_kernels_of_a_card_are_the_formula(card: ModuleType, case: Case) -> None:
+    expected = exact(case)
+    card.add_low_rank(*case)
+    expected.check(case[0])

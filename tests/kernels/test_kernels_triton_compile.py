@@ -1,0 +1,120 @@
+"""The CUDA kernels through Triton's compiler, which needs no card: the interpreter accepts more than it does."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from bench.gpu.cases import Case, Shape, make_case
+from tightrope.kernels.forms.layout import AttentionSpec, CacheDtype
+from tightrope.kernels.triton import attention, ops, pointwise, store
+
+SHARED_BYTES = 99 * 1024  # that a program can have on an RTX 3090 or 4090
+POINTERS = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.int8: "*i8",
+    torch.uint8: "*u8",
+    torch.int16: "*i16",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+OPTIONS = ("num_warps", "enable_fp_fusion")
+
+Launch = tuple[Any, dict[str, Any], dict[str, Any]]  # a kernel of Triton, which has no types, its arguments and options
+
+
+class Recorder:
+    """Stands where a kernel does and keeps what it is launched with."""
+
+    def __init__(self, kernel: Any, launches: list[Launch]) -> None:  # noqa: ANN401
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid: object) -> Callable[..., None]:
+        def launch(*args: object, **kwargs: object) -> None:
+            options = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
+            named = dict(zip(self.kernel.arg_names, args, strict=False)) | kwargs
+            self.launches.append((self.kernel, named, options))
+
+        return launch
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Launch]:
+    found: list[Launch] = []
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    for module, name in (
+        (attention, "attend"), (attention, "merge"), (store, "_store"),
+        (pointwise, "_rotate"), (pointwise, "_rms_norm"), (pointwise, "_gated"),
+    ):  # fmt: skip
+        monkeypatch.setattr(module, name, Recorder(getattr(module, name), found))
+    return found
+
+
+def shared_bytes(launch: Launch, capability: int) -> int:
+    """Compile a launch for a card; the shared memory of a program."""
+    kernel, args, options = launch
+    signature, constants, aligned = {}, {}, {}
+    for index, name in enumerate(kernel.arg_names):
+        value = args[name]
+        if isinstance(value, torch.Tensor):
+            signature[name] = POINTERS[value.dtype]
+            aligned[index,] = [["tt.divisibility", 16]]
+        elif value is None or kernel.params[index].is_constexpr:
+            signature[name] = "constexpr"
+            constants[index,] = value
+        else:
+            signature[name] = "fp32" if isinstance(value, float) else "i32"
+    source = ASTSource(kernel, signature, constants, aligned)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    return int(compiled.metadata.shared)
+
+
+def case_of(
+    dtype: CacheDtype, head_dim: int, rotated: int, lengths: tuple[tuple[int, int], ...], activations: torch.dtype
+) -> tuple[Case, AttentionSpec]:
+    spec = AttentionSpec(0.1, window=20, softcap=5.0)
+    shape = Shape(lengths, 1, 2, head_dim, dtype, rotated, spec)
+    return make_case(shape, torch.device("cpu"), activations), spec
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "rotated", "activations", "capability"),
+    [
+        ("q8", 128, 128, torch.bfloat16, 90),
+        ("q4", 128, 32, torch.bfloat16, 86),
+        ("q8", 80, 80, torch.float16, 86),
+        ("q4", 64, 0, torch.float16, 90),
+        ("q8", 256, 256, torch.bfloat16, 86),
+    ],
+)
+def test_attention_compiles_and_fits_the_cards(
+    launches: list[Launch], dtype: CacheDtype, head_dim: int, rotated: int, activations: torch.dtype, capability: int
+):
+    case, spec = case_of(dtype, head_dim, rotated, ((1, 600), (3, 40)), activations)
+
+    ops.attention(case.queries, case.cache, case.step, case.table, spec)
+
+    assert len(launches) == 3  # prompt, decode, merge
+    limit = SHARED_BYTES if capability == 86 else 227 * 1024
+    assert max(shared_bytes(launch, capability) for launch in launches) <= limit
+
+
+def test_the_other_kernels_compile(launches: list[Launch]):
+    for dtype in ("q8", "q4", "f16"):
+        case, _ = case_of(dtype, 80, 40, ((1, 30),), torch.bfloat16)
+        ops.store_kv(case.cache, case.keys, case.values, case.step.slots)
+    assert case.table is not None
+    ops.rotate(case.queries, case.step, case.table)
+    ops.rms_norm(case.queries, torch.ones(80), 1e-6)
+    for activation in ("silu", "gelu", "gelu_tanh"):
+        ops.gated(case.queries.flatten(1), activation)
+
+    assert len(launches) == 8
+    assert all(shared_bytes(launch, 86) <= SHARED_BYTES for launch in launches)

@@ -1,0 +1,153 @@
+"""The CUDA kernels of quantised matrices in Triton's interpreter, on a CPU, held to the dequantised product."""
+
+from collections.abc import Iterator
+from types import ModuleType
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from interpreted import interpreted
+from torch import Tensor
+
+from bench.gpu.matrices import random_matrix, random_nf4
+from tightrope.kernels.forms.columns import BLOCK, pack_columns, to_columns
+from tightrope.kernels.forms.quantized import PLANES, Nf4Matrix, QuantizedMatrix, dequantize
+
+WIDTHS = sorted(PLANES)
+
+
+@pytest.fixture(scope="module")
+def ops() -> Iterator[ModuleType]:
+    with interpreted("quantized") as module:
+        yield module
+
+
+def assert_product(ops: ModuleType, matrix: QuantizedMatrix | Nf4Matrix, x: Tensor, bias: Tensor | None = None) -> None:
+    """Held to float64; sums of n numbers may be off by as much as a few roundings of their sizes' sum."""
+    weight = dequantize(matrix).double()
+    wanted = x.double() @ weight + (0 if bias is None else bias.double())
+    # one row is summed in float32 with numbers 2^8 times as large as the smallest codes, which cancel: 2^-16 a rounding
+    step = {torch.float32: 2.0**-13, torch.float16: 2.0**-9, torch.bfloat16: 2.0**-6}[x.dtype]
+    sizes = x.double().abs() @ weight.abs() + (0 if bias is None else bias.double().abs())
+    allowed = step * sizes + 1e-6
+
+    found = ops.quantized_linear(x, [to_columns(matrix)], bias)
+
+    assert found.dtype == x.dtype
+    assert found.shape == wanted.shape
+    assert ((found.double() - wanted).abs() <= allowed).all()
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_words_hold_the_codes_of_a_column_from_the_low_bits_up(bits: int):
+    codes = torch.randint(0, 1 << bits, (2 * BLOCK, 3), dtype=torch.uint8)
+
+    words = pack_columns(codes, [bits], [2]).long() & 0xFFFFFFFF  # [2 * bits, 3]
+
+    for row in range(2 * BLOCK):
+        found, shift, first = 0, 0, row // BLOCK * bits
+        for width in PLANES[bits]:
+            word, field = divmod(row % BLOCK, 32 // width)
+            found += (int(words[first + word, 1]) >> (field * width) & ((1 << width) - 1)) << shift
+            first, shift = first + width, shift + width
+        assert found == codes[row, 1]
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_every_width_expands_to_the_bit(ops: ModuleType, bits: int):
+    matrix = random_matrix([64, 32], [bits] * 2, 33, has_zeros=True)
+
+    assert torch.equal(ops.expand(to_columns(matrix), torch.float32), dequantize(matrix))
+
+
+def test_a_slice_of_the_outputs_expands_alone(ops: ModuleType):
+    matrix = random_matrix([96, 64], [6, 3], 300, is_coded=True, is_permuted=True)
+
+    found = ops.expand(to_columns(matrix), torch.float32, 150, 140)
+
+    assert torch.equal(found, dequantize(matrix)[:, 150:290])
+
+
+@pytest.mark.parametrize("num_rows", [1, 5])
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_every_width_multiplies(ops: ModuleType, bits: int, num_rows: int):
+    matrix = random_matrix([32, 64], [bits] * 2, 48, is_coded=True)
+
+    assert_product(ops, matrix, torch.randn(num_rows, 96))
+
+
+@pytest.mark.parametrize("num_rows", [0, 1, 2, 17, 64, 65, 90])
+def test_any_number_of_rows_is_multiplied(ops: ModuleType, num_rows: int):
+    matrix = random_matrix([128, 64], [4, 4], 40, has_zeros=True)
+
+    assert_product(ops, matrix, torch.randn(num_rows, 192), torch.randn(40))
+
+
+@pytest.mark.parametrize("num_rows", [1, 3, 70])
+@pytest.mark.parametrize("blocksize", [32, 64])
+def test_numbers_of_a_codebook_multiply(ops: ModuleType, blocksize: int, num_rows: int):
+    assert_product(ops, random_nf4(192, 50, blocksize), torch.randn(num_rows, 192), torch.randn(50))
+
+
+@pytest.mark.parametrize("num_rows", [1, 4, 70])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_rows_multiply_within_their_rounding(ops: ModuleType, dtype: torch.dtype, num_rows: int):
+    matrix = random_matrix([64, 128], [5, 4], 32, is_coded=True, is_permuted=True)
+
+    assert_product(ops, matrix, torch.randn(num_rows, 192).to(dtype), torch.randn(32).to(dtype))
+
+
+@pytest.mark.parametrize("num_rows", [1, 3, 70])
+def test_several_matrices_multiply_side_by_side(ops: ModuleType, num_rows: int):
+    matrices = [random_matrix([64], [4], 50), random_nf4(64, 30, 32)]
+    x, bias = torch.randn(num_rows, 64), torch.randn(80)
+
+    found = ops.quantized_linear(x, [to_columns(matrix) for matrix in matrices], bias)
+
+    wanted = x @ torch.cat([dequantize(matrix) for matrix in matrices], 1) + bias
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_slice_of_a_larger_tensor_multiplies(ops: ModuleType):
+    matrix = random_matrix([64], [4], 32)
+
+    assert_product(ops, matrix, torch.randn(3, 100)[:, 20:84])
+
+
+def test_large_matrices_are_expanded_in_slices(ops: ModuleType, monkeypatch: pytest.MonkeyPatch):
+    matrix = random_matrix([64], [4], 300)
+    monkeypatch.setattr(ops, "SLICE_BYTES", 64 * 4 * 128)
+
+    assert_product(ops, matrix, torch.randn(66, 64), torch.randn(300))
+
+
+def test_each_block_is_shared_out_once():
+    matrix = to_columns(random_matrix([1600, 320, 96], [6, 4, 3], 5000))
+    shares = matrix.shares.tolist()
+
+    assert [first for _, first, _, _ in shares] == [0, *(end for _, _, end, _ in shares[:-1])]
+    assert shares[-1][2] == len(matrix.group_of)
+    assert [word for _, _, _, word in shares] == [
+        sum(bits * (end - first) for bits, first, end, _ in shares[:i]) for i in range(len(shares))
+    ]
+    assert len(matrix.words) == (1600 * 6 + 320 * 4 + 96 * 3) // 32
+    assert len({end - first for _, first, end, _ in shares}) > 1
+
+
+@settings(max_examples=20)
+@given(data=st.data())
+def test_any_matrix_multiplies_as_it_is_dequantised(ops: ModuleType, data: st.DataObject):
+    groups = st.tuples(st.integers(1, 20).map(lambda n: 8 * n), st.sampled_from(WIDTHS))
+    sizes, bits = zip(*data.draw(st.lists(groups, min_size=1, max_size=4)), strict=True)
+    matrix = random_matrix(
+        sizes,
+        bits,
+        data.draw(st.integers(1, 80)),
+        is_coded=data.draw(st.booleans()),
+        has_zeros=data.draw(st.booleans()),
+        is_permuted=data.draw(st.booleans()),
+        seed=data.draw(st.integers(0, 2**31)),
+    )
+
+    assert_product(ops, matrix, torch.randn(data.draw(st.sampled_from([1, 2, 9, 66])), sum(sizes)))

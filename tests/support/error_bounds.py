@@ -1,0 +1,161 @@
+"""How far float32 arithmetic may be from exact: tolerances of property tests, derived from how a result is made.
+
+A bound holds for every example that a test may draw, however long its sums and whatever their order. Sources: Higham,
+Accuracy and Stability of Numerical Algorithms, 2nd edition, sections 3.1 and 4.2; Higham and Mary, "A New Approach to
+Probabilistic Rounding Error Analysis", SIAM J. Sci. Comput. 41 (2019): roundings are as good as independent, so n of
+them add up to LAMBDA sqrt(n) of one, and not to n, but with a chance of 2 exp(-LAMBDA ** 2 / 2).
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tightrope.kernels.forms.layout import GROUP, PAGE, AttentionSpec, LayerCache, RopeTable, StepLayout
+from tightrope.kernels.reference import dequantize
+
+UNIT = 2.0**-24  # of float32: a rounded number is off by at most this share of itself
+LAMBDA = 9.0  # a chance of 5e-18 for each sum; ten thousand examples make some 1e9 sums
+
+# as in kernels/cpu: lengths that two sides of a product have as whole numbers, and the largest of those numbers
+WORD_LONG, WORD_SHORTER, WORD_MOST = 65500, 32760, 32767
+
+
+def roundings(count: float) -> float:
+    """The relative error of a number, or of a sum's terms together, after `count` roundings of float32."""
+    return LAMBDA * math.sqrt(count) * UNIT
+
+
+def within(found: Tensor, exact: Tensor, bound: Tensor) -> None:
+    """Fail where a result is further from the exact one than its bound: tells by how much, and where."""
+    off = (found.double() - exact).abs() - bound
+    assert bool((off <= 0).all()), f"{off.max():.3g} beyond its bound of {bound.flatten()[off.argmax()]:.3g}"
+
+
+def half_unit(x: Tensor, length: float) -> Tensor:
+    """Of rows x [n, K], with `length` for their own length: [n, 1]. The scaled number's own rounding comes on top."""
+    unit = torch.maximum(x.norm(dim=1, keepdim=True) / length, x.abs().amax(1, keepdim=True) / WORD_MOST)
+    return unit * (0.5 + WORD_MOST * 4 * UNIT)
+
+
+@dataclass(frozen=True, slots=True)
+class Attended:
+    """Attention in float64, and how far float32 may be from it: [T, H, D] each."""
+
+    output: Tensor
+    bound: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class CachedHead:
+    """What one sequence has cached of one head, in float64: keys rotated, all [tokens, D]; value_steps: one code's."""
+
+    keys: Tensor
+    values: Tensor
+    value_steps: Tensor
+    most_code: int
+
+
+def attend_exactly(
+    queries: Tensor, cache: LayerCache, step: StepLayout, table: RopeTable | None, spec: AttentionSpec, *,
+    in_words: bool = False,
+) -> Attended:  # fmt: skip
+    """As kernels.reference.attention, one sequence and head after the other.
+
+    Scores that are off by d at most move the output by at most (exp(2 d) - 1) sum of p |v - output|, where p are the
+    softmax's weights and v the values; float32 sums of p v come on top. in_words: of the C++ kernels that multiply
+    whole numbers of 16 bits.
+    """
+    output, bound = torch.zeros(2, *queries.shape, dtype=torch.float64)
+    heads_per_key = queries.shape[1] // cache.format.num_kv_heads
+    for b, length in enumerate(step.context_lens.tolist()):
+        rows = slice(int(step.query_starts[b]), int(step.query_starts[b + 1]))
+        if rows.start == rows.stop:
+            continue
+        distance = step.positions[rows].long().unsqueeze(1) - torch.arange(length)
+        is_seen = (distance >= 0) & (distance < (spec.window or length + 1))
+        for h in range(queries.shape[1]):
+            head = cached_head(cache, step.block_tables[b], length, h // heads_per_key, table, b)
+            output[rows, h], bound[rows, h] = _softmax(queries[rows, h].double(), head, is_seen, spec, in_words)
+    return Attended(output, bound)
+
+
+def _softmax(
+    queries: Tensor, head: CachedHead, is_seen: Tensor, spec: AttentionSpec, in_words: bool
+) -> tuple[Tensor, Tensor]:
+    """Output and bound [n, D] of queries [n, D] float64, which see [n, tokens]."""
+    keys, values = head.keys, head.values
+    # the products of a score, and up to 16 roundings of its numbers: factors, angles of page and place, scales
+    lengths = queries.norm(dim=1, keepdim=True) * keys.norm(dim=1) * spec.scale  # [n, tokens]
+    off = lengths * roundings(keys.shape[1] + 16)
+    if in_words and len(queries) > 1:
+        off = off + spec.scale * _off_in_words(queries, keys)
+    scores = queries @ keys.T * spec.scale
+    if spec.softcap is not None:  # of a slope of at most 1; the tangent, 1 - 2 / (exp + 1), is off by some roundings
+        scores = spec.softcap * torch.tanh(scores / spec.softcap)
+        off = off + spec.softcap * 8 * UNIT
+    # an exponent is a score less the largest; the exponential is off by 3e-6 in words and by 2e-7 in floats
+    off = off + 8 * UNIT * (scores.abs() + scores.abs().amax(1, keepdim=True)) + (3e-6 if in_words else 2e-7)
+    off = off.masked_fill(~is_seen, 0).amax(1, keepdim=True)  # [n, 1]
+    p = scores.masked_fill(~is_seen, -torch.inf).softmax(1)
+    output = p @ values
+    aside = (values - output.unsqueeze(1)).abs()  # [n, tokens, D]
+    bound = torch.expm1(2 * off) * torch.einsum("nk,nkd->nd", p, aside)
+    bound = bound + roundings(len(keys) + 16) * (p @ values.abs())
+    if not in_words:
+        return output, bound
+    if len(queries) > 1:
+        # weights count 8192 in the largest of their tile of 96 tokens, and all that a value's code can be counts 2729
+        largest = _largest_near(p.unsqueeze(-1), 96)
+        bound = bound + torch.einsum("nk,nkd->nd", largest[..., 0], aside) / 16384
+        return output, bound + _largest_near(head.value_steps, 96).amax(0) * head.most_code / 2 / 2728
+    # weights times scales count 32767 in the largest of their span of 256 tokens, and then multiply codes
+    largest = _largest_near(p.unsqueeze(-1) * head.value_steps, 256)  # [n, tokens, D]
+    codes = torch.where(head.value_steps == 0, 0.0, values / head.value_steps).abs()
+    return output, bound + (largest * codes).sum(1) / 2 / WORD_MOST
+
+
+def _off_in_words(queries: Tensor, keys: Tensor) -> Tensor:
+    """Of products [n, tokens] of rows that are whole numbers with one unit each."""
+    off_query, off_key = half_unit(queries, WORD_LONG), half_unit(keys, WORD_SHORTER).T
+    mixed = off_query * keys.abs().sum(1) + queries.abs().sum(1, keepdim=True) * off_key
+    return mixed + off_query * off_key * keys.shape[1]
+
+
+def _largest_near(x: Tensor, size: int) -> Tensor:
+    """The largest of x [..., tokens, D] in any stretch of `size` tokens that a token is in."""
+    flat = x.transpose(-1, -2).reshape(1, -1, x.shape[-2])
+    largest = F.max_pool1d(flat, 2 * size - 1, stride=1, padding=size - 1)
+    return largest.view(x.transpose(-1, -2).shape).transpose(-1, -2)
+
+
+def cached_head(
+    cache: LayerCache, pages: Tensor, length: int, head: int, table: RopeTable | None, sequence: int
+) -> CachedHead:
+    at, dims = pages[: -(-length // PAGE)].long(), cache.format.head_dim
+    keys, values = (
+        # a code times its scale has at most 19 bits, so float32 holds it exactly
+        dequantize(codes[at, head], scales[at, head], cache.format.dtype, dims).flatten(0, 1)[:length].double()
+        for codes, scales in ((cache.key_codes, cache.key_scales), (cache.value_codes, cache.value_scales))
+    )
+    keys = keys * cache.key_factor[head].double()
+    if table is not None:
+        keys = rotate_exactly(keys.unsqueeze(1), table, int(table.set_of[sequence]), torch.arange(length))[:, 0]
+    if cache.format.dtype == "f16":
+        return CachedHead(keys, values, torch.zeros_like(values), 0)
+    steps = cache.value_scales[at, head].double().abs().flatten(0, 1)[:length]
+    return CachedHead(
+        keys, values, steps.repeat_interleave(GROUP, -1)[:, :dims], 127 if cache.format.dtype == "q8" else 8
+    )
+
+
+def rotate_exactly(x: Tensor, table: RopeTable, number: int, positions: Tensor) -> Tensor:
+    """x [n, heads, D] float64 rotated by one set of a table, without its query_scale."""
+    half = table.places.shape[-1]
+    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    for angles in (table.pages[number, positions // PAGE], table.places[number, positions % PAGE]):
+        cos, sin = angles.double().unsqueeze(1).unbind(2)  # [n, 1, R/2]
+        first, second = first * cos - second * sin, second * cos + first * sin
+    return torch.cat((first, second, rest), -1)

@@ -1,0 +1,91 @@
+"""The whole HTTP face over a model made of rules, in this process: app, client and engine core are the real ones."""
+
+import socket
+import threading
+import time
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from functools import partial
+from types import MappingProxyType
+from typing import Any
+
+import httpx
+import msgspec
+from fakes import FakeBackend, script
+from fastapi import FastAPI
+
+from tightrope.engine.process.child import serve
+from tightrope.engine.process.client import EngineClient
+from tightrope.engine.process.launch import ThreadHandle
+from tightrope.engine.settings import EngineSettings, LimitSettings
+from tightrope.server.app import create_app
+from tightrope.server.http.draining import Drain
+from tightrope.server.http.metrics import Metrics
+from tightrope.server.settings.settings import ServerSettings
+from tightrope.server.state import Front
+
+NextToken = Callable[[Sequence[int]], int]
+
+
+def launcher(backend: FakeBackend) -> Callable[[socket.socket], ThreadHandle]:
+    """Starts an engine core with `backend` in a thread of this process."""
+
+    def launch(sock: socket.socket) -> ThreadHandle:
+        run = partial(serve, sock.dup(), open_backend=lambda settings, progress: backend)
+        thread = threading.Thread(target=run, daemon=True)
+        thread.start()
+        return ThreadHandle(thread)
+
+    return launch
+
+
+@asynccontextmanager
+async def application(
+    answer: str | NextToken = "fine",
+    *,
+    chat_template: str | None = None,
+    chat_templates: Mapping[str, str] = MappingProxyType({}),
+    limits: Mapping[str, int] = MappingProxyType({}),
+    clock: Callable[[], float] = time.monotonic,
+    drain: Drain | None = None,
+    max_model_len: int = 1024,
+    added: Sequence[str] = (),
+    **settings: object,
+) -> AsyncGenerator[FastAPI, None]:
+    """The server's application, started, with a model that answers prompts that end in "?" with `answer`."""
+    engine = EngineSettings(limits=LimitSettings.model_validate(limits))
+    chosen = ServerSettings.model_validate({"engine": engine, **settings})
+    next_token = script(answer) if isinstance(answer, str) else answer
+    backend = FakeBackend(next_token, max_model_len=max_model_len, added=added)
+    backend.card = replace(backend.card, chat_template=chat_template, chat_templates=tuple(chat_templates.items()))
+    client = EngineClient(chosen.engine, launcher(backend), clock)
+    app = create_app(Front(client, chosen, Metrics(client)), drain)
+    async with app.router.lifespan_context(app):
+        await client.wait_ready()
+        yield app
+
+
+@asynccontextmanager
+async def api(
+    answer: str | NextToken = "fine",
+    *,
+    chat_template: str | None = None,
+    limits: Mapping[str, int] = MappingProxyType({}),
+    clock: Callable[[], float] = time.monotonic,
+    drain: Drain | None = None,
+    **settings: object,
+) -> AsyncGenerator[httpx.AsyncClient, None]:
+    """An HTTP client of that application, without a socket between them."""
+    async with application(
+        answer, chat_template=chat_template, limits=limits, clock=clock, drain=drain, **settings
+    ) as app:
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as http:
+            yield http
+
+
+def events(body: str) -> list[Any]:
+    """The JSON of all events of a stream; its end mark stays a string."""
+    lines = [line.removeprefix("data: ") for line in body.split("\n\n") if line.startswith("data: ")]
+    return [line if line == "[DONE]" else msgspec.json.decode(line) for line in lines]

@@ -1,0 +1,44 @@
+"""The engine process with a model made of rules: `python fake_engine.py FD`.
+
+Prompts steer it: "crash" in a prompt kills the process when it would write its third token, and "hang" makes that step
+last for ever. While the file named by `settings.model.model` exists, loading fails.
+"""
+
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from fakes import FakeBackend, letters
+
+from tightrope.backends.errors import BackendError
+from tightrope.backends.settings import ModelSettings
+from tightrope.engine.process.child import serve
+
+TURN = "<|turn|>"  # a token that no flag makes special
+
+
+def next_token(token_ids: Sequence[int]) -> int:
+    text = bytes(i for i in token_ids if i < 256)
+    if b"crash" in text and len(text.split(b"crash")[1]) >= 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if b"hang" in text and len(text.split(b"hang")[1]) >= 3:
+        signal.pause()
+    return letters(token_ids)
+
+
+def open_fake(settings: ModelSettings, progress: Callable[[float], None]) -> FakeBackend:
+    progress(1.0)
+    if settings.model is not None and Path(settings.model).exists():
+        raise BackendError(f"{settings.model}: not a model")
+    return FakeBackend(next_token, max_num_seqs=settings.max_num_seqs, added=[TURN])
+
+
+def serve_fake(sock: socket.socket, on_end: Callable[[int], None] = lambda status: None) -> int:
+    return serve(sock, on_end, open_fake)
+
+
+if __name__ == "__main__":
+    sys.exit(serve_fake(socket.socket(fileno=int(sys.argv[1])), on_end=os._exit))

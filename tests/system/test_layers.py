@@ -1,0 +1,161 @@
+"""The house's floors, checked: imports run downward only, and the front stays free of the models' libraries."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from checkout import ROOT
+
+FLOORS = ("kernels", "backends", "engine", "server")  # from the ground up
+HEAVY = {"torch", "transformers", "llama_cpp"}
+FRONT = ("engine/types.py", "engine/errors.py", "engine/process/client.py")
+# imported by the front, so as light as the front
+SHARED_BY_FRONT = ("engine/settings.py", "engine/process/wire.py", "engine/process/launch.py", "backends/settings.py")
+
+
+def sources(folder: str) -> list[Path]:
+    return sorted((ROOT / folder).rglob("*.py"))
+
+
+def imported(path: Path) -> set[str]:
+    """Full names of everything that a file imports, wherever in it the import stands."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def floor_of(name: str) -> int | None:
+    """The floor that an import name lives on, 0 at the ground; None outside the house."""
+    parts = name.split(".")
+    return FLOORS.index(parts[1]) if parts[0] == "tightrope" and parts[1:2] and parts[1] in FLOORS else None
+
+
+@pytest.mark.parametrize("floor", FLOORS)
+def test_a_floor_imports_nothing_from_the_floors_above_it(floor: str):
+    height = FLOORS.index(floor)
+    upward = [(path.name, name) for path in sources(floor) for name in imported(path) if (floor_of(name) or 0) > height]
+
+    assert upward == []
+
+
+def test_the_floors_are_imported_by_their_full_names():
+    short = [
+        (path, name)
+        for floor in FLOORS
+        for path in sources(floor)
+        for name in imported(path)
+        if name.split(".")[0] in FLOORS
+    ]
+
+    assert short == []
+
+
+@pytest.mark.parametrize("path", [*sources("server"), *(ROOT / name for name in (*FRONT, *SHARED_BY_FRONT))], ids=str)
+def test_the_front_imports_no_model_library(path: Path):
+    assert {name.split(".")[0] for name in imported(path)} & HEAVY == set()
+
+
+def test_importing_the_whole_front_loads_no_model_library():
+    files = [path.relative_to(ROOT).with_suffix("") for path in sources("server") if path.stem != "__init__"]
+    modules = [".".join(("tightrope", *path.parts)) for path in files]
+    script = f"import {', '.join(modules)}, sys; print(sorted({HEAVY!r} & set(sys.modules)))"
+
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+
+    assert result.stdout.strip() == "[]"
+
+
+def test_the_help_is_printed_without_the_web_framework():
+    script = (
+        "import sys; from tightrope.server.cli.main import main\n"
+        "try: main(['serve', '--help'])\n"
+        "finally: print(sorted({'torch', 'fastapi', 'pydantic', 'uvicorn'} & set(sys.modules)))"
+    )
+
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+
+    assert result.stdout.splitlines()[-1] == "[]"
+
+
+def test_only_the_dispatcher_imports_a_kernel_implementation():
+    free = ("dispatch", "forms", "reference")  # what chooses, what crosses, and the specification
+    reached = [
+        (path, name)
+        for floor in FLOORS
+        for path in sources(floor)
+        for name in imported(path)
+        if floor_of(name) == 0 and path != ROOT / "kernels/dispatch.py"
+        if (part := name.split(".")[2]) not in free and not path.is_relative_to(ROOT / "kernels" / part)
+    ]
+
+    assert reached == []
+
+
+def modules() -> dict[str, set[str]]:
+    """Every module of the house, as a path without its ending, with the modules that it imports."""
+    names = {path.relative_to(ROOT).with_suffix("").as_posix(): path for floor in FLOORS for path in sources(floor)}
+    found = {}
+    for name, path in names.items():
+        paths = {full.removeprefix("tightrope.").replace(".", "/") for full in imported(path)}
+        found[name] = {known for full in paths for known in (full, full.rpartition("/")[0]) if known in names} - {name}
+    return found
+
+
+def test_no_two_folders_import_each_other():
+    """A folder and one inside it aside: what puts a folder's parts together may stand above them."""
+    folders = {
+        (a.rpartition("/")[0], b.rpartition("/")[0]): (a, b) for a, imports in modules().items() for b in imports
+    }
+    apart = {
+        (a, b) for a, b in folders if a != b and not f"{a}/".startswith(f"{b}/") and not f"{b}/".startswith(f"{a}/")
+    }
+
+    assert [(folders[a, b], folders[b, a]) for a, b in sorted(apart) if (b, a) in apart and a < b] == []
+
+
+def test_no_file_imports_one_that_imports_it():
+    """However long the way around is, and imports for types alone included."""
+    graph = modules()
+    while leaves := {name for name, imports in graph.items() if not imports & graph.keys()}:
+        graph = {name: imports for name, imports in graph.items() if name not in leaves}
+    in_circles = {name for name in graph if any(name in imports for imports in graph.values())}
+
+    assert in_circles == set()
+
+
+def test_the_backends_know_nothing_of_each_other():
+    graph = modules()
+    ways = {"backends/gguf": "backends/hf", "backends/hf": "backends/gguf"}
+    crossing = [
+        (a, b)
+        for a, imports in graph.items()
+        for b in imports
+        for x, y in ways.items()
+        if a.startswith(x)
+        if b.startswith(y)
+    ]
+
+    assert crossing == []
+
+
+def attributes(path: Path) -> set[str]:
+    return {node.attr for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.Attribute)}
+
+
+def test_nothing_but_the_settings_reads_the_environment():
+    files = [path for floor in FLOORS for path in sources(floor)]
+    readers = {path.relative_to(ROOT).as_posix() for path in files if {"environ", "getenv"} & attributes(path)}
+
+    assert readers == {"server/settings/settings.py"}
+
+
+@pytest.mark.parametrize("folder", ["kernels", "tests"])
+def test_a_folder_whose_name_others_use_is_no_regular_package(folder: str):
+    assert list((ROOT / folder).rglob("__init__.py")) == []

@@ -1,0 +1,59 @@
+"""A seed gives the same text again on the real model: equal to the last bit, and with the prefix cache in use."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from tightrope.backends.registry import open_backend
+from tightrope.backends.settings import CacheSettings, ModelSettings
+from tightrope.engine.core import EngineCore
+from tightrope.engine.settings import LimitSettings
+from tightrope.engine.types import GenerateRequest, LogprobRequest, SamplingParams, Span, StopRules, TextPrompt
+
+QUESTION = "<|im_start|>user\nWhat would you pack for a week in the hills?<|im_end|>\n<|im_start|>assistant\n"
+Drawn = list[tuple[int, float | None]]
+
+
+@pytest.fixture(scope="module")
+def core() -> Iterator[EngineCore]:
+    settings = ModelSettings(max_model_len=2048, cache=CacheSettings(tokens=4096))
+    backend = open_backend(settings, lambda share: None)
+    yield EngineCore(backend, LimitSettings())
+    backend.close()
+
+
+def ask(core: EngineCore, prompt: str, seed: int, num_tokens: int = 12) -> tuple[str, Drawn, int]:
+    """The text, each token with its log probability, and how much of the prompt was cached."""
+    request = GenerateRequest(
+        f"{seed} {prompt}",
+        TextPrompt((Span(prompt),)),
+        SamplingParams(temperature=1.5, seed=seed),
+        StopRules(max_tokens=num_tokens, ignore_eos=True),
+        logprobs=LogprobRequest(False, 0),
+    )
+    core.add(core.prepare(request))
+    deltas = [delta for _ in range(10 * num_tokens) if core.has_work for delta in core.step().deltas]
+    assert deltas[0].prompt is not None
+    drawn = [(token.token_id, token.logprob) for delta in deltas for token in delta.tokens]
+    return "".join(delta.text for delta in deltas), drawn, deltas[0].prompt.num_cached
+
+
+def test_a_seed_gives_the_same_numbers_again_over_its_own_cached_prompt(core: EngineCore) -> None:
+    prompt = "Wind, rain and snow. " * 8 + QUESTION
+    _, first, num_cached = ask(core, prompt, seed=1)
+    assert num_cached == 0
+    _, again, num_cached = ask(core, prompt, seed=1)
+    assert num_cached > 0
+    assert again == first
+    assert ask(core, prompt, seed=2)[1] != first
+
+
+def test_the_next_turn_of_a_chat_is_reused_and_reproducible(core: EngineCore) -> None:
+    opening = "The mountain hut. " * 60 + QUESTION
+    answer, first, _ = ask(core, opening, seed=3)
+    turn = f"{opening}{answer}<|im_end|>\n<|im_start|>user\nAnd for two weeks?<|im_end|>\n<|im_start|>assistant\n"
+    _, second, num_cached = ask(core, turn, seed=4)
+    assert num_cached > 250, "all of the first turn"
+    ask(core, "Something else entirely. " * 50, seed=5)
+    assert ask(core, turn, seed=4)[1] == second
+    assert ask(core, opening, seed=3)[1] == first
