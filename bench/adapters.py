@@ -22,7 +22,7 @@ from bench.gpu.random_weights import Sizes, gptq_entries, plain_entries, random_
 from bench.load import exclusive
 from bench.stats import spread
 from tightrope.backends.files.safetensors import TensorEntry
-from tightrope.backends.hf.modules.modules import Linear
+from tightrope.backends.hf.modules.linear import Linear
 from tightrope.backends.hf.runner import LoadedModel
 from tightrope.backends.threads import compute_threads
 from tightrope.kernels import dispatch

@@ -8,7 +8,7 @@ import torch
 from tightrope.backends.errors import BackendError
 from tightrope.backends.files.hf_config import ModelShape
 from tightrope.backends.hf.cache.window_pages import KEPT_WINDOWS, most_needed
-from tightrope.backends.hf.modules.attention import LayerInfo
+from tightrope.backends.hf.modules.step import LayerInfo
 from tightrope.backends.memory import GIB, default_tokens, does_not_fit, free_memory, prompt_rows, spare_bytes
 from tightrope.backends.rope.scaling import RopeSpec, resolve_rope
 from tightrope.backends.settings import ModelSettings

@@ -12,8 +12,8 @@ from tightrope.backends.files.safetensors import Checkpoint
 from tightrope.backends.hf.adapters.rows import Adapters
 from tightrope.backends.hf.load.blueprint import Blueprint, draw
 from tightrope.backends.hf.load.loader import load_weights, share
-from tightrope.backends.hf.modules.attention import CurrentStep, LayerInfo
-from tightrope.backends.hf.modules.modules import Experts
+from tightrope.backends.hf.modules.experts import Experts
+from tightrope.backends.hf.modules.step import CurrentStep, LayerInfo
 from tightrope.backends.rope.scaling import RopeSpec
 from tightrope.kernels import dispatch
 from tightrope.kernels.forms.layer import StackedExperts

@@ -15,7 +15,7 @@ from bench.gpu.correctness import Check
 from bench.gpu.model import SMALL
 from bench.gpu.random_weights import Sizes, gptq_entries, random_model
 from bench.gpu.timing import seconds
-from tightrope.backends.hf.modules.modules import Experts
+from tightrope.backends.hf.modules.experts import Experts
 from tightrope.backends.hf.run import graphs
 from tightrope.backends.hf.run.graphs import DecodeGraphs
 from tightrope.backends.hf.runner import LoadedModel

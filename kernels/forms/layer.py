@@ -33,7 +33,7 @@ class Norm:
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class DecoderLayer:
-    """Attention and a gated MLP on the residual stream; see backends.hf.organs.Layer for the order.
+    """Attention and a gated MLP on the residual stream; see `Layer` of the torch engine for the order.
 
     qkv: queries, keys and values one below the other. norms: before and after attention, before and after the MLP.
     head_norms: of each head's queries and keys.

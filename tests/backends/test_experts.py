@@ -16,7 +16,7 @@ from test_adapters import EXPECTED, last_logits, noise, open_model, write_adapte
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from tightrope.backends.hf.modules.modules import Experts
+from tightrope.backends.hf.modules.experts import Experts
 from tightrope.kernels import dispatch
 from tightrope.kernels.forms.layer import GatedExperts
 

@@ -11,8 +11,9 @@ from step_builder import rope_tables, step_of
 from test_quant_tiny import AS_FLOAT32, AS_HALVES, EXPECTED, PAGES, last_logits, load
 
 from tightrope.backends.files.hf_config import read_config
+from tightrope.backends.hf.modules.experts import Experts
+from tightrope.backends.hf.modules.linear import Linear
 from tightrope.backends.hf.modules.matrices import Columns
-from tightrope.backends.hf.modules.modules import Experts, Linear
 from tightrope.backends.hf.runner import LoadedModel
 from tightrope.backends.rope.scaling import resolve_rope
 from tightrope.backends.settings import RopeSettings

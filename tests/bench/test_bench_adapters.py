@@ -8,7 +8,7 @@ import torch
 from bench import adapters
 from bench.gpu.model import SMALL
 from bench.gpu.random_weights import gptq_entries, plain_entries, random_model
-from tightrope.backends.hf.modules.modules import Experts
+from tightrope.backends.hf.modules.experts import Experts
 
 MIXTURE = SMALL | {"num_local_experts": 8, "num_experts_per_tok": 2}
 

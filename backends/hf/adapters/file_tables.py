@@ -14,7 +14,8 @@ from tightrope.backends.errors import BackendError
 from tightrope.backends.files.peft import USED, Delta, PeftAdapter, TokenRows, check_float
 from tightrope.backends.files.safetensors import TensorEntry
 from tightrope.backends.files.tensor_names import spellings
-from tightrope.backends.hf.modules.modules import Embedding, Linear
+from tightrope.backends.hf.modules.embedding import Embedding
+from tightrope.backends.hf.modules.linear import Linear
 from tightrope.backends.hf.modules.token_tables import TableChange, table_change
 from tightrope.kernels.forms.low_rank import balanced
 

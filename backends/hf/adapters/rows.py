@@ -16,9 +16,11 @@ from tightrope.backends.files.peft import USED, PeftAdapter, adapter_bytes, chec
 from tightrope.backends.files.safetensors import TensorEntry
 from tightrope.backends.files.tensor_names import spellings
 from tightrope.backends.hf.adapters.file_tables import PlannedTables, Tables, planned_tables
-from tightrope.backends.hf.modules.attention import CurrentStep
+from tightrope.backends.hf.modules.experts import Experts
 from tightrope.backends.hf.modules.kept_norms import KeptNorm, is_kept_norm
-from tightrope.backends.hf.modules.modules import Experts, Linear, RMSNorm
+from tightrope.backends.hf.modules.linear import Linear
+from tightrope.backends.hf.modules.norm import RMSNorm
+from tightrope.backends.hf.modules.step import CurrentStep
 from tightrope.backends.protocol import Chunk, Tokenizer
 from tightrope.kernels.forms.low_rank import NONE, AdapterRows, LowRank, balanced, make_low_rank
 

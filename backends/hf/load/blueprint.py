@@ -22,9 +22,10 @@ from tightrope.backends.hf.load.skeleton import build_skeleton
 from tightrope.backends.hf.load.specialise import transplant
 from tightrope.backends.hf.load.trace import rehearse
 from tightrope.backends.hf.load.weights import Weight
-from tightrope.backends.hf.modules.attention import CurrentStep, LayerInfo
-from tightrope.backends.hf.modules.modules import Embedding, Linear
+from tightrope.backends.hf.modules.embedding import Embedding
+from tightrope.backends.hf.modules.linear import Linear
 from tightrope.backends.hf.modules.rotary import fix_rotary
+from tightrope.backends.hf.modules.step import CurrentStep, LayerInfo
 from tightrope.backends.quant.find import (
     Quantization,
     describe_format,

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tightrope.backends.hf.load.skeleton import Mask
 from tightrope.backends.hf.load.trace import Attended, Call, Rehearsal, is_linear
+from tightrope.backends.hf.modules.interface import Mask
 from tightrope.kernels import reference
 from tightrope.kernels.forms.layout import AttentionSpec
 

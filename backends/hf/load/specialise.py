@@ -9,11 +9,17 @@ from transformers import PreTrainedModel
 
 from tightrope.backends.errors import BackendError
 from tightrope.backends.hf.load import patterns
-from tightrope.backends.hf.load.skeleton import answer_with
 from tightrope.backends.hf.load.trace import Attended, Rehearsal, is_linear
 from tightrope.backends.hf.load.weights import ExpertWeights, LinearWeights, Wants
-from tightrope.backends.hf.modules.attention import Attention, CurrentStep, InterfaceAttention, LayerInfo
-from tightrope.backends.hf.modules.modules import Embedding, Experts, GatedMLP, Layer, Linear, RMSNorm, Stack, Unbatched
+from tightrope.backends.hf.modules.attention import Attention, InterfaceAttention
+from tightrope.backends.hf.modules.embedding import Embedding
+from tightrope.backends.hf.modules.experts import Experts
+from tightrope.backends.hf.modules.interface import answer_with
+from tightrope.backends.hf.modules.layer import Layer, Stack, Unbatched
+from tightrope.backends.hf.modules.linear import Linear
+from tightrope.backends.hf.modules.mlp import GatedMLP
+from tightrope.backends.hf.modules.norm import RMSNorm
+from tightrope.backends.hf.modules.step import CurrentStep, LayerInfo
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tightrope.backends.errors import BackendError
-from tightrope.backends.hf.load.skeleton import AttentionCall, answer_with
+from tightrope.backends.hf.modules.interface import AttentionCall, answer_with
 
 TOKENS = 2
 FAR, NEAR = 1_000_003, 5  # first positions: not zero, where every rotation is the identity

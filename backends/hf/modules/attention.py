@@ -1,46 +1,13 @@
 """Attention over our cache, in the place of transformers' attention modules or behind its attention interface."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
-
 from torch import Tensor, nn
 
-from tightrope.backends.hf.load.skeleton import AttentionCall
+from tightrope.backends.hf.modules.interface import AttentionCall
+from tightrope.backends.hf.modules.linear import Linear
+from tightrope.backends.hf.modules.norm import RMSNorm
+from tightrope.backends.hf.modules.step import CurrentStep, LayerInfo
 from tightrope.kernels import dispatch
-from tightrope.kernels.forms.layout import AttentionSpec, LayerCache, RopeTable, StepLayout
-from tightrope.kernels.forms.low_rank import AdapterRows
-
-if TYPE_CHECKING:
-    from tightrope.backends.hf.modules.modules import Linear, RMSNorm
-
-
-@dataclass(frozen=True, slots=True)
-class LayerInfo:
-    """One attention layer. `rope` is its key in a step's tables; None: nothing is rotated when keys are read."""
-
-    num_kv_heads: int
-    head_dim: int
-    spec: AttentionSpec
-    rope: str | None
-
-
-@dataclass(slots=True)
-class CurrentStep:
-    """The step that a model runs, shared by its attention modules; and each layer's cache."""
-
-    layout: StepLayout | None = None
-    tables: Mapping[str, RopeTable] = field(default_factory=dict)
-    caches: tuple[LayerCache, ...] = ()
-    adapters: AdapterRows | None = None  # None when no row of the step uses any
-    head_adapters: AdapterRows | None = None  # of the rows whose logits are wanted
-
-    def layer(self, index: int) -> tuple[StepLayout, LayerCache]:
-        """The step as a layer has it, and the layer's cache."""
-        cache = self.caches[index]
-        layout = None if self.layout is None else self.layout.windowed if cache.is_windowed else self.layout
-        assert layout is not None
-        return layout, cache
+from tightrope.kernels.forms.layout import LayerCache, RopeTable, StepLayout
 
 
 class Attention(nn.Module):
@@ -48,9 +15,9 @@ class Attention(nn.Module):
 
     def __init__(
         self,
-        qkv: "Linear",
-        out: "Linear",
-        norms: tuple["RMSNorm | None", "RMSNorm | None"],
+        qkv: Linear,
+        out: Linear,
+        norms: tuple[RMSNorm | None, RMSNorm | None],
         num_heads: int,
         layer: LayerInfo,
         index: int,

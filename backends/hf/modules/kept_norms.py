@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tightrope.backends.hf.modules.attention import CurrentStep
+from tightrope.backends.hf.modules.step import CurrentStep
 
 
 class KeptNorm:

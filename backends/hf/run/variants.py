@@ -3,22 +3,31 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from torch import Tensor
 
 from tightrope.backends.hf.run.calibrate import set_key_factors
-from tightrope.backends.protocol import Chunk, KVCache, KVUsage
+from tightrope.backends.hf.run.graphs import DecodeGraphs
+from tightrope.backends.hf.run.steps import StepBuilder
+from tightrope.backends.hf.runner import LoadedModel
+from tightrope.backends.protocol import Backend, Chunk, KVCache, KVUsage
 from tightrope.kernels.forms.layout import CacheDtype, LayerCache
 
-if TYPE_CHECKING:
-    from tightrope.backends.hf.backend import HFBackend
+
+class Base(Backend, Protocol):
+    """A backend whose weights and books are shared: one layer cache in `caches` for each layer of `model`."""
+
+    model: LoadedModel
+    caches: list[LayerCache]
+    graphs: DecodeGraphs | None
+    steps: StepBuilder
 
 
 class CacheVariants:
     """Backends that share the weights and the books of one."""
 
-    def __init__(self, base: "HFBackend") -> None:
+    def __init__(self, base: Base) -> None:
         self._base = base
 
     @property
@@ -61,7 +70,7 @@ class CacheVariant:
     The base must have opened the sequences, without reuse, and not yet have committed the step.
     """
 
-    def __init__(self, base: "HFBackend", caches: Sequence[LayerCache]) -> None:
+    def __init__(self, base: Base, caches: Sequence[LayerCache]) -> None:
         self.caches = tuple(caches)
         self._base = base
         self.tokenizer, self.capabilities, self.adapters = base.tokenizer, base.capabilities, base.adapters

@@ -1,0 +1,86 @@
+"""The experts of a mixture."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from tightrope.backends.hf.modules.matrices import Matrix, projection, stacked, times
+from tightrope.backends.hf.modules.step import CurrentStep
+from tightrope.kernels import dispatch
+from tightrope.kernels.forms.layer import GatedExperts, Projection, StackedExperts
+from tightrope.kernels.forms.low_rank import AdapterRows, LowRank
+
+
+class Experts(nn.Module):
+    """The experts of a mixture, of which only those run that a token picked. Adapters are by expert, then by slot."""
+
+    gate_up: Tensor | Sequence[Matrix]  # [E, 2 * F, K] in the file's dtype, or a matrix for each expert
+    down: Tensor | Sequence[Matrix]  # [E, K, F]
+    whole: GatedExperts | StackedExperts | None = None  # where their forms are known to a kernel
+
+    def __init__(self, name: str, shape: tuple[int, int, int], activation: str, current: CurrentStep) -> None:
+        """shape: number of experts, hidden size K, size F between their two products."""
+        super().__init__()
+        self.name, self.activation, self.current = name, activation, current
+        num_experts, self.hidden, self.middle = shape
+        self.gate_up_adapters: tuple[dict[int, LowRank], ...] = tuple({} for _ in range(num_experts))
+        self.down_adapters: tuple[dict[int, LowRank], ...] = tuple({} for _ in range(num_experts))
+
+    def places(self) -> Iterator[tuple[str, dict[int, LowRank], int, int, int]]:
+        """Each expert's linears as files name them: name, adapters, first output, outputs, inputs."""
+        for expert, (gate_up, down) in enumerate(zip(self.gate_up_adapters, self.down_adapters, strict=True)):
+            for gate_name, up_name, down_name in (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2")):
+                yield f"{self.name}.{expert}.{gate_name}", gate_up, 0, self.middle, self.hidden
+                yield f"{self.name}.{expert}.{up_name}", gate_up, self.middle, self.middle, self.hidden
+                yield f"{self.name}.{expert}.{down_name}", down, 0, self.hidden, self.middle
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """hidden_states [T, K], top_k_index and top_k_weights [T, k] to [T, K]."""
+        rows = self.current.adapters if any(self.gate_up_adapters) or any(self.down_adapters) else None
+        if self.whole is not None:
+            shares = top_k_weights.to(torch.float32)
+            if (done := dispatch.experts(hidden_states, self.whole, top_k_index, shares, rows)) is not None:
+                return done
+        return self._one_by_one(hidden_states, top_k_index, top_k_weights)
+
+    def settle(self) -> None:
+        """Lay out the weights, once they are there, as the kernels that run all experts at once have them."""
+        gate_up, down = stacked(self.gate_up), stacked(self.down)
+        if gate_up is not None and down is not None:
+            self.whole = StackedExperts(gate_up[0], down[0], self.activation)
+            self.gate_up, self.down = gate_up[1], down[1]
+            return
+        all_gate_up = _projections(self.gate_up, self.gate_up_adapters)
+        all_down = _projections(self.down, self.down_adapters)
+        self.whole = GatedExperts(all_gate_up, all_down, self.activation) if all_gate_up and all_down else None
+
+    def _one_by_one(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        result = torch.zeros_like(hidden_states)
+        order = top_k_index.flatten().argsort(stable=True)  # places [T * k], sorted by expert
+        counts = torch.bincount(top_k_index.flatten(), minlength=len(self.down)).tolist()
+        for expert, places in enumerate(order.split(counts)):
+            if len(places):
+                rows = places // top_k_index.shape[1]
+                adapters = None if self.current.adapters is None else self.current.adapters.at(rows)
+                gate_up = _adapted(hidden_states[rows], self.gate_up[expert], self.gate_up_adapters[expert], adapters)
+                middle = dispatch.gated(gate_up, self.activation)
+                mixed = _adapted(middle, self.down[expert], self.down_adapters[expert], adapters)
+                result.index_add_(0, rows, mixed * top_k_weights.flatten()[places].unsqueeze(1).to(mixed.dtype))
+        return result
+
+
+def _projections(
+    weights: Tensor | Sequence[Matrix], adapters: Sequence[Mapping[int, LowRank]]
+) -> tuple[Projection, ...]:
+    """Each expert's; none unless all have forms that a kernel knows."""
+    found = [projection(weight, None, added) for weight, added in zip(weights, adapters, strict=True)]
+    known = tuple(one for one in found if one is not None)
+    return known if len(known) == len(found) else ()
+
+
+def _adapted(x: Tensor, weight: Matrix, added: Mapping[int, LowRank], rows: AdapterRows | None) -> Tensor:
+    out = times(x, weight, None)
+    if rows is not None and added:
+        dispatch.add_low_rank(out, x, added, rows)
+    return out

@@ -1,0 +1,103 @@
+"""A decoder layer of our own, and the stack of them."""
+
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.modeling_outputs import MoeModelOutputWithPast
+
+from tightrope.backends.hf.modules.attention import Attention
+from tightrope.backends.hf.modules.embedding import Embedding
+from tightrope.backends.hf.modules.matrices import projection
+from tightrope.backends.hf.modules.mlp import GatedMLP
+from tightrope.backends.hf.modules.norm import RMSNorm
+from tightrope.kernels import dispatch
+from tightrope.kernels.forms.layer import DecoderLayer, Norm
+
+
+class Unbatched(nn.Module):
+    """A module of transformers that our layer runs on rows [T, hidden]."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def run(self, x: Tensor) -> Tensor:
+        """x [T, hidden] to [T, hidden], in a batch of one."""
+        output = self.module(x.unsqueeze(0))
+        assert isinstance(output, Tensor)  # or its layer would have been left as it is
+        return output.view(x.shape)
+
+
+class Layer(nn.Module):
+    """A decoder layer: attention and MLP on the normed residual stream, perhaps normed again before they join it."""
+
+    def __init__(
+        self,
+        attention: Attention,
+        mlp: GatedMLP | Unbatched,
+        norms: tuple[RMSNorm | None, RMSNorm | None, RMSNorm | None, RMSNorm | None],
+    ) -> None:
+        super().__init__()
+        self.attention, self.mlp = attention, mlp
+        self.input_norm, self.post_attention_norm, self.pre_mlp_norm, self.post_mlp_norm = norms
+        self._run_attention, self._run_mlp = attention.run, mlp.run
+        self._norms = tuple(None if norm is None else norm.run for norm in norms)
+        self._all_norms = [norm for norm in (*norms, attention.q_norm, attention.k_norm) if norm is not None]
+
+    def forward(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
+        return self.run(hidden_states.reshape(-1, hidden_states.shape[-1])).view(hidden_states.shape)
+
+    def run(self, x: Tensor) -> Tensor:
+        """x [T, hidden] to [T, hidden]."""
+        if (whole := self._whole) is not None and not any(norm.is_replaced for norm in self._all_norms):
+            step, cache, table = self.attention.now()
+            rows = self.attention.current.adapters
+            if (done := dispatch.decoder_layer(x, whole, cache, step, table, rows)) is not None:
+                return done
+        before, after, before_mlp, after_mlp = self._norms
+        y = self._run_attention(x if before is None else before(x))
+        x = x + (y if after is None else after(y))
+        y = self._run_mlp(x if before_mlp is None else before_mlp(x))
+        return x + (y if after_mlp is None else after_mlp(y))
+
+    @cached_property
+    def _whole(self) -> DecoderLayer | None:
+        """The layer as one kernel runs it, where its parts have the forms for that; read once weights are there."""
+        attention, mlp = self.attention, self.mlp
+        if not isinstance(mlp, GatedMLP):
+            return None
+        linears = (attention.qkv, attention.out, mlp.gate_up, mlp.down)
+        qkv, out, gate_up, down = (projection(linear.weight, linear.bias, linear.adapters) for linear in linears)
+        if qkv is None or out is None or gate_up is None or down is None:
+            return None
+        return DecoderLayer(
+            qkv,
+            out,
+            gate_up,
+            down,
+            (_of(self.input_norm), _of(self.post_attention_norm), _of(self.pre_mlp_norm), _of(self.post_mlp_norm)),
+            (_of(attention.q_norm), _of(attention.k_norm)),
+            attention.num_heads,
+            mlp.activation,
+            attention.layer.spec,
+        )
+
+
+def _of(norm: RMSNorm | None) -> Norm | None:
+    return None if norm is None else Norm(norm.weight, norm.eps)
+
+
+class Stack(nn.Module):
+    """The base model: embedding, layers, last norm."""
+
+    def __init__(self, embedding: Embedding, layers: tuple[Layer, ...], norm: RMSNorm) -> None:
+        super().__init__()
+        self.embedding, self.layers, self.norm = embedding, nn.ModuleList(layers), norm
+        self._layers = tuple(layer.run for layer in layers)
+
+    def forward(self, input_ids: Tensor, **kwargs: Any) -> MoeModelOutputWithPast:  # noqa: ANN401 - transformers' own
+        x = self.embedding.run(input_ids[0])
+        for layer in self._layers:
+            x = layer(x)
+        return MoeModelOutputWithPast(last_hidden_state=self.norm.run(x).unsqueeze(0))

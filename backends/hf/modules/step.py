@@ -1,0 +1,35 @@
+"""The step that runs: what all modules of a model read, and what each attention layer is."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from tightrope.kernels.forms.layout import AttentionSpec, LayerCache, RopeTable, StepLayout
+from tightrope.kernels.forms.low_rank import AdapterRows
+
+
+@dataclass(frozen=True, slots=True)
+class LayerInfo:
+    """One attention layer. `rope` is its key in a step's tables; None: nothing is rotated when keys are read."""
+
+    num_kv_heads: int
+    head_dim: int
+    spec: AttentionSpec
+    rope: str | None
+
+
+@dataclass(slots=True)
+class CurrentStep:
+    """The step that a model runs, shared by its attention modules; and each layer's cache."""
+
+    layout: StepLayout | None = None
+    tables: Mapping[str, RopeTable] = field(default_factory=dict)
+    caches: tuple[LayerCache, ...] = ()
+    adapters: AdapterRows | None = None  # None when no row of the step uses any
+    head_adapters: AdapterRows | None = None  # of the rows whose logits are wanted
+
+    def layer(self, index: int) -> tuple[StepLayout, LayerCache]:
+        """The step as a layer has it, and the layer's cache."""
+        cache = self.caches[index]
+        layout = None if self.layout is None else self.layout.windowed if cache.is_windowed else self.layout
+        assert layout is not None
+        return layout, cache
