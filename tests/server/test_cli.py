@@ -213,7 +213,7 @@ def open_stream(client: httpx.Client, url: str, num_tokens: int) -> AbstractCont
 
 def test_the_first_sigterm_lets_an_answer_finish():
     with run_server("--ctx-size=2048") as running, httpx.Client(timeout=60) as client:
-        with open_stream(client, running.url, num_tokens=300) as reply:
+        with open_stream(client, running.url, num_tokens=120) as reply:
             lines = reply.iter_lines()
             next(lines)
             running.process.send_signal(signal.SIGTERM)
