@@ -25,6 +25,8 @@ _CHATS = (
     ("user", "assistant", "user"),
     ("system", "user", "assistant", "user", "assistant"),
 )
+_LISTED = re.compile(r"""["']text["']\s*:\s*["'](\\[nrt]|\s)*$""", re.IGNORECASE)
+_LISTED_CHARS = 64  # in front of words, blanks among them
 _CALL_CONTENTS: tuple[Mapping[str, str | None], ...] = ({}, {"content": ""}, {"content": None})
 TOOL = {
     "type": "function",
@@ -112,7 +114,7 @@ async def _probe_parts(
     fixed = {**variables, "tools": tools, "add_generation_prompt": False}
     texts = await renderer.render_each(source, [{**fixed, "messages": chat} for chat in messages])
     seen = [(role, word, text) for words, text in zip(chats, texts, strict=True) if text for role, word in words]
-    kept = [(role, _keeps(text, f"{word}a"), _keeps(text, f"{word}b")) for role, word, text in seen]
+    kept = [(role, keeps(text, f"{word}a"), keeps(text, f"{word}b")) for role, word, text in seen]
     torn = {role for role, keeps_first, keeps_second in kept if keeps_first != keeps_second}
     return replace(facts, one_part=frozenset(torn))
 
@@ -142,7 +144,7 @@ async def _probe_calls(
     fixed = {**variables, "tools": [TOOL], "add_generation_prompt": False}
     texts = await renderer.render_each(source, [{**fixed, "messages": chat} for chat in chats])
     words = ("userprobe", "callprobe", "givenprobe", "resultprobe", "assistantprobe")
-    kept = [0 if text is None else sum(_keeps(text, word) for word in words) for text in texts]
+    kept = [0 if text is None else sum(keeps(text, word) for word in words) for text in texts]
     if not any(kept):
         return facts
     best = [form for form, num in zip(forms, kept, strict=True) if num == max(kept)]
@@ -161,12 +163,12 @@ def _facts(assignments: Sequence[Mapping[str, Shape]], texts: Mapping[_Chat, str
         return [(chat, text) for chat in chats if (text := texts[chat]) is not None]
 
     def kept(shapes: Mapping[str, Shape]) -> int:
-        return sum(sum(_keeps(text, word) for _, word in chat.words()) for chat, text in seen(shapes))
+        return sum(sum(keeps(text, word) for _, word in chat.words()) for chat, text in seen(shapes))
 
     most = max(map(kept, assignments))
     best = [shapes for shapes in assignments if kept(shapes) == most]
     chosen = seen(best[0])
-    words = [(role, _keeps(text, word)) for chat, text in chosen for role, word in chat.words()]
+    words = [(role, keeps(text, word)) for chat, text in chosen for role, word in chat.words()]
     lost = frozenset(role for role in _ROLES if (role, False) in words and (role, True) not in words)
     return TemplateFacts(
         shapes={
@@ -179,7 +181,12 @@ def _facts(assignments: Sequence[Mapping[str, Shape]], texts: Mapping[_Chat, str
     )
 
 
-def _keeps(text: str, word: str) -> bool:
+def keeps(text: str, word: str) -> bool:
     """Whether a word is in the text as itself, and not as part of a list in Python's or JSON's notation."""
     text = text.lower()  # some write it in capitals
-    return word in text and re.search(rf"""["']text["']\s*:\s*["']{word}""", text) is None
+    return word in text and not any(is_listed(text, found.start()) for found in re.finditer(re.escape(word), text))
+
+
+def is_listed(text: str, place: int) -> bool:
+    """Whether what begins at this place of a text is a part's words in Python's or JSON's notation of a list."""
+    return _LISTED.search(text[max(0, place - _LISTED_CHARS) : place]) is not None

@@ -11,7 +11,7 @@ from typing import Any
 from tightrope.server.http.errors import TemplateFailed, TemplateStopped
 from tightrope.server.prompts.content import Message, in_shape, pieces
 from tightrope.server.prompts.role_order import regular_orders
-from tightrope.server.prompts.template_probe import TemplateFacts
+from tightrope.server.prompts.template_probe import TemplateFacts, is_listed, keeps
 from tightrope.server.prompts.template_renderer import TemplateRenderer
 from tightrope.server.prompts.typed_tokens import new_mark
 
@@ -82,12 +82,13 @@ class Rendering:
         return message if message.get("content") is not None else {**message, **self.facts.call_content}
 
     async def _lost(self, messages: list[Message], text: str) -> set[str]:
-        """The roles of which words are nowhere in the text.
+        """The roles of which words are nowhere in the text, or there in the notation of a list alone.
 
-        Of the assistant's some are left out on purpose, such as its thoughts; it loses them where no word is ever kept.
+        Of the assistant's some are left out on purpose, such as its thoughts; it loses them where whole turns were seen
+        to be left out.
         """
-        watched = {"system", "user"} | (self.facts.lost & {"assistant"})
         loses = self.facts.lost | self.facts.partly_lost  # there, words that are found may be another message's
+        watched = {"system", "user"} | (loses & {"assistant"})
         changed = {place for place, m in enumerate(messages) if m["role"] in loses and "".join(pieces(m)).strip()}
         start = 0  # messages mostly stand in their order
         for place, message in enumerate(messages):
@@ -96,7 +97,7 @@ class Rendering:
                 found = text.find(words, start)
                 found = text.find(words) if found < 0 else found
                 start = max(start, found)
-                if found < 0:
+                if found < 0 or is_listed(text, found):
                     changed.add(place)
         if not changed:
             return set()
@@ -107,7 +108,7 @@ class Rendering:
             text = await self.text(marked)
         except TemplateFailed:
             return set()  # it looks into the words themselves
-        return {messages[place]["role"] for place in changed if marks[place] not in text} & watched
+        return {messages[place]["role"] for place in changed if not keeps(text, marks[place])} & watched
 
 
 def _note(num_turns: int, reason: TemplateFailed) -> str:

@@ -170,6 +170,36 @@ async def test_a_template_that_keeps_the_last_turn_alone_refuses_longer_chats(re
         )
 
 
+async def test_a_template_that_keeps_the_last_turn_alone_refuses_a_greeting_before_it(
+    renderer: TemplateRenderer,
+) -> None:
+    with pytest.raises(TemplateFailed, match="leaves out what the assistant wrote"):
+        await ChatTemplate(info("{{ messages[-1].content }}")).render(
+            renderer,
+            [{"role": "assistant", "content": "Welcome"}, {"role": "user", "content": "hi"}],
+            add_generation_prompt=True,
+            continue_final_message=False,
+        )
+
+
+@pytest.mark.parametrize("roles", [("system", "system", "user"), ("user", "system", "user")])
+async def test_no_list_stands_in_a_prompt_where_the_first_system_turn_alone_is_read_as_parts(
+    renderer: TemplateRenderer, roles: tuple[str, ...]
+) -> None:
+    source = (
+        "{% if messages[0].role == 'system' %}{{ messages[0].content[0].text }}{% set rest = messages[1:] %}"
+        "{% else %}{% set rest = messages %}{% endif %}{% for m in rest %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    )
+    chat = [{"role": role, "content": f" Hornbeam{place}"} for place, role in enumerate(roles)]
+    prompt = await ChatTemplate(info(source)).render(
+        renderer, chat, add_generation_prompt=True, continue_final_message=False
+    )
+    text = "".join(span.text for span in prompt.spans)
+    assert "'text'" not in text
+    assert [text.find(f" Hornbeam{place}") >= 0 for place in range(3)] == [True] * 3
+    assert "merged" in prompt.notes[0]
+
+
 async def test_words_that_a_template_changes_are_not_lost(renderer: TemplateRenderer) -> None:
     template = ChatTemplate(info(each("{{ m.content | upper | replace(' ', '_') }}")))
     messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "good day"}]
