@@ -50,7 +50,7 @@ def _looks_like_path(model: str) -> bool:
     return model.startswith(("/", ".", "~")) or ("/" not in model and ":" not in model) or model.count("/") > 1
 
 
-def pick_file(files: list[str], wish: str | None, repo: str) -> str:
+def pick_file(files: list[str], wanted: str | None, repo: str) -> str:
     """The GGUF file to take from a repository's file names. Raises BackendError, listing them, when none fits."""
     models = model_files(files)
     if not models:
@@ -58,23 +58,23 @@ def pick_file(files: list[str], wish: str | None, repo: str) -> str:
         if what is not None:
             raise BackendError(f"{repo}: {what}")
         raise BackendError(f"{repo}: holds no .gguf file; name the repository alone for its safetensors model")
-    if wish is None:
+    if wanted is None:
         ranked = [f for kind in PREFERRED for f in models if kind in f.upper()]
         return (ranked or models)[0]
-    found = [f for f in models if f == wish] or [f for f in models if wish.lower() in Path(f).name.lower()]
+    found = [f for f in models if f == wanted] or [f for f in models if wanted.lower() in Path(f).name.lower()]
     if len(found) != 1:
         names = ", ".join(found or models)
-        raise BackendError(f"{repo}: {len(found) or 'no'} files match {wish!r}; name one of: {names}")
+        raise BackendError(f"{repo}: {len(found) or 'no'} files match {wanted!r}; name one of: {names}")
     return found[0]
 
 
-def pick_files(files: list[str], wish: str | None, repo: str) -> list[str]:
+def pick_files(files: list[str], wanted: str | None, repo: str) -> list[str]:
     """What of a repository is downloaded: all parts of one GGUF model, or else the files of a safetensors model.
 
     GGUF files come first, as such repositories are made for them. Raises BackendError when it holds neither.
     """
-    if wish is not None or model_files(files):
-        return _parts(pick_file(files, wish, repo), files)
+    if wanted is not None or model_files(files):
+        return _parts(pick_file(files, wanted, repo), files)
     top = [f for f in files if "/" not in f and f.endswith(FOLDER_FILES)]
     weights = [f for f in top if f.endswith(WEIGHTS) and not f.startswith("adapter_")]
     if all(f.startswith(CONSOLIDATED) for f in weights):
@@ -88,7 +88,7 @@ def pick_files(files: list[str], wish: str | None, repo: str) -> list[str]:
     return sorted(set(top) - others)
 
 
-def _download(repo: str, wish: str | None, revision: str | None) -> Path:
+def _download(repo: str, wanted: str | None, revision: str | None) -> Path:
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import (
         HfHubHTTPError,
@@ -99,7 +99,7 @@ def _download(repo: str, wish: str | None, revision: str | None) -> Path:
 
     try:
         files = HfApi().list_repo_files(repo, revision=revision)
-        chosen = pick_files(files, wish, repo)
+        chosen = pick_files(files, wanted, repo)
         folder = Path(snapshot_download(repo, revision=revision, allow_patterns=chosen))
         return _path_in(folder, chosen)
     except RevisionNotFoundError:
@@ -107,16 +107,16 @@ def _download(repo: str, wish: str | None, revision: str | None) -> Path:
     except RepositoryNotFoundError:
         raise BackendError(f"{repo}: no such file here, and no such model on the hub (or it is private)") from None
     except LocalEntryNotFoundError:
-        return _downloaded(repo, wish, revision)
+        return _downloaded(repo, wanted, revision)
     except HfHubHTTPError as error:
         raise BackendError(f"{repo}: the hub refused: {str(error).strip().splitlines()[0]}") from None
     except (OSError, httpx.HTTPError) as error:
         if isinstance(error, OSError) and error.errno is not None:  # not the network: a full disk, say
             raise BackendError(f"{repo}: can't be stored here: {error.strerror}") from None
-        return _downloaded(repo, wish, revision)
+        return _downloaded(repo, wanted, revision)
 
 
-def _downloaded(repo: str, wish: str | None, revision: str | None) -> Path:
+def _downloaded(repo: str, wanted: str | None, revision: str | None) -> Path:
     """What an earlier download left, for when the hub can't be reached."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
@@ -126,7 +126,7 @@ def _downloaded(repo: str, wish: str | None, revision: str | None) -> Path:
     except LocalEntryNotFoundError:
         raise BackendError(f"{repo}: not on this machine, and the hub can't be reached; is it offline?") from None
     files = [str(file.relative_to(folder)) for file in folder.rglob("*")]
-    return _path_in(folder, pick_files(files, wish, repo))
+    return _path_in(folder, pick_files(files, wanted, repo))
 
 
 def _path_in(folder: Path, chosen: list[str]) -> Path:

@@ -54,7 +54,7 @@ def outline(settings: ModelSettings, memory_bytes: int | None) -> Outline:
     """Read the headers of the model that `settings` names, and plan.
 
     memory_bytes: a size that may be used up; None is this machine's free memory, of which `serve` leaves a share.
-    Raises BackendError for a model or a wish that can't be; a plan that doesn't fit is no error here.
+    Raises BackendError for a model or a setting that can't be; a plan that doesn't fit is no error here.
     """
     from tightrope.backends.locate import locate
     from tightrope.backends.registry import find_model

@@ -4,13 +4,13 @@ import os
 from pathlib import Path
 
 
-def compute_threads(wish: int) -> int:
-    """`wish` threads, or with 0 one per physical core that this process may use."""
-    return wish or min(physical_cores(), cpu_quota())
+def compute_threads(asked: int) -> int:
+    """`asked` threads, or with 0 one per physical core that this process may use."""
+    return asked or min(physical_cores(), cpu_quota())
 
 
 def most_threads() -> int:
-    """The most that may be wished for: more only wait for each other, and thousands take a machine down."""
+    """The most that may be asked for: more only wait for each other, and thousands take a machine down."""
     return 4 * len(usable_cpus())
 
 

@@ -117,15 +117,15 @@ def expert_share(form: str, entries: Sequence[TensorEntry], rounds: int, lock: P
 
 def adapt(tree: nn.Module) -> None:
     """Adapters of noise on all linears but the head, in slots 0 .. NUM_ADAPTERS."""
-    for organ in tree.modules():
-        if isinstance(organ, Linear) and not organ.is_head:
+    for module in tree.modules():
+        if isinstance(module, Linear) and not module.is_head:
             for slot in range(NUM_ADAPTERS):
                 first, pieces = 0, []
-                for _, outputs in organ.rows:
-                    a, b = torch.randn(RANK, organ.num_inputs) / organ.num_inputs, torch.randn(outputs, RANK) / RANK
+                for _, outputs in module.rows:
+                    a, b = torch.randn(RANK, module.num_inputs) / module.num_inputs, torch.randn(outputs, RANK) / RANK
                     pieces.append((first, a, b, 1.0))
                     first += outputs
-                organ.adapters[slot] = make_low_rank(pieces, torch.float16)
+                module.adapters[slot] = make_low_rank(pieces, torch.float16)
 
 
 def decode_step(model: LoadedModel, streams: int) -> Callable[[AdapterRows | None], Tensor]:

@@ -33,7 +33,7 @@ def grid() -> list[Setting]:
     """All pairs of types that llama.cpp accepts at 512 tokens a micro-batch, and other sizes for the plain ones."""
     pairs = [("f16", "f16"), ("q8_0", "q8_0"), ("q8_0", "f16"), ("f16", "q8_0"), ("q4_0", "q4_0")]
     settings: list[Setting] = [(k, v, True, 512) for k, v in pairs]
-    settings += [(k, v, False, 512) for k, v in pairs if v == "f16"]  # quantised values need flash attention
+    settings += [(k, v, False, 512) for k, v in pairs if v == "f16"]  # quantized values need flash attention
     for micro_batch in (64, 128, 256):
         settings += [("f16", "f16", True, micro_batch), ("q8_0", "q8_0", True, micro_batch)]
     return settings

@@ -1,8 +1,8 @@
-"""What quantised files of one model cost in quality and give in speed, beside bf16 and llama.cpp's Q4_1.
+"""What quantized files of one model cost in quality and give in speed, beside bf16 and llama.cpp's Q4_1.
 
     python -m bench.quant_models [--part speed]
 
-The bundled SmolLM2 is quantised by the quantisers of the tests, once. Perplexity is of English text that they haven't
+The bundled SmolLM2 is quantized by the quantizers of the tests, once. Perplexity is of English text that they haven't
 calibrated on, with a 16-bit cache. Decoding is one greedy stream; every server has the same threads and cache, all are
 up at the same time and take turns. With --part only that part is measured, and the file keeps what it has of the other.
 """

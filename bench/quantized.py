@@ -1,4 +1,4 @@
-"""How near products with quantised matrices come to this machine's limits, with torch's own in the same run.
+"""How near products with quantized matrices come to this machine's limits, with torch's own in the same run.
 
     python -m bench.quantized [--threads N]
 

@@ -23,7 +23,7 @@ LEAST_REQUESTS = 100  # between the thirds: memory comes in pages and pools, and
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
+class ProcessUse:
     """What one process holds."""
 
     pid: int
@@ -38,8 +38,8 @@ class Reading:
 
     at_s: float
     requests: int  # answered by then
-    front: Held
-    engine: Held | None
+    front: ProcessUse
+    engine: ProcessUse | None
     others_mib: float  # of the front's other children
 
 
@@ -56,7 +56,7 @@ def _engine_among(children: Sequence[psutil.Process]) -> psutil.Process | None:
     return None
 
 
-def held(pid: int) -> Held | None:
+def held(pid: int) -> ProcessUse | None:
     """What a process holds now; None if it has ended, be it a zombie still."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
@@ -66,7 +66,7 @@ def held(pid: int) -> Held | None:
     fields = {name: value.split() for name, _, value in (line.partition(":") for line in lines)}
     if "RssAnon" not in fields:  # a zombie has no memory
         return None
-    return Held(pid, int(fields["RssAnon"][0]) / 1024, descriptors, int(fields["Threads"][0]))
+    return ProcessUse(pid, int(fields["RssAnon"][0]) / 1024, descriptors, int(fields["Threads"][0]))
 
 
 def read(front: int, at_s: float, requests: int) -> Reading | None:

@@ -1,1 +1,1 @@
-"""The loop: client and child process, scheduler, sequences, sampler, detokeniser; no HTTP, no file format."""
+"""The loop: client and child process, scheduler, sequences, sampler, detokenizer; no HTTP, no file format."""

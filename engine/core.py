@@ -18,7 +18,7 @@ from tightrope.engine.sampler.sampler import Sampled, prompt_logprobs, sample
 from tightrope.engine.scheduler import Scheduler, Work, chunks
 from tightrope.engine.sequence import Sequence
 from tightrope.engine.settings import LimitSettings
-from tightrope.engine.text.banned_strings import Held
+from tightrope.engine.text.banned_strings import PendingToken
 from tightrope.engine.types import (
     Delta,
     Finish,
@@ -99,7 +99,7 @@ class EngineCore:
     # ---- beside the loop ----
 
     def prepare(self, request: GenerateRequest) -> list[Sequence]:
-        """Tokenise and check a request. Raises InvalidRequest and ContextLengthExceeded."""
+        """Tokenize and check a request. Raises InvalidRequest and ContextLengthExceeded."""
         return self._intake.sequences(request, self._clock())
 
     def tokenize(self, prompt: Prompt, adapter: str | None = None, last: int | None = None) -> TokenRun:
@@ -253,7 +253,7 @@ class EngineCore:
         shown = text = ""
         if not is_end and not (is_special and request.skip_special_tokens):
             shown, text = sequence.detokenizer.feed(raw, watch=sequence.num_output > stop.min_tokens)
-        held = Held(self._token(sequence, token_id, raw, text, is_special, drawn), shown, before)
+        held = PendingToken(self._token(sequence, token_id, raw, text, is_special, drawn), shown, before)
         given = [held]
         if sequence.banned is not None:
             num_banned = sequence.banned.feed(held)
@@ -288,7 +288,7 @@ class EngineCore:
     def _end(
         self,
         sequence: Sequence,
-        given: list[Held],
+        given: list[PendingToken],
         reason: FinishReason,
         now_s: float,
         *,

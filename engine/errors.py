@@ -36,7 +36,7 @@ class InvalidRequest(EngineError):
 
 
 class ContextLengthExceeded(InvalidRequest):
-    """Prompt and wished tokens don't fit the window."""
+    """Prompt and tokens asked for don't fit the window."""
 
     code = "context_length_exceeded"
 

@@ -1,4 +1,4 @@
-"""Requests to sequences: tokenise the prompt, check it against the window, resolve what sampling needs.
+"""Requests to sequences: tokenize the prompt, check it against the window, resolve what sampling needs.
 
 Runs beside the loop in other threads and touches nothing of it.
 """

@@ -82,7 +82,7 @@ def nf4_linear(x: Tensor, matrices: Sequence[Nf4Matrix], bias: Tensor | None) ->
 
 
 def reads_columns(device: torch.device) -> bool:
-    """Whether kernels on a device read quantised matrices as ColumnMatrix."""
+    """Whether kernels on a device read quantized matrices as ColumnMatrix."""
     return device.type == "cuda"
 
 
@@ -159,9 +159,9 @@ def experts(
 def draw(logits: Tensor, rows: NDArray[np.int64], params: NDArray[np.float64]) -> NDArray[np.int64] | None:
     """A token drawn from each of these rows, -1 where nothing can be drawn.
 
-    logits [any, V] float32; rows [B]; params [B, 5 + 4 * MOST_BENDS]: a number in [0, 1), top_k, top_p, min_p and
-    typical_p (neutral: 0, 1, 0, 1), and bends as `row_sums` takes them. None where there is no native kernel for these
-    logits.
+    logits [any, V] float32; rows [B]; params [B, 5 + 4 * MAX_TRANSFORMS]: a number in [0, 1), top_k, top_p, min_p and
+    typical_p (neutral: 0, 1, 0, 1), and transforms as `row_sums` takes them. None where there is no native kernel for
+    these logits.
     """
     built = _native_for(logits)
     return None if built is None else built.draw(logits, rows, params)
@@ -172,14 +172,14 @@ def rank(logits: Tensor, rows: NDArray[np.int64], wanted: NDArray[np.int64]) -> 
     return reference.rank(logits, rows, wanted) if built is None else built.rank(logits, rows, wanted)
 
 
-def row_sums(logits: Tensor, rows: NDArray[np.int64], bends: NDArray[np.float64]) -> NDArray[np.float64]:
+def row_sums(logits: Tensor, rows: NDArray[np.int64], transforms: NDArray[np.float64]) -> NDArray[np.float64]:
     built = _native_for(logits)
-    return reference.row_sums(logits, rows, bends) if built is None else built.row_sums(logits, rows, bends)
+    return reference.row_sums(logits, rows, transforms) if built is None else built.row_sums(logits, rows, transforms)
 
 
-def row_mass(logits: Tensor, rows: NDArray[np.int64], bends: NDArray[np.float64]) -> NDArray[np.float64]:
+def row_mass(logits: Tensor, rows: NDArray[np.int64], transforms: NDArray[np.float64]) -> NDArray[np.float64]:
     built = _native_for(logits)
-    return reference.row_mass(logits, rows, bends) if built is None else built.row_mass(logits, rows, bends)
+    return reference.row_mass(logits, rows, transforms) if built is None else built.row_mass(logits, rows, transforms)
 
 
 def _native_for(logits: Tensor) -> native.NativeKernels | None:

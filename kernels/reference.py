@@ -15,7 +15,7 @@ from tightrope.kernels.forms.layout import GROUP, PAGE, AttentionSpec, LayerCach
 from tightrope.kernels.forms.low_rank import AdapterRows, LowRank
 from tightrope.kernels.forms.quantized import TILE, Nf4Matrix, QuantizedMatrix
 from tightrope.kernels.forms.quantized import dequantize as dequantize_matrix
-from tightrope.kernels.forms.rows import CUT, DIVIDE, MOST_BENDS, PARABOLA, SUMS, Ranked
+from tightrope.kernels.forms.rows import CUT, DIVIDE, MAX_TRANSFORMS, PARABOLA, SUMS, Ranked
 
 TILE_ROWS = 4096  # rows of a weight that are expanded to float32 at a time
 TILE_SCORES = 1 << 21  # scores of attention, and numbers of keys, that are held at a time
@@ -248,18 +248,18 @@ def rank(logits: Tensor, rows: NDArray[np.int64], wanted: NDArray[np.int64]) -> 
     return Ranked(np.take_along_axis(values, order, 1), np.take_along_axis(ids, order, 1), border, top)
 
 
-def row_sums(logits: Tensor, rows: NDArray[np.int64], bends: NDArray[np.float64]) -> NDArray[np.float64]:
+def row_sums(logits: Tensor, rows: NDArray[np.int64], transforms: NDArray[np.float64]) -> NDArray[np.float64]:
     """Sums over the possible tokens of these rows [B] of logits [any, V] float32: [B, 5], in the order of SUMS.
 
     How many there are, and their exp(y), y exp(y), y and y squared, where y is how far a logit lies below the largest
-    one of its row, after the row's bends [B, MOST_BENDS, 4], which are (kind, a, b, c): y / a; the parabola
-    a y y (y (b - 1) / 2 - (3 - b) / 2) - c; or -inf where y is less than a; kind 0 is none. No bend lifts a y above 0.
+    one of its row, after the row's transforms [B, MAX_TRANSFORMS, 4], which are (kind, a, b, c): y / a; the parabola
+    a y y (y (b - 1) / 2 - (3 - b) / 2) - c; or -inf where y is less than a; kind 0 is none. None lifts a y above 0.
     NaN where nothing can be drawn.
     """
     chosen = logits[torch.from_numpy(rows).to(logits.device)]
     y = chosen - chosen.amax(-1, keepdim=True)
-    for place in range(MOST_BENDS):
-        kinds, a, b, c = torch.from_numpy(bends[:, place].astype(np.float32)).to(y.device).unsqueeze(-1).unbind(1)
+    for place in range(MAX_TRANSFORMS):
+        kinds, a, b, c = torch.from_numpy(transforms[:, place].astype(np.float32)).to(y.device).unsqueeze(-1).unbind(1)
         if not kinds.any():
             break
         parabola = torch.where(y > -torch.inf, a * y * y * (y * (b - 1) / 2 - (3 - b) / 2) - c, y)
@@ -274,6 +274,6 @@ def row_sums(logits: Tensor, rows: NDArray[np.int64], bends: NDArray[np.float64]
     return np.where(chosen.amax(-1, keepdim=True).isfinite().cpu().numpy(), sums.T.cpu().numpy(), np.nan)
 
 
-def row_mass(logits: Tensor, rows: NDArray[np.int64], bends: NDArray[np.float64]) -> NDArray[np.float64]:
+def row_mass(logits: Tensor, rows: NDArray[np.int64], transforms: NDArray[np.float64]) -> NDArray[np.float64]:
     """The sum of exp(y) alone: [B, 1]."""
-    return row_sums(logits, rows, bends)[:, [SUMS.index("mass")]]
+    return row_sums(logits, rows, transforms)[:, [SUMS.index("mass")]]

@@ -27,12 +27,12 @@ from tightrope.server.http.draining import Drain, DrainGuard
 from tightrope.server.http.errors import install_handlers
 from tightrope.server.http.guards import AdminGuard, BodyLimit, KeyGuard
 from tightrope.server.http.sites import HostGuard, OriginGuard
-from tightrope.server.state import Front
+from tightrope.server.state import AppState
 
 UNHEALTHY = {"error": "unhealthy", "error_type": "healthcheck"}
 
 
-def create_app(front: Front, drain: Drain | None = None) -> FastAPI:
+def create_app(front: AppState, drain: Drain | None = None) -> FastAPI:
     """The server's whole HTTP face. Its lifespan starts the engine's client, and closes it and the renderer.
 
     drain: counts the requests under way, and refuses new ones once it has begun.
@@ -87,7 +87,7 @@ def create_app(front: Front, drain: Drain | None = None) -> FastAPI:
     return app
 
 
-def _add_probes(app: FastAPI, front: Front) -> None:
+def _add_probes(app: FastAPI, front: AppState) -> None:
     unhealthy: dict[int | str, dict[str, Any]] = {
         200: {"description": "Ready; the body is empty.", "content": {}},
         503: {"model": ErrorText, "description": "The model is loading, or the engine is restarting or stuck."},

@@ -23,7 +23,7 @@ from tightrope.server.settings.settings import ServerSettings
 
 
 @dataclass(frozen=True, slots=True)
-class Front:
+class AppState:
     """The engine and the settings, and what is made of them once."""
 
     client: EngineClient

@@ -29,7 +29,7 @@ _STARTS = {
 SNIFFED = 256  # bytes from the start that `told_by_start` wants to see
 _SHOWN = 40  # of them in a line
 
-# what quantisers measured; a name that tells a number of bits is a model's, made with its help
+# what quantizers measured; a name that tells a number of bits is a model's, made with its help
 _STATISTICS = re.compile(r"imatrix.*\.gguf|(?!.*(q\d|f16|f32)).*[-_.]imatrix\.gguf")
 
 # (pattern of a file's name, what it is): other engines' formats, which stand alone in a folder
@@ -54,7 +54,7 @@ def is_image_half(name: str) -> bool:
 def model_files(names: Iterable[str]) -> list[str]:
     """Of the paths of a folder or a repository the GGUF models, sorted, each split one by its first part.
 
-    Image halves are none, and neither are the statistics that quantisers write (imatrix).
+    Image halves are none, and neither are the statistics that quantizers write (imatrix).
     """
     found = []
     for path in names:

@@ -52,7 +52,7 @@ def find_shards(folder: Path) -> Shards:
         return Shards(found)
     weight_map = _read_index(index)
     named = {folder / name for name in weight_map.values()}
-    if not named & set(found):  # a quantiser may have copied the index of the model that it read
+    if not named & set(found):  # a quantizer may have copied the index of the model that it read
         _check_parts(folder, found)
         return Shards(found)
     if not named <= set(found):  # what is missing may be in files that the index doesn't know

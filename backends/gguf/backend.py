@@ -66,7 +66,7 @@ class GGUFBackend:
             self._context.max_seqs,
             swa_window=self._model.swa_window,
             whole_only=self._model.has_state,
-            parking_bytes=plan.parking_bytes,
+            swap_bytes=plan.swap_bytes,
         )
         self.capabilities = Capabilities(
             settings.max_num_seqs,

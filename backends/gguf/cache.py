@@ -6,8 +6,8 @@ none. This module mirrors that with logical cells and two counts for each: `refs
 add up to the capacity, and shared cells count once.
 
 Every cell in use makes attention slower for everybody, masked or not: with 8,000 cells of finished chats a decode step
-of eight streams took 50 ms instead of 34. So while others run, finished sequences are parked: copied to memory beside
-the cache, and back when a prompt continues them.
+of eight streams took 50 ms instead of 34. So while others run, finished sequences are swapped out: copied to memory
+beside the cache, and back when a prompt continues them.
 """
 
 from collections.abc import Iterable, Sequence
@@ -69,7 +69,7 @@ class _Entry:
 
 
 @dataclass(slots=True, eq=False)
-class _Parked:
+class _Swapped:
     """A finished sequence outside the cache."""
 
     namespace: str
@@ -90,11 +90,11 @@ class SharedKVCache:
         max_reusable: int | None = None,
         swa_window: int = 0,
         whole_only: bool = False,
-        parking_bytes: int = 0,
+        swap_bytes: int = 0,
     ) -> None:
         """capacity and max_reusable in tokens; max_reusable bounds what finished sequences may hold.
 
-        parking_bytes: memory for finished sequences outside the cache; 0 parks none.
+        swap_bytes: memory for finished sequences outside the cache; 0 swaps none out.
 
         swa_window: tokens that sliding layers look back, 0 if there are none. whole_only: the model keeps a running
         state, so that a kept sequence can be continued from its end only and never rolled back.
@@ -113,8 +113,8 @@ class SharedKVCache:
         self._live: dict[int, _Entry] = {}
         self._kept: list[_Entry] = []  # least recently used first
         self._reserved = 0  # sum over the live
-        self._parked: list[_Parked] = []  # least recently used first
-        self._parking_bytes = parking_bytes
+        self._swapped: list[_Swapped] = []  # least recently used first
+        self._swap_bytes = swap_bytes
 
     # --- the protocol -------------------------------------------------------------------------------------------
 
@@ -131,7 +131,7 @@ class SharedKVCache:
             self._park_idle(0)  # attention adds up in the order of the cells
         if reuse:
             source, found = self._best_match(wanted, namespace)
-            source, found = self._restored_match(wanted, namespace, source, found, keep_parked=is_alone)
+            source, found = self._restored_match(wanted, namespace, source, found, keep_swapped=is_alone)
         if source is not None and (self._can_take_over(source, found) or (is_alone and source in self._kept)):
             self._kept.remove(source)
             self._shorten(source, found, pinned=False)
@@ -316,10 +316,10 @@ class SharedKVCache:
             else:
                 self._shorten(entry, int(alone[-missing]), pinned=False)
 
-    # --- parking ------------------------------------------------------------------------------------------------
+    # --- swapping ------------------------------------------------------------------------------------------------
 
     def _park_idle(self, most: int | None = None) -> None:
-        """Leave no more than MAX_IDLE_CELLS, or `most`, to finished sequences, as far as there is memory to park in."""
+        """Leave no more than MAX_IDLE_CELLS, or `most`, to finished sequences, as far as there is memory to swap to."""
         most = MAX_IDLE_CELLS if most is None else most
         for entry in list(self._kept):
             if self._num_reusable <= most:
@@ -328,65 +328,65 @@ class SharedKVCache:
 
     def _park(self, entry: _Entry) -> bool:
         """Move a kept sequence out of the cache; False if it can't be."""
-        if not self._parking_bytes or self._store.saved_bytes(entry.slot) > self._parking_bytes:
+        if not self._swap_bytes or self._store.saved_bytes(entry.slot) > self._swap_bytes:
             return False
         saved = entry.saved if entry.saved is not None else self._store.save_cells(entry.slot)
         first = self._store.first_position(entry.slot)
         token_ids = entry.token_ids[: entry.length].copy()
-        self._parked = [p for p in self._parked if not self._covers(entry.namespace, token_ids, p)]
-        self._parked.append(_Parked(entry.namespace, token_ids, saved, first))
-        while sum(parked.saved.nbytes for parked in self._parked) > self._parking_bytes:
-            self._parked.pop(0)
+        self._swapped = [p for p in self._swapped if not self._covers(entry.namespace, token_ids, p)]
+        self._swapped.append(_Swapped(entry.namespace, token_ids, saved, first))
+        while sum(swapped.saved.nbytes for swapped in self._swapped) > self._swap_bytes:
+            self._swapped.pop(0)
         self._kept.remove(entry)
         self._drop(entry)
         return True
 
-    def _covers(self, namespace: str, token_ids: Ints, parked: _Parked) -> bool:
-        """Whether a parked sequence is the beginning of these tokens, and so of no more use."""
-        is_prefix = _common_prefix(parked.token_ids, token_ids) == len(parked.token_ids)
-        return is_prefix and parked.namespace == namespace and not self._whole_only
+    def _covers(self, namespace: str, token_ids: Ints, swapped: _Swapped) -> bool:
+        """Whether a swapped-out sequence is the beginning of these tokens, and so of no more use."""
+        is_prefix = _common_prefix(swapped.token_ids, token_ids) == len(swapped.token_ids)
+        return is_prefix and swapped.namespace == namespace and not self._whole_only
 
     def _restored_match(
-        self, wanted: Ints, namespace: str, source: _Entry | None, found: int, *, keep_parked: bool
+        self, wanted: Ints, namespace: str, source: _Entry | None, found: int, *, keep_swapped: bool
     ) -> tuple[_Entry | None, int]:
-        """The best match, if need be a parked sequence that is brought back for it.
+        """The best match, if need be a swapped-out sequence that is brought back for it.
 
-        keep_parked: one that goes on otherwise stays parked, too.
+        keep_swapped: one that goes on otherwise stays swapped out, too.
         """
-        best: _Parked | None = None
+        best: _Swapped | None = None
         longest = found + MIN_RESTORE_GAIN - 1
-        for parked in self._parked:
-            if parked.namespace != namespace or min(len(parked.token_ids), len(wanted) - 1) <= longest:
+        for swapped in self._swapped:
+            if swapped.namespace != namespace or min(len(swapped.token_ids), len(wanted) - 1) <= longest:
                 continue
-            common = min(_common_prefix(parked.token_ids, wanted), len(wanted) - 1)
-            is_usable = common == len(parked.token_ids) if self._whole_only else self._reaches(parked, common)
+            common = min(_common_prefix(swapped.token_ids, wanted), len(wanted) - 1)
+            is_usable = common == len(swapped.token_ids) if self._whole_only else self._reaches(swapped, common)
             if common > longest and is_usable:
-                best, longest = parked, common
+                best, longest = swapped, common
         if best is None or not self._restore(best):
             return source, found
-        if keep_parked and longest < len(best.token_ids):
-            self._parked.append(best)
+        if keep_swapped and longest < len(best.token_ids):
+            self._swapped.append(best)
         return self._kept[-1], longest
 
-    def _reaches(self, parked: _Parked, length: int) -> bool:
-        return not self._swa_window or parked.first_position <= max(0, length - self._swa_window)
+    def _reaches(self, swapped: _Swapped, length: int) -> bool:
+        return not self._swa_window or swapped.first_position <= max(0, length - self._swa_window)
 
-    def _restore(self, parked: _Parked) -> bool:
-        """Bring a parked sequence back as the most recent kept one; False if there is no room for it now."""
-        length = len(parked.token_ids)
+    def _restore(self, swapped: _Swapped) -> bool:
+        """Bring a swapped-out sequence back as the most recent kept one; False if there is no room for it now."""
+        length = len(swapped.token_ids)
         if self._num_pinned + self._reserved + length > self._capacity or not (self._free_slots or self._kept):
             return False
-        self._parked.remove(parked)
+        self._swapped.remove(swapped)
         self._evict(self._reserved + length - self._num_free)
         slot = self._take_slot(spare=None)
-        if not self._store.load_cells(slot, parked.saved):
+        if not self._store.load_cells(slot, swapped.saved):
             self._store.remove_cells(slot, 0)
             self._free_slots.append(slot)
             return False
         self._num_free -= length
         cells = self._free[self._num_free : self._num_free + length].copy()
         self._refs[cells] = 1
-        self._kept.append(_Entry(slot, parked.namespace, parked.token_ids, cells, length, saved=parked.saved))
+        self._kept.append(_Entry(slot, swapped.namespace, swapped.token_ids, cells, length, saved=swapped.saved))
         return True
 
     def _take_slot(self, spare: _Entry | None) -> int:

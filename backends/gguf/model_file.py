@@ -13,7 +13,7 @@ from tightrope.backends.settings import ModelSettings
 _OTHER_TYPES = {
     "adapter": "a LoRA adapter, no model: name it with --lora beside its base model",
     "mmproj": "the image half of a model (mmproj); name the language model's own file",
-    "imatrix": "an importance matrix, no model: only the tools that quantise use it",
+    "imatrix": "an importance matrix, no model: only the tools that quantize use it",
 }
 _OTHER_ARCHITECTURES = {
     "clip": _OTHER_TYPES["mmproj"],

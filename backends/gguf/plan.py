@@ -34,7 +34,7 @@ CACHE_TYPES = {
 }
 
 # What auto tries, best first, and why it is taken. ggml's flash attention on a CPU works in tiles only when keys and
-# values are both f16; quantised ones are unpacked row by row for every query. bench/results/gguf_kv_cache.json has the
+# values are both f16; quantized ones are unpacked row by row for every query. bench/results/gguf_kv_cache.json has the
 # times. Without flash attention 8-bit keys read a prompt as fast as f16, but each stream then pays for the cells of all
 # others, and the scores of a step need memory that is short here.
 AUTO = (
@@ -53,7 +53,7 @@ class Plan:
 
     window: int
     num_cells: int
-    parking_bytes: int  # memory beside the cache for finished sequences
+    swap_bytes: int  # memory beside the cache for finished sequences
     cache_type: CacheType
     step_tokens: int
     max_outputs: int
@@ -64,7 +64,7 @@ class Plan:
 def make_plan(settings: ModelSettings, header: Header, free_bytes: int, adapter_bytes: int = 0) -> Plan:
     """Decide what to allocate, given `free_bytes` of memory for weights, adapters, cache and workspace.
 
-    Raises DoesNotFit, with the largest window that fits, when the wish doesn't.
+    Raises DoesNotFit, with the largest window that fits, when what is asked for doesn't.
     """
     shape = ModelShape.of(header)
     rope = plan_rope(settings.rope, shape)
@@ -76,19 +76,19 @@ def make_plan(settings: ModelSettings, header: Header, free_bytes: int, adapter_
     cache_type, reason = _choose_type(settings, shape, window, spare)
     num_cells = _choose_cells(settings, shape, window, cache_type, spare)
     cache_bytes = int(num_cells * token_bytes(shape, cache_type))
-    parking_bytes = min(cache_bytes, max(0, spare - cache_bytes) // 2)
+    swap_bytes = min(cache_bytes, max(0, spare - cache_bytes) // 2)
     notes.append(
         f"cache: {num_cells} tokens as {cache_type.name}, {cache_bytes / GIB:.2f} GiB; {reason}; "
-        f"finished chats may take {parking_bytes / GIB:.2f} GiB beside it"
+        f"finished chats may take {swap_bytes / GIB:.2f} GiB beside it"
     )
     step_tokens = min(settings.step_tokens, num_cells)
-    return Plan(window, num_cells, parking_bytes, cache_type, step_tokens, _max_outputs(settings), rope, tuple(notes))
+    return Plan(window, num_cells, swap_bytes, cache_type, step_tokens, _max_outputs(settings), rope, tuple(notes))
 
 
 def _choose_type(settings: ModelSettings, shape: ModelShape, window: int, spare: int) -> tuple[CacheType, str]:
-    wish = settings.cache.dtype
-    if wish != "auto":
-        return CACHE_TYPES[wish], "as asked"
+    asked = settings.cache.dtype
+    if asked != "auto":
+        return CACHE_TYPES[asked], "as asked"
     need = settings.cache.tokens or window
     for kind, reason in AUTO:
         if need * token_bytes(shape, kind) <= spare:

@@ -23,8 +23,8 @@ def try_load(path: Path, options: ContextOptions) -> tuple[str, ...]:
 
     Raises BackendError in one line when it refuses either, or ends the process over it.
     """
-    wish = json.dumps(asdict(replace(options, threads=1)))
-    command = [sys.executable, "-P", "-m", "tightrope.backends.gguf.trial", str(path), wish]
+    arguments = json.dumps(asdict(replace(options, threads=1)))
+    command = [sys.executable, "-P", "-m", "tightrope.backends.gguf.trial", str(path), arguments]
     try:
         done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, timeout=TIMEOUT_S, check=False)
     except subprocess.TimeoutExpired:

@@ -38,7 +38,7 @@ LOAD_SHARE = 0.97  # of the progress; the rest is the calibration of keys
 
 
 class HFBackend:
-    """Backend over transformers' module tree with our organs."""
+    """Backend over transformers' module tree with our own modules."""
 
     def __init__(self, folder: Path, settings: ModelSettings, progress: Callable[[float], None]) -> None:
         """Load `folder`, calling `progress` with the share done.

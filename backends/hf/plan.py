@@ -73,8 +73,8 @@ class CacheSizes:
 def make_plan(settings: ModelSettings, shape: ModelShape, weight_bytes: int, free_bytes: int) -> Plan:
     """Decide what to allocate, given `free_bytes` of memory for weights, cache and workspace.
 
-    Raises DoesNotFit, with what would fit, when the wish doesn't, and BackendError when config.json or the wish make
-    no sense.
+    Raises DoesNotFit, with what would fit, when what is asked for doesn't, and BackendError when config.json or
+    settings make no sense.
     """
     rope, notes = _choose_rope(settings, shape)
     window = served_window(settings, shape, rope)

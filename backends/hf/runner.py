@@ -42,8 +42,8 @@ class LoadedModel:
     @property
     def picks_experts_on_card(self) -> bool:
         """Whether no step waits to learn which experts were picked; asked of mixtures alone."""
-        found = [organ for organ in self.tree.modules() if isinstance(organ, Experts)]
-        return bool(found) and all(isinstance(organ.whole, StackedExperts) for organ in found)
+        found = [module for module in self.tree.modules() if isinstance(module, Experts)]
+        return bool(found) and all(isinstance(module.whole, StackedExperts) for module in found)
 
     def attach(self, caches: Sequence[LayerCache]) -> None:
         """Use these caches, one a layer, from now on."""

@@ -1,1 +1,1 @@
-"""Quantised formats of Hugging Face folders: each file names, checks and unpacks the tensors of one."""
+"""Quantized formats of Hugging Face folders: each file names, checks and unpacks the tensors of one."""

@@ -1,4 +1,4 @@
-"""Which quantised format a model folder is in, if any, told by its tensors; and what it takes in memory.
+"""Which quantized format a model folder is in, if any, told by its tensors; and what it takes in memory.
 
 Tensors say what there is; config.json, or the older settings files beside it, say how zero points were stored. EXL2
 files written before exllamav2 0.0.16 have nothing but tensors.
@@ -28,7 +28,7 @@ MAX_FILE = 16 << 20  # bytes
 # AutoGPTQ's, old AutoAWQ's and auto-round's
 SETTINGS_FILES = ("quantize_config.json", "quant_config.json", "quantization_config.json")
 PACKED_ALONE = (*METHODS, "exl2")  # methods that change nothing but how weights are stored
-AT_LOAD = ("bitsandbytes",)  # methods that may also mean: quantise plain weights while loading
+AT_LOAD = ("bitsandbytes",)  # methods that may also mean: quantize plain weights while loading
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Quantization:
 
     @cached_property
     def modules(self) -> frozenset[str]:
-        """The quantised linears, as the files call them."""
+        """The quantized linears, as the files call them."""
         marks = tuple(f".{part}" for part in self.format.parts)
         return frozenset(
             name.removesuffix(mark) for name in self.checkpoint.tensors for mark in marks if name.endswith(mark)
@@ -56,7 +56,7 @@ class Quantization:
 
     @cached_property
     def bits_per_weight(self) -> float:
-        """Of quantised linears, everything stored for them counted, by the shapes of their tensors."""
+        """Of quantized linears, everything stored for them counted, by the shapes of their tensors."""
         names = [name for module in self.modules for name in self.tensors(module)]
         num_bytes = sum(self.checkpoint.tensors[name].num_bytes for name in names)
         return 8 * num_bytes / max(1, sum(prod(self.format.size(self.packed(module))) for module in self.modules))
@@ -73,7 +73,7 @@ class Quantization:
 
 
 def find_quantization(folder: Path, config: Mapping[str, Any], checkpoint: Checkpoint) -> Quantization | None:
-    """What `checkpoint` of `folder` is quantised in; None for plain weights. config is that of config.json.
+    """What `checkpoint` of `folder` is quantized in; None for plain weights. config is that of config.json.
 
     Raises BackendError for a format that can't be read.
     """
@@ -112,8 +112,8 @@ def note_on_plain(folder: Path, config: Mapping[str, Any]) -> str | None:
 def _may_be_left_over(settings: Mapping[str, Any]) -> bool:
     """Whether plain weights beside these settings are what the model computes with.
 
-    They are where somebody expanded them and kept the settings, and where nothing but a cache was quantised. Other
-    methods quantise while they load, or the activations, so that plain weights alone are another model.
+    They are where somebody expanded them and kept the settings, and where nothing but a cache was quantized. Other
+    methods quantize while they load, or the activations, so that plain weights alone are another model.
     """
     method = method_of(settings)
     if method == "compressed-tensors":
@@ -125,7 +125,7 @@ def _may_be_left_over(settings: Mapping[str, Any]) -> bool:
 
 def _not_read(path: Path, settings: Mapping[str, Any]) -> BackendError:
     return BackendError(
-        f"{path}: weights are said to be quantised in format {settings.get('quant_method') or 'unknown'}, and no "
+        f"{path}: weights are said to be quantized in format {settings.get('quant_method') or 'unknown'}, and no "
         "tensor is in one that can be read: EXL2, GPTQ, AWQ, AutoRound, bitsandbytes of 4 bits"
     )
 
@@ -146,7 +146,7 @@ def describe_format(dtype: str, quantization: Quantization | None) -> str:
 
 
 def _settings(folder: Path, config: Mapping[str, Any]) -> tuple[Path, Mapping[str, Any]]:
-    """The model's words on its quantisation, and the file that has them; empty where there are none."""
+    """The model's words on its quantization, and the file that has them; empty where there are none."""
     block = config.get("quantization_config")
     if isinstance(block, dict):
         return folder / "config.json", block

@@ -1,4 +1,4 @@
-"""What a quantised format is to the loader: tensors by their names, checked, turned into a matrix that kernels read."""
+"""What a quantized format is to the loader: tensors by their names, checked, turned into a matrix that kernels read."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,14 +11,14 @@ from tightrope.backends.errors import BackendError
 from tightrope.backends.files.safetensors import Checkpoint, TensorEntry
 from tightrope.kernels.forms.quantized import Nf4Matrix, QuantizedMatrix
 
-Settings = Mapping[str, Any]  # a model's own words on its quantisation, as JSON has them
+Settings = Mapping[str, Any]  # a model's own words on its quantization, as JSON has them
 FLOATS = ("F16", "BF16", "F32")
 CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """The tensors of one quantised linear, `module` in the files' words; they are read onto `device`."""
+    """The tensors of one quantized linear, `module` in the files' words; they are read onto `device`."""
 
     checkpoint: Checkpoint
     module: str
@@ -69,7 +69,7 @@ class Format(Protocol):
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """The tensors that tell that a linear is quantised; each must be there."""
+        """The tensors that tell that a linear is quantized; each must be there."""
 
     @property
     def optional(self) -> tuple[str, ...]:

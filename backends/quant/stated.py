@@ -127,7 +127,7 @@ def is_symmetric(path: Path, settings: Settings) -> bool:
 
 
 def _check_types(path: Path, settings: Settings, prefix: str) -> None:
-    """That the weights are integers, and all that is quantised; bits above 8 stand for a linear left as it was."""
+    """That the weights are integers, and all that is quantized; bits above 8 stand for a linear left as it was."""
     if whole_number(path, settings, "bits", 0) > 8:
         return
     kind = settings.get("data_type")
@@ -135,7 +135,7 @@ def _check_types(path: Path, settings: Settings, prefix: str) -> None:
     if kind is not None and plain not in INTEGER_TYPES:
         raise BackendError(f"{path}: {prefix}data_type {kind!r:.40} is not known; {', '.join(INTEGER_TYPES)} are")
     if (bits := whole_number(path, settings, "act_bits", 16)) < 16:
-        raise BackendError(f"{path}: {prefix}act_bits are {bits}: quantised activations are not served; 16 bits are")
+        raise BackendError(f"{path}: {prefix}act_bits are {bits}: quantized activations are not served; 16 bits are")
     for field in (*TURNED, "super_bits"):
         if settings.get(field):
             raise BackendError(f"{path}: {prefix}{field} is set, which is not known; it must be null")

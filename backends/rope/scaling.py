@@ -1,4 +1,4 @@
-"""RoPE scaling: from a model's config.json and a person's wishes to rotary frequencies.
+"""RoPE scaling: from a model's config.json and a person's settings to rotary frequencies.
 
 Sources: Su et al. 2021, arXiv 2104.09864 (RoPE); Chen et al. 2023, arXiv 2306.15595 (linear); Peng et al. 2023,
 arXiv 2309.00071 (YaRN; NTK and dynamic NTK in its appendix); Ding et al. 2024, arXiv 2402.13753 (longrope); Llama 3.1's

@@ -34,7 +34,7 @@ def main() -> int:
         return _refuse("no CUDA device; --smoke runs tiny sizes on a CPU")
 
     from bench import report
-    from bench.gpu import attention, correctness, experts, model, quantised, quantised_model, timing
+    from bench.gpu import attention, correctness, experts, model, quantized, quantized_model, timing
 
     device = torch.device("cpu" if is_smoke else "cuda")
     bandwidth = timing.memory_bandwidth(device, 1 << (20 if is_smoke else 31))
@@ -42,15 +42,15 @@ def main() -> int:
     results: dict[str, object] = {"device": _describe(device), "bandwidth_gb_s": bandwidth / 1e9}
     checks = [
         *correctness.check_kernels(device, is_smoke, _show),
-        *quantised.check_products(device, is_smoke, _show),
+        *quantized.check_products(device, is_smoke, _show),
         *experts.check(device, is_smoke, _show),
     ]
     speeds = []
     for name, measure in (
         ("decode_attention", attention.measure),
-        ("products", quantised.measure),
+        ("products", quantized.measure),
         ("decode", model.measure),
-        ("exl2_decode", quantised_model.measure),
+        ("exl2_decode", quantized_model.measure),
         ("mixture_decode", experts.measure),
     ):
         rows = measure(device, bandwidth, is_smoke, _show)

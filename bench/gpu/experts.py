@@ -88,8 +88,8 @@ def check(device: torch.device, is_smoke: bool, show: Callable[[str], None]) -> 
     model, _ = random_model(sizes, gptq_entries(sizes), device, show)
     with torch.inference_mode():
         at_once = _step(model, 5, 40)()
-        for organ in _mixtures(model.tree):
-            organ.whole = None
+        for module in _mixtures(model.tree):
+            module.whole = None
         with patch.object(graphs, "CudaCapture", lambda: lambda run: run):  # nor can it wait for the host
             wanted = _step(model, 5, 40)()
     error = ((at_once - wanted).abs().max() / wanted.abs().max()).item()
@@ -98,7 +98,7 @@ def check(device: torch.device, is_smoke: bool, show: Callable[[str], None]) -> 
 
 
 def _mixtures(tree: nn.Module) -> list[Experts]:
-    return [organ for organ in tree.modules() if isinstance(organ, Experts)]
+    return [module for module in tree.modules() if isinstance(module, Experts)]
 
 
 def _step(model: LoadedModel, num_seqs: int, context: int) -> Callable[[], Tensor]:
@@ -118,10 +118,10 @@ def _num_picked(model: LoadedModel, num_seqs: int, context: int) -> int:
     """How many experts the tokens of such a step pick, in all layers together."""
     picked: list[int] = []
 
-    def count(organ: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def count(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         picked.append(len(inputs[1].unique()))
 
-    hooks = [organ.register_forward_pre_hook(count) for organ in _mixtures(model.tree)]
+    hooks = [module.register_forward_pre_hook(count) for module in _mixtures(model.tree)]
     with patch.object(graphs, "CudaCapture", lambda: lambda run: run):  # what is recorded can't be looked at
         _step(model, num_seqs, context)()
     for hook in hooks:

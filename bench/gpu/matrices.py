@@ -1,4 +1,4 @@
-"""Random quantised matrices to run kernels on."""
+"""Random quantized matrices to run kernels on."""
 
 from collections.abc import Sequence
 

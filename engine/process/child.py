@@ -1,6 +1,6 @@
 """The engine process: takes requests from the socket, runs the loop, sends what each step brought.
 
-One thread reads the socket, two more tokenise; the main thread runs the model. The front starts it by
+One thread reads the socket, two more tokenize; the main thread runs the model. The front starts it by
 `python -m tightrope.engine.process.child FD`; `serve` alone is the same engine inside another process.
 """
 

@@ -18,7 +18,7 @@ The order. Every step is a no-op at its neutral value, which is in brackets, and
     temperature [1] divides. It is held between 1e-30 and 1e30; 0 is greedy: the token of the largest logit, ties to the
         lowest id, and nothing else of step 5 and 6 happens. dynatemp_range [0] lets it move up and down by so much, to
         the share that the entropy has of its largest possible value, to the power of dynatemp_exponent.
-    smoothing [smoothing_factor 0]: logits are bent, see reshaping.quadratic.
+    smoothing [smoothing_factor 0]: logits are reshaped, see reshaping.quadratic.
     top_n_sigma [0]: logits at most so many standard deviations below the largest.
     top_k [0]: the k likeliest tokens; of equals the lowest ids, so that it is exactly k.
     top_p [1]: the smallest set of likeliest tokens whose share of what is left reaches top_p; at least one.
@@ -36,7 +36,7 @@ The order. Every step is a no-op at its neutral value, which is in brackets, and
     afterwards corrects mu, which starts at twice mirostat_tau, by mirostat_eta times what was missed. adaptive_target
     [below 0], where mirostat is off, prefers tokens of about that probability, see adaptive.py.
 7.  The draw: the kept tokens stand in a row, the likeliest first, equals by id, and one uniform number in [0, 1) falls
-    on one of them by its share; skew [0] bends it to u ** exp(-skew). The number is a function of (seed, place in the
+    on one of them by its share; skew [0] makes it u ** exp(-skew). The number is a function of (seed, place in the
     output) and of nothing else: neither neighbours in the batch nor rewinding change what a seed says.
 
 Log probabilities are raw (log-softmax of the model's logits) or processed (log of the probability drawn from; for
@@ -51,5 +51,5 @@ edge that they decide may fall either way.
 
 How it stays fast: the common parameters are drawn by one kernel, and the others work on a short list of the largest
 logits (chain.py), with proof that no other token matters or a longer list. What looks at a whole row is summed in one
-pass (bending.py). Nobody sorts a vocabulary, unless the distribution is truly flat.
+pass (transforms.py). Nobody sorts a vocabulary, unless the distribution is truly flat.
 """

@@ -69,7 +69,7 @@ class Candidates:
 
 
 def weigh(y: Doubles, token_ids: Ids, border: Doubles, total: Doubles, min_keep: Ids) -> Candidates:
-    """Candidates of bent logits y [B, N], at most 0; border [B, 1]: none that isn't listed has a larger one.
+    """Candidates of transformed logits y [B, N], at most 0; border [B, 1]: none that isn't listed has a larger one.
 
     total [B, 1] is the weight of the whole vocabulary, or NaN where only that of a complete list matters.
     """

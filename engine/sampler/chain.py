@@ -14,7 +14,7 @@ from tightrope.engine.sampler.arrays import Doubles, Ids, Mask
 from tightrope.engine.sampler.candidates import Candidates, weigh
 from tightrope.engine.sampler.draw import dice, draw, skewed, uniform
 from tightrope.engine.sampler.state import SamplerState
-from tightrope.engine.sampler.transforms import bends_of, bent
+from tightrope.engine.sampler.transforms import transformed, transforms_of
 from tightrope.engine.types import SamplingParams
 from tightrope.kernels import dispatch
 
@@ -43,7 +43,7 @@ _LIST = 128  # candidates listed at first for a row without top_k: enough for mo
 
 
 @dataclass(frozen=True, slots=True)
-class Drawn:
+class DrawResult:
     """What came of some rows."""
 
     candidates: Candidates  # the kept tokens
@@ -59,7 +59,7 @@ class Chain:
     def __init__(self, logits: Tensor, rows: Ids, states: Sequence[SamplerState]) -> None:
         """logits [any, V] float32; rows [B] of them, and their states."""
         self._logits, self._rows = logits, rows
-        self._bends = bends_of(logits, rows, states)
+        self._transforms = transforms_of(logits, rows, states)
         self._totals = self._weigh_rows(states)
         self._u = _column([_u(state) for state in states])
         self._min_keep = _column([state.params.min_keep for state in states]).astype(np.int64)
@@ -79,17 +79,17 @@ class Chain:
         """Weight of each whole row [B, 1], where a step asks for it; elsewhere NaN."""
         totals = np.full((len(states), 1), np.nan)
         if weighed := [line for line, state in enumerate(states) if _needs_total(state)]:
-            totals[weighed] = dispatch.row_mass(self._logits, self._rows[weighed], self._bends[weighed])
+            totals[weighed] = dispatch.row_mass(self._logits, self._rows[weighed], self._transforms[weighed])
         return totals
 
-    def run(self, lines: Ids, num_listed: int | None) -> Drawn:
+    def run(self, lines: Ids, num_listed: int | None) -> DrawResult:
         """Draw from so many of the largest logits of these lines [n] of it; None: as their parameters suggest."""
         wanted = self._num_listed[lines] if num_listed is None else np.full(len(lines), num_listed)
         ranked = dispatch.rank(self._logits, self._rows[lines], wanted)
-        bends = self._bends[lines]
+        transforms = self._transforms[lines]
         with np.errstate(all="ignore"):  # rows from which nothing can be drawn are full of NaN
             top = ranked.top.astype(np.float64)
-            y, border = bent(ranked.logits - top, bends), bent(ranked.border - top, bends)
+            y, border = transformed(ranked.logits - top, transforms), transformed(ranked.border - top, transforms)
             candidates = weigh(y, ranked.token_ids, border, self._totals[lines], self._min_keep[lines])
             given = candidates
             for step, values in self._steps:
@@ -101,7 +101,7 @@ class Chain:
             )
         if self._lists_tops:
             settled &= _is_sure_of_tops(candidates, self._tops[lines])
-        return Drawn(candidates, columns[:, 0], settled[:, 0], np.isfinite(ranked.top[:, 0]), surprises)
+        return DrawResult(candidates, columns[:, 0], settled[:, 0], np.isfinite(ranked.top[:, 0]), surprises)
 
 
 def _is_sure_of_tops(candidates: Candidates, tops: Ids) -> Mask:
@@ -130,7 +130,7 @@ def chains(logits: Tensor, rows: Ids, states: Sequence[SamplerState]) -> list[tu
 
 
 def native_params(logits: Tensor, rows: Ids, states: Sequence[SamplerState]) -> Doubles:
-    """[B, 5 + 4 * MOST_BENDS]: u, the truncation parameters and the bends, as the native twin of the chain takes them.
+    """[B, 5 + 4 * MAX_TRANSFORMS]: u, the truncation parameters and the transforms, as the chain in C++ takes them.
 
     Greedy is there the one likeliest token.
     """
@@ -143,8 +143,8 @@ def native_params(logits: Tensor, rows: Ids, states: Sequence[SamplerState]) -> 
             numbers.append([_u(state), 0.0, 1.0, 0.0, 1.0])
         else:
             numbers.append([_u(state), params.top_k, params.top_p, params.min_p, params.typical_p])
-    bends = bends_of(logits, rows, states).reshape(len(rows), -1)
-    return np.hstack([np.array(numbers, np.float64), bends])
+    transforms = transforms_of(logits, rows, states).reshape(len(rows), -1)
+    return np.hstack([np.array(numbers, np.float64), transforms])
 
 
 def _u(state: SamplerState) -> float:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tightrope.engine.sampler.arrays import Doubles, Ids
 from tightrope.kernels import dispatch
-from tightrope.kernels.forms.rows import MOST_BENDS
+from tightrope.kernels.forms.rows import MAX_TRANSFORMS
 
 Top = tuple[tuple[int, float], ...]
 
@@ -26,7 +26,7 @@ def raw(logits: Tensor, rows: Ids, token_ids: Sequence[int], tops: Sequence[int]
     if ((num_listed < wanted) & (ranked.border[:, 0] > -np.inf)).any():  # too many equals at a border
         ranked = dispatch.rank(logits, rows, np.full(len(rows), logits.shape[1]))
     own = logits[torch.from_numpy(rows).to(logits.device), torch.tensor(token_ids, device=logits.device)]
-    mass = dispatch.row_mass(logits, rows, np.zeros((len(rows), MOST_BENDS, 4)))
+    mass = dispatch.row_mass(logits, rows, np.zeros((len(rows), MAX_TRANSFORMS, 4)))
     with np.errstate(invalid="ignore"):  # rows without numbers
         values = np.hstack([own.cpu().numpy()[:, None], ranked.logits]).astype(np.float64)
         logprobs = (values - ranked.top - np.log(mass)).tolist()

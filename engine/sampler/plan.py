@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from tightrope.engine.types import SAMPLER_ORDER, SamplingParams
 
 _RESHAPING = frozenset({"temperature", "smoothing"})
-_BENDING = _RESHAPING | {"top_n_sigma", "eta_cutoff", "mirostat"}  # look at nothing but a logit and sums over all
+_BY_SIZE_ALONE = _RESHAPING | {"top_n_sigma", "eta_cutoff", "mirostat"}  # look at nothing but a logit and sums over all
 _STEEPEST = 3  # curve of smoothing that keeps the order of logits
 STEERING = ("mirostat", "adaptive_p")  # after all others: they look at what was drawn
 NATIVE = ("top_k", "top_p", "min_p", "typical_p")  # what the native draw does, in this order
@@ -15,7 +15,7 @@ NATIVE = ("top_k", "top_p", "min_p", "typical_p")  # what the native draw does, 
 class Plan:
     """The steps of one sequence that aren't neutral."""
 
-    head: tuple[str, ...]  # the first of them, as long as they keep the order of logits and need no list: bending.py
+    head: tuple[str, ...]  # the first of them, as long as they keep the order of logits and need no list: transforms.py
     steps: tuple[str, ...]  # the others: of candidates
     order: tuple[str, ...]  # of all steps, those that are neutral too
     is_native: bool  # whether the native draw can do all of `steps`
@@ -32,12 +32,12 @@ def plan(params: SamplingParams) -> Plan:
     if params.temperature == 0:
         return Plan((), (), order, True)
     active = tuple(step for step in order if _is_active(step, params))
-    bending = _BENDING if params.min_keep <= 1 else _RESHAPING  # nobody counts tokens there
+    by_size_alone = _BY_SIZE_ALONE if params.min_keep <= 1 else _RESHAPING  # nobody counts tokens there
     if params.smoothing_curve > _STEEPEST:
-        bending -= {"smoothing"}
+        by_size_alone -= {"smoothing"}
     if params.mirostat_mode == 1:
-        bending -= {"mirostat"}
-    num_head = next((i for i, step in enumerate(active) if step not in bending), len(active))
+        by_size_alone -= {"mirostat"}
+    num_head = next((i for i, step in enumerate(active) if step not in by_size_alone), len(active))
     head, steps = active[:num_head], active[num_head:]
     is_native = params.min_keep <= 1 and "mirostat" not in head and steps == tuple(s for s in NATIVE if s in steps)
     return Plan(head, steps, order, is_native)

@@ -1,6 +1,6 @@
 """Steps that change how likely tokens are, and remove none: temperature, fixed or dynamic, and smoothing.
 
-Most requests run them first, see bending.py; what truncation has shortened is reshaped here.
+Most requests run them first, see transforms.py; what truncation has shortened is reshaped here.
 """
 
 import numpy as np
@@ -34,16 +34,16 @@ def dynamic(t: Doubles, spread: Doubles, exponent: Doubles, share: Doubles) -> D
 
 
 def smoothing(candidates: Candidates, factor: Doubles, curve: Doubles) -> Candidates:
-    """Bend the logits, see `quadratic`. Neutral: factor 0."""
+    """Transform the logits, see `quadratic`. Neutral: factor 0."""
     weights = candidates.weights
     logits = quadratic(np.log(weights / weights.max(1, keepdims=True)), factor, curve)
     with np.errstate(over="ignore"):
-        bent = np.exp(logits - np.where(weights > 0, logits, -np.inf).max(1, keepdims=True))
-    return candidates.reweigh(bent, active=factor > 0)
+        weights_now = np.exp(logits - np.where(weights > 0, logits, -np.inf).max(1, keepdims=True))
+    return candidates.reweigh(weights_now, active=factor > 0)
 
 
 def quadratic(logits: Doubles, factor: Doubles, curve: Doubles) -> Doubles:
-    """Logits [B, N] below a largest of 0, bent: steeper far from it and flatter near to it; factor, curve [B, 1].
+    """Logits [B, N] below a largest of 0, made steeper far from it and flatter near to it; factor, curve [B, 1].
 
     The curve 1 is a parabola. A larger one mixes in a cubic, which beyond 3 lifts tokens close below the largest.
     Source: Kalomaze 2024, "quadratic sampling", text-generation-webui pull requests 5403 and 5551.

@@ -10,7 +10,7 @@ from torch import Tensor
 from tightrope.engine.guided.grammar import masks
 from tightrope.engine.sampler import logprobs as scores
 from tightrope.engine.sampler.arrays import Ids
-from tightrope.engine.sampler.chain import Drawn, chains, native_params
+from tightrope.engine.sampler.chain import DrawResult, chains, native_params
 from tightrope.engine.sampler.penalties import edit_logits
 from tightrope.engine.sampler.state import SamplerState
 from tightrope.kernels import dispatch
@@ -98,7 +98,7 @@ def _draw(drawn: list[Sampled | None], rows: Ids, logits: Tensor, states: Sequen
 
 
 def _take(
-    sampled: list[Sampled | None], drawn: Drawn, rows: Ids, lines: Ids, states: Sequence[SamplerState]
+    sampled: list[Sampled | None], drawn: DrawResult, rows: Ids, lines: Ids, states: Sequence[SamplerState]
 ) -> list[int]:
     """Take what was drawn in these rows; returns the lines that weren't settled."""
     unsettled = []
@@ -112,7 +112,7 @@ def _take(
     return unsettled
 
 
-def _sampled(drawn: Drawn, place: int, state: SamplerState) -> Sampled:
+def _sampled(drawn: DrawResult, place: int, state: SamplerState) -> Sampled:
     column = drawn.columns[place]
     candidates = drawn.candidates
     token_id = int(candidates.token_ids[place, column])

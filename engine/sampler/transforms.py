@@ -2,7 +2,7 @@
 
 Such steps keep the order of the logits, so a row is ranked as it is and the steps are applied to its list; where they
 need to know of the whole row (its entropy, its deviation, its mass), one pass over it sums that. Nothing is written: a
-whole row is bent only on its way through the registers. The bends themselves are told in kernels.reference.row_sums.
+whole row is transformed only on its way through the registers. kernels.reference.row_sums says what each transform is.
 """
 
 import math
@@ -16,38 +16,38 @@ from tightrope.engine.sampler.mirostat import cuts
 from tightrope.engine.sampler.reshaping import LEAST, MOST, dynamic, quadratic
 from tightrope.engine.sampler.state import SamplerState
 from tightrope.kernels import dispatch
-from tightrope.kernels.forms.rows import CUT, DIVIDE, MOST_BENDS, PARABOLA, SUMS
+from tightrope.kernels.forms.rows import CUT, DIVIDE, MAX_TRANSFORMS, PARABOLA, SUMS
 
-Bend = tuple[float, float, float, float]  # kind and its numbers
+Transform = tuple[float, float, float, float]  # kind and its numbers
 Sums = Mapping[str, float]
 
-NONE: Bend = (0.0, 0.0, 0.0, 0.0)
+NONE: Transform = (0.0, 0.0, 0.0, 0.0)
 
 
-def bends_of(logits: Tensor, rows: Ids, states: Sequence[SamplerState]) -> Doubles:
-    """What the first steps of these rows [B] of logits [any, V] float32 come to: [B, MOST_BENDS, 4]."""
-    bends = np.zeros((len(rows), MOST_BENDS, 4))
+def transforms_of(logits: Tensor, rows: Ids, states: Sequence[SamplerState]) -> Doubles:
+    """What the first steps of these rows [B] of logits [any, V] float32 come to: [B, MAX_TRANSFORMS, 4]."""
+    transforms = np.zeros((len(rows), MAX_TRANSFORMS, 4))
     with np.errstate(all="ignore"):  # rows from which nothing can be drawn are full of NaN
-        _fill(bends, logits, rows, states)
-    return bends
+        _fill(transforms, logits, rows, states)
+    return transforms
 
 
-def _fill(bends: Doubles, logits: Tensor, rows: Ids, states: Sequence[SamplerState]) -> None:
+def _fill(transforms: Doubles, logits: Tensor, rows: Ids, states: Sequence[SamplerState]) -> None:
     for place in range(max((len(state.plan.head) for state in states), default=0)):
         members = [line for line, state in enumerate(states) if place < len(state.plan.head)]
         measured = [line for line in members if _is_measured(states[line], states[line].plan.head[place])]
         sums: dict[int, Sums] = {}
         if measured:
-            found = dispatch.row_sums(logits, rows[measured], bends[measured]).tolist()
+            found = dispatch.row_sums(logits, rows[measured], transforms[measured]).tolist()
             sums = {line: dict(zip(SUMS, row, strict=True)) for line, row in zip(measured, found, strict=True)}
         for line in members:
-            bends[line, place] = _BENDS[states[line].plan.head[place]](states[line], sums.get(line, {}))
+            transforms[line, place] = _TRANSFORMS[states[line].plan.head[place]](states[line], sums.get(line, {}))
 
 
-def bent(y: Doubles, bends: Doubles) -> Doubles:
-    """Logits y [B, N], as distances below the largest of their rows, after the bends [B, MOST_BENDS, 4]."""
-    for place in range(MOST_BENDS):
-        kinds, a, b, _ = (column[:, None] for column in bends[:, place].T)
+def transformed(y: Doubles, transforms: Doubles) -> Doubles:
+    """Logits y [B, N], as distances below the largest of their rows, after the transforms [B, MAX_TRANSFORMS, 4]."""
+    for place in range(MAX_TRANSFORMS):
+        kinds, a, b, _ = (column[:, None] for column in transforms[:, place].T)
         if not kinds.any():
             break
         if (kinds == DIVIDE).any():
@@ -63,7 +63,7 @@ def _is_measured(state: SamplerState, step: str) -> bool:
     return step not in ("temperature", "smoothing") or (step == "temperature" and state.params.dynatemp_range > 0)
 
 
-def _temperature(state: SamplerState, sums: Sums) -> Bend:
+def _temperature(state: SamplerState, sums: Sums) -> Transform:
     params = state.params
     t = params.temperature
     if params.dynatemp_range > 0:
@@ -72,26 +72,26 @@ def _temperature(state: SamplerState, sums: Sums) -> Bend:
     return DIVIDE, min(max(t, LEAST), MOST), 0.0, 0.0
 
 
-def _smoothing(state: SamplerState, sums: Sums) -> Bend:
+def _smoothing(state: SamplerState, sums: Sums) -> Transform:
     return PARABOLA, state.params.smoothing_factor, state.params.smoothing_curve, 0.0
 
 
-def _top_n_sigma(state: SamplerState, sums: Sums) -> Bend:
+def _top_n_sigma(state: SamplerState, sums: Sums) -> Transform:
     mean = sums["first"] / sums["count"]
     variance = sums["second"] / sums["count"] - mean * mean
     return CUT, -state.params.top_n_sigma * math.sqrt(max(variance, 0.0)), 0.0, 0.0
 
 
-def _eta_cutoff(state: SamplerState, sums: Sums) -> Bend:
+def _eta_cutoff(state: SamplerState, sums: Sums) -> Transform:
     epsilon = math.log(state.params.eta_cutoff)
     return _cut(min(epsilon, epsilon / 2 - _entropy(sums)) + math.log(sums["mass"]))
 
 
-def _mirostat_2(state: SamplerState, sums: Sums) -> Bend:
+def _mirostat_2(state: SamplerState, sums: Sums) -> Transform:
     return _cut(math.log(sums["mass"]) - state.aim * math.log(2)) if cuts(state.aim, state.vocab_size) else NONE
 
 
-def _cut(y: float) -> Bend:
+def _cut(y: float) -> Transform:
     return CUT, min(y, 0.0), 0.0, 0.0
 
 
@@ -100,7 +100,7 @@ def _entropy(sums: Sums) -> float:
     return math.log(sums["mass"]) - sums["moment"] / sums["mass"]
 
 
-_BENDS: Mapping[str, Callable[[SamplerState, Sums], Bend]] = {
+_TRANSFORMS: Mapping[str, Callable[[SamplerState, Sums], Transform]] = {
     "temperature": _temperature,
     "smoothing": _smoothing,
     "top_n_sigma": _top_n_sigma,

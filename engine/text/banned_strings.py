@@ -14,7 +14,7 @@ TRIES_PER_TOKEN = 4
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
+class PendingToken:
     """A token that isn't given out yet, the text that it lets be shown, and how the text stood before it."""
 
     token: Token
@@ -37,7 +37,7 @@ class BannedStrings:
         self._strings = frozenset(map(_fold, strings))
         self._lengths = sorted({len(string) for string in self._strings})
         self._beginnings = frozenset(string[:n] for string in self._strings for n in range(1, len(string)))
-        self._held: list[Held] = []
+        self._held: list[PendingToken] = []
         self._starts: list[int] = []  # where in the text of the held tokens each of them starts
         self._text = ""
         self._given = ""  # the end of the text before theirs, as far as a banned string may begin there
@@ -54,7 +54,7 @@ class BannedStrings:
         """Token ids that may not come as the output's token number `place`."""
         return tuple(self._excluded.get(place, ()))
 
-    def feed(self, held: Held) -> int | None:
+    def feed(self, held: PendingToken) -> int | None:
         """Hold a token. How many tokens must be taken back because of a banned string; None if there is none.
 
         The first of them is the one that began the string. Where that one was given out already, because the text went
@@ -69,7 +69,7 @@ class BannedStrings:
             return None
         return len(self._held) - self._index_of(begun)
 
-    def take_back(self, num_tokens: int) -> Held:
+    def take_back(self, num_tokens: int) -> PendingToken:
         """Forget the last tokens; the first of them, which comes back, may not come again where it came."""
         first, place = self._held[-num_tokens], self._num_given + len(self._held) - num_tokens
         self._text = self._text[: self._starts[-num_tokens]]
@@ -79,7 +79,7 @@ class BannedStrings:
         self._num_tries += 1
         return first
 
-    def release(self) -> list[Held]:
+    def release(self) -> list[PendingToken]:
         """The tokens that no banned string can begin in any more."""
         possible = next((i for i in range(len(self._text)) if self._text[i:] in self._beginnings), len(self._text))
         count = len(self._held)
@@ -87,11 +87,11 @@ class BannedStrings:
             count = self._index_of(possible)
         return self._give_out(count)
 
-    def release_all(self) -> list[Held]:
+    def release_all(self) -> list[PendingToken]:
         """All tokens: the answer ends here."""
         return self._give_out(len(self._held))
 
-    def _give_out(self, count: int) -> list[Held]:
+    def _give_out(self, count: int) -> list[PendingToken]:
         if count == 0:
             return []
         given, self._held = self._held[:count], self._held[count:]

@@ -1,4 +1,4 @@
-// Pages of cached keys and values: how numbers get in (quantised) and out (as floats, keys rotated).
+// Pages of cached keys and values: how numbers get in (quantized) and out (as floats, keys rotated).
 // The layouts are those of kernels/forms/layout.py.
 #pragma once
 

@@ -13,7 +13,7 @@ constexpr int64_t NOTHING = -1;  // all tokens are banned, or there is a NaN
 
 struct Params {
     double u, top_k, top_p, min_p, typical_p;  // u in [0, 1); neutral: 0, 1, 0, 1
-    Bend bends[MOST_BENDS];
+    Transform transforms[MAX_TRANSFORMS];
 };
 
 struct Scratch {
@@ -117,8 +117,8 @@ inline bool place_in_list(const float* row, int64_t vocab, int64_t wanted, const
     rank(row, vocab, wanted, ranked);
     scratch.weights.resize(ranked.list.size());
     for (size_t i = 0; i < ranked.list.size(); ++i)
-        scratch.weights[i] = std::exp(bent(double(logit_of(ranked.list[i])) - ranked.top, params.bends));
-    Kept kept{scratch.weights, total, std::exp(bent(double(ranked.border) - ranked.top, params.bends))};
+        scratch.weights[i] = std::exp(transformed(double(logit_of(ranked.list[i])) - ranked.top, params.transforms));
+    Kept kept{scratch.weights, total, std::exp(transformed(double(ranked.border) - ranked.top, params.transforms))};
     if (params.top_k > 0) keep_top_k(kept, int64_t(params.top_k));
     if (params.top_p < 1) keep_top_p(kept, params.top_p);
     if (params.min_p > 0) keep_min_p(kept, params.min_p);
@@ -134,7 +134,7 @@ inline int64_t draw_row(const float* row, int64_t vocab, const Params& params, S
     if (params.top_k == 1) return likeliest(row, vocab, ranked);
     const bool needs_total =
         params.top_k == 0 && (params.top_p < 1 || (params.min_p == 0 && params.typical_p == 1));
-    const double total = needs_total ? mass_of_row(row, vocab, ranked.top, params.bends) : double(vocab);
+    const double total = needs_total ? mass_of_row(row, vocab, ranked.top, params.transforms) : double(vocab);
     size_t column;
     for (int64_t depth : DEPTHS) {
         const int64_t wanted = params.top_k > 0 ? std::max(int64_t(params.top_k), 1l) : depth;
@@ -175,21 +175,21 @@ inline void rank_rows(const float* logits, int64_t vocab, const int64_t* rows, i
     });
 }
 
-// Sums [count, 5] over these rows, bent [count, MOST_BENDS, 4], or their mass alone [count]; NaN where nothing can be
+// Sums [count, 5] over these rows, transformed [count, MAX_TRANSFORMS, 4], or their mass alone [count]; NaN where nothing can be
 // drawn.
-inline void sum_rows(const float* logits, int64_t vocab, const int64_t* rows, int64_t count, const double* bends,
+inline void sum_rows(const float* logits, int64_t vocab, const int64_t* rows, int64_t count, const double* transforms,
                      int is_mass_alone, double* out) {
     pool().run(int(count), [&](int i) {
         thread_local Ranked ranked;
         const float* row = logits + rows[i] * vocab;
-        const Bend* row_bends = reinterpret_cast<const Bend*>(bends) + i * MOST_BENDS;
+        const Transform* row_transforms = reinterpret_cast<const Transform*>(transforms) + i * MAX_TRANSFORMS;
         const bool is_drawable = look_at(row, vocab, ranked);
         if (is_mass_alone) {
-            out[i] = is_drawable ? mass_of_row(row, vocab, ranked.top, row_bends) : NAN;
+            out[i] = is_drawable ? mass_of_row(row, vocab, ranked.top, row_transforms) : NAN;
             return;
         }
         Sums sums{NAN, NAN, NAN, NAN, NAN};
-        if (is_drawable) sums = sum_row(row, vocab, ranked.top, row_bends);
+        if (is_drawable) sums = sum_row(row, vocab, ranked.top, row_transforms);
         __builtin_memcpy(out + i * 5, &sums, sizeof sums);
     });
 }

@@ -145,6 +145,6 @@ EXPORT void tightrope_rank(const float* logits, int64_t vocab, const int64_t* ro
 }
 
 EXPORT void tightrope_row_sums(const float* logits, int64_t vocab, const int64_t* rows, int64_t count,
-                               const double* bends, int is_mass_alone, double* sums) {
-    drawing::sum_rows(logits, vocab, rows, count, bends, is_mass_alone, sums);
+                               const double* transforms, int is_mass_alone, double* sums) {
+    drawing::sum_rows(logits, vocab, rows, count, transforms, is_mass_alone, sums);
 }

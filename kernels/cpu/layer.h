@@ -9,7 +9,7 @@
 
 // native_structs.py has the same fields in these three.
 struct Projection {
-    const void* weight;  // of quantised ones `count` addresses
+    const void* weight;  // of quantized ones `count` addresses
     const float* bias;   // or null
     int32_t kind, count, inputs, outputs;
 };

@@ -1,4 +1,4 @@
-// Whole rows of logits: their blocks' maxima, and sums over them after steps that bend all logits alike.
+// Whole rows of logits: their blocks' maxima, and sums over them after steps that transform all logits alike.
 #pragma once
 
 #include <algorithm>
@@ -70,29 +70,29 @@ inline Lanes exp_negative(Lanes x) {
 }
 
 // A change of all logits of a row, which are the distances below its largest one. See reference.row_sums.
-struct Bend {
+struct Transform {
     double kind, a, b, c;
 };
-constexpr int MOST_BENDS = 6;  // of a row; kernels/forms/rows.py knows the number too
+constexpr int MAX_TRANSFORMS = 6;  // of a row; kernels/forms/rows.py knows the number too
 constexpr double DIVIDE = 1, PARABOLA = 2, CUT = 3;
 
-inline double bent(double y, const Bend* bends) {
-    for (const Bend* bend = bends; bend < bends + MOST_BENDS && bend->kind; ++bend) {
+inline double transformed(double y, const Transform* transforms) {
+    for (const Transform* transform = transforms; transform < transforms + MAX_TRANSFORMS && transform->kind; ++transform) {
         if (y == -std::numeric_limits<double>::infinity()) return y;
-        if (bend->kind == DIVIDE) y /= bend->a;
-        if (bend->kind == PARABOLA) y = bend->a * y * y * (y * (bend->b - 1) / 2 - (3 - bend->b) / 2) - bend->c;
-        if (bend->kind == CUT && y < bend->a) y = -std::numeric_limits<double>::infinity();
+        if (transform->kind == DIVIDE) y /= transform->a;
+        if (transform->kind == PARABOLA) y = transform->a * y * y * (y * (transform->b - 1) / 2 - (3 - transform->b) / 2) - transform->c;
+        if (transform->kind == CUT && y < transform->a) y = -std::numeric_limits<double>::infinity();
     }
     return y;
 }
 
-inline Lanes bent(Lanes y, const Bend* bends) {
+inline Lanes transformed(Lanes y, const Transform* transforms) {
     const Lanes nothing = Lanes{} - INF;
-    for (const Bend* bend = bends; bend < bends + MOST_BENDS && bend->kind; ++bend) {
-        const float a = float(bend->a), b = float((bend->b - 1) / 2), c = float((3 - bend->b) / 2);
-        if (bend->kind == DIVIDE) y = y * float(1 / bend->a);
-        if (bend->kind == PARABOLA) y = y > nothing ? a * y * y * (y * b - c) - float(bend->c) : y;
-        if (bend->kind == CUT) y = y < a ? nothing : y;
+    for (const Transform* transform = transforms; transform < transforms + MAX_TRANSFORMS && transform->kind; ++transform) {
+        const float a = float(transform->a), b = float((transform->b - 1) / 2), c = float((3 - transform->b) / 2);
+        if (transform->kind == DIVIDE) y = y * float(1 / transform->a);
+        if (transform->kind == PARABOLA) y = y > nothing ? a * y * y * (y * b - c) - float(transform->c) : y;
+        if (transform->kind == CUT) y = y < a ? nothing : y;
     }
     return y;
 }
@@ -108,7 +108,7 @@ struct Sums {
     }
 };
 
-inline Sums sum_row(const float* row, int64_t vocab, float top, const Bend* bends) {
+inline Sums sum_row(const float* row, int64_t vocab, float top, const Transform* transforms) {
     Sums sums;
     const Lanes nothing = Lanes{} - INF;
     for (int64_t begin = 0; begin < vocab; begin += 1024) {
@@ -118,7 +118,7 @@ inline Sums sum_row(const float* row, int64_t vocab, float top, const Bend* bend
         Bits count = {};
         int64_t i = begin;
         for (; i + 16 <= end; i += 16) {
-            const Lanes y = bent(load(row + i) - top, bends);
+            const Lanes y = transformed(load(row + i) - top, transforms);
             const Lanes weight = exp_negative(y);
             const Bits is_possible = y > nothing;
             mass += weight;
@@ -131,21 +131,21 @@ inline Sums sum_row(const float* row, int64_t vocab, float top, const Bend* bend
             sums.count += count[j], sums.mass += mass[j], sums.moment += moment[j];
             sums.first += first[j], sums.second += second[j];
         }
-        for (; i < end; ++i) sums.add(bent(double(row[i]) - top, bends));
+        for (; i < end; ++i) sums.add(transformed(double(row[i]) - top, transforms));
     }
     return sums;
 }
 
 // exp(y) of a whole row, summed: Sums::mass alone, in half the time.
-inline double mass_of_row(const float* row, int64_t vocab, float top, const Bend* bends) {
+inline double mass_of_row(const float* row, int64_t vocab, float top, const Transform* transforms) {
     double total = 0;
     for (int64_t begin = 0; begin < vocab; begin += 1024) {
         const int64_t end = std::min(vocab, begin + 1024);
         Lanes sums = {};
         int64_t i = begin;
-        for (; i + 16 <= end; i += 16) sums += exp_negative(bent(load(row + i) - top, bends));
+        for (; i + 16 <= end; i += 16) sums += exp_negative(transformed(load(row + i) - top, transforms));
         for (int j = 0; j < 16; ++j) total += sums[j];
-        for (; i < end; ++i) total += std::exp(bent(double(row[i]) - top, bends));
+        for (; i < end; ++i) total += std::exp(transformed(double(row[i]) - top, transforms));
     }
     return total;
 }

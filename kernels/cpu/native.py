@@ -289,14 +289,14 @@ class NativeKernels:
         self._rank(*_rows(logits, rows), wanted.ctypes.data, width, *results)
         return Ranked(values, token_ids, border, top)
 
-    def row_sums(self, logits: Tensor, rows: NDArray[np.int64], bends: NDArray[np.float64]) -> NDArray[np.float64]:
+    def row_sums(self, logits: Tensor, rows: NDArray[np.int64], transforms: NDArray[np.float64]) -> NDArray[np.float64]:
         sums = np.empty((len(rows), len(SUMS)))
-        self._row_sums(*_rows(logits, rows), bends.ctypes.data, 0, sums.ctypes.data)
+        self._row_sums(*_rows(logits, rows), transforms.ctypes.data, 0, sums.ctypes.data)
         return sums
 
-    def row_mass(self, logits: Tensor, rows: NDArray[np.int64], bends: NDArray[np.float64]) -> NDArray[np.float64]:
+    def row_mass(self, logits: Tensor, rows: NDArray[np.int64], transforms: NDArray[np.float64]) -> NDArray[np.float64]:
         mass = np.empty((len(rows), 1))
-        self._row_sums(*_rows(logits, rows), bends.ctypes.data, 1, mass.ctypes.data)
+        self._row_sums(*_rows(logits, rows), transforms.ctypes.data, 1, mass.ctypes.data)
         return mass
 
 

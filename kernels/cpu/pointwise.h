@@ -1,4 +1,4 @@
-// Operations on each token by itself: rotation of queries, normalisation, gates.
+// Operations on each token by itself: rotation of queries, normalization, gates.
 #pragma once
 
 #include "attention.h"

@@ -1,4 +1,4 @@
-// How codes of a quantised matrix lie in memory (kernels/forms/quantized.py is the specification), and their products with
+// How codes of a quantized matrix lie in memory (kernels/forms/quantized.py is the specification), and their products with
 // x in fixed point.
 #pragma once
 

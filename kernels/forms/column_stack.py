@@ -1,4 +1,4 @@
-"""The quantised matrices of experts on a card, one below the other: a kernel finds each of them by numbers there."""
+"""The quantized matrices of experts on a card, one below the other: a kernel finds each of them by numbers there."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace

@@ -1,4 +1,4 @@
-"""Quantised matrices as the kernels of a card read them: words down each column, in blocks of 32 rows.
+"""Quantized matrices as the kernels of a card read them: words down each column, in blocks of 32 rows.
 
 Fixed letters: K inputs, N outputs (filled up to tiles of 16, so that each row of words begins at a whole 64 bytes), R
 stored rows, G groups of stored rows.

@@ -13,7 +13,7 @@ from tightrope.kernels.forms.quantized import Nf4Matrix, QuantizedMatrix
 
 @dataclass(frozen=True, slots=True)
 class Projection:
-    """A plain weight [N, K], or quantised matrices whose outputs are side by side; and a bias [N] float32.
+    """A plain weight [N, K], or quantized matrices whose outputs are side by side; and a bias [N] float32.
 
     `adapters` add to the outputs of the rows in their slot; they may come and go.
     """

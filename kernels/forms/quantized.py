@@ -1,4 +1,4 @@
-"""Quantised matrices as the kernels of a CPU read them: the one form in memory of EXL2, GPTQ and AWQ, and that of nf4.
+"""Quantized matrices as the kernels of a CPU read them: the one form in memory of EXL2, GPTQ and AWQ, and that of nf4.
 
 Fixed letters: K inputs, N outputs, R stored rows, G groups of stored rows, C tiles of 16 outputs (N / 16 rounded up).
 """

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-MOST_BENDS = 6  # of a row; cpu/logits.h knows the number, too
-DIVIDE, PARABOLA, CUT = 1.0, 2.0, 3.0  # kinds of bends, see reference.row_sums
+MAX_TRANSFORMS = 6  # of a row; cpu/logits.h knows the number, too
+DIVIDE, PARABOLA, CUT = 1.0, 2.0, 3.0  # kinds of transforms, see reference.row_sums
 SUMS = ("count", "mass", "moment", "first", "second")  # what is summed over a row
 
 

@@ -1,4 +1,4 @@
-"""Quantised matrices on CUDA, the launches.
+"""Quantized matrices on CUDA, the launches.
 
 One row, and a few, read the packed words once; the rows of the matrix are shared out to programs, whose sums a second
 kernel adds up in a fixed order. For many rows slices of the matrix are expanded and multiplied by cuBLAS.

@@ -1,4 +1,4 @@
-"""Several rows times a quantised matrix on CUDA, and the matrix expanded for products with many rows.
+"""Several rows times a quantized matrix on CUDA, and the matrix expanded for products with many rows.
 
 A product does not care in which order rows are summed, so a tile is multiplied row by row of its blocks: row r of each
 of BLOCKS blocks is one operand, decoded where its words were loaded. The words of a block are taken in a loop: written

@@ -1,4 +1,4 @@
-"""How a Triton kernel reads quantised numbers: words in, numbers out, one row of each of several blocks at a time.
+"""How a Triton kernel reads quantized numbers: words in, numbers out, one row of each of several blocks at a time.
 
 A code becomes a float by its bits: those of a byte of codes are shifted to the top of the mantissa, once for all of
 them, and under an exponent of zero a field q bits above the byte's lowest is 1 + code / 2^(8 - q). Integer operations

@@ -1,4 +1,4 @@
-"""One row times a quantised matrix on CUDA: every word is read once, by a program that has some blocks of some outputs.
+"""One row times a quantized matrix on CUDA: every word is read once, by a program that has some blocks of some outputs.
 
 Within a block codes are summed with x as they are spread, 1 + code / 2^k, and what that adds is taken away once a
 block: sum of (code - zero) * x = sum of 2^k * x * spread - sum of 2^k * x - zero * sum of x.

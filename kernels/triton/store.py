@@ -1,4 +1,4 @@
-"""Storing keys and values on CUDA: divided by their factor, quantised and scattered to the pages, in one launch."""
+"""Storing keys and values on CUDA: divided by their factor, quantized and scattered to the pages, in one launch."""
 
 import triton
 import triton.language as tl

@@ -100,16 +100,16 @@ def _plan(values: Mapping[str, str], memory: str | None, *, as_json: bool) -> in
 
 
 def _perplexity(values: Mapping[str, str], own: Mapping[str, Any]) -> int:
-    from tightrope.server.cli.perplexity.command import PerplexityError, UsageError, Wish, perplexity
+    from tightrope.server.cli.perplexity.command import Arguments, PerplexityError, UsageError, perplexity
     from tightrope.server.settings.settings import SettingsError, load_settings
 
     try:
-        wish = Wish.of(**own)
-        settings = wish.fit(load_settings(values).engine.model)
+        arguments = Arguments.of(**own)
+        settings = arguments.fit(load_settings(values).engine.model)
     except (SettingsError, UsageError) as error:
         return _fail(str(error), EXIT_USAGE)
     try:
-        return perplexity(settings, wish)
+        return perplexity(settings, arguments)
     except PerplexityError as error:
         return _fail(str(error), EXIT_FAILED)
 

@@ -34,7 +34,7 @@ def parse_size(text: str) -> int:
 
 
 def plan(settings: ModelSettings, memory_bytes: int | None, *, as_json: bool) -> int:
-    """Print the plan; return the exit status. Raises PlanError, after printing, when the wish doesn't fit."""
+    """Print the plan; return the exit status. Raises PlanError, after printing, when what is asked for doesn't fit."""
     from tightrope.backends.planning import outline  # reads of it load the libraries that the model's format needs
 
     try:

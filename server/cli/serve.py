@@ -26,7 +26,7 @@ from tightrope.server.http.draining import Drain
 from tightrope.server.http.guards import is_loopback
 from tightrope.server.http.metrics import Metrics
 from tightrope.server.settings.settings import ServerSettings
-from tightrope.server.state import Front
+from tightrope.server.state import AppState
 
 log = logging.getLogger("tightrope.serve")
 
@@ -80,7 +80,7 @@ class _Server(uvicorn.Server):
 async def _serve(settings: ServerSettings, listener: socket.socket) -> None:
     url = base_url(settings.host, listener.getsockname()[1])
     client = EngineClient(settings.engine)
-    front = Front(client, settings, Metrics(client))
+    front = AppState(client, settings, Metrics(client))
     drain = Drain(DRAIN_S)
     config = uvicorn.Config(
         create_app(front, drain),
@@ -122,7 +122,7 @@ async def _end(drain: Drain, server: uvicorn.Server) -> None:
     server.should_exit = True
 
 
-async def _announce(front: Front, server: uvicorn.Server, drain: Drain, url: str) -> None:
+async def _announce(front: AppState, server: uvicorn.Server, drain: Drain, url: str) -> None:
     """Print what is served once it is. Raises ServeError, after ending the server, when it can't be, or no more."""
     client, settings = front.client, front.settings
     try:

@@ -12,7 +12,7 @@ from tightrope.server.dialects.openai.convert import means_the_model
 from tightrope.server.dialects.openai.routes import ERRORS
 from tightrope.server.http.body import Body, Documented, JsonRoute
 from tightrope.server.http.errors import SwitchedOff
-from tightrope.server.state import Front
+from tightrope.server.state import AppState
 
 log = logging.getLogger("tightrope.server")
 
@@ -37,7 +37,7 @@ class UnloadBody(Body):
     lora_name: str
 
 
-def adapter_router(front: Front) -> APIRouter:
+def adapter_router(front: AppState) -> APIRouter:
     """Both routes, relative to /v1."""
     router = APIRouter(route_class=JsonRoute, tags=["adapters"], default_response_class=Response)
 
@@ -61,7 +61,7 @@ def adapter_router(front: Front) -> APIRouter:
     return router
 
 
-def _check_name(name: str, front: Front) -> None:
+def _check_name(name: str, front: AppState) -> None:
     try:
         check_adapter_name(name)
     except ValueError as error:

@@ -12,7 +12,7 @@ from tightrope.server.dialects.tgi.requests import CompatBody, ErrorText, Genera
 from tightrope.server.dialects.tgi.routes import ERRORS as TGI_ERRORS
 from tightrope.server.dialects.tgi.routes import answer_compat
 from tightrope.server.http.body import Documented, JsonRoute
-from tightrope.server.state import Front
+from tightrope.server.state import AppState
 
 BOTH: Documented = {
     **ERRORS,
@@ -45,7 +45,7 @@ AnyBody = Annotated[
 ]
 
 
-def invocations_router(front: Front) -> APIRouter:
+def invocations_router(front: AppState) -> APIRouter:
     """POST /invocations."""
     router = APIRouter(route_class=JsonRoute, tags=["TGI"])
 

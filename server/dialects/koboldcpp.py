@@ -25,7 +25,7 @@ from tightrope.server.dialects.text import (
 from tightrope.server.fields.explain import Explained, Explanation, explain, explained
 from tightrope.server.http.body import Body, JsonRequest, JsonRoute
 from tightrope.server.http.sse import event_stream
-from tightrope.server.state import Front
+from tightrope.server.state import AppState
 
 API_VERSION = "1.2.5"  # of KoboldAI United's API, that these routes are shaped after
 KOBOLDCPP_VERSION = "1.75"  # whose routes these are; clients stream from 1.30 and count tokens from 1.41 on
@@ -174,7 +174,7 @@ async def _events(deltas: Deltas, explanation: Explanation | None) -> AsyncGener
                 yield b"event: message\ndata: %b\n\n" % encode(event)
 
 
-def koboldcpp_router(front: Front) -> APIRouter:
+def koboldcpp_router(front: AppState) -> APIRouter:
     """/api/v1 and /api/extra."""
     router = APIRouter(prefix="/api", route_class=JsonRoute, tags=["KoboldCpp"])
     aborts = Aborts()

@@ -26,7 +26,7 @@ from tightrope.server.dialects.text import (
 from tightrope.server.fields.explain import Explained, Explanation, explain, explained
 from tightrope.server.http.body import JsonRoute
 from tightrope.server.http.sse import event_stream
-from tightrope.server.state import Front
+from tightrope.server.state import AppState
 
 encode = msgspec.json.Encoder().encode
 
@@ -154,7 +154,7 @@ async def _events(
                 yield b"data: %b\n\n" % encode(ending | explained(explanation, prompt))
 
 
-def llamacpp_router(front: Front) -> APIRouter:
+def llamacpp_router(front: AppState) -> APIRouter:
     """/completion, /props and /slots."""
     router = APIRouter(route_class=JsonRoute, tags=["llama.cpp"])
 

@@ -23,7 +23,7 @@ from tightrope.server.fields.explain import Explained, Explanation, explain, exp
 from tightrope.server.fields.sampling import KNOWN, Ignored
 from tightrope.server.http.body import Body, FirstErrorOnly, JsonRoute
 from tightrope.server.http.sse import line_stream
-from tightrope.server.state import Front
+from tightrope.server.state import AppState
 
 encode = msgspec.json.Encoder().encode
 LINES = {"application/x-ndjson": {"schema": {"type": "string"}}}
@@ -167,7 +167,7 @@ async def _lines(
                 yield encode({"model": model, "created_at": _now(), **wrap(""), **ending}) + b"\n"
 
 
-def ollama_router(front: Front) -> APIRouter:
+def ollama_router(front: AppState) -> APIRouter:
     """/api/tags, /api/show, /api/version, /api/generate and /api/chat."""
     router = APIRouter(prefix="/api", route_class=JsonRoute, tags=["Ollama"])
     since = datetime.fromtimestamp(front.started, UTC).isoformat().replace("+00:00", "Z")

@@ -7,7 +7,7 @@ from tightrope.engine.types import Span, TextPrompt
 from tightrope.server.dialects.tabby import DecodeBody, Decoded, Encoded
 from tightrope.server.dialects.text import CALL_ERRORS, STATUS_ERRORS
 from tightrope.server.http.body import Body, JsonRoute
-from tightrope.server.state import Front
+from tightrope.server.state import AppState
 
 
 class TextOnly(Body):
@@ -25,7 +25,7 @@ class InternalInfo(BaseModel):
     lora_names: list[str] = []
 
 
-def ooba_router(front: Front) -> APIRouter:
+def ooba_router(front: AppState) -> APIRouter:
     """/v1/internal: the model's name, token ids of text and back."""
     router = APIRouter(prefix="/v1/internal", route_class=JsonRoute, tags=["text-generation-webui"])
 

@@ -14,7 +14,7 @@ from tightrope.server.dialects.openai.requests import Ids
 from tightrope.server.dialects.text import CALL_ERRORS, STATUS_ERRORS
 from tightrope.server.http.body import Body, JsonRoute
 from tightrope.server.http.guards import has_key
-from tightrope.server.state import Front
+from tightrope.server.state import AppState
 
 
 class EncodeBody(Body):
@@ -86,7 +86,7 @@ class Templates(BaseModel):
     data: list[str] = []
 
 
-def tabby_router(front: Front) -> APIRouter:
+def tabby_router(front: AppState) -> APIRouter:
     """/v1/model, /v1/token, /v1/auth, /v1/lora and /v1/template."""
     router = APIRouter(prefix="/v1", route_class=JsonRoute, tags=["TabbyAPI"])
 

@@ -17,7 +17,7 @@ from tightrope.server.fields.lost_fields import idle_scale
 from tightrope.server.fields.sampling import Ignored, read_sampling
 from tightrope.server.fields.structured import overruled, read_grammar
 from tightrope.server.http.body import Documented, log_ignored, unread_fields
-from tightrope.server.state import Front
+from tightrope.server.state import AppState
 
 STATUS_ERRORS: Documented = {key: ERRORS[key] for key in (401, 503)}
 CALL_ERRORS: Documented = {key: ERRORS[key] for key in (400, 401, 413, 415, 503, "default")}
@@ -102,13 +102,13 @@ def checked(finish: Finish) -> Finish:
     return finish
 
 
-async def whole(front: Front, asked: Asked, request: Request) -> Choice:
+async def whole(front: AppState, asked: Asked, request: Request) -> Choice:
     """The answer when it is finished. Raises what the engine raises, BackendFailed for a failed one, and ClientGone."""
     (choice,) = await collect(request, run(front.generate_for(request), [asked.request]))
     checked(choice.finish)
     return choice
 
 
-async def pieces(front: Front, asked: Asked, request: Request) -> Deltas:
+async def pieces(front: AppState, asked: Asked, request: Request) -> Deltas:
     """The answer's deltas as they come, once the engine has taken the request. Raises what it says instead."""
     return await started(request, run(front.generate_for(request), [asked.request]))

@@ -18,7 +18,7 @@ from tightrope.server.fields import structured
 from tightrope.server.fields.sampling import KNOWN
 from tightrope.server.http.body import Body, JsonRoute
 from tightrope.server.http.long_lists import json_answer, json_list, json_object
-from tightrope.server.state import Front
+from tightrope.server.state import AppState
 
 
 class TokenizeText(Body):
@@ -168,7 +168,7 @@ def _piece(token: Token) -> dict[str, object]:
         return {"id": token.token_id, "piece": list(token.raw)}
 
 
-def tokenize_router(front: Front) -> APIRouter:
+def tokenize_router(front: AppState) -> APIRouter:
     """POST /tokenize and /detokenize, with and without /v1."""
     router = APIRouter(route_class=JsonRoute, tags=["tokens"])
     documented = {key: ERRORS[key] for key in (400, 401, 404, 413, 503, "default")}

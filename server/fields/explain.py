@@ -13,7 +13,7 @@ from pydantic import Field
 from tightrope.engine.types import SAMPLER_ORDER, GenerateRequest, Prompt, PromptInfo, SamplingParams, TextPrompt, Token
 from tightrope.server.answering import or_gone
 from tightrope.server.fields.sampling import Ignored
-from tightrope.server.state import Front
+from tightrope.server.state import AppState
 
 Explained = Annotated[dict[str, Any], Field(description="Absent unless asked for.")]
 
@@ -119,7 +119,7 @@ class Explanation:
 
 
 async def explain(
-    front: Front,
+    front: AppState,
     requests: Sequence[GenerateRequest],
     ignored: list[Ignored],
     request: Request,
@@ -135,11 +135,11 @@ def explained(explanation: Explanation | None, info: PromptInfo | None) -> dict[
     return {} if explanation is None or info is None else {"explain": explanation.told({0: info})}
 
 
-async def _prompts(front: Front, requests: Sequence[GenerateRequest]) -> list[dict[str, Any]]:
+async def _prompts(front: AppState, requests: Sequence[GenerateRequest]) -> list[dict[str, Any]]:
     return list(await asyncio.gather(*(_prompt(front, request) for request in requests)))
 
 
-async def _prompt(front: Front, request: GenerateRequest) -> dict[str, Any]:
+async def _prompt(front: AppState, request: GenerateRequest) -> dict[str, Any]:
     tokens = await front.client.tokenize(request.prompt, request.adapter)
     shown = tokens.ids if request.truncate_to is None else tokens.ids[-request.truncate_to :]
     if isinstance(request.prompt, TextPrompt):
@@ -153,7 +153,7 @@ async def _prompt(front: Front, request: GenerateRequest) -> dict[str, Any]:
     }
 
 
-async def _bos(front: Front, prompt: Prompt, tokens: Iterable[Token]) -> str:
+async def _bos(front: AppState, prompt: Prompt, tokens: Iterable[Token]) -> str:
     """Who put the BOS in front, in words."""
     bos = front.info().bos_token
     if bos is None:

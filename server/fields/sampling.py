@@ -23,7 +23,7 @@ MAX_BREAKERS = 16384
 MAX_INT = 2**63 - 1  # what crosses the process border as an integer
 _LARGEST = 1e300  # far beyond what any number here is good for
 
-Given = Mapping[str, Any]  # Any: a request's JSON, whose types are checked here
+Fields = Mapping[str, Any]  # Any: a request's JSON, whose types are checked here
 Ignored = tuple[str, str]  # a field's name, and why it changes nothing
 
 
@@ -196,7 +196,7 @@ KNOWN: frozenset[str] = frozenset(  # all names that are read here
 
 
 def read_sampling(
-    given: Given, vocab_size: int, *, max_tokens: int | None = None, more_stops: Sequence[str] = ()
+    given: Fields, vocab_size: int, *, max_tokens: int | None = None, more_stops: Sequence[str] = ()
 ) -> Sampling:
     """The engine's parameters for the fields of a request; null means absent, and unknown names are passed over.
 
@@ -224,7 +224,7 @@ def read_sampling(
 class _Reading:
     """One request on its way to the engine."""
 
-    given: Given
+    given: Fields
     vocab_size: int
     targets: dict[str, Any] = field(default_factory=dict)  # fields of SamplingParams
     ignored: list[Ignored] = field(default_factory=list)
@@ -426,11 +426,11 @@ class _Reading:
         return value
 
     def stop_rules(self, max_tokens: int | None, more_stops: Sequence[str]) -> StopRules:
-        wished = self.number(_MAX_TOKENS)
+        asked = self.number(_MAX_TOKENS)
         if self.flag((_TO_THE_WINDOW,)):
             max_tokens = None
         elif self.first(_MAX_TOKENS.names) is not None:
-            max_tokens = None if wished is None else int(wished)
+            max_tokens = None if asked is None else int(asked)
         min_tokens = int(self.number(_MIN_TOKENS) or 0)
         if max_tokens is not None and min_tokens > max_tokens:
             raise InvalidRequest(f"min_tokens must not be above max_tokens ({max_tokens})", "min_tokens")

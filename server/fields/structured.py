@@ -43,10 +43,10 @@ PLACES: Mapping[str, tuple[str, ...]] = {  # by type: where an object with a typ
     "regex": ("value",),
 }
 
-Given = Mapping[str, Any]  # Any: a request's JSON, whose types are checked here
+Fields = Mapping[str, Any]  # Any: a request's JSON, whose types are checked here
 
 
-def read_grammar(given: Given) -> Grammar | None:
+def read_grammar(given: Fields) -> Grammar | None:
     """The one grammar that a request asks for, by whatever names.
 
     Raises InvalidRequest with the field's name for values of a wrong form, and for two grammars that differ.
@@ -62,7 +62,7 @@ def read_grammar(given: Given) -> Grammar | None:
     return found
 
 
-def overruled(given: Given) -> list[tuple[str, str]]:
+def overruled(given: Fields) -> list[tuple[str, str]]:
     """Fields that ask for a shape of the answer while another that counts more does so, and why they change nothing."""
     return [
         (name, f"{other} came too, and counts")
@@ -71,7 +71,7 @@ def overruled(given: Given) -> list[tuple[str, str]]:
     ]
 
 
-def _grammars(given: Given) -> Iterator[Grammar]:
+def _grammars(given: Fields) -> Iterator[Grammar]:
     if (response_format := given.get("response_format")) is not None:
         if not isinstance(response_format, dict):
             raise InvalidRequest("response_format must be an object with a type", "response_format")
@@ -110,7 +110,7 @@ def _is_empty(value: object) -> bool:
     return value is None or value == "" or value == {} or value == []
 
 
-def _typed(field: str, given: Given) -> Grammar | None:
+def _typed(field: str, given: Fields) -> Grammar | None:
     """What an object with a type asks for; None for plain text. Its shape stands where one of the dialects has it."""
     kind = given.get("type", "text")
     if not isinstance(kind, str) or kind not in PLACES:
@@ -171,7 +171,7 @@ def _schema_text(field: str, value: object) -> str:
 # ---- TGI ----
 
 
-def read_tgi_grammar(given: Given | None) -> Grammar | None:
+def read_tgi_grammar(given: Fields | None) -> Grammar | None:
     """TGI's form: {"type": "json", "json_object", "regex" or "json_schema", "value": ...}, refused in its words."""
     if not given:
         return None

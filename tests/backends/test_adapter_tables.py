@@ -84,7 +84,7 @@ def close(found: Tensor, wanted: Tensor) -> None:
 
 
 def plain(base: Path, folder: Path) -> Path:
-    """The weights that a quantised base stands for, as transformers reads them."""
+    """The weights that a quantized base stands for, as transformers reads them."""
     return base if "quantization_config" not in AutoConfig.from_pretrained(base).to_dict() else expanded(base, folder)
 
 

@@ -68,7 +68,7 @@ def run(core: EngineCore, *requests: GenerateRequest) -> dict[str, list[int]]:
 
 def test_requests_with_and_without_the_tokens_run_in_one_step_whatever_they_ask_for(grown: tuple[Path, torch.Tensor]):
     digits = Grammar("regex", "[0-9]{3}", "regex")
-    wishes: list[dict[str, Any]] = [
+    asked_for: list[dict[str, Any]] = [
         {},
         {"grammar": digits},
         {"sampling": SamplingParams(temperature=1.0, seed=3, repetition_penalty=1.3, min_p=0.02)},
@@ -78,8 +78,8 @@ def test_requests_with_and_without_the_tokens_run_in_one_step_whatever_they_ask_
     ]
     with closing(open_model(BASE, grown=grown[0])) as backend:
         core = EngineCore(backend, LimitSettings(), adapter_paths={"grown": str(grown[0])})
-        plain = [request(f"p{i}", [5, 9, 33, 101], None, **wish) for i, wish in enumerate(wishes)]
-        own = [request(f"o{i}", PROMPT, "grown", **wish) for i, wish in enumerate(wishes)]
+        plain = [request(f"p{i}", [5, 9, 33, 101], None, **wanted) for i, wanted in enumerate(asked_for)]
+        own = [request(f"o{i}", PROMPT, "grown", **wanted) for i, wanted in enumerate(asked_for)]
         alone = {name: ids for one in (*plain, *own) for name, ids in run(core, one).items()}
         pairs = [run(core, *pair) for pair in zip(plain, own, strict=True)]
 

@@ -118,7 +118,7 @@ def test_adapters_agree_with_peft_alone_and_all_in_one_batch(tmp_path: Path):
     "name",
     ["llama-gptq-4bit-32g-actorder", "llama-awq-4bit-32g", "llama-untied-bnb-nf4", "llama-exl2-mixed-h6"],
 )
-def test_an_adapter_over_a_quantised_base_is_merged_with_the_weights_that_the_base_stands_for(
+def test_an_adapter_over_a_quantized_base_is_merged_with_the_weights_that_the_base_stands_for(
     name: str, tmp_path: Path
 ):
     deltas: dict[str, tuple[Tensor, Tensor]] = {}

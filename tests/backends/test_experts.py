@@ -54,7 +54,7 @@ def transformers_logits(folder: Path, ids: list[int]) -> Tensor:
     scope="module", params=[(model, form) for model in ("mixtral", "qwen3") for form in PARTS], ids=" ".join
 )
 def folder(request: pytest.FixtureRequest, qwen: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A mixture whose experts are quantised."""
+    """A mixture whose experts are quantized."""
     model, form = request.param
     return quantized(MIXTRAL if model == "mixtral" else qwen, form, tmp_path_factory.mktemp(model) / form)
 
@@ -64,7 +64,7 @@ def on_experts(name: str) -> bool:
     return ("layers.1." in name and ".experts." in name) or "q_proj" in name
 
 
-def test_quantised_experts_and_their_adapters_give_the_logits_of_the_weights_alone_and_in_one_batch(
+def test_quantized_experts_and_their_adapters_give_the_logits_of_the_weights_alone_and_in_one_batch(
     folder: Path, tmp_path: Path
 ):
     plain = expanded(folder, tmp_path / "plain")
@@ -90,8 +90,8 @@ def test_quantised_experts_and_their_adapters_give_the_logits_of_the_weights_alo
     assert (expected[0] - expected[1]).abs().max() > 10 * tolerance  # the adapter is seen
 
 
-def test_experts_left_plain_beside_quantised_ones_run_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """As a quantiser leaves them whose calibration never reached them."""
+def test_experts_left_plain_beside_quantized_ones_run_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As a quantizer leaves them whose calibration never reached them."""
     folder = quantized(MIXTRAL, "gptq", tmp_path / "gptq")
     with closing(open_model(folder)) as backend:
         expected = last_logits(backend, (PROMPTS[0], None, 1.0))
@@ -105,19 +105,19 @@ def test_only_the_experts_that_a_token_picked_are_multiplied(monkeypatch: pytest
     poisoned = 0
     with closing(open_model(MIXTRAL)) as backend:
         expected = last_logits(backend, (PROMPTS[0], None, 1.0))
-        organs = [organ for organ in backend.model.tree.modules() if isinstance(organ, Experts)]
+        mixtures = [module for module in backend.model.tree.modules() if isinstance(module, Experts)]
         run: Callable[..., Any] = dispatch.experts
 
         def watched(x: Tensor, layer: GatedExperts, picked: Tensor, shares: Tensor, rows: object) -> Tensor:
             """Whatever was not picked is no number now."""
             nonlocal poisoned
-            organ = next(organ for organ in organs if organ.whole is layer)
+            module = next(module for module in mixtures if module.whole is layer)
             unused = sorted(set(range(4)) - set(picked.flatten().tolist()))
             poisoned += len(unused)
-            kept = organ.down[unused].clone()
-            organ.down[unused] = float("nan")
+            kept = module.down[unused].clone()
+            module.down[unused] = float("nan")
             out: Tensor = run(x, layer, picked, shares, rows)
-            organ.down[unused] = kept
+            module.down[unused] = kept
             return out
 
         monkeypatch.setattr(dispatch, "experts", watched)

@@ -77,7 +77,7 @@ def test_an_image_half_is_no_model_wherever_its_name_says_so(tmp_path: Path, hal
     assert pick_file([*names, f"q/{half.replace('f16', 'Q8_0')}"], "Q8_0", "org/name") == "m-Q8_0.gguf"
 
 
-def test_statistics_of_a_quantiser_are_no_model_and_models_made_with_them_are():
+def test_statistics_of_a_quantizer_are_no_model_and_models_made_with_them_are():
     statistics = ["imatrix.gguf", "imatrix_unsloth.gguf", "m-imatrix.gguf", "m.imatrix.gguf"]
     models = ["m-imatrix-Q4_K_M.gguf", "m.Q5_K_M-imatrix.gguf", "m-Q6_K.gguf"]
 

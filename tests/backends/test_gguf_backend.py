@@ -101,7 +101,7 @@ def test_a_sequence_that_lost_its_place_continues_as_if_it_had_not(backend: GGUF
     assert backend.kv.reserve(3, len(hog))  # needs nearly all room that was kept
     backend.kv.close(3, keep=False)
     found = backend.kv.open(4, said, "preempted")
-    assert len(prompt) < found < len(said)  # it came back from where it was parked
+    assert len(prompt) < found < len(said)  # it came back from where it was swapped out
     assert backend.kv.reserve(4, len(said) - found)
     logits = backend.forward([Chunk(4, said[found:], found, "all")]).clone()
     backend.kv.close(4, keep=False)

@@ -233,10 +233,10 @@ def test_a_failed_step_leaves_no_trace() -> None:
     assert driver.cache.usage() == KVUsage(64, 0, 10)
 
 
-def chat_that_is_parked(monkeypatch: pytest.MonkeyPatch, **options: object) -> Driver:
+def chat_that_is_swapped_out(monkeypatch: pytest.MonkeyPatch, **options: object) -> Driver:
     """A finished sequence of 40 tokens, and another one at work; 8 idle cells are allowed."""
     monkeypatch.setattr(cache_module, "MAX_IDLE_CELLS", 8)
-    driver = Driver(capacity=128, parking_bytes=100, **options)
+    driver = Driver(capacity=128, swap_bytes=100, **options)
     driver.run(1, range(40))
     driver.cache.close(1, keep=True)
     driver.run(2, range(100, 120))
@@ -244,32 +244,32 @@ def chat_that_is_parked(monkeypatch: pytest.MonkeyPatch, **options: object) -> D
 
 
 def test_finished_sequences_leave_the_cache_while_others_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    driver = chat_that_is_parked(monkeypatch)
+    driver = chat_that_is_swapped_out(monkeypatch)
     assert driver.cache.usage() == KVUsage(128, 20, 0)
     assert driver.store.num_cells() == 20
 
 
-def test_a_parked_sequence_comes_back_for_the_prompt_that_continues_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    driver = chat_that_is_parked(monkeypatch)
+def test_a_swapped_out_sequence_comes_back_for_the_prompt_that_continues_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = chat_that_is_swapped_out(monkeypatch)
     assert driver.run(3, range(50)) == 40
     assert driver.cache.usage() == KVUsage(128, 70, 0)
 
 
-def test_a_parked_sequence_of_another_namespace_stays_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    driver = chat_that_is_parked(monkeypatch)
+def test_a_swapped_out_sequence_of_another_namespace_stays_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = chat_that_is_swapped_out(monkeypatch)
     assert driver.run(3, range(50), "other") == 0
 
 
 def test_a_finished_sequence_stays_in_the_cache_while_nothing_else_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache_module, "MAX_IDLE_CELLS", 8)
-    driver = Driver(capacity=128, parking_bytes=100)
+    driver = Driver(capacity=128, swap_bytes=100)
     driver.run(1, range(40))
     driver.cache.close(1, keep=True)
     assert driver.cache.usage() == KVUsage(128, 0, 40)
 
 
-def test_parked_sequences_beyond_their_memory_go_oldest_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    driver = chat_that_is_parked(monkeypatch)  # 40 bytes of 100
+def test_swapped_out_sequences_beyond_their_memory_go_oldest_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = chat_that_is_swapped_out(monkeypatch)  # 40 bytes of 100
     for seq_id, start in ((3, 200), (4, 300)):
         driver.run(seq_id, range(start, start + 40))
         driver.cache.close(seq_id, keep=True)
@@ -279,24 +279,22 @@ def test_parked_sequences_beyond_their_memory_go_oldest_first(monkeypatch: pytes
 
 def test_what_is_too_large_to_park_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache_module, "MAX_IDLE_CELLS", 8)
-    driver = Driver(capacity=128, parking_bytes=30)
+    driver = Driver(capacity=128, swap_bytes=30)
     driver.run(1, range(40))
     driver.cache.close(1, keep=True)
     driver.run(2, range(100, 120))
     assert driver.cache.usage() == KVUsage(128, 20, 40)
 
 
-@pytest.mark.parametrize("parking_bytes", [0, 60, 100_000])
+@pytest.mark.parametrize("swap_bytes", [0, 60, 100_000])
 @pytest.mark.parametrize("seed", range(12))
-def test_random_operations_keep_every_count_exact(
-    seed: int, parking_bytes: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_random_operations_keep_every_count_exact(seed: int, swap_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Counts against the store's own cells, contents against what was said, after every one of 300 operations."""
     monkeypatch.setattr(cache_module, "MAX_IDLE_CELLS", 10)
     monkeypatch.setattr(cache_module, "MIN_RESTORE_GAIN", 1)
     rng = random.Random(SEED + seed)
     capacity, slots = rng.choice([(48, 4), (100, 6), (200, 16)])
-    driver = Driver(capacity, slots, parking_bytes=parking_bytes)
+    driver = Driver(capacity, slots, swap_bytes=swap_bytes)
     live: dict[int, tuple[str, list[int]]] = {}
     for seq_id in range(300):
         operation = rng.choice(("open", "open", "extend", "extend", "extend", "truncate", "close"))
@@ -371,7 +369,7 @@ def test_llama_cpp_finds_room_whenever_the_cache_said_so(small_backend: GGUFBack
         cache.close(seq_id, keep=False)
 
 
-def test_a_chat_that_was_parked_goes_on_as_if_it_had_stayed(
+def test_a_chat_that_was_swapped_out_goes_on_as_if_it_had_stayed(
     small_backend: GGUFBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cache_module, "MAX_IDLE_CELLS", 0)
@@ -379,7 +377,7 @@ def test_a_chat_that_was_parked_goes_on_as_if_it_had_stayed(
     assert isinstance(cache, SharedKVCache)
 
     def run(seq_id: int, token_ids: Sequence[int]) -> tuple[int, torch.Tensor]:
-        found = cache.open(seq_id, token_ids, "parked")
+        found = cache.open(seq_id, token_ids, "swapped")
         assert cache.reserve(seq_id, len(token_ids) - found)
         logits = torch.empty(0)
         for start in range(found, len(token_ids), 32):
@@ -395,10 +393,10 @@ def test_a_chat_that_was_parked_goes_on_as_if_it_had_stayed(
     cache.close(1001, keep=False)
     run(1002, chat[:80])
     cache.close(1002, keep=True)
-    run(1003, [5000 + i for i in range(50)])  # the chat is parked
+    run(1003, [5000 + i for i in range(50)])  # the chat is swapped out
     assert cache.usage().reusable == 0
-    parked = run(1004, chat)
-    assert stayed[0] == parked[0] == 80
-    assert torch.equal(stayed[1], parked[1])
+    swapped = run(1004, chat)
+    assert stayed[0] == swapped[0] == 80
+    assert torch.equal(stayed[1], swapped[1])
     cache.close(1003, keep=False)
     cache.close(1004, keep=False)

@@ -67,7 +67,7 @@ def test_a_window_that_does_not_fit_is_refused_with_the_one_that_does() -> None:
 def test_memory_is_never_promised_twice() -> None:
     for gib in (6, 8, 12, 24):
         made = plan(gib)
-        assert 4 * GIB + made.num_cells * F16_TOKEN + made.parking_bytes <= gib * GIB
+        assert 4 * GIB + made.num_cells * F16_TOKEN + made.swap_bytes <= gib * GIB
 
 
 def test_a_type_and_a_capacity_that_are_asked_for_are_kept() -> None:

@@ -202,7 +202,7 @@ def test_a_method_that_means_more_than_how_weights_are_stored_is_refused(tmp_pat
     write(tmp_path)
     edited(tmp_path, quantization_config=settings)
 
-    with pytest.raises(BackendError, match=r"are said to be quantised in format .*, and no tensor is in one that can"):
+    with pytest.raises(BackendError, match=r"are said to be quantized in format .*, and no tensor is in one that can"):
         load(tmp_path)
 
 

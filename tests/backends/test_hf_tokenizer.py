@@ -172,7 +172,7 @@ def test_a_sentencepiece_model_gives_the_ids_that_sentencepiece_gives(tmp_path: 
     hold()
 
 
-def test_a_normalising_unigram_model_gives_the_ids_that_sentencepiece_gives(tmp_path: Path):
+def test_a_normalizing_unigram_model_gives_the_ids_that_sentencepiece_gives(tmp_path: Path):
     raw = trained("unigram", normalization_rule_name="nmt_nfkc", byte_fallback=True)
     (tmp_path / "tokenizer.model").write_bytes(raw)
     ours, theirs = HFTokenizer(tmp_path, LLAMA_SHAPE), sentencepiece.SentencePieceProcessor(model_proto=raw)
@@ -224,13 +224,13 @@ BAD: list[tuple[dict[str, object], str]] = [
      r"tokenizer\.json: its vocabulary is empty"),
     ({"tokenizer.json": SMALL | {"normalizer": {"type": "Sequence", "normalizers": 4 * [
         {"type": "Replace", "pattern": {"String": "a"}, "content": 1000 * "a"}]}}},
-     r"tokenizer\.json: its normaliser makes a text up to 1e\+12 times as long; 64 times are served"),
+     r"tokenizer\.json: its normalizer makes a text up to 1e\+12 times as long; 64 times are served"),
     ({"tokenizer.json": SMALL | {"normalizer": {"type": "Replace", "pattern": {"Regex": "x*"}, "content": 64 * "a"}}},
-     r"tokenizer\.json: its normaliser makes a text up to 65 times as long"),
+     r"tokenizer\.json: its normalizer makes a text up to 65 times as long"),
     ({"tokenizer.json": SMALL | {"normalizer": {"type": "Prepend", "prepend": 2000 * "a"}}},
-     r"tokenizer\.json: its normaliser puts 2000 bytes in front of a text; 1024 are served"),
+     r"tokenizer\.json: its normalizer puts 2000 bytes in front of a text; 1024 are served"),
     ({"tokenizer.json": SMALL | {"normalizer": {"type": "Precompiled", "precompiled_charsmap": LONG_TABLE}}},
-     r"tokenizer\.json: its normaliser's table of characters makes 300 bytes of one text; 256 are served"),
+     r"tokenizer\.json: its normalizer's table of characters makes 300 bytes of one text; 256 are served"),
     ({"tokenizer.json": SMALL | {"pre_tokenizer": GIVES_UP | {"pattern": {"Regex": "([a-z ]+)+[0-9]"}}}},
      r"tokenizer\.json: the model's tokenizer gives up on this text: .*retry-limit"),
     ({"tokenizer.json": SMALL | {"model": {"type": "BPE", "vocab": {"a": 8}, "merges": []}}},

@@ -35,7 +35,7 @@ FILES = ["README.md", "mmproj-f16.gguf", "m-Q8_0.gguf", "m-Q4_K_M.gguf", "m-Q2_K
 
 
 @pytest.mark.parametrize(
-    ("files", "wish", "chosen"),
+    ("files", "wanted", "chosen"),
     [
         (FILES, None, "m-Q4_K_M.gguf"),
         (FILES, "Q8_0", "m-Q8_0.gguf"),
@@ -44,21 +44,21 @@ FILES = ["README.md", "mmproj-f16.gguf", "m-Q8_0.gguf", "m-Q4_K_M.gguf", "m-Q2_K
         (["q/m-Q4_K_M-00002-of-00002.gguf", "q/m-Q4_K_M-00001-of-00002.gguf"], None, "q/m-Q4_K_M-00001-of-00002.gguf"),
     ],
 )
-def test_a_repository_of_several_files_yields_a_sensible_one(files: list[str], wish: str | None, chosen: str) -> None:
-    assert pick_file(files, wish, "org/name") == chosen
+def test_a_repository_of_several_files_yields_a_sensible_one(files: list[str], wanted: str | None, chosen: str) -> None:
+    assert pick_file(files, wanted, "org/name") == chosen
 
 
 @pytest.mark.parametrize(
-    ("files", "wish", "reason"),
+    ("files", "wanted", "reason"),
     [
         (["model.safetensors"], None, "holds no .gguf file"),
         (FILES, "Q6_K", "no files match 'Q6_K'"),
         (FILES, "Q4_K", "2 files match 'Q4_K'"),
     ],
 )
-def test_a_repository_without_the_file_is_refused(files: list[str], wish: str | None, reason: str) -> None:
+def test_a_repository_without_the_file_is_refused(files: list[str], wanted: str | None, reason: str) -> None:
     with pytest.raises(BackendError, match=reason):
-        pick_file(files, wish, "org/name")
+        pick_file(files, wanted, "org/name")
 
 
 FOLDER = [

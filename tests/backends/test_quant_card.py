@@ -1,4 +1,4 @@
-"""Whole quantised checkpoints by the kernels of a card: the model that CUDA gets, in Triton's interpreter on a CPU."""
+"""Whole quantized checkpoints by the kernels of a card: the model that CUDA gets, in Triton's interpreter on a CPU."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,7 +40,7 @@ def card() -> Iterator[None]:
         yield
 
 
-def quantised(model: LoadedModel) -> list[object]:
+def quantized(model: LoadedModel) -> list[object]:
     """The weights of its linears that are no tensors."""
     found: list[object] = []
     for module in model.tree.modules():
@@ -59,8 +59,8 @@ def test_a_checkpoint_gives_its_logits_by_triton(name: str, monkeypatch: pytest.
     folder = FORMATS / "tiny" / name
     model = load(folder)
 
-    assert quantised(model)
-    assert all(isinstance(weight, Columns) for weight in quantised(model))
+    assert quantized(model)
+    assert all(isinstance(weight, Columns) for weight in quantized(model))
     assert model.picks_experts_on_card == name.startswith("mixtral")
     prompt = EXPECTED[name][0]
     found = last_logits(model, folder, prompt["ids"])

@@ -1,4 +1,4 @@
-"""Packed tensors of real quantisers become exactly the weights that they stand for."""
+"""Packed tensors of real quantizers become exactly the weights that they stand for."""
 
 import hashlib
 import json

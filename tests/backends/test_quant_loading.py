@@ -1,4 +1,4 @@
-"""Quantised linears are found, fused, biased and planned for as the files have them."""
+"""Quantized linears are found, fused, biased and planned for as the files have them."""
 
 import json
 import resource
@@ -93,7 +93,7 @@ def test_settings_beside_config_json_say_how_zero_points_are_stored(tmp_path: Pa
     assert not are_equal(load(folder), load(TINY / GPTQ_V2))
 
 
-def test_plain_weights_that_are_to_be_quantised_at_load_are_served_as_they_are(tmp_path: Path):
+def test_plain_weights_that_are_to_be_quantized_at_load_are_served_as_they_are(tmp_path: Path):
     quantization = {"quant_method": "bitsandbytes", "load_in_4bit": True}
 
     def plain(tensors: Tensors) -> None:
@@ -144,7 +144,7 @@ def test_zero_biases_are_dropped_and_others_added_to_their_part_of_a_fused_linea
     assert torch.equal(bias, torch.cat((torch.zeros(128), torch.arange(64.0), torch.zeros(64))))
 
 
-def test_a_projection_that_was_left_as_it_was_joins_quantised_ones(tmp_path: Path):
+def test_a_projection_that_was_left_as_it_was_joins_quantized_ones(tmp_path: Path):
     weight = torch.randn(64, 128, generator=torch.Generator().manual_seed(1)).half()
 
     def left(tensors: Tensors) -> None:

@@ -35,7 +35,7 @@ MOST = 1.4
 
 @cache
 def text() -> str:
-    """What no quantiser has calibrated on: the end of the prose."""
+    """What no quantizer has calibrated on: the end of the prose."""
     whole = english_text()
     return whole[len(whole) * 3 // 4 :]
 

@@ -1,4 +1,4 @@
-"""Quantised files that can't be right are refused before anything is served, in one line that names the tensor."""
+"""Quantized files that can't be right are refused before anything is served, in one line that names the tensor."""
 
 import json
 import shutil
@@ -195,8 +195,8 @@ def test_settings_of_layouts_that_are_not_known_are_refused(
 @pytest.mark.parametrize(
     ("method", "tensors", "reason"),
     [
-        ("hqq", {}, "quantised in format hqq, and no tensor is in one that can be read"),
-        ("gptq", {}, "quantised in format gptq, and no tensor is in one that can be read"),
+        ("hqq", {}, "quantized in format hqq, and no tensor is in one that can be read"),
+        ("gptq", {}, "quantized in format gptq, and no tensor is in one that can be read"),
         ("bitsandbytes", {f"{DOWN}.SCB": torch.ones(4)}, f"'{DOWN}.SCB' is of bitsandbytes' 8 bits"),
     ],
 )

@@ -91,7 +91,7 @@ def test_what_is_no_whole_number_is_refused(value: object):
         ({"quant_method": 3}, "quant_method 3 is not known here"),
         ({"data_type": "mx_fp"}, "data_type 'mx_fp' is not known; int, int_sym"),
         ({"data_type": "int_asym_float_zp"}, "data_type 'int_asym_float_zp' is not known"),
-        ({"act_bits": 8}, "act_bits are 8: quantised activations are not served"),
+        ({"act_bits": 8}, "act_bits are 8: quantized activations are not served"),
         ({"rotation_config": {"block_size": 32}}, "rotation_config is set, which is not known; it must be null"),
         ({"super_bits": 6}, "super_bits is set"),
         ({"extra_config": {LINEAR: {"act_bits": 8}}}, f"extra_config.{LINEAR}.act_bits are 8"),

@@ -1,4 +1,4 @@
-"""RoPE scaling: frequencies held to transformers' own functions, wishes and files to what they may say."""
+"""RoPE scaling: frequencies held to transformers' own functions, settings and files to what they may say."""
 
 import math
 from typing import Any
@@ -34,10 +34,10 @@ def config(scaling: dict[str, Any] | None = None, **fields: object) -> dict[str,
 
 
 def resolve(
-    scaling: dict[str, Any] | None = None, window: int = 0, *, wish: dict[str, Any] | None = None, **fields: object
+    scaling: dict[str, Any] | None = None, window: int = 0, *, wanted: dict[str, Any] | None = None, **fields: object
 ) -> RopeSpec:
     """The spec of the only kind of layer."""
-    specs = resolve_rope(config(scaling, **fields), RopeSettings.model_validate(wish or {}), window)
+    specs = resolve_rope(config(scaling, **fields), RopeSettings.model_validate(wanted or {}), window)
     assert list(specs) == ["default"]
     return specs["default"]
 
@@ -128,7 +128,7 @@ def test_longrope_frequencies_are_transformers_at_every_length(
 
 @given(factors, st.sampled_from([64, 128]))
 def test_ntk_is_a_larger_theta_whose_slowest_pair_turns_factor_times_slower(factor: float, head_dim: int):
-    spec = resolve(wish={"kind": "ntk", "factor": factor}, head_dim=head_dim)
+    spec = resolve(wanted={"kind": "ntk", "factor": factor}, head_dim=head_dim)
     plain = resolve(head_dim=head_dim)
 
     inv_freq, base = spec.frequencies(1)[0].astype(float), plain.frequencies(1)[0].astype(float)
@@ -177,8 +177,8 @@ def test_what_a_file_leaves_to_the_models_class_is_taken_from_there():
 
 
 def test_an_override_leaves_sliding_layers_as_they_are():
-    wish = RopeSettings(kind="linear", factor=4.0, theta=2e6)
-    specs = resolve_rope({**GEMMA, "max_position_embeddings": 32768}, wish, 0)
+    wanted = RopeSettings(kind="linear", factor=4.0, theta=2e6)
+    specs = resolve_rope({**GEMMA, "max_position_embeddings": 32768}, wanted, 0)
 
     full, sliding = specs["full_attention"], specs["sliding_attention"]
     assert (full.kind, full.factor, full.theta, full.window) == ("linear", 4.0, 2e6, 131072)
@@ -188,9 +188,9 @@ def test_an_override_leaves_sliding_layers_as_they_are():
 def test_an_override_of_another_kind_forgets_the_files_scaling_and_one_of_the_same_keeps_the_rest():
     yarn = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024, "beta_fast": 20}
 
-    other = resolve(yarn, wish={"kind": "linear", "factor": 2.0})
-    same = resolve(yarn, wish={"kind": "yarn", "factor": 8.0})
-    off = resolve(yarn, wish={"kind": "none"})
+    other = resolve(yarn, wanted={"kind": "linear", "factor": 2.0})
+    same = resolve(yarn, wanted={"kind": "yarn", "factor": 8.0})
+    off = resolve(yarn, wanted={"kind": "none"})
 
     assert (other.kind, other.factor, other.trained_len, other.window) == ("linear", 2.0, 1024, 2048)
     assert (same.beta_fast, same.factor, same.window) == (20, 8.0, 8192)
@@ -199,13 +199,13 @@ def test_an_override_of_another_kind_forgets_the_files_scaling_and_one_of_the_sa
 
 
 def test_compressing_positions_by_eight_is_the_same_as_positions_an_eighth_as_large():
-    scaled, plain = resolve(wish={"kind": "linear", "factor": 8.0}), resolve()
+    scaled, plain = resolve(wanted={"kind": "linear", "factor": 8.0}), resolve()
 
     np.testing.assert_array_equal(scaled.frequencies(1)[0] * np.float32(8), plain.frequencies(1)[0])
 
 
 @pytest.mark.parametrize(
-    ("wish", "asked", "window"),
+    ("wanted", "asked", "window"),
     [
         ({}, 0, 4096),
         ({}, 1000, 1000),
@@ -219,13 +219,13 @@ def test_compressing_positions_by_eight_is_the_same_as_positions_an_eighth_as_la
     ],
 )
 def test_the_served_window_is_the_one_asked_for_or_what_the_scaling_reaches(
-    wish: dict[str, Any], asked: int, window: int
+    wanted: dict[str, Any], asked: int, window: int
 ):
-    assert resolve(window=asked, wish=wish).window == window
+    assert resolve(window=asked, wanted=wanted).window == window
 
 
 def test_the_line_at_start_names_kind_factor_and_both_windows():
-    line = resolve(wish={"kind": "linear", "factor": 8.0}).describe()
+    line = resolve(wanted={"kind": "linear", "factor": 8.0}).describe()
 
     assert line == "rope: linear scaling by 8, theta 10000, trained window 4096 tokens, served window 32768"
 
@@ -340,10 +340,10 @@ anything = st.recursive(
     st.dictionaries(st.sampled_from(FIELDS), anything, max_size=4),
     st.sampled_from([RopeSettings(), RopeSettings(kind="ntk", factor=2.0)]),
 )
-def test_any_json_gives_finite_frequencies_or_one_line(model_type: str, fields: dict[str, Any], wish: RopeSettings):
+def test_any_json_gives_finite_frequencies_or_one_line(model_type: str, fields: dict[str, Any], wanted: RopeSettings):
     refusal = ""
     try:
-        specs = resolve_rope({"model_type": model_type, **fields}, wish, 0)
+        specs = resolve_rope({"model_type": model_type, **fields}, wanted, 0)
     except BackendError as error:
         specs, refusal = {}, str(error)
 
@@ -356,7 +356,7 @@ def test_any_json_gives_finite_frequencies_or_one_line(model_type: str, fields: 
 
 
 @pytest.mark.parametrize(
-    ("wish", "message"),
+    ("wanted", "message"),
     [
         ({"kind": "linear"}, "'linear' needs a factor"),
         ({"kind": "longrope", "factor": 4.0}, "'longrope' needs short_factor and long_factor, and this config.json"),
@@ -365,8 +365,8 @@ def test_any_json_gives_finite_frequencies_or_one_line(model_type: str, fields: 
         ({"kind": "yarn", "factor": 0.5}, "factor of 0.5 is too small: 'yarn' needs at least 1"),
     ],
 )
-def test_a_wish_that_cannot_be_is_refused_in_one_line(wish: dict[str, Any], message: str):
+def test_a_setting_that_cannot_be_is_refused_in_one_line(wanted: dict[str, Any], message: str):
     with pytest.raises(BackendError, match=message) as caught:
-        resolve(wish=wish)
+        resolve(wanted=wanted)
 
     assert "\n" not in str(caught.value)

@@ -74,8 +74,8 @@ def native_angles(plan: RopePlan, position: int) -> tuple[np.ndarray, float]:
 def test_linear_ntk_and_yarn_rotate_alike_in_both_runners(
     kind: str, factor: float, theta: float | None, original_len: int | None, position: int
 ):
-    wish = RopeSettings.model_validate({"kind": kind, "factor": factor, "theta": theta, "original_len": original_len})
-    plan, spec = plan_rope(wish, shape()), resolve_rope(CONFIG, wish, 0)["default"]
+    wanted = RopeSettings.model_validate({"kind": kind, "factor": factor, "theta": theta, "original_len": original_len})
+    plan, spec = plan_rope(wanted, shape()), resolve_rope(CONFIG, wanted, 0)["default"]
 
     inv_freq, attention_factor = spec.frequencies(position)
     angles, magnitude = native_angles(plan, position)
@@ -85,9 +85,9 @@ def test_linear_ntk_and_yarn_rotate_alike_in_both_runners(
     assert plan.window == spec.window
 
 
-@pytest.mark.parametrize("wish", [{}, {"theta": 5e5}, {"kind": "none"}])
-def test_without_a_factor_both_runners_rotate_alike_too(wish: dict[str, object]):
-    settings = RopeSettings.model_validate(wish)
+@pytest.mark.parametrize("wanted", [{}, {"theta": 5e5}, {"kind": "none"}])
+def test_without_a_factor_both_runners_rotate_alike_too(wanted: dict[str, object]):
+    settings = RopeSettings.model_validate(wanted)
     plan, spec = plan_rope(settings, shape()), resolve_rope(CONFIG, settings, 0)["default"]
 
     np.testing.assert_allclose(spec.frequencies(1)[0], native_angles(plan, 1)[0], rtol=2e-6)
@@ -95,7 +95,7 @@ def test_without_a_factor_both_runners_rotate_alike_too(wish: dict[str, object])
 
 
 @pytest.mark.parametrize(
-    ("wish", "tensors", "message"),
+    ("wanted", "tensors", "message"),
     [
         ({"kind": "dynamic", "factor": 2}, [], "'dynamic' can't be chosen for a GGUF file.*linear, ntk and yarn work"),
         ({"kind": "longrope"}, ["rope_factors_long.weight"], "'longrope' can't be chosen for a GGUF file"),
@@ -103,9 +103,9 @@ def test_without_a_factor_both_runners_rotate_alike_too(wish: dict[str, object])
         ({"kind": "llama3", "factor": 8}, ["rope_freqs.weight"], "holds its own factors; leave --rope-factor out"),
     ],
 )
-def test_what_llama_cpp_cannot_do_is_refused_in_one_line(wish: dict[str, object], tensors: list[str], message: str):
+def test_what_llama_cpp_cannot_do_is_refused_in_one_line(wanted: dict[str, object], tensors: list[str], message: str):
     with pytest.raises(BackendError, match=message) as caught:
-        plan_rope(RopeSettings.model_validate(wish), shape(*tensors))
+        plan_rope(RopeSettings.model_validate(wanted), shape(*tensors))
 
     assert "\n" not in str(caught.value)
 
@@ -122,7 +122,7 @@ def test_the_factors_of_a_gguf_file_are_kept_and_named():
 
 
 @pytest.mark.parametrize(
-    ("wish", "metadata", "line"),
+    ("wanted", "metadata", "line"),
     [
         ({}, {}, "rope: no scaling, trained window 4096 tokens, served window 9000"),
         ({"kind": "none"}, {}, "rope: no scaling, trained window 4096 tokens, served window 9000"),
@@ -135,8 +135,8 @@ def test_the_factors_of_a_gguf_file_are_kept_and_named():
     ],
 )
 def test_the_line_at_start_names_kind_factor_and_both_windows(
-    wish: dict[str, object], metadata: dict[str, Value], line: str
+    wanted: dict[str, object], metadata: dict[str, Value], line: str
 ):
     file = shape(**{f"llama.rope.scaling.{key}": value for key, value in metadata.items()})
 
-    assert plan_rope(RopeSettings.model_validate(wish), file).describe(9000) == line
+    assert plan_rope(RopeSettings.model_validate(wanted), file).describe(9000) == line

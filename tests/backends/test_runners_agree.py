@@ -1,6 +1,6 @@
 """Both runners on the same weights with the same settings give the same probabilities; linear scaling is what it says.
 
-The Hugging Face folder holds the bundled GGUF file's own weights, dequantised. So what is left between the runners is
+The Hugging Face folder holds the bundled GGUF file's own weights, dequantized. So what is left between the runners is
 rounding, of weights to bf16 in one and of activations to 8 bits in the other, and a scaling that meant something else
 in one of them would move them much further apart than that.
 """

@@ -36,9 +36,9 @@ def test_a_step_of_all_experts_picks_all(monkeypatch: pytest.MonkeyPatch, tmp_pa
     picked: list[int] = []
     forward = Experts.forward
 
-    def counted(organ: Experts, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    def counted(module: Experts, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         picked.append(index.shape[1])
-        return forward(organ, x, index, weights)
+        return forward(module, x, index, weights)
 
     monkeypatch.setattr(Experts, "forward", counted)
     row = adapters.expert_share("4 bits", gptq_entries(MIXTURE), 1, tmp_path / "lock")

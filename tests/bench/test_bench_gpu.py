@@ -37,7 +37,7 @@ def test_its_smoke_run_checks_every_kernel_on_a_bare_machine():
     assert result.returncode == 0, result.stderr
     results = json.JSONDecoder().raw_decode(result.stdout)[0]
     assert {row["kernel"].split()[0] for row in results["checks"]} == {
-        "store_kv", "rotate", "attention", "rms_norm", "gated", "quantised", "experts"
+        "store_kv", "rotate", "attention", "rms_norm", "gated", "quantized", "experts"
     }  # fmt: skip
     assert all(row["holds"] for row in results["checks"])
     assert [row["sequences"] for row in results["decode"]] == [1, 2]

@@ -4,9 +4,9 @@ import pytest
 
 from bench.kills import TOLD, End, Found, Kill, Outcome, verdicts
 from bench.served import Stopped
-from bench.watch import Held, Reading
+from bench.watch import ProcessUse, Reading
 
-RESTED = Reading(0.0, 0, Held(1, 60.0, 18, 4), None, 0.0)
+RESTED = Reading(0.0, 0, ProcessUse(1, 60.0, 18, 4), None, 0.0)
 
 
 def found(*outcomes: Outcome, back_s: float | None = 5.0, after: Reading = RESTED, left: int = 0) -> Found:
@@ -32,5 +32,5 @@ def test_engines_that_come_late_or_never_and_what_stays_behind_miss_theirs():
     assert missed(found(back_s=21.0)) == ["seconds until it serves again, the longest but 1 %"]
     assert "kills after which none came back" in missed(found(back_s=None))
     assert missed(found(left=1)) == ["processes and temporary files left"]
-    more = Reading(0.0, 0, Held(1, 60.0, 19, 4), None, 0.0)
+    more = Reading(0.0, 0, ProcessUse(1, 60.0, 19, 4), None, 0.0)
     assert missed(found(after=more)) == ["descriptors of the front more than before"]

@@ -1,4 +1,4 @@
-"""The comparison of quantised files: what its ratios are of, and which of them have a bar."""
+"""The comparison of quantized files: what its ratios are of, and which of them have a bar."""
 
 from pathlib import Path
 

@@ -24,7 +24,7 @@ from bench.served import Stopped, last_lines_of_tracebacks
 from bench.small_models import LAYERS, WINDOW, write_adapter, write_model
 from bench.soak_plot import draw
 from bench.sse import Reply, exchange
-from bench.watch import Held, Reading, columns, engine_growth, front_growth, growth, line, lives, read, verdict
+from bench.watch import ProcessUse, Reading, columns, engine_growth, front_growth, growth, line, lives, read, verdict
 from tightrope.backends.hf.backend import HFBackend
 from tightrope.backends.protocol import Chunk
 from tightrope.backends.settings import CacheSettings, ModelSettings
@@ -33,8 +33,8 @@ from tightrope.backends.settings import CacheSettings, ModelSettings
 
 
 def reading(requests: int, front: float = 50.0, engine: float | None = 300.0, pid: int = 7) -> Reading:
-    held = None if engine is None else Held(pid, engine, 4, 9)
-    return Reading(requests / 10, requests, Held(1, front, 17, 2), held, 10.0)
+    held = None if engine is None else ProcessUse(pid, engine, 4, 9)
+    return Reading(requests / 10, requests, ProcessUse(1, front, 17, 2), held, 10.0)
 
 
 def test_growth_is_told_for_a_thousand_requests() -> None:

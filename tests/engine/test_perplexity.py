@@ -212,7 +212,7 @@ def test_a_variant_of_the_cache_is_what_a_model_loaded_with_it_has(base: HFBacke
     assert q4.card.cache_token_bytes == alone.card.cache_token_bytes
 
 
-def test_quantising_the_cache_of_one_layer_costs_less_than_that_of_all(base: HFBackend, windows: list[list[int]]):
+def test_quantizing_the_cache_of_one_layer_costs_less_than_that_of_all(base: HFBackend, windows: list[list[int]]):
     variants, short = base.variants(), [windows[0][:16]]
     counted: list[int] = []
     whole = compare(base, [variants.variant(["q4"] * variants.num_layers)], short, lambda _: None)[1]
@@ -238,10 +238,10 @@ def test_the_command_prints_a_table_and_writes_json_and_plot(
     text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     results, picture = tmp_path / "out.json", tmp_path / "out.png"
-    wish = ["--text", str(text), "--contexts", "64,32", "--max-tokens", "128", "--rope-scaling", "linear"]
+    wanted = ["--text", str(text), "--contexts", "64,32", "--max-tokens", "128", "--rope-scaling", "linear"]
     files = ["--json", str(results), "--plot", str(picture)]
 
-    assert main(["perplexity", *wish, "--rope-factor", "1.5", *files]) == 0
+    assert main(["perplexity", *wanted, "--rope-factor", "1.5", *files]) == 0
 
     lines = capsys.readouterr().out.splitlines()
     found = json.loads(results.read_text())
@@ -259,9 +259,9 @@ def test_comparing_caches_prints_divergence_change_and_bytes(
     text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     results = tmp_path / "out.json"
-    wish = ["--text", str(text), "--contexts", "64", "--max-tokens", "128", "--compare-kv", "q4, q8"]
+    wanted = ["--text", str(text), "--contexts", "64", "--max-tokens", "128", "--compare-kv", "q4, q8"]
 
-    assert main(["perplexity", *wish, "--json", str(results)]) == 0
+    assert main(["perplexity", *wanted, "--json", str(results)]) == 0
 
     f16, q8, q4 = json.loads(results.read_text())["rows"]
     assert [row["cache"] for row in (f16, q8, q4)] == ["f16", "q8", "q4"]
@@ -277,9 +277,9 @@ def test_comparing_caches_on_the_torch_engine_adds_a_line_for_each_layer(
     text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     results = tmp_path / "out.json"
-    wish = ["--text", str(text), "--contexts", "16", "--max-tokens", "16", "--compare-kv", "q8"]
+    wanted = ["--text", str(text), "--contexts", "16", "--max-tokens", "16", "--compare-kv", "q8"]
 
-    assert main(["perplexity", str(smollm2_bf16()), *wish, "--json", str(results)]) == 0
+    assert main(["perplexity", str(smollm2_bf16()), *wanted, "--json", str(results)]) == 0
 
     found = json.loads(results.read_text())
     assert [row["cache"] for row in found["rows"]] == ["f16", "q8"]
@@ -305,7 +305,7 @@ def test_comparing_caches_on_the_torch_engine_adds_a_line_for_each_layer(
         (["--text", "a", "--json", "/no/such/folder/a.json"], "--json: /no/such/folder/a.json can't be written"),
     ],
 )
-def test_a_wish_that_cannot_be_understood_is_one_line_and_status_2(
+def test_a_setting_that_cannot_be_understood_is_one_line_and_status_2(
     arguments: list[str], part: str, capsys: pytest.CaptureFixture[str]
 ):
     try:

@@ -31,7 +31,7 @@ from tightrope.kernels.forms.layout import (
     RopeTable,
     StepLayout,
 )
-from tightrope.kernels.forms.rows import CUT, DIVIDE, MOST_BENDS, PARABOLA, SUMS
+from tightrope.kernels.forms.rows import CUT, DIVIDE, MAX_TRANSFORMS, PARABOLA, SUMS
 
 SOME = settings(max_examples=12)
 DTYPES = st.sampled_from(("q8", "q4", "f16"))
@@ -79,7 +79,7 @@ def test_the_largest_logits_are_listed_in_order_and_equals_by_id(
         assert shorter == [i for i in expected if values[i] > plain.border[line, 0]]
 
 
-BENDS = st.lists(
+TRANSFORMS = st.lists(
     st.one_of(
         st.tuples(st.just(DIVIDE), st.floats(0.2, 3), st.just(0.0), st.just(0.0)),
         st.tuples(st.just(PARABOLA), st.floats(0.05, 2), st.floats(1, 3), st.just(0.0)),
@@ -89,14 +89,14 @@ BENDS = st.lists(
 )
 
 
-def bent_sums(row: NDArray[np.float64], bends: list[tuple[float, ...]]) -> tuple[list[float], list[float]]:
+def transformed_sums(row: NDArray[np.float64], transforms: list[tuple[float, ...]]) -> tuple[list[float], list[float]]:
     """The sums of one row in float64, and how far float32 may be from them; NaN where nothing can be drawn."""
     if not np.isfinite(row.max()):
         return [math.nan] * len(SUMS), [0.0] * len(SUMS)
     y = row - row.max()
     y = y[y > -np.inf]
     off = UNIT * np.abs(y)  # what each y may be off by
-    for kind, a, b, c in bends:
+    for kind, a, b, c in transforms:
         if kind == DIVIDE:
             y, off = y / a, (off + 3 * UNIT * np.abs(y)) / a
         elif kind == PARABOLA:
@@ -125,17 +125,18 @@ def bent_sums(row: NDArray[np.float64], bends: list[tuple[float, ...]]) -> tuple
 
 
 @SOME
-@given(SEEDS, st.sampled_from((1, 5, 64, 1000, 3000)), st.lists(BENDS, min_size=1, max_size=5))
+@given(SEEDS, st.sampled_from((1, 5, 64, 1000, 3000)), st.lists(TRANSFORMS, min_size=1, max_size=5))
 def test_sums_of_bent_rows_are_those_of_plain_float64(
-    kernels: native.NativeKernels, seed: int, vocab_size: int, bends: list[list[tuple[float, ...]]]
+    kernels: native.NativeKernels, seed: int, vocab_size: int, transforms: list[list[tuple[float, ...]]]
 ):
-    logits = logit_rows(seed, len(bends), vocab_size)
-    rows = np.arange(len(bends))
-    table = np.zeros((len(bends), MOST_BENDS, 4))
-    for line, members in enumerate(bends):
-        for place, bend in enumerate(members):
-            table[line, place] = bend
-    exact, bound = np.array([bent_sums(logits[row].double().numpy(), bends[row]) for row in rows]).transpose(1, 0, 2)
+    logits = logit_rows(seed, len(transforms), vocab_size)
+    rows = np.arange(len(transforms))
+    table = np.zeros((len(transforms), MAX_TRANSFORMS, 4))
+    for line, members in enumerate(transforms):
+        for place, transform in enumerate(members):
+            table[line, place] = transform
+    sums = [transformed_sums(logits[row].double().numpy(), transforms[row]) for row in rows]
+    exact, bound = np.array(sums).transpose(1, 0, 2)
     for found in (kernels.row_sums(logits, rows, table), reference.row_sums(logits, rows, table)):
         assert_within(found, exact, bound)
     assert_within(kernels.row_mass(logits, rows, table)[:, 0], exact[:, 1], bound[:, 1])

@@ -1,4 +1,4 @@
-"""The C++ kernels of quantised matrices against plain float64, for every instruction set that this machine runs."""
+"""The C++ kernels of quantized matrices against plain float64, for every instruction set that this machine runs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""The CUDA kernels of quantised matrices in Triton's interpreter, on a CPU, held to the dequantised product."""
+"""The CUDA kernels of quantized matrices in Triton's interpreter, on a CPU, held to the dequantized product."""
 
 from collections.abc import Iterator
 from types import ModuleType
@@ -137,7 +137,7 @@ def test_each_block_is_shared_out_once():
 
 @settings(max_examples=20)
 @given(data=st.data())
-def test_any_matrix_multiplies_as_it_is_dequantised(ops: ModuleType, data: st.DataObject):
+def test_any_matrix_multiplies_as_it_is_dequantized(ops: ModuleType, data: st.DataObject):
     groups = st.tuples(st.integers(1, 20).map(lambda n: 8 * n), st.sampled_from(WIDTHS))
     sizes, bits = zip(*data.draw(st.lists(groups, min_size=1, max_size=4)), strict=True)
     matrix = random_matrix(

@@ -1,4 +1,4 @@
-"""The CUDA kernels of quantised matrices through Triton's compiler, and launched without reading from the card."""
+"""The CUDA kernels of quantized matrices through Triton's compiler, and launched without reading from the card."""
 
 from dataclasses import fields, replace
 from pathlib import Path

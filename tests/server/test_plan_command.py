@@ -37,7 +37,7 @@ def test_a_yi_34b_in_24_gib_is_told_to_hold_24000_tokens_with_q8_and_not_with_f1
     assert found["f16_bytes_per_token"] == 240 * 1024
 
 
-def test_a_wish_that_does_not_fit_is_one_line_with_what_would_and_status_1(yi: str, capsys: pytest.CaptureFixture[str]):
+def test_what_does_not_fit_is_one_line_with_what_would_and_status_1(yi: str, capsys: pytest.CaptureFixture[str]):
     status, found, stderr = planned(capsys, yi, "--memory=24GiB", "--max-model-len=24000", "--kv-cache=f16")
 
     assert status == 1

@@ -15,7 +15,7 @@ TEXT = "abc def"
 
 @dataclass(frozen=True, slots=True)
 class Disagreement:
-    """The same wish in both APIs, what is looked at in the replies, and what is seen there."""
+    """The same request in both APIs, what is looked at in the replies, and what is seen there."""
 
     parameters: Json  # of /generate
     fields: Json  # of /v1/completions

@@ -23,7 +23,7 @@ from tightrope.server.app import create_app
 from tightrope.server.http.draining import Drain
 from tightrope.server.http.metrics import Metrics
 from tightrope.server.settings.settings import ServerSettings
-from tightrope.server.state import Front
+from tightrope.server.state import AppState
 
 NextToken = Callable[[Sequence[int]], int]
 
@@ -60,7 +60,7 @@ async def application(
     backend = FakeBackend(next_token, max_model_len=max_model_len, added=added)
     backend.card = replace(backend.card, chat_template=chat_template, chat_templates=tuple(chat_templates.items()))
     client = EngineClient(chosen.engine, launcher(backend), clock)
-    app = create_app(Front(client, chosen, Metrics(client)), drain)
+    app = create_app(AppState(client, chosen, Metrics(client)), drain)
     async with app.router.lifespan_context(app):
         await client.wait_ready()
         yield app

@@ -1,6 +1,6 @@
 """The bundled GGUF models as Hugging Face folders in bf16, written once and kept under build/test-models.
 
-Tensors are dequantised, renamed, and brought back to what a Hugging Face file holds: rows of a llama's queries and keys
+Tensors are dequantized, renamed, and brought back to what a Hugging Face file holds: rows of a llama's queries and keys
 in half-split order, Gemma's norm weights without the one that the GGUF file adds. Tokenizers are written piece by piece
 from the same vocabulary. Source of names and row order: convert_hf_to_gguf.py of llama.cpp.
 """

@@ -1,4 +1,4 @@
-"""SmolLM2 in the quantised formats that people have, written once and kept under build/test-models.
+"""SmolLM2 in the quantized formats that people have, written once and kept under build/test-models.
 
 `python tests/support/quant_models.py` with PYTHONPATH=. writes them and prints their paths, the bf16 model first.
 """

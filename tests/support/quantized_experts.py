@@ -1,4 +1,4 @@
-"""Small mixtures of experts as files, their linears quantised in each format, with weights to compare with.
+"""Small mixtures of experts as files, their linears quantized in each format, with weights to compare with.
 
 Nothing is calibrated: rows are rounded to the grids that the formats have.
 """
@@ -54,7 +54,7 @@ def quantized(plain: Path, form: str, folder: Path) -> Path:
 
 
 def expanded(folder: Path, target: Path, change: Callable[[dict[str, Tensor]], None] = lambda weights: None) -> Path:
-    """A float32 folder of the weights that a quantised one stands for, perhaps changed."""
+    """A float32 folder of the weights that a quantized one stands for, perhaps changed."""
     weights = {name: t for name, t in dequantized(folder).items() if not name.endswith(".bias")}
     change(weights)
     return _write(folder, target, weights, torch_dtype="float32", dtype="float32", quantization_config=None)

@@ -94,25 +94,25 @@ def softmax(logits: Logits, temperature: float) -> Distribution:
     with np.errstate(over="ignore"):
         weights = np.exp((logits - logits.max()) / max(temperature, 1e-30))
     order = sorted(range(len(logits)), key=lambda token: (-logits[token], token))
-    return renormalise([(token, float(weights[token])) for token in order])
+    return renormalize([(token, float(weights[token])) for token in order])
 
 
-def renormalise(weights: Distribution) -> Distribution:
+def renormalize(weights: Distribution) -> Distribution:
     total = math.fsum(weight for _, weight in weights)
     return [(token, weight / total) for token, weight in weights if weight > 0]
 
 
 def top_k(distribution: Distribution, k: int) -> Distribution:
-    return renormalise(distribution[:k]) if k > 0 else distribution
+    return renormalize(distribution[:k]) if k > 0 else distribution
 
 
 def top_p(distribution: Distribution, p: float) -> Distribution:
-    return renormalise(_until(distribution, p)) if p < 1 else distribution
+    return renormalize(_until(distribution, p)) if p < 1 else distribution
 
 
 def min_p(distribution: Distribution, p: float) -> Distribution:
     likeliest = max(probability for _, probability in distribution)
-    return renormalise([entry for entry in distribution if entry[1] >= p * likeliest])
+    return renormalize([entry for entry in distribution if entry[1] >= p * likeliest])
 
 
 def typical_p(distribution: Distribution, p: float) -> Distribution:
@@ -121,7 +121,7 @@ def typical_p(distribution: Distribution, p: float) -> Distribution:
     entropy = -math.fsum(probability * math.log(probability) for _, probability in distribution)
     by_distance = sorted(distribution, key=lambda entry: abs(-math.log(entry[1]) - entropy))
     kept = {token for token, _ in _until(by_distance, p)}
-    return renormalise([entry for entry in distribution if entry[0] in kept])
+    return renormalize([entry for entry in distribution if entry[0] in kept])
 
 
 def _until(entries: Distribution, p: float) -> Distribution:
@@ -143,7 +143,7 @@ def temper(distribution: Distribution, params: SamplingParams) -> Distribution:
         t = low + (high - low) * min(max(share, 0.0), 1.0) ** params.dynatemp_exponent
     t = min(max(t, 1e-30), 1e30)
     most = max(p for _, p in distribution)
-    return renormalise([(token, math.exp(math.log(p / most) / t)) for token, p in distribution])
+    return renormalize([(token, math.exp(math.log(p / most) / t)) for token, p in distribution])
 
 
 def entropy(distribution: Distribution) -> float:
@@ -161,7 +161,7 @@ def smooth(distribution: Distribution, factor: float, curve: float) -> Distribut
         bent[token] = -(3 - curve) / 2 * factor * x**2 + (curve - 1) / 2 * factor * x**3
     top = max(bent.values())
     weights = [(token, math.exp(value - top)) for token, value in bent.items()]
-    return renormalise(sorted(weights, key=lambda entry: (-entry[1], entry[0])))
+    return renormalize(sorted(weights, key=lambda entry: (-entry[1], entry[0])))
 
 
 def top_n_sigma(distribution: Distribution, n: float) -> Distribution:
@@ -169,7 +169,7 @@ def top_n_sigma(distribution: Distribution, n: float) -> Distribution:
         return distribution
     logits = [math.log(p) for _, p in distribution]
     least = max(logits) - n * float(np.std(logits))
-    return renormalise([entry for entry in distribution if math.log(entry[1]) >= least])
+    return renormalize([entry for entry in distribution if math.log(entry[1]) >= least])
 
 
 def tfs(distribution: Distribution, z: float) -> Distribution:
@@ -179,7 +179,7 @@ def tfs(distribution: Distribution, z: float) -> Distribution:
     if bends.sum() == 0:
         return distribution
     reached = np.concatenate([[0.0], np.cumsum(bends)]) / bends.sum()
-    return renormalise([entry for entry, share in zip(distribution, reached, strict=False) if share <= z])
+    return renormalize([entry for entry, share in zip(distribution, reached, strict=False) if share <= z])
 
 
 def top_a(distribution: Distribution, a: float) -> Distribution:
@@ -193,7 +193,7 @@ def eta_cutoff(distribution: Distribution, epsilon: float) -> Distribution:
 
 def _at_least(distribution: Distribution, least: float) -> Distribution:
     most = max(p for _, p in distribution)
-    return renormalise([entry for entry in distribution if entry[1] >= min(least, most)])
+    return renormalize([entry for entry in distribution if entry[1] >= min(least, most)])
 
 
 def xtc(distribution: Distribution, acts: bool, threshold: float, min_keep: int) -> Distribution:
@@ -201,7 +201,7 @@ def xtc(distribution: Distribution, acts: bool, threshold: float, min_keep: int)
     removed = set(likely[:-1])
     if not acts or len(distribution) - len(removed) < min_keep:
         return distribution
-    return renormalise([entry for entry in distribution if entry[0] not in removed])
+    return renormalize([entry for entry in distribution if entry[0] not in removed])
 
 
 def mirostat_1(distribution: Distribution, mu: float, vocab_size: int) -> Distribution:
@@ -212,7 +212,7 @@ def mirostat_1(distribution: Distribution, mu: float, vocab_size: int) -> Distri
     excess = s - 1
     spread = math.log(vocab_size) if abs(excess) <= 1e-9 else (1 - vocab_size**-excess) / excess
     log_k = (mu * math.log(2) - math.log(max(spread, 1e-300))) / max(s, 1e-9)
-    return renormalise(distribution[: max(math.floor(math.exp(min(log_k, 40))), 1)])
+    return renormalize(distribution[: max(math.floor(math.exp(min(log_k, 40))), 1)])
 
 
 def mirostat_2(distribution: Distribution, mu: float) -> Distribution:
@@ -224,7 +224,7 @@ def adaptive_p(distribution: Distribution, aim: float) -> Distribution:
     for token, p in distribution:
         distance = abs(p - min(max(aim, 0), 1)) / 0.3
         weights.append((token, math.exp(-10 * distance**2 / (1 + distance))))
-    return renormalise(sorted(weights, key=lambda entry: (-entry[1], entry[0])))
+    return renormalize(sorted(weights, key=lambda entry: (-entry[1], entry[0])))
 
 
 def truncate(logits: Logits, params: SamplingParams, *, acts: bool = False, aim: float | None = None) -> Distribution:
@@ -257,7 +257,7 @@ def truncate(logits: Logits, params: SamplingParams, *, acts: bool = False, aim:
 def at_least_so_many(before: Distribution, after: Distribution, min_keep: int) -> Distribution:
     """What a step has left, and the likeliest that it was given."""
     kept = {token for token, _ in after} | {token for token, _ in before[:min_keep]}
-    return renormalise([entry for entry in before if entry[0] in kept])
+    return renormalize([entry for entry in before if entry[0] in kept])
 
 
 def run(step: str, distribution: Distribution, params: SamplingParams, acts: bool) -> Distribution:

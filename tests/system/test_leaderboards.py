@@ -23,7 +23,7 @@ pytestmark = [
 ]
 
 # In nats a token. The torch runner has 16-bit keys and values where the harness' model has float32 ones; llama.cpp also
-# rounds the inputs of its quantised products to 8 bits.
+# rounds the inputs of its quantized products to 8 bits.
 MEAN_TOLERANCES = {"torch": 1e-3, "gguf": 0.25}
 WINDOW = 64  # tokens; so that the longer text takes several windows
 

@@ -1,4 +1,4 @@
-"""The quantisers of the tests: files as the formulas of the formats read them, and errors that are made up for."""
+"""The quantizers of the tests: files as the formulas of the formats read them, and errors that are made up for."""
 
 import json
 

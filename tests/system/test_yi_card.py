@@ -17,7 +17,7 @@ from tightrope.engine.settings import EngineSettings
 from tightrope.server.app import create_app
 from tightrope.server.http.metrics import Metrics
 from tightrope.server.settings.settings import ServerSettings
-from tightrope.server.state import Front
+from tightrope.server.state import AppState
 
 CARD = {"temperature": 1.2, "repetition_penalty": 1.05}
 HELLO = [{"role": "system", "content": "Answer briefly."}, {"role": "user", "content": "When does it leave?"}]
@@ -30,7 +30,7 @@ async def served(path: Path) -> AsyncIterator[httpx.AsyncClient]:
     settings = EngineSettings(model=ModelSettings(model=str(path), threads=1))
     backend = open_backend(settings.model, lambda share: None)
     client = EngineClient(settings, launcher(backend))
-    app = create_app(Front(client, ServerSettings(engine=settings), Metrics(client)))
+    app = create_app(AppState(client, ServerSettings(engine=settings), Metrics(client)))
     async with app.router.lifespan_context(app):
         await client.wait_ready()
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)

@@ -155,11 +155,11 @@ def _sorted(adapter: PeftAdapter, ours: Tables) -> tuple[_Said, _Said, frozenset
     names: set[str] = set()
 
     def said(module: str, entry: TensorEntry) -> _Said:
-        organ = ours.find(module)
-        if organ is None:
+        table = ours.find(module)
+        if table is None:
             raise BackendError(f"{entry.file}: tensor {entry.name!r} can't be used with this model; {USED} can")
         names.add(module)
-        return embedding if organ is ours.embedding else head
+        return embedding if table is ours.embedding else head
 
     for (module, part), entry in adapter.own.items():
         if ours.find(module) is None:
@@ -187,8 +187,8 @@ def _sorted(adapter: PeftAdapter, ours: Tables) -> tuple[_Said, _Said, frozenset
     return embedding, head, frozenset(names)
 
 
-def _rows_of(organ: Embedding | Linear | None, ours: Tables) -> int:
-    return ours.num_tokens if organ is None else organ.shape[0]
+def _rows_of(table: Embedding | Linear | None, ours: Tables) -> int:
+    return ours.num_tokens if table is None else table.shape[0]
 
 
 def _change(said: _Said, theirs: Tensor | None, bias: Tensor | None, read: Read, num_theirs: int) -> TableChange:

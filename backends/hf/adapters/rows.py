@@ -94,7 +94,7 @@ class Adapters:
             if tied is not None and self._tables.head is not None:
                 pieces = [(0, read(tied.up).float().T, read(tied.down).float().T, tied.scaling)]
                 built.append((self._tables.head.adapters, self._low_rank(pieces)))
-            changes = [(organ, change.to(self._device)) for organ, change in tables.build(read, self._dtype)]
+            changes = [(module, change.to(self._device)) for module, change in tables.build(read, self._dtype)]
             replaced = [(norm, {part: read(entry) for part, entry in own.items()}) for norm, own in norms]
             self.room.settle(
                 name,
@@ -108,8 +108,8 @@ class Adapters:
 
         def put_in_place() -> None:
             slot = next(self._numbers)
-            for organ, change in changes:
-                organ.changes[slot] = change
+            for module, change in changes:
+                module.changes[slot] = change
             for norm, own in replaced:
                 if isinstance(norm, KeptNorm):
                     norm.replaced[slot] = norm.with_weights(own)
@@ -129,9 +129,9 @@ class Adapters:
                 place.adapters.pop(loaded.slot, None)
             for norm in self._norms.values():
                 norm.replaced.pop(loaded.slot, None)
-            for organ in (self._tables.embedding, self._tables.head):
-                if organ is not None:
-                    organ.changes.pop(loaded.slot, None)
+            for module in (self._tables.embedding, self._tables.head):
+                if module is not None:
+                    module.changes.pop(loaded.slot, None)
         self.room.give_back(name)
 
     def tokenizer(self, name: str) -> Tokenizer | None:
@@ -240,14 +240,14 @@ class Adapters:
 
 
 def _places(tree: nn.Module) -> Iterator[tuple[str, _Place]]:
-    for organ in tree.modules():
-        if isinstance(organ, Linear):
+    for module in tree.modules():
+        if isinstance(module, Linear):
             first = 0
-            for name, outputs in organ.rows:
-                yield name, _Place(organ.adapters, first, outputs, organ.num_inputs)
+            for name, outputs in module.rows:
+                yield name, _Place(module.adapters, first, outputs, module.num_inputs)
                 first += outputs
-        elif isinstance(organ, Experts):
-            for name, adapters, first, outputs, inputs in organ.places():
+        elif isinstance(module, Experts):
+            for name, adapters, first, outputs, inputs in module.places():
                 yield name, _Place(adapters, first, outputs, inputs)
 
 

@@ -1,4 +1,4 @@
-"""From what a model wants to what its files hold: plain tensors to copy, and quantised linears to build."""
+"""From what a model wants to what its files hold: plain tensors to copy, and quantized linears to build."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tightrope.backends.errors import BackendError
 from tightrope.backends.files.tensor_names import FileNames
-from tightrope.backends.hf.load.weights import ExpertWeights, LinearWeights, Wants, Weight
+from tightrope.backends.hf.load.weights import ExpertWeights, LinearWeights, WantedWeights, Weight
 from tightrope.backends.hf.modules.matrices import Piece, side_by_side
 from tightrope.backends.quant.find import Quantization
 
@@ -43,11 +43,11 @@ class Assembly:
 
 
 def assemble(
-    wants: Wants, quantization: Quantization | None, names: FileNames, device: torch.device
+    wants: WantedWeights, quantization: Quantization | None, names: FileNames, device: torch.device
 ) -> tuple[list[Weight], list[Assembly]]:
     """What is to be copied, and what is to be built.
 
-    Raises BackendError where the headers of a quantised linear don't fit the model.
+    Raises BackendError where the headers of a quantized linear don't fit the model.
     """
     weights = list(wants.weights)
     assemblies: list[Assembly] = []
@@ -68,7 +68,7 @@ def assemble(
 
 
 class _Assembler:
-    """Finds the quantised linears of one checkpoint."""
+    """Finds the quantized linears of one checkpoint."""
 
     def __init__(self, quantization: Quantization, names: FileNames, device: torch.device) -> None:
         self.found, self.names, self.device = quantization, names, device
@@ -129,7 +129,7 @@ class _Assembler:
         return [(f"{prefix}.{part}", size) for part, size in zip(SPLIT[last], sizes, strict=True)]
 
     def _module(self, name: str) -> str | None:
-        """What the files call a quantised linear; None when there is no such."""
+        """What the files call a quantized linear; None when there is no such."""
         for part in self.found.format.parts:
             found = self.names.find([f"{name}.{part}"])
             if found is not None:
@@ -159,7 +159,7 @@ class _Assembler:
         return Source(tensors, outputs, build)
 
     def _plain(self, name: str, outputs: int, inputs: int, has_bias: bool) -> Source:
-        """A linear left as it was among others that are quantised."""
+        """A linear left as it was among others that are quantized."""
         packed = self.found.packed(self.names.of(name), self.device)
         packed.expect("weight", (outputs, inputs), "F16", "BF16", "F32")
         if has_bias:

@@ -19,8 +19,8 @@ from tightrope.backends.hf.load.assembly import Assembly, assemble
 from tightrope.backends.hf.load.loader import tie
 from tightrope.backends.hf.load.matching import LeftOver, check_all, notes_on
 from tightrope.backends.hf.load.skeleton import build_skeleton
-from tightrope.backends.hf.load.specialise import transplant
-from tightrope.backends.hf.load.trace import rehearse
+from tightrope.backends.hf.load.specialise import specialise
+from tightrope.backends.hf.load.trace import trace_model
 from tightrope.backends.hf.load.weights import Weight
 from tightrope.backends.hf.modules.embedding import Embedding
 from tightrope.backends.hf.modules.linear import Linear
@@ -86,9 +86,9 @@ def draw(
     model = build_skeleton(folder, shape, rope)
     head, table = (_name_of(model, part) for part in (model.get_output_embeddings(), model.get_input_embeddings()))
     current = CurrentStep()
-    planted = transplant(model, rehearse(model), _rope_keys(model, rope), current, dtype)
-    if isinstance(organ := model.get_submodule(head), Linear):
-        organ.is_head = True
+    specialised = specialise(model, trace_model(model), _rope_keys(model, rope), current, dtype)
+    if isinstance(ours := model.get_submodule(head), Linear):
+        ours.is_head = True
     if rope is not None:
         fix_rotary(model, rope)
     names = FileNames(
@@ -96,8 +96,8 @@ def draw(
     )
     check_packing(checkpoint, [name for name in checkpoint.tensors if not names.may_be_left(name)], shape.raw)
     quantization = find_quantization(folder, shape.raw, checkpoint)
-    weights, assemblies = assemble(planted.wants, quantization, names, device)
-    # a quantised head stands for itself, whatever config.json says: EXL2 stores one for tied models, too
+    weights, assemblies = assemble(specialised.wants, quantization, names, device)
+    # a quantized head stands for itself, whatever config.json says: EXL2 stores one for tied models, too
     has_plain_head = any(weight.sources[0][0].name == f"{head}.weight" for weight in weights)
     tied = (f"{head}.weight", f"{table}.weight") if shape.tie_embeddings and has_plain_head else None
     if tied is not None:
@@ -113,7 +113,7 @@ def draw(
         checkpoint=checkpoint,
         tree=model,
         current=current,
-        layers=planted.layers,
+        layers=specialised.layers,
         names=names,
         quantization=quantization,
         weights=tuple(weights),
@@ -131,7 +131,7 @@ def draw(
             torch.float16 if device.type == "cpu" else dtype,
         ),
         notes=(
-            *(f"{name} runs as transformers has it" for name in planted.kept),
+            *(f"{name} runs as transformers has it" for name in specialised.kept),
             *notes_on(left, checkpoint),
             *([] if plain is None else [plain]),
         ),

@@ -1,6 +1,6 @@
-"""What a module of the skeleton computes, read off its rehearsal: each function describes a shape we know, or None.
+"""What a module of the skeleton computes, read off its trace: each function describes a shape we know, or None.
 
-Equal means equal to float32 rounding on the rehearsal's random values; a chance match is out of the question.
+Equal means equal to float32 rounding on the trace's random values; a chance match is out of the question.
 """
 
 from collections.abc import Callable, Iterable
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tightrope.backends.hf.load.trace import Attended, Call, Rehearsal, is_linear
+from tightrope.backends.hf.load.trace import Attended, Call, Trace, is_linear
 from tightrope.backends.hf.modules.interface import Mask
 from tightrope.kernels import reference
 from tightrope.kernels.forms.layout import AttentionSpec
@@ -34,7 +34,7 @@ class Norm:
     offset: float  # added to the weight of the file: Gemma's 1
 
 
-def norm(module: nn.Module, seen: Rehearsal) -> Norm | None:
+def norm(module: nn.Module, seen: Trace) -> Norm | None:
     call, weights = seen.calls.get(module), seen.parameters.get(module, {})
     eps = next((value for name, value in vars(module).items() if name in ("eps", "variance_epsilon")), None)
     if call is None or set(weights) != {"weight"} or weights["weight"].dim() != 1 or not isinstance(eps, float):
@@ -55,7 +55,7 @@ class Gated:
     activation: str
 
 
-def gated(module: nn.Module, seen: Rehearsal) -> Gated | None:
+def gated(module: nn.Module, seen: Trace) -> Gated | None:
     children, call = dict(module.named_children()), seen.calls.get(module)
     first = _linears(children, ("gate_up_proj",)) or _linears(children, ("gate_proj", "up_proj"))
     down = _linears(children, ("down_proj",))
@@ -120,7 +120,7 @@ class Heads:
     is_rotated: bool
 
 
-def heads(asked: Attended, seen: Rehearsal) -> Heads | None:
+def heads(asked: Attended, seen: Trace) -> Heads | None:
     children, call = dict(asked.module.named_children()), seen.calls.get(asked.module)
     qkv = _linears(children, ("qkv_proj",)) or _linears(children, ("q_proj", "k_proj", "v_proj"))
     out = _linears(children, ("o_proj",))
@@ -149,7 +149,7 @@ def heads(asked: Attended, seen: Rehearsal) -> Heads | None:
     return Heads(qkv, out[0], norms.get("q_norm"), norms.get("k_norm"), is_rotated=True)
 
 
-def _normed(x: Tensor, module: nn.Module | None, seen: Rehearsal) -> Tensor:
+def _normed(x: Tensor, module: nn.Module | None, seen: Trace) -> Tensor:
     """x [1, heads, T, D] through a norm of the skeleton, which may be of another width."""
     found = None if module is None else norm(module, seen)
     if module is None or found is None or found.size != x.shape[-1]:
@@ -227,7 +227,7 @@ class Block:
     post_mlp_norm: nn.Module | None
 
 
-def block(module: nn.Module, seen: Rehearsal) -> Block | None:
+def block(module: nn.Module, seen: Trace) -> Block | None:
     call, children = seen.calls.get(module), dict(module.named_children())
     attention, mlp = children.get("self_attn"), children.get("mlp")
     if call is None or attention is None or mlp is None or not _all_called(seen, (attention, mlp)):
@@ -249,7 +249,7 @@ def block(module: nn.Module, seen: Rehearsal) -> Block | None:
 
 
 def _norm_between(
-    norms: Iterable[nn.Module], seen: Rehearsal, *, given: Tensor | None = None, output: Tensor | None = None
+    norms: Iterable[nn.Module], seen: Trace, *, given: Tensor | None = None, output: Tensor | None = None
 ) -> nn.Module | None:
     """The norm that was given one tensor, or that yielded it."""
     for found in norms:
@@ -260,7 +260,7 @@ def _norm_between(
     return None
 
 
-def _given(seen: Rehearsal, module: nn.Module) -> Tensor:
+def _given(seen: Trace, module: nn.Module) -> Tensor:
     return seen.calls[module].hidden_states
 
 
@@ -273,7 +273,7 @@ class Stack:
     norm: nn.Module
 
 
-def stack(module: nn.Module, seen: Rehearsal) -> Stack | None:
+def stack(module: nn.Module, seen: Trace) -> Stack | None:
     children, call = dict(module.named_children()), seen.calls.get(module)
     table, layers, last = children.get("embed_tokens"), children.get("layers"), children.get("norm")
     if call is None or not isinstance(layers, nn.ModuleList) or table is None or last is None:
@@ -292,7 +292,7 @@ def stack(module: nn.Module, seen: Rehearsal) -> Stack | None:
     return Stack(table, tuple(layers), last) if is_last else None
 
 
-def embedding_scale(module: nn.Module, seen: Rehearsal) -> float | None:
+def embedding_scale(module: nn.Module, seen: Trace) -> float | None:
     """By how much an embedding multiplies its rows; None when it does something else."""
     call, weight = seen.calls.get(module), seen.parameters.get(module, {}).get("weight")
     if not isinstance(module, nn.Embedding) or call is None or weight is None or not call.args:
@@ -312,9 +312,9 @@ def _linears(children: dict[str, nn.Module], names: tuple[str, ...]) -> tuple[nn
     return found if len(found) == len(names) and len({linear.bias is None for linear in found}) == 1 else ()
 
 
-def _all_called(seen: Rehearsal, modules: Iterable[nn.Module]) -> bool:
+def _all_called(seen: Trace, modules: Iterable[nn.Module]) -> bool:
     return all(module in seen.calls for module in modules)
 
 
-def _all_given(seen: Rehearsal, modules: Iterable[nn.Module], x: Tensor) -> bool:
+def _all_given(seen: Trace, modules: Iterable[nn.Module], x: Tensor) -> bool:
     return all(_given(seen, module) is x for module in modules)

@@ -9,8 +9,8 @@ from transformers import PreTrainedModel
 
 from tightrope.backends.errors import BackendError
 from tightrope.backends.hf.load import patterns
-from tightrope.backends.hf.load.trace import Attended, Rehearsal, is_linear
-from tightrope.backends.hf.load.weights import ExpertWeights, LinearWeights, Wants
+from tightrope.backends.hf.load.trace import Attended, Trace, is_linear
+from tightrope.backends.hf.load.weights import ExpertWeights, LinearWeights, WantedWeights
 from tightrope.backends.hf.modules.attention import Attention, InterfaceAttention
 from tightrope.backends.hf.modules.embedding import Embedding
 from tightrope.backends.hf.modules.experts import Experts
@@ -23,28 +23,28 @@ from tightrope.backends.hf.modules.step import CurrentStep, LayerInfo
 
 
 @dataclass(frozen=True, slots=True)
-class Transplant:
+class Specialised:
     """What the walk left: the attention layers in order, the weights to load, and which classes were kept."""
 
     layers: tuple[LayerInfo, ...]
-    wants: Wants
+    wants: WantedWeights
     kept: tuple[str, ...]  # names of classes that attend, or stack layers, in their own way
 
 
-def transplant(
-    model: PreTrainedModel, seen: Rehearsal, ropes: Collection[str], current: CurrentStep, dtype: torch.dtype
-) -> Transplant:
+def specialise(
+    model: PreTrainedModel, seen: Trace, ropes: Collection[str], current: CurrentStep, dtype: torch.dtype
+) -> Specialised:
     """Replace what we know of `model`'s modules. `ropes` are the keys of the tables that steps will have.
 
     Raises BackendError when the model keeps more than keys and values, or attends in a way that our cache can't.
     """
     layers = _layers(model, seen)
-    surgeon = _Surgeon(model, seen, layers, ropes, current, dtype)
-    surgeon.operate()
-    return Transplant(tuple(surgeon.layers), surgeon.wants, tuple(dict.fromkeys(surgeon.kept)))
+    specialiser = _Specialiser(model, seen, layers, ropes, current, dtype)
+    specialiser.run()
+    return Specialised(tuple(specialiser.layers), specialiser.wants, tuple(dict.fromkeys(specialiser.kept)))
 
 
-def _layers(model: PreTrainedModel, seen: Rehearsal) -> dict[nn.Module, Attended]:
+def _layers(model: PreTrainedModel, seen: Trace) -> dict[nn.Module, Attended]:
     def refused(reason: str) -> BackendError:
         return BackendError(f"config.json: a model of model_type {model.config.model_type!r} can't be served: {reason}")
 
@@ -57,13 +57,13 @@ def _layers(model: PreTrainedModel, seen: Rehearsal) -> dict[nn.Module, Attended
     return asked
 
 
-class _Surgeon:
+class _Specialiser:
     """One walk over one model."""
 
     def __init__(
         self,
         model: PreTrainedModel,
-        seen: Rehearsal,
+        seen: Trace,
         asked: dict[nn.Module, Attended],
         ropes: Collection[str],
         current: CurrentStep,
@@ -73,11 +73,11 @@ class _Surgeon:
         self.names = {module: name for name, module in model.named_modules()}
         self.index = {module: i for i, module in enumerate(asked)}
         self.dtype = dtype
-        self.wants = Wants(dtype)
+        self.wants = WantedWeights(dtype)
         self.kept: list[str] = []
         self.layers = [self._layer(i, attended) for i, attended in enumerate(asked.values())]
 
-    def operate(self) -> None:
+    def run(self) -> None:
         self._children(self.model)
 
     def _layer(self, index: int, asked: Attended) -> LayerInfo:
@@ -98,9 +98,9 @@ class _Surgeon:
         return layer_type
 
     def _children(self, module: nn.Module) -> None:
-        """Operate below a module that keeps its class."""
+        """Specialise what is below a module that keeps its class."""
         for name, child in module.named_children():
-            module._modules[name] = self._planted(child)
+            module._modules[name] = self._specialised(child)
         prefix = f"{self.names[module]}." if self.names[module] else ""
         for name, parameter in module.named_parameters(recurse=False):
             self.wants.as_it_is(prefix + name, parameter, _set_parameter(module, name))
@@ -108,14 +108,14 @@ class _Surgeon:
             if name not in module._non_persistent_buffers_set:
                 self.wants.as_it_is(prefix + name, buffer, _set(module, name))
 
-    def _planted(self, module: nn.Module) -> nn.Module:
-        """Our module in place of one of the skeleton; itself where we know none, operated on below."""
-        for plant in (self._linear, self._embedding, self._norm, self._mlp, self._experts, self._attention):
-            if (organ := plant(module)) is not None:
-                return organ
+    def _specialised(self, module: nn.Module) -> nn.Module:
+        """Our module in place of one of the skeleton; itself where we know none, specialised below."""
+        for build in (self._linear, self._embedding, self._norm, self._mlp, self._experts, self._attention):
+            if (ours := build(module)) is not None:
+                return ours
         for build in (self._block, self._stack):
-            if (organ := build(module)) is not None:
-                return organ
+            if (ours := build(module)) is not None:
+                return ours
         self._children(module)
         return module
 
@@ -135,20 +135,20 @@ class _Surgeon:
         if scale is None or not isinstance(module, nn.Embedding):
             return None
         shape = module.num_embeddings, module.embedding_dim
-        organ = Embedding(self.names[module], shape, scale, self.dtype, self.current)
-        rows = [(f"{organ.name}.weight", module.num_embeddings)]
-        self.wants.matrix(rows, module.embedding_dim, _set(organ, "weight"))
-        return organ
+        ours = Embedding(self.names[module], shape, scale, self.dtype, self.current)
+        rows = [(f"{ours.name}.weight", module.num_embeddings)]
+        self.wants.matrix(rows, module.embedding_dim, _set(ours, "weight"))
+        return ours
 
     def _norm(self, module: nn.Module) -> RMSNorm | None:
         found = patterns.norm(module, self.seen)
         if found is None:
             return None
-        organ = RMSNorm(self.names[module], found.size, found.eps, found.offset, self.current)
-        organ.runs_by_row = self.seen.calls[module].hidden_states.dim() == 3
-        rows = [(f"{organ.name}.weight", found.size)]
-        self.wants.vector(rows, _set(organ, "weight"), found.offset)
-        return organ
+        ours = RMSNorm(self.names[module], found.size, found.eps, found.offset, self.current)
+        ours.runs_by_row = self.seen.calls[module].hidden_states.dim() == 3
+        rows = [(f"{ours.name}.weight", found.size)]
+        self.wants.vector(rows, _set(ours, "weight"), found.offset)
+        return ours
 
     def _mlp(self, module: nn.Module) -> GatedMLP | None:
         found = patterns.gated(module, self.seen)
@@ -162,13 +162,13 @@ class _Surgeon:
             return None
         count, hidden, middle = found.num_experts, found.hidden_size, found.intermediate_size
         name = self.names[module]
-        organ = Experts(name, (count, hidden, middle), found.activation, self.current)
+        ours = Experts(name, (count, hidden, middle), found.activation, self.current)
         gate_up, down = (("gate_proj", "up_proj"), ("w1", "w3")), (("down_proj",), ("w2",))
         self.wants.experts += [
-            ExpertWeights(name, "gate_up_proj", gate_up, (count, 2 * middle, hidden), _set(organ, "gate_up")),
-            ExpertWeights(name, "down_proj", down, (count, hidden, middle), _set(organ, "down")),
+            ExpertWeights(name, "gate_up_proj", gate_up, (count, 2 * middle, hidden), _set(ours, "gate_up")),
+            ExpertWeights(name, "down_proj", down, (count, hidden, middle), _set(ours, "down")),
         ]
-        return organ
+        return ours
 
     def _attention(self, module: nn.Module) -> nn.Module | None:
         if module not in self.asked:
@@ -180,9 +180,9 @@ class _Surgeon:
             self.kept.append(type(module).__name__)
             return None
         q_norm, k_norm = (None if norm is None else self._norm(norm) for norm in (found.q_norm, found.k_norm))
-        for organ in (q_norm, k_norm):
-            if organ is not None:
-                organ.runs_by_row = True
+        for ours in (q_norm, k_norm):
+            if ours is not None:
+                ours.runs_by_row = True
         qkv, out = self._fused(found.qkv), self._fused((found.out,))
         return Attention(qkv, out, (q_norm, k_norm), asked.query.shape[1], layer, index, self.current)
 
@@ -196,7 +196,7 @@ class _Surgeon:
         found = self._as_block(module)
         if found is None:
             return None
-        attention, mlp = self._planted(found.attention), self._planted(found.mlp)
+        attention, mlp = self._specialised(found.attention), self._specialised(found.mlp)
         assert isinstance(attention, Attention)
         norms = (found.input_norm, found.post_attention_norm, found.pre_mlp_norm, found.post_mlp_norm)
         first, second, third, fourth = (None if norm is None else self._norm(norm) for norm in norms)

@@ -2,8 +2,8 @@
 
 A class name or an attribute says little about what a module does with its input: whether keys are rotated in halves or
 interleaved, whether a norm adds one to its weight, which window a layer has. So the skeleton runs once, and everything
-that goes into and comes out of its modules is written down. An organ takes a module's place only if it gives the same
-(backends.hf.recognise). Costs a megabyte and some milliseconds a layer, also of a large model.
+that goes into and comes out of its modules is written down. Our module takes the place of one only if it gives the
+same (patterns.py). Costs a megabyte and some milliseconds a layer, also of a large model.
 """
 
 from collections.abc import Callable, Mapping
@@ -56,7 +56,7 @@ class Attended:
 
 
 @dataclass(slots=True)
-class Rehearsal:
+class Trace:
     """Everything that was written down: each module's last call, and the calls of attention in layer order."""
 
     calls: dict[nn.Module, Call] = field(default_factory=dict)
@@ -64,21 +64,21 @@ class Rehearsal:
     parameters: dict[nn.Module, dict[str, Tensor]] = field(default_factory=dict)  # stand-ins
 
 
-def rehearse(model: PreTrainedModel) -> Rehearsal:
+def trace_model(model: PreTrainedModel) -> Trace:
     """Run the skeleton and leave it as it was. Raises BackendError when it can't run as a causal language model."""
     try:
         try:
-            return _rehearse_at(FAR, model)  # where queries that are scaled by position show it
+            return _trace_at(FAR, model)  # where queries that are scaled by position show it
         except (IndexError, RuntimeError):  # positions are looked up in a table
-            return _rehearse_at(NEAR, model)
+            return _trace_at(NEAR, model)
     except Exception as error:  # of any kind: it is the model's own code
         reason = " ".join(str(error).split())[:200]
         kind = model.config.model_type
         raise BackendError(f"config.json: a model of model_type {kind!r} can't run here: {reason}") from error
 
 
-def _rehearse_at(first: int, model: PreTrainedModel) -> Rehearsal:
-    seen = Rehearsal()
+def _trace_at(first: int, model: PreTrainedModel) -> Trace:
+    seen = Trace()
     random = torch.Generator().manual_seed(1)
     ids = torch.arange(1, TOKENS + 1).unsqueeze(0)
     positions = torch.arange(first, first + TOKENS).unsqueeze(0)
@@ -91,7 +91,7 @@ def _rehearse_at(first: int, model: PreTrainedModel) -> Rehearsal:
     return seen
 
 
-def _stand_in(module: nn.Module, random: torch.Generator, seen: Rehearsal) -> Callable[[], None]:
+def _stand_in(module: nn.Module, random: torch.Generator, seen: Trace) -> Callable[[], None]:
     """Give a module random values for its weights, and return what takes them away again.
 
     Linears and experts, the bulk of a model, answer out of the air instead; embeddings get a small table.
@@ -130,7 +130,7 @@ def _as_given(hidden_states: Tensor, *routing: Tensor) -> Tensor:
     return hidden_states
 
 
-def _write_down(seen: Rehearsal) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], None]:
+def _write_down(seen: Trace) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], None]:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:  # noqa: ANN401
         seen.calls[module] = Call(args, kwargs, output)
 
@@ -140,7 +140,7 @@ def _write_down(seen: Rehearsal) -> Callable[[nn.Module, tuple[Any, ...], dict[s
 class _Recorder(AttentionCall):
     """Answers a module's attention out of the air, and writes down what it asked."""
 
-    def __init__(self, module: nn.Module, random: torch.Generator, seen: Rehearsal) -> None:
+    def __init__(self, module: nn.Module, random: torch.Generator, seen: Trace) -> None:
         self.module, self.random, self.seen = module, random, seen
 
     def __call__(

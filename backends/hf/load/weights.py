@@ -89,7 +89,7 @@ class ExpertWeights:
 
 
 @dataclass(slots=True)
-class Wants:
+class WantedWeights:
     """Everything that the modules of a model ask for. `activation_dtype` is that of weights in untouched modules."""
 
     activation_dtype: torch.dtype

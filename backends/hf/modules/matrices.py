@@ -38,7 +38,7 @@ class Nf4:
 
 @dataclass(frozen=True, slots=True)
 class Columns:
-    """Quantised matrices of either kind on a card, side by side."""
+    """Quantized matrices of either kind on a card, side by side."""
 
     matrices: tuple[ColumnMatrix, ...]
 
@@ -58,7 +58,7 @@ class Exllama:
 
 @dataclass(frozen=True, slots=True)
 class Mixed:
-    """Several of different forms, as when a quantiser left one of a layer's projections as it was."""
+    """Several of different forms, as when a quantizer left one of a layer's projections as it was."""
 
     parts: tuple["Matrix", ...]
 

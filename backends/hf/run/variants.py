@@ -35,7 +35,7 @@ class CacheVariants:
         return len(self._base.model.layers)
 
     def variant(self, dtypes: Sequence[CacheDtype], *, has_factors: bool = True) -> "CacheVariant":
-        """A backend whose layers are cached so, [num_layers]. Without factors keys are quantised as they are."""
+        """A backend whose layers are cached so, [num_layers]. Without factors keys are quantized as they are."""
         caches = self._allocate(dtypes)
         if has_factors:
             for cache, factor in zip(caches, self._key_factors, strict=True):

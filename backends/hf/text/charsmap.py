@@ -1,6 +1,6 @@
 """The table of characters in a sentencepiece file: longest texts that it holds are replaced, from left to right.
 
-The tokenizers library has a normaliser for it that looks at clusters of letter and marks as a whole, and loses marks of
+The tokenizers library has a normalizer for it that looks at clusters of letter and marks as a whole, and loses marks of
 clusters that begin with a text of the table. The bytes are the length of a trie, the trie as a double array of words of
 32 bits, and the replacements, each ended by a zero. Source: normalizer.cc of google/sentencepiece, darts.h of
 s-yata/darts-clone.

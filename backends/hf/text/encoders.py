@@ -54,7 +54,7 @@ def state(part: Any) -> Any:  # noqa: ANN401 - any part of a tokenizer, and its 
 
 
 def _without_prefix(part: Any) -> Any:  # noqa: ANN401 - JSON
-    """A normaliser or pre-tokenizer without what puts a space in front of the text."""
+    """A normalizer or pre-tokenizer without what puts a space in front of the text."""
     if not isinstance(part, dict):
         return part
     lists = {key: [_without_prefix(p) for p in part[key]] for key in ("normalizers", "pretokenizers") if key in part}

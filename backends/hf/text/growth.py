@@ -1,4 +1,4 @@
-"""How many times longer a tokenizer.json's normaliser can make a text: a few small ones could fill any memory."""
+"""How many times longer a tokenizer.json's normalizer can make a text: a few small ones could fill any memory."""
 
 import base64
 import binascii
@@ -10,7 +10,7 @@ MOST_PREPENDED = 1024  # bytes
 
 
 def growth_fault(normalizer: Any) -> str | None:  # noqa: ANN401 - JSON
-    """What is wrong with a normaliser, if it makes long texts of short ones."""
+    """What is wrong with a normalizer, if it makes long texts of short ones."""
     times, mapped, prepended = 1.0, 0, 0
     for step in _steps(normalizer):
         if step["type"] == "Replace":
@@ -20,11 +20,11 @@ def growth_fault(normalizer: Any) -> str | None:  # noqa: ANN401 - JSON
         elif step["type"] == "Prepend":
             prepended += len(step["prepend"].encode())
     if times > MOST_REPLACED:
-        return f"its normaliser makes a text up to {times:.3g} times as long; {MOST_REPLACED} times are served"
+        return f"its normalizer makes a text up to {times:.3g} times as long; {MOST_REPLACED} times are served"
     if mapped > MOST_MAPPED:
-        return f"its normaliser's table of characters makes {mapped} bytes of one text; {MOST_MAPPED} are served"
+        return f"its normalizer's table of characters makes {mapped} bytes of one text; {MOST_MAPPED} are served"
     if prepended > MOST_PREPENDED:
-        return f"its normaliser puts {prepended} bytes in front of a text; {MOST_PREPENDED} are served"
+        return f"its normalizer puts {prepended} bytes in front of a text; {MOST_PREPENDED} are served"
     return None
 
 

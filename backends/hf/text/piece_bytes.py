@@ -24,7 +24,7 @@ def max_token_bytes(source: Tokenizer, texts: Iterable[str]) -> int | None:
 
 
 def _shrinks(normalizer: Any) -> int | None:  # noqa: ANN401 - JSON
-    """By how many times a normaliser shortens a text, at most; None: by any."""
+    """By how many times a normalizer shortens a text, at most; None: by any."""
     if normalizer is None or normalizer["type"] == "Prepend":
         return 1
     if normalizer["type"] == "Sequence":

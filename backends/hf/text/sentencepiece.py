@@ -2,13 +2,13 @@
 
 The file is a protocol buffer: pieces (1), each with text (1), score (2) and type (3); the trainer's settings (2), of
 which the algorithm (3), byte fallback (35) and the ids of the unknown piece (40), BOS (41) and EOS (42) matter; the
-normaliser's settings (3): a table of characters (2), a space put in front (3), runs of spaces made one (4). Source:
+normalizer's settings (3): a table of characters (2), a space put in front (3), runs of spaces made one (4). Source:
 sentencepiece_model.proto of google/sentencepiece.
 
 sentencepiece puts the space in front of the whole text, whatever it starts with, and never joins a user-defined piece
 with what stands around it, whether the piece is found in the text or in the text with its spaces made ▁. Here such
-pieces are added tokens that are looked for in the normalised text, and the space is asked for by a mark in front of
-the text: a normaliser that puts it there would also put it in front of the pieces that are looked for.
+pieces are added tokens that are looked for in the normalized text, and the space is asked for by a mark in front of
+the text: a normalizer that puts it there would also put it in front of the pieces that are looked for.
 """
 
 import re

@@ -190,11 +190,11 @@ class HFTokenizer:
             bos = given if type(given) is int and 0 <= given < self.vocab_size else None
         first = token_ids(vocabulary.source, "a", add_special_tokens=True)[:1]
         added = first != token_ids(vocabulary.source, "a")[:1] and first[0] in self._special
-        wish = files.settings.get("add_bos_token")
-        if added and wish is not False:
+        asked = files.settings.get("add_bos_token")
+        if added and asked is not False:
             return first[0], True
-        if isinstance(wish, bool):
-            return bos, wish and bos is not None
+        if isinstance(asked, bool):
+            return bos, asked and bos is not None
         return bos, bos is not None and vocabulary.prefixes_space is not None  # a llama's, from before the setting
 
     def _ends(self, files: TokenFiles) -> frozenset[int]:

@@ -45,7 +45,7 @@ class Vocabulary:
     """Pieces and added tokens, by the ids that the model knows them by."""
 
     path: Path
-    source: Tokenizer  # its model, normaliser, pre-tokenizer and decoder; its own list of added tokens doesn't count
+    source: Tokenizer  # its model, normalizer, pre-tokenizer and decoder; its own list of added tokens doesn't count
     pieces: Mapping[str, int]  # of its model, with their ids
     added: dict[int, AddedToken]
     prefixes_space: bool | None = None  # of a sentencepiece file: PREFIX asks for the space; None: `source` puts it
@@ -231,8 +231,8 @@ class _Join:
     def _raw(self, token: AddedToken) -> AddedToken:
         """A token of another file; over a sentencepiece file it is looked for in the text as it is, whatever its flag.
 
-        So it is in transformers, in both of its tokenizers over such files: normalised, what is looked for would begin
-        with a space. Pieces of spaces are found in the normalised text alone.
+        So it is in transformers, in both of its tokenizers over such files: normalized, what is looked for would begin
+        with a space. Pieces of spaces are found in the normalized text alone.
         """
         if self._vocabulary.prefixes_space is None:
             return token

@@ -34,7 +34,7 @@ class PerplexityError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
+class Arguments:
     """What to measure, and where to write it."""
 
     text: Path
@@ -53,7 +53,7 @@ class Wish:
         compare_kv: str | None,
         json: str | None,
         plot: str | None,
-    ) -> "Wish":
+    ) -> "Arguments":
         """From the command line. Raises UsageError, also when the results could not be written."""
         lengths = [word.strip() for word in (contexts or DEFAULT_CONTEXTS).split(",")]
         for word in lengths:
@@ -90,18 +90,18 @@ class Wish:
         return settings.model_copy(update={"max_model_len": settings.max_model_len or longest, "cache": cache})
 
 
-def perplexity(settings: ModelSettings, wish: Wish) -> int:
+def perplexity(settings: ModelSettings, arguments: Arguments) -> int:
     """Measure, print the tables, and write what else was asked for. Raises PerplexityError in one line."""
-    text = _read(wish.text)
+    text = _read(arguments.text)
     try:
         with ExitStack() as stack:
-            backends = [stack.enter_context(closing(backend)) for backend in _open(settings, wish.compare_kv)]
+            backends = [stack.enter_context(closing(backend)) for backend in _open(settings, arguments.compare_kv)]
             token_ids = backends[0].tokenizer.encode(text, parse_special=False, is_start=True)
-            report = Report(backends[0].card, wish.text.name, len(token_ids), wish.compare_kv)
-            _measure(backends, token_ids, wish, report)
-            if wish.compare_kv:
-                _measure_layers(backends[0], token_ids, wish, report)
-        _write(report, wish)
+            report = Report(backends[0].card, arguments.text.name, len(token_ids), arguments.compare_kv)
+            _measure(backends, token_ids, arguments, report)
+            if arguments.compare_kv:
+                _measure_layers(backends[0], token_ids, arguments, report)
+        _write(report, arguments)
     except BackendError as error:
         raise PerplexityError(str(error)) from None
     except OSError as error:
@@ -127,16 +127,20 @@ def _open(settings: ModelSettings, compare_kv: Sequence[Quantized]) -> "Iterator
         yield from map(opened, compare_kv)
 
 
-def _measure(backends: "Sequence[Backend]", token_ids: Sequence[int], wish: Wish, report: Report) -> None:
+def _measure(backends: "Sequence[Backend]", token_ids: Sequence[int], arguments: Arguments, report: Report) -> None:
     """Fill the report, and print it as it grows."""
     from tightrope.engine import perplexity as engine
 
     base, *others = backends
     bos = engine.window_bos(base.tokenizer)
-    for context in wish.contexts:
+    for context in arguments.contexts:
         if len(token_ids) + (bos is not None) < context:
-            raise PerplexityError(f"{wish.text}: holds {len(token_ids)} tokens, too few for a context of {context}")
-    windows = {context: engine.cut_windows(token_ids, context, bos, wish.max_tokens) for context in wish.contexts}
+            raise PerplexityError(
+                f"{arguments.text}: holds {len(token_ids)} tokens, too few for a context of {context}"
+            )
+    windows = {
+        context: engine.cut_windows(token_ids, context, bos, arguments.max_tokens) for context in arguments.contexts
+    }
     print("\n".join(map(printable, (*report.header_lines(), "", report.table_head()))), flush=True)
     total = sum(len(found) * (context - 1) for context, found in windows.items()) * len(backends)
     with tqdm(total=total, unit="tok", leave=False, disable=None) as bar:
@@ -157,23 +161,23 @@ def _measure(backends: "Sequence[Backend]", token_ids: Sequence[int], wish: Wish
                 _print_beside(bar, report.table_line(row))
 
 
-def _measure_layers(base: "Backend", token_ids: Sequence[int], wish: Wish, report: Report) -> None:
+def _measure_layers(base: "Backend", token_ids: Sequence[int], arguments: Arguments, report: Report) -> None:
     """The same at the longest context for each layer alone, where the backend can cache layers differently."""
     from tightrope.backends.protocol import SharesWeights
     from tightrope.engine import perplexity as engine
 
     if not isinstance(base, SharesWeights):
         return
-    longest, variants = wish.contexts[-1], base.variants()
-    most = min(wish.max_tokens or LAYER_TOKENS, LAYER_TOKENS)
+    longest, variants = arguments.contexts[-1], base.variants()
+    most = min(arguments.max_tokens or LAYER_TOKENS, LAYER_TOKENS)
     found = engine.cut_windows(token_ids, longest, engine.window_bos(base.tokenizer), most)
-    total = engine.layer_runs(variants.num_layers) * len(wish.compare_kv) * len(found) * (longest - 1)
+    total = engine.layer_runs(variants.num_layers) * len(arguments.compare_kv) * len(found) * (longest - 1)
     print(
         f"\neach layer's cache alone, {len(found) * longest} tokens in windows of {longest}\n{LayerRow.table_head()}",
         flush=True,
     )
     with tqdm(total=total, unit="tok", leave=False, disable=None) as bar:
-        for kind in wish.compare_kv:
+        for kind in arguments.compare_kv:
             first, *scores = engine.compare_layers(base, variants, kind, found, lambda n: bar.update(n) and None)
             for layer, score in enumerate(scores):
                 change = score.perplexity / first.perplexity - 1
@@ -186,13 +190,13 @@ def _print_beside(bar: "tqdm[object]", line: str) -> None:
     sys.stdout.flush()
 
 
-def _write(report: Report, wish: Wish) -> None:
-    if wish.json is not None:
-        wish.json.write_text(json.dumps(report.document(), indent=2) + "\n", "utf-8")
-    if wish.plot is not None:
+def _write(report: Report, arguments: Arguments) -> None:
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(report.document(), indent=2) + "\n", "utf-8")
+    if arguments.plot is not None:
         from tightrope.server.cli.perplexity.plot import draw
 
-        draw(report.curves(), report.card.model_id, report.header_lines()[1:], wish.plot)
+        draw(report.curves(), report.card.model_id, report.header_lines()[1:], arguments.plot)
 
 
 # ---- files ----

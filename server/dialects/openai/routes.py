@@ -41,7 +41,7 @@ from tightrope.server.fields.explain import Explanation, explain
 from tightrope.server.http.body import Documented, JsonRoute, log_ignored, unread_fields
 from tightrope.server.http.sse import event_stream
 from tightrope.server.prompts.templates import RenderedPrompt
-from tightrope.server.state import Front
+from tightrope.server.state import AppState
 
 ERRORS: Documented = {
     400: {"model": ErrorAnswer, "description": "A field is missing, mistyped, out of range or can't be honoured."},
@@ -61,7 +61,7 @@ EVENTS = {
 }
 
 
-def openai_router(front: Front) -> APIRouter:
+def openai_router(front: AppState) -> APIRouter:
     """All routes, relative to /v1."""
     router = APIRouter(route_class=JsonRoute, tags=["OpenAI"])
 
@@ -115,7 +115,7 @@ def openai_router(front: Front) -> APIRouter:
     return router
 
 
-async def answer_chat(front: Front, body: ChatRequest, request: Request) -> Response:
+async def answer_chat(front: AppState, body: ChatRequest, request: Request) -> Response:
     """The reply to a chat, whole or as events. Raises EngineError while a status can still be chosen."""
     served = front.served()
     check_chat(body, served)
@@ -152,7 +152,7 @@ async def answer_chat(front: Front, body: ChatRequest, request: Request) -> Resp
     )
 
 
-async def answer_completion(front: Front, body: CompletionRequest, request: Request) -> Response:
+async def answer_completion(front: AppState, body: CompletionRequest, request: Request) -> Response:
     """The reply to one or several prompts, whole or as events. Raises EngineError while a status can be chosen."""
     served = front.served()
     identity = _identity("cmpl", body.model, served)
@@ -190,7 +190,7 @@ async def answer_completion(front: Front, body: CompletionRequest, request: Requ
     )
 
 
-async def rendered_chat(front: Front, body: ChatRequest, request: Request) -> RenderedPrompt:
+async def rendered_chat(front: AppState, body: ChatRequest, request: Request) -> RenderedPrompt:
     """The prompt of a chat by the template in use. Raises InvalidRequest, TemplateFailed and ClientGone."""
     opens_turn = not body.continue_final_message if body.add_generation_prompt is None else body.add_generation_prompt
     template = front.template()
@@ -213,7 +213,7 @@ async def rendered_chat(front: Front, body: ChatRequest, request: Request) -> Re
     return await or_gone(request, rendering)
 
 
-async def _prompt_texts(front: Front, requests: Sequence[GenerateRequest]) -> list[str]:
+async def _prompt_texts(front: AppState, requests: Sequence[GenerateRequest]) -> list[str]:
     """The prompts as text, for echo."""
 
     async def text(request: GenerateRequest) -> str:
@@ -239,7 +239,7 @@ def _identity(prefix: str, name: str | None, served: Served) -> Identity:
 
 
 async def _explanation(
-    front: Front,
+    front: AppState,
     body: SamplingBody,
     requests: Sequence[GenerateRequest],
     request: Request,

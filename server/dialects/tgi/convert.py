@@ -19,7 +19,7 @@ from tightrope.server.dialects.tgi.requests import Parameters
 from tightrope.server.fields.structured import in_tgi_words, read_tgi_grammar
 from tightrope.server.settings.settings import ServerSettings
 
-COUNTED_NEW_TOKENS = 1024  # more wished tokens than that are not held against the window
+COUNTED_NEW_TOKENS = 1024  # more tokens asked for than that are not held against the window
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from tightrope.server.fields.explain import explain
 from tightrope.server.fields.lost_fields import idle_scale
 from tightrope.server.http.body import Documented, JsonRoute, log_ignored, unread_fields
 from tightrope.server.http.sse import event_stream
-from tightrope.server.state import Front
+from tightrope.server.state import AppState
 
 PLAIN = {"text/plain": {"schema": {"type": "string"}}}
 ERRORS: Documented = {
@@ -35,7 +35,7 @@ ERRORS: Documented = {
 EVENTS = {"text/event-stream": {"example": 'data: {"index": 1, "token": {...}, ...}\n\n'}}
 
 
-def tgi_router(front: Front) -> APIRouter:
+def tgi_router(front: AppState) -> APIRouter:
     """POST /generate, /generate_stream and /; GET /info."""
     router = APIRouter(route_class=JsonRoute, tags=["TGI"])
     settings = front.settings
@@ -100,7 +100,7 @@ def tgi_router(front: Front) -> APIRouter:
     return router
 
 
-async def answer_compat(front: Front, body: CompatBody, request: Request) -> Response:
+async def answer_compat(front: AppState, body: CompatBody, request: Request) -> Response:
     """The reply of POST /: a list of one answer, or events. Raises EngineError while a status can still be chosen."""
     wanted = await _asked(front, body, request, is_stream=body.stream, full_text_default=True)
     if body.stream:
@@ -108,12 +108,12 @@ async def answer_compat(front: Front, body: CompatBody, request: Request) -> Res
     return await _whole(front, body, request, wanted, as_list=True)
 
 
-def _compute_type(front: Front) -> str:
+def _compute_type(front: AppState) -> str:
     return "gpu" if front.settings.engine.model.gpu_layers else "cpu"
 
 
 async def _asked(
-    front: Front, body: GenerateBody, request: Request, *, is_stream: bool, full_text_default: bool = False
+    front: AppState, body: GenerateBody, request: Request, *, is_stream: bool, full_text_default: bool = False
 ) -> Asked:
     p = body.parameters
     served = front.served()
@@ -133,7 +133,7 @@ async def _asked(
     )
 
 
-async def _whole(front: Front, body: GenerateBody, request: Request, wanted: Asked, *, as_list: bool) -> Response:
+async def _whole(front: AppState, body: GenerateBody, request: Request, wanted: Asked, *, as_list: bool) -> Response:
     arrived_s = time.monotonic()
     try:
         choices = await collect(request, run(front.generate_for(request), [wanted.request]))
@@ -148,7 +148,7 @@ async def _whole(front: Front, body: GenerateBody, request: Request, wanted: Ask
     )
 
 
-async def _streamed(front: Front, body: GenerateBody, request: Request, wanted: Asked) -> Response:
+async def _streamed(front: AppState, body: GenerateBody, request: Request, wanted: Asked) -> Response:
     try:
         deltas = await started(request, run(front.generate_for(request), [wanted.request]))
     except InvalidRequest as exc:

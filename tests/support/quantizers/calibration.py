@@ -1,4 +1,4 @@
-"""What quantisers ask of a model: its weights, and what its matrices get to see while it reads prose."""
+"""What quantizers ask of a model: its weights, and what its matrices get to see while it reads prose."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass

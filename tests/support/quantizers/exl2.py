@@ -1,4 +1,4 @@
-"""EXL2 files: widths mixed within a matrix, important inputs first; scales of four bits; a quantised head."""
+"""EXL2 files: widths mixed within a matrix, important inputs first; scales of four bits; a quantized head."""
 
 from collections.abc import Callable, Sequence
 from itertools import accumulate

@@ -25,7 +25,7 @@ CONFIG = {
 
 
 def quantize(model: Calibrated) -> dict[str, Tensor]:
-    """All tensors of the file; the head is not quantised."""
+    """All tensors of the file; the head is not quantized."""
     tensors = model.others(torch.float16)
     tensors[f"{HEAD}.weight"] = model.weight(HEAD).t().to(torch.float16).clone()
     for names, hessian in model.families():

@@ -1,4 +1,4 @@
-"""bitsandbytes' nf4 with double quantisation: sixteen quantiles of the normal distribution, scales in 8 bits.
+"""bitsandbytes' nf4 with double quantization: sixteen quantiles of the normal distribution, scales in 8 bits.
 
 Source: Dettmers et al. 2023, "QLoRA", arXiv 2305.14314; its appendix E has the sixteen numbers.
 """

@@ -1,4 +1,4 @@
-"""The weights that a quantised folder stands for, by the formats' plain formulas: what a loader is held to."""
+"""The weights that a quantized folder stands for, by the formats' plain formulas: what a loader is held to."""
 
 import json
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from quantizers import awq, streams
 from safetensors.torch import load_file
 from torch import Tensor
 
-MARKS = (".q_weight", ".qweight", ".weight.quant_state.bitsandbytes__nf4")  # a quantised matrix has one of them
+MARKS = (".q_weight", ".qweight", ".weight.quant_state.bitsandbytes__nf4")  # a quantized matrix has one of them
 
 
 def dequantized(folder: Path) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Quantised matrices: every Triton kernel against float64, and products against the bandwidth of a card's memory."""
+"""Quantized matrices: every Triton kernel against float64, and products against the bandwidth of a card's memory."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, replace
@@ -29,7 +29,7 @@ def check_products(device: torch.device, is_smoke: bool, show: Callable[[str], N
     rows = []
     for name, matrix in _few() if is_smoke else _kinds():
         weight = dequantize(matrix).to(device).double()  # [K, N]
-        kernels = [("quantised", _column_product(to_columns(matrix, device)), BOUNDS)]
+        kernels = [("quantized", _column_product(to_columns(matrix, device)), BOUNDS)]
         if device.type == "cuda" and isinstance(matrix, QuantizedMatrix) and dispatch.is_exllama(matrix):
             taken = dispatch.to_exllama(matrix, device)
             kernels.append(("exllamav2", _exllama_product(taken), {torch.float16: EXLLAMA_BOUND}))
@@ -37,7 +37,7 @@ def check_products(device: torch.device, is_smoke: bool, show: Callable[[str], N
             for kernel, times, bounds in kernels:
                 for dtype in (torch.float32,) if is_smoke else bounds:
                     rows.append(_check(f"{kernel} {name}", times, weight, num_rows, dtype, bounds[dtype]))
-        show(f"quantised {name}: {len(rows)} products")
+        show(f"quantized {name}: {len(rows)} products")
     return rows
 
 
