@@ -308,6 +308,7 @@ def test_a_named_token_without_a_row_is_left_out_with_a_note(tmp_path: Path):
         (b"[2]", {2}, "left out: "),
         (b'{"eos_token_id": [40, 2]', {2}, "left out: "),
         (b'{"eos_token_id": 40}', {2, 40}, None),
+        (b'{"eos_token_id": [40.0, 2.5, NaN]}', {2, 40}, "eos_token_id 2.5, nan left out"),
     ],
 )
 def test_generation_config_is_advice(tmp_path: Path, text: bytes, ends: set[int], note: str | None):

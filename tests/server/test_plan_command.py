@@ -59,6 +59,7 @@ def test_the_text_lists_the_three_caches_side_by_side_and_what_serve_would_do(
     assert "would take 5.49 GiB" in rows["f16"]
     assert any("tokens as q8" in line for line in lines)
     assert any(line.strip().startswith("rope: no scaling") for line in lines)
+    assert any(line.strip().startswith("tokenizer: the folder holds none") for line in lines)
     assert "EXL2, 4.6" in lines[0]
 
 

@@ -161,6 +161,7 @@ def _read_end_ids(folder: Path, shape: ModelShape, files: TokenFiles) -> None:
 
 def _ids(path: Path, value: object, vocab_size: int, notes: list[str]) -> frozenset[int]:
     values = value if isinstance(value, list) else [] if value is None else [value]
+    values = [int(i) if type(i) is float and i.is_integer() else i for i in values]
     ids = frozenset(i for i in values if type(i) is int and 0 <= i < vocab_size)
     foreign = [i for i in values if type(i) is not int or i not in ids]
     if foreign:
