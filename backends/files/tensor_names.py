@@ -12,8 +12,9 @@ RENAMES: tuple[tuple[str, str], ...] = (
     (".post_attention_layernorm.", ".ln2."),
 )
 
-# prefixes of a language model within one that also sees, of transformers 5 and before
-NESTED, NESTED_BEFORE = "model.language_model.", "language_model."
+# prefixes of a language model within one that also sees, beside its head (the second one of Idefics and SmolVLM), and
+# before transformers 5, with it
+NESTED, NESTED_BEFORE = ("model.language_model.", "model.text_model."), "language_model."
 
 # computed by every model that has them, and yet in some old files
 COMPUTED = re.compile(
@@ -21,9 +22,10 @@ COMPUTED = re.compile(
 )
 
 # of use for something else than the next token: layers that predict several tokens at once (of Qwen, MiMo, Ernie),
-# scales for a cache of 8 bits (of llm-compressor, ModelOpt, Quark), the value head of trl
+# scales for a cache of 8 bits (of llm-compressor, ModelOpt, Quark), the value head of trl, and what sees or hears
 OTHER_USE = re.compile(
-    r"(^|\.)(mtp(_\w+)?\.|(v|value)_head\.|(([kv]|kv|q|prob)_(cache_)?(scale|zero_point)|[kv]_proj\.output_scale)$)"
+    r"^(model\.)?(visual|(vision|audio)_(tower|model)|(multi_modal|mm|vision|audio)_projector|connector)\."
+    r"|(^|\.)(mtp(_\w+)?\.|(v|value)_head\.|(([kv]|kv|q|prob)_(cache_)?(scale|zero_point)|[kv]_proj\.output_scale)$)"
 )
 # and in what such layers of DeepSeek's and GLM's, which follow the model's own, differ from these
 _MTP_PART = re.compile(r"^(?P<layer>.*\.layers\.\d+\.)(eh_proj|enorm|hnorm|shared_head)\.")
@@ -51,8 +53,8 @@ class FileNames:
 
     def of(self, name: str) -> str:
         """What the files should call the model's tensor `name`."""
-        if self._nest == NESTED:  # model.language_model.layers, but lm_head
-            return NESTED + name.removeprefix(self._base) if name.startswith(self._base) else name
+        if self._nest in NESTED:  # model.language_model.layers, but lm_head
+            return self._nest + name.removeprefix(self._base) if name.startswith(self._base) else name
         if self._nest:  # language_model.model.layers, language_model.lm_head
             return NESTED_BEFORE + name
         return name if self._has_base else name.removeprefix(self._base)
@@ -63,7 +65,7 @@ class FileNames:
         return not is_of_text or any(pattern.search(name) for pattern in self._ignored)
 
     def is_of_other_use(self, name: str) -> bool:
-        """Whether a tensor is known by its name to be of no use for the next token: MTP layers, scales of a cache."""
+        """Whether a tensor is known by its name to be of no use for a text's next token: MTP layers, towers."""
         return OTHER_USE.search(name) is not None or name.startswith(self._mtp_layers)
 
     def _has(self, prefix: str) -> bool:
@@ -73,12 +75,12 @@ class FileNames:
 def nest_of(names: Iterable[str]) -> str:
     """The prefix under which a larger model has its language model, by the names of tensors; empty if there is none."""
     found = tuple(names)
-    return next((nest for nest in (NESTED, NESTED_BEFORE) if any(name.startswith(nest) for name in found)), "")
+    return next((nest for nest in (*NESTED, NESTED_BEFORE) if any(name.startswith(nest) for name in found)), "")
 
 
 def spellings(module: str) -> Iterator[str]:
     """What a module of an adapter may be called in transformers' tree of today."""
-    for nest in (NESTED, NESTED_BEFORE, ""):
+    for nest in (*NESTED, NESTED_BEFORE, ""):
         if module.startswith(nest):
             plain = module.removeprefix(nest)
             for base in ("", "model."):

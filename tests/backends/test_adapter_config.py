@@ -124,7 +124,13 @@ def test_tensors_may_stand_under_the_model_s_own_names(adapter: Path):
 
 
 @pytest.mark.parametrize(
-    ("nest", "tower"), [("model.language_model.", "model.vision_tower."), ("language_model.model.", "")]
+    ("nest", "tower"),
+    [
+        ("model.language_model.", "model.vision_tower."),
+        ("model.text_model.", "model.vision_model."),
+        ("language_model.model.", ""),
+        ("model.", "visual."),
+    ],
 )
 def test_the_part_of_an_adapter_that_is_of_a_tower_is_left_out_with_a_note(adapter: Path, nest: str, tower: str):
     file = adapter / "adapter_model.safetensors"

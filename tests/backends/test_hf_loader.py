@@ -165,8 +165,8 @@ def test_a_tied_head_that_the_file_holds_too_is_shared_only_if_equal(tmp_path: P
     assert len({weight.data_ptr() for weight in weights if len(weight) == len(head)}) == (1 if is_equal else 2)
 
 
-@pytest.mark.parametrize("is_nested_anew", [False, True])
-def test_the_language_model_is_taken_out_of_one_that_also_sees(tmp_path: Path, is_nested_anew: bool):
+@pytest.mark.parametrize("nest", ["language_model.model.", "model.language_model.", "model.text_model."])
+def test_the_language_model_is_taken_out_of_one_that_also_sees(tmp_path: Path, nest: str):
     vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     text = TINY | {"head_dim": 16, "sliding_window": 6}
     config = Gemma3Config(text_config=text, vision_config=vision | {"image_size": 28, "patch_size": 14})
@@ -174,12 +174,11 @@ def test_the_language_model_is_taken_out_of_one_that_also_sees(tmp_path: Path, i
     untouched = AutoModelForCausalLM.from_config(config).eval()
     untouched.save_pretrained(tmp_path)
 
-    def nest(tensors: Tensors) -> None:
-        for name in [name for name in tensors if name.startswith("language_model.")]:
-            tensors[name.replace("language_model.model.", "model.language_model.")] = tensors.pop(name)
+    def rename(tensors: Tensors) -> None:
+        for name in [name for name in tensors if name.startswith("language_model.model.")]:
+            tensors[name.replace("language_model.model.", nest)] = tensors.pop(name)
 
-    if is_nested_anew:
-        rewrite(tmp_path, nest)
+    rewrite(tmp_path, rename)
 
     assert_close(logits(load(tmp_path), tmp_path), untouched)
 

@@ -42,6 +42,8 @@ LEFT_OVER: list[tuple[str, Tensors, str | None]] = [
     ("layers of its own for several tokens", {"mtp.fc.weight": noise(32, 64)} | a_layer("mtp.layers.0."), "mtp."),
     ("a layer after the last one", a_layer("model.layers.2.") | {"model.layers.2.eh_proj.weight": noise(32, 64)},
      "weights: model.layers.2."),
+    ("what sees", {"visual.blocks.0.attn.qkv.weight": noise(300, 300), "multi_modal_projector.fc.weight": noise(9, 9)},
+     "weights: multi_modal_projector.fc.weight, visual.blocks.0.attn.qkv.weight left out"),
     ("another head, which is small", {"score.weight": noise(2, 32)}, "weights: score.weight left out"),
     ("what every model computes", {f"{ATTENTION}.rotary_emb.inv_freq": noise(4)}, None),
 ]  # fmt: skip
