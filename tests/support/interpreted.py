@@ -13,15 +13,15 @@ import pytest
 def interpreted(module: str) -> Iterator[ModuleType]:
     """A module of kernels/triton with Triton, and all that uses it, imported anew; others keep theirs."""
     before = {name: sys.modules.pop(name) for name in list(sys.modules) if _is_triton(name)}
-    native = {name: module for name, module in before.items() if name.startswith("triton._C")}
-    sys.modules.update(native)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
         yield importlib.import_module(f"tightrope.kernels.triton.{module}")
-    for name in [name for name in sys.modules if _is_triton(name) and name not in native]:
+    for name in list(filter(_is_triton, sys.modules)):
         sys.modules[f"interpreted.{name}"] = sys.modules.pop(name)  # kept: Python clears at its end what stands there
     sys.modules.update(before)
 
 
 def _is_triton(name: str) -> bool:
-    return name.partition(".")[0] == "triton" or name.startswith("tightrope.kernels.triton")
+    """Whether a module is Triton's or ours; compiled ones, which a process can load once, stay."""
+    is_compiled = name.startswith("triton._C")
+    return not is_compiled and (name.partition(".")[0] == "triton" or name.startswith("tightrope.kernels.triton"))
