@@ -8,6 +8,7 @@ them add up to LAMBDA sqrt(n) of one, and not to n, but with a chance of 2 exp(-
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -69,52 +70,65 @@ def attend_exactly(
     whole numbers of 16 bits.
     """
     output, bound = torch.zeros(2, *queries.shape, dtype=torch.float64)
-    heads_per_key = queries.shape[1] // cache.format.num_kv_heads
+    per_key = queries.shape[1] // cache.format.num_kv_heads
     for b, length in enumerate(step.context_lens.tolist()):
         rows = slice(int(step.query_starts[b]), int(step.query_starts[b + 1]))
         if rows.start == rows.stop:
             continue
         distance = step.positions[rows].long().unsqueeze(1) - torch.arange(length)
         is_seen = (distance >= 0) & (distance < (spec.window or length + 1))
-        for h in range(queries.shape[1]):
-            head = cached_head(cache, step.block_tables[b], length, h // heads_per_key, table, b)
-            output[rows, h], bound[rows, h] = _softmax(queries[rows, h].double(), head, is_seen, spec, in_words)
+        is_seen = is_seen.repeat_interleave(per_key, 0)
+        words = None if not in_words else "many" if len(distance) > 1 else "one"
+        for h in range(cache.format.num_kv_heads):
+            head, heads = (
+                cached_head(cache, step.block_tables[b], length, h, table, b),
+                slice(h * per_key, (h + 1) * per_key),
+            )
+            flat = queries[rows, heads].double().flatten(0, 1)
+            for to, made in zip((output, bound), _softmax(flat, head, is_seen, spec, words), strict=True):
+                to[rows, heads] = made.unflatten(0, (-1, per_key))
     return Attended(output, bound)
 
 
 def _softmax(
-    queries: Tensor, head: CachedHead, is_seen: Tensor, spec: AttentionSpec, in_words: bool
+    queries: Tensor, head: CachedHead, is_seen: Tensor, spec: AttentionSpec, words: Literal["many", "one"] | None
 ) -> tuple[Tensor, Tensor]:
-    """Output and bound [n, D] of queries [n, D] float64, which see [n, tokens]."""
+    """Output and bound [n, D] of queries [n, D] float64, which see [n, tokens]; words: of how many tokens, if any."""
     keys, values = head.keys, head.values
     # the products of a score, and up to 16 roundings of its numbers: factors, angles of page and place, scales
     lengths = queries.norm(dim=1, keepdim=True) * keys.norm(dim=1) * spec.scale  # [n, tokens]
     off = lengths * roundings(keys.shape[1] + 16)
-    if in_words and len(queries) > 1:
+    if words == "many":
         off = off + spec.scale * _off_in_words(queries, keys)
     scores = queries @ keys.T * spec.scale
     if spec.softcap is not None:  # of a slope of at most 1; the tangent, 1 - 2 / (exp + 1), is off by some roundings
         scores = spec.softcap * torch.tanh(scores / spec.softcap)
         off = off + spec.softcap * 8 * UNIT
     # an exponent is a score less the largest; the exponential is off by 3e-6 in words and by 2e-7 in floats
-    off = off + 8 * UNIT * (scores.abs() + scores.abs().amax(1, keepdim=True)) + (3e-6 if in_words else 2e-7)
+    off = off + 8 * UNIT * (scores.abs() + scores.abs().amax(1, keepdim=True)) + (3e-6 if words else 2e-7)
     off = off.masked_fill(~is_seen, 0).amax(1, keepdim=True)  # [n, 1]
     p = scores.masked_fill(~is_seen, -torch.inf).softmax(1)
     output = p @ values
-    aside = (values - output.unsqueeze(1)).abs()  # [n, tokens, D]
-    bound = torch.expm1(2 * off) * torch.einsum("nk,nkd->nd", p, aside)
+    bound = torch.expm1(2 * off) * _most_aside(p, values, output)
     bound = bound + roundings(len(keys) + 16) * (p @ values.abs())
-    if not in_words:
+    if words is None:
         return output, bound
-    if len(queries) > 1:
+    if words == "many":
         # weights count 8192 in the largest of their tile of 96 tokens, and all that a value's code can be counts 2729
-        largest = _largest_near(p.unsqueeze(-1), 96)
-        bound = bound + torch.einsum("nk,nkd->nd", largest[..., 0], aside) / 16384
+        largest = _largest_near(p.unsqueeze(-1), 96)[..., 0]
+        bound = bound + _most_aside(largest, values, output) / 16384
         return output, bound + _largest_near(head.value_steps, 96).amax(0) * head.most_code / 2 / 2728
     # weights times scales count 32767 in the largest of their span of 256 tokens, and then multiply codes
     largest = _largest_near(p.unsqueeze(-1) * head.value_steps, 256)  # [n, tokens, D]
     codes = torch.where(head.value_steps == 0, 0.0, values / head.value_steps).abs()
     return output, bound + (largest * codes).sum(1) / 2 / WORD_MOST
+
+
+def _most_aside(weights: Tensor, values: Tensor, output: Tensor) -> Tensor:
+    """No less than sum of w |v - output| [n, D], of weights [n, tokens]: by Jensen's inequality the root of squares."""
+    total = weights.sum(1, keepdim=True)
+    squares = weights @ values.square() - 2 * output * (weights @ values) + total * output.square()
+    return (total * squares.clamp(min=0)).sqrt()
 
 
 def _off_in_words(queries: Tensor, keys: Tensor) -> Tensor:
