@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import sampling_reference as reference
 import torch
+from error_bounds import UNIT, roundings
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,7 +18,6 @@ from tightrope.engine.sampler.sampler import Sampled, prompt_logprobs, sample
 from tightrope.engine.sampler.state import SamplerState
 from tightrope.engine.types import LogprobRequest, SamplingParams
 
-EDGE = 1e-5  # of the mass; the weight of a whole vocabulary is a float32 sum of approximated exponentials
 Row = tuple[str, int, SamplingParams, int]  # shape, seed of the logits, parameters, place in the output
 History = tuple[SamplingParams, list[int], list[int], set[int], set[int] | None]  # ..., output, suppressed, allowed
 VOCAB_SIZES = (
@@ -32,6 +32,9 @@ VOCAB_SIZES = (
     5000,
     12000,
 )  # short lists are possible above 900 tokens with top_k, 8200 without
+# of what a whole row weighs: its exponentials are off by 2e-7, and up to 64 of them are summed in float32; their
+# exponents are off by 8 roundings of their own size, whose mean, by their weights, is at most log V
+EDGE = 2e-7 + roundings(66) + 8 * UNIT * math.log(max(VOCAB_SIZES))
 
 shapes = st.sampled_from(
     ["normal", "peaked", "flat", "equal", "steps", "few_levels", "huge", "tiny", "mostly_banned", "nothing", "nan"]
@@ -214,7 +217,12 @@ def test_penalised_logits_equal_the_reference_even_after_a_rewind(batch: list[Hi
         whole = [*output, *output[len(output) // 2 :]]
         excluded = set() if allowed is None else set(range(50)) - allowed
         expected = reference.penalise(row.astype(np.float64), p, prompt, whole, banned | excluded)
-        np.testing.assert_allclose(result, expected, rtol=1e-5, atol=2e-5)
+        # the logit times up to 2, each penalty and the bias: eight roundings of each at most
+        most_counted = abs(p.frequency_penalty) * len(whole) + abs(p.presence_penalty) + p.relative_frequency_penalty
+        size = 2 * np.abs(row) + most_counted + max(map(abs, p.logit_bias.values()), default=0.0)
+        is_possible = expected > -np.inf
+        np.testing.assert_array_equal(result > -np.inf, is_possible)
+        assert (np.abs(result[is_possible] - expected[is_possible]) <= 8 * UNIT * size[is_possible]).all()
     assert torch.equal(before, torch.from_numpy(logits))
 
 
@@ -242,4 +250,4 @@ def test_raw_logprobs_are_the_models_own_and_list_exactly_the_wanted_number(
     for result in (drawn, scored):
         assert [token for token, _ in result.top] == likeliest
         for token, logprob in [(result.token_id, result.logprob), *result.top]:
-            np.testing.assert_allclose(logprob, expected[token], rtol=1e-5, atol=EDGE)
+            np.testing.assert_allclose(logprob, expected[token], rtol=2.0**-50, atol=EDGE)

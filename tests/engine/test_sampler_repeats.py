@@ -5,6 +5,7 @@ import math
 import numpy as np
 import sampling_reference as reference
 import torch
+from error_bounds import UNIT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -70,7 +71,7 @@ def test_penalties_of_repeats_equal_the_reference_even_after_a_rewind(
             expected[token] = math.inf
     found = np.zeros(len(PIECES))
     np.add.at(found, token_ids, subtract)
-    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    np.testing.assert_allclose(found, expected, rtol=1.001 * UNIT)  # of float64, once to float32
 
 
 @settings(max_examples=30)
