@@ -1,18 +1,22 @@
 """The CUDA kernels of quantized matrices in Triton's interpreter, on a CPU, held to the dequantized product."""
 
+import math
 from collections.abc import Iterator
 from types import ModuleType
 
 import pytest
+import rounded
 import torch
+from error_bounds import LAMBDA, UNIT, within
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from interpreted import interpreted
+from rounded import Rounded
 from torch import Tensor
 
 from bench.gpu.matrices import random_matrix, random_nf4
 from tightrope.kernels.forms.columns import BLOCK, pack_columns, to_columns
-from tightrope.kernels.forms.quantized import PLANES, Nf4Matrix, QuantizedMatrix, dequantize
+from tightrope.kernels.forms.quantized import PLANES, Nf4Matrix, QuantizedMatrix, dequantize, scales_of
 
 WIDTHS = sorted(PLANES)
 
@@ -24,19 +28,33 @@ def ops() -> Iterator[ModuleType]:
 
 
 def assert_product(ops: ModuleType, matrix: QuantizedMatrix | Nf4Matrix, x: Tensor, bias: Tensor | None = None) -> None:
-    """Held to float64; sums of n numbers may be off by as much as a few roundings of their sizes' sum."""
+    """Held to float64; half precision rounds each weight, the product and its sum with the bias once more."""
     weight = dequantize(matrix).double()
-    wanted = x.double() @ weight + (0 if bias is None else bias.double())
-    # one row is summed in float32 with numbers 2^8 times as large as the smallest codes, which cancel: 2^-16 a rounding
-    step = {torch.float32: 2.0**-13, torch.float16: 2.0**-9, torch.bfloat16: 2.0**-6}[x.dtype]
-    sizes = x.double().abs() @ weight.abs() + (0 if bias is None else bias.double().abs())
-    allowed = step * sizes + 1e-6
+    spread = spread_off(x, matrix) if len(x) == 1 and isinstance(matrix, QuantizedMatrix) else None
+    wanted = rounded.times(Rounded.exact(x), weight, spread)
+    sizes = x.double().abs() @ weight.abs()
+    if bias is not None:
+        wanted, sizes = wanted + Rounded.exact(bias.expand_as(wanted.value)), sizes + bias.double().abs()
+    halved = 0.0 if x.dtype == torch.float32 else 3 * torch.finfo(x.dtype).eps / 2
 
     found = ops.quantized_linear(x, [to_columns(matrix)], bias)
 
     assert found.dtype == x.dtype
-    assert found.shape == wanted.shape
-    assert ((found.double() - wanted).abs() <= allowed).all()
+    assert found.shape == wanted.value.shape
+    within(found, wanted.value, LAMBDA * wanted.off + halved * sizes)
+
+
+def spread_off(x: Tensor, matrix: QuantizedMatrix) -> Tensor:
+    """The scale of errors [1, N] of one row x [1, K], which is summed with numbers that are taken off again.
+
+    Beside each number of x those are less than 2^9 times it, before they are multiplied by the scale. Four sums take
+    up the 32 numbers of a block, and then come together: 132 roundings of the block's sum. A group's blocks are taken
+    as one, which can't be less.
+    """
+    stored = torch.arange(matrix.num_inputs) if matrix.source is None else matrix.source.long()
+    numbers = torch.where(stored >= 0, x[0, stored.clamp(min=0)].double().abs(), 0.0)
+    groups = torch.stack([part.sum() for part in numbers.split(matrix.group_starts.diff().tolist())])
+    return math.sqrt(132) * UNIT * 2**9 * (groups.unsqueeze(1) * scales_of(matrix).double()).norm(dim=0, keepdim=True)
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
