@@ -98,6 +98,10 @@ class EngineCore:
 
     # ---- beside the loop ----
 
+    def is_quick(self, request: GenerateRequest) -> bool:
+        """Whether `prepare` takes no longer than the request's texts. May be called from any thread."""
+        return self._intake.is_quick(request)
+
     def prepare(self, request: GenerateRequest) -> list[Sequence]:
         """Tokenize and check a request. Raises InvalidRequest and ContextLengthExceeded."""
         return self._intake.sequences(request, self._clock())

@@ -13,6 +13,7 @@ from tightrope.backends.protocol import Tokenizer
 from tightrope.engine.errors import ContextLengthExceeded, InvalidRequest
 from tightrope.engine.guidance import Guide
 from tightrope.engine.guided.grammar import Grammars
+from tightrope.engine.guided.grammar_trial import GrammarTrial
 from tightrope.engine.prompt_bytes import check_bytes, last_bytes
 from tightrope.engine.sampler.state import SamplerState
 from tightrope.engine.sequence import Sequence
@@ -82,7 +83,8 @@ class Intake:
         self._max_num_seqs = max_num_seqs
         self._max_choices = max_choices
         self._seq_ids = count()
-        self._grammars = Grammars(tokenizer)
+        self._trial = GrammarTrial()
+        self._grammars = Grammars(tokenizer, self._trial)
         self._others_lock = threading.Lock()
         self._others: list[tuple[Tokenizer, Grammars]] = []  # the last used stands last
 
@@ -131,13 +133,20 @@ class Intake:
         """Whose tokens a request with this adapter is made of. Raises ModelNotFound."""
         return (None if adapter is None else self._tokenizer_of(adapter)) or self._tokenizer
 
+    def is_quick(self, request: GenerateRequest) -> bool:
+        """Whether only its texts take time: it has no grammar, or one that is compiled already."""
+        if request.grammar is None:
+            return True
+        grammars = [self._grammars, *(grammars for _, grammars in self._others)]
+        return any(known.knows(request.grammar) for known in grammars)
+
     def _grammars_of(self, tokenizer: Tokenizer) -> Grammars:
         """Over a vocabulary; those of adapters are laid out when they are first asked for."""
         if tokenizer is self._tokenizer:
             return self._grammars
         with self._others_lock:
             known = next((pair for pair in self._others if pair[0] is tokenizer), (tokenizer, None))
-            grammars = known[1] or Grammars(tokenizer)
+            grammars = known[1] or Grammars(tokenizer, self._trial)
             others = [pair for pair in self._others if pair[0] is not tokenizer]
             self._others = [*others, (tokenizer, grammars)][-MOST_OTHERS:]
             return grammars

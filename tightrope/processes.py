@@ -82,6 +82,17 @@ def end_with_parent(parent: int) -> None:
         os._exit(1)
 
 
+def limit_cpu(seconds: int) -> None:
+    """Let this process be ended by SIGXCPU when it has computed for so long from now on."""
+    import math
+    import resource
+
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    _, most = resource.getrlimit(resource.RLIMIT_CPU)
+    limit = math.ceil(usage.ru_utime + usage.ru_stime) + seconds
+    resource.setrlimit(resource.RLIMIT_CPU, (limit if most == resource.RLIM_INFINITY else min(limit, most), most))
+
+
 def _main() -> None:
     end_with_parent(int(sys.argv[1]))
     import runpy

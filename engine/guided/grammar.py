@@ -15,18 +15,19 @@ import os
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import msgspec
 import numpy as np
-from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
+from llguidance import LLExecutor, LLMatcher, LLTokenizer, TokenizerWrapper
 from llguidance.numpy import fill_next_token_bitmask, fill_next_token_bitmask_par
 from numpy.typing import NDArray
 
 from tightrope.backends.protocol import Tokenizer
-from tightrope.engine.errors import InvalidRequest
-from tightrope.engine.guided.grammar_text import lark_of
+from tightrope.engine.errors import EngineUnavailable, InvalidRequest
+from tightrope.engine.guided.grammar_text import lark_of, without_special
+from tightrope.engine.guided.grammar_trial import GrammarTrial, compiled
 from tightrope.engine.guided.json_schema import MAX_BYTES, WHITE_SPACE, schema_fault
 from tightrope.engine.guided.regex_limits import repeat_fault
 from tightrope.engine.types import Grammar
@@ -34,7 +35,6 @@ from tightrope.engine.types import Grammar
 Packed = NDArray[np.uint8]  # [>= V / 8]: one bit a token, the lowest first; 1 is allowed
 
 NUM_KEPT = 16  # compiled grammars of earlier requests; those of one client are mostly the same
-MAX_LEXER_STATES = 20_000  # 2 KB each: what one answer's grammar may take of memory while it is written
 
 
 class Matcher:
@@ -104,13 +104,15 @@ def _executor() -> LLExecutor:
 class Grammars:
     """Compiles requests' grammars over one vocabulary. May be used from any thread."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        """Lays out the vocabulary, in 0.2 s of 49,152 tokens and 2 s of 262,144.
+    def __init__(self, tokenizer: Tokenizer, trial: GrammarTrial | None = None) -> None:
+        """Lays out the vocabulary, in 0.2 s of 49,152 tokens and 2 s of 262,144. trial: of every grammar before it is
+        compiled here.
 
         No other thread of Python runs meanwhile, so it is done before there are any requests.
         """
         self._compiled: OrderedDict[Grammar, Matcher] = OrderedDict()
         self._lock = threading.Lock()
+        self._trial = trial
         self._vocabulary = LLTokenizer(
             TokenizerWrapper(_Vocabulary(tokenizer)), tokenizer.vocab_size, sorted(tokenizer.eos_ids) or None
         )
@@ -122,25 +124,41 @@ class Grammars:
         enforced whole, or allows no text at all.
         """
         with self._lock:
-            compiled = self._compiled.pop(grammar, None) or self._compile(grammar)
-            self._compiled[grammar] = compiled  # the last used stands last
+            matcher = self._compiled.pop(grammar, None)
+        if matcher is None:
+            matcher = self._compile(grammar)
+        with self._lock:
+            self._compiled[grammar] = matcher  # the last used stands last
             if len(self._compiled) > NUM_KEPT:
                 self._compiled.popitem(last=False)
-        return compiled.fork()
+            return matcher.fork()
+
+    def knows(self, grammar: Grammar) -> bool:
+        """Whether a matcher is to be had at once."""
+        return grammar in self._compiled
 
     def _compile(self, grammar: Grammar) -> Matcher:
         try:
             source = native_grammar(grammar)
         except ValueError as error:
             raise InvalidRequest(f"{grammar.field}: {_one_line(str(error))}", grammar.field) from None
-        limits = LLParserLimits(max_lexer_states=MAX_LEXER_STATES, verbose_errors=False)
-        native = LLMatcher(self._vocabulary, source, log_level=0, limits=limits)
-        if not native.is_error():
-            native.compute_bitmask()  # finds out whether there is a first token
+        self._try(grammar)
+        native = compiled(self._vocabulary, source)
         if native.is_error():
             raise InvalidRequest(f"{grammar.field}: {_reason(native.get_error())}", grammar.field)
         native.reset()
         return Matcher(native, -(-self._vocabulary.vocab_size // 32))
+
+    def _try(self, grammar: Grammar) -> None:
+        if self._trial is None:
+            return
+        source = native_grammar(grammar, without_special)
+        try:
+            passes = self._trial.passes(source)
+        except OSError as error:
+            raise EngineUnavailable(f"the process that tries grammars can't be started: {error}") from None
+        if not passes:
+            raise InvalidRequest(f"{grammar.field}: it takes too long, or too much memory, to compile", grammar.field)
 
 
 class _Vocabulary:
@@ -158,8 +176,8 @@ class _Vocabulary:
         return self._tokenizer.encode(text.decode(), parse_special=False, is_start=False)
 
 
-def native_grammar(grammar: Grammar) -> str:
-    """A request's grammar in llguidance's form. Raises ValueError with what is wrong with it."""
+def native_grammar(grammar: Grammar, edited: Callable[[str], str] = str) -> str:
+    """A request's grammar in llguidance's form, its Lark `edited`. Raises ValueError with what is wrong with it."""
     if len(grammar.text) > MAX_BYTES:
         raise ValueError(f"it is longer than {MAX_BYTES} bytes")
     match grammar.kind:
@@ -175,9 +193,9 @@ def native_grammar(grammar: Grammar) -> str:
                 "|".join(map(re.escape, msgspec.json.decode(grammar.text, type=list[str])))
             )
         case "grammar":
-            return LLMatcher.grammar_from_lark(lark_of(grammar.text))
+            return LLMatcher.grammar_from_lark(edited(lark_of(grammar.text)))
         case "lark":
-            return LLMatcher.grammar_from_lark(grammar.text)
+            return LLMatcher.grammar_from_lark(edited(grammar.text))
 
 
 def _checked_regex(pattern: str) -> str:

@@ -77,6 +77,11 @@ def lark_of(text: str) -> str:
     return lark
 
 
+def without_special(lark: str) -> str:
+    """The same with a text in place of every special token, for a vocabulary that has none."""
+    return "".join('"s"' if token.lastgroup == "special" else token[0] for token in _TOKEN.finditer(lark))
+
+
 def read_rules(lark: str) -> dict[str, Branches]:
     """The rules by their names. Raises ValueError for what a request's grammar may not hold, and unclosed brackets."""
     rules: dict[str, Branches] = {}

@@ -9,7 +9,7 @@ from tightrope.backends.errors import BackendError
 from tightrope.engine.adapters import Action, AdapterCalls
 from tightrope.engine.core import EngineCore
 from tightrope.engine.errors import BackendFailed, EngineError, Overloaded
-from tightrope.engine.process.lanes import Lanes
+from tightrope.engine.process.lanes import SHORT_BYTES, Lanes
 from tightrope.engine.process.watch import Watch
 from tightrope.engine.process.wire import (
     CallFailed,
@@ -144,7 +144,8 @@ class Reader:
             full = Overloaded(f"{queued} requests are waiting already; the limit is {self._limits.max_waiting}")
             self._end.send(Refused(request_id, ErrorFrame.of(full)))
         else:
-            self._read(request_bytes(request), lambda: self._prepare(request))
+            least = 0 if self._core.is_quick(request) else SHORT_BYTES + 1  # a new grammar may take seconds
+            self._read(max(least, request_bytes(request)), lambda: self._prepare(request))
 
     def _prepare(self, request: GenerateRequest) -> None:
         request_id = request.request_id

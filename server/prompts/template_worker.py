@@ -9,7 +9,6 @@ numbers of any size. The process ends with its stdin.
 """
 
 import json
-import math
 import resource
 import sys
 from collections.abc import Callable
@@ -24,6 +23,8 @@ from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from tightrope.processes import limit_cpu
 
 MEMORY_BYTES = 512 << 20  # address space; an interpreter with Jinja takes about 40 MB of it
 
@@ -154,18 +155,10 @@ def render(source: str, variables: dict[str, Any] | None) -> Rendered:
         return Rendered(None, f"the chat template can't render these messages: {exc}")
 
 
-def _limit_cpu(seconds: int) -> None:
-    """Let this process be ended by SIGXCPU when it has computed for so long from now on."""
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    _, most = resource.getrlimit(resource.RLIMIT_CPU)
-    limit = math.ceil(usage.ru_utime + usage.ru_stime) + seconds
-    resource.setrlimit(resource.RLIMIT_CPU, (limit if most == resource.RLIM_INFINITY else min(limit, most), most))
-
-
 def serve(read: BinaryIO, write: BinaryIO, cpu_s: int) -> None:
     """Answer jobs until the other side closes."""
     while header := read.read(4):
-        _limit_cpu(cpu_s)
+        limit_cpu(cpu_s)
         source, chats = json.loads(read.read(int.from_bytes(header, "little")))
         made = [render(source, variables) for variables in chats or [None]]
         try:

@@ -18,7 +18,7 @@ from tightrope.engine.process.lanes import SHORT_BYTES, Lanes
 from tightrope.engine.process.launch import ThreadHandle
 from tightrope.engine.prompt_bytes import LEAST_BYTES
 from tightrope.engine.settings import EngineSettings, LimitSettings
-from tightrope.engine.types import GenerateRequest, Guidance, Span, StopRules, TextPrompt
+from tightrope.engine.types import GenerateRequest, Grammar, Guidance, Span, StopRules, TextPrompt
 
 LONG = "x" * (SHORT_BYTES + 1)
 
@@ -126,6 +126,24 @@ async def test_short_requests_and_cancels_are_served_while_long_texts_are_read()
         assert await answer(client, "last", "Well?") == "fine"
         assert not [read for read in tokenizer.read if read == f"{LONG}?"]  # cancelled before its turn
         assert client.stats.num_running == client.stats.num_waiting == 0
+
+
+async def test_a_request_with_a_new_grammar_waits_with_the_long_ones_and_with_a_known_one_does_not() -> None:
+    tokenizer = Watched()
+    known, new = (Grammar("regex", pattern, "guided_regex") for pattern in ("fine|bad", "fine|good"))
+    async with engine(tokenizer) as client:
+        await answer(client, "first", "Well?", grammar=known)
+        tokenizer.release.clear()
+        long_one = asyncio.create_task(client.tokenize(text(LONG)))
+        await asyncio.to_thread(tokenizer.begun.wait, 60)
+        with_new = asyncio.create_task(answer(client, "new", "Well?", grammar=new))
+        assert await answer(client, "known", "Well?", grammar=known) == "fine"
+        assert not with_new.done()
+
+        tokenizer.release.set()
+
+        assert await with_new == "fine"
+        await long_one
 
 
 async def test_a_request_that_is_cancelled_while_its_text_is_read_never_runs() -> None:
