@@ -78,7 +78,7 @@ def pick_files(files: list[str], wanted: str | None, repo: str) -> list[str]:
     top = [f for f in files if "/" not in f and f.endswith(FOLDER_FILES)]
     weights = [f for f in top if f.endswith(WEIGHTS) and not f.startswith("adapter_")]
     if all(f.startswith(CONSOLIDATED) for f in weights):
-        if (what := what_it_is([f for f in files if "/" not in f])) is not None:
+        if (what := what_it_is({f.partition("/")[0] for f in files})) is not None:
             raise BackendError(f"{repo}: {what}")
         pickled = any(f.endswith(PICKLES) for f in files)
         why = "; pickled weights are never loaded, as they can run code" if pickled else ""

@@ -36,7 +36,7 @@ _STATISTICS = re.compile(r"imatrix.*\.gguf|(?!.*(q\d|f16|f32)).*[-_.]imatrix\.gg
 _OTHERS: tuple[tuple[str, str], ...] = (
     (r"weights(\.\d+)?\.npz", f"a model for MLX (weights.npz); {_HUGGING_FACE}"),
     (r"mlc-chat-config\.json|params_shard_\d+\.bin", f"a model compiled for MLC-LLM; {_HUGGING_FACE}"),
-    (r".*\.onnx", f"an ONNX model; {_HUGGING_FACE}"),
+    (r"(.*\.)?onnx", f"an ONNX model; {_HUGGING_FACE}"),
     (r"openvino_model\.xml", f"an OpenVINO model; {_HUGGING_FACE}"),
     (r".*\.engine", f"an engine of TensorRT-LLM; {_HUGGING_FACE}"),
     (r"tf_model\.h5", f"TensorFlow weights; {_HUGGING_FACE}"),
@@ -97,6 +97,9 @@ def what_it_is(names: Collection[str]) -> str | None:
     for name in sorted(names):
         if "ggml" in name.lower() and name.endswith(".bin"):
             return f"a model in llama.cpp's format from before GGUF ({name}): {_OLD_GGML}"
+    for name in sorted(names):
+        if _STATISTICS.fullmatch(name.lower()):
+            return f"an importance matrix alone ({name}), which only quantizers read: add the model's .gguf file"
     for pattern, what in _OTHERS:
         if any(re.fullmatch(pattern, name.lower()) for name in names):
             return what

@@ -82,6 +82,8 @@ def read_config(folder: Path) -> ModelShape:
     whole = read_object(path, MAX_CONFIG)
     raw = _raise_text(path, whole)
     model_type = raw.get("model_type")
+    if model_type is None and isinstance(part := raw.get("_class_name"), str):
+        raise BackendError(f"{path}: a {part:.40} of diffusers, part of what makes images; language models are served")
     if not isinstance(model_type, str):
         raise BackendError(f"{path}: model_type is missing; it must name the model's family, such as llama")
     if model_type.lower() in ALIASES:

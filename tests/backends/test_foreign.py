@@ -28,6 +28,7 @@ KINDS: list[tuple[list[str], str]] = [
     (["weights.npz", "config.json"], "a model for MLX"),
     (["mlc-chat-config.json", "params_shard_0.bin"], "a model compiled for MLC-LLM"),
     (["model.onnx", "config.json"], "an ONNX model"),
+    (["imatrix_unsloth.gguf", "README.md"], r"an importance matrix alone \(imatrix_unsloth.gguf\)"),
     (["openvino_model.xml", "openvino_model.bin", "config.json"], "an OpenVINO model"),
     (["rank0.engine", "config.json"], "an engine of TensorRT-LLM"),
     (["tf_model.h5", "config.json"], "TensorFlow weights"),
@@ -51,6 +52,17 @@ def test_a_folder_and_a_repository_of_another_kind_are_called_that(tmp_path: Pat
     assert str(in_folder.value).startswith(f"{tmp_path}: ")
     assert str(on_hub.value).startswith("org/name: ")
     assert "\n" not in f"{in_folder.value}{on_hub.value}"
+
+
+def test_an_onnx_model_in_a_folder_of_its_own_is_called_that(tmp_path: Path):
+    (tmp_path / "onnx").mkdir()
+    for name in ("config.json", "onnx/model.onnx"):
+        (tmp_path / name).touch()
+
+    with pytest.raises(BackendError, match="an ONNX model"):
+        find_model(tmp_path)
+    with pytest.raises(BackendError, match="an ONNX model"):
+        pick_files(["config.json", "onnx/model.onnx"], None, "org/name")
 
 
 def test_an_adapter_a_consolidated_file_and_an_image_half_beside_a_model_are_left_aside(tmp_path: Path):

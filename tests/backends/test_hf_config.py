@@ -142,6 +142,7 @@ def test_the_language_model_of_an_image_model_is_found_under_text_config(tmp_pat
 REMOVED = object()
 BAD_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"hidden_size": 60}, "hidden_size is 60, not a multiple of num_attention_heads 8"),
+    ({"model_type": REMOVED, "_class_name": "UNet2DConditionModel"}, "a UNet2DConditionModel of diffusers, part of"),
     ({"hidden_size": 60, "head_dim": 8}, r"The hidden size \(60\) is not a multiple of the number of attention heads"),
     ({"num_key_value_heads": 3}, "num_attention_heads is 8, not a multiple of num_key_value_heads 3"),
     ({"hidden_size": -64}, "hidden_size is -64; it must be a whole number from 1 to"),
