@@ -20,6 +20,7 @@ from tightrope.server.dialects.text import (
     TextBody,
     checked,
     pieces,
+    refuse_log_probabilities,
     text_request,
 )
 from tightrope.server.fields.explain import Explained, Explanation, explain, explained
@@ -183,9 +184,11 @@ def koboldcpp_router(front: AppState) -> APIRouter:
         served = front.served()
         if body.render_special:
             body = body.model_copy(update={"skip_special_tokens": False})
+        fields = body.model_extra or {}
+        refuse_log_probabilities(fields)
         asked = text_request(
             body,
-            body.model_extra or {},
+            fields,
             body.checked_prompt(served),
             served,
             max_tokens=DEFAULT_TOKENS,

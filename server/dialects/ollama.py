@@ -17,7 +17,16 @@ from tightrope.server.answering import Deltas, or_gone
 from tightrope.server.dialects.openai.convert import check_model
 from tightrope.server.dialects.openai.requests import AnswerBody
 from tightrope.server.dialects.openai.routes import ERRORS
-from tightrope.server.dialects.text import STATUS_ERRORS, Asked, checked, model_name, pieces, text_request, whole
+from tightrope.server.dialects.text import (
+    STATUS_ERRORS,
+    Asked,
+    checked,
+    model_name,
+    pieces,
+    refuse_log_probabilities,
+    text_request,
+    whole,
+)
 from tightrope.server.fields import structured
 from tightrope.server.fields.explain import Explained, Explanation, explain, explained
 from tightrope.server.fields.sampling import KNOWN, Ignored
@@ -203,7 +212,9 @@ def ollama_router(front: AppState) -> APIRouter:
         return request_of(body, TextPrompt(rendered.spans), template.stops), rendered.notes
 
     def request_of(body: OllamaBody, prompt: Prompt, stops: Sequence[str] = ()) -> Asked:
-        asked = text_request(body, body.fields(), prompt, front.served(), stops=stops)
+        fields = body.fields()
+        refuse_log_probabilities(fields)
+        asked = text_request(body, fields, prompt, front.served(), stops=stops)
         return replace(asked, ignored=[*asked.ignored, *body.overruled()])
 
     @router.get("/version")

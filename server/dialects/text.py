@@ -90,6 +90,12 @@ def text_request(
     return Asked(request, [*unread_fields(body), *beside_others])
 
 
+def refuse_log_probabilities(fields: Mapping[str, object]) -> None:
+    """Raise InvalidRequest for a wish that an answer in a dialect without a place for them would lose."""
+    if fields.get("logprobs"):
+        raise InvalidRequest("logprobs: they are given on /v1/completions and /v1/chat/completions", "logprobs")
+
+
 def model_name(asked: Asked, served: Served) -> str:
     """What an answer says that has written it: the adapter, or the served model."""
     return asked.request.adapter or served.model_id

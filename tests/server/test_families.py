@@ -309,3 +309,21 @@ async def test_tokens_that_a_stop_string_cut_come_with_what_is_left_of_them() ->
 async def test_the_first_delta_of_all_tells_of_the_prompt_even_if_it_ends_there() -> None:
     (first, last) = await cut(Delta("r", 0, "a", (token("a"),), PROMPT, END))
     assert (first.prompt, first.finish, last.prompt, last.finish) == (PROMPT, None, None, END)
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/api/v1/generate", {"prompt": "How?", "logprobs": True}),
+        ("/api/extra/generate/stream", {"prompt": "How?", "logprobs": 3}),
+        ("/api/generate", {"prompt": "How?", "logprobs": True}),
+        ("/api/chat", {"messages": [{"role": "user", "content": "How?"}], "options": {"logprobs": True}}),
+    ],
+)
+async def test_log_probabilities_are_refused_where_an_answer_has_no_place_for_them(
+    path: str, body: dict[str, object]
+) -> None:
+    async with api() as http:
+        reply = await http.post(path, json=body)
+    assert reply.status_code == 400
+    assert "logprobs: they are given on /v1/completions and /v1/chat/completions" in reply.text
