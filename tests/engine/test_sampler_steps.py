@@ -15,14 +15,14 @@ from tightrope.engine.sampler.draw import dice, uniform
 from tightrope.engine.sampler.mirostat import next_mu
 from tightrope.engine.sampler.sampler import Sampled, sample
 from tightrope.engine.sampler.state import SamplerState
-from tightrope.engine.sampler.transforms import bent
+from tightrope.engine.sampler.transforms import transformed
 from tightrope.engine.types import SAMPLER_ORDER, LogprobRequest, SamplingParams
 from tightrope.kernels import dispatch
 from tightrope.kernels.forms.rows import SUMS
 
 VOCAB_SIZES = (1, 2, 3, 30, 400)
 # of a border, of what a whole row weighs: its exponentials are off by 2e-7, and up to 64 of them are summed in float32;
-# their exponents, bent up to six times, by 40 roundings of their size, whose mean, by their weights, is at most log V
+# their exponents, through six steps, by 40 roundings of their size, whose mean, by their weights, is at most log V
 EDGE = 2e-7 + roundings(66) + 40 * UNIT * math.log(max(VOCAB_SIZES))
 # of a probability, whose logarithm is at least -600: as many roundings of float64, in up to six steps
 EXACT = 6 * 16 * 600 * 2.0**-53
@@ -129,10 +129,10 @@ def test_any_steps_in_any_order_keep_and_draw_what_the_reference_does(
         check(p, place, kept, *results)
 
 
-def summed_exactly(logits: torch.Tensor, rows: np.ndarray, bends: np.ndarray) -> np.ndarray:
+def summed_exactly(logits: torch.Tensor, rows: np.ndarray, transforms: np.ndarray) -> np.ndarray:
     """As kernels.reference.row_sums, in float64: what steps learn of a row is then what the reference knows of it."""
     chosen = logits.numpy()[rows].astype(np.float64)
-    y = bent(chosen - chosen.max(1, keepdims=True), bends)
+    y = transformed(chosen - chosen.max(1, keepdims=True), transforms)
     weights, finite = np.exp(y), np.where(y > -np.inf, y, 0.0)
     return np.stack([(y > -np.inf).sum(1), *(x.sum(1) for x in (weights, finite * weights, finite, finite**2))], 1)
 
