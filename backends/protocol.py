@@ -3,11 +3,12 @@
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
-from torch import Tensor
+if TYPE_CHECKING:  # Torch takes seconds to import, and who only schedules or writes needs none of it.
+    from torch import Tensor
 
-from tightrope.kernels.forms.layout import CacheDtype
+    from tightrope.kernels.forms.layout import CacheDtype
 
 WantLogits = Literal["none", "last", "all"]
 MAX_ADDED_TEXTS = 16_384  # vocabularies with most of them hold some 6,000, such as HTML's tags and unused places
@@ -170,7 +171,7 @@ class Backend(Protocol):
     tokenizer: Tokenizer
     adapters: AdapterStore
 
-    def forward(self, chunks: Sequence[Chunk]) -> Tensor:
+    def forward(self, chunks: Sequence[Chunk]) -> "Tensor":
         """Run the chunks, whose room is reserved, and return float32 [rows wanted, V] in chunk order.
 
         The result may be overwritten by the next call. Raises BackendError when the model can't run; the caller then
@@ -186,7 +187,7 @@ class CacheVariants(Protocol):
     @property
     def num_layers(self) -> int: ...
 
-    def variant(self, dtypes: Sequence[CacheDtype]) -> Backend:
+    def variant(self, dtypes: "Sequence[CacheDtype]") -> Backend:
         """A backend whose layers are cached so, [num_layers].
 
         It shares the books of the first: it can only run what that one has just run and not yet committed.

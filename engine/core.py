@@ -1,10 +1,11 @@
-"""The loop's one turn: schedule, run the model, draw tokens, turn them into text."""
+"""The loop's one turn: schedule, run the model, draw tokens, have them written."""
 
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from msgspec.structs import replace
 from torch import Tensor
 
 from tightrope.backends.errors import BackendError
@@ -13,26 +14,22 @@ from tightrope.engine.adapters import Adapters
 from tightrope.engine.errors import BackendFailed, EngineError, InvalidRequest
 from tightrope.engine.guidance import guided
 from tightrope.engine.info import window
-from tightrope.engine.intake import Intake, encode_prompt, plain_token
+from tightrope.engine.intake import Intake, encode_prompt
 from tightrope.engine.sampler.sampler import Sampled, prompt_logprobs, sample
 from tightrope.engine.scheduler import Scheduler, Work, chunks
 from tightrope.engine.sequence import Sequence
 from tightrope.engine.settings import LimitSettings
-from tightrope.engine.text.banned_strings import PendingToken
 from tightrope.engine.types import (
     Delta,
-    Finish,
-    FinishReason,
     GenerateRequest,
     Prompt,
     PromptInfo,
     Stats,
-    Token,
     TokenPiece,
     TokenPrompt,
     TokenRun,
-    TopToken,
 )
+from tightrope.engine.writer import plain_token
 
 
 @dataclass(slots=True)
@@ -133,7 +130,7 @@ class EngineCore:
         """Queue a prepared request. Raises ModelNotFound when its adapter isn't there any more."""
         adapter = sequences[0].request.adapter
         key = None if adapter is None else self.adapters.key(adapter)
-        if sequences[0].tokenizer is not self._intake.tokenizer(adapter):
+        if sequences[0].writer.tokenizer is not self._intake.tokenizer(adapter):
             raise InvalidRequest(f"{adapter!r} was loaded anew with other tokens: ask once more", "model")
         for sequence in sequences:
             sequence.adapter = key
@@ -215,158 +212,73 @@ class EngineCore:
                 logits[last_rows[-1]] = guided(logits[last_rows[-1]], logits[row], sequence.guide.scale)
                 row += 1
             if is_last and sequence.request.stop.max_tokens == 0:
-                deltas.append(self._finish(sequence, "", (), "length", now_s))
+                deltas += self._completed(sequence, sequence.writer.end("length"), now_s)
         if drawing:
             for sequence in drawing:
-                self._hold_back_ends(sequence)
+                sequence.sampler.suppressed = sequence.writer.excluded()
             rows = logits if len(last_rows) == row else logits[last_rows]
             drawn_tokens = sample(rows, [s.sampler for s in drawing], may_overwrite=True)
             for sequence, drawn in zip(drawing, drawn_tokens, strict=True):
                 deltas += self._advance(sequence, drawn, now_s)
         return StepResult(deltas, [])
 
-    def _hold_back_ends(self, sequence: Sequence) -> None:
-        stop = sequence.request.stop
-        is_early = sequence.num_output < stop.min_tokens
-        ends = tuple(sequence.tokenizer.eos_ids) if stop.ignore_eos or is_early else ()
-        if is_early:
-            ends += tuple(i for i in stop.token_ids if 0 <= i < sequence.tokenizer.vocab_size)
-        if sequence.banned is not None:
-            ends += sequence.banned.excluded_at(sequence.num_output)
-        sequence.sampler.suppressed = ends
-
     def _advance(self, sequence: Sequence, drawn: Sampled | None, now_s: float) -> list[Delta]:
-        """Append the drawn token and see whether it ends the sequence."""
+        """Append the drawn token, and follow the writer where it takes tokens back or ends the answer."""
+        writer, sampler = sequence.writer, sequence.sampler
         if drawn is None:
-            grammar = sequence.sampler.grammar
             message = "no token can be drawn: all are banned, or the model gave no numbers"
-            if grammar is not None and grammar.error is not None:
-                message = f"the grammar can't be followed any further: {grammar.error}"
-            return self._end(sequence, [], "error", now_s, message=message)
+            if sampler.grammar is not None and sampler.grammar.error is not None:
+                message = f"the grammar can't be followed any further: {sampler.grammar.error}"
+            return self._completed(sequence, writer.end("error", message=message), now_s)
         if sequence.first_token_s is None:
             sequence.first_token_s = now_s
-        token_id = drawn.token_id
-        sequence.append(token_id)
-        sequence.sampler.append(token_id, drawn.surprise)
+        sequence.append(drawn.token_id)
+        sampler.append(drawn.token_id, drawn.surprise)
         self._counters.generated_tokens += 1
-        request, stop = sequence.request, sequence.request.stop
-        is_special = sequence.tokenizer.is_special(token_id)
-        raw = sequence.tokenizer.token_bytes(token_id)
-        is_end = token_id in sequence.tokenizer.eos_ids or token_id in stop.token_ids
-        before = sequence.detokenizer.copy() if sequence.banned is not None else sequence.detokenizer
-        shown = text = ""
-        if not is_end and not (is_special and request.skip_special_tokens):
-            shown, text = sequence.detokenizer.feed(raw, watch=sequence.num_output > stop.min_tokens)
-        held = PendingToken(self._token(sequence, token_id, raw, text, is_special, drawn), shown, before)
-        given = [held]
-        if sequence.banned is not None:
-            num_banned = sequence.banned.feed(held)
-            if num_banned is not None:
-                return self._take_back(sequence, num_banned, now_s)
-            given = sequence.banned.release()
-        is_full = len(sequence.token_ids) >= sequence.max_len
-        if is_end and not (is_full and stop.length_first):
-            reason: FinishReason = "eos" if token_id in sequence.tokenizer.eos_ids else "stop_token"
-            return self._end(sequence, given, reason, now_s, matched=token_id)
-        if sequence.detokenizer.stopped_by is not None and not (is_full and stop.length_first):
-            return self._end(sequence, given, "stop_string", now_s, matched=sequence.detokenizer.stopped_by)
-        if sequence.sampler.has_complete_text and not (is_full and stop.length_first):
-            return self._end(sequence, given, "eos", now_s)  # only an end token may follow: it is not waited for
-        if is_full:
-            return self._end(sequence, given, "length", now_s)
-        if not given:
-            return [self._delta(sequence, "", ())]
-        return [self._delta(sequence, one.shown, (one.token,)) for one in given]
+        deltas = writer.take(drawn.token_id, drawn.logprob, drawn.top, is_complete=sampler.has_complete_text)
+        num_lost = sequence.num_output - writer.num_tokens
+        if num_lost:
+            sequence.take_back(num_lost)
+            sampler.truncate(writer.num_tokens)
+            if not writer.is_finished:
+                self._scheduler.rewind(sequence)
+        return self._completed(sequence, deltas, now_s)
 
-    def _take_back(self, sequence: Sequence, num_tokens: int, now_s: float) -> list[Delta]:
-        """Go back to before the tokens that became a banned string, and on from there by another one."""
-        assert sequence.banned is not None
-        sequence.detokenizer = sequence.banned.take_back(num_tokens).before
-        sequence.take_back(num_tokens)
-        sequence.sampler.truncate(sequence.num_output)
-        if sequence.banned.is_stuck:
-            return self._end(sequence, [], "error", now_s, message="every way on leads to a banned string")
-        self._scheduler.rewind(sequence)
-        return [self._delta(sequence, "", ())]
-
-    def _end(
-        self,
-        sequence: Sequence,
-        given: list[PendingToken],
-        reason: FinishReason,
-        now_s: float,
-        *,
-        matched: str | int | None = None,
-        message: str | None = None,
-    ) -> list[Delta]:
-        """The last deltas, one a token: what is given out now, and what was held back."""
-        if sequence.banned is not None:
-            given = given + sequence.banned.release_all()
-        rest = "" if reason == "stop_string" else sequence.detokenizer.flush()
-        deltas = [self._delta(sequence, one.shown, (one.token,)) for one in given[:-1]]
-        shown = "".join(one.shown for one in given[-1:]) + rest
-        tokens = tuple(one.token for one in given[-1:])
-        return [*deltas, self._finish(sequence, shown, tokens, reason, now_s, matched=matched, message=message)]
-
-    def _token(
-        self, sequence: Sequence, token_id: int, raw: bytes, text: str, is_special: bool, drawn: Sampled
-    ) -> Token:
-        top = tuple(
-            TopToken(i, sequence.tokenizer.token_bytes(i), logprob, sequence.tokenizer.is_special(i))
-            for i, logprob in drawn.top
-        )
-        return Token(token_id, raw, text, drawn.logprob, is_special, top)
-
-    def _score_prompt(self, sequence: Sequence, start: int, logits: Tensor) -> None:
-        """Logprobs of the prompt's tokens start + 1 ..., from the rows of the tokens before them."""
-        tokens, top = sequence.prompt_tokens, sequence.request.prompt_logprobs
-        assert tokens is not None
-        assert top is not None
-        if start == 0:
-            tokens.append(plain_token(sequence.token_ids[0], sequence.tokenizer))
-        following = sequence.token_ids[start + 1 : min(start + 1 + len(logits), sequence.num_prompt)]
-        scores = prompt_logprobs(logits[: len(following)], following, top)
-        for token_id, scored in zip(following, scores, strict=True):
-            raw = sequence.tokenizer.token_bytes(token_id)
-            text, is_special = raw.decode("utf-8", "replace"), sequence.tokenizer.is_special(token_id)
-            tokens.append(self._token(sequence, token_id, raw, text, is_special, scored))
-
-    def _delta(self, sequence: Sequence, text: str, tokens: tuple[Token, ...], finish: Finish | None = None) -> Delta:
-        prompt = None
+    def _completed(self, sequence: Sequence, deltas: list[Delta], now_s: float) -> list[Delta]:
+        """The same with what the writer can't know: how the prompt was read, and how long all took."""
         if not sequence.is_announced:
-            sequence.is_announced = True
-            scored = sequence.prompt_tokens
-            prompt = PromptInfo(
-                sequence.num_prompt,
-                sequence.num_cached,
-                sequence.sampler.seed,
-                None if scored is None else tuple(scored),
-            )
-            self._counters.prompt_tokens += sequence.num_prompt
-            self._counters.cached_tokens += sequence.num_cached
-        return Delta(sequence.request.request_id, sequence.index, text, tokens, prompt, finish)
+            deltas[0] = replace(deltas[0], prompt=self._announce(sequence))
+        if (finish := deltas[-1].finish) is not None:
+            deltas[-1] = replace(deltas[-1], finish=replace(finish, timings=sequence.timings(now_s)))
+            self._leave(sequence)
+        return deltas
 
-    def _finish(
-        self,
-        sequence: Sequence,
-        text: str,
-        tokens: tuple[Token, ...],
-        reason: FinishReason,
-        now_s: float,
-        *,
-        matched: str | int | None = None,
-        message: str | None = None,
-    ) -> Delta:
-        """Write the last delta and give the sequence's place back."""
-        finish = Finish(reason, sequence.num_output, sequence.timings(now_s), matched, message)
-        delta = self._delta(sequence, text, tokens, finish)
+    def _announce(self, sequence: Sequence) -> PromptInfo:
+        sequence.is_announced = True
+        self._counters.prompt_tokens += sequence.num_prompt
+        self._counters.cached_tokens += sequence.num_cached
+        scored = None if sequence.prompt_tokens is None else tuple(sequence.prompt_tokens)
+        return PromptInfo(sequence.num_prompt, sequence.num_cached, sequence.sampler.seed, scored)
+
+    def _leave(self, sequence: Sequence) -> None:
+        """Give the place of a finished sequence back."""
         self._scheduler.remove(sequence)
         siblings = self._requests[sequence.request.request_id]
         siblings.remove(sequence)
         if not siblings:
             del self._requests[sequence.request.request_id]
             self._counters.finished += 1
-        return delta
+
+    def _score_prompt(self, sequence: Sequence, start: int, logits: Tensor) -> None:
+        """Logprobs of the prompt's tokens start + 1 ..., from the rows of the tokens before them."""
+        tokens, top, tokenizer = sequence.prompt_tokens, sequence.request.prompt_logprobs, sequence.writer.tokenizer
+        assert tokens is not None
+        assert top is not None
+        if start == 0:
+            tokens.append(plain_token(sequence.token_ids[0], tokenizer))
+        following = sequence.token_ids[start + 1 : min(start + 1 + len(logits), sequence.num_prompt)]
+        scores = prompt_logprobs(logits[: len(following)], following, top)
+        tokens += [plain_token(scored.token_id, tokenizer, scored.logprob, scored.top) for scored in scores]
 
     def stats(self) -> Stats:
         """Gauges and counters now."""

@@ -17,9 +17,8 @@ from tightrope.engine.guided.grammar_trial import GrammarTrial
 from tightrope.engine.prompt_bytes import check_bytes, last_bytes
 from tightrope.engine.sampler.state import SamplerState
 from tightrope.engine.sequence import Sequence
-from tightrope.engine.text.banned_strings import BannedStrings
-from tightrope.engine.text.detokenizer import Detokenizer
-from tightrope.engine.types import GenerateRequest, Prompt, SamplingParams, Span, TextPrompt, Token
+from tightrope.engine.types import GenerateRequest, Prompt, SamplingParams, Span, TextPrompt
+from tightrope.engine.writer import Writer
 from tightrope.kernels.forms.layout import PAGE
 
 GUIDE = "negative_prompt"  # the request's name for it
@@ -55,12 +54,6 @@ def encode_prompt(prompt: Prompt, tokenizer: Tokenizer, last: int | None = None)
         num_there = next((i for i, token_id in enumerate(token_ids) if token_id != bos), len(token_ids))
         token_ids[:num_there] = [bos]  # client and template may both have written one
     return token_ids[-(last or 0) :]
-
-
-def plain_token(token_id: int, tokenizer: Tokenizer) -> Token:
-    """A token outside any answer, with its own text."""
-    raw = tokenizer.token_bytes(token_id)
-    return Token(token_id, raw, raw.decode("utf-8", "replace"), None, tokenizer.is_special(token_id))
 
 
 class Intake:
@@ -117,12 +110,10 @@ class Intake:
                     None if matcher is None else matcher.fork(),
                     tokenizer.token_bytes,
                 ),
-                tokenizer=tokenizer,
-                detokenizer=Detokenizer(request.stop.strings, keep_stop_text=request.stop.keep_stop_text),
+                writer=Writer(request, index, tokenizer, max_len - len(prompt)),
                 max_len=max_len,
                 arrived_s=now_s,
                 guide=self._guide(request, negative),
-                banned=BannedStrings(banned) if (banned := request.sampling.banned_strings) else None,
                 leader=sequences[0] if sequences else None,
                 prompt_tokens=[] if request.prompt_logprobs is not None else None,
             )

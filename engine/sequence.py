@@ -1,13 +1,14 @@
 """One answer being written: its tokens, how far they are computed, and when it ends."""
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from tightrope.backends.protocol import Tokenizer
 from tightrope.engine.guidance import Guide
-from tightrope.engine.sampler.state import SamplerState
-from tightrope.engine.text.banned_strings import BannedStrings
-from tightrope.engine.text.detokenizer import Detokenizer
 from tightrope.engine.types import GenerateRequest, Timings, Token
+from tightrope.engine.writer import Writer
+
+if TYPE_CHECKING:  # Its module imports torch, which takes seconds, and the scheduler needs none.
+    from tightrope.engine.sampler.state import SamplerState
 
 AdapterUse = tuple[str, float] | None  # what the backend calls an adapter, and its scale
 
@@ -23,12 +24,10 @@ class Sequence:
     request: GenerateRequest
     index: int
     token_ids: list[int]
-    sampler: SamplerState
-    tokenizer: Tokenizer
-    detokenizer: Detokenizer
+    sampler: "SamplerState"
+    writer: Writer
     max_len: int  # token_ids never grows beyond it
     arrived_s: float
-    banned: BannedStrings | None = None
     guide: Guide | None = None  # runs in the same steps
     num_prompt: int = field(init=False)
     num_computed: int = 0

@@ -4,16 +4,20 @@ import random
 
 import pytest
 from engine_runs import make_core, request, run, text_of, text_prompt
-from fakes import BOS, END_OF_TURN, EOS, FakeBackend, letters, script
+from fakes import BOS, END_OF_TURN, EOS, ByteTokenizer, FakeBackend, letters, script
+from msgspec.structs import replace
 
 from tightrope.engine.errors import BackendFailed, ContextLengthExceeded, InvalidRequest
 from tightrope.engine.types import (
+    Delta,
+    LogprobRequest,
     Prompt,
     SamplingParams,
     Span,
     TextPrompt,
     TokenPrompt,
 )
+from tightrope.engine.writer import UNTIMED, Writer
 
 
 def expected(prompt: str, num_tokens: int) -> str:
@@ -145,6 +149,22 @@ def test_a_sequence_ends_by_the_rule_that_comes_first(stop: dict[str, object], t
     assert text_of(deltas) == text
     assert deltas[-1].finish is not None
     assert deltas[-1].finish.reason == reason
+
+
+def test_an_answer_is_written_again_from_the_tokens_that_were_given_out():
+    asked = request(logprobs=LogprobRequest(top=2, processed=False), strings=("re",), max_tokens=30)
+    deltas = run(make_core(FakeBackend(script("Hi there"))), asked)["r"]
+
+    writer = Writer(asked, 0, ByteTokenizer(), 30)
+    tokens = [token for delta in deltas for token in delta.tokens]
+    tops = [[(one.token_id, one.logprob) for one in token.top] for token in tokens]
+    again: list[Delta] = []
+    for token, likeliest in zip(tokens, tops, strict=True):
+        again += writer.take(token.token_id, token.logprob, likeliest)
+
+    assert deltas[-1].finish is not None
+    ended = replace(deltas[-1].finish, timings=UNTIMED)
+    assert again == [*(replace(d, prompt=None) for d in deltas[:-1]), replace(deltas[-1], finish=ended)]
 
 
 def test_the_end_token_is_counted_and_listed_but_adds_no_text():

@@ -7,12 +7,13 @@ loses, mixes or repeats cached tokens writes other text.
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from tightrope.backends.errors import BackendError
 from tightrope.backends.protocol import Capabilities, Chunk, KVUsage, ModelCard
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 BOS, EOS, END_OF_TURN = 256, 257, 258
 SPECIAL = {BOS: "<s>", EOS: "</s>", END_OF_TURN: "<|im_end|>"}
@@ -192,7 +193,9 @@ class FakeBackend:
         self.broken: str | None = None
         self._next_token = next_token
 
-    def forward(self, chunks: Sequence[Chunk]) -> Tensor:
+    def forward(self, chunks: Sequence[Chunk]) -> "Tensor":
+        import torch  # here, since it takes seconds to import
+
         assert chunks
         if self.broken is not None:
             raise BackendError(self.broken)
@@ -213,7 +216,9 @@ class FakeBackend:
                     rows.append(self._row(so_far))
         return torch.stack(rows) if rows else torch.empty(0, self.tokenizer.vocab_size)
 
-    def _row(self, so_far: Sequence[int]) -> Tensor:
+    def _row(self, so_far: Sequence[int]) -> "Tensor":
+        import torch
+
         row = torch.zeros(self.tokenizer.vocab_size)
         row[self._next_token(so_far)] = 20.0
         return row

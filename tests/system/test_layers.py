@@ -72,6 +72,16 @@ def test_importing_the_whole_front_loads_no_model_library():
     assert result.stdout.strip() == "[]"
 
 
+def test_scheduling_and_writing_load_no_model_library():
+    script = (
+        f"import tightrope.backends.protocol, tightrope.engine.writer, sys\nprint(sorted({HEAVY!r} & set(sys.modules)))"
+    )
+
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+
+    assert result.stdout.strip() == "[]"
+
+
 def test_the_help_is_printed_without_the_web_framework():
     script = (
         "import sys; from tightrope.server.cli.main import main\n"
