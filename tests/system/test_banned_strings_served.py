@@ -3,7 +3,7 @@
 import httpx
 import pytest
 
-PROMPT = "Once upon a time, there was a"
+PROMPT = "1, 2, 3, 4, 5, 6, 7,"  # no near ties: an answer from the cache rounds otherwise
 
 
 def complete(url: str, **fields: object) -> str:

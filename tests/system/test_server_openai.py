@@ -9,10 +9,10 @@ import pytest
 from fake_api import events
 from openai.types.chat import ChatCompletionMessageParam
 
-# The prompts that two answers are compared for have no near ties: another batch rounds otherwise.
+# The prompts that two answers are compared for have no near ties: another batch, and a cached part, round otherwise.
 MODEL = "tgi"  # a name that clients use who don't know the served one
-HELLO: list[ChatCompletionMessageParam] = [{"role": "user", "content": "Say hello to Mary in one sentence."}]
-FAMILY = "안녕하세요 👩‍👩‍👧 안녕하세요 👩‍👩‍👧 안녕하세요 👩‍👩‍👧 안녕하세요"
+HELLO: list[ChatCompletionMessageParam] = [{"role": "user", "content": "Repeat after me: Hello, Mary!"}]
+FAMILY = "안녕하세요 👩‍👩‍👧 " * 5 + "안녕하세요"
 FACES = "😀" * 12
 HANGUL = "가나다라마바사 가나다라마바사 가나다라"
 
@@ -115,8 +115,17 @@ def test_stop_strings_are_cut_wherever_they_fall(client: openai.OpenAI) -> None:
 
 
 def test_a_seed_gives_the_same_text_again_and_another_seed_another(client: openai.OpenAI) -> None:
+    # Which of two tokens is drawn hangs on the biases and the seed, so that no rounding of the logits moves it.
     def ask(seed: int) -> str:
-        answer = client.completions.create(model=MODEL, prompt="Once upon a time", seed=seed, max_tokens=20)
+        answer = client.completions.create(
+            model=MODEL,
+            prompt="Once upon a time",
+            seed=seed,
+            max_tokens=20,
+            temperature=40,
+            logit_bias={"504": 100, "3575": 60},
+            extra_body={"top_k": 2},
+        )
         return answer.choices[0].text
 
     assert ask(1) == ask(1)
