@@ -9,26 +9,23 @@ answers or not. Writes bench/results/overload.json and overload.png.
 
 import argparse
 import asyncio
-import json
-import random
 import tempfile
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 
 from tqdm import tqdm
 
 from bench import report
+from bench.load_process import Load, Trial, full, load_pool, open_loop
 from bench.peers import StartFailed, end_servers_when_told
 from bench.served import add_model_options, chosen_model, serving
 from bench.soak_plot import draw
-from bench.sse import RequestFailed, exchange, read_events
 from bench.watch import Reading, columns, line, verdict, watching
-from bench.workloads import prose
 
 SLOTS, WAITING = 16, 128  # the server's defaults
 WINDOW, CACHE_TOKENS = 4096, 8192
@@ -36,19 +33,7 @@ MAX_TOKENS = 48
 WARM_S, PLAIN_S = 15.0, 30.0
 REFUSED_MS, SLOWER = 100.0, 1.2  # bars
 FRONT_MIB, ENGINE_MIB = 32.0, 64.0  # bars: the most that either may hold beyond its most at plain full load
-READ_EVERY_S, LOOK_EVERY_S = 0.5, 0.02
-
-
-@dataclass(frozen=True, slots=True)
-class Trial:
-    """One request; times are seconds since the start. `status` is 0 where there was none, or the answer broke off."""
-
-    begin_s: float
-    head_s: float  # when the status had come
-    end_s: float
-    status: int
-    tpot_s: float | None = None  # of an answer that came whole
-    says_when: bool = False  # there is a Retry-After
+READ_EVERY_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,110 +45,43 @@ class Found:
     plain_s: tuple[float, float]
     overload_s: tuple[float, float]
     readings: Sequence[Reading]
-    lags_ms: Sequence[float]  # how late this client's own loop was during the overload: part of what it measures
-
-
-class Load:
-    """Requests for answers of MAX_TOKENS tokens, each with a prompt of its own."""
-
-    def __init__(self, url: str, seed: int) -> None:
-        self._url = url
-        self._draw = random.Random(seed)
-        self.began_s = time.perf_counter()
-        self.num_ended = 0
-
-    def now_s(self) -> float:
-        return time.perf_counter() - self.began_s
-
-    async def ask(self) -> Trial:
-        """Send one request and read its answer to the end."""
-        body = {"prompt": prose(str(self._draw.getrandbits(64)), 20), "max_tokens": MAX_TOKENS, "ignore_eos": True}
-        sampling = {"temperature": 0.7, "seed": self._draw.getrandbits(32)}
-        streamed = {"stream": True, "stream_options": {"include_usage": True}}
-        begin_s = self.now_s()
-        try:
-            reply = await exchange(self._url, "/v1/completions", json.dumps(body | sampling | streamed).encode())
-        except RequestFailed:
-            return Trial(begin_s, self.now_s(), self.now_s(), 0)
-        finally:
-            self.num_ended += 1
-        head_s = reply.head_s - self.began_s
-        if reply.status != 200:
-            return Trial(begin_s, head_s, self.now_s(), reply.status, says_when="retry-after" in reply.headers)
-        try:
-            tpot_s = read_events(reply.sent_s, reply.events).tpot_s if reply.is_whole else None
-        except RequestFailed:
-            tpot_s = None
-        return Trial(begin_s, head_s, self.now_s(), 0 if tpot_s is None else 200, tpot_s)
-
-    async def full(self, seconds: float) -> list[Trial]:
-        """Plain full load for so long: a client for each place, whose next request follows its answer."""
-        end_s = self.now_s() + seconds
-        trials: list[Trial] = []
-
-        async def client() -> None:
-            while self.now_s() < end_s:
-                trials.append(await self.ask())
-
-        await asyncio.gather(*(client() for _ in range(SLOTS)))
-        return trials
-
-    async def open_loop(self, per_s: float, seconds: float) -> list[Trial]:
-        """Requests at random moments, `per_s` of them a second on average, until all have ended."""
-        next_s, tasks = self.now_s(), []
-        end_s = next_s + seconds
-        while (next_s := next_s + self._draw.expovariate(per_s)) < end_s:
-            await asyncio.sleep(max(0.0, next_s - self.now_s()))
-            tasks.append(asyncio.create_task(self.ask()))
-        return await asyncio.gather(*tasks)
+    lags_ms: Sequence[float]  # how late the clients' own loop was during the overload: part of what it measures
+    client_cpu_s: float  # of the clients, from the overload's begin to its last answer
 
 
 async def overload(url: str, front: int, seconds: float, times: float, seed: int, bar: "tqdm[object]") -> Found:
     """Warm up, measure plain full load, and then bring `times` as many requests for so many seconds."""
-    load = Load(url, seed)
-    async with watching(front, READ_EVERY_S, lambda: load.num_ended, load.began_s) as readings:
-        showing = asyncio.create_task(_show(bar, load, readings))
-        try:
-            bar.set_description("warm-up")
-            await load.full(WARM_S)
-            bar.set_description("plain full load")
-            plain_began_s = load.now_s()
-            plain = await load.full(PLAIN_S)
-            plain_ended_s = load.now_s()
-            bar.set_description("overload")
-            per_s = times * served_per_s(plain, plain_began_s, plain_ended_s)
-            async with lateness_ms() as lags:
-                many = await load.open_loop(per_s, seconds) if per_s else []
-        finally:
-            showing.cancel()
-    return Found(plain, many, (plain_began_s, plain_ended_s), (plain_ended_s, plain_ended_s + seconds), readings, lags)
+    loads = [Load(url, MAX_TOKENS, seed + number) for number in range(3)]
+    pool, ended = load_pool()
+    start_s = time.perf_counter()
+    run = partial(asyncio.get_running_loop().run_in_executor, pool)
+    with pool:
+        async with watching(front, READ_EVERY_S, lambda: ended.value, start_s) as readings:
+            showing = asyncio.create_task(_show(bar, lambda: ended.value, readings))
+            try:
+                bar.set_description("warm-up")
+                await run(full, loads[0], start_s, SLOTS, WARM_S)
+                bar.set_description("plain full load")
+                plain = await run(full, loads[1], start_s, SLOTS, PLAIN_S)
+                plain_s = plain.begin_s, plain.begin_s + PLAIN_S
+                bar.set_description("overload")
+                per_s = times * served_per_s(plain.trials, *plain_s)
+                if not per_s:
+                    raise StartFailed("nothing was served at plain full load")
+                many = await run(open_loop, loads[2], start_s, per_s, seconds)
+            finally:
+                showing.cancel()
+    many_s = many.begin_s, many.begin_s + seconds
+    return Found(plain.trials, many.trials, plain_s, many_s, readings, many.lags_ms, many.cpu_s)
 
 
-@asynccontextmanager
-async def lateness_ms() -> AsyncIterator[list[float]]:
-    """Yield a list that grows by how much later than asked for this loop wakes up, while the block runs."""
-    found: list[float] = []
-
-    async def watch() -> None:
-        while True:
-            began_s = time.perf_counter()
-            await asyncio.sleep(LOOK_EVERY_S)
-            found.append(1e3 * (time.perf_counter() - began_s - LOOK_EVERY_S))
-
-    task = asyncio.create_task(watch())
-    try:
-        yield found
-    finally:
-        task.cancel()
-
-
-async def _show(bar: "tqdm[object]", load: Load, readings: Sequence[Reading]) -> None:
+async def _show(bar: "tqdm[object]", num_ended: Callable[[], int], readings: Sequence[Reading]) -> None:
     """Keep the progress bar going."""
     while True:
         await asyncio.sleep(1)
         bar.update(1)
         if readings:
-            bar.set_postfix(requests=load.num_ended, front_mib=round(readings[-1].front.mib))
+            bar.set_postfix(requests=num_ended(), front_mib=round(readings[-1].front.mib))
 
 
 def served_per_s(trials: Sequence[Trial], begin_s: float, end_s: float) -> float:
@@ -211,6 +129,7 @@ def figures(found: Found) -> dict[str, float | None]:
         "refused_p99_ms": percentile(refusals_ms(found.overload), 0.99),
         "refused_max_ms": percentile(refusals_ms(found.overload), 1.0),
         "client_late_p99_ms": percentile(sorted(found.lags_ms), 0.99),
+        "client_cpu_ms": 1e3 * found.client_cpu_s / max(1, len(found.overload)),
         "front_more_mib": front,
         "engine_more_mib": engine,
     }
@@ -277,7 +196,7 @@ def main() -> None:
             with serving(model, Path(place), options.name, [*map(str, sizes)]) as served:
                 pid, span_s = served.process.pid, options.seconds
                 found = asyncio.run(overload(served.url, pid, span_s, options.times, options.seed, bar))
-        except (StartFailed, RequestFailed) as error:
+        except StartFailed as error:
             raise SystemExit(f"{error}; the server's log is build/{options.name}.log") from None
     setup: dict[str, object] = {"model": model.name, "slots": SLOTS, "waiting": WAITING, "tokens": MAX_TOKENS}
     setup |= {"seconds": options.seconds, "times": options.times, "seed": options.seed}

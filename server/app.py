@@ -26,6 +26,7 @@ from tightrope.server.http.api_page import add_api_page
 from tightrope.server.http.draining import Drain, DrainGuard
 from tightrope.server.http.errors import install_handlers
 from tightrope.server.http.guards import AdminGuard, BodyLimit, KeyGuard
+from tightrope.server.http.queue_guard import QueueGuard
 from tightrope.server.http.sites import HostGuard, OriginGuard
 from tightrope.server.state import AppState
 
@@ -68,7 +69,9 @@ def create_app(front: AppState, drain: Drain | None = None) -> FastAPI:
         max_bytes=settings.max_body_bytes,
         max_held_bytes=settings.max_held_bytes,
         retry_after_s=lambda: client.retry_after_s,
+        refused=front.metrics.refused,
     )
+    app.add_middleware(QueueGuard, check_room=client.check_room, refused=front.metrics.refused)
     app.add_middleware(AdminGuard, admin_key=settings.admin_key)
     if settings.api_key is not None:
         app.add_middleware(KeyGuard, api_key=settings.api_key, admin_key=settings.admin_key)

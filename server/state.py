@@ -16,6 +16,7 @@ from tightrope.server.dialects.openai.convert import Served
 from tightrope.server.http.errors import TemplateFailed
 from tightrope.server.http.guards import owner_of
 from tightrope.server.http.metrics import Metrics
+from tightrope.server.http.queue_guard import hand_over
 from tightrope.server.prompts.template_renderer import TemplateRenderer
 from tightrope.server.prompts.templates import ChatTemplate, Probed
 from tightrope.server.prompts.turn_marks import find_turn_marks
@@ -69,6 +70,7 @@ class AppState:
         owner = owner_of(request.scope, self.settings.api_key, self.settings.admin_key)
 
         def generate(asked: GenerateRequest) -> AsyncGenerator[Delta, None]:
+            hand_over(request.scope)
             return self.metrics.generate(replace(asked, namespace=_namespace(owner, asked.namespace)))
 
         return generate

@@ -286,8 +286,10 @@ class EngineClient:
     def _num_places(self) -> int:
         return 1 if self.info is None else self.info.max_num_seqs
 
-    def _check_room(self) -> None:
-        num_waiting, most = self.num_open - self._num_places, self._settings.limits.max_waiting
+    def check_room(self, num_coming: int = 0) -> None:
+        """Raises Overloaded if no more requests may wait, beside so many that will be asked for in a moment."""
+        num_waiting = self.num_open + num_coming - self._num_places
+        most = self._settings.limits.max_waiting
         if num_waiting >= most:
             message = f"{num_waiting} requests are waiting already; the limit is {most}"
             raise Overloaded(message, retry_after_s=self.retry_after_s)
@@ -299,7 +301,7 @@ class EngineClient:
         the work.
         """
         self._check_ready()
-        self._check_room()
+        self.check_room()
         assert request.request_id not in self._streams, "request ids are unique"
         if not self._has_work:
             self._step_began_s = self._clock()

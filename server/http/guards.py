@@ -1,7 +1,9 @@
 """What stands before every route: keys, the length of bodies. Plain ASGI, so that nothing is buffered."""
 
+import asyncio
 import hmac
 from collections.abc import Callable
+from contextlib import suppress
 from ipaddress import ip_address
 
 from fastapi import Request
@@ -14,13 +16,44 @@ from tightrope.server.http.errors import BodyTooLarge, SwitchedOff, Unauthorized
 OPEN_ROUTES = frozenset({"/health", "/ping", "/info", "/metrics", "/version", "/docs"})
 OPEN_ROUTES |= {"/openapi.json", "/api-doc/openapi.json"}
 ADMIN_ROUTES = frozenset({"/v1/load_lora_adapter", "/v1/unload_lora_adapter"})
+LINGER_BYTES, LINGER_S = 1 << 20, 2.0  # of a refused body
+SMALL_BYTES = 1024  # a body that is always taken: as many as there may be connections have 4 MiB
 
 
 async def refuse(exc: EngineError, scope: Scope, receive: Receive, send: Send) -> None:
-    """Answer with an error, and leave the body unread."""
+    """Answer with an error without looking at the body, and close the connection.
+
+    A connection that is closed while its client still sends is reset, and the answer may be lost with it. So what
+    comes behind the answer is thrown away first, up to LINGER_BYTES and for LINGER_S.
+    """
     reply = error_reply(exc, dialect_of(Request(scope)))
     reply.headers["connection"] = "close"  # a body that nobody reads must not be taken for the next request
-    await reply(scope, receive, send)
+
+    async def send_and_linger(message: Message) -> None:
+        if message["type"] != "http.response.body" or _waits_with_its_body(scope):
+            return await send(message)
+        await send({**message, "more_body": True})
+        with suppress(TimeoutError):
+            async with asyncio.timeout(LINGER_S):
+                await _throw_away(receive)
+        return await send({"type": "http.response.body"})
+
+    await reply(scope, receive, send_and_linger)
+
+
+def _waits_with_its_body(scope: Scope) -> bool:
+    """Whether the client sends its body only after a word from us, which it will not hear now."""
+    return Headers(scope=scope).get("expect", "").lower() == "100-continue"
+
+
+async def _throw_away(receive: Receive) -> None:
+    """Read a request to its end, or its first LINGER_BYTES."""
+    num_bytes = 0
+    while num_bytes <= LINGER_BYTES:
+        message = await receive()
+        if not message.get("more_body", False):  # it is whole, or its client has gone
+            return
+        num_bytes += len(message["body"])
 
 
 def is_loopback(host: str) -> bool:
@@ -98,23 +131,38 @@ class AdminGuard:
 class BodyLimit:
     """Bound the bytes of each body, and of all that are held at the same time.
 
-    One that is too long is refused at once by its declared length, or when an undeclared one gets there. A body is held
-    until its request is answered, whether it is being read, waits or runs; one that has no others beside it may stay.
+    One that is too long, or finds no room, is refused unread by its declared length, or when it gets there. A body is
+    held until its request is answered, whether it is being read, waits or runs; one that has no others beside it may
+    stay, and those of at most SMALL_BYTES always: one that cancels a request must get through.
     """
 
-    def __init__(self, app: ASGIApp, max_bytes: int, max_held_bytes: int, retry_after_s: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        max_bytes: int,
+        max_held_bytes: int,
+        retry_after_s: Callable[[], int],
+        refused: Callable[[EngineError], None],
+    ) -> None:
+        """refused: hears of what is refused for the sake of others, and unread."""
         self._app = app
         self._max = max_bytes
         self._max_held = max_held_bytes
         self._num_held = 0
         self._retry_after_s = retry_after_s
+        self._refused = refused
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         declared = Headers(scope=scope).get("content-length", "")
-        if declared.isdecimal() and int(declared) > self._max:
-            return await refuse(self._error(), scope, receive, send)
+        length = int(declared) if declared.isdecimal() else 0
+        if length > self._max:
+            return await refuse(self._too_large(), scope, receive, send)
+        if self._num_held and self._is_full(length, self._num_held + length):
+            error = self._full()
+            self._refused(error)
+            return await refuse(error, scope, receive, send)
         num_bytes = 0
 
         async def counted() -> Message:
@@ -124,12 +172,9 @@ class BodyLimit:
             num_bytes += num_more
             self._num_held += num_more
             if num_bytes > self._max:
-                raise self._error()
-            if num_more and self._num_held > max(self._max_held, num_bytes):
-                raise Overloaded(
-                    f"the bodies of requests under way have {self._num_held} bytes; the limit is {self._max_held}",
-                    retry_after_s=self._retry_after_s(),
-                )
+                raise self._too_large()
+            if num_more and self._is_full(num_bytes, self._num_held):
+                raise self._full()
             return message
 
         try:
@@ -137,5 +182,13 @@ class BodyLimit:
         finally:
             self._num_held -= num_bytes
 
-    def _error(self) -> BodyTooLarge:
+    def _is_full(self, num_bytes: int, num_all: int) -> bool:
+        """Whether a body of so many bytes is too much, where it and all others have `num_all`."""
+        return num_bytes > SMALL_BYTES and num_all > max(self._max_held, num_bytes)
+
+    def _too_large(self) -> BodyTooLarge:
         return BodyTooLarge(f"the body is longer than {self._max} bytes")
+
+    def _full(self) -> Overloaded:
+        message = f"the bodies of requests under way have {self._num_held} bytes; the limit is {self._max_held}"
+        return Overloaded(message, retry_after_s=self._retry_after_s())

@@ -19,6 +19,7 @@ from bench import overload, soak
 from bench.asks import KINDS, Ask
 from bench.bad_bodies import BAD_BODIES
 from bench.crowd import OWED, Crowd, Rest
+from bench.load_process import Exchange, Trial
 from bench.outcomes import Kill, Outcome, by_kind, faults, judged, perform, recoveries_s
 from bench.served import Stopped, last_lines_of_tracebacks
 from bench.small_models import LAYERS, WINDOW, write_adapter, write_model
@@ -366,16 +367,16 @@ async def test_a_crowd_finds_no_fault_in_a_server_whose_engine_is_killed(
 # ---- overload ----
 
 
-def trial(end_s: float, status: int = 200, tpot_s: float | None = 0.01, waits_s: float = 0.01) -> overload.Trial:
-    return overload.Trial(end_s - 1, end_s - 1 + waits_s, end_s, status, tpot_s if status == 200 else None, True)
+def trial(end_s: float, status: int = 200, tpot_s: float | None = 0.01, waits_s: float = 0.01) -> Trial:
+    return Trial(end_s - 1, end_s - 1 + waits_s, end_s, status, tpot_s if status == 200 else None, True)
 
 
-def loaded(*more: overload.Trial) -> overload.Found:
+def loaded(*more: Trial) -> overload.Found:
     """Two answers a second at plain full load; as many, a little slower, and many refusals at ten times that."""
     plain = [trial(0.5 * n) for n in range(20)]
     many = [trial(10 + 0.5 * n, tpot_s=0.011) for n in range(20)] + [trial(10 + 0.05 * n, 429) for n in range(180)]
     readings = [reading(0), *(replace(reading(n), at_s=float(n)) for n in range(1, 20))]
-    return overload.Found(plain, [*many, *more], (0.0, 10.0), (10.0, 20.0), readings, [1.0, 2.0])
+    return overload.Found(plain, [*many, *more], (0.0, 10.0), (10.0, 20.0), readings, [1.0, 2.0], 0.1)
 
 
 def missed_bars(found: overload.Found) -> set[str]:
@@ -404,7 +405,7 @@ def test_overload_is_told_by_what_was_served_offered_and_refused() -> None:
         ([trial(15, tpot_s=0.02)] * 30, "time per token over that of plain full load"),
     ],
 )
-def test_each_fault_under_overload_misses_its_own_bar(more: list[overload.Trial], name: str) -> None:
+def test_each_fault_under_overload_misses_its_own_bar(more: list[Trial], name: str) -> None:
     assert missed_bars(loaded(*more)) == {name}
 
 
@@ -423,3 +424,26 @@ def test_a_percentile_is_the_smallest_value_that_so_many_do_not_exceed() -> None
     assert [overload.percentile(values, share) for share in (0.5, 0.99, 1.0)] == [50, 99, 100]
     assert overload.percentile([7.0], 0.99) == 7
     assert overload.percentile([], 0.99) is None
+
+
+def exchanged(raw: bytes, size: int) -> Trial:
+    """What a request was whose answer came in pieces of so many bytes, one every tenth of a second."""
+    exchange = Exchange(10.0, end_s=99.0)
+    exchange.pieces = [(10.1 + i / size / 10, raw[i : i + size]) for i in range(0, len(raw), size)]
+    return exchange.trial(5.0)
+
+
+def test_a_refusal_is_told_by_its_head() -> None:
+    found = exchanged(b"HTTP/1.1 429 Too Many Requests\r\nRetry-After: 3\r\ncontent-length: 2\r\n\r\n{}", 1000)
+    assert (found.begin_s, found.status, found.says_when) == (5.0, 429, True)
+    assert found.head_s == pytest.approx(5.1)
+
+
+@pytest.mark.parametrize("size", [1, 7, 1000])
+def test_an_answer_is_whole_only_with_its_last_chunk(size: int) -> None:
+    events = b'data: {"choices":[{"text":"a"}]}\n\n' + b'data: {"choices":[{"text":"b"}]}\n\ndata: [DONE]\n\n'
+    head = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
+    raw = head + b"%x\r\n%b\r\n0\r\n\r\n" % (len(events), events)
+    assert exchanged(raw, size).status == 200
+    assert exchanged(raw[:-5], size).status == 0
+    assert exchanged(b"", size).status == 0
