@@ -384,6 +384,15 @@ def test_names_that_transformers_keeps_apart_are_those_of_special_tokens(tmp_pat
     assert dict(ours.named_tokens)["eot_token"] == "<|x|>"
 
 
+def test_settings_that_are_called_like_tokens_and_empty_names_are_none(tmp_path: Path):
+    settings = {"add_bos_token": "true", "add_eos_token": "false", "pad_token": "", "eos_token": "</s>"}
+    ours = HFTokenizer(write(tmp_path, {"tokenizer.json": byte_level(), "tokenizer_config.json": settings}), shape(300))
+
+    assert set(ours.special_texts()) == {"<unk>", "<s>", "</s>"}
+    assert dict(ours.named_tokens) == {"eos_token": "</s>"}
+    assert ours.notes == ()
+
+
 def test_a_word_that_is_named_as_padding_stays_a_word(tmp_path: Path):
     files = {"tokenizer.json": byte_level(), "tokenizer_config.json": FAST | {"pad_token": "!"}}
     ours = HFTokenizer(write(tmp_path, files), shape(300))

@@ -133,9 +133,9 @@ def _named(path: Path, values: Mapping[str, Any]) -> dict[str, AddedToken | tupl
                 named[_LISTS[0]] = tuple(items)
         elif name in _LISTS and isinstance(value, dict):
             named |= {key: _token(item, special=True) for key, item in value.items() if _is_token(item)}
-        elif name.endswith("_token") and _is_token(value):
+        elif name.endswith("_token") and not name.startswith("add_") and _is_token(value):
             named[name] = _token(value, special=True)
-        elif name in NAMES and value is not None:
+        elif name in NAMES and value not in (None, ""):
             raise BackendError(f"{path}: {name} is {value!r:.80}; it must be a token's text")
     return named
 
