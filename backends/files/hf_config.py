@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from tightrope.backends.errors import BackendError
 from tightrope.backends.files.config_fields import as_meant, computing
-from tightrope.backends.files.json import read_object
+from tightrope.backends.files.json import check_finite, read_object
 from tightrope.backends.files.lengths import other_lengths
 from tightrope.backends.files.safetensors import Checkpoint
 
@@ -79,7 +79,7 @@ def read_config(folder: Path) -> ModelShape:
     when transformers knows no causal language model of that type, or when a size is missing or can't be.
     """
     path = folder / "config.json"
-    whole = read_object(path, MAX_CONFIG)
+    whole = read_object(path, MAX_CONFIG, finite=False)
     raw = _raise_text(path, whole)
     model_type = raw.get("model_type")
     if model_type is None and isinstance(part := raw.get("_class_name"), str):
@@ -90,7 +90,10 @@ def read_config(folder: Path) -> ModelShape:
         model_type, defaults = ALIASES[model_type.lower()]
         raw = {**defaults, **raw, "model_type": model_type}
     config_class = _config_class(path, model_type, raw)
-    reader = _Reader(path, as_meant(raw, _annotations(config_class)), config_class)
+    declared = _annotations(config_class)
+    used = {field: value for field, value in computing(raw).items() if field in declared or field.startswith("rope_")}
+    check_finite(path, used)
+    reader = _Reader(path, as_meant(raw, declared), config_class)
     return reader.shape(model_type, is_nested="text_config" in whole)
 
 

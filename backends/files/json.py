@@ -27,17 +27,17 @@ def read_object(path: Path, max_bytes: int, *, finite: bool = True) -> dict[str,
     if not isinstance(value, dict):
         raise BackendError(f"{path}: holds {type(value).__name__} instead of a JSON object")
     if finite:
-        _check_numbers(path, value, "")
+        check_finite(path, value)
     return value
 
 
-def _check_numbers(path: Path, value: object, field: str) -> None:
-    """Refuse NaN and infinities, which Python's JSON reader accepts."""
+def check_finite(path: Path, value: object, field: str = "") -> None:
+    """Raise BackendError, naming the field, for NaN and infinities, which Python's JSON reader accepts."""
     if isinstance(value, float) and not math.isfinite(value):
         raise BackendError(f"{path}: {field} is {value}; it must be a finite number")
     if isinstance(value, dict):
         for key, item in value.items():
-            _check_numbers(path, item, f"{field}.{key}" if field else key)
+            check_finite(path, item, f"{field}.{key}" if field else key)
     elif isinstance(value, list):
         for i, item in enumerate(value):
-            _check_numbers(path, item, f"{field}[{i}]")
+            check_finite(path, item, f"{field}[{i}]")

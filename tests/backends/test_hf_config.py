@@ -97,6 +97,14 @@ def test_each_layers_window_is_the_familys(tmp_path: Path, fields: dict[str, Any
     assert shape.layer_types == tuple("full_attention" if w is None else "sliding_attention" for w in windows)
 
 
+def test_numbers_that_the_arithmetic_never_asks_for_may_be_anything(tmp_path: Path):
+    other = {"time_step_limit": [0.0, float("inf")], "vision_config": {"scale": float("nan")}}
+
+    shape = read_config(folder_of(tmp_path, LLAMA | other | {"initializer_range": float("nan")}))
+
+    assert shape.hidden_size == LLAMA["hidden_size"]
+
+
 def test_a_head_dimension_of_its_own_goes_before_the_share_of_the_hidden_size(tmp_path: Path):
     shape = read_config(folder_of(tmp_path, LLAMA | {"model_type": "gemma3_text", "head_dim": 32}))
 
@@ -159,7 +167,8 @@ BAD_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"rms_norm_eps": -1e-5}, "rms_norm_eps is -1e-05; it must be a number from 0 to 1"),
     ({"model_type": "gpt_neox", "layer_norm_eps": 1e5}, "layer_norm_eps is 100000.0; it must be a number from 0 to 1"),
     ({"rope_scaling": {"type": "linear", "factor": float("nan")}}, r"rope_scaling\.factor is nan; it must be a finite"),
-    ({"short": [1.0, float("nan")]}, r"short\[1\] is nan; it must be a finite number"),
+    ({"rope_scaling": {"type": "longrope", "short_factor": [1.0, float("nan")]}}, r"short_factor\[1\] is nan; it m"),
+    ({"torch_dtype": float("nan")}, "torch_dtype is nan; bfloat16, float16 and float32 are served"),
     ({"hidden_size": REMOVED}, "hidden_size is missing"),
     ({"num_hidden_layers": None}, "num_hidden_layers is missing"),
     ({"num_attention_heads": REMOVED}, "num_attention_heads is missing"),
