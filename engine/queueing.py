@@ -8,6 +8,15 @@ from tightrope.engine.types import Finish
 LONGEST_S = 3600
 
 
+def back_in_s(load_s: float, taken_s: float) -> int:
+    """Whole seconds until an engine takes requests, at least 1, of which the last took `load_s` to load (0: none has).
+
+    taken_s: since this one was started. What takes longer than it should may take as long again as it has.
+    """
+    rest_s = load_s - taken_s
+    return max(1, math.ceil(rest_s if rest_s > 0 else taken_s))
+
+
 class QueueTimes:
     """Learns from answers that have finished."""
 

@@ -103,7 +103,8 @@ def _add_probes(app: FastAPI, front: AppState) -> None:
         """Whether requests can be served now."""
         if front.client.is_healthy:
             return Response()
-        return Response(msgspec.json.encode(UNHEALTHY), 503, {"retry-after": "2"}, "application/json")
+        headers = {"retry-after": str(front.client.retry_after_s)}
+        return Response(msgspec.json.encode(UNHEALTHY), 503, headers, "application/json")
 
     @app.get(
         "/metrics",

@@ -38,7 +38,7 @@ class AppState:
         """The loaded model. Raises EngineUnavailable before its first start, and while there is none."""
         info = self.client.info
         if info is None:
-            raise EngineUnavailable("the model is still loading")
+            raise EngineUnavailable("the model is still loading", retry_after_s=self.client.retry_after_s)
         return info
 
     def served(self) -> Served:

@@ -1,7 +1,8 @@
 """How this program's processes run: none searches the current folder for code, and none outlives its parent.
 
 A cloned model is a folder that others have filled, and `cd model && tightrope serve .` a natural way to serve it.
-Python searches the current folder for modules when it is started with -m, and where PYTHONPATH has an empty part.
+Python searches the current folder for modules when it is started with -m, and where PYTHONPATH has an empty part; the
+loader of libraries and the shell do so where their paths have one, as `PATH=$PATH:...` of an empty variable leaves it.
 
 Imports only what Python has loaded by itself when this runs, because the current folder may still be searched then.
 """
@@ -9,16 +10,18 @@ Imports only what Python has loaded by itself when this runs, because the curren
 import os
 import sys
 
-PYTHONPATH = "PYTHONPATH"
+_PATHS = ("PYTHONPATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "PATH")  # folders in which code is looked for
 # All that a process without secrets needs: where Python finds its files and modules, languages, and the time of day.
-_BARE = (PYTHONPATH, "PYTHONHOME", "LD_LIBRARY_PATH", "HOME", "LANG", "LC_ALL", "LC_CTYPE", "LC_TIME", "TZ")
+_BARE = ("PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "HOME", "LANG", "LC_ALL", "LC_CTYPE", "LC_TIME", "TZ")
 _OWN_SETTINGS = "TIGHTROPE_"
+# Else ggml runs gdb over itself when it aborts, for 20 s and 100 lines, and Rust traces where a tokenizer panics.
+_TERSE = {"GGML_NO_BACKTRACE": "1", "RUST_BACKTRACE": "0"}
 
 
 def search_no_current_folder() -> None:
-    """Take the current folder off the modules' search path of this process and of those that it starts.
+    """Take the current folder, and what lies in it, off the search paths of this process and of those that it starts.
 
-    Parts of PYTHONPATH that are absolute stay: they name the same folder wherever one is.
+    Parts that are absolute stay: they name the same folder wherever one is.
     """
     try:
         here = os.getcwd()
@@ -27,16 +30,23 @@ def search_no_current_folder() -> None:
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     if spec is not None and spec.name == "tightrope.__main__" and not sys.flags.safe_path and sys.path[0] == here:
         del sys.path[0]  # `python -m` has put it there
-    parts = os.environ.get(PYTHONPATH, "").split(os.pathsep)
-    absolute = [part for part in parts if os.path.isabs(part)]
-    if PYTHONPATH not in os.environ or absolute == parts:
-        return
-    kept = {os.path.realpath(part) for part in absolute}
-    dropped = {os.path.realpath(part) for part in parts} - kept
-    sys.path[:] = [path for path in sys.path if os.path.realpath(path) not in dropped]
-    os.environ[PYTHONPATH] = os.pathsep.join(absolute)
-    if not absolute:
-        del os.environ[PYTHONPATH]
+    for name in _PATHS:
+        parts = os.environ.get(name, "").split(os.pathsep)
+        absolute = [part for part in parts if os.path.isabs(part)]
+        if name not in os.environ or absolute == parts:
+            continue
+        if name == "PYTHONPATH":  # whose parts Python has made absolute
+            dropped = set(map(os.path.realpath, parts)) - set(map(os.path.realpath, absolute))
+            sys.path[:] = [path for path in sys.path if os.path.realpath(path) not in dropped]
+        os.environ[name] = os.pathsep.join(absolute)
+        if not absolute:
+            del os.environ[name]
+    search_absolute_folders()
+
+
+def search_absolute_folders() -> None:
+    """Take what is relative off the modules' search path, such as the marker of an editable installation."""
+    sys.path[:] = [path for path in sys.path if os.path.isabs(path)]
 
 
 def open_closed_streams() -> None:
@@ -60,14 +70,14 @@ def child_command(module: str, *arguments: str) -> list[str]:
     return [sys.executable, "-P", "-m", __name__, str(os.getpid()), module, *arguments]
 
 
-def child_environment(**more: str) -> dict[str, str]:
-    """This process' environment, without its own settings: a child is told what it needs, and no keys; with `more`."""
-    return {name: value for name, value in os.environ.items() if not name.startswith(_OWN_SETTINGS)} | more
+def child_environment() -> dict[str, str]:
+    """This process' environment, without its own settings: a child is told what it needs, and no keys."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(_OWN_SETTINGS)} | _TERSE
 
 
 def bare_environment() -> dict[str, str]:
     """The environment of a process that runs what strangers wrote: nothing in it is secret."""
-    return {name: os.environ[name] for name in _BARE if name in os.environ}
+    return {name: os.environ[name] for name in _BARE if name in os.environ} | _TERSE
 
 
 def end_with_parent(parent: int) -> None:
@@ -95,6 +105,7 @@ def limit_cpu(seconds: int) -> None:
 
 def _main() -> None:
     end_with_parent(int(sys.argv[1]))
+    search_absolute_folders()
     import runpy
 
     module = sys.argv[2]

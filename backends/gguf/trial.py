@@ -14,6 +14,7 @@ from pathlib import Path
 
 from tightrope.backends.errors import BackendError
 from tightrope.backends.gguf.native import ContextOptions, ModelOptions, NativeContext, NativeModel
+from tightrope.processes import child_command, child_environment
 
 TIMEOUT_S = 120.0  # the largest models take seconds
 
@@ -24,9 +25,11 @@ def try_load(path: Path, options: ContextOptions) -> tuple[str, ...]:
     Raises BackendError in one line when it refuses either, or ends the process over it.
     """
     arguments = json.dumps(asdict(replace(options, threads=1)))
-    command = [sys.executable, "-P", "-m", "tightrope.backends.gguf.trial", str(path), arguments]
+    command = child_command("tightrope.backends.gguf.trial", str(path), arguments)
     try:
-        done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, timeout=TIMEOUT_S, check=False)
+        done = subprocess.run(
+            command, capture_output=True, stdin=subprocess.DEVNULL, timeout=TIMEOUT_S, env=child_environment()
+        )
     except subprocess.TimeoutExpired:
         raise BackendError(f"{path}: llama.cpp can't tell within {TIMEOUT_S:g} s whether it can load it") from None
     if done.returncode != 0:

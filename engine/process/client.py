@@ -67,6 +67,19 @@ class _Stream:
         self.arrived_s = arrived_s
 
 
+class _Call:
+    """A question to the engine that has no answer yet. Belongs to the running event loop."""
+
+    def __init__(self, message: ToEngine) -> None:
+        self.message = message
+        self.answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        self.num_lost = 0  # engines that have ended meanwhile
+
+    def fail(self, error: EngineError) -> None:
+        if not self.answer.done():
+            self.answer.set_exception(error)
+
+
 class EngineClient:
     """One engine, supervised. All methods belong to one event loop."""
 
@@ -80,7 +93,7 @@ class EngineClient:
         self._clock = clock
         self._step_began_s = 0.0  # by the clock: when the last step ended, or the first request came to an idle engine
         self._streams: dict[str, _Stream] = {}
-        self._calls: dict[int, asyncio.Future[Answer]] = {}
+        self._calls: dict[int, _Call] = {}
         self._call_ids = count()
         self._times = QueueTimes()
         self._find_marks: FindMarks | None = None
@@ -159,11 +172,13 @@ class EngineClient:
         self._step_began_s = self._clock()
         for stream in self._streams.values():  # kept while the engine was away
             self._send(Submit(stream.request))
+        for call in self._calls.values():
+            self._send(call.message)
 
     def on_lost(self) -> None:
-        """Answers under way have failed; requests without output wait for the next engine.
+        """Answers under way have failed; requests without output wait for the next engine, and so do texts to be read.
 
-        One that had begun counts as tried, one that only waited for its turn doesn't.
+        A request that had begun counts as tried, one that only waited for its turn doesn't.
         """
         error = BackendFailed("the engine process died while this answer was being written; it is being restarted")
         for request_id, stream in list(self._streams.items()):
@@ -172,18 +187,27 @@ class EngineClient:
             if stream.has_output or stream.num_tries >= MAX_TRIES:
                 stream.items.put_nowait(error)
                 del self._streams[request_id]
-        for call in self._calls.values():
-            if not call.done():
-                call.set_exception(error)
-        self._calls.clear()
+        gone = EngineUnavailable("the engine has ended meanwhile", retry_after_s=self.retry_after_s)
+        for call_id, call in list(self._calls.items()):
+            call.num_lost += 1
+            if not isinstance(call.message, Tokenize | Detokenize) or call.num_lost >= MAX_TRIES:
+                call.fail(gone)
+                del self._calls[call_id]
 
     def on_given_up(self) -> None:
-        self._end_streams(EngineUnavailable("the engine has ended, and no other could be started in time"))
+        self._end_streams(
+            EngineUnavailable(
+                "the engine has ended, and no other could be started in time", retry_after_s=self.retry_after_s
+            )
+        )
 
     def _end_streams(self, error: EngineError) -> None:
         for stream in self._streams.values():
             stream.items.put_nowait(error)
         self._streams.clear()
+        for call in self._calls.values():
+            call.fail(error)
+        self._calls.clear()
 
     # ---- messages ----
 
@@ -199,9 +223,7 @@ class EngineClient:
         if isinstance(message, Submit) and message.request.request_id in self._streams:
             self._streams[message.request.request_id].items.put_nowait(error)
         elif isinstance(message, Tokenize | Detokenize | LoadAdapter | UnloadAdapter):
-            call = self._calls.pop(message.call_id, None)
-            if call is not None and not call.done():
-                call.set_exception(error)
+            self._fail(message.call_id, error)
 
     def on_message(self, message: ToFront) -> None:
         match message:
@@ -236,14 +258,17 @@ class EngineClient:
                     self.info = with_adapter_texts(self.info, texts)
                 self._answer(call_id, adapters)
             case CallFailed(call_id=call_id, error=error):
-                call = self._calls.pop(call_id, None)
-                if call is not None and not call.done():
-                    call.set_exception(error.rebuild())
+                self._fail(call_id, error.rebuild())
 
     def _answer(self, call_id: int, value: Answer) -> None:
         call = self._calls.pop(call_id, None)
-        if call is not None and not call.done():
-            call.set_result(value)
+        if call is not None and not call.answer.done():
+            call.answer.set_result(value)
+
+    def _fail(self, call_id: int, error: EngineError) -> None:
+        call = self._calls.pop(call_id, None)
+        if call is not None:
+            call.fail(error)
 
     # ---- requests ----
 
@@ -256,7 +281,7 @@ class EngineClient:
             "failed": f"the model could not be loaded: {self._supervisor.failure}",
             "closed": "the server is shutting down",
         }
-        raise EngineUnavailable(reasons.get(self.state, self.state))
+        raise EngineUnavailable(reasons.get(self.state, self.state), retry_after_s=self.retry_after_s)
 
     @property
     def num_open(self) -> int:
@@ -275,7 +300,9 @@ class EngineClient:
 
     @property
     def retry_after_s(self) -> int:
-        """Seconds after which one who is refused now may find a place."""
+        """Seconds after which one who is refused now may find a place, or an engine where there is none."""
+        if self.state != "ready":
+            return self._supervisor.back_in_s
         now = self._clock()
         oldest_s = max(
             (now - stream.arrived_s for stream in self._streams.values() if not stream.has_output), default=0.0
@@ -348,11 +375,10 @@ class EngineClient:
     async def _call(self, make: Callable[[int], ToEngine]) -> Answer:
         self._check_ready()
         call_id = next(self._call_ids)
-        call: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-        self._calls[call_id] = call
-        self._send(make(call_id))
+        call = self._calls[call_id] = _Call(make(call_id))
+        self._send(call.message)
         try:
-            return await call
+            return await call.answer
         finally:
             self._calls.pop(call_id, None)
             self._take_back(call_id)

@@ -9,8 +9,6 @@ from typing import Protocol
 
 from tightrope.processes import child_command, child_environment
 
-NO_DEBUGGER = {"GGML_NO_BACKTRACE": "1"}  # or ggml runs gdb over itself when it aborts: 20 s, and 100 lines
-
 
 class EngineHandle(Protocol):
     """A started engine."""
@@ -55,8 +53,9 @@ def spawn_process(sock: socket.socket) -> ProcessHandle:
 
 def run_process(command: list[str], sock: socket.socket) -> ProcessHandle:
     """Run a command that is told the descriptor of `sock`, which it inherits."""
-    environment = child_environment(**NO_DEBUGGER)
-    return ProcessHandle(subprocess.Popen(command, pass_fds=[sock.fileno()], stdin=subprocess.DEVNULL, env=environment))
+    return ProcessHandle(
+        subprocess.Popen(command, pass_fds=[sock.fileno()], stdin=subprocess.DEVNULL, env=child_environment())
+    )
 
 
 class ThreadHandle:

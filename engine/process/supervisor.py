@@ -28,6 +28,7 @@ from tightrope.engine.process.wire import (
     ToFront,
     decode_to_front,
 )
+from tightrope.engine.queueing import back_in_s
 from tightrope.engine.settings import BEATS, PATIENCE, LifeSettings
 from tightrope.engine.types import ModelInfo
 
@@ -82,11 +83,18 @@ class Supervisor:
         self._expiry: asyncio.TimerHandle | None = None
         self._num_silent = 0  # ticks of the watch since the engine was heard
         self._has_answered = False  # the present engine
+        self._began_s = time.monotonic()  # when the present engine was started, or the next one will be
+        self._load_s = 0.0  # how long the last one took that was ready
         self._lost_s: float | None = None  # when the last engine that was ready ended; None: there was none
         self.handle: EngineHandle | None = None
         self.state: State = "loading"
         self.failure: str | None = None
         self.restarts = 0
+
+    @property
+    def back_in_s(self) -> int:
+        """Whole seconds until an engine may take requests, while none does."""
+        return back_in_s(self._load_s, time.monotonic() - self._began_s)
 
     async def start(self) -> None:
         """Start an engine and begin to hear it; returns at once."""
@@ -153,7 +161,7 @@ class Supervisor:
         """
         pause_s = 0.0
         while True:
-            began_s = time.monotonic()
+            began_s = self._began_s = time.monotonic()
             how = await self._run_engine()
             if self._lost_s is None:
                 await self._fail(how)
@@ -168,6 +176,7 @@ class Supervisor:
             self.failure = how
             log.error("engine ended: how=%s restart_in_s=%.2f", how, pause_s)
             self.restarts += 1
+            self._began_s = now_s + pause_s
             await asyncio.sleep(pause_s)
 
     async def _run_engine(self) -> str:
@@ -198,7 +207,7 @@ class Supervisor:
                 self._writer = None
         was_ready = self.state == "ready"
         if was_ready:
-            self._lost_s = time.monotonic()
+            self._lost_s = self._began_s = time.monotonic()
             await self._set_state("restarting")
             self._expiry = asyncio.get_running_loop().call_later(WAITING_S, self._listener.on_given_up)
         self._listener.on_lost()
@@ -241,6 +250,7 @@ class Supervisor:
                 case Ready():
                     if self._expiry is not None:
                         self._expiry.cancel()
+                    self._load_s = time.monotonic() - self._began_s
                     self._listener.on_ready(message)
                     await self._set_state("ready")
                 case LoadFailed(message=reason):

@@ -17,6 +17,7 @@ from tightrope.server.settings.site_names import parse_host_pattern, parse_origi
 LogLevel = Literal["debug", "info", "warning", "error"]
 ENV_PREFIX = "TIGHTROPE_"
 MAX_BODY_BYTES = 1 << 30  # a body is held in memory, as bytes and as objects of several times their size
+MAX_TEMPLATE_BYTES = 4 << 20
 MAX_STOPS = 1 << 10  # each is looked for behind every token
 
 
@@ -85,7 +86,11 @@ class ServerSettings(BaseModel, frozen=True, extra="forbid"):
         if value is None or value in PROMPT_FORMATS or "{{" in value or "{%" in value:
             return value
         try:
-            return Path(value).expanduser().read_text("utf-8")
+            with open(Path(value).expanduser(), "rb") as file:
+                raw = file.read(MAX_TEMPLATE_BYTES + 1)
+            if len(raw) > MAX_TEMPLATE_BYTES:
+                raise ValueError(f"the template file {value!r} has more than {MAX_TEMPLATE_BYTES} bytes")
+            return raw.decode("utf-8")
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
             raise ValueError(

@@ -32,6 +32,7 @@ from tightrope.engine.process import supervisor
 from tightrope.engine.process.client import EngineClient
 from tightrope.engine.process.launch import EngineHandle, Launcher, ProcessHandle, ThreadHandle
 from tightrope.engine.process.watch import Activity
+from tightrope.engine.queueing import back_in_s
 from tightrope.engine.settings import EngineSettings, LifeSettings, LimitSettings
 from tightrope.engine.types import (
     GenerateRequest,
@@ -440,6 +441,45 @@ def test_a_step_may_take_as_long_as_its_tokens_took_before():
 
 
 # ---- requests that waited ----
+
+
+async def test_a_text_that_is_being_read_when_an_engine_ends_is_read_by_the_next(process_client: EngineClient):
+    client = process_client
+    for num_kills in (1, 2):
+        send_to_engine(client, signal.SIGSTOP)
+        calls = [
+            asyncio.ensure_future(client.tokenize(TextPrompt((Span("hi"),)))),
+            asyncio.ensure_future(client.detokenize([104, 105])),
+        ]
+        unrepeatable = asyncio.ensure_future(client.load_adapter("a", "a"))
+        await asyncio.sleep(0)  # lets the tasks send their messages
+        send_to_engine(client, signal.SIGKILL)
+        with pytest.raises(EngineUnavailable, match="ended meanwhile") as refusal:
+            await unrepeatable
+        assert (refusal.value.retry_after_s or 0) >= 1
+        tokens, text = await asyncio.wait_for(asyncio.gather(*calls), PATIENCE_S)
+        assert (tokens.ids[1:], text, client.restarts) == ([104, 105], "hi", num_kills)
+
+
+async def test_a_text_over_which_two_engines_end_is_tried_no_more(process_client: EngineClient):
+    client = process_client
+    send_to_engine(client, signal.SIGSTOP)
+    call = asyncio.ensure_future(client.tokenize(TextPrompt((Span("hi"),))))
+    await asyncio.sleep(0)
+    send_to_engine(client, signal.SIGKILL)
+    client.on_lost()  # as if another had ended before it answered
+    with pytest.raises(EngineUnavailable, match="ended meanwhile"):
+        await call
+
+
+@pytest.mark.parametrize(
+    ("load_s", "taken_s", "expected_s"),
+    [(0.0, 0.0, 1), (0.0, 7.2, 8), (30.0, 2.5, 28), (30.0, -5.0, 35), (30.0, 29.9, 1), (30.0, 45.0, 45)],
+)
+def test_an_engine_is_back_when_the_last_one_was_or_in_as_long_as_it_has_taken(
+    load_s: float, taken_s: float, expected_s: int
+):
+    assert back_in_s(load_s, taken_s) == expected_s
 
 
 async def test_requests_that_only_waited_outlive_any_number_of_engines():

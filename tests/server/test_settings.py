@@ -8,7 +8,13 @@ from checkout import ROOT
 from pydantic import BaseModel
 
 from tightrope.server.settings.options import OPTIONS
-from tightrope.server.settings.settings import ServerSettings, SettingsError, env_name, load_settings
+from tightrope.server.settings.settings import (
+    MAX_TEMPLATE_BYTES,
+    ServerSettings,
+    SettingsError,
+    env_name,
+    load_settings,
+)
 
 
 def test_the_command_line_wins_over_the_environment_and_that_over_the_file(tmp_path: Path):
@@ -171,3 +177,9 @@ def test_the_keys_are_not_shown_with_the_settings():
 
 def test_an_options_variable_is_its_name_in_capitals():
     assert env_name("max-model-len") == "TIGHTROPE_MAX_MODEL_LEN"
+
+
+def test_a_template_file_that_never_ends_is_refused(tmp_path: Path):
+    (tmp_path / "chat.jinja").symlink_to("/dev/zero")
+    with pytest.raises(SettingsError, match=f"more than {MAX_TEMPLATE_BYTES} bytes"):
+        load_settings({"chat-template": str(tmp_path / "chat.jinja")}, {})

@@ -18,7 +18,6 @@ import pytest
 from checkout import DATA
 from real_server import MODULE, clean_environment, run_server
 
-from tightrope.engine.process.launch import NO_DEBUGGER
 from tightrope.processes import child_command, child_environment
 from tightrope.server.prompts.template_worker import RenderJob
 
@@ -114,6 +113,30 @@ def test_folders_that_pythonpath_names_are_searched_by_every_process(tmp_path: P
     assert subprocess.run([sys.executable, "-P", "-c", script], env=environment, cwd="/").returncode == 0
 
 
+def test_search_paths_lead_into_no_relative_folder(tmp_path: Path):
+    (tmp_path / "show.py").write_text("import sys, os, json\nprint(json.dumps([sys.path, dict(os.environ)]))\n")
+    paths = ("PYTHONPATH", "LD_LIBRARY_PATH", "PATH")
+    given = os.pathsep.join(["", ".", "bin", str(tmp_path)])  # empty: as `PATH=$NONE:...` leaves it
+    script = (
+        "import subprocess, sys; from tightrope.processes import *; sys.path.append('marker'); "
+        "search_no_current_folder(); assert 'marker' not in sys.path; "
+        "sys.exit(subprocess.run(child_command('show'), env=child_environment()).returncode)"
+    )
+
+    result = subprocess.run(
+        [sys.executable, "-P", "-c", script],
+        env=clean_environment() | dict.fromkeys(paths, given),
+        cwd="/",
+        check=True,
+        stdout=subprocess.PIPE,
+    )
+
+    searched, environment = json.loads(result.stdout)
+    assert [path for path in searched if not os.path.isabs(path)] == []
+    assert {name: environment[name] for name in paths} == dict.fromkeys(paths, str(tmp_path))
+    assert environment["RUST_BACKTRACE"] == "0"
+
+
 def test_no_process_but_the_front_knows_the_keys():
     key = "not-for-children"
     with run_server(str(TINY), environment={"TIGHTROPE_API_KEY": key, "HF_TOKEN": key}) as server:
@@ -185,7 +208,7 @@ def test_an_abort_of_llama_cpp_calls_no_debugger():
 
     result = subprocess.run(
         [sys.executable, "-P", "-c", script],
-        env=child_environment(**NO_DEBUGGER),
+        env=child_environment(),
         capture_output=True,
         text=True,
         timeout=PATIENCE_S,

@@ -5,8 +5,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from tightrope.backends.files.hf_config import ModelShape
+from tightrope.backends.files.opened import read_bytes
 from tightrope.backends.hf.text.tokenizer import HFTokenizer
-from tightrope.backends.hf.text.vocabulary import has_tokenizer
+from tightrope.backends.hf.text.vocabulary import MAX_FILE, has_tokenizer
 from tightrope.backends.protocol import Tokenizer
 
 _FILES = (
@@ -31,7 +32,7 @@ def tokenizer_at(folder: Path, num_tokens: int, base: Path, shape: ModelShape, t
 
 
 def _content(path: Path) -> bytes | None:
-    return path.read_bytes() if path.is_file() else None
+    return read_bytes(path, MAX_FILE) if path.exists() else None
 
 
 class OtherSize:
