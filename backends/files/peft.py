@@ -187,7 +187,7 @@ class _Reading:
 def check_float(entry: TensorEntry) -> None:
     """Raises BackendError for numbers of a type that adapters don't have."""
     if entry.dtype not in FLOATS:
-        raise BackendError(f"{entry.file}: tensor {entry.name!r} is {entry.dtype}; {FLOATS} can be used")
+        raise BackendError(f"{entry.file}: tensor {entry.name!r} is {entry.dtype}; {', '.join(FLOATS)} can be used")
 
 
 def adapter_bytes(adapter: PeftAdapter) -> int:

@@ -129,6 +129,11 @@ class PeftConfig:
 def read_peft_config(folder: Path) -> PeftConfig:
     """Raises BackendError, naming file and field, for what is no LoRA, or one that computes something else."""
     path = folder / CONFIG
+    if folder.suffix == ".gguf" and folder.is_file():
+        raise BackendError(
+            f"{folder}: a GGUF adapter, which fits GGUF models alone; name the folder of the PEFT adapter that it was "
+            "made of"
+        )
     if not path.is_file():
         raise BackendError(f"{folder}: no PEFT adapter: {CONFIG} is missing")
     config = read_object(path, MAX_CONFIG)

@@ -117,6 +117,13 @@ def test_null_means_what_peft_does_without_the_field(adapter: Path):
     ]
 
 
+def test_an_adapter_for_gguf_models_is_called_that(tmp_path: Path):
+    (tmp_path / "a.gguf").write_bytes(b"GGUF")
+
+    with pytest.raises(BackendError, match=r"a\.gguf: a GGUF adapter, which fits GGUF models alone; name the folder"):
+        read_adapter(tmp_path / "a.gguf")
+
+
 def test_tensors_may_stand_under_the_model_s_own_names(adapter: Path):
     rename(adapter, "base_model.model.", "")
 
