@@ -120,15 +120,26 @@ class Shown(BaseModel):
     capabilities: list[str]
 
 
-class OllamaAnswer(BaseModel):
-    """The answer to /api/generate, or one of its lines; /api/chat has `message` in place of `response`."""
+class _Answer(BaseModel):
+    """What the answers of both routes have, and their lines."""
 
     model: str
     created_at: str
-    response: str
     done: bool
     done_reason: str | None = None
     explain: Explained = {}
+
+
+class OllamaAnswer(_Answer):
+    """The answer to /api/generate, or one of its lines."""
+
+    response: str
+
+
+class OllamaChatAnswer(_Answer):
+    """The answer to /api/chat, or one of its lines."""
+
+    message: OllamaMessage
 
 
 def _now() -> str:
@@ -271,7 +282,7 @@ def ollama_router(front: AppState) -> APIRouter:
     @router.post(
         "/chat",
         response_model=None,
-        responses={**ERRORS, 200: {"model": OllamaAnswer, "content": LINES, "description": "The answer."}},
+        responses={**ERRORS, 200: {"model": OllamaChatAnswer, "content": LINES, "description": "The answer."}},
     )
     async def chat(body: OllamaChat, request: Request) -> Response:
         """Answer a chat."""
