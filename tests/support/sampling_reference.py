@@ -93,8 +93,8 @@ def softmax(logits: Logits, temperature: float) -> Distribution:
     """Step 5. Tokens whose probability is too small for a float64 are not in it."""
     with np.errstate(over="ignore"):
         weights = np.exp((logits - logits.max()) / max(temperature, 1e-30))
-    order = sorted(range(len(logits)), key=lambda token: (-logits[token], token))
-    return renormalize([(token, float(weights[token])) for token in order])
+    order = np.lexsort((np.arange(len(logits)), -logits))  # by logit, and of equals by id
+    return renormalize(list(zip(order.tolist(), weights[order].tolist(), strict=True)))
 
 
 def renormalize(weights: Distribution) -> Distribution:
