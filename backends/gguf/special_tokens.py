@@ -67,15 +67,17 @@ class SpecialTokens:
 
     def _places(self, raw: bytes, pattern: re.Pattern[bytes]) -> Iterator[tuple[int, int, int]]:
         """Start, end and id of what is cut out, in order."""
-        match = pattern.search(raw)
-        while match is not None:
-            start, end = match.span()
-            if match[0] in self._alone or not self._is_overlapped(raw, match, pattern):
-                yield start, end, self._by_text[match[0]].token_id
-            else:
-                end, texts = self._cluster(raw, match, pattern)
-                yield from self._passes(raw, start, end, [self._by_text[text] for text in texts])
-            match = pattern.search(raw, end)
+        at: int | None = 0
+        while at is not None:
+            matches, at = pattern.finditer(raw, at), None
+            for match in matches:
+                text = match[0]
+                if text in self._alone or not self._is_overlapped(raw, match, pattern):
+                    yield match.start(), match.end(), self._by_text[text].token_id
+                else:
+                    at, texts = self._cluster(raw, match, pattern)
+                    yield from self._passes(raw, match.start(), at, [self._by_text[text] for text in texts])
+                    break
 
     def _is_overlapped(self, raw: bytes, match: re.Match[bytes], pattern: re.Pattern[bytes]) -> bool:
         """Whether a text that may be looked for before this one begins inside it and goes on behind it."""

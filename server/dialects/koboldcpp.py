@@ -25,6 +25,7 @@ from tightrope.server.dialects.text import (
 )
 from tightrope.server.fields.explain import Explained, Explanation, explain, explained
 from tightrope.server.http.body import Body, JsonRequest, JsonRoute
+from tightrope.server.http.long_lists import json_answer, json_list, json_object
 from tightrope.server.http.sse import event_stream
 from tightrope.server.state import AppState
 
@@ -219,11 +220,11 @@ def koboldcpp_router(front: AppState) -> APIRouter:
         """The window in tokens."""
         return Value(value=front.info().max_model_len)
 
-    @router.post("/extra/tokencount", responses=CALL_ERRORS)
-    async def tokencount(body: CountBody) -> Counted:
+    @router.post("/extra/tokencount", responses=CALL_ERRORS, response_model=Counted)
+    async def tokencount(body: CountBody) -> Response:
         """The token ids of a text. The counts of a prompt's pieces add up unless `special` is set."""
         tokens = await front.client.tokenize(TextPrompt((Span(body.prompt),), body.special))
-        return Counted(value=len(tokens), ids=tokens.ids)
+        return json_answer(json_object({"value": len(tokens), "ids": await json_list(tokens.ids)}))
 
     @router.post("/extra/abort", responses=CALL_ERRORS, openapi_extra=ABORT_BODY)
     async def abort(request: Request) -> Success:

@@ -1,12 +1,13 @@
 """text-generation-webui's routes beside /v1/completions, all under /v1/internal."""
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Response
 from pydantic import BaseModel
 
-from tightrope.engine.types import Span, TextPrompt
+from tightrope.engine.types import Span, TextPrompt, TokenRun
 from tightrope.server.dialects.tabby import DecodeBody, Decoded, Encoded
 from tightrope.server.dialects.text import CALL_ERRORS, STATUS_ERRORS
 from tightrope.server.http.body import Body, JsonRoute
+from tightrope.server.http.long_lists import json_answer, json_list, json_object
 from tightrope.server.state import AppState
 
 
@@ -29,8 +30,8 @@ def ooba_router(front: AppState) -> APIRouter:
     """/v1/internal: the model's name, token ids of text and back."""
     router = APIRouter(prefix="/v1/internal", route_class=JsonRoute, tags=["text-generation-webui"])
 
-    async def ids(text: str) -> list[int]:
-        return (await front.client.tokenize(TextPrompt((Span(text),), add_bos=False))).ids
+    async def tokens_of(text: str) -> TokenRun:
+        return await front.client.tokenize(TextPrompt((Span(text),), add_bos=False))
 
     @router.get("/model/info", responses=STATUS_ERRORS)
     async def model_info() -> InternalInfo:
@@ -38,16 +39,16 @@ def ooba_router(front: AppState) -> APIRouter:
         served = front.served()
         return InternalInfo(model_name=served.model_id, lora_names=list(served.adapters))
 
-    @router.post("/encode", responses=CALL_ERRORS)
-    async def encode(body: TextOnly) -> Encoded:
+    @router.post("/encode", responses=CALL_ERRORS, response_model=Encoded)
+    async def encode(body: TextOnly) -> Response:
         """The token ids of a text, without a BOS in front: the counts of a prompt's pieces add up."""
-        tokens = await ids(body.text)
-        return Encoded(tokens=tokens, length=len(tokens))
+        tokens = await tokens_of(body.text)
+        return json_answer(json_object({"tokens": await json_list(tokens.ids), "length": len(tokens)}))
 
     @router.post("/token-count", responses=CALL_ERRORS)
     async def token_count(body: TextOnly) -> Length:
         """How many tokens a text has."""
-        return Length(length=len(await ids(body.text)))
+        return Length(length=len(await tokens_of(body.text)))
 
     @router.post("/decode", responses=CALL_ERRORS)
     async def decode(body: DecodeBody) -> Decoded:

@@ -6,7 +6,7 @@ server/dialects/adapters.py.
 
 from typing import Literal
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field
 
 from tightrope.engine.types import Span, TextPrompt
@@ -14,6 +14,7 @@ from tightrope.server.dialects.openai.requests import Ids
 from tightrope.server.dialects.text import CALL_ERRORS, STATUS_ERRORS
 from tightrope.server.http.body import Body, JsonRoute
 from tightrope.server.http.guards import has_key
+from tightrope.server.http.long_lists import json_answer, json_list, json_object
 from tightrope.server.state import AppState
 
 
@@ -130,12 +131,12 @@ def tabby_router(front: AppState) -> APIRouter:
         """The template is chosen at the start, so there is none to choose from."""
         return Templates()
 
-    @router.post("/token/encode", responses=CALL_ERRORS)
-    async def encode(body: EncodeBody) -> Encoded:
+    @router.post("/token/encode", responses=CALL_ERRORS, response_model=Encoded)
+    async def encode(body: EncodeBody) -> Response:
         """The token ids of a text."""
         span = Span(body.text, body.encode_special_tokens)
         tokens = await front.client.tokenize(TextPrompt((span,), body.add_bos_token))
-        return Encoded(tokens=tokens.ids, length=len(tokens))
+        return json_answer(json_object({"tokens": await json_list(tokens.ids), "length": len(tokens)}))
 
     @router.post("/token/decode", responses=CALL_ERRORS)
     async def decode(body: DecodeBody) -> Decoded:

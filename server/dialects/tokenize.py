@@ -189,7 +189,7 @@ def tokenize_router(front: AppState) -> APIRouter:
             tokens = await front.client.tokenize(TextPrompt((span,), body.add_special))
             if body.with_pieces:
                 return json_answer(json_object({"tokens": await json_list(map(_piece, tokens))}))
-            return TokenIds(tokens=tokens.ids)
+            return json_answer(json_object({"tokens": await json_list(tokens.ids)}))
         served = front.served()
         check_model(body.model, served)
         if isinstance(body, TokenizeChat):
@@ -198,13 +198,9 @@ def tokenize_router(front: AppState) -> APIRouter:
         else:
             prompt = TextPrompt((Span(body.prompt),), body.add_special_tokens)
         tokens = await front.client.tokenize(prompt, last=body.truncate_prompt_tokens)
-        answer = Tokenized(
-            count=len(tokens), max_model_len=served.info.max_model_len, tokens=tokens.ids, token_strs=None
-        )
-        if not body.return_token_strs:
-            return answer
-        texts = await json_list(token.text for token in tokens)
-        return json_answer(json_object(answer.model_dump() | {"token_strs": texts}))
+        texts = await json_list(token.text for token in tokens) if body.return_token_strs else None
+        counted = {"count": len(tokens), "max_model_len": served.info.max_model_len}
+        return json_answer(json_object(counted | {"tokens": await json_list(tokens.ids), "token_strs": texts}))
 
     @router.post("/chat_tokenize", responses=TGI_ERRORS, response_model=ChatTokenized)
     async def chat_tokenize(body: CountedChat, request: Request) -> Response:
