@@ -1,7 +1,7 @@
 """Errors leave the server through one table, in the shape of the API that was spoken; and what stands before routes."""
 
-import asyncio
 from collections.abc import AsyncIterator
+from typing import Any
 
 import httpx
 import msgspec
@@ -167,21 +167,31 @@ async def test_with_the_key_routes_are_open() -> None:
         assert reply.json() == {"generated_text": "fine"}
 
 
-async def test_a_body_that_says_it_is_too_long_is_refused_unread() -> None:
-    read = asyncio.Event()
+async def test_a_body_that_says_it_is_too_long_is_refused_before_it_is_read() -> None:
+    answers: list[bytes] = []
 
-    async def chunks() -> AsyncIterator[bytes]:
-        read.set()
-        yield b"x" * 101
+    async def inner(scope: object, receive: object, send: object) -> None:
+        raise AssertionError("nothing is to be called")
 
-    async with api(max_body_bytes=100) as http:
-        headers = {"content-type": "application/json", "content-length": "101"}
-        # httpx's transport reads the body only when the application asks for it
-        reply = await http.post("/v1/completions", content=chunks(), headers=headers)
-        assert (reply.status_code, reply.json()["error"]["code"]) == (413, "body_too_large")
-        assert not read.is_set()
-        reply = await http.post("/generate", content=b"x" * 101, headers={"content-type": "application/json"})
-        assert (reply.status_code, reply.text) == (413, "the body is longer than 100 bytes")
+    async def receive() -> dict[str, object]:
+        assert b"".join(answers)  # what comes behind the answer is thrown away
+        return {"type": "http.request", "body": b"x" * 101, "more_body": False}
+
+    async def send(message: dict[str, Any]) -> None:
+        if message["type"] == "http.response.start":
+            assert message["status"] == 413
+        else:
+            answers.append(bytes(message.get("body", b"")))
+
+    headers = [(b"content-type", b"application/json"), (b"content-length", b"101")]
+    for path, answer in (
+        ("/v1/completions", b'"code":"body_too_large"'),
+        ("/generate", b"the body is longer than 100 bytes"),
+    ):
+        answers.clear()
+        scope = {"type": "http", "method": "POST", "path": path, "headers": headers, "query_string": b""}
+        await BodyLimit(inner, 100, 1000, lambda: 1, lambda error: None)(scope, receive, send)
+        assert answer in b"".join(answers)
 
 
 async def test_a_body_that_does_not_say_its_length_is_cut_off_at_the_limit() -> None:
@@ -228,7 +238,7 @@ async def test_the_body_limit_leaves_other_kinds_of_connections_alone() -> None:
     async def ignore(message: object) -> None:
         raise AssertionError("nothing is to be sent")
 
-    await BodyLimit(inner, 1, 1, lambda: 1)({"type": "lifespan"}, never, ignore)
+    await BodyLimit(inner, 1, 1, lambda: 1, lambda error: None)({"type": "lifespan"}, never, ignore)
     assert seen == ["called"]
 
 
