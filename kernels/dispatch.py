@@ -21,6 +21,7 @@ from tightrope.kernels.forms.columns import ColumnMatrix
 from tightrope.kernels.forms.layer import DecoderLayer, GatedExperts, StackedExperts
 from tightrope.kernels.forms.layout import AttentionSpec, LayerCache, RopeTable, StepLayout
 from tightrope.kernels.forms.low_rank import AdapterRows, LowRank
+from tightrope.kernels.forms.masks import Masks
 from tightrope.kernels.forms.quantized import Nf4Matrix, QuantizedMatrix
 from tightrope.kernels.forms.rows import Ranked
 
@@ -180,6 +181,21 @@ def row_sums(logits: Tensor, rows: NDArray[np.int64], transforms: NDArray[np.flo
 def row_mass(logits: Tensor, rows: NDArray[np.int64], transforms: NDArray[np.float64]) -> NDArray[np.float64]:
     built = _native_for(logits)
     return reference.row_mass(logits, rows, transforms) if built is None else built.row_mass(logits, rows, transforms)
+
+
+def search_file(file: int, start: int, num_bytes: int, masks: Masks, buffer: NDArray[np.uint8]) -> int | None:
+    built = _search()
+    return (reference if built is None else built).search_file(file, start, num_bytes, masks, buffer)
+
+
+@cache
+def _search() -> native.NativeSearch | None:
+    """The fastest build's; None where there is none, which slows the start of a model a little."""
+    try:
+        usable = native.usable()
+        return native.NativeSearch(usable[0]) if usable else None
+    except native.UnusableBuild:
+        return None
 
 
 def _native_for(logits: Tensor) -> native.NativeKernels | None:

@@ -3,6 +3,7 @@
 Written to be read. Arithmetic is float32 whatever is stored.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from tightrope.kernels.forms.layout import GROUP, PAGE, AttentionSpec, LayerCache, RopeTable, StepLayout
 from tightrope.kernels.forms.low_rank import AdapterRows, LowRank
+from tightrope.kernels.forms.masks import Masks
 from tightrope.kernels.forms.quantized import TILE, Nf4Matrix, QuantizedMatrix
 from tightrope.kernels.forms.quantized import dequantize as dequantize_matrix
 from tightrope.kernels.forms.rows import CUT, DIVIDE, MAX_TRANSFORMS, PARABOLA, SUMS, Ranked
@@ -277,3 +279,23 @@ def row_sums(logits: Tensor, rows: NDArray[np.int64], transforms: NDArray[np.flo
 def row_mass(logits: Tensor, rows: NDArray[np.int64], transforms: NDArray[np.float64]) -> NDArray[np.float64]:
     """The sum of exp(y) alone: [B, 1]."""
     return row_sums(logits, rows, transforms)[:, [SUMS.index("mass")]]
+
+
+def search_file(file: int, start: int, num_bytes: int, masks: Masks, buffer: NDArray[np.uint8]) -> int | None:
+    """Where the first such word of a part of a file starts, in bytes from byte `start`, where a block begins.
+
+    file: its descriptor. num_bytes: of whole blocks. buffer [ROOM]: overwritten. Raises OSError, and EOFError when the
+    file ends within the part.
+    """
+    block = masks.block
+    step = buffer.nbytes // block.nbytes * block.nbytes
+    repeated = np.resize(block, step // block.itemsize)
+    for begin in range(0, num_bytes, step):
+        piece = buffer[: min(step, num_bytes - begin)]
+        if os.preadv(file, [piece.data], start + begin) != len(piece):
+            raise EOFError
+        words = piece.view(block.dtype)
+        hits = (words & repeated[: len(words)]) == masks.all_set
+        if hits.any():
+            return begin + int(hits.argmax()) * block.itemsize
+    return None

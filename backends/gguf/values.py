@@ -5,32 +5,43 @@ The file is read beside the loader, in pieces that a core's cache holds and not 
 process if somebody cut the file; whichever of the two comes first brings it in from the disk.
 """
 
-import os
 import threading
-from collections.abc import Callable, Iterator
-from typing import Any, Self
+from collections.abc import Callable
+from functools import cache
+from typing import NamedTuple, Self
 
 import numpy as np
 
 from tightrope.backends.errors import BackendError
 from tightrope.backends.files.opened import open_file
 from tightrope.backends.gguf.header import DataFile, Header, TensorInfo
-from tightrope.backends.gguf.tensor_types import TENSOR_TYPES, Floats
+from tightrope.backends.gguf.tensor_types import TENSOR_TYPES, TensorType
+from tightrope.kernels.dispatch import search_file
+from tightrope.kernels.forms.masks import ROOM, Masks
 
-_PIECE = 1 << 20  # bytes that are read at once
+_MOST = 1 << 25  # bytes that are looked at before the scan asks whether anyone waits for it: milliseconds
 _TYPES = {kind.name: kind for kind in TENSOR_TYPES.values()}
-# form -> dtype, and the bits that are all set in NaN and, where the form has it, in infinity
-_BITS: dict[str, tuple[str, int]] = {
-    "f16": ("<u2", 0x7C00),
-    "bf16": ("<u2", 0x7F80),
-    "f32": ("<u4", 0x7F80_0000),
-    "f64": ("<u8", 0x7FF0_0000_0000_0000),
-    "e8m0": ("u1", 0xFF),
-    "ue4m3": ("u1", 0x7F),
-    "nibbles": ("<u2", 0x7C00),
-}
 
-Array = np.ndarray[Any, np.dtype[Any]]
+
+class _Bits(NamedTuple):
+    """The bits of a float that are all set in NaN and, where the form has it, in infinity."""
+
+    dtype: str  # of the word that has them
+    all_set: int
+    start: int = 0  # of that word in the float
+    size: int = 0  # of the float in bytes, where it isn't the word's
+
+
+_BITS: dict[str, _Bits] = {
+    "f16": _Bits("<u2", 0x7C00),
+    "bf16": _Bits("<u2", 0x7F80),
+    "f32": _Bits("<u4", 0x7F80_0000),
+    "f64": _Bits("<u4", 0x7FF0_0000, 4, 8),
+    "e8m0": _Bits("u1", 0xFF),
+    "ue4m3": _Bits("u1", 0x7F),
+    # bits 15 to 12 of the f16 are the fourth word's highest, 11 to 8 the third's
+    "nibbles": _Bits("<u4", 0x7000_C000, 4, 8),
+}
 
 
 class ValueScan:
@@ -68,50 +79,48 @@ def check_values(header: Header, is_stopped: Callable[[], bool] = lambda: False)
 
     Ends early and without a verdict once `is_stopped` says so.
     """
-    buffer = np.empty(_PIECE, np.uint8)
+    buffer = np.empty(ROOM, np.uint8)
     for part in header.files:
         with open_file(part.path) as file:
             for tensor in part.tensors:
-                for first, blocks in _pieces(file.fileno(), part, tensor, buffer):
+                kind = _TYPES[tensor.type_name]
+                if not kind.floats:
+                    continue
+                masks = _masks(kind)
+                step = _MOST // kind.num_bytes * kind.num_bytes
+                for begin in range(0, tensor.num_bytes, step):
                     if is_stopped():
                         return
-                    _check_blocks(part, tensor, first, blocks)
+                    num_bytes, start = min(step, tensor.num_bytes - begin), part.data_start + tensor.offset + begin
+                    try:
+                        found = search_file(file.fileno(), start, num_bytes, masks, buffer)
+                    except EOFError:
+                        raise BackendError(
+                            f"{part.path}: became shorter while it was read, in tensor {tensor.name!r}"
+                        ) from None
+                    if found is not None:
+                        raise _not_finite(part, tensor, kind, begin + found)
 
 
-def _pieces(file: int, part: DataFile, tensor: TensorInfo, buffer: Array) -> Iterator[tuple[int, Array]]:
-    """Blocks of a tensor, uint8 [n, bytes of a block], each time with the number of the first; all in `buffer`."""
-    kind = _TYPES[tensor.type_name]
-    if not kind.floats:
-        return
-    num_blocks = tensor.num_bytes // kind.num_bytes
-    step = len(buffer) // kind.num_bytes
-    for first in range(0, num_blocks, step):
-        blocks = buffer[: min(step, num_blocks - first) * kind.num_bytes]
-        start = part.data_start + tensor.offset + first * kind.num_bytes
-        if os.preadv(file, [blocks.data], start) != len(blocks):
-            raise BackendError(f"{part.path}: became shorter while it was read, in tensor {tensor.name!r}")
-        yield first, blocks.reshape(-1, kind.num_bytes)
-
-
-def _check_blocks(part: DataFile, tensor: TensorInfo, first: int, blocks: Array) -> None:
-    kind = _TYPES[tensor.type_name]
+@cache
+def _masks(kind: TensorType) -> Masks:
+    bits = _BITS[kind.floats[0].form]  # all of a block have one form
+    block = np.zeros(kind.num_bytes, np.uint8)
+    word = np.array([bits.all_set], bits.dtype).view(np.uint8)
     for floats in kind.floats:
-        exponents, all_set = _exponents(blocks, floats)
-        if exponents.max() == all_set:
-            block = first + int(np.unravel_index(exponents.argmax(), exponents.shape)[0])
-            place = f"field {floats.field} of block {block}" if floats.field else f"value {block}"
-            raise BackendError(
-                f"{part.path}: tensor {tensor.name!r} holds NaN or infinity: {place} ({kind.name}); the file, or what "
-                "it was made of, is damaged"
-            )
+        size = bits.size or len(word)
+        num_bytes = floats.count * (2 if floats.form == "nibbles" else size)
+        for start in range(floats.start + bits.start, floats.start + num_bytes, size):
+            block[start : start + len(word)] = word
+    return Masks.of(block.view(bits.dtype), bits.all_set)
 
 
-def _exponents(blocks: Array, floats: Floats) -> tuple[Array, int]:
-    """The bits of each float that tell, [n, count], and what they are when it isn't finite."""
-    dtype, all_set = _BITS[floats.form]
-    size = np.dtype(dtype).itemsize
-    shape, strides = (len(blocks), floats.count), (blocks.shape[1], size)
-    bits = np.ndarray(shape, dtype, blocks, floats.start, strides)
-    if floats.form == "nibbles":  # bits 15 to 12 of the f16 are the fourth's highest, 11 to 8 the third's
-        return (bits[:, 3:] & 0x7000) | (bits[:, 2:3] >> 4 & 0x0C00), all_set
-    return bits & np.array(all_set, dtype), all_set
+def _not_finite(part: DataFile, tensor: TensorInfo, kind: TensorType, place: int) -> BackendError:
+    """place: of the float in the tensor, in bytes."""
+    block, byte = divmod(place, kind.num_bytes)
+    field = [floats.field for floats in kind.floats if floats.start <= byte][-1]
+    where = f"field {field} of block {block}" if field else f"value {block}"
+    return BackendError(
+        f"{part.path}: tensor {tensor.name!r} holds NaN or infinity: {where} ({kind.name}); the file, or what "
+        "it was made of, is damaged"
+    )

@@ -3,6 +3,7 @@
 
 #include "draw.h"
 #include "experts.h"
+#include "search.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -147,4 +148,13 @@ EXPORT void tightrope_rank(const float* logits, int64_t vocab, const int64_t* ro
 EXPORT void tightrope_row_sums(const float* logits, int64_t vocab, const int64_t* rows, int64_t count,
                                const double* transforms, int is_mass_alone, double* sums) {
     drawing::sum_rows(logits, vocab, rows, count, transforms, is_mass_alone, sums);
+}
+
+// result [3]: see search::Result. masks: see search::Masks.
+EXPORT void tightrope_search_file(int file, int64_t start, int64_t bytes, void* buffer, int64_t room,
+                                  const uint8_t* masks, int64_t mask_bytes, int width, int64_t all_set,
+                                  int64_t* result) {
+    const search::Masks m{masks, mask_bytes, width, uint32_t(all_set)};
+    const search::Result r = search::in_file(m, file, start, bytes, (uint8_t*)buffer, room);
+    result[0] = r.read, result[1] = r.found, result[2] = r.error;
 }

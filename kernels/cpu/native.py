@@ -5,6 +5,7 @@ So tensors must be what kernels.reference and kernels.layout say: float32 activa
 """
 
 import ctypes
+import os
 import sysconfig
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -27,6 +28,7 @@ from tightrope.kernels.cpu.structs import (
 from tightrope.kernels.forms.layer import DecoderLayer, GatedExperts, Projection
 from tightrope.kernels.forms.layout import AttentionSpec, LayerCache, RopeTable, StepLayout
 from tightrope.kernels.forms.low_rank import AdapterRows, LowRank
+from tightrope.kernels.forms.masks import Masks
 from tightrope.kernels.forms.quantized import Nf4Matrix, QuantizedMatrix
 from tightrope.kernels.forms.rows import SUMS, Ranked
 
@@ -76,6 +78,47 @@ def _open(instruction_set: str) -> ctypes.CDLL:
     return library
 
 
+class NativeSearch:
+    """One build's search through files, which needs no threads."""
+
+    def __init__(self, instruction_set: str) -> None:
+        """Raises UnusableBuild."""
+        self._search = _function(_open(instruction_set), "search_file", "illplplilp")
+
+    def search_file(self, file: int, start: int, num_bytes: int, masks: Masks, buffer: NDArray[np.uint8]) -> int | None:
+        """See kernels.reference.search_file."""
+        result = np.empty(3, np.int64)
+        self._search(
+            file,
+            start,
+            num_bytes,
+            buffer.ctypes.data,
+            buffer.nbytes,
+            masks.repeated.ctypes.data,
+            masks.repeated.nbytes,
+            masks.block.itemsize,
+            masks.all_set,
+            result.ctypes.data,
+        )
+        num_read, found, error = map(int, result)
+        if error:
+            raise OSError(error, os.strerror(error))
+        if found >= 0:
+            return found
+        if num_read < num_bytes:
+            raise EOFError
+        return None
+
+
+def _function(library: ctypes.CDLL, name: str, types: str) -> Callable[..., None]:
+    try:
+        found = library[f"tightrope_{name}"]
+    except AttributeError:
+        raise UnusableBuild(f"{library._name} is of another version: it has no tightrope_{name}") from None
+    found.argtypes, found.restype = [_TYPES[kind] for kind in types], None
+    return found
+
+
 class NativeKernels:
     """One build's operations, and its threads: the caller's, until `set_threads` adds more."""
 
@@ -85,12 +128,7 @@ class NativeKernels:
         library = _open(instruction_set)
 
         def function(name: str, types: str) -> Callable[..., None]:
-            try:
-                found = library[f"tightrope_{name}"]
-            except AttributeError:
-                raise UnusableBuild(f"{library._name} is of another version: it has no tightrope_{name}") from None
-            found.argtypes, found.restype = [_TYPES[kind] for kind in types], None
-            return found
+            return _function(library, name, types)
 
         self.set_threads = function("set_threads", "i")
         self._linear = function("linear", "ppippiii")
