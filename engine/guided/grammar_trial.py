@@ -15,6 +15,7 @@ from typing import BinaryIO
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
+from tightrope.engine.process.frames import pack, read_frame
 from tightrope.processes import bare_environment, child_command, limit_cpu
 
 CPU_S = 5  # of one grammar; enumerations of 30,000 texts take half a second
@@ -53,7 +54,7 @@ class GrammarTrial:
             timer = threading.Timer(WAIT_S, process.kill)
             timer.start()
             try:
-                process.stdin.write(len(raw).to_bytes(4, "little") + raw)
+                process.stdin.write(pack(raw))
                 process.stdin.flush()
                 passes = bool(process.stdout.read(1))
             except BrokenPipeError:
@@ -87,11 +88,10 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def serve(read: BinaryIO, write: BinaryIO, cpu_s: int) -> None:
-    """Answer each grammar with a byte until the other side closes; a frame is its length, 4 bytes, and the text."""
+    """Answer each grammar, a frame of text, with a byte until the other side closes."""
     vocabulary = LLTokenizer("byte")
-    while header := read.read(4):
+    while (source := read_frame(read)) is not None:
         limit_cpu(cpu_s)
-        source = read.read(int.from_bytes(header, "little"))
         compiled(vocabulary, source.decode())
         write.write(b".")
         write.flush()

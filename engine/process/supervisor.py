@@ -12,10 +12,10 @@ from contextlib import suppress
 from typing import Literal, Protocol
 
 from tightrope.engine.errors import BackendFailed, EngineError
+from tightrope.engine.process.frames import receive_frame
 from tightrope.engine.process.launch import EngineHandle, Launcher
 from tightrope.engine.process.outbox import Outbox
 from tightrope.engine.process.wire import (
-    HEADER,
     MAX_FRAME_BYTES,
     Alive,
     Loaded,
@@ -239,10 +239,7 @@ class Supervisor:
         """Pass on what the engine says until it can't load the model; returns why not."""
         self._num_silent = 0
         while True:
-            (num_bytes,) = HEADER.unpack(await reader.readexactly(HEADER.size))
-            if num_bytes > MAX_FRAME_BYTES:
-                raise ValueError(f"a frame of {num_bytes} bytes")
-            message = decode_to_front(await reader.readexactly(num_bytes))
+            message = decode_to_front(await receive_frame(reader, MAX_FRAME_BYTES))
             self._num_silent = 0
             match message:
                 case Loaded(info=info):

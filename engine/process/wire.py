@@ -1,10 +1,6 @@
-"""Messages between the front and the engine process: length-prefixed msgpack frames over a socket pair.
-
-A frame is a 4-byte little-endian length and that many bytes of msgpack. End-of-file means that the other side is gone.
-"""
+"""Messages between the front and the engine process: frames of msgpack over a socket pair."""
 
 import socket
-import struct
 import threading
 from contextlib import suppress
 from typing import Literal
@@ -13,10 +9,10 @@ import msgspec
 from msgspec import Struct
 
 from tightrope.engine.errors import EngineError, rebuild_error
+from tightrope.engine.process.frames import pack, read_frame
 from tightrope.engine.types import Delta, GenerateRequest, ModelInfo, Prompt, Stats, TokenRun, TurnMarks
 
 MAX_FRAME_BYTES = 256 << 20
-HEADER = struct.Struct("<I")
 
 
 class ErrorFrame(Struct, frozen=True):
@@ -180,7 +176,7 @@ def encode_frame(message: ToEngine | ToFront) -> bytes:
     body = _encoder.encode(message)
     if len(body) > MAX_FRAME_BYTES:
         raise ValueError(f"a message of {len(body)} bytes; the engine takes {MAX_FRAME_BYTES}")
-    return HEADER.pack(len(body)) + body
+    return pack(body)
 
 
 class EngineEnd:
@@ -194,14 +190,10 @@ class EngineEnd:
     def receive(self) -> ToEngine | None:
         """The next message, or None when the front is gone."""
         try:
-            header = self._reader.read(HEADER.size)
-            if len(header) < HEADER.size:
-                return None
-            (length,) = HEADER.unpack(header)
-            body = self._reader.read(length)
+            body = read_frame(self._reader)
         except OSError:
             return None
-        return decode_to_engine(body) if len(body) == length else None
+        return None if body is None else decode_to_engine(body)
 
     def send(self, message: ToFront) -> None:
         """Write one frame. A front that is gone is not an error here: `receive` tells."""

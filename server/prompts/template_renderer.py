@@ -9,6 +9,7 @@ from contextlib import suppress
 from typing import Any
 
 from tightrope.engine.errors import EngineUnavailable
+from tightrope.engine.process.frames import FrameTooLong, pack, receive_frame
 from tightrope.processes import bare_environment, child_command
 from tightrope.server.http.errors import TemplateFailed, TemplateRefused, TemplateStopped
 from tightrope.server.prompts.template_worker import Rendered, RenderJob
@@ -90,14 +91,16 @@ class TemplateRenderer:
         reader, writer = self._process.stdout, self._process.stdin
         assert reader is not None
         assert writer is not None
-        frame = job.packed()
         async with asyncio.timeout(timeout_s):
-            writer.write(len(frame).to_bytes(4, "little") + frame)
+            writer.write(pack(job.packed()))
             await writer.drain()
-            num_bytes = int.from_bytes(await reader.readexactly(4), "little")
-            if num_bytes > MAX_PROMPT_BYTES:
-                raise TemplateStopped(f"the chat template rendered more than {MAX_PROMPT_BYTES} bytes", "messages")
-            return [Rendered(**fields) for fields in json.loads(await reader.readexactly(num_bytes))]
+            try:
+                made = await receive_frame(reader, MAX_PROMPT_BYTES)
+            except FrameTooLong:
+                raise TemplateStopped(
+                    f"the chat template rendered more than {MAX_PROMPT_BYTES} bytes", "messages"
+                ) from None
+        return [Rendered(**fields) for fields in json.loads(made)]
 
     async def _kill(self) -> None:
         if self._process is None:

@@ -4,8 +4,8 @@ Jinja's sandbox keeps it from Python's insides. What the sandbox can't limit are
 build a gigabyte, one loop may never end, and a thread can't be stopped from outside. A process can. Its first argument
 is the time of the processor that one job may take, in whole seconds: an end for a loop that nobody waits for any more.
 
-Frames on stdin and stdout are a 4-byte little-endian length and JSON text, which keeps the order of keys and whole
-numbers of any size. The process ends with its stdin.
+Frames on stdin and stdout hold JSON text, which keeps the order of keys and whole numbers of any size. The process ends
+with its stdin.
 """
 
 import json
@@ -24,6 +24,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from tightrope.engine.process.frames import pack, read_frame
 from tightrope.processes import limit_cpu
 
 MEMORY_BYTES = 512 << 20  # address space; an interpreter with Jinja takes about 40 MB of it
@@ -157,15 +158,15 @@ def render(source: str, variables: dict[str, Any] | None) -> Rendered:
 
 def serve(read: BinaryIO, write: BinaryIO, cpu_s: int) -> None:
     """Answer jobs until the other side closes."""
-    while header := read.read(4):
+    while (job := read_frame(read)) is not None:
         limit_cpu(cpu_s)
-        source, chats = json.loads(read.read(int.from_bytes(header, "little")))
+        source, chats = json.loads(job)
         made = [render(source, variables) for variables in chats or [None]]
         try:
-            frame = _json([asdict(rendered) for rendered in made])
+            answer = pack(_json([asdict(rendered) for rendered in made]))
         except MemoryError:
-            frame = _json([asdict(_OUT_OF_MEMORY)] * len(made))
-        write.write(len(frame).to_bytes(4, "little") + frame)
+            answer = pack(_json([asdict(_OUT_OF_MEMORY)] * len(made)))
+        write.write(answer)
         write.flush()
 
 

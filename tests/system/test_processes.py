@@ -18,6 +18,7 @@ import pytest
 from checkout import DATA
 from real_server import MODULE, clean_environment, run_server
 
+from tightrope.engine.process.frames import pack
 from tightrope.processes import child_command, child_environment
 from tightrope.server.prompts.template_worker import RenderJob
 
@@ -196,9 +197,8 @@ def test_the_server_of_a_chat_ends_with_a_chat_that_is_killed():
 def test_a_template_that_never_ends_is_ended_by_the_time_that_it_computes():
     job = RenderJob(ENDLESS, ({},)).packed()
     worker = child_command("tightrope.server.prompts.template_worker", "1")
-    frame = len(job).to_bytes(4, "little") + job
 
-    ended = subprocess.run(worker, input=frame, capture_output=True, timeout=PATIENCE_S)
+    ended = subprocess.run(worker, input=pack(job), capture_output=True, timeout=PATIENCE_S)
 
     assert ended.returncode == -signal.SIGXCPU
 
