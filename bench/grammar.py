@@ -20,7 +20,8 @@ from tightrope.backends.settings import ModelSettings
 from tightrope.engine.guided.grammar import Grammars
 from tightrope.engine.sampler.sampler import sample
 from tightrope.engine.sampler.state import SamplerState
-from tightrope.engine.types import Grammar, SamplingParams
+from tightrope.engine.sampler.steps import SamplingParams
+from tightrope.engine.types import Grammar
 
 STEPS = 200
 BARS_MS = {1: 1.0, 8: 2.5}  # streams: 10 % of 10 ms and of 25 ms

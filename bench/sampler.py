@@ -17,7 +17,8 @@ from msgspec import structs
 from bench import report
 from tightrope.engine.sampler.sampler import sample
 from tightrope.engine.sampler.state import SamplerState
-from tightrope.engine.types import LogprobRequest, SamplingParams
+from tightrope.engine.sampler.steps import SamplingParams
+from tightrope.engine.types import LogprobRequest
 
 VOCAB_SIZE = 49152
 CONTEXT = 3000  # tokens of the prompt, which a repetition penalty looks at

@@ -16,8 +16,9 @@ from tightrope.engine.guided.grammar import Grammars
 from tightrope.engine.guided.grammar_trial import GrammarTrial
 from tightrope.engine.prompt_bytes import check_bytes, last_bytes
 from tightrope.engine.sampler.state import SamplerState
+from tightrope.engine.sampler.steps import SamplingParams
 from tightrope.engine.sequence import Sequence
-from tightrope.engine.types import GenerateRequest, Prompt, SamplingParams, Span, TextPrompt
+from tightrope.engine.types import GenerateRequest, Prompt, Span, TextPrompt
 from tightrope.engine.writer import Writer
 from tightrope.kernels.forms.layout import PAGE
 

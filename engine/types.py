@@ -7,75 +7,10 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal
 
-from msgspec import Struct, field
+from msgspec import Struct
 from msgspec.structs import replace
 
-LONGEST_RUN = 256  # tokens of a repetition that DRY and no_repeat_ngram_size tell apart
-
-# The order in which truncation runs unless a request names another; the sampler's package says what each step does.
-SAMPLER_ORDER = (
-    "temperature",
-    "smoothing",
-    "top_n_sigma",
-    "top_k",
-    "top_p",
-    "min_p",
-    "typical_p",
-    "tfs",
-    "top_a",
-    "epsilon_cutoff",
-    "eta_cutoff",
-    "xtc",
-)
-
-
-class SamplingParams(Struct, frozen=True, omit_defaults=True):
-    """How the next token is drawn. Defaults are neutral; the server has checked the ranges.
-
-    Penalties, biases and bans edit the logits first; then the steps of `order` run; mirostat or adaptive-p comes last.
-    With a temperature of 0 the likeliest token is taken, and no step runs.
-    """
-
-    temperature: float = 1.0  # >= 0; 0 is greedy
-    top_k: int = 0  # 0 is off
-    top_p: float = 1.0  # (0, 1]
-    min_p: float = 0.0  # [0, 1]
-    typical_p: float = 1.0  # (0, 1]
-    repetition_penalty: float = 1.0  # > 0; over prompt and output, once per id
-    frequency_penalty: float = 0.0  # times the count of the id in the output
-    presence_penalty: float = 0.0  # if the id is in the output
-    relative_frequency_penalty: float = 0.0  # times the share of the id in prompt and output (TGI's frequency_penalty)
-    penalty_range: int = 0  # the last n tokens that penalties look at; 0 is all
-    repetition_decay: int = 0  # tokens before that range over which penalties fade; 0 where the range is all
-    logit_bias: dict[int, float] = field(default_factory=dict)
-    seed: int | None = None  # [0, 2**64); None draws one, which is reported back
-    dynatemp_range: float = 0.0  # >= 0; the temperature moves by so much up and down with the entropy
-    dynatemp_exponent: float = 1.0  # > 0; of the entropy's share of its largest possible value
-    smoothing_factor: float = 0.0  # [0, 1000]; 0 is off
-    smoothing_curve: float = 1.0  # [1, 100]
-    top_n_sigma: float = 0.0  # >= 0; 0 is off
-    tfs: float = 1.0  # (0, 1]
-    top_a: float = 0.0  # [0, 1]
-    epsilon_cutoff: float = 0.0  # [0, 1); a probability
-    eta_cutoff: float = 0.0  # [0, 1); a probability
-    xtc_probability: float = 0.0  # [0, 1]; how often XTC acts
-    xtc_threshold: float = 0.1  # [0, 1]; above 0.5 nothing happens
-    mirostat_mode: int = 0  # 0 is off; 1 or 2
-    mirostat_tau: float = 5.0  # > 0; the surprise aimed at, in bits
-    mirostat_eta: float = 0.1  # (0, 1]; how fast the aim is corrected
-    adaptive_target: float = -1.0  # [0, 1], the probability aimed at; negative is off; not together with mirostat
-    adaptive_decay: float = 0.9  # [0, 1); the share of what was drawn before in the mean that is corrected
-    skew: float = 0.0  # [-20, 20]; the draw leans to less likely tokens above 0, to likelier ones below
-    dry_multiplier: float = 0.0  # >= 0; 0 is off
-    dry_base: float = 1.75  # >= 1
-    dry_allowed_length: int = 2  # [1, 256] tokens that may be repeated without a penalty
-    dry_range: int = 0  # the last n tokens that are looked at; 0 is all
-    dry_sequence_breakers: tuple[str, ...] = ("\n", ":", '"', "*")  # texts that no repetition reaches across
-    no_repeat_ngram_size: int = 0  # [0, 256]; 0 is off
-    min_keep: int = 0  # truncation leaves so many tokens at least
-    banned_tokens: tuple[int, ...] = ()
-    banned_strings: tuple[str, ...] = ()  # texts that the output never holds, in whatever case
-    order: tuple[str, ...] = ()  # of steps in SAMPLER_ORDER; those not named follow as they stand there
+from tightrope.engine.sampler.steps import SamplingParams
 
 
 class StopRules(Struct, frozen=True, omit_defaults=True):

@@ -1,6 +1,7 @@
 """What truncation has left so far: the head of each row's ranking, and what is known of the rest."""
 
 from dataclasses import dataclass, replace
+from typing import Self
 
 import numpy as np
 
@@ -17,6 +18,22 @@ class Candidates:
     border: Doubles  # [B, 1]: no kept token that isn't listed weighs more; 0: every kept token is listed
     settled: Mask  # [B, 1]: False when a decision would have needed tokens that aren't listed
     min_keep: Ids  # [B, 1]: so many tokens no step goes below
+
+    @classmethod
+    def of_logits(cls, y: Doubles, token_ids: Ids, border: Doubles, total: Doubles, min_keep: Ids) -> Self:
+        """All tokens, from transformed logits y [B, N], at most 0; none that isn't listed is above border [B, 1].
+
+        total [B, 1] is the weight of the whole vocabulary, or NaN where only that of a complete list matters.
+        """
+        weights, border = np.exp(y), np.exp(border)
+        return cls(
+            token_ids=token_ids,
+            weights=weights,
+            total=np.where(np.isnan(total), weights.cumsum(1)[:, -1:], total),
+            border=border,
+            settled=np.ones(border.shape, np.bool_),
+            min_keep=min_keep,
+        )
 
     @property
     def is_complete(self) -> Mask:
@@ -66,19 +83,3 @@ class Candidates:
             total=np.where(active, weights.cumsum(1)[:, -1:], self.total),
             settled=self.settled & (self.is_complete | ~active),
         )
-
-
-def weigh(y: Doubles, token_ids: Ids, border: Doubles, total: Doubles, min_keep: Ids) -> Candidates:
-    """Candidates of transformed logits y [B, N], at most 0; border [B, 1]: none that isn't listed has a larger one.
-
-    total [B, 1] is the weight of the whole vocabulary, or NaN where only that of a complete list matters.
-    """
-    weights, border = np.exp(y), np.exp(border)
-    return Candidates(
-        token_ids=token_ids,
-        weights=weights,
-        total=np.where(np.isnan(total), weights.cumsum(1)[:, -1:], total),
-        border=border,
-        settled=np.ones(border.shape, np.bool_),
-        min_keep=min_keep,
-    )

@@ -5,41 +5,25 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Concatenate
 
+import msgspec
 import numpy as np
 from torch import Tensor
 
-from tightrope.engine.sampler import mirostat, reshaping, truncation
-from tightrope.engine.sampler.adaptive import adaptive_p
 from tightrope.engine.sampler.arrays import Doubles, Ids, Mask
-from tightrope.engine.sampler.candidates import Candidates, weigh
-from tightrope.engine.sampler.draw import dice, draw, skewed, uniform
+from tightrope.engine.sampler.candidates import Candidates
+from tightrope.engine.sampler.draw import draw, skewed, uniform
 from tightrope.engine.sampler.state import SamplerState
+from tightrope.engine.sampler.steps import BY_NAME, NEUTRAL, STEERING, STEPS, function
 from tightrope.engine.sampler.transforms import transformed, transforms_of
-from tightrope.engine.types import SamplingParams
 from tightrope.kernels import dispatch
 
-Step = Callable[Concatenate[Candidates, ...], Candidates]
+Run = Callable[Concatenate[Candidates, ...], Candidates]
 
-STEPS: Mapping[str, tuple[Step, tuple[str, ...]]] = {  # by name: the step, and the columns that it takes
-    "temperature": (reshaping.temperature, ("temperature", "dynatemp_range", "dynatemp_exponent")),
-    "smoothing": (reshaping.smoothing, ("smoothing_factor", "smoothing_curve")),
-    "top_n_sigma": (truncation.top_n_sigma, ("top_n_sigma",)),
-    "top_k": (truncation.top_k, ("top_k",)),
-    "top_p": (truncation.top_p, ("top_p",)),
-    "min_p": (truncation.min_p, ("min_p",)),
-    "typical_p": (truncation.typical_p, ("typical_p",)),
-    "tfs": (truncation.tfs, ("tfs",)),
-    "top_a": (truncation.top_a, ("top_a",)),
-    "epsilon_cutoff": (truncation.epsilon_cutoff, ("epsilon_cutoff",)),
-    "eta_cutoff": (truncation.eta_cutoff, ("eta_cutoff",)),
-    "xtc": (truncation.xtc, ("xtc_acts", "xtc_threshold")),
-    "mirostat": (mirostat.mirostat, ("mirostat_mode", "aim", "vocab_size")),
-    "adaptive_p": (adaptive_p, ("adaptive_target", "aim")),
-}
-_NEUTRAL = SamplingParams()
-_READS_TOTAL = frozenset({"top_p", "top_a", "epsilon_cutoff", "xtc", "mirostat", "adaptive_p"})  # when they come first
-
-_LIST = 128  # candidates listed at first for a row without top_k: enough for most rows at temperature 1
+_RUN: Mapping[str, Run] = {step.name: function(step.run) for step in STEPS if step.run}
+_NEUTRAL = msgspec.structs.asdict(NEUTRAL)
+# The surprise that steers the next token is of the model's shares, before these give tokens other weights.
+_REWEIGHING = frozenset(step.name for step in STEPS if step.stage == STEERING and not step.removes)
+_LIST = 128  # A row without top_k lists this many candidates at first: enough for most rows at temperature 1.
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,26 +44,26 @@ class Chain:
         """logits [any, V] float32; rows [B] of them, and their states."""
         self._logits, self._rows = logits, rows
         self._transforms = transforms_of(logits, rows, states)
-        self._totals = self._weigh_rows(states)
+        self._totals = self._masses(states)
         self._u = _column([_u(state) for state in states])
         self._min_keep = _column([state.params.min_keep for state in states]).astype(np.int64)
         plans = [state.plan for state in states]
         active = {step for plan in plans for step in plan.steps}
         self._steps = [
-            (step, [_values(step, name, states) for name in STEPS[step][1]])
-            for step in plans[0].order
-            if step in active
+            (name, [_values(name, column, states) for column in BY_NAME[name].columns])
+            for name in plans[0].order
+            if name in active
         ]
-        self._steers = any(plan.is_steered for plan in plans)
+        self._steers = any(plan.steering is not None for plan in plans)
         self._tops = np.array([[state.processed_top] for state in states])
         self._lists_tops = bool(self._tops.any())
         self._num_listed = np.array([_num_listed(state) for state in states])
 
-    def _weigh_rows(self, states: Sequence[SamplerState]) -> Doubles:
+    def _masses(self, states: Sequence[SamplerState]) -> Doubles:
         """Weight of each whole row [B, 1], where a step asks for it; elsewhere NaN."""
         totals = np.full((len(states), 1), np.nan)
-        if weighed := [line for line, state in enumerate(states) if _needs_total(state)]:
-            totals[weighed] = dispatch.row_mass(self._logits, self._rows[weighed], self._transforms[weighed])
+        if lines := [line for line, state in enumerate(states) if _needs_total(state)]:
+            totals[lines] = dispatch.row_mass(self._logits, self._rows[lines], self._transforms[lines])
         return totals
 
     def run(self, lines: Ids, num_listed: int | None) -> DrawResult:
@@ -90,11 +74,11 @@ class Chain:
         with np.errstate(all="ignore"):  # rows from which nothing can be drawn are full of NaN
             top = ranked.top.astype(np.float64)
             y, border = transformed(ranked.logits - top, transforms), transformed(ranked.border - top, transforms)
-            candidates = weigh(y, ranked.token_ids, border, self._totals[lines], self._min_keep[lines])
+            candidates = Candidates.of_logits(y, ranked.token_ids, border, self._totals[lines], self._min_keep[lines])
             given = candidates
-            for step, values in self._steps:
-                candidates = STEPS[step][0](candidates, *(column[lines] for column in values))
-                given = given if step == "adaptive_p" else candidates
+            for name, values in self._steps:
+                candidates = _RUN[name](candidates, *(column[lines] for column in values))
+                given = given if name in _REWEIGHING else candidates
             columns, settled = draw(candidates, self._u[lines])
             surprises = (
                 _surprises(given, np.take_along_axis(candidates.token_ids, columns, 1)) if self._steers else None
@@ -159,15 +143,11 @@ def _values(step: str, name: str, states: Sequence[SamplerState]) -> Doubles:
 
 
 def _value(step: str, name: str, state: SamplerState) -> float:
-    params = state.params if step in state.plan.steps else _NEUTRAL
-    match name:
-        case "xtc_acts":
-            return float(dice(state.seed, state.num_output) < params.xtc_probability)
-        case "aim":
-            return state.aim
-        case "vocab_size":
-            return state.vocab_size
-    value: float = getattr(params, name)
+    value: float
+    if step in state.plan.steps:
+        value = getattr(state.params if name in _NEUTRAL else state, name)
+    else:
+        value = _NEUTRAL.get(name, 0.0)
     return value
 
 
@@ -180,7 +160,7 @@ def _needs_total(state: SamplerState) -> bool:
     if state.params.temperature == 0:
         return state.wants_processed
     steps = state.plan.steps
-    return not steps or steps[0] in _READS_TOTAL
+    return not steps or BY_NAME[steps[0]].reads_total
 
 
 def _num_listed(state: SamplerState) -> int:

@@ -1,6 +1,6 @@
-"""Mirostat: truncation that aims at a surprise, and corrects its aim by what was drawn.
+"""Mirostat: truncation that steers the surprise of tokens to a target, and corrects itself by what was drawn.
 
-`mu` is the aim of the next token, in bits; it starts at twice tau.
+`mu` is the most that the next token may surprise, in bits; it starts at twice the target, tau.
 Source: Basu et al. 2021, "Mirostat: A Neural Text Decoding Algorithm that Directly Controls Perplexity",
 arXiv 2007.14966; version 2 is the authors' later simplification.
 """
@@ -11,18 +11,19 @@ import numpy as np
 
 from tightrope.engine.sampler.arrays import Doubles, Mask
 from tightrope.engine.sampler.candidates import Candidates
+from tightrope.engine.sampler.steps import SamplingParams
 
 _NOTHING_BITS = 20  # all tokens that surprise by so much more than log2(V) have less than a millionth of the mass
 _MEASURED = 100  # likeliest tokens from which version 1 estimates the exponent of Zipf's law
 
 
-def first_mu(tau: float) -> float:
-    return 2 * tau
+def first_mu(params: SamplingParams) -> float:
+    return 2 * params.mirostat_tau
 
 
-def next_mu(mu: float, surprise: float, tau: float, eta: float) -> float:
-    """The aim after a token of this surprise, in bits, among those that could be drawn."""
-    return mu - eta * (surprise - tau)
+def next_mu(mu: float, surprise: float, params: SamplingParams) -> float:
+    """The mu after a token of this surprise, in bits, among those that could be drawn."""
+    return mu - params.mirostat_eta * (surprise - params.mirostat_tau)
 
 
 def cuts(mu: float, vocab_size: int) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor
 from tightrope.engine.errors import InvalidRequest
 from tightrope.engine.guided.grammar import Packed
 from tightrope.engine.sampler.repeats import Repeats
-from tightrope.engine.types import SamplingParams
+from tightrope.engine.sampler.steps import SamplingParams
 
 Floats = NDArray[np.float32]
 

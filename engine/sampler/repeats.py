@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tightrope.engine.sampler.breakers import MAX_BYTES, Breakers
-from tightrope.engine.types import LONGEST_RUN, SamplingParams
+from tightrope.engine.sampler.steps import LONGEST_RUN, SamplingParams
 
 MAX_PENALTY = 1e30  # keeps logits finite whatever the base
 

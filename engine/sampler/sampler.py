@@ -118,7 +118,7 @@ def _sampled(drawn: DrawResult, place: int, state: SamplerState) -> Sampled:
     token_id = int(candidates.token_ids[place, column])
     weights, total = candidates.weights[place], float(candidates.total[place, 0])
     surprise = None
-    if drawn.surprises is not None and state.plan.is_steered:
+    if drawn.surprises is not None and state.plan.steering is not None:
         surprise = float(drawn.surprises[place])
     if not state.wants_processed:
         return Sampled(token_id, None, surprise=surprise)

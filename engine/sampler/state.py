@@ -4,10 +4,11 @@ import os
 from collections.abc import Callable, Sequence
 
 from tightrope.engine.guided.grammar import Matcher
-from tightrope.engine.sampler import adaptive, mirostat
+from tightrope.engine.sampler.draw import dice
 from tightrope.engine.sampler.penalties import TokenEdits
 from tightrope.engine.sampler.plan import plan
-from tightrope.engine.types import LogprobRequest, SamplingParams
+from tightrope.engine.sampler.steps import SamplingParams, function
+from tightrope.engine.types import LogprobRequest
 
 
 class SamplerState:
@@ -35,8 +36,11 @@ class SamplerState:
         self.grammar = grammar
         self.edits = TokenEdits(params, prompt_token_ids, vocab_size, token_bytes)
         self.num_output = 0
-        first = mirostat.first_mu(params.mirostat_tau) if params.mirostat_mode else params.adaptive_target
-        self._aims = [first]  # of the step that steers, one a token and one for the next
+        self._mus: list[float] = []  # Where a step steers, each token has one, and so has the next.
+        self._next_mu: Callable[[float, float, SamplingParams], float] | None = None
+        if self.plan.steering is not None:
+            first_mu, self._next_mu = map(function, self.plan.steering.steer)
+            self._mus.append(first_mu(params))
         self.wants_processed = logprobs is not None and logprobs.processed
         self.wants_raw = logprobs is not None and not logprobs.processed
         self.processed_top = logprobs.top if logprobs is not None and logprobs.processed else 0
@@ -47,21 +51,21 @@ class SamplerState:
         return self.grammar is not None and self.grammar.is_complete
 
     @property
-    def aim(self) -> float:
-        """For the next token: mirostat's in bits, or the probability that adaptive-p would like."""
-        return self._aims[-1]
+    def mu(self) -> float:
+        """For the next token, where a step steers: mirostat's mu, in bits, or adaptive-p's current target."""
+        return self._mus[-1]
+
+    @property
+    def xtc_acts(self) -> bool:
+        """What XTC's dice, thrown once a token, say of the next one."""
+        return dice(self.seed, self.num_output) < self.params.xtc_probability
 
     def append(self, token_id: int, surprise: float | None = None) -> None:
         """A token was generated; `surprise` as the draw told it."""
         self.num_output += 1
         self.edits.append(token_id)
-        if surprise is not None:
-            params = self.params
-            if params.mirostat_mode:
-                aim = mirostat.next_mu(self.aim, surprise, params.mirostat_tau, params.mirostat_eta)
-            else:
-                aim = adaptive.next_aim(self.aim, 2.0**-surprise, params.adaptive_target, params.adaptive_decay)
-            self._aims.append(aim)
+        if surprise is not None and self._next_mu is not None:
+            self._mus.append(self._next_mu(self.mu, surprise, self.params))
         if self.grammar is not None:
             self.grammar.append(token_id)
 
@@ -69,6 +73,6 @@ class SamplerState:
         """Forget generated tokens after the first `num_output`; what is drawn next is what was drawn there before."""
         self.num_output = num_output
         self.edits.truncate(num_output)
-        del self._aims[num_output + 1 :]
+        del self._mus[num_output + 1 :]
         if self.grammar is not None:
             self.grammar.truncate(num_output)

@@ -6,37 +6,16 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import Annotated, Any
 
-import msgspec
 from fastapi import Request
 from pydantic import Field
 
-from tightrope.engine.types import SAMPLER_ORDER, GenerateRequest, Prompt, PromptInfo, SamplingParams, TextPrompt, Token
+from tightrope.engine.sampler.steps import ORDERED, SamplingParams, in_order
+from tightrope.engine.types import GenerateRequest, Prompt, PromptInfo, TextPrompt, Token
 from tightrope.server.answering import or_gone
 from tightrope.server.fields.sampling import Ignored
 from tightrope.server.state import AppState
 
 Explained = Annotated[dict[str, Any], Field(description="Absent unless asked for.")]
-
-# Steps with the parameters that they look at; a step is off while the first of them is neutral.
-_EDITS: tuple[tuple[str, ...], ...] = (
-    ("repetition_penalty", "penalty_range", "repetition_decay"),
-    ("frequency_penalty", "penalty_range"),
-    ("presence_penalty", "penalty_range"),
-    ("relative_frequency_penalty", "penalty_range"),
-    ("no_repeat_ngram_size",),
-    ("dry_multiplier", "dry_base", "dry_allowed_length", "dry_range", "dry_sequence_breakers"),
-    ("logit_bias",),
-    ("banned_tokens",),
-    ("banned_strings",),
-)
-_STEPS: Mapping[str, tuple[str, ...]] = {step: (step,) for step in SAMPLER_ORDER} | {
-    "temperature": ("temperature", "dynatemp_range", "dynatemp_exponent"),
-    "smoothing": ("smoothing_factor", "smoothing_curve"),
-    "xtc": ("xtc_probability", "xtc_threshold"),
-}
-_ADAPTIVE_P = ("adaptive_target", "adaptive_decay")
-_MIROSTAT = ("mirostat_mode", "mirostat_tau", "mirostat_eta")
-_NEUTRAL = msgspec.structs.asdict(SamplingParams())
 
 _OF_THE_CLIENT = "the client's own note"
 _WINDOW = "the window is the server's; a prompt that does not fit is refused"
@@ -64,21 +43,14 @@ REASONS: Mapping[str, str] = {  # fields that clients send without a meaning to 
 
 
 def samplers(params: SamplingParams) -> list[dict[str, Any]]:
-    """The steps that are not neutral, in the order in which they run; greedy decoding looks at the edits alone."""
-    values = msgspec.structs.asdict(params)
-    changed = {name for name, value in values.items() if value != _NEUTRAL[name]}
-    active = [names for names in _EDITS if names[0] in changed]
-    if params.temperature == 0:
-        active.append(("temperature",))
-    else:
-        order = (*params.order, *(step for step in SAMPLER_ORDER if step not in params.order))
-        steps = [_STEPS[step] for step in order]
-        active += [names for names in steps if names[0] in changed or "dynatemp_range" in changed & {*names}]
-        active += [("min_keep",)] if params.min_keep else []
-        active += [_MIROSTAT] if params.mirostat_mode else []
-        active += [_ADAPTIVE_P] if params.adaptive_target >= 0 else []
-        active += [("skew",)] if params.skew else []
-    return [{name: values[name] for name in names} for names in active]
+    """The steps that are not neutral, in the order in which they run; greedy decoding looks at the edits alone.
+
+    The seed stands with each prompt, since it may have been drawn.
+    """
+    steps = [step for step in in_order(params) if step.is_on(params) and step.name != "seed"]
+    shown = [step.params for step in steps if step.stage < ORDERED or params.temperature != 0]
+    shown += [("temperature",)] if params.temperature == 0 else []
+    return [{name: getattr(params, name) for name in names} for names in shown]
 
 
 def _guidance(request: GenerateRequest) -> list[dict[str, Any]]:

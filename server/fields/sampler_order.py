@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from tightrope.engine.errors import InvalidRequest
-from tightrope.engine.types import SAMPLER_ORDER
+from tightrope.engine.sampler.steps import SAMPLER_ORDER
 
 # the steps in order, the SamplingParams that a list switches off, and names in it that mean no step
 Order = tuple[tuple[str, ...], frozenset[str], tuple[str, ...]]

@@ -14,8 +14,9 @@ from typing import Any, TypeGuard
 
 from tightrope.engine.errors import InvalidRequest
 from tightrope.engine.sampler.breakers import MAX_BYTES
+from tightrope.engine.sampler.steps import LONGEST_RUN, SAMPLER_ORDER, SamplingParams
 from tightrope.engine.text.banned_strings import MAX_CHARS, MAX_STRINGS
-from tightrope.engine.types import LONGEST_RUN, SAMPLER_ORDER, Guidance, SamplingParams, StopRules
+from tightrope.engine.types import Guidance, StopRules
 from tightrope.server.fields.sampler_order import Order, kobold_order, llama_cpp_order, named_order
 
 MAX_STOPS = 1024  # the engine looks for each of them after each token

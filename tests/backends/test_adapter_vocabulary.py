@@ -19,14 +19,9 @@ from tokenizers import AddedToken, Tokenizer
 
 from tightrope.engine.core import EngineCore
 from tightrope.engine.errors import InvalidRequest
+from tightrope.engine.sampler.steps import SamplingParams
 from tightrope.engine.settings import LimitSettings
-from tightrope.engine.types import (
-    GenerateRequest,
-    Grammar,
-    LogprobRequest,
-    SamplingParams,
-    TokenPrompt,
-)
+from tightrope.engine.types import GenerateRequest, Grammar, LogprobRequest, TokenPrompt
 
 __all__ = ["pytestmark"]
 

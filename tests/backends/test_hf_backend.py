@@ -18,8 +18,9 @@ from tightrope.backends.hf.backend import HFBackend, copy_pages, model_id
 from tightrope.backends.protocol import Chunk
 from tightrope.backends.settings import CacheSettings, ModelSettings, RopeSettings
 from tightrope.engine.core import EngineCore
+from tightrope.engine.sampler.steps import SamplingParams
 from tightrope.engine.settings import LimitSettings
-from tightrope.engine.types import Delta, GenerateRequest, SamplingParams, StopRules, TokenPrompt
+from tightrope.engine.types import Delta, GenerateRequest, StopRules, TokenPrompt
 from tightrope.kernels.forms.layout import PAGE, CacheFormat, LayerCache
 
 # Keys and values of 11 bits against the 24 of transformers' move logits by 5e-4 of their size.

@@ -18,8 +18,9 @@ from tightrope.backends.hf.run.calibrate import TEXT
 from tightrope.backends.protocol import Chunk
 from tightrope.backends.settings import CacheSettings, ModelSettings
 from tightrope.engine.core import EngineCore
+from tightrope.engine.sampler.steps import SamplingParams
 from tightrope.engine.settings import LimitSettings
-from tightrope.engine.types import GenerateRequest, SamplingParams, StopRules, TokenPrompt
+from tightrope.engine.types import GenerateRequest, StopRules, TokenPrompt
 
 WINDOW = 48
 NUM_TOKENS = 48

@@ -11,17 +11,10 @@ from hypothesis import strategies as st
 
 from tightrope.engine.core import EngineCore
 from tightrope.engine.errors import InvalidRequest
+from tightrope.engine.sampler.steps import SamplingParams
 from tightrope.engine.settings import LimitSettings
 from tightrope.engine.text.banned_strings import MAX_CHARS, MAX_STRINGS, MAX_TRIES, BannedStrings
-from tightrope.engine.types import (
-    Delta,
-    GenerateRequest,
-    LogprobRequest,
-    SamplingParams,
-    Span,
-    StopRules,
-    TextPrompt,
-)
+from tightrope.engine.types import Delta, GenerateRequest, LogprobRequest, Span, StopRules, TextPrompt
 
 LETTERS = b"abcdAB"
 

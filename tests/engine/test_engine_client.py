@@ -33,17 +33,9 @@ from tightrope.engine.process.client import EngineClient
 from tightrope.engine.process.launch import EngineHandle, Launcher, ProcessHandle, ThreadHandle
 from tightrope.engine.process.watch import Activity
 from tightrope.engine.queueing import back_in_s
+from tightrope.engine.sampler.steps import SamplingParams
 from tightrope.engine.settings import EngineSettings, LifeSettings, LimitSettings
-from tightrope.engine.types import (
-    GenerateRequest,
-    ModelInfo,
-    SamplingParams,
-    Span,
-    StopRules,
-    TextPrompt,
-    TokenPrompt,
-    TurnMarks,
-)
+from tightrope.engine.types import GenerateRequest, ModelInfo, Span, StopRules, TextPrompt, TokenPrompt, TurnMarks
 
 PATIENCE_S = 60.0  # a busy machine starts a process in some seconds
 FAKE_ENGINE = SUPPORT / "fake_engine.py"

@@ -8,15 +8,8 @@ from fakes import BOS, END_OF_TURN, EOS, ByteTokenizer, FakeBackend, letters, sc
 from msgspec.structs import replace
 
 from tightrope.engine.errors import BackendFailed, ContextLengthExceeded, InvalidRequest
-from tightrope.engine.types import (
-    Delta,
-    LogprobRequest,
-    Prompt,
-    SamplingParams,
-    Span,
-    TextPrompt,
-    TokenPrompt,
-)
+from tightrope.engine.sampler.steps import SamplingParams
+from tightrope.engine.types import Delta, LogprobRequest, Prompt, Span, TextPrompt, TokenPrompt
 from tightrope.engine.writer import UNTIMED, Writer
 
 

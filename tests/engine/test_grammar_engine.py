@@ -15,15 +15,9 @@ from fakes import EOS, VOCAB_SIZE, FakeBackend, script
 
 from tightrope.engine.core import EngineCore
 from tightrope.engine.errors import InvalidRequest
+from tightrope.engine.sampler.steps import SamplingParams
 from tightrope.engine.settings import LimitSettings
-from tightrope.engine.types import (
-    Finish,
-    GenerateRequest,
-    Grammar,
-    LogprobRequest,
-    SamplingParams,
-    Token,
-)
+from tightrope.engine.types import Finish, GenerateRequest, Grammar, LogprobRequest, Token
 
 NUM_SCHEMAS, NUM_EACH = 50, 20
 NUMBERS = Grammar("regex", "([0-9]{3}-){4}[0-9]{3}", "regex")

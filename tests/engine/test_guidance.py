@@ -17,7 +17,8 @@ from test_engine_core import expected
 
 from tightrope.engine.errors import InvalidRequest
 from tightrope.engine.guidance import guided
-from tightrope.engine.types import GenerateRequest, Guidance, SamplingParams
+from tightrope.engine.sampler.steps import SamplingParams
+from tightrope.engine.types import GenerateRequest, Guidance
 
 AWAY, TOWARDS = 0.0, 2.0  # scales at which the negative prompt alone decides, and the prompt alone in a model of rules
 

@@ -9,7 +9,8 @@ from tightrope.engine.errors import InvalidRequest
 from tightrope.engine.sampler.draw import splitmix64, uniform
 from tightrope.engine.sampler.sampler import sample
 from tightrope.engine.sampler.state import SamplerState
-from tightrope.engine.types import LogprobRequest, SamplingParams
+from tightrope.engine.sampler.steps import SamplingParams
+from tightrope.engine.types import LogprobRequest
 
 V = 20000
 

@@ -16,7 +16,8 @@ from tightrope.engine.sampler.draw import uniform
 from tightrope.engine.sampler.penalties import edit_logits
 from tightrope.engine.sampler.sampler import Sampled, prompt_logprobs, sample
 from tightrope.engine.sampler.state import SamplerState
-from tightrope.engine.types import LogprobRequest, SamplingParams
+from tightrope.engine.sampler.steps import SamplingParams
+from tightrope.engine.types import LogprobRequest
 
 Row = tuple[str, int, SamplingParams, int]  # shape, seed of the logits, parameters, place in the output
 History = tuple[SamplingParams, list[int], list[int], set[int], set[int] | None]  # ..., output, suppressed, allowed

@@ -13,7 +13,7 @@ from tightrope.engine.sampler.breakers import Breakers
 from tightrope.engine.sampler.repeats import Repeats, Runs
 from tightrope.engine.sampler.sampler import sample
 from tightrope.engine.sampler.state import SamplerState
-from tightrope.engine.types import LONGEST_RUN, SamplingParams
+from tightrope.engine.sampler.steps import LONGEST_RUN, SamplingParams
 
 PIECES = ("a", "b", "ab", "\n", "ba", "")
 texts = st.text("ab\n", max_size=3)

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from tightrope.backends.protocol import Chunk
 from tightrope.engine.adapter_turns import TURN_S
 from tightrope.engine.core import EngineCore
+from tightrope.engine.sampler.steps import SamplingParams
 from tightrope.engine.settings import LimitSettings
-from tightrope.engine.types import Delta, GenerateRequest, SamplingParams, StopRules, TokenPrompt
+from tightrope.engine.types import Delta, GenerateRequest, StopRules, TokenPrompt
 
 STEP_S = 0.01  # by the clock below: a turn takes some steps
 

@@ -5,8 +5,9 @@ from fakes import BOS, END_OF_TURN, EOS, ByteTokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tightrope.engine.sampler.steps import SamplingParams
 from tightrope.engine.text.banned_strings import MAX_TRIES
-from tightrope.engine.types import Delta, GenerateRequest, SamplingParams, StopRules, TextPrompt, TopToken
+from tightrope.engine.types import Delta, GenerateRequest, StopRules, TextPrompt, TopToken
 from tightrope.engine.writer import Writer
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from fake_api import api, events
 
-from tightrope.engine.types import SamplingParams
+from tightrope.engine.sampler.steps import SamplingParams
 from tightrope.server.fields.explain import samplers
 
 ALTERNATING = (

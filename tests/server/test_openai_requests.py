@@ -8,17 +8,9 @@ from fake_api import api
 from pydantic import ValidationError
 
 from tightrope.engine.errors import InvalidRequest, ModelNotFound
+from tightrope.engine.sampler.steps import SamplingParams
 from tightrope.engine.settings import LimitSettings
-from tightrope.engine.types import (
-    GenerateRequest,
-    LogprobRequest,
-    ModelInfo,
-    SamplingParams,
-    Span,
-    StopRules,
-    TextPrompt,
-    TokenPrompt,
-)
+from tightrope.engine.types import GenerateRequest, LogprobRequest, ModelInfo, Span, StopRules, TextPrompt, TokenPrompt
 from tightrope.server.dialects.openai.convert import Served, chat_request, check_chat, completion_requests
 from tightrope.server.dialects.openai.messages import template_messages, template_variables
 from tightrope.server.dialects.openai.requests import ChatRequest, CompletionRequest, Message

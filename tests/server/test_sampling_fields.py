@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 
 from tightrope.engine.errors import InvalidRequest
-from tightrope.engine.types import SAMPLER_ORDER, Guidance, SamplingParams, StopRules
+from tightrope.engine.sampler.steps import SAMPLER_ORDER, SamplingParams
+from tightrope.engine.types import Guidance, StopRules
 from tightrope.server.fields.sampling import KNOWN, NUMBERS, WITHOUT_EFFECT, Number, read_sampling
 
 V = 1000

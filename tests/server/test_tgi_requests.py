@@ -4,7 +4,8 @@ import pytest
 from fake_api import api
 
 from tightrope.engine.errors import ContextLengthExceeded, InvalidRequest
-from tightrope.engine.types import GenerateRequest, LogprobRequest, SamplingParams, StopRules
+from tightrope.engine.sampler.steps import SamplingParams
+from tightrope.engine.types import GenerateRequest, LogprobRequest, StopRules
 from tightrope.server.dialects.tgi.convert import TGILimits, generate_request, is_sampled, refusal
 from tightrope.server.dialects.tgi.requests import GenerateBody, Parameters
 from tightrope.server.http.body import ignored_fields

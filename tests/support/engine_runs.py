@@ -2,18 +2,9 @@
 
 from tightrope.backends.protocol import Backend
 from tightrope.engine.core import EngineCore
+from tightrope.engine.sampler.steps import SamplingParams
 from tightrope.engine.settings import LimitSettings
-from tightrope.engine.types import (
-    Delta,
-    GenerateRequest,
-    Grammar,
-    LogprobRequest,
-    Prompt,
-    SamplingParams,
-    Span,
-    StopRules,
-    TextPrompt,
-)
+from tightrope.engine.types import Delta, GenerateRequest, Grammar, LogprobRequest, Prompt, Span, StopRules, TextPrompt
 
 GREEDY = SamplingParams(temperature=0.0)
 

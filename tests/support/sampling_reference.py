@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from tightrope.engine.types import SAMPLER_ORDER, SamplingParams
+from tightrope.engine.sampler.steps import SAMPLER_ORDER, SamplingParams
 
 Logits = NDArray[np.float64]
 Distribution = list[tuple[int, float]]
@@ -219,18 +219,18 @@ def mirostat_2(distribution: Distribution, mu: float) -> Distribution:
     return _at_least(distribution, 2.0**-mu)
 
 
-def adaptive_p(distribution: Distribution, aim: float) -> Distribution:
+def adaptive_p(distribution: Distribution, current: float) -> Distribution:
     weights = []
     for token, p in distribution:
-        distance = abs(p - min(max(aim, 0), 1)) / 0.3
+        distance = abs(p - min(max(current, 0), 1)) / 0.3
         weights.append((token, math.exp(-10 * distance**2 / (1 + distance))))
     return renormalize(sorted(weights, key=lambda entry: (-entry[1], entry[0])))
 
 
-def truncate(logits: Logits, params: SamplingParams, *, acts: bool = False, aim: float | None = None) -> Distribution:
+def truncate(logits: Logits, params: SamplingParams, *, acts: bool = False, mu: float | None = None) -> Distribution:
     """Steps 5 and 6: what may be drawn, and how likely. Greedy draws the first token of an untruncated softmax.
 
-    acts: what XTC's dice say; aim: that of mirostat or adaptive-p, if it isn't the first.
+    acts: what XTC's dice say; mu: that of mirostat or adaptive-p, if it isn't the first.
     """
     if params.temperature == 0:
         return softmax(logits, 1.0)
@@ -248,10 +248,10 @@ def truncate(logits: Logits, params: SamplingParams, *, acts: bool = False, aim:
     if params.mirostat_mode == 0:
         if params.adaptive_target < 0:
             return distribution
-        return adaptive_p(distribution, params.adaptive_target if aim is None else aim)
-    aim = 2 * params.mirostat_tau if aim is None else aim
-    aimed = mirostat_1(distribution, aim, len(logits)) if params.mirostat_mode == 1 else mirostat_2(distribution, aim)
-    return at_least_so_many(distribution, aimed, params.min_keep)
+        return adaptive_p(distribution, params.adaptive_target if mu is None else mu)
+    mu = 2 * params.mirostat_tau if mu is None else mu
+    steered = mirostat_1(distribution, mu, len(logits)) if params.mirostat_mode == 1 else mirostat_2(distribution, mu)
+    return at_least_so_many(distribution, steered, params.min_keep)
 
 
 def at_least_so_many(before: Distribution, after: Distribution, min_keep: int) -> Distribution:

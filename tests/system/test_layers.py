@@ -10,7 +10,7 @@ from checkout import ROOT
 
 FLOORS = ("kernels", "backends", "engine", "server")  # from the ground up
 HEAVY = {"torch", "transformers", "llama_cpp"}
-FRONT = ("engine/types.py", "engine/errors.py", "engine/process/client.py")
+FRONT = ("engine/types.py", "engine/errors.py", "engine/sampler/steps.py", "engine/process/client.py")
 # imported by the front, so as light as the front
 SHARED_BY_FRONT = ("engine/settings.py", "engine/process/wire.py", "engine/process/launch.py", "backends/settings.py")
 

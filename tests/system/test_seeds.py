@@ -7,8 +7,9 @@ import pytest
 from tightrope.backends.registry import open_backend
 from tightrope.backends.settings import CacheSettings, ModelSettings
 from tightrope.engine.core import EngineCore
+from tightrope.engine.sampler.steps import SamplingParams
 from tightrope.engine.settings import LimitSettings
-from tightrope.engine.types import GenerateRequest, LogprobRequest, SamplingParams, Span, StopRules, TextPrompt
+from tightrope.engine.types import GenerateRequest, LogprobRequest, Span, StopRules, TextPrompt
 
 QUESTION = "<|im_start|>user\nWhat would you pack for a week in the hills?<|im_end|>\n<|im_start|>assistant\n"
 Drawn = list[tuple[int, float | None]]

@@ -6,15 +6,8 @@ from dataclasses import dataclass
 from uuid import uuid4
 
 from tightrope.engine.errors import ContextLengthExceeded, InvalidRequest
-from tightrope.engine.types import (
-    GenerateRequest,
-    LogprobRequest,
-    ModelInfo,
-    SamplingParams,
-    Span,
-    StopRules,
-    TextPrompt,
-)
+from tightrope.engine.sampler.steps import SamplingParams
+from tightrope.engine.types import GenerateRequest, LogprobRequest, ModelInfo, Span, StopRules, TextPrompt
 from tightrope.server.dialects.tgi.requests import Parameters
 from tightrope.server.fields.structured import in_tgi_words, read_tgi_grammar
 from tightrope.server.settings.settings import ServerSettings
