@@ -16,7 +16,7 @@ from tightrope.engine.guidance import guided
 from tightrope.engine.info import window
 from tightrope.engine.intake import Intake, encode_prompt
 from tightrope.engine.sampler.sampler import Sampled, prompt_logprobs, sample
-from tightrope.engine.scheduler import Scheduler, Work, chunks
+from tightrope.engine.scheduler import Scheduler
 from tightrope.engine.sequence import Sequence
 from tightrope.engine.settings import LimitSettings
 from tightrope.engine.types import (
@@ -29,6 +29,7 @@ from tightrope.engine.types import (
     TokenPrompt,
     TokenRun,
 )
+from tightrope.engine.work import Rows, Work, layout
 from tightrope.engine.writer import plain_token
 
 
@@ -81,14 +82,7 @@ class EngineCore:
             max_num_seqs=self._max_num_seqs,
             tokenizer_of=lambda adapter: self.adapters.tokenizer(adapter),
         )
-        self._scheduler = Scheduler(
-            backend.kv,
-            max_num_seqs=self._max_num_seqs,
-            max_step_tokens=backend.capabilities.max_step_tokens,
-            busy_step_s=limits.busy_step_ms / 1e3,
-            max_prompt_rows=backend.capabilities.max_prompt_rows,
-            mixes_adapters=backend.capabilities.mixes_adapters,
-        )
+        self._scheduler = Scheduler(backend.kv, backend.capabilities, limits)
         self._requests: dict[str, list[Sequence]] = {}
         self._counters = Counters()
         self.adapters = Adapters(backend.adapters, adapter_paths)
@@ -164,13 +158,14 @@ class EngineCore:
         begun(works)
         if not works:
             return self._fail(list(self._scheduler.waiting)[:1], "the prompt doesn't fit the cache")
+        chunks, rows_of = layout(works)
         forward_began = self._clock()
         try:
-            logits = self._backend.forward([chunk for work in works for chunk in chunks(work)])
+            logits = self._backend.forward(chunks)
         except BackendError as error:
             return self._fail([work.sequence for work in works], str(error))
         sample_began = self._clock()
-        result = self._take(works, logits, sample_began)
+        result = self._take(works, rows_of, logits, sample_began)
         ended = self._clock()
         self._scheduler.observe(works, ended - forward_began)
         self._counters.steps += 1
@@ -189,34 +184,31 @@ class EngineCore:
 
     # ---- from logits to text ----
 
-    def _take(self, works: list[Work], logits: Tensor, now_s: float) -> StepResult:
+    def _take(self, works: list[Work], rows_of: list[Rows], logits: Tensor, now_s: float) -> StepResult:
         """Commit the step, draw the next tokens [B of them], and write the deltas."""
         last_rows: list[int] = []
         drawing: list[Sequence] = []
         deltas: list[Delta] = []
-        row = 0
-        for work in works:
-            sequence, start, is_last = work.sequence, work.sequence.num_computed, work.is_last
+        for work, (own, *others) in zip(works, rows_of, strict=True):
+            sequence = work.sequence
+            if work.is_scored and work.num_own:
+                self._score_prompt(sequence, logits[own])
             self._scheduler.commit(work)
-            if sequence.needs_own_prompt and work.num_tokens:
-                self._score_prompt(sequence, start, logits[row : row + work.num_tokens])
-                row += work.num_tokens
-                if is_last and sequence.request.stop.max_tokens != 0:
-                    last_rows.append(row - 1)
-                    drawing.append(sequence)
-            elif is_last and sequence.request.stop.max_tokens != 0:
-                last_rows.append(row)
-                drawing.append(sequence)
-                row += 1
-            if sequence.guide is not None and drawing[-1:] == [sequence]:
-                logits[last_rows[-1]] = guided(logits[last_rows[-1]], logits[row], sequence.guide.scale)
-                row += 1
-            if is_last and sequence.request.stop.max_tokens == 0:
+            if not work.is_last:
+                continue
+            if sequence.request.stop.max_tokens == 0:
                 deltas += self._completed(sequence, sequence.writer.end("length"), now_s)
+                continue
+            last_rows.append(own.stop - 1)
+            drawing.append(sequence)
+            for negative in others:
+                assert sequence.request.guidance is not None
+                scale = sequence.request.guidance.scale
+                logits[own.stop - 1] = guided(logits[own.stop - 1], logits[negative.start], scale)
         if drawing:
             for sequence in drawing:
                 sequence.sampler.suppressed = sequence.writer.excluded()
-            rows = logits if len(last_rows) == row else logits[last_rows]
+            rows = logits if len(last_rows) == len(logits) else logits[last_rows]
             drawn_tokens = sample(rows, [s.sampler for s in drawing], may_overwrite=True)
             for sequence, drawn in zip(drawing, drawn_tokens, strict=True):
                 deltas += self._advance(sequence, drawn, now_s)
@@ -269,14 +261,15 @@ class EngineCore:
             del self._requests[sequence.request.request_id]
             self._counters.finished += 1
 
-    def _score_prompt(self, sequence: Sequence, start: int, logits: Tensor) -> None:
-        """Logprobs of the prompt's tokens start + 1 ..., from the rows of the tokens before them."""
+    def _score_prompt(self, sequence: Sequence, logits: Tensor) -> None:
+        """Logprobs of the prompt's tokens behind the first that runs, from the rows of the tokens before them."""
         tokens, top, tokenizer = sequence.prompt_tokens, sequence.request.prompt_logprobs, sequence.writer.tokenizer
         assert tokens is not None
         assert top is not None
+        token_ids, start = sequence.own.token_ids, sequence.own.num_computed
         if start == 0:
-            tokens.append(plain_token(sequence.token_ids[0], tokenizer))
-        following = sequence.token_ids[start + 1 : min(start + 1 + len(logits), sequence.num_prompt)]
+            tokens.append(plain_token(token_ids[0], tokenizer))
+        following = token_ids[start + 1 : min(start + 1 + len(logits), sequence.num_prompt)]
         scores = prompt_logprobs(logits[: len(following)], following, top)
         tokens += [plain_token(scored.token_id, tokenizer, scored.logprob, scored.top) for scored in scores]
 

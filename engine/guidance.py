@@ -1,28 +1,11 @@
-"""Guidance by a negative prompt: a second sequence that holds it, and writes what its sequence writes.
+"""Guidance by a negative prompt, which a second track of the sequence holds, followed by what the sequence writes.
 
-Both run in the same steps. The next token is drawn from logits in which the difference between the two counts several
-times. Source: Sanchez et al. 2023, "Stay on topic with Classifier-Free Guidance", arXiv 2306.17806, equation 7.
+Both tracks run in the same steps. The next token is drawn from logits in which the difference between the two counts
+several times. Source: Sanchez et al. 2023, "Stay on topic with Classifier-Free Guidance", arXiv 2306.17806, equation 7.
 """
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
-
-@dataclass(slots=True, eq=False)
-class Guide:
-    """The hidden sequence: the negative prompt and the output; the first `num_computed` tokens are in the cache."""
-
-    seq_id: int
-    token_ids: list[int]
-    scale: float
-    num_computed: int = 0
-
-    @property
-    def num_pending(self) -> int:
-        """Tokens that must run before the next one can be drawn."""
-        return len(self.token_ids) - self.num_computed
 
 
 def guided(prompted: Tensor, negative: Tensor, scale: float) -> Tensor:

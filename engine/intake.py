@@ -11,18 +11,18 @@ import msgspec
 
 from tightrope.backends.protocol import Tokenizer
 from tightrope.engine.errors import ContextLengthExceeded, InvalidRequest
-from tightrope.engine.guidance import Guide
 from tightrope.engine.guided.grammar import Grammars
 from tightrope.engine.guided.grammar_trial import GrammarTrial
 from tightrope.engine.prompt_bytes import check_bytes, last_bytes
 from tightrope.engine.sampler.state import SamplerState
 from tightrope.engine.sampler.steps import SamplingParams
 from tightrope.engine.sequence import Sequence
+from tightrope.engine.track import Track
 from tightrope.engine.types import GenerateRequest, Prompt, Span, TextPrompt
 from tightrope.engine.writer import Writer
 from tightrope.kernels.forms.layout import PAGE
 
-GUIDE = "negative_prompt"  # the request's name for it
+NEGATIVE = "negative_prompt"  # the request's name for it
 SEED_STEP = 0x9E3779B97F4A7C15  # sets the seeds of a request's choices apart
 SEED_MASK = (1 << 64) - 1
 MOST_OTHERS = 2  # vocabularies of adapters that are laid out for grammars at a time
@@ -99,10 +99,9 @@ class Intake:
         sequences: list[Sequence] = []
         for index in range(request.n):
             sequence = Sequence(
-                seq_id=next(self._seq_ids),
                 request=request,
                 index=index,
-                token_ids=list(prompt),
+                tracks=tuple(Track(next(self._seq_ids), list(ids)) for ids in (prompt, negative) if ids),
                 sampler=SamplerState(
                     _sampling(request.sampling, index, tokenizer.vocab_size),
                     prompt,
@@ -114,7 +113,6 @@ class Intake:
                 writer=Writer(request, index, tokenizer, max_len - len(prompt)),
                 max_len=max_len,
                 arrived_s=now_s,
-                guide=self._guide(request, negative),
                 leader=sequences[0] if sequences else None,
                 prompt_tokens=[] if request.prompt_logprobs is not None else None,
             )
@@ -143,13 +141,8 @@ class Intake:
             self._others = [*others, (tokenizer, grammars)][-MOST_OTHERS:]
             return grammars
 
-    def _guide(self, request: GenerateRequest, negative: list[int]) -> Guide | None:
-        if request.guidance is None or not negative:
-            return None
-        return Guide(next(self._seq_ids), list(negative), request.guidance.scale)
-
     def _negative_prompt(self, request: GenerateRequest, prompt: list[int], tokenizer: Tokenizer) -> list[int]:
-        """The token ids of the guide's prompt, one at least; none where nothing is to be guided.
+        """The token ids of the negative prompt, one at least; none where nothing is to be guided.
 
         No text is a BOS alone where the model begins with one, else the last token of the prompt.
         """
@@ -158,21 +151,21 @@ class Intake:
             return []
         add_bos = request.prompt.add_bos if isinstance(request.prompt, TextPrompt) else True
         negative = TextPrompt((Span(guidance.text),), add_bos)
-        check_bytes(negative, tokenizer, self._max_model_len, 0, GUIDE)
+        check_bytes(negative, tokenizer, self._max_model_len, 0, NEGATIVE)
         return encode_prompt(negative, tokenizer) or prompt[-1:]
 
     def _guided_len(self, request: GenerateRequest, num_prompt: int, num_negative: int) -> int:
-        """How long a guided sequence may become, for its guide's sake. Raises InvalidRequest."""
+        """How long a guided sequence may become, for its negative prompt's sake. Raises InvalidRequest."""
         if self._max_num_seqs < 2:
-            raise InvalidRequest(f"{GUIDE}: its sequence needs a second place, and --max-num-seqs is 1", GUIDE)
+            raise InvalidRequest(f"{NEGATIVE}: its sequence needs a second place, and --max-num-seqs is 1", NEGATIVE)
         room = self._cache_tokens - 2 * (PAGE - 1)  # pages that are begun may be empty but for one token
         most = min(self._max_model_len - num_negative, (room - num_prompt - num_negative) // 2)
         asked = request.stop.max_tokens if request.reserve_tokens is None else request.reserve_tokens
         if most < (asked or 1):
             raise InvalidRequest(
-                f"{GUIDE}: beside its {num_negative} tokens and the prompt's {num_prompt} there is room for "
+                f"{NEGATIVE}: beside its {num_negative} tokens and the prompt's {num_prompt} there is room for "
                 f"{max(0, most)} tokens of an answer; {asked or 1} were asked for",
-                GUIDE,
+                NEGATIVE,
             )
         return num_prompt + most
 

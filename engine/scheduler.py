@@ -8,15 +8,15 @@ a backend can't mix adapters, a step takes the sequences of one alone, and engin
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from itertools import count
 
 from tightrope.backends.errors import BackendError
-from tightrope.backends.protocol import Chunk, KVCache, WantLogits
+from tightrope.backends.protocol import Capabilities, KVCache
 from tightrope.engine.adapter_turns import AdapterTurns
-from tightrope.engine.guidance import Guide
-from tightrope.engine.sequence import AdapterUse, Sequence
+from tightrope.engine.sequence import AdapterUse, Sequence, Shares
+from tightrope.engine.settings import LimitSettings
+from tightrope.engine.step_budget import PrefillRate, StepBudget
+from tightrope.engine.work import Work
 
 DECODE_HEADROOM = 32  # tokens of output that must have room before a sequence starts, lest it be preempted at once
 MIN_CHUNK = 16  # tokens; smaller chunks of a prompt cost a whole step for next to nothing
@@ -27,122 +27,21 @@ OLDEST_SHARE = 0.25  # of a step's prompt budget, for the prompt that came first
 PATIENCE_S = 60.0  # the longest that smaller prompts may be admitted ahead of the first that doesn't fit the cache
 
 
-@dataclass(frozen=True, slots=True)
-class Work:
-    """One sequence's part of the step: its next `num_tokens` pending tokens, and as many of its guide as are told.
-
-    is_scored: each of its tokens' logits is looked at, which takes far longer than to compute them.
-    """
-
-    sequence: Sequence
-    num_tokens: int
-    num_guide_tokens: int = 0
-    is_scored: bool = False
-
-    @property
-    def is_last(self) -> bool:
-        """Whether the next token can be drawn afterwards."""
-        return self.num_tokens == self.sequence.num_pending
-
-    @property
-    def num_run(self) -> int:
-        """Tokens that the model runs."""
-        return self.num_tokens + self.num_guide_tokens
-
-    @property
-    def is_of_prompt(self) -> bool:
-        """Whether it is more than the one token of an answer."""
-        return self.num_run > len(self.sequence.seq_ids)
-
-
-def chunks(work: Work) -> list[Chunk]:
-    """The sequence's part, then its guide's; a part may have no tokens in this step."""
-    sequence, request = work.sequence, work.sequence.request
-    last: WantLogits = "last" if work.is_last and request.stop.max_tokens != 0 else "none"
-    want: WantLogits = "all" if sequence.needs_own_prompt else last
-    parts: list[tuple[Sequence | Guide, int, WantLogits]] = [(sequence, work.num_tokens, want)]
-    if sequence.guide is not None:
-        parts.append((sequence.guide, work.num_guide_tokens, last))
-    return [
-        Chunk(
-            one.seq_id,
-            one.token_ids[one.num_computed : one.num_computed + num_tokens],
-            one.num_computed,
-            wanted,
-            sequence.adapter,
-            request.adapter_scale,
-        )
-        for one, num_tokens, wanted in parts
-        if num_tokens > 0
-    ]
-
-
-class PrefillRate:
-    """How many prompt tokens fit a given time, learned from the steps so far."""
-
-    def __init__(self, first: int) -> None:
-        """first: what is tried before a step has told."""
-        self._first = first
-        self._tokens_per_s: float | None = None
-
-    def observe(self, num_tokens: int, seconds: float) -> None:
-        if num_tokens <= 0 or seconds <= 0:
-            return
-        rate = num_tokens / seconds
-        self._tokens_per_s = rate if self._tokens_per_s is None else 0.7 * self._tokens_per_s + 0.3 * rate
-
-    def tokens_in(self, seconds: float) -> int:
-        return self._first if self._tokens_per_s is None else int(self._tokens_per_s * seconds)
-
-    def seconds_of(self, num_tokens: int) -> float:
-        return 0.0 if self._tokens_per_s is None else num_tokens / self._tokens_per_s
-
-
-@dataclass(slots=True)
-class _Budget:
-    """What prompts may take of a step. Time is in seconds; `kept` is the share that is kept for the oldest of them."""
-
-    tokens: int
-    seconds: float
-    least: int  # tokens for the first prompt and for the oldest, however slow the model is
-    kept: float = 0.0
-    taken: int = 0
-    spent_s: float = 0.0
-
-    def tokens_for(self, rate: PrefillRate, *, at_least: int) -> int:
-        seconds = self.seconds * (1 - self.kept) - self.spent_s
-        fitting = max(rate.tokens_in(max(0.0, seconds)), at_least)
-        return min(fitting, int(self.tokens * (1 - self.kept)) - self.taken)
-
-
 class Scheduler:
     """Owns the queues; the cache's bookkeeping is called from here and nowhere else."""
 
-    def __init__(
-        self,
-        kv: KVCache,
-        *,
-        max_num_seqs: int,
-        max_step_tokens: int,
-        busy_step_s: float,
-        max_prompt_rows: int,
-        mixes_adapters: bool,
-    ) -> None:
+    def __init__(self, kv: KVCache, capabilities: Capabilities, limits: LimitSettings) -> None:
         self._kv = kv
-        self._max_num_seqs = max_num_seqs
-        self._max_step_tokens = max_step_tokens
-        self._max_prompt_rows = max_prompt_rows
-        self._busy_step_s = busy_step_s
-        self._turns = None if mixes_adapters else AdapterTurns()
-        self._seq_ids = count()
+        self._max_num_seqs = capabilities.max_num_seqs
+        self._max_step_tokens = capabilities.max_step_tokens
+        self._max_prompt_rows = capabilities.max_prompt_rows
+        self._busy_step_s = limits.busy_step_ms / 1e3
+        self._turns = None if capabilities.mixes_adapters else AdapterTurns()
         self._unfit: set[Sequence] = set()  # waiting ones that didn't fit the cache, since something was last freed
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # oldest first
         self._rate, self._scored_rate = PrefillRate(4 * MIN_CHUNK), PrefillRate(MIN_CHUNK)
         self.preemptions = 0
-
-    def next_seq_id(self) -> int:
-        return next(self._seq_ids)
 
     @property
     def has_work(self) -> bool:
@@ -155,8 +54,8 @@ class Scheduler:
         """Take a sequence out, finished or not. keep: its cached tokens stay matchable."""
         if sequence in self.running:
             self.running.remove(sequence)
-            for seq_id in sequence.seq_ids:
-                self._kv.close(seq_id, keep=keep)
+            for track in sequence.tracks:
+                self._kv.close(track.seq_id, keep=keep)
             self._unfit.clear()
         else:
             self.waiting.remove(sequence)
@@ -164,37 +63,31 @@ class Scheduler:
 
     def commit(self, work: Work) -> None:
         """Record that the part has run."""
-        sequence = work.sequence
-        end = sequence.num_computed + work.num_tokens
-        self._kv.commit(sequence.seq_id, sequence.token_ids[sequence.num_computed : end])
-        sequence.num_computed = end
-        if (guide := sequence.guide) is not None:
-            end = guide.num_computed + work.num_guide_tokens
-            self._kv.commit(guide.seq_id, guide.token_ids[guide.num_computed : end])
-            guide.num_computed = end
+        for track, share in work.shares:
+            end = track.num_computed + share
+            self._kv.commit(track.seq_id, track.token_ids[track.num_computed : end])
+            track.num_computed = end
 
     def rewind(self, sequence: Sequence) -> None:
         """Follow a running sequence that has lost tokens at its end: the last of the rest runs again, for its logits.
 
         Where the cache can't go back there, the sequence starts again, from what is cached of it.
         """
-        written: list[Sequence | Guide] = [sequence] if sequence.guide is None else [sequence, sequence.guide]
         try:
-            for one in written:
-                one.num_computed = len(one.token_ids) - 1
-                if one.num_computed > 0:
-                    self._kv.truncate(one.seq_id, one.num_computed)
+            for track in sequence.tracks:
+                track.num_computed = len(track.token_ids) - 1
+                if track.num_computed > 0:
+                    self._kv.truncate(track.seq_id, track.num_computed)
         except BackendError:
-            sequence.num_computed = 0
-        if any(one.num_computed == 0 for one in written):
-            self.remove(sequence)
-            sequence.restart()
-            self.waiting.appendleft(sequence)
+            sequence.own.num_computed = 0
+        if any(track.num_computed == 0 for track in sequence.tracks):
+            self._restart(sequence)
 
     def observe(self, step: list[Work], seconds: float) -> None:
         """Learn from a step that took so long, in seconds, with what was done with its logits."""
-        plain = sum(work.num_run for work in step if work.is_of_prompt and not work.is_scored)
-        scored = sum(work.num_run for work in step if work.is_scored)
+        prompts = [work for work in step if work.is_of_prompt]
+        plain = sum(work.num_run for work in prompts if not work.is_scored)
+        scored = sum(work.num_run for work in prompts if work.is_scored)
         if scored:
             self._scored_rate.observe(scored, seconds - self._rate.seconds_of(plain))
         elif plain >= MIN_CHUNK:  # fewer take as long as one
@@ -203,7 +96,9 @@ class Scheduler:
     def schedule(self, now_s: float) -> list[Work]:
         """Choose the next step's work; room for it is reserved.
 
-        Empty only when nothing is waiting or running, or nothing that waits fits the empty cache.
+        All that a step is, is how many of its next tokens each track runs: the rest of a prompt, a part of it and the
+        one token of an answer are the same thing, and so is whatever else a sequence computes beside its own. Empty
+        only when nothing is waiting or running, or nothing that waits fits the empty cache.
 
         The policy, for prompts that are read at the same time: shortest remaining first, and a quarter of each step for
         the oldest. The one with the fewest tokens left goes first, because it delays the others least, so the mean time
@@ -227,15 +122,19 @@ class Scheduler:
 
     def _step_of(self, may_run: Callable[[Sequence], bool], now_s: float) -> list[Work]:
         step = self._decodes(may_run)
+        writing = {work.sequence for work in step}
+        prompts = [s for s in self.running if s not in writing and may_run(s)]
+        prompts += [s for s in self.waiting if may_run(s) and (s.leader is None or s.leader.is_prompt_computed)]
+        if not prompts:
+            return step
         is_busy = any(sequence.is_decoding for sequence in self.running)
-        budget = _Budget(
+        budget = StepBudget(
             self._max_step_tokens - sum(work.num_run for work in step),
             self._busy_step_s if is_busy else max(QUIET_STEP_S, self._busy_step_s),
             MIN_CHUNK if is_busy else MIN_QUIET_CHUNK,
+            max(0, self._max_prompt_rows - sum(work.is_scored for work in step)),
         )
-        prompts = [s for s in self.running if may_run(s) and not s.is_decoding]
-        prompts += [s for s in self.waiting if may_run(s) and (s.leader is None or s.leader.is_prompt_computed)]
-        if not prompts or budget.tokens <= 0:
+        if budget.tokens <= 0:
             return step
         if not self.running:
             self._unfit.clear()
@@ -250,63 +149,50 @@ class Scheduler:
         return step
 
     def _add_prompt(
-        self, step: list[Work], sequence: Sequence, budget: _Budget, now_s: float, *, is_oldest: bool
+        self, step: list[Work], sequence: Sequence, budget: StepBudget, now_s: float, *, is_oldest: bool
     ) -> None:
         """Give a prompt its part of the step, if there is any left and it can start."""
         if is_oldest:
             budget.kept = 0.0
-        rate = self._scored_rate if sequence.needs_own_prompt else self._rate
+        is_scored = sequence.needs_own_prompt
+        rate = self._scored_rate if is_scored else self._rate
         has_minimum = is_oldest or not budget.taken
         # the time of scored tokens is their own: few of them make no step dearer
-        least = 1 if sequence.needs_own_prompt else budget.least
+        least = 1 if is_scored else budget.least
         num_tokens = budget.tokens_for(rate, at_least=least if has_minimum else 0)
         is_crumb = not has_minimum and num_tokens < min(MIN_CHUNK, sequence.num_pending)
         if num_tokens <= 0 or is_crumb or not self._start(sequence, now_s):
             return
-        spent = self._add_chunk(step, sequence, num_tokens)
-        budget.taken += spent
-        budget.spent_s += rate.seconds_of(spent)
-        if spent and step[-1].is_last:  # its first token comes with this step
+        work = _part(sequence, num_tokens, budget.prompt_rows if is_scored else num_tokens)
+        if not work.num_run:
+            return
+        step.append(work)
+        budget.taken += work.num_run
+        budget.spent_s += rate.seconds_of(work.num_run)
+        budget.prompt_rows -= work.num_own if is_scored else 0
+        if work.is_last:  # its first token comes with this step
             budget.seconds, budget.least = min(budget.seconds, self._busy_step_s), MIN_CHUNK
 
     def _decodes(self, may_run: Callable[[Sequence], bool]) -> list[Work]:
         """One token for every sequence that is writing; preempts from the young end until all have room."""
         step = []
         for sequence in [s for s in self.running if may_run(s) and s.is_decoding]:
-            while sequence in self.running and not all(self._kv.reserve(seq_id, 1) for seq_id in sequence.seq_ids):
-                self._preempt(self.running[-1])
+            tracks = sequence.tracks
+            while sequence in self.running and not all(self._kv.reserve(track.seq_id, 1) for track in tracks):
+                preempted = self.running[-1]
+                self._restart(preempted)
+                self._unfit.add(preempted)
+                self.preemptions += 1
             if sequence in self.running:
-                step.append(Work(sequence, 1, len(sequence.seq_ids) - 1))
+                step.append(Work(sequence, sequence.one_each, len(tracks), True, sequence.needs_own_prompt))
         return [work for work in step if work.sequence in self.running]
 
-    def _preempt(self, sequence: Sequence) -> None:
+    def _restart(self, sequence: Sequence) -> None:
+        """Send a running sequence back to where it waits first; what the cache keeps of it is found again."""
         self.remove(sequence)
-        sequence.restart()
+        for track in sequence.tracks:
+            track.num_computed = 0
         self.waiting.appendleft(sequence)
-        self._unfit.add(sequence)
-        self.preemptions += 1
-
-    def _add_chunk(self, step: list[Work], sequence: Sequence, budget: int) -> int:
-        """Give a prompt what the budget allows; return the tokens spent."""
-        guide = sequence.guide
-        # A guide's prompt runs first, but for its last token: that one runs beside the last of its sequence's.
-        num_guide = 0 if guide is None else min(guide.num_pending - 1, budget)
-        budget -= num_guide
-        num_tokens = min(sequence.num_pending, budget)
-        if sequence.is_reproducible and 1 < num_tokens == sequence.num_pending:
-            num_tokens -= 1
-        if sequence.needs_own_prompt:
-            taken = sum(work.num_tokens for work in step if work.sequence.needs_own_prompt)
-            num_tokens = min(num_tokens, self._max_prompt_rows - taken)
-        if guide is not None and num_tokens == sequence.num_pending:
-            if guide.num_pending == 1 and num_tokens < budget:
-                num_guide = 1
-            else:
-                num_tokens -= 1
-        work = Work(sequence, max(0, num_tokens), num_guide, sequence.needs_own_prompt)
-        if work.num_run > 0:
-            step.append(work)
-        return work.num_run
 
     def _start(self, sequence: Sequence, now_s: float) -> bool:
         """Whether a prompt runs: already, or from now on, if there is a place and room in the cache."""
@@ -326,34 +212,59 @@ class Scheduler:
 
     @staticmethod
     def _num_places(*sequences: Sequence) -> int:
-        return sum(len(sequence.seq_ids) for sequence in sequences)
+        return sum(len(sequence.tracks) for sequence in sequences)
 
     def _open(self, sequence: Sequence) -> bool:
         """Pin what is cached of the sequence and reserve the rest; nothing has changed if that fails."""
         if sequence.prompt_tokens is not None and not sequence.is_announced:
             sequence.prompt_tokens = []  # it may have been preempted half-way
-        num_cached = self._kv.open(
-            sequence.seq_id,
-            sequence.token_ids,
-            sequence.namespace,
-            reuse=not sequence.needs_own_prompt,
-            reproducible=sequence.is_reproducible,
-        )
-        headroom = max(0, min(DECODE_HEADROOM, sequence.max_len - 1 - len(sequence.token_ids)))  # the last never runs
-        has_room = self._kv.reserve(sequence.seq_id, len(sequence.token_ids) - num_cached + headroom)
-        if has_room and (guide := sequence.guide) is not None:
-            guide.num_computed = self._kv.open(guide.seq_id, guide.token_ids, sequence.namespace)
-            has_room = self._kv.reserve(guide.seq_id, guide.num_pending + headroom)
-            if not has_room:
-                self._kv.close(guide.seq_id, keep=True)
-        if not has_room:
-            self._kv.close(sequence.seq_id, keep=True)  # what it had found stays to be found
-            self._unfit.add(sequence)
-            return False
-        sequence.num_computed = num_cached
+        own = sequence.own
+        headroom = max(0, min(DECODE_HEADROOM, sequence.max_len - 1 - len(own.token_ids)))  # the last never runs
+        found: list[int] = []
+        for track in sequence.tracks:
+            may_reuse = track is not own or not sequence.needs_own_prompt
+            num_cached = self._kv.open(
+                track.seq_id,
+                track.token_ids,
+                sequence.namespace,
+                reuse=may_reuse,
+                reproducible=sequence.is_reproducible,
+            )
+            found.append(num_cached)
+            if not self._kv.reserve(track.seq_id, len(track.token_ids) - num_cached + headroom):
+                for opened in reversed(sequence.tracks[: len(found)]):
+                    self._kv.close(opened.seq_id, keep=True)  # what it had found stays to be found
+                self._unfit.add(sequence)
+                return False
+        for track, num_cached in zip(sequence.tracks, found, strict=True):
+            track.num_computed = num_cached
         if sequence.num_output == 0:
-            sequence.num_cached = num_cached
+            sequence.num_cached = own.num_computed
         return True
+
+
+def _part(sequence: Sequence, num_tokens: int, num_own: int) -> Work:
+    """A prompt's part of a step, of at most `num_tokens` in all and `num_own` of its own track; it may be empty.
+
+    Its own track comes after the others. The last tokens of all of them run in one step, because what is drawn depends
+    on the logits of all; and, where a seed promises the same text again, they run without the tokens before them.
+    """
+    left = num_tokens
+    shares: Shares = []
+    for track in reversed(sequence.tracks):
+        share = min(track.num_pending - 1, left, num_own if track is sequence.own else left)
+        shares.insert(0, (track, share))
+        left -= share
+    num_run = num_tokens - left
+    is_last = (
+        num_run == sequence.num_pending - len(shares)
+        and left >= len(shares)
+        and shares[0][1] < num_own
+        and not (sequence.is_reproducible and num_run > 0)
+    )
+    if is_last:
+        shares, num_run = [(track, share + 1) for track, share in shares], sequence.num_pending
+    return Work(sequence, shares, num_run, is_last, sequence.needs_own_prompt)
 
 
 def _uses(use: AdapterUse, sequence: Sequence) -> bool:

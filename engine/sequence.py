@@ -1,9 +1,9 @@
-"""One answer being written: its tokens, how far they are computed, and when it ends."""
+"""One answer being written: its tracks, what it is drawn and written by, and what became of it so far."""
 
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from tightrope.engine.guidance import Guide
+from tightrope.engine.track import Track
 from tightrope.engine.types import GenerateRequest, Timings, Token
 from tightrope.engine.writer import Writer
 
@@ -12,25 +12,27 @@ if TYPE_CHECKING:  # Its module imports torch, which takes seconds, and the sche
 
 AdapterUse = tuple[str, float] | None  # what the backend calls an adapter, and its scale
 
+Shares = list[tuple[Track, int]]  # how many of the next tokens of each track
+
 
 @dataclass(slots=True, eq=False)
 class Sequence:
     """State of one choice of one request. Times are seconds of the engine's clock.
 
-    `token_ids` are prompt and output; the first `num_computed` of them are in the cache.
+    `tracks` hold a prompt and the output each. The first is the answer's `own`, and a token is drawn from its logits;
+    those of the others, such as the negative prompt's, are computed in the same steps to lead it.
     """
 
-    seq_id: int
     request: GenerateRequest
     index: int
-    token_ids: list[int]
+    tracks: tuple[Track, ...]
     sampler: "SamplerState"
     writer: Writer
-    max_len: int  # token_ids never grows beyond it
+    max_len: int  # of its own track, in tokens
     arrived_s: float
-    guide: Guide | None = None  # runs in the same steps
-    num_prompt: int = field(init=False)
-    num_computed: int = 0
+    own: Track = field(init=False)
+    one_each: Shares = field(init=False)  # what it runs in a step while it writes
+    num_prompt: int = field(init=False)  # tokens of its own
     num_cached: int = 0  # of the prompt, found in the cache at the first start
     leader: "Sequence | None" = None  # the choice that computes the shared prompt first
     prompt_tokens: list[Token] | None = None  # filled while prompt_logprobs are computed
@@ -41,7 +43,9 @@ class Sequence:
     adapter: str | None = None  # what the backend calls the one that the request names
 
     def __post_init__(self) -> None:
-        self.num_prompt = len(self.token_ids)
+        self.own = self.tracks[0]
+        self.one_each = [(track, 1) for track in self.tracks]
+        self.num_prompt = len(self.own.token_ids)
 
     @property
     def namespace(self) -> str:
@@ -58,46 +62,34 @@ class Sequence:
 
     @property
     def num_output(self) -> int:
-        return len(self.token_ids) - self.num_prompt
+        return len(self.own.token_ids) - self.num_prompt
 
     @property
     def num_pending(self) -> int:
-        """Tokens that must run before the next one can be drawn."""
-        return len(self.token_ids) - self.num_computed
+        """Tokens of all tracks that must run before the next one can be drawn."""
+        return sum(track.num_pending for track in self.tracks)
 
     @property
     def is_decoding(self) -> bool:
-        """Whether one step on one token gives the next one."""
-        guide = self.guide
-        is_guided = guide is None or (guide.num_pending == 1 and guide.num_computed > 0)
-        return self.num_pending == 1 and self.num_computed > 0 and is_guided
-
-    @property
-    def seq_ids(self) -> tuple[int, ...]:
-        """What the cache knows it by: one sequence, or two."""
-        return (self.seq_id,) if self.guide is None else (self.seq_id, self.guide.seq_id)
+        """Whether one step on one token of each track gives the next one."""
+        is_ready = True
+        for track in self.tracks:
+            is_ready = is_ready and 0 < track.num_computed == len(track.token_ids) - 1
+        return is_ready
 
     def append(self, token_id: int) -> None:
         """Add a token of the output."""
-        self.token_ids.append(token_id)
-        if self.guide is not None:
-            self.guide.token_ids.append(token_id)
+        for track in self.tracks:
+            track.token_ids.append(token_id)
 
     def take_back(self, num_tokens: int) -> None:
         """Remove the output's last tokens; how much of the rest is computed is the scheduler's to say."""
-        del self.token_ids[-num_tokens:]
-        if self.guide is not None:
-            del self.guide.token_ids[-num_tokens:]
-
-    def restart(self) -> None:
-        """Nothing of it is in the cache any more."""
-        self.num_computed = 0
-        if self.guide is not None:
-            self.guide.num_computed = 0
+        for track in self.tracks:
+            del track.token_ids[-num_tokens:]
 
     @property
     def is_prompt_computed(self) -> bool:
-        return self.num_computed >= self.num_prompt
+        return self.own.num_computed >= self.num_prompt
 
     @property
     def needs_own_prompt(self) -> bool:

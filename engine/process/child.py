@@ -37,10 +37,10 @@ from tightrope.engine.process.wire import (
     Start,
     StepDone,
 )
-from tightrope.engine.scheduler import Work
 from tightrope.engine.sequence import Sequence
 from tightrope.engine.settings import EngineSettings
 from tightrope.engine.types import Delta, with_adapter_texts
+from tightrope.engine.work import Work
 
 log = logging.getLogger("tightrope.engine")
 

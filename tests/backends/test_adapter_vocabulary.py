@@ -89,7 +89,7 @@ def test_tokens_of_an_adapter_are_unknown_without_it(grown: tuple[Path, torch.Te
             with pytest.raises(InvalidRequest, match=f"token id {token_id} is outside the vocabulary of {size}"):
                 core.prepare(request("r", [5, token_id], adapter))
         text = "<|turn|>user"
-        own, theirs = (core.prepare(request("r", text, adapter))[0].token_ids for adapter in ("grown", None))
+        own, theirs = (core.prepare(request("r", text, adapter))[0].own.token_ids for adapter in ("grown", None))
 
     assert START in own
     assert max(theirs) < START
@@ -101,7 +101,7 @@ def test_an_adapter_without_a_tokenizer_takes_its_tokens_by_id(grown: tuple[Path
     with closing(open_model(BASE, bare=folder)) as backend:
         core = EngineCore(backend, LimitSettings(), adapter_paths={"bare": str(folder)})
         found = run(core, request("r", ENDING, "bare"))["r"]
-        own, theirs = (core.prepare(request("r", "<|turn|>", adapter))[0].token_ids for adapter in ("bare", None))
+        own, theirs = (core.prepare(request("r", "<|turn|>", adapter))[0].own.token_ids for adapter in ("bare", None))
 
     assert found[0] == END
     assert own == theirs

@@ -1,72 +1,144 @@
 """Which prompts a step takes, by a clock that only the model moves: what waits for what, and for how long."""
 
+import itertools
 import random
-from collections.abc import Sequence
+from typing import TYPE_CHECKING, cast
 
 import pytest
-from engine_runs import request
-from fakes import FakeBackend
-from torch import Tensor
+from fakes import ByteTokenizer, FakeKV
 
-from tightrope.backends.protocol import Chunk
-from tightrope.engine.core import EngineCore
-from tightrope.engine.scheduler import OLDEST_SHARE, PATIENCE_S, QUIET_STEP_S
+from tightrope.backends.protocol import Capabilities, Chunk
+from tightrope.engine.sampler.steps import SamplingParams
+from tightrope.engine.scheduler import OLDEST_SHARE, PATIENCE_S, QUIET_STEP_S, Scheduler
+from tightrope.engine.sequence import Sequence
 from tightrope.engine.settings import LimitSettings
+from tightrope.engine.track import Track
+from tightrope.engine.types import GenerateRequest, StopRules, TextPrompt
+from tightrope.engine.work import Work, layout
+from tightrope.engine.writer import Writer
+
+if TYPE_CHECKING:
+    from tightrope.engine.sampler.state import SamplerState
 
 BUSY_S = 0.15
 STEP_S, TOKEN_S, SCORED_S = 0.005, 0.004, 0.02  # what a step, a token and a scored token take
-
-
-class TimedBackend(FakeBackend):
-    """Each step takes what its tokens take."""
-
-    now_s = 0.0
-
-    def forward(self, chunks: Sequence[Chunk]) -> Tensor:
-        tokens = sum(len(chunk.token_ids) for chunk in chunks)
-        scored = sum(len(chunk.token_ids) for chunk in chunks if chunk.want_logits == "all")
-        self.now_s += STEP_S + TOKEN_S * tokens + SCORED_S * scored
-        return super().forward(chunks)
+NO_SAMPLER = cast("SamplerState", None)  # The scheduler never asks how tokens are drawn.
 
 
 class Run:
-    """An engine under that clock; `first_s` and `ended_s` say when requests got their first token and their last."""
+    """A scheduler over a fake cache; a step takes what its tokens take, and each sequence writes its own number.
 
-    def __init__(self, *, capacity: int = 20_000, max_num_seqs: int = 16, max_prompt_rows: int = 512) -> None:
-        self.backend = TimedBackend(
-            capacity=capacity,
-            max_model_len=10_000,
-            max_step_tokens=512,
-            max_num_seqs=max_num_seqs,
-            max_prompt_rows=max_prompt_rows,
-        )
-        self.core = EngineCore(self.backend, LimitSettings(busy_step_ms=BUSY_S * 1e3), lambda: self.backend.now_s)
+    `first_s` and `ended_s` say when requests got their first token and their last. Every step is held to the options.
+    """
+
+    def __init__(
+        self,
+        *,
+        capacity: int = 20_000,
+        max_num_seqs: int = 16,
+        max_step_tokens: int = 512,
+        max_prompt_rows: int = 512,
+        mixes_adapters: bool = True,
+        busy_step_ms: float = BUSY_S * 1e3,
+    ) -> None:
+        self.kv = FakeKV(capacity)
+        self.options = Capabilities(max_num_seqs, max_step_tokens, max_prompt_rows, mixes_adapters)
+        self.scheduler = Scheduler(self.kv, self.options, LimitSettings(busy_step_ms=busy_step_ms))
+        self.now_s = 0.0
+        self.steps: list[list[Work]] = []
+        self.sequences: dict[str, Sequence] = {}
         self.first_s: dict[str, float] = {}
         self.ended_s: dict[str, float] = {}
-        self.came_s: dict[str, float] = {}
+        self._numbers = itertools.count()
 
-    def add(self, name: str, num_tokens: int, *, max_tokens: int = 1, prompt_logprobs: int | None = None) -> None:
-        prompt = (name + "." * num_tokens)[: num_tokens - 1]  # and BOS
-        self.came_s[name] = self.backend.now_s
-        self.core.add(self.core.prepare(request(name, prompt, max_tokens=max_tokens, prompt_logprobs=prompt_logprobs)))
+    def add(
+        self,
+        name: str,
+        num_tokens: int,
+        *,
+        max_tokens: int = 1,
+        prompt_logprobs: int | None = None,
+        num_others: int = 0,
+        seed: int | None = None,
+        adapter: str | None = None,
+    ) -> Sequence:
+        """Queue a request; num_others: tokens of a second track, if it has one."""
+        request = GenerateRequest(
+            name, TextPrompt(()), SamplingParams(seed=seed), StopRules(max_tokens), prompt_logprobs=prompt_logprobs
+        )
+        prompts = [num_tokens, num_others] if num_others else [num_tokens]
+        tracks = tuple(Track(number := next(self._numbers), [number] * size) for size in prompts)
+        sequence = Sequence(
+            request,
+            0,
+            tracks,
+            NO_SAMPLER,
+            Writer(request, 0, ByteTokenizer(), max_tokens),
+            max_len=num_tokens + max_tokens,
+            arrived_s=self.now_s,
+            prompt_tokens=None if prompt_logprobs is None else [],
+            adapter=adapter,
+        )
+        self.sequences[name] = sequence
+        self.scheduler.add(sequence)
+        return sequence
 
     def step(self) -> float:
         """Run one step; how long it took."""
-        began = self.backend.now_s
-        result = self.core.step()
-        assert not result.failed
-        for delta in result.deltas:
-            self.first_s.setdefault(delta.request_id, self.backend.now_s)
-            if delta.finish is not None:
-                self.ended_s[delta.request_id] = self.backend.now_s
-        return self.backend.now_s - began
+        works = self.scheduler.schedule(self.now_s)
+        assert works
+        self.steps.append(works)
+        chunks, rows_of = layout(works)
+        self._check(chunks)
+        assert [row for rows in rows_of for one in rows for row in range(one.start, one.stop)] == list(
+            range(sum(len(c.token_ids) if c.want_logits == "all" else c.want_logits == "last" for c in chunks))
+        )
+        scored = sum(len(chunk.token_ids) for chunk in chunks if chunk.want_logits == "all")
+        took = STEP_S + TOKEN_S * sum(work.num_run for work in works) + SCORED_S * scored
+        self.now_s += took
+        for work in works:
+            self.scheduler.commit(work)
+            if work.is_last:
+                self._write(work.sequence)
+        self.scheduler.observe(works, took)
+        return took
+
+    def _check(self, chunks: list[Chunk]) -> None:
+        scored = [chunk for chunk in chunks if chunk.want_logits == "all"]
+        assert sum(len(chunk.token_ids) for chunk in chunks) <= self.options.max_step_tokens
+        assert sum(len(chunk.token_ids) for chunk in scored) <= self.options.max_prompt_rows
+        assert len(self.kv.live) <= self.options.max_num_seqs
+        assert self.options.mixes_adapters or len({chunk.adapter for chunk in chunks}) == 1
+        for chunk in chunks:
+            held = self.kv.live[chunk.seq_id]
+            assert len(held.token_ids) == chunk.start, "runs where the cache does not end"
+            assert len(held.reserved) >= len(chunk.token_ids), "runs without room"
+
+    def _write(self, sequence: Sequence) -> None:
+        name = sequence.request.request_id
+        assert all(track.num_pending == 0 for track in sequence.tracks)
+        sequence.is_announced = True
+        sequence.append(sequence.own.seq_id)
+        self.first_s.setdefault(name, self.now_s)
+        if len(sequence.own.token_ids) == sequence.max_len:
+            self.ended_s[name] = self.now_s
+            self.scheduler.remove(sequence)
 
     def until(self, *names: str) -> None:
         while not set(names) <= self.ended_s.keys():
             self.step()
 
     def waited_s(self, name: str) -> float:
-        return self.first_s[name] - self.came_s[name]
+        return self.first_s[name] - self.sequences[name].arrived_s
+
+    def ran(self, name: str) -> list[list[int]]:
+        """How many tokens of each track ran in each step that ran any."""
+        return [
+            [share for _, share in work.shares]
+            for step in self.steps
+            for work in step
+            if work.sequence.request.request_id == name
+        ]
 
 
 @pytest.mark.parametrize("steps", [1, 3, 10, 30, 45])
@@ -165,10 +237,113 @@ def test_any_traffic_ends_and_every_step_is_short():
             scored = 0 if rng.random() < 0.2 else None
             size = rng.choice([5, 30, 200, 1500])
             run.add(names[-1], size, max_tokens=rng.randint(1, 30), prompt_logprobs=scored)
-        if run.core.has_work:
+        if run.scheduler.has_work:
             took.append(run.step())
     run.until(*names)
 
     # the first scored prompt is a surprise; the oldest and the first get their least part in any case
     assert sorted(took)[-3] <= QUIET_STEP_S * 1.3
-    assert run.core.stats().cache_used == 0
+    assert run.kv.usage().used == 0
+
+
+@pytest.mark.parametrize("busy_step_ms", [100.0, 400.0])
+def test_busy_step_ms_bounds_the_steps_in_which_somebody_writes(busy_step_ms: float):
+    run = Run(busy_step_ms=busy_step_ms)
+    run.add("teacher", 500)
+    run.until("teacher")
+    run.add("writing", 10, max_tokens=1000)
+    run.step()
+    run.add("long", 1500)
+
+    took = [run.step() for _ in range(10)]
+
+    assert max(took[1:]) <= busy_step_ms / 1e3 * 1.1
+    assert min(took[1:]) >= busy_step_ms / 1e3 * 0.7
+
+
+@pytest.mark.parametrize("max_step_tokens", [24, 100])
+def test_max_step_tokens_bounds_a_step_however_fast_the_model_is(max_step_tokens: int):
+    run = Run(max_step_tokens=max_step_tokens, busy_step_ms=2000.0)
+    run.add("writing", 5, max_tokens=50)
+    run.step()
+    run.add("long", 300)
+    run.until("long")
+
+    assert max(sum(work.num_run for work in step) for step in run.steps) == max_step_tokens
+
+
+def test_max_prompt_rows_bounds_the_scored_tokens_of_all_prompts_together():
+    run = Run(max_prompt_rows=8)
+    for name in "abc":
+        run.add(name, 30, prompt_logprobs=0)
+    run.add("plain", 200)
+    run.until(*"abc", "plain")
+
+    scored = [sum(work.num_own for work in step if work.is_scored) for step in run.steps]
+    assert max(scored) == 8
+    assert sum(scored) == 3 * 30
+
+
+def test_max_num_seqs_counts_every_track():
+    run = Run(max_num_seqs=3)
+    run.add("two tracks", 10, num_others=10, max_tokens=5)
+    run.add("one track", 10, max_tokens=5)
+    run.add("late", 10)
+    run.step()
+    run.until("late")
+
+    assert run.first_s["two tracks"] == run.first_s["one track"]
+    assert run.first_s["late"] > min(run.ended_s["two tracks"], run.ended_s["one track"])
+
+
+@pytest.mark.parametrize("mixes_adapters", [True, False])
+def test_adapters_share_a_step_only_where_the_backend_mixes_them(mixes_adapters: bool):
+    run = Run(mixes_adapters=mixes_adapters)
+    run.add("plain", 10, max_tokens=5)
+    run.add("adapted", 10, max_tokens=5, adapter="a")
+    run.until("plain", "adapted")
+
+    assert max(len({work.sequence.adapter for work in step}) for step in run.steps) == (2 if mixes_adapters else 1)
+
+
+def test_other_tracks_are_read_first_and_the_last_tokens_of_all_run_together():
+    run = Run(max_step_tokens=30)
+    run.add("r", 50, num_others=40, max_tokens=3)
+    run.until("r")
+
+    assert run.ran("r") == [[0, 30], [21, 9], [29, 1], [1, 1], [1, 1]]
+
+
+def test_the_last_token_of_a_seeded_prompt_runs_without_those_before_it():
+    run = Run()
+    run.add("r", 30, seed=1)
+    run.until("r")
+
+    assert run.ran("r") == [[29], [1]]
+
+
+def test_the_youngest_gives_its_place_back_and_all_end():
+    run = Run(capacity=150)
+    for name in "abcd":
+        run.add(name, 30, max_tokens=60)
+    run.until(*"abcd")
+
+    assert run.scheduler.preemptions > 0
+    assert run.ended_s["a"] == min(run.ended_s.values())
+    assert run.kv.usage().used == 0
+
+
+def test_a_sequence_that_lost_tokens_goes_on_from_those_that_are_left():
+    run = Run()
+    sequence = run.add("r", 20, num_others=10, max_tokens=9)
+    for _ in range(6):
+        run.step()
+    num_written = sequence.num_output
+    sequence.take_back(3)
+
+    run.scheduler.rewind(sequence)
+    run.until("r")
+
+    assert run.ran("r")[-1] == [1, 1]
+    assert len(run.ran("r")) == 1 + 9 + 3 - 1
+    assert num_written == 6

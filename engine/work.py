@@ -1,0 +1,56 @@
+"""What a step is made of: parts of sequences, the chunks that the model runs for them, and where their logits lie."""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from tightrope.backends.protocol import Chunk, WantLogits
+from tightrope.engine.sequence import Sequence, Shares
+
+Rows = list[slice]  # of the step's logits, for each track of a sequence; empty where none are wanted
+
+
+class Work(NamedTuple):
+    """One sequence's part of the step: so many of the next tokens of each of its tracks, `num_run` in all.
+
+    is_last: nothing is pending afterwards, so the next token can be drawn. is_scored: the logits of each token of its
+    own track are looked at, which takes far longer than to compute them.
+    """
+
+    sequence: Sequence
+    shares: Shares
+    num_run: int
+    is_last: bool
+    is_scored: bool
+
+    @property
+    def num_own(self) -> int:
+        """Tokens of its own track."""
+        return self.shares[0][1]
+
+    @property
+    def is_of_prompt(self) -> bool:
+        """Whether it is more than the one token of an answer."""
+        return self.num_run > len(self.shares)
+
+
+def layout(works: Iterable[Work]) -> tuple[list[Chunk], list[Rows]]:
+    """The chunks of a step, and for each work the rows of its tracks in the logits that the model returns for them."""
+    chunks: list[Chunk] = []
+    rows_of: list[Rows] = []
+    end = 0
+    for work in works:
+        sequence, request = work.sequence, work.sequence.request
+        last: WantLogits = "last" if work.is_last and request.stop.max_tokens != 0 else "none"
+        want: WantLogits = "all" if work.is_scored else last  # of its own track, which is the first
+        rows: Rows = []
+        for track, share in work.shares:
+            begin = end
+            if share:
+                start = track.num_computed
+                token_ids = track.token_ids[start : start + share]
+                chunks.append(Chunk(track.seq_id, token_ids, start, want, sequence.adapter, request.adapter_scale))
+                end += 1 if want == "last" else share if want == "all" else 0
+            rows.append(slice(begin, end))
+            want = last
+        rows_of.append(rows)
+    return chunks, rows_of
