@@ -12,22 +12,22 @@ from starlette.middleware.cors import CORSMiddleware
 
 from tightrope import __version__
 from tightrope.server.dialects.adapters import adapter_router
-from tightrope.server.dialects.invocations import invocations_router
 from tightrope.server.dialects.koboldcpp import koboldcpp_router
 from tightrope.server.dialects.llamacpp import llamacpp_router
 from tightrope.server.dialects.ollama import ollama_router
 from tightrope.server.dialects.ooba import ooba_router
 from tightrope.server.dialects.openai.routes import openai_router
 from tightrope.server.dialects.tabby import tabby_router
-from tightrope.server.dialects.tgi.requests import ErrorText
 from tightrope.server.dialects.tgi.routes import tgi_router
-from tightrope.server.dialects.tokenize import tokenize_router
 from tightrope.server.http.api_page import add_api_page
 from tightrope.server.http.draining import Drain, DrainGuard
+from tightrope.server.http.error_docs import ErrorText
 from tightrope.server.http.errors import install_handlers
 from tightrope.server.http.guards import AdminGuard, BodyLimit, KeyGuard
 from tightrope.server.http.queue_guard import QueueGuard
 from tightrope.server.http.sites import HostGuard, OriginGuard
+from tightrope.server.shared_paths.invocations import invocations_router
+from tightrope.server.shared_paths.tokenize import tokenize_router
 from tightrope.server.state import AppState
 
 UNHEALTHY = {"error": "unhealthy", "error_type": "healthcheck"}

@@ -11,8 +11,7 @@ from msgspec.structs import replace
 from tightrope.engine.errors import EngineUnavailable
 from tightrope.engine.process.client import EngineClient
 from tightrope.engine.types import Delta, GenerateRequest, ModelInfo, TurnMarks
-from tightrope.server.answering import Generate
-from tightrope.server.dialects.openai.convert import Served
+from tightrope.server.deltas.side_by_side import Generate
 from tightrope.server.http.errors import TemplateFailed
 from tightrope.server.http.guards import owner_of
 from tightrope.server.http.metrics import Metrics
@@ -20,6 +19,7 @@ from tightrope.server.http.queue_guard import hand_over
 from tightrope.server.prompts.template_renderer import TemplateRenderer
 from tightrope.server.prompts.templates import ChatTemplate, Probed
 from tightrope.server.prompts.turn_marks import find_turn_marks
+from tightrope.server.served import Served
 from tightrope.server.settings.settings import ServerSettings
 
 

@@ -20,11 +20,11 @@ from tightrope.engine.process.client import EngineClient
 from tightrope.engine.types import ModelInfo
 from tightrope.server.app import create_app
 from tightrope.server.cli.freed_memory import give_back_freed_memory
-from tightrope.server.dialects.openai.convert import means_the_model
 from tightrope.server.http.connections import Connection
 from tightrope.server.http.draining import Drain
 from tightrope.server.http.guards import is_loopback
 from tightrope.server.http.metrics import Metrics
+from tightrope.server.served import means_the_model
 from tightrope.server.settings.settings import ServerSettings
 from tightrope.server.state import AppState
 

@@ -8,10 +8,10 @@ from pydantic import Field
 
 from tightrope.backends.settings import check_adapter_name
 from tightrope.engine.errors import InvalidRequest
-from tightrope.server.dialects.openai.convert import means_the_model
-from tightrope.server.dialects.openai.routes import ERRORS
-from tightrope.server.http.body import Body, Documented, JsonRoute
+from tightrope.server.http.body import Body, JsonRoute
+from tightrope.server.http.error_docs import ERRORS, Documented
 from tightrope.server.http.errors import SwitchedOff
+from tightrope.server.served import means_the_model
 from tightrope.server.state import AppState
 
 log = logging.getLogger("tightrope.server")

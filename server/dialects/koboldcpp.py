@@ -11,20 +11,12 @@ from pydantic import BaseModel, Field
 
 from tightrope.engine.errors import InvalidRequest
 from tightrope.engine.types import Finish, PromptInfo, Span, TextPrompt
-from tightrope.server.answering import Deltas, or_gone, run
-from tightrope.server.dialects.openai.routes import ERRORS
-from tightrope.server.dialects.text import (
-    CALL_ERRORS,
-    STATUS_ERRORS,
-    Asked,
-    TextBody,
-    checked,
-    pieces,
-    refuse_log_probabilities,
-    text_request,
-)
+from tightrope.server.deltas.side_by_side import Deltas, run
+from tightrope.server.dialects.text import Asked, TextBody, checked, pieces, refuse_log_probabilities, text_request
 from tightrope.server.fields.explain import Explained, Explanation, explain, explained
 from tightrope.server.http.body import Body, JsonRequest, JsonRoute
+from tightrope.server.http.error_docs import CALL_ERRORS, ERRORS, STATUS_ERRORS
+from tightrope.server.http.hangup import or_gone
 from tightrope.server.http.long_lists import json_answer, json_list, json_object
 from tightrope.server.http.sse import event_stream
 from tightrope.server.state import AppState

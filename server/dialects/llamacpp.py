@@ -10,21 +10,13 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field
 
 from tightrope.engine.types import Finish, PromptInfo, Token
-from tightrope.server.answering import Deltas
-from tightrope.server.dialects.one_token import one_token_each
-from tightrope.server.dialects.openai.answers import LOWEST, token_name
-from tightrope.server.dialects.openai.routes import ERRORS
-from tightrope.server.dialects.text import (
-    STATUS_ERRORS,
-    TextBody,
-    checked,
-    model_name,
-    pieces,
-    text_request,
-    whole,
-)
+from tightrope.server.deltas.one_token import one_token_each
+from tightrope.server.deltas.side_by_side import Deltas
+from tightrope.server.dialects.text import TextBody, checked, model_name, pieces, text_request, whole
 from tightrope.server.fields.explain import Explained, Explanation, explain, explained
+from tightrope.server.fields.logprobs import finite, token_name
 from tightrope.server.http.body import JsonRoute
+from tightrope.server.http.error_docs import ERRORS, STATUS_ERRORS
 from tightrope.server.http.sse import event_stream
 from tightrope.server.state import AppState
 
@@ -90,22 +82,18 @@ def probabilities(tokens: Sequence[Token]) -> list[dict[str, Any]]:
     listed = []
     for token in tokens:
         name = token_name(token.raw)
-        top = {token_name(other.raw): _finite(other.logprob) for other in token.top}
+        top = {token_name(other.raw): finite(other.logprob) for other in token.top}
         listed.append(
             {
                 "id": token.token_id,
                 "token": name,
                 "content": name,
-                "logprob": _finite(token.logprob),
+                "logprob": finite(token.logprob),
                 "probs": [{"tok_str": text, "prob": math.exp(logprob)} for text, logprob in top.items()],
                 "top_logprobs": [{"token": text, "logprob": logprob} for text, logprob in top.items()],
             }
         )
     return listed
-
-
-def _finite(logprob: float | None) -> float:
-    return LOWEST if logprob is None or not logprob > LOWEST else logprob
 
 
 def _ending(content: str, prompt: PromptInfo, finish: Finish, model: str) -> dict[str, Any]:

@@ -13,12 +13,9 @@ from pydantic import BaseModel, Field
 from tightrope import __version__
 from tightrope.engine.errors import InvalidRequest
 from tightrope.engine.types import Finish, Prompt, PromptInfo, Span, TextPrompt
-from tightrope.server.answering import Deltas, or_gone
-from tightrope.server.dialects.openai.convert import check_model
+from tightrope.server.deltas.side_by_side import Deltas
 from tightrope.server.dialects.openai.requests import AnswerBody
-from tightrope.server.dialects.openai.routes import ERRORS
 from tightrope.server.dialects.text import (
-    STATUS_ERRORS,
     Asked,
     checked,
     model_name,
@@ -31,7 +28,10 @@ from tightrope.server.fields import structured
 from tightrope.server.fields.explain import Explained, Explanation, explain, explained
 from tightrope.server.fields.sampling import KNOWN, Ignored
 from tightrope.server.http.body import Body, FirstErrorOnly, JsonRoute
+from tightrope.server.http.error_docs import ERRORS, STATUS_ERRORS
+from tightrope.server.http.hangup import or_gone
 from tightrope.server.http.sse import line_stream
+from tightrope.server.served import check_model
 from tightrope.server.state import AppState
 
 encode = msgspec.json.Encoder().encode

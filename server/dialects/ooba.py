@@ -4,10 +4,10 @@ from fastapi import APIRouter, Response
 from pydantic import BaseModel
 
 from tightrope.engine.types import Span, TextPrompt, TokenRun
-from tightrope.server.dialects.tabby import DecodeBody, Decoded, Encoded
-from tightrope.server.dialects.text import CALL_ERRORS, STATUS_ERRORS
 from tightrope.server.http.body import Body, JsonRoute
+from tightrope.server.http.error_docs import CALL_ERRORS, STATUS_ERRORS
 from tightrope.server.http.long_lists import json_answer, json_list, json_object
+from tightrope.server.http.token_ids import DecodeBody, Decoded, Encoded
 from tightrope.server.state import AppState
 
 

@@ -4,17 +4,15 @@ Models are not loaded, unloaded or downloaded over HTTP; the admin key loads ada
 server/dialects/adapters.py.
 """
 
-from typing import Literal
-
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field
 
 from tightrope.engine.types import Span, TextPrompt
-from tightrope.server.dialects.openai.requests import Ids
-from tightrope.server.dialects.text import CALL_ERRORS, STATUS_ERRORS
 from tightrope.server.http.body import Body, JsonRoute
+from tightrope.server.http.error_docs import CALL_ERRORS, STATUS_ERRORS
 from tightrope.server.http.guards import has_key
 from tightrope.server.http.long_lists import json_answer, json_list, json_object
+from tightrope.server.http.token_ids import DecodeBody, Decoded, Encoded
 from tightrope.server.state import AppState
 
 
@@ -24,22 +22,6 @@ class EncodeBody(Body):
     text: str
     add_bos_token: bool = False
     encode_special_tokens: bool = Field(True, description="Whether the text of special tokens becomes those tokens.")
-
-
-class Encoded(BaseModel):
-    tokens: list[int]
-    length: int
-
-
-class DecodeBody(Body):
-    """POST /v1/token/decode."""
-
-    tokens: Ids
-    decode_special_tokens: Literal[True] = Field(True, description="Special tokens keep their text.")
-
-
-class Decoded(BaseModel):
-    text: str
 
 
 class CardParameters(BaseModel):

@@ -9,18 +9,16 @@ from pydantic import Field
 
 from tightrope.engine.errors import BackendFailed, InvalidRequest
 from tightrope.engine.types import Finish, GenerateRequest, LogprobRequest, Prompt, Span, TextPrompt, TokenPrompt
-from tightrope.server.answering import Choice, Deltas, collect, run, started
-from tightrope.server.dialects.openai.convert import Served, check_model
-from tightrope.server.dialects.openai.requests import AnswerBody, Ids
-from tightrope.server.dialects.openai.routes import ERRORS
+from tightrope.server.answering import Choice, collect, started
+from tightrope.server.deltas.side_by_side import Deltas, run
+from tightrope.server.dialects.openai.requests import AnswerBody
 from tightrope.server.fields.lost_fields import idle_scale
 from tightrope.server.fields.sampling import Ignored, read_sampling
 from tightrope.server.fields.structured import overruled, read_grammar
-from tightrope.server.http.body import Documented, log_ignored, unread_fields
+from tightrope.server.http.body import log_ignored, unread_fields
+from tightrope.server.http.token_ids import Ids
+from tightrope.server.served import Served, check_model
 from tightrope.server.state import AppState
-
-STATUS_ERRORS: Documented = {key: ERRORS[key] for key in (401, 503)}
-CALL_ERRORS: Documented = {key: ERRORS[key] for key in (400, 401, 413, 415, 503, "default")}
 
 
 class TextBody(AnswerBody):

@@ -11,8 +11,8 @@ from pydantic import Field
 
 from tightrope.engine.sampler.steps import ORDERED, SamplingParams, in_order
 from tightrope.engine.types import GenerateRequest, Prompt, PromptInfo, TextPrompt, Token
-from tightrope.server.answering import or_gone
 from tightrope.server.fields.sampling import Ignored
+from tightrope.server.http.hangup import or_gone
 from tightrope.server.state import AppState
 
 Explained = Annotated[dict[str, Any], Field(description="Absent unless asked for.")]

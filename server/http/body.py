@@ -18,7 +18,6 @@ from tightrope.server.http.errors import SHARED_PATHS, BodyTimeout, ClientGone, 
 log = logging.getLogger("tightrope.server")
 
 Endpoint = Callable[..., Coroutine[Any, Any, object]]  # a route's function, by FastAPI called with what it asks for
-Documented = dict[int | str, dict[str, Any]]  # answers of a route by status, as FastAPI wants them for its API page
 
 READ_TIMEOUT_S = 60.0  # for the whole body; a client that sends a byte a second doesn't keep its connection
 

@@ -10,8 +10,8 @@ import pytest
 from fake_api import api, events
 
 from tightrope.engine.types import Delta, Finish, PromptInfo, Timings, Token
-from tightrope.server.answering import Deltas
-from tightrope.server.dialects.one_token import one_token_each
+from tightrope.server.deltas.one_token import one_token_each
+from tightrope.server.deltas.side_by_side import Deltas
 
 KEYLESS = {"/v1/model/list", "/v1/model", "/props", "/slots", "/api/tags", "/api/v1/model", "/api/extra/version"}
 

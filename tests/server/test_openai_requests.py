@@ -11,11 +11,12 @@ from tightrope.engine.errors import InvalidRequest, ModelNotFound
 from tightrope.engine.sampler.steps import SamplingParams
 from tightrope.engine.settings import LimitSettings
 from tightrope.engine.types import GenerateRequest, LogprobRequest, ModelInfo, Span, StopRules, TextPrompt, TokenPrompt
-from tightrope.server.dialects.openai.convert import Served, chat_request, check_chat, completion_requests
+from tightrope.server.dialects.openai.convert import chat_request, check_chat, completion_requests
 from tightrope.server.dialects.openai.messages import template_messages, template_variables
 from tightrope.server.dialects.openai.requests import ChatRequest, CompletionRequest, Message
 from tightrope.server.dialects.openai.tools import tool_use
 from tightrope.server.http.body import ignored_fields, parse_json, refuse_unread
+from tightrope.server.served import Served
 
 INFO = ModelInfo("m", "rules", "fake", 259, 1024, 1024, 4096, "f16", 8, "<s>", "</s>", (), None, ())
 SERVED = Served("m", INFO, LimitSettings(), max_prompts=4)

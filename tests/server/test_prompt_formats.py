@@ -11,13 +11,14 @@ from fakes import BOS, ByteTokenizer
 from tightrope.engine.intake import encode_prompt
 from tightrope.engine.settings import LimitSettings
 from tightrope.engine.types import ModelInfo, Span, TextPrompt
-from tightrope.server.dialects.openai.convert import Served, chat_request
+from tightrope.server.dialects.openai.convert import chat_request
 from tightrope.server.dialects.openai.requests import ChatRequest
 from tightrope.server.http.errors import TemplateFailed
 from tightrope.server.prompts.prompt_formats import PROMPT_FORMATS
 from tightrope.server.prompts.role_order import regular_orders
 from tightrope.server.prompts.template_renderer import TemplateRenderer
 from tightrope.server.prompts.templates import ChatTemplate, RenderedPrompt
+from tightrope.server.served import Served
 from tightrope.server.settings.settings import SettingsError, load_settings
 
 GOLDEN = json.loads(DATA.joinpath("prompt_formats/golden.json").read_text("utf-8"))

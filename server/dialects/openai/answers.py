@@ -12,22 +12,9 @@ from tightrope.server.dialects.openai.call_parser import Arguments, CallOpened
 from tightrope.server.dialects.openai.requests import ChatRequest, CompletionRequest
 from tightrope.server.dialects.openai.tools import ToolUse
 from tightrope.server.fields.explain import Explained
+from tightrope.server.fields.logprobs import finite, listed, token_name
 
 FinishReason = Literal["stop", "length", "tool_calls", "error"]
-LOWEST = -9999.0  # JSON has no infinity
-
-
-class ErrorDetail(BaseModel):
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-
-
-class ErrorAnswer(BaseModel):
-    """Every error on /v1."""
-
-    error: ErrorDetail
 
 
 class PromptTokensDetails(BaseModel):
@@ -191,35 +178,9 @@ def usage(prompts: Sequence[PromptInfo], completion_tokens: int) -> dict[str, An
     }
 
 
-def token_name(raw: bytes) -> str:
-    """A token as text; a torn character as `bytes:\\xe2\\x80`, so that different tokens have different names."""
-    try:
-        return raw.decode()
-    except UnicodeDecodeError:
-        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
-
-
-def _finite(logprob: float | None) -> float:
-    return LOWEST if logprob is None or not logprob > LOWEST else logprob
-
-
 def chat_logprobs(tokens: Sequence[Token]) -> dict[str, Any]:
     """The chat form."""
-    return {
-        "content": [
-            {
-                "token": token_name(token.raw),
-                "logprob": _finite(token.logprob),
-                "bytes": list(token.raw),
-                "top_logprobs": [
-                    {"token": token_name(top.raw), "logprob": _finite(top.logprob), "bytes": list(top.raw)}
-                    for top in token.top
-                ],
-            }
-            for token in tokens
-        ],
-        "refusal": None,
-    }
+    return {"content": listed(tokens), "refusal": None}
 
 
 def completion_logprobs(tokens: Sequence[Token], offset: int = 0) -> dict[str, Any]:
@@ -233,12 +194,12 @@ def completion_logprobs(tokens: Sequence[Token], offset: int = 0) -> dict[str, A
         offset += len(token.text)
     return {
         "tokens": [token_name(token.raw) for token in tokens],
-        "token_logprobs": [None if token.logprob is None else _finite(token.logprob) for token in tokens],
+        "token_logprobs": [None if token.logprob is None else finite(token.logprob) for token in tokens],
         "top_logprobs": [
             None
             if token.logprob is None
-            else {token_name(top.raw): _finite(top.logprob) for top in token.top}
-            | {token_name(token.raw): _finite(token.logprob)}
+            else {token_name(top.raw): finite(top.logprob) for top in token.top}
+            | {token_name(token.raw): finite(token.logprob)}
             for token in tokens
         ],
         "text_offset": offsets,
@@ -266,7 +227,7 @@ def prompt_logprobs(tokens: Sequence[Token], top: int) -> list[dict[str, Any] | 
         listed.append(
             {
                 str(token_id): {
-                    "logprob": _finite(logprob),
+                    "logprob": finite(logprob),
                     "rank": ranks.get(token_id),
                     "decoded_token": token_name(raw),
                 }

@@ -1,10 +1,8 @@
 """From OpenAI bodies to engine requests: what can't be honoured is refused here, with the field's name."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 
-from tightrope.engine.errors import InvalidRequest, ModelNotFound
-from tightrope.engine.settings import LimitSettings
+from tightrope.engine.errors import InvalidRequest
 from tightrope.engine.types import (
     GenerateRequest,
     Grammar,
@@ -20,40 +18,9 @@ from tightrope.server.dialects.openai.tools import ToolUse, check_tools
 from tightrope.server.fields.lost_fields import idle_scale
 from tightrope.server.fields.sampling import KNOWN, Ignored, Sampling, read_sampling
 from tightrope.server.fields.structured import overruled, read_grammar
+from tightrope.server.served import Served, check_model, check_most
 
 MOST_TOKEN_IDS = 1 << 24  # more than any vocabulary has
-ANY_MODEL = frozenset({None, "", "tgi", "dummy"})  # what clients send who don't know the name
-
-LATEST = ":latest"  # the tag that Ollama's clients put behind a name without one
-
-
-@dataclass(frozen=True, slots=True)
-class Served:
-    """What requests are checked against."""
-
-    model_id: str  # the name that clients see
-    info: ModelInfo
-    limits: LimitSettings
-    max_prompts: int  # in one completion request
-    adapters: Mapping[str, str] = field(default_factory=dict)  # paths of those that may be named as the model
-
-
-def means_the_model(name: str | None, model_id: str) -> bool:
-    """Whether a request's `model` is the served one, and no adapter."""
-    return name in ANY_MODEL or name == model_id
-
-
-def check_model(name: str | None, served: Served) -> str | None:
-    """The adapter that `name` means; None for the served model and the names for "whatever is there".
-
-    Raises ModelNotFound for any other name.
-    """
-    for meant in (name, None if name is None else name.removesuffix(LATEST)):
-        if means_the_model(meant, served.model_id):
-            return None
-        if meant in served.adapters:
-            return meant
-    raise ModelNotFound(f"The model `{name}` does not exist.", "model")
 
 
 def check_supported(body: SamplingBody) -> None:
@@ -90,20 +57,15 @@ def fields_overruled(body: SamplingBody, served: Served) -> list[Ignored]:
     return ignored
 
 
-def _check_most(name: str, value: int, most: int) -> None:
-    if value > most:
-        raise InvalidRequest(f"{name} must be at most {most}, not {value}", name)
-
-
 def check_chat(body: ChatRequest, served: Served) -> None:
     """All that can be refused before the template is rendered."""
     check_model(body.model, served)
     check_supported(body)
     check_tools(body)
-    _check_most("n", body.n, served.limits.max_best_of)
-    _check_most("prompt_logprobs", body.prompt_logprobs or 0, served.limits.max_logprobs)
+    check_most("n", body.n, served.limits.max_best_of)
+    check_most("prompt_logprobs", body.prompt_logprobs or 0, served.limits.max_logprobs)
     if body.top_logprobs is not None:
-        _check_most("top_logprobs", body.top_logprobs, served.limits.max_logprobs)
+        check_most("top_logprobs", body.top_logprobs, served.limits.max_logprobs)
         if body.top_logprobs > 0 and not body.logprobs:
             raise InvalidRequest("top_logprobs is only allowed when logprobs is true", "top_logprobs")
     if body.continue_final_message and body.add_generation_prompt:
@@ -158,15 +120,15 @@ def completion_requests(body: CompletionRequest, request_id: str, served: Served
     best_of = body.n if body.best_of is None else body.best_of
     if best_of < body.n:
         raise InvalidRequest(f"best_of must not be below n ({body.n})", "best_of")
-    _check_most("n", body.n, served.limits.max_best_of)
-    _check_most("best_of", best_of, served.limits.max_best_of)
+    check_most("n", body.n, served.limits.max_best_of)
+    check_most("best_of", best_of, served.limits.max_best_of)
     if body.stream and best_of > body.n:
         raise InvalidRequest("best_of above n can't be streamed", "best_of")
     if body.suffix:
         raise InvalidRequest("suffix needs a model that fills in the middle, which this one does not", "suffix")
     if body.logprobs is not None:
-        _check_most("logprobs", body.logprobs, served.limits.max_logprobs)
-    _check_most("prompt_logprobs", body.prompt_logprobs or 0, served.limits.max_logprobs)
+        check_most("logprobs", body.logprobs, served.limits.max_logprobs)
+    check_most("prompt_logprobs", body.prompt_logprobs or 0, served.limits.max_logprobs)
     scored = [body.prompt_logprobs, body.logprobs if body.echo else None]  # alternatives at each token of the prompt
     prompts = completion_prompts(body, served)
     asked = sampling(body, served.info, body.max_tokens)
@@ -205,7 +167,7 @@ def completion_prompts(body: CompletionRequest, served: Served) -> list[Prompt]:
         pieces = [item for item in given if not isinstance(item, int)]
     if not pieces:
         raise InvalidRequest("prompt must not be empty", "prompt")
-    _check_most("prompt: the number of prompts", len(pieces), served.max_prompts)
+    check_most("prompt: the number of prompts", len(pieces), served.max_prompts)
     prompts: list[Prompt] = []
     # an adapter may know more tokens than the model; which, the engine tells
     end = served.info.vocab_size if check_model(body.model, served) is None else MOST_TOKEN_IDS

@@ -9,12 +9,11 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from tightrope.server.fields import structured
-from tightrope.server.fields.sampling import KNOWN
+from tightrope.server.fields.sampling import KNOWN, MAX_INT
 from tightrope.server.http.body import EVERY_NAME, Body, FirstErrorOnly, ShownBody
+from tightrope.server.http.token_ids import Ids
 
 REASONING = ("reasoning_content", "thinking", "reasoning")  # names of what an assistant thought before its words
-MAX_INT = 2**63 - 1  # what crosses the process border as an integer
-Ids = Annotated[list[Annotated[int, Field(ge=-MAX_INT, le=MAX_INT)]], FirstErrorOnly()]
 
 Bias = dict[str, float | bool] | list[Annotated[list[float | bool], Field(min_length=2, max_length=2)]]
 

@@ -12,12 +12,12 @@ from fastapi import APIRouter, Request, Response
 from tightrope import __version__
 from tightrope.engine.errors import ContextLengthExceeded, InvalidRequest
 from tightrope.engine.types import GenerateRequest, PromptInfo, TextPrompt
-from tightrope.server.answering import Choice, collect, or_gone, run, started
-from tightrope.server.dialects.one_token import one_token_each
+from tightrope.server.answering import Choice, collect, started
+from tightrope.server.deltas.one_token import one_token_each
+from tightrope.server.deltas.side_by_side import run
 from tightrope.server.dialects.openai.answers import (
     ChatAnswer,
     CompletionAnswer,
-    ErrorAnswer,
     ModelCard,
     ModelList,
     chat_choice,
@@ -25,35 +25,20 @@ from tightrope.server.dialects.openai.answers import (
     usage,
 )
 from tightrope.server.dialects.openai.call_format import takes_tools, with_tool_text
-from tightrope.server.dialects.openai.convert import (
-    Served,
-    chat_request,
-    check_chat,
-    check_model,
-    completion_requests,
-    fields_overruled,
-)
+from tightrope.server.dialects.openai.convert import chat_request, check_chat, completion_requests, fields_overruled
 from tightrope.server.dialects.openai.messages import template_messages, template_variables
 from tightrope.server.dialects.openai.requests import ChatRequest, CompletionRequest, SamplingBody
 from tightrope.server.dialects.openai.stream import Identity, chat_events, completion_events
 from tightrope.server.dialects.openai.tools import may_call, tool_use
 from tightrope.server.fields.explain import Explanation, explain
-from tightrope.server.http.body import Documented, JsonRoute, log_ignored, unread_fields
+from tightrope.server.http.body import JsonRoute, log_ignored, unread_fields
+from tightrope.server.http.error_docs import ERRORS
+from tightrope.server.http.hangup import or_gone
 from tightrope.server.http.sse import event_stream
 from tightrope.server.prompts.templates import RenderedPrompt
+from tightrope.server.served import Served, check_model
 from tightrope.server.state import AppState
 
-ERRORS: Documented = {
-    400: {"model": ErrorAnswer, "description": "A field is missing, mistyped, out of range or can't be honoured."},
-    401: {"model": ErrorAnswer, "description": "The key is missing or wrong."},
-    404: {"model": ErrorAnswer, "description": "The model does not exist."},
-    413: {"model": ErrorAnswer, "description": "The body is too long."},
-    415: {"model": ErrorAnswer, "description": "The body is not declared as JSON."},
-    429: {"model": ErrorAnswer, "description": "Too many requests wait; try again after Retry-After seconds."},
-    500: {"model": ErrorAnswer, "description": "The model failed."},
-    503: {"model": ErrorAnswer, "description": "The engine is loading or restarting."},
-    "default": {"model": ErrorAnswer, "description": "Any other error."},
-}
 EVENTS = {
     "text/event-stream": {
         "example": 'data: {"id": "...", "choices": [...]}\n\ndata: [DONE]\n\n',

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import msgspec
 
 from tightrope.engine.types import PromptInfo
-from tightrope.server.answering import Deltas
+from tightrope.server.deltas.side_by_side import Deltas
 from tightrope.server.dialects.openai.answers import (
     chat_logprobs,
     completion_logprobs,

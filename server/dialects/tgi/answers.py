@@ -10,7 +10,8 @@ import msgspec
 
 from tightrope.engine.errors import BackendFailed
 from tightrope.engine.types import Finish, GenerateRequest, PromptInfo, Token
-from tightrope.server.answering import Choice, Deltas
+from tightrope.server.answering import Choice
+from tightrope.server.deltas.side_by_side import Deltas
 from tightrope.server.fields.explain import Explanation, explained
 
 encode = msgspec.json.Encoder().encode

@@ -99,13 +99,6 @@ class GenerateAnswer(BaseModel):
     explain: Explained = {}
 
 
-class ErrorText(BaseModel):
-    """An error of the TGI routes."""
-
-    error: str
-    error_type: str
-
-
 class Info(BaseModel):
     """GET /info."""
 

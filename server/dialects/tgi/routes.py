@@ -7,31 +7,18 @@ from fastapi import APIRouter, Request, Response
 
 from tightrope import __version__
 from tightrope.engine.errors import InvalidRequest
-from tightrope.server.answering import Choice, collect, run, started
+from tightrope.server.answering import Choice, collect, started
+from tightrope.server.deltas.side_by_side import run
 from tightrope.server.dialects.tgi.answers import Asked, answer_events, answer_headers, answer_json, stream_headers
 from tightrope.server.dialects.tgi.convert import TGILimits, generate_request, is_sampled, refusal
-from tightrope.server.dialects.tgi.requests import CompatBody, ErrorText, GenerateAnswer, GenerateBody, Info
+from tightrope.server.dialects.tgi.requests import CompatBody, GenerateAnswer, GenerateBody, Info
 from tightrope.server.fields.explain import explain
 from tightrope.server.fields.lost_fields import idle_scale
-from tightrope.server.http.body import Documented, JsonRoute, log_ignored, unread_fields
+from tightrope.server.http.body import JsonRoute, log_ignored, unread_fields
+from tightrope.server.http.error_docs import TGI_ERRORS
 from tightrope.server.http.sse import event_stream
 from tightrope.server.state import AppState
 
-PLAIN = {"text/plain": {"schema": {"type": "string"}}}
-ERRORS: Documented = {
-    400: {"content": PLAIN, "description": "The body is no JSON."},
-    401: {"description": "The key is missing or wrong; the body is empty."},
-    413: {"content": PLAIN, "description": "The body is too long."},
-    415: {"content": PLAIN, "description": "The body is not declared as JSON."},
-    422: {
-        "model": ErrorText,
-        "content": PLAIN,
-        "description": "A parameter is out of range (JSON), or of another type (plain text).",
-    },
-    424: {"model": ErrorText, "description": "The model failed, is loading or restarting."},
-    429: {"model": ErrorText, "description": "Too many requests wait; try again after Retry-After seconds."},
-    503: {"model": ErrorText, "description": "The server is shutting down; another may be here after Retry-After."},
-}
 EVENTS = {"text/event-stream": {"example": 'data: {"index": 1, "token": {...}, ...}\n\n'}}
 
 
@@ -43,7 +30,7 @@ def tgi_router(front: AppState) -> APIRouter:
     @router.post(
         "/generate",
         response_model=None,
-        responses={**ERRORS, 200: {"model": GenerateAnswer, "description": "The answer."}},
+        responses={**TGI_ERRORS, 200: {"model": GenerateAnswer, "description": "The answer."}},
     )
     async def generate(body: GenerateBody, request: Request) -> Response:
         """Write an answer."""
@@ -53,7 +40,7 @@ def tgi_router(front: AppState) -> APIRouter:
     @router.post(
         "/generate_stream",
         response_model=None,
-        responses={**ERRORS, 200: {"content": EVENTS, "description": "One event per token."}},
+        responses={**TGI_ERRORS, 200: {"content": EVENTS, "description": "One event per token."}},
     )
     async def generate_stream(body: GenerateBody, request: Request) -> Response:
         """Write an answer, token by token."""
@@ -63,7 +50,7 @@ def tgi_router(front: AppState) -> APIRouter:
         "/",
         response_model=None,
         responses={
-            **ERRORS,
+            **TGI_ERRORS,
             200: {"model": list[GenerateAnswer], "content": EVENTS, "description": "The answer, in a list."},
         },
     )
@@ -71,7 +58,7 @@ def tgi_router(front: AppState) -> APIRouter:
         """Write an answer, whole or token by token; the input comes in front of it unless return_full_text is false."""
         return await answer_compat(front, body, request)
 
-    @router.get("/info", responses={424: ERRORS[424]})
+    @router.get("/info", responses={424: TGI_ERRORS[424]})
     async def info() -> Info:
         """The model and its limits."""
         served = front.served()

@@ -5,13 +5,13 @@ from typing import Annotated
 from fastapi import APIRouter, Request, Response
 from pydantic import Discriminator, Tag
 
-from tightrope.server.dialects.openai.answers import ChatAnswer, CompletionAnswer, ErrorAnswer
+from tightrope.server.dialects.openai.answers import ChatAnswer, CompletionAnswer
 from tightrope.server.dialects.openai.requests import ChatRequest, CompletionRequest
-from tightrope.server.dialects.openai.routes import ERRORS, EVENTS, answer_chat, answer_completion
-from tightrope.server.dialects.tgi.requests import CompatBody, ErrorText, GenerateAnswer
-from tightrope.server.dialects.tgi.routes import ERRORS as TGI_ERRORS
+from tightrope.server.dialects.openai.routes import EVENTS, answer_chat, answer_completion
+from tightrope.server.dialects.tgi.requests import CompatBody, GenerateAnswer
 from tightrope.server.dialects.tgi.routes import answer_compat
-from tightrope.server.http.body import Documented, JsonRoute
+from tightrope.server.http.body import JsonRoute
+from tightrope.server.http.error_docs import ERRORS, TGI_ERRORS, Documented, ErrorAnswer, ErrorText
 from tightrope.server.state import AppState
 
 BOTH: Documented = {

@@ -6,7 +6,7 @@ from contextlib import aclosing
 import msgspec
 
 from tightrope.engine.types import Delta, Token
-from tightrope.server.answering import Deltas
+from tightrope.server.deltas.side_by_side import Deltas
 
 
 class _Line:

@@ -8,16 +8,17 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Discriminator, Field, Tag
 
 from tightrope.engine.types import Span, TextPrompt, Token
-from tightrope.server.dialects.openai.convert import check_model
-from tightrope.server.dialects.openai.requests import MAX_INT, ChatRequest, Ids, SamplingBody
-from tightrope.server.dialects.openai.routes import ERRORS, rendered_chat
+from tightrope.server.dialects.openai.requests import ChatRequest, SamplingBody
+from tightrope.server.dialects.openai.routes import rendered_chat
 from tightrope.server.dialects.openai.tools import check_tools
 from tightrope.server.dialects.tgi.requests import GenerateBody
-from tightrope.server.dialects.tgi.routes import ERRORS as TGI_ERRORS
 from tightrope.server.fields import structured
-from tightrope.server.fields.sampling import KNOWN
+from tightrope.server.fields.sampling import KNOWN, MAX_INT
 from tightrope.server.http.body import Body, JsonRoute
+from tightrope.server.http.error_docs import ERRORS, TGI_ERRORS
 from tightrope.server.http.long_lists import json_answer, json_list, json_object
+from tightrope.server.http.token_ids import Ids
+from tightrope.server.served import check_model
 from tightrope.server.state import AppState
 
 

@@ -1,0 +1,1 @@
+"""Paths that several dialects share: the body tells which one is spoken."""
