@@ -1,48 +1,121 @@
-"""One HTTP request's work in the engine: start it, watch the client, give up when it hangs up."""
+"""One request's answer, whatever the dialect: read, run, explained, collected or streamed, aborted, given up."""
 
 import asyncio
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from typing import Any, ClassVar, Generic, Self, TypeVar
 
-from fastapi import Request
+import msgspec
+from fastapi import Request, Response
 
-from tightrope.engine.types import Delta, Finish, PromptInfo, Token
-from tightrope.server.deltas.side_by_side import Deltas
+from tightrope.engine.errors import BackendFailed, InvalidRequest
+from tightrope.engine.types import Delta, Finish, PromptInfo
+from tightrope.server.asking import Asked
+from tightrope.server.deltas.choices import Choice, collect
+from tightrope.server.deltas.one_token import one_token_each
+from tightrope.server.deltas.side_by_side import Deltas, run
+from tightrope.server.fields.explain import Explanation, explain
+from tightrope.server.http.body import Body
+from tightrope.server.http.errors import Column
 from tightrope.server.http.hangup import or_gone
+from tightrope.server.http.sse import event_stream, line_stream
+from tightrope.server.state import AppState
+
+B = TypeVar("B", bound=Body)
 
 FIRST_DELTA_S = 10.0  # after that, a stream begins with a comment
 
 
-@dataclass(slots=True)
-class Choice:
-    """One whole answer."""
+class Ending:
+    """What is known when all choices have ended, and said with the last of them."""
 
-    prompt: PromptInfo
-    text: str
-    tokens: list[Token]
-    finish: Finish
-
-    def mean_logprob(self) -> float:
-        """By which the best of several answers is found."""
-        logprobs = [token.logprob for token in self.tokens if token.logprob is not None]
-        return sum(logprobs) / len(logprobs) if logprobs else float("-inf")
+    def __init__(self, prompts: Sequence[PromptInfo], num_tokens: int, explanation: Explanation | None) -> None:
+        """prompts: what became of each; num_tokens: over all choices."""
+        self.prompts = prompts
+        self.num_tokens = num_tokens
+        self.explained: dict[str, Any] = {} if explanation is None else {"explain": explanation.told(prompts)}
 
 
-@dataclass(slots=True)
-class _Growing:
-    texts: list[str] = field(default_factory=list)
-    tokens: list[Token] = field(default_factory=list)
-    prompt: PromptInfo | None = None
+class Dialect(ABC, Generic[B]):
+    """What one dialect says to one request: its reader makes it, and it has two writers, for an event and a whole."""
+
+    column: ClassVar[Column] = "openai"  # of the table of errors
+    is_lines: ClassVar[bool] = False  # whether a stream is lines of JSON, and no server-sent events
+    wants_single_tokens: bool = False  # whether each event shows one token, with the text that is its own
+    abort_key: str | None = None  # under which an abort stops the answer
+
+    def __init__(self, asked: Asked) -> None:
+        self.asked = asked
+
+    @classmethod
+    @abstractmethod
+    async def read(cls, front: AppState, body: B, request: Request) -> Self:
+        """What the body asks for. Raises EngineError."""
+
+    @abstractmethod
+    def event(self, number: int, delta: Delta, ending: Ending | None) -> bytes:
+        """What choice `number` has gained, as finished bytes, or none; `ending` comes with the last delta of all.
+
+        This runs for every token.
+        """
+
+    @abstractmethod
+    def whole(self, choices: Sequence[Choice], ending: Ending) -> object:
+        """The whole answer, as JSON will have it."""
+
+    def headers(self, choices: Sequence[Choice]) -> Mapping[str, str]:
+        """Headers of an answer; a stream begins without choices."""
+        return {}
+
+    def reword(self, error: InvalidRequest) -> None:
+        """Tell the engine's refusal in the dialect's own words and names."""
 
 
-async def started(request: Request, deltas: Deltas) -> Deltas:
-    """Wait for the first delta, so that a refusal still gets its own status; then go on from it.
+def checked(finish: Finish) -> Finish:
+    """The finish, in dialects without a word for a failed one. Raises BackendFailed with what went wrong."""
+    if finish.reason == "error":
+        raise BackendFailed(finish.message or "the answer failed")
+    return finish
+
+
+async def answer(front: AppState, dialect: type[Dialect[B]], body: B, request: Request) -> Response:
+    """The reply, whole or as a stream. Raises EngineError while a status can still be chosen."""
+    spoken = await dialect.read(front, body, request)
+    asked = spoken.asked
+    explanation = await or_gone(request, explain(front, asked)) if asked.explain else None
+    deltas = run(front.generate_for(request), asked.requests)
+    if spoken.abort_key is not None:
+        deltas = front.aborts.until_aborted(deltas, spoken.abort_key)
+    try:
+        if asked.is_stream:
+            if spoken.wants_single_tokens:
+                deltas = one_token_each(deltas)
+            first = await _begun(request, deltas)
+        else:
+            choices = await or_gone(request, collect(deltas, asked.n * len(asked.requests)))
+    except InvalidRequest as error:
+        spoken.reword(error)
+        raise
+    if not asked.is_stream:
+        prompts = [choice.prompt for choice in choices[:: asked.n]]
+        made = spoken.whole(choices, Ending(prompts, sum(c.finish.num_tokens for c in choices), explanation))
+        return Response(msgspec.json.encode(made), headers=spoken.headers(choices), media_type="application/json")
+    pieces = _pieces(first, deltas, spoken, explanation)
+    return line_stream(pieces) if spoken.is_lines else event_stream(pieces, spoken.column, spoken.headers(()))
+
+
+First = asyncio.Future[tuple[int, Delta] | None]  # None where an abort came before it
+
+
+async def _begun(request: Request, deltas: Deltas) -> First:
+    """Wait for the first delta, so that a refusal still gets its own status.
 
     Refusals come at once, but a first delta waits for its prompt. After FIRST_DELTA_S the reply begins without it, so
     that comments can keep the line alive; what fails later is told by an event. Raises whatever the engine says to the
     request until then, and ClientGone.
     """
-    first = asyncio.ensure_future(anext(deltas))
+    first = asyncio.ensure_future(anext(deltas, None))
     try:
         await or_gone(request, asyncio.wait((first,), timeout=FIRST_DELTA_S))
         if first.done():
@@ -52,32 +125,32 @@ async def started(request: Request, deltas: Deltas) -> Deltas:
         await asyncio.gather(first, return_exceptions=True)
         await deltas.aclose()
         raise
-    return _from(first, deltas)
+    return first
 
 
-async def _from(first: asyncio.Future[tuple[int, Delta]], rest: Deltas) -> Deltas:
-    async with aclosing(rest):
-        yield await first  # a client that hangs up now cancels it
-        async for item in rest:
-            yield item
+async def _pieces(
+    first: First, deltas: Deltas, spoken: Dialect[B], explanation: Explanation | None
+) -> AsyncGenerator[bytes, None]:
+    """The stream, piece by piece. Raises what the engine raises."""
+    n, prompts, num_tokens = spoken.asked.n, dict[int, PromptInfo](), 0
+    num_open = n * len(spoken.asked.requests)
 
+    def ending(number: int, delta: Delta) -> Ending | None:
+        nonlocal num_open, num_tokens
+        if delta.prompt is not None and number % n == 0:
+            prompts[number // n] = delta.prompt
+        if delta.finish is None:
+            return None
+        num_open -= 1
+        num_tokens += delta.finish.num_tokens
+        return None if num_open else Ending([prompts[place] for place in sorted(prompts)], num_tokens, explanation)
 
-async def collect(request: Request, deltas: Deltas) -> list[Choice]:
-    """All choices, whole, in the order of their numbers. Raises what the engine raises, and ClientGone."""
-    return await or_gone(request, _collect(deltas))
-
-
-async def _collect(deltas: Deltas) -> list[Choice]:
-    growing: dict[int, _Growing] = {}
-    done: dict[int, Choice] = {}
     async with aclosing(deltas):
+        if (item := await first) is None:  # a client that hangs up now cancels it
+            return
+        if piece := spoken.event(*item, ending(*item)):
+            yield piece
         async for number, delta in deltas:
-            choice = growing.setdefault(number, _Growing())
-            choice.texts.append(delta.text)
-            choice.tokens += delta.tokens
-            if delta.prompt is not None:
-                choice.prompt = delta.prompt
-            if delta.finish is not None:
-                assert choice.prompt is not None, "the first delta of a choice tells of its prompt"
-                done[number] = Choice(choice.prompt, "".join(choice.texts), choice.tokens, delta.finish)
-    return [done[number] for number in sorted(done)]
+            is_plain = delta.finish is None and delta.prompt is None
+            if piece := spoken.event(number, delta, None if is_plain else ending(number, delta)):
+                yield piece

@@ -11,6 +11,7 @@ from msgspec.structs import replace
 from tightrope.engine.errors import EngineUnavailable
 from tightrope.engine.process.client import EngineClient
 from tightrope.engine.types import Delta, GenerateRequest, ModelInfo, TurnMarks
+from tightrope.server.deltas.aborts import Aborts
 from tightrope.server.deltas.side_by_side import Generate
 from tightrope.server.http.errors import TemplateFailed
 from tightrope.server.http.guards import owner_of
@@ -32,13 +33,14 @@ class AppState:
     metrics: Metrics
     renderer: TemplateRenderer = field(default_factory=TemplateRenderer)
     probed: Probed = field(default_factory=dict)  # shared by the templates of every start of the engine
+    aborts: Aborts = field(default_factory=Aborts)
     started: int = field(default_factory=lambda: int(time.time()))  # seconds since 1970
 
     def info(self) -> ModelInfo:
         """The loaded model. Raises EngineUnavailable before its first start, and while there is none."""
         info = self.client.info
         if info is None:
-            raise EngineUnavailable("the model is still loading", retry_after_s=self.client.retry_after_s)
+            raise EngineUnavailable("the model is still loading")
         return info
 
     def served(self) -> Served:

@@ -1,24 +1,22 @@
 """KoboldCpp's routes under /api: versions, token counts, generation whole and streamed, and its abort."""
 
-import asyncio
-from collections.abc import AsyncGenerator, Iterator
-from contextlib import aclosing, contextmanager
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Self
 
 import msgspec
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field
 
 from tightrope.engine.errors import InvalidRequest
-from tightrope.engine.types import Finish, PromptInfo, Span, TextPrompt
-from tightrope.server.deltas.side_by_side import Deltas, run
-from tightrope.server.dialects.text import Asked, TextBody, checked, pieces, refuse_log_probabilities, text_request
-from tightrope.server.fields.explain import Explained, Explanation, explain, explained
+from tightrope.engine.types import Delta, Finish, Span, TextPrompt
+from tightrope.server.answering import Dialect, Ending, answer, checked
+from tightrope.server.asking import TextBody, ask, common, refuse_log_probabilities
+from tightrope.server.deltas.choices import Choice
+from tightrope.server.fields.explain import Explained
 from tightrope.server.http.body import Body, JsonRequest, JsonRoute
 from tightrope.server.http.error_docs import CALL_ERRORS, ERRORS, STATUS_ERRORS
-from tightrope.server.http.hangup import or_gone
 from tightrope.server.http.long_lists import json_answer, json_list, json_object
-from tightrope.server.http.sse import event_stream
 from tightrope.server.state import AppState
 
 API_VERSION = "1.2.5"  # of KoboldAI United's API, that these routes are shaped after
@@ -86,110 +84,59 @@ class KoboldAnswer(BaseModel):
     explain: Explained = {}
 
 
-class Aborts:
-    """Which generations an abort stops: those under the same key."""
+class Kobold(Dialect[KoboldBody]):
+    """POST /api/v1/generate. An aborted answer is what was written so far, and an aborted stream ends there."""
 
-    def __init__(self) -> None:
-        self._running: dict[str, set[asyncio.Event]] = {}
+    is_stream = False
 
-    @contextmanager
-    def watch(self, genkey: str) -> Iterator[asyncio.Event]:
-        """An event that is set when the key is aborted while the context lasts."""
-        aborted = asyncio.Event()
-        self._running.setdefault(genkey, set()).add(aborted)
-        try:
-            yield aborted
-        finally:
-            self._running[genkey].discard(aborted)
-            if not self._running[genkey]:
-                del self._running[genkey]
+    @classmethod
+    async def read(cls, front: AppState, body: KoboldBody, request: Request) -> Self:
+        served = front.served()
+        if body.render_special:
+            body = body.model_copy(update={"skip_special_tokens": False})
+        refuse_log_probabilities(body.given())
+        read = replace(
+            common(body, served),
+            is_stream=cls.is_stream,
+            max_tokens=DEFAULT_TOKENS,
+            stops=("\n",) if body.singleline else (),
+        )
+        spoken = cls(ask("kobold", [body.checked_prompt(served, read.adapter)], read, served))
+        spoken.abort_key = body.genkey
+        return spoken
 
-    def abort(self, genkey: str) -> bool:
-        """Stop what runs under the key; return whether anything did."""
-        running = self._running.get(genkey, set())
-        for aborted in running:
-            aborted.set()
-        return bool(running)
+    def event(self, number: int, delta: Delta, ending: Ending | None) -> bytes:
+        if not delta.text and delta.finish is None:
+            return b""
+        event: dict[str, Any] = {"token": delta.text, "finish_reason": _reason(delta.finish)}
+        if ending is not None:
+            event |= ending.explained
+        return b"event: message\ndata: %b\n\n" % encode(event)
+
+    def whole(self, choices: Sequence[Choice], ending: Ending) -> object:
+        (choice,) = choices
+        result = {
+            "text": choice.text,
+            "finish_reason": _reason(choice.finish),
+            "prompt_tokens": choice.prompt.num_tokens,
+            "completion_tokens": len(choice.tokens),
+        }
+        return {"results": [result], **ending.explained}
 
 
-async def until_aborted(deltas: Deltas, aborts: Aborts, genkey: str) -> Deltas:
-    """The deltas, up to an abort, at which the work is cancelled."""
-    with aborts.watch(genkey) as aborted:
-        async with aclosing(deltas):
-            stop = asyncio.ensure_future(aborted.wait())
-            try:
-                while True:
-                    step = asyncio.ensure_future(anext(deltas, None))
-                    try:
-                        await asyncio.wait((step, stop), return_when=asyncio.FIRST_COMPLETED)
-                    finally:
-                        if not step.done():
-                            step.cancel()
-                            await asyncio.gather(step, return_exceptions=True)
-                    if step.cancelled() or (item := step.result()) is None:
-                        return
-                    yield item
-            finally:
-                stop.cancel()
+class KoboldStream(Kobold):
+    """POST /api/extra/generate/stream."""
+
+    is_stream = True
 
 
 def _reason(finish: Finish | None) -> str | None:
     return None if finish is None else "length" if checked(finish).reason == "length" else "stop"
 
 
-async def _answer(deltas: Deltas, explanation: Explanation | None) -> dict[str, Any]:
-    """What was written, be it finished or aborted."""
-    text, finish, num_tokens = "", None, 0
-    prompt: PromptInfo | None = None
-    async with aclosing(deltas):
-        async for _, delta in deltas:
-            text += delta.text
-            finish = delta.finish
-            prompt = delta.prompt or prompt
-            num_tokens += len(delta.tokens)
-    result = {
-        "text": text,
-        "finish_reason": _reason(finish) or "stop",
-        "prompt_tokens": 0 if prompt is None else prompt.num_tokens,
-        "completion_tokens": num_tokens,
-    }
-    return {"results": [result], **explained(explanation, prompt)}
-
-
-async def _events(deltas: Deltas, explanation: Explanation | None) -> AsyncGenerator[bytes, None]:
-    prompt: PromptInfo | None = None
-    async with aclosing(deltas):
-        async for _, delta in deltas:
-            prompt = delta.prompt or prompt
-            if delta.text or delta.finish is not None:
-                event: dict[str, Any] = {"token": delta.text, "finish_reason": _reason(delta.finish)}
-                if delta.finish is not None:
-                    event |= explained(explanation, prompt)
-                yield b"event: message\ndata: %b\n\n" % encode(event)
-
-
 def koboldcpp_router(front: AppState) -> APIRouter:
     """/api/v1 and /api/extra."""
     router = APIRouter(prefix="/api", route_class=JsonRoute, tags=["KoboldCpp"])
-    aborts = Aborts()
-
-    async def prepared(body: KoboldBody, request: Request) -> tuple[Asked, Explanation | None]:
-        served = front.served()
-        if body.render_special:
-            body = body.model_copy(update={"skip_special_tokens": False})
-        fields = body.model_extra or {}
-        refuse_log_probabilities(fields)
-        asked = text_request(
-            body,
-            fields,
-            body.checked_prompt(served),
-            served,
-            max_tokens=DEFAULT_TOKENS,
-            stops=("\n",) if body.singleline else (),
-        )
-        if not body.explain:
-            return asked, None
-        return asked, await explain(front, [asked.request], asked.ignored, request)
 
     @router.get("/v1/info/version", responses=STATUS_ERRORS)
     async def api_version() -> Result:
@@ -227,7 +174,7 @@ def koboldcpp_router(front: AppState) -> APIRouter:
         genkey = data.get("genkey") or "" if isinstance(data, dict) else ""
         if not isinstance(genkey, str):
             raise InvalidRequest("genkey must be a string", "genkey")
-        return Success(success=aborts.abort(genkey))
+        return Success(success=front.aborts.abort(genkey))
 
     @router.post(
         "/v1/generate",
@@ -236,10 +183,7 @@ def koboldcpp_router(front: AppState) -> APIRouter:
     )
     async def generate(body: KoboldBody, request: Request) -> Response:
         """Continue a prompt; an abort gives what was written so far."""
-        asked, explanation = await prepared(body, request)
-        deltas = until_aborted(run(front.generate_for(request), [asked.request]), aborts, body.genkey)
-        answer = await or_gone(request, _answer(deltas, explanation))
-        return Response(encode(answer), media_type="application/json")
+        return await answer(front, Kobold, body, request)
 
     @router.post(
         "/extra/generate/stream",
@@ -248,8 +192,6 @@ def koboldcpp_router(front: AppState) -> APIRouter:
     )
     async def generate_stream(body: KoboldBody, request: Request) -> Response:
         """Continue a prompt, one event for each piece of text."""
-        asked, explanation = await prepared(body, request)
-        deltas = until_aborted(await pieces(front, asked, request), aborts, body.genkey)
-        return event_stream(_events(deltas, explanation), "openai")
+        return await answer(front, KoboldStream, body, request)
 
     return router

@@ -1,23 +1,23 @@
 """llama.cpp's server: POST /completion, GET /props and /slots. Its /tokenize and /detokenize are shared with others."""
 
 import math
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Self
 
 import msgspec
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field
 
-from tightrope.engine.types import Finish, PromptInfo, Token
-from tightrope.server.deltas.one_token import one_token_each
-from tightrope.server.deltas.side_by_side import Deltas
-from tightrope.server.dialects.text import TextBody, checked, model_name, pieces, text_request, whole
-from tightrope.server.fields.explain import Explained, Explanation, explain, explained
+from tightrope.engine.types import Delta, Finish, LogprobRequest, PromptInfo, Token
+from tightrope.server.answering import Dialect, Ending, answer, checked
+from tightrope.server.asking import TextBody, ask, common
+from tightrope.server.deltas.choices import Choice
+from tightrope.server.fields.explain import Explained
 from tightrope.server.fields.logprobs import finite, token_name
 from tightrope.server.http.body import JsonRoute
 from tightrope.server.http.error_docs import ERRORS, STATUS_ERRORS
-from tightrope.server.http.sse import event_stream
+from tightrope.server.served import check_most
 from tightrope.server.state import AppState
 
 encode = msgspec.json.Encoder().encode
@@ -124,22 +124,41 @@ def _ending(content: str, prompt: PromptInfo, finish: Finish, model: str) -> dic
     }
 
 
-async def _events(
-    deltas: Deltas, model: str, explanation: Explanation | None, *, wants_probs: bool
-) -> AsyncGenerator[bytes, None]:
-    prompt: PromptInfo | None = None
-    async with aclosing(deltas):
-        async for _, delta in deltas:
-            prompt = delta.prompt or prompt
-            if delta.text or (wants_probs and delta.tokens):
-                event: dict[str, Any] = {"index": 0, "content": delta.text, "id_slot": 0, "stop": False}
-                if wants_probs:
-                    event["completion_probabilities"] = probabilities(delta.tokens)
-                yield b"data: %b\n\n" % encode(event)
-            if delta.finish is not None:
-                assert prompt is not None, "the first delta tells of the prompt"
-                ending = _ending("", prompt, checked(delta.finish), model)
-                yield b"data: %b\n\n" % encode(ending | explained(explanation, prompt))
+class LlamaCpp(Dialect[CompletionBody]):
+    """POST /completion."""
+
+    @classmethod
+    async def read(cls, front: AppState, body: CompletionBody, request: Request) -> Self:
+        served = front.served()
+        check_most("n_probs", body.n_probs, served.limits.max_logprobs)
+        read = replace(
+            common(body, served),
+            is_stream=body.stream,
+            logprobs=LogprobRequest(processed=False, top=body.n_probs) if body.n_probs else None,
+        )
+        spoken = cls(ask("llama", [body.checked_prompt(served, read.adapter)], read, served))
+        spoken.wants_single_tokens = body.n_probs > 0
+        return spoken
+
+    def event(self, number: int, delta: Delta, ending: Ending | None) -> bytes:
+        piece = b""
+        has_probs = self.wants_single_tokens and delta.tokens
+        if delta.text or has_probs:
+            event: dict[str, Any] = {"index": 0, "content": delta.text, "id_slot": 0, "stop": False}
+            if self.wants_single_tokens:
+                event["completion_probabilities"] = probabilities(delta.tokens)
+            piece = b"data: %b\n\n" % encode(event)
+        if ending is not None and delta.finish is not None:
+            last = _ending("", ending.prompts[0], checked(delta.finish), self.asked.model)
+            piece += b"data: %b\n\n" % encode(last | ending.explained)
+        return piece
+
+    def whole(self, choices: Sequence[Choice], ending: Ending) -> object:
+        (choice,) = choices
+        answer = _ending(choice.text, choice.prompt, checked(choice.finish), self.asked.model)
+        if self.wants_single_tokens:
+            answer["completion_probabilities"] = probabilities(choice.tokens)
+        return answer | ending.explained
 
 
 def llamacpp_router(front: AppState) -> APIRouter:
@@ -153,27 +172,7 @@ def llamacpp_router(front: AppState) -> APIRouter:
     )
     async def completion(body: CompletionBody, request: Request) -> Response:
         """Continue a prompt."""
-        served = front.served()
-        top = body.n_probs or None
-        asked = text_request(
-            body,
-            body.model_extra or {},
-            body.checked_prompt(served),
-            served,
-            top=top,
-        )
-        model = model_name(asked, served)
-        explanation = await explain(front, [asked.request], asked.ignored, request) if body.explain else None
-        if body.stream:
-            deltas = await pieces(front, asked, request)
-            shown = one_token_each(deltas) if top else deltas
-            return event_stream(_events(shown, model, explanation, wants_probs=top is not None), "openai")
-        choice = await whole(front, asked, request)
-        answer = _ending(choice.text, choice.prompt, choice.finish, model)
-        if top:
-            answer["completion_probabilities"] = probabilities(choice.tokens)
-        answer |= explained(explanation, choice.prompt)
-        return Response(encode(answer), media_type="application/json")
+        return await answer(front, LlamaCpp, body, request)
 
     @router.get("/props", responses=STATUS_ERRORS)
     async def props() -> Props:

@@ -1,10 +1,10 @@
 """Ollama's routes under /api: the model, and generation of prompts and chats as lines of JSON."""
 
-from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import aclosing
+from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
-from typing import Annotated, Any
+from typing import Annotated, Any, Self, TypeVar
 
 import msgspec
 from fastapi import APIRouter, Request, Response
@@ -12,26 +12,20 @@ from pydantic import BaseModel, Field
 
 from tightrope import __version__
 from tightrope.engine.errors import InvalidRequest
-from tightrope.engine.types import Finish, Prompt, PromptInfo, Span, TextPrompt
-from tightrope.server.deltas.side_by_side import Deltas
-from tightrope.server.dialects.openai.requests import AnswerBody
-from tightrope.server.dialects.text import (
-    Asked,
-    checked,
-    model_name,
-    pieces,
-    refuse_log_probabilities,
-    text_request,
-    whole,
-)
+from tightrope.engine.types import Delta, Finish, LogprobRequest, PromptInfo, Span, TextPrompt, Token
+from tightrope.server.answering import Dialect, Ending, answer, checked
+from tightrope.server.asking import AnswerBody, ask, common, refuse_log_probabilities
+from tightrope.server.deltas.choices import Choice
 from tightrope.server.fields import structured
-from tightrope.server.fields.explain import Explained, Explanation, explain, explained
+from tightrope.server.fields.explain import Explained
+from tightrope.server.fields.logprobs import listed
 from tightrope.server.fields.sampling import KNOWN, Ignored
 from tightrope.server.http.body import Body, FirstErrorOnly, JsonRoute
-from tightrope.server.http.error_docs import ERRORS, STATUS_ERRORS
+from tightrope.server.http.error_docs import ERRORS, STATUS_ERRORS, only
 from tightrope.server.http.hangup import or_gone
-from tightrope.server.http.sse import line_stream
-from tightrope.server.served import check_model
+from tightrope.server.prompts.content import Message
+from tightrope.server.prompts.templates import RenderedPrompt
+from tightrope.server.served import check_model, check_most
 from tightrope.server.state import AppState
 
 encode = msgspec.json.Encoder().encode
@@ -51,13 +45,14 @@ class OllamaBody(AnswerBody):
     options: OllamaOptions = OllamaOptions()
     keep_alive: int | float | str | None = Field(None, description="The model stays loaded: changes nothing.")
     format: str | dict[str, Any] | None = Field(None, description="json or a JSON schema.")
+    logprobs: bool = Field(False, description="List the log probabilities of the answer's tokens.")
+    top_logprobs: int | None = Field(None, ge=0, description="Alternatives at each token.")
 
     without_effect = frozenset({"keep_alive"})
 
-    def fields(self) -> dict[str, Any]:
-        """Sampling and shape, from wherever they stand."""
+    def given(self) -> dict[str, Any]:
         shape = {} if self.format is None else {"format": self.format}
-        return (self.model_extra or {}) | shape | (self.options.model_extra or {})
+        return super().given() | shape | (self.options.model_extra or {})
 
     def overruled(self) -> list[Ignored]:
         """The fields that stand beside the options and say something else than they."""
@@ -127,6 +122,7 @@ class _Answer(BaseModel):
     created_at: str
     done: bool
     done_reason: str | None = None
+    logprobs: list[dict[str, Any]] = Field([], description="Absent unless asked for.")
     explain: Explained = {}
 
 
@@ -161,30 +157,94 @@ def _ending(prompt: PromptInfo, finish: Finish) -> dict[str, Any]:
     }
 
 
-Wrap = Callable[[str], dict[str, Any]]  # a piece of text in the place that the route has for it
+T = TypeVar("T", bound=OllamaBody)
 
 
-def _response(text: str) -> dict[str, Any]:
-    return {"response": text}
+class _Ollama(Dialect[T]):
+    """Lines of JSON, the last of which tells how it ended."""
+
+    is_lines = True
+
+    @staticmethod
+    @abstractmethod
+    def wrap(text: str) -> dict[str, Any]:
+        """A piece of text in the place that the route has for it."""
+
+    @classmethod
+    def _read(cls, front: AppState, body: OllamaBody, prompt: RenderedPrompt, stops: Sequence[str] = ()) -> Self:
+        served = front.served()
+        check_most("top_logprobs", body.top_logprobs, served.limits.max_logprobs)
+        if body.top_logprobs and not body.logprobs:
+            raise InvalidRequest("top_logprobs is only allowed when logprobs is true", "top_logprobs")
+        refuse_log_probabilities(body.options.model_extra or {})
+        read = replace(
+            common(body, served),
+            is_stream=body.stream,
+            stops=stops,
+            logprobs=LogprobRequest(processed=False, top=body.top_logprobs or 0) if body.logprobs else None,
+            ignored=body.overruled(),
+            notes=prompt.notes,
+        )
+        spoken = cls(ask("ollama", [TextPrompt(prompt.spans)], read, served))
+        spoken.wants_single_tokens = body.logprobs
+        return spoken
+
+    @classmethod
+    async def _templated(cls, front: AppState, body: OllamaBody, messages: list[Message], request: Request) -> Self:
+        template = front.template()
+        rendering = template.render(front.renderer, messages, add_generation_prompt=True, continue_final_message=False)
+        return cls._read(front, body, await or_gone(request, rendering), template.stops)
+
+    def _line(self, text: str, more: dict[str, Any]) -> dict[str, Any]:
+        return {"model": self.asked.model, "created_at": _now(), **self.wrap(text), **more}
+
+    def _listed(self, tokens: Sequence[Token]) -> dict[str, Any]:
+        return {"logprobs": listed(tokens)} if self.wants_single_tokens and tokens else {}
+
+    def event(self, number: int, delta: Delta, ending: Ending | None) -> bytes:
+        line, logprobs = b"", self._listed(delta.tokens)
+        if delta.text or logprobs:
+            line = encode(self._line(delta.text, {"done": False, **logprobs})) + b"\n"
+        if ending is not None and delta.finish is not None:
+            told = _ending(ending.prompts[0], checked(delta.finish)) | ending.explained
+            line += encode(self._line("", told)) + b"\n"
+        return line
+
+    def whole(self, choices: Sequence[Choice], ending: Ending) -> object:
+        (choice,) = choices
+        told = _ending(choice.prompt, checked(choice.finish)) | self._listed(choice.tokens)
+        return self._line(choice.text, told | ending.explained)
 
 
-def _message(text: str) -> dict[str, Any]:
-    return {"message": {"role": "assistant", "content": text}}
+class Generate(_Ollama[OllamaGenerate]):
+    """POST /api/generate with a prompt."""
+
+    @classmethod
+    async def read(cls, front: AppState, body: OllamaGenerate, request: Request) -> Self:
+        if body.raw:
+            if body.system:
+                raise InvalidRequest("system: a raw prompt is run as it is, so write it into the prompt", "system")
+            return cls._read(front, body, RenderedPrompt((Span(body.prompt),)))
+        turns = [("system", body.system), ("user", body.prompt)]
+        messages: list[Message] = [{"role": role, "content": text} for role, text in turns if text]
+        return await cls._templated(front, body, messages, request)
+
+    @staticmethod
+    def wrap(text: str) -> dict[str, Any]:
+        return {"response": text}
 
 
-async def _lines(
-    deltas: Deltas, model: str, wrap: Wrap, explanation: Explanation | None
-) -> AsyncGenerator[bytes, None]:
-    prompt: PromptInfo | None = None
-    async with aclosing(deltas):
-        async for _, delta in deltas:
-            prompt = delta.prompt or prompt
-            if delta.text:
-                yield encode({"model": model, "created_at": _now(), **wrap(delta.text), "done": False}) + b"\n"
-            if delta.finish is not None:
-                assert prompt is not None, "the first delta tells of the prompt"
-                ending = _ending(prompt, checked(delta.finish)) | explained(explanation, prompt)
-                yield encode({"model": model, "created_at": _now(), **wrap(""), **ending}) + b"\n"
+class Chat(_Ollama[OllamaChat]):
+    """POST /api/chat with messages."""
+
+    @classmethod
+    async def read(cls, front: AppState, body: OllamaChat, request: Request) -> Self:
+        messages: list[Message] = [{"role": message.role, "content": message.content} for message in body.messages]
+        return await cls._templated(front, body, messages, request)
+
+    @staticmethod
+    def wrap(text: str) -> dict[str, Any]:
+        return {"message": {"role": "assistant", "content": text}}
 
 
 def ollama_router(front: AppState) -> APIRouter:
@@ -196,37 +256,11 @@ def ollama_router(front: AppState) -> APIRouter:
         info = front.info()
         return ModelDetails(format=info.format, family=info.architecture, quantization_level=info.format)
 
-    async def answer(
-        body: OllamaBody, asked: Asked, request: Request, wrap: Wrap, notes: tuple[str, ...] = ()
-    ) -> Response:
-        model = model_name(asked, front.served())
-        explanation = await explain(front, [asked.request], asked.ignored, request, notes) if body.explain else None
-        if body.stream:
-            return line_stream(_lines(await pieces(front, asked, request), model, wrap, explanation))
-        choice = await whole(front, asked, request)
-        made = {"model": model, "created_at": _now(), **wrap(choice.text), **_ending(choice.prompt, choice.finish)}
-        return Response(encode(made | explained(explanation, choice.prompt)), media_type="application/json")
-
-    def loaded(body: OllamaBody, wrap: Wrap) -> Response:
+    def loaded(body: OllamaBody, empty: dict[str, Any]) -> Response:
         served = front.served()
         name = check_model(body.model, served) or served.model_id
-        made = {"model": name, "created_at": _now(), **wrap(""), "done": True, "done_reason": "load"}
+        made = {"model": name, "created_at": _now(), **empty, "done": True, "done_reason": "load"}
         return Response(encode(made) + b"\n", media_type="application/x-ndjson" if body.stream else "application/json")
-
-    async def templated(
-        body: OllamaBody, messages: list[dict[str, Any]], request: Request
-    ) -> tuple[Asked, tuple[str, ...]]:
-        """What a chat asks for, and notes on how it became a prompt."""
-        template = front.template()
-        rendering = template.render(front.renderer, messages, add_generation_prompt=True, continue_final_message=False)
-        rendered = await or_gone(request, rendering)
-        return request_of(body, TextPrompt(rendered.spans), template.stops), rendered.notes
-
-    def request_of(body: OllamaBody, prompt: Prompt, stops: Sequence[str] = ()) -> Asked:
-        fields = body.fields()
-        refuse_log_probabilities(fields)
-        asked = text_request(body, fields, prompt, front.served(), stops=stops)
-        return replace(asked, ignored=[*asked.ignored, *body.overruled()])
 
     @router.get("/version")
     async def version() -> dict[str, str]:
@@ -244,7 +278,7 @@ def ollama_router(front: AppState) -> APIRouter:
             ]
         )
 
-    @router.post("/show", responses={key: ERRORS[key] for key in (400, 401, 404, 413, 415, 503, "default")})
+    @router.post("/show", responses=only(400, 401, 404, 413, 415, 503, "default"))
     async def show(body: ShowBody) -> Shown:
         """The served model, or one of its adapters: its template and its window."""
         served = front.served()
@@ -268,16 +302,8 @@ def ollama_router(front: AppState) -> APIRouter:
     async def generate(body: OllamaGenerate, request: Request) -> Response:
         """Continue a prompt, or answer it by the chat template unless it is raw."""
         if not body.prompt:
-            return loaded(body, _response)
-        if body.raw:
-            if body.system:
-                raise InvalidRequest("system: a raw prompt is run as it is, so write it into the prompt", "system")
-            asked = request_of(body, TextPrompt((Span(body.prompt),)))
-            return await answer(body, asked, request, _response)
-        turns = [("system", body.system), ("user", body.prompt)]
-        messages = [{"role": role, "content": text} for role, text in turns if text]
-        asked, notes = await templated(body, messages, request)
-        return await answer(body, asked, request, _response, notes)
+            return loaded(body, Generate.wrap(""))
+        return await answer(front, Generate, body, request)
 
     @router.post(
         "/chat",
@@ -287,9 +313,7 @@ def ollama_router(front: AppState) -> APIRouter:
     async def chat(body: OllamaChat, request: Request) -> Response:
         """Answer a chat."""
         if not body.messages:
-            return loaded(body, _message)
-        messages = [{"role": message.role, "content": message.content} for message in body.messages]
-        asked, notes = await templated(body, messages, request)
-        return await answer(body, asked, request, _message, notes)
+            return loaded(body, Chat.wrap(""))
+        return await answer(front, Chat, body, request)
 
     return router

@@ -6,13 +6,11 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import Annotated, Any
 
-from fastapi import Request
 from pydantic import Field
 
 from tightrope.engine.sampler.steps import ORDERED, SamplingParams, in_order
 from tightrope.engine.types import GenerateRequest, Prompt, PromptInfo, TextPrompt, Token
-from tightrope.server.fields.sampling import Ignored
-from tightrope.server.http.hangup import or_gone
+from tightrope.server.asking import Asked
 from tightrope.server.state import AppState
 
 Explained = Annotated[dict[str, Any], Field(description="Absent unless asked for.")]
@@ -64,19 +62,18 @@ class Explanation:
     """All that is known before the work begins."""
 
     prompts: list[dict[str, Any]]
-    request: GenerateRequest
-    ignored: list[Ignored]
-    notes: tuple[str, ...]
+    asked: Asked
 
-    def told(self, infos: Mapping[int, PromptInfo]) -> dict[str, Any]:
+    def told(self, infos: Sequence[PromptInfo]) -> dict[str, Any]:
         """The record, with what became of each prompt."""
-        stop = self.request.stop
+        request = self.asked.requests[0]
+        stop = request.stop
         return {
             "prompts": [
-                prompt | {"tokens_reused": infos[place].num_cached, "seed": infos[place].seed}
-                for place, prompt in enumerate(self.prompts)
+                prompt | {"tokens_reused": info.num_cached, "seed": info.seed}
+                for prompt, info in zip(self.prompts, infos, strict=True)
             ],
-            "samplers": _guidance(self.request) + samplers(self.request.sampling),
+            "samplers": _guidance(request) + samplers(request.sampling),
             "stop": {
                 "max_tokens": stop.max_tokens,
                 "strings": stop.strings,
@@ -84,31 +81,17 @@ class Explanation:
                 "ignore_eos": stop.ignore_eos,
             },
             "ignored": [
-                {"field": name, "why": REASONS.get(name.rpartition(".")[2], why)} for name, why in sorted(self.ignored)
+                {"field": name, "why": REASONS.get(name.rpartition(".")[2], why)}
+                for name, why in sorted(self.asked.ignored)
             ],
-            "notes": self.notes,
+            "notes": self.asked.notes,
         }
 
 
-async def explain(
-    front: AppState,
-    requests: Sequence[GenerateRequest],
-    ignored: list[Ignored],
-    request: Request,
-    notes: tuple[str, ...] = (),
-) -> Explanation:
-    """Begin the record of requests that differ in their prompts alone. Raises EngineError, also if the client goes."""
-    prompts = await or_gone(request, _prompts(front, requests))
-    return Explanation(prompts, requests[0], ignored, notes)
-
-
-def explained(explanation: Explanation | None, info: PromptInfo | None) -> dict[str, Any]:
-    """What is added to an answer to one prompt: the record under its key, or nothing."""
-    return {} if explanation is None or info is None else {"explain": explanation.told({0: info})}
-
-
-async def _prompts(front: AppState, requests: Sequence[GenerateRequest]) -> list[dict[str, Any]]:
-    return list(await asyncio.gather(*(_prompt(front, request) for request in requests)))
+async def explain(front: AppState, asked: Asked) -> Explanation:
+    """Begin the record of a request. Raises EngineError."""
+    prompts = await asyncio.gather(*(_prompt(front, request) for request in asked.requests))
+    return Explanation(list(prompts), asked)
 
 
 async def _prompt(front: AppState, request: GenerateRequest) -> dict[str, Any]:

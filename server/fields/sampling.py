@@ -14,7 +14,7 @@ from typing import Any, TypeGuard
 
 from tightrope.engine.errors import InvalidRequest
 from tightrope.engine.sampler.breakers import MAX_BYTES
-from tightrope.engine.sampler.steps import LONGEST_RUN, SAMPLER_ORDER, SamplingParams
+from tightrope.engine.sampler.steps import LONGEST_RUN, ORDERED, SAMPLER_ORDER, SamplingParams, in_order
 from tightrope.engine.text.banned_strings import MAX_CHARS, MAX_STRINGS
 from tightrope.engine.types import Guidance, StopRules
 from tightrope.server.fields.sampler_order import Order, kobold_order, llama_cpp_order, named_order
@@ -219,6 +219,17 @@ def read_sampling(
     return Sampling(
         SamplingParams(**reading.targets), reading.stop_rules(max_tokens, more_stops), guidance, tuple(reading.ignored)
     )
+
+
+def draws(given: Fields) -> bool:
+    """Whether fields put a step on that only a drawn token can feel; of the temperature, only its range."""
+    reading = _Reading({name: value for name, value in given.items() if value is not None}, MAX_INT)
+    reading.numbers()
+    reading.temperature()
+    reading.adaptive_p()
+    params = SamplingParams(**reading.targets)
+    others = ("min_keep", "seed")  # these are of no effect by themselves
+    return any(step.is_on(params) for step in in_order(params) if step.stage >= ORDERED and step.name not in others)
 
 
 @dataclass(slots=True)

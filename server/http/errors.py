@@ -22,7 +22,7 @@ from tightrope.engine.errors import (
 
 log = logging.getLogger("tightrope.server")
 
-Dialect = Literal["openai", "tgi"]
+Column = Literal["openai", "tgi"]  # of the table
 
 TGI_PATHS = frozenset({"/", "/generate", "/generate_stream", "/chat_tokenize", "/info", "/health", "/ping"})
 
@@ -188,7 +188,7 @@ TABLE: Mapping[type[EngineError], tuple[OpenAIRow, TGIRow]] = {
 }
 
 
-def dialect_of(request: Request) -> Dialect:
+def dialect_of(request: Request) -> Column:
     """The dialect that the request speaks; on shared paths the body tells, once it is read."""
     if request.scope.get("state", {}).get("dialect") == "tgi":
         return "tgi"
@@ -199,33 +199,33 @@ def _rows(exc: EngineError) -> tuple[OpenAIRow, TGIRow]:
     return next(TABLE[cls] for cls in type(exc).__mro__ if cls in TABLE)
 
 
-def error_body(exc: EngineError, dialect: Dialect) -> dict[str, Any] | str:
+def error_body(exc: EngineError, column: Column) -> dict[str, Any] | str:
     """What is said about an error: an object, or plain text."""
     openai, tgi = _rows(exc)
-    if dialect == "openai":
+    if column == "openai":
         return {"error": {"message": exc.message, "type": openai.type, "param": exc.param, "code": openai.code}}
     text = tgi.prefix + exc.message if tgi.fixed is None else tgi.fixed
     return text if tgi.kind is None else {"error": text, "error_type": tgi.kind}
 
 
-def error_reply(exc: EngineError, dialect: Dialect) -> Response:
+def error_reply(exc: EngineError, column: Column) -> Response:
     """The whole reply for an error."""
     openai, tgi = _rows(exc)
-    status = openai.status if dialect == "openai" else tgi.status
+    status = openai.status if column == "openai" else tgi.status
     headers = {}
     if exc.retry_after_s is not None:
         headers["retry-after"] = str(exc.retry_after_s)
     if isinstance(exc, Unauthorized):
         headers["www-authenticate"] = "Bearer"
-    body = error_body(exc, dialect)
+    body = error_body(exc, column)
     if isinstance(body, str):
         return Response(body, status, headers, "text/plain" if body else None)
     return Response(msgspec.json.encode(body), status, headers, "application/json")
 
 
-def error_event(exc: EngineError, dialect: Dialect) -> bytes:
+def error_event(exc: EngineError, column: Column) -> bytes:
     """The last event of a stream that failed."""
-    return b"data: " + msgspec.json.encode(error_body(exc, dialect)) + b"\n\n"
+    return b"data: " + msgspec.json.encode(error_body(exc, column)) + b"\n\n"
 
 
 def error_line(exc: EngineError) -> bytes:

@@ -9,7 +9,7 @@ from sse_starlette import EventSourceResponse, ServerSentEvent
 from sse_starlette.sse import AppStatus
 
 from tightrope.engine.errors import EngineError
-from tightrope.server.http.errors import Dialect, error_event, error_line, unexpected
+from tightrope.server.http.errors import Column, error_event, error_line, unexpected
 
 log = logging.getLogger("tightrope.server")
 
@@ -26,11 +26,11 @@ def _ping() -> ServerSentEvent:
 
 
 def event_stream(
-    events: AsyncGenerator[bytes, None], dialect: Dialect, headers: Mapping[str, str] | None = None
+    events: AsyncGenerator[bytes, None], column: Column, headers: Mapping[str, str] | None = None
 ) -> EventSourceResponse:
     """The reply that writes `events` as they come and closes the iterator when the client hangs up."""
     return EventSourceResponse(
-        with_errors(events, partial(error_event, dialect=dialect)),
+        with_errors(events, partial(error_event, column=column)),
         headers={"cache-control": "no-cache", **(headers or {})},
         ping=PING_S,
         sep="\n",

@@ -5,11 +5,13 @@ from typing import Annotated
 from fastapi import APIRouter, Request, Response
 from pydantic import Discriminator, Tag
 
+from tightrope.server.answering import answer
 from tightrope.server.dialects.openai.answers import ChatAnswer, CompletionAnswer
 from tightrope.server.dialects.openai.requests import ChatRequest, CompletionRequest
-from tightrope.server.dialects.openai.routes import EVENTS, answer_chat, answer_completion
+from tightrope.server.dialects.openai.routes import EVENTS
+from tightrope.server.dialects.openai.writing import Chat, Completions
 from tightrope.server.dialects.tgi.requests import CompatBody, GenerateAnswer
-from tightrope.server.dialects.tgi.routes import answer_compat
+from tightrope.server.dialects.tgi.writing import Compat
 from tightrope.server.http.body import JsonRoute
 from tightrope.server.http.error_docs import ERRORS, TGI_ERRORS, Documented, ErrorAnswer, ErrorText
 from tightrope.server.state import AppState
@@ -53,9 +55,9 @@ def invocations_router(front: AppState) -> APIRouter:
     async def invocations(body: AnyBody, request: Request) -> Response:
         """Answer as POST /, /v1/chat/completions or /v1/completions do to the same body."""
         if isinstance(body, CompatBody):
-            return await answer_compat(front, body, request)
+            return await answer(front, Compat, body, request)
         if isinstance(body, ChatRequest):
-            return await answer_chat(front, body, request)
-        return await answer_completion(front, body, request)
+            return await answer(front, Chat, body, request)
+        return await answer(front, Completions, body, request)
 
     return router

@@ -8,14 +8,14 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Discriminator, Field, Tag
 
 from tightrope.engine.types import Span, TextPrompt, Token
+from tightrope.server.dialects.openai.reading import rendered_chat
 from tightrope.server.dialects.openai.requests import ChatRequest, SamplingBody
-from tightrope.server.dialects.openai.routes import rendered_chat
 from tightrope.server.dialects.openai.tools import check_tools
 from tightrope.server.dialects.tgi.requests import GenerateBody
 from tightrope.server.fields import structured
 from tightrope.server.fields.sampling import KNOWN, MAX_INT
 from tightrope.server.http.body import Body, JsonRoute
-from tightrope.server.http.error_docs import ERRORS, TGI_ERRORS
+from tightrope.server.http.error_docs import STATUS_ERRORS, TGI_ERRORS, only
 from tightrope.server.http.long_lists import json_answer, json_list, json_object
 from tightrope.server.http.token_ids import Ids
 from tightrope.server.served import check_model
@@ -172,7 +172,7 @@ def _piece(token: Token) -> dict[str, object]:
 def tokenize_router(front: AppState) -> APIRouter:
     """POST /tokenize and /detokenize, with and without /v1."""
     router = APIRouter(route_class=JsonRoute, tags=["tokens"])
-    documented = {key: ERRORS[key] for key in (400, 401, 404, 413, 503, "default")}
+    documented = only(400, 401, 404, 413, 503, "default")
 
     shared = {**documented, 422: TGI_ERRORS[422], 424: TGI_ERRORS[424]}
 
@@ -195,7 +195,7 @@ def tokenize_router(front: AppState) -> APIRouter:
         check_model(body.model, served)
         if isinstance(body, TokenizeChat):
             check_tools(body)
-            prompt = TextPrompt((await rendered_chat(front, body, request)).spans, body.add_special_tokens)
+            prompt = TextPrompt((await rendered_chat(front, body, request))[0].spans, body.add_special_tokens)
         else:
             prompt = TextPrompt((Span(body.prompt),), body.add_special_tokens)
         tokens = await front.client.tokenize(prompt, last=body.truncate_prompt_tokens)
@@ -207,14 +207,14 @@ def tokenize_router(front: AppState) -> APIRouter:
     async def chat_tokenize(body: CountedChat, request: Request) -> Response:
         """The tokens of a chat's prompt, as TGI lists them, and the prompt."""
         check_tools(body)
-        spans = (await rendered_chat(front, body, request)).spans
+        spans = (await rendered_chat(front, body, request))[0].spans
         text = "".join(span.text for span in spans)
         tokens = await front.client.tokenize(TextPrompt(spans, body.add_special_tokens))
         num_cut = 0 if (last := body.truncate_prompt_tokens) is None else max(0, len(tokens) - last)
         found = await json_list(islice(places(tokens, text), num_cut, None))
         return json_answer(json_object({"tokenize_response": found, "templated_text": text}))
 
-    @router.get("/tokenizer_info", responses={key: ERRORS[key] for key in (401, 503)})
+    @router.get("/tokenizer_info", responses=STATUS_ERRORS)
     async def tokenizer_info() -> TokenizerInfo:
         """The model's special tokens and its chat template, as in a tokenizer_config.json."""
         info = front.info()

@@ -179,6 +179,19 @@ async def test_ollama_writes_what_is_not_raw_by_the_chat_template() -> None:
     assert one["prompt_eval_count"] == chat["prompt_eval_count"] == 1 + len("[system]Be brief.[user]Well?")
 
 
+async def test_ollama_lists_log_probabilities_one_token_a_line() -> None:
+    body = {"prompt": "Well?", "raw": True, "logprobs": True, "top_logprobs": 2}
+    async with api("Fine.") as http:
+        whole = (await http.post("/api/generate", json=body | {"stream": False})).json()
+        streamed = lines((await http.post("/api/generate", json=body)).text)
+        refused = await http.post("/api/generate", json={"prompt": "Well?", "top_logprobs": 2})
+    assert [entry["token"] for entry in whole["logprobs"]] == [*"Fine.", "</s>"]
+    assert [len(entry["top_logprobs"]) for entry in whole["logprobs"]] == [2] * 6
+    assert [entry for line in streamed for entry in line.get("logprobs", ())] == whole["logprobs"]
+    assert all(line["logprobs"][0]["token"] == line["response"] for line in streamed[:5])
+    assert refused.json()["error"]["param"] == "top_logprobs"
+
+
 async def test_ollama_names_the_model_as_loaded_when_nothing_is_asked() -> None:
     async with api() as http:
         for path, extra in (("/api/generate", {}), ("/api/chat", {"messages": []})):
@@ -316,7 +329,6 @@ async def test_the_first_delta_of_all_tells_of_the_prompt_even_if_it_ends_there(
     [
         ("/api/v1/generate", {"prompt": "How?", "logprobs": True}),
         ("/api/extra/generate/stream", {"prompt": "How?", "logprobs": 3}),
-        ("/api/generate", {"prompt": "How?", "logprobs": True}),
         ("/api/chat", {"messages": [{"role": "user", "content": "How?"}], "options": {"logprobs": True}}),
     ],
 )

@@ -5,17 +5,28 @@ from typing import Any
 
 import pytest
 from fake_api import api
+from msgspec.structs import replace
 from pydantic import ValidationError
 
 from tightrope.engine.errors import InvalidRequest, ModelNotFound
 from tightrope.engine.sampler.steps import SamplingParams
 from tightrope.engine.settings import LimitSettings
-from tightrope.engine.types import GenerateRequest, LogprobRequest, ModelInfo, Span, StopRules, TextPrompt, TokenPrompt
-from tightrope.server.dialects.openai.convert import chat_request, check_chat, completion_requests
+from tightrope.engine.types import (
+    GenerateRequest,
+    LogprobRequest,
+    ModelInfo,
+    Span,
+    StopRules,
+    TextPrompt,
+    TokenPrompt,
+)
+from tightrope.server.asking import Asked
 from tightrope.server.dialects.openai.messages import template_messages, template_variables
+from tightrope.server.dialects.openai.reading import chat_asked, check_chat, completion_asked
 from tightrope.server.dialects.openai.requests import ChatRequest, CompletionRequest, Message
 from tightrope.server.dialects.openai.tools import tool_use
 from tightrope.server.http.body import ignored_fields, parse_json, refuse_unread
+from tightrope.server.prompts.templates import RenderedPrompt
 from tightrope.server.served import Served
 
 INFO = ModelInfo("m", "rules", "fake", 259, 1024, 1024, 4096, "f16", 8, "<s>", "</s>", (), None, ())
@@ -34,11 +45,17 @@ def chat(**fields: object) -> GenerateRequest:
     body = ChatRequest.model_validate({"messages": USER, **fields})
     refuse_unread(body)  # as the route does
     check_chat(body, SERVED)
-    return chat_request(body, "id", (Span("prompt"),), (), SERVED)
+    (request,) = without_id(chat_asked(body, RenderedPrompt((Span("prompt"),)), (), SERVED, None))
+    return request
 
 
 def completion(**fields: object) -> list[GenerateRequest]:
-    return completion_requests(CompletionRequest.model_validate({"prompt": "p", **fields}), "id", SERVED)
+    return without_id(completion_asked(CompletionRequest.model_validate({"prompt": "p", **fields}), SERVED))
+
+
+def without_id(asked: Asked) -> list[GenerateRequest]:
+    """The engine's requests, with "id" in place of what is new each time."""
+    return [replace(r, request_id=r.request_id.replace(asked.id, "id")) for r in asked.requests]
 
 
 def test_a_chat_without_options_asks_for_neutral_sampling_to_the_end_of_the_window() -> None:
@@ -46,7 +63,7 @@ def test_a_chat_without_options_asks_for_neutral_sampling_to_the_end_of_the_wind
 
 
 def test_a_completion_without_options_asks_for_sixteen_tokens() -> None:
-    assert completion() == [GenerateRequest("id-0", TextPrompt((Span("p"),)), stop=StopRules(max_tokens=16))]
+    assert completion() == [GenerateRequest("id", TextPrompt((Span("p"),)), stop=StopRules(max_tokens=16))]
 
 
 def test_null_means_absent_in_every_field() -> None:

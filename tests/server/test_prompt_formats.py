@@ -11,7 +11,7 @@ from fakes import BOS, ByteTokenizer
 from tightrope.engine.intake import encode_prompt
 from tightrope.engine.settings import LimitSettings
 from tightrope.engine.types import ModelInfo, Span, TextPrompt
-from tightrope.server.dialects.openai.convert import chat_request
+from tightrope.server.dialects.openai.reading import chat_asked
 from tightrope.server.dialects.openai.requests import ChatRequest
 from tightrope.server.http.errors import TemplateFailed
 from tightrope.server.prompts.prompt_formats import PROMPT_FORMATS
@@ -210,7 +210,8 @@ def test_calls_keep_their_results_behind_them_and_results_stay_apart() -> None:
 def test_a_formats_stops_are_added_to_the_requests_own(name: str, stops: tuple[str, ...]) -> None:
     template = ChatTemplate(INFO, name)
     body = ChatRequest.model_validate({"messages": [HELLO], "stop": ["#"]})
-    request = chat_request(body, "id", (Span("prompt"),), template.stops, Served("m", INFO, LimitSettings(), 4))
+    served = Served("m", INFO, LimitSettings(), 4)
+    (request,) = chat_asked(body, RenderedPrompt((Span("prompt"),)), template.stops, served, None).requests
     assert request.stop.strings == ("#", *stops)
 
 

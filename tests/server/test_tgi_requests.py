@@ -5,11 +5,22 @@ from fake_api import api
 
 from tightrope.engine.errors import ContextLengthExceeded, InvalidRequest
 from tightrope.engine.sampler.steps import SamplingParams
-from tightrope.engine.types import GenerateRequest, LogprobRequest, StopRules
-from tightrope.server.dialects.tgi.convert import TGILimits, generate_request, is_sampled, refusal
+from tightrope.engine.settings import LimitSettings
+from tightrope.engine.types import (
+    GenerateRequest,
+    Grammar,
+    Guidance,
+    LogprobRequest,
+    ModelInfo,
+    StopRules,
+)
+from tightrope.server.dialects.tgi.reading import TGILimits, generate_asked, is_sampled, reword
 from tightrope.server.dialects.tgi.requests import GenerateBody, Parameters
 from tightrope.server.http.body import ignored_fields
+from tightrope.server.served import Served
 
+INFO = ModelInfo("m", "rules", "fake", 259, 1024, 1024, 4096, "f16", 8, "<s>", "</s>", (), None, ())
+SERVED = Served("m", INFO, LimitSettings(), max_prompts=4)
 LIMITS = TGILimits(
     max_best_of=2, max_stop_sequences=4, max_top_n_tokens=5, max_input_tokens=1023, max_total_tokens=1024
 )
@@ -18,7 +29,12 @@ LIMITS = TGILimits(
 def ask(
     inputs: str = "hi", *, is_stream: bool = False, limits: TGILimits = LIMITS, **parameters: object
 ) -> GenerateRequest:
-    return generate_request(inputs, Parameters.model_validate(parameters), limits, is_stream=is_stream)
+    return asked_of(GenerateBody.model_validate({"inputs": inputs, "parameters": parameters}), limits, is_stream)
+
+
+def asked_of(body: GenerateBody, limits: TGILimits = LIMITS, is_stream: bool = False) -> GenerateRequest:
+    (request,) = generate_asked(body, limits, SERVED, is_stream=is_stream).requests
+    return request
 
 
 @pytest.mark.parametrize(
@@ -138,13 +154,17 @@ def test_empty_inputs_are_found_after_the_ranges_and_before_truncate() -> None:
         ({"top_k": 5}, True),
         ({"top_p": 0.9}, True),
         ({"typical_p": 0.9}, True),
+        ({"min_p": 0.1}, True),
+        ({"mirostat_mode": 2}, True),
+        ({"dynatemp_low": 0.5, "dynatemp_high": 1.5}, True),
+        ({"min_p": 0, "tfs": 1, "xtc_probability": 0, "dry_multiplier": 0.8}, False),
         ({"repetition_penalty": 1.2, "seed": 3}, False),
     ],
 )
 def test_tokens_are_drawn_if_anything_asks_for_it(parameters: dict[str, object] | None, expected: bool) -> None:
     made = None if parameters is None else Parameters.model_validate(parameters)
     assert is_sampled(made) is expected
-    asked = generate_request("hi", made, LIMITS, is_stream=False)
+    asked = asked_of(GenerateBody(inputs="hi", parameters=made))
     assert (asked.sampling.temperature > 0) is expected
 
 
@@ -193,7 +213,7 @@ def test_logprobs_are_computed_only_where_somebody_sees_them(
 
 def test_unknown_keys_change_nothing_wherever_they_stand() -> None:
     body = GenerateBody.model_validate({"inputs": "hi", "mood": 1, "parameters": {"mood": 2, "best_of": 1, "seed": 3}})
-    asked = generate_request(body.inputs, body.parameters, LIMITS, is_stream=True)
+    asked = asked_of(body, is_stream=True)
     assert asked.sampling == ask(seed=3).sampling
     assert sorted(ignored_fields(body)) == ["mood", "parameters.mood"]
 
@@ -221,8 +241,9 @@ def test_null_means_absent_in_every_parameter() -> None:
     ],
 )
 def test_lengths_are_refused_in_tgis_words(prompt: int, new: int | None, text: str) -> None:
-    exc = refusal(ContextLengthExceeded(prompt, new or 1, 1024), new)
-    assert exc.message == text
+    error = ContextLengthExceeded(prompt, new or 1, 1024)
+    reword(error, new)
+    assert (error.message, error.param) == (text, "inputs")
 
 
 @pytest.mark.parametrize("path", ["/generate", "/generate_stream", "/"])
@@ -293,3 +314,18 @@ async def test_another_content_type_is_told_in_tgis_words() -> None:
     async with api() as http:
         reply = await http.post("/generate", content=b"{}", headers={"content-type": "text/plain"})
     assert (reply.status_code, reply.text) == (415, "Expected request with `Content-Type: application/json`")
+
+
+def test_sampling_fields_of_other_dialects_are_taken_beside_tgis_own() -> None:
+    asked = ask(min_p=0.1, dry_multiplier=0.8, banned_strings=["x"], negative_prompt="rude", cfg_scale=2, n_predict=7)
+    assert asked.sampling == SamplingParams(min_p=0.1, dry_multiplier=0.8, banned_strings=("x",))
+    assert asked.guidance == Guidance("rude", 2)
+    assert asked.stop.max_tokens == asked.reserve_tokens == 7
+
+
+def test_a_grammar_comes_under_any_name_and_two_must_agree() -> None:
+    regex = {"type": "regex", "value": "a+"}
+    assert ask(guided_regex="a+").grammar == Grammar("regex", "a+", "guided_regex")
+    assert ask(guided_regex="a+", grammar=regex).grammar == Grammar("regex", "a+", "grammar")
+    with pytest.raises(InvalidRequest, match="guided_regex: grammar asks for another shape"):
+        ask(guided_regex="b+", grammar=regex)

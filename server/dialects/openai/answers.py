@@ -3,13 +3,10 @@
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-import msgspec
 from pydantic import BaseModel, Field
 
 from tightrope.engine.types import Finish, PromptInfo, Token
-from tightrope.server.answering import Choice
 from tightrope.server.dialects.openai.call_parser import Arguments, CallOpened
-from tightrope.server.dialects.openai.requests import ChatRequest, CompletionRequest
 from tightrope.server.dialects.openai.tools import ToolUse
 from tightrope.server.fields.explain import Explained
 from tightrope.server.fields.logprobs import finite, listed, token_name
@@ -237,10 +234,6 @@ def prompt_logprobs(tokens: Sequence[Token], top: int) -> list[dict[str, Any] | 
     return listed
 
 
-def _scored_prompt(choice: Choice, top: int | None) -> dict[str, Any]:
-    return {} if top is None else {"prompt_logprobs": prompt_logprobs(choice.prompt.tokens or (), top)}
-
-
 def chat_message(text: str, tools: ToolUse | None) -> dict[str, Any]:
     """The assistant's message, with the calls that are in its text."""
     if tools is None:
@@ -259,33 +252,3 @@ def chat_message(text: str, tools: ToolUse | None) -> dict[str, Any]:
     if not calls:
         return {"role": "assistant", "content": content}
     return {"role": "assistant", "content": content or None, "tool_calls": calls}
-
-
-def chat_choice(index: int, choice: Choice, body: ChatRequest, tools: ToolUse | None = None) -> dict[str, Any]:
-    """One choice of a whole chat answer."""
-    message = chat_message(choice.text, tools)
-    return {
-        "index": index,
-        "message": message,
-        "logprobs": chat_logprobs(choice.tokens) if body.logprobs else None,
-        "finish_reason": finish_reason(choice.finish, len(message.get("tool_calls", ()))),
-        "stop_reason": stop_reason(choice.finish),
-        **_scored_prompt(choice, body.prompt_logprobs),
-    }
-
-
-def completion_choice(index: int, choice: Choice, echo: str | None, body: CompletionRequest) -> dict[str, Any]:
-    """One choice of a whole completion; `echo` is the prompt's text to put in front."""
-    logprobs = None
-    if body.logprobs is not None:
-        prompt = (choice.prompt.tokens or ()) if echo is not None else ()
-        echoed = [msgspec.structs.replace(token, top=token.top[: body.logprobs]) for token in prompt]
-        logprobs = completion_logprobs([*echoed, *choice.tokens], echo_offset(echo or "", echoed))
-    return {
-        "index": index,
-        "text": (echo or "") + choice.text,
-        "logprobs": logprobs,
-        "finish_reason": finish_reason(choice.finish),
-        "stop_reason": stop_reason(choice.finish),
-        **_scored_prompt(choice, body.prompt_logprobs),
-    }

@@ -1,15 +1,15 @@
 """What clients of the OpenAI API send.
 
-The sampling fields here are those that our API page shows; server.sampling_fields reads them and their many siblings.
-Other fields are refused, or ignored and listed, see `convert.fields_ignored`.
+The sampling fields here are those that our API page shows; server/fields/sampling.py reads them and their many
+siblings. Other fields are refused, or ignored and listed.
 """
 
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from tightrope.server.fields import structured
-from tightrope.server.fields.sampling import KNOWN, MAX_INT
+from tightrope.server.asking import AnswerBody
+from tightrope.server.fields.sampling import MAX_INT
 from tightrope.server.http.body import EVERY_NAME, Body, FirstErrorOnly, ShownBody
 from tightrope.server.http.token_ids import Ids
 
@@ -32,19 +32,6 @@ class ResponseFormat(Body):
     type: Literal["text", "json_object", "json_schema", "json", "regex"] = "text"
     json_schema: dict[str, Any] | None = Field(None, description='{"name": ..., "schema": ...}; always enforced.')
     value: Any = Field(None, description="TGI's place for a JSON schema, or for a regular expression.")
-
-
-class AnswerBody(Body):
-    """What all routes that write have in common, whichever dialect they speak, but for TGI's."""
-
-    read_elsewhere = KNOWN | structured.NAMES
-
-    model: str | None = Field(None, description="The served model's name, or an adapter's; may be left out.")
-    adapter_scale: float = Field(1.0, ge=-10, le=10, description="How much of the adapter is added.")
-    cache_salt: str | None = Field(None, description="Requests with different salts share no cached tokens.")
-    truncate_prompt_tokens: int | None = Field(None, ge=1, le=MAX_INT, description="Keep the last n of the prompt.")
-    skip_special_tokens: bool = True
-    explain: bool = Field(False, description="Say in the answer what was done: prompt, samplers, ignored fields.")
 
 
 class SamplingBody(AnswerBody):
@@ -74,6 +61,10 @@ class SamplingBody(AnswerBody):
     prompt_logprobs: int | None = Field(
         None, ge=0, description="Score the prompt's tokens too, with that many alternatives; not in streams."
     )
+
+    def given(self) -> dict[str, Any]:
+        shape = self.response_format
+        return super().given() | ({} if shape is None else {"response_format": shape.model_dump(exclude_unset=True)})
 
 
 class ContentPart(ShownBody):

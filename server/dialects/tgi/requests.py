@@ -1,9 +1,10 @@
-"""What TGI clients send and get. Types alone are checked here; ranges in TGI's own order and words by `convert`."""
+"""What TGI clients send and get. Types alone are checked here; ranges in TGI's own order and words by `reading`."""
 
 from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
+from tightrope.server.asking import SharedFields
 from tightrope.server.fields.explain import Explained
 from tightrope.server.http.body import Body
 
@@ -11,8 +12,8 @@ U32 = 2**32
 U64 = 2**64
 
 
-class Parameters(Body):
-    """How to generate; null means absent."""
+class Parameters(SharedFields):
+    """How to generate; null means absent. Sampling fields of other dialects are taken beside TGI's own."""
 
     max_new_tokens: int | None = Field(None, ge=0, lt=U32, description="Default: to the end of the window.")
     do_sample: bool | None = Field(None, description="Draw instead of taking the likeliest token.")
@@ -33,7 +34,6 @@ class Parameters(Body):
     watermark: bool = Field(False, description="Not supported: true is refused.")
     grammar: dict[str, Any] | None = Field(None, description='{"type": "json" or "regex", "value": ...}')
     adapter_id: str | None = Field(None, description="The name of a loaded adapter.")
-    adapter_scale: float = Field(1.0, ge=-10, le=10, description="How much of the adapter is added.")
 
 
 class GenerateBody(Body):

@@ -1,15 +1,20 @@
-"""From TGI bodies to engine requests, with TGI's checks in TGI's order and words."""
+"""From TGI bodies to what is asked, with TGI's checks in TGI's order and words."""
 
 import secrets
 from collections.abc import Collection
-from dataclasses import dataclass
-from uuid import uuid4
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from msgspec import structs
 
 from tightrope.engine.errors import ContextLengthExceeded, InvalidRequest
-from tightrope.engine.sampler.steps import SamplingParams
-from tightrope.engine.types import GenerateRequest, LogprobRequest, ModelInfo, Span, StopRules, TextPrompt
-from tightrope.server.dialects.tgi.requests import Parameters
+from tightrope.engine.types import GenerateRequest, Grammar, LogprobRequest, ModelInfo, Span, TextPrompt
+from tightrope.server.asking import Asked, ReadBody, ask
+from tightrope.server.dialects.tgi.requests import GenerateBody, Parameters
+from tightrope.server.fields.sampling import Ignored, draws
 from tightrope.server.fields.structured import in_tgi_words, read_tgi_grammar
+from tightrope.server.served import Served
 from tightrope.server.settings.settings import ServerSettings
 
 COUNTED_NEW_TOKENS = 1024  # more tokens asked for than that are not held against the window
@@ -39,60 +44,76 @@ class TGILimits:
 
 
 def is_sampled(parameters: Parameters | None) -> bool:
-    """Whether tokens are drawn. Left-out parameters mean drawing, parameters without do_sample do not."""
+    """Whether tokens are drawn. Left-out parameters mean drawing, parameters without do_sample do not.
+
+    As with TGI's own four, a step that only a drawn token can feel means drawing, whichever dialect has its name.
+    """
     if parameters is None:
         return True
     p = parameters
     warps = p.temperature not in (None, 1.0) or any(x is not None for x in (p.top_k, p.top_p, p.typical_p))
-    return bool(p.do_sample) or warps
+    return bool(p.do_sample) or warps or draws(p.model_extra or {})
 
 
-def generate_request(
-    inputs: str, parameters: Parameters | None, limits: TGILimits, *, is_stream: bool, model: str | None = None
-) -> GenerateRequest:
-    """The engine's request; `model` may name an adapter. Raises InvalidRequest with TGI's first text that applies."""
-    p = parameters or Parameters()
-    sampled = is_sampled(parameters)
+def generate_asked(body: GenerateBody, limits: TGILimits, served: Served, *, is_stream: bool) -> Asked:
+    """What the body asks for. Raises InvalidRequest with TGI's first text that applies."""
+    p = body.parameters or Parameters()
+    sampled = is_sampled(body.parameters)
     best_of = 1 if p.best_of is None else p.best_of
     if is_stream:
         _check_stream(p, best_of)
     _check_ranges(p, best_of, sampled, limits)
-    if not inputs:
+    if not body.inputs:
         raise InvalidRequest("`inputs` cannot be empty", "inputs")
     _check_rest(p, limits)
-    top = p.top_n_tokens or 0
-    wants_details = p.details or p.decoder_input_details
-    wants_logprobs = is_stream or wants_details or best_of > 1
-    return GenerateRequest(
-        request_id=f"tgi-{uuid4().hex}",
-        prompt=TextPrompt((Span(inputs),)),
-        sampling=_sampling(p, sampled, is_told=wants_logprobs),
-        stop=StopRules(
-            max_tokens=p.max_new_tokens, strings=tuple(p.stop or ()), keep_stop_text=True, length_first=True
-        ),
-        grammar=read_tgi_grammar(p.grammar),
+    wants_logprobs = is_stream or p.details or p.decoder_input_details or best_of > 1
+    adapter = body.model if p.adapter_id is None and body.model in limits.adapters else p.adapter_id
+    read = ReadBody(
+        body=body,
+        shared=p,
+        given={"include_stop_str_in_output": True} | p.given() | {"do_sample": sampled, "frequency_penalty": None},
+        adapter=adapter,
+        is_stream=is_stream,
+        explain=body.explain,
         n=best_of,
-        logprobs=LogprobRequest(processed=True, top=top) if wants_logprobs else None,
+        logprobs=LogprobRequest(processed=True, top=p.top_n_tokens or 0) if wants_logprobs else None,
         prompt_logprobs=0 if p.decoder_input_details else None,
-        truncate_to=p.truncate,
-        adapter=model if p.adapter_id is None and model in limits.adapters else p.adapter_id,
-        adapter_scale=p.adapter_scale,
-        reserve_tokens=None if p.max_new_tokens is None else min(p.max_new_tokens, COUNTED_NEW_TOKENS),
+        shape=partial(_grammar, p.grammar),
+        ignored=_overruled(body, p, adapter, served),
+    )
+    asked = ask("tgi", [TextPrompt((Span(body.inputs),))], read, served)
+    return replace(asked, requests=[_as_tgi_means(r, p, sampled) for r in asked.requests])
+
+
+def _as_tgi_means(request: GenerateRequest, p: Parameters, sampled: bool) -> GenerateRequest:
+    """The request with what only TGI has, or means otherwise than all others."""
+    sampling, stop = request.sampling, request.stop
+    is_told = request.logprobs is not None  # the answer names its seed, which must give the text again
+    seed = secrets.randbits(64) if sampling.seed is None and sampled and is_told else sampling.seed
+    return structs.replace(
+        request,
+        sampling=structs.replace(sampling, seed=seed, relative_frequency_penalty=p.frequency_penalty or 0.0),
+        stop=structs.replace(stop, length_first=True),
+        truncate_to=request.truncate_to if p.truncate is None else p.truncate,
+        reserve_tokens=None if stop.max_tokens is None else min(stop.max_tokens, COUNTED_NEW_TOKENS),
     )
 
 
-def _sampling(p: Parameters, sampled: bool, *, is_told: bool) -> SamplingParams:
-    """is_told: the answer names its seed, which must give the text again."""
-    seed = secrets.randbits(64) if p.seed is None and sampled and is_told else p.seed
-    return SamplingParams(
-        temperature=(1.0 if p.temperature is None else p.temperature) if sampled else 0.0,
-        top_k=p.top_k or 0,
-        top_p=1.0 if p.top_p is None else p.top_p,
-        typical_p=1.0 if p.typical_p is None else p.typical_p,
-        repetition_penalty=1.0 if p.repetition_penalty is None else p.repetition_penalty,
-        relative_frequency_penalty=p.frequency_penalty or 0.0,
-        seed=seed,
-    )
+def _grammar(given: dict[str, Any] | None, asked: Grammar | None) -> Grammar | None:
+    """The grammar of TGI's own field, or the one that another name asks for."""
+    own = read_tgi_grammar(given)
+    if own is not None and asked is not None and (own.kind, own.text) != (asked.kind, asked.text):
+        raise InvalidRequest(f"{asked.field}: grammar asks for another shape of the answer already", asked.field)
+    return own or asked
+
+
+def _overruled(body: GenerateBody, p: Parameters, adapter: str | None, served: Served) -> list[Ignored]:
+    ignored: list[Ignored] = []
+    if body.model not in (None, adapter, served.model_id):
+        ignored.append(("model", "adapter_id counts" if adapter else "no adapter has this name"))
+    if p.truncate is not None and p.truncate_prompt_tokens not in (None, p.truncate):
+        ignored.append(("parameters.truncate_prompt_tokens", "truncate came too, and counts"))
+    return ignored
 
 
 def _check_stream(p: Parameters, best_of: int) -> None:
@@ -152,16 +173,17 @@ def _check_rest(p: Parameters, limits: TGILimits) -> None:
         raise InvalidRequest(f"adapter_id: no adapter {p.adapter_id[:100]!r} is loaded", "adapter_id")
 
 
-def refusal(exc: InvalidRequest, max_new_tokens: int | None) -> InvalidRequest:
-    """The engine's refusal in TGI's words."""
-    if not isinstance(exc, ContextLengthExceeded):
-        return in_tgi_words(exc)
-    most = exc.max_model_len
-    given = f"at least {exc.prompt_tokens}" if exc.is_least else f"{exc.prompt_tokens}"
-    if max_new_tokens is None and exc.prompt_tokens <= most:
-        return InvalidRequest(f"`inputs` must have less than {most - 1} tokens. Given: {given}", "inputs")
-    return InvalidRequest(
-        f"`inputs` tokens + `max_new_tokens` must be <= {most}. "
-        f"Given: {given} `inputs` tokens and {max_new_tokens or 0} `max_new_tokens`",
-        "inputs",
-    )
+def reword(error: InvalidRequest, max_new_tokens: int | None) -> None:
+    """Tell the engine's refusal in TGI's words."""
+    if not isinstance(error, ContextLengthExceeded):
+        error.message = in_tgi_words(error).message
+        return
+    most, error.param = error.max_model_len, "inputs"
+    given = f"at least {error.prompt_tokens}" if error.is_least else f"{error.prompt_tokens}"
+    if max_new_tokens is None and error.prompt_tokens <= most:
+        error.message = f"`inputs` must have less than {most - 1} tokens. Given: {given}"
+    else:
+        error.message = (
+            f"`inputs` tokens + `max_new_tokens` must be <= {most}. "
+            f"Given: {given} `inputs` tokens and {max_new_tokens or 0} `max_new_tokens`"
+        )

@@ -1,0 +1,146 @@
+"""From a body to what the engine is asked: in one place, for every dialect.
+
+A dialect's reader finds its fields; what they come to is decided here. So a field that means something means it on
+every route, and what changes nothing is listed.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+from uuid import uuid4
+
+from pydantic import Field
+
+from tightrope.engine.errors import InvalidRequest
+from tightrope.engine.types import GenerateRequest, Grammar, LogprobRequest, Prompt
+from tightrope.server.fields import structured
+from tightrope.server.fields.lost_fields import idle_scale
+from tightrope.server.fields.sampling import KNOWN, MAX_INT, Ignored, read_sampling
+from tightrope.server.fields.structured import overruled, read_grammar
+from tightrope.server.http.body import Body, log_ignored, unread_fields
+from tightrope.server.http.token_ids import Ids
+from tightrope.server.prompts.raw_prompts import raw_prompt
+from tightrope.server.served import Served, check_model
+
+
+class SharedFields(Body):
+    """ReadBody that every dialect has where its sampling fields stand, which come under any of their names."""
+
+    read_elsewhere = KNOWN | structured.NAMES
+
+    adapter_scale: float = Field(1.0, ge=-10, le=10, description="How much of the adapter is added.")
+    cache_salt: str | None = Field(None, description="Requests with different salts share no cached tokens.")
+    truncate_prompt_tokens: int | None = Field(None, ge=1, le=MAX_INT, description="Keep the last n of the prompt.")
+    skip_special_tokens: bool = True
+
+    def given(self) -> dict[str, Any]:
+        """The fields of sampling and of the answer's shape that came, as they came."""
+        declared = self.model_fields_set & KNOWN
+        return {name: getattr(self, name) for name in declared} | (self.model_extra or {})
+
+
+class AnswerBody(SharedFields):
+    """What all routes that write have in common, whichever dialect they speak, but for TGI's."""
+
+    model: str | None = Field(None, description="The served model's name, or an adapter's; may be left out.")
+    explain: bool = Field(False, description="Say in the answer what was done: prompt, samplers, ignored fields.")
+
+
+class TextBody(AnswerBody):
+    """A raw prompt, and how to take it."""
+
+    prompt: str | Ids
+    add_bos_token: bool = Field(True, description="BOS in front of text where the model wants one.")
+    add_special_tokens: bool = Field(True, description="The same; no BOS is added unless both are true.")
+
+    def checked_prompt(self, served: Served, adapter: str | None) -> Prompt:
+        """The prompt for the engine; special tokens written as text are parsed. Raises InvalidRequest."""
+        return raw_prompt(self.prompt, served, adapter, add_bos=self.add_bos_token and self.add_special_tokens)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReadBody:
+    """A body as its dialect's reader has understood it, but for the prompts."""
+
+    body: Body  # the whole of it
+    shared: SharedFields
+    given: Mapping[str, Any]  # fields of sampling and of the answer's shape, under whatever names
+    adapter: str | None
+    explain: bool
+    is_stream: bool = False
+    max_tokens: int | None = None  # where `given` names none; None is to the end of the window
+    stops: Sequence[str] = ()  # those of the prompt format
+    n: int = 1
+    logprobs: LogprobRequest | None = None
+    prompt_logprobs: int | None = None
+    shape: Callable[[Grammar | None], Grammar | None] | None = None  # what becomes of the grammar that `given` asks for
+    ignored: Sequence[Ignored] = ()  # fields that the dialect itself passes over
+    notes: tuple[str, ...] = ()  # on how the prompt was made
+
+
+def common(body: AnswerBody, served: Served) -> ReadBody:
+    """What is read of all bodies of this kind. Raises ModelNotFound."""
+    adapter = check_model(body.model, served)
+    return ReadBody(body=body, shared=body, given=body.given(), adapter=adapter, explain=body.explain)
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """One HTTP request, read once: what the engine is asked, and what is said beside the answer."""
+
+    id: str
+    model: str  # what an answer says that has written it: the adapter, or the served model
+    requests: Sequence[GenerateRequest]  # one for each prompt; they differ in their prompts alone
+    ignored: Sequence[Ignored]
+    notes: tuple[str, ...]
+    is_stream: bool
+    explain: bool
+
+    @property
+    def n(self) -> int:
+        """Choices to each prompt."""
+        return self.requests[0].n
+
+
+def refuse_log_probabilities(given: Mapping[str, Any]) -> None:
+    """Raises InvalidRequest where log probabilities are asked for and the answer would have no place for them."""
+    if given.get("logprobs"):
+        raise InvalidRequest("logprobs: they are given on /v1/completions and /v1/chat/completions", "logprobs")
+
+
+def ask(prefix: str, prompts: Sequence[Prompt], read: ReadBody, served: Served) -> Asked:
+    """What a body asks of the engine; `prefix` begins its id. Raises InvalidRequest with the name of a field."""
+    made_id = f"{prefix}-{uuid4().hex}"
+    sampling = read_sampling(read.given, served.info.vocab_size, max_tokens=read.max_tokens, more_stops=read.stops)
+    grammar = read_grammar(read.given)
+    shared = read.shared
+    ignored = [
+        *sampling.ignored,
+        *overruled(read.given),
+        *idle_scale(shared.adapter_scale, read.adapter),
+        *read.ignored,
+    ]
+    log_ignored(f"request_id={made_id}", lambda: (name for name, _ in ignored))
+    if read.explain:
+        ignored += unread_fields(read.body)
+    requests = [
+        GenerateRequest(
+            request_id=made_id if len(prompts) == 1 else f"{made_id}-{position}",
+            prompt=prompt,
+            sampling=sampling.params,
+            stop=sampling.stop,
+            guidance=sampling.guidance,
+            grammar=grammar if read.shape is None else read.shape(grammar),
+            n=read.n,
+            logprobs=read.logprobs,
+            prompt_logprobs=read.prompt_logprobs,
+            truncate_to=shared.truncate_prompt_tokens,
+            skip_special_tokens=shared.skip_special_tokens,
+            namespace=shared.cache_salt or "",
+            adapter=read.adapter,
+            adapter_scale=shared.adapter_scale,
+        )
+        for position, prompt in enumerate(prompts)
+    ]
+    model = read.adapter or served.model_id
+    return Asked(made_id, model, requests, ignored, read.notes, read.is_stream, read.explain)

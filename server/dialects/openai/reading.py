@@ -1,0 +1,144 @@
+"""From OpenAI bodies to what is asked: what can't be honoured is refused here, with the field's name."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+
+from fastapi import Request
+
+from tightrope.engine.errors import InvalidRequest
+from tightrope.engine.types import Grammar, LogprobRequest, Prompt, TextPrompt
+from tightrope.server.asking import Asked, ask, common
+from tightrope.server.dialects.openai.call_format import takes_tools, with_tool_text
+from tightrope.server.dialects.openai.messages import template_messages, template_variables
+from tightrope.server.dialects.openai.requests import ChatRequest, CompletionRequest, SamplingBody
+from tightrope.server.dialects.openai.tools import ToolUse, check_tools, may_call, tool_use
+from tightrope.server.fields.structured import read_grammar
+from tightrope.server.http.hangup import or_gone
+from tightrope.server.prompts.raw_prompts import raw_prompt
+from tightrope.server.prompts.templates import RenderedPrompt
+from tightrope.server.served import Served, check_model, check_most
+from tightrope.server.state import AppState
+
+
+def _check_supported(body: SamplingBody) -> None:
+    """Refuse fields that only mean something together with others."""
+    if body.stream_options is not None and not body.stream:
+        raise InvalidRequest("stream_options is only allowed when stream is true", "stream_options")
+    if body.prompt_logprobs is not None and body.stream:
+        raise InvalidRequest("prompt_logprobs can't be streamed; leave stream out", "prompt_logprobs")
+
+
+def check_chat(body: ChatRequest, served: Served) -> None:
+    """All that can be refused before the template is rendered."""
+    check_model(body.model, served)
+    _check_supported(body)
+    check_tools(body)
+    check_most("n", body.n, served.limits.max_best_of)
+    check_most("prompt_logprobs", body.prompt_logprobs, served.limits.max_logprobs)
+    check_most("top_logprobs", body.top_logprobs, served.limits.max_logprobs)
+    if body.top_logprobs and not body.logprobs:
+        raise InvalidRequest("top_logprobs is only allowed when logprobs is true", "top_logprobs")
+    if body.continue_final_message and body.add_generation_prompt:
+        raise InvalidRequest(
+            "continue_final_message and add_generation_prompt can't both be true", "continue_final_message"
+        )
+
+
+def _chat_grammar(tools: ToolUse, asked: Grammar | None) -> Grammar | None:
+    """The grammar of a chat's answer. A response_format speaks of text, so a forced call goes before it."""
+    if tools.is_forced and asked is not None and asked.field != "response_format":
+        raise InvalidRequest(f"{asked.field} and a tool_choice that forces a call exclude each other", asked.field)
+    return tools.grammar if tools.is_forced or asked is None else asked
+
+
+def chat_asked(
+    body: ChatRequest, prompt: RenderedPrompt, format_stops: Sequence[str], served: Served, tools: ToolUse | None
+) -> Asked:
+    """What a checked chat asks for, once its prompt is rendered."""
+    is_overruled = tools is not None and tools.is_forced and read_grammar(body.given()) is not None
+    read = replace(
+        common(body, served),
+        is_stream=body.stream,
+        stops=[*format_stops, *(() if tools is None else tools.stops)],
+        n=body.n,
+        logprobs=LogprobRequest(processed=False, top=body.top_logprobs or 0) if body.logprobs else None,
+        prompt_logprobs=body.prompt_logprobs,
+        shape=None if tools is None else partial(_chat_grammar, tools),
+        ignored=[("response_format", "tool_choice forces a call, which goes before it")] if is_overruled else [],
+        notes=prompt.notes,
+    )
+    return ask("chatcmpl", [TextPrompt(prompt.spans, body.add_special_tokens)], read, served)
+
+
+def completion_asked(body: CompletionRequest, served: Served) -> Asked:
+    """What one or several prompts ask for."""
+    check_model(body.model, served)
+    _check_supported(body)
+    best_of = body.n if body.best_of is None else body.best_of
+    if best_of < body.n:
+        raise InvalidRequest(f"best_of must not be below n ({body.n})", "best_of")
+    check_most("n", body.n, served.limits.max_best_of)
+    check_most("best_of", best_of, served.limits.max_best_of)
+    if body.stream and best_of > body.n:
+        raise InvalidRequest("best_of above n can't be streamed", "best_of")
+    if body.suffix:
+        raise InvalidRequest("suffix needs a model that fills in the middle, which this one does not", "suffix")
+    check_most("logprobs", body.logprobs, served.limits.max_logprobs)
+    check_most("prompt_logprobs", body.prompt_logprobs, served.limits.max_logprobs)
+    scored = [body.prompt_logprobs, body.logprobs if body.echo else None]  # alternatives at each token of the prompt
+    wants_scores = body.logprobs is not None or best_of > body.n
+    read = replace(
+        common(body, served),
+        is_stream=body.stream,
+        max_tokens=body.max_tokens,
+        n=best_of,
+        logprobs=LogprobRequest(processed=False, top=body.logprobs or 0) if wants_scores else None,
+        prompt_logprobs=max((top for top in scored if top is not None), default=None),
+    )
+    return ask("cmpl", _prompts(body, served, read.adapter), read, served)
+
+
+def _prompts(body: CompletionRequest, served: Served, adapter: str | None) -> list[Prompt]:
+    """The prompts of the batch, each text or token ids."""
+    given = body.prompt
+    pieces: list[str | list[int]]
+    if isinstance(given, str):
+        pieces = [given]
+    elif given and all(isinstance(item, int) for item in given):
+        pieces = [[item for item in given if isinstance(item, int)]]
+    else:
+        pieces = [item for item in given if not isinstance(item, int)]
+    if not pieces:
+        raise InvalidRequest("prompt must not be empty", "prompt")
+    check_most("prompt: the number of prompts", len(pieces), served.max_prompts)
+    add_bos = body.add_special_tokens and body.add_bos_token
+    return [raw_prompt(piece, served, adapter, add_bos=add_bos) for piece in pieces]
+
+
+async def rendered_chat(
+    front: AppState, body: ChatRequest, request: Request
+) -> tuple[RenderedPrompt, Sequence[str], ToolUse | None]:
+    """The prompt of a chat by the template in use, what its format ends an answer with, and the tools it may call.
+
+    Raises InvalidRequest, TemplateFailed and ClientGone.
+    """
+    opens_turn = not body.continue_final_message if body.add_generation_prompt is None else body.add_generation_prompt
+    template = front.template()
+    source = template.source_for(has_tools=may_call(body))
+    if body.documents and "documents" not in source:
+        raise InvalidRequest("documents: the chat template has no place for them", "documents")
+    messages, tools = template_messages(body.messages), tool_use(body, source)
+    shown = [] if tools is None else tools.shown
+    if not takes_tools(source):
+        messages, shown = with_tool_text(messages, shown), []
+    rendering = template.render(
+        front.renderer,
+        messages,
+        add_generation_prompt=opens_turn,
+        continue_final_message=body.continue_final_message,
+        variables=template_variables(body),
+        tools=shown,
+        documents=body.documents or (),
+    )
+    return await or_gone(request, rendering), template.stops, tools

@@ -1,0 +1,235 @@
+"""The OpenAI API as a dialect: chats and completions, whole and as events.
+
+Events are made for every token: what is the same in all chunks is encoded once.
+"""
+
+import asyncio
+import time
+from collections.abc import Sequence
+from typing import Any, Self, TypeVar
+
+import msgspec
+from fastapi import Request
+
+from tightrope import __version__
+from tightrope.engine.errors import ContextLengthExceeded, InvalidRequest
+from tightrope.engine.types import Delta, GenerateRequest, TextPrompt
+from tightrope.server.answering import Dialect, Ending
+from tightrope.server.asking import Asked
+from tightrope.server.deltas.choices import Choice
+from tightrope.server.dialects.openai.answers import (
+    chat_logprobs,
+    chat_message,
+    completion_logprobs,
+    echo_offset,
+    finish_reason,
+    prompt_logprobs,
+    stop_reason,
+    usage,
+)
+from tightrope.server.dialects.openai.call_parser import Arguments, CallOpened, CallParser, Piece
+from tightrope.server.dialects.openai.reading import chat_asked, check_chat, completion_asked, rendered_chat
+from tightrope.server.dialects.openai.requests import ChatRequest, CompletionRequest, SamplingBody
+from tightrope.server.dialects.openai.tools import ToolUse
+from tightrope.server.http.hangup import or_gone
+from tightrope.server.http.sse import DONE
+from tightrope.server.state import AppState
+
+S = TypeVar("S", bound=SamplingBody)
+
+encode = msgspec.json.Encoder().encode
+OPENED = b'"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null'
+CLOSED = b'"delta":{},"logprobs":null,"finish_reason":'
+PLAIN = b'"delta":{"content":%b},"logprobs":null,"finish_reason":null'
+
+
+class _OpenAI(Dialect[S]):
+    """What surrounds the choices."""
+
+    kind: str  # of a whole answer
+    chunk_kind: str
+
+    def __init__(self, asked: Asked, body: S) -> None:
+        super().__init__(asked)
+        self._body = body
+        self._head: dict[str, Any] = {
+            "id": asked.id,
+            "object": self.chunk_kind if asked.is_stream else self.kind,
+            "created": int(time.time()),
+            "model": asked.model,
+            "system_fingerprint": f"tightrope-{__version__}",
+        }
+        self._has_usage = body.stream_options is not None and body.stream_options.include_usage
+        self._opening = b"data: " + encode(self._head)[:-1] + b',"choices":['
+        self._prefix = self._opening + b'{"index":'
+        self._suffix = b'}],"usage":null}\n\n' if self._has_usage else b"}]}\n\n"
+
+    def _chunk(self, number: int, inner: bytes) -> bytes:
+        """One choice's own bytes, with what is around them."""
+        return b"%b%d,%b%b" % (self._prefix, number, inner, self._suffix)
+
+    def _last_chunks(self, ending: Ending) -> bytes:
+        """What comes behind all choices."""
+        last = b""
+        if ending.explained:
+            last = b"%b],%b\n\n" % (self._opening, encode(ending.explained)[1:])
+        if self._has_usage:
+            last += b'%b],"usage":%b}\n\n' % (self._opening, encode(usage(ending.prompts, ending.num_tokens)))
+        return last + DONE
+
+    def _whole(self, choices: list[dict[str, Any]], ending: Ending) -> dict[str, Any]:
+        totals = usage(ending.prompts, ending.num_tokens)
+        return {**self._head, "choices": choices, "usage": totals, **ending.explained}
+
+    def _scored_prompt(self, choice: Choice) -> dict[str, Any]:
+        top = self._body.prompt_logprobs
+        return {} if top is None else {"prompt_logprobs": prompt_logprobs(choice.prompt.tokens or (), top)}
+
+
+def _message_delta(piece: Piece) -> bytes:
+    """What a piece of an answer adds to its message."""
+    match piece:
+        case CallOpened(index=index, call_id=call_id, name=name):
+            function = {"name": name, "arguments": ""}
+            return encode({"tool_calls": [{"index": index, "id": call_id, "type": "function", "function": function}]})
+        case Arguments(index=index, text=text):
+            return encode({"tool_calls": [{"index": index, "function": {"arguments": text}}]})
+    return b'{"content":%b}' % encode(piece)
+
+
+class Chat(_OpenAI[ChatRequest]):
+    """POST /v1/chat/completions. The role comes once per choice."""
+
+    kind, chunk_kind = "chat.completion", "chat.completion.chunk"
+
+    def __init__(self, asked: Asked, body: ChatRequest, tools: ToolUse | None) -> None:
+        super().__init__(asked, body)
+        self._tools = tools
+        self._is_plain = tools is None and not body.logprobs
+        self._parsers: dict[int, CallParser | None] = {}  # of the choices that have begun
+
+    @classmethod
+    async def read(cls, front: AppState, body: ChatRequest, request: Request) -> Self:
+        served = front.served()
+        check_chat(body, served)
+        prompt, stops, tools = await rendered_chat(front, body, request)
+        return cls(chat_asked(body, prompt, stops, served, tools), body, tools)
+
+    def event(self, number: int, delta: Delta, ending: Ending | None) -> bytes:
+        if self._is_plain and delta.finish is None and number in self._parsers:  # nearly every event
+            return self._chunk(number, PLAIN % encode(delta.text)) if delta.text else b""
+        event = b""
+        if number not in self._parsers:
+            self._parsers[number] = None if self._tools is None else self._tools.parser()
+            event = self._chunk(number, OPENED)
+        parser = self._parsers[number]
+        pieces: list[Piece] = [delta.text] if delta.text else []
+        if parser is not None:
+            pieces = parser.feed(delta.text) + (parser.finish() if delta.finish is not None else [])
+        logprobs = encode(chat_logprobs(delta.tokens)) if self._body.logprobs and delta.tokens else b"null"
+        for piece in pieces or ([""] if logprobs != b"null" else []):
+            event += self._chunk(
+                number, b'"delta":%b,"logprobs":%b,"finish_reason":null' % (_message_delta(piece), logprobs)
+            )
+            logprobs = b"null"  # they come once
+        if delta.finish is not None:
+            num_calls = 0 if parser is None else parser.num_calls
+            reasons = encode(finish_reason(delta.finish, num_calls)), encode(stop_reason(delta.finish))
+            event += self._chunk(number, CLOSED + b'%b,"stop_reason":%b' % reasons)
+        return event if ending is None else event + self._last_chunks(ending)
+
+    def whole(self, choices: Sequence[Choice], ending: Ending) -> object:
+        return self._whole([self._choice(index, choice) for index, choice in enumerate(choices)], ending)
+
+    def _choice(self, index: int, choice: Choice) -> dict[str, Any]:
+        message = chat_message(choice.text, self._tools)
+        return {
+            "index": index,
+            "message": message,
+            "logprobs": chat_logprobs(choice.tokens) if self._body.logprobs else None,
+            "finish_reason": finish_reason(choice.finish, len(message.get("tool_calls", ()))),
+            "stop_reason": stop_reason(choice.finish),
+            **self._scored_prompt(choice),
+        }
+
+    def reword(self, error: InvalidRequest) -> None:
+        if isinstance(error, ContextLengthExceeded):
+            error.param = "messages"
+
+
+class Completions(_OpenAI[CompletionRequest]):
+    """POST /v1/completions."""
+
+    kind = chunk_kind = "text_completion"
+
+    def __init__(self, asked: Asked, body: CompletionRequest, echoes: Sequence[str]) -> None:
+        """echoes: the prompts' texts to put in front, one a prompt, or none at all."""
+        super().__init__(asked, body)
+        self.wants_single_tokens = body.logprobs is not None
+        self._echoes = echoes
+        self._offsets: dict[int, int] = {}  # characters that the tokens listed so far have
+
+    @classmethod
+    async def read(cls, front: AppState, body: CompletionRequest, request: Request) -> Self:
+        asked = completion_asked(body, front.served())
+        return cls(asked, body, await or_gone(request, _prompt_texts(front, asked.requests)) if body.echo else ())
+
+    def event(self, number: int, delta: Delta, ending: Ending | None) -> bytes:
+        text, tokens = delta.text, delta.tokens
+        if delta.prompt is not None and self._echoes:
+            echo, echoed = self._echoes[number // self.asked.n], delta.prompt.tokens or ()
+            text, tokens = echo + text, (*echoed, *tokens)
+            self._offsets[number] = echo_offset(echo, echoed)
+        logprobs = b"null"
+        if self.wants_single_tokens and tokens:
+            offset = self._offsets.get(number, 0)
+            logprobs = encode(completion_logprobs(tokens, offset))
+            self._offsets[number] = offset + sum(len(token.text) for token in tokens)
+        if delta.finish is not None:
+            ends = encode(finish_reason(delta.finish)), encode(stop_reason(delta.finish))
+            end = b'%b,"stop_reason":%b' % ends
+        elif text or logprobs != b"null":
+            end = b"null"
+        else:
+            return b""
+        inner = b'"text":%b,"logprobs":%b,"finish_reason":%b' % (encode(text), logprobs, end)
+        event = self._chunk(number, inner)
+        return event if ending is None else event + self._last_chunks(ending)
+
+    def whole(self, choices: Sequence[Choice], ending: Ending) -> object:
+        best_of, n = self.asked.n, self._body.n
+        answers: list[dict[str, Any]] = []
+        for position in range(len(self.asked.requests)):
+            written = choices[position * best_of : (position + 1) * best_of]
+            best = written if best_of == n else sorted(written, key=Choice.mean_logprob, reverse=True)[:n]
+            answers += [self._choice(len(answers) + index, choice, position) for index, choice in enumerate(best)]
+        return self._whole(answers, ending)
+
+    def _choice(self, index: int, choice: Choice, position: int) -> dict[str, Any]:
+        """One choice to the prompt at `position`."""
+        echo, top, logprobs = "", self._body.logprobs, None
+        echoed: list[Any] = []
+        if self._echoes:
+            echo = self._echoes[position]
+            echoed = [msgspec.structs.replace(token, top=token.top[:top]) for token in choice.prompt.tokens or ()]
+        if top is not None:
+            logprobs = completion_logprobs([*echoed, *choice.tokens], echo_offset(echo, echoed))
+        return {
+            "index": index,
+            "text": echo + choice.text,
+            "logprobs": logprobs,
+            "finish_reason": finish_reason(choice.finish),
+            "stop_reason": stop_reason(choice.finish),
+            **self._scored_prompt(choice),
+        }
+
+
+async def _prompt_texts(front: AppState, requests: Sequence[GenerateRequest]) -> list[str]:
+    """The prompts as text, for echo."""
+
+    async def text(request: GenerateRequest) -> str:
+        if isinstance(request.prompt, TextPrompt):
+            return "".join(span.text for span in request.prompt.spans)
+        return await front.client.detokenize(request.prompt.token_ids, request.adapter)
+
+    return list(await asyncio.gather(*map(text, requests)))
