@@ -2,12 +2,14 @@
 
 Honoured is what changes the request that the engine gets, or the answer in another place than its record; refused is an
 error that names the field; listed is an entry of the record of ignored fields, or of the log where there is no record.
+What a reader's own type knows has to be seen in the engine's request, but for the few fields that the table tells of.
 """
 
 import json
 import logging
+import re
 from collections.abc import AsyncGenerator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import httpx
@@ -15,220 +17,34 @@ import msgspec
 import pytest
 import pytest_asyncio
 from fake_api import api
+from request_fields import (
+    BESIDE,
+    DIALECTS,
+    EXPECTED,
+    LENGTHS,
+    MEANT,
+    OTHER,
+    SAMPLING,
+    TEMPLATE,
+    TOKENIZERS,
+    TOOL,
+    UNSEEN,
+    USER,
+    VALUES,
+    Dialect,
+)
 
 from tightrope.engine.core import EngineCore
+from tightrope.engine.process.client import EngineClient
 from tightrope.engine.sequence import Sequence
 from tightrope.engine.settings import EngineSettings
 from tightrope.engine.types import GenerateRequest
+from tightrope.server.app import create_app
+from tightrope.server.dialects.openai.requests import CompletionRequest
+from tightrope.server.http.metrics import Metrics
+from tightrope.server.settings.settings import ServerSettings
+from tightrope.server.state import AppState
 
-TEMPLATE = (
-    "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{{ length }}"
-    "{{ '?' if add_generation_prompt else '' }}"
-)
-USER = [{"role": "user", "content": "Well"}]
-SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
-TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
-
-
-@dataclass(frozen=True, slots=True)
-class Dialect:
-    """A route, the least body that it answers, and the object in it that fields go into ("" is the body itself)."""
-
-    path: str
-    body: Mapping[str, Any]
-    place: str = ""
-
-    def with_fields(self, fields: Mapping[str, Any]) -> dict[str, Any]:
-        """The body with more fields."""
-        if not self.place:
-            return {**self.body, **fields}
-        return {**self.body, self.place: self.body.get(self.place, {}) | fields}
-
-
-DIALECTS: Mapping[str, Dialect] = {
-    "openai chat": Dialect("/v1/chat/completions", {"messages": USER, "max_tokens": 8}),
-    "openai completions": Dialect("/v1/completions", {"prompt": "Well?", "max_tokens": 8}),
-    "tgi generate": Dialect("/generate", {"inputs": "Well?"}, "parameters"),
-    "tgi generate, top level": Dialect("/generate", {"inputs": "Well?"}),
-    "invocations, inputs": Dialect("/invocations", {"inputs": "Well?"}, "parameters"),
-    "invocations, messages": Dialect("/invocations", {"messages": USER, "max_tokens": 8}),
-    "invocations, prompt": Dialect("/invocations", {"prompt": "Well?", "max_tokens": 8}),
-    "koboldcpp": Dialect("/api/v1/generate", {"prompt": "Well?", "max_length": 8}),
-    "llama.cpp": Dialect("/completion", {"prompt": "Well?", "n_predict": 8}),
-    "ollama generate": Dialect("/api/generate", {"prompt": "Well", "stream": False}),
-    "ollama generate, options": Dialect("/api/generate", {"prompt": "Well", "stream": False}, "options"),
-    "ollama raw": Dialect("/api/generate", {"prompt": "Well?", "stream": False, "raw": True}),
-    "ollama chat": Dialect("/api/chat", {"messages": USER, "stream": False}),
-    "ollama chat, options": Dialect("/api/chat", {"messages": USER, "stream": False}, "options"),
-}
-TOKENIZERS: Mapping[str, Dialect] = {
-    "tokenize, vllm": Dialect("/tokenize", {"prompt": "Well?"}),
-    "tokenize, vllm chat": Dialect("/v1/tokenize", {"messages": USER}),
-    "tokenize, llama.cpp": Dialect("/tokenize", {"content": "Well?</s>"}),
-    "tokenize, tgi": Dialect("/tokenize", {"inputs": "Well?"}),
-    "tgi chat": Dialect("/chat_tokenize", {"messages": USER}),
-    "detokenize": Dialect("/detokenize", {"tokens": [97, 98]}),
-    "tabby encode": Dialect("/v1/token/encode", {"text": "Well?</s>"}),
-    "tabby decode": Dialect("/v1/token/decode", {"tokens": [97, 98]}),
-    "ooba encode": Dialect("/v1/internal/encode", {"text": "Well?"}),
-    "ooba decode": Dialect("/v1/internal/decode", {"tokens": [97, 98]}),
-    "ooba count": Dialect("/v1/internal/token-count", {"text": "Well?"}),
-    "koboldcpp count": Dialect("/api/extra/tokencount", {"prompt": "Well?"}),
-}
-
-# Without these an answer would be another one than was asked for: they are honoured or refused, and never only listed.
-MEANT: Mapping[str, Any] = {
-    # what the model reads
-    **dict.fromkeys(("memory", "system", "system_prompt", "instructions", "soft_prompt"), "You are a pirate."),
-    "context": [1, 2, 3],
-    **dict.fromkeys(("template", "chat_template", "chat_template_str", "prompt_template"), "{{ messages }}"),
-    **dict.fromkeys(("instruction_template", "instruction_template_str", "tool_prompt"), "{{ messages }}"),
-    **{key: {"length": "long"} for key in ("chat_template_kwargs", "template_vars")},
-    **dict.fromkeys(("suffix", "input_prefix", "input_suffix", "guideline"), "the end"),
-    "input_extra": [{"text": "a", "filename": "b"}],
-    **{key: ["aGk="] for key in ("images", "image_data", "videos")},
-    **{key: {"format": "wav"} for key in ("multimodal_data", "audio")},
-    "modalities": ["text", "audio"],
-    "documents": [{"title": "a", "text": "b"}],
-    "tools": [TOOL],
-    "functions": [TOOL["function"]],
-    **dict.fromkeys(("tool_choice", "function_call"), "required"),
-    **dict.fromkeys(("preset", "character", "greeting", "user_bio", "chat_instruct_command"), "Seraphina"),
-    "mode": "chat-instruct",
-    **dict.fromkeys(("continue_", "impersonate", "echo"), True),
-    "response_prefix": "Sure",
-    "prompt_embeds": "aGk=",
-    **{key: {"temperature": 0.5} for key in ("parameters", "options", "extra_body", "sampling_params")},
-    "generation_config": {"temperature": 0.5},
-    # which model, and which answers
-    **dict.fromkeys(("model", "adapter_id", "lora_name", "lora_path"), "limarp"),
-    **{key: [{"id": 0, "scale": 0.5}] for key in ("lora", "lora_adapters")},
-    "lora_request": {"lora_name": "limarp"},
-    "lora_names": ["limarp"],
-    **dict.fromkeys(("n", "n_cmpl"), 2),
-    "best_of": 2,
-    # the shape of the answer
-    "response_format": {"type": "json", "value": SCHEMA},
-    "format": SCHEMA,
-    **dict.fromkeys(("json_schema", "guided_json"), SCHEMA),
-    **dict.fromkeys(("regex_pattern", "guided_regex", "regex", "guided_whitespace_pattern"), "[0-9]+"),
-    "guided_choice": ["yes", "no"],
-    **dict.fromkeys(("grammar_string", "guided_grammar", "ebnf"), 'root ::= "a"'),
-    "grammar": {"type": "regex", "value": "[0-9]+"},
-    "structured_outputs": {"regex": "[0-9]+"},
-    "structural_tag": "x",
-    **dict.fromkeys(("grammar_lazy", "grammar_retain_state"), True),
-    # which tokens may come, and where it ends
-    "logit_bias": {"97": 5},
-    "custom_token_bans": "97,98",
-    "banned_tokens": [97],
-    "allowed_token_ids": [97, 98, 257],
-    "allowed_tokens": [97, 98, 257],
-    **{key: ["shivers"] for key in ("banned_strings", "bad_words")},
-    "bad_words_ids": [[97]],
-    "stop_token_ids": [98],
-    **{key: ["xyz"] for key in ("stop", "stopping_strings", "stop_sequence", "stop_sequences")},
-    **dict.fromkeys(("ignore_eos", "ban_eos_token", "use_default_badwordsids", "bypass_eos", "token_healing"), True),
-    "negative_prompt": "rude",
-    **dict.fromkeys(("guidance_scale", "cfg_scale"), 1.5),
-    **dict.fromkeys(("num_beams", "n_indent", "t_max_predict_ms"), 4),
-    **dict.fromkeys(("use_beam_search", "watermark"), True),
-    "penalty_alpha": 0.6,
-    "encoder_repetition_penalty": 1.2,
-    "logits_processors": ["a"],
-    "vllm_xargs": {"a": 1},
-    **dict.fromkeys(("think", "post_sampling_probs"), True),
-    "web_search_options": {"search_context_size": "low"},
-    "thinking_token_budget": 9,
-    "truncation_side": "right",
-}
-SAMPLING: Mapping[str, Any] = {
-    "temperature": 0.5,
-    "top_k": 5,
-    "top_p": 0.5,
-    "min_p": 0.1,
-    **dict.fromkeys(("typical_p", "typical", "typ_p", "tfs", "tfs_z", "top_a"), 0.5),
-    **dict.fromkeys(("repetition_penalty", "rep_pen", "repeat_penalty"), 1.2),
-    **dict.fromkeys(("frequency_penalty", "freq_pen", "presence_penalty", "presence_pen"), 0.5),
-    **dict.fromkeys(("repetition_penalty_range", "penalty_range", "rep_pen_range", "repeat_last_n"), 64),
-    **dict.fromkeys(("smoothing_factor", "top_n_sigma", "nsigma", "epsilon_cutoff", "eta_cutoff", "skew"), 0.5),
-    "xtc_probability": 0.5,
-    **dict.fromkeys(("mirostat", "mirostat_mode"), 2),
-    "dry_multiplier": 0.8,
-    "no_repeat_ngram_size": 3,
-    "min_keep": 2,
-    **dict.fromkeys(("seed", "sampler_seed"), 7),
-    **dict.fromkeys(("min_tokens", "min_length"), 2),
-    "dynatemp_range": 0.5,
-    "adaptive_target": 0.5,
-    "dynatemp_low": 0.5,
-    "dynatemp_high": 1.5,
-    "temperature_last": True,
-    "do_sample": False,
-    "sampler_order": [6, 5, 0, 1, 3, 4, 2],
-    "sampler_priority": ["top_k", "temperature"],
-    "samplers": "kpt",
-    "auto_max_new_tokens": True,
-    "include_stop_str_in_output": True,
-    "rope_freq_base": 1e6,
-    "smoothing_curve": 2,
-    "xtc_threshold": 0.3,
-    "mirostat_tau": 3,
-    "mirostat_eta": 0.2,
-    "adaptive_decay": 0.5,
-    "dry_base": 2,
-    "dry_allowed_length": 3,
-    **dict.fromkeys(("dry_penalty_last_n", "dry_range"), 64),
-    "dry_sequence_breakers": ["x"],
-    **dict.fromkeys(("dynatemp_exponent", "temp_exponent"), 2),
-    "repetition_decay": 64,
-    **dict.fromkeys(("rep_pen_slope", "length_penalty", "max_tokens_second", "penalize_nl", "penalize_newline"), 0.7),
-    **dict.fromkeys(("early_stopping", "speculative_ngram"), True),
-}
-OTHER: Mapping[str, Any] = {
-    **dict.fromkeys(("user", "request_id", "safety_identifier", "prompt_cache_key", "session_id"), "me"),
-    **{key: {"a": "b"} for key in ("metadata", "kv_transfer_params", "mm_processor_kwargs", "media_io_kwargs")},
-    **dict.fromkeys(("store", "include_reasoning", "return_token_ids", "return_tokens", "quiet"), True),
-    **dict.fromkeys(("timings_per_token", "return_progress", "return_tokens_as_token_ids", "shift"), True),
-    **dict.fromkeys(("numa", "low_vram", "use_mmap", "singleline", "render_special", "enable_thinking"), True),
-    **dict.fromkeys(("use_story", "use_memory", "use_world_info", "use_authors_note", "trim_stop"), True),
-    **dict.fromkeys(("frmttriminc", "frmtrmblln", "frmtrmspch", "frmtadsnsp", "spaces_between_special_tokens"), True),
-    **dict.fromkeys(("service_tier", "reasoning_effort", "verbosity", "guided_decoding_backend"), "low"),
-    **dict.fromkeys(("api_type", "api_server", "name1", "name2", "user_name", "bot_name"), "tabby"),
-    **dict.fromkeys(("priority", "num_thread", "num_gpu", "num_batch", "main_gpu", "id_slot", "n_probs"), 2),
-    **dict.fromkeys(("num_ctx", "truncation_length", "max_context_length", "num_keep", "n_keep", "n_discard"), 512),
-    **dict.fromkeys(("prompt_logprobs", "top_logprobs", "top_n_tokens", "truncate_prompt_tokens", "truncate"), 2),
-    **dict.fromkeys(("skip_special_tokens", "add_bos_token", "add_special_tokens", "cache_prompt"), False),
-    **dict.fromkeys(("logprobs", "details", "decoder_input_details", "return_full_text", "with_pieces"), True),
-    **dict.fromkeys(("special", "add_special", "return_token_strs", "continue_final_message"), True),
-    **dict.fromkeys(("parse_special", "encode_special_tokens", "decode_special_tokens"), False),
-    "response_fields": ["content"],
-    "keep_alive": "5m",
-    "cache_salt": "pepper",
-    "adapter_scale": 0.5,
-    "stream_options": {"include_usage": True, "include_obfuscation": True},
-    "parallel_tool_calls": False,
-    "add_generation_prompt": False,
-    "prediction": {"type": "content", "content": "a"},
-    "zebra": 1,
-}
-
-BESIDE: Mapping[str, Mapping[str, Any]] = {  # what a field needs beside it to mean anything
-    "negative_prompt": {"guidance_scale": 1.5},
-    "smoothing_curve": {"smoothing_factor": 0.5},
-    "xtc_threshold": {"xtc_probability": 0.5},
-    **{key: {"mirostat_mode": 2} for key in ("mirostat_tau", "mirostat_eta")},
-    "adaptive_decay": {"adaptive_target": 0.5},
-    **{key: {"dry_multiplier": 0.8} for key in ("dry_base", "dry_allowed_length", "dry_penalty_last_n", "dry_range")},
-    "dry_sequence_breakers": {"dry_multiplier": 0.8},
-    **{key: {"dynatemp_range": 0.5} for key in ("dynatemp_exponent", "temp_exponent")},
-    "repetition_decay": {"rep_pen_range": 64},
-    "top_logprobs": {"logprobs": True},
-    "parallel_tool_calls": {"tools": [TOOL]},
-    "stream_options": {"stream": True},
-    "top_n_tokens": {"details": True},
-    "auto_max_new_tokens": {"max_tokens": 9},
-}
 VOLATILE = {"id", "created", "created_at", "timings", "seed", "explain", "stream"}
 
 
@@ -252,8 +68,10 @@ class Watched:
         return reply, [asked, stable(pieces(reply)) if reply.is_success else None]
 
     async def outcome(self, dialect: Dialect, name: str, value: object) -> str:
-        """What becomes of a field: "honoured", "refused", "ignored"; or else "lost", with the reply."""
+        """What becomes of a field: "asked" of the engine, "answered", "refused", "ignored"; or else "lost: ..."."""
         beside = BESIDE.get(name, {})
+        if name == "adapter_scale":
+            beside = {"adapter_id" if dialect.place else "model": "limarp"}
         other, before = await self.ask(dialect, {**beside, name: not value} if isinstance(value, bool) else beside)
         if not other.is_success and beside:
             beside, before = {}, []  # refused itself, so that the field can change nothing
@@ -263,7 +81,9 @@ class Watched:
             return "refused" if is_told else f"lost: {reply.status_code} {reply.text}"
         if self.is_listed(reply, name):
             return "ignored"
-        return "honoured" if after != before else f"lost: {reply.text}"
+        if before and after[0] != before[0]:
+            return "asked"
+        return "answered" if after != before else f"lost: {reply.text}"
 
     def is_listed(self, reply: httpx.Response, name: str) -> bool:
         records = [piece["explain"] for piece in pieces(reply) if "explain" in piece]
@@ -306,6 +126,34 @@ async def watched(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixt
         yield Watched(http, requests, caplog)
 
 
+COUNTED = {"TokenizeInputs", "CountedChat", "TokenizeChat"}  # bodies of which only the tokens are told
+
+
+def bodies() -> set[str]:
+    """The types of the bodies of all routes that have an answer written, which the API page says can be explained."""
+    client = EngineClient(EngineSettings())
+    page = create_app(AppState(client, ServerSettings(), Metrics(client))).openapi()
+    posted = [ways["post"].get("requestBody") for path, ways in page["paths"].items() if "post" in ways]
+    names = set(re.findall(r"schemas/(\w+)", json.dumps(posted)))
+    return {name for name in names if "explain" in page["components"]["schemas"][name]["properties"]}
+
+
+def test_every_route_that_writes_has_a_row_for_every_field_of_its_body() -> None:
+    assert bodies() == {dialect.reads.__name__ for dialect in DIALECTS.values()} | COUNTED
+    known = {field for dialect in DIALECTS.values() for field in dialect.fields}
+    assert known - VALUES.keys() - UNSEEN == set()
+
+
+@pytest.mark.parametrize("name", DIALECTS)
+async def test_what_a_reader_knows_is_asked_of_the_engine(watched: Watched, name: str) -> None:
+    dialect = replace(DIALECTS[name], body={k: v for k, v in DIALECTS[name].body.items() if k not in LENGTHS})
+    fields = sorted(dialect.fields - UNSEEN)
+    values = VALUES | ({"logprobs": 2} if dialect.reads is CompletionRequest else {})
+    outcomes = {field: await watched.outcome(dialect, field, values[field]) for field in fields}
+    expected = {field: EXPECTED.get(field, "asked") for field in fields} | dialect.otherwise
+    assert {field: what for field, what in outcomes.items() if what != expected[field]} == {}
+
+
 NESTED = {"model"}  # names that no server has inside parameters or options
 ONCE = [name for name in DIALECTS if not name.startswith("invocations") and name != "ollama raw"]
 
@@ -313,16 +161,17 @@ ONCE = [name for name in DIALECTS if not name.startswith("invocations") and name
 @pytest.mark.parametrize("name", DIALECTS)
 async def test_what_an_answer_depends_on_is_honoured_or_refused(watched: Watched, name: str) -> None:
     dialect = DIALECTS[name]
-    left_out = {*dialect.body, *(NESTED if dialect.place else ())}
+    left_out = {*dialect.body, *dialect.fields, *(NESTED if dialect.place else ())}
     fields = {field: value for field, value in MEANT.items() if field not in left_out}
     outcomes = {field: await watched.outcome(dialect, field, value) for field, value in fields.items()}
-    assert {field: what for field, what in outcomes.items() if what not in ("honoured", "refused")} == {}
+    assert {field: what for field, what in outcomes.items() if what not in ("asked", "answered", "refused")} == {}
 
 
 @pytest.mark.parametrize("name", ONCE)
 async def test_no_other_field_is_lost_in_silence(watched: Watched, name: str) -> None:
     dialect = DIALECTS[name]
-    fields = {field: value for field, value in (SAMPLING | OTHER).items() if field not in dialect.body}
+    left_out = {*dialect.body, *dialect.fields}
+    fields = {field: value for field, value in (SAMPLING | OTHER).items() if field not in left_out}
     outcomes = {field: await watched.outcome(dialect, field, value) for field, value in fields.items()}
     assert {field: what for field, what in outcomes.items() if what.startswith("lost")} == {}
 
@@ -330,7 +179,7 @@ async def test_no_other_field_is_lost_in_silence(watched: Watched, name: str) ->
 @pytest.mark.parametrize("name", TOKENIZERS)
 async def test_counting_tokens_loses_no_field_in_silence(watched: Watched, name: str) -> None:
     dialect = TOKENIZERS[name]
-    given = MEANT | SAMPLING | OTHER | {"model": "another"}
+    given = MEANT | SAMPLING | OTHER | {"model": "another", "tool_choice": "none"}
     fields = {field: value for field, value in given.items() if field not in dialect.body}
     outcomes = {field: await watched.outcome(dialect, field, value) for field, value in fields.items()}
     assert {field: what for field, what in outcomes.items() if what.startswith("lost")} == {}

@@ -158,6 +158,26 @@ def test_the_backends_know_nothing_of_each_other():
     assert crossing == []
 
 
+def dialect(module: str) -> str | None:
+    """The dialect that a module is part of, be it a file or a folder; None outside of them all."""
+    return module.split("/")[2] if module.startswith("server/dialects/") else None
+
+
+def test_no_dialect_imports_another():
+    graph = modules()
+    crossing = [(a, b) for a, imports in graph.items() for b in imports if dialect(a) and dialect(b)]
+
+    assert [(a, b) for a, b in crossing if dialect(a) != dialect(b)] == []
+
+
+def test_what_dialects_share_knows_none_of_them():
+    above = ("server/app", "server/shared_paths/")  # what puts them together, and paths that several have
+    graph = modules()
+    knowing = {a for a, imports in graph.items() if not dialect(a) and any(map(dialect, imports))}
+
+    assert [a for a in sorted(knowing) if not a.startswith(above)] == []
+
+
 def attributes(path: Path) -> set[str]:
     return {node.attr for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.Attribute)}
 

@@ -1,0 +1,277 @@
+"""Every name of a field that clients and servers of any dialect know, with a value that means something."""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any, get_args
+
+from tightrope.server.dialects.koboldcpp import KoboldBody
+from tightrope.server.dialects.llamacpp import CompletionBody
+from tightrope.server.dialects.ollama import OllamaChat, OllamaGenerate
+from tightrope.server.dialects.openai.requests import ChatRequest, CompletionRequest
+from tightrope.server.dialects.tgi.requests import CompatBody, GenerateBody
+from tightrope.server.fields.sampling import NOT_BUILT, ROPE, WITHOUT_EFFECT
+from tightrope.server.http.body import Body
+
+TEMPLATE = (
+    "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{{ length }}"
+    "{{ '?' if add_generation_prompt else '' }}"
+)
+USER = [{"role": "user", "content": "Well"}]
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+
+
+@dataclass(frozen=True, slots=True)
+class Dialect:
+    """A route, the least body that it answers, and the object in it that fields go into ("" is the body itself)."""
+
+    path: str
+    body: Mapping[str, Any]
+    place: str = ""
+    reads: type[Body] = Body  # the type of the whole body
+    otherwise: Mapping[str, str] = field(default_factory=dict)  # what becomes of fields on this route alone
+
+    def with_fields(self, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """The body with more fields."""
+        if not self.place:
+            return {**self.body, **fields}
+        return {**self.body, self.place: self.body.get(self.place, {}) | fields}
+
+    @property
+    def fields(self) -> frozenset[str]:
+        """Every name that the reader knows in that place, from its own type."""
+        known = self.reads
+        if self.place:
+            held = self.reads.model_fields[self.place].annotation
+            known = next(kind for kind in (held, *get_args(held)) if isinstance(kind, type) and issubclass(kind, Body))
+        assert isinstance(known.read_elsewhere, Collection)
+        return frozenset({*known.model_fields, *known.read_elsewhere})
+
+
+DIALECTS: Mapping[str, Dialect] = {
+    "openai chat": Dialect("/v1/chat/completions", {"messages": USER, "max_tokens": 8}, reads=ChatRequest),
+    "openai completions": Dialect("/v1/completions", {"prompt": "Well?", "max_tokens": 8}, reads=CompletionRequest),
+    "tgi generate": Dialect("/generate", {"inputs": "Well?"}, "parameters", reads=GenerateBody),
+    "tgi generate, top level": Dialect("/generate", {"inputs": "Well?"}, reads=GenerateBody),
+    "tgi": Dialect("/", {"inputs": "Well?"}, reads=CompatBody, otherwise={"stream": "asked"}),
+    "invocations, inputs": Dialect("/invocations", {"inputs": "Well?"}, "parameters", reads=CompatBody),
+    "invocations, messages": Dialect("/invocations", {"messages": USER, "max_tokens": 8}, reads=ChatRequest),
+    "invocations, prompt": Dialect("/invocations", {"prompt": "Well?", "max_tokens": 8}, reads=CompletionRequest),
+    "koboldcpp": Dialect("/api/v1/generate", {"prompt": "Well?", "max_length": 8}, reads=KoboldBody),
+    "llama.cpp": Dialect("/completion", {"prompt": "Well?", "n_predict": 8}, reads=CompletionBody),
+    "ollama generate": Dialect("/api/generate", {"prompt": "Well", "stream": False}, reads=OllamaGenerate),
+    "ollama generate, options": Dialect(
+        "/api/generate", {"prompt": "Well", "stream": False}, "options", reads=OllamaGenerate
+    ),
+    "ollama raw": Dialect(
+        "/api/generate",
+        {"prompt": "Well?", "stream": False, "raw": True},
+        reads=OllamaGenerate,
+        otherwise={"system": "refused"},
+    ),
+    "ollama chat": Dialect("/api/chat", {"messages": USER, "stream": False}, reads=OllamaChat),
+    "ollama chat, options": Dialect("/api/chat", {"messages": USER, "stream": False}, "options", reads=OllamaChat),
+}
+TOKENIZERS: Mapping[str, Dialect] = {
+    "tokenize, vllm": Dialect("/tokenize", {"prompt": "Well?"}),
+    "tokenize, vllm chat": Dialect("/v1/tokenize", {"messages": USER}),
+    "tokenize, llama.cpp": Dialect("/tokenize", {"content": "Well?</s>"}),
+    "tokenize, tgi": Dialect("/tokenize", {"inputs": "Well?"}),
+    "tgi chat": Dialect("/chat_tokenize", {"messages": USER}),
+    "detokenize": Dialect("/detokenize", {"tokens": [97, 98]}),
+    "tabby encode": Dialect("/v1/token/encode", {"text": "Well?</s>"}),
+    "tabby decode": Dialect("/v1/token/decode", {"tokens": [97, 98]}),
+    "ooba encode": Dialect("/v1/internal/encode", {"text": "Well?"}),
+    "ooba decode": Dialect("/v1/internal/decode", {"tokens": [97, 98]}),
+    "ooba count": Dialect("/v1/internal/token-count", {"text": "Well?"}),
+    "koboldcpp count": Dialect("/api/extra/tokencount", {"prompt": "Well?"}),
+}
+
+# Without these an answer would be another one than was asked for: they are honoured or refused, and never only listed.
+MEANT: Mapping[str, Any] = {
+    # what the model reads
+    **dict.fromkeys(("memory", "system", "system_prompt", "instructions", "soft_prompt"), "You are a pirate."),
+    "context": [1, 2, 3],
+    **dict.fromkeys(("template", "chat_template", "chat_template_str", "prompt_template"), "{{ messages }}"),
+    **dict.fromkeys(("instruction_template", "instruction_template_str", "tool_prompt"), "{{ messages }}"),
+    **{key: {"length": "long"} for key in ("chat_template_kwargs", "template_vars")},
+    **dict.fromkeys(("suffix", "input_prefix", "input_suffix", "guideline"), "the end"),
+    "input_extra": [{"text": "a", "filename": "b"}],
+    **{key: ["aGk="] for key in ("images", "image_data", "videos")},
+    **{key: {"format": "wav"} for key in ("multimodal_data", "audio")},
+    "modalities": ["text", "audio"],
+    "documents": [{"title": "a", "text": "b"}],
+    "tools": [TOOL],
+    "functions": [TOOL["function"]],
+    **dict.fromkeys(("tool_choice", "function_call"), "required"),
+    **dict.fromkeys(("preset", "character", "greeting", "user_bio", "chat_instruct_command"), "Seraphina"),
+    "mode": "chat-instruct",
+    **dict.fromkeys(("continue_", "impersonate", "echo"), True),
+    "response_prefix": "Sure",
+    "prompt_embeds": "aGk=",
+    **{key: {"temperature": 0.5} for key in ("parameters", "options", "extra_body", "sampling_params")},
+    "generation_config": {"temperature": 0.5},
+    # which model, and which answers
+    **dict.fromkeys(("model", "adapter_id", "lora_name", "lora_path"), "limarp"),
+    **{key: [{"id": 0, "scale": 0.5}] for key in ("lora", "lora_adapters")},
+    "lora_request": {"lora_name": "limarp"},
+    "lora_names": ["limarp"],
+    **dict.fromkeys(("n", "n_cmpl"), 2),
+    "best_of": 2,
+    # the shape of the answer
+    "response_format": {"type": "json", "value": SCHEMA},
+    "format": SCHEMA,
+    **dict.fromkeys(("json_schema", "guided_json"), SCHEMA),
+    **dict.fromkeys(("regex_pattern", "guided_regex", "regex", "guided_whitespace_pattern"), "[0-9]+"),
+    "guided_choice": ["yes", "no"],
+    **dict.fromkeys(("grammar_string", "guided_grammar", "ebnf"), 'root ::= "a"'),
+    "grammar": {"type": "regex", "value": "[0-9]+"},
+    "structured_outputs": {"regex": "[0-9]+"},
+    "structural_tag": "x",
+    **dict.fromkeys(("grammar_lazy", "grammar_retain_state"), True),
+    # which tokens may come, and where it ends
+    "logit_bias": {"97": 5},
+    "custom_token_bans": "97,98",
+    "banned_tokens": [97],
+    "allowed_token_ids": [97, 98, 257],
+    "allowed_tokens": [97, 98, 257],
+    **{key: ["shivers"] for key in ("banned_strings", "bad_words")},
+    "bad_words_ids": [[97]],
+    "stop_token_ids": [98],
+    **{key: ["xyz"] for key in ("stop", "stopping_strings", "stop_sequence", "stop_sequences")},
+    **dict.fromkeys(("ignore_eos", "ban_eos_token", "use_default_badwordsids", "bypass_eos", "token_healing"), True),
+    "negative_prompt": "rude",
+    **dict.fromkeys(("guidance_scale", "cfg_scale"), 1.5),
+    **dict.fromkeys(("num_beams", "n_indent", "t_max_predict_ms"), 4),
+    **dict.fromkeys(("use_beam_search", "watermark"), True),
+    "penalty_alpha": 0.6,
+    "encoder_repetition_penalty": 1.2,
+    "logits_processors": ["a"],
+    "vllm_xargs": {"a": 1},
+    **dict.fromkeys(("think", "post_sampling_probs"), True),
+    "web_search_options": {"search_context_size": "low"},
+    "thinking_token_budget": 9,
+    "truncation_side": "right",
+}
+SAMPLING: Mapping[str, Any] = {
+    "temperature": 0.5,
+    "top_k": 5,
+    "top_p": 0.5,
+    "min_p": 0.1,
+    **dict.fromkeys(("typical_p", "typical", "typ_p", "tfs", "tfs_z", "top_a"), 0.5),
+    **dict.fromkeys(("repetition_penalty", "rep_pen", "repeat_penalty"), 1.2),
+    **dict.fromkeys(("frequency_penalty", "freq_pen", "presence_penalty", "presence_pen"), 0.5),
+    **dict.fromkeys(("repetition_penalty_range", "penalty_range", "rep_pen_range", "repeat_last_n"), 64),
+    **dict.fromkeys(("smoothing_factor", "top_n_sigma", "nsigma", "epsilon_cutoff", "eta_cutoff", "skew"), 0.5),
+    "xtc_probability": 0.5,
+    **dict.fromkeys(("mirostat", "mirostat_mode"), 2),
+    "dry_multiplier": 0.8,
+    "no_repeat_ngram_size": 3,
+    "min_keep": 2,
+    **dict.fromkeys(("seed", "sampler_seed"), 7),
+    **dict.fromkeys(("min_tokens", "min_length"), 2),
+    "dynatemp_range": 0.5,
+    "adaptive_target": 0.5,
+    "dynatemp_low": 0.5,
+    "dynatemp_high": 1.5,
+    "temperature_last": True,
+    "do_sample": False,
+    "sampler_order": [6, 5, 0, 1, 3, 4, 2],
+    "sampler_priority": ["top_k", "temperature"],
+    "samplers": "kpt",
+    "auto_max_new_tokens": True,
+    "include_stop_str_in_output": True,
+    "rope_freq_base": 1e6,
+    "smoothing_curve": 2,
+    "xtc_threshold": 0.3,
+    "mirostat_tau": 3,
+    "mirostat_eta": 0.2,
+    "adaptive_decay": 0.5,
+    "dry_base": 2,
+    "dry_allowed_length": 3,
+    **dict.fromkeys(("dry_penalty_last_n", "dry_range"), 64),
+    "dry_sequence_breakers": ["x"],
+    **dict.fromkeys(("dynatemp_exponent", "temp_exponent"), 2),
+    "repetition_decay": 64,
+    **dict.fromkeys(("rep_pen_slope", "length_penalty", "max_tokens_second", "penalize_nl", "penalize_newline"), 0.7),
+    **dict.fromkeys(("early_stopping", "speculative_ngram"), True),
+}
+OTHER: Mapping[str, Any] = {
+    **dict.fromkeys(("user", "request_id", "safety_identifier", "prompt_cache_key", "session_id"), "me"),
+    **{key: {"a": "b"} for key in ("metadata", "kv_transfer_params", "mm_processor_kwargs", "media_io_kwargs")},
+    **dict.fromkeys(("store", "include_reasoning", "return_token_ids", "return_tokens", "quiet"), True),
+    **dict.fromkeys(("timings_per_token", "return_progress", "return_tokens_as_token_ids", "shift"), True),
+    **dict.fromkeys(("numa", "low_vram", "use_mmap", "singleline", "render_special", "enable_thinking"), True),
+    **dict.fromkeys(("use_story", "use_memory", "use_world_info", "use_authors_note", "trim_stop"), True),
+    **dict.fromkeys(("frmttriminc", "frmtrmblln", "frmtrmspch", "frmtadsnsp", "spaces_between_special_tokens"), True),
+    **dict.fromkeys(("service_tier", "reasoning_effort", "verbosity", "guided_decoding_backend"), "low"),
+    **dict.fromkeys(("api_type", "api_server", "name1", "name2", "user_name", "bot_name"), "tabby"),
+    **dict.fromkeys(("priority", "num_thread", "num_gpu", "num_batch", "main_gpu", "id_slot", "n_probs"), 2),
+    **dict.fromkeys(("num_ctx", "truncation_length", "max_context_length", "num_keep", "n_keep", "n_discard"), 512),
+    **dict.fromkeys(("prompt_logprobs", "top_logprobs", "top_n_tokens", "truncate_prompt_tokens", "truncate"), 2),
+    **dict.fromkeys(("skip_special_tokens", "add_bos_token", "add_special_tokens", "cache_prompt"), False),
+    **dict.fromkeys(("logprobs", "details", "decoder_input_details", "return_full_text", "with_pieces"), True),
+    **dict.fromkeys(("special", "add_special", "return_token_strs", "continue_final_message"), True),
+    **dict.fromkeys(("parse_special", "encode_special_tokens", "decode_special_tokens"), False),
+    "response_fields": ["content"],
+    "keep_alive": "5m",
+    "cache_salt": "pepper",
+    "adapter_scale": 0.5,
+    "stream_options": {"include_usage": True, "include_obfuscation": True},
+    "parallel_tool_calls": False,
+    "add_generation_prompt": False,
+    "prediction": {"type": "content", "content": "a"},
+    "zebra": 1,
+}
+
+LENGTHS: Mapping[str, Any] = dict.fromkeys(
+    ("max_tokens", "max_completion_tokens", "max_new_tokens", "max_length", "n_predict", "num_predict"), 9
+)
+SPOKEN: Mapping[str, Any] = {  # what is asked, and how it is to be answered
+    **dict.fromkeys(("prompt", "inputs"), "Other?"),
+    "messages": [{"role": "user", "content": "Other"}],
+    **dict.fromkeys(("stream", "raw"), True),
+    "genkey": "KCPP1",
+}
+ALIASES: Mapping[str, Any] = {
+    **dict.fromkeys(("rope_scaling", "rope_factor", "rope_theta", "rope_scale", "rope_alpha", "alpha_value"), 2),
+    **dict.fromkeys(("compress_pos_emb", "rope_freq_scale", "rope_frequency_base", "rope_frequency_scale"), 2),
+    "dynamic_temperature": False,
+    **dict.fromkeys(("dynatemp_min", "min_temp"), 0.5),
+    **dict.fromkeys(("dynatemp_max", "max_temp"), 1.5),
+    **dict.fromkeys(("repetition_range", "token_repetition_decay"), 64),
+}
+VALUES: Mapping[str, Any] = MEANT | SAMPLING | OTHER | LENGTHS | SPOKEN | ALIASES
+
+# What becomes of a field that a reader knows: the engine's request has it, unless it stands here.
+ANSWERED = {"stream", "stream_options", "echo", "return_full_text"}  # seen in the answer alone
+REFUSED = {*ROPE, *NOT_BUILT, "watermark", "suffix", "documents"}
+LISTED = {*WITHOUT_EFFECT, "cache_prompt", "trim_stop", "keep_alive"}
+UNSEEN = {"explain", "genkey"}  # adds the record that all of this is told from; names the answer to an abort
+EXPECTED: Mapping[str, str] = {
+    **dict.fromkeys(ANSWERED, "answered"),
+    **dict.fromkeys(REFUSED, "refused"),
+    **dict.fromkeys(LISTED, "ignored"),
+}
+
+BESIDE: Mapping[str, Mapping[str, Any]] = {  # what a field needs beside it to mean anything
+    "negative_prompt": {"guidance_scale": 1.5},
+    "smoothing_curve": {"smoothing_factor": 0.5},
+    "xtc_threshold": {"xtc_probability": 0.5},
+    **{key: {"mirostat_mode": 2} for key in ("mirostat_tau", "mirostat_eta")},
+    "adaptive_decay": {"adaptive_target": 0.5},
+    **{key: {"dry_multiplier": 0.8} for key in ("dry_base", "dry_allowed_length", "dry_penalty_last_n", "dry_range")},
+    "dry_sequence_breakers": {"dry_multiplier": 0.8},
+    **{key: {"dynatemp_range": 0.5} for key in ("dynatemp_exponent", "temp_exponent")},
+    **{key: {"rep_pen_range": 64} for key in ("repetition_decay", "token_repetition_decay")},
+    "dynamic_temperature": {"dynatemp_low": 0.5, "dynatemp_high": 1.5},
+    **{key: {"dynatemp_high": 1.5} for key in ("dynatemp_low", "dynatemp_min", "min_temp")},
+    **{key: {"dynatemp_low": 0.5} for key in ("dynatemp_high", "dynatemp_max", "max_temp")},
+    "tool_choice": {"tools": [TOOL]},
+    "best_of": {"do_sample": True},
+    "top_logprobs": {"logprobs": True},
+    "parallel_tool_calls": {"tools": [TOOL]},
+    "stream_options": {"stream": True},
+    "top_n_tokens": {"details": True},
+    "auto_max_new_tokens": {"max_tokens": 9},
+}
