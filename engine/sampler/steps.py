@@ -1,7 +1,7 @@
 """The sampler's one table: what a request may ask for, its neutral values and ranges, and the steps that read it.
 
 Plan, chain, `explain`, the front's checks and docs/sampling.md come from here. A new step is a row of STEPS with its
-parameters in SamplingParams, its function, and a line of names in server/fields/sampling.py. The front imports this
+parameters in SamplingParams, its function, and a line of names in server/fields/names.py. The front imports this
 module, so functions are named here and looked up by `function` where the engine runs them.
 """
 

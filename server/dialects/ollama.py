@@ -19,7 +19,7 @@ from tightrope.server.deltas.choices import Choice
 from tightrope.server.fields import structured
 from tightrope.server.fields.explain import Explained
 from tightrope.server.fields.logprobs import listed
-from tightrope.server.fields.sampling import KNOWN, Ignored
+from tightrope.server.fields.names import KNOWN, Ignored
 from tightrope.server.http.body import Body, FirstErrorOnly, JsonRoute
 from tightrope.server.http.error_docs import ERRORS, STATUS_ERRORS, only
 from tightrope.server.http.hangup import or_gone

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from tightrope.engine.errors import InvalidRequest
 from tightrope.server.fields import structured
-from tightrope.server.fields.sampling import GUIDANCE_SCALES, NOT_BUILT, STEERING, Ignored
+from tightrope.server.fields.names import GUIDANCE_SCALES, NOT_BUILT, STEERING, Ignored
 
 
 @dataclass(frozen=True, slots=True)

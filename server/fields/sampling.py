@@ -1,4 +1,4 @@
-"""Every name under which clients send sampling values, and what the engine is asked for.
+"""What sampling fields ask of the engine, under whatever names of server/fields/names.py they come.
 
 The dialects: OpenAI and vLLM, Aphrodite, TabbyAPI, text-generation-webui ("ooba"), KoboldCpp, llama.cpp's server,
 Ollama. Clients send most values under several names at once and nearly all of them at their neutral values; of several
@@ -7,25 +7,22 @@ changes nothing; nothing else is read here, and names that this module doesn't k
 """
 
 import json
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeGuard
 
 from tightrope.engine.errors import InvalidRequest
 from tightrope.engine.sampler.breakers import MAX_BYTES
-from tightrope.engine.sampler.steps import LONGEST_RUN, ORDERED, SAMPLER_ORDER, SamplingParams, in_order
+from tightrope.engine.sampler.steps import ORDERED, SAMPLER_ORDER, SamplingParams, in_order
 from tightrope.engine.text.banned_strings import MAX_CHARS, MAX_STRINGS
 from tightrope.engine.types import Guidance, StopRules
-from tightrope.server.fields.sampler_order import Order, kobold_order, llama_cpp_order, named_order
+from tightrope.server.fields import names
+from tightrope.server.fields.names import MAX_INT, Ignored, Number, shown
 
 MAX_STOPS = 1024  # the engine looks for each of them after each token
 MAX_BREAKERS = 16384
-MAX_INT = 2**63 - 1  # what crosses the process border as an integer
-_LARGEST = 1e300  # far beyond what any number here is good for
 
 Fields = Mapping[str, Any]  # Any: a request's JSON, whose types are checked here
-Ignored = tuple[str, str]  # a field's name, and why it changes nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,164 +33,6 @@ class Sampling:
     stop: StopRules
     guidance: Guidance | None
     ignored: tuple[Ignored, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Number:
-    """A value of SamplingParams: its names, and the interval that it must lie in."""
-
-    target: str
-    names: tuple[str, ...]
-    low: float = -math.inf
-    high: float = math.inf
-    above_low: bool = False  # the interval is open there
-    below_high: bool = False
-    whole: bool = False
-    off: frozenset[float] = frozenset()  # other values that mean the neutral one
-    unit: float = 1.0  # of what clients send, in the engine's unit
-    part_of: str | None = None  # means something only while that target isn't neutral, and is read only then
-
-    def read(self, name: str, value: object) -> float:
-        """Raises InvalidRequest unless `value` is a number in the interval."""
-        wanted = "an integer" if self.whole else "a number"
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise InvalidRequest(f"{name} must be {wanted}, not {_shown(value)}", name)
-        is_low = value < self.low or (self.above_low and value == self.low)
-        is_high = value > self.high or (self.below_high and value == self.high)
-        if is_low or is_high or not abs(value) <= _LARGEST or (self.whole and value != int(value)):
-            raise InvalidRequest(f"{name} must be {wanted} {self._interval()}, not {_shown(value)}", name)
-        return int(value) if self.whole else value * self.unit
-
-    def _interval(self) -> str:
-        low = f"{'above' if self.above_low else 'from'} {self.low:g}" if self.low > -math.inf else ""
-        high = f"{'below' if self.below_high else 'to'} {self.high:g}" if self.high < math.inf else ""
-        return f"{low} {high}".strip() or "of a usual size"
-
-
-_CUTOFF = 1e-4  # clients send epsilon and eta cutoffs in ten-thousandths
-
-NUMBERS = (
-    Number("temperature", ("temperature",), low=0),
-    Number("top_k", ("top_k",), low=0, high=MAX_INT, whole=True, off=frozenset({-1})),
-    Number("top_p", ("top_p",), low=0, above_low=True, high=1),
-    Number("min_p", ("min_p",), low=0, high=1),
-    Number("typical_p", ("typical_p", "typical", "typ_p"), low=0, above_low=True, high=1),
-    Number("repetition_penalty", ("repetition_penalty", "rep_pen", "repeat_penalty"), low=0, above_low=True),
-    Number("frequency_penalty", ("frequency_penalty", "freq_pen"), low=-2, high=2),
-    Number("presence_penalty", ("presence_penalty", "presence_pen"), low=-2, high=2),
-    Number(
-        "penalty_range",
-        ("repetition_penalty_range", "penalty_range", "rep_pen_range", "repeat_last_n", "repetition_range"),
-        low=0,
-        high=MAX_INT,
-        whole=True,
-        off=frozenset({-1}),
-    ),
-    Number(
-        "repetition_decay",
-        ("repetition_decay", "token_repetition_decay"),
-        low=0,
-        high=MAX_INT,
-        whole=True,
-        part_of="penalty_range",
-    ),
-    Number("smoothing_factor", ("smoothing_factor",), low=0, high=1000),
-    Number("smoothing_curve", ("smoothing_curve",), low=1, high=100, part_of="smoothing_factor"),
-    Number("top_n_sigma", ("top_n_sigma", "nsigma"), low=0, off=frozenset({-1})),
-    Number("tfs", ("tfs", "tfs_z"), low=0, above_low=True, high=1),
-    Number("top_a", ("top_a",), low=0, high=1),
-    Number("epsilon_cutoff", ("epsilon_cutoff",), low=0, high=10_000, below_high=True, unit=_CUTOFF),
-    Number("eta_cutoff", ("eta_cutoff",), low=0, high=10_000, below_high=True, unit=_CUTOFF),
-    Number("xtc_probability", ("xtc_probability",), low=0, high=1),
-    Number("xtc_threshold", ("xtc_threshold",), low=0, high=1, part_of="xtc_probability"),
-    Number("mirostat_mode", ("mirostat_mode", "mirostat"), low=0, high=2, whole=True),
-    Number("mirostat_tau", ("mirostat_tau",), low=0, above_low=True, part_of="mirostat_mode"),
-    Number("mirostat_eta", ("mirostat_eta",), low=0, above_low=True, high=1, part_of="mirostat_mode"),
-    Number("skew", ("skew",), low=-20, high=20),
-    Number("dry_multiplier", ("dry_multiplier",), low=0),
-    Number("dry_base", ("dry_base",), low=1, part_of="dry_multiplier"),
-    Number(
-        "dry_allowed_length", ("dry_allowed_length",), low=1, high=LONGEST_RUN, whole=True, part_of="dry_multiplier"
-    ),
-    Number(
-        "dry_range",
-        ("dry_range", "dry_penalty_last_n"),
-        low=0,
-        high=MAX_INT,
-        whole=True,
-        off=frozenset({-1}),
-        part_of="dry_multiplier",
-    ),
-    Number("no_repeat_ngram_size", ("no_repeat_ngram_size",), low=0, high=LONGEST_RUN, whole=True),
-    Number("min_keep", ("min_keep",), low=0, high=MAX_INT, whole=True),
-    Number("seed", ("seed", "sampler_seed"), low=0, high=2**64, below_high=True, whole=True, off=frozenset({-1})),
-)
-_MIN_TOKENS = Number("min_tokens", ("min_tokens", "min_length"), low=0, high=MAX_INT, whole=True)
-_MAX_TOKENS = Number(
-    "max_tokens",
-    ("max_completion_tokens", "max_tokens", "max_new_tokens", "n_predict", "num_predict", "max_length"),
-    low=0,
-    high=MAX_INT,
-    whole=True,
-    off=frozenset({-1, -2}),  # "as many as there is room for", in llama.cpp's and Ollama's words
-)
-_TEMPERATURE = Number("temperature", (), low=0)
-_DYNATEMP_LOW = ("dynatemp_low", "dynatemp_min", "min_temp")
-_DYNATEMP_HIGH = ("dynatemp_high", "dynatemp_max", "max_temp")
-_RANGE = Number("dynatemp_range", ("dynatemp_range",), low=0)
-_ADAPTIVE_TARGET = Number("adaptive_target", ("adaptive_target",), high=1)
-_ADAPTIVE_DECAY = Number("adaptive_decay", ("adaptive_decay",), low=0, high=1, below_high=True)
-_EXPONENT = Number("dynatemp_exponent", ("dynatemp_exponent", "temp_exponent"), low=0, above_low=True)
-
-_GUIDANCE = Number("scale", ("guidance_scale", "cfg_scale"), low=0, high=100, off=frozenset({1}))
-_NEGATIVE = "negative_prompt"
-
-_STOPS = ("stop", "stopping_strings", "stop_sequence", "stop_sequences")
-_IGNORE_EOS = ("ignore_eos", "ban_eos_token", "use_default_badwordsids")  # the last one is KoboldCpp's
-_TO_THE_WINDOW = "auto_max_new_tokens"
-_KEEP_STOP = ("include_stop_str_in_output",)
-_BANNED_STRINGS = ("banned_strings", "bad_words")
-_BANNED_TOKENS = ("custom_token_bans", "banned_tokens")
-_ALLOWED_TOKENS = ("allowed_token_ids", "allowed_tokens")
-_ORDERS: tuple[tuple[str, Callable[[str, object], Order]], ...] = (
-    ("sampler_priority", named_order),
-    ("samplers", llama_cpp_order),
-    ("sampler_order", kobold_order),
-)
-
-NOT_BUILT: Mapping[str, tuple[float, str]] = {  # by name: the neutral value, and why others are refused
-    "encoder_repetition_penalty": (1, "is not a sampler of this server"),
-    "penalty_alpha": (0, "contrastive search is not served"),
-    "num_beams": (1, "beam search is not served"),
-}
-WITHOUT_EFFECT: Mapping[str, tuple[Callable[[Any], bool], str]] = {  # by name: what is neutral, and why the rest isn't
-    "rep_pen_slope": (lambda v: v in (0, 1), "a penalty is the same all over its range"),
-    "length_penalty": (lambda v: v == 1, "beam search is not served"),
-    "early_stopping": (lambda v: v is False, "beam search is not served"),
-    "max_tokens_second": (lambda v: v == 0, "the rate of tokens is not limited"),
-    "speculative_ngram": (lambda v: v is False, "the server decides how it speculates"),
-}
-_OTHER_NUMBERS = (_MIN_TOKENS, _MAX_TOKENS, _RANGE, _EXPONENT, _ADAPTIVE_TARGET, _ADAPTIVE_DECAY, _GUIDANCE)
-ROPE = frozenset(
-    {"rope_scaling", "rope_factor", "rope_theta", "rope_scale", "rope_alpha", "alpha_value", "compress_pos_emb"}
-    | {"rope_freq_base", "rope_freq_scale", "rope_frequency_base", "rope_frequency_scale"}
-)
-GUIDANCE_SCALES = _GUIDANCE.names
-STEERING: frozenset[str] = frozenset(  # without which an answer would be another one, and not only drawn otherwise
-    {_NEGATIVE, *_STOPS, "stop_token_ids", *_IGNORE_EOS, "logit_bias"}
-    | {*_BANNED_STRINGS, *_BANNED_TOKENS, *_ALLOWED_TOKENS}
-)
-KNOWN: frozenset[str] = frozenset(  # all names that are read here
-    {name for number in (*NUMBERS, *_OTHER_NUMBERS) for name in number.names}
-    | {*_STOPS, *_IGNORE_EOS, *_KEEP_STOP, *_BANNED_STRINGS, *_BANNED_TOKENS, *_ALLOWED_TOKENS}
-    | {*_DYNATEMP_LOW, *_DYNATEMP_HIGH}
-    | {"dry_sequence_breakers", "dynamic_temperature", "do_sample", "temperature_last", "stop_token_ids", "logit_bias"}
-    | {_NEGATIVE, _TO_THE_WINDOW}
-    | {name for name, _ in _ORDERS}
-    | NOT_BUILT.keys()
-    | WITHOUT_EFFECT.keys()
-    | ROPE
-)
 
 
 def read_sampling(
@@ -263,7 +102,7 @@ class _Reading:
         return number.read(name, self.given[name])
 
     def numbers(self) -> None:
-        for number in NUMBERS:
+        for number in names.NUMBERS:
             if number.part_of is not None and not self.targets.get(number.part_of):
                 continue
             value = self.number(number)
@@ -281,31 +120,31 @@ class _Reading:
         is_on = self.flag(("dynamic_temperature",))
         if is_on is False or self.targets.get("temperature") == 0:
             return
-        low_name, high_name = self.first(_DYNATEMP_LOW), self.first(_DYNATEMP_HIGH)
+        low_name, high_name = self.first(names.DYNATEMP_LOW), self.first(names.DYNATEMP_HIGH)
         if (low_name is None) != (high_name is None):
             self.ignored.append((low_name or high_name or "", "the other end of the range is missing"))
         middle = self.targets.get("temperature", 1.0)
         low = high = middle
         if low_name is not None and high_name is not None:
-            low = _TEMPERATURE.read(low_name, self.given[low_name])
-            high = _TEMPERATURE.read(high_name, self.given[high_name])
+            low = names.TEMPERATURE.read(low_name, self.given[low_name])
+            high = names.TEMPERATURE.read(high_name, self.given[high_name])
         if low > high:
             raise InvalidRequest(f"{low_name} must not be above {high_name} ({high:g}), not {low:g}", low_name)
         if low < high:
             self.targets |= {"temperature": (low + high) / 2, "dynatemp_range": (high - low) / 2}
-            if self.number(_RANGE) not in (None, 0, (high - low) / 2):
+            if self.number(names.RANGE) not in (None, 0, (high - low) / 2):
                 self.ignored.append(("dynatemp_range", f"{low_name} and {high_name} came too, and count"))
-        elif (half := self.number(_RANGE)) is not None:
+        elif (half := self.number(names.RANGE)) is not None:
             self.targets["dynatemp_range"] = half
-        if self.targets.get("dynatemp_range") and (exponent := self.number(_EXPONENT)) is not None:
+        if self.targets.get("dynatemp_range") and (exponent := self.number(names.EXPONENT)) is not None:
             self.targets["dynatemp_exponent"] = exponent
 
     def adaptive_p(self) -> None:
         """Off below 0; mirostat steers alone."""
-        target = self.number(_ADAPTIVE_TARGET)
+        target = self.number(names.ADAPTIVE_TARGET)
         if target is None or target < 0:
             return
-        decay = self.number(_ADAPTIVE_DECAY)
+        decay = self.number(names.ADAPTIVE_DECAY)
         if self.targets.get("mirostat_mode"):
             self.ignored.append(("adaptive_target", "mirostat_mode steers already"))
             return
@@ -315,7 +154,7 @@ class _Reading:
 
     def order(self) -> None:
         """One list of steps, whatever the dialect; what a llama.cpp list leaves out is off."""
-        for name, read in _ORDERS:
+        for name, read in names.ORDERS:
             if name not in self.given:
                 continue
             order, left_out, unknown = read(name, self.given[name])
@@ -334,9 +173,9 @@ class _Reading:
 
     def bans(self) -> None:
         bias, banned = self._bias()
-        for name, value in self.lists(_BANNED_TOKENS):
+        for name, value in self.lists(names.BANNED_TOKENS):
             banned += self._known_ids(name, _ids(name, value))
-        for name, value in self.lists(_ALLOWED_TOKENS):
+        for name, value in self.lists(names.ALLOWED_TOKENS):
             allowed = set(self._known_ids(name, _ids(name, value)))
             if not allowed:
                 raise InvalidRequest(f"{name}: none of them is below the vocabulary's {self.vocab_size}", name)
@@ -346,7 +185,7 @@ class _Reading:
         if banned:
             self.targets["banned_tokens"] = tuple(dict.fromkeys(banned))
         texts: list[str] = []
-        for name, value in self.lists(_BANNED_STRINGS):
+        for name, value in self.lists(names.BANNED_STRINGS):
             texts += [text for text in _texts(name, value) if text]
             if len(texts) > MAX_STRINGS:
                 raise InvalidRequest(f"{name}: at most {MAX_STRINGS} strings, not {len(texts)}", name)
@@ -362,14 +201,12 @@ class _Reading:
         if isinstance(pairs, dict):
             pairs = list(pairs.items())
         if not isinstance(pairs, list) or not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs):
-            raise InvalidRequest(f"{name} must be an object or a list of pairs, not {_shown(pairs)}", name)
+            raise InvalidRequest(f"{name} must be an object or a list of pairs, not {shown(pairs)}", name)
         values: dict[int, float | bool] = {}
         for key, value in pairs:
             is_ban = value is False
             if not is_ban and not (_is_number(value) and -100 <= value <= 100):
-                raise InvalidRequest(
-                    f"{name}: {_shown(value)} for token {_shown(key)} is not within -100 and 100", name
-                )
+                raise InvalidRequest(f"{name}: {shown(value)} for token {shown(key)} is not within -100 and 100", name)
             values[_token_id(name, key)] = value
         known = self._known_ids(name, values)
         return (
@@ -399,27 +236,27 @@ class _Reading:
 
     def guidance(self) -> Guidance | None:
         """A negative prompt without a scale, or with a scale of 1, changes nothing."""
-        scale = self.number(_GUIDANCE)
-        text = self.given.get(_NEGATIVE, "")
+        scale = self.number(names.GUIDANCE)
+        text = self.given.get(names.NEGATIVE, "")
         if not isinstance(text, str):
-            raise InvalidRequest(f"{_NEGATIVE} must be a string, not {_shown(text)}", _NEGATIVE)
+            raise InvalidRequest(f"{names.NEGATIVE} must be a string, not {shown(text)}", names.NEGATIVE)
         if scale is not None:
             return Guidance(text, scale)
         if text:
-            self.ignored.append((_NEGATIVE, "guidance_scale is 1"))
+            self.ignored.append((names.NEGATIVE, "guidance_scale is 1"))
         return None
 
     def refuse_rope(self) -> None:
-        for name in sorted(ROPE & self.given.keys()):
+        for name in sorted(names.ROPE & self.given.keys()):
             raise InvalidRequest(f"{name}: positions are scaled alike for all requests, as set at the start", name)
 
     def refuse_not_built(self) -> None:
-        for name, (neutral, why) in NOT_BUILT.items():
+        for name, (neutral, why) in names.NOT_BUILT.items():
             if self.given.get(name, neutral) != neutral:
                 raise InvalidRequest(f"{name}: {why}", name)
 
     def without_effect(self) -> None:
-        for name, (is_neutral, why) in WITHOUT_EFFECT.items():
+        for name, (is_neutral, why) in names.WITHOUT_EFFECT.items():
             if name not in self.given:
                 continue
             value = self.given[name]
@@ -434,20 +271,20 @@ class _Reading:
             return default
         value = self.given[name]
         if not isinstance(value, bool):
-            raise InvalidRequest(f"{name} must be true or false, not {_shown(value)}", name)
+            raise InvalidRequest(f"{name} must be true or false, not {shown(value)}", name)
         return value
 
     def stop_rules(self, max_tokens: int | None, more_stops: Sequence[str]) -> StopRules:
-        asked = self.number(_MAX_TOKENS)
-        if self.flag((_TO_THE_WINDOW,)):
+        asked = self.number(names.MAX_TOKENS)
+        if self.flag((names.TO_THE_WINDOW,)):
             max_tokens = None
-        elif self.first(_MAX_TOKENS.names) is not None:
+        elif self.first(names.MAX_TOKENS.names) is not None:
             max_tokens = None if asked is None else int(asked)
-        min_tokens = int(self.number(_MIN_TOKENS) or 0)
+        min_tokens = int(self.number(names.MIN_TOKENS) or 0)
         if max_tokens is not None and min_tokens > max_tokens:
             raise InvalidRequest(f"min_tokens must not be above max_tokens ({max_tokens})", "min_tokens")
         strings: list[str] = []
-        for name in _STOPS:
+        for name in names.STOPS:
             if name in self.given:
                 strings = list(dict.fromkeys((*strings, *_stops(name, self.given[name]))))
                 if len(strings) > MAX_STOPS:
@@ -458,15 +295,15 @@ class _Reading:
             min_tokens=min_tokens,
             strings=tuple(dict.fromkeys((*strings, *more_stops))),
             token_ids=tuple(self._known_ids("stop_token_ids", token_ids)),
-            ignore_eos=any(self.flag((name,)) or False for name in _IGNORE_EOS),
-            keep_stop_text=self.flag(_KEEP_STOP) or False,
+            ignore_eos=any(self.flag((name,)) or False for name in names.IGNORE_EOS),
+            keep_stop_text=self.flag(names.KEEP_STOP) or False,
         )
 
 
 def _stops(name: str, value: object) -> list[str]:
     strings = [value] if isinstance(value, str) else value
     if not isinstance(strings, list) or not all(isinstance(text, str) for text in strings):
-        raise InvalidRequest(f"{name} must be a string or a list of strings, not {_shown(value)}", name)
+        raise InvalidRequest(f"{name} must be a string or a list of strings, not {shown(value)}", name)
     if "" in strings:
         raise InvalidRequest(f"{name}: a stop string must not be empty", name)
     return strings
@@ -478,7 +315,7 @@ def _texts(name: str, value: object) -> list[str]:
     if isinstance(value, str):
         texts = value.split(",") if not value.lstrip().startswith("[") else _from_json(name, value)
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise InvalidRequest(f"{name} must be a list of strings, not {_shown(value)}", name)
+        raise InvalidRequest(f"{name} must be a list of strings, not {shown(value)}", name)
     return texts
 
 
@@ -487,7 +324,7 @@ def _ids(name: str, value: object) -> list[int]:
     if isinstance(value, str):
         value = [text for text in value.strip().removeprefix("[").removesuffix("]").split(",") if text.strip()]
     if not isinstance(value, list):
-        raise InvalidRequest(f"{name} must be a list of token ids, not {_shown(value)}", name)
+        raise InvalidRequest(f"{name} must be a list of token ids, not {shown(value)}", name)
     return [_token_id(name, item) for item in value]
 
 
@@ -496,21 +333,15 @@ def _token_id(name: str, value: object) -> int:
         return int(value)
     if _is_number(value) and abs(value) < MAX_INT and value == int(value):
         return int(value)
-    raise InvalidRequest(f"{name}: {_shown(value)} is no token id", name)
+    raise InvalidRequest(f"{name}: {shown(value)} is no token id", name)
 
 
 def _from_json(name: str, text: str) -> object:
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
-        raise InvalidRequest(f"{name} must be JSON where it begins with a bracket, not {_shown(text)}", name) from None
+        raise InvalidRequest(f"{name} must be JSON where it begins with a bracket, not {shown(text)}", name) from None
 
 
 def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _shown(value: object) -> str:
-    """A value in a message of one line."""
-    text = json.dumps(value) if isinstance(value, str | int | float | bool) else type(value).__name__
-    return text if len(text) <= 40 else text[:40] + "..."

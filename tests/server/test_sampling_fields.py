@@ -7,7 +7,8 @@ import pytest
 from tightrope.engine.errors import InvalidRequest
 from tightrope.engine.sampler.steps import SAMPLER_ORDER, SamplingParams
 from tightrope.engine.types import Guidance, StopRules
-from tightrope.server.fields.sampling import KNOWN, NUMBERS, WITHOUT_EFFECT, Number, read_sampling
+from tightrope.server.fields.names import KNOWN, NUMBERS, WITHOUT_EFFECT, Number
+from tightrope.server.fields.sampling import read_sampling
 
 V = 1000
 

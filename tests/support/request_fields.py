@@ -9,7 +9,7 @@ from tightrope.server.dialects.llamacpp import CompletionBody
 from tightrope.server.dialects.ollama import OllamaChat, OllamaGenerate
 from tightrope.server.dialects.openai.requests import ChatRequest, CompletionRequest
 from tightrope.server.dialects.tgi.requests import CompatBody, GenerateBody
-from tightrope.server.fields.sampling import NOT_BUILT, ROPE, WITHOUT_EFFECT
+from tightrope.server.fields.names import NOT_BUILT, ROPE, WITHOUT_EFFECT
 from tightrope.server.http.body import Body
 
 TEMPLATE = (

@@ -21,7 +21,8 @@ from tightrope.server.dialects.koboldcpp import KoboldBody
 from tightrope.server.dialects.llamacpp import CompletionBody
 from tightrope.server.dialects.ollama import OllamaGenerate
 from tightrope.server.dialects.openai.requests import ChatRequest, CompletionRequest
-from tightrope.server.fields.sampling import KNOWN, read_sampling
+from tightrope.server.fields.names import KNOWN
+from tightrope.server.fields.sampling import read_sampling
 from tightrope.server.http.body import Body, ignored_fields
 
 Exchange = dict[str, Any]

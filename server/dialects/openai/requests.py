@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from tightrope.server.asking import AnswerBody
-from tightrope.server.fields.sampling import MAX_INT
+from tightrope.server.fields.names import MAX_INT
 from tightrope.server.http.body import EVERY_NAME, Body, FirstErrorOnly, ShownBody
 from tightrope.server.http.token_ids import Ids
 

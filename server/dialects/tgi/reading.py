@@ -12,7 +12,8 @@ from tightrope.engine.errors import ContextLengthExceeded, InvalidRequest
 from tightrope.engine.types import GenerateRequest, Grammar, LogprobRequest, ModelInfo, Span, TextPrompt
 from tightrope.server.asking import Asked, ReadBody, ask
 from tightrope.server.dialects.tgi.requests import GenerateBody, Parameters
-from tightrope.server.fields.sampling import Ignored, draws
+from tightrope.server.fields.names import Ignored
+from tightrope.server.fields.sampling import draws
 from tightrope.server.fields.structured import in_tgi_words, read_tgi_grammar
 from tightrope.server.served import Served
 from tightrope.server.settings.settings import ServerSettings
