@@ -1,4 +1,5 @@
-"""What clients of other servers expect: thin aliases over the same engine calls, one file a family.
+"""What clients of each server expect: a dialect is one reader and two writers, see `Dialect` in server/answering.py.
 
-Clients of vLLM, Aphrodite, Hugging Face and OpenAI need no file here: /v1, /info and /tokenize serve them as they are.
+One file or folder a family, and none imports another. Clients of vLLM, Aphrodite and Hugging Face need none of their
+own: /v1, /info and /tokenize serve them as they are.
 """

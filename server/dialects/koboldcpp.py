@@ -15,7 +15,7 @@ from tightrope.server.asking import TextBody, ask, common, refuse_log_probabilit
 from tightrope.server.deltas.choices import Choice
 from tightrope.server.fields.explain import Explained
 from tightrope.server.http.body import Body, JsonRequest, JsonRoute
-from tightrope.server.http.error_docs import CALL_ERRORS, ERRORS, STATUS_ERRORS
+from tightrope.server.http.error_docs import CALL_ERRORS, STATUS_ERRORS, written
 from tightrope.server.http.long_lists import json_answer, json_list, json_object
 from tightrope.server.state import AppState
 
@@ -176,20 +176,12 @@ def koboldcpp_router(front: AppState) -> APIRouter:
             raise InvalidRequest("genkey must be a string", "genkey")
         return Success(success=front.aborts.abort(genkey))
 
-    @router.post(
-        "/v1/generate",
-        response_model=None,
-        responses={**ERRORS, 200: {"model": KoboldAnswer, "description": "The text."}},
-    )
+    @router.post("/v1/generate", **written(model=KoboldAnswer, description="The text."))
     async def generate(body: KoboldBody, request: Request) -> Response:
         """Continue a prompt; an abort gives what was written so far."""
         return await answer(front, Kobold, body, request)
 
-    @router.post(
-        "/extra/generate/stream",
-        response_model=None,
-        responses={**ERRORS, 200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}},
-    )
+    @router.post("/extra/generate/stream", **written(content={"text/event-stream": {"schema": {"type": "string"}}}))
     async def generate_stream(body: KoboldBody, request: Request) -> Response:
         """Continue a prompt, one event for each piece of text."""
         return await answer(front, KoboldStream, body, request)

@@ -16,7 +16,7 @@ from tightrope.server.deltas.choices import Choice
 from tightrope.server.fields.explain import Explained
 from tightrope.server.fields.logprobs import finite, token_name
 from tightrope.server.http.body import JsonRoute
-from tightrope.server.http.error_docs import ERRORS, STATUS_ERRORS
+from tightrope.server.http.error_docs import STATUS_ERRORS, written
 from tightrope.server.served import check_most
 from tightrope.server.state import AppState
 
@@ -165,11 +165,7 @@ def llamacpp_router(front: AppState) -> APIRouter:
     """/completion, /props and /slots."""
     router = APIRouter(route_class=JsonRoute, tags=["llama.cpp"])
 
-    @router.post(
-        "/completion",
-        response_model=None,
-        responses={**ERRORS, 200: {"model": Completion, "description": "The text, whole or as events."}},
-    )
+    @router.post("/completion", **written(model=Completion, description="The text, whole or as events."))
     async def completion(body: CompletionBody, request: Request) -> Response:
         """Continue a prompt."""
         return await answer(front, LlamaCpp, body, request)

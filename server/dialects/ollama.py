@@ -12,7 +12,7 @@ from pydantic import BaseModel, Field
 
 from tightrope import __version__
 from tightrope.engine.errors import InvalidRequest
-from tightrope.engine.types import Delta, Finish, LogprobRequest, PromptInfo, Span, TextPrompt, Token
+from tightrope.engine.types import Delta, Finish, LogprobRequest, ModelInfo, PromptInfo, Span, TextPrompt, Token
 from tightrope.server.answering import Dialect, Ending, answer, checked
 from tightrope.server.asking import AnswerBody, ask, common, refuse_log_probabilities
 from tightrope.server.deltas.choices import Choice
@@ -21,11 +21,11 @@ from tightrope.server.fields.explain import Explained
 from tightrope.server.fields.logprobs import listed
 from tightrope.server.fields.names import KNOWN, Ignored
 from tightrope.server.http.body import Body, FirstErrorOnly, JsonRoute
-from tightrope.server.http.error_docs import ERRORS, STATUS_ERRORS, only
+from tightrope.server.http.error_docs import STATUS_ERRORS, only, written
 from tightrope.server.http.hangup import or_gone
 from tightrope.server.prompts.content import Message
 from tightrope.server.prompts.templates import RenderedPrompt
-from tightrope.server.served import check_model, check_most
+from tightrope.server.served import Served, check_model, check_most
 from tightrope.server.state import AppState
 
 encode = msgspec.json.Encoder().encode
@@ -247,20 +247,20 @@ class Chat(_Ollama[OllamaChat]):
         return {"message": {"role": "assistant", "content": text}}
 
 
+def _details(info: ModelInfo) -> ModelDetails:
+    return ModelDetails(format=info.format, family=info.architecture, quantization_level=info.format)
+
+
+def _loaded(body: OllamaBody, served: Served, empty: dict[str, Any]) -> Response:
+    name = check_model(body.model, served) or served.model_id
+    made = {"model": name, "created_at": _now(), **empty, "done": True, "done_reason": "load"}
+    return Response(encode(made) + b"\n", media_type="application/x-ndjson" if body.stream else "application/json")
+
+
 def ollama_router(front: AppState) -> APIRouter:
     """/api/tags, /api/show, /api/version, /api/generate and /api/chat."""
     router = APIRouter(prefix="/api", route_class=JsonRoute, tags=["Ollama"])
     since = datetime.fromtimestamp(front.started, UTC).isoformat().replace("+00:00", "Z")
-
-    def details() -> ModelDetails:
-        info = front.info()
-        return ModelDetails(format=info.format, family=info.architecture, quantization_level=info.format)
-
-    def loaded(body: OllamaBody, empty: dict[str, Any]) -> Response:
-        served = front.served()
-        name = check_model(body.model, served) or served.model_id
-        made = {"model": name, "created_at": _now(), **empty, "done": True, "done_reason": "load"}
-        return Response(encode(made) + b"\n", media_type="application/x-ndjson" if body.stream else "application/json")
 
     @router.get("/version")
     async def version() -> dict[str, str]:
@@ -273,7 +273,7 @@ def ollama_router(front: AppState) -> APIRouter:
         served = front.served()
         return OllamaModels(
             models=[
-                OllamaModel(name=name, model=name, modified_at=since, size=0, details=details())
+                OllamaModel(name=name, model=name, modified_at=since, size=0, details=_details(served.info))
                 for name in (served.model_id, *served.adapters)
             ]
         )
@@ -286,7 +286,7 @@ def ollama_router(front: AppState) -> APIRouter:
         info = served.info
         return Shown(
             template=front.template().source,
-            details=details(),
+            details=_details(info),
             model_info={
                 "general.architecture": info.architecture,
                 f"{info.architecture}.context_length": info.max_model_len,
@@ -294,26 +294,18 @@ def ollama_router(front: AppState) -> APIRouter:
             capabilities=["completion"],
         )
 
-    @router.post(
-        "/generate",
-        response_model=None,
-        responses={**ERRORS, 200: {"model": OllamaAnswer, "content": LINES, "description": "The text."}},
-    )
+    @router.post("/generate", **written(model=OllamaAnswer, content=LINES, description="The text."))
     async def generate(body: OllamaGenerate, request: Request) -> Response:
         """Continue a prompt, or answer it by the chat template unless it is raw."""
         if not body.prompt:
-            return loaded(body, Generate.wrap(""))
+            return _loaded(body, front.served(), Generate.wrap(""))
         return await answer(front, Generate, body, request)
 
-    @router.post(
-        "/chat",
-        response_model=None,
-        responses={**ERRORS, 200: {"model": OllamaChatAnswer, "content": LINES, "description": "The answer."}},
-    )
+    @router.post("/chat", **written(model=OllamaChatAnswer, content=LINES, description="The answer."))
     async def chat(body: OllamaChat, request: Request) -> Response:
         """Answer a chat."""
         if not body.messages:
-            return loaded(body, Chat.wrap(""))
+            return _loaded(body, front.served(), Chat.wrap(""))
         return await answer(front, Chat, body, request)
 
     return router

@@ -60,5 +60,10 @@ def only(*statuses: int | str, of: Documented = ERRORS) -> Documented:
     return {status: of[status] for status in statuses}
 
 
+def written(errors: Documented = ERRORS, **reply: object) -> dict[str, Any]:
+    """FastAPI's settings for a route that writes an answer, with what its page says of one that succeeds."""
+    return {"response_model": None, "responses": {**errors, 200: reply}}
+
+
 STATUS_ERRORS = only(401, 503)  # of routes that tell of the model
 CALL_ERRORS = only(400, 401, 413, 415, 503, "default")  # of routes that take a body and write no answer

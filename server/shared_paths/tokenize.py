@@ -7,7 +7,7 @@ from typing import Annotated
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Discriminator, Field, Tag
 
-from tightrope.engine.types import Span, TextPrompt, Token
+from tightrope.engine.types import ModelInfo, Span, TextPrompt, Token
 from tightrope.server.dialects.openai.reading import rendered_chat
 from tightrope.server.dialects.openai.requests import ChatRequest, SamplingBody
 from tightrope.server.dialects.openai.tools import check_tools
@@ -169,6 +169,18 @@ def _piece(token: Token) -> dict[str, object]:
         return {"id": token.token_id, "piece": list(token.raw)}
 
 
+def _tokenizer_info(info: ModelInfo, template: str) -> TokenizerInfo:
+    return TokenizerInfo(
+        tokenizer_class="PreTrainedTokenizerFast",
+        bos_token=info.bos_token,
+        eos_token=info.eos_token,
+        pad_token=None,
+        additional_special_tokens=list(info.special_texts),
+        model_max_length=info.max_model_len,
+        chat_template=template,
+    )
+
+
 def tokenize_router(front: AppState) -> APIRouter:
     """POST /tokenize and /detokenize, with and without /v1."""
     router = APIRouter(route_class=JsonRoute, tags=["tokens"])
@@ -217,16 +229,7 @@ def tokenize_router(front: AppState) -> APIRouter:
     @router.get("/tokenizer_info", responses=STATUS_ERRORS)
     async def tokenizer_info() -> TokenizerInfo:
         """The model's special tokens and its chat template, as in a tokenizer_config.json."""
-        info = front.info()
-        return TokenizerInfo(
-            tokenizer_class="PreTrainedTokenizerFast",
-            bos_token=info.bos_token,
-            eos_token=info.eos_token,
-            pad_token=None,
-            additional_special_tokens=list(info.special_texts),
-            model_max_length=info.max_model_len,
-            chat_template=front.template().source,
-        )
+        return _tokenizer_info(front.info(), front.template().source)
 
     @router.post("/detokenize", responses=documented)
     @router.post("/v1/detokenize", responses=documented)

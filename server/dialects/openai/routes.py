@@ -7,7 +7,7 @@ from tightrope.server.dialects.openai.answers import ChatAnswer, CompletionAnswe
 from tightrope.server.dialects.openai.requests import ChatRequest, CompletionRequest
 from tightrope.server.dialects.openai.writing import Chat, Completions
 from tightrope.server.http.body import JsonRoute
-from tightrope.server.http.error_docs import ERRORS, only
+from tightrope.server.http.error_docs import only, written
 from tightrope.server.served import check_model
 from tightrope.server.state import AppState
 
@@ -46,24 +46,14 @@ def openai_router(front: AppState) -> APIRouter:
         return card(check_model(model, served))
 
     @router.post(
-        "/chat/completions",
-        response_model=None,
-        responses={
-            **ERRORS,
-            200: {"model": ChatAnswer, "content": EVENTS, "description": "The answer, whole or as events."},
-        },
+        "/chat/completions", **written(model=ChatAnswer, content=EVENTS, description="The answer, whole or as events.")
     )
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         """Answer a chat."""
         return await answer(front, Chat, body, request)
 
     @router.post(
-        "/completions",
-        response_model=None,
-        responses={
-            **ERRORS,
-            200: {"model": CompletionAnswer, "content": EVENTS, "description": "The text, whole or as events."},
-        },
+        "/completions", **written(model=CompletionAnswer, content=EVENTS, description="The text, whole or as events.")
     )
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Continue one or several prompts."""

@@ -8,7 +8,7 @@ from tightrope.server.dialects.tgi.reading import TGILimits
 from tightrope.server.dialects.tgi.requests import CompatBody, GenerateAnswer, GenerateBody, Info
 from tightrope.server.dialects.tgi.writing import Compat, Generate, GenerateStream, compute_type
 from tightrope.server.http.body import JsonRoute
-from tightrope.server.http.error_docs import TGI_ERRORS
+from tightrope.server.http.error_docs import TGI_ERRORS, written
 from tightrope.server.state import AppState
 
 EVENTS = {"text/event-stream": {"example": 'data: {"index": 1, "token": {...}, ...}\n\n'}}
@@ -19,31 +19,18 @@ def tgi_router(front: AppState) -> APIRouter:
     router = APIRouter(route_class=JsonRoute, tags=["TGI"])
     settings = front.settings
 
-    @router.post(
-        "/generate",
-        response_model=None,
-        responses={**TGI_ERRORS, 200: {"model": GenerateAnswer, "description": "The answer."}},
-    )
+    @router.post("/generate", **written(TGI_ERRORS, model=GenerateAnswer, description="The answer."))
     async def generate(body: GenerateBody, request: Request) -> Response:
         """Write an answer."""
         return await answer(front, Generate, body, request)
 
-    @router.post(
-        "/generate_stream",
-        response_model=None,
-        responses={**TGI_ERRORS, 200: {"content": EVENTS, "description": "One event per token."}},
-    )
+    @router.post("/generate_stream", **written(TGI_ERRORS, content=EVENTS, description="One event per token."))
     async def generate_stream(body: GenerateBody, request: Request) -> Response:
         """Write an answer, token by token."""
         return await answer(front, GenerateStream, body, request)
 
     @router.post(
-        "/",
-        response_model=None,
-        responses={
-            **TGI_ERRORS,
-            200: {"model": list[GenerateAnswer], "content": EVENTS, "description": "The answer, in a list."},
-        },
+        "/", **written(TGI_ERRORS, model=list[GenerateAnswer], content=EVENTS, description="The answer, in a list.")
     )
     async def compat_generate(body: CompatBody, request: Request) -> Response:
         """Write an answer, whole or token by token; the input comes in front of it unless return_full_text is false."""

@@ -58,10 +58,13 @@ class _TGI(Dialect[G]):
 
     column: ClassVar[Column] = "tgi"
 
-    def __init__(self, asked: Asked, body: GenerateBody, compute: str, *, full_text_default: bool) -> None:
+    is_stream: ClassVar[bool] = False
+    is_full: ClassVar[bool] = False  # whether the inputs come in front of the answer where nothing else is said
+
+    def __init__(self, asked: Asked, body: GenerateBody, compute: str) -> None:
         super().__init__(asked)
         p = body.parameters
-        is_full = full_text_default if p is None or p.return_full_text is None else p.return_full_text
+        is_full = self.is_full if p is None or p.return_full_text is None else p.return_full_text
         logprobs = asked.requests[0].logprobs
         self._details = p is not None and (p.details or p.decoder_input_details)
         self._is_sampled = asked.requests[0].sampling.temperature > 0
@@ -73,12 +76,11 @@ class _TGI(Dialect[G]):
         self._first_headers = {"x-compute-type": compute, "x-compute-characters": str(len(body.inputs))}
 
     @classmethod
-    def _read(cls, front: AppState, body: GenerateBody, *, is_stream: bool, full_text_default: bool = False) -> Self:
+    async def read(cls, front: AppState, body: G, request: Request) -> Self:
         served = front.served()
-        asked = generate_asked(
-            body, TGILimits.of(served.info, front.settings, served.adapters), served, is_stream=is_stream
-        )
-        return cls(asked, body, compute_type(front), full_text_default=full_text_default)
+        limits = TGILimits.of(served.info, front.settings, served.adapters)
+        is_stream = body.stream if isinstance(body, CompatBody) else cls.is_stream
+        return cls(generate_asked(body, limits, served, is_stream=is_stream), body, compute_type(front))
 
     def event(self, number: int, delta: Delta, ending: Ending | None) -> bytes:
         self._texts.append(delta.text)
@@ -169,25 +171,17 @@ class _TGI(Dialect[G]):
 class Generate(_TGI[GenerateBody]):
     """POST /generate."""
 
-    @classmethod
-    async def read(cls, front: AppState, body: GenerateBody, request: Request) -> Self:
-        return cls._read(front, body, is_stream=False)
-
 
 class GenerateStream(_TGI[GenerateBody]):
     """POST /generate_stream."""
 
-    @classmethod
-    async def read(cls, front: AppState, body: GenerateBody, request: Request) -> Self:
-        return cls._read(front, body, is_stream=True)
+    is_stream = True
 
 
 class Compat(_TGI[CompatBody]):
     """POST /: a list of one answer, or events."""
 
-    @classmethod
-    async def read(cls, front: AppState, body: CompatBody, request: Request) -> Self:
-        return cls._read(front, body, is_stream=body.stream, full_text_default=True)
+    is_full = True
 
     def whole(self, choices: Sequence[Choice], ending: Ending) -> object:
         return [super().whole(choices, ending)]
