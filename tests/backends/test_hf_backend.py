@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkout import ROOT
+from checkout import PROSE
 from hf_models import smollm2_bf16
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -91,7 +91,7 @@ def their_answers(theirs: PreTrainedModel, prompts: list[list[int]]) -> list[lis
 @pytest.fixture(scope="module")
 def text_ids(backend: HFBackend) -> list[int]:
     """300 tokens of sensible text."""
-    text = (ROOT / "docs" / "request.md").read_text("utf-8")
+    text = PROSE.read_text("utf-8")
     return backend.tokenizer.encode(text, parse_special=False, is_start=True)[:300]
 
 

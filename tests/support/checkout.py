@@ -7,4 +7,5 @@ ROOT = SUPPORT.parent.parent
 DATA = ROOT / "tests" / "data"
 ADAPTERS = DATA / "adapters"
 FORMATS = DATA / "formats"
+PROSE = DATA / "prose.md"  # English that never changes, so that what models make of it does not either
 TINY = FORMATS / "tiny"  # whole checkpoints of a few kilobytes

@@ -7,13 +7,13 @@ from pathlib import Path
 from shutil import copytree
 
 import sentencepiece
-from checkout import ROOT
+from checkout import PROSE
 from hf_models import smollm2_bf16
 
 from tightrope.backends.files.hf_config import ModelShape, read_config
 from tightrope.backends.hf.text.tokenizer import HFTokenizer
 
-CORPUS = (ROOT / "docs" / "request.md").read_text("utf-8") * 3
+CORPUS = PROSE.read_text("utf-8") * 3
 LLAMA_SHAPE = replace(read_config(smollm2_bf16()), raw={"eos_token_id": 2})
 
 

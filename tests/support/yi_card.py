@@ -14,7 +14,7 @@ from typing import Any
 
 import sentencepiece
 import torch
-from checkout import ROOT
+from checkout import PROSE
 from gguf import TokenType
 from gguf_files import write_model
 from quantizers import exl2, gptq
@@ -30,7 +30,7 @@ CHATML = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 _VOCAB, _HIDDEN, _HEADS = 576, 128, 2
-_TEXT = (ROOT / "docs" / "request.md").read_text("utf-8")
+_TEXT = PROSE.read_text("utf-8")
 _CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
