@@ -15,7 +15,8 @@ from tightrope.engine.errors import InvalidRequest
 from tightrope.engine.types import GenerateRequest, Grammar, LogprobRequest, Prompt
 from tightrope.server.fields import structured
 from tightrope.server.fields.lost_fields import idle_scale
-from tightrope.server.fields.names import KNOWN, MAX_INT, Ignored
+from tightrope.server.fields.names import KNOWN, Ignored
+from tightrope.server.fields.numbers import MAX_INT
 from tightrope.server.fields.sampling import read_sampling
 from tightrope.server.fields.structured import overruled, read_grammar
 from tightrope.server.http.body import Body, log_ignored, unread_fields

@@ -1,135 +1,69 @@
-"""Every name under which clients send sampling values, each with the interval that it must lie in."""
+"""Every name under which clients send sampling values, and the one line that a new parameter needs here."""
 
-import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
-from tightrope.engine.errors import InvalidRequest
-from tightrope.engine.sampler.steps import LONGEST_RUN
+from pydantic import Field
+
+from tightrope.engine.sampler.steps import NEUTRAL
+from tightrope.server.fields.numbers import MAX_INT, Interval, Number, number
 from tightrope.server.fields.sampler_order import Order, kobold_order, llama_cpp_order, named_order
 
-MAX_INT = 2**63 - 1  # what crosses the process border as an integer
-_LARGEST = 1e300  # far beyond what any number here is good for
-
 Ignored = tuple[str, str]  # a field's name, and why it changes nothing
-
-
-def shown(value: object) -> str:
-    """A value in a message of one line."""
-    text = json.dumps(value) if isinstance(value, str | int | float | bool) else type(value).__name__
-    return text if len(text) <= 40 else text[:40] + "..."
-
-
-@dataclass(frozen=True, slots=True)
-class Number:
-    """A value of SamplingParams: its names, and the interval that it must lie in."""
-
-    target: str
-    names: tuple[str, ...]
-    low: float = -math.inf
-    high: float = math.inf
-    above_low: bool = False  # the interval is open there
-    below_high: bool = False
-    whole: bool = False
-    off: frozenset[float] = frozenset()  # other values that mean the neutral one
-    unit: float = 1.0  # of what clients send, in the engine's unit
-    part_of: str | None = None  # means something only while that target isn't neutral, and is read only then
-
-    def read(self, name: str, value: object) -> float:
-        """Raises InvalidRequest unless `value` is a number in the interval."""
-        wanted = "an integer" if self.whole else "a number"
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise InvalidRequest(f"{name} must be {wanted}, not {shown(value)}", name)
-        is_low = value < self.low or (self.above_low and value == self.low)
-        is_high = value > self.high or (self.below_high and value == self.high)
-        if is_low or is_high or not abs(value) <= _LARGEST or (self.whole and value != int(value)):
-            raise InvalidRequest(f"{name} must be {wanted} {self._interval()}, not {shown(value)}", name)
-        return int(value) if self.whole else value * self.unit
-
-    def _interval(self) -> str:
-        low = f"{'above' if self.above_low else 'from'} {self.low:g}" if self.low > -math.inf else ""
-        high = f"{'below' if self.below_high else 'to'} {self.high:g}" if self.high < math.inf else ""
-        return f"{low} {high}".strip() or "of a usual size"
-
-
-_CUTOFF = 1e-4  # clients send epsilon and eta cutoffs in ten-thousandths
-
+_MINUS_1 = frozenset({-1})
+_CUTOFF = 1e-4  # Clients send epsilon and eta cutoffs in ten-thousandths.
 NUMBERS = (
-    Number("temperature", ("temperature",), low=0),
-    Number("top_k", ("top_k",), low=0, high=MAX_INT, whole=True, off=frozenset({-1})),
-    Number("top_p", ("top_p",), low=0, above_low=True, high=1),
-    Number("min_p", ("min_p",), low=0, high=1),
-    Number("typical_p", ("typical_p", "typical", "typ_p"), low=0, above_low=True, high=1),
-    Number("repetition_penalty", ("repetition_penalty", "rep_pen", "repeat_penalty"), low=0, above_low=True),
-    Number("frequency_penalty", ("frequency_penalty", "freq_pen"), low=-2, high=2),
-    Number("presence_penalty", ("presence_penalty", "presence_pen"), low=-2, high=2),
-    Number(
+    number("temperature"),
+    number("top_k", off=_MINUS_1),
+    number("top_p"),
+    number("min_p"),
+    number("typical_p", "typical_p", "typical", "typ_p"),
+    number("repetition_penalty", "repetition_penalty", "rep_pen", "repeat_penalty"),
+    number("frequency_penalty", "frequency_penalty", "freq_pen"),
+    number("presence_penalty", "presence_penalty", "presence_pen"),
+    number(
         "penalty_range",
-        ("repetition_penalty_range", "penalty_range", "rep_pen_range", "repeat_last_n", "repetition_range"),
-        low=0,
-        high=MAX_INT,
-        whole=True,
-        off=frozenset({-1}),
+        *("repetition_penalty_range", "penalty_range", "rep_pen_range", "repeat_last_n", "repetition_range"),
+        off=_MINUS_1,
     ),
-    Number(
-        "repetition_decay",
-        ("repetition_decay", "token_repetition_decay"),
-        low=0,
-        high=MAX_INT,
-        whole=True,
-        part_of="penalty_range",
-    ),
-    Number("smoothing_factor", ("smoothing_factor",), low=0, high=1000),
-    Number("smoothing_curve", ("smoothing_curve",), low=1, high=100, part_of="smoothing_factor"),
-    Number("top_n_sigma", ("top_n_sigma", "nsigma"), low=0, off=frozenset({-1})),
-    Number("tfs", ("tfs", "tfs_z"), low=0, above_low=True, high=1),
-    Number("top_a", ("top_a",), low=0, high=1),
-    Number("epsilon_cutoff", ("epsilon_cutoff",), low=0, high=10_000, below_high=True, unit=_CUTOFF),
-    Number("eta_cutoff", ("eta_cutoff",), low=0, high=10_000, below_high=True, unit=_CUTOFF),
-    Number("xtc_probability", ("xtc_probability",), low=0, high=1),
-    Number("xtc_threshold", ("xtc_threshold",), low=0, high=1, part_of="xtc_probability"),
-    Number("mirostat_mode", ("mirostat_mode", "mirostat"), low=0, high=2, whole=True),
-    Number("mirostat_tau", ("mirostat_tau",), low=0, above_low=True, part_of="mirostat_mode"),
-    Number("mirostat_eta", ("mirostat_eta",), low=0, above_low=True, high=1, part_of="mirostat_mode"),
-    Number("skew", ("skew",), low=-20, high=20),
-    Number("dry_multiplier", ("dry_multiplier",), low=0),
-    Number("dry_base", ("dry_base",), low=1, part_of="dry_multiplier"),
-    Number(
-        "dry_allowed_length", ("dry_allowed_length",), low=1, high=LONGEST_RUN, whole=True, part_of="dry_multiplier"
-    ),
-    Number(
-        "dry_range",
-        ("dry_range", "dry_penalty_last_n"),
-        low=0,
-        high=MAX_INT,
-        whole=True,
-        off=frozenset({-1}),
-        part_of="dry_multiplier",
-    ),
-    Number("no_repeat_ngram_size", ("no_repeat_ngram_size",), low=0, high=LONGEST_RUN, whole=True),
-    Number("min_keep", ("min_keep",), low=0, high=MAX_INT, whole=True),
-    Number("seed", ("seed", "sampler_seed"), low=0, high=2**64, below_high=True, whole=True, off=frozenset({-1})),
+    number("repetition_decay", "repetition_decay", "token_repetition_decay", part_of="penalty_range"),
+    number("smoothing_factor"),
+    number("smoothing_curve", part_of="smoothing_factor"),
+    number("top_n_sigma", "top_n_sigma", "nsigma", off=_MINUS_1),
+    number("tfs", "tfs", "tfs_z"),
+    number("top_a"),
+    number("epsilon_cutoff", unit=_CUTOFF),
+    number("eta_cutoff", unit=_CUTOFF),
+    number("xtc_probability"),
+    number("xtc_threshold", part_of="xtc_probability"),
+    number("mirostat_mode", "mirostat_mode", "mirostat"),
+    number("mirostat_tau", part_of="mirostat_mode"),
+    number("mirostat_eta", part_of="mirostat_mode"),
+    number("skew"),
+    number("dry_multiplier"),
+    number("dry_base", part_of="dry_multiplier"),
+    number("dry_allowed_length", part_of="dry_multiplier"),
+    number("dry_range", "dry_range", "dry_penalty_last_n", off=_MINUS_1, part_of="dry_multiplier"),
+    number("no_repeat_ngram_size"),
+    number("min_keep"),
+    number("seed", "seed", "sampler_seed", off=_MINUS_1),
 )
-MIN_TOKENS = Number("min_tokens", ("min_tokens", "min_length"), low=0, high=MAX_INT, whole=True)
+MIN_TOKENS = Number("min_tokens", ("min_tokens", "min_length"), Interval(0, MAX_INT, whole=True))
 MAX_TOKENS = Number(
     "max_tokens",
     ("max_completion_tokens", "max_tokens", "max_new_tokens", "n_predict", "num_predict", "max_length"),
-    low=0,
-    high=MAX_INT,
-    whole=True,
-    off=frozenset({-1, -2}),  # "as many as there is room for", in llama.cpp's and Ollama's words
+    Interval(0, MAX_INT, whole=True),
+    off=frozenset({-1, -2}),  # In llama.cpp's and Ollama's words they mean as many as there is room for.
 )
-TEMPERATURE = Number("temperature", (), low=0)
+TEMPERATURE = number("temperature")  # It is read for the ends of a dynamic one, too.
 DYNATEMP_LOW = ("dynatemp_low", "dynatemp_min", "min_temp")
 DYNATEMP_HIGH = ("dynatemp_high", "dynatemp_max", "max_temp")
-RANGE = Number("dynatemp_range", ("dynatemp_range",), low=0)
-ADAPTIVE_TARGET = Number("adaptive_target", ("adaptive_target",), high=1)
-ADAPTIVE_DECAY = Number("adaptive_decay", ("adaptive_decay",), low=0, high=1, below_high=True)
-EXPONENT = Number("dynatemp_exponent", ("dynatemp_exponent", "temp_exponent"), low=0, above_low=True)
-
-GUIDANCE = Number("scale", ("guidance_scale", "cfg_scale"), low=0, high=100, off=frozenset({1}))
+RANGE = number("dynatemp_range")
+EXPONENT = number("dynatemp_exponent", "dynatemp_exponent", "temp_exponent")
+ADAPTIVE_TARGET = number("adaptive_target")
+ADAPTIVE_DECAY = number("adaptive_decay")
+GUIDANCE = Number("scale", ("guidance_scale", "cfg_scale"), Interval(0, 100), off=frozenset({1}))
 NEGATIVE = "negative_prompt"
 
 STOPS = ("stop", "stopping_strings", "stop_sequence", "stop_sequences")
@@ -157,7 +91,7 @@ WITHOUT_EFFECT: Mapping[str, tuple[Callable[[Any], bool], str]] = {  # by name: 
     "max_tokens_second": (lambda v: v == 0, "the rate of tokens is not limited"),
     "speculative_ngram": (lambda v: v is False, "the server decides how it speculates"),
 }
-_OTHER_NUMBERS = (MIN_TOKENS, MAX_TOKENS, RANGE, EXPONENT, ADAPTIVE_TARGET, ADAPTIVE_DECAY, GUIDANCE)
+OTHER_NUMBERS = (MIN_TOKENS, MAX_TOKENS, RANGE, EXPONENT, ADAPTIVE_TARGET, ADAPTIVE_DECAY, GUIDANCE)
 ROPE = frozenset(
     {"rope_scaling", "rope_factor", "rope_theta", "rope_scale", "rope_alpha", "alpha_value", "compress_pos_emb"}
     | {"rope_freq_base", "rope_freq_scale", "rope_frequency_base", "rope_frequency_scale"}
@@ -167,7 +101,7 @@ STEERING: frozenset[str] = frozenset(  # without which an answer would be anothe
     {NEGATIVE, *STOPS, "stop_token_ids", *IGNORE_EOS, "logit_bias"} | {*BANNED_STRINGS, *BANNED_TOKENS, *ALLOWED_TOKENS}
 )
 KNOWN: frozenset[str] = frozenset(  # all names that are read here
-    {name for number in (*NUMBERS, *_OTHER_NUMBERS) for name in number.names}
+    {name for number in (*NUMBERS, *OTHER_NUMBERS) for name in number.names}
     | {*STOPS, *IGNORE_EOS, *KEEP_STOP, *BANNED_STRINGS, *BANNED_TOKENS, *ALLOWED_TOKENS}
     | {*DYNATEMP_LOW, *DYNATEMP_HIGH}
     | {"dry_sequence_breakers", "dynamic_temperature", "do_sample", "temperature_last", "stop_token_ids", "logit_bias"}
@@ -177,3 +111,18 @@ KNOWN: frozenset[str] = frozenset(  # all names that are read here
     | WITHOUT_EFFECT.keys()
     | ROPE
 )
+
+
+def api_field(target: str, description: str | None = None) -> Any:  # noqa: ANN401 - as pydantic's Field
+    """The field of a body that shows this number on the API page, with its neutral value and its interval."""
+    (number,) = (number for number in NUMBERS if number.target == target)
+    interval = number.interval
+    low, high = min((interval.low, *number.off)), interval.high if math.isfinite(interval.high) else None
+    return Field(
+        getattr(NEUTRAL, target),
+        description=description,
+        gt=low if interval.above_low else None,
+        ge=None if interval.above_low else low,
+        lt=high if interval.below_high else None,
+        le=None if interval.below_high else high,
+    )

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from tightrope.engine.errors import InvalidRequest
-from tightrope.engine.sampler.steps import SAMPLER_ORDER
+from tightrope.engine.sampler.steps import BY_NAME, SAMPLER_ORDER
 
 # the steps in order, the SamplingParams that a list switches off, and names in it that mean no step
 Order = tuple[tuple[str, ...], frozenset[str], tuple[str, ...]]
@@ -16,15 +16,8 @@ _STEPS: Mapping[str, str] = {step: step for step in SAMPLER_ORDER} | {
     "tfs_z": "tfs",
     "nsigma": "top_n_sigma",
 }
-_SET_BY_A_STEP: Mapping[str, str] = {
-    "smoothing": "smoothing_factor",
-    "xtc": "xtc_probability",
-    "adaptive_p": "adaptive_target",
-}
-_IN_THEIR_PLACE = frozenset(  # steps that come before or after all others, whatever a list says
-    {"penalties", "repetition_penalty", "presence_penalty", "frequency_penalty", "no_repeat_ngram", "dry", "mirostat"}
-    | {"encoder_repetition_penalty", "adaptive_p", "skew", "infill", "logit_bias"}
-)
+# Steps that come before or after all others, whatever a list says.
+_IN_THEIR_PLACE = BY_NAME.keys() - {*SAMPLER_ORDER} | {"penalties", "encoder_repetition_penalty", "infill"}
 _LETTERS: Mapping[str, str] = {  # llama.cpp's short form of a list
     "d": "dry",
     "k": "top_k",
@@ -67,7 +60,7 @@ def llama_cpp_order(name: str, value: object) -> Order:
         value = [_LETTERS[letter] for letter in value]
     order, _, unknown = named_order(name, value)
     missing = _LLAMA_CPP - {*order, *_names(name, value)}
-    left_out = frozenset(_SET_BY_A_STEP.get(step, step) for step in missing) if order else frozenset()
+    left_out = frozenset(BY_NAME[step].params[0] for step in missing) if order else frozenset()
     return order, left_out, unknown
 
 

@@ -9,7 +9,7 @@ changes nothing; nothing else is read here, and names that this module doesn't k
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeGuard
+from typing import Any
 
 from tightrope.engine.errors import InvalidRequest
 from tightrope.engine.sampler.breakers import MAX_BYTES
@@ -17,7 +17,8 @@ from tightrope.engine.sampler.steps import ORDERED, SAMPLER_ORDER, SamplingParam
 from tightrope.engine.text.banned_strings import MAX_CHARS, MAX_STRINGS
 from tightrope.engine.types import Guidance, StopRules
 from tightrope.server.fields import names
-from tightrope.server.fields.names import MAX_INT, Ignored, Number, shown
+from tightrope.server.fields.names import Ignored
+from tightrope.server.fields.numbers import MAX_INT, Number, is_number, shown
 
 MAX_STOPS = 1024  # the engine looks for each of them after each token
 MAX_BREAKERS = 16384
@@ -97,7 +98,7 @@ class _Reading:
     def number(self, number: Number) -> float | None:
         """None where the field is absent or off."""
         name = self.first(number.names)
-        if name is None or (_is_number(self.given[name]) and self.given[name] in number.off):
+        if name is None or (is_number(self.given[name]) and self.given[name] in number.off):
             return None
         return number.read(name, self.given[name])
 
@@ -205,7 +206,7 @@ class _Reading:
         values: dict[int, float | bool] = {}
         for key, value in pairs:
             is_ban = value is False
-            if not is_ban and not (_is_number(value) and -100 <= value <= 100):
+            if not is_ban and not (is_number(value) and -100 <= value <= 100):
                 raise InvalidRequest(f"{name}: {shown(value)} for token {shown(key)} is not within -100 and 100", name)
             values[_token_id(name, key)] = value
         known = self._known_ids(name, values)
@@ -331,7 +332,7 @@ def _ids(name: str, value: object) -> list[int]:
 def _token_id(name: str, value: object) -> int:
     if isinstance(value, str) and value.strip().removeprefix("-").isdecimal() and value.isascii() and len(value) < 20:
         return int(value)
-    if _is_number(value) and abs(value) < MAX_INT and value == int(value):
+    if is_number(value) and abs(value) < MAX_INT and value == int(value):
         return int(value)
     raise InvalidRequest(f"{name}: {shown(value)} is no token id", name)
 
@@ -341,7 +342,3 @@ def _from_json(name: str, text: str) -> object:
         return json.loads(text)
     except (ValueError, RecursionError):
         raise InvalidRequest(f"{name} must be JSON where it begins with a bracket, not {shown(text)}", name) from None
-
-
-def _is_number(value: object) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field
 
-from tightrope.server.fields.names import MAX_INT
+from tightrope.server.fields.numbers import MAX_INT
 from tightrope.server.http.body import Body, FirstErrorOnly
 
 Ids = Annotated[list[Annotated[int, Field(ge=-MAX_INT, le=MAX_INT)]], FirstErrorOnly()]

@@ -13,7 +13,8 @@ from tightrope.server.dialects.openai.requests import ChatRequest, SamplingBody
 from tightrope.server.dialects.openai.tools import check_tools
 from tightrope.server.dialects.tgi.requests import GenerateBody
 from tightrope.server.fields import structured
-from tightrope.server.fields.names import KNOWN, MAX_INT
+from tightrope.server.fields.names import KNOWN
+from tightrope.server.fields.numbers import MAX_INT
 from tightrope.server.http.body import Body, JsonRoute
 from tightrope.server.http.error_docs import STATUS_ERRORS, TGI_ERRORS, only
 from tightrope.server.http.long_lists import json_answer, json_list, json_object

@@ -7,7 +7,8 @@ import pytest
 from tightrope.engine.errors import InvalidRequest
 from tightrope.engine.sampler.steps import SAMPLER_ORDER, SamplingParams
 from tightrope.engine.types import Guidance, StopRules
-from tightrope.server.fields.names import KNOWN, NUMBERS, WITHOUT_EFFECT, Number
+from tightrope.server.fields.names import KNOWN, NUMBERS, OTHER_NUMBERS, WITHOUT_EFFECT
+from tightrope.server.fields.numbers import INTERVALS, Number
 from tightrope.server.fields.sampling import read_sampling
 
 V = 1000
@@ -96,15 +97,21 @@ def test_null_is_absent_and_unknown_names_are_left_alone() -> None:
     assert (read.params, read.stop, read.ignored) == (SamplingParams(), StopRules(), ())
 
 
+def test_every_number_of_the_sampler_has_names_under_which_clients_send_it() -> None:
+    of_tgi = {"relative_frequency_penalty"}
+    assert {number.target for number in (*NUMBERS, *OTHER_NUMBERS)} >= INTERVALS.keys() - of_tgi
+
+
 @pytest.mark.parametrize("number", NUMBERS, ids=lambda number: number.target)
 def test_each_name_of_a_value_means_the_same(number: Number) -> None:
     switch = {} if number.part_of is None else {number.part_of: 1}
-    value = max(number.low, 0) + (2 if number.whole else 0.5)
+    interval = number.interval
+    value = max(interval.low, 0) + (2 if interval.whole else 0.5)
     read = {repr(params(**{name: value, **switch})) for name in number.names}
     assert len(read) == 1
     assert read != {repr(params(**switch))}
     for name in number.names:
-        for wrong in ("1", True, [1], number.low - 2, number.high + 1):
+        for wrong in ("1", True, [1], interval.low - 2, interval.high + 1):
             if wrong in (-float("inf"), float("inf")):
                 wrong = 10**400
             with pytest.raises(InvalidRequest) as caught:

@@ -9,7 +9,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from tightrope.server.asking import AnswerBody
-from tightrope.server.fields.names import MAX_INT
+from tightrope.server.fields.names import api_field
+from tightrope.server.fields.numbers import MAX_INT
 from tightrope.server.http.body import EVERY_NAME, Body, FirstErrorOnly, ShownBody
 from tightrope.server.http.token_ids import Ids
 
@@ -43,16 +44,16 @@ class SamplingBody(AnswerBody):
     stop: str | Annotated[list[str], FirstErrorOnly()] | None = Field(
         None, description="Texts that end the answer and are cut from it."
     )
-    temperature: float = Field(1.0, ge=0, description="0 is greedy.")
-    top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=-1, le=MAX_INT, description="0 and -1 are off.")
-    min_p: float = Field(0.0, ge=0, le=1)
-    typical_p: float = Field(1.0, gt=0, le=1)
-    repetition_penalty: float = Field(1.0, gt=0, description="Over prompt and answer, once per token id.")
-    presence_penalty: float = Field(0.0, ge=-2, le=2)
-    frequency_penalty: float = Field(0.0, ge=-2, le=2)
+    temperature: float = api_field("temperature", "0 is greedy.")
+    top_p: float = api_field("top_p")
+    top_k: int = api_field("top_k", "0 and -1 are off.")
+    min_p: float = api_field("min_p")
+    typical_p: float = api_field("typical_p")
+    repetition_penalty: float = api_field("repetition_penalty", "Over prompt and answer, once per token id.")
+    presence_penalty: float = api_field("presence_penalty")
+    frequency_penalty: float = api_field("frequency_penalty")
     logit_bias: Bias | None = Field(None, description='{"token id": -100 to 100}; -100 and false ban.')
-    seed: int | None = Field(None, ge=-1, lt=2**64, description="The same seed gives the same text; -1 is random.")
+    seed: int | None = api_field("seed", "The same seed gives the same text; -1 is random.")
     min_tokens: int = Field(0, ge=0, le=MAX_INT, description="Ends are held back until then.")
     ignore_eos: bool = Field(False, description="Write on to max_tokens.")
     stop_token_ids: Ids | None = None
