@@ -74,7 +74,7 @@ def _of_folder(folder: Path, settings: ModelSettings, memory_bytes: int | None) 
     found = inspect(folder, settings)
     shape, blueprint = found.shape, found.blueprint
     weight_bytes = blueprint.weight_bytes + room_for_adapters(settings)
-    free_bytes = _grossed_up(memory_bytes) if memory_bytes is not None else hf.free_bytes()
+    free_bytes = _grossed_up(memory_bytes) if memory_bytes is not None else hf.free_bytes(hf.serving_device())
     spare = spare_bytes(weight_bytes, free_bytes)
     window = hf.served_window(settings, shape, hf.rope_of(settings, shape))
     chosen, refusal = None, None

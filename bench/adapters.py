@@ -22,8 +22,8 @@ from bench.gpu.random_weights import Sizes, gptq_entries, plain_entries, random_
 from bench.load import exclusive
 from bench.stats import spread
 from tightrope.backends.files.safetensors import TensorEntry
+from tightrope.backends.hf.load.model import LoadedModel
 from tightrope.backends.hf.modules.linear import Linear
-from tightrope.backends.hf.runner import LoadedModel
 from tightrope.backends.threads import compute_threads
 from tightrope.kernels import dispatch
 from tightrope.kernels.forms.layout import CacheFormat
@@ -134,10 +134,10 @@ def decode_step(model: LoadedModel, streams: int) -> Callable[[AdapterRows | Non
     step, num_pages = make_step(((1, CONTEXT),) * streams, CPU)
     layer = model.layers[0]
     format = CacheFormat("q8", layer.num_kv_heads, layer.head_dim)
-    model.attach([noisy_cache(format, num_pages, CPU) for _ in model.layers])
+    caches = [noisy_cache(format, num_pages, CPU) for _ in model.layers]
     tables = {"default": make_table(layer.head_dim, CONTEXT, streams, CPU)}
     token_ids, rows = torch.arange(streams), torch.arange(streams)
-    return lambda adapters: model.forward(token_ids, step, tables, rows, adapters)
+    return lambda adapters: model.forward(caches, token_ids, step, tables, rows, adapters)
 
 
 def taking_turns(works: Sequence[Callable[[], object]], rounds: int) -> list[dict[str, float]]:

@@ -25,8 +25,7 @@ from tqdm import tqdm
 from bench import report
 from bench.english import NAME, english_text
 from tightrope.backends.hf.backend import HFBackend
-from tightrope.backends.hf.cache.pages import PagedKVCache
-from tightrope.backends.hf.run.variants import CacheVariant, CacheVariants
+from tightrope.backends.hf.run.variants import CacheVariant
 from tightrope.backends.protocol import Chunk
 from tightrope.backends.settings import CacheSettings, ModelSettings
 from tightrope.engine.perplexity import Score, compare, cut_windows, window_bos
@@ -41,16 +40,17 @@ MOST_KL, MOST_CHANGE, MOST_RATIO = 0.0004, 0.001, 0.6  # nats of q8; of its perp
 class AfterRotation(CacheVariant):
     """A variant with an f16 cache into which keys and values go through the layout after rotation."""
 
-    def __init__(self, base: HFBackend, caches: Sequence[LayerCache], dtype: CacheDtype) -> None:
-        super().__init__(base, caches)
-        self._hf, self._dtype = base, dtype
+    def __init__(self, base: HFBackend, dtype: CacheDtype) -> None:
+        variants = base.variants()
+        super().__init__(base, variants.runner(["f16"] * variants.num_layers), base.inputs)
+        self._dtype = dtype
 
     def forward(self, chunks: Sequence[Chunk]) -> Tensor:
         """See Backend."""
-        assert isinstance(self._hf.kv, PagedKVCache)
-        step, tables = self._hf.steps.build(chunks, self._hf.kv)
+        inputs, runner = self.inputs(chunks), self.runner
+        step, tables = inputs.layout.to(runner.model.device), runner.tables(inputs)
         back = {name: _reversed(table) for name, table in tables.items()}
-        rope_of = {id(c): layer.rope for c, layer in zip(self.caches, self._hf.model.layers, strict=True)}
+        rope_of = {id(c): layer.rope for c, layer in zip(runner.caches, runner.model.layers, strict=True)}
         store = dispatch.store_kv
 
         def store_rounded(cache: LayerCache, keys: Tensor, values: Tensor, slots: Tensor) -> None:
@@ -100,14 +100,13 @@ def measure_model(folder: Path, text: str, context: int, tokens: int) -> dict[st
 
 
 def _lanes(base: HFBackend) -> dict[tuple[CacheDtype, str], CacheVariant]:
-    variants = CacheVariants(base)
+    variants = base.variants()
     lanes: dict[tuple[CacheDtype, str], CacheVariant] = {}
     for kind in KINDS:
         dtypes = [kind] * variants.num_layers
         lanes[kind, FACTOR] = variants.variant(dtypes)
         lanes[kind, PLAIN] = variants.variant(dtypes, has_factors=False)
-        wide = variants.variant(["f16"] * variants.num_layers)
-        lanes[kind, AFTER] = AfterRotation(base, wide.caches, kind)
+        lanes[kind, AFTER] = AfterRotation(base, kind)
     return lanes
 
 
@@ -125,7 +124,7 @@ def _memory(base: HFBackend, lanes: dict[tuple[CacheDtype, str], CacheVariant]) 
     """Planned and allocated bytes of one token's keys and values in all layers."""
     served: dict[str, HFBackend | CacheVariant] = {"f16": base, **{kind: lanes[kind, FACTOR] for kind in KINDS}}
     return {
-        kind: {"planned": backend.card.cache_token_bytes, "allocated": allocated_bytes(backend.caches)}
+        kind: {"planned": backend.card.cache_token_bytes, "allocated": allocated_bytes(backend.runner.caches)}
         for kind, backend in served.items()
     }
 

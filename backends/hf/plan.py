@@ -115,9 +115,14 @@ def check_layers(plan: Plan, layers: Sequence[LayerInfo]) -> None:
             raise BackendError(f"config.json: layer {number} sees more than its sliding_window")
 
 
-def free_bytes() -> int:
-    """Bytes that weights, cache and workspace may be put into: of the GPU's memory where there is one."""
-    return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else free_memory()
+def serving_device() -> torch.device:
+    """Where a model runs that nobody places: on the GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes of a device's memory that weights, cache and workspace may be put into."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
 
 
 def cache_dtype(settings: ModelSettings) -> CacheDtype:

@@ -1,110 +1,99 @@
-"""A loaded model: token ids and a step's layout in, logits out."""
+"""ModelRunner: weights, caches and graphs on one device."""
 
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from tightrope.backends.files.hf_config import ModelShape
-from tightrope.backends.files.safetensors import Checkpoint
-from tightrope.backends.hf.adapters.rows import Adapters
-from tightrope.backends.hf.load.blueprint import Blueprint, draw
-from tightrope.backends.hf.load.loader import load_weights, share
-from tightrope.backends.hf.modules.experts import Experts
-from tightrope.backends.hf.modules.step import CurrentStep, LayerInfo
-from tightrope.backends.rope.scaling import RopeSpec
-from tightrope.kernels import dispatch
-from tightrope.kernels.forms.layer import StackedExperts
-from tightrope.kernels.forms.layout import LayerCache, RopeTable, StepLayout
-from tightrope.kernels.forms.low_rank import AdapterRows
+from tightrope.backends.errors import BackendError
+from tightrope.backends.hf.load.model import LoadedModel
+from tightrope.backends.hf.run.graphs import DecodeGraphs
+from tightrope.backends.hf.run.rotary import RotarySets
+from tightrope.backends.hf.run.steps import StepInputs
+from tightrope.kernels.forms.layout import LayerCache, RopeTable
 
-__all__ = ["LayerInfo", "LoadedModel", "build", "load_model"]
+# A step of so many tokens gives torch all threads; in a smaller one waking them takes longer than the work.
+BLAS_TOKENS = 17
 
 
-class LoadedModel:
-    """A causal language model over our cache. One step at a time.
+class ModelRunner:
+    """Runs steps, one at a time, on the device that holds its model. The books of its cache are kept elsewhere.
 
-    `tree` is its module tree, `layers` are its attention layers in order, `activation_dtype` is that of hidden states
-    (float32 on a CPU), and `notes` say what of transformers' own code runs.
+    Runners may share a model: each stores into its own `caches`, one for each of the model's layers.
     """
 
     def __init__(
-        self, model: PreTrainedModel, current: CurrentStep, layers: tuple[LayerInfo, ...], notes: tuple[str, ...],
-        device: torch.device, activation_dtype: torch.dtype, adapters: Adapters,
-    ) -> None:  # fmt: skip
-        self.tree, self._current = model, current
-        self.layers, self.notes, self.device, self.activation_dtype = layers, notes, device, activation_dtype
-        self.vocab_size: int = model.config.get_text_config().vocab_size
-        self.adapters = adapters
+        self, model: LoadedModel, caches: Sequence[LayerCache], rotary: Mapping[str, RotarySets], threads: int
+    ) -> None:
+        """rotary: for each `rope` of the model's layers. threads: of torch's own kernels, in a large step."""
+        assert len(caches) == len(model.layers)
+        self.model, self.caches, self.rotary = model, tuple(caches), rotary
+        self._threads = threads
+        self._forward = partial(model.forward, self.caches)
+        self._graphs: DecodeGraphs | None = None
 
-    @property
-    def picks_experts_on_card(self) -> bool:
-        """Whether no step waits to learn which experts were picked; asked of mixtures alone."""
-        found = [module for module in self.tree.modules() if isinstance(module, Experts)]
-        return bool(found) and all(isinstance(module.whole, StackedExperts) for module in found)
+    def beside(self, caches: Sequence[LayerCache]) -> "ModelRunner":
+        """Another runner of the same weights, with other caches; it records no graphs."""
+        return ModelRunner(self.model, caches, self.rotary, self._threads)
 
-    def attach(self, caches: Sequence[LayerCache]) -> None:
-        """Use these caches, one a layer, from now on."""
-        assert len(caches) == len(self.layers)
-        self._current.caches = tuple(caches)
+    def record_decode(self, max_num_seqs: int, max_model_len: int) -> None:
+        """From now on record steps of one token a sequence as CUDA graphs, and play them back: see DecodeGraphs."""
+        has_windows = any(cache.is_windowed for cache in self.caches)
+        device = self.model.device
+        self._graphs = DecodeGraphs(self._forward, max_num_seqs, max_model_len, device, has_windows=has_windows)
 
-    @torch.inference_mode()
-    def forward(
-        self, token_ids: Tensor, step: StepLayout, tables: Mapping[str, RopeTable], rows: Tensor,
-        adapters: AdapterRows | None = None,
-    ) -> Tensor:  # fmt: skip
-        """Logits [len(rows), V] float32 of the given rows [int64] of token_ids [T] int64.
+    def run(self, inputs: StepInputs) -> Tensor:
+        """Logits [n, V] float32 of the wanted rows, on the CPU and the caller's own. Stores keys and values.
 
-        V is larger where an adapter of the step knows more tokens. Stores the step's keys and values. `tables` has one
-        for each `rope` of `layers`; `adapters` says which of the token_ids use which.
+        V is larger where an adapter of the step knows more tokens. Raises BackendError for a step that failed.
         """
-        self._current.layout, self._current.tables = step, tables
-        self._current.adapters = adapters
-        self._current.head_adapters = None if adapters is None else adapters.at(rows)
-        output = self.tree(
-            input_ids=token_ids.unsqueeze(0),
-            position_ids=step.positions.unsqueeze(0),
-            use_cache=False,
-            logits_to_keep=rows,
-        )
-        logits: Tensor = output.logits[0].float()
-        head_adapters = self._current.head_adapters
-        return logits if head_adapters is None else self.adapters.ruled_out(logits, head_adapters)
+        num_tokens, device = len(inputs.token_ids), self.model.device
+        with _failing_as(f"a step of {num_tokens} tokens"), torch.inference_mode(), self._blas_threads(num_tokens):
+            token_ids, rows = inputs.token_ids.to(device), inputs.rows.to(device)
+            layout, tables = inputs.layout.to(device), self.tables(inputs)
+            if inputs.adapters is not None:
+                logits = self._forward(token_ids, layout, tables, rows, inputs.adapters.to(device)).cpu()
+            else:
+                forward = self._forward if self._graphs is None else self._graphs.forward
+                logits = forward(token_ids, layout, tables, rows).cpu()
+        return torch.from_numpy(logits.numpy())  # A tensor of inference mode couldn't be changed by the sampler.
+
+    def tables(self, inputs: StepInputs) -> dict[str, RopeTable]:
+        """By what each kind of layer rotates in this step."""
+        return {name: rotary.table(inputs.rope_lengths) for name, rotary in self.rotary.items()}
+
+    def copy_pages(self, copies: Sequence[tuple[int, int]], *, are_windowed: bool) -> None:
+        """Copy pages, (source, target), in every layer of that kind; no page is both, or a target twice.
+
+        Raises BackendError; the same copies may then be made again.
+        """
+        sources, targets = (list(pages) for pages in zip(*copies, strict=True))
+        with _failing_as(f"copying {len(copies)} pages"), torch.inference_mode():
+            for cache in self.caches:
+                if cache.is_windowed is are_windowed:
+                    for tensor in (cache.key_codes, cache.key_scales, cache.value_codes, cache.value_scales):
+                        tensor[targets] = tensor[sources]
+
+    @contextmanager
+    def _blas_threads(self, num_tokens: int) -> Iterator[None]:
+        """Let torch compute a large step with all threads; the kernels have threads of their own."""
+        if num_tokens < BLAS_TOKENS:
+            yield
+            return
+        torch.set_num_threads(self._threads)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(1)
 
 
-def load_model(
-    folder: Path,
-    shape: ModelShape,
-    checkpoint: Checkpoint,
-    *,
-    device: torch.device | str = "cpu",
-    rope: Mapping[str, RopeSpec] | None = None,
-    progress: Callable[[float], None] = lambda share: None,
-) -> LoadedModel:
-    """Draw and build the model that `folder`/config.json describes: see `draw` and `build`."""
-    return build(draw(folder, shape, checkpoint, rope, device), progress)
-
-
-def build(blueprint: Blueprint, progress: Callable[[float], None]) -> LoadedModel:
-    """Fill the model, once. Raises BackendError for weights that can't be."""
-    model, checkpoint, names, device = blueprint.tree, blueprint.checkpoint, blueprint.names, blueprint.device
-    notes = list(blueprint.notes)
-    quantization = blueprint.quantization
-    if quantization is not None:
-        kernels = dispatch.describe(device, is_exl2=quantization.format.name == "EXL2")
-        notes.append(f"weights: {quantization.describe()}, run by {kernels} kernels")
-    weights = list(blueprint.weights)
-    if blueprint.tied is not None:
-        weights, note = share(weights, *blueprint.tied, checkpoint, names)
-        notes += [] if note is None else [note]
-    load_weights(weights, blueprint.assemblies, checkpoint, names, device, progress)
-    for module in model.modules():
-        if isinstance(module, Experts):
-            module.settle()
-        for name, buffer in module.named_buffers(recurse=False):
-            module._buffers[name] = buffer.to(device)
-    return LoadedModel(
-        model, blueprint.current, blueprint.layers, tuple(notes), device, blueprint.activation_dtype, blueprint.adapters
-    )
+@contextmanager
+def _failing_as(work: str) -> Iterator[None]:
+    """Raise BackendError where torch raises an error of its own, running out of memory among them."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise BackendError(f"the model failed in {work}: {reason}") from error

@@ -6,7 +6,7 @@ reference code (llama3). What config.json calls the parameters is transformers' 
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -62,6 +62,13 @@ class RopeSpec:
     def frequencies(self, length: int) -> tuple[NDArray[np.float32], float]:
         """Radians a token, float32 [rotary_dim / 2], and the attention factor, for a sequence of `length` tokens."""
         return self._scaled(length).astype(np.float32), self.attention_factor
+
+    def key(self, length: int) -> Hashable:
+        """What tells the frequencies of a sequence of `length` tokens from those of others."""
+        if not self.depends_on_length:
+            return None
+        inv_freq, attention_factor = self.frequencies(length)
+        return inv_freq.tobytes(), attention_factor
 
     def describe(self) -> str:
         """The line printed at start: kind, factor, trained window, served window."""

@@ -15,10 +15,10 @@ from bench.gpu.correctness import Check
 from bench.gpu.model import SMALL
 from bench.gpu.random_weights import Sizes, gptq_entries, random_model
 from bench.gpu.timing import seconds
+from tightrope.backends.hf.load.model import LoadedModel
 from tightrope.backends.hf.modules.experts import Experts
 from tightrope.backends.hf.run import graphs
 from tightrope.backends.hf.run.graphs import DecodeGraphs
-from tightrope.backends.hf.runner import LoadedModel
 from tightrope.backends.quant.find import find_quantization
 from tightrope.kernels.forms.layout import CacheFormat
 
@@ -107,10 +107,10 @@ def _step(model: LoadedModel, num_seqs: int, context: int) -> Callable[[], Tenso
     layer, device = model.layers[0], model.device
     step, num_pages = make_step(((1, context),) * num_seqs, device)
     format = CacheFormat("q8", layer.num_kv_heads, layer.head_dim)
-    model.attach([noisy_cache(format, num_pages, device) for _ in model.layers])
+    over = partial(model.forward, [noisy_cache(format, num_pages, device) for _ in model.layers])
     tables = {"default": make_table(layer.head_dim, context, num_seqs, device)}
     token_ids, rows = torch.arange(num_seqs, device=device), torch.arange(num_seqs, device=device)
-    forward = model.forward if device.type != "cuda" else DecodeGraphs(model.forward, num_seqs, context, device).forward
+    forward = over if device.type != "cuda" else DecodeGraphs(over, num_seqs, context, device).forward
     return partial(forward, token_ids, step, tables, rows)
 
 

@@ -11,8 +11,8 @@ import torch
 from bench.gpu.cases import make_step, make_table, noisy_cache
 from bench.gpu.random_weights import plain_entries, random_model
 from bench.gpu.timing import seconds
+from tightrope.backends.hf.load.model import LoadedModel
 from tightrope.backends.hf.run.graphs import DecodeGraphs, Forward
-from tightrope.backends.hf.runner import LoadedModel
 from tightrope.kernels.forms.layout import CacheFormat
 
 BAR = 0.7  # share of the roofline that decode of one sequence must reach under graphs
@@ -60,11 +60,11 @@ def _measure(
     layer, device = model.layers[0], model.device
     format = CacheFormat("q8", layer.num_kv_heads, layer.head_dim)
     step, num_pages = make_step(((1, context),) * num_seqs, device)
-    model.attach([noisy_cache(format, num_pages, device) for _ in model.layers])
+    over = partial(model.forward, [noisy_cache(format, num_pages, device) for _ in model.layers])
     tables = {"default": make_table(layer.head_dim, context, num_seqs, device, theta=5e6)}
     token_ids, rows = torch.zeros(num_seqs, dtype=torch.int64, device=device), torch.arange(num_seqs, device=device)
     step_bytes = weight_bytes + format.bytes_per_token * context * num_seqs * len(model.layers)
-    for graphs, forward in _runners(model, context, device):
+    for graphs, forward in _runners(over, context, device):
         with torch.inference_mode():
             time = seconds(partial(forward, token_ids, step, tables, rows), device, 20)
         share = step_bytes / time / bandwidth
@@ -82,10 +82,10 @@ def _measure(
         }
 
 
-def _runners(model: LoadedModel, context: int, device: torch.device) -> list[tuple[bool, Forward]]:
+def _runners(forward: Forward, context: int, device: torch.device) -> list[tuple[bool, Forward]]:
     if device.type != "cuda":
-        return [(False, model.forward)]
-    return [(False, model.forward), (True, DecodeGraphs(model.forward, max(BATCHES), context, device).forward)]
+        return [(False, forward)]
+    return [(False, forward), (True, DecodeGraphs(forward, max(BATCHES), context, device).forward)]
 
 
 def _layers_that_fit(sizes: dict[str, int], free_bytes: int) -> int:

@@ -6,7 +6,7 @@ Where exllamav2 is installed the model runs by its kernels, too; both must give 
 
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from unittest.mock import patch
@@ -18,11 +18,11 @@ from bench.gpu.cases import make_step, make_table, noisy_cache
 from bench.gpu.model import FULL, SMALL
 from bench.gpu.random_weights import exl2_entries, random_model
 from bench.gpu.timing import seconds
+from tightrope.backends.hf.load.model import LoadedModel
 from tightrope.backends.hf.run.graphs import DecodeGraphs
-from tightrope.backends.hf.runner import LoadedModel
 from tightrope.backends.quant.find import find_quantization
 from tightrope.kernels import exllama
-from tightrope.kernels.forms.layout import CacheFormat
+from tightrope.kernels.forms.layout import CacheFormat, LayerCache
 
 BAR = 0.6  # share of the roofline that decode must reach
 CAP = 24 << 30  # bytes
@@ -76,9 +76,9 @@ def _measure(
     format = CacheFormat("q8", model.layers[0].num_kv_heads, model.layers[0].head_dim)
     torch.manual_seed(0)
     num_pages = make_step(((1, context),), device)[1]
-    model.attach([noisy_cache(format, num_pages, device) for _ in model.layers])
-    decode, logits = _step_seconds(model, 1, context, device)
-    chunk, _ = _step_seconds(model, prompt, context, device)
+    caches = [noisy_cache(format, num_pages, device) for _ in model.layers]
+    decode, logits = _step_seconds(model, caches, 1, context)
+    chunk, _ = _step_seconds(model, caches, prompt, context)
     table = weights.tensors["model.embed_tokens.weight"].num_bytes  # of which a step reads a row
     step_bytes = quantization.memory_bytes - table + format.bytes_per_token * context * len(model.layers)
     share = step_bytes / decode / bandwidth
@@ -102,15 +102,19 @@ def _measure(
     return row, logits
 
 
-def _step_seconds(model: LoadedModel, num_tokens: int, context: int, device: torch.device) -> tuple[float, Tensor]:
+def _step_seconds(
+    model: LoadedModel, caches: Sequence[LayerCache], num_tokens: int, context: int
+) -> tuple[float, Tensor]:
     """Time of a step whose tokens are the last of the context, and logits [1, V] of the last one, on the CPU."""
     torch.manual_seed(0)
+    device = model.device
     step, _ = make_step(((num_tokens, context),), device)
     tables = {"default": make_table(model.layers[0].head_dim, context, 1, device, theta=5e6)}
     token_ids = torch.arange(num_tokens, device=device)
     rows = torch.tensor([num_tokens - 1], device=device)
     is_card = device.type == "cuda"
-    forward = DecodeGraphs(model.forward, 1, context, device).forward if is_card else model.forward
+    over = partial(model.forward, caches)
+    forward = DecodeGraphs(over, 1, context, device).forward if is_card else over
     run = partial(forward, token_ids, step, tables, rows)
     with torch.inference_mode():
         return seconds(run, device, 20 if is_card and num_tokens == 1 else 3), run().float().cpu()

@@ -16,7 +16,7 @@ from torch import Tensor
 from bench.gpu.matrices import GROUP_ROWS, exl2_bits
 from tightrope.backends.files.hf_config import read_config
 from tightrope.backends.files.safetensors import Checkpoint, Shard, TensorEntry
-from tightrope.backends.hf.runner import LoadedModel, load_model
+from tightrope.backends.hf.load.model import LoadedModel, load_model
 
 HEAD_BITS = 6
 DTYPE_BYTES = {"BF16": 2, "F16": 2, "I16": 2, "I32": 4}

@@ -8,7 +8,7 @@ import math
 import mmap
 import sys
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -149,6 +149,25 @@ class StepLayout:
     max_query_len: int
     max_context_len: int
     windowed: "StepLayout | None" = None
+
+    def to(self, device: torch.device) -> "StepLayout":
+        """The same in the memory of `device`; what `windowed` shares is moved once."""
+        if self.slots.device == device:
+            return self
+        moved = replace(
+            self,
+            query_starts=self.query_starts.to(device),
+            context_lens=self.context_lens.to(device),
+            block_tables=self.block_tables.to(device),
+            slots=self.slots.to(device),
+            positions=self.positions.to(device),
+            sequence_of=self.sequence_of.to(device),
+            windowed=None,
+        )
+        if (other := self.windowed) is None:
+            return moved
+        block_tables, slots = other.block_tables.to(device), other.slots.to(device)
+        return replace(moved, windowed=replace(moved, block_tables=block_tables, slots=slots))
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,6 +51,10 @@ class AdapterRows:
         """Those of rows [n] int64 alone."""
         return AdapterRows(self.slots[rows], self.scales[rows], self.present)
 
+    def to(self, device: torch.device) -> "AdapterRows":
+        """The same in the memory of `device`."""
+        return AdapterRows(self.slots.to(device), self.scales.to(device), self.present)
+
     def check(self, num_rows: int, name: str) -> None:
         """Raises RuntimeError where a module is given other rows than these are."""
         if num_rows != len(self.slots):

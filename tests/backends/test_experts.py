@@ -105,7 +105,7 @@ def test_only_the_experts_that_a_token_picked_are_multiplied(monkeypatch: pytest
     poisoned = 0
     with closing(open_model(MIXTRAL)) as backend:
         expected = last_logits(backend, (PROMPTS[0], None, 1.0))
-        mixtures = [module for module in backend.model.tree.modules() if isinstance(module, Experts)]
+        mixtures = [module for module in backend.runner.model.tree.modules() if isinstance(module, Experts)]
         run: Callable[..., Any] = dispatch.experts
 
         def watched(x: Tensor, layer: GatedExperts, picked: Tensor, shares: Tensor, rows: object) -> Tensor:

@@ -14,14 +14,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tightrope.backends.errors import BackendError
-from tightrope.backends.hf.backend import HFBackend, copy_pages, model_id
+from tightrope.backends.hf.backend import HFBackend, model_id
 from tightrope.backends.protocol import Chunk
 from tightrope.backends.settings import CacheSettings, ModelSettings, RopeSettings
 from tightrope.engine.core import EngineCore
 from tightrope.engine.sampler.steps import SamplingParams
 from tightrope.engine.settings import LimitSettings
 from tightrope.engine.types import Delta, GenerateRequest, StopRules, TokenPrompt
-from tightrope.kernels.forms.layout import PAGE, CacheFormat, LayerCache
+from tightrope.kernels.forms.layout import PAGE
 
 # Keys and values of 11 bits against the 24 of transformers' move logits by 5e-4 of their size.
 AS_FLOAT32 = 1e-3
@@ -351,8 +351,8 @@ def test_eight_bits_stay_close_to_sixteen(backend: HFBackend, eight_bits: HFBack
 
 
 def test_keys_of_few_bits_are_divided_by_their_channels_magnitude(backend: HFBackend, eight_bits: HFBackend) -> None:
-    assert all((cache.key_factor == 1).all() for cache in backend.caches)
-    for cache in eight_bits.caches:
+    assert all((cache.key_factor == 1).all() for cache in backend.runner.caches)
+    for cache in eight_bits.runner.caches:
         assert cache.key_factor.isfinite().all()
         assert (cache.key_factor > 0).all()
         assert cache.key_factor.amax() / cache.key_factor.amin() > 3  # channels differ
@@ -361,24 +361,12 @@ def test_keys_of_few_bits_are_divided_by_their_channels_magnitude(backend: HFBac
 def test_the_cache_takes_the_bytes_that_were_planned(eight_bits: HFBackend) -> None:
     taken = sum(
         tensor.nbytes
-        for cache in eight_bits.caches
+        for cache in eight_bits.runner.caches
         for tensor in (cache.key_codes, cache.key_scales, cache.value_codes, cache.value_scales)
     )
     capacity = eight_bits.kv.usage().capacity
     assert capacity == 1008  # whole pages
     assert taken == capacity * eight_bits.card.cache_token_bytes
-
-
-@pytest.mark.parametrize("dtype", ["f16", "q8", "q4"])
-def test_copied_pages_hold_what_their_sources_held(dtype: Any) -> None:  # noqa: ANN401
-    cache = LayerCache.allocate(CacheFormat(dtype, 2, 40), 6)
-    tensors = (cache.key_codes, cache.key_scales, cache.value_codes, cache.value_scales)
-    for tensor in tensors:
-        tensor.copy_(torch.randint(0, 100, tensor.shape))
-    before = [tensor.clone() for tensor in tensors]
-    copy_pages([cache], [(0, 3), (0, 4), (2, 5)])
-    for tensor, old in zip(tensors, before, strict=True):
-        assert torch.equal(tensor, old[[0, 1, 2, 0, 0, 2]])
 
 
 # ---- what it says, and what goes wrong ----
@@ -421,7 +409,7 @@ def test_a_step_that_fails_says_so_and_leaves_the_sequences_as_they_were(
     with pytest.raises(BackendError, match="invalid token"):
         backend.forward([Chunk(1, [backend.tokenizer.vocab_size], 8, "last")])
     with monkeypatch.context() as patch:
-        patch.setattr(backend.steps, "build", _runs_out)
+        patch.setattr(backend.runner, "tables", _runs_out)
         with pytest.raises(BackendError, match=r"step of 4 tokens: out of memory$"):
             backend.forward([Chunk(1, text_ids[8:12], 8, "last")])
     rest = backend.forward([Chunk(1, text_ids[8:12], 8, "last")])

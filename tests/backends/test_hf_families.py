@@ -16,7 +16,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from tightrope.backends.files.hf_config import read_config
 from tightrope.backends.files.safetensors import Checkpoint
-from tightrope.backends.hf.runner import LoadedModel, load_model
+from tightrope.backends.hf.load.model import LoadedModel, load_model
 from tightrope.backends.rope.scaling import RopeSpec, resolve_rope
 from tightrope.backends.settings import RopeSettings
 from tightrope.kernels import dispatch, reference
@@ -180,23 +180,26 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return Pair(untouched, ours, rope)
 
 
-def attach_caches(model: LoadedModel, num_sequences: int, dtype: torch.dtype) -> None:
-    """A cache of 16-bit format, its values held in `dtype`."""
+def caches_of(model: LoadedModel, num_sequences: int, dtype: torch.dtype) -> list[LayerCache]:
+    """A cache of 16-bit format for each layer, its values held in `dtype`."""
     caches = []
     for layer in model.layers:
         cache = LayerCache.allocate(CacheFormat("f16", layer.num_kv_heads, layer.head_dim), num_sequences * PAGES_EACH)
         caches.append(replace(cache, key_codes=cache.key_codes.to(dtype), value_codes=cache.value_codes.to(dtype)))
-    model.attach(caches)
+    return caches
 
 
-def run(pair: Pair, prompts: Sequence[Tensor], steps: Sequence[Sequence[int]]) -> list[Tensor]:
+def run(
+    pair: Pair, caches: Sequence[LayerCache], prompts: Sequence[Tensor], steps: Sequence[Sequence[int]]
+) -> list[Tensor]:
     """Logits of every token of every prompt; each step runs so many further tokens of each prompt."""
     done, outputs = [0] * len(prompts), [[] for _ in prompts]
     for counts in steps:
         layout = step_of(list(zip(done, counts, strict=True)), PAGES_EACH)
         ids = torch.cat([p[d : d + n] for p, d, n in zip(prompts, done, counts, strict=True)])
         done = [d + n for d, n in zip(done, counts, strict=True)]
-        logits = pair.ours.forward(ids, layout, rope_tables(pair.rope, done, PAGES_EACH), torch.arange(len(ids)))
+        tables = rope_tables(pair.rope, done, PAGES_EACH)
+        logits = pair.ours.forward(caches, ids, layout, tables, torch.arange(len(ids)))
         for output, part in zip(outputs, logits.split(list(counts)), strict=True):
             output.append(part)
     return [torch.cat(output) for output in outputs]
@@ -224,9 +227,9 @@ def prompt(length: int, seed: int = 0) -> Tensor:
 
 @pytest.mark.usefixtures("exact")
 def test_a_whole_prompt_gives_the_logits_of_the_untouched_class(pair: Pair):
-    attach_caches(pair.ours, 1, torch.float32)
+    caches = caches_of(pair.ours, 1, torch.float32)
 
-    (got,) = run(pair, [prompt(40)], [[40]])
+    (got,) = run(pair, caches, [prompt(40)], [[40]])
 
     assert deviation(got, wanted(pair, prompt(40))) < 1e-5
 
@@ -234,28 +237,28 @@ def test_a_whole_prompt_gives_the_logits_of_the_untouched_class(pair: Pair):
 @pytest.mark.usefixtures("exact")
 def test_a_prompt_in_chunks_and_a_mixed_batch_give_the_same_logits(pair: Pair):
     prompts = [prompt(33, 1), prompt(27, 2), prompt(9, 3)]
-    attach_caches(pair.ours, len(prompts), torch.float32)
+    caches = caches_of(pair.ours, len(prompts), torch.float32)
 
-    got = run(pair, prompts, [[16, 24, 5], [15, 1, 1], [1, 1, 2], [1, 1, 1]])
+    got = run(pair, caches, prompts, [[16, 24, 5], [15, 1, 1], [1, 1, 2], [1, 1, 1]])
 
     assert max(deviation(g, wanted(pair, p)) for g, p in zip(got, prompts, strict=True)) < 1e-5
 
 
 def test_the_kernels_of_this_machine_with_a_16_bit_cache_stay_close(pair: Pair):
-    attach_caches(pair.ours, 1, torch.float16)
+    caches = caches_of(pair.ours, 1, torch.float16)
 
-    (got,) = run(pair, [prompt(30)], [[22], *[[1]] * 8])
+    (got,) = run(pair, caches, [prompt(30)], [[22], *[[1]] * 8])
 
     assert deviation(got, wanted(pair, prompt(30))) < 3e-3  # keys and values rounded to 11 bits
 
 
 def test_only_the_wanted_rows_go_through_the_head(pair: Pair):
-    attach_caches(pair.ours, 1, torch.float16)
+    caches = caches_of(pair.ours, 1, torch.float16)
     layout, tables = step_of([(0, 12)], PAGES_EACH), rope_tables(pair.rope, [12], PAGES_EACH)
 
-    every = pair.ours.forward(prompt(12), layout, tables, torch.arange(12))
-    some = pair.ours.forward(prompt(12), layout, tables, torch.tensor([3, 11]))
-    none = pair.ours.forward(prompt(12), layout, tables, torch.tensor([], dtype=torch.int64))
+    every = pair.ours.forward(caches, prompt(12), layout, tables, torch.arange(12))
+    some = pair.ours.forward(caches, prompt(12), layout, tables, torch.tensor([3, 11]))
+    none = pair.ours.forward(caches, prompt(12), layout, tables, torch.tensor([], dtype=torch.int64))
 
     torch.testing.assert_close(some, every[[3, 11]], rtol=1e-5, atol=1e-5)
     assert none.shape == (0, TINY["vocab_size"])

@@ -15,7 +15,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, Gemma3Config, Pre
 from tightrope.backends.errors import BackendError
 from tightrope.backends.files.hf_config import read_config
 from tightrope.backends.files.safetensors import Checkpoint
-from tightrope.backends.hf.runner import LoadedModel, load_model
+from tightrope.backends.hf.load.model import LoadedModel, load_model
 from tightrope.backends.rope.scaling import resolve_rope
 from tightrope.backends.settings import RopeSettings
 from tightrope.kernels.forms.layout import PAGE, CacheFormat, LayerCache
@@ -57,11 +57,10 @@ def load(
 def logits(model: LoadedModel, folder: Path, ids: Tensor = PROMPT, rope: RopeSettings | None = None) -> Tensor:
     """Logits of one prompt, with a 16-bit cache."""
     pages = -(-len(ids) // PAGE)
-    model.attach(
-        [LayerCache.allocate(CacheFormat("f16", layer.num_kv_heads, layer.head_dim), pages) for layer in model.layers]
-    )
+    formats = [CacheFormat("f16", layer.num_kv_heads, layer.head_dim) for layer in model.layers]
+    caches = [LayerCache.allocate(format, pages) for format in formats]
     tables = rope_tables(resolve_rope(read_config(folder).raw, rope or RopeSettings(), 0), [len(ids)], pages)
-    return model.forward(ids, step_of([(0, len(ids))], pages), tables, torch.arange(len(ids)))
+    return model.forward(caches, ids, step_of([(0, len(ids))], pages), tables, torch.arange(len(ids)))
 
 
 def assert_close(got: Tensor, untouched: PreTrainedModel, ids: Tensor = PROMPT) -> None:

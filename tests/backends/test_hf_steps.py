@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tightrope.backends.hf.cache.pages import PagedKVCache
-from tightrope.backends.hf.run.steps import RotarySets, StepBuilder
+from tightrope.backends.hf.run.rotary import RotarySets
+from tightrope.backends.hf.run.steps import StepBuilder
 from tightrope.backends.protocol import Chunk
 from tightrope.backends.rope.scaling import RopeSpec
 from tightrope.kernels.forms.layout import PAGE, RopeTable, StepLayout
@@ -36,7 +37,7 @@ LONGROPE = RopeSpec(
 
 
 def layout(chunks: Sequence[Chunk], kv: PagedKVCache) -> StepLayout:
-    return StepBuilder({}, 512).build(chunks, kv)[0]
+    return StepBuilder({}, 512).build(chunks, kv).layout
 
 
 def opened(kv: PagedKVCache, seq_id: int, num_tokens: int, stored: int, room: int) -> None:
@@ -154,19 +155,10 @@ def test_chunks_of_a_prompt_use_the_frequencies_of_the_whole() -> None:
     kv = PagedKVCache(64, builder.frequencies_at)
     opened(kv, 1, 300, 16, 32)
     opened(kv, 2, 30, 16, 32)
-    _, tables = builder.build([Chunk(1, range(16, 32), 16, "none"), Chunk(2, range(16, 30), 16, "last")], kv)
-    got = turned(tables["default"], [31, 29])
+    inputs = builder.build([Chunk(1, range(16, 32), 16, "none"), Chunk(2, range(16, 30), 16, "last")], kv)
+    got = turned(RotarySets(DYNAMIC, 512).table(inputs.rope_lengths), [31, 29])
     check_turned(got[0, 0], DYNAMIC, 300, 31)
     check_turned(got[1, 0], DYNAMIC, 30, 29)
-
-
-def test_kinds_of_layers_have_tables_of_their_own() -> None:
-    builder = StepBuilder({"full_attention": DYNAMIC, "sliding_attention": PLAIN}, 512)
-    kv = PagedKVCache(64, builder.frequencies_at)
-    opened(kv, 1, 200, 0, 16)
-    _, tables = builder.build([Chunk(1, range(16), 0, "none")], kv)
-    check_turned(turned(tables["full_attention"], [15])[0, 0], DYNAMIC, 200, 15)
-    check_turned(turned(tables["sliding_attention"], [15])[0, 0], PLAIN, 200, 15)
 
 
 def test_the_cache_tells_lengths_of_other_frequencies_apart() -> None:

@@ -56,7 +56,7 @@ def mistral(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def backend(mistral: Path) -> Iterator[HFBackend]:
     """With fewer pages for its windows than it has for its tokens."""
     loaded = load(mistral, tokens=2048, max_num_seqs=3)
-    assert all(cache.is_windowed for cache in loaded.caches)
+    assert all(cache.is_windowed for cache in loaded.runner.caches)
     yield loaded
     loaded.close()
 
@@ -72,7 +72,7 @@ def prompts(backend: HFBackend) -> list[list[int]]:
 def alone(mistral: Path, prompts: list[list[int]]) -> list[list[int]]:
     """What the model answers to each prompt with pages for all tokens in all layers, run in one step."""
     roomy = load(mistral, tokens=512, max_num_seqs=16, step_tokens=256)
-    assert not any(cache.is_windowed for cache in roomy.caches)
+    assert not any(cache.is_windowed for cache in roomy.runner.caches)
     answers = [written(EngineCore(roomy, LimitSettings()), [prompt])[0] for prompt in prompts]
     roomy.close()
     return answers
@@ -131,7 +131,7 @@ def test_preempted_answers_are_those_of_a_lone_run(
     mistral: Path, prompts: list[list[int]], alone: list[list[int]]
 ) -> None:
     tight = load(mistral, tokens=704, max_num_seqs=3, step_tokens=64)
-    assert all(cache.is_windowed for cache in tight.caches)
+    assert all(cache.is_windowed for cache in tight.runner.caches)
     core = EngineCore(tight, LimitSettings())
     assert written(core, prompts) == alone
     assert core.stats().preemptions > 0
@@ -139,7 +139,7 @@ def test_preempted_answers_are_those_of_a_lone_run(
 
 
 def test_the_cache_takes_the_bytes_that_were_planned_for_windows(backend: HFBackend) -> None:
-    tensors = [t for c in backend.caches for t in (c.key_codes, c.value_codes)]
+    tensors = [t for c in backend.runner.caches for t in (c.key_codes, c.value_codes)]
     layer_bytes = 2 * 2 * 3 * 64  # of a token: keys and values of three heads in float16
     (note,) = [note for note in backend.card.notes if "layers see" in note]
     kept = int(note.split()[-1])
@@ -150,7 +150,7 @@ def test_the_cache_takes_the_bytes_that_were_planned_for_windows(backend: HFBack
 
 def test_gemma_3_beyond_its_window_has_the_logits_of_transformers_with_a_fifth_of_the_pages() -> None:
     backend = load(gemma3_bf16(), tokens=16_384, max_num_seqs=1, step_tokens=128)
-    sizes = {len(cache.key_codes) for cache in backend.caches}
+    sizes = {len(cache.key_codes) for cache in backend.runner.caches}
     assert max(sizes) == 1024 > 5 * min(sizes)
     token_ids = [2, *backend.tokenizer.encode(TEXT, parse_special=False, is_start=True)]
     token_ids += token_ids[:300]

@@ -1,6 +1,6 @@
 """Whole quantized checkpoints by the kernels of a card: the model that CUDA gets, in Triton's interpreter on a CPU."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -11,10 +11,10 @@ from step_builder import rope_tables, step_of
 from test_quant_tiny import AS_FLOAT32, AS_HALVES, EXPECTED, PAGES, last_logits, load
 
 from tightrope.backends.files.hf_config import read_config
+from tightrope.backends.hf.load.model import LoadedModel
 from tightrope.backends.hf.modules.experts import Experts
 from tightrope.backends.hf.modules.linear import Linear
 from tightrope.backends.hf.modules.matrices import Columns
-from tightrope.backends.hf.runner import LoadedModel
 from tightrope.backends.rope.scaling import resolve_rope
 from tightrope.backends.settings import RopeSettings
 from tightrope.kernels import dispatch, reference
@@ -69,12 +69,12 @@ def test_a_checkpoint_gives_its_logits_by_triton(name: str, monkeypatch: pytest.
     )
 
 
-def run(model: LoadedModel, folder: Path, ids: list[int], before: int) -> torch.Tensor:
+def run(model: LoadedModel, caches: Sequence[LayerCache], folder: Path, ids: list[int], before: int) -> torch.Tensor:
     """Logits [V] after ids, of which `before` tokens are cached already."""
     tables = rope_tables(resolve_rope(read_config(folder).raw, RopeSettings(), 0), [len(ids)], PAGES)
     count = len(ids) - before
     step, rows = step_of([(before, count)], PAGES), torch.tensor([count - 1])
-    return model.forward(torch.tensor(ids[before:]), step, tables, rows)[0]
+    return model.forward(caches, torch.tensor(ids[before:]), step, tables, rows)[0]
 
 
 @pytest.mark.usefixtures("card")
@@ -82,12 +82,12 @@ def test_prompt_and_next_tokens_give_the_expected_logits_with_the_cache_of_a_car
     name = "llama-exl2-mixed-h6"
     folder = FORMATS / "tiny" / name
     model = load(folder)
-    model.attach([LayerCache.allocate(CacheFormat("f16", i.num_kv_heads, i.head_dim), PAGES) for i in model.layers])
+    caches = [LayerCache.allocate(CacheFormat("f16", i.num_kv_heads, i.head_dim), PAGES) for i in model.layers]
     prompt = EXPECTED[name][0]
     ids, wanted = prompt["ids"], torch.tensor(prompt["top20_logits"])
 
-    run(model, folder, ids[:-2], 0)
-    run(model, folder, ids[:-1], len(ids) - 2)
-    found = run(model, folder, ids, len(ids) - 1)
+    run(model, caches, folder, ids[:-2], 0)
+    run(model, caches, folder, ids[:-1], len(ids) - 2)
+    found = run(model, caches, folder, ids, len(ids) - 1)
 
     torch.testing.assert_close(found[prompt["top20_ids"]], wanted, atol=AS_HALVES, rtol=0)

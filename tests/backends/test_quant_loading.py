@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from tightrope.backends.files.hf_config import read_config
 from tightrope.backends.files.safetensors import Checkpoint
+from tightrope.backends.hf.load.model import LoadedModel, load_model
 from tightrope.backends.hf.modules.experts import Experts
 from tightrope.backends.hf.modules.linear import Linear
 from tightrope.backends.hf.modules.matrices import Matrix, Mixed, Nf4, Quantized
-from tightrope.backends.hf.runner import LoadedModel, load_model
 from tightrope.backends.quant.find import find_quantization, weight_bytes
 from tightrope.kernels.forms.quantized import dequantize
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from tightrope.backends.errors import BackendError
 from tightrope.backends.files.hf_config import read_config
 from tightrope.backends.files.safetensors import Checkpoint
-from tightrope.backends.hf.runner import load_model
+from tightrope.backends.hf.load.model import load_model
 
 EXL2, GPTQ, AWQ, NF4 = (
     "llama-exl2-mixed-h6",

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tightrope.backends.errors import BackendError
 from tightrope.backends.files.hf_config import read_config
 from tightrope.backends.files.safetensors import Checkpoint
-from tightrope.backends.hf.runner import load_model
+from tightrope.backends.hf.load.model import load_model
 from tightrope.backends.quant.awq import Awq
 from tightrope.backends.quant.find import find_quantization
 from tightrope.backends.quant.format import Packed

@@ -17,7 +17,7 @@ from step_builder import rope_tables, step_of
 
 from tightrope.backends.files.hf_config import read_config
 from tightrope.backends.files.safetensors import Checkpoint
-from tightrope.backends.hf.runner import LoadedModel, load_model
+from tightrope.backends.hf.load.model import LoadedModel, load_model
 from tightrope.backends.rope.scaling import resolve_rope
 from tightrope.backends.settings import RopeSettings
 from tightrope.kernels import dispatch, reference
@@ -59,11 +59,10 @@ def last_logits(model: LoadedModel, folder: Path, ids: list[int]) -> torch.Tenso
     for layer in model.layers:
         cache = LayerCache.allocate(CacheFormat("f16", layer.num_kv_heads, layer.head_dim), PAGES)
         caches.append(replace(cache, key_codes=cache.key_codes.float(), value_codes=cache.value_codes.float()))
-    model.attach(caches)
     rope = resolve_rope(read_config(folder).raw, RopeSettings(), 0)
     tables = rope_tables(rope, [len(ids)], PAGES)
     rows = torch.tensor([len(ids) - 1])
-    return model.forward(torch.tensor(ids), step_of([(0, len(ids))], PAGES), tables, rows)[0]
+    return model.forward(caches, torch.tensor(ids), step_of([(0, len(ids))], PAGES), tables, rows)[0]
 
 
 @pytest.mark.usefixtures("reference_attention")

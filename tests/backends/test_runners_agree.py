@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from tightrope.backends.gguf.backend import GGUFBackend
 from tightrope.backends.hf.backend import HFBackend
 from tightrope.backends.hf.run.calibrate import TEXT
-from tightrope.backends.hf.run.steps import RotarySets
+from tightrope.backends.hf.run.rotary import RotarySets
 from tightrope.backends.locate import bundled_model
 from tightrope.backends.protocol import Backend, Chunk
 from tightrope.backends.settings import ModelSettings

@@ -87,8 +87,7 @@ def test_layouts_of_the_cache_are_measured_side_by_side(results: Path, capsys: p
 def test_a_layout_after_rotation_that_rounds_nothing_changes_nothing(monkeypatch: pytest.MonkeyPatch):
     settings = ModelSettings(max_model_len=64, step_tokens=24, cache=CacheSettings(tokens=64, dtype="f16"))
     base = HFBackend(smollm2_bf16(), settings, lambda _: None)
-    variants = base.variants()
-    after = kv_quality.AfterRotation(base, variants.variant(["f16"] * variants.num_layers).caches, "q4")
+    after = kv_quality.AfterRotation(base, "q4")
     windows = cut_windows(
         base.tokenizer.encode(english_text()[:2000], parse_special=False, is_start=True), 64, None, 64
     )

@@ -144,15 +144,15 @@ class Adapters:
         return self._tables.num_tokens if name is None else self._loaded[name].num_tokens
 
     def rows(self, chunks: Sequence[Chunk]) -> AdapterRows | None:
-        """Which adapter each row of a step uses; None when none uses any."""
+        """Which adapter each row of a step uses, on the CPU; None when none uses any."""
         if all(chunk.adapter is None for chunk in chunks):
             return None
         slots = [NONE if chunk.adapter is None else self._loaded[chunk.adapter].slot for chunk in chunks]
         counts = [len(chunk.token_ids) for chunk in chunks]
         scales = [chunk.adapter_scale for chunk in chunks]
         return AdapterRows(
-            torch.from_numpy(np.repeat(np.array(slots, np.int32), counts)).to(self._device),
-            torch.from_numpy(np.repeat(np.array(scales, np.float32), counts)).to(self._device),
+            torch.from_numpy(np.repeat(np.array(slots, np.int32), counts)),
+            torch.from_numpy(np.repeat(np.array(scales, np.float32), counts)),
             tuple(sorted({slot for slot in slots if slot != NONE})),
         )
 

@@ -1,6 +1,6 @@
 """The step that runs: what all modules of a model read, and what each attention layer is."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from tightrope.kernels.forms.layout import AttentionSpec, LayerCache, RopeTable, StepLayout
@@ -19,13 +19,13 @@ class LayerInfo:
 
 @dataclass(slots=True)
 class CurrentStep:
-    """The step that a model runs, shared by its attention modules; and each layer's cache."""
+    """The step that a model runs, and the caches that it stores into, one a layer; shared by the model's modules."""
 
     layout: StepLayout | None = None
     tables: Mapping[str, RopeTable] = field(default_factory=dict)
-    caches: tuple[LayerCache, ...] = ()
-    adapters: AdapterRows | None = None  # None when no row of the step uses any
-    head_adapters: AdapterRows | None = None  # of the rows whose logits are wanted
+    caches: Sequence[LayerCache] = ()
+    adapters: AdapterRows | None = None  # None when no row of the step uses any.
+    head_adapters: AdapterRows | None = None  # Those of the rows whose logits are wanted.
 
     def layer(self, index: int) -> tuple[StepLayout, LayerCache]:
         """The step as a layer has it, and the layer's cache."""

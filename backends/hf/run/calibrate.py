@@ -12,11 +12,12 @@ from torch import Tensor
 from tightrope.backends.hf.cache.pages import PagedKVCache
 from tightrope.backends.hf.plan import CALIBRATION_TOKENS
 from tightrope.backends.hf.run.steps import StepBuilder
-from tightrope.backends.hf.runner import LoadedModel
+from tightrope.backends.hf.runner import ModelRunner
 from tightrope.backends.protocol import Chunk, Tokenizer
 from tightrope.kernels.forms.layout import PAGE, CacheFormat, LayerCache
 
-SMALLEST = 1e-3  # factor of a channel, of its head's largest: one that lay still in this text may move in another
+# No factor is smaller than this share of its head's largest, as a channel may lie still in this text alone.
+SMALLEST = 1e-3
 
 TEXT = """\
 The ferry left at seven, when the harbour was still grey and the gulls sat in a row along the wall. Marta had brought \
@@ -46,40 +47,34 @@ with a clock in the snow?" Marta laughed for the first time in a week, and told 
 """
 
 
-@torch.inference_mode()
-def set_key_factors(
-    model: LoadedModel, caches: Sequence[LayerCache], tokenizer: Tokenizer, steps: StepBuilder, step_tokens: int
-) -> None:
-    """Run the text once and write the key factors into `caches`; layers that cache rotated keys keep ones.
+def key_factors(runner: ModelRunner, tokenizer: Tokenizer, steps: StepBuilder, step_tokens: int) -> list[Tensor]:
+    """Each layer's key factors [Hkv, D] float32, ones where it caches rotated keys: the text is run once.
 
-    Leaves the model with caches of its own for the run: attach others before the next step. steps: the model's
-    rotation. step_tokens: tokens to run at a time.
+    The runner's own cache isn't used. steps: the model's rotation. step_tokens: tokens to run at a time.
     """
+    layers, device = runner.model.layers, runner.model.device
     token_ids = tokenizer.encode(TEXT, parse_special=False, is_start=True)
     if tokenizer.adds_bos and tokenizer.bos_id is not None:
         token_ids = [tokenizer.bos_id, *token_ids]
     token_ids = token_ids[: min(CALIBRATION_TOKENS, steps.window)]
-    if not token_ids:  # a vocabulary without these letters
-        return
-    num_pages = -(-len(token_ids) // PAGE)
-    formats = [CacheFormat("f16", layer.num_kv_heads, layer.head_dim) for layer in model.layers]
-    passing = [LayerCache.allocate(format, num_pages, model.device) for format in formats]
-    model.attach(passing)
-    _run(model, token_ids, PagedKVCache(num_pages), steps, step_tokens)
-    for layer, seen, cache in zip(model.layers, passing, caches, strict=True):
-        if layer.rope is not None:
-            cache.key_factor.copy_(_factors(seen.key_codes))
+    num_pages = -(-len(token_ids) // PAGE)  # None for a vocabulary without these letters.
+    formats = [CacheFormat("f16", layer.num_kv_heads, layer.head_dim) for layer in layers]
+    caches = [LayerCache.allocate(format, num_pages, device) for format in formats]
+    if token_ids:
+        _run(runner.beside(caches), token_ids, PagedKVCache(num_pages), steps, step_tokens)
+    return [
+        cache.key_factor if layer.rope is None or not token_ids else _factors(cache.key_codes)
+        for layer, cache in zip(layers, caches, strict=True)
+    ]
 
 
-def _run(model: LoadedModel, token_ids: Sequence[int], kv: PagedKVCache, steps: StepBuilder, step_tokens: int) -> None:
+def _run(runner: ModelRunner, token_ids: Sequence[int], kv: PagedKVCache, steps: StepBuilder, step_tokens: int) -> None:
     """Store the keys and values of all tokens; no logits are computed."""
     kv.open(0, token_ids, "")
     kv.reserve(0, len(token_ids))
     for start in range(0, len(token_ids), step_tokens):
         part = token_ids[start : start + step_tokens]
-        layout, tables = steps.build([Chunk(0, part, start, "none")], kv)
-        rows = torch.empty(0, dtype=torch.int64, device=model.device)
-        model.forward(torch.tensor(part, device=model.device), layout, tables, rows)
+        runner.run(steps.build([Chunk(0, part, start, "none")], kv))
         kv.commit(0, part)
 
 

@@ -21,7 +21,7 @@ Replay = Callable[[], Tensor]
 
 
 class Forward(Protocol):
-    """LoadedModel.forward."""
+    """LoadedModel.forward over caches of its own."""
 
     def __call__(
         self, token_ids: Tensor, step: StepLayout, tables: Mapping[str, RopeTable], rows: Tensor

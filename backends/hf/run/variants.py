@@ -1,67 +1,58 @@
 """Other caches on the same weights: what a type of cache changes can be measured without loading a model twice."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import Protocol
 
 from torch import Tensor
 
-from tightrope.backends.hf.run.calibrate import set_key_factors
-from tightrope.backends.hf.run.graphs import DecodeGraphs
-from tightrope.backends.hf.run.steps import StepBuilder
-from tightrope.backends.hf.runner import LoadedModel
+from tightrope.backends.hf.run.calibrate import key_factors
+from tightrope.backends.hf.run.steps import StepBuilder, StepInputs
+from tightrope.backends.hf.runner import ModelRunner
 from tightrope.backends.protocol import Backend, Chunk, KVCache, KVUsage
 from tightrope.kernels.forms.layout import CacheDtype, LayerCache
 
-
-class Base(Backend, Protocol):
-    """A backend whose weights and books are shared: one layer cache in `caches` for each layer of `model`."""
-
-    model: LoadedModel
-    caches: list[LayerCache]
-    graphs: DecodeGraphs | None
-    steps: StepBuilder
+Inputs = Callable[[Sequence[Chunk]], StepInputs]
 
 
 class CacheVariants:
-    """Backends that share the weights and the books of one."""
+    """Backends that share the weights and the books of one, each with a runner of its own."""
 
-    def __init__(self, base: Base) -> None:
-        self._base = base
+    def __init__(self, base: Backend, runner: ModelRunner, steps: StepBuilder, inputs: Inputs) -> None:
+        """runner, steps: those of `base`. inputs: its books' view of a step that it has just run."""
+        self._base, self._runner, self._steps, self._inputs = base, runner, steps, inputs
 
     @property
     def num_layers(self) -> int:
-        return len(self._base.model.layers)
+        return len(self._runner.caches)
 
     def variant(self, dtypes: Sequence[CacheDtype], *, has_factors: bool = True) -> "CacheVariant":
         """A backend whose layers are cached so, [num_layers]. Without factors keys are quantized as they are."""
-        caches = self._allocate(dtypes)
+        return CacheVariant(self._base, self.runner(dtypes, has_factors=has_factors), self._inputs)
+
+    def runner(self, dtypes: Sequence[CacheDtype], *, has_factors: bool = True) -> ModelRunner:
+        """The runner of such a backend."""
+        first = self._runner
+        caches = [
+            LayerCache.allocate(
+                replace(cache.format, dtype=dtype),
+                len(cache.key_codes),
+                first.model.device,
+                is_windowed=cache.is_windowed,
+            )
+            for dtype, cache in zip(dtypes, first.caches, strict=True)
+        ]
         if has_factors:
             for cache, factor in zip(caches, self._key_factors, strict=True):
                 if cache.format.dtype != "f16":
                     cache.key_factor.copy_(factor)
-        return CacheVariant(self._base, caches)
+        return first.beside(caches)
 
     @cached_property
     def _key_factors(self) -> list[Tensor]:
         """Each layer's [Hkv, D] float32, from one run of the calibration's text."""
-        base, holders = self._base, self._allocate(["q8"] * self.num_layers, num_pages=1)
-        set_key_factors(base.model, holders, base.tokenizer, base.steps, base.capabilities.max_step_tokens)
-        base.model.attach(base.caches)
-        return [cache.key_factor for cache in holders]
-
-    def _allocate(self, dtypes: Sequence[CacheDtype], num_pages: int | None = None) -> list[LayerCache]:
-        """Caches like those of the base, or of `num_pages` each."""
-        return [
-            LayerCache.allocate(
-                replace(cache.format, dtype=dtype),
-                num_pages or len(cache.key_codes),
-                self._base.model.device,
-                is_windowed=cache.is_windowed,
-            )
-            for dtype, cache in zip(dtypes, self._base.caches, strict=True)
-        ]
+        base = self._base
+        return key_factors(self._runner, base.tokenizer, self._steps, base.capabilities.max_step_tokens)
 
 
 class CacheVariant:
@@ -70,27 +61,20 @@ class CacheVariant:
     The base must have opened the sequences, without reuse, and not yet have committed the step.
     """
 
-    def __init__(self, base: Base, caches: Sequence[LayerCache]) -> None:
-        self.caches = tuple(caches)
-        self._base = base
+    def __init__(self, base: Backend, runner: ModelRunner, inputs: Inputs) -> None:
+        self.runner, self.inputs = runner, inputs
         self.tokenizer, self.capabilities, self.adapters = base.tokenizer, base.capabilities, base.adapters
         self.kv: KVCache = _BaseBooks(base.kv)
-        kinds = sorted({cache.format.dtype for cache in caches})
+        kinds = sorted({cache.format.dtype for cache in runner.caches})
         self.card = replace(
             base.card,
             cache_dtype=kinds[0] if len(kinds) == 1 else "mixed",
-            cache_token_bytes=float(sum(cache.format.bytes_per_token for cache in caches)),
+            cache_token_bytes=float(sum(cache.format.bytes_per_token for cache in runner.caches)),
         )
 
     def forward(self, chunks: Sequence[Chunk]) -> Tensor:
         """See Backend."""
-        graphs, self._base.graphs = self._base.graphs, None  # they are of the base's caches
-        self._base.model.attach(self.caches)
-        try:
-            return self._base.forward(chunks)
-        finally:
-            self._base.model.attach(self._base.caches)
-            self._base.graphs = graphs
+        return self.runner.run(self.inputs(chunks))
 
     def close(self) -> None:
         """The base owns the weights; the caches go with this object."""

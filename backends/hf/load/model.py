@@ -1,0 +1,103 @@
+"""A loaded model: weights in their modules, without a cache."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from tightrope.backends.files.hf_config import ModelShape
+from tightrope.backends.files.safetensors import Checkpoint
+from tightrope.backends.hf.adapters.rows import Adapters
+from tightrope.backends.hf.load.blueprint import Blueprint, draw
+from tightrope.backends.hf.load.loader import load_weights, share
+from tightrope.backends.hf.modules.experts import Experts
+from tightrope.backends.hf.modules.step import CurrentStep, LayerInfo
+from tightrope.backends.rope.scaling import RopeSpec
+from tightrope.kernels import dispatch
+from tightrope.kernels.forms.layer import StackedExperts
+from tightrope.kernels.forms.layout import LayerCache, RopeTable, StepLayout
+from tightrope.kernels.forms.low_rank import AdapterRows
+
+
+class LoadedModel:
+    """A causal language model over a cache that each step brings along. One step at a time.
+
+    `tree` is its module tree, `layers` are its attention layers in order, `activation_dtype` is that of hidden states
+    (float32 on a CPU), and `notes` say what of transformers' own code runs.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, current: CurrentStep, layers: tuple[LayerInfo, ...], notes: tuple[str, ...],
+        device: torch.device, activation_dtype: torch.dtype, adapters: Adapters,
+    ) -> None:  # fmt: skip
+        self.tree, self._current = model, current
+        self.layers, self.notes, self.device, self.activation_dtype = layers, notes, device, activation_dtype
+        self.vocab_size: int = model.config.get_text_config().vocab_size
+        self.adapters = adapters
+
+    @property
+    def picks_experts_on_card(self) -> bool:
+        """Whether no step waits to learn which experts were picked; asked of mixtures alone."""
+        found = [module for module in self.tree.modules() if isinstance(module, Experts)]
+        return bool(found) and all(isinstance(module.whole, StackedExperts) for module in found)
+
+    @torch.inference_mode()
+    def forward(
+        self, caches: Sequence[LayerCache], token_ids: Tensor, step: StepLayout, tables: Mapping[str, RopeTable],
+        rows: Tensor, adapters: AdapterRows | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Logits [len(rows), V] float32 of the given rows [int64] of token_ids [T] int64.
+
+        V is larger where an adapter of the step knows more tokens. Stores the step's keys and values into `caches`, one
+        for each of `layers`. `tables` has one for each `rope` of these; `adapters` says which of the token_ids use
+        which. All is on the model's device.
+        """
+        current, head_adapters = self._current, None if adapters is None else adapters.at(rows)
+        current.caches, current.layout, current.tables = caches, step, tables
+        current.adapters, current.head_adapters = adapters, head_adapters
+        output = self.tree(
+            input_ids=token_ids.unsqueeze(0),
+            position_ids=step.positions.unsqueeze(0),
+            use_cache=False,
+            logits_to_keep=rows,
+        )
+        logits: Tensor = output.logits[0].float()
+        return logits if head_adapters is None else self.adapters.ruled_out(logits, head_adapters)
+
+
+def load_model(
+    folder: Path,
+    shape: ModelShape,
+    checkpoint: Checkpoint,
+    *,
+    device: torch.device | str = "cpu",
+    rope: Mapping[str, RopeSpec] | None = None,
+    progress: Callable[[float], None] = lambda share: None,
+) -> LoadedModel:
+    """Draw and build the model that `folder`/config.json describes: see `draw` and `build`."""
+    return build(draw(folder, shape, checkpoint, rope, device), progress)
+
+
+def build(blueprint: Blueprint, progress: Callable[[float], None]) -> LoadedModel:
+    """Fill the model, once. Raises BackendError for weights that can't be."""
+    model, checkpoint, names, device = blueprint.tree, blueprint.checkpoint, blueprint.names, blueprint.device
+    notes = list(blueprint.notes)
+    quantization = blueprint.quantization
+    if quantization is not None:
+        kernels = dispatch.describe(device, is_exl2=quantization.format.name == "EXL2")
+        notes.append(f"weights: {quantization.describe()}, run by {kernels} kernels")
+    weights = list(blueprint.weights)
+    if blueprint.tied is not None:
+        weights, note = share(weights, *blueprint.tied, checkpoint, names)
+        notes += [] if note is None else [note]
+    load_weights(weights, blueprint.assemblies, checkpoint, names, device, progress)
+    for module in model.modules():
+        if isinstance(module, Experts):
+            module.settle()
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = buffer.to(device)
+    return LoadedModel(
+        model, blueprint.current, blueprint.layers, tuple(notes), device, blueprint.activation_dtype, blueprint.adapters
+    )

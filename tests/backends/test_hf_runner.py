@@ -1,0 +1,127 @@
+"""A runner on its own: steps as values that are sent to another process, runners on shared weights, copied pages."""
+
+from collections.abc import Sequence
+from contextlib import closing
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from checkout import ADAPTERS
+from other_runner import other_runner
+from torch import Tensor
+
+from tightrope.backends.hf.backend import HFBackend
+from tightrope.backends.hf.run.rotary import RotarySets
+from tightrope.backends.hf.runner import ModelRunner
+from tightrope.backends.protocol import Chunk
+from tightrope.backends.rope.scaling import RopeSpec
+from tightrope.backends.settings import CacheSettings, ModelSettings
+from tightrope.kernels.forms.layout import PAGE, CacheFormat, LayerCache
+
+FOLDER, ADAPTER = ADAPTERS / "llama-bf16", ADAPTERS / "llama-lora-r4"
+SETTINGS = ModelSettings(
+    max_model_len=128,
+    max_num_seqs=4,
+    threads=1,
+    cache=CacheSettings(tokens=256, dtype="q8"),
+    adapters={"mine": str(ADAPTER)},
+)
+PROMPT = tuple(range(5, 45))
+
+
+def opened(backend: HFBackend, seq_id: int, token_ids: Sequence[int], adapter: str | None = None) -> Chunk:
+    """A sequence with room for a few more tokens, and the chunk that runs what wasn't found of it."""
+    found = backend.kv.open(seq_id, token_ids, str(adapter))
+    assert backend.kv.reserve(seq_id, len(token_ids) - found + 4)
+    return Chunk(seq_id, token_ids[found:], found, "last", adapter, 0.5)
+
+
+def test_a_step_sent_through_a_pipe_gives_the_same_logits_in_another_process():
+    with closing(HFBackend(FOLDER, SETTINGS, lambda _: None)) as backend, other_runner(FOLDER, SETTINGS) as other:
+
+        def step(*chunks: Chunk) -> None:
+            inputs = backend.inputs(chunks)
+            assert torch.equal(other.run(inputs), backend.runner.run(inputs))
+            for chunk in chunks:
+                backend.kv.commit(chunk.seq_id, chunk.token_ids)
+
+        prompt, adapted = opened(backend, 1, PROMPT), opened(backend, 2, PROMPT[::-1], "mine")
+        step(prompt, adapted)
+        step(Chunk(1, [7], len(PROMPT), "last"), Chunk(2, [8, 9], len(PROMPT), "all", "mine", 0.5))
+
+
+def test_copies_of_pages_sent_ahead_of_a_step_leave_another_process_with_the_same_cache():
+    with closing(HFBackend(FOLDER, SETTINGS, lambda _: None)) as backend, other_runner(FOLDER, SETTINGS) as other:
+        other.run(backend.inputs([opened(backend, 1, PROMPT)]))
+        backend.forward([Chunk(1, PROMPT, 0, "none")])
+        backend.kv.commit(1, PROMPT)
+        again = opened(backend, 2, (*PROMPT[: PAGE + 5], 50, 51))
+        assert again.start == PAGE + 5
+        copies = [*backend._pages.copies.next()]
+        assert copies
+
+        other.run(copies)
+        there = other.run(backend.inputs([again]))
+
+        assert torch.equal(there, backend.forward([again]))
+
+
+def test_runners_of_shared_weights_store_into_caches_of_their_own():
+    with closing(HFBackend(FOLDER, SETTINGS, lambda _: None)) as backend:
+        first = backend.runner
+        second = first.beside([LayerCache.allocate(cache.format, len(cache.key_codes)) for cache in first.caches])
+        inputs = backend.inputs([opened(backend, 1, PROMPT)])
+
+        second.run(inputs)
+
+        assert all(cache.key_codes.any() for cache in second.caches)
+        assert not any(cache.key_codes.any() for cache in first.caches)
+        assert second.model is first.model
+
+
+def runner_of(caches: Sequence[LayerCache]) -> ModelRunner:
+    """One whose model is never run."""
+    model: Any = SimpleNamespace(layers=caches, forward=list, device=torch.device("cpu"))
+    return ModelRunner(model, caches, {}, threads=1)
+
+
+def parts(cache: LayerCache) -> tuple[Tensor, ...]:
+    return cache.key_codes, cache.key_scales, cache.value_codes, cache.value_scales
+
+
+@pytest.mark.parametrize("dtype", ["f16", "q8", "q4"])
+def test_copied_pages_hold_what_their_sources_held(dtype: Any) -> None:  # noqa: ANN401
+    cache = LayerCache.allocate(CacheFormat(dtype, 2, 40), 6)
+    for tensor in parts(cache):
+        tensor.copy_(torch.randint(0, 100, tensor.shape))
+    before = [tensor.clone() for tensor in parts(cache)]
+
+    runner_of([cache]).copy_pages([(0, 3), (0, 4), (2, 5)], are_windowed=False)
+
+    for tensor, old in zip(parts(cache), before, strict=True):
+        assert torch.equal(tensor, old[[0, 1, 2, 0, 0, 2]])
+
+
+def test_pages_are_copied_in_the_layers_of_their_kind_alone():
+    full, windowed = (LayerCache.allocate(CacheFormat("f16", 1, 8), 2, is_windowed=kind) for kind in (False, True))
+    for cache in (full, windowed):
+        cache.key_codes[0] = 1
+
+    runner_of([full, windowed]).copy_pages([(0, 1)], are_windowed=True)
+
+    assert windowed.key_codes.all()
+    assert not full.key_codes[1].any()
+
+
+def test_kinds_of_layers_have_tables_of_their_own():
+    plain, dynamic = (RopeSpec(kind, 4.0, 10_000.0, 16, 16, trained_len=64, window=512) for kind in ("none", "dynamic"))
+    rotary = {name: RotarySets(spec, 512) for name, spec in {"full": dynamic, "sliding": plain}.items()}
+    runner = ModelRunner(runner_of([]).model, [], rotary, threads=1)
+    inputs: Any = SimpleNamespace(rope_lengths=(200,))
+
+    tables = runner.tables(inputs)
+
+    for name, spec in (("full", dynamic), ("sliding", plain)):
+        angles = torch.arange(PAGE).outer(torch.from_numpy(spec.frequencies(200)[0]))
+        torch.testing.assert_close(tables[name].places[tables[name].set_of[0]][:, 0], angles.cos())
