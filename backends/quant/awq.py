@@ -4,11 +4,13 @@ Source: AutoAWQ 0.2.9, the GEMM layout (modules/linear/gemm.py, utils/packing_ut
 """
 
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from tightrope.backends.errors import BackendError
+from tightrope.backends.files.safetensors import Checkpoint
 from tightrope.backends.quant.format import FLOATS, Packed, Settings
 from tightrope.backends.quant.stated import check_meaning, layout_of, whole_number
 from tightrope.kernels.forms.quantized import QuantizedMatrix, arrange, pack_slices, tiled
@@ -20,8 +22,18 @@ class Awq:
     """See Format."""
 
     name = "AWQ"
+    known_as: ClassVar[str] = name
+    methods: ClassVar[tuple[str, ...]] = ("awq",)
     parts = ("qweight", "qzeros", "scales")
     optional = ()
+
+    @classmethod
+    def tells(cls, checkpoint: Checkpoint, tensor: str) -> bool:
+        """Words are packed along the rows, so that they are narrower than the scales."""
+        if not tensor.endswith((".qweight", ".qzeros")):
+            return False
+        packed = Packed(checkpoint, tensor.rpartition(".")[0])
+        return packed.shape("scales", 2)[1] == 8 * packed.shape("qweight", 2)[1]
 
     @classmethod
     def of(cls, path: Path, settings: Settings) -> "Awq":

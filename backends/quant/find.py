@@ -22,13 +22,19 @@ from tightrope.backends.quant.exl2 import Exl2
 from tightrope.backends.quant.format import CPU, Format, Packed
 from tightrope.backends.quant.gptq import Gptq
 from tightrope.backends.quant.nf4 import Nf4
-from tightrope.backends.quant.stated import METHODS, is_awq, layout_of, method_of
+from tightrope.backends.quant.stated import method_of
 
+# The first that tells a tensor is the format of all.
+FORMATS: tuple[type[Format], ...] = (
+    Exl2,
+    Awq,
+    Gptq,
+    Nf4,
+)
 MAX_FILE = 16 << 20  # bytes
-# AutoGPTQ's, old AutoAWQ's and auto-round's
+# The names are AutoGPTQ's, old AutoAWQ's and auto-round's.
 SETTINGS_FILES = ("quantize_config.json", "quant_config.json", "quantization_config.json")
-PACKED_ALONE = (*METHODS, "exl2")  # methods that change nothing but how weights are stored
-AT_LOAD = ("bitsandbytes",)  # methods that may also mean: quantize plain weights while loading
+AT_LOAD = ("bitsandbytes",)  # These methods may also mean: quantize plain weights while loading.
 
 
 @dataclass(frozen=True)
@@ -78,18 +84,10 @@ def find_quantization(folder: Path, config: Mapping[str, Any], checkpoint: Check
     Raises BackendError for a format that can't be read.
     """
     path, settings = _settings(folder, config)
-    kind = _kind(checkpoint)
-    if kind == "gptq" and (is_awq(settings) or layout_of(path, settings) == "awq"):
-        raise BackendError(
-            f"{path}: weights are said to be in AWQ, of version {settings.get('version')!r:.40}, and no tensor is in "
-            "the layout of version 'gemm', the one that can be read"
-        )
-    if kind == "gptq":
-        return Quantization(Gptq.of(path, settings), checkpoint)
-    if kind == "awq":
-        return Quantization(Awq.of(path, settings), checkpoint)
-    if kind is not None:
-        return Quantization(Exl2() if kind == "exl2" else Nf4(), checkpoint)
+    for tensor in checkpoint.tensors:
+        for kind in FORMATS:
+            if kind.tells(checkpoint, tensor):
+                return Quantization(kind.of(path, settings), checkpoint)
     if settings and method_of(settings) not in AT_LOAD and not _may_be_left_over(settings):
         raise _not_read(path, settings)
     return None
@@ -120,13 +118,13 @@ def _may_be_left_over(settings: Mapping[str, Any]) -> bool:
         return not settings.get("config_groups")
     if method == "modelopt":
         return not settings.get("quant_algo")
-    return method in PACKED_ALONE
+    return any(method in kind.methods for kind in FORMATS)
 
 
 def _not_read(path: Path, settings: Mapping[str, Any]) -> BackendError:
     return BackendError(
         f"{path}: weights are said to be quantized in format {settings.get('quant_method') or 'unknown'}, and no "
-        "tensor is in one that can be read: EXL2, GPTQ, AWQ, AutoRound, bitsandbytes of 4 bits"
+        f"tensor is in one that can be read: {', '.join(kind.known_as for kind in FORMATS)}"
     )
 
 
@@ -154,21 +152,3 @@ def _settings(folder: Path, config: Mapping[str, Any]) -> tuple[Path, Mapping[st
         if os.path.lexists(path):
             return path, read_object(path, MAX_FILE)
     return folder / "config.json", {}
-
-
-def _kind(checkpoint: Checkpoint) -> str | None:
-    """The format that names and shapes of tensors tell; None when none is packed."""
-    for name in checkpoint.tensors:
-        if name.endswith(".q_weight"):
-            return "exl2"
-        if ".quant_state.bitsandbytes__" in name:
-            return "nf4"
-        if name.endswith((".qweight", ".qzeros")):
-            return _packed_along(checkpoint, Packed(checkpoint, name.rpartition(".")[0]))
-    return None
-
-
-def _packed_along(checkpoint: Checkpoint, packed: Packed) -> str:
-    """gptq where words are packed down the columns, awq where along the rows."""
-    width = packed.shape("qweight", 2)[1]
-    return "awq" if packed.shape("scales", 2)[1] == 8 * width else "gptq"

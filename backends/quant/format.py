@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -64,8 +65,19 @@ class Packed:
 class Format(Protocol):
     """A format, with what a model's settings say of it."""
 
+    known_as: ClassVar[str]  # what people call its files
+    methods: ClassVar[tuple[str, ...]]  # a settings' quant_method that changes nothing but how weights are stored
+
     @property
     def name(self) -> str: ...
+
+    @classmethod
+    def tells(cls, checkpoint: Checkpoint, tensor: str) -> bool:
+        """Whether a tensor of this name is one of a linear in this format, or in one that is listed before it."""
+
+    @classmethod
+    def of(cls, path: Path, settings: Settings) -> Self:
+        """The format as `settings`, a block of the file `path`, describe it; raises BackendError for its relatives."""
 
     @property
     def parts(self) -> tuple[str, ...]:

@@ -9,13 +9,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from tightrope.backends.errors import BackendError
+from tightrope.backends.files.safetensors import Checkpoint
 from tightrope.backends.quant.format import FLOATS, Packed, Settings
-from tightrope.backends.quant.stated import check_meaning, group_sizes, is_symmetric, layout_of, whole_number
+from tightrope.backends.quant.stated import check_meaning, group_sizes, is_awq, is_symmetric, layout_of, whole_number
 from tightrope.backends.quant.streams import unstream
 from tightrope.kernels.forms.quantized import QuantizedMatrix, arrange, pack_slices, tiled
 
@@ -37,13 +39,24 @@ class Gptq:
     group_sizes: Mapping[str, int] = field(default_factory=dict)
 
     name = "GPTQ"
+    known_as: ClassVar[str] = "GPTQ and AutoRound"
+    methods: ClassVar[tuple[str, ...]] = ("gptq", "auto-round")
     parts = ("qweight", "qzeros", "scales")
     optional = ("g_idx",)
 
     @classmethod
+    def tells(cls, checkpoint: Checkpoint, tensor: str) -> bool:
+        """Words are packed down the columns; AWQ, whose tensors have the same names, is told before."""
+        return tensor.endswith((".qweight", ".qzeros"))
+
+    @classmethod
     def of(cls, path: Path, settings: Settings) -> "Gptq":
         """The format as `settings`, a block of the file `path`, describe it; raises BackendError for its relatives."""
-        layout = layout_of(path, settings)
+        if is_awq(settings) or (layout := layout_of(path, settings)) == "awq":
+            raise BackendError(
+                f"{path}: weights are said to be in AWQ, of version {settings.get('version')!r:.40}, and no tensor is "
+                "in the layout of version 'gemm', the one that can be read"
+            )
         words = settings.get("pack_dtype") or "int32"
         if words != "int32":
             raise BackendError(f"{path}: pack_dtype {words!r:.40} is not known; int32 is")

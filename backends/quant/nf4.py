@@ -6,12 +6,14 @@ Source: bitsandbytes 0.50.2 (functional.py QuantState.as_dict, nn/modules.py). f
 import json
 from dataclasses import dataclass
 from math import gcd
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from tightrope.backends.quant.format import Packed
+from tightrope.backends.files.safetensors import Checkpoint
+from tightrope.backends.quant.format import Packed, Settings
 from tightrope.kernels.forms.quantized import Nf4Matrix, pack_nf4
 
 STATES = ("weight.quant_state.bitsandbytes__nf4", "weight.quant_state.bitsandbytes__fp4")
@@ -37,8 +39,19 @@ class Nf4:
     """See Format."""
 
     name = "bitsandbytes 4-bit"
+    known_as: ClassVar[str] = "bitsandbytes of 4 bits"
+    methods: ClassVar[tuple[str, ...]] = ()
     parts = ("weight.absmax", "weight.quant_map")
     optional = ("weight", *STATES, "weight.nested_absmax", "weight.nested_quant_map")
+
+    @classmethod
+    def tells(cls, checkpoint: Checkpoint, tensor: str) -> bool:
+        return ".quant_state.bitsandbytes__" in tensor
+
+    @classmethod
+    def of(cls, path: Path, settings: Settings) -> "Nf4":
+        """Each linear has a state of its own, so settings aren't asked."""
+        return cls()
 
     def size(self, packed: Packed) -> tuple[int, int]:
         outputs, inputs = _read_state(packed).shape
