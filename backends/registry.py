@@ -1,15 +1,42 @@
-"""Which backend serves a model, by what its files hold."""
+"""The backends, and which of them serves a model."""
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 from tightrope.backends.errors import BackendError
-from tightrope.backends.files.foreign import CONSOLIDATED, PICKLES, check_is_no_ggml, model_files, no_weights
+from tightrope.backends.files.foreign import check_is_no_ggml, names_in, no_weights
+from tightrope.backends.gguf import offer as gguf
+from tightrope.backends.hf import offer as hf
 from tightrope.backends.locate import locate
+from tightrope.backends.planning import Outline
 from tightrope.backends.protocol import Backend
 from tightrope.backends.settings import ModelSettings
 
-MOST_FOLDERS = 200  # in which a model is looked for, to name it; it is never taken unasked
+MOST_FOLDERS = 200  # A model is looked for in at most so many, to name it; it is never taken unasked.
+
+
+class BackendPackage(Protocol):
+    """A backend's module `offer`, which loads the libraries of its models only to outline or open one."""
+
+    def claims(self, path: Path) -> Path | None:
+        """The model that an existing path means, by names of files alone; None where another backend's may be there.
+
+        Raises BackendError for what is surely meant for this backend and can't be served.
+        """
+
+    def outline(self, path: Path, settings: ModelSettings, memory_bytes: int | None) -> Outline:
+        """Read the headers of a model that `claims` gave, and plan: see the function `outline`."""
+
+    def open_model(self, path: Path, settings: ModelSettings, progress: Callable[[float], None]) -> Backend:
+        """Load such a model: see the function `open_backend`."""
+
+
+# Where a folder holds files of several, the first backend that claims it serves it.
+BACKENDS: tuple[BackendPackage, ...] = (
+    hf,
+    gguf,
+)
 
 
 def open_backend(settings: ModelSettings, progress: Callable[[float], None]) -> Backend:
@@ -17,54 +44,42 @@ def open_backend(settings: ModelSettings, progress: Callable[[float], None]) -> 
 
     Raises BackendError with one line for the person who named it.
     """
-    path = find_model(locate(settings.model, settings.revision))
-    # each backend loads libraries that the other doesn't need
-    if path.is_dir():
-        from tightrope.backends.hf.backend import HFBackend
-
-        return HFBackend(path, settings, progress)
-    from tightrope.backends.gguf.backend import GGUFBackend
-
-    return GGUFBackend(path, settings, progress)
+    package, path = find_model(locate(settings.model, settings.revision))
+    return package.open_model(path, settings, progress)
 
 
-def find_model(path: Path) -> Path:
-    """The GGUF file, or the folder of a Hugging Face model, that a path means.
+def outline(settings: ModelSettings, memory_bytes: int | None) -> Outline:
+    """Read the headers of the model that `settings` names, and plan.
+
+    memory_bytes: a size that may be used up; None is this machine's free memory, of which `serve` leaves a share.
+    Raises BackendError for a model or a setting that can't be; a plan that doesn't fit is no error here.
+    """
+    package, path = find_model(locate(settings.model, settings.revision))
+    return package.outline(path, settings, memory_bytes)
+
+
+def find_model(path: Path) -> tuple[BackendPackage, Path]:
+    """The model that a path means, a file or a folder, and who serves it.
 
     A folder with both means its safetensors: a GGUF file beside them is served when it is named itself. Raises
     BackendError when there is no model, or when there are several.
     """
-    if path.is_dir():
-        return _in_folder(path)
     if not path.exists() and not path.is_symlink():
         raise BackendError(f"{path}: no such file; name a .gguf file, a model's folder, or a hub id org/name")
-    if path.suffix in (".safetensors", ".json"):
-        raise BackendError(f"{path}: a part of a model; name its folder, {path.absolute().parent}")
-    check_is_no_ggml(path)
-    if path.suffix in PICKLES:
-        raise BackendError(f"{path}: pickled weights can run code when they are read; convert the model to safetensors")
-    return path  # what it holds is checked when it is read
+    for package in BACKENDS:
+        if (model := package.claims(path)) is not None:
+            return package, model
+    raise _no_model(path)
 
 
-def _in_folder(folder: Path) -> Path:
-    try:
-        names = sorted(entry.name for entry in folder.iterdir())
-    except OSError as error:
-        raise BackendError(f"{folder}: can't be read: {error.strerror or error}") from None
-    weights = [name for name in names if name.endswith(".safetensors")]
-    if any(not name.startswith(("adapter_", CONSOLIDATED)) for name in weights):
-        return folder
-    models = model_files(names)
-    if len(models) == 1:
-        return folder / models[0]
-    if models:
-        raise BackendError(f"{folder}: holds {len(models)} GGUF models, name one of them: {', '.join(models)}")
+def _no_model(folder: Path) -> BackendError:
+    """Why nobody claims a folder."""
+    names = names_in(folder)
     for name in names:
         if name.endswith(".bin"):
             check_is_no_ggml(folder / name)
-    if (reason := no_weights(folder, names)) is not None:
-        raise reason
-    raise BackendError(f"{folder}: holds neither a .gguf file nor a Hugging Face model{_below(folder)}")
+    reason = no_weights(folder, names)
+    return reason or BackendError(f"{folder}: holds neither a .gguf file nor a Hugging Face model{_below(folder)}")
 
 
 def _below(folder: Path) -> str:

@@ -46,6 +46,14 @@ _OTHERS: tuple[tuple[str, str], ...] = (
 )
 
 
+def names_in(folder: Path) -> list[str]:
+    """The names of what a folder holds, sorted. Raises BackendError for one that can't be read."""
+    try:
+        return sorted(entry.name for entry in folder.iterdir())
+    except OSError as error:
+        raise BackendError(f"{folder}: can't be read: {error.strerror or error}") from None
+
+
 def is_image_half(name: str) -> bool:
     """Whether a GGUF file's name says that it holds the image half of a model: uploaders put the word anywhere."""
     return "mmproj" in name.lower()

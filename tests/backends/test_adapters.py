@@ -18,8 +18,8 @@ from torch import Tensor
 from tightrope.backends.errors import BackendError
 from tightrope.backends.files.peft import read_adapter
 from tightrope.backends.hf.backend import HFBackend
-from tightrope.backends.planning import outline
 from tightrope.backends.protocol import Chunk
+from tightrope.backends.registry import outline
 from tightrope.backends.settings import CacheSettings, ModelSettings
 
 EXPECTED: Mapping[str, Any] = json.loads((ADAPTERS / "expected.json").read_text("utf-8"))

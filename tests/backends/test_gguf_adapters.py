@@ -25,8 +25,8 @@ from tightrope.backends.gguf.backend import GGUFBackend
 from tightrope.backends.gguf.header import Header
 from tightrope.backends.gguf.peft_file import Conversion
 from tightrope.backends.hf.backend import HFBackend
-from tightrope.backends.planning import outline
 from tightrope.backends.protocol import Chunk
+from tightrope.backends.registry import outline
 from tightrope.backends.settings import CacheSettings, ModelSettings
 
 EXPECTED: Mapping[str, Any] = json.loads((ADAPTERS / "expected.json").read_text("utf-8"))

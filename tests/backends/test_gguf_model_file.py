@@ -16,7 +16,7 @@ from tightrope.backends.errors import BackendError
 from tightrope.backends.gguf.backend import GGUFBackend
 from tightrope.backends.gguf.plan import least_options
 from tightrope.backends.gguf.trial import try_load
-from tightrope.backends.planning import outline
+from tightrope.backends.registry import outline
 from tightrope.backends.settings import CacheSettings, ModelSettings
 
 Keys = Callable[[GGUFWriter], None]

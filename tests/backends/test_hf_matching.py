@@ -14,8 +14,7 @@ from torch import Tensor
 
 from tightrope.backends.errors import BackendError
 from tightrope.backends.files.safetensors import Checkpoint
-from tightrope.backends.planning import outline
-from tightrope.backends.registry import open_backend
+from tightrope.backends.registry import open_backend, outline
 from tightrope.backends.settings import ModelSettings
 
 ATTENTION, MLP = "model.layers.0.self_attn", "model.layers.1.mlp"

@@ -1,0 +1,84 @@
+"""What the registry asks of this backend: which paths are its own, what they need, and to open them."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from tightrope.backends.errors import BackendError, DoesNotFit
+from tightrope.backends.files.foreign import PICKLES, check_is_no_ggml, model_files, names_in
+from tightrope.backends.memory import free_memory, spare_bytes
+from tightrope.backends.planning import CACHE_NAMES, CacheChoice, Chosen, Outline, grossed_up
+from tightrope.backends.protocol import Backend
+from tightrope.backends.settings import ModelSettings
+
+
+def claims(path: Path) -> Path | None:
+    """Any file, as what it holds is checked when it is read; or the one model in a folder of GGUF files.
+
+    Raises BackendError for files that tell by name or start that they are something else, and where there are several.
+    """
+    if path.is_dir():
+        models = model_files(names_in(path))
+        if len(models) > 1:
+            raise BackendError(f"{path}: holds {len(models)} GGUF models, name one of them: {', '.join(models)}")
+        return path / models[0] if models else None
+    check_is_no_ggml(path)
+    if path.suffix in PICKLES:
+        raise BackendError(f"{path}: pickled weights can run code when they are read; convert the model to safetensors")
+    return path
+
+
+def open_model(path: Path, settings: ModelSettings, progress: Callable[[float], None]) -> Backend:
+    """See BackendPackage."""
+    from tightrope.backends.gguf.backend import GGUFBackend
+
+    return GGUFBackend(path, settings, progress)
+
+
+def outline(path: Path, settings: ModelSettings, memory_bytes: int | None) -> Outline:
+    """See BackendPackage."""
+    from tightrope.backends.gguf import plan as gguf
+    from tightrope.backends.gguf.adapters import room_for_adapters
+    from tightrope.backends.gguf.model_file import read_model
+    from tightrope.backends.gguf.rope import plan_rope
+    from tightrope.backends.gguf.shape import ModelShape
+    from tightrope.backends.gguf.trial import try_load
+
+    header = read_model(path, settings)
+    shape = ModelShape.of(header)
+    free_bytes = grossed_up(memory_bytes) if memory_bytes is not None else free_memory()
+    adapter_bytes = room_for_adapters(settings, header)
+    weight_bytes = header.weight_bytes + adapter_bytes
+    spare = spare_bytes(weight_bytes, free_bytes)
+    workspace = gguf.workspace_bytes(settings, shape)
+    window = settings.max_model_len or plan_rope(settings.rope, shape).window
+    chosen, refusal = None, None
+    try:
+        plan = gguf.make_plan(settings, header, free_bytes, adapter_bytes)
+        size = int(plan.num_cells * gguf.token_bytes(shape, plan.cache_type))
+        notes = plan.notes + header.notes + try_load(path, gguf.context_options(settings, plan))
+        chosen = Chosen(plan.cache_type.name, plan.num_cells, size, notes)
+    except DoesNotFit as error:
+        try_load(path, gguf.least_options())
+        refusal = str(error)
+    kinds = [gguf.CACHE_TYPES[name] for name in CACHE_NAMES]
+    return Outline(
+        path=path,
+        architecture=shape.architecture,
+        format="gguf",
+        memory_bytes=spare + weight_bytes,
+        weight_bytes=weight_bytes,
+        workspace_bytes=workspace,
+        trained_len=shape.trained_len,
+        window=window,
+        caches=tuple(
+            CacheChoice(
+                kind.name,
+                gguf.token_bytes(shape, kind),
+                window * gguf.token_bytes(shape, kind),
+                gguf.fitting_tokens(shape, kind, spare - workspace),
+            )
+            for kind in kinds
+        ),
+        chosen=chosen,
+        refusal=refusal,
+    )
