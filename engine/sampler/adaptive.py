@@ -11,8 +11,8 @@ from tightrope.engine.sampler.arrays import Doubles
 from tightrope.engine.sampler.candidates import Candidates
 from tightrope.engine.sampler.steps import SamplingParams
 
-_WIDTH = 0.3  # of the preferred probabilities
-_SHARPNESS = 10.0  # how fast preference is lost with the distance, in logits
+_WIDTH = 0.3  # A probability this far from the current target is at a distance of 1.
+_SHARPNESS = 10.0  # A token far away loses about this many logits for each such distance.
 
 
 def first_target(params: SamplingParams) -> float:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 from tightrope.engine.errors import InvalidRequest
 
-MAX_BYTES = 64  # of one breaker; so much text before a token can matter
+MAX_BYTES = 64  # A breaker is at most this long, so no text further back matters to a token.
 
 
 class Breakers:

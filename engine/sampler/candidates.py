@@ -17,7 +17,7 @@ class Candidates:
     total: Doubles  # [B, 1]: weight of all kept tokens, listed or not
     border: Doubles  # [B, 1]: no kept token that isn't listed weighs more; 0: every kept token is listed
     settled: Mask  # [B, 1]: False when a decision would have needed tokens that aren't listed
-    min_keep: Ids  # [B, 1]: so many tokens no step goes below
+    min_keep: Ids  # [B, 1]: no step leaves fewer tokens than these
 
     @classmethod
     def of_logits(cls, y: Doubles, token_ids: Ids, border: Doubles, total: Doubles, min_keep: Ids) -> Self:

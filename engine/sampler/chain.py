@@ -34,7 +34,7 @@ class DrawResult:
     columns: Ids  # [B]: of the drawn tokens
     settled: Mask  # [B]: False where the list was too short to tell
     drawable: Mask  # [B]: False where nothing can be drawn at all
-    surprises: Doubles | None  # [B]: bits, among the tokens that the steering steps were given; where there are any
+    surprises: Doubles | None  # [B]: bits, among the tokens given to the step that steers; None without one
 
 
 class Chain:
@@ -67,11 +67,11 @@ class Chain:
         return totals
 
     def run(self, lines: Ids, num_listed: int | None) -> DrawResult:
-        """Draw from so many of the largest logits of these lines [n] of it; None: as their parameters suggest."""
+        """Draw these lines [n] from their `num_listed` largest logits; None: as many as their parameters suggest."""
         wanted = self._num_listed[lines] if num_listed is None else np.full(len(lines), num_listed)
         ranked = dispatch.rank(self._logits, self._rows[lines], wanted)
         transforms = self._transforms[lines]
-        with np.errstate(all="ignore"):  # rows from which nothing can be drawn are full of NaN
+        with np.errstate(all="ignore"):  # Rows from which nothing can be drawn are full of NaN.
             top = ranked.top.astype(np.float64)
             y, border = transformed(ranked.logits - top, transforms), transformed(ranked.border - top, transforms)
             candidates = Candidates.of_logits(y, ranked.token_ids, border, self._totals[lines], self._min_keep[lines])
@@ -166,5 +166,5 @@ def _needs_total(state: SamplerState) -> bool:
 def _num_listed(state: SamplerState) -> int:
     params = state.params
     if params.temperature == 0:
-        return state.processed_top + 1  # and what ties with the last
+        return state.processed_top + 1  # One more shows whether others tie with the last.
     return params.top_k if params.top_k > 0 else max(_LIST, state.processed_top + 1)

@@ -8,8 +8,8 @@ from tightrope.engine.sampler.arrays import Doubles, Ids, Mask
 from tightrope.engine.sampler.candidates import Candidates
 
 _MASK = 2**64 - 1
-_DICE = 0xD1CE5EED0DD5A11D  # sets the second stream of a seed apart from the first
-_GAMMA = 0x9E3779B97F4A7C15  # 2**64 divided by the golden ratio, made odd
+_DICE = 0xD1CE5EED0DD5A11D  # This sets the second stream of a seed apart from the first.
+_GAMMA = 0x9E3779B97F4A7C15  # It is 2**64 divided by the golden ratio, made odd.
 
 
 def uniform(seed: int, place: int) -> float:

@@ -23,11 +23,11 @@ def raw(logits: Tensor, rows: Ids, token_ids: Sequence[int], tops: Sequence[int]
     wanted = np.maximum(np.array(tops, np.int64), 1)
     ranked = dispatch.rank(logits, rows, wanted)
     num_listed = (ranked.logits > -np.inf).sum(1)
-    if ((num_listed < wanted) & (ranked.border[:, 0] > -np.inf)).any():  # too many equals at a border
+    if ((num_listed < wanted) & (ranked.border[:, 0] > -np.inf)).any():  # Too many equals stand at a border.
         ranked = dispatch.rank(logits, rows, np.full(len(rows), logits.shape[1]))
     own = logits[torch.from_numpy(rows).to(logits.device), torch.tensor(token_ids, device=logits.device)]
     mass = dispatch.row_mass(logits, rows, np.zeros((len(rows), MAX_TRANSFORMS, 4)))
-    with np.errstate(invalid="ignore"):  # rows without numbers
+    with np.errstate(invalid="ignore"):  # A row may hold NaN.
         values = np.hstack([own.cpu().numpy()[:, None], ranked.logits]).astype(np.float64)
         logprobs = (values - ranked.top - np.log(mass)).tolist()
     listed: list[Top] = [

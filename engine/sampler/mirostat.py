@@ -13,8 +13,8 @@ from tightrope.engine.sampler.arrays import Doubles, Mask
 from tightrope.engine.sampler.candidates import Candidates
 from tightrope.engine.sampler.steps import SamplingParams
 
-_NOTHING_BITS = 20  # all tokens that surprise by so much more than log2(V) have less than a millionth of the mass
-_MEASURED = 100  # likeliest tokens from which version 1 estimates the exponent of Zipf's law
+_NOTHING_BITS = 20  # Tokens that surprise by this much more than log2(V) have less than a millionth of the mass.
+_MEASURED = 100  # Version 1 estimates the exponent of Zipf's law from this many of the likeliest tokens.
 
 
 def first_mu(params: SamplingParams) -> float:
@@ -52,9 +52,8 @@ def _by_zipfs_law(candidates: Candidates, active: Mask, mu: Doubles, vocab_size:
     is_measured = logs[:, 1:] > -np.inf
     s = (steps * falls).sum(1, keepdims=True) / np.maximum((steps**2 * is_measured).sum(1, keepdims=True), 1e-30)
     excess = s - 1
-    spread = np.where(
-        np.abs(excess) > 1e-9, -np.expm1(-excess * np.log(vocab_size)) / excess, np.log(vocab_size)
-    )  # (1 - V**-excess) / excess, and its limit
+    # The spread is (1 - V**-excess) / excess, or its limit.
+    spread = np.where(np.abs(excess) > 1e-9, -np.expm1(-excess * np.log(vocab_size)) / excess, np.log(vocab_size))
     k = np.exp(np.clip((mu * np.log(2) - np.log(np.maximum(spread, 1e-300))) / np.maximum(s, 1e-9), 0.0, 40.0))
     place = (candidates.weights > 0).cumsum(1)
     num_kept = place[:, -1:]

@@ -64,7 +64,7 @@ class TokenEdits:
             return
         self._history.append(token_id)
         if self._decay:
-            return  # each token's penalty changes with every token: `entries` counts anew
+            return  # Each token's penalty changes with every token, so `entries` counts anew.
         self._count(token_id, 1, is_output=True)
         window = self._params.penalty_range
         if window > 0:
@@ -72,7 +72,7 @@ class TokenEdits:
             if leaving >= 0:
                 self._count(self._history[leaving], -1, is_output=leaving >= self._num_prompt)
             if self._size > 2 * window + len(self._biases) + 256:
-                self._rebuild()  # frees the slots of tokens that left the range; rare enough to keep append O(1)
+                self._rebuild()  # Slots of tokens that left the range are freed, seldom enough to keep append O(1).
 
     def truncate(self, num_output: int) -> None:
         """Forget the output after its first `num_output` tokens."""
@@ -200,7 +200,7 @@ def edit_logits(
         if len(repeated):
             edited[row].index_add_(0, _to(repeated, flat), _to(penalties, flat), alpha=-1)
     if banned and flat.is_cpu:
-        flat.numpy()[banned] = -np.inf  # a fifth of the time that torch takes for a few places
+        flat.numpy()[banned] = -np.inf  # For a few places, this takes a fifth of torch's time.
     elif banned:
         flat[torch.tensor(banned, device=flat.device)] = -torch.inf
     if masks:

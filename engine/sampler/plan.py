@@ -14,8 +14,8 @@ class Plan:
     head: tuple[str, ...]  # The first steps, as long as each can run over the whole row: see transforms.py.
     steps: tuple[str, ...]  # The others run over candidates.
     order: tuple[str, ...]  # All steps of the chain stand here, those that are off too.
-    is_native: bool  # whether the native draw can run all of `steps`
-    steering: Step | None  # the step whose mu follows what was drawn
+    is_native: bool  # The native draw can run all of `steps`.
+    steering: Step | None  # Its mu follows what was drawn.
 
 
 def plan(params: SamplingParams) -> Plan:

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from tightrope.engine.sampler.breakers import MAX_BYTES, Breakers
 from tightrope.engine.sampler.steps import LONGEST_RUN, SamplingParams
 
-MAX_PENALTY = 1e30  # keeps logits finite whatever the base
+MAX_PENALTY = 1e30  # It keeps logits finite whatever the base.
 
-_FEW = 1000  # tokens that are sorted; more are counted, in an array as long as the vocabulary
+_FEW = 1000  # Fewer tokens than this are sorted; more are counted, in an array as long as the vocabulary.
 
 Ids = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -31,8 +31,8 @@ class Runs:
         self._tokens = np.empty(max(1024, 2 * len(token_ids)), np.int32)
         self._tokens[: len(token_ids)] = token_ids
         self._size = len(token_ids)
-        self._lengths = np.zeros(0, np.int32)  # of the run that ends at each place
-        self._places: Ids = np.empty(0, np.int64)  # where runs end
+        self._lengths = np.zeros(0, np.int32)  # One for each place: of the run that ends there.
+        self._places: Ids = np.empty(0, np.int64)  # Runs end at these.
         self._rebuild()
 
     def append(self, token_id: int) -> None:
@@ -52,7 +52,7 @@ class Runs:
     def following(self, least: int, window: int = 0) -> tuple[Ids, NDArray[np.int32]]:
         """Tokens that came after runs of `least` tokens or more, and the longest such run of each.
 
-        window: runs begin among the last so many tokens; 0 is all.
+        window: runs begin among this many of the last tokens; 0 is all.
         """
         places = self._places
         lengths = self._lengths[places]
@@ -90,7 +90,7 @@ class Runs:
             self._tokens[max(size - MAX_BYTES, 0) : size].tolist()
         ):
             places = places[:0]
-        before = self._lengths[places - 1]  # place -1 is the end of the array, which no run has reached
+        before = self._lengths[places - 1]  # Place -1 is the end of the array, which no run has reached.
         if len(places) and places[0] == 0:
             before[0] = 0
         self._lengths[self._places] = 0

@@ -9,7 +9,7 @@ from tightrope.engine.sampler.arrays import Doubles
 from tightrope.engine.sampler.candidates import Candidates
 from tightrope.engine.sampler.truncation import entropy
 
-LEAST, MOST = 1e-30, 1e30  # temperatures: what float32 can divide by
+LEAST, MOST = 1e-30, 1e30  # Temperatures are held between these: float32 can divide by them.
 
 
 def temperature(candidates: Candidates, t: Doubles, spread: Doubles, exponent: Doubles) -> Candidates:

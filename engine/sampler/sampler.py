@@ -15,9 +15,9 @@ from tightrope.engine.sampler.penalties import edit_logits
 from tightrope.engine.sampler.state import SamplerState
 from tightrope.kernels import dispatch
 
-# How many of a row's logits are listed: as many as the parameters suggest, then, where that was too little, so many.
+# A row's list has as many logits as the parameters suggest, and where that was too few, one of these lengths in turn.
 _DEPTHS = (None, 1000, 8000, 1 << 40)
-_ROWS_AT_ONCE = 16  # bounds what lists of whole rows, and the logits of a prompt, take to a few dozen MB
+_ROWS_AT_ONCE = 16  # Lists of whole rows, and the logits of a prompt, then take a few dozen MB at most.
 
 
 @dataclass(frozen=True, slots=True)

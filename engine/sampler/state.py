@@ -28,11 +28,11 @@ class SamplerState:
         Raises InvalidRequest when a bias or ban names a token that isn't there, or a breaker is too long.
         """
         self.params = params
-        self.vocab_size = vocab_size  # a row of logits may be wider, for others' sake
+        self.vocab_size = vocab_size  # A row of logits may be wider, for others' sake.
         self.plan = plan(params)
         self.logprobs = logprobs
         self.seed = params.seed if params.seed is not None else int.from_bytes(os.urandom(8), "little")
-        self.suppressed: tuple[int, ...] = ()  # ids that may not be drawn now; the engine sets them between steps
+        self.suppressed: tuple[int, ...] = ()  # These may not be drawn now; the engine sets them between steps.
         self.grammar = grammar
         self.edits = TokenEdits(params, prompt_token_ids, vocab_size, token_bytes)
         self.num_output = 0

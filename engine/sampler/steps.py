@@ -79,34 +79,38 @@ def _always(_: SamplingParams) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class WholeRow:
-    """How a step that keeps the order of logits runs over a whole row, in one pass, before any list of candidates."""
+    """How a step that keeps the order of logits runs over a whole row, in one pass, before any list of candidates.
 
-    run: str  # (SamplerState, sums of the row) -> Transform
+    `run` names a function (SamplerState, sums of the row) -> Transform; it needs the sums where `measures` says so, and
+    can do the step where it `fits`.
+    """
+
+    run: str
     fits: Callable[[SamplingParams], bool] = _always
-    measures: Callable[[SamplingParams], bool] = _always  # whether `run` needs the sums
+    measures: Callable[[SamplingParams], bool] = _always
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
     """One row of the table. Functions are named `module.function`, in this package.
 
-    A step is off while the first of its `params` is neutral, unless it has a `runs_if` of its own.
+    A step is on while the first of its `params` isn't neutral, or when `runs_if` says so. Its `meaning` is Markdown.
+    `run`, of a step of the chain, is (Candidates, a column [B, 1] of each name in `reads`) -> Candidates; these are
+    fields of SamplingParams or attributes of SamplerState, and all `params` unless said. A step without `removes`
+    gives tokens other weights; one that `reads_total` must know the weight of the whole vocabulary. `steer` are
+    (params) -> first mu, and (mu, bits of surprise, params) -> next mu.
     """
 
     name: str
     stage: int
     params: tuple[str, ...]
-    meaning: str  # Markdown, for docs/sampling.md
-    run: str = (
-        ""  # (Candidates, a column [B, 1] of each of `columns`) -> Candidates; "" where the chain has no part in it
-    )
-    reads: tuple[
-        str, ...
-    ] = ()  # Fields of SamplingParams or attributes of SamplerState, where these aren't its `params`.
-    removes: bool = True  # whether it removes tokens, rather than giving them other weights
-    reads_total: bool = False  # whether it must know the weight of the whole vocabulary
+    meaning: str
+    run: str = ""
+    reads: tuple[str, ...] = ()
+    removes: bool = True
+    reads_total: bool = False
     whole_row: WholeRow | None = None
-    steer: tuple[str, str] = ("", "")  # (params) -> first mu, and (mu, bits of surprise, params) -> next mu
+    steer: tuple[str, str] = ("", "")
     runs_if: Callable[[SamplingParams], bool] | None = None
 
     @property

@@ -26,7 +26,7 @@ _WHOLE_ROWS: Mapping[str, tuple[WholeRow, Callable[[SamplerState, Sums], Transfo
 def transforms_of(logits: Tensor, rows: Ids, states: Sequence[SamplerState]) -> Doubles:
     """What the first steps of these rows [B] of logits [any, V] float32 come to: [B, MAX_TRANSFORMS, 4]."""
     transforms = np.zeros((len(rows), MAX_TRANSFORMS, 4))
-    with np.errstate(all="ignore"):  # rows from which nothing can be drawn are full of NaN
+    with np.errstate(all="ignore"):  # Rows from which nothing can be drawn are full of NaN.
         _fill(transforms, logits, rows, states)
     return transforms
 

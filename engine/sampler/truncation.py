@@ -10,7 +10,7 @@ import numpy as np
 from tightrope.engine.sampler.arrays import Doubles, Ids, Mask
 from tightrope.engine.sampler.candidates import Candidates
 
-_TINY = np.finfo(np.float64).tiny  # a share so small that one token always reaches it
+_TINY = np.finfo(np.float64).tiny  # One token always reaches a share as small as this.
 
 
 def top_k(candidates: Candidates, k: Doubles) -> Candidates:
@@ -44,7 +44,7 @@ def typical_p(candidates: Candidates, p: Doubles) -> Candidates:
     Source: Meister et al. 2022, "Locally Typical Sampling", arXiv 2202.00666.
     """
     shares = candidates.weights / candidates.weights.cumsum(1)[:, -1:]
-    surprisal = -np.log(shares)  # inf where removed
+    surprisal = -np.log(shares)  # Removed tokens have inf.
     entropy = np.where(shares > 0, shares * surprisal, 0.0).cumsum(1)[:, -1:]
     order = np.abs(surprisal - entropy).argsort(axis=1, kind="stable")
     reached = np.take_along_axis(shares, order, 1).cumsum(1)

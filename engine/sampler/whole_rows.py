@@ -13,8 +13,8 @@ from tightrope.engine.sampler.reshaping import LEAST, MOST, dynamic
 from tightrope.engine.sampler.state import SamplerState
 from tightrope.kernels.forms.rows import CUT, DIVIDE, PARABOLA
 
-Transform = tuple[float, float, float, float]  # kind and its numbers
-Sums = Mapping[str, float]  # by their names in kernels.forms.rows.SUMS; empty where the step measures nothing
+Transform = tuple[float, float, float, float]  # A kind stands before its numbers.
+Sums = Mapping[str, float]  # The names are those of kernels.forms.rows.SUMS; a step that measures nothing gets none.
 
 _NONE: Transform = (0.0, 0.0, 0.0, 0.0)
 
