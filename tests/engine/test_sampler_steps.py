@@ -1,6 +1,7 @@
 """Every step, in any order and any company, against the float64 reference."""
 
 import math
+from collections.abc import Mapping
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from tightrope.engine.sampler.draw import dice, uniform
 from tightrope.engine.sampler.mirostat import next_mu
 from tightrope.engine.sampler.sampler import Sampled, sample
 from tightrope.engine.sampler.state import SamplerState
-from tightrope.engine.sampler.steps import SAMPLER_ORDER, SamplingParams
+from tightrope.engine.sampler.steps import SAMPLER_ORDER, STEPS, SamplingParams
 from tightrope.engine.sampler.transforms import transformed
 from tightrope.engine.types import LogprobRequest
 from tightrope.kernels import dispatch
@@ -34,32 +35,32 @@ def maybe(values: st.SearchStrategy[float], neutral: float) -> st.SearchStrategy
     return st.one_of(st.just(neutral), st.just(neutral), values)
 
 
-params = st.builds(
-    SamplingParams,
-    temperature=st.sampled_from([0.3, 1.0, 1.0, 2.5]),
-    top_k=st.sampled_from([0, 0, 3, 40]),
-    top_p=maybe(unit, 1.0),
-    min_p=maybe(st.floats(0.001, 0.3), 0.0),
-    typical_p=maybe(unit, 1.0),
-    dynatemp_range=maybe(st.floats(0.1, 1.0), 0.0),
-    dynatemp_exponent=st.sampled_from([1.0, 0.5, 2.0]),
-    smoothing_factor=maybe(st.floats(0.05, 2.0), 0.0),
-    smoothing_curve=st.sampled_from([1.0, 2.5, 6.0]),
-    top_n_sigma=maybe(st.floats(0.5, 3.0), 0.0),
-    tfs=maybe(unit, 1.0),
-    top_a=maybe(st.floats(0.01, 0.9), 0.0),
-    epsilon_cutoff=maybe(st.floats(1e-4, 0.1), 0.0),
-    eta_cutoff=maybe(st.floats(1e-4, 0.1), 0.0),
-    xtc_probability=maybe(st.sampled_from([0.5, 1.0]), 0.0),
-    xtc_threshold=st.floats(0.01, 0.5),
-    mirostat_mode=st.sampled_from([0, 0, 0, 1, 2]),
-    mirostat_tau=st.floats(0.5, 8.0),
-    adaptive_target=maybe(st.floats(0.0, 1.0), -1.0),
-    skew=maybe(st.floats(-3.0, 3.0), 0.0),
-    min_keep=st.sampled_from([0, 0, 0, 1, 5]),
-    order=st.one_of(st.just(()), st.permutations(SAMPLER_ORDER).map(lambda order: tuple(order[:6]))),
-    seed=st.integers(0, 2**64 - 1),
-)
+VALUES: Mapping[str, st.SearchStrategy[object]] = {
+    "temperature": st.sampled_from([0.3, 1.0, 1.0, 2.5]),
+    "top_k": st.sampled_from([0, 0, 3, 40]),
+    "top_p": maybe(unit, 1.0),
+    "min_p": maybe(st.floats(0.001, 0.3), 0.0),
+    "typical_p": maybe(unit, 1.0),
+    "dynatemp_range": maybe(st.floats(0.1, 1.0), 0.0),
+    "dynatemp_exponent": st.sampled_from([1.0, 0.5, 2.0]),
+    "smoothing_factor": maybe(st.floats(0.05, 2.0), 0.0),
+    "smoothing_curve": st.sampled_from([1.0, 2.5, 6.0]),
+    "top_n_sigma": maybe(st.floats(0.5, 3.0), 0.0),
+    "tfs": maybe(unit, 1.0),
+    "top_a": maybe(st.floats(0.01, 0.9), 0.0),
+    "epsilon_cutoff": maybe(st.floats(1e-4, 0.1), 0.0),
+    "eta_cutoff": maybe(st.floats(1e-4, 0.1), 0.0),
+    "xtc_probability": maybe(st.sampled_from([0.5, 1.0]), 0.0),
+    "xtc_threshold": st.floats(0.01, 0.5),
+    "mirostat_mode": st.sampled_from([0, 0, 0, 1, 2]),
+    "mirostat_tau": st.floats(0.5, 8.0),
+    "adaptive_target": maybe(st.floats(0.0, 1.0), -1.0),
+    "skew": maybe(st.floats(-3.0, 3.0), 0.0),
+    "min_keep": st.sampled_from([0, 0, 0, 1, 5]),
+    "order": st.one_of(st.just(()), st.permutations(SAMPLER_ORDER).map(lambda order: tuple(order[:6]))),
+    "seed": st.integers(0, 2**64 - 1),
+}
+params = st.builds(SamplingParams, **VALUES)
 THRESHOLDS = (
     "top_p",
     "min_p",
@@ -72,6 +73,12 @@ THRESHOLDS = (
     "xtc_threshold",
     "mirostat_tau",
 )
+
+
+def test_the_examples_vary_every_parameter_of_the_chain():
+    of_the_next_token_alone = {"mirostat_eta", "adaptive_decay"}
+    varied = {name for step in STEPS if step.run or step.name == "min_keep" for name in step.params}
+    assert varied - of_the_next_token_alone <= VALUES.keys()
 
 
 def logits_row(shape: str, vocab_size: int, seed: int) -> np.ndarray:
