@@ -15,10 +15,10 @@ from tightrope.backends.settings import ModelSettings
 from tightrope.kernels.forms.layout import PAGE, CacheDtype, CacheFormat
 from tightrope.kernels.reference import TILE_ROWS, attention_bytes
 
-CACHE_DTYPES: tuple[CacheDtype, ...] = ("f16", "q8", "q4")  # largest first
-CALIBRATION_TOKENS = 512  # of the text that backends/hf/run/calibrate.py runs once at load, in an f16 cache
-MOST_TOKENS = 1 << 28  # of a cache whose tokens take nothing beyond the window: the longest window that is believed
-FIXED_BYTES = 128 << 20  # what libraries take once they run, and rotary tables
+CACHE_DTYPES: tuple[CacheDtype, ...] = ("f16", "q8", "q4")  # They stand largest first.
+CALIBRATION_TOKENS = 512  # backends/hf/run/calibrate.py runs so many at load, in an f16 cache.
+MOST_TOKENS = 1 << 28  # The longest window that is believed where tokens beyond the layers' windows take no room.
+FIXED_BYTES = 128 << 20  # Libraries take this once they run, and rotary tables.
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,16 +26,16 @@ class Plan:
     """Everything a load needs; sizes in tokens and bytes."""
 
     window: int
-    num_pages: int  # of kernels.layout.PAGE tokens
+    num_pages: int  # Pages have kernels.forms.layout.PAGE tokens.
     cache_dtype: CacheDtype
-    token_bytes: int  # of keys and values in all layers
+    token_bytes: int  # Those of keys and values in all layers.
     cache_bytes: int
-    windowed: tuple[bool, ...]  # layers that have `num_window_pages` instead
+    windowed: tuple[bool, ...]  # Layers that have `num_window_pages` instead.
     num_window_pages: int
-    window_tokens: int | None  # that such layers see; None where all layers have as many pages
-    workspace_bytes: int  # a bound
+    window_tokens: int | None  # Such layers see so many; None where all layers have as many pages.
+    workspace_bytes: int  # An upper bound.
     step_tokens: int
-    rope: Mapping[str, RopeSpec]  # by kind of layer, as resolve_rope
+    rope: Mapping[str, RopeSpec]  # By kind of layer, as resolve_rope gives them.
     notes: tuple[str, ...]
 
 
@@ -43,8 +43,8 @@ class Plan:
 class CacheSizes:
     """What pages of the cache take, and how many fit. Layers with a sliding window stop at `most_window_pages`."""
 
-    full_bytes: int  # of a token in the layers that see everything
-    windowed_bytes: int  # and in those with a window
+    full_bytes: int  # For a token in the layers that see everything.
+    windowed_bytes: int  # For a token in those with a window.
     window_tokens: int | None
     most_window_pages: int
 
@@ -150,13 +150,13 @@ def workspace_bytes(settings: ModelSettings, shape: ModelShape) -> int:
     tokens, hidden, ffn = settings.step_tokens, shape.hidden_size, shape.intermediate_size
     kv_width = shape.num_kv_heads * shape.head_dim
     qkv = shape.num_heads * shape.head_dim + 2 * kv_width
-    # a prompt whose logprobs are wanted yields a row for each token, copied once; the sampler's steps copy their rows
+    # A prompt whose logprobs are wanted yields a row for each token, copied once; the sampler's steps copy their rows.
     logits = 4 * shape.vocab_size * (2 * prompt_rows(shape.vocab_size, tokens) + 4 * settings.max_num_seqs)
-    # hidden states, residual and norm with their copies; heads before and after rotation, and their output; the MLP
+    # Hidden states, residual and norm with their copies; heads before and after rotation, and their output; the MLP.
     activations = 4 * tokens * (6 * hidden + 3 * qkv + 3 * ffn)
-    # rows of a weight that are expanded to float32 at a time, where there is no kernel that reads them as they are
+    # Rows of a weight are expanded to float32 so many at a time, where no kernel reads them as they are.
     tile = 4 * TILE_ROWS * max(hidden, ffn, qkv)
-    # the other kernels need less than the reference
+    # The other kernels need less than the reference.
     attention = attention_bytes(tokens, shape.num_heads, shape.num_kv_heads, shape.head_dim)
     calibration = CALIBRATION_TOKENS * token_bytes(shape, "f16")
     return logits + activations + tile + attention + calibration + FIXED_BYTES
@@ -191,7 +191,7 @@ def _choose_pages(settings: ModelSettings, shape: ModelShape, window: int, dtype
     """Pages of the cache, given `spare` bytes for cache and workspace. Raises DoesNotFit."""
     room = spare - workspace_bytes(settings, shape)
     sizes = {kind: CacheSizes.of(settings, shape, kind) for kind in CACHE_DTYPES}
-    fitting = {kind: sizes[kind].fitting(room) for kind in CACHE_DTYPES}  # pages
+    fitting = {kind: sizes[kind].fitting(room) for kind in CACHE_DTYPES}  # In pages.
     least = settings.cache.tokens or window
     if least > fitting[dtype] * PAGE:
         cheaper = CACHE_DTYPES[CACHE_DTYPES.index(dtype) + 1 :]

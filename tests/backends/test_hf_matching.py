@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkout import TINY
+from checkout import TINY as CHECKPOINTS
 from safetensors.torch import load_file, save_file
-from test_hf_loader import Tensors, assert_close, load, logits, rewrite, write
+from test_hf_loader import TINY, Tensors, assert_close, load, logits, rewrite, write
 from torch import Tensor
 
 from tightrope.backends.errors import BackendError
@@ -295,7 +295,7 @@ def quantized(name: str, **fields: object) -> Callable[[Path], None]:
     """A checked-in checkpoint, with other words in its config."""
 
     def make(folder: Path) -> None:
-        shutil.copytree(TINY / name, folder, dirs_exist_ok=True)
+        shutil.copytree(CHECKPOINTS / name, folder, dirs_exist_ok=True)
         edited(folder, **fields)
 
     return make

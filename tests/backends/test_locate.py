@@ -189,3 +189,11 @@ def test_a_file_that_is_no_model_is_refused_before_anything_is_loaded(content: b
 def test_a_missing_file_is_one_line() -> None:
     with pytest.raises(BackendError, match="no such file"):
         open_backend(ModelSettings(model="/nowhere/model.gguf"), lambda _: None)
+
+
+def test_finding_a_model_loads_no_library_of_any():
+    script = "import tightrope.backends.registry, sys; print({'torch', 'transformers', 'llama_cpp'} & set(sys.modules))"
+
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+
+    assert result.stdout.strip() == "set()"

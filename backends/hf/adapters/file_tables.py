@@ -119,7 +119,7 @@ def planned_tables(adapter: PeftAdapter, ours: Tables) -> PlannedTables:
     embedding, head, names = _sorted(adapter, ours)
     tied_delta = None
     if ours.is_tied:
-        embedding.base = head.base = head.base or embedding.base  # one tensor, and peft loads the head's last
+        embedding.base = head.base = head.base or embedding.base  # They are one tensor, and peft loads the head's last.
         if head.tokens is None:
             head.tokens = embedding.tokens
         if adapter.config.ties_tables:
@@ -163,7 +163,7 @@ def _sorted(adapter: PeftAdapter, ours: Tables) -> tuple[_Said, _Said, frozenset
 
     for (module, part), entry in adapter.own.items():
         if ours.find(module) is None:
-            continue  # a norm's, perhaps
+            continue  # It may be a norm's.
         check_float(entry)
         if part == "weight":
             said(module, entry).own = entry

@@ -13,7 +13,7 @@ class Copies:
         self._waiting: list[tuple[int, int]] = []
 
     def add(self, source: int, target: int) -> None:
-        """Queue a copy; of where a source that waits to be written has its contents yet, so that none waits in line."""
+        """Queue a copy. Where its source itself waits to be written, what that is copied from is copied instead."""
         targets = {target: origin for origin, target in self._waiting}
         origin = targets.get(source, source)
         self._waiting.append((source if origin in targets else origin, target))

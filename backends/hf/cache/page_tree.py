@@ -17,7 +17,7 @@ class Root:
     """Where all beginnings hang that may be shared with each other."""
 
     key: Hashable
-    children: list["Page"] = field(default_factory=list)  # sorted by their tokens
+    children: list["Page"] = field(default_factory=list)  # They are sorted by their tokens.
 
 
 @dataclass(slots=True, eq=False)
@@ -25,13 +25,13 @@ class Page:
     """A page and its place in the tree."""
 
     number: int
-    parent: "Page | Root | None" = None  # None: not in the tree
-    tokens: tuple[int, ...] = ()  # what can be found here; a page with children is full
-    children: list["Page"] = field(default_factory=list)  # sorted by their tokens
-    refs: int = 0  # live sequences that hold it
-    writer: object | None = None  # the sequence that may store into it
-    window_number: int | None = None  # the page of sliding-window layers with the same tokens, while there is one
-    window_refs: int = 0  # live sequences that hold that one
+    parent: "Page | Root | None" = None  # None while it isn't in the tree.
+    tokens: tuple[int, ...] = ()  # What can be found here; a page with children is full.
+    children: list["Page"] = field(default_factory=list)  # They are sorted by their tokens.
+    refs: int = 0  # So many live sequences hold it.
+    writer: object | None = None  # The sequence that may store into it.
+    window_number: int | None = None  # The page of sliding-window layers with the same tokens, if any.
+    window_refs: int = 0  # So many live sequences hold that one.
 
 
 def hang(page: Page, parent: Page | Root | None, tokens: tuple[int, ...]) -> None:
@@ -48,7 +48,7 @@ def place_of(siblings: list[Page], page: Page) -> int:
     """Where a page is among its siblings."""
     place = bisect_left(siblings, page.tokens, key=tokens_of)
     while siblings[place] is not page:
-        place += 1  # past pages with the same tokens
+        place += 1  # Go past pages with the same tokens.
     return place
 
 

@@ -1,15 +1,15 @@
 """The paged cache's bookkeeping: which page holds which tokens, who shares it, who is evicted.
 
-Pages with tokens form a tree (backends.hf.tree). A live sequence holds a reference to every page of its path; a page
+Pages with tokens form a tree (page_tree.py). A live sequence holds a reference to every page of its path; a page
 without references belongs to finished sequences, can still be found, and waits in a queue to be evicted.
 
 Whoever finds part of a page, or a page that another sequence still writes, reads it as it is and gets a copy of its own
 before it stores. Copies are queued and run before the next step stores anything, so a page may be given away while it
 still waits to be copied.
 
-Sliding-window layers have fewer pages (backends.hf.windows): a beginning is found as far as they can go on from there.
+Sliding-window layers have fewer pages (window_pages.py): a beginning is found as far as they can go on from there.
 
-Nothing here knows of tensors; kernels.layout says what a page is.
+Nothing here knows of tensors; kernels.forms.layout says what a page is.
 """
 
 from bisect import insort
@@ -40,9 +40,9 @@ class _Sequence:
     frequencies: Hashable
     pages: list[Page] = field(default_factory=list)
     table: Ints = field(default_factory=lambda: np.zeros(64, np.int32))  # [>= len(pages)] their numbers
-    length: int = 0  # tokens stored
-    num_findable: int = 0  # how many of them, from the first, may be found by others
-    held: range = range(0)  # places in `pages` of those whose window number it holds
+    length: int = 0  # Tokens stored.
+    num_findable: int = 0  # So many of them, from the first, may be found by others.
+    held: range = range(0)  # Places in `pages` of those whose window number it holds.
 
     def append(self, page: Page) -> None:
         if len(self.pages) == len(self.table):
@@ -75,13 +75,13 @@ class PagedKVCache:
         """
         self._num_pages = num_pages
         self._frequencies_at = frequencies_at
-        self._free = list(range(num_pages - 1, -1, -1))  # a stack of page numbers
-        self._idle: OrderedDict[Page, None] = OrderedDict()  # in the tree and without references; first out in front
+        self._free = list(range(num_pages - 1, -1, -1))  # A stack of page numbers.
+        self._idle: OrderedDict[Page, None] = OrderedDict()  # In the tree, without references; first out in front.
         self._roots: dict[Hashable, Root] = {}
         self._live: dict[int, _Sequence] = {}
         self._windows = WindowPages(num_window_pages, window)
         self.has_windows = window is not None
-        self.copies, self.window_copies = Copies(), Copies()  # of pages, and of window pages
+        self.copies, self.window_copies = Copies(), Copies()  # Those of pages, and of window pages.
 
     # --- the protocol -----------------------------------------------------------------------------------------------
 
@@ -156,7 +156,7 @@ class PagedKVCache:
             if page.refs == 1 and not page.children:
                 hang(page, page.parent, page.tokens[:used])
             else:
-                page.writer = None  # others read what would be overwritten
+                page.writer = None  # Others read what would be overwritten.
 
     def close(self, seq_id: int, *, keep: bool) -> None:
         """See KVCache. What is kept twice is merged."""
@@ -164,7 +164,7 @@ class PagedKVCache:
         self._hold(sequence, range(0))
         if keep:
             sequence.pages = self._merge(sequence)
-        for page in reversed(sequence.pages):  # ends first: a page leaves after all that hang below it
+        for page in reversed(sequence.pages):  # Ends first: a page leaves after all that hang below it.
             self._let_go(sequence, page, keep=keep)
 
     def usage(self) -> KVUsage:
@@ -184,7 +184,7 @@ class PagedKVCache:
         table = np.zeros(num_pages, np.int32)
         for place in sequence.held:
             number = sequence.pages[place].window_number
-            assert number is not None  # it is held
+            assert number is not None  # It is held.
             table[place] = number
         return table
 
@@ -235,11 +235,11 @@ class PagedKVCache:
 
     def _own_tail(self, sequence: _Sequence) -> None:
         """Exchange a borrowed last page for one to write; the page itself where nobody else would miss anything."""
-        held = self._windows.needed(sequence.length)  # the last of them is what is exchanged
+        held = self._windows.needed(sequence.length)  # The last of them is what is exchanged.
         window_source = sequence.pages[-1].window_number
         self._hold(sequence, held[:-1])
         source, used = sequence.pages.pop(), sequence.length % PAGE
-        tokens = source.tokens[:used]  # it may be evicted here
+        tokens = source.tokens[:used]  # It may be evicted here.
         source.refs -= 1
         if source.refs == 0 and source.tokens == tokens:
             source.refs, source.writer = 1, sequence

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from tightrope.backends.hf.cache.page_tree import Page
 from tightrope.kernels.forms.layout import PAGE
 
-KEPT_WINDOWS = 4  # of finished sequences that may go on, beside those of as many as may be live
+KEPT_WINDOWS = 4  # At most this many finished sequences keep their window pages, beside the live ones.
 
 
 class WindowPages:
@@ -24,8 +24,8 @@ class WindowPages:
         There must be at least as many as `most_needed` says.
         """
         self._window = window
-        self._free = list(range(num_pages - 1, -1, -1))  # a stack of numbers
-        self._idle: OrderedDict[Page, None] = OrderedDict()  # with a number that nobody holds; first out in front
+        self._free = list(range(num_pages - 1, -1, -1))  # A stack of numbers.
+        self._idle: OrderedDict[Page, None] = OrderedDict()  # Nobody holds their number; first out in front.
 
     def needed(self, length: int) -> range:
         """Places of the pages that a sequence of `length` tokens looks at, or writes into, with its next token."""
@@ -72,5 +72,5 @@ class WindowPages:
 
 def most_needed(window: int, num_seqs: int, step_tokens: int) -> int:
     """Pages that so many live sequences hold at most, in a step of so many tokens."""
-    looked_at = (window + PAGE - 3) // PAGE + 1  # by a sequence: window - 1 tokens, beginning anywhere in a page
-    return num_seqs * (looked_at + 1) + -(-step_tokens // PAGE)  # the step's tokens begin a page more for each
+    looked_at = (window + PAGE - 3) // PAGE + 1  # A sequence looks at window - 1 tokens, from anywhere in a page.
+    return num_seqs * (looked_at + 1) + -(-step_tokens // PAGE)  # Its tokens begin a page more for each.

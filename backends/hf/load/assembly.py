@@ -23,7 +23,7 @@ class Source:
 
     tensors: tuple[str, ...]
     num_outputs: int
-    build: Callable[[], tuple[Piece, Tensor | None]]  # weight and bias [N] float32
+    build: Callable[[], tuple[Piece, Tensor | None]]  # It gives the weight, and the bias [N] float32.
 
 
 @dataclass(slots=True)
@@ -145,7 +145,7 @@ class _Assembler:
         format.check(packed, inputs, outputs)
         tensors = self.found.tensors(module)
         if has_bias or packed.has("bias"):
-            # EXL2 fills up a bias as it does the outputs
+            # EXL2 fills up a bias as it does the outputs.
             stored = format.size(packed)[1] if packed.shape("bias", 1) != (outputs,) else outputs
             packed.expect("bias", (stored,), "F16", "BF16", "F32")
             tensors = (*tensors, packed.name("bias"))
@@ -153,7 +153,7 @@ class _Assembler:
         def build() -> tuple[Piece, Tensor | None]:
             bias = packed.read("bias")[:outputs].float() if packed.has("bias") else None
             if bias is not None and not has_bias and not bool(bias.any()):
-                bias = None  # AutoGPTQ writes zeros where the model has none
+                bias = None  # AutoGPTQ writes zeros where the model has none.
             return format.build(packed, inputs, outputs), bias
 
         return Source(tensors, outputs, build)

@@ -53,10 +53,10 @@ class Blueprint:
     weights: tuple[Weight, ...]
     assemblies: tuple[Assembly, ...]
     left: LeftOver
-    tied: tuple[str, str] | None  # weights of head and embedding, by name, that are one if the files' are equal
+    tied: tuple[str, str] | None  # Names of head and embedding, one weight if the files' are equal.
     device: torch.device
     activation_dtype: torch.dtype
-    adapters: Adapters  # none loaded yet
+    adapters: Adapters  # None is loaded yet.
     notes: tuple[str, ...]
 
     @property
@@ -97,7 +97,7 @@ def draw(
     check_packing(checkpoint, [name for name in checkpoint.tensors if not names.may_be_left(name)], shape.raw)
     quantization = find_quantization(folder, shape.raw, checkpoint)
     weights, assemblies = assemble(specialised.wants, quantization, names, device)
-    # a quantized head stands for itself, whatever config.json says: EXL2 stores one for tied models, too
+    # A quantized head stands for itself, whatever config.json says: EXL2 stores one for tied models, too.
     has_plain_head = any(weight.sources[0][0].name == f"{head}.weight" for weight in weights)
     tied = (f"{head}.weight", f"{table}.weight") if shape.tie_embeddings and has_plain_head else None
     if tied is not None:
@@ -127,7 +127,7 @@ def draw(
             current,
             _tables(model, (table, head), shape),
             device,
-            # on a CPU sixteen bits for what is read in each step; what is added is small
+            # On a CPU what each step reads is in sixteen bits; what it adds is small.
             torch.float16 if device.type == "cpu" else dtype,
         ),
         notes=(

@@ -1,6 +1,6 @@
 """From the files straight to their place: shard by shard, each tensor's values checked and copied once.
 
-Everything that headers can tell has been checked before (backends.hf.matching). At most the model and one mapped shard
+Everything that headers can tell has been checked before (matching.py). At most the model and one mapped shard
 are in memory.
 """
 
@@ -17,7 +17,7 @@ from tightrope.backends.hf.load.assembly import Assembly
 from tightrope.backends.hf.load.matching import DTYPES, choose
 from tightrope.backends.hf.load.weights import Part, Weight
 
-Progress = Callable[[float], None]  # of the share loaded, 0 to 1
+Progress = Callable[[float], None]  # It is told the share loaded, 0 to 1.
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,7 @@ def _merged(weights: Sequence[Weight], head: str, table: str, *, with_both: bool
         first.deliver(tensor)
         second.deliver(tensor)
 
-    # the same bytes twice, or the one tensor that there is
+    # The same bytes twice, or the one tensor that there is.
     sources = ((*first.sources[0], *second.sources[0]),) if with_both else (*first.sources, *second.sources)
     shared = replace(first, deliver=deliver, sources=sources)
     return [shared if weight is first else weight for weight in weights if weight is not second]
@@ -109,7 +109,7 @@ def _copy(
                 build()
             done += checkpoint.tensors[name].num_bytes
             progress(done / checkpoint.weight_bytes)
-        for mapped in checkpoint.shards():  # a linear may have begun in another
+        for mapped in checkpoint.shards():  # A linear may have begun in another.
             checkpoint.release(mapped)
 
 

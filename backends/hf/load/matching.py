@@ -16,8 +16,8 @@ from tightrope.backends.hf.load.assembly import Assembly
 from tightrope.backends.hf.load.weights import Part, Weight
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-MOST_LEFT = 0.02  # of the bytes: more is no oddity of an exporter but another model's weights
-MOST_NAMED = 3  # tensors in a line
+MOST_LEFT = 0.02  # A larger share of the bytes is no oddity of an exporter but another model's weights.
+MOST_NAMED = 3  # A line names at most so many tensors.
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,8 +16,8 @@ from tightrope.kernels import reference
 from tightrope.kernels.forms.layout import AttentionSpec
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
-_NOTHING = nn.Module()  # in place of a child that is not there
-PROBE = 1 << 24  # a position far beyond every window, for asking a mask
+_NOTHING = nn.Module()  # It stands for a child that is not there.
+PROBE = 1 << 24  # A mask is asked at this position, far beyond every window.
 
 
 def is_same(x: object, y: Tensor) -> bool:
@@ -31,7 +31,7 @@ class Norm:
 
     size: int
     eps: float
-    offset: float  # added to the weight of the file: Gemma's 1
+    offset: float  # It is added to the weight of the file: Gemma's is 1.
 
 
 def norm(module: nn.Module, seen: Trace) -> Norm | None:
@@ -50,7 +50,7 @@ def norm(module: nn.Module, seen: Trace) -> Norm | None:
 class Gated:
     """A gated MLP: down(activation(gate) * up), its children by name."""
 
-    gate_up: tuple[nn.Linear, ...]  # one fused, or gate and up
+    gate_up: tuple[nn.Linear, ...]  # One fused, or gate and up.
     down: nn.Linear
     activation: str
 
@@ -95,7 +95,7 @@ def experts(module: nn.Module) -> Mixture | None:
     module._parameters.update(gate_up_proj=nn.Parameter(gate_up, False), down_proj=nn.Parameter(down, False))
     try:
         output = module(x, picked, shares)
-    except Exception:  # another calling convention or layout: then it keeps its class
+    except Exception:  # With another calling convention or layout it keeps its class.
         return None
     finally:
         module._parameters.update((name, nn.Parameter(weight, False)) for name, weight in weights.items())
@@ -113,7 +113,7 @@ def experts(module: nn.Module) -> Mixture | None:
 class Heads:
     """Attention with linears for queries, keys and values, perhaps a norm of each head, and half-split rotation."""
 
-    qkv: tuple[nn.Linear, ...]  # one fused, or three
+    qkv: tuple[nn.Linear, ...]  # One fused, or three.
     out: nn.Linear
     q_norm: nn.Module | None
     k_norm: nn.Module | None
@@ -181,7 +181,7 @@ def window(asked: Attended) -> int | None:
     if not isinstance(asked.mask, Mask):
         raise ValueError(f"its mask is a {type(asked.mask).__name__} of the model's own making")
     sees = asked.mask.sees
-    widths = {_width(sees, query) for query in (PROBE, PROBE + 1)}  # they differ where attention is chunked
+    widths = {_width(sees, query) for query in (PROBE, PROBE + 1)}  # They differ where attention is chunked.
     if len(widths) > 1 or sees(PROBE, PROBE + 1) or not sees(PROBE, PROBE):
         raise ValueError("its attention is neither causal nor a sliding window")
     width = widths.pop()
@@ -287,7 +287,7 @@ def stack(module: nn.Module, seen: Trace) -> Stack | None:
         x = seen.calls[layer].output
     others = [child for name, child in children.items() if name not in ("embed_tokens", "layers", "norm")]
     if any(True for child in (*others,) for _ in child.parameters()):
-        return None  # it does more than we know
+        return None  # It does more than we know.
     is_last = _given(seen, last) is x and call.output.last_hidden_state is seen.calls[last].output
     return Stack(table, tuple(layers), last) if is_last else None
 
@@ -297,12 +297,12 @@ def embedding_scale(module: nn.Module, seen: Trace) -> float | None:
     call, weight = seen.calls.get(module), seen.parameters.get(module, {}).get("weight")
     if not isinstance(module, nn.Embedding) or call is None or weight is None or not call.args:
         return None
-    if call.args[0].is_floating_point() or call.args[0].max() >= len(weight):  # a table of something else
+    if call.args[0].is_floating_point() or call.args[0].max() >= len(weight):  # It is a table of something else.
         return None
     rows = F.embedding(call.args[0], weight)
     if is_same(call.output, rows):
         return 1.0
-    scale = (call.output / rows).median().item()  # a float32
+    scale = (call.output / rows).median().item()  # It is a float32.
     return scale if is_same(call.output / scale, rows) else None
 
 

@@ -19,7 +19,7 @@ from tightrope.backends.files.hf_config import ModelShape
 from tightrope.backends.hf.modules.interface import INTERFACE
 from tightrope.backends.rope.scaling import RopeSpec
 
-QUERY_SCALING = ("llama_4_scaling_beta", "original_max_position_embeddings")  # Ministral 3's, by position
+QUERY_SCALING = ("llama_4_scaling_beta", "original_max_position_embeddings")  # Ministral 3 scales by position.
 
 
 def build_skeleton(folder: Path, shape: ModelShape, rope: Mapping[str, RopeSpec] | None) -> PreTrainedModel:
@@ -35,15 +35,16 @@ def build_skeleton(folder: Path, shape: ModelShape, rope: Mapping[str, RopeSpec]
     try:
         config = CONFIG_MAPPING[shape.model_type].from_dict(fields)
         if config.pad_token_id is not None and not 0 <= config.pad_token_id < shape.vocab_size:
-            config.pad_token_id = None  # a token that was never given a row, as of many a tune; nothing is padded
+            config.pad_token_id = None  # Many a tune gave this token no row; nothing is padded.
         with _parameters_on_meta(), no_init_weights():
             model = AutoModelForCausalLM.from_config(
                 config, dtype=torch.float32, attn_implementation=INTERFACE, experts_implementation="eager"
             )
-    except Exception as error:  # of many kinds, as transformers checks the fields in many places
+    except Exception as error:  # Transformers checks the fields in many places, each in its own way.
         path = folder / "config.json"
         for name, value in fields.items():
-            if isinstance(error, KeyError) and isinstance(value, str) and error.args == (value,):  # as of hidden_act
+            # A name of an activation, for one, is looked up like this.
+            if isinstance(error, KeyError) and isinstance(value, str) and error.args == (value,):
                 raise BackendError(f"{path}: {name} is {value!r:.80}, which transformers doesn't know") from error
         raise BackendError(f"{path}: transformers can't build it: {_one_line(error)}") from error
     assert isinstance(model, PreTrainedModel)

@@ -28,7 +28,7 @@ class Specialised:
 
     layers: tuple[LayerInfo, ...]
     wants: WantedWeights
-    kept: tuple[str, ...]  # names of classes that attend, or stack layers, in their own way
+    kept: tuple[str, ...]  # These classes attend, or stack layers, in their own way.
 
 
 def specialise(

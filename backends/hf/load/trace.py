@@ -19,8 +19,8 @@ from tightrope.backends.errors import BackendError
 from tightrope.backends.hf.modules.interface import AttentionCall, answer_with
 
 TOKENS = 2
-FAR, NEAR = 1_000_003, 5  # first positions: not zero, where every rotation is the identity
-TABLE_ROWS = 16  # of the stand-in for an embedding; more than tokens and positions
+FAR, NEAR = 1_000_003, 5  # First positions aren't zero, where every rotation is the identity.
+TABLE_ROWS = 16  # An embedding's stand-in has more rows than there are tokens and positions.
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,17 +61,17 @@ class Trace:
 
     calls: dict[nn.Module, Call] = field(default_factory=dict)
     attended: list[Attended] = field(default_factory=list)
-    parameters: dict[nn.Module, dict[str, Tensor]] = field(default_factory=dict)  # stand-ins
+    parameters: dict[nn.Module, dict[str, Tensor]] = field(default_factory=dict)  # Stand-ins for weights.
 
 
 def trace_model(model: PreTrainedModel) -> Trace:
     """Run the skeleton and leave it as it was. Raises BackendError when it can't run as a causal language model."""
     try:
         try:
-            return _trace_at(FAR, model)  # where queries that are scaled by position show it
-        except (IndexError, RuntimeError):  # positions are looked up in a table
+            return _trace_at(FAR, model)  # Queries that are scaled by position show it there.
+        except (IndexError, RuntimeError):  # Positions are looked up in a table.
             return _trace_at(NEAR, model)
-    except Exception as error:  # of any kind: it is the model's own code
+    except Exception as error:  # The model's own code may raise any kind.
         reason = " ".join(str(error).split())[:200]
         kind = model.config.model_type
         raise BackendError(f"config.json: a model of model_type {kind!r} can't run here: {reason}") from error
@@ -108,7 +108,7 @@ def _stand_in(module: nn.Module, random: torch.Generator, seen: Trace) -> Callab
     module._parameters.update((name, nn.Parameter(value, requires_grad=False)) for name, value in values.items())
     if not isinstance(module, nn.Embedding):
         return lambda: module._parameters.update(weights)
-    padding_idx, module.padding_idx = module.padding_idx, None  # it may lie beyond the small table
+    padding_idx, module.padding_idx = module.padding_idx, None  # It may lie beyond the small table.
 
     def restore() -> None:
         module._parameters.update(weights)

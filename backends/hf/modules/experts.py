@@ -15,9 +15,9 @@ from tightrope.kernels.forms.low_rank import AdapterRows, LowRank
 class Experts(nn.Module):
     """The experts of a mixture, of which only those run that a token picked. Adapters are by expert, then by slot."""
 
-    gate_up: Tensor | Sequence[Matrix]  # [E, 2 * F, K] in the file's dtype, or a matrix for each expert
+    gate_up: Tensor | Sequence[Matrix]  # [E, 2 * F, K] in the file's dtype, or a matrix for each expert.
     down: Tensor | Sequence[Matrix]  # [E, K, F]
-    whole: GatedExperts | StackedExperts | None = None  # where their forms are known to a kernel
+    whole: GatedExperts | StackedExperts | None = None  # It is there where a kernel knows their forms.
 
     def __init__(self, name: str, shape: tuple[int, int, int], activation: str, current: CurrentStep) -> None:
         """shape: number of experts, hidden size K, size F between their two products."""

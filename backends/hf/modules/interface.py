@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-INTERFACE = "tightrope"  # our name among transformers' attention implementations
+INTERFACE = "tightrope"  # This is our name among transformers' attention implementations.
 
 
 class AttentionCall(ABC):

@@ -15,7 +15,7 @@ class KeptNorm:
 
     def __init__(self, name: str, module: nn.Module, current: CurrentStep) -> None:
         self.name, self.module, self.current = name, module, current
-        self.replaced: dict[int, nn.Module] = {}  # by slot
+        self.replaced: dict[int, nn.Module] = {}  # By slot.
         module.register_forward_hook(self._replace)
 
     @property
@@ -40,7 +40,7 @@ class KeptNorm:
         rows.check(len(x), self.name)
         for slot in self.replaced.keys() & set(rows.present):
             mine = (rows.slots == slot).nonzero()[:, 0]
-            own: Tensor = self.replaced[slot].forward(x[mine])  # not by a call, which would come here again
+            own: Tensor = self.replaced[slot].forward(x[mine])  # A call would come here again.
             out[mine] = torch.lerp(out[mine], own.to(out.dtype), rows.scales[mine].to(out.dtype).unsqueeze(1))
         return out.view(output.shape)
 

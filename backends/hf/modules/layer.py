@@ -25,7 +25,7 @@ class Unbatched(nn.Module):
     def run(self, x: Tensor) -> Tensor:
         """x [T, hidden] to [T, hidden], in a batch of one."""
         output = self.module(x.unsqueeze(0))
-        assert isinstance(output, Tensor)  # or its layer would have been left as it is
+        assert isinstance(output, Tensor)  # Its layer would have been left as it is otherwise.
         return output.view(x.shape)
 
 

@@ -31,8 +31,8 @@ class Linear(nn.Module):
         self.rows, self.num_inputs, self.num_outputs = tuple(rows), num_inputs, sum(size for _, size in rows)
         self.current = current
         self.adapters: dict[int, LowRank] = {}
-        self.changes: dict[int, TableChange] = {}  # by slot
-        self.is_head = False  # whether only rows whose logits are wanted come here
+        self.changes: dict[int, TableChange] = {}  # By slot.
+        self.is_head = False  # Whether only rows whose logits are wanted come here.
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -55,7 +55,7 @@ class Linear(nn.Module):
         present = sorted(self.changes.keys() & set(rows.present))
         num_outputs = max([self.num_outputs, *(self.changes[slot].num_rows for slot in present)])
         if num_outputs > self.num_outputs:
-            out = F.pad(out, (0, num_outputs - self.num_outputs))  # of tokens that not all rows have
+            out = F.pad(out, (0, num_outputs - self.num_outputs))  # Not all rows have these tokens.
         for slot in present:
             mine = (rows.slots == slot).nonzero()[:, 0]
             out[mine] = self.changes[slot].scored(out[mine], x[mine], rows.scales[mine], self.num_outputs)

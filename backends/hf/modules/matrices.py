@@ -13,7 +13,7 @@ from tightrope.kernels.forms.layer import Projection
 from tightrope.kernels.forms.low_rank import LowRank
 from tightrope.kernels.forms.quantized import TILE, Nf4Matrix, QuantizedMatrix
 
-Piece = Tensor | QuantizedMatrix | Nf4Matrix  # a tensor is [N, K]
+Piece = Tensor | QuantizedMatrix | Nf4Matrix  # A tensor is [N, K].
 
 
 @dataclass(frozen=True, slots=True)

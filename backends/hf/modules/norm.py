@@ -16,7 +16,7 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.name, self.size, self.eps, self.offset, self.current = name, size, eps, offset, current
         self.replaced: dict[int, Tensor] = {}
-        self.runs_by_row = True  # whether the first dimension of what `run` is given is that of a step's rows
+        self.runs_by_row = True  # Whether the first dimension of what `run` is given is that of a step's rows.
 
     def forward(self, x: Tensor) -> Tensor:
         return self.run(x.reshape(-1, x.shape[-1])).view(x.shape)

@@ -97,11 +97,11 @@ def table_change(
     if rows is None or not len(rows):
         return TableChange(num_rows)
     places = torch.full((num_rows,), -1, dtype=torch.int64)
-    for place, token_id in enumerate(token_ids.tolist()):  # of a token given twice the later row counts
+    for place, token_id in enumerate(token_ids.tolist()):  # Of a token given twice the later row counts.
         places[token_id] = place
     if bias is not None:
         bias = F.pad(bias.cpu().float(), (0, max(0, num_rows - len(bias))))[token_ids]
     return TableChange(num_rows, rows, places, bias)
 
 
-_COMPARED = 4096  # rows at a time
+_COMPARED = 4096  # So many rows are compared at a time.

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tightrope.kernels.forms.layout import PAGE, RopeTable, StepLayout
 
-SHORTEST_CONTEXT = 2048  # tokens; longer contexts are rounded up to it times a power of CONTEXT_STEP
+SHORTEST_CONTEXT = 2048  # Longer contexts, in tokens, are rounded up to it times a power of CONTEXT_STEP.
 CONTEXT_STEP = 4
 
 Replay = Callable[[], Tensor]
@@ -39,7 +39,7 @@ class CudaCapture:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            run()  # compiles kernels and sets up libraries, which a recording can't do
+            run()  # It compiles kernels and sets up libraries, which a recording can't do.
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
@@ -81,8 +81,8 @@ class DecodeGraphs:
         if has_windows:
             self._step = replace(self._step, windowed=_empty_step(self._largest, -(-max_model_len // PAGE), device))
         self._sets: dict[str, Tensor] = {}  # set_of [largest] of each table
-        self._addresses: tuple[tuple[str, int], ...] = ()  # of the tables that the graphs read
-        self._graphs: dict[tuple[int, int], Replay] = {}  # by batch size and context
+        self._addresses: tuple[tuple[str, int], ...] = ()  # Where the tables that the graphs read lie.
+        self._graphs: dict[tuple[int, int], Replay] = {}  # By batch size and context.
 
     def forward(self, token_ids: Tensor, step: StepLayout, tables: Mapping[str, RopeTable], rows: Tensor) -> Tensor:
         """Logits [len(rows), V] float32, as `forward` gives them. Rows rise, none twice."""

@@ -23,7 +23,7 @@ class Charsmap:
             raise ValueError("truncated")
         self._units = struct.unpack_from(f"<{size // 4}I", raw, 4)
         self._texts = raw[4 + size :]
-        # a printable character of ASCII matters where something else follows it, in most tables
+        # A printable character of ASCII matters where something else follows it, in most tables.
         plain = any(self._longest(bytes([one, other])) for one in _PRINTABLE for other in _PRINTABLE)
         self._places = re.compile(r".+" if plain else r"[ -~]?[^ -~]+", re.DOTALL)
         self._replaced = lru_cache(maxsize=4096)(self._replace)

@@ -18,7 +18,7 @@ def encoder(source: Tokenizer, added: Iterable[AddedToken], *, prefixed: bool, p
     if prefixed:
         tokenizer.normalizer, tokenizer.pre_tokenizer = source.normalizer, source.pre_tokenizer
     else:
-        # only a whole tokenizer can be made of JSON
+        # Only a whole tokenizer can be made of JSON.
         parts = {"normalizer": state(source.normalizer), "pre_tokenizer": state(source.pre_tokenizer)}
         empty = {"version": "1.0", "added_tokens": [], "model": {"type": "BPE", "vocab": {}, "merges": []}}
         bare = Tokenizer.from_str(json.dumps(empty | {name: _without_prefix(part) for name, part in parts.items()}))
@@ -40,7 +40,7 @@ def token_ids(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool = Fal
     try:
         ids: list[int] = tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
     except BaseException as error:
-        # a pattern that takes too many tries panics in Rust, which is no Exception here, and its class has no module
+        # A pattern that takes too many tries panics in Rust, which is no Exception here, and its class has no module.
         if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
             raise
         reason = " ".join(str(error).split())

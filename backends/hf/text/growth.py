@@ -4,9 +4,9 @@ import base64
 import binascii
 from typing import Any
 
-MOST_REPLACED = 64  # times, by what the file replaces; a space made ▁ is 3
-MOST_MAPPED = 256  # bytes that a table of characters gives for one text; the longest of sentencepiece's own is 33
-MOST_PREPENDED = 1024  # bytes
+MOST_REPLACED = 64  # A replacement lengthens a text by at most this factor; a space made ▁ is 3.
+MOST_MAPPED = 256  # A table of characters gives at most so many bytes for one text; sentencepiece's longest is 33.
+MOST_PREPENDED = 1024  # In bytes.
 
 
 def growth_fault(normalizer: Any) -> str | None:  # noqa: ANN401 - JSON
@@ -41,7 +41,7 @@ def _times(pattern: dict[str, str], content: str) -> float:
     size = len(content.encode())
     if pattern.get("String"):
         return max(1.0, size / len(pattern["String"].encode()))
-    return 1.0 + size  # a regular expression, or no text, may be found before each character
+    return 1.0 + size  # A regular expression, or no text, may be found before each character.
 
 
 def _longest(table: str) -> int:
@@ -49,5 +49,5 @@ def _longest(table: str) -> int:
     try:
         raw = base64.b64decode(table, validate=True)
     except binascii.Error:
-        return 0  # the library has read it
+        return 0  # The library has read it.
     return max(map(len, raw[4 + int.from_bytes(raw[:4], "little") :].split(b"\0")))

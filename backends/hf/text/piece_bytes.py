@@ -7,9 +7,10 @@ from tokenizers import Tokenizer, models
 
 from tightrope.backends.hf.text.encoders import state
 
-COMPOSED = 3  # bytes of text for one that NFC leaves, at most: three letters of Hangul, of three bytes each, are one
-CHARACTER = 4  # bytes of UTF-8 at most
-_KEEPING = frozenset({"ByteLevel", "Metaspace", "Digits", "UnicodeScripts", "FixedLength"})  # pre-tokenizers
+COMPOSED = 3  # Bytes of text for one that NFC leaves, at most: three letters of Hangul, of three bytes each, are one.
+CHARACTER = 4  # A character has at most so many bytes of UTF-8.
+# These pre-tokenizers keep all bytes.
+_KEEPING = frozenset({"ByteLevel", "Metaspace", "Digits", "UnicodeScripts", "FixedLength"})
 
 
 def max_token_bytes(source: Tokenizer, texts: Iterable[str]) -> int | None:

@@ -23,12 +23,12 @@ from tightrope.backends.errors import BackendError
 from tightrope.backends.files.opened import read_bytes
 from tightrope.backends.hf.text.charsmap import Charsmap
 
-MAX_FILE = 256 << 20  # bytes; vocabularies of 256,000 pieces take about 5 MB
+MAX_FILE = 256 << 20  # In bytes. Vocabularies of 256,000 pieces take about 5 MB.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
 UNIGRAM, BPE = 1, 2
-NEVER = -1e9  # a score with which a piece is not found in text
-_TIKTOKEN = re.compile(rb"[A-Za-z0-9+/=]+ \d+\r?\n")  # a line of other vocabularies: a token in base 64, its rank
-PREFIX, NO_PREFIX = "\U0010ffff", "\U0010fffe"  # in front of a part of a text: a space goes here, or doesn't
+NEVER = -1e9  # A piece of this score is not found in text.
+_TIKTOKEN = re.compile(rb"[A-Za-z0-9+/=]+ \d+\r?\n")  # Lines of other vocabularies: base 64, a rank.
+PREFIX, NO_PREFIX = "\U0010ffff", "\U0010fffe"  # In front of a part of a text: a space goes here, or not.
 
 _Field = tuple[int, int | bytes]
 
@@ -48,7 +48,7 @@ class SentencePieceModel:
     algorithm: int
     byte_fallback: bool
     unknown_id: int
-    bos_id: int  # -1: none
+    bos_id: int  # It is -1 where there is none.
     eos_id: int
     charsmap: Charsmap | None
     prefixes_space: bool
@@ -141,7 +141,7 @@ def _normalizer(model: SentencePieceModel) -> normalizers.Normalizer:
         steps += [
             normalizers.Replace(Regex(rf"(?<=\A[{PREFIX}{NO_PREFIX}]) +|\A +| +\z"), ""),
             normalizers.Replace(Regex(" {2,}"), " "),
-            normalizers.Replace(Regex(rf"\A{PREFIX}\z"), ""),  # nothing gets no space
+            normalizers.Replace(Regex(rf"\A{PREFIX}\z"), ""),  # An empty text gets no space.
         ]
     steps += [
         normalizers.Replace(" ", "▁"),
@@ -154,7 +154,7 @@ def _normalizer(model: SentencePieceModel) -> normalizers.Normalizer:
 def _merges(pieces: Sequence[Piece]) -> list[tuple[str, str]]:
     """Every way to join two pieces into a third, the joins that sentencepiece prefers (of higher score) first."""
     joinable = {p.text for p in pieces if p.type == NORMAL}
-    ranked = sorted((p for p in pieces if p.text in joinable), key=lambda p: -p.score)  # stable: then by id
+    ranked = sorted((p for p in pieces if p.text in joinable), key=lambda p: -p.score)  # Sorting is stable: then by id.
     return [
         (p.text[:cut], p.text[cut:])
         for p in ranked

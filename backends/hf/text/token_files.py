@@ -23,7 +23,8 @@ END_NAMES = ("eos_token", "eot_token", "eom_token")
 # names before transformers 5, and since
 _LISTS = ("additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens")
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
-_DEFAULT_END_IDS = (1, 2)  # that config classes fill in; in a vocabulary without marks at its start they are words
+# Config classes fill these in; in a vocabulary without marks at its start they are words.
+_DEFAULT_END_IDS = (1, 2)
 
 NamedTokens = dict[str, str | tuple[str, ...]]
 
@@ -32,14 +33,14 @@ NamedTokens = dict[str, str | tuple[str, ...]]
 class TokenFiles:
     """The joined statement, before it meets a vocabulary."""
 
-    settings: Mapping[str, Any]  # tokenizer_config.json
-    decoder: dict[int, AddedToken] = field(default_factory=dict)  # added tokens with their flags
-    listed: dict[str, int] = field(default_factory=dict)  # added tokens by name alone
-    named: NamedTokens = field(default_factory=dict)  # as templates call them
-    special: dict[str, AddedToken] = field(default_factory=dict)  # every token that has a name
+    settings: Mapping[str, Any]  # What tokenizer_config.json says.
+    decoder: dict[int, AddedToken] = field(default_factory=dict)  # Added tokens with their flags.
+    listed: dict[str, int] = field(default_factory=dict)  # Added tokens by name alone.
+    named: NamedTokens = field(default_factory=dict)  # By the names that templates call them.
+    special: dict[str, AddedToken] = field(default_factory=dict)  # Every token that has a name.
     end_texts: frozenset[str] = frozenset()
     end_ids: frozenset[int] = frozenset()
-    default_end_ids: frozenset[int] = frozenset()  # ends that may be nothing but the default of a config class
+    default_end_ids: frozenset[int] = frozenset()  # They may be nothing but a config class's default.
     notes: list[str] = field(default_factory=list)
 
 

@@ -17,7 +17,7 @@ from tightrope.backends.hf.text.vocabulary import read_vocabulary
 from tightrope.backends.plain_text import MarkCutter, place_to_cut
 from tightrope.backends.protocol import MAX_ADDED_TEXTS
 
-_ORDINARY = "The ferry left at seven, when the harbour was still grey."  # a text that every tokenizer reads
+_ORDINARY = "The ferry left at seven, when the harbour was still grey."  # Every tokenizer reads this text.
 
 
 class HFTokenizer:
@@ -62,7 +62,7 @@ class HFTokenizer:
     def _encode(self, text: str, *, parse_special: bool, is_start: bool) -> list[int]:
         if self._vocabulary.charsmap is not None:
             kept = self._kept[parse_special]
-            parts = [text] if kept is None else kept.split(text)  # text and added tokens in turns
+            parts = [text] if kept is None else kept.split(text)  # Text and added tokens take turns.
             parts[::2] = map(self._vocabulary.charsmap.replace, parts[::2])
             text = "".join(parts)
         if self._vocabulary.prefixes_space is not None:
@@ -85,7 +85,7 @@ class HFTokenizer:
         if finds is None or not (usual or self._prefixes_parts):
             is_marked = is_start and (finds is None or not finds.match(text))
             return (prefix if is_marked else usual) + text
-        parts = finds.split(text)  # text and added tokens in turns
+        parts = finds.split(text)  # Text and added tokens take turns.
         behind = prefix if self._prefixes_parts else usual
         begins = [prefix if is_start else usual, *[behind] * (len(parts) // 2)]
         parts[::2] = [begin + part if part else part for begin, part in zip(begins, parts[::2], strict=True)]
@@ -131,7 +131,7 @@ class HFTokenizer:
             for parse_special in (True, False)
         }
         whole = self._encoders[True, True]
-        # ids that the library gives where the files have others
+        # The library gives these ids where the files have others.
         ids = {whole.token_to_id(token.content): token_id for token_id, token in added.items()}
         self._own_ids = {given: token_id for given, token_id in ids.items() if given != token_id}
         if self._own_ids.keys() & set(self._pieces.values()):
@@ -143,10 +143,10 @@ class HFTokenizer:
         switch = (True, False)
         self._finds = {parse_special: _finds(raw, parse_special=parse_special) for parse_special in switch}
         self._kept = {parse_special: _finds(kept, parse_special=parse_special) for parse_special in switch}
-        self._known: dict[int, bytes] = {}  # filled as tokens are seen
+        self._known: dict[int, bytes] = {}  # It is filled as tokens are seen.
         named_bytes = (f"<0x{byte:02X}>" for byte in range(256))
         bytes_ids = {text: self._pieces[text] for text in named_bytes if text in self._pieces}
-        # all but the unknown one, which stands for any letter
+        # All but the unknown one, which stands for any letter.
         marks = {added[i].content: i for i in self._special if i != vocabulary.unknown_id}
         self._cutters = {True: self._cutter(bytes_ids), False: self._cutter(bytes_ids | marks)}
 
@@ -195,7 +195,8 @@ class HFTokenizer:
             return first[0], True
         if isinstance(asked, bool):
             return bos, asked and bos is not None
-        return bos, bos is not None and vocabulary.prefixes_space is not None  # a llama's, from before the setting
+        # A sentencepiece file without the setting is a llama's, from before there was one.
+        return bos, bos is not None and vocabulary.prefixes_space is not None
 
     def _ends(self, files: TokenFiles) -> frozenset[int]:
         """Every token that a file names as an end, whatever its flags, and those that are known by name."""
@@ -204,7 +205,7 @@ class HFTokenizer:
         texts = files.end_texts or ({own} if isinstance(own, str) else set())
         named = {vocabulary.id_of(text) for text in texts}
         ends = {i for i in named if i is not None} | vocabulary.turn_ends() | files.end_ids
-        # transformers writes the default of a config class where nobody gave an end
+        # Transformers writes the default of a config class where nobody gave an end.
         return frozenset(ends - (files.default_end_ids - named - self._special - vocabulary.added.keys()))
 
 

@@ -22,8 +22,8 @@ from tightrope.backends.hf.text.growth import growth_fault
 from tightrope.backends.hf.text.token_files import NamedTokens, TokenFiles
 from tightrope.backends.plain_text import WORDS
 
-MAX_FILE = 512 << 20  # bytes; vocabularies of 256,000 pieces take about 35 MB
-MOST_LEFT_OUT = 0.02  # of a vocabulary's own pieces; with more of them it is another model's
+MAX_FILE = 512 << 20  # In bytes. Vocabularies of 256,000 pieces take about 35 MB.
+MOST_LEFT_OUT = 0.02  # With a larger share of its pieces left out a vocabulary is another model's.
 
 _CONVERTED = "can't be read: let transformers write it as tokenizer.json, by AutoTokenizer.from_pretrained(FOLDER)"
 # (files that stand together, what to do about them)
@@ -45,13 +45,13 @@ class Vocabulary:
     """Pieces and added tokens, by the ids that the model knows them by."""
 
     path: Path
-    source: Tokenizer  # its model, normalizer, pre-tokenizer and decoder; its own list of added tokens doesn't count
-    pieces: Mapping[str, int]  # of its model, with their ids
+    source: Tokenizer  # Its own list of added tokens doesn't count.
+    pieces: Mapping[str, int]  # Those of its model, with their ids.
     added: dict[int, AddedToken]
-    prefixes_space: bool | None = None  # of a sentencepiece file: PREFIX asks for the space; None: `source` puts it
+    prefixes_space: bool | None = None  # None: `source` puts the space. Else PREFIX asks for it.
     unknown_id: int | None = None
-    charsmap: Charsmap | None = None  # of a sentencepiece file
-    named: NamedTokens = field(default_factory=dict)  # by the file itself
+    charsmap: Charsmap | None = None  # Only a sentencepiece file has one.
+    named: NamedTokens = field(default_factory=dict)  # Those that the file itself names.
     notes: list[str] = field(default_factory=list)
 
     def id_of(self, text: str) -> int | None:
@@ -104,7 +104,7 @@ def _from_json(path: Path, vocab_size: int) -> Vocabulary:
     raw = read_bytes(path, MAX_FILE)
     try:
         source = Tokenizer.from_buffer(raw)
-    except Exception as error:  # the library raises plain Exception for all that can be wrong with a file
+    except Exception as error:  # The library raises plain Exception for all that can be wrong with a file.
         told = told_by_start(raw[:SNIFFED], len(raw), is_json=True) or f"{' '.join(str(error).split()):.200}"
         raise BackendError(f"{path}: not a tokenizer of the tokenizers library: {told}") from None
     fault = growth_fault(state(source.normalizer))
@@ -121,9 +121,9 @@ def _from_json(path: Path, vocab_size: int) -> Vocabulary:
         whole = json.loads(raw)
         source = Tokenizer.from_str(json.dumps(whole | {"model": _cut(whole["model"], vocab_size), "added_tokens": []}))
         pieces = source.get_vocab(with_added_tokens=False)
-    source.no_padding()  # settings of the training run
+    source.no_padding()  # Such settings are of the training run.
     source.no_truncation()
-    # a unigram model doesn't tell it
+    # A unigram model doesn't tell it.
     unknown_id = json.loads(raw)["model"].get("unk_id") if isinstance(source.model, Unigram) else None
     if isinstance(source.model, BPE) and source.model.unk_token is not None:
         unknown_id = pieces.get(source.model.unk_token)
@@ -182,7 +182,7 @@ def _from_sentencepiece(path: Path, vocab_size: int, files: TokenFiles) -> Vocab
     }
     if len(model.pieces) > vocab_size > unknown_id:
         model = replace(model, pieces=model.pieces[:vocab_size])
-    # the file's own word, unless the settings have one: transformers' llamas prefix a space whatever the file says
+    # The file's own word, unless the settings have one: transformers' llamas prefix a space whatever the file says.
     prefixes = files.settings.get("add_prefix_space")
     prefixes_space = prefixes if isinstance(prefixes, bool) else model.prefixes_space
     ids = {piece.text: i for i, piece in enumerate(model.pieces)}
@@ -200,7 +200,7 @@ class _Join:
         self._vocab_size = vocab_size
         self._pieces = vocabulary.pieces
         self._texts = {i: text for text, i in self._pieces.items()}
-        self._tokens: dict[str, tuple[int | None, AddedToken]] = {}  # by text; None: the next free id
+        self._tokens: dict[str, tuple[int | None, AddedToken]] = {}  # By text; None stands for the next free id.
         self._plain: Callable[[str], list[int]] | None = None
         self._left_out: list[str] = list(vocabulary.notes)
 
@@ -223,7 +223,7 @@ class _Join:
             elif text in self._pieces and not self._is_word(text):
                 self._state(AddedToken(text, normalized=False, special=True), None)
         for text in [text for text, (token_id, _) in self._tokens.items() if token_id in files.end_ids]:
-            if not WORDS.fullmatch(text):  # what ends a turn is no text, even if its id alone is named
+            if not WORDS.fullmatch(text):  # What ends a turn is no text, even if its id alone is named.
                 self._state(self._tokens[text][1], None, special=True)
         self._vocabulary.added = self._by_id()
         self._vocabulary.notes = self._notes()
