@@ -191,7 +191,7 @@ class EngineCore:
         deltas: list[Delta] = []
         for work, (own, *others) in zip(works, rows_of, strict=True):
             sequence = work.sequence
-            if work.is_scored and work.num_own:
+            if work.is_scored and own.stop > own.start:
                 self._score_prompt(sequence, logits[own])
             self._scheduler.commit(work)
             if not work.is_last:

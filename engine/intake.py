@@ -100,7 +100,6 @@ class Intake:
         for index in range(request.n):
             sequence = Sequence(
                 request=request,
-                index=index,
                 tracks=tuple(Track(next(self._seq_ids), list(ids)) for ids in (prompt, negative) if ids),
                 sampler=SamplerState(
                     _sampling(request.sampling, index, tokenizer.vocab_size),

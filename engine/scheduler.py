@@ -169,7 +169,7 @@ class Scheduler:
         step.append(work)
         budget.taken += work.num_run
         budget.spent_s += rate.seconds_of(work.num_run)
-        budget.prompt_rows -= work.num_own if is_scored else 0
+        budget.prompt_rows -= work.shares[0][1] if is_scored else 0
         if work.is_last:  # its first token comes with this step
             budget.seconds, budget.least = min(budget.seconds, self._busy_step_s), MIN_CHUNK
 
@@ -198,7 +198,7 @@ class Scheduler:
         """Whether a prompt runs: already, or from now on, if there is a place and room in the cache."""
         if sequence in self.running:
             return True
-        if sequence in self._unfit or self._num_places(*self.running, sequence) > self._max_num_seqs:
+        if sequence in self._unfit or sum(len(s.tracks) for s in (*self.running, sequence)) > self._max_num_seqs:
             return False
         if any(s.arrived_s < min(sequence.arrived_s, now_s - PATIENCE_S) for s in self._unfit):
             return False
@@ -210,34 +210,23 @@ class Scheduler:
             sequence.started_s = now_s
         return True
 
-    @staticmethod
-    def _num_places(*sequences: Sequence) -> int:
-        return sum(len(sequence.tracks) for sequence in sequences)
-
     def _open(self, sequence: Sequence) -> bool:
         """Pin what is cached of the sequence and reserve the rest; nothing has changed if that fails."""
         if sequence.prompt_tokens is not None and not sequence.is_announced:
             sequence.prompt_tokens = []  # it may have been preempted half-way
-        own = sequence.own
+        own, is_reproducible = sequence.own, sequence.is_reproducible
         headroom = max(0, min(DECODE_HEADROOM, sequence.max_len - 1 - len(own.token_ids)))  # the last never runs
-        found: list[int] = []
-        for track in sequence.tracks:
-            may_reuse = track is not own or not sequence.needs_own_prompt
-            num_cached = self._kv.open(
-                track.seq_id,
-                track.token_ids,
-                sequence.namespace,
-                reuse=may_reuse,
-                reproducible=sequence.is_reproducible,
+        for number, track in enumerate(sequence.tracks, 1):
+            reuse = track is not own or not sequence.needs_own_prompt
+            track.num_computed = self._kv.open(
+                track.seq_id, track.token_ids, sequence.namespace, reuse=reuse, reproducible=is_reproducible
             )
-            found.append(num_cached)
-            if not self._kv.reserve(track.seq_id, len(track.token_ids) - num_cached + headroom):
-                for opened in reversed(sequence.tracks[: len(found)]):
+            if not self._kv.reserve(track.seq_id, track.num_pending + headroom):
+                for opened in sequence.tracks[:number]:
                     self._kv.close(opened.seq_id, keep=True)  # what it had found stays to be found
+                    opened.num_computed = 0
                 self._unfit.add(sequence)
                 return False
-        for track, num_cached in zip(sequence.tracks, found, strict=True):
-            track.num_computed = num_cached
         if sequence.num_output == 0:
             sequence.num_cached = own.num_computed
         return True

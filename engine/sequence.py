@@ -24,7 +24,6 @@ class Sequence:
     """
 
     request: GenerateRequest
-    index: int
     tracks: tuple[Track, ...]
     sampler: "SamplerState"
     writer: Writer

@@ -23,11 +23,6 @@ class Work(NamedTuple):
     is_scored: bool
 
     @property
-    def num_own(self) -> int:
-        """Tokens of its own track."""
-        return self.shares[0][1]
-
-    @property
     def is_of_prompt(self) -> bool:
         """Whether it is more than the one token of an answer."""
         return self.num_run > len(self.shares)

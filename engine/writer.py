@@ -67,23 +67,21 @@ class Writer:
             if num_banned is not None:
                 return self._take_back(self._banned, num_banned)
             given = self._banned.release()
-        ending = self._ending(token_id, is_end=is_end, is_complete=is_complete)
-        if ending is not None:
-            reason, matched = ending
-            return self.end(reason, given, matched=matched)
+        if (ending := self._ending(token_id, is_end=is_end, is_complete=is_complete)) is not None:
+            return self.end(ending[0], given, matched=ending[1])
         return [self._delta(one.shown, (one.token,)) for one in given] or [self._delta("", ())]
 
     def end(
         self,
         reason: FinishReason,
-        given: list[PendingToken] | None = None,
+        given: Iterable[PendingToken] = (),
         *,
         matched: str | int | None = None,
         message: str | None = None,
     ) -> list[Delta]:
         """End the answer: the last deltas, one a token, of what is given out now and of what was held back."""
         self.is_finished = True
-        held = [*(given or ()), *(self._banned.release_all() if self._banned is not None else ())]
+        held = [*given, *(self._banned.release_all() if self._banned is not None else ())]
         rest = "" if reason == "stop_string" else self._detokenizer.flush()
         deltas = [self._delta(one.shown, (one.token,)) for one in held[:-1]]
         shown = "".join(one.shown for one in held[-1:]) + rest

@@ -70,7 +70,6 @@ class Run:
         tracks = tuple(Track(number := next(self._numbers), [number] * size) for size in prompts)
         sequence = Sequence(
             request,
-            0,
             tracks,
             NO_SAMPLER,
             Writer(request, 0, ByteTokenizer(), max_tokens),
@@ -279,7 +278,7 @@ def test_max_prompt_rows_bounds_the_scored_tokens_of_all_prompts_together():
     run.add("plain", 200)
     run.until(*"abc", "plain")
 
-    scored = [sum(work.num_own for work in step if work.is_scored) for step in run.steps]
+    scored = [sum(work.shares[0][1] for work in step if work.is_scored) for step in run.steps]
     assert max(scored) == 8
     assert sum(scored) == 3 * 30
 
