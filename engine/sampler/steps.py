@@ -125,6 +125,12 @@ class Step:
         return on
 
 
+def _truncation(name: str, meaning: str, reads_total: bool = False, whole_row: WholeRow | None = None) -> Step:
+    """A step of one parameter, with a function of its name."""
+    run = f"truncation.{name}"
+    return Step(name, ORDERED, (name,), meaning, run, reads_total=reads_total, whole_row=whole_row)
+
+
 STEPS = (
     Step(
         "repetition_penalty",
@@ -188,72 +194,29 @@ STEPS = (
             "whole_rows.smoothing", fits=lambda params: params.smoothing_curve <= 3, measures=lambda _: False
         ),
     ),
-    Step(
+    _truncation(
         "top_n_sigma",
-        ORDERED,
-        ("top_n_sigma",),
         "Logits at most n standard deviations of all below the largest.",
-        run="truncation.top_n_sigma",
         whole_row=WholeRow("whole_rows.top_n_sigma"),
     ),
-    Step(
-        "top_k",
-        ORDERED,
-        ("top_k",),
-        "The k likeliest tokens; of equals the lowest ids, so it is exactly k.",
-        run="truncation.top_k",
-    ),
-    Step(
+    _truncation("top_k", "The k likeliest tokens; of equals the lowest ids, so it is exactly k."),
+    _truncation(
         "top_p",
-        ORDERED,
-        ("top_p",),
         "The smallest set of likeliest tokens whose share of what is left reaches p; at least one.",
-        run="truncation.top_p",
         reads_total=True,
     ),
-    Step(
-        "min_p",
-        ORDERED,
-        ("min_p",),
-        "Tokens at least p times as likely as the likeliest.",
-        run="truncation.min_p",
+    _truncation("min_p", "Tokens at least p times as likely as the likeliest."),
+    _truncation(
+        "typical_p", "The smallest set that reaches p of tokens whose surprisal is nearest the entropy; at least one."
     ),
-    Step(
-        "typical_p",
-        ORDERED,
-        ("typical_p",),
-        "The smallest set that reaches p of tokens whose surprisal is nearest the entropy; at least one.",
-        run="truncation.typical_p",
+    _truncation("tfs", "The likeliest tokens, up to where the curve of sorted probabilities has become straight."),
+    _truncation("top_a", "Tokens of at least a times the square of the largest probability.", reads_total=True),
+    _truncation(
+        "epsilon_cutoff", "Tokens of at least this probability; clients send it in ten-thousandths.", reads_total=True
     ),
-    Step(
-        "tfs",
-        ORDERED,
-        ("tfs",),
-        "The likeliest tokens, up to where the curve of sorted probabilities has become straight.",
-        run="truncation.tfs",
-    ),
-    Step(
-        "top_a",
-        ORDERED,
-        ("top_a",),
-        "Tokens of at least a times the square of the largest probability.",
-        run="truncation.top_a",
-        reads_total=True,
-    ),
-    Step(
-        "epsilon_cutoff",
-        ORDERED,
-        ("epsilon_cutoff",),
-        "Tokens of at least this probability; clients send it in ten-thousandths.",
-        run="truncation.epsilon_cutoff",
-        reads_total=True,
-    ),
-    Step(
+    _truncation(
         "eta_cutoff",
-        ORDERED,
-        ("eta_cutoff",),
         "Tokens of at least min(η, √η · exp(−entropy)); clients send it in ten-thousandths.",
-        run="truncation.eta_cutoff",
         whole_row=WholeRow("whole_rows.eta_cutoff"),
     ),
     Step(
@@ -311,8 +274,6 @@ STEPS = (
 BY_NAME = {step.name: step for step in STEPS}
 # The order in which the steps of its stage run unless a request names another.
 SAMPLER_ORDER = tuple(step.name for step in STEPS if step.stage == ORDERED and step.run)
-
-
 _BEFORE = tuple(step for step in STEPS if step.stage < ORDERED)
 _AFTER = tuple(step for step in STEPS if step.stage >= ORDERED and step.name not in SAMPLER_ORDER)
 
