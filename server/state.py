@@ -9,7 +9,7 @@ from fastapi import Request
 from msgspec.structs import replace
 
 from tightrope.engine.errors import EngineUnavailable
-from tightrope.engine.process.client import EngineClient
+from tightrope.engine.protocol import Engine
 from tightrope.engine.types import Delta, GenerateRequest, ModelInfo, TurnMarks
 from tightrope.server.deltas.aborts import Aborts
 from tightrope.server.deltas.side_by_side import Generate
@@ -28,7 +28,7 @@ from tightrope.server.settings.settings import ServerSettings
 class AppState:
     """The engine and the settings, and what is made of them once."""
 
-    client: EngineClient
+    client: Engine
     settings: ServerSettings
     metrics: Metrics
     renderer: TemplateRenderer = field(default_factory=TemplateRenderer)

@@ -1,4 +1,4 @@
-"""The front's view of the engine: requests and calls to whichever engine is there.
+"""The `Engine` behind a socket: requests and calls to whichever process or thread is there, supervised.
 
 Imports neither torch nor transformers nor llama_cpp.
 """
@@ -6,7 +6,7 @@ Imports neither torch nor transformers nor llama_cpp.
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from itertools import count
 
 from tightrope.engine.errors import BackendFailed, EngineError, EngineUnavailable, InvalidRequest, Overloaded
@@ -32,6 +32,7 @@ from tightrope.engine.process.wire import (
     Tokenized,
     UnloadAdapter,
 )
+from tightrope.engine.protocol import FindMarks
 from tightrope.engine.queueing import QueueTimes
 from tightrope.engine.settings import EngineSettings
 from tightrope.engine.types import (
@@ -48,7 +49,6 @@ from tightrope.engine.types import (
 log = logging.getLogger("tightrope.client")
 
 Answer = TokenRun | str | dict[str, str]  # to a call
-FindMarks = Callable[[ModelInfo], Awaitable[TurnMarks]]
 
 STUCK_S = 30.0  # while a step takes longer than this, health says no
 MAX_TRIES = 2  # of a request, lest one that kills the engine does so for ever
@@ -81,7 +81,7 @@ class _Call:
 
 
 class EngineClient:
-    """One engine, supervised. All methods belong to one event loop."""
+    """One engine, supervised. What an `Engine` offers is described there."""
 
     def __init__(
         self,
@@ -105,26 +105,18 @@ class EngineClient:
     # ---- life ----
 
     async def start(self, find_marks: FindMarks | None = None) -> None:
-        """Spawn the engine and begin to watch it; returns at once.
-
-        `find_marks` is asked of every model that an engine has loaded, before requests reach it. If it raises OSError,
-        as a timeout does, that engine is not used: the first fails with a line, and a later one is started again.
-        """
         self._find_marks = find_marks
         await self._supervisor.start()
 
     async def wait_ready(self) -> ModelInfo:
-        """Wait until the model is loaded. Raises BackendFailed with one line if it can't be."""
         await self._supervisor.wait_ready()
         assert self.info is not None
         return self.info
 
     async def wait_failed(self) -> str:
-        """Wait until no engine will be started any more, other than by `close`; returns the reason."""
         return await self._supervisor.wait_failed()
 
     async def close(self) -> None:
-        """End the engine. What is still running ends with EngineUnavailable."""
         await self._supervisor.close()
         self._end_streams(EngineUnavailable("the server is shutting down"))
 
@@ -134,7 +126,6 @@ class EngineClient:
 
     @property
     def restarts(self) -> int:
-        """How often an engine was started again."""
         return self._supervisor.restarts
 
     @property
@@ -144,7 +135,6 @@ class EngineClient:
 
     @property
     def is_healthy(self) -> bool:
-        """Whether the model answers: it is loaded, and no step has been under way for longer than STUCK_S."""
         return self.state == "ready" and not (self._has_work and self._clock() - self._step_began_s > STUCK_S)
 
     @property
@@ -290,17 +280,14 @@ class EngineClient:
 
     @property
     def num_running(self) -> int:
-        """Answers that the engine is writing now, as it said when its step began."""
-        return min(self.stats.num_running, self.num_open)
+        return min(self.stats.num_running, self.num_open)  # as the engine said when its step began
 
     @property
     def num_waiting(self) -> int:
-        """Answers that wait for a place now, those among them that the engine has not even read."""
-        return self.num_open - self.num_running
+        return self.num_open - self.num_running  # those among them that the engine has not even read
 
     @property
     def retry_after_s(self) -> int:
-        """Seconds after which one who is refused now may find a place, or an engine where there is none."""
         if self.state != "ready":
             return self._supervisor.back_in_s
         now = self._clock()
@@ -314,7 +301,6 @@ class EngineClient:
         return 1 if self.info is None else self.info.max_num_seqs
 
     def check_room(self, num_coming: int = 0) -> None:
-        """Raises Overloaded if no more requests may wait, beside so many that will be asked for in a moment."""
         num_waiting = self.num_open + num_coming - self._num_places
         most = self._settings.limits.max_waiting
         if num_waiting >= most:
@@ -322,11 +308,6 @@ class EngineClient:
             raise Overloaded(message, retry_after_s=self.retry_after_s)
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
-        """Run a request; yield the deltas of its `n` choices as they come, until all have finished.
-
-        A refused request raises an EngineError at the first step, a failing one later. Closing the iterator cancels
-        the work.
-        """
         self._check_ready()
         self.check_room()
         assert request.request_id not in self._streams, "request ids are unique"
@@ -350,26 +331,19 @@ class EngineClient:
                 self._send(Cancel(request.request_id))
 
     async def tokenize(self, prompt: Prompt, adapter: str | None = None, *, last: int | None = None) -> TokenRun:
-        """The tokens of a prompt as it would be run, or the last few. Raises InvalidRequest and EngineUnavailable."""
         tokens = await self._call(lambda call_id: Tokenize(call_id, prompt, adapter, last))
         assert isinstance(tokens, TokenRun)
         return tokens
 
     async def detokenize(self, token_ids: Sequence[int], adapter: str | None = None) -> str:
-        """The text of token ids, special ones included. Raises InvalidRequest and EngineUnavailable."""
         text = await self._call(lambda call_id: Detokenize(call_id, tuple(token_ids), adapter))
         assert isinstance(text, str)
         return text
 
     async def load_adapter(self, name: str, path: str, *, in_place: bool = False) -> None:
-        """Load an adapter from the folder of the settings; when this returns, `adapters` has it.
-
-        in_place: one of that name gives way to it. Raises InvalidRequest and EngineUnavailable.
-        """
         await self._call(lambda call_id: LoadAdapter(call_id, name, path, in_place))
 
     async def unload_adapter(self, name: str) -> None:
-        """Let no new request name an adapter; those that use it finish. Raises ModelNotFound and EngineUnavailable."""
         await self._call(lambda call_id: UnloadAdapter(call_id, name))
 
     async def _call(self, make: Callable[[int], ToEngine]) -> Answer:

@@ -5,9 +5,12 @@ import socket
 import subprocess
 import threading
 from collections.abc import Callable
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from tightrope.processes import child_command, child_environment
+
+if TYPE_CHECKING:
+    from tightrope.engine.process.child import OpenBackend
 
 
 class EngineHandle(Protocol):
@@ -71,11 +74,15 @@ class ThreadHandle:
         return None if self._thread.is_alive() else "thread ended"
 
 
-def spawn_thread(sock: socket.socket) -> ThreadHandle:
-    """Run the engine in this process. Imports the model's libraries into it."""
-    from tightrope.engine.process.child import serve  # keeps torch out of a front that never asks for this
+def thread_launcher(open_backend: "OpenBackend") -> Launcher:
+    """Starts engines in threads of this process, with the model that `open_backend` gives."""
 
-    own = sock.dup()
-    thread = threading.Thread(target=serve, args=(own,), name="engine", daemon=True)
-    thread.start()
-    return ThreadHandle(thread)
+    def launch(sock: socket.socket) -> ThreadHandle:
+        from tightrope.engine.process.child import serve  # keeps torch out of a front that never asks for this
+
+        options = {"open_backend": open_backend}
+        thread = threading.Thread(target=serve, args=(sock.dup(),), kwargs=options, name="engine", daemon=True)
+        thread.start()
+        return ThreadHandle(thread)
+
+    return launch

@@ -21,7 +21,7 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from tightrope.engine.errors import EngineError, InvalidRequest, Overloaded
-from tightrope.engine.process.client import EngineClient
+from tightrope.engine.protocol import Engine
 from tightrope.engine.types import Delta, Finish, GenerateRequest
 from tightrope.server.http.errors import TemplateFailed
 
@@ -34,14 +34,14 @@ TOKENS = (1, 4, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 655
 class Metrics:
     """Counts one app's requests; everything else is read from the engine's latest Stats when somebody asks."""
 
-    def __init__(self, client: EngineClient) -> None:
-        self._client = client
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
         self._failures: dict[Failure, int] = {}
         self._counted: WeakSet[EngineError] = WeakSet()
         self.num_requests = 0
         self.num_succeeded = 0
         self._registry = CollectorRegistry()
-        self._registry.register(_Snapshot(self, client))
+        self._registry.register(_Snapshot(self, engine))
         self._duration = self._histogram("tgi_request_duration", "Seconds from arrival to the last token", SECONDS)
         self._queue = self._histogram("tgi_request_queue_duration", "Seconds waiting for a turn", SECONDS)
         self._inference = self._histogram("tgi_request_inference_duration", "Seconds in prefill and decode", SECONDS)
@@ -57,13 +57,13 @@ class Metrics:
         return Histogram(name, text, buckets=bounds, registry=self._registry)
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
-        """The client's `generate`, counted and timed. Raises what it raises."""
+        """The engine's `generate`, counted and timed. Raises what it raises."""
         began, num_open, has_failed = time.perf_counter(), request.n, False
         self.num_requests += 1
         if request.stop.max_tokens is not None:
             self._max_new.observe(request.stop.max_tokens)
         try:
-            async with aclosing(self._client.generate(request)) as deltas:
+            async with aclosing(self._engine.generate(request)) as deltas:
                 async for delta in deltas:
                     if delta.prompt is not None and delta.index == 0:
                         self._input.observe(delta.prompt.num_tokens)
@@ -128,9 +128,9 @@ class Metrics:
 class _Snapshot(Collector):
     """Reads counters and the engine's Stats when they are asked for."""
 
-    def __init__(self, metrics: Metrics, client: EngineClient) -> None:
+    def __init__(self, metrics: Metrics, engine: Engine) -> None:
         self._metrics = metrics
-        self._client = client
+        self._engine = engine
 
     def describe(self) -> Iterable[Metric]:
         return ()  # or registering would collect once, before there is anything to read
@@ -149,9 +149,9 @@ class _Snapshot(Collector):
         yield failures
 
     def _tgi_batches(self) -> Iterable[Metric]:
-        stats = self._client.stats
-        yield GaugeMetricFamily("tgi_queue_size", "Sequences waiting for a turn", self._client.num_waiting)
-        yield GaugeMetricFamily("tgi_batch_current_size", "Sequences running", self._client.num_running)
+        stats = self._engine.stats
+        yield GaugeMetricFamily("tgi_queue_size", "Sequences waiting for a turn", self._engine.num_waiting)
+        yield GaugeMetricFamily("tgi_batch_current_size", "Sequences running", self._engine.num_running)
         yield GaugeMetricFamily("tgi_batch_current_max_tokens", "Cached tokens of running sequences", stats.cache_used)
         yield GaugeMetricFamily("tgi_batch_total_tokens", "Tokens the cache can hold", stats.cache_capacity)
         yield UnknownMetricFamily("tgi_batch_inference_count", "Steps begun", stats.steps)
@@ -164,10 +164,10 @@ class _Snapshot(Collector):
             yield SummaryMetricFamily(name, text, count_value=stats.steps, sum_value=seconds)
 
     def _own(self) -> Iterable[Metric]:
-        stats = self._client.stats
-        yield GaugeMetricFamily("tightrope_ready", "1 while the model answers", float(self._client.is_healthy))
+        stats = self._engine.stats
+        yield GaugeMetricFamily("tightrope_ready", "1 while the model answers", float(self._engine.is_healthy))
         yield CounterMetricFamily(
-            "tightrope_engine_restarts", "Times the engine was started again", self._client.restarts
+            "tightrope_engine_restarts", "Times the engine was started again", self._engine.restarts
         )
         cache = GaugeMetricFamily("tightrope_cache_tokens", "Tokens in the cache, by what holds them", labels=["state"])
         cache.add_metric(["used"], stats.cache_used)

@@ -6,7 +6,6 @@ import os
 import re
 import signal
 import socket
-import subprocess
 import sys
 import threading
 from collections.abc import AsyncIterator, Callable
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from checkout import SUPPORT
-from fake_engine import TURN, serve_fake
+from fake_engine import TURN, open_fake
 from fakes import BOS, VOCAB_SIZE, letters
 from msgspec import structs
 
@@ -30,7 +29,14 @@ from tightrope.engine.errors import (
 )
 from tightrope.engine.process import supervisor
 from tightrope.engine.process.client import EngineClient
-from tightrope.engine.process.launch import EngineHandle, Launcher, ProcessHandle, ThreadHandle
+from tightrope.engine.process.launch import (
+    EngineHandle,
+    Launcher,
+    ProcessHandle,
+    ThreadHandle,
+    run_process,
+    thread_launcher,
+)
 from tightrope.engine.process.watch import Activity
 from tightrope.engine.queueing import back_in_s
 from tightrope.engine.sampler.steps import SamplingParams
@@ -42,14 +48,10 @@ FAKE_ENGINE = SUPPORT / "fake_engine.py"
 
 
 def fake_process(sock: socket.socket) -> ProcessHandle:
-    command = [sys.executable, str(FAKE_ENGINE), str(sock.fileno())]
-    return ProcessHandle(subprocess.Popen(command, pass_fds=[sock.fileno()], stdin=subprocess.DEVNULL))
+    return run_process([sys.executable, str(FAKE_ENGINE), str(sock.fileno())], sock)
 
 
-def fake_thread(sock: socket.socket) -> ThreadHandle:
-    thread = threading.Thread(target=serve_fake, args=(sock.dup(),), daemon=True)
-    thread.start()
-    return ThreadHandle(thread)
+fake_thread = thread_launcher(open_fake)
 
 
 def settings(**limits: int) -> EngineSettings:

@@ -1,21 +1,18 @@
 """The reader of an engine: what goes wrong with a request is its answer, and no text that is long stands in the way."""
 
 import asyncio
-import socket
 import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from functools import partial
 
 import pytest
 from fakes import BOS, ByteTokenizer, FakeBackend, script
 
 from tightrope.engine.errors import BackendFailed, ContextLengthExceeded, InvalidRequest, Overloaded
 from tightrope.engine.intake import encode_prompt
-from tightrope.engine.process.child import serve
 from tightrope.engine.process.client import EngineClient
 from tightrope.engine.process.lanes import SHORT_BYTES, Lanes
-from tightrope.engine.process.launch import ThreadHandle
+from tightrope.engine.process.launch import thread_launcher
 from tightrope.engine.prompt_bytes import LEAST_BYTES
 from tightrope.engine.settings import EngineSettings, LimitSettings
 from tightrope.engine.types import GenerateRequest, Grammar, Guidance, Span, StopRules, TextPrompt
@@ -50,13 +47,7 @@ class Watched(ByteTokenizer):
 async def engine(tokenizer: Watched, **limits: int) -> AsyncIterator[EngineClient]:
     backend = FakeBackend(script("fine"), capacity=1 << 18, max_model_len=1 << 17)
     backend.tokenizer = tokenizer
-
-    def launch(sock: socket.socket) -> ThreadHandle:
-        run = partial(serve, sock.dup(), open_backend=lambda settings, progress: backend)
-        thread = threading.Thread(target=run, daemon=True)
-        thread.start()
-        return ThreadHandle(thread)
-
+    launch = thread_launcher(lambda settings, progress: backend)
     client = EngineClient(EngineSettings(limits=LimitSettings(**limits)), launch)
     await client.start()
     await client.wait_ready()

@@ -1,12 +1,9 @@
 """The whole HTTP face over a model made of rules, in this process: app, client and engine core are the real ones."""
 
-import socket
-import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -15,9 +12,8 @@ import msgspec
 from fakes import FakeBackend, script
 from fastapi import FastAPI
 
-from tightrope.engine.process.child import serve
 from tightrope.engine.process.client import EngineClient
-from tightrope.engine.process.launch import ThreadHandle
+from tightrope.engine.process.launch import thread_launcher
 from tightrope.engine.settings import EngineSettings, LimitSettings
 from tightrope.server.app import create_app
 from tightrope.server.http.draining import Drain
@@ -26,18 +22,6 @@ from tightrope.server.settings.settings import ServerSettings
 from tightrope.server.state import AppState
 
 NextToken = Callable[[Sequence[int]], int]
-
-
-def launcher(backend: FakeBackend) -> Callable[[socket.socket], ThreadHandle]:
-    """Starts an engine core with `backend` in a thread of this process."""
-
-    def launch(sock: socket.socket) -> ThreadHandle:
-        run = partial(serve, sock.dup(), open_backend=lambda settings, progress: backend)
-        thread = threading.Thread(target=run, daemon=True)
-        thread.start()
-        return ThreadHandle(thread)
-
-    return launch
 
 
 @asynccontextmanager
@@ -59,7 +43,7 @@ async def application(
     next_token = script(answer) if isinstance(answer, str) else answer
     backend = FakeBackend(next_token, max_model_len=max_model_len, added=added)
     backend.card = replace(backend.card, chat_template=chat_template, chat_templates=tuple(chat_templates.items()))
-    client = EngineClient(chosen.engine, launcher(backend), clock)
+    client = EngineClient(chosen.engine, thread_launcher(lambda settings, progress: backend), clock)
     app = create_app(AppState(client, chosen, Metrics(client)), drain)
     async with app.router.lifespan_context(app):
         await client.wait_ready()

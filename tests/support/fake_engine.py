@@ -36,9 +36,5 @@ def open_fake(settings: ModelSettings, progress: Callable[[float], None]) -> Fak
     return FakeBackend(next_token, max_num_seqs=settings.max_num_seqs, added=[TURN])
 
 
-def serve_fake(sock: socket.socket, on_end: Callable[[int], None] = lambda status: None) -> int:
-    return serve(sock, on_end, open_fake)
-
-
 if __name__ == "__main__":
-    sys.exit(serve_fake(socket.socket(fileno=int(sys.argv[1])), on_end=os._exit))
+    sys.exit(serve(socket.socket(fileno=int(sys.argv[1])), os._exit, open_fake))

@@ -10,7 +10,10 @@ from checkout import ROOT
 
 FLOORS = ("kernels", "backends", "engine", "server")  # from the ground up
 HEAVY = {"torch", "transformers", "llama_cpp"}
-FRONT = ("engine/types.py", "engine/errors.py", "engine/sampler/steps.py", "engine/process/client.py")
+FRONT = (
+    *("engine/protocol.py", "engine/types.py", "engine/errors.py"),
+    *("engine/sampler/steps.py", "engine/process/client.py"),
+)
 # imported by the front, so as light as the front
 SHARED_BY_FRONT = ("engine/settings.py", "engine/process/wire.py", "engine/process/launch.py", "backends/settings.py")
 
@@ -192,3 +195,10 @@ def test_nothing_but_the_settings_reads_the_environment():
 @pytest.mark.parametrize("folder", ["kernels", "tests"])
 def test_a_folder_whose_name_others_use_is_no_regular_package(folder: str):
     assert list((ROOT / folder).rglob("__init__.py")) == []
+
+
+def test_the_front_names_a_way_to_run_an_engine_only_where_it_starts_one():
+    ways = {"engine/process/client", "engine/process/launch"}
+    graph = modules()
+
+    assert {name for name in graph if name.startswith("server/") and graph[name] & ways} == {"server/cli/serve"}

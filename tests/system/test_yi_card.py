@@ -7,12 +7,12 @@ from typing import Any
 
 import httpx
 import pytest
-from fake_api import launcher
 from yi_card import ANSWER, END_OF_TEXT, FORMS, IM_END, IM_START, WINDOW
 
 from tightrope.backends.registry import open_backend
 from tightrope.backends.settings import ModelSettings
 from tightrope.engine.process.client import EngineClient
+from tightrope.engine.process.launch import thread_launcher
 from tightrope.engine.settings import EngineSettings
 from tightrope.server.app import create_app
 from tightrope.server.http.metrics import Metrics
@@ -29,7 +29,7 @@ async def served(path: Path) -> AsyncIterator[httpx.AsyncClient]:
     """The whole server over a model's files, in this process."""
     settings = EngineSettings(model=ModelSettings(model=str(path), threads=1))
     backend = open_backend(settings.model, lambda share: None)
-    client = EngineClient(settings, launcher(backend))
+    client = EngineClient(settings, thread_launcher(lambda settings, progress: backend))
     app = create_app(AppState(client, ServerSettings(engine=settings), Metrics(client)))
     async with app.router.lifespan_context(app):
         await client.wait_ready()
