@@ -31,11 +31,15 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class KVUsage:
-    """Cache cells, in tokens: `used` by live sequences, `reusable` by finished ones, which go when room is needed."""
+    """Cache cells, in tokens: `used` by live sequences, `reusable` by finished ones, which go when room is needed.
+
+    A sequence takes them `grain` at a time: its last ones may hold one token and no more.
+    """
 
     capacity: int
     used: int
     reusable: int
+    grain: int = 1
 
 
 class KVCache(Protocol):

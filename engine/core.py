@@ -72,13 +72,12 @@ class EngineCore:
         self._clock = clock
         self._tokenizer = backend.tokenizer
         self._max_num_seqs = backend.capabilities.max_num_seqs
-        self._capacity = backend.kv.usage().capacity
         self._max_model_len = window(backend)
         self._intake = Intake(
             self._tokenizer,
             self._max_model_len,
             limits.max_best_of,
-            cache_tokens=self._capacity,
+            cache=backend.kv.usage(),
             max_num_seqs=self._max_num_seqs,
             tokenizer_of=lambda adapter: self.adapters.tokenizer(adapter),
         )

@@ -9,7 +9,7 @@ from itertools import count
 
 import msgspec
 
-from tightrope.backends.protocol import Tokenizer
+from tightrope.backends.protocol import KVUsage, Tokenizer
 from tightrope.engine.errors import ContextLengthExceeded, InvalidRequest
 from tightrope.engine.guided.grammar import Grammars
 from tightrope.engine.guided.grammar_trial import GrammarTrial
@@ -20,7 +20,6 @@ from tightrope.engine.sequence import Sequence
 from tightrope.engine.track import Track
 from tightrope.engine.types import GenerateRequest, Prompt, Span, TextPrompt
 from tightrope.engine.writer import Writer
-from tightrope.kernels.forms.layout import PAGE
 
 NEGATIVE = "negative_prompt"  # the request's name for it
 SEED_STEP = 0x9E3779B97F4A7C15  # sets the seeds of a request's choices apart
@@ -66,14 +65,14 @@ class Intake:
         max_model_len: int,
         max_choices: int,
         *,
-        cache_tokens: int,
+        cache: KVUsage,
         max_num_seqs: int,
         tokenizer_of: Callable[[str], Tokenizer | None] = lambda adapter: None,
     ) -> None:
         """tokenizer_of: an adapter's own, if it has one."""
         self._tokenizer, self._tokenizer_of = tokenizer, tokenizer_of
         self._max_model_len = max_model_len
-        self._cache_tokens = cache_tokens
+        self._cache = cache
         self._max_num_seqs = max_num_seqs
         self._max_choices = max_choices
         self._seq_ids = count()
@@ -157,7 +156,8 @@ class Intake:
         """How long a guided sequence may become, for its negative prompt's sake. Raises InvalidRequest."""
         if self._max_num_seqs < 2:
             raise InvalidRequest(f"{NEGATIVE}: its sequence needs a second place, and --max-num-seqs is 1", NEGATIVE)
-        room = self._cache_tokens - 2 * (PAGE - 1)  # pages that are begun may be empty but for one token
+        # The cells that were taken last, by each of the two, may be empty but for one token.
+        room = self._cache.capacity - 2 * (self._cache.grain - 1)
         most = min(self._max_model_len - num_negative, (room - num_prompt - num_negative) // 2)
         asked = request.stop.max_tokens if request.reserve_tokens is None else request.reserve_tokens
         if most < (asked or 1):

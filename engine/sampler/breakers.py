@@ -3,20 +3,19 @@
 from collections.abc import Callable, Sequence
 
 from tightrope.engine.errors import InvalidRequest
-
-MAX_BYTES = 64  # A breaker is at most this long, so no text further back matters to a token.
+from tightrope.engine.limits import MAX_BREAKER_BYTES
 
 
 class Breakers:
     """A set of texts, looked up by their lengths: the cost of a token doesn't grow with their number."""
 
     def __init__(self, texts: Sequence[str], token_bytes: Callable[[int], bytes]) -> None:
-        """token_bytes: the bytes that a token adds to the text. Raises InvalidRequest for texts over MAX_BYTES."""
+        """token_bytes: the bytes that a token adds to the text. Raises InvalidRequest for longer texts."""
         self._texts = frozenset(text.encode() for text in texts if text)
         self._lengths = sorted({len(text) for text in self._texts})
-        if self._lengths and self._lengths[-1] > MAX_BYTES:
+        if self._lengths and self._lengths[-1] > MAX_BREAKER_BYTES:
             raise InvalidRequest(
-                f"dry_sequence_breakers: at most {MAX_BYTES} bytes each, not {self._lengths[-1]}",
+                f"dry_sequence_breakers: at most {MAX_BREAKER_BYTES} bytes each, not {self._lengths[-1]}",
                 "dry_sequence_breakers",
             )
         self._token_bytes = token_bytes

@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from tightrope.engine.sampler.breakers import MAX_BYTES, Breakers
+from tightrope.engine.limits import MAX_BREAKER_BYTES
+from tightrope.engine.sampler.breakers import Breakers
 from tightrope.engine.sampler.steps import LONGEST_RUN, SamplingParams
 
 MAX_PENALTY = 1e30  # It keeps logits finite whatever the base.
@@ -87,7 +88,7 @@ class Runs:
         tokens = self._tokens[: size - 1]
         places = np.flatnonzero(tokens == self._tokens[size - 1])
         if self._breakers is not None and self._breakers.ends_in(
-            self._tokens[max(size - MAX_BYTES, 0) : size].tolist()
+            self._tokens[max(size - MAX_BREAKER_BYTES, 0) : size].tolist()
         ):
             places = places[:0]
         before = self._lengths[places - 1]  # Place -1 is the end of the array, which no run has reached.

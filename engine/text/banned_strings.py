@@ -4,11 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tightrope.engine.errors import InvalidRequest
+from tightrope.engine.limits import MAX_BANNED_CHARS, MAX_BANNED_STRINGS
 from tightrope.engine.text.detokenizer import Detokenizer
 from tightrope.engine.types import Token
 
-MAX_STRINGS = 1024
-MAX_CHARS = 256  # of one string; so much text is held back at most
 MAX_TRIES = 256  # other ways tried before the answer ends, and TRIES_PER_TOKEN more for each token given out
 TRIES_PER_TOKEN = 4
 
@@ -26,13 +25,15 @@ class BannedStrings:
     """The end of one answer, as far as it may belong to a banned string. Upper and lower case are the same."""
 
     def __init__(self, strings: Sequence[str]) -> None:
-        """Raises InvalidRequest for more than MAX_STRINGS strings, and for strings that are empty or over MAX_CHARS."""
-        if len(strings) > MAX_STRINGS:
-            raise InvalidRequest(f"banned_strings: at most {MAX_STRINGS} strings, not {len(strings)}", "banned_strings")
+        """Raises InvalidRequest for too many strings, and for strings that are empty or too long."""
+        if len(strings) > MAX_BANNED_STRINGS:
+            raise InvalidRequest(
+                f"banned_strings: at most {MAX_BANNED_STRINGS} strings, not {len(strings)}", "banned_strings"
+            )
         for string in strings:
-            if not 0 < len(string) <= MAX_CHARS:
+            if not 0 < len(string) <= MAX_BANNED_CHARS:
                 raise InvalidRequest(
-                    f"banned_strings: from 1 to {MAX_CHARS} characters each, not {len(string)}", "banned_strings"
+                    f"banned_strings: from 1 to {MAX_BANNED_CHARS} characters each, not {len(string)}", "banned_strings"
                 )
         self._strings = frozenset(map(_fold, strings))
         self._lengths = sorted({len(string) for string in self._strings})

@@ -12,9 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tightrope.engine.errors import InvalidRequest
-from tightrope.engine.sampler.breakers import MAX_BYTES
+from tightrope.engine.limits import MAX_BANNED_CHARS, MAX_BANNED_STRINGS, MAX_BREAKER_BYTES
 from tightrope.engine.sampler.steps import ORDERED, SAMPLER_ORDER, SamplingParams, in_order
-from tightrope.engine.text.banned_strings import MAX_CHARS, MAX_STRINGS
 from tightrope.engine.types import Guidance, StopRules
 from tightrope.server.fields import names
 from tightrope.server.fields.names import Ignored
@@ -188,10 +187,10 @@ class _Reading:
         texts: list[str] = []
         for name, value in self.lists(names.BANNED_STRINGS):
             texts += [text for text in _texts(name, value) if text]
-            if len(texts) > MAX_STRINGS:
-                raise InvalidRequest(f"{name}: at most {MAX_STRINGS} strings, not {len(texts)}", name)
-            if longest := max((len(text) for text in texts if len(text) > MAX_CHARS), default=0):
-                raise InvalidRequest(f"{name}: at most {MAX_CHARS} characters each, not {longest}", name)
+            if len(texts) > MAX_BANNED_STRINGS:
+                raise InvalidRequest(f"{name}: at most {MAX_BANNED_STRINGS} strings, not {len(texts)}", name)
+            if longest := max((len(text) for text in texts if len(text) > MAX_BANNED_CHARS), default=0):
+                raise InvalidRequest(f"{name}: at most {MAX_BANNED_CHARS} characters each, not {longest}", name)
         if texts:
             self.targets["banned_strings"] = tuple(dict.fromkeys(texts))
 
@@ -231,8 +230,8 @@ class _Reading:
         texts = list(dict.fromkeys(text for text in _texts(name, self.given[name]) if text))
         if len(texts) > MAX_BREAKERS:
             raise InvalidRequest(f"{name}: at most {MAX_BREAKERS} strings, not {len(texts)}", name)
-        if longest := max((size for text in texts if (size := len(text.encode())) > MAX_BYTES), default=0):
-            raise InvalidRequest(f"{name}: at most {MAX_BYTES} bytes each, not {longest}", name)
+        if longest := max((size for text in texts if (size := len(text.encode())) > MAX_BREAKER_BYTES), default=0):
+            raise InvalidRequest(f"{name}: at most {MAX_BREAKER_BYTES} bytes each, not {longest}", name)
         self.targets[name] = tuple(texts)
 
     def guidance(self) -> Guidance | None:

@@ -19,7 +19,7 @@ def test_the_next_turn_of_a_chat_computes_only_what_is_new() -> None:
     driver.run(1, range(20))
     driver.close(1)
     assert driver.run(2, range(30)) == 20
-    assert driver.cache.usage() == KVUsage(128, 32, 0)  # the first turn was taken over, not copied
+    assert driver.cache.usage() == KVUsage(128, 32, 0, PAGE)  # the first turn was taken over, not copied
     driver.check()
 
 
@@ -86,7 +86,7 @@ def test_without_reuse_nothing_is_found_and_twins_are_merged_at_the_end() -> Non
     assert driver.cache.usage().used == 6 * PAGE
     driver.close(1)
     driver.close(2)
-    assert driver.cache.usage() == KVUsage(128, 0, 48)
+    assert driver.cache.usage() == KVUsage(128, 0, 48, PAGE)
     assert driver.open(3, range(41)) == 40
     driver.check()
 
@@ -111,7 +111,7 @@ def test_a_reservation_that_can_not_be_met_changes_nothing() -> None:
     driver.close(1)
     driver.run(2, range(100, 132))
     assert not driver.reserve(2, 33)
-    assert driver.cache.usage() == KVUsage(64, 32, 16)
+    assert driver.cache.usage() == KVUsage(64, 32, 16, PAGE)
     assert driver.reserve(2, 32)
 
 
@@ -144,7 +144,7 @@ def test_what_is_not_kept_can_not_be_found_but_what_it_had_found_can() -> None:
     driver.close(1)
     driver.run(2, [*range(16), *range(50, 90)])
     driver.close(2, keep=False)
-    assert driver.cache.usage() == KVUsage(128, 0, 32)
+    assert driver.cache.usage() == KVUsage(128, 0, 32, PAGE)
     assert driver.open(3, [*range(16), *range(50, 90)]) == 16
     assert driver.open(4, range(21)) == 20
 
@@ -158,7 +158,7 @@ def test_room_that_is_reserved_comes_back_when_a_sequence_ends_or_is_cut() -> No
     assert driver.cache.usage().used == 16
     assert driver.reserve(1, 100)
     driver.close(1)
-    assert driver.cache.usage() == KVUsage(128, 0, 16)
+    assert driver.cache.usage() == KVUsage(128, 0, 16, PAGE)
 
 
 def test_a_sequence_that_is_cut_where_others_read_writes_elsewhere() -> None:

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from tightrope.engine.core import EngineCore
 from tightrope.engine.errors import InvalidRequest
+from tightrope.engine.limits import MAX_BANNED_CHARS, MAX_BANNED_STRINGS
 from tightrope.engine.sampler.steps import SamplingParams
 from tightrope.engine.settings import LimitSettings
-from tightrope.engine.text.banned_strings import MAX_CHARS, MAX_STRINGS, MAX_TRIES, BannedStrings
+from tightrope.engine.text.banned_strings import MAX_TRIES, BannedStrings
 from tightrope.engine.types import Delta, GenerateRequest, LogprobRequest, Span, StopRules, TextPrompt
 
 LETTERS = b"abcdAB"
@@ -185,7 +186,9 @@ def test_a_character_torn_between_tokens_is_banned_by_what_completes_it():
     assert "é" not in text
 
 
-@pytest.mark.parametrize("strings", [[""], ["x" * (MAX_CHARS + 1)], [str(i) for i in range(MAX_STRINGS + 1)]])
+@pytest.mark.parametrize(
+    "strings", [[""], ["x" * (MAX_BANNED_CHARS + 1)], [str(i) for i in range(MAX_BANNED_STRINGS + 1)]]
+)
 def test_strings_that_would_cost_too_much_are_refused(strings: list[str]):
     with pytest.raises(InvalidRequest, match="banned_strings"):
         BannedStrings(strings)

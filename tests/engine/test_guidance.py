@@ -149,7 +149,7 @@ def test_random_traffic_with_and_without_guides_is_answered_exactly() -> None:
     [
         (FakeBackend(max_num_seqs=1), "x"),
         (FakeBackend(max_model_len=128), "x" * 120),
-        (FakeBackend(capacity=128, max_model_len=128), "x" * 40),
+        (FakeBackend(capacity=96, max_model_len=128), "x" * 40),
     ],
     ids=["one place", "window", "cache"],
 )
@@ -164,6 +164,15 @@ def test_an_answer_without_a_limit_ends_where_the_guides_room_does() -> None:
     deltas = run(core, ask("r", "a", "b" * 99, AWAY, max_tokens=None))["r"]
     assert deltas[-1].finish is not None
     assert (deltas[-1].finish.reason, deltas[-1].finish.num_tokens) == ("length", 128 - 100)
+
+
+@pytest.mark.parametrize(("grain", "room"), [(1, 43), (16, 28)])
+def test_beside_its_guide_an_answer_has_half_of_the_cells_that_are_surely_left(grain: int, room: int) -> None:
+    backend = FakeBackend(capacity=128, max_model_len=128)
+    backend.kv.grain = grain
+    deltas = run(make_core(backend), ask("r", "a", "b" * 39, AWAY, max_tokens=None))["r"]  # 42 tokens with their BOS
+    assert deltas[-1].finish is not None
+    assert (deltas[-1].finish.reason, deltas[-1].finish.num_tokens) == ("length", room)
 
 
 @pytest.mark.parametrize("runner", ["server_url", "torch_server_url"])

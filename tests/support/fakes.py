@@ -74,6 +74,7 @@ class FakeKV:
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
+        self.grain = 1
         self.live: dict[int, Held] = {}
         self.kept: list[Held] = []  # least recently used first
 
@@ -130,7 +131,7 @@ class FakeKV:
 
     def usage(self) -> KVUsage:
         used = self._used(list(self.live.values()))
-        return KVUsage(self.capacity, len(used), len(self._used(self.kept) - used))
+        return KVUsage(self.capacity, len(used), len(self._used(self.kept) - used), self.grain)
 
 
 def letters(token_ids: Sequence[int]) -> int:

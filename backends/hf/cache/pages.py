@@ -169,7 +169,7 @@ class PagedKVCache:
 
     def usage(self) -> KVUsage:
         used = self._num_pages - len(self._free) - len(self._idle)
-        return KVUsage(self._num_pages * PAGE, used * PAGE, len(self._idle) * PAGE)
+        return KVUsage(self._num_pages * PAGE, used * PAGE, len(self._idle) * PAGE, PAGE)
 
     # --- for the backend --------------------------------------------------------------------------------------------
 
