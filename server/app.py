@@ -34,20 +34,20 @@ UNHEALTHY = {"error": "unhealthy", "error_type": "healthcheck"}
 
 
 def create_app(front: AppState, drain: Drain | None = None) -> FastAPI:
-    """The server's whole HTTP face. Its lifespan starts the engine's client, and closes it and the renderer.
+    """The server's whole HTTP face. Its lifespan starts the engine, and closes it and the renderer.
 
     drain: counts the requests under way, and refuses new ones once it has begun.
     """
-    client, settings = front.client, front.settings
+    engine, settings = front.engine, front.settings
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncGenerator[None, None]:
-        await client.start(front.turn_marks)
+        await engine.start(front.turn_marks)
         try:
             yield
         finally:
             await front.renderer.close()
-            await client.close()
+            await engine.close()
 
     app = FastAPI(title="tightrope", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     install_handlers(app, front.metrics.refused)
@@ -68,10 +68,10 @@ def create_app(front: AppState, drain: Drain | None = None) -> FastAPI:
         BodyLimit,
         max_bytes=settings.max_body_bytes,
         max_held_bytes=settings.max_held_bytes,
-        retry_after_s=lambda: client.retry_after_s,
+        retry_after_s=lambda: engine.retry_after_s,
         refused=front.metrics.refused,
     )
-    app.add_middleware(QueueGuard, check_room=client.check_room, refused=front.metrics.refused)
+    app.add_middleware(QueueGuard, check_room=engine.check_room, refused=front.metrics.refused)
     app.add_middleware(AdminGuard, admin_key=settings.admin_key)
     if settings.api_key is not None:
         app.add_middleware(KeyGuard, api_key=settings.api_key, admin_key=settings.admin_key)
@@ -101,9 +101,9 @@ def _add_probes(app: FastAPI, front: AppState) -> None:
     @app.get("/", response_class=Response, responses=unhealthy, tags=["probes"])
     async def health() -> Response:
         """Whether requests can be served now."""
-        if front.client.is_healthy:
+        if front.engine.is_healthy:
             return Response()
-        headers = {"retry-after": str(front.client.retry_after_s)}
+        headers = {"retry-after": str(front.engine.retry_after_s)}
         return Response(msgspec.json.encode(UNHEALTHY), 503, headers, "application/json")
 
     @app.get(

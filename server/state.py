@@ -28,7 +28,7 @@ from tightrope.server.settings.settings import ServerSettings
 class AppState:
     """The engine and the settings, and what is made of them once."""
 
-    client: Engine
+    engine: Engine
     settings: ServerSettings
     metrics: Metrics
     renderer: TemplateRenderer = field(default_factory=TemplateRenderer)
@@ -38,7 +38,7 @@ class AppState:
 
     def info(self) -> ModelInfo:
         """The loaded model. Raises EngineUnavailable before its first start, and while there is none."""
-        info = self.client.info
+        info = self.engine.info
         if info is None:
             raise EngineUnavailable("the model is still loading")
         return info
@@ -47,7 +47,7 @@ class AppState:
         """What requests are checked against. Raises EngineUnavailable."""
         info, settings = self.info(), self.settings
         model_id = settings.served_model_name or info.model_id
-        return Served(model_id, info, settings.engine.limits, settings.max_client_batch_size, self.client.adapters)
+        return Served(model_id, info, settings.engine.limits, settings.max_client_batch_size, self.engine.adapters)
 
     async def turn_marks(self, info: ModelInfo) -> TurnMarks:
         """What the chat template in use makes special of the vocabulary of a model that was just loaded."""

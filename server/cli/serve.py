@@ -79,8 +79,8 @@ class _Server(uvicorn.Server):
 
 async def _serve(settings: ServerSettings, listener: socket.socket) -> None:
     url = base_url(settings.host, listener.getsockname()[1])
-    client = EngineClient(settings.engine)
-    front = AppState(client, settings, Metrics(client))
+    engine = EngineClient(settings.engine)
+    front = AppState(engine, settings, Metrics(engine))
     drain = Drain(DRAIN_S)
     config = uvicorn.Config(
         create_app(front, drain),
@@ -124,10 +124,10 @@ async def _end(drain: Drain, server: uvicorn.Server) -> None:
 
 async def _announce(front: AppState, server: uvicorn.Server, drain: Drain, url: str) -> None:
     """Print what is served once it is. Raises ServeError, after ending the server, when it can't be, or no more."""
-    client, settings = front.client, front.settings
+    engine, settings = front.engine, front.settings
     try:
-        info = await client.wait_ready()
-        for name in client.adapters:
+        info = await engine.wait_ready()
+        for name in engine.adapters:
             if means_the_model(name, settings.served_model_name or info.model_id):
                 raise BackendFailed(f"--lora: {name!r} means the model itself; give the adapter another name")
         notes = await front.template_notes()
@@ -139,7 +139,7 @@ async def _announce(front: AppState, server: uvicorn.Server, drain: Drain, url: 
     _say("\n".join(map(printable, ready_lines(info, settings, url, notes))))
     if settings.api_key is None and not is_loopback(settings.host):
         log.warning("anyone who can reach %s can use this server; --api-key asks for a key", settings.host)
-    reason = await client.wait_failed()
+    reason = await engine.wait_failed()
     server.should_exit = True
     raise ServeError(reason)
 

@@ -47,14 +47,14 @@ def adapter_router(front: AppState) -> APIRouter:
         if front.settings.engine.model.adapter_folder is None:
             raise SwitchedOff("no adapter can be loaded while this server runs: --lora-folder DIR allows those in DIR")
         _check_name(body.lora_name, front)
-        await front.client.load_adapter(body.lora_name, body.lora_path, in_place=body.load_inplace)
-        log.info("adapter loaded: name=%s path=%s", body.lora_name, front.client.adapters.get(body.lora_name))
+        await front.engine.load_adapter(body.lora_name, body.lora_path, in_place=body.load_inplace)
+        log.info("adapter loaded: name=%s path=%s", body.lora_name, front.engine.adapters.get(body.lora_name))
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
     @router.post("/unload_lora_adapter", responses=REPLIES)
     async def unload(body: UnloadBody) -> Response:
         """Unload an adapter: answers under way finish with it, and then its memory is free."""
-        await front.client.unload_adapter(body.lora_name)
+        await front.engine.unload_adapter(body.lora_name)
         log.info("adapter unloaded: name=%s", body.lora_name)
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 

@@ -162,7 +162,7 @@ def koboldcpp_router(front: AppState) -> APIRouter:
     @router.post("/extra/tokencount", responses=CALL_ERRORS, response_model=Counted)
     async def tokencount(body: CountBody) -> Response:
         """The token ids of a text. The counts of a prompt's pieces add up unless `special` is set."""
-        tokens = await front.client.tokenize(TextPrompt((Span(body.prompt),), body.special))
+        tokens = await front.engine.tokenize(TextPrompt((Span(body.prompt),), body.special))
         return json_answer(json_object({"value": len(tokens), "ids": await json_list(tokens.ids)}))
 
     @router.post("/extra/abort", responses=CALL_ERRORS, openapi_extra=ABORT_BODY)

@@ -187,7 +187,7 @@ def llamacpp_router(front: AppState) -> APIRouter:
     @router.get("/slots", responses=STATUS_ERRORS)
     async def slots() -> list[Slot]:
         """How many of the answers that can be written at the same time are being written."""
-        info, stats = front.info(), front.client.stats
+        info, stats = front.info(), front.engine.stats
         return [
             Slot(id=number, n_ctx=info.max_model_len, is_processing=number < stats.num_running)
             for number in range(info.max_num_seqs)

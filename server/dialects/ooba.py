@@ -31,7 +31,7 @@ def ooba_router(front: AppState) -> APIRouter:
     router = APIRouter(prefix="/v1/internal", route_class=JsonRoute, tags=["text-generation-webui"])
 
     async def tokens_of(text: str) -> TokenRun:
-        return await front.client.tokenize(TextPrompt((Span(text),), add_bos=False))
+        return await front.engine.tokenize(TextPrompt((Span(text),), add_bos=False))
 
     @router.get("/model/info", responses=STATUS_ERRORS)
     async def model_info() -> InternalInfo:
@@ -53,6 +53,6 @@ def ooba_router(front: AppState) -> APIRouter:
     @router.post("/decode", responses=CALL_ERRORS)
     async def decode(body: DecodeBody) -> Decoded:
         """The text of token ids, special ones included."""
-        return Decoded(text=await front.client.detokenize(body.tokens))
+        return Decoded(text=await front.engine.detokenize(body.tokens))
 
     return router

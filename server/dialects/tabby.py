@@ -117,12 +117,12 @@ def tabby_router(front: AppState) -> APIRouter:
     async def encode(body: EncodeBody) -> Response:
         """The token ids of a text."""
         span = Span(body.text, body.encode_special_tokens)
-        tokens = await front.client.tokenize(TextPrompt((span,), body.add_bos_token))
+        tokens = await front.engine.tokenize(TextPrompt((span,), body.add_bos_token))
         return json_answer(json_object({"tokens": await json_list(tokens.ids), "length": len(tokens)}))
 
     @router.post("/token/decode", responses=CALL_ERRORS)
     async def decode(body: DecodeBody) -> Decoded:
         """The text of token ids, special ones included."""
-        return Decoded(text=await front.client.detokenize(body.tokens))
+        return Decoded(text=await front.engine.detokenize(body.tokens))
 
     return router

@@ -95,12 +95,12 @@ async def explain(front: AppState, asked: Asked) -> Explanation:
 
 
 async def _prompt(front: AppState, request: GenerateRequest) -> dict[str, Any]:
-    tokens = await front.client.tokenize(request.prompt, request.adapter)
+    tokens = await front.engine.tokenize(request.prompt, request.adapter)
     shown = tokens.ids if request.truncate_to is None else tokens.ids[-request.truncate_to :]
     if isinstance(request.prompt, TextPrompt):
         text = "".join(span.text for span in request.prompt.spans)
     else:
-        text = await front.client.detokenize(request.prompt.token_ids, request.adapter)
+        text = await front.engine.detokenize(request.prompt.token_ids, request.adapter)
     return {
         "text": text,
         "token_ids": shown,
@@ -115,7 +115,7 @@ async def _bos(front: AppState, prompt: Prompt, tokens: Iterable[Token]) -> str:
         return "none: the model has none"
     if not isinstance(prompt, TextPrompt):
         return "token ids are run as they are"
-    written = _leading(bos, await front.client.tokenize(TextPrompt(prompt.spans, add_bos=False)))
+    written = _leading(bos, await front.engine.tokenize(TextPrompt(prompt.spans, add_bos=False)))
     kept = _leading(bos, tokens)
     if written > kept:
         return f"one: {written} stood at the start of the prompt, and one of them was kept"

@@ -20,7 +20,7 @@ _ARRIVAL = "arrival"  # in the scope's state
 
 
 class Arrival:
-    """A request on its way from its last byte to the engine, where the engine's client counts it."""
+    """A request on its way from its last byte to the engine, where the engine counts it."""
 
     def __init__(self, coming: "set[Arrival]") -> None:
         self._coming = coming
@@ -35,7 +35,7 @@ class Arrival:
 
 
 def hand_over(scope: Scope) -> None:
-    """To be called when the engine's client is asked for a request's answers."""
+    """To be called when the engine is asked for a request's answers."""
     arrival = scope.get("state", {}).get(_ARRIVAL)
     if isinstance(arrival, Arrival):
         arrival.is_handed_over()

@@ -196,11 +196,11 @@ def tokenize_router(front: AppState) -> APIRouter:
     async def tokenize(body: TokenizeBody, request: Request) -> Tokenized | list[TokenPlace] | TokenIds | Response:
         """The token ids of a text or a chat."""
         if isinstance(body, TokenizeInputs):
-            tokens = await front.client.tokenize(TextPrompt((Span(body.inputs),)))
+            tokens = await front.engine.tokenize(TextPrompt((Span(body.inputs),)))
             return json_answer(await json_list(places(tokens, body.inputs)))
         if isinstance(body, TokenizeContent):
             span = Span(body.content, body.parse_special)
-            tokens = await front.client.tokenize(TextPrompt((span,), body.add_special))
+            tokens = await front.engine.tokenize(TextPrompt((span,), body.add_special))
             if body.with_pieces:
                 return json_answer(json_object({"tokens": await json_list(map(_piece, tokens))}))
             return json_answer(json_object({"tokens": await json_list(tokens.ids)}))
@@ -211,7 +211,7 @@ def tokenize_router(front: AppState) -> APIRouter:
             prompt = TextPrompt((await rendered_chat(front, body, request))[0].spans, body.add_special_tokens)
         else:
             prompt = TextPrompt((Span(body.prompt),), body.add_special_tokens)
-        tokens = await front.client.tokenize(prompt, last=body.truncate_prompt_tokens)
+        tokens = await front.engine.tokenize(prompt, last=body.truncate_prompt_tokens)
         texts = await json_list(token.text for token in tokens) if body.return_token_strs else None
         counted = {"count": len(tokens), "max_model_len": served.info.max_model_len}
         return json_answer(json_object(counted | {"tokens": await json_list(tokens.ids), "token_strs": texts}))
@@ -222,7 +222,7 @@ def tokenize_router(front: AppState) -> APIRouter:
         check_tools(body)
         spans = (await rendered_chat(front, body, request))[0].spans
         text = "".join(span.text for span in spans)
-        tokens = await front.client.tokenize(TextPrompt(spans, body.add_special_tokens))
+        tokens = await front.engine.tokenize(TextPrompt(spans, body.add_special_tokens))
         num_cut = 0 if (last := body.truncate_prompt_tokens) is None else max(0, len(tokens) - last)
         found = await json_list(islice(places(tokens, text), num_cut, None))
         return json_answer(json_object({"tokenize_response": found, "templated_text": text}))
@@ -237,7 +237,7 @@ def tokenize_router(front: AppState) -> APIRouter:
     async def detokenize(body: DetokenizeBody) -> Detokenized:
         """The text of token ids."""
         check_model(body.model, front.served())
-        text = await front.client.detokenize(body.tokens)
+        text = await front.engine.detokenize(body.tokens)
         return Detokenized(prompt=text, content=text)
 
     return router

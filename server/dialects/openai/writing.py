@@ -230,6 +230,6 @@ async def _prompt_texts(front: AppState, requests: Sequence[GenerateRequest]) ->
     async def text(request: GenerateRequest) -> str:
         if isinstance(request.prompt, TextPrompt):
             return "".join(span.text for span in request.prompt.spans)
-        return await front.client.detokenize(request.prompt.token_ids, request.adapter)
+        return await front.engine.detokenize(request.prompt.token_ids, request.adapter)
 
     return list(await asyncio.gather(*map(text, requests)))
