@@ -4,28 +4,25 @@ Source: AutoAWQ 0.2.9, the GEMM layout (modules/linear/gemm.py, utils/packing_ut
 """
 
 from pathlib import Path
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from tightrope.backends.errors import BackendError
 from tightrope.backends.files.safetensors import Checkpoint
-from tightrope.backends.quant.format import FLOATS, Packed, Settings
+from tightrope.backends.quant.format import FLOATS, Format, Packed, Settings
 from tightrope.backends.quant.stated import check_meaning, layout_of, whole_number
 from tightrope.kernels.forms.quantized import QuantizedMatrix, arrange, pack_slices, tiled
 
 NIBBLE_OF_OUTPUT = (0, 4, 1, 5, 2, 6, 3, 7)  # of the eight in a word
 
 
-class Awq:
+class Awq(Format):
     """See Format."""
 
     name = "AWQ"
-    known_as: ClassVar[str] = name
-    methods: ClassVar[tuple[str, ...]] = ("awq",)
+    methods = ("awq",)
     parts = ("qweight", "qzeros", "scales")
-    optional = ()
 
     @classmethod
     def tells(cls, checkpoint: Checkpoint, tensor: str) -> bool:

@@ -4,35 +4,27 @@ Source: the layout that exllamav2 0.3.2 reads (conversion/adaptivegptq.py, modul
 """
 
 from math import gcd
-from pathlib import Path
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from tightrope.backends.files.safetensors import Checkpoint
-from tightrope.backends.quant.format import Packed, Settings
+from tightrope.backends.quant.format import Format, Packed
 from tightrope.backends.quant.streams import unstream
 from tightrope.kernels.forms.quantized import PLANES, QuantizedMatrix, arrange, pack_slices, tiled
 
 
-class Exl2:
+class Exl2(Format):
     """See Format."""
 
     name = "EXL2"
-    known_as: ClassVar[str] = name
-    methods: ClassVar[tuple[str, ...]] = ("exl2",)
+    methods = ("exl2",)
     parts = ("q_weight", "q_scale", "q_scale_max", "q_groups", "q_invperm")
     optional = ("q_perm", "q_group_map")  # Both follow from the others.
 
     @classmethod
     def tells(cls, checkpoint: Checkpoint, tensor: str) -> bool:
         return tensor.endswith(".q_weight")
-
-    @classmethod
-    def of(cls, path: Path, settings: Settings) -> "Exl2":
-        """Files written before exllamav2 0.0.16 have nothing but tensors, so settings aren't asked."""
-        return cls()
 
     def size(self, packed: Packed) -> tuple[int, int]:
         return packed.shape("q_invperm", 1)[0], packed.shape("q_weight", 2)[-1]

@@ -124,7 +124,7 @@ def _may_be_left_over(settings: Mapping[str, Any]) -> bool:
 def _not_read(path: Path, settings: Mapping[str, Any]) -> BackendError:
     return BackendError(
         f"{path}: weights are said to be quantized in format {settings.get('quant_method') or 'unknown'}, and no "
-        f"tensor is in one that can be read: {', '.join(kind.known_as for kind in FORMATS)}"
+        f"tensor is in one that can be read: {', '.join(kind.name for kind in FORMATS)} (AutoRound's too)"
     )
 
 

@@ -1,9 +1,10 @@
 """What a quantized format is to the loader: tensors by their names, checked, turned into a matrix that kernels read."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -62,40 +63,37 @@ class Packed:
         return BackendError(f"{self.entry(part).file}: tensor {self.name(part)!r} {reason}")
 
 
-class Format(Protocol):
+class Format(ABC):
     """A format, with what a model's settings say of it."""
 
-    known_as: ClassVar[str]  # what people call its files
-    methods: ClassVar[tuple[str, ...]]  # a settings' quant_method that changes nothing but how weights are stored
-
-    @property
-    def name(self) -> str: ...
+    name: ClassVar[str]
+    parts: ClassVar[tuple[str, ...]]  # These tensors tell that a linear is quantized; each must be there.
+    optional: ClassVar[tuple[str, ...]] = ()  # A linear may have these, too.
+    methods: ClassVar[tuple[str, ...]] = ()  # By a quant_method of these nothing but the storing of weights changes.
 
     @classmethod
+    @abstractmethod
     def tells(cls, checkpoint: Checkpoint, tensor: str) -> bool:
         """Whether a tensor of this name is one of a linear in this format, or in one that is listed before it."""
 
     @classmethod
     def of(cls, path: Path, settings: Settings) -> Self:
         """The format as `settings`, a block of the file `path`, describe it; raises BackendError for its relatives."""
+        return cls()
 
-    @property
-    def parts(self) -> tuple[str, ...]:
-        """The tensors that tell that a linear is quantized; each must be there."""
-
-    @property
-    def optional(self) -> tuple[str, ...]:
-        """Further tensors that a linear may have."""
-
+    @abstractmethod
     def size(self, packed: Packed) -> tuple[int, int]:
         """Inputs and outputs of a linear, by the shapes of its tensors; outputs may be filled up."""
 
+    @abstractmethod
     def memory_bytes(self, packed: Packed) -> int:
         """Bytes that the matrix takes in memory, by headers."""
 
+    @abstractmethod
     def check(self, packed: Packed, num_inputs: int, num_outputs: int) -> None:
         """Raise BackendError for what headers tell is wrong with a linear of that size."""
 
+    @abstractmethod
     def build(self, packed: Packed, num_inputs: int, num_outputs: int) -> QuantizedMatrix | Nf4Matrix | Tensor:
         """The matrix, made on the device of `packed`; a tensor [N, K] where there is no other form for it.
 

@@ -9,14 +9,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from tightrope.backends.errors import BackendError
 from tightrope.backends.files.safetensors import Checkpoint
-from tightrope.backends.quant.format import FLOATS, Packed, Settings
+from tightrope.backends.quant.format import FLOATS, Format, Packed, Settings
 from tightrope.backends.quant.stated import check_meaning, group_sizes, is_awq, is_symmetric, layout_of, whole_number
 from tightrope.backends.quant.streams import unstream
 from tightrope.kernels.forms.quantized import QuantizedMatrix, arrange, pack_slices, tiled
@@ -25,7 +24,7 @@ BITS = (2, 3, 4, 8)
 
 
 @dataclass(frozen=True, slots=True)
-class Gptq:
+class Gptq(Format):
     """See Format. `group_size` is the model's word, for files without g_idx; -1 and 0 mean one group.
 
     `is_symmetric` and `is_reordered` (act-order) are its words, too: memory is planned by them, and nothing is read.
@@ -39,8 +38,7 @@ class Gptq:
     group_sizes: Mapping[str, int] = field(default_factory=dict)
 
     name = "GPTQ"
-    known_as: ClassVar[str] = "GPTQ and AutoRound"
-    methods: ClassVar[tuple[str, ...]] = ("gptq", "auto-round")
+    methods = ("gptq", "auto-round")
     parts = ("qweight", "qzeros", "scales")
     optional = ("g_idx",)
 

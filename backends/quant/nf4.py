@@ -6,14 +6,13 @@ Source: bitsandbytes 0.50.2 (functional.py QuantState.as_dict, nn/modules.py). f
 import json
 from dataclasses import dataclass
 from math import gcd
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tightrope.backends.files.safetensors import Checkpoint
-from tightrope.backends.quant.format import Packed, Settings
+from tightrope.backends.quant.format import Format, Packed
 from tightrope.kernels.forms.quantized import Nf4Matrix, pack_nf4
 
 STATES = ("weight.quant_state.bitsandbytes__nf4", "weight.quant_state.bitsandbytes__fp4")
@@ -35,23 +34,16 @@ class _State:
         return gcd(self.shape[1], self.blocksize)
 
 
-class Nf4:
+class Nf4(Format):
     """See Format."""
 
     name = "bitsandbytes 4-bit"
-    known_as: ClassVar[str] = "bitsandbytes of 4 bits"
-    methods: ClassVar[tuple[str, ...]] = ()
     parts = ("weight.absmax", "weight.quant_map")
     optional = ("weight", *STATES, "weight.nested_absmax", "weight.nested_quant_map")
 
     @classmethod
     def tells(cls, checkpoint: Checkpoint, tensor: str) -> bool:
         return ".quant_state.bitsandbytes__" in tensor
-
-    @classmethod
-    def of(cls, path: Path, settings: Settings) -> "Nf4":
-        """Each linear has a state of its own, so settings aren't asked."""
-        return cls()
 
     def size(self, packed: Packed) -> tuple[int, int]:
         outputs, inputs = _read_state(packed).shape

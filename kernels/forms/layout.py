@@ -154,16 +154,8 @@ class StepLayout:
         """The same in the memory of `device`; what `windowed` shares is moved once."""
         if self.slots.device == device:
             return self
-        moved = replace(
-            self,
-            query_starts=self.query_starts.to(device),
-            context_lens=self.context_lens.to(device),
-            block_tables=self.block_tables.to(device),
-            slots=self.slots.to(device),
-            positions=self.positions.to(device),
-            sequence_of=self.sequence_of.to(device),
-            windowed=None,
-        )
+        names = ("query_starts", "context_lens", "block_tables", "slots", "positions", "sequence_of")
+        moved = replace(self, windowed=None, **{name: getattr(self, name).to(device) for name in names})
         if (other := self.windowed) is None:
             return moved
         block_tables, slots = other.block_tables.to(device), other.slots.to(device)

@@ -168,3 +168,20 @@ def test_the_cache_tells_lengths_of_other_frequencies_apart() -> None:
     assert at(3) == at(64) != at(65) == at(512)
     at = StepBuilder({"default": PLAIN}, 512).frequencies_at
     assert at(3) == at(512)
+
+
+def test_a_step_moved_to_another_device_is_there_whole_and_moves_what_windows_share_once() -> None:
+    kv = PagedKVCache(64, num_window_pages=64, window=32)
+    opened(kv, 1, 60, 40, 20)
+    step = layout([Chunk(1, range(20), 40, "last")], kv)
+
+    moved = step.to(torch.device("meta"))
+
+    assert moved.windowed is not None
+    for part in (moved, moved.windowed):
+        tensors = [value for name in part.__slots__ if isinstance(value := getattr(part, name), Tensor)]
+        assert len(tensors) == 6
+        assert all(tensor.is_meta for tensor in tensors)
+    assert moved.windowed.positions is moved.positions
+    assert moved.windowed.slots is not moved.slots
+    assert step.to(torch.device("cpu")) is step
