@@ -26,7 +26,7 @@ help:
 	@echo "make chat    chat in the terminal with the bundled model"
 	@echo "make format  formats the code and repairs what the linter can repair"
 	@echo "make bench   compares with llama.cpp's own server on this machine"
-	@echo "make kernels builds the CPU kernels anew, after a change in kernels/cpu"
+	@echo "make kernels builds the CPU kernels after a change in kernels/cpu; ISA=avx2 those for one instruction set"
 	@echo "make clean   removes .venv and everything built"
 
 serve: $(VENV)/.serve
@@ -50,9 +50,8 @@ bench: $(VENV)/.bench
 
 llama: $(VENV)/.llama
 
-kernels: $(VENV)/.serve
-	@rm -rf build/temp.* build/lib.*
-	$(call step,kernels: build (90 s),$(PIP) install --no-deps -c $(CONSTRAINTS) -e .)
+kernels: | $(BIN)/python
+	@$(MAKE) --no-print-directory -f kernels/cpu/build.mk -j$$(getconf _NPROCESSORS_ONLN) PYTHON=$(BIN)/python
 
 clean:
 	rm -rf $(VENV) kernels/*.so build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -6,26 +6,10 @@
 #include <cmath>
 
 #include "pool.h"
-#include "simd.h"
+#include "units.h"
 
-constexpr int PAGE = 16;        // tokens
-constexpr int GROUP = 32;       // values that share a scale
-constexpr int MOST_DIMS = 256;  // of a head
+constexpr int MOST_DIMS = 256;       // dimensions of a head, at most
 constexpr int ROW = MOST_DIMS + 16;  // floats between expanded tokens: no power of two, which would share cache sets
-
-enum Format { F16, Q8, Q4 };
-
-struct Cache {
-    uint8_t *key_codes, *value_codes;
-    f16 *key_scales, *value_scales;
-    const float* key_factor;  // [Hkv, D]
-    int format, kv_heads, dims;
-
-    int groups() const { return (dims + GROUP - 1) / GROUP; }
-    int padded() const { return groups() * GROUP; }
-    int code_bytes() const { return format == F16 ? 2 * dims : format == Q8 ? padded() : padded() / 2; }
-    size_t token(int page, int head) const { return (size_t(page) * kv_heads + head) * PAGE; }  // its first
-};
 
 INLINE int nearest(float x) {
 #if defined(__x86_64__)
@@ -63,7 +47,7 @@ static void quantize(const float* x, const float* factor, const Cache& c, uint8_
 }
 
 // keys and values [T, Hkv, D], tokens `stride` floats apart, into slots [T].
-static void store_kv(const Cache& c, const float* keys, size_t key_stride, const float* values, size_t value_stride,
+void store_kv(const Cache& c, const float* keys, size_t key_stride, const float* values, size_t value_stride,
                      const int64_t* slots, int tokens) {
     constexpr int TOKENS = 16;  // a task
     pool().run((tokens + TOKENS - 1) / TOKENS, [&](int task) {

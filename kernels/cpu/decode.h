@@ -85,8 +85,8 @@ INLINE float soften(const Attention& a, float* scores, int count, float& maximum
 
 template <int FORMAT> static void decode_part(const Attention& a, const DecodePart& part, float* partial) {
     const Cache& c = a.cache;
-    const int heads = a.heads, group = a.group(), half = a.rope.half, length = a.context_lens[part.b];
-    const int row = a.query_starts[part.b], seen = a.first_seen(length - 1);
+    const int heads = a.heads, group = a.group(), half = a.rope.half, length = a.step.context_lens[part.b];
+    const int row = a.step.query_starts[part.b], seen = a.first_seen(length - 1);
     float* const maxima = partial;
     float* const totals = partial + heads;
     float* const outputs = partial + 2 * heads;
@@ -160,7 +160,7 @@ static void merge_parts(const Attention& a, const DecodePart* first, const Decod
             total += weight * partial[a.heads + head];
             for (int d = 0; d < a.cache.dims; ++d) weighted[d] += weight * output[d];
         }
-        float* const out = a.out + (size_t(a.query_starts[first->b]) * a.heads + head) * a.cache.dims;
+        float* const out = a.out + (size_t(a.step.query_starts[first->b]) * a.heads + head) * a.cache.dims;
         for (int d = 0; d < a.cache.dims; ++d) out[d] = weighted[d] / total;
     }
 }

@@ -5,7 +5,7 @@
 #include <algorithm>
 
 #include "pool.h"
-#include "simd.h"
+#include "units.h"
 
 constexpr int FEW = 24;  // at most so many rows of x go this way
 constexpr int REGISTERS = LANES == 16 ? 32 : 16;
@@ -13,14 +13,6 @@ constexpr int MOST_COLUMNS = LANES == 16 ? 8 : 4;  // rows of x at a time
 constexpr int NEAR = 6 * 1024;          // floats of x that stay in a core's first cache beside the weight
 constexpr int MOST_DEPTH = 2048;        // inputs at a time
 constexpr int TASK_BYTES = 96 * 1024;   // of weight: large enough to hide the taking of a task
-
-struct Linear {
-    const float* x;
-    const void* weight;
-    const float* bias;  // or null
-    float* out;
-    int rows, inputs, outputs;
-};
 
 // How many rows of the weight meet T rows of x at a time: beside their sums, registers hold two vectors of each row,
 // one of x and a mask. Four give the processor streams enough to read.

@@ -3,13 +3,7 @@
 
 #include "layer.h"
 
-// native_structs.py has the same fields.
-struct Experts {
-    const Projection *gate_up, *down;  // of each expert
-    int32_t count, activation;
-};
-
-// The `each` experts of every token, and what share of their output it takes: [T, each].
+// The `each` experts of every token, and what share of their output it takes: [T, each] both.
 struct Picks {
     const int64_t* experts;
     const float* shares;
@@ -18,7 +12,7 @@ struct Picks {
 
 // out [T, K]: the shares of what the picked experts make of x [T, K]. `adapted` tells, with the slots and scales of T
 // tokens, of gate_up and down of the first expert, of those of the second, and so on.
-static void experts(const Experts& e, const Picks& picks, const low_rank::Rows& adapted, const float* x, float* out) {
+static void experts(const Experts& e, const Picks& picks, const Adapted& adapted, const float* x, float* out) {
     const int hidden = e.gate_up[0].inputs, middle = e.down[0].inputs, places = picks.tokens * picks.each;
     std::fill_n(out, size_t(picks.tokens) * hidden, 0.0f);
     static thread_local std::vector<int> starts, order, slots_of;
@@ -32,7 +26,7 @@ static void experts(const Experts& e, const Picks& picks, const low_rank::Rows& 
     }
     order.resize(places);  // places by expert; filling it moves each start to the next one's
     for (int i = 0; i < places; ++i) order[starts[picks.experts[i]]++] = i;
-    if (adapted.count) slots_of.resize(most), scales_of.resize(most);
+    if (adapted.uses.count) slots_of.resize(most), scales_of.resize(most);
 
     static thread_local Scratch memory;
     float* const rows = memory.floats(size_t(most) * (2 * size_t(hidden) + 3 * size_t(middle)));
@@ -42,11 +36,12 @@ static void experts(const Experts& e, const Picks& picks, const low_rank::Rows& 
     for (int i = 0, begin = 0; i < e.count; begin = starts[i++]) {
         const int count = starts[i] - begin;
         if (!count) continue;
-        low_rank::Rows mine{adapted.adapters, slots_of.data(), scales_of.data(), adapted.count};
+        Adapted mine = adapted;
+        mine.uses.slots = slots_of.data(), mine.uses.scales = scales_of.data();
         for (int r = 0; r < count; ++r) {
             const int token = order[begin + r] / picks.each;
             std::copy_n(x + size_t(token) * hidden, hidden, rows + size_t(r) * hidden);
-            if (adapted.count) slots_of[r] = adapted.slots[token], scales_of[r] = adapted.scales[token];
+            if (adapted.uses.count) slots_of[r] = adapted.uses.slots[token], scales_of[r] = adapted.uses.scales[token];
         }
         project(e.gate_up[i], mine, 2 * i, rows, gate_up, count);
         gated(e.activation, gate_up, gates, count, middle);

@@ -81,3 +81,9 @@ template <class W> void linear(const Linear& l) {
     part.rows = few;
     if (few) dots<W>(part);
 }
+
+void linear(const Linear& l, int dtype) {
+    if (dtype == PLAIN_FLOAT32) linear<float>(l);
+    if (dtype == PLAIN_BFLOAT16) linear<bf16>(l);
+    if (dtype == PLAIN_FLOAT16) linear<f16>(l);
+}

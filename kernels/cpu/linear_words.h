@@ -4,7 +4,7 @@
 #pragma once
 
 #include "dots.h"
-#include "scores.h"
+#include "transpose.h"
 #include "words.h"
 
 #if defined(__AVX512VNNI__)

@@ -5,35 +5,9 @@
 #include <algorithm>
 
 #include "pool.h"
-#include "simd.h"
+#include "units.h"
 
 namespace low_rank {
-
-struct Part {
-    const void *down, *up;  // [rank, inputs], [rank, outputs]
-    int32_t dtype, first, rank, outputs;
-};
-struct Adapter {
-    const Part* parts;
-    int32_t count, slot;
-};
-
-// Which adapter each row uses, and how much of it. `adapters` are those of one linear, `count` of them, null where one
-// adds nothing; more linears have theirs one after the other.
-struct Rows {
-    const Adapter* const* adapters;
-    const int32_t* slots;
-    const float* scales;
-    int count;
-};
-
-struct Addition {
-    const float* x;  // [rows, inputs]
-    float* out;      // [rows, outputs], added to
-    const int32_t* slots;
-    const float* scales;
-    int rows, inputs, outputs;
-};
 
 // One part and the rows that use it; `inner` [their number][rank] lies between the two products.
 struct Use {
@@ -75,7 +49,7 @@ INLINE void shrink(const Addition& a, const Use& use, const W* down, int first_r
             float total = sum(acc[i][t]);
             for (int rest = k; rest < a.inputs; ++rest) total += to_float(down[size_t(i) * a.inputs + rest]) * x[t][rest];
             use.inner[size_t(first_row + t) * use.part->rank + first_rank + i] =
-                total * a.scales[use.rows[first_row + t]];
+                total * a.uses.scales[use.rows[first_row + t]];
         }
 }
 
@@ -151,7 +125,7 @@ template <class F> INLINE void with_dtype(int dtype, F&& work) {
     if (dtype == 2) work(f16());
 }
 
-inline void add(const Addition& a, const Adapter* const* adapters, int count) {
+void add(const Addition& a, const Adapter* const* adapters) {
     static thread_local std::vector<int> rows;
     static thread_local std::vector<Use> uses;
     static thread_local Scratch memory;
@@ -159,11 +133,11 @@ inline void add(const Addition& a, const Adapter* const* adapters, int count) {
     uses.clear();
     rows.reserve(a.rows);  // pointers into it stay
     size_t floats = 0;
-    for (int i = 0; i < count; ++i) {
+    for (int i = 0; i < a.uses.count; ++i) {
         if (!adapters[i]) continue;
         const size_t begin = rows.size();
         for (int t = 0; t < a.rows; ++t)
-            if (a.slots[t] == adapters[i]->slot) rows.push_back(t);
+            if (a.uses.slots[t] == a.uses.present[i]) rows.push_back(t);
         const int found = int(rows.size() - begin);
         for (int p = 0; found && p < adapters[i]->count; ++p) {
             const Part& part = adapters[i]->parts[p];

@@ -17,14 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tightrope.kernels import reference
-from tightrope.kernels.cpu.structs import (
-    ACTIVATIONS,
-    MOST_MATRICES,
-    WEIGHTS,
-    layer_address,
-    low_rank_address,
-    matrix_address,
-)
+from tightrope.kernels.cpu import structs
+from tightrope.kernels.cpu.addresses import ACTIVATIONS, MOST_MATRICES, WEIGHTS, address
 from tightrope.kernels.forms.layer import DecoderLayer, GatedExperts, Projection
 from tightrope.kernels.forms.layout import AttentionSpec, LayerCache, RopeTable, StepLayout
 from tightrope.kernels.forms.low_rank import AdapterRows, LowRank
@@ -34,11 +28,10 @@ from tightrope.kernels.forms.rows import SUMS, Ranked
 
 # numbered by the library; a machine that runs one runs those before
 INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512vnni")
-INTERFACE = 4  # that of cpu/kernels.cpp; a build that gives no number is of the first
+INTERFACE = 5  # that of cpu/kernels.cpp; a build that gives no number is of the first
 MOST_DIMS = 256  # of a head, in the attention; larger ones are left to the reference
 MOST_LAYER_TOKENS = 64  # that take a layer at once: the memory for it is kept, and more hide the time between calls
 
-_FORMATS = {"f16": 0, "q8": 1, "q4": 2}
 _ADDRESSES: list[Any] = [ctypes.c_void_p * count for count in range(MOST_MATRICES + 1)]
 _TYPES: dict[str, Any] = {"p": ctypes.c_void_p, "i": ctypes.c_int, "l": ctypes.c_int64, "f": ctypes.c_float}
 
@@ -75,6 +68,12 @@ def _open(instruction_set: str) -> ctypes.CDLL:
     interface = library.tightrope_interface() if hasattr(library, "tightrope_interface") else 1
     if interface != INTERFACE:
         raise UnusableBuild(f"{path} is of another version: its interface is {interface}, not {INTERFACE}")
+    size_of = library.tightrope_sizeof
+    size_of.argtypes, size_of.restype = [ctypes.c_char_p], ctypes.c_int64
+    for struct in structs.STRUCTS:
+        size, expected = size_of(struct.__name__.encode()), ctypes.sizeof(struct)
+        if size != expected:
+            raise UnusableBuild(f"{path} is of another version: its {struct.__name__} has {size} bytes, not {expected}")
     return library
 
 
@@ -83,29 +82,19 @@ class NativeSearch:
 
     def __init__(self, instruction_set: str) -> None:
         """Raises UnusableBuild."""
-        self._search = _function(_open(instruction_set), "search_file", "illplplilp")
+        self._search = _function(_open(instruction_set), "search_file", "illplpp")
 
     def search_file(self, file: int, start: int, num_bytes: int, masks: Masks, buffer: NDArray[np.uint8]) -> int | None:
         """See kernels.reference.search_file."""
-        result = np.empty(3, np.int64)
-        self._search(
-            file,
-            start,
-            num_bytes,
-            buffer.ctypes.data,
-            buffer.nbytes,
-            masks.repeated.ctypes.data,
-            masks.repeated.nbytes,
-            masks.block.itemsize,
-            masks.all_set,
-            result.ctypes.data,
-        )
-        num_read, found, error = map(int, result)
-        if error:
-            raise OSError(error, os.strerror(error))
-        if found >= 0:
-            return found
-        if num_read < num_bytes:
+        repeated, result = masks.repeated, structs.SearchResult()
+        read = structs.Masks(repeated.ctypes.data, repeated.nbytes, masks.block.itemsize, masks.all_set)
+        room = buffer.ctypes.data, buffer.nbytes
+        self._search(file, start, num_bytes, *room, ctypes.byref(read), ctypes.byref(result))
+        if result.error:
+            raise OSError(result.error, os.strerror(result.error))
+        if result.found >= 0:
+            return int(result.found)
+        if result.read < num_bytes:
             raise EOFError
         return None
 
@@ -134,17 +123,17 @@ class NativeKernels:
         self._linear = function("linear", "ppippiii")
         self._quantized_linear = function("quantized_linear", "ppippi")
         self._nf4_linear = function("nf4_linear", "ppippi")
-        self._add_low_rank = function("add_low_rank", "ppppiiipi")
-        self._store_kv = function("store_kv", "pppppiiiplplpi")
-        self._attention = function("attention", "pppppiiippipppiipppiifif")
-        self._rotate = function("rotate", "plpppppiippiii")
+        self._add_low_rank = function("add_low_rank", "ppppiii")
+        self._store_kv = function("store_kv", "pplplpi")
+        self._attention = function("attention", "ppipppfif")
+        self._rotate = function("rotate", "plpppiii")
         self._rms_norm = function("rms_norm", "plppiif")
         self._gated = function("gated", "ppiii")
         self._draw = function("draw", "plplpp")
         self._rank = function("rank", "plplplpppp")
         self._row_sums = function("row_sums", "plplpip")
-        self._decoder_layer = function("decoder_layer", "pp" + "pppppiii" + "pppiip" + "pppii" + "pppi" + "pppi")
-        self._experts = function("experts", "pppppii" + "pppi")
+        self._decoder_layer = function("decoder_layer", "ppippppp")
+        self._experts = function("experts", "pppppiipp")
 
     def describe(self) -> str:
         return f"C++ ({self.instruction_set})"
@@ -152,15 +141,8 @@ class NativeKernels:
     def store_kv(self, cache: LayerCache, keys: Tensor, values: Tensor, slots: Tensor) -> None:
         keys, key_stride = _tokens(keys)
         values, value_stride = _tokens(values)
-        self._store_kv(
-            *_pages(cache),
-            keys.data_ptr(),
-            key_stride,
-            values.data_ptr(),
-            value_stride,
-            slots.data_ptr(),
-            slots.shape[0],
-        )
+        starts = keys.data_ptr(), key_stride, values.data_ptr(), value_stride
+        self._store_kv(address(cache), *starts, slots.data_ptr(), slots.shape[0])
 
     def attention(
         self, queries: Tensor, cache: LayerCache, step: StepLayout, table: RopeTable | None, spec: AttentionSpec
@@ -169,44 +151,15 @@ class NativeKernels:
             return reference.attention(queries, cache, step, table, spec)
         queries = queries.contiguous()
         out = torch.empty_like(queries)
-        self._attention(
-            *_pages(cache),
-            queries.data_ptr(),
-            out.data_ptr(),
-            queries.shape[1],
-            *((None, None, None, 0, 0) if table is None else _angles(table)),
-            step.query_starts.data_ptr(),
-            step.context_lens.data_ptr(),
-            step.block_tables.data_ptr(),
-            step.block_tables.shape[0],
-            step.block_tables.stride(0),
-            spec.scale,
-            spec.window or 0,
-            spec.softcap or 0.0,
-        )
+        cached = address(cache), None if table is None else address(table), address(step)
+        limits = spec.window or 0, spec.softcap or 0.0
+        self._attention(queries.data_ptr(), out.data_ptr(), queries.shape[1], *cached, spec.scale, *limits)
         return out
 
     def rotate(self, x: Tensor, step: StepLayout, table: RopeTable) -> Tensor:
         x, stride = _tokens(x)
-        tokens, heads, dims = x.shape
-        out = x.new_empty(tokens, heads, dims)
-        pages, places, set_of, num_pages, half = _angles(table)
-        self._rotate(
-            x.data_ptr(),
-            stride,
-            out.data_ptr(),
-            pages,
-            places,
-            set_of,
-            table.query_scale.data_ptr(),
-            num_pages,
-            half,
-            step.positions.data_ptr(),
-            step.sequence_of.data_ptr(),
-            tokens,
-            heads,
-            dims,
-        )
+        out = x.new_empty(*x.shape)
+        self._rotate(x.data_ptr(), stride, out.data_ptr(), address(table), address(step), *x.shape)
         return out
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -215,16 +168,9 @@ class NativeKernels:
         rows, inputs = x.shape
         outputs = weight.shape[0]
         out = x.new_empty(rows, outputs)
-        self._linear(
-            x.data_ptr(),
-            weight.data_ptr(),
-            WEIGHTS[weight.dtype],
-            None if bias is None else bias.data_ptr(),
-            out.data_ptr(),
-            rows,
-            inputs,
-            outputs,
-        )
+        bias_start = None if bias is None else bias.data_ptr()
+        what = x.data_ptr(), weight.data_ptr(), WEIGHTS[weight.dtype], bias_start, out.data_ptr()
+        self._linear(*what, rows, inputs, outputs)
         return out
 
     def quantized_linear(self, x: Tensor, matrices: Sequence[QuantizedMatrix], bias: Tensor | None) -> Tensor:
@@ -236,18 +182,8 @@ class NativeKernels:
     def add_low_rank(self, out: Tensor, x: Tensor, adapters: Mapping[int, LowRank], rows: AdapterRows) -> None:
         assert out.is_contiguous()
         x = x.contiguous()
-        addresses = [low_rank_address(slot, adapters[slot]) for slot in rows.present if slot in adapters]
-        self._add_low_rank(
-            x.data_ptr(),
-            out.data_ptr(),
-            rows.slots.data_ptr(),
-            rows.scales.data_ptr(),
-            len(x),
-            x.shape[1],
-            out.shape[1],
-            (ctypes.c_void_p * len(addresses))(*addresses),
-            len(addresses),
-        )
+        sizes = len(x), x.shape[1], out.shape[1]
+        self._add_low_rank(x.data_ptr(), out.data_ptr(), _adapters_of([adapters], rows), address(rows), *sizes)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         width = x.shape[-1]
@@ -270,15 +206,8 @@ class NativeKernels:
         x, picked, shares = x.contiguous(), picked.contiguous(), shares.contiguous()
         assert (picked.dtype, shares.dtype) == (torch.int64, torch.float32)
         out = torch.empty_like(x)
-        self._experts(
-            layer_address(layer),
-            x.data_ptr(),
-            picked.data_ptr(),
-            shares.data_ptr(),
-            out.data_ptr(),
-            *picked.shape,
-            *_adapted(layer.projections, adapters),
-        )
+        starts = x.data_ptr(), picked.data_ptr(), shares.data_ptr(), out.data_ptr()
+        self._experts(address(layer), *starts, *picked.shape, *_adapted(layer.projections, adapters))
         return out
 
     def decoder_layer(
@@ -294,22 +223,9 @@ class NativeKernels:
         if len(x) > MOST_LAYER_TOKENS or cache.format.head_dim > MOST_DIMS:
             return None
         out = x.clone()
-        self._decoder_layer(
-            layer_address(layer),
-            out.data_ptr(),
-            *_pages(cache),
-            *((None, None, None, 0, 0, None) if table is None else (*_angles(table), table.query_scale.data_ptr())),
-            step.query_starts.data_ptr(),
-            step.context_lens.data_ptr(),
-            step.block_tables.data_ptr(),
-            step.block_tables.shape[0],
-            step.block_tables.stride(0),
-            step.slots.data_ptr(),
-            step.positions.data_ptr(),
-            step.sequence_of.data_ptr(),
-            len(x),
-            *_adapted(layer.projections, adapters),
-        )
+        cached = address(cache), None if table is None else address(table), address(step)
+        adapted = _adapted(layer.projections, adapters)
+        self._decoder_layer(address(layer), out.data_ptr(), len(x), *cached, *adapted)
         return out
 
     def draw(self, logits: Tensor, rows: NDArray[np.int64], params: NDArray[np.float64]) -> NDArray[np.int64]:
@@ -338,19 +254,16 @@ class NativeKernels:
         return mass
 
 
-def _adapted(
-    projections: Sequence[Projection], rows: AdapterRows | None
-) -> tuple[ctypes.Array[ctypes.c_void_p] | None, int | None, int | None, int]:
-    """`low_rank::Rows` in cpu/low_rank.h: for each projection the addresses of the step's adapters."""
-    if rows is None or not any(projection.adapters for projection in projections):
-        return None, None, None, 0
-    addresses = [
-        low_rank_address(slot, projection.adapters[slot]) if slot in projection.adapters else None
-        for projection in projections
-        for slot in rows.present
-    ]
-    held = (ctypes.c_void_p * len(addresses))(*addresses)
-    return held, rows.slots.data_ptr(), rows.scales.data_ptr(), len(rows.present)
+def _adapted(projections: Sequence[Projection], rows: AdapterRows | None) -> tuple[object, int | None]:
+    """What adapters add to these projections and to which rows; None twice where they add nothing."""
+    adapters = [projection.adapters for projection in projections]
+    return (None, None) if rows is None or not any(adapters) else (_adapters_of(adapters, rows), address(rows))
+
+
+def _adapters_of(adapters: Sequence[Mapping[int, LowRank]], rows: AdapterRows) -> object:
+    """For each linear the addresses of the adapters in use."""
+    addresses = [address(of[slot]) if slot in of else None for of in adapters for slot in rows.present]
+    return (ctypes.c_void_p * len(addresses))(*addresses)
 
 
 def _times(
@@ -369,17 +282,10 @@ def _times(
     outputs, addresses = 0, []
     for matrix in matrices:
         outputs += matrix.num_outputs
-        addresses.append(matrix_address(matrix))
+        addresses.append(address(matrix))
     out = x.new_empty(len(x), outputs)
-    count = len(addresses)
-    run(
-        x.data_ptr(),
-        _ADDRESSES[count](*addresses),
-        count,
-        None if bias is None else bias.data_ptr(),
-        out.data_ptr(),
-        len(x),
-    )
+    count, bias_start = len(addresses), None if bias is None else bias.data_ptr()
+    run(x.data_ptr(), _ADDRESSES[count](*addresses), count, bias_start, out.data_ptr(), len(x))
     return out
 
 
@@ -392,21 +298,3 @@ def _tokens(x: Tensor) -> tuple[Tensor, int]:
     if x.stride(2) != 1 or x.stride(1) != x.shape[2]:
         x = x.contiguous()
     return x, x.stride(0)
-
-
-def _pages(cache: LayerCache) -> tuple[int, int, int, int, int, int, int, int]:
-    return (
-        cache.key_codes.data_ptr(),
-        cache.key_scales.data_ptr(),
-        cache.value_codes.data_ptr(),
-        cache.value_scales.data_ptr(),
-        cache.key_factor.data_ptr(),
-        _FORMATS[cache.format.dtype],
-        cache.format.num_kv_heads,
-        cache.format.head_dim,
-    )
-
-
-def _angles(table: RopeTable) -> tuple[int, int, int, int, int]:
-    _, num_pages, _, half = table.pages.shape
-    return table.pages.data_ptr(), table.places.data_ptr(), table.set_of.data_ptr(), num_pages, half

@@ -5,14 +5,6 @@
 
 namespace quantized {
 
-// As Nf4Matrix in kernels/forms/quantized.py; native.py has the same fields.
-struct Nf4Matrix {
-    const float* codebook;
-    const int32_t* codes;
-    const float* scales;
-    int32_t inputs, outputs, blocksize;
-};
-
 struct Codebook {
 #if defined(__AVX512F__)
     Floats numbers;
@@ -66,7 +58,7 @@ template <int T> __attribute__((noinline)) void multiply_tile(const Nf4Matrix& m
     for (int t = 0; t < T; ++t) totals[t] = total[t];
 }
 
-inline void linear(const Nf4Matrix* const* matrices, int count, const float* x, int rows, const float* bias, float* out) {
+void linear(const Nf4Matrix* const* matrices, int count, const float* x, int rows, const float* bias, float* out) {
     int width = 0;
     for (int i = 0; i < count; ++i) width += matrices[i]->outputs;
     for (int i = 0, column = 0; i < count; column += matrices[i++]->outputs) {

@@ -1,7 +1,10 @@
 // Operations on each token by itself: rotation of queries, normalization, gates.
 #pragma once
 
-#include "attention.h"
+#include <cmath>
+
+#include "pool.h"
+#include "units.h"
 
 constexpr int TASK_FLOATS = 16 * 1024;  // less isn't worth waking a thread
 
@@ -23,21 +26,22 @@ INLINE void rotate_head(float* __restrict x, const float* __restrict angles, int
     }
 }
 
-// x [T, H, D], tokens `stride` floats apart, to out [T, H, D], turned to positions [T] and times the set's query_scale.
-static void rotate(const float* x, size_t stride, float* out, const Rope& rope, const float* query_scale,
-                   const int32_t* positions, const int32_t* sequence_of, int tokens, int heads, int dims) {
+// x [T, H, D], tokens `stride` floats apart, to out [T, H, D], turned to the step's positions and times the set's
+// query_scale.
+static void rotate(const float* x, size_t stride, float* out, const Rope& rope, const Step& step, int tokens, int heads,
+                   int dims) {
     const int half = rope.half;
     for_rows(tokens, heads * dims, [&](int t) {
-        const int set = rope.set_of[sequence_of[t]];
-        const float* page = rope.pages + (size_t(set) * rope.num_pages + positions[t] / PAGE) * 2 * half;
-        const float* place = rope.places + (size_t(set) * PAGE + positions[t] % PAGE) * 2 * half;
+        const int set = rope.set_of[step.sequence_of[t]], position = step.positions[t];
+        const float* page = rope.pages + (size_t(set) * rope.num_pages + position / PAGE) * 2 * half;
+        const float* place = rope.places + (size_t(set) * PAGE + position % PAGE) * 2 * half;
         for (int h = 0; h < heads; ++h) {
             float* const to = out + (size_t(t) * heads + h) * dims;
             std::copy_n(x + t * stride + size_t(h) * dims, dims, to);
             rotate_head(to, page, half);
             rotate_head(to, place, half);
-            if (query_scale[set] != 1)
-                for (int d = 0; d < 2 * half; ++d) to[d] *= query_scale[set];
+            if (rope.query_scale[set] != 1)
+                for (int d = 0; d < 2 * half; ++d) to[d] *= rope.query_scale[set];
         }
     });
 }
@@ -82,4 +86,10 @@ template <int ACTIVATION> static void gated(const float* gate_up, float* out, in
         store(rest[0], activate<ACTIVATION>(load(rest[0])) * load(rest[1]));
         std::copy_n(rest[0], width - i, to + i);
     });
+}
+
+static void gated(int activation, const float* gate_up, float* out, int rows, int width) {
+    if (activation == SILU) gated<SILU>(gate_up, out, rows, width);
+    if (activation == GELU) gated<GELU>(gate_up, out, rows, width);
+    if (activation == GELU_TANH) gated<GELU_TANH>(gate_up, out, rows, width);
 }

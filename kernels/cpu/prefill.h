@@ -88,8 +88,8 @@ template <int ROWS> INLINE void add_tile_values(const PrefillState& s, float* ou
 template <int FORMAT> static void prefill_block(const Attention& a, const PrefillBlock& block) {
     const Cache& c = a.cache;
     const int group = a.group(), dims = c.dims, half = a.rope.half;
-    const int row = a.query_starts[block.b] + block.first_row;
-    const int position = a.context_lens[block.b] - (a.query_starts[block.b + 1] - row);  // of the first row
+    const int row = a.step.query_starts[block.b] + block.first_row;
+    const int position = a.step.context_lens[block.b] - (a.step.query_starts[block.b + 1] - row);  // of the first row
 
     PrefillState s;
     s.lanes = (block.last_row - block.first_row) * group;
@@ -109,7 +109,7 @@ template <int FORMAT> static void prefill_block(const Attention& a, const Prefil
     std::fill(s.maxima, s.maxima + lanes, UNSEEN);
     std::fill(s.totals, s.totals + lanes, 0.0f);
     alignas(64) float factor[MOST_DIMS];
-    a.copy_factor(block.head, factor);
+    copy_factor(a.cache, block.head, factor);
 
     const auto head_of = [&](size_t lane) {  // where a lane's query is, and its output will be; heads vary fastest
         return ((row + lane / group) * a.heads + block.head * group + lane % group) * dims;

@@ -216,7 +216,7 @@ inline void multiply(const Matrix* const* matrices, int count, const float* x, i
     });
 }
 
-inline void linear(const Matrix* const* matrices, int count, const float* x, int rows, const float* bias, float* out) {
+void linear(const Matrix* const* matrices, int count, const float* x, int rows, const float* bias, float* out) {
     int width = 0;
     for (int i = 0; i < count; ++i) width += matrices[i]->outputs;
     for (int first = 0; first < rows; first += PASS)

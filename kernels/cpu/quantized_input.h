@@ -8,30 +8,13 @@
 #include <cfloat>
 
 #include "quantized_lines.h"
+#include "units.h"
 
 namespace quantized {
 
 constexpr int SHARED = 128;        // numbers with one scale, at most; whole blocks of any width
 constexpr float LARGEST = 32512;   // its upper byte is 127
 constexpr float LEAST = 1e-30f;    // what is smaller throughout counts as zero: its inverse would not be a number
-
-// As QuantizedMatrix in kernels/forms/quantized.py; native.py has the same fields.
-struct Matrix {
-    const uint8_t* codes;
-    const void* scales;      // or codes of scales
-    const float* group_max;  // with codes of scales
-    const int16_t* zeros;    // or null
-    const int32_t* source;   // or null
-    const int32_t* group_starts;
-    const uint8_t* group_bits;
-    int64_t tile_bytes;
-    int32_t inputs, outputs, groups, scale_kind;
-
-    int rows() const { return group_starts[groups]; }
-    bool reads_as(const Matrix& other) const {  // the same x in the same order
-        return source == other.source && group_starts == other.group_starts;
-    }
-};
 
 struct Share {
     float scale;

@@ -6,20 +6,11 @@
 #include <algorithm>
 #include <cerrno>
 
-#include "simd.h"
+#include "structs.h"
 
 namespace search {
 
 constexpr int STEP = 256;  // bytes that are looked at together
-
-// Masks of `bytes` bytes, a multiple of STEP, one after another as often as the file goes on. Each is of a word of the
-// file, of WORD's width: `all_set`, or 0 where the word may be anything.
-struct Masks {
-    const uint8_t* masks;
-    int64_t bytes;
-    int width;
-    uint32_t all_set;
-};
 
 // Whether there is such a word in data, which starts where the masks do; bytes is a multiple of STEP.
 template <class Word> bool is_in(const Masks& m, const uint8_t* data, int64_t bytes) {
@@ -60,10 +51,6 @@ inline int64_t first(const Masks& m, uint8_t* data, int64_t bytes) {
            : m.width == 2 ? first_in<uint16_t>(m, data, bytes)
                           : first_in<uint32_t>(m, data, bytes);
 }
-
-struct Result {
-    int64_t read, found, error;  // bytes until the file ended or a word was found; its place or -1; errno or 0
-};
 
 // From byte `start` of a file on; `room` bytes of `buffer` are used again and again, so that they stay in the cache.
 inline Result in_file(const Masks& m, int file, int64_t start, int64_t bytes, uint8_t* buffer, int64_t room) {

@@ -9,13 +9,13 @@ constexpr int TASKS_A_THREAD = 6;   // so that threads end at about the same tim
 
 INLINE void plan_decode(const Attention& a, std::vector<DecodePart>& parts, std::vector<size_t>& sequences) {
     size_t pages = 0;
-    const auto is_decode = [&](int b) { return a.query_starts[b + 1] - a.query_starts[b] == 1; };
-    const auto first_page = [&](int b) { return a.first_seen(a.context_lens[b] - 1) / PAGE; };
-    const auto end_page = [&](int b) { return (a.context_lens[b] + PAGE - 1) / PAGE; };
-    for (int b = 0; b < a.sequences; ++b)
+    const auto is_decode = [&](int b) { return a.step.query_starts[b + 1] - a.step.query_starts[b] == 1; };
+    const auto first_page = [&](int b) { return a.first_seen(a.step.context_lens[b] - 1) / PAGE; };
+    const auto end_page = [&](int b) { return (a.step.context_lens[b] + PAGE - 1) / PAGE; };
+    for (int b = 0; b < a.step.sequences; ++b)
         if (is_decode(b)) pages += end_page(b) - first_page(b);
     const int most = std::max<int>(PART_PAGES, int(pages / (pool().threads() * TASKS_A_THREAD)) + 1);
-    for (int b = 0; b < a.sequences; ++b) {
+    for (int b = 0; b < a.step.sequences; ++b) {
         if (!is_decode(b)) continue;
         sequences.push_back(parts.size());
         for (int page = first_page(b); page < end_page(b); page += most)
@@ -26,8 +26,8 @@ INLINE void plan_decode(const Attention& a, std::vector<DecodePart>& parts, std:
 
 INLINE void plan_prefill(const Attention& a, int block_queries, std::vector<PrefillBlock>& blocks) {
     const int rows = std::max(1, block_queries / a.group());
-    for (int b = 0; b < a.sequences; ++b) {
-        const int count = a.query_starts[b + 1] - a.query_starts[b];
+    for (int b = 0; b < a.step.sequences; ++b) {
+        const int count = a.step.query_starts[b + 1] - a.step.query_starts[b];
         if (count < 2) continue;
         // the last rows see the most: first, so that the short ones fill the gaps in the end
         for (int row = (count - 1) / rows * rows; row >= 0; row -= rows)
@@ -64,4 +64,10 @@ template <int FORMAT> static void attention(const Attention& a) {
     });
     for (size_t i = 0; i + 1 < sequences.size(); ++i)
         merge_parts(a, parts.data() + sequences[i], parts.data() + sequences[i + 1], partials);
+}
+
+void attention(const Attention& a) {
+    if (a.cache.format == F16) attention<F16>(a);
+    if (a.cache.format == Q8) attention<Q8>(a);
+    if (a.cache.format == Q4) attention<Q4>(a);
 }

@@ -48,7 +48,7 @@ class CacheFormat:
         return 2 * self.num_kv_heads * (self.code_bytes + scales)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class LayerCache:
     """One layer's pages.
 
@@ -112,7 +112,7 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | st
     return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class RopeTable:
     """Cosines and sines by which a position is rotated, split into the page that it is in and the place in the page.
 
@@ -128,7 +128,7 @@ class RopeTable:
     query_scale: Tensor
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class StepLayout:
     """The sequences of one step, the same for all layers.
 

@@ -39,7 +39,7 @@ class LowRank:
         return LowRank(tuple(LowRankPart(p.first, p.down.to(device), p.up.to(device)) for p in self.parts))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class AdapterRows:
     """Which adapter each of T rows uses, and how much of it: slots [T] int32, NONE without; scales [T] float32."""
 

@@ -2,6 +2,7 @@
 against plain float64."""
 
 import _ctypes
+import ctypes
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from rounded import Rounded
 from torch import Tensor
 
 from tightrope.kernels import dispatch, reference
-from tightrope.kernels.cpu import native
+from tightrope.kernels.cpu import addresses, native, structs
 from tightrope.kernels.forms.layer import Projection
 from tightrope.kernels.forms.layout import (
     PAGE,
@@ -452,6 +453,30 @@ def test_a_build_of_another_version_is_left_alone_and_the_reference_serves(
 
     assert f"{native.build_path('portable')} is of another version: its interface is " in line
     assert line.endswith(", not 10000; install tightrope anew")
+
+
+@pytest.mark.usefixtures("dispatched_anew")
+@pytest.mark.parametrize(("name", "size"), [("Rope", "40"), ("Unheard", "-1")])
+def test_a_build_whose_structs_have_another_size_is_left_alone_and_the_reference_serves(
+    name: str, size: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    one_field = type(name, (ctypes.Structure,), {"_fields_": structs.Rope._fields_[:1]})
+    monkeypatch.setattr(structs, "STRUCTS", (structs.Cache, one_field))
+
+    line = reference_serves(caplog)
+
+    assert f"{native.build_path('portable')} is of another version: its {name} has {size} bytes, not 8;" in line
+
+
+def test_a_cache_is_described_once_and_as_long_as_it_lives():
+    before = len(addresses._kept)
+    cache = LayerCache.allocate(CacheFormat("q8", 2, 64), 1)
+
+    assert addresses.address(cache) == addresses.address(cache)
+    assert len(addresses._kept) == before + 1
+
+    del cache
+    assert len(addresses._kept) == before
 
 
 @pytest.mark.usefixtures("dispatched_anew")

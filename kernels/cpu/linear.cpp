@@ -1,0 +1,15 @@
+#include "linear.h"
+
+#include "low_rank.h"
+
+// dtype: 0 float32, 1 bfloat16, 2 float16
+EXPORT void tightrope_linear(const float* x, const void* weight, int dtype, const float* bias, float* out, int rows,
+                             int inputs, int outputs) {
+    linear({x, weight, bias, out, rows, inputs, outputs}, dtype);
+}
+
+// Adds to out [count, outputs] what the adapter of each row makes of x [count, inputs].
+EXPORT void tightrope_add_low_rank(const float* x, float* out, const low_rank::Adapter* const* adapters,
+                                   const low_rank::Rows* rows, int count, int inputs, int outputs) {
+    low_rank::add({x, out, *rows, count, inputs, outputs}, adapters);
+}
