@@ -14,11 +14,11 @@ from tightrope.kernels.forms.layout import LayerCache, RopeTable, StepLayout
 from tightrope.kernels.forms.low_rank import AdapterRows, LowRank
 from tightrope.kernels.forms.quantized import Nf4Matrix, QuantizedMatrix
 
-MOST_MATRICES = 8  # as many as may share a call, as in cpu/quantized.h
+MOST_MATRICES = 8  # No more share a call, as in cpu/quantized.h.
 WEIGHTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
 _FORMATS = {"f16": 0, "q8": 1, "q4": 2}
-_QUANTIZED, _NF4 = 3, 4  # the kinds of weights after those of WEIGHTS
+_QUANTIZED, _NF4 = 3, 4  # The kinds of weights after those of WEIGHTS.
 _SCALES = {torch.float16: 0, torch.float32: 1}
 _SCALE_CODES = 2
 
@@ -33,7 +33,7 @@ Described = (
     | RopeTable
     | StepLayout
 )
-_kept: dict[int, tuple[int, *tuple[object, ...]]] = {}  # by the id of what is described, as long as that lives
+_kept: dict[int, tuple[int, *tuple[object, ...]]] = {}  # By the id of what is described, as long as it lives.
 
 
 def address(thing: Described) -> int:

@@ -6,7 +6,7 @@
 
 #include "cache.h"
 
-constexpr float UNSEEN = -1e30f;  // a score whose exponential is 0, without the NaN that infinities make
+constexpr float UNSEEN = -1e30f;  // A score whose exponential is 0, without the NaN that infinities make.
 constexpr float LN2 = 0.6931471806f;
 
 // A head's factor, with ones to the end of the last vector.

@@ -8,8 +8,8 @@
 #include "pool.h"
 #include "units.h"
 
-constexpr int MOST_DIMS = 256;       // dimensions of a head, at most
-constexpr int ROW = MOST_DIMS + 16;  // floats between expanded tokens: no power of two, which would share cache sets
+constexpr int MOST_DIMS = 256;       // A head has no more dimensions.
+constexpr int ROW = MOST_DIMS + 16;  // Floats between expanded tokens: no power of two, which would share cache sets
 
 INLINE int nearest(float x) {
 #if defined(__x86_64__)
@@ -29,7 +29,7 @@ static void quantize(const float* x, const float* factor, const Cache& c, uint8_
             for (int i = 0; i < count; ++i) ((f16*)codes)[g * GROUP + i] = to_f16(group[i]);
             continue;
         }
-        float most = 0;  // of largest magnitude, the first of several
+        float most = 0;  // The value of largest magnitude, the first of several.
         for (int i = 0; i < GROUP; ++i) most = fabsf(group[i]) > fabsf(most) ? group[i] : most;
         scales[g] = to_f16(c.format == Q8 ? fabsf(most) / 127.0f : most / -8.0f);
         const float scale = to_float(scales[g]), inverse = scale == 0 ? 0 : 1 / scale;
@@ -49,7 +49,7 @@ static void quantize(const float* x, const float* factor, const Cache& c, uint8_
 // keys and values [T, Hkv, D], tokens `stride` floats apart, into slots [T].
 void store_kv(const Cache& c, const float* keys, size_t key_stride, const float* values, size_t value_stride,
                      const int64_t* slots, int tokens) {
-    constexpr int TOKENS = 16;  // a task
+    constexpr int TOKENS = 16;  // A task takes so many.
     pool().run((tokens + TOKENS - 1) / TOKENS, [&](int task) {
         for (int t = task * TOKENS; t < std::min(tokens, (task + 1) * TOKENS); ++t)
             for (int h = 0; h < c.kv_heads; ++h) {
@@ -71,7 +71,7 @@ template <int FORMAT> INLINE Floats codes_at(const uint8_t* token, int d, int di
         return widen((d % GROUP < GROUP / 2 ? packed & 15 : packed >> 4) - 8);
     }
     if (d + LANES <= dims) return load((const f16*)token + d);
-    uint16_t last[LANES] = {};  // a vector would read past the end
+    uint16_t last[LANES] = {};  // A vector would read past the end.
     memcpy(last, token + 2 * d, 2 * (dims - d));
     return load((const f16*)last);
 }
@@ -131,7 +131,7 @@ template <int FORMAT>
 INLINE void read_keys(const Cache& c, int page, int next, int head, int first, int last, const float* factor,
                       const float* turns, int half, float* out) {
     PageReader<FORMAT> reader(c, c.key_codes, c.key_scales, page, next, head);
-    const auto turn_pairs = [&](auto count) __attribute__((always_inline)) {  // constant or not
+    const auto turn_pairs = [&](auto count) __attribute__((always_inline)) {  // The count may be a constant.
         for (int d = 0; d < count; d += LANES)
             for (int place = first; place < last; ++place) {
                 const float* const turn = turns + size_t(place) * 4 * count + d;
@@ -140,11 +140,11 @@ INLINE void read_keys(const Cache& c, int page, int next, int head, int first, i
                 store(out + place * ROW + d + count, y * load(turn + 2 * count) + x * load(turn + 3 * count));
             }
     };
-    const int paired = half % LANES ? 0 : half;  // pairs that are turned as they are read
-    if (half == 32) turn_pairs(std::integral_constant<int, 32>());  // addresses that are known save registers
+    const int paired = half % LANES ? 0 : half;  // Pairs that are turned as they are read.
+    if (half == 32) turn_pairs(std::integral_constant<int, 32>());  // Addresses that are known save registers.
     else if (half == 64) turn_pairs(std::integral_constant<int, 64>());
     else turn_pairs(paired);
-    const int turned = 2 * (half - paired);  // dimensions whose factor is in their turn
+    const int turned = 2 * (half - paired);  // Dimensions whose factor is in their turn.
     for (int d = 2 * paired; d < c.dims; d += LANES)
         for (int place = first; place < last; ++place) store(out + place * ROW + d, reader.values(place, d));
     for (int place = first; place < last; ++place) {

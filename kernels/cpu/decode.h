@@ -9,10 +9,10 @@
 
 struct DecodePart {
     int b, first_page, last_page;
-    size_t partial;  // where in the scratch: [H] maxima, [H] sums, [H][ROW] outputs
+    size_t partial;  // Where the scratch holds [H] maxima, [H] sums, [H][ROW] outputs
 };
 
-constexpr int TOGETHER = LANES == 16 ? 8 : 4;  // heads whose outputs are held in registers
+constexpr int TOGETHER = LANES == 16 ? 8 : 4;  // So many heads' outputs are held in registers.
 
 INLINE size_t partial_floats(int heads) { return size_t(heads) * (2 + ROW); }
 

@@ -7,12 +7,12 @@
 #include "pool.h"
 #include "units.h"
 
-constexpr int FEW = 24;  // at most so many rows of x go this way
+constexpr int FEW = 24;  // No more rows of x go this way.
 constexpr int REGISTERS = LANES == 16 ? 32 : 16;
-constexpr int MOST_COLUMNS = LANES == 16 ? 8 : 4;  // rows of x at a time
-constexpr int NEAR = 6 * 1024;          // floats of x that stay in a core's first cache beside the weight
-constexpr int MOST_DEPTH = 2048;        // inputs at a time
-constexpr int TASK_BYTES = 96 * 1024;   // of weight: large enough to hide the taking of a task
+constexpr int MOST_COLUMNS = LANES == 16 ? 8 : 4;  // Rows of x are taken so many at a time.
+constexpr int NEAR = 6 * 1024;          // Floats of x that stay in a core's first cache beside the weight
+constexpr int MOST_DEPTH = 2048;        // Inputs are taken so many at a time.
+constexpr int TASK_BYTES = 96 * 1024;   // Bytes of weight that hide the taking of a task.
 
 // How many rows of the weight meet T rows of x at a time: beside their sums, registers hold two vectors of each row,
 // one of x and a mask. Four give the processor streams enough to read.
@@ -80,7 +80,7 @@ template <int COUNT> INLINE void store_sums(const Floats* v, float* to) {
 
 // What is multiplied at a time: inputs from .. from + depth of T rows of x from `first_row`.
 struct Panel {
-    const float* x;  // as `interleave` leaves them
+    const float* x;  // Ordered as `interleave` leaves them.
     int first_row, from, depth;
 };
 
@@ -130,7 +130,7 @@ INLINE void dots_of_task(int rows, const Linear& l, const Panel& panel, int begi
 template <class W> void dots(const Linear& l) {
     constexpr int STEP = STEP_OF<W>;
     static thread_local Scratch memory;
-    const int passes = (l.rows + MOST_COLUMNS - 1) / MOST_COLUMNS;  // as even as can be
+    const int passes = (l.rows + MOST_COLUMNS - 1) / MOST_COLUMNS;  // Passes are as even as can be.
     const auto first_of = [&](int pass) { return l.rows * pass / passes; };
     const int steps = (l.inputs + STEP - 1) / STEP;
     float* const panels = memory.floats(size_t(l.rows) * steps * STEP);
@@ -143,7 +143,7 @@ template <class W> void dots(const Linear& l) {
     const int most = std::max(1, std::min(MOST_DEPTH, NEAR / std::min(l.rows, MOST_COLUMNS)) / STEP);
     const int parts = (steps + most - 1) / most, depth = (steps + parts - 1) / parts * STEP;
     const int wanted = std::max<int>(1, TASK_BYTES / (l.inputs * sizeof(W)));
-    const int each = (wanted + 11) / 12 * 12;  // a multiple of every dot_rows
+    const int each = (wanted + 11) / 12 * 12;  // Every dot_rows divides it.
     pool().run((l.outputs + each - 1) / each, [&](int task) {
         const int begin = task * each, end = std::min(begin + each, l.outputs);
         for (int pass = 0; pass < passes; ++pass)

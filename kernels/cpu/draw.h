@@ -7,12 +7,12 @@
 
 namespace drawing {
 
-constexpr int64_t DEPTHS[] = {128, 1024, 8192};  // tokens listed at first, and where those don't decide; then all
+constexpr int64_t DEPTHS[] = {128, 1024, 8192};  // So many tokens are listed, more where they don't decide, then all.
 constexpr double TINY = std::numeric_limits<double>::min();
-constexpr int64_t NOTHING = -1;  // all tokens are banned, or there is a NaN
+constexpr int64_t NOTHING = -1;  // All tokens are banned, or there is a NaN.
 
 struct Params {
-    double u, top_k, top_p, min_p, typical_p;  // u in [0, 1); neutral: 0, 1, 0, 1
+    double u, top_k, top_p, min_p, typical_p;  // u is in [0, 1); 0, 1, 0, 1 are neutral.
     Transform transforms[MAX_TRANSFORMS];
 };
 

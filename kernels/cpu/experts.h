@@ -24,7 +24,7 @@ static void experts(const Experts& e, const Picks& picks, const Adapted& adapted
         most = std::max(most, starts[i + 1]);
         starts[i + 1] += starts[i];
     }
-    order.resize(places);  // places by expert; filling it moves each start to the next one's
+    order.resize(places);  // Places by expert; filling it moves each start to the next one's.
     for (int i = 0; i < places; ++i) order[starts[picks.experts[i]]++] = i;
     if (adapted.uses.count) slots_of.resize(most), scales_of.resize(most);
 

@@ -6,9 +6,9 @@
 
 #include "linear_words.h"
 
-constexpr int DEPTH = 2048;                 // of K at a time
-constexpr int EXPANDED = DEPTH + 16;        // floats between expanded rows: no power of two, which would share cache sets
-constexpr size_t PACKED = 192 * 1024;       // floats of x that are packed at a time, so that they stay in a core's cache
+constexpr int DEPTH = 2048;                 // K is taken so many at a time.
+constexpr int EXPANDED = DEPTH + 16;        // Floats between expanded rows: no power of two, which would share cache sets
+constexpr size_t PACKED = 192 * 1024;       // Floats of x packed at a time: a core's cache holds them.
 
 // Columns `first` .. of x, transposed, in panels [panels][depth][PANEL]; rows past the last are zero.
 INLINE void pack(const Linear& l, int first_row, int k0, int depth, float* panel) {
@@ -48,12 +48,12 @@ template <class W> void linear_many_rows(const Linear& l) {
                 pack(l, (p0 + p) * PANEL, k0, depth, packed + size_t(p) * depth * PANEL);
             });
             const int blocks = (l.outputs + TALL - 1) / TALL;
-            constexpr int BLOCKS = 4;  // a task
+            constexpr int BLOCKS = 4;  // A task takes so many.
             pool().run((blocks + BLOCKS - 1) / BLOCKS, [&](int task) {
                 float* const expanded = of_thread.floats(TALL * EXPANDED);
                 for (int b = task * BLOCKS; b < std::min(blocks, (task + 1) * BLOCKS); ++b) {
                     for (int i = 0; i < TALL; ++i) {
-                        const int n = std::min(b * TALL + i, l.outputs - 1);  // repeats the last row, which isn't stored
+                        const int n = std::min(b * TALL + i, l.outputs - 1);  // The last row is repeated, and not stored.
                         const W* row = (const W*)l.weight + size_t(n) * l.inputs + k0;
                         int k = 0;
                         for (; k + LANES <= depth; k += LANES) store(expanded + i * EXPANDED + k, load(row + k));
@@ -71,7 +71,7 @@ template <class W> void linear(const Linear& l) {
 #if defined(__AVX512VNNI__)
     if (std::is_same<W, bf16>() && l.rows > FEW_FOR_WORDS) return linear_words(l);
 #endif
-    const int rest = l.rows % PANEL;  // fewer than half a panel go faster the first way
+    const int rest = l.rows % PANEL;  // Fewer than half a panel go faster the first way.
     const int few = l.rows <= FEW ? l.rows : 2 * rest <= PANEL ? rest : 0;
     Linear part = l;
     part.rows = l.rows - few;

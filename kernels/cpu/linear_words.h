@@ -9,16 +9,16 @@
 
 #if defined(__AVX512VNNI__)
 
-constexpr int SHARING = 64;            // neighbours with one unit
-constexpr int FEW_FOR_WORDS = 64;      // so few rows of x don't make up for the weights' conversion
-constexpr int WORD_DEPTH = 2048;       // of K at a time: a panel of weights stays in a core's cache
-constexpr int WORD_ROWS = 512;         // of x at a time
+constexpr int SHARING = 64;            // So many neighbours share a unit.
+constexpr int FEW_FOR_WORDS = 64;      // So few rows of x don't make up for the weights' conversion.
+constexpr int WORD_DEPTH = 2048;       // K is taken so many at a time: a panel of weights stays in a core's cache.
+constexpr int WORD_ROWS = 512;         // Rows of x are taken so many at a time.
 
 // x as words [rows][stride] with units [rows][groups].
 struct WordRows {
     int16_t* words;
     float* units;
-    size_t stride;  // words between rows: no power of two, which would share cache sets
+    size_t stride;  // Words between rows: no power of two, which would share cache sets
     int groups;
 };
 
@@ -29,7 +29,7 @@ static void pack_weights(const Linear& l, int n, int k0, int depth, int32_t* pan
     for (int g = 0; g * SHARING < depth; ++g, units += PANEL)
         for (int j = 0; j < WIDE; ++j, panel += SHARING / 2 * LANES) {
             for (int i = 0; i < LANES; ++i) {
-                const int output = std::min(n + j * LANES + i, l.outputs - 1);  // repeats the last, which isn't stored
+                const int output = std::min(n + j * LANES + i, l.outputs - 1);  // The last is repeated, and not stored.
                 const bf16* const from = (const bf16*)l.weight + size_t(output) * l.inputs + k0 + g * SHARING;
                 const int count = std::min(SHARING, depth - g * SHARING);
                 if (count == SHARING) {

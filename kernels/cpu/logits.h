@@ -9,7 +9,7 @@
 
 namespace drawing {
 
-constexpr int64_t BLOCK = 64;  // tokens whose maximum is looked at first
+constexpr int64_t BLOCK = 64;  // So many tokens have a maximum that is looked at first.
 constexpr float INF = std::numeric_limits<float>::infinity();
 
 // Sixteen floats; the compiler splits them where registers are narrower.
@@ -55,7 +55,7 @@ inline bool block_maxima(const float* row, int64_t vocab, std::vector<float>& ma
 inline Lanes exp_negative(Lanes x) {
     Lanes scaled = x * 1.44269504089f;
     scaled = scaled > -126.0f ? scaled : Lanes{} - 126.0f;
-    const Bits n = __builtin_convertvector(scaled - 0.5f, Bits);  // truncation towards zero rounds these to the nearest
+    const Bits n = __builtin_convertvector(scaled - 0.5f, Bits);  // Truncation towards zero rounds these to the nearest.
     const Lanes f = scaled - __builtin_convertvector(n, Lanes);
     Lanes p = f * 1.5403530e-4f + 1.3333558e-3f;
     p = p * f + 9.6181291e-3f;
@@ -73,7 +73,7 @@ inline Lanes exp_negative(Lanes x) {
 struct Transform {
     double kind, a, b, c;
 };
-constexpr int MAX_TRANSFORMS = 6;  // of a row; kernels/forms/rows.py knows the number too
+constexpr int MAX_TRANSFORMS = 6;  // A row has no more; kernels/forms/rows.py knows the number, too.
 constexpr double DIVIDE = 1, PARABOLA = 2, CUT = 3;
 
 inline double transformed(double y, const Transform* transforms) {

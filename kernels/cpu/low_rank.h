@@ -17,10 +17,10 @@ struct Use {
     float* inner;
 };
 
-constexpr int TALL = 4;                            // rows of a matrix at a time
-constexpr int WIDE = LANES == 16 ? 4 : 2;          // vectors of outputs, or rows of x, at a time
-constexpr int RANKS = 16;                          // of a task
-constexpr int OUTPUTS = 8 * WIDE * LANES;          // of a task
+constexpr int TALL = 4;                    // Rows of a matrix are taken so many at a time.
+constexpr int WIDE = LANES == 16 ? 4 : 2;  // Vectors of outputs, or rows of x, are taken so many at a time.
+constexpr int RANKS = 16;                  // A task takes so many ranks.
+constexpr int OUTPUTS = 8 * WIDE * LANES;  // A task takes so many outputs.
 
 // N rows of `down` times T rows of x.
 template <class W, int N, int T>
@@ -34,7 +34,7 @@ INLINE void shrink(const Addition& a, const Use& use, const W* down, int first_r
 #pragma GCC unroll 4
         for (int i = 0; i < N; ++i) {
             const W* const from = down + size_t(i) * a.inputs + k;
-            __builtin_prefetch(from + size_t(N) * a.inputs, 0, 2);  // of the rows that come next
+            __builtin_prefetch(from + size_t(N) * a.inputs, 0, 2);  // The rows that come next.
             w[i] = load(from);
         }
 #pragma GCC unroll 4
@@ -85,7 +85,7 @@ template <class W, int V, int T> INLINE void expand(const Addition& a, const Use
 #pragma GCC unroll 4
         for (int v = 0; v < V; ++v) {
             w[v] = load(up + v * LANES);
-            __builtin_prefetch(up + (V + v) * LANES, 0, 2);  // of the outputs that come next
+            __builtin_prefetch(up + (V + v) * LANES, 0, 2);  // The outputs that come next.
         }
 #pragma GCC unroll 4
         for (int t = 0; t < T; ++t)
@@ -131,7 +131,7 @@ void add(const Addition& a, const Adapter* const* adapters) {
     static thread_local Scratch memory;
     rows.clear();
     uses.clear();
-    rows.reserve(a.rows);  // pointers into it stay
+    rows.reserve(a.rows);  // Pointers into it stay valid.
     size_t floats = 0;
     for (int i = 0; i < a.uses.count; ++i) {
         if (!adapters[i]) continue;

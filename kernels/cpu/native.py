@@ -9,7 +9,7 @@ import os
 import sysconfig
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any  # ctypes keeps the type of its types to itself
+from typing import Any  # ctypes keeps the type of its types to itself.
 
 import numpy as np
 import torch
@@ -28,9 +28,9 @@ from tightrope.kernels.forms.rows import SUMS, Ranked
 
 # numbered by the library; a machine that runs one runs those before
 INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512vnni")
-INTERFACE = 5  # that of cpu/kernels.cpp; a build that gives no number is of the first
-MOST_DIMS = 256  # of a head, in the attention; larger ones are left to the reference
-MOST_LAYER_TOKENS = 64  # that take a layer at once: the memory for it is kept, and more hide the time between calls
+INTERFACE = 5  # The number in cpu/kernels.cpp; a build that gives none is of the first.
+MOST_DIMS = 256  # Heads with more are left to the reference's attention.
+MOST_LAYER_TOKENS = 64  # More go operation by operation: memory is kept, and they hide the time between calls.
 
 _ADDRESSES: list[Any] = [ctypes.c_void_p * count for count in range(MOST_MATRICES + 1)]
 _TYPES: dict[str, Any] = {"p": ctypes.c_void_p, "i": ctypes.c_int, "l": ctypes.c_int64, "f": ctypes.c_float}

@@ -9,7 +9,7 @@ struct Codebook {
 #if defined(__AVX512F__)
     Floats numbers;
     explicit Codebook(const float* from) : numbers(load(from)) {}
-    INLINE Floats at(Words lanes) const {  // of which the lowest four bits count
+    INLINE Floats at(Words lanes) const {  // The lowest four bits of a lane count.
         return (Floats)_mm512_maskz_permutexvar_ps(0xffff, (__m512i)lanes, (__m512)numbers);
     }
 #elif defined(__AVX2__)
@@ -30,7 +30,7 @@ struct Codebook {
 
 // A tile times T rows of x.
 template <int T> __attribute__((noinline)) void multiply_tile(const Nf4Matrix& m, int tile, const float* x, Tile* totals) {
-    constexpr int SETS = T == 1 ? 4 : T == 2 ? 2 : 1;  // of sums taken in turn
+    constexpr int SETS = T == 1 ? 4 : T == 2 ? 2 : 1;  // Sets of sums take turns.
     const Codebook book(m.codebook);
     const int blocks = m.inputs / m.blocksize;
     const size_t width = m.inputs;

@@ -6,7 +6,7 @@
 #include "pool.h"
 #include "units.h"
 
-constexpr int TASK_FLOATS = 16 * 1024;  // less isn't worth waking a thread
+constexpr int TASK_FLOATS = 16 * 1024;  // Fewer aren't worth waking a thread.
 
 // rows of `width` floats, a task's worth at a time
 template <class F> static void for_rows(int rows, int width, F&& work) {

@@ -42,7 +42,7 @@ class Pool {
         announce();
         take(&job);
         job_.store(nullptr);
-        while (inside_.load()) pause();  // those who joined finish their last task
+        while (inside_.load()) pause();  // Those who joined finish their last task.
     }
 
     // After a fork the child has none of the threads, and perhaps locks that nobody will open: begin anew.
@@ -104,13 +104,13 @@ class Pool {
             wait(seen);
             seen = epoch_.load();
             if (stopping_.load()) return;
-            inside_.fetch_add(1);  // before the job is read: the caller leaves only when nobody is inside
+            inside_.fetch_add(1);  // This comes before the job is read: the caller leaves only when nobody is inside
             if (Job* job = job_.load()) take(job);
             inside_.fetch_sub(1);
         }
     }
 
-    static constexpr int SPINS = 2000;  // some 40 microseconds
+    static constexpr int SPINS = 2000;  // They take some 40 microseconds.
 
     std::mutex running_, sleep_;
     std::condition_variable wake_;

@@ -8,11 +8,11 @@
 #include "tile.h"
 
 struct PrefillBlock {
-    int b, head, first_row, last_row;  // rows of the sequence's part of the step
+    int b, head, first_row, last_row;  // Rows count from the sequence's first in the step.
 };
 
 constexpr int BLOCK_QUERIES = 128;
-constexpr int TILE = 96;  // keys: whole pages, and a multiple of TALL
+constexpr int TILE = 96;  // Keys of a tile: whole pages, and a multiple of TALL.
 
 // Queries and outputs are kept transposed, in panels [panels][D][PANEL].
 struct PrefillState {
@@ -89,7 +89,7 @@ template <int FORMAT> static void prefill_block(const Attention& a, const Prefil
     const Cache& c = a.cache;
     const int group = a.group(), dims = c.dims, half = a.rope.half;
     const int row = a.step.query_starts[block.b] + block.first_row;
-    const int position = a.step.context_lens[block.b] - (a.step.query_starts[block.b + 1] - row);  // of the first row
+    const int position = a.step.context_lens[block.b] - (a.step.query_starts[block.b + 1] - row);  // The first row is there.
 
     PrefillState s;
     s.lanes = (block.last_row - block.first_row) * group;
@@ -111,11 +111,11 @@ template <int FORMAT> static void prefill_block(const Attention& a, const Prefil
     alignas(64) float factor[MOST_DIMS];
     copy_factor(a.cache, block.head, factor);
 
-    const auto head_of = [&](size_t lane) {  // where a lane's query is, and its output will be; heads vary fastest
+    const auto head_of = [&](size_t lane) {  // A lane's query is there, its output will be; heads vary fastest.
         return ((row + lane / group) * a.heads + block.head * group + lane % group) * dims;
     };
     for (size_t lane = 0; lane < lanes; ++lane) {
-        const size_t real = std::min<size_t>(lane, s.lanes - 1);  // idle lanes repeat the last
+        const size_t real = std::min<size_t>(lane, s.lanes - 1);  // Idle lanes repeat the last.
         s.positions[lane] = position + int(real / group);
         const float* from = a.queries + head_of(real);
         float* const to = s.queries + lane / PANEL * dims * PANEL + lane % PANEL;

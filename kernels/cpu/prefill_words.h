@@ -10,9 +10,9 @@
 
 #if defined(__AVX512VNNI__)
 
-constexpr int WORD_QUERIES = 192;              // of a block
-constexpr int KEY_WORDS = MOST_DIMS + 32;      // between keys: no power of two, which would share cache sets
-constexpr int VALUE_PAIRS = MOST_DIMS + 16;    // likewise
+constexpr int WORD_QUERIES = 192;              // A block has so many queries.
+constexpr int KEY_WORDS = MOST_DIMS + 32;      // Words between keys: no power of two, which would share cache sets
+constexpr int VALUE_PAIRS = MOST_DIMS + 16;    // Pairs between values, likewise.
 constexpr float WEIGHT_BITS = 13;
 constexpr float MOST_VALUE = 0x1p31f / (TILE * 8192) - 1;
 
@@ -21,7 +21,7 @@ struct WordState {
     int16_t* keys;                        // [TILE][KEY_WORDS]
     float *key_units, *exponents, *outputs, *maxima, *totals, *scores, *page, *turns;
     int32_t* positions;
-    int dims, lanes, panels;  // dims: to the end of the last vector
+    int dims, lanes, panels;  // The dims reach to the end of the last vector.
     float value_units[MOST_DIMS / GROUP];
 
     int query_words(int panel) const { return panel * PANEL * dims / 2; }
@@ -29,7 +29,7 @@ struct WordState {
 
 // 2^x with a relative error under 3e-6, for every x up to 127; the polynomial is a minimax fit of 2^f for 0 <= f < 1.
 INLINE Floats power_of_two(Floats x) {
-    const Floats f = (Floats)_mm512_maskz_reduce_ps(0xffff, (__m512)x, 0x09);  // x less the whole number below
+    const Floats f = (Floats)_mm512_maskz_reduce_ps(0xffff, (__m512)x, 0x09);  // x less the whole number below it.
     Floats p = f * 0.0135341606f + 0.0520114747f;
     p = p * f + 0.241442749f;
     p = p * f + 0.693003836f;
@@ -120,9 +120,9 @@ static void read_words(const Attention& a, const PrefillBlock& block, const floa
     const Cache& c = a.cache;
     const int half = a.rope.half, groups = c.groups();
     const int32_t* const pages = a.pages(block.b) + start / PAGE;
-    float steps[MOST_DIMS / GROUP];  // of each group's values
+    float steps[MOST_DIMS / GROUP];  // Each group's values have one.
     for (int g = 0; g < groups; ++g) {
-        int most = 0;  // magnitude of a scale, as float16 orders them: what isn't finite is larger than all numbers
+        int most = 0;  // The largest magnitude of a scale, as float16 orders them: what isn't finite is larger than all numbers
         for (int k = 0; k < count; ++k) {
             const size_t token = c.token(pages[k / PAGE], block.head) + k % PAGE;
             most = std::max(most, c.value_scales[token * groups + g].bits & 0x7fff);
@@ -141,13 +141,13 @@ static void read_words(const Attention& a, const PrefillBlock& block, const floa
             std::fill(key + c.dims, key + s.dims, 0.0f);
             const float unit = to_words<ANY>(key, s.dims, SHORTER, s.keys + (k + place) * KEY_WORDS);
             s.key_units[k + place] = unit;
-            for (int g = 0; g < groups; ++g) s.value_units[g] += 0 * unit;  // NaN where the unit isn't finite
+            for (int g = 0; g < groups; ++g) s.value_units[g] += 0 * unit;  // This is NaN where the unit isn't finite.
         }
         PageReader<FORMAT> values(c, c.value_codes, c.value_scales, page, next, block.head);
         for (int place = 0; place < last; place += 2)
             for (int d = 0; d < c.dims; d += LANES) {
                 const Ints first = rounded(values.values(place, d) * steps[d / GROUP]);
-                const Ints second = rounded(values.values(place + 1, d) * steps[d / GROUP]);  // the page has it, if not the tile
+                const Ints second = rounded(values.values(place + 1, d) * steps[d / GROUP]);  // The page has it, if not the tile.
                 const Ints both = paired_words(first, second);
                 memcpy(s.values + (k + place) / 2 * VALUE_PAIRS + d, &both, sizeof both);
             }
@@ -157,7 +157,7 @@ static void read_words(const Attention& a, const PrefillBlock& block, const floa
 template <int FORMAT> static void prefill_words(const Attention& a, const PrefillBlock& block) {
     const int group = a.group(), dims = a.cache.dims;
     const int row = a.step.query_starts[block.b] + block.first_row;
-    const int position = a.step.context_lens[block.b] - (a.step.query_starts[block.b + 1] - row);  // of the first row
+    const int position = a.step.context_lens[block.b] - (a.step.query_starts[block.b + 1] - row);  // The first row is there.
 
     WordState s;
     s.dims = (dims + LANES - 1) / LANES * LANES;
@@ -187,17 +187,17 @@ template <int FORMAT> static void prefill_words(const Attention& a, const Prefil
     alignas(64) float factor[MOST_DIMS];
     copy_factor(a.cache, block.head, factor);
 
-    const auto head_of = [&](size_t lane) {  // where a lane's query is, and its output will be; heads vary fastest
+    const auto head_of = [&](size_t lane) {  // A lane's query is there, its output will be; heads vary fastest.
         return ((row + lane / group) * a.heads + block.head * group + lane % group) * dims;
     };
     for (size_t lane = 0; lane < lanes; ++lane) {
-        const size_t real = std::min<size_t>(lane, s.lanes - 1);  // idle lanes repeat the last
+        const size_t real = std::min<size_t>(lane, s.lanes - 1);  // Idle lanes repeat the last.
         s.positions[lane] = position + int(real / group);
         alignas(64) float query[MOST_DIMS] = {};
         alignas(64) int32_t pairs[MOST_DIMS / 2];
         std::copy_n(a.queries + head_of(real), dims, query);
         const float unit = to_words<ANY>(query, s.dims, LONG, (int16_t*)pairs) * (a.scale / LN2);
-        s.exponents[lane] = unit < LEAST_LENGTH ? LEAST_LENGTH : unit;  // or the unseen would count as much as others
+        s.exponents[lane] = unit < LEAST_LENGTH ? LEAST_LENGTH : unit;  // Less would let the unseen count as much as others.
         int32_t* to = s.queries + s.query_words(int(lane / PANEL)) + lane % PANEL / LANES * LANES * s.dims / 2;
         for (int i = 0; i < s.dims / 2; ++i) to[i * LANES + lane % LANES] = pairs[i];
     }
@@ -208,7 +208,7 @@ template <int FORMAT> static void prefill_words(const Attention& a, const Prefil
         read_words<FORMAT>(a, block, factor, start, count, end, s);
         for (int panel = 0; panel < s.panels; ++panel) {
             const int32_t* const positions = s.positions + panel * PANEL;
-            if (start > positions[PANEL - 1]) continue;  // seen by later rows alone, or by earlier ones
+            if (start > positions[PANEL - 1]) continue;  // Later rows alone see it, or earlier ones.
             if (a.window && start + count <= positions[0] - a.window + 1) continue;
             const Maxima tile = score_words(a, s, panel, start, count);
             add_words(s, panel, count, tile, a.softcap != 0);

@@ -7,15 +7,15 @@
 
 namespace quantized {
 
-constexpr int MOST_ROWS = LANES == 16 ? 8 : 2;  // of x at a time, as many as the registers allow
-constexpr int TASK = 96 * 1024;                 // bytes of codes: large enough to hide its taking
-constexpr int KEPT = 256 * 1024;                // bytes of codes that stay in a core's cache while many rows of x pass
-constexpr int PASS = 512;                       // rows of x that are held in fixed point at a time
-constexpr int MOST_MATRICES = 8;                // that share a call
+constexpr int MOST_ROWS = LANES == 16 ? 8 : 2;  // Rows of x at a time, as many as the registers allow.
+constexpr int TASK = 96 * 1024;                 // Bytes of codes that hide the taking of a task.
+constexpr int KEPT = 256 * 1024;                // Bytes of codes that a core's cache keeps while many rows of x pass.
+constexpr int PASS = 512;                       // Rows of x that are held in fixed point at a time.
+constexpr int MOST_MATRICES = 8;                // No more matrices share a call.
 
 enum ScaleKind { FLOAT16, FLOAT32, CODES };
 
-struct Tile { Floats part[PARTS]; };  // a number for each output
+struct Tile { Floats part[PARTS]; };  // Each output has a number.
 
 // Rows of x at a time, largest first: eight, four, two, one.
 INLINE int rows_together(int left) {
@@ -62,7 +62,7 @@ struct Place {
 // Groups first .. last of a tile, all of BITS bits, times T rows of x, added to `totals`.
 template <int BITS, int T>
 __attribute__((noinline)) void add_groups(const Matrix& m, int tile, int first, int last, Place& place, Tile* totals) {
-    constexpr int SETS = T == 1 ? 2 : 1;  // of sums taken in turn, for a product waits for the one before
+    constexpr int SETS = T == 1 ? 2 : 1;  // Sets of sums take turns: a product waits for the one before.
     Tile total[T];
     for (int t = 0; t < T; ++t) total[t] = totals[t];
     const uint8_t* codes = place.codes;
@@ -128,7 +128,7 @@ template <class F> void for_tiles(int tiles, size_t bytes, int rows, F&& work) {
     const bool is_one_pass = rows <= MOST_ROWS;
     const size_t threads = pool().threads(), least = is_one_pass ? 1 : 4 * threads;
     const size_t wanted = std::max(least, bytes / (is_one_pass ? TASK : KEPT) + 1);
-    const size_t tasks = (wanted + threads - 1) / threads * threads;  // so that all have the same to do
+    const size_t tasks = (wanted + threads - 1) / threads * threads;  // All threads have the same to do.
     const int each = (tiles + tasks - 1) / tasks;
     pool().run((tiles + each - 1) / each, [&](int task) { work(task * each, std::min(tiles, (task + 1) * each)); });
 }

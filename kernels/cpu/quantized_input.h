@@ -12,13 +12,13 @@
 
 namespace quantized {
 
-constexpr int SHARED = 128;        // numbers with one scale, at most; whole blocks of any width
-constexpr float LARGEST = 32512;   // its upper byte is 127
-constexpr float LEAST = 1e-30f;    // what is smaller throughout counts as zero: its inverse would not be a number
+constexpr int SHARED = 128;        // No more numbers share a scale; they are whole blocks of any width.
+constexpr float LARGEST = 32512;   // Its upper byte is 127.
+constexpr float LEAST = 1e-30f;    // What is smaller throughout counts as zero: its inverse would not be a number
 
 struct Share {
     float scale;
-    int32_t sum;  // of its whole numbers
+    int32_t sum;  // The sum of its whole numbers.
 };
 
 INLINE int count_shares(const Matrix& m) {
@@ -40,7 +40,7 @@ INLINE Bytes narrow(Ints v) {
 INLINE Share to_fixed(const float* x, int count, int8_t* quads, size_t stride) {
     Ints most = {};
     for (int i = 0; i < count; i += LANES) {
-        const Ints magnitude = load_as<Ints>(x + i) & 0x7fffffff;  // ordered as floats are, infinity and NaN last
+        const Ints magnitude = load_as<Ints>(x + i) & 0x7fffffff;  // These are ordered as floats are, infinity and NaN last.
         most = magnitude > most ? magnitude : most;
     }
     int32_t bits = 0;
@@ -54,7 +54,7 @@ INLINE Share to_fixed(const float* x, int count, int8_t* quads, size_t stride) {
     Ints sum = {};
     for (int i = 0; i < count; i += LANES) {
         const Floats scaled = is_usual ? load(x + i) * inverse : Floats{};
-        const Ints whole = (Ints)(scaled + 12582912.0f) - 0x4b400000;  // the nearest whole number
+        const Ints whole = (Ints)(scaled + 12582912.0f) - 0x4b400000;  // The nearest whole number.
         const Bytes up = narrow((whole + 128) >> 8), down = narrow(whole);
         memcpy(upper + i, &up, LANES);
         memcpy(lower + i, &down, LANES);

@@ -6,12 +6,12 @@
 
 namespace quantized {
 
-constexpr int OUTPUTS = 16;  // of a tile
-constexpr int LINE = 64;     // bytes: four for each output
+constexpr int OUTPUTS = 16;  // A tile has so many.
+constexpr int LINE = 64;     // Bytes of a line: four for each output.
 constexpr int PARTS = OUTPUTS / LANES;
 
-struct Line { Words part[PARTS]; };  // bytes 4n .. 4n + 3 are of output n
-struct Sums { Ints part[PARTS]; };   // one for each output
+struct Line { Words part[PARTS]; };  // Bytes 4n .. 4n + 3 are of output n.
+struct Sums { Ints part[PARTS]; };   // Each output has one.
 
 INLINE Line load_line(const uint8_t* from) {
     Line line;

@@ -9,10 +9,10 @@ namespace drawing {
 typedef uint64_t Entry;
 
 inline Entry entry_of(float logit, int64_t token_id) {
-    const float value = logit + 0.0f;  // -0 becomes 0
+    const float value = logit + 0.0f;  // This makes 0 of -0.
     uint32_t bits;
     __builtin_memcpy(&bits, &value, 4);
-    bits ^= bits >> 31 ? 0xffffffffu : 0x80000000u;  // rising with the float
+    bits ^= bits >> 31 ? 0xffffffffu : 0x80000000u;  // Now they rise with the float.
     return Entry(~bits) << 32 | uint32_t(token_id);
 }
 inline int64_t token_of(Entry entry) { return int64_t(entry & 0xffffffffu); }
@@ -27,9 +27,9 @@ inline float logit_of(Entry entry) {
 struct Ranked {
     std::vector<float> maxima, order;
     std::vector<uint32_t> counts;
-    std::vector<Entry> list, other;  // list: the largest logits, descending, equals by id
-    float top = 0;                   // of the row; not finite where nothing can be drawn
-    float border = 0;                // no token that isn't listed has a larger logit; -inf: all are listed
+    std::vector<Entry> list, other;  // The list has the largest logits, descending, equals by id.
+    float top = 0;                   // The row's largest logit; not finite where nothing can be drawn.
+    float border = 0;                // No token that isn't listed has a larger logit; -inf: all are listed.
 };
 
 // Sorts a list whose equals stand in the order of their ids already.
@@ -40,7 +40,7 @@ inline void sort_entries(Ranked& ranked) {
         return;
     }
     ranked.other.resize(list.size());
-    for (int shift = 32; shift < 64; shift += 11) {  // by digits, the lowest first; each pass keeps the order of equals
+    for (int shift = 32; shift < 64; shift += 11) {  // The lowest digit comes first; each pass keeps the order of equals.
         const uint32_t last = (1u << std::min(11, 64 - shift)) - 1;
         ranked.counts.assign(last + 2, 0);
         for (Entry entry : list) ++ranked.counts[((entry >> shift) & last) + 1];

@@ -5,7 +5,7 @@
 #include "attention.h"
 #include "transpose.h"
 
-constexpr int SPAN_PAGES = 16;  // between two corrections of the softmax
+constexpr int SPAN_PAGES = 16;  // So many lie between two corrections of the softmax.
 constexpr int SPAN = SPAN_PAGES * PAGE;
 
 // Lanes 0, 2, 4 ... or 1, 3, 5 ... of two vectors.
@@ -36,9 +36,9 @@ template <int COUNT> INLINE void split_scales(const f16* scales, float* rows) {
 }
 // Scales of a page's places [PAGE][groups] to rows [groups][PAGE].
 INLINE void read_scales(const f16* scales, int groups, float* rows) {
-    if (groups == 2) return split_scales<2>(scales, rows);  // heads of 64
-    if (groups == 4) return split_scales<4>(scales, rows);  // of 128
-    if (groups == 8) return split_scales<8>(scales, rows);  // of 256
+    if (groups == 2) return split_scales<2>(scales, rows);  // Heads of 64 dimensions.
+    if (groups == 4) return split_scales<4>(scales, rows);  // Heads of 128.
+    if (groups == 8) return split_scales<8>(scales, rows);  // Heads of 256.
     for (int place = 0; place < PAGE; ++place)
         for (int g = 0; g < groups; ++g) rows[g * PAGE + place] = to_float(scales[place * groups + g]);
 }
@@ -69,7 +69,7 @@ template <int FORMAT> struct KeyPage {
         const auto column = [&](int i) { return load_as<Words>(columns[i] + part); };
         if constexpr (FORMAT == F16) return {{column(d / 2), column(d / 2 + 1)}};
         if constexpr (FORMAT == Q8) return {{column(d / 4)}};
-        const Words packed = column(d / GROUP * 4 + d % 16 / 4) ^ 0x88888888;  // to signed numbers of four bits
+        const Words packed = column(d / GROUP * 4 + d % 16 / 4) ^ 0x88888888;  // This makes signed numbers of four bits.
         return {{packed >> (d % GROUP < 16 ? 0 : 4)}};
     }
     INLINE Floats scale(int d, int part) const {
@@ -102,7 +102,7 @@ template <int FORMAT> struct KeyPage {
                 return four(d & ~3, part)[d % 4] * scale(d, part);
             };
             int i = 0;
-            while (half % GROUP == 0 && i < half) {  // a pair of scales at a time, one of which can wait for the sum
+            while (half % GROUP == 0 && i < half) {  // Of each pair of scales one can wait for the sum.
                 const Floats own = scale(i, part), outer = own == 0 ? all(0x1p-24f) : own;
                 const Floats inner = scale(i + half, part) / outer;
                 for (const int end = i + GROUP; i < end; i += 4) {

@@ -10,7 +10,7 @@
 
 namespace search {
 
-constexpr int STEP = 256;  // bytes that are looked at together
+constexpr int STEP = 256;  // Bytes that are looked at together.
 
 // Whether there is such a word in data, which starts where the masks do; bytes is a multiple of STEP.
 template <class Word> bool is_in(const Masks& m, const uint8_t* data, int64_t bytes) {

@@ -28,7 +28,7 @@ typedef uint8_t Bytes __attribute__((vector_size(LANES)));
 
 template <class V> INLINE V load_as(const void* from) {
     V v;
-    memcpy(&v, from, sizeof v);  // unaligned; becomes one instruction
+    memcpy(&v, from, sizeof v);  // One unaligned instruction comes of it.
     return v;
 }
 INLINE Floats load(const float* from) { return load_as<Floats>(from); }
@@ -70,7 +70,7 @@ INLINE Floats of_f16(Halves halves) {
     return (Floats)_mm256_cvtph_ps((__m128i)halves);
 #else
     const Words h = __builtin_convertvector(halves, Words);
-    Words bits = (Words)((Floats)((h & 0x7fff) << 13) * 0x1p112f);  // moves the exponent, subnormals included
+    Words bits = (Words)((Floats)((h & 0x7fff) << 13) * 0x1p112f);  // This moves the exponent, of subnormals, too.
     bits |= (h & 0x7c00) == 0x7c00 ? Words{} + 0x7f800000 : Words{};
     return (Floats)(bits | (h & 0x8000) << 16);
 #endif
@@ -114,7 +114,7 @@ INLINE f16 to_f16(float x) {
     const uint16_t sign = bits >> 16 & 0x8000;
     bits &= 0x7fffffff;
     if (bits >= 0x47800000) return {uint16_t(sign | (bits > 0x7f800000 ? 0x7e00 : 0x7c00))};
-    if (bits < 0x38800000) {  // a subnormal float16: adding a half lines the bits up and rounds them
+    if (bits < 0x38800000) {  // Of a subnormal float16, adding a half lines the bits up and rounds them
         float magnitude;
         memcpy(&magnitude, &bits, 4);
         magnitude += 0.5f;
@@ -174,7 +174,7 @@ constexpr int largest_tree(int count) {
 // e^x with a relative error under 2e-7, for x from -87.3 to 88.
 // Polynomial: S. Moshier, Cephes Mathematical Library, expf.
 INLINE Floats exponential_inside(Floats x) {
-    const Floats shifted = x * 1.44269504f + 12582912.0f;  // its lowest bits are the nearest whole number
+    const Floats shifted = x * 1.44269504f + 12582912.0f;  // Its lowest bits are the nearest whole number.
     const Floats n = shifted - 12582912.0f;
     const Floats r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
     Floats p = r * 1.9875691500e-4f + 1.3981999507e-3f;

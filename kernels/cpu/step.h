@@ -4,8 +4,8 @@
 #include "decode.h"
 #include "prefill_words.h"
 
-constexpr int PART_PAGES = 8;       // a decoding task is no smaller
-constexpr int TASKS_A_THREAD = 6;   // so that threads end at about the same time
+constexpr int PART_PAGES = 8;      // A decoding task is no smaller.
+constexpr int TASKS_A_THREAD = 6;  // So many let threads end at about the same time.
 
 INLINE void plan_decode(const Attention& a, std::vector<DecodePart>& parts, std::vector<size_t>& sequences) {
     size_t pages = 0;
@@ -51,7 +51,7 @@ template <int FORMAT> constexpr Prefill prefill() {
 template <int FORMAT> static void attention(const Attention& a) {
     std::vector<DecodePart> parts;
     std::vector<PrefillBlock> blocks;
-    std::vector<size_t> sequences;  // parts sequences[i] .. sequences[i + 1] are of one
+    std::vector<size_t> sequences;  // Parts sequences[i] .. sequences[i + 1] are of one.
     plan_decode(a, parts, sequences);
     plan_prefill(a, prefill<FORMAT>().block_queries, blocks);
     static thread_local Scratch memory;

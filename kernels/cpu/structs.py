@@ -1,7 +1,7 @@
 """The structs of cpu/structs.h, which says what their fields are: the same names in the same order."""
 
 import ctypes
-from typing import Any  # ctypes keeps the type of its types to itself
+from typing import Any  # ctypes keeps the type of its types to itself.
 
 _ADDRESS, _INT, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_float
 

@@ -3,10 +3,10 @@
 
 #include "simd.h"
 
-constexpr int WIDE = 2;             // vectors side by side: a panel is WIDE * LANES columns
+constexpr int WIDE = 2;             // Vectors side by side in a panel.
 constexpr int PANEL = WIDE * LANES;
-constexpr int TALL = LANES == 16 ? 12 : 6;   // rows, as many as the registers allow
-constexpr int SHORT = LANES == 16 ? 8 : 4;   // rows where TALL doesn't divide
+constexpr int TALL = LANES == 16 ? 12 : 6;   // Rows at a time, as many as the registers allow.
+constexpr int SHORT = LANES == 16 ? 8 : 4;   // Rows at a time where TALL doesn't divide.
 
 // acc[i][j] += sum over k < depth of a[i * ROW + k * STEP] * panel[k][j], panel rows being PANEL floats long.
 template <int ROWS, int ROW, int STEP>

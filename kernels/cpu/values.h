@@ -8,8 +8,8 @@
 
 // A part's pages from one correction of the softmax to the next, and the places in them that are seen.
 struct Span {
-    const int32_t *pages, *later;  // later: as many of the next span, so far as there are
-    int count, num_later, first, last;  // first place of the first page, end of the last page
+    const int32_t *pages, *later;  // The later ones are of the next span, so far as there are as many.
+    int count, num_later, first, last;  // The first place of the first page, the end in the last.
 
     int first_of(int i) const { return i ? 0 : first; }
     int last_of(int i) const { return i + 1 < count ? PAGE : last; }
@@ -29,7 +29,7 @@ INLINE void add_values_at(const Cache& c, const Span& span, int head, const floa
 #pragma GCC unroll 4
         for (int j = 0; j < VECTORS; ++j) acc[g][j] = load(out + g * ROW + d + j * LANES) * corrections[g];
     for (int i = 0; i < span.count; ++i, all_weights += PAGE) {
-        alignas(64) float weights[GROUPS][HEADS][PAGE], scales[MOST_DIMS / GROUP][PAGE];  // weights times scales
+        alignas(64) float weights[GROUPS][HEADS][PAGE], scales[MOST_DIMS / GROUP][PAGE];  // The weights are times the scales.
         if constexpr (FORMAT != F16)
             read_scales(c.value_scales + c.token(span.pages[i], head) * c.groups(), c.groups(), scales[0]);
         for (int k = 0; k < GROUPS; ++k)
@@ -84,7 +84,7 @@ template <int HEADS, int GROUPS>
 INLINE void weight_words(const Cache& c, const Span& span, int head, const float* weights, int first, int16_t* words,
                          float* units) {
     alignas(64) float products[GROUPS][HEADS][SPAN];
-    Ints most[GROUPS][HEADS] = {};  // magnitudes ordered as floats are, infinity and NaN last
+    Ints most[GROUPS][HEADS] = {};  // Magnitudes are ordered as floats are, infinity and NaN last.
     Ints lane;
     for (int i = 0; i < LANES; ++i) lane[i] = i;
     for (int i = 0; i < span.count; ++i) {
@@ -124,7 +124,7 @@ INLINE void add_code_words(const Cache& c, const Span& span, int head, const flo
     alignas(64) int16_t words[GROUPS][HEADS][SPAN];
     float units[GROUPS][HEADS];
     weight_words<HEADS, GROUPS>(c, span, head, weights, d / GROUP, words[0][0], units[0]);
-    __m512i acc[GROUPS][HEADS][2];  // of each eight dimensions the first four, and the others
+    __m512i acc[GROUPS][HEADS][2];  // Sums of the first four of each eight dimensions, and of the others.
     for (auto& group : acc)
         for (auto& sums : group) sums[0] = sums[1] = _mm512_setzero_si512();
     for (int i = 0; i < span.count; ++i) {
@@ -154,7 +154,7 @@ INLINE void add_code_words(const Cache& c, const Span& span, int head, const flo
             }
         }
     }
-    Ints in_order;  // four of the first sums, then four of the others
+    Ints in_order;  // Four of the first sums, then four of the others.
     for (int i = 0; i < LANES; ++i) in_order[i] = i / 8 * 4 + i % 4 + (i % 8 < 4 ? 0 : LANES);
     for (int k = 0; k < GROUPS; ++k)
         for (int g = 0; g < HEADS; ++g)

@@ -12,11 +12,11 @@
 
 #if defined(__AVX512VNNI__)
 
-constexpr float LONG = 65500, SHORTER = 32760;  // lengths of the two sides, less what rounding adds
+constexpr float LONG = 65500, SHORTER = 32760;  // Lengths of the two sides, less what rounding adds.
 constexpr float MOST_WORD = 32767;
-constexpr float LEAST_LENGTH = 1e-18f, MOST_LENGTH = 1e18f;  // of what is scaled: squares stay inside float's range
+constexpr float LEAST_LENGTH = 1e-18f, MOST_LENGTH = 1e18f;  // Only lengths between are scaled: squares stay in range.
 
-enum Unit { ANY, POWER_OF_TWO };  // with the latter, numbers of few bits are exact where they are large enough
+enum Unit { ANY, POWER_OF_TWO };  // The latter keeps numbers of few bits exact where they are large enough.
 
 INLINE Ints rounded(Floats x) { return (Ints)_mm512_maskz_cvtps_epi32(0xffff, (__m512)x); }
 

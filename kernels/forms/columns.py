@@ -13,12 +13,12 @@ from torch import Tensor
 
 from tightrope.kernels.forms.quantized import PLANES, TILE, Nf4Matrix, QuantizedMatrix, unpack, unpack_nf4, untiled
 
-BLOCK = 32  # rows; a block of w bits is w words a column
-SLICE_TILES = 256  # of a matrix that are laid out anew at a time
-TILE_OUTPUTS = 256  # that a program takes which multiplies one row
+BLOCK = 32  # Rows; a block of w bits is w words a column.
+SLICE_TILES = 256  # Tiles of a matrix that are laid out anew at a time.
+TILE_OUTPUTS = 256  # A program that multiplies one row takes so many.
 
-PROGRAMS = 1024  # that a matrix is shared out to: several for each multiprocessor of the largest cards
-FEWEST_BLOCKS = 4  # of a program: one for each of its warps
+PROGRAMS = 1024  # A matrix is shared out to so many: several for each multiprocessor of the largest cards.
+FEWEST_BLOCKS = 4  # A program takes one for each of its warps, at least.
 
 
 @dataclass(frozen=True, slots=True)

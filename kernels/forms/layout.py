@@ -14,9 +14,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-PAGE = 16  # tokens in a page of the cache
-GROUP = 32  # values that share a scale
-LARGE = 1 << 18  # bytes of a tensor that is mapped by itself
+PAGE = 16  # Tokens in a page of the cache.
+GROUP = 32  # Values that share a scale.
+LARGE = 1 << 18  # Bytes of the smallest tensor that is mapped by itself.
 
 CacheDtype = Literal["q8", "q4", "f16"]
 
@@ -107,7 +107,7 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | st
     if sys.platform != "linux" or torch.device(device).type != "cpu" or size < LARGE:
         return torch.zeros(shape, dtype=dtype, device=device)
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError):  # a system without them
+    with suppress(OSError):  # The system may have none.
         memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=dtype).view(shape)
 
@@ -166,6 +166,6 @@ class StepLayout:
 class AttentionSpec:
     """What a layer's attention computes, beside its inputs."""
 
-    scale: float  # of the scores
-    window: int | None = None  # a token sees itself and the window - 1 tokens before it
-    softcap: float | None = None  # scores become softcap * tanh(scores / softcap)
+    scale: float  # The scores are multiplied by it.
+    window: int | None = None  # A token sees itself and the window - 1 tokens before it.
+    softcap: float | None = None  # Scores become softcap * tanh(scores / softcap).

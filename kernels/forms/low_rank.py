@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-NONE = -1  # the slot of rows without an adapter
+NONE = -1  # The slot of rows without an adapter.
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ class AdapterRows:
 
     slots: Tensor
     scales: Tensor
-    present: tuple[int, ...]  # the slots in use, ascending
+    present: tuple[int, ...]  # The slots in use, ascending.
 
     def at(self, rows: Tensor) -> "AdapterRows":
         """Those of rows [n] int64 alone."""

@@ -2,13 +2,13 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any  # one of three unsigned types
+from typing import Any  # It is one of three unsigned types.
 
 import numpy as np
 from numpy.typing import NDArray
 
-_STEP = 256  # bytes that the C++ looks at together, STEP in cpu/search.h
-ROOM = 1 << 18  # bytes of a buffer: a core's cache holds it beside what is copied into it
+_STEP = 256  # Bytes that the C++ looks at together, STEP in cpu/search.h.
+ROOM = 1 << 18  # Bytes of a buffer: a core's cache holds it beside what is copied into it.
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +17,7 @@ class Masks:
 
     block: NDArray[np.uint8] | NDArray[np.uint16] | NDArray[np.uint32]  # [words of a block], little-endian
     all_set: int
-    repeated: NDArray[np.uint8]  # bytes of whole blocks, as many as fill whole steps
+    repeated: NDArray[np.uint8]  # Whole blocks, as many as fill whole steps.
 
     @classmethod
     def of(cls, block: NDArray[Any], all_set: int) -> "Masks":

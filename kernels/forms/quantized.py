@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-TILE = 16  # outputs of a tile
-LINE = 64  # bytes: 4 codes, or parts of codes, side by side for each of a tile's outputs
-SLICE, SLICE_ON_CARD = 256, 4096  # outputs that are packed at a time: in a processor's caches, or in few launches
+TILE = 16  # Outputs of a tile.
+LINE = 64  # Bytes: 4 codes, or parts of codes, side by side for each of a tile's outputs.
+SLICE, SLICE_ON_CARD = 256, 4096  # Outputs packed at a time: in a processor's caches, or in few launches.
 
 # a code is cut into planes, from its low bits up; there are whole lines of each in a block of so many rows
 PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)}

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-MAX_TRANSFORMS = 6  # of a row; cpu/logits.h knows the number, too
-DIVIDE, PARABOLA, CUT = 1.0, 2.0, 3.0  # kinds of transforms, see reference.row_sums
-SUMS = ("count", "mass", "moment", "first", "second")  # what is summed over a row
+MAX_TRANSFORMS = 6  # A row has no more; cpu/logits.h knows the number, too.
+DIVIDE, PARABOLA, CUT = 1.0, 2.0, 3.0  # Kinds of transforms, see reference.row_sums.
+SUMS = ("count", "mass", "moment", "first", "second")  # What is summed over a row.
 
 
 @dataclass(frozen=True, slots=True)
