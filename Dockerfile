@@ -23,7 +23,7 @@ COPY Makefile ./
 COPY .ci/constraints.txt .ci/
 COPY backends/gguf/llama_build.cmake backends/gguf/
 RUN make llama
-COPY pyproject.toml README.md ./
+COPY pyproject.toml setup.py README.md ./
 COPY tightrope/__init__.py tightrope/__main__.py tightrope/processes.py tightrope/
 COPY server server
 COPY engine engine

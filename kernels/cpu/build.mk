@@ -3,7 +3,7 @@
 
 ISA ?= portable $(if $(filter x86_64,$(shell uname -m)),avx2 avx512 avx512vnni)
 SUFFIX := $(shell $(PYTHON) -c 'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))')
-UNITS := $(filter-out all,$(notdir $(basename $(wildcard kernels/cpu/*.cpp))))
+UNITS := $(notdir $(basename $(wildcard kernels/cpu/*.cpp)))
 READ = import tomllib; modules = tomllib.load(open("pyproject.toml", "rb"))["tool"]["setuptools"]["ext-modules"]; \
 	print(*[flag for module in modules if module["name"].endswith(".cpu_$1") for flag in module["extra-compile-args"]])
 .DELETE_ON_ERROR:

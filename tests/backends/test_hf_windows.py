@@ -130,7 +130,7 @@ def test_a_prompt_whose_window_is_gone_is_computed_again(
 def test_preempted_answers_are_those_of_a_lone_run(
     mistral: Path, prompts: list[list[int]], alone: list[list[int]]
 ) -> None:
-    tight = load(mistral, tokens=704, max_num_seqs=3, step_tokens=64)
+    tight = load(mistral, tokens=752, max_num_seqs=3, step_tokens=64)
     assert all(cache.is_windowed for cache in tight.runner.caches)
     core = EngineCore(tight, LimitSettings())
     assert written(core, prompts) == alone
