@@ -124,7 +124,8 @@ class Scheduler:
         step = self._decodes(may_run)
         writing = {work.sequence for work in step}
         prompts = [s for s in self.running if s not in writing and may_run(s)]
-        prompts += [s for s in self.waiting if may_run(s) and (s.leader is None or s.leader.is_prompt_computed)]
+        if self._num_places < self._max_num_seqs:  # Under overload there is no place, and many wait.
+            prompts += [s for s in self.waiting if may_run(s) and (s.leader is None or s.leader.is_prompt_computed)]
         if not prompts:
             return step
         is_busy = any(sequence.is_decoding for sequence in self.running)
@@ -194,11 +195,16 @@ class Scheduler:
             track.num_computed = 0
         self.waiting.appendleft(sequence)
 
+    @property
+    def _num_places(self) -> int:
+        """How many places are taken: each track of a running sequence has one."""
+        return sum(len(sequence.tracks) for sequence in self.running)
+
     def _start(self, sequence: Sequence, now_s: float) -> bool:
         """Whether a prompt runs: already, or from now on, if there is a place and room in the cache."""
         if sequence in self.running:
             return True
-        if sequence in self._unfit or sum(len(s.tracks) for s in (*self.running, sequence)) > self._max_num_seqs:
+        if sequence in self._unfit or self._num_places + len(sequence.tracks) > self._max_num_seqs:
             return False
         if any(s.arrived_s < min(sequence.arrived_s, now_s - PATIENCE_S) for s in self._unfit):
             return False
