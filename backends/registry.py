@@ -1,19 +1,14 @@
-"""The backends, and which of them serves a model."""
+"""The backends. Adding one takes a package with a module `offer`, and a line here."""
 
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
-from tightrope.backends.errors import BackendError
-from tightrope.backends.files.foreign import check_is_no_ggml, names_in, no_weights
 from tightrope.backends.gguf import offer as gguf
 from tightrope.backends.hf import offer as hf
-from tightrope.backends.locate import locate
 from tightrope.backends.planning import Outline
 from tightrope.backends.protocol import Backend
 from tightrope.backends.settings import ModelSettings
-
-MOST_FOLDERS = 200  # A model is looked for in at most so many, to name it; it is never taken unasked.
 
 
 class BackendPackage(Protocol):
@@ -37,56 +32,3 @@ BACKENDS: tuple[BackendPackage, ...] = (
     hf,
     gguf,
 )
-
-
-def open_backend(settings: ModelSettings, progress: Callable[[float], None]) -> Backend:
-    """Find and load the model that `settings` names; `progress` is called with the share loaded, 0 to 1.
-
-    Raises BackendError with one line for the person who named it.
-    """
-    package, path = find_model(locate(settings.model, settings.revision))
-    return package.open_model(path, settings, progress)
-
-
-def outline(settings: ModelSettings, memory_bytes: int | None) -> Outline:
-    """Read the headers of the model that `settings` names, and plan.
-
-    memory_bytes: a size that may be used up; None is this machine's free memory, of which `serve` leaves a share.
-    Raises BackendError for a model or a setting that can't be; a plan that doesn't fit is no error here.
-    """
-    package, path = find_model(locate(settings.model, settings.revision))
-    return package.outline(path, settings, memory_bytes)
-
-
-def find_model(path: Path) -> tuple[BackendPackage, Path]:
-    """The model that a path means, a file or a folder, and who serves it.
-
-    A folder with both means its safetensors: a GGUF file beside them is served when it is named itself. Raises
-    BackendError when there is no model, or when there are several.
-    """
-    if not path.exists() and not path.is_symlink():
-        raise BackendError(f"{path}: no such file; name a .gguf file, a model's folder, or a hub id org/name")
-    for package in BACKENDS:
-        if (model := package.claims(path)) is not None:
-            return package, model
-    raise _no_model(path)
-
-
-def _no_model(folder: Path) -> BackendError:
-    """Why nobody claims a folder."""
-    names = names_in(folder)
-    for name in names:
-        if name.endswith(".bin"):
-            check_is_no_ggml(folder / name)
-    reason = no_weights(folder, names)
-    return reason or BackendError(f"{folder}: holds neither a .gguf file nor a Hugging Face model{_below(folder)}")
-
-
-def _below(folder: Path) -> str:
-    """A hint for a person who named the folder above: which one below it holds a model."""
-    for pattern in ("*/config.json", "*/*.gguf", "snapshots/*/config.json", "snapshots/*/*.gguf"):
-        for _, path in zip(range(MOST_FOLDERS), folder.glob(pattern), strict=False):
-            return f"; {path.parent} seems to"
-    if (config := next(folder.glob("*/adapter_config.json"), None)) is not None:
-        return f"; {config.parent} is a LoRA adapter, to be named with --lora beside the model that it was made for"
-    return ""

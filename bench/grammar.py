@@ -15,7 +15,7 @@ import torch
 
 from bench import report
 from bench.sampler import NUM_ROWS, VOCAB_SIZE, logits_like_a_models
-from tightrope.backends.registry import open_backend
+from tightrope.backends.detect import open_backend
 from tightrope.backends.settings import ModelSettings
 from tightrope.engine.guided.grammar import Grammars
 from tightrope.engine.sampler.sampler import sample

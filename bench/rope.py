@@ -18,8 +18,8 @@ from tqdm import tqdm
 
 from bench import report
 from bench.english import NAME, english_text
+from tightrope.backends.detect import open_backend
 from tightrope.backends.protocol import Backend
-from tightrope.backends.registry import open_backend
 from tightrope.backends.settings import CacheSettings, ModelSettings, RopeKind, RopeSettings
 from tightrope.engine.perplexity import cut_windows, measure, window_bos
 from tightrope.server.cli.perplexity.plot import draw

@@ -14,9 +14,9 @@ from collections.abc import Callable
 
 from tqdm import tqdm
 
+from tightrope.backends.detect import open_backend
 from tightrope.backends.errors import BackendError
 from tightrope.backends.protocol import Backend
-from tightrope.backends.registry import open_backend
 from tightrope.backends.settings import ModelSettings
 from tightrope.engine.console import log_to_stderr
 from tightrope.engine.core import EngineCore

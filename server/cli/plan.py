@@ -35,7 +35,7 @@ def parse_size(text: str) -> int:
 
 def plan(settings: ModelSettings, memory_bytes: int | None, *, as_json: bool) -> int:
     """Print the plan; return the exit status. Raises PlanError, after printing, when what is asked for doesn't fit."""
-    from tightrope.backends.registry import outline  # reads of it load the libraries that the model's format needs
+    from tightrope.backends.detect import outline  # reads of it load the libraries that the model's format needs
 
     try:
         found = outline(settings, memory_bytes)

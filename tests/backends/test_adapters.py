@@ -15,11 +15,11 @@ from real_server import RunningServer, run_server
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tightrope.backends.detect import outline
 from tightrope.backends.errors import BackendError
 from tightrope.backends.files.peft import read_adapter
 from tightrope.backends.hf.backend import HFBackend
 from tightrope.backends.protocol import Chunk
-from tightrope.backends.registry import outline
 from tightrope.backends.settings import CacheSettings, ModelSettings
 
 EXPECTED: Mapping[str, Any] = json.loads((ADAPTERS / "expected.json").read_text("utf-8"))

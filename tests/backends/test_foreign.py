@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from gguf import GGUFWriter
 
+from tightrope.backends.detect import find_model, outline
 from tightrope.backends.errors import BackendError
 from tightrope.backends.files.foreign import model_files
 from tightrope.backends.locate import pick_file, pick_files
-from tightrope.backends.registry import find_model, outline
 from tightrope.backends.settings import ModelSettings
 
 KINDS: list[tuple[list[str], str]] = [
@@ -70,7 +70,7 @@ def test_an_adapter_a_consolidated_file_and_an_image_half_beside_a_model_are_lef
     for name in names:
         (tmp_path / name).touch()
 
-    assert find_model(tmp_path)[1] == tmp_path
+    assert find_model(tmp_path) == tmp_path
     assert pick_files(names, None, "org/name") == ["config.json", "model.safetensors", "params.json"]
 
 
@@ -83,7 +83,7 @@ def test_an_image_half_is_no_model_wherever_its_name_says_so(tmp_path: Path, hal
     for name in names:
         (tmp_path / name).touch()
 
-    assert find_model(tmp_path)[1].name == "m-Q8_0.gguf"
+    assert find_model(tmp_path).name == "m-Q8_0.gguf"
     assert pick_file(names, None, "org/name") == "m-Q8_0.gguf"
     assert pick_file([*names, f"q/{half.replace('f16', 'Q8_0')}"], "Q8_0", "org/name") == "m-Q8_0.gguf"
 

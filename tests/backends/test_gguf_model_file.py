@@ -12,11 +12,11 @@ from gguf import GGUFValueType, GGUFWriter
 from gguf.gguf_writer import GGUFValue
 from gguf_files import Change, write_model
 
+from tightrope.backends.detect import outline
 from tightrope.backends.errors import BackendError
 from tightrope.backends.gguf.backend import GGUFBackend
 from tightrope.backends.gguf.plan import least_options
 from tightrope.backends.gguf.trial import try_load
-from tightrope.backends.registry import outline
 from tightrope.backends.settings import CacheSettings, ModelSettings
 
 Keys = Callable[[GGUFWriter], None]

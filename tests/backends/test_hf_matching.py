@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from test_hf_loader import TINY, Tensors, assert_close, load, logits, rewrite, write
 from torch import Tensor
 
+from tightrope.backends.detect import open_backend, outline
 from tightrope.backends.errors import BackendError
 from tightrope.backends.files.safetensors import Checkpoint
-from tightrope.backends.registry import open_backend, outline
 from tightrope.backends.settings import ModelSettings
 
 ATTENTION, MLP = "model.layers.0.self_attn", "model.layers.1.mlp"

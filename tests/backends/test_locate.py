@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from tightrope.backends.detect import find_model, open_backend
 from tightrope.backends.errors import BackendError
 from tightrope.backends.locate import locate, pick_file, pick_files
-from tightrope.backends.registry import find_model, open_backend
 from tightrope.backends.settings import ModelSettings
 
 
@@ -137,7 +137,7 @@ def test_a_folder_is_searched_for_its_one_model(tmp_path: Path) -> None:
         find_model(tmp_path)
     for name in ("mmproj-m.gguf", "m-00001-of-00002.gguf", "m-00002-of-00002.gguf"):
         (tmp_path / name).touch()
-    assert find_model(tmp_path)[1].name == "m-00001-of-00002.gguf"
+    assert find_model(tmp_path).name == "m-00001-of-00002.gguf"
     (tmp_path / "other.gguf").touch()
     with pytest.raises(BackendError, match=r"name one of them: m-00001-of-00002\.gguf, other\.gguf"):
         find_model(tmp_path)
@@ -146,14 +146,14 @@ def test_a_folder_is_searched_for_its_one_model(tmp_path: Path) -> None:
 def test_a_folder_with_safetensors_is_a_hugging_face_model_whatever_else_it_holds(tmp_path: Path) -> None:
     for name in ("config.json", "model.safetensors", "m.gguf"):
         (tmp_path / name).touch()
-    assert find_model(tmp_path)[1] == tmp_path
-    assert find_model(tmp_path / "m.gguf")[1] == tmp_path / "m.gguf"
+    assert find_model(tmp_path) == tmp_path
+    assert find_model(tmp_path / "m.gguf") == tmp_path / "m.gguf"
 
 
 def test_a_config_beside_one_gguf_file_means_the_gguf_file(tmp_path: Path) -> None:
     for name in ("config.json", "m.gguf"):
         (tmp_path / name).touch()
-    assert find_model(tmp_path)[1].name == "m.gguf"
+    assert find_model(tmp_path).name == "m.gguf"
 
 
 @pytest.mark.parametrize(
@@ -192,7 +192,7 @@ def test_a_missing_file_is_one_line() -> None:
 
 
 def test_finding_a_model_loads_no_library_of_any():
-    script = "import tightrope.backends.registry, sys; print({'torch', 'transformers', 'llama_cpp'} & set(sys.modules))"
+    script = "import tightrope.backends.detect, sys; print({'torch', 'transformers', 'llama_cpp'} & set(sys.modules))"
 
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
 

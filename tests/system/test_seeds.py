@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tightrope.backends.registry import open_backend
+from tightrope.backends.detect import open_backend
 from tightrope.backends.settings import CacheSettings, ModelSettings
 from tightrope.engine.core import EngineCore
 from tightrope.engine.sampler.steps import SamplingParams

@@ -9,7 +9,7 @@ import httpx
 import pytest
 from yi_card import ANSWER, END_OF_TEXT, FORMS, IM_END, IM_START, WINDOW
 
-from tightrope.backends.registry import open_backend
+from tightrope.backends.detect import open_backend
 from tightrope.backends.settings import ModelSettings
 from tightrope.engine.process.client import EngineClient
 from tightrope.engine.process.launch import thread_launcher

@@ -111,8 +111,8 @@ def perplexity(settings: ModelSettings, arguments: Arguments) -> int:
 
 def _open(settings: ModelSettings, compare_kv: Sequence[Quantized]) -> "Iterator[Backend]":
     """The backend to measure, or one with an f16 cache and those to compare with it, on its weights if they can be."""
+    from tightrope.backends.detect import open_backend
     from tightrope.backends.protocol import SharesWeights
-    from tightrope.backends.registry import open_backend
     from tightrope.engine.process.child import load
 
     def opened(dtype: KVCacheDtype) -> "Backend":
