@@ -47,7 +47,7 @@ class Echo:
         return INFO
 
     async def wait_failed(self) -> str:
-        raise NotImplementedError
+        raise AssertionError("nobody is to wait for the failure of an engine that serves")
 
     async def close(self) -> None:
         self.is_closed = True
