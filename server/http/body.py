@@ -124,10 +124,17 @@ def parse_json(raw: bytes) -> object:
         return msgspec.json.decode(raw)
     except RecursionError:
         raise MalformedBody("JSON is nested too deeply") from None
+    except (UnicodeDecodeError, msgspec.MsgspecError) as exc:
+        raise MalformedBody(_bad_utf8(raw) or (str(exc) if raw else "the body is empty")) from None
+
+
+def _bad_utf8(raw: bytes) -> str | None:
+    """What of the body is not UTF-8. The parser counts from the string and words it by its version."""
+    try:
+        raw.decode()
     except UnicodeDecodeError as exc:
-        raise MalformedBody(f"the body is not UTF-8: {exc.reason} (byte {exc.start})") from None
-    except msgspec.MsgspecError as exc:
-        raise MalformedBody(str(exc) if raw else "the body is empty") from None
+        return f"the body is not UTF-8: {exc.reason} (byte {exc.start})"
+    return None
 
 
 def _is_json(content_type: str) -> bool:

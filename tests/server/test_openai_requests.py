@@ -402,7 +402,7 @@ def test_template_variables_of_a_request_cannot_take_the_place_of_ours(name: str
         (b"", 400, None, "the body is empty"),
         (b'{"prompt": ', 400, None, "truncated"),
         (b"\xef\xbb\xbf{}", 400, None, "byte 0"),
-        (b'{"prompt": "\xff"}', 400, None, "not UTF-8"),
+        (b'{"prompt": "\xff"}', 400, None, "not UTF-8: invalid start byte (byte 12)"),
         (b'{"prompt": "\\ud800 and more"}', 400, None, "malformed"),
         (b'{"prompt": "a", "top_p": NaN}', 400, None, "malformed"),
         (b'{"prompt": "a", "top_p": 1e400}', 400, None, "out of range"),
