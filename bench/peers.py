@@ -46,6 +46,7 @@ class Peer:
     is_parallel: bool = True  # runs several requests at the same time
     target: type[Target] = Target  # how it is asked
     only: frozenset[str] | None = None  # the scenarios it takes part in; None is all
+    checkout: Path = ROOT  # whose environment it runs in
 
 
 def _tightrope(setup: Setup, port: int) -> list[str]:
@@ -100,27 +101,30 @@ def running(peer: Peer, setup: Setup, timeout_s: float = 120.0) -> Iterator[Targ
     """
     port = free_port()
     environment = {"OMP_NUM_THREADS": str(setup.threads)}  # for those without an option
+    python = sys.executable if peer.checkout == ROOT else str(peer.checkout / ".venv/bin/python")
     with tempfile.TemporaryFile("w+") as log:
         url = f"http://127.0.0.1:{port}"
-        with started(peer.arguments(setup, port), url + peer.ready_path, log, environment, timeout_s) as process:
+        command = [python, *peer.arguments(setup, port)]
+        with started(command, url + peer.ready_path, log, environment, timeout_s, peer.checkout) as process:
             yield peer.target(peer.name, url, process.pid, peer.extra_body)
 
 
 @contextmanager
 def started(
-    arguments: Sequence[str],
+    command: Sequence[str],
     ready_url: str,
     log: IO[str],
     environment: Mapping[str, str],
     timeout_s: float = 120.0,
+    folder: Path = ROOT,
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """Run Python with these arguments until `ready_url` answers, and end it with all its children after the block.
+    """Run a command until `ready_url` answers, and end it with all its children after the block.
 
-    log: takes what it prints. environment: what differs from ours. Raises StartFailed.
+    log: takes what it prints. environment: what differs from ours. folder: where it runs. Raises StartFailed.
     """
     process = subprocess.Popen(
-        [sys.executable, *arguments],
-        cwd=ROOT,
+        command,
+        cwd=folder,
         stdout=log,
         stderr=subprocess.STDOUT,
         env={**os.environ, **environment},
@@ -128,7 +132,7 @@ def started(
     try:
         if not _wait_ready(ready_url, process, timeout_s):
             log.seek(0)
-            name = " ".join(arguments[:3])
+            name = " ".join(command[1:4])
             raise StartFailed(f"{name} did not start: {' | '.join(log.read().splitlines()[-5:])}")
         yield process
     finally:

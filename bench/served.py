@@ -2,6 +2,7 @@
 
 import argparse
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -45,9 +46,9 @@ def serving(model: Path, folder: Path, name: str, options: Sequence[str]) -> Ite
     log.parent.mkdir(exist_ok=True)
     port = free_port()
     url = f"http://127.0.0.1:{port}"
-    arguments = ["-m", "tightrope", "serve", str(model), "--port", str(port), *options]
+    command = [sys.executable, "-m", "tightrope", "serve", str(model), "--port", str(port), *options]
     environment = {"TMPDIR": str(temp)}
-    with log.open("w+") as output, started(arguments, f"{url}/health", output, environment) as process:
+    with log.open("w+") as output, started(command, f"{url}/health", output, environment) as process:
         yield Served(url, process, log, temp)
 
 

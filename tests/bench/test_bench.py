@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from bench import report
+from bench.compare_earlier import EARLIER, METRICS, NOW, judged
 from bench.sse import ChunkedDecoder, EventParser, RequestFailed, read_events, stream
 from bench.stats import BARS, Bar, Sample, judge, paired_ratios, summarise
 from bench.workloads import Target, prose, run_chat, run_streams
@@ -208,6 +209,35 @@ def test_a_bar_without_a_peer_is_judged_by_its_own_value() -> None:
     samples = [Sample("tightrope", "growing chat", i, {"speedup": value}) for i, value in enumerate([9.0, 11.0, 12.0])]
     [verdict] = judge(samples, [bar])
     assert (verdict["value"], verdict["min"], verdict["max"], verdict["met"]) == (11.0, 9.0, 12.0, True)
+
+
+def _runs(server: str, *values: float) -> list[list[Sample]]:
+    """A run for each value, with that value for everything that is compared."""
+    metrics = {scenario: dict.fromkeys(names, 0.0) for scenario, names in METRICS.items()}
+    return [
+        [Sample(server, scenario, 0, dict.fromkeys(names, value)) for scenario, names in metrics.items()]
+        for value in values
+    ]
+
+
+@pytest.mark.parametrize(
+    ("earlier", "now", "slower", "allowed"),
+    [
+        ((100, 100, 100), (98, 98, 98), 100 / 98 - 1, 0.03),
+        ((100, 100, 100), (96, 90, 99), 100 / 96 - 1, 0.03),
+        ((95, 100, 105), (92, 92, 92), 100 / 92 - 1, 0.10),
+    ],
+)
+def test_slower_than_an_earlier_checkout_is_what_its_own_runs_do_not_explain(
+    earlier: tuple[float, ...], now: tuple[float, ...], slower: float, allowed: float
+) -> None:
+    runs = [[*a, *b] for a, b in zip(_runs(EARLIER, *earlier), _runs(NOW, *now), strict=True)]
+    speeds = next(row for row in judged(runs) if row["metric"] == "tokens_per_s")
+    assert speeds["slower"] == pytest.approx(slower)
+    assert speeds["allowed"] == pytest.approx(allowed)
+    assert speeds["met"] is (slower <= allowed)
+    times = next(row for row in judged(runs) if row["metric"] == "first_ttft_ms")
+    assert times["slower"] < 0, "a shorter time is no slower"
 
 
 def test_results_are_written_with_command_versions_machine_and_no_paths(
