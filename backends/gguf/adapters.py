@@ -8,7 +8,7 @@ from tightrope.backends.files.peft import read_adapter
 from tightrope.backends.gguf.adapter_file import read_adapter_file
 from tightrope.backends.gguf.header import Header
 from tightrope.backends.gguf.native import NativeAdapter, NativeContext, NativeModel
-from tightrope.backends.gguf.peft_file import Conversion
+from tightrope.backends.gguf.peft_file import Conversion, path_of
 from tightrope.backends.gguf.values import check_values
 from tightrope.backends.protocol import Chunk, Tokenizer
 from tightrope.backends.settings import ModelSettings
@@ -54,7 +54,7 @@ class GGUFAdapters:
 
         def put_in_place() -> None:
             with file:
-                self._in_place[name] = NativeAdapter(self._model, Path(file.name))
+                self._in_place[name] = NativeAdapter(self._model, path_of(file))
 
         return put_in_place
 

@@ -8,6 +8,7 @@ import struct
 import tempfile
 from collections.abc import Iterator, Mapping
 from math import prod
+from pathlib import Path
 from typing import IO
 
 import torch
@@ -50,6 +51,11 @@ _IN_EXPERT = {
 _HEADS = {"attn_q": "head_count", "attn_k": "head_count_kv"}
 
 
+def path_of(file: IO[bytes]) -> Path:
+    """Where this process can open a file that has no name."""
+    return Path(f"/dev/fd/{file.fileno()}")
+
+
 class Conversion:
     """What an adapter becomes for a model, known from headers; `num_bytes` is what its numbers will take."""
 
@@ -82,12 +88,15 @@ class Conversion:
         return sum(2 * prod(dims) for _, dims in self._tensors())
 
     def write(self) -> IO[bytes]:
-        """A temporary file, which is gone when it is closed; `name` is its path. Raises BackendError."""
+        """A temporary file without a name, so that a process that is killed leaves none. Raises BackendError.
+
+        It is at its start, and gone when it is closed; until then `path_of` opens it.
+        """
         try:
-            file = tempfile.NamedTemporaryFile(suffix=".gguf")  # noqa: SIM115 - the caller closes it
+            file = tempfile.TemporaryFile()  # noqa: SIM115 - the caller closes it
             try:
                 self._write(file)
-                file.flush()
+                file.seek(0)
             except BaseException:
                 file.close()
                 raise

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
@@ -171,6 +172,18 @@ def test_a_peft_folder_gives_the_logits_that_it_has_in_the_torch_engine(files: P
             assert_expected(last_logits(backend, prompt["ids"], "mine"), prompt)
         for prompt in expected["prompts_without_adapter"]:
             assert_expected(last_logits(backend, prompt["ids"]), prompt)
+
+
+def test_a_folder_that_is_being_converted_leaves_no_file_if_the_process_is_killed(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with closing(open_model(files / "llama-bf16.gguf")) as backend:
+        put_in_place = backend.adapters.prepare("mine", ADAPTERS / "llama-lora-r4")
+        assert not list(tmp_path.iterdir())
+        put_in_place()
+        prompt = EXPECTED["llama-lora-r4"]["prompts"][0]
+        assert_expected(last_logits(backend, prompt["ids"], "mine"), prompt)
 
 
 def noise(base: Path, folder: Path) -> Path:
