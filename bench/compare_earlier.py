@@ -81,10 +81,11 @@ async def _run(options: argparse.Namespace) -> None:
     found: dict[str, object] = {"earlier": _commit(options.checkout)}
     for model in options.model:
         setup = Setup(model, threads=options.threads)
+        described: dict[str, object] = {**asdict(setup), "model": model.name}
         runs = [await run_once(setup, options.checkout, run) for run in range(RUNS)]
         rows = judged(runs)
         found[model.name] = {
-            "setup": {**asdict(setup), "model": model.name},
+            "setup": described,
             "compared": rows,
             "rounds": [[asdict(sample) for sample in run] for run in runs],
         }
