@@ -203,7 +203,7 @@ def verdicts(found: Found) -> list[dict[str, object]]:
         verdict("growth of the front in MiB", after.front.mib - before.front.mib, FRONT_MIB),
         verdict("tracebacks in the log", len(found.tracebacks), 0),
         verdict("exit status", found.stopped.status, 0),
-        verdict("processes and temporary files left", found.stopped.processes + found.stopped.files, 0),
+        verdict("processes and temporary files left", len(found.stopped.processes) + len(found.stopped.files), 0),
     ]
 
 

@@ -34,8 +34,8 @@ class Stopped:
     """What stayed behind when the server was told to end; `status` is None if it did not."""
 
     status: int | None
-    processes: int
-    files: int
+    processes: Sequence[str]  # the commands of those that still run
+    files: Sequence[str]
 
 
 @contextmanager
@@ -55,6 +55,7 @@ def serving(model: Path, folder: Path, name: str, options: Sequence[str]) -> Ite
 def stop(served: Served) -> Stopped:
     """Tell the server to end, and see what is left of it."""
     tree = process_tree(served.process.pid)
+    commands = {process.pid: _command(process) for process in tree}
     served.process.terminate()
     try:
         status: int | None = served.process.wait(STOP_S)
@@ -62,7 +63,14 @@ def stop(served: Served) -> Stopped:
         status = None
     _, alive = psutil.wait_procs(tree, timeout=1)
     left = [path for path in served.temp.rglob("*") if not path.is_dir()]
-    return Stopped(status, len(alive), len(left))
+    return Stopped(status, [commands[process.pid] for process in alive], [path.name for path in left])
+
+
+def _command(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline()[1:4])
+    except psutil.Error:
+        return f"process {process.pid}"
 
 
 def last_lines_of_tracebacks(log: str) -> list[str]:

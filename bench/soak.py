@@ -134,7 +134,7 @@ def verdicts(found: Found) -> list[dict[str, object]]:
         verdict("kills after which none came back", sum(1 for kill in found.kills if kill.back_s is None), 0),
         verdict("tracebacks in the log", len(found.tracebacks), 0),
         verdict("exit status", found.stopped.status, 0),
-        verdict("processes and temporary files left", found.stopped.processes + found.stopped.files, 0),
+        verdict("processes and temporary files left", len(found.stopped.processes) + len(found.stopped.files), 0),
     ]
 
 

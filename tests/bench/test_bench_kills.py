@@ -10,7 +10,7 @@ RESTED = Reading(0.0, 0, ProcessUse(1, 60.0, 18, 4), None, 0.0)
 
 
 def found(*outcomes: Outcome, back_s: float | None = 5.0, after: Reading = RESTED, left: int = 0) -> Found:
-    return Found([Kill("idle", back_s)], outcomes, RESTED, after, Stopped(0, left, 0), [])
+    return Found([Kill("idle", back_s)], outcomes, RESTED, after, Stopped(0, ["-m tightrope.processes"] * left, []), [])
 
 
 def missed(seen: Found) -> list[object]:

@@ -200,7 +200,7 @@ def clean() -> soak.Found:
         kills=[Kill(50.0, "serving", 58.0)],
         before=rests[0],
         after=rests[1],
-        stopped=Stopped(0, 0, 0),
+        stopped=Stopped(0, [], []),
         tracebacks=[],
     )
 
@@ -248,10 +248,10 @@ def after(**changes: int) -> Rest:
         ({"kills": [Kill(1.0, "serving", 30.0)]}, "seconds until a killed engine serves again, the longest but 1 %"),
         ({"kills": [Kill(1.0, "serving", 2.0), Kill(9.0, "loading")]}, "kills after which none came back"),
         ({"tracebacks": ["ValueError: no"]}, "tracebacks in the log"),
-        ({"stopped": Stopped(1, 0, 0)}, "exit status"),
-        ({"stopped": Stopped(None, 0, 0)}, "exit status"),
-        ({"stopped": Stopped(0, 1, 0)}, "processes and temporary files left"),
-        ({"stopped": Stopped(0, 0, 1)}, "processes and temporary files left"),
+        ({"stopped": Stopped(1, [], [])}, "exit status"),
+        ({"stopped": Stopped(None, [], [])}, "exit status"),
+        ({"stopped": Stopped(0, ["-m tightrope.processes"], [])}, "processes and temporary files left"),
+        ({"stopped": Stopped(0, [], ["a.gguf"])}, "processes and temporary files left"),
     ],
 )
 def test_each_fault_misses_its_own_bar(changes: dict[str, object], name: str) -> None:
