@@ -16,7 +16,7 @@ from tightrope.server.deltas.choices import Choice
 from tightrope.server.fields.explain import Explained
 from tightrope.server.http.body import Body, JsonRequest, JsonRoute
 from tightrope.server.http.error_docs import CALL_ERRORS, STATUS_ERRORS, written
-from tightrope.server.http.long_lists import json_answer, json_list, json_object
+from tightrope.server.http.long_lists import json_answer, json_list
 from tightrope.server.state import AppState
 
 API_VERSION = "1.2.5"  # of KoboldAI United's API, that these routes are shaped after
@@ -163,7 +163,7 @@ def koboldcpp_router(front: AppState) -> APIRouter:
     async def tokencount(body: CountBody) -> Response:
         """The token ids of a text. The counts of a prompt's pieces add up unless `special` is set."""
         tokens = await front.engine.tokenize(TextPrompt((Span(body.prompt),), body.special))
-        return json_answer(json_object({"value": len(tokens), "ids": await json_list(tokens.ids)}))
+        return json_answer({"value": len(tokens), "ids": await json_list(tokens.ids)})
 
     @router.post("/extra/abort", responses=CALL_ERRORS, openapi_extra=ABORT_BODY)
     async def abort(request: Request) -> Success:

@@ -55,9 +55,9 @@ TGI_ERRORS: Documented = {
 }
 
 
-def only(*statuses: int | str, of: Documented = ERRORS) -> Documented:
+def only(*statuses: int | str) -> Documented:
     """The rows of these statuses."""
-    return {status: of[status] for status in statuses}
+    return {status: ERRORS[status] for status in statuses}
 
 
 def written(errors: Documented = ERRORS, **reply: object) -> dict[str, Any]:

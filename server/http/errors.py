@@ -12,7 +12,6 @@ from starlette.exceptions import HTTPException
 
 from tightrope.engine.errors import (
     BackendFailed,
-    ContextLengthExceeded,
     EngineError,
     EngineUnavailable,
     InvalidRequest,
@@ -123,15 +122,6 @@ class ClientGone(EngineError):
 
 
 @dataclass(frozen=True, slots=True)
-class OpenAIRow:
-    """`code` None is JSON's null."""
-
-    status: int
-    type: str
-    code: str | None
-
-
-@dataclass(frozen=True, slots=True)
 class TGIRow:
     """`fixed` replaces the message. Without `kind` the body is plain text."""
 
@@ -141,50 +131,29 @@ class TGIRow:
     fixed: str | None = None
 
 
-INVALID = OpenAIRow(400, "invalid_request_error", None)
-TABLE: Mapping[type[EngineError], tuple[OpenAIRow, TGIRow]] = {
-    InvalidRequest: (INVALID, TGIRow(422, "validation", "Input validation error: ")),
-    ContextLengthExceeded: (
-        OpenAIRow(400, "invalid_request_error", "context_length_exceeded"),
-        TGIRow(422, "validation", "Input validation error: "),
-    ),
-    TemplateFailed: (INVALID, TGIRow(422, "template_error", "Template error: ")),
-    MalformedBody: (INVALID, TGIRow(400, None, "Failed to parse the request body as JSON: ")),
-    WrongBody: (INVALID, TGIRow(422, None, "Failed to deserialize the JSON body into the target type: ")),
-    Unauthorized: (OpenAIRow(401, "invalid_request_error", "invalid_api_key"), TGIRow(401, None, fixed="")),
-    ForeignHost: (OpenAIRow(403, "invalid_request_error", "foreign_host"), TGIRow(403, "foreign_host")),
-    AmbiguousHost: (OpenAIRow(400, "invalid_request_error", "ambiguous_host"), TGIRow(400, "ambiguous_host")),
-    ForeignOrigin: (OpenAIRow(403, "invalid_request_error", "foreign_origin"), TGIRow(403, "foreign_origin")),
-    SwitchedOff: (OpenAIRow(403, "invalid_request_error", "switched_off"), TGIRow(403, "switched_off")),
-    NoSuchRoute: (OpenAIRow(404, "invalid_request_error", "not_found"), TGIRow(404, "not_found")),
-    ModelNotFound: (
-        OpenAIRow(404, "invalid_request_error", "model_not_found"),
-        TGIRow(422, "validation", "Input validation error: "),
-    ),
-    WrongMethod: (
-        OpenAIRow(405, "invalid_request_error", "method_not_allowed"),
-        TGIRow(405, "method_not_allowed"),
-    ),
-    BodyTimeout: (OpenAIRow(408, "invalid_request_error", "request_timeout"), TGIRow(408, None)),
-    BodyTooLarge: (OpenAIRow(413, "invalid_request_error", "body_too_large"), TGIRow(413, None)),
-    NotJson: (
-        OpenAIRow(415, "invalid_request_error", "unsupported_media_type"),
-        TGIRow(415, None, fixed="Expected request with `Content-Type: application/json`"),
-    ),
-    Overloaded: (
-        OpenAIRow(429, "rate_limit_exceeded", "rate_limit_exceeded"),
-        TGIRow(429, "overloaded", fixed="Model is overloaded"),
-    ),
-    ClientGone: (OpenAIRow(499, "invalid_request_error", "client_closed_request"), TGIRow(499, None)),
-    BackendFailed: (
-        OpenAIRow(500, "server_error", "server_error"),
-        TGIRow(424, "generation", "Request failed during generation: "),
-    ),
-    ShuttingDown: (OpenAIRow(503, "server_error", "shutting_down"), TGIRow(503, "shutting_down")),
-    EngineUnavailable: (
-        OpenAIRow(503, "server_error", "engine_unavailable"),
-        TGIRow(424, "generation", "Request failed during generation: "),
-    ),
+INVALID = TGIRow(422, "validation", "Input validation error: ")
+FAILED = TGIRow(424, "generation", "Request failed during generation: ")
+TABLE: Mapping[type[EngineError], tuple[int, TGIRow]] = {  # OpenAI's status goes first: see `error_body` for the rest.
+    InvalidRequest: (400, INVALID),
+    TemplateFailed: (400, TGIRow(422, "template_error", "Template error: ")),
+    MalformedBody: (400, TGIRow(400, None, "Failed to parse the request body as JSON: ")),
+    WrongBody: (400, TGIRow(422, None, "Failed to deserialize the JSON body into the target type: ")),
+    Unauthorized: (401, TGIRow(401, None, fixed="")),
+    ForeignHost: (403, TGIRow(403, "foreign_host")),
+    AmbiguousHost: (400, TGIRow(400, "ambiguous_host")),
+    ForeignOrigin: (403, TGIRow(403, "foreign_origin")),
+    SwitchedOff: (403, TGIRow(403, "switched_off")),
+    NoSuchRoute: (404, TGIRow(404, "not_found")),
+    ModelNotFound: (404, INVALID),
+    WrongMethod: (405, TGIRow(405, "method_not_allowed")),
+    BodyTimeout: (408, TGIRow(408, None)),
+    BodyTooLarge: (413, TGIRow(413, None)),
+    NotJson: (415, TGIRow(415, None, fixed="Expected request with `Content-Type: application/json`")),
+    Overloaded: (429, TGIRow(429, "overloaded", fixed="Model is overloaded")),
+    ClientGone: (499, TGIRow(499, None)),
+    BackendFailed: (500, FAILED),
+    ShuttingDown: (503, TGIRow(503, "shutting_down")),
+    EngineUnavailable: (503, FAILED),
 }
 
 
@@ -195,23 +164,28 @@ def dialect_of(request: Request) -> Column:
     return "tgi" if request.url.path in TGI_PATHS else "openai"
 
 
-def _rows(exc: EngineError) -> tuple[OpenAIRow, TGIRow]:
+def _row(exc: EngineError) -> tuple[int, TGIRow]:
     return next(TABLE[cls] for cls in type(exc).__mro__ if cls in TABLE)
 
 
 def error_body(exc: EngineError, column: Column) -> dict[str, Any] | str:
-    """What is said about an error: an object, or plain text."""
-    openai, tgi = _rows(exc)
+    """What is said about an error: an object, or plain text.
+
+    OpenAI's type is one for each kind of status, and its code the error's own; a plain invalid request has none.
+    """
+    status, tgi = _row(exc)
     if column == "openai":
-        return {"error": {"message": exc.message, "type": openai.type, "param": exc.param, "code": openai.code}}
+        kind = {429: Overloaded.code}.get(status, InvalidRequest.code if status < 500 else BackendFailed.code)
+        code = None if exc.code == InvalidRequest.code else exc.code
+        return {"error": {"message": exc.message, "type": kind, "param": exc.param, "code": code}}
     text = tgi.prefix + exc.message if tgi.fixed is None else tgi.fixed
     return text if tgi.kind is None else {"error": text, "error_type": tgi.kind}
 
 
 def error_reply(exc: EngineError, column: Column) -> Response:
     """The whole reply for an error."""
-    openai, tgi = _rows(exc)
-    status = openai.status if column == "openai" else tgi.status
+    status, tgi = _row(exc)
+    status = status if column == "openai" else tgi.status
     headers = {}
     if exc.retry_after_s is not None:
         headers["retry-after"] = str(exc.retry_after_s)

@@ -20,12 +20,9 @@ async def json_list(items: Iterable[object]) -> bytes:
     return b"[" + b",".join(slices) + b"]"
 
 
-def json_answer(content: bytes) -> Response:
-    """An answer that is JSON already."""
+def json_answer(content: bytes | Mapping[str, object]) -> Response:
+    """An answer that is JSON already, or an object, of which values in bytes are."""
+    if not isinstance(content, bytes):
+        raw = {name: msgspec.Raw(value) if isinstance(value, bytes) else value for name, value in content.items()}
+        content = msgspec.json.encode(raw)
     return Response(content, media_type="application/json")
-
-
-def json_object(fields: Mapping[str, object]) -> bytes:
-    """An object as JSON; values in bytes are JSON already."""
-    raw = {name: msgspec.Raw(value) if isinstance(value, bytes) else value for name, value in fields.items()}
-    return msgspec.json.encode(raw)

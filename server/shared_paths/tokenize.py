@@ -17,7 +17,7 @@ from tightrope.server.fields.names import KNOWN
 from tightrope.server.fields.numbers import MAX_INT
 from tightrope.server.http.body import Body, JsonRoute
 from tightrope.server.http.error_docs import STATUS_ERRORS, TGI_ERRORS, only
-from tightrope.server.http.long_lists import json_answer, json_list, json_object
+from tightrope.server.http.long_lists import json_answer, json_list
 from tightrope.server.http.token_ids import Ids
 from tightrope.server.served import check_model
 from tightrope.server.state import AppState
@@ -202,8 +202,8 @@ def tokenize_router(front: AppState) -> APIRouter:
             span = Span(body.content, body.parse_special)
             tokens = await front.engine.tokenize(TextPrompt((span,), body.add_special))
             if body.with_pieces:
-                return json_answer(json_object({"tokens": await json_list(map(_piece, tokens))}))
-            return json_answer(json_object({"tokens": await json_list(tokens.ids)}))
+                return json_answer({"tokens": await json_list(map(_piece, tokens))})
+            return json_answer({"tokens": await json_list(tokens.ids)})
         served = front.served()
         check_model(body.model, served)
         if isinstance(body, TokenizeChat):
@@ -214,7 +214,7 @@ def tokenize_router(front: AppState) -> APIRouter:
         tokens = await front.engine.tokenize(prompt, last=body.truncate_prompt_tokens)
         texts = await json_list(token.text for token in tokens) if body.return_token_strs else None
         counted = {"count": len(tokens), "max_model_len": served.info.max_model_len}
-        return json_answer(json_object(counted | {"tokens": await json_list(tokens.ids), "token_strs": texts}))
+        return json_answer(counted | {"tokens": await json_list(tokens.ids), "token_strs": texts})
 
     @router.post("/chat_tokenize", responses=TGI_ERRORS, response_model=ChatTokenized)
     async def chat_tokenize(body: CountedChat, request: Request) -> Response:
@@ -225,7 +225,7 @@ def tokenize_router(front: AppState) -> APIRouter:
         tokens = await front.engine.tokenize(TextPrompt(spans, body.add_special_tokens))
         num_cut = 0 if (last := body.truncate_prompt_tokens) is None else max(0, len(tokens) - last)
         found = await json_list(islice(places(tokens, text), num_cut, None))
-        return json_answer(json_object({"tokenize_response": found, "templated_text": text}))
+        return json_answer({"tokenize_response": found, "templated_text": text})
 
     @router.get("/tokenizer_info", responses=STATUS_ERRORS)
     async def tokenizer_info() -> TokenizerInfo:
