@@ -15,6 +15,7 @@ import httpx
 
 from tightrope.engine.console import printable, printable_lines
 from tightrope.processes import child_command
+from tightrope.server.cli.failures import CommandFailed
 
 HELP = "/reset forgets the conversation, /undo the last turn, /exit leaves; Ctrl-C stops an answer."
 STOP_GRACE_S = 10
@@ -22,12 +23,8 @@ STOP_GRACE_S = 10
 Message = dict[str, str]
 
 
-class ChatError(Exception):
-    """The conversation can't go on; the message is one line."""
-
-
 def chat(url: str, api_key: str | None, system: str | None, max_tokens: int | None) -> int:
-    """Talk until /exit or end of input; return the exit status. Raises ChatError when the server can't be reached."""
+    """Talk until /exit or end of input; return the exit status. Raises CommandFailed if no server answers."""
     headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
     base = url.rstrip("/").removesuffix("/v1")
     # a long prompt may take minutes to its first token, so only connecting has a limit
@@ -75,13 +72,13 @@ def _served_model(client: httpx.Client) -> str:
         reply.raise_for_status()
         return str(reply.json()["data"][0]["id"])
     except httpx.InvalidURL as error:
-        raise ChatError(f"--url: {client.base_url} is no address: {error}") from None
+        raise CommandFailed(f"--url: {client.base_url} is no address: {error}") from None
     except httpx.HTTPStatusError as error:
-        raise ChatError(f"{client.base_url} refuses: {_reason(error.response)}") from None
+        raise CommandFailed(f"{client.base_url} refuses: {_reason(error.response)}") from None
     except httpx.HTTPError as error:
-        raise ChatError(f"no server answers at {client.base_url}: {error}") from None
+        raise CommandFailed(f"no server answers at {client.base_url}: {error}") from None
     except (ValueError, LookupError, TypeError):
-        raise ChatError(
+        raise CommandFailed(
             f"what answers at {client.base_url} doesn't list its models; is it an OpenAI-style API?"
         ) from None
 
@@ -102,13 +99,13 @@ def _answer(client: httpx.Client, messages: list[Message], max_tokens: int | Non
         print()
     except KeyboardInterrupt:  # leaving the `with` closes the connection, which stops the work
         print(" (stopped)")
-    except (httpx.HTTPError, ChatError) as error:
+    except (httpx.HTTPError, CommandFailed) as error:
         print(f"\n({printable(str(error))})")
     return "".join(pieces)
 
 
 def _pieces(lines: Iterator[str]) -> Iterator[str]:
-    """The texts of a stream of chunks. Raises ChatError with the server's words when it reports an error."""
+    """The texts of a stream of chunks. Raises CommandFailed with the server's words when it reports an error."""
     for line in lines:
         if not line.startswith("data:"):
             continue  # a comment that keeps the connection open, or the empty line behind an event
@@ -117,7 +114,7 @@ def _pieces(lines: Iterator[str]) -> Iterator[str]:
             return
         chunk: dict[str, Any] = json.loads(data)  # any JSON that a server may send
         if "error" in chunk:
-            raise ChatError(_error_text(chunk))
+            raise CommandFailed(_error_text(chunk))
         for choice in chunk.get("choices", ()):
             yield choice["delta"].get("content") or ""
 
@@ -141,7 +138,7 @@ def _error_text(body: object) -> str:
 def own_server(options: Mapping[str, str]) -> Iterator[str]:
     """Serve a model on a free port while the context lasts; gives its URL once the model is loaded.
 
-    `options` are passed on by name. Raises ChatError when the server ends before it is ready; it has said why itself.
+    `options` are passed on by name. Raises CommandFailed if the server ends before it is ready; it has said why.
     """
     command = child_command("tightrope", "serve", "--log-level=warning")
     command += [f"--{name}={value}" for name, value in options.items()]
@@ -170,7 +167,7 @@ def _wait_ready(output: Iterator[str]) -> str:
         url = url or "".join(re.findall(r"http://\S+", line)[:1])
         if line.startswith("ready"):
             return url
-    raise ChatError("the model isn't served, so there is nobody to chat with")
+    raise CommandFailed("the model isn't served, so there is nobody to chat with")
 
 
 def _leave(number: int, frame: FrameType | None) -> NoReturn:

@@ -6,14 +6,15 @@ Up front only the table of options is imported, so that `--help` answers at once
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from tightrope import __version__
 from tightrope.engine.console import printable
+from tightrope.server.cli.failures import CommandFailed, UsageError
 from tightrope.server.settings.options import OPTIONS
 
-EXIT_FAILED = 1  # no such model, port in use
-EXIT_USAGE = 2  # a setting that can't be used
+if TYPE_CHECKING:
+    from tightrope.server.settings.settings import ServerSettings  # Its libraries take half a second to import.
 
 EPILOG = """Each option can also stand in the file of --config (max-model-len = 8192) and in the environment
 (TIGHTROPE_MAX_MODEL_LEN=8192). The environment wins over the file, the command line over both."""
@@ -34,84 +35,67 @@ def run(arguments: Sequence[str] | None = None) -> int:
     own = {name: given.pop(name, None) for name in OWN_ARGUMENTS[command]}
     if "model_option" in given:
         if "model" in given:
-            return _fail("MODEL and --model name a model twice; give only one of them", EXIT_USAGE)
+            return _fail("MODEL and --model name a model twice; give only one of them", UsageError.status)
         given["model"] = given.pop("model_option")
     values = {
         name.replace("_", "-"): ",".join(value) if isinstance(value, list) else value for name, value in given.items()
     }
     try:
-        if command == "perplexity":
-            return _perplexity(values, own)
-        if command == "plan":
-            return _plan(values, own["memory"], as_json=own["json"] is True)
-        return _serve(values) if command == "serve" else _chat(values, **own)
+        match command:
+            case "serve":
+                return _serve(values)
+            case "chat":
+                return _chat(values, **own)
+            case "plan":
+                return _plan(values, own["memory"], as_json=own["json"] is True)
+        return _perplexity(values, own)
+    except CommandFailed as error:
+        return _fail(str(error), error.status)
     except KeyboardInterrupt:
         return 130  # as a shell reports a command that Ctrl-C ended
 
 
-def _serve(values: Mapping[str, str]) -> int:
+def _settings(values: Mapping[str, str]) -> "ServerSettings":
     from tightrope.server.settings.settings import SettingsError, load_settings
 
     try:
-        settings = load_settings(values)
+        return load_settings(values)
     except SettingsError as error:
-        return _fail(str(error), EXIT_USAGE)
-    from tightrope.server.cli.serve import ServeError, serve
+        raise UsageError(str(error)) from None
 
-    try:
-        return serve(settings)
-    except ServeError as error:
-        return _fail(str(error), EXIT_FAILED)
+
+def _serve(values: Mapping[str, str]) -> int:
+    settings = _settings(values)
+    from tightrope.server.cli.serve import serve
+
+    return serve(settings)
 
 
 def _chat(values: Mapping[str, str], url: str | None, system: str | None, max_tokens: int | None) -> int:
-    from tightrope.server.cli.chat import ChatError, chat, own_server
-    from tightrope.server.settings.settings import SettingsError, load_settings
+    from tightrope.server.cli.chat import chat, own_server
 
     ignored = sorted(values.keys() - {"api-key", "config"})
     if url is not None and ignored:
-        return _fail(f"--url: a running server has its settings already; leave out --{ignored[0]}", EXIT_USAGE)
-    try:
-        settings = load_settings(values)
-    except SettingsError as error:
-        return _fail(str(error), EXIT_USAGE)
-    try:
-        if url is not None:
-            return chat(url, settings.api_key, system, max_tokens)
-        with own_server(values) as own_url:
-            return chat(own_url, settings.api_key, system, max_tokens)
-    except ChatError as error:
-        return _fail(str(error), EXIT_FAILED)
+        raise UsageError(f"--url: a running server has its settings already; leave out --{ignored[0]}")
+    settings = _settings(values)
+    if url is not None:
+        return chat(url, settings.api_key, system, max_tokens)
+    with own_server(values) as own_url:
+        return chat(own_url, settings.api_key, system, max_tokens)
 
 
 def _plan(values: Mapping[str, str], memory: str | None, *, as_json: bool) -> int:
-    from tightrope.server.cli.plan import PlanError, UsageError, parse_size, plan
-    from tightrope.server.settings.settings import SettingsError, load_settings
+    from tightrope.server.cli.plan import parse_size, plan
 
-    try:
-        settings = load_settings(values)
-        memory_bytes = None if memory is None else parse_size(memory)
-    except (SettingsError, UsageError) as error:
-        return _fail(str(error), EXIT_USAGE)
-    try:
-        return plan(settings.engine.model, memory_bytes, as_json=as_json)
-    except PlanError as error:
-        return _fail(str(error), EXIT_FAILED)
+    settings = _settings(values)
+    return plan(settings.engine.model, None if memory is None else parse_size(memory), as_json=as_json)
 
 
 def _perplexity(values: Mapping[str, str], own: Mapping[str, Any]) -> int:
-    from tightrope.server.cli.perplexity.command import Arguments, PerplexityError, UsageError, perplexity
-    from tightrope.server.settings.settings import SettingsError, load_settings
+    from tightrope.server.cli.perplexity.command import Arguments, perplexity
 
-    try:
-        arguments = Arguments.of(**own)
-        settings = arguments.fit(load_settings(values).engine.model)
-    except (SettingsError, UsageError) as error:
-        return _fail(str(error), EXIT_USAGE)
-    try:
-        return perplexity(settings, arguments)
-    except PerplexityError as error:
-        return _fail(str(error), EXIT_FAILED)
+    arguments = Arguments.of(**own)
+    return perplexity(arguments.fit(_settings(values).engine.model), arguments)
 
 
 def _fail(message: str, status: int) -> int:
@@ -123,7 +107,7 @@ class _Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, without the list of all options in front of it."""
 
     def error(self, message: str) -> NoReturn:
-        sys.exit(_fail(f"{message}; see {self.prog} --help", EXIT_USAGE))
+        sys.exit(_fail(f"{message}; see {self.prog} --help", UsageError.status))
 
 
 class _Formatter(argparse.HelpFormatter):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from tightrope.backends.errors import BackendError
 from tightrope.backends.settings import ModelSettings
 from tightrope.engine.console import printable
+from tightrope.server.cli.failures import CommandFailed, UsageError
 
 if TYPE_CHECKING:
     from tightrope.backends.planning import Outline
@@ -14,14 +15,6 @@ if TYPE_CHECKING:
 SIZE = re.compile(r"(?P<number>[0-9]+(?:\.[0-9]+)?)\s*(?P<unit>[KMGT]?)i?B?", re.IGNORECASE)
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 LEAST_MEMORY, MOST_MEMORY = 1 << 20, 1 << 50  # a megabyte and a petabyte: anything beyond is a slip
-
-
-class UsageError(Exception):
-    """An argument can't be used; the message is one line that names it."""
-
-
-class PlanError(Exception):
-    """The model can't be planned for, or doesn't fit; the message is one line."""
 
 
 def parse_size(text: str) -> int:
@@ -34,16 +27,16 @@ def parse_size(text: str) -> int:
 
 
 def plan(settings: ModelSettings, memory_bytes: int | None, *, as_json: bool) -> int:
-    """Print the plan; return the exit status. Raises PlanError, after printing, when what is asked for doesn't fit."""
+    """Print the plan; return the exit status. Raises CommandFailed, after printing, if what is asked for doesn't fit."""
     from tightrope.backends.detect import outline  # reads of it load the libraries that the model's format needs
 
     try:
         found = outline(settings, memory_bytes)
     except BackendError as error:
-        raise PlanError(str(error)) from None
+        raise CommandFailed(str(error)) from None
     print(json.dumps(to_json(found), indent=2) if as_json else _as_text(found, memory_bytes))
     if found.refusal is not None:
-        raise PlanError(found.refusal)
+        raise CommandFailed(found.refusal)
     return 0
 
 

@@ -19,6 +19,7 @@ from tightrope.engine.errors import BackendFailed, EngineError
 from tightrope.engine.process.client import EngineClient
 from tightrope.engine.types import ModelInfo
 from tightrope.server.app import create_app
+from tightrope.server.cli.failures import CommandFailed
 from tightrope.server.cli.freed_memory import give_back_freed_memory
 from tightrope.server.http.connections import Connection
 from tightrope.server.http.draining import Drain
@@ -34,12 +35,8 @@ DRAIN_S = 60  # how long answers may go on after SIGTERM
 CLOSE_S = 5  # how long connections may then take to close
 
 
-class ServeError(Exception):
-    """The server can't start; the message is one line."""
-
-
 def serve(settings: ServerSettings) -> int:
-    """Serve until SIGTERM or Ctrl-C; return the exit status. Raises ServeError when address or model can't be had."""
+    """Serve until SIGTERM or Ctrl-C; return the exit status. Raises CommandFailed if address or model can't be had."""
     _log_to_stderr(settings.log_level)
     give_back_freed_memory()
     listener = bind(settings.host, settings.port)
@@ -49,11 +46,11 @@ def serve(settings: ServerSettings) -> int:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A listening socket; port 0 takes a free one. Raises ServeError in one line."""
+    """A listening socket; port 0 takes a free one. Raises CommandFailed in one line."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except (socket.gaierror, UnicodeError):
-        raise ServeError(f"--host: {host!r} is no address of this machine") from None
+        raise CommandFailed(f"--host: {host!r} is no address of this machine") from None
     listener = socket.socket(family, kind, protocol)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # or a restart waits for old connections to time out
     try:
@@ -62,7 +59,7 @@ def bind(host: str, port: int) -> socket.socket:
     except OSError as error:
         listener.close()
         hint = "choose another with --port, or 0 for a free one"
-        raise ServeError(
+        raise CommandFailed(
             f"can't listen on {host} port {port}: {(error.strerror or 'refused').lower()}; {hint}"
         ) from None
     listener.setblocking(False)
@@ -123,7 +120,7 @@ async def _end(drain: Drain, server: uvicorn.Server) -> None:
 
 
 async def _announce(front: AppState, server: uvicorn.Server, drain: Drain, url: str) -> None:
-    """Print what is served once it is. Raises ServeError, after ending the server, when it can't be, or no more."""
+    """Print what is served once it is. Raises CommandFailed, after ending the server, when it can't be, or no more."""
     engine, settings = front.engine, front.settings
     try:
         info = await engine.wait_ready()
@@ -135,13 +132,13 @@ async def _announce(front: AppState, server: uvicorn.Server, drain: Drain, url: 
         server.should_exit = True
         if drain.is_on:
             return
-        raise ServeError(error.message) from None
+        raise CommandFailed(error.message) from None
     _say("\n".join(map(printable, ready_lines(info, settings, url, notes))))
     if settings.api_key is None and not is_loopback(settings.host):
         log.warning("anyone who can reach %s can use this server; --api-key asks for a key", settings.host)
     reason = await engine.wait_failed()
     server.should_exit = True
-    raise ServeError(reason)
+    raise CommandFailed(reason)
 
 
 def _say(text: str) -> None:

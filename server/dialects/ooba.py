@@ -6,8 +6,7 @@ from pydantic import BaseModel
 from tightrope.engine.types import Span, TextPrompt, TokenRun
 from tightrope.server.http.body import Body, JsonRoute
 from tightrope.server.http.error_docs import CALL_ERRORS, STATUS_ERRORS
-from tightrope.server.http.long_lists import json_answer, json_list
-from tightrope.server.http.token_ids import DecodeBody, Decoded, Encoded
+from tightrope.server.http.token_ids import DecodeBody, Decoded, Encoded, encoded
 from tightrope.server.state import AppState
 
 
@@ -42,8 +41,7 @@ def ooba_router(front: AppState) -> APIRouter:
     @router.post("/encode", responses=CALL_ERRORS, response_model=Encoded)
     async def encode(body: TextOnly) -> Response:
         """The token ids of a text, without a BOS in front: the counts of a prompt's pieces add up."""
-        tokens = await tokens_of(body.text)
-        return json_answer({"tokens": await json_list(tokens.ids), "length": len(tokens)})
+        return await encoded(await tokens_of(body.text))
 
     @router.post("/token-count", responses=CALL_ERRORS)
     async def token_count(body: TextOnly) -> Length:

@@ -11,8 +11,7 @@ from tightrope.engine.types import Span, TextPrompt
 from tightrope.server.http.body import Body, JsonRoute
 from tightrope.server.http.error_docs import CALL_ERRORS, STATUS_ERRORS
 from tightrope.server.http.guards import has_key
-from tightrope.server.http.long_lists import json_answer, json_list
-from tightrope.server.http.token_ids import DecodeBody, Decoded, Encoded
+from tightrope.server.http.token_ids import DecodeBody, Decoded, Encoded, encoded
 from tightrope.server.state import AppState
 
 
@@ -117,8 +116,7 @@ def tabby_router(front: AppState) -> APIRouter:
     async def encode(body: EncodeBody) -> Response:
         """The token ids of a text."""
         span = Span(body.text, body.encode_special_tokens)
-        tokens = await front.engine.tokenize(TextPrompt((span,), body.add_bos_token))
-        return json_answer({"tokens": await json_list(tokens.ids), "length": len(tokens)})
+        return await encoded(await front.engine.tokenize(TextPrompt((span,), body.add_bos_token)))
 
     @router.post("/token/decode", responses=CALL_ERRORS)
     async def decode(body: DecodeBody) -> Decoded:

@@ -9,7 +9,15 @@ from typing import Any, ClassVar, Self
 import msgspec
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
-from pydantic import BaseModel, ConfigDict, FailFast, ModelWrapValidatorHandler, PrivateAttr, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    FailFast,
+    ModelWrapValidatorHandler,
+    PrivateAttr,
+    model_validator,
+)
 from starlette.requests import ClientDisconnect
 
 from tightrope.server.fields.lost_fields import refuse_lost
@@ -71,6 +79,20 @@ class ShownBody(Body):
     def given(self) -> dict[str, Any]:
         """The JSON that this was read from; not to be changed."""
         return self._given
+
+
+def by_key(*keys: str) -> Discriminator:
+    """Tells which of several bodies one is: the one tagged with the first of `keys` that is there, in brackets.
+
+    Errors are told with the path of tags and keys, and a tag is to be no key.
+    """
+
+    def tag(body: object) -> str | None:
+        there = body if isinstance(body, dict) else {}
+        return next((f"<{key}>" for key in keys if there.get(key) is not None), None)
+
+    message = f"one of {', '.join(keys[:-1])} and {keys[-1]} is required"
+    return Discriminator(tag, custom_error_type="no_known_form", custom_error_message=message)
 
 
 def _parts(body: Body, prefix: str = "") -> Iterator[tuple[str, Body]]:

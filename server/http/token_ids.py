@@ -2,10 +2,13 @@
 
 from typing import Annotated, Literal
 
+from fastapi import Response
 from pydantic import BaseModel, Field
 
+from tightrope.engine.types import TokenRun
 from tightrope.server.fields.numbers import MAX_INT
 from tightrope.server.http.body import Body, FirstErrorOnly
+from tightrope.server.http.long_lists import json_answer, json_list
 
 Ids = Annotated[list[Annotated[int, Field(ge=-MAX_INT, le=MAX_INT)]], FirstErrorOnly()]
 
@@ -20,6 +23,11 @@ class DecodeBody(Body):
 class Encoded(BaseModel):
     tokens: list[int]
     length: int
+
+
+async def encoded(tokens: TokenRun) -> Response:
+    """Token ids as an Encoded."""
+    return json_answer({"tokens": await json_list(tokens.ids), "length": len(tokens)})
 
 
 class Decoded(BaseModel):

@@ -3,7 +3,7 @@
 from typing import Annotated
 
 from fastapi import APIRouter, Request, Response
-from pydantic import Discriminator, Tag
+from pydantic import Tag
 
 from tightrope.server.answering import answer
 from tightrope.server.dialects.openai.answers import ChatAnswer, CompletionAnswer
@@ -12,7 +12,7 @@ from tightrope.server.dialects.openai.routes import EVENTS
 from tightrope.server.dialects.openai.writing import Chat, Completions
 from tightrope.server.dialects.tgi.requests import CompatBody, GenerateAnswer
 from tightrope.server.dialects.tgi.writing import Compat
-from tightrope.server.http.body import JsonRoute
+from tightrope.server.http.body import JsonRoute, by_key
 from tightrope.server.http.error_docs import ERRORS, TGI_ERRORS, Documented, ErrorAnswer, ErrorText
 from tightrope.server.state import AppState
 
@@ -29,21 +29,11 @@ BOTH: Documented = {
 }
 
 
-def _shape(body: object) -> str | None:
-    """The body's tag. In brackets, since errors are told with the path of tags and keys: a tag is to be no key."""
-    keys = body if isinstance(body, dict) else {}
-    return next((f"<{key}>" for key in ("inputs", "messages", "prompt") if keys.get(key) is not None), None)
-
-
 AnyBody = Annotated[
     Annotated[CompatBody, Tag("<inputs>")]
     | Annotated[ChatRequest, Tag("<messages>")]
     | Annotated[CompletionRequest, Tag("<prompt>")],
-    Discriminator(
-        _shape,
-        custom_error_type="no_known_shape",
-        custom_error_message="one of inputs, messages and prompt is required",
-    ),
+    by_key("inputs", "messages", "prompt"),
 ]
 
 

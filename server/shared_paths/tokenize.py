@@ -5,7 +5,7 @@ from itertools import islice
 from typing import Annotated
 
 from fastapi import APIRouter, Request, Response
-from pydantic import BaseModel, Discriminator, Field, Tag
+from pydantic import BaseModel, Field, Tag
 
 from tightrope.engine.types import ModelInfo, Span, TextPrompt, Token
 from tightrope.server.dialects.openai.reading import rendered_chat
@@ -15,7 +15,7 @@ from tightrope.server.dialects.tgi.requests import GenerateBody
 from tightrope.server.fields import structured
 from tightrope.server.fields.names import KNOWN
 from tightrope.server.fields.numbers import MAX_INT
-from tightrope.server.http.body import Body, JsonRoute
+from tightrope.server.http.body import Body, JsonRoute, by_key
 from tightrope.server.http.error_docs import STATUS_ERRORS, TGI_ERRORS, only
 from tightrope.server.http.long_lists import json_answer, json_list
 from tightrope.server.http.token_ids import Ids
@@ -66,22 +66,12 @@ class TokenizeContent(Body):
     with_pieces: bool = Field(False, description="List each token's text beside its id.")
 
 
-def _form(body: object) -> str | None:
-    """The body's tag. In brackets, since errors are told with the path of tags and keys: a tag is to be no key."""
-    keys = body if isinstance(body, dict) else {}
-    return next((f"<{key}>" for key in ("inputs", "messages", "prompt", "content") if keys.get(key) is not None), None)
-
-
 TokenizeBody = Annotated[
     Annotated[TokenizeInputs, Tag("<inputs>")]
     | Annotated[TokenizeChat, Tag("<messages>")]
     | Annotated[TokenizeText, Tag("<prompt>")]
     | Annotated[TokenizeContent, Tag("<content>")],
-    Discriminator(
-        _form,
-        custom_error_type="no_known_form",
-        custom_error_message="one of inputs, prompt, messages and content is required",
-    ),
+    by_key("inputs", "messages", "prompt", "content"),
 ]
 
 

@@ -9,8 +9,9 @@ from test_cli import bundled_model
 
 from tightrope.backends.gguf.header import read_header
 from tightrope.backends.memory import MEMORY_SHARE
+from tightrope.server.cli.failures import UsageError
 from tightrope.server.cli.main import main
-from tightrope.server.cli.plan import UsageError, parse_size
+from tightrope.server.cli.plan import parse_size
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from tightrope.backends.errors import BackendError
 from tightrope.backends.settings import KVCacheDtype, ModelSettings
 from tightrope.engine.console import printable
+from tightrope.server.cli.failures import CommandFailed, UsageError
 from tightrope.server.cli.perplexity.report import LayerRow, Report, Row
 
 if TYPE_CHECKING:
@@ -23,14 +24,6 @@ DEFAULT_CONTEXTS = "512,1024,2048"
 LAYER_TOKENS = 4096  # most of a comparison layer by layer, which runs them once for each; but one window
 Quantized = Literal["q8", "q4"]
 QUANTIZED: tuple[Quantized, ...] = ("q8", "q4")  # what can be compared with f16
-
-
-class UsageError(Exception):
-    """An argument can't be used; the message is one line that names it."""
-
-
-class PerplexityError(Exception):
-    """The measurement can't be made; the message is one line."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +84,7 @@ class Arguments:
 
 
 def perplexity(settings: ModelSettings, arguments: Arguments) -> int:
-    """Measure, print the tables, and write what else was asked for. Raises PerplexityError in one line."""
+    """Measure, print the tables, and write what else was asked for. Raises CommandFailed in one line."""
     text = _read(arguments.text)
     try:
         with ExitStack() as stack:
@@ -103,9 +96,9 @@ def perplexity(settings: ModelSettings, arguments: Arguments) -> int:
                 _measure_layers(backends[0], token_ids, arguments, report)
         _write(report, arguments)
     except BackendError as error:
-        raise PerplexityError(str(error)) from None
+        raise CommandFailed(str(error)) from None
     except OSError as error:
-        raise PerplexityError(f"{error.filename}: can't be written: {error.strerror}") from None
+        raise CommandFailed(f"{error.filename}: can't be written: {error.strerror}") from None
     return 0
 
 
@@ -135,9 +128,7 @@ def _measure(backends: "Sequence[Backend]", token_ids: Sequence[int], arguments:
     bos = engine.window_bos(base.tokenizer)
     for context in arguments.contexts:
         if len(token_ids) + (bos is not None) < context:
-            raise PerplexityError(
-                f"{arguments.text}: holds {len(token_ids)} tokens, too few for a context of {context}"
-            )
+            raise CommandFailed(f"{arguments.text}: holds {len(token_ids)} tokens, too few for a context of {context}")
     windows = {
         context: engine.cut_windows(token_ids, context, bos, arguments.max_tokens) for context in arguments.contexts
     }
@@ -206,9 +197,9 @@ def _read(path: Path) -> str:
     try:
         return path.read_text("utf-8")
     except OSError as error:
-        raise PerplexityError(f"--text: can't read {path}: {(error.strerror or 'refused').lower()}") from None
+        raise CommandFailed(f"--text: can't read {path}: {(error.strerror or 'refused').lower()}") from None
     except UnicodeDecodeError:
-        raise PerplexityError(f"--text: {path} is not UTF-8 text") from None
+        raise CommandFailed(f"--text: {path} is not UTF-8 text") from None
 
 
 def _output(option: str, name: str | None) -> Path | None:
