@@ -26,7 +26,7 @@ def _escaped(found: re.Match[str]) -> str:
 class LineFormatter(logging.Formatter):
     """A record is one line, whatever its message quotes; a traceback behind it has its own."""
 
-    def formatMessage(self, record: logging.LogRecord) -> str:  # logging's own name
+    def formatMessage(self, record: logging.LogRecord) -> str:  # The name is logging's own.
         return printable(super().formatMessage(record))
 
     def format(self, record: logging.LogRecord) -> str:

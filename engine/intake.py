@@ -21,10 +21,10 @@ from tightrope.engine.track import Track
 from tightrope.engine.types import GenerateRequest, Prompt, Span, TextPrompt
 from tightrope.engine.writer import Writer
 
-NEGATIVE = "negative_prompt"  # the request's name for it
-SEED_STEP = 0x9E3779B97F4A7C15  # sets the seeds of a request's choices apart
+NEGATIVE = "negative_prompt"  # A request calls it so.
+SEED_STEP = 0x9E3779B97F4A7C15  # It sets the seeds of a request's choices apart.
 SEED_MASK = (1 << 64) - 1
-MOST_OTHERS = 2  # vocabularies of adapters that are laid out for grammars at a time
+MOST_OTHERS = 2  # Vocabularies of so many adapters are laid out for grammars at a time.
 
 
 def encode_prompt(prompt: Prompt, tokenizer: Tokenizer, last: int | None = None) -> list[int]:
@@ -52,7 +52,7 @@ def encode_prompt(prompt: Prompt, tokenizer: Tokenizer, last: int | None = None)
     bos = tokenizer.bos_id
     if prompt.add_bos and tokenizer.adds_bos and bos is not None and not is_cut:
         num_there = next((i for i, token_id in enumerate(token_ids) if token_id != bos), len(token_ids))
-        token_ids[:num_there] = [bos]  # client and template may both have written one
+        token_ids[:num_there] = [bos]  # Client and template may both have written one.
     return token_ids[-(last or 0) :]
 
 
@@ -79,7 +79,7 @@ class Intake:
         self._trial = GrammarTrial()
         self._grammars = Grammars(tokenizer, self._trial)
         self._others_lock = threading.Lock()
-        self._others: list[tuple[Tokenizer, Grammars]] = []  # the last used stands last
+        self._others: list[tuple[Tokenizer, Grammars]] = []  # The last used stands last.
 
     def sequences(self, request: GenerateRequest, now_s: float) -> list[Sequence]:
         """The `n` sequences of a request; all but the first wait for the first to compute their prompt.

@@ -11,10 +11,10 @@ from tightrope.backends.errors import BackendError
 from tightrope.backends.protocol import Backend, CacheVariants, Chunk, Tokenizer
 from tightrope.kernels.forms.layout import CacheDtype
 
-LANES = 8  # caches of single layers that are compared in one run; each takes the room of a whole f16 cache
-ROWS = 64  # rows that are exponentiated at a time, so that what is made of them stays in the processor's caches
+LANES = 8  # So many single layers are compared in one run; each has a whole f16 cache.
+ROWS = 64  # So many are exponentiated at a time, so that what is made of them stays in the processor's caches.
 
-Progress = Callable[[int], None]  # told how many more tokens have been run
+Progress = Callable[[int], None]  # It is told how many more tokens have been run.
 
 
 @dataclass(slots=True)
@@ -34,7 +34,7 @@ class Score:
         """exp of the mean negative log-likelihood. Raises BackendError when the model gave no numbers."""
         if not math.isfinite(self.nll):
             raise BackendError("the model's logits are not finite, so the text has no perplexity")
-        return math.exp(min(self.nll / self.num_tokens, 700.0))  # e^709 is the largest float
+        return math.exp(min(self.nll / self.num_tokens, 700.0))  # E^709 is the largest float.
 
     @property
     def mean_divergence(self) -> float:
@@ -93,7 +93,7 @@ def compare(
                 progress(len(targets))
     finally:
         for lane in lanes:
-            lane.close()  # ends its sequences
+            lane.close()  # This ends its sequences.
     return scores
 
 
@@ -130,16 +130,17 @@ def _steps(
     """
     for group in groups:
         context = len(group[0])
-        width = min(context, size)  # of a step, in each window
+        width = min(context, size)  # It is that of a step, in each window.
         try:
             _open(backend, group)
             for start in range(0, context, width):
                 chunks = [Chunk(i, window[start : start + width], start, "all") for i, window in enumerate(group)]
                 logits = backend.forward(chunks)
                 targets = torch.tensor([window[start + 1 : start + 1 + width] for window in group])
-                if start + width >= context:  # nothing follows a window's last token
+                if start + width >= context:  # Nothing follows a window's last token.
                     logits = logits.view(len(group), -1, logits.shape[1])[:, :-1].flatten(0, 1)
-                yield logits, targets.flatten()  # before the commit: backends that share books run the same step now
+                # It comes before the commit: backends that share books run the same step now.
+                yield logits, targets.flatten()
                 for chunk in chunks:
                     backend.kv.commit(chunk.seq_id, chunk.token_ids)
         finally:
@@ -169,7 +170,8 @@ class _Rows:
 
     @classmethod
     def of(cls, logits: Tensor) -> "_Rows":
-        shifted = (logits - logits.amax(-1, keepdim=True)).clamp_(min=-1e4)  # e^-1e4 is 0, and unlike -inf it subtracts
+        # E^-1e4 is 0, and unlike -inf it subtracts.
+        shifted = (logits - logits.amax(-1, keepdim=True)).clamp_(min=-1e4)
         return cls(shifted, shifted.exp().sum(-1).double().log())
 
 
@@ -186,7 +188,7 @@ def _add(score: Score, rows: Iterable[_Rows], base_rows: Iterable[_Rows], target
 def _divergence(base: _Rows, other: _Rows) -> Tensor:
     """KL(base || other) [n] float64."""
     offset = base.log_total - other.log_total
-    near = offset.float()  # taken off before the sum, so that its terms are no larger than what differs
+    near = offset.float()  # It is taken off before the sum, so that its terms are no larger than what differs.
     probabilities = (base.shifted - base.log_total.float().unsqueeze(-1)).exp_()
     log_ratios = (base.shifted - other.shifted).sub_(near.unsqueeze(-1))
     return probabilities.mul_(log_ratios).sum(-1).double() + (near.double() - offset)

@@ -36,7 +36,7 @@ def last_bytes(prompt: TextPrompt, tokenizer: Tokenizer, num_tokens: int) -> tup
         else:
             room -= _num_counted(raw, tokenizer)
         if start:
-            text = raw[start:].decode("utf-8", "ignore")  # a character that was cut goes
+            text = raw[start:].decode("utf-8", "ignore")  # A character that was cut goes.
             kept.append(Span(text, span.parse_special))
             return TextPrompt(tuple(reversed(kept)), prompt.add_bos), True
         kept.append(span)
@@ -48,7 +48,7 @@ def check_bytes(prompt: TextPrompt, tokenizer: Tokenizer, max_model_len: int, ne
     where that can't be told, for one that is longer than anybody's.
     """
     most = _most_bytes(tokenizer, max_model_len)
-    if prompt_bytes(prompt) <= most // 4:  # a character has four bytes at most
+    if prompt_bytes(prompt) <= most // 4:  # A character has four bytes at most.
         return
     num_bytes = sum(_num_counted(_utf8(span.text), tokenizer) for span in prompt.spans)
     if num_bytes <= most:

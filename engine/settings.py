@@ -4,9 +4,9 @@ from pydantic import BaseModel, Field
 
 from tightrope.backends.settings import MAX_SEQS, ModelSettings
 
-MAX_WAITING = 1 << 16  # each keeps a connection open, of which a process has about as many
-MAX_ALTERNATIVES = 1 << 10  # a line each in the answer, for every token of it
-MAX_BUSY_STEP_MS = 60_000.0  # while a step runs no answer grows: after a minute people take the server for dead
+MAX_WAITING = 1 << 16  # Each keeps a connection open, of which a process has about as many.
+MAX_ALTERNATIVES = 1 << 10  # Each is a line in the answer, for every token of it.
+MAX_BUSY_STEP_MS = 60_000.0  # While a step runs no answer grows: after a minute people take the server for dead.
 
 
 class LimitSettings(BaseModel, frozen=True, extra="forbid"):
@@ -25,8 +25,8 @@ class LimitSettings(BaseModel, frozen=True, extra="forbid"):
     )
 
 
-BEATS = 20  # signs of life in the time after which an engine without any is killed
-PATIENCE = 5  # times as long for a step, or for silence while a model loads; beside what a step's tokens should take
+BEATS = 20  # So many signs of life come in the time after which an engine without any is killed.
+PATIENCE = 5  # A step, and silence while a model loads, may last so many times as long.
 MAX_LIFE_S = 86_400.0
 
 

@@ -30,8 +30,8 @@ class StepBudget:
 
     tokens: int
     seconds: float
-    least: int  # tokens for the first prompt and for the oldest, however slow the model is
-    prompt_rows: int  # tokens of scored prompts
+    least: int  # The first prompt and the oldest get so many tokens, however slow the model is.
+    prompt_rows: int  # So many tokens of scored prompts may run.
     kept: float = 0.0
     taken: int = 0
     spent_s: float = 0.0

@@ -16,20 +16,20 @@ from tightrope.engine.sampler.steps import SamplingParams
 class StopRules(Struct, frozen=True, omit_defaults=True):
     """When a sequence ends."""
 
-    max_tokens: int | None = None  # None is to the end of the window
-    min_tokens: int = 0  # end tokens and stop strings are held back until then
+    max_tokens: int | None = None  # None is to the end of the window.
+    min_tokens: int = 0  # End tokens and stop strings are held back until then.
     strings: tuple[str, ...] = ()
-    token_ids: tuple[int, ...] = ()  # besides the model's own end tokens
-    ignore_eos: bool = False  # end tokens are never drawn
-    keep_stop_text: bool = False  # TGI keeps the stop text at the end, OpenAI cuts it
-    length_first: bool = False  # an end token that comes as the last allowed one counts as length (TGI)
+    token_ids: tuple[int, ...] = ()  # They end it beside the model's own end tokens.
+    ignore_eos: bool = False  # End tokens are never drawn.
+    keep_stop_text: bool = False  # TGI keeps the stop text at the end, OpenAI cuts it.
+    length_first: bool = False  # An end token that comes as the last allowed one counts as length (TGI).
 
 
 class LogprobRequest(Struct, frozen=True):
     """Log probabilities of the generated tokens."""
 
-    processed: bool  # of the distribution that was drawn from (TGI), else of the raw logits (OpenAI)
-    top: int = 0  # that many of the likeliest tokens besides
+    processed: bool  # The distribution is the one that was drawn from (TGI), else that of the raw logits (OpenAI).
+    top: int = 0  # So many of the likeliest tokens are listed besides.
 
 
 class Span(Struct, frozen=True, array_like=True):
@@ -73,8 +73,8 @@ class Grammar(Struct, frozen=True):
 class Guidance(Struct, frozen=True):
     """A text that the answer is led away from, by how much the prompt makes a token likelier than the text does."""
 
-    text: str  # "" is no text at all
-    scale: float  # >= 0; 1 changes nothing
+    text: str  # "" is no text at all.
+    scale: float  # It is not negative, and 1 changes nothing.
 
 
 class GenerateRequest(Struct, frozen=True):
@@ -88,12 +88,12 @@ class GenerateRequest(Struct, frozen=True):
     guidance: Guidance | None = None
     n: int = 1
     logprobs: LogprobRequest | None = None
-    prompt_logprobs: int | None = None  # raw logprobs of the prompt's tokens, with that many alternatives
-    truncate_to: int | None = None  # keep the last n tokens of the prompt
-    reserve_tokens: int | None = None  # new tokens that must fit the window; None is stop.max_tokens, or 1
+    prompt_logprobs: int | None = None  # The prompt's tokens get raw logprobs, with so many alternatives.
+    truncate_to: int | None = None  # Only the last n tokens of the prompt are kept.
+    reserve_tokens: int | None = None  # So many new tokens must fit the window; None is stop.max_tokens, or 1.
     skip_special_tokens: bool = True
-    namespace: str = ""  # requests of different namespaces never share cached tokens
-    adapter: str | None = None  # the name of one that is loaded; its cached tokens are shared with nobody else's
+    namespace: str = ""  # Requests of different namespaces never share cached tokens.
+    adapter: str | None = None  # It names one that is loaded; its cached tokens are shared with nobody else's.
     adapter_scale: float = 1.0
 
 
@@ -167,7 +167,7 @@ class PromptInfo(Struct, frozen=True):
     num_tokens: int
     num_cached: int
     seed: int
-    tokens: tuple[Token, ...] | None = None  # with prompt_logprobs
+    tokens: tuple[Token, ...] | None = None  # They are there with prompt_logprobs.
 
 
 FinishReason = Literal["eos", "stop_token", "stop_string", "length", "error"]
@@ -217,10 +217,10 @@ class ModelInfo(Struct, frozen=True):
     notes: tuple[str, ...]
     # bos_token, pad_token, additional_special_tokens and the like, as chat templates call them; pairs, to be hashable
     named_tokens: tuple[tuple[str, str | tuple[str, ...]], ...] = ()
-    chat_templates: tuple[tuple[str, str], ...] = ()  # names and Jinja sources, where the files hold several
-    added_texts: tuple[str, ...] = ()  # of added and user-defined tokens that are not special
-    end_texts: tuple[str, ...] = ()  # of the tokens that end a turn
-    adapter_texts: tuple[str, ...] = ()  # of special tokens that only the adapters have that requests may use
+    chat_templates: tuple[tuple[str, str], ...] = ()  # Names stand beside Jinja sources, where the files hold several.
+    added_texts: tuple[str, ...] = ()  # They are of added and user-defined tokens that are not special.
+    end_texts: tuple[str, ...] = ()  # Tokens of these texts end a turn.
+    adapter_texts: tuple[str, ...] = ()  # Only the adapters that requests may use have these special tokens.
 
 
 def with_adapter_texts(info: ModelInfo, texts: Iterable[str]) -> ModelInfo:

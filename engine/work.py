@@ -6,7 +6,7 @@ from typing import NamedTuple
 from tightrope.backends.protocol import Chunk, WantLogits
 from tightrope.engine.sequence import Sequence, Shares
 
-Rows = list[slice]  # of the step's logits, for each track of a sequence; empty where none are wanted
+Rows = list[slice]  # They are rows of the step's logits, for each track of a sequence; empty where none are wanted.
 
 
 class Work(NamedTuple):
@@ -36,7 +36,7 @@ def layout(works: Iterable[Work]) -> tuple[list[Chunk], list[Rows]]:
     for work in works:
         sequence, request = work.sequence, work.sequence.request
         last: WantLogits = "last" if work.is_last and request.stop.max_tokens != 0 else "none"
-        want: WantLogits = "all" if work.is_scored else last  # of its own track, which is the first
+        want: WantLogits = "all" if work.is_scored else last  # Its own track is the first.
         rows: Rows = []
         for track, share in work.shares:
             begin = end

@@ -12,7 +12,7 @@ from tightrope.engine.types import Delta, Finish, FinishReason, GenerateRequest,
 
 UNTIMED = Timings(0.0, 0.0, 0.0)  # The loop has the clock: it puts the times of a choice into its last delta.
 
-Top = Iterable[tuple[int, float]]  # the likeliest token ids at a place, with their log probabilities
+Top = Iterable[tuple[int, float]]  # They are the likeliest token ids at a place, with their log probabilities.
 
 
 class Writer:
@@ -24,7 +24,7 @@ class Writer:
     def __init__(self, request: GenerateRequest, index: int, tokenizer: Tokenizer, max_tokens: int) -> None:
         """max_tokens: the answer ends there by any means. Raises InvalidRequest where banned strings break limits."""
         self.tokenizer = tokenizer
-        self.num_tokens = 0  # of the answer, ends and held ones included, those that were taken back not
+        self.num_tokens = 0  # Ends and held ones count, those that were taken back don't.
         self.is_finished = False
         self._request_id, self._index = request.request_id, index
         self._stop = request.stop
@@ -99,7 +99,7 @@ class Writer:
             return ("eos" if token_id in self.tokenizer.eos_ids else "stop_token"), token_id
         if self._detokenizer.stopped_by is not None:
             return "stop_string", self._detokenizer.stopped_by
-        if is_complete:  # only an end token may follow, which is not waited for
+        if is_complete:  # Only an end token may follow, which is not waited for.
             return "eos", None
         return ("length", None) if is_full else None
 

@@ -24,7 +24,7 @@ from tightrope.server.state import AppState
 
 B = TypeVar("B", bound=Body)
 
-FIRST_DELTA_S = 10.0  # after that, a stream begins with a comment
+FIRST_DELTA_S = 10.0  # A stream whose first delta takes longer begins with a comment.
 
 
 class Ending:
@@ -40,10 +40,10 @@ class Ending:
 class Dialect(ABC, Generic[B]):
     """What one dialect says to one request: its reader makes it, and it has two writers, for an event and a whole."""
 
-    column: ClassVar[Column] = "openai"  # of the table of errors
-    is_lines: ClassVar[bool] = False  # whether a stream is lines of JSON, and no server-sent events
-    wants_single_tokens: bool = False  # whether each event shows one token, with the text that is its own
-    abort_key: str | None = None  # under which an abort stops the answer
+    column: ClassVar[Column] = "openai"  # The table of errors has such columns.
+    is_lines: ClassVar[bool] = False  # A stream is lines of JSON then, and no server-sent events.
+    wants_single_tokens: bool = False  # Each event shows one token then, with the text that is its own.
+    abort_key: str | None = None  # An abort under this key stops the answer.
 
     def __init__(self, asked: Asked) -> None:
         self.asked = asked
@@ -105,7 +105,7 @@ async def answer(front: AppState, dialect: type[Dialect[B]], body: B, request: R
     return line_stream(pieces) if spoken.is_lines else event_stream(pieces, spoken.column, spoken.headers(()))
 
 
-First = asyncio.Future[tuple[int, Delta] | None]  # None where an abort came before it
+First = asyncio.Future[tuple[int, Delta] | None]  # It is None where an abort came before it.
 
 
 async def _begun(request: Request, deltas: Deltas) -> First:
@@ -146,7 +146,7 @@ async def _pieces(
         return None if num_open else Ending([prompts[place] for place in sorted(prompts)], num_tokens, explanation)
 
     async with aclosing(deltas):
-        if (item := await first) is None:  # a client that hangs up now cancels it
+        if (item := await first) is None:  # A client that hangs up now cancels it.
             return
         if piece := spoken.event(*item, ending(*item)):
             yield piece

@@ -54,7 +54,8 @@ def create_app(front: AppState, drain: Drain | None = None) -> FastAPI:
     # Only documents that a key is asked for; KeyGuard asks, before a byte of the body is read.
     keyed = [Security(HTTPBearer(auto_error=False))] if settings.api_key is not None else []
     app.include_router(openai_router(front), prefix="/v1", dependencies=keyed)
-    app.include_router(openai_router(front), dependencies=keyed, include_in_schema=False)  # for URLs without /v1
+    # Some clients leave /v1 out of their URL.
+    app.include_router(openai_router(front), dependencies=keyed, include_in_schema=False)
     app.include_router(adapter_router(front), prefix="/v1", dependencies=[Security(HTTPBearer(auto_error=False))])
     app.include_router(tgi_router(front), dependencies=keyed)
     app.include_router(tokenize_router(front), dependencies=keyed)
@@ -81,9 +82,9 @@ def create_app(front: AppState, drain: Drain | None = None) -> FastAPI:
         CORSMiddleware,
         allow_origins=settings.cors_origins,
         allow_methods=["GET", "POST"],
-        allow_headers=["*"],  # what a page asks to send is answered with: SDKs add many of their own
+        allow_headers=["*"],  # SDKs ask to send many headers of their own, and the answer names what is asked for.
         allow_credentials=False,
-        allow_private_network=True,  # an origin that is let in may be a public site
+        allow_private_network=True,  # An origin that is let in may be a public site.
     )
     app.add_middleware(OriginGuard, origins=settings.cors_origins)
     app.add_middleware(HostGuard, names=settings.host_names)

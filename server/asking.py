@@ -64,20 +64,21 @@ class TextBody(AnswerBody):
 class ReadBody:
     """A body as its dialect's reader has understood it, but for the prompts."""
 
-    body: Body  # the whole of it
+    body: Body
     shared: SharedFields
-    given: Mapping[str, Any]  # fields of sampling and of the answer's shape, under whatever names
+    given: Mapping[str, Any]  # They may come under any of their names.
     adapter: str | None
     explain: bool
     is_stream: bool = False
-    max_tokens: int | None = None  # where `given` names none; None is to the end of the window
-    stops: Sequence[str] = ()  # those of the prompt format
+    max_tokens: int | None = None  # It counts where `given` names none; None is to the end of the window.
+    stops: Sequence[str] = ()  # The prompt format asks for these.
     n: int = 1
     logprobs: LogprobRequest | None = None
     prompt_logprobs: int | None = None
-    shape: Callable[[Grammar | None], Grammar | None] | None = None  # what becomes of the grammar that `given` asks for
-    ignored: Sequence[Ignored] = ()  # fields that the dialect itself passes over
-    notes: tuple[str, ...] = ()  # on how the prompt was made
+    # It is told the grammar that `given` asks for, and returns the one to be used.
+    shape: Callable[[Grammar | None], Grammar | None] | None = None
+    ignored: Sequence[Ignored] = ()  # The dialect itself passes over these.
+    notes: tuple[str, ...] = ()  # They say how the prompt was made.
 
 
 def common(body: AnswerBody, served: Served) -> ReadBody:
@@ -91,8 +92,8 @@ class Asked:
     """One HTTP request, read once: what the engine is asked, and what is said beside the answer."""
 
     id: str
-    model: str  # what an answer says that has written it: the adapter, or the served model
-    requests: Sequence[GenerateRequest]  # one for each prompt; they differ in their prompts alone
+    model: str  # An answer names the adapter, or the served model.
+    requests: Sequence[GenerateRequest]  # There is one for each prompt, and they differ in their prompts alone.
     ignored: Sequence[Ignored]
     notes: tuple[str, ...]
     is_stream: bool

@@ -7,19 +7,19 @@ from tightrope.engine.errors import InvalidRequest, ModelNotFound
 from tightrope.engine.settings import LimitSettings
 from tightrope.engine.types import ModelInfo
 
-ANY_MODEL = frozenset({None, "", "tgi", "dummy"})  # what clients send who don't know the name
-LATEST = ":latest"  # the tag that Ollama's clients put behind a name without one
+ANY_MODEL = frozenset({None, "", "tgi", "dummy"})  # Clients that don't know the name send these.
+LATEST = ":latest"  # Ollama's clients put this tag behind a name without one.
 
 
 @dataclass(frozen=True, slots=True)
 class Served:
     """What requests are checked against."""
 
-    model_id: str  # the name that clients see
+    model_id: str  # Clients see this name.
     info: ModelInfo
     limits: LimitSettings
-    max_prompts: int  # in one completion request
-    adapters: Mapping[str, str] = field(default_factory=dict)  # paths of those that may be named as the model
+    max_prompts: int  # One completion request may have so many.
+    adapters: Mapping[str, str] = field(default_factory=dict)  # They may be named as the model; each has its path.
 
 
 def means_the_model(name: str | None, model_id: str) -> bool:

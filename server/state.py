@@ -32,9 +32,9 @@ class AppState:
     settings: ServerSettings
     metrics: Metrics
     renderer: TemplateRenderer = field(default_factory=TemplateRenderer)
-    probed: Probed = field(default_factory=dict)  # shared by the templates of every start of the engine
+    probed: Probed = field(default_factory=dict)  # The templates of every start of the engine share it.
     aborts: Aborts = field(default_factory=Aborts)
-    started: int = field(default_factory=lambda: int(time.time()))  # seconds since 1970
+    started: int = field(default_factory=lambda: int(time.time()))  # It is in seconds since 1970.
 
     def info(self) -> ModelInfo:
         """The loaded model. Raises EngineUnavailable before its first start, and while there is none."""

@@ -34,7 +34,7 @@ from tightrope.engine.types import Grammar
 
 Packed = NDArray[np.uint8]  # [>= V / 8]: one bit a token, the lowest first; 1 is allowed
 
-NUM_KEPT = 16  # compiled grammars of earlier requests; those of one client are mostly the same
+NUM_KEPT = 16  # So many of earlier requests are kept: those of one client are mostly the same.
 
 
 class Matcher:
@@ -80,7 +80,7 @@ def masks(matchers: Sequence[Matcher]) -> list[Packed]:
     """
     words = np.zeros((len(matchers), max((matcher.num_words for matcher in matchers), default=0)), np.int32)
     able = [(place, matcher) for place, matcher in enumerate(matchers) if not matcher.native.is_error()]
-    for num_words in {matcher.num_words for _, matcher in able}:  # vocabularies of adapters may be larger
+    for num_words in {matcher.num_words for _, matcher in able}:  # Vocabularies of adapters may be larger.
         places = [place for place, matcher in able if matcher.num_words == num_words]
         natives = [matchers[place].native for place in places]
         found = np.zeros((len(places), num_words), np.int32)
@@ -128,7 +128,7 @@ class Grammars:
         if matcher is None:
             matcher = self._compile(grammar)
         with self._lock:
-            self._compiled[grammar] = matcher  # the last used stands last
+            self._compiled[grammar] = matcher  # The last used stands last.
             if len(self._compiled) > NUM_KEPT:
                 self._compiled.popitem(last=False)
             return matcher.fork()

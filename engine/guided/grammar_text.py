@@ -15,10 +15,10 @@ from llguidance.gbnf_to_lark import gbnf_to_lark
 
 from tightrope.engine.guided.regex_limits import MAX_REPEATS, repeat_fault
 
-MAX_BYTES = 64 << 10  # alternatives cost the more the more there are: 5,000 compile in 0.1 s
-MAX_RULES = 500  # rules call each other as deep
-MAX_DEPTH = 30  # parentheses
-MAX_CIRCLE = 8  # rules of a circle that a message names
+MAX_BYTES = 64 << 10  # Alternatives cost the more the more there are: 5,000 compile in 0.1 s.
+MAX_RULES = 500  # Rules call each other as deep.
+MAX_DEPTH = 30  # It is of parentheses.
+MAX_CIRCLE = 8  # A message names so many rules of a circle at most.
 
 _TOKEN = re.compile(
     r"""(?P<blank>[ \t\r]+|//[^\n]*|\#[^\n]*|\\\n)
@@ -42,10 +42,10 @@ class Item:
     name: str | None = None
     group: "list[list[Item]] | None" = None
     is_optional: bool = False
-    most: float = 1  # times that it may stand here
+    most: float = 1  # It may stand here so many times.
 
 
-Branches = list[list[Item]]  # alternatives, each a sequence
+Branches = list[list[Item]]  # Each alternative is a sequence.
 
 
 @dataclass(slots=True)
@@ -69,7 +69,7 @@ def lark_of(text: str) -> str:
             lark = gbnf_to_lark(text)
         except RecursionError:
             raise ValueError("its brackets are nested too deep") from None
-        except Exception as error:  # the library raises plain Exception for all that can be wrong with a text
+        except Exception as error:  # The library raises plain Exception for all that can be wrong with a text.
             raise ValueError(str(error) or type(error).__name__) from None
         lark = lark.removeprefix("%llguidance {}")
     rules = read_rules(lark)
@@ -111,7 +111,7 @@ def read_rules(lark: str) -> dict[str, Branches]:
 
 def _definition(tokens: Sequence[tuple[str, str]], place: int) -> int | None:
     """Where the body of a rule begins whose name stands before `place`; None where the name only calls a rule."""
-    if tokens[place : place + 1] == [("other", "[")]:  # attributes, as in name[capture]:
+    if tokens[place : place + 1] == [("other", "[")]:  # Attributes may follow, as in name[capture]:.
         while place < len(tokens) and tokens[place][1] not in ("]", "\n"):
             place += 1
         place += 1
@@ -147,9 +147,9 @@ def _take(kind: str, text: str, tokens: Sequence[tuple[str, str]], place: int, s
     elif text in ("*", "+", "?") and branches[-1]:
         _repeat(branches[-1][-1], 0 if text != "+" else 1, 1 if text == "?" else math.inf)
     elif text == "->":
-        place += 1  # the name of an alternative
+        place += 1  # The name of an alternative follows.
     elif text == ".." and branches[-1]:
-        place += 1  # "a".."z" is one terminal
+        place += 1  # "a".."z" is one terminal.
     return place
 
 

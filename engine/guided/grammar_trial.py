@@ -18,10 +18,10 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from tightrope.engine.process.frames import pack, read_frame
 from tightrope.processes import bare_environment, child_command, limit_cpu
 
-CPU_S = 5  # of one grammar; enumerations of 30,000 texts take half a second
-MEMORY_BYTES = 512 << 20  # address space; an interpreter with the library takes 30 MB of it
-WAIT_S = 60.0  # for the processor on a busy machine
-MAX_LEXER_STATES = 20_000  # 2 KB each: what one answer's grammar may take of memory while it is written
+CPU_S = 5  # It is for one grammar; enumerations of 30,000 texts take half a second.
+MEMORY_BYTES = 512 << 20  # It bounds the address space, of which an interpreter with the library takes 30 MB.
+WAIT_S = 60.0  # A busy machine may take so long to give it the processor.
+MAX_LEXER_STATES = 20_000  # Each takes 2 KB, for as long as an answer by the grammar is written.
 
 
 def compiled(vocabulary: LLTokenizer, source: str) -> LLMatcher:
@@ -72,7 +72,7 @@ class GrammarTrial:
             env=bare_environment(),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,  # what the library says when it is stopped
+            stderr=subprocess.DEVNULL,  # The library says something there when it is stopped.
         )
         weakref.finalize(self, _end, process)
         return process
@@ -82,7 +82,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     process.kill()
     for pipe in (process.stdin, process.stdout):
         if pipe is not None:
-            with suppress(OSError):  # what is left to be written has no reader
+            with suppress(OSError):  # What is left to be written has no reader.
                 pipe.close()
     process.wait()
 

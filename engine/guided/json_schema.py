@@ -13,18 +13,18 @@ from typing import Any
 
 from tightrope.engine.guided.regex_limits import repeat_fault
 
-MAX_NODES = 1000  # subschemas; compile time grows with their square, 0.2 s here, and references nest as deep
-WHITE_SPACE = r"\n?[ \t]{0,16}"  # between the parts of JSON, as a regular expression
-MAX_BYTES = 256 << 10  # of the schema as text: enumerations are long without having subschemas
+MAX_NODES = 1000  # Compile time grows with the square of their number, 0.2 s here, and references nest as deep.
+WHITE_SPACE = r"\n?[ \t]{0,16}"  # This regular expression stands between the parts of JSON.
+MAX_BYTES = 256 << 10  # A schema's text may be long: enumerations are, without having subschemas.
 
 TYPES = ("null", "boolean", "integer", "number", "string", "array", "object")
-_ONE = frozenset({"items", "additionalProperties", "additionalItems"})  # keywords whose value is a schema
+_ONE = frozenset({"items", "additionalProperties", "additionalItems"})  # The value of these keywords is a schema.
 _LISTS = frozenset({"anyOf", "allOf", "oneOf", "prefixItems"})
 _NAMED = frozenset({"properties", "patternProperties", "$defs", "definitions"})
 _COUNTS = frozenset({"minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties"})
 _NUMBERS = frozenset({"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"})
 _PLAIN = frozenset({"type", "enum", "const", "pattern", "format", "required", "$ref"})
-_NOTES = frozenset(  # say something of a value, and nothing about which values there are
+_NOTES = frozenset(  # These say something of a value, and nothing about which values there are.
     {
         *("$schema", "$id", "$anchor", "$comment", "$vocabulary", "id", "title", "description", "default", "examples"),
         *("deprecated", "readOnly", "writeOnly", "contentEncoding", "contentMediaType", "contentSchema"),
@@ -34,7 +34,7 @@ _NOTES = frozenset(  # say something of a value, and nothing about which values 
 )
 _KNOWN = _ONE | _LISTS | _NAMED | _COUNTS | _NUMBERS | _PLAIN | _NOTES
 
-Json = Any  # a value of JSON
+Json = Any  # It is a value of JSON.
 
 
 def lark_of_schema(schema: Mapping[str, Json]) -> str:
@@ -138,7 +138,7 @@ def _pattern_fault(pattern: str) -> str | None:
     python = re.sub(r"\\[pP]\{[^}]*\}", r"\\w", pattern).replace("(?<", "(?P<")
     python = python.replace("(?P<=", "(?<=").replace("(?P<!", "(?<!")
     try:
-        with warnings.catch_warnings(action="ignore"):  # of brackets inside brackets
+        with warnings.catch_warnings(action="ignore"):  # Python warns of brackets inside brackets.
             re.compile(python)
     except (re.error, RecursionError, OverflowError) as error:
         return f"the pattern {pattern!r:.60} is no regular expression: {error}"
@@ -178,7 +178,7 @@ def _is_finite_as(kind: str, node: dict[str, Json], is_finite: Callable[[Json], 
         return all(is_finite(properties[name]) for name in node.get("required", ()) if name in properties)
     first, least = node.get("prefixItems", ()), node.get("minItems", 0)
     rest = node.get("items", True)
-    if isinstance(rest, list):  # the older form of prefixItems
+    if isinstance(rest, list):  # This is the older form of prefixItems.
         first, rest = rest, node.get("additionalItems", True)
     return all(map(is_finite, first[:least])) and (len(first) >= least or is_finite(rest))
 

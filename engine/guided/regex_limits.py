@@ -4,7 +4,7 @@ import math
 import re
 from dataclasses import dataclass
 
-MAX_REPEATS = 100_000  # of the innermost part of nested repeats such as ((a{10}){10}){10}
+MAX_REPEATS = 100_000  # The innermost part of nested repeats such as ((a{10}){10}){10} may come so many times.
 
 
 @dataclass(slots=True)
@@ -13,9 +13,9 @@ class _Group:
 
     num_branches: int = 1
     num_items: int = 0
-    repeats: float = 1.0  # of its innermost part
-    last: float = 1.0  # of its last item's innermost part
-    last_is_endless: bool = False  # whether the last item is repeated without a limit
+    repeats: float = 1.0  # Its innermost part may come so many times.
+    last: float = 1.0  # The innermost part of its last item may come so many times.
+    last_is_endless: bool = False  # It tells whether the last item is repeated without a limit.
 
 
 _QUANTIFIER = re.compile(r"(?:[*+?]|\{\s*(\d+)\s*(,?)\s*(\d*)\s*\})\??")

@@ -50,7 +50,7 @@ OpenBackend = Callable[[ModelSettings, Callable[[float], None]], Backend]
 def run_loop(core: EngineCore, reader: Reader, end: EngineEnd, activity: Activity) -> None:
     """Step while there is work, wait while there is none, end when the front is gone. `activity` is told what."""
     inbox = reader.inbox
-    told = core.stats()  # what the front knows
+    told = core.stats()  # The front knows this.
 
     def tell(deltas: tuple[Delta, ...] = ()) -> None:
         nonlocal told
@@ -171,7 +171,7 @@ def _serve(
 
 def main() -> None:
     """Entry point of the engine process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the front, which closes the socket when it is done
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the front, which closes the socket when it is done.
     log_to_stderr("info")
     # The model may be in the middle of a long step, which nobody waits for any more.
     status = serve(socket.socket(fileno=int(sys.argv[1])), on_end=os._exit)

@@ -48,10 +48,10 @@ from tightrope.engine.types import (
 
 log = logging.getLogger("tightrope.client")
 
-Answer = TokenRun | str | dict[str, str]  # to a call
+Answer = TokenRun | str | dict[str, str]  # A call has such an answer.
 
-STUCK_S = 30.0  # while a step takes longer than this, health says no
-MAX_TRIES = 2  # of a request, lest one that kills the engine does so for ever
+STUCK_S = 30.0  # While a step takes longer than this, health says no.
+MAX_TRIES = 2  # A request that kills the engine is not to do so for ever.
 
 
 class _Stream:
@@ -61,9 +61,9 @@ class _Stream:
         self.request = request
         self.items: asyncio.Queue[Delta | EngineError] = asyncio.Queue()
         self.has_output = False
-        self.has_begun = False  # in the present engine: that one may end because of it
-        self.num_tries = 0  # in engines that have ended while it had begun
-        self.num_open = request.n  # choices that have not finished
+        self.has_begun = False  # The present engine may end because of it.
+        self.num_tries = 0  # So many engines have ended while it had begun.
+        self.num_open = request.n  # So many choices have not finished.
         self.arrived_s = arrived_s
 
 
@@ -73,7 +73,7 @@ class _Call:
     def __init__(self, message: ToEngine) -> None:
         self.message = message
         self.answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-        self.num_lost = 0  # engines that have ended meanwhile
+        self.num_lost = 0  # So many engines have ended meanwhile.
 
     def fail(self, error: EngineError) -> None:
         if not self.answer.done():
@@ -91,7 +91,7 @@ class EngineClient:
     ) -> None:
         self._settings = settings
         self._clock = clock
-        self._step_began_s = 0.0  # by the clock: when the last step ended, or the first request came to an idle engine
+        self._step_began_s = 0.0  # By the clock the last step ended then, or the first request came to an idle engine.
         self._streams: dict[str, _Stream] = {}
         self._calls: dict[int, _Call] = {}
         self._call_ids = count()
@@ -99,7 +99,7 @@ class EngineClient:
         self._find_marks: FindMarks | None = None
         self._supervisor = Supervisor(settings.life, launch, self)
         self.info: ModelInfo | None = None
-        self.adapters: dict[str, str] = {}  # paths of those that requests may use, by name
+        self.adapters: dict[str, str] = {}  # Requests may use these, by name; each has its path.
         self.stats = Stats()
 
     # ---- life ----
@@ -160,7 +160,7 @@ class EngineClient:
         self.info, self.adapters = ready.info, ready.adapters
         self.stats = Stats()
         self._step_began_s = self._clock()
-        for stream in self._streams.values():  # kept while the engine was away
+        for stream in self._streams.values():  # They were kept while the engine was away.
             self._send(Submit(stream.request))
         for call in self._calls.values():
             self._send(call.message)
@@ -207,7 +207,7 @@ class EngineClient:
     def on_unsent(self, message: ToEngine, reason: Exception) -> None:
         """End what can't be sent."""
         error: EngineError = InvalidRequest(str(reason))
-        if not isinstance(reason, ValueError):  # which tells of a frame that is too long
+        if not isinstance(reason, ValueError):  # A ValueError tells of a frame that is too long.
             log.error("a message can't be sent: type=%s error=%r", type(message).__name__, reason)
             error = BackendFailed("the request can't be sent to the engine")
         if isinstance(message, Submit) and message.request.request_id in self._streams:
@@ -280,11 +280,11 @@ class EngineClient:
 
     @property
     def num_running(self) -> int:
-        return min(self.stats.num_running, self.num_open)  # as the engine said when its step began
+        return min(self.stats.num_running, self.num_open)  # The engine said so when its step began.
 
     @property
     def num_waiting(self) -> int:
-        return self.num_open - self.num_running  # those among them that the engine has not even read
+        return self.num_open - self.num_running  # Some of these the engine has not even read.
 
     @property
     def retry_after_s(self) -> int:

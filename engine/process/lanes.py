@@ -8,8 +8,8 @@ from itertools import count
 
 Job = Callable[[], None]
 
-SHORT_BYTES = 1 << 16  # some 20 ms of a tokenizer's time
-BYTES_PER_S = 1e6  # about what tokenizers read
+SHORT_BYTES = 1 << 16  # They take a tokenizer some 20 ms.
+BYTES_PER_S = 1e6  # Tokenizers read about so many.
 
 
 class Lanes:
@@ -55,4 +55,4 @@ class Lanes:
                     return
                 job = heapq.heappop(waiting)[-1]
             job()
-            del job  # it may hold a long text
+            del job  # It may hold a long text.

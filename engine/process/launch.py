@@ -78,7 +78,8 @@ def thread_launcher(open_backend: "OpenBackend") -> Launcher:
     """Starts engines in threads of this process, with the model that `open_backend` gives."""
 
     def launch(sock: socket.socket) -> ThreadHandle:
-        from tightrope.engine.process.child import serve  # keeps torch out of a front that never asks for this
+        # The import is here to keep torch out of a front that never asks for this.
+        from tightrope.engine.process.child import serve
 
         options = {"open_backend": open_backend}
         thread = threading.Thread(target=serve, args=(sock.dup(),), kwargs=options, name="engine", daemon=True)

@@ -14,7 +14,7 @@ class Outbox:
 
     def __init__(self, unsent: Unsent) -> None:
         """unsent: hears of a message that makes no frame, and why."""
-        self._messages: dict[object, ToEngine] = {}  # in their order
+        self._messages: dict[object, ToEngine] = {}  # They stand in their order.
         self._has_more = asyncio.Event()
         self._unsent = unsent
 
@@ -36,15 +36,15 @@ class Outbox:
 
     async def write_to(self, writer: asyncio.StreamWriter) -> None:
         """Write until the engine is gone."""
-        with suppress(ConnectionError):  # the reader of the same socket tells of it
+        with suppress(ConnectionError):  # The reader of the same socket tells of it.
             while True:
                 await self._has_more.wait()
                 while self._messages:
                     message = self._messages.pop(next(iter(self._messages)))
                     try:
                         writer.write(encode_frame(message))
-                    except Exception as error:  # of one message; those behind it are to go on
+                    except Exception as error:  # It is of one message, and those behind it are to go on.
                         self._unsent(message, error)
-                    del message  # or its text stays in memory for as long as the next one waits
+                    del message  # Otherwise its text stays in memory for as long as the next one waits.
                     await writer.drain()
                 self._has_more.clear()

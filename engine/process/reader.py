@@ -69,10 +69,10 @@ class Reader:
         self._lanes = Lanes()
         self._lock = threading.Lock()
         self._num_passed = 0
-        self._preparing: dict[str, int] = {}  # how many answers, by request
+        self._preparing: dict[str, int] = {}  # It counts answers, by request.
         self.inbox: Inbox = queue.SimpleQueue()
         self._adapters = AdapterCalls(core.adapters, settings.model.adapter_folder, end, self.inbox.put)
-        self.num_taken = 0  # written by the loop alone
+        self.num_taken = 0  # The loop alone writes it.
         self.status = 0
 
     def run(self) -> None:
@@ -144,12 +144,12 @@ class Reader:
             full = Overloaded(f"{queued} requests are waiting already; the limit is {self._limits.max_waiting}")
             self._end.send(Refused(request_id, ErrorFrame.of(full)))
         else:
-            least = 0 if self._core.is_quick(request) else SHORT_BYTES + 1  # a new grammar may take seconds
+            least = 0 if self._core.is_quick(request) else SHORT_BYTES + 1  # A new grammar may take seconds.
             self._read(max(least, request_bytes(request)), lambda: self._prepare(request))
 
     def _prepare(self, request: GenerateRequest) -> None:
         request_id = request.request_id
-        if request_id not in self._preparing:  # cancelled
+        if request_id not in self._preparing:  # It was cancelled.
             return
         self._end.send(Progress(request_id, "preparing"))
         try:
@@ -161,7 +161,7 @@ class Reader:
             return
         with self._lock:
             if self._preparing.pop(request_id, None) is not None:
-                self._end.send(Progress(request_id, "waiting"))  # before the loop can say that it runs
+                self._end.send(Progress(request_id, "waiting"))  # The loop must not say before this that it runs.
                 self._num_passed += len(sequences)
                 self.inbox.put(sequences)
 

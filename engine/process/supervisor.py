@@ -37,10 +37,10 @@ log = logging.getLogger("tightrope.client")
 State = Literal["loading", "ready", "restarting", "failed", "closed"]
 
 MAX_PAUSE_S = 10.0
-STABLE_S = 30.0  # an engine that ran this long is followed at once, as one that has answered is
-WAITING_S = 60.0  # how long requests wait for another engine
-END_GRACE_S = 10.0  # for an engine that has closed its socket, or was killed, to end
-LOADING_S = 120.0  # at least, for an engine that imports its libraries from a slow disk: it says nothing meanwhile
+STABLE_S = 30.0  # An engine that ran this long is followed at once, as one that has answered is.
+WAITING_S = 60.0  # Requests wait so long for another engine.
+END_GRACE_S = 10.0  # An engine that has closed its socket, or was killed, may take so long to end.
+LOADING_S = 120.0  # It is at least so long, as an engine that imports its libraries from a slow disk says nothing.
 _POLL_S = 0.02
 
 
@@ -81,11 +81,11 @@ class Supervisor:
         self._writer: StreamWriter | None = None
         self._outbox: Outbox | None = None
         self._expiry: asyncio.TimerHandle | None = None
-        self._num_silent = 0  # ticks of the watch since the engine was heard
-        self._has_answered = False  # the present engine
-        self._began_s = time.monotonic()  # when the present engine was started, or the next one will be
-        self._load_s = 0.0  # how long the last one took that was ready
-        self._lost_s: float | None = None  # when the last engine that was ready ended; None: there was none
+        self._num_silent = 0  # It counts ticks of the watch since the engine was heard.
+        self._has_answered = False  # The present engine has answered somebody.
+        self._began_s = time.monotonic()  # The present engine was started then, or the next one will be.
+        self._load_s = 0.0  # The last one that was ready took so long.
+        self._lost_s: float | None = None  # The last engine that was ready ended then; it is None where there was none.
         self.handle: EngineHandle | None = None
         self.state: State = "loading"
         self.failure: str | None = None
@@ -150,7 +150,7 @@ class Supervisor:
     async def _supervise(self) -> None:
         try:
             await self._run_engines()
-        except Exception as error:  # nobody else would hear of it
+        except Exception as error:  # Nobody else would hear of it.
             log.exception("the engine can't be supervised any more")
             await self._fail(f"the engine can't be supervised any more: {error!r}")
 
@@ -193,10 +193,10 @@ class Supervisor:
             self.send(self._listener.first_message())
             reason = await self._hear(reader)
         except (IncompleteReadError, ConnectionError):
-            pass  # end-of-file: it is ending, and tells how by its status
+            pass  # At its end of file it is ending, and tells how by its status.
         except EngineError as error:
             reason = error.message
-        except Exception as error:  # no descriptor, memory or process to be had, a frame that is none
+        except Exception as error:  # There is no descriptor, memory or process, or a frame that is none.
             reason = f"it can't be started or heard: {error!r}"
         finally:
             for task in beside:

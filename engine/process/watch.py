@@ -14,9 +14,9 @@ from tightrope.engine.settings import BEATS, PATIENCE, LifeSettings
 
 log = logging.getLogger("tightrope.engine")
 
-SLACK = 10.0  # times as long as its tokens should take by earlier steps: attention slows down along a long prompt
-FIRST_S_PER_TOKEN = 0.1  # before a step has been measured
-MIN_MEASURED = 16  # tokens; the time of a smaller step doesn't come from its tokens
+SLACK = 10.0  # A task may take so many times as long as its tokens should: attention slows down along a prompt.
+FIRST_S_PER_TOKEN = 0.1  # It holds before a step has been measured.
+MIN_MEASURED = 16  # The time of a smaller step doesn't come from its tokens.
 
 
 class Task:
@@ -27,7 +27,7 @@ class Task:
         self.allowed_s = allowed_s
         self.num_tokens = num_tokens
         self.began_s = time.monotonic()
-        self.num_beats = 0  # written by the watch alone
+        self.num_beats = 0  # The watch alone writes it.
 
 
 class Activity:
@@ -85,7 +85,7 @@ class Watch:
 
     def _run(self) -> None:
         while not self._is_over.wait(self._beat_s):
-            if self._end.is_front_gone():  # while a model loads nobody else would notice
+            if self._end.is_front_gone():  # While a model loads nobody else would notice.
                 self._on_end(0)
                 return
             for task in [activity.task for activity in list(self._activities)]:

@@ -58,8 +58,8 @@ class Cancel(Struct, frozen=True, tag="cancel"):
 class Tokenize(Struct, frozen=True, tag="tokenize"):
     call_id: int
     prompt: Prompt
-    adapter: str | None = None  # whose tokens they are
-    last: int | None = None  # how many of them are wanted, from the end; None: all
+    adapter: str | None = None  # The tokens are those of this one.
+    last: int | None = None  # So many of them are wanted, from the end; None is all.
 
 
 class Detokenize(Struct, frozen=True, tag="detokenize"):
@@ -215,6 +215,6 @@ class EngineEnd:
 
     def close(self) -> None:
         with suppress(OSError):
-            self._sock.shutdown(socket.SHUT_RDWR)  # wakes a thread in `receive`
+            self._sock.shutdown(socket.SHUT_RDWR)  # This wakes a thread in `receive`.
         self._reader.close()
         self._sock.close()

@@ -30,7 +30,7 @@ _LIST = 128  # A row without top_k lists this many candidates at first: enough f
 class DrawResult:
     """What came of some rows."""
 
-    candidates: Candidates  # the kept tokens
+    candidates: Candidates  # They are the kept tokens.
     columns: Ids  # [B]: of the drawn tokens
     settled: Mask  # [B]: False where the list was too short to tell
     drawable: Mask  # [B]: False where nothing can be drawn at all

@@ -285,7 +285,7 @@ def in_order(params: SamplingParams) -> tuple[Step, ...]:
 
 
 @cache
-def function(name: str) -> Callable[..., Any]:  # Any: each kind of function has the signature that its field tells
+def function(name: str) -> Callable[..., Any]:  # Each kind of function has the signature that its field tells.
     """The function that a row names."""
     module, _, attribute = name.rpartition(".")
     found: Callable[..., Any] = getattr(import_module(f"tightrope.engine.sampler.{module}"), attribute)

@@ -8,7 +8,7 @@ from tightrope.engine.limits import MAX_BANNED_CHARS, MAX_BANNED_STRINGS
 from tightrope.engine.text.detokenizer import Detokenizer
 from tightrope.engine.types import Token
 
-MAX_TRIES = 256  # other ways tried before the answer ends, and TRIES_PER_TOKEN more for each token given out
+MAX_TRIES = 256  # After so many other ways the answer ends, and TRIES_PER_TOKEN more for each token given out.
 TRIES_PER_TOKEN = 4
 
 
@@ -39,11 +39,11 @@ class BannedStrings:
         self._lengths = sorted({len(string) for string in self._strings})
         self._beginnings = frozenset(string[:n] for string in self._strings for n in range(1, len(string)))
         self._held: list[PendingToken] = []
-        self._starts: list[int] = []  # where in the text of the held tokens each of them starts
+        self._starts: list[int] = []  # Each of the held tokens starts there in their text.
         self._text = ""
-        self._given = ""  # the end of the text before theirs, as far as a banned string may begin there
-        self._excluded: dict[int, set[int]] = {}  # by place in the output: ids that began a banned string there
-        self._num_given = 0  # tokens; the place in the output of the first that is held
+        self._given = ""  # It is the end of the text before theirs, as far as a banned string may begin there.
+        self._excluded: dict[int, set[int]] = {}  # By place in the output it has ids that began a banned string there.
+        self._num_given = 0  # It is the place in the output of the first token that is held.
         self._num_tries = 0
 
     @property

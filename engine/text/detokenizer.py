@@ -20,8 +20,8 @@ class Detokenizer:
         self._stop = tuple(stop)
         self._keep = keep_stop_text
         self._longest = max(map(len, self._stop), default=0)
-        self._seen = ""  # the end of what was shown, as far as a stop string may reach back into it
-        self._held = ""  # decoded, not shown yet
+        self._seen = ""  # It is the end of what was shown, as far as a stop string may reach back into it.
+        self._held = ""  # It is decoded, and not shown yet.
         self.stopped_by: str | None = None
 
     def copy(self) -> "Detokenizer":
@@ -55,7 +55,7 @@ class Detokenizer:
             start, end = found
             self.stopped_by = window[start:end]
             self._held = ""
-            self._decoder.reset()  # half a character after the stop string is no part of the text
+            self._decoder.reset()  # Half a character after the stop string is no part of the text.
             cut = end if self._keep else max(start, shown_from)
             return window[shown_from:cut], window[first_new:end]
         hold = 0 if self._keep else self._possible_start(window)

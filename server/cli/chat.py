@@ -49,7 +49,7 @@ def chat(url: str, api_key: str | None, system: str | None, max_tokens: int | No
                 case _:
                     turn = [*messages, {"role": "user", "content": text}]
                     answer = _answer(client, turn, max_tokens)
-                    if answer:  # a turn that failed leaves no trace
+                    if answer:  # A turn that failed leaves no trace.
                         messages = [*turn, {"role": "assistant", "content": answer}]
     return 0
 
@@ -97,7 +97,7 @@ def _answer(client: httpx.Client, messages: list[Message], max_tokens: int | Non
                 pieces.append(piece)
                 print(printable_lines(piece), end="", flush=True)
         print()
-    except KeyboardInterrupt:  # leaving the `with` closes the connection, which stops the work
+    except KeyboardInterrupt:  # Leaving the `with` closes the connection, which stops the work.
         print(" (stopped)")
     except (httpx.HTTPError, CommandFailed) as error:
         print(f"\n({printable(str(error))})")
@@ -108,11 +108,11 @@ def _pieces(lines: Iterator[str]) -> Iterator[str]:
     """The texts of a stream of chunks. Raises CommandFailed with the server's words when it reports an error."""
     for line in lines:
         if not line.startswith("data:"):
-            continue  # a comment that keeps the connection open, or the empty line behind an event
+            continue  # This is a comment that keeps the connection open, or the empty line behind an event.
         data = line.removeprefix("data:").strip()
         if data == "[DONE]":
             return
-        chunk: dict[str, Any] = json.loads(data)  # any JSON that a server may send
+        chunk: dict[str, Any] = json.loads(data)  # A server may send any JSON.
         if "error" in chunk:
             raise CommandFailed(_error_text(chunk))
         for choice in chunk.get("choices", ()):
@@ -148,7 +148,7 @@ def own_server(options: Mapping[str, str]) -> Iterator[str]:
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, start_new_session=True
     )
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _leave)  # a closed terminal must not leave the server behind
+        signal.signal(number, _leave)  # A closed terminal must not leave the server behind.
     try:
         assert server.stdout is not None
         yield _wait_ready(server.stdout)

@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 EPILOG = """Each option can also stand in the file of --config (max-model-len = 8192) and in the environment
 (TIGHTROPE_MAX_MODEL_LEN=8192). The environment wins over the file, the command line over both."""
-OWN_ARGUMENTS: Mapping[str, Sequence[str]] = {  # of a command, beside the options that settings are made of
+OWN_ARGUMENTS: Mapping[str, Sequence[str]] = {  # These stand beside the options that settings are made of.
     "serve": (),
     "chat": ("url", "system", "max_tokens"),
     "plan": ("memory", "json"),
     "perplexity": ("text", "contexts", "max_tokens", "compare_kv", "json", "plot"),
 }
 _MODEL_OPTIONS = [name for name, option in OPTIONS.items() if option.path[:2] == ("engine", "model")]
-OWN_SERVER_GROUPS = frozenset({"model", "context and memory", "speed"})  # what matters to a chat with a model
+OWN_SERVER_GROUPS = frozenset({"model", "context and memory", "speed"})  # Only these matter to a chat with a model.
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
@@ -52,7 +52,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except CommandFailed as error:
         return _fail(str(error), error.status)
     except KeyboardInterrupt:
-        return 130  # as a shell reports a command that Ctrl-C ended
+        return 130  # A shell reports a command that Ctrl-C has ended in this way.
 
 
 def _settings(values: Mapping[str, str]) -> "ServerSettings":
@@ -99,7 +99,7 @@ def _perplexity(values: Mapping[str, str], own: Mapping[str, Any]) -> int:
 
 
 def _fail(message: str, status: int) -> int:
-    print(f"tightrope: {printable(' '.join(message.split()))}", file=sys.stderr)  # one line, whatever it quotes
+    print(f"tightrope: {printable(' '.join(message.split()))}", file=sys.stderr)  # It is one line, whatever it quotes.
     return status
 
 

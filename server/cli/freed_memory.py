@@ -2,7 +2,7 @@
 
 import ctypes
 
-M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
+M_MMAP_THRESHOLD = -3  # The number is that of glibc's malloc.h.
 LARGE_BYTES = 64 << 10
 
 

@@ -7,6 +7,6 @@ def main(arguments: list[str] | None = None) -> int:
     """Run a command; return the exit status: 0, 1 when it failed, 2 when it can't be understood."""
     search_no_current_folder()
     open_closed_streams()
-    from tightrope.server.cli.commands import run  # what this imports must not come from the current folder
+    from tightrope.server.cli.commands import run  # What this imports must not come from the current folder.
 
     return run(arguments)

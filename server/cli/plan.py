@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 SIZE = re.compile(r"(?P<number>[0-9]+(?:\.[0-9]+)?)\s*(?P<unit>[KMGT]?)i?B?", re.IGNORECASE)
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-LEAST_MEMORY, MOST_MEMORY = 1 << 20, 1 << 50  # a megabyte and a petabyte: anything beyond is a slip
+LEAST_MEMORY, MOST_MEMORY = 1 << 20, 1 << 50  # Anything below a megabyte or above a petabyte is a slip.
 
 
 def parse_size(text: str) -> int:
@@ -27,8 +27,8 @@ def parse_size(text: str) -> int:
 
 
 def plan(settings: ModelSettings, memory_bytes: int | None, *, as_json: bool) -> int:
-    """Print the plan; return the exit status. Raises CommandFailed, after printing, if what is asked for doesn't fit."""
-    from tightrope.backends.detect import outline  # reads of it load the libraries that the model's format needs
+    """Print the plan; return the exit status. Raises CommandFailed, after printing, if it does not fit."""
+    from tightrope.backends.detect import outline  # Its reads load the libraries that the model's format needs.
 
     try:
         found = outline(settings, memory_bytes)

@@ -31,8 +31,8 @@ from tightrope.server.state import AppState
 
 log = logging.getLogger("tightrope.serve")
 
-DRAIN_S = 60  # how long answers may go on after SIGTERM
-CLOSE_S = 5  # how long connections may then take to close
+DRAIN_S = 60  # After SIGTERM answers may go on for so long.
+CLOSE_S = 5  # Connections may then take so long to close.
 
 
 def serve(settings: ServerSettings) -> int:
@@ -52,7 +52,8 @@ def bind(host: str, port: int) -> socket.socket:
     except (socket.gaierror, UnicodeError):
         raise CommandFailed(f"--host: {host!r} is no address of this machine") from None
     listener = socket.socket(family, kind, protocol)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # or a restart waits for old connections to time out
+    # Otherwise a restart waits for old connections to time out.
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind(address)
         listener.listen(1024)
@@ -85,7 +86,7 @@ async def _serve(settings: ServerSettings, listener: socket.socket) -> None:
         ws="none",
         log_config=None,
         access_log=settings.log_level == "debug",
-        lifespan="on",  # the app starts the engine and closes it
+        lifespan="on",  # The app starts the engine and closes it.
         timeout_graceful_shutdown=CLOSE_S,
         server_header=False,
     )
@@ -98,7 +99,7 @@ async def _serve(settings: ServerSettings, listener: socket.socket) -> None:
     try:
         await server.serve([listener])
         if announcing.done():
-            announcing.result()  # raises what kept the model from being loaded
+            announcing.result()  # This raises what kept the model from being loaded.
     finally:
         announcing.cancel()
         ending.cancel()
@@ -107,7 +108,7 @@ async def _serve(settings: ServerSettings, listener: socket.socket) -> None:
 def _stop(drain: Drain) -> None:
     """The first signal lets answers finish; the second ends everything at once, the engine with it."""
     if drain.is_on:
-        os._exit(1)  # the engine sees its socket close
+        os._exit(1)  # The engine sees its socket close.
     if drain.num_open:
         log.warning("finishing the answers under way, at most %d s; a second signal stops at once", DRAIN_S)
     drain.begin()
@@ -148,7 +149,8 @@ def _say(text: str) -> None:
     except OSError as error:
         log.warning("standard output takes nothing more: %s", error.strerror)
         with open(os.devnull, "w") as nowhere:
-            os.dup2(nowhere.fileno(), sys.stdout.fileno())  # or what is left in its buffer fails again at the end
+            # Otherwise what is left in its buffer fails again at the end.
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
 def ready_lines(info: ModelInfo, settings: ServerSettings, url: str, template_notes: Sequence[str] = ()) -> list[str]:

@@ -12,7 +12,7 @@ class _Watched:
     """One answer under way."""
 
     is_aborted: bool = False
-    waiting: asyncio.Task[object] | None = None  # for the next delta
+    waiting: asyncio.Task[object] | None = None  # This task waits for the next delta.
 
     def abort(self) -> None:
         self.is_aborted = True

@@ -24,7 +24,7 @@ class _Line:
             out.append(self._next(delta, len(self._tokens[0].text)))
         if delta.finish is None:
             return out
-        while self._tokens:  # those that a stop string has cut
+        while self._tokens:  # A stop string has cut these.
             out.append(self._next(delta, len(self._text)))
         last = msgspec.structs.replace(delta, text=self._text, tokens=(), prompt=None)
         return [*out, last]

@@ -7,7 +7,8 @@ from contextlib import aclosing
 from tightrope.engine.types import Delta, GenerateRequest
 
 Generate = Callable[[GenerateRequest], AsyncGenerator[Delta, None]]
-Deltas = AsyncGenerator[tuple[int, Delta], None]  # (choice number over all prompts, what it gained)
+# A choice has one number over all prompts, and beside it stands what it gained.
+Deltas = AsyncGenerator[tuple[int, Delta], None]
 
 
 async def run(generate: Generate, requests: Sequence[GenerateRequest]) -> Deltas:
@@ -16,7 +17,7 @@ async def run(generate: Generate, requests: Sequence[GenerateRequest]) -> Deltas
     Nothing comes out before each request has given something, so a refusal of any of them is raised first. Closing the
     generator cancels the work.
     """
-    if len(requests) == 1:  # the usual case needs no tasks and no queue
+    if len(requests) == 1:  # The usual case needs no tasks and no queue.
         async with aclosing(generate(requests[0])) as deltas:
             async for delta in deltas:
                 yield delta.index, delta
@@ -58,7 +59,7 @@ async def _pump(
     try:
         async for delta in stream:
             queue.put_nowait((first_number + delta.index, delta))
-    except Exception as exc:  # carried to the one who reads the queue, and raised there
+    except Exception as exc:  # The reader of the queue raises it.
         queue.put_nowait(exc)
     else:
         queue.put_nowait(None)

@@ -19,11 +19,11 @@ from tightrope.server.http.error_docs import CALL_ERRORS, STATUS_ERRORS, written
 from tightrope.server.http.long_lists import json_answer, json_list
 from tightrope.server.state import AppState
 
-API_VERSION = "1.2.5"  # of KoboldAI United's API, that these routes are shaped after
-KOBOLDCPP_VERSION = "1.75"  # whose routes these are; clients stream from 1.30 and count tokens from 1.41 on
+API_VERSION = "1.2.5"  # KoboldAI United's API has this version, and these routes are shaped after it.
+KOBOLDCPP_VERSION = "1.75"  # These are its routes; clients stream from 1.30 and count tokens from 1.41 on.
 DEFAULT_TOKENS = 100
 
-ABORT_BODY = {  # may be left out, and the media type with it
+ABORT_BODY = {  # It may be left out, and the media type with it.
     "requestBody": {
         "required": False,
         "content": {"application/json": {"schema": {"properties": {"genkey": {"type": "string"}}, "type": "object"}}},

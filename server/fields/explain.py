@@ -18,7 +18,7 @@ Explained = Annotated[dict[str, Any], Field(description="Absent unless asked for
 _OF_THE_CLIENT = "the client's own note"
 _WINDOW = "the window is the server's; a prompt that does not fit is refused"
 _TEMPLATE = "a variable of the chat template comes in chat_template_kwargs"
-REASONS: Mapping[str, str] = {  # fields that clients send without a meaning to any server, and near misses
+REASONS: Mapping[str, str] = {  # Clients send these without a meaning to any server, or as near misses.
     "api_type": _OF_THE_CLIENT,
     "api_server": _OF_THE_CLIENT,
     "legacy_api": _OF_THE_CLIENT,

@@ -5,7 +5,7 @@ from typing import Any
 
 from tightrope.engine.types import Token
 
-LOWEST = -9999.0  # JSON has no infinity
+LOWEST = -9999.0  # JSON has no infinity.
 
 
 def finite(logprob: float | None) -> float:

@@ -10,7 +10,7 @@ from tightrope.engine.sampler.steps import NEUTRAL
 from tightrope.server.fields.numbers import MAX_INT, Interval, Number, number
 from tightrope.server.fields.sampler_order import Order, kobold_order, llama_cpp_order, named_order
 
-Ignored = tuple[str, str]  # a field's name, and why it changes nothing
+Ignored = tuple[str, str]  # It is a field's name, and why it changes nothing.
 _MINUS_1 = frozenset({-1})
 _CUTOFF = 1e-4  # Clients send epsilon and eta cutoffs in ten-thousandths.
 NUMBERS = (
@@ -67,7 +67,7 @@ GUIDANCE = Number("scale", ("guidance_scale", "cfg_scale"), Interval(0, 100), of
 NEGATIVE = "negative_prompt"
 
 STOPS = ("stop", "stopping_strings", "stop_sequence", "stop_sequences")
-IGNORE_EOS = ("ignore_eos", "ban_eos_token", "use_default_badwordsids")  # the last one is KoboldCpp's
+IGNORE_EOS = ("ignore_eos", "ban_eos_token", "use_default_badwordsids")  # The last one is KoboldCpp's.
 TO_THE_WINDOW = "auto_max_new_tokens"
 KEEP_STOP = ("include_stop_str_in_output",)
 BANNED_STRINGS = ("banned_strings", "bad_words")
@@ -79,12 +79,13 @@ ORDERS: tuple[tuple[str, Callable[[str, object], Order]], ...] = (
     ("sampler_order", kobold_order),
 )
 
-NOT_BUILT: Mapping[str, tuple[float, str]] = {  # by name: the neutral value, and why others are refused
+NOT_BUILT: Mapping[str, tuple[float, str]] = {  # By name it has the neutral value, and why others are refused.
     "encoder_repetition_penalty": (1, "is not a sampler of this server"),
     "penalty_alpha": (0, "contrastive search is not served"),
     "num_beams": (1, "beam search is not served"),
 }
-WITHOUT_EFFECT: Mapping[str, tuple[Callable[[Any], bool], str]] = {  # by name: what is neutral, and why the rest isn't
+# By name it has what is neutral, and why the rest isn't.
+WITHOUT_EFFECT: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "rep_pen_slope": (lambda v: v in (0, 1), "a penalty is the same all over its range"),
     "length_penalty": (lambda v: v == 1, "beam search is not served"),
     "early_stopping": (lambda v: v is False, "beam search is not served"),
@@ -97,10 +98,10 @@ ROPE = frozenset(
     | {"rope_freq_base", "rope_freq_scale", "rope_frequency_base", "rope_frequency_scale"}
 )
 GUIDANCE_SCALES = GUIDANCE.names
-STEERING: frozenset[str] = frozenset(  # without which an answer would be another one, and not only drawn otherwise
+STEERING: frozenset[str] = frozenset(  # Without these an answer would be another one, and not only drawn otherwise.
     {NEGATIVE, *STOPS, "stop_token_ids", *IGNORE_EOS, "logit_bias"} | {*BANNED_STRINGS, *BANNED_TOKENS, *ALLOWED_TOKENS}
 )
-KNOWN: frozenset[str] = frozenset(  # all names that are read here
+KNOWN: frozenset[str] = frozenset(  # All names that are read here are in it.
     {name for number in (*NUMBERS, *OTHER_NUMBERS) for name in number.names}
     | {*STOPS, *IGNORE_EOS, *KEEP_STOP, *BANNED_STRINGS, *BANNED_TOKENS, *ALLOWED_TOKENS}
     | {*DYNATEMP_LOW, *DYNATEMP_HIGH}

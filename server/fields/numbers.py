@@ -42,7 +42,7 @@ class Number:
 
     target: str
     names: tuple[str, ...]
-    interval: Interval  # in the unit of clients
+    interval: Interval  # It is in the unit of clients.
     off: frozenset[float] = frozenset()  # Other values that mean the neutral one.
     unit: float = 1.0  # What clients count in, in the engine's unit.
     part_of: str | None = None  # While that target is neutral, this number means nothing and isn't read.

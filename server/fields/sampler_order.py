@@ -18,7 +18,7 @@ _STEPS: Mapping[str, str] = {step: step for step in SAMPLER_ORDER} | {
 }
 # Steps that come before or after all others, whatever a list says.
 _IN_THEIR_PLACE = BY_NAME.keys() - {*SAMPLER_ORDER} | {"penalties", "encoder_repetition_penalty", "infill"}
-_LETTERS: Mapping[str, str] = {  # llama.cpp's short form of a list
+_LETTERS: Mapping[str, str] = {  # llama.cpp lists steps by these letters, too.
     "d": "dry",
     "k": "top_k",
     "y": "typ_p",
@@ -33,7 +33,8 @@ _LETTERS: Mapping[str, str] = {  # llama.cpp's short form of a list
 }
 # those that a list of llama.cpp's can leave out
 _LLAMA_CPP = frozenset({"top_n_sigma", "top_k", "typical_p", "tfs", "xtc", "top_p", "min_p", "adaptive_p"})
-_KOBOLD = ("top_k", "top_a", "top_p", "tfs", "typical_p", "temperature", None)  # by number; 6 are the penalties
+# They stand by their numbers; 6 are the penalties.
+_KOBOLD = ("top_k", "top_a", "top_p", "tfs", "typical_p", "temperature", None)
 
 
 def named_order(name: str, value: object) -> Order:

@@ -19,10 +19,10 @@ from tightrope.server.fields import names
 from tightrope.server.fields.names import Ignored
 from tightrope.server.fields.numbers import MAX_INT, Number, is_number, shown
 
-MAX_STOPS = 1024  # the engine looks for each of them after each token
+MAX_STOPS = 1024  # The engine looks for each of them after each token.
 MAX_BREAKERS = 16384
 
-Fields = Mapping[str, Any]  # Any: a request's JSON, whose types are checked here
+Fields = Mapping[str, Any]  # A request's JSON may hold anything, and its types are checked here.
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,7 @@ def draws(given: Fields) -> bool:
     reading.temperature()
     reading.adaptive_p()
     params = SamplingParams(**reading.targets)
-    others = ("min_keep", "seed")  # these are of no effect by themselves
+    others = ("min_keep", "seed")  # These are of no effect by themselves.
     return any(step.is_on(params) for step in in_order(params) if step.stage >= ORDERED and step.name not in others)
 
 
@@ -77,7 +77,7 @@ class _Reading:
 
     given: Fields
     vocab_size: int
-    targets: dict[str, Any] = field(default_factory=dict)  # fields of SamplingParams
+    targets: dict[str, Any] = field(default_factory=dict)  # These are fields of SamplingParams.
     ignored: list[Ignored] = field(default_factory=list)
 
     def first(self, names: Iterable[str]) -> str | None:

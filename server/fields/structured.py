@@ -33,17 +33,17 @@ OUTPUTS: Mapping[str, GrammarKind] = {
     "choice": "choice",
     "grammar": "grammar",
 }
-OVERRULED = {"grammar_string": "json_schema"}  # TabbyAPI's clients have a box for each, and send both
+OVERRULED = {"grammar_string": "json_schema"}  # TabbyAPI's clients have a box for each, and send both.
 NAMES = frozenset({*KINDS, "structured_outputs", "response_format"})
-PLACES: Mapping[str, tuple[str, ...]] = {  # by type: where an object with a type may have its shape
+PLACES: Mapping[str, tuple[str, ...]] = {  # By its type, an object may have its shape in these places.
     "text": (),
-    "json_object": ("schema", "value"),  # llama.cpp's and TGI's
+    "json_object": ("schema", "value"),  # The names are llama.cpp's and TGI's.
     "json": ("schema", "value"),
     "json_schema": ("json_schema", "schema", "value"),
     "regex": ("value",),
 }
 
-Fields = Mapping[str, Any]  # Any: a request's JSON, whose types are checked here
+Fields = Mapping[str, Any]  # A request's JSON may hold anything, and its types are checked here.
 
 
 def read_grammar(given: Fields) -> Grammar | None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 
-Json = Mapping[str, Any]  # any JSON that an OpenAPI document may hold
+Json = Mapping[str, Any]  # An OpenAPI document may hold any JSON.
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8882; }
@@ -45,7 +45,7 @@ def add_api_page(app: FastAPI) -> None:
             pages.append(api_page(app.openapi()).encode())
         return Response(pages[0], headers=HEADERS, media_type="text/html; charset=utf-8")
 
-    app.add_route("/docs", docs, include_in_schema=False)  # with HEAD beside GET
+    app.add_route("/docs", docs, include_in_schema=False)  # It has HEAD beside GET.
 
 
 def api_page(document: Json) -> str:

@@ -25,15 +25,15 @@ from tightrope.server.http.errors import SHARED_PATHS, BodyTimeout, ClientGone, 
 
 log = logging.getLogger("tightrope.server")
 
-Endpoint = Callable[..., Coroutine[Any, Any, object]]  # a route's function, by FastAPI called with what it asks for
+Endpoint = Callable[..., Coroutine[Any, Any, object]]  # FastAPI calls a route's function with what it asks for.
 
-READ_TIMEOUT_S = 60.0  # for the whole body; a client that sends a byte a second doesn't keep its connection
+READ_TIMEOUT_S = 60.0  # It is for the whole body: a client that sends a byte a second doesn't keep its connection.
 
 
 class FirstErrorOnly(FailFast):
     """For lists that may be long: one error is told, not one for each of a million items."""
 
-    __hash__ = object.__hash__  # a union of types needs its members hashable, and pydantic's own class isn't
+    __hash__ = object.__hash__  # A union of types needs its members hashable, and pydantic's own class isn't.
 
 
 class _EveryName:
@@ -49,8 +49,8 @@ EVERY_NAME: Container[str] = _EveryName()
 class Body(BaseModel):
     """Base of all request bodies. Types are strict; of duplicate keys the last counts."""
 
-    without_effect: ClassVar[frozenset[str]] = frozenset()  # fields that are checked and then change nothing
-    read_elsewhere: ClassVar[Container[str]] = ()  # fields that aren't declared here, and mean something yet
+    without_effect: ClassVar[frozenset[str]] = frozenset()  # These fields are checked, and then change nothing.
+    read_elsewhere: ClassVar[Container[str]] = ()  # These fields aren't declared here, and mean something yet.
 
     # Any other field that came is refused, or listed as ignored: see JsonRoute.
 
@@ -189,7 +189,7 @@ class JsonRequest(Request):
         return made
 
     async def body(self) -> bytes:
-        return self.raw or b"null"  # FastAPI takes an empty body for a missing one and would not ask for its JSON
+        return self.raw or b"null"  # FastAPI takes an empty body for a missing one and would not ask for its JSON.
 
     async def json(self) -> object:
         return self.data
@@ -214,7 +214,7 @@ class JsonRoute(APIRoute):
 def _accounting(path: str, endpoint: Endpoint) -> Endpoint:
     """The endpoint, behind the one place where a body's unread fields are refused or logged."""
 
-    @wraps(endpoint)  # FastAPI asks for the signature
+    @wraps(endpoint)  # FastAPI asks for the signature.
     async def account_then_answer(**given: object) -> object:
         for body in given.values():
             if isinstance(body, Body):

@@ -9,15 +9,15 @@ from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
-HEAD_TIMEOUT_S = 20.0  # from a connection's begin, or a request's first byte, to the end of its headers
-SEND_TIMEOUT_S = 30.0  # a client that takes nothing for so long, with its buffer full, is dropped
-MAX_HEAD_BYTES = 32 << 10  # of the first line and all headers
+HEAD_TIMEOUT_S = 20.0  # It runs from a connection's begin, or a request's first byte, to the end of its headers.
+SEND_TIMEOUT_S = 30.0  # A client that takes nothing for so long, with its buffer full, is dropped.
+MAX_HEAD_BYTES = 32 << 10  # The first line and all headers have at most so many.
 MAX_CONNECTIONS = 4096
 TOO_LARGE = (
     b"HTTP/1.1 431 Request Header Fields Too Large\r\n"
     b"content-type: application/json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n"
 )
-SPARE_FILES = 64  # descriptors left for the model, the engine and the log
+SPARE_FILES = 64  # The model, the engine and the log need some of the descriptors.
 
 
 def most_connections() -> int:
@@ -40,13 +40,13 @@ class Connection(HttpToolsProtocol):
         self,
         config: Config,
         server_state: ServerState,
-        app_state: dict[str, Any],  # as uvicorn has it
+        app_state: dict[str, Any],  # uvicorn has it so.
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
         self._head_timer: asyncio.TimerHandle | None = None
         self._send_timer: asyncio.TimerHandle | None = None
-        self._head_bytes: int | None = 0  # of the head that is coming in; None while a body does
+        self._head_bytes: int | None = 0  # It counts the head that is coming in, and is None while a body does.
         self._is_head_too_large = False
         self._idle = self._idle_of.setdefault(server_state, {})
 
@@ -57,8 +57,8 @@ class Connection(HttpToolsProtocol):
         self._head_timer = self.loop.call_later(HEAD_TIMEOUT_S, self._abort)
         self._idle[self] = None
         if len(self.connections) > most_connections():
-            oldest = next(iter(self._idle))  # this one is idle itself
-            del self._idle[oldest]  # now: several newcomers may come before it is lost
+            oldest = next(iter(self._idle))  # This one is idle itself.
+            del self._idle[oldest]  # Several newcomers may come before it is lost.
             oldest.transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -74,7 +74,7 @@ class Connection(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        if self.cycle is None or self.cycle.response_complete:  # else the next request of a pipeline is under way
+        if self.cycle is None or self.cycle.response_complete:  # Otherwise the next request of a pipeline is under way.
             self._idle[self] = None
 
     # ---- heads ----

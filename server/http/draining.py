@@ -20,7 +20,7 @@ class Drain:
     def __init__(self, most_s: float) -> None:
         """most_s: how long answers may go on once it has begun."""
         self._most_s = most_s
-        self._ends_s: float | None = None  # by time.monotonic
+        self._ends_s: float | None = None  # It is a time of time.monotonic.
         self.num_open = 0
         self._has_begun = asyncio.Event()
         self._is_idle = asyncio.Event()

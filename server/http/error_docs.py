@@ -4,7 +4,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-Documented = dict[int | str, dict[str, Any]]  # answers of a route by status, as FastAPI wants them for its API page
+Documented = dict[int | str, dict[str, Any]]  # FastAPI wants a route's answers by status for its API page.
 
 
 class ErrorDetail(BaseModel):
@@ -65,5 +65,5 @@ def written(errors: Documented = ERRORS, **reply: object) -> dict[str, Any]:
     return {"response_model": None, "responses": {**errors, 200: reply}}
 
 
-STATUS_ERRORS = only(401, 503)  # of routes that tell of the model
-CALL_ERRORS = only(400, 401, 413, 415, 503, "default")  # of routes that take a body and write no answer
+STATUS_ERRORS = only(401, 503)  # Routes that tell of the model have these.
+CALL_ERRORS = only(400, 401, 413, 415, 503, "default")  # Routes that take a body and write no answer have these.

@@ -21,11 +21,11 @@ from tightrope.engine.errors import (
 
 log = logging.getLogger("tightrope.server")
 
-Column = Literal["openai", "tgi"]  # of the table
+Column = Literal["openai", "tgi"]  # The table has these columns.
 
 TGI_PATHS = frozenset({"/", "/generate", "/generate_stream", "/chat_tokenize", "/info", "/health", "/ping"})
 
-SHARED_PATHS = frozenset({"/tokenize", "/invocations"})  # the key `inputs` makes a body TGI's
+SHARED_PATHS = frozenset({"/tokenize", "/invocations"})  # There the key `inputs` makes a body TGI's.
 
 
 class MalformedBody(InvalidRequest):

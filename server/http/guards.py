@@ -16,8 +16,8 @@ from tightrope.server.http.errors import BodyTooLarge, SwitchedOff, Unauthorized
 OPEN_ROUTES = frozenset({"/health", "/ping", "/info", "/metrics", "/version", "/docs"})
 OPEN_ROUTES |= {"/openapi.json", "/api-doc/openapi.json"}
 ADMIN_ROUTES = frozenset({"/v1/load_lora_adapter", "/v1/unload_lora_adapter"})
-LINGER_BYTES, LINGER_S = 1 << 20, 2.0  # of a refused body
-SMALL_BYTES = 1024  # a body that is always taken: as many as there may be connections have 4 MiB
+LINGER_BYTES, LINGER_S = 1 << 20, 2.0  # So much of a refused body is read, and for so long.
+SMALL_BYTES = 1024  # A body of so few is always taken: with as many connections as there may be, that is 4 MiB.
 
 
 async def refuse(exc: EngineError, scope: Scope, receive: Receive, send: Send) -> None:
@@ -27,7 +27,7 @@ async def refuse(exc: EngineError, scope: Scope, receive: Receive, send: Send) -
     comes behind the answer is thrown away first, up to LINGER_BYTES and for LINGER_S.
     """
     reply = error_reply(exc, dialect_of(Request(scope)))
-    reply.headers["connection"] = "close"  # a body that nobody reads must not be taken for the next request
+    reply.headers["connection"] = "close"  # A body that nobody reads must not be taken for the next request.
 
     async def send_and_linger(message: Message) -> None:
         if message["type"] != "http.response.body" or _waits_with_its_body(scope):
@@ -51,7 +51,7 @@ async def _throw_away(receive: Receive) -> None:
     num_bytes = 0
     while num_bytes <= LINGER_BYTES:
         message = await receive()
-        if not message.get("more_body", False):  # it is whole, or its client has gone
+        if not message.get("more_body", False):  # It is whole, or its client has gone.
             return
         num_bytes += len(message["body"])
 

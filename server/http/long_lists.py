@@ -7,7 +7,7 @@ from itertools import islice
 import msgspec
 from fastapi import Response
 
-SLICE = 2000  # items; some milliseconds
+SLICE = 2000  # So many items take some milliseconds.
 
 
 async def json_list(items: Iterable[object]) -> bytes:

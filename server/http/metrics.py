@@ -78,7 +78,7 @@ class Metrics:
             has_failed = True
             raise
         finally:
-            if num_open:  # closed before its end: the client hung up
+            if num_open:  # It was closed before its end, since the client hung up.
                 self._fail("dropped")
             elif not has_failed:
                 self.num_succeeded += 1
@@ -93,7 +93,7 @@ class Metrics:
         self._first.observe(times.queue_s + times.prefill_s)
         self._inference.observe(times.prefill_s + times.decode_s)
         self._generated.observe(finish.num_tokens)
-        if finish.num_tokens > 1:  # the first one came with the prefill
+        if finish.num_tokens > 1:  # The first one came with the prefill.
             self._per_token.observe(times.decode_s / (finish.num_tokens - 1))
 
     def refused(self, error: EngineError) -> None:
@@ -133,7 +133,7 @@ class _Snapshot(Collector):
         self._engine = engine
 
     def describe(self) -> Iterable[Metric]:
-        return ()  # or registering would collect once, before there is anything to read
+        return ()  # Otherwise registering would collect once, before there is anything to read.
 
     def collect(self) -> Iterable[Metric]:
         yield from self._requests()

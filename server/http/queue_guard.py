@@ -16,7 +16,7 @@ QUEUEING_ROUTES |= {"/", "/generate", "/generate_stream", "/completion", "/api/g
 QUEUEING_ROUTES |= {"/api/v1/generate", "/api/extra/generate/stream"}
 # /invocations queues as well, but only its body tells in which dialect it is to be refused.
 
-_ARRIVAL = "arrival"  # in the scope's state
+_ARRIVAL = "arrival"  # A request's Arrival stands in its scope's state under this name.
 
 
 class Arrival:

@@ -22,7 +22,7 @@ from tightrope.server.settings.site_names import ANY, NAME, parse_origin
 
 log = logging.getLogger("tightrope.server")
 
-LONGEST_SHOWN = 200  # characters of a header that a message quotes
+LONGEST_SHOWN = 200  # A message quotes so many characters of a header at most.
 _HOST_HEADER = re.compile(rf"(?:\[(?P<v6>[0-9a-f:.]+(?:%[\w.-]+)?)\]|(?P<name>{NAME})\.?)(?::\d{{1,5}})?", re.ASCII)
 
 
@@ -39,7 +39,7 @@ class HostGuard:
         hosts = Headers(scope=scope).getlist("host") if scope["type"] == "http" else []
         if len(hosts) > 1:
             return await refuse(AmbiguousHost("a request has one Host header, not several"), scope, receive, send)
-        if not hosts or self._is_ours(hosts[0]):  # every browser sends the header
+        if not hosts or self._is_ours(hosts[0]):  # Every browser sends the header.
             return await self._app(scope, receive, send)
         shown = hosts[0][:LONGEST_SHOWN]
         parts = _HOST_HEADER.fullmatch(hosts[0].lower())

@@ -14,8 +14,8 @@ from tightrope.server.http.errors import Column, error_event, error_line, unexpe
 log = logging.getLogger("tightrope.server")
 
 NEVER_S = 366 * 86400
-PING_S = 15  # proxies cut lines that stay silent for longer than 30 to 60 s
-DONE = b"data: [DONE]\n\n"  # /v1 alone; compared byte by byte by huggingface_hub
+PING_S = 15  # Proxies cut lines that stay silent for longer than 30 to 60 s.
+DONE = b"data: [DONE]\n\n"  # Only /v1 has it, and huggingface_hub compares it byte by byte.
 
 # sse-starlette would cut every stream at SIGTERM; uvicorn's drain limit decides that, and running answers may finish.
 AppStatus.enable_automatic_graceful_drain = False
@@ -60,5 +60,5 @@ async def with_errors(
         except EngineError as exc:
             log.error("stream failed: error=%s", exc.message)
             yield told(exc)
-        except Exception as exc:  # the outermost loop of a stream: nothing above it can still answer
+        except Exception as exc:  # This is the outermost loop of a stream, above which nothing can still answer.
             yield told(unexpected(exc))

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Collection
 from typing import Any
 
-Message = dict[str, Any]  # as a template sees it: role, content, and what else the request says
+Message = dict[str, Any]  # A template sees role, content, and what else the request says.
 
 
 def pieces(message: Message) -> list[str]:

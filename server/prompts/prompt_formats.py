@@ -152,7 +152,7 @@ _LIMARP_ALPACA = r"""
 {%- if add_generation_prompt -%}{{ '### Response:' + wished + '\n' + ns.character + ':' }}{%- endif -%}
 """
 
-CHATML = PromptFormat(_CHATML, ("<|im_end|>",))  # a model of another kind doesn't know it as an end token
+CHATML = PromptFormat(_CHATML, ("<|im_end|>",))  # A model of another kind doesn't know it as an end token.
 _BAGEL = PromptFormat(_BAGEL_CHATML)
 
 PROMPT_FORMATS: Mapping[str, PromptFormat] = {

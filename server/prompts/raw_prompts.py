@@ -6,7 +6,7 @@ from tightrope.engine.errors import InvalidRequest
 from tightrope.engine.types import Prompt, Span, TextPrompt, TokenPrompt
 from tightrope.server.served import Served
 
-MOST_TOKEN_IDS = 1 << 24  # more than any vocabulary has
+MOST_TOKEN_IDS = 1 << 24  # No vocabulary has so many.
 
 
 def raw_prompt(given: str | Sequence[int], served: Served, adapter: str | None, *, add_bos: bool) -> Prompt:

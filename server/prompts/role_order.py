@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from tightrope.server.prompts.content import Message, text_of
 
-SEPARATOR = "\n\n"  # between texts that become one
+SEPARATOR = "\n\n"  # It stands between texts that become one.
 
 
 def regular_orders(messages: list[Message]) -> Iterator[list[Message]]:
@@ -40,8 +40,8 @@ def _without_system(messages: list[Message]) -> list[Message]:
 
 def _joined(messages: list[Message], *, every_turn: bool) -> list[Message]:
     made: list[Message] = []
-    is_opening = True  # no turn of the user has come
-    is_turn = False  # whether the last one made holds a turn, and no system messages alone
+    is_opening = True  # It holds until a turn of the user has come.
+    is_turn = False  # It tells whether the last one made holds a turn, and no system messages alone.
     for message in messages:
         is_note = message["role"] == "system"
         if is_note and any(m["role"] != "system" for m in made):

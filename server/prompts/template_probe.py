@@ -26,7 +26,7 @@ _CHATS = (
     ("system", "user", "assistant", "user", "assistant"),
 )
 _LISTED = re.compile(r"""["']text["']\s*:\s*["'](\\[nrt]|\s)*$""", re.IGNORECASE)
-_LISTED_CHARS = 64  # in front of words, blanks among them
+_LISTED_CHARS = 64  # So many characters in front of words are looked at, blanks among them.
 _CALL_CONTENTS: tuple[Mapping[str, str | None], ...] = ({}, {"content": ""}, {"content": None})
 TOOL = {
     "type": "function",
@@ -38,21 +38,21 @@ TOOL = {
 class TemplateFacts:
     """What one template was seen to do."""
 
-    shapes: Mapping[str, frozenset[Shape]]  # of each role's content, in which most of its words are kept
-    lost: frozenset[str] = frozenset()  # roles of which no word is kept
-    partly_lost: frozenset[str] = frozenset()  # roles of whose turns some are kept, and some aren't
-    one_part: frozenset[str] = frozenset()  # roles of whose parts only some are kept, so that they are to be one
-    is_broken: bool = False  # not one of the chats could be rendered
+    shapes: Mapping[str, frozenset[Shape]]  # In these shapes most words of a role's content are kept.
+    lost: frozenset[str] = frozenset()  # Of these roles no word is kept.
+    partly_lost: frozenset[str] = frozenset()  # Of these roles some turns are kept, and some aren't.
+    one_part: frozenset[str] = frozenset()  # Of these roles' parts only some are kept, so that they are to be one.
+    is_broken: bool = False  # It is when not one of the chats could be rendered.
     call_content: Mapping[str, str | None] = field(
         default_factory=lambda: {"content": ""}
-    )  # beside calls, if no text is
+    )  # It stands beside calls without text.
 
     def shapes_of(self, role: str) -> frozenset[Shape]:
         """Those in which content of this role is kept; a role that wasn't probed is like the user's."""
         return self.shapes.get(role, self.shapes["user"])
 
 
-UNKNOWN = TemplateFacts(dict.fromkeys(_ROLES, frozenset({"text"})))  # what most templates read
+UNKNOWN = TemplateFacts(dict.fromkeys(_ROLES, frozenset({"text"})))  # Most templates read this.
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,7 @@ class _Chat:
     """A chat of marked words, each in its role's shape."""
 
     roles: tuple[str, ...]
-    shapes: tuple[tuple[str, Shape], ...]  # of the roles that occur
+    shapes: tuple[tuple[str, Shape], ...]  # Only roles that occur are in it.
 
     def words(self) -> list[tuple[str, str]]:
         """The role and the words of each message."""
@@ -183,7 +183,7 @@ def _facts(assignments: Sequence[Mapping[str, Shape]], texts: Mapping[_Chat, str
 
 def keeps(text: str, word: str) -> bool:
     """Whether a word is in the text as itself, and not as part of a list in Python's or JSON's notation."""
-    text = text.lower()  # some write it in capitals
+    text = text.lower()  # Some write it in capitals.
     return word in text and not any(is_listed(text, found.start()) for found in re.finditer(re.escape(word), text))
 
 

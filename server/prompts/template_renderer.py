@@ -14,10 +14,10 @@ from tightrope.processes import bare_environment, child_command
 from tightrope.server.http.errors import TemplateFailed, TemplateRefused, TemplateStopped
 from tightrope.server.prompts.template_worker import Rendered, RenderJob
 
-RENDER_TIMEOUT_S = 5.0  # a long chat takes milliseconds
-START_TIMEOUT_S = 30.0  # a busy machine takes a while to start an interpreter
+RENDER_TIMEOUT_S = 5.0  # A long chat takes milliseconds.
+START_TIMEOUT_S = 30.0  # A busy machine takes a while to start an interpreter.
 MAX_PROMPT_BYTES = 16 << 20
-_HALVES = re.compile("[\ud800-\udfff]")  # of a character: they have no UTF-8
+_HALVES = re.compile("[\ud800-\udfff]")  # Halves of characters have no UTF-8.
 
 
 class TemplateRenderer:
@@ -53,7 +53,7 @@ class TemplateRenderer:
             if self._process is None:
                 try:
                     await self._start()
-                except OSError as error:  # no descriptor, memory or process to be had, or no time on a busy machine
+                except OSError as error:  # There was no descriptor, memory or process, or no time on a busy machine.
                     why = str(error) or "it did not answer in time"
                     raise EngineUnavailable(f"the process for chat templates can't be started: {why}") from None
             done = False
@@ -67,7 +67,7 @@ class TemplateRenderer:
             except (asyncio.IncompleteReadError, ConnectionError):
                 raise TemplateStopped("the chat template was stopped: it used too much memory", "messages") from None
             finally:
-                if not done:  # also when the client hung up: what comes back now answers nobody
+                if not done:  # The client may have hung up, and what comes back now answers nobody.
                     await self._kill()
         return made
 
@@ -77,7 +77,7 @@ class TemplateRenderer:
             env=bare_environment(),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
-            start_new_session=True,  # Ctrl-C is for the server, which then closes it
+            start_new_session=True,  # Ctrl-C is for the server, which then closes it.
         )
         try:
             # So that its start does not count as a render's time.
@@ -111,7 +111,7 @@ class TemplateRenderer:
         if process.stdin is not None:
             process.stdin.close()
         if process.stdout is not None:
-            await process.stdout.read()  # `wait` would wait for ever for a pipe that nobody empties
+            await process.stdout.read()  # `wait` would wait for ever for a pipe that nobody empties.
         await process.wait()
 
     async def close(self) -> None:

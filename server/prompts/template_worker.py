@@ -27,7 +27,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tightrope.engine.process.frames import pack, read_frame
 from tightrope.processes import limit_cpu
 
-MEMORY_BYTES = 512 << 20  # address space; an interpreter with Jinja takes about 40 MB of it
+MEMORY_BYTES = 512 << 20  # It bounds the address space, of which an interpreter with Jinja takes about 40 MB.
 
 _LOADING = (nodes.Include, nodes.Import, nodes.FromImport, nodes.Extends)
 _REACHING = (nodes.Getattr, nodes.Getitem, *_LOADING)
@@ -152,7 +152,7 @@ def render(source: str, variables: dict[str, Any] | None) -> Rendered:
         return _OUT_OF_MEMORY
     except RecursionError:
         return Rendered(None, "the chat template was stopped: it calls itself without end")
-    except Exception as exc:  # a template is a program: it can fail in every way that a program can
+    except Exception as exc:  # A template is a program: it can fail in every way that a program can.
         return Rendered(None, f"the chat template can't render these messages: {exc}")
 
 

@@ -13,9 +13,10 @@ from tightrope.server.prompts.template_renderer import TemplateRenderer
 from tightrope.server.prompts.typed_tokens import TypedTokens, new_mark, special_texts
 from tightrope.server.prompts.whole_chats import Rendering
 
-Probed = dict[tuple[Hashable, ...], TemplateFacts]  # by template, what it sees beside messages, and with_tools
+# The key is a template, what it sees beside messages, and with_tools.
+Probed = dict[tuple[Hashable, ...], TemplateFacts]
 NO_TEMPLATE = "the model's file has no chat template: chats are written as ChatML; --chat-template sets another"
-TOOL_USE = "tool_use"  # the name of the template that transformers takes when tools are given
+TOOL_USE = "tool_use"  # transformers takes the template of this name when tools are given.
 
 
 @dataclass(frozen=True, slots=True)

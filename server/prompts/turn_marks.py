@@ -18,7 +18,7 @@ from tightrope.server.prompts.templates import ChatTemplate
 
 Role = Literal["system", "user", "assistant"]
 
-_ROLE_WORD = re.compile(r"[\w:./-]{1,32}\s*")  # "user\n" between marks; a sentence is none
+_ROLE_WORD = re.compile(r"[\w:./-]{1,32}\s*")  # "user\n" stands between marks; a sentence is none.
 _ASSISTANT = re.compile("assistant|bot|model|gpt", re.IGNORECASE)
 # ends of turns where a turn has several messages: in OpenAI's harmony format, and in Solar's
 _SEVERAL_MESSAGES = ({"<|return|>", "<|call|>"}, {"<|flush|>", "<|calls|>"})
@@ -35,7 +35,7 @@ _CHAT: tuple[tuple[Role, str], ...] = (
 class Gap:
     """What a template writes between the words of one message and of the next; None at the ends of the chat."""
 
-    before: Role | None  # whose words stand before it
+    before: Role | None  # The words of this role stand before it.
     text: str
     after: Role | None
 
@@ -94,7 +94,7 @@ def turn_marks(found: Iterable[Gap], info: ModelInfo) -> TurnMarks:
     if not candidates:
         return TurnMarks()
     pattern = re.compile(f"({'|'.join(map(re.escape, candidates))})")
-    cut = [(gap, pattern.split(gap.text)) for gap in every]  # text, mark, text, mark ... text
+    cut = [(gap, pattern.split(gap.text)) for gap in every]  # Text and marks take turns in it.
     ends = {mark for gap, pieces in cut if gap.before == "assistant" for mark in _first_mark(pieces)}
     behind = ends | {mark for gap, pieces in cut if gap.before is not None for mark in _first_mark(pieces)}
     before = {mark for gap, pieces in cut if gap.after in ("system", "user") for mark in _opening(pieces, behind)}
@@ -102,7 +102,7 @@ def turn_marks(found: Iterable[Gap], info: ModelInfo) -> TurnMarks:
         mark for gap, pieces in cut if gap.after == "assistant" for mark in pieces[1::2] if _ASSISTANT.search(mark)
     }
     if any(turn_ends <= {*info.special_texts, *info.added_texts} for turn_ends in _SEVERAL_MESSAGES):
-        ends.discard("<|end|>")  # there it ends one of the messages of a turn
+        ends.discard("<|end|>")  # There it ends one of the messages of a turn.
     added = (behind | before | named) & set(info.added_texts)
     return TurnMarks(tuple(sorted(added)), tuple(sorted(ends - set(info.end_texts))))
 

@@ -19,7 +19,7 @@ from tightrope.engine.types import Span
 from tightrope.server.prompts.content import Message
 
 _NUM_DIGITS = 24
-MOST_COMPARED = 1_000_000  # pairs of texts, which takes tenths of a second
+MOST_COMPARED = 1_000_000  # To compare so many pairs of texts takes tenths of a second.
 
 
 def new_mark() -> str:
@@ -31,8 +31,8 @@ def new_mark() -> str:
 class SpecialTexts:
     """The texts of special tokens, and how they are found. White space alone is text in every chat."""
 
-    pattern: re.Pattern[str]  # the longest of several
-    heads: frozenset[str]  # what they begin with, short of the whole
+    pattern: re.Pattern[str]  # It finds the longest of several.
+    heads: frozenset[str]  # They begin with these, short of the whole.
     tails: frozenset[str]
     longest: int
 
@@ -110,7 +110,7 @@ class TypedTokens:
         count as typed if anyone typed the like.
         """
         enclosed = f"{self.opening}((?:(?!{self.opening}|{self.closing}).)*){self.closing}"
-        ends = [0]  # of the text outside marks, inside, outside and so on
+        ends = [0]  # These are ends of the text outside marks, inside, outside and so on.
         pieces = re.split(enclosed, marked, flags=re.DOTALL)
         pieces = [piece.replace(self.opening, "").replace(self.closing, "") for piece in pieces]
         for piece in pieces:
@@ -147,5 +147,5 @@ def _num_same(one: Sequence[str], other: Sequence[str]) -> int:
 
 def _overlaps(span: tuple[int, int], ends: Sequence[int]) -> bool:
     """Whether some of the text from `span[0]` to `span[1]` lies inside marks."""
-    first, last = bisect_right(ends, span[0]), bisect_left(ends, span[1])  # pieces, counted from 1
+    first, last = bisect_right(ends, span[0]), bisect_left(ends, span[1])  # Pieces are counted from 1.
     return first < last or first % 2 == 0

@@ -87,10 +87,10 @@ class Rendering:
         Of the assistant's some are left out on purpose, such as its thoughts; it loses them where whole turns were seen
         to be left out.
         """
-        loses = self.facts.lost | self.facts.partly_lost  # there, words that are found may be another message's
+        loses = self.facts.lost | self.facts.partly_lost  # Words of these that are found may be another message's.
         watched = {"system", "user"} | (loses & {"assistant"})
         changed = {place for place, m in enumerate(messages) if m["role"] in loses and "".join(pieces(m)).strip()}
-        start = 0  # messages mostly stand in their order
+        start = 0  # Messages mostly stand in their order.
         for place, message in enumerate(messages):
             for piece in pieces(message) if message["role"] in watched else ():
                 words = piece.strip()
@@ -107,7 +107,7 @@ class Rendering:
         try:
             text = await self.text(marked)
         except TemplateFailed:
-            return set()  # it looks into the words themselves
+            return set()  # The template looks into the words themselves.
         return {messages[place]["role"] for place in changed if not keeps(text, marks[place])} & watched
 
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 
 from tightrope.server.prompts.prompt_formats import PROMPT_FORMATS
 
-TreePath = tuple[str, ...]  # where an option lives in ServerSettings
-CONFIG = "config"  # the one option that isn't in the tree: where the file is
+TreePath = tuple[str, ...]  # An option lives there in ServerSettings.
+CONFIG = "config"  # This option alone isn't in the tree: it says where the file is.
 
 
 @dataclass(frozen=True, slots=True)

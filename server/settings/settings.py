@@ -16,9 +16,9 @@ from tightrope.server.settings.site_names import parse_host_pattern, parse_origi
 
 LogLevel = Literal["debug", "info", "warning", "error"]
 ENV_PREFIX = "TIGHTROPE_"
-MAX_BODY_BYTES = 1 << 30  # a body is held in memory, as bytes and as objects of several times their size
+MAX_BODY_BYTES = 1 << 30  # A body is held in memory, as bytes and as objects of several times their size.
 MAX_TEMPLATE_BYTES = 4 << 20
-MAX_STOPS = 1 << 10  # each is looked for behind every token
+MAX_STOPS = 1 << 10  # Each is looked for behind every token.
 
 
 class SettingsError(Exception):
@@ -124,11 +124,12 @@ def load_settings(arguments: Mapping[str, str], environ: Mapping[str, str] | Non
     ]
     if config is not None:
         sources.insert(0, (_from_file(Path(config).expanduser()), lambda option: f"{config}: {option}"))
-    merged: dict[TreePath, tuple[Any, str]] = {}  # value of any type that TOML has, and what to call its source
+    # A value may be of any type that TOML has; beside it stands what to call its source.
+    merged: dict[TreePath, tuple[Any, str]] = {}
     for values, label in sources:
         merged = _implied(values, label) | merged | _place(values, label)
 
-    tree: dict[str, Any] = {}  # grows into the shape of ServerSettings, whose validation gives it its types
+    tree: dict[str, Any] = {}  # It grows into the shape of ServerSettings, whose validation gives it its types.
     for path, (value, _) in merged.items():
         branch = tree
         for step in path[:-1]:
@@ -161,7 +162,8 @@ def _from_file(path: Path) -> dict[str, Any]:
         raise SettingsError(f"{path}: can't read the configuration: {error.strerror}") from None
     except UnicodeDecodeError:
         raise SettingsError(f"{path}: the configuration is not UTF-8 text") from None
-    except (ValueError, RecursionError) as error:  # not only TOML's own: of numbers with thousands of digits, too
+    # TOML's own are not all: numbers with thousands of digits raise another.
+    except (ValueError, RecursionError) as error:
         raise SettingsError(f"{path}: not TOML: {error}") from None
     values = {name.replace("_", "-"): value for name, value in values.items()}
     for name in values:
@@ -211,7 +213,5 @@ def _one_line(failure: ValidationError, merged: Mapping[TreePath, tuple[Any, str
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error":
         return f"{label}: {message}"
-    expected = message.split(", unable to")[
-        0
-    ]  # "Input should be a valid integer, unable to parse string as an integer"
+    expected = message.split(", unable to")[0]  # The message goes on with "unable to parse string as an integer".
     return f"{label}: {expected[0].lower()}{expected[1:]}, not {value!r:.80}"

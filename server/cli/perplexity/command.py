@@ -18,12 +18,12 @@ from tightrope.server.cli.failures import CommandFailed, UsageError
 from tightrope.server.cli.perplexity.report import LayerRow, Report, Row
 
 if TYPE_CHECKING:
-    from tightrope.backends.protocol import Backend  # it imports torch
+    from tightrope.backends.protocol import Backend  # It imports torch.
 
 DEFAULT_CONTEXTS = "512,1024,2048"
-LAYER_TOKENS = 4096  # most of a comparison layer by layer, which runs them once for each; but one window
+LAYER_TOKENS = 4096  # A comparison by layers runs as many for each layer, or one window if that is longer.
 Quantized = Literal["q8", "q4"]
-QUANTIZED: tuple[Quantized, ...] = ("q8", "q4")  # what can be compared with f16
+QUANTIZED: tuple[Quantized, ...] = ("q8", "q4")  # These can be compared with f16.
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +31,8 @@ class Arguments:
     """What to measure, and where to write it."""
 
     text: Path
-    contexts: tuple[int, ...]  # ascending
-    max_tokens: int  # for each context length; 0: the whole text
+    contexts: tuple[int, ...]  # They ascend.
+    max_tokens: int  # It holds for each context length; 0 is the whole text.
     compare_kv: tuple[Quantized, ...]
     json: Path | None
     plot: Path | None

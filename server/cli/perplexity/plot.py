@@ -6,13 +6,13 @@ from pathlib import Path
 
 import matplotlib
 
-matplotlib.use("Agg")  # no display needed
+matplotlib.use("Agg")  # It needs no display.
 
 import matplotlib.pyplot as plt
 
 COLOURS = ("#c8442d", "#33475b", "#4d9078", "#d99a2b", "#7d5ba6", "#6b7f8e", "#111111", "#b56576")
 GREY = "#5b6670"
-NOTE_WIDTH = 112  # characters in a line below the picture
+NOTE_WIDTH = 112  # So many characters fit into a line below the picture.
 
 
 def draw(

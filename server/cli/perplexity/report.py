@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from tightrope.backends.protocol import ModelCard  # it imports torch
+    from tightrope.backends.protocol import ModelCard  # It imports torch.
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,10 +16,11 @@ class Row:
     cache: str
     bytes_per_token: float
     windows: int
-    tokens: int  # predicted
+    tokens: int  # Only predicted ones count.
     perplexity: float
-    kl: float | None  # nats: mean divergence of the next token's distributions from those with the f16 cache
-    change: float | None  # of perplexity against the f16 cache, as a share
+    # It is the mean divergence, in nats, of the next token's distributions from those with the f16 cache.
+    kl: float | None
+    change: float | None  # It is a share of the perplexity with the f16 cache.
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +48,7 @@ class Report:
     """All that was found, and what it was measured with."""
 
     card: "ModelCard"
-    text: str  # name of its file
+    text: str  # It is the name of the text's file.
     text_tokens: int
     compare_kv: Sequence[str]
     rows: list[Row] = field(default_factory=list)

@@ -9,9 +9,9 @@ from typing import Any
 from tightrope.engine.guided.json_schema import lark_of_schema
 from tightrope.server.prompts.content import text_of, with_text
 
-MAX_CALLS = 16  # forced in one answer
+MAX_CALLS = 16  # One answer is forced to so many at most.
 
-Schema = Mapping[str, Any]  # a JSON schema
+Schema = Mapping[str, Any]  # It is a JSON schema.
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +23,7 @@ class CallFormat:
 
     opening: str
     closing: str
-    arguments: str  # the key of the arguments
+    arguments: str  # The arguments stand under this key.
 
     def grammar(self, functions: Mapping[str, Schema], *, one_call: bool) -> str:
         """Lark for one call of these functions, or several, and nothing besides."""

@@ -30,7 +30,7 @@ class Arguments:
     text: str
 
 
-Piece = str | CallOpened | Arguments  # a str is text of the answer
+Piece = str | CallOpened | Arguments  # A str is text of the answer.
 
 _HEAD = (r"\s*", r"\{", r"\s*", '"name"', r"\s*", ":", r"\s*", r'"[\w-]*"', r"\s*", ",", r"\s*")
 _KEYS = ('"arguments"', '"parameters"')
@@ -64,9 +64,9 @@ class CallParser:
     def __init__(self, call_format: CallFormat, names: frozenset[str]) -> None:
         self._format = call_format
         self._names = names
-        self._held = ""  # read, and not certain yet
+        self._held = ""  # It has been read, and is not certain yet.
         self._read = self._text if call_format.opening else self._head
-        self._depth = 0  # of brackets inside the arguments
+        self._depth = 0  # It counts the brackets that are open inside the arguments.
         self._in_string = self._is_escaped = False
         self._is_after_call = False
         self.num_calls = 0

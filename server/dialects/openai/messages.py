@@ -33,7 +33,7 @@ def _message(message: Message, place: str) -> dict[str, Any]:
     if message.tool_calls:
         made["tool_calls"] = [_tool_call(call) for call in message.tool_calls]
     else:
-        made.pop("tool_calls", None)  # an empty list, which some templates take for calls
+        made.pop("tool_calls", None)  # Some templates take an empty list for calls.
     return _with_reasoning(made)
 
 
@@ -56,7 +56,7 @@ def _tool_call(call: ToolCall) -> dict[str, Any]:
     function: dict[str, Any] = call.given["function"]
     arguments: Any = call.function.arguments
     if isinstance(arguments, str):
-        with suppress(msgspec.MsgspecError, RecursionError):  # what is no JSON is shown as the model wrote it
+        with suppress(msgspec.MsgspecError, RecursionError):  # What is no JSON is shown as the model wrote it.
             arguments = msgspec.json.decode(arguments)
     made = {**call.given, "function": {**function, "arguments": arguments}}
     return made if "type" in made else {"type": "function", **made}

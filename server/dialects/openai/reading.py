@@ -86,7 +86,8 @@ def completion_asked(body: CompletionRequest, served: Served) -> Asked:
         raise InvalidRequest("suffix needs a model that fills in the middle, which this one does not", "suffix")
     check_most("logprobs", body.logprobs, served.limits.max_logprobs)
     check_most("prompt_logprobs", body.prompt_logprobs, served.limits.max_logprobs)
-    scored = [body.prompt_logprobs, body.logprobs if body.echo else None]  # alternatives at each token of the prompt
+    # So many alternatives are wanted at each token of the prompt.
+    scored = [body.prompt_logprobs, body.logprobs if body.echo else None]
     wants_scores = body.logprobs is not None or best_of > body.n
     read = replace(
         common(body, served),

@@ -14,7 +14,8 @@ from tightrope.server.fields.numbers import MAX_INT
 from tightrope.server.http.body import EVERY_NAME, Body, FirstErrorOnly, ShownBody
 from tightrope.server.http.token_ids import Ids
 
-REASONING = ("reasoning_content", "thinking", "reasoning")  # names of what an assistant thought before its words
+# An assistant's thoughts before its words come under these names.
+REASONING = ("reasoning_content", "thinking", "reasoning")
 
 Bias = dict[str, float | bool] | list[Annotated[list[float | bool], Field(min_length=2, max_length=2)]]
 
@@ -28,7 +29,7 @@ class StreamOptions(Body):
 class ResponseFormat(Body):
     """The shape of the answer."""
 
-    read_elsewhere = frozenset({"schema"})  # llama.cpp's place for the schema of a json_object
+    read_elsewhere = frozenset({"schema"})  # llama.cpp has the schema of a json_object here.
 
     type: Literal["text", "json_object", "json_schema", "json", "regex"] = "text"
     json_schema: dict[str, Any] | None = Field(None, description='{"name": ..., "schema": ...}; always enforced.')

@@ -25,12 +25,12 @@ _NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 class ToolUse:
     """The tools that a chat may call."""
 
-    shown: list[dict[str, Any]]  # as the template gets them: the request's own JSON
+    shown: list[dict[str, Any]]  # The template gets the request's own JSON.
     names: frozenset[str]
     call_format: CallFormat
-    grammar: Grammar | None  # of a forced call, or of free text in which the calls of strict functions are valid
+    grammar: Grammar | None  # A forced call has one, and so has free text in which calls of strict functions are valid.
     is_forced: bool
-    stops: tuple[str, ...]  # end an answer that may hold one call
+    stops: tuple[str, ...]  # They end an answer that may hold one call.
 
     def parser(self) -> CallParser:
         """Reads the calls of one answer."""

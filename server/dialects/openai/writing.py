@@ -46,7 +46,7 @@ PLAIN = b'"delta":{"content":%b},"logprobs":null,"finish_reason":null'
 class _OpenAI(Dialect[S]):
     """What surrounds the choices."""
 
-    kind: str  # of a whole answer
+    kind: str  # It names a whole answer.
     chunk_kind: str
 
     def __init__(self, asked: Asked, body: S) -> None:
@@ -106,7 +106,7 @@ class Chat(_OpenAI[ChatRequest]):
         super().__init__(asked, body)
         self._tools = tools
         self._is_plain = tools is None and not body.logprobs
-        self._parsers: dict[int, CallParser | None] = {}  # of the choices that have begun
+        self._parsers: dict[int, CallParser | None] = {}  # A choice is here once it has begun.
 
     @classmethod
     async def read(cls, front: AppState, body: ChatRequest, request: Request) -> Self:
@@ -116,7 +116,7 @@ class Chat(_OpenAI[ChatRequest]):
         return cls(chat_asked(body, prompt, stops, served, tools), body, tools)
 
     def event(self, number: int, delta: Delta, ending: Ending | None) -> bytes:
-        if self._is_plain and delta.finish is None and number in self._parsers:  # nearly every event
+        if self._is_plain and delta.finish is None and number in self._parsers:  # Nearly every event is such a one.
             return self._chunk(number, PLAIN % encode(delta.text)) if delta.text else b""
         event = b""
         if number not in self._parsers:
@@ -131,7 +131,7 @@ class Chat(_OpenAI[ChatRequest]):
             event += self._chunk(
                 number, b'"delta":%b,"logprobs":%b,"finish_reason":null' % (_message_delta(piece), logprobs)
             )
-            logprobs = b"null"  # they come once
+            logprobs = b"null"  # They come once.
         if delta.finish is not None:
             num_calls = 0 if parser is None else parser.num_calls
             reasons = encode(finish_reason(delta.finish, num_calls)), encode(stop_reason(delta.finish))
@@ -167,7 +167,7 @@ class Completions(_OpenAI[CompletionRequest]):
         super().__init__(asked, body)
         self.wants_single_tokens = body.logprobs is not None
         self._echoes = echoes
-        self._offsets: dict[int, int] = {}  # characters that the tokens listed so far have
+        self._offsets: dict[int, int] = {}  # It counts the characters of the tokens that are listed so far.
 
     @classmethod
     async def read(cls, front: AppState, body: CompletionRequest, request: Request) -> Self:

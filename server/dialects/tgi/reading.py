@@ -18,7 +18,7 @@ from tightrope.server.fields.structured import in_tgi_words, read_tgi_grammar
 from tightrope.server.served import Served
 from tightrope.server.settings.settings import ServerSettings
 
-COUNTED_NEW_TOKENS = 1024  # more tokens asked for than that are not held against the window
+COUNTED_NEW_TOKENS = 1024  # More tokens asked for than that are not held against the window.
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +89,7 @@ def generate_asked(body: GenerateBody, limits: TGILimits, served: Served, *, is_
 def _as_tgi_means(request: GenerateRequest, p: Parameters, sampled: bool) -> GenerateRequest:
     """The request with what only TGI has, or means otherwise than all others."""
     sampling, stop = request.sampling, request.stop
-    is_told = request.logprobs is not None  # the answer names its seed, which must give the text again
+    is_told = request.logprobs is not None  # The answer names its seed, which must give the text again.
     seed = secrets.randbits(64) if sampling.seed is None and sampled and is_told else sampling.seed
     return structs.replace(
         request,

@@ -59,7 +59,8 @@ class _TGI(Dialect[G]):
     column: ClassVar[Column] = "tgi"
 
     is_stream: ClassVar[bool] = False
-    is_full: ClassVar[bool] = False  # whether the inputs come in front of the answer where nothing else is said
+    # It decides whether the inputs come in front of the answer where nothing else is said.
+    is_full: ClassVar[bool] = False
 
     def __init__(self, asked: Asked, body: GenerateBody, compute: str) -> None:
         super().__init__(asked)
@@ -69,7 +70,7 @@ class _TGI(Dialect[G]):
         self._details = p is not None and (p.details or p.decoder_input_details)
         self._is_sampled = asked.requests[0].sampling.temperature > 0
         self._has_top = logprobs is not None and logprobs.top > 0
-        self._full_text = body.inputs if is_full else ""  # put in front
+        self._full_text = body.inputs if is_full else ""  # It is put in front.
         self._texts = [self._full_text]
         self._num_events = 0
         self._arrived_s = time.monotonic()
