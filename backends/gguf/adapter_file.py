@@ -13,7 +13,7 @@ from tightrope.backends.gguf.header import Header, TensorInfo, read_header
 
 ALPHA = "adapter.lora.alpha"
 
-_TYPES = ("F32", "F16", "BF16", "Q8_0")  # what a tensor may be
+_TYPES = ("F32", "F16", "BF16", "Q8_0")  # A tensor may be one of these.
 
 
 def read_adapter_file(path: Path, base: Header) -> Header:

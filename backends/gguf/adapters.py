@@ -40,7 +40,7 @@ class GGUFAdapters:
             return self._prepare_folder(name, path)
         header = read_adapter_file(path, self._base)
         with self._room.taken(name, header.weight_bytes):
-            check_values(header)  # which brings the file into memory as well
+            check_values(header)  # This brings the file into memory as well.
 
         def put_in_place() -> None:
             self._in_place[name] = NativeAdapter(self._model, path)

@@ -13,11 +13,7 @@ from tightrope.backends.gguf.adapters import GGUFAdapters, room_for_adapters
 from tightrope.backends.gguf.cache import SharedKVCache
 from tightrope.backends.gguf.header import Header
 from tightrope.backends.gguf.model_file import read_model
-from tightrope.backends.gguf.native import (
-    ModelOptions,
-    NativeContext,
-    NativeModel,
-)
+from tightrope.backends.gguf.native import ModelOptions, NativeContext, NativeModel
 from tightrope.backends.gguf.plan import Plan, context_options, make_plan
 from tightrope.backends.gguf.shape import ModelShape
 from tightrope.backends.gguf.tokenizer import GGUFTokenizer
@@ -36,7 +32,7 @@ class GGUFBackend:
         adapter_bytes = room_for_adapters(settings, header)
         free_bytes = free_memory()
         plan = make_plan(settings, header, free_bytes, adapter_bytes)
-        torch.set_num_threads(1)  # llama.cpp's threads fill the machine; torch's beside them only get in their way
+        torch.set_num_threads(1)  # Llama.cpp's threads fill the machine; torch's beside them only get in their way.
         with ValueScan(header) as scan:
             self._model = NativeModel(path, _model_options(settings, header, free_bytes, progress))
             try:

@@ -28,10 +28,10 @@ from tightrope.backends.gguf.vocabulary import PER_TOKEN, TOKENS, BadVocabulary,
 MAGIC = b"GGUF"
 MAX_KEYS = 1 << 16
 MAX_TENSORS = 1 << 20
-MAX_STRING = 64 << 20  # bytes; the longest real ones are chat templates
-MAX_HEADER = 1 << 30  # bytes before the tensors; the largest vocabularies take about 30 MiB
-MAX_KEPT_ARRAY = 4096  # longer arrays (vocabularies) are checked and counted, not kept
-MAX_NAME = 64  # bytes of a tensor name with its end; llama.cpp's own limit
+MAX_STRING = 64 << 20  # The longest real ones are chat templates.
+MAX_HEADER = 1 << 30  # So many bytes may come before the tensors; the largest vocabularies take about 30 MiB.
+MAX_KEPT_ARRAY = 4096  # Longer arrays, which vocabularies are, are checked and counted, not kept.
+MAX_NAME = 64  # It is llama.cpp's own limit of a tensor's name, in bytes with the end.
 MAX_DIMS = 4
 
 # value type id -> struct format; 8 is a string, 9 an array
@@ -79,7 +79,7 @@ class Header:
     path: Path
     metadata: dict[str, Value]
     files: tuple[DataFile, ...]
-    notes: tuple[str, ...] = ()  # what is odd about the vocabulary, one line each
+    notes: tuple[str, ...] = ()  # They say what is odd about the vocabulary, one line each.
 
     @property
     def tensors(self) -> tuple[TensorInfo, ...]:
@@ -149,9 +149,9 @@ class _Parser:
         self._pos = 0
         self._what = "the header"
         self._last_type = self._element_type = -1
-        self._strings: list[bytes] = []  # of the last array of strings
-        self._numbers: Array = np.empty(0)  # of the last array of numbers
-        self._texts: list[bytes] | None = None  # of the vocabulary
+        self._strings: list[bytes] = []  # They are those of the last array of strings.
+        self._numbers: Array = np.empty(0)  # They are those of the last array of numbers.
+        self._texts: list[bytes] | None = None  # They are those of the vocabulary.
         self._per_token: dict[str, Array] = {}
 
     def header(self) -> Header:
@@ -251,13 +251,14 @@ class _Parser:
     def _string_array(self, count: int) -> list[bytes]:
         if count * 8 > self._size - self._pos:
             raise self._error(f"truncated: {self._what} claims {count} strings, more than the rest of the file holds")
-        read, end, from_bytes = self._file.read, min(self._size, MAX_HEADER), int.from_bytes  # a loop of 10^5 and more
+        # The loop runs 10^5 times and more.
+        read, end, from_bytes = self._file.read, min(self._size, MAX_HEADER), int.from_bytes
         texts: list[bytes] = []
         for _ in range(count):
             length = from_bytes(read(8), "little")
             if length > MAX_STRING or self._pos + 8 + length > end:
                 self._file.seek(self._pos)
-                self._take(self._length())  # says what is wrong
+                self._take(self._length())  # This says what is wrong.
             texts.append(read(length))
             self._pos += 8 + length
         return texts
@@ -265,7 +266,7 @@ class _Parser:
     def _tensors(self, count: int, alignment: int) -> tuple[TensorInfo, ...]:
         tensors: list[TensorInfo] = []
         names: set[str] = set()
-        end = 0  # where the next tensor has to start
+        end = 0  # The next tensor has to start there.
         for i in range(count):
             self._what = f"tensor {i + 1} of {count}"
             tensor = self._tensor()

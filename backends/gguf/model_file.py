@@ -19,7 +19,7 @@ _OTHER_ARCHITECTURES = {
     "clip": _OTHER_TYPES["mmproj"],
     "controlvector": "a control vector, no model: it changes the answers of one",
 }
-_POOLED = {1: "mean", 2: "cls", 3: "last", 4: "rank"}  # how one vector is made of a text's
+_POOLED = {1: "mean", 2: "cls", 3: "last", 4: "rank"}  # One vector is made of a text's in these ways.
 
 
 def read_model(path: Path, settings: ModelSettings) -> Header:

@@ -23,20 +23,21 @@ from tightrope.backends.gguf.threadpool import ThreadPool
 
 log = logging.getLogger("tightrope.gguf")
 
-MAX_SEQS = 256  # llama.cpp's LLAMA_MAX_SEQ
+MAX_SEQS = 256  # It is llama.cpp's LLAMA_MAX_SEQ.
 # ggml's levels: 1 debug, 2 info, 3 warning, 4 error; 5 continues the line before
 _LOG_LEVELS = {1: logging.DEBUG, 2: logging.DEBUG, 3: logging.DEBUG, 4: logging.WARNING}
 
 _WARNING = 3
-_MAX_NAMED = 4  # tensors in a message
+_MAX_NAMED = 4  # A message names so many tensors at most.
 _ASKS = "create_tensor: loading tensor "
-_MAX_WARNINGS = 1 << 16  # a vocabulary may have one for each token
-_SAID_BETTER = ("missing pre-tokenizer type", "GENERATION QUALITY", "CONSIDER REGENERATING")  # by the header's checks
-_FUNCTION = re.compile(r"^\w+: ")  # each line begins with the name of a native function
+_MAX_WARNINGS = 1 << 16  # A vocabulary may have one for each token.
+# The header's checks say these in better words.
+_SAID_BETTER = ("missing pre-tokenizer type", "GENERATION QUALITY", "CONSIDER REGENERATING")
+_FUNCTION = re.compile(r"^\w+: ")  # Each line begins with the name of a native function.
 
-_recent_errors: deque[str] = deque(maxlen=4)  # what llama.cpp complained about last, for error messages
+_recent_errors: deque[str] = deque(maxlen=4)  # Messages of errors quote what llama.cpp complained about last.
 _recent_warnings: deque[str] = deque(maxlen=_MAX_WARNINGS)
-_asked_tensors: set[str] = set()  # names that llama.cpp looked for in the last file
+_asked_tensors: set[str] = set()  # llama.cpp looked for these names in the last file.
 _last_level = logging.DEBUG
 
 
@@ -85,9 +86,9 @@ class ContextOptions:
 class ModelOptions:
     """How weights are loaded."""
 
-    gpu_layers: int = 0  # -1 is all
+    gpu_layers: int = 0  # -1 is all of them.
     use_mmap: bool = False
-    has_weights: bool = True  # without them a model only says whether, and how, it could be loaded
+    has_weights: bool = True  # Without them a model only says whether, and how, it could be loaded.
     progress: Callable[[float], None] = field(default=lambda _: None)
 
 
@@ -131,7 +132,7 @@ class NativeModel:
     def __init__(self, path: Path, options: ModelOptions) -> None:
         """Raises BackendError when llama.cpp refuses the file, or its model doesn't write text from left to right."""
         ll.llama_backend_init()
-        ll.llama_log_set(_on_log, ctypes.c_void_p(0))  # llama_cpp set its own when it was imported
+        ll.llama_log_set(_on_log, ctypes.c_void_p(0))  # Llama_cpp set its own when it was imported.
         _recent_errors.clear()
         _recent_warnings.clear()
         _asked_tensors.clear()
@@ -142,7 +143,7 @@ class NativeModel:
         params.progress_callback = self._on_progress
         if not options.has_weights:
             params.no_alloc = True
-            no_devices = (ctypes.c_void_p * 1)(None)  # a list ends with NULL
+            no_devices = (ctypes.c_void_p * 1)(None)  # A list ends with NULL.
             params.devices = ctypes.cast(no_devices, ctypes.c_void_p)
         self.pointer = ll.llama_model_load_from_file(str(path).encode(), params)
         if not self.pointer:
@@ -150,10 +151,10 @@ class NativeModel:
         if not self._writes_text():
             self.close()
             raise BackendError(f"{path}: no model to chat with: its architecture doesn't write text from left to right")
-        self.notes = _warnings()  # what llama.cpp finds odd about the file
+        self.notes = _warnings()  # llama.cpp finds these odd about the file.
         self.vocab = ll.llama_model_get_vocab(self.pointer)
         self.vocab_size: int = ll.llama_vocab_n_tokens(self.vocab)
-        self.swa_window: int = ll.llama_model_n_swa(self.pointer)  # 0: every layer sees everything
+        self.swa_window: int = ll.llama_model_n_swa(self.pointer)  # It is 0 where every layer sees everything.
         self.has_state = bool(ll.llama_model_is_recurrent(self.pointer) or ll.llama_model_is_hybrid(self.pointer))
         self.type_name = (ll.llama_ftype_name(ll.llama_model_ftype(self.pointer)) or b"mixed").decode()
 
@@ -304,7 +305,7 @@ def _context_params(options: ContextOptions) -> Any:  # noqa: ANN401 - a structu
     )
     params.offload_kqv = options.offload_cache
     params.kv_unified = True
-    params.swa_full = True  # a sliding-window model keeps all tokens, so that any prefix can be reused
+    params.swa_full = True  # A sliding-window model keeps all tokens, so that any prefix can be reused.
     params.no_perf = True
     params.rope_freq_base = options.rope_freq_base
     params.rope_freq_scale = options.rope_freq_scale

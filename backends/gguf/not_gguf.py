@@ -4,7 +4,7 @@ import re
 
 from tightrope.backends.files.foreign import told_by_start
 
-_SHOWN = 40  # bytes in a line
+_SHOWN = 40  # A line shows so many bytes.
 
 
 def describe(start: bytes, num_bytes: int) -> str:

@@ -21,8 +21,8 @@ from tightrope.backends.gguf.adapter_file import check_shapes
 from tightrope.backends.gguf.header import MAGIC, Header, TensorInfo
 from tightrope.kernels.forms.low_rank import balanced
 
-ALIGNMENT = 32  # of tensors in the file, in bytes
-_STRING, _F16 = 8, 1  # type ids of a value and of a tensor
+ALIGNMENT = 32  # Tensors in the file begin at multiples of so many bytes.
+_STRING, _F16 = 8, 1  # These are type ids of a value and of a tensor.
 
 # architectures with the names below, and whether a head's rows of queries and keys are (x0, y0, x1, y1 ...) in their
 # files; in those of Hugging Face they are (x0, x1 ... y0, y1 ...)
@@ -77,7 +77,7 @@ class Conversion:
             if part:
                 raise BackendError(f"{adapter.folder}: {part[0]!r} {what}, which a GGUF model can't use")
         self._known = {tensor.name: tensor for tensor in base.tensors}
-        self._stacks: dict[str, dict[int, Delta]] = {}  # experts by number; 0 for what has none
+        self._stacks: dict[str, dict[int, Delta]] = {}  # Experts stand by their numbers, and what has none under 0.
         for module, delta in adapter.deltas.items():
             name, expert = _place(module)
             self._check(module, self._known.get(name), expert, delta)
@@ -159,7 +159,7 @@ class Conversion:
         if part not in _HEADS or not _ARE_PAIRED[str(self._architecture)]:
             return rows
         num_heads = self._base.metadata[f"{self._architecture}.attention.{_HEADS[part]}"]
-        if isinstance(num_heads, tuple):  # one a layer
+        if isinstance(num_heads, tuple):  # There is one a layer.
             num_heads = num_heads[int(name.split(".")[1])]
         assert isinstance(num_heads, int)
         paired: Tensor = rows.unflatten(0, (num_heads, 2, -1)).transpose(1, 2).reshape(rows.shape)

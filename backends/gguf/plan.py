@@ -12,9 +12,9 @@ from tightrope.backends.memory import GIB, MIN_DEFAULT_TOKENS, default_tokens, d
 from tightrope.backends.settings import ModelSettings
 from tightrope.backends.threads import compute_threads
 
-CELL_GRAIN = 256  # llama.cpp rounds the number of cells up to this
-KEPT_SLOTS = 48  # finished sequences that may be kept at most; llama.cpp's work a step grows with the slots
-MAX_OUTPUTS = 128  # rows of logits from one native call; a buffer of this many times the vocabulary is allocated
+CELL_GRAIN = 256  # Llama.cpp rounds the number of cells up to this.
+KEPT_SLOTS = 48  # So many finished sequences may be kept at most, as llama.cpp's work a step grows with the slots.
+MAX_OUTPUTS = 128  # One native call gives so many rows of logits, for which a buffer is allocated.
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ class Plan:
 
     window: int
     num_cells: int
-    swap_bytes: int  # memory beside the cache for finished sequences
+    swap_bytes: int  # Finished sequences may take so much memory beside the cache.
     cache_type: CacheType
     step_tokens: int
     max_outputs: int
@@ -93,7 +93,7 @@ def _choose_type(settings: ModelSettings, shape: ModelShape, window: int, spare:
     for kind, reason in AUTO:
         if need * token_bytes(shape, kind) <= spare:
             return kind, reason
-    return AUTO[-1]  # too large as well: the refusal says how large
+    return AUTO[-1]  # This is too large as well, and the refusal says how large.
 
 
 def _choose_cells(settings: ModelSettings, shape: ModelShape, window: int, kind: CacheType, spare: int) -> int:

@@ -6,7 +6,7 @@ from llama_cpp import llama_cpp as ll
 
 from tightrope.backends.errors import BackendError
 from tightrope.backends.gguf.shape import ModelShape
-from tightrope.backends.rope.scaling import check_wish
+from tightrope.backends.rope.scaling import check_override
 from tightrope.backends.settings import RopeSettings
 
 
@@ -40,7 +40,7 @@ def plan_rope(settings: RopeSettings, shape: ModelShape) -> RopePlan:
     Raises BackendError when a kind lacks its factor, a factor its kind, or llama.cpp can't do what is asked.
     Sources: Chen et al. 2023, arXiv 2306.15595; Peng et al. 2023, arXiv 2309.00071.
     """
-    check_wish(settings)
+    check_override(settings)
     kind, factor = settings.kind, settings.factor
     original = settings.original_len or shape.unscaled_len
     if kind in ("dynamic", "longrope"):

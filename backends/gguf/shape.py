@@ -6,10 +6,10 @@ from tightrope.backends.errors import BackendError
 from tightrope.backends.gguf.header import Header, LongArray, Value
 from tightrope.backends.gguf.tensor_types import TENSOR_TYPES
 
-MAX_LAYERS = 512  # llama.cpp's own limit; it ends the process beyond
+MAX_LAYERS = 512  # llama.cpp ends the process beyond this.
 MAX_WINDOW = 1 << 28
 MAX_HEADS = 1 << 16
-MAX_EXPERTS = 512  # llama.cpp's own limit, too
+MAX_EXPERTS = 512  # llama.cpp ends the process beyond this, too.
 # metadata floats by their short key, and the values they can have: above the first number, up to the second
 _RANGES = {
     "attention.layer_norm_epsilon": (0.0, 1.0),
@@ -18,7 +18,7 @@ _RANGES = {
     "rope.freq_base": (1.0, 1e18),
     "rope.freq_base_swa": (1.0, 1e18),
 }
-_FACTORS = ("rope.scaling.factor", "rope.scale_linear")  # 0 says that there is none
+_FACTORS = ("rope.scaling.factor", "rope.scale_linear")  # 0 says that there is none.
 _MAX_FACTOR = 1e6
 
 
@@ -27,16 +27,16 @@ class ModelShape:
     """What planning needs to know. `key_width` and `value_width` are values a token over all layers' cache."""
 
     architecture: str
-    trained_len: int  # tokens, with the file's own RoPE scaling
-    unscaled_len: int  # tokens before any RoPE scaling
+    trained_len: int  # The file's own RoPE scaling is in it.
+    unscaled_len: int  # It is the window before any RoPE scaling.
     vocab_size: int
     embedding: int
     key_width: int
     value_width: int
     rope_base: float
     rope_dims: int
-    own_scaling: str | None  # what the file says of RoPE scaling, in words
-    has_freq_factors: bool  # a factor for each rotary frequency, as Llama 3.1's scaling and longrope have them
+    own_scaling: str | None  # It says in words what the file says of RoPE scaling.
+    has_freq_factors: bool  # Llama 3.1's scaling and longrope have a factor for each rotary frequency.
 
     @classmethod
     def of(cls, header: Header) -> "ModelShape":
@@ -113,7 +113,7 @@ class _Reader:
         experts, used = self._get("expert_count") or 0, self._get("expert_used_count") or 0
         if not isinstance(experts, int) or not 0 <= experts <= MAX_EXPERTS:
             raise self._error("expert_count", experts, f"it must be a number from 0 to {MAX_EXPERTS}")
-        most = max(used, default=0) if isinstance(used, tuple) else used  # some models have a number for each layer
+        most = max(used, default=0) if isinstance(used, tuple) else used  # Some models have a number for each layer.
         if not isinstance(most, int) or not (0 < most <= experts or most == experts == 0):
             wanted = (
                 f"with {experts} experts it must be a number from 1 to {experts}" if experts else "there are no experts"

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from graphlib import TopologicalSorter
 from itertools import groupby
 
-_MOST_BRANCHES = 64  # nested in the pattern; texts that have more in common stand side by side
+_MOST_BRANCHES = 64  # So many are nested in the pattern; texts that have more in common stand side by side.
 _MOST_COMPARED = 64
 
 
@@ -41,7 +41,7 @@ class SpecialTokens:
         """
         self._by_text = {token.text: token for token in tokens if token.text}
         self._precedes = precedes
-        self._known: dict[tuple[bytes, bytes], bool | None] = {}  # its answers
+        self._known: dict[tuple[bytes, bytes], bool | None] = {}  # It has answers of `precedes`.
         self.strips_any = any(token.strips_left or token.strips_right for token in self._by_text.values())
         texts = sorted(self._by_text)
         self._alone = frozenset(text for text in texts if _stands_alone(text, texts))

@@ -18,7 +18,7 @@ class Floats:
     NaN where its seven bits are all set. nibbles: one f16, of which each of four uint16 holds four bits in its highest.
     """
 
-    field: str  # ggml's name of it; "" where the block is the value
+    field: str  # ggml calls it so; it is "" where the block is the value.
     form: Form
     start: int = 0
     count: int = 1

@@ -14,8 +14,8 @@ from llama_cpp import llama_cpp as ll
 
 log = logging.getLogger("tightrope.gguf")
 
-_MAX_THREADS = 512  # GGML_MAX_N_THREADS
-NO_POLLING = 0  # of 100: how long a thread spins for the next step before it sleeps
+_MAX_THREADS = 512  # It is ggml's GGML_MAX_N_THREADS.
+NO_POLLING = 0  # Of 100, it is how long a thread spins for the next step before it sleeps.
 
 
 class _Params(ctypes.Structure):
@@ -36,7 +36,7 @@ class ThreadPool:
 
     def __init__(self, context: Any, threads: int) -> None:  # noqa: ANN401 - a native pointer
         """Attach `threads` threads, the caller's own among them, to a llama_context."""
-        self._library: Any = ll._lib  # llama_cpp wraps none of these functions
+        self._library: Any = ll._lib  # Llama_cpp wraps none of these functions.
         self._pointer: ctypes.c_void_p | None = None
         params = _Params()
         self._library.ggml_threadpool_params_init(ctypes.byref(params), ctypes.c_int(threads))

@@ -13,12 +13,12 @@ from tightrope.backends.gguf.special_tokens import SpecialToken, SpecialTokens
 from tightrope.backends.plain_text import WORDS, MarkCutter, place_to_cut
 from tightrope.backends.protocol import MAX_ADDED_TEXTS
 
-_CONTROL = ll.LLAMA_TOKEN_ATTR_CONTROL | ll.LLAMA_TOKEN_ATTR_UNKNOWN  # what parse_special decides about
+_CONTROL = ll.LLAMA_TOKEN_ATTR_CONTROL | ll.LLAMA_TOKEN_ATTR_UNKNOWN  # parse_special decides about these.
 _SPACE_PREFIXED = (ll.LLAMA_VOCAB_TYPE_SPM, ll.LLAMA_VOCAB_TYPE_UGM)
-_BRACKETED = re.compile(r"[<\[◁【]\S+[>\]▷】]")  # as marks are written
-_SEPARATOR = b"\x01"  # a character that no vocabulary joins with others
-_CHARACTER = 4  # bytes of UTF-8 at most: one that is in no piece may be one unknown token
-_SHORT = 64  # bytes of a text whose ids are kept for when it comes again
+_BRACKETED = re.compile(r"[<\[◁【]\S+[>\]▷】]")  # Marks are written so.
+_SEPARATOR = b"\x01"  # No vocabulary joins this character with others.
+_CHARACTER = 4  # A character has at most so many bytes, and one that is in no piece may be one unknown token.
+_SHORT = 64  # The ids of a text of so few bytes are kept for when it comes again.
 _MOST_KNOWN = 4096
 
 
@@ -26,8 +26,8 @@ class GGUFTokenizer:
     """Tokenizer over llama.cpp's vocabulary functions, which only read and so may be called from any thread."""
 
     def __init__(self, model: NativeModel) -> None:
-        self._model = model  # keeps the vocabulary's memory alive
-        self._vocab: Any = model.vocab  # a native pointer
+        self._model = model  # This keeps the vocabulary's memory alive.
+        self._vocab: Any = model.vocab  # It is a native pointer.
         self.vocab_size = model.vocab_size
         named = named_ids(model)
         self.bos_id = bos_id(model, named)
@@ -35,11 +35,11 @@ class GGUFTokenizer:
         ids = range(self.vocab_size)
         self.eos_ids = end_ids(model, named)
         self._special = frozenset(i for i in ids if self._attr(i) & _CONTROL)
-        self._bytes: dict[int, bytes] = {}  # filled as tokens are seen
+        self._bytes: dict[int, bytes] = {}  # It is filled as tokens are seen.
         self._special_texts = tuple(map(self._text, sorted(self._special)))
         self._separator_ids = self._tokenize(_SEPARATOR, parse_special=False) if self._prefixes_space() else []
         self._added = self._added_tokens()
-        self._marks: dict[bytes, int] = {}  # added tokens that are special all the same
+        self._marks: dict[bytes, int] = {}  # These added tokens are special all the same.
         self.named_tokens = tuple((name, self._text(token_id)) for name, token_id in named.items())
         # what ends a turn is no text, whatever its type
         self.set_marks([text for text, i in self._added.items() if i in self.eos_ids and not WORDS.fullmatch(text)], ())
@@ -48,12 +48,12 @@ class GGUFTokenizer:
     def encode(self, text: str, *, parse_special: bool, is_start: bool) -> list[int]:
         """See Tokenizer. An unpaired surrogate, which has no UTF-8, becomes a replacement character."""
         token_ids: list[int] = []
-        known: dict[tuple[bytes, bool], list[int]] = {}  # a chat has the same few words between its marks
+        known: dict[tuple[bytes, bool], list[int]] = {}  # A chat has the same few words between its marks.
         is_prefixed = is_start
         for part in self._cut_out[parse_special].parts(_utf8(text)):
             if isinstance(part, int):
                 token_ids.append(part)
-                is_prefixed = True  # llama.cpp puts the space of such a vocabulary behind every special token
+                is_prefixed = True  # Llama.cpp puts the space of such a vocabulary behind every special token.
                 continue
             key = part, is_prefixed
             found = known.get(key)
@@ -114,7 +114,8 @@ class GGUFTokenizer:
         """Set what is cut out of texts, and what keeps plain text from being read as special tokens."""
         tokens = {token.text: token for token in map(self._special_token, range(self.vocab_size)) if token is not None}
         plain = [token for token in tokens.values() if not self._attr(token.token_id) & _CONTROL]
-        marks = {text: SpecialToken(token_id, text) for text, token_id in self._marks.items()}  # in any text or in none
+        # They are found in any text or in none.
+        marks = {text: SpecialToken(token_id, text) for text, token_id in self._marks.items()}
         self._cut_out = {
             True: SpecialTokens((marks | tokens).values(), self._precedes),
             False: SpecialTokens((token for token in plain if token.text not in marks), self._precedes),
@@ -135,9 +136,9 @@ class GGUFTokenizer:
         if kind not in (ll.LLAMA_VOCAB_TYPE_SPM, ll.LLAMA_VOCAB_TYPE_BPE) or self._cut_out[True].strips_any:
             return b"", None
         known = {piece[0] for piece in pieces if len(piece) == 1}
-        is_byte_level = kind == ll.LLAMA_VOCAB_TYPE_BPE  # and leaves out what it has no token for
+        is_byte_level = kind == ll.LLAMA_VOCAB_TYPE_BPE  # Such a vocabulary leaves out what it has no token for.
         lost = bytes(byte for byte in range(256) if byte not in known) if is_byte_level else b""
-        longest = max(len(piece.replace(b" ", "▁".encode())) for piece in pieces)  # a text may hold either
+        longest = max(len(piece.replace(b" ", "▁".encode())) for piece in pieces)  # A text may hold either.
         return lost, max(_CHARACTER, longest)
 
     def _special_token(self, token_id: int) -> SpecialToken | None:
@@ -147,7 +148,7 @@ class GGUFTokenizer:
             return None
         text: bytes = ll.llama_vocab_get_text(self._vocab, token_id)
         if self.token_bytes(token_id).startswith(text + b"\0"):
-            text = self.token_bytes(token_id)  # which goes on behind the zero byte
+            text = self.token_bytes(token_id)  # It goes on behind the zero byte.
         return SpecialToken(
             token_id, text, bool(attr & ll.LLAMA_TOKEN_ATTR_LSTRIP), bool(attr & ll.LLAMA_TOKEN_ATTR_RSTRIP)
         )
@@ -196,16 +197,16 @@ class GGUFTokenizer:
         if ll.llama_vocab_type(self._vocab) not in _SPACE_PREFIXED:
             return False
         text = b"".join(map(self.token_bytes, self._tokenize(b"a", parse_special=False)))
-        return text.startswith((b" ", "▁".encode()))  # the latter where the vocabulary has no piece for a blank
+        return text.startswith((b" ", "▁".encode()))  # A vocabulary without a piece for a blank gives "▁".
 
     def _tokenize(self, raw: bytes, *, parse_special: bool) -> list[int]:
-        room = len(raw) + 8  # a token is a byte and more, mostly; the space in front may be one more
+        room = len(raw) + 8  # A token is a byte and more, mostly; the space in front may be one more.
         while True:
             out = (ctypes.c_int32 * room)()
             count = ll.llama_tokenize(self._vocab, raw, len(raw), out, room, False, parse_special)
             if count >= 0:
                 return out[:count]
-            room = -count  # a blank without a piece of its own takes three tokens
+            room = -count  # A blank without a piece of its own takes three tokens.
 
     def _piece(self, token_id: int) -> bytes:
         size = 64

@@ -16,7 +16,7 @@ from tightrope.backends.errors import BackendError
 from tightrope.backends.gguf.native import ContextOptions, ModelOptions, NativeContext, NativeModel
 from tightrope.processes import child_command, child_environment
 
-TIMEOUT_S = 120.0  # the largest models take seconds
+TIMEOUT_S = 120.0  # The largest models take seconds.
 
 
 def try_load(path: Path, options: ContextOptions) -> tuple[str, ...]:
@@ -59,7 +59,7 @@ def main() -> None:
     else:
         print(json.dumps({"notes": model.notes}))
     sys.stdout.flush()
-    os._exit(0)  # nothing is worth tidying up
+    os._exit(0)  # Nothing is worth tidying up.
 
 
 if __name__ == "__main__":

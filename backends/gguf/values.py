@@ -19,17 +19,18 @@ from tightrope.backends.gguf.tensor_types import TENSOR_TYPES, TensorType
 from tightrope.kernels.dispatch import search_file
 from tightrope.kernels.forms.masks import ROOM, Masks
 
-_MOST = 1 << 25  # bytes that are looked at before the scan asks whether anyone waits for it: milliseconds
+# So many bytes, which take milliseconds, are looked at before the scan asks whether anyone waits for it.
+_MOST = 1 << 25
 _TYPES = {kind.name: kind for kind in TENSOR_TYPES.values()}
 
 
 class _Bits(NamedTuple):
     """The bits of a float that are all set in NaN and, where the form has it, in infinity."""
 
-    dtype: str  # of the word that has them
+    dtype: str  # The word that has them is of this type.
     all_set: int
-    start: int = 0  # of that word in the float
-    size: int = 0  # of the float in bytes, where it isn't the word's
+    start: int = 0  # That word begins there in the float.
+    size: int = 0  # It is the float's size in bytes, where that isn't the word's.
 
 
 _BITS: dict[str, _Bits] = {
@@ -104,7 +105,7 @@ def check_values(header: Header, is_stopped: Callable[[], bool] = lambda: False)
 
 @cache
 def _masks(kind: TensorType) -> Masks:
-    bits = _BITS[kind.floats[0].form]  # all of a block have one form
+    bits = _BITS[kind.floats[0].form]  # All of a block have one form.
     block = np.zeros(kind.num_bytes, np.uint8)
     word = np.array([bits.all_set], bits.dtype).view(np.uint8)
     for floats in kind.floats:

@@ -10,10 +10,10 @@ TYPES = "tokenizer.ggml.token_type"
 # arrays with an element for each token: key -> the types that they may have, by their names, as GGUF type ids
 PER_TOKEN = {TOKENS: {"strings": 8}, TYPES: {"int32": 5, "uint32": 4}, "tokenizer.ggml.scores": {"float32": 6}}
 _ENDS = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")
-_BYTE = 6  # a token's type: it stands for one byte
+_BYTE = 6  # A token of this type stands for one byte.
 _BLANK = "▁".encode()
-_BERT_IDS = ("unknown", "cls", "seperator")  # the last one is spelt so in the format
-_SHOWN = 40  # bytes of a text in a message
+_BERT_IDS = ("unknown", "cls", "seperator")  # The last one is spelt so in the format.
+_SHOWN = 40  # A message shows so many bytes of a text.
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -52,11 +52,11 @@ def check_vocabulary(
 
 def _check_texts(texts: Sequence[bytes]) -> None:
     try:
-        b"\n".join(texts).decode()  # an incomplete character does not swallow the newline behind it
+        b"\n".join(texts).decode()  # An incomplete character does not swallow the newline behind it.
     except UnicodeDecodeError:
         place, text = next((i, text) for i, text in enumerate(texts) if not _is_utf8(text))
         raise BadVocabulary(f"{TOKENS}: the text of token {place}, {text[:_SHOWN]!r}, is not UTF-8") from None
-    filled = [text for text in texts if text]  # llama.cpp names the empty ones by their ids
+    filled = [text for text in texts if text]  # Llama.cpp names the empty ones by their ids.
     if len(set(filled)) == len(filled):
         return
     first: dict[bytes, int] = {}

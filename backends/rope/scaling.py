@@ -139,7 +139,7 @@ def resolve_rope(
     from tightrope.backends.settings import RopeSettings
 
     rope = read_rope(config)
-    check_wish(settings)
+    check_override(settings)
     if not rope.sections and settings != RopeSettings():
         raise BackendError(f"{FILE}: a model of type {config.get('model_type')!r} has no RoPE that could be changed")
     specs = {
@@ -150,7 +150,7 @@ def resolve_rope(
     return {name: replace(spec, window=window, note="" if max_model_len else spec.note) for name, spec in specs.items()}
 
 
-def check_wish(settings: "RopeSettings") -> None:
+def check_override(settings: "RopeSettings") -> None:
     """Raises BackendError when a factor has no kind, or is one that its kind has no meaning for."""
     if settings.factor is not None and settings.kind in (None, "none"):
         raise BackendError("a RoPE factor needs a kind of scaling: --rope-scaling linear, ntk, dynamic or yarn")
