@@ -16,7 +16,6 @@ from torch import Tensor
 
 from tightrope.kernels import exllama, reference
 from tightrope.kernels.cpu import native
-from tightrope.kernels.exllama import ExllamaMatrix as ExllamaMatrix  # for those who keep one
 from tightrope.kernels.forms.columns import ColumnMatrix
 from tightrope.kernels.forms.layer import DecoderLayer, GatedExperts, StackedExperts
 from tightrope.kernels.forms.layout import AttentionSpec, LayerCache, RopeTable, StepLayout
@@ -92,19 +91,6 @@ def column_linear(x: Tensor, matrices: Sequence[ColumnMatrix], bias: Tensor | No
     from tightrope.kernels.triton.quantized import quantized_linear  # triton is there only where CUDA is
 
     return quantized_linear(x, matrices, bias)
-
-
-def is_exllama(matrix: QuantizedMatrix) -> bool:
-    """Whether exllamav2's own kernels are there, on a card, for this matrix."""
-    return exllama.is_exllama(matrix)
-
-
-def to_exllama(matrix: QuantizedMatrix, device: torch.device) -> ExllamaMatrix:
-    return exllama.to_exllama(matrix, device)
-
-
-def exllama_linear(x: Tensor, matrices: Sequence[ExllamaMatrix], bias: Tensor | None) -> Tensor:
-    return exllama.exllama_linear(x, matrices, bias)
 
 
 def add_low_rank(out: Tensor, x: Tensor, adapters: Mapping[int, LowRank], rows: AdapterRows) -> None:

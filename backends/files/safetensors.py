@@ -24,23 +24,24 @@ if TYPE_CHECKING:
 MAX_HEADER = 100_000_000  # bytes; the format's own limit
 MAX_DIMS = 8
 
-DTYPE_BYTES: Mapping[str, int] = {
-    "BOOL": 1,
-    "U8": 1,
-    "I8": 1,
-    "F8_E4M3": 1,
-    "F8_E5M2": 1,
-    "F8_E8M0": 1,
-    "I16": 2,
-    "U16": 2,
-    "F16": 2,
-    "BF16": 2,
-    "I32": 4,
-    "U32": 4,
-    "F32": 4,
-    "I64": 8,
-    "U64": 8,
-    "F64": 8,
+# By safetensors' word, the bytes of a number, and torch's name: torch is not imported for headers alone.
+DTYPES: Mapping[str, tuple[int, str]] = {
+    "BOOL": (1, "bool"),
+    "U8": (1, "uint8"),
+    "I8": (1, "int8"),
+    "F8_E4M3": (1, "float8_e4m3fn"),
+    "F8_E5M2": (1, "float8_e5m2"),
+    "F8_E8M0": (1, "float8_e8m0fnu"),
+    "I16": (2, "int16"),
+    "U16": (2, "uint16"),
+    "F16": (2, "float16"),
+    "BF16": (2, "bfloat16"),
+    "I32": (4, "int32"),
+    "U32": (4, "uint32"),
+    "F32": (4, "float32"),
+    "I64": (8, "int64"),
+    "U64": (8, "uint64"),
+    "F64": (8, "float64"),
 }
 
 
@@ -140,11 +141,12 @@ class Checkpoint:
         import torch
 
         entry = self.tensors[name]
-        dtype = _torch_dtype(entry.dtype)
+        num_bytes, name_in_torch = DTYPES[entry.dtype]
+        dtype: torch.dtype = getattr(torch, name_in_torch)
         if entry.num_bytes == 0:
             return torch.empty(entry.shape, dtype=dtype)
         mapped = self._map(entry.file)
-        if entry.begin % DTYPE_BYTES[entry.dtype]:  # the format does not promise alignment, kernels expect it
+        if entry.begin % num_bytes:  # the format does not promise alignment, kernels expect it
             return torch.frombuffer(bytearray(mapped[entry.begin : entry.end]), dtype=dtype).view(entry.shape)
         return torch.frombuffer(mapped, dtype=dtype, count=prod(entry.shape), offset=entry.begin).view(entry.shape)
 
@@ -259,14 +261,14 @@ def _entry(path: Path, name: str, value: object, start: int, size: int) -> Tenso
     if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
         raise wrong("its entry must have dtype, shape and data_offsets, and nothing else")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
-        raise wrong(f"dtype {dtype!r} is not known; {', '.join(DTYPE_BYTES)} are")
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise wrong(f"dtype {dtype!r} is not known; {', '.join(DTYPES)} are")
     if not _are_counts(shape) or len(shape) > MAX_DIMS:
         raise wrong(f"shape {_short(shape)} is not a list of at most {MAX_DIMS} sizes")
     if not _are_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise wrong(f"data_offsets {_short(offsets)} are not [begin, end]")
     begin, end = offsets
-    if (need := prod(shape) * DTYPE_BYTES[dtype]) != end - begin:
+    if (need := prod(shape) * DTYPES[dtype][0]) != end - begin:
         raise wrong(f"{dtype} of shape {shape} takes {need} bytes, its data_offsets hold {end - begin}")
     if start + end > size:
         raise wrong(f"truncated: it ends at byte {start + end}, the file has {size}; copy it again")
@@ -279,26 +281,3 @@ def _are_counts(value: object) -> bool:
 
 def _short(value: object) -> str:
     return repr(value)[:100]
-
-
-def _torch_dtype(name: str) -> Any:  # noqa: ANN401 - a torch.dtype, whose module is not imported for headers alone
-    import torch
-
-    return {
-        "BOOL": torch.bool,
-        "U8": torch.uint8,
-        "I8": torch.int8,
-        "F8_E4M3": torch.float8_e4m3fn,
-        "F8_E5M2": torch.float8_e5m2,
-        "F8_E8M0": torch.float8_e8m0fnu,
-        "I16": torch.int16,
-        "U16": torch.uint16,
-        "F16": torch.float16,
-        "BF16": torch.bfloat16,
-        "I32": torch.int32,
-        "U32": torch.uint32,
-        "F32": torch.float32,
-        "I64": torch.int64,
-        "U64": torch.uint64,
-        "F64": torch.float64,
-    }[name]

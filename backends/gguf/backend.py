@@ -14,7 +14,7 @@ from tightrope.backends.gguf.cache import SharedKVCache
 from tightrope.backends.gguf.header import Header
 from tightrope.backends.gguf.model_file import read_model
 from tightrope.backends.gguf.native import ModelOptions, NativeContext, NativeModel
-from tightrope.backends.gguf.plan import Plan, context_options, make_plan
+from tightrope.backends.gguf.plan import GGUFPlan, context_options, make_plan
 from tightrope.backends.gguf.shape import ModelShape
 from tightrope.backends.gguf.tokenizer import GGUFTokenizer
 from tightrope.backends.gguf.values import ValueScan
@@ -130,7 +130,7 @@ def _model_options(
     return ModelOptions(settings.gpu_layers, use_mmap=header.weight_bytes > free_bytes // 2, progress=progress)
 
 
-def _card(path: Path, header: Header, model: NativeModel, plan: Plan, tokenizer: GGUFTokenizer) -> ModelCard:
+def _card(path: Path, header: Header, model: NativeModel, plan: GGUFPlan, tokenizer: GGUFTokenizer) -> ModelCard:
     shape = ModelShape.of(header)
     default, templates = model.chat_template(), header.chat_templates
     return ModelCard(

@@ -48,7 +48,7 @@ AUTO = (
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class GGUFPlan:
     """Everything a load needs; sizes in tokens."""
 
     window: int
@@ -61,7 +61,7 @@ class Plan:
     notes: tuple[str, ...]
 
 
-def make_plan(settings: ModelSettings, header: Header, free_bytes: int, adapter_bytes: int = 0) -> Plan:
+def make_plan(settings: ModelSettings, header: Header, free_bytes: int, adapter_bytes: int = 0) -> GGUFPlan:
     """Decide what to allocate, given `free_bytes` of memory for weights, adapters, cache and workspace.
 
     Raises DoesNotFit, with the largest window that fits, when what is asked for doesn't.
@@ -82,7 +82,7 @@ def make_plan(settings: ModelSettings, header: Header, free_bytes: int, adapter_
         f"finished chats may take {swap_bytes / GIB:.2f} GiB beside it"
     )
     step_tokens = min(settings.step_tokens, num_cells)
-    return Plan(window, num_cells, swap_bytes, cache_type, step_tokens, _max_outputs(settings), rope, tuple(notes))
+    return GGUFPlan(window, num_cells, swap_bytes, cache_type, step_tokens, _max_outputs(settings), rope, tuple(notes))
 
 
 def _choose_type(settings: ModelSettings, shape: ModelShape, window: int, spare: int) -> tuple[CacheType, str]:
@@ -134,7 +134,7 @@ def workspace_bytes(settings: ModelSettings, shape: ModelShape) -> int:
     return logits + activations + (64 << 20)
 
 
-def context_options(settings: ModelSettings, plan: Plan) -> ContextOptions:
+def context_options(settings: ModelSettings, plan: GGUFPlan) -> ContextOptions:
     """What a plan's context is made with."""
     return ContextOptions(
         num_cells=plan.num_cells,

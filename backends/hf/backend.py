@@ -17,7 +17,7 @@ from tightrope.backends.hf.adapters.token_owners import tokenizer_at
 from tightrope.backends.hf.cache.pages import PagedKVCache
 from tightrope.backends.hf.load.inspection import Inspection, inspect
 from tightrope.backends.hf.load.model import LoadedModel, build
-from tightrope.backends.hf.plan import Plan, check_layers, free_bytes, make_plan, serving_device
+from tightrope.backends.hf.plan import HFPlan, check_layers, free_bytes, make_plan, serving_device
 from tightrope.backends.hf.run.calibrate import key_factors
 from tightrope.backends.hf.run.graphs import batch_size
 from tightrope.backends.hf.run.rotary import RotarySets
@@ -130,7 +130,7 @@ def _load_adapters(adapters: Adapters, settings: ModelSettings) -> list[str]:
     return notes
 
 
-def _allocate(plan: Plan, model: LoadedModel) -> list[LayerCache]:
+def _allocate(plan: HFPlan, model: LoadedModel) -> list[LayerCache]:
     """All pages of all layers. Raises BackendError."""
     caches: list[LayerCache] = []
     try:
@@ -164,7 +164,7 @@ def _card(
     folder: Path,
     found: Inspection,
     model: LoadedModel,
-    plan: Plan,
+    plan: HFPlan,
     tokenizer: HFTokenizer,
     adapter_notes: Sequence[str],
 ) -> ModelCard:

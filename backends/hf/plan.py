@@ -22,7 +22,7 @@ FIXED_BYTES = 128 << 20  # Libraries take this once they run, and rotary tables.
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class HFPlan:
     """Everything a load needs; sizes in tokens and bytes."""
 
     window: int
@@ -70,7 +70,7 @@ class CacheSizes:
         return (room - PAGE * self.most_window_pages * self.windowed_bytes) // (PAGE * self.full_bytes)
 
 
-def make_plan(settings: ModelSettings, shape: ModelShape, weight_bytes: int, free_bytes: int) -> Plan:
+def make_plan(settings: ModelSettings, shape: ModelShape, weight_bytes: int, free_bytes: int) -> HFPlan:
     """Decide what to allocate, given `free_bytes` of memory for weights, cache and workspace.
 
     Raises DoesNotFit, with what would fit, when what is asked for doesn't, and BackendError when config.json or
@@ -92,7 +92,7 @@ def make_plan(settings: ModelSettings, shape: ModelShape, weight_bytes: int, fre
             f"cache: {sum(windowed)} of {len(windowed)} layers see {sizes.window_tokens} tokens, and keep "
             f"{sizes.most_window_pages * PAGE}"
         )
-    return Plan(
+    return HFPlan(
         window=window,
         num_pages=num_pages,
         cache_dtype=dtype,
@@ -108,7 +108,7 @@ def make_plan(settings: ModelSettings, shape: ModelShape, weight_bytes: int, fre
     )
 
 
-def check_layers(plan: Plan, layers: Sequence[LayerInfo]) -> None:
+def check_layers(plan: HFPlan, layers: Sequence[LayerInfo]) -> None:
     """Raise BackendError where a layer of the model sees more than the pages that it is planned with."""
     for number, (layer, is_windowed) in enumerate(zip(layers, plan.windowed, strict=True)):
         if is_windowed and (layer.spec.window or plan.window + 1) > (plan.window_tokens or 0):

@@ -12,15 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tightrope.engine.limits import MAX_BREAKER_BYTES
+from tightrope.engine.sampler.arrays import Doubles, Ids
 from tightrope.engine.sampler.breakers import Breakers
 from tightrope.engine.sampler.steps import LONGEST_RUN, SamplingParams
 
 MAX_PENALTY = 1e30  # It keeps logits finite whatever the base.
 
 _FEW = 1000  # Fewer tokens than this are sorted; more are counted, in an array as long as the vocabulary.
-
-Ids = NDArray[np.int64]
-Floats = NDArray[np.float64]
 
 
 class Runs:
@@ -141,7 +139,7 @@ class Repeats:
         return token_ids, subtract.astype(np.float32)
 
 
-def dry_penalties(runs: Runs, params: SamplingParams) -> tuple[Ids, Floats]:
+def dry_penalties(runs: Runs, params: SamplingParams) -> tuple[Ids, Doubles]:
     """Token ids, and for each multiplier x base ** (length of the run that it makes longer - allowed length).
 
     Source: Weidmann 2024, "DRY: A modern repetition penalty", text-generation-webui pull request 5677.

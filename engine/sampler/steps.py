@@ -94,23 +94,20 @@ class WholeRow:
 class Step:
     """One row of the table. Functions are named `module.function`, in this package.
 
-    A step is on while the first of its `params` isn't neutral, or when `runs_if` says so. Its `meaning` is Markdown.
-    `run`, of a step of the chain, is (Candidates, a column [B, 1] of each name in `reads`) -> Candidates; these are
-    fields of SamplingParams or attributes of SamplerState, and all `params` unless said. A step without `removes`
-    gives tokens other weights; one that `reads_total` must know the weight of the whole vocabulary. `steer` are
-    (params) -> first mu, and (mu, bits of surprise, params) -> next mu.
+    A step is on while the first of its `params` isn't neutral, or when `runs_if` says so. One of the chain has a `run`:
+    (Candidates, a column [B, 1] for each name in `reads`) -> Candidates.
     """
 
     name: str
     stage: int
     params: tuple[str, ...]
-    meaning: str
+    meaning: str  # It is Markdown.
     run: str = ""
-    reads: tuple[str, ...] = ()
-    removes: bool = True
-    reads_total: bool = False
+    reads: tuple[str, ...] = ()  # Of SamplingParams or SamplerState; all `params` where nothing is said.
+    removes: bool = True  # A step that removes nothing gives tokens other weights.
+    reads_total: bool = False  # The weight of the whole vocabulary must be known.
     whole_row: WholeRow | None = None
-    steer: tuple[str, str] = ("", "")
+    steer: tuple[str, str] = ("", "")  # (params) -> first mu, and (mu, bits of surprise, params) -> next mu
     runs_if: Callable[[SamplingParams], bool] | None = None
 
     @property

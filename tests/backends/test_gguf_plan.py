@@ -6,7 +6,7 @@ import pytest
 
 from tightrope.backends.errors import BackendError
 from tightrope.backends.gguf.header import DataFile, Header, TensorInfo, Value
-from tightrope.backends.gguf.plan import Plan, make_plan
+from tightrope.backends.gguf.plan import GGUFPlan, make_plan
 from tightrope.backends.gguf.rope import plan_rope
 from tightrope.backends.gguf.shape import ModelShape
 from tightrope.backends.memory import free_memory
@@ -34,7 +34,7 @@ def header(**extra: Value) -> Header:
     )
 
 
-def plan(gib: float, **settings: object) -> Plan:
+def plan(gib: float, **settings: object) -> GGUFPlan:
     return make_plan(ModelSettings.model_validate(settings), header(), int(gib * GIB))
 
 

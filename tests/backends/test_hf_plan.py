@@ -15,7 +15,7 @@ from tightrope.backends.files.safetensors import Checkpoint
 from tightrope.backends.hf.cache.window_pages import KEPT_WINDOWS, most_needed
 from tightrope.backends.hf.plan import (
     CacheSizes,
-    Plan,
+    HFPlan,
     largest_window,
     make_plan,
     token_bytes,
@@ -34,7 +34,7 @@ def yi(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return yi_34b(tmp_path_factory.mktemp("yi"))
 
 
-def plan(folder: Path, gib: float, **settings: object) -> Plan:
+def plan(folder: Path, gib: float, **settings: object) -> HFPlan:
     """The plan with `gib` to be used; a share of the free memory is left to others."""
     weights = Checkpoint.open(folder).weight_bytes
     free_bytes = math.ceil(gib * GIB / MEMORY_SHARE)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tightrope.backends.detect import find_model, open_backend
+from tightrope.backends.detect import find_claim, open_backend
 from tightrope.backends.errors import BackendError
 from tightrope.backends.locate import locate, pick_file, pick_files
 from tightrope.backends.settings import ModelSettings
@@ -134,26 +134,26 @@ def test_something_that_is_neither_path_nor_hub_id_is_one_line() -> None:
 
 def test_a_folder_is_searched_for_its_one_model(tmp_path: Path) -> None:
     with pytest.raises(BackendError, match=r"holds neither a \.gguf file nor a Hugging Face model"):
-        find_model(tmp_path)
+        find_claim(tmp_path)
     for name in ("mmproj-m.gguf", "m-00001-of-00002.gguf", "m-00002-of-00002.gguf"):
         (tmp_path / name).touch()
-    assert find_model(tmp_path).name == "m-00001-of-00002.gguf"
+    assert find_claim(tmp_path)[1].name == "m-00001-of-00002.gguf"
     (tmp_path / "other.gguf").touch()
     with pytest.raises(BackendError, match=r"name one of them: m-00001-of-00002\.gguf, other\.gguf"):
-        find_model(tmp_path)
+        find_claim(tmp_path)
 
 
 def test_a_folder_with_safetensors_is_a_hugging_face_model_whatever_else_it_holds(tmp_path: Path) -> None:
     for name in ("config.json", "model.safetensors", "m.gguf"):
         (tmp_path / name).touch()
-    assert find_model(tmp_path) == tmp_path
-    assert find_model(tmp_path / "m.gguf") == tmp_path / "m.gguf"
+    assert find_claim(tmp_path)[1] == tmp_path
+    assert find_claim(tmp_path / "m.gguf")[1] == tmp_path / "m.gguf"
 
 
 def test_a_config_beside_one_gguf_file_means_the_gguf_file(tmp_path: Path) -> None:
     for name in ("config.json", "m.gguf"):
         (tmp_path / name).touch()
-    assert find_model(tmp_path).name == "m.gguf"
+    assert find_claim(tmp_path)[1].name == "m.gguf"
 
 
 @pytest.mark.parametrize(
@@ -168,7 +168,7 @@ def test_a_config_beside_one_gguf_file_means_the_gguf_file(tmp_path: Path) -> No
 def test_a_file_of_a_hugging_face_folder_is_not_a_model(tmp_path: Path, name: str, reason: str) -> None:
     (tmp_path / name).touch()
     with pytest.raises(BackendError, match=rf"{name}: .*{reason}"):
-        find_model(tmp_path / name)
+        find_claim(tmp_path / name)
 
 
 def test_a_folder_of_pickles_is_refused_in_one_line(tmp_path: Path) -> None:

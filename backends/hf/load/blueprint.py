@@ -122,14 +122,7 @@ def draw(
         tied=tied,
         device=device,
         activation_dtype=dtype,
-        adapters=Adapters(
-            model,
-            current,
-            _tables(model, (table, head), shape),
-            device,
-            # On a CPU what each step reads is in sixteen bits; what it adds is small.
-            torch.float16 if device.type == "cpu" else dtype,
-        ),
+        adapters=_adapters(model, current, (table, head), shape, device, dtype),
         notes=(
             *(f"{name} runs as transformers has it" for name in specialised.kept),
             *notes_on(left, checkpoint),
@@ -138,10 +131,16 @@ def draw(
     )
 
 
-def _tables(model: nn.Module, names: tuple[str, str], shape: ModelShape) -> Tables:
+def _adapters(
+    model: nn.Module, current: CurrentStep, names: tuple[str, str], shape: ModelShape, device: torch.device,
+    dtype: torch.dtype,
+) -> Adapters:  # fmt: skip
+    """The room for adapters; names: of embedding and head."""
     embedding = next((m for m in model.modules() if isinstance(m, Embedding) and m.name == names[0]), None)
     head = next((m for m in model.modules() if isinstance(m, Linear) and m.is_head), None)
-    return Tables(embedding, head, names, shape.tie_embeddings, shape.vocab_size, shape.hidden_size)
+    tables = Tables(embedding, head, names, shape.tie_embeddings, shape.vocab_size, shape.hidden_size)
+    # On a CPU what each step reads is in sixteen bits; what it adds is small.
+    return Adapters(model, current, tables, device, torch.float16 if device.type == "cpu" else dtype)
 
 
 def _name_of(model: nn.Module, part: nn.Module) -> str:
