@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from checkout import PROSE
+from engine_runs import request, run
 from hf_models import smollm2_bf16
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -18,9 +19,8 @@ from tightrope.backends.hf.backend import HFBackend, model_id
 from tightrope.backends.protocol import Chunk
 from tightrope.backends.settings import CacheSettings, ModelSettings, RopeSettings
 from tightrope.engine.core import EngineCore
-from tightrope.engine.sampler.steps import SamplingParams
 from tightrope.engine.settings import LimitSettings
-from tightrope.engine.types import Delta, GenerateRequest, StopRules, TokenPrompt
+from tightrope.engine.types import Delta, TokenPrompt
 from tightrope.kernels.forms.layout import PAGE
 
 # Keys and values of 11 bits against the 24 of transformers' move logits by 5e-4 of their size.
@@ -97,18 +97,8 @@ def text_ids(backend: HFBackend) -> list[int]:
 
 def answers_of(core: EngineCore, prompts: Mapping[str, Sequence[int]], n: int = 1) -> dict[str, list[Delta]]:
     """The deltas of greedy requests, all queued at once."""
-    for name, prompt in prompts.items():
-        request = GenerateRequest(
-            name, TokenPrompt(tuple(prompt)), SamplingParams(temperature=0), StopRules(max_tokens=NUM_TOKENS), n=n
-        )
-        core.add(core.prepare(request))
-    deltas: dict[str, list[Delta]] = {name: [] for name in prompts}
-    while core.has_work:
-        result = core.step()
-        assert not result.failed
-        for delta in result.deltas:
-            deltas[delta.request_id].append(delta)
-    return deltas
+    requests = (request(name, TokenPrompt(tuple(ids)), n=n, max_tokens=NUM_TOKENS) for name, ids in prompts.items())
+    return run(core, *requests)
 
 
 def tokens_of(deltas: list[Delta], index: int = 0) -> list[int]:

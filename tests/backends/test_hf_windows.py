@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from engine_runs import request, run
 from hf_models import gemma3_bf16, smollm2_bf16
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -18,9 +19,8 @@ from tightrope.backends.hf.run.calibrate import TEXT
 from tightrope.backends.protocol import Chunk
 from tightrope.backends.settings import CacheSettings, ModelSettings
 from tightrope.engine.core import EngineCore
-from tightrope.engine.sampler.steps import SamplingParams
 from tightrope.engine.settings import LimitSettings
-from tightrope.engine.types import GenerateRequest, StopRules, TokenPrompt
+from tightrope.engine.types import TokenPrompt
 
 WINDOW = 48
 NUM_TOKENS = 48
@@ -80,18 +80,12 @@ def alone(mistral: Path, prompts: list[list[int]]) -> list[list[int]]:
 
 def written(core: EngineCore, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
     """The greedy answers to all prompts side by side."""
-    names = [next(_fresh_names) for _ in prompts]
-    stop = StopRules(max_tokens=NUM_TOKENS, ignore_eos=True)
-    for name, prompt in zip(names, prompts, strict=True):
-        request = GenerateRequest(name, TokenPrompt(tuple(prompt)), SamplingParams(temperature=0), stop)
-        core.add(core.prepare(request))
-    answers: dict[str, list[int]] = {name: [] for name in names}
-    while core.has_work:
-        result = core.step()
-        assert not result.failed
-        for delta in result.deltas:
-            answers[delta.request_id] += [token.token_id for token in delta.tokens]
-    return list(answers.values())
+    requests = [
+        request(next(_fresh_names), TokenPrompt(tuple(prompt)), max_tokens=NUM_TOKENS, ignore_eos=True)
+        for prompt in prompts
+    ]
+    answers = run(core, *requests).values()
+    return [[token.token_id for delta in deltas for token in delta.tokens] for deltas in answers]
 
 
 def test_chunked_and_batched_answers_are_those_of_a_lone_run_and_so_are_repeated_ones(

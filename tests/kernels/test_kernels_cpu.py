@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import rounded
 import torch
-from error_bounds import UNIT, attend_exactly, rotate_exactly, roundings, within
+from error_bounds import UNIT, attend_exactly, check_stored_alike, rotate_exactly, roundings, within
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -288,16 +288,7 @@ def test_stored_codes_equal_the_reference_to_the_bit(kernels: native.NativeKerne
     kv_heads = case.cache.format.num_kv_heads
     fused = case.noise(2 * kv_heads) * scale  # keys and values as slices of one projection
     keys, values = fused[:, :kv_heads], fused[:, kv_heads:]
-    expected = LayerCache.allocate(case.cache.format, len(case.cache.key_codes))
-    ours = LayerCache.allocate(case.cache.format, len(case.cache.key_codes))
-    for cache in (expected, ours):
-        cache.key_factor.copy_(case.cache.key_factor)
-
-    reference.store_kv(expected, keys, values, case.step.slots)
-    kernels.store_kv(ours, keys, values, case.step.slots)
-
-    for name in ("key_codes", "key_scales", "value_codes", "value_scales"):
-        assert torch.equal(getattr(ours, name), getattr(expected, name)), name
+    check_stored_alike(reference.store_kv, kernels.store_kv, case.cache, keys, values, case.step.slots)
 
 
 @given(case=cases().filter(lambda case: case.table is not None))

@@ -7,7 +7,7 @@ from types import ModuleType
 import pytest
 import rounded
 import torch
-from error_bounds import attend_exactly, within
+from error_bounds import attend_exactly, check_stored_alike, within
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from interpreted import interpreted
@@ -240,16 +240,7 @@ def test_stored_codes_and_scales_equal_the_references_to_the_bit(
     case = make_case([(3, 40), (1, 7)], head_dim, dtype=dtype, activations=activations, seed=seed)
     keys, values = case.keys * size, case.values * size
     keys[0, 0], values[1] = 0, values[1].round()  # a group of zeros; ties
-    wanted = LayerCache.allocate(case.cache.format, len(case.cache.key_codes))
-    found = LayerCache.allocate(case.cache.format, len(case.cache.key_codes))
-    for cache in (wanted, found):
-        cache.key_factor.copy_(case.cache.key_factor)
-
-    reference.store_kv(wanted, keys, values, case.step.slots)
-    ops.store_kv(found, keys, values, case.step.slots)
-
-    for name in ("key_codes", "key_scales", "value_codes", "value_scales"):
-        assert torch.equal(getattr(found, name), getattr(wanted, name)), name
+    check_stored_alike(reference.store_kv, ops.store_kv, case.cache, keys, values, case.step.slots)
 
 
 def test_a_negative_slot_stores_nothing(ops: ModuleType):

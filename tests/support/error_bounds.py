@@ -7,6 +7,7 @@ them add up to LAMBDA sqrt(n) of one, and not to n, but with a chance of 2 exp(-
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,11 +18,23 @@ from torch import Tensor
 from tightrope.kernels.forms.layout import GROUP, PAGE, AttentionSpec, LayerCache, RopeTable, StepLayout
 from tightrope.kernels.reference import dequantize
 
+Store = Callable[..., None]  # It takes a cache, keys, values and slots.
+
 UNIT = 2.0**-24  # of float32: a rounded number is off by at most this share of itself
 LAMBDA = 9.0  # a chance of 5e-18 for each sum; ten thousand examples make some 1e9 sums
 
 # as in kernels/cpu: lengths that two sides of a product have as whole numbers, and the largest of those numbers
 WORD_LONG, WORD_SHORTER, WORD_MOST = 65500, 32760, 32767
+
+
+def check_stored_alike(one: Store, other: Store, like: LayerCache, *step: Tensor) -> None:
+    """Fail unless both store the same bits of a step (keys, values, slots) into caches like this one."""
+    caches = [LayerCache.allocate(like.format, len(like.key_codes)) for _ in range(2)]
+    for store, empty in zip((one, other), caches, strict=True):
+        empty.key_factor.copy_(like.key_factor)
+        store(empty, *step)
+    for name in ("key_codes", "key_scales", "value_codes", "value_scales"):
+        assert torch.equal(getattr(caches[0], name), getattr(caches[1], name)), name
 
 
 def roundings(count: float) -> float:
