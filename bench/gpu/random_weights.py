@@ -16,7 +16,8 @@ from torch import Tensor
 from bench.gpu.matrices import GROUP_ROWS, exl2_bits
 from tightrope.backends.files.hf_config import read_config
 from tightrope.backends.files.safetensors import Checkpoint, Shard, TensorEntry
-from tightrope.backends.hf.load.model import LoadedModel, load_model
+from tightrope.backends.hf.load.blueprint import draw
+from tightrope.backends.hf.load.model import LoadedModel, build
 
 HEAD_BITS = 6
 DTYPE_BYTES = {"BF16": 2, "F16": 2, "I16": 2, "I32": 4}
@@ -80,7 +81,7 @@ def random_model(
         names = tuple(entry.name for entry in entries)
         weights = RandomWeights(folder, {entry.name: entry for entry in entries}, (Shard(FILE, names),))
         show(f"random weights: {sizes['num_hidden_layers']} layers, {weights.weight_bytes / 2**30:.1f} GiB")
-        return load_model(folder, read_config(folder), weights, device=device), weights
+        return build(draw(folder, read_config(folder), weights, device=device)), weights
 
 
 def plain_entries(sizes: Sizes) -> list[TensorEntry]:

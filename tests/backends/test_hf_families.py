@@ -16,7 +16,8 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from tightrope.backends.files.hf_config import read_config
 from tightrope.backends.files.safetensors import Checkpoint
-from tightrope.backends.hf.load.model import LoadedModel, load_model
+from tightrope.backends.hf.load.blueprint import draw
+from tightrope.backends.hf.load.model import LoadedModel, build
 from tightrope.backends.rope.scaling import RopeSpec, resolve_rope
 from tightrope.backends.settings import RopeSettings
 from tightrope.kernels import dispatch, reference
@@ -176,7 +177,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     untouched = write(request.param, folder)
     shape = read_config(folder)
     rope = resolve_rope(shape.raw, RopeSettings(), 0)
-    ours = load_model(folder, shape, Checkpoint.open(folder), rope=rope)
+    ours = build(draw(folder, shape, Checkpoint.open(folder), rope=rope))
     return Pair(untouched, ours, rope)
 
 

@@ -15,7 +15,8 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, Gemma3Config, Pre
 from tightrope.backends.errors import BackendError
 from tightrope.backends.files.hf_config import read_config
 from tightrope.backends.files.safetensors import Checkpoint
-from tightrope.backends.hf.load.model import LoadedModel, load_model
+from tightrope.backends.hf.load.blueprint import draw
+from tightrope.backends.hf.load.model import LoadedModel, build
 from tightrope.backends.rope.scaling import resolve_rope
 from tightrope.backends.settings import RopeSettings
 from tightrope.kernels.forms.layout import PAGE, CacheFormat, LayerCache
@@ -51,7 +52,7 @@ def load(
 ) -> LoadedModel:
     shape = read_config(folder)
     specs = resolve_rope(shape.raw, rope or RopeSettings(), 0)
-    return load_model(folder, shape, Checkpoint.open(folder), rope=specs, progress=progress)
+    return build(draw(folder, shape, Checkpoint.open(folder), rope=specs), progress)
 
 
 def logits(model: LoadedModel, folder: Path, ids: Tensor = PROMPT, rope: RopeSettings | None = None) -> Tensor:

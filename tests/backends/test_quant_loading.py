@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from tightrope.backends.files.hf_config import read_config
 from tightrope.backends.files.safetensors import Checkpoint
-from tightrope.backends.hf.load.model import LoadedModel, load_model
+from tightrope.backends.hf.load.blueprint import draw
+from tightrope.backends.hf.load.model import LoadedModel, build
 from tightrope.backends.hf.modules.experts import Experts
 from tightrope.backends.hf.modules.linear import Linear
 from tightrope.backends.hf.modules.matrices import Matrix, Mixed, Nf4, Quantized
@@ -38,7 +39,7 @@ Tensors = dict[str, Tensor]
 
 
 def load(folder: Path) -> LoadedModel:
-    return load_model(folder, read_config(folder), Checkpoint.open(folder))
+    return build(draw(folder, read_config(folder), Checkpoint.open(folder)))
 
 
 def changed(
@@ -270,7 +271,7 @@ def test_loading_takes_the_model_and_one_shard_at_most(tmp_path: Path):
         nonlocal peak
         peak = max(peak, resident_bytes())
 
-    load_model(folder, shape, checkpoint, progress=progress)
+    build(draw(folder, shape, checkpoint), progress)
 
     assert planned == pytest.approx(checkpoint.weight_bytes, rel=0.02)
     assert peak - before < planned + largest + 16 * MIB  # what is made on the way, and the allocator's slack

@@ -14,7 +14,8 @@ from torch import Tensor
 from tightrope.backends.errors import BackendError
 from tightrope.backends.files.hf_config import read_config
 from tightrope.backends.files.safetensors import Checkpoint
-from tightrope.backends.hf.load.model import load_model
+from tightrope.backends.hf.load.blueprint import draw
+from tightrope.backends.hf.load.model import build
 
 EXL2, GPTQ, AWQ, NF4 = (
     "llama-exl2-mixed-h6",
@@ -63,7 +64,7 @@ def stated(**fields: object) -> Change:
 def refusal(folder: Path) -> str:
     """The line with which a folder is refused."""
     with pytest.raises(BackendError) as error:
-        load_model(folder, read_config(folder), Checkpoint.open(folder))
+        build(draw(folder, read_config(folder), Checkpoint.open(folder)))
     line = str(error.value)
     assert str(folder) in line
     assert "\n" not in line

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from tightrope.backends.errors import BackendError
 from tightrope.backends.files.hf_config import read_config
 from tightrope.backends.files.safetensors import Checkpoint
-from tightrope.backends.hf.load.model import load_model
+from tightrope.backends.hf.load.blueprint import draw
+from tightrope.backends.hf.load.model import build
 from tightrope.backends.quant.awq import Awq
 from tightrope.backends.quant.find import find_quantization
 from tightrope.backends.quant.format import Packed
@@ -180,7 +181,7 @@ def copied(name: str, folder: Path, **settings: object) -> Path:
 def test_awq_over_tensors_of_the_gemm_layout_loads_whatever_its_version_says(tmp_path: Path, version: object):
     folder = copied("llama-awq-4bit-32g", tmp_path, version=version, bits=None, group_size="32")
 
-    model = load_model(folder, read_config(folder), Checkpoint.open(folder))
+    model = build(draw(folder, read_config(folder), Checkpoint.open(folder)))
 
     assert model.vocab_size == 512
 

@@ -17,7 +17,8 @@ from step_builder import rope_tables, step_of
 
 from tightrope.backends.files.hf_config import read_config
 from tightrope.backends.files.safetensors import Checkpoint
-from tightrope.backends.hf.load.model import LoadedModel, load_model
+from tightrope.backends.hf.load.blueprint import draw
+from tightrope.backends.hf.load.model import LoadedModel, build
 from tightrope.backends.rope.scaling import resolve_rope
 from tightrope.backends.settings import RopeSettings
 from tightrope.kernels import dispatch, reference
@@ -50,7 +51,7 @@ def reference_attention(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def load(folder: Path) -> LoadedModel:
     shape = read_config(folder)
-    return load_model(folder, shape, Checkpoint.open(folder), rope=resolve_rope(shape.raw, RopeSettings(), 0))
+    return build(draw(folder, shape, Checkpoint.open(folder), rope=resolve_rope(shape.raw, RopeSettings(), 0)))
 
 
 def last_logits(model: LoadedModel, folder: Path, ids: list[int]) -> torch.Tensor:

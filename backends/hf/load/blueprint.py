@@ -72,7 +72,7 @@ class Blueprint:
 
 
 def draw(
-    folder: Path, shape: ModelShape, checkpoint: Checkpoint, rope: Mapping[str, RopeSpec] | None,
+    folder: Path, shape: ModelShape, checkpoint: Checkpoint, rope: Mapping[str, RopeSpec] | None = None,
     device: torch.device | str = "cpu",
 ) -> Blueprint:  # fmt: skip
     """The blueprint of the model that `folder`/config.json describes. Some milliseconds a layer; reads no weights.

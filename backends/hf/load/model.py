@@ -1,20 +1,16 @@
 """A loaded model: weights in their modules, without a cache."""
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tightrope.backends.files.hf_config import ModelShape
-from tightrope.backends.files.safetensors import Checkpoint
 from tightrope.backends.hf.adapters.rows import Adapters
-from tightrope.backends.hf.load.blueprint import Blueprint, draw
+from tightrope.backends.hf.load.blueprint import Blueprint
 from tightrope.backends.hf.load.loader import load_weights, share
 from tightrope.backends.hf.modules.experts import Experts
 from tightrope.backends.hf.modules.step import CurrentStep, LayerInfo
-from tightrope.backends.rope.scaling import RopeSpec
 from tightrope.kernels import dispatch
 from tightrope.kernels.forms.layer import StackedExperts
 from tightrope.kernels.forms.layout import LayerCache, RopeTable, StepLayout
@@ -67,20 +63,7 @@ class LoadedModel:
         return logits if head_adapters is None else self.adapters.ruled_out(logits, head_adapters)
 
 
-def load_model(
-    folder: Path,
-    shape: ModelShape,
-    checkpoint: Checkpoint,
-    *,
-    device: torch.device | str = "cpu",
-    rope: Mapping[str, RopeSpec] | None = None,
-    progress: Callable[[float], None] = lambda share: None,
-) -> LoadedModel:
-    """Draw and build the model that `folder`/config.json describes: see `draw` and `build`."""
-    return build(draw(folder, shape, checkpoint, rope, device), progress)
-
-
-def build(blueprint: Blueprint, progress: Callable[[float], None]) -> LoadedModel:
+def build(blueprint: Blueprint, progress: Callable[[float], None] = lambda share: None) -> LoadedModel:
     """Fill the model, once. Raises BackendError for weights that can't be."""
     model, checkpoint, names, device = blueprint.tree, blueprint.checkpoint, blueprint.names, blueprint.device
     notes = list(blueprint.notes)
