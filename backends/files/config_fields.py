@@ -3,26 +3,12 @@
 from collections.abc import Mapping
 from typing import Any, get_args
 
-# read by others of our modules, or about tokens, training, and what a call of transformers' own gives back
 _OTHERS = frozenset(
     {
-        "quantization_config",
-        "auto_map",
-        "torch_dtype",
-        "dtype",
-        "bos_token_id",
-        "eos_token_id",
-        "sep_token_id",
-        "cls_token_id",
-        "decoder_start_token_id",
-        "id2label",
-        "label2id",
-        "problem_type",
-        "initializer_range",
-        "use_cache",
-        "return_dict",
-        "output_attentions",
-        "output_hidden_states",
+        *("quantization_config", "auto_map", "torch_dtype", "dtype"),  # Others of our modules read these.
+        *("bos_token_id", "eos_token_id", "sep_token_id", "cls_token_id", "decoder_start_token_id"),
+        *("id2label", "label2id", "problem_type", "initializer_range"),  # These are about training.
+        *("use_cache", "return_dict", "output_attentions", "output_hidden_states"),  # A call gives this back.
     }
 )
 

@@ -23,50 +23,25 @@ MAX_TOKEN = 1 << 24  # more than any vocabulary
 _REPEATED_GROUP = re.compile(r"\)\s*[*+{]")  # may take exponential time
 DEFAULT_RANK = DEFAULT_ALPHA = 8  # of peft, where a file doesn't say
 
-# read below
 _HONOURED = frozenset(
     {
-        "peft_type",
-        "r",
-        "lora_alpha",
-        "rank_pattern",
-        "alpha_pattern",
-        "use_rslora",
-        "init_lora_weights",
-        "bias",
-        "modules_to_save",
-        "trainable_token_indices",
-        "ensure_weight_tying",
+        *("peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "init_lora_weights"),
+        *("bias", "modules_to_save", "trainable_token_indices", "ensure_weight_tying"),
     }
 )
-
-# about training, about which modules were chosen (their tensors tell), or read only with a field that is refused
 _HARMLESS = frozenset(
     {
-        "auto_mapping",
-        "base_model_name_or_path",
-        "corda_config",
-        "eva_config",
-        "exclude_modules",
-        "fan_in_fan_out",  # of transposed weights, which are none of ours; peft sets it back for linears
-        "inference_mode",
-        "layers_pattern",
-        "layers_to_transform",
-        "loftq_config",
-        "lora_dropout",
-        "lora_dtype",
-        "lora_ga_config",
-        "lorap_emb_lr",
-        "lorap_lr_ratio",
-        "megatron_core",
-        "merge_weights",
-        "peft_version",
-        "qalora_group_size",
-        "revision",
-        "runtime_config",
-        "target_modules",
-        "task_type",
-        "velora_config",  # of the gradients alone
+        # These are about training, velora_config about its gradients alone.
+        *("lora_dropout", "lorap_emb_lr", "lorap_lr_ratio", "velora_config", "corda_config", "eva_config"),
+        *("loftq_config", "lora_ga_config", "lora_dtype", "inference_mode", "runtime_config"),
+        # These say where the adapter comes from, and what for.
+        *("base_model_name_or_path", "revision", "peft_version", "task_type", "auto_mapping", "merge_weights"),
+        # The tensors tell which modules were chosen.
+        *("target_modules", "exclude_modules", "layers_pattern", "layers_to_transform"),
+        # Transposed weights are none of ours; peft sets it back for linears.
+        "fan_in_fan_out",
+        # These are read only with a field that is refused.
+        *("megatron_core", "qalora_group_size"),
     }
 )
 

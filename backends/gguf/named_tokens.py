@@ -24,20 +24,9 @@ _KEYS = {
 # Texts that end a turn in every vocabulary that has them as tokens.
 _ENDS = frozenset(
     {
-        "</s>",
-        "<eos>",
-        "<EOT>",
-        "[EOS]",
-        "[EOT]",
-        "<|im_end|>",
-        "<|eot_id|>",
-        "<|eom_id|>",
-        "<|end_of_text|>",
-        "<|endoftext|>",
-        "<end_of_turn>",
-        "<|end_of_turn|>",
-        "<|END_OF_TURN_TOKEN|>",
-        "<｜end▁of▁sentence｜>",
+        *("</s>", "<eos>", "<EOT>", "[EOS]", "[EOT]"),
+        *("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|endoftext|>"),
+        *("<end_of_turn>", "<|end_of_turn|>", "<|END_OF_TURN_TOKEN|>", "<｜end▁of▁sentence｜>"),
     }
 )
 _SENTENCEPIECE = (ll.LLAMA_VOCAB_TYPE_SPM, ll.LLAMA_VOCAB_TYPE_UGM)

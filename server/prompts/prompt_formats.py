@@ -10,15 +10,8 @@ from dataclasses import dataclass
 # Variables of every template that the server sets itself.
 FIXED_VARIABLES = frozenset(
     {
-        "messages",
-        "tools",
-        "documents",
-        "bos_token",
-        "eos_token",
-        "add_generation_prompt",
-        "continue_final_message",
-        "chat_template",
-        "tokenize",
+        *("messages", "tools", "documents", "bos_token", "eos_token"),
+        *("add_generation_prompt", "continue_final_message", "chat_template", "tokenize"),
     }
 )
 

@@ -11,11 +11,8 @@ from tightrope.backends.hf.text.vocabulary import MAX_FILE, has_tokenizer
 from tightrope.backends.protocol import Tokenizer
 
 _FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "added_tokens.json",
-    "special_tokens_map.json",
+    *("tokenizer.json", "tokenizer.model"),
+    *("tokenizer_config.json", "added_tokens.json", "special_tokens_map.json"),
 )
 
 
