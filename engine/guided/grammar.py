@@ -187,7 +187,9 @@ def native_grammar(grammar: Grammar, edited: Callable[[str], str] = str) -> str:
                 overrides={"whitespace_pattern": WHITE_SPACE, "lenient": False, "coerce_one_of": False},
             )
         case "regex":
-            return LLMatcher.grammar_from_regex(_checked_regex(grammar.text))
+            if (fault := repeat_fault(grammar.text)) is not None:
+                raise ValueError(fault)
+            return LLMatcher.grammar_from_regex(grammar.text)
         case "choice":
             return LLMatcher.grammar_from_regex(
                 "|".join(map(re.escape, msgspec.json.decode(grammar.text, type=list[str])))
@@ -198,20 +200,12 @@ def native_grammar(grammar: Grammar, edited: Callable[[str], str] = str) -> str:
             return LLMatcher.grammar_from_lark(edited(grammar.text))
 
 
-def _checked_regex(pattern: str) -> str:
-    fault = repeat_fault(pattern)
-    if fault is not None:
-        raise ValueError(fault)
-    return pattern
-
-
 def _checked_schema(text: str) -> str:
     try:
         schema = msgspec.json.decode(text)
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
         raise ValueError(f"the schema is no JSON: {error}") from None
-    fault = schema_fault(schema)
-    if fault is not None:
+    if (fault := schema_fault(schema)) is not None:
         raise ValueError(fault)
     return json.dumps({} if schema is True else schema)
 

@@ -27,6 +27,11 @@ from tightrope.server.http.errors import TemplateFailed
 
 Failure = Literal["validation", "template", "overloaded", "generation", "dropped"]
 
+_FAILURES: tuple[tuple[type[EngineError], Failure], ...] = (  # The first that an error is of counts.
+    (TemplateFailed, "template"),
+    (InvalidRequest, "validation"),
+    (Overloaded, "overloaded"),
+)
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 TOKENS = (1, 4, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
 
@@ -104,14 +109,7 @@ class Metrics:
 
     def _count_failure(self, error: EngineError) -> None:
         self._counted.add(error)
-        if isinstance(error, TemplateFailed):
-            self._fail("template")
-        elif isinstance(error, InvalidRequest):
-            self._fail("validation")
-        elif isinstance(error, Overloaded):
-            self._fail("overloaded")
-        else:
-            self._fail("generation")
+        self._fail(next((why for kind, why in _FAILURES if isinstance(error, kind)), "generation"))
 
     def _fail(self, why: Failure) -> None:
         self._failures[why] = self._failures.get(why, 0) + 1

@@ -6,13 +6,13 @@ looked through for their words.
 """
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any, Literal
 
 from tightrope.server.http.errors import TemplateFailed
-from tightrope.server.prompts.content import in_shape
+from tightrope.server.prompts.content import Message, in_shape
 from tightrope.server.prompts.template_renderer import TemplateRenderer
 
 Shape = Literal["text", "parts"]
@@ -82,37 +82,42 @@ async def probe(
     `variables` are those that the template sees beside the messages; with_tools: it is made for chats with tools alone.
     UNKNOWN for a template that had to be stopped.
     """
+    fixed = {**variables, "tools": [TOOL] if with_tools else None, "add_generation_prompt": False}
+    asked = _Template(renderer, source, fixed)
     try:
-        tools = [TOOL] if with_tools else None
-        facts = await _probe_words(renderer, source, variables, tools)
-        facts = await _probe_parts(renderer, source, variables, tools, facts)
-        return await _probe_calls(renderer, source, variables, facts) if "tool_calls" in source else facts
+        facts = await _probe_parts(asked, await _probe_words(asked))
+        if "tool_calls" not in source:
+            return facts
+        return await _probe_calls(replace(asked, fixed={**fixed, "tools": [TOOL]}), facts)
     except TemplateFailed:
         return UNKNOWN
 
 
-async def _probe_words(
-    renderer: TemplateRenderer, source: str, variables: Mapping[str, Any], tools: Sequence[Mapping[str, Any]] | None
-) -> TemplateFacts:
-    fixed = {**variables, "tools": tools, "add_generation_prompt": False}
+@dataclass(frozen=True, slots=True)
+class _Template:
+    """A template with what it sees beside the messages."""
+
+    renderer: TemplateRenderer
+    source: str
+    fixed: Mapping[str, Any]
+
+    async def texts(self, chats: Iterable[Sequence[Message]]) -> list[str | None]:
+        """Of several chats; None where the template failed."""
+        return await self.renderer.render_each(self.source, [{**self.fixed, "messages": chat} for chat in chats])
+
+
+async def _probe_words(asked: _Template) -> TemplateFacts:
     assignments = [dict(zip(_ROLES, shapes, strict=True)) for shapes in product(SHAPES, repeat=len(_ROLES))]
     chats = list(dict.fromkeys(_chat(roles, shapes) for roles in _CHATS for shapes in assignments))
-    texts = await renderer.render_each(source, [{**fixed, "messages": chat.messages()} for chat in chats])
+    texts = await asked.texts(chat.messages() for chat in chats)
     return _facts(assignments, dict(zip(chats, texts, strict=True)))
 
 
-async def _probe_parts(
-    renderer: TemplateRenderer,
-    source: str,
-    variables: Mapping[str, Any],
-    tools: Sequence[Mapping[str, Any]] | None,
-    facts: TemplateFacts,
-) -> TemplateFacts:
+async def _probe_parts(asked: _Template, facts: TemplateFacts) -> TemplateFacts:
     """The facts with those about content of two parts, in the roles that have parts at all."""
     chats = [_Chat(roles, ()).words() for roles in _CHATS]
-    messages = [[_in_two(role, word, facts.shapes_of(role)) for role, word in words] for words in chats]
-    fixed = {**variables, "tools": tools, "add_generation_prompt": False}
-    texts = await renderer.render_each(source, [{**fixed, "messages": chat} for chat in messages])
+    messages = ([_in_two(role, word, facts.shapes_of(role)) for role, word in words] for words in chats)
+    texts = await asked.texts(messages)
     seen = [(role, word, text) for words, text in zip(chats, texts, strict=True) if text for role, word in words]
     kept = [(role, keeps(text, f"{word}a"), keeps(text, f"{word}b")) for role, word, text in seen]
     torn = {role for role, keeps_first, keeps_second in kept if keeps_first != keeps_second}
@@ -124,9 +129,7 @@ def _in_two(role: str, word: str, shapes: Collection[Shape]) -> dict[str, Any]:
     return in_shape({"role": role, "content": parts}, shapes)
 
 
-async def _probe_calls(
-    renderer: TemplateRenderer, source: str, variables: Mapping[str, Any], facts: TemplateFacts
-) -> TemplateFacts:
+async def _probe_calls(asked: _Template, facts: TemplateFacts) -> TemplateFacts:
     """The facts with those about calls and their results: the first form in which most of them is kept."""
     call = {"id": "call00000", "type": "function", "function": {"name": "callprobe", "arguments": {"x": "givenprobe"}}}
     forms = [(content, shape) for content in _CALL_CONTENTS for shape in SHAPES]
@@ -141,8 +144,7 @@ async def _probe_calls(
         ]
         for content, shape in forms
     ]
-    fixed = {**variables, "tools": [TOOL], "add_generation_prompt": False}
-    texts = await renderer.render_each(source, [{**fixed, "messages": chat} for chat in chats])
+    texts = await asked.texts(chats)
     words = ("userprobe", "callprobe", "givenprobe", "resultprobe", "assistantprobe")
     kept = [0 if text is None else sum(keeps(text, word) for word in words) for text in texts]
     if not any(kept):

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from fastapi import Request
 
@@ -102,14 +103,8 @@ def completion_asked(body: CompletionRequest, served: Served) -> Asked:
 
 def _prompts(body: CompletionRequest, served: Served, adapter: str | None) -> list[Prompt]:
     """The prompts of the batch, each text or token ids."""
-    given = body.prompt
-    pieces: list[str | list[int]]
-    if isinstance(given, str):
-        pieces = [given]
-    elif given and all(isinstance(item, int) for item in given):
-        pieces = [[item for item in given if isinstance(item, int)]]
-    else:
-        pieces = [item for item in given if not isinstance(item, int)]
+    given: Any = body.prompt  # Its types are checked: text, token ids, or a list of either.
+    pieces = [given] if isinstance(given, str) or isinstance(next(iter(given), None), int) else given
     if not pieces:
         raise InvalidRequest("prompt must not be empty", "prompt")
     check_most("prompt: the number of prompts", len(pieces), served.max_prompts)
