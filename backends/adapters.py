@@ -20,7 +20,7 @@ def find_adapter(folder: str, wanted: str) -> Path:
     try:
         path = (root / wanted).resolve(strict=True)
         files = [path, *(file.resolve() for file in path.glob("adapter_*"))]
-    except (OSError, RuntimeError):  # RuntimeError: links in a circle
+    except (OSError, RuntimeError):  # Links in a circle raise a RuntimeError.
         raise BackendError(f"{wanted[:200]!r}: no such file or folder in the folder of adapters") from None
     if not all(file.is_relative_to(root) for file in files):
         raise BackendError(f"{wanted[:200]!r} leads out of the folder of adapters")
@@ -37,7 +37,7 @@ class AdapterRoom:
     @contextmanager
     def taken(self, name: str, num_bytes: int) -> Iterator[None]:
         """Take room for an adapter, given back if the block raises. Raises BackendError where there is too little."""
-        free = self._num_bytes - sum(list(self._taken.values()))  # a copy: another thread may give room back
+        free = self._num_bytes - sum(list(self._taken.values()))  # It is a copy, as another thread may give room back.
         if num_bytes > free:
             raise BackendError(
                 f"the adapter takes {num_bytes / MIB:.1f} MiB, and {max(0, free) / MIB:.1f} of the "

@@ -111,7 +111,7 @@ def _download(repo: str, wanted: str | None, revision: str | None) -> Path:
     except HfHubHTTPError as error:
         raise BackendError(f"{repo}: the hub refused: {str(error).strip().splitlines()[0]}") from None
     except (OSError, httpx.HTTPError) as error:
-        if isinstance(error, OSError) and error.errno is not None:  # not the network: a full disk, say
+        if isinstance(error, OSError) and error.errno is not None:  # It is not the network then, but a full disk, say.
             raise BackendError(f"{repo}: can't be stored here: {error.strerror}") from None
         return _downloaded(repo, wanted, revision)
 

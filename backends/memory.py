@@ -6,9 +6,9 @@ from pathlib import Path
 from tightrope.backends.errors import DoesNotFit
 
 GIB = 1 << 30
-MEMORY_SHARE = 0.9  # of the free memory; the rest is left to everyone else
-PROMPT_LOGITS = 1 << 24  # of a step's prompts whose every row is wanted: 64 MiB of float32
-MIN_DEFAULT_TOKENS = 32768  # of the cache: several shorter chats side by side with a window's worth of one
+MEMORY_SHARE = 0.9  # The rest of the free memory is left to everyone else.
+PROMPT_LOGITS = 1 << 24  # A step's prompts whose every row is wanted take 64 MiB of float32.
+MIN_DEFAULT_TOKENS = 32768  # Several shorter chats have room in the cache side by side with a window's worth of one.
 
 
 def default_tokens(window: int, max_num_seqs: int) -> int:
@@ -46,15 +46,15 @@ def free_memory() -> int:
     free = _meminfo_available()
     group = Path("/sys/fs/cgroup")
     for folder, limit, used, idle in (
-        (group, "max", "current", "inactive_file"),  # version 2
-        (group / "memory", "limit_in_bytes", "usage_in_bytes", "total_inactive_file"),  # version 1
+        (group, "max", "current", "inactive_file"),  # This is version 2.
+        (group / "memory", "limit_in_bytes", "usage_in_bytes", "total_inactive_file"),  # This is version 1.
     ):
         try:
             granted = int((folder / f"memory.{limit}").read_text())
             taken = int((folder / f"memory.{used}").read_text()) - _stat(folder / "memory.stat", idle)
             free = min(free, granted - taken)
         except (OSError, ValueError):
-            continue  # no such control group, or no limit in it ("max")
+            continue  # There is no such control group, or no limit in it ("max").
     return max(0, free)
 
 
@@ -68,4 +68,4 @@ def _meminfo_available() -> int:
         lines = Path("/proc/meminfo").read_text().splitlines()
         return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
     except (OSError, StopIteration):
-        return 1 << 62  # not Linux: nothing is known, so nothing is refused
+        return 1 << 62  # Not on Linux, nothing is known, so nothing is refused.

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 # Words, headings such as "### Input:", rules and blanks, which models write in any text: no marks, even as tokens.
 WORDS = re.compile(r"""[\w\s#:.,;!?*='"`()…—-]*""")
-MOST_BRANCHES = 8  # that a pattern holds inside each other
+MOST_BRANCHES = 8  # A pattern holds so many inside each other.
 
 
 def any_of(texts: Iterable[str], branches: int = MOST_BRANCHES) -> str:
@@ -48,7 +48,7 @@ class MarkCutter:
         if not places:
             return [text]
         parts = [text[start:end] for start, end in zip([0, *places], [*places, len(text)], strict=True)]
-        return [piece for part in parts for piece in self.pieces(part)]  # marks may overlap
+        return [piece for part in parts for piece in self.pieces(part)]  # Marks may overlap.
 
 
 def place_to_cut(mark: str, token_id: int, encode: Callable[[str], Sequence[int]]) -> int | None:

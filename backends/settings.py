@@ -11,13 +11,13 @@ from tightrope.backends.threads import most_threads, usable_cpus
 KVCacheDtype = Literal["auto", "q8", "q4", "f16"]
 RopeKind = Literal["none", "linear", "dynamic", "ntk", "yarn", "llama3", "longrope"]
 
-MAX_ADAPTER_NAME = 128  # characters
-MAX_TOKENS = 1 << 30  # of a window or a cache, whose places are counted with 32 bits
-MAX_TRAINED_LEN = 1 << 28  # tokens; as is believed of a model's own files
-MAX_SEQS = 128  # all of them are rows of each decoding step, and their logits are kept side by side
-MAX_STEP_TOKENS = 1 << 16  # the workspace grows by each, and no kernel gains by more than some thousands
-MAX_GPU_LAYERS = 1 << 16  # beyond any model's; people write 999 or 9999 for all of them
-MAX_ADAPTER_MIB = 1 << 20  # a TiB, as much as large machines have in all
+MAX_ADAPTER_NAME = 128  # It is in characters.
+MAX_TOKENS = 1 << 30  # The places of a window or a cache are counted with 32 bits.
+MAX_TRAINED_LEN = 1 << 28  # A model's own files are believed as much.
+MAX_SEQS = 128  # All of them are rows of each decoding step, and their logits are kept side by side.
+MAX_STEP_TOKENS = 1 << 16  # The workspace grows by each, and no kernel gains by more than some thousands.
+MAX_GPU_LAYERS = 1 << 16  # No model has so many; people write 999 or 9999 for all of them.
+MAX_ADAPTER_MIB = 1 << 20  # Large machines have about a TiB in all.
 _ADAPTER_NAME = re.compile(r"[A-Za-z0-9][\w.:-]*(/[A-Za-z0-9][\w.:-]*)*", re.ASCII)
 
 

@@ -12,8 +12,8 @@ from tightrope.backends.errors import BackendError
 from tightrope.backends.files.generation import read_optional
 from tightrope.backends.files.opened import read_bytes
 
-MAX_TEMPLATE = 4 << 20  # bytes
-MAX_TEMPLATES = 32  # models have up to three
+MAX_TEMPLATE = 4 << 20  # It is in bytes.
+MAX_TEMPLATES = 32  # Models have up to three.
 
 DEFAULT = "default"
 

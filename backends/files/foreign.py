@@ -7,7 +7,7 @@ from pathlib import Path
 from tightrope.backends.errors import BackendError
 from tightrope.backends.files.opened import open_file
 
-CONSOLIDATED = "consolidated"  # how the weight files of Mistral's and Meta's own layouts begin
+CONSOLIDATED = "consolidated"  # The weight files of Mistral's and Meta's own layouts begin so.
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 # how files begin that llama.cpp wrote before GGUF, as little-endian words; the last one is an adapter
@@ -26,8 +26,8 @@ _STARTS = {
     b"7z\xbc\xaf": "it is a 7z archive; unpack it first",
     b"Rar!": "it is a rar archive; unpack it first",
 }
-SNIFFED = 256  # bytes from the start that `told_by_start` wants to see
-_SHOWN = 40  # of them in a line
+SNIFFED = 256  # `told_by_start` wants to see so many bytes from the start.
+_SHOWN = 40  # A line shows so many of them.
 
 # what quantizers measured; a name that tells a number of bits is a model's, made with its help
 _STATISTICS = re.compile(r"imatrix.*\.gguf|(?!.*(q\d|f16|f32)).*[-_.]imatrix\.gguf")

@@ -6,7 +6,7 @@ from typing import Any
 
 from tightrope.backends.files.json import read_object
 
-MAX_FILE = 64 << 20  # bytes; the longest real ones list every added token
+MAX_FILE = 64 << 20  # In bytes. The longest real ones list every added token.
 
 # Tokens that end a turn in every family that has them, and tokens that begin one; fine-tunes often flag neither and
 # leave them out of generation_config.json. From llama.cpp's list and the files of published models.

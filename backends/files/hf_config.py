@@ -16,10 +16,11 @@ from tightrope.backends.files.safetensors import Checkpoint
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-MAX_CONFIG = 16 << 20  # bytes; label lists make the largest real ones, of about 1 MB
+MAX_CONFIG = 16 << 20  # In bytes. Label lists make the largest real ones, of about 1 MB.
 
 WeightDtype = Literal["bfloat16", "float16", "float32"]
-STORED: Mapping[str, WeightDtype] = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # as safetensors has them
+# safetensors calls them so.
+STORED: Mapping[str, WeightDtype] = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 # Largest believable value of each size: anything above is a damaged file, found before memory is asked for.
 LIMITS: Mapping[str, int] = {
@@ -35,7 +36,7 @@ LIMITS: Mapping[str, int] = {
 }
 # Defaults of a transformers class are those of its first model, so these are never filled in.
 REQUIRED = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
-REQUIRED_NESTED = ("num_hidden_layers", "hidden_size")  # Gemma 3's vision models leave the rest to the class
+REQUIRED_NESTED = ("num_hidden_layers", "hidden_size")  # Gemma 3's vision models leave the rest to the class.
 # Model types from before a family had a class in transformers: the one that computes the same, and the defaults in
 # which the two differ. Source for Yi: configuration_yi.py of the first uploads, whose norms are called ln1 and ln2.
 ALIASES: Mapping[str, tuple[str, Mapping[str, object]]] = {
@@ -52,24 +53,24 @@ LAYER_TYPES = ("full_attention", "sliding_attention")
 class ModelShape:
     """The sizes of a decoder-only language model, as transformers' own config class resolves them."""
 
-    architecture: str  # class name, such as "LlamaForCausalLM"
-    model_type: str  # of the language model: "gemma3_text" also where config.json has it under text_config
+    architecture: str  # It is a class name, such as "LlamaForCausalLM".
+    model_type: str  # It is that of the language model: "gemma3_text" also where config.json has it under text_config.
     num_layers: int
     hidden_size: int
     intermediate_size: int
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    vocab_size: int  # width of the logits; the tokenizer may know fewer ids
-    trained_len: int  # max_position_embeddings, tokens
-    windows: tuple[int | None, ...]  # tokens that each layer's attention sees, None for all
-    layer_types: tuple[str, ...]  # "full_attention" or "sliding_attention"
-    dtype: WeightDtype  # as config.json says; where it doesn't, that of the tensors, which is transformers' reading
+    vocab_size: int  # It is the width of the logits; the tokenizer may know fewer ids.
+    trained_len: int  # These are the tokens of max_position_embeddings.
+    windows: tuple[int | None, ...]  # Each layer's attention sees so many tokens, None for all.
+    layer_types: tuple[str, ...]  # They are "full_attention" or "sliding_attention".
+    dtype: WeightDtype  # Where config.json doesn't say it, it is that of the tensors, as transformers reads it.
     tie_embeddings: bool
-    num_experts: int  # routed experts of a layer, 0 for a dense model
+    num_experts: int  # They are the routed experts of a layer, 0 for a dense model.
     # all of config.json, with the fields of text_config, if it has one, raised to the top; ends of both are joined
     raw: Mapping[str, Any]
-    other_lengths: Mapping[str, float]  # tokens that other fields and files give, by the fields' names
+    other_lengths: Mapping[str, float]  # Other fields and files give these tokens, by the fields' names.
 
 
 def read_config(folder: Path) -> ModelShape:
@@ -103,7 +104,7 @@ def _raise_text(path: Path, whole: Mapping[str, Any]) -> dict[str, Any]:
         raise BackendError(f"{path}: text_config is {text!r:.80}; it must be an object")
     raised = {key: value for key, value in whole.items() if key != "text_config"} | text
     ends = [end for part in (whole, text) if (value := part.get(ENDS)) is not None for end in _as_list(value)]
-    if ENDS in whole and ENDS in text:  # either place may have the end of a turn alone, or that of a text
+    if ENDS in whole and ENDS in text:  # Either place may have the end of a turn alone, or that of a text.
         raised[ENDS] = ends[0] if ends and all(end == ends[0] for end in ends) else ends
     return raised
 
@@ -190,7 +191,7 @@ class _Reader:
     def _check_sizes(self, sizes: dict[str, Any]) -> None:
         """Each size is a whole number in its limits, and heads divide what they share."""
         for field, value in list(sizes.items()):
-            if field == "sliding_window" and value == 0:  # some families' word for no window
+            if field == "sliding_window" and value == 0:  # Some families mean no window by it.
                 del sizes[field]
             elif type(value) is not int or not 0 < value <= LIMITS[field]:
                 raise self._wrong(field, f"is {value!r:.80}; it must be a whole number from 1 to {LIMITS[field]}")
@@ -247,7 +248,7 @@ class _Reader:
         plain = dtype.removeprefix("torch.") if isinstance(dtype, str) else dtype
         if plain not in STORED.values():
             raise self._wrong(name, f"is {dtype!r:.40}; bfloat16, float16 and float32 are served")
-        return cast(WeightDtype, plain)  # one of the three, which mypy can't see through the union
+        return cast(WeightDtype, plain)  # It is one of the three, which mypy can't see through the union.
 
     def _num_experts(self, config: "PretrainedConfig") -> int:
         for field in ("num_local_experts", "num_experts", "n_routed_experts"):
@@ -261,7 +262,8 @@ class _Reader:
     def _architecture(self, config: "PretrainedConfig") -> str:
         from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-        model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]  # typed as a pair, which no language model has
+        # It is typed as a pair, which no language model has.
+        model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
         return str(model_class.__name__)
 
     def _wrong(self, field: str, reason: str) -> BackendError:
@@ -273,7 +275,7 @@ def _stored_dtype(folder: Path) -> WeightDtype:
     num_bytes: dict[WeightDtype, int] = dict.fromkeys(STORED.values(), 0)
     try:
         entries = Checkpoint.open(folder).tensors.values()
-    except BackendError:  # told by whoever needs the weights
+    except BackendError:  # Whoever needs the weights tells of it.
         return "float32"
     for entry in entries:
         if (dtype := STORED.get(entry.dtype)) is not None:

@@ -7,8 +7,8 @@ from typing import Any
 from tightrope.backends.errors import BackendError
 from tightrope.backends.files.json import read_object
 
-MAX_FILE = 64 << 20  # bytes, as in backends/files/generation.py
-OWN_FIELDS = ("max_sequence_length", "model_max_length")  # of config.json itself
+MAX_FILE = 64 << 20  # It is as in backends/files/generation.py.
+OWN_FIELDS = ("max_sequence_length", "model_max_length")  # config.json itself has these.
 FIELDS = (("tokenizer_config.json", "model_max_length"), ("generation_config.json", "max_length"))
 
 
@@ -18,7 +18,7 @@ def other_lengths(folder: Path, config: Mapping[str, Any]) -> dict[str, float]:
     for file, field in FIELDS:
         try:
             found[f"{file}'s {field}"] = read_object(folder / file, MAX_FILE, finite=False).get(field)
-        except BackendError:  # whoever needs the file says what is wrong with it
+        except BackendError:  # Whoever needs the file says what is wrong with it.
             continue
     return {
         name: value for name, value in found.items() if isinstance(value, int | float) and not isinstance(value, bool)

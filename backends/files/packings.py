@@ -39,7 +39,7 @@ _BY_NAME: tuple[tuple[str, str | None, str], ...] = (
     ("weight_scale_inv", "weight", "fp8 in blocks"),
 )
 _UNMERGED = re.compile(r"\.lora_(embedding_)?[AB]($|\.)|\.lora_magnitude_vector($|\.)")
-_BLOCKS = re.compile(r"(gate_up_proj|down_proj)_blocks$")  # of gpt-oss
+_BLOCKS = re.compile(r"(gate_up_proj|down_proj)_blocks$")  # These are of gpt-oss.
 _BY_DTYPE: Mapping[str, str] = {
     "F8_E4M3": "fp8",
     "F8_E5M2": "fp8",
@@ -66,7 +66,7 @@ def check_packing(checkpoint: Checkpoint, names: Sequence[str], config: Mapping[
     for name in names:
         if name.endswith(".weight") and (what := _BY_DTYPE.get(tensors[name].dtype)) is not None:
             if f"{name}.absmax" in tensors or f"{name}.quant_map" in tensors:
-                continue  # bitsandbytes' 4 bits, which are checked as such
+                continue  # bitsandbytes' 4 bits are checked as such.
             said = _said(config)
             format = what if said is None else f"{said} ({what})"
             raise BackendError(f"{tensors[name].file}: tensor {name!r} is of {format}, which can't be read; {READ}")

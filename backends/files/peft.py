@@ -16,10 +16,10 @@ from tightrope.backends.files.safetensors import Checkpoint, TensorEntry
 from tightrope.backends.files.tensor_names import COMPUTED, OTHER_USE, nest_of
 
 if TYPE_CHECKING:
-    from tightrope.backends.settings import ModelSettings  # which needs pydantic; the benchmarks of a card do not
+    from tightrope.backends.settings import ModelSettings  # It needs pydantic, and the benchmarks of a card do not.
 
 WEIGHTS = "adapter_model.safetensors"
-FLOATS = ("F32", "F16", "BF16")  # types of its numbers
+FLOATS = ("F32", "F16", "BF16")  # Its numbers have these types.
 USED = "lora_A and lora_B of linears, lora_embedding_A and _B, and whole embeddings, heads and norms"
 
 # a name as peft writes it is PREFIX, the module's path, and what it is; old files also say whose, mostly "default"
@@ -31,7 +31,7 @@ _TOKENS = re.compile(rf"(?P<module>.+)\.token_adapter\.trainable_tokens_delta{_W
 _BASE = re.compile(r"(?P<module>.+?)(\.token_adapter)?\.(original_module|base_layer)\.(?P<part>weight|bias)")
 _OWN = re.compile(rf"(?P<module>.+)\.modules_to_save{_WHOSE}\.(?P<part>weight|bias)")
 _PLAIN = re.compile(r"(?P<module>.+)\.(?P<part>weight|bias)")
-_TABLES = ("embed_tokens", "lm_head", "wte", "embed_in", "embed_out", "embeddings")  # ends of their modules' names
+_TABLES = ("embed_tokens", "lm_head", "wte", "embed_in", "embed_out", "embeddings")  # Their modules' names end so.
 
 
 Key = TypeVar("Key")
@@ -72,7 +72,7 @@ class PeftAdapter:
     deltas: Mapping[str, Delta]
     table_deltas: Mapping[str, Delta]
     tokens: Mapping[str, TokenRows]
-    own: Mapping[tuple[str, str], TensorEntry]  # by module and "weight" or "bias"
+    own: Mapping[tuple[str, str], TensorEntry]  # They stand by module and "weight" or "bias".
     base: Mapping[str, TensorEntry]
     notes: tuple[str, ...]
 
@@ -104,7 +104,7 @@ class _Reading:
         self._table_halves: dict[str, dict[str, TensorEntry]] = {}
         self._tokens: dict[str, TokenRows] = {}
         self._own: dict[tuple[str, str], TensorEntry] = {}
-        self._marked: dict[tuple[str, str], TensorEntry] = {}  # said to be the adapter's own by their names
+        self._marked: dict[tuple[str, str], TensorEntry] = {}  # Their names say that they are the adapter's own.
         self._base: dict[str, TensorEntry] = {}
         self._left: list[str] = []
         self._nest = nest_of(name.removeprefix(_PREFIX) for name in self.checkpoint.tensors)

@@ -15,13 +15,13 @@ from tightrope.backends.errors import BackendError
 from tightrope.backends.files.json import read_object
 
 CONFIG = "adapter_config.json"
-MAX_CONFIG = 1_000_000  # bytes
-MAX_NUMBER = 65536  # rank and alpha
-MAX_PATTERN = 500  # characters
-MAX_TOKEN = 1 << 24  # more than any vocabulary
+MAX_CONFIG = 1_000_000  # It is in bytes.
+MAX_NUMBER = 65536  # Rank and alpha are at most so large.
+MAX_PATTERN = 500  # So many characters are served.
+MAX_TOKEN = 1 << 24  # No vocabulary has so many.
 
-_REPEATED_GROUP = re.compile(r"\)\s*[*+{]")  # may take exponential time
-DEFAULT_RANK = DEFAULT_ALPHA = 8  # of peft, where a file doesn't say
+_REPEATED_GROUP = re.compile(r"\)\s*[*+{]")  # It may take exponential time.
+DEFAULT_RANK = DEFAULT_ALPHA = 8  # peft has these where a file doesn't say.
 
 _HONOURED = frozenset(
     {

@@ -21,7 +21,7 @@ from tightrope.backends.files.shards import Shards, find_shards
 if TYPE_CHECKING:
     from torch import Tensor
 
-MAX_HEADER = 100_000_000  # bytes; the format's own limit
+MAX_HEADER = 100_000_000  # It is the format's own limit, in bytes.
 MAX_DIMS = 8
 
 # By safetensors' word, the bytes of a number, and torch's name: torch is not imported for headers alone.

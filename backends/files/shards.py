@@ -9,7 +9,7 @@ from tightrope.backends.errors import BackendError
 from tightrope.backends.files.foreign import CONSOLIDATED, no_weights
 from tightrope.backends.files.json import read_object
 
-MAX_INDEX = 200_000_000  # bytes
+MAX_INDEX = 200_000_000  # It is in bytes.
 INDEX = "model.safetensors.index.json"
 
 _PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
@@ -52,10 +52,10 @@ def find_shards(folder: Path) -> Shards:
         return Shards(found)
     weight_map = _read_index(index)
     named = {folder / name for name in weight_map.values()}
-    if not named & set(found):  # a quantizer may have copied the index of the model that it read
+    if not named & set(found):  # A quantizer may have copied the index of the model that it read.
         _check_parts(folder, found)
         return Shards(found)
-    if not named <= set(found):  # what is missing may be in files that the index doesn't know
+    if not named <= set(found):  # What is missing may be in files that the index doesn't know.
         return Shards(found, index, weight_map)
     sets = {_set_of(path) for path in named} - {None}
     return Shards([path for path in found if path in named or _set_of(path) in sets], index, weight_map)

@@ -5,10 +5,10 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 
 # names in older files, by those in transformers 5
 RENAMES: tuple[tuple[str, str], ...] = (
-    (".mlp.", ".block_sparse_moe."),  # Mixtral, MiniMax
-    (".mlp.gate.moe_statics.", ".mlp.moe_statics."),  # Ernie 4.5
-    ("lm_head.", "embed_out."),  # GPT-NeoX
-    (".input_layernorm.", ".ln1."),  # Yi, as first uploaded
+    (".mlp.", ".block_sparse_moe."),  # Mixtral and MiniMax have it.
+    (".mlp.gate.moe_statics.", ".mlp.moe_statics."),  # Ernie 4.5 has it.
+    ("lm_head.", "embed_out."),  # GPT-NeoX has it.
+    (".input_layernorm.", ".ln1."),  # Yi has it, as first uploaded.
     (".post_attention_layernorm.", ".ln2."),
 )
 
@@ -53,9 +53,9 @@ class FileNames:
 
     def of(self, name: str) -> str:
         """What the files should call the model's tensor `name`."""
-        if self._nest in NESTED:  # model.language_model.layers, but lm_head
+        if self._nest in NESTED:  # It is model.language_model.layers, but lm_head.
             return self._nest + name.removeprefix(self._base) if name.startswith(self._base) else name
-        if self._nest:  # language_model.model.layers, language_model.lm_head
+        if self._nest:  # It is language_model.model.layers, and language_model.lm_head.
             return NESTED_BEFORE + name
         return name if self._has_base else name.removeprefix(self._base)
 

@@ -28,7 +28,7 @@ from tightrope.backends.gguf.vocabulary import PER_TOKEN, TOKENS, BadVocabulary,
 MAGIC = b"GGUF"
 MAX_KEYS = 1 << 16
 MAX_TENSORS = 1 << 20
-MAX_STRING = 64 << 20  # The longest real ones are chat templates.
+MAX_STRING = 64 << 20  # In bytes. The longest real ones are chat templates.
 MAX_HEADER = 1 << 30  # So many bytes may come before the tensors; the largest vocabularies take about 30 MiB.
 MAX_KEPT_ARRAY = 4096  # Longer arrays, which vocabularies are, are checked and counted, not kept.
 MAX_NAME = 64  # It is llama.cpp's own limit of a tensor's name, in bytes with the end.

@@ -14,7 +14,7 @@ from tightrope.backends.quant.format import FLOATS, Format, Packed, Settings
 from tightrope.backends.quant.stated import check_meaning, layout_of, whole_number
 from tightrope.kernels.forms.quantized import QuantizedMatrix, arrange, pack_slices, tiled
 
-NIBBLE_OF_OUTPUT = (0, 4, 1, 5, 2, 6, 3, 7)  # of the eight in a word
+NIBBLE_OF_OUTPUT = (0, 4, 1, 5, 2, 6, 3, 7)  # They are the eight in a word.
 
 
 class Awq(Format):

@@ -75,7 +75,7 @@ class Exl2(Format):
 
 def _groups(packed: Packed, num_words: int) -> tuple[list[int], list[int]]:
     """Bits [G], and first rows of words [G + 1]."""
-    pairs = (packed.read("q_groups").int() & 0xFFFF).view(-1, 2)  # offsets are unsigned
+    pairs = (packed.read("q_groups").int() & 0xFFFF).view(-1, 2)  # Offsets are unsigned.
     bits, starts = pairs[:, 0].tolist(), [*pairs[:, 1].tolist(), num_words]
     for g, width in enumerate(bits):
         if width not in PLANES:

@@ -31,7 +31,7 @@ FORMATS: tuple[type[Format], ...] = (
     Gptq,
     Nf4,
 )
-MAX_FILE = 16 << 20  # bytes
+MAX_FILE = 16 << 20  # It is in bytes.
 # The names are AutoGPTQ's, old AutoAWQ's and auto-round's.
 SETTINGS_FILES = ("quantize_config.json", "quant_config.json", "quantization_config.json")
 AT_LOAD = ("bitsandbytes",)  # These methods may also mean: quantize plain weights while loading.

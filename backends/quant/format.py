@@ -13,7 +13,7 @@ from tightrope.backends.errors import BackendError
 from tightrope.backends.files.safetensors import Checkpoint, TensorEntry
 from tightrope.kernels.forms.quantized import Nf4Matrix, QuantizedMatrix
 
-Settings = Mapping[str, Any]  # a model's own words on its quantization, as JSON has them
+Settings = Mapping[str, Any]  # They are a model's own words on its quantization, as JSON has them.
 FLOATS = ("F16", "BF16", "F32")
 CPU = torch.device("cpu")
 

@@ -104,7 +104,7 @@ class Gptq(Format):
         inputs = group_of.argsort(stable=True)
         rows = arrange(inputs, counts[is_used].tolist(), [bits] * int(is_used.sum()))
         zeros = unstream(packed.read("qzeros").t().contiguous(), bits).t()[is_used].to(torch.int16)
-        zeros = zeros if self.is_v2 else zeros + 1  # without a carry: 2^bits is a zero point, too
+        zeros = zeros if self.is_v2 else zeros + 1  # There is no carry: 2^bits is a zero point, too.
         scales = scales[is_used]
         words = packed.read("qweight")
         return QuantizedMatrix(
@@ -125,7 +125,7 @@ class Gptq(Format):
             low, high = (int(value) for value in group_of.aminmax())
             if low < 0 or high >= num_groups:
                 raise packed.wrong("g_idx", f"names group {low if low < 0 else high}; there are {num_groups} groups")
-            if high > 0 or num_groups == 1:  # all zero: as if it weren't there
+            if high > 0 or num_groups == 1:  # All zero is as if it weren't there.
                 return group_of
         return torch.arange(num_inputs) // self._group_size(packed, num_inputs, num_groups)
 

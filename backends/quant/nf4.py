@@ -16,7 +16,7 @@ from tightrope.backends.quant.format import Format, Packed
 from tightrope.kernels.forms.quantized import Nf4Matrix, pack_nf4
 
 STATES = ("weight.quant_state.bitsandbytes__nf4", "weight.quant_state.bitsandbytes__fp4")
-MAX_STATE = 1 << 16  # bytes of JSON
+MAX_STATE = 1 << 16  # It is in bytes of JSON.
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +25,7 @@ class _State:
 
     shape: tuple[int, int]  # [N, K]
     blocksize: int
-    nested_blocksize: int  # 0: scales are as they are
+    nested_blocksize: int  # It is 0 where scales are as they are.
     nested_offset: float
 
     @property
@@ -78,10 +78,10 @@ class Nf4(Format):
         raw = packed.checkpoint.read(packed.name("weight")).to(packed.device).flatten().view(torch.uint8)
         codes = torch.stack((raw >> 4, raw & 15), 1).flatten()[: num_inputs * num_outputs].view(state.shape)
         book, scales = packed.read("weight.quant_map"), _scales(packed, state)
-        if state.run % 8:  # no kernel's form has such blocks
+        if state.run % 8:  # No kernel's form has such blocks.
             spread = scales.repeat_interleave(state.blocksize)[: codes.numel()]
             return book[codes.long()] * spread.view(state.shape)
-        first = torch.arange(0, codes.numel(), state.run, device=packed.device)  # weight of each run
+        first = torch.arange(0, codes.numel(), state.run, device=packed.device)  # It is the first weight of each run.
         return pack_nf4(codes, scales[first // state.blocksize].view(num_outputs, -1), book, state.run)
 
 

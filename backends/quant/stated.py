@@ -29,10 +29,11 @@ PACKINGS: Mapping[str, Layout] = {
 }
 KERNELS = ("exllamav1", "exllamav2", "triton", "tritonv2", "cuda", "gemm")
 INTEGER_TYPES = ("int", "int_sym", "int_asym", "int_sym_gptq")
-RECIPES = ("rtn_", "opt_rtn_")  # how codes were found, in front of such a type
+RECIPES = ("rtn_", "opt_rtn_")  # They say in front of such a type how codes were found.
 TURNED = ("rotation_config", "spinquant_config", "hadamard_config", "transform_config")
-METHODS = ("gptq", "awq", "auto-round")  # within a name: files also say intel/auto-round, gptq_marlin or autoround
-OVERRIDES = ("extra_config", "dynamic")  # of single linears: auto-round's and GPTQModel's
+# They stand within a name: files also say intel/auto-round, gptq_marlin or autoround.
+METHODS = ("gptq", "awq", "auto-round")
+OVERRIDES = ("extra_config", "dynamic")  # auto-round and GPTQModel have such fields for single linears.
 # fields of one linear in auto-round's settings, of which the tensors tell the first ones
 KNOWN = ("bits", "group_size", "sym", "scale_dtype", "data_type", "super_bits", "super_group_size")
 ACTIVATIONS = ("act_bits", "act_group_size", "act_sym", "act_data_type", "act_dynamic")

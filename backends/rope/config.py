@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 from tightrope.backends.errors import BackendError
 from tightrope.backends.files.config_fields import computing
 
-if TYPE_CHECKING:  # pydantic, which a model needs only where settings are read
+if TYPE_CHECKING:  # A model needs pydantic only where settings are read.
     from tightrope.backends.settings import RopeKind
 
 FILE = "config.json"
-KINDS: "dict[str, RopeKind]" = {  # as files name them -> as we do
+KINDS: "dict[str, RopeKind]" = {  # Files name the kinds so, and we do.
     "default": "none",
     "linear": "linear",
     "dynamic": "dynamic",
@@ -23,9 +23,9 @@ KINDS: "dict[str, RopeKind]" = {  # as files name them -> as we do
     "yarn": "yarn",
     "llama3": "llama3",
     "longrope": "longrope",
-    "su": "longrope",  # its name in the first Phi-3 files
+    "su": "longrope",  # The first Phi-3 files name it so.
 }
-SEVERAL_AXES = ("mrope", "default")  # `type` and `rope_type` of models that see; text has all axes alike
+SEVERAL_AXES = ("mrope", "default")  # Models that see have these as `type` and `rope_type`; text has all axes alike.
 REQUIRED = {
     "linear": ("factor",),
     "dynamic": ("factor",),
@@ -33,9 +33,9 @@ REQUIRED = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
     "longrope": ("short_factor", "long_factor"),
 }
-STRETCHING = frozenset({"dynamic", "yarn", "llama3", "longrope"})  # kinds that a factor below 1 has no meaning for
+STRETCHING = frozenset({"dynamic", "yarn", "llama3", "longrope"})  # A factor below 1 has no meaning for these kinds.
 ORIGINAL = "original_max_position_embeddings"
-ORDERED = (  # pairs with their defaults, of which the first must be the smaller one
+ORDERED = (  # These are pairs with their defaults, of which the first must be the smaller one.
     (("low_freq_factor", 1.0), ("high_freq_factor", 4.0)),
     (("beta_slow", 1.0), ("beta_fast", 32.0)),
 )
@@ -66,7 +66,7 @@ RANGES = {
 
 ERROR_NAME = re.compile(r"^\w+Error: ")
 
-Section = Mapping[str, Any]  # one kind of layer's parameters: numbers, texts, lists
+Section = Mapping[str, Any]  # They are one kind of layer's parameters: numbers, texts, lists.
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +78,8 @@ class RopeConfig:
 
     sections: Mapping[str, Section]
     head_dim: int
-    max_len: int  # max_position_embeddings
-    outer_len: int | None = None  # original_max_position_embeddings beside the section, if the file has it
+    max_len: int  # It is max_position_embeddings.
+    outer_len: int | None = None  # The file may have original_max_position_embeddings beside the section.
 
     @property
     def has_layer_kinds(self) -> bool:
@@ -190,7 +190,7 @@ def is_number(value: object, least: float, most: float) -> bool:
 
 def _check_dims(section: Section, head_dim: int, label: str) -> None:
     dims = rotary_dim(section, head_dim)
-    least = 4 if kind_of(section) in ("ntk", "dynamic") else 2  # their exponent is d / (d - 2)
+    least = 4 if kind_of(section) in ("ntk", "dynamic") else 2  # Their exponent is d / (d - 2).
     if dims % 2 or dims < least:
         share = section.get("partial_rotary_factor", 1.0)
         raise BackendError(
@@ -209,20 +209,20 @@ def _completed(config: Mapping[str, Any]) -> tuple[dict[str, Section], int, int]
 
     Defaults differ by class: Mixtral's theta, Gemma's head size, GPT-NeoX's share of rotated values.
     """
-    from transformers import CONFIG_MAPPING  # takes seconds to import, and torch with it
+    from transformers import CONFIG_MAPPING  # It takes seconds to import, and torch with it.
     from transformers import logging as transformers_logging
 
     model_type = config.get("model_type", "llama")
     if model_type not in CONFIG_MAPPING:
         raise BackendError(f"{FILE}: model_type is {model_type!r}, which the installed transformers doesn't know")
     verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity(logging.ERROR)  # its warnings are about what is checked here
+    transformers_logging.set_verbosity(logging.ERROR)  # Its warnings are about what is checked here.
     try:
-        with warnings.catch_warnings(action="ignore", category=FutureWarning):  # of names that old files have
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):  # Old files have such names.
             filled = CONFIG_MAPPING[model_type].from_dict(_as_expected(config))
-            filled.standardize_rope_params()  # as its rotary modules do first: only now values beside a section count
-    except Exception as error:  # its validation raises many kinds; all mean that the file is wrong
-        reason = str(error).strip().splitlines()[-1].strip()  # the line before only says that something is wrong
+            filled.standardize_rope_params()  # Its rotary modules do so first: only now values beside a section count.
+    except Exception as error:  # Its validation raises many kinds; all mean that the file is wrong.
+        reason = str(error).strip().splitlines()[-1].strip()  # The line before only says that something is wrong.
         raise BackendError(f"{FILE}: {ERROR_NAME.sub('', reason)}") from None
     finally:
         transformers_logging.set_verbosity(verbosity)
@@ -251,7 +251,7 @@ def _renamed(section: Section) -> Section:
         return {name: value and _renamed(value) for name, value in section.items()}
     known = _without_nulls(section)
     if kind_of(known) == "yarn":
-        known.setdefault("factor", None)  # which stands for the ratio of the two windows, but must be there
+        known.setdefault("factor", None)  # It stands for the ratio of the two windows, but must be there.
     return {**known, "rope_type": "longrope"} if kind_of(known) == "longrope" else known
 
 

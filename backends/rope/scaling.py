@@ -19,10 +19,10 @@ from tightrope.backends.rope.config import FILE, LISTS, STRETCHING, RopeConfig, 
 from tightrope.backends.rope.config import rotary_dim as rotary_dim_of
 from tightrope.backends.rope.window import Witnesses, own_windows
 
-if TYPE_CHECKING:  # pydantic, which a model needs only where settings are read
+if TYPE_CHECKING:  # A model needs pydantic only where settings are read.
     from tightrope.backends.settings import RopeKind, RopeSettings
 
-SLIDING = "sliding_attention"  # layers of a short window, which an override leaves as they are
+SLIDING = "sliding_attention"  # An override leaves layers of a short window as they are.
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from tightrope.backends.rope.config import ORIGINAL, RopeConfig, Section, kind_of
 
-Witnesses = Mapping[str, float]  # lengths in tokens that a model's files give, by the names of their fields
+Witnesses = Mapping[str, float]  # A model's files give these lengths in tokens, by the names of their fields.
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ def own_windows(section: Section, rope: RopeConfig, witnesses: Witnesses) -> Win
     factor = float(section["factor"])
     after = Windows(int(rope.max_len / factor), rope.max_len)
     before = Windows(rope.max_len, round(rope.max_len * factor))
-    if kind == "linear" and rope.has_layer_kinds:  # Gemma 3
+    if kind == "linear" and rope.has_layer_kinds:  # Gemma 3 has such layers.
         return after
     if kind == "ntk" or factor == 1:
         return before
