@@ -16,6 +16,10 @@ from torch import Tensor
 
 from tightrope.kernels import exllama, reference
 from tightrope.kernels.cpu import native
+from tightrope.kernels.exllama import ExllamaMatrix as ExllamaMatrix
+from tightrope.kernels.exllama import exllama_linear as exllama_linear
+from tightrope.kernels.exllama import is_exllama as is_exllama
+from tightrope.kernels.exllama import to_exllama as to_exllama
 from tightrope.kernels.forms.columns import ColumnMatrix
 from tightrope.kernels.forms.layer import DecoderLayer, GatedExperts, StackedExperts
 from tightrope.kernels.forms.layout import AttentionSpec, LayerCache, RopeTable, StepLayout

@@ -10,7 +10,7 @@ from torch import Tensor
 from bench.gpu.correctness import BOUNDS, Check
 from bench.gpu.matrices import EXL2_MIX, GROUP_ROWS, exl2_bits, large_matrix, random_matrix, random_nf4
 from bench.gpu.timing import recorded, seconds
-from tightrope.kernels import dispatch, exllama
+from tightrope.kernels import dispatch
 from tightrope.kernels.exllama import ExllamaMatrix
 from tightrope.kernels.forms.columns import ColumnMatrix, to_columns
 from tightrope.kernels.forms.quantized import Nf4Matrix, QuantizedMatrix, dequantize
@@ -30,8 +30,8 @@ def check_products(device: torch.device, is_smoke: bool, show: Callable[[str], N
     for name, matrix in _few() if is_smoke else _kinds():
         weight = dequantize(matrix).to(device).double()  # [K, N]
         kernels = [("quantized", _column_product(to_columns(matrix, device)), BOUNDS)]
-        if device.type == "cuda" and isinstance(matrix, QuantizedMatrix) and exllama.is_exllama(matrix):
-            taken = exllama.to_exllama(matrix, device)
+        if device.type == "cuda" and isinstance(matrix, QuantizedMatrix) and dispatch.is_exllama(matrix):
+            taken = dispatch.to_exllama(matrix, device)
             kernels.append(("exllamav2", _exllama_product(taken), {torch.float16: EXLLAMA_BOUND}))
         for num_rows in (1, 3, 65) if is_smoke else (1, 2, 8, 16, 17, 33, 64, 65, 300):
             for kernel, times, bounds in kernels:
@@ -112,8 +112,8 @@ def _runners(
     count = -(-working_set // columns.num_bytes)
     copies = [columns, *(_copy(columns) for _ in range(count - 1))]
     runners = [("Triton", columns.num_bytes, [_column_product(copy) for copy in copies])]
-    if device.type == "cuda" and isinstance(matrix, QuantizedMatrix) and exllama.is_exllama(matrix):
-        taken = [exllama.to_exllama(matrix, device) for _ in range(count)]
+    if device.type == "cuda" and isinstance(matrix, QuantizedMatrix) and dispatch.is_exllama(matrix):
+        taken = [dispatch.to_exllama(matrix, device) for _ in range(count)]
         num_bytes = sum(tensor.nbytes for tensor in taken[0].tensors if not tensor.is_meta)
         runners.append(("exllamav2", num_bytes, [_exllama_product(one) for one in taken]))
     return runners
@@ -130,7 +130,7 @@ def _column_product(matrix: ColumnMatrix) -> Times:
 
 
 def _exllama_product(matrix: ExllamaMatrix) -> Times:
-    return lambda x: exllama.exllama_linear(x, [matrix], None)
+    return lambda x: dispatch.exllama_linear(x, [matrix], None)
 
 
 def _measure(

@@ -72,8 +72,8 @@ def test_the_extension_gets_the_numbers_of_the_matrix(extension: Extension, num_
     matrices = [exl2_matrix(is_permuted=is_permuted), exl2_matrix(is_permuted=is_permuted, num_outputs=64)]
     x, bias = torch.randn(num_rows, 320), torch.randn(112)
 
-    taken = [exllama.to_exllama(matrix, torch.device("cpu")) for matrix in matrices]
-    found = exllama.exllama_linear(x, taken, bias)
+    taken = [dispatch.to_exllama(matrix, torch.device("cpu")) for matrix in matrices]
+    found = dispatch.exllama_linear(x, taken, bias)
 
     assert found.dtype == torch.float32
     wanted = x @ torch.cat([dequantize(matrix) for matrix in matrices], 1) + bias
@@ -81,7 +81,7 @@ def test_the_extension_gets_the_numbers_of_the_matrix(extension: Extension, num_
 
 
 def test_a_matrix_that_is_dropped_is_freed(extension: Extension):
-    taken = exllama.to_exllama(exl2_matrix(), torch.device("cpu"))
+    taken = dispatch.to_exllama(exl2_matrix(), torch.device("cpu"))
     assert extension.weights[taken.handle].any()
 
     del taken
@@ -90,27 +90,27 @@ def test_a_matrix_that_is_dropped_is_freed(extension: Extension):
 
 
 def test_only_exl2_matrices_go_to_the_extension(extension: Extension):
-    assert exllama.is_exllama(exl2_matrix())
-    assert not exllama.is_exllama(random_matrix([64], [4], 32))
-    assert not exllama.is_exllama(random_matrix([40], [4], 32, is_coded=True))
-    assert not exllama.is_exllama(random_matrix([32, 32], [4, 5], 32, is_coded=True))  # it takes the widest first
+    assert dispatch.is_exllama(exl2_matrix())
+    assert not dispatch.is_exllama(random_matrix([64], [4], 32))
+    assert not dispatch.is_exllama(random_matrix([40], [4], 32, is_coded=True))
+    assert not dispatch.is_exllama(random_matrix([32, 32], [4, 5], 32, is_coded=True))  # it takes the widest first
 
 
 def test_kernels_are_timed_at_load_once_for_each_size(extension: Extension):
     """The extension does so in its first 200 products of up to 4 rows, and waits: no graph could record that."""
     for num_outputs in (48, 64, 64):
-        matrix = exllama.to_exllama(exl2_matrix(num_outputs=num_outputs), torch.device("cpu"))
+        matrix = dispatch.to_exllama(exl2_matrix(num_outputs=num_outputs), torch.device("cpu"))
 
     assert extension.calls == {(rows, 320, 64): 201 for rows in range(1, 5)}
-    exllama.exllama_linear(torch.randn(1, 320), [matrix], None)
+    dispatch.exllama_linear(torch.randn(1, 320), [matrix], None)
     assert extension.calls[1, 320, 64] == 202
 
 
 def test_a_head_too_large_to_be_expanded_is_multiplied_as_it_is(extension: Extension, monkeypatch: pytest.MonkeyPatch):
-    matrix = exllama.to_exllama(exl2_matrix(), torch.device("cpu"))
+    matrix = dispatch.to_exllama(exl2_matrix(), torch.device("cpu"))
     monkeypatch.setattr(exllama, "MOST_EXPANDED", 320 * 64 - 1)
 
-    exllama.exllama_linear(torch.randn(33, 320), [matrix], None)
+    dispatch.exllama_linear(torch.randn(33, 320), [matrix], None)
 
     assert extension.calls[33, 320, 64] == 1
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from tightrope.kernels import dispatch, exllama
+from tightrope.kernels import dispatch
 from tightrope.kernels.forms.column_stack import ColumnStack, stack_columns
 from tightrope.kernels.forms.columns import ColumnMatrix, to_columns
 from tightrope.kernels.forms.layer import Projection
@@ -50,10 +50,10 @@ class Columns:
 class Exllama:
     """EXL2 matrices run by exllamav2's own kernels, side by side."""
 
-    matrices: tuple[exllama.ExllamaMatrix, ...]
+    matrices: tuple[dispatch.ExllamaMatrix, ...]
 
     def times(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return exllama.exllama_linear(x, self.matrices, bias)
+        return dispatch.exllama_linear(x, self.matrices, bias)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,8 +113,8 @@ def side_by_side(pieces: Sequence[Piece], device: torch.device) -> Matrix:
         return Mixed(tuple(side_by_side([piece], device) for piece in pieces))
     integers = _joined(integers) if integers else ()
     if dispatch.reads_columns(device):
-        if integers and all(exllama.is_exllama(matrix) for matrix in integers):
-            return Exllama(tuple(exllama.to_exllama(matrix, device) for matrix in integers))
+        if integers and all(dispatch.is_exllama(matrix) for matrix in integers):
+            return Exllama(tuple(dispatch.to_exllama(matrix, device) for matrix in integers))
         matrices: tuple[QuantizedMatrix | Nf4Matrix, ...] = (*integers, *codes)
         return Columns(tuple(to_columns(matrix, device) for matrix in matrices))
     return Quantized(integers) if integers else Nf4(codes)
