@@ -1,7 +1,9 @@
 # make serve   creates .venv, installs, and serves the bundled model on http://127.0.0.1:8080
 # make test    the same environment, then lint, format check, types and tests: all that CI runs
+# make quick   lint, types and the tests that take no time and no model: under a minute, while you work
+# make slow    kills, soaks, foreign clients, compilers, and property tests with many examples: before a release
 #
-# Both need CPython 3.11+, gcc/g++ and make. The first run builds llama.cpp for this machine's processor; later runs start
+# All need CPython 3.11+, gcc/g++ and make. The first run builds llama.cpp for this machine's processor; later runs start
 # at once. CMAKE_ARGS is passed on to that build (CMAKE_ARGS=-DGGML_CUDA=on), ARGS to the server (ARGS="--port 9000").
 
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
@@ -9,6 +11,9 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest
+# Two processes, each with half of the cores. All tests of a file run in one, which then share what it sets up.
+TWO := -n 2 --dist loadfile
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 CONSTRAINTS := .ci/constraints.txt
 # named here because a comma that is written inside $(call) would end the argument
@@ -18,7 +23,7 @@ WITH_BENCH := '.[demo,bench]'
 # Tools, the multimodal part and OpenSSL are most of the default build and are never called: 2 minutes instead of 14.
 TRIM := -DLLAVA_BUILD=OFF -DLLAMA_OPENSSL=OFF -DGGML_OPENMP=OFF -DCMAKE_PROJECT_llama.cpp_INCLUDE=$(CURDIR)/backends/gguf/llama_build.cmake
 
-.PHONY: help serve chat test format bench llama kernels clean force
+.PHONY: help serve chat test quick slow lint format bench llama kernels clean force
 .NOTPARALLEL:
 
 help:
@@ -35,11 +40,24 @@ serve: $(VENV)/.serve
 chat: $(VENV)/.serve
 	@exec $(BIN)/tightrope chat $(ARGS)
 
-test: $(VENV)/.test
+test: lint
+	$(BIN)/mypy
+	$(PYTEST) $(TWO) -m "not slow" $(ARGS)
+
+# mypy computes beside the tests, and says what it found after them.
+quick: lint
+	@$(BIN)/mypy >$(VENV)/mypy.log 2>&1 & types=$$!; \
+	trap 'kill $$types 2>/dev/null; exit 130' INT TERM; \
+	$(PYTEST) $(TWO) -m quick --durations=5 --durations-min=1 $(ARGS); failed=$$?; \
+	wait $$types || failed=1; cat $(VENV)/mypy.log; exit $$failed
+
+slow: $(VENV)/.test
+	$(PYTEST) $(TWO) -m "slow and not hypothesis" $(ARGS)
+	$(PYTEST) $(TWO) -m hypothesis --examples 500 $(ARGS)
+
+lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
-	$(BIN)/python -m pytest $(ARGS)
 
 format: $(VENV)/.test
 	$(BIN)/ruff check --fix .

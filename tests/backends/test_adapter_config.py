@@ -15,6 +15,8 @@ from test_adapters import rename, with_config
 from tightrope.backends.errors import BackendError
 from tightrope.backends.files.peft import read_adapter
 
+pytestmark = pytest.mark.quick
+
 ADAPTER = ADAPTERS / "llama-lora-r4"
 
 HARMLESS: Mapping[str, object] = {

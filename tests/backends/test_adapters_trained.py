@@ -47,6 +47,7 @@ def servers() -> Iterator[dict[str, RunningServer]]:
         yield dict(zip(BASES, pool.map(start, BASES), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", BASES)
 def test_what_an_adapter_learned_shows_in_the_replies_and_nowhere_else(servers: dict[str, RunningServer], base: str):
     url = f"{servers[base].url}/v1"

@@ -14,6 +14,8 @@ from tightrope.backends.gguf.header import read_header
 from tightrope.engine.types import ModelInfo
 from tightrope.server.prompts.templates import ChatTemplate
 
+pytestmark = pytest.mark.quick
+
 NAMED = '{"chat_template": [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]}'
 
 
@@ -121,6 +123,7 @@ def test_the_template_called_tool_use_writes_chats_with_tools(
     assert set(template.sources) == {plain, with_tools}
 
 
+@pytest.mark.plain
 async def test_a_request_that_may_call_tools_is_written_by_tool_use() -> None:
     words = "{% for m in messages %}{{ m.content }}{% endfor %}"
     named = {"tool_use": "{{ tools | map(attribute='function.name') | join }}" + words, "default": "plain " + words}

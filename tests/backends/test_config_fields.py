@@ -14,6 +14,8 @@ from tightrope.backends.hf.load.skeleton import build_skeleton
 from tightrope.backends.rope.scaling import resolve_rope
 from tightrope.backends.settings import RopeSettings
 
+pytestmark = pytest.mark.quick
+
 # of published files: a padding token beyond the vocabulary, ids as texts or lists, settings of training and generation
 NEEDLESS: dict[str, dict[str, Any]] = {
     "padding beyond the vocabulary": {"pad_token_id": TINY["vocab_size"]},

@@ -13,6 +13,8 @@ from tightrope.backends.files.foreign import model_files
 from tightrope.backends.locate import pick_file, pick_files
 from tightrope.backends.settings import ModelSettings
 
+pytestmark = pytest.mark.quick
+
 KINDS: list[tuple[list[str], str]] = [
     (["adapter_config.json", "adapter_model.safetensors", "tokenizer.json"], "a LoRA adapter, no model: serve the"),
     (["adapter_config.json", "adapter_model.bin", "config.json"], "a LoRA adapter, no model"),

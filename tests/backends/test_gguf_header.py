@@ -15,6 +15,8 @@ from tightrope.backends.gguf.shape import ModelShape
 from tightrope.backends.gguf.tensor_types import TENSOR_TYPES
 from tightrope.backends.locate import bundled_model
 
+pytestmark = pytest.mark.quick
+
 U32, STRING, ARRAY = 4, 8, 9
 
 
@@ -201,6 +203,7 @@ def test_a_vocabulary_that_can_be_served_is_taken_and_what_is_odd_about_it_noted
         assert (notes == ()) if note is None else (note in " ".join(notes)), notes
 
 
+@pytest.mark.plain
 def test_the_real_file_cut_anywhere_is_refused_at_once(tmp_path: Path) -> None:
     size = bundled_model().stat().st_size
     with bundled_model().open("rb") as real:
@@ -215,6 +218,7 @@ def test_the_real_file_cut_anywhere_is_refused_at_once(tmp_path: Path) -> None:
             read_header(path)
 
 
+@pytest.mark.plain
 @given(data=st.data())
 @settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 def test_a_file_with_changed_bytes_is_read_or_refused_and_nothing_else(data: st.DataObject, tmp_path: Path) -> None:

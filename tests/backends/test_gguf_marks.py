@@ -13,6 +13,8 @@ from tightrope.backends.gguf.native import ModelOptions, NativeModel
 from tightrope.backends.gguf.tokenizer import GGUFTokenizer
 from tightrope.backends.plain_text import MarkCutter, any_of, place_to_cut
 
+pytestmark = pytest.mark.quick
+
 NORMAL, CONTROL, USER = TokenType.NORMAL, TokenType.CONTROL, TokenType.USER_DEFINED
 LETTERS = [*map(chr, range(0x21, 0x7F)), *map(chr, range(0xA1, 0xAD)), *map(chr, range(0xAE, 0x100))]
 BYTES = [(text, NORMAL) for text in (*LETTERS, *map(chr, range(256, 256 + 256 - len(LETTERS))))]  # GPT-2's alphabet

@@ -12,6 +12,8 @@ from tightrope.backends.gguf.shape import ModelShape
 from tightrope.backends.memory import free_memory
 from tightrope.backends.settings import ModelSettings, RopeSettings
 
+pytestmark = pytest.mark.quick
+
 GIB = 1 << 30
 LAYERS, HEADS, HEAD_DIM = 32, 8, 128
 F16_TOKEN = LAYERS * HEADS * HEAD_DIM * 2 * 2  # bytes of keys and values of one token: 128 KiB

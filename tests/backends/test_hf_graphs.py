@@ -12,6 +12,8 @@ from torch import Tensor
 from tightrope.backends.hf.run.graphs import DecodeGraphs, batch_size, context_size
 from tightrope.kernels.forms.layout import PAGE, RopeTable, StepLayout
 
+pytestmark = pytest.mark.quick
+
 LONGEST = 5000  # tokens
 VOCABULARY = 9
 

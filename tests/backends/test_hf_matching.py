@@ -17,6 +17,8 @@ from tightrope.backends.errors import BackendError
 from tightrope.backends.files.safetensors import Checkpoint
 from tightrope.backends.settings import ModelSettings
 
+pytestmark = pytest.mark.quick
+
 ATTENTION, MLP = "model.layers.0.self_attn", "model.layers.1.mlp"
 INDEX = "model.safetensors.index.json"
 

@@ -26,6 +26,8 @@ from tightrope.backends.errors import BackendError
 from tightrope.backends.files.hf_config import read_config
 from tightrope.backends.hf.text.tokenizer import HFTokenizer
 
+pytestmark = pytest.mark.quick
+
 CHAT = "<|im_start|>user\nthe ferry <|im_end|>\n<|im_start|> </s>x<s> y <tool> z <|x|> a<|x|>b ferry ferryman"
 SIZE = len(pieces(trained()))
 IM = {259: flagged("<|im_start|>"), 260: flagged("<|im_end|>")}

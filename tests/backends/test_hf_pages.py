@@ -13,6 +13,8 @@ from tightrope.backends.hf.cache.window_pages import most_needed
 from tightrope.backends.protocol import KVUsage
 from tightrope.kernels.forms.layout import PAGE
 
+pytestmark = pytest.mark.quick
+
 
 def test_the_next_turn_of_a_chat_computes_only_what_is_new() -> None:
     driver = Driver()
@@ -310,6 +312,7 @@ OPERATIONS = st.one_of(
 )
 
 
+@pytest.mark.plain
 @settings(max_examples=400)
 @given(
     st.lists(OPERATIONS, max_size=40),
@@ -357,6 +360,7 @@ def test_whatever_is_done_every_sequence_reads_back_what_it_stored(
     driver.check()
 
 
+@pytest.mark.plain
 @settings(max_examples=200)
 @given(st.lists(st.tuples(PROMPTS, st.sampled_from(["", "a"]), st.booleans(), st.booleans()), max_size=20))
 def test_where_nothing_is_evicted_the_longest_beginning_is_found(prompts: list[tuple]) -> None:

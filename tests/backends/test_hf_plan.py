@@ -25,6 +25,8 @@ from tightrope.backends.memory import MEMORY_SHARE, prompt_rows, spare_bytes
 from tightrope.backends.settings import CacheSettings, ModelSettings
 from tightrope.kernels.forms.layout import PAGE, CacheDtype, CacheFormat, LayerCache
 
+pytestmark = pytest.mark.quick
+
 GIB = 1 << 30
 WINDOW = 24_000
 
@@ -129,6 +131,7 @@ def test_the_largest_window_of_sliding_layers_fits_and_a_page_more_does_not(
     assert num_full == 0 or sizes.bytes_of(fitting + 1) > int(gib * GIB)
 
 
+@pytest.mark.plain
 @given(st.floats(20, 200), st.sampled_from(["q8", "q4", "f16"]), st.sampled_from([16, 512, 2048]))
 def test_the_largest_window_fits_and_a_page_more_does_not(yi: Path, gib: float, dtype: CacheDtype, step_tokens: int):
     settings = ModelSettings.model_validate({"cache": {"dtype": dtype}, "step_tokens": step_tokens})

@@ -19,6 +19,8 @@ from tightrope.backends.rope.scaling import RopeSpec
 from tightrope.kernels.forms.layout import PAGE, RopeTable, StepLayout
 from tightrope.kernels.reference import rotate
 
+pytestmark = pytest.mark.quick
+
 HALF = 8
 PLAIN = RopeSpec("none", 1.0, 10_000.0, 2 * HALF, 2 * HALF, trained_len=64, window=512)
 DYNAMIC = RopeSpec("dynamic", 4.0, 10_000.0, 2 * HALF, 2 * HALF, trained_len=64, window=512)

@@ -15,6 +15,8 @@ from tightrope.backends.gguf.header import read_header as read_gguf
 from tightrope.backends.hf.text.sentencepiece import read_sentencepiece
 from tightrope.backends.hf.text.tokenizer import HFTokenizer
 
+pytestmark = pytest.mark.quick
+
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 4976698672\n"
 
 

@@ -16,6 +16,8 @@ from tightrope.backends.quant.gptq import Gptq
 from tightrope.backends.quant.nf4 import Nf4
 from tightrope.kernels.forms.quantized import dequantize
 
+pytestmark = pytest.mark.quick
+
 CASES: dict[str, list[dict[str, Any]]] = json.loads((FORMATS / "golden.json").read_text("utf-8"))
 
 

@@ -22,6 +22,8 @@ from tightrope.backends.hf.modules.matrices import Matrix, Mixed, Nf4, Quantized
 from tightrope.backends.quant.find import find_quantization, weight_bytes
 from tightrope.kernels.forms.quantized import dequantize
 
+pytestmark = pytest.mark.quick
+
 MIB = 1 << 20
 EXL2, EXL2_5, GPTQ, GPTQ_3, GPTQ_V2, AWQ, NF4, MIXTRAL = (
     "llama-exl2-mixed-h6",

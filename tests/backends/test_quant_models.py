@@ -22,6 +22,8 @@ from tightrope.backends.protocol import Backend, Chunk
 from tightrope.backends.settings import CacheSettings, ModelSettings
 from tightrope.engine.perplexity import cut_windows, measure
 
+pytestmark = pytest.mark.slow
+
 FORMS = tuple(WRITERS)
 WINDOW, NUM_TOKENS = 256, 512
 SETTINGS = ModelSettings(max_model_len=512, max_num_seqs=4, cache=CacheSettings(tokens=1024, dtype="f16"))

@@ -1,6 +1,7 @@
 """Packed bytes hold the codes that they were given, as the layout says, and stand for the weights of the formula."""
 
 import numpy as np
+import pytest
 import rounded
 import torch
 from hypothesis import given, settings
@@ -26,6 +27,8 @@ from tightrope.kernels.forms.quantized import (
     unpack,
     unpack_nf4,
 )
+
+pytestmark = pytest.mark.quick
 
 WIDTHS = st.sampled_from(sorted(PLANES))
 

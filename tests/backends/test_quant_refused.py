@@ -17,6 +17,8 @@ from tightrope.backends.files.safetensors import Checkpoint
 from tightrope.backends.hf.load.blueprint import draw
 from tightrope.backends.hf.load.model import build
 
+pytestmark = pytest.mark.quick
+
 EXL2, GPTQ, AWQ, NF4 = (
     "llama-exl2-mixed-h6",
     "llama-gptq-4bit-32g-actorder",

@@ -22,6 +22,8 @@ from tightrope.backends.quant.gptq import Gptq
 from tightrope.backends.quant.stated import PACKINGS
 from tightrope.kernels.forms.quantized import dequantize
 
+pytestmark = pytest.mark.quick
+
 FILE = Path("config.json")
 AUTO_ROUND = {"quant_method": "auto-round", "bits": 4, "group_size": 32, "sym": False}
 LINEAR = "model.layers.0.mlp.down_proj"

@@ -16,6 +16,8 @@ from tightrope.backends.errors import BackendError
 from tightrope.backends.rope.scaling import RopeSpec, resolve_rope
 from tightrope.backends.settings import RopeSettings
 
+pytestmark = pytest.mark.quick
+
 factors = st.floats(1, 64, allow_nan=False).map(lambda x: round(x, 3))
 
 

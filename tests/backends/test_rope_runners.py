@@ -18,6 +18,8 @@ from tightrope.backends.gguf.shape import ModelShape
 from tightrope.backends.rope.scaling import resolve_rope
 from tightrope.backends.settings import RopeSettings
 
+pytestmark = pytest.mark.quick
+
 TRAINED, HEAD_DIM, THETA = 4096, 64, 10000.0
 ROUNDED = 1.001 * UNIT  # of float64 numbers, exponents of 64ths among them, once to float32
 CONFIG = {

@@ -20,6 +20,8 @@ from tightrope.backends.hf.plan import make_plan
 from tightrope.backends.rope.scaling import resolve_rope
 from tightrope.backends.settings import ModelSettings, RopeSettings
 
+pytestmark = pytest.mark.quick
+
 ORIGINAL = "original_max_position_embeddings"
 FAMILIES = {
     "llama": (LlamaConfig, LlamaRotaryEmbedding),

@@ -12,6 +12,8 @@ from bench.sse import ChunkedDecoder, EventParser, RequestFailed, read_events, s
 from bench.stats import BARS, Bar, Sample, judge, paired_ratios, summarise
 from bench.workloads import Target, prose, run_chat, run_streams
 
+pytestmark = pytest.mark.quick
+
 # As servers send them: \n or \r\n, a comment as a ping, an event name, a space after the colon or none.
 RECORDED = (
     b": ping - 2026-01-01\r\n\r\n"
@@ -240,6 +242,7 @@ def test_slower_than_an_earlier_checkout_is_what_its_own_runs_do_not_explain(
     assert times["slower"] < 0, "a shorter time is no slower"
 
 
+@pytest.mark.plain
 def test_results_are_written_with_command_versions_machine_and_no_paths(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

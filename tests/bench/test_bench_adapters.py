@@ -10,6 +10,8 @@ from bench.gpu.model import SMALL
 from bench.gpu.random_weights import gptq_entries, plain_entries, random_model
 from tightrope.backends.hf.modules.experts import Experts
 
+pytestmark = pytest.mark.quick
+
 MIXTURE = SMALL | {"num_local_experts": 8, "num_experts_per_tok": 2}
 
 

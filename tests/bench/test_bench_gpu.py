@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import pytest
 from checkout import ROOT
 
 # what a bare machine lacks: tightrope's other dependencies
@@ -31,6 +32,7 @@ def test_without_a_card_it_says_so_in_one_line():
     assert result.stderr == "bench.gpu: no CUDA device; --smoke runs tiny sizes on a CPU\n"
 
 
+@pytest.mark.slow
 def test_its_smoke_run_checks_every_kernel_on_a_bare_machine():
     result = run("--smoke")
 

@@ -21,6 +21,8 @@ from bench.sse import RequestFailed
 from bench.stats import Sample, judge
 from bench.workloads import Target, run_prompt, run_streams
 
+pytestmark = pytest.mark.quick
+
 WORDS = ("<pad>", "<end>", "one", "two", "three", "four")
 
 

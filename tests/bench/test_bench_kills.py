@@ -6,6 +6,8 @@ from bench.kills import TOLD, End, Found, Kill, Outcome, verdicts
 from bench.served import Stopped
 from bench.watch import ProcessUse, Reading
 
+pytestmark = pytest.mark.quick
+
 RESTED = Reading(0.0, 0, ProcessUse(1, 60.0, 18, 4), None, 0.0)
 
 

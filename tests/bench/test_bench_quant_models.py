@@ -2,9 +2,13 @@
 
 from pathlib import Path
 
+import pytest
+
 from bench.peers import Setup
 from bench.quant_models import BF16, LLAMA, contestants, verdicts_of
 from bench.stats import Sample
+
+pytestmark = pytest.mark.quick
 
 
 def sample(server: str, speed: float, round: int = 0, other_cores: float = 0.0) -> Sample:

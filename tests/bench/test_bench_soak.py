@@ -30,6 +30,8 @@ from tightrope.backends.hf.backend import HFBackend
 from tightrope.backends.protocol import Chunk
 from tightrope.backends.settings import CacheSettings, ModelSettings
 
+pytestmark = pytest.mark.quick
+
 # ---- memory ----
 
 
@@ -78,6 +80,7 @@ def test_a_value_that_could_not_be_measured_misses_its_bar() -> None:
     assert line(verdict("x", None, 1.0)) == "x: not measured (bar: 1, missed)"
 
 
+@pytest.mark.plain
 def test_a_process_without_children_is_read_as_a_front_without_an_engine() -> None:
     with subprocess.Popen([sys.executable, "-c", "print(1, flush=True); input()"], stdin=PIPE, stdout=PIPE) as process:
         assert process.stdout is not None
@@ -272,6 +275,7 @@ def test_results_are_json_and_a_picture_is_drawn(tmp_path: Path) -> None:
 # ---- what is sent ----
 
 
+@pytest.mark.plain
 async def test_every_bad_body_is_refused() -> None:
     async with api() as http:
         for name, bad in BAD_BODIES.items():
@@ -326,6 +330,7 @@ async def test_a_client_that_leaves_in_the_middle_of_its_body_is_gone_for_the_se
 # ---- the tiny model, and a crowd around a real server ----
 
 
+@pytest.mark.plain
 def test_an_adapter_changes_what_the_tiny_model_says(tmp_path: Path) -> None:
     model = write_model(tmp_path / "model")
     settings = ModelSettings(
@@ -347,6 +352,7 @@ def test_an_adapter_changes_what_the_tiny_model_says(tmp_path: Path) -> None:
     assert not found[0].equal(found[1])
 
 
+@pytest.mark.slow
 async def test_a_crowd_finds_no_fault_in_a_server_whose_engine_is_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,6 +17,8 @@ from tightrope.engine.settings import LimitSettings
 from tightrope.engine.text.banned_strings import MAX_TRIES, BannedStrings
 from tightrope.engine.types import Delta, GenerateRequest, LogprobRequest, Span, StopRules, TextPrompt
 
+pytestmark = pytest.mark.quick
+
 LETTERS = b"abcdAB"
 
 
@@ -91,6 +93,7 @@ def text_of(deltas: list[Delta]) -> str:
     return "".join(delta.text for delta in deltas)
 
 
+@pytest.mark.plain
 @settings(max_examples=60)
 @given(
     banned=st.lists(st.text("abcdAB", min_size=1, max_size=4), min_size=1, max_size=4).map(tuple),

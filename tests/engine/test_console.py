@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from tightrope.engine.console import LineFormatter, printable, printable_lines
 from tightrope.server.cli.main import main
 
+pytestmark = pytest.mark.quick
+
 RED = "\x1b[31mred\x1b[0m"
 TITLE = "\x1b]0;owned\x07"
 

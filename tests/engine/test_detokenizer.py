@@ -6,6 +6,8 @@ from hypothesis import strategies as st
 
 from tightrope.engine.text.detokenizer import Detokenizer
 
+pytestmark = pytest.mark.quick
+
 
 def shown(detokenizer: Detokenizer, pieces: list[bytes]) -> tuple[list[str], list[str]]:
     """What is shown and what each token adds, until the end or a stop."""

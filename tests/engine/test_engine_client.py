@@ -335,6 +335,7 @@ def say(frame: bytes) -> Launcher:
     return launch
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fault",
     [
@@ -391,6 +392,7 @@ async def test_loads_that_keep_failing_are_given_up_in_the_end(tmp_path: Path):
         assert client.state == "failed"
 
 
+@pytest.mark.slow
 async def test_the_pause_starts_anew_once_an_engine_has_answered(caplog: pytest.LogCaptureFixture):
     async with running(settings()) as client:
         for place in range(5):
@@ -476,6 +478,7 @@ def test_an_engine_is_back_when_the_last_one_was_or_in_as_long_as_it_has_taken(
     assert back_in_s(load_s, taken_s) == expected_s
 
 
+@pytest.mark.slow
 async def test_requests_that_only_waited_outlive_any_number_of_engines():
     async with running(short_lived()) as client:
         writing = [client.generate(ask(name, name, 900)) for name in "abc"]

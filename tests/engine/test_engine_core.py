@@ -12,6 +12,8 @@ from tightrope.engine.sampler.steps import SamplingParams
 from tightrope.engine.types import Delta, LogprobRequest, Prompt, Span, TextPrompt, TokenPrompt
 from tightrope.engine.writer import UNTIMED, Writer
 
+pytestmark = pytest.mark.quick
+
 
 def expected(prompt: str, num_tokens: int) -> str:
     token_ids = [BOS, *prompt.encode()]

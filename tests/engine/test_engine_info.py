@@ -7,6 +7,8 @@ from fakes import FakeBackend
 
 from tightrope.engine.info import EMPTY_TEMPLATE, model_info
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.mark.parametrize(("template", "told"), [("{{ messages }}", "{{ messages }}"), ("", None), (" \n", None)])
 def test_an_empty_chat_template_counts_as_none_and_is_noted(template: str, told: str | None):

@@ -7,6 +7,8 @@ import pytest
 
 from tightrope.engine.process.frames import FrameTooLong, pack, read_frame, receive_frame
 
+pytestmark = pytest.mark.quick
+
 
 def test_frames_are_read_one_by_one_as_they_were_written():
     bodies = [b"one", b"", b"\x00" * 1000]

@@ -15,6 +15,8 @@ from tightrope.engine.errors import InvalidRequest
 from tightrope.engine.guided.grammar import Grammars, Matcher, masks
 from tightrope.engine.types import Grammar, GrammarKind
 
+pytestmark = pytest.mark.quick
+
 TOKENIZER = ByteTokenizer()
 GRAMMARS = Grammars(TOKENIZER)
 CLOSING = frozenset(b'"}]')

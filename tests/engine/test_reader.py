@@ -17,6 +17,8 @@ from tightrope.engine.prompt_bytes import LEAST_BYTES
 from tightrope.engine.settings import EngineSettings, LimitSettings
 from tightrope.engine.types import GenerateRequest, Grammar, Guidance, Span, StopRules, TextPrompt
 
+pytestmark = pytest.mark.quick
+
 LONG = "x" * (SHORT_BYTES + 1)
 
 
@@ -119,6 +121,7 @@ async def test_short_requests_and_cancels_are_served_while_long_texts_are_read()
         assert client.stats.num_running == client.stats.num_waiting == 0
 
 
+@pytest.mark.plain
 async def test_a_request_with_a_new_grammar_waits_with_the_long_ones_and_with_a_known_one_does_not() -> None:
     tokenizer = Watched()
     known, new = (Grammar("regex", pattern, "guided_regex") for pattern in ("fine|bad", "fine|good"))
@@ -151,6 +154,7 @@ async def test_a_request_that_is_cancelled_while_its_text_is_read_never_runs() -
         assert client.stats.steps == 0
 
 
+@pytest.mark.plain
 async def test_requests_whose_texts_are_being_read_wait_like_others() -> None:
     tokenizer = Watched()
     async with engine(tokenizer, max_waiting=1) as client:

@@ -12,6 +12,8 @@ from tightrope.engine.sampler.state import SamplerState
 from tightrope.engine.sampler.steps import SamplingParams
 from tightrope.engine.types import LogprobRequest
 
+pytestmark = pytest.mark.quick
+
 V = 20000
 
 

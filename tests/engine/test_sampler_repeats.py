@@ -3,6 +3,7 @@
 import math
 
 import numpy as np
+import pytest
 import sampling_reference as reference
 import torch
 from error_bounds import UNIT
@@ -14,6 +15,8 @@ from tightrope.engine.sampler.repeats import Repeats, Runs
 from tightrope.engine.sampler.sampler import sample
 from tightrope.engine.sampler.state import SamplerState
 from tightrope.engine.sampler.steps import LONGEST_RUN, SamplingParams
+
+pytestmark = pytest.mark.quick
 
 PIECES = ("a", "b", "ab", "\n", "ba", "")
 texts = st.text("ab\n", max_size=3)

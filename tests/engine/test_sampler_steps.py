@@ -22,6 +22,8 @@ from tightrope.engine.types import LogprobRequest
 from tightrope.kernels import dispatch
 from tightrope.kernels.forms.rows import SUMS
 
+pytestmark = pytest.mark.quick
+
 VOCAB_SIZES = (1, 2, 3, 30, 400)
 # of a border, of what a whole row weighs: its exponentials are off by 2e-7, and up to 64 of them are summed in float32;
 # their exponents, through six steps, by 40 roundings of their size, whose mean, by their weights, is at most log V
@@ -108,6 +110,7 @@ def expected(row: np.ndarray, p: SamplingParams, place: int) -> reference.Distri
     return kept
 
 
+@pytest.mark.plain
 @settings(max_examples=150, suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow])
 @given(
     vocab_size=st.sampled_from(VOCAB_SIZES),

@@ -9,6 +9,8 @@ from tightrope.engine.sampler.candidates import Candidates
 from tightrope.engine.sampler.state import SamplerState
 from tightrope.engine.sampler.steps import BY_NAME, NEUTRAL, STEPS, SamplingParams, Step, function, in_order
 
+pytestmark = pytest.mark.quick
+
 IN_THE_CHAIN = [step for step in STEPS if step.run]
 
 

@@ -20,6 +20,8 @@ from tightrope.engine.writer import Writer
 if TYPE_CHECKING:
     from tightrope.engine.sampler.state import SamplerState
 
+pytestmark = pytest.mark.quick
+
 BUSY_S = 0.15
 STEP_S, TOKEN_S, SCORED_S = 0.005, 0.004, 0.02  # what a step, a token and a scored token take
 NO_SAMPLER = cast("SamplerState", None)  # The scheduler never asks how tokens are drawn.
@@ -208,6 +210,7 @@ def test_a_prompt_that_does_not_fit_the_cache_at_the_moment_lets_smaller_ones_pa
     run.until("writing", "large")
 
 
+@pytest.mark.plain
 def test_smaller_prompts_pass_one_that_does_not_fit_for_so_long_and_no_longer():
     run = Run(capacity=1200)
     run.add("writing", 200, max_tokens=300)

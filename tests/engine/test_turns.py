@@ -18,6 +18,8 @@ from tightrope.engine.sampler.steps import SamplingParams
 from tightrope.engine.settings import LimitSettings
 from tightrope.engine.types import Delta, GenerateRequest, StopRules, TokenPrompt
 
+pytestmark = pytest.mark.quick
+
 STEP_S = 0.01  # by the clock below: a turn takes some steps
 
 

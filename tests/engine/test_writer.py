@@ -10,6 +10,8 @@ from tightrope.engine.text.banned_strings import MAX_TRIES
 from tightrope.engine.types import Delta, GenerateRequest, StopRules, TextPrompt, TopToken
 from tightrope.engine.writer import Writer
 
+pytestmark = pytest.mark.quick
+
 
 def make_writer(*, banned: tuple[str, ...] = (), max_tokens: int = 100, skip: bool = True, **stop: object) -> Writer:
     """A writer of these rules; further fields are of StopRules."""

@@ -12,6 +12,8 @@ from tightrope.kernels import dispatch
 from tightrope.kernels.cpu import addresses, native, structs
 from tightrope.kernels.forms.layout import CacheFormat, LayerCache
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.fixture
 def dispatched_anew() -> Iterator[None]:

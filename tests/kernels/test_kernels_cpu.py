@@ -30,6 +30,8 @@ from tightrope.kernels.forms.layout import (
 )
 from tightrope.kernels.forms.rows import CUT, DIVIDE, MAX_TRANSFORMS, PARABOLA, SUMS
 
+pytestmark = pytest.mark.quick
+
 SOME = settings(max_examples=12)
 DTYPES = st.sampled_from(("q8", "q4", "f16"))
 SEEDS = st.integers(0, 2**32 - 1)

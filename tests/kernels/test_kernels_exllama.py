@@ -12,6 +12,8 @@ from tightrope.backends.quant.streams import unstream
 from tightrope.kernels import dispatch, exllama
 from tightrope.kernels.forms.quantized import QuantizedMatrix, dequantize
 
+pytestmark = pytest.mark.quick
+
 
 class Extension:
     """exllamav2_ext in plain torch, on a CPU."""

@@ -20,6 +20,8 @@ from tightrope.kernels.forms.layout import AttentionSpec, CacheFormat, LayerCach
 from tightrope.kernels.forms.low_rank import NONE, AdapterRows, LowRank, make_low_rank
 from tightrope.kernels.forms.quantized import Nf4Matrix, QuantizedMatrix, arrange, pack, pack_nf4, tiled
 
+pytestmark = pytest.mark.quick
+
 HIDDEN, HEADS, KV_HEADS, DIMS, MIDDLE, PAGES = 64, 4, 2, 32, 96, 8
 ROPE = {"default": RopeSpec("yarn", 2.0, 10000.0, DIMS // 2, DIMS, 64, 128, attention_factor=1.1)}
 

@@ -17,6 +17,8 @@ from tightrope.kernels import reference
 from tightrope.kernels.cpu import native
 from tightrope.kernels.forms.low_rank import NONE, AdapterRows, LowRank, make_low_rank
 
+pytestmark = pytest.mark.quick
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SOME = settings(max_examples=25)
 
@@ -84,6 +86,7 @@ def card() -> Iterator[ModuleType]:
         yield module
 
 
+@pytest.mark.plain
 @settings(max_examples=8)
 @given(case=cases())
 def test_the_kernels_of_a_card_are_the_formula(card: ModuleType, case: Case) -> None:

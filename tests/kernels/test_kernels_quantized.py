@@ -22,6 +22,8 @@ from tightrope.kernels.forms.quantized import (
     tiled,
 )
 
+pytestmark = pytest.mark.quick
+
 SOME = settings(max_examples=25)
 WIDTHS = (2, 3, 4, 5, 6, 8)
 SEEDS = st.integers(0, 2**32 - 1)

@@ -14,6 +14,8 @@ from bench.gpu.cases import Case, Shape, make_case
 from tightrope.kernels.forms.layout import AttentionSpec, CacheDtype
 from tightrope.kernels.triton import attention, ops, pointwise, store
 
+pytestmark = pytest.mark.slow
+
 SHARED_BYTES = 99 * 1024  # that a program can have on an RTX 3090 or 4090
 POINTERS = {
     torch.bfloat16: "*bf16",

@@ -15,6 +15,8 @@ from tightrope.kernels.forms.layer import StackedExperts
 from tightrope.kernels.triton import experts as compiled
 from tightrope.kernels.triton import quantized
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Launch]:

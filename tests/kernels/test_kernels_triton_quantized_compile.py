@@ -13,6 +13,8 @@ from tightrope.kernels.forms.columns import ColumnMatrix, to_columns
 from tightrope.kernels.forms.quantized import Nf4Matrix, QuantizedMatrix
 from tightrope.kernels.triton import quantized
 
+pytestmark = pytest.mark.slow
+
 KERNELS = ("vector_parts", "batch_parts", "sum_parts", "expand_columns")
 MATRICES: dict[str, QuantizedMatrix | Nf4Matrix] = {
     "exl2": random_matrix([32, 32], [5, 4], 64, is_coded=True, is_permuted=True),

@@ -13,6 +13,8 @@ from torch.utils._pytree import tree_leaves
 from tightrope.kernels import reference
 from tightrope.kernels.forms.layout import AttentionSpec, CacheDtype, CacheFormat, LayerCache
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.mark.parametrize("spec", [AttentionSpec(0.1), AttentionSpec(0.1, window=100, softcap=30.0)])
 @pytest.mark.parametrize(("rows", "length"), [(1, 20_000), (100, 4000), (100, 8000)])

@@ -10,6 +10,8 @@ from tightrope.engine.types import Delta
 from tightrope.server.deltas.aborts import Aborts
 from tightrope.server.deltas.side_by_side import Deltas
 
+pytestmark = pytest.mark.quick
+
 
 class Work:
     """Deltas of which the second never comes."""

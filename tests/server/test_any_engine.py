@@ -4,6 +4,7 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from types import MappingProxyType
 
 import httpx
+import pytest
 
 from tightrope.engine.errors import InvalidRequest
 from tightrope.engine.protocol import Engine, FindMarks
@@ -24,6 +25,8 @@ from tightrope.server.app import create_app
 from tightrope.server.http.metrics import Metrics
 from tightrope.server.settings.settings import ServerSettings
 from tightrope.server.state import AppState
+
+pytestmark = pytest.mark.quick
 
 INFO = ModelInfo("echo", "none", "none", 256, 1024, 1024, 1024, "f16", 1, None, None, (), None, ())
 

@@ -12,6 +12,8 @@ from tightrope.engine.types import Grammar
 from tightrope.server.dialects.openai.call_format import HERMES, LLAMA, CallFormat, call_format, with_tool_text
 from tightrope.server.dialects.openai.call_parser import Arguments, CallOpened, CallParser, Piece
 
+pytestmark = pytest.mark.quick
+
 NAMES = frozenset({"add", "get_weather"})
 Calls = list[tuple[str, str]]
 

@@ -10,6 +10,8 @@ from test_waiting import Gate
 
 from tightrope.server.http.draining import Drain
 
+pytestmark = pytest.mark.quick
+
 ROUTES = {
     "/v1/chat/completions": {"messages": [{"role": "user", "content": "a"}]},
     "/v1/completions": {"prompt": "a"},

@@ -9,6 +9,8 @@ from tightrope.engine.process.client import EngineClient
 from tightrope.engine.types import Prompt, TokenRun
 from tightrope.server.http.long_lists import SLICE
 
+pytestmark = pytest.mark.quick
+
 TEXT = "x" * 60_000
 
 

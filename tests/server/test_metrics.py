@@ -22,6 +22,8 @@ from tightrope.engine.types import (
 from tightrope.server.http.errors import TemplateFailed
 from tightrope.server.http.metrics import Metrics
 
+pytestmark = pytest.mark.quick
+
 REQUEST = GenerateRequest("r", TextPrompt(()), stop=StopRules(max_tokens=20))
 
 
@@ -161,6 +163,7 @@ async def test_two_apps_count_apart():
     assert values(other)["tgi_request_count"] == 0
 
 
+@pytest.mark.plain
 def test_the_real_server_counts_a_request_and_what_it_found_in_the_cache(server: RunningServer):
     def counts() -> dict[str, float]:
         return parse(httpx.get(f"{server.url}/metrics").text)

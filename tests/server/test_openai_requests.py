@@ -29,6 +29,8 @@ from tightrope.server.http.body import ignored_fields, parse_json, refuse_unread
 from tightrope.server.prompts.templates import RenderedPrompt
 from tightrope.server.served import Served
 
+pytestmark = pytest.mark.quick
+
 INFO = ModelInfo("m", "rules", "fake", 259, 1024, 1024, 4096, "f16", 8, "<s>", "</s>", (), None, ())
 SERVED = Served("m", INFO, LimitSettings(), max_prompts=4)
 USER = [{"role": "user", "content": "hi"}]
@@ -443,6 +445,7 @@ async def test_a_chat_without_messages_is_told_so_in_plain_words() -> None:
     }
 
 
+@pytest.mark.plain
 async def test_a_prompt_over_the_window_is_refused_with_both_counts() -> None:
     async with api() as http:
         reply = await http.post("/v1/completions", json={"prompt": "x" * 2000})

@@ -11,6 +11,8 @@ from tightrope.server.fields.names import KNOWN, NUMBERS, OTHER_NUMBERS, WITHOUT
 from tightrope.server.fields.numbers import INTERVALS, Number
 from tightrope.server.fields.sampling import read_sampling
 
+pytestmark = pytest.mark.quick
+
 V = 1000
 
 # What SillyTavern sends each time when the user has touched nothing, of all its types together.

@@ -16,6 +16,8 @@ from tightrope.server.settings.settings import (
     load_settings,
 )
 
+pytestmark = pytest.mark.quick
+
 
 def test_the_command_line_wins_over_the_environment_and_that_over_the_file(tmp_path: Path):
     config = tmp_path / "tightrope.toml"

@@ -12,6 +12,8 @@ from tightrope.backends.settings import ModelSettings
 from tightrope.server.settings.options import OPTIONS
 from tightrope.server.settings.settings import ServerSettings, SettingsError, env_name, load_settings
 
+pytestmark = pytest.mark.quick
+
 
 def kinds(annotation: object) -> Iterator[object]:
     """The plain types that an annotation is made of: dict[str, int | None] has str, int and NoneType."""

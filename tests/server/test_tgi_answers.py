@@ -10,6 +10,8 @@ from fakes import BOS, EOS, VOCAB_SIZE, script
 
 from tightrope.backends.errors import BackendError
 
+pytestmark = pytest.mark.quick
+
 TEXT = "Grüße, 안녕 👩‍👩‍👧!"
 TOKEN_KEYS = ["id", "text", "logprob", "special"]
 
@@ -184,6 +186,7 @@ async def test_tokens_are_listed_with_their_places_in_bytes() -> None:
     assert places[-1] == {"id": ord("!"), "text": "!", "start": 2, "stop": 3}
 
 
+@pytest.mark.plain
 async def test_one_tokenize_path_serves_four_dialects() -> None:
     async with api(chat_template="{{ messages[0].content }}?") as http:
         text = (await http.post("/tokenize", json={"prompt": "a", "return_token_strs": True})).json()
@@ -205,6 +208,7 @@ async def test_one_tokenize_path_serves_four_dialects() -> None:
         assert reply.text.startswith("Failed to deserialize the JSON body into the target type: inputs")
 
 
+@pytest.mark.plain
 async def test_a_chat_is_tokenized_with_the_places_in_its_templated_text() -> None:
     async with api(chat_template="{{ messages[0].content }}!<|im_end|>") as http:
         reply = await http.post("/chat_tokenize", json={"messages": [{"role": "user", "content": "é"}]})
@@ -225,6 +229,7 @@ async def test_the_tokenizers_special_tokens_are_told_as_text() -> None:
     assert isinstance(info["tokenizer_class"], str)
 
 
+@pytest.mark.plain
 @pytest.mark.parametrize(
     ("path", "body"),
     [

@@ -19,6 +19,8 @@ from tightrope.server.dialects.tgi.requests import GenerateBody, Parameters
 from tightrope.server.http.body import ignored_fields
 from tightrope.server.served import Served
 
+pytestmark = pytest.mark.quick
+
 INFO = ModelInfo("m", "rules", "fake", 259, 1024, 1024, 4096, "f16", 8, "<s>", "</s>", (), None, ())
 SERVED = Served("m", INFO, LimitSettings(), max_prompts=4)
 LIMITS = TGILimits(

@@ -8,6 +8,8 @@ import httpx
 import pytest
 from fake_api import api, events
 
+pytestmark = pytest.mark.quick
+
 Json = dict[str, Any]
 Shown = Callable[[httpx.Response], object]
 TEXT = "abc def"

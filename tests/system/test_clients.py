@@ -13,8 +13,10 @@ from openai.types.chat import ChatCompletionMessageParam, ChatCompletionToolPara
 from pydantic import SecretStr
 from text_generation import Client
 
-# text-generation calls a method that pydantic has renamed
-pytestmark = pytest.mark.filterwarnings("ignore:The `dict` method is deprecated")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:The `dict` method is deprecated"),  # text-generation calls it
+]
 
 # No near ties: both runners, every batch and every cached part of the prompt go on alike, whatever the rounding.
 COUNTING = "1, 2, 3, 4, 5, 6, 7,"

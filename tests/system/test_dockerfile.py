@@ -11,6 +11,8 @@ from checkout import ROOT
 
 from tightrope.server.settings.settings import load_settings
 
+pytestmark = pytest.mark.quick
+
 HOME = "/opt/tightrope"  # where the image keeps the installation
 
 
@@ -77,6 +79,7 @@ def test_the_cpu_is_the_default_device():
     assert arguments_of("ARG") == ["DEVICE=cpu"]
 
 
+@pytest.mark.plain
 def test_the_targets_of_make_exist():
     targets = re.findall(r"make (\w+)$", "\n".join(arguments_of("RUN")), re.MULTILINE)
 

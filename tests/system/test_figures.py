@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from checkout import ROOT
 
+pytestmark = pytest.mark.quick
+
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 NAMED = re.compile(r"`bench/results/(\w+)\.json`")
 # "8,192", "-0.02%", "1.25"; not what belongs to a name, as in q8, int4 or SmolLM2-135M

@@ -3,10 +3,13 @@
 import ast
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
 from checkout import ROOT
+
+pytestmark = pytest.mark.quick
 
 FLOORS = ("kernels", "backends", "engine", "server")  # from the ground up
 HEAVY = {"torch", "transformers", "llama_cpp"}
@@ -22,16 +25,17 @@ def sources(folder: str) -> list[Path]:
     return sorted((ROOT / folder).rglob("*.py"))
 
 
-def imported(path: Path) -> set[str]:
+@cache
+def imported(path: Path) -> frozenset[str]:
     """Full names of everything that a file imports, wherever in it the import stands."""
-    names = set()
+    names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
             names |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return names
+    return frozenset(names)
 
 
 def floor_of(name: str) -> int | None:
@@ -65,6 +69,7 @@ def test_the_front_imports_no_model_library(path: Path):
     assert {name.split(".")[0] for name in imported(path)} & HEAVY == set()
 
 
+@pytest.mark.plain
 def test_importing_the_whole_front_loads_no_model_library():
     files = [path.relative_to(ROOT).with_suffix("") for path in sources("server") if path.stem != "__init__"]
     modules = [".".join(("tightrope", *path.parts)) for path in files]
@@ -75,6 +80,7 @@ def test_importing_the_whole_front_loads_no_model_library():
     assert result.stdout.strip() == "[]"
 
 
+@pytest.mark.plain
 def test_scheduling_and_writing_load_no_model_library():
     script = (
         f"import tightrope.backends.protocol, tightrope.engine.writer, sys\nprint(sorted({HEAVY!r} & set(sys.modules)))"
@@ -85,6 +91,7 @@ def test_scheduling_and_writing_load_no_model_library():
     assert result.stdout.strip() == "[]"
 
 
+@pytest.mark.plain
 def test_the_help_is_printed_without_the_web_framework():
     script = (
         "import sys; from tightrope.server.cli.main import main\n"
@@ -111,6 +118,7 @@ def test_only_the_dispatcher_imports_a_kernel_implementation():
     assert reached == []
 
 
+@cache
 def modules() -> dict[str, set[str]]:
     """Every module of the house, as a path without its ending, with the modules that it imports."""
     names = {path.relative_to(ROOT).with_suffix("").as_posix(): path for floor in FLOORS for path in sources(floor)}

@@ -15,8 +15,9 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.openai_completions import LocalCompletionsAPI
 
-# What the harness finds deprecated or leaves open is none of the server's business.
 pytestmark = [
+    pytest.mark.slow,
+    # What the harness finds deprecated or leaves open is none of the server's business.
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),

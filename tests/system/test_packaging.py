@@ -10,6 +10,8 @@ from checkout import ROOT
 
 import tightrope
 
+pytestmark = pytest.mark.slow
+
 FLOORS = ("server", "engine", "backends", "kernels")
 
 

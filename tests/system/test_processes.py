@@ -155,6 +155,7 @@ def test_no_process_but_the_front_knows_the_keys():
 # ---- how they end ----
 
 
+@pytest.mark.slow
 def test_an_engine_that_loads_ends_with_a_front_that_is_killed():
     with started(*MODULE, "serve", str(TINY), "--port=0") as front:
         wait_for(lambda: descendants(front, running="tightrope.engine.process.child"), "the engine")
@@ -163,6 +164,7 @@ def test_an_engine_that_loads_ends_with_a_front_that_is_killed():
         engine.suspend()  # it can't notice anything by itself now
 
 
+@pytest.mark.slow
 def test_an_engine_and_an_endless_template_end_with_a_front_that_is_killed():
     template = "{% if messages[0].content == 'loop' %}" + ENDLESS + "{% endif %}{{ messages[0].content }}"
     with run_server(str(TINY), f"--chat-template={template}", status=None) as server:
@@ -188,6 +190,7 @@ def test_an_engine_and_an_endless_template_end_with_a_front_that_is_killed():
     assert left == []
 
 
+@pytest.mark.slow
 def test_the_server_of_a_chat_ends_with_a_chat_that_is_killed():
     with started(*MODULE, "chat", str(TINY)) as chat:
         assert chat.stdout is not None

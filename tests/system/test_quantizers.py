@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 import torch
 from error_bounds import UNIT
 from hypothesis import given, settings
@@ -9,6 +10,8 @@ from hypothesis import strategies as st
 from quantizers import awq, exl2, gptq, nf4, reading, streams
 from quantizers.rounding import Grid, importance_order, round_corrected
 from torch import Tensor
+
+pytestmark = pytest.mark.quick
 
 SEEDS = st.integers(0, 2**32 - 1)
 WIDTHS = st.sampled_from((2, 3, 4, 5, 6, 8))

@@ -9,6 +9,8 @@ from checkout import ROOT
 
 from tightrope.server.settings.options import OPTIONS
 
+pytestmark = pytest.mark.quick
+
 README = (ROOT / "README.md").read_text("utf-8")
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 

@@ -14,6 +14,8 @@ import pytest
 from checkout import DATA
 from real_server import RunningServer, run_server
 
+pytestmark = pytest.mark.slow
+
 TINY = DATA / "adapters" / "llama-bf16"
 BACK_S = 20  # how soon a killed engine must serve again
 
