@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 import torch
+from checkout import ADAPTERS
+from gguf_files import write_model
 
 import tightrope.backends.gguf.cache as cache_module
 from tightrope.backends.errors import BackendError
 from tightrope.backends.gguf.backend import GGUFBackend
 from tightrope.backends.gguf.cache import SharedKVCache
-from tightrope.backends.locate import bundled_model
 from tightrope.backends.protocol import Chunk, KVUsage
 from tightrope.backends.settings import CacheSettings, ModelSettings
 
@@ -330,10 +331,12 @@ def test_random_operations_keep_every_count_exact(seed: int, swap_bytes: int, mo
 
 
 @pytest.fixture(scope="module")
-def small_backend() -> Iterator[GGUFBackend]:
-    """The real model with a cache of 256 tokens for 3 sequences."""
-    settings = ModelSettings(max_model_len=200, max_num_seqs=3, step_tokens=32, cache=CacheSettings(tokens=256))
-    backend = GGUFBackend(bundled_model(), settings, lambda _: None)
+def small_backend(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GGUFBackend]:
+    """A tiny model in llama.cpp with a cache of 256 tokens for 3 sequences."""
+    path = write_model(ADAPTERS / "llama-bf16", tmp_path_factory.mktemp("small") / "llama.gguf")
+    cache = CacheSettings(tokens=256)
+    settings = ModelSettings(max_model_len=200, max_num_seqs=3, step_tokens=32, threads=1, cache=cache)
+    backend = GGUFBackend(path, settings, lambda _: None)
     yield backend
     backend.close()
 
@@ -386,14 +389,14 @@ def test_a_chat_that_was_swapped_out_goes_on_as_if_it_had_stayed(
             cache.commit(seq_id, part)
         return found, logits
 
-    chat = [1000 + 7 * i for i in range(90)]
+    chat = [100 + 3 * i for i in range(90)]
     run(1000, chat[:80])
     cache.close(1000, keep=True)
     stayed = run(1001, chat)
     cache.close(1001, keep=False)
     run(1002, chat[:80])
     cache.close(1002, keep=True)
-    run(1003, [5000 + i for i in range(50)])  # the chat is swapped out
+    run(1003, [400 + i for i in range(50)])  # the chat is swapped out
     assert cache.usage().reusable == 0
     swapped = run(1004, chat)
     assert stayed[0] == swapped[0] == 80
