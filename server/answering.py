@@ -101,8 +101,8 @@ async def answer(front: AppState, dialect: type[Dialect[B]], body: B, request: R
         prompts = [choice.prompt for choice in choices[:: asked.n]]
         made = spoken.whole(choices, Ending(prompts, sum(c.finish.num_tokens for c in choices), explanation))
         return Response(msgspec.json.encode(made), headers=spoken.headers(choices), media_type="application/json")
-    pieces = _pieces(first, deltas, spoken, explanation)
-    return line_stream(pieces) if spoken.is_lines else event_stream(pieces, spoken.column, spoken.headers(()))
+    stream = line_stream if spoken.is_lines else event_stream
+    return stream(_pieces(first, deltas, spoken, explanation), spoken.column, spoken.headers(()))
 
 
 First = asyncio.Future[tuple[int, Delta] | None]  # It is None where an abort came before it.

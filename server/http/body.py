@@ -185,7 +185,7 @@ class JsonRequest(Request):
             raise BodyTimeout(f"the body did not arrive within {READ_TIMEOUT_S:.0f} s") from None
         made.data = parse_json(made.raw)
         if request.url.path in SHARED_PATHS and isinstance(made.data, dict) and made.data.get("inputs") is not None:
-            request.state.dialect = "tgi"
+            request.state.column = "tgi"
         return made
 
     async def body(self) -> bytes:

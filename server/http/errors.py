@@ -1,4 +1,4 @@
-"""The only table from an error to status and body, one column a dialect; routes build no error replies."""
+"""The only table from an error to status and body, a column for each shape of them; routes build no error replies."""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -23,8 +23,10 @@ log = logging.getLogger("tightrope.server")
 
 Column = Literal["openai", "tgi"]  # The table has these columns.
 
-TGI_PATHS = frozenset({"/", "/generate", "/generate_stream", "/chat_tokenize", "/info", "/health", "/ping"})
-
+# What is at any other path says errors as OpenAI does.
+PATHS: Mapping[str, Column] = dict.fromkeys(
+    ("/", "/generate", "/generate_stream", "/chat_tokenize", "/info", "/health", "/ping"), "tgi"
+)
 SHARED_PATHS = frozenset({"/tokenize", "/invocations"})  # There the key `inputs` makes a body TGI's.
 
 
@@ -133,7 +135,7 @@ class TGIRow:
 
 INVALID = TGIRow(422, "validation", "Input validation error: ")
 FAILED = TGIRow(424, "generation", "Request failed during generation: ")
-TABLE: Mapping[type[EngineError], tuple[int, TGIRow]] = {  # OpenAI's status goes first: see `error_body` for the rest.
+TABLE: Mapping[type[EngineError], tuple[int, TGIRow]] = {  # The status goes first with which all but TGI answer.
     InvalidRequest: (400, INVALID),
     TemplateFailed: (400, TGIRow(422, "template_error", "Template error: ")),
     MalformedBody: (400, TGIRow(400, None, "Failed to parse the request body as JSON: ")),
@@ -157,41 +159,44 @@ TABLE: Mapping[type[EngineError], tuple[int, TGIRow]] = {  # OpenAI's status goe
 }
 
 
-def dialect_of(request: Request) -> Column:
-    """The dialect that the request speaks; on shared paths the body tells, once it is read."""
-    if request.scope.get("state", {}).get("dialect") == "tgi":
-        return "tgi"
-    return "tgi" if request.url.path in TGI_PATHS else "openai"
+def column_of(request: Request) -> Column:
+    """That of the dialect which the request speaks; on shared paths the body tells, once it is read."""
+    told: Column | None = request.scope.get("state", {}).get("column")
+    return told or PATHS.get(request.url.path, "openai")
 
 
 def _row(exc: EngineError) -> tuple[int, TGIRow]:
     return next(TABLE[cls] for cls in type(exc).__mro__ if cls in TABLE)
 
 
-def error_body(exc: EngineError, column: Column) -> dict[str, Any] | str:
-    """What is said about an error: an object, or plain text.
+Told = tuple[int, dict[str, Any] | str]  # What is said about an error: a status, and an object or plain text.
 
-    OpenAI's type is one for each kind of status, and its code the error's own; a plain invalid request has none.
-    """
-    status, tgi = _row(exc)
-    if column == "openai":
-        kind = {429: Overloaded.code}.get(status, InvalidRequest.code if status < 500 else BackendFailed.code)
-        code = None if exc.code == InvalidRequest.code else exc.code
-        return {"error": {"message": exc.message, "type": kind, "param": exc.param, "code": code}}
-    text = tgi.prefix + exc.message if tgi.fixed is None else tgi.fixed
-    return text if tgi.kind is None else {"error": text, "error_type": tgi.kind}
+
+def _openai(exc: EngineError) -> Told:
+    """The type is one for each kind of status, and the code the error's own; a plain invalid request has none."""
+    status, _ = _row(exc)
+    kind = {429: Overloaded.code}.get(status, InvalidRequest.code if status < 500 else BackendFailed.code)
+    code = None if exc.code == InvalidRequest.code else exc.code
+    return status, {"error": {"message": exc.message, "type": kind, "param": exc.param, "code": code}}
+
+
+def _tgi(exc: EngineError) -> Told:
+    _, row = _row(exc)
+    text = row.prefix + exc.message if row.fixed is None else row.fixed
+    return row.status, text if row.kind is None else {"error": text, "error_type": row.kind}
+
+
+COLUMNS: Mapping[Column, Callable[[EngineError], Told]] = {"openai": _openai, "tgi": _tgi}
 
 
 def error_reply(exc: EngineError, column: Column) -> Response:
     """The whole reply for an error."""
-    status, tgi = _row(exc)
-    status = status if column == "openai" else tgi.status
+    status, body = COLUMNS[column](exc)
     headers = {}
     if exc.retry_after_s is not None:
         headers["retry-after"] = str(exc.retry_after_s)
     if isinstance(exc, Unauthorized):
         headers["www-authenticate"] = "Bearer"
-    body = error_body(exc, column)
     if isinstance(body, str):
         return Response(body, status, headers, "text/plain" if body else None)
     return Response(msgspec.json.encode(body), status, headers, "application/json")
@@ -199,12 +204,12 @@ def error_reply(exc: EngineError, column: Column) -> Response:
 
 def error_event(exc: EngineError, column: Column) -> bytes:
     """The last event of a stream that failed."""
-    return b"data: " + msgspec.json.encode(error_body(exc, column)) + b"\n\n"
+    return b"data: " + msgspec.json.encode(COLUMNS[column](exc)[1]) + b"\n\n"
 
 
-def error_line(exc: EngineError) -> bytes:
+def error_line(exc: EngineError, column: Column) -> bytes:
     """The same for a stream of JSON lines."""
-    return msgspec.json.encode(error_body(exc, "openai")) + b"\n"
+    return msgspec.json.encode(COLUMNS[column](exc)[1]) + b"\n"
 
 
 def unexpected(exc: Exception) -> BackendFailed:
@@ -254,13 +259,13 @@ def install_handlers(app: FastAPI, refused: Callable[[EngineError], None]) -> No
         if isinstance(exc, BackendFailed):
             log.error("request failed: path=%s error=%s", request.url.path, exc.message)
         refused(exc)
-        return error_reply(exc, dialect_of(request))
+        return error_reply(exc, column_of(request))
 
     @app.exception_handler(RequestValidationError)
     async def validation_error(request: Request, exc: RequestValidationError) -> Response:
         error = wrong_body(exc)
         refused(error)
-        return error_reply(error, dialect_of(request))
+        return error_reply(error, column_of(request))
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, exc: HTTPException) -> Response:
@@ -271,10 +276,10 @@ def install_handlers(app: FastAPI, refused: Callable[[EngineError], None]) -> No
             error = NoSuchRoute(f"there is nothing at {request.url.path}")
         else:
             error = InvalidRequest(str(exc.detail))
-        reply = error_reply(error, dialect_of(request))
+        reply = error_reply(error, column_of(request))
         reply.headers.update(exc.headers or {})
         return reply
 
     @app.exception_handler(Exception)
     async def any_error(request: Request, exc: Exception) -> Response:
-        return error_reply(unexpected(exc), dialect_of(request))
+        return error_reply(unexpected(exc), column_of(request))

@@ -11,7 +11,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tightrope.engine.errors import EngineError, Overloaded
-from tightrope.server.http.errors import BodyTooLarge, SwitchedOff, Unauthorized, dialect_of, error_reply
+from tightrope.server.http.errors import BodyTooLarge, SwitchedOff, Unauthorized, column_of, error_reply
 
 OPEN_ROUTES = frozenset({"/health", "/ping", "/info", "/metrics", "/version", "/docs"})
 OPEN_ROUTES |= {"/openapi.json", "/api-doc/openapi.json"}
@@ -26,7 +26,7 @@ async def refuse(exc: EngineError, scope: Scope, receive: Receive, send: Send) -
     A connection that is closed while its client still sends is reset, and the answer may be lost with it. So what
     comes behind the answer is thrown away first, up to LINGER_BYTES and for LINGER_S.
     """
-    reply = error_reply(exc, dialect_of(Request(scope)))
+    reply = error_reply(exc, column_of(Request(scope)))
     reply.headers["connection"] = "close"  # A body that nobody reads must not be taken for the next request.
 
     async def send_and_linger(message: Message) -> None:

@@ -26,23 +26,23 @@ def _ping() -> ServerSentEvent:
 
 
 def event_stream(
-    events: AsyncGenerator[bytes, None], column: Column, headers: Mapping[str, str] | None = None
+    events: AsyncGenerator[bytes, None], column: Column, headers: Mapping[str, str]
 ) -> EventSourceResponse:
     """The reply that writes `events` as they come and closes the iterator when the client hangs up."""
     return EventSourceResponse(
         with_errors(events, partial(error_event, column=column)),
-        headers={"cache-control": "no-cache", **(headers or {})},
+        headers={"cache-control": "no-cache", **headers},
         ping=PING_S,
         sep="\n",
         ping_message_factory=_ping,
     )
 
 
-def line_stream(lines: AsyncGenerator[bytes, None]) -> EventSourceResponse:
+def line_stream(lines: AsyncGenerator[bytes, None], column: Column, headers: Mapping[str, str]) -> EventSourceResponse:
     """The same for lines of JSON, which have no comments: a silent connection stays silent."""
     return EventSourceResponse(
-        with_errors(lines, error_line),
-        headers={"cache-control": "no-cache"},
+        with_errors(lines, partial(error_line, column=column)),
+        headers={"cache-control": "no-cache", **headers},
         media_type="application/x-ndjson",
         ping=NEVER_S,
         sep="\n",
