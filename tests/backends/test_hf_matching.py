@@ -131,7 +131,7 @@ def test_a_packing_that_is_not_read_is_called_by_its_name(
     line = str(caught.value)
     assert line.startswith(f"{tmp_path}/model.safetensors: tensor '")
     assert f" is of {format}" in line
-    assert line.endswith("can't be read; EXL2, GPTQ, AWQ, bitsandbytes' 4 bits and plain weights can, and GGUF files")
+    assert line.endswith("can't be read; EXL2, AWQ, GPTQ, bitsandbytes 4-bit and plain weights can, and GGUF files")
 
 
 def test_a_method_that_the_config_names_is_part_of_the_line(tmp_path: Path):

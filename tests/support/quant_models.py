@@ -6,8 +6,9 @@
 import json
 import shutil
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from hf_models import once, smollm2_bf16
@@ -40,20 +41,16 @@ def _gptq(model: Calibrated, folder: Path) -> None:
     (folder / "quantize_config.json").write_text(json.dumps(gptq.CONFIG, indent=2), "utf-8")
 
 
-def _awq(model: Calibrated, folder: Path) -> None:
-    _finish(model, folder, "model.safetensors", awq.quantize(model), awq.CONFIG)
-
-
-def _nf4(model: Calibrated, folder: Path) -> None:
-    _finish(model, folder, "model.safetensors", nf4.quantize(model), nf4.CONFIG)
+def _plainly(quantizer: ModuleType, model: Calibrated, folder: Path) -> None:
+    _finish(model, folder, "model.safetensors", quantizer.quantize(model), quantizer.CONFIG)
 
 
 WRITERS: dict[str, Callable[[Calibrated, Path], None]] = {
     "exl2-4.0bpw": _exl2(exl2.plain(4)),
     "exl2-mixed": _exl2(exl2.mixed),
     "gptq-4bit-128g-actorder": _gptq,
-    "awq-4bit-64g": _awq,
-    "nf4": _nf4,
+    "awq-4bit-64g": partial(_plainly, awq),
+    "nf4": partial(_plainly, nf4),
 }
 
 

@@ -10,7 +10,6 @@ from transformers import PreTrainedModel
 
 from tightrope.backends.errors import BackendError
 from tightrope.backends.files.hf_config import ModelShape
-from tightrope.backends.files.packings import check_packing
 from tightrope.backends.files.safetensors import Checkpoint
 from tightrope.backends.files.tensor_names import FileNames
 from tightrope.backends.hf.adapters.file_tables import Tables
@@ -34,6 +33,7 @@ from tightrope.backends.quant.find import (
     stated_and_not_found,
     weight_bytes,
 )
+from tightrope.backends.quant.packings import check_packing
 from tightrope.backends.rope.scaling import RopeSpec
 
 DTYPES_BY_NAME = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}

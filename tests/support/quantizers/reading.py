@@ -1,7 +1,7 @@
 """The weights that a quantized folder stands for, by the formats' plain formulas: what a loader is held to."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -9,30 +9,18 @@ from quantizers import awq, streams
 from safetensors.torch import load_file
 from torch import Tensor
 
-MARKS = (".q_weight", ".qweight", ".weight.quant_state.bitsandbytes__nf4")  # a quantized matrix has one of them
-
 
 def dequantized(folder: Path) -> dict[str, Tensor]:
     """All of a model's tensors in float32, matrices as [N, K] under `NAME.weight`, from the folder's only file."""
     [path] = folder.glob("*.safetensors")
     tensors = load_file(path)
     weights: dict[str, Tensor] = {}
-    for name in tensors:
-        for mark in MARKS:
-            if name.endswith(mark):
-                stem = name.removesuffix(mark)
-                weights[f"{stem}.weight"] = matrix(parts_of(tensors, stem)).t().contiguous()
+    for mark, formula in FORMULAS.items():
+        for stem in [name.removesuffix(mark) for name in tensors if name.endswith(mark)]:
+            if f"{stem}.weight" not in weights:
+                weights[f"{stem}.weight"] = formula(parts_of(tensors, stem)).t().contiguous()
     stems = tuple(f"{name.removesuffix('weight')}" for name in weights)
     return weights | {name: t.float() for name, t in tensors.items() if not name.startswith(stems)}
-
-
-def matrix(parts: Mapping[str, Tensor]) -> Tensor:
-    """The weight [K, N] float32 of a matrix's tensors, by the last part of their names."""
-    if "q_weight" in parts:
-        return exl2(parts)
-    if "g_idx" in parts:
-        return gptq(parts)
-    return awq_gemm(parts) if "qzeros" in parts else nf4(parts)
 
 
 def exl2(parts: Mapping[str, Tensor]) -> Tensor:
@@ -82,3 +70,12 @@ def parts_of(tensors: Mapping[str, Tensor], stem: str) -> dict[str, Tensor]:
     """A matrix's tensors by the last part of their names; nf4's are named after its weight."""
     found = {name.removeprefix(f"{stem}."): t for name, t in tensors.items() if name.startswith(f"{stem}.")}
     return {name.removeprefix("weight."): tensor for name, tensor in found.items()}
+
+
+# The weight [K, N] float32 of a matrix, by a tensor that it has; of two that fit, the first counts.
+FORMULAS: Mapping[str, Callable[[Mapping[str, Tensor]], Tensor]] = {
+    ".q_weight": exl2,
+    ".g_idx": gptq,
+    ".qzeros": awq_gemm,
+    ".weight.quant_state.bitsandbytes__nf4": nf4,
+}

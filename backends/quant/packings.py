@@ -11,8 +11,9 @@ from typing import Any
 
 from tightrope.backends.errors import BackendError
 from tightrope.backends.files.safetensors import Checkpoint, TensorEntry
+from tightrope.backends.quant.find import FORMATS
 
-READ = "EXL2, GPTQ, AWQ, bitsandbytes' 4 bits and plain weights can, and GGUF files"
+READ = f"{', '.join(kind.name for kind in FORMATS)} and plain weights can, and GGUF files"
 
 # (the end of a tensor's name, one that must stand beside it or None, the format); the first that fits counts
 _BY_NAME: tuple[tuple[str, str | None, str], ...] = (
@@ -40,6 +41,8 @@ _BY_NAME: tuple[tuple[str, str | None, str], ...] = (
 )
 _UNMERGED = re.compile(r"\.lora_(embedding_)?[AB]($|\.)|\.lora_magnitude_vector($|\.)")
 _BLOCKS = re.compile(r"(gate_up_proj|down_proj)_blocks$")  # These are of gpt-oss.
+# They tell that a tensor `weight` beside them is no plain one but a linear's codes.
+_BESIDE_CODES = tuple(part for kind in FORMATS if "weight" in kind.optional for part in kind.parts)
 _BY_DTYPE: Mapping[str, str] = {
     "F8_E4M3": "fp8",
     "F8_E5M2": "fp8",
@@ -65,8 +68,8 @@ def check_packing(checkpoint: Checkpoint, names: Sequence[str], config: Mapping[
             raise BackendError(f"{tensors[name].file}: tensor {name!r} is of {format}, which can't be read; {READ}")
     for name in names:
         if name.endswith(".weight") and (what := _BY_DTYPE.get(tensors[name].dtype)) is not None:
-            if f"{name}.absmax" in tensors or f"{name}.quant_map" in tensors:
-                continue  # bitsandbytes' 4 bits are checked as such.
+            if any(name.removesuffix("weight") + part in tensors for part in _BESIDE_CODES):
+                continue  # These are the codes of a format that is read, which checks them itself.
             said = _said(config)
             format = what if said is None else f"{said} ({what})"
             raise BackendError(f"{tensors[name].file}: tensor {name!r} is of {format}, which can't be read; {READ}")
