@@ -40,6 +40,7 @@ from tightrope.engine.perplexity import cut_windows, measure
 CONTEXT = 1024  # tokens of a window
 NUM_TOKENS = 4096
 LLAMA, BF16 = "llama.cpp server", "bf16"
+WRITER = ROOT / "tests" / "support" / "quant_models.py"
 QUIET_CORES = 0.25  # most that others may have used of the processors in a round that counts
 LEAST = {LLAMA: 0.7, BF16: 1.5}  # of their decode speeds
 BARRED = ("exl2-4.0bpw", "gptq-4bit")  # the forms that are held to them, by how their names begin
@@ -47,9 +48,8 @@ BARRED = ("exl2-4.0bpw", "gptq-4bit")  # the forms that are held to them, by how
 
 def write_models() -> dict[str, Path]:
     """The folders of SmolLM2 by form; bf16 comes first."""
-    script = ROOT / "tests" / "quant_models.py"
     found = subprocess.run(
-        [sys.executable, str(script)],
+        [sys.executable, str(WRITER)],
         stdout=subprocess.PIPE,
         check=True,
         text=True,

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from bench.peers import Setup
-from bench.quant_models import BF16, LLAMA, contestants, verdicts_of
+from bench.quant_models import BF16, LLAMA, WRITER, contestants, verdicts_of
 from bench.stats import Sample
 
 pytestmark = pytest.mark.quick
@@ -46,3 +46,7 @@ def test_each_folder_has_a_server_of_its_own_beside_llama_cpp(tmp_path: Path) ->
     assert str(tmp_path / "nf4") in commands["nf4"]
     assert str(tmp_path / "bf16") in commands[BF16]
     assert str(tmp_path / "model.gguf") in commands[LLAMA]
+
+
+def test_the_script_that_writes_the_models_is_there():
+    assert WRITER.is_file()
