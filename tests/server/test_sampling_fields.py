@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+from request_fields import value_of
 
 from tightrope.engine.errors import InvalidRequest
 from tightrope.engine.sampler.steps import SAMPLER_ORDER, SamplingParams
@@ -108,8 +109,7 @@ def test_every_number_of_the_sampler_has_names_under_which_clients_send_it() -> 
 def test_each_name_of_a_value_means_the_same(number: Number) -> None:
     switch = {} if number.part_of is None else {number.part_of: 1}
     interval = number.interval
-    value = max(interval.low, 0) + (2 if interval.whole else 0.5)
-    read = {repr(params(**{name: value, **switch})) for name in number.names}
+    read = {repr(params(**{name: value_of(number), **switch})) for name in number.names}
     assert len(read) == 1
     assert read != {repr(params(**switch))}
     for name in number.names:

@@ -9,7 +9,8 @@ from tightrope.server.dialects.llamacpp import CompletionBody
 from tightrope.server.dialects.ollama import OllamaChat, OllamaGenerate
 from tightrope.server.dialects.openai.requests import ChatRequest, CompletionRequest
 from tightrope.server.dialects.tgi.requests import CompatBody, GenerateBody
-from tightrope.server.fields.names import NOT_BUILT, ROPE, WITHOUT_EFFECT
+from tightrope.server.fields.names import NOT_BUILT, NUMBERS, ROPE, WITHOUT_EFFECT
+from tightrope.server.fields.numbers import Number
 from tightrope.server.http.body import Body
 
 TEMPLATE = (
@@ -153,22 +154,15 @@ MEANT: Mapping[str, Any] = {
     "thinking_token_budget": 9,
     "truncation_side": "right",
 }
+
+
+def value_of(number: Number) -> float:
+    """One that is in the number's interval, and not neutral."""
+    return max(number.interval.low, 0) + (2 if number.interval.whole else 0.5)
+
+
 SAMPLING: Mapping[str, Any] = {
-    "temperature": 0.5,
-    "top_k": 5,
-    "top_p": 0.5,
-    "min_p": 0.1,
-    **dict.fromkeys(("typical_p", "typical", "typ_p", "tfs", "tfs_z", "top_a"), 0.5),
-    **dict.fromkeys(("repetition_penalty", "rep_pen", "repeat_penalty"), 1.2),
-    **dict.fromkeys(("frequency_penalty", "freq_pen", "presence_penalty", "presence_pen"), 0.5),
-    **dict.fromkeys(("repetition_penalty_range", "penalty_range", "rep_pen_range", "repeat_last_n"), 64),
-    **dict.fromkeys(("smoothing_factor", "top_n_sigma", "nsigma", "epsilon_cutoff", "eta_cutoff", "skew"), 0.5),
-    "xtc_probability": 0.5,
-    **dict.fromkeys(("mirostat", "mirostat_mode"), 2),
-    "dry_multiplier": 0.8,
-    "no_repeat_ngram_size": 3,
-    "min_keep": 2,
-    **dict.fromkeys(("seed", "sampler_seed"), 7),
+    **{name: value_of(number) for number in NUMBERS for name in number.names},
     **dict.fromkeys(("min_tokens", "min_length"), 2),
     "dynatemp_range": 0.5,
     "adaptive_target": 0.5,
@@ -182,17 +176,9 @@ SAMPLING: Mapping[str, Any] = {
     "auto_max_new_tokens": True,
     "include_stop_str_in_output": True,
     "rope_freq_base": 1e6,
-    "smoothing_curve": 2,
-    "xtc_threshold": 0.3,
-    "mirostat_tau": 3,
-    "mirostat_eta": 0.2,
     "adaptive_decay": 0.5,
-    "dry_base": 2,
-    "dry_allowed_length": 3,
-    **dict.fromkeys(("dry_penalty_last_n", "dry_range"), 64),
     "dry_sequence_breakers": ["x"],
     **dict.fromkeys(("dynatemp_exponent", "temp_exponent"), 2),
-    "repetition_decay": 64,
     **dict.fromkeys(("rep_pen_slope", "length_penalty", "max_tokens_second", "penalize_nl", "penalize_newline"), 0.7),
     **dict.fromkeys(("early_stopping", "speculative_ngram"), True),
 }
@@ -239,7 +225,6 @@ ALIASES: Mapping[str, Any] = {
     "dynamic_temperature": False,
     **dict.fromkeys(("dynatemp_min", "min_temp"), 0.5),
     **dict.fromkeys(("dynatemp_max", "max_temp"), 1.5),
-    **dict.fromkeys(("repetition_range", "token_repetition_decay"), 64),
 }
 VALUES: Mapping[str, Any] = MEANT | SAMPLING | OTHER | LENGTHS | SPOKEN | ALIASES
 
@@ -256,14 +241,10 @@ EXPECTED: Mapping[str, str] = {
 
 BESIDE: Mapping[str, Mapping[str, Any]] = {  # what a field needs beside it to mean anything
     "negative_prompt": {"guidance_scale": 1.5},
-    "smoothing_curve": {"smoothing_factor": 0.5},
-    "xtc_threshold": {"xtc_probability": 0.5},
-    **{key: {"mirostat_mode": 2} for key in ("mirostat_tau", "mirostat_eta")},
+    **{name: {part.part_of: SAMPLING[part.part_of]} for part in NUMBERS if part.part_of for name in part.names},
     "adaptive_decay": {"adaptive_target": 0.5},
-    **{key: {"dry_multiplier": 0.8} for key in ("dry_base", "dry_allowed_length", "dry_penalty_last_n", "dry_range")},
-    "dry_sequence_breakers": {"dry_multiplier": 0.8},
+    "dry_sequence_breakers": {"dry_multiplier": 0.5},
     **{key: {"dynatemp_range": 0.5} for key in ("dynatemp_exponent", "temp_exponent")},
-    **{key: {"rep_pen_range": 64} for key in ("repetition_decay", "token_repetition_decay")},
     "dynamic_temperature": {"dynatemp_low": 0.5, "dynatemp_high": 1.5},
     **{key: {"dynatemp_high": 1.5} for key in ("dynatemp_low", "dynatemp_min", "min_temp")},
     **{key: {"dynatemp_low": 0.5} for key in ("dynatemp_high", "dynatemp_max", "max_temp")},
