@@ -8,7 +8,6 @@ from pydantic import Field
 
 from tightrope.engine.sampler.steps import NEUTRAL
 from tightrope.server.fields.numbers import MAX_INT, Interval, Number, number
-from tightrope.server.fields.sampler_order import Order, kobold_order, llama_cpp_order, named_order
 
 Ignored = tuple[str, str]  # It is a field's name, and why it changes nothing.
 _MINUS_1 = frozenset({-1})
@@ -73,11 +72,7 @@ KEEP_STOP = ("include_stop_str_in_output",)
 BANNED_STRINGS = ("banned_strings", "bad_words")
 BANNED_TOKENS = ("custom_token_bans", "banned_tokens")
 ALLOWED_TOKENS = ("allowed_token_ids", "allowed_tokens")
-ORDERS: tuple[tuple[str, Callable[[str, object], Order]], ...] = (
-    ("sampler_priority", named_order),
-    ("samplers", llama_cpp_order),
-    ("sampler_order", kobold_order),
-)
+ORDERS = ("sampler_priority", "samplers", "sampler_order")  # What each means is in sampler_order.py.
 
 NOT_BUILT: Mapping[str, tuple[float, str]] = {  # By name it has the neutral value, and why others are refused.
     "encoder_repetition_penalty": (1, "is not a sampler of this server"),
@@ -106,8 +101,7 @@ KNOWN: frozenset[str] = frozenset(  # All names that are read here are in it.
     | {*STOPS, *IGNORE_EOS, *KEEP_STOP, *BANNED_STRINGS, *BANNED_TOKENS, *ALLOWED_TOKENS}
     | {*DYNATEMP_LOW, *DYNATEMP_HIGH}
     | {"dry_sequence_breakers", "dynamic_temperature", "do_sample", "temperature_last", "stop_token_ids", "logit_bias"}
-    | {NEGATIVE, TO_THE_WINDOW}
-    | {name for name, _ in ORDERS}
+    | {NEGATIVE, TO_THE_WINDOW, *ORDERS}
     | NOT_BUILT.keys()
     | WITHOUT_EFFECT.keys()
     | ROPE

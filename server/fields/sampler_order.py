@@ -1,21 +1,19 @@
 """What other servers call the sampler's steps where a client orders them."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from tightrope.engine.errors import InvalidRequest
 from tightrope.engine.sampler.steps import BY_NAME, SAMPLER_ORDER
+from tightrope.server.fields.names import NUMBERS, ORDERS
 
 # the steps in order, the SamplingParams that a list switches off, and names in it that mean no step
 Order = tuple[tuple[str, ...], frozenset[str], tuple[str, ...]]
 
-_STEPS: Mapping[str, str] = {step: step for step in SAMPLER_ORDER} | {
-    "dynamic_temperature": "temperature",
-    "quadratic_sampling": "smoothing",
-    "typ_p": "typical_p",
-    "typical": "typical_p",
-    "tfs_z": "tfs",
-    "nsigma": "top_n_sigma",
-}
+_STEPS: Mapping[str, str] = (
+    {step: step for step in SAMPLER_ORDER}
+    | {name: number.target for number in NUMBERS if number.target in SAMPLER_ORDER for name in number.names}
+    | {"dynamic_temperature": "temperature", "quadratic_sampling": "smoothing"}
+)
 # Steps that come before or after all others, whatever a list says.
 _IN_THEIR_PLACE = BY_NAME.keys() - {*SAMPLER_ORDER} | {"penalties", "encoder_repetition_penalty", "infill"}
 _LETTERS: Mapping[str, str] = {  # llama.cpp lists steps by these letters, too.
@@ -74,3 +72,8 @@ def kobold_order(name: str, value: object) -> Order:
         if step is not None:
             order += [step, "min_p"] if step == "top_p" else [step]
     return tuple(order), frozenset(), ()
+
+
+READERS: Mapping[str, Callable[[str, object], Order]] = dict(
+    zip(ORDERS, (named_order, llama_cpp_order, kobold_order), strict=True)
+)

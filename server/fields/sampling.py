@@ -18,6 +18,7 @@ from tightrope.engine.types import Guidance, StopRules
 from tightrope.server.fields import names
 from tightrope.server.fields.names import Ignored
 from tightrope.server.fields.numbers import MAX_INT, Number, is_number, shown
+from tightrope.server.fields.sampler_order import READERS
 
 MAX_STOPS = 1024  # The engine looks for each of them after each token.
 MAX_BREAKERS = 16384
@@ -154,7 +155,7 @@ class _Reading:
 
     def order(self) -> None:
         """One list of steps, whatever the dialect; what a llama.cpp list leaves out is off."""
-        for name, read in names.ORDERS:
+        for name, read in READERS.items():
             if name not in self.given:
                 continue
             order, left_out, unknown = read(name, self.given[name])
