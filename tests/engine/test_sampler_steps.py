@@ -16,7 +16,7 @@ from tightrope.engine.sampler.draw import dice, uniform
 from tightrope.engine.sampler.mirostat import next_mu
 from tightrope.engine.sampler.sampler import Sampled, sample
 from tightrope.engine.sampler.state import SamplerState
-from tightrope.engine.sampler.steps import SAMPLER_ORDER, STEPS, SamplingParams
+from tightrope.engine.sampler.steps import NEUTRAL, SAMPLER_ORDER, STEPS, SamplingParams
 from tightrope.engine.sampler.transforms import transformed
 from tightrope.engine.types import LogprobRequest
 from tightrope.kernels import dispatch
@@ -63,24 +63,19 @@ VALUES: Mapping[str, st.SearchStrategy[object]] = {
     "seed": st.integers(0, 2**64 - 1),
 }
 params = st.builds(SamplingParams, **VALUES)
-THRESHOLDS = (
-    "top_p",
-    "min_p",
-    "typical_p",
-    "top_n_sigma",
-    "tfs",
-    "top_a",
-    "epsilon_cutoff",
-    "eta_cutoff",
-    "xtc_threshold",
-    "mirostat_tau",
-)
+OF_THE_NEXT_TOKEN_ALONE = {"mirostat_eta", "adaptive_decay"}
+THRESHOLDS = [  # of what a step keeps: at a border, a little more or less of them is another token
+    name
+    for step in STEPS
+    for name in step.params
+    if step.run and step.removes and isinstance(getattr(NEUTRAL, name), float)
+    if name not in {"xtc_probability", *OF_THE_NEXT_TOKEN_ALONE}
+]
 
 
 def test_the_examples_vary_every_parameter_of_the_chain():
-    of_the_next_token_alone = {"mirostat_eta", "adaptive_decay"}
     varied = {name for step in STEPS if step.run or step.name == "min_keep" for name in step.params}
-    assert varied - of_the_next_token_alone <= VALUES.keys()
+    assert varied - OF_THE_NEXT_TOKEN_ALONE <= VALUES.keys()
 
 
 def logits_row(shape: str, vocab_size: int, seed: int) -> np.ndarray:
@@ -101,10 +96,9 @@ def expected(row: np.ndarray, p: SamplingParams, place: int) -> reference.Distri
     exact, acts = row.astype(np.float64), dice(p.seed or 0, place) < p.xtc_probability
     kept = reference.truncate(exact, p, acts=acts)
     for name in THRESHOLDS:
-        value = getattr(p, name)
-        for factor in (1 - EDGE, 1 + EDGE) if value != getattr(SamplingParams(), name) else ():
-            nudged = min(value * factor, 1 - 1e-12) if name in ("top_p", "typical_p", "tfs") and value < 1 else value
-            nudged = value * factor if name not in ("top_p", "typical_p", "tfs") else nudged
+        value, neutral = getattr(p, name), getattr(NEUTRAL, name)
+        for factor in (1 - EDGE, 1 + EDGE) if value != neutral else ():
+            nudged = min(value * factor, 1 - 1e-12) if neutral == 1 else value * factor
             other = reference.truncate(exact, structs.replace(p, **{name: nudged}), acts=acts)
             assume({token for token, _ in other} == {token for token, _ in kept})
     return kept
