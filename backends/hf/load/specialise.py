@@ -15,9 +15,9 @@ from tightrope.backends.hf.modules.attention import Attention, InterfaceAttentio
 from tightrope.backends.hf.modules.embedding import Embedding
 from tightrope.backends.hf.modules.experts import Experts
 from tightrope.backends.hf.modules.interface import answer_with
-from tightrope.backends.hf.modules.layer import Layer, Stack, Unbatched
+from tightrope.backends.hf.modules.layer import Layer, Stack
 from tightrope.backends.hf.modules.linear import Linear
-from tightrope.backends.hf.modules.mlp import GatedMLP
+from tightrope.backends.hf.modules.mlp import MLP, GatedMLP, Unbatched
 from tightrope.backends.hf.modules.norm import RMSNorm
 from tightrope.backends.hf.modules.step import CurrentStep, LayerInfo
 
@@ -110,10 +110,8 @@ class _Specialiser:
 
     def _specialised(self, module: nn.Module) -> nn.Module:
         """Our module in place of one of the skeleton; itself where we know none, specialised below."""
-        for build in (self._linear, self._embedding, self._norm, self._mlp, self._experts, self._attention):
-            if (ours := build(module)) is not None:
-                return ours
-        for build in (self._block, self._stack):
+        parts = self._linear, self._embedding, self._norm, self._gated, self._experts, self._attention
+        for build in (*parts, self._block, self._stack):
             if (ours := build(module)) is not None:
                 return ours
         self._children(module)
@@ -150,7 +148,7 @@ class _Specialiser:
         self.wants.vector(rows, _set(ours, "weight"), found.offset)
         return ours
 
-    def _mlp(self, module: nn.Module) -> GatedMLP | None:
+    def _gated(self, module: nn.Module) -> GatedMLP | None:
         found = patterns.gated(module, self.seen)
         if found is None:
             return None
@@ -200,7 +198,7 @@ class _Specialiser:
         assert isinstance(attention, Attention)
         norms = (found.input_norm, found.post_attention_norm, found.pre_mlp_norm, found.post_mlp_norm)
         first, second, third, fourth = (None if norm is None else self._norm(norm) for norm in norms)
-        return Layer(attention, mlp if isinstance(mlp, GatedMLP) else Unbatched(mlp), (first, second, third, fourth))
+        return Layer(attention, mlp if isinstance(mlp, MLP) else Unbatched(mlp), (first, second, third, fourth))
 
     def _stack(self, module: nn.Module) -> Stack | None:
         found = patterns.stack(module, self.seen)

@@ -9,24 +9,10 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 from tightrope.backends.hf.modules.attention import Attention
 from tightrope.backends.hf.modules.embedding import Embedding
 from tightrope.backends.hf.modules.matrices import projection
-from tightrope.backends.hf.modules.mlp import GatedMLP
+from tightrope.backends.hf.modules.mlp import MLP, GatedMLP
 from tightrope.backends.hf.modules.norm import RMSNorm
 from tightrope.kernels import dispatch
 from tightrope.kernels.forms.layer import DecoderLayer, Norm
-
-
-class Unbatched(nn.Module):
-    """A module of transformers that our layer runs on rows [T, hidden]."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def run(self, x: Tensor) -> Tensor:
-        """x [T, hidden] to [T, hidden], in a batch of one."""
-        output = self.module(x.unsqueeze(0))
-        assert isinstance(output, Tensor)  # Its layer would have been left as it is otherwise.
-        return output.view(x.shape)
 
 
 class Layer(nn.Module):
@@ -35,7 +21,7 @@ class Layer(nn.Module):
     def __init__(
         self,
         attention: Attention,
-        mlp: GatedMLP | Unbatched,
+        mlp: MLP,
         norms: tuple[RMSNorm | None, RMSNorm | None, RMSNorm | None, RMSNorm | None],
     ) -> None:
         super().__init__()
