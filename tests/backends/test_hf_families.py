@@ -41,7 +41,7 @@ SLIDING = ["sliding_attention", "sliding_attention", "full_attention"]
 
 @dataclass(frozen=True)
 class Family:
-    """A model type, its configuration, and the modules of transformers' that it is expected to keep."""
+    """A model type, its configuration, and the classes of attention, MLPs and norms that it is expected to keep."""
 
     model_type: str
     config: dict[str, Any] = field(default_factory=dict)
@@ -125,9 +125,9 @@ FAMILIES = {
     "smollm3, layers without rotation": Family(
         "smollm3", {"no_rope_layers": [1, 0]}, ropes=frozenset({"default", None})
     ),
-    "stablelm, partial rotation": Family("stablelm", {"partial_rotary_factor": 0.5}),
+    "stablelm, partial rotation": Family("stablelm", {"partial_rotary_factor": 0.5}, kept=("LayerNorm",)),
     "cohere2, interleaved rotation": Family(
-        "cohere2", {"sliding_window": 6, "num_hidden_layers": 4}, kept=("Cohere2Attention",)
+        "cohere2", {"sliding_window": 6, "num_hidden_layers": 4}, kept=("Cohere2Attention", "Cohere2LayerNorm")
     ),
     "ministral3, queries scaled by position": Family(
         "ministral3",
@@ -143,11 +143,17 @@ FAMILIES = {
         },
         kept=("Ministral3Attention",),
     ),
-    "gpt2, positions in a table": Family("gpt2", {"num_key_value_heads": None}, kept=("GPT2Attention",)),
-    "gpt_neox, fused by head": Family(
-        "gpt_neox", {"rotary_pct": 0.5, "num_key_value_heads": None}, kept=("GPTNeoXAttention",)
+    "gpt2, positions in a table": Family(
+        "gpt2", {"num_key_value_heads": None}, kept=("GPT2Attention", "GPT2MLP", "LayerNorm")
     ),
-    "phi, partial rotation": Family("phi", {"partial_rotary_factor": 0.5}, kept=("PhiAttention",)),
+    "gpt_neox, fused by head": Family(
+        "gpt_neox",
+        {"rotary_pct": 0.5, "num_key_value_heads": None},
+        kept=("GPTNeoXAttention", "GPTNeoXMLP", "LayerNorm"),
+    ),
+    "phi, partial rotation": Family(
+        "phi", {"partial_rotary_factor": 0.5}, kept=("PhiAttention", "PhiMLP", "LayerNorm")
+    ),
 }
 
 
@@ -269,5 +275,10 @@ def test_only_the_wanted_rows_go_through_the_head(pair: Pair):
 def test_our_modules_take_the_place_of_all_that_they_know(pair: Pair, request: pytest.FixtureRequest):
     family = FAMILIES[request.node.callspec.id]
 
-    assert tuple(note.split()[0] for note in pair.ours.notes) == family.kept
-    assert {layer.rope for layer in pair.ours.layers} == (frozenset({None}) if family.kept else family.ropes)
+    others = {
+        type(module) for module in pair.ours.tree.modules() if not type(module).__module__.startswith("tightrope")
+    }
+    assert {cls.__name__ for cls in others if cls.__name__.endswith(("Attention", "MLP", "Norm"))} == {*family.kept}
+    attention = [name for name in family.kept if name.endswith("Attention")]
+    assert [note.split()[0] for note in pair.ours.notes] == attention
+    assert {layer.rope for layer in pair.ours.layers} == (frozenset({None}) if attention else family.ropes)
