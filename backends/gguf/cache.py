@@ -386,7 +386,8 @@ class SharedKVCache:
         self._num_free -= length
         cells = self._free[self._num_free : self._num_free + length].copy()
         self._refs[cells] = 1
-        self._kept.append(_Entry(slot, swapped.namespace, swapped.token_ids, cells, length, saved=swapped.saved))
+        token_ids = swapped.token_ids.copy()  # The entry may grow over what it is cut to.
+        self._kept.append(_Entry(slot, swapped.namespace, token_ids, cells, length, saved=swapped.saved))
         return True
 
     def _take_slot(self, spare: _Entry | None) -> int:

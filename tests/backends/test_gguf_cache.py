@@ -269,6 +269,21 @@ def test_a_finished_sequence_stays_in_the_cache_while_nothing_else_runs(monkeypa
     assert driver.cache.usage() == KVUsage(128, 0, 40)
 
 
+def test_a_swapped_out_chat_stays_what_it_was_where_another_goes_on_from_its_middle(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cache_module, "MIN_RESTORE_GAIN", 1)
+    driver = Driver(capacity=128, swap_bytes=200)
+    driver.run(1, range(40))
+    driver.cache.close(1, keep=True)
+    branch = [*range(20), *range(500, 510)]
+    assert driver.cache.open(2, branch, "", reproducible=True) == 20
+    assert driver.extend(2, branch[20:])
+    driver.cache.close(2, keep=True)
+
+    assert driver.cache.open(3, range(41), "", reproducible=True) == 40
+
+
 def test_swapped_out_sequences_beyond_their_memory_go_oldest_first(monkeypatch: pytest.MonkeyPatch) -> None:
     driver = chat_that_is_swapped_out(monkeypatch)  # 40 bytes of 100
     for seq_id, start in ((3, 200), (4, 300)):
