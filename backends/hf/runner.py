@@ -69,12 +69,11 @@ class ModelRunner:
 
         Raises BackendError; the same copies may then be made again.
         """
-        sources, targets = (list(pages) for pages in zip(*copies, strict=True))
         with _failing_as(f"copying {len(copies)} pages"), torch.inference_mode():
+            sources, targets = torch.tensor(copies, device=self.model.device).unbind(1)
             for cache in self.caches:
                 if cache.is_windowed is are_windowed:
-                    for tensor in (cache.key_codes, cache.key_scales, cache.value_codes, cache.value_scales):
-                        tensor[targets] = tensor[sources]
+                    cache.copy_pages(sources, targets)
 
     @contextmanager
     def _blas_threads(self, num_tokens: int) -> Iterator[None]:
