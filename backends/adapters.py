@@ -1,10 +1,14 @@
-"""What holds for adapters of every format: where they may lie, and how much memory they may take together."""
+"""What holds for adapters of every format: where they lie, what tells them apart, what memory they take together."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 
 from tightrope.backends.errors import BackendError
+from tightrope.backends.files.opened import open_file
+from tightrope.backends.files.peft import WEIGHTS
+from tightrope.backends.files.peft_config import CONFIG
 
 MIB = 1 << 20
 
@@ -25,6 +29,20 @@ def find_adapter(folder: str, wanted: str) -> Path:
     if not all(file.is_relative_to(root) for file in files):
         raise BackendError(f"{wanted[:200]!r} leads out of the folder of adapters")
     return path
+
+
+def fingerprint(path: Path) -> str:
+    """What tells an adapter's numbers from any others': a hash of the files, or the file, that hold them.
+
+    It is to be taken before the numbers are read: if the files are exchanged in between, tokens are cached under the
+    name of numbers that have gone. Raises BackendError as open_file.
+    """
+    digest = sha256()
+    for part in (path / CONFIG, path / WEIGHTS) if path.is_dir() else (path,):
+        with open_file(part) as file:
+            while piece := file.read(MIB):
+                digest.update(piece)
+    return digest.hexdigest()
 
 
 class AdapterRoom:

@@ -162,6 +162,9 @@ class AdapterStore(Protocol):
         With it ids go up to its `vocab_size`, and logits of a step are as wide as the largest vocabulary in it.
         """
 
+    def fingerprint(self, name: str) -> str:
+        """What tells an adapter in place from those with other numbers, in every process: see adapters.fingerprint."""
+
     def remove(self, name: str) -> None:
         """Forget an adapter that no chunk will name any more, in place or prepared; between steps."""
 

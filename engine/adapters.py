@@ -21,7 +21,7 @@ Action = Callable[[], None]
 
 @dataclass(frozen=True, slots=True)
 class _Served:
-    key: str  # what the backend and the cache know it by: another one each time that the name is loaded
+    key: str  # what the backend knows it by: another one each time that the name is loaded
     path: str
 
 
@@ -53,16 +53,17 @@ class Adapters:
 
     def tokenizer(self, name: str) -> Tokenizer | None:
         """The adapter's own; None where it has the model's. Raises ModelNotFound."""
-        return self._store.tokenizer(self.key(name))
+        return self._store.tokenizer(self._get(name, "model").key)
 
     @property
     def paths(self) -> dict[str, str]:
         """The adapters that requests may name."""
         return {name: served.path for name, served in self._served.items()}
 
-    def key(self, name: str) -> str:
-        """What chunks call the adapter. Raises ModelNotFound."""
-        return self._get(name, "model").key
+    def served(self, name: str) -> tuple[str, str]:
+        """What chunks call the adapter, and its fingerprint. Raises ModelNotFound."""
+        key = self._get(name, "model").key
+        return key, self._store.fingerprint(key)
 
     def _get(self, name: str, param: str) -> _Served:
         if name not in self._served:

@@ -122,11 +122,11 @@ class EngineCore:
     def add(self, sequences: list[Sequence]) -> None:
         """Queue a prepared request. Raises ModelNotFound when its adapter isn't there any more."""
         adapter = sequences[0].request.adapter
-        key = None if adapter is None else self.adapters.key(adapter)
+        key, fingerprint = (None, "") if adapter is None else self.adapters.served(adapter)
         if sequences[0].writer.tokenizer is not self._intake.tokenizer(adapter):
             raise InvalidRequest(f"{adapter!r} was loaded anew with other tokens: ask once more", "model")
         for sequence in sequences:
-            sequence.adapter = key
+            sequence.adapter, sequence.adapter_fingerprint = key, fingerprint
         self._requests[sequences[0].request.request_id] = list(sequences)
         for sequence in sequences:
             self._scheduler.add(sequence)

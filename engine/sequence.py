@@ -40,6 +40,7 @@ class Sequence:
     has_begun: bool = False  # whether it was in a step
     is_announced: bool = False  # whether a delta with the PromptInfo went out
     adapter: str | None = None  # what the backend calls the one that the request names
+    adapter_fingerprint: str = ""  # which of all adapters that is, also in another process
 
     def __post_init__(self) -> None:
         self.own = self.tracks[0]
@@ -48,11 +49,14 @@ class Sequence:
 
     @property
     def namespace(self) -> str:
-        """Whose cached tokens may be shared: keys and values depend on the adapter, and how much of it is used."""
+        """Whose cached tokens may be shared: keys and values depend on the adapter, and how much of it is used.
+
+        The same in every process, whatever was loaded before.
+        """
         request = self.request
         if self.adapter is None:
             return request.namespace
-        return f"{request.namespace}\0{self.adapter}\0{request.adapter_scale!r}"
+        return f"{request.namespace}\0{request.adapter}\0{self.adapter_fingerprint}\0{request.adapter_scale!r}"
 
     @property
     def adapter_use(self) -> AdapterUse:

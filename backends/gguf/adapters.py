@@ -1,9 +1,10 @@
 """The adapters beside a GGUF model's weights. llama.cpp applies one of them, at one scale, to a whole step."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
-from tightrope.backends.adapters import AdapterRoom
+from tightrope.backends.adapters import AdapterRoom, fingerprint
 from tightrope.backends.files.peft import read_adapter
 from tightrope.backends.gguf.adapter_file import read_adapter_file
 from tightrope.backends.gguf.header import Header
@@ -31,41 +32,44 @@ class GGUFAdapters:
 
     def __init__(self, model: NativeModel, context: NativeContext, base: Header, room: AdapterRoom) -> None:
         self._model, self._context, self._base, self._room = model, context, base, room
-        self._in_place: dict[str, NativeAdapter] = {}
+        self._in_place: dict[str, tuple[NativeAdapter, str]] = {}  # with their fingerprints
         self._applied: str | None = None
 
     def prepare(self, name: str, path: Path) -> Callable[[], None]:
         """See AdapterStore. llama.cpp reads the file between steps: it has a list that a step may be reading."""
         if path.is_dir():
             return self._prepare_folder(name, path)
-        header = read_adapter_file(path, self._base)
+        header, mark = read_adapter_file(path, self._base), fingerprint(path)
         with self._room.taken(name, header.weight_bytes):
             check_values(header)  # This brings the file into memory as well.
-
-        def put_in_place() -> None:
-            self._in_place[name] = NativeAdapter(self._model, path)
-
-        return put_in_place
+        return partial(self._put_in_place, name, path, mark)
 
     def _prepare_folder(self, name: str, folder: Path) -> Callable[[], None]:
-        conversion = Conversion(read_adapter(folder), self._base)
+        conversion, mark = Conversion(read_adapter(folder), self._base), fingerprint(folder)
         with self._room.taken(name, conversion.num_bytes):
             file = conversion.write()
 
         def put_in_place() -> None:
             with file:
-                self._in_place[name] = NativeAdapter(self._model, path_of(file))
+                self._put_in_place(name, path_of(file), mark)
 
         return put_in_place
+
+    def _put_in_place(self, name: str, path: Path, mark: str) -> None:
+        self._in_place[name] = NativeAdapter(self._model, path), mark
 
     def tokenizer(self, name: str) -> Tokenizer | None:
         """See AdapterStore. An adapter changes no vocabulary here."""
         return None
 
+    def fingerprint(self, name: str) -> str:
+        """See AdapterStore."""
+        return self._in_place[name][1]
+
     def remove(self, name: str) -> None:
         """See AdapterStore."""
-        adapter = self._in_place.pop(name, None)
-        if adapter is not None:
+        if name in self._in_place:
+            adapter, _ = self._in_place.pop(name)
             if self._applied == name:
                 self._context.apply(None, 0.0)
                 self._applied = None
@@ -79,5 +83,5 @@ class GGUFAdapters:
         assert name is None or all(chunk.adapter_scale == scale for chunk in chunks), "one scale a step"
         if name is None and self._applied is None:
             return
-        self._context.apply(None if name is None else self._in_place[name], scale)
+        self._context.apply(None if name is None else self._in_place[name][0], scale)
         self._applied = name

@@ -15,6 +15,7 @@ from real_server import RunningServer, run_server
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tightrope.backends.adapters import fingerprint
 from tightrope.backends.detect import outline
 from tightrope.backends.errors import BackendError
 from tightrope.backends.files.peft import read_adapter
@@ -148,6 +149,20 @@ def test_ranks_and_alphas_follow_their_patterns(tmp_path: Path) -> None:
     assert read.deltas[second].scaling == pytest.approx(6 / 2**0.5)
 
 
+def test_an_adapter_is_told_from_others_by_what_its_files_hold(tmp_path: Path) -> None:
+    original = ADAPTERS / "llama-lora-r4"
+    copies = {name: tmp_path / name for name in ("same", "louder", "trained_on")}
+    for folder in copies.values():
+        shutil.copytree(original, folder)
+    with_config(copies["louder"], lora_alpha=64)
+    change(copies["trained_on"], 0.5)
+    with closing(open_model(ADAPTERS / "llama-bf16", mine=original, **copies)) as backend:
+        marks = {name: backend.adapters.fingerprint(name) for name in ("mine", *copies)}
+
+    assert marks["mine"] == marks["same"] == fingerprint(original)
+    assert len({*marks.values()}) == 3
+
+
 def with_config(folder: Path, **changes: object) -> None:
     path = folder / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
@@ -166,10 +181,14 @@ def narrow(folder: Path) -> None:
     )
 
 
-def poison(folder: Path) -> None:
+def change(folder: Path, value: float) -> None:
     tensors = load_file(folder / "adapter_model.safetensors")
-    next(iter(tensors.values()))[0, 0] = float("nan")
+    next(iter(tensors.values()))[0, 0] = value
     save_file(tensors, folder / "adapter_model.safetensors")
+
+
+def poison(folder: Path) -> None:
+    change(folder, float("nan"))
 
 
 def pickle(folder: Path) -> None:

@@ -20,6 +20,7 @@ from real_server import RunningServer, run_server
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tightrope.backends.adapters import fingerprint
 from tightrope.backends.detect import outline
 from tightrope.backends.errors import BackendError
 from tightrope.backends.files.peft import read_adapter
@@ -84,6 +85,16 @@ def test_an_adapter_gives_the_logits_of_its_peft_folder_and_the_base_its_own_aga
             for prompt in expected["prompts_without_adapter"]:
                 assert_expected(last_logits(backend, prompt["ids"]), prompt)
                 assert_expected(last_logits(backend, prompt["ids"], "mine", 0.0), prompt)
+
+
+def test_an_adapter_is_told_from_others_by_what_its_files_hold(files: Path, tmp_path: Path) -> None:
+    same = Path(shutil.copy(files / "lora.gguf", tmp_path / "same.gguf"))
+    adapters = {"mine": files / "lora.gguf", "same": same, "folder": ADAPTERS / "llama-lora-r4"}
+    with closing(open_model(files / "llama-bf16.gguf", **adapters)) as backend:
+        marks = {name: backend.adapters.fingerprint(name) for name in adapters}
+
+    assert marks["mine"] == marks["same"] == fingerprint(same)
+    assert marks["folder"] == fingerprint(adapters["folder"]) != marks["mine"]
 
 
 def write(path: Path, tensors: Mapping[str, np.ndarray], alpha: float | int = 8.0, **strings: str) -> Path:

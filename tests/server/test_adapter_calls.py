@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from checkout import ADAPTERS
+from checkout import ADAPTERS, SUPPORT
 from fake_api import api
 from fakes import VOCAB_SIZE, ByteTokenizer, FakeAdapters, FakeBackend
 from real_server import RunningServer, clean_environment, run_server
@@ -50,7 +50,7 @@ def core(backend: FakeBackend) -> EngineCore:
 
 
 def load(core: EngineCore, name: str, path: Path) -> None:
-    path.touch()
+    path.write_text(path.name)
     core.adapters.prepare(name, path)()
 
 
@@ -83,7 +83,9 @@ def test_a_cancelled_answer_lets_its_adapter_go(core: EngineCore, backend: FakeB
     assert backend.adapters.in_place == set()
 
 
-def test_a_name_that_is_loaded_again_finds_nothing_cached(core: EngineCore, tmp_path: Path) -> None:
+def test_a_name_that_is_loaded_again_finds_what_is_cached_only_where_its_files_are_the_same(
+    core: EngineCore, tmp_path: Path
+) -> None:
     def num_cached() -> int:
         core.add(core.prepare(ask("r", "a")))
         first = core.step().deltas[0]
@@ -96,8 +98,57 @@ def test_a_name_that_is_loaded_again_finds_nothing_cached(core: EngineCore, tmp_
     assert (num_cached(), num_cached()) == (0, 2)
     core.adapters.unload("a")
     load(core, "a", tmp_path / "two")
-
+    assert (num_cached(), num_cached()) == (0, 2)
+    (tmp_path / "two").write_text("other weights")
+    core.adapters.prepare("a", tmp_path / "two", in_place=True)()
     assert num_cached() == 0
+    core.adapters.unload("a")
+    load(core, "a", tmp_path / "one")
+
+    assert num_cached() == 2
+
+
+NAMESPACE = """
+import sys
+from pathlib import Path
+from fakes import FakeBackend
+from tightrope.engine.core import EngineCore
+from tightrope.engine.settings import LimitSettings
+from tightrope.engine.types import GenerateRequest, TokenPrompt
+from tightrope.server.state import _namespace
+
+core = EngineCore(FakeBackend(), LimitSettings())
+for path in map(Path, sys.argv[1:]):
+    core.adapters.prepare(path.name, path)()
+asked = GenerateRequest(
+    "r", TokenPrompt((1, 2)), adapter=Path(sys.argv[-1]).name, adapter_scale=0.7, namespace=_namespace(b"key", "salt")
+)
+sequences = core.prepare(asked)
+core.add(sequences)
+print(repr(sequences[0].namespace), end="")
+"""
+
+
+def test_a_key_a_salt_and_an_adapter_have_the_same_namespace_in_every_process(tmp_path: Path) -> None:
+    """Whatever was loaded before; other files have another one."""
+
+    def namespace(*paths: Path) -> str:
+        return subprocess.run(
+            [sys.executable, "-c", NAMESPACE, *map(str, paths)],
+            capture_output=True,
+            text=True,
+            check=True,
+            env=clean_environment() | {"PYTHONPATH": str(SUPPORT)},
+        ).stdout
+
+    mine, other = tmp_path / "mine", tmp_path / "other"
+    mine.write_text("weights")
+    other.write_text("other weights")
+    first, again = namespace(mine), namespace(other, mine)
+    mine.write_text("changed weights")
+
+    assert first == again
+    assert namespace(mine) != first
 
 
 def test_a_loaded_name_is_given_to_another_path_in_place_only(

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tightrope.backends.adapters import fingerprint
 from tightrope.backends.errors import BackendError
 from tightrope.backends.protocol import Capabilities, Chunk, KVUsage, ModelCard
 
@@ -158,11 +159,16 @@ class FakeAdapters:
 
     def __init__(self) -> None:
         self.in_place: set[str] = set()
+        self._fingerprints: dict[str, str] = {}
 
     def prepare(self, name: str, path: Path) -> Callable[[], None]:
         if not path.is_file():
             raise BackendError(f"{path}: no adapter")
+        self._fingerprints[name] = fingerprint(path)
         return lambda: self.in_place.add(name)
+
+    def fingerprint(self, name: str) -> str:
+        return self._fingerprints.get(name, name)
 
     def tokenizer(self, name: str) -> None:
         return None

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tightrope.backends.adapters import AdapterRoom
+from tightrope.backends.adapters import AdapterRoom, fingerprint
 from tightrope.backends.errors import BackendError
 from tightrope.backends.files.peft import USED, PeftAdapter, adapter_bytes, check_float, read_adapter
 from tightrope.backends.files.safetensors import TensorEntry
@@ -51,6 +51,7 @@ class _Checked:
 class _Loaded:
     """An adapter in place: its slot, the tokens that it knows, and their tokenizer where it isn't the model's."""
 
+    fingerprint: str
     slot: int
     num_tokens: int
     tokenizer: Tokenizer | None
@@ -85,7 +86,7 @@ class Adapters:
 
     def prepare(self, name: str, path: Path) -> Callable[[], None]:
         """See AdapterStore. Errors name file and tensor."""
-        checked = self.check(path)
+        checked, mark = self.check(path), fingerprint(path)
         adapter, tables, deltas, norms = checked.adapter, checked.tables, checked.deltas, checked.norms
         with self.room.taken(name, adapter_bytes(adapter)):
             read = self._reader(adapter)
@@ -117,7 +118,7 @@ class Adapters:
                     norm.replaced[slot] = (own["weight"].float() + norm.offset).to(self._device)
             for adapters, low_rank in built:
                 adapters[slot] = low_rank.to(self._device)
-            self._loaded[name] = _Loaded(slot, tables.num_tokens, own_tokenizer)
+            self._loaded[name] = _Loaded(mark, slot, tables.num_tokens, own_tokenizer)
 
         return put_in_place
 
@@ -138,6 +139,10 @@ class Adapters:
         """See AdapterStore."""
         loaded = self._loaded.get(name)
         return None if loaded is None else loaded.tokenizer
+
+    def fingerprint(self, name: str) -> str:
+        """See AdapterStore."""
+        return self._loaded[name].fingerprint
 
     def num_tokens(self, name: str | None) -> int:
         """How many tokens a chunk with this adapter may be made of."""
