@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
+from tightrope.backends.reuse import Reuse
+
 if TYPE_CHECKING:  # Torch takes seconds to import, and who only schedules or writes needs none of it.
     from torch import Tensor
 
@@ -18,7 +20,8 @@ MAX_ADDED_TEXTS = 16_384  # vocabularies with most of them hold some 6,000, such
 class Chunk:
     """One sequence's share of one step; prefill, chunked prefill and decode are the same thing.
 
-    `token_ids` [n] run now, at positions start .. start + n; `start` tokens of the sequence are in the cache already.
+    `token_ids` [n] run now, at positions start .. start + n. All tokens of the sequence before `start` are in the cache
+    already, or in a chunk before this one.
     """
 
     seq_id: int
@@ -47,13 +50,13 @@ class KVCache(Protocol):
 
     def open(
         self, seq_id: int, token_ids: Sequence[int], namespace: str, *, reuse: bool = True, reproducible: bool = False
-    ) -> int:
-        """Begin a sequence and return how many leading `token_ids` were found cached; they are pinned until `close`.
+    ) -> Reuse:
+        """Begin a sequence and return what was found cached of `token_ids`, which is pinned until `close`.
 
-        Always less than len(token_ids), so that at least one token is left to run. Sequences of different namespaces
-        never share. Without `reuse` nothing is found. `reproducible`: if no other sequence is live, the new one is laid
-        out as in an empty cache, so that the same tokens over the same cached ones give the same logits to the last
-        bit, whatever ran before.
+        The last of them is never found, so that at least one token is left to run. Caches find beginnings: one exact
+        run at 0, or none. Sequences of different namespaces never share. Without `reuse` nothing is found.
+        `reproducible`: if no other sequence is live, the new one is laid out as in an empty cache, so that the same
+        tokens over the same cached ones give the same logits to the last bit, whatever ran before.
         """
 
     def reserve(self, seq_id: int, num_tokens: int) -> bool:
@@ -62,8 +65,12 @@ class KVCache(Protocol):
         False: no room, and nothing changed; the caller waits or preempts.
         """
 
-    def commit(self, seq_id: int, token_ids: Sequence[int]) -> None:
-        """Record tokens that a forward pass has stored, so that later sequences can match them."""
+    def commit(self, seq_id: int, start: int, token_ids: Sequence[int]) -> None:
+        """Record that a forward pass has stored `token_ids` from place `start` on; later sequences can match them.
+
+        `start` is a place that was not found, and everything before it is there: since caches find beginnings, it is
+        where the sequence's stored tokens end.
+        """
 
     def truncate(self, seq_id: int, num_tokens: int) -> None:
         """Forget all but the first `num_tokens` tokens.

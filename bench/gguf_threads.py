@@ -55,7 +55,7 @@ def _median_ms(backend: Backend, streams: int) -> float:
         backend.kv.open(seq_id, prompt, "", reuse=False)
         assert backend.kv.reserve(seq_id, depth + STEPS[streams])
         backend.forward([Chunk(seq_id, prompt, 0, "none")])
-        backend.kv.commit(seq_id, prompt)
+        backend.kv.commit(seq_id, 0, prompt)
     times = []
     for step in range(STEPS[streams]):
         began = time.perf_counter()
@@ -63,7 +63,7 @@ def _median_ms(backend: Backend, streams: int) -> float:
             pass
         backend.forward([Chunk(seq_id, [100 + step], depth + step, "last") for seq_id in range(streams)])
         for seq_id in range(streams):
-            backend.kv.commit(seq_id, [100 + step])
+            backend.kv.commit(seq_id, depth + step, [100 + step])
         times.append(time.perf_counter() - began)
     for seq_id in range(streams):
         backend.kv.close(seq_id, keep=False)

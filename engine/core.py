@@ -265,7 +265,7 @@ class EngineCore:
         tokens, top, tokenizer = sequence.prompt_tokens, sequence.request.prompt_logprobs, sequence.writer.tokenizer
         assert tokens is not None
         assert top is not None
-        token_ids, start = sequence.own.token_ids, sequence.own.num_computed
+        token_ids, start = sequence.own.token_ids, sequence.own.pending.ranges[0].start
         if start == 0:
             tokens.append(plain_token(token_ids[0], tokenizer))
         following = token_ids[start + 1 : min(start + 1 + len(logits), sequence.num_prompt)]

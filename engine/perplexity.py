@@ -142,7 +142,7 @@ def _steps(
                 # It comes before the commit: backends that share books run the same step now.
                 yield logits, targets.flatten()
                 for chunk in chunks:
-                    backend.kv.commit(chunk.seq_id, chunk.token_ids)
+                    backend.kv.commit(chunk.seq_id, chunk.start, chunk.token_ids)
         finally:
             for seq_id in range(len(group)):
                 backend.kv.close(seq_id, keep=False)

@@ -12,6 +12,7 @@ from functools import partial
 
 from tightrope.backends.errors import BackendError
 from tightrope.backends.protocol import Capabilities, KVCache
+from tightrope.backends.reuse import Reuse
 from tightrope.engine.adapter_turns import AdapterTurns
 from tightrope.engine.sequence import AdapterUse, Sequence, Shares
 from tightrope.engine.settings import LimitSettings
@@ -64,23 +65,21 @@ class Scheduler:
     def commit(self, work: Work) -> None:
         """Record that the part has run."""
         for track, share in work.shares:
-            end = track.num_computed + share
-            self._kv.commit(track.seq_id, track.token_ids[track.num_computed : end])
-            track.num_computed = end
+            for places in track.pending.take(share):
+                self._kv.commit(track.seq_id, places.start, track.token_ids[places.start : places.stop])
 
     def rewind(self, sequence: Sequence) -> None:
-        """Follow a running sequence that has lost tokens at its end: the last of the rest runs again, for its logits.
+        """Follow a running sequence that has lost tokens at its end: what is pending of the rest isn't cached.
 
         Where the cache can't go back there, the sequence starts again, from what is cached of it.
         """
         try:
             for track in sequence.tracks:
-                track.num_computed = len(track.token_ids) - 1
-                if track.num_computed > 0:
-                    self._kv.truncate(track.seq_id, track.num_computed)
+                self._kv.truncate(track.seq_id, len(track.token_ids) - track.pending.count)
+            can_go_on = sequence.is_decoding
         except BackendError:
-            sequence.own.num_computed = 0
-        if any(track.num_computed == 0 for track in sequence.tracks):
+            can_go_on = False
+        if not can_go_on:
             self._restart(sequence)
 
     def observe(self, step: list[Work], seconds: float) -> None:
@@ -96,8 +95,8 @@ class Scheduler:
     def schedule(self, now_s: float) -> list[Work]:
         """Choose the next step's work; room for it is reserved.
 
-        All that a step is, is how many of its next tokens each track runs: the rest of a prompt, a part of it and the
-        one token of an answer are the same thing, and so is whatever else a sequence computes beside its own. Empty
+        All that a step is, is how many of its pending tokens each track runs: the rest of a prompt, a part of it and
+        the one token of an answer are the same thing, and so is whatever else a sequence computes beside its own. Empty
         only when nothing is waiting or running, or nothing that waits fits the empty cache.
 
         The policy, for prompts that are read at the same time: shortest remaining first, and a quarter of each step for
@@ -192,7 +191,7 @@ class Scheduler:
         """Send a running sequence back to where it waits first; what the cache keeps of it is found again."""
         self.remove(sequence)
         for track in sequence.tracks:
-            track.num_computed = 0
+            track.begin(Reuse())
         self.waiting.appendleft(sequence)
 
     @property
@@ -223,18 +222,20 @@ class Scheduler:
         own, is_reproducible = sequence.own, sequence.is_reproducible
         headroom = max(0, min(DECODE_HEADROOM, sequence.max_len - 1 - len(own.token_ids)))  # the last never runs
         for number, track in enumerate(sequence.tracks, 1):
-            reuse = track is not own or not sequence.needs_own_prompt
-            track.num_computed = self._kv.open(
-                track.seq_id, track.token_ids, sequence.namespace, reuse=reuse, reproducible=is_reproducible
+            may_reuse = track is not own or not sequence.needs_own_prompt
+            track.begin(
+                self._kv.open(
+                    track.seq_id, track.token_ids, sequence.namespace, reuse=may_reuse, reproducible=is_reproducible
+                )
             )
-            if not self._kv.reserve(track.seq_id, track.num_pending + headroom):
+            if not self._kv.reserve(track.seq_id, track.pending.count + headroom):
                 for opened in sequence.tracks[:number]:
                     self._kv.close(opened.seq_id, keep=True)  # what it had found stays to be found
-                    opened.num_computed = 0
+                    opened.begin(Reuse())
                 self._unfit.add(sequence)
                 return False
         if sequence.num_output == 0:
-            sequence.num_cached = own.num_computed
+            sequence.num_cached = len(own.token_ids) - own.pending.count
         return True
 
 
@@ -247,7 +248,7 @@ def _part(sequence: Sequence, num_tokens: int, num_own: int) -> Work:
     left = num_tokens
     shares: Shares = []
     for track in reversed(sequence.tracks):
-        share = min(track.num_pending - 1, left, num_own if track is sequence.own else left)
+        share = min(track.pending.count - 1, left, num_own if track is sequence.own else left)
         shares.insert(0, (track, share))
         left -= share
     num_run = num_tokens - left

@@ -70,29 +70,29 @@ class Sequence:
     @property
     def num_pending(self) -> int:
         """Tokens of all tracks that must run before the next one can be drawn."""
-        return sum(track.num_pending for track in self.tracks)
+        return sum(track.pending.count for track in self.tracks)
 
     @property
     def is_decoding(self) -> bool:
         """Whether one step on one token of each track gives the next one."""
         is_ready = True
         for track in self.tracks:
-            is_ready = is_ready and 0 < track.num_computed == len(track.token_ids) - 1
+            is_ready = is_ready and track.pending.count == 1 < len(track.token_ids)
         return is_ready
 
     def append(self, token_id: int) -> None:
         """Add a token of the output."""
         for track in self.tracks:
-            track.token_ids.append(token_id)
+            track.append(token_id)
 
     def take_back(self, num_tokens: int) -> None:
-        """Remove the output's last tokens; how much of the rest is computed is the scheduler's to say."""
+        """Remove the output's last tokens; the cache follows by Scheduler.rewind."""
         for track in self.tracks:
-            del track.token_ids[-num_tokens:]
+            track.take_back(num_tokens)
 
     @property
     def is_prompt_computed(self) -> bool:
-        return self.own.num_computed >= self.num_prompt
+        return not self.own.pending.has_before(self.num_prompt)
 
     @property
     def needs_own_prompt(self) -> bool:

@@ -1,17 +1,32 @@
 """One stream of tokens in the cache: an answer's own, or another that is computed beside it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from tightrope.backends.reuse import Reuse
+from tightrope.engine.pending import Pending
 
 
 @dataclass(slots=True, eq=False)
 class Track:
-    """A stream as the cache knows it: the first `num_computed` of its tokens are stored there."""
+    """A stream as the cache knows it: all of its tokens but the pending ones are stored there."""
 
     seq_id: int
     token_ids: list[int]
-    num_computed: int = 0
+    pending: Pending = field(init=False)  # must run before the next token can be drawn
 
-    @property
-    def num_pending(self) -> int:
-        """Tokens that must run before the next one can be drawn."""
-        return len(self.token_ids) - self.num_computed
+    def __post_init__(self) -> None:
+        self.begin(Reuse())
+
+    def begin(self, reuse: Reuse) -> None:
+        """Have everything pending that isn't found."""
+        self.pending = Pending(reuse.missing(len(self.token_ids)))
+
+    def append(self, token_id: int) -> None:
+        """Add a token, which is yet to run."""
+        self.pending.append(len(self.token_ids))
+        self.token_ids.append(token_id)
+
+    def take_back(self, num_tokens: int) -> None:
+        """Remove the last tokens; the last of the rest runs again, for its logits."""
+        del self.token_ids[-num_tokens:]
+        self.pending = Pending([range(len(self.token_ids) - 1, len(self.token_ids))])

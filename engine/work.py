@@ -40,11 +40,14 @@ def layout(works: Iterable[Work]) -> tuple[list[Chunk], list[Rows]]:
         rows: Rows = []
         for track, share in work.shares:
             begin = end
-            if share:
-                start = track.num_computed
-                token_ids = track.token_ids[start : start + share]
-                chunks.append(Chunk(track.seq_id, token_ids, start, want, sequence.adapter, request.adapter_scale))
-                end += 1 if want == "last" else share if want == "all" else 0
+            for places in track.pending.first(share):
+                share -= len(places)
+                wanted: WantLogits = "none" if want == "last" and share else want
+                token_ids = track.token_ids[places.start : places.stop]
+                chunks.append(
+                    Chunk(track.seq_id, token_ids, places.start, wanted, sequence.adapter, request.adapter_scale)
+                )
+                end += 1 if wanted == "last" else len(places) if wanted == "all" else 0
             rows.append(slice(begin, end))
             want = last
         rows_of.append(rows)

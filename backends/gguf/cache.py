@@ -18,6 +18,7 @@ import numpy as np
 
 from tightrope.backends.errors import BackendError
 from tightrope.backends.protocol import KVUsage
+from tightrope.backends.reuse import Reuse
 
 Ints = np.ndarray[Any, np.dtype[np.int32]]
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
@@ -120,7 +121,7 @@ class SharedKVCache:
 
     def open(
         self, seq_id: int, token_ids: Sequence[int], namespace: str, *, reuse: bool = True, reproducible: bool = False
-    ) -> int:
+    ) -> Reuse:
         """See KVCache. Raises BackendError when more sequences are open than the model has slots."""
         assert seq_id not in self._live, f"sequence {seq_id} is open already"
         wanted = np.asarray(token_ids, np.int32)
@@ -139,7 +140,7 @@ class SharedKVCache:
             self._pin(source.held())
             self._live[seq_id] = source
             self._park_idle()
-            return found
+            return Reuse.prefix(found)
         entry = _Entry(self._take_slot(spare=source), namespace, np.empty(256, np.int32), np.empty(256, np.int32))
         if source is not None:
             if source in self._kept:
@@ -152,7 +153,7 @@ class SharedKVCache:
             self._pin(shared)
         self._live[seq_id] = entry
         self._park_idle()
-        return found
+        return Reuse.prefix(found)
 
     def reserve(self, seq_id: int, num_tokens: int) -> bool:
         """See KVCache. What was reserved before and not yet committed counts towards `num_tokens`."""
@@ -165,9 +166,10 @@ class SharedKVCache:
         self._reserved = wanted
         return True
 
-    def commit(self, seq_id: int, token_ids: Sequence[int]) -> None:
-        entry = self._live[seq_id]
-        count = len(token_ids)
+    def commit(self, seq_id: int, start: int, token_ids: Sequence[int]) -> None:
+        """See KVCache."""
+        entry, count = self._live[seq_id], len(token_ids)
+        assert start == entry.length, f"sequence {seq_id} holds {entry.length} tokens, and stores from {start} on"
         assert count <= entry.reserved, f"sequence {seq_id} commits {count} tokens, and reserved {entry.reserved}"
         self._num_free -= count
         cells = self._free[self._num_free : self._num_free + count]

@@ -12,6 +12,7 @@ from tightrope.backends.gguf.backend import GGUFBackend
 from tightrope.backends.gguf.native import supports_gpu
 from tightrope.backends.locate import bundled_model
 from tightrope.backends.protocol import Chunk
+from tightrope.backends.reuse import Reuse
 from tightrope.backends.settings import CacheSettings, KVCacheDtype, ModelSettings, RopeSettings
 
 # Mean Kullback-Leibler divergence, in nats, between two ways to compute the same. Batches of different shape run in
@@ -54,7 +55,7 @@ def test_a_prompt_run_in_pieces_gives_the_logits_of_a_lone_run(backend: GGUFBack
     rows = []
     for start, end in ((0, 1), (1, 40), (40, 41), (41, 160)):
         rows.append(backend.forward([Chunk(1, text_ids[start:end], start, "all")]).clone())
-        backend.kv.commit(1, text_ids[start:end])
+        backend.kv.commit(1, start, text_ids[start:end])
     backend.kv.close(1, keep=False)
     assert_same(torch.cat(rows), alone)
 
@@ -73,7 +74,7 @@ def test_sequences_in_one_step_do_not_disturb_each_other(backend: GGUFBackend, t
     logits = backend.forward(chunks).clone()
     assert logits.shape == (2, backend.tokenizer.vocab_size)
     assert_same(logits, torch.stack([alone[0][-1], alone[1][0]]))
-    backend.kv.commit(2, parts[2][:10])
+    backend.kv.commit(2, 0, parts[2][:10])
     rest = backend.forward([Chunk(2, parts[2][10:], 10, "last")])
     assert_same(rest, alone[2][-1:])
     for seq_id in range(3):
@@ -85,7 +86,7 @@ def test_a_reused_prefix_gives_the_logits_of_a_lone_run(backend: GGUFBackend, te
     alone = lone_logits(backend, branch)
     greedy(backend, 1, text_ids, 1, "reuse")
     backend.kv.close(1, keep=True)
-    assert backend.kv.open(2, branch, "reuse") == 90
+    assert backend.kv.open(2, branch, "reuse") == Reuse.prefix(90)
     assert backend.kv.reserve(2, 30)
     logits = backend.forward([Chunk(2, branch[90:], 90, "all")])
     assert_same(logits, alone[90:])
@@ -100,7 +101,7 @@ def test_a_sequence_that_lost_its_place_continues_as_if_it_had_not(backend: GGUF
     backend.kv.open(3, hog, "hog")
     assert backend.kv.reserve(3, len(hog))  # needs nearly all room that was kept
     backend.kv.close(3, keep=False)
-    found = backend.kv.open(4, said, "preempted")
+    found = backend.kv.open(4, said, "preempted").num_tokens
     assert len(prompt) < found < len(said)  # it came back from where it was swapped out
     assert backend.kv.reserve(4, len(said) - found)
     logits = backend.forward([Chunk(4, said[found:], found, "all")]).clone()
@@ -121,7 +122,7 @@ def test_streams_side_by_side_see_what_each_would_see_alone(backend: GGUFBackend
         chunks = [Chunk(i, stream[starts[i] : ends[i]], starts[i], "last") for i, stream in enumerate(streams)]
         assert all(backend.kv.reserve(chunk.seq_id, len(chunk.token_ids)) for chunk in chunks)
         for i, row in enumerate(backend.forward(chunks).clone()):
-            backend.kv.commit(i, chunks[i].token_ids)
+            backend.kv.commit(i, starts[i], chunks[i].token_ids)
             rows[i].append(row)
         starts = ends
     for i in range(len(streams)):
@@ -160,7 +161,7 @@ def test_a_step_that_fails_says_so_and_leaves_the_sequences_as_they_were(
     backend.kv.open(1, text_ids[:12], "fails")
     assert backend.kv.reserve(1, 20)
     backend.forward([Chunk(1, text_ids[:8], 0, "none")])
-    backend.kv.commit(1, text_ids[:8])
+    backend.kv.commit(1, 0, text_ids[:8])
     with pytest.raises(BackendError, match="invalid token"):
         backend.forward([Chunk(1, [backend.tokenizer.vocab_size], 8, "last")])
     logits = backend.forward([Chunk(1, text_ids[8:12], 8, "all")])
@@ -242,10 +243,10 @@ def test_a_sliding_window_model_reuses_a_prefix_beyond_its_window() -> None:
 
 def run_in_pieces(loaded: GGUFBackend, seq_id: int, token_ids: list[int], namespace: str) -> int:
     """Open a sequence and run its tokens, leaving room for one more; returns how many were cached."""
-    found = loaded.kv.open(seq_id, token_ids, namespace)
+    found = loaded.kv.open(seq_id, token_ids, namespace).num_tokens
     for start in range(found, len(token_ids), 256):
         piece = token_ids[start : start + 256]
         assert loaded.kv.reserve(seq_id, len(piece) + 1)
         loaded.forward([Chunk(seq_id, piece, start, "none")])
-        loaded.kv.commit(seq_id, piece)
+        loaded.kv.commit(seq_id, start, piece)
     return found

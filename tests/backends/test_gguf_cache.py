@@ -2,11 +2,10 @@
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 
-import numpy as np
 import pytest
 import torch
+from cells_driver import Driver
 from checkout import ADAPTERS
 from gguf_files import write_model
 
@@ -15,70 +14,10 @@ from tightrope.backends.errors import BackendError
 from tightrope.backends.gguf.backend import GGUFBackend
 from tightrope.backends.gguf.cache import SharedKVCache
 from tightrope.backends.protocol import Chunk, KVUsage
+from tightrope.backends.reuse import Reuse
 from tightrope.backends.settings import CacheSettings, ModelSettings
 
 SEED = 20240917
-
-
-@dataclass
-class PretendStore:
-    """Slots and the cells in them, as llama.cpp would hold them; a shared cell is the same object in several slots."""
-
-    slots: dict[int, list[object]] = field(default_factory=dict)
-    first: dict[int, int] = field(default_factory=dict)  # what sliding layers have left
-    keeps_state: bool = False
-
-    def copy_cells(self, source: int, target: int, num_tokens: int) -> None:
-        assert not self.slots.get(target), "a copy goes into an empty slot"
-        self.slots[target] = self.slots[source][:num_tokens]
-
-    def remove_cells(self, slot: int, start: int) -> bool:
-        cells = self.slots.setdefault(slot, [])
-        if self.keeps_state and 0 < start < len(cells):
-            return False
-        del cells[start:]
-        return True
-
-    def first_position(self, slot: int) -> int:
-        return self.first.get(slot, 0) if self.slots.get(slot) else -1
-
-    def saved_bytes(self, slot: int) -> int:
-        return len(self.slots.get(slot, []))
-
-    def save_cells(self, slot: int) -> np.ndarray:
-        return np.zeros(self.saved_bytes(slot), np.uint8)
-
-    def load_cells(self, slot: int, saved: np.ndarray) -> bool:
-        assert not self.slots.get(slot), "a copy goes into an empty slot"
-        self.append(slot, len(saved))
-        return True
-
-    def append(self, slot: int, count: int) -> None:
-        self.slots.setdefault(slot, []).extend(object() for _ in range(count))
-
-    def num_cells(self) -> int:
-        return len({id(cell) for cells in self.slots.values() for cell in cells})
-
-
-class Driver:
-    """A cache with a pretend store, used the way the engine does."""
-
-    def __init__(self, capacity: int = 64, slots: int = 4, **options: object) -> None:
-        self.store = PretendStore(keeps_state=bool(options.get("whole_only")))
-        self.cache = SharedKVCache(self.store, capacity, slots, **options)  # type: ignore[arg-type]
-
-    def run(self, seq_id: int, token_ids: Sequence[int], namespace: str = "") -> int:
-        """Open a sequence and run all its tokens; returns how many were cached."""
-        found = self.cache.open(seq_id, token_ids, namespace)
-        assert self.extend(seq_id, token_ids[found:])
-        return found
-
-    def extend(self, seq_id: int, token_ids: Sequence[int]) -> bool:
-        if not self.cache.reserve(seq_id, len(token_ids)):
-            return False
-        self.store.append(self.cache.slot(seq_id), len(token_ids))
-        self.cache.commit(seq_id, token_ids)
-        return True
 
 
 def test_the_next_turn_of_a_chat_computes_only_what_is_new() -> None:
@@ -145,8 +84,8 @@ def test_eviction_takes_the_end_of_the_least_recently_used_first() -> None:
     driver.run(3, range(300, 320))  # 6 short: the last 6 tokens of sequence 1 go
     assert driver.cache.usage() == KVUsage(64, 20, 44)
     driver.cache.close(3, keep=False)
-    assert driver.cache.open(4, range(100, 125), "") == 19
-    assert driver.cache.open(5, range(200, 226), "") == 25
+    assert driver.cache.open(4, range(100, 125), "") == Reuse.prefix(19)
+    assert driver.cache.open(5, range(200, 226), "") == Reuse.prefix(25)
 
 
 def test_a_match_makes_a_kept_sequence_recent() -> None:
@@ -158,7 +97,7 @@ def test_a_match_makes_a_kept_sequence_recent() -> None:
     driver.cache.close(3, keep=False)
     driver.run(4, range(400, 430))  # 16 short: sequence 2 loses them, though 1 is older
     driver.cache.close(4, keep=False)
-    assert driver.cache.open(5, range(100, 126), "") == 25
+    assert driver.cache.open(5, range(100, 126), "") == Reuse.prefix(25)
 
 
 def test_slots_that_run_out_are_taken_from_kept_sequences() -> None:
@@ -168,7 +107,7 @@ def test_slots_that_run_out_are_taken_from_kept_sequences() -> None:
         driver.cache.close(seq_id, keep=True)
     assert driver.cache.usage() == KVUsage(64, 0, 12)
     for seq_id in (5, 6, 7):
-        assert driver.cache.open(seq_id, [seq_id, 50, 51, 52, 53], "") == 4
+        assert driver.cache.open(seq_id, [seq_id, 50, 51, 52, 53], "") == Reuse.prefix(4)
     with pytest.raises(BackendError, match="slot"):
         driver.cache.open(9, [1, 2], "")
 
@@ -199,7 +138,7 @@ def test_the_bound_on_finished_sequences_holds() -> None:
         driver.run(seq_id, range(100 * seq_id, 100 * seq_id + 10))
         driver.cache.close(seq_id, keep=True)
     assert driver.cache.usage() == KVUsage(64, 0, 16)
-    assert driver.cache.open(9, range(100, 111), "") == 6  # cut from its end; the one before went whole
+    assert driver.cache.open(9, range(100, 111), "") == Reuse.prefix(6)  # cut from its end; the one before went whole
 
 
 def test_a_running_state_is_continued_from_its_end_or_not_at_all() -> None:
@@ -219,8 +158,8 @@ def test_sliding_layers_that_lost_cells_are_not_matched_there() -> None:
     driver.cache.close(1, keep=True)
     slot = next(slot for slot, cells in driver.store.slots.items() if cells)
     driver.store.first[slot] = 15  # llama.cpp gave the cells before to somebody else
-    assert driver.cache.open(2, [*range(20), 99], "") == 0
-    assert driver.cache.open(3, [*range(23), 99], "") == 23
+    assert driver.cache.open(2, [*range(20), 99], "") == Reuse()
+    assert driver.cache.open(3, [*range(23), 99], "") == Reuse.prefix(23)
 
 
 def test_a_failed_step_leaves_no_trace() -> None:
@@ -277,11 +216,11 @@ def test_a_swapped_out_chat_stays_what_it_was_where_another_goes_on_from_its_mid
     driver.run(1, range(40))
     driver.cache.close(1, keep=True)
     branch = [*range(20), *range(500, 510)]
-    assert driver.cache.open(2, branch, "", reproducible=True) == 20
+    assert driver.cache.open(2, branch, "", reproducible=True) == Reuse.prefix(20)
     assert driver.extend(2, branch[20:])
     driver.cache.close(2, keep=True)
 
-    assert driver.cache.open(3, range(41), "", reproducible=True) == 40
+    assert driver.cache.open(3, range(41), "", reproducible=True) == Reuse.prefix(40)
 
 
 def test_swapped_out_sequences_beyond_their_memory_go_oldest_first(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -293,7 +232,7 @@ def test_swapped_out_sequences_beyond_their_memory_go_oldest_first(monkeypatch: 
     assert driver.run(6, range(45)) == 0
 
 
-def test_what_is_too_large_to_park_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_too_large_to_swap_out_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache_module, "MAX_IDLE_CELLS", 8)
     driver = Driver(capacity=128, swap_bytes=30)
     driver.run(1, range(40))
@@ -317,7 +256,7 @@ def test_random_operations_keep_every_count_exact(seed: int, swap_bytes: int, mo
         if operation == "open" and len(live) < slots:
             said = [rng.randrange(2) for _ in range(rng.randrange(1, 24))]  # two tokens: prefixes meet all the time
             namespace = rng.choice(("", "a"))
-            found = driver.cache.open(seq_id, said, namespace)
+            found = driver.cache.open(seq_id, said, namespace).num_tokens
             assert 0 <= found < len(said)
             live[seq_id] = (namespace, said[:found])
         elif live:
@@ -366,7 +305,7 @@ def test_llama_cpp_finds_room_whenever_the_cache_said_so(small_backend: GGUFBack
     for seq_id in range(160):
         if len(live) < 3:
             prompt = [rng.randrange(3) + 100 for _ in range(rng.randrange(2, 60))]
-            live[seq_id] = prompt[: cache.open(seq_id, prompt, "")]
+            live[seq_id] = prompt[: cache.open(seq_id, prompt, "").num_tokens]
         chosen = rng.choice(list(live))
         tokens = live[chosen]
         more = [rng.randrange(3) + 100 for _ in range(rng.randrange(1, 25))]
@@ -380,7 +319,7 @@ def test_llama_cpp_finds_room_whenever_the_cache_said_so(small_backend: GGUFBack
             del live[chosen]
             continue
         small_backend.forward([Chunk(chosen, more, len(tokens), "last")])
-        cache.commit(chosen, more)
+        cache.commit(chosen, len(tokens), more)
         tokens += more
     assert refused > 5
     for seq_id in live:
@@ -395,13 +334,13 @@ def test_a_chat_that_was_swapped_out_goes_on_as_if_it_had_stayed(
     assert isinstance(cache, SharedKVCache)
 
     def run(seq_id: int, token_ids: Sequence[int]) -> tuple[int, torch.Tensor]:
-        found = cache.open(seq_id, token_ids, "swapped")
+        found = cache.open(seq_id, token_ids, "swapped").num_tokens
         assert cache.reserve(seq_id, len(token_ids) - found)
         logits = torch.empty(0)
         for start in range(found, len(token_ids), 32):
             part = token_ids[start : start + 32]
             logits = small_backend.forward([Chunk(seq_id, part, start, "last")]).clone()
-            cache.commit(seq_id, part)
+            cache.commit(seq_id, start, part)
         return found, logits
 
     chat = [100 + 3 * i for i in range(90)]

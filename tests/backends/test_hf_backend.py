@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from tightrope.backends.errors import BackendError
 from tightrope.backends.hf.backend import HFBackend, model_id
 from tightrope.backends.protocol import Chunk
+from tightrope.backends.reuse import Reuse
 from tightrope.backends.settings import CacheSettings, ModelSettings, RopeSettings
 from tightrope.engine.core import EngineCore
 from tightrope.engine.settings import LimitSettings
@@ -119,14 +120,14 @@ def lone_logits(backend: HFBackend, token_ids: Sequence[int]) -> Tensor:
 def run_pieces(backend: HFBackend, token_ids: Sequence[int], sizes: Sequence[int], *, reuse: bool = False) -> Tensor:
     """Logits of all tokens that aren't found cached, run in pieces of these sizes; the sequence stays matchable."""
     seq_id = next(_fresh_ids)
-    start = backend.kv.open(seq_id, token_ids, "", reuse=reuse)
+    start = backend.kv.open(seq_id, token_ids, "", reuse=reuse).num_tokens
     rows = []
     for size in sizes:
         part = token_ids[start : start + size]
         if part:
             assert backend.kv.reserve(seq_id, len(part))
             rows.append(backend.forward([Chunk(seq_id, part, start, "all")]))
-            backend.kv.commit(seq_id, part)
+            backend.kv.commit(seq_id, start, part)
             start += len(part)
     backend.kv.close(seq_id, keep=True)
     return torch.cat(rows)
@@ -210,7 +211,7 @@ def test_sequences_in_one_step_do_not_disturb_each_other(backend: HFBackend, tex
     logits = backend.forward(chunks)
     assert logits.shape == (2, backend.tokenizer.vocab_size)
     assert error(logits, torch.stack([alone[0][-1], alone[1][0]])) < AS_ALONE
-    backend.kv.commit(2, parts[2][:10])
+    backend.kv.commit(2, 0, parts[2][:10])
     rest = backend.forward([Chunk(2, parts[2][10:], 10, "last")])
     assert error(rest, alone[2][-1:]) < AS_ALONE
     for seq_id in range(3):
@@ -278,7 +279,7 @@ def test_prompts_of_different_length_in_one_batch_equal_fresh_computations_of_tr
         expected = [theirs(torch.tensor([part])).logits[0, -1] for part in parts]
     for _ in range(2):  # then with what is cached of them
         rows: dict[int, list[Tensor]] = {0: [], 1: [], 2: []}
-        starts = {i: loaded.kv.open(i, part, "") for i, part in enumerate(parts)}
+        starts = {i: loaded.kv.open(i, part, "").num_tokens for i, part in enumerate(parts)}
         while any(starts[i] < len(part) for i, part in enumerate(parts)):
             chunks = [
                 Chunk(i, part[starts[i] : starts[i] + 60], starts[i], "last")
@@ -287,7 +288,7 @@ def test_prompts_of_different_length_in_one_batch_equal_fresh_computations_of_tr
             ]
             assert all(loaded.kv.reserve(chunk.seq_id, len(chunk.token_ids)) for chunk in chunks)
             for chunk, row in zip(chunks, loaded.forward(chunks), strict=True):
-                loaded.kv.commit(chunk.seq_id, chunk.token_ids)
+                loaded.kv.commit(chunk.seq_id, chunk.start, chunk.token_ids)
                 starts[chunk.seq_id] += len(chunk.token_ids)
                 rows[chunk.seq_id].append(row)
         for i in range(len(parts)):
@@ -301,8 +302,8 @@ def test_what_was_computed_with_other_frequencies_is_not_reused(tmp_path: Path, 
     long, short = text_ids[:240], text_ids[:120]
     alone = lone_logits(loaded, long)
     lone_logits(loaded, short)
-    assert loaded.kv.open(1, text_ids[:250], "") == 0
-    assert loaded.kv.open(2, [*short[:90], 5, 6], "") == 90  # all within the trained window agree
+    assert loaded.kv.open(1, text_ids[:250], "") == Reuse()
+    assert loaded.kv.open(2, [*short[:90], 5, 6], "") == Reuse.prefix(90)  # all within the trained window agree
     loaded.kv.close(1, keep=False)
     loaded.kv.close(2, keep=False)
     assert error(run_pieces(loaded, long, [256] * 2, reuse=True), alone[-1:]) < AS_ALONE
@@ -395,7 +396,7 @@ def test_a_step_that_fails_says_so_and_leaves_the_sequences_as_they_were(
     backend.kv.open(1, text_ids[:12], "fails")
     assert backend.kv.reserve(1, 12)
     backend.forward([Chunk(1, text_ids[:8], 0, "none")])
-    backend.kv.commit(1, text_ids[:8])
+    backend.kv.commit(1, 0, text_ids[:8])
     with pytest.raises(BackendError, match="invalid token"):
         backend.forward([Chunk(1, [backend.tokenizer.vocab_size], 8, "last")])
     with monkeypatch.context() as patch:

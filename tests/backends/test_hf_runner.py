@@ -32,7 +32,7 @@ PROMPT = tuple(range(5, 45))
 
 def opened(backend: HFBackend, seq_id: int, token_ids: Sequence[int], adapter: str | None = None) -> Chunk:
     """A sequence with room for a few more tokens, and the chunk that runs what wasn't found of it."""
-    found = backend.kv.open(seq_id, token_ids, str(adapter))
+    found = backend.kv.open(seq_id, token_ids, str(adapter)).num_tokens
     assert backend.kv.reserve(seq_id, len(token_ids) - found + 4)
     return Chunk(seq_id, token_ids[found:], found, "last", adapter, 0.5)
 
@@ -44,7 +44,7 @@ def test_a_step_sent_through_a_pipe_gives_the_same_logits_in_another_process():
             inputs = backend.inputs(chunks)
             assert torch.equal(other.run(inputs), backend.runner.run(inputs))
             for chunk in chunks:
-                backend.kv.commit(chunk.seq_id, chunk.token_ids)
+                backend.kv.commit(chunk.seq_id, chunk.start, chunk.token_ids)
 
         prompt, adapted = opened(backend, 1, PROMPT), opened(backend, 2, PROMPT[::-1], "mine")
         step(prompt, adapted)
@@ -55,7 +55,7 @@ def test_copies_of_pages_sent_ahead_of_a_step_leave_another_process_with_the_sam
     with closing(HFBackend(FOLDER, SETTINGS, lambda _: None)) as backend, other_runner(FOLDER, SETTINGS) as other:
         other.run(backend.inputs([opened(backend, 1, PROMPT)]))
         backend.forward([Chunk(1, PROMPT, 0, "none")])
-        backend.kv.commit(1, PROMPT)
+        backend.kv.commit(1, 0, PROMPT)
         again = opened(backend, 2, (*PROMPT[: PAGE + 5], 50, 51))
         assert again.start == PAGE + 5
         copies = [*backend._pages.copies.next()]

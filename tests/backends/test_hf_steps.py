@@ -46,7 +46,7 @@ def opened(kv: PagedKVCache, seq_id: int, num_tokens: int, stored: int, room: in
     """A sequence opened with num_tokens, of which `stored` have run, and room for more."""
     kv.open(seq_id, range(num_tokens), str(seq_id))
     assert kv.reserve(seq_id, stored + room)
-    kv.commit(seq_id, range(stored))
+    kv.commit(seq_id, 0, range(stored))
 
 
 @given(st.lists(st.tuples(st.integers(0, 70), st.integers(1, 40)), min_size=1, max_size=6))
@@ -76,7 +76,7 @@ def test_every_token_is_stored_where_the_block_table_says(parts: list[tuple[int,
 def test_layers_with_a_window_store_and_look_in_pages_of_their_own() -> None:
     kv = PagedKVCache(64, num_window_pages=6, window=20)
     opened(kv, 1, 200, 0, 200)
-    kv.commit(1, range(100))
+    kv.commit(1, 0, range(100))
     step = layout([Chunk(1, range(100, 130), 100, "last")], kv)
 
     assert step.windowed is not None

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from tightrope.backends.hf.backend import HFBackend
 from tightrope.backends.hf.run.calibrate import TEXT
 from tightrope.backends.protocol import Chunk
+from tightrope.backends.reuse import Reuse
 from tightrope.backends.settings import CacheSettings, ModelSettings
 from tightrope.engine.core import EngineCore
 from tightrope.engine.settings import LimitSettings
@@ -155,9 +156,9 @@ def test_gemma_3_beyond_its_window_has_the_logits_of_transformers_with_a_fifth_o
         part = token_ids[start : start + 128]
         assert backend.kv.reserve(1, len(part))
         rows.append(backend.forward([Chunk(1, part, start, "last")])[-1])
-        backend.kv.commit(1, part)
+        backend.kv.commit(1, start, part)
     backend.kv.close(1, keep=True)
-    assert backend.kv.open(2, token_ids, "") == len(token_ids) - 1
+    assert backend.kv.open(2, token_ids, "") == Reuse.prefix(len(token_ids) - 1)
     assert backend.kv.reserve(2, 1)
     again = backend.forward([Chunk(2, token_ids[-1:], len(token_ids) - 1, "last")])[0]
 

@@ -84,7 +84,7 @@ def test_a_folder_gives_the_logits_of_the_weights_it_stands_for(form: str, backe
     backend.kv.open(1, token_ids, "")
     assert backend.kv.reserve(1, len(token_ids))
     prompt = backend.forward([Chunk(1, token_ids[:-1], 0, "all")]).clone()
-    backend.kv.commit(1, token_ids[:-1])
+    backend.kv.commit(1, 0, token_ids[:-1])
     step = backend.forward([Chunk(1, token_ids[-1:], len(token_ids) - 1, "last")]).clone()
     backend.kv.close(1, keep=False)
 

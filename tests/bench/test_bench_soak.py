@@ -342,7 +342,7 @@ def test_an_adapter_changes_what_the_tiny_model_says(tmp_path: Path) -> None:
         ids = backend.tokenizer.encode("hello", parse_special=False, is_start=True)
         found = []
         for adapter in (None, "mine"):
-            assert backend.kv.open(0, ids, str(adapter)) == 0
+            assert backend.kv.open(0, ids, str(adapter)).num_tokens == 0
             assert backend.kv.reserve(0, len(ids))
             found.append(backend.forward([Chunk(0, ids, 0, "last", adapter)]).clone())
             backend.kv.close(0, keep=False)

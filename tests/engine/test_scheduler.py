@@ -8,6 +8,8 @@ import pytest
 from fakes import ByteTokenizer, FakeKV
 
 from tightrope.backends.protocol import Capabilities, Chunk
+from tightrope.backends.reuse import Reuse
+from tightrope.backends.reuse import Run as Found
 from tightrope.engine.sampler.steps import SamplingParams
 from tightrope.engine.scheduler import OLDEST_SHARE, PATIENCE_S, QUIET_STEP_S, Scheduler
 from tightrope.engine.sequence import Sequence
@@ -117,7 +119,7 @@ class Run:
 
     def _write(self, sequence: Sequence) -> None:
         name = sequence.request.request_id
-        assert all(track.num_pending == 0 for track in sequence.tracks)
+        assert all(track.pending.count == 0 for track in sequence.tracks)
         sequence.is_announced = True
         sequence.append(sequence.own.seq_id)
         self.first_s.setdefault(name, self.now_s)
@@ -349,3 +351,44 @@ def test_a_sequence_that_lost_tokens_goes_on_from_those_that_are_left():
     assert run.ran("r")[-1] == [1, 1]
     assert len(run.ran("r")) == 1 + 9 + 3 - 1
     assert num_written == 6
+
+
+class FindsRuns(FakeKV):
+    """A cache that finds these runs in whatever is opened, and knows which places are stored."""
+
+    def __init__(self, *runs: Found) -> None:
+        super().__init__(1000)
+        self.reuse = Reuse(runs)
+        self.stored = {place for run in runs for place in range(run.start, run.stop)}
+
+    def open(self, *args: object, **options: object) -> Reuse:
+        super().open(*args, **options)  # type: ignore[arg-type]
+        return self.reuse
+
+    def commit(self, seq_id: int, start: int, token_ids: list[int]) -> None:
+        places = set(range(start, start + len(token_ids)))
+        assert not self.stored & places
+        self.stored |= places
+
+
+def test_what_lies_between_cached_runs_is_computed_in_order_over_all_that_stands_before_it():
+    kv = FindsRuns(Found(0, 0, 5), Found(30, 12, 20, is_exact=False), Found(60, 40, 8))
+    run = Run(max_step_tokens=10)
+    scheduler = run.scheduler = Scheduler(kv, run.options, LimitSettings())
+    sequence = run.add("r", 60)
+    steps = []
+    while not sequence.is_prompt_computed:
+        works = scheduler.schedule(0.0)
+        chunks, rows_of = layout(works)
+        there = set(kv.stored)
+        for chunk in chunks:
+            assert set(range(chunk.start)) <= there
+            there |= set(range(chunk.start, chunk.start + len(chunk.token_ids)))
+        steps.append([(chunk.start, len(chunk.token_ids), chunk.want_logits) for chunk in chunks])
+        for work in works:
+            scheduler.commit(work)
+
+    assert steps == [[(5, 7, "none"), (32, 3, "none")], [(35, 5, "none"), (48, 5, "none")], [(53, 7, "last")]]
+    assert rows_of == [[slice(0, 1)]]
+    assert sequence.num_cached == 33
+    assert kv.stored == set(range(60))

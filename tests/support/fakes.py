@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from tightrope.backends.adapters import fingerprint
 from tightrope.backends.errors import BackendError
 from tightrope.backends.protocol import Capabilities, Chunk, KVUsage, ModelCard
+from tightrope.backends.reuse import Reuse
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -84,7 +85,7 @@ class FakeKV:
 
     def open(
         self, seq_id: int, token_ids: Sequence[int], namespace: str, *, reuse: bool = True, reproducible: bool = False
-    ) -> int:
+    ) -> Reuse:
         assert seq_id not in self.live
         best: Held | None = None
         length = 0
@@ -97,7 +98,7 @@ class FakeKV:
                 best, length = held, same
         cells = best.cells[:length] if best else []
         self.live[seq_id] = Held(namespace, list(token_ids[:length]), list(cells))
-        return length
+        return Reuse.prefix(length)
 
     def reserve(self, seq_id: int, num_tokens: int) -> bool:
         held = self.live[seq_id]
@@ -113,8 +114,9 @@ class FakeKV:
             self.kept.pop(0)
         return True
 
-    def commit(self, seq_id: int, token_ids: Sequence[int]) -> None:
+    def commit(self, seq_id: int, start: int, token_ids: Sequence[int]) -> None:
         held = self.live[seq_id]
+        assert start == len(held.token_ids), "stored where the cache does not end"
         assert len(held.reserved) >= len(token_ids), "stored without room"
         held.cells += held.reserved[: len(token_ids)]
         held.reserved = held.reserved[len(token_ids) :]

@@ -10,6 +10,7 @@ from checkout import ROOT
 
 from tightrope.backends.gguf.backend import GGUFBackend
 from tightrope.backends.protocol import Chunk
+from tightrope.backends.reuse import Reuse
 
 CACHE = ROOT / ".cache"
 _fresh_ids = count(10_000)
@@ -26,7 +27,7 @@ def gemma() -> Path:
 def lone_logits(backend: GGUFBackend, token_ids: Sequence[int]) -> torch.Tensor:
     """[n, V] logits of a sequence that shares nothing, run in one piece."""
     seq_id = next(_fresh_ids)
-    assert backend.kv.open(seq_id, token_ids, f"alone {seq_id}") == 0
+    assert backend.kv.open(seq_id, token_ids, f"alone {seq_id}") == Reuse()
     assert backend.kv.reserve(seq_id, len(token_ids))
     logits = backend.forward([Chunk(seq_id, token_ids, 0, "all")]).clone()
     backend.kv.close(seq_id, keep=False)
@@ -35,13 +36,13 @@ def lone_logits(backend: GGUFBackend, token_ids: Sequence[int]) -> torch.Tensor:
 
 def greedy(backend: GGUFBackend, seq_id: int, token_ids: Sequence[int], num_tokens: int, namespace: str) -> list[int]:
     """Run a prompt and `num_tokens` likeliest tokens after it; the sequence stays open."""
-    start = backend.kv.open(seq_id, token_ids, namespace)
+    start = backend.kv.open(seq_id, token_ids, namespace).num_tokens
     said = list(token_ids[start:])
     out: list[int] = []
     for _ in range(num_tokens):
         assert backend.kv.reserve(seq_id, len(said))
         logits = backend.forward([Chunk(seq_id, said, start, "last")])
-        backend.kv.commit(seq_id, said)
+        backend.kv.commit(seq_id, start, said)
         start += len(said)
         said = [int(logits[0].argmax())]
         out += said

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from tightrope.backends.errors import BackendError
 from tightrope.backends.hf.cache.pages import PagedKVCache
+from tightrope.backends.reuse import Reuse
 from tightrope.kernels.forms.layout import PAGE
 
 Cell = tuple[Hashable, Hashable, tuple[int, ...]]  # namespace, frequencies, all tokens up to and with this one
@@ -45,7 +46,10 @@ class Driver:
         return max(length, self.trained_len)
 
     def open(self, seq_id: int, tokens: Sequence[int], namespace: str = "", *, reuse: bool = True) -> int:
-        found = self.cache.open(seq_id, tokens, namespace, reuse=reuse)
+        """Open a sequence; returns how many tokens were cached."""
+        reused = self.cache.open(seq_id, tokens, namespace, reuse=reuse)
+        found = reused.num_tokens
+        assert reused == Reuse.prefix(found)
         assert 0 <= found < len(tokens)
         kind = self.frequencies(len(tokens))
         cells: list[Cell] = [(namespace, kind, tuple(tokens[: i + 1])) for i in range(found)]
@@ -76,7 +80,7 @@ class Driver:
             for place in range(begin, end):
                 self.window_storage[window_pages[place // PAGE]][place % PAGE] = held.cells[place]
             self.check_window(held, window_pages, begin)  # of the step's first token; those after it see less far back
-        self.cache.commit(seq_id, tokens)
+        self.cache.commit(seq_id, begin, tokens)
 
     def copy(self) -> None:
         for waiting, storage in (

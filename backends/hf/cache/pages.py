@@ -26,6 +26,7 @@ from tightrope.backends.hf.cache.copies import Copies
 from tightrope.backends.hf.cache.page_tree import Page, Root, equals, hang, neighbours, num_common, tokens_of, twin_of
 from tightrope.backends.hf.cache.window_pages import WindowPages
 from tightrope.backends.protocol import KVUsage
+from tightrope.backends.reuse import Reuse
 from tightrope.kernels.forms.layout import PAGE
 
 Ints = np.ndarray[Any, np.dtype[np.int32]]
@@ -87,7 +88,7 @@ class PagedKVCache:
 
     def open(
         self, seq_id: int, token_ids: Sequence[int], namespace: str, *, reuse: bool = True, reproducible: bool = False
-    ) -> int:
+    ) -> Reuse:
         """See KVCache. len(token_ids) is remembered: see `effective_len`."""
         assert seq_id not in self._live, f"sequence {seq_id} is open already"
         frequencies = self._frequencies_at(len(token_ids))
@@ -101,7 +102,7 @@ class PagedKVCache:
                 sequence.append(page)
             self._hold(sequence, self._windows.needed(sequence.length))
         self._live[seq_id] = sequence
-        return sequence.length
+        return Reuse.prefix(sequence.length)
 
     def reserve(self, seq_id: int, num_tokens: int) -> bool:
         """See KVCache. A borrowed page at the end is exchanged for one to write."""
@@ -119,10 +120,11 @@ class PagedKVCache:
             sequence.append(self._take(sequence))
         return True
 
-    def commit(self, seq_id: int, token_ids: Sequence[int]) -> None:
+    def commit(self, seq_id: int, start: int, token_ids: Sequence[int]) -> None:
         """See KVCache. Tokens that were computed with other frequencies than the first can't be found later."""
         sequence = self._live[seq_id]
-        start, end = sequence.length, sequence.length + len(token_ids)
+        assert start == sequence.length, f"sequence {seq_id} holds {sequence.length} tokens, and stores from {start} on"
+        end = start + len(token_ids)
         assert end <= len(sequence.pages) * PAGE, f"sequence {seq_id} stores {len(token_ids)} tokens without room"
         sequence.length = end
         self._hold(sequence, self._windows.needed(end))

@@ -75,7 +75,7 @@ def _run(runner: ModelRunner, token_ids: Sequence[int], kv: PagedKVCache, steps:
     for start in range(0, len(token_ids), step_tokens):
         part = token_ids[start : start + step_tokens]
         runner.run(steps.build([Chunk(0, part, start, "none")], kv))
-        kv.commit(0, part)
+        kv.commit(0, start, part)
 
 
 def _factors(keys: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from tightrope.backends.hf.run.calibrate import key_factors
 from tightrope.backends.hf.run.steps import StepBuilder, StepInputs
 from tightrope.backends.hf.runner import ModelRunner
 from tightrope.backends.protocol import Backend, Chunk, KVCache, KVUsage
+from tightrope.backends.reuse import Reuse
 from tightrope.kernels.forms.layout import CacheDtype, LayerCache
 
 Inputs = Callable[[Sequence[Chunk]], StepInputs]
@@ -88,13 +89,13 @@ class _BaseBooks:
 
     def open(
         self, seq_id: int, token_ids: Sequence[int], namespace: str, *, reuse: bool = True, reproducible: bool = False
-    ) -> int:
-        return 0
+    ) -> Reuse:
+        return Reuse()
 
     def reserve(self, seq_id: int, num_tokens: int) -> bool:
         return True
 
-    def commit(self, seq_id: int, token_ids: Sequence[int]) -> None:
+    def commit(self, seq_id: int, start: int, token_ids: Sequence[int]) -> None:
         return
 
     def truncate(self, seq_id: int, num_tokens: int) -> None:

@@ -1,0 +1,43 @@
+"""What a cache found of a prompt: runs of its tokens."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Cached tokens start .. start + length of a prompt, which stood at `source` where they were computed.
+
+    is_exact: they are what computing them here would give. Otherwise they come close to it, because other tokens than
+    the prompt's stood before them.
+    """
+
+    source: int
+    start: int
+    length: int
+    is_exact: bool = True
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.length
+
+
+@dataclass(frozen=True, slots=True)
+class Reuse:
+    """Runs in the order of their places in the prompt, none upon another. A prefix is one exact run at 0."""
+
+    runs: tuple[Run, ...] = ()
+
+    @classmethod
+    def prefix(cls, length: int) -> "Reuse":
+        """The first `length` tokens, where they were before."""
+        return cls((Run(0, 0, length),) if length else ())
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(run.length for run in self.runs)
+
+    def missing(self, num_tokens: int) -> list[range]:
+        """The places of a prompt of so many tokens that no run holds, as rising ranges."""
+        starts = [0, *(run.stop for run in self.runs)]
+        stops = [*(run.start for run in self.runs), num_tokens]
+        return [range(start, stop) for start, stop in zip(starts, stops, strict=True) if start < stop]
