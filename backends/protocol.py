@@ -83,6 +83,12 @@ class KVCache(Protocol):
 
     def usage(self) -> KVUsage: ...
 
+    def check_integrity(self) -> None:
+        """Raise AssertionError, with one line that says what is wrong, if the books contradict themselves.
+
+        For tests, between steps: it looks at every token and page.
+        """
+
 
 class Tokenizer(Protocol):
     """Text to token ids and back, exactly as the model's files say. Safe to call from any thread."""

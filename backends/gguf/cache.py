@@ -1,27 +1,24 @@
 """The key-value cache's bookkeeping: who holds which tokens, who shares them, who is evicted.
 
 llama.cpp stores keys and values in cells; a cell can belong to several sequence slots and is free when it belongs to
-none. This module mirrors that with logical cells and two counts for each: `refs`, the sequences that hold it, and
-`pins`, those of them that are live. So `used` (pinned), `reusable` (held by finished sequences only) and free always
-add up to the capacity, and shared cells count once.
+none. This module mirrors that with logical cells (cells.py).
 
 Every cell in use makes attention slower for everybody, masked or not: with 8,000 cells of finished chats a decode step
 of eight streams took 50 ms instead of 34. So while others run, finished sequences are swapped out: copied to memory
-beside the cache, and back when a prompt continues them.
+beside the cache (swap_space.py), and back when a prompt continues them.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from tightrope.backends.errors import BackendError
+from tightrope.backends.gguf.cells import Cells, Ints
+from tightrope.backends.gguf.swap_space import Bytes, Swapped, SwapSpace, common_prefix
 from tightrope.backends.protocol import KVUsage
 from tightrope.backends.reuse import Reuse
-
-Ints = np.ndarray[Any, np.dtype[np.int32]]
-Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 MAX_IDLE_CELLS = 512  # cells of finished sequences that may stay in the cache while others run
 MIN_RESTORE_GAIN = 32  # tokens; below it, running them again costs less than the copy
@@ -35,6 +32,8 @@ class CellStore(Protocol):
     def remove_cells(self, slot: int, start: int) -> bool: ...
 
     def first_position(self, slot: int) -> int: ...
+
+    def last_position(self, slot: int) -> int: ...
 
     def saved_bytes(self, slot: int) -> int: ...
 
@@ -69,16 +68,6 @@ class _Entry:
         return self.cells[start : self.length]
 
 
-@dataclass(slots=True, eq=False)
-class _Swapped:
-    """A finished sequence outside the cache."""
-
-    namespace: str
-    token_ids: Ints  # [length]
-    saved: Bytes
-    first_position: int  # what sliding layers have left
-
-
 class SharedKVCache:
     """KVCache over llama.cpp's sequence slots. Finished sequences stay matchable until their room or slot is needed."""
 
@@ -101,21 +90,16 @@ class SharedKVCache:
         state, so that a kept sequence can be continued from its end only and never rolled back.
         """
         self._store = store
-        self._capacity = capacity
+        self._cells = Cells(capacity)
+        self._swap = SwapSpace(swap_bytes, swa_window, whole_only=whole_only)
         self._max_reusable = capacity if max_reusable is None else max_reusable
         self._swa_window = swa_window
         self._whole_only = whole_only
-        self._refs = np.zeros(capacity, np.int32)  # sequences that hold a cell
-        self._pins = np.zeros(capacity, np.int32)  # live ones among them
-        self._free = np.arange(capacity - 1, -1, -1, dtype=np.int32)  # a stack; the first _num_free are on it
-        self._num_free = capacity
-        self._num_pinned = 0
+        self._num_slots = num_slots
         self._free_slots = list(range(num_slots - 1, -1, -1))
         self._live: dict[int, _Entry] = {}
         self._kept: list[_Entry] = []  # least recently used first
         self._reserved = 0  # sum over the live
-        self._swapped: list[_Swapped] = []  # least recently used first
-        self._swap_bytes = swap_bytes
 
     # --- the protocol -------------------------------------------------------------------------------------------
 
@@ -129,17 +113,17 @@ class SharedKVCache:
         found = 0
         is_alone = reproducible and not self._live
         if is_alone:
-            self._park_idle(0)  # attention adds up in the order of the cells
+            self._swap_out_idle(0)  # attention adds up in the order of the cells
         if reuse:
             source, found = self._best_match(wanted, namespace)
-            source, found = self._restored_match(wanted, namespace, source, found, keep_swapped=is_alone)
+            source, found = self._swapped_match(wanted, namespace, source, found, keep_swapped=is_alone)
         if source is not None and (self._can_take_over(source, found) or (is_alone and source in self._kept)):
             self._kept.remove(source)
             self._shorten(source, found, pinned=False)
             source.saved = None  # it will grow
-            self._pin(source.held())
+            self._cells.pin(source.held())
             self._live[seq_id] = source
-            self._park_idle()
+            self._swap_out_idle()
             return Reuse.prefix(found)
         entry = _Entry(self._take_slot(spare=source), namespace, np.empty(256, np.int32), np.empty(256, np.int32))
         if source is not None:
@@ -148,20 +132,19 @@ class SharedKVCache:
                 self._kept.append(source)  # it was of use: it goes last now
             self._store.copy_cells(source.slot, entry.slot, found)
             shared = source.cells[:found]
-            self._refs[shared] += 1
             entry.append(wanted[:found], shared)
-            self._pin(shared)
+            self._cells.share(shared)
         self._live[seq_id] = entry
-        self._park_idle()
+        self._swap_out_idle()
         return Reuse.prefix(found)
 
     def reserve(self, seq_id: int, num_tokens: int) -> bool:
         """See KVCache. What was reserved before and not yet committed counts towards `num_tokens`."""
         entry = self._live[seq_id]
         wanted = self._reserved + max(0, num_tokens - entry.reserved)
-        if self._num_pinned + wanted > self._capacity:
+        if self._cells.num_pinned + wanted > self._cells.capacity:
             return False
-        self._evict(wanted - self._num_free)
+        self._evict(wanted - self._cells.num_free)
         entry.reserved += wanted - self._reserved
         self._reserved = wanted
         return True
@@ -171,12 +154,7 @@ class SharedKVCache:
         entry, count = self._live[seq_id], len(token_ids)
         assert start == entry.length, f"sequence {seq_id} holds {entry.length} tokens, and stores from {start} on"
         assert count <= entry.reserved, f"sequence {seq_id} commits {count} tokens, and reserved {entry.reserved}"
-        self._num_free -= count
-        cells = self._free[self._num_free : self._num_free + count]
-        self._refs[cells] = 1
-        self._pins[cells] = 1
-        self._num_pinned += count
-        entry.append(token_ids, cells)
+        entry.append(token_ids, self._cells.take(count, pinned=True))
         entry.reserved -= count
         self._reserved -= count
 
@@ -189,21 +167,27 @@ class SharedKVCache:
             raise BackendError(f"this model's cache can't go back to token {num_tokens} of a sequence")
 
     def close(self, seq_id: int, *, keep: bool) -> None:
+        """See KVCache."""
         entry = self._live.pop(seq_id)
         self._reserved -= entry.reserved
         entry.reserved = 0
-        self._unpin(entry.held())
+        self._cells.unpin(entry.held())
         if not keep or entry.length == 0 or self._is_redundant(entry):
             self._drop(entry)
             return
         self._store.remove_cells(entry.slot, entry.length)  # what a failed step may have left behind
         self._kept.append(entry)
         if self._live:
-            self._park_idle()
-        self._evict(self._num_reusable - self._max_reusable)
+            self._swap_out_idle()
+        self._evict(self._cells.num_reusable - self._max_reusable)
 
     def usage(self) -> KVUsage:
-        return KVUsage(self._capacity, self._num_pinned, self._num_reusable)
+        return KVUsage(self._cells.capacity, self._cells.num_pinned, self._cells.num_reusable)
+
+    def check_integrity(self) -> None:
+        """See KVCache. Between a forward pass and its commit llama.cpp holds more than the books say."""
+        fault = next(self._faults(), None)
+        assert fault is None, fault
 
     # --- for the backend ----------------------------------------------------------------------------------------
 
@@ -226,7 +210,7 @@ class SharedKVCache:
         for entry in (*self._live.values(), *self._kept):
             if entry.namespace != namespace or min(entry.length, len(wanted) - 1) < max(longest, 1):
                 continue
-            common = self._usable(entry, min(_common_prefix(entry.token_ids[: entry.length], wanted), len(wanted) - 1))
+            common = self._usable(entry, min(common_prefix(entry.token_ids[: entry.length], wanted), len(wanted) - 1))
             if common and common >= longest:
                 best, longest = entry, common
         return best, longest
@@ -249,7 +233,7 @@ class SharedKVCache:
         for other in [*self._kept, *self._live.values()]:
             if other.namespace != entry.namespace:
                 continue
-            common = _common_prefix(other.token_ids[: other.length], entry.token_ids[: entry.length])
+            common = common_prefix(other.token_ids[: other.length], entry.token_ids[: entry.length])
             if common == entry.length:
                 return True
             if common == other.length and other in self._kept:
@@ -258,25 +242,6 @@ class SharedKVCache:
         return False
 
     # --- cells and slots ----------------------------------------------------------------------------------------
-
-    @property
-    def _num_reusable(self) -> int:
-        return self._capacity - self._num_pinned - self._num_free
-
-    def _pin(self, cells: Ints) -> None:
-        self._num_pinned += int(np.count_nonzero(self._pins[cells] == 0))
-        self._pins[cells] += 1
-
-    def _unpin(self, cells: Ints) -> None:
-        self._pins[cells] -= 1
-        self._num_pinned -= int(np.count_nonzero(self._pins[cells] == 0))
-
-    def _release(self, cells: Ints) -> None:
-        """Give up one reference to each of the cells, which are all different."""
-        self._refs[cells] -= 1
-        freed = cells[self._refs[cells] == 0]
-        self._free[self._num_free : self._num_free + len(freed)] = freed
-        self._num_free += len(freed)
 
     def _shorten(self, entry: _Entry, length: int, *, pinned: bool) -> bool:
         """Keep the first `length` tokens; False if the model's state can't go back there, and then none are left."""
@@ -288,8 +253,8 @@ class SharedKVCache:
             entry.saved = None
         dropped = entry.held(length)
         if pinned:
-            self._unpin(dropped)
-        self._release(dropped)
+            self._cells.unpin(dropped)
+        self._cells.release(dropped)
         entry.length = length
         return is_possible
 
@@ -300,19 +265,19 @@ class SharedKVCache:
         return self._store.first_position(entry.slot) <= max(0, length - self._swa_window)
 
     def _drop(self, entry: _Entry) -> None:
-        self._release(entry.held())
+        self._cells.release(entry.held())
         self._store.remove_cells(entry.slot, 0)
         self._free_slots.append(entry.slot)
 
     def _evict(self, num_cells: int) -> None:
         """Free `num_cells` cells of kept sequences, least recently used first and each from its end."""
-        goal = self._num_free + num_cells
-        while self._num_free < goal and self._kept:
+        goal = self._cells.num_free + num_cells
+        while self._cells.num_free < goal and self._kept:
             entry = self._kept[0]
-            if self._park(entry):
+            if self._swap_out(entry):
                 continue
-            alone = np.flatnonzero(self._refs[entry.held()] == 1)  # places whose cell nobody else holds
-            missing = goal - self._num_free
+            alone = self._cells.alone(entry.held())
+            missing = goal - self._cells.num_free
             if self._whole_only or len(alone) <= missing or alone[-missing] == 0:
                 self._drop(self._kept.pop(0))
             else:
@@ -320,76 +285,53 @@ class SharedKVCache:
 
     # --- swapping ------------------------------------------------------------------------------------------------
 
-    def _park_idle(self, most: int | None = None) -> None:
+    def _swap_out_idle(self, most: int | None = None) -> None:
         """Leave no more than MAX_IDLE_CELLS, or `most`, to finished sequences, as far as there is memory to swap to."""
         most = MAX_IDLE_CELLS if most is None else most
         for entry in list(self._kept):
-            if self._num_reusable <= most:
+            if self._cells.num_reusable <= most:
                 return
-            self._park(entry)
+            self._swap_out(entry)
 
-    def _park(self, entry: _Entry) -> bool:
+    def _swap_out(self, entry: _Entry) -> bool:
         """Move a kept sequence out of the cache; False if it can't be."""
-        if not self._swap_bytes or self._store.saved_bytes(entry.slot) > self._swap_bytes:
+        if not self._swap.num_bytes or self._store.saved_bytes(entry.slot) > self._swap.num_bytes:
             return False
         saved = entry.saved if entry.saved is not None else self._store.save_cells(entry.slot)
         first = self._store.first_position(entry.slot)
-        token_ids = entry.token_ids[: entry.length].copy()
-        self._swapped = [p for p in self._swapped if not self._covers(entry.namespace, token_ids, p)]
-        self._swapped.append(_Swapped(entry.namespace, token_ids, saved, first))
-        while sum(swapped.saved.nbytes for swapped in self._swapped) > self._swap_bytes:
-            self._swapped.pop(0)
+        self._swap.put(Swapped(entry.namespace, entry.token_ids[: entry.length].copy(), saved, first))
         self._kept.remove(entry)
         self._drop(entry)
         return True
 
-    def _covers(self, namespace: str, token_ids: Ints, swapped: _Swapped) -> bool:
-        """Whether a swapped-out sequence is the beginning of these tokens, and so of no more use."""
-        is_prefix = _common_prefix(swapped.token_ids, token_ids) == len(swapped.token_ids)
-        return is_prefix and swapped.namespace == namespace and not self._whole_only
-
-    def _restored_match(
+    def _swapped_match(
         self, wanted: Ints, namespace: str, source: _Entry | None, found: int, *, keep_swapped: bool
     ) -> tuple[_Entry | None, int]:
         """The best match, if need be a swapped-out sequence that is brought back for it.
 
         keep_swapped: one that goes on otherwise stays swapped out, too.
         """
-        best: _Swapped | None = None
-        longest = found + MIN_RESTORE_GAIN - 1
-        for swapped in self._swapped:
-            if swapped.namespace != namespace or min(len(swapped.token_ids), len(wanted) - 1) <= longest:
-                continue
-            common = min(_common_prefix(swapped.token_ids, wanted), len(wanted) - 1)
-            is_usable = common == len(swapped.token_ids) if self._whole_only else self._reaches(swapped, common)
-            if common > longest and is_usable:
-                best, longest = swapped, common
-        if best is None or not self._restore(best):
+        best, longest = self._swap.longest(wanted, namespace, found + MIN_RESTORE_GAIN - 1)
+        if best is None or not self._swap_in(best):
             return source, found
         if keep_swapped and longest < len(best.token_ids):
-            self._swapped.append(best)
+            self._swap.put(best)
         return self._kept[-1], longest
 
-    def _reaches(self, swapped: _Swapped, length: int) -> bool:
-        return not self._swa_window or swapped.first_position <= max(0, length - self._swa_window)
-
-    def _restore(self, swapped: _Swapped) -> bool:
+    def _swap_in(self, swapped: Swapped) -> bool:
         """Bring a swapped-out sequence back as the most recent kept one; False if there is no room for it now."""
-        length = len(swapped.token_ids)
-        if self._num_pinned + self._reserved + length > self._capacity or not (self._free_slots or self._kept):
+        length, cells = len(swapped.token_ids), self._cells
+        if cells.num_pinned + self._reserved + length > cells.capacity or not (self._free_slots or self._kept):
             return False
-        self._swapped.remove(swapped)
-        self._evict(self._reserved + length - self._num_free)
+        self._swap.take(swapped)
+        self._evict(self._reserved + length - cells.num_free)
         slot = self._take_slot(spare=None)
         if not self._store.load_cells(slot, swapped.saved):
             self._store.remove_cells(slot, 0)
             self._free_slots.append(slot)
             return False
-        self._num_free -= length
-        cells = self._free[self._num_free : self._num_free + length].copy()
-        self._refs[cells] = 1
-        token_ids = swapped.token_ids.copy()  # The entry may grow over what it is cut to.
-        self._kept.append(_Entry(slot, swapped.namespace, token_ids, cells, length, saved=swapped.saved))
+        token_ids, taken = swapped.token_ids.copy(), cells.take(length, pinned=False).copy()  # The entry may grow.
+        self._kept.append(_Entry(slot, swapped.namespace, token_ids, taken, length, saved=swapped.saved))
         return True
 
     def _take_slot(self, spare: _Entry | None) -> int:
@@ -402,9 +344,16 @@ class SharedKVCache:
             self._drop(victim)
         return self._free_slots.pop()
 
-
-def _common_prefix(a: Ints, b: Ints) -> int:
-    size = min(len(a), len(b))
-    differ = a[:size] != b[:size]
-    place = int(differ.argmax()) if size else 0
-    return place if size and differ[place] else size
+    def _faults(self) -> Iterator[str]:
+        """What contradicts itself, or llama.cpp's own view, a line each."""
+        live, reserved = [*self._live.values()], sum(entry.reserved for entry in self._live.values())
+        yield from self._cells.faults([entry.held() for entry in live], [entry.held() for entry in self._kept])
+        yield from self._swap.faults()
+        if reserved != self._reserved or reserved > self._cells.num_free:
+            yield f"{reserved} tokens have room, {self._reserved} are counted, {self._cells.num_free} cells are free"
+        lengths = [*((e.slot, e.length) for e in (*live, *self._kept)), *((slot, 0) for slot in self._free_slots)]
+        if sorted(slot for slot, _ in lengths) != list(range(self._num_slots)):
+            yield "a slot is lost, or in use twice"
+        for slot, length in lengths:
+            if (last := self._store.last_position(slot)) != length - 1:
+                yield f"slot {slot} should hold {length} tokens, and its last position is {last}"

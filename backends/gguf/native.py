@@ -265,6 +265,10 @@ class NativeContext:
         """The first position that is still stored for a slot; -1 when it is empty."""
         return int(ll.llama_memory_seq_pos_min(self._memory, slot))
 
+    def last_position(self, slot: int) -> int:
+        """The last position that is stored for a slot; -1 when it is empty."""
+        return int(ll.llama_memory_seq_pos_max(self._memory, slot))
+
     def saved_bytes(self, slot: int) -> int:
         """Size of a copy of a slot's cells."""
         return int(ll.llama_state_seq_get_size(self.pointer, slot))

@@ -30,6 +30,7 @@ def backend() -> Iterator[GGUFBackend]:
     )
     loaded = GGUFBackend(bundled_model(), settings, lambda _: None)
     yield loaded
+    loaded.kv.check_integrity()
     loaded.close()
 
 

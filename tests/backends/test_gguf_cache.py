@@ -277,6 +277,7 @@ def test_random_operations_keep_every_count_exact(seed: int, swap_bytes: int, mo
             elif operation == "close":
                 driver.cache.close(chosen, keep=rng.random() < 0.7)
                 del live[chosen]
+        driver.cache.check_integrity()
         usage = driver.cache.usage()
         assert usage.used + usage.reusable == driver.store.num_cells() <= capacity
         mine = [driver.store.slots.get(driver.cache.slot(seq_id), []) for seq_id in live]
@@ -292,6 +293,7 @@ def small_backend(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GGUFBack
     settings = ModelSettings(max_model_len=200, max_num_seqs=3, step_tokens=32, threads=1, cache=cache)
     backend = GGUFBackend(path, settings, lambda _: None)
     yield backend
+    backend.kv.check_integrity()
     backend.close()
 
 
@@ -320,6 +322,7 @@ def test_llama_cpp_finds_room_whenever_the_cache_said_so(small_backend: GGUFBack
             continue
         small_backend.forward([Chunk(chosen, more, len(tokens), "last")])
         cache.commit(chosen, len(tokens), more)
+        cache.check_integrity()
         tokens += more
     assert refused > 5
     for seq_id in live:

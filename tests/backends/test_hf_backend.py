@@ -60,6 +60,7 @@ def load(folder: Path | None = None, rope: RopeSettings | None = None, **changed
 def backend() -> Iterator[HFBackend]:
     loaded = load()
     yield loaded
+    loaded.kv.check_integrity()
     loaded.close()
 
 
@@ -332,6 +333,7 @@ def test_rope_settings_reach_the_model(backend: HFBackend, text_ids: list[int]) 
 def eight_bits() -> Iterator[HFBackend]:
     loaded = load(dtype="q8", tokens=1000)
     yield loaded
+    loaded.kv.check_integrity()
     loaded.close()
 
 

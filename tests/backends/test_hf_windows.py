@@ -169,4 +169,5 @@ def test_gemma_3_beyond_its_window_has_the_logits_of_transformers_with_a_fifth_o
         expected = theirs(torch.tensor([token_ids]), logits_to_keep=torch.tensor(ends)).logits[0]
     for row, wanted in zip([*rows, again], [*expected, expected[-1]], strict=True):
         assert (row - wanted).norm() < AS_FLOAT32 * wanted.norm()
+    backend.kv.check_integrity()
     backend.close()

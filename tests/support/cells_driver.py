@@ -30,6 +30,9 @@ class PretendStore:
     def first_position(self, slot: int) -> int:
         return self.first.get(slot, 0) if self.slots.get(slot) else -1
 
+    def last_position(self, slot: int) -> int:
+        return len(self.slots.get(slot, [])) - 1
+
     def saved_bytes(self, slot: int) -> int:
         return len(self.slots.get(slot, []))
 
@@ -68,4 +71,5 @@ class Driver:
         start = len(self.store.slots.get(slot, []))
         self.store.append(slot, len(token_ids))
         self.cache.commit(seq_id, start, token_ids)
+        self.cache.check_integrity()
         return True

@@ -59,6 +59,7 @@ def run(core: EngineCore, *requests: GenerateRequest) -> dict[str, list[Delta]]:
         assert not result.failed
         for delta in result.deltas:
             deltas[delta.request_id].append(delta)
+    core._backend.kv.check_integrity()
     return deltas
 
 

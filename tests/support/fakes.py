@@ -136,6 +136,20 @@ class FakeKV:
         used = self._used(list(self.live.values()))
         return KVUsage(self.capacity, len(used), len(self._used(self.kept) - used), self.grain)
 
+    def check_integrity(self) -> None:
+        holders = [*self.live.values(), *self.kept]
+        assert all(len(held.cells) == len(held.token_ids) for held in holders), "a token without a cell"
+        assert not any(held.reserved for held in self.kept), "room that is kept for nobody"
+        reserved = [cell for held in holders for cell in held.reserved]
+        stored = {cell for held in holders for cell in held.cells}
+        assert len(stored) + len(reserved) == len(stored | {*reserved}) <= self.capacity, "a cell given away twice"
+        beginnings: dict[int, int] = {}
+        for held in holders:
+            beginning = hash(held.namespace)
+            for cell, token_id in zip(held.cells, held.token_ids, strict=True):
+                beginning = hash((beginning, token_id))
+                assert beginnings.setdefault(cell, beginning) == beginning, "a cell shared by what differs"
+
 
 def letters(token_ids: Sequence[int]) -> int:
     """A next token that depends on every token before it; never special."""
@@ -233,4 +247,5 @@ class FakeBackend:
         return row
 
     def close(self) -> None:
+        self.kv.check_integrity()
         self.is_closed = True

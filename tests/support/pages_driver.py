@@ -135,6 +135,7 @@ class Driver:
     def check(self) -> None:
         """Every sequence finds in its pages what it believes; pages add up."""
         self.copy()
+        self.cache.check_integrity()
         used = set()
         for seq_id, held in self.live.items():
             pages = self.pages(seq_id)

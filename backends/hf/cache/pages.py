@@ -15,46 +15,19 @@ Nothing here knows of tensors; kernels.forms.layout says what a page is.
 from bisect import insort
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
 from operator import itemgetter
-from typing import Any
 
 import numpy as np
 
 from tightrope.backends.errors import BackendError
 from tightrope.backends.hf.cache.copies import Copies
+from tightrope.backends.hf.cache.integrity import faults
+from tightrope.backends.hf.cache.live import Ints, LiveSequence
 from tightrope.backends.hf.cache.page_tree import Page, Root, equals, hang, neighbours, num_common, tokens_of, twin_of
 from tightrope.backends.hf.cache.window_pages import WindowPages
 from tightrope.backends.protocol import KVUsage
 from tightrope.backends.reuse import Reuse
 from tightrope.kernels.forms.layout import PAGE
-
-Ints = np.ndarray[Any, np.dtype[np.int32]]
-
-
-@dataclass(slots=True, eq=False)
-class _Sequence:
-    """A live sequence; its tokens are in `pages`, and so is the room that is reserved for more."""
-
-    root: Hashable
-    opened_len: int
-    frequencies: Hashable
-    pages: list[Page] = field(default_factory=list)
-    table: Ints = field(default_factory=lambda: np.zeros(64, np.int32))  # [>= len(pages)] their numbers
-    length: int = 0  # Tokens stored.
-    num_findable: int = 0  # So many of them, from the first, may be found by others.
-    held: range = range(0)  # Places in `pages` of those whose window number it holds.
-
-    def append(self, page: Page) -> None:
-        if len(self.pages) == len(self.table):
-            self.table = np.resize(self.table, 2 * len(self.table))
-        self.table[len(self.pages)] = page.number
-        self.pages.append(page)
-
-    @property
-    def borrows_tail(self) -> bool:
-        """Whether the next token would go into a page that isn't this sequence's to write."""
-        return self.length % PAGE != 0 and self.pages[self.length // PAGE].writer is not self
 
 
 class PagedKVCache:
@@ -79,7 +52,7 @@ class PagedKVCache:
         self._free = list(range(num_pages - 1, -1, -1))  # A stack of page numbers.
         self._idle: OrderedDict[Page, None] = OrderedDict()  # In the tree, without references; first out in front.
         self._roots: dict[Hashable, Root] = {}
-        self._live: dict[int, _Sequence] = {}
+        self._live: dict[int, LiveSequence] = {}
         self._windows = WindowPages(num_window_pages, window)
         self.has_windows = window is not None
         self.copies, self.window_copies = Copies(), Copies()  # Those of pages, and of window pages.
@@ -92,7 +65,7 @@ class PagedKVCache:
         """See KVCache. len(token_ids) is remembered: see `effective_len`."""
         assert seq_id not in self._live, f"sequence {seq_id} is open already"
         frequencies = self._frequencies_at(len(token_ids))
-        sequence = _Sequence((namespace, frequencies), len(token_ids), frequencies)
+        sequence = LiveSequence((namespace, frequencies), len(token_ids), frequencies)
         if reuse:
             path, found = self._find(sequence.root, token_ids[:-1])
             sequence.length = sequence.num_findable = self._windows.continuable(path, found)
@@ -173,6 +146,11 @@ class PagedKVCache:
         used = self._num_pages - len(self._free) - len(self._idle)
         return KVUsage(self._num_pages * PAGE, used * PAGE, len(self._idle) * PAGE, PAGE)
 
+    def check_integrity(self) -> None:
+        """See KVCache."""
+        fault = next(faults(self._num_pages, self._free, self._idle, self._roots, self._live, self._windows), None)
+        assert fault is None, fault
+
     # --- for the backend --------------------------------------------------------------------------------------------
 
     def block_table(self, seq_id: int, num_tokens: int) -> Ints:
@@ -221,7 +199,7 @@ class PagedKVCache:
             end = end.parent
         return path[::-1], length
 
-    def _parent(self, sequence: _Sequence, place: int) -> Page | Root:
+    def _parent(self, sequence: LiveSequence, place: int) -> Page | Root:
         """What the page in this place of a sequence hangs below."""
         if place:
             return sequence.pages[place - 1]
@@ -229,13 +207,13 @@ class PagedKVCache:
 
     # --- giving and taking ------------------------------------------------------------------------------------------
 
-    def _take(self, writer: _Sequence) -> Page:
+    def _take(self, writer: LiveSequence) -> Page:
         """A page to write, evicting if none is free. The caller has made sure that there is one."""
         if not self._free:
             self._discard(next(iter(self._idle)))
         return Page(self._free.pop(), refs=1, writer=writer)
 
-    def _own_tail(self, sequence: _Sequence) -> None:
+    def _own_tail(self, sequence: LiveSequence) -> None:
         """Exchange a borrowed last page for one to write; the page itself where nobody else would miss anything."""
         held = self._windows.needed(sequence.length)  # The last of them is what is exchanged.
         window_source = sequence.pages[-1].window_number
@@ -261,7 +239,7 @@ class PagedKVCache:
             assert target.window_number is not None
             self.window_copies.add(window_source, target.window_number)
 
-    def _hold(self, sequence: _Sequence, places: range) -> None:
+    def _hold(self, sequence: LiveSequence, places: range) -> None:
         """Have a sequence hold the window numbers of the pages in these places, and no others."""
         if places == sequence.held:
             return
@@ -273,7 +251,7 @@ class PagedKVCache:
                 self._windows.let_go(sequence.pages[place])
         sequence.held = places
 
-    def _let_go(self, sequence: _Sequence, page: Page, *, keep: bool) -> None:
+    def _let_go(self, sequence: LiveSequence, page: Page, *, keep: bool) -> None:
         """Drop a reference; without `keep`, nothing stays of what only this sequence has written."""
         was_written = page.writer is sequence
         if was_written:
@@ -286,7 +264,7 @@ class PagedKVCache:
         else:
             self._idle[page] = None
 
-    def _merge(self, sequence: _Sequence) -> list[Page]:
+    def _merge(self, sequence: LiveSequence) -> list[Page]:
         """The pages of a closing sequence, those that another page could stand for replaced by it."""
         path: list[Page] = []
         for page in sequence.pages:

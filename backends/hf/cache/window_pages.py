@@ -6,8 +6,8 @@ page needs the number; the one that has waited longest loses it. So a beginning 
 pages of the window before it have their numbers still.
 """
 
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Collection, Iterator, Sequence
 
 from tightrope.backends.hf.cache.page_tree import Page
 from tightrope.kernels.forms.layout import PAGE
@@ -23,7 +23,7 @@ class WindowPages:
 
         There must be at least as many as `most_needed` says.
         """
-        self._window = window
+        self._num_pages, self._window = num_pages, window
         self._free = list(range(num_pages - 1, -1, -1))  # A stack of numbers.
         self._idle: OrderedDict[Page, None] = OrderedDict()  # Nobody holds their number; first out in front.
 
@@ -68,6 +68,17 @@ class WindowPages:
             del self._idle[page]
             self._idle[twin] = None
             page.window_number, twin.window_number = None, page.window_number
+
+    def faults(self, known: Collection[Page], held: Counter[Page]) -> Iterator[str]:
+        """What contradicts itself, a line each. known: all pages; held: how many live sequences hold their number."""
+        numbers = {page: page.window_number for page in known if page.window_number is not None}
+        if sorted([*self._free, *numbers.values()]) != list(range(self._num_pages)):
+            yield "a window page is lost, or in use twice"
+        if {*self._idle} != {page for page in numbers if not held[page]}:
+            yield "other window pages wait for a new use than those that nobody holds"
+        for page in known:
+            if page.window_refs != held[page] or (held[page] and page.window_number is None):
+                yield f"page {page.number} counts {page.window_refs} windows, and {held[page]} sequences look at it"
 
 
 def most_needed(window: int, num_seqs: int, step_tokens: int) -> int:

@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tightrope.backends.hf.cache.pages import Ints, PagedKVCache
+from tightrope.backends.hf.cache.live import Ints
+from tightrope.backends.hf.cache.pages import PagedKVCache
 from tightrope.backends.protocol import Chunk
 from tightrope.backends.rope.scaling import RopeSpec
 from tightrope.kernels.forms.layout import PAGE, StepLayout

@@ -106,3 +106,6 @@ class _BaseBooks:
 
     def usage(self) -> KVUsage:
         return self._base.usage()
+
+    def check_integrity(self) -> None:
+        self._base.check_integrity()
