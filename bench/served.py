@@ -17,6 +17,7 @@ from bench.peers import ROOT, free_port, started
 from bench.small_models import write_model
 
 STOP_S = 90.0  # the server lets answers finish for a minute
+LEFT_S = 10.0  # what is still there so long after the server is left behind
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +62,7 @@ def stop(served: Served) -> Stopped:
         status: int | None = served.process.wait(STOP_S)
     except TimeoutExpired:
         status = None
-    _, alive = psutil.wait_procs(tree, timeout=1)
+    _, alive = psutil.wait_procs(tree, timeout=LEFT_S)
     left = [path for path in served.temp.rglob("*") if not path.is_dir()]
     return Stopped(status, [commands[process.pid] for process in alive], [path.name for path in left])
 
