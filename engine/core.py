@@ -5,17 +5,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from msgspec.structs import replace
-from torch import Tensor
+from msgspec import Struct
+from msgspec.structs import asdict, replace
 
 from tightrope.backends.errors import BackendError
 from tightrope.backends.protocol import Backend
 from tightrope.engine.adapters import Adapters
 from tightrope.engine.errors import BackendFailed, EngineError, InvalidRequest
-from tightrope.engine.guidance import guided
 from tightrope.engine.info import window
 from tightrope.engine.intake import Intake, encode_prompt
-from tightrope.engine.sampler.sampler import Sampled, prompt_logprobs, sample
+from tightrope.engine.sampler.sampler import Sampled
+from tightrope.engine.sampler.step_logits import StepLogits
 from tightrope.engine.scheduler import Scheduler
 from tightrope.engine.sequence import Sequence
 from tightrope.engine.settings import LimitSettings
@@ -33,8 +33,7 @@ from tightrope.engine.work import Rows, Work, layout
 from tightrope.engine.writer import plain_token
 
 
-@dataclass(slots=True)
-class Counters:
+class Counters(Struct):
     """Totals since the start; times in seconds."""
 
     prompt_tokens: int = 0
@@ -160,7 +159,7 @@ class EngineCore:
         chunks, rows_of = layout(works)
         forward_began = self._clock()
         try:
-            logits = self._backend.forward(chunks)
+            logits = StepLogits(self._backend.forward(chunks))
         except BackendError as error:
             return self._fail([work.sequence for work in works], str(error))
         sample_began = self._clock()
@@ -183,7 +182,7 @@ class EngineCore:
 
     # ---- from logits to text ----
 
-    def _take(self, works: list[Work], rows_of: list[Rows], logits: Tensor, now_s: float) -> StepResult:
+    def _take(self, works: list[Work], rows_of: list[Rows], logits: StepLogits, now_s: float) -> StepResult:
         """Commit the step, draw the next tokens [B of them], and write the deltas."""
         last_rows: list[int] = []
         drawing: list[Sequence] = []
@@ -191,7 +190,7 @@ class EngineCore:
         for work, (own, *others) in zip(works, rows_of, strict=True):
             sequence = work.sequence
             if work.is_scored and own.stop > own.start:
-                self._score_prompt(sequence, logits[own])
+                self._score_prompt(sequence, logits, own)
             self._scheduler.commit(work)
             if not work.is_last:
                 continue
@@ -202,13 +201,11 @@ class EngineCore:
             drawing.append(sequence)
             for negative in others:
                 assert sequence.request.guidance is not None
-                scale = sequence.request.guidance.scale
-                logits[own.stop - 1] = guided(logits[own.stop - 1], logits[negative.start], scale)
+                logits.guide(own.stop - 1, negative.start, sequence.request.guidance.scale)
         if drawing:
             for sequence in drawing:
                 sequence.sampler.suppressed = sequence.writer.excluded()
-            rows = logits if len(last_rows) == len(logits) else logits[last_rows]
-            drawn_tokens = sample(rows, [s.sampler for s in drawing], may_overwrite=True)
+            drawn_tokens = logits.draw(last_rows, [s.sampler for s in drawing])
             for sequence, drawn in zip(drawing, drawn_tokens, strict=True):
                 deltas += self._advance(sequence, drawn, now_s)
         return StepResult(deltas, [])
@@ -260,7 +257,7 @@ class EngineCore:
             del self._requests[sequence.request.request_id]
             self._counters.finished += 1
 
-    def _score_prompt(self, sequence: Sequence, logits: Tensor) -> None:
+    def _score_prompt(self, sequence: Sequence, logits: StepLogits, rows: slice) -> None:
         """Logprobs of the prompt's tokens behind the first that runs, from the rows of the tokens before them."""
         tokens, top, tokenizer = sequence.prompt_tokens, sequence.request.prompt_logprobs, sequence.writer.tokenizer
         assert tokens is not None
@@ -268,13 +265,13 @@ class EngineCore:
         token_ids, start = sequence.own.token_ids, sequence.own.pending.ranges[0].start
         if start == 0:
             tokens.append(plain_token(token_ids[0], tokenizer))
-        following = token_ids[start + 1 : min(start + 1 + len(logits), sequence.num_prompt)]
-        scores = prompt_logprobs(logits[: len(following)], following, top)
-        tokens += [plain_token(scored.token_id, tokenizer, scored.logprob, scored.top) for scored in scores]
+        following = token_ids[start + 1 : min(start + 1 + rows.stop - rows.start, sequence.num_prompt)]
+        for scored in logits.scores(rows, following, top):
+            tokens.append(plain_token(scored.token_id, tokenizer, scored.logprob, scored.top))
 
     def stats(self) -> Stats:
         """Gauges and counters now."""
-        usage, counters = self._backend.kv.usage(), self._counters
+        usage = self._backend.kv.usage()
         return Stats(
             num_running=len(self._scheduler.running),
             num_waiting=len(self._scheduler.waiting),
@@ -282,13 +279,5 @@ class EngineCore:
             cache_reusable=usage.reusable,
             cache_capacity=usage.capacity,
             preemptions=self._scheduler.preemptions,
-            prompt_tokens=counters.prompt_tokens,
-            cached_tokens=counters.cached_tokens,
-            generated_tokens=counters.generated_tokens,
-            finished=counters.finished,
-            cancelled=counters.cancelled,
-            steps=counters.steps,
-            step_s=counters.step_s,
-            forward_s=counters.forward_s,
-            sample_s=counters.sample_s,
+            **asdict(self._counters),
         )

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from test_engine_core import expected
 
 from tightrope.engine.errors import InvalidRequest
-from tightrope.engine.guidance import guided
+from tightrope.engine.sampler.guidance import guided
 from tightrope.engine.sampler.steps import SamplingParams
 from tightrope.engine.types import GenerateRequest, Guidance
 
