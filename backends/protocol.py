@@ -13,7 +13,7 @@ if TYPE_CHECKING:  # Torch takes seconds to import, and who only schedules or wr
     from tightrope.kernels.forms.layout import CacheDtype
 
 WantLogits = Literal["none", "last", "all"]
-MAX_ADDED_TEXTS = 16_384  # vocabularies with most of them hold some 6,000, such as HTML's tags and unused places
+MAX_ADDED_TEXTS = 16_384  # Vocabularies with most of them hold some 6,000, such as HTML's tags and unused places.
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ class Chunk:
     token_ids: Sequence[int]
     start: int
     want_logits: WantLogits
-    adapter: str | None = None  # the name of one that is loaded
+    adapter: str | None = None  # It names one that is loaded.
     adapter_scale: float = 1.0
 
 
@@ -95,9 +95,9 @@ class Tokenizer(Protocol):
 
     vocab_size: int
     bos_id: int | None
-    eos_ids: frozenset[int]  # every token that ends a turn
-    adds_bos: bool  # whether prompts of this model start with bos_id
-    lost_bytes: bytes  # bytes of UTF-8 that may become no token at all
+    eos_ids: frozenset[int]  # Each of these tokens ends a turn.
+    adds_bos: bool  # Prompts of this model start with bos_id then.
+    lost_bytes: bytes  # These bytes of UTF-8 may become no token at all.
     # other bytes of text that one token stands for, at most; None: any text may be left out, or be one token
     max_token_bytes: int | None
 
@@ -135,28 +135,28 @@ class Tokenizer(Protocol):
 class ModelCard:
     """What a loaded model says about itself."""
 
-    model_id: str  # the name that clients see
-    architecture: str  # "llama", "gemma3"
-    format: str  # "gguf Q4_1, 4.9 bpw"
-    max_model_len: int  # window served, in tokens
-    trained_len: int  # window of the model's own files, in tokens
+    model_id: str  # Clients see this name.
+    architecture: str  # It is "llama" or "gemma3", say.
+    format: str  # It is "gguf Q4_1, 4.9 bpw", say.
+    max_model_len: int  # It is the window served, in tokens.
+    trained_len: int  # It is the window of the model's own files, in tokens.
     cache_dtype: str
-    chat_template: str | None  # Jinja source from the model's files
-    notes: tuple[str, ...]  # start-up lines: what was chosen, and why
-    cache_token_bytes: float = 0.0  # keys and values of one token in all layers; 0: not known
+    chat_template: str | None  # It is Jinja source from the model's files.
+    notes: tuple[str, ...]  # They are start-up lines: what was chosen, and why.
+    cache_token_bytes: float = 0.0  # Keys and values of one token take so many in all layers; 0 is not known.
     # bos_token, pad_token, additional_special_tokens and the like: texts that chat templates use by these names
     named_tokens: tuple[tuple[str, str | tuple[str, ...]], ...] = ()
-    chat_templates: tuple[tuple[str, str], ...] = ()  # names and Jinja sources, where the files hold several
+    chat_templates: tuple[tuple[str, str], ...] = ()  # Names stand beside Jinja sources, where the files hold several.
 
 
 @dataclass(frozen=True, slots=True)
 class Capabilities:
     """What the engine may ask of this backend."""
 
-    max_num_seqs: int  # sequences open at the same time
-    max_step_tokens: int  # tokens in one forward call, over all chunks
-    max_prompt_rows: int  # tokens of those chunks in one forward call that want the logits of all their rows
-    mixes_adapters: bool = True  # whether chunks of one forward call may differ in adapter and scale
+    max_num_seqs: int  # So many sequences may be open at the same time.
+    max_step_tokens: int  # One forward call takes so many over all chunks.
+    max_prompt_rows: int  # Chunks that want the logits of all their rows may have so many in one forward call.
+    mixes_adapters: bool = True  # Chunks of one forward call may differ in adapter and scale then.
 
 
 class AdapterStore(Protocol):

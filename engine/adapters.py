@@ -21,7 +21,7 @@ Action = Callable[[], None]
 
 @dataclass(frozen=True, slots=True)
 class _Served:
-    key: str  # what the backend knows it by: another one each time that the name is loaded
+    key: str  # The backend knows it by this, which is another one each time that the name is loaded.
     path: str
 
 
@@ -32,7 +32,7 @@ class Adapters:
         """paths: of the adapters that are in place, by name."""
         self._store = store
         self._served = {name: _Served(name, path) for name, path in paths.items()}
-        self._leaving: set[str] = set()  # keys that no new request can name
+        self._leaving: set[str] = set()  # No new request can name these keys.
         self._numbers = count(1)
         self._marks: tuple[Collection[str], Collection[str]] = ((), ())
 
@@ -145,7 +145,7 @@ def _told() -> Iterator[None]:
         yield
     except BackendError as error:
         raise InvalidRequest(str(error), "lora_path") from None
-    except (MemoryError, OSError, RuntimeError) as error:  # RuntimeError: of torch
+    except (MemoryError, OSError, RuntimeError) as error:  # torch raises a RuntimeError.
         log.exception("adapter not loaded")
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise BackendFailed(f"the adapter can't be loaded: {reason}") from None
@@ -178,7 +178,7 @@ class AdapterCalls:
                 serve = self._adapters.prepare(call.name, self._find(call.path), in_place=call.in_place)
         except EngineError as error:
             self._end.send(CallFailed(call.call_id, ErrorFrame.of(error)))
-        except Exception:  # or nobody would answer the call
+        except Exception:  # Otherwise nobody would answer the call.
             log.exception("adapter not loaded: name=%s", call.name)
             self._end.send(CallFailed(call.call_id, ErrorFrame.of(BackendFailed("the adapter can't be loaded"))))
         else:

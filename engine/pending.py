@@ -13,7 +13,7 @@ class Pending:
 
     def __init__(self, ranges: Iterable[range]) -> None:
         self.ranges = [places for places in ranges if places]
-        self.count = sum(map(len, self.ranges))  # of all places
+        self.count = sum(map(len, self.ranges))  # It counts all places.
 
     def append(self, place: int) -> None:
         """Add the place behind all others."""

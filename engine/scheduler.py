@@ -19,13 +19,13 @@ from tightrope.engine.settings import LimitSettings
 from tightrope.engine.step_budget import PrefillRate, StepBudget
 from tightrope.engine.work import Work
 
-DECODE_HEADROOM = 32  # tokens of output that must have room before a sequence starts, lest it be preempted at once
-MIN_CHUNK = 16  # tokens; smaller chunks of a prompt cost a whole step for next to nothing
+DECODE_HEADROOM = 32  # So many tokens of output must have room before a sequence starts, lest it be preempted at once.
+MIN_CHUNK = 16  # Smaller chunks of a prompt, in tokens, cost a whole step for next to nothing.
 # While nobody writes, a step of prompts takes so long, in seconds: a prompt that comes waits for half of it on average.
 # The weights are read once for at least as many tokens as MIN_QUIET_CHUNK, whose products take far longer than that.
 QUIET_STEP_S, MIN_QUIET_CHUNK = 0.5, 64
-OLDEST_SHARE = 0.25  # of a step's prompt budget, for the prompt that came first, whatever else there is
-PATIENCE_S = 60.0  # the longest that smaller prompts may be admitted ahead of the first that doesn't fit the cache
+OLDEST_SHARE = 0.25  # The prompt that came first has this share of a step's prompt budget, whatever else there is.
+PATIENCE_S = 60.0  # Smaller prompts may be admitted for so long ahead of the first that doesn't fit the cache.
 
 
 class Scheduler:
@@ -38,9 +38,9 @@ class Scheduler:
         self._max_prompt_rows = capabilities.max_prompt_rows
         self._busy_step_s = limits.busy_step_ms / 1e3
         self._turns = None if capabilities.mixes_adapters else AdapterTurns()
-        self._unfit: set[Sequence] = set()  # waiting ones that didn't fit the cache, since something was last freed
+        self._unfit: set[Sequence] = set()  # These wait, and didn't fit the cache since something was last freed.
         self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []  # oldest first
+        self.running: list[Sequence] = []  # The oldest stands first.
         self._rate, self._scored_rate = PrefillRate(4 * MIN_CHUNK), PrefillRate(MIN_CHUNK)
         self.preemptions = 0
 
@@ -89,7 +89,7 @@ class Scheduler:
         scored = sum(work.num_run for work in prompts if work.is_scored)
         if scored:
             self._scored_rate.observe(scored, seconds - self._rate.seconds_of(plain))
-        elif plain >= MIN_CHUNK:  # fewer take as long as one
+        elif plain >= MIN_CHUNK:  # Fewer take as long as one.
             self._rate.observe(plain, seconds)
 
     def schedule(self, now_s: float) -> list[Work]:
@@ -139,7 +139,7 @@ class Scheduler:
         if not self.running:
             self._unfit.clear()
         oldest = next((s for s in sorted(prompts, key=lambda s: s.arrived_s) if self._start(s, now_s)), None)
-        prompts.sort(key=lambda s: (s.num_output == 0, s.num_pending))  # those that have begun to write first
+        prompts.sort(key=lambda s: (s.num_output == 0, s.num_pending))  # Those that have begun to write go first.
         if oldest is not None and prompts[0] is not oldest:
             prompts.remove(oldest)
             prompts.append(oldest)
@@ -170,7 +170,7 @@ class Scheduler:
         budget.taken += work.num_run
         budget.spent_s += rate.seconds_of(work.num_run)
         budget.prompt_rows -= work.shares[0][1] if is_scored else 0
-        if work.is_last:  # its first token comes with this step
+        if work.is_last:  # Its first token comes with this step.
             budget.seconds, budget.least = min(budget.seconds, self._busy_step_s), MIN_CHUNK
 
     def _decodes(self, may_run: Callable[[Sequence], bool]) -> list[Work]:
@@ -218,9 +218,9 @@ class Scheduler:
     def _open(self, sequence: Sequence) -> bool:
         """Pin what is cached of the sequence and reserve the rest; nothing has changed if that fails."""
         if sequence.prompt_tokens is not None and not sequence.is_announced:
-            sequence.prompt_tokens = []  # it may have been preempted half-way
+            sequence.prompt_tokens = []  # It may have been preempted half-way.
         own, is_reproducible = sequence.own, sequence.is_reproducible
-        headroom = max(0, min(DECODE_HEADROOM, sequence.max_len - 1 - len(own.token_ids)))  # the last never runs
+        headroom = max(0, min(DECODE_HEADROOM, sequence.max_len - 1 - len(own.token_ids)))  # The last never runs.
         for number, track in enumerate(sequence.tracks, 1):
             may_reuse = track is not own or not sequence.needs_own_prompt
             track.begin(
@@ -230,7 +230,7 @@ class Scheduler:
             )
             if not self._kv.reserve(track.seq_id, track.pending.count + headroom):
                 for opened in sequence.tracks[:number]:
-                    self._kv.close(opened.seq_id, keep=True)  # what it had found stays to be found
+                    self._kv.close(opened.seq_id, keep=True)  # What it had found stays to be found.
                     opened.begin(Reuse())
                 self._unfit.add(sequence)
                 return False

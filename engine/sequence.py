@@ -10,9 +10,9 @@ from tightrope.engine.writer import Writer
 if TYPE_CHECKING:  # Its module imports torch, which takes seconds, and the scheduler needs none.
     from tightrope.engine.sampler.state import SamplerState
 
-AdapterUse = tuple[str, float] | None  # what the backend calls an adapter, and its scale
+AdapterUse = tuple[str, float] | None  # The backend calls an adapter so, and uses it at this scale.
 
-Shares = list[tuple[Track, int]]  # how many of the next tokens of each track
+Shares = list[tuple[Track, int]]  # Each track runs so many of its next tokens.
 
 
 @dataclass(slots=True, eq=False)
@@ -27,20 +27,20 @@ class Sequence:
     tracks: tuple[Track, ...]
     sampler: "SamplerState"
     writer: Writer
-    max_len: int  # of its own track, in tokens
+    max_len: int  # Its own track has at most so many tokens.
     arrived_s: float
     own: Track = field(init=False)
-    one_each: Shares = field(init=False)  # what it runs in a step while it writes
-    num_prompt: int = field(init=False)  # tokens of its own
-    num_cached: int = 0  # of the prompt, found in the cache at the first start
-    leader: "Sequence | None" = None  # the choice that computes the shared prompt first
-    prompt_tokens: list[Token] | None = None  # filled while prompt_logprobs are computed
+    one_each: Shares = field(init=False)  # In a step it runs this while it writes.
+    num_prompt: int = field(init=False)  # It counts tokens of its own.
+    num_cached: int = 0  # So many of the prompt's tokens were found in the cache at the first start.
+    leader: "Sequence | None" = None  # This choice computes the shared prompt first.
+    prompt_tokens: list[Token] | None = None  # They are filled while prompt_logprobs are computed.
     started_s: float | None = None
     first_token_s: float | None = None
-    has_begun: bool = False  # whether it was in a step
-    is_announced: bool = False  # whether a delta with the PromptInfo went out
-    adapter: str | None = None  # what the backend calls the one that the request names
-    adapter_fingerprint: str = ""  # which of all adapters that is, also in another process
+    has_begun: bool = False  # It was in a step.
+    is_announced: bool = False  # A delta with the PromptInfo went out.
+    adapter: str | None = None  # The backend calls the one that the request names so.
+    adapter_fingerprint: str = ""  # It tells which of all adapters that is, also in another process.
 
     def __post_init__(self) -> None:
         self.own = self.tracks[0]

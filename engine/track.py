@@ -12,7 +12,7 @@ class Track:
 
     seq_id: int
     token_ids: list[int]
-    pending: Pending = field(init=False)  # must run before the next token can be drawn
+    pending: Pending = field(init=False)  # These must run before the next token can be drawn.
 
     def __post_init__(self) -> None:
         self.begin(Reuse())

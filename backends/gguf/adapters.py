@@ -32,7 +32,7 @@ class GGUFAdapters:
 
     def __init__(self, model: NativeModel, context: NativeContext, base: Header, room: AdapterRoom) -> None:
         self._model, self._context, self._base, self._room = model, context, base, room
-        self._in_place: dict[str, tuple[NativeAdapter, str]] = {}  # with their fingerprints
+        self._in_place: dict[str, tuple[NativeAdapter, str]] = {}  # Their fingerprints stand beside them.
         self._applied: str | None = None
 
     def prepare(self, name: str, path: Path) -> Callable[[], None]:

@@ -20,8 +20,8 @@ from tightrope.backends.gguf.swap_space import Bytes, Swapped, SwapSpace, common
 from tightrope.backends.protocol import KVUsage
 from tightrope.backends.reuse import Reuse
 
-MAX_IDLE_CELLS = 512  # cells of finished sequences that may stay in the cache while others run
-MIN_RESTORE_GAIN = 32  # tokens; below it, running them again costs less than the copy
+MAX_IDLE_CELLS = 512  # Cells of so many finished sequences may stay in the cache while others run.
+MIN_RESTORE_GAIN = 32  # To run fewer tokens again costs less than the copy.
 
 
 class CellStore(Protocol):
@@ -51,8 +51,8 @@ class _Entry:
     token_ids: Ints
     cells: Ints
     length: int = 0
-    reserved: int = 0  # tokens beyond `length` that have room
-    saved: Bytes | None = None  # a copy of the cells that is still true
+    reserved: int = 0  # So many tokens beyond `length` have room.
+    saved: Bytes | None = None  # It is a copy of the cells that is still true.
 
     def append(self, token_ids: Sequence[int] | Ints, cells: Ints) -> None:
         end = self.length + len(cells)
@@ -98,8 +98,8 @@ class SharedKVCache:
         self._num_slots = num_slots
         self._free_slots = list(range(num_slots - 1, -1, -1))
         self._live: dict[int, _Entry] = {}
-        self._kept: list[_Entry] = []  # least recently used first
-        self._reserved = 0  # sum over the live
+        self._kept: list[_Entry] = []  # They stand least recently used first.
+        self._reserved = 0  # It is the sum over the live.
 
     # --- the protocol -------------------------------------------------------------------------------------------
 
@@ -113,14 +113,14 @@ class SharedKVCache:
         found = 0
         is_alone = reproducible and not self._live
         if is_alone:
-            self._swap_out_idle(0)  # attention adds up in the order of the cells
+            self._swap_out_idle(0)  # Attention adds up in the order of the cells.
         if reuse:
             source, found = self._best_match(wanted, namespace)
             source, found = self._swapped_match(wanted, namespace, source, found, keep_swapped=is_alone)
         if source is not None and (self._can_take_over(source, found) or (is_alone and source in self._kept)):
             self._kept.remove(source)
             self._shorten(source, found, pinned=False)
-            source.saved = None  # it will grow
+            source.saved = None  # It will grow.
             self._cells.pin(source.held())
             self._live[seq_id] = source
             self._swap_out_idle()
@@ -129,7 +129,7 @@ class SharedKVCache:
         if source is not None:
             if source in self._kept:
                 self._kept.remove(source)
-                self._kept.append(source)  # it was of use: it goes last now
+                self._kept.append(source)  # It was of use, so that it goes last now.
             self._store.copy_cells(source.slot, entry.slot, found)
             shared = source.cells[:found]
             entry.append(wanted[:found], shared)
@@ -175,7 +175,7 @@ class SharedKVCache:
         if not keep or entry.length == 0 or self._is_redundant(entry):
             self._drop(entry)
             return
-        self._store.remove_cells(entry.slot, entry.length)  # what a failed step may have left behind
+        self._store.remove_cells(entry.slot, entry.length)  # A failed step may have left these behind.
         self._kept.append(entry)
         if self._live:
             self._swap_out_idle()

@@ -21,7 +21,7 @@ class Cells:
         self.num_pinned = 0
         self._refs = np.zeros(capacity, np.int32)
         self._pins = np.zeros(capacity, np.int32)
-        self._free = np.arange(capacity - 1, -1, -1, dtype=np.int32)  # a stack; the first num_free are on it
+        self._free = np.arange(capacity - 1, -1, -1, dtype=np.int32)  # It is a stack, on which the first num_free are.
 
     @property
     def num_reusable(self) -> int:

@@ -18,7 +18,7 @@ class Swapped:
     namespace: str
     token_ids: Ints  # [length]
     saved: Bytes
-    first_position: int  # what sliding layers have left
+    first_position: int  # Sliding layers have left these.
 
 
 class SwapSpace:
@@ -28,7 +28,7 @@ class SwapSpace:
         """window, whole_only: see SharedKVCache."""
         self.num_bytes = num_bytes
         self._window, self._whole_only = window, whole_only
-        self._swapped: list[Swapped] = []  # least recently used first
+        self._swapped: list[Swapped] = []  # They stand least recently used first.
 
     def put(self, swapped: Swapped) -> None:
         """Add one that fits, in place of its own beginnings, which are of no more use."""
