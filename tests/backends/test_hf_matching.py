@@ -15,6 +15,7 @@ from torch import Tensor
 from tightrope.backends.detect import open_backend, outline
 from tightrope.backends.errors import BackendError
 from tightrope.backends.files.safetensors import Checkpoint
+from tightrope.backends.quant.find import FORMATS
 from tightrope.backends.settings import ModelSettings
 
 pytestmark = pytest.mark.quick
@@ -131,7 +132,8 @@ def test_a_packing_that_is_not_read_is_called_by_its_name(
     line = str(caught.value)
     assert line.startswith(f"{tmp_path}/model.safetensors: tensor '")
     assert f" is of {format}" in line
-    assert line.endswith("can't be read; EXL2, AWQ, GPTQ, bitsandbytes 4-bit and plain weights can, and GGUF files")
+    names = ", ".join(kind.name for kind in FORMATS)
+    assert line.endswith(f", which can't be read; {names} and plain weights can, and GGUF files")
 
 
 def test_a_method_that_the_config_names_is_part_of_the_line(tmp_path: Path):
