@@ -11,6 +11,8 @@ from torch import Tensor
 
 from tightrope.kernels.forms.layout import PAGE, CacheFormat, LayerCache
 
+pytestmark = pytest.mark.quick
+
 NUM_PAGES = 5
 NUM_SLOTS = NUM_PAGES * PAGE
 

@@ -11,6 +11,8 @@ from tightrope.backends.gguf.cache import SharedKVCache
 from tightrope.backends.hf.cache.page_tree import Page
 from tightrope.backends.hf.cache.pages import PagedKVCache
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.fixture
 def pages() -> PagedKVCache:

@@ -1,11 +1,14 @@
 """What is yet to be computed of a stream, against a plain list of places."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tightrope.backends.reuse import Reuse, Run
 from tightrope.engine.pending import Pending
 from tightrope.engine.track import Track
+
+pytestmark = pytest.mark.quick
 
 
 @st.composite
