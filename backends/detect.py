@@ -33,6 +33,11 @@ def outline(settings: ModelSettings, memory_bytes: int | None) -> Outline:
     return package.outline(path, settings, memory_bytes)
 
 
+def find_model(path: Path) -> Path:
+    """The model that a path means: a file or a folder. Raises BackendError as `find_claim` does."""
+    return find_claim(path)[1]
+
+
 def find_claim(path: Path) -> tuple[BackendPackage, Path]:
     """The model that a path means, and who serves it.
 

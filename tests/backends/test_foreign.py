@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from gguf import GGUFWriter
 
-from tightrope.backends.detect import find_claim, outline
+from tightrope.backends.detect import find_model, outline
 from tightrope.backends.errors import BackendError
 from tightrope.backends.files.foreign import model_files
 from tightrope.backends.locate import pick_file, pick_files
@@ -46,7 +46,7 @@ def test_a_folder_and_a_repository_of_another_kind_are_called_that(tmp_path: Pat
         (tmp_path / name).write_text("{}")
 
     with pytest.raises(BackendError, match=reason) as in_folder:
-        find_claim(tmp_path)
+        find_model(tmp_path)
     with pytest.raises(BackendError, match=reason) as on_hub:
         pick_files(names, None, "org/name")
 
@@ -61,7 +61,7 @@ def test_an_onnx_model_in_a_folder_of_its_own_is_called_that(tmp_path: Path):
         (tmp_path / name).touch()
 
     with pytest.raises(BackendError, match="an ONNX model"):
-        find_claim(tmp_path)
+        find_model(tmp_path)
     with pytest.raises(BackendError, match="an ONNX model"):
         pick_files(["config.json", "onnx/model.onnx"], None, "org/name")
 
@@ -72,7 +72,7 @@ def test_an_adapter_a_consolidated_file_and_an_image_half_beside_a_model_are_lef
     for name in names:
         (tmp_path / name).touch()
 
-    assert find_claim(tmp_path)[1] == tmp_path
+    assert find_model(tmp_path) == tmp_path
     assert pick_files(names, None, "org/name") == ["config.json", "model.safetensors", "params.json"]
 
 
@@ -85,7 +85,7 @@ def test_an_image_half_is_no_model_wherever_its_name_says_so(tmp_path: Path, hal
     for name in names:
         (tmp_path / name).touch()
 
-    assert find_claim(tmp_path)[1].name == "m-Q8_0.gguf"
+    assert find_model(tmp_path).name == "m-Q8_0.gguf"
     assert pick_file(names, None, "org/name") == "m-Q8_0.gguf"
     assert pick_file([*names, f"q/{half.replace('f16', 'Q8_0')}"], "Q8_0", "org/name") == "m-Q8_0.gguf"
 
@@ -103,14 +103,14 @@ def test_a_file_of_llama_cpp_from_before_gguf_is_called_that(tmp_path: Path, nam
     (tmp_path / name).write_bytes(magic + b"\x03\0\0\0" + bytes(200))
 
     with pytest.raises(BackendError, match=rf"{name}: a model in llama.cpp's format from before GGUF \(gg\w+\): conv"):
-        find_claim(tmp_path / name)
+        find_model(tmp_path / name)
 
 
 def test_a_folder_or_repository_with_one_is_called_that_too(tmp_path: Path):
     (tmp_path / "ggml-model-q4_0.bin").write_bytes(b"tjgg" + bytes(200))
 
     with pytest.raises(BackendError, match=r"q4_0.bin: a model in llama.cpp's format from before GGUF \(ggjt\)"):
-        find_claim(tmp_path)
+        find_model(tmp_path)
     with pytest.raises(BackendError, match=r"org/name: a model in llama.cpp's format from before GGUF"):
         pick_files(["llama.ggmlv3.q4_0.bin", "config.json"], None, "org/name")
 
@@ -144,7 +144,7 @@ def test_weights_that_are_missing_beside_a_config_are_asked_for(tmp_path: Path):
     (tmp_path / "config.json").write_text("{}")
 
     with pytest.raises(BackendError, match=r"holds no .safetensors file; download or copy the model's weights too"):
-        find_claim(tmp_path)
+        find_model(tmp_path)
 
 
 @pytest.mark.parametrize("below", ["Yi-34B", "snapshots/0123"])
@@ -153,7 +153,7 @@ def test_a_person_who_named_the_folder_above_a_model_is_told_the_one_below(tmp_p
     (tmp_path / below / "config.json").write_text(json.dumps({}))
 
     with pytest.raises(BackendError, match=rf"holds neither .*; {tmp_path / below} seems to"):
-        find_claim(tmp_path)
+        find_model(tmp_path)
 
 
 def test_a_person_who_named_the_folder_above_an_adapter_is_told_so(tmp_path: Path):
@@ -163,4 +163,4 @@ def test_a_person_who_named_the_folder_above_an_adapter_is_told_so(tmp_path: Pat
     with pytest.raises(
         BackendError, match=rf"{tmp_path / 'checkpoint-100'} is a LoRA adapter, to be named with --lora"
     ):
-        find_claim(tmp_path)
+        find_model(tmp_path)
