@@ -9,7 +9,7 @@ import json
 import logging
 import re
 from collections.abc import AsyncGenerator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import httpx
@@ -55,6 +55,7 @@ class Watched:
     http: httpx.AsyncClient
     requests: list[GenerateRequest]
     log: pytest.LogCaptureFixture
+    asked_before: dict[str, tuple[httpx.Response, list[Any]]] = field(default_factory=dict)
 
     async def ask(self, dialect: Dialect, fields: Mapping[str, Any]) -> tuple[httpx.Response, list[Any]]:
         """The reply, and what of it and of the engine's requests doesn't change from one time to the next."""
@@ -67,12 +68,19 @@ class Watched:
             asked = [msgspec.structs.replace(a, sampling=s) for a, s in zip(asked, sampling, strict=True)]
         return reply, [asked, stable(pieces(reply)) if reply.is_success else None]
 
+    async def ask_once(self, dialect: Dialect, fields: Mapping[str, Any]) -> tuple[httpx.Response, list[Any]]:
+        """As `ask`, from memory if just that was asked before."""
+        key = f"{dialect.path} {json.dumps(dialect.with_fields(fields), sort_keys=True)}"
+        if key not in self.asked_before:
+            self.asked_before[key] = await self.ask(dialect, fields)
+        return self.asked_before[key]
+
     async def outcome(self, dialect: Dialect, name: str, value: object) -> str:
         """What becomes of a field: "asked" of the engine, "answered", "refused", "ignored"; or else "lost: ..."."""
         beside = BESIDE.get(name, {})
         if name == "adapter_scale":
             beside = {"adapter_id" if dialect.place else "model": "limarp"}
-        other, before = await self.ask(dialect, {**beside, name: not value} if isinstance(value, bool) else beside)
+        other, before = await self.ask_once(dialect, {**beside, name: not value} if isinstance(value, bool) else beside)
         if not other.is_success and beside:
             beside, before = {}, []  # refused itself, so that the field can change nothing
         reply, after = await self.ask(dialect, {**beside, name: value})
