@@ -1,5 +1,6 @@
 """Fixtures that several test modules share, and which tests are quick, plain and slow."""
 
+import atexit
 import gc
 import os
 import sys
@@ -59,10 +60,7 @@ def pytest_collection_finish() -> None:
     """Spare the collector what stays in any case: looking through all that torch and others define takes seconds."""
     gc.collect()
     gc.freeze()
-
-
-def pytest_unconfigure() -> None:
-    gc.unfreeze()
+    atexit.register(gc.unfreeze)
 
 
 @pytest.fixture(autouse=True)
