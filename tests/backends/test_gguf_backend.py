@@ -239,6 +239,8 @@ def test_a_sliding_window_model_reuses_a_prefix_beyond_its_window() -> None:
     assert run_in_pieces(loaded, 3, branch, "shared") == 650
     again = loaded.forward([Chunk(3, said[:1], len(branch), "last")])
     assert_same(again, alone)
+    loaded.kv.close(3, keep=True)
+    loaded.kv.check_integrity()
     loaded.close()
 
 
