@@ -118,7 +118,7 @@ $(VENV)/.llama: $(VENV)/cmake-args $(CONSTRAINTS) backends/gguf/llama_build.cmak
 			--no-binary llama-cpp-python -c $(CONSTRAINTS) llama-cpp-python)
 	@touch $@
 
-$(VENV)/.serve: $(VENV)/.llama pyproject.toml setup.py $(wildcard kernels/cpu/*)
+$(VENV)/.serve: $(VENV)/.llama pyproject.toml setup.py $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h kernels/cpu/*.mk)
 	@rm -rf build/temp.* build/lib.* # a build there is not made anew when a header changes
 	$(call step,server: install with the bundled model (2 min),$(PIP) install -c $(CONSTRAINTS) -e '.[demo]')
 	@touch $@
