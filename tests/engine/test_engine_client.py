@@ -37,8 +37,6 @@ from tightrope.engine.process.launch import (
     run_process,
     thread_launcher,
 )
-from tightrope.engine.process.watch import Activity
-from tightrope.engine.queueing import back_in_s
 from tightrope.engine.sampler.steps import SamplingParams
 from tightrope.engine.settings import EngineSettings, LifeSettings, LimitSettings
 from tightrope.engine.types import GenerateRequest, ModelInfo, Span, StopRules, TextPrompt, TokenPrompt, TurnMarks
@@ -424,18 +422,6 @@ async def test_a_step_that_never_ends_is_ended():
         assert await answer(client, ask("s", "hello")) == expected("hello")
 
 
-def test_a_step_may_take_as_long_as_its_tokens_took_before():
-    activity = Activity(patience_s=300.0)
-    activity.begin("step", 512)
-    first = activity.task
-    activity.end()
-    activity.begin("step", 24_000)
-    assert first is not None
-    assert activity.task is not None
-    assert first.allowed_s == 300 + 512  # a token a second, while nothing is known
-    assert 300 < activity.task.allowed_s < 300 + 24_000
-
-
 # ---- requests that waited ----
 
 
@@ -466,16 +452,6 @@ async def test_a_text_over_which_two_engines_end_is_tried_no_more(process_client
     client.on_lost()  # as if another had ended before it answered
     with pytest.raises(EngineUnavailable, match="ended meanwhile"):
         await call
-
-
-@pytest.mark.parametrize(
-    ("load_s", "taken_s", "expected_s"),
-    [(0.0, 0.0, 1), (0.0, 7.2, 8), (30.0, 2.5, 28), (30.0, -5.0, 35), (30.0, 29.9, 1), (30.0, 45.0, 45)],
-)
-def test_an_engine_is_back_when_the_last_one_was_or_in_as_long_as_it_has_taken(
-    load_s: float, taken_s: float, expected_s: int
-):
-    assert back_in_s(load_s, taken_s) == expected_s
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ class MLP(nn.Module):
         return self.run(x.reshape(-1, x.shape[-1])).view(x.shape)
 
     def run(self, x: Tensor) -> Tensor:
-        """x [T, hidden] to [T, hidden]."""
+        """x [T, hidden] to [T, hidden], which each kind below computes in its own way."""
         raise NotImplementedError
 
 
