@@ -1,8 +1,9 @@
 """Compare this checkout with an earlier one: python -m bench.compare_earlier CHECKOUT MODEL [MODEL ...]
 
-CHECKOUT has an environment of its own in .venv. Three times both servers start side by side on each model and take
-turns at each scenario, A B, then B A. Bar: the median of the three runs is no worse than the earlier one's by more than
-3 %, or by more than the earlier one's own runs lie apart, whichever is more. Writes bench/results/compare_earlier.json.
+CHECKOUT has an environment of its own in .venv. Three times (--runs) both servers start side by side on each model, now
+this one first and now the other, because a process is some percent faster or slower by where its memory lies, and take
+turns at each scenario, A B, then B A. Bar: the median of the runs is no worse than the earlier one's by more than 3 %,
+or by more than the earlier one's own runs lie apart, whichever is more. Writes bench/results/compare_earlier.json.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from bench.peers import PEERS, Setup, StartFailed, end_servers_when_told, runnin
 from bench.sse import RequestFailed
 from bench.stats import Sample
 
-RUNS, ROUNDS = 3, 2
+ROUNDS = 2
 ALLOWED = 0.03
 NOW, EARLIER = "tightrope", "tightrope, earlier"
 # what is compared, and whether more of it is better
@@ -33,14 +34,15 @@ METRICS = {
 }
 
 
-async def run_once(setup: Setup, checkout: Path, run: int) -> list[Sample]:
+async def run_once(setup: Setup, checkout: Path, scenarios: Sequence[str], run: int) -> list[Sample]:
     """Start both servers, let them take turns at everything, and end them. Raises StartFailed and RequestFailed."""
     samples: list[Sample] = []
+    sides = [PEERS[NOW], replace(PEERS[NOW], name=EARLIER, checkout=checkout)]
     with ExitStack() as stack:
         targets = []
-        for peer in (PEERS[NOW], replace(PEERS[NOW], name=EARLIER, checkout=checkout)):
+        for peer in sides if run % 2 == 0 else reversed(sides):
             targets.append((peer, stack.enter_context(running(peer, setup))))
-        async for so_far in compare(targets, chosen(list(METRICS)), ROUNDS, None, salt=f"earlier {run}"):
+        async for so_far in compare(targets, chosen(scenarios), ROUNDS, None, salt=f"earlier {run}"):
             samples = so_far
     return samples
 
@@ -56,8 +58,8 @@ def medians(runs: Sequence[Sequence[Sample]], server: str, scenario: str, metric
 def judged(runs: Sequence[Sequence[Sample]]) -> list[dict[str, object]]:
     """For each metric: both sides' medians of each run, how much slower this checkout is, and how much it may be."""
     rows: list[dict[str, object]] = []
-    for scenario, metrics in METRICS.items():
-        for metric, more_is_better in metrics.items():
+    for scenario in dict.fromkeys(sample.scenario for sample in runs[0]):
+        for metric, more_is_better in METRICS[scenario].items():
             earlier = medians(runs, EARLIER, scenario, metric)
             now = medians(runs, NOW, scenario, metric)
             ratio = median(now) / median(earlier)
@@ -82,7 +84,7 @@ async def _run(options: argparse.Namespace) -> None:
     for model in options.model:
         setup = Setup(model, threads=options.threads)
         described: dict[str, object] = {**asdict(setup), "model": model.name}
-        runs = [await run_once(setup, options.checkout, run) for run in range(RUNS)]
+        runs = [await run_once(setup, options.checkout, options.scenario, run) for run in range(options.runs)]
         rows = judged(runs)
         found[model.name] = {
             "setup": described,
@@ -106,6 +108,8 @@ def main() -> None:
     parser.add_argument("checkout", type=Path, help="folder of the earlier checkout, with its .venv")
     parser.add_argument("model", nargs="+", type=Path, help="a .gguf file, or a folder of a Hugging Face model")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--scenario", nargs="+", choices=METRICS, default=list(METRICS))
     parser.add_argument("--name", default="compare_earlier", help="results go to bench/results/NAME.json")
     options = parser.parse_args()
     end_servers_when_told()
