@@ -34,7 +34,7 @@ METRICS = {
 }
 
 
-async def run_once(setup: Setup, checkout: Path, scenarios: Sequence[str], run: int) -> list[Sample]:
+async def run_once(setup: Setup, checkout: Path, scenarios: list[str], run: int) -> list[Sample]:
     """Start both servers, let them take turns at everything, and end them. Raises StartFailed and RequestFailed."""
     samples: list[Sample] = []
     sides = [PEERS[NOW], replace(PEERS[NOW], name=EARLIER, checkout=checkout)]
