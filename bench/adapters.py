@@ -125,7 +125,7 @@ def adapt(tree: nn.Module) -> None:
                     a, b = torch.randn(RANK, module.num_inputs) / module.num_inputs, torch.randn(outputs, RANK) / RANK
                     pieces.append((first, a, b, 1.0))
                     first += outputs
-                module.adapters[slot] = make_low_rank(pieces, torch.float16)
+                module.adapters.put(slot, make_low_rank(pieces, torch.float16))
 
 
 def decode_step(model: LoadedModel, streams: int) -> Callable[[AdapterRows | None], Tensor]:

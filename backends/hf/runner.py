@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -25,18 +26,26 @@ class ModelRunner:
     """
 
     def __init__(
-        self, model: LoadedModel, caches: Sequence[LayerCache], rotary: Mapping[str, RotarySets], threads: int
+        self,
+        model: LoadedModel,
+        caches: Sequence[LayerCache],
+        rotary: Mapping[str, RotarySets],
+        threads: int,
+        scratch: Tensor | None = None,
     ) -> None:
-        """rotary: for each `rope` of the model's layers. threads: of torch's own kernels, in a large step."""
+        """rotary: for each `rope` of the model's layers. threads: of torch's own kernels, in a large step.
+
+        scratch: see StepLayout; without it steps of long prompts allocate some.
+        """
         assert len(caches) == len(model.layers)
         self.model, self.caches, self.rotary = model, tuple(caches), rotary
-        self._threads = threads
+        self._threads, self._scratch = threads, scratch
         self._forward = partial(model.forward, self.caches)
         self._graphs: DecodeGraphs | None = None
 
     def beside(self, caches: Sequence[LayerCache]) -> "ModelRunner":
         """Another runner of the same weights, with other caches; it records no graphs."""
-        return ModelRunner(self.model, caches, self.rotary, self._threads)
+        return ModelRunner(self.model, caches, self.rotary, self._threads, self._scratch)
 
     def record_decode(self, max_num_seqs: int, max_model_len: int) -> None:
         """From now on record steps of one token a sequence as CUDA graphs, and play them back: see DecodeGraphs."""
@@ -53,11 +62,11 @@ class ModelRunner:
         with _failing_as(f"a step of {num_tokens} tokens"), torch.inference_mode(), self._blas_threads(num_tokens):
             token_ids, rows = inputs.token_ids.to(device), inputs.rows.to(device)
             layout, tables = inputs.layout.to(device), self.tables(inputs)
-            if inputs.adapters is not None:
-                logits = self._forward(token_ids, layout, tables, rows, inputs.adapters.to(device)).cpu()
-            else:
-                forward = self._forward if self._graphs is None else self._graphs.forward
-                logits = forward(token_ids, layout, tables, rows).cpu()
+            if self._scratch is not None:
+                layout = replace(layout, scratch=self._scratch)
+            adapters = None if inputs.adapters is None else inputs.adapters.to(device)
+            forward = self._forward if self._graphs is None else self._graphs.forward
+            logits = forward(token_ids, layout, tables, rows, adapters).cpu()
         return torch.from_numpy(logits.numpy())  # A tensor of inference mode couldn't be changed by the sampler.
 
     def tables(self, inputs: StepInputs) -> dict[str, RopeTable]:
@@ -70,7 +79,7 @@ class ModelRunner:
         Raises BackendError; the same copies may then be made again.
         """
         with _failing_as(f"copying {len(copies)} pages"), torch.inference_mode():
-            sources, targets = torch.tensor(copies, device=self.model.device).unbind(1)
+            sources, targets = torch.tensor(copies).t().contiguous().to(self.model.device)
             for cache in self.caches:
                 if cache.is_windowed is are_windowed:
                     cache.copy_pages(sources, targets)

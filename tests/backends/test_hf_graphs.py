@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,11 +12,13 @@ from torch import Tensor
 
 from tightrope.backends.hf.run.graphs import DecodeGraphs, batch_size, context_size
 from tightrope.kernels.forms.layout import PAGE, RopeTable, StepLayout
+from tightrope.kernels.forms.low_rank import NONE, AdapterRows
 
 pytestmark = pytest.mark.quick
 
 LONGEST = 5000  # tokens
-VOCABULARY = 9
+VOCABULARY = 11  # numbers that a row of logits tells
+PAGE_ANGLE = 8  # the place of the one that comes from a table
 
 
 class Recorder:
@@ -36,7 +39,14 @@ class Model:
         self.steps: list[StepLayout] = []
         self.stored: list[int] = []
 
-    def forward(self, token_ids: Tensor, step: StepLayout, tables: Mapping[str, RopeTable], rows: Tensor) -> Tensor:
+    def forward(
+        self,
+        token_ids: Tensor,
+        step: StepLayout,
+        tables: Mapping[str, RopeTable],
+        rows: Tensor,
+        adapters: AdapterRows | None = None,
+    ) -> Tensor:
         self.steps.append(step)
         self.stored += [slot for slot in step.slots.tolist() if slot >= 0]
         sequences, pages = step.sequence_of.long(), (step.positions // PAGE).long()
@@ -53,6 +63,8 @@ class Model:
                 windowed.block_tables[sequences, pages],
                 table.query_scale[table.set_of[sequences].long()],
                 table.pages[table.set_of[sequences].long(), 0, 0, 0],
+                torch.zeros_like(token_ids) if adapters is None else adapters.slots + 1,
+                torch.zeros(len(token_ids)) if adapters is None else (adapters.slots >= 0) * adapters.scales,
             ),
             1,
         )
@@ -93,22 +105,79 @@ def graphs_of(model: Model, recorder: Recorder, max_num_seqs: int = 8, *, has_wi
     return DecodeGraphs(model.forward, max_num_seqs, LONGEST, "cpu", recorder, has_windows=has_windows)
 
 
+def adapter_rows(slots: list[int], launches: int | None) -> AdapterRows:
+    present = tuple(sorted({slot for slot in slots if slot != NONE}))
+    scales = torch.arange(len(slots)) + 1.0
+    return AdapterRows(torch.tensor(slots, dtype=torch.int32), scales, present, launches)
+
+
 @given(
-    steps=st.lists(st.lists(st.integers(1, LONGEST), min_size=1, max_size=9), min_size=1, max_size=6),
+    steps=st.lists(
+        st.tuples(st.lists(st.integers(1, LONGEST), min_size=1, max_size=9), st.booleans()), min_size=1, max_size=6
+    ),
     has_windows=st.booleans(),
 )
-def test_any_run_of_steps_gives_what_the_model_gives(steps: list[list[int]], has_windows: bool):
+def test_any_run_of_steps_gives_what_the_model_gives(steps: list[tuple[list[int], bool]], has_windows: bool):
     graphs = graphs_of(Model(), Recorder(), has_windows=has_windows)
     table = rope_table([0])
-    for lengths in steps:
+    for lengths, has_adapters in steps:
+        adapters = adapter_rows([length % 3 - 1 for length in lengths], 1) if has_adapters else None
         token_ids, step = decode_step(lengths, has_windows=has_windows)
         sets = torch.tensor([length % 2 for length in lengths], dtype=torch.int32)
         tables = {"default": replace(table, set_of=sets)}
         rows = torch.arange(len(lengths))
 
-        found = graphs.forward(token_ids, step, tables, rows)
+        found = graphs.forward(token_ids, step, tables, rows, adapters)
 
-        assert torch.equal(found, Model().forward(token_ids, step, tables, rows))
+        assert torch.equal(found, Model().forward(token_ids, step, tables, rows, adapters))
+
+
+def test_a_recording_serves_whichever_rows_use_whichever_adapters_until_others_are_launched():
+    recorder = Recorder()
+    graphs = graphs_of(Model(), recorder)
+    token_ids, step = decode_step([10, 20])
+    tables = {"default": rope_table([0, 0])}
+
+    counts = []
+    for adapters in (
+        None,
+        adapter_rows([0, NONE], 1),
+        adapter_rows([2, 0], 1),
+        None,
+        adapter_rows([2, 2], 2),
+        adapter_rows([0, 2], 2),
+        None,
+    ):
+        graphs.forward(token_ids, step, tables, torch.arange(2), adapters)
+        counts.append(recorder.recordings)
+
+    assert counts == [1, 2, 2, 2, 3, 3, 3]
+
+
+def test_rows_that_fill_up_a_recording_use_no_adapter():
+    seen: list[list[int]] = []
+
+    class Watched(Model):
+        def forward(self, token_ids: Tensor, step: StepLayout, *args: Any) -> Tensor:  # noqa: ANN401
+            seen.append(args[2].slots.tolist())
+            return super().forward(token_ids, step, *args)
+
+    graphs = graphs_of(Watched(), Recorder())
+    for lengths, slots in (([1, 2, 3, 4], [5, 6, 7, 8]), ([1, 2, 3], [9, NONE, 9])):
+        tables = {"default": rope_table([0] * len(lengths))}
+        graphs.forward(*decode_step(lengths), tables, torch.arange(len(lengths)), adapter_rows(slots, 1))
+
+    assert seen == [[5, 6, 7, 8], [9, NONE, 9, NONE]]
+
+
+def test_adapters_that_change_more_than_linears_are_not_recorded():
+    model, recorder = Model(), Recorder()
+    graphs = graphs_of(model, recorder)
+    adapters = adapter_rows([0, 1], None)
+
+    graphs.forward(*decode_step([10, 20]), {"default": rope_table([0, 0])}, torch.arange(2), adapters)
+
+    assert recorder.recordings == 0
 
 
 def test_steps_of_one_size_share_a_recording_and_others_get_their_own():
@@ -177,7 +246,7 @@ def test_a_table_that_lies_elsewhere_is_recorded_anew():
         found = graphs.forward(token_ids, step, {"default": table}, torch.arange(1))
 
     assert recorder.recordings == 2
-    assert found[0, -1] == 9.0
+    assert found[0, PAGE_ANGLE] == 9.0
 
 
 @pytest.mark.parametrize(

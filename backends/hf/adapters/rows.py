@@ -22,19 +22,23 @@ from tightrope.backends.hf.modules.linear import Linear
 from tightrope.backends.hf.modules.norm import RMSNorm
 from tightrope.backends.hf.modules.step import CurrentStep
 from tightrope.backends.protocol import Chunk, Tokenizer
-from tightrope.kernels.forms.low_rank import NONE, AdapterRows, LowRank, balanced, make_low_rank
+from tightrope.kernels.forms.low_rank import NONE, AdapterRows, LowRank, LowRankSlots, balanced, make_low_rank
 
 _Pieces = list[tuple[int, TensorEntry, TensorEntry, float]]
 
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Where a module of the files lies in ours: outputs first .. first + outputs of what `adapters` belongs to."""
+    """Where a module of the files lies in ours: outputs first .. first + outputs of what `adapters` belongs to.
 
-    adapters: dict[int, LowRank]
+    Which experts run, and so which of their additions, is known on the host alone.
+    """
+
+    adapters: LowRankSlots
     first: int
     outputs: int
     inputs: int
+    is_expert: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,16 +47,20 @@ class _Checked:
 
     adapter: PeftAdapter
     tables: PlannedTables
-    deltas: list[tuple[dict[int, LowRank], _Pieces]]
+    deltas: list[tuple[_Place, _Pieces]]
     norms: list[tuple[RMSNorm | KeptNorm, dict[str, TensorEntry]]]
 
 
 @dataclass(frozen=True, slots=True)
 class _Loaded:
-    """An adapter in place: its slot, the tokens that it knows, and their tokenizer where it isn't the model's."""
+    """An adapter in place: its slot, the tokens that it knows, and their tokenizer where it isn't the model's.
+
+    is_low_rank: it adds to linears and changes nothing else, so that its slot is all that a step needs to know.
+    """
 
     fingerprint: str
     slot: int
+    is_low_rank: bool
     num_tokens: int
     tokenizer: Tokenizer | None
 
@@ -72,7 +80,7 @@ class Adapters:
         self._places = dict(_places(tree))
         self._norms = dict(_norms(tree, tables.width, current))
         self._loaded: dict[str, _Loaded] = {}
-        self._numbers = count()
+        self._launches = 0  # So many times kernels of adapters have changed; see AdapterRows.
         self.room = AdapterRoom(0)
         self.announce: Callable[[str], None] = lambda line: None
         self.tokenizer_at: Callable[[Path, int], Tokenizer | None] = lambda folder, num_tokens: None
@@ -90,7 +98,7 @@ class Adapters:
         adapter, tables, deltas, norms = checked.adapter, checked.tables, checked.deltas, checked.norms
         with self.room.taken(name, adapter_bytes(adapter)):
             read = self._reader(adapter)
-            built = [(adapters, self._build(pieces, read)) for adapters, pieces in deltas]
+            built = [(place.adapters, self._build(pieces, read)) for place, pieces in deltas]
             tied = tables.tied_delta
             if tied is not None and self._tables.head is not None:
                 pieces = [(0, read(tied.up).float().T, read(tied.down).float().T, tied.scaling)]
@@ -108,7 +116,8 @@ class Adapters:
             self.announce(note)
 
         def put_in_place() -> None:
-            slot = next(self._numbers)
+            taken = {loaded.slot for loaded in self._loaded.values()}
+            slot = next(number for number in count() if number not in taken)
             for module, change in changes:
                 module.changes[slot] = change
             for norm, own in replaced:
@@ -116,9 +125,10 @@ class Adapters:
                     norm.replaced[slot] = norm.with_weights(own)
                 else:
                     norm.replaced[slot] = (own["weight"].float() + norm.offset).to(self._device)
-            for adapters, low_rank in built:
-                adapters[slot] = low_rank.to(self._device)
-            self._loaded[name] = _Loaded(mark, slot, tables.num_tokens, own_tokenizer)
+            are_launched_anew = [adapters.put(slot, low_rank.to(self._device)) for adapters, low_rank in built]
+            self._launches += any(are_launched_anew)
+            is_low_rank = not changes and not replaced and not any(place.is_expert for place, _ in deltas)
+            self._loaded[name] = _Loaded(mark, slot, is_low_rank, tables.num_tokens, own_tokenizer)
 
         return put_in_place
 
@@ -127,7 +137,7 @@ class Adapters:
         loaded = self._loaded.pop(name, None)
         if loaded is not None:
             for place in self._places.values():
-                place.adapters.pop(loaded.slot, None)
+                place.adapters.drop(loaded.slot)
             for norm in self._norms.values():
                 norm.replaced.pop(loaded.slot, None)
             for module in (self._tables.embedding, self._tables.head):
@@ -152,13 +162,16 @@ class Adapters:
         """Which adapter each row of a step uses, on the CPU; None when none uses any."""
         if all(chunk.adapter is None for chunk in chunks):
             return None
-        slots = [NONE if chunk.adapter is None else self._loaded[chunk.adapter].slot for chunk in chunks]
+        used = [None if chunk.adapter is None else self._loaded[chunk.adapter] for chunk in chunks]
+        slots = [NONE if loaded is None else loaded.slot for loaded in used]
+        are_low_rank = all(loaded is None or loaded.is_low_rank for loaded in used)
         counts = [len(chunk.token_ids) for chunk in chunks]
         scales = [chunk.adapter_scale for chunk in chunks]
         return AdapterRows(
             torch.from_numpy(np.repeat(np.array(slots, np.int32), counts)),
             torch.from_numpy(np.repeat(np.array(scales, np.float32), counts)),
             tuple(sorted({slot for slot in slots if slot != NONE})),
+            self._launches if are_low_rank else None,
         )
 
     def ruled_out(self, logits: Tensor, rows: AdapterRows) -> Tensor:
@@ -179,9 +192,9 @@ class Adapters:
             logits[mine, min(num_tokens, scored) :] = -torch.inf
         return logits
 
-    def _deltas(self, adapter: PeftAdapter, num_scored: int) -> list[tuple[dict[int, LowRank], _Pieces]]:
+    def _deltas(self, adapter: PeftAdapter, num_scored: int) -> list[tuple[_Place, _Pieces]]:
         """What each of our linears gets, by headers; a head has `num_scored` outputs with this adapter."""
-        found: dict[int, tuple[dict[int, LowRank], _Pieces]] = {}
+        found: dict[int, tuple[_Place, _Pieces]] = {}
         head = self._tables.head
         for module, delta in adapter.deltas.items():
             place = next((self._places[name] for name in spellings(module) if name in self._places), None)
@@ -199,7 +212,9 @@ class Adapters:
                         f"{entry.file}: tensor {entry.name!r} has shape {list(entry.shape)}, the model's linear has "
                         f"{wanted} {'inputs' if side else 'outputs'}: an adapter for another base"
                     )
-            pieces = found.setdefault(id(place.adapters), (place.adapters, []))[1]
+            pieces = found.setdefault(id(place.adapters), (place, []))[1]
+            if any(first == place.first for first, *_ in pieces):
+                raise BackendError(f"{delta.down.file}: {module!r} is there twice, by two names")
             pieces.append((place.first, delta.down, delta.up, delta.scaling))
         return list(found.values())
 
@@ -253,7 +268,7 @@ def _places(tree: nn.Module) -> Iterator[tuple[str, _Place]]:
                 first += outputs
         elif isinstance(module, Experts):
             for name, adapters, first, outputs, inputs in module.places():
-                yield name, _Place(adapters, first, outputs, inputs)
+                yield name, _Place(adapters, first, outputs, inputs, is_expert=True)
 
 
 def _norms(tree: nn.Module, hidden_size: int, current: CurrentStep) -> Iterator[tuple[str, RMSNorm | KeptNorm]]:

@@ -9,7 +9,7 @@ from tightrope.backends.hf.modules.matrices import Matrix, projection, stacked, 
 from tightrope.backends.hf.modules.step import CurrentStep
 from tightrope.kernels import dispatch
 from tightrope.kernels.forms.layer import GatedExperts, Projection, StackedExperts
-from tightrope.kernels.forms.low_rank import AdapterRows, LowRank
+from tightrope.kernels.forms.low_rank import AdapterRows, LowRank, LowRankSlots
 
 
 class Experts(nn.Module):
@@ -24,10 +24,10 @@ class Experts(nn.Module):
         super().__init__()
         self.name, self.activation, self.current = name, activation, current
         num_experts, self.hidden, self.middle = shape
-        self.gate_up_adapters: tuple[dict[int, LowRank], ...] = tuple({} for _ in range(num_experts))
-        self.down_adapters: tuple[dict[int, LowRank], ...] = tuple({} for _ in range(num_experts))
+        self.gate_up_adapters = tuple(LowRankSlots() for _ in range(num_experts))
+        self.down_adapters = tuple(LowRankSlots() for _ in range(num_experts))
 
-    def places(self) -> Iterator[tuple[str, dict[int, LowRank], int, int, int]]:
+    def places(self) -> Iterator[tuple[str, LowRankSlots, int, int, int]]:
         """Each expert's linears as files name them: name, adapters, first output, outputs, inputs."""
         for expert, (gate_up, down) in enumerate(zip(self.gate_up_adapters, self.down_adapters, strict=True)):
             for gate_name, up_name, down_name in (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2")):

@@ -13,7 +13,7 @@ from tightrope.backends.hf.modules.matrices import Matrix, times
 from tightrope.backends.hf.modules.step import CurrentStep
 from tightrope.backends.hf.modules.token_tables import TableChange
 from tightrope.kernels import dispatch
-from tightrope.kernels.forms.low_rank import AdapterRows, LowRank
+from tightrope.kernels.forms.low_rank import AdapterRows, LowRankSlots
 
 
 class Linear(nn.Module):
@@ -30,7 +30,7 @@ class Linear(nn.Module):
         super().__init__()
         self.rows, self.num_inputs, self.num_outputs = tuple(rows), num_inputs, sum(size for _, size in rows)
         self.current = current
-        self.adapters: dict[int, LowRank] = {}
+        self.adapters = LowRankSlots()
         self.changes: dict[int, TableChange] = {}  # By slot.
         self.is_head = False  # Whether only rows whose logits are wanted come here.
 

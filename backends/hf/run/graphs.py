@@ -2,7 +2,8 @@
 
 A recorded step always works on the same memory, so what changes from step to step is copied into fixed inputs first.
 A smaller batch fills the rest of its size with sequences that have no tokens, whose slot -1 stores nothing; launches
-are sized by the longest context of a step, which is rounded up as well.
+are sized by the longest context of a step, which is rounded up as well. Which rows use which adapters is an input, too:
+what is launched for adapters is the same for all that only add to linears.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tightrope.kernels.forms.layout import PAGE, RopeTable, StepLayout
+from tightrope.kernels.forms.low_rank import NONE, AdapterRows
 
 SHORTEST_CONTEXT = 2048  # Longer contexts, in tokens, are rounded up to it times a power of CONTEXT_STEP.
 CONTEXT_STEP = 4
@@ -24,7 +26,12 @@ class Forward(Protocol):
     """LoadedModel.forward over caches of its own."""
 
     def __call__(
-        self, token_ids: Tensor, step: StepLayout, tables: Mapping[str, RopeTable], rows: Tensor
+        self,
+        token_ids: Tensor,
+        step: StepLayout,
+        tables: Mapping[str, RopeTable],
+        rows: Tensor,
+        adapters: AdapterRows | None = None,
     ) -> Tensor: ...
 
 
@@ -82,19 +89,33 @@ class DecodeGraphs:
             self._step = replace(self._step, windowed=_empty_step(self._largest, -(-max_model_len // PAGE), device))
         self._sets: dict[str, Tensor] = {}  # set_of [largest] of each table
         self._addresses: tuple[tuple[str, int], ...] = ()  # Where the tables that the graphs read lie.
-        self._graphs: dict[tuple[int, int], Replay] = {}  # By batch size and context.
+        slots = torch.full((self._largest,), NONE, dtype=torch.int32, device=device)
+        self._adapters = AdapterRows(slots, torch.zeros(self._largest, device=device), ())
+        self._launches: int | None = None  # Of the recordings with adapters.
+        self._graphs: dict[tuple[int, int, bool], Replay] = {}  # By batch size, context, and whether with adapters.
 
-    def forward(self, token_ids: Tensor, step: StepLayout, tables: Mapping[str, RopeTable], rows: Tensor) -> Tensor:
+    def forward(
+        self,
+        token_ids: Tensor,
+        step: StepLayout,
+        tables: Mapping[str, RopeTable],
+        rows: Tensor,
+        adapters: AdapterRows | None = None,
+    ) -> Tensor:
         """Logits [len(rows), V] float32, as `forward` gives them. Rows rise, none twice."""
         num_seqs = len(step.context_lens)
         if step.max_query_len > 1 or len(token_ids) != num_seqs or num_seqs > self._largest or not len(rows):
-            return self._forward(token_ids, step, tables, rows)
+            return self._forward(token_ids, step, tables, rows, adapters)
+        if adapters is not None and adapters.launches is None:
+            return self._forward(token_ids, step, tables, rows, adapters)
         self._forget_moved(tables)
+        self._forget_others(adapters)
         size, context = batch_size(num_seqs), context_size(step.max_context_len, self._max_model_len)
-        self._fill(token_ids, step, tables, size)
-        replay = self._graphs.get((size, context))
+        self._fill(token_ids, step, tables, adapters, size)
+        key = size, context, adapters is not None
+        replay = self._graphs.get(key)
         if replay is None:
-            replay = self._graphs[size, context] = self._record(size, context, tables)
+            replay = self._graphs[key] = self._record(*key, tables)
         logits = replay()
         return logits[:num_seqs].clone() if len(rows) == num_seqs else logits[rows]
 
@@ -107,7 +128,20 @@ class DecodeGraphs:
         self._addresses = addresses
         self._sets = {name: self._step.context_lens.new_zeros(self._largest) for name in tables}
 
-    def _fill(self, token_ids: Tensor, step: StepLayout, tables: Mapping[str, RopeTable], size: int) -> None:
+    def _forget_others(self, adapters: AdapterRows | None) -> None:
+        """Recordings with adapters go when other kernels are launched for these from now on."""
+        if adapters is not None and adapters.launches != self._launches:
+            self._graphs = {key: replay for key, replay in self._graphs.items() if not key[2]}
+            self._launches = adapters.launches
+
+    def _fill(
+        self,
+        token_ids: Tensor,
+        step: StepLayout,
+        tables: Mapping[str, RopeTable],
+        adapters: AdapterRows | None,
+        size: int,
+    ) -> None:
         """Put a step into the first `size` places of the fixed inputs."""
         used = len(token_ids)
         fixed = self._step
@@ -118,6 +152,8 @@ class DecodeGraphs:
             (fixed.positions, step.positions),
             *((self._sets[name], table.set_of) for name, table in tables.items()),
         ]
+        if adapters is not None:
+            pairs += [(self._adapters.slots, adapters.slots), (self._adapters.scales, adapters.scales)]
         block_tables = [(fixed.block_tables, step.block_tables)]
         if fixed.windowed is not None and step.windowed is not None:
             pairs.append((fixed.windowed.slots, step.windowed.slots))
@@ -131,8 +167,9 @@ class DecodeGraphs:
         for layout in (fixed, fixed.windowed):
             if layout is not None:
                 layout.slots[used:size].fill_(-1)
+        self._adapters.slots[used:size].fill_(NONE)
 
-    def _record(self, size: int, context: int, tables: Mapping[str, RopeTable]) -> Replay:
+    def _record(self, size: int, context: int, has_adapters: bool, tables: Mapping[str, RopeTable]) -> Replay:
         fixed = self._step
         step = StepLayout(
             query_starts=fixed.query_starts[: size + 1],
@@ -152,7 +189,9 @@ class DecodeGraphs:
             for name, table in tables.items()
         }
         rows = torch.arange(size, device=self._token_ids.device)
-        return self._capture(lambda: self._forward(self._token_ids[:size], step, angles, rows))
+        fixed_rows = self._adapters
+        adapters = AdapterRows(fixed_rows.slots[:size], fixed_rows.scales[:size], ()) if has_adapters else None
+        return self._capture(lambda: self._forward(self._token_ids[:size], step, angles, rows, adapters))
 
 
 def batch_size(num_seqs: int) -> int:
