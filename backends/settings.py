@@ -9,6 +9,8 @@ from pydantic import BaseModel, Field, field_validator
 from tightrope.backends.threads import most_threads, usable_cpus
 
 KVCacheDtype = Literal["auto", "q8", "q4", "f16"]
+Dtype = Literal["auto", "bfloat16", "float16", "float32"]
+SumsDtype = Literal["float32", "float16"]
 RopeKind = Literal["none", "linear", "dynamic", "ntk", "yarn", "llama3", "longrope"]
 
 MAX_ADAPTER_NAME = 128  # It is in characters.
@@ -16,6 +18,8 @@ MAX_TOKENS = 1 << 30  # The places of a window or a cache are counted with 32 bi
 MAX_TRAINED_LEN = 1 << 28  # A model's own files are believed as much.
 MAX_SEQS = 128  # All of them are rows of each decoding step, and their logits are kept side by side.
 MAX_STEP_TOKENS = 1 << 16  # The workspace grows by each, and no kernel gains by more than some thousands.
+MIN_STEP_TOKENS = 16
+STEP_TOKENS, STEP_TOKENS_ON_CARD = 512, 2048  # Where nobody says: a card has to expand its weights for each step.
 MAX_GPU_LAYERS = 1 << 16  # No model has so many; people write 999 or 9999 for all of them.
 MAX_ADAPTER_MIB = 1 << 20  # Large machines have about a TiB in all.
 _ADAPTER_NAME = re.compile(r"[A-Za-z0-9][\w.:-]*(/[A-Za-z0-9][\w.:-]*)*", re.ASCII)
@@ -67,9 +71,16 @@ class ModelSettings(BaseModel, frozen=True, extra="forbid"):
         0, ge=0, le=MAX_TOKENS, description="Context window in tokens; 0 is what the model was trained for."
     )
     max_num_seqs: int = Field(16, ge=1, le=MAX_SEQS, description="Sequences that run at the same time.")
-    step_tokens: int = Field(512, ge=16, le=MAX_STEP_TOKENS, description="Most tokens in one step (the token budget).")
+    step_tokens: int = Field(
+        0,
+        ge=0,
+        le=MAX_STEP_TOKENS,
+        description="Most tokens in one step (the token budget); 0 is right for the device.",
+    )
     threads: int = Field(0, ge=0, description="CPU threads, four per usable CPU at most; 0 is one per physical core.")
     gpu_layers: int = Field(0, ge=-1, le=MAX_GPU_LAYERS, description="Layers on the GPU; -1 is all of them.")
+    dtype: Dtype = Field("auto", description="Of hidden states on a GPU; auto is the files' if it has 16 bits.")
+    matmul_sums: SumsDtype = Field("float32", description="Of products of float16 numbers on a GPU.")
     cache: CacheSettings = CacheSettings()
     rope: RopeSettings = RopeSettings()
     adapters: dict[str, str] = Field({}, description="LoRA adapters: paths by the names that requests use.")
@@ -81,12 +92,23 @@ class ModelSettings(BaseModel, frozen=True, extra="forbid"):
         """Memory for adapters beside those that are loaded at the start."""
         return 0 if self.adapter_folder is None else self.adapter_memory_mib << 20
 
+    def step_tokens_on(self, device_type: str) -> int:
+        """Most tokens in one step on a "cpu" or "cuda" device: as asked, else what is right if memory has room."""
+        return self.step_tokens or (STEP_TOKENS_ON_CARD if device_type == "cuda" else STEP_TOKENS)
+
     @field_validator("threads")
     @classmethod
     def _check_threads(cls, value: int) -> int:
         if value > most_threads():
             cpus = len(usable_cpus())
             raise ValueError(f"at most {most_threads()} threads for the {cpus} CPUs that may be used, not {value}")
+        return value
+
+    @field_validator("step_tokens")
+    @classmethod
+    def _check_step_tokens(cls, value: int) -> int:
+        if 0 < value < MIN_STEP_TOKENS:
+            raise ValueError(f"at least {MIN_STEP_TOKENS}, or 0 for what is right, not {value}")
         return value
 
     @field_validator("adapters", mode="before")

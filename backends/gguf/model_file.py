@@ -33,6 +33,11 @@ def read_model(path: Path, settings: ModelSettings) -> Header:
             f"gpu_layers is {settings.gpu_layers}, but this llama-cpp-python was built for the CPU; use 0, or "
             "reinstall it with CMAKE_ARGS=-DGGML_CUDA=on"
         )
+    for option, value, default in (("dtype", settings.dtype, "auto"), ("matmul-sums", settings.matmul_sums, "float32")):
+        if value != default:
+            raise BackendError(
+                f"--{option} {value}: llama.cpp, which runs GGUF files, has types of its own; leave it out"
+            )
     header = read_header(path)
     architecture = header.metadata.get("general.architecture")
     other = _OTHER_TYPES.get(str(header.metadata.get("general.type"))) or _OTHER_ARCHITECTURES.get(str(architecture))

@@ -81,7 +81,7 @@ def make_plan(settings: ModelSettings, header: Header, free_bytes: int, adapter_
         f"cache: {num_cells} tokens as {cache_type.name}, {cache_bytes / GIB:.2f} GiB; {reason}; "
         f"finished chats may take {swap_bytes / GIB:.2f} GiB beside it"
     )
-    step_tokens = min(settings.step_tokens, num_cells)
+    step_tokens = min(settings.step_tokens_on("cpu"), num_cells)
     return GGUFPlan(window, num_cells, swap_bytes, cache_type, step_tokens, _max_outputs(settings), rope, tuple(notes))
 
 
@@ -124,13 +124,13 @@ def fitting_tokens(shape: ModelShape, kind: CacheType, spare: int) -> int:
 
 
 def _max_outputs(settings: ModelSettings) -> int:
-    return max(settings.max_num_seqs, min(MAX_OUTPUTS, settings.step_tokens))
+    return max(settings.max_num_seqs, min(MAX_OUTPUTS, settings.step_tokens_on("cpu")))
 
 
 def workspace_bytes(settings: ModelSettings, shape: ModelShape) -> int:
     """A generous guess at llama.cpp's compute and output buffers."""
     logits = 2 * 4 * _max_outputs(settings) * shape.vocab_size
-    activations = 4 * settings.step_tokens * shape.embedding * 32
+    activations = 4 * settings.step_tokens_on("cpu") * shape.embedding * 32
     return logits + activations + (64 << 20)
 
 

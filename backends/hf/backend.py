@@ -17,6 +17,7 @@ from tightrope.backends.hf.adapters.token_owners import tokenizer_at
 from tightrope.backends.hf.cache.pages import PagedKVCache
 from tightrope.backends.hf.load.inspection import Inspection, inspect
 from tightrope.backends.hf.load.model import LoadedModel, build
+from tightrope.backends.hf.modules.step import scratch_bytes
 from tightrope.backends.hf.plan import HFPlan, check_layers, free_bytes, make_plan, serving_device
 from tightrope.backends.hf.run.calibrate import key_factors
 from tightrope.backends.hf.run.graphs import batch_size
@@ -58,6 +59,8 @@ class HFBackend:
         threads = compute_threads(settings.threads)
         torch.set_num_threads(1)  # A large step takes more: see ModelRunner.
         dispatch.set_threads(threads)
+        if settings.matmul_sums == "float16":
+            dispatch.sum_in_float16()
         model = build(found.blueprint, lambda done: progress(LOAD_SHARE * done))
         model.adapters.room = AdapterRoom(adapter_bytes)
         model.adapters.tokenizer_at = lambda path, num_tokens: tokenizer_at(
@@ -69,7 +72,7 @@ class HFBackend:
         self.adapters: AdapterStore
         self.adapters = self._adapters = model.adapters
         self.steps = StepBuilder(plan.rope, plan.window)
-        self.runner = ModelRunner(model, _allocate(plan, model), rotary, threads)
+        self.runner = ModelRunner(model, _allocate(plan, model), rotary, threads, _scratch(plan, model))
         self.kv: KVCache
         self.kv = self._pages = PagedKVCache(
             plan.num_pages,
@@ -143,6 +146,14 @@ def _allocate(plan: HFPlan, model: LoadedModel) -> list[LayerCache]:
     for cache in caches:
         cache.touch()
     return caches
+
+
+def _scratch(plan: HFPlan, model: LoadedModel) -> Tensor | None:
+    """Where prompts expand a sequence's keys and values; None where nothing is expanded."""
+    size = scratch_bytes(model.layers, plan.window)
+    if model.device.type != "cuda" or model.activation_dtype == torch.float32 or not size:
+        return None
+    return torch.empty(size, dtype=torch.uint8, device=model.device)
 
 
 def _can_be_recorded(model: LoadedModel, num_experts: int, max_num_seqs: int) -> bool:

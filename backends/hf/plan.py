@@ -54,7 +54,7 @@ class CacheSizes:
         windows = [window for window in shape.windows if window is not None]
         if not windows:
             return cls(shape.num_layers * layer_bytes, 0, None, 0)
-        most = most_needed(max(windows), settings.max_num_seqs + KEPT_WINDOWS, settings.step_tokens)
+        most = most_needed(max(windows), settings.max_num_seqs + KEPT_WINDOWS, settings.step_tokens_on("cpu"))
         return cls((shape.num_layers - len(windows)) * layer_bytes, len(windows) * layer_bytes, max(windows), most)
 
     def bytes_of(self, num_pages: int) -> int:
@@ -102,7 +102,7 @@ def make_plan(settings: ModelSettings, shape: ModelShape, weight_bytes: int, fre
         num_window_pages=sizes.most_window_pages if has_windows else 0,
         window_tokens=sizes.window_tokens if has_windows else None,
         workspace_bytes=workspace_bytes(settings, shape),
-        step_tokens=min(settings.step_tokens, num_pages * PAGE),
+        step_tokens=min(settings.step_tokens_on("cpu"), num_pages * PAGE),
         rope=rope,
         notes=tuple(notes),
     )
@@ -147,7 +147,7 @@ def largest_window(settings: ModelSettings, shape: ModelShape, dtype: CacheDtype
 
 def workspace_bytes(settings: ModelSettings, shape: ModelShape) -> int:
     """A bound on what a step needs beside weights and cache, with activations in float32."""
-    tokens, hidden, ffn = settings.step_tokens, shape.hidden_size, shape.intermediate_size
+    tokens, hidden, ffn = settings.step_tokens_on("cpu"), shape.hidden_size, shape.intermediate_size
     kv_width = shape.num_kv_heads * shape.head_dim
     qkv = shape.num_heads * shape.head_dim + 2 * kv_width
     # A prompt whose logprobs are wanted yields a row for each token, copied once; the sampler's steps copy their rows.

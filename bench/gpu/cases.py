@@ -83,6 +83,7 @@ def make_step(lengths: tuple[tuple[int, int], ...], device: torch.device) -> tup
         sequence_of=sequence_of.int().to(device),
         max_query_len=max(new for new, _ in lengths),
         max_context_len=max(length for _, length in lengths),
+        lengths=lengths,
     )
     return step, sum(pages_of)
 

@@ -158,6 +158,9 @@ class StepLayout:
 
     `windowed` is the same step with the pages of sliding-window layers, where these have fewer: its block tables hold
     page 0 where no window reaches.
+
+    `lengths` tells the host what query_starts and context_lens tell the device; without it long prompts are slower.
+    `scratch` uint8 is memory that attention may write over, as large as expanded_cache_bytes of the longest sequence.
     """
 
     query_starts: Tensor  # [B + 1] int32
@@ -169,6 +172,8 @@ class StepLayout:
     max_query_len: int
     max_context_len: int
     windowed: "StepLayout | None" = None
+    lengths: tuple[tuple[int, int], ...] = ()  # [B]: tokens in this step, and cached with them
+    scratch: Tensor | None = None
 
     def to(self, device: torch.device) -> "StepLayout":
         """The same in the memory of `device`; what `windowed` shares is moved once."""

@@ -1,6 +1,7 @@
 """Paged attention on CUDA, the launches.
 
-One kernel serves decode and prefill. Its programs take one key head with all query heads that share it, a tile of
+Prompts go to torch's flash attention over an expanded cache: see expanded. Decode, short chunks, windows and soft caps
+have a kernel of our own. Its programs take one key head with all query heads that share it, a tile of
 queries (of one query in decode), and a stretch of the context. In decode there are as many stretches as fill the
 card, and a second kernel merges them. Every count that shapes a launch is known on the host, so nothing waits for the
 card and a launch can be captured in a graph: what a sequence doesn't need returns at once.
@@ -15,11 +16,12 @@ from torch import Tensor
 
 from tightrope.kernels.forms.layout import GROUP, AttentionSpec, LayerCache, RopeTable, StepLayout
 from tightrope.kernels.triton.attend import attend, merge
+from tightrope.kernels.triton.cached import BITS, padded, words
+from tightrope.kernels.triton.expanded import FEWEST_QUERIES, attend_expanded, prompts_of
 
 PROGRAMS_PER_SM = 4  # of decode, so that some load while others compute
 SHORTEST_STRETCH = 128  # tokens
 MAX_SPLITS = 128  # stretches of a context in decode
-_BITS = {"f16": 16, "q8": 8, "q4": 4}
 
 
 def attention(
@@ -31,10 +33,16 @@ def attention(
     num_seqs = len(step.context_lens)
     if not len(queries) or not num_seqs:
         return outputs
-    if step.max_query_len > 1:
-        _launch(queries, outputs, cache, step, table, spec, is_decode=False)
-    if num_seqs > 1 or step.max_query_len == 1:  # beside one prompt there is nobody who decodes
-        _launch(queries, outputs, cache, step, table, spec, is_decode=True)
+    prompts = prompts_of(queries, step, spec)
+    longest = step.max_query_len
+    if prompts:  # Of their rows the tiles that others need as well are computed twice; what stays is written last.
+        longest = max((count for count, _ in step.lengths if count < FEWEST_QUERIES), default=0)
+    if longest > 1:
+        _launch(queries, outputs, cache, step, table, spec, longest, is_decode=False)
+    if num_seqs > max(1, len(prompts)) or step.max_query_len == 1:  # beside one prompt there is nobody who decodes
+        _launch(queries, outputs, cache, step, table, spec, 1, is_decode=True)
+    for prompt in prompts:
+        attend_expanded(queries, outputs, prompt, cache, step, table, spec)
     return outputs
 
 
@@ -45,15 +53,17 @@ def _launch(
     step: StepLayout,
     table: RopeTable | None,
     spec: AttentionSpec,
+    most_queries: int,
     *,
     is_decode: bool,
 ) -> None:
+    """most_queries: of a sequence in the step; of longer ones the first that its tiles hold are computed."""
     num_heads, head_dim = queries.shape[1:]
     num_kv_heads, num_seqs = cache.format.num_kv_heads, len(step.context_lens)
     group = num_heads // num_kv_heads
     group_padded = triton.next_power_of_2(group)
     half = table.places.shape[-1] if table is not None else 0
-    dim_padded = _padded(head_dim)
+    dim_padded = padded(head_dim)
     partials = stats = None
     num_splits = 1
     num_rows, block_tokens = tile_size(dim_padded, queries.dtype, is_decode)
@@ -66,15 +76,15 @@ def _launch(
             partials = queries.new_empty(*shape, head_dim, dtype=torch.float32)
             stats = queries.new_empty(*shape, 2, dtype=torch.float32)
     else:
-        num_parts = -(-step.max_query_len // block_queries)
+        num_parts = -(-most_queries // block_queries)
     attend[num_parts, num_kv_heads, num_seqs](
         queries,
         outputs,
         partials,
         stats,
-        _words(cache.key_codes),
+        words(cache.key_codes),
         cache.key_scales,
-        _words(cache.value_codes),
+        words(cache.value_codes),
         cache.value_scales,
         cache.key_factor,
         step.query_starts,
@@ -97,12 +107,12 @@ def _launch(
         HEAD_DIM=head_dim,
         DIM_PADDED=dim_padded,
         HALF=half,
-        HALF_PADDED=_padded(half),
+        HALF_PADDED=padded(half),
         HALF_IS_WHOLE=half % GROUP == 0,
         REST=head_dim - 2 * half,
-        REST_PADDED=_padded(head_dim - 2 * half),
+        REST_PADDED=padded(head_dim - 2 * half),
         REST_IS_WHOLE=2 * half % GROUP == 0,
-        BITS=_BITS[cache.format.dtype],
+        BITS=BITS[cache.format.dtype],
         IS_DECODE=is_decode,
         HAS_WINDOW=spec.window is not None,
         HAS_SOFTCAP=spec.softcap is not None,
@@ -151,13 +161,3 @@ def count_splits(num_rows: int, max_context_len: int, num_processors: int) -> in
 def num_processors(device: torch.device) -> int:
     """Multiprocessors of a card; a few for Triton's interpreter, which runs on a CPU, so that it splits as well."""
     return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else 4
-
-
-def _words(codes: Tensor) -> Tensor:
-    """Codes as the kernel loads them: those of q8 two at a time."""
-    return codes.view(torch.int16) if codes.dtype == torch.int8 else codes
-
-
-def _padded(num_dims: int) -> int:
-    """A power of two whose half products accept, not less than `num_dims`."""
-    return max(32, int(triton.next_power_of_2(num_dims)))

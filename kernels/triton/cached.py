@@ -7,8 +7,10 @@ exchange between threads. Small integers become float16 by their bits: 0x6400 | 
 instruction run at an eighth of the rate of arithmetic and would be what decode waits for.
 """
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.language import constexpr
 
 from tightrope.kernels.forms.layout import GROUP, PAGE
@@ -16,6 +18,17 @@ from tightrope.kernels.forms.layout import GROUP, PAGE
 _GROUP = constexpr(GROUP)
 _HALF_GROUP = constexpr(GROUP // 2)
 _PAGE = constexpr(PAGE)
+BITS = {"f16": 16, "q8": 8, "q4": 4}  # what kernels are told of a cache's dtype
+
+
+def words(codes: Tensor) -> Tensor:
+    """Codes as the kernels load them: those of q8 two at a time."""
+    return codes.view(torch.int16) if codes.dtype == torch.int8 else codes
+
+
+def padded(num_dims: int) -> int:
+    """A power of two whose half products accept, not less than `num_dims`."""
+    return max(32, int(triton.next_power_of_2(num_dims)))
 
 
 @triton.jit

@@ -161,8 +161,8 @@ def grouped_parts(
 
 def _times_plain(x: Tensor, weight: Tensor, tiles: Tensor, num_places: int, each: int) -> Tensor:
     _, num_outputs, num_inputs = weight.shape
-    x = x.to(weight.dtype)
     out = x.new_empty(num_places, num_outputs)
+    x = x.to(weight.dtype)
     grouped_plain[triton.cdiv(num_outputs, PLAIN_OUTPUTS), len(tiles)](
         x,
         out,

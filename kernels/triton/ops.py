@@ -17,5 +17,8 @@ __all__ = ["add_low_rank", "attention", "gated", "linear", "rms_norm", "rotate",
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x [T, K] times weight [N, K] transposed, in the weight's dtype: cuBLAS, which sums in float32."""
-    return F.linear(x.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype))
+    """x [T, K] times weight [N, K] transposed, by cuBLAS in the weight's dtype: [T, N] of x's dtype.
+
+    Sums are float32, but see dispatch.sum_in_float16.
+    """
+    return F.linear(x.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype)).to(x.dtype)

@@ -12,11 +12,11 @@ import triton.language as tl
 from torch import Tensor
 
 from tightrope.kernels.forms.columns import TILE_OUTPUTS, ColumnMatrix
+from tightrope.kernels.forms.expanded import slice_outputs
 from tightrope.kernels.triton.quantized_batch import batch_parts, expand_columns
 from tightrope.kernels.triton.quantized_vector import sum_parts, vector_parts
 
 MOST_ROWS = 64  # that are multiplied without expanding the matrix
-SLICE_BYTES = 32 << 20  # of a matrix that are expanded at a time
 BATCH_OUTPUTS = 128  # that a program takes which multiplies several rows, or expands them
 SUM_OUTPUTS = 128  # that a program of the sum takes
 
@@ -98,12 +98,22 @@ def add_parts(parts: Tensor, bias: Tensor | None, out: Tensor) -> None:
 
 
 def _multiply_expanded(x: Tensor, matrix: ColumnMatrix, bias: Tensor | None, out: Tensor) -> None:
-    width = max(BATCH_OUTPUTS, SLICE_BYTES // (matrix.num_inputs * x.element_size()) // BATCH_OUTPUTS * BATCH_OUTPUTS)
+    operand = x.half() if sums_halves() and x.dtype == torch.bfloat16 else x
+    width = slice_outputs(matrix.num_inputs, matrix.num_outputs, x.element_size())
     for first in range(0, matrix.num_outputs, width):
-        weight = expand(matrix, x.dtype, first, min(width, matrix.num_outputs - first))
-        torch.mm(x, weight, out=out[:, first : first + width])
+        weight = expand(matrix, operand.dtype, first, min(width, matrix.num_outputs - first))
+        if operand.dtype == out.dtype:
+            torch.mm(operand, weight, out=out[:, first : first + width])
+        else:
+            out[:, first : first + width] = operand @ weight
+        del weight  # Else two would be there at a time.
     if bias is not None:
         out.add_(bias)
+
+
+def sums_halves() -> bool:
+    """Whether products of float16 numbers may be summed in float16: see dispatch.sum_in_float16."""
+    return bool(torch.backends.cuda.matmul.allow_fp16_accumulation)
 
 
 def expand(matrix: ColumnMatrix, dtype: torch.dtype, first: int = 0, count: int | None = None) -> Tensor:

@@ -142,6 +142,19 @@ OPTIONS: Mapping[str, Option] = {
         "N",
         ("-t",),
     ),
+    "dtype": Option(
+        (*_MODEL, "dtype"),
+        "speed",
+        "of hidden states on a GPU: auto, bfloat16, float16 or float32 (default: auto, the files' if it has 16 bits)",
+        "TYPE",
+    ),
+    "matmul-sums": Option(
+        (*_MODEL, "matmul_sums"),
+        "speed",
+        "what prompts' products on a GPU are summed in: float32, or float16, less exact and faster on GeForce cards "
+        "(default: float32)",
+        "TYPE",
+    ),
     "gpu-layers": Option(
         (*_MODEL, "gpu_layers"),
         "speed",
@@ -159,7 +172,7 @@ OPTIONS: Mapping[str, Option] = {
     "step-tokens": Option(
         (*_MODEL, "step_tokens"),
         "speed",
-        "most tokens in one step (default: 512)",
+        "most tokens in one step (default: 512; on a GPU 2048 where its memory has room)",
         "N",
         ("-b", "--batch-size", "--max-num-batched-tokens"),
     ),

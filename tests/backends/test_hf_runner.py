@@ -1,5 +1,6 @@
 """A runner on its own: steps as values that are sent to another process, runners on shared weights, copied pages."""
 
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing
 from types import SimpleNamespace
@@ -9,15 +10,18 @@ import pytest
 import torch
 from checkout import ADAPTERS
 from other_runner import other_runner
+from step_builder import step_of
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tightrope.backends.hf.backend import HFBackend
 from tightrope.backends.hf.run.rotary import RotarySets
+from tightrope.backends.hf.run.steps import StepInputs
 from tightrope.backends.hf.runner import ModelRunner
 from tightrope.backends.protocol import Chunk
 from tightrope.backends.rope.scaling import RopeSpec
 from tightrope.backends.settings import CacheSettings, ModelSettings
-from tightrope.kernels.forms.layout import PAGE, CacheFormat, LayerCache
+from tightrope.kernels.forms.layout import PAGE, CacheFormat, LayerCache, StepLayout
 
 FOLDER, ADAPTER = ADAPTERS / "llama-bf16", ADAPTERS / "llama-lora-r4"
 SETTINGS = ModelSettings(
@@ -86,6 +90,23 @@ def runner_of(caches: Sequence[LayerCache]) -> ModelRunner:
     return ModelRunner(model, caches, {}, threads=1)
 
 
+def test_every_step_brings_the_scratch_of_its_runner_along():
+    scratch, seen = torch.empty(64, dtype=torch.uint8), []
+
+    def forward(caches: object, token_ids: Tensor, step: StepLayout, *args: object) -> Tensor:
+        seen.append(step.scratch)
+        return torch.zeros(1, 3)
+
+    model: Any = SimpleNamespace(layers=[], forward=forward, device=torch.device("cpu"))
+    runner = ModelRunner(model, [], {}, 1, scratch)
+    inputs = StepInputs(torch.zeros(5, dtype=torch.int64), step_of([(0, 5)], 1), (5,), torch.tensor([4]), None)
+
+    for one in (runner, runner.beside([])):
+        one.run(inputs)
+
+    assert [found is scratch for found in seen] == [True, True]
+
+
 def parts(cache: LayerCache) -> tuple[Tensor, ...]:
     return cache.key_codes, cache.key_scales, cache.value_codes, cache.value_scales
 
@@ -101,6 +122,31 @@ def test_copied_pages_hold_what_their_sources_held(dtype: Any) -> None:  # noqa:
 
     for tensor, old in zip(parts(cache), before, strict=True):
         assert torch.equal(tensor, old[[0, 1, 2, 0, 0, 2]])
+
+
+class Calls(TorchDispatchMode):
+    """Counts what torch is asked to compute, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
+        self.counts[func.overloadpacket.__name__] += 1
+        return func(*args, **kwargs or {})
+
+
+def test_copying_pages_makes_its_tensors_of_numbers_once_for_all_layers():
+    calls = []
+    for num_layers in (1, 7):
+        caches = [LayerCache.allocate(CacheFormat("q8", 1, 32), 4) for _ in range(num_layers)]
+        with Calls() as counted:
+            runner_of(caches).copy_pages([(0, 1), (2, 3)], are_windowed=False)
+        calls.append(counted.counts)
+
+    one, seven = calls
+    assert {name for name in one if seven[name] > one[name]} == {"index", "index_put_"}
+    assert seven["index"] == seven["index_put_"] == 7 * one["index"] == 7 * 4
 
 
 def test_pages_are_copied_in_the_layers_of_their_kind_alone():

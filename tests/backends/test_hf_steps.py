@@ -62,6 +62,7 @@ def test_every_token_is_stored_where_the_block_table_says(parts: list[tuple[int,
     assert step.context_lens.tolist() == [stored + count for stored, count in parts]
     assert step.max_query_len == max(count for _, count in parts)
     assert step.max_context_len == max(stored + count for stored, count in parts)
+    assert step.lengths == tuple((count, stored + count) for stored, count in parts)
     row = 0
     for b, (stored, count) in enumerate(parts):
         for position in range(stored, stored + count):

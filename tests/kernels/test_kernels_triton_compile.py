@@ -12,7 +12,8 @@ from triton.compiler import ASTSource
 
 from bench.gpu.cases import Case, Shape, make_case
 from tightrope.kernels.forms.layout import AttentionSpec, CacheDtype
-from tightrope.kernels.triton import attention, ops, pointwise, store
+from tightrope.kernels.forms.low_rank import AdapterRows, LowRankSlots, LowRankTable, make_low_rank
+from tightrope.kernels.triton import attention, expanded, low_rank, ops, pointwise, store
 
 pytestmark = pytest.mark.slow
 
@@ -52,7 +53,8 @@ def launches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Launch]:
     found: list[Launch] = []
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     for module, name in (
-        (attention, "attend"), (attention, "merge"), (store, "_store"),
+        (attention, "attend"), (attention, "merge"), (expanded, "expand_cached"), (store, "_store"),
+        (low_rank, "_shrink"), (low_rank, "_expand"),
         (pointwise, "_rotate"), (pointwise, "_rms_norm"), (pointwise, "_gated"),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, Recorder(getattr(module, name), found))
@@ -106,6 +108,29 @@ def test_attention_compiles_and_fits_the_cards(
     assert len(launches) == 3  # prompt, decode, merge
     limit = SHARED_BYTES if capability == 86 else 227 * 1024
     assert max(shared_bytes(launch, capability) for launch in launches) <= limit
+
+
+@pytest.mark.parametrize("capability", [86, 89, 90])
+@pytest.mark.parametrize(("dtype", "head_dim", "rotated"), [("q8", 128, 128), ("q4", 80, 80), ("f16", 256, 64)])
+def test_expanding_a_cache_compiles(
+    launches: list[Launch], dtype: CacheDtype, head_dim: int, rotated: int, capability: int
+):
+    case, _ = case_of(dtype, head_dim, rotated, ((30, 600), (3, 40)), torch.bfloat16)
+
+    expanded.expand(case.cache, 0, 600, case.step, case.table, torch.float16)
+
+    assert [shared_bytes(launch, capability) <= SHARED_BYTES for launch in launches] == [True]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_low_rank_additions_compile(launches: list[Launch], dtype: torch.dtype):
+    slots = LowRankSlots({3: make_low_rank([(0, torch.ones(8, 256), torch.ones(512, 8), 1.0)], dtype)})
+    slots.table = LowRankTable.of(slots)
+    rows = AdapterRows(torch.full((2,), 3, dtype=torch.int32), torch.ones(2), (3,))
+
+    ops.add_low_rank(torch.zeros(2, 512, dtype=dtype), torch.ones(2, 256, dtype=dtype), slots, rows)
+
+    assert [shared_bytes(launch, 86) <= SHARED_BYTES for launch in launches] == [True, True]
 
 
 def test_the_other_kernels_compile(launches: list[Launch]):

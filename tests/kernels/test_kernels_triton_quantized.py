@@ -15,6 +15,7 @@ from rounded import Rounded
 from torch import Tensor
 
 from bench.gpu.matrices import random_matrix, random_nf4
+from tightrope.kernels.forms import expanded
 from tightrope.kernels.forms.columns import BLOCK, pack_columns, to_columns
 from tightrope.kernels.forms.quantized import PLANES, Nf4Matrix, QuantizedMatrix, dequantize, scales_of
 
@@ -135,9 +136,24 @@ def test_a_slice_of_a_larger_tensor_multiplies(ops: ModuleType):
 
 def test_large_matrices_are_expanded_in_slices(ops: ModuleType, monkeypatch: pytest.MonkeyPatch):
     matrix = random_matrix([64], [4], 300)
-    monkeypatch.setattr(ops, "SLICE_BYTES", 64 * 4 * 128)
+    monkeypatch.setattr(expanded, "SLICE_BYTES", 64 * 4 * 128)
+    widths = []
+    monkeypatch.setattr(ops, "expand", lambda *args, real=ops.expand: widths.append(args[3]) or real(*args))
 
     assert_product(ops, matrix, torch.randn(66, 64), torch.randn(300))
+    assert widths == [256, 44]
+
+
+@pytest.mark.parametrize(("dtype", "expanded_to"), [(torch.bfloat16, torch.float16), (torch.float32, torch.float32)])
+def test_products_whose_sums_may_be_halves_have_float16_operands(
+    ops: ModuleType, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, expanded_to: torch.dtype
+):
+    monkeypatch.setattr(ops, "sums_halves", lambda: True)
+    made = []
+    monkeypatch.setattr(ops, "expand", lambda *args, real=ops.expand: made.append(args[1]) or real(*args))
+
+    assert_product(ops, random_matrix([64], [4], 48), torch.randn(66, 64).to(dtype), torch.randn(48).to(dtype))
+    assert made == [expanded_to]
 
 
 def test_each_block_is_shared_out_once():

@@ -35,6 +35,7 @@ from tightrope.backends.quant.find import (
 )
 from tightrope.backends.quant.packings import check_packing
 from tightrope.backends.rope.scaling import RopeSpec
+from tightrope.backends.settings import Dtype
 
 DTYPES_BY_NAME = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -73,16 +74,17 @@ class Blueprint:
 
 def draw(
     folder: Path, shape: ModelShape, checkpoint: Checkpoint, rope: Mapping[str, RopeSpec] | None = None,
-    device: torch.device | str = "cpu",
+    device: torch.device | str = "cpu", asked: Dtype = "auto",
 ) -> Blueprint:  # fmt: skip
     """The blueprint of the model that `folder`/config.json describes. Some milliseconds a layer; reads no weights.
 
     `rope` are the resolved rotations by the keys of a step's tables; without them the model's own are used, and the
-    keys are its layer types if these rotate differently, else "default". Raises BackendError for a model that can't be
-    served, and for tensors that are missing, that don't fit it, or of a format that isn't read.
+    keys are its layer types if these rotate differently, else "default". `asked`: see activation_dtype. Raises
+    BackendError for a model that can't be served, and for tensors that are missing, that don't fit it, or of a format
+    that isn't read.
     """
     device = torch.device(device)
-    dtype = torch.float32 if device.type == "cpu" else DTYPES_BY_NAME[shape.dtype]
+    dtype = activation_dtype(asked, shape.dtype, device)
     model = build_skeleton(folder, shape, rope)
     head, table = (_name_of(model, part) for part in (model.get_output_embeddings(), model.get_input_embeddings()))
     current = CurrentStep()
@@ -129,6 +131,21 @@ def draw(
             *([] if plain is None else [plain]),
         ),
     )
+
+
+def activation_dtype(asked: Dtype, stored: str, device: torch.device) -> torch.dtype:
+    """What hidden states are held in; `stored` is the dtype that config.json tells.
+
+    On a CPU it is float32. Elsewhere "auto" is the stored one if it has sixteen bits, and bfloat16 in the place of
+    float32: products of 32 bits would run without a card's matrix units. Raises BackendError.
+    """
+    if device.type == "cpu":
+        if asked in ("bfloat16", "float16"):
+            raise BackendError(f"--dtype {asked}: on a CPU hidden states are float32; leave it out")
+        return torch.float32
+    if asked == "auto":
+        return torch.bfloat16 if stored == "float32" else DTYPES_BY_NAME[stored]
+    return DTYPES_BY_NAME[asked]
 
 
 def _adapters(

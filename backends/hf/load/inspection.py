@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from tightrope.backends.errors import BackendError
 from tightrope.backends.files.chat_templates import chat_templates
 from tightrope.backends.files.hf_config import ModelShape, read_config
 from tightrope.backends.files.safetensors import Checkpoint
@@ -30,11 +31,13 @@ class Inspection:
 def inspect(folder: Path, settings: ModelSettings, device: torch.device | str = "cpu") -> Inspection:
     """Read all of a folder but its weights. Raises BackendError in one line for whatever can't be served."""
     shape = read_config(folder)
+    if settings.matmul_sums != "float32" and torch.device(device).type == "cpu":
+        raise BackendError(f"--matmul-sums {settings.matmul_sums}: on a CPU sums are float32; leave it out")
     rope = resolve_rope(shape.raw, settings.rope, settings.max_model_len)
     checkpoint = Checkpoint.open(folder)
     tokenizer = HFTokenizer(folder, shape) if has_tokenizer(folder) else None
     templates = chat_templates(folder)
-    blueprint = draw(folder, shape, checkpoint, rope, device)
+    blueprint = draw(folder, shape, checkpoint, rope, device, settings.dtype)
     for path in settings.adapters.values():
         blueprint.adapters.check(Path(path).expanduser())
     return Inspection(shape, rope, tokenizer, blueprint, templates)

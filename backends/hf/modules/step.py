@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from tightrope.kernels.forms.expanded import expanded_cache_bytes, expands_cache
 from tightrope.kernels.forms.layout import AttentionSpec, LayerCache, RopeTable, StepLayout
 from tightrope.kernels.forms.low_rank import AdapterRows
 
@@ -15,6 +16,12 @@ class LayerInfo:
     head_dim: int
     spec: AttentionSpec
     rope: str | None
+
+
+def scratch_bytes(layers: Sequence[LayerInfo], num_tokens: int) -> int:
+    """What StepLayout.scratch needs on a card for sequences of up to `num_tokens`; one layer after another uses it."""
+    expanded = [layer for layer in layers if expands_cache(layer.spec, layer.head_dim)]
+    return max((expanded_cache_bytes(num_tokens, layer.num_kv_heads, layer.head_dim) for layer in expanded), default=0)
 
 
 @dataclass(slots=True)

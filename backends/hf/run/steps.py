@@ -73,6 +73,7 @@ class StepBuilder:
             sequence_of=torch.from_numpy(sequence_of),
             max_query_len=int(counts.max()),
             max_context_len=longest,
+            lengths=tuple(zip(counts.tolist(), lengths, strict=True)),
         )
         if kv.has_windows:
             block_tables, slots = places(kv.window_table)

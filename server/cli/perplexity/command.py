@@ -78,7 +78,7 @@ class Arguments:
             raise UsageError(f"--contexts: {longest} is longer than --kv-cache-tokens {settings.cache.tokens}")
         if self.compare_kv and settings.cache.dtype != "auto":
             raise UsageError("--compare-kv chooses the caches itself; leave out --kv-cache")
-        tokens = settings.cache.tokens or max(longest, settings.step_tokens)
+        tokens = settings.cache.tokens or max(longest, settings.step_tokens_on("cpu"))
         cache = settings.cache.model_copy(update={"tokens": tokens})
         return settings.model_copy(update={"max_model_len": settings.max_model_len or longest, "cache": cache})
 

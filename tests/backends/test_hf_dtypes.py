@@ -1,0 +1,89 @@
+"""What hidden states are held in, by device and wish, and that no product leaves it."""
+
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from checkout import ADAPTERS
+from interpreted import interpreted
+from torch import Tensor
+
+from bench.gpu.matrices import random_nf4
+from tightrope.backends.errors import BackendError
+from tightrope.backends.gguf.model_file import read_model
+from tightrope.backends.hf.load.blueprint import activation_dtype
+from tightrope.backends.hf.load.inspection import inspect
+from tightrope.backends.hf.modules.matrices import Columns, Matrix, Mixed, times
+from tightrope.backends.locate import bundled_model
+from tightrope.backends.settings import Dtype, ModelSettings
+from tightrope.kernels import dispatch
+from tightrope.kernels.forms.columns import to_columns
+
+CPU, CARD = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("asked", "stored", "dtype"),
+    [
+        ("auto", "bfloat16", torch.bfloat16),
+        ("auto", "float16", torch.float16),
+        ("auto", "float32", torch.bfloat16),
+        ("float32", "bfloat16", torch.float32),
+        ("float16", "float32", torch.float16),
+    ],
+)
+def test_hidden_states_on_a_card_have_at_most_sixteen_bits_unless_more_are_asked_for(
+    asked: Dtype, stored: str, dtype: torch.dtype
+):
+    assert activation_dtype(asked, stored, CARD) == dtype
+    if asked in ("auto", "float32"):
+        assert activation_dtype(asked, stored, CPU) == torch.float32
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("changed", "option"),
+    [
+        ({"dtype": "bfloat16"}, "--dtype bfloat16"),
+        ({"dtype": "float16"}, "--dtype float16"),
+        ({"matmul_sums": "float16"}, "--matmul-sums float16"),
+    ],
+)
+def test_what_only_a_card_has_is_refused_by_name_elsewhere(changed: dict[str, Any], option: str):
+    settings = ModelSettings(**changed)
+    for refuse in (
+        lambda: inspect(ADAPTERS / "llama-bf16", settings),
+        lambda: read_model(bundled_model(), settings),
+    ):
+        with pytest.raises(BackendError, match=f"^{option}: [^\n]*; leave it out$"):
+            refuse()
+
+
+@pytest.fixture(scope="module")
+def quantized() -> Iterator[ModuleType]:
+    with interpreted("quantized") as module:
+        yield module
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_parts_of_different_dtypes_are_joined_in_that_of_the_hidden_states(
+    quantized: ModuleType, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+):
+    from tightrope.kernels.triton import ops  # The interpreter's, as this one has been imported meanwhile.
+
+    monkeypatch.setattr(dispatch, "_kernels_for", lambda x: ops)
+    monkeypatch.setattr(dispatch, "column_linear", quantized.quantized_linear)
+    weight = torch.randn(8, 64) / 8
+    parts: list[Matrix] = [weight.bfloat16(), weight.half(), weight, Columns((to_columns(random_nf4(64, 16, 32)),))]
+    x = torch.randn(3, 64).to(dtype)
+
+    found = Mixed(tuple(parts)).times(x, torch.randn(40))
+
+    assert found.dtype == dtype
+    assert found.shape == (3, 40)
+    wanted: Tensor = x.float() @ weight.t()
+    for i in range(3):
+        torch.testing.assert_close(times(x, parts[i], None).float(), wanted, rtol=2e-2, atol=2e-2)

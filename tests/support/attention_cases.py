@@ -1,0 +1,107 @@
+"""Random layers and steps for attention kernels: several sequences, their history in shuffled pages."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tightrope.kernels import reference
+from tightrope.kernels.forms.layout import (
+    PAGE,
+    AttentionSpec,
+    CacheDtype,
+    CacheFormat,
+    LayerCache,
+    RopeTable,
+    StepLayout,
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One step over one layer: everything that the kernels are given."""
+
+    keys: Tensor
+    values: Tensor
+    queries: Tensor
+    cache: LayerCache
+    step: StepLayout
+    table: RopeTable | None
+    spec: AttentionSpec
+
+
+def make_case(
+    lengths: list[tuple[int, int]],
+    head_dim: int = 64,
+    num_kv_heads: int = 2,
+    group: int = 3,
+    dtype: CacheDtype = "q8",
+    rotated: int | None = None,
+    num_sets: int = 1,
+    spec: AttentionSpec | None = None,
+    activations: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> Case:
+    """Sequences of (tokens in this step, tokens in all), their history stored in shuffled pages."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    rotated = head_dim if rotated is None else rotated
+    pages_of = [-(-length // PAGE) for _, length in lengths]
+    shuffled = torch.randperm(sum(pages_of) + 3, generator=generator)
+    block_tables = torch.zeros(len(lengths), max(pages_of), dtype=torch.int32)
+    slots, positions, sequence_of, starts, history = [], [], [], [0], []
+    for b, (new, length) in enumerate(lengths):
+        own = shuffled[sum(pages_of[:b]) :][: pages_of[b]]
+        block_tables[b, : pages_of[b]] = own
+        place = torch.arange(length)
+        slot = own[place // PAGE] * PAGE + place % PAGE
+        slots.append(slot[length - new :])
+        history.append(slot)
+        positions.append(place[length - new :])
+        sequence_of += [b] * new
+        starts.append(starts[-1] + new)
+    step = StepLayout(
+        query_starts=torch.tensor(starts, dtype=torch.int32),
+        context_lens=torch.tensor([length for _, length in lengths], dtype=torch.int32),
+        block_tables=block_tables,
+        slots=torch.cat(slots),
+        positions=torch.cat(positions).int(),
+        sequence_of=torch.tensor(sequence_of, dtype=torch.int32),
+        max_query_len=max(new for new, _ in lengths),
+        max_context_len=max(length for _, length in lengths),
+    )
+    cache = LayerCache.allocate(CacheFormat(dtype, num_kv_heads, head_dim), len(shuffled))
+    if dtype != "f16":
+        cache.key_factor.copy_(randn(num_kv_heads, head_dim).abs() + 0.5)
+    everything = torch.cat(history)
+    shape = (len(everything), num_kv_heads, head_dim)
+    reference.store_kv(cache, randn(*shape), randn(*shape), everything)
+    table = make_table(rotated, max(pages_of), num_sets, len(lengths)) if rotated else None
+    num_tokens = starts[-1]
+    return Case(
+        randn(num_tokens, num_kv_heads, head_dim).to(activations),
+        randn(num_tokens, num_kv_heads, head_dim).to(activations),
+        randn(num_tokens, num_kv_heads * group, head_dim).to(activations),
+        cache,
+        step,
+        table,
+        spec or AttentionSpec(scale=head_dim**-0.5),
+    )
+
+
+def make_table(rotated: int, num_pages: int, num_sets: int, num_seqs: int) -> RopeTable:
+    frequencies = torch.stack([(500.0 + 100 * s) ** (-torch.arange(0, rotated, 2) / rotated) for s in range(num_sets)])
+
+    def angles(positions: Tensor) -> Tensor:
+        angle = positions.view(1, -1, 1) * frequencies.view(num_sets, 1, -1)
+        return torch.stack((angle.cos(), angle.sin()), 2)
+
+    return RopeTable(
+        pages=angles(torch.arange(num_pages) * PAGE),
+        places=angles(torch.arange(PAGE)),
+        set_of=torch.arange(num_seqs, dtype=torch.int32) % num_sets,
+        query_scale=1 + torch.arange(num_sets) / 4,
+    )
