@@ -11,3 +11,11 @@ class BackendError(Exception):
 
 class DoesNotFit(BackendError):
     """The memory doesn't hold what is asked for; the message says what it would hold."""
+
+
+class OutOfMemory(BackendError):
+    """A step needs more memory than there is. Nothing of it is stored, and a smaller one may run."""
+
+
+class DeviceLost(BackendError):
+    """The device does nothing more for this process; another may use it."""

@@ -8,7 +8,7 @@ from types import MappingProxyType
 from msgspec import Struct
 from msgspec.structs import asdict, replace
 
-from tightrope.backends.errors import BackendError
+from tightrope.backends.errors import BackendError, DeviceLost, OutOfMemory
 from tightrope.backends.protocol import Backend
 from tightrope.engine.adapters import Adapters
 from tightrope.engine.errors import BackendFailed, EngineError, InvalidRequest
@@ -149,7 +149,8 @@ class EngineCore:
     def step(self, begun: Callable[[list[Work]], None] = lambda works: None) -> StepResult:
         """Run one step. Every waiting or running request gets further or fails; nothing is left half done.
 
-        begun: called with what is to run once that is decided, before the model runs it.
+        begun: called with what is to run once that is decided, before the model runs it. Raises DeviceLost, after which
+        no step will run.
         """
         began = self._clock()
         works = self._scheduler.schedule(began)
@@ -160,6 +161,10 @@ class EngineCore:
         forward_began = self._clock()
         try:
             logits = StepLogits(self._backend.forward(chunks))
+        except DeviceLost:
+            raise
+        except OutOfMemory as error:  # What the others have is as it was; without the newest they may fit.
+            return self._fail([max((work.sequence for work in works), key=lambda s: s.arrived_s)], str(error))
         except BackendError as error:
             return self._fail([work.sequence for work in works], str(error))
         sample_began = self._clock()

@@ -8,8 +8,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from tightrope.backends.errors import BackendError
 from tightrope.backends.hf.load.model import LoadedModel
+from tightrope.backends.hf.run.device_errors import failing_as
 from tightrope.backends.hf.run.graphs import DecodeGraphs
 from tightrope.backends.hf.run.rotary import RotarySets
 from tightrope.backends.hf.run.steps import StepInputs
@@ -56,10 +56,15 @@ class ModelRunner:
     def run(self, inputs: StepInputs) -> Tensor:
         """Logits [n, V] float32 of the wanted rows, on the CPU and the caller's own. Stores keys and values.
 
-        V is larger where an adapter of the step knows more tokens. Raises BackendError for a step that failed.
+        V is larger where an adapter of the step knows more tokens. Raises BackendError for a step that failed:
+        OutOfMemory for want of memory, DeviceLost if no other can run.
         """
         num_tokens, device = len(inputs.token_ids), self.model.device
-        with _failing_as(f"a step of {num_tokens} tokens"), torch.inference_mode(), self._blas_threads(num_tokens):
+        with (
+            failing_as(f"a step of {num_tokens} tokens", device),
+            torch.inference_mode(),
+            self._blas_threads(num_tokens),
+        ):
             token_ids, rows = inputs.token_ids.to(device), inputs.rows.to(device)
             layout, tables = inputs.layout.to(device), self.tables(inputs)
             if self._scratch is not None:
@@ -78,8 +83,9 @@ class ModelRunner:
 
         Raises BackendError; the same copies may then be made again.
         """
-        with _failing_as(f"copying {len(copies)} pages"), torch.inference_mode():
-            sources, targets = torch.tensor(copies).t().contiguous().to(self.model.device)
+        device = self.model.device
+        with failing_as(f"copying {len(copies)} pages", device), torch.inference_mode():
+            sources, targets = torch.tensor(copies).t().contiguous().to(device)
             for cache in self.caches:
                 if cache.is_windowed is are_windowed:
                     cache.copy_pages(sources, targets)
@@ -95,13 +101,3 @@ class ModelRunner:
             yield
         finally:
             torch.set_num_threads(1)
-
-
-@contextmanager
-def _failing_as(work: str) -> Iterator[None]:
-    """Raise BackendError where torch raises an error of its own, running out of memory among them."""
-    try:
-        yield
-    except RuntimeError as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise BackendError(f"the model failed in {work}: {reason}") from error

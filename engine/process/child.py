@@ -15,7 +15,7 @@ from collections.abc import Callable
 from tqdm import tqdm
 
 from tightrope.backends.detect import open_backend
-from tightrope.backends.errors import BackendError
+from tightrope.backends.errors import BackendError, DeviceLost
 from tightrope.backends.protocol import Backend
 from tightrope.backends.settings import ModelSettings
 from tightrope.engine.console import log_to_stderr
@@ -115,7 +115,8 @@ def serve(
 ) -> int:
     """Run an engine over the socket until the front closes it, or it can't be read; return the exit status.
 
-    `on_end` is called with it at once, from another thread, possibly while a step runs.
+    `on_end` is called with it at once where nothing is to be tidied up: from another thread, possibly while a step
+    runs, or from this one when the device is lost.
     """
     end = EngineEnd(sock)
     try:
@@ -162,6 +163,10 @@ def _serve(
             info = with_adapter_texts(model_info(backend), core.adapters.special_texts())
             end.send(Ready(info, core.adapters.paths))
             run_loop(core, reader, end, watch.activity())
+        except DeviceLost as error:
+            log.error("engine ends: %s", error)
+            on_end(1)  # At once: libraries that tidy up a lost device may wait for it for ever.
+            return 1
         finally:
             reader.close()
         return reader.status

@@ -277,3 +277,30 @@ def test_batches_are_recorded_in_powers_of_two(num_seqs: int, size: int):
 )
 def test_contexts_are_recorded_in_few_sizes_up_to_the_window(num_tokens: int, size: int):
     assert context_size(num_tokens, 100_000) == size
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("operation not permitted when stream is capturing")],
+)
+def test_a_recording_that_fails_turns_graphs_off_and_its_step_runs_as_it_is(
+    error: Exception, caplog: pytest.LogCaptureFixture
+):
+    class Failing(Recorder):
+        def __call__(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+            super().__call__(run)
+            if self.recordings == 2:
+                raise error
+            return run
+
+    model, recorder = Model(), Failing()
+    graphs = graphs_of(model, recorder)
+    for lengths in ([10], [10, 20], [10], [10, 20, 30]):  # The second is recorded in vain, the first is no more.
+        token_ids, step = decode_step(lengths)
+        tables, rows = {"default": rope_table([0] * len(lengths))}, torch.arange(len(lengths))
+
+        found = graphs.forward(token_ids, step, tables, rows)
+
+        assert torch.equal(found, Model().forward(token_ids, step, tables, rows))
+    assert recorder.recordings == 2
+    assert caplog.messages == [f"graphs=off: a step of 2 tokens can't be recorded: {error}"]

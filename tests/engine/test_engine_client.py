@@ -184,6 +184,27 @@ async def test_an_engine_that_dies_fails_open_answers_and_is_back_for_the_next(p
     assert await answer(client, ask("t", "hello")) == expected("hello")
 
 
+async def test_an_engine_whose_device_is_lost_ends_with_one_line_and_another_serves(capfd: pytest.CaptureFixture[str]):
+    async with running(settings()) as client:
+        lost = client.engine
+        assert lost is not None
+        with pytest.raises(BackendFailed, match="died"):
+            await answer(client, ask("r", "lose", 20))
+        assert await ended(lost) == "exit status 1"
+        await client.wait_ready()
+        assert client.engine is not lost
+        assert await answer(client, ask("s", "hello")) == expected("hello")
+    assert "engine ends: cuda:0 is lost after a step of 1 tokens" in capfd.readouterr().err
+
+
+async def test_an_engine_in_a_thread_ends_alike_when_its_device_is_lost():
+    async with running(settings(), fake_thread) as client:
+        with pytest.raises(BackendFailed, match="died"):
+            await answer(client, ask("r", "lose", 20))
+        await client.wait_ready()
+        assert await answer(client, ask("s", "hello")) == expected("hello")
+
+
 @pytest.mark.parametrize("launch", [fake_thread, fake_process], ids=["thread", "process"])
 async def test_marks_of_the_chat_template_are_special_in_every_engine(launch: Launcher):
     asked: list[tuple[str, ...]] = []

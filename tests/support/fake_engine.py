@@ -1,7 +1,7 @@
 """The engine process with a model made of rules: `python fake_engine.py FD`.
 
-Prompts steer it: "crash" in a prompt kills the process when it would write its third token, and "hang" makes that step
-last for ever. While the file named by `settings.model.model` exists, loading fails.
+Prompts steer it: "crash" in a prompt kills the process when it would write its third token, "hang" makes that step
+last for ever, and "lose" loses the device in it. While the file named by `settings.model.model` exists, loading fails.
 """
 
 import os
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from fakes import FakeBackend, letters
 
-from tightrope.backends.errors import BackendError
+from tightrope.backends.errors import BackendError, DeviceLost
 from tightrope.backends.settings import ModelSettings
 from tightrope.engine.process.child import serve
 
@@ -26,6 +26,8 @@ def next_token(token_ids: Sequence[int]) -> int:
         os.kill(os.getpid(), signal.SIGKILL)
     if b"hang" in text and len(text.split(b"hang")[1]) >= 3:
         signal.pause()
+    if b"lose" in text and len(text.split(b"lose")[1]) >= 3:
+        raise DeviceLost("cuda:0 is lost after a step of 1 tokens: CUDA error: an illegal memory access")
     return letters(token_ids)
 
 

@@ -6,6 +6,7 @@ are sized by the longest context of a step, which is rounded up as well. Which r
 what is launched for adapters is the same for all that only add to linears.
 """
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Protocol
@@ -13,11 +14,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from tightrope.backends.hf.run.device_errors import errors_of, first_line
 from tightrope.kernels.forms.layout import PAGE, RopeTable, StepLayout
 from tightrope.kernels.forms.low_rank import NONE, AdapterRows
 
 SHORTEST_CONTEXT = 2048  # Longer contexts, in tokens, are rounded up to it times a power of CONTEXT_STEP.
 CONTEXT_STEP = 4
+
+log = logging.getLogger("tightrope.hf")
 
 Replay = Callable[[], Tensor]
 
@@ -62,7 +66,8 @@ class CudaCapture:
 class DecodeGraphs:
     """A model's forward, recorded for steps in which every sequence has one token.
 
-    Other steps run as they are. A call stores keys and values as the forward does, and its result is the caller's own.
+    Other steps run as they are, and all do after a recording that failed: the next would most likely fail, too. A call
+    stores keys and values as the forward does, and its result is the caller's own.
     """
 
     def __init__(
@@ -93,6 +98,7 @@ class DecodeGraphs:
         self._adapters = AdapterRows(slots, torch.zeros(self._largest, device=device), ())
         self._launches: int | None = None  # Of the recordings with adapters.
         self._graphs: dict[tuple[int, int, bool], Replay] = {}  # By batch size, context, and whether with adapters.
+        self._is_on = True
 
     def forward(
         self,
@@ -104,19 +110,18 @@ class DecodeGraphs:
     ) -> Tensor:
         """Logits [len(rows), V] float32, as `forward` gives them. Rows rise, none twice."""
         num_seqs = len(step.context_lens)
-        if step.max_query_len > 1 or len(token_ids) != num_seqs or num_seqs > self._largest or not len(rows):
-            return self._forward(token_ids, step, tables, rows, adapters)
-        if adapters is not None and adapters.launches is None:
+        is_decode = step.max_query_len == 1 and len(token_ids) == num_seqs <= self._largest and len(rows) > 0
+        is_other = adapters is not None and adapters.launches is None
+        if not (self._is_on and is_decode) or is_other:
             return self._forward(token_ids, step, tables, rows, adapters)
         self._forget_moved(tables)
         self._forget_others(adapters)
         size, context = batch_size(num_seqs), context_size(step.max_context_len, self._max_model_len)
         self._fill(token_ids, step, tables, adapters, size)
         key = size, context, adapters is not None
-        replay = self._graphs.get(key)
-        if replay is None:
-            replay = self._graphs[key] = self._record(*key, tables)
-        logits = replay()
+        if key not in self._graphs and not self._try_to_record(*key, tables):
+            return self._forward(token_ids, step, tables, rows, adapters)
+        logits = self._graphs[key]()
         return logits[:num_seqs].clone() if len(rows) == num_seqs else logits[rows]
 
     def _forget_moved(self, tables: Mapping[str, RopeTable]) -> None:
@@ -168,6 +173,16 @@ class DecodeGraphs:
             if layout is not None:
                 layout.slots[used:size].fill_(-1)
         self._adapters.slots[used:size].fill_(NONE)
+
+    def _try_to_record(self, size: int, context: int, has_adapters: bool, tables: Mapping[str, RopeTable]) -> bool:
+        """False, with no graphs from now on, where that fails: for want of memory, or in what can't be recorded."""
+        try:
+            self._graphs[size, context, has_adapters] = self._record(size, context, has_adapters, tables)
+        except errors_of(self._token_ids.device) as error:
+            log.warning("graphs=off: a step of %d tokens can't be recorded: %s", size, first_line(error))
+            self._is_on = False
+            self._graphs.clear()
+        return self._is_on
 
     def _record(self, size: int, context: int, has_adapters: bool, tables: Mapping[str, RopeTable]) -> Replay:
         fixed = self._step
