@@ -22,6 +22,7 @@ MIN_STEP_TOKENS = 16
 STEP_TOKENS, STEP_TOKENS_ON_CARD = 512, 2048  # Where nobody says: a card has to expand its weights for each step.
 MAX_GPU_LAYERS = 1 << 16  # No model has so many; people write 999 or 9999 for all of them.
 MAX_ADAPTER_MIB = 1 << 20  # Large machines have about a TiB in all.
+_DEVICE = re.compile(r"auto|cpu|cuda(:[0-9]{1,2})?")  # No machine has a hundred cards.
 _ADAPTER_NAME = re.compile(r"[A-Za-z0-9][\w.:-]*(/[A-Za-z0-9][\w.:-]*)*", re.ASCII)
 
 
@@ -78,6 +79,7 @@ class ModelSettings(BaseModel, frozen=True, extra="forbid"):
         description="Most tokens in one step (the token budget); 0 is right for the device.",
     )
     threads: int = Field(0, ge=0, description="CPU threads, four per usable CPU at most; 0 is one per physical core.")
+    device: str = Field("auto", description="Where the model runs: auto, cpu, cuda, or cuda:N for one card of several.")
     gpu_layers: int = Field(0, ge=-1, le=MAX_GPU_LAYERS, description="Layers on the GPU; -1 is all of them.")
     dtype: Dtype = Field("auto", description="Of hidden states on a GPU; auto is the files' if it has 16 bits.")
     matmul_sums: SumsDtype = Field("float32", description="Of products of float16 numbers on a GPU.")
@@ -95,6 +97,13 @@ class ModelSettings(BaseModel, frozen=True, extra="forbid"):
     def step_tokens_on(self, device_type: str) -> int:
         """Most tokens in one step on a "cpu" or "cuda" device: as asked, else what is right if memory has room."""
         return self.step_tokens or (STEP_TOKENS_ON_CARD if device_type == "cuda" else STEP_TOKENS)
+
+    @field_validator("device")
+    @classmethod
+    def _check_device(cls, value: str) -> str:
+        if not _DEVICE.fullmatch(value):
+            raise ValueError(f"should be auto, cpu, cuda, or cuda:N for one card of several, not {value!r:.80}")
+        return value
 
     @field_validator("threads")
     @classmethod

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from tightrope.backends.adapters import AdapterRoom
+from tightrope.backends.devices.choice import choose_device, describe_card
+from tightrope.backends.devices.host import look
 from tightrope.backends.errors import BackendError
 from tightrope.backends.files.chat_templates import DEFAULT
 from tightrope.backends.files.peft import room_for_adapters
@@ -18,8 +20,9 @@ from tightrope.backends.hf.cache.pages import PagedKVCache
 from tightrope.backends.hf.load.inspection import Inspection, inspect
 from tightrope.backends.hf.load.model import LoadedModel, build
 from tightrope.backends.hf.modules.step import scratch_bytes
-from tightrope.backends.hf.plan import HFPlan, check_layers, free_bytes, make_plan, serving_device
+from tightrope.backends.hf.plan import HFPlan, check_layers, free_bytes, make_plan
 from tightrope.backends.hf.run.calibrate import key_factors
+from tightrope.backends.hf.run.device_errors import failing_as
 from tightrope.backends.hf.run.graphs import batch_size
 from tightrope.backends.hf.run.rotary import RotarySets
 from tightrope.backends.hf.run.steps import StepBuilder, StepInputs
@@ -50,7 +53,9 @@ class HFBackend:
         Raises BackendError. Files and settings are checked, and the memory is planned, before anything large is
         allocated.
         """
-        device = serving_device()
+        host = look()
+        device = choose_device(settings.device, host)
+        notes = [f"device: {describe_card(device, host)}"] if device.type == "cuda" else []
         found = inspect(folder, settings, device)
         adapter_bytes = room_for_adapters(settings)
         plan = make_plan(settings, found.shape, found.blueprint.weight_bytes + adapter_bytes, free_bytes(device))
@@ -61,13 +66,14 @@ class HFBackend:
         dispatch.set_threads(threads)
         if settings.matmul_sums == "float16":
             dispatch.sum_in_float16()
-        model = build(found.blueprint, lambda done: progress(LOAD_SHARE * done))
-        model.adapters.room = AdapterRoom(adapter_bytes)
-        model.adapters.tokenizer_at = lambda path, num_tokens: tokenizer_at(
-            path, num_tokens, folder, found.shape, tokenizer
-        )
-        adapter_notes = _load_adapters(model.adapters, settings)
-        rotary = {name: RotarySets(spec, plan.window, device) for name, spec in plan.rope.items()}
+        with failing_as("loading the model", device):
+            model = build(found.blueprint, lambda done: progress(LOAD_SHARE * done))
+            model.adapters.room = AdapterRoom(adapter_bytes)
+            model.adapters.tokenizer_at = lambda path, num_tokens: tokenizer_at(
+                path, num_tokens, folder, found.shape, tokenizer
+            )
+            notes += _load_adapters(model.adapters, settings)
+            rotary = {name: RotarySets(spec, plan.window, device) for name, spec in plan.rope.items()}
         self.tokenizer: Tokenizer = tokenizer
         self.adapters: AdapterStore
         self.adapters = self._adapters = model.adapters
@@ -89,7 +95,7 @@ class HFBackend:
                 cache.key_factor.copy_(factor)
         if _can_be_recorded(model, found.shape.num_experts, settings.max_num_seqs):
             self.runner.record_decode(settings.max_num_seqs, plan.window)
-        self.card = _card(folder, found, model, plan, tokenizer, adapter_notes)
+        self.card = _card(folder, found, model, plan, tokenizer, notes)
         progress(1.0)
 
     def forward(self, chunks: Sequence[Chunk]) -> Tensor:
@@ -177,7 +183,7 @@ def _card(
     model: LoadedModel,
     plan: HFPlan,
     tokenizer: HFTokenizer,
-    adapter_notes: Sequence[str],
+    notes: Sequence[str],
 ) -> ModelCard:
     shape, templates = found.shape, found.chat_templates
     return ModelCard(
@@ -194,7 +200,7 @@ def _card(
             f"kernels: {dispatch.describe(model.device)}",
             *model.notes,
             *tokenizer.notes,
-            *adapter_notes,
+            *notes,
         ),
         cache_token_bytes=plan.token_bytes,
         named_tokens=tokenizer.named_tokens,

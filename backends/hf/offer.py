@@ -31,6 +31,7 @@ def open_model(folder: Path, settings: ModelSettings, progress: Callable[[float]
 
 def outline(folder: Path, settings: ModelSettings, memory_bytes: int | None) -> Outline:
     """See BackendPackage."""
+    from tightrope.backends.devices.choice import choose_device
     from tightrope.backends.files.peft import room_for_adapters
     from tightrope.backends.hf import plan as hf
     from tightrope.backends.hf.load.inspection import inspect
@@ -40,7 +41,7 @@ def outline(folder: Path, settings: ModelSettings, memory_bytes: int | None) -> 
     found = inspect(folder, settings)
     shape, blueprint = found.shape, found.blueprint
     weight_bytes = blueprint.weight_bytes + room_for_adapters(settings)
-    free_bytes = grossed_up(memory_bytes) if memory_bytes is not None else hf.free_bytes(hf.serving_device())
+    free_bytes = grossed_up(memory_bytes) if memory_bytes is not None else hf.free_bytes(choose_device(settings.device))
     spare = spare_bytes(weight_bytes, free_bytes)
     window = hf.served_window(settings, shape, hf.rope_of(settings, shape))
     chosen, refusal = None, None

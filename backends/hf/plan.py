@@ -115,11 +115,6 @@ def check_layers(plan: HFPlan, layers: Sequence[LayerInfo]) -> None:
             raise BackendError(f"config.json: layer {number} sees more than its sliding_window")
 
 
-def serving_device() -> torch.device:
-    """Where a model runs that nobody places: on the GPU where there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def free_bytes(device: torch.device) -> int:
     """Bytes of a device's memory that weights, cache and workspace may be put into."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()

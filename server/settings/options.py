@@ -155,6 +155,12 @@ OPTIONS: Mapping[str, Option] = {
         "(default: float32)",
         "TYPE",
     ),
+    "device": Option(
+        (*_MODEL, "device"),
+        "speed",
+        "where the model runs: auto, cpu, cuda, or cuda:N for one card of several (default: auto)",
+        "DEVICE",
+    ),
     "gpu-layers": Option(
         (*_MODEL, "gpu_layers"),
         "speed",

@@ -59,6 +59,11 @@ def test_the_version_is_the_packages():
         (["serve", "--config", "/no/such.toml"], "/no/such.toml: can't read"),
         (["chat", "--url", "http://127.0.0.1:1", "--threads", "2"], "leave out --threads"),
         (["chat", "--max-tokens", "0"], "--max-tokens: should be a positive number, not '0'"),
+        (["serve", "--device", "gpu"], "--device: should be auto, cpu, cuda, or cuda:N"),
+        (
+            ["plan", "--device", "cuda:x"],
+            "--device: should be auto, cpu, cuda, or cuda:N for one card of several, not 'cuda:x'",
+        ),
         (["swim"], "invalid choice: 'swim'"),
         ([], "COMMAND"),
     ],

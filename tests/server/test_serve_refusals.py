@@ -27,9 +27,10 @@ print(status, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss >> 10)
 """
 
 
-def serve(folder: Path) -> tuple[int, int, str]:
+def serve(folder: Path, *options: str) -> tuple[int, int, str]:
     """(exit status, most memory in MiB, what went to stderr)."""
-    command = [sys.executable, "-c", MEASURED, sys.executable, "-m", "tightrope", "serve", str(folder), "--port=0"]
+    tightrope = [sys.executable, "-m", "tightrope", "serve", str(folder), "--port=0", *options]
+    command = [sys.executable, "-c", MEASURED, *tightrope]
     result = subprocess.run(command, capture_output=True, text=True, env=clean_environment(), timeout=120)
     status, most = map(int, result.stdout.split())
     return status, most, result.stderr
@@ -113,6 +114,14 @@ def test_weights_and_tokenizers_that_can_not_be_are_refused(
     spoil(folder)
 
     assert_refused(folder, line)
+
+
+def test_a_card_that_is_asked_for_and_is_not_there_is_refused_in_one_line(tiny: Path):
+    status, _, stderr = serve(tiny, "--device=cuda:99")
+
+    assert status == 1
+    assert stderr.startswith("tightrope: --device cuda:99: ")
+    assert stderr.count("\n") == 1
 
 
 def test_a_template_that_reaches_for_pythons_insides_is_refused_with_its_line(tiny: Path, tmp_path: Path):

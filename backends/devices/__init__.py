@@ -1,0 +1,1 @@
+"""Where a model may run: what cards this machine has, and whether they can be used."""
