@@ -5,7 +5,9 @@ ext.py, exllamav2_ext/ext_qmatrix.cpp and exllamav2_ext/cuda/q_gemm.cu.
 """
 
 import importlib
+import importlib.util
 import logging
+import threading
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,6 +28,8 @@ ALIGN = 32  # outputs, to which matrices are filled up
 # The first calls with a size, and so many rows or fewer, are timed to choose a kernel. They wait for the card, which
 # the recording of a CUDA graph forbids, so they are made at load.
 TIMED_ROWS, TIMED_CALLS = 4, 201
+PATIENCE_S = 3.0  # An import that takes longer compiles.
+COMPILING = "exllamav2: nvcc compiles its kernels, once, which takes some minutes; without the package Triton's run"
 _timed: set[tuple[torch.device, int, int]] = set()
 log = logging.getLogger(__name__)
 
@@ -34,17 +38,36 @@ _NONE = torch.empty(0, device="meta")  # a tensor that there is not
 
 @cache
 def extension() -> Any | None:  # noqa: ANN401
-    """The extension's module; None where it is not installed or can't be built, which is logged."""
-    for name, attribute in (("exllamav2_ext", None), ("exllamav2.ext", "ext_c")):
-        try:
-            module = importlib.import_module(name)
-        except (ImportError, OSError, RuntimeError) as error:  # the second one compiles when it is imported
-            if not isinstance(error, ModuleNotFoundError) or error.name != name.partition(".")[0]:
-                reason = str(error).strip().partition("\n")[0]
-                log.warning("kernels=Triton for EXL2: exllamav2 is installed, but %s can't be used: %s", name, reason)
-            continue
+    """The extension's module; None where it is not installed or can't be used, which is logged.
+
+    A wheel for one torch and one CUDA has it compiled. Another has its sources, which `exllamav2.ext` has compiled when
+    it is imported for the first time.
+    """
+    if importlib.util.find_spec("exllamav2_ext") is not None:
+        return _imported("exllamav2_ext")
+    if importlib.util.find_spec("exllamav2") is None:
+        return None
+    compiling = threading.Timer(PATIENCE_S, log.warning, [COMPILING])
+    compiling.daemon = True
+    compiling.start()
+    try:
+        return _imported("exllamav2.ext", "ext_c")
+    finally:
+        compiling.cancel()
+
+
+def _imported(name: str, attribute: str | None = None) -> Any | None:  # noqa: ANN401
+    """The module, or what is in it, whatever happens then; torch computes with as many threads as before."""
+    threads = torch.get_num_threads()
+    try:
+        module = importlib.import_module(name)
         return module if attribute is None else getattr(module, attribute)
-    return None
+    except (Exception, SystemExit) as error:  # The model can be served without it.
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        log.warning("kernels=Triton for EXL2: exllamav2 is installed, but %s can't be used: %s", name, reason)
+        return None
+    finally:
+        torch.set_num_threads(threads)
 
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)

@@ -1,7 +1,11 @@
 """What is handed to exllamav2's extension is what EXL2 files hold: a stand-in reads it by the format's description."""
 
 import importlib
+import sys
+import threading
 from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -117,31 +121,91 @@ def test_a_head_too_large_to_be_expanded_is_multiplied_as_it_is(extension: Exten
     assert extension.calls[33, 320, 64] == 1
 
 
-def test_without_the_extension_none_is_found(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
-    def missing(name: str) -> None:
-        raise ModuleNotFoundError(name=name.partition(".")[0])
+Package = Callable[[dict[str, str]], None]  # It is given the texts of files, by their paths.
+TOP, SOURCES, INIT = "exllamav2_ext.py", "exllamav2/ext.py", "exllamav2/__init__.py"
 
+
+@pytest.fixture
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Package]:
+    """Puts packages where they are imported from, and has the extension looked for anew, in the test and after it."""
+    monkeypatch.syspath_prepend(str(tmp_path))
     exllama.extension.cache_clear()
-    monkeypatch.setattr(importlib, "import_module", missing)
 
+    def write(files: dict[str, str]) -> None:
+        for name, text in files.items():
+            path = tmp_path / name
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text)
+        importlib.invalidate_caches()
+
+    yield write
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("exllamav2", "exllamav2_ext")]:
+        del sys.modules[name]
+    exllama.extension.cache_clear()
+
+
+@pytest.mark.usefixtures("installed")
+def test_without_the_extension_none_is_found(caplog: pytest.LogCaptureFixture):
     assert exllama.extension() is None
     assert dispatch.describe("cuda", is_exl2=True) == "Triton"
     assert not caplog.records
 
-    exllama.extension.cache_clear()
 
-
-def test_an_extension_that_cannot_be_built_is_told_in_one_line(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "raise ImportError('libcudart.so.12: cannot open shared object file')",
+        "raise OSError('CUDA_HOME environment variable is not set')",
+        "raise RuntimeError('Error building extension\\nnvcc: not found')",
+        "ext_c = exllamav2_ext",  # a NameError, where a wheel is for another CUDA
+        "raise SystemExit(1)",
+        "raise KeyError('ProgramW6432')",
+        "import no_such_package",
+        "raise Exception",
+    ],
+)
+@pytest.mark.parametrize(("file", "name"), [(TOP, "exllamav2_ext"), (SOURCES, "exllamav2.ext")])
+def test_whatever_its_import_raises_is_one_line_and_leaves_the_threads(
+    installed: Package, file: str, name: str, fault: str, caplog: pytest.LogCaptureFixture
 ):
-    def broken(name: str) -> None:
-        raise RuntimeError(f"Error building extension {name!r}\nnvcc: not found")
+    """exllamav2 sets torch to one thread when it is imported."""
+    to_one = "import torch\ntorch.set_num_threads(1)\n"
+    installed({INIT: to_one} | {file: to_one + fault})
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        found = exllama.extension()
 
-    exllama.extension.cache_clear()
-    monkeypatch.setattr(importlib, "import_module", broken)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert found is None
+    [line] = [record.getMessage() for record in caplog.records]
+    assert f"exllamav2 is installed, but {name} can't be used: " in line
+    assert "\n" not in line
+
+
+def test_what_its_sources_were_compiled_to_is_used(installed: Package):
+    installed({INIT: "", SOURCES: "ext_c = 'compiled'"})
+
+    assert exllama.extension() == "compiled"
+
+
+def test_sources_of_another_version_are_told_in_one_line(installed: Package, caplog: pytest.LogCaptureFixture):
+    installed({INIT: "", SOURCES: ""})
 
     assert exllama.extension() is None
-    assert "kernels=Triton for EXL2: exllamav2 is installed, but exllamav2.ext can't be used" in caplog.text
-    assert "\nnvcc" not in caplog.text
+    assert "exllamav2.ext can't be used: module 'exllamav2.ext' has no attribute 'ext_c'" in caplog.text
 
-    exllama.extension.cache_clear()
+
+def test_while_its_sources_are_compiled_a_line_says_so(
+    installed: Package, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    said = threading.Event()
+    monkeypatch.setattr(exllama, "PATIENCE_S", 0.0)
+    monkeypatch.setattr(caplog.handler, "emit", lambda record: (caplog.records.append(record), said.set()))
+    monkeypatch.setitem(sys.modules, "said", said)  # The import lasts until the line is there.
+    installed({INIT: "", SOURCES: "import sys\next_c = sys.modules['said'].wait(60)"})
+
+    assert exllama.extension() is True
+    assert [record.getMessage() for record in caplog.records] == [exllama.COMPILING]
