@@ -1,1 +1,1 @@
-"""The commands of a terminal: `tightrope serve`, `chat`, `plan` and `perplexity`."""
+"""The commands of a terminal: `tightrope serve`, `chat`, `plan`, `perplexity` and `doctor`."""

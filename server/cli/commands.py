@@ -1,4 +1,4 @@
-"""The commands: `tightrope serve`, `tightrope chat`, `tightrope plan` and `tightrope perplexity`.
+"""The commands: `tightrope serve`, `tightrope chat`, `tightrope plan`, `tightrope perplexity` and `tightrope doctor`.
 
 Up front only the table of options is imported, so that `--help` answers at once.
 """
@@ -23,6 +23,7 @@ OWN_ARGUMENTS: Mapping[str, Sequence[str]] = {  # These stand beside the options
     "chat": ("url", "system", "max_tokens"),
     "plan": ("memory", "json"),
     "perplexity": ("text", "contexts", "max_tokens", "compare_kv", "json", "plot"),
+    "doctor": (),
 }
 _MODEL_OPTIONS = [name for name, option in OPTIONS.items() if option.path[:2] == ("engine", "model")]
 OWN_SERVER_GROUPS = frozenset({"model", "context and memory", "speed"})  # Only these matter to a chat with a model.
@@ -48,6 +49,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
                 return _chat(values, **own)
             case "plan":
                 return _plan(values, own["memory"], as_json=own["json"] is True)
+            case "doctor":
+                return _doctor(values)
         return _perplexity(values, own)
     except CommandFailed as error:
         return _fail(str(error), error.status)
@@ -98,6 +101,12 @@ def _perplexity(values: Mapping[str, str], own: Mapping[str, Any]) -> int:
     return perplexity(arguments.fit(_settings(values).engine.model), arguments)
 
 
+def _doctor(values: Mapping[str, str]) -> int:
+    from tightrope.server.cli.doctor import doctor
+
+    return doctor(_settings(values).engine.model)
+
+
 def _fail(message: str, status: int) -> int:
     print(f"tightrope: {printable(' '.join(message.split()))}", file=sys.stderr)  # It is one line, whatever it quotes.
     return status
@@ -141,6 +150,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_options(chat, [*own, "api-key", "log-level"])
     _add_plan(commands)
     _add_perplexity(commands)
+    _add_doctor(commands)
     return parser
 
 
@@ -170,18 +180,25 @@ def _add_perplexity(commands: "argparse._SubParsersAction[_Parser]") -> None:
     _add_options(parser, _MODEL_OPTIONS)
 
 
+def _add_doctor(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    parser = _add_command(commands, "doctor", "say what this machine is, and try all kernels on it", "")
+    _add_options(parser, ["device"], takes_model=False)
+
+
 def _count(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"should be a positive number, not {text!r}")
     return int(text)
 
 
-def _add_command(commands: "argparse._SubParsersAction[_Parser]", name: str, summary: str) -> argparse.ArgumentParser:
+def _add_command(
+    commands: "argparse._SubParsersAction[_Parser]", name: str, summary: str, model: str = "[MODEL] "
+) -> argparse.ArgumentParser:
     return commands.add_parser(
         name,
         help=summary,
         description=f"{summary[0].upper()}{summary[1:]}.",
-        usage=f"tightrope {name} [MODEL] [options]",
+        usage=f"tightrope {name} {model}[options]",
         epilog=EPILOG,
         formatter_class=_Formatter,
         allow_abbrev=False,
@@ -189,8 +206,9 @@ def _add_command(commands: "argparse._SubParsersAction[_Parser]", name: str, sum
     )
 
 
-def _add_options(parser: argparse.ArgumentParser, names: Sequence[str]) -> None:
-    parser.add_argument("model", nargs="?", metavar="MODEL", help=OPTIONS["model"].help)
+def _add_options(parser: argparse.ArgumentParser, names: Sequence[str], *, takes_model: bool = True) -> None:
+    if takes_model:
+        parser.add_argument("model", nargs="?", metavar="MODEL", help=OPTIONS["model"].help)
     parser.add_argument("--config", metavar="FILE", help="TOML file with options")
     groups: dict[str, argparse._ArgumentGroup] = {}
     for name in names:

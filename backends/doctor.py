@@ -1,0 +1,95 @@
+"""What this machine is, as far as models are concerned: hardware, libraries, compilers, and the kernels chosen."""
+
+import platform
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from tightrope.backends.devices import toolchain
+from tightrope.backends.devices.choice import describe_card, find_device
+from tightrope.backends.devices.host import Host, look
+from tightrope.backends.memory import GIB, free_memory
+from tightrope.backends.threads import physical_cores, usable_cpus
+from tightrope.kernels import dispatch
+from tightrope.kernels.trial.run import run_all
+
+Line = tuple[str, str]  # What it is about, and what there is.
+
+COMPILERS = ("gcc", "g++", "clang", "nvcc", "cmake")
+
+
+class Examination:
+    """One look at the machine for the device that is asked for. `faults` grows with the lines: each in one line."""
+
+    def __init__(self, asked: str, host: Host | None = None) -> None:
+        self.faults: list[str] = []
+        self._host = look() if host is None else host
+        self._asked = asked
+
+    def lines(self) -> Iterator[Line]:
+        """All lines, each as soon as it is known: what there is first, then each kernel."""
+        yield from self._machine()
+        yield from self._libraries()
+        device, fault = find_device(self._asked, self._host)
+        if fault is None and device.type == "cuda":
+            yield "device", describe_card(device, self._host)
+        else:
+            yield "device", "cpu" if fault is None else f"cpu; {device} can't be used: {fault}"
+        if fault is not None and (self._asked != "auto" or self._host.has_card):
+            self.faults.append(f"{device} can't be used: {fault}")
+        usable = [torch.device("cpu"), *([device] if fault is None and device.type == "cuda" else [])]
+        for one in usable:
+            yield from self._kernels(one)
+
+    def _machine(self) -> Iterator[Line]:
+        cores, cpus = physical_cores(), len(usable_cpus())
+        yield "machine", f"{platform.platform()}; {_cpu_name()}, {cores} cores, {cpus} CPUs; {_memory()}"
+        host = self._host
+        names = ", ".join(host.names) or ("of Windows, in WSL" if host.is_wsl else "there is one")
+        yield "card", f"{names}; {len(host.nodes)} device files" if host.has_card else "none of NVIDIA's"
+        if host.has_card:
+            yield "driver", host.driver or ("of Windows" if host.is_wsl else "none is loaded")
+
+    def _libraries(self) -> Iterator[Line]:
+        header = toolchain.python_header()
+        yield (
+            "python",
+            f"{platform.python_version()} in {sys.prefix}; {header} is {'' if header.exists() else 'not '}there",
+        )
+        cuda = torch.version.cuda
+        yield "torch", f"{torch.__version__}, " + ("built without CUDA" if cuda is None else f"built for CUDA {cuda}")
+        triton, wanted = toolchain.version("triton"), toolchain.triton_of_torch()
+        yield "triton", "not installed" if triton is None else f"{triton}; this torch asks for {wanted}"
+        yield "llama.cpp", f"llama-cpp-python {toolchain.version('llama-cpp-python')}, {_llama_device()}"
+        yield "exllamav2", toolchain.version("exllamav2") or "not installed"
+        for name in COMPILERS:
+            yield name, toolchain.version_of(name) or "not there"
+
+    def _kernels(self, device: torch.device) -> Iterator[Line]:
+        """Which run on a device, and each of them run once beside the reference."""
+        yield "kernels", f"{device}: {dispatch.describe(device, is_exl2=True)}"
+        for trial in run_all(device):
+            if not trial.holds:
+                self.faults.append(f"{device}: {trial.describe()}")
+            state = "works" if trial.holds else "FAILS"
+            yield state, f"{trial.describe()}; {trial.seconds * 1e3:.0f} ms at first"
+
+
+def _memory() -> str:
+    return f"{free_memory() / GIB:.1f} GiB of memory free"
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _llama_device() -> str:
+    from tightrope.backends.gguf.native import supports_gpu
+
+    return "built for a GPU" if supports_gpu() else "built for the CPU alone"
