@@ -19,7 +19,7 @@ def open_backend(settings: ModelSettings, progress: Callable[[float], None]) -> 
 
     Raises BackendError with one line for the person who named it.
     """
-    package, path = find_claim(locate(settings.model, settings.revision))
+    package, path = find_claim(locate(settings.model, settings.revision, settings.hub_cache))
     return package.open_model(path, settings, progress)
 
 
@@ -29,7 +29,7 @@ def outline(settings: ModelSettings, memory_bytes: int | None) -> Outline:
     memory_bytes: a size that may be used up; None is this machine's free memory, of which `serve` leaves a share.
     Raises BackendError for a model or a setting that can't be; a plan that doesn't fit is no error here.
     """
-    package, path = find_claim(locate(settings.model, settings.revision))
+    package, path = find_claim(locate(settings.model, settings.revision, settings.hub_cache))
     return package.outline(path, settings, memory_bytes)
 
 

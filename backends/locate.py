@@ -20,10 +20,11 @@ FOLDER_FILES = (WEIGHTS, ".json", ".jinja", "tokenizer.model")
 PREFERRED = ("Q4_K_M", "Q4_K_S", "Q5_K_M", "Q4_1", "Q4_0", "IQ4_XS", "Q6_K", "Q8_0", "F16", "BF16")
 
 
-def locate(model: str | None, revision: str | None = None) -> Path:
+def locate(model: str | None, revision: str | None = None, cache: str | None = None) -> Path:
     """The path of `model`: a path, a hub id `org/name` or `org/name:FILE` (downloaded), or None for the bundled model.
 
-    FILE may also be part of a file's name, such as Q8_0. Raises BackendError in one line when there is no such model.
+    FILE may also be part of a file's name, such as Q8_0. `cache` is the folder that downloads go to, None the hub
+    library's own. Raises BackendError in one line when there is no such model.
     """
     if model is None:
         return bundled_model()
@@ -33,7 +34,8 @@ def locate(model: str | None, revision: str | None = None) -> Path:
     match = HUB_ID.fullmatch(model)
     if match is None:
         raise BackendError(f"{model}: neither a file or folder here nor a hub id like org/name or org/name:FILE.gguf")
-    return _download(match["repo"], match["file"], revision)
+    folder = None if cache is None else Path(cache).expanduser()
+    return _download(match["repo"], match["file"], revision, folder)
 
 
 def bundled_model() -> Path:
@@ -88,7 +90,7 @@ def pick_files(files: list[str], wanted: str | None, repo: str) -> list[str]:
     return sorted(set(top) - others)
 
 
-def _download(repo: str, wanted: str | None, revision: str | None) -> Path:
+def _download(repo: str, wanted: str | None, revision: str | None, cache: Path | None) -> Path:
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import (
         HfHubHTTPError,
@@ -100,29 +102,29 @@ def _download(repo: str, wanted: str | None, revision: str | None) -> Path:
     try:
         files = HfApi().list_repo_files(repo, revision=revision)
         chosen = pick_files(files, wanted, repo)
-        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=chosen))
+        folder = Path(snapshot_download(repo, revision=revision, cache_dir=cache, allow_patterns=chosen))
         return _path_in(folder, chosen)
     except RevisionNotFoundError:
         raise BackendError(f"{repo}: the hub knows no revision {revision!r} of it") from None
     except RepositoryNotFoundError:
-        raise BackendError(f"{repo}: no such file here, and no such model on the hub (or it is private)") from None
+        raise BackendError(f"{repo}: no such file here, and none on the hub (HF_TOKEN opens private ones)") from None
     except LocalEntryNotFoundError:
-        return _downloaded(repo, wanted, revision)
+        return _downloaded(repo, wanted, revision, cache)
     except HfHubHTTPError as error:
         raise BackendError(f"{repo}: the hub refused: {str(error).strip().splitlines()[0]}") from None
     except (OSError, httpx.HTTPError) as error:
         if isinstance(error, OSError) and error.errno is not None:  # It is not the network then, but a full disk, say.
             raise BackendError(f"{repo}: can't be stored here: {error.strerror}") from None
-        return _downloaded(repo, wanted, revision)
+        return _downloaded(repo, wanted, revision, cache)
 
 
-def _downloaded(repo: str, wanted: str | None, revision: str | None) -> Path:
+def _downloaded(repo: str, wanted: str | None, revision: str | None, cache: Path | None) -> Path:
     """What an earlier download left, for when the hub can't be reached."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        folder = Path(snapshot_download(repo, revision=revision, local_files_only=True))
+        folder = Path(snapshot_download(repo, revision=revision, cache_dir=cache, local_files_only=True))
     except LocalEntryNotFoundError:
         raise BackendError(f"{repo}: not on this machine, and the hub can't be reached; is it offline?") from None
     files = [str(file.relative_to(folder)) for file in folder.rglob("*")]

@@ -11,6 +11,7 @@ from tightrope.backends.threads import most_threads, usable_cpus
 KVCacheDtype = Literal["auto", "q8", "q4", "f16"]
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 SumsDtype = Literal["float32", "float16"]
+Quantize = Literal["awq", "exl2", "gptq", "bitsandbytes-nf4"]  # TGI's launcher calls them so.
 RopeKind = Literal["none", "linear", "dynamic", "ntk", "yarn", "llama3", "longrope"]
 
 MAX_ADAPTER_NAME = 128  # It is in characters.
@@ -68,6 +69,8 @@ class ModelSettings(BaseModel, frozen=True, extra="forbid"):
         None, description="Path to a .gguf file, model folder, or hub id; None is the bundled one."
     )
     revision: str | None = Field(None, description="Hub revision; None is the default branch.")
+    hub_cache: str | None = Field(None, description="Where downloads go; None leaves it to the hub library.")
+    quantize: Quantize | None = Field(None, description="Format that the weights must be in; None takes any.")
     max_model_len: int = Field(
         0, ge=0, le=MAX_TOKENS, description="Context window in tokens; 0 is what the model was trained for."
     )

@@ -78,6 +78,7 @@ class EngineCore:
             limits.max_best_of,
             cache=backend.kv.usage(),
             max_num_seqs=self._max_num_seqs,
+            max_input_tokens=limits.max_input_tokens,
             tokenizer_of=lambda adapter: self.adapters.tokenizer(adapter),
         )
         self._scheduler = Scheduler(backend.kv, backend.capabilities, limits)

@@ -36,7 +36,7 @@ class InvalidRequest(EngineError):
 
 
 class ContextLengthExceeded(InvalidRequest):
-    """Prompt and tokens asked for don't fit the window."""
+    """Prompt and tokens asked for don't fit the window, or the prompt is longer than prompts may be."""
 
     code = "context_length_exceeded"
 
@@ -48,26 +48,34 @@ class ContextLengthExceeded(InvalidRequest):
         param: str | None = "prompt",
         *,
         is_least: bool = False,
+        max_input_tokens: int = 0,
     ) -> None:
-        """is_least: the prompt was not read to its end, and has so many tokens at least."""
+        """is_least: the prompt was not read to its end, and has so many tokens at least.
+
+        max_input_tokens: the bound of prompts that this one exceeds; 0 where the window alone is too small.
+        """
         least = "at least " if is_least else ""
-        super().__init__(
+        window = (
             f"This model's maximum context length is {max_model_len} tokens. However, you requested "
             f"{least}{prompt_tokens + new_tokens} tokens ({least}{prompt_tokens} in the prompt, {new_tokens} to "
-            "generate).",
-            param,
+            "generate)."
         )
+        bound = f"This server takes prompts of up to {max_input_tokens} tokens. However, yours has {prompt_tokens}."
+        super().__init__(bound if max_input_tokens else window, param)
         self.is_least = is_least
+        self.max_input_tokens = max_input_tokens
         self.prompt_tokens = prompt_tokens
         self.new_tokens = new_tokens
         self.max_model_len = max_model_len
 
     def details(self) -> dict[str, int]:
-        return {
+        sizes = {
             "prompt_tokens": self.prompt_tokens,
             "new_tokens": self.new_tokens,
             "max_model_len": self.max_model_len,
-        } | ({"is_least": 1} if self.is_least else {})
+        }
+        others = {"is_least": int(self.is_least), "max_input_tokens": self.max_input_tokens}
+        return sizes | {name: value for name, value in others.items() if value}
 
     @classmethod
     def rebuild(cls, message: str, param: str | None, details: dict[str, int]) -> Self:
@@ -77,6 +85,7 @@ class ContextLengthExceeded(InvalidRequest):
             details["max_model_len"],
             param,
             is_least="is_least" in details,
+            max_input_tokens=details.get("max_input_tokens", 0),
         )
 
 

@@ -67,13 +67,15 @@ class Intake:
         *,
         cache: KVUsage,
         max_num_seqs: int,
+        max_input_tokens: int = 0,
         tokenizer_of: Callable[[str], Tokenizer | None] = lambda adapter: None,
     ) -> None:
-        """tokenizer_of: an adapter's own, if it has one."""
+        """max_input_tokens: of a prompt; 0 is the window's bound. tokenizer_of: an adapter's own, if it has one."""
         self._tokenizer, self._tokenizer_of = tokenizer, tokenizer_of
         self._max_model_len = max_model_len
         self._cache = cache
         self._max_num_seqs = max_num_seqs
+        self._max_input_tokens = max_input_tokens
         self._max_choices = max_choices
         self._seq_ids = count()
         self._trial = GrammarTrial()
@@ -178,13 +180,18 @@ class Intake:
         return token_ids
 
     def _max_len(self, request: GenerateRequest, num_prompt: int) -> int:
-        """How long the sequence may become. The last token is drawn but never run: it needs no place in the cache."""
+        """How long the sequence may become. Raises ContextLengthExceeded.
+
+        The last token is drawn but never run: it needs no place in the cache.
+        """
         max_tokens = request.stop.max_tokens
         new, window = _new_tokens(request), self._max_model_len
         if request.reserve_tokens is None and new == 1:
             window += 1
         if num_prompt > self._max_model_len or num_prompt + new > window:
             raise ContextLengthExceeded(num_prompt, new, self._max_model_len)
+        if num_prompt > (most := self._max_input_tokens) > 0:
+            raise ContextLengthExceeded(num_prompt, new, self._max_model_len, max_input_tokens=most)
         longest = max(self._max_model_len, num_prompt + 1)
         return longest if max_tokens is None else min(longest, num_prompt + max_tokens)
 

@@ -2,7 +2,7 @@
 
 from pydantic import BaseModel, Field
 
-from tightrope.backends.settings import MAX_SEQS, ModelSettings
+from tightrope.backends.settings import MAX_SEQS, MAX_TOKENS, ModelSettings
 
 MAX_WAITING = 1 << 16  # Each keeps a connection open, of which a process has about as many.
 MAX_ALTERNATIVES = 1 << 10  # Each is a line in the answer, for every token of it.
@@ -14,6 +14,9 @@ class LimitSettings(BaseModel, frozen=True, extra="forbid"):
 
     max_waiting: int = Field(
         128, ge=0, le=MAX_WAITING, description="Requests that may wait for their first step; above it: 429."
+    )
+    max_input_tokens: int = Field(
+        0, ge=0, le=MAX_TOKENS, description="Most tokens of a prompt; 0 is what the window has room for."
     )
     max_best_of: int = Field(8, ge=1, le=MAX_SEQS, description="Answers to one prompt (n, best_of).")
     max_logprobs: int = Field(20, ge=0, le=MAX_ALTERNATIVES, description="Alternatives listed at each token.")

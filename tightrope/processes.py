@@ -14,6 +14,7 @@ _PATHS = ("PYTHONPATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "PATH")  # folde
 # All that a process without secrets needs: where Python finds its files and modules, languages, and the time of day.
 _BARE = ("PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "HOME", "LANG", "LC_ALL", "LC_CTYPE", "LC_TIME", "TZ")
 _OWN_SETTINGS = "TIGHTROPE_"
+_KEYS = ("API_KEY",)  # That is a setting, too, where the variables of TGI's launcher are read.
 # Else ggml runs gdb over itself when it aborts, for 20 s and 100 lines, and Rust traces where a tokenizer panics.
 _TERSE = {"GGML_NO_BACKTRACE": "1", "RUST_BACKTRACE": "0"}
 
@@ -72,7 +73,8 @@ def child_command(module: str, *arguments: str) -> list[str]:
 
 def child_environment() -> dict[str, str]:
     """This process' environment, without its own settings: a child is told what it needs, and no keys."""
-    return {name: value for name, value in os.environ.items() if not name.startswith(_OWN_SETTINGS)} | _TERSE
+    kept = {name: os.environ[name] for name in os.environ if not name.startswith(_OWN_SETTINGS) and name not in _KEYS}
+    return kept | _TERSE
 
 
 def bare_environment() -> dict[str, str]:

@@ -33,7 +33,8 @@ def read_model(path: Path, settings: ModelSettings) -> Header:
             f"gpu_layers is {settings.gpu_layers}, but this llama-cpp-python was built for the CPU; use 0, or "
             "reinstall it with CMAKE_ARGS=-DGGML_CUDA=on"
         )
-    for option, value, default in (("dtype", settings.dtype, "auto"), ("matmul-sums", settings.matmul_sums, "float32")):
+    types = (("dtype", settings.dtype, "auto"), ("matmul-sums", settings.matmul_sums, "float32"))
+    for option, value, default in (*types, ("quantize", settings.quantize, None)):
         if value != default:
             raise BackendError(
                 f"--{option} {value}: llama.cpp, which runs GGUF files, has types of its own; leave it out"

@@ -31,6 +31,8 @@ FORMATS: tuple[type[Format], ...] = (
     Gptq,
     Nf4,
 )
+# What people call them who name the format that a model should be in.
+ASKED: Mapping[str, type[Format]] = {"exl2": Exl2, "awq": Awq, "gptq": Gptq, "bitsandbytes-nf4": Nf4}
 MAX_FILE = 16 << 20  # It is in bytes.
 # The names are AutoGPTQ's, old AutoAWQ's and auto-round's.
 SETTINGS_FILES = ("quantize_config.json", "quant_config.json", "quantization_config.json")
@@ -91,6 +93,14 @@ def find_quantization(folder: Path, config: Mapping[str, Any], checkpoint: Check
     if settings and method_of(settings) not in AT_LOAD and not _may_be_left_over(settings):
         raise _not_read(path, settings)
     return None
+
+
+def check_asked(folder: Path, asked: str | None, found: Quantization | None) -> None:
+    """Raise BackendError for weights in another format than was asked for, plain ones among them."""
+    if asked is None or (found is not None and isinstance(found.format, ASKED[asked])):
+        return
+    what = "plain, and nothing is quantized while loading" if found is None else found.describe()
+    raise BackendError(f"--quantize {asked}: the weights in {folder} are {what}; leave it out")
 
 
 def stated_and_not_found(folder: Path, config: Mapping[str, Any]) -> BackendError | None:

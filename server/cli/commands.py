@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from tightrope import __version__
 from tightrope.engine.console import printable
 from tightrope.server.cli.failures import CommandFailed, UsageError
+from tightrope.server.settings.launcher_words import words_without_option
 from tightrope.server.settings.options import OPTIONS
 
 if TYPE_CHECKING:
     from tightrope.server.settings.settings import ServerSettings  # Its libraries take half a second to import.
 
 EPILOG = """Each option can also stand in the file of --config (max-model-len = 8192) and in the environment
-(TIGHTROPE_MAX_MODEL_LEN=8192). The environment wins over the file, the command line over both."""
+(TIGHTROPE_MAX_MODEL_LEN=8192). The environment wins over the file, the command line over both. The flags of
+text-generation-launcher are understood as well."""
 OWN_ARGUMENTS: Mapping[str, Sequence[str]] = {  # These stand beside the options that settings are made of.
     "serve": (),
     "chat": ("url", "system", "max_tokens"),
@@ -25,6 +27,7 @@ OWN_ARGUMENTS: Mapping[str, Sequence[str]] = {  # These stand beside the options
     "perplexity": ("text", "contexts", "max_tokens", "compare_kv", "json", "plot"),
     "doctor": (),
 }
+_VERSION = f"tightrope {__version__}"
 _MODEL_OPTIONS = [name for name, option in OPTIONS.items() if option.path[:2] == ("engine", "model")]
 OWN_SERVER_GROUPS = frozenset({"model", "context and memory", "speed"})  # Only these matter to a chat with a model.
 
@@ -70,8 +73,9 @@ def _settings(values: Mapping[str, str]) -> "ServerSettings":
 def _serve(values: Mapping[str, str]) -> int:
     settings = _settings(values)
     from tightrope.server.cli.serve import serve
+    from tightrope.server.settings.settings import notes_on_words
 
-    return serve(settings)
+    return serve(settings, notes_on_words(values, settings))
 
 
 def _chat(values: Mapping[str, str], url: str | None, system: str | None, max_tokens: int | None) -> int:
@@ -133,10 +137,11 @@ class _Formatter(argparse.HelpFormatter):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="tightrope", description="Long contexts in tight memory: serve the chat models you have.")
-    parser.add_argument("--version", action="version", version=f"tightrope {__version__}")
+    parser.add_argument("--version", action="version", version=_VERSION)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
     serve = _add_command(commands, "serve", "serve a model over HTTP")
     _add_options(serve, list(OPTIONS))
+    _add_launcher_words(serve)
     chat = _add_command(
         commands, "chat", "chat in the terminal, with a running server or with a model served meanwhile"
     )
@@ -220,7 +225,21 @@ def _add_options(parser: argparse.ArgumentParser, names: Sequence[str], *, takes
         groups[option.group].add_argument(
             *spellings,
             dest="model_option" if name == "model" else name.replace("-", "_"),
-            metavar=option.metavar,
             help=option.help,
-            action="append" if option.is_list else "store",
+            **_taking(option.metavar, is_flag=option.is_flag, is_list=option.is_list),
         )
+
+
+def _add_launcher_words(parser: argparse.ArgumentParser) -> None:
+    """TGI's words that are no options of ours: docs/api.md tells of them, and the help does not."""
+    parser.add_argument("-V", "--version", action="version", version=_VERSION, help=argparse.SUPPRESS)
+    for name, word in words_without_option():
+        spellings = [word.short, f"--{name}"] if word.short else [f"--{name}"]
+        parser.add_argument(*spellings, help=argparse.SUPPRESS, **_taking("VALUE", is_flag=word.is_flag))
+
+
+def _taking(metavar: str, *, is_flag: bool, is_list: bool = False) -> dict[str, Any]:
+    """How argparse is to take an option's value."""
+    if is_flag:
+        return {"action": "store_const", "const": "true"}
+    return {"action": "append" if is_list else "store", "metavar": metavar}

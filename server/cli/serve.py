@@ -35,13 +35,16 @@ DRAIN_S = 60  # After SIGTERM answers may go on for so long.
 CLOSE_S = 5  # Connections may then take so long to close.
 
 
-def serve(settings: ServerSettings) -> int:
-    """Serve until SIGTERM or Ctrl-C; return the exit status. Raises CommandFailed if address or model can't be had."""
+def serve(settings: ServerSettings, notes: Sequence[str] = ()) -> int:
+    """Serve until SIGTERM or Ctrl-C; return the exit status. Raises CommandFailed if address or model can't be had.
+
+    notes: lines on the settings, to be told with those on the model.
+    """
     _log_to_stderr(settings.log_level)
     give_back_freed_memory()
     listener = bind(settings.host, settings.port)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_serve(settings, listener))
+        runner.run(_serve(settings, listener, notes))
     return 0
 
 
@@ -75,7 +78,7 @@ class _Server(uvicorn.Server):
         yield
 
 
-async def _serve(settings: ServerSettings, listener: socket.socket) -> None:
+async def _serve(settings: ServerSettings, listener: socket.socket, notes: Sequence[str]) -> None:
     url = base_url(settings.host, listener.getsockname()[1])
     engine = EngineClient(settings.engine)
     front = AppState(engine, settings, Metrics(engine))
@@ -94,7 +97,7 @@ async def _serve(settings: ServerSettings, listener: socket.socket) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, _stop, drain)
     _say(f"tightrope {__version__} at {url} is loading the model")
-    announcing = asyncio.create_task(_announce(front, server, drain, url))
+    announcing = asyncio.create_task(_announce(front, server, drain, url, notes))
     ending = asyncio.create_task(_end(drain, server))
     try:
         await server.serve([listener])
@@ -120,7 +123,9 @@ async def _end(drain: Drain, server: uvicorn.Server) -> None:
     server.should_exit = True
 
 
-async def _announce(front: AppState, server: uvicorn.Server, drain: Drain, url: str) -> None:
+async def _announce(
+    front: AppState, server: uvicorn.Server, drain: Drain, url: str, setting_notes: Sequence[str]
+) -> None:
     """Print what is served once it is. Raises CommandFailed, after ending the server, when it can't be, or no more."""
     engine, settings = front.engine, front.settings
     try:
@@ -128,7 +133,7 @@ async def _announce(front: AppState, server: uvicorn.Server, drain: Drain, url: 
         for name in engine.adapters:
             if means_the_model(name, settings.served_model_name or info.model_id):
                 raise BackendFailed(f"--lora: {name!r} means the model itself; give the adapter another name")
-        notes = await front.template_notes()
+        notes = (*setting_notes, *await front.template_notes())
     except EngineError as error:
         server.should_exit = True
         if drain.is_on:
@@ -153,7 +158,7 @@ def _say(text: str) -> None:
             os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
-def ready_lines(info: ModelInfo, settings: ServerSettings, url: str, template_notes: Sequence[str] = ()) -> list[str]:
+def ready_lines(info: ModelInfo, settings: ServerSettings, url: str, more_notes: Sequence[str] = ()) -> list[str]:
     """What a person wants to know once the model is there, and one line to try."""
     name = settings.served_model_name or info.model_id
     key = "" if settings.api_key is None else " -H 'Authorization: Bearer YOUR_KEY'"
@@ -162,7 +167,7 @@ def ready_lines(info: ModelInfo, settings: ServerSettings, url: str, template_no
         f"ready     {name} ({info.architecture}, {info.format})",
         f"context   {info.max_model_len} tokens",
         f"cache     {info.cache_tokens} tokens, {info.cache_dtype}, for up to {info.max_num_seqs} answers at a time",
-        *(f"note      {note}" for note in (*info.notes, *template_notes)),
+        *(f"note      {note}" for note in (*info.notes, *more_notes)),
         f"url       {url} (API pages at {url}/docs)",
         f"try       curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d {shlex.quote(body)}",
     ]

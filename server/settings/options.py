@@ -15,6 +15,7 @@ class Option:
 
     `also` are further places in the tree that giving it decides; `implies` those that it fills where nothing else does.
     is_reciprocal: the setting is one over what is written. is_list: the command line may give it several times.
+    is_flag: there it stands alone, and means true.
     """
 
     path: TreePath
@@ -26,6 +27,7 @@ class Option:
     implies: Mapping[TreePath, str] = field(default_factory=dict)
     is_reciprocal: bool = False
     is_list: bool = False
+    is_flag: bool = False
 
 
 _MODEL: TreePath = ("engine", "model")
@@ -41,11 +43,25 @@ OPTIONS: Mapping[str, Option] = {
         ("-m", "--model-id"),
     ),
     "revision": Option((*_MODEL, "revision"), "model", "hub revision: branch, tag or commit", "REV"),
+    "hub-cache": Option(
+        (*_MODEL, "hub_cache"),
+        "model",
+        "folder that models are downloaded to (default: the hub library's own, as HF_HOME sets it)",
+        "DIR",
+        ("--huggingface-hub-cache", "--weights-cache-override"),
+    ),
+    "quantize": Option(
+        (*_MODEL, "quantize"),
+        "model",
+        "format that the weights must be in: awq, exl2, gptq or bitsandbytes-nf4 (default: whatever the files hold)",
+        "FORMAT",
+    ),
     "lora": Option(
         (*_MODEL, "adapters"),
         "model",
         "LoRA adapters, that requests name as their model; with commas between, or given again",
         "NAME=PATH",
+        ("--lora-adapters",),
         is_list=True,
     ),
     "lora-folder": Option(
@@ -173,14 +189,14 @@ OPTIONS: Mapping[str, Option] = {
         "speed",
         "answers written at the same time (default: 16)",
         "N",
-        ("-np", "--parallel"),
+        ("-np", "--parallel", "--max-batch-size"),
     ),
     "step-tokens": Option(
         (*_MODEL, "step_tokens"),
         "speed",
         "most tokens in one step (default: 512; on a GPU 2048 where its memory has room)",
         "N",
-        ("-b", "--batch-size", "--max-num-batched-tokens"),
+        ("-b", "--batch-size", "--max-num-batched-tokens", "--max-batch-prefill-tokens"),
     ),
     "busy-step-ms": Option(
         (*_LIMITS, "busy_step_ms"),
@@ -194,6 +210,13 @@ OPTIONS: Mapping[str, Option] = {
         "requests that may wait for their turn; more are refused with 429 (default: 128)",
         "N",
         ("--max-concurrent-requests",),
+    ),
+    "max-input-tokens": Option(
+        (*_LIMITS, "max_input_tokens"),
+        "limits",
+        "most tokens of a prompt (default: the window but for one)",
+        "N",
+        ("--max-input-length",),
     ),
     "max-best-of": Option((*_LIMITS, "max_best_of"), "limits", "answers to one prompt: n, best_of (default: 8)", "N"),
     "max-logprobs": Option((*_LIMITS, "max_logprobs"), "limits", "alternatives listed per token (default: 20)", "N"),
@@ -240,6 +263,7 @@ OPTIONS: Mapping[str, Option] = {
         "origins of web pages that may call, as https://app.example, with commas between; * is any (default: none)",
         "URLS",
         ("--cors-allow-origin",),
+        is_list=True,
     ),
     "allowed-hosts": Option(
         ("allowed_hosts",),
@@ -248,4 +272,11 @@ OPTIONS: Mapping[str, Option] = {
         "NAMES",
     ),
     "log-level": Option(("log_level",), "network", "debug, info, warning or error (default: info)", "LEVEL"),
+    "tgi-environment": Option(
+        ("tgi_environment",),
+        "network",
+        "read the variables of TGI's launcher, too, such as MODEL_ID and PORT (default: only its flags are understood)",
+        "",
+        is_flag=True,
+    ),
 }

@@ -2,15 +2,17 @@
 
 import os
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_validator
 
 from tightrope.backends.settings import split_pairs
 from tightrope.engine.settings import MAX_ALTERNATIVES, MAX_WAITING, EngineSettings
 from tightrope.server.prompts.prompt_formats import FIXED_VARIABLES, PROMPT_FORMATS
+from tightrope.server.settings import launcher_words
+from tightrope.server.settings.launcher_words import WORDS
 from tightrope.server.settings.options import CONFIG, OPTIONS, Option, TreePath
 from tightrope.server.settings.site_names import parse_host_pattern, parse_origin
 
@@ -49,6 +51,7 @@ class ServerSettings(BaseModel, frozen=True, extra="forbid"):
     )
     chat_template_args: dict[str, str] = Field({}, description="Variables of the chat template, beneath a request's.")
     log_level: LogLevel = "info"
+    tgi_environment: bool = Field(False, description="Whether the variables of TGI's launcher are read.")
     engine: EngineSettings = EngineSettings()
 
     @field_validator("admin_key")
@@ -113,22 +116,40 @@ class ServerSettings(BaseModel, frozen=True, extra="forbid"):
 def load_settings(arguments: Mapping[str, str], environ: Mapping[str, str] | None = None) -> ServerSettings:
     """Merge the configuration file, the environment and the command line, the later winning, into one tree.
 
-    `arguments` maps option names ("max-model-len") to what was written behind them. Raises SettingsError for an unknown
-    option, a value that can't be used, an unreadable file, and two options of one source that contradict each other.
+    `arguments` maps option names ("max-model-len"), and words of TGI's launcher that are none, to what was written
+    behind them. The launcher's variables count where `tgi-environment` is set; they win over our own, in which an image
+    has its defaults. Raises SettingsError for an unknown option, a value that can't be used, an unreadable file, a word
+    that is refused, and two options of one source that contradict each other.
     """
-    variables = _from_environment(os.environ if environ is None else environ)
+    environ = os.environ if environ is None else environ
+    variables = _from_environment(environ)
     config = arguments.get(CONFIG, variables.get(CONFIG))
-    sources: list[tuple[Mapping[str, Any], Callable[[str], str]]] = [
-        (variables, env_name),
-        (arguments, lambda option: "MODEL" if option == "model" else f"--{option}"),
-    ]
+    sources = [_Source(variables, env_name), _Source(_options_alone(arguments), _flag)]
     if config is not None:
-        sources.insert(0, (_from_file(Path(config).expanduser()), lambda option: f"{config}: {option}"))
-    # A value may be of any type that TOML has; beside it stands what to call its source.
-    merged: dict[TreePath, tuple[Any, str]] = {}
+        sources.insert(0, _Source(_from_file(Path(config).expanduser()), lambda option: f"{config}: {option}"))
+    settings = _merged(sources)
+    if settings.tgi_environment:
+        sources.insert(-1, _from_launcher(environ))
+        settings = _merged(sources)
+    return settings
+
+
+def notes_on_words(arguments: Mapping[str, str], settings: ServerSettings) -> list[str]:
+    """A line on each word of TGI's launcher that changes nothing, of those that `settings` were loaded from."""
+    return launcher_words.idle_words(arguments, os.environ if settings.tgi_environment else {})
+
+
+class _Source(NamedTuple):
+    """Values of options by their names, of any type that TOML has, and what to call an option there."""
+
+    values: Mapping[str, Any]
+    label: Callable[[str], str]
+
+
+def _merged(sources: Iterable[_Source]) -> ServerSettings:
+    merged: dict[TreePath, tuple[Any, str]] = {}  # Beside a value stands what to call its source.
     for values, label in sources:
         merged = _implied(values, label) | merged | _place(values, label)
-
     tree: dict[str, Any] = {}  # It grows into the shape of ServerSettings, whose validation gives it its types.
     for path, (value, _) in merged.items():
         branch = tree
@@ -139,6 +160,37 @@ def load_settings(arguments: Mapping[str, str], environ: Mapping[str, str] | Non
         return ServerSettings.model_validate(tree)
     except ValidationError as failure:
         raise SettingsError(_one_line(failure, merged)) from None
+
+
+def _flag(option: str) -> str:
+    return "MODEL" if option == "model" else f"--{option}"
+
+
+def _options_alone(arguments: Mapping[str, str]) -> dict[str, str]:
+    """The options on the command line, without the launcher's words that change nothing. Raises SettingsError."""
+    for name, value in arguments.items():
+        if name in WORDS:
+            _check_word(name, value, f"--{name}")
+    return {name: value for name, value in arguments.items() if name not in WORDS or WORDS[name].option}
+
+
+def _from_launcher(environ: Mapping[str, str]) -> _Source:
+    """What the launcher's variables say of our options. Raises SettingsError."""
+    values: dict[str, str] = {}
+    labels: dict[str, str] = {}
+    for word, value in launcher_words.from_environment(environ).items():
+        name = launcher_words.variable(word)
+        _check_word(word, value, name)
+        if option := WORDS[word].option:
+            if values.get(option, value) != value:
+                raise _contradiction(labels[option], name)
+            values[option], labels[option] = value, name
+    return _Source(values, labels.__getitem__)
+
+
+def _check_word(word: str, value: str, label: str) -> None:
+    if WORDS[word].refuses(value):
+        raise SettingsError(f"{label}: {WORDS[word].remark}")
 
 
 def env_name(option: str) -> str:
@@ -181,9 +233,13 @@ def _place(values: Mapping[str, Any], label: Callable[[str], str]) -> dict[TreeP
         option: Option = OPTIONS[name]
         for path, setting in {option.path: value, **option.also}.items():
             if path in placed:
-                raise SettingsError(f"{placed[path][1]} and {label(name)} contradict each other; give only one of them")
+                raise _contradiction(placed[path][1], label(name))
             placed[path] = (_reciprocal(setting, label(name)) if option.is_reciprocal else setting, label(name))
     return placed
+
+
+def _contradiction(one: str, other: str) -> SettingsError:
+    return SettingsError(f"{one} and {other} contradict each other; give only one of them")
 
 
 def _implied(values: Mapping[str, Any], label: Callable[[str], str]) -> dict[TreePath, tuple[Any, str]]:

@@ -85,18 +85,18 @@ def test_a_repository_of_pickles_is_refused() -> None:
         pick_files(["config.json", "pytorch_model.bin"], None, "org/name")
 
 
-def located_offline(model: str, home: Path) -> str:
-    """What a process without a network, with its downloads in `home`, says about a hub id."""
+def located_offline(model: str, home: Path, *more: str | Path) -> str:
+    """What a process without a network, with its downloads in `home`, says about a hub id, and revision and cache."""
     code = (
         "import sys\n"
         "from tightrope.backends.errors import BackendError\n"
         "from tightrope.backends.locate import locate\n"
-        "try: print(locate(sys.argv[1]))\n"
+        "try: print(locate(sys.argv[1], *(word or None for word in sys.argv[2:])))\n"
         "except BackendError as error: print(error)"
     )
     environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(home)}
     done = subprocess.run(
-        [sys.executable, "-c", code, model], env=environment, capture_output=True, text=True, check=True
+        [sys.executable, "-c", code, model, *more], env=environment, capture_output=True, text=True, check=True
     )
     return done.stdout
 
@@ -125,6 +125,14 @@ def test_a_folder_that_was_downloaded_before_is_served_without_a_network(tmp_pat
     (tmp_path / "hub" / "models--org--name" / "refs").mkdir()
     (tmp_path / "hub" / "models--org--name" / "refs" / "main").write_text(snapshot.name)
     assert located_offline("org/name", tmp_path).strip() == str(snapshot)
+
+
+def test_downloads_go_to_the_folder_that_was_asked_for(tmp_path: Path) -> None:
+    snapshot = tmp_path / "cache" / "models--org--name" / "snapshots" / "0123456789abcdef0123456789abcdef01234567"
+    snapshot.mkdir(parents=True)
+    (snapshot / "model.safetensors").touch()
+    assert located_offline("org/name", tmp_path, snapshot.name, tmp_path / "cache").strip() == str(snapshot)
+    assert "not on this machine" in located_offline("org/name", tmp_path, snapshot.name)
 
 
 def test_something_that_is_neither_path_nor_hub_id_is_one_line() -> None:

@@ -247,6 +247,15 @@ def test_a_prompt_over_the_window_is_refused_with_both_counts():
     assert caught.value.details() == {"prompt_tokens": 61, "new_tokens": 10, "max_model_len": 64}
 
 
+def test_a_prompt_over_the_bound_of_prompts_is_refused_though_the_window_has_room():
+    core = make_core(FakeBackend(max_model_len=64), max_input_tokens=10)
+    assert core.prepare(request(prompt="x" * 9, max_tokens=10))[0].max_len == 20  # BOS is counted
+    with pytest.raises(ContextLengthExceeded, match=r"prompts of up to 10 tokens\. However, yours has 11") as caught:
+        core.prepare(request(prompt="x" * 10, max_tokens=1))
+    again = ContextLengthExceeded.rebuild(caught.value.message, "prompt", caught.value.details())
+    assert (again.message, again.max_input_tokens) == (caught.value.message, 10)
+
+
 def test_a_prompt_of_exactly_the_window_gets_its_one_token():
     backend = FakeBackend(max_model_len=64, capacity=64)
     deltas = run(make_core(backend), request(prompt="x" * 63, max_tokens=1))["r"]

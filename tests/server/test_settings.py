@@ -1,10 +1,8 @@
 """Settings: one name everywhere, a clear order of sources, and one line for whatever is wrong."""
 
-import re
 from pathlib import Path
 
 import pytest
-from checkout import ROOT
 from pydantic import BaseModel
 
 from tightrope.server.settings.options import OPTIONS
@@ -58,26 +56,6 @@ def test_no_two_options_share_a_spelling():
     spellings = [s for name, option in OPTIONS.items() for s in (f"--{name}", *option.aliases)]
 
     assert len(spellings) == len(set(spellings))
-
-
-OPTIONS_OF_TGI = """
-    --model-id --revision --hostname -p --port --quantize --dtype --kv-cache-dtype --max-input-tokens
-    --max-total-tokens --max-batch-prefill-tokens --max-batch-total-tokens --max-concurrent-requests --max-best-of
-    --max-stop-sequences --max-top-n-tokens --max-client-batch-size --waiting-served-ratio --max-waiting-tokens
-    --max-batch-size --rope-scaling --rope-factor --speculate --cuda-graphs --cuda-memory-fraction --num-shard
-    --sharded --trust-remote-code --lora-adapters --api-key --cors-allow-origin --payload-limit
-    --tokenizer-config-path --disable-grammar-support --enable-prefill-logprobs --json-output --usage-stats
-"""
-
-
-def test_every_option_of_tgi_is_taken_or_listed_as_unknown():
-    page = ROOT.joinpath("docs/api.md").read_text("utf-8").splitlines()
-    rows = [row.split(" | ")[0] for row in page if row.startswith("| options") and "refused as unknown" in row]
-    listed = set(re.findall(r"--[a-z-]+", " ".join(rows)))
-    spellings = {spelling for name, option in OPTIONS.items() for spelling in (f"--{name}", *option.aliases)}
-
-    assert listed | (set(OPTIONS_OF_TGI.split()) & spellings) == set(OPTIONS_OF_TGI.split())
-    assert not listed & spellings
 
 
 def test_alpha_value_and_compress_pos_emb_are_short_for_a_scaling_and_its_factor():

@@ -170,6 +170,22 @@ async def test_info_tells_the_limits() -> None:
     assert {*told.split(), "model_dtype", "model_device_type", "max_batch_total_tokens"} <= info.keys()
 
 
+async def test_a_bound_of_prompts_is_told_and_kept_in_tgis_words() -> None:
+    async with api(limits={"max_input_tokens": 10}) as http:
+        info = (await http.get("/info")).json()
+        taken = await http.post("/generate", json={"inputs": "x" * 8 + "?"})
+        refused = await http.post("/generate", json={"inputs": "x" * 9 + "?"})
+        cut = await http.post("/generate", json={"inputs": "x" * 9 + "?", "parameters": {"truncate": 10}})
+        long = await http.post("/generate", json={"inputs": "?", "parameters": {"truncate": 11}})
+        chat = await http.post("/v1/completions", json={"prompt": "x" * 9 + "?"})
+    assert (info["max_input_tokens"], info["max_total_tokens"]) == (10, 1024)
+    assert (taken.status_code, cut.status_code) == (200, 200)
+    text = "Input validation error: `inputs` must have less than 10 tokens. Given: 11"
+    assert (refused.status_code, refused.json()) == (422, {"error": text, "error_type": "validation"})
+    assert "`truncate` must be strictly positive and less than 10. Given: 11" in long.json()["error"]
+    assert (chat.status_code, chat.json()["error"]["code"]) == (400, "context_length_exceeded")
+
+
 @pytest.mark.parametrize("path", ["/health", "/ping", "/"])
 async def test_a_healthy_server_answers_with_an_empty_body(path: str) -> None:
     async with api() as http:

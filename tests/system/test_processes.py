@@ -114,6 +114,17 @@ def test_folders_that_pythonpath_names_are_searched_by_every_process(tmp_path: P
     assert subprocess.run([sys.executable, "-P", "-c", script], env=environment, cwd="/").returncode == 0
 
 
+def test_a_child_gets_no_settings_and_no_keys_but_the_hubs_token():
+    script = "from tightrope.processes import *; import json; print(json.dumps(sorted(child_environment())))"
+    given = {"API_KEY": "a", "TIGHTROPE_API_KEY": "b", "HF_TOKEN": "c"}
+
+    result = subprocess.run(
+        [sys.executable, "-P", "-c", script], env=os.environ | given, check=True, stdout=subprocess.PIPE
+    )
+
+    assert given.keys() & set(json.loads(result.stdout)) == {"HF_TOKEN"}
+
+
 def test_search_paths_lead_into_no_relative_folder(tmp_path: Path):
     (tmp_path / "show.py").write_text("import sys, os, json\nprint(json.dumps([sys.path, dict(os.environ)]))\n")
     paths = ("PYTHONPATH", "LD_LIBRARY_PATH", "PATH")

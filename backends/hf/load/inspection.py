@@ -13,6 +13,7 @@ from tightrope.backends.files.safetensors import Checkpoint
 from tightrope.backends.hf.load.blueprint import Blueprint, draw
 from tightrope.backends.hf.text.tokenizer import HFTokenizer
 from tightrope.backends.hf.text.vocabulary import has_tokenizer
+from tightrope.backends.quant.find import check_asked
 from tightrope.backends.rope.scaling import RopeSpec, resolve_rope
 from tightrope.backends.settings import ModelSettings
 
@@ -38,6 +39,7 @@ def inspect(folder: Path, settings: ModelSettings, device: torch.device | str = 
     tokenizer = HFTokenizer(folder, shape) if has_tokenizer(folder) else None
     templates = chat_templates(folder)
     blueprint = draw(folder, shape, checkpoint, rope, device, settings.dtype)
+    check_asked(folder, settings.quantize, blueprint.quantization)
     for path in settings.adapters.values():
         blueprint.adapters.check(Path(path).expanduser())
     return Inspection(shape, rope, tokenizer, blueprint, templates)

@@ -34,11 +34,12 @@ class TGILimits:
 
     @classmethod
     def of(cls, info: ModelInfo, settings: ServerSettings, adapters: Collection[str]) -> "TGILimits":
+        longest = info.max_model_len - 1
         return cls(
             max_best_of=settings.engine.limits.max_best_of,
             max_stop_sequences=settings.max_stop_sequences,
             max_top_n_tokens=settings.max_top_n_tokens,
-            max_input_tokens=info.max_model_len - 1,
+            max_input_tokens=min(settings.engine.limits.max_input_tokens or longest, longest),
             max_total_tokens=info.max_model_len,
             adapters=adapters,
         )
@@ -180,6 +181,9 @@ def reword(error: InvalidRequest, max_new_tokens: int | None) -> None:
         error.message = in_tgi_words(error).message
         return
     most, error.param = error.max_model_len, "inputs"
+    if error.max_input_tokens:
+        error.message = f"`inputs` must have less than {error.max_input_tokens} tokens. Given: {error.prompt_tokens}"
+        return
     given = f"at least {error.prompt_tokens}" if error.is_least else f"{error.prompt_tokens}"
     if max_new_tokens is None and error.prompt_tokens <= most:
         error.message = f"`inputs` must have less than {most - 1} tokens. Given: {given}"
