@@ -1,22 +1,27 @@
-# docker build -t tightrope .                                    for CPUs with AVX2 (any of the last ten years)
-# docker build -t tightrope --build-arg DEVICE=cuda .            with GPU offload; run it with --gpus all, and -ngl -1
-# docker run -p 8080:8080 tightrope                              serves the bundled model
-# docker run -p 8080:8080 -v ~/models:/models tightrope /models/my-model.gguf --ctx-size 16384
+# docker build -t tightrope .                              for CPUs with AVX2 (any of the last ten years)
+# docker build -t tightrope --build-arg DEVICE=cuda .      for NVIDIA cards of compute capability 8.6 to 9.0, driver 580 or newer
+#
+# docker run -p 8080:80 tightrope                          serves the bundled model
+# docker run --gpus all --shm-size 1g -p 8080:80 -v $volume:/data tightrope --model-id ORG/NAME
 ARG DEVICE=cpu
 
 FROM ubuntu:24.04 AS build-cpu
 # not for this machine's processor alone: the image may run elsewhere
 ENV CMAKE_ARGS="-DGGML_NATIVE=OFF"
+# the build of torch without CUDA libraries
+ENV PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
+ENV EXTRAS=demo
 
-FROM nvidia/cuda:12.8.1-devel-ubuntu24.04 AS build-cuda
-ENV CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_CUDA=ON"
+# The toolkit is the one that torch is built with, as exllamav2's kernels are linked to both.
+FROM nvidia/cuda:13.0.2-devel-ubuntu24.04 AS build-cuda
+ENV CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_CUDA=ON -DCMAKE_CUDA_ARCHITECTURES=86;89;90"
+ENV PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cu130
+ENV EXTRAS=demo,exl2
 
 FROM build-${DEVICE} AS build
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends python3 python3-venv g++ make \
+    && apt-get install --yes --no-install-recommends python3 python3-dev python3-venv g++ make \
     && rm -rf /var/lib/apt/lists/*
-# the build of torch without CUDA libraries: models run in llama.cpp, torch only holds the logits
-ENV PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
 WORKDIR /opt/tightrope
 # llama.cpp first, so that a change of our own code doesn't build it again
 COPY Makefile ./
@@ -29,25 +34,41 @@ COPY server server
 COPY engine engine
 COPY backends backends
 COPY kernels kernels
-RUN .venv/bin/python -m pip install --quiet -c .ci/constraints.txt '.[demo]'
+RUN .venv/bin/python -m pip install --quiet -c .ci/constraints.txt ".[${EXTRAS}]"
+
+FROM build AS installed-cpu
+
+# exllamav2 compiles its kernels when it is imported, with a compiler that the image has no room for.
+FROM build AS installed-cuda
+RUN TORCH_CUDA_ARCH_LIST="8.6;8.9;9.0" TORCH_EXTENSIONS_DIR=/tmp/extensions .venv/bin/python -c "import exllamav2.ext" \
+    && cp /tmp/extensions/exllamav2_ext/exllamav2_ext.so .venv/lib/python3.12/site-packages/
+
+FROM installed-${DEVICE} AS installed
 
 FROM ubuntu:24.04 AS run-cpu
-FROM nvidia/cuda:12.8.1-runtime-ubuntu24.04 AS run-cuda
+
+FROM nvidia/cuda:13.0.2-runtime-ubuntu24.04 AS run-cuda
+# Triton compiles what starts its kernels in C, against Python's headers.
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends gcc libc6-dev python3-dev \
+    && rm -rf /var/lib/apt/lists/*
 
 FROM run-${DEVICE}
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends python3 libgomp1 ca-certificates \
     && rm -rf /var/lib/apt/lists/* \
-    && useradd --uid 10001 --create-home tightrope \
-    && install --directory --owner tightrope /models
+    && useradd --uid 10001 --no-create-home tightrope \
+    && install --directory --owner tightrope --group tightrope /data
 # the same path as where it was built, which the environment's scripts have written in them
-COPY --from=build /opt/tightrope/.venv /opt/tightrope/.venv
-USER tightrope
-# models that are named by their hub id are kept in the volume, too
-ENV HF_HOME=/models/hub
-VOLUME /models
-EXPOSE 8080
+COPY --from=installed /opt/tightrope/.venv /opt/tightrope/.venv
+COPY docker-entrypoint.sh /opt/tightrope/
+# The volume keeps models that are named by their hub id, where TGI's image keeps them too, and compiled kernels.
+ENV HF_HOME=/data HOME=/data/tightrope TRITON_CACHE_DIR=/data/tightrope/triton
+VOLUME /data
+# Loopback inside a container can't be reached from outside; -p decides who can. The variables of TGI's launcher win.
+ENV TIGHTROPE_HOST=0.0.0.0 TIGHTROPE_PORT=80 TIGHTROPE_TGI_ENVIRONMENT=true
+EXPOSE 80
 HEALTHCHECK --interval=10s --timeout=5s --start-period=10m \
-    CMD ["/opt/tightrope/.venv/bin/python", "-c", "from urllib.request import urlopen; urlopen('http://127.0.0.1:8080/health')"]
-# loopback inside a container can't be reached from outside; -p decides who can
-ENTRYPOINT ["/opt/tightrope/.venv/bin/tightrope", "serve", "--host", "0.0.0.0", "--port", "8080"]
+    CMD ["/opt/tightrope/.venv/bin/python", "-Ic", "import os; from urllib.request import urlopen; urlopen(f'http://127.0.0.1:{os.environ.get(\"PORT\") or os.environ[\"TIGHTROPE_PORT\"]}/health')"]
+# root until it knows whose the volume is
+ENTRYPOINT ["/opt/tightrope/docker-entrypoint.sh"]

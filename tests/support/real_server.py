@@ -51,6 +51,15 @@ def run_server(
     status: None where the context ends it. environment: more variables.
     """
     command = [*program, "serve", "--port", "0", *options]
+    with started(command, clean_environment() | environment, status=status, cwd=cwd) as server:
+        yield server
+
+
+@contextmanager
+def started(
+    command: Sequence[str], environment: Mapping[str, str], *, status: int | None = 0, cwd: Path | None = None
+) -> Iterator[RunningServer]:
+    """What a command serves, in no environment but this one, while the context lasts; see run_server."""
     with tempfile.NamedTemporaryFile() as errors:
         error_log = Path(errors.name)
         process = subprocess.Popen(
@@ -58,7 +67,7 @@ def run_server(
             stdout=subprocess.PIPE,
             stderr=errors,
             text=True,
-            env=clean_environment() | environment,
+            env=dict(environment),
             stdin=subprocess.DEVNULL,
             cwd=cwd,
         )
