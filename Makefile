@@ -5,10 +5,17 @@
 #
 # All need CPython 3.11+, gcc/g++ and make. The first run builds llama.cpp for this machine's processor; later runs start
 # at once. CMAKE_ARGS is passed on to that build (CMAKE_ARGS=-DGGML_CUDA=on), ARGS to the server (ARGS="--port 9000").
+# DEVICE=cuda or DEVICE=cpu says which build of torch is installed; without it, whether there is a driver for a card.
 
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 ARGS ?=
+DEVICE ?=
+ifneq ($(DEVICE),$(filter cpu cuda,$(firstword $(DEVICE))))
+$(error DEVICE is cpu or cuda, not $(DEVICE))
+endif
+# what NVIDIA's driver has put there, and WSL2 where Windows has one
+DRIVER := $(wildcard /dev/nvidiactl /usr/lib/wsl/lib/libcuda.so.1)
 # Compiled modules are kept: else each of the servers that tests start compiles some 300 of them again.
 unexport PYTHONDONTWRITEBYTECODE
 VENV := .venv
@@ -108,6 +115,17 @@ $(BIN)/python:
 $(VENV)/cmake-args: force | $(BIN)/python
 	@$(if $(CMAKE_ARGS),,[ -e $@ ] ||) printf '%s\n' '$(CMAKE_ARGS)' | cmp -s - $@ || printf '%s\n' '$(CMAKE_ARGS)' >$@
 
+# Which build of torch is wanted; what was said last counts until something else is.
+$(VENV)/device: force | $(BIN)/python
+	@[ -n "$(DEVICE)" ] || [ ! -e $@ ] || exit 0; \
+	wanted=$(or $(DEVICE),$(if $(DRIVER),cuda,cpu)); echo $$wanted | cmp -s - $@ || echo $$wanted >$@
+
+$(VENV)/.torch: $(VENV)/device $(CONSTRAINTS) .ci/torch_build.py
+	$(call step,torch: install (1 min; for CUDA as long as several GB take),\
+		$(BIN)/python .ci/torch_build.py $$(cat $(VENV)/device) $(CONSTRAINTS) $(DEVICE))
+	@sed -n 's/^torch: /  &/p' $(VENV)/last-step.log
+	@touch $@
+
 # pip's cache doesn't know with which options a wheel was built, so it is left out.
 $(VENV)/.llama: $(VENV)/cmake-args $(CONSTRAINTS) backends/gguf/llama_build.cmake
 	@command -v c++ >/dev/null || command -v g++ >/dev/null || { echo "make: no C++ compiler found; install g++"; exit 1; }
@@ -118,7 +136,7 @@ $(VENV)/.llama: $(VENV)/cmake-args $(CONSTRAINTS) backends/gguf/llama_build.cmak
 			--no-binary llama-cpp-python -c $(CONSTRAINTS) llama-cpp-python)
 	@touch $@
 
-$(VENV)/.serve: $(VENV)/.llama pyproject.toml setup.py $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h kernels/cpu/*.mk)
+$(VENV)/.serve: $(VENV)/.torch $(VENV)/.llama pyproject.toml setup.py $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h kernels/cpu/*.mk)
 	@rm -rf build/temp.* build/lib.* # a build there is not made anew when a header changes
 	$(call step,server: install with the bundled model (2 min),$(PIP) install -c $(CONSTRAINTS) -e '.[demo]')
 	@touch $@

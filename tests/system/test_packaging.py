@@ -4,6 +4,7 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from importlib.metadata import requires, version
 
 import pytest
 from checkout import ROOT
@@ -12,6 +13,7 @@ import tightrope
 
 pytestmark = pytest.mark.slow
 
+PINNED = dict(line.split("==") for line in (ROOT / ".ci/constraints.txt").read_text().splitlines() if "==" in line)
 FLOORS = ("server", "engine", "backends", "kernels")
 
 
@@ -66,9 +68,19 @@ def test_the_type_checkers_links_lead_to_the_floors():
         assert link.resolve() == ROOT / floor
 
 
-def test_the_constraints_pin_what_must_not_be_resolved_freely():
-    pinned = {line.split("==")[0] for line in (ROOT / ".ci/constraints.txt").read_text().splitlines() if "==" in line}
-    wanted = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+@pytest.mark.plain
+def test_the_tests_run_on_the_releases_that_are_pinned():
+    by_torch = [line for line in requires("torch") or () if line.startswith("triton==")]  # where it is built for CUDA
 
-    assert pinned == {"torch", "llama-cpp-python"}
-    assert all(any(line.startswith(f"{name}>=") for line in wanted) for name in pinned)
+    assert {name: version(name).partition("+")[0] for name in PINNED} == PINNED
+    assert all(line.startswith(f"triton=={PINNED['triton']}") for line in by_torch)
+    assert f"Triton {PINNED['triton']}, which it pins" in (ROOT / "README.md").read_text("utf-8")
+
+
+@pytest.mark.plain
+def test_the_constraints_pin_what_must_not_be_resolved_freely():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = project["dependencies"] + project["optional-dependencies"]["dev"]
+
+    assert PINNED.keys() == {"torch", "llama-cpp-python", "triton"}
+    assert all(any(line.startswith(f"{name}>=") for line in wanted) for name in PINNED)
