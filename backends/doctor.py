@@ -69,7 +69,10 @@ class Examination:
 
     def _kernels(self, device: torch.device) -> Iterator[Line]:
         """Which run on a device, and each of them run once beside the reference."""
-        yield "kernels", f"{device}: {dispatch.describe(device, is_exl2=True)}"
+        yield (
+            "kernels",
+            f"{device}: {dispatch.describe(device, is_exllama=device.type == 'cuda' and dispatch.has_exllama())}",
+        )
         for trial in run_all(device):
             if not trial.holds:
                 self.faults.append(f"{device}: {trial.describe()}")

@@ -14,10 +14,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tightrope.kernels import exllama, reference
+from tightrope.kernels import reference
 from tightrope.kernels.cpu import native
 from tightrope.kernels.exllama import ExllamaMatrix as ExllamaMatrix
 from tightrope.kernels.exllama import exllama_linear as exllama_linear
+from tightrope.kernels.exllama import has_exllama as has_exllama
 from tightrope.kernels.exllama import is_exllama as is_exllama
 from tightrope.kernels.exllama import to_exllama as to_exllama
 from tightrope.kernels.forms.columns import ColumnMatrix
@@ -209,10 +210,10 @@ def set_threads(num_threads: int) -> None:
         built.set_threads(num_threads)
 
 
-def describe(device: torch.device | str = "cpu", *, is_exl2: bool = False) -> str:
-    """What runs the kernels on a device, for the start-up lines; those of EXL2 matrices, if it is they."""
+def describe(device: torch.device | str = "cpu", *, is_exllama: bool = False) -> str:
+    """What runs the kernels on a device, for the start-up lines; with matrices among them that exllamav2 has."""
     if torch.device(device).type == "cuda":
-        return "exllamav2" if is_exl2 and exllama.extension() is not None else "Triton"
+        return "exllamav2" if is_exllama else "Triton"
     built = _native()
     return "torch reference" if built is None else built.describe()
 

@@ -1,7 +1,7 @@
-"""EXL2 matrices run by exllamav2's own CUDA extension, where that is installed.
+"""EXL2 and GPTQ matrices run by exllamav2's own CUDA extension, where that is installed.
 
 It rounds scales to float16, and sums of a split product in no fixed order. Source of the calls: exllamav2 0.3.2,
-ext.py, exllamav2_ext/ext_qmatrix.cpp and exllamav2_ext/cuda/q_gemm.cu.
+ext.py, exllamav2_ext/ext_qmatrix.cpp, exllamav2_ext/cuda/q_matrix.cu and exllamav2_ext/cuda/q_gemm.cu.
 """
 
 import importlib
@@ -24,6 +24,8 @@ from tightrope.kernels.forms.quantized import QuantizedMatrix, unpack, untiled
 MOST_ROWS = 32  # that are multiplied without expanding the matrix
 MOST_EXPANDED = 1 << 28  # weights of a matrix that is expanded, all at once and to float16; heads have more
 ALIGN = 32  # outputs, to which matrices are filled up
+MOST_INPUTS = 1 << 16  # which it counts in 16 bits
+ROWS_AT_ONCE = 256  # that are packed, in 8 bytes a code
 
 # The first calls with a size, and so many rows or fewer, are timed to choose a kernel. They wait for the card, which
 # the recording of a CUDA graph forbids, so they are made at load.
@@ -70,6 +72,11 @@ def _imported(name: str, attribute: str | None = None) -> Any | None:  # noqa: A
         torch.set_num_threads(threads)
 
 
+def has_exllama() -> bool:
+    """Whether the extension is there."""
+    return extension() is not None
+
+
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class ExllamaMatrix:
     """A matrix that the extension has taken over; `tensors` are its memory, whose codes it has shuffled."""
@@ -82,41 +89,79 @@ class ExllamaMatrix:
 
 
 def is_exllama(matrix: QuantizedMatrix) -> bool:
-    """Whether the extension is there and can run a matrix: EXL2's, of whole words, the widest groups first."""
-    if matrix.scale_codes is None or matrix.num_rows != matrix.num_inputs:
+    """Whether the extension is there and can run a matrix: one of whole words, as EXL2 or GPTQ of 4 bits has them."""
+    if matrix.num_rows != matrix.num_inputs or matrix.num_inputs > MOST_INPUTS or matrix.codes.is_meta:
         return False
-    is_sorted = not bool((matrix.group_bits.int().diff() > 0).any())
+    if matrix.scale_codes is None:
+        return _is_gptq(matrix) and extension() is not None
+    is_sorted = not bool((matrix.group_bits.int().diff() > 0).any())  # the widest groups first
     return is_sorted and not bool((matrix.group_starts % 32).any()) and extension() is not None
+
+
+def _is_gptq(matrix: QuantizedMatrix) -> bool:
+    """Whether it has what a GPTQ file of 4 bits can say: groups of one power of two, zero points of 1 to 16."""
+    if matrix.scales is None or matrix.scales.dtype != torch.float16 or bool((matrix.group_bits != 4).any()):
+        return False
+    sizes = matrix.group_starts.diff()
+    size = 1 << (-(-matrix.num_inputs // len(sizes)) - 1).bit_length()  # the extension takes the least that suffices
+    if matrix.num_inputs % 32 or size % 32 or bool((sizes[:-1] != size).any()):
+        return False
+    zeros = None if matrix.zeros is None else untiled(matrix.zeros, matrix.num_outputs)
+    return zeros is None or (int(zeros.min()) >= 1 and int(zeros.max()) <= 16)
 
 
 def to_exllama(matrix: QuantizedMatrix, device: torch.device | str) -> ExllamaMatrix:
     """The same matrix on `device`, as the extension has it."""
     ext = extension()
     assert ext is not None
+    codes = _filled(unpack(matrix))
+    order = (_NONE, _NONE)
+    if matrix.source is not None:
+        order = (matrix.source.short(), matrix.source.argsort().short())
+    tensors = [
+        tensor if tensor is _NONE else tensor.to(device)
+        for tensor in (_gptq if matrix.scale_codes is None else _exl2)(matrix, codes, order)
+    ]
+    handle: int = ext.make_q_matrix(*tensors, _NONE, _NONE, _NONE, 0)
+    result = ExllamaMatrix(matrix.num_inputs, matrix.num_outputs, codes.shape[1], handle, tuple(tensors))
+    weakref.finalize(result, ext.free_q_matrix, handle)
+    _have_timed(result, torch.device(device))
+    return result
+
+
+def _exl2(matrix: QuantizedMatrix, codes: Tensor, order: tuple[Tensor, Tensor]) -> list[Tensor]:
+    """The extension's q_weight, q_perm, q_invperm, q_scale, q_scale_max, q_groups and q_group_map; none of GPTQ's."""
     assert matrix.scale_codes is not None
     assert matrix.group_max is not None
     starts, bits = matrix.group_starts.tolist(), matrix.group_bits.tolist()
     counts = [end - begin for begin, end in pairwise(starts)]
-    codes = _filled(unpack(matrix))
     words = [_stream(part, width) for part, width in zip(codes.split(counts), bits, strict=True)]
     scales = _filled(untiled(matrix.scale_codes, matrix.num_outputs) - 1, 1)
     first_words = torch.tensor([0, *(len(part) for part in words)]).cumsum(0)[:-1]
     group_map = [(g, count - row) for g, count in enumerate(counts) for row in range(count)]
-    tensors = {
-        "q_weight": torch.cat(words),
-        "q_perm": _NONE if matrix.source is None else matrix.source.short(),
-        "q_invperm": _NONE if matrix.source is None else matrix.source.argsort().short(),
-        "q_scale": _stream(scales.t(), 4).t().contiguous(),
-        "q_scale_max": matrix.group_max.half() * (1 / 256),
-        "q_groups": torch.stack((torch.tensor(bits), first_words), 1).flatten().short(),
-        "q_group_map": torch.tensor(group_map).flatten().short(),
-    }
-    moved = [tensor if tensor is _NONE else tensor.to(device) for tensor in tensors.values()]
-    handle: int = ext.make_q_matrix(*moved, _NONE, _NONE, _NONE, _NONE, _NONE, 0)
-    result = ExllamaMatrix(matrix.num_inputs, matrix.num_outputs, codes.shape[1], handle, tuple(moved))
-    weakref.finalize(result, ext.free_q_matrix, handle)
-    _have_timed(result, torch.device(device))
-    return result
+    return [
+        torch.cat(words),
+        *order,
+        _stream(scales.t(), 4).t().contiguous(),
+        matrix.group_max.half() * (1 / 256),
+        torch.stack((torch.tensor(bits), first_words), 1).flatten().short(),
+        torch.tensor(group_map).flatten().short(),
+        _NONE,
+        _NONE,
+    ]
+
+
+def _gptq(matrix: QuantizedMatrix, codes: Tensor, order: tuple[Tensor, Tensor]) -> list[Tensor]:
+    """Its q_weight, q_perm and q_invperm, none of EXL2's, gptq_qzeros and gptq_scales.
+
+    Rows are in the order of their groups already, so that it needs no g_idx to bring them there.
+    """
+    assert matrix.scales is not None
+    scales = untiled(matrix.scales, matrix.num_outputs)
+    zeros = torch.full(scales.shape, 8) if matrix.zeros is None else untiled(matrix.zeros, matrix.num_outputs)
+    stored_zeros = _stream(_filled(zeros - 1).t(), 4).t().contiguous()
+    words = torch.cat([_stream(part, 4) for part in codes.split(ROWS_AT_ONCE)])
+    return [words, *order, _NONE, _NONE, _NONE, _NONE, stored_zeros, _filled(scales).contiguous()]
 
 
 def _have_timed(matrix: ExllamaMatrix, device: torch.device) -> None:

@@ -1,10 +1,11 @@
-"""What is handed to exllamav2's extension is what EXL2 files hold: a stand-in reads it by the format's description."""
+"""What is handed to exllamav2's extension is what EXL2 and GPTQ files hold: a stand-in reads it as the formats say."""
 
 import importlib
 import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from bench.gpu.matrices import random_matrix
+from tightrope.backends.hf.modules.matrices import Columns, runs_exllama, side_by_side
 from tightrope.backends.quant.streams import unstream
 from tightrope.kernels import dispatch, exllama
 from tightrope.kernels.forms.quantized import QuantizedMatrix, dequantize
@@ -28,9 +30,35 @@ class Extension:
 
     def make_q_matrix(
         self, q_weight: Tensor, q_perm: Tensor, q_invperm: Tensor, q_scale: Tensor, q_scale_max: Tensor,
-        q_groups: Tensor, q_group_map: Tensor, *rest: Tensor | int,
+        q_groups: Tensor, q_group_map: Tensor, gptq_qzeros: Tensor, gptq_scales: Tensor, *rest: Tensor | int,
     ) -> int:  # fmt: skip
         assert all(tensor.is_meta for tensor in rest[:-1] if isinstance(tensor, Tensor))
+        assert gptq_qzeros.is_meta == gptq_scales.is_meta != q_scale.is_meta
+        if q_scale.is_meta:
+            stored = self.gptq(q_weight, gptq_qzeros, gptq_scales)
+        else:
+            stored = self.exl2(q_weight, q_scale, q_scale_max, q_groups, q_group_map)
+        if not q_perm.is_meta:
+            invperm = q_invperm.int() & 0xFFFF
+            assert torch.equal((q_perm.int() & 0xFFFF)[invperm], torch.arange(len(stored), dtype=torch.int32))
+            stored = stored[invperm]
+        self.weights[len(self.weights)] = stored
+        return len(self.weights) - 1
+
+    def gptq(self, q_weight: Tensor, qzeros: Tensor, scales: Tensor) -> Tensor:
+        """Groups of the smallest power of two that, so often, makes all rows; zero points are stored less one."""
+        assert scales.dtype == torch.float16
+        codes = unstream(q_weight, 4)
+        size = 1
+        while size * len(scales) < len(codes):
+            size *= 2
+        group = torch.arange(len(codes)) // size
+        zeros = unstream(qzeros.t().contiguous(), 4).t().float() + 1
+        return (codes.float() - zeros[group]) * scales.float()[group]
+
+    def exl2(
+        self, q_weight: Tensor, q_scale: Tensor, q_scale_max: Tensor, q_groups: Tensor, q_group_map: Tensor
+    ) -> Tensor:
         groups = (q_groups.int() & 0xFFFF).view(-1, 2).tolist()
         ends = [first for _, first in groups[1:]] + [len(q_weight)]
         scales = (unstream(q_scale.t().contiguous(), 4).t().float() + 1).square() * q_scale_max.float()[:, None]
@@ -39,13 +67,7 @@ class Extension:
             parts.append((unstream(q_weight[first:end].contiguous(), bits).float() - (1 << (bits - 1))) * scale)
         rows_left = [[g, len(part) - row] for g, part in enumerate(parts) for row in range(len(part))]
         assert q_group_map.view(-1, 2).tolist() == rows_left
-        stored = torch.cat(parts)
-        if not q_perm.is_meta:
-            invperm = q_invperm.int() & 0xFFFF
-            assert torch.equal((q_perm.int() & 0xFFFF)[invperm], torch.arange(len(stored), dtype=torch.int32))
-            stored = stored[invperm]
-        self.weights[len(self.weights)] = stored
-        return len(self.weights) - 1
+        return torch.cat(parts)
 
     def gemm_half_q_half(self, a: Tensor, handle: int, c: Tensor, force_cuda: bool) -> None:
         assert a.dtype == c.dtype == torch.float16
@@ -86,6 +108,52 @@ def test_the_extension_gets_the_numbers_of_the_matrix(extension: Extension, num_
     torch.testing.assert_close(found, wanted, rtol=1e-2, atol=1e-2)  # float16 numbers, scales rounded to it
 
 
+@pytest.mark.parametrize("has_zeros", [True, False])
+@pytest.mark.parametrize(
+    ("sizes", "is_permuted"),
+    [([128] * 3, True), ([128] * 3, False), ([32] * 4, True), ([64, 64, 32], False), ([96], True)],
+)
+def test_the_extension_gets_the_numbers_of_gptq(
+    extension: Extension, sizes: list[int], is_permuted: bool, has_zeros: bool
+):
+    matrix = gptq_matrix(sizes, is_permuted=is_permuted, has_zeros=has_zeros)
+    x = torch.randn(3, sum(sizes))
+    assert dispatch.is_exllama(matrix)
+
+    found = dispatch.exllama_linear(x, [dispatch.to_exllama(matrix, torch.device("cpu"))], None)
+
+    torch.testing.assert_close(found, x @ dequantize(matrix), rtol=1e-2, atol=2e-2)  # float16 numbers
+
+
+def gptq_matrix(sizes: list[int], *, is_permuted: bool = True, has_zeros: bool = True) -> QuantizedMatrix:
+    """Four bits and a zero point of 1 to 16, as a GPTQ file stores them."""
+    matrix = random_matrix(sizes, [4] * len(sizes), 48, has_zeros=has_zeros, is_permuted=is_permuted)
+    return matrix if matrix.zeros is None else replace(matrix, zeros=matrix.zeros.clamp(min=1))
+
+
+def test_gptq_that_its_files_cannot_say_stays_with_our_kernels(extension: Extension):
+    """Zero points below one, as of gptq_v2 and AWQ; other widths; uneven groups; wider scales; rows of half a word."""
+    plain = gptq_matrix([64, 64])
+    assert plain.zeros is not None
+    assert plain.scales is not None
+    assert dispatch.is_exllama(plain)
+    assert not dispatch.is_exllama(replace(plain, zeros=plain.zeros * 0))
+    assert not dispatch.is_exllama(replace(plain, scales=plain.scales.float()))
+    assert not dispatch.is_exllama(random_matrix([64, 64], [8, 8], 32))
+    assert not dispatch.is_exllama(random_matrix([32, 64], [4, 4], 32))
+    assert not dispatch.is_exllama(random_matrix([48, 48], [4, 4], 32))
+    assert not dispatch.is_exllama(random_matrix([16] * 4, [4] * 4, 32))
+    assert not dispatch.is_exllama(random_matrix([1 << 16] * 2, [4, 4], 16))
+
+
+def test_experts_stay_with_the_kernel_that_runs_all_of_them(extension: Extension, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(dispatch, "reads_columns", lambda device: True)
+
+    for matrix in (exl2_matrix(), gptq_matrix([64, 64])):
+        assert runs_exllama(side_by_side([matrix], torch.device("cpu")))
+        assert isinstance(side_by_side([matrix], torch.device("cpu"), is_expert=True), Columns)
+
+
 def test_a_matrix_that_is_dropped_is_freed(extension: Extension):
     taken = dispatch.to_exllama(exl2_matrix(), torch.device("cpu"))
     assert extension.weights[taken.handle].any()
@@ -95,9 +163,8 @@ def test_a_matrix_that_is_dropped_is_freed(extension: Extension):
     assert not extension.weights[0].any()
 
 
-def test_only_exl2_matrices_go_to_the_extension(extension: Extension):
+def test_only_exl2_of_whole_words_and_sorted_widths_goes_to_the_extension(extension: Extension):
     assert dispatch.is_exllama(exl2_matrix())
-    assert not dispatch.is_exllama(random_matrix([64], [4], 32))
     assert not dispatch.is_exllama(random_matrix([40], [4], 32, is_coded=True))
     assert not dispatch.is_exllama(random_matrix([32, 32], [4, 5], 32, is_coded=True))  # it takes the widest first
 
@@ -147,7 +214,6 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Packa
 @pytest.mark.usefixtures("installed")
 def test_without_the_extension_none_is_found(caplog: pytest.LogCaptureFixture):
     assert exllama.extension() is None
-    assert dispatch.describe("cuda", is_exl2=True) == "Triton"
     assert not caplog.records
 
 

@@ -117,7 +117,8 @@ class _Assembler:
                 file = self.found.checkpoint.tensors[name].file
                 raise BackendError(f"{file}: tensor {name!r} must be all zero: experts of this model add no bias")
         pieces = [piece for piece, _ in built]
-        wanted.deliver([side_by_side(pieces[i : i + step], self.device) for i in range(0, len(pieces), step)])
+        groups = [pieces[i : i + step] for i in range(0, len(pieces), step)]
+        wanted.deliver([side_by_side(group, self.device, is_expert=True) for group in groups])
 
     def _split(self, name: str, count: int) -> list[tuple[str, int]]:
         """The linears that files have for one of the model's."""

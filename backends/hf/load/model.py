@@ -10,6 +10,8 @@ from tightrope.backends.hf.adapters.rows import Adapters
 from tightrope.backends.hf.load.blueprint import Blueprint
 from tightrope.backends.hf.load.loader import load_weights, share
 from tightrope.backends.hf.modules.experts import Experts
+from tightrope.backends.hf.modules.linear import Linear
+from tightrope.backends.hf.modules.matrices import runs_exllama
 from tightrope.backends.hf.modules.step import CurrentStep, LayerInfo
 from tightrope.kernels import dispatch
 from tightrope.kernels.forms.layer import StackedExperts
@@ -68,14 +70,15 @@ def build(blueprint: Blueprint, progress: Callable[[float], None] = lambda share
     model, checkpoint, names, device = blueprint.tree, blueprint.checkpoint, blueprint.names, blueprint.device
     notes = list(blueprint.notes)
     quantization = blueprint.quantization
-    if quantization is not None:
-        kernels = dispatch.describe(device, is_exl2=quantization.format.name == "EXL2")
-        notes.append(f"weights: {quantization.describe()}, run by {kernels} kernels")
     weights = list(blueprint.weights)
     if blueprint.tied is not None:
         weights, note = share(weights, *blueprint.tied, checkpoint, names)
         notes += [] if note is None else [note]
     load_weights(weights, blueprint.assemblies, checkpoint, names, device, progress)
+    if quantization is not None:
+        linears = [module for module in model.modules() if isinstance(module, Linear)]
+        kernels = dispatch.describe(device, is_exllama=any(runs_exllama(linear.weight) for linear in linears))
+        notes.append(f"weights: {quantization.describe()}, run by {kernels} kernels")
     for module in model.modules():
         if isinstance(module, Experts):
             module.settle()

@@ -48,7 +48,7 @@ class Columns:
 
 @dataclass(frozen=True, slots=True)
 class Exllama:
-    """EXL2 matrices run by exllamav2's own kernels, side by side."""
+    """EXL2 or GPTQ matrices run by exllamav2's own kernels, side by side."""
 
     matrices: tuple[dispatch.ExllamaMatrix, ...]
 
@@ -77,6 +77,11 @@ def times(x: Tensor, weight: Matrix, bias: Tensor | None) -> Tensor:
     return weight.times(x, bias)
 
 
+def runs_exllama(weight: Matrix) -> bool:
+    """Whether exllamav2 runs all of a weight, or a part of it."""
+    return isinstance(weight, Exllama) or (isinstance(weight, Mixed) and any(map(runs_exllama, weight.parts)))
+
+
 def projection(weight: Matrix, bias: Tensor | None, adapters: Mapping[int, LowRank]) -> Projection | None:
     """A linear as a whole layer's kernel has it; None for forms that it doesn't know."""
     if isinstance(weight, Tensor):
@@ -102,18 +107,21 @@ def stacked(weights: Tensor | Sequence[Matrix]) -> tuple[Tensor | tuple[ColumnSt
     return tuple(stack for stack, _ in known), [Columns(matrices) for matrices in parts]
 
 
-def side_by_side(pieces: Sequence[Piece], device: torch.device) -> Matrix:
-    """One matrix, on `device`, of pieces that have the same inputs, their outputs one after the other."""
+def side_by_side(pieces: Sequence[Piece], device: torch.device, *, is_expert: bool = False) -> Matrix:
+    """One matrix, on `device`, of pieces that have the same inputs, their outputs one after the other.
+
+    Those of experts stay with our kernels, one of which runs all experts at once.
+    """
     tensors = [piece for piece in pieces if isinstance(piece, Tensor)]
     if len(tensors) == len(pieces):
         return torch.cat(tensors).to(device)
     integers = tuple(piece for piece in pieces if isinstance(piece, QuantizedMatrix))
     codes = tuple(piece for piece in pieces if isinstance(piece, Nf4Matrix))
     if len(integers) != len(pieces) and len(codes) != len(pieces):
-        return Mixed(tuple(side_by_side([piece], device) for piece in pieces))
+        return Mixed(tuple(side_by_side([piece], device, is_expert=is_expert) for piece in pieces))
     integers = _joined(integers) if integers else ()
     if dispatch.reads_columns(device):
-        if integers and all(dispatch.is_exllama(matrix) for matrix in integers):
+        if integers and not is_expert and all(dispatch.is_exllama(matrix) for matrix in integers):
             return Exllama(tuple(dispatch.to_exllama(matrix, device) for matrix in integers))
         matrices: tuple[QuantizedMatrix | Nf4Matrix, ...] = (*integers, *codes)
         return Columns(tuple(to_columns(matrix, device) for matrix in matrices))
