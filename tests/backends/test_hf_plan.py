@@ -22,7 +22,7 @@ from tightrope.backends.hf.plan import (
     workspace_bytes,
 )
 from tightrope.backends.memory import MEMORY_SHARE, prompt_rows, spare_bytes
-from tightrope.backends.settings import CacheSettings, ModelSettings
+from tightrope.backends.settings import STEP_TOKENS, CacheSettings, ModelSettings
 from tightrope.kernels.forms.layout import PAGE, CacheDtype, CacheFormat, LayerCache
 
 pytestmark = pytest.mark.quick
@@ -105,7 +105,7 @@ def test_layers_with_a_window_are_planned_with_the_pages_that_live_and_kept_wind
     assert made.windowed == (num_full < 60,) * (60 - num_full) + (False,) * num_full
     if num_full < 60:
         assert made.window_tokens == 1024
-        assert made.num_window_pages == most_needed(1024, 2 + KEPT_WINDOWS, settings.step_tokens) < made.num_pages
+        assert made.num_window_pages == most_needed(1024, 2 + KEPT_WINDOWS, STEP_TOKENS) < made.num_pages
     tensors = [t for c in caches for t in (c.key_codes, c.key_scales, c.value_codes, c.value_scales)]
     assert sum(tensor.nbytes for tensor in tensors) == made.cache_bytes
 
