@@ -33,14 +33,13 @@ class Examination:
         yield from self._machine()
         yield from self._libraries()
         device, fault = find_device(self._asked, self._host)
-        if fault is None and device.type == "cuda":
-            yield "device", describe_card(device, self._host)
-        else:
-            yield "device", "cpu" if fault is None else f"cpu; {device} can't be used: {fault}"
         if fault is not None and (self._asked != "auto" or self._host.has_card):
             self.faults.append(f"{device} can't be used: {fault}")
-        usable = [torch.device("cpu"), *([device] if fault is None and device.type == "cuda" else [])]
-        for one in usable:
+        if fault is not None:
+            device = torch.device("cpu")
+        what = describe_card(device, self._host) if device.type == "cuda" else str(device)
+        yield "device", "; ".join([what, *self.faults])
+        for one in dict.fromkeys((torch.device("cpu"), device)):
             yield from self._kernels(one)
 
     def _machine(self) -> Iterator[Line]:
@@ -60,8 +59,9 @@ class Examination:
         )
         cuda = torch.version.cuda
         yield "torch", f"{torch.__version__}, " + ("built without CUDA" if cuda is None else f"built for CUDA {cuda}")
-        triton, wanted = toolchain.version("triton"), toolchain.triton_of_torch()
-        yield "triton", "not installed" if triton is None else f"{triton}; this torch asks for {wanted}"
+        pinned = toolchain.triton_of_torch()
+        asked = f"; torch asks for {pinned}" if pinned != "triton" else ""
+        yield "triton", (toolchain.version("triton") or "not installed") + asked
         yield "llama.cpp", f"llama-cpp-python {toolchain.version('llama-cpp-python')}, {_llama_device()}"
         yield "exllamav2", toolchain.version("exllamav2") or "not installed"
         for name in COMPILERS:

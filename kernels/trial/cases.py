@@ -92,8 +92,8 @@ def _attention(dtype: CacheDtype, lengths: Sequence[tuple[int, int]], samples: S
 
 
 def _plain(samples: Samples) -> Found:
-    x, weight = samples.normal(5, 96), samples.normal(48, 96).to(torch.bfloat16)
-    return dispatch.linear(x, weight, None), reference.linear(_exact(x.to(torch.bfloat16)), weight.cpu(), None)
+    x, weight = samples.normal(5, 96), samples.normal(48, 96).half()
+    return dispatch.linear(x, weight, None), reference.linear(_exact(x), weight.cpu(), None)
 
 
 def _exl2(samples: Samples) -> Packed:

@@ -84,7 +84,10 @@ def test_a_missing_card_is_a_fault_where_it_is_asked_for(asked: str, num_faults:
 
     examination = Examination(asked, nothing)
 
-    assert ("card", "none of NVIDIA's") in list(examination.lines())
+    lines = list(examination.lines())
+
+    assert ("card", "none of NVIDIA's") in lines
+    assert (("device", "cpu") in lines) is (num_faults == 0)
     assert len(examination.faults) == num_faults
 
 
