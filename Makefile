@@ -32,7 +32,9 @@ WITH_BENCH := '.[demo,bench]'
 # Tools, the multimodal part and OpenSSL are most of the default build and are never called: 2 minutes instead of 14.
 TRIM := -DLLAVA_BUILD=OFF -DLLAMA_OPENSSL=OFF -DGGML_OPENMP=OFF -DCMAKE_PROJECT_llama.cpp_INCLUDE=$(CURDIR)/backends/gguf/llama_build.cmake
 
-.PHONY: help serve chat test quick slow lint format bench llama kernels clean force
+RENDERER = $(firstword $(wildcard /usr/share/vulkan/icd.d/lvp_icd*.json))
+
+.PHONY: help serve chat test quick slow vulkan lint format bench llama kernels clean force
 .NOTPARALLEL:
 
 help:
@@ -40,6 +42,7 @@ help:
 	@echo "make chat    chat in the terminal with the bundled model"
 	@echo "make format  formats the code and repairs what the linter can repair"
 	@echo "make bench   compares with llama.cpp's own server on this machine"
+	@echo "make vulkan  tests GGUF layers on a card that is a program: llama.cpp for Vulkan on Mesa's software renderer"
 	@echo "make kernels builds the CPU kernels after a change in kernels/cpu; ISA=avx2 those for one instruction set"
 	@echo "make clean   removes .venv and everything built"
 
@@ -63,6 +66,11 @@ quick: lint
 slow: $(VENV)/.test
 	$(PYTEST) $(TWO) -m "slow and not hypothesis" $(ARGS)
 	$(PYTEST) $(TWO) -m hypothesis --examples 500 $(ARGS)
+
+# The build lies in a folder of its own, which stands before .venv's packages; the renderer is Mesa's, on the CPU. It is
+# seen twice, as two cards.
+vulkan: $(VENV)/.vulkan
+	PYTHONPATH=$(CURDIR)/$(VENV)/vulkan VK_ICD_FILENAMES=$(RENDERER) GGML_VK_VISIBLE_DEVICES=0,0 $(PYTEST) -m vulkan $(ARGS)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -134,6 +142,16 @@ $(VENV)/.llama: $(VENV)/cmake-args $(CONSTRAINTS) backends/gguf/llama_build.cmak
 		CMAKE_BUILD_PARALLEL_LEVEL=$${CMAKE_BUILD_PARALLEL_LEVEL:-$$(getconf _NPROCESSORS_ONLN)} \
 		$(BIN)/python -m pip install --verbose --disable-pip-version-check --no-cache-dir --force-reinstall --no-deps \
 			--no-binary llama-cpp-python -c $(CONSTRAINTS) llama-cpp-python)
+	@touch $@
+
+$(VENV)/.vulkan: $(VENV)/.test $(CONSTRAINTS) backends/gguf/llama_build.cmake
+	@[ -n "$(RENDERER)" ] && command -v glslc >/dev/null || \
+		{ echo "make: Vulkan needs a renderer and a compiler; on Debian install mesa-vulkan-drivers glslc libvulkan-dev spirv-headers"; exit 1; }
+	$(call step,llama.cpp: build for Vulkan (20 min on two cores),\
+		CMAKE_ARGS="$(TRIM) -DGGML_VULKAN=ON" \
+		CMAKE_BUILD_PARALLEL_LEVEL=$${CMAKE_BUILD_PARALLEL_LEVEL:-$$(getconf _NPROCESSORS_ONLN)} \
+		$(BIN)/python -m pip install --verbose --disable-pip-version-check --no-cache-dir --upgrade --no-deps \
+			--target $(VENV)/vulkan --no-binary llama-cpp-python -c $(CONSTRAINTS) llama-cpp-python)
 	@touch $@
 
 $(VENV)/.serve: $(VENV)/.torch $(VENV)/.llama pyproject.toml setup.py $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h kernels/cpu/*.mk)

@@ -84,6 +84,9 @@ class ModelSettings(BaseModel, frozen=True, extra="forbid"):
     threads: int = Field(0, ge=0, description="CPU threads, four per usable CPU at most; 0 is one per physical core.")
     device: str = Field("auto", description="Where the model runs: auto, cpu, cuda, or cuda:N for one card of several.")
     gpu_layers: int = Field(0, ge=-1, le=MAX_GPU_LAYERS, description="Layers on the GPU; -1 is all of them.")
+    n_cpu_moe: int = Field(
+        0, ge=0, le=MAX_GPU_LAYERS, description="Layers, from the first on, whose experts stay in the host's memory."
+    )
     dtype: Dtype = Field("auto", description="Of hidden states on a GPU; auto is the files' if it has 16 bits.")
     matmul_sums: SumsDtype = Field("float32", description="Of products of float16 numbers on a GPU.")
     cache: CacheSettings = CacheSettings()

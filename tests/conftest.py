@@ -17,7 +17,7 @@ settings.load_profile("any machine")
 
 KINDS = ("quick", "plain", "slow")  # an unmarked test is plain
 # What stands in every file that holds a test with the mark: only such files are worth their import.
-SPELLINGS = {"quick": "mark.quick", "slow": "mark.slow", "hypothesis": "@given("}
+SPELLINGS = {"quick": "mark.quick", "slow": "mark.slow", "vulkan": "mark.vulkan", "hypothesis": "@given("}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -47,6 +47,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for node in item.listchain():
             node.own_markers[:] = [mark for mark in node.own_markers if mark.name not in KINDS]
         item.add_marker(kind)
+
+    if "vulkan" not in (config.option.markexpr or ""):  # they need a build of llama.cpp of their own
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("vulkan")])
+        items[:] = [item for item in items if not item.get_closest_marker("vulkan")]
 
     number = config.getoption("--examples")
     for item in items if number else ():

@@ -11,7 +11,9 @@ from tightrope.backends.adapters import AdapterRoom
 from tightrope.backends.errors import BackendError
 from tightrope.backends.gguf.adapters import GGUFAdapters, room_for_adapters
 from tightrope.backends.gguf.cache import SharedKVCache
+from tightrope.backends.gguf.cards import cards_for
 from tightrope.backends.gguf.header import Header
+from tightrope.backends.gguf.layout import Memory
 from tightrope.backends.gguf.model_file import read_model
 from tightrope.backends.gguf.native import ModelOptions, NativeContext, NativeModel
 from tightrope.backends.gguf.plan import GGUFPlan, context_options, make_plan
@@ -30,11 +32,10 @@ class GGUFBackend:
         """Load `path`, calling `progress` with the share done. Raises BackendError, having freed everything."""
         header = read_model(path, settings)
         adapter_bytes = room_for_adapters(settings, header)
-        free_bytes = free_memory()
-        plan = make_plan(settings, header, free_bytes, adapter_bytes)
+        plan = make_plan(settings, header, Memory(free_memory(), cards_for(settings)), adapter_bytes)
         torch.set_num_threads(1)  # Llama.cpp's threads fill the machine; torch's beside them only get in their way.
         with ValueScan(header) as scan:
-            self._model = NativeModel(path, _model_options(settings, header, free_bytes, progress))
+            self._model = NativeModel(path, _model_options(plan, progress))
             try:
                 self._context = NativeContext(self._model, context_options(settings, plan))
             except BackendError:
@@ -123,11 +124,17 @@ class GGUFBackend:
         return torch.empty(0, self._model.vocab_size)
 
 
-def _model_options(
-    settings: ModelSettings, header: Header, free_bytes: int, progress: Callable[[float], None]
-) -> ModelOptions:
+def _model_options(plan: GGUFPlan, progress: Callable[[float], None]) -> ModelOptions:
     """A mapped file that is overwritten or cut takes the process down, so it is read instead where memory allows."""
-    return ModelOptions(settings.gpu_layers, use_mmap=header.weight_bytes > free_bytes // 2, progress=progress)
+    layout = plan.layout
+    used = [(card.pointer, count) for card, count in zip(layout.memory.cards, plan.on_cards, strict=True) if count]
+    return ModelOptions(
+        devices=tuple(pointer for pointer, _ in used if pointer is not None),
+        layers_on=tuple(count for _, count in used),
+        host_tensors=layout.host_tensors,
+        use_mmap=layout.host_weight_bytes > layout.memory.host_bytes // 2,
+        progress=progress,
+    )
 
 
 def _card(path: Path, header: Header, model: NativeModel, plan: GGUFPlan, tokenizer: GGUFTokenizer) -> ModelCard:

@@ -1,10 +1,11 @@
 """What `plan` and `serve` both ask of a GGUF file before anything else: whether it is a model for chats at all."""
 
+import re
 from pathlib import Path
 
 from tightrope.backends.errors import BackendError
 from tightrope.backends.gguf.header import Header, read_header
-from tightrope.backends.gguf.native import supports_gpu
+from tightrope.backends.gguf.layout import EXPERTS
 from tightrope.backends.gguf.shape import ModelShape
 from tightrope.backends.gguf.vocabulary import TOKENS
 from tightrope.backends.settings import ModelSettings
@@ -28,11 +29,6 @@ def read_model(path: Path, settings: ModelSettings) -> Header:
     Raises BackendError, in one line with the file's name, for everything that a header shows to be wrong. What only
     llama.cpp knows, such as the tensors that an architecture needs, is asked by `try_load`.
     """
-    if settings.gpu_layers and not supports_gpu():
-        raise BackendError(
-            f"gpu_layers is {settings.gpu_layers}, but this llama-cpp-python was built for the CPU; use 0, or "
-            "reinstall it with CMAKE_ARGS=-DGGML_CUDA=on"
-        )
     types = (("dtype", settings.dtype, "auto"), ("matmul-sums", settings.matmul_sums, "float32"))
     for option, value, default in (*types, ("quantize", settings.quantize, None)):
         if value != default:
@@ -55,4 +51,10 @@ def read_model(path: Path, settings: ModelSettings) -> Header:
     if TOKENS not in header.metadata or header.metadata.get("tokenizer.ggml.model") in ("none", "no_vocab"):
         raise BackendError(f"{path}: it holds no vocabulary ({TOKENS}); convert the model anew")
     ModelShape.of(header)
+    if settings.n_cpu_moe and not settings.gpu_layers:
+        raise BackendError(
+            f"n_cpu_moe is {settings.n_cpu_moe}, but no layer is on a card; add --gpu-layers, or leave it out"
+        )
+    if settings.n_cpu_moe and not any(re.search(EXPERTS, tensor.name) for tensor in header.tensors):
+        raise BackendError(f"{path}: n_cpu_moe is {settings.n_cpu_moe}, but the model has no experts; leave it out")
     return header

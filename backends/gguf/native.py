@@ -84,9 +84,15 @@ class ContextOptions:
 
 @dataclass(frozen=True, slots=True)
 class ModelOptions:
-    """How weights are loaded."""
+    """How weights are loaded.
 
-    gpu_layers: int = 0  # -1 is all of them.
+    The last layers, with the output as the very last, go to `devices`, which are ggml's; `layers_on` gives each so
+    many, in order. All others stay in the host's memory, and so do tensors that the regular expression names.
+    """
+
+    devices: tuple[int, ...] = ()
+    layers_on: tuple[int, ...] = ()
+    host_tensors: str | None = None
     use_mmap: bool = False
     has_weights: bool = True  # Without them a model only says whether, and how, it could be loaded.
     progress: Callable[[float], None] = field(default=lambda _: None)
@@ -138,14 +144,12 @@ class NativeModel:
         _asked_tensors.clear()
         self._on_progress = ll.llama_progress_callback(_progress_callback(options.progress))
         params = ll.llama_model_default_params()
-        params.n_gpu_layers = options.gpu_layers
+        kept = _place(params, options)
         params.load_mode = ll.LLAMA_LOAD_MODE_MMAP if options.use_mmap else ll.LLAMA_LOAD_MODE_NONE
         params.progress_callback = self._on_progress
-        if not options.has_weights:
-            params.no_alloc = True
-            no_devices = (ctypes.c_void_p * 1)(None)  # A list ends with NULL.
-            params.devices = ctypes.cast(no_devices, ctypes.c_void_p)
+        params.no_alloc = not options.has_weights
         self.pointer = ll.llama_model_load_from_file(str(path).encode(), params)
+        del kept
         if not self.pointer:
             raise BackendError(f"{path}: llama.cpp can't load it: {_why_not_loaded(path)}")
         if not self._writes_text():
@@ -173,6 +177,30 @@ class NativeModel:
         if self.pointer:
             ll.llama_model_free(self.pointer)
             self.pointer = None
+
+
+class _HostTensors(ctypes.Structure):
+    """llama_model_tensor_buft_override of llama.h: which tensors go to which kind of buffer."""
+
+    _fields_ = (("pattern", ctypes.c_char_p), ("buffer_type", ctypes.c_void_p))
+
+
+def _place(params: Any, options: ModelOptions) -> tuple[object, ...]:  # noqa: ANN401 - an untyped structure
+    """Say where layers go. Returns what must live until the model is loaded: llama.cpp is given pointers to it.
+
+    A list of devices is always given: without one, llama.cpp takes memory of all cards, also for no layers at all.
+    """
+    devices = (ctypes.c_void_p * (len(options.devices) + 1))(*options.devices, None)
+    split = (ctypes.c_float * ll.llama_max_devices())(*options.layers_on)
+    ll._lib.ggml_backend_cpu_buffer_type.restype = ctypes.c_void_p
+    pattern = options.host_tensors.encode() if options.host_tensors else None
+    overrides = (_HostTensors * 2)(_HostTensors(pattern, ll._lib.ggml_backend_cpu_buffer_type()), _HostTensors())
+    params.devices = ctypes.cast(devices, ctypes.c_void_p)
+    params.n_gpu_layers = sum(options.layers_on)
+    params.tensor_split = ctypes.cast(split, ctypes.POINTER(ctypes.c_float))
+    if pattern is not None:
+        params.tensor_buft_overrides = ctypes.cast(overrides, ctypes.c_void_p)
+    return devices, split, overrides
 
 
 class NativeAdapter:

@@ -5,8 +5,7 @@ from pathlib import Path
 
 from tightrope.backends.errors import BackendError, DoesNotFit
 from tightrope.backends.files.foreign import PICKLES, check_is_no_ggml, model_files, names_in
-from tightrope.backends.memory import free_memory, spare_bytes
-from tightrope.backends.planning import CACHE_NAMES, CacheChoice, Chosen, Outline, grossed_up
+from tightrope.backends.planning import CACHE_NAMES, CacheChoice, Chosen, Outline
 from tightrope.backends.protocol import Backend
 from tightrope.backends.settings import ModelSettings
 
@@ -34,48 +33,46 @@ def open_model(path: Path, settings: ModelSettings, progress: Callable[[float], 
     return GGUFBackend(path, settings, progress)
 
 
-def outline(path: Path, settings: ModelSettings, memory_bytes: int | None) -> Outline:
+def outline(
+    path: Path, settings: ModelSettings, memory_bytes: int | None, device_bytes: tuple[int, ...] | None = None
+) -> Outline:
     """See BackendPackage."""
     from tightrope.backends.gguf import plan as gguf
     from tightrope.backends.gguf.adapters import room_for_adapters
+    from tightrope.backends.gguf.cache_types import CACHE_TYPES
+    from tightrope.backends.gguf.layout import Layout, memory_of
     from tightrope.backends.gguf.model_file import read_model
     from tightrope.backends.gguf.rope import plan_rope
-    from tightrope.backends.gguf.shape import ModelShape
     from tightrope.backends.gguf.trial import try_load
 
     header = read_model(path, settings)
-    shape = ModelShape.of(header)
-    free_bytes = grossed_up(memory_bytes) if memory_bytes is not None else free_memory()
+    memory = memory_of(settings, memory_bytes, device_bytes)
     adapter_bytes = room_for_adapters(settings, header)
-    weight_bytes = header.weight_bytes + adapter_bytes
-    spare = spare_bytes(weight_bytes, free_bytes)
-    workspace = gguf.workspace_bytes(settings, shape)
-    window = settings.max_model_len or plan_rope(settings.rope, shape).window
+    layout = Layout.of(settings, header, memory, adapter_bytes)
+    window = settings.max_model_len or plan_rope(settings.rope, layout.shape).window
     chosen, refusal = None, None
     try:
-        plan = gguf.make_plan(settings, header, free_bytes, adapter_bytes)
-        size = int(plan.num_cells * gguf.token_bytes(shape, plan.cache_type))
+        plan = gguf.make_plan(settings, header, memory, adapter_bytes)
+        size = int(plan.num_cells * layout.token_bytes(plan.cache_type))
         notes = plan.notes + header.notes + try_load(path, gguf.context_options(settings, plan))
         chosen = Chosen(plan.cache_type.name, plan.num_cells, size, notes)
+        window = plan.window
     except DoesNotFit as error:
         try_load(path, gguf.least_options())
         refusal = str(error)
-    kinds = [gguf.CACHE_TYPES[name] for name in CACHE_NAMES]
+    kinds = [CACHE_TYPES[name] for name in CACHE_NAMES]
     return Outline(
         path=path,
-        architecture=shape.architecture,
+        architecture=layout.shape.architecture,
         format="gguf",
-        memory_bytes=spare + weight_bytes,
-        weight_bytes=weight_bytes,
-        workspace_bytes=workspace,
-        trained_len=shape.trained_len,
+        memory_bytes=memory.host_room,
+        weight_bytes=header.weight_bytes + adapter_bytes,
+        workspace_bytes=layout.workspace_bytes(window),
+        trained_len=layout.shape.trained_len,
         window=window,
         caches=tuple(
             CacheChoice(
-                kind.name,
-                gguf.token_bytes(shape, kind),
-                window * gguf.token_bytes(shape, kind),
-                gguf.fitting_tokens(shape, kind, spare - workspace),
+                kind.name, layout.token_bytes(kind), window * layout.token_bytes(kind), layout.fitting_tokens(kind)
             )
             for kind in kinds
         ),

@@ -1,50 +1,19 @@
-"""What is decided before loading: window, cache type and capacity, and whether it all fits in memory."""
+"""What is decided before loading: window, cache type and capacity, which layers lie on cards, and whether it fits."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from llama_cpp import llama_cpp as ll
-
+from tightrope.backends.errors import DoesNotFit
+from tightrope.backends.gguf.cache_types import AUTO, AUTO_ON_CARDS, CACHE_TYPES, CacheType
 from tightrope.backends.gguf.header import Header
-from tightrope.backends.gguf.native import MAX_SEQS, ContextOptions
+from tightrope.backends.gguf.layout import CELL_GRAIN, Layout, Memory
+from tightrope.backends.gguf.native import ContextOptions
 from tightrope.backends.gguf.rope import RopePlan, plan_rope
-from tightrope.backends.gguf.shape import ModelShape
-from tightrope.backends.memory import GIB, MIN_DEFAULT_TOKENS, default_tokens, does_not_fit, spare_bytes
+from tightrope.backends.memory import GIB, default_tokens, does_not_fit
 from tightrope.backends.settings import ModelSettings
 from tightrope.backends.threads import compute_threads
 
-CELL_GRAIN = 256  # Llama.cpp rounds the number of cells up to this.
-KEPT_SLOTS = 48  # So many finished sequences may be kept at most, as llama.cpp's work a step grows with the slots.
-MAX_OUTPUTS = 128  # One native call gives so many rows of logits, for which a buffer is allocated.
-
-
-@dataclass(frozen=True, slots=True)
-class CacheType:
-    """How keys and values are stored, as GGUF type ids, and whether flash attention reads them."""
-
-    name: str
-    key_type: int
-    value_type: int
-    flash_attention: bool
-
-
-CACHE_TYPES = {
-    "f16": CacheType("f16", ll.GGML_TYPE_F16, ll.GGML_TYPE_F16, True),
-    "q8": CacheType("q8", ll.GGML_TYPE_Q8_0, ll.GGML_TYPE_Q8_0, True),
-    "q4": CacheType("q4", ll.GGML_TYPE_Q4_0, ll.GGML_TYPE_Q4_0, True),
-}
-
-# What auto tries, best first, and why it is taken. ggml's flash attention on a CPU works in tiles only when keys and
-# values are both f16; quantized ones are unpacked row by row for every query. bench/results/gguf_kv_cache.json has the
-# times. Without flash attention 8-bit keys read a prompt as fast as f16, but each stream then pays for the cells of all
-# others, and the scores of a step need memory that is short here.
-AUTO = (
-    (CACHE_TYPES["f16"], "the fastest on a CPU, and it fits"),
-    (
-        CacheType("q8 keys, f16 values", ll.GGML_TYPE_Q8_0, ll.GGML_TYPE_F16, True),
-        "f16 does not fit; this takes 3/4 of its room, reads prompts a third slower and writes as fast",
-    ),
-    (CACHE_TYPES["q8"], "nothing larger fits; it takes half the room of f16 and twice its time for a prompt"),
-)
+LEAST_WINDOW = 1024  # Nobody is served fewer tokens unasked: a chat's first messages may be as long.
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,92 +22,139 @@ class GGUFPlan:
 
     window: int
     num_cells: int
-    swap_bytes: int  # Finished sequences may take so much memory beside the cache.
+    swap_bytes: int  # Finished sequences may take so much of the host's memory beside the cache.
     cache_type: CacheType
     step_tokens: int
     max_outputs: int
+    layout: Layout
+    on_cards: tuple[int, ...]  # So many slots of the layout are on each card, in order.
     rope: RopePlan
     notes: tuple[str, ...]
 
 
-def make_plan(settings: ModelSettings, header: Header, free_bytes: int, adapter_bytes: int = 0) -> GGUFPlan:
-    """Decide what to allocate, given `free_bytes` of memory for weights, adapters, cache and workspace.
+def make_plan(settings: ModelSettings, header: Header, memory: Memory, adapter_bytes: int = 0) -> GGUFPlan:
+    """Decide what to allocate in a memory for weights, adapters, cache and workspace.
 
-    Raises DoesNotFit, with the largest window that fits, when what is asked for doesn't.
+    Raises DoesNotFit, with what would fit, when what is asked for doesn't.
     """
-    shape = ModelShape.of(header)
-    rope = plan_rope(settings.rope, shape)
-    window = settings.max_model_len or rope.window
+    layout = Layout.of(settings, header, memory, adapter_bytes)
+    rope = plan_rope(settings.rope, layout.shape)
+    asked = settings.max_model_len or rope.window
+    cache_type, reason = _choose_type(settings, layout, asked)
+    window, num_cells = _choose_cells(settings, layout, asked, cache_type)
+    on_cards = layout.counts(num_cells, cache_type)
+    cache_bytes = int(num_cells * layout.token_bytes(cache_type))
+    swap_bytes = min(cache_bytes, max(0, memory.host_room - layout.host_need(num_cells, cache_type)) // 2)
     notes = [rope.describe(window)]
     if window > rope.window:
         notes.append(f"window: {window} tokens, more than the {rope.window} that the model is made for")
-    spare = spare_bytes(header.weight_bytes + adapter_bytes, free_bytes) - workspace_bytes(settings, shape)
-    cache_type, reason = _choose_type(settings, shape, window, spare)
-    num_cells = _choose_cells(settings, shape, window, cache_type, spare)
-    cache_bytes = int(num_cells * token_bytes(shape, cache_type))
-    swap_bytes = min(cache_bytes, max(0, spare - cache_bytes) // 2)
+    if window < asked:
+        notes.append(f"window: {window} tokens, what memory holds of the {asked} that the model is made for")
     notes.append(
         f"cache: {num_cells} tokens as {cache_type.name}, {cache_bytes / GIB:.2f} GiB; {reason}; "
         f"finished chats may take {swap_bytes / GIB:.2f} GiB beside it"
     )
-    step_tokens = min(settings.step_tokens_on("cpu"), num_cells)
-    return GGUFPlan(window, num_cells, swap_bytes, cache_type, step_tokens, _max_outputs(settings), rope, tuple(notes))
+    notes += _on_cards(layout, on_cards, num_cells, cache_type)
+    step_tokens = min(layout.step_tokens, num_cells)
+    return GGUFPlan(
+        window=window,
+        num_cells=num_cells,
+        swap_bytes=swap_bytes,
+        cache_type=cache_type,
+        step_tokens=step_tokens,
+        max_outputs=layout.max_outputs,
+        layout=layout,
+        on_cards=on_cards,
+        rope=rope,
+        notes=tuple(notes),
+    )
 
 
-def _choose_type(settings: ModelSettings, shape: ModelShape, window: int, spare: int) -> tuple[CacheType, str]:
+def _on_cards(layout: Layout, on_cards: tuple[int, ...], num_cells: int, kind: CacheType) -> Iterator[str]:
+    """What the start says of cards."""
+    if not on_cards:
+        return
+    filled = layout.card_fillings(on_cards, num_cells, kind)
+    used = [
+        f"{count} on {card}, {size / GIB:.2f} of {card.free_bytes / GIB:.2f} GiB"
+        for count, size, card in zip(on_cards, filled, layout.memory.cards, strict=True)
+        if count
+    ]
+    slots, left = len(layout.slots), layout.host_weight_bytes / GIB
+    yield f"layers: {'; '.join(used)}; of {slots} with the output; {left:.2f} GiB of weights in the host's memory"
+    for card in layout.memory.cards:
+        if not card.attends(layout.shape, kind):
+            yield (
+                f"attention: {card.name} has no kernel for this model with a cache of {kind.name}, so it runs on the "
+                "CPU, many times slower; another --kv-cache may have one"
+            )
+
+
+def _choose_type(settings: ModelSettings, layout: Layout, window: int) -> tuple[CacheType, str]:
     asked = settings.cache.dtype
     if asked != "auto":
         return CACHE_TYPES[asked], "as asked"
     need = settings.cache.tokens or window
-    for kind, reason in AUTO:
-        if need * token_bytes(shape, kind) <= spare:
+    cards = layout.memory.cards
+    kinds = [
+        (kind, reason)
+        for kind, reason in (AUTO_ON_CARDS if cards else AUTO)
+        if all(card.attends(layout.shape, kind) for card in cards)
+    ]
+    for kind, reason in kinds:
+        if need <= layout.fitting_tokens(kind):
             return kind, reason
-    return AUTO[-1]  # This is too large as well, and the refusal says how large.
+    return kinds[-1] if kinds else AUTO_ON_CARDS[0]  # It is too large as well: the window is made shorter, or refused.
 
 
-def _choose_cells(settings: ModelSettings, shape: ModelShape, window: int, kind: CacheType, spare: int) -> int:
-    fitting = fitting_tokens(shape, kind, spare)
-    wanted = settings.cache.tokens or default_tokens(window, settings.max_num_seqs)
+def _choose_cells(settings: ModelSettings, layout: Layout, window: int, kind: CacheType) -> tuple[int, int]:
+    """The window, in tokens, and the cells of the cache. Raises DoesNotFit."""
+    fitting = layout.fitting_tokens(kind)
+    if not settings.max_model_len and not settings.cache.tokens and fitting >= LEAST_WINDOW:
+        window = min(window, fitting)
     least = settings.cache.tokens or window
     if least > fitting:
-        smaller = [CACHE_TYPES[name] for name in ("q8", "q4")]
-        names = [
-            other.name
-            for other in smaller
-            if token_bytes(shape, other) < token_bytes(shape, kind) and fitting_tokens(shape, other, spare) >= least
-        ]
-        raise does_not_fit(least, kind.name, least * token_bytes(shape, kind), spare, names, fitting)
-    return -(-min(wanted, fitting) // CELL_GRAIN) * CELL_GRAIN
+        raise _refusal(layout, least, kind, fitting)
+    wanted = settings.cache.tokens or default_tokens(window, settings.max_num_seqs)
+    return window, -(-min(wanted, fitting) // CELL_GRAIN) * CELL_GRAIN
 
 
-def token_bytes(shape: ModelShape, kind: CacheType) -> float:
-    """Bytes of a token's keys and values in all layers; 0 for a model without attention."""
-    return shape.cache_bytes(kind.key_type, kind.value_type)
-
-
-def fitting_tokens(shape: ModelShape, kind: CacheType, spare: int) -> int:
-    """The most tokens of cache that `spare` bytes hold."""
-    a_token = token_bytes(shape, kind)
-    fitting = int(spare / a_token) if a_token else MIN_DEFAULT_TOKENS
-    return max(0, fitting) // CELL_GRAIN * CELL_GRAIN
-
-
-def _max_outputs(settings: ModelSettings) -> int:
-    return max(settings.max_num_seqs, min(MAX_OUTPUTS, settings.step_tokens_on("cpu")))
-
-
-def workspace_bytes(settings: ModelSettings, shape: ModelShape) -> int:
-    """A generous guess at llama.cpp's compute and output buffers."""
-    logits = 2 * 4 * _max_outputs(settings) * shape.vocab_size
-    activations = 4 * settings.step_tokens_on("cpu") * shape.embedding * 32
-    return logits + activations + (64 << 20)
+def _refusal(layout: Layout, tokens: int, kind: CacheType, fitting: int) -> DoesNotFit:
+    size = layout.token_bytes(kind)
+    smaller = [
+        other.name
+        for other in (CACHE_TYPES["q8"], CACHE_TYPES["q4"])
+        if layout.token_bytes(other) < size and layout.fitting_tokens(other) >= tokens
+    ]
+    host_left = layout.memory.host_room - layout.host_need(tokens, kind)
+    if not layout.num_on_cards:
+        room = host_left + int(tokens * size)
+        return does_not_fit(tokens, kind.name, tokens * size, room, smaller, fitting)
+    ways = [f"take --kv-cache {name}" for name in smaller]
+    if layers := layout.most_on_cards(tokens, kind):
+        ways.append(f"put at most {layers} layers there (--gpu-layers {layers})")
+    if layers := layout.least_cpu_experts(tokens, kind):
+        ways.append(f"leave the experts of {layers} layers in the host's memory (--n-cpu-moe {layers})")
+    if fitting:
+        ways.append(f"ask for at most {fitting} tokens")
+    what = f"{layout.num_on_cards} layers and a cache of {tokens} tokens as {kind.name}"
+    if host_left < 0:
+        need = layout.host_need(tokens, kind) / GIB
+        short = (
+            f"{what} leave {need:.2f} GiB for the host's memory, and {layout.memory.host_room / GIB:.2f} GiB is free"
+        )
+    else:
+        need, free = layout.card_need(tokens, kind), sum(max(0, room) for room in layout.card_rooms(tokens, kind))
+        names = " and ".join(card.name for card in layout.memory.cards) + (", in pieces" if need <= free else "")
+        short = f"{what} need {need / GIB:.2f} GiB beside the workspace, and {free / GIB:.2f} GiB is free on {names}"
+    return DoesNotFit(f"{short}: {', or '.join(ways) or 'take a smaller model'}")
 
 
 def context_options(settings: ModelSettings, plan: GGUFPlan) -> ContextOptions:
     """What a plan's context is made with."""
     return ContextOptions(
         num_cells=plan.num_cells,
-        max_seqs=min(MAX_SEQS, settings.max_num_seqs + KEPT_SLOTS),
+        max_seqs=plan.layout.max_seqs,
         batch_tokens=plan.step_tokens,
         ubatch_tokens=plan.step_tokens,
         max_outputs=plan.max_outputs,
@@ -146,7 +162,7 @@ def context_options(settings: ModelSettings, plan: GGUFPlan) -> ContextOptions:
         type_k=plan.cache_type.key_type,
         type_v=plan.cache_type.value_type,
         flash_attention=plan.cache_type.flash_attention,
-        offload_cache=settings.gpu_layers != 0,
+        offload_cache=plan.layout.num_on_cards > 0,
         rope_scaling_type=plan.rope.scaling_type,
         rope_freq_base=plan.rope.freq_base,
         rope_freq_scale=plan.rope.freq_scale,

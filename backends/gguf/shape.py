@@ -9,6 +9,7 @@ from tightrope.backends.gguf.tensor_types import TENSOR_TYPES
 MAX_LAYERS = 512  # llama.cpp ends the process beyond this.
 MAX_WINDOW = 1 << 28
 MAX_HEADS = 1 << 16
+MAX_WIDTH = 1 << 24
 MAX_EXPERTS = 512  # llama.cpp ends the process beyond this, too.
 # metadata floats by their short key, and the values they can have: above the first number, up to the second
 _RANGES = {
@@ -24,15 +25,20 @@ _MAX_FACTOR = 1e6
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """What planning needs to know. `key_width` and `value_width` are values a token over all layers' cache."""
+    """What planning needs to know."""
 
     architecture: str
     trained_len: int  # The file's own RoPE scaling is in it.
     unscaled_len: int  # It is the window before any RoPE scaling.
     vocab_size: int
     embedding: int
-    key_width: int
-    value_width: int
+    num_heads: int  # These are the query heads of the layer that has most.
+    kv_heads: tuple[int, ...]  # One number a layer; 0 where it has no attention.
+    key_dim: int
+    value_dim: int
+    state_values: tuple[int, ...]  # Of one sequence in each layer, in float32; 0 where a layer keeps none.
+    step_width: int  # A bound on the values that llama.cpp holds at a time for each token of a step.
+    num_masks: int  # One says which tokens see which, and a second one where some layers see a window of them.
     rope_base: float
     rope_dims: int
     own_scaling: str | None  # It says in words what the file says of RoPE scaling.
@@ -45,7 +51,11 @@ class ModelShape:
 
     def cache_bytes(self, key_type: int, value_type: int) -> float:
         """Bytes of cache a token takes, given GGUF type ids for keys and values."""
-        return self.key_width * _bytes_per_value(key_type) + self.value_width * _bytes_per_value(value_type)
+        return sum(self.kv_heads) * self.head_bytes(key_type, value_type)
+
+    def head_bytes(self, key_type: int, value_type: int) -> float:
+        """Bytes of a token's key and value of one head."""
+        return self.key_dim * _bytes_per_value(key_type) + self.value_dim * _bytes_per_value(value_type)
 
 
 def _bytes_per_value(type_id: int) -> float:
@@ -70,6 +80,8 @@ class _Reader:
         embedding = self._int("embedding_length")
         heads = self._per_layer("attention.head_count", layers, default=1)
         kv_heads = self._per_layer("attention.head_count_kv", layers, default=heads)
+        if interval := self._widest("full_attention_interval"):
+            kv_heads = [kv if (number + 1) % interval == 0 else 0 for number, kv in enumerate(kv_heads)]
         head_dim = embedding // max(1, max(heads))
         key_dim = self._int("attention.key_length", default=head_dim)
         value_dim = self._int("attention.value_length", default=head_dim)
@@ -80,18 +92,58 @@ class _Reader:
             unscaled_len=self._int("rope.scaling.original_context_length", default=trained, most=MAX_WINDOW),
             vocab_size=self._vocab_size(),
             embedding=embedding,
-            key_width=sum(kv_heads) * key_dim,
-            value_width=sum(kv_heads) * value_dim,
+            num_heads=max(heads),
+            kv_heads=tuple(kv_heads),
+            key_dim=key_dim,
+            value_dim=value_dim,
+            state_values=self._state_values(embedding, kv_heads),
+            step_width=self._step_width(embedding, max(heads) * (key_dim + value_dim)),
+            num_masks=(2 if self._widest("attention.sliding_window") else 1) if any(kv_heads) else 0,
             rope_base=self._float("rope.freq_base", default=10000.0),
             rope_dims=self._int("rope.dimension_count", default=key_dim),
             own_scaling=self._own_scaling(),
             has_freq_factors=any("rope_f" in tensor.name for tensor in self._header.tensors),
         )
 
+    def _step_width(self, embedding: int, heads: int) -> int:
+        """Values a token: the residual and its copies, heads before and after attention, and the larger MLP.
+
+        A dense MLP holds gate, up and their product; so does each expert of a token, beside its output and that
+        weighted. tests/backends/test_gguf_workspace.py holds the sum to what llama.cpp reserves.
+        """
+        dense, used = self._widest("feed_forward_length"), self._widest("expert_used_count")
+        expert = self._widest("expert_feed_forward_length") or dense
+        shared = self._widest("expert_shared_feed_forward_length") or expert * self._widest("expert_shared_count")
+        experts = used * (3 * expert + 2 * embedding) + 3 * shared if used else 0
+        return 6 * embedding + 2 * heads + max(3 * dense, experts) + 6 * self._widest("ssm.inner_size")
+
+    def _state_values(self, embedding: int, kv_heads: list[int]) -> tuple[int, ...]:
+        """The last inputs of a recurrent layer's convolution, and its state.
+
+        Such layers are those without attention, or all where none is without. Source: llama_hparams's n_embd_r and
+        n_embd_s.
+        """
+        inner, state = self._widest("ssm.inner_size"), self._widest("ssm.state_size")
+        inputs = max(0, self._widest("ssm.conv_kernel") - 1) * (inner + 2 * self._widest("ssm.group_count") * state)
+        inputs += max(0, self._widest("shortconv.l_cache") - 1) * embedding
+        if wkv := self._widest("wkv.head_size"):
+            inputs, inner, state = (self._widest("token_shift_count") or 2) * embedding, embedding, wkv
+        is_mixed = 0 in kv_heads
+        return tuple(0 if is_mixed and kv else inputs + inner * state for kv in kv_heads)
+
+    def _widest(self, key: str) -> int:
+        """The largest of the numbers that layers have under a key, or the one for all; 0 where there is none."""
+        value = self._get(key)
+        numbers = value if isinstance(value, tuple) else (value or 0,)
+        found = [number for number in numbers if isinstance(number, int) and 0 <= number <= MAX_WIDTH]
+        if len(found) < len(numbers):
+            raise self._error(key, value, f"it must be a number from 0 to {MAX_WIDTH}")
+        return max(found, default=0)
+
     def _get(self, key: str) -> Value | None:
         return self._header.metadata.get(f"{self._architecture}.{key}")
 
-    def _int(self, key: str, default: int | None = None, most: int = 1 << 24) -> int:
+    def _int(self, key: str, default: int | None = None, most: int = MAX_WIDTH) -> int:
         value = self._get(key)
         if value is None and default is not None:
             return default
@@ -145,7 +197,9 @@ class _Reader:
             return [int(v) for v in value[:layers]]
         if value is None:
             return default if isinstance(default, list) else [default] * layers
-        return [self._int(key, most=MAX_HEADS)] * layers
+        # A model of recurrent layers alone has no heads.
+        is_recurrent = self._widest("ssm.state_size") or self._widest("wkv.head_size")
+        return [0 if value == 0 and is_recurrent else self._int(key, most=MAX_HEADS)] * layers
 
     def _vocab_size(self) -> int:
         tokens = self._header.metadata.get("tokenizer.ggml.tokens")

@@ -184,6 +184,13 @@ OPTIONS: Mapping[str, Option] = {
         "N",
         ("-ngl", "--n-gpu-layers"),
     ),
+    "n-cpu-moe": Option(
+        (*_MODEL, "n_cpu_moe"),
+        "speed",
+        "first layers whose experts stay in the host's memory, of those on the GPU (default: 0)",
+        "N",
+        ("-ncmoe",),
+    ),
     "max-num-seqs": Option(
         (*_MODEL, "max_num_seqs"),
         "speed",

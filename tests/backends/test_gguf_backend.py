@@ -9,7 +9,6 @@ from gguf_models import gemma, greedy, lone_logits
 
 from tightrope.backends.errors import BackendError
 from tightrope.backends.gguf.backend import GGUFBackend
-from tightrope.backends.gguf.native import supports_gpu
 from tightrope.backends.locate import bundled_model
 from tightrope.backends.protocol import Chunk
 from tightrope.backends.reuse import Reuse
@@ -185,15 +184,6 @@ def test_progress_goes_up_to_one() -> None:
     GGUFBackend(bundled_model(), ModelSettings(max_model_len=256, cache=CacheSettings(tokens=256)), seen.append).close()
     assert seen == sorted(seen)
     assert seen[-1] == 1.0
-
-
-def test_layers_on_a_gpu_are_refused_by_a_build_without_one() -> None:
-    if supports_gpu():
-        settings = ModelSettings(gpu_layers=-1, max_model_len=256)
-        GGUFBackend(bundled_model(), settings, lambda _: None).close()
-    else:
-        with pytest.raises(BackendError, match="gpu_layers is -1"):
-            GGUFBackend(bundled_model(), ModelSettings(gpu_layers=-1), lambda _: None)
 
 
 def rope_logits(rope: RopeSettings, dtype: KVCacheDtype = "f16") -> torch.Tensor:

@@ -279,7 +279,7 @@ def test_block_sizes_are_those_of_ggml() -> None:
 def test_sizes_of_the_real_model_come_from_its_header() -> None:
     shape = ModelShape.of(read_header(bundled_model()))
     assert (shape.architecture, shape.trained_len, shape.vocab_size) == ("llama", 8192, 49152)
-    assert shape.key_width == shape.value_width == 30 * 3 * 64  # layers, key-value heads, head dimension
+    assert (shape.kv_heads, shape.num_heads, shape.key_dim, shape.value_dim) == ((3,) * 30, 9, 64, 64)
     assert shape.cache_bytes(ll.GGML_TYPE_F16, ll.GGML_TYPE_Q8_0) == 30 * 3 * 64 * (2 + 34 / 32)
     assert (shape.rope_base, shape.rope_dims) == (100000.0, 64)
 

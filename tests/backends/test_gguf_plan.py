@@ -6,6 +6,7 @@ import pytest
 
 from tightrope.backends.errors import BackendError
 from tightrope.backends.gguf.header import DataFile, Header, TensorInfo, Value
+from tightrope.backends.gguf.layout import Memory
 from tightrope.backends.gguf.plan import GGUFPlan, make_plan
 from tightrope.backends.gguf.rope import plan_rope
 from tightrope.backends.gguf.shape import ModelShape
@@ -25,6 +26,7 @@ def header(**extra: Value) -> Header:
         "general.architecture": "llama",
         "llama.block_count": LAYERS,
         "llama.embedding_length": 4096,
+        "llama.feed_forward_length": 14_336,
         "llama.context_length": 8192,
         "llama.attention.head_count": 32,
         "llama.attention.head_count_kv": HEADS,
@@ -37,7 +39,7 @@ def header(**extra: Value) -> Header:
 
 
 def plan(gib: float, **settings: object) -> GGUFPlan:
-    return make_plan(ModelSettings.model_validate(settings), header(), int(gib * GIB))
+    return make_plan(ModelSettings.model_validate(settings), header(), Memory(int(gib * GIB)))
 
 
 def test_plenty_of_memory_gives_sixteen_bits_and_room_for_several_chats() -> None:
@@ -48,7 +50,7 @@ def test_plenty_of_memory_gives_sixteen_bits_and_room_for_several_chats() -> Non
 
 @pytest.mark.parametrize(
     ("gib", "chosen"),
-    [(6.0, "f16"), (5.55, "q8 keys, f16 values"), (5.4, "q8")],  # a window takes 1 GiB, 0.77 GiB or 0.53 GiB
+    [(6.0, "f16"), (5.55, "q8 keys, f16 values"), (5.3, "q8")],  # a window takes 1 GiB, 0.77 GiB or 0.53 GiB
 )
 def test_auto_takes_the_fastest_type_that_holds_a_window(gib: float, chosen: str) -> None:
     made = plan(gib, step_tokens=64)
@@ -61,9 +63,18 @@ def test_a_window_that_does_not_fit_is_refused_with_the_one_that_does() -> None:
     with pytest.raises(
         BackendError, match=r"8192 tokens as q8 needs 0\.53 GiB .* take --kv-cache q4, or ask for at most (\d+) tokens"
     ) as caught:
-        plan(5.0, step_tokens=64)
+        plan(5.0, step_tokens=64, max_model_len=8192)
     fitting = int(str(caught.value).split()[-2])
     assert plan(5.0, step_tokens=64, max_model_len=fitting).num_cells >= fitting
+
+
+def test_without_a_window_asked_for_it_is_what_fits_and_a_line_says_so() -> None:
+    made = plan(5.0, step_tokens=64)
+    assert (made.cache_type.name, made.window) == ("q8", made.num_cells)
+    assert 1024 <= made.window < 8192
+    assert f"window: {made.window} tokens, what memory holds of the 8192 that the model is made for" in made.notes
+    with pytest.raises(BackendError, match="8192 tokens as q8 needs"):
+        plan(4.6, step_tokens=64)  # less than anyone would want
 
 
 def test_memory_is_never_promised_twice() -> None:

@@ -133,6 +133,28 @@ def test_a_broken_scaling_in_a_folder_is_one_line_with_file_and_field(
     assert capsys.readouterr().err.startswith("tightrope: config.json: rope_scaling.rope_type is 'spiral'; known are")
 
 
+@pytest.mark.parametrize("option", ["--gpu-layers=-1", "--gpu-layers=20", "--n-cpu-moe=4"])
+def test_options_for_a_files_layers_are_refused_by_name_with_a_folder(
+    option: str, yi: str, capsys: pytest.CaptureFixture[str]
+):
+    assert main(["plan", yi, "--memory=24GiB", option]) == 1
+    assert capsys.readouterr().err.startswith(f"tightrope: {option.replace('=', ' ')}: only a GGUF file's layers")
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--n-cpu-moe=4"], "n_cpu_moe is 4, but no layer is on a card; add --gpu-layers, or leave it out"),
+        (["--n-cpu-moe=4", "--gpu-layers=-1"], "n_cpu_moe is 4, but the model has no experts; leave it out"),
+    ],
+)
+def test_experts_that_cannot_be_left_with_the_host_are_refused(
+    options: list[str], reason: str, capsys: pytest.CaptureFixture[str]
+):
+    assert main(["plan", str(bundled_model()), "--memory=24GiB", *options]) == 1
+    assert capsys.readouterr().err.endswith(f"{reason}\n")
+
+
 def test_the_experts_of_a_mixtral_8x7b_are_counted_all_and_its_adapter_beside_them(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

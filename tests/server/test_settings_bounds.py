@@ -112,6 +112,7 @@ def test_defaults_are_within_the_bounds_of_a_single_cpu(monkeypatch: pytest.Monk
     ("name", "text"),
     [
         ("gpu-layers", "9999"),
+        ("n-cpu-moe", "999"),
         ("max-model-len", "200000"),
         ("kv-cache-tokens", "2000000"),
         ("max-num-seqs", "128"),

@@ -31,6 +31,7 @@ class Inspection:
 
 def inspect(folder: Path, settings: ModelSettings, device: torch.device | str = "cpu") -> Inspection:
     """Read all of a folder but its weights. Raises BackendError in one line for whatever can't be served."""
+    _check_options(settings)
     shape = read_config(folder)
     if settings.matmul_sums != "float32" and torch.device(device).type == "cpu":
         raise BackendError(f"--matmul-sums {settings.matmul_sums}: on a CPU sums are float32; leave it out")
@@ -43,3 +44,12 @@ def inspect(folder: Path, settings: ModelSettings, device: torch.device | str = 
     for path in settings.adapters.values():
         blueprint.adapters.check(Path(path).expanduser())
     return Inspection(shape, rope, tokenizer, blueprint, templates)
+
+
+def _check_options(settings: ModelSettings) -> None:
+    for option, value in (("--gpu-layers", settings.gpu_layers), ("--n-cpu-moe", settings.n_cpu_moe)):
+        if value:
+            raise BackendError(
+                f"{option} {value}: only a GGUF file's layers are put on a card one by one, and a folder's model runs "
+                "whole on the card where there is one; leave it out"
+            )

@@ -1,0 +1,161 @@
+"""The graphics cards that layers can be put on, asked of ggml through its own functions for devices."""
+
+import ctypes
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from llama_cpp import llama_cpp as ll
+
+from tightrope.backends.errors import BackendError
+from tightrope.backends.gguf.cache_types import CacheType
+from tightrope.backends.gguf.shape import ModelShape
+from tightrope.backends.gguf.tensor_types import TENSOR_TYPES
+from tightrope.backends.settings import ModelSettings
+
+# Beside llama.cpp's buffers a card holds code of kernels, cuBLAS's workspace, the pool of temporary buffers' slack and
+# recorded graphs. The driver's context is none of them: it is open when the card tells what it has free.
+RESERVE_BYTES = 384 << 20
+_WITHOUT_CARDS = {"CPU", "BLAS"}  # ggml's libraries for these know no cards.
+_GPU, _INTEGRATED = 1, 2  # They are ggml_backend_dev_type's.
+_ROWS, _CELLS = 64, 256  # Attention is asked about with so many queries and keys, which all kernels can divide.
+
+
+class _Props(ctypes.Structure):
+    """ggml_backend_dev_props of ggml-backend.h, with room for what later versions add."""
+
+    _fields_ = (
+        ("name", ctypes.c_char_p),
+        ("description", ctypes.c_char_p),
+        ("memory_free", ctypes.c_size_t),
+        ("memory_total", ctypes.c_size_t),
+        ("type", ctypes.c_int),
+        ("device_id", ctypes.c_char_p),
+        ("later", ctypes.c_uint8 * 256),
+    )
+
+
+class _InitParams(ctypes.Structure):
+    """ggml_init_params of ggml.h."""
+
+    _fields_ = (("mem_size", ctypes.c_size_t), ("mem_buffer", ctypes.c_void_p), ("no_alloc", ctypes.c_bool))
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """A device with memory of its own, or with a part of the host's."""
+
+    name: str  # ggml calls it so, such as CUDA0.
+    free_bytes: int
+    description: str = ""
+    shares_host: bool = False  # What is put there is taken from the host's memory.
+    pointer: int | None = None  # It is ggml's; None for a card that is planned for and isn't here.
+
+    @property
+    def room(self) -> int:
+        """Bytes that weights, cache and workspace may fill."""
+        return max(0, self.free_bytes - RESERVE_BYTES)
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.description})" if self.description else self.name
+
+    def attends(self, shape: ModelShape, kind: CacheType) -> bool:
+        """Whether it has a kernel for the attention of a model, over keys and values stored so.
+
+        Where it has none, llama.cpp computes attention on the CPU, and copies the cache there in every step.
+        """
+        if self.pointer is None:
+            return kind.key_type == kind.value_type  # CUDA's usual build has kernels for these.
+        return has_attention(self.pointer, shape, kind)
+
+
+def cards_for(settings: ModelSettings) -> tuple[Card, ...]:
+    """The cards that `settings` put layers on: none, or those of --device that are here. Raises BackendError."""
+    device, layers = settings.device, settings.gpu_layers
+    if layers == 0 and device.startswith("cuda"):
+        raise BackendError(f"--device {device}: of a GGUF file --gpu-layers says how many layers go there; -1 is all")
+    if layers != 0 and device == "cpu":
+        raise BackendError(f"--device cpu and --gpu-layers {layers} contradict each other; give only one of them")
+    if layers == 0:
+        return ()
+    found = list(_devices())
+    # As llama.cpp has it: a card that two of its libraries see is one, and integrated ones are for want of others.
+    cards = list({device_id or card.name: card for device_id, card in reversed(found) if not card.shares_host}.values())
+    chosen = cards[::-1] or [card for _, card in found[:1]]
+    if not chosen:
+        raise BackendError(f"gpu_layers is {layers}, but {_why_none()}")
+    name, _, number = device.upper().partition(":")
+    meant = [card for card in chosen if device == "auto" or re.fullmatch(name + (number or r"\d+"), card.name)]
+    if not meant:
+        raise BackendError(f"--device {device}: llama.cpp sees {', '.join(map(str, chosen))}")
+    return tuple(meant)
+
+
+def _why_none() -> str:
+    library: Any = ll._lib  # Llama_cpp wraps none of ggml's functions.
+    library.ggml_backend_reg_count.restype = ctypes.c_size_t
+    library.ggml_backend_reg_get.restype = ctypes.c_void_p
+    library.ggml_backend_reg_name.restype = ctypes.c_char_p
+    pointers = (library.ggml_backend_reg_get(ctypes.c_size_t(i)) for i in range(library.ggml_backend_reg_count()))
+    names = {library.ggml_backend_reg_name(ctypes.c_void_p(pointer)).decode() for pointer in pointers}
+    if not (kinds := sorted(names - _WITHOUT_CARDS)):
+        return "this llama-cpp-python was built for the CPU; use 0, or reinstall it with CMAKE_ARGS=-DGGML_CUDA=on"
+    return f"llama.cpp's {' and '.join(kinds)} sees no graphics card; use 0, or see whether its driver does"
+
+
+def _devices() -> Iterator[tuple[str | None, Card]]:
+    library: Any = ll._lib
+    library.ggml_backend_dev_count.restype = ctypes.c_size_t
+    library.ggml_backend_dev_get.restype = ctypes.c_void_p
+    for number in range(library.ggml_backend_dev_count()):
+        pointer = library.ggml_backend_dev_get(ctypes.c_size_t(number))
+        props = _Props()
+        library.ggml_backend_dev_get_props(ctypes.c_void_p(pointer), ctypes.byref(props))
+        if props.type in (_GPU, _INTEGRATED):
+            yield (
+                props.device_id.decode() if props.device_id else None,
+                Card(
+                    props.name.decode(),
+                    props.memory_free,
+                    props.description.decode(errors="replace").strip(),
+                    props.type == _INTEGRATED,
+                    pointer,
+                ),
+            )
+
+
+def has_attention(device: int, shape: ModelShape, kind: CacheType) -> bool:
+    """Whether a ggml device computes flash attention for a model's heads with a cache of `kind`.
+
+    It is asked as llama.cpp itself asks when it gives each operation of a step to a device: with tensors of the right
+    types and shapes, for which no memory is taken.
+    """
+    library: Any = ll._lib
+    kv_heads = max(shape.kv_heads)
+    if kv_heads == 0:
+        return True
+    if shape.key_dim % TENSOR_TYPES[kind.key_type].values or shape.value_dim % TENSOR_TYPES[kind.value_type].values:
+        return False
+    for function in (library.ggml_init, library.ggml_new_tensor_4d, library.ggml_flash_attn_ext):
+        function.restype = ctypes.c_void_p
+    library.ggml_tensor_overhead.restype = ctypes.c_size_t
+    library.ggml_backend_dev_supports_op.restype = ctypes.c_bool
+    context = ctypes.c_void_p(library.ggml_init(_InitParams(8 * library.ggml_tensor_overhead(), None, True)))
+
+    def tensor(type_id: int, *sizes: int) -> ctypes.c_void_p:
+        dims = (ctypes.c_int64(size) for size in (*sizes, 1))
+        return ctypes.c_void_p(library.ggml_new_tensor_4d(context, ctypes.c_int(type_id), *dims))
+
+    try:
+        attention = library.ggml_flash_attn_ext(
+            context,
+            tensor(ll.GGML_TYPE_F32, shape.key_dim, _ROWS, shape.num_heads),
+            tensor(kind.key_type, shape.key_dim, _CELLS, kv_heads),
+            tensor(kind.value_type, shape.value_dim, _CELLS, kv_heads),
+            tensor(ll.GGML_TYPE_F16, _CELLS, _ROWS, 1),
+            *(ctypes.c_float(number) for number in (1.0, 0.0, 0.0)),  # These are scale, ALiBi's bias and soft cap.
+        )
+        return bool(library.ggml_backend_dev_supports_op(ctypes.c_void_p(device), ctypes.c_void_p(attention)))
+    finally:
+        library.ggml_free(context)

@@ -1,0 +1,272 @@
+"""Where a model's layers lie, on cards or in the host's memory, what that takes, and how much cache fits beside them.
+
+llama.cpp puts the last layers on cards, the output behind them first; keys and values lie where their layer does, and
+the table of the tokens' embeddings always in the host's memory.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+
+from tightrope.backends.errors import BackendError
+from tightrope.backends.gguf.cache_types import CacheType
+from tightrope.backends.gguf.cards import RESERVE_BYTES, Card, cards_for
+from tightrope.backends.gguf.header import Header
+from tightrope.backends.gguf.native import MAX_SEQS
+from tightrope.backends.gguf.shape import ModelShape
+from tightrope.backends.memory import MEMORY_SHARE, free_memory
+from tightrope.backends.planning import grossed_up
+from tightrope.backends.settings import MAX_TOKENS, ModelSettings
+
+CELL_GRAIN = 256  # Llama.cpp rounds the number of cells up to this.
+KEPT_SLOTS = 48  # So many finished sequences may be kept at most, as llama.cpp's work a step grows with the slots.
+MAX_OUTPUTS = 128  # One native call gives so many rows of logits, for which a buffer is allocated.
+# Names of the tensors that hold all experts of a layer; llama.cpp's own --n-cpu-moe goes by them.
+EXPERTS = r"\.ffn_(up|down|gate|gate_up)_(ch|)exps"
+FIXED_BYTES = 64 << 20
+MASK_BYTES = 2  # Flash attention's mask has 16 bits for each token of a step and each cell.
+_INPUTS = ("token_embd", "per_layer_token_embd", "position_embd", "token_types")
+_SHARES = 12  # Halvings of the share of each card that is filled.
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """A layer, or the output: what makes logits of the last layer's result. Sizes in bytes."""
+
+    weight_bytes: int = 0
+    expert_bytes: int = 0  # They are a part of `weight_bytes`.
+    copied_bytes: int = 0  # On a card it takes these more: a copy of the embedding, where that is the output's matrix.
+    largest_bytes: int = 0  # That of the largest tensor.
+    kv_heads: int = 0
+    state_bytes: int = 0  # A recurrent layer keeps these for all sequences, whatever the length of the cache.
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """What is free; `cards` are those that layers are put on."""
+
+    host_bytes: int
+    cards: tuple[Card, ...] = ()
+
+    @property
+    def host_room(self) -> int:
+        """Bytes of the host's memory that may be filled."""
+        return int(self.host_bytes * MEMORY_SHARE)
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """A model in a memory, with its last `num_on_cards` slots on the cards."""
+
+    shape: ModelShape
+    memory: Memory
+    input_bytes: int
+    slots: tuple[Slot, ...]
+    num_on_cards: int
+    num_cpu_experts: int  # The experts of so many layers, from the first on, stay in the host's memory.
+    step_tokens: int
+    max_outputs: int
+    max_seqs: int  # Of the context: those that run, and finished ones.
+
+    @classmethod
+    def of(cls, settings: ModelSettings, header: Header, memory: Memory, adapter_bytes: int = 0) -> "Layout":
+        """Adapters lie beside the weights that they change, and are counted with all layers alike."""
+        shape = ModelShape.of(header)
+        max_seqs = min(MAX_SEQS, settings.max_num_seqs + KEPT_SLOTS)
+        slots = _slots(header, shape, -(-adapter_bytes // len(shape.kv_heads)), max_seqs)
+        asked = len(slots) if settings.gpu_layers < 0 else min(settings.gpu_layers, len(slots))
+        return cls(
+            shape=shape,
+            memory=memory,
+            input_bytes=sum(tensor.num_bytes for tensor in header.tensors if tensor.name.startswith(_INPUTS)),
+            slots=slots,
+            num_on_cards=asked if memory.cards else 0,
+            num_cpu_experts=min(settings.n_cpu_moe, len(shape.kv_heads)),
+            step_tokens=settings.step_tokens_on("cpu"),
+            max_outputs=max(settings.max_num_seqs, min(MAX_OUTPUTS, settings.step_tokens_on("cpu"))),
+            max_seqs=max_seqs,
+        )
+
+    @property
+    def _first(self) -> int:
+        """The first slot that is on a card."""
+        return len(self.slots) - self.num_on_cards
+
+    @property
+    def host_weight_bytes(self) -> int:
+        """Weights in the host's memory."""
+        left = sum(slot.expert_bytes for slot in self.slots[self._first : self.num_cpu_experts])
+        return self.input_bytes + sum(slot.weight_bytes for slot in self.slots[: self._first]) + left
+
+    @property
+    def host_tensors(self) -> str | None:
+        """A regular expression for the tensors of layers on cards that stay in the host's memory; None if all go."""
+        if not (self.num_cpu_experts and self.num_on_cards):
+            return None
+        return rf"blk\.({'|'.join(map(str, range(self.num_cpu_experts)))}){EXPERTS}"
+
+    def token_bytes(self, kind: CacheType) -> float:
+        """Bytes of a token's keys and values in all layers; 0 for a model without attention."""
+        return self.shape.cache_bytes(kind.key_type, kind.value_type)
+
+    def workspace_bytes(self, num_cells: int) -> int:
+        """A bound on llama.cpp's buffers of a step and of its results in the host's memory."""
+        return self._logit_bytes + self._step_bytes(num_cells) + FIXED_BYTES
+
+    def card_workspace_bytes(self, num_cells: int, kind: CacheType) -> int:
+        """A bound on the buffers of a step on a card.
+
+        It unpacks a layer's quantized cache to 16 bits for the attention of a prompt, and is sent the matrices that lie
+        in the host's memory one by one for a prompt's products.
+        """
+        heads = max(self.shape.kv_heads) * (self.shape.key_dim + self.shape.value_dim)
+        unpacked = 2 * num_cells * heads if kind.is_quantized else 0
+        left = [slot.largest_bytes for slot in (*self.slots[: self._first], *self.slots[: self.num_cpu_experts])]
+        return self._step_bytes(num_cells) + unpacked + max(left, default=0)
+
+    @property
+    def _logit_bytes(self) -> int:
+        return 4 * self.max_outputs * self.shape.vocab_size
+
+    def _step_bytes(self, num_cells: int) -> int:
+        """Logits, activations in float32, and masks."""
+        masks = MASK_BYTES * self.step_tokens * num_cells * self.shape.num_masks
+        return self._logit_bytes + 4 * self.step_tokens * self.shape.step_width + masks
+
+    def host_need(self, num_cells: int, kind: CacheType) -> int:
+        """Bytes of the host's memory, and of that which integrated cards take of it."""
+        need = self.host_weight_bytes + self.workspace_bytes(num_cells)
+        need += sum(self._kept_bytes(slot, num_cells, kind) for slot in self.slots[: self._first])
+        if any(card.shares_host for card in self.memory.cards):
+            need += self.card_need(num_cells, kind) + self.card_workspace_bytes(num_cells, kind)
+        return need
+
+    def card_need(self, num_cells: int, kind: CacheType) -> int:
+        """Bytes of weights and cache on all cards together."""
+        return sum(self._costs(num_cells, kind))
+
+    def fits(self, num_cells: int, kind: CacheType) -> bool:
+        """Whether all has room with a cache of so many cells."""
+        if self.host_need(num_cells, kind) > self.memory.host_room:
+            return False
+        return not self.num_on_cards or bool(filled(self._costs(num_cells, kind), self.card_rooms(num_cells, kind)))
+
+    def counts(self, num_cells: int, kind: CacheType) -> tuple[int, ...]:
+        """How many slots each card takes, in order, where all has room."""
+        return spread(self._costs(num_cells, kind), self.card_rooms(num_cells, kind)) if self.num_on_cards else ()
+
+    def card_fillings(self, counts: Sequence[int], num_cells: int, kind: CacheType) -> list[int]:
+        """Bytes of each card that are planned for, with so many slots on each."""
+        costs, ends = self._costs(num_cells, kind), list(accumulate(counts))
+        workspace = self.card_workspace_bytes(num_cells, kind) + RESERVE_BYTES
+        return [sum(costs[end - count : end]) + workspace for count, end in zip(counts, ends, strict=True)]
+
+    def card_rooms(self, num_cells: int, kind: CacheType) -> list[int]:
+        """Bytes of each card that weights and cache may fill."""
+        return [card.room - self.card_workspace_bytes(num_cells, kind) for card in self.memory.cards]
+
+    def fitting_tokens(self, kind: CacheType) -> int:
+        """The most tokens of cache that fit, in whole grains."""
+        fits, most = 0, MAX_TOKENS // CELL_GRAIN
+        if not self.fits(0, kind):
+            return 0
+        while fits < most:
+            middle = (fits + most + 1) // 2
+            fits, most = (middle, most) if self.fits(middle * CELL_GRAIN, kind) else (fits, middle - 1)
+        return fits * CELL_GRAIN
+
+    def most_on_cards(self, num_cells: int, kind: CacheType) -> int:
+        """The most slots, fewer than now, that can be on cards with a cache of so many cells; 0 where none can."""
+        fewer = (replace(self, num_on_cards=number) for number in range(self.num_on_cards - 1, 0, -1))
+        return next((layout.num_on_cards for layout in fewer if layout.fits(num_cells, kind)), 0)
+
+    def least_cpu_experts(self, num_cells: int, kind: CacheType) -> int:
+        """The least number of layers whose experts, left in the host's memory, make it fit; 0 where none does."""
+        more = (replace(self, num_cpu_experts=number) for number in range(self.num_cpu_experts + 1, len(self.slots)))
+        return next((layout.num_cpu_experts for layout in more if layout.fits(num_cells, kind)), 0)
+
+    def _costs(self, num_cells: int, kind: CacheType) -> list[int]:
+        """Bytes of weights and cache on a card, for each slot there."""
+        return [
+            slot.weight_bytes
+            + slot.copied_bytes
+            - (slot.expert_bytes if number < self.num_cpu_experts else 0)
+            + self._kept_bytes(slot, num_cells, kind)
+            for number, slot in enumerate(self.slots[self._first :], self._first)
+        ]
+
+    def _kept_bytes(self, slot: Slot, num_cells: int, kind: CacheType) -> int:
+        """Keys and values of a slot, and recurrent states."""
+        return slot.state_bytes + int(num_cells * slot.kv_heads * self.shape.head_bytes(kind.key_type, kind.value_type))
+
+
+def spread(costs: Sequence[int], rooms: Sequence[int]) -> tuple[int, ...]:
+    """How many slots in a row, taking `costs` bytes each, go to each card with `rooms` bytes, all of which hold them.
+
+    As few cards as hold them are used, in order, and each is filled to about the same share.
+    """
+    used = next(n for n in range(1, len(rooms) + 1) if filled(costs, rooms[:n]))
+    counts = filled(costs, rooms[:used])
+    low, high = 0.0, 1.0
+    for _ in range(_SHARES):
+        share = (low + high) / 2
+        if fewer := filled(costs, [share * room for room in rooms[:used]]):
+            counts, high = fewer, share
+        else:
+            low = share
+    return (*counts, *[0] * (len(rooms) - used))
+
+
+def filled(costs: Sequence[int], rooms: Sequence[float]) -> tuple[int, ...]:
+    """Slots on each card, when each in its turn takes as many as it holds; () where some are left over.
+
+    No other cut of the row into pieces leaves fewer over.
+    """
+    counts: list[int] = []
+    start = 0
+    for room in rooms:
+        end, left = start, room
+        while end < len(costs) and costs[end] <= left:
+            left -= costs[end]
+            end += 1
+        counts.append(end - start)
+        start = end
+    return tuple(counts) if start == len(costs) else ()
+
+
+def _slots(header: Header, shape: ModelShape, adapter_bytes: int, max_seqs: int) -> tuple[Slot, ...]:
+    layers = len(shape.kv_heads)
+    weights, experts, largest = [0] * (layers + 1), [0] * (layers + 1), [0] * (layers + 1)
+    sizes = {tensor.name: tensor.num_bytes for tensor in header.tensors}
+    for name, size in sizes.items():
+        if name.startswith(_INPUTS):
+            continue
+        match = re.match(r"blk\.(\d+)\.", name)
+        slot = min(int(match[1]), layers) if match else layers
+        weights[slot] += size
+        experts[slot] += size if re.search(EXPERTS, name) else 0
+        largest[slot] = max(largest[slot], size)
+    copied = 0 if "output.weight" in sizes else sizes.get("token_embd.weight", 0)
+    blocks = [
+        Slot(
+            weight_bytes=weights[number] + adapter_bytes,
+            expert_bytes=experts[number],
+            largest_bytes=largest[number],
+            kv_heads=shape.kv_heads[number],
+            state_bytes=4 * max_seqs * shape.state_values[number],
+        )
+        for number in range(layers)
+    ]
+    return (*blocks, Slot(weights[layers], copied_bytes=copied, largest_bytes=max(largest[layers], copied)))
+
+
+def memory_of(settings: ModelSettings, memory_bytes: int | None, device_bytes: tuple[int, ...] | None) -> Memory:
+    """What is free here, or what is named instead: bytes of the host's memory, all of which may be filled, and bytes
+    that a driver would call free on each card. Raises BackendError."""
+    host = free_memory() if memory_bytes is None else grossed_up(memory_bytes)
+    if device_bytes is None:
+        return Memory(host, cards_for(settings))
+    if settings.gpu_layers == 0:
+        raise BackendError("no layer is put on a card unless --gpu-layers says how many; add --gpu-layers -1 for all")
+    return Memory(host, tuple(Card(f"card {number}", size) for number, size in enumerate(device_bytes)))
