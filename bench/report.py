@@ -5,6 +5,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -40,6 +41,25 @@ def write(name: str, results: dict[str, object]) -> Path:
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps({**environment(), "results": results}, indent=2, ensure_ascii=False) + "\n")
     return path
+
+
+class RowFile:
+    """Rows of JSON, each on the disk as soon as it is known: what ends a run takes one of them along at most."""
+
+    def __init__(self, name: str, folder: Path) -> None:
+        """Go on with `name`.jsonl in the folder; the environment stands before the rows of each run."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / f"{name}.jsonl"
+        written = self.path.read_bytes() if self.path.exists() else b""
+        if written and not written.endswith(b"\n"):  # a row that was cut stays on a line of its own
+            self.path.write_bytes(written + b"\n")
+        self.add(environment())
+
+    def add(self, row: Mapping[str, object]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def _command(argv: list[str]) -> str:

@@ -1,7 +1,9 @@
 """A tiny model and adapters, written on the fly: what a server does with them does not depend on what they know."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from safetensors.torch import save_file
@@ -18,10 +20,13 @@ TEMPLATE = (
 RANK = 8
 
 
-def write_model(folder: Path) -> Path:
-    """A llama of two layers with random weights in bf16, whose tokens are single bytes."""
-    vocab = {mark: place for place, mark in enumerate((*MARKS, *_byte_alphabet()))}
-    config = {
+def write_model(folder: Path, others: Mapping[str, object] = MappingProxyType({})) -> Path:
+    """A llama of two layers with random weights in bf16, whose tokens are single bytes.
+
+    others: fields of config.json that differ.
+    """
+    num_tokens = write_tokenizer(folder)
+    config: dict[str, object] = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "hidden_act": "silu",
@@ -33,20 +38,27 @@ def write_model(folder: Path) -> Path:
         "max_position_embeddings": WINDOW,
         "rms_norm_eps": 1e-5,
         "rope_theta": 10000.0,
-        "vocab_size": len(vocab),
+        "vocab_size": num_tokens,
         "tie_word_embeddings": True,
         "bos_token_id": 1,
         "eos_token_id": 2,
         "pad_token_id": 2,
         "torch_dtype": "bfloat16",
+        **others,
     }
-    folder.mkdir(parents=True, exist_ok=True)
     _write_json(folder / "config.json", config)
+    save_file(_weights(num_tokens), folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def write_tokenizer(folder: Path) -> int:
+    """Tokens that are single bytes, and a chat's marks; returns how many there are."""
+    vocab = {mark: place for place, mark in enumerate((*MARKS, *_byte_alphabet()))}
+    folder.mkdir(parents=True, exist_ok=True)
     _write_json(folder / "tokenizer.json", _tokenizer(vocab))
     names = {"bos_token": MARKS[1], "eos_token": MARKS[2], "unk_token": MARKS[0], "chat_template": TEMPLATE}
     _write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **names})
-    save_file(_weights(len(vocab)), folder / "model.safetensors", {"format": "pt"})
-    return folder
+    return len(vocab)
 
 
 def write_adapter(model: Path, folder: Path, seed: int) -> Path:

@@ -1,94 +1,138 @@
-"""The CUDA side in one command: every Triton kernel against the reference, then speeds against the card's own.
+"""The CUDA side in slices, the most telling first: right or wrong, then how fast, well within ten minutes.
 
-Last come an EXL2 model of Yi-34B's shape in 24 GiB, for which exllamav2's kernels run beside ours where they are
-installed, and a Mixtral of 8x7B's shape at 4 bits.
-
-`python -m bench.gpu` in the checkout, on a machine with a CUDA card, PyTorch, Triton and transformers; no more is
-needed, nothing need be installed. Writes bench/results/gpu.json and exits with 1 if a result is wrong or below its bar.
-`--smoke` runs everything at tiny sizes on a CPU, in Triton's interpreter, prints the results and judges no speed.
+`python -m bench.gpu` in the checkout, on a machine with a CUDA card, PyTorch, Triton and transformers; the slices that
+load models and serve need what tightrope needs. Each row is added to gpu.jsonl in --out as soon as it is measured, so
+that a run that is cut keeps the others; a later run, of other slices perhaps, goes on in the same file. Exits with 1 if
+a result is wrong or below its bar, or a slice was not run. `--smoke` goes through everything at tiny sizes on a CPU, in
+Triton's interpreter, and judges no speed.
 """
 
 import argparse
+import importlib
 import json
 import os
+import signal
+import subprocess
 import sys
-from typing import TYPE_CHECKING
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
 
-if TYPE_CHECKING:
-    import torch
+from bench import report
+from bench.gpu.slices import MOST_TIMES, SLICES, Slice
+
+ROOT = Path(__file__).resolve().parents[2]
+BUDGET_S = 540
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__.partition("\n")[0])
+    options = _options()
+    if options.smoke:
+        os.environ["TRITON_INTERPRET"] = "1"
+    refusal = _refusal(options.smoke)
+    if refusal is not None:
+        print(f"bench.gpu: {refusal}", file=sys.stderr)
+        return 1
+    ends_s = time.monotonic() + options.budget
+    rows = report.RowFile("smoke" if options.smoke else "gpu", options.out)
+    cache = options.cache or options.out / "triton"
+    os.environ["TRITON_CACHE_DIR"] = str(cache.resolve())
+    wanted = [slice for slice in SLICES if slice.name in (options.only or [slice.name])]
+    failing = [slice.name for slice in wanted if not _run(slice, options.smoke, ends_s, rows)]
+    print(f"written to {rows.path}; {len(wanted) - len(failing)} of {len(wanted)} slices hold", file=sys.stderr)
+    if failing:
+        print(f"not so: {', '.join(failing)}", file=sys.stderr)
+    return 1 if failing else 0
+
+
+def _options() -> argparse.Namespace:
+    lines = [__doc__.partition("\n")[0], ""]
+    lines += [f"  {slice.name:13} {slice.about} ({slice.seconds} s)" for slice in SLICES]
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.gpu",
+        description="\n".join(lines),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    names = [slice.name for slice in SLICES]
+    parser.add_argument("--only", nargs="+", choices=names, metavar="SLICE", help="these alone, in the order above")
+    parser.add_argument(
+        "--budget",
+        type=float,
+        default=BUDGET_S,
+        metavar="SECONDS",
+        help=f"begin no slice that would not fit into what is left of so many; default: {BUDGET_S}",
+    )
+    parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu", help="folder of the results")
+    parser.add_argument("--cache", type=Path, help="folder of compiled kernels (Triton's); default: triton in --out")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes on a CPU, to see that the program runs")
-    is_smoke = parser.parse_args().smoke
-    if is_smoke:
-        os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
+    return parser.parse_args()
+
+
+def _refusal(is_smoke: bool) -> str | None:
+    """Why there is nothing to run on, in one line."""
     try:
-        import torch
-        import transformers  # noqa: F401  its absence is told here, not after minutes
-        import triton  # noqa: F401
+        for name in ("torch", "triton", "transformers"):
+            importlib.import_module(name)
     except ImportError as error:
-        return _refuse(f"{error.name} is missing; install torch, triton and transformers")
-    if not is_smoke and not torch.cuda.is_available():
-        return _refuse("no CUDA device; --smoke runs tiny sizes on a CPU")
-
-    from bench import report
-    from bench.gpu import attention, correctness, experts, model, quantized, quantized_model, timing
-
-    device = torch.device("cpu" if is_smoke else "cuda")
-    bandwidth = timing.memory_bandwidth(device, 1 << (20 if is_smoke else 31))
-    _show(f"memory: a copy moves {bandwidth / 1e9:.0f} GB/s")
-    results: dict[str, object] = {"device": _describe(device), "bandwidth_gb_s": bandwidth / 1e9}
-    checks = [
-        *correctness.check_kernels(device, is_smoke, _show),
-        *quantized.check_products(device, is_smoke, _show),
-        *experts.check(device, is_smoke, _show),
-    ]
-    speeds = []
-    for name, measure in (
-        ("decode_attention", attention.measure),
-        ("products", quantized.measure),
-        ("decode", model.measure),
-        ("exl2_decode", quantized_model.measure),
-        ("mixture_decode", experts.measure),
-    ):
-        rows = measure(device, bandwidth, is_smoke, _show)
-        results[name] = rows
-        speeds += rows
-    results["checks"] = checks
-    if is_smoke:
-        print(json.dumps(results, indent=2))
-    else:
-        print(f"written to {report.write('gpu', results)}")
-    wrong, slow = ([row for row in rows if not row["holds"]] for rows in (checks, speeds))
-    for row in wrong:
-        print(f"wrong: {row['kernel']}: {row['case']}: error {row['error']:.2g}, allowed {row['bound']:.2g}")
-    print(f"{len(checks) - len(wrong)} of {len(checks)} checks hold, {len(slow)} of {len(speeds)} speeds below a bar")
-    return 1 if wrong or (slow and not is_smoke) else 0
-
-
-def _refuse(reason: str) -> int:
-    print(f"bench.gpu: {reason}", file=sys.stderr)
-    return 1
-
-
-def _show(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
-def _describe(device: "torch.device") -> dict[str, object]:
+        return f"{error.name} is missing; install torch, triton and transformers"
     import torch
 
-    if device.type != "cuda":
-        return {"name": "cpu"}
-    card = torch.cuda.get_device_properties(device)
-    return {
-        "name": card.name,
-        "multiprocessors": card.multi_processor_count,
-        "memory_gib": round(card.total_memory / 2**30, 1),
-        "cuda": torch.version.cuda,
-    }
+    return None if is_smoke or torch.cuda.is_available() else "no CUDA device; --smoke runs tiny sizes on a CPU"
+
+
+def _run(slice: Slice, is_smoke: bool, ends_s: float, rows: report.RowFile) -> bool:
+    """Whether all of a slice was measured and holds."""
+    begun_s = time.monotonic()
+    left_s = ends_s - begun_s
+    if left_s < slice.seconds:
+        why = f"{left_s:.0f} s are left of the budget, and it takes about {slice.seconds}"
+        rows.add({"slice": slice.name, "not_begun": why})
+        print(f"{slice.name}: not begun: {why}", file=sys.stderr)
+        return False
+    limit_s = left_s if is_smoke else min(left_s, MOST_TIMES * slice.seconds)
+    command = [sys.executable, "-m", "bench.gpu.one", slice.module, *(["--smoke"] if is_smoke else [])]
+    status, holds = _follow(command, limit_s, slice.name, rows)
+    took_s = time.monotonic() - begun_s
+    end: dict[str, object] = {"slice": slice.name, "seconds": took_s, "status": status}
+    if took_s >= limit_s:
+        end["ended"] = f"after {limit_s:.0f} s"
+    rows.add(end)
+    print(f"{slice.name}: {took_s:.0f} s, {'holds' if holds and not status else 'does not hold'}", file=sys.stderr)
+    return holds and not status
+
+
+def _follow(command: Sequence[str], limit_s: float, name: str, rows: report.RowFile) -> tuple[int, bool]:
+    """Run one slice and keep each row that it prints; returns its exit status, and whether all rows hold."""
+    holds = True
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+        timer = threading.Timer(limit_s, _kill, [process])
+        timer.start()
+        try:
+            assert process.stdout is not None
+            for line in process.stdout:
+                row = {"slice": name, **json.loads(line)}
+                rows.add(row)
+                holds = holds and row.get("holds") is not False
+                print(_told(row), file=sys.stderr, flush=True)
+            return process.wait(), holds
+        finally:
+            timer.cancel()
+            _kill(process)
+
+
+def _kill(process: "subprocess.Popen[str]") -> None:
+    """A slice with all that it started: a server, for one."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+
+
+def _told(row: dict[str, object]) -> str:
+    """A row as people read it."""
+    parts = [f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in row.items()]
+    return " ".join(parts)
 
 
 if __name__ == "__main__":

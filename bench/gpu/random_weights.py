@@ -5,6 +5,8 @@ The same name gives the same numbers. Sizes that have `num_local_experts` are a 
 
 import json
 import math
+import os
+import struct
 import tempfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -24,6 +26,22 @@ DTYPE_BYTES = {"BF16": 2, "F16": 2, "I16": 2, "I32": 4}
 FILE = Path("random")
 
 Sizes = Mapping[str, int]  # fields of config.json
+YI_34B: Sizes = {
+    "hidden_size": 7168,
+    "intermediate_size": 20480,
+    "num_hidden_layers": 60,
+    "num_attention_heads": 56,
+    "num_key_value_heads": 8,
+    "vocab_size": 64000,
+}
+SMALL: Sizes = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 320,
+}
 
 
 class RandomWeights(Checkpoint):
@@ -64,24 +82,53 @@ def random_model(
     sizes: Sizes, entries: Sequence[TensorEntry], device: torch.device, show: Callable[[str], None]
 ) -> tuple[LoadedModel, RandomWeights]:
     """The server's own model of these sizes and tensors, and its weights."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        weights = _weights(folder, sizes, entries)
+        show(f"random weights: {sizes['num_hidden_layers']} layers, {weights.weight_bytes / 2**30:.1f} GiB")
+        return build(draw(folder, read_config(folder), weights, device=device)), weights
+
+
+def write_sparse(folder: Path, sizes: Sizes, entries: Sequence[TensorEntry]) -> None:
+    """A folder as long as such a checkpoint, and next to nothing on disk: all codes and embeddings are zero.
+
+    What says how codes are stored is there, and so are scales and norms.
+    """
+    weights = _weights(folder, sizes, entries)
+    header: dict[str, object] = {}
+    end = 0
+    for entry in entries:
+        header[entry.name] = {
+            "dtype": entry.dtype,
+            "shape": entry.shape,
+            "data_offsets": [end, end := end + entry.num_bytes],
+        }
+    text = json.dumps(header).encode()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for entry in entries:
+            if len(entry.shape) == 1:
+                file.write(weights.read(entry.name).cpu().numpy().tobytes())
+            else:
+                file.seek(entry.num_bytes, os.SEEK_CUR)
+        file.truncate()
+
+
+def _weights(folder: Path, sizes: Sizes, entries: Sequence[TensorEntry]) -> RandomWeights:
+    """The tensors of a folder, into which config.json is written."""
     kind = "Mixtral" if "num_local_experts" in sizes else "Llama"
-    dtype = "bfloat16" if entries[0].dtype == "BF16" else "float16"
     config = {
         "architectures": [f"{kind}ForCausalLM"],
         "model_type": kind.lower(),
-        "dtype": dtype,
+        "dtype": "bfloat16" if entries[0].dtype == "BF16" else "float16",
         "max_position_embeddings": 4096,
         "rope_theta": 5e6,
         "tie_word_embeddings": False,
         **sizes,
     }
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        (folder / "config.json").write_text(json.dumps(config))
-        names = tuple(entry.name for entry in entries)
-        weights = RandomWeights(folder, {entry.name: entry for entry in entries}, (Shard(FILE, names),))
-        show(f"random weights: {sizes['num_hidden_layers']} layers, {weights.weight_bytes / 2**30:.1f} GiB")
-        return build(draw(folder, read_config(folder), weights, device=device)), weights
+    (folder / "config.json").write_text(json.dumps(config))
+    names = tuple(entry.name for entry in entries)
+    return RandomWeights(folder, {entry.name: entry for entry in entries}, (Shard(FILE, names),))
 
 
 def plain_entries(sizes: Sizes) -> list[TensorEntry]:

@@ -1,4 +1,4 @@
-"""How long work takes on the device, and how fast its memory is."""
+"""How long work takes on the device, and how fast its memory and its processors are."""
 
 import statistics
 import time
@@ -48,3 +48,11 @@ def recorded(work: Callable[[], object]) -> Callable[[], object]:
     with torch.cuda.graph(graph):
         work()
     return graph.replay
+
+
+def processor_cycles(device: torch.device) -> float:
+    """Cycles a second of all multiprocessors together, at the highest clock."""
+    from triton.runtime import driver  # it has a driver only where there is a card
+
+    found = driver.active.utils.get_device_properties(device.index or 0)
+    return float(found["multiprocessor_count"] * found["sm_clock_rate"] * 1e3)

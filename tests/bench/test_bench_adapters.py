@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from bench import adapters
-from bench.gpu.model import SMALL
-from bench.gpu.random_weights import gptq_entries, plain_entries, random_model
+from bench.gpu.random_weights import SMALL, gptq_entries, plain_entries, random_model
 from tightrope.backends.hf.modules.experts import Experts
 
 pytestmark = pytest.mark.quick

@@ -1,55 +1,164 @@
-"""bench/gpu on a machine without a card: it says so, and its smoke run goes through everything at tiny sizes."""
+"""bench/gpu on a machine without a card: it says so, and its smoke runs go through every slice at tiny sizes."""
 
 import json
 import os
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from checkout import ROOT
 
+from bench.gpu import __main__ as gpu
+from bench.gpu.slices import SLICES
+from bench.report import RowFile
+
 # what a bare machine lacks: tightrope's other dependencies
 MISSING = ("pydantic", "msgspec", "fastapi", "llama_cpp", "httpx", "uvicorn", "jinja2")
-BARE = f"""
-import runpy, sys
-for name in {MISSING!r}: sys.modules[name] = None
-runpy.run_module("bench.gpu", run_name="__main__")
-"""
+Rows = list[dict[str, object]]
 
 
-def run(*words: str) -> "subprocess.CompletedProcess[str]":
-    """bench.gpu in a fresh interpreter that sees no card, and nothing that only tightrope needs."""
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        [sys.executable, "-c", BARE, *words], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
+def run(folder: Path, *words: str, missing: tuple[str, ...] = ()) -> tuple["subprocess.CompletedProcess[str]", Rows]:
+    """bench.gpu in a fresh interpreter that sees no card, and the rows that it wrote into the folder."""
+    hidden = "".join(f"sys.modules[{name!r}] = None\n" for name in missing)
+    (folder / "sitecustomize.py").write_text(f"import sys\n{hidden}")
+    path = os.pathsep.join(map(str, (folder, ROOT)))
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path}
+    command = [sys.executable, "-m", "bench.gpu", "--out", str(folder / "out"), *words]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    written = folder / "out" / "smoke.jsonl"
+    return result, read(written) if written.exists() else []
 
 
-def test_without_a_card_it_says_so_in_one_line():
-    result = run()
+def read(path: Path) -> Rows:
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+def smoke(folder: Path, name: str, missing: tuple[str, ...] = ()) -> Rows:
+    """What one slice measured, which held."""
+    result, rows = run(folder, "--smoke", "--budget", "3000", "--only", name, missing=missing)
+    assert result.returncode == 0, result.stderr
+    environment, device, *found, end = rows
+    assert {"command", "versions", "machine"} <= environment.keys()
+    assert device == {"slice": name, "device": {"name": "cpu"}}
+    assert end["status"] == 0
+    assert all(row["slice"] == name and row.get("holds") is not False for row in found)
+    return found
+
+
+def test_without_a_card_it_says_so_in_one_line(tmp_path: Path):
+    result, rows = run(tmp_path)
 
     assert result.returncode == 1
     assert result.stderr == "bench.gpu: no CUDA device; --smoke runs tiny sizes on a CPU\n"
+    assert not rows
+
+
+def test_a_slice_that_does_not_fit_what_is_left_of_the_budget_is_not_begun(tmp_path: Path):
+    result, rows = run(tmp_path, "--smoke", "--budget", "5", "--only", "kernels", "store")
+
+    assert result.returncode == 1
+    assert [row["slice"] for row in rows[1:]] == ["store", "kernels"]
+    assert all("left of the budget, and it takes about" in str(row["not_begun"]) for row in rows[1:])
+    assert "store: not begun: " in result.stderr
+
+
+def test_all_slices_fit_into_ten_minutes():
+    assert sum(slice.seconds for slice in SLICES) <= gpu.BUDGET_S < 600
+
+
+def test_the_rows_of_a_slice_that_dies_are_kept(tmp_path: Path):
+    rows = RowFile("gpu", tmp_path)
+    code = f"import os; print('{{\"kernel\": 1}}', flush=True); os.kill(os.getpid(), {signal.SIGSEGV.value})"
+
+    assert gpu._follow([sys.executable, "-c", code], 60, "store", rows) == (-signal.SIGSEGV, True)
+    assert read(rows.path)[1:] == [{"slice": "store", "kernel": 1}]
+
+
+def test_a_row_that_was_cut_stays_on_a_line_of_its_own(tmp_path: Path):
+    (tmp_path / "gpu.jsonl").write_text('{"slice": "store"}\n{"slice": "ker')
+
+    RowFile("gpu", tmp_path).add({"slice": "model"})
+
+    first, cut, environment, last = (tmp_path / "gpu.jsonl").read_text().splitlines()
+    assert (first, cut, last) == ('{"slice": "store"}', '{"slice": "ker', '{"slice": "model"}')
+    assert "versions" in json.loads(environment)
 
 
 @pytest.mark.slow
-def test_its_smoke_run_checks_every_kernel_on_a_bare_machine():
-    result = run("--smoke")
+def test_what_is_stored_is_checked_on_a_bare_machine(tmp_path: Path):
+    rows = smoke(tmp_path, "store", MISSING)
 
-    assert result.returncode == 0, result.stderr
-    results = json.JSONDecoder().raw_decode(result.stdout)[0]
-    assert {row["kernel"].split()[0] for row in results["checks"]} == {
-        "store_kv", "rotate", "attention", "rms_norm", "gated", "quantized", "experts"
+    assert {row["kernel"] for row in rows} == {"store_kv"}
+    assert len(rows) == 6
+
+
+@pytest.mark.slow
+def test_every_kernel_is_checked_on_a_bare_machine(tmp_path: Path):
+    rows = smoke(tmp_path, "kernels", MISSING)
+
+    assert {row["kernel"] for row in rows} == {
+        "rotate", "attention", "rms_norm", "gated", "exl2", "gptq", "awq", "nf4", "low rank",
+        "experts plain", "experts gptq", "experts exl2",
     }  # fmt: skip
-    assert all(row["holds"] for row in results["checks"])
-    assert [row["sequences"] for row in results["decode"]] == [1, 2]
-    assert {row["rows"] for row in results["products"]} == {1, 8}
-    assert {row["matrix"].split()[0] for row in results["products"]} == {"gptq", "exl2", "nf4"}
-    (row,) = results["exl2_decode"]
-    assert row["kernel"] == "Triton"
-    assert row["planned_weight_bytes"] > row["step_bytes"] - 40 * row["layers"] * 2 * 2 * (32 + 2) > 0
-    assert results["decode_attention"][0]["layer_bytes"] == 200 * 2 * 8 * (128 + 2 * 4)
-    mixtures = results["mixture_decode"]
-    assert [row["sequences"] for row in mixtures] == [1, 2]
-    assert mixtures[0]["experts_read"] == 2 * 2  # layers, and experts of a token
-    assert mixtures[0]["step_bytes"] < mixtures[1]["step_bytes"]
+
+
+@pytest.mark.slow
+def test_a_tiny_checkpoint_is_run_eagerly_recorded_and_on_the_cpu(tmp_path: Path):
+    rows = smoke(tmp_path, "model")
+
+    pairs = [row for row in rows if "error" in row]
+    assert [row["case"] for row in pairs] == ["eager = CPU, 3 sequences", "recorded = eager, 3 sequences"]
+    assert {row["copied_pages"] for row in rows if "error" not in row} == {1}
+
+
+@pytest.mark.slow
+def test_what_a_slice_lacks_is_told(tmp_path: Path):
+    result, rows = run(tmp_path, "--smoke", "--only", "model", missing=MISSING)
+
+    assert result.returncode == 1
+    assert "pydantic" in str(rows[2]["failed"])
+
+
+@pytest.mark.slow
+def test_a_step_without_memory_is_followed_by_a_good_one(tmp_path: Path):
+    rows = smoke(tmp_path, "memory")
+
+    assert [row["same_logits"] for row in rows] == [True, True]
+    assert all(str(row["refusal"]).startswith("OutOfMemory: out of memory in a step of 200 tokens") for row in rows)
+
+
+@pytest.mark.slow
+def test_a_real_server_is_asked(tmp_path: Path):
+    start, *asked, log = smoke(tmp_path, "serve")
+
+    assert "start_s" in start
+    assert [(row["prompt_tokens"], row["tokens"]) for row in asked] == [(16, 8), (100, 8), (100, 8)]
+    assert asked[-1]["cached_tokens"] == 99
+    assert log["lines"]
+
+
+@pytest.mark.slow
+def test_steps_and_their_kernels_are_timed_on_a_bare_machine(tmp_path: Path):
+    rows = smoke(tmp_path, "profile", MISSING)
+
+    steps = ["loaded", "decode", "decode, agreeing", "5 tokens of a prompt", "20 tokens of a prompt", "peak"]
+    assert [row["step"] for row in rows if "kernel" not in row] == steps
+    assert {row["step"] for row in rows if row.get("kernel") == "all"} == {steps[1], *steps[3:5]}
+    decode = next(row for row in rows if "step_bytes" in row)
+    assert decode["step_bytes"] > 48 * 2 * 2 * 2 * (32 + 2)  # keys and values: tokens, layers, heads, bytes
+
+
+@pytest.mark.slow
+def test_other_ways_for_prompts_are_timed_on_a_bare_machine(tmp_path: Path):
+    rows = smoke(tmp_path, "alternatives", MISSING)
+
+    assert {row["attention"] for row in rows if "attention" in row} == {"ours, q8", "ours, f16", "torch's flash"}
+    assert [row["tokens"] for row in rows if row.get("product") == "exl2, expanded"] == [5, 20]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "num_rows"), [("attention", 1), ("products", 8), ("mixture", 2)])
+def test_speeds_are_measured_on_a_bare_machine(tmp_path: Path, name: str, num_rows: int):
+    assert len(smoke(tmp_path, name, MISSING)) == num_rows
