@@ -10,6 +10,7 @@ import torch
 from tightrope.backends.devices import toolchain
 from tightrope.backends.devices.choice import describe_card, find_device
 from tightrope.backends.devices.host import Host, look
+from tightrope.backends.gguf import cards as gguf
 from tightrope.backends.memory import GIB, free_memory
 from tightrope.backends.threads import physical_cores, usable_cpus
 from tightrope.kernels import dispatch
@@ -62,7 +63,7 @@ class Examination:
         pinned = toolchain.triton_of_torch()
         asked = f"; torch asks for {pinned}" if pinned != "triton" else ""
         yield "triton", (toolchain.version("triton") or "not installed") + asked
-        yield "llama.cpp", f"llama-cpp-python {toolchain.version('llama-cpp-python')}, {_llama_device()}"
+        yield "llama.cpp", f"llama-cpp-python {toolchain.version('llama-cpp-python')}, {gguf.describe()}"
         yield "exllamav2", toolchain.version("exllamav2") or "not installed"
         for name in COMPILERS:
             yield name, toolchain.version_of(name) or "not there"
@@ -90,9 +91,3 @@ def _cpu_name() -> str:
     except OSError:
         return platform.machine()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def _llama_device() -> str:
-    from tightrope.backends.gguf.native import supports_gpu
-
-    return "built for a GPU" if supports_gpu() else "built for the CPU alone"

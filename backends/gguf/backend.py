@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from tightrope.backends.adapters import AdapterRoom
+from tightrope.backends.devices.host import look
 from tightrope.backends.errors import BackendError
 from tightrope.backends.gguf.adapters import GGUFAdapters, room_for_adapters
 from tightrope.backends.gguf.cache import SharedKVCache
-from tightrope.backends.gguf.cards import cards_for
+from tightrope.backends.gguf.cards import cards_for, unused
 from tightrope.backends.gguf.header import Header
 from tightrope.backends.gguf.layout import Memory
 from tightrope.backends.gguf.model_file import read_model
@@ -71,7 +72,7 @@ class GGUFBackend:
             prompt_rows(ModelShape.of(header).vocab_size, plan.step_tokens),
             mixes_adapters=False,
         )
-        self.card = _card(path, header, self._model, plan, tokenizer)
+        self.card = _card(path, header, self._model, plan, tokenizer, unused(settings, look()))
 
     def forward(self, chunks: Sequence[Chunk]) -> Tensor:
         """See Backend. More rows than one native call may yield are computed in several calls and copied together."""
@@ -137,7 +138,14 @@ def _model_options(plan: GGUFPlan, progress: Callable[[float], None]) -> ModelOp
     )
 
 
-def _card(path: Path, header: Header, model: NativeModel, plan: GGUFPlan, tokenizer: GGUFTokenizer) -> ModelCard:
+def _card(
+    path: Path,
+    header: Header,
+    model: NativeModel,
+    plan: GGUFPlan,
+    tokenizer: GGUFTokenizer,
+    device_notes: tuple[str, ...],
+) -> ModelCard:
     shape = ModelShape.of(header)
     default, templates = model.chat_template(), header.chat_templates
     return ModelCard(
@@ -149,7 +157,7 @@ def _card(path: Path, header: Header, model: NativeModel, plan: GGUFPlan, tokeni
         cache_dtype=plan.cache_type.name,
         chat_template=templates[0][1] if default is None and len(templates) == 1 else default,
         chat_templates=templates,
-        notes=plan.notes + header.notes + model.notes,
+        notes=device_notes + plan.notes + header.notes + model.notes,
         named_tokens=tokenizer.named_tokens,
         cache_token_bytes=shape.cache_bytes(plan.cache_type.key_type, plan.cache_type.value_type),
     )

@@ -8,6 +8,7 @@ from typing import Any
 
 from llama_cpp import llama_cpp as ll
 
+from tightrope.backends.devices.host import Host
 from tightrope.backends.errors import BackendError
 from tightrope.backends.gguf.cache_types import CacheType
 from tightrope.backends.gguf.shape import ModelShape
@@ -17,6 +18,7 @@ from tightrope.backends.settings import ModelSettings
 # Beside llama.cpp's buffers a card holds code of kernels, cuBLAS's workspace, the pool of temporary buffers' slack and
 # recorded graphs. The driver's context is none of them: it is open when the card tells what it has free.
 RESERVE_BYTES = 384 << 20
+_FOR_CPU, _REINSTALL = "this llama-cpp-python was built for the CPU", "reinstall it with CMAKE_ARGS=-DGGML_CUDA=on"
 _WITHOUT_CARDS = {"CPU", "BLAS"}  # ggml's libraries for these know no cards.
 _GPU, _INTEGRATED = 1, 2  # They are ggml_backend_dev_type's.
 _ROWS, _CELLS = 64, 256  # Attention is asked about with so many queries and keys, which all kernels can divide.
@@ -92,16 +94,36 @@ def cards_for(settings: ModelSettings) -> tuple[Card, ...]:
     return tuple(meant)
 
 
+def unused(settings: ModelSettings, host: Host) -> tuple[str, ...]:
+    """What the start says where there is a card and nothing is put on it."""
+    if settings.gpu_layers or settings.device != "auto" or not host.has_card:
+        return ()
+    what = "--gpu-layers -1 puts all layers on it" if _kinds() else f"{_FOR_CPU}; {_REINSTALL}"
+    return (f"device: cpu; there is an NVIDIA card: {what}",)
+
+
+def describe() -> str:
+    """What llama.cpp was built for, and the cards that it finds."""
+    if not (kinds := _kinds()):
+        return "built for the CPU"
+    return f"built for {' and '.join(kinds)}, finds {', '.join(str(card) for _, card in _devices()) or 'no card'}"
+
+
 def _why_none() -> str:
+    if not (kinds := _kinds()):
+        return f"{_FOR_CPU}; use 0, or {_REINSTALL}"
+    return f"llama.cpp's {' and '.join(kinds)} sees no graphics card; use 0, or see whether its driver does"
+
+
+def _kinds() -> list[str]:
+    """ggml's libraries for cards."""
     library: Any = ll._lib  # Llama_cpp wraps none of ggml's functions.
     library.ggml_backend_reg_count.restype = ctypes.c_size_t
     library.ggml_backend_reg_get.restype = ctypes.c_void_p
     library.ggml_backend_reg_name.restype = ctypes.c_char_p
     pointers = (library.ggml_backend_reg_get(ctypes.c_size_t(i)) for i in range(library.ggml_backend_reg_count()))
     names = {library.ggml_backend_reg_name(ctypes.c_void_p(pointer)).decode() for pointer in pointers}
-    if not (kinds := sorted(names - _WITHOUT_CARDS)):
-        return "this llama-cpp-python was built for the CPU; use 0, or reinstall it with CMAKE_ARGS=-DGGML_CUDA=on"
-    return f"llama.cpp's {' and '.join(kinds)} sees no graphics card; use 0, or see whether its driver does"
+    return sorted(names - _WITHOUT_CARDS)
 
 
 def _devices() -> Iterator[tuple[str | None, Card]]:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from llama_cpp import llama_cpp as ll
 
-from tightrope.backends.errors import BackendError
+from tightrope.backends.errors import BackendError, OutOfMemory
 from tightrope.backends.gguf.header import read_header
 from tightrope.backends.gguf.threadpool import ThreadPool
 
@@ -27,6 +27,7 @@ MAX_SEQS = 256  # It is llama.cpp's LLAMA_MAX_SEQ.
 # ggml's levels: 1 debug, 2 info, 3 warning, 4 error; 5 continues the line before
 _LOG_LEVELS = {1: logging.DEBUG, 2: logging.DEBUG, 3: logging.DEBUG, 4: logging.WARNING}
 
+_NO_MEMORY = -2  # llama_decode gives it where a buffer of the step can't be had.
 _WARNING = 3
 _MAX_NAMED = 4  # A message names so many tensors at most.
 _ASKS = "create_tensor: loading tensor "
@@ -96,11 +97,6 @@ class ModelOptions:
     use_mmap: bool = False
     has_weights: bool = True  # Without them a model only says whether, and how, it could be loaded.
     progress: Callable[[float], None] = field(default=lambda _: None)
-
-
-def supports_gpu() -> bool:
-    """Whether this build of llama.cpp can put layers on a GPU."""
-    return bool(ll.llama_supports_gpu_offload())
 
 
 def _complaints() -> str:
@@ -254,7 +250,10 @@ class NativeContext:
         self._slot_pointers = self.slots.ctypes.data + 4 * np.arange(size, dtype=np.uint64)
 
     def decode(self, begin: int, end: int) -> None:
-        """Run tokens begin .. end of the batch arrays. Releases the GIL. Raises BackendError, naming the reason."""
+        """Run tokens begin .. end of the batch arrays. Releases the GIL.
+
+        Raises BackendError, naming the reason: OutOfMemory where the step needs more than there is.
+        """
         batch = ll.llama_batch(
             n_tokens=end - begin,
             token=_at(self.token_ids, begin, ctypes.c_int32),
@@ -268,6 +267,8 @@ class NativeContext:
         status = ll.llama_decode(self.pointer, batch)
         if status == 1:
             raise BackendError(f"the cache has no room for {end - begin} more tokens")
+        if status == _NO_MEMORY:
+            raise OutOfMemory(f"out of memory in a step of {end - begin} tokens: {_complaints()}")
         if status != 0:
             raise BackendError(f"llama.cpp failed to run {end - begin} tokens (status {status}): {_complaints()}")
 

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 from gguf_models import gemma, greedy, lone_logits
+from llama_cpp import llama_cpp as ll
 
-from tightrope.backends.errors import BackendError
+from tightrope.backends.errors import BackendError, OutOfMemory
 from tightrope.backends.gguf.backend import GGUFBackend
 from tightrope.backends.locate import bundled_model
 from tightrope.backends.protocol import Chunk
@@ -58,6 +59,24 @@ def test_a_prompt_run_in_pieces_gives_the_logits_of_a_lone_run(backend: GGUFBack
         backend.kv.commit(1, start, text_ids[start:end])
     backend.kv.close(1, keep=False)
     assert_same(torch.cat(rows), alone)
+
+
+def test_a_step_for_which_llama_finds_no_memory_is_told_as_that_and_the_next_one_runs(
+    backend: GGUFBackend, text_ids: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = lone_logits(backend, text_ids[:20])
+    backend.kv.open(1, text_ids[:20], "tight")
+    assert backend.kv.reserve(1, 20)
+    monkeypatch.setattr(ll, "llama_decode", lambda context, batch: -2)
+    with pytest.raises(OutOfMemory, match=r"^out of memory in a step of 20 tokens: "):
+        backend.forward([Chunk(1, text_ids[:20], 0, "all")])
+    monkeypatch.undo()
+
+    logits = backend.forward([Chunk(1, text_ids[:20], 0, "all")]).clone()
+
+    backend.kv.commit(1, 0, text_ids[:20])
+    backend.kv.close(1, keep=False)
+    assert_same(logits, alone)
 
 
 def test_sequences_in_one_step_do_not_disturb_each_other(backend: GGUFBackend, text_ids: list[int]) -> None:
