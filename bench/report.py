@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -65,8 +66,8 @@ class RowFile:
 def _command(argv: list[str]) -> str:
     """The command as it is typed in the checkout; a path is cut to its last part, which is all that others share."""
     words = [word if not word.startswith("/") else Path(word).name for word in argv[1:]]
-    program = Path(argv[0])
-    name = program.parent.name if program.stem == "__main__" else program.stem  # of a package, such as bench/gpu
+    found = re.fullmatch(r".*\bbench/(.*?)(/__main__)?\.py", Path(argv[0]).as_posix())
+    name = found[1].replace("/", ".") if found else Path(argv[0]).stem
     return " ".join([f"python -m bench.{name}", *words])
 
 

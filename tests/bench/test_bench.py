@@ -256,6 +256,21 @@ def test_results_are_written_with_command_versions_machine_and_no_paths(
     assert "someone" not in json.dumps(written)
 
 
+@pytest.mark.parametrize(
+    ("program", "module"),
+    [
+        ("/home/bench/tightrope/bench/rope.py", "bench.rope"),
+        ("/home/someone/tightrope/bench/gpu/__main__.py", "bench.gpu"),
+        ("/home/someone/tightrope/bench/gpu/listing/__main__.py", "bench.gpu.listing"),
+        ("bench/gpu/listing.py", "bench.gpu.listing"),
+    ],
+)
+def test_the_command_is_the_one_that_was_typed(monkeypatch: pytest.MonkeyPatch, program: str, module: str) -> None:
+    monkeypatch.setattr("sys.argv", [program, "--arch", "86"])
+
+    assert report.environment()["command"] == f"python -m {module} --arch 86"
+
+
 def test_kept_results_name_their_command_versions_and_machine() -> None:
     kept = sorted(report.RESULTS.glob("*.json"))
     assert kept

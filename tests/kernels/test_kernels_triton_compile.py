@@ -1,83 +1,28 @@
 """The CUDA kernels through Triton's compiler, which needs no card: the interpreter accepts more than it does."""
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 from bench.gpu.cases import Case, Shape, make_case
+from bench.gpu.listing.compiled import compile_launch
+from bench.gpu.listing.recorded import Launch, recorded
 from tightrope.kernels.forms.layout import AttentionSpec, CacheDtype
 from tightrope.kernels.forms.low_rank import AdapterRows, LowRankSlots, LowRankTable, make_low_rank
-from tightrope.kernels.triton import attention, expanded, low_rank, ops, pointwise, store
+from tightrope.kernels.triton import expanded, ops
 
 pytestmark = pytest.mark.slow
 
 SHARED_BYTES = 99 * 1024  # that a program can have on an RTX 3090 or 4090
-POINTERS = {
-    torch.bfloat16: "*bf16",
-    torch.float16: "*fp16",
-    torch.float32: "*fp32",
-    torch.int8: "*i8",
-    torch.uint8: "*u8",
-    torch.int16: "*i16",
-    torch.int32: "*i32",
-    torch.int64: "*i64",
-}
-OPTIONS = ("num_warps", "enable_fp_fusion")
-
-Launch = tuple[Any, dict[str, Any], dict[str, Any]]  # a kernel of Triton, which has no types, its arguments and options
-
-
-class Recorder:
-    """Stands where a kernel does and keeps what it is launched with."""
-
-    def __init__(self, kernel: Any, launches: list[Launch]) -> None:  # noqa: ANN401
-        self.kernel, self.launches = kernel, launches
-
-    def __getitem__(self, grid: object) -> Callable[..., None]:
-        def launch(*args: object, **kwargs: object) -> None:
-            options = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
-            named = dict(zip(self.kernel.arg_names, args, strict=False)) | kwargs
-            self.launches.append((self.kernel, named, options))
-
-        return launch
 
 
 @pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Launch]:
-    found: list[Launch] = []
+def launches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[Launch]]:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    for module, name in (
-        (attention, "attend"), (attention, "merge"), (expanded, "expand_cached"), (store, "_store"),
-        (low_rank, "_shrink"), (low_rank, "_expand"),
-        (pointwise, "_rotate"), (pointwise, "_rms_norm"), (pointwise, "_gated"),
-    ):  # fmt: skip
-        monkeypatch.setattr(module, name, Recorder(getattr(module, name), found))
-    return found
-
-
-def shared_bytes(launch: Launch, capability: int) -> int:
-    """Compile a launch for a card; the shared memory of a program."""
-    kernel, args, options = launch
-    signature, constants, aligned = {}, {}, {}
-    for index, name in enumerate(kernel.arg_names):
-        value = args[name]
-        if isinstance(value, torch.Tensor):
-            signature[name] = POINTERS[value.dtype]
-            aligned[index,] = [["tt.divisibility", 16]]
-        elif value is None or kernel.params[index].is_constexpr:
-            signature[name] = "constexpr"
-            constants[index,] = value
-        else:
-            signature[name] = "fp32" if isinstance(value, float) else "i32"
-    source = ASTSource(kernel, signature, constants, aligned)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    return int(compiled.metadata.shared)
+    with recorded() as found:
+        yield found
 
 
 def case_of(
@@ -107,7 +52,7 @@ def test_attention_compiles_and_fits_the_cards(
 
     assert len(launches) == 3  # prompt, decode, merge
     limit = SHARED_BYTES if capability == 86 else 227 * 1024
-    assert max(shared_bytes(launch, capability) for launch in launches) <= limit
+    assert max(compile_launch(launch, capability).shared for launch in launches) <= limit
 
 
 @pytest.mark.parametrize("capability", [86, 89, 90])
@@ -119,7 +64,7 @@ def test_expanding_a_cache_compiles(
 
     expanded.expand(case.cache, 0, 600, case.step, case.table, torch.float16)
 
-    assert [shared_bytes(launch, capability) <= SHARED_BYTES for launch in launches] == [True]
+    assert [compile_launch(launch, capability).shared <= SHARED_BYTES for launch in launches] == [True]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -130,7 +75,7 @@ def test_low_rank_additions_compile(launches: list[Launch], dtype: torch.dtype):
 
     ops.add_low_rank(torch.zeros(2, 512, dtype=dtype), torch.ones(2, 256, dtype=dtype), slots, rows)
 
-    assert [shared_bytes(launch, 86) <= SHARED_BYTES for launch in launches] == [True, True]
+    assert [compile_launch(launch, 86).shared <= SHARED_BYTES for launch in launches] == [True, True]
 
 
 def test_the_other_kernels_compile(launches: list[Launch]):
@@ -144,4 +89,4 @@ def test_the_other_kernels_compile(launches: list[Launch]):
         ops.gated(case.queries.flatten(1), activation)
 
     assert len(launches) == 8
-    assert all(shared_bytes(launch, 86) <= SHARED_BYTES for launch in launches)
+    assert all(compile_launch(launch, 86).shared <= SHARED_BYTES for launch in launches)

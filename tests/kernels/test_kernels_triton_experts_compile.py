@@ -1,32 +1,31 @@
 """Mixtures of experts by the kernels of a card: compiled for one, and launched without reading from it."""
 
+from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 import torch
 from card_experts import HIDDEN, layer_of
-from test_kernels_triton_compile import SHARED_BYTES, Launch, Recorder, shared_bytes
 from torch import Tensor
 
+from bench.gpu.listing.compiled import compile_launch
+from bench.gpu.listing.recorded import Launch, recorded
 from tightrope.kernels.forms.column_stack import ColumnStack
 from tightrope.kernels.forms.columns import ColumnMatrix
 from tightrope.kernels.forms.layer import StackedExperts
 from tightrope.kernels.triton import experts as compiled
-from tightrope.kernels.triton import quantized
 
 pytestmark = pytest.mark.slow
 
+SHARED_BYTES = 99 * 1024  # that a program can have on an RTX 3090 or 4090
+
 
 @pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Launch]:
-    found: list[Launch] = []
+def launches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[Launch]]:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    for name in ("_share_out", "grouped_parts", "grouped_plain"):
-        monkeypatch.setattr(compiled, name, Recorder(getattr(compiled, name), found))
-    monkeypatch.setattr(quantized, "sum_parts", Recorder(quantized.sum_parts, found))
-    monkeypatch.setattr(compiled, "gated", lambda x, activation: x[:, : x.shape[1] // 2].contiguous())
-    return found
+    with recorded() as found:
+        yield found
 
 
 def away(value: object) -> object:
@@ -64,9 +63,9 @@ def test_experts_compile_and_are_launched_without_reading_from_the_card(
     )
 
     assert found.shape == x.shape
-    assert {launch[0].fn.__name__ for launch in launches} >= {
-        "_share_out",
+    assert {launch.name for launch in launches} >= {
+        "share_out",
         "grouped_plain" if kind == "plain" else "sum_parts",
     }
     limit = SHARED_BYTES if capability == 86 else 227 * 1024
-    assert max(shared_bytes(launch, capability) for launch in launches) <= limit
+    assert max(compile_launch(launch, capability).shared for launch in launches) <= limit

@@ -1,13 +1,15 @@
 """The CUDA kernels of quantized matrices through Triton's compiler, and launched without reading from the card."""
 
+from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 import torch
-from test_kernels_triton_compile import SHARED_BYTES, Launch, Recorder, shared_bytes
 from torch import Tensor
 
+from bench.gpu.listing.compiled import compile_launch
+from bench.gpu.listing.recorded import Launch, recorded
 from bench.gpu.matrices import random_matrix, random_nf4
 from tightrope.kernels.forms.columns import ColumnMatrix, to_columns
 from tightrope.kernels.forms.quantized import Nf4Matrix, QuantizedMatrix
@@ -15,7 +17,7 @@ from tightrope.kernels.triton import quantized
 
 pytestmark = pytest.mark.slow
 
-KERNELS = ("vector_parts", "batch_parts", "sum_parts", "expand_columns")
+SHARED_BYTES = 99 * 1024  # that a program can have on an RTX 3090 or 4090
 MATRICES: dict[str, QuantizedMatrix | Nf4Matrix] = {
     "exl2": random_matrix([32, 32], [5, 4], 64, is_coded=True, is_permuted=True),
     "exl2 of 3 bits": random_matrix([64], [3], 64, is_coded=True),
@@ -26,12 +28,10 @@ MATRICES: dict[str, QuantizedMatrix | Nf4Matrix] = {
 
 
 @pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Launch]:
-    found: list[Launch] = []
+def launches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[Launch]]:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    for name in KERNELS:
-        monkeypatch.setattr(quantized, name, Recorder(getattr(quantized, name), found))
-    return found
+    with recorded() as found:
+        yield found
 
 
 @pytest.mark.parametrize(
@@ -51,10 +51,10 @@ def test_every_kind_of_matrix_compiles_for_any_number_of_rows(
     for rows in (1, 40, 65):
         quantized.quantized_linear(torch.zeros(rows, 64, dtype=activations), [matrix], torch.zeros(64))
 
-    kernels = [launch[0].fn.__name__ for launch in launches]
+    kernels = [launch.name for launch in launches]
     assert kernels == ["vector_parts", "sum_parts", "batch_parts", "sum_parts", "expand_columns"]
     limit = SHARED_BYTES if capability == 86 else 227 * 1024
-    assert max(shared_bytes(launch, capability) for launch in launches) <= limit
+    assert max(compile_launch(launch, capability).shared for launch in launches) <= limit
 
 
 def away(matrix: ColumnMatrix) -> ColumnMatrix:
