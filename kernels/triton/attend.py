@@ -55,7 +55,6 @@ def attend(
     REST_PADDED: constexpr,
     REST_IS_WHOLE: constexpr,
     BITS: constexpr,
-    IS_DECODE: constexpr,
     HAS_WINDOW: constexpr,
     HAS_SOFTCAP: constexpr,
     DTYPE: constexpr,
@@ -64,13 +63,8 @@ def attend(
     first_row = tl.load(query_starts + b)
     num_queries = tl.load(query_starts + b + 1) - first_row
     length = tl.load(context_lens + b)
-    if IS_DECODE:
-        first_query = 0
-        is_mine = num_queries == 1
-    else:
-        first_query = part * BLOCK_QUERIES
-        is_mine = (num_queries > 1) & (first_query < num_queries)
-    if not is_mine:
+    first_query = part * BLOCK_QUERIES
+    if (num_queries <= 1) | (first_query >= num_queries):
         return
 
     first_position = length - num_queries + first_query
@@ -78,10 +72,6 @@ def attend(
     begin = 0
     if HAS_WINDOW:
         begin = tl.maximum(first_position - window + 1, 0) // _PAGE * _PAGE
-    if IS_DECODE:
-        stretch = tl.cdiv(tl.cdiv(end - begin, num_splits), BLOCK_TOKENS) * BLOCK_TOKENS
-        begin += part * stretch
-        end = tl.minimum(end, begin + stretch)
 
     # rows of the tile: heads of the group within queries
     row = tl.arange(0, BLOCK_QUERIES * GROUP_PADDED)
@@ -94,8 +84,12 @@ def attend(
     if HALF > 0:
         pair_a = plane_dims(0, HALF_PADDED, BITS, HALF_IS_WHOLE)
         pair_b = plane_dims(1, HALF_PADDED, BITS, HALF_IS_WHOLE)
-        q_first_a, q_first_b = _load(q_row, pair_a, is_row2, HALF), _load(q_row, pair_b, is_row2, HALF)
-        q_second_a, q_second_b = _load(q_row + HALF, pair_a, is_row2, HALF), _load(q_row + HALF, pair_b, is_row2, HALF)
+        q_first_a, q_first_b = (
+            _load(q_row, pair_a, is_row2, HALF).to(DTYPE),
+            _load(q_row, pair_b, is_row2, HALF).to(DTYPE),
+        )
+        q_second_a = _load(q_row + HALF, pair_a, is_row2, HALF).to(DTYPE)
+        q_second_b = _load(q_row + HALF, pair_b, is_row2, HALF).to(DTYPE)
         c_first_a, c_first_b = _load(factor, pair_a, True, HALF).to(DTYPE), _load(factor, pair_b, True, HALF).to(DTYPE)
         c_second_a = _load(factor + HALF, pair_a, True, HALF).to(DTYPE)
         c_second_b = _load(factor + HALF, pair_b, True, HALF).to(DTYPE)
@@ -141,7 +135,6 @@ def attend(
                 sin_a,
                 page_cos_a,
                 page_sin_a,
-                IS_DECODE,
                 DTYPE,
             )
             scores = _rotated_product(
@@ -154,7 +147,6 @@ def attend(
                 sin_b,
                 page_cos_b,
                 page_sin_b,
-                IS_DECODE,
                 DTYPE,
             )
         if REST > 0:
@@ -196,16 +188,10 @@ def attend(
 
     dim_a = plane_dims(0, DIM_PADDED, BITS, True)
     dim_b = plane_dims(1, DIM_PADDED, BITS, True)
-    if IS_DECODE and partials is not None:
-        slot = ((b * NUM_KV_HEADS + head) * GROUP + member) * num_splits + part
-        tl.store(stats + slot * 2, largest, mask=is_row)
-        tl.store(stats + slot * 2 + 1, total, mask=is_row)
-        out_row = partials + slot[:, None] * HEAD_DIM
-    else:
-        inverse = 1 / tl.where(total == 0, 1.0, total)[:, None]
-        mixed_a *= inverse
-        mixed_b *= inverse
-        out_row = outputs + at[:, None] * HEAD_DIM
+    inverse = 1 / tl.where(total == 0, 1.0, total)[:, None]
+    mixed_a *= inverse
+    mixed_b *= inverse
+    out_row = outputs + at[:, None] * HEAD_DIM
     tl.store(out_row + dim_a, mixed_a.to(out_row.dtype.element_ty), mask=is_row2 & (dim_a < HEAD_DIM))
     tl.store(out_row + dim_b, mixed_b.to(out_row.dtype.element_ty), mask=is_row2 & (dim_b < HEAD_DIM))
 
@@ -227,20 +213,16 @@ def _rotated_product(
     sin: tl.tensor,
     page_cos: tl.tensor,
     page_sin: tl.tensor,
-    TURN_QUERIES: constexpr,
     DTYPE: constexpr,
 ) -> tl.tensor:
     """scores plus the product of one plane of queries with keys that are turned to their positions first.
 
     cos, sin: of the tile's tokens, counted from its page; page_cos, page_sin: of the page.
     """
-    if TURN_QUERIES:  # few queries: turning them back to the page costs less than turning its keys on
-        q_first, q_second = turn(q_first, q_second, page_cos, -page_sin)
-    else:
-        cos, sin = turn(cos, sin, page_cos.to(DTYPE), page_sin.to(DTYPE))
+    cos, sin = turn(cos, sin, page_cos.to(DTYPE), page_sin.to(DTYPE))
     k_first, k_second = turn(k_first, k_second, cos, sin)
-    scores = tl.dot(q_first.to(DTYPE), tl.trans(k_first), scores, input_precision="ieee")
-    return tl.dot(q_second.to(DTYPE), tl.trans(k_second), scores, input_precision="ieee")
+    scores = tl.dot(q_first, tl.trans(k_first), scores, input_precision="ieee")
+    return tl.dot(q_second, tl.trans(k_second), scores, input_precision="ieee")
 
 
 @triton.jit

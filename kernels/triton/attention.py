@@ -1,8 +1,8 @@
 """Paged attention on CUDA, the launches.
 
-Prompts go to torch's flash attention over an expanded cache: see expanded. Decode, short chunks, windows and soft caps
-have a kernel of our own. Its programs take one key head with all query heads that share it, a tile of
-queries (of one query in decode), and a stretch of the context. In decode there are as many stretches as fill the
+Prompts go to torch's flash attention over an expanded cache: see expanded. Decode has a kernel of our own; short
+chunks, windows and soft caps another. Their programs take one key head with all query heads that share it, a tile of
+queries (one query in decode), and a stretch of the context. In decode there are as many stretches as fill the
 card, and a second kernel merges them. Every count that shapes a launch is known on the host, so nothing waits for the
 card and a launch can be captured in a graph: what a sequence doesn't need returns at once.
 """
@@ -17,6 +17,7 @@ from torch import Tensor
 from tightrope.kernels.forms.layout import GROUP, AttentionSpec, LayerCache, RopeTable, StepLayout
 from tightrope.kernels.triton.attend import attend, merge
 from tightrope.kernels.triton.cached import BITS, padded, words
+from tightrope.kernels.triton.decode import decode
 from tightrope.kernels.triton.expanded import FEWEST_QUERIES, attend_expanded, prompts_of
 
 PROGRAMS_PER_SM = 4  # of decode, so that some load while others compute
@@ -61,7 +62,7 @@ def _launch(
     num_heads, head_dim = queries.shape[1:]
     num_kv_heads, num_seqs = cache.format.num_kv_heads, len(step.context_lens)
     group = num_heads // num_kv_heads
-    group_padded = triton.next_power_of_2(group)
+    group_padded = max(8 if is_decode else 1, triton.next_power_of_2(group))
     half = table.places.shape[-1] if table is not None else 0
     dim_padded = padded(head_dim)
     partials = stats = None
@@ -77,7 +78,9 @@ def _launch(
             stats = queries.new_empty(*shape, 2, dtype=torch.float32)
     else:
         num_parts = -(-most_queries // block_queries)
-    attend[num_parts, num_kv_heads, num_seqs](
+    kernel = decode if is_decode else attend
+    own = {} if is_decode else {"BLOCK_QUERIES": block_queries}
+    kernel[num_parts, num_kv_heads, num_seqs](
         queries,
         outputs,
         partials,
@@ -102,7 +105,6 @@ def _launch(
         NUM_KV_HEADS=num_kv_heads,
         GROUP=group,
         GROUP_PADDED=group_padded,
-        BLOCK_QUERIES=block_queries,
         BLOCK_TOKENS=block_tokens,
         HEAD_DIM=head_dim,
         DIM_PADDED=dim_padded,
@@ -113,10 +115,10 @@ def _launch(
         REST_PADDED=padded(head_dim - 2 * half),
         REST_IS_WHOLE=2 * half % GROUP == 0,
         BITS=BITS[cache.format.dtype],
-        IS_DECODE=is_decode,
         HAS_WINDOW=spec.window is not None,
         HAS_SOFTCAP=spec.softcap is not None,
         DTYPE=tl.float32 if queries.dtype == torch.float32 else tl.float16,
+        **own,
         num_warps=4 if is_decode else 8,
         enable_fp_fusion=True,
     )
@@ -136,7 +138,7 @@ def _launch(
 
 
 def tile_size(dim_padded: int, dtype: torch.dtype, is_decode: bool) -> tuple[int, int]:
-    """Rows of queries and keys of a tile: the largest that spill little and fit 99 KiB of shared memory.
+    """Rows of queries and keys of a tile: the largest that spill no registers and fit 99 KiB of shared memory.
 
     An RTX 3090 and a 4090 have no more; by what the compiler says for sm_86 and sm_90. Products have 16 rows or more.
     """
@@ -144,7 +146,7 @@ def tile_size(dim_padded: int, dtype: torch.dtype, is_decode: bool) -> tuple[int
     if dtype == torch.float32:
         rows, tokens = (16 if is_decode or is_long else 32), (16 if is_decode and is_long else 32)
     else:
-        rows, tokens = (16 if is_decode else 64 if is_long else 128), (32 if is_long else 64)
+        rows, tokens = (16 if is_decode else 32 if is_long else 64), (64 if is_decode and not is_long else 32)
     return rows, tokens if dim_padded <= 256 else 16
 
 
