@@ -29,7 +29,10 @@ class ColumnMatrix:
     up its group, None where row r is input r; `group_of` int32 [R / 32] the group of each block.
 
     `words` int32 [W, N]: the words of a column, block after block. A block has for each plane of w bits, in the order
-    of PLANES, w words: bits w * f .. w * f + w of word j are those of the block's row 32 / w * j + f.
+    of PLANES, w words. Those of the first plane: bits w * f .. w * f + w of word j are those of the block's row
+    32 / w * j + f. In a second plane the rows of each word of the first are together, so that those half a word apart
+    there are 16 bits apart here, too: row 32 / w * j + 16 / w * b + i, with i < 16 / w, is at bit 16 b + v * p of word
+    j * v // w, v the second plane's width and p = j % (w / v) * 16 / w + i.
 
     scale: `scales` float16 or float32 [G, N], or `scale_codes` uint8 [G, N] and `group_max` float32 [G]:
     (code / 16)^2 * group_max. zero: `zeros` int16 [G, N], None: 2^(bits - 1). With `codebook` float32 [16], a code of 4
@@ -123,6 +126,8 @@ def pack_columns(codes: Tensor, group_bits: list[int], group_blocks: list[int]) 
         planes, shift = [], 0
         for width in PLANES[bits]:
             plane = (blocks >> shift) & ((1 << width) - 1)
+            if shift:
+                plane = plane[:, second_plane_rows(shift, width)]
             fields = plane.view(len(blocks), width, 4, 8 // width, -1)  # words, bytes, fields of a byte
             joined = fields[:, :, :, 0]
             for i in range(1, 8 // width):
@@ -132,6 +137,11 @@ def pack_columns(codes: Tensor, group_bits: list[int], group_blocks: list[int]) 
         joined = torch.cat(planes, 1)  # [blocks, bits, 4, N]
         words.append(joined.transpose(2, 3).contiguous().view(torch.int32).flatten(0, 1).squeeze(-1))
     return torch.cat(words)
+
+
+def second_plane_rows(first: int, second: int) -> Tensor:
+    """Rows [32] in the order of their codes in the words of a second plane, by the widths of both; see ColumnMatrix."""
+    return torch.arange(BLOCK).view(second, first // second, 2, 16 // first).transpose(1, 2).flatten()
 
 
 def _runs(group_bits: list[int], group_blocks: list[int]) -> list[tuple[int, int, int]]:

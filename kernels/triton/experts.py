@@ -104,10 +104,10 @@ def _times_stack(x: Tensor, stack: ColumnStack, tiles: Tensor, out: Tensor, each
         each,
         WIDTHS=matrix.widths,
         ROWS=ROWS,
-        BLOCKS=16,
         OUTPUTS=BATCH_OUTPUTS,
         DTYPE=operands(x),
         num_warps=4,
+        num_stages=1,  # the kernel itself loads ahead, into registers
         enable_fp_fusion=True,
     )
     add_parts(parts, None, out)
@@ -133,7 +133,6 @@ def grouped_parts(
     each: tl.tensor,
     WIDTHS: constexpr,
     ROWS: constexpr,
-    BLOCKS: constexpr,
     OUTPUTS: constexpr,
     DTYPE: constexpr,
 ) -> None:
@@ -146,17 +145,18 @@ def grouped_parts(
         tokens = tl.where(is_place, places // each, num_rows)
         share = tl.program_id(1)
         bits, first, end, word = load_share(shares, expert * tl.num_programs(1) + share)
-        columns = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
-        total = tl.zeros((ROWS, OUTPUTS), tl.float32)
+        first_column = tl.program_id(0) * OUTPUTS
+        columns = first_column + tl.arange(0, OUTPUTS)
+        total = tl.zeros((OUTPUTS, ROWS), tl.float32)
         for BITS in tl.static_range(2, 9):
             if (WIDTHS >> BITS) & 1:  # noqa: SIM102  decided when it is compiled, and the next one when it runs
                 if bits == BITS:
                     total = multiply_blocks(
-                        total, x, words, source, group_of, scales, group_max, zeros, codebook, first, end, word,
-                        columns, tokens, num_rows, num_inputs, stride, BITS, BLOCKS, DTYPE,
+                        x, words, source, group_of, scales, group_max, zeros, codebook, first, end, word,
+                        first_column, tokens, num_rows, num_inputs, stride, BITS, OUTPUTS, DTYPE,
                     )  # fmt: skip
-        at = parts + (share * num_places + places)[:, None].to(tl.int64) * stride + columns[None, :]
-        tl.store(at, total, mask=is_place[:, None] & (columns < stride)[None, :])
+        at = parts + (share * num_places + places)[None, :].to(tl.int64) * stride + columns[:, None]
+        tl.store(at, total, mask=is_place[None, :] & (columns < stride)[:, None])
 
 
 def _times_plain(x: Tensor, weight: Tensor, tiles: Tensor, num_places: int, each: int) -> Tensor:

@@ -58,7 +58,7 @@ def _multiply(x: Tensor, matrix: ColumnMatrix, bias: Tensor | None, out: Tensor)
             enable_fp_fusion=True,
         )
     else:
-        rows = 16 if len(x) <= 16 else 32
+        rows = min(32, max(8, triton.next_power_of_2(len(x))))  # eight at least on a side of the matrix units
         batch_parts[-(-stride // BATCH_OUTPUTS), num_shares, -(-len(x) // rows)](
             x,
             parts,
@@ -68,10 +68,10 @@ def _multiply(x: Tensor, matrix: ColumnMatrix, bias: Tensor | None, out: Tensor)
             stride,
             WIDTHS=matrix.widths,
             ROWS=rows,
-            BLOCKS=16,
             OUTPUTS=BATCH_OUTPUTS,
             DTYPE=operands(x),
             num_warps=4,
+            num_stages=1,  # the kernel itself loads ahead, into registers
             enable_fp_fusion=True,
         )
     add_parts(parts, bias, out)
@@ -137,7 +137,7 @@ def expand(matrix: ColumnMatrix, dtype: torch.dtype, first: int = 0, count: int 
 
 def operands(x: Tensor) -> tl.dtype:
     """What numbers are multiplied as: x's dtype, where Triton can; its interpreter, on a CPU, can't in bfloat16."""
-    return tl.float32 if x.dtype == torch.bfloat16 and not x.is_cuda else _DTYPES[x.dtype]
+    return tl.float32 if x.dtype == torch.bfloat16 and x.is_cpu else _DTYPES[x.dtype]
 
 
 def columns_of(matrix: ColumnMatrix) -> tuple[Tensor | None, ...]:

@@ -1,8 +1,8 @@
 """Several rows times a quantized matrix on CUDA, and the matrix expanded for products with many rows.
 
-A product does not care in which order rows are summed, so a tile is multiplied row by row of its blocks: row r of each
-of BLOCKS blocks is one operand, decoded where its words were loaded. The words of a block are taken in a loop: written
-out, the products of all widths take a compiler minutes.
+A block is a product of its own: its weights without their scale, which 16 bits hold exactly, times 32 numbers of each
+row; sums are scaled in float32. Outputs are on the side of a card's matrix units that takes sixteen, rows on that which
+takes eight.
 """
 
 import triton
@@ -10,7 +10,22 @@ import triton.language as tl
 from triton.language import constexpr
 
 from tightrope.kernels.forms.columns import BLOCK
-from tightrope.kernels.triton.quantized_tile import book_number, load_scale, load_share, load_zero, spread
+from tightrope.kernels.triton.quantized_pairs import (
+    book_bits,
+    pair_rows,
+    pair_weights,
+    tiled_outputs,
+    untiled_outputs,
+)
+from tightrope.kernels.triton.quantized_tile import (
+    book_lanes,
+    book_number,
+    code_number,
+    load_scale,
+    load_share,
+    load_words,
+    load_zero,
+)
 
 _BLOCK = constexpr(BLOCK)
 
@@ -32,30 +47,29 @@ def batch_parts(
     stride: tl.tensor,
     WIDTHS: constexpr,
     ROWS: constexpr,
-    BLOCKS: constexpr,
     OUTPUTS: constexpr,
     DTYPE: constexpr,
 ) -> None:
     """parts [S, T, N] float32 for x [T, K]: what each share of the stored rows adds to the outputs."""
     share = tl.program_id(1)
     bits, first, end, word = load_share(shares, share)
-    columns = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
+    first_column = tl.program_id(0) * OUTPUTS
+    columns = first_column + tl.arange(0, OUTPUTS)
     tokens = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
-    total = tl.zeros((ROWS, OUTPUTS), tl.float32)
+    total = tl.zeros((OUTPUTS, ROWS), tl.float32)
     for BITS in tl.static_range(2, 9):
         if (WIDTHS >> BITS) & 1:  # noqa: SIM102  decided when it is compiled, and the next one when it runs
             if bits == BITS:
                 total = multiply_blocks(
-                    total, x, words, source, group_of, scales, group_max, zeros, codebook, first, end, word, columns,
-                    tokens, num_rows, num_inputs, stride, BITS, BLOCKS, DTYPE,
+                    x, words, source, group_of, scales, group_max, zeros, codebook, first, end, word, first_column,
+                    tokens, num_rows, num_inputs, stride, BITS, OUTPUTS, DTYPE,
                 )  # fmt: skip
-    at_parts = parts + (share * num_rows + tokens)[:, None].to(tl.int64) * stride + columns[None, :]
-    tl.store(at_parts, total, mask=(tokens < num_rows)[:, None] & (columns < stride)[None, :])
+    at_parts = parts + (share * num_rows + tokens)[None, :].to(tl.int64) * stride + columns[:, None]
+    tl.store(at_parts, total, mask=(tokens < num_rows)[None, :] & (columns < stride)[:, None])
 
 
 @triton.jit
 def multiply_blocks(
-    total: tl.tensor,
     x: tl.tensor,
     words: tl.tensor,
     source: tl.tensor,
@@ -67,75 +81,58 @@ def multiply_blocks(
     first: tl.tensor,
     end: tl.tensor,
     first_word: tl.tensor,
-    columns: tl.tensor,
+    first_column: tl.tensor,
     tokens: tl.tensor,
     num_rows: tl.tensor,
     num_inputs: tl.tensor,
     stride: tl.tensor,
     BITS: constexpr,
-    BLOCKS: constexpr,
+    OUTPUTS: constexpr,
     DTYPE: constexpr,
 ) -> tl.tensor:
-    """total [ROWS, OUTPUTS] plus the product of x with blocks first .. end, of BITS."""
+    """The product [OUTPUTS, ROWS] of x's rows `tokens` with blocks first .. end, of BITS, from first_column on."""
     LOW: constexpr = 8 if BITS == 8 else 4 if BITS >= 4 else 2
-    FIELDS: constexpr = 32 // LOW  # of a low word
-    for step in range(tl.cdiv(end - first, BLOCKS) * LOW):
-        word = step % LOW
-        blocks = first + step // LOW * BLOCKS + tl.arange(0, BLOCKS)
-        mask = (blocks < end)[:, None] & (columns < stride)[None, :]
-        at = words + (first_word + (blocks - first) * BITS)[:, None].to(tl.int64) * stride + columns[None, :]
-        low, high = _load_words(at, word, mask, stride, LOW, BITS - LOW)  # what is not read meets an x of zero
-        group = tl.load(group_of + blocks, mask=blocks < end, other=0)
-        scale = load_scale(scales, group_max, group, columns, mask, stride)
-        zero = load_zero(zeros, group, columns, mask, stride, BITS)
-        for field in tl.static_range(FIELDS):
-            row = blocks * _BLOCK + word * FIELDS + field
-            is_row = blocks < end
-            if source is not None:
-                row = tl.load(source + row, mask=is_row, other=-1)
-                is_row = row >= 0
-            at_x = x + tokens[:, None].to(tl.int64) * num_inputs + row[None, :]
-            number = tl.load(at_x, mask=(tokens < num_rows)[:, None] & is_row[None, :], other=0.0)
-            weight = _weight(low, high, scale, zero, codebook, field, LOW, BITS - LOW)
-            total = tl.dot(number.to(DTYPE), weight.to(DTYPE), total, input_precision="ieee")
-    return total
+    ROWS: constexpr = tokens.shape[0]
+    book = book_lanes(codebook)
+    pairs = book_bits(book, DTYPE)
+    offsets = pair_rows(LOW, codebook is not None)
+    word = tl.arange(0, LOW)[None, :, None]
+    columns = first_column + 4 * tl.arange(0, OUTPUTS // 4)[:, None, None] + tl.arange(0, 4)[None, None, :]
+    is_output, is_token = columns < stride, (tokens < num_rows)[None, :]
+    at_word = words + first_word.to(tl.int64) * stride + columns
+    at_x = x + tokens[None, :].to(tl.int64) * num_inputs
+    # scales and zero points are loaded by each thread that needs them: four lanes have the same outputs
+    of_lane, of_word = columns + 0 * tl.arange(0, 4)[None, :, None], columns + 0 * word
+    total = tl.zeros((OUTPUTS, ROWS), tl.float32)
+    # what a block is multiplied with is loaded while the one before it is multiplied; where it lies, one before that
+    row, group = _find(source, group_of, offsets, first)
+    low, high = load_words(at_word, word, is_output, stride, LOW, BITS - LOW)
+    number = tl.load(at_x + row[:, None], mask=is_token & (row >= 0)[:, None], other=0.0)
+    scale = load_scale(scales, group_max, group, of_lane, is_output, stride)
+    zero = load_zero(zeros, group, of_word, is_output, stride, BITS)
+    row, group = _find(source, group_of, offsets, tl.minimum(first + 1, end - 1))
+    for block in range(first, end):
+        at_word += tl.where(block + 1 < end, BITS * stride, 0)  # the last one is loaded again
+        next_low, next_high = load_words(at_word, word, is_output, stride, LOW, BITS - LOW)
+        next_number = tl.load(at_x + row[:, None], mask=is_token & (row >= 0)[:, None], other=0.0)
+        next_scale = load_scale(scales, group_max, group, of_lane, is_output, stride)
+        next_zero = zero if zeros is None else load_zero(zeros, group, of_word, is_output, stride, BITS)
+        row, group = _find(source, group_of, offsets, tl.minimum(block + 2, end - 1))
+        weight = pair_weights(low, high, zero, book, pairs, BITS, LOW, DTYPE)
+        product = tl.dot(weight, number.to(DTYPE), input_precision="ieee")
+        of_product = tl.broadcast_to(tiled_outputs(scale)[:, None, :, None], (OUTPUTS, ROWS // 8, 4, 2))
+        total += product * tl.reshape(of_product, (OUTPUTS, ROWS))
+        low, high, number, scale, zero = next_low, next_high, next_number, next_scale, next_zero
+    return untiled_outputs(total)
 
 
 @triton.jit
-def _load_words(
-    at: tl.tensor, word: tl.tensor, mask: tl.tensor, stride: tl.tensor, LOW: constexpr, HIGH: constexpr
-) -> tuple[tl.tensor, tl.tensor]:
-    """A word of the low plane of blocks, and that of the high one, whose rows are moved down to its lowest bits."""
-    low = tl.load(at + word * stride, mask=mask)
-    high = low
-    if HIGH > 0:
-        bit = word * (32 // LOW * HIGH)  # of the high plane's, where the rows of the low word begin
-        high = tl.load(at + (LOW + bit // 32) * stride, mask=mask) >> (bit % 32)
-    return low, high
-
-
-@triton.jit
-def _weight(
-    low: tl.tensor,
-    high: tl.tensor,
-    scale: tl.tensor,
-    zero: tl.tensor,
-    codebook: tl.tensor,
-    FIELD: constexpr,
-    LOW: constexpr,
-    HIGH: constexpr,
-) -> tl.tensor:
-    """(code - zero) * scale, float32, of row FIELD of the words' rows; see _load_words."""
-    if codebook is not None:
-        weight = book_number(low, codebook, FIELD) * scale
-    else:
-        unit: constexpr = 1 << (8 - FIELD * LOW % 8)
-        code = spread(low, FIELD, LOW) * unit - (unit + zero)  # exact: whole numbers
-        if HIGH > 0:
-            unit_high: constexpr = 1 << (8 + LOW - FIELD * HIGH % 8)
-            code += spread(high, FIELD, HIGH) * unit_high - unit_high
-        weight = code * scale
-    return weight
+def _find(source: tl.tensor, group_of: tl.tensor, offsets: tl.tensor, block: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+    """Inputs [32] of a block's rows, -1 where there are none, and its group."""
+    row = block * _BLOCK + offsets
+    if source is not None:
+        row = tl.load(source + row)
+    return row, tl.load(group_of + block)
 
 
 @triton.jit
@@ -192,20 +189,23 @@ def _expand_blocks(
     """Store the weights of blocks first .. end, of BITS."""
     LOW: constexpr = 8 if BITS == 8 else 4 if BITS >= 4 else 2
     FIELDS: constexpr = 32 // LOW  # of a low word
-    columns = first_column + own
+    columns, book = first_column + own, book_lanes(codebook)
     for step in range(tl.cdiv(end - first, BLOCKS) * LOW):
         word = step % LOW
         blocks = first + step // LOW * BLOCKS + tl.arange(0, BLOCKS)
         mask = (blocks < end)[:, None] & (own < num_columns)[None, :]
         at = words + (first_word + (blocks - first) * BITS)[:, None].to(tl.int64) * stride + columns[None, :]
-        low, high = _load_words(at, word, mask, stride, LOW, BITS - LOW)
+        low, high = load_words(at, word, mask, stride, LOW, BITS - LOW)
         group = tl.load(group_of + blocks, mask=blocks < end, other=0)
-        scale = load_scale(scales, group_max, group, columns, mask, stride)
-        zero = load_zero(zeros, group, columns, mask, stride, BITS)
+        scale = load_scale(scales, group_max, group[:, None], columns[None, :], mask, stride)
+        zero = load_zero(zeros, group[:, None], columns[None, :], mask, stride, BITS)
         for field in tl.static_range(FIELDS):
             row = blocks * _BLOCK + word * FIELDS + field
             if source is not None:
                 row = tl.load(source + row, mask=blocks < end, other=-1)
-            weight = _weight(low, high, scale, zero, codebook, field, LOW, BITS - LOW)
+            if codebook is not None:
+                weight = book_number(low, book, field) * scale
+            else:
+                weight = code_number(low, high, zero, field, BITS, LOW) * scale
             at_out = out + row[:, None].to(tl.int64) * num_columns + own[None, :]
             tl.store(at_out, weight.to(out.dtype.element_ty), mask=mask & (row >= 0)[:, None])

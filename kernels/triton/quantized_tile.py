@@ -2,12 +2,15 @@
 
 A code becomes a float by its bits: those of a byte of codes are shifted to the top of the mantissa, once for all of
 them, and under an exponent of zero a field q bits above the byte's lowest is 1 + code / 2^(8 - q). Integer operations
-run at half the rate of arithmetic and conversions at an eighth, and would be what a card waits for.
+run at half the rate of arithmetic and conversions at an eighth, and would be what a card waits for. Masking a field and
+setting its exponent is one instruction, lop3, of which the assembler makes two where it isn't told.
 """
 
 import triton
 import triton.language as tl
 from triton.language import constexpr
+
+IS_COMPILED = constexpr(not triton.knobs.runtime.interpret)  # Triton's interpreter knows no instructions of a card
 
 
 @triton.jit
@@ -18,28 +21,97 @@ def load_share(shares: tl.tensor, share: tl.tensor) -> tuple[tl.tensor, tl.tenso
 
 
 @triton.jit
-def spread(words: tl.tensor, FIELD: constexpr, WIDTH: constexpr) -> tl.tensor:
-    """1 + code / 2^(8 - FIELD * WIDTH % 8), float32, of field FIELD of words."""
-    left: constexpr = 15 - FIELD * WIDTH // 8 * 8  # takes the field's byte to bits 15 .. 23
+def spread(words: tl.tensor, BIT: constexpr, WIDTH: constexpr) -> tl.tensor:
+    """1 + code / 2^(8 - BIT % 8), float32, of the codes of WIDTH bits that begin at bit BIT of words, within a byte."""
+    left: constexpr = 15 - BIT // 8 * 8  # takes the byte to bits 15 .. 23
     moved = words << left if left >= 0 else words >> -left
-    mask: constexpr = ((1 << WIDTH) - 1) << (15 + FIELD * WIDTH % 8)
-    return ((moved & mask) | 0x3F800000).to(tl.float32, bitcast=True)
+    mask: constexpr = ((1 << WIDTH) - 1) << (15 + BIT % 8)
+    if IS_COMPILED:
+        asm: constexpr = "lop3.b32 $0, $1, $2, $3, 0xEA;"  # (a & b) | c
+        bits = tl.inline_asm_elementwise(
+            asm, "=r,r,r,r", [moved, mask, 0x3F800000], dtype=tl.int32, is_pure=True, pack=1
+        )
+    else:
+        bits = (moved & mask) | 0x3F800000
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.constexpr_function
+def high_bit(row: int, low: int, high: int) -> int:
+    """Where in its word the second plane's code of a block's row begins; see ColumnMatrix."""
+    half = 16 // low
+    return row % (2 * half) // half * 16 + high * (row // (2 * half) % (low // high) * half + row % half)
 
 
 @triton.jit
-def book_number(words: tl.tensor, codebook: tl.tensor, FIELD: constexpr) -> tl.tensor:
-    """The number, float32, that field FIELD of four bits of words stands for."""
-    return tl.load(codebook + ((words >> (4 * FIELD)) & 15))
+def code_number(
+    low: tl.tensor, high: tl.tensor, zero: tl.tensor, FIELD: constexpr, BITS: constexpr, LOW: constexpr
+) -> tl.tensor:
+    """code - zero, float32, of field FIELD of low words; high words' rows stand where those of a first low word do."""
+    HIGH: constexpr = BITS - LOW
+    unit: constexpr = 1 << (8 - FIELD * LOW % 8)
+    number = spread(low, FIELD * LOW, LOW) * unit - (unit + zero)  # exact: whole numbers
+    if HIGH > 0:
+        bit: constexpr = high_bit(FIELD, LOW, HIGH)
+        unit_high: constexpr = 1 << (8 + LOW - bit % 8)
+        number += spread(high, bit, HIGH) * unit_high - unit_high
+    return number
+
+
+@triton.jit
+def load_words(
+    at: tl.tensor, word: tl.tensor, mask: tl.tensor, stride: tl.tensor, LOW: constexpr, HIGH: constexpr
+) -> tuple[tl.tensor, tl.tensor]:
+    """A word of the low plane of blocks, and that of the high one, moved for code_number; anything where not read."""
+    low = tl.load(at + word * stride, mask=mask)
+    high = low
+    if HIGH > 0:
+        PER_WORD: constexpr = LOW // HIGH  # low words that have their second plane in one
+        high = tl.load(at + (LOW + word // PER_WORD) * stride, mask=mask) >> (word % PER_WORD * (HIGH * (16 // LOW)))
+    return low, high
+
+
+@triton.jit
+def book_lanes(codebook: tl.tensor) -> tl.tensor:
+    """A book of sixteen numbers, float32, one in each lane of half a warp; None where there is none.
+
+    In the interpreter, which has no lanes, it is where the book lies.
+    """
+    if IS_COMPILED and codebook is not None:
+        asm: constexpr = """{
+            .reg .b32 lane; .reg .b64 at;
+            mov.u32 lane, %laneid; and.b32 lane, lane, 15; mad.wide.u32 at, lane, 4, $1; ld.global.nc.f32 $0, [at];
+        }"""
+        codebook = tl.inline_asm_elementwise(
+            asm, "=f,l", [codebook.to(tl.int64)], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return codebook
+
+
+@triton.jit
+def book_number(words: tl.tensor, book: tl.tensor, FIELD: constexpr) -> tl.tensor:
+    """The number, float32, that field FIELD of four bits of words stands for, by what book_lanes gives.
+
+    Lanes give each other the number at once: of a lane's number only the lowest five bits count.
+    """
+    if IS_COMPILED:
+        asm: constexpr = "shfl.sync.idx.b32 $0, $1, $2, 31, 0xffffffff;"
+        number = tl.inline_asm_elementwise(
+            asm, "=f,f,r", [book, words >> (4 * FIELD)], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        number = tl.load(book + ((words >> (4 * FIELD)) & 15))
+    return number
 
 
 @triton.jit
 def load_scale(
     scales: tl.tensor, group_max: tl.tensor, group: tl.tensor, columns: tl.tensor, mask: tl.tensor, stride: tl.tensor
 ) -> tl.tensor:
-    """Scales [blocks, columns] float32 of groups [blocks]; zero where the mask is not."""
-    scale = tl.load(scales + group[:, None].to(tl.int64) * stride + columns[None, :], mask=mask, other=0).to(tl.float32)
+    """Scales float32 of groups and columns, which are broadcast; zero where the mask is not."""
+    scale = tl.load(scales + group.to(tl.int64) * stride + columns, mask=mask, other=0).to(tl.float32)
     if group_max is not None:
-        scale = scale * scale * (1 / 256) * tl.load(group_max + group)[:, None]
+        scale = scale * scale * (1 / 256) * tl.load(group_max + group)
     return scale
 
 
@@ -47,10 +119,9 @@ def load_scale(
 def load_zero(
     zeros: tl.tensor, group: tl.tensor, columns: tl.tensor, mask: tl.tensor, stride: tl.tensor, BITS: constexpr
 ) -> tl.tensor:
-    """Zero points float32 of groups [blocks]: [blocks, columns], or [1, 1] where one is for all."""
+    """Zero points float32 of groups and columns, which are broadcast; [1, 1] where one is for all."""
     if zeros is None:
         zero = tl.full((1, 1), 1 << (BITS - 1), tl.float32)
     else:
-        at = zeros + group[:, None].to(tl.int64) * stride + columns[None, :]
-        zero = tl.load(at, mask=mask, other=0).to(tl.float32)
+        zero = tl.load(zeros + group.to(tl.int64) * stride + columns, mask=mask, other=0).to(tl.float32)
     return zero

@@ -9,7 +9,15 @@ import triton.language as tl
 from triton.language import constexpr
 
 from tightrope.kernels.forms.columns import BLOCK
-from tightrope.kernels.triton.quantized_tile import book_number, load_scale, load_share, load_zero, spread
+from tightrope.kernels.triton.quantized_tile import (
+    book_lanes,
+    book_number,
+    high_bit,
+    load_scale,
+    load_share,
+    load_zero,
+    spread,
+)
 
 _BLOCK = constexpr(BLOCK)
 
@@ -36,6 +44,7 @@ def vector_parts(
     bits, first, end, word = load_share(shares, share)
     columns = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     total = tl.zeros((BLOCKS, OUTPUTS), tl.float32)
+    book = book_lanes(codebook)
     for BITS in tl.static_range(2, 9):
         if (WIDTHS >> BITS) & 1:  # noqa: SIM102  decided when it is compiled, and the next one when it runs
             if bits == BITS:
@@ -45,9 +54,9 @@ def vector_parts(
                     mask = (blocks < end)[:, None] & (columns < stride)[None, :]
                     group = tl.load(group_of + blocks, mask=blocks < end, other=0)
                     summed = _block_sums(
-                        x, at, source, zeros, codebook, blocks, end, group, columns, mask, stride, BLOCKS, OUTPUTS, BITS
+                        x, at, source, zeros, book, blocks, end, group, columns, mask, stride, BLOCKS, OUTPUTS, BITS
                     )
-                    total += summed * load_scale(scales, group_max, group, columns, mask, stride)
+                    total += summed * load_scale(scales, group_max, group[:, None], columns[None, :], mask, stride)
     tl.store(parts + share * stride + columns, tl.sum(total, 0), mask=columns < stride)
 
 
@@ -57,7 +66,7 @@ def _block_sums(
     at: tl.tensor,
     source: tl.tensor,
     zeros: tl.tensor,
-    codebook: tl.tensor,
+    book: tl.tensor,
     blocks: tl.tensor,
     end: tl.tensor,
     group: tl.tensor,
@@ -82,19 +91,21 @@ def _block_sums(
         for field in tl.static_range(FIELDS):
             row = blocks * _BLOCK + (word * FIELDS + field)
             number = _load_x(x, source, row, blocks < end)
-            if codebook is not None:
-                summed += book_number(low, codebook, field) * number[:, None]
+            if book is not None:
+                summed += book_number(low, book, field) * number[:, None]
             else:
                 number_low = number * (1 << (8 - field * LOW % 8))
-                summed += spread(low, field, LOW) * number_low[:, None]
+                summed += spread(low, field * LOW, LOW) * number_low[:, None]
                 added += number_low
                 plain += number
                 if HIGH > 0:
-                    number_high = number * (1 << (8 + LOW - (word * FIELDS + field) * HIGH % 8))
-                    summed += spread(high, (word * FIELDS + field) % (32 // HIGH), HIGH) * number_high[:, None]
+                    number_high = number * (1 << (8 + LOW - high_bit(word * FIELDS + field, LOW, HIGH) % 8))
+                    summed += spread(high, high_bit(word * FIELDS + field, LOW, HIGH), HIGH) * number_high[:, None]
                     added += number_high
-    if codebook is None:
-        summed -= added[:, None] + load_zero(zeros, group, columns, mask, stride, BITS) * plain[:, None]
+    if book is None:
+        summed -= (
+            added[:, None] + load_zero(zeros, group[:, None], columns[None, :], mask, stride, BITS) * plain[:, None]
+        )
     return summed
 
 

@@ -59,17 +59,20 @@ def spread_off(x: Tensor, matrix: QuantizedMatrix) -> Tensor:
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
-def test_words_hold_the_codes_of_a_column_from_the_low_bits_up(bits: int):
+def test_words_hold_the_codes_of_a_column(bits: int):
     codes = torch.randint(0, 1 << bits, (2 * BLOCK, 3), dtype=torch.uint8)
 
     words = pack_columns(codes, [bits], [2]).long() & 0xFFFFFFFF  # [2 * bits, 3]
 
+    low, high = PLANES[bits][0], bits - PLANES[bits][0]
+    half = 16 // low
     for row in range(2 * BLOCK):
-        found, shift, first = 0, 0, row // BLOCK * bits
-        for width in PLANES[bits]:
-            word, field = divmod(row % BLOCK, 32 // width)
-            found += (int(words[first + word, 1]) >> (field * width) & ((1 << width) - 1)) << shift
-            first, shift = first + width, shift + width
+        first, (word, field) = row // BLOCK * bits, divmod(row % BLOCK, 2 * half)
+        found = int(words[first + word, 1]) >> (field * low) & ((1 << low) - 1)
+        if high:
+            top, turn = divmod(word, low // high)
+            bit = 16 * (field // half) + high * (turn * half + field % half)
+            found += (int(words[first + low + top, 1]) >> bit & ((1 << high) - 1)) << low
         assert found == codes[row, 1]
 
 
