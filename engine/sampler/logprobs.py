@@ -47,5 +47,5 @@ def processed(weights: Doubles, token_ids: Ids, total: float, top: int) -> Top:
         return ()
     least = weights[kept[min(top, len(kept)) - 1]]
     listed = kept[weights[kept] >= least]
-    logprobs = [math.log(share) for share in (weights[listed] / total).tolist()]
+    logprobs = (np.log(weights[listed]) - math.log(total)).tolist()  # A share itself may be too small for a float64.
     return tuple(zip(token_ids[listed].tolist(), logprobs, strict=True))

@@ -122,7 +122,7 @@ def _sampled(drawn: DrawResult, place: int, state: SamplerState) -> Sampled:
         surprise = float(drawn.surprises[place])
     if not state.wants_processed:
         return Sampled(token_id, None, surprise=surprise)
-    logprob = math.log(weights[column] / total)
+    logprob = math.log(weights[column]) - math.log(total)
     top = scores.processed(weights, candidates.token_ids[place], total, state.processed_top)
     return Sampled(token_id, logprob, top, surprise)
 

@@ -304,6 +304,15 @@ def test_the_mu_of_what_steers_goes_back_with_a_rewound_sequence(params: Samplin
     assert go_on(13) == first[13:]
 
 
+def test_a_token_is_listed_whose_share_of_the_whole_is_too_small_for_a_float64():
+    for exponent in np.arange(-745.2, -743.0, 0.1):
+        logits = torch.tensor([0.0, 0.0, exponent / 2], dtype=torch.float32)
+        drawn = one(logits, temperature=0.5, seed=1)
+        listed = dict(drawn.top)
+        assert {0, 1} <= listed.keys()
+        assert listed.get(2, exponent) == pytest.approx(exponent - math.log(2), abs=0.7)
+
+
 @pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
 def test_rows_without_numbers_draw_nothing_whatever_reshapes_them(broken: float):
     logits = torch.randn(3, 2000, generator=torch.Generator().manual_seed(1))

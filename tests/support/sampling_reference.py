@@ -8,12 +8,14 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+from hypothesis import assume
 from numpy.typing import NDArray
 
 from tightrope.engine.sampler.steps import SAMPLER_ORDER, SamplingParams
 
 Logits = NDArray[np.float64]
 Distribution = list[tuple[int, float]]
+VANISHING = 1e-290  # Far above the numbers that a float64 holds with fewer digits, or not at all.
 
 
 def penalise(
@@ -99,7 +101,7 @@ def softmax(logits: Logits, temperature: float) -> Distribution:
 
 def renormalize(weights: Distribution) -> Distribution:
     total = math.fsum(weight for _, weight in weights)
-    return [(token, weight / total) for token, weight in weights if weight > 0]
+    return [(token, share) for token, weight in weights if (share := weight / total) > 0]
 
 
 def top_k(distribution: Distribution, k: int) -> Distribution:
@@ -230,6 +232,8 @@ def adaptive_p(distribution: Distribution, current: float) -> Distribution:
 def truncate(logits: Logits, params: SamplingParams, *, acts: bool = False, mu: float | None = None) -> Distribution:
     """Steps 5 and 6: what may be drawn, and how likely. Greedy draws the first token of an untruncated softmax.
 
+    Drops the example of a property in which a step is given a token that is about to vanish.
+
     acts: what XTC's dice say; mu: that of mirostat or adaptive-p, if it isn't the first.
     """
     if params.temperature == 0:
@@ -243,6 +247,8 @@ def truncate(logits: Logits, params: SamplingParams, *, acts: bool = False, mu: 
     for step in order:
         before = distribution
         distribution = run(step, distribution, params, acts)
+        if distribution != before:  # Whether a token has vanished that is about to is a question of rounding alone.
+            assume(min(probability for _, probability in before) >= VANISHING)
         if step not in ("temperature", "smoothing", "xtc"):
             distribution = at_least_so_many(before, distribution, params.min_keep)
     if params.mirostat_mode == 0:
