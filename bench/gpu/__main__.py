@@ -1,7 +1,7 @@
 """The CUDA side in slices, the most telling first: right or wrong, then how fast, well within ten minutes.
 
 `python -m bench.gpu` in the checkout, on a machine with a CUDA card, PyTorch, Triton and transformers; the slices that
-load models and serve need what tightrope needs. Each row is added to gpu.jsonl in --out as soon as it is measured, so
+load a model need what tightrope needs. Each row is added to gpu.jsonl in --out as soon as it is measured, so
 that a run that is cut keeps the others; a later run, of other slices perhaps, goes on in the same file. Exits with 1 if
 a result is wrong or below its bar, or a slice was not run. `--smoke` goes through everything at tiny sizes on a CPU, in
 Triton's interpreter, and judges no speed.

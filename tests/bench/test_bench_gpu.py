@@ -140,8 +140,8 @@ def test_a_real_server_is_asked(tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_steps_and_their_kernels_are_timed_on_a_bare_machine(tmp_path: Path):
-    rows = smoke(tmp_path, "profile", MISSING)
+def test_steps_and_their_kernels_are_timed(tmp_path: Path):
+    rows = smoke(tmp_path, "profile")
 
     steps = ["loaded", "decode", "decode, agreeing", "5 tokens of a prompt", "20 tokens of a prompt", "peak"]
     assert [row["step"] for row in rows if "kernel" not in row] == steps
@@ -159,6 +159,14 @@ def test_other_ways_for_prompts_are_timed_on_a_bare_machine(tmp_path: Path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "num_rows"), [("attention", 1), ("products", 8), ("mixture", 2)])
-def test_speeds_are_measured_on_a_bare_machine(tmp_path: Path, name: str, num_rows: int):
+@pytest.mark.parametrize(("name", "num_rows"), [("attention", 1), ("products", 8)])
+def test_speeds_of_kernels_are_measured_on_a_bare_machine(tmp_path: Path, name: str, num_rows: int):
     assert len(smoke(tmp_path, name, MISSING)) == num_rows
+
+
+@pytest.mark.slow
+def test_a_mixture_reads_the_experts_that_were_picked(tmp_path: Path):
+    one, two = smoke(tmp_path, "mixture")
+
+    assert one["experts_read"] == 2 * 2  # layers, and experts of a token
+    assert int(str(one["step_bytes"])) < int(str(two["step_bytes"]))
