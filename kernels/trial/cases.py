@@ -35,7 +35,8 @@ def cases(*, on_card: bool) -> Iterator[tuple[str, Case]]:
     yield "rotation", _rotation
     for dtype in ("f16", "q8", "q4"):
         for name, lengths in (("decode", DECODE), ("prefill", PREFILL)):
-            yield f"attention, {name}, {dtype} cache", partial(_attention, dtype, lengths)
+            yield f"attention, {name}, {dtype} cache", partial(_attention, dtype, lengths, None)
+    yield "attention in a window, prefill, q8 cache", partial(_attention, "q8", PREFILL, 16)
     yield "plain product", _plain
     for format, matrix in (("EXL2", _exl2), ("GPTQ and AWQ", _gptq), ("nf4", _nf4)):
         for name, num_rows in (("one row", 1), ("8 rows", 8), ("80 rows", 80)):
@@ -76,7 +77,7 @@ def _rotation(samples: Samples) -> Found:
     return found, reference.rotate(_exact(x), step, angles(4, DIMS // 2, 2))
 
 
-def _attention(dtype: CacheDtype, lengths: Sequence[tuple[int, int]], samples: Samples) -> Found:
+def _attention(dtype: CacheDtype, lengths: Sequence[tuple[int, int]], window: int | None, samples: Samples) -> Found:
     """Storing the whole contexts, and attention of the step's queries over them."""
     whole = step_of([(length, length) for _, length in lengths])
     step = step_of(lengths)
@@ -84,7 +85,7 @@ def _attention(dtype: CacheDtype, lengths: Sequence[tuple[int, int]], samples: S
     keys, values = (samples.normal(len(whole.slots), KV_HEADS, DIMS) for _ in range(2))
     dispatch.store_kv(mine, keys, values, whole.slots.to(samples.device))
     reference.store_kv(plain, _exact(keys), _exact(values), whole.slots)
-    queries, spec = samples.normal(len(step.slots), HEADS, DIMS), AttentionSpec(DIMS**-0.5)
+    queries, spec = samples.normal(len(step.slots), HEADS, DIMS), AttentionSpec(DIMS**-0.5, window)
     half, pages, seqs = DIMS // 2, whole.block_tables.shape[1], len(lengths)
     table = angles(pages, half, seqs, samples.device)
     found = dispatch.attention(queries, mine, step.to(samples.device), table, spec)

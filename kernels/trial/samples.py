@@ -98,6 +98,7 @@ def step_of(lengths: Sequence[tuple[int, int]]) -> StepLayout:
         sequence_of=sequence_of.int(),
         max_query_len=int(counts.max()),
         max_context_len=max(length for _, length in lengths),
+        lengths=tuple(lengths),
     )
 
 

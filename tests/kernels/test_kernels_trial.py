@@ -1,6 +1,7 @@
 """Trying out each kind of kernel: all of this machine's hold, and one that is wrong, or doesn't run, is named."""
 
 import math
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -61,12 +62,17 @@ def test_the_reference_has_all_but_what_runs_at_once(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.plain
 def test_all_kernels_of_a_card_hold_in_tritons_interpreter(monkeypatch: pytest.MonkeyPatch):
+    flash = []
     with interpreted("ops") as ops:
+        attention = sys.modules["tightrope.kernels.triton.attention"]
+        expanded = attention.attend_expanded
+        monkeypatch.setattr(attention, "attend_expanded", lambda *given: (flash.append(given), expanded(*given)))
         monkeypatch.setattr(dispatch, "_kernels_for", lambda x: ops)
         found = [run.run_one(name, case, CPU) for name, case in cases.cases(on_card=True) if "exllamav2" not in name]
 
     assert [trial and trial.describe() for trial in found if trial is None or not trial.holds] == []
     assert len(found) > 20
+    assert len(flash) == 3  # Prompts of each type of cache; a window and decode have kernels of their own.
 
 
 @pytest.mark.quick
