@@ -7,10 +7,11 @@ from functools import cached_property
 
 import torch
 
+from bench.gpu.listing.cards import CARDS
 from bench.gpu.timing import memory_bandwidth, processor_cycles
 
-# That the memory of an RTX 3090 delivers to each of its 82 multiprocessors at 1.695 GHz, by its data sheet.
-BYTES_A_CYCLE = 936e9 / (82 * 1.695e9)
+RTX_3090 = next(card for card in CARDS if card.name == "RTX 3090")
+BYTES_A_CYCLE = RTX_3090.bandwidth / (RTX_3090.num_processors * RTX_3090.clock)  # that each multiprocessor is delivered
 
 Row = dict[str, object]  # `holds` says whether what it tells is right, and as fast as its bar
 

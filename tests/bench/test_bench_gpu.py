@@ -8,9 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from checkout import ROOT
 
 from bench.gpu import __main__ as gpu
+from bench.gpu import run as measured
 from bench.gpu.slices import SLICES
 from bench.report import RowFile
 
@@ -66,6 +68,21 @@ def test_a_slice_that_does_not_fit_what_is_left_of_the_budget_is_not_begun(tmp_p
 
 def test_all_slices_fit_into_ten_minutes():
     assert sum(slice.seconds for slice in SLICES) <= gpu.BUDGET_S < 600
+
+
+def test_a_bar_is_met_in_cycles_where_memory_outruns_the_processors(monkeypatch: pytest.MonkeyPatch):
+    cycles, bandwidth = 132 * 1.98e9, 4.8e12  # of an H200
+    monkeypatch.setattr(measured, "processor_cycles", lambda device: cycles)
+    monkeypatch.setattr(measured, "memory_bandwidth", lambda device, num_bytes: bandwidth)
+    card = measured.Run(torch.device("cuda"), is_smoke=False)
+    bytes_a_cycle = 936e9 / (82 * 1.695e9)  # of an RTX 3090
+
+    row = card.judged(1 << 30, (1 << 30) / (0.61 * bytes_a_cycle * cycles), 0.6)
+    assert row["holds"] is True
+    assert row["share"] == pytest.approx(0.61 * bytes_a_cycle * cycles / bandwidth)
+    assert row["share_3090"] == pytest.approx(0.61)
+    assert card.judged(1 << 30, (1 << 30) / (0.59 * bytes_a_cycle * cycles), 0.6)["holds"] is False
+    assert card.judged(1 << 30, (1 << 30) / (0.61 * bandwidth), 0.6)["holds"] is True
 
 
 def test_the_rows_of_a_slice_that_dies_are_kept(tmp_path: Path):
