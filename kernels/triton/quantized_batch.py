@@ -94,7 +94,7 @@ def multiply_blocks(
     LOW: constexpr = 8 if BITS == 8 else 4 if BITS >= 4 else 2
     ROWS: constexpr = tokens.shape[0]
     book = book_lanes(codebook)
-    pairs = book_bits(book, DTYPE)
+    pairs = book_bits(book, codebook is not None, DTYPE)
     offsets = pair_rows(LOW, codebook is not None)
     word = tl.arange(0, LOW)[None, :, None]
     columns = first_column + 4 * tl.arange(0, OUTPUTS // 4)[:, None, None] + tl.arange(0, 4)[None, None, :]
@@ -118,7 +118,7 @@ def multiply_blocks(
         next_scale = load_scale(scales, group_max, group, of_lane, is_output, stride)
         next_zero = zero if zeros is None else load_zero(zeros, group, of_word, is_output, stride, BITS)
         row, group = _find(source, group_of, offsets, tl.minimum(block + 2, end - 1))
-        weight = pair_weights(low, high, zero, book, pairs, BITS, LOW, DTYPE)
+        weight = pair_weights(low, high, zero, book, pairs, BITS, LOW, codebook is not None, DTYPE)
         product = tl.dot(weight, number.to(DTYPE), input_precision="ieee")
         of_product = tl.broadcast_to(tiled_outputs(scale)[:, None, :, None], (OUTPUTS, ROWS // 8, 4, 2))
         total += product * tl.reshape(of_product, (OUTPUTS, ROWS))

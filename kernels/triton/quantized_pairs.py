@@ -20,6 +20,8 @@ _BRAIN = (0x43004300, 0x3F803F80, "bf16x2")
 
 
 _BLOCK = constexpr(BLOCK)
+# Rows that a thread has side by side in a product's operand: Triton before 3.8 takes joined numbers for smaller ones.
+_NEIGHBOURS = constexpr(4 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8) else 2)
 
 
 @triton.constexpr_function
@@ -100,10 +102,12 @@ def pair_constraints(outputs: int, inputs: int) -> str:
 
 @triton.jit
 def pair_rows(LOW: constexpr, HAS_BOOK: constexpr) -> tl.tensor:
-    """Rows [32] int32 of a block in the order of pair_weights: every second pair, of each word, with the next pair."""
+    """Rows [32] int32 of a block in the order of pair_weights: pair by pair, or two by two, those of each word."""
     FIELDS: constexpr = 32 // LOW
     place = tl.arange(0, _BLOCK)
-    pair, word, which = place // (4 * LOW) * 2 + place // 2 % 2, place // 4 % LOW, place % 2
+    pair, word, which = place // (2 * LOW), place // 2 % LOW, place % 2
+    if _NEIGHBOURS == 4:
+        pair, word = place // (4 * LOW) * 2 + place // 2 % 2, place // 4 % LOW
     return word * FIELDS + (2 * pair + which if HAS_BOOK else pair + FIELDS // 2 * which)
 
 
@@ -116,6 +120,7 @@ def pair_weights(
     book_pairs: tl.tensor,
     BITS: constexpr,
     LOW: constexpr,
+    HAS_BOOK: constexpr,
     DTYPE: constexpr,
 ) -> tl.tensor:
     """code - zero, or numbers of a book, [OUTPUTS, 32] of DTYPE, of a block's words [OUTPUTS / 4, LOW, 4].
@@ -136,7 +141,7 @@ def pair_weights(
             a, b = _apart(low, high, zero, 0, BITS, LOW, DTYPE), _apart(low, high, zero, 1, BITS, LOW, DTYPE)
         weights = tl.join(a, b)
     elif HALF == 4:
-        if IS_PAIRED and book is not None:
+        if IS_PAIRED and HAS_BOOK:
             a, b, c, d = tl.inline_asm_elementwise(
                 book_asm(), pair_constraints(4, 2), [low, book_pairs],
                 dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1,
@@ -148,7 +153,7 @@ def pair_weights(
             )  # fmt: skip
         if IS_PAIRED:
             a, b, c, d = _halves(a, DTYPE), _halves(b, DTYPE), _halves(c, DTYPE), _halves(d, DTYPE)
-        elif book is not None:
+        elif HAS_BOOK:
             a, b = _neighbours(low, book, 0, DTYPE), _neighbours(low, book, 1, DTYPE)
             c, d = _neighbours(low, book, 2, DTYPE), _neighbours(low, book, 3, DTYPE)
         else:
@@ -172,7 +177,11 @@ def pair_weights(
         weights = tl.join(tl.join(tl.join(a, e), tl.join(c, g)), tl.join(tl.join(b, f), tl.join(d, h)))
     OUTPUTS: constexpr = 4 * low.shape[0]
     weights = tl.reshape(weights, (OUTPUTS // 128, 4, 8, LOW, 2, 2, 2, HALF // 2, 2))
-    return tl.reshape(tl.permute(weights, (0, 4, 1, 5, 2, 7, 3, 8, 6)), (OUTPUTS, _BLOCK))
+    if _NEIGHBOURS == 4:
+        weights = tl.permute(weights, (0, 4, 1, 5, 2, 7, 3, 8, 6))
+    else:
+        weights = tl.permute(weights, (0, 4, 1, 5, 2, 7, 8, 3, 6))
+    return tl.reshape(weights, (OUTPUTS, _BLOCK))
 
 
 @triton.jit
@@ -232,10 +241,10 @@ def _neighbours(low: tl.tensor, book: tl.tensor, PAIR: constexpr, DTYPE: constex
 
 
 @triton.jit
-def book_bits(book: tl.tensor, DTYPE: constexpr) -> tl.tensor:
+def book_bits(book: tl.tensor, HAS_BOOK: constexpr, DTYPE: constexpr) -> tl.tensor:
     """What book_asm looks up: the numbers of book_lanes, rounded to DTYPE, in the lower half of each register."""
     IS_PAIRED: constexpr = IS_COMPILED and is_sixteen(DTYPE)
     bits = 0
-    if book is not None and IS_PAIRED:
+    if HAS_BOOK and IS_PAIRED:
         bits = book.to(DTYPE).to(tl.int16, bitcast=True).to(tl.int32)
     return bits

@@ -73,19 +73,23 @@ def load_words(
 
 @triton.jit
 def book_lanes(codebook: tl.tensor) -> tl.tensor:
-    """A book of sixteen numbers, float32, one in each lane of half a warp; None where there is none.
+    """A book of sixteen numbers, float32, one in each lane of half a warp; zero where there is no book.
 
     In the interpreter, which has no lanes, it is where the book lies.
     """
-    if IS_COMPILED and codebook is not None:
-        asm: constexpr = """{
-            .reg .b32 lane; .reg .b64 at;
-            mov.u32 lane, %laneid; and.b32 lane, lane, 15; mad.wide.u32 at, lane, 4, $1; ld.global.nc.f32 $0, [at];
-        }"""
-        codebook = tl.inline_asm_elementwise(
-            asm, "=f,l", [codebook.to(tl.int64)], dtype=tl.float32, is_pure=True, pack=1
-        )
-    return codebook
+    lanes = 0.0
+    if codebook is not None:
+        if IS_COMPILED:
+            asm: constexpr = """{
+                .reg .b32 lane; .reg .b64 at;
+                mov.u32 lane, %laneid; and.b32 lane, lane, 15; mad.wide.u32 at, lane, 4, $1; ld.global.nc.f32 $0, [at];
+            }"""
+            lanes = tl.inline_asm_elementwise(
+                asm, "=f,l", [codebook.to(tl.int64)], dtype=tl.float32, is_pure=True, pack=1
+            )
+        else:
+            lanes = codebook
+    return lanes
 
 
 @triton.jit

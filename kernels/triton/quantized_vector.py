@@ -54,7 +54,21 @@ def vector_parts(
                     mask = (blocks < end)[:, None] & (columns < stride)[None, :]
                     group = tl.load(group_of + blocks, mask=blocks < end, other=0)
                     summed = _block_sums(
-                        x, at, source, zeros, book, blocks, end, group, columns, mask, stride, BLOCKS, OUTPUTS, BITS
+                        x,
+                        at,
+                        source,
+                        zeros,
+                        book,
+                        blocks,
+                        end,
+                        group,
+                        columns,
+                        mask,
+                        stride,
+                        BLOCKS,
+                        OUTPUTS,
+                        BITS,
+                        codebook is not None,
                     )
                     total += summed * load_scale(scales, group_max, group[:, None], columns[None, :], mask, stride)
     tl.store(parts + share * stride + columns, tl.sum(total, 0), mask=columns < stride)
@@ -76,6 +90,7 @@ def _block_sums(
     BLOCKS: constexpr,
     OUTPUTS: constexpr,
     BITS: constexpr,
+    HAS_BOOK: constexpr,
 ) -> tl.tensor:
     """Sums [BLOCKS, OUTPUTS] of (code - zero) * x over each block's rows."""
     LOW: constexpr = 8 if BITS == 8 else 4 if BITS >= 4 else 2
@@ -91,7 +106,7 @@ def _block_sums(
         for field in tl.static_range(FIELDS):
             row = blocks * _BLOCK + (word * FIELDS + field)
             number = _load_x(x, source, row, blocks < end)
-            if book is not None:
+            if HAS_BOOK:
                 summed += book_number(low, book, field) * number[:, None]
             else:
                 number_low = number * (1 << (8 - field * LOW % 8))
@@ -102,7 +117,7 @@ def _block_sums(
                     number_high = number * (1 << (8 + LOW - high_bit(word * FIELDS + field, LOW, HIGH) % 8))
                     summed += spread(high, high_bit(word * FIELDS + field, LOW, HIGH), HIGH) * number_high[:, None]
                     added += number_high
-    if book is None:
+    if not HAS_BOOK:
         summed -= (
             added[:, None] + load_zero(zeros, group[:, None], columns[None, :], mask, stride, BITS) * plain[:, None]
         )

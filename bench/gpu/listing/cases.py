@@ -29,8 +29,9 @@ from tightrope.kernels.triton import attention, expanded, experts, ops, quantize
 HIDDEN, MIDDLE, NUM_KV_HEADS, GROUP, HEAD_DIM = 7168, 20480, 8, 7, 128
 CONTEXT, CHUNK, WINDOW = 24_000, 512, 4096
 EXPERTS, EXPERT_HIDDEN, EXPERT_MIDDLE = 8, 4096, 14336
-FEW = ((1, torch.float16), (8, torch.float16), (8, torch.bfloat16))
-MORE = (*FEW, (16, torch.float16), (32, torch.float16))
+FEW = ((1, torch.float16), (8, torch.float16))
+BARRED = (*FEW, (8, torch.bfloat16))
+WHOLE = (*BARRED, (32, torch.float16))
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def _products() -> Iterator[Case]:
     for name, kind, bits, is_permuted in kinds:
         matrix = matrix_of(kind, bits, HIDDEN, MIDDLE, is_permuted=is_permuted)
         is_whole = name in ("gptq 4 bits act-order", "exl2 4.65 bits", "nf4")
-        for rows, dtype in MORE if is_whole else FEW:
+        for rows, dtype in WHOLE if is_whole else FEW if bits[0] in (2, 3, 8) else BARRED:
             title = f"{name}, {rows} row{'s' * (rows > 1)}" + (" of bf16" if dtype == torch.bfloat16 else "")
             yield from _product(title, matrix, meta(rows, HIDDEN, dtype=dtype))
         if is_whole:
@@ -158,8 +159,10 @@ def _experts() -> Iterator[Case]:
     gptq = ((_stack(EXPERT_HIDDEN, 2 * EXPERT_MIDDLE),), (_stack(EXPERT_MIDDLE, EXPERT_HIDDEN),))
     for title, (gate_up, down) in (("plain experts", plain), ("gptq experts", gptq)):
         layer = StackedExperts(gate_up, down, "silu")
-        for launch in _of(partial(experts.experts, x, layer, picked, shares)):
-            yield Case(f"{title}, {launch.name}", launch)
+        first = {launch.name: launch for launch in reversed(_of(partial(experts.experts, x, layer, picked, shares)))}
+        for name in ("share_out", "grouped_plain", "grouped_parts"):
+            if name in first:
+                yield Case(f"{title}, {name}", first[name])
 
 
 def _stack(num_inputs: int, num_outputs: int) -> ColumnStack:
