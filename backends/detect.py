@@ -23,14 +23,15 @@ def open_backend(settings: ModelSettings, progress: Callable[[float], None]) -> 
     return package.open_model(path, settings, progress)
 
 
-def outline(settings: ModelSettings, memory_bytes: int | None) -> Outline:
+def outline(settings: ModelSettings, memory_bytes: int | None, device_bytes: tuple[int, ...] | None = None) -> Outline:
     """Read the headers of the model that `settings` names, and plan.
 
-    memory_bytes: a size that may be used up; None is this machine's free memory, of which `serve` leaves a share.
-    Raises BackendError for a model or a setting that can't be; a plan that doesn't fit is no error here.
+    memory_bytes: a size of the machine's memory that may be used up; None is what is free, of which `serve` leaves a
+    share. device_bytes: what is free on each card to plan for, as its driver says while a context is open; None means
+    those that are here. Raises BackendError for a model or setting that can't be; a plan that doesn't fit is no error.
     """
     package, path = find_claim(locate(settings.model, settings.revision, settings.hub_cache))
-    return package.outline(path, settings, memory_bytes)
+    return package.outline(path, settings, memory_bytes, device_bytes)
 
 
 def find_model(path: Path) -> Path:

@@ -1,14 +1,30 @@
 """How much memory there is, and what is done with it where nobody says."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from tightrope.backends.errors import DoesNotFit
 
 GIB = 1 << 30
-MEMORY_SHARE = 0.9  # The rest of the free memory is left to everyone else.
+MEMORY_SHARE = 0.9  # The rest of the machine's free memory is left to everyone else.
+# Of a card as much stays free: for code of libraries and kernels that is loaded when it first runs, for the workspaces
+# of cuBLAS (two of 8 MiB, on Hopper of 32), and for what lies between tensors of changing sizes.
+CARD_RESERVE = 320 << 20
 PROMPT_LOGITS = 1 << 24  # A step's prompts whose every row is wanted take 64 MiB of float32.
 MIN_DEFAULT_TOKENS = 32768  # Several shorter chats have room in the cache side by side with a window's worth of one.
+
+
+@dataclass(frozen=True, slots=True)
+class CardMemory:
+    """A card's memory in bytes, as its driver tells it."""
+
+    free_bytes: int
+    total_bytes: int
+
+    def usable_bytes(self, fraction: float) -> int:
+        """What weights, cache, workspace and graphs may take together, where a process may have `fraction` of all."""
+        return max(0, min(self.free_bytes, int(fraction * self.total_bytes)) - CARD_RESERVE)
 
 
 def default_tokens(window: int, max_num_seqs: int) -> int:

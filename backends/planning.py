@@ -22,12 +22,13 @@ class CacheChoice:
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """What `serve` would take: cache type, capacity in tokens, and start-up lines."""
+    """What `serve` would take: cache type, capacity in tokens, most tokens of a step, and start-up lines."""
 
     cache: str
     cache_tokens: int
     cache_bytes: int
     notes: tuple[str, ...]
+    step_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,14 +38,16 @@ class Outline:
     path: Path
     architecture: str
     format: str  # "gguf", "safetensors bfloat16", "EXL2, 4.65 bits per weight".
-    memory_bytes: int  # For weights, cache and workspace together.
-    weight_bytes: int
+    memory_bytes: int  # For weights, cache and workspace together, on the device.
+    weight_bytes: int  # On the device.
     workspace_bytes: int
     trained_len: int
-    window: int
+    window: int  # As asked for, or as the model's files have it.
     caches: tuple[CacheChoice, ...]
     chosen: Chosen | None
     refusal: str | None  # Where nothing is chosen: one line with what would fit.
+    device: str = "cpu"  # Whose memory it is: "cpu", "cuda".
+    host_bytes: int = 0  # Of weights that stay in the machine's own memory beside a card.
 
 
 def grossed_up(memory_bytes: int) -> int:

@@ -20,7 +20,9 @@ class BackendPackage(Protocol):
         Raises BackendError for what is surely meant for this backend and can't be served.
         """
 
-    def outline(self, path: Path, settings: ModelSettings, memory_bytes: int | None) -> Outline:
+    def outline(
+        self, path: Path, settings: ModelSettings, memory_bytes: int | None, device_bytes: tuple[int, ...] | None = None
+    ) -> Outline:
         """Read the headers of a model that `claims` gave, and plan: see the function `outline`."""
 
     def open_model(self, path: Path, settings: ModelSettings, progress: Callable[[float], None]) -> Backend:

@@ -72,7 +72,7 @@ class ModelSettings(BaseModel, frozen=True, extra="forbid"):
     hub_cache: str | None = Field(None, description="Where downloads go; None leaves it to the hub library.")
     quantize: Quantize | None = Field(None, description="Format that the weights must be in; None takes any.")
     max_model_len: int = Field(
-        0, ge=0, le=MAX_TOKENS, description="Context window in tokens; 0 is what the model was trained for."
+        0, ge=0, le=MAX_TOKENS, description="Context window in tokens; 0 is the model's own, or what fits."
     )
     max_num_seqs: int = Field(16, ge=1, le=MAX_SEQS, description="Sequences that run at the same time.")
     step_tokens: int = Field(
@@ -89,6 +89,7 @@ class ModelSettings(BaseModel, frozen=True, extra="forbid"):
     )
     dtype: Dtype = Field("auto", description="Of hidden states on a GPU; auto is the files' if it has 16 bits.")
     matmul_sums: SumsDtype = Field("float32", description="Of products of float16 numbers on a GPU.")
+    gpu_memory_fraction: float = Field(1.0, gt=0, le=1, description="Most of a card's whole memory that is taken.")
     cache: CacheSettings = CacheSettings()
     rope: RopeSettings = RopeSettings()
     adapters: dict[str, str] = Field({}, description="LoRA adapters: paths by the names that requests use.")

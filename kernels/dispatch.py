@@ -136,7 +136,7 @@ def decoder_layer(
     return None
 
 
-MOST_STACKED = 256  # tokens whose experts run together on a card; for more each is expanded by itself
+MOST_STACKED = 256  # tokens whose experts run together on a card; more take turns, or plain experts do
 
 
 def experts(
@@ -147,11 +147,13 @@ def experts(
     None where no kernel runs them at once. On a card nothing is read from it.
     """
     if isinstance(layer, StackedExperts):
-        if adapters is not None or len(x) > MOST_STACKED:
+        if adapters is not None or (len(x) > MOST_STACKED and isinstance(layer.gate_up, Tensor)):
             return None
         from tightrope.kernels.triton.experts import experts as stacked  # triton is there only where CUDA is
 
-        return stacked(x, layer, picked, shares)
+        turns = zip(*(rows.split(MOST_STACKED) for rows in (x, picked, shares)), strict=True)
+        done = [stacked(some, layer, theirs, parts) for some, theirs, parts in turns]
+        return done[0] if len(done) == 1 else torch.cat(done)
     kernels = _kernels_for(x)
     return kernels.experts(x, layer, picked, shares, adapters) if isinstance(kernels, native.NativeKernels) else None
 

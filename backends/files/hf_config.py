@@ -1,7 +1,7 @@
 """What a Hugging Face folder's config.json says about its model, checked before anything is loaded."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -16,6 +16,7 @@ from tightrope.backends.files.safetensors import Checkpoint
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+MAX_EXPERTS, MAX_EXPERT_SIZE = 1 << 14, 1 << 22
 MAX_CONFIG = 16 << 20  # In bytes. Label lists make the largest real ones, of about 1 MB.
 
 WeightDtype = Literal["bfloat16", "float16", "float32"]
@@ -68,6 +69,8 @@ class ModelShape:
     dtype: WeightDtype  # Where config.json doesn't say it, it is that of the tensors, as transformers reads it.
     tie_embeddings: bool
     num_experts: int  # They are the routed experts of a layer, 0 for a dense model.
+    experts_per_token: int
+    expert_size: int  # It is the width between an expert's two products.
     # all of config.json, with the fields of text_config, if it has one, raised to the top; ends of both are joined
     raw: Mapping[str, Any]
     other_lengths: Mapping[str, float]  # Other fields and files give these tokens, by the fields' names.
@@ -170,7 +173,9 @@ class _Reader:
             layer_types=layer_types,
             dtype=self._dtype(),
             tie_embeddings=self._resolved(config, "tie_word_embeddings") is True,
-            num_experts=self._num_experts(config),
+            num_experts=self._count(config, ("num_local_experts", "num_experts", "n_routed_experts"), 0),
+            experts_per_token=self._count(config, ("num_experts_per_tok", "moe_topk", "top_k_experts"), 1),
+            expert_size=self._count(config, ("moe_intermediate_size",), sizes["intermediate_size"], MAX_EXPERT_SIZE),
             raw=MappingProxyType(dict(self._raw)),
             other_lengths=MappingProxyType(other_lengths(self._path.parent, self._raw)),
         )
@@ -250,14 +255,17 @@ class _Reader:
             raise self._wrong(name, f"is {dtype!r:.40}; bfloat16, float16 and float32 are served")
         return cast(WeightDtype, plain)  # It is one of the three, which mypy can't see through the union.
 
-    def _num_experts(self, config: "PretrainedConfig") -> int:
-        for field in ("num_local_experts", "num_experts", "n_routed_experts"):
+    def _count(self, config: "PretrainedConfig", fields: Sequence[str], default: int, most: int = MAX_EXPERTS) -> int:
+        """The first of these fields of a mixture that has a value; of a list, one a layer, the largest."""
+        for field in fields:
             value = self._resolved(config, field)
             if value is not None:
-                if type(value) is not int or not 0 <= value <= 1 << 14:
-                    raise self._wrong(field, f"is {value!r:.80}; it must be a whole number from 0 to {1 << 14}")
-                return value
-        return 0
+                counts = value if isinstance(value, list) and value else [value]
+                if any(type(count) is not int or not 0 <= count <= most for count in counts):
+                    raise self._wrong(field, f"is {value!r:.80}; it must be a whole number from 0 to {most}")
+                largest: int = max(counts)
+                return largest
+        return default
 
     def _architecture(self, config: "PretrainedConfig") -> str:
         from transformers import MODEL_FOR_CAUSAL_LM_MAPPING

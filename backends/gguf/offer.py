@@ -55,7 +55,7 @@ def outline(
         plan = gguf.make_plan(settings, header, memory, adapter_bytes)
         size = int(plan.num_cells * layout.token_bytes(plan.cache_type))
         notes = plan.notes + header.notes + try_load(path, gguf.context_options(settings, plan))
-        chosen = Chosen(plan.cache_type.name, plan.num_cells, size, notes)
+        chosen = Chosen(plan.cache_type.name, plan.num_cells, size, notes, plan.step_tokens)
         window = plan.window
     except DoesNotFit as error:
         try_load(path, gguf.least_options())

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +20,10 @@ from tightrope.backends.hf.adapters.token_owners import tokenizer_at
 from tightrope.backends.hf.cache.pages import PagedKVCache
 from tightrope.backends.hf.load.inspection import Inspection, inspect
 from tightrope.backends.hf.load.model import LoadedModel, build
+from tightrope.backends.hf.modules.rotary import fix_rotary
 from tightrope.backends.hf.modules.step import scratch_bytes
-from tightrope.backends.hf.plan import HFPlan, check_layers, free_bytes, make_plan
+from tightrope.backends.hf.plan import HFPlan, check_layers, make_plan
+from tightrope.backends.hf.room import check_host, room_on
 from tightrope.backends.hf.run.calibrate import key_factors
 from tightrope.backends.hf.run.device_errors import failing_as
 from tightrope.backends.hf.run.graphs import batch_size
@@ -58,8 +61,13 @@ class HFBackend:
         notes = [f"device: {describe_card(device, host)}"] if device.type == "cuda" else []
         found = inspect(folder, settings, device)
         adapter_bytes = room_for_adapters(settings)
-        plan = make_plan(settings, found.shape, found.blueprint.weight_bytes + adapter_bytes, free_bytes(device))
+        check_host(found.blueprint)
+        plan = make_plan(settings, found.shape, room_on(device, settings, found.blueprint, adapter_bytes))
         check_layers(plan, found.blueprint.layers)
+        if device.type == "cuda":
+            torch.cuda.set_per_process_memory_fraction(settings.gpu_memory_fraction, device)
+        if plan.rope:
+            fix_rotary(found.blueprint.tree, plan.rope)  # The window may be shorter than the model's own.
         tokenizer = found.tokenizer or HFTokenizer(folder, found.shape)  # The latter says what the folder lacks.
         threads = compute_threads(settings.threads)
         torch.set_num_threads(1)  # A large step takes more: see ModelRunner.
@@ -78,7 +86,13 @@ class HFBackend:
         self.adapters: AdapterStore
         self.adapters = self._adapters = model.adapters
         self.steps = StepBuilder(plan.rope, plan.window)
+        factors: list[Tensor] = []
+        if plan.cache_dtype != "f16":  # Before the cache, beside which there may be no room for it.
+            over = partial(ModelRunner, model, rotary=rotary, threads=threads)
+            factors = key_factors(over, model, tokenizer, self.steps, plan.step_tokens)
         self.runner = ModelRunner(model, _allocate(plan, model), rotary, threads, _scratch(plan, model))
+        for cache, factor in zip(self.runner.caches, factors, strict=bool(factors)):
+            cache.key_factor.copy_(factor)
         self.kv: KVCache
         self.kv = self._pages = PagedKVCache(
             plan.num_pages,
@@ -89,10 +103,6 @@ class HFBackend:
         self.capabilities = Capabilities(
             settings.max_num_seqs, plan.step_tokens, prompt_rows(found.shape.vocab_size, plan.step_tokens)
         )
-        if plan.cache_dtype != "f16":
-            factors = key_factors(self.runner, tokenizer, self.steps, plan.step_tokens)
-            for cache, factor in zip(self.runner.caches, factors, strict=True):
-                cache.key_factor.copy_(factor)
         if _can_be_recorded(model, found.shape.num_experts, settings.max_num_seqs):
             self.runner.record_decode(settings.max_num_seqs, plan.window)
         self.card = _card(folder, found, model, plan, tokenizer, notes)
@@ -140,13 +150,20 @@ def _load_adapters(adapters: Adapters, settings: ModelSettings) -> list[str]:
 
 
 def _allocate(plan: HFPlan, model: LoadedModel) -> list[LayerCache]:
-    """All pages of all layers. Raises BackendError."""
+    """All pages of all layers: on a card within one tensor, as each takes whole megabytes. Raises BackendError."""
     caches: list[LayerCache] = []
+    formats = [CacheFormat(plan.cache_dtype, layer.num_kv_heads, layer.head_dim) for layer in model.layers]
+    counts = [plan.num_window_pages if is_windowed else plan.num_pages for is_windowed in plan.windowed]
     try:
-        for layer, is_windowed in zip(model.layers, plan.windowed, strict=True):
-            format = CacheFormat(plan.cache_dtype, layer.num_kv_heads, layer.head_dim)
-            num_pages = plan.num_window_pages if is_windowed else plan.num_pages
-            caches.append(LayerCache.allocate(format, num_pages, model.device, is_windowed=is_windowed))
+        memory = None
+        if model.device.type == "cuda":
+            torch.cuda.empty_cache()  # What loading took beside the weights.
+            size = sum(count * format.page_bytes for count, format in zip(counts, formats, strict=True))
+            memory = torch.empty(size, dtype=torch.uint8, device=model.device)
+        for format, num_pages, is_windowed in zip(formats, counts, plan.windowed, strict=True):
+            own = None if memory is None else memory[: num_pages * format.page_bytes]
+            memory = None if memory is None else memory[num_pages * format.page_bytes :]
+            caches.append(LayerCache.allocate(format, num_pages, model.device, is_windowed=is_windowed, memory=own))
     except (RuntimeError, OSError) as error:
         raise BackendError(f"no memory for a cache of {plan.num_pages * PAGE} tokens: {error}") from error
     for cache in caches:

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from tightrope.backends.errors import BackendError, DoesNotFit
 from tightrope.backends.files.foreign import CONSOLIDATED, names_in
-from tightrope.backends.planning import CACHE_NAMES, CacheChoice, Chosen, Outline, grossed_up
+from tightrope.backends.memory import CardMemory
+from tightrope.backends.planning import CACHE_NAMES, CacheChoice, Chosen, Outline
 from tightrope.backends.protocol import Backend
 from tightrope.backends.settings import ModelSettings
 
@@ -29,44 +30,58 @@ def open_model(folder: Path, settings: ModelSettings, progress: Callable[[float]
     return HFBackend(folder, settings, progress)
 
 
-def outline(folder: Path, settings: ModelSettings, memory_bytes: int | None) -> Outline:
+def outline(
+    folder: Path, settings: ModelSettings, memory_bytes: int | None, device_bytes: tuple[int, ...] | None = None
+) -> Outline:
     """See BackendPackage."""
+    import torch
+
     from tightrope.backends.devices.choice import choose_device
     from tightrope.backends.files.peft import room_for_adapters
     from tightrope.backends.hf import plan as hf
     from tightrope.backends.hf.load.inspection import inspect
-    from tightrope.backends.memory import spare_bytes
+    from tightrope.backends.hf.room import CacheSizes, check_host, room_on
+    from tightrope.backends.hf.workspace import token_bytes
     from tightrope.kernels.forms.layout import PAGE
 
-    found = inspect(folder, settings)
+    if device_bytes is not None and len(device_bytes) > 1:
+        raise BackendError(f"--device-memory names {len(device_bytes)} cards; the model of a folder runs on one")
+    device = choose_device(settings.device) if device_bytes is None else torch.device("cuda")
+    found = inspect(folder, settings, device)
     shape, blueprint = found.shape, found.blueprint
-    weight_bytes = blueprint.weight_bytes + room_for_adapters(settings)
-    free_bytes = grossed_up(memory_bytes) if memory_bytes is not None else hf.free_bytes(choose_device(settings.device))
-    spare = spare_bytes(weight_bytes, free_bytes)
+    card = None if device_bytes is None else CardMemory(device_bytes[0], device_bytes[0])
+    room = room_on(device, settings, blueprint, room_for_adapters(settings), host_bytes=memory_bytes, card=card)
     window = hf.served_window(settings, shape, hf.rope_of(settings, shape))
+    step = room.step_tokens[0]
+    workspace_bytes = room.workspace.num_bytes(step, window)
     chosen, refusal = None, None
     try:
-        plan = hf.make_plan(settings, shape, weight_bytes, free_bytes)
+        check_host(blueprint, memory_bytes)
+        plan = hf.make_plan(settings, shape, room)
         hf.check_layers(plan, blueprint.layers)
         notes = plan.notes if found.tokenizer is not None else (*plan.notes, NO_TOKENIZER)
-        chosen = Chosen(plan.cache_dtype, plan.num_pages * PAGE, plan.cache_bytes, notes)
+        window, step = plan.window, plan.step_tokens
+        workspace_bytes = plan.workspace_bytes
+        chosen = Chosen(plan.cache_dtype, plan.num_pages * PAGE, plan.cache_bytes, notes, step)
     except DoesNotFit as error:
         refusal = str(error)
     return Outline(
         path=folder,
         architecture=shape.model_type,
         format=blueprint.format,
-        memory_bytes=spare + weight_bytes,
-        weight_bytes=weight_bytes,
-        workspace_bytes=hf.workspace_bytes(settings, shape),
+        device=device.type,
+        memory_bytes=room.usable_bytes,
+        host_bytes=blueprint.host_bytes,
+        weight_bytes=room.weight_bytes,
+        workspace_bytes=workspace_bytes,
         trained_len=shape.trained_len,
         window=window,
         caches=tuple(
             CacheChoice(
                 name,
-                hf.token_bytes(shape, name),
-                hf.CacheSizes.of(settings, shape, name).bytes_of(-(-window // PAGE)),
-                hf.largest_window(settings, shape, name, spare),
+                token_bytes(shape, name),
+                CacheSizes.of(settings, shape, name, step).bytes_of(-(-window // PAGE)),
+                room.largest_window(settings, shape, name),
             )
             for name in CACHE_NAMES
         ),

@@ -3,22 +3,18 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
-
-from tightrope.backends.errors import BackendError
+from tightrope.backends.errors import BackendError, DoesNotFit
 from tightrope.backends.files.hf_config import ModelShape
-from tightrope.backends.hf.cache.window_pages import KEPT_WINDOWS, most_needed
 from tightrope.backends.hf.modules.step import LayerInfo
-from tightrope.backends.memory import GIB, default_tokens, does_not_fit, free_memory, prompt_rows, spare_bytes
+from tightrope.backends.hf.room import CacheSizes, Room
+from tightrope.backends.hf.workspace import token_bytes
+from tightrope.backends.memory import GIB, default_tokens, does_not_fit
 from tightrope.backends.rope.scaling import RopeSpec, resolve_rope
-from tightrope.backends.settings import ModelSettings
-from tightrope.kernels.forms.layout import PAGE, CacheDtype, CacheFormat
-from tightrope.kernels.reference import TILE_ROWS, attention_bytes
+from tightrope.backends.settings import STEP_TOKENS, ModelSettings
+from tightrope.kernels.forms.layout import PAGE, CacheDtype
 
 CACHE_DTYPES: tuple[CacheDtype, ...] = ("f16", "q8", "q4")  # They stand largest first.
-CALIBRATION_TOKENS = 512  # backends/hf/run/calibrate.py runs so many at load, in an f16 cache.
-MOST_TOKENS = 1 << 28  # The longest window that is believed where tokens beyond the layers' windows take no room.
-FIXED_BYTES = 128 << 20  # Libraries take this once they run, and rotary tables.
+LEAST_WINDOW = 1024  # Nobody is served fewer tokens unasked: a chat's first messages may be as long.
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,49 +35,24 @@ class HFPlan:
     notes: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class CacheSizes:
-    """What pages of the cache take, and how many fit. Layers with a sliding window stop at `most_window_pages`."""
+def make_plan(settings: ModelSettings, shape: ModelShape, room: Room) -> HFPlan:
+    """Decide what to allocate, where there is `room` beside the weights.
 
-    full_bytes: int  # For a token in the layers that see everything.
-    windowed_bytes: int  # For a token in those with a window.
-    window_tokens: int | None
-    most_window_pages: int
-
-    @classmethod
-    def of(cls, settings: ModelSettings, shape: ModelShape, dtype: CacheDtype) -> "CacheSizes":
-        layer_bytes = CacheFormat(dtype, shape.num_kv_heads, shape.head_dim).bytes_per_token
-        windows = [window for window in shape.windows if window is not None]
-        if not windows:
-            return cls(shape.num_layers * layer_bytes, 0, None, 0)
-        most = most_needed(max(windows), settings.max_num_seqs + KEPT_WINDOWS, settings.step_tokens_on("cpu"))
-        return cls((shape.num_layers - len(windows)) * layer_bytes, len(windows) * layer_bytes, max(windows), most)
-
-    def bytes_of(self, num_pages: int) -> int:
-        return PAGE * (num_pages * self.full_bytes + min(num_pages, self.most_window_pages) * self.windowed_bytes)
-
-    def fitting(self, room: int) -> int:
-        """The most pages that `room` bytes hold."""
-        num_pages = max(0, room) // (PAGE * (self.full_bytes + self.windowed_bytes))
-        if num_pages <= self.most_window_pages:
-            return num_pages
-        if not self.full_bytes:
-            return MOST_TOKENS // PAGE
-        return (room - PAGE * self.most_window_pages * self.windowed_bytes) // (PAGE * self.full_bytes)
-
-
-def make_plan(settings: ModelSettings, shape: ModelShape, weight_bytes: int, free_bytes: int) -> HFPlan:
-    """Decide what to allocate, given `free_bytes` of memory for weights, cache and workspace.
-
-    Raises DoesNotFit, with what would fit, when what is asked for doesn't, and BackendError when config.json or
-    settings make no sense.
+    Where no window is asked for, it is what the model is made for, or what fits. Raises DoesNotFit, with what would
+    fit, when what is asked for doesn't, and BackendError when config.json or settings make no sense.
     """
-    rope, notes = _choose_rope(settings, shape)
-    window = served_window(settings, shape, rope)
     dtype = cache_dtype(settings)
-    spare = spare_bytes(weight_bytes, free_bytes)
-    num_pages = _choose_pages(settings, shape, window, dtype, spare)
-    sizes = CacheSizes.of(settings, shape, dtype)
+    step, asked = _choose_step(settings, shape, room, dtype)
+    rope, notes = _choose_rope(asked, shape)
+    window = served_window(asked, shape, rope)
+    if asked is not settings:
+        reach = served_window(settings, shape, rope_of(settings, shape))
+        notes.append(f"window: {window} tokens, what memory holds of the {reach} that the model is made for")
+    if step < room.step_tokens[0]:
+        notes.append(f"steps: {step} tokens at most; memory is short for the workspace of {room.step_tokens[0]}")
+    sizes = CacheSizes.of(asked, shape, dtype, step)
+    wanted = asked.cache.tokens or default_tokens(window, asked.max_num_seqs)
+    num_pages = min(-(-wanted // PAGE), room.fitting(asked, shape, dtype, step, window))
     size = sizes.bytes_of(num_pages)
     has_windows = sizes.window_tokens is not None and sizes.most_window_pages < num_pages
     windowed = tuple(has_windows and tokens is not None for tokens in shape.windows)
@@ -101,11 +72,41 @@ def make_plan(settings: ModelSettings, shape: ModelShape, weight_bytes: int, fre
         windowed=windowed,
         num_window_pages=sizes.most_window_pages if has_windows else 0,
         window_tokens=sizes.window_tokens if has_windows else None,
-        workspace_bytes=workspace_bytes(settings, shape),
-        step_tokens=min(settings.step_tokens_on("cpu"), num_pages * PAGE),
+        workspace_bytes=room.workspace.num_bytes(step, window),
+        step_tokens=min(step, num_pages * PAGE),
         rope=rope,
         notes=tuple(notes),
     )
+
+
+def _choose_step(
+    settings: ModelSettings, shape: ModelShape, room: Room, dtype: CacheDtype
+) -> tuple[int, ModelSettings]:
+    """Most tokens of a step, and the settings with the window that fits where none is asked for. Raises DoesNotFit."""
+    window = served_window(settings, shape, rope_of(settings, shape))
+    least = settings.cache.tokens or window
+    for step in room.step_tokens:
+        if least <= room.fitting(settings, shape, dtype, step, window) * PAGE:
+            return step, settings
+    if not settings.max_model_len and not settings.cache.tokens:
+        step = next((step for step in room.step_tokens if step <= STEP_TOKENS), room.step_tokens[-1])
+        fitting = room.fitting(settings, shape, dtype, step) * PAGE
+        if fitting >= min(LEAST_WINDOW, window):
+            return step, settings.model_copy(update={"max_model_len": fitting})
+    raise _refusal(settings, shape, room, dtype, window)
+
+
+def _refusal(settings: ModelSettings, shape: ModelShape, room: Room, dtype: CacheDtype, window: int) -> DoesNotFit:
+    step, least = room.step_tokens[-1], settings.cache.tokens or window
+    cheaper = CACHE_DTYPES[CACHE_DTYPES.index(dtype) + 1 :]
+    smaller = [kind for kind in cheaper if least <= room.fitting(settings, shape, kind, step, window) * PAGE]
+    if settings.cache.tokens:
+        most = room.fitting(settings, shape, dtype, step, window) * PAGE
+    else:
+        most = room.largest_window(settings, shape, dtype)
+    need = CacheSizes.of(settings, shape, dtype, step).bytes_of(-(-least // PAGE))
+    left = room.spare_bytes - room.workspace.num_bytes(step, window)
+    return does_not_fit(least, dtype, need, left, smaller, most)
 
 
 def check_layers(plan: HFPlan, layers: Sequence[LayerInfo]) -> None:
@@ -115,46 +116,14 @@ def check_layers(plan: HFPlan, layers: Sequence[LayerInfo]) -> None:
             raise BackendError(f"config.json: layer {number} sees more than its sliding_window")
 
 
-def free_bytes(device: torch.device) -> int:
-    """Bytes of a device's memory that weights, cache and workspace may be put into."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
-
-
 def cache_dtype(settings: ModelSettings) -> CacheDtype:
     """How keys and values are stored: as asked, and else in 8 bits, which lose next to nothing before rotation."""
     return "q8" if settings.cache.dtype == "auto" else settings.cache.dtype
 
 
-def token_bytes(shape: ModelShape, dtype: CacheDtype) -> int:
-    """Bytes of a token's keys and values in all layers."""
-    return shape.num_layers * CacheFormat(dtype, shape.num_kv_heads, shape.head_dim).bytes_per_token
-
-
 def served_window(settings: ModelSettings, shape: ModelShape, rope: Mapping[str, RopeSpec]) -> int:
     """The window in tokens, the same for all kinds of layers."""
     return next((spec.window for spec in rope.values()), settings.max_model_len or shape.trained_len)
-
-
-def largest_window(settings: ModelSettings, shape: ModelShape, dtype: CacheDtype, spare: int) -> int:
-    """The largest window, in tokens, that `spare` bytes beside the weights hold; whole pages."""
-    return CacheSizes.of(settings, shape, dtype).fitting(spare - workspace_bytes(settings, shape)) * PAGE
-
-
-def workspace_bytes(settings: ModelSettings, shape: ModelShape) -> int:
-    """A bound on what a step needs beside weights and cache, with activations in float32."""
-    tokens, hidden, ffn = settings.step_tokens_on("cpu"), shape.hidden_size, shape.intermediate_size
-    kv_width = shape.num_kv_heads * shape.head_dim
-    qkv = shape.num_heads * shape.head_dim + 2 * kv_width
-    # A prompt whose logprobs are wanted yields a row for each token, copied once; the sampler's steps copy their rows.
-    logits = 4 * shape.vocab_size * (2 * prompt_rows(shape.vocab_size, tokens) + 4 * settings.max_num_seqs)
-    # Hidden states, residual and norm with their copies; heads before and after rotation, and their output; the MLP.
-    activations = 4 * tokens * (6 * hidden + 3 * qkv + 3 * ffn)
-    # Rows of a weight are expanded to float32 so many at a time, where no kernel reads them as they are.
-    tile = 4 * TILE_ROWS * max(hidden, ffn, qkv)
-    # The other kernels need less than the reference.
-    attention = attention_bytes(tokens, shape.num_heads, shape.num_kv_heads, shape.head_dim)
-    calibration = CALIBRATION_TOKENS * token_bytes(shape, "f16")
-    return logits + activations + tile + attention + calibration + FIXED_BYTES
 
 
 def rope_of(settings: ModelSettings, shape: ModelShape) -> dict[str, RopeSpec]:
@@ -180,18 +149,3 @@ def _choose_rope(settings: ModelSettings, shape: ModelShape) -> tuple[dict[str, 
     if window > reach:
         notes.append(f"window: {window} tokens, more than the {reach} that the model is made for")
     return rope, notes
-
-
-def _choose_pages(settings: ModelSettings, shape: ModelShape, window: int, dtype: CacheDtype, spare: int) -> int:
-    """Pages of the cache, given `spare` bytes for cache and workspace. Raises DoesNotFit."""
-    room = spare - workspace_bytes(settings, shape)
-    sizes = {kind: CacheSizes.of(settings, shape, kind) for kind in CACHE_DTYPES}
-    fitting = {kind: sizes[kind].fitting(room) for kind in CACHE_DTYPES}  # In pages.
-    least = settings.cache.tokens or window
-    if least > fitting[dtype] * PAGE:
-        cheaper = CACHE_DTYPES[CACHE_DTYPES.index(dtype) + 1 :]
-        smaller = [kind for kind in cheaper if least <= fitting[kind] * PAGE]
-        most = fitting[dtype] * PAGE if settings.cache.tokens else largest_window(settings, shape, dtype, spare)
-        raise does_not_fit(least, dtype, sizes[dtype].bytes_of(-(-least // PAGE)), room, smaller, most)
-    wanted = settings.cache.tokens or default_tokens(window, settings.max_num_seqs)
-    return min(-(-wanted // PAGE), fitting[dtype])

@@ -65,13 +65,14 @@ class ModelRunner:
             torch.inference_mode(),
             self._blas_threads(num_tokens),
         ):
+            embedded = self.model.embedded(inputs.token_ids)
             token_ids, rows = inputs.token_ids.to(device), inputs.rows.to(device)
             layout, tables = inputs.layout.to(device), self.tables(inputs)
             if self._scratch is not None:
                 layout = replace(layout, scratch=self._scratch)
             adapters = None if inputs.adapters is None else inputs.adapters.to(device)
             forward = self._forward if self._graphs is None else self._graphs.forward
-            logits = forward(token_ids, layout, tables, rows, adapters).cpu()
+            logits = forward(token_ids, layout, tables, rows, adapters, embedded).cpu()
         return torch.from_numpy(logits.numpy())  # A tensor of inference mode couldn't be changed by the sampler.
 
     def tables(self, inputs: StepInputs) -> dict[str, RopeTable]:

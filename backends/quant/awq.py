@@ -49,10 +49,10 @@ class Awq(Format):
     def size(self, packed: Packed) -> tuple[int, int]:
         return packed.shape("qweight", 2)[0], packed.shape("scales", 2)[-1]
 
-    def memory_bytes(self, packed: Packed) -> int:
+    def tensor_bytes(self, packed: Packed) -> tuple[int, ...]:
         scales = packed.entry("scales")
         groups, outputs = packed.shape("scales", 2)
-        return packed.entry("qweight").num_bytes + scales.num_bytes + 2 * groups * outputs
+        return packed.entry("qweight").num_bytes, scales.num_bytes, 2 * groups * outputs
 
     def check(self, packed: Packed, num_inputs: int, num_outputs: int) -> None:
         packed.expect("qweight", (num_inputs, num_outputs // 8), "I32")

@@ -29,10 +29,10 @@ class Exl2(Format):
     def size(self, packed: Packed) -> tuple[int, int]:
         return packed.shape("q_invperm", 1)[0], packed.shape("q_weight", 2)[-1]
 
-    def memory_bytes(self, packed: Packed) -> int:
+    def tensor_bytes(self, packed: Packed) -> tuple[int, ...]:
         inputs, outputs = self.size(packed)
         groups = packed.shape("q_scale_max", 1)[0]
-        return packed.entry("q_weight").num_bytes + groups * (outputs + 9) + 4 * inputs
+        return packed.entry("q_weight").num_bytes, groups * outputs, 9 * groups, 4 * inputs
 
     def check(self, packed: Packed, num_inputs: int, num_outputs: int) -> None:
         stored = -(-num_outputs // 32) * 32

@@ -74,7 +74,7 @@ class Quantization:
         """Bytes of all weights once loaded, by headers."""
         packed = {name for module in self.modules for name in self.tensors(module)}
         plain = sum(entry.num_bytes for name, entry in self.checkpoint.tensors.items() if name not in packed)
-        return plain + sum(self.format.memory_bytes(self.packed(module)) for module in self.modules)
+        return plain + sum(sum(self.format.tensor_bytes(self.packed(module))) for module in self.modules)
 
     def describe(self) -> str:
         return f"{self.format.name}, {self.bits_per_weight:.2f} bits per weight"

@@ -86,8 +86,8 @@ class Format(ABC):
         """Inputs and outputs of a linear, by the shapes of its tensors; outputs may be filled up."""
 
     @abstractmethod
-    def memory_bytes(self, packed: Packed) -> int:
-        """Bytes that the matrix takes in memory, by headers."""
+    def tensor_bytes(self, packed: Packed) -> tuple[int, ...]:
+        """Bytes of each tensor that the matrix has in memory, by headers."""
 
     @abstractmethod
     def check(self, packed: Packed, num_inputs: int, num_outputs: int) -> None:

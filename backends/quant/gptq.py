@@ -76,11 +76,11 @@ class Gptq(Format):
         bits = packed.shape("qzeros", 2)[-1] * 32 / max(1, outputs)
         return round(packed.shape("qweight", 2)[0] * 32 / max(1, bits)), outputs
 
-    def memory_bytes(self, packed: Packed) -> int:
+    def tensor_bytes(self, packed: Packed) -> tuple[int, ...]:
         inputs, _ = self.size(packed)
         zeros = 0 if self.is_symmetric else 2 * prod(packed.shape("scales", 2))
         order = 4 * inputs if packed.has("g_idx") and self.is_reordered else 0
-        return packed.entry("qweight").num_bytes + packed.entry("scales").num_bytes + zeros + order
+        return packed.entry("qweight").num_bytes, packed.entry("scales").num_bytes, zeros, order
 
     def check(self, packed: Packed, num_inputs: int, num_outputs: int) -> None:
         bits = _bits(packed, num_inputs)

@@ -49,12 +49,12 @@ class Nf4(Format):
         outputs, inputs = _read_state(packed).shape
         return inputs, outputs
 
-    def memory_bytes(self, packed: Packed) -> int:
+    def tensor_bytes(self, packed: Packed) -> tuple[int, ...]:
         state = _read_state(packed)
         outputs, inputs = state.shape
         if state.run % 8:
-            return 4 * outputs * inputs
-        return outputs * inputs // 2 + 4 * outputs * inputs // state.run
+            return (4 * outputs * inputs,)
+        return outputs * inputs // 2, 4 * outputs * inputs // state.run
 
     def check(self, packed: Packed, num_inputs: int, num_outputs: int) -> None:
         state = _read_state(packed)

@@ -64,7 +64,7 @@ def _step_bytes(weights: RandomWeights, sizes: Sizes, num_picked: int) -> int:
     quantization = find_quantization(weights.folder, {}, weights)
     assert quantization is not None
     parts = [quantization.packed(f"model.layers.0.block_sparse_moe.experts.0.{name}") for name in ("w1", "w2", "w3")]
-    expert = sum(quantization.format.memory_bytes(part) for part in parts)
+    expert = sum(sum(quantization.format.tensor_bytes(part)) for part in parts)
     table = weights.tensors["model.embed_tokens.weight"].num_bytes  # of which a step reads a row
     all_experts = sizes["num_hidden_layers"] * sizes["num_local_experts"]
     return quantization.memory_bytes - table + (num_picked - all_experts) * expert

@@ -42,4 +42,5 @@ def model_step(
     over = partial(model.forward, caches)
     is_graph = is_recorded and device.type == "cuda"
     forward = DecodeGraphs(over, len(lengths), context, device).forward if is_graph else over
-    return partial(forward, token_ids, step, tables, step.query_starts[1:].long() - 1)
+    rows = step.query_starts[1:].long() - 1
+    return partial(forward, token_ids, step, tables, rows, embedded=model.embedded(token_ids))

@@ -19,6 +19,7 @@ TILE_OUTPUTS = 256  # A program that multiplies one row takes so many.
 
 PROGRAMS = 1024  # A matrix is shared out to so many: several for each multiprocessor of the largest cards.
 FEWEST_BLOCKS = 4  # A program takes one for each of its warps, at least.
+MOST_ROWS = 64  # More are multiplied by a matrix that is expanded, in slices.
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +170,16 @@ def share_out(group_bits: list[int], group_blocks: list[int], num_tiles: int) ->
         widths |= 1 << bits
         word += (end - first) * bits
     return widths, torch.tensor(shares, dtype=torch.int32)
+
+
+def most_shares(num_inputs: int, num_outputs: int, num_runs: int) -> int:
+    """A bound on the shares of such a matrix, where groups of one width make so many runs.
+
+    A product of a few rows has a float32 for each share, row and output on the way.
+    """
+    num_blocks = -(-num_inputs // BLOCK)
+    most = max(FEWEST_BLOCKS, -(-num_blocks // max(1, PROGRAMS // -(-num_outputs // TILE_OUTPUTS))))
+    return -(-num_blocks // most) + num_runs - 1
 
 
 def _filled_up(rows: Tensor, counts: list[int], number: int) -> Tensor:

@@ -47,6 +47,11 @@ class CacheFormat:
         scales = 0 if self.dtype == "f16" else 2 * self.num_groups
         return 2 * self.num_kv_heads * (self.code_bytes + scales)
 
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of a page in this layer."""
+        return PAGE * self.bytes_per_token
+
 
 @dataclass(frozen=True, slots=True, weakref_slot=True)
 class LayerCache:
@@ -69,11 +74,13 @@ class LayerCache:
 
     @classmethod
     def allocate(
-        cls, format: CacheFormat, num_pages: int, device: torch.device | str = "cpu", *, is_windowed: bool = False
-    ) -> "LayerCache":
+        cls, format: CacheFormat, num_pages: int, device: torch.device | str = "cpu", *, is_windowed: bool = False,
+        memory: Tensor | None = None,
+    ) -> "LayerCache":  # fmt: skip
         """Zeroed pages, with factors of one.
 
-        Raises RuntimeError or OSError where there is no memory for them.
+        memory: uint8 of that device, of page_bytes for each page, to put them into instead of zeroed memory of their
+        own. Raises RuntimeError or OSError where there is no memory for them.
         """
         code_dtype, width = {
             "f16": (torch.float16, format.head_dim),
@@ -83,14 +90,18 @@ class LayerCache:
         groups = 0 if format.dtype == "f16" else format.num_groups
         shape = (num_pages, format.num_kv_heads, PAGE)
 
-        def codes() -> Tensor:
-            return _zeros((*shape, width), code_dtype, device)
-
-        def scales() -> Tensor:
-            return _zeros((*shape, groups), torch.float16, device)
-
+        shapes = ((*shape, width), code_dtype), ((*shape, groups), torch.float16)
+        tensors: list[Tensor] = []
+        for place, dtype in (*shapes, *shapes):
+            if memory is None:
+                tensors.append(_zeros(place, dtype, device))
+            else:
+                size = math.prod(place) * dtype.itemsize
+                tensors.append(memory[:size].view(dtype).view(place))
+                memory = memory[size:]
         factor = torch.ones(format.num_kv_heads, format.head_dim, device=device)
-        return cls(format, codes(), scales(), codes(), scales(), factor, is_windowed)
+        key_codes, key_scales, value_codes, value_scales = tensors
+        return cls(format, key_codes, key_scales, value_codes, value_scales, factor, is_windowed)
 
     @property
     def stored(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -11,12 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tightrope.kernels.forms.columns import TILE_OUTPUTS, ColumnMatrix
+from tightrope.kernels.forms.columns import MOST_ROWS, TILE_OUTPUTS, ColumnMatrix
 from tightrope.kernels.forms.expanded import slice_outputs
 from tightrope.kernels.triton.quantized_batch import batch_parts, expand_columns
 from tightrope.kernels.triton.quantized_vector import sum_parts, vector_parts
 
-MOST_ROWS = 64  # that are multiplied without expanding the matrix
 BATCH_OUTPUTS = 128  # that a program takes which multiplies several rows, or expands them
 SUM_OUTPUTS = 128  # that a program of the sum takes
 

@@ -23,7 +23,7 @@ text-generation-launcher are understood as well."""
 OWN_ARGUMENTS: Mapping[str, Sequence[str]] = {  # These stand beside the options that settings are made of.
     "serve": (),
     "chat": ("url", "system", "max_tokens"),
-    "plan": ("memory", "json"),
+    "plan": ("memory", "device_memory", "json"),
     "perplexity": ("text", "contexts", "max_tokens", "compare_kv", "json", "plot"),
     "doctor": (),
 }
@@ -51,7 +51,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
             case "chat":
                 return _chat(values, **own)
             case "plan":
-                return _plan(values, own["memory"], as_json=own["json"] is True)
+                return _plan(values, own["memory"], own["device_memory"], as_json=own["json"] is True)
             case "doctor":
                 return _doctor(values)
         return _perplexity(values, own)
@@ -91,11 +91,13 @@ def _chat(values: Mapping[str, str], url: str | None, system: str | None, max_to
         return chat(own_url, settings.api_key, system, max_tokens)
 
 
-def _plan(values: Mapping[str, str], memory: str | None, *, as_json: bool) -> int:
-    from tightrope.server.cli.plan import parse_size, plan
+def _plan(values: Mapping[str, str], memory: str | None, device_memory: str | None, *, as_json: bool) -> int:
+    from tightrope.server.cli.plan import parse_size, parse_sizes, plan
 
     settings = _settings(values)
-    return plan(settings.engine.model, None if memory is None else parse_size(memory), as_json=as_json)
+    memory_bytes = None if memory is None else parse_size(memory)
+    device_bytes = None if device_memory is None else parse_sizes(device_memory, "--device-memory")
+    return plan(settings.engine.model, memory_bytes, device_bytes, as_json=as_json)
 
 
 def _perplexity(values: Mapping[str, str], own: Mapping[str, Any]) -> int:
@@ -164,7 +166,13 @@ def _add_plan(commands: "argparse._SubParsersAction[_Parser]") -> None:
         commands, "plan", "say what a model needs and the largest context that fits, without loading it"
     )
     own = parser.add_argument_group("plan")
-    own.add_argument("--memory", metavar="SIZE", help="memory to plan for, such as 24GiB (default: what is free)")
+    own.add_argument("--memory", metavar="SIZE", help="the machine's memory, such as 24GiB (default: what is free)")
+    own.add_argument(
+        "--device-memory",
+        metavar="SIZE",
+        help="what a GPU's driver calls free while a process uses it, such as 22.8GiB; with commas between for several "
+        "(default: what is free on those that are here)",
+    )
     own.add_argument("--json", action="store_true", help="print one JSON object")
     _add_options(parser, _MODEL_OPTIONS)
 

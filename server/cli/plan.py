@@ -14,43 +14,59 @@ if TYPE_CHECKING:
 
 SIZE = re.compile(r"(?P<number>[0-9]+(?:\.[0-9]+)?)\s*(?P<unit>[KMGT]?)i?B?", re.IGNORECASE)
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+MOST_CARDS = 16  # A machine has no more.
 LEAST_MEMORY, MOST_MEMORY = 1 << 20, 1 << 50  # Anything below a megabyte or above a petabyte is a slip.
 
 
-def parse_size(text: str) -> int:
-    """Bytes of a size such as 24GiB, 24G or 512MB; units are powers of 1024. Raises UsageError."""
+def parse_size(text: str, option: str = "--memory") -> int:
+    """Bytes of a size such as 24GiB, 24G or 512MB; units are powers of 1024. Raises UsageError, naming the option."""
     match = SIZE.fullmatch(text.strip())
     size = int(float(match["number"]) * UNITS[match["unit"].upper()]) if match and len(text) < 32 else 0
     if not LEAST_MEMORY <= size <= MOST_MEMORY:
-        raise UsageError(f"--memory: should be a size from 1MiB to 1024TiB, such as 24GiB, not {text:.40}")
+        raise UsageError(f"{option}: should be a size from 1MiB to 1024TiB, such as 24GiB, not {text:.40}")
     return size
 
 
-def plan(settings: ModelSettings, memory_bytes: int | None, *, as_json: bool) -> int:
+def parse_sizes(text: str, option: str) -> tuple[int, ...]:
+    """Sizes with commas between: one for each card. Raises UsageError."""
+    parts = text.split(",")
+    if len(parts) > MOST_CARDS:
+        raise UsageError(f"{option}: at most {MOST_CARDS} cards can be planned for, not {len(parts)}")
+    return tuple(parse_size(part, option) for part in parts)
+
+
+def plan(
+    settings: ModelSettings, memory_bytes: int | None, device_bytes: tuple[int, ...] | None, *, as_json: bool
+) -> int:
     """Print the plan; return the exit status. Raises CommandFailed, after printing, if it does not fit."""
     from tightrope.backends.detect import outline  # Its reads load the libraries that the model's format needs.
 
     try:
-        found = outline(settings, memory_bytes)
+        found = outline(settings, memory_bytes, device_bytes)
     except BackendError as error:
         raise CommandFailed(str(error)) from None
-    print(json.dumps(to_json(found), indent=2) if as_json else _as_text(found, memory_bytes))
+    print(json.dumps(to_json(found), indent=2) if as_json else _as_text(found, memory_bytes, device_bytes))
     if found.refusal is not None:
         raise CommandFailed(found.refusal)
     return 0
 
 
-def _as_text(found: "Outline", memory_bytes: int | None) -> str:
-    return "\n".join(map(printable, to_lines(found, memory_bytes is not None)))
+def _as_text(found: "Outline", memory_bytes: int | None, device_bytes: tuple[int, ...] | None) -> str:
+    return "\n".join(map(printable, to_lines(found, memory_bytes is not None, device_bytes is not None)))
 
 
-def to_lines(found: "Outline", is_given: bool) -> list[str]:
-    """The plan as people read it. is_given: the memory was named, not measured."""
+def to_lines(found: "Outline", is_host_given: bool, is_card_given: bool) -> list[str]:
+    """The plan as people read it. is_host_given, is_card_given: that memory was named, not measured."""
+    if found.device == "cpu":
+        memory = "" if is_host_given else ", nine tenths of what is free"
+    else:
+        memory = f" on the card, all that is {'named' if is_card_given else 'free'} but for a reserve"
+    beside = f", and {_size(found.host_bytes)} in the machine's own memory" if found.host_bytes else ""
     lines = [
         f"model      {found.path.name} ({found.architecture}, {found.format})",
-        f"memory     {_size(found.memory_bytes)}{'' if is_given else ', nine tenths of what is free'}",
-        f"weights    {_size(found.weight_bytes)}",
-        f"workspace  {_size(found.workspace_bytes)} at most",
+        f"memory     {_size(found.memory_bytes)}{memory}",
+        f"weights    {_size(found.weight_bytes)}{beside}",
+        f"workspace  {_size(found.workspace_bytes)} at most{_steps(found)}",
         "",
         f"cache   a token     largest context   {found.window} tokens",
     ]
@@ -64,6 +80,10 @@ def to_lines(found: "Outline", is_given: bool) -> list[str]:
     return lines
 
 
+def _steps(found: "Outline") -> str:
+    return "" if found.chosen is None else f", for steps of {found.chosen.step_tokens} tokens"
+
+
 def to_json(found: "Outline") -> dict[str, object]:
     """The plan as one flat object, documented in docs/plan.md; sizes in bytes and tokens."""
     chosen = found.chosen
@@ -71,8 +91,10 @@ def to_json(found: "Outline") -> dict[str, object]:
         "model": str(found.path),
         "architecture": found.architecture,
         "format": found.format,
+        "device": found.device,
         "memory_bytes": found.memory_bytes,
         "weight_bytes": found.weight_bytes,
+        "host_bytes": found.host_bytes,
         "workspace_bytes": found.workspace_bytes,
         "trained_len": found.trained_len,
         "window": found.window,
@@ -81,6 +103,7 @@ def to_json(found: "Outline") -> dict[str, object]:
         "serve_cache": chosen and chosen.cache,
         "serve_cache_tokens": chosen and chosen.cache_tokens,
         "serve_cache_bytes": chosen and chosen.cache_bytes,
+        "serve_step_tokens": chosen and chosen.step_tokens,
         "serve_notes": list(chosen.notes) if chosen else [],
     }
     for cache in found.caches:

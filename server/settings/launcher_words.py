@@ -86,7 +86,7 @@ WORDS: Mapping[str, Word] = {  # They stand in the order of the launcher's own p
     "huggingface-hub-cache": taken("hub-cache"),
     "weights-cache-override": taken("hub-cache"),
     "disable-custom-kernels": idle("the kernels are those that this machine can run", is_flag=True),
-    "cuda-memory-fraction": refused("what is free on the card is planned with; leave it out", "1", "1.0"),
+    "cuda-memory-fraction": taken("gpu-memory-fraction"),
     "rope-scaling": taken("rope-scaling"),
     "rope-factor": taken("rope-factor", "with a kind: alone it is refused, as kinds differ"),
     "json-output": idle("the log has plain lines", is_flag=True),

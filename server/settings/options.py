@@ -94,7 +94,7 @@ OPTIONS: Mapping[str, Option] = {
     "max-model-len": Option(
         (*_MODEL, "max_model_len"),
         "context and memory",
-        "context window in tokens (default: what the model was trained for)",
+        "context window in tokens (default: what the model was trained for, or of that what memory holds)",
         "N",
         ("-c", "--ctx-size", "--max-total-tokens"),
     ),
@@ -111,6 +111,13 @@ OPTIONS: Mapping[str, Option] = {
         "cache capacity in tokens over all sequences (default: chosen from window and memory)",
         "N",
         ("--max-batch-total-tokens",),
+    ),
+    "gpu-memory-fraction": Option(
+        (*_MODEL, "gpu_memory_fraction"),
+        "context and memory",
+        "most of a GPU's whole memory that is taken, of what is free there (default: 1)",
+        "X",
+        ("--cuda-memory-fraction",),
     ),
     "rope-scaling": Option(
         (*_ROPE, "kind"),

@@ -10,14 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tightrope.backends.hf.run.graphs import DecodeGraphs, batch_size, context_size
+from tightrope.backends.hf.run.graphs import DecodeGraphs, batch_size, context_size, recordings
 from tightrope.kernels.forms.layout import PAGE, RopeTable, StepLayout
 from tightrope.kernels.forms.low_rank import NONE, AdapterRows
 
 pytestmark = pytest.mark.quick
 
 LONGEST = 5000  # tokens
-VOCABULARY = 11  # numbers that a row of logits tells
+VOCABULARY = 12  # numbers that a row of logits tells
 PAGE_ANGLE = 8  # the place of the one that comes from a table
 
 
@@ -46,6 +46,7 @@ class Model:
         tables: Mapping[str, RopeTable],
         rows: Tensor,
         adapters: AdapterRows | None = None,
+        embedded: Tensor | None = None,
     ) -> Tensor:
         self.steps.append(step)
         self.stored += [slot for slot in step.slots.tolist() if slot >= 0]
@@ -65,6 +66,7 @@ class Model:
                 table.pages[table.set_of[sequences].long(), 0, 0, 0],
                 torch.zeros_like(token_ids) if adapters is None else adapters.slots + 1,
                 torch.zeros(len(token_ids)) if adapters is None else (adapters.slots >= 0) * adapters.scales,
+                token_ids if embedded is None else embedded[:, 0],
             ),
             1,
         )
@@ -272,11 +274,55 @@ def test_batches_are_recorded_in_powers_of_two(num_seqs: int, size: int):
 
 
 @pytest.mark.parametrize(
-    ("num_tokens", "size"),
-    [(1, 2048), (2048, 2048), (2049, 8192), (30000, 32768), (32769, 100_000), (100_000, 100_000)],
+    ("num_seqs", "num_tokens", "size"),
+    [(1, 1, 2048), (2, 2048, 2048), (1, 2049, 100_000), (2, 100_000, 100_000), (3, 1, 100_000), (16, 9, 100_000)],
 )
-def test_contexts_are_recorded_in_few_sizes_up_to_the_window(num_tokens: int, size: int):
-    assert context_size(num_tokens, 100_000) == size
+def test_contexts_are_recorded_in_two_sizes_for_one_or_two_sequences_and_in_one_for_more(
+    num_seqs: int, num_tokens: int, size: int
+):
+    assert context_size(num_seqs, num_tokens, 100_000) == size
+    assert context_size(num_seqs, min(num_tokens, 512), 512) == 512
+
+
+@given(
+    st.lists(st.lists(st.integers(1, LONGEST), min_size=1, max_size=8), min_size=1, max_size=20),
+    st.integers(1, 8),
+)
+def test_no_more_is_recorded_than_is_said_beforehand(steps: list[list[int]], max_num_seqs: int):
+    recorder = Recorder()
+    graphs, table = graphs_of(Model(), recorder, max_num_seqs), rope_table([0])
+    for lengths in steps:
+        part = lengths[:max_num_seqs]
+        tables = {"default": replace(table, set_of=torch.zeros(len(part), dtype=torch.int32))}
+        graphs.forward(*decode_step(part), tables, torch.arange(len(part)))
+
+    assert recorder.recordings <= len(recordings(max_num_seqs, LONGEST))
+
+
+def test_all_that_is_said_beforehand_is_recorded_by_steps_of_its_sizes():
+    recorder = Recorder()
+    graphs = graphs_of(Model(), recorder)
+    table = rope_table([0])
+    said = recordings(8, LONGEST)
+    for size, context in said:
+        tables = {"default": replace(table, set_of=torch.zeros(size, dtype=torch.int32))}
+        graphs.forward(*decode_step([context] * size), tables, torch.arange(size))
+
+    assert said == [(8, LONGEST), (4, LONGEST), (2, LONGEST), (2, 2048), (1, LONGEST), (1, 2048)]
+    assert recorder.recordings == len(said)
+
+
+def test_rows_of_a_table_elsewhere_are_brought_along_in_a_fixed_place():
+    graphs = graphs_of(Model(), Recorder())
+    tables = {"default": rope_table([0, 1, 0])}
+    for lengths in ([10, 20, 30], [5, 6], [7, 8, 9]):
+        token_ids, step = decode_step(lengths)
+        table = {"default": replace(tables["default"], set_of=tables["default"].set_of[: len(lengths)])}
+        embedded = torch.tensor(lengths).float().unsqueeze(1) / 3
+
+        found = graphs.forward(token_ids, step, table, torch.arange(len(lengths)), embedded=embedded)
+
+        assert torch.equal(found[:, -1], embedded[:, 0])
 
 
 @pytest.mark.parametrize(

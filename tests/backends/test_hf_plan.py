@@ -13,15 +13,10 @@ from tightrope.backends.errors import BackendError, DoesNotFit
 from tightrope.backends.files.hf_config import ModelShape, read_config
 from tightrope.backends.files.safetensors import Checkpoint
 from tightrope.backends.hf.cache.window_pages import KEPT_WINDOWS, most_needed
-from tightrope.backends.hf.plan import (
-    CacheSizes,
-    HFPlan,
-    largest_window,
-    make_plan,
-    token_bytes,
-    workspace_bytes,
-)
-from tightrope.backends.memory import MEMORY_SHARE, prompt_rows, spare_bytes
+from tightrope.backends.hf.plan import LEAST_WINDOW, HFPlan, make_plan
+from tightrope.backends.hf.room import CacheSizes, host_room
+from tightrope.backends.hf.workspace import HostWorkspace, token_bytes
+from tightrope.backends.memory import MEMORY_SHARE, prompt_rows
 from tightrope.backends.settings import STEP_TOKENS, CacheSettings, ModelSettings
 from tightrope.kernels.forms.layout import PAGE, CacheDtype, CacheFormat, LayerCache
 
@@ -40,7 +35,15 @@ def plan(folder: Path, gib: float, **settings: object) -> HFPlan:
     """The plan with `gib` to be used; a share of the free memory is left to others."""
     weights = Checkpoint.open(folder).weight_bytes
     free_bytes = math.ceil(gib * GIB / MEMORY_SHARE)
-    return make_plan(ModelSettings.model_validate(settings), read_config(folder), weights, free_bytes)
+    return planned(ModelSettings.model_validate(settings), read_config(folder), weights, free_bytes)
+
+
+def planned(settings: ModelSettings, shape: ModelShape, weight_bytes: int, free_bytes: int) -> HFPlan:
+    return make_plan(settings, shape, host_room(settings, shape, weight_bytes, free_bytes))
+
+
+def workspace_bytes(settings: ModelSettings, shape: ModelShape) -> int:
+    return HostWorkspace(settings, shape).num_bytes(settings.step_tokens_on("cpu"), 0)
 
 
 def shape(folder: Path, **changed: object) -> ModelShape:
@@ -95,7 +98,7 @@ def test_layers_with_a_window_are_planned_with_the_pages_that_live_and_kept_wind
     yi: Path, num_full: int, dtype: CacheDtype
 ):
     settings = ModelSettings.model_validate({"max_num_seqs": 2, "max_model_len": 30_000, "cache": {"dtype": dtype}})
-    made = make_plan(settings, sliding(yi, num_full), 0, 400 * GIB)
+    made = planned(settings, sliding(yi, num_full), 0, 400 * GIB)
     formats = CacheFormat(dtype, 8, 128)
     caches = [
         LayerCache.allocate(formats, made.num_window_pages if is_windowed else made.num_pages, "meta")
@@ -111,7 +114,7 @@ def test_layers_with_a_window_are_planned_with_the_pages_that_live_and_kept_wind
 
 
 def test_a_cache_that_is_shorter_than_the_windows_has_pages_of_one_kind(yi: Path):
-    made = make_plan(ModelSettings(cache=CacheSettings(tokens=4096)), sliding(yi, 10), 0, 400 * GIB)
+    made = planned(ModelSettings(cache=CacheSettings(tokens=4096)), sliding(yi, 10), 0, 400 * GIB)
 
     assert made.windowed == (False,) * 60
     assert (made.window_tokens, made.num_window_pages) == (None, 0)
@@ -119,16 +122,17 @@ def test_a_cache_that_is_shorter_than_the_windows_has_pages_of_one_kind(yi: Path
 
 
 @given(st.floats(0.5, 60), st.integers(0, 60), st.sampled_from([1, 4, 16]))
-def test_the_largest_window_of_sliding_layers_fits_and_a_page_more_does_not(
-    yi: Path, gib: float, num_full: int, max_num_seqs: int
-):
-    settings = ModelSettings(max_num_seqs=max_num_seqs)
-    sizes = CacheSizes.of(settings, sliding(yi, num_full), "q8")
+def test_as_many_pages_of_sliding_layers_fit_as_fill_the_room(yi: Path, gib: float, num_full: int, max_num_seqs: int):
+    settings, model = ModelSettings(max_num_seqs=max_num_seqs), sliding(yi, num_full)
+    sizes = CacheSizes.of(settings, model, "q8", STEP_TOKENS)
+    room = host_room(settings, model, 0, int(gib * GIB / MEMORY_SHARE))
+    left = room.spare_bytes - workspace_bytes(settings, model)
 
-    fitting = sizes.fitting(int(gib * GIB))
+    fitting = room.fitting(settings, model, "q8", STEP_TOKENS)
 
-    assert sizes.bytes_of(fitting) <= gib * GIB
-    assert num_full == 0 or sizes.bytes_of(fitting + 1) > int(gib * GIB)
+    assert fitting == 0 or sizes.bytes_of(fitting) <= left
+    if room.workspace.load_bytes(STEP_TOKENS) <= room.spare_bytes:
+        assert num_full == 0 or sizes.bytes_of(fitting + 1) > left
 
 
 @pytest.mark.plain
@@ -136,16 +140,47 @@ def test_the_largest_window_of_sliding_layers_fits_and_a_page_more_does_not(
 def test_the_largest_window_fits_and_a_page_more_does_not(yi: Path, gib: float, dtype: CacheDtype, step_tokens: int):
     settings = ModelSettings.model_validate({"cache": {"dtype": dtype}, "step_tokens": step_tokens})
     weights, free_bytes = Checkpoint.open(yi).weight_bytes, int(gib * GIB)
-    most = largest_window(settings, shape(yi), dtype, spare_bytes(weights, free_bytes))
+    most = host_room(settings, shape(yi), weights, free_bytes).largest_window(settings, shape(yi), dtype)
     if not most:
         return
 
-    made = make_plan(settings.model_copy(update={"max_model_len": most}), shape(yi), weights, free_bytes)
+    made = planned(settings.model_copy(update={"max_model_len": most}), shape(yi), weights, free_bytes)
     with pytest.raises(DoesNotFit, match=f"at most {most} tokens"):
-        make_plan(settings.model_copy(update={"max_model_len": most + PAGE}), shape(yi), weights, free_bytes)
+        planned(settings.model_copy(update={"max_model_len": most + PAGE}), shape(yi), weights, free_bytes)
 
     assert made.window == most
     assert weights + made.cache_bytes + made.workspace_bytes <= free_bytes * MEMORY_SHARE
+
+
+def test_without_a_window_it_is_what_fits_and_a_line_says_so(yi: Path):
+    model, weights = shape(yi, trained_len=200_000, raw={**YI_34B, "max_position_embeddings": 200_000}), 0
+    settings = ModelSettings()
+    room = host_room(settings, model, weights, 6 * GIB)
+
+    made = make_plan(settings, model, room)
+
+    assert made.window == room.largest_window(settings, model, "q8") < 200_000
+    assert made.num_pages * PAGE == made.window
+    line = f"window: {made.window} tokens, what memory holds of the 200000 that the model is made for"
+    assert line in made.notes
+    asked = make_plan(settings.model_copy(update={"max_model_len": made.window}), model, room)
+    assert (asked.rope, asked.cache_bytes) == (made.rope, made.cache_bytes)
+
+
+def test_a_window_that_is_asked_for_is_refused_and_never_made_smaller(yi: Path):
+    with pytest.raises(DoesNotFit, match="100000 tokens as q8 needs"):
+        plan(yi, 24, max_model_len=100_000)
+    with pytest.raises(DoesNotFit, match="100000 tokens as q8 needs"):
+        plan(yi, 24, cache={"tokens": 100_000})
+
+
+def test_nobody_is_served_a_window_without_room_for_a_message(yi: Path):
+    weights, model, settings = Checkpoint.open(yi).weight_bytes, shape(yi), ModelSettings()
+    least = workspace_bytes(settings, model) + weights + LEAST_WINDOW * token_bytes(model, "q8")
+
+    assert planned(settings, model, weights, math.ceil(least / MEMORY_SHARE) + 1).window == LEAST_WINDOW
+    with pytest.raises(DoesNotFit, match="ask for at most 1008 tokens"):
+        planned(settings, model, weights, int((least - 1) / MEMORY_SHARE))
 
 
 def test_plenty_of_memory_gives_room_for_several_chats_and_no_more(yi: Path):
@@ -177,11 +212,11 @@ def test_a_model_of_learned_positions_has_no_more_of_them(yi: Path):
     gpt2 = shape(yi, raw={"model_type": "gpt2"}, trained_len=1024)
     beyond = ModelSettings(max_model_len=2048)
 
-    assert make_plan(ModelSettings(), gpt2, 0, 400 * GIB).window == 1024
+    assert planned(ModelSettings(), gpt2, 0, 400 * GIB).window == 1024
     with pytest.raises(
         BackendError, match="2048 tokens is more than this model has positions for: ask for at most 1024"
     ):
-        make_plan(beyond, gpt2, 0, 400 * GIB)
+        planned(beyond, gpt2, 0, 400 * GIB)
 
 
 def test_the_workspace_grows_with_the_step_and_the_sequences(yi: Path):
@@ -209,4 +244,4 @@ def test_a_scaling_that_cannot_be_is_found_before_memory_is_asked_for(yi: Path, 
     broken = shape(yi, raw={**YI_34B, **fields})
 
     with pytest.raises(BackendError, match=r"config\.json: rope_"):
-        make_plan(ModelSettings(), broken, 0, 400 * GIB)
+        planned(ModelSettings(), broken, 0, 400 * GIB)

@@ -15,6 +15,7 @@ from rounded import Rounded
 from torch import Tensor
 
 from bench.gpu.matrices import random_nf4
+from tightrope.kernels import dispatch
 from tightrope.kernels.forms.column_stack import stack_columns
 from tightrope.kernels.forms.columns import ColumnMatrix, to_columns
 
@@ -42,6 +43,26 @@ def test_experts_of_a_card_equal_each_token_by_itself(card: ModuleType, kind: st
 
     weights = [(up.double().T, out.double().T) for up, out in zip(gate_up, down, strict=True)]
     one_expert_at_a_time(x, picked, shares, weights).check(found)
+
+
+@pytest.mark.parametrize("kind", ["gptq", "nf4"])
+def test_more_tokens_than_run_together_take_turns(card: ModuleType, kind: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(dispatch, "MOST_STACKED", 4)
+    layer = layer_of(kind)[0]
+    x, shares = torch.randn(10, HIDDEN), torch.rand(10, 2)
+    picked = torch.rand(10, EXPERTS).topk(2).indices
+
+    found = dispatch.experts(x, layer, picked, shares, None)
+
+    assert found is not None
+    torch.testing.assert_close(found, card.experts(x, layer, picked, shares))
+
+
+def test_plain_experts_of_many_tokens_are_left_to_run_one_by_one(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(dispatch, "MOST_STACKED", 4)
+    layer = layer_of("plain")[0]
+
+    assert dispatch.experts(torch.randn(5, HIDDEN), layer, torch.zeros(5, 1).long(), torch.ones(5, 1), None) is None
 
 
 def one_expert_at_a_time(x: Tensor, picked: Tensor, shares: Tensor, weights: list[tuple[Tensor, Tensor]]) -> Rounded:

@@ -1,14 +1,9 @@
 """The memory that a kernel takes while it runs is what the plan counts, however long the context is."""
 
-from collections.abc import Callable
-from weakref import WeakSet, finalize
-
 import pytest
 import torch
+from live_bytes import LiveBytes
 from test_kernels_cpu import rope_table, step_of
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from tightrope.kernels import reference
 from tightrope.kernels.forms.layout import AttentionSpec, CacheDtype, CacheFormat, LayerCache
@@ -29,27 +24,3 @@ def test_the_references_attention_keeps_within_the_bytes_that_are_planned_for_an
         reference.attention(queries, cache, step, table, spec)
 
     assert live.most - queries.nbytes <= reference.attention_bytes(rows, 8, 2, 64)
-
-
-class LiveBytes(TorchDispatchMode):
-    """Follows what torch allocates: `most` bytes were live at the same time."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.most = 0
-        self._seen: WeakSet[torch.UntypedStorage] = WeakSet()
-
-    def __torch_dispatch__(
-        self, func: Callable[..., object], types: object, args: tuple[object, ...] = (), kwargs: object = None
-    ) -> object:
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage()) not in self._seen:
-                self._seen.add(storage)
-                self.now += storage.nbytes()
-                self.most = max(self.most, self.now)
-                finalize(storage, self._drop, storage.nbytes())
-        return result
-
-    def _drop(self, num_bytes: int) -> None:
-        self.now -= num_bytes

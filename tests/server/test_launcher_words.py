@@ -48,6 +48,7 @@ VALUES: dict[str, tuple[str, object]] = {
     "port": ("3000", 3000),
     "huggingface-hub-cache": ("/data", "/data"),
     "weights-cache-override": ("/data", "/data"),
+    "cuda-memory-fraction": ("0.9", 0.9),
     "rope-scaling": ("dynamic", "dynamic"),
     "rope-factor": ("2.0", 2.0),
     "cors-allow-origin": ("https://a.example", ("https://a.example",)),

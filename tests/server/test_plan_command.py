@@ -8,7 +8,7 @@ from hf_folders import mixtral_8x7b, mixtral_lora, yi_34b
 from test_cli import bundled_model
 
 from tightrope.backends.gguf.header import read_header
-from tightrope.backends.memory import MEMORY_SHARE
+from tightrope.backends.memory import CARD_RESERVE, MEMORY_SHARE
 from tightrope.server.cli.failures import UsageError
 from tightrope.server.cli.main import main
 from tightrope.server.cli.plan import parse_size
@@ -64,6 +64,25 @@ def test_the_text_lists_the_three_caches_side_by_side_and_what_serve_would_do(
     assert "EXL2, 4.6" in lines[0]
 
 
+def test_a_card_is_named_by_what_its_driver_calls_free_beside_the_machines_memory(
+    yi: str, capsys: pytest.CaptureFixture[str]
+):
+    arguments = (yi, "--device-memory=22.8GiB", "--memory=8GiB", "--max-model-len=24000")
+    status, found, _ = planned(capsys, *arguments)
+
+    assert status == 0
+    assert (found["device"], found["fits"], found["serve_cache"]) == ("cuda", True, "q8")
+    assert found["host_bytes"] == 2 * 64000 * 7168
+    assert found["memory_bytes"] == int(22.8 * (1 << 30)) - CARD_RESERVE
+    assert 256 <= found["serve_step_tokens"] <= 2048
+    assert main(["plan", *arguments]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    left = 22.8 - CARD_RESERVE / (1 << 30)
+    assert lines[1] == f"memory     {left:.2f} GiB on the card, all that is named but for a reserve"
+    assert lines[2].endswith(", and 0.85 GiB in the machine's own memory")
+    assert lines[3].endswith(f" at most, for steps of {found['serve_step_tokens']} tokens")
+
+
 def test_a_gguf_file_is_planned_for_by_the_same_command(capsys: pytest.CaptureFixture[str]):
     status, found, _ = planned(capsys, str(bundled_model()), "--memory=1GiB", "--rope-scaling=yarn", "--rope-factor=2")
 
@@ -105,6 +124,13 @@ def test_an_absurd_size_is_refused_in_one_line_that_says_what_would_be_right(tex
     ("arguments", "status", "part"),
     [
         (["--memory", "much"], 2, "--memory: should be a size"),
+        (["--device-memory", "22.8GiB,much"], 2, "--device-memory: should be a size"),
+        (
+            ["--device-memory", ",".join(["1GiB"] * 17)],
+            2,
+            "--device-memory: at most 16 cards can be planned for, not 17",
+        ),
+        (["--gpu-memory-fraction", "1.5"], 2, "--gpu-memory-fraction: input should be"),
         (["--rope-factor", "nan"], 2, "--rope-factor: input should be"),
         (["no-such.gguf"], 1, "no-such.gguf: no such file"),
         (["--rope-scaling", "dynamic", "--rope-factor", "2"], 1, "can't be chosen for a GGUF file"),
@@ -119,6 +145,12 @@ def test_whatever_is_wrong_is_one_line(
     stderr = capsys.readouterr().err
     assert stderr.count("\n") == 1
     assert part in stderr
+
+
+def test_a_folder_is_planned_for_one_card(yi: str, capsys: pytest.CaptureFixture[str]):
+    assert main(["plan", yi, "--device-memory=24GiB,24GiB"]) == 1
+
+    assert "--device-memory names 2 cards; the model of a folder runs on one" in capsys.readouterr().err
 
 
 def test_a_broken_scaling_in_a_folder_is_one_line_with_file_and_field(

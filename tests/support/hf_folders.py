@@ -44,7 +44,7 @@ def write_folder(folder: Path, config: dict[str, object], tensors: list[Tensor])
 
 
 def yi_34b(folder: Path, bits_per_weight: float = 4.65) -> Path:
-    """Yi-34B in EXL2: its linears at about that many bits a weight, 4 to 5; the embedding has 16."""
+    """Yi-34B in EXL2: its linears at about that many bits a weight, 4 to 5; the head has 6, the embedding 16."""
     return write_folder(folder, YI_34B, list(_yi_tensors(bits_per_weight)))
 
 
@@ -59,7 +59,7 @@ def _yi_tensors(bits_per_weight: float) -> Iterator[Tensor]:
         for name in ("input_layernorm", "post_attention_layernorm"):
             yield f"model.layers.{layer}.{name}.weight", "F16", [7168]
     yield "model.norm.weight", "F16", [7168]
-    yield from _exl2("lm_head", 64000, 7168, bits_per_weight)
+    yield from _exl2("lm_head", 64000, 7168, 6)
 
 
 def _exl2(module: str, outputs: int, inputs: int, bits_per_weight: float) -> Iterator[Tensor]:
@@ -71,6 +71,43 @@ def _exl2(module: str, outputs: int, inputs: int, bits_per_weight: float) -> Ite
     yield f"{module}.q_scale_max", "F16", [groups]
     yield f"{module}.q_groups", "I16", [2 * groups]
     yield f"{module}.q_invperm", "I32", [inputs]
+
+
+LLAMA_33B = YI_34B | {
+    "hidden_size": 6656,
+    "intermediate_size": 17920,
+    "num_attention_heads": 52,
+    "num_key_value_heads": 52,
+    "vocab_size": 32000,
+    "max_position_embeddings": 2048,
+    "rope_theta": 10000.0,
+}
+
+
+def gptq(folder: Path, config: dict[str, object]) -> Path:
+    """A dense model of these sizes in GPTQ of 4 bits, groups of 128 and act-order; embedding and head have 16."""
+    quantization = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": True, "sym": True}
+    return write_folder(folder, config | {"quantization_config": quantization}, list(_gptq_tensors(config)))
+
+
+def _gptq_tensors(config: dict[str, object]) -> Iterator[Tensor]:
+    names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "vocab_size")
+    hidden, inner, heads, kv_heads, vocabulary, layers = (int(str(config[n])) for n in (*names, "num_hidden_layers"))
+    kv = hidden // heads * kv_heads
+    linears = {f"self_attn.{n}": (hidden if n in "qo" else kv, hidden) for n in "qkvo"}
+    linears |= {"mlp.gate": (inner, hidden), "mlp.up": (inner, hidden), "mlp.down": (hidden, inner)}
+    for name in ("model.embed_tokens", "lm_head"):
+        yield f"{name}.weight", "F16", [vocabulary, hidden]
+    for layer in range(layers):
+        for name, (outputs, inputs) in linears.items():
+            module = f"model.layers.{layer}.{name}_proj"
+            yield f"{module}.qweight", "I32", [inputs // 8, outputs]
+            yield f"{module}.qzeros", "I32", [inputs // 128, outputs // 8]
+            yield f"{module}.scales", "F16", [inputs // 128, outputs]
+            yield f"{module}.g_idx", "I32", [inputs]
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            yield f"model.layers.{layer}.{name}.weight", "F16", [hidden]
+    yield "model.norm.weight", "F16", [hidden]
 
 
 MIXTRAL_8X7B = {

@@ -10,9 +10,11 @@ from torch import Tensor
 from tightrope.backends.errors import BackendError
 from tightrope.backends.files.tensor_names import FileNames
 from tightrope.backends.hf.load.weights import ExpertWeights, LinearWeights, WantedWeights, Weight
-from tightrope.backends.hf.modules.matrices import Piece, side_by_side
+from tightrope.backends.hf.modules.matrices import Matrix, Piece, side_by_side
 from tightrope.backends.quant.find import Quantization
 
+Hold = Callable[[Matrix], Matrix]
+SHARES_BYTES = 2048  # A card has some sixteens of bytes for how a matrix is shared out.
 # projections that some models fuse, and that EXL2's converter splits
 SPLIT = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
@@ -23,22 +25,27 @@ class Source:
 
     tensors: tuple[str, ...]
     num_outputs: int
+    num_bytes: tuple[int, ...]  # Of each tensor that it becomes in a card's memory.
     build: Callable[[], tuple[Piece, Tensor | None]]  # It gives the weight, and the bias [N] float32.
 
 
 @dataclass(slots=True)
 class Assembly:
-    """Linears that belong together; `deliver` is called with all of them once the last one is built."""
+    """Linears that belong together; `deliver` is called with all of them once the last one is built.
+
+    It puts the matrix through the function that it is given, but for experts: those are laid out anew together.
+    """
 
     sources: tuple[Source, ...]
-    deliver: Callable[[Sequence[tuple[Piece, Tensor | None]]], None]
+    deliver: Callable[[Sequence[tuple[Piece, Tensor | None]], Hold], None]
+    are_experts: bool = False
     _built: dict[int, tuple[Piece, Tensor | None]] = field(default_factory=dict)
 
-    def build(self, index: int) -> None:
+    def build(self, index: int, hold: Hold) -> None:
         """Make one of the sources."""
         self._built[index] = self.sources[index].build()
         if len(self._built) == len(self.sources):
-            self.deliver([self._built[i] for i in range(len(self.sources))])
+            self.deliver([self._built[i] for i in range(len(self.sources))], hold)
             self._built.clear()
 
 
@@ -80,8 +87,8 @@ class _Assembler:
             return None
         sources = tuple(self._source(name, count, wanted.width, wanted.has_bias) for name, count in rows)
 
-        def deliver(built: Sequence[tuple[Piece, Tensor | None]]) -> None:
-            wanted.deliver(side_by_side([piece for piece, _ in built], self.device))
+        def deliver(built: Sequence[tuple[Piece, Tensor | None]], hold: Hold) -> None:
+            wanted.deliver(hold(side_by_side([piece for piece, _ in built], self.device)))
             if any(bias is not None for _, bias in built):
                 biases = [
                     torch.zeros(s.num_outputs, device=self.device) if b is None else b
@@ -104,11 +111,16 @@ class _Assembler:
                 for part in parts
             )
 
-            return Assembly(sources, partial(self._deliver_experts, wanted, sources, step))
+            return Assembly(sources, partial(self._deliver_experts, wanted, sources, step), are_experts=True)
         return None
 
     def _deliver_experts(
-        self, wanted: ExpertWeights, sources: Sequence[Source], step: int, built: Sequence[tuple[Piece, Tensor | None]]
+        self,
+        wanted: ExpertWeights,
+        sources: Sequence[Source],
+        step: int,
+        built: Sequence[tuple[Piece, Tensor | None]],
+        hold: Hold,
     ) -> None:
         """Hand over a matrix for each expert, of `step` pieces. Raises BackendError for biases, which experts lack."""
         for source, (_, bias) in zip(sources, built, strict=True):
@@ -157,7 +169,9 @@ class _Assembler:
                 bias = None  # AutoGPTQ writes zeros where the model has none.
             return format.build(packed, inputs, outputs), bias
 
-        return Source(tensors, outputs, build)
+        bias = (4 * outputs,) if has_bias else ()
+        num_bytes = (*format.tensor_bytes(packed), *bias, inputs // 8, SHARES_BYTES)  # See ColumnMatrix.group_of.
+        return Source(tensors, outputs, num_bytes, build)
 
     def _plain(self, name: str, outputs: int, inputs: int, has_bias: bool) -> Source:
         """A linear left as it was among others that are quantized."""
@@ -169,6 +183,6 @@ class _Assembler:
         def build() -> tuple[Piece, Tensor | None]:
             return packed.read("weight").clone(), packed.read("bias").float() if has_bias else None
 
-        return Source(
-            tuple(packed.name(part) for part in (("weight", "bias") if has_bias else ("weight",))), outputs, build
-        )
+        parts = ("weight", "bias") if has_bias else ("weight",)
+        num_bytes = tuple(packed.entry(part).num_bytes for part in parts)
+        return Source(tuple(map(packed.name, parts)), outputs, num_bytes, build)

@@ -1,7 +1,8 @@
 """A model before its weights are read: the module tree, and which tensor goes where, checked as far as headers tell."""
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 
 import torch
@@ -15,8 +16,8 @@ from tightrope.backends.files.tensor_names import FileNames
 from tightrope.backends.hf.adapters.file_tables import Tables
 from tightrope.backends.hf.adapters.rows import Adapters
 from tightrope.backends.hf.load.assembly import Assembly, assemble
-from tightrope.backends.hf.load.loader import tie
-from tightrope.backends.hf.load.matching import LeftOver, check_all, notes_on
+from tightrope.backends.hf.load.loader import dtype_of, tie
+from tightrope.backends.hf.load.matching import LeftOver, check_all, choose, notes_on
 from tightrope.backends.hf.load.skeleton import build_skeleton
 from tightrope.backends.hf.load.specialise import specialise
 from tightrope.backends.hf.load.trace import trace_model
@@ -36,6 +37,7 @@ from tightrope.backends.quant.find import (
 from tightrope.backends.quant.packings import check_packing
 from tightrope.backends.rope.scaling import RopeSpec
 from tightrope.backends.settings import Dtype
+from tightrope.kernels import dispatch
 
 DTYPES_BY_NAME = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -49,11 +51,13 @@ class Blueprint:
     tree: PreTrainedModel
     current: CurrentStep
     layers: tuple[LayerInfo, ...]
+    kept: tuple[str, ...]  # Classes of transformers that attend, or stack layers, in their own way.
     names: FileNames
     quantization: Quantization | None
     weights: tuple[Weight, ...]
     assemblies: tuple[Assembly, ...]
     left: LeftOver
+    has_plain_head: bool
     tied: tuple[str, str] | None  # Names of head and embedding, one weight if the files' are equal.
     device: torch.device
     activation_dtype: torch.dtype
@@ -68,8 +72,40 @@ class Blueprint:
         return size - sum(tensors[name].num_bytes for name in self.left.names)
 
     @property
+    def block_sizes(self) -> list[int]:
+        """Bytes of each tensor that loading puts onto a card, in one block."""
+        head = None if self.tied is None else self.tied[0]  # It is one tensor with the embedding.
+        kept = [w for w in self.weights if not w.stays_on_host and w.sources[0][0].name != head]
+        linears = [] if self.is_exllama else [a for a in self.assemblies if not a.are_experts]
+        return [*map(self._num_bytes, kept), *_sizes(linears)]
+
+    @property
+    def other_sizes(self) -> list[int]:
+        """Those of tensors outside of the block: of experts, and what exllamav2 has taken over."""
+        return _sizes(a for a in self.assemblies if a.are_experts or self.is_exllama)
+
+    @property
+    def is_exllama(self) -> bool:
+        """Whether exllamav2's kernels run the linears, or most of them."""
+        kind = None if self.quantization is None else self.quantization.format.name
+        return kind in ("EXL2", "GPTQ") and dispatch.has_exllama()
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of the weights that stay in the machine's own memory beside a card."""
+        return sum(self._num_bytes(weight) for weight in self.weights if weight.stays_on_host)
+
+    def _num_bytes(self, weight: Weight) -> int:
+        parts = choose(weight, self.checkpoint, self.names)
+        return prod(weight.shape) * dtype_of(weight, parts, self.checkpoint).itemsize
+
+    @property
     def format(self) -> str:
         return describe_format(self.shape.dtype, self.quantization)
+
+
+def _sizes(assemblies: Iterable[Assembly]) -> list[int]:
+    return [size for assembly in assemblies for source in assembly.sources for size in source.num_bytes]
 
 
 def draw(
@@ -104,6 +140,8 @@ def draw(
     tied = (f"{head}.weight", f"{table}.weight") if shape.tie_embeddings and has_plain_head else None
     if tied is not None:
         weights = tie(weights, *tied, names)
+    elif device.type != "cpu":
+        weights = table_on_host(weights, embedding_of(model, table))
     try:
         left = check_all(weights, assemblies, checkpoint, names)
     except BackendError as error:
@@ -116,11 +154,13 @@ def draw(
         tree=model,
         current=current,
         layers=specialised.layers,
+        kept=specialised.kept,
         names=names,
         quantization=quantization,
         weights=tuple(weights),
         assemblies=tuple(assemblies),
         left=left,
+        has_plain_head=has_plain_head,
         tied=tied,
         device=device,
         activation_dtype=dtype,
@@ -148,12 +188,26 @@ def activation_dtype(asked: Dtype, stored: str, device: torch.device) -> torch.d
     return DTYPES_BY_NAME[asked]
 
 
+def table_on_host(weights: list[Weight], embedding: Embedding | None) -> list[Weight]:
+    """The same with the embedding's table in the machine's own memory: a step needs but few rows of it on the card."""
+    if embedding is None:
+        return weights
+    embedding.is_on_host = True
+    name = f"{embedding.name}.weight"
+    return [replace(w, stays_on_host=True) if w.sources[0][0].name == name else w for w in weights]
+
+
+def embedding_of(model: nn.Module, name: str) -> Embedding | None:
+    """The embedding of that name, where it is ours."""
+    return next((m for m in model.modules() if isinstance(m, Embedding) and m.name == name), None)
+
+
 def _adapters(
     model: nn.Module, current: CurrentStep, names: tuple[str, str], shape: ModelShape, device: torch.device,
     dtype: torch.dtype,
 ) -> Adapters:  # fmt: skip
     """The room for adapters; names: of embedding and head."""
-    embedding = next((m for m in model.modules() if isinstance(m, Embedding) and m.name == names[0]), None)
+    embedding = embedding_of(model, names[0])
     head = next((m for m in model.modules() if isinstance(m, Linear) and m.is_head), None)
     tables = Tables(embedding, head, names, shape.tie_embeddings, shape.vocab_size, shape.hidden_size)
     # On a CPU what each step reads is in sixteen bits; what it adds is small.

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from tightrope.backends.files.safetensors import Checkpoint
 from tightrope.backends.files.tensor_names import FileNames
-from tightrope.backends.hf.load.assembly import Assembly
+from tightrope.backends.hf.load.arena import Arena
+from tightrope.backends.hf.load.assembly import Assembly, Hold
 from tightrope.backends.hf.load.matching import DTYPES, choose
 from tightrope.backends.hf.load.weights import Part, Weight
 
@@ -30,9 +31,9 @@ class _Place:
 
 def load_weights(
     weights: Iterable[Weight], assemblies: Sequence[Assembly], checkpoint: Checkpoint, names: FileNames,
-    device: torch.device, progress: Progress,
+    device: torch.device, progress: Progress, arena: Arena | None = None,
 ) -> None:  # fmt: skip
-    """Fill `weights`, and build `assemblies`, from the checkpoint.
+    """Fill `weights`, and build `assemblies`, from the checkpoint. arena: for what is large, on the device.
 
     Raises BackendError naming the tensor that is not finite, or can't be what its format says.
     """
@@ -40,15 +41,23 @@ def load_weights(
     places: dict[str, list[_Place]] = {}
     shifted: list[tuple[Tensor, float]] = []
     for weight, parts in chosen:
-        target = torch.empty(weight.shape, dtype=weight.dtype or _widest(parts, checkpoint), device=device)
+        target = _target(weight, dtype_of(weight, parts, checkpoint), device, arena)
         weight.deliver(target)
         if weight.offset:
             shifted.append((target, weight.offset))
         for part in parts:
             places.setdefault(part.name, []).append(_Place(target, part))
-    _copy(places, _due(assemblies, checkpoint), checkpoint, progress)
+    hold: Hold = (lambda matrix: matrix) if arena is None else arena.holding
+    _copy(places, _due(assemblies, checkpoint, hold), checkpoint, progress)
     for target, offset in shifted:
         target.add_(offset)
+
+
+def _target(weight: Weight, dtype: torch.dtype, device: torch.device, arena: Arena | None) -> Tensor:
+    """The tensor to be filled."""
+    if weight.stays_on_host:  # Nothing is kept of a model on the meta device.
+        return torch.empty(weight.shape, dtype=dtype, device=device if device.type == "meta" else "cpu")
+    return torch.empty(weight.shape, dtype=dtype, device=device) if arena is None else arena.empty(weight.shape, dtype)
 
 
 def tie(weights: Sequence[Weight], head: str, table: str, names: FileNames) -> list[Weight]:
@@ -82,13 +91,13 @@ def _merged(weights: Sequence[Weight], head: str, table: str, *, with_both: bool
     return [shared if weight is first else weight for weight in weights if weight is not second]
 
 
-def _due(assemblies: Sequence[Assembly], checkpoint: Checkpoint) -> dict[str, list[Callable[[], None]]]:
+def _due(assemblies: Sequence[Assembly], checkpoint: Checkpoint, hold: Hold) -> dict[str, list[Callable[[], None]]]:
     """What is to be built after each tensor: the linears of which it is the last."""
     order = {name: i for i, name in enumerate(name for shard in checkpoint.shards() for name in shard.names)}
     due: dict[str, list[Callable[[], None]]] = {}
     for assembly in assemblies:
         for i, source in enumerate(assembly.sources):
-            due.setdefault(max(source.tensors, key=order.__getitem__), []).append(partial(assembly.build, i))
+            due.setdefault(max(source.tensors, key=order.__getitem__), []).append(partial(assembly.build, i, hold))
     return due
 
 
@@ -113,6 +122,9 @@ def _copy(
             checkpoint.release(mapped)
 
 
-def _widest(parts: Iterable[Part], checkpoint: Checkpoint) -> torch.dtype:
+def dtype_of(weight: Weight, parts: Iterable[Part], checkpoint: Checkpoint) -> torch.dtype:
+    """The dtype of one of the model's tensors that is filled from `parts`."""
+    if weight.dtype is not None:
+        return weight.dtype
     found = {DTYPES[checkpoint.tensors[part.name].dtype] for part in parts}
     return found.pop() if len(found) == 1 else torch.float32

@@ -7,8 +7,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tightrope.backends.hf.adapters.rows import Adapters
+from tightrope.backends.hf.load.arena import Arena, arena_bytes
 from tightrope.backends.hf.load.blueprint import Blueprint
 from tightrope.backends.hf.load.loader import load_weights, share
+from tightrope.backends.hf.modules.embedding import Embedding
 from tightrope.backends.hf.modules.experts import Experts
 from tightrope.backends.hf.modules.linear import Linear
 from tightrope.backends.hf.modules.matrices import runs_exllama
@@ -34,6 +36,7 @@ class LoadedModel:
         self.layers, self.notes, self.device, self.activation_dtype = layers, notes, device, activation_dtype
         self.vocab_size: int = model.config.get_text_config().vocab_size
         self.adapters = adapters
+        self._host_table = next((m for m in model.modules() if isinstance(m, Embedding) and m.is_on_host), None)
 
     @property
     def picks_experts_on_card(self) -> bool:
@@ -41,20 +44,29 @@ class LoadedModel:
         found = [module for module in self.tree.modules() if isinstance(module, Experts)]
         return bool(found) and all(isinstance(module.whole, StackedExperts) for module in found)
 
+    def embedded(self, token_ids: Tensor) -> Tensor | None:
+        """The embedding's rows [T, hidden] for token_ids [T], moved to the device, in the file's dtype.
+
+        None where the whole table is there already. Token ids on a card are read from it, which is to be waited for.
+        """
+        table = self._host_table
+        return None if table is None else table.gathered(token_ids.to(table.weight.device)).to(self.device)
+
     @torch.inference_mode()
     def forward(
         self, caches: Sequence[LayerCache], token_ids: Tensor, step: StepLayout, tables: Mapping[str, RopeTable],
-        rows: Tensor, adapters: AdapterRows | None = None,
+        rows: Tensor, adapters: AdapterRows | None = None, embedded: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """Logits [len(rows), V] float32 of the given rows [int64] of token_ids [T] int64.
 
         V is larger where an adapter of the step knows more tokens. Stores the step's keys and values into `caches`, one
         for each of `layers`. `tables` has one for each `rope` of these; `adapters` says which of the token_ids use
-        which. All is on the model's device.
+        which, and `embedded` is what `embedded` gives for them. All is on the model's device.
         """
+        embedded = self.embedded(token_ids) if embedded is None else embedded
         current, head_adapters = self._current, None if adapters is None else adapters.at(rows)
         current.caches, current.layout, current.tables = caches, step, tables
-        current.adapters, current.head_adapters = adapters, head_adapters
+        current.adapters, current.head_adapters, current.embedded = adapters, head_adapters, embedded
         output = self.tree(
             input_ids=token_ids.unsqueeze(0),
             position_ids=step.positions.unsqueeze(0),
@@ -74,7 +86,8 @@ def build(blueprint: Blueprint, progress: Callable[[float], None] = lambda share
     if blueprint.tied is not None:
         weights, note = share(weights, *blueprint.tied, checkpoint, names)
         notes += [] if note is None else [note]
-    load_weights(weights, blueprint.assemblies, checkpoint, names, device, progress)
+    arena = None if device.type == "cpu" else Arena(arena_bytes(blueprint.block_sizes), device)
+    load_weights(weights, blueprint.assemblies, checkpoint, names, device, progress, arena)
     if quantization is not None:
         linears = [module for module in model.modules() if isinstance(module, Linear)]
         kernels = dispatch.describe(device, is_exllama=any(runs_exllama(linear.weight) for linear in linears))

@@ -25,7 +25,8 @@ class Weight:
     """One tensor of the model. `deliver` hands it to the modules that use it, before it is filled.
 
     `sources` are the ways in which files hold it; the first one whose names are all there is taken. `dtype` None keeps
-    the dtype of the file, the widest where parts differ. `offset` is added once it is filled.
+    the dtype of the file, the widest where parts differ. `offset` is added once it is filled. `stays_on_host`: it lies
+    in the machine's own memory, whatever the device.
     """
 
     shape: tuple[int, ...]
@@ -33,6 +34,7 @@ class Weight:
     deliver: Callable[[Tensor], None]
     dtype: torch.dtype | None = None
     offset: float = 0.0
+    stays_on_host: bool = False
 
 
 @dataclass(frozen=True, slots=True)

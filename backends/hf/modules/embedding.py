@@ -11,10 +11,12 @@ from tightrope.backends.hf.modules.token_tables import TableChange
 class Embedding(nn.Module):
     """Rows of a table that stays in the file's dtype, in the activations' dtype, times a scale.
 
-    `changes` are what adapters make of it, by slot.
+    `changes` are what adapters make of it, by slot. `is_on_host`: the table lies in the machine's own memory beside a
+    card, and each step brings the rows of its tokens along.
     """
 
     weight: Tensor  # [V, hidden]
+    is_on_host = False
 
     def __init__(
         self, name: str, shape: tuple[int, int], scale: float, dtype: torch.dtype, current: CurrentStep
@@ -23,12 +25,21 @@ class Embedding(nn.Module):
         self.name, self.shape, self.scale, self.dtype, self.current = name, shape, scale, dtype, current
         self.changes: dict[int, TableChange] = {}
 
+    def gathered(self, token_ids: Tensor) -> Tensor:
+        """Rows [..., hidden] of the table for token_ids where it lies; tokens that only adapters know get any."""
+        return F.embedding(token_ids.clamp(max=len(self.weight) - 1), self.weight)
+
     def forward(self, token_ids: Tensor) -> Tensor:
         adapters = self.current.adapters if self.changes else None
-        if adapters is None:
-            rows = F.embedding(token_ids, self.weight).to(self.dtype)
+        if self.is_on_host:
+            assert self.current.embedded is not None
+            rows = self.current.embedded.view(*token_ids.shape, -1).to(self.dtype)
         else:
-            rows = F.embedding(token_ids.clamp(max=len(self.weight) - 1), self.weight).to(self.dtype)
+            rows = (F.embedding(token_ids, self.weight) if adapters is None else self.gathered(token_ids)).to(
+                self.dtype
+            )
+        if adapters is not None:
+            rows = rows.clone() if self.is_on_host else rows
             for slot in self.changes.keys() & set(adapters.present):
                 mine = (adapters.slots == slot).view(token_ids.shape)
                 rows[mine] = self.changes[slot].embedded(

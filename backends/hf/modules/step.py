@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from tightrope.kernels.forms.expanded import expanded_cache_bytes, expands_cache
 from tightrope.kernels.forms.layout import AttentionSpec, LayerCache, RopeTable, StepLayout
 from tightrope.kernels.forms.low_rank import AdapterRows
@@ -31,6 +33,7 @@ class CurrentStep:
     layout: StepLayout | None = None
     tables: Mapping[str, RopeTable] = field(default_factory=dict)
     caches: Sequence[LayerCache] = ()
+    embedded: Tensor | None = None  # [T, hidden]: rows of a table in the machine's own memory.
     adapters: AdapterRows | None = None  # None when no row of the step uses any.
     head_adapters: AdapterRows | None = None  # Those of the rows whose logits are wanted.
 

@@ -4,18 +4,20 @@ Before rotation the channels with large keys are always the same ones, and would
 share it. Divided so, all channels are of one size, and the attention kernels multiply the factor back in.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from tightrope.backends.hf.cache.pages import PagedKVCache
-from tightrope.backends.hf.plan import CALIBRATION_TOKENS
+from tightrope.backends.hf.load.model import LoadedModel
 from tightrope.backends.hf.run.steps import StepBuilder
 from tightrope.backends.hf.runner import ModelRunner
+from tightrope.backends.hf.workspace import CALIBRATION_TOKENS
 from tightrope.backends.protocol import Chunk, Tokenizer
 from tightrope.kernels.forms.layout import PAGE, CacheFormat, LayerCache
 
+RunnerOver = Callable[[Sequence[LayerCache]], ModelRunner]
 # No factor is smaller than this share of its head's largest, as a channel may lie still in this text alone.
 SMALLEST = 1e-3
 
@@ -47,12 +49,15 @@ with a clock in the snow?" Marta laughed for the first time in a week, and told 
 """
 
 
-def key_factors(runner: ModelRunner, tokenizer: Tokenizer, steps: StepBuilder, step_tokens: int) -> list[Tensor]:
+def key_factors(
+    runner_over: RunnerOver, model: LoadedModel, tokenizer: Tokenizer, steps: StepBuilder, step_tokens: int
+) -> list[Tensor]:
     """Each layer's key factors [Hkv, D] float32, ones where it caches rotated keys: the text is run once.
 
-    The runner's own cache isn't used. steps: the model's rotation. step_tokens: tokens to run at a time.
+    runner_over: makes a runner of the model over caches. steps: the model's rotation. step_tokens: tokens to run at a
+    time.
     """
-    layers, device = runner.model.layers, runner.model.device
+    layers, device = model.layers, model.device
     token_ids = tokenizer.encode(TEXT, parse_special=False, is_start=True)
     if tokenizer.adds_bos and tokenizer.bos_id is not None:
         token_ids = [tokenizer.bos_id, *token_ids]
@@ -61,7 +66,7 @@ def key_factors(runner: ModelRunner, tokenizer: Tokenizer, steps: StepBuilder, s
     formats = [CacheFormat("f16", layer.num_kv_heads, layer.head_dim) for layer in layers]
     caches = [LayerCache.allocate(format, num_pages, device) for format in formats]
     if token_ids:
-        _run(runner.beside(caches), token_ids, PagedKVCache(num_pages), steps, step_tokens)
+        _run(runner_over(caches), token_ids, PagedKVCache(num_pages), steps, step_tokens)
     return [
         cache.key_factor if layer.rope is None or not token_ids else _factors(cache.key_codes)
         for layer, cache in zip(layers, caches, strict=True)

@@ -2,8 +2,9 @@
 
 A recorded step always works on the same memory, so what changes from step to step is copied into fixed inputs first.
 A smaller batch fills the rest of its size with sequences that have no tokens, whose slot -1 stores nothing; launches
-are sized by the longest context of a step, which is rounded up as well. Which rows use which adapters is an input, too:
-what is launched for adapters is the same for all that only add to linears.
+are sized by the longest context of a step, which is rounded up as well: each recording takes memory, so they are few.
+Which rows use which adapters is an input, too: what is launched for adapters is the same for all that only add to
+linears.
 """
 
 import logging
@@ -18,8 +19,9 @@ from tightrope.backends.hf.run.device_errors import errors_of, first_line
 from tightrope.kernels.forms.layout import PAGE, RopeTable, StepLayout
 from tightrope.kernels.forms.low_rank import NONE, AdapterRows
 
-SHORTEST_CONTEXT = 2048  # Longer contexts, in tokens, are rounded up to it times a power of CONTEXT_STEP.
-CONTEXT_STEP = 4
+# Batches of up to SMALL_BATCH sequences are recorded for contexts up to SHORT_CONTEXT tokens as well. In larger ones
+# attention cuts each context into few stretches anyway, as they fill the card together.
+SHORT_CONTEXT, SMALL_BATCH = 2048, 2
 
 log = logging.getLogger("tightrope.hf")
 
@@ -36,6 +38,7 @@ class Forward(Protocol):
         tables: Mapping[str, RopeTable],
         rows: Tensor,
         adapters: AdapterRows | None = None,
+        embedded: Tensor | None = None,
     ) -> Tensor: ...
 
 
@@ -44,16 +47,16 @@ class CudaCapture:
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream()  # One for all: cuBLAS keeps a workspace for each stream that it has run on.
 
     def __call__(self, run: Replay) -> Replay:
         """`run` recorded; what it returned is written again by each replay."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
             run()  # It compiles kernels and sets up libraries, which a recording can't do.
-        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.current_stream().wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
             result = run()
 
         def replay() -> Tensor:
@@ -92,6 +95,7 @@ class DecodeGraphs:
         self._step = _empty_step(self._largest, -(-max_model_len // PAGE), device)
         if has_windows:
             self._step = replace(self._step, windowed=_empty_step(self._largest, -(-max_model_len // PAGE), device))
+        self._embedded: Tensor | None = None  # [largest, hidden] of a table in the machine's own memory
         self._sets: dict[str, Tensor] = {}  # set_of [largest] of each table
         self._addresses: tuple[tuple[str, int], ...] = ()  # Where the tables that the graphs read lie.
         slots = torch.full((self._largest,), NONE, dtype=torch.int32, device=device)
@@ -107,20 +111,25 @@ class DecodeGraphs:
         tables: Mapping[str, RopeTable],
         rows: Tensor,
         adapters: AdapterRows | None = None,
+        embedded: Tensor | None = None,
     ) -> Tensor:
         """Logits [len(rows), V] float32, as `forward` gives them. Rows rise, none twice."""
         num_seqs = len(step.context_lens)
         is_decode = step.max_query_len == 1 and len(token_ids) == num_seqs <= self._largest and len(rows) > 0
         is_other = adapters is not None and adapters.launches is None
         if not (self._is_on and is_decode) or is_other:
-            return self._forward(token_ids, step, tables, rows, adapters)
+            return self._forward(token_ids, step, tables, rows, adapters, embedded)
         self._forget_moved(tables)
         self._forget_others(adapters)
-        size, context = batch_size(num_seqs), context_size(step.max_context_len, self._max_model_len)
+        size, context = batch_size(num_seqs), context_size(num_seqs, step.max_context_len, self._max_model_len)
         self._fill(token_ids, step, tables, adapters, size)
+        if embedded is not None:
+            if self._embedded is None:
+                self._embedded = embedded.new_zeros(self._largest, embedded.shape[1])
+            self._embedded[:num_seqs].copy_(embedded)
         key = size, context, adapters is not None
         if key not in self._graphs and not self._try_to_record(*key, tables):
-            return self._forward(token_ids, step, tables, rows, adapters)
+            return self._forward(token_ids, step, tables, rows, adapters, embedded)
         logits = self._graphs[key]()
         return logits[:num_seqs].clone() if len(rows) == num_seqs else logits[rows]
 
@@ -206,7 +215,8 @@ class DecodeGraphs:
         rows = torch.arange(size, device=self._token_ids.device)
         fixed_rows = self._adapters
         adapters = AdapterRows(fixed_rows.slots[:size], fixed_rows.scales[:size], ()) if has_adapters else None
-        return self._capture(lambda: self._forward(self._token_ids[:size], step, angles, rows, adapters))
+        embedded = None if self._embedded is None else self._embedded[:size]
+        return self._capture(lambda: self._forward(self._token_ids[:size], step, angles, rows, adapters, embedded))
 
 
 def batch_size(num_seqs: int) -> int:
@@ -214,12 +224,19 @@ def batch_size(num_seqs: int) -> int:
     return 1 << max(num_seqs - 1, 0).bit_length()
 
 
-def context_size(num_tokens: int, max_model_len: int) -> int:
-    """The longest context, in tokens, that a step with one of `num_tokens` is recorded for."""
-    size = SHORTEST_CONTEXT
-    while size < num_tokens:
-        size *= CONTEXT_STEP
-    return max(num_tokens, min(size, max_model_len))
+def context_size(num_seqs: int, num_tokens: int, max_model_len: int) -> int:
+    """The longest context, in tokens, that a step of `num_seqs` with one of `num_tokens` is recorded for."""
+    is_short = num_tokens <= SHORT_CONTEXT and batch_size(num_seqs) <= SMALL_BATCH
+    return min(SHORT_CONTEXT, max_model_len) if is_short else max_model_len
+
+
+def recordings(max_num_seqs: int, max_model_len: int) -> list[tuple[int, int]]:
+    """(batch, longest context) of all steps that are recorded; the largest first, whose memory others use."""
+    sizes = [1 << power for power in reversed(range(batch_size(max_num_seqs).bit_length()))]
+    lengths = (max_model_len, SHORT_CONTEXT)
+    return list(
+        dict.fromkeys((size, context_size(size, length, max_model_len)) for size in sizes for length in lengths)
+    )
 
 
 def _empty_step(num_seqs: int, num_pages: int, device: torch.device | str) -> StepLayout:

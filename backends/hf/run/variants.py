@@ -53,7 +53,8 @@ class CacheVariants:
     def _key_factors(self) -> list[Tensor]:
         """Each layer's [Hkv, D] float32, from one run of the calibration's text."""
         base = self._base
-        return key_factors(self._runner, base.tokenizer, self._steps, base.capabilities.max_step_tokens)
+        first = self._runner
+        return key_factors(first.beside, first.model, base.tokenizer, self._steps, base.capabilities.max_step_tokens)
 
 
 class CacheVariant:
