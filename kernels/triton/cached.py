@@ -14,6 +14,7 @@ from torch import Tensor
 from triton.language import constexpr
 
 from tightrope.kernels.forms.layout import GROUP, PAGE
+from tightrope.kernels.triton.target import IS_COMPILED
 
 _GROUP = constexpr(GROUP)
 _HALF_GROUP = constexpr(GROUP // 2)
@@ -29,6 +30,22 @@ def words(codes: Tensor) -> Tensor:
 def padded(num_dims: int) -> int:
     """A power of two whose half products accept, not less than `num_dims`."""
     return max(32, int(triton.next_power_of_2(num_dims)))
+
+
+# PTX for both planes of codes: of two q8 pairs that are in a register, and of four q4 pairs. All numbers of a register
+# are made at once: their codes are moved under the exponent of 1024, and what that adds is taken away.
+BYTES_ASM = constexpr("""{
+    .reg .b32 t, minus; mov.b32 minus, 0xE480E480; shr.u32 t, $2, 8;
+    lop3.b32 $0, $2, 0xFF00FF, 0x64806480, 0x6A; lop3.b32 $1, t, 0xFF00FF, 0x64806480, 0x6A;
+    add.f16x2 $0, $0, minus; add.f16x2 $1, $1, minus;
+}""")
+NIBBLES_ASM = constexpr("""{
+    .reg .b32 t, u, minus; mov.b32 minus, 0xE408E408;
+    and.b32 t, $4, 0x0F0F0F0F; shr.u32 u, $4, 4; and.b32 u, u, 0x0F0F0F0F;
+    prmt.b32 $0, t, 0x64646464, 0x4140; prmt.b32 $1, t, 0x64646464, 0x4342;
+    prmt.b32 $2, u, 0x64646464, 0x4140; prmt.b32 $3, u, 0x64646464, 0x4342;
+    add.f16x2 $0, $0, minus; add.f16x2 $1, $1, minus; add.f16x2 $2, $2, minus; add.f16x2 $3, $3, minus;
+}""")
 
 
 @triton.jit
@@ -79,14 +96,25 @@ def load_planes(
         if BITS == 8:
             at = codes + row * (NUM_GROUPS * _HALF_GROUP) + FIRST // 2
             pair = tl.load(at + place, mask=is_row & (place < WIDTH // 2), other=0).to(tl.uint16, bitcast=True)
-            number_a = ((pair & 0xFF) ^ 0x6480).to(tl.float16, bitcast=True) - 1152.0
-            number_b = ((pair >> 8) ^ 0x6480).to(tl.float16, bitcast=True) - 1152.0
+            if IS_COMPILED:
+                number_a, number_b = tl.inline_asm_elementwise(
+                    BYTES_ASM, "=&r,=&r,r", [pair], dtype=(tl.float16, tl.float16), is_pure=True, pack=2
+                )
+            else:
+                number_a = ((pair & 0xFF) ^ 0x6480).to(tl.float16, bitcast=True) - 1152.0
+                number_b = ((pair >> 8) ^ 0x6480).to(tl.float16, bitcast=True) - 1152.0
         elif IS_WHOLE:
             at = codes + row * (NUM_GROUPS * _HALF_GROUP) + FIRST // 2
             is_code = place < (WIDTH + _GROUP - 1) // _GROUP * _HALF_GROUP
-            pair = tl.load(at + place, mask=is_row & is_code, other=0).to(tl.uint16)
-            number_a = ((pair & 15) | 0x6400).to(tl.float16, bitcast=True) - 1032.0
-            number_b = ((pair >> 4) | 0x6400).to(tl.float16, bitcast=True) - 1032.0
+            pair = tl.load(at + place, mask=is_row & is_code, other=0)
+            if IS_COMPILED:
+                number_a, number_b = tl.inline_asm_elementwise(
+                    NIBBLES_ASM, "=&r,=&r,=&r,=&r,r", [pair], dtype=(tl.float16, tl.float16), is_pure=True, pack=4
+                )
+            else:
+                pair = pair.to(tl.uint16)
+                number_a = ((pair & 15) | 0x6400).to(tl.float16, bitcast=True) - 1032.0
+                number_b = ((pair >> 4) | 0x6400).to(tl.float16, bitcast=True) - 1032.0
         else:
             number_a = _nibbles(codes + row * (NUM_GROUPS * _HALF_GROUP), FIRST + dim_a, is_row & (dim_a < WIDTH))
             number_b = _nibbles(codes + row * (NUM_GROUPS * _HALF_GROUP), FIRST + dim_b, is_row & (dim_b < WIDTH))

@@ -12,7 +12,8 @@ from triton.language import constexpr
 
 from tightrope.kernels.forms.columns import BLOCK
 from tightrope.kernels.forms.quantized import PLANES
-from tightrope.kernels.triton.quantized_tile import IS_COMPILED, book_number, code_number
+from tightrope.kernels.triton.quantized_tile import book_number, code_number
+from tightrope.kernels.triton.target import IS_COMPILED
 
 # Pairs of an exponent under which the last bit stands for one, and of one; and the type's name in PTX.
 _HALF = (0x64006400, 0x3C003C00, "f16x2")

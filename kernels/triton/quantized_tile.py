@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from triton.language import constexpr
 
-IS_COMPILED = constexpr(not triton.knobs.runtime.interpret)  # Triton's interpreter knows no instructions of a card
+from tightrope.kernels.triton.target import IS_COMPILED
 
 
 @triton.jit

@@ -7,6 +7,7 @@ import torch
 
 from tightrope.kernels.forms.columns import BLOCK, pack_columns
 from tightrope.kernels.forms.quantized import PLANES
+from tightrope.kernels.triton.cached import BYTES_ASM, NIBBLES_ASM
 from tightrope.kernels.triton.quantized_pairs import book_asm, pair_asm
 
 pytestmark = pytest.mark.quick
@@ -66,3 +67,22 @@ def test_pairs_of_a_book_are_the_numbers_of_neighbouring_rows(dtype: torch.dtype
         for pair in range(4):
             rows = codes[[8 * word + 2 * pair, 8 * word + 2 * pair + 1]].long()
             assert torch.equal(numbers(found[pair], dtype), book.float()[rows].T)
+
+
+def test_both_planes_of_bytes_are_their_signed_numbers():
+    codes = torch.randint(-128, 128, (LANES, 4), dtype=torch.int8)
+
+    found = ptx.run(BYTES_ASM.value, [registers(codes.view(torch.int32).flatten())], 2)
+
+    assert torch.equal(numbers(found[0], torch.float16), codes[:, ::2].float())
+    assert torch.equal(numbers(found[1], torch.float16), codes[:, 1::2].float())
+
+
+def test_both_planes_of_nibbles_are_their_numbers():
+    codes = torch.randint(0, 256, (LANES, 4), dtype=torch.uint8)
+
+    found = ptx.run(NIBBLES_ASM.value, [registers(codes.view(torch.int32).flatten())], 4)
+
+    for plane, shift in ((found[:2], 0), (found[2:], 4)):
+        pairs = torch.cat([numbers(pair, torch.float16) for pair in plane], 1)
+        assert torch.equal(pairs, (codes >> shift & 15).float() - 8)

@@ -17,7 +17,7 @@ Registers = NDArray[np.uint32]
 def run(asm: str, inputs: Sequence[Registers], num_outputs: int) -> list[Registers]:
     """The outputs $0 .. of an asm, whose operands after those are the inputs. Raises KeyError for what isn't known."""
     values = {f"${num_outputs + i}": value for i, value in enumerate(inputs)}
-    for line in filter(None, (part.strip(" {}") for part in asm.split(";"))):
+    for line in filter(None, (part.strip(" \n{}") for part in asm.split(";"))):
         if line.startswith(".reg"):
             continue
         name, _, rest = line.partition(" ")
@@ -63,6 +63,7 @@ INSTRUCTIONS: dict[str, Callable[..., Registers]] = {
     "lop3.b32": _lop3,
     "prmt.b32": _prmt,
     "shfl.sync.idx.b32": lambda a, lane, clamp, mask: a.reshape(-1, 32)[np.arange(len(a)) // 32, lane & np.uint32(31)],
+    "add.f16x2": lambda a, b: _fma(torch.float16, a, np.full_like(a, 0x3C003C00), b),
     "fma.rn.f16x2": partial(_fma, torch.float16),
     "fma.rn.bf16x2": partial(_fma, torch.bfloat16),
 }
