@@ -24,7 +24,7 @@ def rows(run: Run) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as name:
         folder = write_model(Path(name) / "tiny")
         for is_recorded in (False, True):
-            with opened(folder, run.device.type, is_recorded=is_recorded, by_triton=False) as model:
+            with opened(folder, run.device.type, is_recorded=is_recorded, by_triton=is_recorded) as model:
                 how = "recorded" if is_recorded else "eager"
                 yield tried({"case": f"no memory for a step, {how}"}, partial(_fail_once, model, run))
 
