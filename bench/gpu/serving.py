@@ -24,6 +24,7 @@ from bench.sse import stream
 CAP = int(23.4 * 2**30)  # bytes that a card of 24 GB has free beside the context of a process
 CONTEXT, PROMPT, ANSWER = 24_000, 23_000, 64  # tokens
 START_S = 240.0
+ANNOUNCE_S = 20.0
 SAMPLE_S = 0.02
 LETTER = 68  # a token of bench.small_models that is a letter: zeros make all tokens as likely
 MOST_LINES = 40  # of the server's log
@@ -38,10 +39,8 @@ def rows(run: Run) -> Iterator[Row]:
         write_sparse(folder, sizes, exl2_entries(sizes))
         port = free_port()
         command = [sys.executable, "-m", "tightrope", "serve", str(folder), "--port", str(port)]
-        command += ["--max-model-len", str(context), "--kv-cache", "q8"]
-        if run.device.type == "cuda":
-            total = torch.cuda.get_device_properties(run.device).total_memory
-            command += ["--gpu-memory-fraction", f"{min(1.0, CAP / total):.6f}"]
+        command += ["--max-model-len", str(context), "--kv-cache", "q8", "--device", run.device.type]
+        command += ["--gpu-memory-fraction", f"{_fraction(run):.6f}"]
         beside = _context_bytes(run)
         with (Path(name) / "log").open("w+") as log, _least_free(run) as least:
             before = least[0]
@@ -62,6 +61,7 @@ def rows(run: Run) -> Iterator[Row]:
                         ("the same again", prompt),
                     ):
                         yield tried({"case": case}, lambda n=num_tokens: _ask(port, n, answer) | taken())  # type: ignore[misc]
+                    _wait_announced(Path(log.name))
             except StartFailed as error:
                 yield {"case": f"starts at {context} tokens", "failed": reason(error), **taken(), "holds": False}
             log.seek(0)
@@ -86,6 +86,20 @@ def _ask(port: int, num_tokens: int, answer: int) -> Row:
         "tokens": found.num_tokens,
         "tokens_per_s": (found.num_tokens - 1) / span_s if span_s else None,
     }
+
+
+def _wait_announced(log: Path) -> None:
+    """Until the server has said what it serves, which it may do while it answers already."""
+    until_s = time.monotonic() + ANNOUNCE_S
+    while "ready " not in log.read_text() and time.monotonic() < until_s:
+        time.sleep(0.1)
+
+
+def _fraction(run: Run) -> float:
+    """CAP as a share of all that the card has."""
+    if run.device.type != "cuda":
+        return 1.0
+    return min(1.0, CAP / torch.cuda.get_device_properties(run.device).total_memory)
 
 
 def _context_bytes(run: Run) -> int:

@@ -153,7 +153,7 @@ def test_a_real_server_is_asked(tmp_path: Path):
     assert "start_s" in start
     assert [(row["prompt_tokens"], row["tokens"]) for row in asked] == [(16, 8), (100, 8), (100, 8)]
     assert asked[-1]["cached_tokens"] == 99
-    assert log["lines"]
+    assert "rope: no scaling, theta 5000000, trained window 4096 tokens, served window 256" in str(log["lines"])
 
 
 @pytest.mark.slow
