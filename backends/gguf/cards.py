@@ -13,11 +13,9 @@ from tightrope.backends.errors import BackendError
 from tightrope.backends.gguf.cache_types import CacheType
 from tightrope.backends.gguf.shape import ModelShape
 from tightrope.backends.gguf.tensor_types import TENSOR_TYPES
+from tightrope.backends.memory import CardMemory
 from tightrope.backends.settings import ModelSettings
 
-# Beside llama.cpp's buffers a card holds code of kernels, cuBLAS's workspace, the pool of temporary buffers' slack and
-# recorded graphs. The driver's context is none of them: it is open when the card tells what it has free.
-RESERVE_BYTES = 384 << 20
 _FOR_CPU, _REINSTALL = "this llama-cpp-python was built for the CPU", "reinstall it with CMAKE_ARGS=-DGGML_CUDA=on"
 _WITHOUT_CARDS = {"CPU", "BLAS"}  # ggml's libraries for these know no cards.
 _GPU, _INTEGRATED = 1, 2  # They are ggml_backend_dev_type's.
@@ -49,15 +47,10 @@ class Card:
     """A device with memory of its own, or with a part of the host's."""
 
     name: str  # ggml calls it so, such as CUDA0.
-    free_bytes: int
+    memory: CardMemory
     description: str = ""
     shares_host: bool = False  # What is put there is taken from the host's memory.
     pointer: int | None = None  # It is ggml's; None for a card that is planned for and isn't here.
-
-    @property
-    def room(self) -> int:
-        """Bytes that weights, cache and workspace may fill."""
-        return max(0, self.free_bytes - RESERVE_BYTES)
 
     def __str__(self) -> str:
         return f"{self.name} ({self.description})" if self.description else self.name
@@ -139,7 +132,7 @@ def _devices() -> Iterator[tuple[str | None, Card]]:
                 props.device_id.decode() if props.device_id else None,
                 Card(
                     props.name.decode(),
-                    props.memory_free,
+                    CardMemory(props.memory_free, props.memory_total),
                     props.description.decode(errors="replace").strip(),
                     props.type == _INTEGRATED,
                     pointer,

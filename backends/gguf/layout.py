@@ -10,12 +10,12 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from tightrope.backends.errors import BackendError
-from tightrope.backends.gguf.cache_types import CacheType
-from tightrope.backends.gguf.cards import RESERVE_BYTES, Card, cards_for
+from tightrope.backends.gguf.cache_types import CACHE_TYPES, CacheType
+from tightrope.backends.gguf.cards import Card, cards_for
 from tightrope.backends.gguf.header import Header
 from tightrope.backends.gguf.native import MAX_SEQS
 from tightrope.backends.gguf.shape import ModelShape
-from tightrope.backends.memory import MEMORY_SHARE, free_memory
+from tightrope.backends.memory import CARD_RESERVE, MEMORY_SHARE, CardMemory, free_memory
 from tightrope.backends.planning import grossed_up
 from tightrope.backends.settings import MAX_TOKENS, ModelSettings
 
@@ -64,6 +64,7 @@ class Layout:
     input_bytes: int
     slots: tuple[Slot, ...]
     num_on_cards: int
+    card_fraction: float  # Of each card's whole memory so much may be taken.
     num_cpu_experts: int  # The experts of so many layers, from the first on, stay in the host's memory.
     step_tokens: int
     max_outputs: int
@@ -82,6 +83,7 @@ class Layout:
             input_bytes=sum(tensor.num_bytes for tensor in header.tensors if tensor.name.startswith(_INPUTS)),
             slots=slots,
             num_on_cards=asked if memory.cards else 0,
+            card_fraction=settings.gpu_memory_fraction,
             num_cpu_experts=min(settings.n_cpu_moe, len(shape.kv_heads)),
             step_tokens=settings.step_tokens_on("cpu"),
             max_outputs=max(settings.max_num_seqs, min(MAX_OUTPUTS, settings.step_tokens_on("cpu"))),
@@ -92,6 +94,11 @@ class Layout:
     def _first(self) -> int:
         """The first slot that is on a card."""
         return len(self.slots) - self.num_on_cards
+
+    @property
+    def card_weight_bytes(self) -> int:
+        """Weights on all cards together, and recurrent states."""
+        return sum(self._costs(0, CACHE_TYPES["f16"]))
 
     @property
     def host_weight_bytes(self) -> int:
@@ -159,12 +166,13 @@ class Layout:
     def card_fillings(self, counts: Sequence[int], num_cells: int, kind: CacheType) -> list[int]:
         """Bytes of each card that are planned for, with so many slots on each."""
         costs, ends = self._costs(num_cells, kind), list(accumulate(counts))
-        workspace = self.card_workspace_bytes(num_cells, kind) + RESERVE_BYTES
+        workspace = self.card_workspace_bytes(num_cells, kind) + CARD_RESERVE
         return [sum(costs[end - count : end]) + workspace for count, end in zip(counts, ends, strict=True)]
 
     def card_rooms(self, num_cells: int, kind: CacheType) -> list[int]:
         """Bytes of each card that weights and cache may fill."""
-        return [card.room - self.card_workspace_bytes(num_cells, kind) for card in self.memory.cards]
+        workspace = self.card_workspace_bytes(num_cells, kind)
+        return [card.memory.usable_bytes(self.card_fraction) - workspace for card in self.memory.cards]
 
     def fitting_tokens(self, kind: CacheType) -> int:
         """The most tokens of cache that fit, in whole grains."""
@@ -269,4 +277,4 @@ def memory_of(settings: ModelSettings, memory_bytes: int | None, device_bytes: t
         return Memory(host, cards_for(settings))
     if settings.gpu_layers == 0:
         raise BackendError("no layer is put on a card unless --gpu-layers says how many; add --gpu-layers -1 for all")
-    return Memory(host, tuple(Card(f"card {number}", size) for number, size in enumerate(device_bytes)))
+    return Memory(host, tuple(Card(f"CUDA{n}", CardMemory(size, size)) for n, size in enumerate(device_bytes)))

@@ -61,13 +61,16 @@ def outline(
         try_load(path, gguf.least_options())
         refusal = str(error)
     kinds = [CACHE_TYPES[name] for name in CACHE_NAMES]
+    cards, is_on_cards = memory.cards, layout.num_on_cards > 0
+    workspace = layout.card_workspace_bytes(window, kinds[0]) if is_on_cards else layout.workspace_bytes(window)
+    usable = sum(card.memory.usable_bytes(settings.gpu_memory_fraction) for card in cards)
     return Outline(
         path=path,
         architecture=layout.shape.architecture,
         format="gguf",
-        memory_bytes=memory.host_room,
-        weight_bytes=header.weight_bytes + adapter_bytes,
-        workspace_bytes=layout.workspace_bytes(window),
+        memory_bytes=usable if is_on_cards else memory.host_room,
+        weight_bytes=layout.card_weight_bytes if is_on_cards else header.weight_bytes + adapter_bytes,
+        workspace_bytes=workspace,
         trained_len=layout.shape.trained_len,
         window=window,
         caches=tuple(
@@ -78,4 +81,6 @@ def outline(
         ),
         chosen=chosen,
         refusal=refusal,
+        device=cards[0].name.rstrip("0123456789").lower() if is_on_cards else "cpu",
+        host_bytes=layout.host_weight_bytes if is_on_cards else 0,
     )

@@ -76,7 +76,7 @@ def _on_cards(layout: Layout, on_cards: tuple[int, ...], num_cells: int, kind: C
         return
     filled = layout.card_fillings(on_cards, num_cells, kind)
     used = [
-        f"{count} on {card}, {size / GIB:.2f} of {card.free_bytes / GIB:.2f} GiB"
+        f"{count} on {card}, {size / GIB:.2f} of {card.memory.free_bytes / GIB:.2f} GiB"
         for count, size, card in zip(on_cards, filled, layout.memory.cards, strict=True)
         if count
     ]

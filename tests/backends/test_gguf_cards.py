@@ -14,11 +14,12 @@ from llama_cpp import llama_cpp as ll
 from tightrope.backends.errors import BackendError, DoesNotFit
 from tightrope.backends.gguf import cards
 from tightrope.backends.gguf.cache_types import CACHE_TYPES
-from tightrope.backends.gguf.cards import RESERVE_BYTES, Card
+from tightrope.backends.gguf.cards import Card
 from tightrope.backends.gguf.header import Header
 from tightrope.backends.gguf.layout import Layout, Memory, filled, spread
 from tightrope.backends.gguf.plan import GGUFPlan, make_plan
 from tightrope.backends.gguf.shape import ModelShape
+from tightrope.backends.memory import CARD_RESERVE, CardMemory
 from tightrope.backends.settings import ModelSettings
 
 pytestmark = pytest.mark.quick
@@ -27,9 +28,13 @@ YI, MIXTRAL = yi_34b(), mixtral_8x7b()
 YI_TOKEN = {"f16": 60 * 8 * 128 * 2 * 2, "q8": 60 * 8 * 128 * 2 * 34 // 32, "q4": 60 * 8 * 128 * 2 * 18 // 32}
 
 
+def card(name: str, gib: float = 24, *, shares_host: bool = False) -> Card:
+    return Card(name, CardMemory(int(gib * GIB), int(gib * GIB)), shares_host=shares_host)
+
+
 def memory(host: float, *cards: float) -> Memory:
     """What is free, in GiB."""
-    return Memory(int(host * GIB), tuple(Card(f"CUDA{n}", int(size * GIB)) for n, size in enumerate(cards)))
+    return Memory(int(host * GIB), tuple(card(f"CUDA{n}", size) for n, size in enumerate(cards)))
 
 
 def plan(header: Header, free: Memory, **settings: object) -> GGUFPlan:
@@ -145,11 +150,20 @@ def test_two_cards_hold_what_one_does_not_and_none_more_than_it_has() -> None:
 
     assert sum(made.on_cards) == 61
     assert all(made.on_cards)
-    for used, card in zip(card_bytes(made), free.cards, strict=True):
-        assert used <= card.free_bytes
+    for used, each in zip(card_bytes(made), free.cards, strict=True):
+        assert used <= each.memory.free_bytes
     line = next(note for note in made.notes if note.startswith("layers: "))
     assert f"{made.on_cards[0]} on CUDA0, " in line
     assert f"{made.on_cards[1]} on CUDA1, " in line
+
+
+def test_a_fraction_of_the_whole_card_is_all_that_is_taken() -> None:
+    made = plan(YI, memory(64, 48), max_model_len=4096, gpu_memory_fraction=0.5)
+
+    assert card_bytes(made)[0] <= 24 * GIB
+    assert made.window == 4096
+    with pytest.raises(DoesNotFit):
+        plan(YI, memory(64, 48), max_model_len=4096, gpu_memory_fraction=0.4)
 
 
 def test_a_model_that_one_card_holds_is_left_on_one() -> None:
@@ -221,9 +235,8 @@ def test_adapters_are_counted_with_the_layers() -> None:
 
 
 def test_a_card_with_less_than_the_reserve_holds_nothing() -> None:
-    assert Card("CUDA0", RESERVE_BYTES // 2).room == 0
     with pytest.raises(DoesNotFit, match=r"need .* beside the workspace"):
-        plan(YI, Memory(8 * GIB, (Card("CUDA0", RESERVE_BYTES // 2),)), max_model_len=4096)
+        plan(YI, memory(8, CARD_RESERVE / GIB / 2), max_model_len=4096)
 
 
 # ---- the cards' own part of the row ----
@@ -253,10 +266,6 @@ def test_cards_that_are_both_needed_are_filled_alike() -> None:
 
 
 # ---- which cards there are ----
-
-
-def card(name: str, gib: float = 24, *, shares_host: bool = False) -> Card:
-    return Card(name, int(gib * GIB), shares_host=shares_host)
 
 
 @pytest.mark.parametrize(
@@ -316,7 +325,7 @@ def test_layers_for_a_card_that_is_not_there_are_refused_with_the_reason(monkeyp
 def test_a_device_is_asked_for_its_kernel_by_ggmls_own_question() -> None:
     """The CPU is a device as well, with attention over all types. Rows that blocks don't fill make no cache."""
     ll._lib.ggml_backend_dev_by_type.restype = ctypes.c_void_p
-    cpu = Card("CPU", GIB, pointer=ll._lib.ggml_backend_dev_by_type(0))
+    cpu = Card("CPU", CardMemory(GIB, GIB), pointer=ll._lib.ggml_backend_dev_by_type(0))
     shape = ModelShape.of(YI)
 
     assert all(cpu.attends(shape, kind) for kind in CACHE_TYPES.values())

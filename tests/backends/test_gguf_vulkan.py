@@ -25,9 +25,9 @@ from tightrope.backends.gguf.backend import GGUFBackend
 from tightrope.backends.gguf.cache_types import AUTO, CACHE_TYPES
 from tightrope.backends.gguf.cards import Card, cards_for
 from tightrope.backends.gguf.header import read_header
-from tightrope.backends.gguf.layout import RESERVE_BYTES
 from tightrope.backends.gguf.shape import ModelShape
 from tightrope.backends.locate import bundled_model
+from tightrope.backends.memory import CARD_RESERVE, CardMemory
 from tightrope.backends.settings import ModelSettings
 
 pytestmark = [pytest.mark.slow, pytest.mark.vulkan]
@@ -71,7 +71,7 @@ def card() -> Card:
 def test_a_card_says_its_name_and_what_it_has_free(card: Card) -> None:
     assert card.name == "Vulkan0"
     assert "llvmpipe" in card.description
-    assert card.room == card.free_bytes - RESERVE_BYTES > 0
+    assert CARD_RESERVE < card.memory.free_bytes <= card.memory.total_bytes
 
 
 @pytest.mark.parametrize("layers", [-1, SLOTS - 1, 10, 1])
@@ -116,8 +116,8 @@ def test_two_cards_share_a_model_as_planned(
     (first, second) = cards_for(ALL)
     layout = gguf_backend.make_plan(settings(), header, memory(first)).layout
     kind = CACHE_TYPES["q8"]
-    each = layout.card_need(1024, kind) * 2 // 3 + layout.card_workspace_bytes(1024, kind) + RESERVE_BYTES
-    small = tuple(replace(card, free_bytes=each) for card in (first, second))
+    each = layout.card_need(1024, kind) * 2 // 3 + layout.card_workspace_bytes(1024, kind) + CARD_RESERVE
+    small = tuple(replace(card, memory=CardMemory(each, each)) for card in (first, second))
     monkeypatch.setattr(gguf_backend, "cards_for", lambda _: small)
 
     listen(caplog)
@@ -130,7 +130,7 @@ def test_two_cards_share_a_model_as_planned(
     fillings = plan.layout.card_fillings(plan.on_cards, 1024, kind)
     for name, filling in zip(("Vulkan0", "Vulkan1"), fillings, strict=True):
         lying = found[name, "model"] + found[name, "KV"]
-        planned = filling - RESERVE_BYTES - plan.layout.card_workspace_bytes(1024, kind)
+        planned = filling - CARD_RESERVE - plan.layout.card_workspace_bytes(1024, kind)
         assert lying == pytest.approx(planned, rel=0.01, abs=1 << 20)
 
 
@@ -153,7 +153,7 @@ def test_experts_stay_with_the_host_and_answer_as_on_the_card(tmp_path: Path, ca
 def test_a_window_that_the_card_does_not_hold_is_refused_though_the_host_would(card: Card) -> None:
     header = read_header(bundled_model())
     token = ModelShape.of(header).cache_bytes(*[CACHE_TYPES["q8"].key_type] * 2)
-    tokens = math.ceil(card.free_bytes / token)
+    tokens = math.ceil(card.memory.free_bytes / token)
 
     with pytest.raises(DoesNotFit, match=r"31 layers and a cache of \d+ tokens as q8 need .* is free on Vulkan0"):
         GGUFBackend(

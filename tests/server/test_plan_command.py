@@ -93,6 +93,31 @@ def test_a_gguf_file_is_planned_for_by_the_same_command(capsys: pytest.CaptureFi
     assert found["memory_bytes"] == 1 << 30
 
 
+def test_a_gguf_file_on_cards_that_are_not_here_is_planned_by_their_sizes(capsys: pytest.CaptureFixture[str]):
+    options = ("--gpu-layers=-1", "--memory=1GiB", "--max-model-len=4096")
+    status, one, _ = planned(capsys, str(bundled_model()), *options, "--device-memory=2GiB")
+
+    header = read_header(bundled_model())
+    table = next(tensor.num_bytes for tensor in header.tensors if tensor.name == "token_embd.weight")
+    assert status == 0
+    assert (one["device"], one["host_bytes"]) == ("cuda", table)
+    assert one["memory_bytes"] == (2 << 30) - CARD_RESERVE
+    assert one["weight_bytes"] == header.weight_bytes  # its output is a copy of the table
+    assert any(str(note).startswith("layers: 31 on CUDA0, ") for note in one["serve_notes"])
+
+    status, two, _ = planned(capsys, str(bundled_model()), *options, "--device-memory=480MiB,1GiB", "--kv-cache=f16")
+    assert status == 0
+    assert any("on CUDA1, " in str(note) for note in two["serve_notes"])
+    status, _, stderr = planned(capsys, str(bundled_model()), *options, "--device-memory=480MiB")
+    assert status == 1
+    assert "is free on CUDA0: " in stderr
+
+
+def test_a_card_that_no_layer_is_put_on_is_refused(capsys: pytest.CaptureFixture[str]):
+    assert main(["plan", str(bundled_model()), "--device-memory=24GiB"]) == 1
+    assert "add --gpu-layers -1 for all" in capsys.readouterr().err
+
+
 def test_without_a_size_it_is_the_free_memory_but_for_a_share(capsys: pytest.CaptureFixture[str]):
     _, found, _ = planned(capsys, str(bundled_model()))
 
