@@ -5,6 +5,7 @@ Where exllamav2 is installed the model runs by its kernels, too.
 """
 
 import gc
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -17,9 +18,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from bench.gpu.random_weights import SMALL, YI_34B, RandomWeights, exl2_entries, random_model
 from bench.gpu.run import Row, Run, compared, tried
-from bench.gpu.steps import cache_bytes, model_step, noisy_caches
+from bench.gpu.steps import cache_bytes, model_step, noisy_caches, record_all
 from bench.gpu.timing import seconds
 from tightrope.backends.hf.load.model import LoadedModel
+from tightrope.backends.hf.run.graphs import recordings
 from tightrope.backends.quant.find import find_quantization
 from tightrope.kernels import exllama
 from tightrope.kernels.forms.layout import LayerCache
@@ -28,6 +30,7 @@ BAR = 0.6  # share of the roofline that decode must reach
 CAP = 24 << 30  # bytes
 CONTEXT, CHUNKS = 24_000, (512, 2048)  # tokens: cached, and of a prompt's last chunk
 AGREE = 0.05  # largest difference of logits between kernels, of the largest logit: theirs are sums in float16
+MAX_NUM_SEQS = 16  # sequences at a time, as the server has them where nobody says
 MOST_KERNELS = 20  # of a step that are listed, by their time
 
 
@@ -68,6 +71,7 @@ def _of_model(run: Run, name: str, first: list[Tensor]) -> Iterator[Row]:
             title: Row = {"step": f"{chunk} tokens of a prompt"}
             yield tried(title, partial(_prompt, run, prompt, chunk))
             yield from _kernels(run, f"{chunk} tokens of a prompt", prompt)
+        yield tried({"step": "recording all"}, partial(_recordings, run, model, caches, context))
     yield {"step": "peak", **_memory(run)}
 
 
@@ -89,6 +93,25 @@ def _decode(
         "tokens_per_s": 1 / time,
         **run.judged(num_bytes, time, bar),
     }
+
+
+def _recordings(run: Run, model: LoadedModel, caches: Sequence[LayerCache], context: int) -> Row:
+    """What the recordings of decode steps take of the card that a server makes while it loads."""
+    sizes = recordings(MAX_NUM_SEQS, context)
+    if run.device.type != "cuda":
+        record_all(model, caches, MAX_NUM_SEQS, context)
+        return {"recordings": len(sizes)}
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    before, _ = torch.cuda.mem_get_info(run.device)
+    begun_s = time.perf_counter()
+    kept = record_all(model, caches, MAX_NUM_SEQS, context)
+    torch.cuda.synchronize()
+    took_s = time.perf_counter() - begun_s
+    torch.cuda.empty_cache()
+    after, _ = torch.cuda.mem_get_info(run.device)
+    del kept
+    return {"recordings": len(sizes), "recordings_s": took_s, "recordings_bytes": before - after}
 
 
 def _agree(step: Callable[[], Tensor], first: list[Tensor]) -> Row:
@@ -121,8 +144,8 @@ def _kernels(run: Run, name: str, step: Callable[[], Tensor]) -> Iterator[Row]:
         for event in profiled.key_averages()
         if (event.device_type == DeviceType.CUDA) is is_card
     ]
-    for time, count, kernel in sorted(found, reverse=True)[:MOST_KERNELS]:
-        yield {"step": name, "kernel": kernel[:120], "launches": count, "us": time}
+    for us, count, kernel in sorted(found, reverse=True)[:MOST_KERNELS]:
+        yield {"step": name, "kernel": kernel[:120], "launches": count, "us": us}
     yield {"step": name, "kernel": "all", "launches": sum(n for _, n, _ in found), "us": sum(us for us, _, _ in found)}
 
 

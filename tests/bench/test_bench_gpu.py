@@ -160,7 +160,15 @@ def test_a_real_server_is_asked(tmp_path: Path):
 def test_steps_and_their_kernels_are_timed(tmp_path: Path):
     rows = smoke(tmp_path, "profile")
 
-    steps = ["loaded", "decode", "decode, agreeing", "5 tokens of a prompt", "20 tokens of a prompt", "peak"]
+    steps = [
+        "loaded",
+        "decode",
+        "decode, agreeing",
+        "5 tokens of a prompt",
+        "20 tokens of a prompt",
+        "recording all",
+        "peak",
+    ]
     assert [row["step"] for row in rows if "kernel" not in row] == steps
     assert {row["step"] for row in rows if row.get("kernel") == "all"} == {steps[1], *steps[3:5]}
     decode = next(row for row in rows if "step_bytes" in row)
