@@ -1,6 +1,6 @@
 """From what a person names to the model that is meant, and to the backend that serves it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tightrope.backends.errors import BackendError
@@ -10,6 +10,7 @@ from tightrope.backends.planning import Outline
 from tightrope.backends.protocol import Backend
 from tightrope.backends.registry import BACKENDS, BackendPackage
 from tightrope.backends.settings import ModelSettings
+from tightrope.backends.warming import Warmed
 
 MOST_FOLDERS = 200  # A model is looked for in at most so many, to name it; it is never taken unasked.
 
@@ -32,6 +33,15 @@ def outline(settings: ModelSettings, memory_bytes: int | None, device_bytes: tup
     """
     package, path = find_claim(locate(settings.model, settings.revision, settings.hub_cache))
     return package.outline(path, settings, memory_bytes, device_bytes)
+
+
+def warm(settings: ModelSettings, architectures: Sequence[int], progress: Callable[[float], None]) -> list[Warmed]:
+    """Compile the kernels that serving the model takes for these cards, 86 for sm_86, or without any for the one here.
+
+    `progress` is called with the share done. Raises BackendError in one line for a model or a card that can't be.
+    """
+    package, path = find_claim(locate(settings.model, settings.revision))
+    return package.warm(path, settings, architectures, progress)
 
 
 def find_model(path: Path) -> Path:

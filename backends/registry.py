@@ -1,6 +1,6 @@
 """The backends. Adding one takes a package with a module `offer`, and a line here."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -9,6 +9,7 @@ from tightrope.backends.hf import offer as hf
 from tightrope.backends.planning import Outline
 from tightrope.backends.protocol import Backend
 from tightrope.backends.settings import ModelSettings
+from tightrope.backends.warming import Warmed
 
 
 class BackendPackage(Protocol):
@@ -27,6 +28,11 @@ class BackendPackage(Protocol):
 
     def open_model(self, path: Path, settings: ModelSettings, progress: Callable[[float], None]) -> Backend:
         """Load such a model: see the function `open_backend`."""
+
+    def warm(
+        self, path: Path, settings: ModelSettings, architectures: Sequence[int], progress: Callable[[float], None]
+    ) -> list[Warmed]:
+        """Compile such a model's kernels: see the function `warm`."""
 
 
 # Where a folder holds files of several, the first backend that claims it serves it.

@@ -1,13 +1,15 @@
 """Every kernel by its name, run by the fastest implementation for where its tensors are.
 
 On a CUDA device these are the Triton kernels, on a CPU the C++ kernels, or the torch reference where those were not
-built. Meanings, shapes and dtypes are those of kernels.reference.
+built. The meta device stands for a card that isn't there. Meanings, shapes and dtypes are those of kernels.reference.
 """
 
+import importlib.util
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import cache
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -22,6 +24,7 @@ from tightrope.kernels.exllama import has_exllama as has_exllama
 from tightrope.kernels.exllama import is_exllama as is_exllama
 from tightrope.kernels.exllama import to_exllama as to_exllama
 from tightrope.kernels.forms.columns import ColumnMatrix
+from tightrope.kernels.forms.compiling import compiling as compiling
 from tightrope.kernels.forms.layer import DecoderLayer, GatedExperts, StackedExperts
 from tightrope.kernels.forms.layout import AttentionSpec, LayerCache, RopeTable, StepLayout
 from tightrope.kernels.forms.low_rank import AdapterRows, LowRank
@@ -88,7 +91,7 @@ def nf4_linear(x: Tensor, matrices: Sequence[Nf4Matrix], bias: Tensor | None) ->
 
 def reads_columns(device: torch.device) -> bool:
     """Whether kernels on a device read quantized matrices as ColumnMatrix."""
-    return device.type == "cuda"
+    return device.type != "cpu"
 
 
 def column_linear(x: Tensor, matrices: Sequence[ColumnMatrix], bias: Tensor | None) -> Tensor:
@@ -134,6 +137,49 @@ def decoder_layer(
     if isinstance(kernels, native.NativeKernels):
         return kernels.decoder_layer(x, layer, cache, step, table, adapters)
     return None
+
+
+def can_compile() -> bool:
+    """Whether the compiler of the kernels for cards is installed; without it no function below can be called."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def standing_in(architecture: int) -> AbstractContextManager[None]:
+    """Meanwhile kernels are compiled for cards of this architecture, 86 for sm_86, of which none need be there."""
+    from tightrope.kernels.triton import warming
+
+    return warming.standing_in(architecture)
+
+
+def gathered() -> AbstractContextManager[dict[str, Any]]:  # Any: kernels of Triton, which has no types
+    """Gives the launches made meanwhile that this process has not compiled, none of which runs; see compile_all."""
+    from tightrope.kernels.triton import jit
+
+    return jit.gathered()
+
+
+def compile_all(launches: dict[str, Any], num_threads: int, progress: Callable[[float], None]) -> int:
+    """Compile what `gathered` gave; returns how many were not on disk, where they are now.
+
+    `progress` is called with the share done. Raises RuntimeError, naming the kernel, for one that can't be compiled.
+    """
+    from tightrope.kernels.triton import warming
+
+    return warming.compile_all(launches, num_threads, progress)
+
+
+def compiled_folder() -> str:
+    """Where compiled kernels are kept."""
+    from tightrope.kernels.triton import warming
+
+    return warming.cache_folder()
+
+
+def fewest_rows() -> tuple[int, ...]:
+    """The fewest rows of a step for each way in which a card's kernels multiply them, ascending."""
+    from tightrope.kernels.triton.quantized import FEWEST_ROWS
+
+    return FEWEST_ROWS
 
 
 MOST_STACKED = 256  # tokens whose experts run together on a card; more take turns, or plain experts do
@@ -214,14 +260,14 @@ def set_threads(num_threads: int) -> None:
 
 def describe(device: torch.device | str = "cpu", *, is_exllama: bool = False) -> str:
     """What runs the kernels on a device, for the start-up lines; with matrices among them that exllamav2 has."""
-    if torch.device(device).type == "cuda":
+    if torch.device(device).type != "cpu":
         return "exllamav2" if is_exllama else "Triton"
     built = _native()
     return "torch reference" if built is None else built.describe()
 
 
 def _kernels_for(x: Tensor) -> Kernels:
-    return _triton() if x.is_cuda else _cpu()
+    return _cpu() if x.is_cpu else _triton()
 
 
 @cache

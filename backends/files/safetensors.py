@@ -150,6 +150,14 @@ class Checkpoint:
             return torch.frombuffer(bytearray(mapped[entry.begin : entry.end]), dtype=dtype).view(entry.shape)
         return torch.frombuffer(mapped, dtype=dtype, count=prod(entry.shape), offset=entry.begin).view(entry.shape)
 
+    def outline(self, name: str) -> "Tensor":
+        """A tensor of that shape and dtype on the meta device, for which nothing is read."""
+        import torch
+
+        entry = self.tensors[name]
+        dtype: torch.dtype = getattr(torch, DTYPES[entry.dtype][1])
+        return torch.empty(entry.shape, dtype=dtype, device="meta")
+
     def release(self, shard: Shard) -> None:
         """Give the shard's mapped memory back. Tensors still held stay readable, from the file once more."""
         mapped = self._maps.pop(shard.path, None)

@@ -1,6 +1,6 @@
 """What the registry asks of this backend: which paths are its own, what they need, and to open them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tightrope.backends.errors import BackendError, DoesNotFit
@@ -8,6 +8,7 @@ from tightrope.backends.files.foreign import PICKLES, check_is_no_ggml, model_fi
 from tightrope.backends.planning import CACHE_NAMES, CacheChoice, Chosen, Outline
 from tightrope.backends.protocol import Backend
 from tightrope.backends.settings import ModelSettings
+from tightrope.backends.warming import Warmed
 
 
 def claims(path: Path) -> Path | None:
@@ -31,6 +32,13 @@ def open_model(path: Path, settings: ModelSettings, progress: Callable[[float], 
     from tightrope.backends.gguf.backend import GGUFBackend
 
     return GGUFBackend(path, settings, progress)
+
+
+def warm(
+    path: Path, settings: ModelSettings, architectures: Sequence[int], progress: Callable[[float], None]
+) -> list[Warmed]:
+    """See BackendPackage."""
+    raise BackendError(f"{path}: a GGUF file needs no warming: llama.cpp's kernels were compiled when it was built")
 
 
 def outline(

@@ -30,6 +30,7 @@ from tightrope.backends.hf.run.graphs import batch_size
 from tightrope.backends.hf.run.rotary import RotarySets
 from tightrope.backends.hf.run.steps import StepBuilder, StepInputs
 from tightrope.backends.hf.run.variants import CacheVariants
+from tightrope.backends.hf.run.warmup import Steps, warm_up
 from tightrope.backends.hf.runner import ModelRunner
 from tightrope.backends.hf.text.tokenizer import HFTokenizer
 from tightrope.backends.memory import prompt_rows
@@ -41,7 +42,8 @@ from tightrope.kernels.forms.layout import PAGE, CacheFormat, LayerCache
 
 log = logging.getLogger("tightrope.hf")
 
-LOAD_SHARE = 0.97  # Of the progress. The rest is the calibration of keys.
+# Shares of the progress: of weights, of kernels, and of the calibration of keys. The rest is recordings of steps.
+WEIGHTS, KERNELS, KEYS = 0.9, 0.04, 0.03
 
 
 class HFBackend:
@@ -75,7 +77,7 @@ class HFBackend:
         if settings.matmul_sums == "float16":
             dispatch.sum_in_float16()
         with failing_as("loading the model", device):
-            model = build(found.blueprint, lambda done: progress(LOAD_SHARE * done))
+            model = build(found.blueprint, lambda done: progress(WEIGHTS * done))
             model.adapters.room = AdapterRoom(adapter_bytes)
             model.adapters.tokenizer_at = lambda path, num_tokens: tokenizer_at(
                 path, num_tokens, folder, found.shape, tokenizer
@@ -86,6 +88,10 @@ class HFBackend:
         self.adapters: AdapterStore
         self.adapters = self._adapters = model.adapters
         self.steps = StepBuilder(plan.rope, plan.window)
+        if device.type == "cuda":
+            steps = Steps.of(settings, model, rotary, plan.cache_dtype, plan.window)
+            with failing_as("compiling kernels", device):
+                warm_up(steps, threads, lambda done: progress(WEIGHTS + KERNELS * done))
         factors: list[Tensor] = []
         if plan.cache_dtype != "f16":  # Before the cache, beside which there may be no room for it.
             over = partial(ModelRunner, model, rotary=rotary, threads=threads)
@@ -104,7 +110,10 @@ class HFBackend:
             settings.max_num_seqs, plan.step_tokens, prompt_rows(found.shape.vocab_size, plan.step_tokens)
         )
         if _can_be_recorded(model, found.shape.num_experts, settings.max_num_seqs):
-            self.runner.record_decode(settings.max_num_seqs, plan.window)
+            begun = WEIGHTS + KERNELS + KEYS
+            self.runner.record_decode(
+                settings.max_num_seqs, plan.window, lambda done: progress(begun + (1 - begun) * done)
+            )
         self.card = _card(folder, found, model, plan, tokenizer, notes)
         progress(1.0)
 

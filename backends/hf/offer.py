@@ -1,6 +1,6 @@
 """What the registry asks of this backend: which paths are its own, what they need, and to open them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tightrope.backends.errors import BackendError, DoesNotFit
@@ -9,6 +9,7 @@ from tightrope.backends.memory import CardMemory
 from tightrope.backends.planning import CACHE_NAMES, CacheChoice, Chosen, Outline
 from tightrope.backends.protocol import Backend
 from tightrope.backends.settings import ModelSettings
+from tightrope.backends.warming import Warmed
 
 NO_TOKENIZER = "tokenizer: the folder holds none, and serve refuses it without; copy the model's own"
 
@@ -28,6 +29,15 @@ def open_model(folder: Path, settings: ModelSettings, progress: Callable[[float]
     from tightrope.backends.hf.backend import HFBackend
 
     return HFBackend(folder, settings, progress)
+
+
+def warm(
+    folder: Path, settings: ModelSettings, architectures: Sequence[int], progress: Callable[[float], None]
+) -> list[Warmed]:
+    """See BackendPackage."""
+    from tightrope.backends.hf.warm import warm_folder
+
+    return warm_folder(folder, settings, architectures, progress)
 
 
 def outline(

@@ -1,6 +1,6 @@
 """ModelRunner: weights, caches and graphs on one device."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -47,11 +47,17 @@ class ModelRunner:
         """Another runner of the same weights, with other caches; it records no graphs."""
         return ModelRunner(self.model, caches, self.rotary, self._threads, self._scratch)
 
-    def record_decode(self, max_num_seqs: int, max_model_len: int) -> None:
-        """From now on record steps of one token a sequence as CUDA graphs, and play them back: see DecodeGraphs."""
+    def record_decode(self, max_num_seqs: int, max_model_len: int, progress: Callable[[float], None]) -> None:
+        """Record steps of one token a sequence as CUDA graphs, to be played back from now on: see DecodeGraphs."""
         has_windows = any(cache.is_windowed for cache in self.caches)
         device = self.model.device
         self._graphs = DecodeGraphs(self._forward, max_num_seqs, max_model_len, device, has_windows=has_windows)
+        with failing_as("recording decode steps", device), torch.inference_mode():
+            self._graphs.record_all(self._tables_of, self.model.embedded, progress)
+
+    def _tables_of(self, num_seqs: int) -> dict[str, RopeTable]:
+        """By what each kind of layer rotates sequences that have just begun."""
+        return {name: rotary.table([1] * num_seqs) for name, rotary in self.rotary.items()}
 
     def run(self, inputs: StepInputs) -> Tensor:
         """Logits [n, V] float32 of the wanted rows, on the CPU and the caller's own. Stores keys and values.

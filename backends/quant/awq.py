@@ -67,7 +67,7 @@ class Awq(Format):
         groups = len(scales)
         rows = arrange(torch.arange(num_inputs), [num_inputs // groups] * groups, [4] * groups)
         words = packed.read("qweight")
-        zeros = _unpack(packed.read("qzeros")).to(torch.int16)
+        zeros = _unpack(packed.contents("qzeros")).to(torch.int16)
         return QuantizedMatrix(
             num_inputs,
             num_outputs,
@@ -78,7 +78,7 @@ class Awq(Format):
                 lambda a, b: rows.gather(_unpack(words[:, a // 8 : -(-b // 8)])), num_outputs, rows, packed.device
             ),
             scales=tiled(scales if scales.dtype == torch.float16 else scales.float()),
-            zeros=None if bool((zeros == 8).all()) else tiled(zeros),
+            zeros=None if bool((zeros == 8).all()) else tiled(zeros).to(packed.device),
         )
 
 

@@ -75,7 +75,7 @@ class Exl2(Format):
 
 def _groups(packed: Packed, num_words: int) -> tuple[list[int], list[int]]:
     """Bits [G], and first rows of words [G + 1]."""
-    pairs = (packed.read("q_groups").int() & 0xFFFF).view(-1, 2)  # Offsets are unsigned.
+    pairs = (packed.contents("q_groups").int() & 0xFFFF).view(-1, 2)  # Offsets are unsigned.
     bits, starts = pairs[:, 0].tolist(), [*pairs[:, 1].tolist(), num_words]
     for g, width in enumerate(bits):
         if width not in PLANES:
@@ -101,7 +101,7 @@ def _runs(bits: list[int], starts: list[int], counts: list[int], borders: list[i
 
 def _permutation(packed: Packed) -> Tensor:
     """The input of each stored row [K]."""
-    inverse = packed.read("q_invperm").cpu().long()
+    inverse = packed.contents("q_invperm").long()
     order = inverse.argsort()
     if not torch.equal(inverse[order], torch.arange(len(inverse))):
         raise packed.wrong("q_invperm", f"is no permutation of 0 to {len(inverse) - 1}")

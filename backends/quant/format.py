@@ -45,11 +45,22 @@ class Packed:
             raise self.wrong(part, f"has shape {list(shape)}; it must have {num_dims} dimensions")
         return shape
 
+    def raw(self, part: str) -> Tensor:
+        """The tensor, on a CPU of the file's pages; for the meta device nothing is read but the file's header."""
+        name = self.entry(part).name
+        return (
+            self.checkpoint.outline(name) if self.device.type == "meta" else self.checkpoint.read(name).to(self.device)
+        )
+
     def read(self, part: str) -> Tensor:
-        """The tensor, on a CPU of the file's pages; raises BackendError when it isn't finite."""
+        """The same; raises BackendError when what is read isn't finite."""
+        return self.raw(part) if self.device.type == "meta" else self.contents(part).to(self.device)
+
+    def contents(self, part: str) -> Tensor:
+        """The same on a CPU always, and read always: numbers that decide what a matrix is made of."""
         tensor = self.checkpoint.read(self.entry(part).name)
         self.checkpoint.check_finite(self.name(part), tensor)
-        return tensor.to(self.device)
+        return tensor
 
     def expect(self, part: str, shape: tuple[int, ...], *dtypes: str) -> None:
         """Raise BackendError unless a tensor has this shape and one of these dtypes."""

@@ -100,12 +100,12 @@ class Gptq(Format):
         scales = packed.read("scales")
         group_of = self._group_of(packed, num_inputs, len(scales))
         counts = torch.bincount(group_of, minlength=len(scales))
-        is_used = counts > 0
+        used = counts.nonzero()[:, 0]
         inputs = group_of.argsort(stable=True)
-        rows = arrange(inputs, counts[is_used].tolist(), [bits] * int(is_used.sum()))
-        zeros = unstream(packed.read("qzeros").t().contiguous(), bits).t()[is_used].to(torch.int16)
+        rows = arrange(inputs, counts[used].tolist(), [bits] * len(used))
+        zeros = unstream(packed.contents("qzeros").t().contiguous(), bits).t()[used].to(torch.int16)
         zeros = zeros if self.is_v2 else zeros + 1  # There is no carry: 2^bits is a zero point, too.
-        scales = scales[is_used]
+        scales = scales[used.to(scales.device)]
         words = packed.read("qweight")
         return QuantizedMatrix(
             num_inputs,
@@ -115,13 +115,13 @@ class Gptq(Format):
             rows.group_bits,
             pack_slices(lambda a, b: rows.gather(unstream(words[:, a:b], bits)), num_outputs, rows, packed.device),
             scales=tiled(scales if scales.dtype == torch.float16 else scales.float()),
-            zeros=None if bool((zeros == 1 << (bits - 1)).all()) else tiled(zeros),
+            zeros=None if bool((zeros == 1 << (bits - 1)).all()) else tiled(zeros).to(packed.device),
         )
 
     def _group_of(self, packed: Packed, num_inputs: int, num_groups: int) -> Tensor:
         """The group of each input [K]."""
         if packed.has("g_idx"):
-            group_of = packed.read("g_idx").cpu().long()
+            group_of = packed.contents("g_idx").long()
             low, high = (int(value) for value in group_of.aminmax())
             if low < 0 or high >= num_groups:
                 raise packed.wrong("g_idx", f"names group {low if low < 0 else high}; there are {num_groups} groups")

@@ -75,7 +75,7 @@ class Nf4(Format):
 
     def build(self, packed: Packed, num_inputs: int, num_outputs: int) -> Nf4Matrix | Tensor:
         state = _read_state(packed)
-        raw = packed.checkpoint.read(packed.name("weight")).to(packed.device).flatten().view(torch.uint8)
+        raw = packed.raw("weight").flatten().view(torch.uint8)
         codes = torch.stack((raw >> 4, raw & 15), 1).flatten()[: num_inputs * num_outputs].view(state.shape)
         book, scales = packed.read("weight.quant_map"), _scales(packed, state)
         if state.run % 8:  # No kernel's form has such blocks.

@@ -91,7 +91,8 @@ class EngineClient:
     ) -> None:
         self._settings = settings
         self._clock = clock
-        self._step_began_s = 0.0  # By the clock the last step ended then, or the first request came to an idle engine.
+        # By the clock the last step ended then, or the first request came to an idle engine, or a compile went on.
+        self._step_began_s = 0.0
         self._streams: dict[str, _Stream] = {}
         self._calls: dict[int, _Call] = {}
         self._call_ids = count()
@@ -164,6 +165,10 @@ class EngineClient:
             self._send(Submit(stream.request))
         for call in self._calls.values():
             self._send(call.message)
+
+    def on_compiling(self) -> None:
+        """Such a step is long and not stuck: its time counts from the end of it."""
+        self._step_began_s = self._clock()
 
     def on_lost(self) -> None:
         """Answers under way have failed; requests without output wait for the next engine, and so do texts to be read.

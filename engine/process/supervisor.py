@@ -59,6 +59,9 @@ class Listener(Protocol):
     def on_message(self, message: ToFront) -> None:
         """It has said something else."""
 
+    def on_compiling(self) -> None:
+        """The step that runs waits for a kernel to be compiled."""
+
     def on_unsent(self, message: ToEngine, reason: Exception) -> None:
         """A message makes no frame that it would take."""
 
@@ -252,8 +255,9 @@ class Supervisor:
                     await self._set_state("ready")
                 case LoadFailed(message=reason):
                     return reason
-                case Alive():
-                    pass
+                case Alive(is_compiling=is_compiling):
+                    if is_compiling:
+                        self._listener.on_compiling()
                 case _:
                     self._has_answered = self._has_answered or not isinstance(message, Progress)
                     self._listener.on_message(message)

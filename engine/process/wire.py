@@ -105,7 +105,9 @@ class LoadFailed(Struct, frozen=True, tag="load_failed"):
 
 
 class Alive(Struct, frozen=True, tag="alive"):
-    """A sign of life, now and then."""
+    """A sign of life, now and then. is_compiling: what runs waits for a kernel, and takes as long as that takes."""
+
+    is_compiling: bool = False
 
 
 class Progress(Struct, frozen=True, tag="progress"):

@@ -66,7 +66,8 @@ def _have_one_book(matrices: Sequence[ColumnMatrix]) -> bool:
     book = matrices[0].codebook
     if book is None:
         return all(matrix.codebook is None for matrix in matrices)
-    return all(matrix.codebook is not None and torch.equal(matrix.codebook, book) for matrix in matrices)
+    books = [matrix.codebook for matrix in matrices]
+    return all(other is not None and (other.is_meta or torch.equal(other, book)) for other in books)
 
 
 def _source(matrix: ColumnMatrix) -> Tensor:

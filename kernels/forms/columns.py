@@ -40,7 +40,8 @@ class ColumnMatrix:
     bits stands for codebook[code] * scale.
 
     `shares` int32 [S, 4]: what is shared out to programs: width in bits, first block, end block and first word row of
-    blocks of one width. `widths` has bit w set when there are blocks of w bits.
+    blocks of one width. `widths` has bit w set when there are blocks of w bits, and where other matrices of the model,
+    which the same kernel reads, have such.
     """
 
     num_inputs: int

@@ -115,10 +115,10 @@ class Rows:
         """[R, ...] of [K, ...]: each stored row's, zero where there is none."""
         if self.source is None:
             return by_input
-        source = self.source.to(by_input.device)
-        rows = by_input[source.clamp(min=0).long()]
-        if bool((self.source < 0).any()):
-            rows[source < 0] = 0
+        rows = by_input[self.source.clamp(min=0).long().to(by_input.device)]
+        filling = (self.source < 0).nonzero()[:, 0]
+        if len(filling):
+            rows[filling.to(by_input.device)] = 0
         return rows
 
 
@@ -173,7 +173,7 @@ def pack_slices(
     What is made on the way then stays in a processor's cache, and takes little room beside a large matrix.
     """
     packed = torch.empty(-(-num_outputs // TILE), _num_bytes(rows), dtype=torch.uint8, device=device)
-    width = SLICE_ON_CARD if packed.is_cuda else SLICE
+    width = SLICE if packed.is_cpu else SLICE_ON_CARD
     for begin in range(0, num_outputs, width):
         end = min(begin + width, num_outputs)
         packed[begin // TILE : -(-end // TILE)] = pack(codes(begin, end), rows)
@@ -216,8 +216,9 @@ def pack_nf4(codes: Tensor, scales: Tensor, codebook: Tensor, blocksize: int) ->
     """The matrix of codes [N, K] uint8 and scales [N, K / blocksize] float32."""
     outputs, inputs = codes.shape
     lanes = codes.new_zeros(-(-outputs // TILE), inputs // 8, TILE, dtype=torch.int32)
-    for begin in range(0, outputs, SLICE):
-        eights = tiled(codes[begin : begin + SLICE].t()).view(-1, inputs // 8, 8, TILE)  # [., K / 8, 8, 16]
+    width = SLICE if codes.is_cpu else SLICE_ON_CARD
+    for begin in range(0, outputs, width):
+        eights = tiled(codes[begin : begin + width].t()).view(-1, inputs // 8, 8, TILE)  # [., K / 8, 8, 16]
         for j in range(8):
             lanes[begin // TILE :][: len(eights)] |= eights[:, :, j].to(torch.int32) << (4 * j)
     return Nf4Matrix(inputs, outputs, blocksize, codebook.float(), lanes, tiled(scales.t().float()))

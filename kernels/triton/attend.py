@@ -13,12 +13,13 @@ from triton.language import constexpr
 from tightrope.kernels.forms.layout import PAGE
 from tightrope.kernels.triton.angles import page_angle, tile_angles, turn
 from tightrope.kernels.triton.cached import cached_rows, load_planes, plane_dims
+from tightrope.kernels.triton.jit import kernel
 
 _PAGE = constexpr(PAGE)
 _LOG2E = constexpr(math.log2(math.e))
 
 
-@triton.jit
+@kernel
 def attend(
     queries: tl.tensor,
     outputs: tl.tensor,
@@ -32,15 +33,15 @@ def attend(
     query_starts: tl.tensor,
     context_lens: tl.tensor,
     block_tables: tl.tensor,
-    table_width: tl.tensor,
+    table_width: int,
     pages: tl.tensor,
     places: tl.tensor,
     set_of: tl.tensor,
-    num_pages: tl.tensor,
-    scale: tl.tensor,
-    softcap: tl.tensor,
-    window: tl.tensor,
-    num_splits: tl.tensor,
+    num_pages: int,
+    scale: float,
+    softcap: float,
+    window: int,
+    num_splits: int,
     NUM_KV_HEADS: constexpr,
     GROUP: constexpr,
     GROUP_PADDED: constexpr,
@@ -225,35 +226,46 @@ def _rotated_product(
     return tl.dot(q_second, tl.trans(k_second), scores, input_precision="ieee")
 
 
-@triton.jit
+@kernel
 def merge(
     outputs: tl.tensor,
     partials: tl.tensor,
     stats: tl.tensor,
     query_starts: tl.tensor,
-    num_splits: tl.tensor,
+    num_splits: int,
     NUM_HEADS: constexpr,
     HEAD_DIM: constexpr,
     DIM_PADDED: constexpr,
-    SPLITS_PADDED: constexpr,
+    MOST_SPLITS: constexpr,
+    SPLITS: constexpr,
 ) -> None:
-    """Join the stretches of one head of one decoding sequence by their largest scores and sums."""
+    """Join the stretches of one head of one decoding sequence by their largest scores and sums, SPLITS at a time."""
     b, head = tl.program_id(0), tl.program_id(1)
     row = tl.load(query_starts + b)
     if tl.load(query_starts + b + 1) - row != 1:
         return
-    split = tl.arange(0, SPLITS_PADDED)
-    slot = (b * NUM_HEADS + head) * num_splits + split
-    is_split = split < num_splits
-    total = tl.load(stats + slot * 2 + 1, mask=is_split, other=0.0)
-    is_used = is_split & (total > 0)
-    largest = tl.load(stats + slot * 2, mask=is_used, other=float("-inf"))
+    first = (b * NUM_HEADS + head) * num_splits
+    largest, total = _stretches(stats, first, tl.arange(0, MOST_SPLITS), num_splits)
     overall = tl.maximum(tl.max(largest, 0), -1e38)  # finite, also where nothing is cached
-    weight = tl.exp2(largest - overall)
-    sum_of_weights = tl.sum(weight * total, 0)
+    sum_of_weights = tl.sum(tl.exp2(largest - overall) * total, 0)
     dim = tl.arange(0, DIM_PADDED)
-    mask = is_used[:, None] & (dim < HEAD_DIM)[None, :]
-    part = tl.load(partials + slot[:, None] * HEAD_DIM + dim[None, :], mask=mask, other=0.0)
-    result = tl.sum(part * weight[:, None], 0) / tl.where(sum_of_weights == 0, 1.0, sum_of_weights)
+    mixed = tl.zeros((SPLITS, DIM_PADDED), tl.float32)
+    for begin in range(0, num_splits, SPLITS):
+        split = begin + tl.arange(0, SPLITS)
+        peak, own = _stretches(stats, first, split, num_splits)
+        mask = (own > 0)[:, None] & (dim < HEAD_DIM)[None, :]
+        part = tl.load(partials + (first + split)[:, None] * HEAD_DIM + dim[None, :], mask=mask, other=0.0)
+        mixed += part * tl.exp2(peak - overall)[:, None]
+    result = tl.sum(mixed, 0) / tl.where(sum_of_weights == 0, 1.0, sum_of_weights)
     at = outputs + (row.to(tl.int64) * NUM_HEADS + head) * HEAD_DIM + dim
     tl.store(at, result.to(outputs.dtype.element_ty), mask=dim < HEAD_DIM)
+
+
+@triton.jit
+def _stretches(
+    stats: tl.tensor, first: tl.tensor, split: tl.tensor, num_splits: tl.tensor
+) -> tuple[tl.tensor, tl.tensor]:
+    """Largest scores and sums of stretches `split`; -inf and 0 of those that saw no key, or aren't there."""
+    at = stats + (first + split) * 2
+    total = tl.load(at + 1, mask=split < num_splits, other=0.0)
+    return tl.load(at, mask=total > 0, other=float("-inf")), total

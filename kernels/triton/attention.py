@@ -23,6 +23,7 @@ from tightrope.kernels.triton.expanded import FEWEST_QUERIES, attend_expanded, p
 PROGRAMS_PER_SM = 4  # of decode, so that some load while others compute
 SHORTEST_STRETCH = 128  # tokens
 MAX_SPLITS = 128  # stretches of a context in decode
+MERGED = 16  # of them at a time
 
 
 def attention(
@@ -132,7 +133,8 @@ def _launch(
             NUM_HEADS=num_heads,
             HEAD_DIM=head_dim,
             DIM_PADDED=dim_padded,
-            SPLITS_PADDED=triton.next_power_of_2(num_splits),
+            MOST_SPLITS=MAX_SPLITS,
+            SPLITS=MERGED,
             enable_fp_fusion=True,
         )
 
@@ -161,5 +163,7 @@ def count_splits(num_rows: int, max_context_len: int, num_processors: int) -> in
 
 @functools.cache
 def num_processors(device: torch.device) -> int:
-    """Multiprocessors of a card; a few for Triton's interpreter, which runs on a CPU, so that it splits as well."""
-    return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else 4
+    """Multiprocessors of a card, also of one that isn't there; Triton's interpreter, on a CPU, gets a few to split."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).multi_processor_count)
+    return 128 if device.type == "meta" else 4

@@ -15,12 +15,13 @@ from triton.language import constexpr
 from tightrope.kernels.forms.layout import PAGE
 from tightrope.kernels.triton.angles import page_angle, tile_angles, turn
 from tightrope.kernels.triton.cached import cached_rows, load_planes, plane_dims
+from tightrope.kernels.triton.jit import kernel
 
 _PAGE = constexpr(PAGE)
 _LOG2E = constexpr(math.log2(math.e))
 
 
-@triton.jit
+@kernel
 def decode(
     queries: tl.tensor,
     outputs: tl.tensor,
@@ -34,15 +35,15 @@ def decode(
     query_starts: tl.tensor,
     context_lens: tl.tensor,
     block_tables: tl.tensor,
-    table_width: tl.tensor,
+    table_width: int,
     pages: tl.tensor,
     places: tl.tensor,
     set_of: tl.tensor,
-    num_pages: tl.tensor,
-    scale: tl.tensor,
-    softcap: tl.tensor,
-    window: tl.tensor,
-    num_splits: tl.tensor,
+    num_pages: int,
+    scale: float,
+    softcap: float,
+    window: int,
+    num_splits: int,
     NUM_KV_HEADS: constexpr,
     GROUP: constexpr,
     GROUP_PADDED: constexpr,

@@ -20,6 +20,7 @@ from tightrope.kernels.forms.expanded import expands_cache
 from tightrope.kernels.forms.layout import GROUP, PAGE, AttentionSpec, LayerCache, RopeTable, StepLayout
 from tightrope.kernels.triton.angles import turn
 from tightrope.kernels.triton.cached import BITS, cached_rows, load_planes, padded, plane_dims, words
+from tightrope.kernels.triton.jit import kernel
 
 FEWEST_QUERIES = 16  # of a sequence; fewer are one tile of the other kernel, which reads the cache once as well
 TOKENS = 64  # that a program expands
@@ -109,7 +110,7 @@ def expand(
     return out[0], out[1]
 
 
-@triton.jit(do_not_specialize=["sequence", "length", "table_width", "num_pages"])
+@kernel
 def expand_cached(
     keys: tl.tensor,
     values: tl.tensor,
@@ -122,10 +123,10 @@ def expand_cached(
     set_of: tl.tensor,
     pages: tl.tensor,
     places: tl.tensor,
-    sequence: tl.tensor,
-    length: tl.tensor,
-    table_width: tl.tensor,
-    num_pages: tl.tensor,
+    sequence: int,
+    length: int,
+    table_width: int,
+    num_pages: int,
     NUM_KV_HEADS: constexpr,
     HEAD_DIM: constexpr,
     DIM_PADDED: constexpr,
@@ -141,7 +142,7 @@ def expand_cached(
     """keys and values [Hkv, length, D]: a tile of tokens of one head, computed in float32 and rounded once."""
     token, head = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS), tl.program_id(1)
     is_token = token < length
-    rows = cached_rows(block_tables + sequence.to(tl.int64) * table_width, token, is_token, head, NUM_KV_HEADS)
+    rows = cached_rows(block_tables + tl.cast(sequence, tl.int64) * table_width, token, is_token, head, NUM_KV_HEADS)
     at = ((head.to(tl.int64) * length + token) * HEAD_DIM)[:, None]
     key_row, value_row, factor = keys + at, values + at, key_factor + head * HEAD_DIM
     is_token2 = is_token[:, None]
@@ -224,7 +225,8 @@ def _scratch(step: StepLayout, shape: tuple[int, int, int, int], dtype: torch.dt
 
 def _has_flash(queries: Tensor) -> bool:
     """Whether torch's flash attention takes queries; on a CPU, where nothing is held back, its plain attention does."""
-    return not queries.is_cuda or (queries.dtype != torch.float32 and _card_has_flash(queries.device))
+    is_half = queries.dtype != torch.float32
+    return queries.is_cpu or (is_half and (queries.is_meta or _card_has_flash(queries.device)))
 
 
 @functools.cache

@@ -12,10 +12,14 @@ from triton.language import constexpr
 
 from tightrope.kernels.forms.column_stack import ColumnStack
 from tightrope.kernels.forms.layer import StackedExperts
+from tightrope.kernels.forms.quantized import TILE
+from tightrope.kernels.triton.jit import kernel
 from tightrope.kernels.triton.pointwise import gated
 from tightrope.kernels.triton.quantized import BATCH_OUTPUTS, add_parts, columns_of, operands
 from tightrope.kernels.triton.quantized_batch import multiply_blocks
 from tightrope.kernels.triton.quantized_tile import load_share
+
+_TILE = constexpr(TILE)
 
 ROWS = 16  # places of a tile, the fewest that a card's matrix units take
 PLACES = 64  # that a program of the table looks at together
@@ -48,11 +52,11 @@ def share_out(picked: Tensor, num_experts: int) -> Tensor:
     return tiles
 
 
-@triton.jit
+@kernel
 def _share_out(
     picked: tl.tensor,
     tiles: tl.tensor,
-    num_places: tl.tensor,
+    num_places: int,
     ROWS: constexpr,
     PLACES: constexpr,
     EXPERTS: constexpr,
@@ -100,7 +104,7 @@ def _times_stack(x: Tensor, stack: ColumnStack, tiles: Tensor, out: Tensor, each
         len(out),
         len(x),
         matrix.num_inputs,
-        stride,
+        stride // TILE,
         each,
         WIDTHS=matrix.widths,
         ROWS=ROWS,
@@ -113,7 +117,7 @@ def _times_stack(x: Tensor, stack: ColumnStack, tiles: Tensor, out: Tensor, each
     add_parts(parts, None, out)
 
 
-@triton.jit
+@kernel
 def grouped_parts(
     x: tl.tensor,
     parts: tl.tensor,
@@ -126,11 +130,11 @@ def grouped_parts(
     group_max: tl.tensor,
     zeros: tl.tensor,
     codebook: tl.tensor,
-    num_places: tl.tensor,
-    num_rows: tl.tensor,
-    num_inputs: tl.tensor,
-    stride: tl.tensor,
-    each: tl.tensor,
+    num_places: int,
+    num_rows: int,
+    num_inputs: int,
+    num_tiles: int,
+    each: int,
     WIDTHS: constexpr,
     ROWS: constexpr,
     OUTPUTS: constexpr,
@@ -143,7 +147,7 @@ def grouped_parts(
         places = tl.load(tile + 1 + tl.arange(0, ROWS))
         is_place = places >= 0
         tokens = tl.where(is_place, places // each, num_rows)
-        share = tl.program_id(1)
+        share, stride = tl.program_id(1), num_tiles * _TILE
         bits, first, end, word = load_share(shares, expert * tl.num_programs(1) + share)
         first_column = tl.program_id(0) * OUTPUTS
         columns = first_column + tl.arange(0, OUTPUTS)
@@ -168,9 +172,9 @@ def _times_plain(x: Tensor, weight: Tensor, tiles: Tensor, num_places: int, each
         out,
         tiles,
         weight,
-        num_inputs,
-        num_outputs,
         each,
+        NUM_INPUTS=num_inputs,
+        NUM_OUTPUTS=num_outputs,
         ROWS=ROWS,
         OUTPUTS=PLAIN_OUTPUTS,
         INPUTS=PLAIN_INPUTS,
@@ -181,15 +185,15 @@ def _times_plain(x: Tensor, weight: Tensor, tiles: Tensor, num_places: int, each
     return out
 
 
-@triton.jit
+@kernel
 def grouped_plain(
     x: tl.tensor,
     out: tl.tensor,
     tiles: tl.tensor,
     weight: tl.tensor,
-    num_inputs: tl.tensor,
-    num_outputs: tl.tensor,
-    each: tl.tensor,
+    each: int,
+    NUM_INPUTS: constexpr,
+    NUM_OUTPUTS: constexpr,
     ROWS: constexpr,
     OUTPUTS: constexpr,
     INPUTS: constexpr,
@@ -202,15 +206,15 @@ def grouped_plain(
         places = tl.load(tile + 1 + tl.arange(0, ROWS))
         is_place = places >= 0
         columns = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
-        at_x = x + (places // each).to(tl.int64)[:, None] * num_inputs
-        at_weight = weight + (expert * num_outputs + columns)[None, :] * num_inputs
+        at_x = x + (places // each).to(tl.int64)[:, None] * NUM_INPUTS
+        at_weight = weight + (expert * NUM_OUTPUTS + columns)[None, :] * NUM_INPUTS
         total = tl.zeros((ROWS, OUTPUTS), tl.float32)
-        for first in range(0, num_inputs, INPUTS):
+        for first in range(0, NUM_INPUTS, INPUTS):
             k = first + tl.arange(0, INPUTS)
-            is_input = k < num_inputs
+            is_input = k < NUM_INPUTS
             numbers = tl.load(at_x + k[None, :], mask=is_place[:, None] & is_input[None, :], other=0.0)
-            mask = is_input[:, None] & (columns < num_outputs)[None, :]
+            mask = is_input[:, None] & (columns < NUM_OUTPUTS)[None, :]
             weights = tl.load(at_weight + k[:, None], mask=mask, other=0.0)
             total = tl.dot(numbers.to(DTYPE), weights.to(DTYPE), total, input_precision="ieee")
-        at = out + places.to(tl.int64)[:, None] * num_outputs + columns[None, :]
-        tl.store(at, total.to(out.dtype.element_ty), mask=is_place[:, None] & (columns < num_outputs)[None, :])
+        at = out + places.to(tl.int64)[:, None] * NUM_OUTPUTS + columns[None, :]
+        tl.store(at, total.to(out.dtype.element_ty), mask=is_place[:, None] & (columns < NUM_OUTPUTS)[None, :])

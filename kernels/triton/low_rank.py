@@ -14,6 +14,7 @@ from triton.language import constexpr
 
 from tightrope.kernels import reference
 from tightrope.kernels.forms.low_rank import AdapterRows, LowRank, LowRankSlots, LowRankTable
+from tightrope.kernels.triton.jit import are_aligned, kernel, multiple
 
 FEW = 128  # rows, as many as a recorded step can have; more are left to cuBLAS, adapter by adapter
 SHRINK_RANKS, INPUTS = 4, 1024  # that a program takes, and of K at a time
@@ -31,16 +32,17 @@ def _part_of(where: tl.tensor, slots: tl.tensor, num_slots: tl.tensor, row: tl.t
     return entry, tl.where(is_known, tl.load(entry + 2), 0).to(tl.int32)
 
 
-@triton.jit(do_not_specialize=["num_slots", "stride"])
+@kernel
 def _shrink(
     x: tl.tensor,
     where: tl.tensor,
     inner: tl.tensor,
     slots: tl.tensor,
     scales: tl.tensor,
-    num_slots: tl.tensor,
-    stride: tl.tensor,
-    num_inputs: tl.tensor,
+    num_slots: int,
+    stride: int,
+    num_inputs: int,
+    IS_ALIGNED: constexpr,
     DTYPE: constexpr,
     RANKS: constexpr,
     BLOCK: constexpr,
@@ -49,6 +51,7 @@ def _shrink(
     row = tl.program_id(0).to(tl.int64)
     entry, rank = _part_of(where, slots, num_slots, row)
     ranks = tl.program_id(1) * RANKS + tl.arange(0, RANKS)
+    num_inputs = multiple(num_inputs, IS_ALIGNED)
     if tl.program_id(1) * RANKS < rank:
         down = tl.multiple_of(tl.load(entry).to(tl.pointer_type(DTYPE)), 16)
         acc = tl.zeros((RANKS, BLOCK), tl.float32)
@@ -62,15 +65,15 @@ def _shrink(
         tl.store(at, tl.sum(acc, 1) * tl.load(scales + row), mask=ranks < rank)
 
 
-@triton.jit(do_not_specialize=["num_slots", "inner_stride", "out_stride"])
+@kernel
 def _expand(
     inner: tl.tensor,
     where: tl.tensor,
     out: tl.tensor,
     slots: tl.tensor,
-    num_slots: tl.tensor,
-    inner_stride: tl.tensor,
-    out_stride: tl.tensor,
+    num_slots: int,
+    inner_stride: int,
+    out_stride: int,
     DTYPE: constexpr,
     RANKS: constexpr,
     BLOCK: constexpr,
@@ -119,6 +122,7 @@ def add_low_rank(out: Tensor, x: Tensor, adapters: Mapping[int, LowRank], rows: 
         num_slots,
         table.most_rank,
         x.shape[1],
+        IS_ALIGNED=are_aligned(x.shape[1]),
         DTYPE=_DTYPES[table.dtype],
         RANKS=SHRINK_RANKS,
         BLOCK=INPUTS,

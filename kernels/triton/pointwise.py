@@ -9,6 +9,7 @@ from torch import Tensor
 from triton.language import constexpr
 
 from tightrope.kernels.forms.layout import PAGE, RopeTable, StepLayout
+from tightrope.kernels.triton.jit import kernel
 
 _PAGE = constexpr(PAGE)
 _SQRT_HALF = constexpr(math.sqrt(0.5))
@@ -17,7 +18,7 @@ _GELU = constexpr(2 * math.sqrt(2 / math.pi))
 BLOCK = 1024  # columns of the gated activation that a program takes
 
 
-@triton.jit
+@kernel
 def _rotate(
     x: tl.tensor,
     out: tl.tensor,
@@ -27,8 +28,8 @@ def _rotate(
     places: tl.tensor,
     set_of: tl.tensor,
     query_scale: tl.tensor,
-    num_pages: tl.tensor,
-    stride: tl.tensor,
+    num_pages: int,
+    heads_apart: int,
     NUM_HEADS: constexpr,
     HEADS_PADDED: constexpr,
     HEAD_DIM: constexpr,
@@ -44,7 +45,7 @@ def _rotate(
     page = pages + (table * num_pages + position // _PAGE) * (2 * HALF) + pair
     place = places + (table * _PAGE + position % _PAGE) * (2 * HALF) + pair
     head = tl.arange(0, HEADS_PADDED)[:, None]
-    source, target = x + token * stride + head * HEAD_DIM, out + (token * NUM_HEADS + head) * HEAD_DIM
+    source, target = x + (token * heads_apart + head) * HEAD_DIM, out + (token * NUM_HEADS + head) * HEAD_DIM
     mask = (head < NUM_HEADS) & (pair < HALF)
     first = tl.load(source + pair, mask=mask, other=0.0).to(tl.float32)
     second = tl.load(source + HALF + pair, mask=mask, other=0.0).to(tl.float32)
@@ -70,7 +71,7 @@ def rotate(x: Tensor, step: StepLayout, table: RopeTable) -> Tensor:
     """kernels.reference.rotate for x [T, H, D] of any float dtype, which the result has too."""
     num_tokens, num_heads, head_dim = x.shape
     half = table.places.shape[-1]
-    if x.stride(2) != 1 or x.stride(1) != head_dim:
+    if x.stride(2) != 1 or x.stride(1) != head_dim or x.stride(0) % head_dim:
         x = x.contiguous()
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if num_tokens:
@@ -84,7 +85,7 @@ def rotate(x: Tensor, step: StepLayout, table: RopeTable) -> Tensor:
             table.set_of,
             table.query_scale,
             table.pages.shape[1],
-            x.stride(0),
+            x.stride(0) // head_dim,
             NUM_HEADS=num_heads,
             HEADS_PADDED=triton.next_power_of_2(num_heads),
             HEAD_DIM=head_dim,
@@ -96,14 +97,13 @@ def rotate(x: Tensor, step: StepLayout, table: RopeTable) -> Tensor:
     return out
 
 
-@triton.jit
+@kernel
 def _rms_norm(
     x: tl.tensor,
     weight: tl.tensor,
     out: tl.tensor,
-    eps: tl.tensor,
-    num_rows: tl.tensor,
-    stride: tl.tensor,
+    eps: float,
+    num_rows: int,
     HEAD_DIM: constexpr,
     PADDED: constexpr,
     ROWS: constexpr,
@@ -111,7 +111,7 @@ def _rms_norm(
     row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     column = tl.arange(0, PADDED)[None, :]
     mask = (row < num_rows) & (column < HEAD_DIM)
-    values = tl.load(x + row * stride + column, mask=mask, other=0.0).to(tl.float32)
+    values = tl.load(x + row * HEAD_DIM + column, mask=mask, other=0.0).to(tl.float32)
     scale = tl.rsqrt(tl.sum(values * values, 1) / HEAD_DIM + eps)
     result = values * scale[:, None] * tl.load(weight + column, mask=column < HEAD_DIM, other=0.0).to(tl.float32)
     tl.store(out + row * HEAD_DIM + column, result.to(out.dtype.element_ty), mask=mask)
@@ -120,8 +120,7 @@ def _rms_norm(
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """kernels.reference.rms_norm for x [..., D] of any float dtype, which the result has too."""
     dim = x.shape[-1]
-    rows = x.reshape(-1, dim)
-    rows = rows if rows.stride(1) == 1 else rows.contiguous()
+    rows = x.reshape(-1, dim).contiguous()
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     padded = triton.next_power_of_2(dim)
     rows_each = max(1, 1024 // padded)  # heads are short: several to a program
@@ -132,7 +131,6 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
             out,
             eps,
             len(rows),
-            rows.stride(0),
             HEAD_DIM=dim,
             PADDED=padded,
             ROWS=rows_each,
@@ -142,21 +140,21 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return out
 
 
-@triton.jit
-def _gated(gate_up: tl.tensor, out: tl.tensor, num_columns: tl.tensor, ACTIVATION: constexpr, BLOCK: constexpr) -> None:
+@kernel
+def _gated(gate_up: tl.tensor, out: tl.tensor, NUM_COLUMNS: constexpr, ACTIVATION: constexpr, BLOCK: constexpr) -> None:
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    mask = column < num_columns
-    source = gate_up + row * 2 * num_columns + column
+    mask = column < NUM_COLUMNS
+    source = gate_up + row * 2 * NUM_COLUMNS + column
     gate = tl.load(source, mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(source + num_columns, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(source + NUM_COLUMNS, mask=mask, other=0.0).to(tl.float32)
     if ACTIVATION == "silu":
         active = gate * tl.sigmoid(gate)
     elif ACTIVATION == "gelu":
         active = 0.5 * gate * (1 + tl.erf(gate * _SQRT_HALF))
     else:  # tanh(y) is 2 * sigmoid(2 * y) - 1, so half of 1 + tanh(y) is a sigmoid
         active = gate * tl.sigmoid((gate + 0.044715 * gate * gate * gate) * _GELU)
-    tl.store(out + row * num_columns + column, (active * up).to(out.dtype.element_ty), mask=mask)
+    tl.store(out + row * NUM_COLUMNS + column, (active * up).to(out.dtype.element_ty), mask=mask)
 
 
 def gated(gate_up: Tensor, activation: str) -> Tensor:
@@ -165,5 +163,12 @@ def gated(gate_up: Tensor, activation: str) -> Tensor:
     out = gate_up.new_empty(num_rows, num_columns)
     if num_rows:
         grid = (num_rows, -(-num_columns // BLOCK))
-        _gated[grid](gate_up.contiguous(), out, num_columns, ACTIVATION=activation, BLOCK=BLOCK, enable_fp_fusion=True)
+        _gated[grid](
+            gate_up.contiguous(),
+            out,
+            NUM_COLUMNS=num_columns,
+            ACTIVATION=activation,
+            BLOCK=BLOCK,
+            enable_fp_fusion=True,
+        )
     return out

@@ -13,11 +13,14 @@ from torch import Tensor
 
 from tightrope.kernels.forms.columns import MOST_ROWS, TILE_OUTPUTS, ColumnMatrix
 from tightrope.kernels.forms.expanded import slice_outputs
+from tightrope.kernels.forms.quantized import TILE
 from tightrope.kernels.triton.quantized_batch import batch_parts, expand_columns
 from tightrope.kernels.triton.quantized_vector import sum_parts, vector_parts
 
+FEWEST_ROWS = (1, 2, 9, 17, MOST_ROWS + 1)  # of each kind of launch
 BATCH_OUTPUTS = 128  # that a program takes which multiplies several rows, or expands them
 SUM_OUTPUTS = 128  # that a program of the sum takes
+SUMMED = 16  # shares that it adds up at a time
 
 _DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
@@ -49,7 +52,7 @@ def _multiply(x: Tensor, matrix: ColumnMatrix, bias: Tensor | None, out: Tensor)
             x,
             parts,
             *columns_of(matrix),
-            stride,
+            stride // TILE,
             WIDTHS=matrix.widths,
             BLOCKS=4,
             OUTPUTS=TILE_OUTPUTS,
@@ -64,7 +67,7 @@ def _multiply(x: Tensor, matrix: ColumnMatrix, bias: Tensor | None, out: Tensor)
             *columns_of(matrix),
             len(x),
             matrix.num_inputs,
-            stride,
+            stride // TILE,
             WIDTHS=matrix.widths,
             ROWS=rows,
             OUTPUTS=BATCH_OUTPUTS,
@@ -86,10 +89,9 @@ def add_parts(parts: Tensor, bias: Tensor | None, out: Tensor) -> None:
         out,
         num_shares,
         num_outputs,
-        parts.stride(0),
-        stride,
+        stride // TILE,
         out.stride(0),
-        PARTS_PADDED=triton.next_power_of_2(num_shares),
+        PARTS=SUMMED,
         OUTPUTS=SUM_OUTPUTS,
         num_warps=4,
         enable_fp_fusion=True,
@@ -116,22 +118,25 @@ def sums_halves() -> bool:
 
 
 def expand(matrix: ColumnMatrix, dtype: torch.dtype, first: int = 0, count: int | None = None) -> Tensor:
-    """The weights [K, count] of `count` outputs from `first` on."""
+    """The weights [K, count] of `count` outputs from `first` on, which begins a tile; rows are whole tiles apart."""
+    assert first % TILE == 0
     count = matrix.num_outputs - first if count is None else count
-    weight = torch.empty(matrix.num_inputs, count, dtype=dtype, device=matrix.words.device)
+    tiles = -(-count // TILE)
+    weight = torch.empty(matrix.num_inputs, tiles * TILE, dtype=dtype, device=matrix.words.device)
     expand_columns[-(-count // BATCH_OUTPUTS), len(matrix.shares)](
         weight,
         *columns_of(matrix),
-        first,
+        first // TILE,
         count,
-        matrix.words.shape[1],
+        tiles,
+        matrix.words.shape[1] // TILE,
         WIDTHS=matrix.widths,
         BLOCKS=4,
         OUTPUTS=BATCH_OUTPUTS,
         num_warps=4,
         enable_fp_fusion=False,  # each weight is rounded as the reference rounds it
     )
-    return weight
+    return weight[:, :count]
 
 
 def operands(x: Tensor) -> tl.dtype:

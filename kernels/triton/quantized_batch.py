@@ -10,6 +10,8 @@ import triton.language as tl
 from triton.language import constexpr
 
 from tightrope.kernels.forms.columns import BLOCK
+from tightrope.kernels.forms.quantized import TILE
+from tightrope.kernels.triton.jit import kernel
 from tightrope.kernels.triton.quantized_pairs import (
     book_bits,
     pair_rows,
@@ -28,9 +30,10 @@ from tightrope.kernels.triton.quantized_tile import (
 )
 
 _BLOCK = constexpr(BLOCK)
+_TILE = constexpr(TILE)
 
 
-@triton.jit
+@kernel
 def batch_parts(
     x: tl.tensor,
     parts: tl.tensor,
@@ -42,9 +45,9 @@ def batch_parts(
     group_max: tl.tensor,
     zeros: tl.tensor,
     codebook: tl.tensor,
-    num_rows: tl.tensor,
-    num_inputs: tl.tensor,
-    stride: tl.tensor,
+    num_rows: int,
+    num_inputs: int,
+    num_tiles: int,
     WIDTHS: constexpr,
     ROWS: constexpr,
     OUTPUTS: constexpr,
@@ -53,6 +56,7 @@ def batch_parts(
     """parts [S, T, N] float32 for x [T, K]: what each share of the stored rows adds to the outputs."""
     share = tl.program_id(1)
     bits, first, end, word = load_share(shares, share)
+    stride = num_tiles * _TILE
     first_column = tl.program_id(0) * OUTPUTS
     columns = first_column + tl.arange(0, OUTPUTS)
     tokens = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
@@ -135,7 +139,7 @@ def _find(source: tl.tensor, group_of: tl.tensor, offsets: tl.tensor, block: tl.
     return row, tl.load(group_of + block)
 
 
-@triton.jit
+@kernel
 def expand_columns(
     out: tl.tensor,
     words: tl.tensor,
@@ -146,23 +150,25 @@ def expand_columns(
     group_max: tl.tensor,
     zeros: tl.tensor,
     codebook: tl.tensor,
-    first_column: tl.tensor,
-    num_columns: tl.tensor,
-    stride: tl.tensor,
+    first_tile: int,
+    num_columns: int,
+    out_tiles: int,
+    num_tiles: int,
     WIDTHS: constexpr,
     BLOCKS: constexpr,
     OUTPUTS: constexpr,
 ) -> None:
-    """out [K, num_columns]: the weights of outputs from first_column on, each rounded to out's dtype."""
+    """out [K, num_columns], rows out_tiles apart: outputs from first_tile on, each weight rounded to out's dtype."""
     share = tl.program_id(1)
     bits, first, end, word = load_share(shares, share)
+    stride, first_column, out_stride = num_tiles * _TILE, first_tile * _TILE, out_tiles * _TILE
     own = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     for BITS in tl.static_range(2, 9):
         if (WIDTHS >> BITS) & 1:  # noqa: SIM102  decided when it is compiled, and the next one when it runs
             if bits == BITS:
                 _expand_blocks(
                     out, words, source, group_of, scales, group_max, zeros, codebook, first, end, word, first_column,
-                    own, num_columns, stride, BITS, BLOCKS,
+                    own, num_columns, out_stride, stride, BITS, BLOCKS,
                 )  # fmt: skip
 
 
@@ -182,6 +188,7 @@ def _expand_blocks(
     first_column: tl.tensor,
     own: tl.tensor,
     num_columns: tl.tensor,
+    out_stride: tl.tensor,
     stride: tl.tensor,
     BITS: constexpr,
     BLOCKS: constexpr,
@@ -207,5 +214,5 @@ def _expand_blocks(
                 weight = book_number(low, book, field) * scale
             else:
                 weight = code_number(low, high, zero, field, BITS, LOW) * scale
-            at_out = out + row[:, None].to(tl.int64) * num_columns + own[None, :]
+            at_out = out + row[:, None].to(tl.int64) * out_stride + own[None, :]
             tl.store(at_out, weight.to(out.dtype.element_ty), mask=mask & (row >= 0)[:, None])

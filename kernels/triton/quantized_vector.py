@@ -9,6 +9,8 @@ import triton.language as tl
 from triton.language import constexpr
 
 from tightrope.kernels.forms.columns import BLOCK
+from tightrope.kernels.forms.quantized import TILE
+from tightrope.kernels.triton.jit import kernel
 from tightrope.kernels.triton.quantized_tile import (
     book_lanes,
     book_number,
@@ -20,9 +22,10 @@ from tightrope.kernels.triton.quantized_tile import (
 )
 
 _BLOCK = constexpr(BLOCK)
+_TILE = constexpr(TILE)
 
 
-@triton.jit
+@kernel
 def vector_parts(
     x: tl.tensor,
     parts: tl.tensor,
@@ -34,7 +37,7 @@ def vector_parts(
     group_max: tl.tensor,
     zeros: tl.tensor,
     codebook: tl.tensor,
-    stride: tl.tensor,
+    num_tiles: int,
     WIDTHS: constexpr,
     BLOCKS: constexpr,
     OUTPUTS: constexpr,
@@ -42,6 +45,7 @@ def vector_parts(
     """parts [S, N] float32: what each share of the rows adds to the outputs."""
     share = tl.program_id(1)
     bits, first, end, word = load_share(shares, share)
+    stride = num_tiles * _TILE
     columns = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     total = tl.zeros((BLOCKS, OUTPUTS), tl.float32)
     book = book_lanes(codebook)
@@ -133,27 +137,30 @@ def _load_x(x: tl.tensor, source: tl.tensor, row: tl.tensor, is_row: tl.tensor) 
     return tl.load(x + row, mask=is_row, other=0.0).to(tl.float32)
 
 
-@triton.jit
+@kernel
 def sum_parts(
     parts: tl.tensor,
     bias: tl.tensor,
     out: tl.tensor,
-    num_parts: tl.tensor,
-    num_outputs: tl.tensor,
-    part_stride: tl.tensor,
-    stride: tl.tensor,
-    out_stride: tl.tensor,
-    PARTS_PADDED: constexpr,
+    num_parts: int,
+    num_outputs: int,
+    num_tiles: int,
+    out_stride: int,
+    PARTS: constexpr,
     OUTPUTS: constexpr,
 ) -> None:
     """out [T, num_outputs], rows out_stride apart: bias and the sum of parts [S, T, N], always in the same order."""
     row = tl.program_id(1).to(tl.int64)
+    stride = num_tiles * _TILE
+    part_stride = tl.num_programs(1).to(tl.int64) * stride
     columns = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
-    part = tl.arange(0, PARTS_PADDED)
     is_output = columns < num_outputs
-    at = parts + part[:, None].to(tl.int64) * part_stride + row * stride + columns[None, :]
-    values = tl.load(at, mask=(part < num_parts)[:, None] & is_output[None, :], other=0.0)
-    total = tl.sum(values, 0)
+    sums = tl.zeros((PARTS, OUTPUTS), tl.float32)
+    for first in range(0, num_parts, PARTS):
+        part = first + tl.arange(0, PARTS)
+        at = parts + part[:, None] * part_stride + row * stride + columns[None, :]
+        sums += tl.load(at, mask=(part < num_parts)[:, None] & is_output[None, :], other=0.0)
+    total = tl.sum(sums, 0)
     if bias is not None:
         total += tl.load(bias + columns, mask=is_output, other=0.0).to(tl.float32)
     tl.store(out + row * out_stride + columns, total.to(out.dtype.element_ty), mask=is_output)

@@ -6,13 +6,14 @@ from torch import Tensor
 from triton.language import constexpr
 
 from tightrope.kernels.forms.layout import GROUP, PAGE, LayerCache
+from tightrope.kernels.triton.jit import kernel
 
 _GROUP = constexpr(GROUP)
 _PAGE = constexpr(PAGE)
 _TO_EVEN = constexpr(1.5 * 2**23)  # added and taken away, it rounds to the nearest integer, ties to the even one
 
 
-@triton.jit
+@kernel
 def _store(
     keys: tl.tensor,
     values: tl.tensor,
@@ -22,8 +23,8 @@ def _store(
     key_scales: tl.tensor,
     value_codes: tl.tensor,
     value_scales: tl.tensor,
-    key_stride: tl.tensor,
-    value_stride: tl.tensor,
+    key_heads: int,
+    value_heads: int,
     NUM_KV_HEADS: constexpr,
     HEAD_DIM: constexpr,
     GROUPS: constexpr,
@@ -38,10 +39,10 @@ def _store(
     groups = tl.arange(0, GROUPS_PADDED)[:, None]
     dims = groups * _GROUP + tl.arange(0, _GROUP)[None, :]
     mask = dims < HEAD_DIM
-    key = tl.load(keys + token * key_stride + head * HEAD_DIM + dims, mask=mask, other=0.0).to(tl.float32)
+    key = tl.load(keys + (token * key_heads + head) * HEAD_DIM + dims, mask=mask, other=0.0).to(tl.float32)
     factor = tl.load(key_factor + head * HEAD_DIM + dims, mask=mask, other=1.0)
     _write(tl.div_rn(key, factor), key_codes, key_scales, row, dims, HEAD_DIM, GROUPS, GROUPS_PADDED, BITS)
-    value = tl.load(values + token * value_stride + head * HEAD_DIM + dims, mask=mask, other=0.0).to(tl.float32)
+    value = tl.load(values + (token * value_heads + head) * HEAD_DIM + dims, mask=mask, other=0.0).to(tl.float32)
     _write(value, value_codes, value_scales, row, dims, HEAD_DIM, GROUPS, GROUPS_PADDED, BITS)
 
 
@@ -107,8 +108,8 @@ def store_kv(cache: LayerCache, keys: Tensor, values: Tensor, slots: Tensor) -> 
         cache.key_scales,
         cache.value_codes,
         cache.value_scales,
-        keys.stride(0),
-        values.stride(0),
+        keys.stride(0) // head_dim,
+        values.stride(0) // head_dim,
         NUM_KV_HEADS=num_kv_heads,
         HEAD_DIM=head_dim,
         GROUPS=num_groups,
@@ -120,5 +121,7 @@ def store_kv(cache: LayerCache, keys: Tensor, values: Tensor, slots: Tensor) -> 
 
 
 def _rows(x: Tensor) -> Tensor:
-    """x [T, Hkv, D] with a token's heads in a row; slices of a fused projection pass as they are."""
-    return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
+    """x [T, Hkv, D] with tokens whole heads apart; slices of a fused projection pass as they are."""
+    head_dim = x.shape[2]
+    is_ready = x.stride(2) == 1 and x.stride(1) == head_dim and x.stride(0) % head_dim == 0
+    return x if is_ready else x.contiguous()

@@ -1,1 +1,1 @@
-"""The commands of a terminal: `tightrope serve`, `chat`, `plan`, `perplexity` and `doctor`."""
+"""The commands of a terminal: `tightrope serve`, `chat`, `plan`, `warm`, `perplexity` and `doctor`."""

@@ -1,4 +1,4 @@
-"""The commands: `tightrope serve`, `tightrope chat`, `tightrope plan`, `tightrope perplexity` and `tightrope doctor`.
+"""The commands: `tightrope serve`, `chat`, `plan`, `warm`, `perplexity` and `doctor`.
 
 Up front only the table of options is imported, so that `--help` answers at once.
 """
@@ -24,6 +24,7 @@ OWN_ARGUMENTS: Mapping[str, Sequence[str]] = {  # These stand beside the options
     "serve": (),
     "chat": ("url", "system", "max_tokens"),
     "plan": ("memory", "device_memory", "json"),
+    "warm": ("arch",),
     "perplexity": ("text", "contexts", "max_tokens", "compare_kv", "json", "plot"),
     "doctor": (),
 }
@@ -54,6 +55,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
                 return _plan(values, own["memory"], own["device_memory"], as_json=own["json"] is True)
             case "doctor":
                 return _doctor(values)
+            case "warm":
+                return _warm(values, own["arch"])
         return _perplexity(values, own)
     except CommandFailed as error:
         return _fail(str(error), error.status)
@@ -98,6 +101,13 @@ def _plan(values: Mapping[str, str], memory: str | None, device_memory: str | No
     memory_bytes = None if memory is None else parse_size(memory)
     device_bytes = None if device_memory is None else parse_sizes(device_memory, "--device-memory")
     return plan(settings.engine.model, memory_bytes, device_bytes, as_json=as_json)
+
+
+def _warm(values: Mapping[str, str], arch: str | None) -> int:
+    from tightrope.server.cli.warm import parse_architectures, warm
+
+    architectures = parse_architectures(arch)
+    return warm(_settings(values).engine.model, architectures)
 
 
 def _perplexity(values: Mapping[str, str], own: Mapping[str, Any]) -> int:
@@ -156,6 +166,7 @@ def _parser() -> argparse.ArgumentParser:
     own = [name for name, option in OPTIONS.items() if option.group in OWN_SERVER_GROUPS]
     _add_options(chat, [*own, "api-key", "log-level"])
     _add_plan(commands)
+    _add_warm(commands)
     _add_perplexity(commands)
     _add_doctor(commands)
     return parser
@@ -174,6 +185,17 @@ def _add_plan(commands: "argparse._SubParsersAction[_Parser]") -> None:
         "(default: what is free on those that are here)",
     )
     own.add_argument("--json", action="store_true", help="print one JSON object")
+    _add_options(parser, _MODEL_OPTIONS)
+
+
+def _add_warm(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    parser = _add_command(commands, "warm", "compile a model's kernels for a card, so that serving it compiles none")
+    own = parser.add_argument_group("warm")
+    own.add_argument(
+        "--arch",
+        metavar="SM,SM,...",
+        help="cards to compile for, such as sm_86 (RTX 30) or sm_89 (default: the one here)",
+    )
     _add_options(parser, _MODEL_OPTIONS)
 
 

@@ -251,6 +251,45 @@ def test_a_table_that_lies_elsewhere_is_recorded_anew():
     assert found[0, PAGE_ANGLE] == 9.0
 
 
+def test_all_that_steps_can_ask_for_is_recorded_at_once_the_largest_first():
+    model, recorder = Model(), Recorder()
+    graphs = graphs_of(model, recorder, max_num_seqs=3)
+    done: list[float] = []
+    grown = rope_table([0] * 4)
+
+    graphs.record_all(
+        lambda size: {"default": replace(grown, set_of=grown.set_of[:size])}, lambda token_ids: None, done.append
+    )
+
+    sizes = recordings(3, LONGEST)
+    assert sizes == [(4, LONGEST), (2, LONGEST), (2, 2048), (1, LONGEST), (1, 2048)]
+    assert recorder.recordings == len(sizes)
+    assert done == sorted(done)
+    assert done[-1] == 1
+    for lengths in ([1], [10, 20, LONGEST], [2048, 1], [2049]):
+        token_ids, step = decode_step(lengths)
+        tables = {"default": replace(grown, set_of=grown.set_of[: len(lengths)])}
+        rows = torch.arange(len(lengths))
+        assert torch.equal(
+            graphs.forward(token_ids, step, tables, rows), Model().forward(token_ids, step, tables, rows)
+        )
+    assert recorder.recordings == len(sizes)
+
+
+def test_what_is_recorded_ahead_stores_nothing():
+    model = Model()
+    graphs = DecodeGraphs(
+        model.forward, 4, LONGEST, "cpu", lambda run: (run(), run)[1], has_windows=True
+    )  # to record is to run
+    graphs.forward(*decode_step([5, 6, 7, 8], has_windows=True), {"default": rope_table([0] * 4)}, torch.arange(4))
+    stored = len(model.stored)
+
+    graphs.record_all(lambda size: {"default": rope_table([0] * size)}, lambda token_ids: None, lambda share: None)
+
+    assert len(model.stored) == stored
+    assert all(step.windowed is not None and step.windowed.slots.eq(-1).all() for step in model.steps[-3:])
+
+
 @pytest.mark.parametrize(
     ("lengths", "changes"),
     [([10, 20], {"max_query_len": 2}), (list(range(1, 18)), {})],

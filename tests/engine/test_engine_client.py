@@ -8,14 +8,14 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 from checkout import SUPPORT
 from fake_engine import TURN, open_fake
-from fakes import BOS, VOCAB_SIZE, letters
+from fakes import BOS, VOCAB_SIZE, FakeBackend, letters
 from msgspec import structs
 
 from tightrope.backends.settings import ModelSettings
@@ -28,7 +28,7 @@ from tightrope.engine.errors import (
     Overloaded,
 )
 from tightrope.engine.process import supervisor
-from tightrope.engine.process.client import EngineClient
+from tightrope.engine.process.client import STUCK_S, EngineClient
 from tightrope.engine.process.launch import (
     EngineHandle,
     Launcher,
@@ -40,6 +40,7 @@ from tightrope.engine.process.launch import (
 from tightrope.engine.sampler.steps import SamplingParams
 from tightrope.engine.settings import EngineSettings, LifeSettings, LimitSettings
 from tightrope.engine.types import GenerateRequest, ModelInfo, Span, StopRules, TextPrompt, TokenPrompt, TurnMarks
+from tightrope.kernels import dispatch
 
 PATIENCE_S = 60.0  # a busy machine starts a process in some seconds
 FAKE_ENGINE = SUPPORT / "fake_engine.py"
@@ -489,6 +490,35 @@ async def test_requests_that_only_waited_outlive_any_number_of_engines():
                     pass
         assert await asyncio.gather(*waiting) == [expected(f"wait {i}") for i in range(8)]
         assert client.restarts == 3
+
+
+async def test_a_step_that_waits_for_a_compiler_is_healthy_however_long_it_takes():
+    begun, go_on = threading.Event(), threading.Event()
+
+    def compiles(token_ids: Sequence[int]) -> int:
+        dispatch.compiling.begin()
+        begun.set()
+        assert go_on.wait(PATIENCE_S)
+        dispatch.compiling.end()
+        return ord("a")
+
+    now_s = 0.0
+    launch = thread_launcher(lambda settings, progress: FakeBackend(compiles))
+    client = EngineClient(short_lived(stuck_s=PATIENCE_S / 100), launch, clock=lambda: now_s)
+    await client.start()
+    try:
+        await client.wait_ready()
+        asked = asyncio.create_task(answer(client, ask("r", "hi", 1)))
+        await asyncio.to_thread(begun.wait, PATIENCE_S)
+        for _ in range(3):  # each sign of life tells it again
+            now_s += STUCK_S + 1
+            await until(lambda: client.is_healthy)
+        go_on.set()
+        assert await asked == "a"
+        assert client.restarts == 0
+    finally:
+        go_on.set()
+        await client.close()
 
 
 async def test_a_request_that_ends_every_engine_is_tried_twice():

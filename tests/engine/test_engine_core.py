@@ -1,16 +1,21 @@
 """The loop, over a model made of rules: every request gets the text it would get alone, whatever else is going on."""
 
 import random
+from collections.abc import Sequence
 
 import pytest
 from engine_runs import make_core, request, run, text_of, text_prompt
 from fakes import BOS, END_OF_TURN, EOS, ByteTokenizer, FakeBackend, letters, script
 from msgspec.structs import replace
 
+from tightrope.engine.core import EngineCore
 from tightrope.engine.errors import BackendFailed, ContextLengthExceeded, InvalidRequest
 from tightrope.engine.sampler.steps import SamplingParams
+from tightrope.engine.settings import LimitSettings
 from tightrope.engine.types import Delta, LogprobRequest, Prompt, Span, TextPrompt, TokenPrompt
 from tightrope.engine.writer import UNTIMED, Writer
+from tightrope.kernels import dispatch
+from tightrope.kernels.forms.compiling import Compiling
 
 pytestmark = pytest.mark.quick
 
@@ -45,6 +50,25 @@ def test_streams_keep_their_rate_while_a_long_prompt_is_computed():
         gap = 0 if wrote else gap + 1
         longest = max(longest, gap if any(s.request.request_id == "short" for s in core._scheduler.running) else 0)
     assert longest == 0  # a token every step
+
+
+def test_the_time_of_a_compile_is_not_learned_as_that_of_a_prompt(monkeypatch: pytest.MonkeyPatch):
+    now_s = 0.0
+    compiling = Compiling(lambda: now_s)
+    monkeypatch.setattr(dispatch, "compiling", compiling)
+
+    def compiles(token_ids: Sequence[int]) -> int:
+        nonlocal now_s
+        compiling.begin()
+        now_s += 300.0
+        compiling.end()
+        now_s += 0.5
+        return ord("a")
+
+    core = EngineCore(FakeBackend(compiles), LimitSettings(), clock=lambda: now_s)
+    run(core, request(prompt="x" * 63, max_tokens=1))
+
+    assert core._scheduler._rate.seconds_of(64) == pytest.approx(0.5)
 
 
 def test_the_next_turn_of_a_chat_computes_only_what_is_new():

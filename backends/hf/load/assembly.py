@@ -164,10 +164,10 @@ class _Assembler:
             tensors = (*tensors, packed.name("bias"))
 
         def build() -> tuple[Piece, Tensor | None]:
-            bias = packed.read("bias")[:outputs].float() if packed.has("bias") else None
+            bias = packed.contents("bias")[:outputs].float() if packed.has("bias") else None
             if bias is not None and not has_bias and not bool(bias.any()):
                 bias = None  # AutoGPTQ writes zeros where the model has none.
-            return format.build(packed, inputs, outputs), bias
+            return format.build(packed, inputs, outputs), None if bias is None else bias.to(self.device)
 
         bias = (4 * outputs,) if has_bias else ()
         num_bytes = (*format.tensor_bytes(packed), *bias, inputs // 8, SHARES_BYTES)  # See ColumnMatrix.group_of.

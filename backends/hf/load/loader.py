@@ -110,16 +110,22 @@ def _copy(
     for shard in checkpoint.shards():
         for name in shard.names:
             if name in places:
-                tensor = checkpoint.read(name)
-                checkpoint.check_finite(name, tensor)
-                for place in places[name]:
-                    place.target[place.part.at].copy_(tensor)
+                _fill(places[name], name, checkpoint)
             for build in due.get(name, ()):
                 build()
             done += checkpoint.tensors[name].num_bytes
             progress(done / checkpoint.weight_bytes)
         for mapped in checkpoint.shards():  # A linear may have begun in another.
             checkpoint.release(mapped)
+
+
+def _fill(places: Sequence[_Place], name: str, checkpoint: Checkpoint) -> None:
+    if all(place.target.is_meta for place in places):
+        return  # There is nothing to keep, so nothing is read.
+    tensor = checkpoint.read(name)
+    checkpoint.check_finite(name, tensor)
+    for place in places:
+        place.target[place.part.at].copy_(tensor)
 
 
 def dtype_of(weight: Weight, parts: Iterable[Part], checkpoint: Checkpoint) -> torch.dtype:

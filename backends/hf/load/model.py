@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tightrope.backends.hf.adapters.rows import Adapters
@@ -13,7 +13,7 @@ from tightrope.backends.hf.load.loader import load_weights, share
 from tightrope.backends.hf.modules.embedding import Embedding
 from tightrope.backends.hf.modules.experts import Experts
 from tightrope.backends.hf.modules.linear import Linear
-from tightrope.backends.hf.modules.matrices import runs_exllama
+from tightrope.backends.hf.modules.matrices import read_by, runs_exllama, widths_of
 from tightrope.backends.hf.modules.step import CurrentStep, LayerInfo
 from tightrope.kernels import dispatch
 from tightrope.kernels.forms.layer import StackedExperts
@@ -77,6 +77,25 @@ class LoadedModel:
         return logits if head_adapters is None else self.adapters.ruled_out(logits, head_adapters)
 
 
+def _share_kernels(tree: nn.Module) -> None:
+    """Have one kernel read all quantized matrices of a card, whatever widths they have.
+
+    Compiling takes seconds for each width. Sets of widths differ from matrix to matrix in an EXL2 model, and a kernel
+    for each would be compiled for minutes; a launch for each width would leave most of the card idle at its end.
+    """
+    linears = [module for module in tree.modules() if isinstance(module, Linear)]
+    mixtures = [module for module in tree.modules() if isinstance(module, Experts)]
+    of_experts = [weight for module in mixtures for weight in (*module.gate_up, *module.down)]
+    widths = widths_of([*(linear.weight for linear in linears), *of_experts])
+    for linear in linears:
+        linear.weight = read_by(linear.weight, widths)
+    for module in mixtures:
+        module.gate_up, module.down = (
+            weights if isinstance(weights, Tensor) else [read_by(weight, widths) for weight in weights]
+            for weights in (module.gate_up, module.down)
+        )
+
+
 def build(blueprint: Blueprint, progress: Callable[[float], None] = lambda share: None) -> LoadedModel:
     """Fill the model, once. Raises BackendError for weights that can't be."""
     model, checkpoint, names, device = blueprint.tree, blueprint.checkpoint, blueprint.names, blueprint.device
@@ -92,6 +111,7 @@ def build(blueprint: Blueprint, progress: Callable[[float], None] = lambda share
         linears = [module for module in model.modules() if isinstance(module, Linear)]
         kernels = dispatch.describe(device, is_exllama=any(runs_exllama(linear.weight) for linear in linears))
         notes.append(f"weights: {quantization.describe()}, run by {kernels} kernels")
+    _share_kernels(model)
     for module in model.modules():
         if isinstance(module, Experts):
             module.settle()

@@ -63,11 +63,15 @@ class Experts(nn.Module):
             if len(places):
                 rows = places // top_k_index.shape[1]
                 adapters = None if self.current.adapters is None else self.current.adapters.at(rows)
-                gate_up = _adapted(hidden_states[rows], self.gate_up[expert], self.gate_up_adapters[expert], adapters)
-                middle = dispatch.gated(gate_up, self.activation)
-                mixed = _adapted(middle, self.down[expert], self.down_adapters[expert], adapters)
+                mixed = self.one(expert, hidden_states[rows], adapters)
                 result.index_add_(0, rows, mixed * top_k_weights.flatten()[places].unsqueeze(1).to(mixed.dtype))
         return result
+
+    def one(self, expert: int, x: Tensor, adapters: AdapterRows | None) -> Tensor:
+        """What one expert makes of x [T, K]: [T, K]."""
+        gate_up = _adapted(x, self.gate_up[expert], self.gate_up_adapters[expert], adapters)
+        middle = dispatch.gated(gate_up, self.activation)
+        return _adapted(middle, self.down[expert], self.down_adapters[expert], adapters)
 
 
 def _projections(

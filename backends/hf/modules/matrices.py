@@ -1,7 +1,9 @@
 """The forms that a linear's weight takes in memory, and what each is multiplied by."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
+from operator import or_
 
 import torch
 from torch import Tensor
@@ -105,6 +107,28 @@ def stacked(weights: Tensor | Sequence[Matrix]) -> tuple[Tensor | tuple[ColumnSt
         return None
     parts = zip(*(parts for _, parts in known), strict=True)
     return tuple(stack for stack, _ in known), [Columns(matrices) for matrices in parts]
+
+
+def widths_of(weights: Iterable[Matrix]) -> int:
+    """All widths of quantized matrices on a card, as ColumnMatrix.widths tells them."""
+    return reduce(or_, (matrix.widths for weight in weights for matrix in _columns(weight)), 0)
+
+
+def read_by(weight: Matrix, widths: int) -> Matrix:
+    """The same, read by the kernel that knows these widths, which are its own and perhaps others."""
+    if isinstance(weight, Columns):
+        return Columns(tuple(replace(matrix, widths=widths) for matrix in weight.matrices))
+    if isinstance(weight, Mixed):
+        return Mixed(tuple(read_by(part, widths) for part in weight.parts))
+    return weight
+
+
+def _columns(weight: Matrix) -> Iterator[ColumnMatrix]:
+    if isinstance(weight, Columns):
+        yield from weight.matrices
+    elif isinstance(weight, Mixed):
+        for part in weight.parts:
+            yield from _columns(part)
 
 
 def side_by_side(pieces: Sequence[Piece], device: torch.device, *, is_expert: bool = False) -> Matrix:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import torch
 
 from tightrope.backends.errors import BackendError, DeviceLost, OutOfMemory
+from tightrope.kernels import dispatch
 
 # Torch's allocator on a card has an error of its own. Whoever else finds no memory is told by these words alone: the
 # driver, cuBLAS, Triton's launcher, and torch's allocator on a CPU.
@@ -25,6 +26,8 @@ def failing_as(work: str, device: torch.device) -> Iterator[None]:
         yield
     except errors_of(device) as error:
         raise _named(error, work, device) from error
+    finally:
+        dispatch.compiling.end()  # A compile that has failed doesn't say so.
 
 
 def errors_of(device: torch.device) -> tuple[type[Exception], ...]:

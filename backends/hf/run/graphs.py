@@ -26,6 +26,8 @@ SHORT_CONTEXT, SMALL_BATCH = 2048, 2
 log = logging.getLogger("tightrope.hf")
 
 Replay = Callable[[], Tensor]
+TablesOf = Callable[[int], Mapping[str, RopeTable]]
+EmbeddedOf = Callable[[Tensor], Tensor | None]
 
 
 class Forward(Protocol):
@@ -132,6 +134,22 @@ class DecodeGraphs:
             return self._forward(token_ids, step, tables, rows, adapters, embedded)
         logits = self._graphs[key]()
         return logits[:num_seqs].clone() if len(rows) == num_seqs else logits[rows]
+
+    def record_all(self, tables_of: TablesOf, embedded_of: EmbeddedOf, progress: Callable[[float], None]) -> None:
+        """Record now all that steps without adapters can ask for.
+
+        tables_of, embedded_of: the tables of so many sequences, and what LoadedModel.embedded gives for token ids.
+        """
+        device = self._token_ids.device
+        sizes = recordings(self._largest, self._max_model_len)
+        for num_done, (size, context) in enumerate(sizes, 1):
+            step = replace(_empty_step(size, 1, device), max_context_len=context)
+            if self._step.windowed is not None:
+                step = replace(step, windowed=step)
+            token_ids = torch.zeros(size, dtype=torch.int64, device=device)
+            rows = torch.arange(size, device=device)
+            self.forward(token_ids, step, tables_of(size), rows, embedded=embedded_of(token_ids))
+            progress(num_done / len(sizes))
 
     def _forget_moved(self, tables: Mapping[str, RopeTable]) -> None:
         """Angles are read where they lie; when one table has grown it lies elsewhere, and graphs are recorded anew."""

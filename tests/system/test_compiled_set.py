@@ -1,0 +1,65 @@
+"""All kernels that models of every format launch compile for the cards that people own."""
+
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checkout import FORMATS, ROOT
+
+from bench.gpu.experts import MIXTURE
+from bench.gpu.model import FULL
+from bench.gpu.random_weights import exl2_entries, gptq_entries, plain_entries, random_model
+from tightrope.backends.hf.run.rotary import RotarySets
+from tightrope.backends.hf.run.warmup import Steps, gather
+from tightrope.backends.hf.warm import META, meta_steps
+from tightrope.backends.rope.scaling import resolve_rope
+from tightrope.backends.settings import ModelSettings, RopeSettings
+from tightrope.backends.threads import compute_threads
+from tightrope.kernels import dispatch
+
+pytestmark = pytest.mark.slow
+
+YI_34B = {**FULL, "num_hidden_layers": 1}  # all of its layers launch the same
+LARGE = {
+    "Yi-34B in bf16": (YI_34B, plain_entries),
+    "Yi-34B in EXL2": (YI_34B, exl2_entries),
+    "Yi-34B in GPTQ": (YI_34B, gptq_entries),
+    "a mixture in GPTQ": (YI_34B | MIXTURE, gptq_entries),
+    "a mixture in bf16": (YI_34B | MIXTURE, plain_entries),
+}
+TINY = ("llama-gptq-4bit-32g-actorder", "llama-awq-4bit-32g", "llama-untied-bnb-nf4", "llama-exl2-mixed-h6")
+
+
+@cache
+def steps_of(name: str) -> Steps:
+    settings = ModelSettings(adapter_folder=str(Path.cwd()))  # some folder: kernels of adapters are wanted, too
+    if name in TINY:
+        return meta_steps(FORMATS / "tiny" / name, settings)
+    sizes, entries = LARGE[name]
+    model, _ = random_model(sizes, entries(sizes), META, lambda line: None)
+    config = {"rope_theta": 5e6, "max_position_embeddings": 24_000, "head_dim": 128, **sizes}
+    rotary = {key: RotarySets(spec, 24_000, META) for key, spec in resolve_rope(config, RopeSettings(), 0).items()}
+    return Steps.of(settings, model, rotary, "q8", 24_000)
+
+
+@pytest.mark.parametrize("architecture", [86, 89, 90])  # RTX 30, RTX 40, H100 and H200
+def test_every_kernel_of_every_format_compiles(architecture: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    launches: dict[str, Any] = {}
+    with dispatch.standing_in(architecture):
+        for name in (*LARGE, *TINY):
+            launches |= gather(steps_of(name))
+
+        num_compiled = dispatch.compile_all(launches, compute_threads(0), lambda share: None)
+
+    names = {kernel.__name__ for kernel in launches.values()}
+    assert names == kernels_there_are()
+    assert num_compiled == len(launches)
+
+
+def kernels_there_are() -> set[str]:
+    """Whatever is marked as one in kernels/triton."""
+    texts = [path.read_text("utf-8") for path in (ROOT / "kernels/triton").glob("*.py")]
+    return {name for text in texts for name in re.findall(r"^@kernel\ndef (\w+)", text, re.MULTILINE)}
