@@ -93,12 +93,13 @@ class HFBackend:
             with failing_as("compiling kernels", device):
                 warm_up(steps, threads, lambda done: progress(WEIGHTS + KERNELS * done))
         factors: list[Tensor] = []
-        if plan.cache_dtype != "f16":  # Before the cache, beside which there may be no room for it.
-            over = partial(ModelRunner, model, rotary=rotary, threads=threads)
-            factors = key_factors(over, model, tokenizer, self.steps, plan.step_tokens)
-        self.runner = ModelRunner(model, _allocate(plan, model), rotary, threads, _scratch(plan, model))
-        for cache, factor in zip(self.runner.caches, factors, strict=bool(factors)):
-            cache.key_factor.copy_(factor)
+        with failing_as("setting up the cache", device):
+            if plan.cache_dtype != "f16":  # Before the cache, beside which there may be no room for it.
+                over = partial(ModelRunner, model, rotary=rotary, threads=threads)
+                factors = key_factors(over, model, tokenizer, self.steps, plan.step_tokens)
+            self.runner = ModelRunner(model, _allocate(plan, model), rotary, threads, _scratch(plan, model))
+            for cache, factor in zip(self.runner.caches, factors, strict=bool(factors)):
+                cache.key_factor.copy_(factor)
         self.kv: KVCache
         self.kv = self._pages = PagedKVCache(
             plan.num_pages,

@@ -87,12 +87,13 @@ def test_a_device_that_is_lost_in_a_step_ends_the_loop(backend: HFBackend, monke
         written(make_core(backend), "old")
 
 
-def test_a_load_that_finds_no_memory_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch):
-    def build(*given: object) -> None:
+@pytest.mark.parametrize(("part", "work"), [("build", "loading the model"), ("key_factors", "setting up the cache")])
+def test_a_load_that_finds_no_memory_is_refused_in_one_line(part: str, work: str, monkeypatch: pytest.MonkeyPatch):
+    def fails(*given: object) -> None:
         raise NO_MEMORY
 
-    monkeypatch.setattr(hf, "build", build)
+    monkeypatch.setattr(hf, part, fails)
 
     with pytest.raises(OutOfMemory) as caught:
         HFBackend(ADAPTERS / "llama-bf16", SETTINGS, lambda share: None)
-    assert str(caught.value) == ("out of memory in loading the model: CUDA out of memory. Tried to allocate 64.00 MiB.")
+    assert str(caught.value) == f"out of memory in {work}: CUDA out of memory. Tried to allocate 64.00 MiB."

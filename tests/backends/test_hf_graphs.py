@@ -364,6 +364,20 @@ def test_rows_of_a_table_elsewhere_are_brought_along_in_a_fixed_place():
         assert torch.equal(found[:, -1], embedded[:, 0])
 
 
+class Failing(Recorder):
+    """Fails at the second recording."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self._error = error
+
+    def __call__(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        super().__call__(run)
+        if self.recordings == 2:
+            raise self._error
+        return run
+
+
 @pytest.mark.parametrize(
     "error",
     [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("operation not permitted when stream is capturing")],
@@ -371,14 +385,7 @@ def test_rows_of_a_table_elsewhere_are_brought_along_in_a_fixed_place():
 def test_a_recording_that_fails_turns_graphs_off_and_its_step_runs_as_it_is(
     error: Exception, caplog: pytest.LogCaptureFixture
 ):
-    class Failing(Recorder):
-        def __call__(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
-            super().__call__(run)
-            if self.recordings == 2:
-                raise error
-            return run
-
-    model, recorder = Model(), Failing()
+    model, recorder = Model(), Failing(error)
     graphs = graphs_of(model, recorder)
     for lengths in ([10], [10, 20], [10], [10, 20, 30]):  # The second is recorded in vain, the first is no more.
         token_ids, step = decode_step(lengths)
@@ -389,3 +396,16 @@ def test_a_recording_that_fails_turns_graphs_off_and_its_step_runs_as_it_is(
         assert torch.equal(found, Model().forward(token_ids, step, tables, rows))
     assert recorder.recordings == 2
     assert caplog.messages == [f"graphs=off: a step of 2 tokens can't be recorded: {error}"]
+
+
+def test_no_more_is_recorded_ahead_after_a_recording_that_failed(caplog: pytest.LogCaptureFixture):
+    model, recorder = Model(), Failing(torch.OutOfMemoryError("CUDA out of memory"))
+    graphs = graphs_of(model, recorder, max_num_seqs=8)
+    table = rope_table([0] * 8)
+
+    graphs.record_all(
+        lambda size: {"default": replace(table, set_of=table.set_of[:size])}, lambda token_ids: None, lambda share: None
+    )
+
+    assert recorder.recordings == 2 < len(recordings(8, LONGEST))
+    assert caplog.messages == ["graphs=off: a step of 4 tokens can't be recorded: CUDA out of memory"]

@@ -136,7 +136,7 @@ class DecodeGraphs:
         return logits[:num_seqs].clone() if len(rows) == num_seqs else logits[rows]
 
     def record_all(self, tables_of: TablesOf, embedded_of: EmbeddedOf, progress: Callable[[float], None]) -> None:
-        """Record now all that steps without adapters can ask for.
+        """Record now all that steps without adapters can ask for, until a recording fails.
 
         tables_of, embedded_of: the tables of so many sequences, and what LoadedModel.embedded gives for token ids.
         """
@@ -150,6 +150,8 @@ class DecodeGraphs:
             rows = torch.arange(size, device=device)
             self.forward(token_ids, step, tables_of(size), rows, embedded=embedded_of(token_ids))
             progress(num_done / len(sizes))
+            if not self._is_on:
+                return
 
     def _forget_moved(self, tables: Mapping[str, RopeTable]) -> None:
         """Angles are read where they lie; when one table has grown it lies elsewhere, and graphs are recorded anew."""
