@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bench.gpu.cases import Case, Shape, make_case
 from bench.gpu.matrices import random_matrix, random_nf4
-from bench.gpu.run import Row, Run, compared, tried
+from bench.gpu.run import Row, Run, compared, compile_ahead, tried
 from tightrope.kernels import dispatch, reference
 from tightrope.kernels.forms.column_stack import ColumnStack, stack_columns
 from tightrope.kernels.forms.columns import to_columns
@@ -31,9 +31,11 @@ Times = Callable[[Tensor], Tensor]
 
 
 def rows(run: Run) -> Iterator[Row]:
-    for checks in (_layers, _products, _low_rank, _experts):
-        for title, check in checks(run):
-            yield tried(title, check)
+    checks = [check for checks in (_layers, _products, _low_rank, _experts) for check in checks(run)]
+    ahead = checks[:2] if run.is_smoke else checks  # an interpreter compiles nothing
+    yield {"compiled": compile_ahead([check for _, check in ahead])}
+    for title, check in checks:
+        yield tried(title, check)
 
 
 def _layers(run: Run) -> Iterator[Check]:

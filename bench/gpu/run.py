@@ -1,7 +1,8 @@
 """What every slice is given, and the rows that it gives."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -9,6 +10,7 @@ import torch
 
 from bench.gpu.listing.cards import CARDS
 from bench.gpu.timing import memory_bandwidth, processor_cycles
+from tightrope.kernels import dispatch
 
 RTX_3090 = next(card for card in CARDS if card.name == "RTX 3090")
 BYTES_A_CYCLE = RTX_3090.bandwidth / (RTX_3090.num_processors * RTX_3090.clock)  # that each multiprocessor is delivered
@@ -65,6 +67,20 @@ def tried(row: Row, work: Callable[[], Row]) -> Row:
         return row | work()
     except Exception as error:  # whatever a kernel raises when it is compiled or launched
         return row | {"failed": reason(error), "holds": False}
+
+
+def compile_ahead(works: Sequence[Callable[[], object]]) -> int:
+    """Compile on all cores what the works launch; one after the other would take minutes. Returns how many were new.
+
+    A kernel that can't be compiled is told where it is used.
+    """
+    with dispatch.gathered() as launches:
+        for work in works:
+            with suppress(Exception):  # what is noted doesn't run, and may leave numbers that nobody expects
+                work()
+    with suppress(RuntimeError):
+        return dispatch.compile_all(launches, len(os.sched_getaffinity(0)), lambda done: None)
+    return 0
 
 
 def reason(error: BaseException) -> str:
