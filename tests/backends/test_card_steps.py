@@ -6,8 +6,7 @@ On the meta device every read of a number raises, so a step that ends has read n
 import re
 from collections import Counter
 from collections.abc import Callable
-from functools import cache, partial
-from pathlib import Path
+from functools import partial
 
 import pytest
 import torch
@@ -51,11 +50,10 @@ class OnCard(TorchDispatchMode):
         return result
 
 
-@cache
-def launches(kind: str, name: str, num_layers: int, folder: Path) -> int:
+def launches(kind: str, name: str, num_layers: int) -> int:
     """Kernels of ours and of torch that a step launches."""
     with pretending() as ours, torch.inference_mode():
-        model, _ = meta_model(kind, num_layers, folder)
+        model, _ = meta_model(kind, num_layers)
         step = MetaStep.of(model, STEPS[name])
         with OnCard() as card:
             step.run(model, len(STEPS[name]))
@@ -73,8 +71,8 @@ def told() -> dict[str, dict[str, int]]:
 
 @pytest.mark.parametrize("name", STEPS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_step_reads_nothing_from_the_card_and_launches_what_the_table_tells(kind: str, name: str, tmp_path: Path):
-    a_layer = launches(kind, name, 3, tmp_path) - launches(kind, name, 2, tmp_path)
+def test_a_step_reads_nothing_from_the_card_and_launches_what_the_table_tells(kind: str, name: str):
+    a_layer = launches(kind, name, 3) - launches(kind, name, 2)
 
     assert a_layer == told()[kind][name]
     assert name not in DECODES or a_layer <= MOST_LAUNCHES
@@ -82,7 +80,7 @@ def test_a_step_reads_nothing_from_the_card_and_launches_what_the_table_tells(ki
 
 @pytest.mark.parametrize("name", DECODES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_recorded_step_leaves_nothing_allocated_but_its_result(kind: str, name: str, tmp_path: Path):
+def test_a_recorded_step_leaves_nothing_allocated_but_its_result(kind: str, name: str):
     left: list[list[int]] = []
 
     def capture(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
@@ -93,7 +91,7 @@ def test_a_recorded_step_leaves_nothing_allocated_but_its_result(kind: str, name
         return lambda: result
 
     with pretending(), torch.inference_mode():
-        model, _ = meta_model(kind, 2, tmp_path)
+        model, _ = meta_model(kind, 2)
         step = MetaStep.of(model, STEPS[name])
         forward = partial(model.forward, step.caches)
         graphs = DecodeGraphs(forward, len(STEPS[name]), WINDOW, META, capture)

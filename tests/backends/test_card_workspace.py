@@ -1,7 +1,6 @@
 """The workspace that is planned for a card, against what a whole model's step holds there at a time."""
 
 from dataclasses import fields, is_dataclass
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,11 +20,11 @@ CLOSE = 0.05  # of what is held
 WINDOW = 4096
 
 
-def held_and_planned(kind: str, num_tokens: int, folder: Path, *, all_rows: bool) -> tuple[int, int]:
+def held_and_planned(kind: str, num_tokens: int, *, all_rows: bool) -> tuple[int, int]:
     """Bytes that a prompt's step takes from the card at a time, rounded as torch's allocator does, and the plan's."""
     settings = ModelSettings()
     with pretending(), torch.inference_mode():
-        model, blueprint = meta_model(kind, 2, folder)
+        model, blueprint = meta_model(kind, 2)
         rows = min(num_tokens, logits_rows(settings, blueprint.shape, num_tokens)) if all_rows else 1
         step = MetaStep.of(model, [(num_tokens, WINDOW)])
         with LiveBytes(held_bytes) as live:
@@ -37,8 +36,8 @@ def held_and_planned(kind: str, num_tokens: int, folder: Path, *, all_rows: bool
 
 @pytest.mark.parametrize("num_tokens", [256, 512, 1024, 2048])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_planned_workspace_is_what_a_step_holds_within_five_percent(kind: str, num_tokens: int, tmp_path: Path):
-    held, planned = held_and_planned(kind, num_tokens, tmp_path, all_rows=True)
+def test_the_planned_workspace_is_what_a_step_holds_within_five_percent(kind: str, num_tokens: int):
+    held, planned = held_and_planned(kind, num_tokens, all_rows=True)
 
     assert abs(planned - held) <= CLOSE * held
 
@@ -58,10 +57,10 @@ def on_card(value: object, found: dict[int, int]) -> dict[int, int]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_planned_weights_are_those_that_a_model_holds_within_a_percent(kind: str, tmp_path: Path):
+def test_the_planned_weights_are_those_that_a_model_holds_within_a_percent(kind: str):
     found: dict[int, int] = {}
     with pretending():
-        model, blueprint = meta_model(kind, 2, tmp_path)
+        model, blueprint = meta_model(kind, 2)
     for module in model.tree.modules():
         if isinstance(module, Embedding):
             continue  # Its table is on the host.
@@ -77,7 +76,7 @@ def test_the_planned_weights_are_those_that_a_model_holds_within_a_percent(kind:
 
 @pytest.mark.parametrize("num_tokens", [1, 4, 40])
 @pytest.mark.parametrize("kind", KINDS)
-def test_short_steps_hold_no_more_than_is_planned(kind: str, num_tokens: int, tmp_path: Path):
-    held, planned = held_and_planned(kind, num_tokens, tmp_path, all_rows=False)
+def test_short_steps_hold_no_more_than_is_planned(kind: str, num_tokens: int):
+    held, planned = held_and_planned(kind, num_tokens, all_rows=False)
 
     assert held <= (1 + CLOSE) * planned

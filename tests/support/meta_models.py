@@ -8,9 +8,10 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from math import prod
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -209,8 +210,9 @@ def pretending() -> Iterator[Launches]:
         yield launches
 
 
-def meta_model(name: str, num_layers: int, folder: Path) -> tuple[LoadedModel, Blueprint]:
-    """The model of a kind, and what it was drawn from; to be used while pretending."""
+@cache
+def meta_model(name: str, num_layers: int) -> tuple[LoadedModel, Blueprint]:
+    """The model of a kind, and what it was drawn from; to be made and used while pretending."""
     kind = KINDS[name]
     sizes = {**kind.sizes, "num_hidden_layers": num_layers}
     entries = {entry.name: entry for entry in kind.entries(sizes)}
@@ -223,11 +225,12 @@ def meta_model(name: str, num_layers: int, folder: Path) -> tuple[LoadedModel, B
         "tie_word_embeddings": False,
         **sizes,
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config))
-    headers = Headers(folder, entries, (Shard(FILE, tuple(entries)),))
-    blueprint = draw(folder, read_config(folder), headers, device=META)
-    return build(blueprint), blueprint
+    with TemporaryDirectory() as path:
+        folder = Path(path)
+        (folder / "config.json").write_text(json.dumps(config))
+        headers = Headers(folder, entries, (Shard(FILE, tuple(entries)),))
+        blueprint = draw(folder, read_config(folder), headers, device=META)
+        return build(blueprint), blueprint
 
 
 @dataclass(frozen=True)
