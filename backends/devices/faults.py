@@ -26,7 +26,8 @@ def num_cards() -> int:
 def no_cards(host: Host) -> str:
     """Why torch finds no card on a machine."""
     if torch.version.cuda is None:
-        return f"torch {torch.__version__} is built without CUDA: install torch's build for CUDA"
+        build = "install torch's build for CUDA, as make serve DEVICE=cuda does"
+        return f"torch {torch.__version__} is built without CUDA: {build}"
     if not host.has_card:
         return "there is no NVIDIA card on this machine"
     return _driver(host) or _nodes(host) or _torch()

@@ -193,7 +193,7 @@ def test_a_torch_without_cuda_beside_a_card_is_told(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
     assert said(host, caplog, asked).endswith(
-        ": torch 2.13.0+cpu is built without CUDA: install torch's build for CUDA"
+        ": torch 2.13.0+cpu is built without CUDA: install torch's build for CUDA, as make serve DEVICE=cuda does"
     )
 
 
