@@ -1,15 +1,17 @@
 """The listing of the CUDA kernels: how machine code is read, what is committed, and the bars, compiled anew."""
 
+import json
 from pathlib import Path
 
 import pytest
 import triton
 
+from bench import report
 from bench.gpu.listing.cards import CARDS, Card, programs_at_once
 from bench.gpu.listing.cases import cases
 from bench.gpu.listing.compiled import Compiled, Instruction
 from bench.gpu.listing.pipes import busy, loop
-from bench.gpu.listing.table import Row, mixed, row_of
+from bench.gpu.listing.table import BARS, Row, mixed, row_of
 
 RTX_3090 = CARDS[0]
 
@@ -63,6 +65,21 @@ def test_registers_shared_memory_and_warps_bound_the_programs_of_a_multiprocesso
     registers: int, shared: int, warps: int, programs: int
 ):
     assert programs_at_once(Compiled(registers, 0, shared, warps, ()), RTX_3090) == programs
+
+
+@pytest.mark.quick
+def test_the_committed_listing_is_of_every_card_and_holds_its_bars():
+    rows = json.loads((report.RESULTS / "listing.json").read_text())["results"]["kernels"]
+
+    assert {row["card"] for row in rows} == {card.name for card in CARDS}
+    assert [row for row in rows if not row["holds"] or row["spills"]] == []
+    kinds = ("exl2 4.65 bits", "gptq 4 bits", "gptq 4 bits act-order", "awq 4 bits", "nf4")
+    wanted = {f"{kind}, {count}" for kind in kinds for count in ("1 row", "8 rows", "8 rows of bf16")}
+    assert {row["case"] for row in rows if row["bar"] is not None} == wanted
+    for row in rows:
+        if row["bar"] is not None:
+            assert max(row["shares"].values()) <= row["bar"]
+            assert row["bar"] == next(bar for kind, bar in BARS.items() if row["case"].startswith(kind))
 
 
 @pytest.mark.slow
