@@ -146,16 +146,18 @@ def test_experts_stay_with_the_host_and_answer_as_on_the_card(tmp_path: Path, ca
         with load(path, settings(n_cpu_moe=experts, **plain)) as backend:
             sizes.append(allocated(caplog)["Vulkan0", "model"])
             assert divergence(lone_logits(backend, token_ids), logits) < MOST_DIVERGENCE
-        assert ("buffer type overridden to CPU" in caplog.text) == (experts > 0)
+        assert ("buffer type overridden to" in caplog.text) == (experts > 0)
     assert sizes == sorted(sizes, reverse=True)
 
 
-def test_a_window_that_the_card_does_not_hold_is_refused_though_the_host_would(card: Card) -> None:
+def test_a_window_that_the_cards_do_not_hold_is_refused_though_the_host_would() -> None:
     header = read_header(bundled_model())
     token = ModelShape.of(header).cache_bytes(*[CACHE_TYPES["q8"].key_type] * 2)
-    tokens = math.ceil(card.memory.free_bytes / token)
+    tokens = math.ceil(sum(card.memory.free_bytes for card in cards_for(ALL)) / token)
 
-    with pytest.raises(DoesNotFit, match=r"31 layers and a cache of \d+ tokens as q8 need .* is free on Vulkan0"):
+    with pytest.raises(
+        DoesNotFit, match=r"31 layers and a cache of \d+ tokens as q8 need .* is free on Vulkan0 and Vulkan1"
+    ):
         GGUFBackend(
             bundled_model(), settings(max_model_len=tokens, cache={"dtype": "q8", "tokens": tokens}), lambda _: None
         )
