@@ -2,7 +2,7 @@
 
 `python -m bench.gpu.listing` needs no card: Triton brings the compiler, the assembler and the tool that lists. Writes
 bench/results/listing.json and exits with 1 for a kernel that spills registers, or keeps a pipe busy for longer than its
-bar. `--arch 86` compiles for one card alone, `--only TEXT,TEXT` what has one in its name; both only print.
+bar. `--arch 86` compiles for one card alone, `--only TEXT ...` what has one in its name; both only print.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from bench.gpu.listing.table import Row, mixed, row_of
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu.listing", description=__doc__.partition("\n")[0])
     parser.add_argument("--arch", type=int, choices=[card.capability for card in CARDS], help="one card alone")
-    parser.add_argument("--only", default="", metavar="TEXT", help="what has TEXT, or one of several, in its name")
+    parser.add_argument("--only", nargs="+", default=[""], metavar="TEXT", help="what has one of these in its name")
     arguments = parser.parse_args()
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -31,14 +31,14 @@ def main() -> int:
             if arguments.arch in (None, card.capability):
                 of_card: list[Row] = []
                 for case in cases(card.num_processors):
-                    if any(text in case.name for text in arguments.only.split(",")):
+                    if any(text in case.name for text in arguments.only):
                         of_card.append(row_of(case, card))
                         print(_line(of_card[-1]), flush=True)
                 rows += mixed(of_card)
     failing = [row for row in rows if not row.holds]
     for row in failing:
         print(f"fails: {row.card}, {row.case}, {row.kernel}: {', '.join(_reasons(row))}", file=sys.stderr)
-    if arguments.arch is None and not arguments.only:
+    if arguments.arch is None and arguments.only == [""]:
         written = report.write(
             "listing", {"kernels": [{**asdict(row), "bar": row.bar, "holds": row.holds} for row in rows]}
         )
