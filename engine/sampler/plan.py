@@ -31,7 +31,9 @@ def plan(params: SamplingParams) -> Plan:
     num_head = next((i for i, step in enumerate(active) if not _fits_whole_row(step, params)), len(active))
     names = tuple(step.name for step in active)
     head, steps = names[:num_head], names[num_head:]
-    is_native = params.min_keep <= 1 and steering is None and steps == tuple(s for s in NATIVE if s in steps)
+    keeps_likeliest = "typical_p" not in steps  # Others leave the likeliest token whatever else they remove.
+    is_native = params.min_keep <= keeps_likeliest and steps == tuple(s for s in NATIVE if s in steps)
+    is_native = is_native and steering is None
     return Plan(head, steps, order, is_native, steering)
 
 

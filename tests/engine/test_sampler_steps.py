@@ -92,9 +92,12 @@ def logits_row(shape: str, vocab_size: int, seed: int) -> np.ndarray:
 
 
 def expected(row: np.ndarray, p: SamplingParams, place: int) -> reference.Distribution:
-    """What the reference keeps; the example is dropped where a border lies within EDGE of a token."""
+    """What the reference keeps; examples are dropped where a border or a rival lies within EDGE of a token."""
     exact, acts = row.astype(np.float64), dice(p.seed or 0, place) < p.xtc_probability
     kept = reference.truncate(exact, p, acts=acts)
+    for factor in (1 - EDGE, 1 + EDGE):  # Two tokens may be as typical as each other, one likelier and one less likely.
+        other = reference.truncate(exact * factor, p, acts=acts)
+        assume({token for token, _ in other} == {token for token, _ in kept})
     for name in THRESHOLDS:
         value, neutral = getattr(p, name), getattr(NEUTRAL, name)
         for factor in (1 - EDGE, 1 + EDGE) if value != neutral else ():
@@ -311,6 +314,20 @@ def test_a_token_is_listed_whose_share_of_the_whole_is_too_small_for_a_float64()
         listed = dict(drawn.top)
         assert {0, 1} <= listed.keys()
         assert listed.get(2, exponent) == pytest.approx(exponent - math.log(2), abs=0.7)
+
+
+def test_min_keep_leaves_the_likeliest_token_that_is_not_typical_whether_it_is_listed_or_only_drawn():
+    for place in range(40):
+        states = [
+            SamplerState(SamplingParams(typical_p=0.2, min_keep=1, seed=place), [], 7, logprobs)
+            for logprobs in (LogprobRequest(processed=True, top=7), None)
+        ]
+        logits = torch.tensor([[2.0, 0.0, 0.1, 0.2, 0.3, 0.4, 0.5]])
+        listed, drawn = (sample(logits, [state])[0] for state in states)
+        assert listed is not None
+        assert drawn is not None
+        assert 0 in dict(listed.top)
+        assert drawn.token_id == listed.token_id
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
