@@ -30,7 +30,7 @@ def stack_columns(matrices: Sequence[ColumnMatrix]) -> tuple[ColumnStack, tuple[
     None where they can't be stacked: their sizes, or kinds of scales, zero points or books differ.
     """
     first = matrices[0]
-    if any(_kind(matrix) != _kind(first) for matrix in matrices) or not _have_one_book(matrices):
+    if any(_kind(matrix) != _kind(first) for matrix in matrices) or not have_one_book(matrices):
         return None
     most = max(len(matrix.shares) for matrix in matrices)
     shares, groups = [], []
@@ -39,30 +39,34 @@ def stack_columns(matrices: Sequence[ColumnMatrix]) -> tuple[ColumnStack, tuple[
         offsets = torch.tensor([0, block, block, word], dtype=torch.int32, device=matrix.shares.device)
         shares.append(F.pad(matrix.shares + offsets, (0, 0, 0, most - len(matrix.shares))))
         groups.append(matrix.group_of + group)
-        word, block, group = word + len(matrix.words), block + len(matrix.group_of), group + _num_groups(matrix)
+        word, block, group = word + len(matrix.words), block + len(matrix.group_of), group + num_groups(matrix)
     whole = replace(
         first,
         widths=reduce(or_, (matrix.widths for matrix in matrices)),
         words=torch.cat([matrix.words for matrix in matrices]),
-        source=torch.cat([_source(matrix) for matrix in matrices]),
+        source=torch.cat([source_of(matrix) for matrix in matrices]),
         group_of=torch.cat(groups),
         shares=torch.cat(shares),
-        scales=_joined([matrix.scales for matrix in matrices]),
-        scale_codes=_joined([matrix.scale_codes for matrix in matrices]),
-        group_max=_joined([matrix.group_max for matrix in matrices]),
-        zeros=_joined([matrix.zeros for matrix in matrices]),
+        scales=joined([matrix.scales for matrix in matrices]),
+        scale_codes=joined([matrix.scale_codes for matrix in matrices]),
+        group_max=joined([matrix.group_max for matrix in matrices]),
+        zeros=joined([matrix.zeros for matrix in matrices]),
     )
     return ColumnStack(whole, len(matrices)), tuple(_parts(whole, matrices))
 
 
 def _kind(matrix: ColumnMatrix) -> tuple[object, ...]:
-    """What must be the same for a kernel to read two matrices alike."""
+    return matrix.num_inputs, matrix.num_outputs, *kinds_of_tensors(matrix)
+
+
+def kinds_of_tensors(matrix: ColumnMatrix) -> tuple[torch.dtype | None, ...]:
+    """What must be the same, beside the inputs and the book, for a kernel to read two matrices alike."""
     tensors = (matrix.scales, matrix.scale_codes, matrix.group_max, matrix.zeros)
-    dtypes = (None if tensor is None else tensor.dtype for tensor in tensors)
-    return matrix.num_inputs, matrix.num_outputs, *dtypes
+    return tuple(None if tensor is None else tensor.dtype for tensor in tensors)
 
 
-def _have_one_book(matrices: Sequence[ColumnMatrix]) -> bool:
+def have_one_book(matrices: Sequence[ColumnMatrix]) -> bool:
+    """Whether the codes of all stand for the same numbers."""
     book = matrices[0].codebook
     if book is None:
         return all(matrix.codebook is None for matrix in matrices)
@@ -70,18 +74,21 @@ def _have_one_book(matrices: Sequence[ColumnMatrix]) -> bool:
     return all(other is not None and (other.is_meta or torch.equal(other, book)) for other in books)
 
 
-def _source(matrix: ColumnMatrix) -> Tensor:
+def source_of(matrix: ColumnMatrix) -> Tensor:
+    """ColumnMatrix.source, also where rows are in the order of the inputs."""
     rows = len(matrix.group_of) * BLOCK
     return torch.arange(rows, dtype=torch.int32, device=matrix.words.device) if matrix.source is None else matrix.source
 
 
-def _num_groups(matrix: ColumnMatrix) -> int:
+def num_groups(matrix: ColumnMatrix) -> int:
+    """Groups of rows that share a scale."""
     scales = matrix.scale_codes if matrix.scales is None else matrix.scales
     assert scales is not None
     return len(scales)
 
 
-def _joined(tensors: Sequence[Tensor | None]) -> Tensor | None:
+def joined(tensors: Sequence[Tensor | None]) -> Tensor | None:
+    """All that are there, one below the other."""
     found = [tensor for tensor in tensors if tensor is not None]
     return torch.cat(found) if found else None
 
@@ -90,7 +97,7 @@ def _parts(whole: ColumnMatrix, matrices: Sequence[ColumnMatrix]) -> Iterator[Co
     """The matrices with the stack's memory for all that is large."""
     word = group = 0
     for matrix in matrices:
-        words, groups = slice(word, word + len(matrix.words)), slice(group, group + _num_groups(matrix))
+        words, groups = slice(word, word + len(matrix.words)), slice(group, group + num_groups(matrix))
         word, group = words.stop, groups.stop
         yield replace(
             matrix,

@@ -17,6 +17,8 @@ BLOCK = 32  # Rows; a block of w bits is w words a column.
 SLICE_TILES = 256  # Tiles of a matrix that are laid out anew at a time.
 TILE_OUTPUTS = 256  # A program that multiplies one row takes so many.
 
+MEMBER_FIELDS = 6  # Of a row of ColumnMatrix.members.
+
 PROGRAMS = 1024  # A matrix is shared out to so many: several for each multiprocessor of the largest cards.
 FEWEST_BLOCKS = 4  # A program takes one for each of its warps, at least.
 MOST_ROWS = 64  # More are multiplied by a matrix that is expanded, in slices.
@@ -42,6 +44,12 @@ class ColumnMatrix:
     `shares` int32 [S, 4]: what is shared out to programs: width in bits, first block, end block and first word row of
     blocks of one width. `widths` has bit w set when there are blocks of w bits, and where other matrices of the model,
     which the same kernel reads, have such.
+
+    Matrices may be joined side by side, one launch for all: then words, scales, scale codes and zeros are flat, one
+    matrix's after the other's, as are the rows of the other tensors. Each has as many shares, some of no blocks; shares
+    and `group_of` count within their own matrix. `parts` are the matrices themselves, in the same memory. `members`
+    int32 [M, 6] tells of each of them what lies before it: tiles of 16 outputs, words and scales in sixteens, blocks,
+    and groups; and how many tiles it has. Of a single matrix that is one row.
     """
 
     num_inputs: int
@@ -51,23 +59,42 @@ class ColumnMatrix:
     source: Tensor | None
     group_of: Tensor
     shares: Tensor
+    members: Tensor
     scales: Tensor | None = None
     scale_codes: Tensor | None = None
     group_max: Tensor | None = None
     zeros: Tensor | None = None
     codebook: Tensor | None = None
+    parts: tuple["ColumnMatrix", ...] = ()
+
+    @property
+    def num_tiles(self) -> int:
+        """Tiles of outputs; the last may be partly empty."""
+        return sum(part.num_tiles for part in self.parts) if self.parts else self.words.shape[1] // TILE
+
+    def num_programs(self, num_outputs: int) -> int:
+        """How many take so many outputs each, of one matrix."""
+        return sum(-(-part.num_tiles * TILE // num_outputs) for part in self.parts or (self,))
+
+    @property
+    def num_shares(self) -> int:
+        """Programs that share the rows of an output."""
+        return len(self.shares) // max(1, len(self.parts))
 
     @property
     def num_bytes(self) -> int:
         """Bytes of all its tensors."""
-        parts = (self.words, self.source, self.group_of, self.shares, self.scales, self.scale_codes)
+        parts = (self.words, self.source, self.group_of, self.shares, self.members, self.scales, self.scale_codes)
         return sum(t.nbytes for t in (*parts, self.group_max, self.zeros, self.codebook) if t is not None)
 
 
-def to_columns(matrix: QuantizedMatrix | Nf4Matrix, device: torch.device | str | None = None) -> ColumnMatrix:
+def to_columns(
+    matrix: QuantizedMatrix | Nf4Matrix, device: torch.device | str | None = None, beside: int = 0
+) -> ColumnMatrix:
     """The same numbers in the layout of a card, on `device`; by default on the matrix's own.
 
-    Codes are laid out anew SLICE_TILES tiles at a time, so that little more than the two matrices is in memory.
+    beside: outputs of other matrices that it is to be joined with, so that fewer programs share its rows. Codes are
+    laid out anew SLICE_TILES tiles at a time, so that little more than the two matrices is in memory.
     """
     target = matrix.codes.device if device is None else torch.device(device)
 
@@ -76,11 +103,11 @@ def to_columns(matrix: QuantizedMatrix | Nf4Matrix, device: torch.device | str |
 
     if isinstance(matrix, Nf4Matrix):
         groups = matrix.num_inputs // matrix.blocksize
-        plain = _columns(matrix, None, [matrix.blocksize] * groups, [4] * groups, target)
+        plain = _columns(matrix, None, [matrix.blocksize] * groups, [4] * groups, target, beside)
         return replace(plain, scales=across(matrix.scales), codebook=matrix.codebook.to(target))
     counts = matrix.group_starts.diff().tolist()
     return replace(
-        _columns(matrix, matrix.source, counts, matrix.group_bits.tolist(), target),
+        _columns(matrix, matrix.source, counts, matrix.group_bits.tolist(), target, beside),
         scales=across(matrix.scales),
         scale_codes=across(matrix.scale_codes),
         group_max=None if matrix.group_max is None else matrix.group_max.to(target),
@@ -89,8 +116,9 @@ def to_columns(matrix: QuantizedMatrix | Nf4Matrix, device: torch.device | str |
 
 
 def _columns(
-    matrix: QuantizedMatrix | Nf4Matrix, source: Tensor | None, counts: list[int], bits: list[int], device: torch.device
-) -> ColumnMatrix:
+    matrix: QuantizedMatrix | Nf4Matrix, source: Tensor | None, counts: list[int], bits: list[int],
+    device: torch.device, beside: int,
+) -> ColumnMatrix:  # fmt: skip
     """The matrix without its scales; its stored rows are in groups of `counts` rows."""
     num_blocks = [-(-count // BLOCK) for count in counts]
     num_words = sum(width * count for width, count in zip(bits, num_blocks, strict=True))
@@ -103,7 +131,7 @@ def _columns(
     if any(count % BLOCK for count in counts):
         rows = torch.arange(sum(counts), dtype=torch.int32) if source is None else source.cpu()
         source = _filled_up(rows.unsqueeze(1), counts, -1).squeeze(1)
-    widths, shares = share_out(bits, num_blocks, -(-matrix.num_outputs // TILE_OUTPUTS))
+    widths, shares = share_out(bits, num_blocks, -(-(matrix.num_outputs + beside) // TILE_OUTPUTS))
     return ColumnMatrix(
         matrix.num_inputs,
         matrix.num_outputs,
@@ -112,6 +140,7 @@ def _columns(
         None if source is None else source.to(device),
         torch.arange(len(bits), dtype=torch.int32).repeat_interleave(torch.tensor(num_blocks)).to(device),
         shares.to(device),
+        torch.tensor([[0] * (MEMBER_FIELDS - 1) + [len(matrix.codes)]], dtype=torch.int32, device=device),
     )
 
 

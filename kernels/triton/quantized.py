@@ -37,7 +37,7 @@ def quantized_linear(x: Tensor, matrices: Sequence[ColumnMatrix], bias: Tensor |
         begin, end = end, end + matrix.num_outputs
         own_bias = None if bias is None else bias[begin:end]
         if len(x) > MOST_ROWS:
-            _multiply_expanded(x, matrix, own_bias, out[:, begin:end])
+            _multiply_parts(x, matrix, own_bias, out[:, begin:end])
         elif len(x):
             _multiply(x, matrix, own_bias, out[:, begin:end])
     return out
@@ -45,14 +45,16 @@ def quantized_linear(x: Tensor, matrices: Sequence[ColumnMatrix], bias: Tensor |
 
 def _multiply(x: Tensor, matrix: ColumnMatrix, bias: Tensor | None, out: Tensor) -> None:
     """x [T, K] times the matrix to `out` [T, N], whose rows may lie apart."""
-    num_shares, stride = len(matrix.shares), matrix.words.shape[1]
-    parts = x.new_empty(num_shares, len(x), stride, dtype=torch.float32)
+    num_shares, num_tiles = matrix.num_shares, matrix.num_tiles
+    parts = x.new_empty(num_shares, len(x), num_tiles * TILE, dtype=torch.float32)
     if len(x) == 1:
-        vector_parts[-(-stride // TILE_OUTPUTS), num_shares](
+        vector_parts[matrix.num_programs(TILE_OUTPUTS), num_shares](
             x,
             parts,
             *columns_of(matrix),
-            stride // TILE,
+            matrix.members,
+            len(matrix.members),
+            num_tiles,
             WIDTHS=matrix.widths,
             BLOCKS=4,
             OUTPUTS=TILE_OUTPUTS,
@@ -61,13 +63,15 @@ def _multiply(x: Tensor, matrix: ColumnMatrix, bias: Tensor | None, out: Tensor)
         )
     else:
         rows = min(32, max(8, triton.next_power_of_2(len(x))))  # eight at least on a side of the matrix units
-        batch_parts[-(-stride // BATCH_OUTPUTS), num_shares, -(-len(x) // rows)](
+        batch_parts[matrix.num_programs(BATCH_OUTPUTS), num_shares, -(-len(x) // rows)](
             x,
             parts,
             *columns_of(matrix),
+            matrix.members,
+            len(matrix.members),
             len(x),
             matrix.num_inputs,
-            stride // TILE,
+            num_tiles,
             WIDTHS=matrix.widths,
             ROWS=rows,
             OUTPUTS=BATCH_OUTPUTS,
@@ -96,6 +100,14 @@ def add_parts(parts: Tensor, bias: Tensor | None, out: Tensor) -> None:
         num_warps=4,
         enable_fp_fusion=True,
     )
+
+
+def _multiply_parts(x: Tensor, matrix: ColumnMatrix, bias: Tensor | None, out: Tensor) -> None:
+    """Each of the matrices that are joined, if they are, to its columns of `out`."""
+    end = 0
+    for part in matrix.parts or (matrix,):
+        begin, end = end, end + part.num_outputs
+        _multiply_expanded(x, part, None if bias is None else bias[begin:end], out[:, begin:end])
 
 
 def _multiply_expanded(x: Tensor, matrix: ColumnMatrix, bias: Tensor | None, out: Tensor) -> None:

@@ -12,6 +12,7 @@ from triton.language import constexpr
 from tightrope.kernels.forms.columns import BLOCK
 from tightrope.kernels.forms.quantized import TILE
 from tightrope.kernels.triton.jit import kernel
+from tightrope.kernels.triton.members import find_member, load_member
 from tightrope.kernels.triton.quantized_pairs import (
     book_bits,
     pair_rows,
@@ -45,6 +46,8 @@ def batch_parts(
     group_max: tl.tensor,
     zeros: tl.tensor,
     codebook: tl.tensor,
+    members: tl.tensor,
+    num_members: int,
     num_rows: int,
     num_inputs: int,
     num_tiles: int,
@@ -54,11 +57,19 @@ def batch_parts(
     DTYPE: constexpr,
 ) -> None:
     """parts [S, T, N] float32 for x [T, K]: what each share of the stored rows adds to the outputs."""
-    share = tl.program_id(1)
-    bits, first, end, word = load_share(shares, share)
-    stride = num_tiles * _TILE
-    first_column = tl.program_id(0) * OUTPUTS
-    columns = first_column + tl.arange(0, OUTPUTS)
+    member, first_column = find_member(members, num_members, OUTPUTS)
+    share, columns = tl.program_id(1), first_column + tl.arange(0, OUTPUTS)
+    bits, first, end, word = load_share(shares, member * tl.num_programs(1) + share)
+    before, first_word, first_scale, first_block, first_group, stride = load_member(members, member)
+    words += first_word
+    group_of += first_block
+    if source is not None:
+        source += first_block * _BLOCK
+    scales += first_scale
+    if group_max is not None:
+        group_max += first_group
+    if zeros is not None:
+        zeros += first_scale
     tokens = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
     total = tl.zeros((OUTPUTS, ROWS), tl.float32)
     for BITS in tl.static_range(2, 9):
@@ -68,7 +79,8 @@ def batch_parts(
                     x, words, source, group_of, scales, group_max, zeros, codebook, first, end, word, first_column,
                     tokens, num_rows, num_inputs, stride, BITS, OUTPUTS, DTYPE,
                 )  # fmt: skip
-    at_parts = parts + (share * num_rows + tokens)[None, :].to(tl.int64) * stride + columns[:, None]
+    at_row = parts + (share * num_rows + tokens)[None, :].to(tl.int64) * (num_tiles * _TILE)
+    at_parts = at_row + (before + columns)[:, None]
     tl.store(at_parts, total, mask=(tokens < num_rows)[None, :] & (columns < stride)[:, None])
 
 

@@ -11,6 +11,7 @@ from triton.language import constexpr
 from tightrope.kernels.forms.columns import BLOCK
 from tightrope.kernels.forms.quantized import TILE
 from tightrope.kernels.triton.jit import kernel
+from tightrope.kernels.triton.members import find_member, load_member
 from tightrope.kernels.triton.quantized_tile import (
     book_lanes,
     book_number,
@@ -37,16 +38,27 @@ def vector_parts(
     group_max: tl.tensor,
     zeros: tl.tensor,
     codebook: tl.tensor,
+    members: tl.tensor,
+    num_members: int,
     num_tiles: int,
     WIDTHS: constexpr,
     BLOCKS: constexpr,
     OUTPUTS: constexpr,
 ) -> None:
     """parts [S, N] float32: what each share of the rows adds to the outputs."""
-    share = tl.program_id(1)
-    bits, first, end, word = load_share(shares, share)
-    stride = num_tiles * _TILE
-    columns = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
+    member, first_column = find_member(members, num_members, OUTPUTS)
+    share, columns = tl.program_id(1), first_column + tl.arange(0, OUTPUTS)
+    bits, first, end, word = load_share(shares, member * tl.num_programs(1) + share)
+    before, first_word, first_scale, first_block, first_group, stride = load_member(members, member)
+    words += first_word
+    group_of += first_block
+    if source is not None:
+        source += first_block * _BLOCK
+    scales += first_scale
+    if group_max is not None:
+        group_max += first_group
+    if zeros is not None:
+        zeros += first_scale
     total = tl.zeros((BLOCKS, OUTPUTS), tl.float32)
     book = book_lanes(codebook)
     for BITS in tl.static_range(2, 9):
@@ -75,7 +87,7 @@ def vector_parts(
                         codebook is not None,
                     )
                     total += summed * load_scale(scales, group_max, group[:, None], columns[None, :], mask, stride)
-    tl.store(parts + share * stride + columns, tl.sum(total, 0), mask=columns < stride)
+    tl.store(parts + share * (num_tiles * _TILE) + before + columns, tl.sum(total, 0), mask=columns < stride)
 
 
 @triton.jit

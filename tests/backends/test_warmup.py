@@ -160,6 +160,8 @@ def outline(value: object) -> object:
         return tuple(value.shape), value.dtype, value.stride()
     if is_dataclass(value):
         return [(field.name, outline(getattr(value, field.name))) for field in fields(value)]
+    if isinstance(value, tuple):
+        return list(map(outline, value))
     return value
 
 

@@ -14,7 +14,7 @@ from tightrope.backends.hf.modules.matrices import Matrix, Piece, side_by_side
 from tightrope.backends.quant.find import Quantization
 
 Hold = Callable[[Matrix], Matrix]
-SHARES_BYTES = 4096  # At most, for how a matrix is shared out on a card, and for the book of its codes.
+SHARES_BYTES = 4096  # At most, for how a matrix is shared out and joined on a card, and for the book of its codes.
 # projections that some models fuse, and that EXL2's converter splits
 SPLIT = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tightrope.kernels import dispatch
+from tightrope.kernels.forms.column_join import join_columns
 from tightrope.kernels.forms.column_stack import ColumnStack, stack_columns
 from tightrope.kernels.forms.columns import ColumnMatrix, to_columns
 from tightrope.kernels.forms.layer import Projection
@@ -117,10 +118,14 @@ def widths_of(weights: Iterable[Matrix]) -> int:
 def read_by(weight: Matrix, widths: int) -> Matrix:
     """The same, read by the kernel that knows these widths, which are its own and perhaps others."""
     if isinstance(weight, Columns):
-        return Columns(tuple(replace(matrix, widths=widths) for matrix in weight.matrices))
+        return Columns(tuple(_with_widths(matrix, widths) for matrix in weight.matrices))
     if isinstance(weight, Mixed):
         return Mixed(tuple(read_by(part, widths) for part in weight.parts))
     return weight
+
+
+def _with_widths(matrix: ColumnMatrix, widths: int) -> ColumnMatrix:
+    return replace(matrix, widths=widths, parts=tuple(_with_widths(part, widths) for part in matrix.parts))
 
 
 def _columns(weight: Matrix) -> Iterator[ColumnMatrix]:
@@ -148,7 +153,11 @@ def side_by_side(pieces: Sequence[Piece], device: torch.device, *, is_expert: bo
         if integers and not is_expert and all(dispatch.is_exllama(matrix) for matrix in integers):
             return Exllama(tuple(dispatch.to_exllama(matrix, device) for matrix in integers))
         matrices: tuple[QuantizedMatrix | Nf4Matrix, ...] = (*integers, *codes)
-        return Columns(tuple(to_columns(matrix, device) for matrix in matrices))
+        if is_expert:
+            return Columns(tuple(to_columns(matrix, device) for matrix in matrices))
+        num_outputs = sum(matrix.num_outputs for matrix in matrices)
+        columns = [to_columns(matrix, device, num_outputs - matrix.num_outputs) for matrix in matrices]
+        return Columns(join_columns(columns))
     return Quantized(integers) if integers else Nf4(codes)
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from tightrope.kernels.forms.columns import BLOCK, TILE_OUTPUTS, ColumnMatrix, share_out
+from tightrope.kernels.forms.columns import BLOCK, MEMBER_FIELDS, TILE_OUTPUTS, ColumnMatrix, share_out
 
 GROUP_ROWS, NF4_ROWS = 128, 64  # that share a scale
 
@@ -34,6 +34,7 @@ def matrix_of(
         meta(num_inputs, dtype=torch.int32) if is_permuted else None,
         meta(num_inputs // BLOCK, dtype=torch.int32),
         shares,
+        meta(1, MEMBER_FIELDS, dtype=torch.int32),
     )
     if kind == "exl2":
         codes = meta(groups, num_outputs, dtype=torch.uint8)

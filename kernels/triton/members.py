@@ -1,0 +1,33 @@
+"""Which of several joined matrices a program multiplies by: see ColumnMatrix.members."""
+
+import triton
+import triton.language as tl
+from triton.language import constexpr
+
+from tightrope.kernels.forms.columns import MEMBER_FIELDS
+from tightrope.kernels.forms.quantized import TILE
+
+_FIELDS = constexpr(MEMBER_FIELDS)
+_TILE = constexpr(TILE)
+
+
+@triton.jit
+def find_member(members: tl.tensor, num_members: tl.tensor, OUTPUTS: constexpr) -> tuple[tl.tensor, tl.tensor]:
+    """This program's matrix, and the first of its outputs that the program has: each has OUTPUTS of one matrix."""
+    member, program = 0, tl.program_id(0)
+    for _ in range(num_members - 1):
+        programs = tl.cdiv(tl.load(members + member * _FIELDS + 5) * _TILE, OUTPUTS)
+        is_later = program >= programs
+        program -= tl.where(is_later, programs, 0)
+        member += tl.where(is_later, 1, 0)
+    return member, program * OUTPUTS
+
+
+@triton.jit
+def load_member(
+    members: tl.tensor, member: tl.tensor
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """First output, word and scale, block and group of a matrix among all, and its outputs, filled up to tiles."""
+    at = members + member * _FIELDS
+    first, word, scale = tl.load(at) * _TILE, tl.load(at + 1).to(tl.int64) * _TILE, tl.load(at + 2).to(tl.int64) * _TILE
+    return first, word, scale, tl.load(at + 3), tl.load(at + 4), tl.load(at + 5) * _TILE
