@@ -38,8 +38,8 @@ AUTO = (
     (CACHE_TYPES["q8"], "nothing larger fits; it takes half the room of f16 and twice its time for a prompt"),
 )
 
-# The same with layers on a card. ggml's kernels for cards read keys and values of one type only: with two, attention
-# is computed by the CPU, and nothing says so (llama.cpp's issues 24485 and 27109: 8 to 45 times slower).
+# The same with layers on a card. ggml's usual build for CUDA has kernels for keys and values of one type only: of two,
+# attention is computed by the CPU, and nothing says so (llama.cpp's issues 24485 and 27109: 8 to 45 times slower).
 AUTO_ON_CARDS = (
     (CACHE_TYPES["f16"], "nothing is rounded, and it fits"),
     (CACHE_TYPES["q8"], "f16 does not fit; it takes half its room"),
