@@ -96,7 +96,7 @@ def reads_columns(device: torch.device) -> bool:
 
 def column_linear(x: Tensor, matrices: Sequence[ColumnMatrix], bias: Tensor | None) -> Tensor:
     """x [T, K] on a card times each of the matrices there, side by side: [T, sum of their N]."""
-    from tightrope.kernels.triton.quantized import quantized_linear  # triton is there only where CUDA is
+    from tightrope.kernels.triton.quantized import quantized_linear  # Triton is there only where CUDA is.
 
     return quantized_linear(x, matrices, bias)
 
@@ -182,7 +182,7 @@ def fewest_rows() -> tuple[int, ...]:
     return FEWEST_ROWS
 
 
-MOST_STACKED = 256  # tokens whose experts run together on a card; more take turns, or plain experts do
+MOST_STACKED = 256  # The experts of so many tokens run together on a card; those of more take turns.
 
 
 def experts(
@@ -195,7 +195,7 @@ def experts(
     if isinstance(layer, StackedExperts):
         if adapters is not None or (len(x) > MOST_STACKED and isinstance(layer.gate_up, Tensor)):
             return None
-        from tightrope.kernels.triton.experts import experts as stacked  # triton is there only where CUDA is
+        from tightrope.kernels.triton.experts import experts as stacked  # Triton is there only where CUDA is.
 
         turns = zip(*(rows.split(MOST_STACKED) for rows in (x, picked, shares)), strict=True)
         done = [stacked(some, layer, theirs, parts) for some, theirs, parts in turns]
@@ -272,7 +272,7 @@ def _kernels_for(x: Tensor) -> Kernels:
 
 @cache
 def _triton() -> Kernels:
-    from tightrope.kernels.triton import ops  # triton is there only where CUDA is
+    from tightrope.kernels.triton import ops  # Triton is there only where CUDA is.
 
     return ops
 

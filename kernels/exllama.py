@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
-from typing import Any  # the extension has no types
+from typing import Any  # The extension has no types.
 
 import torch
 import torch.nn.functional as F
@@ -21,11 +21,11 @@ from torch import Tensor
 
 from tightrope.kernels.forms.quantized import QuantizedMatrix, unpack, untiled
 
-MOST_ROWS = 32  # that are multiplied without expanding the matrix
-MOST_EXPANDED = 1 << 28  # weights of a matrix that is expanded, all at once and to float16; heads have more
-ALIGN = 32  # outputs, to which matrices are filled up
-MOST_INPUTS = 1 << 16  # which it counts in 16 bits
-ROWS_AT_ONCE = 256  # that are packed, in 8 bytes a code
+MOST_ROWS = 32  # More rows are multiplied by the expanded matrix.
+MOST_EXPANDED = 1 << 28  # Matrices of more weights, as heads are, are never expanded at once.
+ALIGN = 32  # Matrices are filled up to multiples of so many outputs.
+MOST_INPUTS = 1 << 16  # The extension counts inputs in 16 bits.
+ROWS_AT_ONCE = 256  # So many rows are packed at once, in 8 bytes a code.
 
 # The first calls with a size, and so many rows or fewer, are timed to choose a kernel. They wait for the card, which
 # the recording of a CUDA graph forbids, so they are made at load.
@@ -35,7 +35,7 @@ COMPILING = "exllamav2: nvcc compiles its kernels, once, which takes some minute
 _timed: set[tuple[torch.device, int, int]] = set()
 log = logging.getLogger(__name__)
 
-_NONE = torch.empty(0, device="meta")  # a tensor that there is not
+_NONE = torch.empty(0, device="meta")  # It stands for a tensor that there is not.
 
 
 @cache
@@ -94,7 +94,7 @@ def is_exllama(matrix: QuantizedMatrix) -> bool:
         return False
     if matrix.scale_codes is None:
         return _is_gptq(matrix) and extension() is not None
-    is_sorted = not bool((matrix.group_bits.int().diff() > 0).any())  # the widest groups first
+    is_sorted = not bool((matrix.group_bits.int().diff() > 0).any())  # The extension wants the widest groups first.
     return is_sorted and not bool((matrix.group_starts % 32).any()) and extension() is not None
 
 
@@ -103,7 +103,7 @@ def _is_gptq(matrix: QuantizedMatrix) -> bool:
     if matrix.scales is None or matrix.scales.dtype != torch.float16 or bool((matrix.group_bits != 4).any()):
         return False
     sizes = matrix.group_starts.diff()
-    size = 1 << (-(-matrix.num_inputs // len(sizes)) - 1).bit_length()  # the extension takes the least that suffices
+    size = 1 << (-(-matrix.num_inputs // len(sizes)) - 1).bit_length()  # The extension takes the least that suffices.
     if matrix.num_inputs % 32 or size % 32 or bool((sizes[:-1] != size).any()):
         return False
     zeros = None if matrix.zeros is None else untiled(matrix.zeros, matrix.num_outputs)
@@ -209,4 +209,4 @@ def _stream(codes: Tensor, bits: int) -> Tensor:
         words[:, word] |= (cycles[:, i] << bit) & 0xFFFFFFFF
         if bit + bits > 32:
             words[:, word + 1] |= cycles[:, i] >> (32 - bit)
-    return words.flatten(0, 1).to(torch.int32)  # wraps
+    return words.flatten(0, 1).to(torch.int32)  # The highest bit becomes the sign.

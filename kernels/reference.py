@@ -19,8 +19,8 @@ from tightrope.kernels.forms.quantized import TILE, Nf4Matrix, QuantizedMatrix
 from tightrope.kernels.forms.quantized import dequantize as dequantize_matrix
 from tightrope.kernels.forms.rows import CUT, DIVIDE, MAX_TRANSFORMS, PARABOLA, SUMS, Ranked
 
-TILE_ROWS = 4096  # rows of a weight that are expanded to float32 at a time
-TILE_SCORES = 1 << 21  # scores of attention, and numbers of keys, that are held at a time
+TILE_ROWS = 4096  # So many rows of a weight are expanded to float32 at a time.
+TILE_SCORES = 1 << 21  # So many scores of attention, or numbers of keys, are held at a time.
 
 
 def store_kv(cache: LayerCache, keys: Tensor, values: Tensor, slots: Tensor) -> None:
@@ -34,7 +34,7 @@ def store_kv(cache: LayerCache, keys: Tensor, values: Tensor, slots: Tensor) -> 
     ):
         page, place = slots // PAGE, slots % PAGE
         if cache.format.dtype == "f16":
-            codes[page, :, place] = tensor.to(codes.dtype)  # a test may hold them in float32
+            codes[page, :, place] = tensor.to(codes.dtype)  # A test may hold them in float32.
         else:
             new_codes, new_scales = quantize(tensor, cache.format.dtype)
             codes[page, :, place] = new_codes

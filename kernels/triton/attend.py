@@ -168,14 +168,14 @@ def attend(
             scores = tl.dot(q_rest_b, tl.trans(k_rest_b * c_rest_b), scores, input_precision="ieee")
         scores *= scale
         if HAS_SOFTCAP:
-            scores = softcap * (2 * tl.sigmoid(2 * scores / softcap) - 1)  # tanh
+            scores = softcap * (2 * tl.sigmoid(2 * scores / softcap) - 1)  # This is tanh.
         is_seen = is_cached[None, :] & (token[None, :] <= position[:, None])
         if HAS_WINDOW:
             is_seen &= position[:, None] - token[None, :] < window
         scores = tl.where(is_seen, scores * _LOG2E, float("-inf"))
 
         new_largest = tl.maximum(largest, tl.max(scores, 1))
-        reference = tl.where(new_largest == float("-inf"), 0.0, new_largest)  # a row that has seen no key yet
+        reference = tl.where(new_largest == float("-inf"), 0.0, new_largest)  # A row may have seen no key yet.
         weights = tl.exp2(scores - reference[:, None])
         fade = tl.exp2(largest - reference)
         value_a, value_b = load_planes(
@@ -246,7 +246,7 @@ def merge(
         return
     first = (b * NUM_HEADS + head) * num_splits
     largest, total = _stretches(stats, first, tl.arange(0, MOST_SPLITS), num_splits)
-    overall = tl.maximum(tl.max(largest, 0), -1e38)  # finite, also where nothing is cached
+    overall = tl.maximum(tl.max(largest, 0), -1e38)  # It is finite also where nothing is cached.
     sum_of_weights = tl.sum(tl.exp2(largest - overall) * total, 0)
     dim = tl.arange(0, DIM_PADDED)
     mixed = tl.zeros((SPLITS, DIM_PADDED), tl.float32)

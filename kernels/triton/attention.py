@@ -20,10 +20,10 @@ from tightrope.kernels.triton.cached import BITS, padded, words
 from tightrope.kernels.triton.decode import decode
 from tightrope.kernels.triton.expanded import FEWEST_QUERIES, attend_expanded, prompts_of
 
-PROGRAMS_PER_SM = 4  # of decode, so that some load while others compute
-SHORTEST_STRETCH = 128  # tokens
-MAX_SPLITS = 128  # stretches of a context in decode
-MERGED = 16  # of them at a time
+PROGRAMS_PER_SM = 4  # In decode some load while others compute.
+SHORTEST_STRETCH = 128  # It is in tokens.
+MAX_SPLITS = 128  # A context is cut into so many stretches at most.
+MERGED = 16  # So many stretches are merged at a time.
 
 
 def attention(
@@ -41,7 +41,7 @@ def attention(
         longest = max((count for count, _ in step.lengths if count < FEWEST_QUERIES), default=0)
     if longest > 1:
         _launch(queries, outputs, cache, step, table, spec, longest, is_decode=False)
-    if num_seqs > max(1, len(prompts)) or step.max_query_len == 1:  # beside one prompt there is nobody who decodes
+    if num_seqs > max(1, len(prompts)) or step.max_query_len == 1:  # Beside one prompt there is nobody who decodes.
         _launch(queries, outputs, cache, step, table, spec, 1, is_decode=True)
     for prompt in prompts:
         attend_expanded(queries, outputs, prompt, cache, step, table, spec)

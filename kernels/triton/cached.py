@@ -19,7 +19,7 @@ from tightrope.kernels.triton.target import IS_COMPILED
 _GROUP = constexpr(GROUP)
 _HALF_GROUP = constexpr(GROUP // 2)
 _PAGE = constexpr(PAGE)
-BITS = {"f16": 16, "q8": 8, "q4": 4}  # what kernels are told of a cache's dtype
+BITS = {"f16": 16, "q8": 8, "q4": 4}  # Kernels are told this of a cache's dtype.
 
 
 def words(codes: Tensor) -> Tensor:

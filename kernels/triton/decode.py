@@ -131,14 +131,14 @@ def decode(
             scores = tl.dot(_beside(k_rest_a * c_rest_a, k_rest_b * c_rest_b), q_rest, scores, input_precision="ieee")
         scores *= scale
         if HAS_SOFTCAP:
-            scores = softcap * (2 * tl.sigmoid(2 * scores / softcap) - 1)  # tanh
+            scores = softcap * (2 * tl.sigmoid(2 * scores / softcap) - 1)  # This is tanh.
         is_seen = is_cached
         if HAS_WINDOW:
             is_seen &= length - 1 - token < window
         scores = tl.where(is_seen[:, None], scores * _LOG2E, float("-inf"))
 
         new_largest = tl.maximum(largest, tl.max(scores, 0))
-        reference = tl.where(new_largest == float("-inf"), 0.0, new_largest)  # no key was seen yet
+        reference = tl.where(new_largest == float("-inf"), 0.0, new_largest)  # A row may have seen no key yet.
         weights = tl.exp2(scores - reference[None, :])
         fade = tl.exp2(largest - reference)[None, :]
         value_a, value_b = load_planes(

@@ -22,8 +22,8 @@ from tightrope.kernels.triton.angles import turn
 from tightrope.kernels.triton.cached import BITS, cached_rows, load_planes, padded, plane_dims, words
 from tightrope.kernels.triton.jit import kernel
 
-FEWEST_QUERIES = 16  # of a sequence; fewer are one tile of the other kernel, which reads the cache once as well
-TOKENS = 64  # that a program expands
+FEWEST_QUERIES = 16  # Fewer are one tile of the other kernel, which reads the cache once as well.
+TOKENS = 64  # A program expands so many.
 _FLASH_CAPABILITY = (8, 0)
 _PAGE = constexpr(PAGE)
 

@@ -21,9 +21,9 @@ from tightrope.kernels.triton.quantized_tile import load_share
 
 _TILE = constexpr(TILE)
 
-ROWS = 16  # places of a tile, the fewest that a card's matrix units take
-PLACES = 64  # that a program of the table looks at together
-PLAIN_OUTPUTS, PLAIN_INPUTS = 32, 128  # of plain weights, that a program takes, and takes at a time
+ROWS = 16  # A tile has so many places.
+PLACES = 64  # A program of the table looks at so many places together.
+PLAIN_OUTPUTS, PLAIN_INPUTS = 32, 128  # A program of plain weights takes so many, and so many at a time.
 
 
 def experts(x: Tensor, layer: StackedExperts, picked: Tensor, shares: Tensor) -> Tensor:
@@ -64,7 +64,7 @@ def _share_out(
     own = tl.program_id(0) * PLACES + tl.arange(0, PLACES)
     mine = tl.load(picked + own, mask=own < num_places, other=-1)
     experts = tl.arange(0, EXPERTS)
-    rank = tl.zeros((PLACES,), tl.int32)  # of a place among those of its expert
+    rank = tl.zeros((PLACES,), tl.int32)  # It is the rank of a place among those of its expert.
     counts = tl.zeros((EXPERTS,), tl.int32)
     for first in range(0, num_places, PLACES):
         places = first + tl.arange(0, PLACES)
@@ -72,7 +72,7 @@ def _share_out(
         is_before = (mine[:, None] == theirs[None, :]) & (places[None, :] < own[:, None])
         rank += tl.sum(is_before.to(tl.int32), 1)
         counts += tl.sum((theirs[:, None] == experts[None, :]).to(tl.int32), 0)
-    whole = (counts + ROWS - 1) // ROWS  # tiles of each expert
+    whole = (counts + ROWS - 1) // ROWS  # Each expert has so many tiles.
     before = tl.sum(tl.where(experts[None, :] < mine[:, None], whole[None, :], 0), 1)
     at = tiles + (before + rank // ROWS) * (1 + ROWS)
     tl.store(at, mine.to(tl.int32), mask=own < num_places)
@@ -111,7 +111,7 @@ def _times_stack(x: Tensor, stack: ColumnStack, tiles: Tensor, out: Tensor, each
         OUTPUTS=BATCH_OUTPUTS,
         DTYPE=operands(x),
         num_warps=4,
-        num_stages=1,  # the kernel itself loads ahead, into registers
+        num_stages=1,  # The kernel itself loads ahead, into registers.
         enable_fp_fusion=True,
     )
     add_parts(parts, None, out)

@@ -16,9 +16,9 @@ from tightrope.kernels import reference
 from tightrope.kernels.forms.low_rank import AdapterRows, LowRank, LowRankSlots, LowRankTable
 from tightrope.kernels.triton.jit import are_aligned, kernel, multiple
 
-FEW = 128  # rows, as many as a recorded step can have; more are left to cuBLAS, adapter by adapter
-SHRINK_RANKS, INPUTS = 4, 1024  # that a program takes, and of K at a time
-EXPAND_RANKS, OUTPUTS = 16, 256  # that a program takes at a time, and in all
+FEW = 128  # A recorded step has no more rows; more are left to cuBLAS, adapter by adapter.
+SHRINK_RANKS, INPUTS = 4, 1024  # A program takes so many ranks, and so much of K at a time.
+EXPAND_RANKS, OUTPUTS = 16, 256  # A program takes so many ranks at a time, and so many outputs in all.
 
 _DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 

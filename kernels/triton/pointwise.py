@@ -15,7 +15,7 @@ _PAGE = constexpr(PAGE)
 _SQRT_HALF = constexpr(math.sqrt(0.5))
 _GELU = constexpr(2 * math.sqrt(2 / math.pi))
 
-BLOCK = 1024  # columns of the gated activation that a program takes
+BLOCK = 1024  # A program takes so many columns of the gated activation.
 
 
 @kernel
@@ -123,7 +123,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     rows = x.reshape(-1, dim).contiguous()
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     padded = triton.next_power_of_2(dim)
-    rows_each = max(1, 1024 // padded)  # heads are short: several to a program
+    rows_each = max(1, 1024 // padded)  # Heads are short, so that a program takes several.
     if len(rows):
         _rms_norm[-(-len(rows) // rows_each),](
             rows,
@@ -152,7 +152,7 @@ def _gated(gate_up: tl.tensor, out: tl.tensor, NUM_COLUMNS: constexpr, ACTIVATIO
         active = gate * tl.sigmoid(gate)
     elif ACTIVATION == "gelu":
         active = 0.5 * gate * (1 + tl.erf(gate * _SQRT_HALF))
-    else:  # tanh(y) is 2 * sigmoid(2 * y) - 1, so half of 1 + tanh(y) is a sigmoid
+    else:  # Since tanh(y) is 2 * sigmoid(2 * y) - 1, half of 1 + tanh(y) is a sigmoid.
         active = gate * tl.sigmoid((gate + 0.044715 * gate * gate * gate) * _GELU)
     tl.store(out + row * NUM_COLUMNS + column, (active * up).to(out.dtype.element_ty), mask=mask)
 

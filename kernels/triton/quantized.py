@@ -17,10 +17,10 @@ from tightrope.kernels.forms.quantized import TILE
 from tightrope.kernels.triton.quantized_batch import batch_parts, expand_columns
 from tightrope.kernels.triton.quantized_vector import sum_parts, vector_parts
 
-FEWEST_ROWS = (1, 2, 9, 17, MOST_ROWS + 1)  # of each kind of launch
-BATCH_OUTPUTS = 128  # that a program takes which multiplies several rows, or expands them
-SUM_OUTPUTS = 128  # that a program of the sum takes
-SUMMED = 16  # shares that it adds up at a time
+FEWEST_ROWS = (1, 2, 9, 17, MOST_ROWS + 1)  # Each kind of launch begins at so many rows.
+BATCH_OUTPUTS = 128  # A program that multiplies several rows, or expands them, takes so many.
+SUM_OUTPUTS = 128  # A program of the sum takes so many.
+SUMMED = 16  # It adds up so many shares at a time.
 
 _DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
@@ -62,7 +62,7 @@ def _multiply(x: Tensor, matrix: ColumnMatrix, bias: Tensor | None, out: Tensor)
             enable_fp_fusion=True,
         )
     else:
-        rows = min(32, max(8, triton.next_power_of_2(len(x))))  # eight at least on a side of the matrix units
+        rows = min(32, max(8, triton.next_power_of_2(len(x))))  # A side of the matrix units takes at least eight.
         batch_parts[matrix.num_programs(BATCH_OUTPUTS), num_shares, -(-len(x) // rows)](
             x,
             parts,
@@ -77,7 +77,7 @@ def _multiply(x: Tensor, matrix: ColumnMatrix, bias: Tensor | None, out: Tensor)
             OUTPUTS=BATCH_OUTPUTS,
             DTYPE=operands(x),
             num_warps=4,
-            num_stages=1,  # the kernel itself loads ahead, into registers
+            num_stages=1,  # The kernel itself loads ahead, into registers.
             enable_fp_fusion=True,
         )
     add_parts(parts, bias, out)
@@ -146,7 +146,7 @@ def expand(matrix: ColumnMatrix, dtype: torch.dtype, first: int = 0, count: int 
         BLOCKS=4,
         OUTPUTS=BATCH_OUTPUTS,
         num_warps=4,
-        enable_fp_fusion=False,  # each weight is rounded as the reference rounds it
+        enable_fp_fusion=False,  # Each weight is rounded as the reference rounds it.
     )
     return weight[:, :count]
 

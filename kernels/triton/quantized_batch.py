@@ -128,7 +128,7 @@ def multiply_blocks(
     zero = load_zero(zeros, group, of_word, is_output, stride, BITS)
     row, group = _find(source, group_of, offsets, tl.minimum(first + 1, end - 1))
     for block in range(first, end):
-        at_word += tl.where(block + 1 < end, BITS * stride, 0)  # the last one is loaded again
+        at_word += tl.where(block + 1 < end, BITS * stride, 0)  # The last one is loaded again.
         next_low, next_high = load_words(at_word, word, is_output, stride, LOW, BITS - LOW)
         next_number = tl.load(at_x + row[:, None], mask=is_token & (row >= 0)[:, None], other=0.0)
         next_scale = load_scale(scales, group_max, group, of_lane, is_output, stride)
@@ -207,7 +207,7 @@ def _expand_blocks(
 ) -> None:
     """Store the weights of blocks first .. end, of BITS."""
     LOW: constexpr = 8 if BITS == 8 else 4 if BITS >= 4 else 2
-    FIELDS: constexpr = 32 // LOW  # of a low word
+    FIELDS: constexpr = 32 // LOW  # A low word has so many.
     columns, book = first_column + own, book_lanes(codebook)
     for step in range(tl.cdiv(end - first, BLOCKS) * LOW):
         word = step % LOW

@@ -23,7 +23,7 @@ def load_share(shares: tl.tensor, share: tl.tensor) -> tuple[tl.tensor, tl.tenso
 @triton.jit
 def spread(words: tl.tensor, BIT: constexpr, WIDTH: constexpr) -> tl.tensor:
     """1 + code / 2^(8 - BIT % 8), float32, of the codes of WIDTH bits that begin at bit BIT of words, within a byte."""
-    left: constexpr = 15 - BIT // 8 * 8  # takes the byte to bits 15 .. 23
+    left: constexpr = 15 - BIT // 8 * 8  # It takes the byte to bits 15 .. 23.
     moved = words << left if left >= 0 else words >> -left
     mask: constexpr = ((1 << WIDTH) - 1) << (15 + BIT % 8)
     if IS_COMPILED:
@@ -50,7 +50,7 @@ def code_number(
     """code - zero, float32, of field FIELD of low words; high words' rows stand where those of a first low word do."""
     HIGH: constexpr = BITS - LOW
     unit: constexpr = 1 << (8 - FIELD * LOW % 8)
-    number = spread(low, FIELD * LOW, LOW) * unit - (unit + zero)  # exact: whole numbers
+    number = spread(low, FIELD * LOW, LOW) * unit - (unit + zero)  # These are whole numbers, so this is exact.
     if HIGH > 0:
         bit: constexpr = high_bit(FIELD, LOW, HIGH)
         unit_high: constexpr = 1 << (8 + LOW - bit % 8)
@@ -66,7 +66,7 @@ def load_words(
     low = tl.load(at + word * stride, mask=mask)
     high = low
     if HIGH > 0:
-        PER_WORD: constexpr = LOW // HIGH  # low words that have their second plane in one
+        PER_WORD: constexpr = LOW // HIGH  # So many low words have their second plane in one.
         high = tl.load(at + (LOW + word // PER_WORD) * stride, mask=mask) >> (word % PER_WORD * (HIGH * (16 // LOW)))
     return low, high
 

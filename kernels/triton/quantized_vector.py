@@ -111,12 +111,12 @@ def _block_sums(
     """Sums [BLOCKS, OUTPUTS] of (code - zero) * x over each block's rows."""
     LOW: constexpr = 8 if BITS == 8 else 4 if BITS >= 4 else 2
     HIGH: constexpr = BITS - LOW
-    FIELDS: constexpr = 32 // LOW  # of a low word
+    FIELDS: constexpr = 32 // LOW  # A low word has so many.
     summed = tl.zeros((BLOCKS, OUTPUTS), tl.float32)
     added = tl.zeros((BLOCKS,), tl.float32)
     plain = tl.zeros((BLOCKS,), tl.float32)
     for word in tl.static_range(LOW):
-        low = tl.load(at + word * stride, mask=mask)  # what is not read meets an x of zero
+        low = tl.load(at + word * stride, mask=mask)  # What is not read meets an x of zero.
         if HIGH > 0:
             high = tl.load(at + (LOW + word * HIGH // LOW) * stride, mask=mask)
         for field in tl.static_range(FIELDS):

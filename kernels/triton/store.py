@@ -10,7 +10,7 @@ from tightrope.kernels.triton.jit import kernel
 
 _GROUP = constexpr(GROUP)
 _PAGE = constexpr(PAGE)
-_TO_EVEN = constexpr(1.5 * 2**23)  # added and taken away, it rounds to the nearest integer, ties to the even one
+_TO_EVEN = constexpr(1.5 * 2**23)  # Added and taken away, it rounds to the nearest integer, ties to the even one.
 
 
 @kernel
@@ -116,7 +116,7 @@ def store_kv(cache: LayerCache, keys: Tensor, values: Tensor, slots: Tensor) -> 
         GROUPS_PADDED=triton.next_power_of_2(num_groups),
         BITS={"f16": 16, "q8": 8, "q4": 4}[cache.format.dtype],
         num_warps=1,
-        enable_fp_fusion=False,  # a fused multiply and add would round ties another way than the reference
+        enable_fp_fusion=False,  # A fused multiply and add would round ties another way than the reference.
     )
 
 
