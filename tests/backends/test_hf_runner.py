@@ -97,7 +97,9 @@ def test_every_step_brings_the_scratch_of_its_runner_along():
         seen.append(step.scratch)
         return torch.zeros(1, 3)
 
-    model: Any = SimpleNamespace(layers=[], forward=forward, device=torch.device("cpu"))
+    model: Any = SimpleNamespace(
+        layers=[], forward=forward, device=torch.device("cpu"), embedded=lambda token_ids: None
+    )
     runner = ModelRunner(model, [], {}, 1, scratch)
     inputs = StepInputs(torch.zeros(5, dtype=torch.int64), step_of([(0, 5)], 1), (5,), torch.tensor([4]), None)
 

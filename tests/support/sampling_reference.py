@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from hypothesis import assume
+from hypothesis import assume, currently_in_test_context
 from numpy.typing import NDArray
 
 from tightrope.engine.sampler.steps import SAMPLER_ORDER, SamplingParams
@@ -247,7 +247,8 @@ def truncate(logits: Logits, params: SamplingParams, *, acts: bool = False, mu: 
     for step in order:
         before = distribution
         distribution = run(step, distribution, params, acts)
-        if distribution != before:  # Whether a token has vanished that is about to is a question of rounding alone.
+        # Whether a token has vanished that is about to is a question of rounding alone.
+        if distribution != before and currently_in_test_context():
             assume(min(probability for _, probability in before) >= VANISHING)
         if step not in ("temperature", "smoothing", "xtc"):
             distribution = at_least_so_many(before, distribution, params.min_keep)
