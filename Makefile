@@ -63,9 +63,11 @@ quick: lint
 	$(PYTEST) $(TWO) -m quick --durations=5 --durations-min=1 $(ARGS); failed=$$?; \
 	wait $$types || failed=1; cat $(VENV)/mypy.log; exit $$failed
 
+# Triton's interpreter takes seconds for an example where others take milliseconds.
 slow: $(VENV)/.test
 	$(PYTEST) $(TWO) -m "slow and not hypothesis" $(ARGS)
-	$(PYTEST) $(TWO) -m hypothesis --examples 500 $(ARGS)
+	$(PYTEST) $(TWO) -m hypothesis --examples 500 --ignore-glob='*/test_kernels_triton*' $(ARGS)
+	$(PYTEST) $(TWO) -m hypothesis --examples 40 $(wildcard tests/kernels/test_kernels_triton*.py) $(ARGS)
 
 # The build lies in a folder of its own, which stands before .venv's packages; the renderer is Mesa's, on the CPU. It is
 # seen twice, as two cards.
