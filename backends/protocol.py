@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
-from tightrope.backends.reuse import Reuse
+from tightrope.backends.reuse import Reuse, Wanted
 
 if TYPE_CHECKING:  # Torch takes seconds to import, and who only schedules or writes needs none of it.
     from torch import Tensor
@@ -49,12 +49,20 @@ class KVCache(Protocol):
     """Bookkeeping and storage of keys and values; both belong to the backend."""
 
     def open(
-        self, seq_id: int, token_ids: Sequence[int], namespace: str, *, reuse: bool = True, reproducible: bool = False
+        self,
+        seq_id: int,
+        token_ids: Sequence[int],
+        namespace: str,
+        *,
+        reuse: Wanted = "exact",
+        reproducible: bool = False,
     ) -> Reuse:
         """Begin a sequence and return what was found cached of `token_ids`, which is pinned until `close`.
 
-        The last of them is never found, so that at least one token is left to run. Caches find beginnings: one exact
-        run at 0, or none. Sequences of different namespaces never share. Without `reuse` nothing is found.
+        The last of them is never found, so that at least one token is left to run. Exact reuse finds beginnings: one
+        run at 0, or none. With "moved" a cache may add runs behind it that were computed at other places; whatever is
+        computed over these isn't exact either, and "exact" never finds it. Sequences of different namespaces never
+        share.
         `reproducible`: if no other sequence is live, the new one is laid out as in an empty cache, so that the same
         tokens over the same cached ones give the same logits to the last bit, whatever ran before.
         """
@@ -68,8 +76,7 @@ class KVCache(Protocol):
     def commit(self, seq_id: int, start: int, token_ids: Sequence[int]) -> None:
         """Record that a forward pass has stored `token_ids` from place `start` on; later sequences can match them.
 
-        `start` is a place that was not found, and everything before it is there: since caches find beginnings, it is
-        where the sequence's stored tokens end.
+        `start` is a place that was not found, and everything before it is there.
         """
 
     def truncate(self, seq_id: int, num_tokens: int) -> None:

@@ -1,6 +1,10 @@
 """What a cache found of a prompt: runs of its tokens."""
 
 from dataclasses import dataclass
+from typing import Literal
+
+CacheReuse = Literal["exact", "moved"]  # "moved" takes what was computed at other places too, which comes close.
+Wanted = Literal["nothing", "exact", "moved"]
 
 
 @dataclass(frozen=True, slots=True)

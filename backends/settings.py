@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, Field, field_validator
 
+from tightrope.backends.reuse import CacheReuse
 from tightrope.backends.threads import most_threads, usable_cpus
 
 KVCacheDtype = Literal["auto", "q8", "q4", "f16"]
@@ -49,6 +50,9 @@ class CacheSettings(BaseModel, frozen=True, extra="forbid"):
         0, ge=0, le=MAX_TOKENS, description="Capacity in tokens over all sequences; 0 chooses what is right."
     )
     dtype: KVCacheDtype = Field("auto", description="Storage of keys and values; auto chooses for machine and memory.")
+    reuse: CacheReuse = Field(
+        "moved", description="Cached tokens that prompts may take; exact: where nothing before them has changed alone."
+    )
 
 
 class RopeSettings(BaseModel, frozen=True, extra="forbid"):

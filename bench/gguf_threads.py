@@ -52,7 +52,7 @@ def _median_ms(backend: Backend, streams: int) -> float:
     depth = 30
     for seq_id in range(streams):
         prompt = (np.arange(depth) * 13 + seq_id * 77 + 500).tolist()
-        backend.kv.open(seq_id, prompt, "", reuse=False)
+        backend.kv.open(seq_id, prompt, "", reuse="nothing")
         assert backend.kv.reserve(seq_id, depth + STEPS[streams])
         backend.forward([Chunk(seq_id, prompt, 0, "none")])
         backend.kv.commit(seq_id, 0, prompt)

@@ -150,7 +150,7 @@ def _steps(
 
 def _open(backend: Backend, group: Sequence[Sequence[int]]) -> None:
     for seq_id, window in enumerate(group):
-        backend.kv.open(seq_id, window, "perplexity", reuse=False)
+        backend.kv.open(seq_id, window, "perplexity", reuse="nothing")
     for seq_id, window in enumerate(group):
         if not backend.kv.reserve(seq_id, len(window)):
             cells = backend.kv.usage().capacity

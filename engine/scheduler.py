@@ -222,10 +222,13 @@ class Scheduler:
         own, is_reproducible = sequence.own, sequence.is_reproducible
         headroom = max(0, min(DECODE_HEADROOM, sequence.max_len - 1 - len(own.token_ids)))  # The last never runs.
         for number, track in enumerate(sequence.tracks, 1):
-            may_reuse = track is not own or not sequence.needs_own_prompt
             track.begin(
                 self._kv.open(
-                    track.seq_id, track.token_ids, sequence.namespace, reuse=may_reuse, reproducible=is_reproducible
+                    track.seq_id,
+                    track.token_ids,
+                    sequence.namespace,
+                    reuse=sequence.wanted(track),
+                    reproducible=is_reproducible,
                 )
             )
             if not self._kv.reserve(track.seq_id, track.pending.count + headroom):

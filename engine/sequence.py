@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from tightrope.backends.reuse import Wanted
 from tightrope.engine.track import Track
 from tightrope.engine.types import GenerateRequest, Timings, Token
 from tightrope.engine.writer import Writer
@@ -98,6 +99,15 @@ class Sequence:
     def needs_own_prompt(self) -> bool:
         """Whether the prompt has to be computed even where it is cached: for its logits, which are not."""
         return self.prompt_tokens is not None and not self.is_announced
+
+    def wanted(self, track: Track) -> Wanted:
+        """What the cache may find for a track. What a seed promises, and log probabilities, are of exact tokens."""
+        if track is self.own and self.needs_own_prompt:
+            return "nothing"
+        request = self.request
+        if request.sampling.seed is not None or request.prompt_logprobs is not None:
+            return "exact"
+        return request.cache_reuse
 
     @property
     def is_reproducible(self) -> bool:

@@ -10,6 +10,7 @@ from typing import Literal
 from msgspec import Struct
 from msgspec.structs import replace
 
+from tightrope.backends.reuse import CacheReuse
 from tightrope.engine.sampler.steps import SamplingParams
 
 
@@ -92,6 +93,7 @@ class GenerateRequest(Struct, frozen=True):
     truncate_to: int | None = None  # Only the last n tokens of the prompt are kept.
     reserve_tokens: int | None = None  # So many new tokens must fit the window; None is stop.max_tokens, or 1.
     skip_special_tokens: bool = True
+    cache_reuse: CacheReuse = "moved"  # Its prompt may be answered over cached tokens of this kind.
     namespace: str = ""  # Requests of different namespaces never share cached tokens.
     adapter: str | None = None  # It names one that is loaded; its cached tokens are shared with nobody else's.
     adapter_scale: float = 1.0

@@ -18,7 +18,7 @@ from tightrope.backends.errors import BackendError
 from tightrope.backends.gguf.cells import Cells, Ints
 from tightrope.backends.gguf.swap_space import Bytes, Swapped, SwapSpace, common_prefix
 from tightrope.backends.protocol import KVUsage
-from tightrope.backends.reuse import Reuse
+from tightrope.backends.reuse import Reuse, Wanted
 
 MAX_IDLE_CELLS = 512  # Cells of so many finished sequences may stay in the cache while others run.
 MIN_RESTORE_GAIN = 32  # To run fewer tokens again costs less than the copy.
@@ -104,7 +104,13 @@ class SharedKVCache:
     # --- the protocol -------------------------------------------------------------------------------------------
 
     def open(
-        self, seq_id: int, token_ids: Sequence[int], namespace: str, *, reuse: bool = True, reproducible: bool = False
+        self,
+        seq_id: int,
+        token_ids: Sequence[int],
+        namespace: str,
+        *,
+        reuse: Wanted = "exact",
+        reproducible: bool = False,
     ) -> Reuse:
         """See KVCache. Raises BackendError when more sequences are open than the model has slots."""
         assert seq_id not in self._live, f"sequence {seq_id} is open already"
@@ -114,7 +120,7 @@ class SharedKVCache:
         is_alone = reproducible and not self._live
         if is_alone:
             self._swap_out_idle(0)  # Attention adds up in the order of the cells.
-        if reuse:
+        if reuse != "nothing":
             source, found = self._best_match(wanted, namespace)
             source, found = self._swapped_match(wanted, namespace, source, found, keep_swapped=is_alone)
         if source is not None and (self._can_take_over(source, found) or (is_alone and source in self._kept)):

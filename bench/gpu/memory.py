@@ -53,7 +53,7 @@ def _refusal(model: HFBackend, chunks: Sequence[Chunk]) -> str | None:
 def _answer(model: HFBackend, seq_id: int) -> Tensor:
     """Logits of a prompt and of a step after it, [2, V]."""
     tokens = list(range(3, 3 + SMALL))
-    model.kv.open(seq_id, tokens, "", reuse=False)
+    model.kv.open(seq_id, tokens, "", reuse="nothing")
     prompt = step(model, [Chunk(seq_id, tokens, 0, "last")]).clone()
     after = step(model, [Chunk(seq_id, [7], SMALL, "last")]).clone()
     model.kv.close(seq_id, keep=False)

@@ -112,6 +112,12 @@ OPTIONS: Mapping[str, Option] = {
         "N",
         ("--max-batch-total-tokens",),
     ),
+    "cache-reuse": Option(
+        (*_MODEL, "cache", "reuse"),
+        "context and memory",
+        "cached tokens that prompts may take: moved, also from other places, or exact alone (default: moved)",
+        "KIND",
+    ),
     "gpu-memory-fraction": Option(
         (*_MODEL, "gpu_memory_fraction"),
         "context and memory",

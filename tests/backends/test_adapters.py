@@ -42,7 +42,7 @@ def last_logits(backend: HFBackend, *asked: tuple[list[int], str | None, float])
     """[len(asked), V]: prompts with their adapters and scales, in one step; nothing stays cached."""
     chunks = []
     for seq_id, (ids, adapter, scale) in enumerate(asked):
-        backend.kv.open(seq_id, ids, f"{adapter} {scale}", reuse=False)
+        backend.kv.open(seq_id, ids, f"{adapter} {scale}", reuse="nothing")
         assert backend.kv.reserve(seq_id, len(ids))
         chunks.append(Chunk(seq_id, ids, 0, "last", adapter, scale))
     logits = backend.forward(chunks).clone()

@@ -35,7 +35,7 @@ def decode(
 ) -> Tensor:
     """[steps, B, V]: all sequences read PROMPT with their adapters, then, while `decoding`, one token a step."""
     for seq_id, adapter in users.items():
-        backend.kv.open(seq_id, PROMPT, str(adapter), reuse=False)
+        backend.kv.open(seq_id, PROMPT, str(adapter), reuse="nothing")
         assert backend.kv.reserve(seq_id, len(PROMPT) + num_steps)
         backend.forward([Chunk(seq_id, PROMPT, 0, "last", adapter)])
         backend.kv.commit(seq_id, 0, PROMPT)

@@ -64,7 +64,7 @@ def last_logits(
     backend: GGUFBackend | HFBackend, ids: list[int], adapter: str | None = None, scale: float = 1.0
 ) -> Tensor:
     """[V] after a prompt; nothing stays cached."""
-    backend.kv.open(0, ids, f"{adapter} {scale}", reuse=False)
+    backend.kv.open(0, ids, f"{adapter} {scale}", reuse="nothing")
     assert backend.kv.reserve(0, len(ids))
     logits = backend.forward([Chunk(0, ids, 0, "last", adapter, scale)])[0].clone()
     backend.kv.close(0, keep=False)

@@ -121,7 +121,7 @@ def lone_logits(backend: HFBackend, token_ids: Sequence[int]) -> Tensor:
 def run_pieces(backend: HFBackend, token_ids: Sequence[int], sizes: Sequence[int], *, reuse: bool = False) -> Tensor:
     """Logits of all tokens that aren't found cached, run in pieces of these sizes; the sequence stays matchable."""
     seq_id = next(_fresh_ids)
-    start = backend.kv.open(seq_id, token_ids, "", reuse=reuse).num_tokens
+    start = backend.kv.open(seq_id, token_ids, "", reuse="exact" if reuse else "nothing").num_tokens
     rows = []
     for size in sizes:
         part = token_ids[start : start + size]

@@ -22,7 +22,7 @@ OPERATIONS = ("store_kv", "attention", "rotate", "linear", "add_low_rank", "rms_
 
 def logits(backend: HFBackend, token_ids: list[int]) -> Tensor:
     """[tokens, V] of one prompt."""
-    backend.kv.open(0, token_ids, "", reuse=False)
+    backend.kv.open(0, token_ids, "", reuse="nothing")
     assert backend.kv.reserve(0, len(token_ids))
     found = backend.forward([Chunk(0, token_ids, 0, "all")]).clone()
     backend.kv.close(0, keep=False)

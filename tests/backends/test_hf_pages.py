@@ -367,7 +367,7 @@ def test_where_nothing_is_evicted_the_longest_beginning_is_found(prompts: list[t
     """Against a plain model that compares with every sequence there was."""
     driver, plain = Driver(num_pages=400), FakeKV(10_000)
     for seq_id, (tokens, namespace, reuse, closes) in enumerate(prompts):
-        expected = plain.open(seq_id, tokens, namespace, reuse=reuse).num_tokens
+        expected = plain.open(seq_id, tokens, namespace, reuse="exact" if reuse else "nothing").num_tokens
         assert plain.reserve(seq_id, len(tokens))
         plain.commit(seq_id, expected, tokens[expected:])
         assert driver.run(seq_id, tokens, namespace, reuse=reuse) == expected

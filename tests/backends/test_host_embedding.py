@@ -44,7 +44,7 @@ def logits(backend: HFBackend, steps: list[list[Chunk]]) -> list[torch.Tensor]:
     for chunks in steps:
         for chunk in chunks:
             if chunk.start == 0:
-                backend.kv.open(chunk.seq_id, chunk.token_ids, "", reuse=False)
+                backend.kv.open(chunk.seq_id, chunk.token_ids, "", reuse="nothing")
             assert backend.kv.reserve(chunk.seq_id, len(chunk.token_ids))
         found.append(backend.forward(chunks).clone())
         for chunk in chunks:

@@ -40,7 +40,7 @@ def settings(options: dict[str, str]) -> ModelSettings:
 
 def logits_of(backend: Backend, token_ids: Sequence[int]) -> Tensor:
     """[n, V] of one sequence, run in one step."""
-    backend.kv.open(0, token_ids, "", reuse=False)
+    backend.kv.open(0, token_ids, "", reuse="nothing")
     assert backend.kv.reserve(0, len(token_ids))
     logits = backend.forward([Chunk(0, token_ids, 0, "all")])
     backend.kv.close(0, keep=False)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from tightrope.backends.adapters import fingerprint
 from tightrope.backends.errors import BackendError
 from tightrope.backends.protocol import Capabilities, Chunk, KVUsage, ModelCard
-from tightrope.backends.reuse import Reuse
+from tightrope.backends.reuse import Reuse, Wanted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -84,7 +84,13 @@ class FakeKV:
         return {cell for held in holders for cell in (*held.cells, *held.reserved)}
 
     def open(
-        self, seq_id: int, token_ids: Sequence[int], namespace: str, *, reuse: bool = True, reproducible: bool = False
+        self,
+        seq_id: int,
+        token_ids: Sequence[int],
+        namespace: str,
+        *,
+        reuse: Wanted = "exact",
+        reproducible: bool = False,
     ) -> Reuse:
         assert seq_id not in self.live
         best: Held | None = None
@@ -92,7 +98,12 @@ class FakeKV:
         for held in (*self.kept, *self.live.values()):
             same = 0
             limit = min(len(held.token_ids), len(token_ids) - 1)
-            while reuse and held.namespace == namespace and same < limit and held.token_ids[same] == token_ids[same]:
+            while (
+                reuse != "nothing"
+                and held.namespace == namespace
+                and same < limit
+                and held.token_ids[same] == token_ids[same]
+            ):
                 same += 1
             if same > length:
                 best, length = held, same

@@ -47,7 +47,7 @@ class Driver:
 
     def open(self, seq_id: int, tokens: Sequence[int], namespace: str = "", *, reuse: bool = True) -> int:
         """Open a sequence; returns how many tokens were cached."""
-        reused = self.cache.open(seq_id, tokens, namespace, reuse=reuse)
+        reused = self.cache.open(seq_id, tokens, namespace, reuse="exact" if reuse else "nothing")
         found = reused.num_tokens
         assert reused == Reuse.prefix(found)
         assert 0 <= found < len(tokens)

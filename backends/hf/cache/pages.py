@@ -26,7 +26,7 @@ from tightrope.backends.hf.cache.live import Ints, LiveSequence
 from tightrope.backends.hf.cache.page_tree import Page, Root, equals, hang, neighbours, num_common, tokens_of, twin_of
 from tightrope.backends.hf.cache.window_pages import WindowPages
 from tightrope.backends.protocol import KVUsage
-from tightrope.backends.reuse import Reuse
+from tightrope.backends.reuse import Reuse, Wanted
 from tightrope.kernels.forms.layout import PAGE
 
 
@@ -60,13 +60,19 @@ class PagedKVCache:
     # --- the protocol -----------------------------------------------------------------------------------------------
 
     def open(
-        self, seq_id: int, token_ids: Sequence[int], namespace: str, *, reuse: bool = True, reproducible: bool = False
+        self,
+        seq_id: int,
+        token_ids: Sequence[int],
+        namespace: str,
+        *,
+        reuse: Wanted = "exact",
+        reproducible: bool = False,
     ) -> Reuse:
         """See KVCache. len(token_ids) is remembered: see `effective_len`."""
         assert seq_id not in self._live, f"sequence {seq_id} is open already"
         frequencies = self._frequencies_at(len(token_ids))
         sequence = LiveSequence((namespace, frequencies), len(token_ids), frequencies)
-        if reuse:
+        if reuse != "nothing":
             path, found = self._find(sequence.root, token_ids[:-1])
             sequence.length = sequence.num_findable = self._windows.continuable(path, found)
             for page in path[: -(-sequence.length // PAGE)]:

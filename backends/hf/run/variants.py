@@ -10,7 +10,7 @@ from tightrope.backends.hf.run.calibrate import key_factors
 from tightrope.backends.hf.run.steps import StepBuilder, StepInputs
 from tightrope.backends.hf.runner import ModelRunner
 from tightrope.backends.protocol import Backend, Chunk, KVCache, KVUsage
-from tightrope.backends.reuse import Reuse
+from tightrope.backends.reuse import Reuse, Wanted
 from tightrope.kernels.forms.layout import CacheDtype, LayerCache
 
 Inputs = Callable[[Sequence[Chunk]], StepInputs]
@@ -89,7 +89,13 @@ class _BaseBooks:
         self._base = base
 
     def open(
-        self, seq_id: int, token_ids: Sequence[int], namespace: str, *, reuse: bool = True, reproducible: bool = False
+        self,
+        seq_id: int,
+        token_ids: Sequence[int],
+        namespace: str,
+        *,
+        reuse: Wanted = "exact",
+        reproducible: bool = False,
     ) -> Reuse:
         return Reuse()
 
