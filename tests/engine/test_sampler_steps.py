@@ -30,6 +30,8 @@ VOCAB_SIZES = (1, 2, 3, 30, 400)
 EDGE = 2e-7 + roundings(66) + 40 * UNIT * math.log(max(VOCAB_SIZES))
 # of a probability, whose logarithm is at least -600: as many roundings of float64, in up to six steps
 EXACT = 6 * 16 * 600 * 2.0**-53
+# of an entropy, the logarithm of a sum less a mean of logarithms: where one token has almost all, little else is left
+ENTROPY = 16 * (1 + math.log(max(VOCAB_SIZES))) * 2.0**-53
 unit = st.floats(0.05, 0.98)
 
 
@@ -91,8 +93,11 @@ def logits_row(shape: str, vocab_size: int, seed: int) -> np.ndarray:
     return row.astype(np.float32)
 
 
-def expected(row: np.ndarray, p: SamplingParams, place: int) -> reference.Distribution:
-    """What the reference keeps; examples are dropped where a border or a rival lies within EDGE of a token."""
+def expected(row: np.ndarray, p: SamplingParams, place: int) -> tuple[reference.Distribution, dict[int, float]]:
+    """What the reference keeps, and how far off each probability may be, as a part of it.
+
+    Examples are dropped where a border or a rival lies within EDGE of a token.
+    """
     exact, acts = row.astype(np.float64), dice(p.seed or 0, place) < p.xtc_probability
     kept = reference.truncate(exact, p, acts=acts)
     for factor in (1 - EDGE, 1 + EDGE):  # Two tokens may be as typical as each other, one likelier and one less likely.
@@ -104,7 +109,13 @@ def expected(row: np.ndarray, p: SamplingParams, place: int) -> reference.Distri
             nudged = min(value * factor, 1 - 1e-12) if neutral == 1 else value * factor
             other = reference.truncate(exact, structs.replace(p, **{name: nudged}), acts=acts)
             assume({token for token, _ in other} == {token for token, _ in kept})
-    return kept
+    tolerances = dict.fromkeys(dict(kept), EXACT)
+    for off in (-ENTROPY, ENTROPY) if p.dynatemp_range else ():
+        other = reference.truncate(exact, p, acts=acts, entropy_off=off)
+        assume({token for token, _ in other} == {token for token, _ in kept})
+        for token, probability in kept:
+            tolerances[token] = max(tolerances[token], EXACT + abs(dict(other)[token] / probability - 1))
+    return kept, tolerances
 
 
 @pytest.mark.plain
@@ -121,7 +132,7 @@ def test_any_steps_in_any_order_keep_and_draw_what_the_reference_does(
     vocab_size: int, shape: str, seed: int, p: SamplingParams, other: SamplingParams, place: int
 ):
     row = logits_row(shape, vocab_size, seed)
-    kept = expected(row, p, place)
+    kept, tolerances = expected(row, p, place)
     neighbour = logits_row("normal", vocab_size, seed + 1)
     for is_native in (True, False):
         with pytest.MonkeyPatch.context() as patch:
@@ -134,7 +145,7 @@ def test_any_steps_in_any_order_keep_and_draw_what_the_reference_does(
                 states = [SamplerState(p, [], vocab_size, logprobs), SamplerState(other, [], vocab_size, None)]
                 states[0].num_output = place
                 results.append(sample(torch.from_numpy(np.stack([row, neighbour])), states)[0])
-        check(p, place, kept, *results)
+        check(p, place, kept, tolerances, *results)
 
 
 def summed_exactly(logits: torch.Tensor, rows: np.ndarray, transforms: np.ndarray) -> np.ndarray:
@@ -147,7 +158,12 @@ def summed_exactly(logits: torch.Tensor, rows: np.ndarray, transforms: np.ndarra
 
 
 def check(
-    p: SamplingParams, place: int, kept: reference.Distribution, whole: Sampled | None, plain: Sampled | None
+    p: SamplingParams,
+    place: int,
+    kept: reference.Distribution,
+    tolerances: Mapping[int, float],
+    whole: Sampled | None,
+    plain: Sampled | None,
 ) -> None:
     """What was drawn with the logprobs of all tokens, and without any, against what the reference keeps."""
     assert whole is not None
@@ -155,7 +171,8 @@ def check(
     assert {token for token, logprob in whole.top if logprob > -600} == {t for t, q in kept if q > math.exp(-600)}
     for token, logprob in whole.top:
         probability = dict(kept).get(token, 0.0)
-        assert math.exp(logprob) == pytest.approx(probability, rel=EXACT, abs=math.exp(-600))
+        rounding = tolerances.get(token, EXACT)
+        assert math.exp(logprob) == pytest.approx(probability, rel=rounding, abs=math.exp(-600))
     u = uniform(p.seed or 0, place) ** math.exp(-p.skew)
     drawn = {reference.draw(kept, min(max(u + nudge, 0.0), 1.0)) for nudge in (-EDGE, 0, EDGE)}
     assert {whole.token_id, plain.token_id} <= drawn
@@ -207,6 +224,13 @@ def test_top_n_sigma_keeps_the_same_tokens_at_any_temperature():
     sets = [kept(logits, top_n_sigma=1.0, temperature=t) for t in (0.1, 1.0, 10.0)]
     assert sets[0] == sets[1] == sets[2]
     assert 1 < len(sets[0]) < 200
+
+
+def test_the_deviation_is_of_all_tokens_those_too_whose_probability_no_float64_can_hold():
+    logits = torch.tensor([0.0, -10.0, -14.0, -60.0])  # smoothed: 0, -100, -196, -3600
+    assert math.exp(-3600) == 0
+    for n, tokens in ((0.05, {0}), (0.1, {0, 1}), (0.2, {0, 1, 2})):  # One deviation is 1518; without the last, 80.
+        assert kept(logits, smoothing_factor=1.0, smoothing_curve=1.0, top_n_sigma=n) == tokens
 
 
 def test_a_dynamic_temperature_is_low_where_the_model_is_sure_and_high_where_it_is_not():

@@ -16,6 +16,8 @@ from tightrope.engine.sampler.steps import SAMPLER_ORDER, SamplingParams
 Logits = NDArray[np.float64]
 Distribution = list[tuple[int, float]]
 VANISHING = 1e-290  # Far above the numbers that a float64 holds with fewer digits, or not at all.
+RESHAPING = ("temperature", "smoothing")
+COUNTING = ("temperature", "top_n_sigma")  # Every token counts in what they do, however unlikely it is.
 
 
 def penalise(
@@ -137,10 +139,10 @@ def _until(entries: Distribution, p: float) -> Distribution:
     return kept
 
 
-def temper(distribution: Distribution, params: SamplingParams) -> Distribution:
+def temper(distribution: Distribution, params: SamplingParams, entropy_off: float = 0.0) -> Distribution:
     t = params.temperature
     if params.dynatemp_range > 0:
-        share = entropy(distribution) / math.log(len(distribution)) if len(distribution) > 1 else 0.0
+        share = (entropy(distribution) + entropy_off) / math.log(len(distribution)) if len(distribution) > 1 else 0.0
         low, high = max(t - params.dynatemp_range, 0.0), t + params.dynatemp_range
         t = low + (high - low) * min(max(share, 0.0), 1.0) ** params.dynatemp_exponent
     t = min(max(t, 1e-30), 1e30)
@@ -229,12 +231,16 @@ def adaptive_p(distribution: Distribution, current: float) -> Distribution:
     return renormalize(sorted(weights, key=lambda entry: (-entry[1], entry[0])))
 
 
-def truncate(logits: Logits, params: SamplingParams, *, acts: bool = False, mu: float | None = None) -> Distribution:
+def truncate(
+    logits: Logits, params: SamplingParams, *, acts: bool = False, mu: float | None = None, entropy_off: float = 0.0
+) -> Distribution:
     """Steps 5 and 6: what may be drawn, and how likely. Greedy draws the first token of an untruncated softmax.
 
-    Drops the example of a property in which a step is given a token that is about to vanish.
+    Drops the example of a property in which a step is given a token that is about to vanish, and one in which a step
+    that counts all tokens isn't given those that have: the sampler holds logits, in which none vanishes.
 
-    acts: what XTC's dice say; mu: that of mirostat or adaptive-p, if it isn't the first.
+    acts: what XTC's dice say; mu: that of mirostat or adaptive-p, if it isn't the first; entropy_off: what is added to
+    the entropy that a dynamic temperature follows, to see what its rounding comes to.
     """
     if params.temperature == 0:
         return softmax(logits, 1.0)
@@ -244,12 +250,15 @@ def truncate(logits: Logits, params: SamplingParams, *, acts: bool = False, mu: 
         order = order[1:]
     else:
         distribution = softmax(logits, 1.0)
+    has_lost = False
     for step in order:
         before = distribution
-        distribution = run(step, distribution, params, acts)
+        distribution = run(step, distribution, params, acts, entropy_off)
         # Whether a token has vanished that is about to is a question of rounding alone.
         if distribution != before and currently_in_test_context():
             assume(min(probability for _, probability in before) >= VANISHING)
+            assume(not (has_lost and step in COUNTING))
+        has_lost |= step in RESHAPING and len(distribution) < len(before)
         if step not in ("temperature", "smoothing", "xtc"):
             distribution = at_least_so_many(before, distribution, params.min_keep)
     if params.mirostat_mode == 0:
@@ -267,10 +276,10 @@ def at_least_so_many(before: Distribution, after: Distribution, min_keep: int) -
     return renormalize([entry for entry in before if entry[0] in kept])
 
 
-def run(step: str, distribution: Distribution, params: SamplingParams, acts: bool) -> Distribution:
+def run(step: str, distribution: Distribution, params: SamplingParams, acts: bool, entropy_off: float) -> Distribution:
     match step:
         case "temperature":
-            return temper(distribution, params)
+            return temper(distribution, params, entropy_off)
         case "smoothing":
             return smooth(distribution, params.smoothing_factor, params.smoothing_curve)
         case "top_n_sigma":
