@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
 
-from tightrope.backends.gguf.tensor_types import TENSOR_TYPES, Floats, TensorType
+from tightrope.backends.files.gguf.tensor_types import TENSOR_TYPES, Floats, TensorType
 from tightrope.backends.locate import bundled_model
 
 HIDDEN, INNER, HEADS, KV_HEADS = 2048, 5632, 32, 4  # TinyLlama's

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tightrope.backends.gguf.header import read_header
+from tightrope.backends.files.gguf.header import read_header
 
 HIDDEN, INNER, LAYERS, HEADS, KV_HEADS, WINDOW = 128, 352, 2, 4, 2, 4096
 MARKS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")

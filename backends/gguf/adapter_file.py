@@ -9,7 +9,7 @@ from math import isfinite
 from pathlib import Path
 
 from tightrope.backends.errors import BackendError
-from tightrope.backends.gguf.header import Header, TensorInfo, read_header
+from tightrope.backends.files.gguf.header import Header, TensorInfo, read_header
 
 ALPHA = "adapter.lora.alpha"
 

@@ -5,9 +5,9 @@ from functools import partial
 from pathlib import Path
 
 from tightrope.backends.adapters import AdapterRoom, fingerprint
+from tightrope.backends.files.gguf.header import Header
 from tightrope.backends.files.peft import read_adapter
 from tightrope.backends.gguf.adapter_file import read_adapter_file
-from tightrope.backends.gguf.header import Header
 from tightrope.backends.gguf.native import NativeAdapter, NativeContext, NativeModel
 from tightrope.backends.gguf.peft_file import Conversion, path_of
 from tightrope.backends.gguf.values import check_values

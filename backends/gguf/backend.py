@@ -10,10 +10,10 @@ from torch import Tensor
 from tightrope.backends.adapters import AdapterRoom
 from tightrope.backends.devices.host import look
 from tightrope.backends.errors import BackendError
+from tightrope.backends.files.gguf.header import Header
 from tightrope.backends.gguf.adapters import GGUFAdapters, room_for_adapters
 from tightrope.backends.gguf.cache import SharedKVCache
 from tightrope.backends.gguf.cards import cards_for, unused
-from tightrope.backends.gguf.header import Header
 from tightrope.backends.gguf.layout import Memory
 from tightrope.backends.gguf.model_file import read_model
 from tightrope.backends.gguf.native import ModelOptions, NativeContext, NativeModel

@@ -10,9 +10,9 @@ from llama_cpp import llama_cpp as ll
 
 from tightrope.backends.devices.host import Host
 from tightrope.backends.errors import BackendError
+from tightrope.backends.files.gguf.tensor_types import TENSOR_TYPES
 from tightrope.backends.gguf.cache_types import CacheType
 from tightrope.backends.gguf.shape import ModelShape
-from tightrope.backends.gguf.tensor_types import TENSOR_TYPES
 from tightrope.backends.memory import CardMemory
 from tightrope.backends.settings import ModelSettings
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from tightrope.backends.errors import BackendError
+from tightrope.backends.files.gguf.header import Header
 from tightrope.backends.gguf.cache_types import CACHE_TYPES, CacheType
 from tightrope.backends.gguf.cards import Card, cards_for
-from tightrope.backends.gguf.header import Header
 from tightrope.backends.gguf.native import MAX_SEQS
 from tightrope.backends.gguf.shape import ModelShape
 from tightrope.backends.memory import CARD_RESERVE, MEMORY_SHARE, CardMemory, free_memory

@@ -4,10 +4,10 @@ import re
 from pathlib import Path
 
 from tightrope.backends.errors import BackendError
-from tightrope.backends.gguf.header import Header, read_header
+from tightrope.backends.files.gguf.header import Header, read_header
+from tightrope.backends.files.gguf.vocabulary import TOKENS
 from tightrope.backends.gguf.layout import EXPERTS
 from tightrope.backends.gguf.shape import ModelShape
-from tightrope.backends.gguf.vocabulary import TOKENS
 from tightrope.backends.settings import ModelSettings
 
 # general.type -> what such a file is; older files are told by their architecture

@@ -18,7 +18,7 @@ import numpy as np
 from llama_cpp import llama_cpp as ll
 
 from tightrope.backends.errors import BackendError, OutOfMemory
-from tightrope.backends.gguf.header import read_header
+from tightrope.backends.files.gguf.header import read_header
 from tightrope.backends.gguf.threadpool import ThreadPool
 
 log = logging.getLogger("tightrope.gguf")

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from tightrope.backends.errors import BackendError
+from tightrope.backends.files.gguf.header import MAGIC, Header, TensorInfo
 from tightrope.backends.files.peft import Delta, PeftAdapter, check_float
 from tightrope.backends.files.safetensors import TensorEntry
 from tightrope.backends.gguf.adapter_file import check_shapes
-from tightrope.backends.gguf.header import MAGIC, Header, TensorInfo
 from tightrope.kernels.forms.low_rank import balanced
 
 ALIGNMENT = 32  # Tensors in the file begin at multiples of so many bytes.

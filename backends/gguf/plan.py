@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from tightrope.backends.errors import DoesNotFit
+from tightrope.backends.files.gguf.header import Header
 from tightrope.backends.gguf.cache_types import AUTO, AUTO_ON_CARDS, CACHE_TYPES, CacheType
-from tightrope.backends.gguf.header import Header
 from tightrope.backends.gguf.layout import CELL_GRAIN, Layout, Memory
 from tightrope.backends.gguf.native import ContextOptions
 from tightrope.backends.gguf.rope import RopePlan, plan_rope

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 from tightrope.backends.errors import BackendError
-from tightrope.backends.gguf.header import Header, LongArray, Value
-from tightrope.backends.gguf.tensor_types import TENSOR_TYPES
+from tightrope.backends.files.gguf.header import Header, LongArray, Value
+from tightrope.backends.files.gguf.tensor_types import TENSOR_TYPES
 
 MAX_LAYERS = 512  # llama.cpp ends the process beyond this.
 MAX_WINDOW = 1 << 28

@@ -13,9 +13,9 @@ from typing import NamedTuple, Self
 import numpy as np
 
 from tightrope.backends.errors import BackendError
+from tightrope.backends.files.gguf.header import DataFile, Header, TensorInfo
+from tightrope.backends.files.gguf.tensor_types import TENSOR_TYPES, TensorType
 from tightrope.backends.files.opened import open_file
-from tightrope.backends.gguf.header import DataFile, Header, TensorInfo
-from tightrope.backends.gguf.tensor_types import TENSOR_TYPES, TensorType
 from tightrope.kernels.dispatch import search_file
 from tightrope.kernels.forms.masks import ROOM, Masks
 

@@ -10,7 +10,7 @@ from msgspec import structs
 
 from tightrope.backends.errors import BackendError
 from tightrope.backends.files.chat_templates import chat_templates
-from tightrope.backends.gguf.header import read_header
+from tightrope.backends.files.gguf.header import read_header
 from tightrope.engine.types import ModelInfo
 from tightrope.server.prompts.templates import ChatTemplate
 

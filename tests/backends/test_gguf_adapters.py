@@ -23,9 +23,9 @@ from torch import Tensor
 from tightrope.backends.adapters import fingerprint
 from tightrope.backends.detect import outline
 from tightrope.backends.errors import BackendError
+from tightrope.backends.files.gguf.header import Header
 from tightrope.backends.files.peft import read_adapter
 from tightrope.backends.gguf.backend import GGUFBackend
-from tightrope.backends.gguf.header import Header
 from tightrope.backends.gguf.peft_file import Conversion
 from tightrope.backends.hf.backend import HFBackend
 from tightrope.backends.protocol import Chunk

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from llama_cpp import llama_cpp as ll
 
 from tightrope.backends.errors import BackendError, DoesNotFit
+from tightrope.backends.files.gguf.header import Header
 from tightrope.backends.gguf import cards
 from tightrope.backends.gguf.cache_types import CACHE_TYPES
 from tightrope.backends.gguf.cards import Card
-from tightrope.backends.gguf.header import Header
 from tightrope.backends.gguf.layout import Layout, Memory, filled, spread
 from tightrope.backends.gguf.plan import GGUFPlan, make_plan
 from tightrope.backends.gguf.shape import ModelShape

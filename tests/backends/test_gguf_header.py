@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from llama_cpp import llama_cpp as ll
 
 from tightrope.backends.errors import BackendError
-from tightrope.backends.gguf.header import LongArray, read_header
+from tightrope.backends.files.gguf.header import LongArray, read_header
+from tightrope.backends.files.gguf.tensor_types import TENSOR_TYPES
 from tightrope.backends.gguf.shape import ModelShape
-from tightrope.backends.gguf.tensor_types import TENSOR_TYPES
 from tightrope.backends.locate import bundled_model
 
 pytestmark = pytest.mark.quick

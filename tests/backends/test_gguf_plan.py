@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tightrope.backends.errors import BackendError
-from tightrope.backends.gguf.header import DataFile, Header, TensorInfo, Value
+from tightrope.backends.files.gguf.header import DataFile, Header, TensorInfo, Value
 from tightrope.backends.gguf.layout import Memory
 from tightrope.backends.gguf.plan import GGUFPlan, make_plan
 from tightrope.backends.gguf.rope import plan_rope

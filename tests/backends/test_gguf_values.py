@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from llama_cpp import llama_cpp as ll
 
 from tightrope.backends.errors import BackendError
+from tightrope.backends.files.gguf.header import DataFile, Header, TensorInfo, read_header
+from tightrope.backends.files.gguf.tensor_types import TENSOR_TYPES, Floats, TensorType
 from tightrope.backends.gguf.backend import GGUFBackend
-from tightrope.backends.gguf.header import DataFile, Header, TensorInfo, read_header
-from tightrope.backends.gguf.tensor_types import TENSOR_TYPES, Floats, TensorType
 from tightrope.backends.gguf.values import ValueScan, check_values
 from tightrope.backends.settings import ModelSettings
 

@@ -20,11 +20,11 @@ from real_server import run_server
 
 from tightrope.backends.detect import outline
 from tightrope.backends.errors import DoesNotFit
+from tightrope.backends.files.gguf.header import read_header
 from tightrope.backends.gguf import backend as gguf_backend
 from tightrope.backends.gguf.backend import GGUFBackend
 from tightrope.backends.gguf.cache_types import CACHE_TYPES
 from tightrope.backends.gguf.cards import Card, cards_for
-from tightrope.backends.gguf.header import read_header
 from tightrope.backends.gguf.shape import ModelShape
 from tightrope.backends.locate import bundled_model
 from tightrope.backends.memory import CARD_RESERVE, CardMemory

@@ -12,8 +12,8 @@ from gguf_files import write_model
 from gguf_models import gemma
 from llama_buffers import allocated, listen
 
+from tightrope.backends.files.gguf.header import read_header
 from tightrope.backends.gguf.backend import GGUFBackend
-from tightrope.backends.gguf.header import read_header
 from tightrope.backends.gguf.layout import FIXED_BYTES, Memory
 from tightrope.backends.gguf.native import ModelOptions, NativeContext, NativeModel
 from tightrope.backends.gguf.plan import GGUFPlan, context_options, make_plan

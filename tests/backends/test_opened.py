@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from tightrope.backends.errors import BackendError
+from tightrope.backends.files.gguf.header import read_header as read_gguf
 from tightrope.backends.files.hf_config import read_config
 from tightrope.backends.files.json import read_object
 from tightrope.backends.files.opened import read_bytes
 from tightrope.backends.files.safetensors import Checkpoint
-from tightrope.backends.gguf.header import read_header as read_gguf
 from tightrope.backends.hf.text.sentencepiece import read_sentencepiece
 from tightrope.backends.hf.text.tokenizer import HFTokenizer
 

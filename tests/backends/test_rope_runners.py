@@ -12,7 +12,7 @@ from llama_cpp import llama_cpp as ll
 from rope_bounds import FACTOR
 
 from tightrope.backends.errors import BackendError
-from tightrope.backends.gguf.header import DataFile, Header, TensorInfo, Value
+from tightrope.backends.files.gguf.header import DataFile, Header, TensorInfo, Value
 from tightrope.backends.gguf.rope import RopePlan, plan_rope
 from tightrope.backends.gguf.shape import ModelShape
 from tightrope.backends.rope.scaling import resolve_rope

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tightrope.backends.gguf.tensor_types import TENSOR_TYPES, TensorType
+from tightrope.backends.files.gguf.tensor_types import TENSOR_TYPES, TensorType
 from tightrope.backends.gguf.values import _masks
 from tightrope.kernels import dispatch
 from tightrope.kernels.cpu import native

@@ -7,7 +7,7 @@ import pytest
 from hf_folders import mixtral_8x7b, mixtral_lora, yi_34b
 from test_cli import bundled_model
 
-from tightrope.backends.gguf.header import read_header
+from tightrope.backends.files.gguf.header import read_header
 from tightrope.backends.memory import CARD_RESERVE, MEMORY_SHARE
 from tightrope.server.cli.failures import UsageError
 from tightrope.server.cli.main import main

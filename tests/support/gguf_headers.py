@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from tightrope.backends.gguf.header import DataFile, Header, TensorInfo, Value
+from tightrope.backends.files.gguf.header import DataFile, Header, TensorInfo, Value
 
 GIB = 1 << 30
 

@@ -20,10 +20,10 @@ import numpy as np
 
 from tightrope.backends.errors import BackendError
 from tightrope.backends.files.foreign import SNIFFED, check_is_no_ggml
+from tightrope.backends.files.gguf.not_gguf import describe
+from tightrope.backends.files.gguf.tensor_types import TENSOR_TYPES
+from tightrope.backends.files.gguf.vocabulary import PER_TOKEN, TOKENS, BadVocabulary, check_vocabulary
 from tightrope.backends.files.opened import open_file
-from tightrope.backends.gguf.not_gguf import describe
-from tightrope.backends.gguf.tensor_types import TENSOR_TYPES
-from tightrope.backends.gguf.vocabulary import PER_TOKEN, TOKENS, BadVocabulary, check_vocabulary
 
 MAGIC = b"GGUF"
 MAX_KEYS = 1 << 16
