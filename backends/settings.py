@@ -105,6 +105,12 @@ class ModelSettings(BaseModel, frozen=True, extra="forbid"):
         """Memory for adapters beside those that are loaded at the start."""
         return 0 if self.adapter_folder is None else self.adapter_memory_mib << 20
 
+    @property
+    def types_on_a_card(self) -> tuple[str, ...]:
+        """The options given that say in what types of 16 bits a card computes, as they are written."""
+        given = (("dtype", self.dtype, ("auto", "float32")), ("matmul-sums", self.matmul_sums, ("float32",)))
+        return tuple(f"--{option} {value}" for option, value, others in given if value not in others)
+
     def step_tokens_on(self, device_type: str) -> int:
         """Most tokens in one step on a "cpu" or "cuda" device: as asked, else what is right if memory has room."""
         return self.step_tokens or (STEP_TOKENS_ON_CARD if device_type == "cuda" else STEP_TOKENS)

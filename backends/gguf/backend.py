@@ -15,7 +15,7 @@ from tightrope.backends.gguf.adapters import GGUFAdapters, room_for_adapters
 from tightrope.backends.gguf.cache import SharedKVCache
 from tightrope.backends.gguf.cards import cards_for, unused
 from tightrope.backends.gguf.layout import Memory
-from tightrope.backends.gguf.model_file import read_model
+from tightrope.backends.gguf.model_file import notes_on, read_model
 from tightrope.backends.gguf.native import ModelOptions, NativeContext, NativeModel
 from tightrope.backends.gguf.plan import GGUFPlan, context_options, make_plan
 from tightrope.backends.gguf.shape import ModelShape
@@ -72,7 +72,7 @@ class GGUFBackend:
             prompt_rows(ModelShape.of(header).vocab_size, plan.step_tokens),
             mixes_adapters=False,
         )
-        self.card = _card(path, header, self._model, plan, tokenizer, unused(settings, look()))
+        self.card = _card(path, header, self._model, plan, tokenizer, unused(settings, look()) + notes_on(settings))
 
     def forward(self, chunks: Sequence[Chunk]) -> Tensor:
         """See Backend. More rows than one native call may yield are computed in several calls and copied together."""

@@ -23,18 +23,21 @@ _OTHER_ARCHITECTURES = {
 _POOLED = {1: "mean", 2: "cls", 3: "last", 4: "rank"}  # One vector is made of a text's in these ways.
 
 
+def notes_on(settings: ModelSettings) -> tuple[str, ...]:
+    """What the start says of settings that change nothing for a GGUF file."""
+    return tuple(f"{given} changes nothing: llama.cpp has types of its own" for given in settings.types_on_a_card)
+
+
 def read_model(path: Path, settings: ModelSettings) -> Header:
     """The header of a model that could be served as `settings` want it.
 
     Raises BackendError, in one line with the file's name, for everything that a header shows to be wrong. What only
     llama.cpp knows, such as the tensors that an architecture needs, is asked by `try_load`.
     """
-    types = (("dtype", settings.dtype, "auto"), ("matmul-sums", settings.matmul_sums, "float32"))
-    for option, value, default in (*types, ("quantize", settings.quantize, None)):
-        if value != default:
-            raise BackendError(
-                f"--{option} {value}: llama.cpp, which runs GGUF files, has types of its own; leave it out"
-            )
+    if settings.quantize is not None:
+        raise BackendError(
+            f"--quantize {settings.quantize}: llama.cpp, which runs GGUF files, has types of its own; leave it out"
+        )
     header = read_header(path)
     architecture = header.metadata.get("general.architecture")
     other = _OTHER_TYPES.get(str(header.metadata.get("general.type"))) or _OTHER_ARCHITECTURES.get(str(architecture))

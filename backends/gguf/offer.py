@@ -49,7 +49,7 @@ def outline(
     from tightrope.backends.gguf.adapters import room_for_adapters
     from tightrope.backends.gguf.cache_types import CACHE_TYPES
     from tightrope.backends.gguf.layout import Layout, memory_of
-    from tightrope.backends.gguf.model_file import read_model
+    from tightrope.backends.gguf.model_file import notes_on, read_model
     from tightrope.backends.gguf.rope import plan_rope
     from tightrope.backends.gguf.trial import try_load
 
@@ -62,7 +62,7 @@ def outline(
     try:
         plan = gguf.make_plan(settings, header, memory, adapter_bytes)
         size = int(plan.num_cells * layout.token_bytes(plan.cache_type))
-        notes = plan.notes + header.notes + try_load(path, gguf.context_options(settings, plan))
+        notes = plan.notes + notes_on(settings) + header.notes + try_load(path, gguf.context_options(settings, plan))
         chosen = Chosen(plan.cache_type.name, plan.num_cells, size, notes, plan.step_tokens)
         window = plan.window
     except DoesNotFit as error:

@@ -60,8 +60,9 @@ class HFBackend:
         """
         host = look()
         device = choose_device(settings.device, host)
-        notes = [f"device: {describe_card(device, host)}"] if device.type == "cuda" else []
         found = inspect(folder, settings, device)
+        notes = [f"device: {describe_card(device, host)}"] if device.type == "cuda" else []
+        notes += found.notes
         adapter_bytes = room_for_adapters(settings)
         check_host(found.blueprint)
         plan = make_plan(settings, found.shape, room_on(device, settings, found.blueprint, adapter_bytes))
@@ -74,7 +75,7 @@ class HFBackend:
         threads = compute_threads(settings.threads)
         torch.set_num_threads(1)  # A large step takes more: see ModelRunner.
         dispatch.set_threads(threads)
-        if settings.matmul_sums == "float16":
+        if settings.matmul_sums == "float16" and device.type == "cuda":
             dispatch.sum_in_float16()
         with failing_as("loading the model", device):
             model = build(found.blueprint, lambda done: progress(WEIGHTS * done))

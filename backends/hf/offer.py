@@ -69,7 +69,7 @@ def outline(
         check_host(blueprint, memory_bytes)
         plan = hf.make_plan(settings, shape, room)
         hf.check_layers(plan, blueprint.layers)
-        notes = plan.notes if found.tokenizer is not None else (*plan.notes, NO_TOKENIZER)
+        notes = (*plan.notes, *found.notes, *([] if found.tokenizer is not None else [NO_TOKENIZER]))
         window, step = plan.window, plan.step_tokens
         workspace_bytes = plan.workspace_bytes
         chosen = Chosen(plan.cache_dtype, plan.num_pages * PAGE, plan.cache_bytes, notes, step)

@@ -196,7 +196,9 @@ def _overridden(section: Section, settings: "RopeSettings") -> Section:
         changed["rope_type"] = "default" if settings.kind == "none" else settings.kind
         if settings.kind == "longrope":
             raise BackendError(f"RoPE scaling 'longrope' needs {' and '.join(LISTS)}, and this {FILE} has none")
-        if settings.kind != "none" and settings.factor is None:
+        if settings.kind == "dynamic":
+            changed["factor"] = 1.0  # As many times as a chat's own length is the trained window's.
+        elif settings.kind != "none" and settings.factor is None:
             raise BackendError(
                 f"RoPE scaling {settings.kind!r} needs a factor: how many times the trained window to serve"
             )

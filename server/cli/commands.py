@@ -76,9 +76,9 @@ def _settings(values: Mapping[str, str]) -> "ServerSettings":
 def _serve(values: Mapping[str, str]) -> int:
     settings = _settings(values)
     from tightrope.server.cli.serve import serve
-    from tightrope.server.settings.settings import notes_on_words
+    from tightrope.server.settings.settings import notes_on_sources
 
-    return serve(settings, notes_on_words(values, settings))
+    return serve(settings, notes_on_sources(values, settings))
 
 
 def _chat(values: Mapping[str, str], url: str | None, system: str | None, max_tokens: int | None) -> int:

@@ -59,9 +59,7 @@ WORDS: Mapping[str, Word] = {  # They stand in the order of the launcher's own p
     "num-shard": refused(f"{_ONE_CARD}; leave it out, or give 1", "1"),
     "quantize": taken("quantize", "a model in another format is refused: nothing is quantized while loading"),
     "speculate": idle("there is no speculation, which would change the speed alone"),
-    "dtype": taken(
-        "dtype", "for folders on a card: refused on a CPU, where hidden states are float32, and for GGUF files"
-    ),
+    "dtype": taken("dtype", "for folders on a card: elsewhere it changes nothing, which a line at the start tells"),
     "kv-cache-dtype": refused("keys and values in 8 bits are --kv-cache q8"),
     "trust-remote-code": idle("no code of a model is ever run, with leave or without", is_flag=True),
     "max-concurrent-requests": taken("max-waiting", "beside those that run"),
@@ -87,8 +85,8 @@ WORDS: Mapping[str, Word] = {  # They stand in the order of the launcher's own p
     "weights-cache-override": taken("hub-cache"),
     "disable-custom-kernels": idle("the kernels are those that this machine can run", is_flag=True),
     "cuda-memory-fraction": taken("gpu-memory-fraction"),
-    "rope-scaling": taken("rope-scaling"),
-    "rope-factor": taken("rope-factor", "with a kind: alone it is refused, as kinds differ"),
+    "rope-scaling": taken("rope-scaling", "`dynamic` alone is by 1; other kinds want a factor"),
+    "rope-factor": taken("rope-factor", "alone it means linear scaling"),
     "json-output": idle("the log has plain lines", is_flag=True),
     "otlp-endpoint": idle("no traces are sent; /metrics has the times of requests"),
     "otlp-service-name": idle("no traces are sent; /metrics has the times of requests"),
@@ -110,7 +108,7 @@ WORDS: Mapping[str, Word] = {  # They stand in the order of the launcher's own p
     "payload-limit": taken("max-body-bytes"),
     "enable-prefill-logprobs": idle("they are there whenever a request asks for them", is_flag=True),
     "graceful-termination-timeout": idle("answers under way get 60 s", short="-g"),
-    "log-level": taken("log-level"),
+    "log-level": taken("log-level", "one level for all"),
 }
 
 

@@ -132,7 +132,11 @@ OPTIONS: Mapping[str, Option] = {
         "KIND",
     ),
     "rope-factor": Option(
-        (*_ROPE, "factor"), "context and memory", "how many times the trained window the scaling reaches", "X"
+        (*_ROPE, "factor"),
+        "context and memory",
+        "how many times the trained window the scaling reaches; linear unless --rope-scaling says otherwise",
+        "X",
+        implies={(*_ROPE, "kind"): "linear"},
     ),
     "rope-theta": Option((*_ROPE, "theta"), "context and memory", "RoPE base frequency", "X", ("--rope-freq-base",)),
     "rope-original-len": Option(
@@ -145,7 +149,7 @@ OPTIONS: Mapping[str, Option] = {
     "rope-freq-scale": Option(
         (*_ROPE, "factor"),
         "context and memory",
-        "short for --rope-factor 1/X, and linear unless --rope-scaling says otherwise",
+        "short for --rope-factor 1/X",
         "X",
         implies={(*_ROPE, "kind"): "linear"},
         is_reciprocal=True,

@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_va
 from tightrope.backends.settings import split_pairs
 from tightrope.engine.settings import MAX_ALTERNATIVES, MAX_WAITING, EngineSettings
 from tightrope.server.prompts.prompt_formats import FIXED_VARIABLES, PROMPT_FORMATS
-from tightrope.server.settings import launcher_words
+from tightrope.server.settings import launcher_words, service_variables
 from tightrope.server.settings.launcher_words import WORDS
 from tightrope.server.settings.options import CONFIG, OPTIONS, Option, TreePath
 from tightrope.server.settings.site_names import parse_host_pattern, parse_origin
@@ -60,6 +60,13 @@ class ServerSettings(BaseModel, frozen=True, extra="forbid"):
         if value is not None and value == info.data.get("api_key"):
             raise ValueError("the admin key must not be the API key, which every client has")
         return value
+
+    @field_validator("log_level", mode="before")
+    @classmethod
+    def _as_ours(cls, value: object) -> object:
+        """TGI's launcher takes other programs' names of levels, in any case."""
+        level = value.lower() if isinstance(value, str) else value
+        return {"warn": "warning", "trace": "debug"}.get(str(level), level)
 
     @field_validator("cors_origins", "allowed_hosts", mode="before")
     @classmethod
@@ -134,9 +141,12 @@ def load_settings(arguments: Mapping[str, str], environ: Mapping[str, str] | Non
     return settings
 
 
-def notes_on_words(arguments: Mapping[str, str], settings: ServerSettings) -> list[str]:
-    """A line on each word of TGI's launcher that changes nothing, of those that `settings` were loaded from."""
-    return launcher_words.idle_words(arguments, os.environ if settings.tgi_environment else {})
+def notes_on_sources(arguments: Mapping[str, str], settings: ServerSettings) -> list[str]:
+    """A line on each word of TGI's launcher that changes nothing, of those that `settings` were loaded from, and one on
+    variables that are a cluster's."""
+    words = launcher_words.idle_words(arguments, os.environ if settings.tgi_environment else {})
+    of_services = [name for name, value in os.environ.items() if service_variables.is_of_a_service(name, value)]
+    return [*words, *service_variables.describe(of_services)]
 
 
 class _Source(NamedTuple):
@@ -200,7 +210,11 @@ def env_name(option: str) -> str:
 
 def _from_environment(environ: Mapping[str, str]) -> dict[str, str]:
     known = {env_name(name): name for name in (*OPTIONS, CONFIG)}
-    ours = {name: value for name, value in environ.items() if name.startswith(ENV_PREFIX)}
+    ours = {
+        name: value
+        for name, value in environ.items()
+        if name.startswith(ENV_PREFIX) and not service_variables.is_of_a_service(name, value)
+    }
     for name in ours:
         if name not in known:
             raise SettingsError(f"{name}: no such setting; the environment may hold {ENV_PREFIX} and an option's name")

@@ -11,8 +11,8 @@ from interpreted import interpreted
 from torch import Tensor
 
 from bench.gpu.matrices import random_nf4
-from tightrope.backends.errors import BackendError
-from tightrope.backends.gguf.model_file import read_model
+from tightrope.backends.detect import outline
+from tightrope.backends.gguf.model_file import notes_on, read_model
 from tightrope.backends.hf.load.blueprint import activation_dtype
 from tightrope.backends.hf.load.inspection import inspect
 from tightrope.backends.hf.modules.matrices import Columns, Matrix, Mixed, times
@@ -39,8 +39,7 @@ def test_hidden_states_on_a_card_have_at_most_sixteen_bits_unless_more_are_asked
     asked: Dtype, stored: str, dtype: torch.dtype
 ):
     assert activation_dtype(asked, stored, CARD) == dtype
-    if asked in ("auto", "float32"):
-        assert activation_dtype(asked, stored, CPU) == torch.float32
+    assert activation_dtype(asked, stored, CPU) == torch.float32
 
 
 @pytest.mark.quick
@@ -52,14 +51,18 @@ def test_hidden_states_on_a_card_have_at_most_sixteen_bits_unless_more_are_asked
         ({"matmul_sums": "float16"}, "--matmul-sums float16"),
     ],
 )
-def test_what_only_a_card_has_is_refused_by_name_elsewhere(changed: dict[str, Any], option: str):
+def test_what_only_a_card_has_changes_nothing_elsewhere_and_a_line_says_so(changed: dict[str, Any], option: str):
     settings = ModelSettings(**changed)
-    for refuse in (
-        lambda: inspect(ADAPTERS / "llama-bf16", settings),
-        lambda: read_model(bundled_model(), settings),
-    ):
-        with pytest.raises(BackendError, match=f"^{option}: [^\n]*; leave it out$"):
-            refuse()
+
+    (line,) = inspect(ADAPTERS / "llama-bf16", settings).notes
+    assert line == f"{option} changes nothing: on a CPU hidden states and sums are float32"
+    assert not inspect(ADAPTERS / "llama-bf16", settings, "meta").notes
+    assert notes_on(settings) == (f"{option} changes nothing: llama.cpp has types of its own",)
+    assert read_model(bundled_model(), settings).tensors
+    for path, told in ((ADAPTERS / "llama-bf16", line), (bundled_model(), notes_on(settings)[0])):
+        chosen = outline(ModelSettings(model=str(path), device="cpu", **changed), None).chosen
+        assert chosen is not None
+        assert told in chosen.notes
 
 
 @pytest.fixture(scope="module")

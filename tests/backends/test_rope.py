@@ -357,6 +357,16 @@ def test_any_json_gives_finite_frequencies_or_one_line(model_type: str, fields: 
         assert spec.window > 0
 
 
+def test_dynamic_scaling_without_a_factor_is_by_as_much_as_a_chat_is_longer_than_the_trained_window():
+    alone = resolve(window=16_384, wanted={"kind": "dynamic"})
+
+    assert alone == resolve(window=16_384, wanted={"kind": "dynamic", "factor": 1.0})
+    assert alone.factor == 1
+    np.testing.assert_array_equal(alone.frequencies(alone.trained_len)[0], resolve().frequencies(1)[0])
+    longer = resolve(wanted={"kind": "ntk", "factor": 4.0}).frequencies(1)[0]
+    np.testing.assert_allclose(alone.frequencies(4 * alone.trained_len)[0], longer, rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("wanted", "message"),
     [

@@ -12,6 +12,7 @@ from tightrope.server.settings.settings import (
     SettingsError,
     env_name,
     load_settings,
+    notes_on_sources,
 )
 
 pytestmark = pytest.mark.quick
@@ -77,6 +78,60 @@ def test_a_frequency_scale_is_one_over_the_factor_and_linear_unless_another_sour
     assert (beside.kind, beside.factor) == ("yarn", 2)
 
 
+def test_a_factor_alone_is_linear_unless_a_source_names_a_kind(tmp_path: Path):
+    config = tmp_path / "tightrope.toml"
+    config.write_text('rope-scaling = "yarn"\n')
+
+    alone = load_settings({"rope-factor": "4"}, {}).engine.model.rope
+    beside = load_settings({"rope-factor": "4", "config": str(config)}, {}).engine.model.rope
+
+    assert (alone.kind, alone.factor) == ("linear", 4)
+    assert (beside.kind, beside.factor) == ("yarn", 4)
+
+
+OF_A_SERVICE = {  # as Kubernetes sets them in each container beside a service `tightrope` with a named port
+    "TIGHTROPE_SERVICE_HOST": "10.0.0.3",
+    "TIGHTROPE_SERVICE_PORT": "8000",
+    "TIGHTROPE_SERVICE_PORT_HTTP_API": "8000",
+    "TIGHTROPE_PORT": "tcp://10.0.0.3:8000",
+    "TIGHTROPE_PORT_8000_TCP": "tcp://10.0.0.3:8000",
+    "TIGHTROPE_PORT_8000_TCP_PROTO": "tcp",
+    "TIGHTROPE_PORT_8000_TCP_PORT": "8000",
+    "TIGHTROPE_PORT_8000_TCP_ADDR": "10.0.0.3",
+}
+
+
+@pytest.mark.parametrize("service", ["TIGHTROPE", "TIGHTROPE_API", "TIGHTROPE_2"])
+def test_a_clusters_variables_of_a_service_are_no_settings_and_told_in_one_line(
+    service: str, monkeypatch: pytest.MonkeyPatch
+):
+    found = {name.replace("TIGHTROPE", service): value for name, value in OF_A_SERVICE.items()}
+    for name, value in found.items():
+        monkeypatch.setenv(name, value)
+
+    settings = load_settings({}, found | {"TIGHTROPE_THREADS": "1"})
+
+    assert settings == load_settings({}, {"TIGHTROPE_THREADS": "1"})
+    assert notes_on_sources({}, settings) == [
+        f"8 variables such as {service}_PORT change nothing: a cluster has set them for a service of that name"
+    ]
+
+
+@pytest.mark.parametrize(
+    "name", ["TIGHTROPE_PORTS", "TIGHTROPE_SERVICE_HOSTS", "TIGHTROPE_PORT_8000_TCP_X", "TIGHTROPE_SERVICE"]
+)
+def test_a_variable_that_is_like_a_services_is_still_an_unknown_setting(name: str):
+    with pytest.raises(SettingsError, match=f"^{name}: no such setting"):
+        load_settings({}, {name: "tcp://10.0.0.3:8000"})
+
+
+@pytest.mark.parametrize(
+    ("word", "level"), [("warn", "warning"), ("WARN", "warning"), ("trace", "debug"), ("INFO", "info")]
+)
+def test_levels_of_the_log_go_by_other_programs_names_too(word: str, level: str):
+    assert load_settings({"log-level": word}, {}).log_level == level
+
+
 def test_a_chat_template_is_a_file_or_its_source(tmp_path: Path):
     file = tmp_path / "chat.jinja"
     file.write_text("{{ messages }}")
@@ -105,6 +160,7 @@ def test_origins_come_as_one_text_or_as_a_list(tmp_path: Path):
         ({"rope-factor": "nan"}, {}, "--rope-factor: input should be "),
         ({"rope-freq-scale": "0"}, {}, "--rope-freq-scale: input should be a number above 0, not '0'"),
         ({"rope-freq-scale": "x"}, {}, "--rope-freq-scale: input should be a number above 0, not 'x'"),
+        ({"log-level": "info,router=debug"}, {}, "--log-level: input should be 'debug', 'info', 'warning' or 'error'"),
         ({"rope-scaling": "spiral"}, {}, "--rope-scaling: input should be 'none', 'linear', 'dynamic', "),
         ({}, {"TIGHTROPE_THREADS": "-1"}, "TIGHTROPE_THREADS: input should be greater than or equal to 0, not '-1'"),
         ({}, {"TIGHTROPE_PROT": "1"}, "TIGHTROPE_PROT: no such setting"),

@@ -235,11 +235,12 @@ def lay_out(folder: Path, program: str) -> Path:
     return start
 
 
-def run_start(folder: Path, *arguments: str) -> str:
-    """What the start runs in place of the server, and as whom."""
+def run_start(folder: Path, *arguments: str, without: str = "", data: str = "data") -> str:
+    """What the start runs in place of the server, and as whom. without: capabilities that its root doesn't have."""
     start = lay_out(folder, SHOWN)
-    found = image_environment("cuda", str(folder / "data"))
-    return subprocess.run([start, *arguments], env=found, capture_output=True, text=True, check=True).stdout
+    found = image_environment("cuda", str(folder / data))
+    bounded = ["setpriv", f"--bounding-set={without}", "--"] if without and os.getuid() == 0 else []
+    return subprocess.run([*bounded, start, *arguments], env=found, capture_output=True, text=True, check=True).stdout
 
 
 @pytest.mark.plain
@@ -261,6 +262,34 @@ def test_the_server_runs_as_the_owner_of_the_volume(folder: Path):
     os.chown(folder / "data", owner, -1)
 
     assert run_start(folder).startswith(f"{owner}:")
+
+
+@pytest.mark.plain
+@pytest.mark.parametrize(
+    ("without", "user"), [("-all", 0), ("-setuid,-setgid", 0), ("-net_bind_service", 10001), ("-chown", 10001)]
+)
+def test_a_container_that_takes_capabilities_away_serves_all_the_same(folder: Path, without: str, user: int):
+    shown = run_start(folder, without=without)
+
+    assert shown.startswith(f"{user if os.getuid() == 0 else os.getuid()}:")
+
+
+@pytest.mark.plain
+def test_a_folder_for_models_that_is_not_there_is_made(folder: Path):
+    user = 10001 if os.getuid() == 0 else os.getuid()
+
+    assert run_start(folder, data="data/models").startswith(f"{user}:")
+    assert (folder / "data/models").stat().st_uid == user
+
+
+@pytest.mark.plain
+def test_a_clusters_service_called_as_the_image_leaves_it_its_port(folder: Path):
+    start = lay_out(folder, "#!/bin/sh\necho $TIGHTROPE_PORT\n")
+    found = image_environment("cpu", str(folder / "data"))
+    for value, port in (("tcp://10.0.0.3:8000", found["TIGHTROPE_PORT"]), ("9000", "9000")):
+        environment = found | {"TIGHTROPE_PORT": value}
+        shown = subprocess.run([start], env=environment, capture_output=True, text=True, check=True).stdout
+        assert shown == f"{port}\n"
 
 
 @pytest.mark.plain

@@ -176,12 +176,10 @@ def draw(
 def activation_dtype(asked: Dtype, stored: str, device: torch.device) -> torch.dtype:
     """What hidden states are held in; `stored` is the dtype that config.json tells.
 
-    On a CPU it is float32. Elsewhere "auto" is the stored one if it has sixteen bits, and bfloat16 in the place of
-    float32: products of 32 bits would run without a card's matrix units. Raises BackendError.
+    On a CPU it is float32, whatever is asked for. Elsewhere "auto" is the stored one if it has sixteen bits, and
+    bfloat16 in the place of float32: products of 32 bits would run without a card's matrix units.
     """
     if device.type == "cpu":
-        if asked in ("bfloat16", "float16"):
-            raise BackendError(f"--dtype {asked}: on a CPU hidden states are float32; leave it out")
         return torch.float32
     if asked == "auto":
         return torch.bfloat16 if stored == "float32" else DTYPES_BY_NAME[stored]

@@ -20,21 +20,23 @@ from tightrope.backends.settings import ModelSettings
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """What a folder holds. `tokenizer` is None where it has none: a folder of headers can be planned for."""
+    """What a folder holds. `tokenizer` is None where it has none: a folder of headers can be planned for.
+
+    `notes` tell of the settings that change nothing on the device.
+    """
 
     shape: ModelShape
     rope: Mapping[str, RopeSpec]
     tokenizer: HFTokenizer | None
     blueprint: Blueprint
     chat_templates: Mapping[str, str]
+    notes: tuple[str, ...]
 
 
 def inspect(folder: Path, settings: ModelSettings, device: torch.device | str = "cpu") -> Inspection:
     """Read all of a folder but its weights. Raises BackendError in one line for whatever can't be served."""
     _check_options(settings)
     shape = read_config(folder)
-    if settings.matmul_sums != "float32" and torch.device(device).type == "cpu":
-        raise BackendError(f"--matmul-sums {settings.matmul_sums}: on a CPU sums are float32; leave it out")
     rope = resolve_rope(shape.raw, settings.rope, settings.max_model_len)
     checkpoint = Checkpoint.open(folder)
     tokenizer = HFTokenizer(folder, shape) if has_tokenizer(folder) else None
@@ -43,7 +45,9 @@ def inspect(folder: Path, settings: ModelSettings, device: torch.device | str = 
     check_asked(folder, settings.quantize, blueprint.quantization)
     for path in settings.adapters.values():
         blueprint.adapters.check(Path(path).expanduser())
-    return Inspection(shape, rope, tokenizer, blueprint, templates)
+    idle = settings.types_on_a_card if torch.device(device).type == "cpu" else ()
+    notes = tuple(f"{given} changes nothing: on a CPU hidden states and sums are float32" for given in idle)
+    return Inspection(shape, rope, tokenizer, blueprint, templates, notes)
 
 
 def _check_options(settings: ModelSettings) -> None:
