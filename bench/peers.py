@@ -139,6 +139,15 @@ def started(
         end(process)
 
 
+def finding_ours() -> dict[str, str]:
+    """The modules' search path with this checkout in front, for a server whose package isn't installed.
+
+    `python -m` looks in the current folder, and the server's other processes don't.
+    """
+    others = os.environ.get("PYTHONPATH")
+    return {"PYTHONPATH": os.pathsep.join([str(ROOT), *([others] if others else [])])}
+
+
 def free_port() -> int:
     """A port of this machine that nobody listens on."""
     with socket.socket() as listener:

@@ -13,7 +13,7 @@ import psutil
 
 from bench.compare import bundled_model
 from bench.meter import process_tree
-from bench.peers import ROOT, free_port, started
+from bench.peers import ROOT, finding_ours, free_port, started
 from bench.small_models import write_model
 
 STOP_S = 90.0  # the server lets answers finish for a minute
@@ -48,7 +48,7 @@ def serving(model: Path, folder: Path, name: str, options: Sequence[str]) -> Ite
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "tightrope", "serve", str(model), "--port", str(port), *options]
-    environment = {"TMPDIR": str(temp)}
+    environment = {"TMPDIR": str(temp), **finding_ours()}
     with log.open("w+") as output, started(command, f"{url}/health", output, environment) as process:
         yield Served(url, process, log, temp)
 

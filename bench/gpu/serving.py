@@ -17,7 +17,7 @@ import torch
 
 from bench.gpu.random_weights import SMALL, YI_34B, exl2_entries, write_sparse
 from bench.gpu.run import Row, Run, reason, tried
-from bench.peers import StartFailed, free_port, started
+from bench.peers import StartFailed, finding_ours, free_port, started
 from bench.small_models import write_tokenizer
 from bench.sse import stream
 
@@ -52,7 +52,7 @@ def rows(run: Run) -> Iterator[Row]:
 
             begun_s = time.perf_counter()
             try:
-                with started(command, f"http://127.0.0.1:{port}/health", log, {}, START_S):
+                with started(command, f"http://127.0.0.1:{port}/health", log, finding_ours(), START_S):
                     start_s = time.perf_counter() - begun_s
                     yield {"case": f"starts at {context} tokens", "start_s": start_s, **taken()}
                     for case, num_tokens in (

@@ -18,15 +18,18 @@ from bench.report import RowFile
 
 # what a bare machine lacks: tightrope's other dependencies
 MISSING = ("pydantic", "msgspec", "fastapi", "llama_cpp", "httpx", "uvicorn", "jinja2")
+# a checkout whose package isn't installed: what pip has left of it is taken away
+UNINSTALLED = """for found in (sys.meta_path, sys.path):
+    found[:] = [each for each in found if "__editable__" not in str(each)]
+"""
 Rows = list[dict[str, object]]
 
 
 def run(folder: Path, *words: str, missing: tuple[str, ...] = ()) -> tuple["subprocess.CompletedProcess[str]", Rows]:
     """bench.gpu in a fresh interpreter that sees no card, and the rows that it wrote into the folder."""
     hidden = "".join(f"sys.modules[{name!r}] = None\n" for name in missing)
-    (folder / "sitecustomize.py").write_text(f"import sys\n{hidden}")
-    path = os.pathsep.join(map(str, (folder, ROOT)))
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path}
+    (folder / "sitecustomize.py").write_text(f"import sys\n{hidden}{UNINSTALLED}")
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(folder)}
     command = [sys.executable, "-m", "bench.gpu", "--out", str(folder / "out"), *words]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     written = folder / "out" / "smoke.jsonl"
