@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from math import prod
 
 from tightrope.backends.errors import BackendError
 from tightrope.backends.files.gguf.header import Header
@@ -69,6 +70,7 @@ class Layout:
     step_tokens: int
     max_outputs: int
     max_seqs: int  # Of the context: those that run, and finished ones.
+    half_bytes: int = 0  # That of the largest matrix that a card unpacks to 16 bits for a prompt.
 
     @classmethod
     def of(cls, settings: ModelSettings, header: Header, memory: Memory, adapter_bytes: int = 0) -> "Layout":
@@ -88,6 +90,7 @@ class Layout:
             step_tokens=settings.step_tokens_on("cpu"),
             max_outputs=max(settings.max_num_seqs, min(MAX_OUTPUTS, settings.step_tokens_on("cpu"))),
             max_seqs=max_seqs,
+            half_bytes=_half_bytes(header, memory.cards),
         )
 
     @property
@@ -125,12 +128,12 @@ class Layout:
         """A bound on the buffers of a step on a card.
 
         It unpacks a layer's quantized cache to 16 bits for the attention of a prompt, and is sent the matrices that lie
-        in the host's memory one by one for a prompt's products.
+        in the host's memory one by one for a prompt's products. What it unpacks for cuBLAS is counted with these.
         """
         heads = max(self.shape.kv_heads) * (self.shape.key_dim + self.shape.value_dim)
         unpacked = 2 * num_cells * heads if kind.is_quantized else 0
         left = [slot.largest_bytes for slot in (*self.slots[: self._first], *self.slots[: self.num_cpu_experts])]
-        return self._step_bytes(num_cells) + unpacked + max(left, default=0)
+        return self._step_bytes(num_cells) + unpacked + max(left, default=0) + self.half_bytes
 
     @property
     def _logit_bytes(self) -> int:
@@ -267,6 +270,13 @@ def _slots(header: Header, shape: ModelShape, adapter_bytes: int, max_seqs: int)
         for number in range(layers)
     ]
     return (*blocks, Slot(weights[layers], copied_bytes=copied, largest_bytes=max(largest[layers], copied)))
+
+
+def _half_bytes(header: Header, cards: Sequence[Card]) -> int:
+    """The bytes in float16 of the largest matrix that cards can't multiply as it is; experts are unpacked one by one."""
+    types = {tensor.type_name for tensor in header.tensors}
+    unpacked = {name for name in types if not all(card.multiplies(name) for card in cards)}
+    return max((2 * prod(t.dims[:2]) for t in header.tensors if t.type_name in unpacked), default=0)
 
 
 def memory_of(settings: ModelSettings, memory_bytes: int | None, device_bytes: tuple[int, ...] | None) -> Memory:

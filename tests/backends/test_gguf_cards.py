@@ -4,6 +4,7 @@ import ctypes
 import re
 from dataclasses import replace
 from itertools import combinations_with_replacement
+from math import prod
 
 import pytest
 from gguf_headers import GIB, mixtral_8x7b, yi_34b
@@ -12,7 +13,8 @@ from hypothesis import strategies as st
 from llama_cpp import llama_cpp as ll
 
 from tightrope.backends.errors import BackendError, DoesNotFit
-from tightrope.backends.files.gguf.header import Header
+from tightrope.backends.files.gguf.header import Header, TensorInfo
+from tightrope.backends.files.gguf.tensor_types import TENSOR_TYPES
 from tightrope.backends.gguf import cards
 from tightrope.backends.gguf.cache_types import CACHE_TYPES
 from tightrope.backends.gguf.cards import Card
@@ -196,6 +198,53 @@ def test_a_prompts_product_with_weights_of_the_host_has_room_on_the_card() -> No
         4096, whole.cache_type
     )
     assert more == 8 * 14_336 * 4096 * 9 // 16
+
+
+MATRIX = (7168, 20_480)  # of the feed-forward part of Yi-34B
+
+
+def typed(kind: str, *dims: int) -> Header:
+    """The same model in numbers, with one more matrix of another type."""
+    (file,) = YI.files
+    numbers = (replace(tensor, type_name="F16") for tensor in file.tensors)
+    extra = TensorInfo("blk.0.extra.weight", dims, kind, 0, prod(dims) // 4)
+    return replace(YI, files=(replace(file, tensors=(*numbers, extra)),))
+
+
+@pytest.mark.parametrize(
+    ("kind", "dims", "name", "description", "copied"),
+    [
+        ("IQ1_M", MATRIX, "CUDA0", "NVIDIA GeForce RTX 3090", 2 * prod(MATRIX)),
+        ("IQ1_M", (*MATRIX, 8), "CUDA0", "", 2 * prod(MATRIX)),  # of one of eight experts
+        ("IQ1_M", MATRIX, "Vulkan0", "NVIDIA GeForce RTX 3090", 0),
+        ("Q4_K", MATRIX, "CUDA0", "NVIDIA GeForce RTX 3090", 0),
+        ("Q4_K", MATRIX, "CUDA0", "NVIDIA TITAN RTX", 0),
+        ("Q4_K", MATRIX, "CUDA0", "Tesla V100-SXM2-32GB", 2 * prod(MATRIX)),
+        ("Q4_K", MATRIX, "CUDA0", "Tesla V100S-PCIE-32GB", 2 * prod(MATRIX)),
+        ("Q4_K", MATRIX, "CUDA0", "NVIDIA TITAN V", 2 * prod(MATRIX)),
+        ("Q4_K", MATRIX, "CUDA0", "Quadro GV100", 2 * prod(MATRIX)),
+        ("F16", MATRIX, "CUDA0", "Tesla V100-SXM2-32GB", 0),
+    ],
+)
+def test_a_matrix_that_a_card_unpacks_for_a_prompt_has_room_there(
+    kind: str, dims: tuple[int, ...], name: str, description: str, copied: int
+) -> None:
+    free = Memory(64 * GIB, (Card(name, CardMemory(40 * GIB, 40 * GIB), description),))
+    settings = ModelSettings(gpu_layers=-1)
+    plain = Layout.of(settings, typed("F32", *dims), free)
+    q8 = CACHE_TYPES["q8"]
+
+    asked = Layout.of(settings, typed(kind, *dims), free)
+
+    assert asked.card_workspace_bytes(4096, q8) - plain.card_workspace_bytes(4096, q8) == copied
+
+
+def test_the_types_that_a_card_multiplies_are_known_ones() -> None:
+    ours = {kind.name for kind in TENSOR_TYPES.values()}
+
+    assert {name for name in ours if card("CUDA0").multiplies(name)} >= {"Q4_K", "Q6_K", "IQ4_XS", "Q8_0", "BF16"}
+    assert not card("CUDA0").multiplies("IQ1_M")
+    assert card("CUDA0").multiplies("MXFP4")
 
 
 def test_experts_are_advised_to_the_host_where_a_card_is_too_small_for_them() -> None:
