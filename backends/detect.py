@@ -31,6 +31,8 @@ def outline(settings: ModelSettings, memory_bytes: int | None, device_bytes: tup
     share. device_bytes: what is free on each card to plan for, as its driver says while a context is open; None means
     those that are here. Raises BackendError for a model or setting that can't be; a plan that doesn't fit is no error.
     """
+    if device_bytes is not None and settings.device == "cpu":
+        raise BackendError("--device cpu and --device-memory contradict each other; give only one of them")
     package, path = find_claim(locate(settings.model, settings.revision, settings.hub_cache))
     return package.outline(path, settings, memory_bytes, device_bytes)
 
@@ -40,7 +42,7 @@ def warm(settings: ModelSettings, architectures: Sequence[int], progress: Callab
 
     `progress` is called with the share done. Raises BackendError in one line for a model or a card that can't be.
     """
-    package, path = find_claim(locate(settings.model, settings.revision))
+    package, path = find_claim(locate(settings.model, settings.revision, settings.hub_cache))
     return package.warm(path, settings, architectures, progress)
 
 

@@ -175,6 +175,13 @@ def compiled_folder() -> str:
     return warming.cache_folder()
 
 
+def why_not_kept(error: BaseException) -> str | None:
+    """Why what is compiled can't be kept there, and what would help, where that is what an error says."""
+    from tightrope.kernels.triton import warming
+
+    return warming.why_not_kept(error)
+
+
 def fewest_rows() -> tuple[int, ...]:
     """The fewest rows of a step for each way in which a card's kernels multiply them, ascending."""
     from tightrope.kernels.triton.quantized import FEWEST_ROWS

@@ -8,6 +8,7 @@ import torch
 
 from tightrope.backends.devices import toolchain
 from tightrope.backends.devices.host import Host
+from tightrope.kernels import dispatch
 from tightrope.kernels.trial import run as trial
 
 # The oldest driver for each CUDA that torch is built for. Source: CUDA Toolkit release notes, "CUDA Toolkit and Minimum
@@ -25,11 +26,11 @@ def num_cards() -> int:
 
 def no_cards(host: Host) -> str:
     """Why torch finds no card on a machine."""
+    if not host.has_card:
+        return "there is no NVIDIA card on this machine"
     if torch.version.cuda is None:
         build = "install torch's build for CUDA, as make serve DEVICE=cuda does"
         return f"torch {torch.__version__} is built without CUDA: {build}"
-    if not host.has_card:
-        return "there is no NVIDIA card on this machine"
     return _driver(host) or _nodes(host) or _torch()
 
 
@@ -109,7 +110,8 @@ def _no_launch(error: Exception) -> str:
         return f"Triton is not installed: pip install {toolchain.triton_of_torch()}"
     if (missing := toolchain.missing()) is not None:  # Of no account where the cache has all that is to be compiled.
         return f"Triton can't launch a kernel: {missing}"
-    return f"Triton can't launch a kernel: {_first_line(error)}"
+    unkept = None if isinstance(error, ImportError) else dispatch.why_not_kept(error)
+    return f"Triton can't launch a kernel: {unkept or _first_line(error)}"
 
 
 def _first_line(error: BaseException) -> str:

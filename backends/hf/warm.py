@@ -25,9 +25,9 @@ def warm_folder(
     """See detect.warm."""
     if not dispatch.can_compile():
         raise BackendError("warm: Triton, which compiles kernels for cards, is not installed: pip install triton")
+    chosen = architectures or [_architecture_here()]  # Before the folder is read, which takes seconds.
     steps = meta_steps(folder, settings)
     done: list[Warmed] = []
-    chosen = architectures or [_architecture_here()]
     for architecture in chosen:
         with dispatch.standing_in(architecture):
             launches = gather(steps)

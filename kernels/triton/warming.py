@@ -4,6 +4,7 @@ What Triton compiles it keeps on disk, by the kernel's source, the types of its 
 another process finds it there. That takes nothing of a card but the word which one it is.
 """
 
+import errno
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -64,6 +65,8 @@ def compile_all(launches: Launches, num_threads: int, progress: Callable[[float]
         names = {pool.submit(kernel.preload, data): kernel.__name__ for data, kernel in launches.items()}
         for num_done, future in enumerate(as_completed(names), 1):
             if (error := future.exception()) is not None:
+                if (unkept := why_not_kept(error)) is not None:
+                    raise RuntimeError(f"compiled kernels can't be kept: {unkept}") from error
                 reason = " ".join(str(error).split())[-200:]  # The kernel's source stands before it.
                 raise RuntimeError(f"kernel {names[future]} can't be compiled: {reason}") from error
             progress(num_done / len(names))
@@ -77,3 +80,15 @@ def compile_all(launches: Launches, num_threads: int, progress: Callable[[float]
 def cache_folder() -> str:
     """Where Triton keeps what it compiles."""
     return str(knobs.cache.dir)
+
+
+def why_not_kept(error: BaseException) -> str | None:
+    """Whether an error is that the disk takes nothing of what is compiled, and what would help."""
+    folder = cache_folder()
+    if not folder:
+        return "TRITON_CACHE_DIR is empty; set it to a folder that can be written"
+    if not isinstance(error, OSError):
+        return None
+    is_about_it = str(error.filename or "").startswith(folder) or error.errno in (errno.ENOSPC, errno.EDQUOT)
+    words = (error.strerror or str(error)).lower()
+    return f"{words} in {folder}; set TRITON_CACHE_DIR to a folder that can be written" if is_about_it else None

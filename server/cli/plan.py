@@ -23,7 +23,7 @@ def parse_size(text: str, option: str = "--memory") -> int:
     match = SIZE.fullmatch(text.strip())
     size = int(float(match["number"]) * UNITS[match["unit"].upper()]) if match and len(text) < 32 else 0
     if not LEAST_MEMORY <= size <= MOST_MEMORY:
-        raise UsageError(f"{option}: should be a size from 1MiB to 1024TiB, such as 24GiB, not {text:.40}")
+        raise UsageError(f"{option}: should be a size from 1MiB to 1024TiB, such as 24GiB, not {text!r:.40}")
     return size
 
 

@@ -10,6 +10,7 @@ from hf_folders import LLAMA_33B, YI_34B, gptq, yi_34b
 
 from tightrope.backends import memory
 from tightrope.backends.detect import outline
+from tightrope.backends.errors import BackendError
 from tightrope.backends.hf.load.inspection import inspect
 from tightrope.backends.hf.plan import make_plan
 from tightrope.backends.hf.room import room_on
@@ -77,6 +78,15 @@ def test_the_page_on_plans_tells_what_fits(folders: dict[str, Path]):
     ]
 
     assert [tuple(int(cell.replace(",", "")) for cell in row) for row in told] == fitting
+
+
+def test_the_page_on_plans_tells_what_is_left_of_a_card():
+    assert re.findall(r"\b(\d+) MiB (?:are left|for what)", PAGE.read_text("utf-8")) == [str(CARD_RESERVE >> 20)] * 2
+
+
+def test_the_memory_of_a_card_is_none_for_a_model_on_the_cpu(folders: dict[str, Path]):
+    with pytest.raises(BackendError, match=r"^--device cpu and --device-memory contradict each other; give only one"):
+        on_card(folders["exl2"], WHOLE, device="cpu")
 
 
 def test_steps_shrink_where_the_plan_is_tight_and_are_long_where_it_is_not(folders: dict[str, Path]):

@@ -1,6 +1,7 @@
 """Which device a model runs on, and what is said of a card that can't be used; torch's and the system's answers are
 stand-ins."""
 
+import errno
 import importlib.metadata
 import re
 import subprocess
@@ -197,8 +198,12 @@ def test_a_torch_without_cuda_beside_a_card_is_told(
     )
 
 
-def test_without_a_card_auto_says_nothing_and_cuda_refuses(driver: Driver, caplog: pytest.LogCaptureFixture):
+@pytest.mark.parametrize("version", ["13.0", None])  # Another build of torch, of several GB, would be of no use.
+def test_without_a_card_auto_says_nothing_and_cuda_refuses(
+    driver: Driver, version: str | None, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
     driver.count = 0
+    monkeypatch.setattr(torch.version, "cuda", version)
 
     assert said(NOTHING, caplog) == "--device cuda: there is no NVIDIA card on this machine"
 
@@ -330,6 +335,30 @@ def test_whatever_else_keeps_triton_from_launching_is_told_in_its_words(
 
     assert line.startswith("--device cuda: Triton can't launch a kernel: ")
     assert line.endswith(words)
+
+
+@pytest.mark.usefixtures("driver")
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (PermissionError(errno.EACCES, "Permission denied", "{}/VVRH"), "permission denied in {}"),
+        (FileExistsError(errno.EEXIST, "File exists", "{}"), "file exists in {}"),
+        (OSError(errno.ENOSPC, "No space left on device"), "no space left on device in {}"),
+    ],
+)
+def test_a_folder_that_keeps_no_kernels_is_told_with_the_variable_that_names_another(
+    host: Host, error: OSError, reason: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    from tightrope.kernels.triton import warming  # Triton is there for tests, and nowhere else without a card.
+
+    folder = warming.cache_folder()
+    if error.filename is not None:
+        error.filename = error.filename.format(folder)
+    failing_launch(monkeypatch, error)
+    monkeypatch.setattr(toolchain, "missing", lambda: None)
+
+    told = f"{reason.format(folder)}; set TRITON_CACHE_DIR to a folder that can be written"
+    assert said(host, caplog).endswith(f"Triton can't launch a kernel: {told}")
 
 
 @pytest.mark.usefixtures("driver")

@@ -11,6 +11,8 @@ from checkout import FORMATS
 from real_server import clean_environment
 from test_cli import bundled_model
 
+from tightrope.backends import detect
+from tightrope.backends.errors import BackendError
 from tightrope.server.cli.failures import UsageError
 from tightrope.server.cli.main import main
 from tightrope.server.cli.warm import parse_architectures
@@ -40,6 +42,35 @@ def test_a_gguf_file_has_nothing_to_warm(capsys: pytest.CaptureFixture[str]):
     assert capsys.readouterr().err == (
         f"tightrope: {path}: a GGUF file needs no warming: llama.cpp's kernels were compiled when it was built\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("folder", "reason"),
+    [
+        ("/dev/null/x", "not a directory in /dev/null/x; set TRITON_CACHE_DIR to a folder that can be written"),
+        ("", "TRITON_CACHE_DIR is empty; set it to a folder that can be written"),
+    ],
+)
+def test_a_folder_that_keeps_nothing_is_one_line(folder: str, reason: str):
+    command = [sys.executable, "-m", "tightrope", "warm", str(TINY), "--arch=sm_86"]
+    environment = {**clean_environment(), "TRITON_CACHE_DIR": folder}
+
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+    assert result.returncode == 1
+    assert result.stderr == f"tightrope: compiled kernels can't be kept: {reason}\n"
+
+
+def test_a_model_of_the_hub_is_looked_for_where_it_is_downloaded_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    asked: list[tuple[object, ...]] = []
+
+    def locate(*names: object) -> Path:
+        asked.append(names)
+        raise BackendError("not here")
+
+    monkeypatch.setattr(detect, "locate", locate)
+    assert main(["warm", "org/name", "--arch=sm_86", "--revision=v1", f"--hub-cache={tmp_path}"]) == 1
+    assert asked == [("org/name", "v1", str(tmp_path))]
 
 
 def test_without_a_card_one_must_be_named(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
