@@ -19,11 +19,8 @@ from tightrope.backends.settings import ModelSettings
 _FOR_CPU, _REINSTALL = "this llama-cpp-python was built for the CPU", "reinstall it with CMAKE_ARGS=-DGGML_CUDA=on"
 _WITHOUT_CARDS = {"CPU", "BLAS"}  # ggml's libraries for these know no cards.
 _GPU, _INTEGRATED = 1, 2  # They are ggml_backend_dev_type's.
-# Quantized weights of these types are multiplied with a prompt as they are. Source: ggml's ggml_cuda_should_use_mmq.
-_MULTIPLIED = frozenset(
-    "Q1_0 Q2_0 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K IQ1_S IQ2_XXS IQ2_XS IQ2_S IQ3_XXS IQ3_S "
-    "IQ4_NL IQ4_XS MXFP4 NVFP4".split()
-)
+# Matrices of these types are no part of ggml's ggml_cuda_should_use_mmq.
+_UNPACKED = frozenset({"IQ1_M", "TQ1_0", "TQ2_0"})
 _NUMBERS = frozenset({"F32", "F16", "BF16"})
 # Cards whose matrix units know no whole numbers (Volta), or that add no products of bytes (P100) leave all to cuBLAS.
 _BY_CUBLAS = re.compile(r"\b(G?V100|TITAN V|P100)(?![0-9A-RT-Z])")
@@ -70,7 +67,7 @@ class Card:
         """
         if not self.name.startswith("CUDA") or type_name in _NUMBERS:
             return True
-        return type_name in _MULTIPLIED and _BY_CUBLAS.search(self.description) is None
+        return type_name not in _UNPACKED and _BY_CUBLAS.search(self.description) is None
 
     def attends(self, shape: ModelShape, kind: CacheType) -> bool:
         """Whether it has a kernel for the attention of a model, over keys and values stored so.

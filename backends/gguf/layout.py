@@ -273,7 +273,7 @@ def _slots(header: Header, shape: ModelShape, adapter_bytes: int, max_seqs: int)
 
 
 def _half_bytes(header: Header, cards: Sequence[Card]) -> int:
-    """The bytes in float16 of the largest matrix that cards can't multiply as it is; experts are unpacked one by one."""
+    """Bytes in float16 of the largest matrix that cards can't multiply as it is; experts are unpacked one by one."""
     types = {tensor.type_name for tensor in header.tensors}
     unpacked = {name for name in types if not all(card.multiplies(name) for card in cards)}
     return max((2 * prod(t.dims[:2]) for t in header.tensors if t.type_name in unpacked), default=0)
