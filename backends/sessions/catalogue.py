@@ -1,0 +1,75 @@
+"""Which pieces there are, as a tree: a piece hangs below the one that ends where it begins."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tightrope.backends.sessions.piece import Ints, Piece, num_common
+
+Usable = Callable[[Piece, int], bool]  # Whether a model can go on behind the first tokens of a piece, so many of them.
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """The first `length` tokens of a piece are those wanted, in their place."""
+
+    piece: Piece
+    length: int
+
+
+class Catalogue:
+    """Pieces by name, and by what stands before them."""
+
+    def __init__(self) -> None:
+        self._pieces: dict[bytes, Piece] = {}
+        self._below: dict[bytes, dict[bytes, Piece]] = {}  # By the parent's name, and then by their own.
+
+    def __contains__(self, name: bytes) -> bool:
+        return name in self._pieces
+
+    def __len__(self) -> int:
+        return len(self._pieces)
+
+    def add(self, piece: Piece) -> None:
+        self._pieces[piece.name] = piece
+        self._below.setdefault(piece.parent, {})[piece.name] = piece
+
+    def remove(self, name: bytes) -> None:
+        """Forget a piece. Those below it can be found again once it has come back."""
+        piece = self._pieces.pop(name, None)
+        if piece is None:
+            return
+        siblings = self._below[piece.parent]
+        del siblings[name]
+        if not siblings:
+            del self._below[piece.parent]
+
+    def covering(self, piece: Piece) -> Piece | None:
+        """One that is good for all that this one is good for."""
+        if piece.name in self._pieces:
+            return self._pieces[piece.name]
+        return next((other for other in self._below.get(piece.parent, {}).values() if piece.begins(other)), None)
+
+    def beginnings_of(self, piece: Piece) -> list[Piece]:
+        """Those that this one makes needless."""
+        siblings = self._below.get(piece.parent, {}).values()
+        return [other for other in siblings if other is not piece and other.begins(piece)]
+
+    def longest(self, root: bytes, wanted: Ints, usable: Usable = lambda piece, length: True) -> list[Match]:
+        """The pieces that hold most of `wanted` [n], one behind another; `usable` says which may be taken."""
+        path: list[Match] = []
+        place, parent = 0, root
+        while place < len(wanted):
+            best: Match | None = None
+            for piece in self._below.get(parent, {}).values():
+                if piece.root != root or piece.start != place:
+                    continue
+                length = num_common(piece.token_ids, wanted[place:])
+                if length > (best.length if best else 0) and usable(piece, length):
+                    best = Match(piece, length)
+            if best is None:
+                break
+            path.append(best)
+            if best.length < len(best.piece.token_ids):
+                break
+            place, parent = best.piece.stop, best.piece.name
+        return path

@@ -1,0 +1,208 @@
+"""The folder of a server's chats: one file a piece, whole or absent, for its owner alone, bounded.
+
+Everything is done relative to the open folder, and no link is followed: not the folder itself, nor a file in it.
+"""
+
+import os
+import re
+import stat
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from tightrope.backends.errors import BackendError
+from tightrope.backends.sessions.piece import NAME_BYTES, Bytes, Piece
+from tightrope.backends.sessions.piece_file import Header, read_header, read_payload, write_piece
+
+MARK = "tightrope-sessions"  # A file of this name says that the folder is one of chats.
+SUFFIX = ".run"
+TRIMMED = 0.95  # A full folder is emptied to this share of what it may hold.
+OLD_S = 600.0  # A file that was begun so long ago will not be finished any more.
+_PIECE = re.compile(rf"[0-9a-f]{{{2 * NAME_BYTES}}}\{SUFFIX}")
+_UNFINISHED = re.compile(rf"\.[0-9a-f]{{{2 * NAME_BYTES}}}\.[0-9]+")
+_READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+_WRITE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A file of the folder: the piece in it, when it was last of use (seconds since 1970), and its size in bytes."""
+
+    header: Header
+    piece: Piece
+    used_s: float
+    size: int
+
+
+class Folder:
+    """An open folder of chats. Methods but `close` may be used from any thread."""
+
+    def __init__(self, path: Path, *, create: bool = True) -> None:
+        """Open it, making it if need be. Raises BackendError where it is no such folder, or not ours alone."""
+        self.path = path
+        if create:
+            _make(path)
+        try:
+            self._fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except FileNotFoundError:
+            raise BackendError(f"{path}: no such folder") from None
+        except NotADirectoryError:
+            raise BackendError(f"{path}: no folder, or a link to one; name the folder of chats itself") from None
+        except OSError as error:
+            what = "a link; name the folder itself" if path.is_symlink() else error.strerror
+            raise BackendError(f"{path}: can't be opened as a folder of chats: {what}") from None
+        try:
+            self._check(create=create)
+        except BackendError:
+            os.close(self._fd)
+            raise
+
+    def _check(self, *, create: bool) -> None:
+        status = os.fstat(self._fd)
+        if status.st_uid != os.geteuid():
+            raise BackendError(f"{self.path}: belongs to another user; chats are kept in a folder of one's own alone")
+        names = os.listdir(self._fd)
+        if MARK not in names:
+            if len(names) > len([*self._names(unfinished=True)]) or not create:
+                raise BackendError(f"{self.path}: no folder of chats, which would hold {MARK}; name an empty one")
+            with suppress(OSError):  # Another server has just done so, or it is said when a chat can't be written.
+                os.close(os.open(MARK, _WRITE, 0o600, dir_fd=self._fd))
+        if status.st_mode & 0o077:
+            try:
+                os.fchmod(self._fd, 0o700)
+            except OSError as error:
+                reason = f"others may read it, and that can't be changed: {error.strerror}"
+                raise BackendError(f"{self.path}: {reason}") from None
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+    def write(self, piece: Piece, payload: Bytes, fingerprint: bytes, model: str) -> int:
+        """Store a piece, and return the size of its file; it is whole now, and was absent before. Raises OSError."""
+        unfinished = f".{piece.name.hex()}.{os.getpid()}"
+        file = os.open(unfinished, _WRITE, 0o600, dir_fd=self._fd)
+        try:
+            try:
+                size = write_piece(file, piece, payload, fingerprint, model)
+                os.utime(file, ns=(time.time_ns(),) * 2)  # A file system's own clock may tick in hundredths of seconds.
+                os.fsync(file)
+            finally:
+                os.close(file)
+            os.rename(unfinished, _file_of(piece.name), src_dir_fd=self._fd, dst_dir_fd=self._fd)
+            os.fsync(self._fd)
+        except BaseException:
+            self._unlink(unfinished)
+            raise
+        return size
+
+    def read(self, piece: Piece, fingerprint: bytes) -> Bytes | None:
+        """The bytes of a piece; None where its file is gone, or isn't what it should be, which is then removed."""
+        name = _file_of(piece.name)
+        try:
+            file, status = self._open(name)
+        except OSError:
+            return None
+        try:
+            payload = None if status is None else read_payload(file, status.st_size, piece, fingerprint)
+        except (OSError, MemoryError):
+            return None
+        finally:
+            os.close(file)
+        if payload is None:
+            self._unlink(name)
+        return payload
+
+    def remove(self, name: bytes) -> bool:
+        """Delete a piece; False where there is none."""
+        return self._unlink(_file_of(name))
+
+    def touch(self, name: bytes) -> None:
+        """Say that a piece is of use now."""
+        with suppress(OSError):  # It was deleted meanwhile, or nothing can be written there.
+            os.utime(_file_of(name), ns=(time.time_ns(),) * 2, dir_fd=self._fd, follow_symlinks=False)
+
+    def scan(self) -> Iterator[Stored]:
+        """All files that say they are pieces, in no order. What can't be read is left out."""
+        for name in self._names():
+            try:
+                file, status = self._open(name)
+            except OSError:
+                continue
+            try:
+                found = None if status is None else read_header(file, status.st_size)
+            except OSError:
+                continue
+            finally:
+                os.close(file)
+            if found is not None and status is not None and _file_of(found[1].name) == name:
+                yield Stored(*found, status.st_mtime, status.st_size)
+
+    def trim(self, max_bytes: int) -> tuple[int, list[bytes]]:
+        """Delete what was of no use for longest, where all files take more than so many bytes.
+
+        Returns how many they take now, and the names of those that are gone.
+        """
+        files: list[tuple[int, str, int]] = []
+        for name in self._names(unfinished=True):
+            try:
+                status = os.stat(name, dir_fd=self._fd, follow_symlinks=False)
+            except OSError:
+                continue
+            if name.startswith("."):
+                if time.time() - status.st_mtime > OLD_S:
+                    self._unlink(name)
+                continue
+            files.append((status.st_mtime_ns, name, status.st_size))
+        used, gone = sum(size for _, _, size in files), list[bytes]()
+        is_full = used > max_bytes
+        for _, name, size in sorted(files):
+            if not is_full or used <= TRIMMED * max_bytes:
+                break
+            self._unlink(name)
+            used -= size
+            gone.append(bytes.fromhex(name.removesuffix(SUFFIX)))
+        return used, gone
+
+    def _names(self, *, unfinished: bool = False) -> Iterator[str]:
+        try:
+            names = os.listdir(self._fd)
+        except OSError:
+            return
+        for name in names:
+            if _PIECE.fullmatch(name) or (unfinished and _UNFINISHED.fullmatch(name)):
+                yield name
+
+    def _open(self, name: str) -> tuple[int, os.stat_result | None]:
+        """An open file, and what it is; None where that is no ordinary file of ours. Raises OSError."""
+        file = os.open(name, _READ, dir_fd=self._fd)
+        try:
+            status = os.fstat(file)
+        except OSError:
+            os.close(file)
+            raise
+        is_ours = stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid()
+        return file, status if is_ours else None
+
+    def _unlink(self, name: str) -> bool:
+        try:
+            os.unlink(name, dir_fd=self._fd)
+        except OSError:
+            return False
+        return True
+
+
+def _file_of(name: bytes) -> str:
+    return name.hex() + SUFFIX
+
+
+def _make(path: Path) -> None:
+    try:
+        path.mkdir(0o700)
+    except FileExistsError:
+        pass
+    except FileNotFoundError:
+        raise BackendError(f"{path}: the folder above it doesn't exist") from None
+    except OSError as error:
+        raise BackendError(f"{path}: can't be made as a folder of chats: {error.strerror}") from None

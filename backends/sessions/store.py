@@ -1,0 +1,220 @@
+"""RunStore: what has left the cache, or is to outlive it, in the host's memory and in a folder.
+
+The loop puts pieces in and asks for them; a thread beside it writes them to the folder. What is not yet written stays
+in memory until it is, and what memory has no room for is not kept: it can be computed again.
+"""
+
+import logging
+import queue
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from tightrope.backends.errors import BackendError
+from tightrope.backends.sessions.catalogue import Catalogue, Match, Usable
+from tightrope.backends.sessions.folder import Folder
+from tightrope.backends.sessions.piece import Bytes, Ints, Piece
+
+log = logging.getLogger("tightrope.sessions")
+
+MIB = 1 << 20
+
+
+class RunStore:
+    """Pieces for one model. The methods but `flush` belong to the loop's thread."""
+
+    def __init__(
+        self,
+        host_bytes: int,
+        fingerprint: bytes = b"",
+        model: str = "",
+        folder: Folder | None = None,
+        disk_bytes: int = 0,
+    ) -> None:
+        """host_bytes, disk_bytes: bounds. fingerprint, model: see Header. Without a folder all is in memory alone."""
+        self.host_bytes = host_bytes
+        self._fingerprint, self._model = fingerprint, model
+        self._folder, self._disk_bytes = folder, disk_bytes
+        self._lock = threading.Lock()  # Of all that follows.
+        self._catalogue = Catalogue()
+        self._host: OrderedDict[bytes, Bytes] = OrderedDict()  # They stand least recently used first.
+        self._host_used = 0
+        self._written: set[bytes] = set()
+        self._unwritten: set[bytes] = set()
+        self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._disk_used = 0  # Bytes; what other servers write there is counted when the folder is trimmed.
+        self._has_failed = False  # The last write has.
+        self._writer: threading.Thread | None = None
+        if folder is not None:
+            for stored in folder.scan():
+                if stored.header.fingerprint == fingerprint:
+                    self._catalogue.add(stored.piece)
+                    self._written.add(stored.piece.name)
+            self._writer = threading.Thread(target=self._write_all, name="sessions", daemon=True)
+            self._writer.start()
+            self._queue.put(self._trim)
+
+    @property
+    def outlives(self) -> bool:
+        """Whether what is put in is there in the next process, too."""
+        return self._folder is not None
+
+    @property
+    def num_pieces(self) -> int:
+        return len(self._catalogue)
+
+    @property
+    def host_used(self) -> int:
+        """Bytes in the host's memory."""
+        return self._host_used
+
+    def covers(self, piece: Piece) -> bool:
+        """Whether there is nothing to be gained by putting a piece in."""
+        with self._lock:
+            return self._catalogue.covering(piece) is not None
+
+    def put(self, piece: Piece, payload: Bytes) -> bool:
+        """Keep a piece, in place of its own beginnings; False where there is no room for it."""
+        with self._lock:
+            if piece.name in self._catalogue:
+                return True
+            if payload.nbytes > self.host_bytes:
+                return False
+            self._make_room(payload.nbytes)
+            if self._host_used + payload.nbytes > self.host_bytes:
+                return False
+            for needless in self._catalogue.beginnings_of(piece):
+                self._drop_host(needless.name)
+                if needless.name not in self._written:  # Else it goes once this one is written.
+                    self._unwritten.discard(needless.name)
+                    self._catalogue.remove(needless.name)
+            self._catalogue.add(piece)
+            self._host[piece.name] = payload
+            self._host_used += payload.nbytes
+            if self._folder is not None:
+                self._unwritten.add(piece.name)
+                self._queue.put(lambda: self._write(piece))
+        return True
+
+    def longest(self, root: bytes, wanted: Ints, usable: Usable = lambda piece, length: True) -> list[Match]:
+        """See Catalogue."""
+        with self._lock:
+            return self._catalogue.longest(root, wanted, usable)
+
+    def read(self, piece: Piece) -> Bytes | None:
+        """The bytes of a piece; None where they can't be had any more."""
+        with self._lock:
+            payload = self._host.get(piece.name)
+        if payload is None and self._folder is not None:
+            payload = self._folder.read(piece, self._fingerprint)
+        if payload is None:
+            with self._lock:
+                self._written.discard(piece.name)
+                self._catalogue.remove(piece.name)
+        return payload
+
+    def use(self, pieces: Sequence[Piece]) -> None:
+        """Have these go last: the first of them, on which the others depend, at the very last."""
+        names = [piece.name for piece in reversed(pieces)]
+        with self._lock:
+            for name in names:
+                if name in self._host:
+                    self._host.move_to_end(name)
+        if self._folder is not None and names:
+            self._queue.put(lambda: self._touch(names))
+
+    def flush(self, timeout_s: float) -> bool:
+        """Wait until all that was put in before is written; False if that takes longer. May be called by any thread."""
+        if self._writer is None:
+            return True
+        done = threading.Event()
+        self._queue.put(done.set)
+        return done.wait(timeout_s)
+
+    def close(self) -> None:
+        """Write what rests, and end the thread."""
+        if self._writer is not None:
+            self._queue.put(None)
+            self._writer.join()
+            self._writer = None
+
+    # --- memory -------------------------------------------------------------------------------------------------------
+
+    def _make_room(self, num_bytes: int) -> None:
+        for name in [name for name in self._host if name not in self._unwritten]:
+            if self._host_used + num_bytes <= self.host_bytes:
+                return
+            self._drop_host(name)
+            if name not in self._written:
+                self._catalogue.remove(name)
+
+    def _drop_host(self, name: bytes) -> None:
+        payload = self._host.pop(name, None)
+        self._host_used -= 0 if payload is None else payload.nbytes
+
+    # --- the thread that writes ---------------------------------------------------------------------------------------
+
+    def _write_all(self) -> None:
+        while (job := self._queue.get()) is not None:
+            try:
+                job()
+            except Exception:  # Whatever it is, chats are served without what is stored.
+                log.exception("a stored chat could not be written")
+
+    def _write(self, piece: Piece) -> None:
+        assert self._folder is not None
+        with self._lock:
+            payload = self._host.get(piece.name) if piece.name in self._unwritten else None
+        if payload is None:
+            return  # A longer piece has taken its place.
+        try:
+            self._disk_used += self._folder.write(piece, payload, self._fingerprint, self._model)
+        except OSError as error:
+            if not self._has_failed:
+                log.warning("chats are not kept on disk: %s: %s", self._folder.path, error.strerror or error)
+            self._has_failed = True
+            with self._lock:
+                self._unwritten.discard(piece.name)  # It stays in memory as long as there is room.
+            return
+        if self._has_failed:
+            log.warning("chats are kept on disk again: %s", self._folder.path)
+        self._has_failed = False
+        with self._lock:
+            self._unwritten.discard(piece.name)
+            if piece.name in self._catalogue:
+                self._written.add(piece.name)
+                needless = [other.name for other in self._catalogue.beginnings_of(piece)]
+            else:  # A longer one has taken its place meanwhile.
+                needless = [piece.name]
+        for name in needless:
+            self._folder.remove(name)
+        self._forget(needless)
+        if self._disk_used > self._disk_bytes:
+            self._trim()
+
+    def _touch(self, names: list[bytes]) -> None:
+        assert self._folder is not None
+        for name in names:
+            self._folder.touch(name)
+
+    def _trim(self) -> None:
+        assert self._folder is not None
+        self._disk_used, gone = self._folder.trim(self._disk_bytes)
+        self._forget(gone)
+
+    def _forget(self, names: list[bytes]) -> None:
+        """These are not in the folder any more."""
+        with self._lock:
+            for name in names:
+                self._written.discard(name)
+                if name not in self._host:
+                    self._catalogue.remove(name)
+
+
+def open_folder(path: str) -> Folder:
+    """The folder that a setting names. Raises BackendError, which names the option, where it can't be one."""
+    try:
+        return Folder(Path(path).expanduser())
+    except BackendError as error:
+        raise BackendError(f"--session-dir: {error}") from None
