@@ -24,6 +24,9 @@ MIN_STEP_TOKENS = 16
 STEP_TOKENS, STEP_TOKENS_ON_CARD = 512, 2048  # Where nobody says: a card has to expand its weights for each step.
 MAX_GPU_LAYERS = 1 << 16  # No model has so many; people write 999 or 9999 for all of them.
 MAX_ADAPTER_MIB = 1 << 20  # Large machines have about a TiB in all.
+MAX_HOST_MIB = 1 << 22  # So has what is beside the cache; 4 TiB are more than any has.
+MAX_DISK_MIB = 1 << 28  # No file system that is in use is larger than 256 TiB.
+WRITE_MIB = 64  # Runs that wait to be written to a folder take this at least.
 _DEVICE = re.compile(r"auto|cpu|cuda(:[0-9]{1,2})?")  # No machine has a hundred cards.
 _ADAPTER_NAME = re.compile(r"[A-Za-z0-9][\w.:-]*(/[A-Za-z0-9][\w.:-]*)*", re.ASCII)
 
@@ -50,6 +53,30 @@ class CacheSettings(BaseModel, frozen=True, extra="forbid"):
         0, ge=0, le=MAX_TOKENS, description="Capacity in tokens over all sequences; 0 chooses what is right."
     )
     dtype: KVCacheDtype = Field("auto", description="Storage of keys and values; auto chooses for machine and memory.")
+    host_mib: int | None = Field(
+        None,
+        ge=0,
+        le=MAX_HOST_MIB,
+        description="The host's memory for what has left the cache, in MiB; None is what is left, at most a cache's.",
+    )
+    session_dir: str | None = Field(None, min_length=1, description="Folder that chats are kept in; None keeps none.")
+    session_disk_mib: int = Field(8192, ge=1, le=MAX_DISK_MIB, description="Most that this folder takes, in MiB.")
+
+    @property
+    def host_reserve_bytes(self) -> int:
+        """The host's memory that runs beside the cache have in any case: as asked, and where they wait for the disk."""
+        least = 0 if self.session_dir is None else WRITE_MIB
+        return max(self.host_mib or 0, least) << 20
+
+    def host_run_bytes(self, cache_bytes: int, spare_bytes: int) -> int:
+        """The host's memory for runs beside a cache, where `spare_bytes` are left beside all else.
+
+        Where nobody says: as much as the cache has, and at most half of what is left.
+        """
+        if self.host_mib is not None:
+            return self.host_reserve_bytes
+        return max(self.host_reserve_bytes, min(cache_bytes, max(0, spare_bytes) // 2))
+
     reuse: CacheReuse = Field(
         "moved", description="Cached tokens that prompts may take; exact: where nothing before them has changed alone."
     )

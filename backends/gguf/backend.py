@@ -1,8 +1,10 @@
 """A GGUF model as a Backend: chunks of token ids in, logits out."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
+import llama_cpp
 import numpy as np
 import torch
 from torch import Tensor
@@ -23,6 +25,8 @@ from tightrope.backends.gguf.tokenizer import GGUFTokenizer
 from tightrope.backends.gguf.values import ValueScan
 from tightrope.backends.memory import free_memory, prompt_rows
 from tightrope.backends.protocol import AdapterStore, Capabilities, Chunk, KVCache, ModelCard, Tokenizer
+from tightrope.backends.sessions.opening import check_folder, open_store
+from tightrope.backends.sessions.store import RunStore
 from tightrope.backends.settings import ModelSettings
 
 
@@ -31,9 +35,11 @@ class GGUFBackend:
 
     def __init__(self, path: Path, settings: ModelSettings, progress: Callable[[float], None]) -> None:
         """Load `path`, calling `progress` with the share done. Raises BackendError, having freed everything."""
+        check_folder(settings.cache)
         header = read_model(path, settings)
         adapter_bytes = room_for_adapters(settings, header)
         plan = make_plan(settings, header, Memory(free_memory(), cards_for(settings)), adapter_bytes)
+        self._runs: RunStore | None = None
         torch.set_num_threads(1)  # Llama.cpp's threads fill the machine; torch's beside them only get in their way.
         with ValueScan(header) as scan:
             self._model = NativeModel(path, _model_options(plan, progress))
@@ -64,7 +70,6 @@ class GGUFBackend:
             self._context.max_seqs,
             swa_window=self._model.swa_window,
             whole_only=self._model.has_state,
-            swap_bytes=plan.swap_bytes,
         )
         self.capabilities = Capabilities(
             settings.max_num_seqs,
@@ -73,6 +78,14 @@ class GGUFBackend:
             mixes_adapters=False,
         )
         self.card = _card(path, header, self._model, plan, tokenizer, unused(settings, look()) + notes_on(settings))
+        try:
+            files = [file.path for file in header.files]
+            self._runs, notes = open_store(settings.cache, plan.run_bytes, self, files, _form(settings, plan))
+        except BackendError:
+            self.close()
+            raise
+        self._cache.swap_to(self._runs)
+        self.card = replace(self.card, notes=(*self.card.notes, *notes))
 
     def forward(self, chunks: Sequence[Chunk]) -> Tensor:
         """See Backend. More rows than one native call may yield are computed in several calls and copied together."""
@@ -85,6 +98,8 @@ class GGUFBackend:
             raise
 
     def close(self) -> None:
+        if self._runs is not None:
+            self._runs.close()
         self._context.close()
         self._model.close()
 
@@ -136,6 +151,15 @@ def _model_options(plan: GGUFPlan, progress: Callable[[float], None]) -> ModelOp
         use_mmap=layout.host_weight_bytes > layout.memory.host_bytes // 2,
         progress=progress,
     )
+
+
+def _form(settings: ModelSettings, plan: GGUFPlan) -> tuple[str, ...]:
+    """What tells copies of cells from those of the same model under other settings, or of another llama.cpp."""
+    options = context_options(settings, plan)
+    cache = (options.type_k, options.type_v, options.flash_attention)
+    rope = (options.rope_scaling_type, options.rope_freq_base, options.rope_freq_scale)
+    yarn = (options.yarn_orig_ctx, options.yarn_ext_factor)
+    return "llama.cpp", llama_cpp.__version__, repr((cache, rope, yarn))
 
 
 def _card(

@@ -16,9 +16,11 @@ import numpy as np
 
 from tightrope.backends.errors import BackendError
 from tightrope.backends.gguf.cells import Cells, Ints
-from tightrope.backends.gguf.swap_space import Bytes, Swapped, SwapSpace, common_prefix
+from tightrope.backends.gguf.swap_space import SwapSpace
 from tightrope.backends.protocol import KVUsage
 from tightrope.backends.reuse import Reuse, Wanted
+from tightrope.backends.sessions.piece import Bytes, Piece, num_common
+from tightrope.backends.sessions.store import RunStore
 
 MAX_IDLE_CELLS = 512  # Cells of so many finished sequences may stay in the cache while others run.
 MIN_RESTORE_GAIN = 32  # To run fewer tokens again costs less than the copy.
@@ -52,7 +54,6 @@ class _Entry:
     cells: Ints
     length: int = 0
     reserved: int = 0  # So many tokens beyond `length` have room.
-    saved: Bytes | None = None  # It is a copy of the cells that is still true.
 
     def append(self, token_ids: Sequence[int] | Ints, cells: Ints) -> None:
         end = self.length + len(cells)
@@ -80,18 +81,15 @@ class SharedKVCache:
         max_reusable: int | None = None,
         swa_window: int = 0,
         whole_only: bool = False,
-        swap_bytes: int = 0,
     ) -> None:
         """capacity and max_reusable in tokens; max_reusable bounds what finished sequences may hold.
-
-        swap_bytes: memory for finished sequences outside the cache; 0 swaps none out.
 
         swa_window: tokens that sliding layers look back, 0 if there are none. whole_only: the model keeps a running
         state, so that a kept sequence can be continued from its end only and never rolled back.
         """
         self._store = store
         self._cells = Cells(capacity)
-        self._swap = SwapSpace(swap_bytes, swa_window, whole_only=whole_only)
+        self._swap = SwapSpace(RunStore(0), swa_window, whole_only=whole_only)
         self._max_reusable = capacity if max_reusable is None else max_reusable
         self._swa_window = swa_window
         self._whole_only = whole_only
@@ -122,11 +120,10 @@ class SharedKVCache:
             self._swap_out_idle(0)  # Attention adds up in the order of the cells.
         if reuse != "nothing":
             source, found = self._best_match(wanted, namespace)
-            source, found = self._swapped_match(wanted, namespace, source, found, keep_swapped=is_alone)
+            source, found = self._swapped_match(wanted, namespace, source, found)
         if source is not None and (self._can_take_over(source, found) or (is_alone and source in self._kept)):
             self._kept.remove(source)
             self._shorten(source, found, pinned=False)
-            source.saved = None  # It will grow.
             self._cells.pin(source.held())
             self._live[seq_id] = source
             self._swap_out_idle()
@@ -183,6 +180,8 @@ class SharedKVCache:
             return
         self._store.remove_cells(entry.slot, entry.length)  # A failed step may have left these behind.
         self._kept.append(entry)
+        if self._swap.outlives:
+            self._save(entry)
         if self._live:
             self._swap_out_idle()
         self._evict(self._cells.num_reusable - self._max_reusable)
@@ -196,6 +195,10 @@ class SharedKVCache:
         assert fault is None, fault
 
     # --- for the backend ----------------------------------------------------------------------------------------
+
+    def swap_to(self, runs: RunStore) -> None:
+        """Say where finished sequences go outside the cache; none does before."""
+        self._swap = SwapSpace(runs, self._swa_window, whole_only=self._whole_only)
 
     def slot(self, seq_id: int) -> int:
         """The llama.cpp sequence that holds `seq_id`."""
@@ -216,7 +219,7 @@ class SharedKVCache:
         for entry in (*self._live.values(), *self._kept):
             if entry.namespace != namespace or min(entry.length, len(wanted) - 1) < max(longest, 1):
                 continue
-            common = self._usable(entry, min(common_prefix(entry.token_ids[: entry.length], wanted), len(wanted) - 1))
+            common = self._usable(entry, min(num_common(entry.token_ids[: entry.length], wanted), len(wanted) - 1))
             if common and common >= longest:
                 best, longest = entry, common
         return best, longest
@@ -239,7 +242,7 @@ class SharedKVCache:
         for other in [*self._kept, *self._live.values()]:
             if other.namespace != entry.namespace:
                 continue
-            common = common_prefix(other.token_ids[: other.length], entry.token_ids[: entry.length])
+            common = num_common(other.token_ids[: other.length], entry.token_ids[: entry.length])
             if common == entry.length:
                 return True
             if common == other.length and other in self._kept:
@@ -255,8 +258,6 @@ class SharedKVCache:
         if not is_possible:
             self._store.remove_cells(entry.slot, 0)
             length = 0
-        if length != entry.length:
-            entry.saved = None
         dropped = entry.held(length)
         if pinned:
             self._cells.unpin(dropped)
@@ -301,43 +302,47 @@ class SharedKVCache:
 
     def _swap_out(self, entry: _Entry) -> bool:
         """Move a kept sequence out of the cache; False if it can't be."""
-        if not self._swap.num_bytes or self._store.saved_bytes(entry.slot) > self._swap.num_bytes:
+        if not self._save(entry):
             return False
-        saved = entry.saved if entry.saved is not None else self._store.save_cells(entry.slot)
-        first = self._store.first_position(entry.slot)
-        self._swap.put(Swapped(entry.namespace, entry.token_ids[: entry.length].copy(), saved, first))
         self._kept.remove(entry)
         self._drop(entry)
         return True
 
-    def _swapped_match(
-        self, wanted: Ints, namespace: str, source: _Entry | None, found: int, *, keep_swapped: bool
-    ) -> tuple[_Entry | None, int]:
-        """The best match, if need be a swapped-out sequence that is brought back for it.
+    def _save(self, entry: _Entry) -> bool:
+        """Have a copy of a sequence outside the cache; False if there is no room for it."""
+        token_ids = entry.token_ids[: entry.length]
+        if self._swap.holds(entry.namespace, token_ids):
+            return True
+        if self._store.saved_bytes(entry.slot) > self._swap.num_bytes:
+            return False
+        saved, first = self._store.save_cells(entry.slot), self._store.first_position(entry.slot)
+        return self._swap.put(entry.namespace, token_ids, saved, first)
 
-        keep_swapped: one that goes on otherwise stays swapped out, too.
-        """
+    def _swapped_match(
+        self, wanted: Ints, namespace: str, source: _Entry | None, found: int
+    ) -> tuple[_Entry | None, int]:
+        """The best match, if need be a swapped-out sequence of which a copy is brought back for it."""
         best, longest = self._swap.longest(wanted, namespace, found + MIN_RESTORE_GAIN - 1)
-        if best is None or not self._swap_in(best):
+        if best is None or not self._swap_in(best, namespace):
             return source, found
-        if keep_swapped and longest < len(best.token_ids):
-            self._swap.put(best)
         return self._kept[-1], longest
 
-    def _swap_in(self, swapped: Swapped) -> bool:
-        """Bring a swapped-out sequence back as the most recent kept one; False if there is no room for it now."""
+    def _swap_in(self, swapped: Piece, namespace: str) -> bool:
+        """Bring a swapped-out sequence back as the most recent kept one; False if that can't be done now."""
         length, cells = len(swapped.token_ids), self._cells
         if cells.num_pinned + self._reserved + length > cells.capacity or not (self._free_slots or self._kept):
             return False
-        self._swap.take(swapped)
+        saved = self._swap.load(swapped)
+        if saved is None:
+            return False
         self._evict(self._reserved + length - cells.num_free)
         slot = self._take_slot(spare=None)
-        if not self._store.load_cells(slot, swapped.saved):
+        if not self._store.load_cells(slot, saved):
             self._store.remove_cells(slot, 0)
             self._free_slots.append(slot)
             return False
         token_ids, taken = swapped.token_ids.copy(), cells.take(length, pinned=False).copy()  # The entry may grow.
-        self._kept.append(_Entry(slot, swapped.namespace, token_ids, taken, length, saved=swapped.saved))
+        self._kept.append(_Entry(slot, namespace, token_ids, taken, length))
         return True
 
     def _take_slot(self, spare: _Entry | None) -> int:

@@ -70,6 +70,7 @@ class Layout:
     step_tokens: int
     max_outputs: int
     max_seqs: int  # Of the context: those that run, and finished ones.
+    run_bytes: int  # Of the host's memory these are kept for finished sequences outside the cache.
     half_bytes: int = 0  # That of the largest matrix that a card unpacks to 16 bits for a prompt.
 
     @classmethod
@@ -90,6 +91,7 @@ class Layout:
             step_tokens=settings.step_tokens_on("cpu"),
             max_outputs=max(settings.max_num_seqs, min(MAX_OUTPUTS, settings.step_tokens_on("cpu"))),
             max_seqs=max_seqs,
+            run_bytes=settings.cache.host_reserve_bytes,
             half_bytes=_half_bytes(header, memory.cards),
         )
 
@@ -146,7 +148,7 @@ class Layout:
 
     def host_need(self, num_cells: int, kind: CacheType) -> int:
         """Bytes of the host's memory, and of that which integrated cards take of it."""
-        need = self.host_weight_bytes + self.workspace_bytes(num_cells)
+        need = self.host_weight_bytes + self.workspace_bytes(num_cells) + self.run_bytes
         need += sum(self._kept_bytes(slot, num_cells, kind) for slot in self.slots[: self._first])
         if any(card.shares_host for card in self.memory.cards):
             need += self.card_need(num_cells, kind) + self.card_workspace_bytes(num_cells, kind)

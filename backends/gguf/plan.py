@@ -22,7 +22,7 @@ class GGUFPlan:
 
     window: int
     num_cells: int
-    swap_bytes: int  # Finished sequences may take so much of the host's memory beside the cache.
+    run_bytes: int  # Finished sequences may take so much of the host's memory beside the cache.
     cache_type: CacheType
     step_tokens: int
     max_outputs: int
@@ -44,7 +44,8 @@ def make_plan(settings: ModelSettings, header: Header, memory: Memory, adapter_b
     window, num_cells = _choose_cells(settings, layout, asked, cache_type)
     on_cards = layout.counts(num_cells, cache_type)
     cache_bytes = int(num_cells * layout.token_bytes(cache_type))
-    swap_bytes = min(cache_bytes, max(0, memory.host_room - layout.host_need(num_cells, cache_type)) // 2)
+    spare_bytes = memory.host_room - layout.host_need(num_cells, cache_type) + layout.run_bytes
+    run_bytes = settings.cache.host_run_bytes(cache_bytes, spare_bytes)
     notes = [rope.describe(window)]
     if window > rope.window:
         notes.append(f"window: {window} tokens, more than the {rope.window} that the model is made for")
@@ -52,14 +53,14 @@ def make_plan(settings: ModelSettings, header: Header, memory: Memory, adapter_b
         notes.append(f"window: {window} tokens, what memory holds of the {asked} that the model is made for")
     notes.append(
         f"cache: {num_cells} tokens as {cache_type.name}, {cache_bytes / GIB:.2f} GiB; {reason}; "
-        f"finished chats may take {swap_bytes / GIB:.2f} GiB beside it"
+        f"finished chats may take {run_bytes / GIB:.2f} GiB beside it"
     )
     notes += _on_cards(layout, on_cards, num_cells, cache_type)
     step_tokens = min(layout.step_tokens, num_cells)
     return GGUFPlan(
         window=window,
         num_cells=num_cells,
-        swap_bytes=swap_bytes,
+        run_bytes=run_bytes,
         cache_type=cache_type,
         step_tokens=step_tokens,
         max_outputs=layout.max_outputs,

@@ -1,85 +1,67 @@
-"""Finished sequences outside the cache: copies of their cells in memory, until they are continued or too many."""
+"""Finished sequences outside the cache: copies of their cells in the store, until they are continued or too many."""
 
+import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
+from tightrope.backends.sessions.piece import Bytes, Ints, Piece
+from tightrope.backends.sessions.store import RunStore
 
-from tightrope.backends.gguf.cells import Ints
-
-Bytes = np.ndarray[Any, np.dtype[np.uint8]]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Swapped:
-    """A finished sequence outside the cache."""
-
-    namespace: str
-    token_ids: Ints  # [length]
-    saved: Bytes
-    first_position: int  # Sliding layers have left these.
+_FIRST = struct.Struct("<q")  # The first position that sliding layers have not left.
 
 
 class SwapSpace:
-    """Room for so many bytes of copies; the least recently used go first."""
+    """A RunStore in which a sequence is one piece."""
 
-    def __init__(self, num_bytes: int, window: int, *, whole_only: bool) -> None:
+    def __init__(self, store: RunStore, window: int, *, whole_only: bool) -> None:
         """window, whole_only: see SharedKVCache."""
-        self.num_bytes = num_bytes
+        self._store = store
         self._window, self._whole_only = window, whole_only
-        self._swapped: list[Swapped] = []  # They stand least recently used first.
 
-    def put(self, swapped: Swapped) -> None:
-        """Add one that fits, in place of its own beginnings, which are of no more use."""
-        self._swapped = [other for other in self._swapped if not self._continues(swapped, other)]
-        self._swapped.append(swapped)
-        while self._used > self.num_bytes:
-            self._swapped.pop(0)
+    @property
+    def num_bytes(self) -> int:
+        """No sequence of more can be put in."""
+        return self._store.host_bytes
 
-    def take(self, swapped: Swapped) -> None:
-        """Let go of one that has come back to the cache."""
-        self._swapped.remove(swapped)
+    @property
+    def outlives(self) -> bool:
+        """Whether what is put in is there in the next process, too."""
+        return self._store.outlives
 
-    def longest(self, wanted: Ints, namespace: str, found: int) -> tuple[Swapped | None, int]:
+    def holds(self, namespace: str, token_ids: Ints) -> bool:
+        """Whether a sequence is there, or one that goes on from it."""
+        return self._store.covers(self._piece(namespace, token_ids, 0, 0))
+
+    def put(self, namespace: str, token_ids: Ints, saved: Bytes, first_position: int) -> bool:
+        """Add a sequence in place of its own beginnings, which are of no more use; False where it has no room."""
+        return self._store.put(self._piece(namespace, token_ids.copy(), saved.nbytes, first_position), saved)
+
+    def load(self, swapped: Piece) -> Bytes | None:
+        """The copy of a sequence, which goes last now; None where it can't be had any more."""
+        self._store.use([swapped])
+        return self._store.read(swapped)
+
+    def longest(self, wanted: Ints, namespace: str, found: int) -> tuple[Piece | None, int]:
         """The sequence with the longest usable beginning of `wanted` beyond `found` tokens, and that one's length.
 
         The last token of `wanted` is never among them.
         """
-        best: Swapped | None = None
-        for swapped in self._swapped:
-            length = len(swapped.token_ids)
-            if swapped.namespace != namespace or min(length, len(wanted) - 1) <= found:
-                continue
-            common = min(common_prefix(swapped.token_ids, wanted), len(wanted) - 1)
-            if common > found and self._can_continue(swapped, common):
-                best, found = swapped, common
+        best: Piece | None = None
+        for match in self._store.longest(self._store.root(namespace), wanted[:-1], self._usable)[:1]:
+            if match.length > found:
+                best, found = match.piece, match.length
         return best, found
 
     def faults(self) -> Iterator[str]:
         """What contradicts itself, a line each."""
-        if self._used > self.num_bytes:
-            yield f"{self._used} bytes are swapped out to {self.num_bytes}"
+        return self._store.faults()
 
-    @property
-    def _used(self) -> int:
-        return sum(swapped.saved.nbytes for swapped in self._swapped)
+    def _piece(self, namespace: str, token_ids: Ints, num_bytes: int, first_position: int) -> Piece:
+        root = self._store.root(namespace)
+        return Piece(root, root, 0, token_ids, num_bytes, self._whole_only, _FIRST.pack(first_position))
 
-    def _continues(self, swapped: Swapped, other: Swapped) -> bool:
-        """Whether `other` is a beginning of `swapped`."""
-        is_prefix = common_prefix(other.token_ids, swapped.token_ids) == len(other.token_ids)
-        return is_prefix and other.namespace == swapped.namespace and not self._whole_only
-
-    def _can_continue(self, swapped: Swapped, length: int) -> bool:
-        """Whether a sequence can go on after the first `length` tokens."""
+    def _usable(self, swapped: Piece, length: int) -> int:
+        """How many of the first `length` tokens a sequence can go on from: all of them, or none."""
         if self._whole_only:
-            return length == len(swapped.token_ids)
-        return not self._window or swapped.first_position <= max(0, length - self._window)
-
-
-def common_prefix(a: Ints, b: Ints) -> int:
-    """How many leading tokens are equal."""
-    size = min(len(a), len(b))
-    differ = a[:size] != b[:size]
-    place = int(differ.argmax()) if size else 0
-    return place if size and differ[place] else size
+            return length if length == len(swapped.token_ids) else 0
+        (first_position,) = _FIRST.unpack(swapped.about)
+        return length if not self._window or first_position <= max(0, length - self._window) else 0

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from tightrope.backends.files.peft import room_for_adapters
 from tightrope.backends.hf.adapters.rows import Adapters
 from tightrope.backends.hf.adapters.token_owners import tokenizer_at
 from tightrope.backends.hf.cache.pages import PagedKVCache
+from tightrope.backends.hf.cache.stored_pages import Placed, StoredPages
 from tightrope.backends.hf.load.inspection import Inspection, inspect
 from tightrope.backends.hf.load.model import LoadedModel, build
 from tightrope.backends.hf.modules.rotary import fix_rotary
@@ -35,6 +37,8 @@ from tightrope.backends.hf.runner import ModelRunner
 from tightrope.backends.hf.text.tokenizer import HFTokenizer
 from tightrope.backends.memory import prompt_rows
 from tightrope.backends.protocol import AdapterStore, Capabilities, Chunk, KVCache, ModelCard, Tokenizer
+from tightrope.backends.sessions.opening import check_folder, open_store
+from tightrope.backends.sessions.piece import Bytes
 from tightrope.backends.settings import ModelSettings
 from tightrope.backends.threads import compute_threads
 from tightrope.kernels import dispatch
@@ -58,6 +62,7 @@ class HFBackend:
         Raises BackendError. Files and settings are checked, and the memory is planned, before anything large is
         allocated.
         """
+        check_folder(settings.cache)
         host = look()
         device = choose_device(settings.device, host)
         found = inspect(folder, settings, device)
@@ -117,16 +122,46 @@ class HFBackend:
                 settings.max_num_seqs, plan.window, lambda done: progress(begun + (1 - begun) * done)
             )
         self.card = _card(folder, found, model, plan, tokenizer, notes)
+        files = [folder / "config.json", *(shard.path for shard in found.blueprint.checkpoint.shards())]
+        self.runs, said = open_store(settings.cache, plan.run_bytes, self, files, self._form(plan))
+        self._pages.stored = StoredPages(self.runs, self) if self.runs.host_bytes else None
+        self.card = replace(self.card, notes=(*self.card.notes, *said))
         progress(1.0)
 
     def forward(self, chunks: Sequence[Chunk]) -> Tensor:
         """See Backend. A step that fails has stored nothing that could be found: only committed tokens are."""
         inputs = self.inputs(chunks)
+        self._copy_pages()
+        return self.runner.run(inputs)
+
+    def _copy_pages(self) -> None:
+        """Make the copies within the cache that its books have promised."""
         for waiting, are_windowed in ((self._pages.copies, False), (self._pages.window_copies, True)):
             while copies := waiting.next():
                 self.runner.copy_pages(copies, are_windowed=are_windowed)
                 waiting.done(len(copies))
-        return self.runner.run(inputs)
+
+    def read_pages(self, numbers: Sequence[int], window_numbers: Sequence[int]) -> Bytes:
+        """See PageMover."""
+        self._copy_pages()
+        return self.runner.read_pages(numbers, window_numbers).numpy()
+
+    def write_pages(
+        self, payload: Bytes, shape: tuple[int, int], pages: Sequence[Placed], window_pages: Sequence[Placed]
+    ) -> None:
+        """See PageMover."""
+        self._copy_pages()
+        self.runner.write_pages(torch.from_numpy(payload), shape, pages, window_pages)
+
+    def _form(self, plan: HFPlan) -> list[str | bytes]:
+        """What tells cached pages from those of the same model under other settings: rotation, formats, key factors."""
+        form: list[str | bytes] = ["torch", str(PAGE), repr(plan.window_tokens)]
+        for name, spec in sorted(plan.rope.items()):  # Where they depend on a text's length, its own root tells them.
+            inv_freq, attention_factor = spec.frequencies(1)
+            form += [name, spec.kind, inv_freq.tobytes(), repr(attention_factor)]
+        for cache in self.runner.caches:
+            form += [repr((cache.format, cache.is_windowed)), cache.key_factor.cpu().numpy().tobytes()]
+        return form
 
     def inputs(self, chunks: Sequence[Chunk]) -> StepInputs:
         """What a runner is sent for these chunks. Raises BackendError for a token that the model doesn't have."""
@@ -146,7 +181,8 @@ class HFBackend:
         return CacheVariants(self, self.runner, self.steps, self.inputs)
 
     def close(self) -> None:
-        """Let go of weights and cache."""
+        """Let go of weights and cache, once what rests of chats is written."""
+        self.runs.close()
         del self.runner, self.adapters, self._adapters
 
 

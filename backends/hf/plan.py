@@ -22,6 +22,7 @@ class HFPlan:
     """Everything a load needs; sizes in tokens and bytes."""
 
     window: int
+    run_bytes: int  # Of the machine's memory finished chats may take so many beside the cache.
     num_pages: int  # Pages have kernels.forms.layout.PAGE tokens.
     cache_dtype: CacheDtype
     token_bytes: int  # Those of keys and values in all layers.
@@ -41,6 +42,9 @@ def make_plan(settings: ModelSettings, shape: ModelShape, room: Room) -> HFPlan:
     Where no window is asked for, it is what the model is made for, or what fits. Raises DoesNotFit, with what would
     fit, when what is asked for doesn't, and BackendError when config.json or settings make no sense.
     """
+    if room.host_bytes is not None and room.run_reserve_bytes > room.host_bytes:
+        need, free = room.run_reserve_bytes / GIB, max(0, room.host_bytes) / GIB
+        raise DoesNotFit(f"--host-cache-mib: {need:.2f} GiB, and {free:.2f} GiB of the machine's memory is free")
     dtype = cache_dtype(settings)
     step, asked = _choose_step(settings, shape, room, dtype)
     rope, notes = _choose_rope(asked, shape)
@@ -56,8 +60,11 @@ def make_plan(settings: ModelSettings, shape: ModelShape, room: Room) -> HFPlan:
     size = sizes.bytes_of(num_pages)
     has_windows = sizes.window_tokens is not None and sizes.most_window_pages < num_pages
     windowed = tuple(has_windows and tokens is not None for tokens in shape.windows)
+    workspace_bytes = room.workspace.num_bytes(step, window)
+    run_bytes = settings.cache.host_run_bytes(size, room.host_left(size + workspace_bytes))
     why = "as asked" if settings.cache.dtype != "auto" else "half the room of f16, and next to no loss"
     notes.append(f"cache: {num_pages * PAGE} tokens as {dtype}, {size / GIB:.2f} GiB; {why}")
+    notes.append(f"beside the cache: {run_bytes / GIB:.2f} GiB of the machine's memory for chats that have left it")
     if has_windows:
         notes.append(
             f"cache: {sum(windowed)} of {len(windowed)} layers see {sizes.window_tokens} tokens, and keep "
@@ -65,6 +72,7 @@ def make_plan(settings: ModelSettings, shape: ModelShape, room: Room) -> HFPlan:
         )
     return HFPlan(
         window=window,
+        run_bytes=run_bytes,
         num_pages=num_pages,
         cache_dtype=dtype,
         token_bytes=token_bytes(shape, dtype),
@@ -72,7 +80,7 @@ def make_plan(settings: ModelSettings, shape: ModelShape, room: Room) -> HFPlan:
         windowed=windowed,
         num_window_pages=sizes.most_window_pages if has_windows else 0,
         window_tokens=sizes.window_tokens if has_windows else None,
-        workspace_bytes=room.workspace.num_bytes(step, window),
+        workspace_bytes=workspace_bytes,
         step_tokens=min(step, num_pages * PAGE),
         rope=rope,
         notes=tuple(notes),

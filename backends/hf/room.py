@@ -63,6 +63,9 @@ class Room:
     weight_bytes: int
     workspace: Workspace
     step_tokens: tuple[int, ...]
+    run_reserve_bytes: int = 0  # Of the machine's memory these are kept for runs beside the cache.
+    # What is free of the machine's memory beside a card; None: the device is the machine, and `usable_bytes` says it.
+    host_bytes: int | None = None
 
     @property
     def spare_bytes(self) -> int:
@@ -79,6 +82,12 @@ class Room:
             need = sizes.bytes_of(pages) + self.workspace.num_bytes(step, window or pages * PAGE)
             low, high = (pages, high) if need <= self.spare_bytes else (low, pages - 1)
         return low
+
+    def host_left(self, device_bytes: int) -> int:
+        """Bytes of the machine's memory for runs, where cache and workspace take `device_bytes` of the device's."""
+        if self.host_bytes is not None:
+            return self.host_bytes
+        return self.spare_bytes - device_bytes + self.run_reserve_bytes
 
     def largest_window(self, settings: ModelSettings, shape: ModelShape, dtype: CacheDtype) -> int:
         """The largest window, in tokens, that there is room for; whole pages."""
@@ -107,8 +116,9 @@ def room_on(
 
 def host_room(settings: ModelSettings, shape: ModelShape, weight_bytes: int, free_bytes: int) -> Room:
     """That of the machine's own memory, of which `free_bytes` are free."""
-    usable = spare_bytes(0, free_bytes)
-    return Room(usable, weight_bytes, HostWorkspace(settings, shape), (settings.step_tokens_on("cpu"),))
+    reserve = settings.cache.host_reserve_bytes
+    usable = spare_bytes(reserve, free_bytes)
+    return Room(usable, weight_bytes, HostWorkspace(settings, shape), (settings.step_tokens_on("cpu"),), reserve)
 
 
 def card_room(settings: ModelSettings, blueprint: Blueprint, adapter_bytes: int, memory: CardMemory) -> Room:
@@ -130,7 +140,9 @@ def card_room(settings: ModelSettings, blueprint: Blueprint, adapter_bytes: int,
         is_kept=bool(blueprint.kept),
     )
     weights = held_bytes([arena_bytes(blueprint.block_sizes)]) + held_bytes(blueprint.other_sizes) + adapter_bytes
-    return Room(memory.usable_bytes(settings.gpu_memory_fraction), weights, workspace, tuple(steps))
+    usable = memory.usable_bytes(settings.gpu_memory_fraction)
+    host_bytes = spare_bytes(blueprint.host_bytes, free_memory())
+    return Room(usable, weights, workspace, tuple(steps), settings.cache.host_reserve_bytes, host_bytes)
 
 
 def check_host(blueprint: Blueprint, host_bytes: int | None = None) -> None:

@@ -97,6 +97,47 @@ class ModelRunner:
                 if cache.is_windowed is are_windowed:
                     cache.copy_pages(sources, targets)
 
+    def read_pages(self, numbers: Sequence[int], window_numbers: Sequence[int]) -> Tensor:
+        """A copy of pages in the host's memory, uint8: layer by layer, of windowed layers that of window pages.
+
+        Raises BackendError.
+        """
+        device = self.model.device
+        with failing_as(f"reading {len(numbers)} pages", device), torch.inference_mode():
+            rows = {False: torch.tensor(numbers, device=device), True: torch.tensor(window_numbers, device=device)}
+            parts = [
+                tensor[rows[cache.is_windowed]].reshape(-1).view(torch.uint8).cpu()
+                for cache in self.caches
+                for tensor in cache.stored
+                if len(rows[cache.is_windowed])
+            ]
+            return torch.cat(parts)
+
+    def write_pages(
+        self,
+        stored: Tensor,
+        shape: tuple[int, int],
+        pages: Sequence[tuple[int, int]],
+        windows: Sequence[tuple[int, int]],
+    ) -> None:
+        """Write some of the pages that `read_pages` gave: (row there, number here), and window pages likewise.
+
+        shape: so many pages and window pages were read. Raises BackendError.
+        """
+        device = self.model.device
+        with failing_as(f"writing {len(pages)} pages", device), torch.inference_mode():
+            begin = 0
+            for cache in self.caches:
+                count, placed = (shape[1], windows) if cache.is_windowed else (shape[0], pages)
+                for tensor in cache.stored:
+                    size = count * tensor[0].numel() * tensor.element_size()
+                    block = stored[begin : begin + size].view(tensor.dtype).view(count, *tensor.shape[1:])
+                    begin += size
+                    if placed and size:
+                        rows, numbers = torch.tensor(placed).t()
+                        tensor[numbers.to(device)] = block[rows].to(device)
+            assert begin == len(stored), "pages of another cache"
+
     @contextmanager
     def _blas_threads(self, num_tokens: int) -> Iterator[None]:
         """Let torch compute a large step with all threads; the kernels have threads of their own."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from tightrope.backends.sessions.piece import Ints, Piece, num_common
 
-Usable = Callable[[Piece, int], bool]  # Whether a model can go on behind the first tokens of a piece, so many of them.
+Usable = Callable[[Piece, int], int]  # Of so many first tokens of a piece, those behind which a model can go on.
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,18 +54,17 @@ class Catalogue:
         siblings = self._below.get(piece.parent, {}).values()
         return [other for other in siblings if other is not piece and other.begins(piece)]
 
-    def longest(self, root: bytes, wanted: Ints, usable: Usable = lambda piece, length: True) -> list[Match]:
-        """The pieces that hold most of `wanted` [n], one behind another; `usable` says which may be taken."""
+    def longest(self, root: bytes, wanted: Ints, usable: Usable = lambda piece, length: length) -> list[Match]:
+        """The pieces that hold most of `wanted` [n], one behind another; `usable` says how much of each is of use."""
         path: list[Match] = []
         place, parent = 0, root
         while place < len(wanted):
             best: Match | None = None
             for piece in self._below.get(parent, {}).values():
-                if piece.root != root or piece.start != place:
-                    continue
-                length = num_common(piece.token_ids, wanted[place:])
-                if length > (best.length if best else 0) and usable(piece, length):
-                    best = Match(piece, length)
+                if piece.root == root and piece.start == place:
+                    length = usable(piece, num_common(piece.token_ids, wanted[place:]))
+                    if length > (best.length if best else 0):
+                        best = Match(piece, length)
             if best is None:
                 break
             path.append(best)

@@ -17,6 +17,7 @@ from tightrope.backends.sessions.piece import NAME_BYTES, Bytes, Piece
 from tightrope.backends.sessions.piece_file import Header, read_header, read_payload, write_piece
 
 MARK = "tightrope-sessions"  # A file of this name says that the folder is one of chats.
+MEMORY, MAX_MEMORY = "tightrope-hashes", 1 << 20
 SUFFIX = ".run"
 TRIMMED = 0.95  # A full folder is emptied to this share of what it may hold.
 OLD_S = 600.0  # A file that was begun so long ago will not be finished any more.
@@ -65,7 +66,7 @@ class Folder:
             raise BackendError(f"{self.path}: belongs to another user; chats are kept in a folder of one's own alone")
         names = os.listdir(self._fd)
         if MARK not in names:
-            if len(names) > len([*self._names(unfinished=True)]) or not create:
+            if {*names} - {*self._names(unfinished=True), MEMORY} or not create:
                 raise BackendError(f"{self.path}: no folder of chats, which would hold {MARK}; name an empty one")
             with suppress(OSError):  # Another server has just done so, or it is said when a chat can't be written.
                 os.close(os.open(MARK, _WRITE, 0o600, dir_fd=self._fd))
@@ -118,10 +119,48 @@ class Folder:
         """Delete a piece; False where there is none."""
         return self._unlink(_file_of(name))
 
+    def clear(self) -> None:
+        """Delete all pieces, also those that can't be read."""
+        for name in self._names(unfinished=True):
+            self._unlink(name)
+
     def touch(self, name: bytes) -> None:
         """Say that a piece is of use now."""
         with suppress(OSError):  # It was deleted meanwhile, or nothing can be written there.
             os.utime(_file_of(name), ns=(time.time_ns(),) * 2, dir_fd=self._fd, follow_symlinks=False)
+
+    def leave_memory(self, name: bytes) -> None:
+        """Have the system read a piece from the disk the next time, as far as it can."""
+        with suppress(OSError, AttributeError):  # Not every system has the call.
+            file, _ = self._open(_file_of(name))
+            try:
+                os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+            finally:
+                os.close(file)
+
+    def remembered(self) -> bytes:
+        """What `remember` was given last; nothing where that can't be read."""
+        try:
+            file, status = self._open(MEMORY)
+        except OSError:
+            return b""
+        try:
+            return b"" if status is None else os.pread(file, min(status.st_size, MAX_MEMORY), 0)
+        except OSError:
+            return b""
+        finally:
+            os.close(file)
+
+    def remember(self, data: bytes) -> None:
+        """Keep a few bytes beside the pieces, if that can be done."""
+        unfinished = f".{MEMORY}.{os.getpid()}"
+        with suppress(OSError):
+            file = os.open(unfinished, _WRITE, 0o600, dir_fd=self._fd)
+            try:
+                os.write(file, data)
+            finally:
+                os.close(file)
+            os.rename(unfinished, MEMORY, src_dir_fd=self._fd, dst_dir_fd=self._fd)
 
     def scan(self) -> Iterator[Stored]:
         """All files that say they are pieces, in no order. What can't be read is left out."""

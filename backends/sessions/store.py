@@ -7,18 +7,16 @@ in memory until it is, and what memory has no room for is not kept: it can be co
 import logging
 import queue
 import threading
+import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from weakref import WeakSet
 
-from tightrope.backends.errors import BackendError
 from tightrope.backends.sessions.catalogue import Catalogue, Match, Usable
 from tightrope.backends.sessions.folder import Folder
-from tightrope.backends.sessions.piece import Bytes, Ints, Piece
+from tightrope.backends.sessions.piece import Bytes, Ints, Piece, root_name
 
 log = logging.getLogger("tightrope.sessions")
-
-MIB = 1 << 20
 
 
 class RunStore:
@@ -53,6 +51,7 @@ class RunStore:
                     self._written.add(stored.piece.name)
             self._writer = threading.Thread(target=self._write_all, name="sessions", daemon=True)
             self._writer.start()
+            _stores.add(self)
             self._queue.put(self._trim)
 
     @property
@@ -68,6 +67,19 @@ class RunStore:
     def host_used(self) -> int:
         """Bytes in the host's memory."""
         return self._host_used
+
+    def faults(self) -> Iterator[str]:
+        """What contradicts itself, a line each."""
+        with self._lock:
+            used = sum(payload.nbytes for payload in self._host.values())
+            if used != self._host_used or used > self.host_bytes:
+                yield f"{used} bytes are kept beside the cache, {self._host_used} are counted, of {self.host_bytes}"
+            if any(name not in self._catalogue for name in (*self._host, *self._written)):
+                yield "a piece is kept beside the cache, and can't be found"
+
+    def root(self, *parts: str | bytes) -> bytes:
+        """The name under which texts of this model begin that may share pieces: see root_name."""
+        return root_name(self._fingerprint, *parts)
 
     def covers(self, piece: Piece) -> bool:
         """Whether there is nothing to be gained by putting a piece in."""
@@ -97,7 +109,7 @@ class RunStore:
                 self._queue.put(lambda: self._write(piece))
         return True
 
-    def longest(self, root: bytes, wanted: Ints, usable: Usable = lambda piece, length: True) -> list[Match]:
+    def longest(self, root: bytes, wanted: Ints, usable: Usable = lambda piece, length: length) -> list[Match]:
         """See Catalogue."""
         with self._lock:
             return self._catalogue.longest(root, wanted, usable)
@@ -212,9 +224,11 @@ class RunStore:
                     self._catalogue.remove(name)
 
 
-def open_folder(path: str) -> Folder:
-    """The folder that a setting names. Raises BackendError, which names the option, where it can't be one."""
-    try:
-        return Folder(Path(path).expanduser())
-    except BackendError as error:
-        raise BackendError(f"--session-dir: {error}") from None
+_stores: "WeakSet[RunStore]" = WeakSet()  # Those with a folder.
+
+
+def write_rest(timeout_s: float) -> None:
+    """Have all stores of this process write what they were given, before it ends. May be called by any thread."""
+    end_s = time.monotonic() + timeout_s
+    for store in list(_stores):
+        store.flush(max(0.0, end_s - time.monotonic()))

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from tightrope.backends.detect import open_backend
 from tightrope.backends.errors import BackendError, DeviceLost
 from tightrope.backends.protocol import Backend
+from tightrope.backends.sessions.store import write_rest
 from tightrope.backends.settings import ModelSettings
 from tightrope.engine.console import log_to_stderr
 from tightrope.engine.core import EngineCore
@@ -43,6 +44,8 @@ from tightrope.engine.types import Delta, with_adapter_texts
 from tightrope.engine.work import Work
 
 log = logging.getLogger("tightrope.engine")
+
+REST_S = 8.0  # Writing chats may take so long when the process is to end: less than the front waits for that.
 
 OpenBackend = Callable[[ModelSettings, Callable[[float], None]], Backend]
 
@@ -178,9 +181,17 @@ def main() -> None:
     """Entry point of the engine process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the front, which closes the socket when it is done.
     log_to_stderr("info")
-    # The model may be in the middle of a long step, which nobody waits for any more.
-    status = serve(socket.socket(fileno=int(sys.argv[1])), on_end=os._exit)
+    status = serve(socket.socket(fileno=int(sys.argv[1])), on_end=_end)
     sys.exit(status)
+
+
+def _end(status: int) -> None:
+    """End the process once what rests of chats is written.
+
+    The model may be in the middle of a long step, which nobody waits for any more.
+    """
+    write_rest(REST_S)
+    os._exit(status)
 
 
 if __name__ == "__main__":

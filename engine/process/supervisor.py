@@ -119,7 +119,8 @@ class Supervisor:
             await self._changed.wait_for(lambda: self.state in states)
 
     async def close(self) -> None:
-        """End the engine."""
+        """End the engine. One that is ready sees its socket close, and writes what rests of chats first."""
+        was_ready = self.state == "ready"
         await self._set_state("closed")
         if self._expiry is not None:
             self._expiry.cancel()
@@ -128,7 +129,8 @@ class Supervisor:
             with suppress(asyncio.CancelledError):
                 await self._task
         if self.handle is not None:
-            self.handle.kill()
+            if not was_ready:
+                self.handle.kill()
             await _end_of(self.handle)
 
     def send(self, message: ToEngine) -> None:

@@ -1,4 +1,4 @@
-"""The commands: `tightrope serve`, `chat`, `plan`, `warm`, `perplexity` and `doctor`.
+"""The commands: `tightrope serve`, `chat`, `plan`, `warm`, `sessions`, `perplexity` and `doctor`.
 
 Up front only the table of options is imported, so that `--help` answers at once.
 """
@@ -25,6 +25,7 @@ OWN_ARGUMENTS: Mapping[str, Sequence[str]] = {  # These stand beside the options
     "chat": ("url", "system", "max_tokens"),
     "plan": ("memory", "device_memory", "json"),
     "warm": ("arch",),
+    "sessions": ("folder", "delete", "older_than"),
     "perplexity": ("text", "contexts", "max_tokens", "compare_kv", "json", "plot"),
     "doctor": (),
 }
@@ -57,6 +58,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
                 return _doctor(values)
             case "warm":
                 return _warm(values, own["arch"])
+            case "sessions":
+                return _sessions(**own)
         return _perplexity(values, own)
     except CommandFailed as error:
         return _fail(str(error), error.status)
@@ -108,6 +111,12 @@ def _warm(values: Mapping[str, str], arch: str | None) -> int:
 
     architectures = parse_architectures(arch)
     return warm(_settings(values).engine.model, architectures)
+
+
+def _sessions(folder: str, delete: str | None, older_than: str | None) -> int:
+    from tightrope.server.cli.sessions import sessions
+
+    return sessions(folder, delete, older_than)
 
 
 def _perplexity(values: Mapping[str, str], own: Mapping[str, Any]) -> int:
@@ -167,6 +176,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_options(chat, [*own, "api-key", "log-level"])
     _add_plan(commands)
     _add_warm(commands)
+    _add_sessions(commands)
     _add_perplexity(commands)
     _add_doctor(commands)
     return parser
@@ -197,6 +207,15 @@ def _add_warm(commands: "argparse._SubParsersAction[_Parser]") -> None:
         help="cards to compile for, such as sm_86 (RTX 30) or sm_89 (default: the one here)",
     )
     _add_options(parser, _MODEL_OPTIONS)
+
+
+def _add_sessions(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    parser = _add_command(commands, "sessions", "list or delete the chats that --session-dir keeps", "DIR ")
+    parser.add_argument("folder", metavar="DIR", help="the folder that --session-dir names")
+    parser.add_argument(
+        "--delete", metavar="NAME,NAME,...", help="delete these chats, called as they are listed, or all"
+    )
+    parser.add_argument("--older-than", metavar="DAYS", help="delete only what was of no use for so long")
 
 
 def _add_perplexity(commands: "argparse._SubParsersAction[_Parser]") -> None:

@@ -118,6 +118,25 @@ OPTIONS: Mapping[str, Option] = {
         "cached tokens that prompts may take: moved, also from other places, or exact alone (default: moved)",
         "KIND",
     ),
+    "host-cache-mib": Option(
+        (*_MODEL, "cache", "host_mib"),
+        "context and memory",
+        "the machine's memory for chats that have left the cache, in MiB (default: as much as the cache, at most half "
+        "of what is left)",
+        "N",
+    ),
+    "session-dir": Option(
+        (*_MODEL, "cache", "session_dir"),
+        "context and memory",
+        "folder in which chats outlive the server, so that they are not read again (default: none)",
+        "DIR",
+    ),
+    "session-disk-mib": Option(
+        (*_MODEL, "cache", "session_disk_mib"),
+        "context and memory",
+        "most that this folder takes, in MiB; what was of no use for longest goes (default: 8192)",
+        "N",
+    ),
     "gpu-memory-fraction": Option(
         (*_MODEL, "gpu_memory_fraction"),
         "context and memory",

@@ -97,7 +97,7 @@ def cells() -> Cells:
 
 def _swap_too_much(cache: SharedKVCache) -> None:
     cache._swap_out_idle(0)
-    cache._swap.num_bytes = 9
+    cache._swap._store.host_bytes = 9
 
 
 CELL_DAMAGE: dict[str, tuple[Callable[[Cells], object], str]] = {
@@ -124,7 +124,10 @@ CELL_DAMAGE: dict[str, tuple[Callable[[Cells], object], str]] = {
         "should hold 20 tokens, and its last position is 11",
     ),
     "cells in a free slot": (lambda d: d.store.append(d.cache._free_slots[0], 1), "should hold 0 tokens"),
-    "more swapped out than there is memory": (lambda d: _swap_too_much(d.cache), "10 bytes are swapped out to 9"),
+    "more swapped out than there is memory": (
+        lambda d: _swap_too_much(d.cache),
+        "10 bytes are kept beside the cache, 10 are counted, of 9",
+    ),
 }
 
 

@@ -80,7 +80,7 @@ def test_without_a_window_asked_for_it_is_what_fits_and_a_line_says_so() -> None
 def test_memory_is_never_promised_twice() -> None:
     for gib in (6, 8, 12, 24):
         made = plan(gib)
-        assert 4 * GIB + made.num_cells * F16_TOKEN + made.swap_bytes <= gib * GIB
+        assert 4 * GIB + made.num_cells * F16_TOKEN + made.run_bytes <= gib * GIB
 
 
 def test_a_type_and_a_capacity_that_are_asked_for_are_kept() -> None:

@@ -1,16 +1,20 @@
 """The paged cache's bookkeeping, over a pretend storage that remembers what every place of every page was told."""
 
+from unittest.mock import patch
+
 import numpy as np
 import pytest
 from fakes import FakeKV
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pages_driver import MOST_LIVE, MOST_TOKENS, Driver
+from pages_driver import MOST_LIVE, MOST_TOKENS, Driver, EagerStore
 
 from tightrope.backends.errors import BackendError
+from tightrope.backends.hf.cache import pages, stored_pages
 from tightrope.backends.hf.cache.pages import PagedKVCache
 from tightrope.backends.hf.cache.window_pages import most_needed
 from tightrope.backends.protocol import KVUsage
+from tightrope.backends.sessions.store import RunStore
 from tightrope.kernels.forms.layout import PAGE
 
 pytestmark = pytest.mark.quick
@@ -313,19 +317,28 @@ OPERATIONS = st.one_of(
 
 
 @pytest.mark.plain
+@patch.multiple(stored_pages, PIECE=2)  # So that a short text has several pieces.
+@patch.multiple(pages, MIN_GAIN=1)
 @settings(max_examples=400)
 @given(
     st.lists(OPERATIONS, max_size=40),
     st.integers(3, 24),
     st.sampled_from([40, 1 << 20]),
     st.sampled_from([None, None, 1, 2, 16, 17, 18, 19, 40]),
+    st.sampled_from([None, None, RunStore, EagerStore]),
+    st.integers(0, 600),
 )
 def test_whatever_is_done_every_sequence_reads_back_what_it_stored(
-    operations: list[tuple], num_pages: int, trained_len: int, window: int | None
-) -> None:
-    """And reads all that it may look at in layers with a window, of which there are no more pages than needed."""
+    operations: list[tuple], num_pages: int, trained_len: int, window: int | None,
+    make_store: type[RunStore] | None, host_bytes: int,
+) -> None:  # fmt: skip
+    """And reads all that it may look at in layers with a window, of which there are no more pages than needed.
+
+    Some of it comes back from beside the cache.
+    """
     num_window_pages = 0 if window is None else most_needed(window, MOST_LIVE, MOST_TOKENS)
-    driver = Driver(num_pages, trained_len, window=window, num_window_pages=num_window_pages)
+    store = None if make_store is None else make_store(host_bytes)
+    driver = Driver(num_pages, trained_len, window=window, num_window_pages=num_window_pages, store=store)
     for seq_id, (kind, first, second, flag) in enumerate(operations):
         if kind in ("open", "run"):
             if window is not None and len(driver.live) == MOST_LIVE:

@@ -86,7 +86,9 @@ def test_a_state_is_of_use_at_its_end_alone_and_takes_no_other_s_place() -> None
     put(store, *(piece_of(range(length), is_whole=True) for length in (10, 20)))
     assert store.num_pieces == 2
     assert not store.covers(piece_of(range(15), is_whole=True))
-    path = store.longest(ROOT, np.arange(15, dtype=np.int32), lambda piece, length: length == len(piece.token_ids))
+    path = store.longest(
+        ROOT, np.arange(15, dtype=np.int32), lambda piece, length: length if length == len(piece.token_ids) else 0
+    )
     assert [match.length for match in path] == [10]
 
 

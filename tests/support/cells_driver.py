@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from tightrope.backends.gguf.cache import SharedKVCache
+from tightrope.backends.sessions.store import RunStore
 
 
 @dataclass
@@ -54,9 +55,10 @@ class PretendStore:
 class Driver:
     """A cache with a pretend store, used the way the engine does."""
 
-    def __init__(self, capacity: int = 64, slots: int = 4, **options: object) -> None:
+    def __init__(self, capacity: int = 64, slots: int = 4, swap_bytes: int = 0, **options: object) -> None:
         self.store = PretendStore(keeps_state=bool(options.get("whole_only")))
         self.cache = SharedKVCache(self.store, capacity, slots, **options)  # type: ignore[arg-type]
+        self.cache.swap_to(RunStore(swap_bytes))
 
     def run(self, seq_id: int, token_ids: Sequence[int], namespace: str = "") -> int:
         """Open a sequence and run all its tokens; returns how many were cached."""

@@ -3,9 +3,14 @@
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from tightrope.backends.errors import BackendError
 from tightrope.backends.hf.cache.pages import PagedKVCache
+from tightrope.backends.hf.cache.stored_pages import Placed, StoredPages
 from tightrope.backends.reuse import Reuse
+from tightrope.backends.sessions.piece import Bytes
+from tightrope.backends.sessions.store import RunStore
 from tightrope.kernels.forms.layout import PAGE
 
 Cell = tuple[Hashable, Hashable, tuple[int, ...]]  # namespace, frequencies, all tokens up to and with this one
@@ -28,12 +33,48 @@ class Held:
         return self.cells[-1][2] if self.cells else ()
 
 
+class EagerStore(RunStore):
+    """A store in memory that is given everything at once, as one is that outlives the process."""
+
+    @property
+    def outlives(self) -> bool:
+        return True
+
+
+class PretendMover:
+    """Remembers what the pages of a pretend storage held, and puts it back."""
+
+    def __init__(self, driver: "Driver") -> None:
+        self._driver = driver
+        self._saved: list[tuple[list[list[Cell | None]], list[list[Cell | None]]]] = []
+
+    def read_pages(self, numbers: Sequence[int], window_numbers: Sequence[int]) -> Bytes:
+        self._driver.copy()
+        storage, window_storage = self._driver.storage, self._driver.window_storage
+        self._saved.append(([list(storage[n]) for n in numbers], [list(window_storage[n]) for n in window_numbers]))
+        payload = np.zeros(10 * (len(numbers) + len(window_numbers)), np.uint8)
+        payload[:4] = np.frombuffer(np.int32(len(self._saved) - 1).tobytes(), np.uint8)
+        return payload
+
+    def write_pages(
+        self, payload: Bytes, shape: tuple[int, int], pages: Sequence[Placed], window_pages: Sequence[Placed]
+    ) -> None:
+        self._driver.copy()
+        saved, saved_windows = self._saved[payload[:4].view(np.int32)[0]]
+        assert shape == (len(saved), len(saved_windows))
+        for row, number in pages:
+            self._driver.storage[number] = list(saved[row])
+        for row, number in window_pages:
+            self._driver.window_storage[number] = list(saved_windows[row])
+
+
 class Driver:
     """A cache used as the engine does, with a storage that is checked after every operation."""
 
     def __init__(
-        self, num_pages: int = 8, trained_len: int = 1 << 20, *, window: int | None = None, num_window_pages: int = 0
-    ) -> None:
+        self, num_pages: int = 8, trained_len: int = 1 << 20, *, window: int | None = None, num_window_pages: int = 0,
+        store: RunStore | None = None,
+    ) -> None:  # fmt: skip
         """Sequences beyond trained_len have frequencies of their own length, as with dynamic NTK."""
         self.trained_len, self.window = trained_len, window
         self.cache = PagedKVCache(num_pages, self.frequencies, num_window_pages=num_window_pages, window=window)
@@ -41,6 +82,8 @@ class Driver:
         self.storage: Storage = {page: [None] * PAGE for page in range(num_pages)}
         self.window_storage: Storage = {page: [None] * PAGE for page in range(num_window_pages)}
         self.live: dict[int, Held] = {}
+        if store is not None:
+            self.cache.stored = StoredPages(store, PretendMover(self))
 
     def frequencies(self, length: int) -> Hashable:
         return max(length, self.trained_len)

@@ -15,6 +15,7 @@ Nothing here knows of tensors; kernels.forms.layout says what a page is.
 from bisect import insort
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
+from itertools import takewhile
 from operator import itemgetter
 
 import numpy as np
@@ -24,6 +25,7 @@ from tightrope.backends.hf.cache.copies import Copies
 from tightrope.backends.hf.cache.integrity import faults
 from tightrope.backends.hf.cache.live import Ints, LiveSequence
 from tightrope.backends.hf.cache.page_tree import Page, Root, equals, hang, neighbours, num_common, tokens_of, twin_of
+from tightrope.backends.hf.cache.stored_pages import MIN_GAIN, Found, StoredPages
 from tightrope.backends.hf.cache.window_pages import WindowPages
 from tightrope.backends.protocol import KVUsage
 from tightrope.backends.reuse import Reuse, Wanted
@@ -56,6 +58,7 @@ class PagedKVCache:
         self._windows = WindowPages(num_window_pages, window)
         self.has_windows = window is not None
         self.copies, self.window_copies = Copies(), Copies()  # Those of pages, and of window pages.
+        self.stored: StoredPages | None = None  # Where evicted pages go, and come back from.
 
     # --- the protocol -----------------------------------------------------------------------------------------------
 
@@ -73,6 +76,7 @@ class PagedKVCache:
         frequencies = self._frequencies_at(len(token_ids))
         sequence = LiveSequence((namespace, frequencies), len(token_ids), frequencies)
         if reuse != "nothing":
+            self._restore(sequence.root, token_ids[:-1])
             path, found = self._find(sequence.root, token_ids[:-1])
             sequence.length = sequence.num_findable = self._windows.continuable(path, found)
             for page in path[: -(-sequence.length // PAGE)]:
@@ -145,6 +149,8 @@ class PagedKVCache:
         self._hold(sequence, range(0))
         if keep:
             sequence.pages = self._merge(sequence)
+            if self.stored is not None and self.stored.outlives:
+                self.stored.keep(sequence.root, list(takewhile(lambda page: page.tokens, sequence.pages)))
         for page in reversed(sequence.pages):  # Ends first: a page leaves after all that hang below it.
             self._let_go(sequence, page, keep=keep)
 
@@ -155,6 +161,7 @@ class PagedKVCache:
     def check_integrity(self) -> None:
         """See KVCache."""
         fault = next(faults(self._num_pages, self._free, self._idle, self._roots, self._live, self._windows), None)
+        fault = fault if fault is not None or self.stored is None else next(self.stored.faults(), None)
         assert fault is None, fault
 
     # --- for the backend --------------------------------------------------------------------------------------------
@@ -214,10 +221,73 @@ class PagedKVCache:
     # --- giving and taking ------------------------------------------------------------------------------------------
 
     def _take(self, writer: LiveSequence) -> Page:
-        """A page to write, evicting if none is free. The caller has made sure that there is one."""
+        """A page to write. The caller has made sure that there is one."""
+        return Page(self._take_number(), refs=1, writer=writer)
+
+    def _take_number(self) -> int:
+        """That of a page to write, evicting if none is free."""
         if not self._free:
-            self._discard(next(iter(self._idle)))
-        return Page(self._free.pop(), refs=1, writer=writer)
+            evicted = next(iter(self._idle))
+            if self.stored is not None:
+                self.stored.evicting(evicted)
+            self._discard(evicted)
+        return self._free.pop()
+
+    def _restore(self, root: Hashable, wanted: Sequence[int]) -> None:
+        """Bring back what the store has of `wanted` beyond what is here, as if it had never been evicted."""
+        if self.stored is None or (found := self.stored.find(root, wanted)).length < MIN_GAIN:
+            return
+        path, here = self._find(root, wanted)
+        here_usable = self._windows.continuable(path, here)
+        kept = path[: here // PAGE]
+        room = len(self._free) + len(self._idle) - sum(page.refs == 0 for page in kept)
+        length = min(found.length, (len(kept) + room) * PAGE)
+        numbers = [page.window_number for page in kept]
+        while any(
+            (place >= len(kept) or numbers[place] is None) and not found.has_window(place)
+            for place in self._windows.needed(length)
+        ):
+            length = (length - 1) // PAGE * PAGE
+        if length < max(here, here_usable + MIN_GAIN):
+            return
+        self._use_last(kept)
+        new = [Page(self._take_number()) for _ in range(len(kept), -(-length // PAGE))]
+        self._write_back(root, found, kept, new, self._windows.needed(length))
+
+    def _write_back(self, root: Hashable, found: Found, kept: list[Page], new: list[Page], needed: range) -> None:
+        """Fill new pages, and window pages where `needed`, from the store; hang what could be had behind `kept`."""
+        assert self.stored is not None
+        pages = [*kept, *new]
+        missing = [place for place in needed if pages[place].window_number is None]
+        for place in needed:
+            self._windows.hold(pages[place])
+        try:
+            restored = self.stored.restore(
+                found,
+                {place: page.number for place, page in enumerate(new, len(kept))},
+                {place: number for place in missing if (number := pages[place].window_number) is not None},
+            )
+        except BackendError:  # It is computed then.
+            restored = 0
+        for place in needed:
+            self._windows.let_go(pages[place])
+        for place in missing:
+            if place * PAGE >= restored:
+                self._windows.forget(pages[place])
+        for place, page in enumerate(new, len(kept)):
+            if place * PAGE >= restored:
+                self._free.append(page.number)
+                continue
+            parent = pages[place - 1] if place else self._roots.setdefault(root, Root(root))
+            hang(page, parent, found.tokens(place))
+        self._use_last([page for page in pages if page.parent is not None])
+
+    def _use_last(self, path: Sequence[Page]) -> None:
+        """Have the pages of a path be evicted after all others, ends first."""
+        for page in reversed(path):
+            if page.refs == 0:
+                self._idle[page] = None
+                self._idle.move_to_end(page)
 
     def _own_tail(self, sequence: LiveSequence) -> None:
         """Exchange a borrowed last page for one to write; the page itself where nobody else would miss anything."""

@@ -1,0 +1,127 @@
+"""Pages beside the cache: what is evicted, or is to outlive the process, as pieces of a store.
+
+A piece is up to PIECE pages behind one another, with the pages of sliding-window layers where these were still there.
+"""
+
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from tightrope.backends.errors import BackendError
+from tightrope.backends.hf.cache.page_tree import Page, Root
+from tightrope.backends.sessions.catalogue import Match
+from tightrope.backends.sessions.piece import Bytes, Piece
+from tightrope.backends.sessions.store import RunStore
+from tightrope.kernels.forms.layout import PAGE
+
+PIECE = 16  # Pages; a chat that goes on writes its last piece anew each time.
+MIN_GAIN = 32  # To run fewer tokens again costs less than to bring them back.
+
+
+class PageMover(Protocol):
+    """Copies pages to and from the host's memory. What waits to be copied within the cache is copied first."""
+
+    def read_pages(self, numbers: Sequence[int], window_numbers: Sequence[int]) -> Bytes:
+        """The bytes of pages in the layers that see everything, and of window pages in those that don't."""
+
+    def write_pages(
+        self, payload: Bytes, shape: tuple[int, int], pages: Sequence["Placed"], window_pages: Sequence["Placed"]
+    ) -> None:
+        """Store some of the pages that `read_pages` gave. shape: so many pages and window pages those were.
+
+        Raises BackendError.
+        """
+
+
+Placed = tuple[int, int]  # The row among the pages that were read, and the number of a page to write.
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The beginning of a text in the store: `length` tokens of it."""
+
+    matches: tuple[Match, ...]
+    length: int
+
+    def tokens(self, place: int) -> tuple[int, ...]:
+        """Those of the page in this place, also behind the last that is wanted."""
+        piece = self.matches[place // PIECE].piece
+        start = place * PAGE - piece.start
+        return tuple(piece.token_ids[start : start + PAGE].tolist())
+
+    def has_window(self, place: int) -> bool:
+        """Whether the page in this place was stored with its window page."""
+        match = self.matches[place // PIECE] if place // PIECE < len(self.matches) else None
+        return match is not None and place % PIECE < len(match.piece.about) and match.piece.about[place % PIECE] == 1
+
+
+class StoredPages:
+    """A store as the books of a paged cache use it."""
+
+    def __init__(self, store: RunStore, mover: PageMover) -> None:
+        self._store, self._mover = store, mover
+
+    @property
+    def outlives(self) -> bool:
+        """Whether what is stored is there in the next process, too."""
+        return self._store.outlives
+
+    def faults(self) -> Iterator[str]:
+        """What contradicts itself, a line each."""
+        return self._store.faults()
+
+    def keep(self, key: Hashable, path: Sequence[Page], first: int = 0) -> None:
+        """Store what isn't there of a path of pages below the root of this key, from the piece of place `first` on."""
+        root = parent = self._store.root(repr(key))
+        for start in range(0, len(path), PIECE):
+            pages = path[start : start + PIECE]
+            token_ids = np.fromiter((token for page in pages for token in page.tokens), np.int32)
+            windows = [page.window_number for page in pages if page.window_number is not None]
+            about = bytes(page.window_number is not None for page in pages)
+            piece = Piece(root, parent, start * PAGE, token_ids, 0, about=about)
+            if start + PIECE > first and not self._store.covers(piece):
+                try:
+                    payload = self._mover.read_pages([page.number for page in pages], windows)
+                except BackendError:  # It can be computed again.
+                    return
+                piece = Piece(root, parent, start * PAGE, token_ids, payload.nbytes, about=about)
+                self._store.put(piece, payload)
+            parent = piece.name
+
+    def evicting(self, page: Page) -> None:
+        """Store a page that is about to leave the cache, with those before it in its piece."""
+        path: list[Page] = []
+        place: Page | Root | None = page
+        while isinstance(place, Page):
+            path.append(place)
+            place = place.parent
+        if place is not None:
+            self.keep(place.key, path[::-1], len(path) - 1)
+
+    def find(self, key: Hashable, wanted: Sequence[int]) -> Found:
+        """The longest beginning of `wanted` in the store."""
+        if not self._store.num_pieces:
+            return Found((), 0)
+        matches = self._store.longest(self._store.root(repr(key)), np.asarray(wanted, np.int32))
+        self._store.use([match.piece for match in matches])
+        return Found(tuple(matches), sum(match.length for match in matches))
+
+    def restore(self, found: Found, pages: Mapping[int, int], windows: Mapping[int, int]) -> int:
+        """Bring back pages and window pages: numbers to write, by their places.
+
+        Returns how many tokens of what was found are there now, with those before them. Raises BackendError.
+        """
+        for match in found.matches:
+            piece, first, window_rows = match.piece, match.piece.start // PAGE, np.cumsum([0, *match.piece.about])
+            rows = range(len(piece.about))
+            placed = [(row, pages[first + row]) for row in rows if first + row in pages]
+            in_window = [(int(window_rows[row]), windows[first + row]) for row in rows if first + row in windows]
+            if not placed and not in_window:
+                continue
+            payload = self._store.read(piece)
+            if payload is None:
+                return piece.start
+            self._mover.write_pages(payload, (len(piece.about), sum(piece.about)), placed, in_window)
+        return found.length

@@ -1,0 +1,149 @@
+"""Pages of the torch engine beside the cache: they come back as what they were, or are computed again."""
+
+import pytest
+from pages_driver import MOST_TOKENS, Driver, EagerStore, PretendMover
+
+from tightrope.backends.errors import BackendError
+from tightrope.backends.hf.cache.stored_pages import PIECE, StoredPages
+from tightrope.backends.hf.cache.window_pages import most_needed
+from tightrope.backends.sessions.piece import Bytes, Piece
+from tightrope.backends.sessions.store import RunStore
+from tightrope.kernels.forms.layout import PAGE
+
+pytestmark = pytest.mark.quick
+
+LONG = PIECE * PAGE + 100  # Tokens of a chat of two pieces.
+
+
+def successor(driver: Driver, store: RunStore) -> Driver:
+    """What runs in the next process: an empty cache over the same store."""
+    after = Driver(driver.num_pages, window=driver.window, num_window_pages=len(driver.window_storage), store=store)
+    assert driver.cache.stored is not None
+    assert after.cache.stored is not None
+    before, now = driver.cache.stored._mover, after.cache.stored._mover
+    assert isinstance(before, PretendMover)
+    assert isinstance(now, PretendMover)
+    now._saved = before._saved
+    return after
+
+
+def test_two_chats_that_alternate_on_a_cache_for_one_are_read_once() -> None:
+    driver = Driver(num_pages=26, store=RunStore(100_000))
+    for start in (0, 10_000):
+        assert driver.run(start, range(start, start + LONG)) == 0
+        driver.close(start)
+    for turn in range(1, 4):
+        for start in (0, 10_000):
+            length = LONG + 5 * turn
+            assert driver.run(start + turn, range(start, start + length)) == length - 5
+            driver.close(start + turn)
+            driver.check()
+
+
+def test_what_was_computed_is_there_in_the_next_process() -> None:
+    store = EagerStore(100_000)
+    driver = Driver(num_pages=40, store=store)
+    driver.run(1, range(LONG))
+    driver.close(1)
+    after = successor(driver, store)
+    assert after.run(1, [*range(LONG), 7]) == LONG
+    after.check()
+    assert after.open(2, [*range(60), 7]) == 60
+    assert after.open(3, [*range(LONG), 7], "of another key") == 0
+
+
+def test_a_prompt_that_leaves_a_stored_text_in_the_middle_of_a_page_goes_on_there() -> None:
+    store = EagerStore(100_000)
+    driver = Driver(num_pages=60, store=store)
+    driver.run(1, range(LONG))
+    driver.close(1)
+    after = successor(driver, store)
+    assert after.run(1, [*range(PIECE * PAGE + 21), 7, 7, 7]) == PIECE * PAGE + 21
+    after.check()
+    assert after.run(2, [*range(LONG), 7]) == LONG
+    after.check()
+
+
+def test_what_has_no_room_stays_where_it_is() -> None:
+    store = EagerStore(100_000)
+    driver = Driver(num_pages=30, store=store)
+    driver.run(1, range(LONG))
+    driver.close(1)
+    after = successor(driver, store)
+    after.run(1, range(10_000, 10_000 + 18 * PAGE))
+    assert after.open(2, [*range(LONG), 7]) == 12 * PAGE
+    after.close(1)
+    after.close(2)
+    after.check()
+
+
+@pytest.mark.parametrize("first_bad", [0, 1])
+def test_what_can_not_be_read_any_more_is_computed(first_bad: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = EagerStore(100_000)
+    driver = Driver(num_pages=40, store=store)
+    driver.run(1, range(LONG))
+    driver.close(1)
+    after = successor(driver, store)
+    plain = store.read
+
+    def read(piece: Piece) -> Bytes | None:
+        return None if piece.start >= first_bad * PIECE * PAGE else plain(piece)
+
+    monkeypatch.setattr(store, "read", read)
+    assert after.run(1, [*range(LONG), 7]) == first_bad * PIECE * PAGE
+    after.check()
+
+
+def test_a_device_without_memory_for_the_copy_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = EagerStore(100_000)
+    driver = Driver(num_pages=40, store=store)
+    driver.run(1, range(LONG))
+    driver.close(1)
+    after = successor(driver, store)
+
+    def fail(*args: object) -> None:
+        raise BackendError("out of memory")
+
+    monkeypatch.setattr(PretendMover, "write_pages", fail)
+    monkeypatch.setattr(PretendMover, "read_pages", fail)
+    assert after.run(1, [*range(LONG), 7]) == 0
+    after.close(1)
+    after.check()
+
+
+def test_sliding_layers_go_on_from_their_stored_window() -> None:
+    store = EagerStore(100_000)
+    driver = Driver(64, window=40, num_window_pages=most_needed(40, 1, MOST_TOKENS), store=store)
+    driver.open(1, range(LONG))
+    for start in range(0, LONG, 89):
+        assert driver.extend(1, range(start, min(start + 89, LONG)))
+    driver.close(1)
+    after = successor(driver, store)
+    assert after.open(1, [*range(LONG), 7]) == LONG
+    assert after.extend(1, [7])
+    after.check()
+    after.close(1)
+    again = successor(after, store)
+    assert again.open(1, [*range(100), 7]) == 0  # The window there was not kept.
+    again.check()
+
+
+def test_sliding_layers_that_lost_their_window_here_get_it_back() -> None:
+    store = EagerStore(100_000)
+    driver = Driver(200, window=40, num_window_pages=most_needed(40, 1, MOST_TOKENS), store=store)
+    driver.run(1, range(100))
+    driver.close(1)
+    for start in range(1000, 1400, 100):
+        driver.run(start, range(start, start + 100))
+        driver.close(start)
+    assert driver.run(2, range(110)) == 100
+    driver.check()
+
+
+def test_nothing_is_stored_of_a_chat_that_is_not_to_be_kept() -> None:
+    store = EagerStore(100_000)
+    driver = Driver(num_pages=40, store=store)
+    driver.run(1, range(LONG))
+    driver.close(1, keep=False)
+    assert store.num_pieces == 0
+    assert isinstance(driver.cache.stored, StoredPages)

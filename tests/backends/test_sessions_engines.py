@@ -1,0 +1,101 @@
+"""Both engines on the real SmolLM2: a chat goes on from disk and memory as if it had stayed in the cache."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hf_models import smollm2_bf16
+
+from tightrope.backends.detect import open_backend
+from tightrope.backends.errors import BackendError
+from tightrope.backends.protocol import Backend, Chunk
+from tightrope.backends.sessions.store import write_rest
+from tightrope.backends.settings import CacheSettings, ModelSettings, RopeSettings
+
+CHAT = [(i * i // 7 + i) % 40_000 + 100 for i in range(120)]
+OTHER = [token + 1 for token in CHAT]
+MODELS: dict[str, Callable[[], str | None]] = {"torch": lambda: str(smollm2_bf16()), "llama.cpp": lambda: None}
+
+
+def load(engine: str, *, tokens: int = 512, rope: RopeSettings | None = None, **cache: str | int | None) -> Backend:
+    settings = ModelSettings(
+        model=MODELS[engine](),
+        max_model_len=256,
+        max_num_seqs=2,
+        cache=CacheSettings.model_validate({"tokens": tokens, **cache}),
+        rope=rope or RopeSettings(),
+    )
+    return open_backend(settings, lambda _: None)
+
+
+def turn(backend: Backend, token_ids: list[int], namespace: str = "") -> tuple[int, torch.Tensor]:
+    """Run a prompt; returns how many of its tokens were found, and the logits behind it."""
+    found = backend.kv.open(1, token_ids, namespace).num_tokens
+    assert backend.kv.reserve(1, len(token_ids) - found)
+    logits = backend.forward([Chunk(1, token_ids[found:], found, "last")]).clone()
+    backend.kv.commit(1, found, token_ids[found:])
+    backend.kv.close(1, keep=True)
+    backend.kv.check_integrity()
+    return found, logits
+
+
+@pytest.mark.parametrize("engine", MODELS)
+def test_the_next_process_goes_on_with_the_very_numbers(engine: str, tmp_path: Path) -> None:
+    first = load(engine, session_dir=str(tmp_path / "chats"))
+    turn(first, CHAT)
+    write_rest(60)
+    shutil.copytree(tmp_path / "chats", tmp_path / "then")
+    found, stayed = turn(first, [*CHAT, 7, 8])
+    assert found == len(CHAT)
+    first.close()
+
+    after = load(engine, session_dir=str(tmp_path / "then"))
+    assert any(str(tmp_path / "then") in note for note in after.card.notes)
+    assert turn(after, [*CHAT, 7, 8], "another key")[0] == 0
+    found, came_back = turn(after, [*CHAT, 7, 8])
+    assert found == len(CHAT)
+    assert torch.equal(stayed, came_back)
+    assert turn(after, [*CHAT[:80], 7])[0] == 80
+    after.close()
+
+
+@pytest.mark.parametrize("engine", MODELS)
+def test_two_chats_that_alternate_on_a_cache_for_one_are_read_once(engine: str) -> None:
+    backend = load(engine, tokens=256, host_mib=64)
+    texts = [list(CHAT), list(OTHER)]
+    for text in texts:
+        assert turn(backend, text)[0] == 0
+    for text in texts:
+        text += [7, 8, 9]
+        assert turn(backend, text)[0] == len(CHAT)
+    backend.close()
+
+
+@pytest.mark.parametrize("engine", MODELS)
+def test_without_memory_beside_the_cache_what_has_left_it_is_gone(engine: str) -> None:
+    backend = load(engine, tokens=256, host_mib=0)
+    turn(backend, CHAT)
+    turn(backend, OTHER)
+    assert turn(backend, [*CHAT, 7])[0] < len(CHAT)
+    backend.close()
+
+
+@pytest.mark.parametrize("engine", MODELS)
+def test_under_another_rotation_nothing_is_found(engine: str, tmp_path: Path) -> None:
+    folder = str(tmp_path / "chats")
+    first = load(engine, session_dir=folder)
+    turn(first, CHAT)
+    first.close()
+    changed = load(engine, session_dir=folder, rope=RopeSettings(kind="linear", factor=2.0))
+    assert turn(changed, [*CHAT, 7])[0] == 0
+    changed.close()
+
+
+@pytest.mark.parametrize("engine", MODELS)
+def test_a_folder_that_is_none_of_chats_is_refused_before_the_model_is_loaded(engine: str, tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(BackendError, match=r"^--session-dir: .*no folder of chats") as error:
+        load(engine, session_dir=str(tmp_path))
+    assert "\n" not in str(error.value)

@@ -1,0 +1,91 @@
+"""`tightrope sessions`: what is in a folder of chats, and how it is deleted."""
+
+import os
+from pathlib import Path
+
+import pytest
+from pieces import FINGERPRINT, bytes_of, piece_of
+
+from tightrope.backends.sessions.folder import Folder
+from tightrope.backends.sessions.piece import Piece
+from tightrope.server.cli.commands import run
+
+pytestmark = pytest.mark.quick
+
+FIRST = piece_of(range(256))
+LONG, SHORT, OTHER = piece_of(range(100), after=FIRST), piece_of([7], after=FIRST), piece_of([1, 2, 3])
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Folder:
+    """Two chats with a common beginning, of use just now, and one that was of none for two days."""
+    made = Folder(tmp_path / "chats")
+    for piece in (FIRST, LONG, SHORT, OTHER):
+        made.write(piece, bytes_of(piece), FINGERPRINT, "a model")
+    old_s = (tmp_path / "chats").stat().st_mtime - 2 * 86_400
+    os.utime(made.path / f"{OTHER.name.hex()}.run", (old_s, old_s))
+    return made
+
+
+def left(folder: Folder) -> set[bytes]:
+    return {stored.piece.name for stored in folder.scan()}
+
+
+def names(*pieces: Piece) -> set[bytes]:
+    return {piece.name for piece in pieces}
+
+
+def test_each_chat_is_a_line_with_its_tokens_age_and_model(folder: Folder, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["sessions", str(folder.path)]) == 0
+    head, *lines = capsys.readouterr().out.splitlines()
+    assert head.split() == ["name", "tokens", "MiB", "unused", "for", "model"]
+    rows = {line.split()[0]: line.split()[1:] for line in lines}
+    assert rows.keys() == {piece.name.hex()[:12] for piece in (LONG, SHORT, OTHER)}
+    assert rows[LONG.name.hex()[:12]][0] == "356"
+    assert rows[OTHER.name.hex()[:12]][2:] == ["2.0", "days", "a", "model"]
+
+
+def test_what_other_chats_share_stays(folder: Folder, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["sessions", str(folder.path), "--delete", LONG.name.hex()[:12]]) == 0
+    assert left(folder) == names(FIRST, SHORT, OTHER)
+    assert run(["sessions", str(folder.path), "--delete", SHORT.name.hex()[:12]]) == 0
+    assert left(folder) == names(OTHER)
+    assert capsys.readouterr().out == "deleted 1 of 3 chats\ndeleted 1 of 2 chats\n"
+
+
+def test_chats_that_were_of_no_use_for_some_days_are_deleted(folder: Folder) -> None:
+    assert run(["sessions", str(folder.path), "--older-than", "1.5"]) == 0
+    assert left(folder) == names(FIRST, LONG, SHORT)
+
+
+def test_all_is_deleted_also_what_can_not_be_read(folder: Folder) -> None:
+    (folder.path / ("0" * 40 + ".run")).write_bytes(b"of an older format")
+    assert run(["sessions", str(folder.path), "--delete", "all"]) == 0
+    assert os.listdir(folder.path) == ["tightrope-sessions"]
+    assert run(["sessions", str(folder.path)]) == 0
+
+
+@pytest.mark.parametrize(
+    ("more", "said", "status"),
+    [
+        (["--delete", "zzzz"], "no chat is called so", 2),
+        (["--delete", "../../x"], "no chat is called so", 2),
+        (["--older-than", "-1"], "a number of days is expected", 2),
+    ],
+)
+def test_what_can_not_be_meant_is_told_in_one_line(
+    folder: Folder, more: list[str], said: str, status: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["sessions", str(folder.path), *more]) == status
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert said in lines[0]
+    assert left(folder) == names(FIRST, LONG, SHORT, OTHER)
+
+
+def test_a_folder_that_is_none_of_chats_is_told_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mine").mkdir()
+    for path in (tmp_path / "none", tmp_path / "mine"):
+        assert run(["sessions", str(path)]) == 1
+        assert len(capsys.readouterr().err.splitlines()) == 1
+    assert not [*(tmp_path / "mine").iterdir()]
