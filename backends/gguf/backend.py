@@ -10,20 +10,18 @@ import torch
 from torch import Tensor
 
 from tightrope.backends.adapters import AdapterRoom
-from tightrope.backends.devices.host import look
 from tightrope.backends.errors import BackendError
 from tightrope.backends.files.gguf.header import Header
 from tightrope.backends.gguf.adapters import GGUFAdapters, room_for_adapters
 from tightrope.backends.gguf.cache import SharedKVCache
-from tightrope.backends.gguf.cards import cards_for, unused
-from tightrope.backends.gguf.layout import Memory
+from tightrope.backends.gguf.layout import memory_of
 from tightrope.backends.gguf.model_file import notes_on, read_model
 from tightrope.backends.gguf.native import ModelOptions, NativeContext, NativeModel
 from tightrope.backends.gguf.plan import GGUFPlan, context_options, make_plan
 from tightrope.backends.gguf.shape import ModelShape
 from tightrope.backends.gguf.tokenizer import GGUFTokenizer
 from tightrope.backends.gguf.values import ValueScan
-from tightrope.backends.memory import free_memory, prompt_rows
+from tightrope.backends.memory import prompt_rows
 from tightrope.backends.protocol import AdapterStore, Capabilities, Chunk, KVCache, ModelCard, Tokenizer
 from tightrope.backends.sessions.opening import check_folder, open_store
 from tightrope.backends.sessions.store import RunStore
@@ -38,7 +36,7 @@ class GGUFBackend:
         check_folder(settings.cache)
         header = read_model(path, settings)
         adapter_bytes = room_for_adapters(settings, header)
-        plan = make_plan(settings, header, Memory(free_memory(), cards_for(settings)), adapter_bytes)
+        plan = make_plan(settings, header, memory_of(settings, None, None), adapter_bytes)
         self._runs: RunStore | None = None
         torch.set_num_threads(1)  # Llama.cpp's threads fill the machine; torch's beside them only get in their way.
         with ValueScan(header) as scan:
@@ -77,7 +75,7 @@ class GGUFBackend:
             prompt_rows(ModelShape.of(header).vocab_size, plan.step_tokens),
             mixes_adapters=False,
         )
-        self.card = _card(path, header, self._model, plan, tokenizer, unused(settings, look()) + notes_on(settings))
+        self.card = _card(path, header, self._model, plan, tokenizer, notes_on(settings))
         try:
             files = [file.path for file in header.files]
             self._runs, notes = open_store(settings.cache, plan.run_bytes, self, files, _form(settings, plan))
@@ -168,7 +166,7 @@ def _card(
     model: NativeModel,
     plan: GGUFPlan,
     tokenizer: GGUFTokenizer,
-    device_notes: tuple[str, ...],
+    setting_notes: tuple[str, ...],
 ) -> ModelCard:
     shape = ModelShape.of(header)
     default, templates = model.chat_template(), header.chat_templates
@@ -181,7 +179,7 @@ def _card(
         cache_dtype=plan.cache_type.name,
         chat_template=templates[0][1] if default is None and len(templates) == 1 else default,
         chat_templates=templates,
-        notes=device_notes + plan.notes + header.notes + model.notes,
+        notes=plan.notes + setting_notes + header.notes + model.notes,
         named_tokens=tokenizer.named_tokens,
         cache_token_bytes=shape.cache_bytes(plan.cache_type.key_type, plan.cache_type.value_type),
     )

@@ -101,12 +101,12 @@ def cards_for(settings: ModelSettings) -> tuple[Card, ...]:
     return tuple(meant)
 
 
-def unused(settings: ModelSettings, host: Host) -> tuple[str, ...]:
-    """What the start says where there is a card and nothing is put on it."""
+def unused(settings: ModelSettings, host: Host) -> str:
+    """What a person is told where there is a card and nothing is put on it; else nothing."""
     if settings.gpu_layers or settings.device != "auto" or not host.has_card:
-        return ()
+        return ""
     what = "--gpu-layers -1 puts all layers on it" if _kinds() else f"{_FOR_CPU}; {_REINSTALL}"
-    return (f"device: cpu; there is an NVIDIA card: {what}",)
+    return f"there is an NVIDIA card: {what}"
 
 
 def describe() -> str:

@@ -10,10 +10,11 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from math import prod
 
+from tightrope.backends.devices.host import look
 from tightrope.backends.errors import BackendError
 from tightrope.backends.files.gguf.header import Header
 from tightrope.backends.gguf.cache_types import CACHE_TYPES, CacheType
-from tightrope.backends.gguf.cards import Card, cards_for
+from tightrope.backends.gguf.cards import Card, cards_for, unused
 from tightrope.backends.gguf.native import MAX_SEQS
 from tightrope.backends.gguf.shape import ModelShape
 from tightrope.backends.memory import CARD_RESERVE, MEMORY_SHARE, CardMemory, free_memory
@@ -45,10 +46,11 @@ class Slot:
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """What is free; `cards` are those that layers are put on."""
+    """What is free; `cards` are those that layers are put on. unused: what to say of one that nothing is put on."""
 
     host_bytes: int
     cards: tuple[Card, ...] = ()
+    unused: str = ""
 
     @property
     def host_room(self) -> int:
@@ -194,6 +196,11 @@ class Layout:
         fewer = (replace(self, num_on_cards=number) for number in range(self.num_on_cards - 1, 0, -1))
         return next((layout.num_on_cards for layout in fewer if layout.fits(num_cells, kind)), 0)
 
+    def least_on_cards(self, num_cells: int, kind: CacheType) -> int:
+        """The fewest slots, more than now, that must be on cards for a cache of so many cells; 0 where none fit."""
+        more = (replace(self, num_on_cards=number) for number in range(self.num_on_cards + 1, len(self.slots) + 1))
+        return next((layout.num_on_cards for layout in more if layout.fits(num_cells, kind)), 0)
+
     def least_cpu_experts(self, num_cells: int, kind: CacheType) -> int:
         """The least number of layers whose experts, left in the host's memory, make it fit; 0 where none does."""
         more = (replace(self, num_cpu_experts=number) for number in range(self.num_cpu_experts + 1, len(self.slots)))
@@ -286,7 +293,7 @@ def memory_of(settings: ModelSettings, memory_bytes: int | None, device_bytes: t
     that a driver would call free on each card. Raises BackendError."""
     host = free_memory() if memory_bytes is None else grossed_up(memory_bytes)
     if device_bytes is None:
-        return Memory(host, cards_for(settings))
+        return Memory(host, cards_for(settings), unused(settings, look()) if memory_bytes is None else "")
     if settings.gpu_layers == 0:
         raise BackendError("no layer is put on a card unless --gpu-layers says how many; add --gpu-layers -1 for all")
     return Memory(host, tuple(Card(f"CUDA{n}", CardMemory(size, size)) for n, size in enumerate(device_bytes)))

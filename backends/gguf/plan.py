@@ -46,7 +46,8 @@ def make_plan(settings: ModelSettings, header: Header, memory: Memory, adapter_b
     cache_bytes = int(num_cells * layout.token_bytes(cache_type))
     spare_bytes = memory.host_room - layout.host_need(num_cells, cache_type) + layout.run_bytes
     run_bytes = settings.cache.host_run_bytes(cache_bytes, spare_bytes)
-    notes = [rope.describe(window)]
+    notes = [f"device: cpu; {memory.unused}"] if memory.unused else []
+    notes.append(rope.describe(window))
     if window > rope.window:
         notes.append(f"window: {window} tokens, more than the {rope.window} that the model is made for")
     if window < asked:
@@ -130,8 +131,11 @@ def _refusal(layout: Layout, tokens: int, kind: CacheType, fitting: int) -> Does
     host_left = layout.memory.host_room - layout.host_need(tokens, kind)
     if not layout.num_on_cards:
         room = host_left + int(tokens * size)
-        return does_not_fit(tokens, kind.name, tokens * size, room, smaller, fitting)
+        refusal = does_not_fit(tokens, kind.name, tokens * size, room, smaller, fitting)
+        return DoesNotFit(f"{refusal}; {layout.memory.unused}") if layout.memory.unused else refusal
     ways = [f"take --kv-cache {name}" for name in smaller]
+    if host_left < 0 and (layers := layout.least_on_cards(tokens, kind)):
+        ways.append(f"put {layers} layers there (--gpu-layers {layers})")
     if layers := layout.most_on_cards(tokens, kind):
         ways.append(f"put at most {layers} layers there (--gpu-layers {layers})")
     if layers := layout.least_cpu_experts(tokens, kind):

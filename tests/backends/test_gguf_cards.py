@@ -119,6 +119,16 @@ def test_a_host_that_is_too_small_for_the_other_layers_is_the_one_that_refuses()
         plan(YI, memory(8, 23.4), gpu_layers=30, max_model_len=24_000)
 
 
+def test_a_host_that_is_too_small_is_helped_by_more_layers_on_a_card_that_has_room() -> None:
+    with pytest.raises(DoesNotFit, match=r"GiB is free: put (\d+) layers there \(--gpu-layers \1\)") as caught:
+        plan(YI, memory(8, 23.4), gpu_layers=30, max_model_len=4096)
+
+    layers = int(re.findall(r"--gpu-layers (\d+)", str(caught.value))[0])
+    assert plan(YI, memory(8, 23.4), gpu_layers=layers, max_model_len=4096).on_cards == (layers,)
+    with pytest.raises(DoesNotFit):
+        plan(YI, memory(8, 23.4), gpu_layers=layers - 1, max_model_len=4096)
+
+
 def test_the_advice_of_a_refusal_helps() -> None:
     with pytest.raises(DoesNotFit) as caught:
         plan(YI, memory(64, 16), max_model_len=24_000)

@@ -21,10 +21,12 @@ from real_server import run_server
 from tightrope.backends.detect import outline
 from tightrope.backends.errors import DoesNotFit
 from tightrope.backends.files.gguf.header import read_header
-from tightrope.backends.gguf import backend as gguf_backend
+from tightrope.backends.gguf import layout as gguf_layout
 from tightrope.backends.gguf.backend import GGUFBackend
 from tightrope.backends.gguf.cache_types import CACHE_TYPES
 from tightrope.backends.gguf.cards import Card, cards_for
+from tightrope.backends.gguf.layout import Memory
+from tightrope.backends.gguf.plan import make_plan
 from tightrope.backends.gguf.shape import ModelShape
 from tightrope.backends.locate import bundled_model
 from tightrope.backends.memory import CARD_RESERVE, CardMemory
@@ -89,7 +91,7 @@ def test_layers_on_a_card_give_the_cpus_answers_and_take_no_more_than_was_planne
     assert f"offloaded {on_card}/{SLOTS} layers to GPU" in caplog.text
 
     header = read_header(bundled_model())
-    layout = gguf_backend.make_plan(settings(gpu_layers=layers), header, memory(card)).layout
+    layout = make_plan(settings(gpu_layers=layers), header, memory(card)).layout
     kind = CACHE_TYPES["q8"]
     weights_and_cache = found["Vulkan0", "model"] + found["Vulkan0", "KV"]
     assert weights_and_cache == pytest.approx(layout.card_need(1024, kind), rel=0.01, abs=1 << 20)
@@ -97,8 +99,8 @@ def test_layers_on_a_card_give_the_cpus_answers_and_take_no_more_than_was_planne
     assert found["CPU", "model"] == pytest.approx(layout.host_weight_bytes, rel=0.01, abs=1 << 20)
 
 
-def memory(card: Card) -> gguf_backend.Memory:
-    return gguf_backend.Memory(64 << 30, (card,))
+def memory(card: Card) -> Memory:
+    return Memory(64 << 30, (card,))
 
 
 def test_no_layer_on_a_card_takes_nothing_of_it(caplog: pytest.LogCaptureFixture) -> None:
@@ -114,17 +116,17 @@ def test_two_cards_share_a_model_as_planned(
     token_ids, logits = expected
     header = read_header(bundled_model())
     (first, second) = cards_for(ALL)
-    layout = gguf_backend.make_plan(settings(), header, memory(first)).layout
+    layout = make_plan(settings(), header, memory(first)).layout
     kind = CACHE_TYPES["q8"]
     each = layout.card_need(1024, kind) * 2 // 3 + layout.card_workspace_bytes(1024, kind) + CARD_RESERVE
     small = tuple(replace(card, memory=CardMemory(each, each)) for card in (first, second))
-    monkeypatch.setattr(gguf_backend, "cards_for", lambda _: small)
+    monkeypatch.setattr(gguf_layout, "cards_for", lambda _: small)
 
     listen(caplog)
     with load(bundled_model(), settings()) as backend:
         found = allocated(caplog)
         assert divergence(lone_logits(backend, token_ids), logits) < MOST_DIVERGENCE
-    plan = gguf_backend.make_plan(settings(), header, gguf_backend.Memory(64 << 30, small))
+    plan = make_plan(settings(), header, Memory(64 << 30, small))
     assert sum(plan.on_cards) == SLOTS
     assert all(plan.on_cards)
     fillings = plan.layout.card_fillings(plan.on_cards, 1024, kind)
