@@ -9,8 +9,7 @@ from tightrope.backends.errors import BackendError
 from tightrope.backends.files.opened import open_file
 from tightrope.backends.files.peft import WEIGHTS
 from tightrope.backends.files.peft_config import CONFIG
-
-MIB = 1 << 20
+from tightrope.backends.memory import MIB
 
 
 def find_adapter(folder: str, wanted: str) -> Path:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tightrope.backends.errors import DoesNotFit
 
-GIB = 1 << 30
+GIB, MIB = 1 << 30, 1 << 20
 MEMORY_SHARE = 0.9  # The rest of the machine's free memory is left to everyone else.
 # Of a card as much stays free: for code of libraries and kernels that is loaded when it first runs, for the workspaces
 # of cuBLAS (two of 8 MiB, on Hopper of 32), and for what lies between tensors of changing sizes.

@@ -68,6 +68,8 @@ class GGUFBackend:
             self._context.max_seqs,
             swa_window=self._model.swa_window,
             whole_only=self._model.has_state,
+            checkpoint_bytes=plan.checkpoint_bytes,
+            turn_ends=lambda: tokenizer.eos_ids,
         )
         self.capabilities = Capabilities(
             settings.max_num_seqs,
@@ -90,7 +92,7 @@ class GGUFBackend:
         self._adapters.apply(chunks)
         ends = self._fill_batch(chunks)
         try:
-            return self._run(ends[-1] if ends else 0)
+            return self._run_with_pauses(chunks, ends)
         except BackendError:
             self._cache.forget_uncommitted(chunk.seq_id for chunk in chunks)
             raise
@@ -118,20 +120,36 @@ class GGUFBackend:
             ends.append(end)
         return ends
 
-    def _run(self, num_tokens: int) -> Tensor:
-        native = self._context
-        rows = np.flatnonzero(native.outputs[:num_tokens])
-        if len(rows) <= native.max_outputs:
-            native.decode(0, num_tokens)
-            return torch.from_numpy(native.logits(len(rows))) if len(rows) else self._no_rows()
+    def _run_with_pauses(self, chunks: Sequence[Chunk], ends: list[int]) -> Tensor:
+        """Run the filled batch, in pieces where the cache has to copy a state in between."""
         parts: list[Tensor] = []
         begin = 0
+        for chunk, end in zip(chunks, ends, strict=True):
+            stop = chunk.start + len(chunk.token_ids)
+            for place in self._cache.pauses(chunk.seq_id, stop):
+                parts.append(self._run(begin, end - stop + place).clone())
+                begin = end - stop + place
+                self._cache.save_paused(chunk.seq_id, chunk.token_ids[: place - chunk.start])
+        if begin < (ends[-1] if ends else 0) or not parts:
+            parts.append(self._run(begin, ends[-1] if ends else 0))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _run(self, begin: int, end: int) -> Tensor:
+        """Logits of tokens begin .. end of the batch; the next call may overwrite them."""
+        native = self._context
+        rows = begin + np.flatnonzero(native.outputs[begin:end])
+        if begin == end:
+            return self._no_rows()
+        if len(rows) <= native.max_outputs:
+            native.decode(begin, end)
+            return torch.from_numpy(native.logits(len(rows))) if len(rows) else self._no_rows()
+        parts: list[Tensor] = []
         for group in range(0, len(rows), native.max_outputs):
             is_last = group + native.max_outputs >= len(rows)
-            end = num_tokens if is_last else int(rows[group + native.max_outputs])
-            native.decode(begin, end)
+            stop = end if is_last else int(rows[group + native.max_outputs])
+            native.decode(begin, stop)
             parts.append(torch.from_numpy(native.logits(len(rows[group : group + native.max_outputs])).copy()))
-            begin = end
+            begin = stop
         return torch.cat(parts)
 
     def _no_rows(self) -> Tensor:

@@ -8,65 +8,23 @@ of eight streams took 50 ms instead of 34. So while others run, finished sequenc
 beside the cache (swap_space.py), and back when a prompt continues them.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
 import numpy as np
 
 from tightrope.backends.errors import BackendError
+from tightrope.backends.gguf.cell_store import CellStore
 from tightrope.backends.gguf.cells import Cells, Ints
+from tightrope.backends.gguf.entry import Entry
+from tightrope.backends.gguf.rollback import Rollback
 from tightrope.backends.gguf.swap_space import SwapSpace
 from tightrope.backends.protocol import KVUsage
 from tightrope.backends.reuse import Reuse, Wanted
-from tightrope.backends.sessions.piece import Bytes, Piece, num_common
+from tightrope.backends.sessions.piece import Piece, num_common
 from tightrope.backends.sessions.store import RunStore
 
 MAX_IDLE_CELLS = 512  # Cells of so many finished sequences may stay in the cache while others run.
 MIN_RESTORE_GAIN = 32  # To run fewer tokens again costs less than the copy.
-
-
-class CellStore(Protocol):
-    """Where the cells' contents lie; NativeContext is one."""
-
-    def copy_cells(self, source: int, target: int, num_tokens: int) -> None: ...
-
-    def remove_cells(self, slot: int, start: int) -> bool: ...
-
-    def first_position(self, slot: int) -> int: ...
-
-    def last_position(self, slot: int) -> int: ...
-
-    def saved_bytes(self, slot: int) -> int: ...
-
-    def save_cells(self, slot: int) -> Bytes: ...
-
-    def load_cells(self, slot: int, saved: Bytes) -> bool: ...
-
-
-@dataclass(slots=True, eq=False)
-class _Entry:
-    """A sequence, live or kept: its slot in llama.cpp, and its tokens and their logical cells, [length] of [room]."""
-
-    slot: int
-    namespace: str
-    token_ids: Ints
-    cells: Ints
-    length: int = 0
-    reserved: int = 0  # So many tokens beyond `length` have room.
-
-    def append(self, token_ids: Sequence[int] | Ints, cells: Ints) -> None:
-        end = self.length + len(cells)
-        if end > len(self.token_ids):
-            room = max(end, 2 * len(self.token_ids))
-            self.token_ids = np.resize(self.token_ids, room)
-            self.cells = np.resize(self.cells, room)
-        self.token_ids[self.length : end] = token_ids
-        self.cells[self.length : end] = cells
-        self.length = end
-
-    def held(self, start: int = 0) -> Ints:
-        return self.cells[start : self.length]
 
 
 class SharedKVCache:
@@ -81,22 +39,28 @@ class SharedKVCache:
         max_reusable: int | None = None,
         swa_window: int = 0,
         whole_only: bool = False,
+        checkpoint_bytes: int = 0,
+        turn_ends: Callable[[], Collection[int]] = tuple,
     ) -> None:
         """capacity and max_reusable in tokens; max_reusable bounds what finished sequences may hold.
 
         swa_window: tokens that sliding layers look back, 0 if there are none. whole_only: the model keeps a running
-        state, so that a kept sequence can be continued from its end only and never rolled back.
+        state, so that a kept sequence can be continued from its end and from checkpoints only. checkpoint_bytes: memory
+        for these, of either kind of layers. turn_ends: tokens that end a person's or the model's turn.
         """
         self._store = store
         self._cells = Cells(capacity)
-        self._swap = SwapSpace(RunStore(0), swa_window, whole_only=whole_only)
+        self._rollback = Rollback(
+            store, swa_window, whole_only=whole_only, num_bytes=checkpoint_bytes, turn_ends=turn_ends
+        )
+        self._swap = SwapSpace(RunStore(0), self._rollback.usable_copy, whole_only=whole_only)
         self._max_reusable = capacity if max_reusable is None else max_reusable
         self._swa_window = swa_window
         self._whole_only = whole_only
         self._num_slots = num_slots
         self._free_slots = list(range(num_slots - 1, -1, -1))
-        self._live: dict[int, _Entry] = {}
-        self._kept: list[_Entry] = []  # They stand least recently used first.
+        self._live: dict[int, Entry] = {}
+        self._kept: list[Entry] = []  # They stand least recently used first.
         self._reserved = 0  # It is the sum over the live.
 
     # --- the protocol -------------------------------------------------------------------------------------------
@@ -113,33 +77,28 @@ class SharedKVCache:
         """See KVCache. Raises BackendError when more sequences are open than the model has slots."""
         assert seq_id not in self._live, f"sequence {seq_id} is open already"
         wanted = np.asarray(token_ids, np.int32)
-        source: _Entry | None = None
+        source: Entry | None = None
         found = 0
         is_alone = reproducible and not self._live
         if is_alone:
             self._swap_out_idle(0)  # Attention adds up in the order of the cells.
+        parted = self._longest_common(wanted, namespace) if self._rollback.saves else 0
         if reuse != "nothing":
             source, found = self._best_match(wanted, namespace)
             source, found = self._swapped_match(wanted, namespace, source, found)
         if source is not None and (self._can_take_over(source, found) or (is_alone and source in self._kept)):
-            self._kept.remove(source)
-            self._shorten(source, found, pinned=False)
-            self._cells.pin(source.held())
-            self._live[seq_id] = source
-            self._swap_out_idle()
-            return Reuse.prefix(found)
-        entry = _Entry(self._take_slot(spare=source), namespace, np.empty(256, np.int32), np.empty(256, np.int32))
-        if source is not None:
-            if source in self._kept:
-                self._kept.remove(source)
-                self._kept.append(source)  # It was of use, so that it goes last now.
-            self._store.copy_cells(source.slot, entry.slot, found)
-            shared = source.cells[:found]
-            entry.append(wanted[:found], shared)
-            self._cells.share(shared)
+            entry = source
+            self._kept.remove(entry)
+            self._shorten(entry, found, pinned=False)
+            self._cells.pin(entry.held())
+        else:
+            entry = Entry.empty(self._take_slot(spare=source), namespace)
+            if source is not None:
+                self._copy(source, entry, found)
         self._live[seq_id] = entry
+        self._rollback.begin(entry, wanted, parted)
         self._swap_out_idle()
-        return Reuse.prefix(found)
+        return Reuse.prefix(entry.length)
 
     def reserve(self, seq_id: int, num_tokens: int) -> bool:
         """See KVCache. What was reserved before and not yet committed counts towards `num_tokens`."""
@@ -160,9 +119,10 @@ class SharedKVCache:
         entry.append(token_ids, self._cells.take(count, pinned=True))
         entry.reserved -= count
         self._reserved -= count
+        self._rollback.save_passed(entry, self._free_slots[-1] if self._free_slots else None)
 
     def truncate(self, seq_id: int, num_tokens: int) -> None:
-        """See KVCache. Raises BackendError when the model's state can't go back there."""
+        """See KVCache. Raises BackendError when the model's state can't go back there: then it went back farther."""
         entry = self._live[seq_id]
         self._reserved -= entry.reserved
         entry.reserved = 0
@@ -198,11 +158,19 @@ class SharedKVCache:
 
     def swap_to(self, runs: RunStore) -> None:
         """Say where finished sequences go outside the cache; none does before."""
-        self._swap = SwapSpace(runs, self._swa_window, whole_only=self._whole_only)
+        self._swap = SwapSpace(runs, self._rollback.usable_copy, whole_only=self._whole_only)
 
     def slot(self, seq_id: int) -> int:
         """The llama.cpp sequence that holds `seq_id`."""
         return self._live[seq_id].slot
+
+    def pauses(self, seq_id: int, stop: int) -> list[int]:
+        """The places up to `stop`, rising, at which a step that runs there has to pause and call `save_paused`."""
+        return self._rollback.pauses(self._live[seq_id], stop)
+
+    def save_paused(self, seq_id: int, token_ids: Sequence[int]) -> None:
+        """Keep the state after `token_ids`, which have run and are not committed yet."""
+        self._rollback.save_paused(self._live[seq_id], token_ids)
 
     def forget_uncommitted(self, seq_ids: Iterable[int]) -> None:
         """Remove what a failed forward pass may have stored beyond the committed tokens."""
@@ -212,66 +180,90 @@ class SharedKVCache:
 
     # --- matching -----------------------------------------------------------------------------------------------
 
-    def _best_match(self, wanted: Ints, namespace: str) -> tuple[_Entry | None, int]:
+    def _best_match(self, wanted: Ints, namespace: str) -> tuple[Entry | None, int]:
         """The sequence with the longest usable common prefix, the most recent among equals, and the prefix's length."""
-        best: _Entry | None = None
+        best: Entry | None = None
         longest = 0
         for entry in (*self._live.values(), *self._kept):
             if entry.namespace != namespace or min(entry.length, len(wanted) - 1) < max(longest, 1):
                 continue
-            common = self._usable(entry, min(num_common(entry.token_ids[: entry.length], wanted), len(wanted) - 1))
+            common = self._rollback.usable(entry, num_common(entry.tokens, wanted[:-1]))
             if common and common >= longest:
                 best, longest = entry, common
         return best, longest
 
-    def _usable(self, entry: _Entry, common: int) -> int:
-        """How many of the first `common` tokens of an entry can be shared: all of them, or none."""
-        if self._whole_only:
-            return common if common == entry.length else 0
-        return common if self._can_go_back(entry, common) else 0
+    def _longest_common(self, wanted: Ints, namespace: str) -> int:
+        """How many tokens a prompt has in common with another sequence, whether or not it can be continued there."""
+        entries = [entry.tokens for entry in (*self._live.values(), *self._kept) if entry.namespace == namespace]
+        here = max((num_common(tokens, wanted) for tokens in entries), default=0)
+        return max(here, self._swap.longest_common(wanted, namespace))
 
-    def _can_take_over(self, source: _Entry, found: int) -> bool:
+    def _can_take_over(self, source: Entry, found: int) -> bool:
         """Whether the new sequence continues a kept one, or has to, because no slot is left for a copy of it."""
         has_room_beside = bool(self._free_slots) or len(self._kept) > 1
         return source in self._kept and (found == source.length or not has_room_beside)
 
-    def _is_redundant(self, entry: _Entry) -> bool:
+    def _is_redundant(self, entry: Entry) -> bool:
         """Whether another sequence holds all of `entry`; drops kept ones that `entry` holds all of."""
-        if self._whole_only:
-            return False
         for other in [*self._kept, *self._live.values()]:
             if other.namespace != entry.namespace:
                 continue
-            common = num_common(other.token_ids[: other.length], entry.token_ids[: entry.length])
-            if common == entry.length:
+            common = num_common(other.tokens, entry.tokens)
+            if common == entry.length and self._rollback.usable(other, common) == common:
                 return True
-            if common == other.length and other in self._kept:
+            if common == other.length and other in self._kept and self._rollback.usable(entry, common) == common:
                 self._kept.remove(other)
                 self._drop(other)
         return False
 
     # --- cells and slots ----------------------------------------------------------------------------------------
 
-    def _shorten(self, entry: _Entry, length: int, *, pinned: bool) -> bool:
-        """Keep the first `length` tokens; False if the model's state can't go back there, and then none are left."""
-        is_possible = self._can_go_back(entry, length) and self._store.remove_cells(entry.slot, length)
-        if not is_possible:
+    def _copy(self, source: Entry, target: Entry, length: int) -> None:
+        """Let a new, live entry begin with the first `length` tokens of another."""
+        if source in self._kept:
+            self._kept.remove(source)
+            self._kept.append(source)  # It was of use, so that it goes last now.
+        self._store.copy_cells(source.slot, target.slot, length)
+        shared = source.cells[:length]
+        target.append(source.token_ids[:length], shared)
+        self._cells.share(shared)
+        self._shorten(target, length, pinned=True)
+
+    def _shorten(self, entry: Entry, length: int, *, pinned: bool) -> bool:
+        """Keep the first `length` tokens; False if that can't be, and then those are left after which it can go on."""
+        kept = self._rollback.usable(entry, length)
+        is_held = self._rollback.reaches(entry.slot, kept) or self._own_window(entry, kept, pinned=pinned)
+        if not (is_held and self._rollback.go_back(entry.slot, entry.tokens[:kept], entry.namespace)):
             self._store.remove_cells(entry.slot, 0)
-            length = 0
-        dropped = entry.held(length)
+            kept = 0
+        dropped = entry.held(kept)
         if pinned:
             self._cells.unpin(dropped)
         self._cells.release(dropped)
-        entry.length = length
-        return is_possible
+        entry.length = kept
+        return kept == length
 
-    def _can_go_back(self, entry: _Entry, length: int) -> bool:
-        """Whether sliding layers still have all that a token at position `length` looks at."""
-        if not self._swa_window or length == 0:
+    def _own_window(self, entry: Entry, length: int, *, pinned: bool) -> bool:
+        """Take cells for what a checkpoint brings back of sliding layers before `length`; False if there are none.
+
+        It can't be shared: others hold other cells of theirs for these tokens.
+        """
+        window = entry.cells[max(0, length - self._swa_window) : length]
+        alone = self._cells.alone(window)
+        num_shared = len(window) - len(alone)
+        if not self._swa_window or not num_shared:
             return True
-        return self._store.first_position(entry.slot) <= max(0, length - self._swa_window)
+        if num_shared > self._cells.num_free - self._reserved:
+            return False
+        places = np.setdiff1d(np.arange(len(window)), alone)
+        shared = window[places]
+        window[places] = self._cells.take(num_shared, pinned=pinned)
+        if pinned:
+            self._cells.unpin(shared)
+        self._cells.release(shared)
+        return True
 
-    def _drop(self, entry: _Entry) -> None:
+    def _drop(self, entry: Entry) -> None:
         self._cells.release(entry.held())
         self._store.remove_cells(entry.slot, 0)
         self._free_slots.append(entry.slot)
@@ -300,7 +292,7 @@ class SharedKVCache:
                 return
             self._swap_out(entry)
 
-    def _swap_out(self, entry: _Entry) -> bool:
+    def _swap_out(self, entry: Entry) -> bool:
         """Move a kept sequence out of the cache; False if it can't be."""
         if not self._save(entry):
             return False
@@ -308,19 +300,18 @@ class SharedKVCache:
         self._drop(entry)
         return True
 
-    def _save(self, entry: _Entry) -> bool:
+    def _save(self, entry: Entry) -> bool:
         """Have a copy of a sequence outside the cache; False if there is no room for it."""
-        token_ids = entry.token_ids[: entry.length]
-        if self._swap.holds(entry.namespace, token_ids):
+        first = self._rollback.first_in_copy(entry)
+        if self._swap.holds(entry.namespace, entry.tokens, first):
             return True
         if self._store.saved_bytes(entry.slot) > self._swap.num_bytes:
             return False
-        saved, first = self._store.save_cells(entry.slot), self._store.first_position(entry.slot)
-        return self._swap.put(entry.namespace, token_ids, saved, first)
+        return self._swap.put(entry.namespace, entry.tokens, self._store.save_cells(entry.slot), first)
 
     def _swapped_match(
-        self, wanted: Ints, namespace: str, source: _Entry | None, found: int
-    ) -> tuple[_Entry | None, int]:
+        self, wanted: Ints, namespace: str, source: Entry | None, found: int
+    ) -> tuple[Entry | None, int]:
         """The best match, if need be a swapped-out sequence of which a copy is brought back for it."""
         best, longest = self._swap.longest(wanted, namespace, found + MIN_RESTORE_GAIN - 1)
         if best is None or not self._swap_in(best, namespace):
@@ -342,10 +333,10 @@ class SharedKVCache:
             self._free_slots.append(slot)
             return False
         token_ids, taken = swapped.token_ids.copy(), cells.take(length, pinned=False).copy()  # The entry may grow.
-        self._kept.append(_Entry(slot, namespace, token_ids, taken, length))
+        self._kept.append(Entry(slot, namespace, token_ids, taken, length))
         return True
 
-    def _take_slot(self, spare: _Entry | None) -> int:
+    def _take_slot(self, spare: Entry | None) -> int:
         """A free slot, or that of the least recently used kept sequence other than `spare`."""
         if not self._free_slots:
             victim = next((entry for entry in self._kept if entry is not spare), None)

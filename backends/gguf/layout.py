@@ -23,6 +23,7 @@ from tightrope.backends.settings import MAX_TOKENS, ModelSettings
 
 CELL_GRAIN = 256  # Llama.cpp rounds the number of cells up to this.
 KEPT_SLOTS = 48  # So many finished sequences may be kept at most, as llama.cpp's work a step grows with the slots.
+KEPT_STATE_BYTES = 512 << 20  # So much may their recurrent states take, which each slot has, in use or not.
 MAX_OUTPUTS = 128  # One native call gives so many rows of logits, for which a buffer is allocated.
 # Names of the tensors that hold all experts of a layer; llama.cpp's own --n-cpu-moe goes by them.
 EXPERTS = r"\.ffn_(up|down|gate|gate_up)_(ch|)exps"
@@ -79,7 +80,8 @@ class Layout:
     def of(cls, settings: ModelSettings, header: Header, memory: Memory, adapter_bytes: int = 0) -> "Layout":
         """Adapters lie beside the weights that they change, and are counted with all layers alike."""
         shape = ModelShape.of(header)
-        max_seqs = min(MAX_SEQS, settings.max_num_seqs + KEPT_SLOTS)
+        kept = min(KEPT_SLOTS, max(1, KEPT_STATE_BYTES // shape.state_bytes)) if shape.state_bytes else KEPT_SLOTS
+        max_seqs = min(MAX_SEQS, settings.max_num_seqs + kept)
         slots = _slots(header, shape, -(-adapter_bytes // len(shape.kv_heads)), max_seqs)
         asked = len(slots) if settings.gpu_layers < 0 else min(settings.gpu_layers, len(slots))
         return cls(

@@ -312,6 +312,26 @@ class NativeContext:
         """Put a copy into an empty slot; False if there is no room for it."""
         return bool(ll.llama_state_seq_set_data(self.pointer, _at(saved, 0, ctypes.c_uint8), saved.nbytes, slot))
 
+    def state_bytes(self, slot: int) -> int:
+        """Size of a copy of what can't be trimmed: see `save_state`."""
+        return int(ll.llama_state_seq_get_size_ext(self.pointer, slot, ll.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY))
+
+    def save_state(self, slot: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        """A copy of a slot's recurrent states, and of what sliding layers still look at, for `load_state`."""
+        flags = ll.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
+        saved = np.empty(self.state_bytes(slot), np.uint8)
+        at = _at(saved, 0, ctypes.c_uint8)
+        return saved[: ll.llama_state_seq_get_data_ext(self.pointer, at, saved.nbytes, slot, flags)]
+
+    def load_state(self, slot: int, saved: np.ndarray[Any, np.dtype[np.uint8]]) -> bool:
+        """Put a copy in the place of a slot's own; False if there is no room for it, and the slot may then be spoilt.
+
+        The cells of other layers, which the slot must have, stay as they are.
+        """
+        flags = ll.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
+        at = _at(saved, 0, ctypes.c_uint8)
+        return bool(ll.llama_state_seq_set_data_ext(self.pointer, at, saved.nbytes, slot, flags))
+
     def close(self) -> None:
         if self.pointer:
             ll.llama_free(self.pointer)

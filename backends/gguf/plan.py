@@ -9,10 +9,12 @@ from tightrope.backends.gguf.cache_types import AUTO, AUTO_ON_CARDS, CACHE_TYPES
 from tightrope.backends.gguf.layout import CELL_GRAIN, Layout, Memory
 from tightrope.backends.gguf.native import ContextOptions
 from tightrope.backends.gguf.rope import RopePlan, plan_rope
-from tightrope.backends.memory import GIB, default_tokens, does_not_fit
+from tightrope.backends.memory import GIB, MIB, default_tokens, does_not_fit
 from tightrope.backends.settings import ModelSettings
 from tightrope.backends.threads import compute_threads
 
+MAX_CHECKPOINTS = 32  # A chat leaves two to four for each turn, and the latest few are of use.
+CHECKPOINT_EXTRA = 64 << 10  # llama.cpp writes positions, types and sizes of each layer, too.
 LEAST_WINDOW = 1024  # Nobody is served fewer tokens unasked: a chat's first messages may be as long.
 
 
@@ -23,6 +25,7 @@ class GGUFPlan:
     window: int
     num_cells: int
     run_bytes: int  # Finished sequences may take so much of the host's memory beside the cache.
+    checkpoint_bytes: int  # Beside that, copies of states take so much, of models that can't go back without them.
     cache_type: CacheType
     step_tokens: int
     max_outputs: int
@@ -46,6 +49,8 @@ def make_plan(settings: ModelSettings, header: Header, memory: Memory, adapter_b
     cache_bytes = int(num_cells * layout.token_bytes(cache_type))
     spare_bytes = memory.host_room - layout.host_need(num_cells, cache_type) + layout.run_bytes
     run_bytes = settings.cache.host_run_bytes(cache_bytes, spare_bytes)
+    left_bytes = max(0, spare_bytes - run_bytes)
+    checkpoint_bytes = min(MAX_CHECKPOINTS * _checkpoint_bytes(layout, cache_type, window), left_bytes // 2)
     notes = [f"device: cpu; {memory.unused}"] if memory.unused else []
     notes.append(rope.describe(window))
     if window > rope.window:
@@ -56,12 +61,14 @@ def make_plan(settings: ModelSettings, header: Header, memory: Memory, adapter_b
         f"cache: {num_cells} tokens as {cache_type.name}, {cache_bytes / GIB:.2f} GiB; {reason}; "
         f"finished chats may take {run_bytes / GIB:.2f} GiB beside it"
     )
+    notes += _going_back(layout, cache_type, window, checkpoint_bytes)
     notes += _on_cards(layout, on_cards, num_cells, cache_type)
     step_tokens = min(layout.step_tokens, num_cells)
     return GGUFPlan(
         window=window,
         num_cells=num_cells,
         run_bytes=run_bytes,
+        checkpoint_bytes=checkpoint_bytes,
         cache_type=cache_type,
         step_tokens=step_tokens,
         max_outputs=layout.max_outputs,
@@ -70,6 +77,25 @@ def make_plan(settings: ModelSettings, header: Header, memory: Memory, adapter_b
         rope=rope,
         notes=tuple(notes),
     )
+
+
+def _checkpoint_bytes(layout: Layout, kind: CacheType, window: int) -> int:
+    """A bound on a checkpoint: recurrent states, or what sliding layers see, and the tokens up to there."""
+    shape = layout.shape
+    if not (shape.state_bytes or shape.window):
+        return 0
+    return shape.state_bytes + int(min(shape.window, window) * layout.token_bytes(kind)) + 4 * window + CHECKPOINT_EXTRA
+
+
+def _going_back(layout: Layout, kind: CacheType, window: int, checkpoint_bytes: int) -> Iterator[str]:
+    """What the start says of models that can't drop tokens by themselves."""
+    if size := _checkpoint_bytes(layout, kind, window):
+        shape = layout.shape
+        kept = "recurrent states" if shape.state_bytes else f"layers with a window of {shape.window} tokens"
+        yield (
+            f"reuse: {kept} go back to checkpoints only, at prompts' ends, at ends of turns and where prompts parted; "
+            f"{checkpoint_bytes // size} of up to {size / MIB:.1f} MiB"
+        )
 
 
 def _on_cards(layout: Layout, on_cards: tuple[int, ...], num_cells: int, kind: CacheType) -> Iterator[str]:

@@ -38,7 +38,7 @@ class ModelShape:
     value_dim: int
     state_values: tuple[int, ...]  # Of one sequence in each layer, in float32; 0 where a layer keeps none.
     step_width: int  # A bound on the values that llama.cpp holds at a time for each token of a step.
-    num_masks: int  # One says which tokens see which, and a second one where some layers see a window of them.
+    window: int  # Sliding layers see so many tokens at most; 0 where there are none.
     rope_base: float
     rope_dims: int
     own_scaling: str | None  # It says in words what the file says of RoPE scaling.
@@ -48,6 +48,16 @@ class ModelShape:
     def of(cls, header: Header) -> "ModelShape":
         """Raises BackendError when a size is missing or can't be."""
         return _Reader(header).shape()
+
+    @property
+    def num_masks(self) -> int:
+        """One says which tokens see which, and a second one where some layers see a window of them."""
+        return (2 if self.window else 1) if any(self.kv_heads) else 0
+
+    @property
+    def state_bytes(self) -> int:
+        """Recurrent states of a sequence, in all layers."""
+        return 4 * sum(self.state_values)
 
     def cache_bytes(self, key_type: int, value_type: int) -> float:
         """Bytes of cache a token takes, given GGUF type ids for keys and values."""
@@ -98,7 +108,7 @@ class _Reader:
             value_dim=value_dim,
             state_values=self._state_values(embedding, kv_heads),
             step_width=self._step_width(embedding, max(heads) * (key_dim + value_dim)),
-            num_masks=(2 if self._widest("attention.sliding_window") else 1) if any(kv_heads) else 0,
+            window=self._widest("attention.sliding_window"),
             rope_base=self._float("rope.freq_base", default=10000.0),
             rope_dims=self._int("rope.dimension_count", default=key_dim),
             own_scaling=self._own_scaling(),

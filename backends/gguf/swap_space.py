@@ -1,21 +1,23 @@
 """Finished sequences outside the cache: copies of their cells in the store, until they are continued or too many."""
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from tightrope.backends.sessions.piece import Bytes, Ints, Piece
 from tightrope.backends.sessions.store import RunStore
 
+# Of how many of so many first tokens of a copy, given with its tokens, namespace and first position, one can go on.
+Usable = Callable[[Ints, str, int, int], int]
 _FIRST = struct.Struct("<q")  # The first position that sliding layers have not left.
 
 
 class SwapSpace:
     """A RunStore in which a sequence is one piece."""
 
-    def __init__(self, store: RunStore, window: int, *, whole_only: bool) -> None:
-        """window, whole_only: see SharedKVCache."""
+    def __init__(self, store: RunStore, usable: Usable, *, whole_only: bool) -> None:
+        """whole_only: see SharedKVCache."""
         self._store = store
-        self._window, self._whole_only = window, whole_only
+        self._usable, self._whole_only = usable, whole_only
 
     @property
     def num_bytes(self) -> int:
@@ -27,9 +29,9 @@ class SwapSpace:
         """Whether what is put in is there in the next process, too."""
         return self._store.outlives
 
-    def holds(self, namespace: str, token_ids: Ints) -> bool:
+    def holds(self, namespace: str, token_ids: Ints, first_position: int) -> bool:
         """Whether a sequence is there, or one that goes on from it."""
-        return self._store.covers(self._piece(namespace, token_ids, 0, 0))
+        return self._store.covers(self._piece(namespace, token_ids, 0, first_position))
 
     def put(self, namespace: str, token_ids: Ints, saved: Bytes, first_position: int) -> bool:
         """Add a sequence in place of its own beginnings, which are of no more use; False where it has no room."""
@@ -46,10 +48,20 @@ class SwapSpace:
         The last token of `wanted` is never among them.
         """
         best: Piece | None = None
-        for match in self._store.longest(self._store.root(namespace), wanted[:-1], self._usable)[:1]:
+
+        def usable(swapped: Piece, length: int) -> int:
+            (first_position,) = _FIRST.unpack(swapped.about)
+            return self._usable(swapped.token_ids, namespace, first_position, length)
+
+        for match in self._store.longest(self._store.root(namespace), wanted[:-1], usable)[:1]:
             if match.length > found:
                 best, found = match.piece, match.length
         return best, found
+
+    def longest_common(self, wanted: Ints, namespace: str) -> int:
+        """How many tokens the sequence that begins most like `wanted` has in common with it."""
+        matches = self._store.longest(self._store.root(namespace), wanted, lambda _, length: length)
+        return max((match.length for match in matches), default=0)
 
     def faults(self) -> Iterator[str]:
         """What contradicts itself, a line each."""
@@ -57,11 +69,5 @@ class SwapSpace:
 
     def _piece(self, namespace: str, token_ids: Ints, num_bytes: int, first_position: int) -> Piece:
         root = self._store.root(namespace)
-        return Piece(root, root, 0, token_ids, num_bytes, self._whole_only, _FIRST.pack(first_position))
-
-    def _usable(self, swapped: Piece, length: int) -> int:
-        """How many of the first `length` tokens a sequence can go on from: all of them, or none."""
-        if self._whole_only:
-            return length if length == len(swapped.token_ids) else 0
-        (first_position,) = _FIRST.unpack(swapped.about)
-        return length if not self._window or first_position <= max(0, length - self._window) else 0
+        is_whole = self._whole_only or first_position > 0  # Without a window's beginning it can't be cut.
+        return Piece(root, root, 0, token_ids, num_bytes, is_whole, _FIRST.pack(first_position))

@@ -152,6 +152,16 @@ def test_a_running_state_is_continued_from_its_end_or_not_at_all() -> None:
     assert driver.cache.usage().used == 11  # what could not be rolled back is gone
 
 
+def test_a_state_that_a_failed_step_moved_on_is_given_up() -> None:
+    driver = Driver(whole_only=True)
+    driver.run(1, range(10))
+    assert driver.cache.reserve(1, 5)
+    driver.store.append(driver.cache.slot(1), 3)
+    driver.cache.forget_uncommitted([1])
+    driver.cache.check_integrity()
+    assert driver.cache.usage() == KVUsage(64, 0, 0)
+
+
 def test_sliding_layers_that_lost_cells_are_not_matched_there() -> None:
     driver = Driver(swa_window=8)
     driver.run(1, range(30))

@@ -2,21 +2,21 @@
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 from checkout import ADAPTERS
-from gguf import GGUFWriter, TokenType
 from gguf_files import write_model
 from gguf_models import gemma
 from llama_buffers import allocated, listen
+from recurrent_gguf import write_lfm2, write_mamba
 
 from tightrope.backends.files.gguf.header import read_header
 from tightrope.backends.gguf.backend import GGUFBackend
-from tightrope.backends.gguf.layout import FIXED_BYTES, Memory
+from tightrope.backends.gguf.layout import FIXED_BYTES, KEPT_SLOTS, KEPT_STATE_BYTES, Layout, Memory
 from tightrope.backends.gguf.native import ModelOptions, NativeContext, NativeModel
-from tightrope.backends.gguf.plan import GGUFPlan, context_options, make_plan
+from tightrope.backends.gguf.plan import MAX_CHECKPOINTS, GGUFPlan, context_options, make_plan
 from tightrope.backends.locate import bundled_model
 from tightrope.backends.settings import ModelSettings
 
@@ -67,50 +67,10 @@ def test_weights_and_cache_take_what_was_planned(model: Callable[[], Path], capl
     assert found["CPU", "KV"] == pytest.approx(1024 * plan.layout.token_bytes(plan.cache_type), rel=0.01)
 
 
-MAMBA = {"embedding_length": 64, "ssm.conv_kernel": 4, "ssm.inner_size": 128, "ssm.state_size": 16}
-
-
-def mamba(path: Path) -> Path:
-    """A Mamba of two layers, of zeros: it keeps a state for each sequence, and no keys and values."""
-    writer = GGUFWriter(path, "mamba")
-    numbers = {"block_count": 2, "context_length": 4096, "feed_forward_length": 0, "attention.head_count": 0}
-    for key, number in {**numbers, **MAMBA, "ssm.time_step_rank": 4, "vocab_size": 257}.items():
-        writer.add_uint32(f"mamba.{key}", number)
-    writer.add_float32("mamba.attention.layer_norm_rms_epsilon", 1e-5)
-    writer.add_tokenizer_model("llama")
-    writer.add_token_list(["<unk>", *(f"<0x{byte:02X}>" for byte in range(256))])
-    writer.add_token_scores([0.0] * 257)
-    writer.add_token_types([TokenType.UNKNOWN, *[TokenType.BYTE] * 256])
-    sizes = {"token_embd.weight": (257, 64), "output_norm.weight": (64,)}
-    for layer in range(2):
-        sizes |= {
-            f"blk.{layer}.{name}": size
-            for name, size in {
-                "attn_norm.weight": (64,),
-                "ssm_in.weight": (256, 64),
-                "ssm_conv1d.weight": (128, 4),
-                "ssm_conv1d.bias": (128,),
-                "ssm_x.weight": (36, 128),
-                "ssm_dt.weight": (128, 4),
-                "ssm_dt.bias": (128,),
-                "ssm_a": (128, 16),
-                "ssm_d": (128,),
-                "ssm_out.weight": (64, 128),
-            }.items()
-        }
-    for name, size in sizes.items():
-        writer.add_tensor(name, np.zeros(size, np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
 def test_states_of_recurrent_layers_are_counted_for_every_sequence(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    path = mamba(tmp_path / "mamba.gguf")
+    path = write_mamba(tmp_path / "mamba.gguf")
     plan = make_plan(ModelSettings(), read_header(path), Memory(64 * GIB))
     listen(caplog)
     GGUFBackend(path, ModelSettings(), lambda _: None).close()
@@ -121,3 +81,32 @@ def test_states_of_recurrent_layers_are_counted_for_every_sequence(
     assert found["CPU", "RS"] == pytest.approx(states, rel=0.01)
     assert found["CPU", "compute"] + found["CPU", "output"] <= layout.workspace_bytes(plan.num_cells)
     assert layout.host_need(0, plan.cache_type) == layout.host_weight_bytes + layout.workspace_bytes(0) + states
+
+
+@pytest.mark.parametrize("write", [write_mamba, write_lfm2])
+def test_a_checkpoint_takes_no_more_than_was_planned(write: Callable[[Path], Path], tmp_path: Path) -> None:
+    path, settings = write(tmp_path / "model.gguf"), ModelSettings(max_model_len=512)
+    plan = make_plan(settings, read_header(path), Memory(64 * GIB))
+    backend = GGUFBackend(path, settings, lambda _: None)
+    context = backend._context
+    context.token_ids[:40] = 7
+    context.positions[:40] = range(40)
+    context.outputs[39] = 1
+    context.decode(0, 40)
+    assert MAX_CHECKPOINTS * context.state_bytes(0) <= plan.checkpoint_bytes
+    backend.close()
+
+
+def test_the_states_of_finished_sequences_are_bounded_together(tmp_path: Path) -> None:
+    """A model whose state takes 120 MiB keeps four finished sequences, beside those that run."""
+
+    def widen(key: str, value: int) -> int:
+        return {"mamba.ssm.inner_size": 1 << 20, "mamba.ssm.state_size": 12}.get(key, value)
+
+    header = read_header(write_mamba(tmp_path / "mamba.gguf"))
+    wide = replace(header, metadata={key: widen(key, value) for key, value in header.metadata.items()})
+    layout = Layout.of(ModelSettings(max_num_seqs=16), wide, Memory(64 * GIB))
+    assert layout.shape.state_bytes == 2 * 4 * (1 << 20) * (3 + 12)
+    assert layout.max_seqs == 16 + KEPT_STATE_BYTES // layout.shape.state_bytes == 16 + 4
+    small = Layout.of(ModelSettings(max_num_seqs=16), header, Memory(64 * GIB))
+    assert small.max_seqs == 16 + KEPT_SLOTS

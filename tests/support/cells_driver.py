@@ -11,28 +11,36 @@ from tightrope.backends.sessions.store import RunStore
 
 @dataclass
 class PretendStore:
-    """Slots and the cells in them, as llama.cpp would hold them; a shared cell is the same object in several slots."""
+    """Slots and the cells in them, as llama.cpp would hold them; a shared cell is the same object in several slots.
 
-    slots: dict[int, list[object]] = field(default_factory=dict)
-    first: dict[int, int] = field(default_factory=dict)  # what sliding layers have left
+    keeps_state: a slot has a state, which stands after one of its tokens. window: sliding layers need so many cells.
+    """
+
     keeps_state: bool = False
+    window: int = 0
+    slots: dict[int, list[object]] = field(default_factory=dict)
+    first: dict[int, int] = field(default_factory=dict)  # what sliding layers have left, or where the state stands
+    loaded: int = 0  # So many checkpoints were read back.
 
     def copy_cells(self, source: int, target: int, num_tokens: int) -> None:
         assert not self.slots.get(target), "a copy goes into an empty slot"
         self.slots[target] = self.slots[source][:num_tokens]
+        self.first[target] = self.first_position(source)
 
     def remove_cells(self, slot: int, start: int) -> bool:
         cells = self.slots.setdefault(slot, [])
-        if self.keeps_state and 0 < start < len(cells):
-            return False
+        can_go_back = not (self.keeps_state and 0 < start <= self.first_position(slot))
         del cells[start:]
-        return True
+        if start == 0:
+            self.first.pop(slot, None)
+        return can_go_back
 
     def first_position(self, slot: int) -> int:
         return self.first.get(slot, 0) if self.slots.get(slot) else -1
 
     def last_position(self, slot: int) -> int:
-        return len(self.slots.get(slot, [])) - 1
+        last = len(self.slots.get(slot, [])) - 1
+        return min(last, self.first_position(slot)) if self.keeps_state else last
 
     def saved_bytes(self, slot: int) -> int:
         return len(self.slots.get(slot, []))
@@ -43,10 +51,34 @@ class PretendStore:
     def load_cells(self, slot: int, saved: np.ndarray) -> bool:
         assert not self.slots.get(slot), "a copy goes into an empty slot"
         self.append(slot, len(saved))
+        if self.window:
+            self.first[slot] = max(0, len(saved) - self.window)
+        return True
+
+    def state_bytes(self, slot: int) -> int:
+        return 4
+
+    def save_state(self, slot: int) -> np.ndarray:
+        """The place after which it is the state."""
+        return np.array([self.last_position(slot) + 1], np.int32).view(np.uint8)
+
+    def load_state(self, slot: int, saved: np.ndarray) -> bool:
+        place = int(saved.view(np.int32)[0])
+        cells = self.slots[slot]
+        assert place <= len(cells), "the cells of other layers are there"
+        self.loaded += 1
+        if self.keeps_state:
+            self.first[slot] = place - 1
+        else:
+            self.first[slot] = max(0, place - self.window)
+            cells[self.first[slot] : place] = [object() for _ in cells[self.first[slot] : place]]
         return True
 
     def append(self, slot: int, count: int) -> None:
-        self.slots.setdefault(slot, []).extend(object() for _ in range(count))
+        cells = self.slots.setdefault(slot, [])
+        cells.extend(object() for _ in range(count))
+        if self.keeps_state:
+            self.first[slot] = len(cells) - 1
 
     def num_cells(self) -> int:
         return len({id(cell) for cells in self.slots.values() for cell in cells})
@@ -56,7 +88,7 @@ class Driver:
     """A cache with a pretend store, used the way the engine does."""
 
     def __init__(self, capacity: int = 64, slots: int = 4, swap_bytes: int = 0, **options: object) -> None:
-        self.store = PretendStore(keeps_state=bool(options.get("whole_only")))
+        self.store = PretendStore(bool(options.get("whole_only")), int(str(options.get("swa_window", 0))))
         self.cache = SharedKVCache(self.store, capacity, slots, **options)  # type: ignore[arg-type]
         self.cache.swap_to(RunStore(swap_bytes))
 
@@ -71,7 +103,12 @@ class Driver:
             return False
         slot = self.cache.slot(seq_id)
         start = len(self.store.slots.get(slot, []))
-        self.store.append(slot, len(token_ids))
+        done = 0
+        for place in self.cache.pauses(seq_id, start + len(token_ids)):
+            self.store.append(slot, place - start - done)
+            done = place - start
+            self.cache.save_paused(seq_id, token_ids[:done])
+        self.store.append(slot, len(token_ids) - done)
         self.cache.commit(seq_id, start, token_ids)
         self.cache.check_integrity()
         return True
