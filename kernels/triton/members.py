@@ -4,9 +4,10 @@ import triton
 import triton.language as tl
 from triton.language import constexpr
 
-from tightrope.kernels.forms.columns import MEMBER_FIELDS
+from tightrope.kernels.forms.columns import BLOCK, MEMBER_FIELDS
 from tightrope.kernels.forms.quantized import TILE
 
+_BLOCK = constexpr(BLOCK)
 _FIELDS = constexpr(MEMBER_FIELDS)
 _TILE = constexpr(TILE)
 
@@ -24,10 +25,33 @@ def find_member(members: tl.tensor, num_members: tl.tensor, OUTPUTS: constexpr) 
 
 
 @triton.jit
-def load_member(
-    members: tl.tensor, member: tl.tensor
-) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
-    """First output, word and scale, block and group of a matrix among all, and its outputs, filled up to tiles."""
+def enter_member(
+    words: tl.tensor,
+    source: tl.tensor,
+    group_of: tl.tensor,
+    scales: tl.tensor,
+    group_max: tl.tensor,
+    zeros: tl.tensor,
+    members: tl.tensor,
+    member: tl.tensor,
+) -> tl.tuple:
+    """A matrix's own part of what it has among all, and its outputs, filled up to tiles."""
     at = members + member * _FIELDS
-    first, word, scale = tl.load(at) * _TILE, tl.load(at + 1).to(tl.int64) * _TILE, tl.load(at + 2).to(tl.int64) * _TILE
-    return first, word, scale, tl.load(at + 3), tl.load(at + 4), tl.load(at + 5) * _TILE
+    word, scale = tl.load(at + 1).to(tl.int64) * _TILE, tl.load(at + 2).to(tl.int64) * _TILE
+    block, group, num_outputs = tl.load(at + 3), tl.load(at + 4), tl.load(at + 5) * _TILE
+    words += word
+    group_of += block
+    if source is not None:
+        source += block * _BLOCK
+    scales += scale
+    if group_max is not None:
+        group_max += group
+    if zeros is not None:
+        zeros += scale
+    return words, source, group_of, scales, group_max, zeros, num_outputs
+
+
+@triton.jit
+def first_output(members: tl.tensor, member: tl.tensor) -> tl.tensor:
+    """Of a matrix among all."""
+    return tl.load(members + member * _FIELDS) * _TILE

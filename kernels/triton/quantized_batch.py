@@ -12,7 +12,7 @@ from triton.language import constexpr
 from tightrope.kernels.forms.columns import BLOCK
 from tightrope.kernels.forms.quantized import TILE
 from tightrope.kernels.triton.jit import kernel
-from tightrope.kernels.triton.members import find_member, load_member
+from tightrope.kernels.triton.members import enter_member, find_member, first_output
 from tightrope.kernels.triton.quantized_pairs import (
     book_bits,
     pair_rows,
@@ -60,16 +60,10 @@ def batch_parts(
     member, first_column = find_member(members, num_members, OUTPUTS)
     share, columns = tl.program_id(1), first_column + tl.arange(0, OUTPUTS)
     bits, first, end, word = load_share(shares, member * tl.num_programs(1) + share)
-    before, first_word, first_scale, first_block, first_group, stride = load_member(members, member)
-    words += first_word
-    group_of += first_block
-    if source is not None:
-        source += first_block * _BLOCK
-    scales += first_scale
-    if group_max is not None:
-        group_max += first_group
-    if zeros is not None:
-        zeros += first_scale
+    before = first_output(members, member)
+    words, source, group_of, scales, group_max, zeros, stride = enter_member(
+        words, source, group_of, scales, group_max, zeros, members, member
+    )
     tokens = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
     total = tl.zeros((OUTPUTS, ROWS), tl.float32)
     for BITS in tl.static_range(2, 9):

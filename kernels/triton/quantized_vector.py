@@ -11,7 +11,7 @@ from triton.language import constexpr
 from tightrope.kernels.forms.columns import BLOCK
 from tightrope.kernels.forms.quantized import TILE
 from tightrope.kernels.triton.jit import kernel
-from tightrope.kernels.triton.members import find_member, load_member
+from tightrope.kernels.triton.members import enter_member, find_member, first_output
 from tightrope.kernels.triton.quantized_tile import (
     book_lanes,
     book_number,
@@ -47,18 +47,16 @@ def vector_parts(
 ) -> None:
     """parts [S, N] float32: what each share of the rows adds to the outputs."""
     member, first_column = find_member(members, num_members, OUTPUTS)
-    share, columns = tl.program_id(1), first_column + tl.arange(0, OUTPUTS)
+    share, columns = tl.program_id(1), tl.arange(0, OUTPUTS)
     bits, first, end, word = load_share(shares, member * tl.num_programs(1) + share)
-    before, first_word, first_scale, first_block, first_group, stride = load_member(members, member)
-    words += first_word
-    group_of += first_block
-    if source is not None:
-        source += first_block * _BLOCK
-    scales += first_scale
-    if group_max is not None:
-        group_max += first_group
+    words, source, group_of, scales, group_max, zeros, stride = enter_member(
+        words, source, group_of, scales, group_max, zeros, members, member
+    )
+    words += first_column
+    scales += first_column
     if zeros is not None:
-        zeros += first_scale
+        zeros += first_column
+    num_columns = stride - first_column  # From the first on, there are so many.
     total = tl.zeros((BLOCKS, OUTPUTS), tl.float32)
     book = book_lanes(codebook)
     for BITS in tl.static_range(2, 9):
@@ -67,7 +65,7 @@ def vector_parts(
                 for block in range(first, end, BLOCKS):
                     blocks = block + tl.arange(0, BLOCKS)
                     at = words + (word + (blocks - first) * BITS)[:, None].to(tl.int64) * stride + columns[None, :]
-                    mask = (blocks < end)[:, None] & (columns < stride)[None, :]
+                    mask = (blocks < end)[:, None] & (columns < num_columns)[None, :]
                     group = tl.load(group_of + blocks, mask=blocks < end, other=0)
                     summed = _block_sums(
                         x,
@@ -87,7 +85,11 @@ def vector_parts(
                         codebook is not None,
                     )
                     total += summed * load_scale(scales, group_max, group[:, None], columns[None, :], mask, stride)
-    tl.store(parts + share * (num_tiles * _TILE) + before + columns, tl.sum(total, 0), mask=columns < stride)
+    tl.store(  # What is read of a matrix before the loop, and not here, takes a register of it.
+        parts + share * (num_tiles * _TILE) + first_output(members, member) + first_column + columns,
+        tl.sum(total, 0),
+        mask=columns < num_columns,
+    )
 
 
 @triton.jit
@@ -127,17 +129,26 @@ def _block_sums(
             else:
                 number_low = number * (1 << (8 - field * LOW % 8))
                 summed += spread(low, field * LOW, LOW) * number_low[:, None]
-                added += number_low
-                plain += number
+                added += number * _taken_away(word * FIELDS + field, LOW, HIGH, zeros is None)
+                if zeros is not None:
+                    plain += number
                 if HIGH > 0:
                     number_high = number * (1 << (8 + LOW - high_bit(word * FIELDS + field, LOW, HIGH) % 8))
                     summed += spread(high, high_bit(word * FIELDS + field, LOW, HIGH), HIGH) * number_high[:, None]
-                    added += number_high
     if not HAS_BOOK:
-        summed -= (
-            added[:, None] + load_zero(zeros, group[:, None], columns[None, :], mask, stride, BITS) * plain[:, None]
-        )
+        summed -= added[:, None]
+        if zeros is not None:
+            summed -= load_zero(zeros, group[:, None], columns[None, :], mask, stride, BITS) * plain[:, None]
     return summed
+
+
+@triton.constexpr_function
+def _taken_away(row: int, low: int, high: int, is_one_zero: bool) -> int:
+    """What the spread codes of a block's row are too large by: their ones, and a zero point that is one for all."""
+    ones = 1 << (8 - row * low % 8)
+    if high > 0:
+        ones += 1 << (8 + low - high_bit(row, low, high) % 8)
+    return ones + (1 << (low + high - 1)) * is_one_zero
 
 
 @triton.jit
