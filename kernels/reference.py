@@ -24,10 +24,12 @@ TILE_SCORES = 1 << 21  # So many scores of attention, or numbers of keys, are he
 
 
 def store_kv(cache: LayerCache, keys: Tensor, values: Tensor, slots: Tensor) -> None:
-    """Write keys and values [T, Hkv, D] into the cache's `slots` [T].
+    """Write keys and values [T, Hkv, D] into the cache's `slots` [T]; a token whose slot is negative is not stored.
 
     keys are not rotated yet (or already, where the layer caches them so); they are divided by the layer's factor here.
     """
+    is_stored = slots >= 0
+    keys, values, slots = keys[is_stored], values[is_stored], slots[is_stored]
     for tensor, codes, scales in (
         (keys.float() / cache.key_factor, cache.key_codes, cache.key_scales),
         (values.float(), cache.value_codes, cache.value_scales),

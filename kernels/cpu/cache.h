@@ -46,13 +46,13 @@ static void quantize(const float* x, const float* factor, const Cache& c, uint8_
     }
 }
 
-// keys and values [T, Hkv, D], tokens `stride` floats apart, into slots [T].
+// keys and values [T, Hkv, D], tokens `stride` floats apart, into slots [T]; a negative one stores nothing.
 void store_kv(const Cache& c, const float* keys, size_t key_stride, const float* values, size_t value_stride,
                      const int64_t* slots, int tokens) {
     constexpr int TOKENS = 16;  // A task takes so many.
     pool().run((tokens + TOKENS - 1) / TOKENS, [&](int task) {
         for (int t = task * TOKENS; t < std::min(tokens, (task + 1) * TOKENS); ++t)
-            for (int h = 0; h < c.kv_heads; ++h) {
+            for (int h = 0; h < c.kv_heads && slots[t] >= 0; ++h) {
                 const size_t token = c.token(int(slots[t] / PAGE), h) + slots[t] % PAGE;
                 const size_t code = token * c.code_bytes(), scale = token * c.groups();
                 quantize(keys + t * key_stride + h * c.dims, c.key_factor + h * c.dims, c, c.key_codes + code,

@@ -177,7 +177,7 @@ class StepLayout:
     query_starts: Tensor  # [B + 1] int32
     context_lens: Tensor  # [B] int32
     block_tables: Tensor  # [B, pages of the longest] int32
-    slots: Tensor  # [T] int64: page * PAGE + place, where this step's tokens are stored
+    slots: Tensor  # [T] int64: page * PAGE + place, where this step's tokens are stored; those below 0 are not
     positions: Tensor  # [T] int32
     sequence_of: Tensor  # [T] int32: which b a row belongs to
     max_query_len: int

@@ -92,7 +92,7 @@ def _write(
 def store_kv(cache: LayerCache, keys: Tensor, values: Tensor, slots: Tensor) -> None:
     """kernels.reference.store_kv for keys and values [T, Hkv, D] of any float dtype.
 
-    A negative slot stores nothing: the tokens that fill up a captured graph have it.
+    A token that fills up a captured graph has a negative slot.
     """
     num_tokens, num_kv_heads, head_dim = keys.shape
     if not num_tokens:

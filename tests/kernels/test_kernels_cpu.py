@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import rounded
 import torch
+from attention_cases import check_negative_slots_store_nothing
 from error_bounds import UNIT, attend_exactly, check_stored_alike, rotate_exactly, roundings, within
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -291,6 +292,14 @@ def test_stored_codes_equal_the_reference_to_the_bit(kernels: native.NativeKerne
     fused = case.noise(2 * kv_heads) * scale  # keys and values as slices of one projection
     keys, values = fused[:, :kv_heads], fused[:, kv_heads:]
     check_stored_alike(reference.store_kv, kernels.store_kv, case.cache, keys, values, case.step.slots)
+
+
+def test_a_negative_slot_stores_nothing(kernels: native.NativeKernels):
+    check_negative_slots_store_nothing(kernels.store_kv)
+
+
+def test_the_reference_stores_nothing_for_a_negative_slot():
+    check_negative_slots_store_nothing(reference.store_kv)
 
 
 @given(case=cases().filter(lambda case: case.table is not None))

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+from error_bounds import Store
 from torch import Tensor
 
 from tightrope.kernels import reference
@@ -105,3 +106,22 @@ def make_table(rotated: int, num_pages: int, num_sets: int, num_seqs: int) -> Ro
         set_of=torch.arange(num_seqs, dtype=torch.int32) % num_sets,
         query_scale=1 + torch.arange(num_sets) / 4,
     )
+
+
+def check_negative_slots_store_nothing(store: Store) -> None:
+    """Fail unless a token without a slot leaves all pages as they were, while those beside it are stored."""
+    dtypes: tuple[CacheDtype, ...] = ("q8", "q4", "f16")
+    for dtype in dtypes:
+        case = make_case([(3, 20)], dtype=dtype)
+        names = ("key_codes", "key_scales", "value_codes", "value_scales")
+        before = {name: getattr(case.cache, name).clone() for name in names}
+        slots = case.step.slots.clone()
+        slots[1] = -1
+
+        store(case.cache, case.keys, case.values, slots)
+
+        for name in names:
+            is_changed = (getattr(case.cache, name) != before[name]).any(-1).any(1)  # [pages, PAGE]
+            changed = set(is_changed.flatten().nonzero().flatten().tolist())
+            wanted = {int(slots[0]), int(slots[2])}
+            assert changed == wanted if name.endswith("codes") else changed <= wanted, (dtype, name)
