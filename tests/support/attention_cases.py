@@ -1,11 +1,12 @@
 """Random layers and steps for attention kernels: several sequences, their history in shuffled pages."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from error_bounds import Store
 from torch import Tensor
 
+from bench.gpu.cases import make_step
 from tightrope.kernels import reference
 from tightrope.kernels.forms.layout import (
     PAGE,
@@ -50,38 +51,17 @@ def make_case(
         return torch.randn(*shape, generator=generator)
 
     rotated = head_dim if rotated is None else rotated
-    pages_of = [-(-length // PAGE) for _, length in lengths]
-    shuffled = torch.randperm(sum(pages_of) + 3, generator=generator)
-    block_tables = torch.zeros(len(lengths), max(pages_of), dtype=torch.int32)
-    slots, positions, sequence_of, starts, history = [], [], [], [0], []
-    for b, (new, length) in enumerate(lengths):
-        own = shuffled[sum(pages_of[:b]) :][: pages_of[b]]
-        block_tables[b, : pages_of[b]] = own
-        place = torch.arange(length)
-        slot = own[place // PAGE] * PAGE + place % PAGE
-        slots.append(slot[length - new :])
-        history.append(slot)
-        positions.append(place[length - new :])
-        sequence_of += [b] * new
-        starts.append(starts[-1] + new)
-    step = StepLayout(
-        query_starts=torch.tensor(starts, dtype=torch.int32),
-        context_lens=torch.tensor([length for _, length in lengths], dtype=torch.int32),
-        block_tables=block_tables,
-        slots=torch.cat(slots),
-        positions=torch.cat(positions).int(),
-        sequence_of=torch.tensor(sequence_of, dtype=torch.int32),
-        max_query_len=max(new for new, _ in lengths),
-        max_context_len=max(length for _, length in lengths),
-    )
-    cache = LayerCache.allocate(CacheFormat(dtype, num_kv_heads, head_dim), len(shuffled))
+    torch.manual_seed(seed)  # The step's pages are shuffled by torch's own generator.
+    step, num_pages = make_step(tuple(lengths), torch.device("cpu"))
+    step = replace(step, lengths=())  # Prompts of known lengths are expanded.
+    cache = LayerCache.allocate(CacheFormat(dtype, num_kv_heads, head_dim), num_pages + 3)
     if dtype != "f16":
         cache.key_factor.copy_(randn(num_kv_heads, head_dim).abs() + 0.5)
-    everything = torch.cat(history)
-    shape = (len(everything), num_kv_heads, head_dim)
-    reference.store_kv(cache, randn(*shape), randn(*shape), everything)
-    table = make_table(rotated, max(pages_of), num_sets, len(lengths)) if rotated else None
-    num_tokens = starts[-1]
+    history = torch.cat([slots_of(step, b, length) for b, (_, length) in enumerate(lengths)])
+    shape = (len(history), num_kv_heads, head_dim)
+    reference.store_kv(cache, randn(*shape), randn(*shape), history)
+    table = make_table(rotated, step.block_tables.shape[1], num_sets, len(lengths)) if rotated else None
+    num_tokens = len(step.slots)
     return Case(
         randn(num_tokens, num_kv_heads, head_dim).to(activations),
         randn(num_tokens, num_kv_heads, head_dim).to(activations),
@@ -91,6 +71,12 @@ def make_case(
         table,
         spec or AttentionSpec(scale=head_dim**-0.5),
     )
+
+
+def slots_of(step: StepLayout, sequence: int, length: int) -> Tensor:
+    """[length] int64: where a sequence's tokens lie."""
+    place = torch.arange(length)
+    return step.block_tables[sequence, place // PAGE].long() * PAGE + place % PAGE
 
 
 def make_table(rotated: int, num_pages: int, num_sets: int, num_seqs: int) -> RopeTable:
