@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,7 +22,7 @@ from tightrope.backends.hf.runner import ModelRunner
 from tightrope.backends.protocol import Chunk
 from tightrope.backends.rope.scaling import RopeSpec
 from tightrope.backends.settings import CacheSettings, ModelSettings
-from tightrope.kernels.forms.layout import PAGE, CacheFormat, LayerCache, StepLayout
+from tightrope.kernels.forms.layout import PAGE, CacheDtype, CacheFormat, LayerCache, StepLayout
 
 FOLDER, ADAPTER = ADAPTERS / "llama-bf16", ADAPTERS / "llama-lora-r4"
 SETTINGS = ModelSettings(
@@ -69,6 +70,30 @@ def test_copies_of_pages_sent_ahead_of_a_step_leave_another_process_with_the_sam
         there = other.run(backend.inputs([again]))
 
         assert torch.equal(there, backend.forward([again]))
+
+
+@pytest.mark.parametrize("dtype", ["f16", "q8", "q4"])
+def test_pages_read_to_the_host_s_memory_come_back_bit_for_bit_to_other_places(dtype: CacheDtype):
+    with closing(HFBackend(FOLDER, SETTINGS, lambda _: None)) as backend:
+        formats = [replace(cache.format, dtype=dtype) for cache in backend.runner.caches]
+        layers = [
+            [LayerCache.allocate(format, 8, is_windowed=number % 2 == 1) for number, format in enumerate(formats)]
+            for _ in range(2)
+        ]
+        for tensor in (tensor for cache in layers[0] for tensor in cache.stored):
+            tensor.copy_(torch.randint(-100, 100, tensor.shape))
+        here, there = map(backend.runner.beside, layers)
+        saved = here.read_pages([3, 5, 7], [2, 6])
+        assert len(saved) == sum((2 if cache.is_windowed else 3) * cache.format.page_bytes for cache in here.caches)
+
+        there.write_pages(saved, (3, 2), [(0, 1), (2, 4)], [(1, 0)])
+
+        for source, target in zip(here.caches, there.caches, strict=True):
+            placed = {0: 6} if target.is_windowed else {1: 3, 4: 7}
+            for before, after in zip(source.stored, target.stored, strict=True):
+                for number in range(8):
+                    expected = before[placed[number]] if number in placed else torch.zeros_like(after[number])
+                    assert torch.equal(after[number], expected)
 
 
 def test_runners_of_shared_weights_store_into_caches_of_their_own():

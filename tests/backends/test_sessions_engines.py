@@ -14,7 +14,7 @@ from tightrope.backends.protocol import Backend, Chunk
 from tightrope.backends.sessions.store import write_rest
 from tightrope.backends.settings import CacheSettings, ModelSettings, RopeSettings
 
-CHAT = [(i * i // 7 + i) % 40_000 + 100 for i in range(120)]
+CHAT = [(i * i // 7 + i) % 40_000 + 100 for i in range(180)]
 OTHER = [token + 1 for token in CHAT]
 MODELS: dict[str, Callable[[], str | None]] = {"torch": lambda: str(smollm2_bf16()), "llama.cpp": lambda: None}
 

@@ -1,0 +1,167 @@
+"""What a long chat's next turn takes once the chat has left the cache: python -m bench.sessions MODEL [MODEL ...]
+
+For each model, with chats of about 3,500 tokens of English and greedy answers:
+
+- two chats alternate on a cache that holds one, and come back from the host's memory;
+- everything is killed with -9 once a chat is on disk, and started anew; the answer is held to that of a server that was
+  not killed.
+
+Bars: the first token within 15 % of what it takes cold through memory, and within 10 % from disk; the same text; and a
+chat is on disk within five seconds of its answer. Writes bench/results/sessions.json.
+"""
+
+import argparse
+import asyncio
+import os
+import tempfile
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+from tqdm import tqdm
+
+from bench import report
+from bench.english import english_text
+from bench.meter import process_tree
+from bench.peers import end_servers_when_told
+from bench.served import serving
+from bench.sse import Answer, stream
+
+WINDOW, CACHE = 4096, 4096  # tokens
+CHARS = 15_500  # about 3,500 tokens of this text
+HOST_MIB = 1024
+THROUGH_MEMORY, FROM_DISK, ON_DISK_S = 0.15, 0.10, 5.0  # the bars
+MOST_WAIT_S, STILL_S, POLL_S = 60.0, 1.5, 0.02
+TURNS = ("\n\nSay it once more, in other words.\n\n", "\n\nAnd what follows from that?\n\n")
+
+
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """A prompt, and those of the turns after it."""
+
+    prompts: tuple[str, ...]
+
+    @classmethod
+    def of(cls, number: int) -> "Chat":
+        text = english_text()[number * 2 * CHARS :][:CHARS]
+        return cls((text, text + TURNS[0], text + TURNS[0] + TURNS[1]))
+
+
+async def ask(url: str, prompt: str) -> Answer:
+    body = {"prompt": prompt, "max_tokens": 32, "temperature": 0, "stream_options": {"include_usage": True}}
+    return await stream(url, "/v1/completions", {**body, "stream": True})
+
+
+def row(turn: str, answer: Answer, cold: Answer) -> dict[str, object]:
+    return {
+        "turn": turn,
+        "prompt_tokens": answer.prompt_tokens,
+        "cached_tokens": answer.cached_tokens,
+        "ttft_s": round(answer.ttft_s, 3),
+        "of_cold": round(answer.ttft_s / cold.ttft_s, 4),
+    }
+
+
+def written_after_s(folder: Path, done_s: float) -> tuple[float, int]:
+    """Seconds from a moment of `time.time` to the last change of the folder, and its bytes, once all is still.
+
+    Nobody is waited for longer than MOST_WAIT_S.
+    """
+    last, still_since = (0.0, 0), time.monotonic()
+    began = still_since
+    while time.monotonic() - still_since < STILL_S and time.monotonic() - began < MOST_WAIT_S:
+        found = [entry.stat() for entry in os.scandir(folder) if entry.name.endswith(".run")]
+        state = (max((status.st_ctime for status in found), default=0.0), sum(status.st_size for status in found))
+        if state != last or not found:
+            last, still_since = state, time.monotonic()
+        time.sleep(POLL_S)
+    return last[0] - done_s, last[1]
+
+
+def through_memory(model: Path, folder: Path, bar: tqdm) -> tuple[list[dict[str, object]], str]:
+    """Two chats in turns on a cache that holds one; also the text of the first one's second turn, from the cache."""
+    options = ["--max-model-len", str(WINDOW), "--kv-cache-tokens", str(CACHE), "--host-cache-mib", str(HOST_MIB)]
+    first, second = Chat.of(0), Chat.of(1)
+
+    async def turns(url: str) -> tuple[list[dict[str, object]], str]:
+        asked = []
+        for prompt in (first.prompts[0], first.prompts[1], second.prompts[0], first.prompts[2], second.prompts[1]):
+            asked.append(await ask(url, prompt))
+            bar.update()
+        cold, stayed, cold_second, back, back_second = asked
+        rows = [
+            row("first, cold", cold, cold),
+            row("first, from the cache", stayed, cold),
+            row("second, cold", cold_second, cold_second),
+            row("first, through memory", back, cold),
+            row("second, through memory", back_second, cold_second),
+        ]
+        return rows, stayed.text
+
+    with serving(model, folder, "sessions-memory", options) as served:
+        return asyncio.run(turns(served.url))
+
+
+def from_disk(model: Path, folder: Path, expected: str, bar: tqdm) -> dict[str, object]:
+    """A chat over a kill of everything. expected: the text of its second turn where nobody was killed."""
+    chats = folder / "chats"
+    options = ["--max-model-len", str(WINDOW), "--kv-cache-tokens", str(CACHE), "--session-dir", str(chats)]
+    options += ["--host-cache-mib", str(HOST_MIB)]
+    chat = Chat.of(0)
+    with serving(model, folder, "sessions-killed", options) as served:
+        cold = asyncio.run(ask(served.url, chat.prompts[0]))
+        written_s, num_bytes = written_after_s(chats, time.time())
+        bar.update()
+        for process in process_tree(served.process.pid):
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        served.process.wait()
+    (folder / "temp").rename(folder / "temp-killed")
+    with serving(model, folder, "sessions-restarted", options) as served:
+        back = asyncio.run(ask(served.url, chat.prompts[1]))
+        bar.update()
+    return {
+        "cold": row("cold", cold, cold),
+        "after_kill": row("after kill -9 and restart", back, cold),
+        "same_text": back.text == expected,
+        "written_s": round(written_s, 2),
+        "disk_mib": round(num_bytes / (1 << 20), 1),
+    }
+
+
+def measure(model: Path, bar: tqdm) -> dict[str, object]:
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "memory").mkdir()
+        (Path(folder) / "disk").mkdir()
+        rows, text = through_memory(model, Path(folder) / "memory", bar)
+        disk = from_disk(model, Path(folder) / "disk", text, bar)
+    after_kill = disk["after_kill"]
+    assert isinstance(after_kill, dict)
+    shares = [float(str(found["of_cold"])) for found in rows if "through memory" in str(found["turn"])]
+    bars = {
+        "through memory": max(shares) <= THROUGH_MEMORY,
+        "from disk": after_kill["of_cold"] <= FROM_DISK,
+        "same text": disk["same_text"],
+        "written in time": float(str(disk["written_s"])) <= ON_DISK_S,
+    }
+    return {"model": model.name, "memory": rows, "disk": disk, "bars": bars}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", type=Path, nargs="+", metavar="MODEL", help="path of a .gguf file or model folder")
+    parser.add_argument("--name", default="sessions", help="of the file in bench/results (default: sessions)")
+    options = parser.parse_args()
+    end_servers_when_told()
+    with tqdm(total=7 * len(options.models), desc="turns", disable=None) as bar:
+        results = [measure(model.resolve(), bar) for model in options.models]
+    path = report.write(options.name, {"chats": results})
+    for result in results:
+        print(f"{result['model']}: {result['bars']}")
+    print(path)
+
+
+if __name__ == "__main__":
+    main()
