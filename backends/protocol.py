@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
-from tightrope.backends.reuse import Reuse, Wanted
+from tightrope.backends.reuse import Accepts, Reuse, Wanted, always
 
 if TYPE_CHECKING:  # Torch takes seconds to import, and who only schedules or writes needs none of it.
     from torch import Tensor
@@ -55,6 +55,7 @@ class KVCache(Protocol):
         namespace: str,
         *,
         reuse: Wanted = "exact",
+        accepts: Accepts = always,
         reproducible: bool = False,
     ) -> Reuse:
         """Begin a sequence and return what was found cached of `token_ids`, which is pinned until `close`.
@@ -63,6 +64,7 @@ class KVCache(Protocol):
         run at 0, or none. With "moved" a cache may add runs behind it that were computed at other places; whatever is
         computed over these isn't exact either, and "exact" never finds it. Sequences of different namespaces never
         share.
+        accepts: asked of a find that isn't all exact, before anything has changed; if it says no, "exact" counts.
         `reproducible`: if no other sequence is live, the new one is laid out as in an empty cache, so that the same
         tokens over the same cached ones give the same logits to the last bit, whatever ran before.
         """

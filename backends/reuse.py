@@ -1,6 +1,8 @@
 """What a cache found of a prompt: runs of its tokens."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 CacheReuse = Literal["exact", "moved"]  # "moved" takes what was computed at other places too, which comes close.
@@ -40,8 +42,25 @@ class Reuse:
     def num_tokens(self) -> int:
         return sum(run.length for run in self.runs)
 
+    @property
+    def num_inexact(self) -> int:
+        return sum(run.length for run in self.runs if not run.is_exact)
+
+    def removals(self) -> list[int]:
+        """The places of a prompt up to which it is what a cached sequence was, before this lost tokens there."""
+        pairs = pairwise((Run(0, 0, 0), *self.runs))
+        return [run.stop for run, after in pairs if after.source - after.start != run.source - run.start]
+
     def missing(self, num_tokens: int) -> list[range]:
         """The places of a prompt of so many tokens that no run holds, as rising ranges."""
         starts = [0, *(run.stop for run in self.runs)]
         stops = [*(run.start for run in self.runs), num_tokens]
         return [range(start, stop) for start, stop in zip(starts, stops, strict=True) if start < stop]
+
+
+Accepts = Callable[[Reuse], bool]  # Whether tokens that come close are better than to compute exact ones.
+
+
+def always(reuse: Reuse) -> bool:
+    """Accepts whatever is found."""
+    return True

@@ -1,5 +1,6 @@
 """The loop's one turn: schedule, run the model, draw tokens, have them written."""
 
+import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -33,12 +34,15 @@ from tightrope.engine.work import Rows, Work, layout
 from tightrope.engine.writer import plain_token
 from tightrope.kernels import dispatch
 
+log = logging.getLogger("tightrope.engine")
+
 
 class Counters(Struct):
     """Totals since the start; times in seconds."""
 
     prompt_tokens: int = 0
     cached_tokens: int = 0
+    moved_tokens: int = 0
     generated_tokens: int = 0
     finished: int = 0
     cancelled: int = 0
@@ -140,12 +144,17 @@ class EngineCore:
     def free_adapters(self) -> None:
         """Forget unloaded adapters that no request uses any more."""
         if self.adapters.has_leaving:
-            self.adapters.free({sequence.adapter for sequences in self._requests.values() for sequence in sequences})
+            used = {sequence.adapter for sequences in self._requests.values() for sequence in sequences}
+            self._scheduler.healing.keep_adapters(used)
+            self.adapters.free(used)
 
     def _drop(self, request_id: str, *, keep: bool = True) -> bool:
         sequences = self._requests.pop(request_id, [])
         for sequence in sequences:
-            self._scheduler.remove(sequence, keep=keep)
+            if keep:
+                self._scheduler.finish(sequence)
+            else:
+                self._scheduler.remove(sequence, keep=False)
         return bool(sequences)
 
     def step(self, begun: Callable[[list[Work]], None] = lambda works: None) -> StepResult:
@@ -157,6 +166,8 @@ class EngineCore:
         began = self._clock()
         works = self._scheduler.schedule(began)
         begun(works)
+        if not works and not self._scheduler.waiting:
+            return self._heal()
         if not works:
             return self._fail(list(self._scheduler.waiting)[:1], "the prompt doesn't fit the cache")
         chunks, rows_of = layout(works)
@@ -179,6 +190,28 @@ class EngineCore:
         self._counters.forward_s += sample_began - forward_began
         self._counters.sample_s += ended - sample_began
         return result
+
+    def _heal(self) -> StepResult:
+        """Compute some moved tokens again; what fails is left as it is. Raises DeviceLost."""
+        chunk = self._scheduler.next_healing()
+        if chunk is None:
+            return StepResult([], [])
+        began, compiled_s = self._clock(), dispatch.compiling.spent_s
+        try:
+            self._backend.forward([chunk])
+        except DeviceLost:
+            raise
+        except BackendError as error:
+            log.warning("moved tokens are left as they are: %s", error)
+            self._scheduler.healing.give_up()
+            return StepResult([], [])
+        self._scheduler.healing.commit(chunk)
+        spent_s = self._clock() - began
+        self._scheduler.observe_healing(len(chunk.token_ids), spent_s - (dispatch.compiling.spent_s - compiled_s))
+        self._counters.steps += 1
+        self._counters.step_s += spent_s
+        self._counters.forward_s += spent_s
+        return StepResult([], [])
 
     def _fail(self, sequences: list[Sequence], why: str) -> StepResult:
         """End the requests of these sequences; nothing of them stays cached."""
@@ -253,12 +286,15 @@ class EngineCore:
         sequence.is_announced = True
         self._counters.prompt_tokens += sequence.num_prompt
         self._counters.cached_tokens += sequence.num_cached
+        self._counters.moved_tokens += sequence.num_moved
         scored = None if sequence.prompt_tokens is None else tuple(sequence.prompt_tokens)
-        return PromptInfo(sequence.num_prompt, sequence.num_cached, sequence.sampler.seed, scored)
+        return PromptInfo(
+            sequence.num_prompt, sequence.num_cached, sequence.sampler.seed, scored, num_moved=sequence.num_moved
+        )
 
     def _leave(self, sequence: Sequence) -> None:
         """Give the place of a finished sequence back."""
-        self._scheduler.remove(sequence)
+        self._scheduler.finish(sequence)
         siblings = self._requests[sequence.request.request_id]
         siblings.remove(sequence)
         if not siblings:
@@ -287,5 +323,6 @@ class EngineCore:
             cache_reusable=usage.reusable,
             cache_capacity=usage.capacity,
             preemptions=self._scheduler.preemptions,
+            healed_tokens=self._scheduler.healing.num_tokens,
             **asdict(self._counters),
         )

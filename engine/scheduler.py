@@ -11,12 +11,14 @@ from collections.abc import Callable
 from functools import partial
 
 from tightrope.backends.errors import BackendError
-from tightrope.backends.protocol import Capabilities, KVCache
+from tightrope.backends.protocol import Capabilities, Chunk, KVCache
 from tightrope.backends.reuse import Reuse
 from tightrope.engine.adapter_turns import AdapterTurns
+from tightrope.engine.healing import Healing
 from tightrope.engine.sequence import AdapterUse, Sequence, Shares
 from tightrope.engine.settings import LimitSettings
 from tightrope.engine.step_budget import PrefillRate, StepBudget
+from tightrope.engine.track import Track
 from tightrope.engine.work import Work
 
 DECODE_HEADROOM = 32  # So many tokens of output must have room before a sequence starts, lest it be preempted at once.
@@ -25,11 +27,14 @@ MIN_CHUNK = 16  # Smaller chunks of a prompt, in tokens, cost a whole step for n
 # The weights are read once for at least as many tokens as MIN_QUIET_CHUNK, whose products take far longer than that.
 QUIET_STEP_S, MIN_QUIET_CHUNK = 0.5, 64
 OLDEST_SHARE = 0.25  # The prompt that came first has this share of a step's prompt budget, whatever else there is.
+# A removal is at the front of a chat if so many turns have ended before it, the system message among them, and no more
+# than half of the prompt stands there. Exact tokens behind another removal are waited for if they take less than this.
+MOST_TURNS_IN_FRONT, MOST_WAIT_S = 1, 10.0
 PATIENCE_S = 60.0  # Smaller prompts may be admitted for so long ahead of the first that doesn't fit the cache.
 
 
 class Scheduler:
-    """Owns the queues; the cache's bookkeeping is called from here and nowhere else."""
+    """Owns the queues; the cache's bookkeeping is called from here, and from `healing` while they are empty."""
 
     def __init__(self, kv: KVCache, capabilities: Capabilities, limits: LimitSettings) -> None:
         self._kv = kv
@@ -43,13 +48,21 @@ class Scheduler:
         self.running: list[Sequence] = []  # The oldest stands first.
         self._rate, self._scored_rate = PrefillRate(4 * MIN_CHUNK), PrefillRate(MIN_CHUNK)
         self.preemptions = 0
+        self.healing = Healing(kv, self._rate, capabilities.max_step_tokens, limits.heal)
 
     @property
     def has_work(self) -> bool:
-        return bool(self.waiting or self.running)
+        return bool(self.waiting or self.running) or self.healing.has_work
 
     def add(self, sequence: Sequence) -> None:
+        self.healing.pause()
         self.waiting.append(sequence)
+
+    def finish(self, sequence: Sequence) -> None:
+        """Take a sequence out for good; what it holds of moved tokens is to be healed."""
+        if sequence in self.running:
+            self.healing.add(sequence)
+        self.remove(sequence)
 
     def remove(self, sequence: Sequence, *, keep: bool = True) -> None:
         """Take a sequence out, finished or not. keep: its cached tokens stay matchable."""
@@ -81,6 +94,15 @@ class Scheduler:
             can_go_on = False
         if not can_go_on:
             self._restart(sequence)
+
+    def next_healing(self) -> Chunk | None:
+        """What to run while nothing else does, in a step as short as if somebody wrote; then tell `healing.commit`."""
+        return self.healing.next(self._busy_step_s)
+
+    def observe_healing(self, num_tokens: int, seconds: float) -> None:
+        """Learn from such a step."""
+        if num_tokens >= MIN_CHUNK:
+            self._rate.observe(num_tokens, seconds)
 
     def observe(self, step: list[Work], seconds: float) -> None:
         """Learn from a step that took so long, in seconds, with what was done with its logits."""
@@ -219,18 +241,18 @@ class Scheduler:
         """Pin what is cached of the sequence and reserve the rest; nothing has changed if that fails."""
         if sequence.prompt_tokens is not None and not sequence.is_announced:
             sequence.prompt_tokens = []  # It may have been preempted half-way.
-        own, is_reproducible = sequence.own, sequence.is_reproducible
+        own = sequence.own
         headroom = max(0, min(DECODE_HEADROOM, sequence.max_len - 1 - len(own.token_ids)))  # The last never runs.
         for number, track in enumerate(sequence.tracks, 1):
-            track.begin(
-                self._kv.open(
-                    track.seq_id,
-                    track.token_ids,
-                    sequence.namespace,
-                    reuse=sequence.wanted(track),
-                    reproducible=is_reproducible,
-                )
+            found = self._kv.open(
+                track.seq_id,
+                track.token_ids,
+                sequence.namespace,
+                reuse=sequence.wanted(track),
+                accepts=partial(self._is_worth_it, sequence, track),
+                reproducible=sequence.is_reproducible,
             )
+            track.begin(found)
             if not self._kv.reserve(track.seq_id, track.pending.count + headroom):
                 for opened in sequence.tracks[:number]:
                     self._kv.close(opened.seq_id, keep=True)  # What it had found stays to be found.
@@ -238,8 +260,19 @@ class Scheduler:
                 self._unfit.add(sequence)
                 return False
         if sequence.num_output == 0:
-            sequence.num_cached = len(own.token_ids) - own.pending.count
+            sequence.num_cached, sequence.num_moved = len(own.token_ids) - own.pending.count, own.num_inexact
         return True
+
+    def _is_worth_it(self, sequence: Sequence, track: Track, found: Reuse) -> bool:
+        """Whether a prompt is answered over tokens that aren't exact.
+
+        A chat that fills its window loses what stands in front, and is answered at once. What was taken out elsewhere
+        is to be gone: moved tokens still hold some of it, and are taken only where exact ones would take long.
+        """
+        place = max(found.removals(), default=0)
+        num_ended = sum(token_id in sequence.writer.tokenizer.eos_ids for token_id in track.token_ids[:place])
+        is_front = num_ended <= MOST_TURNS_IN_FRONT and place <= len(track.token_ids) / 2
+        return is_front or self._rate.seconds_of(found.num_inexact) >= MOST_WAIT_S
 
 
 def _part(sequence: Sequence, num_tokens: int, num_own: int) -> Work:

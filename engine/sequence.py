@@ -33,7 +33,8 @@ class Sequence:
     own: Track = field(init=False)
     one_each: Shares = field(init=False)  # In a step it runs this while it writes.
     num_prompt: int = field(init=False)  # It counts tokens of its own.
-    num_cached: int = 0  # So many of the prompt's tokens were found in the cache at the first start.
+    num_cached: int = 0  # So many of the prompt's tokens were found in the cache at the first start,
+    num_moved: int = 0  # and so many of these had been moved there, or computed over such.
     leader: "Sequence | None" = None  # This choice computes the shared prompt first.
     prompt_tokens: list[Token] | None = None  # They are filled while prompt_logprobs are computed.
     started_s: float | None = None

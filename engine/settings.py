@@ -1,5 +1,7 @@
 """Limits of the loop."""
 
+from typing import Literal
+
 from pydantic import BaseModel, Field
 
 from tightrope.backends.settings import MAX_SEQS, MAX_TOKENS, ModelSettings
@@ -8,9 +10,11 @@ MAX_WAITING = 1 << 16  # Each keeps a connection open, of which a process has ab
 MAX_ALTERNATIVES = 1 << 10  # Each is a line in the answer, for every token of it.
 MAX_BUSY_STEP_MS = 60_000.0  # While a step runs no answer grows: after a minute people take the server for dead.
 
+Heal = Literal["auto", "off", "always"]
+
 
 class LimitSettings(BaseModel, frozen=True, extra="forbid"):
-    """Bounds that no request can exceed."""
+    """Bounds that no request can exceed, and what is done while there is none."""
 
     max_waiting: int = Field(
         128, ge=0, le=MAX_WAITING, description="Requests that may wait for their first step; above it: 429."
@@ -25,6 +29,9 @@ class LimitSettings(BaseModel, frozen=True, extra="forbid"):
         gt=0,
         le=MAX_BUSY_STEP_MS,
         description="While answers are being written, a step takes in no more prompt than fits this time.",
+    )
+    heal: Heal = Field(
+        "auto", description="Moved tokens are computed again while nothing runs; auto: where that takes under a minute."
     )
 
 

@@ -13,6 +13,7 @@ class Track:
     seq_id: int
     token_ids: list[int]
     pending: Pending = field(init=False)  # These must run before the next token can be drawn.
+    num_inexact: int = field(init=False)  # So many were found that aren't what computing them would give.
 
     def __post_init__(self) -> None:
         self.begin(Reuse())
@@ -20,6 +21,7 @@ class Track:
     def begin(self, reuse: Reuse) -> None:
         """Have everything pending that isn't found."""
         self.pending = Pending(reuse.missing(len(self.token_ids)))
+        self.num_inexact = reuse.num_inexact
 
     def append(self, token_id: int) -> None:
         """Add a token, which is yet to run."""

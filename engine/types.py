@@ -170,6 +170,7 @@ class PromptInfo(Struct, frozen=True):
     num_cached: int
     seed: int
     tokens: tuple[Token, ...] | None = None  # They are there with prompt_logprobs.
+    num_moved: int = 0  # So many of the cached ones were moved there, or computed over such.
 
 
 FinishReason = Literal["eos", "stop_token", "stop_string", "length", "error"]
@@ -250,6 +251,8 @@ class Stats(Struct, frozen=True):
     cache_capacity: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
+    moved_tokens: int = 0
+    healed_tokens: int = 0
     generated_tokens: int = 0
     finished: int = 0
     cancelled: int = 0

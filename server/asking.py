@@ -11,6 +11,7 @@ from uuid import uuid4
 
 from pydantic import Field
 
+from tightrope.backends.reuse import CacheReuse
 from tightrope.engine.errors import InvalidRequest
 from tightrope.engine.types import GenerateRequest, Grammar, LogprobRequest, Prompt
 from tightrope.server.fields import structured
@@ -31,6 +32,7 @@ class SharedFields(Body):
     read_elsewhere = KNOWN | structured.NAMES
 
     adapter_scale: float = Field(1.0, ge=-10, le=10, description="How much of the adapter is added.")
+    cache_reuse: CacheReuse = Field("moved", description="exact: the answer is over exactly computed tokens alone.")
     cache_salt: str | None = Field(None, description="Requests with different salts share no cached tokens.")
     truncate_prompt_tokens: int | None = Field(None, ge=1, le=MAX_INT, description="Keep the last n of the prompt.")
     skip_special_tokens: bool = True
@@ -139,6 +141,7 @@ def ask(prefix: str, prompts: Sequence[Prompt], read: ReadBody, served: Served) 
             prompt_logprobs=read.prompt_logprobs,
             truncate_to=shared.truncate_prompt_tokens,
             skip_special_tokens=shared.skip_special_tokens,
+            cache_reuse=shared.cache_reuse,
             namespace=shared.cache_salt or "",
             adapter=read.adapter,
             adapter_scale=shared.adapter_scale,

@@ -19,7 +19,7 @@ from tightrope.backends.gguf.entry import Entry
 from tightrope.backends.gguf.rollback import Rollback
 from tightrope.backends.gguf.swap_space import SwapSpace
 from tightrope.backends.protocol import KVUsage
-from tightrope.backends.reuse import Reuse, Wanted
+from tightrope.backends.reuse import Accepts, Reuse, Wanted, always
 from tightrope.backends.sessions.piece import Piece, num_common
 from tightrope.backends.sessions.store import RunStore
 
@@ -72,6 +72,7 @@ class SharedKVCache:
         namespace: str,
         *,
         reuse: Wanted = "exact",
+        accepts: Accepts = always,
         reproducible: bool = False,
     ) -> Reuse:
         """See KVCache. Raises BackendError when more sequences are open than the model has slots."""

@@ -24,6 +24,7 @@ from tightrope.backends.hf.load.inspection import Inspection, inspect
 from tightrope.backends.hf.load.model import LoadedModel, build
 from tightrope.backends.hf.modules.rotary import fix_rotary
 from tightrope.backends.hf.modules.step import scratch_bytes
+from tightrope.backends.hf.movable import reuse_note, why_unmovable
 from tightrope.backends.hf.plan import HFPlan, check_layers, make_plan
 from tightrope.backends.hf.room import check_host, room_on
 from tightrope.backends.hf.run.calibrate import key_factors
@@ -106,12 +107,15 @@ class HFBackend:
             self.runner = ModelRunner(model, _allocate(plan, model), rotary, threads, _scratch(plan, model))
             for cache, factor in zip(self.runner.caches, factors, strict=bool(factors)):
                 cache.key_factor.copy_(factor)
+        unmovable = why_unmovable(model.layers)
+        notes.append(reuse_note(settings.cache.reuse, unmovable))
         self.kv: KVCache
         self.kv = self._pages = PagedKVCache(
             plan.num_pages,
             self.steps.frequencies_at,
             num_window_pages=plan.num_window_pages,
             window=plan.window_tokens,
+            moves=settings.cache.reuse == "moved" and unmovable is None,
         )
         self.capabilities = Capabilities(
             settings.max_num_seqs, plan.step_tokens, prompt_rows(found.shape.vocab_size, plan.step_tokens)
@@ -137,9 +141,12 @@ class HFBackend:
     def _copy_pages(self) -> None:
         """Make the copies within the cache that its books have promised."""
         for waiting, are_windowed in ((self._pages.copies, False), (self._pages.window_copies, True)):
-            while copies := waiting.next():
-                self.runner.copy_pages(copies, are_windowed=are_windowed)
-                waiting.done(len(copies))
+            while batch := waiting.next():
+                if batch.pages:
+                    self.runner.copy_pages(batch.pages, are_windowed=are_windowed)
+                if len(batch.sources):
+                    self.runner.copy_slots(torch.from_numpy(batch.sources), torch.from_numpy(batch.targets))
+                waiting.done(batch.count)
 
     def read_pages(self, numbers: Sequence[int], window_numbers: Sequence[int]) -> Bytes:
         """See PageMover."""

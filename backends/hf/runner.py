@@ -138,6 +138,18 @@ class ModelRunner:
                         tensor[numbers.to(device)] = block[rows].to(device)
             assert begin == len(stored), "pages of another cache"
 
+    def copy_slots(self, sources: Tensor, targets: Tensor) -> None:
+        """Copy tokens from slots [n] int64 to slots [n] in every layer without a window; none is both.
+
+        Raises BackendError; the same copies may then be made again.
+        """
+        device = self.model.device
+        with failing_as(f"copying {len(sources)} tokens", device), torch.inference_mode():
+            sources, targets = sources.to(device), targets.to(device)
+            for cache in self.caches:
+                if not cache.is_windowed:
+                    cache.copy_slots(sources, targets)
+
     @contextmanager
     def _blas_threads(self, num_tokens: int) -> Iterator[None]:
         """Let torch compute a large step with all threads; the kernels have threads of their own."""

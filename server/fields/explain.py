@@ -70,7 +70,7 @@ class Explanation:
         stop = request.stop
         return {
             "prompts": [
-                prompt | {"tokens_reused": info.num_cached, "seed": info.seed}
+                prompt | {"tokens_reused": info.num_cached, "tokens_moved": info.num_moved, "seed": info.seed}
                 for prompt, info in zip(self.prompts, infos, strict=True)
             ],
             "samplers": _guidance(request) + samplers(request.sampling),

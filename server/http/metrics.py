@@ -175,6 +175,8 @@ class _Snapshot(Collector):
         for name, text, number in (
             ("tightrope_prompt_tokens", "Prompt tokens taken in", stats.prompt_tokens),
             ("tightrope_reused_tokens", "Prompt tokens found in the cache", stats.cached_tokens),
+            ("tightrope_moved_tokens", "Of these, moved from other places in a chat", stats.moved_tokens),
+            ("tightrope_healed_tokens", "Tokens computed again over moved ones", stats.healed_tokens),
             ("tightrope_generated_tokens", "Tokens generated", stats.generated_tokens),
             ("tightrope_finished", "Answers finished", stats.finished),
             ("tightrope_cancelled", "Answers cancelled by their client", stats.cancelled),

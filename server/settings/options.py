@@ -137,6 +137,13 @@ OPTIONS: Mapping[str, Option] = {
         "most that this folder takes, in MiB; what was of no use for longest goes (default: 8192)",
         "N",
     ),
+    "heal": Option(
+        (*_LIMITS, "heal"),
+        "context and memory",
+        "moved tokens are computed again while nothing runs: auto, where that takes under a minute; off or always "
+        "(default: auto)",
+        "WHEN",
+    ),
     "gpu-memory-fraction": Option(
         (*_MODEL, "gpu_memory_fraction"),
         "context and memory",

@@ -8,6 +8,7 @@ from fakes import FakeKV
 from pages_driver import Driver as Pages
 
 from tightrope.backends.gguf.cache import SharedKVCache
+from tightrope.backends.hf.cache.live import Ahead
 from tightrope.backends.hf.cache.page_tree import Page
 from tightrope.backends.hf.cache.pages import PagedKVCache
 
@@ -54,11 +55,24 @@ PAGE_DAMAGE: dict[str, tuple[Callable[[PagedKVCache], object], str]] = {
     "tokens out of order": (lambda c: _root(c).children.reverse(), "not in the order of their tokens"),
     "a short page with others below": (
         lambda c: setattr(first(c), "tokens", first(c).tokens[:3]),
-        r"page \d+ of 3 tokens has \d pages below it",
+        r"page \d+ of 3 tokens has others below it",
     ),
     "findable tokens that aren't in the tree": (
         lambda c: setattr(c._live[2].pages[2], "tokens", (32,)),
         "sequence 2: its tokens from 32 on can't be found",
+    ),
+    "an exact page below one that isn't": (
+        lambda c: setattr(first(c), "is_exact", False),
+        "is exact or not, and hangs",
+    ),
+    "an exact page where its sequence isn't": (lambda c: setattr(c._live[2], "num_exact", 20), "only 20 of its tokens"),
+    "a run that lies behind no gap": (
+        lambda c: c._live[2].ahead.append(Ahead(40, (1, 2))),
+        "sequence 2: 2 of its tokens stand behind a gap at 40, and others up to 40",
+    ),
+    "a run that lies behind its pages": (
+        lambda c: c._live[2].ahead.append(Ahead(45, (1, 2, 3, 4))),
+        "sequence 2: its tokens reach to 49, in 3 pages",
     ),
     "a root under a wrong name": (lambda c: setattr(_root(c), "key", "other"), "is called 'other'"),
     "a window too many": (lambda c: setattr(c._live[2].pages[2], "window_refs", 2), "counts 2 windows, and 1"),

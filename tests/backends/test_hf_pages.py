@@ -7,10 +7,10 @@ import pytest
 from fakes import FakeKV
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pages_driver import MOST_LIVE, MOST_TOKENS, Driver, EagerStore
+from pages_driver import MOST_LIVE, MOST_TOKENS, Driver, EagerStore, short_moves
 
 from tightrope.backends.errors import BackendError
-from tightrope.backends.hf.cache import pages, stored_pages
+from tightrope.backends.hf.cache import page_pool, stored_pages
 from tightrope.backends.hf.cache.pages import PagedKVCache
 from tightrope.backends.hf.cache.window_pages import most_needed
 from tightrope.backends.protocol import KVUsage
@@ -47,7 +47,7 @@ def test_siblings_share_full_pages_and_copy_the_last_one() -> None:
     tables = [driver.pages(seq_id) for seq_id in (1, 2, 3, 4)]
     assert len({tuple(table[:2]) for table in tables}) == 1
     assert len({table[2] for table in tables}) == 4
-    assert driver.cache.copies.next() == [(tables[0][2], table[2]) for table in tables[1:]]
+    assert driver.cache.copies.next().pages == [(tables[0][2], table[2]) for table in tables[1:]]
     driver.store(1, [7, 7])  # the one that was copied writes on
     for seq_id in (2, 3, 4):
         driver.store(seq_id, [39, seq_id])
@@ -62,7 +62,7 @@ def test_a_page_is_copied_before_it_is_given_away() -> None:
     assert driver.reserve(2, 1)  # copies the second page
     driver.open(3, range(100, 132))
     assert driver.reserve(3, 32)
-    assert driver.cache.copies.next()[0][0] in driver.pages(3)  # the page that is to be copied went to another
+    assert driver.cache.copies.next().pages[0][0] in driver.pages(3)  # the page that is to be copied went to another
     driver.store(3, range(100, 132))
     driver.store(2, [99])
     driver.check()
@@ -88,7 +88,7 @@ def test_namespaces_never_share() -> None:
 def test_without_reuse_nothing_is_found_and_twins_are_merged_at_the_end() -> None:
     driver = Driver()
     driver.run(1, range(40))
-    assert driver.run(2, range(40), reuse=False) == 0
+    assert driver.run(2, range(40), reuse="nothing") == 0
     assert driver.cache.usage().used == 6 * PAGE
     driver.close(1)
     driver.close(2)
@@ -99,8 +99,8 @@ def test_without_reuse_nothing_is_found_and_twins_are_merged_at_the_end() -> Non
 
 def test_a_merged_page_keeps_what_hangs_below_it() -> None:
     driver = Driver(num_pages=16)
-    driver.run(1, range(16), reuse=False)
-    driver.run(2, range(16), reuse=False)
+    driver.run(1, range(16), reuse="nothing")
+    driver.run(2, range(16), reuse="nothing")
     driver.extend(1, range(100, 116))
     driver.extend(2, range(200, 216))
     driver.close(1)
@@ -298,6 +298,7 @@ def test_siblings_write_window_pages_of_their_own() -> None:
 
 # Prompts branch off two texts of few different tokens, so that beginnings meet in the middle of pages.
 TEXTS = [[i * i // 7 % 3 for i in range(120)], [i * i // 5 % 2 for i in range(120)]]
+REUSE = st.sampled_from(["nothing", "exact", "moved"])
 PROMPTS = st.builds(
     lambda text, length, tail: TEXTS[text][:length] + tail,
     st.integers(0, 1),
@@ -306,8 +307,8 @@ PROMPTS = st.builds(
 )
 TOKENS = st.lists(st.integers(0, 2), min_size=1, max_size=40)
 OPERATIONS = st.one_of(
-    st.tuples(st.just("open"), PROMPTS, st.sampled_from(["", "a"]), st.booleans()),
-    st.tuples(st.just("run"), PROMPTS, st.sampled_from(["", "a"]), st.booleans()),
+    st.tuples(st.just("open"), PROMPTS, st.sampled_from(["", "a"]), REUSE),
+    st.tuples(st.just("run"), PROMPTS, st.sampled_from(["", "a"]), REUSE),
     st.tuples(st.just("extend"), st.integers(0, 99), TOKENS, st.booleans()),
     st.tuples(st.just("decode"), st.integers(0, 99), st.integers(1, 20), st.just(True)),
     st.tuples(st.just("reserve"), st.integers(0, 99), st.integers(0, 60), st.just(True)),
@@ -318,7 +319,7 @@ OPERATIONS = st.one_of(
 
 @pytest.mark.plain
 @patch.multiple(stored_pages, PIECE=2)  # So that a short text has several pieces.
-@patch.multiple(pages, MIN_GAIN=1)
+@patch.multiple(page_pool, MIN_GAIN=1)
 @settings(max_examples=400)
 @given(
     st.lists(OPERATIONS, max_size=40),
@@ -339,16 +340,19 @@ def test_whatever_is_done_every_sequence_reads_back_what_it_stored(
     num_window_pages = 0 if window is None else most_needed(window, MOST_LIVE, MOST_TOKENS)
     store = None if make_store is None else make_store(host_bytes)
     driver = Driver(num_pages, trained_len, window=window, num_window_pages=num_window_pages, store=store)
+    with short_moves():
+        _operate(driver, operations, window)
+
+
+def _operate(driver: Driver, operations: list[tuple], window: int | None) -> None:
+    num_pages = driver.num_pages
     for seq_id, (kind, first, second, flag) in enumerate(operations):
         if kind in ("open", "run"):
             if window is not None and len(driver.live) == MOST_LIVE:
                 driver.close(min(driver.live))
-            found = driver.open(seq_id, first, second, reuse=flag)
-            if kind == "run":
-                if driver.reserve(seq_id, len(first) - found):
-                    driver.store(seq_id, first[found:])
-                else:
-                    driver.close(seq_id)
+            driver.open(seq_id, first, second, reuse=flag)
+            if kind == "run" and not driver.extend(seq_id, first[len(driver.live[seq_id].cells) :]):
+                driver.close(seq_id)
         elif driver.live:
             chosen = sorted(driver.live)[first % len(driver.live)]
             length = len(driver.live[chosen].cells)
@@ -383,7 +387,7 @@ def test_where_nothing_is_evicted_the_longest_beginning_is_found(prompts: list[t
         expected = plain.open(seq_id, tokens, namespace, reuse="exact" if reuse else "nothing").num_tokens
         assert plain.reserve(seq_id, len(tokens))
         plain.commit(seq_id, expected, tokens[expected:])
-        assert driver.run(seq_id, tokens, namespace, reuse=reuse) == expected
+        assert driver.run(seq_id, tokens, namespace, reuse="exact" if reuse else "nothing") == expected
         if closes:
             plain.close(seq_id, keep=True)
             driver.close(seq_id)

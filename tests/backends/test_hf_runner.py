@@ -63,7 +63,7 @@ def test_copies_of_pages_sent_ahead_of_a_step_leave_another_process_with_the_sam
         backend.kv.commit(1, 0, PROMPT)
         again = opened(backend, 2, (*PROMPT[: PAGE + 5], 50, 51))
         assert again.start == PAGE + 5
-        copies = [*backend._pages.copies.next()]
+        copies = [*backend._pages.copies.next().pages]
         assert copies
 
         other.run(copies)

@@ -52,7 +52,7 @@ async def test_a_chat_answer_has_exactly_these_keys_in_this_order() -> None:
         "prompt_tokens": 4,
         "completion_tokens": num,
         "total_tokens": num + 4,
-        "prompt_tokens_details": {"cached_tokens": 0},
+        "prompt_tokens_details": {"cached_tokens": 0, "moved_tokens": 0},
     }
 
 
@@ -237,7 +237,7 @@ async def test_a_second_turn_tells_how_much_of_its_prompt_was_cached() -> None:
     async with api() as http:
         await post(http, "/v1/completions", prompt="a long beginning?", max_tokens=1)
         answer = await post(http, "/v1/completions", prompt="a long beginning? and more", max_tokens=1)
-    assert answer["usage"]["prompt_tokens_details"] == {"cached_tokens": 18}
+    assert answer["usage"]["prompt_tokens_details"] == {"cached_tokens": 18, "moved_tokens": 0}
 
 
 async def test_a_failure_in_mid_stream_is_one_error_event_without_a_clean_end() -> None:

@@ -119,11 +119,18 @@ def test_stop_fields_reach_the_engine() -> None:
 
 def test_other_fields_reach_the_engine() -> None:
     asked = chat(
-        n=2, logprobs=True, top_logprobs=3, cache_salt="s", truncate_prompt_tokens=5, skip_special_tokens=False
+        n=2,
+        logprobs=True,
+        top_logprobs=3,
+        cache_salt="s",
+        truncate_prompt_tokens=5,
+        skip_special_tokens=False,
+        cache_reuse="exact",
     )
     assert asked.n == 2
     assert asked.logprobs == LogprobRequest(processed=False, top=3)
     assert (asked.namespace, asked.truncate_to, asked.skip_special_tokens) == ("s", 5, False)
+    assert (asked.cache_reuse, chat().cache_reuse) == ("exact", "moved")
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Requests to an engine's core, and running them to their ends."""
 
 from tightrope.backends.protocol import Backend
+from tightrope.backends.reuse import CacheReuse
 from tightrope.engine.core import EngineCore
 from tightrope.engine.sampler.steps import SamplingParams
 from tightrope.engine.settings import LimitSettings
@@ -26,6 +27,7 @@ def request(
     sampling: SamplingParams = GREEDY,
     grammar: Grammar | None = None,
     adapter: str | None = None,
+    cache_reuse: CacheReuse = "moved",
     **stop: object,
 ) -> GenerateRequest:
     """A request to write 20 tokens greedily; further fields are of StopRules."""
@@ -42,6 +44,7 @@ def request(
         namespace=namespace,
         grammar=grammar,
         adapter=adapter,
+        cache_reuse=cache_reuse,
     )
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from tightrope.backends.adapters import fingerprint
 from tightrope.backends.errors import BackendError
 from tightrope.backends.protocol import Capabilities, Chunk, KVUsage, ModelCard
-from tightrope.backends.reuse import Reuse, Wanted
+from tightrope.backends.reuse import Accepts, Reuse, Wanted, always
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -90,6 +90,7 @@ class FakeKV:
         namespace: str,
         *,
         reuse: Wanted = "exact",
+        accepts: Accepts = always,
         reproducible: bool = False,
     ) -> Reuse:
         assert seq_id not in self.live

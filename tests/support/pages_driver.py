@@ -1,22 +1,38 @@
 """A paged cache over a pretend storage that remembers what every place of every page was told."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from unittest.mock import patch
 
 import numpy as np
 
+from tightrope.backends import removals
 from tightrope.backends.errors import BackendError
+from tightrope.backends.hf.cache import moving, pages
 from tightrope.backends.hf.cache.pages import PagedKVCache
 from tightrope.backends.hf.cache.stored_pages import Placed, StoredPages
-from tightrope.backends.reuse import Reuse
+from tightrope.backends.reuse import Reuse, Wanted
 from tightrope.backends.sessions.piece import Bytes
 from tightrope.backends.sessions.store import RunStore
 from tightrope.kernels.forms.layout import PAGE
 
-Cell = tuple[Hashable, Hashable, tuple[int, ...]]  # namespace, frequencies, all tokens up to and with this one
+# namespace, frequencies, all tokens up to and with this one where it was computed, and whether that was over exact ones
+Cell = tuple[Hashable, Hashable, tuple[int, ...], bool]
 Storage = dict[int, list[Cell | None]]  # what the places of each page hold
 
 MOST_LIVE, MOST_TOKENS = 5, 120  # sequences at a time, and tokens of a step, where layers have windows
+
+
+@contextmanager
+def short_moves() -> Iterator[None]:
+    """Runs of few tokens are moved, so that small caches see many."""
+    with (
+        patch.object(removals, "MIN_MATCH", 3),
+        patch.multiple(moving, COMPUTED_AGAIN=3, MIN_KEPT=2, MIN_RUN=2, MIN_MOVED=4),
+        patch.object(pages, "MIN_MOVED", 4),
+    ):
+        yield
 
 
 @dataclass
@@ -25,12 +41,18 @@ class Held:
 
     namespace: str
     opened_len: int
-    cells: list[Cell]
+    tokens: list[int]  # of its places so far, also of those that are gaps
+    cells: list[Cell | None]
     reserved: int = 0
 
     @property
-    def tokens(self) -> tuple[int, ...]:
-        return self.cells[-1][2] if self.cells else ()
+    def length(self) -> int:
+        """Tokens before the first gap."""
+        return self.cells.index(None) if None in self.cells else len(self.cells)
+
+    @property
+    def num_missing(self) -> int:
+        return self.cells.count(None)
 
 
 class EagerStore(RunStore):
@@ -77,27 +99,49 @@ class Driver:
     ) -> None:  # fmt: skip
         """Sequences beyond trained_len have frequencies of their own length, as with dynamic NTK."""
         self.trained_len, self.window = trained_len, window
-        self.cache = PagedKVCache(num_pages, self.frequencies, num_window_pages=num_window_pages, window=window)
+        self.cache = PagedKVCache(
+            num_pages, self.frequencies, num_window_pages=num_window_pages, window=window, moves=True
+        )
         self.num_pages = num_pages
         self.storage: Storage = {page: [None] * PAGE for page in range(num_pages)}
         self.window_storage: Storage = {page: [None] * PAGE for page in range(num_window_pages)}
         self.live: dict[int, Held] = {}
         if store is not None:
             self.cache.stored = StoredPages(store, PretendMover(self))
+        self.reused = Reuse()  # what was found by the last that was opened
 
     def frequencies(self, length: int) -> Hashable:
         return max(length, self.trained_len)
 
-    def open(self, seq_id: int, tokens: Sequence[int], namespace: str = "", *, reuse: bool = True) -> int:
+    def open(self, seq_id: int, tokens: Sequence[int], namespace: str = "", *, reuse: Wanted = "exact") -> int:
         """Open a sequence; returns how many tokens were cached."""
-        reused = self.cache.open(seq_id, tokens, namespace, reuse="exact" if reuse else "nothing")
+        reused = self.reused = self.cache.open(seq_id, tokens, namespace, reuse=reuse)
         found = reused.num_tokens
-        assert reused == Reuse.prefix(found)
         assert 0 <= found < len(tokens)
-        kind = self.frequencies(len(tokens))
-        cells: list[Cell] = [(namespace, kind, tuple(tokens[: i + 1])) for i in range(found)]
-        self.live[seq_id] = Held(namespace, len(tokens), cells)
+        assert reused == Reuse.prefix(found) or reuse == "moved"
+        held = self.live[seq_id] = Held(namespace, len(tokens), [], [])
+        for run in reused.runs:
+            assert run.start >= len(held.cells)
+            held.cells += [None] * (run.start - len(held.cells))
+            held.cells += [
+                self.found(seq_id, tokens, place, is_exact=run.is_exact) for place in range(run.start, run.stop)
+            ]
+        held.tokens = list(tokens[: len(held.cells)])
         return found
+
+    def found(self, seq_id: int, tokens: Sequence[int], place: int, *, is_exact: bool) -> Cell:
+        """What the sequence holds in this place, which is of the same token, namespace and frequencies."""
+        held = self.live[seq_id]
+        expected = (held.namespace, self.frequencies(len(tokens)), tuple(tokens[: place + 1]), True)
+        if is_exact:
+            return expected
+        self.copy()
+        page = int(self.cache.block_table(seq_id, place + 1)[place // PAGE])
+        cell = self.storage[page][place % PAGE]
+        assert cell is not None
+        assert cell[:2] == expected[:2]
+        assert cell[2][-1] == tokens[place]
+        return cell
 
     def reserve(self, seq_id: int, num_tokens: int) -> bool:
         before = self.cache.usage()
@@ -108,16 +152,31 @@ class Driver:
         return False
 
     def store(self, seq_id: int, tokens: Sequence[int]) -> None:
-        """A forward pass: copies first, then every token into its place, then the commit."""
+        """A forward pass: copies first, then every token into its place, then the commit, gap by gap."""
+        held = self.live[seq_id]
+        while tokens:
+            begin = held.length
+            end = next((i for i in range(begin, len(held.cells)) if held.cells[i]), begin + len(tokens))
+            self._store(seq_id, begin, tokens[: end - begin])
+            tokens = tokens[end - begin :]
+
+    def _store(self, seq_id: int, begin: int, tokens: Sequence[int]) -> None:
         self.copy()
         held = self.live[seq_id]
-        kind = self.frequencies(max(held.opened_len, len(held.cells) + len(tokens)))
-        begin, end = len(held.cells), len(held.cells) + len(tokens)
+        end = begin + len(tokens)
+        kind = self.frequencies(max(held.opened_len, end))
         window_pages = self.cache.window_table(seq_id, end).tolist() if self.window else []
-        for token in tokens:
-            page, place = self.pages(seq_id)[len(held.cells) // PAGE], len(held.cells) % PAGE
-            held.cells.append((held.namespace, kind, (*held.tokens, token)))
-            self.storage[page][place] = held.cells[-1]
+        numbers = self.cache.block_table(seq_id, end).tolist()
+        if begin == len(held.tokens):
+            held.tokens += tokens
+            held.cells += [None] * len(tokens)
+        for place, token in enumerate(tokens, begin):
+            assert held.tokens[place] == token
+            before = held.cells[place - 1] if place else None
+            is_exact = place == 0 or (before is not None and before[2:] == (tuple(held.tokens[:place]), True))
+            held.cells[place] = self.storage[numbers[place // PAGE]][place % PAGE] = (
+                held.namespace, kind, tuple(held.tokens[: place + 1]), is_exact
+            )  # fmt: skip
         held.reserved = max(0, held.reserved - len(tokens))
         if self.window:
             for place in range(begin, end):
@@ -130,10 +189,12 @@ class Driver:
             (self.cache.copies, self.storage),
             (self.cache.window_copies, self.window_storage),
         ):
-            while copies := waiting.next():
-                for source, target in reversed(copies):  # in any order
+            while batch := waiting.next():
+                for source, target in reversed(batch.pages):  # in any order
                     storage[target] = list(storage[source])
-                waiting.done(len(copies))
+                for source, target in zip(batch.sources.tolist(), batch.targets.tolist(), strict=True):
+                    storage[target // PAGE][target % PAGE] = storage[source // PAGE][source % PAGE]
+                waiting.done(batch.count)
 
     def check_window(self, held: Held, window_pages: Sequence[int], begin: int) -> None:
         """All that a token at `begin` may look at, and the tokens after it, lie where the window's pages are."""
@@ -141,22 +202,27 @@ class Driver:
         for place in range(max(0, begin - self.window + 1), len(held.cells)):
             assert self.window_storage[window_pages[place // PAGE]][place % PAGE] == held.cells[place]
 
-    def run(self, seq_id: int, tokens: Sequence[int], namespace: str = "", *, reuse: bool = True) -> int:
+    def run(self, seq_id: int, tokens: Sequence[int], namespace: str = "", *, reuse: Wanted = "exact") -> int:
         """Open a sequence and run all its tokens; returns how many were cached."""
         found = self.open(seq_id, tokens, namespace, reuse=reuse)
-        assert self.extend(seq_id, tokens[found:])
+        assert self.extend(seq_id, tokens[len(self.live[seq_id].cells) :])
         return found
 
     def extend(self, seq_id: int, tokens: Sequence[int]) -> bool:
-        if not self.reserve(seq_id, len(tokens)):
+        """Run what is missing in gaps, and then these; False if there is no room for them."""
+        held = self.live[seq_id]
+        missing = [token for token, cell in zip(held.tokens, held.cells, strict=True) if cell is None]
+        if not self.reserve(seq_id, len(missing) + len(tokens)):
             return False
-        self.store(seq_id, tokens)
+        self.store(seq_id, [*missing, *tokens])
         return True
 
     def truncate(self, seq_id: int, length: int) -> None:
         self.cache.truncate(seq_id, length)
-        del self.live[seq_id].cells[length:]
-        self.live[seq_id].reserved = 0
+        held = self.live[seq_id]
+        length = min(length, held.length)
+        del held.cells[length:], held.tokens[length:]
+        held.reserved = 0
 
     def truncate_if_possible(self, seq_id: int, length: int) -> None:
         """Where it isn't, nothing changes."""
@@ -173,7 +239,8 @@ class Driver:
 
     def pages(self, seq_id: int) -> list[int]:
         held = self.live[seq_id]
-        return [int(page) for page in self.cache.block_table(seq_id, len(held.cells) + held.reserved)]
+        num_tokens = max(len(held.cells), len(held.cells) - held.num_missing + held.reserved)
+        return [int(page) for page in self.cache.block_table(seq_id, num_tokens)]
 
     def check(self) -> None:
         """Every sequence finds in its pages what it believes; pages add up."""
@@ -181,10 +248,11 @@ class Driver:
         self.cache.check_integrity()
         used = set()
         for seq_id, held in self.live.items():
-            pages = self.pages(seq_id)
-            used.update(pages)
-            assert len(set(pages)) == len(pages)
-            assert held.cells == [self.storage[pages[i // PAGE]][i % PAGE] for i in range(len(held.cells))]
+            numbers = self.pages(seq_id)
+            used.update(numbers)
+            assert len(set(numbers)) == len(numbers)
+            for place, cell in enumerate(held.cells):
+                assert cell is None or cell == self.storage[numbers[place // PAGE]][place % PAGE]
             if self.window:
                 window_pages = self.cache.window_table(seq_id, len(held.cells)).tolist()
                 self.check_window(held, window_pages, len(held.cells))

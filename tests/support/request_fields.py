@@ -202,6 +202,7 @@ OTHER: Mapping[str, Any] = {
     "response_fields": ["content"],
     "keep_alive": "5m",
     "cache_salt": "pepper",
+    "cache_reuse": "exact",
     "adapter_scale": 0.5,
     "stream_options": {"include_usage": True, "include_obfuscation": True},
     "parallel_tool_calls": False,

@@ -45,18 +45,21 @@ def _tree_faults(roots: Mapping[Hashable, Root], known: Collection[Page]) -> Ite
     reached: set[Page] = set()
     parents: list[Page | Root] = [*roots.values()]
     for key, root in roots.items():
-        if root.key != key or not root.children:
+        if root.key != key or not (root.children or root.inexact):
             yield f"the root of {key!r} is called {root.key!r}, with {len(root.children)} pages below it"
     while parents:
         parent = parents.pop()
-        for before, after in pairwise(parent.children):
-            if before.tokens > after.tokens:
-                yield f"pages {before.number} and {after.number} are not in the order of their tokens"
-        for page in parent.children:
+        for siblings in (parent.children, parent.inexact):
+            for before, after in pairwise(siblings):
+                if before.tokens > after.tokens:
+                    yield f"pages {before.number} and {after.number} are not in the order of their tokens"
+        for page in (*parent.children, *parent.inexact):
             if page.parent is not parent:
                 yield f"page {page.number} hangs in two places"
-            if not 0 < len(page.tokens) <= PAGE or (page.children and len(page.tokens) < PAGE):
-                yield f"page {page.number} of {len(page.tokens)} tokens has {len(page.children)} pages below it"
+            if page.is_exact != (parent.is_exact and page in parent.children):
+                yield f"page {page.number} is exact or not, and hangs among those that are the opposite"
+            if not 0 < len(page.tokens) <= PAGE or not (page.is_leaf or len(page.tokens) == PAGE):
+                yield f"page {page.number} of {len(page.tokens)} tokens has others below it"
             if page in reached:
                 return
             reached.add(page)
@@ -74,9 +77,19 @@ def _sequence_faults(sequence: LiveSequence, root: Root | None) -> Iterator[str]
         yield "its table names other pages than it holds"
     if len({*pages}) != len(pages):
         yield "a page stands in it twice"
+    end = length
+    for run in sequence.ahead:
+        if run.start <= end or not run.token_ids:
+            yield f"{len(run.token_ids)} of its tokens stand behind a gap at {run.start}, and others up to {end}"
+        end = run.start + len(run.token_ids)
+    for place, page in enumerate(pages):
+        if page.is_exact and not sequence.is_exact_at(place):
+            yield f"page {page.number} is exact, and only {sequence.num_exact} of its tokens are"
     if not 0 <= sequence.num_findable <= length <= len(pages) * PAGE:
         yield f"{sequence.num_findable} of {length} tokens may be found, in {len(pages)} pages"
         return
+    if end > len(pages) * PAGE:
+        yield f"its tokens reach to {end}, in {len(pages)} pages"
     parent: Page | Root | None = root
     for place in range(-(-sequence.num_findable // PAGE)):
         page = pages[place]

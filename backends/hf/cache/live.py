@@ -2,7 +2,7 @@
 
 from collections.abc import Hashable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -10,6 +10,13 @@ from tightrope.backends.hf.cache.page_tree import Page
 from tightrope.kernels.forms.layout import PAGE
 
 Ints = np.ndarray[Any, np.dtype[np.int32]]
+
+
+class Ahead(NamedTuple):
+    """Tokens that are stored from place `start` on, behind a gap that is yet to be computed."""
+
+    start: int
+    token_ids: tuple[int, ...]
 
 
 @dataclass(slots=True, eq=False)
@@ -21,9 +28,28 @@ class LiveSequence:
     frequencies: Hashable
     pages: list[Page] = field(default_factory=list)
     table: Ints = field(default_factory=lambda: np.zeros(64, np.int32))  # [>= len(pages)] their numbers
-    length: int = 0  # Tokens stored.
+    length: int = 0  # So many tokens are stored, from the first without a gap.
+    ahead: list[Ahead] = field(default_factory=list)
+    num_exact: int | None = None  # So many are what computing them here gives; None: all.
     num_findable: int = 0  # So many of them, from the first, may be found by others.
     held: range = range(0)  # Places in `pages` of those whose window number it holds.
+
+    @property
+    def num_stored(self) -> int:
+        return self.length + sum(len(run.token_ids) for run in self.ahead)
+
+    def is_exact_at(self, place: int) -> bool:
+        """Whether all tokens that the page in this place has, or will have, are exact."""
+        return self.num_exact is None or (place + 1) * PAGE <= self.num_exact
+
+    def join(self) -> tuple[int, ...]:
+        """The tokens that follow without a gap on those stored, which become stored themselves."""
+        joined: tuple[int, ...] = ()
+        while self.ahead and self.ahead[0].start == self.length:
+            run = self.ahead.pop(0)
+            joined += run.token_ids
+            self.length += len(run.token_ids)
+        return joined
 
     def append(self, page: Page) -> None:
         if len(self.pages) == len(self.table):

@@ -7,32 +7,33 @@ Whoever finds part of a page, or a page that another sequence still writes, read
 before it stores. Copies are queued and run before the next step stores anything, so a page may be given away while it
 still waits to be copied.
 
+A run of tokens that stands elsewhere in another sequence (moving.py) is copied into pages of the one that found it, and
+what lies in the gaps between is computed. Such pages, and all that are computed over them, aren't exact, and are found
+only by who takes them; what is computed exactly later replaces them, page by page.
+
 Sliding-window layers have fewer pages (window_pages.py): a beginning is found as far as they can go on from there.
 
 Nothing here knows of tensors; kernels.forms.layout says what a page is.
 """
 
-from bisect import insort
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
-from itertools import takewhile
-from operator import itemgetter
+from itertools import accumulate, takewhile, zip_longest
 
 import numpy as np
 
 from tightrope.backends.errors import BackendError
-from tightrope.backends.hf.cache.copies import Copies
 from tightrope.backends.hf.cache.integrity import faults
-from tightrope.backends.hf.cache.live import Ints, LiveSequence
-from tightrope.backends.hf.cache.page_tree import Page, Root, equals, hang, neighbours, num_common, tokens_of, twin_of
-from tightrope.backends.hf.cache.stored_pages import MIN_GAIN, Found, StoredPages
-from tightrope.backends.hf.cache.window_pages import WindowPages
+from tightrope.backends.hf.cache.live import Ahead, Ints, LiveSequence
+from tightrope.backends.hf.cache.moving import MIN_MOVED, Moved, by_last_use, copy_into, find_moved, unshared
+from tightrope.backends.hf.cache.page_pool import PagePool
+from tightrope.backends.hf.cache.page_tree import Page, hang
+from tightrope.backends.hf.cache.search import Match, find_path
 from tightrope.backends.protocol import KVUsage
-from tightrope.backends.reuse import Reuse, Wanted
+from tightrope.backends.reuse import Accepts, Reuse, Wanted, always
 from tightrope.kernels.forms.layout import PAGE
 
 
-class PagedKVCache:
+class PagedKVCache(PagePool):
     """KVCache over numbered pages. Capacity and usage are whole pages, in tokens."""
 
     def __init__(
@@ -42,23 +43,21 @@ class PagedKVCache:
         *,
         num_window_pages: int = 0,
         window: int | None = None,
+        moves: bool = False,
     ) -> None:
         """num_window_pages and window: see WindowPages.
+
+        moves: tokens may be found at other places than where they stood, and copied; not where layers have windows.
 
         frequencies_at: what tells apart the rotary frequencies of a sequence of so many tokens. Keys are cached before
         rotation, but what they are made of has been through rotated layers: tokens are shared only among sequences that
         compute with the same frequencies.
         """
-        self._num_pages = num_pages
+        super().__init__(num_pages, num_window_pages, window)
         self._frequencies_at = frequencies_at
-        self._free = list(range(num_pages - 1, -1, -1))  # A stack of page numbers.
-        self._idle: OrderedDict[Page, None] = OrderedDict()  # In the tree, without references; first out in front.
-        self._roots: dict[Hashable, Root] = {}
         self._live: dict[int, LiveSequence] = {}
-        self._windows = WindowPages(num_window_pages, window)
         self.has_windows = window is not None
-        self.copies, self.window_copies = Copies(), Copies()  # Those of pages, and of window pages.
-        self.stored: StoredPages | None = None  # Where evicted pages go, and come back from.
+        self._moves = moves and window is None
 
     # --- the protocol -----------------------------------------------------------------------------------------------
 
@@ -69,29 +68,32 @@ class PagedKVCache:
         namespace: str,
         *,
         reuse: Wanted = "exact",
+        accepts: Accepts = always,
         reproducible: bool = False,
     ) -> Reuse:
         """See KVCache. len(token_ids) is remembered: see `effective_len`."""
         assert seq_id not in self._live, f"sequence {seq_id} is open already"
         frequencies = self._frequencies_at(len(token_ids))
         sequence = LiveSequence((namespace, frequencies), len(token_ids), frequencies)
-        if reuse != "nothing":
-            self._restore(sequence.root, token_ids[:-1])
-            path, found = self._find(sequence.root, token_ids[:-1])
-            sequence.length = sequence.num_findable = self._windows.continuable(path, found)
-            for page in path[: -(-sequence.length // PAGE)]:
-                self._idle.pop(page, None)
-                page.refs += 1
-                sequence.append(page)
-            self._hold(sequence, self._windows.needed(sequence.length))
         self._live[seq_id] = sequence
+        wanted = token_ids[:-1]
+        if reuse != "nothing":
+            self._restore(sequence.root, wanted)
+        if reuse == "moved" and self._moves:
+            found = self._begin_inexact(sequence, wanted, accepts)
+            if found is not None:
+                return found
+        if reuse != "nothing":
+            path, length, _ = self._find(sequence, wanted, exact_only=True)
+            self._begin(sequence, path, self._windows.continuable(path, length))
+            self._hold(sequence, self._windows.needed(sequence.length))
         return Reuse.prefix(sequence.length)
 
     def reserve(self, seq_id: int, num_tokens: int) -> bool:
         """See KVCache. A borrowed page at the end is exchanged for one to write."""
         sequence = self._live[seq_id]
         borrows = num_tokens > 0 and sequence.borrows_tail
-        missing = -(-(sequence.length + num_tokens) // PAGE) - len(sequence.pages) + borrows
+        missing = -(-(sequence.num_stored + num_tokens) // PAGE) - len(sequence.pages) + borrows
         if missing <= 0:
             return True
         given_back = borrows and sequence.pages[-1].refs == 1
@@ -108,22 +110,18 @@ class PagedKVCache:
         sequence = self._live[seq_id]
         assert start == sequence.length, f"sequence {seq_id} holds {sequence.length} tokens, and stores from {start} on"
         end = start + len(token_ids)
-        assert end <= len(sequence.pages) * PAGE, f"sequence {seq_id} stores {len(token_ids)} tokens without room"
+        most = sequence.ahead[0].start if sequence.ahead else len(sequence.pages) * PAGE
+        assert end <= most, f"sequence {seq_id} stores {len(token_ids)} tokens without room"
         sequence.length = end
-        self._hold(sequence, self._windows.needed(end))
-        if (
-            sequence.num_findable < start
-            or self._frequencies_at(self.effective_len(seq_id, end)) != sequence.frequencies
-        ):
-            return
-        sequence.num_findable = end
-        for place in range(start // PAGE, -(-end // PAGE)):
-            page = sequence.pages[place]
-            new = token_ids[max(start, place * PAGE) - start : (place + 1) * PAGE - start]
-            hang(page, self._parent(sequence, place), page.tokens + tuple(new))
+        stored = (*token_ids, *sequence.join())
+        self._hold(sequence, self._windows.needed(sequence.length))
+        self._make_findable(sequence, start, stored)
 
     def truncate(self, seq_id: int, num_tokens: int) -> None:
-        """See KVCache. Reserved room is given back too. Raises BackendError where windows of layers have moved on."""
+        """See KVCache. Reserved room is given back too, and runs behind a gap.
+
+        Raises BackendError where windows of layers have moved on.
+        """
         sequence = self._live[seq_id]
         length = min(num_tokens, sequence.length)
         if self._windows.continuable(sequence.pages, length) < length:
@@ -134,11 +132,12 @@ class PagedKVCache:
             self._let_go(sequence, page, keep=False)
         del sequence.pages[num_kept:]
         sequence.length, sequence.num_findable = length, min(length, sequence.num_findable)
+        sequence.ahead.clear()
         if length % PAGE == 0:
             return
         page, used = sequence.pages[-1], length % PAGE
         if page.writer is sequence and len(page.tokens) > used:
-            if page.refs == 1 and not page.children:
+            if page.refs == 1 and page.is_leaf:
                 hang(page, page.parent, page.tokens[:used])
             else:
                 page.writer = None  # Others read what would be overwritten.
@@ -150,7 +149,7 @@ class PagedKVCache:
         if keep:
             sequence.pages = self._merge(sequence)
             if self.stored is not None and self.stored.outlives:
-                self.stored.keep(sequence.root, list(takewhile(lambda page: page.tokens, sequence.pages)))
+                self.stored.keep(sequence.root, list(takewhile(_is_storable, sequence.pages)))
         for page in reversed(sequence.pages):  # Ends first: a page leaves after all that hang below it.
             self._let_go(sequence, page, keep=keep)
 
@@ -188,184 +187,87 @@ class PagedKVCache:
         """
         return max(self._live[seq_id].opened_len, num_tokens)
 
-    # --- finding ----------------------------------------------------------------------------------------------------
+    # --- beginning -------------------------------------------------------------------------------------------------
 
-    def _find(self, root: Hashable, wanted: Sequence[int]) -> tuple[list[Page], int]:
-        """The path that holds most of `wanted`, and how many tokens that is.
+    def _find(self, sequence: LiveSequence, wanted: Sequence[int], *, exact_only: bool) -> Match:
+        return find_path(self._roots.get(sequence.root), wanted, exact_only=exact_only)
 
-        Several pages may hold the same tokens while their sequences live, so all equal paths are followed together.
+    def _begin(self, sequence: LiveSequence, path: Sequence[Page], length: int) -> None:
+        """Have a sequence begin with the first `length` tokens of a path."""
+        sequence.length = sequence.num_findable = length
+        for page in path[: -(-length // PAGE)]:
+            self._pin(page)
+            sequence.append(page)
+
+    def _begin_inexact(self, sequence: LiveSequence, wanted: Sequence[int], accepts: Accepts) -> Reuse | None:
+        """Have a sequence begin with what is found for it at any place; None where exact tokens do, or are better."""
+        match = self._find(sequence, wanted, exact_only=False)
+        moved = find_moved(match, wanted)
+        reuse = Reuse(match.runs + (moved.runs if moved else ()))
+        gain = reuse.num_tokens - self._find(sequence, wanted, exact_only=True).length
+        if not reuse.num_inexact or gain < MIN_MOVED or not accepts(reuse):
+            return None
+        # What is computed before the first inexact token stands on exact ones.
+        sequence.num_exact = next(run.start for run in reuse.runs if not run.is_exact)
+        if moved is None:
+            self._begin(sequence, match.path, match.length)
+        elif not self._begin_moved(sequence, match, moved, wanted):
+            sequence.num_exact = None
+            return None
+        return reuse
+
+    def _begin_moved(self, sequence: LiveSequence, match: Match, moved: Moved, wanted: Sequence[int]) -> bool:
+        """Have a sequence begin with a path, and copies of moved runs behind it; nothing changes if there is no room.
+
+        The last page of the path is copied too where the sequence is to write into it. Where room is short, the pages
+        that tokens are moved from are given up, each as soon as nothing of it is to be copied any more.
         """
-        parents: list[Page | Root] = [self._roots[root]] if root in self._roots else []
-        end: Page | Root | None = None
-        length = 0
-        while parents:
-            part = tuple(wanted[length : length + PAGE])
-            found = [(num_common(page.tokens, part), page) for parent in parents for page in neighbours(parent, part)]
-            common, best = max(found, key=itemgetter(0), default=(0, None))
-            if common == 0:
-                break
-            length, end = length + common, best
-            parents = [page for parent in parents for page in equals(parent, part)] if common == PAGE else []
-        path: list[Page] = []
-        while isinstance(end, Page):
-            path.append(end)
-            end = end.parent
-        return path[::-1], length
+        first, rest = divmod(match.length, PAGE)
+        slots = moved.slots(match, -(-moved.runs[-1].stop // PAGE) - first)
+        kept = dict.fromkeys((*match.path, *moved.path))
+        num_room = len(self._free) + len(self._idle) - sum(page in self._idle for page in kept)
+        spent = {}
+        if num_room < len(slots):
+            path = {*match.path}
+            spent = dict.fromkeys(page for page in unshared(moved.path) if page not in path)
+        given_up = by_last_use(slots, spent)
+        if min(accumulate((len(pages) - 1 for pages in given_up[:-1]), initial=num_room)) < 0:
+            return False
+        sources = [page for page in kept if page not in spent]
+        for page in sources:
+            self._pin(page)
+        self._begin(sequence, match.path, first * PAGE)
+        sequence.length = sequence.num_findable = match.length
+        sequence.ahead += [Ahead(run.start, tuple(wanted[run.start : run.stop])) for run in moved.runs]
+        for page in spent:
+            self._unhang(page)
+        for part, pages in zip_longest(slots, given_up):
+            self._free += [page.number for page in pages]
+            if part is not None:
+                sequence.append(self._take(sequence))
+                copy_into(self.copies, sequence.pages[-1].number, part)
+        if rest:
+            hang(sequence.pages[first], self._parent(sequence, first), tuple(wanted[first * PAGE : match.length]))
+        self._make_findable(sequence, match.length, sequence.join())
+        for page in reversed(sources):  # Ends first.
+            self._let_go(sequence, page, keep=True)
+        return True
 
-    def _parent(self, sequence: LiveSequence, place: int) -> Page | Root:
-        """What the page in this place of a sequence hangs below."""
-        if place:
-            return sequence.pages[place - 1]
-        return self._roots.setdefault(sequence.root, Root(sequence.root))
-
-    # --- giving and taking ------------------------------------------------------------------------------------------
-
-    def _take(self, writer: LiveSequence) -> Page:
-        """A page to write. The caller has made sure that there is one."""
-        return Page(self._take_number(), refs=1, writer=writer)
-
-    def _take_number(self) -> int:
-        """That of a page to write, evicting if none is free."""
-        if not self._free:
-            evicted = next(iter(self._idle))
-            if self.stored is not None:
-                self.stored.evicting(evicted)
-            self._discard(evicted)
-        return self._free.pop()
-
-    def _restore(self, root: Hashable, wanted: Sequence[int]) -> None:
-        """Bring back what the store has of `wanted` beyond what is here, as if it had never been evicted."""
-        if self.stored is None or (found := self.stored.find(root, wanted)).length < MIN_GAIN:
+    def _make_findable(self, sequence: LiveSequence, start: int, token_ids: tuple[int, ...]) -> None:
+        """Put tokens that are stored from place `start` on into the tree, unless other frequencies were used so far."""
+        end = start + len(token_ids)
+        frequencies = self._frequencies_at(max(sequence.opened_len, end))
+        if sequence.num_findable < start or frequencies != sequence.frequencies:
             return
-        path, here = self._find(root, wanted)
-        here_usable = self._windows.continuable(path, here)
-        kept = path[: here // PAGE]
-        room = len(self._free) + len(self._idle) - sum(page.refs == 0 for page in kept)
-        length = min(found.length, (len(kept) + room) * PAGE)
-        numbers = [page.window_number for page in kept]
-        while any(
-            (place >= len(kept) or numbers[place] is None) and not found.has_window(place)
-            for place in self._windows.needed(length)
-        ):
-            length = (length - 1) // PAGE * PAGE
-        if length < max(here, here_usable + MIN_GAIN):
-            return
-        self._use_last(kept)
-        new = [Page(self._take_number()) for _ in range(len(kept), -(-length // PAGE))]
-        self._write_back(root, found, kept, new, self._windows.needed(length))
+        sequence.num_findable = end
+        for place in range(start // PAGE, -(-end // PAGE)):
+            page = sequence.pages[place]
+            new = token_ids[max(start, place * PAGE) - start : (place + 1) * PAGE - start]
+            hang(page, self._parent(sequence, place), page.tokens + new)
+            if page.is_exact:
+                self._replace_inexact(page)
 
-    def _write_back(self, root: Hashable, found: Found, kept: list[Page], new: list[Page], needed: range) -> None:
-        """Fill new pages, and window pages where `needed`, from the store; hang what could be had behind `kept`."""
-        assert self.stored is not None
-        pages = [*kept, *new]
-        missing = [place for place in needed if pages[place].window_number is None]
-        for place in needed:
-            self._windows.hold(pages[place])
-        try:
-            restored = self.stored.restore(
-                found,
-                {place: page.number for place, page in enumerate(new, len(kept))},
-                {place: number for place in missing if (number := pages[place].window_number) is not None},
-            )
-        except BackendError:  # It is computed then.
-            restored = 0
-        for place in needed:
-            self._windows.let_go(pages[place])
-        for place in missing:
-            if place * PAGE >= restored:
-                self._windows.forget(pages[place])
-        for place, page in enumerate(new, len(kept)):
-            if place * PAGE >= restored:
-                self._free.append(page.number)
-                continue
-            parent = pages[place - 1] if place else self._roots.setdefault(root, Root(root))
-            hang(page, parent, found.tokens(place))
-        self._use_last([page for page in pages if page.parent is not None])
 
-    def _use_last(self, path: Sequence[Page]) -> None:
-        """Have the pages of a path be evicted after all others, ends first."""
-        for page in reversed(path):
-            if page.refs == 0:
-                self._idle[page] = None
-                self._idle.move_to_end(page)
-
-    def _own_tail(self, sequence: LiveSequence) -> None:
-        """Exchange a borrowed last page for one to write; the page itself where nobody else would miss anything."""
-        held = self._windows.needed(sequence.length)  # The last of them is what is exchanged.
-        window_source = sequence.pages[-1].window_number
-        self._hold(sequence, held[:-1])
-        source, used = sequence.pages.pop(), sequence.length % PAGE
-        tokens = source.tokens[:used]  # It may be evicted here.
-        source.refs -= 1
-        if source.refs == 0 and source.tokens == tokens:
-            source.refs, source.writer = 1, sequence
-            sequence.append(source)
-            self._hold(sequence, held)
-            return
-        if source.refs == 0:
-            self._idle[source] = None
-        target = self._take(sequence)
-        if target.number != source.number:
-            self.copies.add(source.number, target.number)
-        hang(target, self._parent(sequence, len(sequence.pages)), tokens)
-        sequence.append(target)
-        self._hold(sequence, held)
-        if held and window_source != target.window_number:
-            assert window_source is not None
-            assert target.window_number is not None
-            self.window_copies.add(window_source, target.window_number)
-
-    def _hold(self, sequence: LiveSequence, places: range) -> None:
-        """Have a sequence hold the window numbers of the pages in these places, and no others."""
-        if places == sequence.held:
-            return
-        for place in places:
-            if place not in sequence.held:
-                self._windows.hold(sequence.pages[place])
-        for place in sequence.held:
-            if place not in places:
-                self._windows.let_go(sequence.pages[place])
-        sequence.held = places
-
-    def _let_go(self, sequence: LiveSequence, page: Page, *, keep: bool) -> None:
-        """Drop a reference; without `keep`, nothing stays of what only this sequence has written."""
-        was_written = page.writer is sequence
-        if was_written:
-            page.writer = None
-        page.refs -= 1
-        if page.refs > 0:
-            return
-        if not page.tokens or (was_written and not keep and not page.children):
-            self._discard(page)
-        else:
-            self._idle[page] = None
-
-    def _merge(self, sequence: LiveSequence) -> list[Page]:
-        """The pages of a closing sequence, those that another page could stand for replaced by it."""
-        path: list[Page] = []
-        for page in sequence.pages:
-            twin = twin_of(page) if page.refs == 1 and page.tokens else None
-            if twin is None:
-                path.append(page)
-                continue
-            for child in page.children:
-                child.parent = twin
-                insort(twin.children, child, key=tokens_of)
-            page.children = []
-            self._windows.hand_over(page, twin)
-            self._discard(page)
-            self._idle.pop(twin, None)
-            twin.refs += 1
-            path.append(twin)
-        return path
-
-    def _discard(self, page: Page) -> None:
-        """Take a page out of the tree and give its number back."""
-        assert not page.children, "a page goes after all that hang below it"
-        parent = page.parent
-        self._idle.pop(page, None)
-        self._windows.forget(page)
-        hang(page, None, ())
-        self._free.append(page.number)
-        if isinstance(parent, Root) and not parent.children:
-            del self._roots[parent.key]
+def _is_storable(page: Page) -> bool:
+    """Tokens that were moved are only as good as those that they were moved from, which are stored."""
+    return page.is_exact and page.tokens != ()

@@ -91,7 +91,9 @@ class StoredPages:
             parent = piece.name
 
     def evicting(self, page: Page) -> None:
-        """Store a page that is about to leave the cache, with those before it in its piece."""
+        """Store a page that is about to leave the cache, with those before it in its piece; not one of moved tokens."""
+        if not page.is_exact:
+            return
         path: list[Page] = []
         place: Page | Root | None = page
         while isinstance(place, Page):

@@ -10,7 +10,7 @@ from tightrope.backends.hf.run.calibrate import key_factors
 from tightrope.backends.hf.run.steps import StepBuilder, StepInputs
 from tightrope.backends.hf.runner import ModelRunner
 from tightrope.backends.protocol import Backend, Chunk, KVCache, KVUsage
-from tightrope.backends.reuse import Reuse, Wanted
+from tightrope.backends.reuse import Accepts, Reuse, Wanted, always
 from tightrope.kernels.forms.layout import CacheDtype, LayerCache
 
 Inputs = Callable[[Sequence[Chunk]], StepInputs]
@@ -95,6 +95,7 @@ class _BaseBooks:
         namespace: str,
         *,
         reuse: Wanted = "exact",
+        accepts: Accepts = always,
         reproducible: bool = False,
     ) -> Reuse:
         return Reuse()

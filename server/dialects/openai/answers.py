@@ -15,9 +15,10 @@ FinishReason = Literal["stop", "length", "tool_calls", "error"]
 
 
 class PromptTokensDetails(BaseModel):
-    """cached_tokens: of the prompt, found in the cache."""
+    """cached_tokens: of the prompt, found in the cache; moved_tokens: those of them that aren't exactly computed."""
 
     cached_tokens: int
+    moved_tokens: int
 
 
 class Usage(BaseModel):
@@ -171,7 +172,10 @@ def usage(prompts: Sequence[PromptInfo], completion_tokens: int) -> dict[str, An
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": sum(prompt.num_cached for prompt in prompts)},
+        "prompt_tokens_details": {
+            "cached_tokens": sum(prompt.num_cached for prompt in prompts),
+            "moved_tokens": sum(prompt.num_moved for prompt in prompts),
+        },
     }
 
 
