@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 
-# A100; RTX 30, RTX 40; H100 and H200; B200; RTX 50.
-ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+# RTX 20; A100; RTX 30, RTX 40; H100 and H200; B200; RTX 50.
+ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
+OLDEST_WITH_BFLOAT16 = 80
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,6 +44,13 @@ def find_device(asked: str, host: Host) -> tuple[torch.device, str | None]:
     return device, faults.of_card(device)
 
 
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether a device computes in bfloat16, as cards since sm_80 do; one that isn't here counts as such."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return True
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def describe_card(device: torch.device, host: Host) -> str:
     """A card in one line: what it is, and by what it is reached."""
     free, total = (size / GIB for size in torch.cuda.mem_get_info(device))

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bench.gpu.matrices import random_nf4
 from tightrope.backends.detect import outline
+from tightrope.backends.errors import BackendError
 from tightrope.backends.gguf.model_file import notes_on, read_model
 from tightrope.backends.hf.load.blueprint import activation_dtype
 from tightrope.backends.hf.load.inspection import inspect
@@ -40,6 +41,23 @@ def test_hidden_states_on_a_card_have_at_most_sixteen_bits_unless_more_are_asked
 ):
     assert activation_dtype(asked, stored, CARD) == dtype
     assert activation_dtype(asked, stored, CPU) == torch.float32
+
+
+@pytest.mark.quick
+def test_an_old_card_has_no_bfloat16_and_a_line_says_what_is_taken(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for capability, taken in (((7, 5), torch.float16), ((8, 0), torch.bfloat16)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        assert activation_dtype("auto", "bfloat16", CARD) == activation_dtype("auto", "float32", CARD) == taken
+        assert activation_dtype("auto", "float16", CARD) == torch.float16
+        assert activation_dtype("float32", "bfloat16", CARD) == torch.float32
+        notes = inspect(ADAPTERS / "llama-bf16", ModelSettings(), CARD).notes
+        assert notes == (("dtype: float16, as the card has no bfloat16",) if taken == torch.float16 else ())
+        assert not inspect(ADAPTERS / "llama-bf16", ModelSettings(dtype="float16"), CARD).notes
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    with pytest.raises(BackendError, match=r"^--dtype bfloat16: the card has none; take float16$"):
+        activation_dtype("bfloat16", "float16", CARD)
 
 
 @pytest.mark.quick

@@ -26,7 +26,7 @@ def test_an_unknown_architecture_is_one_line_with_those_that_are_known(text: str
 
     line = capsys.readouterr().err
     assert line.startswith("tightrope: --arch: ")
-    assert line.endswith(" is none of sm_80, sm_86, sm_89, sm_90, sm_100, sm_120\n")
+    assert line.endswith(" is none of sm_75, sm_80, sm_86, sm_89, sm_90, sm_100, sm_120\n")
     assert line.count("\n") == 1
 
 
@@ -78,7 +78,7 @@ def test_without_a_card_one_must_be_named(capsys: pytest.CaptureFixture[str], mo
 
     assert main(["warm", str(TINY)]) == 1
     line = capsys.readouterr().err
-    assert line.startswith("tightrope: --arch: this machine has no card to compile for; name one: sm_80, sm_86")
+    assert line.startswith("tightrope: --arch: this machine has no card to compile for; name one: sm_75, sm_80, sm_86")
     assert line.count("\n") == 1
 
 
@@ -117,3 +117,15 @@ def test_a_second_process_compiles_nothing_that_the_first_has_compiled(tmp_path:
     assert num_compiled == num_kernels > 10
     assert again == (num_kernels, 0)
     assert other == (num_kernels, num_kernels)
+
+
+@pytest.mark.slow
+def test_a_model_in_bfloat16_is_compiled_in_float16_for_a_card_that_has_no_other(tmp_path: Path):
+    ((num_kernels, num_compiled),) = warm(FORMATS / "tiny" / "llama-exl2-mixed-h6", tmp_path, "sm_75")
+
+    assert num_compiled == num_kernels > 10
+
+
+def test_what_a_card_does_not_compute_in_is_one_line(capsys: pytest.CaptureFixture[str]):
+    assert main(["warm", str(TINY), "--arch=sm_75", "--dtype=bfloat16"]) == 1
+    assert capsys.readouterr().err == "tightrope: --dtype bfloat16: sm_75 has none; take float16\n"

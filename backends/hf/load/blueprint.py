@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from tightrope.backends.devices.choice import has_bfloat16
 from tightrope.backends.errors import BackendError
 from tightrope.backends.files.hf_config import ModelShape
 from tightrope.backends.files.safetensors import Checkpoint
@@ -177,13 +178,17 @@ def activation_dtype(asked: Dtype, stored: str, device: torch.device) -> torch.d
     """What hidden states are held in; `stored` is the dtype that config.json tells.
 
     On a CPU it is float32, whatever is asked for. Elsewhere "auto" is the stored one if it has sixteen bits, and
-    bfloat16 in the place of float32: products of 32 bits would run without a card's matrix units.
+    bfloat16 in the place of float32: products of 32 bits would run without a card's matrix units. An old card that has
+    no bfloat16 takes float16. Raises BackendError where the former is asked for.
     """
     if device.type == "cpu":
         return torch.float32
-    if asked == "auto":
-        return torch.bfloat16 if stored == "float32" else DTYPES_BY_NAME[stored]
-    return DTYPES_BY_NAME[asked]
+    wanted = asked if asked != "auto" else "bfloat16" if stored == "float32" else stored
+    if wanted == "bfloat16" and not has_bfloat16(device):
+        if asked == "bfloat16":
+            raise BackendError("--dtype bfloat16: the card has none; take float16")
+        return torch.float16
+    return DTYPES_BY_NAME[wanted]
 
 
 def table_on_host(weights: list[Weight], embedding: Embedding | None) -> list[Weight]:

@@ -47,6 +47,8 @@ def inspect(folder: Path, settings: ModelSettings, device: torch.device | str = 
         blueprint.adapters.check(Path(path).expanduser())
     idle = settings.types_on_a_card if torch.device(device).type == "cpu" else ()
     notes = tuple(f"{given} changes nothing: on a CPU hidden states and sums are float32" for given in idle)
+    if settings.dtype == "auto" and shape.dtype != "float16" and blueprint.activation_dtype == torch.float16:
+        notes = ("dtype: float16, as the card has no bfloat16",)
     return Inspection(shape, rope, tokenizer, blueprint, templates, notes)
 
 
