@@ -1,11 +1,13 @@
 """Which pieces there are, as a tree: a piece hangs below the one that ends where it begins."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from tightrope.backends.sessions.piece import Ints, Piece, num_common
 
 Usable = Callable[[Piece, int], int]  # Of so many first tokens of a piece, those behind which a model can go on.
+
+MOST_SEARCHED = 1 << 18  # Tokens of all texts that are looked at.
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +55,22 @@ class Catalogue:
         """Those that this one makes needless."""
         siblings = self._below.get(piece.parent, {}).values()
         return [other for other in siblings if other is not piece and other.begins(piece)]
+
+    def texts(self, root: bytes, wanted: Ints, num_common_least: int) -> Iterator[list[Piece]]:
+        """All texts to their ends, as pieces, that begin with as many tokens of `wanted` at least; newer ones first."""
+        num_left = MOST_SEARCHED
+        waiting = [
+            [piece]
+            for piece in self._below.get(root, {}).values()
+            if piece.root == root and num_common(piece.token_ids, wanted) >= num_common_least
+        ]
+        while waiting and num_left > 0:
+            path = waiting.pop()
+            longer = [[*path, piece] for piece in self._below.get(path[-1].name, {}).values()]
+            waiting += longer
+            if not longer:
+                num_left -= path[-1].stop
+                yield path
 
     def longest(self, root: bytes, wanted: Ints, usable: Usable = lambda piece, length: length) -> list[Match]:
         """The pieces that hold most of `wanted` [n], one behind another; `usable` says how much of each is of use."""

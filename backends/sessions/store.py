@@ -9,7 +9,7 @@ import queue
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from weakref import WeakSet
 
 from tightrope.backends.sessions.catalogue import Catalogue, Match, Usable
@@ -86,14 +86,14 @@ class RunStore:
         with self._lock:
             return self._catalogue.covering(piece) is not None
 
-    def put(self, piece: Piece, payload: Bytes) -> bool:
-        """Keep a piece, in place of its own beginnings; False where there is no room for it."""
+    def put(self, piece: Piece, payload: Bytes, behind: Collection[Piece] = ()) -> bool:
+        """Keep a piece, in place of its own beginnings; False where it has no room beside those it is behind."""
         with self._lock:
             if piece.name in self._catalogue:
                 return True
             if payload.nbytes > self.host_bytes:
                 return False
-            self._make_room(payload.nbytes)
+            self._make_room(payload.nbytes, self._unwritten.union(other.name for other in behind))
             if self._host_used + payload.nbytes > self.host_bytes:
                 return False
             for needless in self._catalogue.beginnings_of(piece):
@@ -113,6 +113,11 @@ class RunStore:
         """See Catalogue."""
         with self._lock:
             return self._catalogue.longest(root, wanted, usable)
+
+    def texts(self, root: bytes, wanted: Ints, num_common_least: int) -> list[list[Piece]]:
+        """See Catalogue."""
+        with self._lock:
+            return list(self._catalogue.texts(root, wanted, num_common_least))
 
     def read(self, piece: Piece) -> Bytes | None:
         """The bytes of a piece; None where they can't be had any more."""
@@ -153,8 +158,8 @@ class RunStore:
 
     # --- memory -------------------------------------------------------------------------------------------------------
 
-    def _make_room(self, num_bytes: int) -> None:
-        for name in [name for name in self._host if name not in self._unwritten]:
+    def _make_room(self, num_bytes: int, kept: Collection[bytes]) -> None:
+        for name in [name for name in self._host if name not in kept]:
             if self._host_used + num_bytes <= self.host_bytes:
                 return
             self._drop_host(name)

@@ -4,6 +4,7 @@ import pytest
 from pages_driver import MOST_TOKENS, Driver, EagerStore, PretendMover
 
 from tightrope.backends.errors import BackendError
+from tightrope.backends.hf.cache.moving import COMPUTED_AGAIN
 from tightrope.backends.hf.cache.stored_pages import PIECE, StoredPages
 from tightrope.backends.hf.cache.window_pages import most_needed
 from tightrope.backends.sessions.piece import Bytes, Piece
@@ -15,9 +16,11 @@ pytestmark = pytest.mark.quick
 LONG = PIECE * PAGE + 100  # Tokens of a chat of two pieces.
 
 
-def successor(driver: Driver, store: RunStore) -> Driver:
+def successor(driver: Driver, store: RunStore, num_pages: int = 0) -> Driver:
     """What runs in the next process: an empty cache over the same store."""
-    after = Driver(driver.num_pages, window=driver.window, num_window_pages=len(driver.window_storage), store=store)
+    after = Driver(
+        num_pages or driver.num_pages, window=driver.window, num_window_pages=len(driver.window_storage), store=store
+    )
     assert driver.cache.stored is not None
     assert after.cache.stored is not None
     before, now = driver.cache.stored._mover, after.cache.stored._mover
@@ -138,6 +141,45 @@ def test_sliding_layers_that_lost_their_window_here_get_it_back() -> None:
         driver.close(start)
     assert driver.run(2, range(110)) == 100
     driver.check()
+
+
+def test_a_chat_that_lost_its_oldest_message_comes_back_to_be_moved() -> None:
+    system, oldest, rest = list(range(40)), list(range(100, 300)), list(range(1000, 1000 + LONG))
+    store = EagerStore(100_000)
+    driver = Driver(num_pages=100, store=store)
+    driver.run(1, [*system, *oldest, *rest])
+    driver.close(1)
+    for num_pages in (100, 40):  # There is room for both, or for the chat alone.
+        after = successor(driver, store, num_pages)
+        after.open(2, [*system, *rest, 7], reuse="exact")
+        assert after.reused.num_tokens == len(system)
+        after.close(2)
+        after.open(3, [*system, *rest, 7], reuse="moved")
+        assert after.reused.num_tokens == len(system) + len(rest) - COMPUTED_AGAIN
+        tokens = [*system, *rest, 7]
+        assert after.extend(3, tokens[len(after.live[3].cells) :])
+        after.check()
+
+
+def test_a_chat_is_found_in_memory_also_where_its_beginning_has_not_left_the_cache() -> None:
+    driver = Driver(num_pages=60, store=RunStore(100_000))
+    length = 3 * PIECE * PAGE + 100
+    driver.run(1, range(length))
+    driver.close(1)
+    driver.run(2, range(10_000, 10_000 + 30 * PAGE))
+    driver.close(2)
+    assert driver.run(3, range(length + 5)) == length
+    driver.check()
+
+
+def test_memory_that_is_too_small_for_a_chat_keeps_its_beginning() -> None:
+    store = EagerStore(500)  # 50 pages of this driver.
+    driver = Driver(num_pages=100, store=store)
+    driver.run(1, range(80 * PAGE))
+    driver.close(1)
+    after = successor(driver, store)
+    assert after.run(1, [*range(80 * PAGE), 7]) == 48 * PAGE
+    after.check()
 
 
 def test_nothing_is_stored_of_a_chat_that_is_not_to_be_kept() -> None:

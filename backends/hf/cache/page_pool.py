@@ -47,8 +47,19 @@ class PagePool:
 
     def _restore(self, root: Hashable, wanted: Sequence[int]) -> None:
         """Bring back what the store has of `wanted` beyond what is here, as if it had never been evicted."""
-        if self.stored is None or (found := self.stored.find(root, wanted)).length < MIN_GAIN:
-            return
+        if self.stored is not None and (found := self.stored.find(root, wanted)).length >= MIN_GAIN:
+            self._bring_back(root, wanted, found)
+
+    def _restore_source(self, root: Hashable, wanted: Sequence[int]) -> bool:
+        """Bring back a text that most of `wanted` can be moved from; False where the store has none."""
+        source = None if self.stored is None else self.stored.find_source(root, wanted)
+        if source is None:
+            return False
+        self._bring_back(root, *source)
+        return True
+
+    def _bring_back(self, root: Hashable, wanted: Sequence[int], found: Found) -> None:
+        """Hang what the store has `found` of a text behind what is here of it, if that is worth it and has room."""
         path, here, _ = find_path(self._roots.get(root), wanted, exact_only=True)
         here_usable = self._windows.continuable(path, here)
         kept = path[: here // PAGE]

@@ -81,6 +81,8 @@ class PagedKVCache(PagePool):
             self._restore(sequence.root, wanted)
         if reuse == "moved" and self._moves:
             found = self._begin_inexact(sequence, wanted, accepts)
+            if found is None and self._restore_source(sequence.root, wanted):
+                found = self._begin_inexact(sequence, wanted, accepts)
             if found is not None:
                 return found
         if reuse != "nothing":

@@ -10,7 +10,9 @@ from typing import Protocol
 import numpy as np
 
 from tightrope.backends.errors import BackendError
+from tightrope.backends.hf.cache.moving import MIN_KEPT, MIN_MOVED
 from tightrope.backends.hf.cache.page_tree import Page, Root
+from tightrope.backends.removals import kept_runs
 from tightrope.backends.sessions.catalogue import Match
 from tightrope.backends.sessions.piece import Bytes, Piece
 from tightrope.backends.sessions.store import RunStore
@@ -72,26 +74,33 @@ class StoredPages:
         """What contradicts itself, a line each."""
         return self._store.faults()
 
-    def keep(self, key: Hashable, path: Sequence[Page], first: int = 0) -> None:
-        """Store what isn't there of a path of pages below the root of this key, from the piece of place `first` on."""
+    def keep(self, key: Hashable, path: Sequence[Page]) -> None:
+        """Store what isn't there of a path of pages below the root of this key, from its start as far as there is room.
+
+        A piece is of no use without those before it.
+        """
         root = parent = self._store.root(repr(key))
+        pieces: list[Piece] = []
         for start in range(0, len(path), PIECE):
             pages = path[start : start + PIECE]
             token_ids = np.fromiter((token for page in pages for token in page.tokens), np.int32)
             windows = [page.window_number for page in pages if page.window_number is not None]
             about = bytes(page.window_number is not None for page in pages)
             piece = Piece(root, parent, start * PAGE, token_ids, 0, about=about)
-            if start + PIECE > first and not self._store.covers(piece):
+            if not self._store.covers(piece):
                 try:
                     payload = self._mover.read_pages([page.number for page in pages], windows)
                 except BackendError:  # It can be computed again.
-                    return
+                    break
                 piece = Piece(root, parent, start * PAGE, token_ids, payload.nbytes, about=about)
-                self._store.put(piece, payload)
+                if not self._store.put(piece, payload, behind=pieces):
+                    break
             parent = piece.name
+            pieces.append(piece)
+        self._store.use(pieces)
 
     def evicting(self, page: Page) -> None:
-        """Store a page that is about to leave the cache, with those before it in its piece; not one of moved tokens."""
+        """Store a page that is about to leave the cache, with those before it; not one of moved tokens."""
         if not page.is_exact:
             return
         path: list[Page] = []
@@ -100,7 +109,7 @@ class StoredPages:
             path.append(place)
             place = place.parent
         if place is not None:
-            self.keep(place.key, path[::-1], len(path) - 1)
+            self.keep(place.key, path[::-1])
 
     def find(self, key: Hashable, wanted: Sequence[int]) -> Found:
         """The longest beginning of `wanted` in the store."""
@@ -109,6 +118,21 @@ class StoredPages:
         matches = self._store.longest(self._store.root(repr(key)), np.asarray(wanted, np.int32))
         self._store.use([match.piece for match in matches])
         return Found(tuple(matches), sum(match.length for match in matches))
+
+    def find_source(self, key: Hashable, wanted: Sequence[int]) -> tuple[list[int], Found] | None:
+        """The stored text of which removals leave most of `wanted` behind their common beginning, and its tokens."""
+        best: list[Piece] = []
+        most, prompt = MIN_MOVED - 1, np.asarray(wanted, np.int32)
+        for text in self._store.texts(self._store.root(repr(key)), prompt, MIN_KEPT):
+            runs = kept_runs(np.concatenate([piece.token_ids for piece in text]), prompt)
+            num_moved = sum(run.length for run in runs if not run.is_exact)
+            if num_moved > most:
+                best, most = text, num_moved
+        if not best:
+            return None
+        self._store.use(best)
+        matches = tuple(Match(piece, len(piece.token_ids)) for piece in best)
+        return np.concatenate([piece.token_ids for piece in best]).tolist(), Found(matches, best[-1].stop)
 
     def restore(self, found: Found, pages: Mapping[int, int], windows: Mapping[int, int]) -> int:
         """Bring back pages and window pages: numbers to write, by their places.
