@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Mapping
+from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -21,6 +22,7 @@ from tightrope.engine.scheduler import Scheduler
 from tightrope.engine.sequence import Sequence
 from tightrope.engine.settings import LimitSettings
 from tightrope.engine.types import (
+    Carry,
     Delta,
     GenerateRequest,
     Prompt,
@@ -29,6 +31,7 @@ from tightrope.engine.types import (
     TokenPiece,
     TokenPrompt,
     TokenRun,
+    Written,
 )
 from tightrope.engine.work import Rows, Work, layout
 from tightrope.engine.writer import plain_token
@@ -97,9 +100,12 @@ class EngineCore:
         """Whether `prepare` takes no longer than the request's texts. May be called from any thread."""
         return self._intake.is_quick(request)
 
-    def prepare(self, request: GenerateRequest) -> list[Sequence]:
-        """Tokenize and check a request. Raises InvalidRequest and ContextLengthExceeded."""
-        return self._intake.sequences(request, self._clock())
+    def prepare(self, request: GenerateRequest, written: Items[Written | None] = ()) -> list[Sequence]:
+        """Tokenize and check a request, of which another engine may have `written` something.
+
+        Raises InvalidRequest, ContextLengthExceeded and BackendFailed.
+        """
+        return self._intake.sequences(request, self._clock(), written)
 
     def tokenize(self, prompt: Prompt, adapter: str | None = None, last: int | None = None) -> TokenRun:
         """The tokens of a prompt, as it would be run, or the last few. Raises InvalidRequest and ModelNotFound."""
@@ -233,6 +239,10 @@ class EngineCore:
             if work.is_scored and own.stop > own.start:
                 self._score_prompt(sequence, logits, own)
             self._scheduler.commit(work)
+            is_decode = work.shares is sequence.one_each
+            sequence.steps.add(work.shares, is_alone=len(works) == 1, is_decode=is_decode)
+            if sequence.tells_progress(work.num_run, is_last=work.is_last):
+                deltas.append(sequence.progress(now_s))
             if not work.is_last:
                 continue
             if sequence.request.stop.max_tokens == 0:
@@ -277,6 +287,10 @@ class EngineCore:
         """The same with what the writer can't know: how the prompt was read, and how long all took."""
         if not sequence.is_announced:
             deltas[0] = replace(deltas[0], prompt=self._announce(sequence))
+        sequence.num_given += sum(len(delta.tokens) for delta in deltas)
+        layout, mu = sequence.steps.news(), sequence.sampler.mu_behind(sequence.num_given)
+        if layout is not None or mu is not None:
+            deltas[-1] = replace(deltas[-1], carry=Carry(mu, layout))
         if (finish := deltas[-1].finish) is not None:
             deltas[-1] = replace(deltas[-1], finish=replace(finish, timings=sequence.timings(now_s)))
             self._leave(sequence)

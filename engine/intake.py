@@ -5,6 +5,7 @@ Runs beside the loop in other threads and touches nothing of it.
 
 import threading
 from collections.abc import Callable
+from collections.abc import Sequence as Items
 from itertools import count
 
 import msgspec
@@ -18,7 +19,7 @@ from tightrope.engine.sampler.state import SamplerState
 from tightrope.engine.sampler.steps import SamplingParams
 from tightrope.engine.sequence import Sequence
 from tightrope.engine.track import Track
-from tightrope.engine.types import GenerateRequest, Prompt, Span, TextPrompt
+from tightrope.engine.types import GenerateRequest, Prompt, Span, TextPrompt, Written
 from tightrope.engine.writer import Writer
 
 NEGATIVE = "negative_prompt"  # A request calls it so.
@@ -83,10 +84,11 @@ class Intake:
         self._others_lock = threading.Lock()
         self._others: list[tuple[Tokenizer, Grammars]] = []  # The last used stands last.
 
-    def sequences(self, request: GenerateRequest, now_s: float) -> list[Sequence]:
+    def sequences(self, request: GenerateRequest, now_s: float, written: Items[Written | None] = ()) -> list[Sequence]:
         """The `n` sequences of a request; all but the first wait for the first to compute their prompt.
 
-        Raises InvalidRequest and ContextLengthExceeded.
+        written: of each choice, where another engine has begun to write them; those that have ended there get no
+        sequence. Raises InvalidRequest, ContextLengthExceeded, and BackendFailed where one can't go on.
         """
         if not 1 <= request.n <= self._max_choices:
             raise InvalidRequest(f"n must be between 1 and {self._max_choices}, not {request.n}", "n")
@@ -99,6 +101,9 @@ class Intake:
         matcher = None if request.grammar is None else self._grammars_of(tokenizer).matcher(request.grammar)
         sequences: list[Sequence] = []
         for index in range(request.n):
+            before = written[index] if written else None
+            if before is not None and before.is_finished:
+                continue
             sequence = Sequence(
                 request=request,
                 tracks=tuple(Track(next(self._seq_ids), list(ids)) for ids in (prompt, negative) if ids),
@@ -116,6 +121,8 @@ class Intake:
                 leader=sequences[0] if sequences else None,
                 prompt_tokens=[] if request.prompt_logprobs is not None else None,
             )
+            if before is not None:
+                sequence.resume(before)
             sequences.append(sequence)
         return sequences
 

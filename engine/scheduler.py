@@ -15,10 +15,10 @@ from tightrope.backends.protocol import Capabilities, Chunk, KVCache
 from tightrope.backends.reuse import Reuse
 from tightrope.engine.adapter_turns import AdapterTurns
 from tightrope.engine.healing import Healing
-from tightrope.engine.sequence import AdapterUse, Sequence, Shares
+from tightrope.engine.sequence import AdapterUse, Sequence
 from tightrope.engine.settings import LimitSettings
 from tightrope.engine.step_budget import PrefillRate, StepBudget
-from tightrope.engine.track import Track
+from tightrope.engine.track import Shares, Track
 from tightrope.engine.work import Work
 
 DECODE_HEADROOM = 32  # So many tokens of output must have room before a sequence starts, lest it be preempted at once.
@@ -185,7 +185,9 @@ class Scheduler:
         is_crumb = not has_minimum and num_tokens < min(MIN_CHUNK, sequence.num_pending)
         if num_tokens <= 0 or is_crumb or not self._start(sequence, now_s):
             return
-        work = _part(sequence, num_tokens, budget.prompt_rows if is_scored else num_tokens)
+        work = self._replayed(sequence, budget, num_tokens)
+        if work is None:
+            work = _part(sequence, num_tokens, budget.prompt_rows if is_scored else num_tokens)
         if not work.num_run:
             return
         step.append(work)
@@ -194,6 +196,20 @@ class Scheduler:
         budget.prompt_rows -= work.shares[0][1] if is_scored else 0
         if work.is_last:  # Its first token comes with this step.
             budget.seconds, budget.least = min(budget.seconds, self._busy_step_s), MIN_CHUNK
+
+    def _replayed(self, sequence: Sequence, budget: StepBudget, num_tokens: int) -> Work | None:
+        """The step that another engine ran there; None where there was none, or nothing depends on it.
+
+        It runs whole, however long it takes, since nobody else waits for it: beside others nothing is promised.
+        """
+        if sequence.replay is None:
+            return None
+        if len(self.running) + len(self.waiting) > 1:
+            sequence.replay = None
+            return None
+        shares = sequence.replay.next(sequence.tracks, num_tokens, budget.tokens) or sequence.one_each
+        num_run = sum(share for _, share in shares)
+        return Work(sequence, shares, num_run, num_run == sequence.num_pending, is_scored=False)
 
     def _decodes(self, may_run: Callable[[Sequence], bool]) -> list[Work]:
         """One token for every sequence that is writing; preempts from the young end until all have room."""
@@ -261,6 +277,7 @@ class Scheduler:
                 return False
         if sequence.num_output == 0:
             sequence.num_cached, sequence.num_moved = len(own.token_ids) - own.pending.count, own.num_inexact
+        sequence.steps.begin()
         return True
 
     def _is_worth_it(self, sequence: Sequence, track: Track, found: Reuse) -> bool:

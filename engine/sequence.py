@@ -1,19 +1,21 @@
 """One answer being written: its tracks, what it is drawn and written by, and what became of it so far."""
 
+from array import array
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from tightrope.backends.reuse import Wanted
-from tightrope.engine.track import Track
-from tightrope.engine.types import GenerateRequest, Timings, Token
+from tightrope.engine.layout import Replay, Steps
+from tightrope.engine.track import Shares, Track
+from tightrope.engine.types import Delta, GenerateRequest, PromptRead, Timings, Token, Written
 from tightrope.engine.writer import Writer
 
 if TYPE_CHECKING:  # Its module imports torch, which takes seconds, and the scheduler needs none.
     from tightrope.engine.sampler.state import SamplerState
 
-AdapterUse = tuple[str, float] | None  # The backend calls an adapter so, and uses it at this scale.
+PROGRESS_TOKENS = 64  # A prompt that is read token by token is told of each time that so many are left.
 
-Shares = list[tuple[Track, int]]  # Each track runs so many of its next tokens.
+AdapterUse = tuple[str, float] | None  # The backend calls an adapter so, and uses it at this scale.
 
 
 @dataclass(slots=True, eq=False)
@@ -43,11 +45,15 @@ class Sequence:
     is_announced: bool = False  # A delta with the PromptInfo went out.
     adapter: str | None = None  # The backend calls the one that the request names so.
     adapter_fingerprint: str = ""  # It tells which of all adapters that is, also in another process.
+    steps: Steps = field(init=False)
+    replay: Replay | None = None  # Another engine had begun it, and its text is to go on as there.
+    num_given: int = 0  # So many tokens of the output have been given out.
 
     def __post_init__(self) -> None:
         self.own = self.tracks[0]
         self.one_each = [(track, 1) for track in self.tracks]
         self.num_prompt = len(self.own.token_ids)
+        self.steps = Steps(self.tracks, is_exact=self.is_same_each_time)
 
     @property
     def namespace(self) -> str:
@@ -82,6 +88,18 @@ class Sequence:
             is_ready = is_ready and track.pending.count == 1 < len(track.token_ids)
         return is_ready
 
+    def tells_progress(self, num_run: int, *, is_last: bool) -> bool:
+        """Whether a step that has run so many of its tokens is worth a word: see PromptRead."""
+        if is_last:
+            return self.request.wants_progress and not self.is_announced and self.leader is None
+        return num_run > len(self.tracks) or self.own.pending.count % PROGRESS_TOKENS == 0
+
+    def progress(self, now_s: float) -> Delta:
+        """How far it has been read."""
+        num_tokens, began_s = len(self.own.token_ids), now_s if self.started_s is None else self.started_s
+        read = PromptRead(num_tokens, self.num_cached, num_tokens - self.own.pending.count, now_s - began_s)
+        return Delta(self.request.request_id, self.writer.index, "", (), read=read)
+
     def append(self, token_id: int) -> None:
         """Add a token of the output."""
         for track in self.tracks:
@@ -106,9 +124,25 @@ class Sequence:
         if track is self.own and self.needs_own_prompt:
             return "nothing"
         request = self.request
-        if request.sampling.seed is not None or request.prompt_logprobs is not None:
+        if request.sampling.seed is not None or request.prompt_logprobs is not None or self.replay is not None:
             return "exact"
         return request.cache_reuse
+
+    def resume(self, written: Written) -> None:
+        """Go on behind what another engine has given out. Raises BackendFailed where that can't be."""
+        token_ids = array("i", written.token_ids).tolist()
+        self.sampler.resume(token_ids, written.seed, written.mu)
+        self.writer.replay(token_ids)
+        for token_id in token_ids:
+            self.append(token_id)
+        self.num_given = len(token_ids)
+        self.is_announced = True
+        self.replay = Replay(written.layout) if written.layout.is_exact else None
+
+    @property
+    def is_same_each_time(self) -> bool:
+        """Whether the request alone decides the text: it is greedy, or has a seed."""
+        return self.request.sampling.temperature == 0 or self.request.sampling.seed is not None
 
     @property
     def is_reproducible(self) -> bool:
@@ -117,8 +151,7 @@ class Sequence:
         Logits of a token that runs in another batch are rounded otherwise in their last bits. So the last token of the
         prompt runs by itself, as it does when all before it is found cached the next time.
         """
-        params = self.request.sampling
-        return params.seed is not None and params.temperature > 0
+        return self.is_same_each_time and self.request.sampling.temperature > 0
 
     def timings(self, now_s: float) -> Timings:
         started = self.started_s if self.started_s is not None else now_s

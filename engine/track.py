@@ -32,3 +32,6 @@ class Track:
         """Remove the last tokens; the last of the rest runs again, for its logits."""
         del self.token_ids[-num_tokens:]
         self.pending = Pending([range(len(self.token_ids) - 1, len(self.token_ids))])
+
+
+Shares = list[tuple[Track, int]]  # Each track runs so many of its next tokens.

@@ -97,6 +97,7 @@ class GenerateRequest(Struct, frozen=True):
     namespace: str = ""  # Requests of different namespaces never share cached tokens.
     adapter: str | None = None  # It names one that is loaded; its cached tokens are shared with nobody else's.
     adapter_scale: float = 1.0
+    wants_progress: bool = False  # A delta tells when the prompt has been read to its end, too.
 
 
 class TopToken(Struct, frozen=True, array_like=True):
@@ -186,11 +187,46 @@ class Finish(Struct, frozen=True):
     message: str | None = None
 
 
-class Delta(Struct, frozen=True):
+class PromptRead(Struct, frozen=True, array_like=True):
+    """How far a prompt has been read, in tokens: `num_read` of `num_tokens`, among them `num_cached` that were found.
+
+    `seconds` have passed since it began. The prompt of an answer that another engine had begun ends with what that
+    one gave out, which is read again.
+    """
+
+    num_tokens: int
+    num_cached: int
+    num_read: int
+    seconds: float
+
+
+class Layout(Struct, frozen=True, array_like=True):
+    """In which steps a sequence's tokens were computed, as far as the last bits of what comes next depend on it.
+
+    Of each track first the tokens that were `found` cached, then in each of the `steps` so many; all behind them ran
+    one a step. Not `is_exact`: nothing depends on it.
+    """
+
+    is_exact: bool
+    found: tuple[int, ...] = ()
+    steps: tuple[tuple[int, ...], ...] = ()
+
+
+class Carry(Struct, frozen=True, array_like=True):
+    """What another engine needs beside the tokens to go on behind a delta; None where nothing has changed.
+
+    mu: of the sampler, where a step steers, see SamplerState.
+    """
+
+    mu: float | None
+    layout: Layout | None
+
+
+class Delta(Struct, frozen=True, omit_defaults=True):
     """What one step added to one choice.
 
     `text` is ready to be shown: no torn character, nothing that may still become a stop string. It can lag behind
-    `tokens`; all deltas' texts joined are the whole answer.
+    `tokens`; all deltas' texts joined are the whole answer. One with `read` has nothing else.
     """
 
     request_id: str
@@ -199,6 +235,21 @@ class Delta(Struct, frozen=True):
     tokens: tuple[Token, ...]
     prompt: PromptInfo | None = None
     finish: Finish | None = None
+    carry: Carry | None = None
+    read: PromptRead | None = None
+
+
+class Written(Struct, frozen=True, array_like=True):
+    """What has been given out of one choice, by an engine that is gone: the next one goes on behind it.
+
+    token_ids: [n] int32, packed in this machine's order of bytes; seed and carry are the last that were told.
+    """
+
+    token_ids: bytes
+    seed: int
+    mu: float | None
+    layout: Layout
+    is_finished: bool
 
 
 class ModelInfo(Struct, frozen=True):

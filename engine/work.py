@@ -4,7 +4,8 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from tightrope.backends.protocol import Chunk, WantLogits
-from tightrope.engine.sequence import Sequence, Shares
+from tightrope.engine.sequence import Sequence
+from tightrope.engine.track import Shares
 
 Rows = list[slice]  # They are rows of the step's logits, for each track of a sequence; empty where none are wanted.
 

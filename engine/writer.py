@@ -3,9 +3,10 @@
 Nothing here knows a model, a cache or a tensor. So an answer can be written again from its tokens alone.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from tightrope.backends.protocol import Tokenizer
+from tightrope.engine.errors import BackendFailed
 from tightrope.engine.text.banned_strings import BannedStrings, PendingToken
 from tightrope.engine.text.detokenizer import Detokenizer
 from tightrope.engine.types import Delta, Finish, FinishReason, GenerateRequest, Timings, Token, TopToken
@@ -26,7 +27,7 @@ class Writer:
         self.tokenizer = tokenizer
         self.num_tokens = 0  # Ends and held ones count, those that were taken back don't.
         self.is_finished = False
-        self._request_id, self._index = request.request_id, index
+        self._request_id, self.index = request.request_id, index
         self._stop = request.stop
         self._skips_special = request.skip_special_tokens
         self._max_tokens = max_tokens
@@ -71,6 +72,19 @@ class Writer:
             return self.end(ending[0], given, matched=ending[1])
         return [self._delta(one.shown, (one.token,)) for one in given] or [self._delta("", ())]
 
+    def replay(self, token_ids: Sequence[int]) -> None:
+        """Take tokens that were given out before, by another writer: nothing of them comes out again.
+
+        Raises BackendFailed where they end the answer, as they may in a window that is smaller now.
+        """
+        for token_id in token_ids:
+            if not self.is_finished:
+                self.take(token_id)
+        if self._banned is not None:
+            self._banned.release_all()
+        if self.is_finished or self.num_tokens != len(token_ids):
+            raise BackendFailed("the engine that was started anew can't go on with this answer")
+
     def end(
         self,
         reason: FinishReason,
@@ -112,7 +126,7 @@ class Writer:
         return [self._delta("", ())]
 
     def _delta(self, text: str, tokens: tuple[Token, ...], finish: Finish | None = None) -> Delta:
-        return Delta(self._request_id, self._index, text, tokens, None, finish)
+        return Delta(self._request_id, self.index, text, tokens, None, finish)
 
 
 def plain_token(token_id: int, tokenizer: Tokenizer, logprob: float | None = None, top: Top = ()) -> Token:

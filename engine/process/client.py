@@ -11,6 +11,7 @@ from itertools import count
 
 from tightrope.engine.errors import BackendFailed, EngineError, EngineUnavailable, InvalidRequest, Overloaded
 from tightrope.engine.process.launch import EngineHandle, Launcher, spawn_process
+from tightrope.engine.process.stream import MAX_TRIES, Stream
 from tightrope.engine.process.supervisor import State, Supervisor
 from tightrope.engine.process.wire import (
     AdapterList,
@@ -51,20 +52,6 @@ log = logging.getLogger("tightrope.client")
 Answer = TokenRun | str | dict[str, str]  # A call has such an answer.
 
 STUCK_S = 30.0  # While a step takes longer than this, health says no.
-MAX_TRIES = 2  # A request that kills the engine is not to do so for ever.
-
-
-class _Stream:
-    """One request under way."""
-
-    def __init__(self, request: GenerateRequest, arrived_s: float) -> None:
-        self.request = request
-        self.items: asyncio.Queue[Delta | EngineError] = asyncio.Queue()
-        self.has_output = False
-        self.has_begun = False  # The present engine may end because of it.
-        self.num_tries = 0  # So many engines have ended while it had begun.
-        self.num_open = request.n  # So many choices have not finished.
-        self.arrived_s = arrived_s
 
 
 class _Call:
@@ -93,7 +80,7 @@ class EngineClient:
         self._clock = clock
         # By the clock the last step ended then, or the first request came to an idle engine, or a compile went on.
         self._step_began_s = 0.0
-        self._streams: dict[str, _Stream] = {}
+        self._streams: dict[str, Stream] = {}
         self._calls: dict[int, _Call] = {}
         self._call_ids = count()
         self._times = QueueTimes()
@@ -142,7 +129,7 @@ class EngineClient:
     def _has_work(self) -> bool:
         """Whether the engine owes a step, as far as can be told from here."""
         is_busy = self.stats.num_running + self.stats.num_waiting > 0
-        return is_busy or any(not stream.has_output for stream in self._streams.values())
+        return is_busy or any(stream.is_owed for stream in self._streams.values())
 
     # ---- what the supervisor tells ----
 
@@ -162,7 +149,8 @@ class EngineClient:
         self.stats = Stats()
         self._step_began_s = self._clock()
         for stream in self._streams.values():  # They were kept while the engine was away.
-            self._send(Submit(stream.request))
+            if not stream.is_over:
+                self._send(stream.submit())
         for call in self._calls.values():
             self._send(call.message)
 
@@ -171,16 +159,13 @@ class EngineClient:
         self._step_began_s = self._clock()
 
     def on_lost(self) -> None:
-        """Answers under way have failed; requests without output wait for the next engine, and so do texts to be read.
-
-        A request that had begun counts as tried, one that only waited for its turn doesn't.
-        """
-        error = BackendFailed("the engine process died while this answer was being written; it is being restarted")
+        """Answers wait for the next engine, which goes on with them, and so do texts to be read."""
+        error = BackendFailed(
+            f"the engine process died {MAX_TRIES} times while this answer was being written; it is being restarted"
+        )
         for request_id, stream in list(self._streams.items()):
-            stream.num_tries += stream.has_begun
-            stream.has_begun = False
-            if stream.has_output or stream.num_tries >= MAX_TRIES:
-                stream.items.put_nowait(error)
+            if not stream.is_over and not stream.lose_engine():
+                stream.fail(error)
                 del self._streams[request_id]
         gone = EngineUnavailable("the engine has ended meanwhile", retry_after_s=self.retry_after_s)
         for call_id, call in list(self._calls.items()):
@@ -198,7 +183,8 @@ class EngineClient:
 
     def _end_streams(self, error: EngineError) -> None:
         for stream in self._streams.values():
-            stream.items.put_nowait(error)
+            if not stream.is_over:
+                stream.fail(error)
         self._streams.clear()
         for call in self._calls.values():
             call.fail(error)
@@ -216,7 +202,7 @@ class EngineClient:
             log.error("a message can't be sent: type=%s error=%r", type(message).__name__, reason)
             error = BackendFailed("the request can't be sent to the engine")
         if isinstance(message, Submit) and message.request.request_id in self._streams:
-            self._streams[message.request.request_id].items.put_nowait(error)
+            self._streams[message.request.request_id].fail(error)
         elif isinstance(message, Tokenize | Detokenize | LoadAdapter | UnloadAdapter):
             self._fail(message.call_id, error)
 
@@ -233,16 +219,14 @@ class EngineClient:
                     if delta.finish is not None:
                         self._times.observe(delta.finish)
                     if stream is not None:
-                        stream.has_output = True
-                        stream.num_open -= delta.finish is not None
-                        stream.items.put_nowait(delta)
+                        stream.take(delta, self._step_began_s)
             case Refused(request_id=request_id, error=error):
                 stream = self._streams.get(request_id)
                 if stream is not None:
                     refusal = error.rebuild()
                     if isinstance(refusal, Overloaded):
                         refusal.retry_after_s = self.retry_after_s
-                    stream.items.put_nowait(refusal)
+                    stream.fail(refusal)
             case Tokenized(call_id=call_id, tokens=tokens):
                 self._answer(call_id, tokens)
             case Detokenized(call_id=call_id, text=text):
@@ -296,9 +280,7 @@ class EngineClient:
         if self.state != "ready":
             return self._supervisor.back_in_s
         now = self._clock()
-        oldest_s = max(
-            (now - stream.arrived_s for stream in self._streams.values() if not stream.has_output), default=0.0
-        )
+        oldest_s = max((now - stream.arrived_s for stream in self._streams.values() if stream.is_owed), default=0.0)
         return self._times.wait_s(max(0, self.num_open - self._num_places), self._num_places, oldest_s)
 
     @property
@@ -318,8 +300,8 @@ class EngineClient:
         assert request.request_id not in self._streams, "request ids are unique"
         if not self._has_work:
             self._step_began_s = self._clock()
-        stream = self._streams[request.request_id] = _Stream(request, self._clock())
-        self._send(Submit(request))
+        stream = self._streams[request.request_id] = Stream(request, self._clock())
+        self._send(stream.submit())
         num_open = request.n
         try:
             while num_open:

@@ -33,7 +33,6 @@ from tightrope.engine.process.wire import (
 from tightrope.engine.prompt_bytes import prompt_bytes, request_bytes
 from tightrope.engine.sequence import Sequence
 from tightrope.engine.settings import EngineSettings
-from tightrope.engine.types import GenerateRequest
 
 log = logging.getLogger("tightrope.engine")
 
@@ -95,8 +94,8 @@ class Reader:
 
     def _handle(self, message: ToEngine) -> None:
         match message:
-            case Submit(request=request):
-                self._submit(request)
+            case Submit():
+                self._submit(message)
             case Cancel(request_id=request_id):
                 with self._lock:
                     if self._preparing.pop(request_id, None) is None:
@@ -132,8 +131,8 @@ class Reader:
 
         self._lanes.put(num_bytes, watched)
 
-    def _submit(self, request: GenerateRequest) -> None:
-        request_id = request.request_id
+    def _submit(self, message: Submit) -> None:
+        request, request_id = message.request, message.request.request_id
         with self._lock:
             preparing = sum(self._preparing.values())
             queued = self._core.num_unplaced + self._num_passed - self.num_taken + preparing
@@ -145,15 +144,15 @@ class Reader:
             self._end.send(Refused(request_id, ErrorFrame.of(full)))
         else:
             least = 0 if self._core.is_quick(request) else SHORT_BYTES + 1  # A new grammar may take seconds.
-            self._read(max(least, request_bytes(request)), lambda: self._prepare(request))
+            self._read(max(least, request_bytes(request)), lambda: self._prepare(message))
 
-    def _prepare(self, request: GenerateRequest) -> None:
-        request_id = request.request_id
+    def _prepare(self, message: Submit) -> None:
+        request_id = message.request.request_id
         if request_id not in self._preparing:  # It was cancelled.
             return
         self._end.send(Progress(request_id, "preparing"))
         try:
-            sequences = self._core.prepare(request)
+            sequences = self._core.prepare(message.request, message.written)
         except BaseException as error:
             if self._preparing.pop(request_id, None) is not None:
                 refusal = _as_engine_error(error, f"request_id={request_id}")

@@ -38,7 +38,7 @@ State = Literal["loading", "ready", "restarting", "failed", "closed"]
 
 MAX_PAUSE_S = 10.0
 STABLE_S = 30.0  # An engine that ran this long is followed at once, as one that has answered is.
-WAITING_S = 60.0  # Requests wait so long for another engine.
+WAITING_S = 60.0  # Requests wait at least so long for another engine.
 END_GRACE_S = 10.0  # An engine that has closed its socket, or was killed, may take so long to end.
 LOADING_S = 120.0  # It is at least so long, as an engine that imports its libraries from a slow disk says nothing.
 _POLL_S = 0.02
@@ -98,6 +98,11 @@ class Supervisor:
     def back_in_s(self) -> int:
         """Whole seconds until an engine may take requests, while none does."""
         return back_in_s(self._load_s, time.monotonic() - self._began_s)
+
+    @property
+    def _waiting_s(self) -> float:
+        """Requests wait so long for another engine: as long as a large model needs, and it may load more slowly."""
+        return max(WAITING_S, 3 * self._load_s)
 
     async def start(self) -> None:
         """Start an engine and begin to hear it; returns at once."""
@@ -214,7 +219,7 @@ class Supervisor:
         if was_ready:
             self._lost_s = self._began_s = time.monotonic()
             await self._set_state("restarting")
-            self._expiry = asyncio.get_running_loop().call_later(WAITING_S, self._listener.on_given_up)
+            self._expiry = asyncio.get_running_loop().call_later(self._waiting_s, self._listener.on_given_up)
         self._listener.on_lost()
         how = "it was never there" if self.handle is None else await _end_of(self.handle)
         if not reason and not was_ready:

@@ -10,7 +10,7 @@ from msgspec import Struct
 
 from tightrope.engine.errors import EngineError, rebuild_error
 from tightrope.engine.process.frames import pack, read_frame
-from tightrope.engine.types import Delta, GenerateRequest, ModelInfo, Prompt, Stats, TokenRun, TurnMarks
+from tightrope.engine.types import Delta, GenerateRequest, ModelInfo, Prompt, Stats, TokenRun, TurnMarks, Written
 
 MAX_FRAME_BYTES = 256 << 20
 
@@ -48,7 +48,10 @@ class SetMarks(Struct, frozen=True, tag="set_marks"):
 
 
 class Submit(Struct, frozen=True, tag="submit"):
+    """A request. `written` has for each of its choices what an engine before this one gave out, None for nothing."""
+
     request: GenerateRequest
+    written: tuple[Written | None, ...] = ()
 
 
 class Cancel(Struct, frozen=True, tag="cancel"):

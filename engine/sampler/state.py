@@ -69,6 +69,18 @@ class SamplerState:
         if self.grammar is not None:
             self.grammar.append(token_id)
 
+    def resume(self, token_ids: Sequence[int], seed: int, mu: float | None) -> None:
+        """Go on behind tokens that another state, with this seed, saw drawn; mu is what it had behind them."""
+        self.seed = seed
+        for token_id in token_ids:
+            self.append(token_id)
+        if mu is not None:  # Nothing goes back to before these tokens.
+            self._mus += [mu] * len(token_ids)
+
+    def mu_behind(self, num_output: int) -> float | None:
+        """The mu for the token behind the first `num_output`; None where no step steers."""
+        return self._mus[num_output] if self._mus else None
+
     def truncate(self, num_output: int) -> None:
         """Forget generated tokens after the first `num_output`; what is drawn next is what was drawn there before."""
         self.num_output = num_output
