@@ -57,10 +57,14 @@ class Counters(Struct):
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What one step brought: pieces of answers, and requests that failed."""
+    """What one step brought: pieces of answers, requests that failed, and how far prompts have been read.
+
+    The deltas of `progress` come before the others.
+    """
 
     deltas: list[Delta]
     failed: list[tuple[str, EngineError]]
+    progress: Items[Delta] = ()
 
 
 class EngineCore:
@@ -234,6 +238,7 @@ class EngineCore:
         last_rows: list[int] = []
         drawing: list[Sequence] = []
         deltas: list[Delta] = []
+        progress: list[Delta] = []
         for work, (own, *others) in zip(works, rows_of, strict=True):
             sequence = work.sequence
             if work.is_scored and own.stop > own.start:
@@ -242,7 +247,7 @@ class EngineCore:
             is_decode = work.shares is sequence.one_each
             sequence.steps.add(work.shares, is_alone=len(works) == 1, is_decode=is_decode)
             if sequence.tells_progress(work.num_run, is_last=work.is_last):
-                deltas.append(sequence.progress(now_s))
+                progress.append(sequence.progress(now_s))
             if not work.is_last:
                 continue
             if sequence.request.stop.max_tokens == 0:
@@ -259,7 +264,7 @@ class EngineCore:
             drawn_tokens = logits.draw(last_rows, [s.sampler for s in drawing])
             for sequence, drawn in zip(drawing, drawn_tokens, strict=True):
                 deltas += self._advance(sequence, drawn, now_s)
-        return StepResult(deltas, [])
+        return StepResult(deltas, [], progress)
 
     def _advance(self, sequence: Sequence, drawn: Sampled | None, now_s: float) -> list[Delta]:
         """Append the drawn token, and follow the writer where it takes tokens back or ends the answer."""

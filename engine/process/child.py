@@ -95,7 +95,7 @@ def run_loop(core: EngineCore, reader: Reader, end: EngineEnd, activity: Activit
         for request_id, error in result.failed:
             log.error("request failed: request_id=%s error=%s", request_id, error)
             end.send(Refused(request_id, ErrorFrame.of(error)))
-        tell(tuple(result.deltas))
+        tell((*result.progress, *result.deltas))
 
 
 def _add(core: EngineCore, sequences: list[Sequence], end: EngineEnd) -> None:

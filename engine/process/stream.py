@@ -21,7 +21,7 @@ class _Choice:
     """What has come of one choice."""
 
     seed: int
-    token_ids: array[int] = field(default_factory=lambda: array("i"))
+    token_ids: "array[int]" = field(default_factory=lambda: array("i"))
     mu: float | None = None
     layout: Layout = Layout(is_exact=False)  # noqa: RUF009  # It never changes.
     is_finished: bool = False

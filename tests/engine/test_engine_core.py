@@ -183,7 +183,7 @@ def test_an_answer_is_written_again_from_the_tokens_that_were_given_out():
 
     assert deltas[-1].finish is not None
     ended = replace(deltas[-1].finish, timings=UNTIMED)
-    assert again == [*(replace(d, prompt=None) for d in deltas[:-1]), replace(deltas[-1], finish=ended)]
+    assert again == [*(replace(d, prompt=None, carry=None) for d in deltas[:-1]), replace(deltas[-1], finish=ended)]
 
 
 def test_the_end_token_is_counted_and_listed_but_adds_no_text():

@@ -9,12 +9,12 @@ from contextlib import asynccontextmanager
 
 import httpx
 import pytest
+from engine_clients import answer, ask, expected, fake_process, settings
 from fake_api import api
 from fakes import letters
 from hypothesis import given
 from hypothesis import strategies as st
 from served_app import PATIENCE_S
-from test_engine_client import answer, ask, expected, fake_process, settings
 
 from tightrope.engine.errors import BackendFailed, InvalidRequest, Overloaded
 from tightrope.engine.process.client import EngineClient
