@@ -1,30 +1,34 @@
 """One request's answer, whatever the dialect: read, run, explained, collected or streamed, aborted, given up."""
 
 import asyncio
+import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
+from functools import partial
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
 import msgspec
 from fastapi import Request, Response
 
 from tightrope.engine.errors import BackendFailed, InvalidRequest
-from tightrope.engine.types import Delta, Finish, PromptInfo
+from tightrope.engine.types import Delta, Finish, PromptInfo, PromptRead
 from tightrope.server.asking import Asked
 from tightrope.server.deltas.choices import Choice, collect
 from tightrope.server.deltas.one_token import one_token_each
 from tightrope.server.deltas.side_by_side import Deltas, run
 from tightrope.server.fields.explain import Explanation, explain
 from tightrope.server.http.body import Body
-from tightrope.server.http.errors import Column
+from tightrope.server.http.errors import Column, error_event, error_line
 from tightrope.server.http.hangup import or_gone
-from tightrope.server.http.sse import event_stream, line_stream
+from tightrope.server.http.resuming import asks_to_resume, last_event, stream_reply
+from tightrope.server.http.sse import event_stream, line_stream, with_errors
 from tightrope.server.state import AppState
 
 B = TypeVar("B", bound=Body)
 
 FIRST_DELTA_S = 10.0  # A stream whose first delta takes longer begins with a comment.
+COMMENT_S = 1.0  # At most one comment tells in this time how far a prompt has been read.
 
 
 class Ending:
@@ -60,6 +64,10 @@ class Dialect(ABC, Generic[B]):
         This runs for every token.
         """
 
+    def progress(self, number: int, read: PromptRead) -> bytes:
+        """How far the prompt of choice `number` has been read, as finished bytes, where a client has asked for it."""
+        return b""
+
     @abstractmethod
     def whole(self, choices: Sequence[Choice], ending: Ending) -> object:
         """The whole answer, as JSON will have it."""
@@ -81,8 +89,11 @@ def checked(finish: Finish) -> Finish:
 
 async def answer(front: AppState, dialect: type[Dialect[B]], body: B, request: Request) -> Response:
     """The reply, whole or as a stream. Raises EngineError while a status can still be chosen."""
+    if (last := last_event(request)) is not None:  # The client was cut off, and has asked the same again.
+        return stream_reply(front.streams, front.streams.find(last[0], front.owner(request)), last[1], {})
     spoken = await dialect.read(front, body, request)
     asked = spoken.asked
+    is_resumable = asks_to_resume(request, asked.is_resumable)
     explanation = await or_gone(request, explain(front, asked)) if asked.explain else None
     deltas = run(front.generate_for(request), asked.requests)
     if spoken.abort_key is not None:
@@ -91,7 +102,7 @@ async def answer(front: AppState, dialect: type[Dialect[B]], body: B, request: R
         if asked.is_stream:
             if spoken.wants_single_tokens:
                 deltas = one_token_each(deltas)
-            first = await _begun(request, deltas)
+            first = await _begun(request, deltas, tells_progress=asked.requests[0].wants_progress)
         else:
             choices = await or_gone(request, collect(deltas, asked.n * len(asked.requests)))
     except InvalidRequest as error:
@@ -101,25 +112,36 @@ async def answer(front: AppState, dialect: type[Dialect[B]], body: B, request: R
         prompts = [choice.prompt for choice in choices[:: asked.n]]
         made = spoken.whole(choices, Ending(prompts, sum(c.finish.num_tokens for c in choices), explanation))
         return Response(msgspec.json.encode(made), headers=spoken.headers(choices), media_type="application/json")
+    pieces = _pieces(first, deltas, spoken, explanation)
+    told = error_line if spoken.is_lines else error_event
+    if is_resumable:
+        pieces = with_errors(pieces, partial(told, column=spoken.column))
+        kept = front.streams.begin(pieces, front.owner(request), spoken.column, is_lines=spoken.is_lines)
+        return stream_reply(front.streams, kept, 0, spoken.headers(()))
     stream = line_stream if spoken.is_lines else event_stream
-    return stream(_pieces(first, deltas, spoken, explanation), spoken.column, spoken.headers(()))
+    return stream(pieces, spoken.column, spoken.headers(()))
 
 
 First = asyncio.Future[tuple[int, Delta] | None]  # It is None where an abort came before it.
 
 
-async def _begun(request: Request, deltas: Deltas) -> First:
+async def _begun(request: Request, deltas: Deltas, *, tells_progress: bool) -> First:
     """Wait for the first delta, so that a refusal still gets its own status.
 
     Refusals come at once, but a first delta waits for its prompt. After FIRST_DELTA_S the reply begins without it, so
-    that comments can keep the line alive; what fails later is told by an event. Raises whatever the engine says to the
-    request until then, and ClientGone.
+    that comments can keep the line alive; what fails later is told by an event. How far the prompt is then is a first
+    delta only where a client has asked for it. Raises whatever the engine says to the request until then, and
+    ClientGone.
     """
+    began_s = time.monotonic()
     first = asyncio.ensure_future(anext(deltas, None))
     try:
-        await or_gone(request, asyncio.wait((first,), timeout=FIRST_DELTA_S))
-        if first.done():
-            first.result()
+        while (left_s := FIRST_DELTA_S + began_s - time.monotonic()) > 0:
+            await or_gone(request, asyncio.wait((first,), timeout=left_s))
+            item = first.result() if first.done() else None
+            if item is None or item[1].read is None or tells_progress:
+                break
+            first = asyncio.ensure_future(anext(deltas, None))
     except BaseException:
         first.cancel()
         await asyncio.gather(first, return_exceptions=True)
@@ -134,6 +156,16 @@ async def _pieces(
     """The stream, piece by piece. Raises what the engine raises."""
     n, prompts, num_tokens = spoken.asked.n, dict[int, PromptInfo](), 0
     num_open = n * len(spoken.asked.requests)
+    told_s = 0.0
+
+    def progress(number: int, read: PromptRead) -> bytes:
+        nonlocal told_s
+        if spoken.asked.requests[0].wants_progress and number // n not in prompts:
+            return spoken.progress(number, read)
+        if spoken.is_lines or time.monotonic() - told_s < COMMENT_S:
+            return b""
+        told_s = time.monotonic()
+        return b": read %d of %d tokens\n\n" % (read.num_read, read.num_tokens)
 
     def ending(number: int, delta: Delta) -> Ending | None:
         nonlocal num_open, num_tokens
@@ -148,9 +180,15 @@ async def _pieces(
     async with aclosing(deltas):
         if (item := await first) is None:  # A client that hangs up now cancels it.
             return
-        if piece := spoken.event(*item, ending(*item)):
-            yield piece
-        async for number, delta in deltas:
-            is_plain = delta.finish is None and delta.prompt is None
-            if piece := spoken.event(number, delta, None if is_plain else ending(number, delta)):
+        number, delta = item
+        while True:
+            if delta.read is not None:
+                piece = progress(number, delta.read)
+            else:
+                is_plain = delta.finish is None and delta.prompt is None
+                piece = spoken.event(number, delta, None if is_plain else ending(number, delta))
+            if piece:
                 yield piece
+            if (item := await anext(deltas, None)) is None:
+                return
+            number, delta = item

@@ -25,8 +25,10 @@ from tightrope.server.http.error_docs import ErrorText
 from tightrope.server.http.errors import install_handlers
 from tightrope.server.http.guards import AdminGuard, BodyLimit, KeyGuard
 from tightrope.server.http.queue_guard import QueueGuard
+from tightrope.server.http.resuming import STREAM_ID
 from tightrope.server.http.sites import HostGuard, OriginGuard
 from tightrope.server.shared_paths.invocations import invocations_router
+from tightrope.server.shared_paths.streams import streams_router
 from tightrope.server.shared_paths.tokenize import tokenize_router
 from tightrope.server.state import AppState
 
@@ -46,6 +48,7 @@ def create_app(front: AppState, drain: Drain | None = None) -> FastAPI:
         try:
             yield
         finally:
+            await front.streams.close()
             await front.renderer.close()
             await engine.close()
 
@@ -60,6 +63,7 @@ def create_app(front: AppState, drain: Drain | None = None) -> FastAPI:
     app.include_router(tgi_router(front), dependencies=keyed)
     app.include_router(tokenize_router(front), dependencies=keyed)
     app.include_router(invocations_router(front), dependencies=keyed)
+    app.include_router(streams_router(front), prefix="/v1", dependencies=keyed)
     for family in (tabby_router, ooba_router, llamacpp_router, koboldcpp_router, ollama_router):
         app.include_router(family(front), dependencies=keyed)
     _add_probes(app, front)
@@ -81,7 +85,8 @@ def create_app(front: AppState, drain: Drain | None = None) -> FastAPI:
     app.add_middleware(
         CORSMiddleware,
         allow_origins=settings.cors_origins,
-        allow_methods=["GET", "POST"],
+        allow_methods=["GET", "POST", "DELETE"],
+        expose_headers=[STREAM_ID],
         allow_headers=["*"],  # SDKs ask to send many headers of their own, and the answer names what is asked for.
         allow_credentials=False,
         allow_private_network=True,  # An origin that is let in may be a public site.

@@ -34,6 +34,8 @@ class SharedFields(Body):
     adapter_scale: float = Field(1.0, ge=-10, le=10, description="How much of the adapter is added.")
     cache_reuse: CacheReuse = Field("moved", description="exact: the answer is over exactly computed tokens alone.")
     cache_salt: str | None = Field(None, description="Requests with different salts share no cached tokens.")
+    return_progress: bool = Field(False, description="A stream tells how far its prompt has been read.")
+    resumable: bool = Field(False, description="A client may come back to this stream; as the header X-Resumable: 1.")
     truncate_prompt_tokens: int | None = Field(None, ge=1, le=MAX_INT, description="Keep the last n of the prompt.")
     skip_special_tokens: bool = True
 
@@ -80,6 +82,7 @@ class ReadBody:
     # It is told the grammar that `given` asks for, and returns the one to be used.
     shape: Callable[[Grammar | None], Grammar | None] | None = None
     ignored: Sequence[Ignored] = ()  # The dialect itself passes over these.
+    shows_progress: bool = True  # Its streams have a place for how far a prompt has been read.
     notes: tuple[str, ...] = ()  # They say how the prompt was made.
 
 
@@ -100,6 +103,7 @@ class Asked:
     notes: tuple[str, ...]
     is_stream: bool
     explain: bool
+    is_resumable: bool  # The body asks for a stream that its client may come back to.
 
     @property
     def n(self) -> int:
@@ -123,6 +127,7 @@ def ask(prefix: str, prompts: Sequence[Prompt], read: ReadBody, served: Served) 
         *sampling.ignored,
         *overruled(read.given),
         *idle_scale(shared.adapter_scale, read.adapter),
+        *_of_streams(read),
         *read.ignored,
     ]
     log_ignored(f"request_id={made_id}", lambda: (name for name, _ in ignored))
@@ -145,8 +150,20 @@ def ask(prefix: str, prompts: Sequence[Prompt], read: ReadBody, served: Served) 
             namespace=shared.cache_salt or "",
             adapter=read.adapter,
             adapter_scale=shared.adapter_scale,
+            wants_progress=shared.return_progress and read.is_stream and read.shows_progress,
         )
         for position, prompt in enumerate(prompts)
     ]
     model = read.adapter or served.model_id
-    return Asked(made_id, model, requests, ignored, read.notes, read.is_stream, read.explain)
+    return Asked(made_id, model, requests, ignored, read.notes, read.is_stream, read.explain, shared.resumable)
+
+
+def _of_streams(read: ReadBody) -> list[Ignored]:
+    """The fields that change nothing because there is no stream, or none that has a place for it."""
+    ignored: list[Ignored] = []
+    if read.shared.resumable and not read.is_stream:
+        ignored.append(("resumable", "the answer is no stream"))
+    if read.shared.return_progress and not (read.is_stream and read.shows_progress):
+        why = "comments in the stream tell it" if read.is_stream else "the answer is no stream"
+        ignored.append(("return_progress", why))
+    return ignored

@@ -15,6 +15,7 @@ from tightrope.server.deltas.aborts import Aborts
 from tightrope.server.deltas.side_by_side import Generate
 from tightrope.server.http.errors import TemplateFailed
 from tightrope.server.http.guards import owner_of
+from tightrope.server.http.kept_streams import KeptStreams
 from tightrope.server.http.metrics import Metrics
 from tightrope.server.http.queue_guard import hand_over
 from tightrope.server.prompts.template_renderer import TemplateRenderer
@@ -34,7 +35,17 @@ class AppState:
     renderer: TemplateRenderer = field(default_factory=TemplateRenderer)
     probed: Probed = field(default_factory=dict)  # The templates of every start of the engine share it.
     aborts: Aborts = field(default_factory=Aborts)
+    streams: KeptStreams = field(init=False)  # Clients may come back to these.
     started: int = field(default_factory=lambda: int(time.time()))  # It is in seconds since 1970.
+
+    def __post_init__(self) -> None:
+        settings = self.settings
+        streams = KeptStreams(settings.kept_streams_mib << 20, settings.keep_streams_s)
+        object.__setattr__(self, "streams", streams)  # The only way in a frozen dataclass.
+
+    def owner(self, request: Request) -> bytes:
+        """The key that a request was let in by, or brought where none is asked for."""
+        return owner_of(request.scope, self.settings.api_key, self.settings.admin_key)
 
     def info(self) -> ModelInfo:
         """The loaded model. Raises EngineUnavailable before its first start, and while there is none."""
@@ -69,7 +80,7 @@ class AppState:
         They share cached tokens with those that came with the same key and salt alone: an answer tells how many were
         found, and so whether somebody has sent the same text before.
         """
-        owner = owner_of(request.scope, self.settings.api_key, self.settings.admin_key)
+        owner = self.owner(request)
 
         def generate(asked: GenerateRequest) -> AsyncGenerator[Delta, None]:
             hand_over(request.scope)

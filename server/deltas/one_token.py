@@ -42,6 +42,9 @@ async def one_token_each(deltas: Deltas) -> Deltas:
     lines: dict[int, _Line] = {}
     async with aclosing(deltas):
         async for number, delta in deltas:
+            if delta.read is not None:
+                yield number, delta
+                continue
             cut = lines.setdefault(number, _Line()).feed(delta)
             if delta.prompt is not None:
                 first = cut[0] if cut else Delta(delta.request_id, delta.index, "", ())

@@ -9,11 +9,12 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field
 
 from tightrope.engine.errors import InvalidRequest
-from tightrope.engine.types import Delta, Finish, Span, TextPrompt
+from tightrope.engine.types import Delta, Finish, PromptRead, Span, TextPrompt
 from tightrope.server.answering import Dialect, Ending, answer, checked
 from tightrope.server.asking import TextBody, ask, common, refuse_log_probabilities
 from tightrope.server.deltas.choices import Choice
 from tightrope.server.fields.explain import Explained
+from tightrope.server.fields.progress import prompt_progress
 from tightrope.server.http.body import Body, JsonRequest, JsonRoute
 from tightrope.server.http.error_docs import CALL_ERRORS, STATUS_ERRORS, written
 from tightrope.server.http.long_lists import json_answer, json_list
@@ -111,6 +112,10 @@ class Kobold(Dialect[KoboldBody]):
         event: dict[str, Any] = {"token": delta.text, "finish_reason": _reason(delta.finish)}
         if ending is not None:
             event |= ending.explained
+        return b"event: message\ndata: %b\n\n" % encode(event)
+
+    def progress(self, number: int, read: PromptRead) -> bytes:
+        event = {"token": "", "finish_reason": None, "prompt_progress": prompt_progress(read)}
         return b"event: message\ndata: %b\n\n" % encode(event)
 
     def whole(self, choices: Sequence[Choice], ending: Ending) -> object:

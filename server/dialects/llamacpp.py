@@ -9,12 +9,13 @@ import msgspec
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field
 
-from tightrope.engine.types import Delta, Finish, LogprobRequest, PromptInfo, Token
+from tightrope.engine.types import Delta, Finish, LogprobRequest, PromptInfo, PromptRead, Token
 from tightrope.server.answering import Dialect, Ending, answer, checked
 from tightrope.server.asking import TextBody, ask, common
 from tightrope.server.deltas.choices import Choice
 from tightrope.server.fields.explain import Explained
 from tightrope.server.fields.logprobs import finite, token_name
+from tightrope.server.fields.progress import prompt_progress
 from tightrope.server.http.body import JsonRoute
 from tightrope.server.http.error_docs import STATUS_ERRORS, written
 from tightrope.server.served import check_most
@@ -152,6 +153,10 @@ class LlamaCpp(Dialect[CompletionBody]):
             last = _ending("", ending.prompts[0], checked(delta.finish), self.asked.model)
             piece += b"data: %b\n\n" % encode(last | ending.explained)
         return piece
+
+    def progress(self, number: int, read: PromptRead) -> bytes:
+        event = {"index": 0, "content": "", "id_slot": 0, "stop": False, "prompt_progress": prompt_progress(read)}
+        return b"data: %b\n\n" % encode(event)
 
     def whole(self, choices: Sequence[Choice], ending: Ending) -> object:
         (choice,) = choices

@@ -12,7 +12,17 @@ from pydantic import BaseModel, Field
 
 from tightrope import __version__
 from tightrope.engine.errors import InvalidRequest
-from tightrope.engine.types import Delta, Finish, LogprobRequest, ModelInfo, PromptInfo, Span, TextPrompt, Token
+from tightrope.engine.types import (
+    Delta,
+    Finish,
+    LogprobRequest,
+    ModelInfo,
+    PromptInfo,
+    PromptRead,
+    Span,
+    TextPrompt,
+    Token,
+)
 from tightrope.server.answering import Dialect, Ending, answer, checked
 from tightrope.server.asking import AnswerBody, ask, common, refuse_log_probabilities
 from tightrope.server.deltas.choices import Choice
@@ -20,6 +30,7 @@ from tightrope.server.fields import structured
 from tightrope.server.fields.explain import Explained
 from tightrope.server.fields.logprobs import listed
 from tightrope.server.fields.names import KNOWN, Ignored
+from tightrope.server.fields.progress import prompt_progress
 from tightrope.server.http.body import Body, FirstErrorOnly, JsonRoute
 from tightrope.server.http.error_docs import STATUS_ERRORS, only, written
 from tightrope.server.http.hangup import or_gone
@@ -209,6 +220,9 @@ class _Ollama(Dialect[T]):
             told = _ending(ending.prompts[0], checked(delta.finish)) | ending.explained
             line += encode(self._line("", told)) + b"\n"
         return line
+
+    def progress(self, number: int, read: PromptRead) -> bytes:
+        return encode(self._line("", {"done": False, "prompt_progress": prompt_progress(read)})) + b"\n"
 
     def whole(self, choices: Sequence[Choice], ending: Ending) -> object:
         (choice,) = choices

@@ -86,6 +86,12 @@ class NoSuchRoute(EngineError):
     code: ClassVar[str] = "not_found"
 
 
+class StreamNotFound(EngineError):
+    """No such stream is kept for this key, or the events that are asked for aren't any more."""
+
+    code: ClassVar[str] = "stream_not_found"
+
+
 class WrongMethod(EngineError):
     """The path is served, but not by this method."""
 
@@ -146,6 +152,7 @@ TABLE: Mapping[type[EngineError], tuple[int, TGIRow]] = {  # The status goes fir
     ForeignOrigin: (403, TGIRow(403, "foreign_origin")),
     SwitchedOff: (403, TGIRow(403, "switched_off")),
     NoSuchRoute: (404, TGIRow(404, "not_found")),
+    StreamNotFound: (404, TGIRow(404, "stream_not_found")),
     ModelNotFound: (404, INVALID),
     WrongMethod: (405, TGIRow(405, "method_not_allowed")),
     BodyTimeout: (408, TGIRow(408, None)),

@@ -286,6 +286,18 @@ OPTIONS: Mapping[str, Option] = {
         "bytes of the bodies of all requests that wait or run; more are refused with 429 (default: 64000000)",
         "N",
     ),
+    "kept-streams-mib": Option(
+        ("kept_streams_mib",),
+        "limits",
+        "memory for events of streams that clients may come back to (X-Resumable: 1), in MiB (default: 64)",
+        "N",
+    ),
+    "keep-streams": Option(
+        ("keep_streams_s",),
+        "limits",
+        "seconds for which such a stream is kept, and written, while nobody reads it (default: 120)",
+        "S",
+    ),
     "restart-limit": Option(
         ("engine", "life", "restart_limit_s"),
         "limits",

@@ -21,6 +21,8 @@ ENV_PREFIX = "TIGHTROPE_"
 MAX_BODY_BYTES = 1 << 30  # A body is held in memory, as bytes and as objects of several times their size.
 MAX_TEMPLATE_BYTES = 4 << 20
 MAX_STOPS = 1 << 10  # Each is looked for behind every token.
+MAX_STREAMS_MIB = 1 << 16  # All of it is in the front's memory.
+MAX_KEEP_S = 86_400.0  # An answer that nobody reads is written meanwhile.
 
 
 class SettingsError(Exception):
@@ -39,6 +41,12 @@ class ServerSettings(BaseModel, frozen=True, extra="forbid"):
     max_body_bytes: int = Field(2_000_000, ge=1, le=MAX_BODY_BYTES, description="Largest request body.")
     max_held_bytes: int = Field(
         64_000_000, ge=1, le=MAX_BODY_BYTES, description="Bytes of bodies of requests under way."
+    )
+    kept_streams_mib: int = Field(
+        64, ge=1, le=MAX_STREAMS_MIB, description="Memory for events of streams that clients may come back to."
+    )
+    keep_streams_s: float = Field(
+        120.0, gt=0, le=MAX_KEEP_S, description="Such a stream is kept so long without a reader."
     )
     max_client_batch_size: int = Field(128, ge=1, le=MAX_WAITING, description="Prompts in one completion request.")
     max_stop_sequences: int = Field(4, ge=0, le=MAX_STOPS, description="Stop strings in one request.")

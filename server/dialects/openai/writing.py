@@ -13,7 +13,7 @@ from fastapi import Request
 
 from tightrope import __version__
 from tightrope.engine.errors import ContextLengthExceeded, InvalidRequest
-from tightrope.engine.types import Delta, GenerateRequest, TextPrompt
+from tightrope.engine.types import Delta, GenerateRequest, PromptRead, TextPrompt
 from tightrope.server.answering import Dialect, Ending
 from tightrope.server.asking import Asked
 from tightrope.server.deltas.choices import Choice
@@ -31,6 +31,7 @@ from tightrope.server.dialects.openai.call_parser import Arguments, CallOpened, 
 from tightrope.server.dialects.openai.reading import chat_asked, check_chat, completion_asked, rendered_chat
 from tightrope.server.dialects.openai.requests import ChatRequest, CompletionRequest, SamplingBody
 from tightrope.server.dialects.openai.tools import ToolUse
+from tightrope.server.fields.progress import prompt_progress
 from tightrope.server.http.hangup import or_gone
 from tightrope.server.http.sse import DONE
 from tightrope.server.state import AppState
@@ -47,6 +48,7 @@ class _OpenAI(Dialect[S]):
     """What surrounds the choices."""
 
     kind: str  # It names a whole answer.
+    empty: bytes  # What a choice's chunk has when nothing has come of it.
     chunk_kind: str
 
     def __init__(self, asked: Asked, body: S) -> None:
@@ -67,6 +69,11 @@ class _OpenAI(Dialect[S]):
     def _chunk(self, number: int, inner: bytes) -> bytes:
         """One choice's own bytes, with what is around them."""
         return b"%b%d,%b%b" % (self._prefix, number, inner, self._suffix)
+
+    def progress(self, number: int, read: PromptRead) -> bytes:
+        told = encode(prompt_progress(read))
+        head = b"%b%d,%b}]" % (self._prefix, number, self.empty)
+        return b'%b,"prompt_progress":%b%b' % (head, told, self._suffix.removeprefix(b"}]"))
 
     def _last_chunks(self, ending: Ending) -> bytes:
         """What comes behind all choices."""
@@ -101,6 +108,7 @@ class Chat(_OpenAI[ChatRequest]):
     """POST /v1/chat/completions. The role comes once per choice."""
 
     kind, chunk_kind = "chat.completion", "chat.completion.chunk"
+    empty = PLAIN % b'""'
 
     def __init__(self, asked: Asked, body: ChatRequest, tools: ToolUse | None) -> None:
         super().__init__(asked, body)
@@ -161,6 +169,7 @@ class Completions(_OpenAI[CompletionRequest]):
     """POST /v1/completions."""
 
     kind = chunk_kind = "text_completion"
+    empty = b'"text":"","logprobs":null,"finish_reason":null'
 
     def __init__(self, asked: Asked, body: CompletionRequest, echoes: Sequence[str]) -> None:
         """echoes: the prompts' texts to put in front, one a prompt, or none at all."""

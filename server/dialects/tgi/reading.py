@@ -71,6 +71,7 @@ def generate_asked(body: GenerateBody, limits: TGILimits, served: Served, *, is_
     wants_logprobs = is_stream or p.details or p.decoder_input_details or best_of > 1
     adapter = body.model if p.adapter_id is None and body.model in limits.adapters else p.adapter_id
     read = ReadBody(
+        shows_progress=False,  # Clients take every event for a token.
         body=body,
         shared=p,
         given={"include_stop_str_in_output": True} | p.given() | {"do_sample": sampled, "frequency_penalty": None},

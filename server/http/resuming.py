@@ -1,0 +1,48 @@
+"""How a client asks for a stream that it may come back to, and says where it was."""
+
+from collections.abc import Mapping
+
+from fastapi import Request, Response
+
+from tightrope.engine.errors import InvalidRequest
+from tightrope.server.http.kept_streams import KeptStream, KeptStreams
+from tightrope.server.http.sse import event_stream, line_stream
+
+RESUMABLE, STREAM_ID, LAST_EVENT_ID = "x-resumable", "x-stream-id", "last-event-id"
+_MOST_DIGITS = 15  # A number of more is none that was given to anybody.
+
+
+def asks_to_resume(request: Request, field: bool | None) -> bool:
+    """Whether the header or the body's field asks for it. Raises InvalidRequest for a header that says neither."""
+    header = request.headers.get(RESUMABLE)
+    if header is not None and header.strip() not in ("0", "1"):
+        raise InvalidRequest(f"the header X-Resumable must be 1 or 0, not {header[:100]!r}", "X-Resumable")
+    return bool(field) or (header is not None and header.strip() == "1")
+
+
+def last_event(request: Request) -> tuple[str, int] | None:
+    """The stream and the number of its last event that the client had; None where it says none.
+
+    Raises InvalidRequest for an id that isn't one of ours.
+    """
+    header = request.headers.get(LAST_EVENT_ID, "").strip()
+    if not header:
+        return None
+    stream_id, _, number = header.rpartition(".")
+    if not stream_id:
+        raise InvalidRequest(f"Last-Event-ID must be the id of an event, not {header[:100]!r}", "Last-Event-ID")
+    return stream_id, event_number(number, "Last-Event-ID")
+
+
+def event_number(text: str, name: str) -> int:
+    """How many events a client had. Raises InvalidRequest."""
+    if not (text.isascii() and text.isdecimal() and len(text) <= _MOST_DIGITS):
+        raise InvalidRequest(f"{name}: expected the number of an event, from 0 on, not {text[:100]!r}", name)
+    return int(text)
+
+
+def stream_reply(streams: KeptStreams, stream: KeptStream, num_read: int, headers: Mapping[str, str]) -> Response:
+    """The reply that reads on behind the first `num_read` events. Raises StreamNotFound and InvalidRequest."""
+    stream.check(num_read)
+    reply = line_stream if stream.is_lines else event_stream
+    return reply(streams.read(stream, num_read), stream.column, {**headers, STREAM_ID: stream.id})
