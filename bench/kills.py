@@ -192,9 +192,7 @@ def verdicts(found: Found) -> list[dict[str, object]]:
     waited = [outcome.end for outcome in found.outcomes if not outcome.has_begun]
     before, after = found.before, found.after
     return [
-        # one that had ended in the moment of the kill is whole
-        verdict("streams that had begun without their error event", sum(e not in TOLD for e in begun), 0),
-        # the first words of one may have been on their way when the engine was killed: then it had begun, too
+        verdict("streams that had begun and were not written to their end", sum(e != "whole" for e in begun), 0),
         verdict("requests that waited and were not answered", sum(e not in TOLD for e in waited), 0),
         verdict("seconds until it serves again, the longest but 1 %", slow, BACK_S),
         verdict("kills after which none came back", len(found.kills) - len(back), 0),

@@ -19,14 +19,20 @@ def missed(seen: Found) -> list[object]:
     return [bar["name"] for bar in verdicts(seen) if not bar["met"]]
 
 
-def test_streams_that_were_told_and_requests_that_were_answered_are_what_should_be():
-    assert missed(found(Outcome("decode", True, "error event"), Outcome("decode", False, "whole"))) == []
+def test_streams_that_went_on_and_requests_that_were_answered_are_what_should_be():
+    assert missed(found(Outcome("decode", True, "whole"), Outcome("decode", False, "whole"))) == []
+
+
+def test_a_stream_that_was_told_of_an_error_was_not_written_to_its_end():
+    assert missed(found(Outcome("decode", True, "error event"))) == [
+        "streams that had begun and were not written to their end"
+    ]
 
 
 @pytest.mark.parametrize("end", ["error", "cut", "silent"])
 def test_a_client_that_was_told_nothing_misses_its_bar(end: End):
     assert end not in TOLD
-    assert missed(found(Outcome("decode", True, end))) == ["streams that had begun without their error event"]
+    assert missed(found(Outcome("decode", True, end))) == ["streams that had begun and were not written to their end"]
     assert missed(found(Outcome("decode", False, end))) == ["requests that waited and were not answered"]
 
 
