@@ -9,6 +9,7 @@ import json
 import logging
 import re
 from collections.abc import AsyncGenerator, Mapping
+from collections.abc import Sequence as Items
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -38,7 +39,7 @@ from tightrope.engine.core import EngineCore
 from tightrope.engine.process.client import EngineClient
 from tightrope.engine.sequence import Sequence
 from tightrope.engine.settings import EngineSettings
-from tightrope.engine.types import GenerateRequest
+from tightrope.engine.types import GenerateRequest, Written
 from tightrope.server.app import create_app
 from tightrope.server.dialects.openai.requests import CompletionRequest
 from tightrope.server.http.metrics import Metrics
@@ -123,9 +124,9 @@ async def watched(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixt
     requests: list[GenerateRequest] = []
     prepare = EngineCore.prepare
 
-    def recorded(core: EngineCore, request: GenerateRequest) -> list[Sequence]:
+    def recorded(core: EngineCore, request: GenerateRequest, written: Items[Written | None] = ()) -> list[Sequence]:
         requests.append(request)
-        return prepare(core, request)
+        return prepare(core, request, written)
 
     monkeypatch.setattr(EngineCore, "prepare", recorded)
     caplog.set_level(logging.DEBUG, "tightrope.server")

@@ -186,7 +186,7 @@ OTHER: Mapping[str, Any] = {
     **dict.fromkeys(("user", "request_id", "safety_identifier", "prompt_cache_key", "session_id"), "me"),
     **{key: {"a": "b"} for key in ("metadata", "kv_transfer_params", "mm_processor_kwargs", "media_io_kwargs")},
     **dict.fromkeys(("store", "include_reasoning", "return_token_ids", "return_tokens", "quiet"), True),
-    **dict.fromkeys(("timings_per_token", "return_progress", "return_tokens_as_token_ids", "shift"), True),
+    **dict.fromkeys(("timings_per_token", "return_progress", "resumable", "return_tokens_as_token_ids", "shift"), True),
     **dict.fromkeys(("numa", "low_vram", "use_mmap", "singleline", "render_special", "enable_thinking"), True),
     **dict.fromkeys(("use_story", "use_memory", "use_world_info", "use_authors_note", "trim_stop"), True),
     **dict.fromkeys(("frmttriminc", "frmtrmblln", "frmtrmspch", "frmtadsnsp", "spaces_between_special_tokens"), True),
@@ -232,7 +232,14 @@ VALUES: Mapping[str, Any] = MEANT | SAMPLING | OTHER | LENGTHS | SPOKEN | ALIASE
 # What becomes of a field that a reader knows: the engine's request has it, unless it stands here.
 ANSWERED = {"stream", "stream_options", "echo", "return_full_text"}  # seen in the answer alone
 REFUSED = {*ROPE, *NOT_BUILT, "watermark", "suffix", "documents"}
-LISTED = {*WITHOUT_EFFECT, "cache_prompt", "trim_stop", "keep_alive"}
+LISTED = {
+    *WITHOUT_EFFECT,
+    "cache_prompt",
+    "trim_stop",
+    "keep_alive",
+    "return_progress",
+    "resumable",
+}  # of whole answers
 UNSEEN = {"explain", "genkey"}  # adds the record that all of this is told from; names the answer to an abort
 EXPECTED: Mapping[str, str] = {
     **dict.fromkeys(ANSWERED, "answered"),
