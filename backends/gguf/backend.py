@@ -70,6 +70,7 @@ class GGUFBackend:
             whole_only=self._model.has_state,
             checkpoint_bytes=plan.checkpoint_bytes,
             turn_ends=lambda: tokenizer.eos_ids,
+            can_move=plan.can_move and self._context.can_move,
         )
         self.capabilities = Capabilities(
             settings.max_num_seqs,

@@ -15,16 +15,19 @@ import numpy as np
 from tightrope.backends.errors import BackendError
 from tightrope.backends.gguf.cell_store import CellStore
 from tightrope.backends.gguf.cells import Cells, Ints
-from tightrope.backends.gguf.entry import Entry
+from tightrope.backends.gguf.entry import ALL, Entry
+from tightrope.backends.gguf.moves import Move, best_move, num_exact_of, splice, told
 from tightrope.backends.gguf.rollback import Rollback
 from tightrope.backends.gguf.swap_space import SwapSpace
 from tightrope.backends.protocol import KVUsage
-from tightrope.backends.reuse import Accepts, Reuse, Wanted, always
+from tightrope.backends.reuse import Accepts, Reuse, Run, Wanted, always
 from tightrope.backends.sessions.piece import Piece, num_common
 from tightrope.backends.sessions.store import RunStore
 
 MAX_IDLE_CELLS = 512  # Cells of so many finished sequences may stay in the cache while others run.
 MIN_RESTORE_GAIN = 32  # To run fewer tokens again costs less than the copy.
+
+INEXACT = "\0moved"  # Added to the namespace of copies that hold moved tokens, so that exact prompts don't find them.
 
 
 class SharedKVCache:
@@ -41,12 +44,14 @@ class SharedKVCache:
         whole_only: bool = False,
         checkpoint_bytes: int = 0,
         turn_ends: Callable[[], Collection[int]] = tuple,
+        can_move: bool = False,
     ) -> None:
         """capacity and max_reusable in tokens; max_reusable bounds what finished sequences may hold.
 
         swa_window: tokens that sliding layers look back, 0 if there are none. whole_only: the model keeps a running
         state, so that a kept sequence can be continued from its end and from checkpoints only. checkpoint_bytes: memory
-        for these, of either kind of layers. turn_ends: tokens that end a person's or the model's turn.
+        for these, of either kind of layers. turn_ends: tokens that end a person's or the model's turn. can_move: keys
+        can be rotated to other positions.
         """
         self._store = store
         self._cells = Cells(capacity)
@@ -57,6 +62,8 @@ class SharedKVCache:
         self._max_reusable = capacity if max_reusable is None else max_reusable
         self._swa_window = swa_window
         self._whole_only = whole_only
+        self._can_move = can_move
+        self._is_moving = False  # Keys are yet to be rotated to where they stand, which the next step does.
         self._num_slots = num_slots
         self._free_slots = list(range(num_slots - 1, -1, -1))
         self._live: dict[int, Entry] = {}
@@ -78,15 +85,12 @@ class SharedKVCache:
         """See KVCache. Raises BackendError when more sequences are open than the model has slots."""
         assert seq_id not in self._live, f"sequence {seq_id} is open already"
         wanted = np.asarray(token_ids, np.int32)
-        source: Entry | None = None
-        found = 0
         is_alone = reproducible and not self._live
         if is_alone:
             self._swap_out_idle(0)  # Attention adds up in the order of the cells.
         parted = self._longest_common(wanted, namespace) if self._rollback.saves else 0
-        if reuse != "nothing":
-            source, found = self._best_match(wanted, namespace)
-            source, found = self._swapped_match(wanted, namespace, source, found)
+        source, runs = self._find(wanted, namespace, reuse, accepts) if reuse != "nothing" else (None, ())
+        found = runs[-1].stop if runs else 0
         if source is not None and (self._can_take_over(source, found) or (is_alone and source in self._kept)):
             entry = source
             self._kept.remove(entry)
@@ -99,7 +103,7 @@ class SharedKVCache:
         self._live[seq_id] = entry
         self._rollback.begin(entry, wanted, parted)
         self._swap_out_idle()
-        return Reuse.prefix(entry.length)
+        return told(runs if entry.length else (), entry.num_exact)
 
     def reserve(self, seq_id: int, num_tokens: int) -> bool:
         """See KVCache. What was reserved before and not yet committed counts towards `num_tokens`."""
@@ -120,6 +124,7 @@ class SharedKVCache:
         entry.append(token_ids, self._cells.take(count, pinned=True))
         entry.reserved -= count
         self._reserved -= count
+        self._is_moving = False
         self._rollback.save_passed(entry, self._free_slots[-1] if self._free_slots else None)
 
     def truncate(self, seq_id: int, num_tokens: int) -> None:
@@ -181,23 +186,68 @@ class SharedKVCache:
 
     # --- matching -----------------------------------------------------------------------------------------------
 
-    def _best_match(self, wanted: Ints, namespace: str) -> tuple[Entry | None, int]:
+    def _best_match(self, wanted: Ints, namespace: str, reuse: Wanted) -> tuple[Entry | None, int]:
         """The sequence with the longest usable common prefix, the most recent among equals, and the prefix's length."""
         best: Entry | None = None
         longest = 0
         for entry in (*self._live.values(), *self._kept):
             if entry.namespace != namespace or min(entry.length, len(wanted) - 1) < max(longest, 1):
                 continue
-            common = self._rollback.usable(entry, num_common(entry.tokens, wanted[:-1]))
+            tokens = entry.tokens if reuse == "moved" else entry.tokens[: entry.num_exact]
+            common = self._rollback.usable(entry, num_common(tokens, wanted[:-1]))
             if common and common >= longest:
                 best, longest = entry, common
         return best, longest
 
+    def _find(
+        self, wanted: Ints, namespace: str, reuse: Wanted, accepts: Accepts
+    ) -> tuple[Entry | None, tuple[Run, ...]]:
+        """A sequence to begin a prompt with, if there is one, and runs from 0 on that it holds, moved if need be."""
+        source, found = self._swapped_match(wanted, namespace, reuse, *self._best_match(wanted, namespace, reuse))
+        runs = Reuse.prefix(found).runs
+        if reuse == "exact" or source is None:
+            return source, runs
+        others = (entry for entry in (*self._kept, *self._live.values()) if entry.namespace == namespace)
+        move = best_move(others, wanted, found) if self._can_move else None
+        entry, offered = (source, runs) if move is None else (move.entry, move.runs)
+        offer = told(offered, entry.num_exact)
+        if offer.num_inexact and not accepts(offer):
+            return self._find(wanted, namespace, "exact", accepts)
+        if move is None or (movable := self._apart(move)) is None:
+            return source, runs
+        splice(self._store, self._cells, Move(movable, move.runs))
+        self._is_moving = True
+        return movable, move.runs
+
+    def _apart(self, move: Move) -> Entry | None:
+        """The entry of a move, or a copy of it, that is kept and shares nothing that moves; None without room."""
+        moving = move.entry.held(move.num_kept)
+        if any(np.isin(entry.held(), moving).any() for entry in self._live.values()):
+            return self._twin(move.entry)
+        for other in [other for other in self._kept if other is not move.entry]:
+            if np.isin(other.held(), moving).any() and not self._swap_out(other):
+                self._kept.remove(other)
+                self._drop(other)
+        return move.entry
+
+    def _twin(self, entry: Entry) -> Entry | None:
+        """A kept copy of an entry in cells of its own; None where there is no room for it."""
+        length = entry.length
+        if self._is_moving or not self._free_slots or length > self._cells.num_free - self._reserved:
+            return None
+        twin = Entry.empty(self._free_slots.pop(), entry.namespace)
+        if not self._store.load_cells(twin.slot, self._store.save_cells(entry.slot)):
+            self._drop(twin)
+            return None
+        twin.append(entry.tokens, self._cells.take(length, pinned=False))
+        twin.num_exact = entry.num_exact
+        self._kept.append(twin)
+        return twin
+
     def _longest_common(self, wanted: Ints, namespace: str) -> int:
         """How many tokens a prompt has in common with another sequence, whether or not it can be continued there."""
         entries = [entry.tokens for entry in (*self._live.values(), *self._kept) if entry.namespace == namespace]
-        here = max((num_common(tokens, wanted) for tokens in entries), default=0)
-        return max(here, self._swap.longest_common(wanted, namespace))
+        return max([self._swap.longest_common(wanted, namespace), *(num_common(held, wanted) for held in entries)])
 
     def _can_take_over(self, source: Entry, found: int) -> bool:
         """Whether the new sequence continues a kept one, or has to, because no slot is left for a copy of it."""
@@ -210,9 +260,11 @@ class SharedKVCache:
             if other.namespace != entry.namespace:
                 continue
             common = num_common(other.tokens, entry.tokens)
-            if common == entry.length and self._rollback.usable(other, common) == common:
+            is_there = common == entry.length and num_exact_of(other, common) >= entry.num_exact
+            if is_there and self._rollback.usable(other, common) == common:
                 return True
-            if common == other.length and other in self._kept and self._rollback.usable(entry, common) == common:
+            is_here = common == other.length and num_exact_of(entry, common) >= other.num_exact
+            if is_here and other in self._kept and self._rollback.usable(entry, common) == common:
                 self._kept.remove(other)
                 self._drop(other)
         return False
@@ -227,13 +279,17 @@ class SharedKVCache:
         self._store.copy_cells(source.slot, target.slot, length)
         shared = source.cells[:length]
         target.append(source.token_ids[:length], shared)
+        target.num_exact = source.num_exact
         self._cells.share(shared)
         self._shorten(target, length, pinned=True)
 
     def _shorten(self, entry: Entry, length: int, *, pinned: bool) -> bool:
         """Keep the first `length` tokens; False if that can't be, and then those are left after which it can go on."""
         kept = self._rollback.usable(entry, length)
-        is_held = self._rollback.reaches(entry.slot, kept) or self._own_window(entry, kept, pinned=pinned)
+        is_held = True
+        if self._swa_window and not self._rollback.reaches(entry.slot, kept):
+            window = entry.cells[max(0, kept - self._swa_window) : kept]  # A checkpoint brings it back in other cells.
+            is_held = self._cells.own(window, self._cells.num_free - self._reserved, pinned=pinned)
         if not (is_held and self._rollback.go_back(entry.slot, entry.tokens[:kept], entry.namespace)):
             self._store.remove_cells(entry.slot, 0)
             kept = 0
@@ -241,28 +297,8 @@ class SharedKVCache:
         if pinned:
             self._cells.unpin(dropped)
         self._cells.release(dropped)
-        entry.length = kept
+        entry.length, entry.num_exact = kept, num_exact_of(entry, kept)
         return kept == length
-
-    def _own_window(self, entry: Entry, length: int, *, pinned: bool) -> bool:
-        """Take cells for what a checkpoint brings back of sliding layers before `length`; False if there are none.
-
-        It can't be shared: others hold other cells of theirs for these tokens.
-        """
-        window = entry.cells[max(0, length - self._swa_window) : length]
-        alone = self._cells.alone(window)
-        num_shared = len(window) - len(alone)
-        if not self._swa_window or not num_shared:
-            return True
-        if num_shared > self._cells.num_free - self._reserved:
-            return False
-        places = np.setdiff1d(np.arange(len(window)), alone)
-        shared = window[places]
-        window[places] = self._cells.take(num_shared, pinned=pinned)
-        if pinned:
-            self._cells.unpin(shared)
-        self._cells.release(shared)
-        return True
 
     def _drop(self, entry: Entry) -> None:
         self._cells.release(entry.held())
@@ -304,22 +340,24 @@ class SharedKVCache:
     def _save(self, entry: Entry) -> bool:
         """Have a copy of a sequence outside the cache; False if there is no room for it."""
         first = self._rollback.first_in_copy(entry)
-        if self._swap.holds(entry.namespace, entry.tokens, first):
+        namespace = entry.namespace if entry.num_exact == ALL else entry.namespace + INEXACT
+        if self._swap.holds(namespace, entry.tokens, first):
             return True
-        if self._store.saved_bytes(entry.slot) > self._swap.num_bytes:
+        if self._is_moving or self._store.saved_bytes(entry.slot) > self._swap.num_bytes:
             return False
-        return self._swap.put(entry.namespace, entry.tokens, self._store.save_cells(entry.slot), first)
+        return self._swap.put(namespace, entry.tokens, self._store.save_cells(entry.slot), first)
 
     def _swapped_match(
-        self, wanted: Ints, namespace: str, source: Entry | None, found: int
+        self, wanted: Ints, namespace: str, reuse: Wanted, source: Entry | None, found: int
     ) -> tuple[Entry | None, int]:
         """The best match, if need be a swapped-out sequence of which a copy is brought back for it."""
-        best, longest = self._swap.longest(wanted, namespace, found + MIN_RESTORE_GAIN - 1)
-        if best is None or not self._swap_in(best, namespace):
-            return source, found
-        return self._kept[-1], longest
+        for mark in ("", INEXACT) if reuse == "moved" else ("",):
+            best, longest = self._swap.longest(wanted, namespace + mark, found + MIN_RESTORE_GAIN - 1)
+            if best is not None and self._swap_in(best, namespace, num_exact=0 if mark else ALL):
+                source, found = self._kept[-1], longest
+        return source, found
 
-    def _swap_in(self, swapped: Piece, namespace: str) -> bool:
+    def _swap_in(self, swapped: Piece, namespace: str, num_exact: int) -> bool:
         """Bring a swapped-out sequence back as the most recent kept one; False if that can't be done now."""
         length, cells = len(swapped.token_ids), self._cells
         if cells.num_pinned + self._reserved + length > cells.capacity or not (self._free_slots or self._kept):
@@ -334,7 +372,7 @@ class SharedKVCache:
             self._free_slots.append(slot)
             return False
         token_ids, taken = swapped.token_ids.copy(), cells.take(length, pinned=False).copy()  # The entry may grow.
-        self._kept.append(Entry(slot, namespace, token_ids, taken, length))
+        self._kept.append(Entry(slot, namespace, token_ids, taken, length, num_exact=num_exact))
         return True
 
     def _take_slot(self, spare: Entry | None) -> int:

@@ -59,6 +59,21 @@ class Cells:
         self._free[self.num_free : self.num_free + len(freed)] = freed
         self.num_free += len(freed)
 
+    def own(self, cells: Ints, most: int, *, pinned: bool) -> bool:
+        """Put others in the place of those of a holder's `cells` that it shares; False if that takes more than `most`.
+
+        pinned: the holder is live.
+        """
+        places = np.flatnonzero(self._refs[cells] > 1)
+        if len(places) > most:
+            return False
+        shared = cells[places]
+        cells[places] = self.take(len(places), pinned=pinned)
+        if pinned:
+            self.unpin(shared)
+        self.release(shared)
+        return True
+
     def alone(self, cells: Ints) -> np.ndarray[Any, np.dtype[np.intp]]:
         """The places in `cells` of those with one holder."""
         return np.flatnonzero(self._refs[cells] == 1)

@@ -7,6 +7,8 @@ import numpy as np
 
 from tightrope.backends.sessions.piece import Ints
 
+ALL = 1 << 62  # More tokens than a sequence can have.
+
 
 @dataclass(slots=True, eq=False)
 class Entry:
@@ -18,6 +20,7 @@ class Entry:
     cells: Ints
     length: int = 0
     reserved: int = 0  # So many tokens beyond `length` have room.
+    num_exact: int = ALL  # The tokens behind these were computed at other places, or over such ones.
     to_save: list[int] = field(default_factory=list)  # Checkpoints are made at these places, which rise.
 
     @classmethod

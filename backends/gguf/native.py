@@ -233,6 +233,7 @@ class NativeContext:
             raise BackendError(f"llama.cpp can't set up a cache of {options.num_cells} tokens: {_complaints()}")
         self._threads = ThreadPool(self.pointer, options.threads)
         self._memory = ll.llama_get_memory(self.pointer)
+        self.can_move = bool(ll.llama_memory_can_shift(self._memory))
         self._vocab_size = model.vocab_size
         self.num_cells: int = ll.llama_n_ctx(self.pointer)
         self.max_seqs: int = ll.llama_n_seq_max(self.pointer)
@@ -289,6 +290,14 @@ class NativeContext:
     def remove_cells(self, slot: int, start: int) -> bool:
         """Forget the tokens of a slot from position `start` on; False if the model's state can't be rolled back."""
         return bool(ll.llama_memory_seq_rm(self._memory, slot, start, -1))
+
+    def move_cells(self, slot: int, source: int, target: int) -> None:
+        """Forget tokens target .. source of a slot, and let those from `source` on stand from position `target` on.
+
+        A cell moves for all slots that share it. The next step rotates its key; a copy taken before holds the old one.
+        """
+        ll.llama_memory_seq_rm(self._memory, slot, target, source)
+        ll.llama_memory_seq_add(self._memory, slot, source, -1, target - source)
 
     def first_position(self, slot: int) -> int:
         """The first position that is still stored for a slot; -1 when it is empty."""

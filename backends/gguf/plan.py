@@ -9,6 +9,7 @@ from tightrope.backends.gguf.cache_types import AUTO, AUTO_ON_CARDS, CACHE_TYPES
 from tightrope.backends.gguf.layout import CELL_GRAIN, Layout, Memory
 from tightrope.backends.gguf.native import ContextOptions
 from tightrope.backends.gguf.rope import RopePlan, plan_rope
+from tightrope.backends.gguf.shape import ModelShape
 from tightrope.backends.memory import GIB, MIB, default_tokens, does_not_fit
 from tightrope.backends.settings import ModelSettings
 from tightrope.backends.threads import compute_threads
@@ -26,6 +27,7 @@ class GGUFPlan:
     num_cells: int
     run_bytes: int  # Finished sequences may take so much of the host's memory beside the cache.
     checkpoint_bytes: int  # Beside that, copies of states take so much, of models that can't go back without them.
+    can_move: bool  # Cached tokens may be moved to other positions.
     cache_type: CacheType
     step_tokens: int
     max_outputs: int
@@ -61,7 +63,8 @@ def make_plan(settings: ModelSettings, header: Header, memory: Memory, adapter_b
         f"cache: {num_cells} tokens as {cache_type.name}, {cache_bytes / GIB:.2f} GiB; {reason}; "
         f"finished chats may take {run_bytes / GIB:.2f} GiB beside it"
     )
-    notes += _going_back(layout, cache_type, window, checkpoint_bytes)
+    why_fixed = _why_fixed(layout.shape, cache_type, rope)
+    notes.append(_reuse(settings, layout, cache_type, window, checkpoint_bytes, why_fixed))
     notes += _on_cards(layout, on_cards, num_cells, cache_type)
     step_tokens = min(layout.step_tokens, num_cells)
     return GGUFPlan(
@@ -69,6 +72,7 @@ def make_plan(settings: ModelSettings, header: Header, memory: Memory, adapter_b
         num_cells=num_cells,
         run_bytes=run_bytes,
         checkpoint_bytes=checkpoint_bytes,
+        can_move=why_fixed is None,
         cache_type=cache_type,
         step_tokens=step_tokens,
         max_outputs=layout.max_outputs,
@@ -87,15 +91,37 @@ def _checkpoint_bytes(layout: Layout, kind: CacheType, window: int) -> int:
     return shape.state_bytes + int(min(shape.window, window) * layout.token_bytes(kind)) + 4 * window + CHECKPOINT_EXTRA
 
 
-def _going_back(layout: Layout, kind: CacheType, window: int, checkpoint_bytes: int) -> Iterator[str]:
-    """What the start says of models that can't drop tokens by themselves."""
+def _why_fixed(shape: ModelShape, kind: CacheType, rope: RopePlan) -> str | None:
+    """Why cached tokens can't be moved; None where they can.
+
+    llama.cpp keeps keys rotated, and rotates them on. Quantized ones would be rounded again, and by YaRN and longrope
+    they would be scaled again.
+    """
+    if shape.state_bytes:
+        return "recurrent states hold all that stands before"
+    if shape.window:
+        return f"layers see a window of {shape.window} tokens"
+    if kind.is_quantized:
+        return f"keys of {kind.name} would be rounded again"
+    if rope.yarn_ext_factor is not None or (rope.scaling_type is None and shape.own_scaling is not None):
+        return f"keys under {rope.how} can't be rotated again"
+    return None
+
+
+def _reuse(
+    settings: ModelSettings, layout: Layout, kind: CacheType, window: int, checkpoint_bytes: int, why_fixed: str | None
+) -> str:
+    """What the start says of cached tokens."""
     if size := _checkpoint_bytes(layout, kind, window):
-        shape = layout.shape
-        kept = "recurrent states" if shape.state_bytes else f"layers with a window of {shape.window} tokens"
-        yield (
-            f"reuse: {kept} go back to checkpoints only, at prompts' ends, at ends of turns and where prompts parted; "
-            f"{checkpoint_bytes // size} of up to {size / MIB:.1f} MiB"
+        return (
+            f"cached tokens: exact ones alone, since {why_fixed}; chats go back to checkpoints, at ends of prompts and "
+            f"turns and where others parted: {checkpoint_bytes // size} of up to {size / MIB:.1f} MiB"
         )
+    if settings.cache.reuse == "exact":
+        return "cached tokens: exact ones alone, as asked; behind a removed message all is computed"
+    if why_fixed is not None:
+        return f"cached tokens: exact ones alone, since {why_fixed}; behind a removed message all is computed"
+    return "cached tokens: what stands behind a removed message is moved, and computed again while nothing runs"
 
 
 def _on_cards(layout: Layout, on_cards: tuple[int, ...], num_cells: int, kind: CacheType) -> Iterator[str]:

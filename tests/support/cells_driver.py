@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from tightrope.backends.gguf.cache import SharedKVCache
+from tightrope.backends.reuse import Wanted
 from tightrope.backends.sessions.store import RunStore
 
 
@@ -34,6 +35,12 @@ class PretendStore:
         if start == 0:
             self.first.pop(slot, None)
         return can_go_back
+
+    def move_cells(self, slot: int, source: int, target: int) -> None:
+        cells = self.slots[slot]
+        others = {id(cell) for other, held in self.slots.items() if other != slot for cell in held}
+        assert not others & {id(cell) for cell in cells[source:]}, "a cell that two slots share moves for both"
+        del cells[target:source]
 
     def first_position(self, slot: int) -> int:
         return self.first.get(slot, 0) if self.slots.get(slot) else -1
@@ -92,9 +99,9 @@ class Driver:
         self.cache = SharedKVCache(self.store, capacity, slots, **options)  # type: ignore[arg-type]
         self.cache.swap_to(RunStore(swap_bytes))
 
-    def run(self, seq_id: int, token_ids: Sequence[int], namespace: str = "") -> int:
+    def run(self, seq_id: int, token_ids: Sequence[int], namespace: str = "", reuse: Wanted = "exact") -> int:
         """Open a sequence and run all its tokens; returns how many were cached."""
-        found = self.cache.open(seq_id, token_ids, namespace).num_tokens
+        found = self.cache.open(seq_id, token_ids, namespace, reuse=reuse).num_tokens
         assert self.extend(seq_id, token_ids[found:])
         return found
 
