@@ -101,15 +101,19 @@ def _(step: StepLayout) -> tuple[structs.Step]:
 def _(matrix: QuantizedMatrix) -> tuple[structs.Matrix]:
     scales = matrix.scale_codes if matrix.scales is None else matrix.scales
     assert scales is not None
-    others = (matrix.group_max, matrix.zeros, matrix.source, matrix.group_starts, matrix.group_bits)
+    codes = None if matrix.scales is None else matrix.scale_codes
+    of_groups = (matrix.group_max, matrix.zeros, matrix.mins, codes, matrix.min_codes, matrix.codebook)
+    of_rows = (matrix.source, matrix.group_starts, matrix.group_bits)
+    num_groups = len(matrix.group_bits)
     return (
         structs.Matrix(
-            *(None if tensor is None else _start(tensor) for tensor in (matrix.codes, scales, *others)),
+            *(None if t is None else _start(t) for t in (matrix.codes, scales, *of_groups, *of_rows)),
             matrix.codes.shape[1],
             matrix.num_inputs,
             matrix.num_outputs,
-            len(matrix.group_bits),
+            num_groups,
             _SCALES.get(scales.dtype, _SCALE_CODES),
+            (num_groups // scales.shape[1]).bit_length() - 1,
         ),
     )
 

@@ -24,30 +24,44 @@ INLINE int rows_together(int left) {
     return count;
 }
 
-INLINE Tile scale_of(const Matrix& m, size_t tile, int g) {
-    const size_t at = (tile * m.groups + g) * OUTPUTS;
-    Tile scale = {};
+// A group's scales, and its least values where the matrix has such.
+struct Scales { Tile scale, min; };
+
+INLINE Scales scales_of(const Matrix& m, size_t tile, int g) {
+    const size_t at = m.place(tile, g), unit = m.unit_place(tile, g);
+    Scales of = {};
     for (int p = 0; p < PARTS; ++p) {
+        Floats &scale = of.scale.part[p], &min = of.min.part[p];
         if (m.scale_kind == FLOAT16) {
-            scale.part[p] = load((const f16*)m.scales + at + p * LANES);
+            scale = load((const f16*)m.scales + unit + p * LANES);
         } else if (m.scale_kind == FLOAT32) {
-            scale.part[p] = load((const float*)m.scales + at + p * LANES);
+            scale = load((const float*)m.scales + unit + p * LANES);
         } else {
             const Floats code = widen(load_as<Bytes>((const uint8_t*)m.scales + at + p * LANES));
-            scale.part[p] = code * code * (m.group_max[g] * (1.0f / 256));
+            scale = code * code * (m.group_max[g] * (1.0f / 256));
+        }
+        if (m.mins) min = load(m.mins + unit + p * LANES);
+        if (m.holds_both()) {
+            const Bytes both = load_as<Bytes>((const uint8_t*)m.scale_codes + at + p * LANES);
+            scale *= widen(both & 15);
+            min *= widen(both >> 4);
+        } else if (m.scale_codes) {
+            scale *= widen(load_as<Bytes>(m.scale_codes + at + p * LANES));
+            if (m.min_codes) min *= widen(load_as<Bytes>(m.min_codes + at + p * LANES));
         }
     }
-    return scale;
+    return of;
 }
 
-template <int BITS> INLINE Sums zero_of(const Matrix& m, size_t tile, int g) {
+// How codes stand for numbers and lie in blocks: as they are; two groups in a block; or in a book of sixteen.
+enum Coding { NUMBERS, HALVES, BOOK };
+
+template <int BITS, Coding CODING> INLINE Sums zero_of(const Matrix& m, size_t tile, int g) {
     typedef int16_t Shorts __attribute__((vector_size(2 * LANES)));
     Sums zero;
     for (int p = 0; p < PARTS; ++p) {
-        zero.part[p] = all(1 << (BITS - 1));
-        if (m.zeros)
-            zero.part[p] = __builtin_convertvector(
-                load_as<Shorts>(m.zeros + (tile * m.groups + g) * OUTPUTS + p * LANES), Ints);
+        zero.part[p] = all(CODING == BOOK ? 128 : m.mins ? 0 : 1 << (BITS - 1));
+        if (m.zeros) zero.part[p] = __builtin_convertvector(load_as<Shorts>(m.zeros + m.place(tile, g) + p * LANES), Ints);
     }
     return zero;
 }
@@ -60,32 +74,42 @@ struct Place {
 };
 
 // Groups first .. last of a tile, all of BITS bits, times T rows of x, added to `totals`.
-template <int BITS, int T>
+template <int BITS, int T, Coding CODING>
 __attribute__((noinline)) void add_groups(const Matrix& m, int tile, int first, int last, Place& place, Tile* totals) {
     constexpr int SETS = T == 1 ? 2 : 1;  // Sets of sums take turns: a product waits for the one before.
+    constexpr int STEP = BLOCK_ROWS<BITS> / (CODING == HALVES ? 2 : 1), QUADS = STEP / 4;
+    constexpr int PRODUCT_BITS = CODING == BOOK ? 8 : BITS;
+    const Book book(m.codebook);
     Tile total[T];
     for (int t = 0; t < T; ++t) total[t] = totals[t];
     const uint8_t* codes = place.codes;
     const int8_t* x = place.quads;
     const Share* share = place.shares;
     for (int g = first; g < last; ++g) {
-        const Tile scale = scale_of(m, tile, g);
-        const Sums zero = zero_of<BITS>(m, tile, g);
+        const Scales of = scales_of(m, tile, g);
+        const Sums zero = zero_of<BITS, CODING>(m, tile, g);
         for (int rows = m.group_starts[g + 1] - m.group_starts[g]; rows > 0; rows -= SHARED) {
             Sums upper[SETS * T] = {}, lower[SETS * T] = {};
-            for (int left = std::min(rows, SHARED); left > 0; left -= BLOCK_ROWS<BITS>) {
+            for (int left = std::min(rows, SHARED); left > 0; left -= STEP) {
                 Line block[BLOCK_LINES<BITS>];
 #pragma GCC unroll 8
-                for (int i = 0; i < BLOCK_LINES<BITS>; ++i, codes += LINE) block[i] = load_line(codes);
+                for (int i = 0; i < BLOCK_LINES<BITS>; ++i) block[i] = load_line(codes + i * LINE);
+                const auto add_quads = [&](auto first) __attribute__((always_inline)) {
 #pragma GCC unroll 8
-                for (int quad = 0; quad < BLOCK_ROWS<BITS> / 4; ++quad) {
-                    const Line four = codes_of<BITS>(block, quad);
+                    for (int quad = first.value; quad < first.value + QUADS; ++quad) {
+                        Line four = codes_of<BITS>(block, quad);
+                        if constexpr (CODING == BOOK) four = book.at(four);
 #pragma GCC unroll 8
-                    for (int t = 0; t < T; ++t, x += 8) {
-                        add_products<BITS>(upper[quad % SETS * T + t], four, x);
-                        add_products<BITS>(lower[quad % SETS * T + t], four, x + 4);
+                        for (int t = 0; t < T; ++t, x += 8) {
+                            add_products<PRODUCT_BITS>(upper[quad % SETS * T + t], four, x);
+                            add_products<PRODUCT_BITS>(lower[quad % SETS * T + t], four, x + 4);
+                        }
                     }
-                }
+                };
+                const bool is_second = CODING == HALVES && g % 2;
+                if (is_second) add_quads(std::integral_constant<int, CODING == HALVES ? QUADS : 0>());
+                else add_quads(std::integral_constant<int, 0>());
+                if (CODING != HALVES || is_second) codes += BLOCK_LINES<BITS> * LINE;
             }
 #pragma GCC unroll 8
             for (int t = 0; t < T; ++t, ++share)
@@ -93,7 +117,8 @@ __attribute__((noinline)) void add_groups(const Matrix& m, int tile, int first, 
                     Ints up = upper[t].part[p], low = lower[t].part[p];
                     if (SETS == 2) up += upper[1].part[p], low += lower[1].part[p];
                     const Ints whole = (up << 8) + low - zero.part[p] * share->sum;
-                    total[t].part[p] += __builtin_convertvector(whole, Floats) * (scale.part[p] * share->scale);
+                    total[t].part[p] += __builtin_convertvector(whole, Floats) * (of.scale.part[p] * share->scale);
+                    if (m.mins) total[t].part[p] += of.min.part[p] * (float(share->sum) * share->scale);
                 }
         }
     }
@@ -106,12 +131,15 @@ template <int T> INLINE void multiply_tile(const Matrix& m, int tile, Place plac
     for (int first = 0, last; first < m.groups; first = last) {
         const int bits = m.group_bits[first];
         for (last = first + 1; last < m.groups && m.group_bits[last] == bits;) ++last;
-        if (bits == 2) add_groups<2, T>(m, tile, first, last, place, totals);
-        if (bits == 3) add_groups<3, T>(m, tile, first, last, place, totals);
-        if (bits == 4) add_groups<4, T>(m, tile, first, last, place, totals);
-        if (bits == 5) add_groups<5, T>(m, tile, first, last, place, totals);
-        if (bits == 6) add_groups<6, T>(m, tile, first, last, place, totals);
-        if (bits == 8) add_groups<8, T>(m, tile, first, last, place, totals);
+        const bool are_halves = bits == 3 && m.group_starts[first + 1] - m.group_starts[first] < BLOCK_ROWS<3>;
+        if (bits == 2) add_groups<2, T, NUMBERS>(m, tile, first, last, place, totals);
+        if (bits == 3 && !are_halves) add_groups<3, T, NUMBERS>(m, tile, first, last, place, totals);
+        if (bits == 3 && are_halves) add_groups<3, T, HALVES>(m, tile, first, last, place, totals);
+        if (bits == 4 && !m.codebook) add_groups<4, T, NUMBERS>(m, tile, first, last, place, totals);
+        if (bits == 4 && m.codebook) add_groups<4, T, BOOK>(m, tile, first, last, place, totals);
+        if (bits == 5) add_groups<5, T, NUMBERS>(m, tile, first, last, place, totals);
+        if (bits == 6) add_groups<6, T, NUMBERS>(m, tile, first, last, place, totals);
+        if (bits == 8) add_groups<8, T, NUMBERS>(m, tile, first, last, place, totals);
     }
 }
 

@@ -47,6 +47,32 @@ template <int BITS> INLINE Line codes_of(const Line* block, int quad) {
         return both(bits_of(block[quad / 2], 4 * (quad % 2), 15), bits_of(block[2], 2 * quad - 4, 48));
 }
 
+// Sixteen numbers, each more by 128 so that none is below zero, by their codes.
+struct Book {
+    alignas(64) uint8_t numbers[LINE] = {};  // Once for every 16 bytes of a line.
+
+    explicit Book(const int8_t* from) {
+        if (from)
+            for (int i = 0; i < LINE; ++i) numbers[i] = uint8_t(from[i % 16] + 128);
+    }
+    INLINE Line at(const Line& codes) const {
+        Line found;
+        for (int p = 0; p < PARTS; ++p) {
+#if defined(__AVX512BW__)
+            found.part[p] = (Words)_mm512_shuffle_epi8(load_as<__m512i>(numbers), (__m512i)codes.part[p]);
+#elif defined(__AVX2__)
+            found.part[p] = (Words)_mm256_shuffle_epi8(load_as<__m256i>(numbers), (__m256i)codes.part[p]);
+#else
+            uint8_t bytes[sizeof(Words)];
+            memcpy(bytes, &codes.part[p], sizeof bytes);
+            for (uint8_t& byte : bytes) byte = numbers[byte];
+            memcpy(&found.part[p], bytes, sizeof bytes);
+#endif
+        }
+        return found;
+    }
+};
+
 // Adds each output's four codes times x[0] .. x[3].
 template <int BITS> INLINE void add_products(Sums& sums, const Line& codes, const int8_t* x) {
 #if defined(__AVX512VNNI__)

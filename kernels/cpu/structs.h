@@ -67,13 +67,20 @@ struct Matrix {
     const void* scales;      // numbers, or their codes where there is a `group_max`
     const float* group_max;  // null, or [groups]
     const int16_t* zeros;    // null, or like the scales
+    const f16* mins;         // null, or like the scales
+    const int8_t *scale_codes, *min_codes;  // null, or of each group where 2^unit_shift of them share scales and mins
+    const int8_t* codebook;  // null, or [16]
     const int32_t* source;   // null, or the input that each stored row multiplies
     const int32_t* group_starts;
     const uint8_t* group_bits;
     int64_t tile_bytes;
-    int32_t inputs, outputs, groups, scale_kind;
+    int32_t inputs, outputs, groups, scale_kind, unit_shift;
 
     int rows() const { return group_starts[groups]; }
+    // Of the codes, and of the scales and mins, of a tile's group: its place in tensors of each.
+    size_t place(size_t tile, int g) const { return (tile * groups + g) * 16; }
+    size_t unit_place(size_t tile, int g) const { return (tile * (groups >> unit_shift) + (g >> unit_shift)) * 16; }
+    bool holds_both() const { return scale_codes && mins && !min_codes; }  // Scale codes of four bits, and those of mins.
     // Whether another matrix takes the same x in the same order.
     bool reads_as(const Matrix& other) const { return source == other.source && group_starts == other.group_starts; }
 };

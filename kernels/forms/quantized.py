@@ -1,10 +1,12 @@
-"""Quantized matrices as the kernels of a CPU read them: the one form in memory of EXL2, GPTQ and AWQ, and that of nf4.
+"""Quantized matrices as the kernels of a CPU read them: the one form in memory of EXL2, GPTQ, AWQ and GGUF, and that of
+nf4.
 
 Fixed letters: K inputs, N outputs, R stored rows, G groups of stored rows, C tiles of 16 outputs (N / 16 rounded up).
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,14 +23,14 @@ BLOCK_ROWS = {2: 16, 3: 32, 4: 8, 5: 32, 6: 16, 8: 8}
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class QuantizedMatrix:
-    """Integers with a scale, and perhaps a zero point, for each output and group of rows.
+    """Integers with a scale, and perhaps a zero point or a least value, for each output and group of rows.
 
-        y[n] = sum over r of x[source[r]] * (code[r, n] - zero[g, n]) * scale[g, n],  g the group of stored row r
+        y[n] = sum over r of x[source[r]] * ((code[r, n] - zero[g, n]) * scale[g, n] + min[g, n]),  g the group of row r
 
     `source` int32 [R]: the input of each stored row, -1 where a row only fills up its group; None: row r is input r.
-    `group_starts` int32 [G + 1] in stored rows: each group has whole blocks of BLOCK_ROWS[bits] rows. `group_bits`
-    uint8 [G], of PLANES. Outputs after the last have scales, or codes of
-    scales, of zero.
+    `group_starts` int32 [G + 1] in stored rows: each group has whole blocks of BLOCK_ROWS[bits] rows, but that two
+    groups of 16 rows may share one of 3 bits. `group_bits` uint8 [G], of PLANES. Outputs after the last have scales, or
+    codes of scales, of zero.
 
     `codes` uint8 [C, bytes]: a tile's bytes are those of its groups, one after the other; a group's are its blocks.
     A block has for each plane of w bits, in the order of PLANES, lines of 64 bytes with 32 / w rows each: byte 4n + j
@@ -36,7 +38,14 @@ class QuantizedMatrix:
     block of 8 rows at 4 bits is one line, where byte 4n + j has row j in its low and row j + 4 in its high half.
 
     scale: `scales` float16 or float32 [C, G, 16]; or, as in EXL2, `scale_codes` uint8 [C, G, 16] of 1 .. 16 and
-    `group_max` float32 [G]: (code / 16)^2 * group_max. zero: `zeros` int16 [C, G, 16]; None: 2^(bits - 1).
+    `group_max` float32 [G]: (code / 16)^2 * group_max. zero: `zeros` int16 [C, G, 16]; None: 2^(bits - 1), or 0 where
+    there are mins or a codebook. min: `mins` float16 [C, G, 16]; None: 0.
+
+    As in GGUF's K-types, `scales` and `mins`, both float16, may be units [C, S, 16] of G / S groups each, a power of
+    two, by which codes are multiplied: `scale_codes` and `min_codes` int8 [C, G, 16]. Where there are mins and no
+    min_codes, a scale code is uint8 and holds both, the min's in its high four bits.
+
+    With `codebook` int8 [16], a code of 4 bits stands for codebook[code].
     """
 
     num_inputs: int
@@ -49,18 +58,36 @@ class QuantizedMatrix:
     scale_codes: Tensor | None = None
     group_max: Tensor | None = None
     zeros: Tensor | None = None
+    mins: Tensor | None = None
+    min_codes: Tensor | None = None
+    codebook: Tensor | None = None
+
+    @property
+    def by_tile(self) -> dict[str, Tensor]:
+        """The tensors whose first dimension is tiles, by the names of their fields."""
+        names = ("codes", "scales", "scale_codes", "zeros", "mins", "min_codes")
+        return {name: tensor for name in names if (tensor := getattr(self, name)) is not None}
 
     def tiles(self, begin: int, end: int) -> "QuantizedMatrix":
         """The outputs of tiles begin .. end alone, without a copy."""
-        first = begin * TILE
-        return replace(
-            self,
-            num_outputs=min(end * TILE, self.num_outputs) - first,
-            codes=self.codes[begin:end],
-            scales=None if self.scales is None else self.scales[begin:end],
-            scale_codes=None if self.scale_codes is None else self.scale_codes[begin:end],
-            zeros=None if self.zeros is None else self.zeros[begin:end],
-        )
+        num_outputs = min(end * TILE, self.num_outputs) - begin * TILE
+        parts: dict[str, Any] = {name: tensor[begin:end] for name, tensor in self.by_tile.items()}
+        return replace(self, num_outputs=num_outputs, **parts)
+
+    def outputs(self, numbers: Tensor) -> "QuantizedMatrix":
+        """The outputs `numbers` [M] int64 alone, in that order, copied."""
+        tile, lane = numbers // TILE, numbers % TILE
+
+        def gathered(tensor: Tensor, size: int) -> Tensor:
+            """Of [C, ..., 16 * size], where an output has `size` neighbours."""
+            lanes = tensor.view(len(tensor), -1, TILE, size)[tile, :, lane]  # [M, ..., size]
+            lanes = F.pad(lanes, (0, 0, 0, 0, 0, -len(numbers) % TILE)).unflatten(0, (-1, TILE))
+            return lanes.transpose(1, 2).reshape(-1, *tensor.shape[1:])
+
+        parts: dict[str, Any] = {
+            name: gathered(tensor, LINE // TILE if name == "codes" else 1) for name, tensor in self.by_tile.items()
+        }
+        return replace(self, num_outputs=len(numbers), **parts)
 
     @property
     def num_rows(self) -> int:
@@ -69,9 +96,8 @@ class QuantizedMatrix:
     @property
     def num_bytes(self) -> int:
         """Bytes of all its tensors."""
-        parts = (self.source, self.group_starts, self.group_bits, self.codes)
-        scales = (self.scales, self.scale_codes, self.group_max, self.zeros)
-        return sum(t.nbytes for t in (*parts, *scales) if t is not None)
+        others = (self.source, self.group_starts, self.group_bits, self.group_max, self.codebook)
+        return sum(t.nbytes for t in (*self.by_tile.values(), *others) if t is not None)
 
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
@@ -236,11 +262,13 @@ def dequantize(matrix: QuantizedMatrix | Nf4Matrix) -> Tensor:
         values = matrix.codebook[unpack_nf4(matrix).long()]
         return values * untiled(matrix.scales, matrix.num_outputs).repeat_interleave(matrix.blocksize, 0)
     counts = matrix.group_starts.diff().long()
-    zeros = (1 << (matrix.group_bits.int() - 1)).unsqueeze(1)  # [G, 1]
-    if matrix.zeros is not None:
-        zeros = untiled(matrix.zeros, matrix.num_outputs).int()
-    stored = (unpack(matrix).int() - zeros.repeat_interleave(counts, 0)).float()
+    if matrix.codebook is not None:
+        stored = matrix.codebook[unpack(matrix).int()].float()
+    else:
+        stored = (unpack(matrix).int() - _zeros_of(matrix).repeat_interleave(counts, 0)).float()
     stored *= scales_of(matrix).repeat_interleave(counts, 0)
+    if (mins := mins_of(matrix)) is not None:
+        stored += mins.repeat_interleave(counts, 0)
     if matrix.source is None:
         return stored
     weight = stored.new_zeros(matrix.num_inputs, matrix.num_outputs)
@@ -249,14 +277,40 @@ def dequantize(matrix: QuantizedMatrix | Nf4Matrix) -> Tensor:
     return weight
 
 
+def _zeros_of(matrix: QuantizedMatrix) -> Tensor:
+    """The zero point of each group, and of each output or of all: [G, N] or [G, 1] int32."""
+    if matrix.zeros is not None:
+        return untiled(matrix.zeros, matrix.num_outputs).int()
+    halves = (1 << (matrix.group_bits.int() - 1)).unsqueeze(1)
+    return halves if matrix.mins is None else torch.zeros_like(halves)
+
+
 def scales_of(matrix: QuantizedMatrix) -> Tensor:
     """The scale [G, N] float32 of each group and output; exact."""
+    codes = None if matrix.scale_codes is None else untiled(matrix.scale_codes, matrix.num_outputs)
     if matrix.scales is not None:
-        return untiled(matrix.scales, matrix.num_outputs).float()
-    assert matrix.scale_codes is not None
+        holds_both = matrix.mins is not None and matrix.min_codes is None
+        return _scaled(matrix, matrix.scales, codes & 15 if codes is not None and holds_both else codes)
+    assert codes is not None
     assert matrix.group_max is not None
-    codes = untiled(matrix.scale_codes, matrix.num_outputs).float()
-    return (codes / 16).square() * matrix.group_max.unsqueeze(1)
+    return (codes.float() / 16).square() * matrix.group_max.unsqueeze(1)
+
+
+def mins_of(matrix: QuantizedMatrix) -> Tensor | None:
+    """The least value [G, N] float32 of each group and output; exact. None where all are zero."""
+    if matrix.mins is None:
+        return None
+    codes = matrix.scale_codes if matrix.min_codes is None else matrix.min_codes
+    if codes is not None:
+        codes = untiled(codes, matrix.num_outputs)
+        codes = codes >> 4 if matrix.min_codes is None else codes
+    return _scaled(matrix, matrix.mins, codes)
+
+
+def _scaled(matrix: QuantizedMatrix, units: Tensor, codes: Tensor | None) -> Tensor:
+    """Units [C, S, 16], each for the same number of groups, times codes [G, N] if there are any: [G, N] float32."""
+    own = untiled(units, matrix.num_outputs).float().repeat_interleave(len(matrix.group_bits) // units.shape[1], 0)
+    return own if codes is None else own * codes.float()
 
 
 def _num_bytes(rows: Rows) -> int:

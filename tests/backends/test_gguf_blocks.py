@@ -1,0 +1,112 @@
+"""GGUF's blocks in the layout of our kernels: the numbers they stand for, their products, and the memory they take."""
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tightrope.backends.files.gguf.tensor_types import TENSOR_TYPES, TensorType
+from tightrope.backends.quant.gguf import BLOCK_TYPES, to_matrix
+from tightrope.kernels import reference
+from tightrope.kernels.cpu import native
+from tightrope.kernels.forms.quantized import dequantize
+
+pytestmark = pytest.mark.quick
+
+LAYOUTS = {kind.name: kind for kind in TENSOR_TYPES.values()}
+SEEDS = st.integers(0, 2**32 - 1)
+ROWS = st.sampled_from((1, 2, 3, 7, 8, 9, 29))
+EXACT = 1e-4  # Of a product's length; inputs are in 16 bits, whose rounding is a fifth of this.
+
+
+@pytest.fixture(scope="module", params=native.usable() or ["none"])
+def kernels(request: pytest.FixtureRequest) -> native.NativeKernels:
+    built = native.NativeKernels(request.param)
+    built.set_threads(2)
+    return built
+
+
+def random_rows(kind: str, outputs: int, inputs: int, seed: int) -> NDArray[np.uint8]:
+    """Rows of blocks [N, bytes] of which every byte is random, but for floats, which are of usual sizes."""
+    form, random = LAYOUTS[kind], np.random.default_rng(seed)
+    blocks = random.integers(0, 256, (outputs, inputs // form.values, form.num_bytes), dtype=np.uint8)
+    for floats in form.floats:
+        numbers = random.standard_normal((*blocks.shape[:2], 1)).astype(np.float16)
+        blocks[..., floats.start : floats.start + 2] = numbers.view(np.uint8)
+    return blocks.reshape(outputs, -1)
+
+
+def meant(kind: str, rows: NDArray[np.uint8]) -> Tensor:
+    """The weight [N, K] float32 by the `gguf` package."""
+    return torch.from_numpy(gguf.quants.dequantize(rows, gguf.GGMLQuantizationType[kind]))
+
+
+@pytest.mark.parametrize("kind", BLOCK_TYPES)
+@given(outputs=st.integers(1, 40), blocks=st.integers(1, 3), seed=SEEDS)
+@settings(max_examples=10)
+def test_blocks_stand_for_the_numbers_of_the_gguf_package_to_the_last_bit(
+    kind: str, outputs: int, blocks: int, seed: int
+):
+    rows = random_rows(kind, outputs, 256 * blocks, seed)
+
+    matrix = to_matrix(kind, torch.from_numpy(rows), 256 * blocks)
+
+    ours, theirs = dequantize(matrix).t().contiguous(), meant(kind, rows)
+    assert torch.equal(ours.view(torch.int32), theirs.view(torch.int32))
+
+
+@pytest.mark.parametrize("kind", BLOCK_TYPES)
+@given(outputs=st.integers(1, 70), blocks=st.integers(1, 3), rows=ROWS, seed=SEEDS)
+@settings(max_examples=6)
+def test_a_product_is_that_with_the_numbers_that_blocks_stand_for(
+    kernels: native.NativeKernels, kind: str, outputs: int, blocks: int, rows: int, seed: int
+):
+    weight = random_rows(kind, outputs, 256 * blocks, seed)
+    matrix = to_matrix(kind, torch.from_numpy(weight), 256 * blocks)
+    x = torch.randn(rows, 256 * blocks, generator=torch.Generator().manual_seed(seed))
+
+    ours = kernels.quantized_linear(x, [matrix], None)
+
+    exact = x.double() @ meant(kind, weight).double().t()
+    size = x.double().norm(dim=1, keepdim=True) * meant(kind, weight).double().norm(dim=1)  # [T, N]
+    assert ((ours - exact).abs() <= EXACT * size).all()
+    torch.testing.assert_close(ours, reference.quantized_linear(x, [matrix], None), rtol=0, atol=EXACT * size.max())
+
+
+@pytest.mark.parametrize("kind", BLOCK_TYPES)
+def test_single_outputs_are_rows_of_the_table(kind: str):
+    matrix = to_matrix(kind, torch.from_numpy(random_rows(kind, 100, 512, seed=1)), 512)
+    numbers = torch.tensor([99, 0, 17, 17, 64, *range(20)])
+
+    assert torch.equal(dequantize(matrix.outputs(numbers)), dequantize(matrix)[:, numbers])
+
+
+@pytest.mark.parametrize("kind", BLOCK_TYPES)
+def test_a_matrix_takes_hardly_more_memory_than_its_blocks(kind: str):
+    rows = random_rows(kind, 1024, 4096, seed=2)
+
+    matrix = to_matrix(kind, torch.from_numpy(rows), 4096)
+
+    # Scales of 6 bits take 8: in Q3_K, which has the most of them, that is 4 bytes of 110.
+    assert matrix.num_bytes <= (1.04 if kind == "Q3_K" else 1.03) * rows.nbytes
+
+
+@pytest.mark.parametrize("kind", BLOCK_TYPES)
+def test_every_float_of_a_block_is_checked(kind: str):
+    form = LAYOUTS[kind]
+    for floats in form.floats:
+        rows = random_rows(kind, 20, 512, seed=3)
+        _blocks(rows, form)[13, 1, floats.start : floats.start + 2] = np.frombuffer(b"\x00\x7e", np.uint8)
+        seen: list[Tensor] = []
+
+        to_matrix(kind, torch.from_numpy(rows), 512, seen.append)
+
+        assert sum(int(tensor.isnan().sum()) for tensor in seen) == 1
+
+
+def _blocks(rows: NDArray[np.uint8], form: TensorType) -> NDArray[np.uint8]:
+    return rows.reshape(len(rows), -1, form.num_bytes)
