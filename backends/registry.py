@@ -4,8 +4,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from tightrope.backends.gguf import offer as gguf
 from tightrope.backends.hf import offer as hf
+from tightrope.backends.own_gguf import offer as gguf
 from tightrope.backends.planning import Outline
 from tightrope.backends.protocol import Backend
 from tightrope.backends.settings import ModelSettings

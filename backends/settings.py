@@ -13,6 +13,7 @@ KVCacheDtype = Literal["auto", "q8", "q4", "f16"]
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 SumsDtype = Literal["float32", "float16"]
 Quantize = Literal["awq", "exl2", "gptq", "bitsandbytes-nf4"]  # TGI's launcher calls them so.
+GgufEngine = Literal["auto", "own", "llama.cpp"]
 RopeKind = Literal["none", "linear", "dynamic", "ntk", "yarn", "llama3", "longrope"]
 
 MAX_ADAPTER_NAME = 128  # It is in characters.
@@ -102,6 +103,9 @@ class ModelSettings(BaseModel, frozen=True, extra="forbid"):
     revision: str | None = Field(None, description="Hub revision; None is the default branch.")
     hub_cache: str | None = Field(None, description="Where downloads go; None leaves it to the hub library.")
     quantize: Quantize | None = Field(None, description="Format that the weights must be in; None takes any.")
+    gguf_engine: GgufEngine = Field(
+        "auto", description="What runs a GGUF file: own is the torch engine, on a CPU; auto is llama.cpp."
+    )
     max_model_len: int = Field(
         0, ge=0, le=MAX_TOKENS, description="Context window in tokens; 0 is the model's own, or what fits."
     )

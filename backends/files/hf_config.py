@@ -83,7 +83,11 @@ def read_config(folder: Path) -> ModelShape:
     when transformers knows no causal language model of that type, or when a size is missing or can't be.
     """
     path = folder / "config.json"
-    whole = read_object(path, MAX_CONFIG, finite=False)
+    return shape_of(path, read_object(path, MAX_CONFIG, finite=False), folder)
+
+
+def shape_of(path: Path, whole: Mapping[str, Any], folder: Path | None = None) -> ModelShape:
+    """The same of the fields of config.json, which stand in `path`. folder: whose other files tell more lengths."""
     raw = _raise_text(path, whole)
     model_type = raw.get("model_type")
     if model_type is None and isinstance(part := raw.get("_class_name"), str):
@@ -97,7 +101,7 @@ def read_config(folder: Path) -> ModelShape:
     declared = _annotations(config_class)
     used = {field: value for field, value in computing(raw).items() if field in declared or field.startswith("rope_")}
     check_finite(path, used)
-    reader = _Reader(path, as_meant(raw, declared), config_class)
+    reader = _Reader(path, as_meant(raw, declared), config_class, folder)
     return reader.shape(model_type, is_nested="text_config" in whole)
 
 
@@ -134,8 +138,10 @@ def _config_class(path: Path, model_type: str, raw: Mapping[str, Any]) -> type["
 class _Reader:
     """Checks the fields of one config.json as the file names them, and once more as transformers resolves them."""
 
-    def __init__(self, path: Path, raw: Mapping[str, Any], config_class: type["PretrainedConfig"]) -> None:
-        self._path = path
+    def __init__(
+        self, path: Path, raw: Mapping[str, Any], config_class: type["PretrainedConfig"], folder: Path | None
+    ) -> None:
+        self._path, self._folder = path, folder
         self._raw = raw
         self._class = config_class
 
@@ -177,7 +183,7 @@ class _Reader:
             experts_per_token=self._count(config, ("num_experts_per_tok", "moe_topk", "top_k_experts"), 1),
             expert_size=self._count(config, ("moe_intermediate_size",), sizes["intermediate_size"], MAX_EXPERT_SIZE),
             raw=MappingProxyType(dict(self._raw)),
-            other_lengths=MappingProxyType(other_lengths(self._path.parent, self._raw)),
+            other_lengths=MappingProxyType({} if self._folder is None else other_lengths(self._folder, self._raw)),
         )
 
     def _name(self, field: str) -> str:

@@ -95,6 +95,7 @@ class ModelOptions:
     layers_on: tuple[int, ...] = ()
     host_tensors: str | None = None
     use_mmap: bool = False
+    is_vocabulary: bool = False  # Nothing is loaded but the vocabulary, and no tensor is looked at.
     has_weights: bool = True  # Without them a model only says whether, and how, it could be loaded.
     progress: Callable[[float], None] = field(default=lambda _: None)
 
@@ -144,6 +145,7 @@ class NativeModel:
         params.load_mode = ll.LLAMA_LOAD_MODE_MMAP if options.use_mmap else ll.LLAMA_LOAD_MODE_NONE
         params.progress_callback = self._on_progress
         params.no_alloc = not options.has_weights
+        params.vocab_only = options.is_vocabulary
         self.pointer = ll.llama_model_load_from_file(str(path).encode(), params)
         del kept
         if not self.pointer:

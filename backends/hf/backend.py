@@ -20,7 +20,7 @@ from tightrope.backends.hf.adapters.rows import Adapters
 from tightrope.backends.hf.adapters.token_owners import tokenizer_at
 from tightrope.backends.hf.cache.pages import PagedKVCache
 from tightrope.backends.hf.cache.stored_pages import Placed, StoredPages
-from tightrope.backends.hf.load.inspection import Inspection, inspect
+from tightrope.backends.hf.load.inspection import Inspect, Inspection, NamedTokenizer, inspect
 from tightrope.backends.hf.load.model import LoadedModel, build
 from tightrope.backends.hf.modules.rotary import fix_rotary
 from tightrope.backends.hf.modules.step import scratch_bytes
@@ -57,8 +57,10 @@ class HFBackend:
     `runner` holds weights and caches, `steps` lays out what it is sent, and `kv` are the books of its pages.
     """
 
-    def __init__(self, folder: Path, settings: ModelSettings, progress: Callable[[float], None]) -> None:
-        """Load `folder`, calling `progress` with the share done.
+    def __init__(
+        self, path: Path, settings: ModelSettings, progress: Callable[[float], None], inspect: Inspect = inspect
+    ) -> None:
+        """Load what `inspect` finds at `path`, a folder, calling `progress` with the share done.
 
         Raises BackendError. Files and settings are checked, and the memory is planned, before anything large is
         allocated.
@@ -66,7 +68,7 @@ class HFBackend:
         check_folder(settings.cache)
         host = look()
         device = choose_device(settings.device, host)
-        found = inspect(folder, settings, device)
+        found = inspect(path, settings, device)
         notes = [f"device: {describe_card(device, host)}"] if device.type == "cuda" else []
         notes += found.notes
         adapter_bytes = room_for_adapters(settings)
@@ -77,7 +79,7 @@ class HFBackend:
             torch.cuda.set_per_process_memory_fraction(settings.gpu_memory_fraction, device)
         if plan.rope:
             fix_rotary(found.blueprint.tree, plan.rope)  # The window may be shorter than the model's own.
-        tokenizer = found.tokenizer or HFTokenizer(folder, found.shape)  # The latter says what the folder lacks.
+        tokenizer = found.tokenizer or HFTokenizer(path, found.shape)  # The latter says what the folder lacks.
         threads = compute_threads(settings.threads)
         torch.set_num_threads(1)  # A large step takes more: see ModelRunner.
         dispatch.set_threads(threads)
@@ -86,8 +88,8 @@ class HFBackend:
         with failing_as("loading the model", device):
             model = build(found.blueprint, lambda done: progress(WEIGHTS * done))
             model.adapters.room = AdapterRoom(adapter_bytes)
-            model.adapters.tokenizer_at = lambda path, num_tokens: tokenizer_at(
-                path, num_tokens, folder, found.shape, tokenizer
+            model.adapters.tokenizer_at = lambda folder, num_tokens: tokenizer_at(
+                folder, num_tokens, path, found.shape, tokenizer
             )
             notes += _load_adapters(model.adapters, settings)
             rotary = {name: RotarySets(spec, plan.window, device) for name, spec in plan.rope.items()}
@@ -125,9 +127,8 @@ class HFBackend:
             self.runner.record_decode(
                 settings.max_num_seqs, plan.window, lambda done: progress(begun + (1 - begun) * done)
             )
-        self.card = _card(folder, found, model, plan, tokenizer, notes)
-        files = [folder / "config.json", *(shard.path for shard in found.blueprint.checkpoint.shards())]
-        self.runs, said = open_store(settings.cache, plan.run_bytes, self, files, self._form(plan))
+        self.card = _card(found, model, plan, tokenizer, notes)
+        self.runs, said = open_store(settings.cache, plan.run_bytes, self, found.files, self._form(plan))
         self._pages.stored = StoredPages(self.runs, self) if self.runs.host_bytes else None
         self.card = replace(self.card, notes=(*self.card.notes, *said))
         progress(1.0)
@@ -239,26 +240,16 @@ def _can_be_recorded(model: LoadedModel, num_experts: int, max_num_seqs: int) ->
     return model.device.type == "cuda" and (not num_experts or (are_few and model.picks_experts_on_card))
 
 
-def model_id(folder: Path) -> str:
-    """What clients call the model: org/name where the hub's cache keeps it, else the folder's name."""
-    folder = folder.absolute()
-    repo = folder.parent.parent.name
-    if folder.parent.name == "snapshots" and repo.startswith("models--"):
-        return repo.removeprefix("models--").replace("--", "/")
-    return folder.name
-
-
 def _card(
-    folder: Path,
     found: Inspection,
     model: LoadedModel,
     plan: HFPlan,
-    tokenizer: HFTokenizer,
+    tokenizer: NamedTokenizer,
     notes: Sequence[str],
 ) -> ModelCard:
     shape, templates = found.shape, found.chat_templates
     return ModelCard(
-        model_id=model_id(folder),
+        model_id=found.model_id,
         architecture=shape.model_type,
         format=found.blueprint.format,
         max_model_len=plan.window,
@@ -270,7 +261,6 @@ def _card(
             *plan.notes,
             f"kernels: {dispatch.describe(model.device)}",
             *model.notes,
-            *tokenizer.notes,
             *notes,
         ),
         cache_token_bytes=plan.token_bytes,

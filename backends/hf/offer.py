@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tightrope.backends.errors import BackendError, DoesNotFit
 from tightrope.backends.files.foreign import CONSOLIDATED, names_in
@@ -10,6 +11,9 @@ from tightrope.backends.planning import CACHE_NAMES, CacheChoice, Chosen, Outlin
 from tightrope.backends.protocol import Backend
 from tightrope.backends.settings import ModelSettings
 from tightrope.backends.warming import Warmed
+
+if TYPE_CHECKING:
+    from tightrope.backends.hf.load.inspection import Inspect
 
 NO_TOKENIZER = "tokenizer: the folder holds none, and serve refuses it without; copy the model's own"
 
@@ -41,15 +45,16 @@ def warm(
 
 
 def outline(
-    folder: Path, settings: ModelSettings, memory_bytes: int | None, device_bytes: tuple[int, ...] | None = None
-) -> Outline:
-    """See BackendPackage."""
+    folder: Path, settings: ModelSettings, memory_bytes: int | None, device_bytes: tuple[int, ...] | None = None,
+    inspect: "Inspect | None" = None,
+) -> Outline:  # fmt: skip
+    """See BackendPackage. inspect: of what isn't a folder, but runs as one."""
     import torch
 
     from tightrope.backends.devices.choice import choose_device
     from tightrope.backends.files.peft import room_for_adapters
     from tightrope.backends.hf import plan as hf
-    from tightrope.backends.hf.load.inspection import inspect
+    from tightrope.backends.hf.load.inspection import inspect as inspect_folder
     from tightrope.backends.hf.room import CacheSizes, check_host, room_on
     from tightrope.backends.hf.workspace import token_bytes
     from tightrope.kernels.forms.layout import PAGE
@@ -57,7 +62,7 @@ def outline(
     if device_bytes is not None and len(device_bytes) > 1:
         raise BackendError(f"--device-memory names {len(device_bytes)} cards; the model of a folder runs on one")
     device = choose_device(settings.device) if device_bytes is None else torch.device("cuda")
-    found = inspect(folder, settings, device)
+    found = (inspect or inspect_folder)(folder, settings, device)
     shape, blueprint = found.shape, found.blueprint
     card = None if device_bytes is None else CardMemory(device_bytes[0], device_bytes[0])
     room = room_on(device, settings, blueprint, room_for_adapters(settings), host_bytes=memory_bytes, card=card)

@@ -51,7 +51,10 @@ class Quantization:
         """The quantized linears, as the files call them."""
         marks = tuple(f".{part}" for part in self.format.parts)
         return frozenset(
-            name.removesuffix(mark) for name in self.checkpoint.tensors for mark in marks if name.endswith(mark)
+            name.removesuffix(mark)
+            for name, entry in self.checkpoint.tensors.items()
+            for mark in marks
+            if name.endswith(mark) and self.format.holds(entry)
         )
 
     def packed(self, module: str, device: torch.device = CPU) -> Packed:
@@ -77,6 +80,8 @@ class Quantization:
         return plain + sum(sum(self.format.tensor_bytes(self.packed(module))) for module in self.modules)
 
     def describe(self) -> str:
+        if not self.modules:
+            return f"{self.format.name}, plain weights"
         return f"{self.format.name}, {self.bits_per_weight:.2f} bits per weight"
 
 

@@ -92,6 +92,10 @@ class Format(ABC):
         """The format as `settings`, a block of the file `path`, describe it; raises BackendError for its relatives."""
         return cls()
 
+    def holds(self, entry: TensorEntry) -> bool:
+        """Whether a tensor that has the name of one of `parts` tells so by itself, too."""
+        return True
+
     @abstractmethod
     def size(self, packed: Packed) -> tuple[int, int]:
         """Inputs and outputs of a linear, by the shapes of its tensors; outputs may be filled up."""

@@ -1,4 +1,4 @@
-"""GGUF's blocks: along a row, 32 or 256 weights at a time, integers of 2 to 8 bits with scales and perhaps least values.
+"""GGUF's blocks: along a row, 32 or 256 weights at a time as integers of 2 to 8 bits, with scales and perhaps mins.
 
 The K- and IQ-types have blocks of 256 with a float for all, and codes of scales for 16 or 32 weights each. A block's
 bytes are taken apart here, and become the layout of QuantizedMatrix, which takes as much memory but for a few bytes a
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tightrope.backends.files.gguf.tensor_types import TENSOR_TYPES
-from tightrope.backends.files.safetensors import Checkpoint
+from tightrope.backends.files.safetensors import Checkpoint, TensorEntry
 from tightrope.backends.quant.format import Format, Packed
 from tightrope.kernels.forms.quantized import TILE, QuantizedMatrix, Rows, pack_slices, tiled
 
@@ -169,6 +169,9 @@ class GgufBlocks(Format):
     @classmethod
     def tells(cls, checkpoint: Checkpoint, tensor: str) -> bool:
         return checkpoint.tensors[tensor].dtype in BLOCK_TYPES
+
+    def holds(self, entry: TensorEntry) -> bool:
+        return entry.dtype in BLOCK_TYPES
 
     def size(self, packed: Packed) -> tuple[int, int]:
         outputs, inputs = packed.shape("weight", 2)

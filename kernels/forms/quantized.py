@@ -82,7 +82,8 @@ class QuantizedMatrix:
             """Of [C, ..., 16 * size], where an output has `size` neighbours."""
             lanes = tensor.view(len(tensor), -1, TILE, size)[tile, :, lane]  # [M, ..., size]
             lanes = F.pad(lanes, (0, 0, 0, 0, 0, -len(numbers) % TILE)).unflatten(0, (-1, TILE))
-            return lanes.transpose(1, 2).reshape(-1, *tensor.shape[1:])
+            taken: Tensor = lanes.transpose(1, 2).reshape(-1, *tensor.shape[1:])
+            return taken
 
         parts: dict[str, Any] = {
             name: gathered(tensor, LINE // TILE if name == "codes" else 1) for name, tensor in self.by_tile.items()

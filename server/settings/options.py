@@ -220,6 +220,13 @@ OPTIONS: Mapping[str, Option] = {
         "where the model runs: auto, cpu, cuda, or cuda:N for one card of several (default: auto)",
         "DEVICE",
     ),
+    "gguf-engine": Option(
+        (*_MODEL, "gguf_engine"),
+        "speed",
+        "what runs a GGUF file: own, the engine of model folders, on a CPU; llama.cpp; or auto (default: auto, "
+        "llama.cpp)",
+        "ENGINE",
+    ),
     "gpu-layers": Option(
         (*_MODEL, "gpu_layers"),
         "speed",

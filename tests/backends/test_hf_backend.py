@@ -15,7 +15,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tightrope.backends.errors import BackendError
-from tightrope.backends.hf.backend import HFBackend, model_id
+from tightrope.backends.hf.backend import HFBackend
+from tightrope.backends.hf.load.inspection import model_id
 from tightrope.backends.protocol import Chunk
 from tightrope.backends.reuse import Reuse
 from tightrope.backends.settings import CacheSettings, ModelSettings, RopeSettings

@@ -3,13 +3,13 @@
 Parity is measured with the reference kernels and a cache in float32, so that nothing but rounding differs.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from parity import PAGES_EACH, Pair, caches_of, deviation, run, wanted
 from step_builder import rope_tables, step_of
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
@@ -17,13 +17,10 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 from tightrope.backends.files.hf_config import read_config
 from tightrope.backends.files.safetensors import Checkpoint
 from tightrope.backends.hf.load.blueprint import draw
-from tightrope.backends.hf.load.model import LoadedModel, build
-from tightrope.backends.rope.scaling import RopeSpec, resolve_rope
+from tightrope.backends.hf.load.model import build
+from tightrope.backends.rope.scaling import resolve_rope
 from tightrope.backends.settings import RopeSettings
 from tightrope.kernels import dispatch, reference
-from tightrope.kernels.forms.layout import CacheFormat, LayerCache
-
-PAGES_EACH = 4  # 64 tokens a sequence
 
 TINY = {
     "hidden_size": 48,
@@ -168,15 +165,6 @@ def write(family: Family, folder: Path) -> PreTrainedModel:
     return model
 
 
-@dataclass(frozen=True)
-class Pair:
-    """The untouched class, and ours from its files."""
-
-    untouched: PreTrainedModel
-    ours: LoadedModel
-    rope: dict[str, RopeSpec]
-
-
 @pytest.fixture(scope="module", params=FAMILIES.values(), ids=FAMILIES.keys())
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
     folder = tmp_path_factory.mktemp("model")
@@ -185,41 +173,6 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     rope = resolve_rope(shape.raw, RopeSettings(), 0)
     ours = build(draw(folder, shape, Checkpoint.open(folder), rope=rope))
     return Pair(untouched, ours, rope)
-
-
-def caches_of(model: LoadedModel, num_sequences: int, dtype: torch.dtype) -> list[LayerCache]:
-    """A cache of 16-bit format for each layer, its values held in `dtype`."""
-    caches = []
-    for layer in model.layers:
-        cache = LayerCache.allocate(CacheFormat("f16", layer.num_kv_heads, layer.head_dim), num_sequences * PAGES_EACH)
-        caches.append(replace(cache, key_codes=cache.key_codes.to(dtype), value_codes=cache.value_codes.to(dtype)))
-    return caches
-
-
-def run(
-    pair: Pair, caches: Sequence[LayerCache], prompts: Sequence[Tensor], steps: Sequence[Sequence[int]]
-) -> list[Tensor]:
-    """Logits of every token of every prompt; each step runs so many further tokens of each prompt."""
-    done, outputs = [0] * len(prompts), [[] for _ in prompts]
-    for counts in steps:
-        layout = step_of(list(zip(done, counts, strict=True)), PAGES_EACH)
-        ids = torch.cat([p[d : d + n] for p, d, n in zip(prompts, done, counts, strict=True)])
-        done = [d + n for d, n in zip(done, counts, strict=True)]
-        tables = rope_tables(pair.rope, done, PAGES_EACH)
-        logits = pair.ours.forward(caches, ids, layout, tables, torch.arange(len(ids)))
-        for output, part in zip(outputs, logits.split(list(counts)), strict=True):
-            output.append(part)
-    return [torch.cat(output) for output in outputs]
-
-
-def wanted(pair: Pair, prompt: Tensor) -> Tensor:
-    with torch.no_grad():
-        return pair.untouched(prompt.unsqueeze(0)).logits[0]
-
-
-def deviation(got: Tensor, want: Tensor) -> float:
-    """Largest difference, in units of the largest logit."""
-    return ((got - want).abs().max() / want.abs().max()).item()
 
 
 @pytest.fixture

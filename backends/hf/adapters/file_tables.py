@@ -99,12 +99,13 @@ class PlannedTables:
         built: list[tuple[Embedding | Linear, TableChange]] = []
         embedding, head = self.ours.embedding, self.ours.head
         if embedding is not None:
-            change = _change(self.embedding, embedding.weight, None, read, len(embedding.weight))
+            table = embedding.weight if isinstance(embedding.weight, Tensor) else None
+            change = _change(self.embedding, table, None, read, embedding.shape[0])
             if (delta := self.embedding.delta) is not None:
                 down, up = balanced(read(delta.down).float(), read(delta.up).float(), delta.scaling)
                 down, up = down.T.to(dtype).contiguous(), (up.T * delta.scaling).to(dtype).contiguous()
                 change = replace(change, down=down, up=up)
-            if _does_something(change, len(embedding.weight)):
+            if _does_something(change, embedding.shape[0]):
                 built.append((embedding, change))
         if head is not None:
             weight = head.weight if isinstance(head.weight, Tensor) else None

@@ -1,7 +1,7 @@
 """From what a model wants to what its files hold: plain tensors to copy, and quantized linears to build."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -50,16 +50,18 @@ class Assembly:
 
 
 def assemble(
-    wants: WantedWeights, quantization: Quantization | None, names: FileNames, device: torch.device
-) -> tuple[list[Weight], list[Assembly]]:
+    wants: WantedWeights, quantization: Quantization | None, names: FileNames, device: torch.device,
+    tied: tuple[str, str] | None = None,
+) -> tuple[list[Weight], list[Assembly]]:  # fmt: skip
     """What is to be copied, and what is to be built.
 
+    tied: names of head and embedding, which are one matrix where the files have but the latter, and it is quantized.
     Raises BackendError where the headers of a quantized linear don't fit the model.
     """
     weights = list(wants.weights)
     assemblies: list[Assembly] = []
     assembler = None if quantization is None else _Assembler(quantization, names, device)
-    for linear in wants.linears:
+    for linear in _with_tables(wants, tied, assembler):
         built = None if assembler is None else assembler.linear(linear)
         if built is None:
             weights += linear.plain()
@@ -74,11 +76,36 @@ def assemble(
     return weights, assemblies
 
 
+def _with_tables(
+    wants: WantedWeights, tied: tuple[str, str] | None, assembler: "_Assembler | None"
+) -> list[LinearWeights]:
+    """The linears and the tables, without a head that is the embedding's quantized matrix."""
+    head = None
+    if tied is not None and assembler is not None and assembler.has_only(tied[1], tied[0]):
+        head = next(linear for linear in wants.linears if linear.rows[0][0] == tied[0])
+
+    def with_head(table: LinearWeights) -> LinearWeights:
+        if head is None or tied is None or table.rows[0][0] != tied[1]:
+            return table
+
+        def deliver(matrix: Matrix) -> None:
+            table.deliver(matrix)
+            head.deliver(matrix)
+
+        return replace(table, deliver=deliver)
+
+    return [*(linear for linear in wants.linears if linear is not head), *map(with_head, wants.tables)]
+
+
 class _Assembler:
     """Finds the quantized linears of one checkpoint."""
 
     def __init__(self, quantization: Quantization, names: FileNames, device: torch.device) -> None:
         self.found, self.names, self.device = quantization, names, device
+
+    def has_only(self, one: str, other: str) -> bool:
+        """Whether the files have one linear, quantized, and nothing of another."""
+        return self._module(one) is not None and self.names.find([f"{other}.weight"]) is None
 
     def linear(self, wanted: LinearWeights) -> Assembly | None:
         """None when all of it is plain."""
@@ -145,7 +172,7 @@ class _Assembler:
         """What the files call a quantized linear; None when there is no such."""
         for part in self.found.format.parts:
             found = self.names.find([f"{name}.{part}"])
-            if found is not None:
+            if found is not None and self.found.format.holds(self.found.checkpoint.tensors[found[0]]):
                 return found[0].removesuffix(f".{part}")
         return None
 

@@ -111,14 +111,14 @@ def _sizes(assemblies: Iterable[Assembly]) -> list[int]:
 
 def draw(
     folder: Path, shape: ModelShape, checkpoint: Checkpoint, rope: Mapping[str, RopeSpec] | None = None,
-    device: torch.device | str = "cpu", asked: Dtype = "auto",
+    device: torch.device | str = "cpu", asked: Dtype = "auto", quantization: Quantization | None = None,
 ) -> Blueprint:  # fmt: skip
     """The blueprint of the model that `folder`/config.json describes. Some milliseconds a layer; reads no weights.
 
     `rope` are the resolved rotations by the keys of a step's tables; without them the model's own are used, and the
-    keys are its layer types if these rotate differently, else "default". `asked`: see activation_dtype. Raises
-    BackendError for a model that can't be served, and for tensors that are missing, that don't fit it, or of a format
-    that isn't read.
+    keys are its layer types if these rotate differently, else "default". `asked`: see activation_dtype. quantization:
+    that of other files than a folder's, which is looked for. Raises BackendError for a model that can't be served, and
+    for tensors that are missing, that don't fit it, or of a format that isn't read.
     """
     device = torch.device(device)
     dtype = activation_dtype(asked, shape.dtype, device)
@@ -134,8 +134,9 @@ def draw(
         checkpoint.tensors.keys(), model.base_model_prefix, model._keys_to_ignore_on_load_unexpected or ()
     )
     check_packing(checkpoint, [name for name in checkpoint.tensors if not names.may_be_left(name)], shape.raw)
-    quantization = find_quantization(folder, shape.raw, checkpoint)
-    weights, assemblies = assemble(specialised.wants, quantization, names, device)
+    quantization = quantization or find_quantization(folder, shape.raw, checkpoint)
+    ends = (head, table) if shape.tie_embeddings else None
+    weights, assemblies = assemble(specialised.wants, quantization, names, device, ends)
     # A quantized head stands for itself, whatever config.json says: EXL2 stores one for tied models, too.
     has_plain_head = any(weight.sources[0][0].name == f"{head}.weight" for weight in weights)
     tied = (f"{head}.weight", f"{table}.weight") if shape.tie_embeddings and has_plain_head else None

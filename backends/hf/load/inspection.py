@@ -1,8 +1,9 @@
 """A model folder, checked as far as that takes no weights: `serve` goes on from here, and `plan` ends here."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -13,24 +14,39 @@ from tightrope.backends.files.safetensors import Checkpoint
 from tightrope.backends.hf.load.blueprint import Blueprint, draw
 from tightrope.backends.hf.text.tokenizer import HFTokenizer
 from tightrope.backends.hf.text.vocabulary import has_tokenizer
+from tightrope.backends.protocol import Tokenizer
 from tightrope.backends.quant.find import check_asked
 from tightrope.backends.rope.scaling import RopeSpec, resolve_rope
 from tightrope.backends.settings import ModelSettings
+
+
+class NamedTokenizer(Tokenizer, Protocol):
+    """One that chat templates can be given the named tokens of: see ModelCard."""
+
+    @property
+    def named_tokens(self) -> tuple[tuple[str, str | tuple[str, ...]], ...]: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
     """What a folder holds. `tokenizer` is None where it has none: a folder of headers can be planned for.
 
-    `notes` tell of the settings that change nothing on the device.
+    `notes` tell of the vocabulary, and of settings that change nothing on the device. `model_id` is what clients call
+    the model, and `files` are those whose contents make it.
     """
 
     shape: ModelShape
     rope: Mapping[str, RopeSpec]
-    tokenizer: HFTokenizer | None
+    tokenizer: NamedTokenizer | None
     blueprint: Blueprint
     chat_templates: Mapping[str, str]
     notes: tuple[str, ...]
+    model_id: str
+    files: Sequence[Path]
+
+
+# What takes a model's path, the settings and the device, and finds all of it but the weights.
+Inspect = Callable[[Path, ModelSettings, torch.device | str], Inspection]
 
 
 def inspect(folder: Path, settings: ModelSettings, device: torch.device | str = "cpu") -> Inspection:
@@ -45,11 +61,27 @@ def inspect(folder: Path, settings: ModelSettings, device: torch.device | str = 
     check_asked(folder, settings.quantize, blueprint.quantization)
     for path in settings.adapters.values():
         blueprint.adapters.check(Path(path).expanduser())
-    idle = settings.types_on_a_card if torch.device(device).type == "cpu" else ()
-    notes = tuple(f"{given} changes nothing: on a CPU hidden states and sums are float32" for given in idle)
+    notes = idle_types(settings, device)
     if settings.dtype == "auto" and shape.dtype != "float16" and blueprint.activation_dtype == torch.float16:
         notes = ("dtype: float16, as the card has no bfloat16",)
-    return Inspection(shape, rope, tokenizer, blueprint, templates, notes)
+    notes += () if tokenizer is None else tokenizer.notes
+    files = [folder / "config.json", *(shard.path for shard in checkpoint.shards())]
+    return Inspection(shape, rope, tokenizer, blueprint, templates, notes, model_id(folder), files)
+
+
+def idle_types(settings: ModelSettings, device: torch.device | str) -> tuple[str, ...]:
+    """A line for each setting that changes nothing on this device."""
+    idle = settings.types_on_a_card if torch.device(device).type == "cpu" else ()
+    return tuple(f"{given} changes nothing: on a CPU hidden states and sums are float32" for given in idle)
+
+
+def model_id(folder: Path) -> str:
+    """What clients call the model: org/name where the hub's cache keeps it, else the folder's name."""
+    folder = folder.absolute()
+    repo = folder.parent.parent.name
+    if folder.parent.name == "snapshots" and repo.startswith("models--"):
+        return repo.removeprefix("models--").replace("--", "/")
+    return folder.name
 
 
 def _check_options(settings: ModelSettings) -> None:

@@ -50,7 +50,10 @@ class LoadedModel:
         None where the whole table is there already. Token ids on a card are read from it, which is to be waited for.
         """
         table = self._host_table
-        return None if table is None else table.gathered(token_ids.to(table.weight.device)).to(self.device)
+        if table is None:
+            return None
+        assert isinstance(table.weight, Tensor)
+        return table.gathered(token_ids.to(table.weight.device)).to(self.device)
 
     @torch.inference_mode()
     def forward(

@@ -134,8 +134,8 @@ class _Specialiser:
             return None
         shape = module.num_embeddings, module.embedding_dim
         ours = Embedding(self.names[module], shape, scale, self.dtype, self.current)
-        rows = [(f"{ours.name}.weight", module.num_embeddings)]
-        self.wants.matrix(rows, module.embedding_dim, _set(ours, "weight"))
+        rows, setters = ((ours.name, module.num_embeddings),), (_set(ours, "weight"), _set(ours, "bias"))
+        self.wants.tables.append(LinearWeights(rows, module.embedding_dim, False, *setters))
         return ours
 
     def _norm(self, module: nn.Module) -> RMSNorm | None:

@@ -92,17 +92,16 @@ class ExpertWeights:
 
 @dataclass(slots=True)
 class WantedWeights:
-    """Everything that the modules of a model ask for. `activation_dtype` is that of weights in untouched modules."""
+    """Everything that the modules of a model ask for. `activation_dtype` is that of weights in untouched modules.
+
+    `tables` have a row for each token; where these are quantized, they are matrices of which single outputs are read.
+    """
 
     activation_dtype: torch.dtype
     weights: list[Weight] = field(default_factory=list)
     linears: list[LinearWeights] = field(default_factory=list)
+    tables: list[LinearWeights] = field(default_factory=list)
     experts: list[ExpertWeights] = field(default_factory=list)
-
-    def matrix(self, rows: Iterable[tuple[str, int]], width: int, deliver: Callable[[Tensor], None]) -> None:
-        """[N, width] in the file's dtype: tensors of these names and numbers of rows, one below the other."""
-        parts, end = _stack(rows, (width,))
-        self.weights.append(Weight((end, width), (parts,), deliver))
 
     def vector(self, rows: Iterable[tuple[str, int]], deliver: Callable[[Tensor], None], offset: float = 0.0) -> None:
         """A norm or a bias [N] in float32: tensors of these names and lengths, one after the other."""

@@ -4,8 +4,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from operator import or_
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tightrope.kernels import dispatch
@@ -14,7 +16,7 @@ from tightrope.kernels.forms.column_stack import ColumnStack, stack_columns
 from tightrope.kernels.forms.columns import ColumnMatrix, to_columns
 from tightrope.kernels.forms.layer import Projection
 from tightrope.kernels.forms.low_rank import LowRank
-from tightrope.kernels.forms.quantized import TILE, Nf4Matrix, QuantizedMatrix
+from tightrope.kernels.forms.quantized import TILE, Nf4Matrix, QuantizedMatrix, dequantize
 
 Piece = Tensor | QuantizedMatrix | Nf4Matrix  # A tensor is [N, K].
 
@@ -78,6 +80,15 @@ def times(x: Tensor, weight: Matrix, bias: Tensor | None) -> Tensor:
     if isinstance(weight, Tensor):
         return dispatch.linear(x, weight, bias)
     return weight.times(x, bias)
+
+
+def rows_of(weight: Matrix, numbers: Tensor) -> Tensor:
+    """Rows [..., K] of a weight [N, K] by their numbers [...] int64; float32 where it is quantized."""
+    if isinstance(weight, Tensor):
+        return F.embedding(numbers, weight)
+    assert isinstance(weight, Quantized), "on a CPU tables are of integers, or plain"
+    (matrix,) = weight.matrices
+    return dequantize(matrix.outputs(numbers.flatten())).t().contiguous().view(*numbers.shape, -1)
 
 
 def runs_exllama(weight: Matrix) -> bool:
@@ -168,25 +179,20 @@ def _joined(matrices: tuple[QuantizedMatrix, ...]) -> tuple[QuantizedMatrix, ...
         return matrices
     if any(matrix.num_outputs % TILE for matrix in matrices[:-1]):
         return matrices
-    scales = [matrix.scales for matrix in matrices if matrix.scales is not None]
-    zeros = [matrix.zeros for matrix in matrices if matrix.zeros is not None]
-    codes = [matrix.codes for matrix in matrices]
-    return (
-        replace(
-            first,
-            num_outputs=sum(matrix.num_outputs for matrix in matrices),
-            codes=torch.cat(codes),
-            scales=torch.cat(scales),
-            zeros=torch.cat(zeros) if zeros else None,
-        ),
-    )
+    num_outputs = sum(matrix.num_outputs for matrix in matrices)
+    parts: dict[str, Any] = {name: torch.cat([matrix.by_tile[name] for matrix in matrices]) for name in first.by_tile}
+    return (replace(first, num_outputs=num_outputs, **parts),)
 
 
 def _are_alike(first: QuantizedMatrix, second: QuantizedMatrix) -> bool:
-    """Whether rows are arranged alike, with scales and zeros of the same kind."""
-    if first.scales is None or second.scales is None or first.scales.dtype != second.scales.dtype:
+    """Whether rows are arranged alike, with scales, zeros, mins and books of the same kind."""
+    kinds = [
+        {name: (tensor.dtype, tensor.shape[1]) for name, tensor in matrix.by_tile.items() if name != "codes"}
+        for matrix in (first, second)
+    ]
+    if first.scales is None or kinds[0] != kinds[1] or (first.codebook is None) != (second.codebook is None):
         return False
-    if (first.zeros is None) != (second.zeros is None) or (first.source is None) != (second.source is None):
+    if (first.source is None) != (second.source is None):
         return False
     sources = first.source is None or second.source is None or torch.equal(first.source, second.source)
     groups = torch.equal(first.group_starts, second.group_starts) and torch.equal(first.group_bits, second.group_bits)

@@ -1,0 +1,1 @@
+"""GGUF files in the torch engine, and which of the two engines runs a file."""
