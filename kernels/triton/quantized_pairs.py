@@ -20,6 +20,8 @@ _HALF = (0x64006400, 0x3C003C00, "f16x2")
 _BRAIN = (0x43004300, 0x3F803F80, "bf16x2")
 
 
+_UNSET = 0x3C003C00  # Bits that no bfloat16 has from 128 to 255.
+
 _BLOCK = constexpr(BLOCK)
 # Rows that a thread has side by side in a product's operand: Triton before 3.8 takes joined numbers for smaller ones.
 _NEIGHBOURS = constexpr(4 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8) else 2)
@@ -46,6 +48,9 @@ def pair_asm(bits: int, is_bfloat16: bool) -> str:
             shift = high * i - low
             move = f"shr.u32 t, ${top}, {shift}" if shift >= 0 else f"shl.b32 t, ${top}, {-shift}"
             lines.append(f"{move}; lop3.b32 ${i}, t, {_twice(((1 << high) - 1) << low):#x}, ${i}, 0xEA;")
+        if is_bfloat16 and i == 0:
+            # The assembler makes a constant anew for each use. Of what it can't tell to be one it keeps a register.
+            lines.append(f"lop3.b32 one, $0, {_UNSET:#x}, {one:#x}, 0xEA;")
         lines.append(f"fma.rn.{name} ${i}, ${i}, one, ${minus};")
     return "{" + " ".join(lines) + "}"
 

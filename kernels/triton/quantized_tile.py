@@ -115,7 +115,7 @@ def load_scale(
     """Scales float32 of groups and columns, which are broadcast; zero where the mask is not."""
     scale = tl.load(scales + group.to(tl.int64) * stride + columns, mask=mask, other=0).to(tl.float32)
     if group_max is not None:
-        scale = scale * scale * (1 / 256) * tl.load(group_max + group)
+        scale = scale * scale * (tl.load(group_max + group) * (1 / 256))
     return scale
 
 
