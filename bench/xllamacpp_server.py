@@ -15,6 +15,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--context", type=int, required=True, help="cells of the cache, shared by all slots")
     parser.add_argument("--slots", type=int, required=True)
+    parser.add_argument("--cache-reuse", type=int, default=0, help="shortest chunk that is shifted, in tokens; 0: none")
     parser.add_argument("--cache", choices=sorted(_CACHE_TYPES), required=True)
     options = parser.parse_args()
 
@@ -28,6 +29,7 @@ def main() -> None:
     params.kv_unified = True  # llama-server's own default when it chooses its slots
     params.cache_type_k = params.cache_type_v = _CACHE_TYPES[options.cache]
     params.n_gpu_layers = 0
+    params.n_cache_reuse = options.cache_reuse
     params.verbosity = 1  # errors
     # Everything else stays as it ships: flash attention chosen by itself, prompt cache on, micro-batch of 512.
     server = xllamacpp.Server(params)

@@ -1,0 +1,163 @@
+"""A full window costs one message: python -m bench.full_window MODEL_FOLDER GGUF_FILE [--turns 30]
+
+A role-play chat that has filled its window goes on, turn by turn, each time without its oldest messages (story.py):
+
+- quality, in the torch engine: the divergence of what is predicted over moved tokens from a cold prefill, with moved
+  tokens upon moved tokens for all turns, and with a chat that was exact the turn before, as it is when healed;
+- speed: the time to the first token of each turn, from both engines and llama.cpp's own server with its reuse of
+  shifted chunks (--cache-reuse), side by side in turns, with what a cold prefill of the same prompt takes.
+
+Each row is written as soon as it is known (build/full_window.jsonl), and a run that was cut goes on from there. Writes
+bench/results/full_window.json and .png.
+"""
+
+import argparse
+import asyncio
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+from tokenizers import Tokenizer
+from tqdm import tqdm
+
+from bench import needle, report
+from bench.full_window_plot import draw
+from bench.moved_quality import measure as measure_quality
+from bench.peers import PEERS, ROOT, Peer, Setup, end_servers_when_told, running
+from bench.sse import stream
+from bench.story import Turn, story
+from bench.workloads import Target
+from tightrope.backends.settings import KVCacheDtype
+
+WINDOW = 3000
+THREADS = 2
+REUSED_CHUNK = 256  # llama.cpp's server moves runs of at least so many tokens.
+# Bars: of the tokens behind the new ones; times sooner than cold; nats; of the perplexity.
+MOST_COMPUTED, LEAST_SPEEDUP = 0.04, 12.0
+FIRST_KLD, FIRST_P99, MEAN_KLD, WORST_KLD, PERPLEXITY = 0.001, 0.01, 0.002, 0.008, 0.005
+
+CACHES: Mapping[str, KVCacheDtype] = {"quality": "q8", "q4": "q4"}
+Rows = list[dict[str, Any]]
+
+
+def _options(extra: Sequence[str], setup: Setup, port: int) -> list[str]:
+    return [
+        *("-m", "tightrope", "serve", str(setup.model), "--port", str(port), "--threads", str(setup.threads)),
+        *("--max-model-len", str(setup.context), "--max-num-seqs", str(setup.slots), "--heal=off", *extra),
+    ]
+
+
+def _reusing_llama(setup: Setup, port: int) -> list[str]:
+    return [*PEERS["llama.cpp server"].arguments(setup, port), "--cache-reuse", str(REUSED_CHUNK)]
+
+
+def servers(folder: Path, gguf: Path) -> list[tuple[Peer, Setup]]:
+    """The torch engine with the folder; tightrope and llama.cpp's server with the GGUF file."""
+    setup = Setup(gguf, THREADS, WINDOW + 512, 1, "f16")
+    return [
+        (Peer("torch engine", partial(_options, ("--kv-cache=q8",))), replace(setup, model=folder)),
+        (Peer("GGUF engine", partial(_options, ("--kv-cache=f16",))), setup),
+        (replace(PEERS["llama.cpp server"], arguments=_reusing_llama), setup),
+    ]
+
+
+async def ask(target: Target, text: str, **fields: object) -> dict[str, Any]:
+    body = {"prompt": text, "max_tokens": 1, "temperature": 0, "stream": True, "cache_prompt": True, **fields}
+    answer = await stream(target.base_url, "/v1/completions", {**body, "stream_options": {"include_usage": True}})
+    return {"ttft_s": round(answer.ttft_s, 3), "tokens": answer.prompt_tokens, "cached": answer.cached_tokens}
+
+
+def speed(targets: Sequence[Target], turns: Sequence[Turn], count: Callable[[str], int]) -> Iterator[dict[str, Any]]:
+    """A row for each turn and server; servers take turns, so that what else the machine does meets all of them."""
+    for number, turn in enumerate(turns):
+        for target in targets:
+            row = asyncio.run(ask(target, turn.text))
+            yield {
+                "part": "speed", "server": target.name, "turn": number, "what": turn.what,
+                "new_tokens": count(turn.messages[-1][1]), **row,
+            }  # fmt: skip
+
+
+def written(path: Path, parts: Iterator[dict[str, Any]], bar: tqdm) -> None:
+    with path.open("a") as file:
+        for row in parts:
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+            bar.update()
+
+
+def judge(rows: Rows) -> dict[str, Any]:
+    """What the bars come to; the turns that lose their oldest messages alone count."""
+    dropped = [row for row in rows if row["what"] == "the oldest go"]
+    result: dict[str, Any] = {}
+    quality = [row for row in dropped if row["part"] == "quality" and row["cache"] == "q8"]
+    if quality:
+        result["quality"] = {
+            "first drop, mean and 99th percentile": [
+                mean(row["first_kld"] for row in quality),
+                max(row["first_kld_p99"] for row in quality),
+            ],
+            "all turns unhealed, mean and worst": [
+                mean(row["kld"] for row in quality),
+                max(row["kld"] for row in quality),
+            ],
+            "perplexity over that of cold": mean(row["perplexity"] for row in quality),
+        }
+    for name in dict.fromkeys(row["server"] for row in rows if row["part"] == "speed"):
+        mine = [row for row in rows if row["part"] == "speed" and row["server"] == name]
+        cold = next(row["ttft_s"] for row in mine if row["what"] == "cold")
+        turns = [row for row in mine if row["what"] == "the oldest go"]
+        result[name] = {
+            "cold_s": cold,
+            "ttft_s": median(row["ttft_s"] for row in turns),
+            "times sooner": cold / median(row["ttft_s"] for row in turns),
+            "computed of the rest": mean(
+                max(0, row["tokens"] - row["cached"] - row["new_tokens"]) / (row["tokens"] - row["new_tokens"])
+                for row in turns
+            ),
+        }
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="model folder for the torch engine")
+    parser.add_argument("gguf", type=Path, help="the same model as a GGUF file")
+    parser.add_argument("--turns", type=int, default=30)
+    parser.add_argument("--part", choices=["quality", "speed", "q4", "needle"], action="append", help="default: all")
+    options = parser.parse_args()
+    parts = options.part or ["quality", "speed", "q4", "needle"]
+    end_servers_when_told()
+    tokenizer = Tokenizer.from_file(str(options.folder / "tokenizer.json"))
+
+    def count(text: str) -> int:
+        return len(tokenizer.encode(text).ids)
+
+    path = ROOT / "build" / "full_window.jsonl"
+    path.parent.mkdir(exist_ok=True)
+    with tqdm(desc="rows", disable=None) as bar:
+        for part, cache in CACHES.items():
+            if part in parts:
+                turns = measure_quality(options.folder, cache, WINDOW, options.turns, THREADS)
+                written(path, ({"part": "quality", "cache": cache, **row} for row in turns), bar)
+        if "needle" in parts:
+            needles = needle.measure(options.folder, WINDOW, THREADS)
+            written(path, ({"part": "needle", "what": "a message is taken out", **row} for row in needles), bar)
+        if "speed" in parts:
+            with ExitStack() as stack:
+                targets = [stack.enter_context(running(*server)) for server in servers(options.folder, options.gguf)]
+                written(path, speed(targets, list(story(WINDOW, options.turns, count)), count), bar)
+    rows: Rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    found = judge(rows)
+    print(json.dumps(found, indent=2))
+    print(report.write("full_window", {"window": WINDOW, "rows": rows, "found": found}))
+    draw(rows, found, report.RESULTS / "full_window.png")
+
+
+if __name__ == "__main__":
+    main()

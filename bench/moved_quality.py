@@ -1,0 +1,115 @@
+"""What moved tokens cost in quality, turn by turn of a chat that fills its window: beside a cold prefill."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bench.story import story
+from tightrope.backends.hf.backend import HFBackend
+from tightrope.backends.protocol import Chunk
+from tightrope.backends.reuse import Reuse, Wanted
+from tightrope.backends.settings import CacheSettings, KVCacheDtype, ModelSettings
+
+NUM_PROBED = 64  # So many tokens at the end of each prompt are predicted: the latest message, which is computed anew.
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One turn. Divergences are of the next token's distribution from that of a cold prefill, in nats.
+
+    `first_` is of a chat whose turn before was exact, as it is when healed; the others follow on moved tokens.
+    """
+
+    what: str
+    num_tokens: int
+    num_computed: int
+    num_moved: int
+    kld: float
+    kld_p99: float
+    perplexity: float  # of the probed tokens over that of the cold prefill
+    first_kld: float
+    first_kld_p99: float
+
+
+class Reader:
+    """Runs prompts on one backend and returns the logits of their last tokens, [NUM_PROBED, V]."""
+
+    def __init__(self, backend: HFBackend) -> None:
+        self._backend, self._number = backend, 0
+
+    def read(self, tokens: Sequence[int], namespace: str, reuse: Wanted) -> tuple[Tensor, Reuse]:
+        kv, self._number = self._backend.kv, self._number + 1
+        found = kv.open(self._number, tokens, namespace, reuse=reuse)
+        missing = found.missing(len(tokens))
+        assert kv.reserve(self._number, sum(map(len, missing)))
+        rows: list[Tensor] = []
+        probed = len(tokens) - NUM_PROBED
+        for chunk in self._chunks(tokens, missing, probed):
+            logits = self._backend.forward([chunk])
+            kv.commit(self._number, chunk.start, chunk.token_ids)
+            if chunk.want_logits == "all":
+                rows.append(logits.double().log_softmax(-1))
+        kv.close(self._number, keep=True)
+        return torch.cat(rows)[-NUM_PROBED:], found
+
+    def _chunks(self, tokens: Sequence[int], missing: list[range], probed: int) -> Iterator[Chunk]:
+        most = self._backend.capabilities.max_step_tokens
+        for places in missing:
+            edges = sorted({*range(places.start, places.stop, most), max(places.start, min(probed, places.stop))})
+            for start, stop in zip(edges, [*edges[1:], places.stop], strict=True):
+                if start < stop:
+                    yield Chunk(self._number, tokens[start:stop], start, "all" if start >= probed else "none")
+
+
+def measure(
+    folder: Path, dtype: KVCacheDtype, window: int, num_turns: int, threads: int
+) -> Iterator[dict[str, object]]:
+    """The rows of all turns but the first, of a model's folder."""
+    settings = ModelSettings(
+        max_model_len=window,
+        max_num_seqs=2,
+        threads=threads,
+        cache=CacheSettings(tokens=6 * window, dtype=dtype, host_mib=0),
+    )
+    with closing(HFBackend(folder, settings, lambda _: None)) as backend:
+        reader = Reader(backend)
+
+        def encode(text: str) -> list[int]:
+            return backend.tokenizer.encode(text, parse_special=True, is_start=True)
+
+        for number, turn in enumerate(story(window, num_turns, lambda text: len(encode(text)))):
+            tokens = encode(turn.text)
+            if turn.what == "a swipe":
+                continue
+            kept, found = reader.read(tokens, "kept", "moved")
+            first, _ = reader.read(tokens, "healed", "moved")
+            cold, _ = reader.read(tokens, "healed", "nothing")  # What it computes is what the next turn begins with.
+            if number:
+                yield asdict(_row(turn.what, tokens, found, kept, first, cold))
+
+
+def _row(what: str, tokens: Sequence[int], found: Reuse, kept: Tensor, first: Tensor, cold: Tensor) -> Row:
+    targets = torch.tensor(tokens[1 - NUM_PROBED :]).unsqueeze(-1)
+
+    def loss(rows: Tensor) -> float:
+        return -float(rows[:-1].gather(-1, targets).mean())
+
+    def divergence(rows: Tensor) -> Tensor:
+        return (cold.exp() * (cold - rows)).sum(-1)
+
+    of_kept, of_first = divergence(kept), divergence(first)
+    return Row(
+        what=what,
+        num_tokens=len(tokens),
+        num_computed=len(tokens) - found.num_tokens,
+        num_moved=found.num_inexact,
+        kld=float(of_kept.mean()),
+        kld_p99=float(of_kept.quantile(0.99)),
+        perplexity=float(torch.tensor(loss(kept) - loss(cold)).exp()),
+        first_kld=float(of_first.mean()),
+        first_kld_p99=float(of_first.quantile(0.99)),
+    )
