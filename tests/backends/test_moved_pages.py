@@ -148,11 +148,23 @@ def test_exact_tokens_take_the_place_of_moved_ones_page_by_page():
 
 
 def test_a_cache_that_holds_one_chat_moves_within_it():
-    driver = driver_after(SYSTEM, OLDEST, SECOND, THIRD, num_pages=26)
+    driver = driver_after(SYSTEM, OLDEST, SECOND, THIRD, num_pages=27)
 
     runs = found(driver, SYSTEM, SECOND, THIRD, NEW)
 
     assert runs[1].length == 151 + 110 - 64
+
+
+def test_a_chat_stays_as_it_is_where_what_it_has_become_would_have_to_wait() -> None:
+    """Here a sequence that lives leaves no room for it."""
+    driver = driver_after(SYSTEM, OLDEST, SECOND, THIRD, num_pages=32)
+    driver.run(2, range(5000, 5000 + 6 * 16))
+
+    assert driver.open(3, [*SYSTEM, *SECOND, *THIRD, *range(2000, 2110)], reuse="moved") == 40
+    driver.close(3)
+
+    assert driver.open(4, [*SYSTEM, *OLDEST, *SECOND, *THIRD, 7]) == 40 + 107 + 151 + 110
+    driver.check()
 
 
 KINDS: st.SearchStrategy[Wanted] = st.sampled_from(["moved", "moved", "moved", "exact", "nothing"])

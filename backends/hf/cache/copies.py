@@ -29,6 +29,9 @@ class Batch:
         return self.count > 0
 
 
+NOTHING = Batch((), _NONE, _NONE, 0)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class _Copy:
     """Into one page: all of `reads`, which is one page then, or only `targets` from `sources`."""
@@ -62,6 +65,8 @@ class Copies:
 
     def next(self) -> Batch:
         """Copies to make before anything is stored; then tell `done` and ask again, until there are none."""
+        if not self._waiting:
+            return NOTHING
         read: set[int] = set()
         written: set[int] = set()
         count = 0

@@ -53,6 +53,8 @@ class Moved:
 
 def find_moved(match: Match, wanted: Sequence[int]) -> Moved | None:
     """The most that removals from another sequence leave of what is `wanted` behind what `match` has found of it."""
+    if len(wanted) - match.length < COMPUTED_AGAIN + MIN_MOVED:
+        return None
     best: Moved | None = None
     prompt = np.array(wanted, np.int32)
     num_left = MAX_SEARCHED

@@ -32,6 +32,8 @@ from tightrope.backends.protocol import KVUsage
 from tightrope.backends.reuse import Accepts, Reuse, Wanted, always
 from tightrope.kernels.forms.layout import PAGE
 
+MIN_OUTPUT = 32  # So many tokens behind its prompt find room, or a sequence doesn't start.
+
 
 class PagedKVCache(PagePool):
     """KVCache over numbered pages. Capacity and usage are whole pages, in tokens."""
@@ -232,6 +234,8 @@ class PagedKVCache(PagePool):
         if num_room < len(slots):
             path = {*match.path}
             spent = dict.fromkeys(page for page in unshared(moved.path) if page not in path)
+            if num_room + len(spent) < -(-(sequence.opened_len + MIN_OUTPUT) // PAGE) - first:
+                return False  # It would have to wait, and what it was moved from would be gone.
         given_up = by_last_use(slots, spent)
         if min(accumulate((len(pages) - 1 for pages in given_up[:-1]), initial=num_room)) < 0:
             return False
