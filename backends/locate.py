@@ -4,8 +4,6 @@ import re
 from importlib.util import find_spec
 from pathlib import Path
 
-import httpx
-
 from tightrope.backends.errors import BackendError
 from tightrope.backends.files.foreign import CONSOLIDATED, PICKLES, model_files, what_it_is
 
@@ -94,11 +92,17 @@ def _download(repo: str, wanted: str | None, revision: str | None, cache: Path |
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import (
         HfHubHTTPError,
+        HFValidationError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
 
+    # Which library the hub's speaks HTTP by differs from version to version; its own error is one of theirs as well.
+    unreachable: tuple[type[Exception], ...] = (
+        OSError,
+        *(base for base in HfHubHTTPError.__bases__ if issubclass(base, Exception)),
+    )
     try:
         files = HfApi().list_repo_files(repo, revision=revision)
         chosen = pick_files(files, wanted, repo)
@@ -111,8 +115,10 @@ def _download(repo: str, wanted: str | None, revision: str | None, cache: Path |
     except LocalEntryNotFoundError:
         return _downloaded(repo, wanted, revision, cache)
     except HfHubHTTPError as error:
-        raise BackendError(f"{repo}: the hub refused: {str(error).strip().splitlines()[0]}") from None
-    except (OSError, httpx.HTTPError) as error:
+        raise BackendError(f"{repo}: the hub refused: {_first_line(error)}") from None
+    except HFValidationError as error:
+        raise BackendError(f"{repo}: no such file here, and no name for the hub: {_first_line(error)}") from None
+    except unreachable as error:
         if isinstance(error, OSError) and error.errno is not None:  # It is not the network then, but a full disk, say.
             raise BackendError(f"{repo}: can't be stored here: {error.strerror}") from None
         return _downloaded(repo, wanted, revision, cache)
@@ -129,6 +135,10 @@ def _downloaded(repo: str, wanted: str | None, revision: str | None, cache: Path
         raise BackendError(f"{repo}: not on this machine, and the hub can't be reached; is it offline?") from None
     files = [str(file.relative_to(folder)) for file in folder.rglob("*")]
     return _path_in(folder, pick_files(files, wanted, repo))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
 
 
 def _path_in(folder: Path, chosen: list[str]) -> Path:

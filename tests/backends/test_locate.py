@@ -85,26 +85,43 @@ def test_a_repository_of_pickles_is_refused() -> None:
         pick_files(["config.json", "pytorch_model.bin"], None, "org/name")
 
 
-def located_offline(model: str, home: Path, *more: str | Path) -> str:
-    """What a process without a network, with its downloads in `home`, says about a hub id, and revision and cache."""
+def located_offline(
+    model: str, home: Path, *more: str | Path, variable: tuple[str, str] = ("HF_HUB_OFFLINE", "1")
+) -> str:
+    """What a process without a network, with its downloads in `home`, says about a hub id, and revision and cache.
+
+    variable: what keeps it from the hub. The hub's library waits between its tries for none of the 23 s that it would.
+    """
     code = (
-        "import sys\n"
+        "import sys, time\n"
+        "time.sleep = lambda seconds: None\n"
         "from tightrope.backends.errors import BackendError\n"
         "from tightrope.backends.locate import locate\n"
         "try: print(locate(sys.argv[1], *(word or None for word in sys.argv[2:])))\n"
         "except BackendError as error: print(error)"
     )
-    environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(home)}
+    environment = {"HF_HOME": str(home), **dict([variable])}
     done = subprocess.run(
         [sys.executable, "-c", code, model, *more], env=environment, capture_output=True, text=True, check=True
     )
     return done.stdout
 
 
-def test_a_hub_id_without_a_network_is_one_line(tmp_path: Path) -> None:
-    line = located_offline("org/name", tmp_path)
+NO_PORT = ("HF_ENDPOINT", "http://127.0.0.1:9")  # Nobody listens there.
+
+
+@pytest.mark.parametrize("variable", [("HF_HUB_OFFLINE", "1"), NO_PORT])
+def test_a_hub_id_without_a_network_is_one_line(variable: tuple[str, str], tmp_path: Path) -> None:
+    line = located_offline("org/name", tmp_path, variable=variable)
     assert line.startswith("org/name: not on this machine, and the hub can't be reached")
     assert line.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["org/no--such", "org/name.git", "org/..", f"org/{'a' * 100}"])
+def test_what_the_hub_takes_for_no_name_is_one_line(name: str) -> None:
+    with pytest.raises(BackendError, match="no such file here, and no name for the hub: ") as caught:
+        locate(name)
+    assert "\n" not in str(caught.value)
 
 
 def test_what_was_downloaded_before_is_served_without_a_network(tmp_path: Path) -> None:
@@ -116,6 +133,7 @@ def test_what_was_downloaded_before_is_served_without_a_network(tmp_path: Path) 
     (repo / "refs" / "main").write_text(commit)
     assert located_offline("org/name", tmp_path).strip().endswith("m-Q4_K_M.gguf")
     assert "no files match 'Q8_0'" in located_offline("org/name:Q8_0", tmp_path)
+    assert located_offline("org/name", tmp_path, variable=NO_PORT).strip().endswith("m-Q4_K_M.gguf")
 
 
 def test_a_folder_that_was_downloaded_before_is_served_without_a_network(tmp_path: Path) -> None:
