@@ -87,6 +87,19 @@ def started(
             process.stdout.close()
 
 
+def engine_pid(front: int) -> int:
+    """The front's child that runs the engine."""
+    for status in Path("/proc").glob("[0-9]*/status"):
+        try:
+            parent = next(line for line in status.read_text().splitlines() if line.startswith("PPid:"))
+            command = status.with_name("cmdline").read_bytes()
+        except (OSError, StopIteration):
+            continue  # it ended meanwhile
+        if int(parent.split()[1]) == front and b"tightrope.engine.process.child" in command:
+            return int(status.parent.name)
+    raise AssertionError("the engine process isn't there")
+
+
 def _read_until_ready(process: subprocess.Popen[str]) -> str:
     """Everything printed up to the last line of the announcement, or up to its end if it ends before."""
     assert process.stdout is not None

@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 from checkout import DATA
-from real_server import RunningServer, run_server
+from real_server import RunningServer, engine_pid, run_server
 
 pytestmark = pytest.mark.slow
 
@@ -24,19 +24,6 @@ BACK_S = 20  # how soon a killed engine must serve again
 def own_server() -> Iterator[RunningServer]:
     with run_server("--stuck-after=4") as running:
         yield running
-
-
-def engine_pid(front: int) -> int:
-    """The front's child that runs the engine."""
-    for status in Path("/proc").glob("[0-9]*/status"):
-        try:
-            parent = next(line for line in status.read_text().splitlines() if line.startswith("PPid:"))
-            command = status.with_name("cmdline").read_bytes()
-        except (OSError, StopIteration):
-            continue  # it ended meanwhile
-        if int(parent.split()[1]) == front and b"tightrope.engine.process.child" in command:
-            return int(status.parent.name)
-    raise AssertionError("the engine process isn't there")
 
 
 def events(response: httpx.Response) -> Iterator[str]:
