@@ -91,6 +91,7 @@ def pick_files(files: list[str], wanted: str | None, repo: str) -> list[str]:
 def _download(repo: str, wanted: str | None, revision: str | None, cache: Path | None) -> Path:
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import (
+        GatedRepoError,
         HfHubHTTPError,
         HFValidationError,
         LocalEntryNotFoundError,
@@ -110,6 +111,10 @@ def _download(repo: str, wanted: str | None, revision: str | None, cache: Path |
         return _path_in(folder, chosen)
     except RevisionNotFoundError:
         raise BackendError(f"{repo}: the hub knows no revision {revision!r} of it") from None
+    except GatedRepoError:
+        raise BackendError(
+            f"{repo}: only accounts that were let in get it: ask at https://huggingface.co/{repo}, and set HF_TOKEN"
+        ) from None
     except RepositoryNotFoundError:
         raise BackendError(f"{repo}: no such file here, and none on the hub (HF_TOKEN opens private ones)") from None
     except LocalEntryNotFoundError:

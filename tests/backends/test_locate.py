@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -114,6 +116,47 @@ NO_PORT = ("HF_ENDPOINT", "http://127.0.0.1:9")  # Nobody listens there.
 def test_a_hub_id_without_a_network_is_one_line(variable: tuple[str, str], tmp_path: Path) -> None:
     line = located_offline("org/name", tmp_path, variable=variable)
     assert line.startswith("org/name: not on this machine, and the hub can't be reached")
+    assert line.count("\n") == 1
+
+
+class Refusing(BaseHTTPRequestHandler):
+    """A hub that refuses everything, in the words of the server's `code`."""
+
+    def do_GET(self) -> None:
+        assert isinstance(self.server, Hub)
+        self.send_response(403 if self.server.code == "GatedRepo" else 404)
+        self.send_header("X-Error-Code", self.server.code)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, format: str, *arguments: object) -> None:
+        """Say nothing."""
+
+
+class Hub(ThreadingHTTPServer):
+    code = ""
+
+
+@pytest.mark.parametrize(
+    ("code", "told"),
+    [
+        (
+            "GatedRepo",
+            "only accounts that were let in get it: ask at https://huggingface.co/org/name, and set HF_",
+        ),
+        ("RepoNotFound", "no such file here, and none on the hub (HF_TOKEN opens private ones)"),
+        ("RevisionNotFound", "the hub knows no revision 'v2' of it"),
+    ],
+)
+def test_what_the_hub_refuses_is_one_line(code: str, told: str, tmp_path: Path) -> None:
+    with Hub(("127.0.0.1", 0), Refusing) as hub:
+        hub.code = code
+        threading.Thread(target=hub.serve_forever).start()
+        address = f"http://127.0.0.1:{hub.server_port}"
+        line = located_offline("org/name", tmp_path, "v2", variable=("HF_ENDPOINT", address))
+        hub.shutdown()
+
+    assert line.startswith(f"org/name: {told}")
     assert line.count("\n") == 1
 
 
