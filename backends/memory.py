@@ -43,18 +43,23 @@ def spare_bytes(weight_bytes: int, free_bytes: int) -> int:
 
 
 def does_not_fit(
-    tokens: int, kind: str, need_bytes: float, room: int, smaller: Sequence[str], fitting: int
+    tokens: int, kind: str, need_bytes: float, room: int, taken_bytes: int, smaller: Sequence[str], fitting: int
 ) -> DoesNotFit:
     """The refusal of a cache of `tokens` stored as `kind`, of `need_bytes`, where `room` bytes are left.
 
-    `smaller` are types that would hold as many tokens, `fitting` is what this one would hold.
+    `taken_bytes` are what weights and workspace take, more than there is where `room` is negative. `smaller` are types
+    that would hold as many tokens, `fitting` is what this one would hold.
     """
+    if room < 0 and not fitting and not smaller:
+        taken, free = taken_bytes / GIB, (taken_bytes + room) / GIB
+        needs = f"weights and workspace take {taken:.2f} GiB, and {free:.2f} GiB is free"
+        return DoesNotFit(f"{needs}: take a smaller model, or free some memory")
     need = f"a cache of {tokens} tokens as {kind} needs {need_bytes / GIB:.2f} GiB beside the weights"
-    free = f"{max(0, room) / GIB:.2f} GiB is free"
+    left = f"{max(0, room) / GIB:.2f} GiB is free"
     other = f"take {' or '.join(f'--kv-cache {name}' for name in smaller)}, or " if smaller else ""
     if fitting == 0:
-        return DoesNotFit(f"{need}, and {free}: {other}take a smaller model, or free some memory")
-    return DoesNotFit(f"{need}, and {free}: {other}ask for at most {fitting} tokens")
+        return DoesNotFit(f"{need}, and {left}: {other}take a smaller model, or free some memory")
+    return DoesNotFit(f"{need}, and {left}: {other}ask for at most {fitting} tokens")
 
 
 def free_memory() -> int:

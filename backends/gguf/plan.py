@@ -182,8 +182,9 @@ def _refusal(layout: Layout, tokens: int, kind: CacheType, fitting: int) -> Does
     ]
     host_left = layout.memory.host_room - layout.host_need(tokens, kind)
     if not layout.num_on_cards:
-        room = host_left + int(tokens * size)
-        refusal = does_not_fit(tokens, kind.name, tokens * size, room, smaller, fitting)
+        cache_bytes = int(tokens * size)
+        taken = layout.host_need(tokens, kind) - cache_bytes
+        refusal = does_not_fit(tokens, kind.name, cache_bytes, host_left + cache_bytes, taken, smaller, fitting)
         return DoesNotFit(f"{refusal}; {layout.memory.unused}") if layout.memory.unused else refusal
     ways = [f"take --kv-cache {name}" for name in smaller]
     if host_left < 0 and (layers := layout.least_on_cards(tokens, kind)):

@@ -113,8 +113,8 @@ def _refusal(settings: ModelSettings, shape: ModelShape, room: Room, dtype: Cach
     else:
         most = room.largest_window(settings, shape, dtype)
     need = CacheSizes.of(settings, shape, dtype, step).bytes_of(-(-least // PAGE))
-    left = room.spare_bytes - room.workspace.num_bytes(step, window)
-    return does_not_fit(least, dtype, need, left, smaller, most)
+    taken = room.weight_bytes + room.workspace.num_bytes(step, window)
+    return does_not_fit(least, dtype, need, room.usable_bytes - taken, taken, smaller, most)
 
 
 def check_layers(plan: HFPlan, layers: Sequence[LayerInfo]) -> None:
