@@ -6,23 +6,36 @@ from pathlib import Path
 
 import pytest
 import torch
-from hf_models import smollm2_bf16
+from gguf_models import gemma
+from hf_models import gemma3_bf16, smollm2_bf16
+from recurrent_gguf import write_lfm2, write_mamba
 
 from tightrope.backends.detect import open_backend
 from tightrope.backends.errors import BackendError
 from tightrope.backends.protocol import Backend, Chunk
+from tightrope.backends.sessions import opening
 from tightrope.backends.sessions.store import write_rest
 from tightrope.backends.settings import CacheSettings, ModelSettings, RopeSettings
 
 CHAT = [(i * i // 7 + i) % 40_000 + 100 for i in range(180)]
 OTHER = [token + 1 for token in CHAT]
 MODELS: dict[str, Callable[[], str | None]] = {"torch": lambda: str(smollm2_bf16()), "llama.cpp": lambda: None}
+SLIDING: dict[str, Callable[[], Path]] = {"torch": gemma3_bf16, "llama.cpp": gemma}
+STATES = {"recurrent": write_mamba, "hybrid": write_lfm2}
 
 
-def load(engine: str, *, tokens: int = 512, rope: RopeSettings | None = None, **cache: str | int | None) -> Backend:
+def load(
+    engine: str,
+    *,
+    model: Path | None = None,
+    window: int = 256,
+    tokens: int = 512,
+    rope: RopeSettings | None = None,
+    **cache: str | int | None,
+) -> Backend:
     settings = ModelSettings(
-        model=MODELS[engine](),
-        max_model_len=256,
+        model=MODELS[engine]() if model is None else str(model),
+        max_model_len=window,
         max_num_seqs=2,
         cache=CacheSettings.model_validate({"tokens": tokens, **cache}),
         rope=rope or RopeSettings(),
@@ -34,8 +47,11 @@ def turn(backend: Backend, token_ids: list[int], namespace: str = "") -> tuple[i
     """Run a prompt; returns how many of its tokens were found, and the logits behind it."""
     found = backend.kv.open(1, token_ids, namespace).num_tokens
     assert backend.kv.reserve(1, len(token_ids) - found)
-    logits = backend.forward([Chunk(1, token_ids[found:], found, "last")]).clone()
-    backend.kv.commit(1, found, token_ids[found:])
+    logits, most = torch.empty(0), backend.capabilities.max_step_tokens
+    for start in range(found, len(token_ids), most):
+        part = token_ids[start : start + most]
+        logits = backend.forward([Chunk(1, part, start, "last")]).clone()
+        backend.kv.commit(1, start, part)
     backend.kv.close(1, keep=True)
     backend.kv.check_integrity()
     return found, logits
@@ -58,6 +74,49 @@ def test_the_next_process_goes_on_with_the_very_numbers(engine: str, tmp_path: P
     assert found == len(CHAT)
     assert torch.equal(stayed, came_back)
     assert turn(after, [*CHAT[:80], 7])[0] == 80
+    after.close()
+
+
+@pytest.mark.parametrize("write", STATES.values(), ids=STATES)
+def test_a_model_that_holds_a_state_goes_on_from_the_end_of_a_chat_or_reads_it_anew(
+    write: Callable[[Path], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(opening, "read_seconds", lambda folder: 0.0)  # So small a model is faster than a disk.
+    model, chat = write(tmp_path / "model.gguf"), [token % 200 + 20 for token in CHAT]
+    first = load("llama.cpp", model=model, session_dir=str(tmp_path / "chats"))
+    turn(first, chat)
+    write_rest(60)
+    shutil.copytree(tmp_path / "chats", tmp_path / "then")
+    found, stayed = turn(first, [*chat, 7, 8])
+    assert found == len(chat)
+    first.close()
+
+    after = load("llama.cpp", model=model, session_dir=str(tmp_path / "then"))
+    found, came_back = turn(after, [*chat, 7, 8])
+    assert found == len(chat)
+    assert torch.equal(stayed, came_back)
+    after.close()
+    again = load("llama.cpp", model=model, session_dir=str(tmp_path / "then"))
+    assert turn(again, [*chat[:80], 7])[0] == 0
+    again.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", SLIDING)
+def test_sliding_layers_go_on_from_their_window(engine: str, tmp_path: Path) -> None:
+    chat = [(i * i // 7 + i) % 200_000 + 300 for i in range(700)]
+    first = load(engine, model=SLIDING[engine](), window=1024, tokens=1024, session_dir=str(tmp_path / "chats"))
+    turn(first, chat)
+    write_rest(60)
+    shutil.copytree(tmp_path / "chats", tmp_path / "then")
+    found, stayed = turn(first, [*chat, 7, 8])
+    assert found == len(chat)
+    first.close()
+
+    after = load(engine, model=SLIDING[engine](), window=1024, tokens=1024, session_dir=str(tmp_path / "then"))
+    found, came_back = turn(after, [*chat, 7, 8])
+    assert found == len(chat)
+    assert torch.equal(stayed, came_back)
     after.close()
 
 
