@@ -1,11 +1,12 @@
-"""Kill a server's engine with -9 in the middle of answers, and look whether each goes on as if nothing had happened.
+"""Kill a server's engine with -9 in the middle of answers, or cut its clients off, and look whether each goes on.
 
-    python -m bench.resume --kills 200 [--model MODEL | --tiny] [--together 4]
+    python -m bench.resume [--kills 200 | --cuts 200] [--model MODEL | --tiny] [--together 4]
 
 The answers, every second one greedy and the others with a seed, are asked of one server that is left alone, and then of
-another whose engine is killed at a random token of each. Several together are asked as often, all of which one kill
-hits: of these no token that was given out may be lost, doubled or changed, and how many texts are equal is told.
-Writes bench/results/resume.json.
+another whose engine is killed at a random token of each, or whose sockets are cut at a random byte, several times an
+answer. Several together are asked as often, all of which one kill hits: of these no token that was given out may be
+lost, doubled or changed, and how many texts are equal is told. Prompts fit one step, since how many tokens longer ones
+have in each depends on the time that steps take, and so do the last bits. Writes bench/results/resume.json.
 """
 
 import argparse
@@ -41,6 +42,7 @@ class Answer:
     is_whole: bool  # it ended as it should
     at_kill: int = 0  # so many tokens had come when the engine was killed
     pause_s: float = 0.0  # the longest time between two tokens
+    num_cuts: int = 0  # its socket was cut so often
 
 
 def body(number: int) -> dict[str, object]:
@@ -54,7 +56,7 @@ def body(number: int) -> dict[str, object]:
     }
     if number % 2:
         parameters |= {"temperature": 1.0, "seed": number}
-    words = " and then, as they used to say," * (number % 13)
+    words = " and then, as they used to say," * (number % 4)
     return {"inputs": f"Story {number}, about {topics[number % len(topics)]}{words}:", "parameters": parameters}
 
 
@@ -77,6 +79,38 @@ async def read(client: httpx.AsyncClient, number: int, seen: list[int]) -> Answe
             if event["generated_text"] is not None:
                 is_whole = event["index"] == ANSWER_TOKENS and event["generated_text"] == "".join(texts)
     return Answer(tuple(seen), "".join(texts), is_whole, pause_s=pause_s)
+
+
+def whole_events(raw: bytes) -> list[bytes]:
+    """The events of a stream, or of a part of it, that came to their ends."""
+    return [event for event in raw.split(b"\n\n")[:-1] if event.startswith(b"id: ")]
+
+
+async def cut(client: httpx.AsyncClient, number: int, rng: random.Random) -> Answer:
+    """Read an answer whose socket is cut at random bytes, and read on each time."""
+    events: list[bytes] = []
+    method, path, headers, num_cuts = "POST", "/generate_stream", {"x-resumable": "1"}, -1
+    while not events or b'"generated_text":null' in events[-1]:
+        content = {"json": body(number)} if method == "POST" else {}
+        most, raw = rng.randrange(200, 4000), b""
+        async with (
+            asyncio.timeout(PATIENCE_S),
+            client.stream(method, path, headers=headers, **content) as response,  # type: ignore[arg-type]
+        ):
+            assert response.status_code == 200, response.status_code
+            path = f"/v1/stream/{response.headers['x-stream-id']}"
+            async for piece in response.aiter_raw():
+                raw += piece
+                if len(raw) >= most:
+                    break
+        events += whole_events(raw[:most] if len(raw) > most else raw)
+        method, num_cuts = "GET", num_cuts + 1
+        headers = {"last-event-id": f"{response.headers['x-stream-id']}.{len(events)}"}
+    parsed = [json.loads(event.partition(b"data:")[2]) for event in events]
+    texts = [event["token"]["text"] for event in parsed]
+    is_whole = [event["index"] for event in parsed] == list(range(1, ANSWER_TOKENS + 1))
+    is_whole = is_whole and parsed[-1]["generated_text"] == "".join(texts)
+    return Answer(tuple(event["token"]["id"] for event in parsed), "".join(texts), is_whole, num_cuts=num_cuts)
 
 
 async def killed(served: Served, client: httpx.AsyncClient, numbers: Sequence[int], place: int) -> list[Answer]:
@@ -106,6 +140,22 @@ class Found:
 async def undisturbed(served: Served, number: int) -> list[Answer]:
     async with httpx.AsyncClient(base_url=served.url, timeout=None) as client:
         return [await read(client, n, []) for n in tqdm(range(number), desc="undisturbed", disable=None)]
+
+
+async def interrupted(served: Served, cuts: int, expected: Sequence[Answer], seed: int) -> tuple[list[Answer], float]:
+    """Cut sockets so often, while these answers are read again and again."""
+    rng = random.Random(seed)
+    answers: list[Answer] = []
+    before, num_cuts = 0.0, 0
+    async with httpx.AsyncClient(base_url=served.url, timeout=None) as client:
+        with tqdm(total=cuts, desc="cut", disable=None) as bar:
+            while num_cuts < cuts:
+                answers.append(await cut(client, len(answers) % len(expected), rng))
+                num_cuts += answers[-1].num_cuts
+                bar.update(answers[-1].num_cuts)
+                if len(answers) <= WARM:
+                    before = _mib(served)
+    return answers, _mib(served) - before
 
 
 async def disturbed(served: Served, number: int, together: int, seed: int) -> tuple[list[Answer], float]:
@@ -158,15 +208,20 @@ def results(found: Found, bars: list[dict[str, object]], setup: dict[str, object
     }
 
 
+NUM_CUT = 16  # so many answers are read in turn while sockets are cut
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--kills", type=int, default=200)
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--kills", type=int, default=200)
+    what.add_argument("--cuts", type=int, default=0, help="cut so many sockets instead")
     parser.add_argument("--together", type=int, default=1, help="answers that one kill hits")
     add_model_options(parser)
     parser.add_argument("--seed", type=int, default=0, help="of the tokens at which engines are killed")
     parser.add_argument("--name", default="resume", help="results go to bench/results/NAME.json")
     options = parser.parse_args()
-    number = options.kills * options.together
+    number = NUM_CUT if options.cuts else options.kills * options.together
     end_servers_when_told()
     with tempfile.TemporaryDirectory() as place:
         model = chosen_model(options, Path(place))
@@ -176,14 +231,18 @@ def main() -> None:
             with serving(model, Path(place) / "a", f"{options.name}-undisturbed", flags) as served:
                 expected = asyncio.run(undisturbed(served, number))
             with serving(model, Path(place), options.name, flags) as served:
-                answers, grown_mib = asyncio.run(disturbed(served, number, options.together, options.seed))
+                if options.cuts:
+                    answers, grown_mib = asyncio.run(interrupted(served, options.cuts, expected, options.seed))
+                else:
+                    answers, grown_mib = asyncio.run(disturbed(served, number, options.together, options.seed))
                 tracebacks = last_lines_of_tracebacks(served.log.read_text(errors="replace"))
         except StartFailed as error:
             raise SystemExit(f"{error}; the server's log is build/{options.name}.log") from None
-    found = Found(expected, answers, grown_mib, tracebacks)
+    matching = [expected[place % len(expected)] for place in range(len(answers))]
+    found = Found(matching, answers, grown_mib, tracebacks)
     bars = verdicts(found, options.together)
-    setup: dict[str, object] = {"model": model.name, **vars(options), "model_option": None}
-    setup = {key: str(value) for key, value in setup.items() if value is not None}
+    kind = {"cuts": options.cuts} if options.cuts else {"kills": options.kills, "together": options.together}
+    setup: dict[str, object] = {"model": model.name, **kind, "seed": options.seed}
     print(report.write(options.name, results(found, bars, setup)))
     print("\n".join(map(line, bars)))
 
