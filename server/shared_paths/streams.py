@@ -1,6 +1,7 @@
 """GET and DELETE /v1/stream/{id}: to read on in a stream that one was cut off from, and to stop it."""
 
 from fastapi import APIRouter, Query, Request, Response
+from pydantic import BaseModel, Field
 
 from tightrope.engine.errors import InvalidRequest
 from tightrope.server.http.body import JsonRoute
@@ -11,6 +12,11 @@ from tightrope.server.state import AppState
 MISSING: Documented = {
     404: {**ERRORS[404], "description": "No such stream is kept for this key, or its events aren't."}
 }
+
+
+class StreamStopped(BaseModel):
+    id: str
+    stopped: bool = Field(description="Whether its answer was still being written.")
 
 
 def streams_router(front: AppState) -> APIRouter:
@@ -38,9 +44,12 @@ def streams_router(front: AppState) -> APIRouter:
             raise InvalidRequest(f"Last-Event-ID is of another stream than {stream_id[:100]!r}", "Last-Event-ID")
         return stream_reply(front.streams, stream, last[1], {})
 
-    @router.delete("/stream/{stream_id}", status_code=204, responses={**only(401, "default"), **MISSING})
-    async def stop(stream_id: str, request: Request) -> None:
+    @router.delete("/stream/{stream_id}", responses={**only(401, "default"), **MISSING})
+    async def stop(stream_id: str, request: Request) -> StreamStopped:
         """Stop the answer, and forget the stream."""
-        front.streams.end(front.streams.find(stream_id, front.owner(request)))
+        stream = front.streams.find(stream_id, front.owner(request))
+        stopped = StreamStopped(id=stream.id, stopped=not stream.is_over)
+        front.streams.end(stream)
+        return stopped
 
     return router

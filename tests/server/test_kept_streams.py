@@ -188,7 +188,7 @@ async def test_a_stream_is_written_on_without_its_client_until_it_is_stopped() -
         raw = request("/v1/completions", LONG, "x-resumable: 1")
         text = await cut(port, raw, 800)
         stream_id = re.findall(r"x-stream-id: (\S+)", text)[0]
-        assert (await http.delete(f"/v1/stream/{stream_id}")).status_code == 204
+        assert (await http.delete(f"/v1/stream/{stream_id}")).json() == {"id": stream_id, "stopped": True}
         assert (await http.delete(f"/v1/stream/{stream_id}")).status_code == 404
         assert (await http.get(f"/v1/stream/{stream_id}")).status_code == 404
         await until_metric(http, "tightrope_cancelled_total", 1.0)
