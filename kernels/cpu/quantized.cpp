@@ -1,4 +1,5 @@
 #include "nf4.h"
+#include "quantized_words.h"
 
 EXPORT void tightrope_quantized_linear(const float* x, const quantized::Matrix* const* matrices, int count,
                                        const float* bias, float* out, int rows) {

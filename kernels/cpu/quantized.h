@@ -55,6 +55,8 @@ INLINE Scales scales_of(const Matrix& m, size_t tile, int g) {
 
 // How codes stand for numbers and lie in blocks: as they are; two groups in a block; or in a book of sixteen.
 enum Coding { NUMBERS, HALVES, BOOK };
+template <int BITS, Coding CODING> constexpr int STEP = BLOCK_ROWS<BITS> / (CODING == HALVES ? 2 : 1);  // In rows.
+template <int NUMBER> using Number = std::integral_constant<int, NUMBER>;
 
 template <int BITS, Coding CODING> INLINE Sums zero_of(const Matrix& m, size_t tile, int g) {
     typedef int16_t Shorts __attribute__((vector_size(2 * LANES)));
@@ -64,6 +66,45 @@ template <int BITS, Coding CODING> INLINE Sums zero_of(const Matrix& m, size_t t
         if (m.zeros) zero.part[p] = __builtin_convertvector(load_as<Shorts>(m.zeros + m.place(tile, g) + p * LANES), Ints);
     }
     return zero;
+}
+
+// A step of rows of a group: calls use(quad, codes) for every four of them, and goes on to the next step's codes.
+// is_second: whether the group is the second one in its blocks.
+template <int BITS, Coding CODING, class Use>
+INLINE void read_step(const Book& book, const uint8_t*& codes, bool is_second, Use&& use) {
+    constexpr int QUADS = STEP<BITS, CODING> / 4;
+    Line block[BLOCK_LINES<BITS>];
+#pragma GCC unroll 8
+    for (int i = 0; i < BLOCK_LINES<BITS>; ++i) block[i] = load_line(codes + i * LINE);
+    const auto read = [&](auto first) __attribute__((always_inline)) {
+#pragma GCC unroll 8
+        for (int quad = first.value; quad < first.value + QUADS; ++quad) {
+            Line four = codes_of<BITS>(block, quad);
+            if constexpr (CODING == BOOK) four = book.at(four);
+            use(quad, four);
+        }
+    };
+    if (CODING == HALVES && is_second) read(std::integral_constant<int, CODING == HALVES ? QUADS : 0>());
+    else read(std::integral_constant<int, 0>());
+    if (CODING != HALVES || is_second) codes += BLOCK_LINES<BITS> * LINE;
+}
+
+// Calls run(bits, coding, first, last) for the runs of groups begin .. end that are alike, the former two as constants.
+template <class Run> INLINE void for_runs(const Matrix& m, int begin, int end, Run&& run) {
+    for (int first = begin, last; first < end; first = last) {
+        const int bits = m.group_bits[first];
+        for (last = first + 1; last < end && m.group_bits[last] == bits;) ++last;
+        const bool are_halves = bits == 3 && m.group_starts[first + 1] - m.group_starts[first] < BLOCK_ROWS<3>;
+        const auto as = [&](auto width, auto coding) __attribute__((always_inline)) { run(width, coding, first, last); };
+        if (bits == 2) as(Number<2>(), Number<NUMBERS>());
+        if (bits == 3 && !are_halves) as(Number<3>(), Number<NUMBERS>());
+        if (bits == 3 && are_halves) as(Number<3>(), Number<HALVES>());
+        if (bits == 4 && !m.codebook) as(Number<4>(), Number<NUMBERS>());
+        if (bits == 4 && m.codebook) as(Number<4>(), Number<BOOK>());
+        if (bits == 5) as(Number<5>(), Number<NUMBERS>());
+        if (bits == 6) as(Number<6>(), Number<NUMBERS>());
+        if (bits == 8) as(Number<8>(), Number<NUMBERS>());
+    }
 }
 
 // Where a tile's walk through its groups is: the next codes, and the rows of x beside them.
@@ -77,7 +118,6 @@ struct Place {
 template <int BITS, int T, Coding CODING>
 __attribute__((noinline)) void add_groups(const Matrix& m, int tile, int first, int last, Place& place, Tile* totals) {
     constexpr int SETS = T == 1 ? 2 : 1;  // Sets of sums take turns: a product waits for the one before.
-    constexpr int STEP = BLOCK_ROWS<BITS> / (CODING == HALVES ? 2 : 1), QUADS = STEP / 4;
     constexpr int PRODUCT_BITS = CODING == BOOK ? 8 : BITS;
     const Book book(m.codebook);
     Tile total[T];
@@ -90,27 +130,14 @@ __attribute__((noinline)) void add_groups(const Matrix& m, int tile, int first, 
         const Sums zero = zero_of<BITS, CODING>(m, tile, g);
         for (int rows = m.group_starts[g + 1] - m.group_starts[g]; rows > 0; rows -= SHARED) {
             Sums upper[SETS * T] = {}, lower[SETS * T] = {};
-            for (int left = std::min(rows, SHARED); left > 0; left -= STEP) {
-                Line block[BLOCK_LINES<BITS>];
+            for (int left = std::min(rows, SHARED); left > 0; left -= STEP<BITS, CODING>)
+                read_step<BITS, CODING>(book, codes, g % 2, [&](int quad, const Line& four) __attribute__((always_inline)) {
 #pragma GCC unroll 8
-                for (int i = 0; i < BLOCK_LINES<BITS>; ++i) block[i] = load_line(codes + i * LINE);
-                const auto add_quads = [&](auto first) __attribute__((always_inline)) {
-#pragma GCC unroll 8
-                    for (int quad = first.value; quad < first.value + QUADS; ++quad) {
-                        Line four = codes_of<BITS>(block, quad);
-                        if constexpr (CODING == BOOK) four = book.at(four);
-#pragma GCC unroll 8
-                        for (int t = 0; t < T; ++t, x += 8) {
-                            add_products<PRODUCT_BITS>(upper[quad % SETS * T + t], four, x);
-                            add_products<PRODUCT_BITS>(lower[quad % SETS * T + t], four, x + 4);
-                        }
+                    for (int t = 0; t < T; ++t, x += 8) {
+                        add_products<PRODUCT_BITS>(upper[quad % SETS * T + t], four, x);
+                        add_products<PRODUCT_BITS>(lower[quad % SETS * T + t], four, x + 4);
                     }
-                };
-                const bool is_second = CODING == HALVES && g % 2;
-                if (is_second) add_quads(std::integral_constant<int, CODING == HALVES ? QUADS : 0>());
-                else add_quads(std::integral_constant<int, 0>());
-                if (CODING != HALVES || is_second) codes += BLOCK_LINES<BITS> * LINE;
-            }
+                });
 #pragma GCC unroll 8
             for (int t = 0; t < T; ++t, ++share)
                 for (int p = 0; p < PARTS; ++p) {
@@ -128,19 +155,9 @@ __attribute__((noinline)) void add_groups(const Matrix& m, int tile, int first, 
 
 template <int T> INLINE void multiply_tile(const Matrix& m, int tile, Place place, Tile* totals) {
     for (int t = 0; t < T; ++t) totals[t] = {};
-    for (int first = 0, last; first < m.groups; first = last) {
-        const int bits = m.group_bits[first];
-        for (last = first + 1; last < m.groups && m.group_bits[last] == bits;) ++last;
-        const bool are_halves = bits == 3 && m.group_starts[first + 1] - m.group_starts[first] < BLOCK_ROWS<3>;
-        if (bits == 2) add_groups<2, T, NUMBERS>(m, tile, first, last, place, totals);
-        if (bits == 3 && !are_halves) add_groups<3, T, NUMBERS>(m, tile, first, last, place, totals);
-        if (bits == 3 && are_halves) add_groups<3, T, HALVES>(m, tile, first, last, place, totals);
-        if (bits == 4 && !m.codebook) add_groups<4, T, NUMBERS>(m, tile, first, last, place, totals);
-        if (bits == 4 && m.codebook) add_groups<4, T, BOOK>(m, tile, first, last, place, totals);
-        if (bits == 5) add_groups<5, T, NUMBERS>(m, tile, first, last, place, totals);
-        if (bits == 6) add_groups<6, T, NUMBERS>(m, tile, first, last, place, totals);
-        if (bits == 8) add_groups<8, T, NUMBERS>(m, tile, first, last, place, totals);
-    }
+    for_runs(m, 0, m.groups, [&](auto bits, auto coding, int first, int last) __attribute__((always_inline)) {
+        add_groups<bits.value, T, Coding(coding.value)>(m, tile, first, last, place, totals);
+    });
 }
 
 // A tile's results, `count` of which are outputs, with the bias [16] or null, into a row of the output.
@@ -242,14 +259,6 @@ inline void multiply(const Matrix* const* matrices, int count, const float* x, i
             }
         });
     });
-}
-
-void linear(const Matrix* const* matrices, int count, const float* x, int rows, const float* bias, float* out) {
-    int width = 0;
-    for (int i = 0; i < count; ++i) width += matrices[i]->outputs;
-    for (int first = 0; first < rows; first += PASS)
-        multiply(matrices, count, x + size_t(first) * matrices[0]->inputs, std::min(PASS, rows - first), bias,
-                 out + size_t(first) * width);
 }
 
 }  // namespace quantized

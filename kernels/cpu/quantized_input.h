@@ -35,9 +35,9 @@ INLINE Bytes narrow(Ints v) {
 #endif
 }
 
-// `count` numbers, followed by zeros up to whole vectors, to quads of 8 bytes, `stride` bytes apart: four numbers' upper
-// bytes, then their lower ones, all signed. A number that isn't finite makes the scale so.
-INLINE Share to_fixed(const float* x, int count, int8_t* quads, size_t stride) {
+// `count` numbers, followed by zeros up to whole vectors, in fixed point: calls put(i, whole) with LANES at a time. A number
+// that isn't finite makes the scale so.
+template <class Put> INLINE Share to_whole(const float* x, int count, Put&& put) {
     Ints most = {};
     for (int i = 0; i < count; i += LANES) {
         const Ints magnitude = load_as<Ints>(x + i) & 0x7fffffff;  // These are ordered as floats are, infinity and NaN last.
@@ -50,23 +50,43 @@ INLINE Share to_fixed(const float* x, int count, int8_t* quads, size_t stride) {
     const bool is_usual = largest > LEAST && largest <= FLT_MAX;
     const float inverse = is_usual ? LARGEST / largest : 0.0f;
 
-    alignas(64) uint8_t upper[SHARED], lower[SHARED];
     Ints sum = {};
     for (int i = 0; i < count; i += LANES) {
         const Floats scaled = is_usual ? load(x + i) * inverse : Floats{};
         const Ints whole = (Ints)(scaled + 12582912.0f) - 0x4b400000;  // The nearest whole number.
-        const Bytes up = narrow((whole + 128) >> 8), down = narrow(whole);
-        memcpy(upper + i, &up, LANES);
-        memcpy(lower + i, &down, LANES);
+        put(i, whole);
         sum += whole;
-    }
-    for (int i = 0; i < count; i += 4, quads += stride) {
-        memcpy(quads, upper + i, 4);
-        memcpy(quads + 4, lower + i, 4);
     }
     int32_t total = 0;
     for (int i = 0; i < LANES; ++i) total += sum[i];
     return {largest / LARGEST, total};
+}
+
+// The same to quads of 8 bytes, `stride` bytes apart: four numbers' upper bytes, then their lower ones, all signed.
+INLINE Share to_fixed(const float* x, int count, int8_t* quads, size_t stride) {
+    alignas(64) uint8_t upper[SHARED], lower[SHARED];
+    const Share share = to_whole(x, count, [&](int i, Ints whole) __attribute__((always_inline)) {
+        const Bytes up = narrow((whole + 128) >> 8), down = narrow(whole);
+        memcpy(upper + i, &up, LANES);
+        memcpy(lower + i, &down, LANES);
+    });
+    for (int i = 0; i < count; i += 4, quads += stride) {
+        memcpy(quads, upper + i, 4);
+        memcpy(quads + 4, lower + i, 4);
+    }
+    return share;
+}
+
+// Inputs of stored rows row .. row + count, followed by zeros up to whole vectors.
+INLINE void gather(const Matrix& m, const float* x, int row, int count, float* numbers) {
+    if (m.source)
+        for (int i = 0; i < count; ++i) {
+            const int32_t from = m.source[row + i];
+            numbers[i] = from < 0 ? 0.0f : x[from];
+        }
+    else
+        memcpy(numbers, x + row, 4 * count);
+    for (int i = count; i % LANES; ++i) numbers[i] = 0;
 }
 
 // A row of x as the matrix has its rows. `stride` bytes between quads, `together` rows' shares side by side.
@@ -76,14 +96,7 @@ INLINE void to_fixed(const Matrix& m, const float* x, int8_t* quads, Share* shar
     for (int g = 0; g < m.groups; ++g)
         for (int row = m.group_starts[g], end = m.group_starts[g + 1]; row < end; row += SHARED) {
             const int count = std::min(SHARED, end - row);
-            if (m.source)
-                for (int i = 0; i < count; ++i) {
-                    const int32_t from = m.source[row + i];
-                    numbers[i] = from < 0 ? 0.0f : x[from];
-                }
-            else
-                memcpy(numbers, x + row, 4 * count);
-            for (int i = count; i % LANES; ++i) numbers[i] = 0;
+            gather(m, x, row, count, numbers);
             *shares = to_fixed(numbers, count, quads, stride);
             shares += together;
             quads += count / 4 * stride;

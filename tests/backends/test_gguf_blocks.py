@@ -19,7 +19,7 @@ pytestmark = pytest.mark.quick
 
 LAYOUTS = {kind.name: kind for kind in TENSOR_TYPES.values()}
 SEEDS = st.integers(0, 2**32 - 1)
-ROWS = st.sampled_from((1, 2, 3, 7, 8, 9, 29))
+ROWS = st.sampled_from((1, 2, 3, 7, 8, 9, 29, 40))
 EXACT = 1e-4  # Of a product's length; inputs are in 16 bits, whose rounding is a fifth of this.
 
 
@@ -75,6 +75,18 @@ def test_a_product_is_that_with_the_numbers_that_blocks_stand_for(
     size = x.double().norm(dim=1, keepdim=True) * meant(kind, weight).double().norm(dim=1)  # [T, N]
     assert ((ours - exact).abs() <= EXACT * size).all()
     torch.testing.assert_close(ours, reference.quantized_linear(x, [matrix], None), rtol=0, atol=EXACT * size.max())
+
+
+@pytest.mark.parametrize("kind", BLOCK_TYPES)
+def test_a_row_of_a_prompt_gives_what_it_gives_alone_to_the_last_bit(kernels: native.NativeKernels, kind: str):
+    inputs = 2304  # they are taken in two parts
+    matrix = to_matrix(kind, torch.from_numpy(random_rows(kind, 83, inputs, seed=4)), inputs)
+    x, bias = torch.randn(61, inputs), torch.randn(2 * 83)
+
+    together = kernels.quantized_linear(x, [matrix, matrix], bias)
+
+    alone = [kernels.quantized_linear(row, [matrix, matrix], bias) for row in x.split(1)]
+    assert torch.equal(together, torch.cat(alone))
 
 
 @pytest.mark.parametrize("kind", BLOCK_TYPES)

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.quick
 SOME = settings(max_examples=25)
 WIDTHS = (2, 3, 4, 5, 6, 8)
 SEEDS = st.integers(0, 2**32 - 1)
-ROWS = st.sampled_from((1, 2, 3, 7, 8, 9, 16, 29))
+ROWS = st.sampled_from((1, 2, 3, 7, 8, 9, 16, 29, 50))
 
 
 @pytest.fixture(scope="module", params=native.usable() or ["none"])
@@ -146,6 +146,24 @@ def test_a_long_prompt_is_taken_in_several_passes(kernels: native.NativeKernels)
     assert_is_product(kernels.quantized_linear(x, [matrix], None), x, [matrix], None)
 
 
+@given(list_of_shapes=st.lists(shapes(), min_size=1, max_size=3), rows=st.integers(33, 70), seed=SEEDS)
+@settings(max_examples=12)
+def test_a_row_of_a_prompt_gives_what_it_gives_alone_to_the_last_bit(
+    kernels: native.NativeKernels, list_of_shapes: list[Shape], rows: int, seed: int
+):
+    torch.manual_seed(seed)
+    first = list_of_shapes[0]
+    matrices = [
+        matrix_of(Shape(s.num_outputs, first.group_rows, first.group_bits, s.scales, s.has_zeros, s.is_permuted))
+        for s in list_of_shapes
+    ]
+    x, bias = torch.randn(rows, sum(first.group_rows)), torch.randn(sum(s.num_outputs for s in list_of_shapes))
+
+    together = kernels.quantized_linear(x, matrices, bias)
+
+    assert torch.equal(together, torch.cat([kernels.quantized_linear(row, matrices, bias) for row in x.split(1)]))
+
+
 @pytest.mark.parametrize("bits", WIDTHS)
 def test_the_largest_codes_and_numbers_do_not_overflow(kernels: native.NativeKernels, bits: int):
     inputs = 20_000
@@ -157,7 +175,7 @@ def test_the_largest_codes_and_numbers_do_not_overflow(kernels: native.NativeKer
         zeros=tiled(zeros),
     )  # fmt: skip
 
-    for x in (torch.full((3, inputs), 7.0), torch.full((3, inputs), -7.0)):
+    for x in (torch.full((rows_of_x, inputs), size) for rows_of_x in (3, 40) for size in (7.0, -7.0)):
         ours = kernels.quantized_linear(x, [matrix], None)
 
         assert_is_product(ours, x, [matrix], None)
@@ -166,13 +184,14 @@ def test_the_largest_codes_and_numbers_do_not_overflow(kernels: native.NativeKer
 @pytest.mark.parametrize("wrong", [float("inf"), float("-inf"), float("nan")])
 def test_a_number_that_is_not_finite_spoils_its_row_and_no_other(kernels: native.NativeKernels, wrong: float):
     matrix = matrix_of(Shape(40, (128, 128), (4, 3), "float16", has_zeros=False, is_permuted=True))
-    x = torch.randn(5, 256)
-    x[2, 100] = wrong
+    for rows in (5, 50):
+        x = torch.randn(rows, 256)
+        x[2, 100] = wrong
 
-    ours = kernels.quantized_linear(x, [matrix], None)
+        ours = kernels.quantized_linear(x, [matrix], None)
 
-    assert not ours[2].isfinite().any()
-    assert ours[[0, 1, 3, 4]].isfinite().all()
+        assert ours.isfinite().any(1).tolist() == [row != 2 for row in range(rows)]
+        assert ours[3:].isfinite().all()
 
 
 def test_zeros_give_zeros(kernels: native.NativeKernels):
