@@ -17,7 +17,7 @@ from tightrope.backends.gguf.cache import SharedKVCache
 from tightrope.backends.gguf.layout import memory_of
 from tightrope.backends.gguf.model_file import notes_on, read_model
 from tightrope.backends.gguf.native import ModelOptions, NativeContext, NativeModel
-from tightrope.backends.gguf.plan import GGUFPlan, context_options, make_plan
+from tightrope.backends.gguf.plan import GGUFPlan, context_options, make_plan, without_moves
 from tightrope.backends.gguf.shape import ModelShape
 from tightrope.backends.gguf.tokenizer import GGUFTokenizer
 from tightrope.backends.gguf.values import ValueScan
@@ -51,6 +51,8 @@ class GGUFBackend:
             except BackendError:
                 self.close()
                 raise
+        if plan.can_move and not self._context.can_move:
+            plan = without_moves(plan)
         self.adapters: AdapterStore
         self.adapters = self._adapters = GGUFAdapters(self._model, self._context, header, AdapterRoom(adapter_bytes))
         try:
@@ -70,7 +72,7 @@ class GGUFBackend:
             whole_only=self._model.has_state,
             checkpoint_bytes=plan.checkpoint_bytes,
             turn_ends=lambda: tokenizer.eos_ids,
-            can_move=plan.can_move and self._context.can_move,
+            can_move=plan.can_move,
         )
         self.capabilities = Capabilities(
             settings.max_num_seqs,

@@ -1,7 +1,7 @@
 """What is decided before loading: window, cache type and capacity, which layers lie on cards, and whether it fits."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tightrope.backends.errors import DoesNotFit
 from tightrope.backends.files.gguf.header import Header
@@ -14,6 +14,9 @@ from tightrope.backends.memory import GIB, MIB, default_tokens, does_not_fit
 from tightrope.backends.settings import ModelSettings
 from tightrope.backends.threads import compute_threads
 
+# What the start says of cached tokens.
+MOVED = "cached tokens: what stands behind a removed message is moved, and computed again while nothing runs"
+EXACT, COMPUTED = "cached tokens: exact ones alone", "behind a removed message all is computed"
 MAX_CHECKPOINTS = 32  # A chat leaves two to four for each turn, and the latest few are of use.
 CHECKPOINT_EXTRA = 64 << 10  # llama.cpp writes positions, types and sizes of each layer, too.
 LEAST_WINDOW = 1024  # Nobody is served fewer tokens unasked: a chat's first messages may be as long.
@@ -63,7 +66,7 @@ def make_plan(settings: ModelSettings, header: Header, memory: Memory, adapter_b
         f"cache: {num_cells} tokens as {cache_type.name}, {cache_bytes / GIB:.2f} GiB; {reason}; "
         f"finished chats may take {run_bytes / GIB:.2f} GiB beside it"
     )
-    why_fixed = _why_fixed(layout.shape, cache_type, rope)
+    why_fixed = _why_fixed(header, layout.shape, cache_type, rope)
     notes.append(_reuse(settings, layout, cache_type, window, checkpoint_bytes, why_fixed))
     notes += _on_cards(layout, on_cards, num_cells, cache_type)
     step_tokens = min(layout.step_tokens, num_cells)
@@ -91,12 +94,20 @@ def _checkpoint_bytes(layout: Layout, kind: CacheType, window: int) -> int:
     return shape.state_bytes + int(min(shape.window, window) * layout.token_bytes(kind)) + 4 * window + CHECKPOINT_EXTRA
 
 
-def _why_fixed(shape: ModelShape, kind: CacheType, rope: RopePlan) -> str | None:
+def without_moves(plan: GGUFPlan) -> GGUFPlan:
+    """The same where llama.cpp says that it can't rotate the model's keys on, which the header doesn't tell."""
+    unmoved = f"{EXACT}, since llama.cpp can't rotate the model's keys again; {COMPUTED}"
+    return replace(plan, can_move=False, notes=tuple(unmoved if note == MOVED else note for note in plan.notes))
+
+
+def _why_fixed(header: Header, shape: ModelShape, kind: CacheType, rope: RopePlan) -> str | None:
     """Why cached tokens can't be moved; None where they can.
 
     llama.cpp keeps keys rotated, and rotates them on. Quantized ones would be rounded again, and by YaRN and longrope
     they would be scaled again.
     """
+    if any(tensor.name.startswith("position_embd") for tensor in header.tensors):
+        return "tokens are told where they stand before the first layer"
     if shape.state_bytes:
         return "recurrent states hold all that stands before"
     if shape.window:
@@ -114,14 +125,14 @@ def _reuse(
     """What the start says of cached tokens."""
     if size := _checkpoint_bytes(layout, kind, window):
         return (
-            f"cached tokens: exact ones alone, since {why_fixed}; chats go back to checkpoints, at ends of prompts and "
+            f"{EXACT}, since {why_fixed}; chats go back to checkpoints, at ends of prompts and "
             f"turns and where others parted: {checkpoint_bytes // size} of up to {size / MIB:.1f} MiB"
         )
     if settings.cache.reuse == "exact":
-        return "cached tokens: exact ones alone, as asked; behind a removed message all is computed"
+        return f"{EXACT}, as asked; {COMPUTED}"
     if why_fixed is not None:
-        return f"cached tokens: exact ones alone, since {why_fixed}; behind a removed message all is computed"
-    return "cached tokens: what stands behind a removed message is moved, and computed again while nothing runs"
+        return f"{EXACT}, since {why_fixed}; {COMPUTED}"
+    return MOVED
 
 
 def _on_cards(layout: Layout, on_cards: tuple[int, ...], num_cells: int, kind: CacheType) -> Iterator[str]:

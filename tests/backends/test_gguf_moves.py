@@ -10,12 +10,13 @@ import pytest
 import torch
 from cells_driver import Driver
 from checkout import ADAPTERS
+from gguf import GGUFWriter
 from gguf_files import write_model
 
 from tightrope.backends.files.gguf.header import read_header
 from tightrope.backends.gguf.backend import GGUFBackend
 from tightrope.backends.gguf.layout import Memory
-from tightrope.backends.gguf.plan import make_plan
+from tightrope.backends.gguf.plan import make_plan, without_moves
 from tightrope.backends.protocol import Chunk
 from tightrope.backends.reuse import Reuse, Run, Wanted
 from tightrope.backends.settings import ModelSettings
@@ -253,3 +254,25 @@ def test_the_start_says_what_can_be_moved(values: dict[str, object], line: str, 
     settings = ModelSettings.model_validate({"cache": cache, "rope": values.get("rope", {}), "max_model_len": 512})
     notes = make_plan(settings, header, Memory(64 * GIB)).notes
     assert next(note for note in notes if note.startswith("cached tokens: ")).startswith(f"cached tokens: {line}")
+
+
+def test_a_model_whose_keys_llama_cpp_cannot_rotate_says_so(tmp_path: Path) -> None:
+    plan = make_plan(ModelSettings(max_model_len=512), read_header(shallow(tmp_path / "llama.gguf")), Memory(64 * GIB))
+    fixed = without_moves(plan)
+    assert plan.can_move
+    assert not fixed.can_move
+    assert [note for note in fixed.notes if note not in plan.notes] == [
+        "cached tokens: exact ones alone, since llama.cpp can't rotate the model's keys again; "
+        "behind a removed message all is computed"
+    ]
+
+
+def test_a_model_with_embedded_positions_moves_nothing(tmp_path: Path) -> None:
+    def add_positions(writer: GGUFWriter) -> None:
+        writer.add_block_count(1)
+        writer.add_tensor("position_embd.weight", np.zeros((4, 4), np.float32))
+
+    path = write_model(ADAPTERS / "llama-bf16", tmp_path / "placed.gguf", keys=add_positions)
+    plan = make_plan(ModelSettings(max_model_len=64), read_header(path), Memory(64 * GIB))
+    assert not plan.can_move
+    assert any("since tokens are told where they stand before the first layer" in note for note in plan.notes)
