@@ -4,7 +4,7 @@ Source: the files that huggingface/peft writes. y += scaling * up(down(x)), wher
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -198,7 +198,7 @@ def adapter_bytes(adapter: PeftAdapter) -> int:
     return 2 * low_rank + sum(entry.num_bytes for entry in whole)
 
 
-def room_for_adapters(settings: "ModelSettings") -> int:
+def room_for_adapters(settings: "ModelSettings", read: Callable[[Path], PeftAdapter] = read_adapter) -> int:
     """Bytes of the adapters that are loaded at the start, and of the room for more. Raises BackendError."""
-    at_start = sum(adapter_bytes(read_adapter(Path(path).expanduser())) for path in settings.adapters.values())
+    at_start = sum(adapter_bytes(read(Path(path).expanduser())) for path in settings.adapters.values())
     return at_start + settings.adapter_reserve_bytes

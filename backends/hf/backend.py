@@ -71,7 +71,7 @@ class HFBackend:
         found = inspect(path, settings, device)
         notes = [f"device: {describe_card(device, host)}"] if device.type == "cuda" else []
         notes += found.notes
-        adapter_bytes = room_for_adapters(settings)
+        adapter_bytes = room_for_adapters(settings, found.blueprint.adapters.read)
         check_host(found.blueprint)
         plan = make_plan(settings, found.shape, room_on(device, settings, found.blueprint, adapter_bytes))
         check_layers(plan, found.blueprint.layers)

@@ -65,7 +65,8 @@ def outline(
     found = (inspect or inspect_folder)(folder, settings, device)
     shape, blueprint = found.shape, found.blueprint
     card = None if device_bytes is None else CardMemory(device_bytes[0], device_bytes[0])
-    room = room_on(device, settings, blueprint, room_for_adapters(settings), host_bytes=memory_bytes, card=card)
+    adapter_bytes = room_for_adapters(settings, blueprint.adapters.read)
+    room = room_on(device, settings, blueprint, adapter_bytes, host_bytes=memory_bytes, card=card)
     window = hf.served_window(settings, shape, hf.rope_of(settings, shape))
     step = room.step_tokens[0]
     workspace_bytes = room.workspace.num_bytes(step, window)

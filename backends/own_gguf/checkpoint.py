@@ -100,19 +100,26 @@ def _entries(architecture: str, file: DataFile, tensor: TensorInfo) -> list[Tens
     return [TensorEntry(name, tensor.type_name, shape, file.path, begin, begin + tensor.num_bytes)]
 
 
-def _fix(header: Header, architecture: str, tensor: TensorInfo) -> Fix | None:
-    """What makes of a tensor of the file transformers' own."""
-    if architecture in SHIFTED and tensor.name.endswith("norm.weight"):
-        return lambda weight: weight.float() - 1
-    part = layer_part(tensor.name)
+def order_of_rows(header: Header, architecture: str, name: str, rows: int) -> Tensor | None:
+    """The file's row of each of transformers' [rows] in a tensor of that name; None where they are the same.
+
+    Raises BackendError for rows that the model's heads don't share.
+    """
+    part = layer_part(name)
     if architecture not in PERMUTED or part is None or part[1] not in _ROTATED:
         return None
     heads = header.metadata.get(f"{architecture}.{_ROTATED[part[1]]}")
     if heads is None:
         heads = header.metadata.get(f"{architecture}.attention.head_count")
     heads = heads[part[0]] if isinstance(heads, tuple) and part[0] < len(heads) else heads
-    rows = tensor.dims[-1]
     if not isinstance(heads, int) or heads < 1 or rows % (2 * heads):
-        raise BackendError(f"{header.path}: tensor {tensor.name!r} has {rows} rows, which {heads!r} heads don't share")
-    order = torch.arange(rows).view(heads, -1, 2).transpose(1, 2).flatten()
-    return lambda weight: weight[order]
+        raise BackendError(f"{header.path}: tensor {name!r} has {rows} rows, which {heads!r} heads don't share")
+    return torch.arange(rows).view(heads, -1, 2).transpose(1, 2).flatten()
+
+
+def _fix(header: Header, architecture: str, tensor: TensorInfo) -> Fix | None:
+    """What makes of a tensor of the file transformers' own."""
+    if architecture in SHIFTED and tensor.name.endswith("norm.weight"):
+        return lambda weight: weight.float() - 1
+    order = order_of_rows(header, architecture, tensor.name, tensor.dims[-1])
+    return None if order is None else lambda weight: weight[order]

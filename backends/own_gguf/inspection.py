@@ -15,6 +15,7 @@ from tightrope.backends.gguf.native import ModelOptions, NativeModel
 from tightrope.backends.gguf.tokenizer import GGUFTokenizer
 from tightrope.backends.hf.load.blueprint import draw
 from tightrope.backends.hf.load.inspection import Inspection, idle_types
+from tightrope.backends.own_gguf.adapters import read_any_adapter
 from tightrope.backends.own_gguf.checkpoint import checkpoint_of, small_numbers
 from tightrope.backends.own_gguf.config import config_of
 from tightrope.backends.quant.find import Quantization
@@ -39,6 +40,7 @@ def inspect(path: Path, settings: ModelSettings, device: torch.device | str = "c
     tokenizer = GGUFTokenizer(vocabulary)
     quantization = Quantization(GgufBlocks(), checkpoint)
     blueprint = draw(path, shape, checkpoint, rope, device, settings.dtype, quantization)
+    blueprint.adapters.read = partial(read_any_adapter, header)
     for adapter in settings.adapters.values():
         blueprint.adapters.check(Path(adapter).expanduser())
     notes = idle_types(settings, device) + header.notes + vocabulary.notes

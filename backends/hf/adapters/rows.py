@@ -68,8 +68,9 @@ class _Loaded:
 class Adapters:
     """The adapters of one loaded model, each in a slot of its own; an AdapterStore. `room` bounds them all together.
 
-    `announce` is given a line for what a person should know of an adapter that is loaded. `tokenizer_at` makes the
-    tokenizer of an adapter's folder, for so many tokens; None where the folder has none of its own.
+    `read` reads an adapter's headers. `announce` is given a line for what a person should know of an adapter that is
+    loaded. `tokenizer_at` makes the tokenizer of an adapter's folder, for so many tokens; None where the folder has
+    none of its own.
     """
 
     def __init__(
@@ -82,12 +83,13 @@ class Adapters:
         self._loaded: dict[str, _Loaded] = {}
         self._launches = 0  # So many times kernels of adapters have changed; see AdapterRows.
         self.room = AdapterRoom(0)
+        self.read: Callable[[Path], PeftAdapter] = read_adapter
         self.announce: Callable[[str], None] = lambda line: None
         self.tokenizer_at: Callable[[Path, int], Tokenizer | None] = lambda folder, num_tokens: None
 
     def check(self, path: Path) -> _Checked:
         """An adapter's files as far as headers tell. Raises BackendError, which names file and tensor."""
-        adapter = read_adapter(path)
+        adapter = self.read(path)
         tables = planned_tables(adapter, self._tables)
         deltas = self._deltas(adapter, tables.num_scored)
         return _Checked(adapter, tables, deltas, self._own_norms(adapter, tables.names))
