@@ -22,7 +22,7 @@ SUFFIX = ".run"
 TRIMMED = 0.95  # A full folder is emptied to this share of what it may hold.
 OLD_S = 600.0  # A file that was begun so long ago will not be finished any more.
 _PIECE = re.compile(rf"[0-9a-f]{{{2 * NAME_BYTES}}}\{SUFFIX}")
-_UNFINISHED = re.compile(rf"\.[0-9a-f]{{{2 * NAME_BYTES}}}\.[0-9]+")
+_UNFINISHED = re.compile(rf"\.([0-9a-f]{{{2 * NAME_BYTES}}}|{MEMORY})\.[0-9]+")
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 _WRITE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -82,7 +82,7 @@ class Folder:
 
     def write(self, piece: Piece, payload: Bytes, fingerprint: bytes, model: str) -> int:
         """Store a piece, and return the size of its file; it is whole now, and was absent before. Raises OSError."""
-        unfinished = f".{piece.name.hex()}.{os.getpid()}"
+        unfinished = _unfinished(piece.name.hex())
         file = os.open(unfinished, _WRITE, 0o600, dir_fd=self._fd)
         try:
             try:
@@ -153,7 +153,7 @@ class Folder:
 
     def remember(self, data: bytes) -> None:
         """Keep a few bytes beside the pieces, if that can be done."""
-        unfinished = f".{MEMORY}.{os.getpid()}"
+        unfinished = _unfinished(MEMORY)
         with suppress(OSError):
             file = os.open(unfinished, _WRITE, 0o600, dir_fd=self._fd)
             try:
@@ -230,6 +230,11 @@ class Folder:
         except OSError:
             return False
         return True
+
+
+def _unfinished(name: str) -> str:
+    """A name that no other process takes: in a container the next one may have the number of one that was killed."""
+    return f".{name}.{int.from_bytes(os.urandom(6))}"
 
 
 def _file_of(name: bytes) -> str:

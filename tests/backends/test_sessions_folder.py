@@ -194,6 +194,25 @@ def test_files_that_were_never_finished_are_cleared_away_once_they_are_old(folde
     assert (old.exists(), new.exists()) == (False, True)
 
 
+def test_what_a_killed_process_has_begun_keeps_nobody_from_writing_it(
+    folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    piece = piece_of(range(256))
+
+    def killed(file: int) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as first:
+        first.setattr(os, "fsync", killed)
+        first.setattr(os, "unlink", lambda *args, **named: None)
+        with pytest.raises(KeyboardInterrupt):
+            write(folder, piece)
+    assert len([*folder.path.glob(".*")]) == 1
+    write(folder, piece)
+    assert is_read(folder, piece)
+    Folder(folder.path).close()
+
+
 def test_a_folder_that_has_vanished_is_a_miss(folder: Folder) -> None:
     piece = piece_of(range(256))
     write(folder, piece)
