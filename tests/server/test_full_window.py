@@ -4,11 +4,13 @@ import re
 import time
 from collections.abc import Iterator
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from checkout import ADAPTERS
+from gguf_files import write_model
 from real_server import run_server
 
 FOLDER = str(ADAPTERS / "llama-bf16")
@@ -116,6 +118,20 @@ def test_a_server_with_nothing_else_to_do_computes_moved_tokens_again() -> None:
         assert reused(running.url, [*DROPPED, 7], cache_reuse="exact") == (len(DROPPED), 0)
         assert metric(running.url, "tightrope_healed_tokens_total") > 0
         assert httpx.get(f"{running.url}/health").status_code == 200
+
+
+def test_llama_cpp_moves_tokens_too_and_they_are_computed_again(tmp_path: Path) -> None:
+    path = write_model(ADAPTERS / "llama-bf16", tmp_path / "llama.gguf")
+    with run_server("--model", str(path)) as running:
+        assert "what stands behind a removed message is moved" in running.output
+        assert reused(running.url, FULL) == (0, 0)
+        assert reused(running.url, DROPPED) == (len(SYSTEM) + len(SECOND), len(SECOND))
+        patience = time.monotonic() + 60
+        while reused(running.url, DROPPED)[1]:
+            assert time.monotonic() < patience
+
+        assert reused(running.url, [*DROPPED, 7], cache_reuse="exact") == (len(DROPPED), 0)
+        assert metric(running.url, "tightrope_healed_tokens_total") > 0
 
 
 @pytest.mark.parametrize("option", ["--cache-reuse=some", "--heal=never"])
