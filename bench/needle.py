@@ -12,8 +12,8 @@ from tightrope.backends.hf.backend import HFBackend
 from tightrope.backends.reuse import Wanted
 from tightrope.backends.settings import CacheSettings, ModelSettings
 
-WORDS = ("marigold", "pendulum", "cinnamon", "thunder", "velvet", "harbour")
-NUM_MESSAGES, MESSAGE_CHARS = 12, 450
+WORDS = ("marigold", "pendulum", "cinnamon", "thunder")
+NUM_MESSAGES, MESSAGE_CHARS = 12, 350
 QUESTION = "What is the secret word?"
 OPENING = "The secret word is"
 
