@@ -21,6 +21,7 @@ def draw(rows: Sequence[Mapping[str, Any]], found: Mapping[str, Any], path: Path
         figure, (speed, quality) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
         for name, colour in _COLOURS.items():
             mine = [row for row in rows if row["part"] == "speed" and row["server"] == name]
+            mine = [row for row in mine if row["what"] != "cold" or not row["turn"]]
             if mine:
                 turns = [row["turn"] for row in mine]
                 speed.plot(turns, [row["ttft_s"] for row in mine], color=colour, marker="o", markersize=3, label=name)
@@ -41,6 +42,6 @@ def draw(rows: Sequence[Mapping[str, Any]], found: Mapping[str, Any], path: Path
         quality.set_xlabel("turns that lose their oldest messages", color=GREY)
         quality.set_ylabel("KL divergence from a cold prefill, nats", color=GREY)
         quality.set_yscale("log")
-        quality.legend(frameon=False)
+        quality.legend(frameon=False, loc="upper left", bbox_to_anchor=(0, 0.92))
         figure.savefig(path, dpi=150)
         plt.close(figure)

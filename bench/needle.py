@@ -12,7 +12,7 @@ from tightrope.backends.hf.backend import HFBackend
 from tightrope.backends.reuse import Wanted
 from tightrope.backends.settings import CacheSettings, ModelSettings
 
-WORDS = ("marigold", "pendulum", "cinnamon", "thunder")
+WORDS = ("marigold", "pendulum", "cinnamon")
 NUM_MESSAGES, MESSAGE_CHARS = 12, 350
 QUESTION = "What is the secret word?"
 OPENING = "The secret word is"
@@ -54,5 +54,7 @@ def _one(backend: HFBackend, reader: Reader, word: str, place: int) -> tuple[flo
         chosen = [float(rows[-1 - len(answer) + i, token]) for i, token in enumerate(answer)]
         return math.exp(mean(chosen))
 
-    there = likelihood([*messages[:place], needle, *messages[place:]], "moved")
-    return there, likelihood(messages, "moved"), likelihood(messages, "nothing")
+    known = [*messages[:place], needle, *messages[place:]]
+    reader.read(encode("".join((system, *known))), f"{word} {place}", "nothing")
+    moved = likelihood(messages, "moved")  # Before the question stands anywhere in the cache, lest it be moved, too.
+    return likelihood(known, "exact"), moved, likelihood(messages, "nothing")
