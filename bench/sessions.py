@@ -155,11 +155,12 @@ def main() -> None:
     parser.add_argument("--name", default="sessions", help="of the file in bench/results (default: sessions)")
     options = parser.parse_args()
     end_servers_when_told()
+    results = []
     with tqdm(total=7 * len(options.models), desc="turns", disable=None) as bar:
-        results = [measure(model.resolve(), bar) for model in options.models]
-    path = report.write(options.name, {"chats": results})
-    for result in results:
-        print(f"{result['model']}: {result['bars']}")
+        for model in options.models:
+            results.append(measure(model.resolve(), bar))
+            path = report.write(options.name, {"chats": results})  # What ends a run takes one model along at most.
+            bar.write(f"{model.name}: {results[-1]['bars']}")
     print(path)
 
 
