@@ -31,6 +31,9 @@ class Catalogue:
     def __len__(self) -> int:
         return len(self._pieces)
 
+    def get(self, name: bytes) -> Piece | None:
+        return self._pieces.get(name)
+
     def add(self, piece: Piece) -> None:
         self._pieces[piece.name] = piece
         self._below.setdefault(piece.parent, {})[piece.name] = piece

@@ -10,6 +10,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import partial
 from weakref import WeakSet
 
 from tightrope.backends.sessions.catalogue import Catalogue, Match, Usable
@@ -106,7 +107,7 @@ class RunStore:
             self._host_used += payload.nbytes
             if self._folder is not None:
                 self._unwritten.add(piece.name)
-                self._queue.put(lambda: self._write(piece))
+                self._queue.put(partial(self._write, piece))
         return True
 
     def longest(self, root: bytes, wanted: Ints, usable: Usable = lambda piece, length: length) -> list[Match]:
@@ -196,7 +197,8 @@ class RunStore:
             return
         if self._has_failed:
             log.warning("chats are kept on disk again: %s", self._folder.path)
-        self._has_failed = False
+            self._has_failed = False
+            self._write_anew()
         with self._lock:
             self._unwritten.discard(piece.name)
             if piece.name in self._catalogue:
@@ -209,6 +211,15 @@ class RunStore:
         self._forget(needless)
         if self._disk_used > self._disk_bytes:
             self._trim()
+
+    def _write_anew(self) -> None:
+        """Have written what the folder didn't take before."""
+        with self._lock:
+            for name in self._host:
+                piece = self._catalogue.get(name)
+                if piece is not None and name not in self._written and name not in self._unwritten:
+                    self._unwritten.add(name)
+                    self._queue.put(partial(self._write, piece))
 
     def _touch(self, names: list[bytes]) -> None:
         assert self._folder is not None

@@ -166,6 +166,8 @@ def test_a_full_disk_costs_one_line_and_what_is_in_memory_stays(
         put(store, piece_of([9]))
         assert store.flush(WAIT_S)
         assert len(caplog.messages) == 2  # It is said when it goes on.
+        assert store.flush(WAIT_S)
+        assert len([*(tmp_path / "chats").glob("*.run")]) == 4  # What waited in memory is written, too.
 
 
 def test_a_disk_that_may_only_be_read_is_read(
