@@ -24,7 +24,15 @@ def try_load(path: Path, options: ContextOptions) -> tuple[str, ...]:
 
     Raises BackendError in one line when it refuses either, or ends the process over it.
     """
-    arguments = json.dumps(asdict(replace(options, threads=1)))
+    return _ask(path, json.dumps(asdict(replace(options, threads=1))))
+
+
+def try_vocabulary(path: Path) -> tuple[str, ...]:
+    """The same of a file's vocabulary alone, whoever runs the model."""
+    return _ask(path, json.dumps(None))
+
+
+def _ask(path: Path, arguments: str) -> tuple[str, ...]:
     command = child_command("tightrope.backends.gguf.trial", str(path), arguments)
     try:
         done = subprocess.run(
@@ -49,11 +57,15 @@ def _last_words(stderr: bytes) -> str:
 
 
 def main() -> None:
-    """Entry point of the process: path and context options on the command line, one line of JSON to standard output."""
-    path, options = Path(sys.argv[1]), ContextOptions(**json.loads(sys.argv[2]))
+    """Entry point of the process: path and context options on the command line, one line of JSON to standard output.
+
+    null in the place of the options: nothing but the vocabulary is tried.
+    """
+    path, options = Path(sys.argv[1]), json.loads(sys.argv[2])
     try:
-        model = NativeModel(path, ModelOptions(has_weights=False))
-        NativeContext(model, options)
+        model = NativeModel(path, ModelOptions(is_vocabulary=options is None, has_weights=False))
+        if options is not None:
+            NativeContext(model, ContextOptions(**options))
     except BackendError as error:
         print(json.dumps({"error": str(error)}))
     else:

@@ -44,8 +44,12 @@ def outline(
 ) -> Outline:
     """See BackendPackage."""
     if settings.gguf_engine == "own":
+        from tightrope.backends.gguf.model_file import read_model
+        from tightrope.backends.gguf.trial import try_vocabulary
         from tightrope.backends.own_gguf.inspection import inspect
 
+        read_model(path, settings)
+        try_vocabulary(path)  # llama.cpp ends the process over some, and what is planned for ends no server.
         found = hf.outline(path, settings, memory_bytes, device_bytes, inspect)
     else:
         found = gguf.outline(path, settings, memory_bytes, device_bytes)

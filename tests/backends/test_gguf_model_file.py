@@ -16,7 +16,7 @@ from tightrope.backends.detect import outline
 from tightrope.backends.errors import BackendError
 from tightrope.backends.gguf.backend import GGUFBackend
 from tightrope.backends.gguf.plan import least_options
-from tightrope.backends.gguf.trial import try_load
+from tightrope.backends.gguf.trial import try_load, try_vocabulary
 from tightrope.backends.settings import CacheSettings, ModelSettings
 
 Keys = Callable[[GGUFWriter], None]
@@ -167,8 +167,9 @@ def test_a_file_over_which_llama_cpp_ends_the_process_is_refused_in_one_line(tmp
     text = struct.pack("<Q", 1) + b"b"
     assert text in content
     path.write_bytes(content.replace(text, struct.pack("<Q", 1) + b"a", 1))
-    with pytest.raises(BackendError, match=r"m\.gguf: llama\.cpp ends over it: GGML_ASSERT\(.*\) failed$"):
-        try_load(path, least_options())
+    for attempt in (lambda: try_load(path, least_options()), lambda: try_vocabulary(path)):
+        with pytest.raises(BackendError, match=r"m\.gguf: llama\.cpp ends over it: GGML_ASSERT\(.*\) failed$"):
+            attempt()
 
 
 def test_no_debugger_is_run_over_a_process_that_llama_cpp_ends() -> None:
