@@ -73,12 +73,6 @@ def small_numbers(header: Header, tensor: TensorInfo) -> list[float]:
     return [float(number) for number in numbers]
 
 
-def unknown_type(header: Header) -> str | None:
-    """The first tensor type that the torch engine doesn't know."""
-    known = {*BLOCK_TYPES, "F32", "F16", "BF16"}
-    return next((tensor.type_name for tensor in header.tensors if tensor.type_name not in known), None)
-
-
 def _entries(architecture: str, file: DataFile, tensor: TensorInfo) -> list[TensorEntry]:
     """One entry, or one for each expert of a stacked tensor; a tensor without a module keeps its name."""
     if tensor.type_name not in (*BLOCK_TYPES, *DTYPES):
