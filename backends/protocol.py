@@ -64,7 +64,8 @@ class KVCache(Protocol):
         run at 0, or none. With "moved" a cache may add runs behind it that were computed at other places; whatever is
         computed over these isn't exact either, and "exact" never finds it. Sequences of different namespaces never
         share.
-        accepts: asked of a find that isn't all exact, before anything has changed; if it says no, "exact" counts.
+        accepts: asked of a find that isn't all exact, before anything has changed, in how many of the prompt's first
+        tokens it may be used; where these hold too little of it, "exact" counts.
         `reproducible`: if no other sequence is live, the new one is laid out as in an empty cache, so that the same
         tokens over the same cached ones give the same logits to the last bit, whatever ran before.
         """

@@ -1,7 +1,7 @@
 """What a cache found of a prompt: runs of its tokens."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
 
@@ -46,6 +46,17 @@ class Reuse:
     def num_inexact(self) -> int:
         return sum(run.length for run in self.runs if not run.is_exact)
 
+    @property
+    def stop(self) -> int:
+        """Where the last run ends."""
+        return self.runs[-1].stop if self.runs else 0
+
+    def before(self, place: int) -> "Reuse":
+        """What is found of the prompt's first `place` tokens."""
+        return Reuse(
+            tuple(replace(run, length=min(run.stop, place) - run.start) for run in self.runs if run.start < place)
+        )
+
     def removals(self) -> list[int]:
         """The places of a prompt up to which it is what a cached sequence was, before this lost tokens there."""
         pairs = pairwise((Run(0, 0, 0), *self.runs))
@@ -58,9 +69,9 @@ class Reuse:
         return [range(start, stop) for start, stop in zip(starts, stops, strict=True) if start < stop]
 
 
-Accepts = Callable[[Reuse], bool]  # Whether tokens that come close are better than to compute exact ones.
+Accepts = Callable[[Reuse], int]  # In so many of a prompt's first tokens, those that come close are better than none.
 
 
-def always(reuse: Reuse) -> bool:
+def always(reuse: Reuse) -> int:
     """Accepts whatever is found."""
-    return True
+    return reuse.stop

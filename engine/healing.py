@@ -120,10 +120,10 @@ class Healing:
         chat = self._waiting[-1]
         is_there = False
 
-        def look(reuse: Reuse) -> bool:
+        def look(reuse: Reuse) -> int:
             nonlocal is_there
             is_there = any(not run.is_exact and run.source == run.start for run in reuse.runs)
-            return False
+            return 0
 
         self._track = Track(SEQ_ID, chat.token_ids)
         self._track.begin(self._kv.open(SEQ_ID, chat.token_ids, chat.namespace, reuse="moved", accepts=look))

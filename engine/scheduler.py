@@ -265,7 +265,7 @@ class Scheduler:
                 track.token_ids,
                 sequence.namespace,
                 reuse=sequence.wanted(track),
-                accepts=partial(self._is_worth_it, sequence, track),
+                accepts=partial(self._num_accepted, sequence, track),
                 reproducible=sequence.is_reproducible,
             )
             track.begin(found)
@@ -280,16 +280,20 @@ class Scheduler:
         sequence.steps.begin()
         return True
 
-    def _is_worth_it(self, sequence: Sequence, track: Track, found: Reuse) -> bool:
-        """Whether a prompt is answered over tokens that aren't exact.
+    def _num_accepted(self, sequence: Sequence, track: Track, found: Reuse) -> int:
+        """In how many of a prompt's first tokens those that aren't exact are taken.
 
         A chat that fills its window loses what stands in front, and is answered at once. What was taken out elsewhere
-        is to be gone: moved tokens still hold some of it, and are taken only where exact ones would take long.
+        is to be gone: moved tokens behind it still hold some of it, and are taken only where exact ones would take
+        long. So a note that is written anew at each turn has only what stands behind its last place computed.
         """
-        place = max(found.removals(), default=0)
-        num_ended = sum(token_id in sequence.writer.tokenizer.eos_ids for token_id in track.token_ids[:place])
-        is_front = num_ended <= MOST_TURNS_IN_FRONT and place <= len(track.token_ids) / 2
-        return is_front or self._rate.seconds_of(found.num_inexact) >= MOST_WAIT_S
+        eos_ids = sequence.writer.tokenizer.eos_ids
+        for place in found.removals():
+            num_ended = sum(token_id in eos_ids for token_id in track.token_ids[:place])
+            if num_ended > MOST_TURNS_IN_FRONT or place > len(track.token_ids) / 2:
+                num_behind = found.num_tokens - found.before(place).num_tokens
+                return place if self._rate.seconds_of(num_behind) < MOST_WAIT_S else found.stop
+        return found.stop
 
 
 def _part(sequence: Sequence, num_tokens: int, num_own: int) -> Work:

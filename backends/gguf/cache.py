@@ -16,7 +16,7 @@ from tightrope.backends.errors import BackendError
 from tightrope.backends.gguf.cell_store import CellStore
 from tightrope.backends.gguf.cells import Cells, Ints
 from tightrope.backends.gguf.entry import ALL, Entry
-from tightrope.backends.gguf.moves import Move, best_move, num_exact_of, splice, told
+from tightrope.backends.gguf.moves import MIN_MOVED, Move, best_move, num_exact_of, splice, told
 from tightrope.backends.gguf.rollback import Rollback
 from tightrope.backends.gguf.swap_space import SwapSpace
 from tightrope.backends.protocol import KVUsage
@@ -211,7 +211,8 @@ class SharedKVCache:
         move = best_move(others, wanted, found) if self._can_move else None
         entry, offered = (source, runs) if move is None else (move.entry, move.runs)
         offer = told(offered, entry.num_exact)
-        if offer.num_inexact and not accepts(offer):
+        most = accepts(offer) if offer.num_inexact else offer.stop
+        if most < offer.stop and (move is None or (move := move.before(most)).length < found + MIN_MOVED):
             return self._find(wanted, namespace, "exact", accepts)
         if move is None or (movable := self._apart(move)) is None:
             return source, runs

@@ -28,7 +28,11 @@ class Move:
 
     @property
     def length(self) -> int:
-        return self.runs[-1].stop
+        return Reuse(self.runs).stop
+
+    def before(self, place: int) -> "Move":
+        """What of it comes before a place of the prompt."""
+        return Move(self.entry, Reuse(self.runs).before(place).runs)
 
 
 def best_move(entries: Iterable[Entry], wanted: Ints, found: int) -> Move | None:

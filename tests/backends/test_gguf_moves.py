@@ -75,15 +75,32 @@ def test_what_is_found_by_moving_is_taken_only_if_the_engine_accepts_it() -> Non
     chats = driver()
     offers: list[Reuse] = []
 
-    def refuse(offer: Reuse) -> bool:
+    def refuse(offer: Reuse) -> int:
         offers.append(offer)
-        return False
+        return 0
 
     prompt = [*SYSTEM, *REST, 7]
     assert chats.cache.open(2, prompt, "", reuse="moved", accepts=refuse) == Reuse.prefix(40)
     assert offers == [Reuse((Run(0, 0, 40), Run(90, 40, 100, is_exact=False)))]
     chats.cache.close(2, keep=False)
     assert chats.run(3, [*CHAT, 5]) == 190  # Nothing was changed.
+
+
+def test_moved_tokens_are_taken_as_far_as_the_engine_accepts_them() -> None:
+    chats = driver()
+    prompt = [*SYSTEM, *REST[:70], *REST[80:], 7]
+    found = chats.cache.open(2, prompt, "", reuse="moved", accepts=lambda offer: offer.removals()[-1])
+    assert found == Reuse((Run(0, 0, 40), Run(90, 40, 70, is_exact=False)))
+    assert chats.extend(2, prompt[110:])
+
+
+def test_the_exact_beginning_of_a_moved_chat_stays_where_more_of_it_is_refused() -> None:
+    chats = driver()
+    chats.cache.open(2, [*SYSTEM, *REST, 7], "", reuse="moved")
+    chats.extend(2, [7])
+    chats.cache.close(2, keep=True)
+    prompt = [*SYSTEM, *REST[80:], *REST[:80], *REST[80:], 8]
+    assert chats.cache.open(3, prompt, "", reuse="moved", accepts=lambda offer: 0) == Reuse.prefix(40)
 
 
 def test_a_chat_that_was_computed_again_takes_the_place_of_the_moved_one() -> None:

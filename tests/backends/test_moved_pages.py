@@ -74,6 +74,17 @@ def test_after_a_removal_nothing_is_moved_behind_an_insertion():
     assert [run.stop for run in runs] == [40, 40 + 151]
 
 
+def test_moved_tokens_are_taken_as_far_as_the_engine_accepts_them():
+    driver = driver_after(SYSTEM, OLDEST, SECOND, THIRD)
+    prompt = [*SYSTEM, *SECOND, *THIRD[10:], *NEW, 1]
+
+    found = driver.cache.open(2, prompt, "", reuse="moved", accepts=lambda offer: offer.removals()[-1])
+
+    assert [run.stop for run in found.runs] == [40, 40 + 151]
+    assert driver.cache.open(3, prompt, "", reuse="moved", accepts=lambda offer: 0) == Reuse.prefix(40)
+    driver.cache.check_integrity()
+
+
 def test_moved_tokens_and_all_computed_over_them_are_found_by_those_alone_who_take_them():
     driver = driver_after(SYSTEM, OLDEST, SECOND, THIRD)
     found(driver, SYSTEM, SECOND, THIRD, NEW)

@@ -10,6 +10,7 @@ from engine_runs import request, run
 
 from tightrope.backends.errors import BackendError
 from tightrope.backends.hf.backend import HFBackend
+from tightrope.backends.hf.cache.moving import COMPUTED_AGAIN
 from tightrope.backends.protocol import Chunk
 from tightrope.backends.settings import CacheSettings, ModelSettings
 from tightrope.engine.core import EngineCore
@@ -219,6 +220,16 @@ def test_behind_a_removal_in_the_middle_exact_tokens_are_waited_for_if_they_take
         info = steps.answer(steps.asked((*before, *SECOND, 420)))
         assert (info.num_moved > 0) is is_moved, (before, seconds)
         monkeypatch.undo()
+
+
+def test_of_a_chat_that_loses_its_oldest_message_and_one_in_the_middle_what_stands_between_them_is_moved(
+    loaded: HFBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    between, note, behind = [EOS, *range(50, 99), EOS, *range(200, 350)], [*range(400, 430)], [*range(99, 170)]
+    steps = Steps(loaded, monkeypatch, heal="off")
+    steps.answer(steps.asked((*SYSTEM, *OLDEST, *between, *note, *behind)))
+    info = steps.answer(steps.asked((*SYSTEM, *between, *behind, 420)))
+    assert info.num_moved == len(between) - COMPUTED_AGAIN
 
 
 def test_many_turns_of_a_full_window_with_requests_beside_healing_leave_the_books_in_order(

@@ -208,9 +208,14 @@ class PagedKVCache(PagePool):
         match = self._find(sequence, wanted, exact_only=False)
         moved = find_moved(match, wanted)
         reuse = Reuse(match.runs + (moved.runs if moved else ()))
-        gain = reuse.num_tokens - self._find(sequence, wanted, exact_only=True).length
-        if not reuse.num_inexact or gain < MIN_MOVED or not accepts(reuse):
+        least = self._find(sequence, wanted, exact_only=True).length + MIN_MOVED
+        if reuse.num_inexact and reuse.num_tokens >= least:
+            reuse = reuse.before(accepts(reuse))
+        if not reuse.num_inexact or reuse.num_tokens < least or reuse.stop < match.length:
             return None
+        if moved is not None:
+            runs = reuse.runs[len(match.runs) :]
+            moved = Moved(runs, moved.path) if runs else None
         # What is computed before the first inexact token stands on exact ones.
         sequence.num_exact = next(run.start for run in reuse.runs if not run.is_exact)
         if moved is None:
