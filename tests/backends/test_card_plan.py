@@ -149,6 +149,7 @@ def test_serve_counts_as_the_plan_for_a_named_card_does(
 ):
     """What its driver says is stood in for: the rest is what the backend calls."""
     size = int(WHOLE * GIB)
+    monkeypatch.setattr(memory, "_meminfo_available", lambda: 32 * GIB)  # The real one changes meanwhile.
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (size, size))
     settings = ModelSettings(model=str(folders[name]))
     device = torch.device("cuda")

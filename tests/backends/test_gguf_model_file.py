@@ -150,7 +150,7 @@ def test_a_model_that_is_whole_is_planned_with_what_serve_notes(tmp_path: Path) 
     backend = GGUFBackend(path, settings_for(path), lambda _: None)
     backend.close()
     assert planned is not None
-    assert planned.notes[0] == backend.card.notes[0]
+    assert planned.notes[1] == backend.card.notes[0]  # The first line tells which engine runs.
     assert not any("llama.cpp" in note or "vocabulary" in note for note in backend.card.notes)
 
 
@@ -184,8 +184,8 @@ def noted(path: Path) -> str:
     backend.close()
     planned = outline(settings_for(path), None).chosen
     assert planned is not None
-    odd = backend.card.notes[2:]  # after the lines on RoPE and cache
-    assert planned.notes[2:] == odd
+    odd = backend.card.notes[3:]  # after the lines on RoPE, cache and what is moved in it
+    assert planned.notes[4:] == odd  # and the engine
     assert all("\n" not in note for note in odd)
     return "\n".join(odd)
 
