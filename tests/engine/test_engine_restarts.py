@@ -274,6 +274,10 @@ async def test_a_text_over_which_two_engines_end_is_tried_no_more(process_client
         await call
 
 
+def has_begun(client: EngineClient, name: str) -> bool:
+    return name in client._streams and client._streams[name].has_begun
+
+
 @pytest.mark.slow
 async def test_requests_that_only_waited_outlive_any_number_of_engines():
     async with running(short_lived()) as client:
@@ -281,7 +285,7 @@ async def test_requests_that_only_waited_outlive_any_number_of_engines():
         waiting = [asyncio.create_task(answer(client, ask(f"w{i}", f"wait {i}"))) for i in range(8)]
         for task, name in zip(writing, "ab", strict=True):  # one at a time: its prompt is the shortest
             for _ in range(2):
-                await until(lambda name=name: client.state == "ready" and client._streams[name].has_begun)  # type: ignore[misc]
+                await until(lambda name=name: client.state == "ready" and has_begun(client, name))  # type: ignore[misc]
                 await kill_engine(client)
             with pytest.raises(BackendFailed, match="died 2 times"):
                 await task

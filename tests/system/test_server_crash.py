@@ -21,9 +21,16 @@ BACK_S = 20  # how soon a killed engine must serve again
 
 
 @pytest.fixture(scope="module")
-def own_server() -> Iterator[RunningServer]:
+def one_server() -> Iterator[RunningServer]:
     with run_server("--stuck-after=4") as running:
         yield running
+
+
+@pytest.fixture
+def own_server(one_server: RunningServer) -> RunningServer:
+    """With an engine, whatever became of the one before."""
+    wait_until_healthy(one_server.url)
+    return one_server
 
 
 def events(response: httpx.Response) -> Iterator[str]:
@@ -39,6 +46,12 @@ def wait_until_healthy(url: str) -> float:
         if httpx.get(f"{url}/health").status_code == 200:
             return time.monotonic() - began
     raise AssertionError(f"the engine was not back after {BACK_S} s")
+
+
+def kill_engine(server: RunningServer) -> None:
+    """End it with -9; returns when the front knows."""
+    os.kill(engine_pid(server.process.pid), signal.SIGKILL)
+    wait_until(lambda: httpx.get(f"{server.url}/health").status_code == 503)
 
 
 BODIES: Mapping[str, dict[str, object]] = {
@@ -66,9 +79,7 @@ def test_an_answer_goes_on_when_its_engine_is_killed(own_server: RunningServer, 
     with httpx.stream("POST", url + path, json=BODIES[path], timeout=60) as response:
         stream = events(response)
         first = next(stream)
-        os.kill(engine_pid(own_server.process.pid), signal.SIGKILL)
-        health = httpx.get(f"{url}/health")
-        assert health.status_code == 503
+        kill_engine(own_server)
         refused = httpx.post(f"{url}/v1/completions", json={"prompt": "hello", "max_tokens": 1})
         assert refused.status_code == 503
         assert "retry-after" in refused.headers
@@ -86,10 +97,10 @@ def test_an_answer_over_which_two_engines_are_killed_ends_with_an_error(own_serv
     with httpx.stream("POST", url + path, json=body, timeout=120) as response:
         stream = events(response)
         next(stream)
-        os.kill(engine_pid(own_server.process.pid), signal.SIGKILL)
+        kill_engine(own_server)
         wait_until_healthy(url)
         wait_until(lambda: "tgi_batch_current_size 1.0" in httpx.get(f"{url}/metrics").text.splitlines())
-        os.kill(engine_pid(own_server.process.pid), signal.SIGKILL)
+        kill_engine(own_server)
         *_, last = stream
     error = json.loads(last)  # and no [DONE] after it
     if path.startswith("/v1"):
