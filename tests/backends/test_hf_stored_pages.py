@@ -43,12 +43,17 @@ def test_two_chats_that_alternate_on_a_cache_for_one_are_read_once() -> None:
             driver.check()
 
 
-def test_what_was_computed_is_there_in_the_next_process() -> None:
+def after_a_chat(num_pages: int) -> Driver:
+    """The next process behind one that has run LONG tokens."""
     store = EagerStore(100_000)
-    driver = Driver(num_pages=40, store=store)
+    driver = Driver(num_pages=num_pages, store=store)
     driver.run(1, range(LONG))
     driver.close(1)
-    after = successor(driver, store)
+    return successor(driver, store)
+
+
+def test_what_was_computed_is_there_in_the_next_process() -> None:
+    after = after_a_chat(num_pages=40)
     assert after.run(1, [*range(LONG), 7]) == LONG
     after.check()
     assert after.open(2, [*range(60), 7]) == 60
@@ -56,11 +61,7 @@ def test_what_was_computed_is_there_in_the_next_process() -> None:
 
 
 def test_a_prompt_that_leaves_a_stored_text_in_the_middle_of_a_page_goes_on_there() -> None:
-    store = EagerStore(100_000)
-    driver = Driver(num_pages=60, store=store)
-    driver.run(1, range(LONG))
-    driver.close(1)
-    after = successor(driver, store)
+    after = after_a_chat(num_pages=60)
     assert after.run(1, [*range(PIECE * PAGE + 21), 7, 7, 7]) == PIECE * PAGE + 21
     after.check()
     assert after.run(2, [*range(LONG), 7]) == LONG
@@ -68,11 +69,7 @@ def test_a_prompt_that_leaves_a_stored_text_in_the_middle_of_a_page_goes_on_ther
 
 
 def test_what_has_no_room_stays_where_it_is() -> None:
-    store = EagerStore(100_000)
-    driver = Driver(num_pages=30, store=store)
-    driver.run(1, range(LONG))
-    driver.close(1)
-    after = successor(driver, store)
+    after = after_a_chat(num_pages=30)
     after.run(1, range(10_000, 10_000 + 18 * PAGE))
     assert after.open(2, [*range(LONG), 7]) == 12 * PAGE
     after.close(1)

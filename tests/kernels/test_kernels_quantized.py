@@ -112,11 +112,8 @@ def test_a_product_with_packed_codes_is_that_with_the_weights_they_stand_for(
     assert_is_product(ours, x, [matrix], bias)
 
 
-@given(list_of_shapes=st.lists(shapes(), min_size=2, max_size=11), rows=ROWS, seed=SEEDS)
-@settings(max_examples=6)
-def test_matrices_on_the_same_x_give_their_outputs_side_by_side(
-    kernels: native.NativeKernels, list_of_shapes: list[Shape], rows: int, seed: int
-):
+def side_by_side(list_of_shapes: list[Shape], rows: int, seed: int) -> tuple[list[QuantizedMatrix], Tensor, Tensor]:
+    """Matrices whose groups are those of the first shape, inputs [rows, K], and a bias of all outputs."""
     torch.manual_seed(seed)
     first = list_of_shapes[0]
     matrices = [
@@ -124,6 +121,15 @@ def test_matrices_on_the_same_x_give_their_outputs_side_by_side(
         for s in list_of_shapes
     ]
     x, bias = torch.randn(rows, sum(first.group_rows)), torch.randn(sum(s.num_outputs for s in list_of_shapes))
+    return matrices, x, bias
+
+
+@given(list_of_shapes=st.lists(shapes(), min_size=2, max_size=11), rows=ROWS, seed=SEEDS)
+@settings(max_examples=6)
+def test_matrices_on_the_same_x_give_their_outputs_side_by_side(
+    kernels: native.NativeKernels, list_of_shapes: list[Shape], rows: int, seed: int
+):
+    matrices, x, bias = side_by_side(list_of_shapes, rows, seed)
 
     ours = kernels.quantized_linear(x, matrices, bias)
 
@@ -151,13 +157,7 @@ def test_a_long_prompt_is_taken_in_several_passes(kernels: native.NativeKernels)
 def test_a_row_of_a_prompt_gives_what_it_gives_alone_to_the_last_bit(
     kernels: native.NativeKernels, list_of_shapes: list[Shape], rows: int, seed: int
 ):
-    torch.manual_seed(seed)
-    first = list_of_shapes[0]
-    matrices = [
-        matrix_of(Shape(s.num_outputs, first.group_rows, first.group_bits, s.scales, s.has_zeros, s.is_permuted))
-        for s in list_of_shapes
-    ]
-    x, bias = torch.randn(rows, sum(first.group_rows)), torch.randn(sum(s.num_outputs for s in list_of_shapes))
+    matrices, x, bias = side_by_side(list_of_shapes, rows, seed)
 
     together = kernels.quantized_linear(x, matrices, bias)
 
