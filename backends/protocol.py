@@ -91,6 +91,9 @@ class KVCache(Protocol):
     def close(self, seq_id: int, *, keep: bool) -> None:
         """End a sequence. keep: its tokens stay matchable until evicted."""
 
+    def leave(self, token_ids: Sequence[int], namespace: str) -> None:
+        """Say that nobody will compute anew what is stored of these tokens and isn't exact: it is kept as it is."""
+
     def usage(self) -> KVUsage: ...
 
     def check_integrity(self) -> None:

@@ -58,9 +58,7 @@ class Healing:
         return bool(self._waiting)
 
     def add(self, sequence: Sequence) -> None:
-        """Have what an answer holds of moved tokens, and what was computed over them, computed again."""
-        if self._heal == "off":
-            return
+        """Have what an answer holds of moved tokens, and what was computed over them, computed again, or left."""
         for track in sequence.tracks:
             if track.num_inexact:
                 stored = track.token_ids[: track.pending.ranges[0].start] if track.pending.ranges else track.token_ids
@@ -92,7 +90,9 @@ class Healing:
         """What to run in a step of about so long; None when nothing is left to heal. Then tell `commit`."""
         while self._waiting:
             if self._track is None and not self._open():
+                chat = self._waiting[-1]
                 self.give_up()
+                self._kv.leave(chat.token_ids, chat.namespace)
                 continue
             assert self._track is not None
             usage = self._kv.usage()
@@ -119,6 +119,8 @@ class Healing:
         """Begin with the exact tokens of the chat that is next; False where nothing is to be healed, or too much."""
         chat = self._waiting[-1]
         is_there = False
+        if self._heal == "off":
+            return False
 
         def look(reuse: Reuse) -> int:
             nonlocal is_there

@@ -62,17 +62,20 @@ class GGUFBackend:
             self.close()
             raise
         tokenizer = GGUFTokenizer(self._model)
+        is_cut = not (self._model.has_state or self._model.swa_window)
+        scratch = self._context.max_seqs - 1 if is_cut else None
         self.tokenizer: Tokenizer = tokenizer
         self.kv: KVCache
         self.kv = self._cache = SharedKVCache(
             self._context,
             plan.num_cells,
-            self._context.max_seqs,
+            self._context.max_seqs if scratch is None else scratch,
             swa_window=self._model.swa_window,
             whole_only=self._model.has_state,
             checkpoint_bytes=plan.checkpoint_bytes,
             turn_ends=lambda: tokenizer.eos_ids,
             can_move=plan.can_move,
+            scratch=scratch,
         )
         self.capabilities = Capabilities(
             settings.max_num_seqs,

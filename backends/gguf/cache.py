@@ -21,7 +21,7 @@ from tightrope.backends.gguf.rollback import Rollback
 from tightrope.backends.gguf.swap_space import SwapSpace
 from tightrope.backends.protocol import KVUsage
 from tightrope.backends.reuse import Accepts, Reuse, Run, Wanted, always
-from tightrope.backends.sessions.piece import Piece, num_common
+from tightrope.backends.sessions.piece import Bytes, Piece, num_common
 from tightrope.backends.sessions.store import RunStore
 
 MAX_IDLE_CELLS = 512  # Cells of so many finished sequences may stay in the cache while others run.
@@ -45,23 +45,26 @@ class SharedKVCache:
         checkpoint_bytes: int = 0,
         turn_ends: Callable[[], Collection[int]] = tuple,
         can_move: bool = False,
+        scratch: int | None = None,
     ) -> None:
         """capacity and max_reusable in tokens; max_reusable bounds what finished sequences may hold.
 
         swa_window: tokens that sliding layers look back, 0 if there are none. whole_only: the model keeps a running
         state, so that a kept sequence can be continued from its end and from checkpoints only. checkpoint_bytes: memory
         for these, of either kind of layers. turn_ends: tokens that end a person's or the model's turn. can_move: keys
-        can be rotated to other positions.
+        can be rotated to other positions. scratch: a slot that no sequence has, through which parts of sequences are
+        copied; without it, or where layers have windows or states, they are copied whole.
         """
         self._store = store
         self._cells = Cells(capacity)
         self._rollback = Rollback(
             store, swa_window, whole_only=whole_only, num_bytes=checkpoint_bytes, turn_ends=turn_ends
         )
-        self._swap = SwapSpace(RunStore(0), self._rollback.usable_copy, whole_only=whole_only)
+        self._scratch = None if whole_only or swa_window else scratch
+        self._whole_only = whole_only
+        self._swap = self._swap_space(RunStore(0))
         self._max_reusable = capacity if max_reusable is None else max_reusable
         self._swa_window = swa_window
-        self._whole_only = whole_only
         self._can_move = can_move
         self._is_moving = False  # Keys are yet to be rotated to where they stand, which the next step does.
         self._num_slots = num_slots
@@ -146,11 +149,19 @@ class SharedKVCache:
             return
         self._store.remove_cells(entry.slot, entry.length)  # A failed step may have left these behind.
         self._kept.append(entry)
-        if self._swap.outlives:
+        if self._swap.outlives and entry.num_exact == ALL:  # Others may yet be computed exactly: see `leave`.
             self._save(entry)
         if self._live:
             self._swap_out_idle()
         self._evict(self._cells.num_reusable - self._max_reusable)
+
+    def leave(self, token_ids: Sequence[int], namespace: str) -> None:
+        """See KVCache."""
+        wanted = np.asarray(token_ids, np.int32)
+        for entry in self._kept:
+            is_inexact = entry.namespace == namespace and entry.num_exact != ALL
+            if self._swap.outlives and is_inexact and num_common(entry.tokens, wanted) == len(wanted):
+                self._save(entry)
 
     def usage(self) -> KVUsage:
         return KVUsage(self._cells.capacity, self._cells.num_pinned, self._cells.num_reusable)
@@ -164,7 +175,7 @@ class SharedKVCache:
 
     def swap_to(self, runs: RunStore) -> None:
         """Say where finished sequences go outside the cache; none does before."""
-        self._swap = SwapSpace(runs, self._rollback.usable_copy, whole_only=self._whole_only)
+        self._swap = self._swap_space(runs)
 
     def slot(self, seq_id: int) -> int:
         """The llama.cpp sequence that holds `seq_id`."""
@@ -204,6 +215,8 @@ class SharedKVCache:
     ) -> tuple[Entry | None, tuple[Run, ...]]:
         """A sequence to begin a prompt with, if there is one, and runs from 0 on that it holds, moved if need be."""
         source, found = self._swapped_match(wanted, namespace, reuse, *self._best_match(wanted, namespace, reuse))
+        if reuse == "moved" and self._can_move:
+            source, found = self._swapped_source(wanted, namespace, source, found)
         runs = Reuse.prefix(found).runs
         if reuse == "exact" or source is None:
             return source, runs
@@ -339,42 +352,98 @@ class SharedKVCache:
         return True
 
     def _save(self, entry: Entry) -> bool:
-        """Have a copy of a sequence outside the cache; False if there is no room for it."""
-        first = self._rollback.first_in_copy(entry)
+        """Have a copy of a sequence outside the cache; False if there is no room for it, or for its end."""
         namespace = entry.namespace if entry.num_exact == ALL else entry.namespace + INEXACT
-        if self._swap.holds(namespace, entry.tokens, first):
-            return True
-        if self._is_moving or self._store.saved_bytes(entry.slot) > self._swap.num_bytes:
-            return False
-        return self._swap.put(namespace, entry.tokens, self._store.save_cells(entry.slot), first)
+        pieces = self._swap.pieces(namespace, entry.tokens, self._rollback.first_in_copy(entry))
+        missing = [number for number, piece in enumerate(pieces) if not self._swap.holds(piece)]
+        for number in missing:
+            saved = None if self._is_moving else self._copy_of(entry, pieces[number])
+            if saved is None or not self._swap.put(pieces[number], saved, pieces[:number]):
+                return False
+        self._swap.use(pieces)
+        if missing:
+            self._swap.retire(namespace, entry.tokens)
+        return True
+
+    def _copy_of(self, entry: Entry, piece: Piece) -> Bytes | None:
+        """The cells of a part of a sequence; None where they are more than can be put in."""
+        slot = entry.slot
+        if self._scratch is not None:
+            slot = self._scratch
+            self._store.copy_cells(entry.slot, slot, piece.stop, piece.start)
+        is_small = self._store.saved_bytes(slot) <= self._swap.num_bytes
+        saved = self._store.save_cells(slot) if is_small else None
+        if self._scratch is not None:
+            self._store.remove_cells(slot, 0)
+        return saved
 
     def _swapped_match(
         self, wanted: Ints, namespace: str, reuse: Wanted, source: Entry | None, found: int
     ) -> tuple[Entry | None, int]:
         """The best match, if need be a swapped-out sequence of which a copy is brought back for it."""
         for mark in ("", INEXACT) if reuse == "moved" else ("",):
-            best, longest = self._swap.longest(wanted, namespace + mark, found + MIN_RESTORE_GAIN - 1)
-            if best is not None and self._swap_in(best, namespace, num_exact=0 if mark else ALL):
-                source, found = self._kept[-1], longest
+            pieces, longest = self._swap.longest(wanted, namespace + mark, found + MIN_RESTORE_GAIN - 1)
+            entry = self._swap_in(pieces, namespace, num_exact=0 if mark else ALL)
+            if entry is not None and (usable := min(longest, entry.length)) > found:
+                source, found = entry, usable
         return source, found
 
-    def _swap_in(self, swapped: Piece, namespace: str, num_exact: int) -> bool:
-        """Bring a swapped-out sequence back as the most recent kept one; False if that can't be done now."""
-        length, cells = len(swapped.token_ids), self._cells
-        if cells.num_pinned + self._reserved + length > cells.capacity or not (self._free_slots or self._kept):
-            return False
-        saved = self._swap.load(swapped)
+    def _swapped_source(
+        self, wanted: Ints, namespace: str, source: Entry | None, found: int
+    ) -> tuple[Entry | None, int]:
+        """The best match; a swapped-out sequence that most of a prompt can be moved from is brought back, if need be."""
+        kept = [entry for entry in (*self._kept, *self._live.values()) if entry.namespace == namespace]
+        here = best_move(kept, wanted, found)
+        for mark in ("", INEXACT):
+            pieces = self._swap.source(
+                wanted[:-1], namespace + mark, (found if here is None else here.length) + MIN_MOVED
+            )
+            entry = self._swap_in(pieces, namespace, num_exact=0 if mark else ALL)
+            if entry is not None:
+                source, found = self._best_match(wanted, namespace, "moved")  # The one before may have made room.
+                here = best_move([entry], wanted, found) or here
+        return source, found
+
+    def _swap_in(self, pieces: Sequence[Piece], namespace: str, num_exact: int) -> Entry | None:
+        """Bring a swapped-out sequence back as the most recent kept one, as far as it can be had.
+
+        None if that can't be done now.
+        """
+        cells, length = self._cells, pieces[-1].stop if pieces else 0
+        has_room = cells.num_pinned + self._reserved + length <= cells.capacity
+        if not pieces or not has_room or not (self._free_slots or self._kept):
+            return None
+        saved = self._swap.load(pieces[0])
         if saved is None:
-            return False
+            return None
         self._evict(self._reserved + length - cells.num_free)
-        slot = self._take_slot(spare=None)
-        if not self._store.load_cells(slot, saved):
-            self._store.remove_cells(slot, 0)
-            self._free_slots.append(slot)
-            return False
-        token_ids, taken = swapped.token_ids.copy(), cells.take(length, pinned=False).copy()  # The entry may grow.
-        self._kept.append(Entry(slot, namespace, token_ids, taken, length, num_exact=num_exact))
-        return True
+        entry = Entry.empty(self._take_slot(spare=None), namespace)
+        entry.num_exact = num_exact
+        for piece in pieces:
+            saved = saved if piece is pieces[0] else self._swap.load(piece)
+            if saved is None or not self._load(entry, piece, saved):
+                break
+            entry.append(piece.token_ids, cells.take(len(piece.token_ids), pinned=False))
+        if not entry.length:
+            self._drop(entry)
+            return None
+        self._swap.use(pieces)
+        self._kept.append(entry)
+        return entry
+
+    def _load(self, entry: Entry, piece: Piece, saved: Bytes) -> bool:
+        """Put a copy of cells behind those of an entry; False if there is no room for it."""
+        if self._scratch is None:
+            return self._store.load_cells(entry.slot, saved)
+        is_there = self._store.load_cells(self._scratch, saved)
+        if is_there:
+            self._store.copy_cells(self._scratch, entry.slot, piece.stop, piece.start)
+        self._store.remove_cells(self._scratch, 0)
+        return is_there
+
+    def _swap_space(self, runs: RunStore) -> SwapSpace:
+        is_cut = self._scratch is not None
+        return SwapSpace(runs, self._rollback.usable_copy, is_cut=is_cut, whole_only=self._whole_only)
 
     def _take_slot(self, spare: Entry | None) -> int:
         """A free slot, or that of the least recently used kept sequence other than `spare`."""

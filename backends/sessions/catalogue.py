@@ -48,6 +48,10 @@ class Catalogue:
         if not siblings:
             del self._below[piece.parent]
 
+    def goes_on(self, piece: Piece) -> bool:
+        """Whether there is a piece behind this one."""
+        return piece.name in self._below
+
     def covering(self, piece: Piece) -> Piece | None:
         """One that is good for all that this one is good for."""
         if piece.name in self._pieces:

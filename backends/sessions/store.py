@@ -11,13 +11,20 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
+from operator import itemgetter
 from weakref import WeakSet
 
+import numpy as np
+
+from tightrope.backends.removals import kept_runs
 from tightrope.backends.sessions.catalogue import Catalogue, Match, Usable
 from tightrope.backends.sessions.folder import Folder
 from tightrope.backends.sessions.piece import Bytes, Ints, Piece, root_name
 
 log = logging.getLogger("tightrope.sessions")
+
+MIN_SHARED = 16  # So many tokens at the front have two windows of one chat in common: a system message at least.
+MOST_WINDOWS = 2  # Windows that a chat has moved on from; of more the disk would be full before other chats had room.
 
 
 class RunStore:
@@ -46,7 +53,7 @@ class RunStore:
         self._has_failed = False  # The last write has.
         self._writer: threading.Thread | None = None
         if folder is not None:
-            for stored in folder.scan():
+            for stored in sorted(folder.scan(), key=lambda stored: stored.used_s):
                 if stored.header.fingerprint == fingerprint:
                     self._catalogue.add(stored.piece)
                     self._written.add(stored.piece.name)
@@ -119,6 +126,28 @@ class RunStore:
         """See Catalogue."""
         with self._lock:
             return list(self._catalogue.texts(root, wanted, num_common_least))
+
+    def source(self, root: bytes, wanted: Ints, num_least: int) -> tuple[list[Piece], int]:
+        """The text of which removals leave most of `wanted`, and how many of its first tokens those are.
+
+        No text, and 0, where that is less than `num_least`.
+        """
+        texts = self.texts(root, wanted, MIN_SHARED)
+        length, text = max(((_num_left(text, wanted), text) for text in texts), key=itemgetter(0), default=(0, []))
+        return (text, length) if length >= num_least else ([], 0)
+
+    def retire(self, root: bytes, token_ids: Ints) -> None:
+        """Forget windows that a text has moved on from, but for the latest of them."""
+        texts = self.texts(root, token_ids, MIN_SHARED)
+        older = [text for text in texts if 2 * _num_left(text, token_ids) >= text[-1].stop]
+        with self._lock:
+            for piece in (piece for text in older[MOST_WINDOWS:] for piece in reversed(text)):
+                if not self._catalogue.goes_on(piece):
+                    self._drop_host(piece.name)
+                    self._unwritten.discard(piece.name)
+                    self._catalogue.remove(piece.name)
+                    if self._folder is not None:
+                        self._queue.put(partial(self._remove, piece.name))
 
     def read(self, piece: Piece) -> Bytes | None:
         """The bytes of a piece; None where they can't be had any more."""
@@ -212,6 +241,14 @@ class RunStore:
         if self._disk_used > self._disk_bytes:
             self._trim()
 
+    def _remove(self, name: bytes) -> None:
+        assert self._folder is not None
+        with self._lock:
+            is_back = name in self._catalogue
+        if not is_back:
+            self._folder.remove(name)
+            self._forget([name])
+
     def _write_anew(self) -> None:
         """Have written what the folder didn't take before."""
         with self._lock:
@@ -238,6 +275,12 @@ class RunStore:
                 self._written.discard(name)
                 if name not in self._host:
                     self._catalogue.remove(name)
+
+
+def _num_left(text: Sequence[Piece], wanted: Ints) -> int:
+    """How many of the first tokens of `wanted` removals leave of a text; 0 where nothing need be removed."""
+    runs = kept_runs(np.concatenate([piece.token_ids for piece in text]), wanted)
+    return runs[-1].stop if len(runs) > 1 else 0
 
 
 _stores: "WeakSet[RunStore]" = WeakSet()  # Those with a folder.

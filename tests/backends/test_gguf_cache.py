@@ -11,6 +11,7 @@ from gguf_files import write_model
 
 import tightrope.backends.gguf.cache as cache_module
 from tightrope.backends.errors import BackendError
+from tightrope.backends.gguf import swap_space
 from tightrope.backends.gguf.backend import GGUFBackend
 from tightrope.backends.gguf.cache import SharedKVCache
 from tightrope.backends.protocol import Chunk, KVUsage
@@ -258,6 +259,7 @@ def test_random_operations_keep_every_count_exact(seed: int, swap_bytes: int, mo
     monkeypatch.setattr(cache_module, "MAX_IDLE_CELLS", 10)
     monkeypatch.setattr(cache_module, "MIN_RESTORE_GAIN", 1)
     rng = random.Random(SEED + seed)
+    monkeypatch.setattr(swap_space, "PIECE", rng.choice((5, 256)))
     capacity, slots = rng.choice([(48, 4), (100, 6), (200, 16)])
     driver = Driver(capacity, slots, swap_bytes=swap_bytes)
     live: dict[int, tuple[str, list[int]]] = {}

@@ -1,7 +1,7 @@
 """What stands behind a removed message in llama.cpp's cache is moved; what can't be is computed."""
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from itertools import count
 from pathlib import Path
 
@@ -12,13 +12,16 @@ from cells_driver import Driver
 from checkout import ADAPTERS
 from gguf import GGUFWriter
 from gguf_files import write_model
+from pages_driver import EagerStore
 
 from tightrope.backends.files.gguf.header import read_header
+from tightrope.backends.gguf import swap_space
 from tightrope.backends.gguf.backend import GGUFBackend
 from tightrope.backends.gguf.layout import Memory
 from tightrope.backends.gguf.plan import make_plan, without_moves
 from tightrope.backends.protocol import Chunk
 from tightrope.backends.reuse import Reuse, Run, Wanted
+from tightrope.backends.sessions.piece import Bytes, Piece
 from tightrope.backends.settings import ModelSettings
 
 SEED = 20261129
@@ -138,6 +141,65 @@ def test_copies_of_moved_tokens_outside_the_cache_are_found_by_those_alone_that_
     assert chats.run(4, [*moved, 8], reuse="moved") == 160
 
 
+@pytest.mark.parametrize("piece", [16, 256])
+def test_a_chat_outside_the_cache_that_lost_its_oldest_message_comes_back_to_be_moved(
+    piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(swap_space, "PIECE", piece)
+    chats = driver(swap_bytes=2000)
+    other = [*SYSTEM, *range(7000, 7100)]  # Another chat with the same system message.
+    chats.run(2, other)
+    chats.cache.close(2, keep=True)
+    chats.cache._swap_out_idle(0)
+    found = chats.cache.open(3, [*SYSTEM, *REST, 7], "", reuse="moved")
+    assert found == Reuse((Run(0, 0, 40), Run(90, 40, 100, is_exact=False)))
+    assert chats.extend(3, [7])
+    chats.cache.close(3, keep=True)
+    assert chats.run(4, [*other, 8]) == 140
+    assert chats.run(5, [*SYSTEM, *REST, 7, 8], "other", reuse="moved") == 0
+
+
+def test_moved_tokens_outlive_the_process_once_nobody_computes_them_anew() -> None:
+    store = EagerStore(4000)
+    chats = driver()
+    chats.cache.swap_to(store)
+    prompt = [*SYSTEM, *REST, *range(3000, 3020)]
+    chats.run(2, prompt, reuse="moved")
+    chats.cache.close(2, keep=True)
+    assert store.num_pieces == 0
+    chats.cache.leave(prompt, "")
+    after = Driver(512, 6, can_move=True)
+    after.cache.swap_to(store)
+    assert after.run(1, [*prompt, 8]) == 0
+    after.cache.close(1, keep=False)
+    assert after.cache.open(2, [*prompt, 8], "", reuse="moved") == Reuse((Run(0, 0, 160, is_exact=False),))
+    after.cache.check_integrity()
+
+
+def test_a_chat_that_goes_on_has_its_last_piece_copied_anew_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(swap_space, "PIECE", 16)
+    store = EagerStore(4000)
+    chats = Driver(512, 6)
+    chats.cache.swap_to(store)
+    chats.run(1, range(100))
+    chats.cache.close(1, keep=True)
+    copied: list[int] = []
+    plain = store.put
+
+    def put(piece: Piece, payload: Bytes, behind: Collection[Piece] = ()) -> bool:
+        copied.append(len(payload))
+        return plain(piece, payload, behind)
+
+    monkeypatch.setattr(store, "put", put)
+    assert chats.run(2, range(120)) == 100
+    chats.cache.close(2, keep=True)
+    assert copied == [16, 8]
+    after = Driver(512, 6)
+    after.cache.swap_to(store)
+    assert after.run(1, [*range(120), 7]) == 120
+    assert after.run(2, [*range(70), 7]) == 70
+
+
 def test_what_a_live_sequence_shares_is_copied_and_moved_there() -> None:
     chats = driver()
     assert chats.run(2, [*CHAT, 5]) == 190  # It has taken the chat over and is still at work.
@@ -163,10 +225,13 @@ def test_other_swipes_make_way_for_the_answer_that_the_chat_goes_on_with() -> No
     chats.cache.check_integrity()
 
 
-@pytest.mark.parametrize("swap_bytes", [0, 300])
+@pytest.mark.parametrize("swap_bytes", [0, 300, 3000])
 @pytest.mark.parametrize("seed", range(8))
-def test_random_chats_that_lose_messages_keep_the_books_right(seed: int, swap_bytes: int) -> None:
+def test_random_chats_that_lose_messages_keep_the_books_right(
+    seed: int, swap_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rng = random.Random(SEED + seed)
+    monkeypatch.setattr(swap_space, "PIECE", rng.choice((16, 256)))
     chats = Driver(rng.choice((600, 900)), 6, swap_bytes=swap_bytes, can_move=True)
     message = count(1000)
 

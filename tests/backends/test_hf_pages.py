@@ -366,7 +366,7 @@ def _operate(driver: Driver, operations: list[tuple], window: int | None) -> Non
             elif kind == "truncate":
                 driver.truncate_if_possible(chosen, int(second * length))
             else:
-                driver.close(chosen, keep=second)
+                driver.close(chosen, keep=second, leave=second and first % 2 == 0)
         driver.check()
     for seq_id in list(driver.live):
         driver.close(seq_id)

@@ -7,6 +7,7 @@ from tightrope.backends.errors import BackendError
 from tightrope.backends.hf.cache.moving import COMPUTED_AGAIN
 from tightrope.backends.hf.cache.stored_pages import PIECE, StoredPages
 from tightrope.backends.hf.cache.window_pages import most_needed
+from tightrope.backends.reuse import Reuse
 from tightrope.backends.sessions.piece import Bytes, Piece
 from tightrope.backends.sessions.store import RunStore
 from tightrope.kernels.forms.layout import PAGE
@@ -156,6 +157,53 @@ def test_a_chat_that_lost_its_oldest_message_comes_back_to_be_moved() -> None:
         tokens = [*system, *rest, 7]
         assert after.extend(3, tokens[len(after.live[3].cells) :])
         after.check()
+
+
+def test_a_chat_of_moved_tokens_that_nobody_heals_comes_back_as_one() -> None:
+    system, oldest, rest, new = [*range(40)], [*range(100, 300)], [*range(1000, 1000 + LONG)], [*range(50, 90)]
+    store = EagerStore(100_000)
+    driver = Driver(num_pages=100, store=store)
+    driver.run(1, [*system, *oldest, *rest])
+    driver.close(1)
+    driver.run(2, [*system, *rest, *new], reuse="moved")
+    driver.close(2)
+    after = successor(driver, store)
+    assert after.open(1, [*system, *rest, *new, 7], reuse="moved") < len(system) + LONG
+    driver.cache.leave([*system, *rest, *new], "")
+    after = successor(driver, store)
+    after.open(1, [*system, *rest, *new, 7], reuse="exact")
+    assert after.reused == Reuse.prefix((len(system) + COMPUTED_AGAIN) // PAGE * PAGE)
+    after.open(2, [*system, *rest, *new, 7], "of another key", reuse="moved")
+    assert after.reused == Reuse()
+    found = after.open(3, [*system, *rest, *new, 7], reuse="moved")
+    assert found == len(system) + LONG + len(new)
+    assert after.reused.num_inexact == len(system) + LONG + len(new) - 96
+    assert after.extend(3, [7])
+    after.check()
+
+    again = successor(driver, store)
+    found = again.open(1, [*system, *rest[200:], *new, 7], reuse="moved")
+    assert found == len(system) + LONG - 200 + len(new) - COMPUTED_AGAIN
+    assert again.extend(1, [*system, *rest[200:], *new, 7][len(again.live[1].cells) :])
+    again.check()
+
+
+def test_of_a_chat_that_moves_on_the_latest_windows_are_kept() -> None:
+    messages = [[*range(1000 * number, 1000 * number + 100)] for number in range(12)]
+    store = EagerStore(100_000)
+    driver = Driver(num_pages=200, store=store)
+    driver.run(100, [*range(40), *range(50_000, 50_000 + LONG)])
+    driver.close(100)
+    for first in range(1, 6):
+        tokens = [token for message in (messages[0], *messages[first : first + 6]) for token in message]
+        driver.run(first, tokens)
+        driver.close(first)
+    after = successor(driver, store)
+    for first, is_kept in ((5, True), (4, True), (3, True), (2, False), (1, False)):
+        tokens = [token for message in (messages[0], *messages[first : first + 6]) for token in message]
+        assert (after.open(first, [*tokens, 7]) == len(tokens)) is is_kept
+        after.close(first, keep=False)
+    assert after.open(100, [*range(40), *range(50_000, 50_000 + LONG), 7]) == 40 + LONG
 
 
 def test_a_chat_is_found_in_memory_also_where_its_beginning_has_not_left_the_cache() -> None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from tightrope.backends.gguf import swap_space
 from tightrope.backends.gguf.cache import SharedKVCache
 from tightrope.backends.reuse import Wanted
 from tightrope.backends.sessions.store import RunStore
@@ -14,18 +15,22 @@ from tightrope.backends.sessions.store import RunStore
 class PretendStore:
     """Slots and the cells in them, as llama.cpp would hold them; a shared cell is the same object in several slots.
 
+    None stands where a slot has no cell, since its first one is of a later place.
+
     keeps_state: a slot has a state, which stands after one of its tokens. window: sliding layers need so many cells.
     """
 
     keeps_state: bool = False
     window: int = 0
-    slots: dict[int, list[object]] = field(default_factory=dict)
+    slots: dict[int, list[object | None]] = field(default_factory=dict)
     first: dict[int, int] = field(default_factory=dict)  # what sliding layers have left, or where the state stands
     loaded: int = 0  # So many checkpoints were read back.
 
-    def copy_cells(self, source: int, target: int, num_tokens: int) -> None:
-        assert not self.slots.get(target), "a copy goes into an empty slot"
-        self.slots[target] = self.slots[source][:num_tokens]
+    def copy_cells(self, source: int, target: int, num_tokens: int, start: int = 0) -> None:
+        held = self.slots.setdefault(target, [])
+        assert len(held) in (0, start), "a copy goes behind what a slot holds, or into an empty one"
+        held += [None] * (start - len(held))
+        held += self.slots[source][start:num_tokens]
         self.first[target] = self.first_position(source)
 
     def remove_cells(self, slot: int, start: int) -> bool:
@@ -50,13 +55,16 @@ class PretendStore:
         return min(last, self.first_position(slot)) if self.keeps_state else last
 
     def saved_bytes(self, slot: int) -> int:
-        return len(self.slots.get(slot, []))
+        return sum(cell is not None for cell in self.slots.get(slot, []))
 
     def save_cells(self, slot: int) -> np.ndarray:
-        return np.zeros(self.saved_bytes(slot), np.uint8)
+        """A byte for each cell, with the number of the piece."""
+        start = len(self.slots.get(slot, [])) - self.saved_bytes(slot)
+        return np.full(self.saved_bytes(slot), start // swap_space.PIECE, np.uint8)
 
     def load_cells(self, slot: int, saved: np.ndarray) -> bool:
         assert not self.slots.get(slot), "a copy goes into an empty slot"
+        self.slots[slot] = [None] * (int(saved[0]) * swap_space.PIECE)
         self.append(slot, len(saved))
         if self.window:
             self.first[slot] = max(0, len(saved) - self.window)
@@ -88,7 +96,7 @@ class PretendStore:
             self.first[slot] = len(cells) - 1
 
     def num_cells(self) -> int:
-        return len({id(cell) for cells in self.slots.values() for cell in cells})
+        return len({id(cell) for cells in self.slots.values() for cell in cells if cell is not None})
 
 
 class Driver:
@@ -96,7 +104,8 @@ class Driver:
 
     def __init__(self, capacity: int = 64, slots: int = 4, swap_bytes: int = 0, **options: object) -> None:
         self.store = PretendStore(bool(options.get("whole_only")), int(str(options.get("swa_window", 0))))
-        self.cache = SharedKVCache(self.store, capacity, slots, **options)  # type: ignore[arg-type]
+        scratch = None if self.store.keeps_state or self.store.window else slots
+        self.cache = SharedKVCache(self.store, capacity, slots, scratch=scratch, **options)  # type: ignore[arg-type]
         self.cache.swap_to(RunStore(swap_bytes))
 
     def run(self, seq_id: int, token_ids: Sequence[int], namespace: str = "", reuse: Wanted = "exact") -> int:

@@ -144,6 +144,9 @@ class FakeKV:
         if keep and held.token_ids:
             self.kept.append(held)
 
+    def leave(self, token_ids: Sequence[int], namespace: str) -> None:
+        pass
+
     def usage(self) -> KVUsage:
         used = self._used(list(self.live.values()))
         return KVUsage(self.capacity, len(used), len(self._used(self.kept) - used), self.grain)

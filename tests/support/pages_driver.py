@@ -9,10 +9,11 @@ import numpy as np
 
 from tightrope.backends import removals
 from tightrope.backends.errors import BackendError
-from tightrope.backends.hf.cache import moving, pages
+from tightrope.backends.hf.cache import moving, pages, stored_pages
 from tightrope.backends.hf.cache.pages import PagedKVCache
 from tightrope.backends.hf.cache.stored_pages import Placed, StoredPages
 from tightrope.backends.reuse import Reuse, Wanted
+from tightrope.backends.sessions import store as store_module
 from tightrope.backends.sessions.piece import Bytes
 from tightrope.backends.sessions.store import RunStore
 from tightrope.kernels.forms.layout import PAGE
@@ -31,6 +32,8 @@ def short_moves() -> Iterator[None]:
         patch.object(removals, "MIN_MATCH", 3),
         patch.multiple(moving, COMPUTED_AGAIN=3, MIN_KEPT=2, MIN_RUN=2, MIN_MOVED=4),
         patch.object(pages, "MIN_MOVED", 4),
+        patch.multiple(stored_pages, COMPUTED_AGAIN=3, MIN_MOVED=4),
+        patch.object(store_module, "MIN_SHARED", 2),
     ):
         yield
 
@@ -233,9 +236,12 @@ class Driver:
             assert self.window is not None
             assert self.cache.usage() == before
 
-    def close(self, seq_id: int, *, keep: bool = True) -> None:
+    def close(self, seq_id: int, *, keep: bool = True, leave: bool = False) -> None:
+        """leave: what isn't exact won't be computed anew."""
         self.cache.close(seq_id, keep=keep)
-        del self.live[seq_id]
+        held = self.live.pop(seq_id)
+        if leave:
+            self.cache.leave(held.tokens[: held.length], held.namespace)
 
     def pages(self, seq_id: int) -> list[int]:
         held = self.live[seq_id]

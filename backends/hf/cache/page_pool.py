@@ -60,7 +60,8 @@ class PagePool:
 
     def _bring_back(self, root: Hashable, wanted: Sequence[int], found: Found) -> None:
         """Hang what the store has `found` of a text behind what is here of it, if that is worth it and has room."""
-        path, here, _ = find_path(self._roots.get(root), wanted, exact_only=True)
+        is_exact = all(found.is_exact(place) for place in range(-(-found.length // PAGE)))
+        path, here, _ = find_path(self._roots.get(root), wanted, exact_only=is_exact)
         here_usable = self._windows.continuable(path, here)
         kept = path[: here // PAGE]
         room = len(self._free) + len(self._idle) - sum(page.refs == 0 for page in kept)
@@ -102,6 +103,7 @@ class PagePool:
                 self._free.append(page.number)
                 continue
             parent = pages[place - 1] if place else self._roots.setdefault(root, Root(root))
+            page.is_exact = parent.is_exact and found.is_exact(place)
             hang(page, parent, found.tokens(place))
         self._use_last([page for page in pages if page.parent is not None])
 

@@ -157,6 +157,12 @@ class PagedKVCache(PagePool):
         for page in reversed(sequence.pages):  # Ends first: a page leaves after all that hang below it.
             self._let_go(sequence, page, keep=keep)
 
+    def leave(self, token_ids: Sequence[int], namespace: str) -> None:
+        """See KVCache."""
+        if self.stored is not None and self.stored.outlives:
+            root = namespace, self._frequencies_at(len(token_ids))
+            self.stored.keep(root, find_path(self._roots.get(root), token_ids, exact_only=False).path)
+
     def usage(self) -> KVUsage:
         used = self._num_pages - len(self._free) - len(self._idle)
         return KVUsage(self._num_pages * PAGE, used * PAGE, len(self._idle) * PAGE, PAGE)
@@ -280,5 +286,5 @@ class PagedKVCache(PagePool):
 
 
 def _is_storable(page: Page) -> bool:
-    """Tokens that were moved are only as good as those that they were moved from, which are stored."""
+    """What isn't exact may yet be computed anew: see `leave`."""
     return page.is_exact and page.tokens != ()

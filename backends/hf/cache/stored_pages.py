@@ -1,18 +1,19 @@
 """Pages beside the cache: what is evicted, or is to outlive the process, as pieces of a store.
 
 A piece is up to PIECE pages behind one another, with the pages of sliding-window layers where these were still there.
+What isn't exact is stored apart, with all that stands before it, so that exact prompts don't find it.
 """
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Protocol
 
 import numpy as np
 
 from tightrope.backends.errors import BackendError
-from tightrope.backends.hf.cache.moving import MIN_KEPT, MIN_MOVED
+from tightrope.backends.hf.cache.moving import COMPUTED_AGAIN, MIN_MOVED
 from tightrope.backends.hf.cache.page_tree import Page, Root
-from tightrope.backends.removals import kept_runs
 from tightrope.backends.sessions.catalogue import Match
 from tightrope.backends.sessions.piece import Bytes, Piece
 from tightrope.backends.sessions.store import RunStore
@@ -20,6 +21,7 @@ from tightrope.kernels.forms.layout import PAGE
 
 PIECE = 16  # Pages; a chat that goes on writes its last piece anew each time.
 MIN_GAIN = 32  # To run fewer tokens again costs less than to bring them back.
+WINDOW, INEXACT = 1, 2  # Bits of what is said about each page of a piece.
 
 
 class PageMover(Protocol):
@@ -55,8 +57,15 @@ class Found:
 
     def has_window(self, place: int) -> bool:
         """Whether the page in this place was stored with its window page."""
+        return bool(self._about(place) & WINDOW)
+
+    def is_exact(self, place: int) -> bool:
+        """Whether the page in this place was."""
+        return not self._about(place) & INEXACT
+
+    def _about(self, place: int) -> int:
         match = self.matches[place // PIECE] if place // PIECE < len(self.matches) else None
-        return match is not None and place % PIECE < len(match.piece.about) and match.piece.about[place % PIECE] == 1
+        return match.piece.about[place % PIECE] if match and place % PIECE < len(match.piece.about) else 0
 
 
 class StoredPages:
@@ -79,30 +88,39 @@ class StoredPages:
 
         A piece is of no use without those before it.
         """
-        root = parent = self._store.root(repr(key))
-        pieces: list[Piece] = []
+        exact = list(takewhile(lambda page: page.is_exact, path))
+        self._keep(self._root(key), exact)
+        if len(exact) < len(path):
+            self._keep(self._root(key, are_exact=False), path)
+
+    def _root(self, key: Hashable, *, are_exact: bool = True) -> bytes:
+        return self._store.root(repr(key), *(() if are_exact else ("moved",)))
+
+    def _keep(self, root: bytes, path: Sequence[Page]) -> None:
+        parent, pieces, num_new = root, list[Piece](), 0
         for start in range(0, len(path), PIECE):
             pages = path[start : start + PIECE]
             token_ids = np.fromiter((token for page in pages for token in page.tokens), np.int32)
             windows = [page.window_number for page in pages if page.window_number is not None]
-            about = bytes(page.window_number is not None for page in pages)
+            about = bytes(WINDOW * (page.window_number is not None) + INEXACT * (not page.is_exact) for page in pages)
             piece = Piece(root, parent, start * PAGE, token_ids, 0, about=about)
             if not self._store.covers(piece):
                 try:
                     payload = self._mover.read_pages([page.number for page in pages], windows)
                 except BackendError:  # It can be computed again.
                     break
-                piece = Piece(root, parent, start * PAGE, token_ids, payload.nbytes, about=about)
+                piece = replace(piece, num_bytes=payload.nbytes)
                 if not self._store.put(piece, payload, behind=pieces):
                     break
+                num_new += 1
             parent = piece.name
             pieces.append(piece)
         self._store.use(pieces)
+        if num_new:
+            self._store.retire(root, np.concatenate([piece.token_ids for piece in pieces]))
 
     def evicting(self, page: Page) -> None:
-        """Store a page that is about to leave the cache, with those before it; not one of moved tokens."""
-        if not page.is_exact:
-            return
+        """Store a page that is about to leave the cache, with those before it."""
         path: list[Page] = []
         place: Page | Root | None = page
         while isinstance(place, Page):
@@ -111,23 +129,28 @@ class StoredPages:
         if place is not None:
             self.keep(place.key, path[::-1])
 
-    def find(self, key: Hashable, wanted: Sequence[int]) -> Found:
-        """The longest beginning of `wanted` in the store."""
+    def find(self, key: Hashable, wanted: Sequence[int], *, are_exact: bool = True) -> Found:
+        """The longest beginning of `wanted` in the store, among exact tokens or the others."""
         if not self._store.num_pieces:
             return Found((), 0)
-        matches = self._store.longest(self._store.root(repr(key)), np.asarray(wanted, np.int32))
+        matches = self._store.longest(self._root(key, are_exact=are_exact), np.asarray(wanted, np.int32))
         self._store.use([match.piece for match in matches])
         return Found(tuple(matches), sum(match.length for match in matches))
 
     def find_source(self, key: Hashable, wanted: Sequence[int]) -> tuple[list[int], Found] | None:
-        """The stored text of which removals leave most of `wanted` behind their common beginning, and its tokens."""
-        best: list[Piece] = []
-        most, prompt = MIN_MOVED - 1, np.asarray(wanted, np.int32)
-        for text in self._store.texts(self._store.root(repr(key)), prompt, MIN_KEPT):
-            runs = kept_runs(np.concatenate([piece.token_ids for piece in text]), prompt)
-            num_moved = sum(run.length for run in runs if not run.is_exact)
-            if num_moved > most:
-                best, most = text, num_moved
+        """The stored text of which removals leave most of `wanted` behind their common beginning, and its tokens.
+
+        It may also be one whose beginning `wanted` is, and which isn't exact.
+        """
+        prompt, least = np.asarray(wanted, np.int32), self.find(key, wanted).length + MIN_MOVED
+        found = self.find(key, wanted, are_exact=False)
+        best, most = list[Piece](), least
+        if found.length >= least:
+            best, most = [match.piece for match in found.matches], found.length + COMPUTED_AGAIN
+        for are_exact in (True, False):
+            text, length = self._store.source(self._root(key, are_exact=are_exact), prompt, most + bool(best))
+            if text:
+                best, most = text, length
         if not best:
             return None
         self._store.use(best)
@@ -140,7 +163,8 @@ class StoredPages:
         Returns how many tokens of what was found are there now, with those before them. Raises BackendError.
         """
         for match in found.matches:
-            piece, first, window_rows = match.piece, match.piece.start // PAGE, np.cumsum([0, *match.piece.about])
+            piece, first = match.piece, match.piece.start // PAGE
+            window_rows = np.cumsum([0, *(about & WINDOW for about in piece.about)])
             rows = range(len(piece.about))
             placed = [(row, pages[first + row]) for row in rows if first + row in pages]
             in_window = [(int(window_rows[row]), windows[first + row]) for row in rows if first + row in windows]
@@ -149,5 +173,5 @@ class StoredPages:
             payload = self._store.read(piece)
             if payload is None:
                 return piece.start
-            self._mover.write_pages(payload, (len(piece.about), sum(piece.about)), placed, in_window)
+            self._mover.write_pages(payload, (len(piece.about), int(window_rows[-1])), placed, in_window)
         return found.length

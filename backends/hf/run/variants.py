@@ -112,6 +112,9 @@ class _BaseBooks:
     def close(self, seq_id: int, *, keep: bool) -> None:
         return
 
+    def leave(self, token_ids: Sequence[int], namespace: str) -> None:
+        return
+
     def usage(self) -> KVUsage:
         return self._base.usage()
 
