@@ -8,7 +8,8 @@ of eight streams took 50 ms instead of 34. So while others run, finished sequenc
 beside the cache (swap_space.py), and back when a prompt continues them.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from itertools import chain
 
 import numpy as np
 
@@ -16,12 +17,13 @@ from tightrope.backends.errors import BackendError
 from tightrope.backends.gguf.cell_store import CellStore
 from tightrope.backends.gguf.cells import Cells, Ints
 from tightrope.backends.gguf.entry import ALL, Entry
+from tightrope.backends.gguf.integrity import faults
 from tightrope.backends.gguf.moves import MIN_MOVED, Move, best_move, num_exact_of, splice, told
 from tightrope.backends.gguf.rollback import Rollback
 from tightrope.backends.gguf.swap_space import SwapSpace
 from tightrope.backends.protocol import KVUsage
 from tightrope.backends.reuse import Accepts, Reuse, Run, Wanted, always
-from tightrope.backends.sessions.piece import Bytes, Piece, num_common
+from tightrope.backends.sessions.piece import Piece, num_common
 from tightrope.backends.sessions.store import RunStore
 
 MAX_IDLE_CELLS = 512  # Cells of so many finished sequences may stay in the cache while others run.
@@ -168,7 +170,9 @@ class SharedKVCache:
 
     def check_integrity(self) -> None:
         """See KVCache. Between a forward pass and its commit llama.cpp holds more than the books say."""
-        fault = next(self._faults(), None)
+        entries, slots = (list(self._live.values()), self._kept), (self._free_slots, self._num_slots)
+        found = faults(self._store, self._cells, *entries, self._reserved, *slots)
+        fault = next(chain(found, self._swap.faults()), None)
         assert fault is None, fault
 
     # --- for the backend ----------------------------------------------------------------------------------------
@@ -215,8 +219,6 @@ class SharedKVCache:
     ) -> tuple[Entry | None, tuple[Run, ...]]:
         """A sequence to begin a prompt with, if there is one, and runs from 0 on that it holds, moved if need be."""
         source, found = self._swapped_match(wanted, namespace, reuse, *self._best_match(wanted, namespace, reuse))
-        if reuse == "moved" and self._can_move:
-            source, found = self._swapped_source(wanted, namespace, source, found)
         runs = Reuse.prefix(found).runs
         if reuse == "exact" or source is None:
             return source, runs
@@ -354,96 +356,53 @@ class SharedKVCache:
     def _save(self, entry: Entry) -> bool:
         """Have a copy of a sequence outside the cache; False if there is no room for it, or for its end."""
         namespace = entry.namespace if entry.num_exact == ALL else entry.namespace + INEXACT
-        pieces = self._swap.pieces(namespace, entry.tokens, self._rollback.first_in_copy(entry))
-        missing = [number for number, piece in enumerate(pieces) if not self._swap.holds(piece)]
-        for number in missing:
-            saved = None if self._is_moving else self._copy_of(entry, pieces[number])
-            if saved is None or not self._swap.put(pieces[number], saved, pieces[:number]):
-                return False
-        self._swap.use(pieces)
-        if missing:
-            self._swap.retire(namespace, entry.tokens)
-        return True
-
-    def _copy_of(self, entry: Entry, piece: Piece) -> Bytes | None:
-        """The cells of a part of a sequence; None where they are more than can be put in."""
-        slot = entry.slot
-        if self._scratch is not None:
-            slot = self._scratch
-            self._store.copy_cells(entry.slot, slot, piece.stop, piece.start)
-        is_small = self._store.saved_bytes(slot) <= self._swap.num_bytes
-        saved = self._store.save_cells(slot) if is_small else None
-        if self._scratch is not None:
-            self._store.remove_cells(slot, 0)
-        return saved
+        first = self._rollback.first_in_copy(entry)
+        return self._swap.save(namespace, entry.tokens, entry.slot, first, may_copy=not self._is_moving)
 
     def _swapped_match(
         self, wanted: Ints, namespace: str, reuse: Wanted, source: Entry | None, found: int
     ) -> tuple[Entry | None, int]:
         """The best match, if need be a swapped-out sequence of which a copy is brought back for it."""
         for mark in ("", INEXACT) if reuse == "moved" else ("",):
-            pieces, longest = self._swap.longest(wanted, namespace + mark, found + MIN_RESTORE_GAIN - 1)
-            entry = self._swap_in(pieces, namespace, num_exact=0 if mark else ALL)
-            if entry is not None and (usable := min(longest, entry.length)) > found:
-                source, found = entry, usable
+            if pieces := self._swap.longest(wanted, namespace + mark, found + MIN_RESTORE_GAIN):
+                self._swap_in(pieces, namespace, num_exact=0 if mark else ALL)
+                source, found = self._best_match(wanted, namespace, reuse)  # The one before may have made room.
+        if reuse == "moved" and self._can_move:
+            self._swap_in_source(wanted, namespace, found)
+            source, found = self._best_match(wanted, namespace, reuse)
         return source, found
 
-    def _swapped_source(
-        self, wanted: Ints, namespace: str, source: Entry | None, found: int
-    ) -> tuple[Entry | None, int]:
-        """The best match; a swapped-out sequence that most of a prompt can be moved from is brought back, if need be."""
-        kept = [entry for entry in (*self._kept, *self._live.values()) if entry.namespace == namespace]
-        here = best_move(kept, wanted, found)
+    def _swap_in_source(self, wanted: Ints, namespace: str, found: int) -> None:
+        """Bring back a swapped-out sequence where more of a prompt can be moved from it than from those here."""
         for mark in ("", INEXACT):
-            pieces = self._swap.source(
-                wanted[:-1], namespace + mark, (found if here is None else here.length) + MIN_MOVED
-            )
-            entry = self._swap_in(pieces, namespace, num_exact=0 if mark else ALL)
-            if entry is not None:
-                source, found = self._best_match(wanted, namespace, "moved")  # The one before may have made room.
-                here = best_move([entry], wanted, found) or here
-        return source, found
+            kept = (entry for entry in (*self._kept, *self._live.values()) if entry.namespace == namespace)
+            here = best_move(kept, wanted, found)
+            least = (found if here is None else here.length) + MIN_MOVED
+            if pieces := self._swap.source(wanted[:-1], namespace + mark, least):
+                self._swap_in(pieces, namespace, num_exact=0 if mark else ALL)
 
-    def _swap_in(self, pieces: Sequence[Piece], namespace: str, num_exact: int) -> Entry | None:
-        """Bring a swapped-out sequence back as the most recent kept one, as far as it can be had.
-
-        None if that can't be done now.
-        """
-        cells, length = self._cells, pieces[-1].stop if pieces else 0
+    def _swap_in(self, pieces: Sequence[Piece], namespace: str, num_exact: int) -> None:
+        """Bring a swapped-out sequence back as the most recent kept one, as far as it can be had and has room."""
+        cells, length = self._cells, pieces[-1].stop
         has_room = cells.num_pinned + self._reserved + length <= cells.capacity
-        if not pieces or not has_room or not (self._free_slots or self._kept):
-            return None
-        saved = self._swap.load(pieces[0])
-        if saved is None:
-            return None
+        if not has_room or not (self._free_slots or self._kept):
+            return
         self._evict(self._reserved + length - cells.num_free)
         entry = Entry.empty(self._take_slot(spare=None), namespace)
         entry.num_exact = num_exact
         for piece in pieces:
-            saved = saved if piece is pieces[0] else self._swap.load(piece)
-            if saved is None or not self._load(entry, piece, saved):
+            if not self._swap.load(entry.slot, piece):
                 break
             entry.append(piece.token_ids, cells.take(len(piece.token_ids), pinned=False))
         if not entry.length:
             self._drop(entry)
-            return None
+            return
         self._swap.use(pieces)
         self._kept.append(entry)
-        return entry
-
-    def _load(self, entry: Entry, piece: Piece, saved: Bytes) -> bool:
-        """Put a copy of cells behind those of an entry; False if there is no room for it."""
-        if self._scratch is None:
-            return self._store.load_cells(entry.slot, saved)
-        is_there = self._store.load_cells(self._scratch, saved)
-        if is_there:
-            self._store.copy_cells(self._scratch, entry.slot, piece.stop, piece.start)
-        self._store.remove_cells(self._scratch, 0)
-        return is_there
 
     def _swap_space(self, runs: RunStore) -> SwapSpace:
-        is_cut = self._scratch is not None
-        return SwapSpace(runs, self._rollback.usable_copy, is_cut=is_cut, whole_only=self._whole_only)
+        usable = self._rollback.usable_copy
+        return SwapSpace(runs, self._store, usable, scratch=self._scratch, whole_only=self._whole_only)
 
     def _take_slot(self, spare: Entry | None) -> int:
         """A free slot, or that of the least recently used kept sequence other than `spare`."""
@@ -454,17 +413,3 @@ class SharedKVCache:
             self._kept.remove(victim)
             self._drop(victim)
         return self._free_slots.pop()
-
-    def _faults(self) -> Iterator[str]:
-        """What contradicts itself, or llama.cpp's own view, a line each."""
-        live, reserved = [*self._live.values()], sum(entry.reserved for entry in self._live.values())
-        yield from self._cells.faults([entry.held() for entry in live], [entry.held() for entry in self._kept])
-        yield from self._swap.faults()
-        if reserved != self._reserved or reserved > self._cells.num_free:
-            yield f"{reserved} tokens have room, {self._reserved} are counted, {self._cells.num_free} cells are free"
-        lengths = [*((e.slot, e.length) for e in (*live, *self._kept)), *((slot, 0) for slot in self._free_slots)]
-        if sorted(slot for slot, _ in lengths) != list(range(self._num_slots)):
-            yield "a slot is lost, or in use twice"
-        for slot, length in lengths:
-            if (last := self._store.last_position(slot)) != length - 1:
-                yield f"slot {slot} should hold {length} tokens, and its last position is {last}"

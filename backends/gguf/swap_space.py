@@ -1,13 +1,14 @@
 """Finished sequences outside the cache: copies of their cells in the store, until they are continued or too many.
 
-Where every layer sees everything, a copy is pieces of PIECE tokens, so that a chat that goes on has its last piece copied
-anew and no more. States and windows of layers can't be cut, and then a sequence is one piece.
+Where every layer sees everything, a copy is pieces of PIECE tokens, so that of a chat that goes on its last piece is
+copied anew and no more. States and windows of layers can't be cut, and then a sequence is one piece.
 """
 
 import struct
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
+from tightrope.backends.gguf.cell_store import CellStore
 from tightrope.backends.sessions.piece import Bytes, Ints, Piece
 from tightrope.backends.sessions.store import RunStore
 
@@ -21,54 +22,59 @@ _FIRST = struct.Struct("<q")  # The first position that sliding layers have not 
 class SwapSpace:
     """Sequences as pieces of a RunStore, one behind another."""
 
-    def __init__(self, store: RunStore, usable: Usable, *, is_cut: bool, whole_only: bool) -> None:
-        """is_cut: sequences are cut into pieces. whole_only: see SharedKVCache."""
-        self._store = store
-        self._usable, self._is_cut, self._whole_only = usable, is_cut, whole_only
+    def __init__(
+        self, store: RunStore, cells: CellStore, usable: Usable, *, scratch: int | None, whole_only: bool
+    ) -> None:
+        """scratch: an empty slot, through which pieces are copied; without it sequences aren't cut.
 
-    @property
-    def num_bytes(self) -> int:
-        """No piece of more can be put in."""
-        return self._store.host_bytes
+        whole_only: see SharedKVCache.
+        """
+        self._store, self._cells = store, cells
+        self._usable, self._scratch, self._whole_only = usable, scratch, whole_only
 
     @property
     def outlives(self) -> bool:
         """Whether what is put in is there in the next process, too."""
         return self._store.outlives
 
-    def pieces(self, namespace: str, token_ids: Ints, first_position: int) -> list[Piece]:
-        """Those that a sequence is stored as, without their sizes."""
-        root = parent = self._store.root(namespace)
-        is_whole = not self._is_cut and (self._whole_only or first_position > 0)  # A window can't be cut.
-        pieces: list[Piece] = []
-        for start in range(0, len(token_ids), PIECE) if self._is_cut else [0]:
-            part = token_ids[start : start + PIECE] if self._is_cut else token_ids
-            pieces.append(Piece(root, parent, start, part.copy(), 0, is_whole, _FIRST.pack(first_position)))
-            parent = pieces[-1].name
-        return pieces
+    def save(self, namespace: str, token_ids: Ints, slot: int, first_position: int, *, may_copy: bool = True) -> bool:
+        """Have a copy of what a slot holds, in place of its own beginnings.
 
-    def holds(self, piece: Piece) -> bool:
-        """Whether a piece is there, or one that is good for all that it is good for."""
-        return self._store.covers(piece)
+        False if there is no room for it, or for its end, or if there is none and it may not be copied now.
+        """
+        pieces = self._pieces(namespace, token_ids, first_position)
+        missing = [number for number, piece in enumerate(pieces) if not self._store.covers(piece)]
+        for number in missing:
+            piece = pieces[number]
+            saved = self._copy(slot, piece) if may_copy else None
+            if saved is None:
+                return False
+            if not self._store.put(replace(piece, num_bytes=saved.nbytes), saved, pieces[:number]):
+                return False
+        self._store.use(pieces)
+        if missing:
+            self._store.retire(self._store.root(namespace), token_ids)
+        return True
 
-    def put(self, piece: Piece, saved: Bytes, behind: Collection[Piece]) -> bool:
-        """Add a piece in place of its own beginnings; False where it has no room beside those it is behind."""
-        return self._store.put(replace(piece, num_bytes=saved.nbytes), saved, behind)
-
-    def load(self, piece: Piece) -> Bytes | None:
-        """The copy of a piece; None where it can't be had any more."""
-        return self._store.read(piece)
+    def load(self, slot: int, piece: Piece) -> bool:
+        """Put a piece behind what a slot holds; False where it can't be had any more, or there is no room for it."""
+        saved = self._store.read(piece)
+        if saved is None:
+            return False
+        if self._scratch is None:
+            return self._cells.load_cells(slot, saved)
+        is_there = self._cells.load_cells(self._scratch, saved)
+        if is_there:
+            self._cells.copy_cells(self._scratch, slot, piece.stop, piece.start)
+        self._cells.remove_cells(self._scratch, 0)
+        return is_there
 
     def use(self, pieces: Sequence[Piece]) -> None:
         """Have these go last."""
         self._store.use(pieces)
 
-    def retire(self, namespace: str, token_ids: Ints) -> None:
-        """Forget windows that a chat has moved on from, but for the latest of them."""
-        self._store.retire(self._store.root(namespace), token_ids)
-
-    def longest(self, wanted: Ints, namespace: str, found: int) -> tuple[list[Piece], int]:
-        """The pieces with the longest usable beginning of `wanted` beyond `found` tokens, and that one's length.
+    def longest(self, wanted: Ints, namespace: str, num_least: int) -> list[Piece]:
+        """The pieces with the longest usable beginning of `wanted`, if that has so many tokens.
 
         The last token of `wanted` is never among them.
         """
@@ -78,8 +84,7 @@ class SwapSpace:
             return self._usable(piece.token_ids, namespace, first_position, length)
 
         matches = self._store.longest(self._store.root(namespace), wanted[:-1], usable)
-        length = sum(match.length for match in matches)
-        return ([match.piece for match in matches], length) if length > found else ([], found)
+        return [match.piece for match in matches] if sum(match.length for match in matches) >= num_least else []
 
     def source(self, wanted: Ints, namespace: str, num_least: int) -> list[Piece]:
         """The pieces of the text of which removals leave most of `wanted`, and no fewer of its first tokens."""
@@ -92,3 +97,26 @@ class SwapSpace:
     def faults(self) -> Iterator[str]:
         """What contradicts itself, a line each."""
         return self._store.faults()
+
+    def _pieces(self, namespace: str, token_ids: Ints, first_position: int) -> list[Piece]:
+        """Those that a sequence is stored as, without their sizes."""
+        root = parent = self._store.root(namespace)
+        is_cut = self._scratch is not None
+        is_whole = not is_cut and (self._whole_only or first_position > 0)  # A window can't be cut.
+        pieces: list[Piece] = []
+        for start in range(0, len(token_ids), PIECE) if is_cut else [0]:
+            part = token_ids[start : start + PIECE] if is_cut else token_ids
+            pieces.append(Piece(root, parent, start, part.copy(), 0, is_whole, _FIRST.pack(first_position)))
+            parent = pieces[-1].name
+        return pieces
+
+    def _copy(self, slot: int, piece: Piece) -> Bytes | None:
+        """The cells of a part of what a slot holds; None where they are more than can be put in."""
+        source = slot if self._scratch is None else self._scratch
+        if source != slot:
+            self._cells.copy_cells(slot, source, piece.stop, piece.start)
+        is_small = self._cells.saved_bytes(source) <= self._store.host_bytes
+        saved = self._cells.save_cells(source) if is_small else None
+        if source != slot:
+            self._cells.remove_cells(source, 0)
+        return saved
