@@ -26,6 +26,8 @@ MIN_CHUNK = 16  # Smaller chunks of a prompt, in tokens, cost a whole step for n
 # While nobody writes, a step of prompts takes so long, in seconds: a prompt that comes waits for half of it on average.
 # The weights are read once for at least as many tokens as MIN_QUIET_CHUNK, whose products take far longer than that.
 QUIET_STEP_S, MIN_QUIET_CHUNK = 0.5, 64
+# It takes up to half as long again where that ends the only prompt: a step for the few tokens left would take longer.
+QUIET_STRETCH = 1.5
 OLDEST_SHARE = 0.25  # The prompt that came first has this share of a step's prompt budget, whatever else there is.
 # A removal is at the front of a chat if so many turns have ended before it, the system message among them, and no more
 # than half of the prompt stands there. Exact tokens behind another removal are waited for if they take less than this.
@@ -128,9 +130,10 @@ class Scheduler:
         would starve a long prompt for as long as short ones come. So whichever came first has OLDEST_SHARE of every
         step, and the rest too while it is alone; each prompt becomes the oldest in its time, and none takes longer than
         four times what it takes alone after that. A step is bounded in time always: to QUIET_STEP_S while nobody
-        writes, to `busy_step_s` while somebody does, or is about to because a prompt ends in this step. Prompts whose
-        tokens are all scored count by what that takes. One that doesn't fit the cache is passed over by those that do,
-        until it has waited for PATIENCE_S; then what gets free is kept for it.
+        writes, and half as much again where that ends the only prompt; to `busy_step_s` while somebody does, or is
+        about to because a prompt ends in this step. Prompts whose tokens are all scored count by what that takes. One
+        that doesn't fit the cache is passed over by those that do, until it has waited for PATIENCE_S; then what gets
+        free is kept for it.
         """
         if self._turns is None:
             return self._step_of(lambda sequence: True, now_s)
@@ -155,6 +158,7 @@ class Scheduler:
             self._busy_step_s if is_busy else max(QUIET_STEP_S, self._busy_step_s),
             MIN_CHUNK if is_busy else MIN_QUIET_CHUNK,
             max(0, self._max_prompt_rows - sum(work.is_scored for work in step)),
+            QUIET_STRETCH if not is_busy and len(prompts) == 1 else 1.0,
         )
         if budget.tokens <= 0:
             return step
@@ -181,7 +185,7 @@ class Scheduler:
         has_minimum = is_oldest or not budget.taken
         # the time of scored tokens is their own: few of them make no step dearer
         least = 1 if is_scored else budget.least
-        num_tokens = budget.tokens_for(rate, at_least=least if has_minimum else 0)
+        num_tokens = budget.tokens_for(rate, sequence.num_pending, at_least=least if has_minimum else 0)
         is_crumb = not has_minimum and num_tokens < min(MIN_CHUNK, sequence.num_pending)
         if num_tokens <= 0 or is_crumb or not self._start(sequence, now_s):
             return

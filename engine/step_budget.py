@@ -32,11 +32,15 @@ class StepBudget:
     seconds: float
     least: int  # The first prompt and the oldest get so many tokens, however slow the model is.
     prompt_rows: int  # So many tokens of scored prompts may run.
+    stretch: float = 1.0  # So many times as many tokens are taken where these are the last of a prompt.
     kept: float = 0.0
     taken: int = 0
     spent_s: float = 0.0
 
-    def tokens_for(self, rate: PrefillRate, *, at_least: int) -> int:
+    def tokens_for(self, rate: PrefillRate, num_pending: int, *, at_least: int) -> int:
+        """How many of a prompt's pending tokens may run."""
         seconds = self.seconds * (1 - self.kept) - self.spent_s
         fitting = max(rate.tokens_in(max(0.0, seconds)), at_least)
+        if fitting < num_pending <= self.stretch * fitting:
+            fitting = num_pending
         return min(fitting, int(self.tokens * (1 - self.kept)) - self.taken)

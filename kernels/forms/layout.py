@@ -123,10 +123,25 @@ class LayerCache:
 
         All are read before the first is written, so that they may overlap in any way; no target may stand there twice.
         """
-        from_page, from_place = sources // PAGE, sources % PAGE
-        to_page, to_place = targets // PAGE, targets % PAGE
+        from_rows, to_rows = self._rows(sources), self._rows(targets)
         for tensor in self.stored:
-            tensor[to_page, :, to_place] = tensor[from_page, :, from_place]  # [n, Hkv, W]
+            if tensor.numel():
+                rows = _words(tensor.view(-1, tensor.shape[-1]))  # [P * Hkv * PAGE, words]
+                rows[to_rows] = rows[from_rows]
+
+    def _rows(self, slots: Tensor) -> Tensor:
+        """Where all heads of slots [n] lie among those of all pages, [n * Hkv]."""
+        num_heads = self.format.num_kv_heads
+        heads = torch.arange(num_heads, device=slots.device)
+        pages, places = (slots // PAGE).unsqueeze(1), (slots % PAGE).unsqueeze(1)
+        return ((pages * num_heads + heads) * PAGE + places).flatten()
+
+
+def _words(rows: Tensor) -> Tensor:
+    """The same memory [n, W] as the widest numbers that fit a row, of which torch copies one at a time."""
+    size = rows.shape[1] * rows.element_size()
+    widths = torch.complex128, torch.int64, torch.int32, torch.int16, torch.uint8
+    return rows.view(next(dtype for dtype in widths if size % dtype.itemsize == 0))
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:

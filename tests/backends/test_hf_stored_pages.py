@@ -5,6 +5,7 @@ from pages_driver import MOST_TOKENS, Driver, EagerStore, PretendMover
 
 from tightrope.backends.errors import BackendError
 from tightrope.backends.hf.cache.moving import COMPUTED_AGAIN
+from tightrope.backends.hf.cache.page_tree import Page
 from tightrope.backends.hf.cache.stored_pages import PIECE, StoredPages
 from tightrope.backends.hf.cache.window_pages import most_needed
 from tightrope.backends.reuse import Reuse
@@ -51,6 +52,28 @@ def after_a_chat(num_pages: int) -> Driver:
     driver.run(1, range(LONG))
     driver.close(1)
     return successor(driver, store)
+
+
+def test_a_chat_that_leaves_the_cache_page_by_page_is_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it takes to look at a page grows with all that stands before it."""
+    driver = Driver(20, store=RunStore(1 << 20))
+    driver.run(1, range(300))
+    driver.close(1)
+    evicted: list[Page] = []
+    evicting = StoredPages.evicting
+
+    def told(stored: StoredPages, page: Page) -> None:
+        evicted.append(page)
+        evicting(stored, page)
+
+    monkeypatch.setattr(StoredPages, "evicting", told)
+
+    driver.run(2, range(1000, 1300))
+    driver.close(2)
+
+    assert len(evicted) == 1
+    assert driver.open(3, [*range(300), 7]) == 300
+    driver.check()
 
 
 def test_what_was_computed_is_there_in_the_next_process() -> None:

@@ -166,6 +166,33 @@ def test_a_cache_that_holds_one_chat_moves_within_it():
     assert runs[1].length == 151 + 110 - 64
 
 
+def test_a_cache_that_holds_one_chat_moves_within_it_although_its_earlier_turns_ended_elsewhere() -> None:
+    """Each turn's prompt ends with the opening of an answer, beside which the next one goes on."""
+    driver = Driver(num_pages=28)
+    turns = [*SYSTEM, *OLDEST], [*SYSTEM, *OLDEST, *SECOND], [*SYSTEM, *OLDEST, *SECOND, *THIRD]
+    for seq_id, chat in enumerate(turns):
+        driver.open(seq_id, [*chat, 7, 8, 9, 7], reuse="moved")
+        assert driver.extend(seq_id, [*chat, 7, 8, 9][len(driver.live[seq_id].cells) :])
+        driver.close(seq_id)
+
+    runs = found(driver, SYSTEM, SECOND, THIRD, NEW, seq_id=5)
+
+    assert runs[1].length == 151 + 110 - 64
+
+
+def test_copies_within_a_cache_that_holds_one_chat_are_made_many_at_once() -> None:
+    driver = driver_after(SYSTEM, OLDEST, SECOND, THIRD, num_pages=30)
+
+    driver.cache.open(2, [*SYSTEM, *SECOND, *THIRD, *NEW], "", reuse="moved")
+    counts: list[int] = []
+    while batch := driver.cache.copies.next():
+        counts.append(batch.count)
+        driver.cache.copies.done(batch.count)
+
+    assert sum(counts) == (151 + 110 - 64) // 16 + 2, "one for each page that is moved into, or partly"
+    assert len(counts) <= 4, "and not one by one"
+
+
 def test_a_chat_stays_as_it_is_where_what_it_has_become_would_have_to_wait() -> None:
     """Here a sequence that lives leaves no room for it."""
     driver = driver_after(SYSTEM, OLDEST, SECOND, THIRD, num_pages=32)

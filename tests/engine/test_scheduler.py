@@ -197,6 +197,30 @@ def test_a_step_is_bounded_in_time_also_while_nobody_writes():
     assert min(took) >= QUIET_STEP_S * 0.7  # and no shorter than that: each step reads all weights once
 
 
+def test_the_last_tokens_of_the_only_prompt_run_with_those_before_them_if_they_are_few():
+    run = Run()
+    run.add("teacher", 300)
+    run.until("teacher")
+    fitting = int(QUIET_STEP_S / TOKEN_S)
+
+    for name, num_tokens in (("few left", int(fitting * 1.3)), ("many left", int(fitting * 1.7))):
+        run.add(name, num_tokens)
+        run.until(name)
+
+    assert len(run.ran("few left")) == 1
+    assert len(run.ran("many left")) == 2
+
+
+def test_no_step_is_stretched_while_another_prompt_waits():
+    run = Run()
+    run.add("teacher", 300)
+    run.until("teacher")
+    run.add("first", 1000)
+    run.add("short", int(QUIET_STEP_S * (1 - OLDEST_SHARE) / TOKEN_S * 1.3))
+
+    assert run.step() <= QUIET_STEP_S * 1.3, "with the least part that the oldest has"
+
+
 def test_a_prompt_that_does_not_fit_the_cache_at_the_moment_lets_smaller_ones_pass():
     run = Run(capacity=1200)
     run.add("writing", 100, max_tokens=800)

@@ -4,7 +4,7 @@ Whatever a prompt has in common with a chat that has lost some of its messages h
 beginning: that is where to look, and what is found there was computed over the same beginning.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 
@@ -82,14 +82,29 @@ def copy_into(copies: Copies, number: int, slots: Slots) -> None:
         copies.add_slots(slots[are_given], number * PAGE + np.flatnonzero(are_given))
 
 
-def unshared(path: Sequence[Page]) -> list[Page]:
-    """The pages at the end of a path that no live sequence holds, and below which nothing else hangs."""
+def spendable(path: Sequence[Page], kept: Container[Page]) -> tuple[list[Page], list[Page]]:
+    """The pages at the end of a path that no live sequence holds, but for those kept, and all that hangs below them.
+
+    Either begins with the ends, so that each page can go when those before it in both have gone.
+    """
     pages: list[Page] = []
+    beside: list[Page] = []
     for page in reversed(path):
-        if page.refs or len(page.children) + len(page.inexact) > bool(pages):
+        branches = [child for child in (*page.children, *page.inexact) if child not in pages[-1:]]
+        others = [other for child in branches for other in _all(child)]
+        if page in kept or page.refs or any(other.refs for other in others):
             break
         pages.append(page)
-    return pages
+        beside += others
+    return pages, beside
+
+
+def _all(page: Page) -> list[Page]:
+    """A page and all that hang below it, ends first."""
+    pages = [page]
+    for found in pages:  # It grows meanwhile.
+        pages += (*found.children, *found.inexact)
+    return pages[::-1]
 
 
 def by_last_use(slots: Slots, pages: Iterable[Page]) -> list[list[Page]]:

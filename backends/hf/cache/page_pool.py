@@ -25,6 +25,7 @@ class PagePool:
         self._windows = WindowPages(num_window_pages, window)
         self.copies, self.window_copies = Copies(), Copies()  # Those of pages, and of window pages.
         self.stored: StoredPages | None = None  # Where evicted pages go, and come back from.
+        self._stored_up_to: Page | Root | None = None  # It went there with the page that was evicted last.
 
     def _parent(self, sequence: LiveSequence, place: int) -> Page | Root:
         """What the page in this place of a sequence hangs below."""
@@ -39,11 +40,15 @@ class PagePool:
     def _take_number(self) -> int:
         """That of a page to write, evicting if none is free."""
         if not self._free:
-            evicted = next(iter(self._idle))
-            if self.stored is not None:
-                self.stored.evicting(evicted)
-            self._discard(evicted)
+            self._evict(next(iter(self._idle)))
         return self._free.pop()
+
+    def _evict(self, page: Page) -> None:
+        """Take a page out of the cache to where it may come back from."""
+        if self.stored is not None and page is not self._stored_up_to:  # Ends go first, page by page.
+            self.stored.evicting(page)
+        self._stored_up_to = page.parent if page.is_exact else None
+        self._discard(page)
 
     def _restore(self, root: Hashable, wanted: Sequence[int]) -> None:
         """Bring back what the store has of `wanted` beyond what is here, as if it had never been evicted."""

@@ -24,7 +24,7 @@ import numpy as np
 from tightrope.backends.errors import BackendError
 from tightrope.backends.hf.cache.integrity import faults
 from tightrope.backends.hf.cache.live import Ahead, Ints, LiveSequence
-from tightrope.backends.hf.cache.moving import MIN_MOVED, Moved, by_last_use, copy_into, find_moved, unshared
+from tightrope.backends.hf.cache.moving import MIN_MOVED, Moved, by_last_use, copy_into, find_moved, spendable
 from tightrope.backends.hf.cache.page_pool import PagePool
 from tightrope.backends.hf.cache.page_tree import Page, hang
 from tightrope.backends.hf.cache.search import Match, find_path
@@ -241,16 +241,19 @@ class PagedKVCache(PagePool):
         slots = moved.slots(match, -(-moved.runs[-1].stop // PAGE) - first)
         kept = dict.fromkeys((*match.path, *moved.path))
         num_room = len(self._free) + len(self._idle) - sum(page in self._idle for page in kept)
-        spent = {}
+        spent: list[Page] = []
+        beside: list[Page] = []
         if num_room < len(slots):
-            path = {*match.path}
-            spent = dict.fromkeys(page for page in unshared(moved.path) if page not in path)
+            spent, beside = spendable(moved.path, {*match.path})
             if num_room + len(spent) < -(-(sequence.opened_len + MIN_OUTPUT) // PAGE) - first:
                 return False  # It would have to wait, and what it was moved from would be gone.
         given_up = by_last_use(slots, spent)
         if min(accumulate((len(pages) - 1 for pages in given_up[:-1]), initial=num_room)) < 0:
             return False
-        sources = [page for page in kept if page not in spent]
+        for page in beside:
+            self._evict(page)
+        spent_pages = {*spent}
+        sources = [page for page in kept if page not in spent_pages]
         for page in sources:
             self._pin(page)
         self._begin(sequence, match.path, first * PAGE)
@@ -259,7 +262,8 @@ class PagedKVCache(PagePool):
         for page in spent:
             self._unhang(page)
         for part, pages in zip_longest(slots, given_up):
-            self._free += [page.number for page in pages]
+            # What is given up is taken again last, so that many copies can be made at once.
+            self._free[:0] = [page.number for page in pages]
             if part is not None:
                 sequence.append(self._take(sequence))
                 copy_into(self.copies, sequence.pages[-1].number, part)
