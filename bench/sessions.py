@@ -7,11 +7,13 @@ For each model, with chats of about 3,500 tokens of English and greedy answers:
   was given before the kill.
 
 Bars: the first token within 15 % of what it takes cold through memory, and within 10 % from disk; the same text; and a
-chat is on disk within five seconds of its answer. Writes bench/results/sessions.json.
+chat is on disk within five seconds of its answer. With --kills N everything is killed so often, shared among the
+models, while chats are written (bench/session_kills.py): no token may be wrong. Writes bench/results/sessions.json.
 """
 
 import argparse
 import asyncio
+import json
 import os
 import shutil
 import tempfile
@@ -28,6 +30,7 @@ from bench.english import english_text
 from bench.meter import process_tree
 from bench.peers import end_servers_when_told
 from bench.served import serving
+from bench.session_kills import measure_kills
 from bench.sse import Answer, stream
 
 WINDOW, CACHE = 4096, 4096  # tokens
@@ -158,13 +161,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", type=Path, nargs="+", metavar="MODEL", help="path of a .gguf file or model folder")
     parser.add_argument("--name", default="sessions", help="of the file in bench/results (default: sessions)")
+    parser.add_argument("--kills", type=int, metavar="N", help="kill N times while chats are written, and no more")
     options = parser.parse_args()
     end_servers_when_told()
+    before = report.RESULTS / f"{options.name}.json"
+    parts = json.loads(before.read_text())["results"] if before.exists() else {}
+    if options.kills:
+        models = [model.resolve() for model in options.models]
+
+        def write(found: dict[str, object]) -> None:
+            report.write(options.name, {**parts, "kills": found})
+
+        measure_kills(models, options.kills, write)
+        return
     results = []
     with tqdm(total=7 * len(options.models), desc="turns", disable=None) as bar:
         for model in options.models:
             results.append(measure(model.resolve(), bar))
-            path = report.write(options.name, {"chats": results})  # What ends a run takes one model along at most.
+            path = report.write(
+                options.name, {**parts, "chats": results}
+            )  # What ends a run takes one model along at most.
             bar.write(f"{model.name}: {results[-1]['bars']}")
     print(path)
 
