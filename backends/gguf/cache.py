@@ -9,6 +9,7 @@ beside the cache (swap_space.py), and back when a prompt continues them.
 """
 
 from collections.abc import Callable, Collection, Iterable, Sequence
+from functools import partial
 from itertools import chain
 
 import numpy as np
@@ -16,9 +17,9 @@ import numpy as np
 from tightrope.backends.errors import BackendError
 from tightrope.backends.gguf.cell_store import CellStore
 from tightrope.backends.gguf.cells import Cells, Ints
-from tightrope.backends.gguf.entry import ALL, Entry
+from tightrope.backends.gguf.entry import ALL, Entry, num_exact_of
 from tightrope.backends.gguf.integrity import faults
-from tightrope.backends.gguf.moves import MIN_MOVED, Move, best_move, num_exact_of, splice, told
+from tightrope.backends.gguf.moves import MIN_MOVED, Move, best_move, splice, told
 from tightrope.backends.gguf.rollback import Rollback
 from tightrope.backends.gguf.swap_space import SwapSpace
 from tightrope.backends.protocol import KVUsage
@@ -357,7 +358,7 @@ class SharedKVCache:
         """Have a copy of a sequence outside the cache; False if there is no room for it, or for its end."""
         namespace = entry.namespace if entry.num_exact == ALL else entry.namespace + INEXACT
         first = self._rollback.first_in_copy(entry)
-        return self._swap.save(namespace, entry.tokens, entry.slot, first, may_copy=not self._is_moving)
+        return self._swap.save(namespace, entry, first, may_copy=not self._is_moving)
 
     def _swapped_match(
         self, wanted: Ints, namespace: str, reuse: Wanted, source: Entry | None, found: int
@@ -365,7 +366,7 @@ class SharedKVCache:
         """The best match, if need be a swapped-out sequence of which a copy is brought back for it."""
         for mark in ("", INEXACT) if reuse == "moved" else ("",):
             if pieces := self._swap.longest(wanted, namespace + mark, found + MIN_RESTORE_GAIN):
-                self._swap_in(pieces, namespace, num_exact=0 if mark else ALL)
+                self._swap_in(pieces, namespace)
                 source, found = self._best_match(wanted, namespace, reuse)  # The one before may have made room.
         if reuse == "moved" and self._can_move:
             self._swap_in_source(wanted, namespace, found)
@@ -379,9 +380,9 @@ class SharedKVCache:
             here = best_move(kept, wanted, found)
             least = (found if here is None else here.length) + MIN_MOVED
             if pieces := self._swap.source(wanted[:-1], namespace + mark, least):
-                self._swap_in(pieces, namespace, num_exact=0 if mark else ALL)
+                self._swap_in(pieces, namespace)
 
-    def _swap_in(self, pieces: Sequence[Piece], namespace: str, num_exact: int) -> None:
+    def _swap_in(self, pieces: Sequence[Piece], namespace: str) -> None:
         """Bring a swapped-out sequence back as the most recent kept one, as far as it can be had and has room."""
         cells, length = self._cells, pieces[-1].stop
         has_room = cells.num_pinned + self._reserved + length <= cells.capacity
@@ -389,11 +390,9 @@ class SharedKVCache:
             return
         self._evict(self._reserved + length - cells.num_free)
         entry = Entry.empty(self._take_slot(spare=None), namespace)
-        entry.num_exact = num_exact
         for piece in pieces:
-            if not self._swap.load(entry.slot, piece):
+            if not self._swap.load(entry, piece, partial(cells.take, pinned=False)):
                 break
-            entry.append(piece.token_ids, cells.take(len(piece.token_ids), pinned=False))
         if not entry.length:
             self._drop(entry)
             return

@@ -44,3 +44,8 @@ class Entry:
 
     def held(self, start: int = 0) -> Ints:
         return self.cells[start : self.length]
+
+
+def num_exact_of(entry: Entry, length: int) -> int:
+    """What is exact of a sequence that begins with `length` tokens of an entry."""
+    return entry.num_exact if entry.num_exact < length else ALL

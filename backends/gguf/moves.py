@@ -7,7 +7,7 @@ import numpy as np
 
 from tightrope.backends.gguf.cell_store import CellStore
 from tightrope.backends.gguf.cells import Cells, Ints
-from tightrope.backends.gguf.entry import ALL, Entry
+from tightrope.backends.gguf.entry import Entry
 from tightrope.backends.removals import kept_runs
 from tightrope.backends.reuse import Reuse, Run
 
@@ -74,8 +74,3 @@ def told(runs: Sequence[Run], num_exact: int) -> Reuse:
         if exact < run.length:
             parts.append(Run(run.source + exact, run.start + exact, run.length - exact, is_exact=False))
     return Reuse(tuple(parts))
-
-
-def num_exact_of(entry: Entry, length: int) -> int:
-    """What is exact of a sequence that begins with `length` tokens of an entry."""
-    return entry.num_exact if entry.num_exact < length else ALL

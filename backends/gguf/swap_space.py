@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from tightrope.backends.gguf.cell_store import CellStore
+from tightrope.backends.gguf.entry import Entry, num_exact_of
 from tightrope.backends.sessions.piece import Bytes, Ints, Piece
 from tightrope.backends.sessions.store import RunStore
 
@@ -16,7 +17,7 @@ PIECE = 256  # Tokens.
 
 # Of how many of so many first tokens of a copy, given with its tokens, namespace and first position, one can go on.
 Usable = Callable[[Ints, str, int, int], int]
-_FIRST = struct.Struct("<q")  # The first position that sliding layers have not left.
+_ABOUT = struct.Struct("<qq")  # The first position that sliding layers have not left, and how many tokens are exact.
 
 
 class SwapSpace:
@@ -37,27 +38,37 @@ class SwapSpace:
         """Whether what is put in is there in the next process, too."""
         return self._store.outlives
 
-    def save(self, namespace: str, token_ids: Ints, slot: int, first_position: int, *, may_copy: bool = True) -> bool:
-        """Have a copy of what a slot holds, in place of its own beginnings.
+    def save(self, namespace: str, entry: Entry, first_position: int, *, may_copy: bool = True) -> bool:
+        """Have a copy of what an entry holds, in place of its own beginnings.
 
         False if there is no room for it, or for its end, or if there is none and it may not be copied now.
         """
-        pieces = self._pieces(namespace, token_ids, first_position)
+        pieces = self._pieces(namespace, entry, first_position)
         missing = [number for number, piece in enumerate(pieces) if not self._store.covers(piece)]
         for number in missing:
             piece = pieces[number]
-            saved = self._copy(slot, piece) if may_copy else None
+            saved = self._copy(entry.slot, piece) if may_copy else None
             if saved is None:
                 return False
             if not self._store.put(replace(piece, num_bytes=saved.nbytes), saved, pieces[:number]):
                 return False
         self._store.use(pieces)
         if missing:
-            self._store.retire(self._store.root(namespace), token_ids)
+            self._store.retire(self._store.root(namespace), entry.tokens)
         return True
 
-    def load(self, slot: int, piece: Piece) -> bool:
-        """Put a piece behind what a slot holds; False where it can't be had any more, or there is no room for it."""
+    def load(self, entry: Entry, piece: Piece, take: Callable[[int], Ints]) -> bool:
+        """Put a piece behind what an entry holds; False where it can't be had any more, or there is no room for it.
+
+        take: logical cells for so many tokens.
+        """
+        if not self._load(entry.slot, piece):
+            return False
+        entry.append(piece.token_ids, take(len(piece.token_ids)))
+        entry.num_exact = min(entry.num_exact, _ABOUT.unpack(piece.about)[1])
+        return True
+
+    def _load(self, slot: int, piece: Piece) -> bool:
         saved = self._store.read(piece)
         if saved is None:
             return False
@@ -80,7 +91,7 @@ class SwapSpace:
         """
 
         def usable(piece: Piece, length: int) -> int:
-            (first_position,) = _FIRST.unpack(piece.about)
+            first_position, _ = _ABOUT.unpack(piece.about)
             return self._usable(piece.token_ids, namespace, first_position, length)
 
         matches = self._store.longest(self._store.root(namespace), wanted[:-1], usable)
@@ -98,15 +109,17 @@ class SwapSpace:
         """What contradicts itself, a line each."""
         return self._store.faults()
 
-    def _pieces(self, namespace: str, token_ids: Ints, first_position: int) -> list[Piece]:
-        """Those that a sequence is stored as, without their sizes."""
+    def _pieces(self, namespace: str, entry: Entry, first_position: int) -> list[Piece]:
+        """Those that an entry is stored as, without their sizes."""
         root = parent = self._store.root(namespace)
         is_cut = self._scratch is not None
         is_whole = not is_cut and (self._whole_only or first_position > 0)  # A window can't be cut.
+        size = PIECE if is_cut else max(1, entry.length)
         pieces: list[Piece] = []
-        for start in range(0, len(token_ids), PIECE) if is_cut else [0]:
-            part = token_ids[start : start + PIECE] if is_cut else token_ids
-            pieces.append(Piece(root, parent, start, part.copy(), 0, is_whole, _FIRST.pack(first_position)))
+        for start in range(0, entry.length, size):
+            part = entry.tokens[start : start + size].copy()
+            about = _ABOUT.pack(first_position, num_exact_of(entry, start + len(part)))
+            pieces.append(Piece(root, parent, start, part, 0, is_whole, about))
             parent = pieces[-1].name
         return pieces
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from tightrope.backends.sessions.piece import Bytes, Piece
 
-FORMAT = 1
+FORMAT = 2
 MAGIC = b"tr-run\0" + bytes([FORMAT])
 MAX_HEADER = 16 << 20  # Four bytes for each token of the longest texts that are stored in one piece.
 DIGEST_BYTES = 32

@@ -142,6 +142,29 @@ def test_copies_of_moved_tokens_outside_the_cache_are_found_by_those_alone_that_
 
 
 @pytest.mark.parametrize("piece", [16, 256])
+@pytest.mark.parametrize("slots", [1, 6])
+def test_the_exact_beginning_of_a_moved_chat_that_comes_back_stays_where_more_of_it_is_refused(
+    slots: int, piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(swap_space, "PIECE", piece)
+    chats = driver(slots=slots, swap_bytes=2000)
+    chats.run(2, [*SYSTEM, *REST, 7], reuse="moved")
+    chats.cache.close(2, keep=True)
+    chats.cache._swap_out_idle(0)
+    prompt = [*SYSTEM, *REST[10:], 8]
+    offers: list[Reuse] = []
+
+    def refuse(offer: Reuse) -> int:
+        offers.append(offer)
+        return 0
+
+    assert chats.cache.open(4, prompt, "", reuse="moved", accepts=refuse) == Reuse.prefix(40)
+    assert [(run.start, run.length, run.is_exact) for run in offers[0].runs] == [(0, 40, True), (40, 90, False)]
+    assert chats.extend(4, prompt[40:])
+    chats.cache.check_integrity()
+
+
+@pytest.mark.parametrize("piece", [16, 256])
 def test_a_chat_outside_the_cache_that_lost_its_oldest_message_comes_back_to_be_moved(
     piece: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -172,7 +195,9 @@ def test_moved_tokens_outlive_the_process_once_nobody_computes_them_anew() -> No
     after.cache.swap_to(store)
     assert after.run(1, [*prompt, 8]) == 0
     after.cache.close(1, keep=False)
-    assert after.cache.open(2, [*prompt, 8], "", reuse="moved") == Reuse((Run(0, 0, 160, is_exact=False),))
+    assert after.cache.open(2, [*prompt, 8], "", reuse="moved") == Reuse(
+        (Run(0, 0, 40), Run(40, 40, 120, is_exact=False))
+    )
     after.cache.check_integrity()
 
 
