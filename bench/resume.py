@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import takewhile
 from pathlib import Path
 
 import httpx
@@ -192,17 +193,24 @@ def verdicts(found: Found, together: int) -> list[dict[str, object]]:
     return [verdict("answers that differ from the undisturbed", differ, 0), *bars] if together == 1 else bars
 
 
+def parts_at(expected: Answer, answer: Answer) -> int | None:
+    """The place of the first token that another stands in the place of; None where there is none."""
+    pairs = zip(expected.token_ids, answer.token_ids, strict=False)
+    same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+    return None if answer.token_ids == expected.token_ids else same
+
+
 def results(found: Found, bars: list[dict[str, object]], setup: dict[str, object]) -> dict[str, object]:
     """All of it as JSON."""
     pairs = list(zip(found.expected, found.answers, strict=True))
     rows = [
-        {**asdict(answer), "is_equal": answer.token_ids == expected.token_ids, "text": None, "token_ids": None}
+        {**asdict(answer), "parts_at": parts_at(expected, answer), "text": None, "token_ids": None}
         for expected, answer in pairs
     ]
     return {
         "setup": setup,
         "bars": bars,
-        "equal": sum(bool(row["is_equal"]) for row in rows),
+        "equal": sum(row["parts_at"] is None for row in rows),
         "pause_s": spread([round(answer.pause_s, 2) for answer in found.answers]),
         "answers": [{key: value for key, value in row.items() if value is not None} for row in rows],
     }
@@ -217,6 +225,7 @@ def main() -> None:
     what.add_argument("--kills", type=int, default=200)
     what.add_argument("--cuts", type=int, default=0, help="cut so many sockets instead")
     parser.add_argument("--together", type=int, default=1, help="answers that one kill hits")
+    parser.add_argument("--threads", type=int, default=0, help="of the engine; 0 is one per physical core")
     add_model_options(parser)
     parser.add_argument("--seed", type=int, default=0, help="of the tokens at which engines are killed")
     parser.add_argument("--name", default="resume", help="results go to bench/results/NAME.json")
@@ -225,7 +234,7 @@ def main() -> None:
     end_servers_when_told()
     with tempfile.TemporaryDirectory() as place:
         model = chosen_model(options, Path(place))
-        flags = ["--max-num-seqs", "4", "--max-model-len", "2048"]
+        flags = ["--max-num-seqs", "4", "--max-model-len", "2048", "--threads", str(options.threads)]
         try:
             (Path(place) / "a").mkdir()
             with serving(model, Path(place) / "a", f"{options.name}-undisturbed", flags) as served:
@@ -242,7 +251,7 @@ def main() -> None:
     found = Found(matching, answers, grown_mib, tracebacks)
     bars = verdicts(found, options.together)
     kind = {"cuts": options.cuts} if options.cuts else {"kills": options.kills, "together": options.together}
-    setup: dict[str, object] = {"model": model.name, **kind, "seed": options.seed}
+    setup: dict[str, object] = {"model": model.name, **kind, "threads": options.threads, "seed": options.seed}
     print(report.write(options.name, results(found, bars, setup)))
     print("\n".join(map(line, bars)))
 

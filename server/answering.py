@@ -3,7 +3,7 @@
 import asyncio
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
 from contextlib import aclosing
 from functools import partial
 from typing import Any, ClassVar, Generic, Self, TypeVar
@@ -21,7 +21,7 @@ from tightrope.server.fields.explain import Explanation, explain
 from tightrope.server.http.body import Body
 from tightrope.server.http.errors import Column, error_event, error_line
 from tightrope.server.http.hangup import or_gone
-from tightrope.server.http.resuming import asks_to_resume, last_event, stream_reply
+from tightrope.server.http.resuming import asks_to_resume, conversation_of, last_event, stream_reply
 from tightrope.server.http.sse import event_stream, line_stream, with_errors
 from tightrope.server.state import AppState
 
@@ -90,42 +90,63 @@ def checked(finish: Finish) -> Finish:
 async def answer(front: AppState, dialect: type[Dialect[B]], body: B, request: Request) -> Response:
     """The reply, whole or as a stream. Raises EngineError while a status can still be chosen."""
     if (last := last_event(request)) is not None:  # The client was cut off, and has asked the same again.
-        return stream_reply(front.streams, front.streams.find(last[0], front.owner(request)), last[1], {})
+        kept = front.streams.find(last[0], front.owner(request))
+        return stream_reply(front.streams, kept, kept.behind(last[1]), {})
     spoken = await dialect.read(front, body, request)
-    asked = spoken.asked
-    is_resumable = asks_to_resume(request, asked.is_resumable)
+    asked, conversation = spoken.asked, conversation_of(request)
+    is_kept = asks_to_resume(request, asked.is_resumable) or conversation is not None
     explanation = await or_gone(request, explain(front, asked)) if asked.explain else None
     deltas = run(front.generate_for(request), asked.requests)
     if spoken.abort_key is not None:
         deltas = front.aborts.until_aborted(deltas, spoken.abort_key)
     try:
-        if asked.is_stream:
-            if spoken.wants_single_tokens:
-                deltas = one_token_each(deltas)
-            first = await _begun(request, deltas, tells_progress=asked.requests[0].wants_progress)
-        else:
+        if not asked.is_stream:
             choices = await or_gone(request, collect(deltas, asked.n * len(asked.requests)))
+            prompts = [choice.prompt for choice in choices[:: asked.n]]
+            made = spoken.whole(choices, Ending(prompts, sum(c.finish.num_tokens for c in choices), explanation))
+            return Response(msgspec.json.encode(made), headers=spoken.headers(choices), media_type="application/json")
+        if spoken.wants_single_tokens:
+            deltas = one_token_each(deltas)
+        if is_kept:
+            return await _kept(front, request, deltas, spoken, explanation, conversation)
+        first = await _begun(partial(or_gone, request), deltas, spoken)
     except InvalidRequest as error:
         spoken.reword(error)
         raise
-    if not asked.is_stream:
-        prompts = [choice.prompt for choice in choices[:: asked.n]]
-        made = spoken.whole(choices, Ending(prompts, sum(c.finish.num_tokens for c in choices), explanation))
-        return Response(msgspec.json.encode(made), headers=spoken.headers(choices), media_type="application/json")
-    pieces = _pieces(first, deltas, spoken, explanation)
-    told = error_line if spoken.is_lines else error_event
-    if is_resumable:
-        pieces = with_errors(pieces, partial(told, column=spoken.column))
-        kept = front.streams.begin(pieces, front.owner(request), spoken.column, is_lines=spoken.is_lines)
-        return stream_reply(front.streams, kept, 0, spoken.headers(()))
     stream = line_stream if spoken.is_lines else event_stream
-    return stream(pieces, spoken.column, spoken.headers(()))
+    return stream(_pieces(first, deltas, spoken, explanation), spoken.column, spoken.headers(()))
+
+
+async def _kept(
+    front: AppState,
+    request: Request,
+    deltas: Deltas,
+    spoken: Dialect[B],
+    explanation: Explanation | None,
+    conversation: str | None,
+) -> Response:
+    """The reply that is a stream to come back to. Raises whatever the engine says until it begins, and ClientGone.
+
+    Who has named it can find it without a reply, and so it is begun also for a client that is gone by then.
+    """
+    streams = front.streams
+    stream = streams.open(front.owner(request), spoken.column, is_lines=spoken.is_lines, conversation=conversation)
+    try:
+        if_wanted: Wanted = partial(or_gone, request) if conversation is None else stream.unless_over
+        first = await _begun(if_wanted, deltas, spoken)
+    except BaseException:
+        streams.end(stream)
+        raise
+    told = partial(error_line if spoken.is_lines else error_event, column=spoken.column)
+    streams.write(stream, with_errors(_pieces(first, deltas, spoken, explanation), told))
+    return stream_reply(streams, stream, 0, spoken.headers(()))
 
 
 First = asyncio.Future[tuple[int, Delta] | None]  # It is None where an abort came before it.
+Wanted = Callable[[Coroutine[Any, Any, Any]], Coroutine[Any, Any, Any]]  # Cancels work that nobody wants any more.
 
 
-async def _begun(request: Request, deltas: Deltas, *, tells_progress: bool) -> First:
+async def _begun(if_wanted: Wanted, deltas: Deltas, spoken: Dialect[B]) -> First:
     """Wait for the first delta, so that a refusal still gets its own status.
 
     Refusals come at once, but a first delta waits for its prompt. After FIRST_DELTA_S the reply begins without it, so
@@ -137,9 +158,9 @@ async def _begun(request: Request, deltas: Deltas, *, tells_progress: bool) -> F
     first = asyncio.ensure_future(anext(deltas, None))
     try:
         while (left_s := FIRST_DELTA_S + began_s - time.monotonic()) > 0:
-            await or_gone(request, asyncio.wait((first,), timeout=left_s))
+            await if_wanted(asyncio.wait((first,), timeout=left_s))
             item = first.result() if first.done() else None
-            if item is None or item[1].read is None or tells_progress:
+            if item is None or item[1].read is None or spoken.asked.requests[0].wants_progress:
                 break
             first = asyncio.ensure_future(anext(deltas, None))
     except BaseException:

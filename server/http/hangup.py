@@ -13,8 +13,13 @@ T = TypeVar("T")
 
 async def or_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
     """Await `work`, but cancel it and raise ClientGone as soon as the client hangs up."""
+    return await unless(_hung_up(request), work)
+
+
+async def unless(ending: Coroutine[Any, Any, None], work: Coroutine[Any, Any, T]) -> T:
+    """Await `work`, but cancel it and raise ClientGone as soon as `ending` is done."""
     task = asyncio.ensure_future(work)
-    watcher = asyncio.ensure_future(_hung_up(request))
+    watcher = asyncio.ensure_future(ending)
     try:
         await asyncio.wait((task, watcher), return_when=asyncio.FIRST_COMPLETED)
         if not task.done():

@@ -1,96 +1,138 @@
 """Streams that outlive their connection: a client that was cut off comes back and reads on.
 
-Such a stream is written by a task of its own into a list of events, and read from there, by whoever began it. Without a
-reader it is kept, and written, for a bounded time; all of them together have a bounded number of bytes.
+Such a stream is written by a task of its own into a buffer, and read from there, by whoever began it. Without a reader
+it is kept, and written, for a bounded time; all of them together have a bounded number of bytes.
 """
 
 import asyncio
 import hmac
 import logging
 import secrets
-from collections.abc import AsyncGenerator
+import time
+from array import array
+from bisect import bisect_left
+from collections.abc import AsyncGenerator, Coroutine, Iterable
 from contextlib import aclosing, suppress
+from typing import Any, TypeVar
 
 from tightrope.engine.errors import InvalidRequest
 from tightrope.server.http.errors import Column, StreamNotFound
+from tightrope.server.http.hangup import unless
+from tightrope.server.http.sse import PING_S
 
 log = logging.getLogger("tightrope.server")
 
 OVERHEAD_BYTES = 4096  # A stream without events is counted as so many.
-AT_ONCE = 64  # So many events are written in one piece to a client that has some to catch up on.
+AT_ONCE = 1 << 16  # About so many bytes are written in one piece to a client that has some to catch up on.
+PING = b": ping\n\n"
+
+T = TypeVar("T")
 
 
 class KeptStream:
-    """One stream. Its events are numbered from 1; a reader says how many it has had."""
+    """One stream, as bytes. Its events are numbered from 1; comments among them have no number.
 
-    def __init__(self, owner: bytes, column: Column, *, is_lines: bool) -> None:
-        """is_lines: its events are lines of JSON, which can't be given an id."""
+    A place in it counts the bytes before it, those that are not kept any more among them.
+    """
+
+    def __init__(self, owner: bytes, column: Column, *, is_lines: bool, conversation: str | None) -> None:
+        """is_lines: its events are lines of JSON, which have no ids. conversation: its client's name for it."""
         self.id = secrets.token_urlsafe(12)
-        self.owner, self.column, self.is_lines = owner, column, is_lines
-        self.num_bytes = OVERHEAD_BYTES
+        self.owner, self.column, self.is_lines, self.conversation = owner, column, is_lines, conversation
         self.num_readers = 0
         self.is_over = False
+        self.is_silent = False  # Nothing has come since the last look.
+        self.began_s = time.time()
+        self.ended_s = 0.0  # It is 0 until then.
         self.task: asyncio.Task[None] | None = None
         self.expiry: asyncio.TimerHandle | None = None
-        self._events: list[bytes] = []
-        self._num_dropped = 0  # So many of the first are gone.
-        self._comment = b""  # It is for those who read now.
+        self.pinger: asyncio.TimerHandle | None = None
+        self._mark = b"\n" if is_lines else b"\n\n"
+        self._buffer = bytearray()
+        self._first = 0  # The place of the first byte that is kept.
+        self._ends = array("q")  # Places behind events.
         self._changed = asyncio.Event()
 
     @property
-    def num_events(self) -> int:
-        return self._num_dropped + len(self._events)
+    def num_bytes(self) -> int:
+        """What it takes."""
+        return OVERHEAD_BYTES + len(self._buffer) + self._ends.itemsize * len(self._ends)
 
-    def add(self, event: bytes) -> int:
-        """Add an event; returns its bytes. A comment is shown to those who read now, and not kept: it has none."""
-        if event.startswith(b":") and not self.is_lines:
-            self._comment, event = event, b""
-        else:
-            if not self.is_lines:
-                event = b"id: %b.%d\n%b" % (self.id.encode(), self.num_events + 1, event)
-            self._events.append(event)
-            self.num_bytes += len(event)
+    @property
+    def end_place(self) -> int:
+        return self._first + len(self._buffer)
+
+    def add(self, piece: bytes) -> None:
+        """Add a piece of whole events, of which it may hold several, and comments."""
+        for event in piece.split(self._mark):
+            if not event:
+                continue
+            is_comment = event.startswith(b":") and not self.is_lines
+            if not (is_comment or self.is_lines):
+                self._buffer += b"id: %b.%d\n" % (self.id.encode(), len(self._ends) + 1)
+            self._buffer += event + self._mark
+            if not is_comment:
+                self._ends.append(self.end_place)
+        self.is_silent = False
         self._wake()
-        return len(event)
 
     def end(self) -> None:
         """Nothing is added any more."""
-        self.is_over = True
+        if not self.is_over:
+            self.is_over, self.ended_s = True, time.time()
+        if self.pinger is not None:
+            self.pinger.cancel()
         self._wake()
 
-    def drop(self, num_bytes: int) -> int:
-        """Forget the first events, of so many bytes or more, but never the last one; returns their bytes."""
-        count = dropped = 0
-        while dropped < num_bytes and count < len(self._events) - 1:
-            dropped += len(self._events[count])
-            count += 1
-        del self._events[:count]
-        self._num_dropped += count
-        self.num_bytes -= dropped
-        return dropped
+    async def unless_over(self, work: Coroutine[Any, Any, T]) -> T:
+        """Await `work`, but cancel it and raise ClientGone as soon as the stream is stopped."""
+        return await unless(self._until_over(), work)
 
-    async def read(self, num_read: int) -> AsyncGenerator[bytes, None]:
-        """The events behind the first `num_read`, as they come, up to the end. Raises StreamNotFound for lost ones."""
+    async def _until_over(self) -> None:
+        while not self.is_over:
+            await self._changed.wait()
+
+    def drop(self, num_bytes: int) -> None:
+        """Forget so many of the first bytes, but never the last event."""
+        place = min(self._first + num_bytes, self._ends[-2] if len(self._ends) > 1 else 0)
+        if place > self._first:
+            place = self._ends[bisect_left(self._ends, place)]  # Of no event a part is left.
+            del self._buffer[: place - self._first]
+            self._first = place
+
+    def behind(self, num_events: int) -> int:
+        """The place behind so many events. Raises InvalidRequest where there aren't so many."""
+        if num_events > len(self._ends):
+            counts = f"the stream has {len(self._ends)} events so far, and not {num_events}"
+            raise InvalidRequest(f"Last-Event-ID: {counts}", "Last-Event-ID")
+        return self._ends[num_events - 1] if num_events else 0
+
+    def check(self, place: int) -> None:
+        """Raises StreamNotFound or InvalidRequest where what is behind a place can't be given."""
+        if place < self._first:
+            raise StreamNotFound(f"the first {self._first} bytes of the stream are not kept any more")
+        if place > self.end_place:
+            raise InvalidRequest(f"from: the stream has {self.end_place} bytes so far, and not {place}", "from")
+
+    async def read(self, place: int) -> AsyncGenerator[bytes, None]:
+        """What is behind a place, as it comes, in whole events up to the end. Raises StreamNotFound for lost ones."""
         while True:
-            changed, comment = self._changed, self._comment
-            while num_read < self.num_events:
-                self.check(num_read)
-                place = num_read - self._num_dropped
-                events = self._events[place : place + AT_ONCE]
-                num_read += len(events)
-                yield b"".join(events)
+            changed = self._changed
+            while place < self.end_place:
+                self.check(place)
+                piece = self._piece(place - self._first)
+                place += len(piece)
+                yield piece
             if self.is_over:
                 return
             await changed.wait()
-            if self._comment is not comment:
-                yield self._comment
 
-    def check(self, num_read: int) -> None:
-        """Raises StreamNotFound or InvalidRequest where the event behind the first `num_read` can't be given."""
-        if num_read < self._num_dropped:
-            raise StreamNotFound(f"the first {self._num_dropped} events of the stream are not kept any more")
-        if num_read > self.num_events:
-            raise InvalidRequest(f"from: the stream has {self.num_events} events so far, and not {num_read}", "from")
+    def _piece(self, start: int) -> bytes:
+        """Some events, or the rest of one that `start` is in the middle of."""
+        end = self._buffer.rfind(self._mark, start, start + AT_ONCE)
+        if end < 0:
+            end = self._buffer.find(self._mark, start)
+        return bytes(self._buffer[start : end + len(self._mark) if end >= 0 else None])
 
     def _wake(self) -> None:
         self._changed.set()
@@ -101,7 +143,7 @@ class KeptStreams:
     """All that are kept. Belongs to one event loop."""
 
     def __init__(self, max_bytes: int, keep_s: float) -> None:
-        """max_bytes: of all events together. keep_s: how long a stream that nobody reads is kept, and written."""
+        """max_bytes: of all streams together. keep_s: how long a stream that nobody reads is kept, and written."""
         self._max_bytes = max_bytes
         self._keep_s = keep_s
         self._streams: dict[str, KeptStream] = {}  # The oldest stands first.
@@ -110,16 +152,23 @@ class KeptStreams:
     def __len__(self) -> int:
         return len(self._streams)
 
-    def begin(
-        self, pieces: AsyncGenerator[bytes, None], owner: bytes, column: Column, *, is_lines: bool = False
+    def open(
+        self, owner: bytes, column: Column, *, is_lines: bool = False, conversation: str | None = None
     ) -> KeptStream:
-        """Keep what `pieces` gives: whole events, of which one piece may hold several. It raises nothing."""
-        stream = KeptStream(owner, column, is_lines=is_lines)
+        """A stream that nothing is in yet. One of the same conversation is stopped: each has one at most."""
+        for earlier in self._of(owner, conversation):
+            self.end(earlier)
+        stream = KeptStream(owner, column, is_lines=is_lines, conversation=conversation)
         self._streams[stream.id] = stream
         self.num_bytes += stream.num_bytes
+        return stream
+
+    def write(self, stream: KeptStream, pieces: AsyncGenerator[bytes, None]) -> None:
+        """Keep what `pieces` gives: whole events, of which one piece may hold several. It raises nothing."""
         stream.task = asyncio.create_task(self._write(stream, pieces), name=f"stream {stream.id}")
         self._expire_later(stream)
-        return stream
+        if not stream.is_lines:
+            self._ping(stream)
 
     def find(self, stream_id: str, owner: bytes) -> KeptStream:
         """The stream of that id. Raises StreamNotFound for one that isn't kept, or that another key has begun."""
@@ -128,15 +177,28 @@ class KeptStreams:
             raise StreamNotFound(f"there is no stream {stream_id[:100]!r}, or it is not kept any more")
         return stream
 
-    async def read(self, stream: KeptStream, num_read: int = 0) -> AsyncGenerator[bytes, None]:
-        """The events behind the first `num_read`; closing it leaves the stream as it is. Raises StreamNotFound."""
+    def of_conversation(self, conversation: str, owner: bytes) -> KeptStream:
+        """The stream that its client gave this name. Raises StreamNotFound as `find` does."""
+        for stream in self._of(owner, conversation):
+            return stream
+        raise StreamNotFound(f"there is no stream of conversation {conversation[:100]!r}, or it is not kept any more")
+
+    def of_conversations(self, names: Iterable[str], owner: bytes) -> list[KeptStream]:
+        """Those of these conversations; one that goes on with ::MODEL belongs to that without."""
+        wanted = set(names)
+        named = (stream for stream in self._streams.values() if stream.conversation is not None)
+        mine = [stream for stream in named if hmac.compare_digest(stream.owner, owner)]
+        return [s for s in mine if s.conversation in wanted or (s.conversation or "").partition("::")[0] in wanted]
+
+    async def read(self, stream: KeptStream, place: int = 0) -> AsyncGenerator[bytes, None]:
+        """What is behind a place; closing it leaves the stream as it is. Raises StreamNotFound."""
         stream.num_readers += 1
         if stream.expiry is not None:
             stream.expiry.cancel()
         try:
-            async with aclosing(stream.read(num_read)) as events:
-                async for event in events:
-                    yield event
+            async with aclosing(stream.read(place)) as pieces:
+                async for piece in pieces:
+                    yield piece
         finally:
             stream.num_readers -= 1
             self._expire_later(stream)
@@ -160,16 +222,35 @@ class KeptStreams:
         with suppress(asyncio.CancelledError):
             await asyncio.gather(*tasks, return_exceptions=True)
 
+    def _of(self, owner: bytes, conversation: str | None) -> list[KeptStream]:
+        if conversation is None:
+            return []
+        named = [stream for stream in self._streams.values() if stream.conversation == conversation]
+        return [stream for stream in named if hmac.compare_digest(stream.owner, owner)]
+
     async def _write(self, stream: KeptStream, pieces: AsyncGenerator[bytes, None]) -> None:
-        mark = b"\n" if stream.is_lines else b"\n\n"
         async with aclosing(pieces):
             async for piece in pieces:
-                for event in piece.split(mark):
-                    if event:
-                        self.num_bytes += stream.add(event + mark)
-                if self.num_bytes > self._max_bytes:
-                    self._make_room(stream)
+                self._add(stream, piece)
         stream.end()
+
+    def _add(self, stream: KeptStream, piece: bytes) -> None:
+        if stream.id not in self._streams:
+            return  # It was stopped.
+        self.num_bytes -= stream.num_bytes
+        stream.add(piece)
+        self.num_bytes += stream.num_bytes
+        if self.num_bytes > self._max_bytes:
+            self._make_room(stream)
+
+    def _ping(self, stream: KeptStream) -> None:
+        """Add a comment to a stream that stays silent: who counts bytes has to find all that was sent."""
+        if stream.is_over:
+            return
+        if stream.is_silent:
+            self._add(stream, PING)
+        stream.is_silent = True
+        stream.pinger = asyncio.get_running_loop().call_later(PING_S / 2, self._ping, stream)
 
     def _expire_later(self, stream: KeptStream) -> None:
         if stream.num_readers == 0 and stream.id in self._streams:
@@ -187,4 +268,7 @@ class KeptStreams:
             if self.num_bytes <= self._max_bytes:
                 return
             self.end(stream)
-        self.num_bytes -= growing.drop(self.num_bytes - self._max_bytes)
+        if self.num_bytes > self._max_bytes:
+            self.num_bytes -= growing.num_bytes
+            growing.drop(self.num_bytes + growing.num_bytes - self._max_bytes)
+            self.num_bytes += growing.num_bytes

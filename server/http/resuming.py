@@ -6,10 +6,12 @@ from fastapi import Request, Response
 
 from tightrope.engine.errors import InvalidRequest
 from tightrope.server.http.kept_streams import KeptStream, KeptStreams
-from tightrope.server.http.sse import event_stream, line_stream
+from tightrope.server.http.sse import NEVER_S, event_stream, line_stream
 
 RESUMABLE, STREAM_ID, LAST_EVENT_ID = "x-resumable", "x-stream-id", "last-event-id"
+CONVERSATION = "x-conversation-id"  # In llama.cpp's server it asks for the same, and names the stream.
 _MOST_DIGITS = 15  # A number of more is none that was given to anybody.
+_MOST_LETTERS = 256
 
 
 def asks_to_resume(request: Request, field: bool | None) -> bool:
@@ -18,6 +20,14 @@ def asks_to_resume(request: Request, field: bool | None) -> bool:
     if header is not None and header.strip() not in ("0", "1"):
         raise InvalidRequest(f"the header X-Resumable must be 1 or 0, not {header[:100]!r}", "X-Resumable")
     return bool(field) or (header is not None and header.strip() == "1")
+
+
+def conversation_of(request: Request) -> str | None:
+    """The name that the client gives its stream; None where it gives none. Raises InvalidRequest for a long one."""
+    name = request.headers.get(CONVERSATION, "").encode("latin-1").decode("utf-8", "replace").strip()
+    if len(name) > _MOST_LETTERS:
+        raise InvalidRequest(f"X-Conversation-Id has {len(name)} letters; it may have {_MOST_LETTERS}", CONVERSATION)
+    return name or None
 
 
 def last_event(request: Request) -> tuple[str, int] | None:
@@ -31,18 +41,22 @@ def last_event(request: Request) -> tuple[str, int] | None:
     stream_id, _, number = header.rpartition(".")
     if not stream_id:
         raise InvalidRequest(f"Last-Event-ID must be the id of an event, not {header[:100]!r}", "Last-Event-ID")
-    return stream_id, event_number(number, "Last-Event-ID")
+    return stream_id, whole_number(number, "Last-Event-ID", "the number of an event")
 
 
-def event_number(text: str, name: str) -> int:
-    """How many events a client had. Raises InvalidRequest."""
+def whole_number(text: str, name: str, what: str) -> int:
+    """How many events or bytes a client had. Raises InvalidRequest."""
     if not (text.isascii() and text.isdecimal() and len(text) <= _MOST_DIGITS):
-        raise InvalidRequest(f"{name}: expected the number of an event, from 0 on, not {text[:100]!r}", name)
+        raise InvalidRequest(f"{name}: expected {what}, from 0 on, not {text[:100]!r}", name)
     return int(text)
 
 
-def stream_reply(streams: KeptStreams, stream: KeptStream, num_read: int, headers: Mapping[str, str]) -> Response:
-    """The reply that reads on behind the first `num_read` events. Raises StreamNotFound and InvalidRequest."""
-    stream.check(num_read)
-    reply = line_stream if stream.is_lines else event_stream
-    return reply(streams.read(stream, num_read), stream.column, {**headers, STREAM_ID: stream.id})
+def stream_reply(streams: KeptStreams, stream: KeptStream, place: int, headers: Mapping[str, str]) -> Response:
+    """The reply that reads on behind the first `place` bytes. Raises StreamNotFound and InvalidRequest."""
+    stream.check(place)
+    pieces, told = streams.read(stream, place), {**headers, STREAM_ID: stream.id}
+    return (
+        line_stream(pieces, stream.column, told)
+        if stream.is_lines
+        else event_stream(pieces, stream.column, told, ping_s=NEVER_S)
+    )

@@ -26,13 +26,16 @@ def _ping() -> ServerSentEvent:
 
 
 def event_stream(
-    events: AsyncGenerator[bytes, None], column: Column, headers: Mapping[str, str]
+    events: AsyncGenerator[bytes, None], column: Column, headers: Mapping[str, str], *, ping_s: int = PING_S
 ) -> EventSourceResponse:
-    """The reply that writes `events` as they come and closes the iterator when the client hangs up."""
+    """The reply that writes `events` as they come and closes the iterator when the client hangs up.
+
+    ping_s: a stream that is silent for so long gets a comment.
+    """
     return EventSourceResponse(
         with_errors(events, partial(error_event, column=column)),
         headers={"cache-control": "no-cache", **headers},
-        ping=PING_S,
+        ping=ping_s,
         sep="\n",
         ping_message_factory=_ping,
     )

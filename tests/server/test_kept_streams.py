@@ -3,8 +3,10 @@
 import asyncio
 import random
 import re
+import threading
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any
+from urllib.parse import urlencode
 
 import httpx
 import pytest
@@ -14,8 +16,9 @@ from served_app import PATIENCE_S, request, serving
 
 from tightrope.backends.errors import BackendError
 from tightrope.engine.errors import InvalidRequest
+from tightrope.server.http import kept_streams
 from tightrope.server.http.errors import StreamNotFound
-from tightrope.server.http.kept_streams import OVERHEAD_BYTES, KeptStream, KeptStreams
+from tightrope.server.http.kept_streams import OVERHEAD_BYTES, PING, KeptStream, KeptStreams
 
 RESUMABLE = {"x-resumable": "1"}
 LENGTH = {"max_tokens": 60, "ignore_eos": True, "temperature": 0}
@@ -62,13 +65,15 @@ async def test_a_stream_is_read_on_from_every_event_in_every_dialect(path: str) 
         mark = "\n" if is_lines else "\n\n"
         events = [event + mark for event in whole.text.split(mark)[:-1]]
         for number in (0, 1, count // 2, count - 1, count):
-            rest = await http.get(f"/v1/stream/{stream_id}", params={"from": number})
+            last = {"last-event-id": f"{stream_id}.{number}"}
+            rest = await http.get(f"/v1/stream/{stream_id}", headers=last)
             assert rest.text == "".join(events[number:])
             assert rest.headers["content-type"] == whole.headers["content-type"]
-            last = {"last-event-id": f"{stream_id}.{number}"}
-            assert (await http.get(f"/v1/stream/{stream_id}", headers=last)).text == rest.text
             again = await http.post(path, json=PATHS[path], headers=last)
             assert again.text == rest.text, "who asks the same again is not answered anew"
+        for place in (0, 1, len(whole.content) // 2, len(whole.content) - 1, len(whole.content)):
+            rest = await http.get(f"/v1/stream/{stream_id}", params={"from": place})
+            assert rest.content == whole.content[place:]
 
 
 async def cut(port: int, raw: bytes, num_bytes: int) -> str:
@@ -80,10 +85,14 @@ async def cut(port: int, raw: bytes, num_bytes: int) -> str:
         while len(got) < num_bytes and (more := await reader.read(num_bytes - len(got))):
             got += more
     writer.transport.abort()
-    head, _, body = got.partition(b"\r\n\r\n")
-    chunks = re.sub(rb"[0-9a-f]+\r\n(.*?)\r\n", rb"\1", body, flags=re.DOTALL)  # of a chunk cut short all is left out
+    head, _, rest = got.partition(b"\r\n\r\n")
     assert b"x-stream-id" in head
-    return f"{head.decode()}\n\n{chunks.decode(errors='ignore')}"
+    body = b""
+    while rest:  # Of the last chunk a part may be there, or of its length.
+        length, _, rest = rest.partition(b"\r\n")
+        size = int(length, 16) if rest else 0
+        body, rest = body + rest[:size], rest[size + 2 :]
+    return f"{head.decode()}\n\n{body.decode()}"
 
 
 async def test_of_streams_cut_anywhere_and_several_times_nothing_is_lost_or_doubled() -> None:
@@ -103,7 +112,24 @@ async def test_of_streams_cut_anywhere_and_several_times_nothing_is_lost_or_doub
                 raw = request(path, b"", f"last-event-id: {found[1]}.{count}", method="GET")
                 text = (await cut(port, raw, rng.randrange(700, 10_000))).partition("\n\n")[2]
                 had += "".join(re.findall(r"id: \S+\ndata: .*\n\n", text))
-            rest = await http.get(path, params={"from": num_events(had, is_lines=False)})
+            last = {"last-event-id": f"{found[1]}.{num_events(had, is_lines=False)}"}
+            assert plain(had + (await http.get(path, headers=last)).text) == plain(whole)
+
+
+async def test_who_counts_bytes_goes_on_in_the_middle_of_an_event() -> None:
+    rng = random.Random(2)
+    body = {**PATHS["/v1/completions"], "max_tokens": 200}
+    asked = request("/v1/completions", body, "x-conversation-id: a chat::some/model")
+    conversation = {"conv_id": "a chat::some/model"}
+    async with serving(letters) as port, httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as http:
+        whole = (await http.post("/v1/completions", json=body)).text
+        for _ in range(5):
+            had = (await cut(port, asked, rng.randrange(700, 20_000))).partition("\n\n")[2]
+            for _ in range(3):
+                path = f"/v1/stream?{urlencode({**conversation, 'from': len(had)})}"
+                more = await cut(port, request(path, b"", method="GET"), rng.randrange(700, 10_000))
+                had += more.partition("\n\n")[2]
+            rest = await http.get("/v1/stream", params={**conversation, "from": len(had)})
             assert plain(had + rest.text) == plain(whole)
 
 
@@ -170,6 +196,74 @@ async def test_the_opt_in_is_a_header_or_a_field_and_nothing_else() -> None:
         assert [entry["field"] for entry in listed] == ["resumable"]
 
 
+async def test_a_conversation_has_one_stream_that_is_looked_up_and_stopped() -> None:
+    path, named = "/v1/completions", {"x-conversation-id": "chat"}
+    async with api(letters, api_key="one", admin_key="admin") as http:
+        http.headers["authorization"] = "Bearer one"
+        first = await http.post(path, json=PATHS[path], headers=named)
+        second = await http.post(path, json=PATHS[path], headers=named)
+        other = await http.post(path, json=PATHS[path], headers={"x-conversation-id": "chat::model"})
+        assert (await http.get(f"/v1/stream/{first.headers['x-stream-id']}")).status_code == 404
+        assert (await http.get("/v1/stream", params={"conv_id": "chat"})).text == second.text
+        assert (await http.get("/v1/stream", params={"conv_id": "chat", "from": 9})).text == second.text[9:]
+
+        asked = {"conversation_ids": ["chat", "none", "cha"]}
+        found = (await http.post("/v1/streams/lookup", json=asked)).json()
+        assert [one["conversation_id"] for one in found] == ["chat", "chat::model"]
+        assert [one["total_bytes"] for one in found] == [len(second.content), len(other.content)]
+        assert all(one["is_done"] and 0 < one["started_at"] <= one["completed_at"] for one in found)
+        admin = {"authorization": "", "x-admin-key": "admin"}
+        assert (await http.post("/v1/streams/lookup", json=asked, headers=admin)).json() == []
+        assert (await http.get("/v1/stream", params={"conv_id": "chat"}, headers=admin)).status_code == 404
+
+        assert (await http.delete("/v1/stream", params={"conv_id": "chat"}, headers=admin)).status_code == 204
+        assert (await http.get("/v1/stream", params={"conv_id": "chat"})).status_code == 200
+        for _ in range(2):
+            gone = await http.delete("/v1/stream", params={"conv_id": "chat"})
+            assert (gone.status_code, gone.content) == (204, b"")
+            assert (await http.get("/v1/stream", params={"conv_id": "chat"})).status_code == 404
+        assert (await http.get("/v1/stream", params={"conv_id": "chat::model"})).text == other.text
+
+
+@pytest.mark.parametrize(
+    "query", ["", "conv_id=", "conv_id=chat&from=x", "conv_id=chat&from=-1", "conv_id=chat&from=999999"]
+)
+async def test_a_conversation_that_is_asked_for_wrongly_is_refused_in_one_line(query: str) -> None:
+    async with api(letters) as http:
+        await http.post("/v1/completions", json=PATHS["/v1/completions"], headers={"x-conversation-id": "chat"})
+        reply = await http.get(f"/v1/stream?{query}")
+        assert reply.status_code == 400
+        assert "\n" not in reply.json()["error"]["message"]
+        long = {"x-conversation-id": "c" * 300}
+        assert (await http.post("/v1/completions", json=PATHS["/v1/completions"], headers=long)).status_code == 400
+        assert (await http.post("/v1/streams/lookup", json={"conversation_ids": "chat"})).status_code == 400
+
+
+async def test_a_named_stream_is_written_for_a_client_that_left_before_its_first_word() -> None:
+    go_on = threading.Event()
+
+    def waits(token_ids: Sequence[int]) -> int:
+        assert go_on.wait(PATIENCE_S)
+        return letters(token_ids)
+
+    body = PATHS["/v1/completions"]
+    async with serving(waits) as port, httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as http:
+        for name in ("read", "stopped"):
+            _, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(request("/v1/completions", body, f"x-conversation-id: {name}"))
+            async with asyncio.timeout(PATIENCE_S):
+                while not (await http.post("/v1/streams/lookup", json={"conversation_ids": [name]})).json():
+                    await asyncio.sleep(0)
+            writer.transport.abort()
+        assert (await http.delete("/v1/stream", params={"conv_id": "stopped"})).status_code == 204
+        go_on.set()
+        assert plain((await http.get("/v1/stream", params={"conv_id": "read"})).text) == plain(
+            (await http.post("/v1/completions", json=body)).text
+        )
+        assert (await http.get("/v1/stream", params={"conv_id": "stopped"})).status_code == 404
+        await until_metric(http, "tightrope_cancelled_total", 1.0)
+
+
 async def until_metric(http: httpx.AsyncClient, name: str, value: float) -> None:
     async with asyncio.timeout(PATIENCE_S):
         while f"{name} {value}" not in (await http.get("/metrics")).text.splitlines():
@@ -226,52 +320,72 @@ async def given(*pieces: bytes) -> AsyncGenerator[bytes, None]:
         yield piece
 
 
-async def read(streams: KeptStreams, stream: KeptStream, number: int = 0) -> bytes:
-    return b"".join([event async for event in streams.read(stream, number)])
+def begin(streams: KeptStreams, pieces: AsyncGenerator[bytes, None]) -> KeptStream:
+    stream = streams.open(b"", "openai")
+    streams.write(stream, pieces)
+    return stream
+
+
+async def read(streams: KeptStreams, stream: KeptStream, place: int = 0) -> bytes:
+    return b"".join([piece async for piece in streams.read(stream, place)])
 
 
 async def test_what_has_ended_goes_first_and_a_stream_that_is_too_long_loses_its_beginning() -> None:
     streams = KeptStreams(4 * OVERHEAD_BYTES, 60.0)
-    ended = streams.begin(given(b"data: a\n\n"), b"", "openai")
+    ended = begin(streams, given(b"data: a\n\n"))
     await read(streams, ended)
-    other = streams.begin(given(b"data: b\n\n"), b"", "openai")
+    other = begin(streams, given(b"data: b\n\n"))
     await read(streams, other)
     events = [b"data: %4d %b\n\n" % (number, b"x" * 1000) for number in range(50)]
-    long = streams.begin(given(*events), b"", "openai")
+    long = begin(streams, given(*events))
     assert long.task is not None
     await long.task
 
-    assert streams.num_bytes <= 4 * OVERHEAD_BYTES
+    assert streams.num_bytes == long.num_bytes <= 4 * OVERHEAD_BYTES
     for gone in (ended, other):
         with pytest.raises(StreamNotFound, match="not kept any more"):
             streams.find(gone.id, b"")
     with pytest.raises(StreamNotFound, match="are not kept any more"):
-        await read(streams, long, 3)
-    assert (await read(streams, long, 49)).endswith(events[49])
+        await read(streams, long, long.behind(3))
+    rest = await read(streams, long, long.behind(45))
+    assert rest == b"".join(b"id: %b.%d\n%b" % (long.id.encode(), n + 1, events[n]) for n in range(45, 50))
     with pytest.raises(InvalidRequest, match="has 50 events"):
-        long.check(51)
+        long.behind(51)
     await streams.close()
     assert (len(streams), streams.num_bytes) == (0, 0)
 
 
-async def test_comments_are_for_who_reads_now_and_have_no_number() -> None:
-    go_on = asyncio.Event()
+async def test_comments_have_no_number_and_are_bytes_of_the_stream() -> None:
+    streams = KeptStreams(1 << 20, 60.0)
+    comment = b": read 1 of 2 tokens\n\n"
+    stream = begin(streams, given(b"data: a\n\n", comment, b"data: b\n\n" + comment + b"data: c\n\n"))
+    whole = await read(streams, stream)
+    name = stream.id.encode()
+    a, b, c = (b"id: %b.%d\ndata: %b\n\n" % (name, n, letter) for n, letter in enumerate((b"a", b"b", b"c"), 1))
+    assert whole == a + comment + b + comment + c
+    assert await read(streams, stream, stream.behind(1)) == comment + b + comment + c
+    assert await read(streams, stream, stream.behind(3)) == b""
+    await streams.close()
+
+
+async def test_a_silent_stream_is_pinged_for_all_who_read_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kept_streams, "PING_S", 0.002)
+    goes_on = asyncio.Event()
 
     async def pieces() -> AsyncGenerator[bytes, None]:
         yield b"data: a\n\n"
-        await go_on.wait()
-        yield b": read 1 of 2 tokens\n\n"
-        yield b"data: b\n\ndata: c\n\n"
+        await goes_on.wait()
+        yield b"data: b\n\n"
 
     streams = KeptStreams(1 << 20, 60.0)
-    stream = streams.begin(pieces(), b"", "openai")
-    reader = streams.read(stream, 0)
-    first = await anext(reader)
-    go_on.set()
-    now = first + b"".join([event async for event in reader])
-    later = await read(streams, stream)
-    name = stream.id.encode()
-    whole = b"".join(b"id: %b.%d\ndata: %b\n\n" % (name, n, letter) for n, letter in enumerate((b"a", b"b", b"c"), 1))
-    assert later == whole
-    assert now.replace(b": read 1 of 2 tokens\n\n", b"") == whole
+    stream = begin(streams, pieces())
+    had = b""
+    async for piece in streams.read(stream):
+        had += piece
+        if had.count(PING) > 2:
+            goes_on.set()
+    assert had == await read(streams, stream)
+    assert had.replace(PING, b"") == b"".join(
+        b"id: %b.%d\ndata: %b\n\n" % (stream.id.encode(), n, letter) for n, letter in enumerate((b"a", b"b"), 1)
+    )
     await streams.close()
