@@ -164,6 +164,12 @@ class Checkpoint:
         if mapped is not None:
             mapped.madvise(mmap.MADV_DONTNEED)
 
+    def release_part(self, path: Path, begin: int, end: int) -> None:
+        """The same for the whole pages of bytes begin .. end of a file, which stays mapped."""
+        begin, end = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
+        if path in self._maps and begin < end:
+            self._maps[path].madvise(mmap.MADV_DONTNEED, begin, end - begin)
+
     def check_finite(self, name: str, tensor: "Tensor") -> None:
         """Raise BackendError if a floating-point tensor, read by that name, has a NaN or an infinity.
 

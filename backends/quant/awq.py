@@ -6,13 +6,13 @@ Source: AutoAWQ 0.2.9, the GEMM layout (modules/linear/gemm.py, utils/packing_ut
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from tightrope.backends.errors import BackendError
 from tightrope.backends.files.safetensors import Checkpoint
 from tightrope.backends.quant.format import FLOATS, Format, Packed, Settings
 from tightrope.backends.quant.stated import check_meaning, layout_of, whole_number
-from tightrope.kernels.forms.quantized import QuantizedMatrix, arrange, pack_slices, tiled
+from tightrope.kernels.forms.quantized import QuantizedMatrix, are_all, arrange, tiled
+from tightrope.kernels.packing import nibble_starts, pack_nibbles, unpack_rows
 
 NIBBLE_OF_OUTPUT = (0, 4, 1, 5, 2, 6, 3, 7)  # They are the eight in a word.
 
@@ -22,6 +22,7 @@ class Awq(Format):
 
     name = "AWQ"
     methods = ("awq",)
+    codes = "qweight"
     parts = ("qweight", "qzeros", "scales")
 
     @classmethod
@@ -57,6 +58,8 @@ class Awq(Format):
     def check(self, packed: Packed, num_inputs: int, num_outputs: int) -> None:
         packed.expect("qweight", (num_inputs, num_outputs // 8), "I32")
         groups = packed.shape("scales", 2)[:1]
+        if num_outputs % 8:
+            raise packed.wrong("scales", f"has {num_outputs} outputs; words of eight make a multiple of 8")
         packed.expect("scales", (*groups, num_outputs), *FLOATS)
         packed.expect("qzeros", (*groups, num_outputs // 8), "I32")
         if not groups[0] or num_inputs % groups[0]:
@@ -66,25 +69,16 @@ class Awq(Format):
         scales = packed.read("scales")
         groups = len(scales)
         rows = arrange(torch.arange(num_inputs), [num_inputs // groups] * groups, [4] * groups)
-        words = packed.read("qweight")
-        zeros = _unpack(packed.contents("qzeros")).to(torch.int16)
+        nibble_of = torch.tensor(NIBBLE_OF_OUTPUT, dtype=torch.int32)
+        starts = nibble_starts(nibble_of, num_outputs // 8)
+        zeros = unpack_rows(packed.contents("qzeros"), starts, 4, 0, torch.int16)
         return QuantizedMatrix(
             num_inputs,
             num_outputs,
             rows.source,
             rows.group_starts,
             rows.group_bits,
-            pack_slices(
-                lambda a, b: rows.gather(_unpack(words[:, a // 8 : -(-b // 8)])), num_outputs, rows, packed.device
-            ),
+            pack_nibbles(packed.read("qweight"), nibble_of, rows, num_outputs, packed.take),
             scales=tiled(scales if scales.dtype == torch.float16 else scales.float()),
-            zeros=None if bool((zeros == 8).all()) else tiled(zeros).to(packed.device),
+            zeros=None if are_all(zeros, 8, num_outputs) else zeros.to(packed.device),
         )
-
-
-def _unpack(words: Tensor) -> Tensor:
-    """Codes [., 8 * W] uint8 of words [., W] int32."""
-    codes = words.new_empty(*words.shape, 8, dtype=torch.uint8)
-    for output, nibble in enumerate(NIBBLE_OF_OUTPUT):
-        codes[..., output] = (words >> (4 * nibble)) & 15
-    return codes.flatten(1)

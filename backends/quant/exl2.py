@@ -10,8 +10,8 @@ from torch import Tensor
 
 from tightrope.backends.files.safetensors import Checkpoint
 from tightrope.backends.quant.format import Format, Packed
-from tightrope.backends.quant.streams import unstream
-from tightrope.kernels.forms.quantized import PLANES, QuantizedMatrix, arrange, pack_slices, tiled
+from tightrope.kernels.forms.quantized import PLANES, QuantizedMatrix, Rows, arrange
+from tightrope.kernels.packing import pack_columns, unpack_rows
 
 
 class Exl2(Format):
@@ -19,6 +19,7 @@ class Exl2(Format):
 
     name = "EXL2"
     methods = ("exl2",)
+    codes = "q_weight"
     parts = ("q_weight", "q_scale", "q_scale_max", "q_groups", "q_invperm")
     optional = ("q_perm", "q_group_map")  # Both follow from the others.
 
@@ -50,25 +51,15 @@ class Exl2(Format):
         if sum(counts) != num_inputs:
             raise packed.wrong("q_groups", f"describes {sum(counts)} rows; the linear has {num_inputs} inputs")
         rows = arrange(_permutation(packed), counts, bits)
-        borders = rows.group_starts.tolist()
-
-        runs = _runs(bits, starts, counts, borders)
-
-        def codes(begin: int, end: int) -> Tensor:
-            made = words.new_zeros(borders[-1], end - begin, dtype=torch.uint8)
-            for width, first, last, row in runs:
-                group = unstream(words[first:last, begin:end], width)
-                made[row : row + len(group)] = group
-            return made
-
+        nibbles = 4 * torch.arange(num_outputs, dtype=torch.int32)
         return QuantizedMatrix(
             num_inputs,
             num_outputs,
             rows.source,
             rows.group_starts,
             rows.group_bits,
-            pack_slices(codes, num_outputs, rows, packed.device),
-            scale_codes=tiled(unstream(packed.read("q_scale").t().contiguous(), 4).t()[:, :num_outputs] + 1),
+            pack_columns(words, _starts(rows, starts, counts), rows, num_outputs, packed.take),
+            scale_codes=unpack_rows(packed.read("q_scale"), nibbles, 4, 1, torch.uint8),
             group_max=packed.read("q_scale_max").float(),
         )
 
@@ -88,15 +79,12 @@ def _groups(packed: Packed, num_words: int) -> tuple[list[int], list[int]]:
     return bits, starts
 
 
-def _runs(bits: list[int], starts: list[int], counts: list[int], borders: list[int]) -> list[tuple[int, int, int, int]]:
-    """(bits, first word, end word, first stored row) of neighbouring groups of one width, but for those filled up."""
-    runs: list[tuple[int, int, int, int]] = []
-    for g, width in enumerate(bits):
-        if runs and runs[-1][0] == width and borders[g] - borders[g - 1] == counts[g - 1]:
-            runs[-1] = (width, runs[-1][1], starts[g + 1], runs[-1][3])
-        else:
-            runs.append((width, starts[g], starts[g + 1], borders[g]))
-    return runs
+def _starts(rows: Rows, first_words: list[int], counts: list[int]) -> Tensor:
+    """The bit of a column at which each stored row begins [R] int64, -1 for rows that fill up a group."""
+    group = torch.arange(len(counts)).repeat_interleave(rows.group_starts.diff().long())
+    place = torch.arange(len(group)) - rows.group_starts[group]
+    starts = 32 * torch.tensor(first_words)[group] + place * rows.group_bits[group]
+    return torch.where(place < torch.tensor(counts)[group], starts, -1)
 
 
 def _permutation(packed: Packed) -> Tensor:

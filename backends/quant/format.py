@@ -11,7 +11,8 @@ from torch import Tensor
 
 from tightrope.backends.errors import BackendError
 from tightrope.backends.files.safetensors import Checkpoint, TensorEntry
-from tightrope.kernels.forms.quantized import Nf4Matrix, QuantizedMatrix
+from tightrope.kernels.forms.quantized import Nf4Matrix, QuantizedMatrix, Take
+from tightrope.kernels.packing import new_tiles
 
 Settings = Mapping[str, Any]  # They are a model's own words on its quantization, as JSON has them.
 FLOATS = ("F16", "BF16", "F32")
@@ -20,11 +21,15 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """The tensors of one quantized linear, `module` in the files' words; they are read onto `device`."""
+    """The tensors of one quantized linear, `module` in the files' words; they are read onto `device`.
+
+    take: memory for its codes on a CPU, beside those of linears that may become one matrix with it.
+    """
 
     checkpoint: Checkpoint
     module: str
     device: torch.device = CPU
+    take: Take = new_tiles
 
     def name(self, part: str) -> str:
         return f"{self.module}.{part}"
@@ -80,6 +85,7 @@ class Format(ABC):
     name: ClassVar[str]
     parts: ClassVar[tuple[str, ...]]  # These tensors tell that a linear is quantized; each must be there.
     optional: ClassVar[tuple[str, ...]] = ()  # A linear may have these, too.
+    codes: ClassVar[str] = ""  # This tensor's rows are those of the matrix, where linears may be joined to one.
     methods: ClassVar[tuple[str, ...]] = ()  # By a quant_method of these nothing but the storing of weights changes.
 
     @classmethod

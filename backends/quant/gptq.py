@@ -17,8 +17,8 @@ from tightrope.backends.errors import BackendError
 from tightrope.backends.files.safetensors import Checkpoint
 from tightrope.backends.quant.format import FLOATS, Format, Packed, Settings
 from tightrope.backends.quant.stated import check_meaning, group_sizes, is_awq, is_symmetric, layout_of, whole_number
-from tightrope.backends.quant.streams import unstream
-from tightrope.kernels.forms.quantized import QuantizedMatrix, arrange, pack_slices, tiled
+from tightrope.kernels.forms.quantized import QuantizedMatrix, are_all, arrange, tiled
+from tightrope.kernels.packing import pack_columns, unpack_rows
 
 BITS = (2, 3, 4, 8)
 
@@ -39,6 +39,7 @@ class Gptq(Format):
 
     name = "GPTQ"
     methods = ("gptq", "auto-round")
+    codes = "qweight"
     parts = ("qweight", "qzeros", "scales")
     optional = ("g_idx",)
 
@@ -87,7 +88,7 @@ class Gptq(Format):
         packed.expect("qweight", (num_inputs * bits // 32, num_outputs), "I32")
         groups = packed.shape("scales", 2)[:1]
         packed.expect("scales", (*groups, num_outputs), *FLOATS)
-        packed.expect("qzeros", (*groups, num_outputs * bits // 32), "I32")
+        packed.expect("qzeros", (*groups, -(-num_outputs * bits // 32)), "I32")
         if not groups[0]:
             raise packed.wrong("scales", "has no group")
         if packed.has("g_idx"):
@@ -103,19 +104,22 @@ class Gptq(Format):
         used = counts.nonzero()[:, 0]
         inputs = group_of.argsort(stable=True)
         rows = arrange(inputs, counts[used].tolist(), [bits] * len(used))
-        zeros = unstream(packed.contents("qzeros").t().contiguous(), bits).t()[used].to(torch.int16)
-        zeros = zeros if self.is_v2 else zeros + 1  # There is no carry: 2^bits is a zero point, too.
-        scales = scales[used.to(scales.device)]
-        words = packed.read("qweight")
+        more = 0 if self.is_v2 else 1  # There is no carry: 2^bits is a zero point, too.
+        zero_starts = bits * torch.arange(num_outputs, dtype=torch.int32)
+        zeros = unpack_rows(packed.contents("qzeros"), zero_starts, bits, more, torch.int16)
+        if len(used) < len(scales):
+            scales, zeros = scales[used.to(scales.device)], zeros[:, used]
+        source = torch.arange(num_inputs) if rows.source is None else rows.source.long()
+        starts = torch.where(source < 0, -1, bits * source)
         return QuantizedMatrix(
             num_inputs,
             num_outputs,
             rows.source,
             rows.group_starts,
             rows.group_bits,
-            pack_slices(lambda a, b: rows.gather(unstream(words[:, a:b], bits)), num_outputs, rows, packed.device),
+            pack_columns(packed.read("qweight"), starts, rows, num_outputs, packed.take),
             scales=tiled(scales if scales.dtype == torch.float16 else scales.float()),
-            zeros=None if bool((zeros == 1 << (bits - 1)).all()) else tiled(zeros).to(packed.device),
+            zeros=None if are_all(zeros, 1 << (bits - 1), num_outputs) else zeros.to(packed.device),
         )
 
     def _group_of(self, packed: Packed, num_inputs: int, num_groups: int) -> Tensor:

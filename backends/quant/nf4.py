@@ -9,11 +9,13 @@ from math import gcd
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tightrope.backends.files.safetensors import Checkpoint
 from tightrope.backends.quant.format import Format, Packed
-from tightrope.kernels.forms.quantized import Nf4Matrix, pack_nf4
+from tightrope.kernels.forms.quantized import Nf4Matrix
+from tightrope.kernels.packing import pack_pairs
 
 STATES = ("weight.quant_state.bitsandbytes__nf4", "weight.quant_state.bitsandbytes__fp4")
 MAX_STATE = 1 << 16  # It is in bytes of JSON.
@@ -76,22 +78,24 @@ class Nf4(Format):
     def build(self, packed: Packed, num_inputs: int, num_outputs: int) -> Nf4Matrix | Tensor:
         state = _read_state(packed)
         raw = packed.raw("weight").flatten().view(torch.uint8)
-        codes = torch.stack((raw >> 4, raw & 15), 1).flatten()[: num_inputs * num_outputs].view(state.shape)
         book, scales = packed.read("weight.quant_map"), _scales(packed, state)
         if state.run % 8:  # No kernel's form has such blocks.
+            codes = torch.stack((raw >> 4, raw & 15), 1).flatten()[: num_inputs * num_outputs].view(state.shape)
             spread = scales.repeat_interleave(state.blocksize)[: codes.numel()]
             return book[codes.long()] * spread.view(state.shape)
-        first = torch.arange(0, codes.numel(), state.run, device=packed.device)  # It is the first weight of each run.
-        return pack_nf4(codes, scales[first // state.blocksize].view(num_outputs, -1), book, state.run)
+        return pack_pairs(raw, scales, state.shape, state.blocksize, state.run, book)
 
 
 def _scales(packed: Packed, state: _State) -> Tensor:
-    """The scale of each run of weights, float32."""
+    """The scale of each block of weights, float32."""
     absmax = packed.read("weight.absmax")
     if not state.nested_blocksize:
         return absmax
-    factors = packed.read("weight.nested_absmax").repeat_interleave(state.nested_blocksize)[: len(absmax)]
-    return packed.read("weight.nested_quant_map")[absmax.long()] * factors + state.nested_offset
+    count = len(absmax)
+    size = min(state.nested_blocksize, max(count, 1))
+    codes = F.pad(absmax, (0, -count % size)).int()
+    scales = packed.read("weight.nested_quant_map").index_select(0, codes).view(-1, size)
+    return scales.mul_(packed.read("weight.nested_absmax").unsqueeze(1)).add_(state.nested_offset).flatten()[:count]
 
 
 def _state_part(packed: Packed) -> str:

@@ -52,11 +52,11 @@ def usable() -> Sequence[str]:
     """
     if not build_path("portable").exists():
         return ()
-    widest: int = _open("portable").tightrope_instruction_set()
+    widest: int = open_build("portable").tightrope_instruction_set()
     return [name for name in reversed(INSTRUCTION_SETS[: widest + 1]) if build_path(name).exists()]
 
 
-def _open(instruction_set: str) -> ctypes.CDLL:
+def open_build(instruction_set: str) -> ctypes.CDLL:
     """The build for an instruction set. Raises UnusableBuild where it isn't one of this version."""
     path = build_path(instruction_set)
     try:
@@ -82,7 +82,7 @@ class NativeSearch:
 
     def __init__(self, instruction_set: str) -> None:
         """Raises UnusableBuild."""
-        self._search = _function(_open(instruction_set), "search_file", "illplpp")
+        self._search = typed_function(open_build(instruction_set), "search_file", "illplpp")
 
     def search_file(self, file: int, start: int, num_bytes: int, masks: Masks, buffer: NDArray[np.uint8]) -> int | None:
         """See kernels.reference.search_file."""
@@ -99,7 +99,7 @@ class NativeSearch:
         return None
 
 
-def _function(library: ctypes.CDLL, name: str, types: str) -> Callable[..., None]:
+def typed_function(library: ctypes.CDLL, name: str, types: str) -> Callable[..., None]:
     try:
         found = library[f"tightrope_{name}"]
     except AttributeError:
@@ -114,10 +114,10 @@ class NativeKernels:
     def __init__(self, instruction_set: str) -> None:
         """Raises UnusableBuild."""
         self.instruction_set = instruction_set
-        library = _open(instruction_set)
+        library = open_build(instruction_set)
 
         def function(name: str, types: str) -> Callable[..., None]:
-            return _function(library, name, types)
+            return typed_function(library, name, types)
 
         self.set_threads = function("set_threads", "i")
         self._linear = function("linear", "ppippiii")

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+Take = Callable[[int, int], Tensor]  # Memory for so many tiles of so many bytes.
+
 TILE = 16  # Outputs of a tile.
 LINE = 64  # Bytes: 4 codes, or parts of codes, side by side for each of a tile's outputs.
 SLICE, SLICE_ON_CARD = 256, 4096  # Outputs packed at a time: in a processor's caches, or in few launches.
@@ -149,33 +151,56 @@ class Rows:
         return rows
 
 
+class Room:
+    """Memory for the codes of matrices that belong together, each in its place, so that they can be one matrix."""
+
+    def __init__(self, num_tiles: int) -> None:
+        """It is taken when the first of them is packed."""
+        self._num_tiles, self._whole = num_tiles, torch.empty(0, 0, dtype=torch.uint8)
+
+    def take(self, first_tile: int, num_tiles: int, tile_bytes: int) -> Tensor:
+        """[num_tiles, tile_bytes] uint8, not filled; elsewhere for tiles of another size than the first ones."""
+        if not self._whole.numel():
+            self._whole = torch.empty(self._num_tiles, tile_bytes, dtype=torch.uint8)
+        if self._whole.shape[1] != tile_bytes:
+            return torch.empty(num_tiles, tile_bytes, dtype=torch.uint8)
+        return self._whole[first_tile : first_tile + num_tiles]
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """Tensors one below the other: without a copy where they lie so in memory already."""
+    first, end = parts[0], parts[0].data_ptr()
+    for part in parts:
+        is_next = part.data_ptr() == end and part.is_contiguous() and not part.is_meta
+        if not is_next or part.untyped_storage().data_ptr() != first.untyped_storage().data_ptr():
+            return torch.cat(list(parts))
+        end += part.nbytes
+    return first.as_strided((sum(map(len, parts)), *first.shape[1:]), first.stride())
+
+
 def arrange(inputs: Tensor, group_rows: Sequence[int], group_bits: Sequence[int]) -> Rows:
     """Stored rows for `inputs` [K], listed group after group; each group is filled up to whole blocks.
 
     The tensors of the result are on the CPU: they are read here and there, to see how rows are stored.
     """
-    starts, source, end = [0], [], 0
-    inputs = inputs.cpu()
-    for size, bits in zip(group_rows, group_bits, strict=True):
-        source.append(F.pad(inputs[end : end + size].to(torch.int32), (0, -size % BLOCK_ROWS[bits]), value=-1))
-        end += size
-        starts.append(starts[-1] + len(source[-1]))
-    assert end == len(inputs)
-    joined = torch.cat(source)
+    counts = torch.tensor(group_rows)
+    assert int(counts.sum()) == len(inputs)
+    blocks = torch.tensor([BLOCK_ROWS[bits] for bits in group_bits])
+    filled = (counts + blocks - 1) // blocks * blocks
+    starts, ends = (F.pad(sizes.cumsum(0), (1, 0)) for sizes in (filled, counts))
+    stored = torch.arange(len(inputs)) + (starts - ends)[:-1].repeat_interleave(counts)
+    joined = torch.full((int(starts[-1]),), -1, dtype=torch.int32)
+    joined[stored] = inputs.cpu().to(torch.int32)
     is_plain = torch.equal(joined, torch.arange(len(inputs), dtype=torch.int32))
-    return Rows(
-        None if is_plain else joined,
-        torch.tensor(starts, dtype=torch.int32),
-        torch.tensor(group_bits, dtype=torch.uint8),
-    )
+    return Rows(None if is_plain else joined, starts.int(), torch.tensor(group_bits, dtype=torch.uint8))
 
 
 def pack(codes: Tensor, rows: Rows) -> Tensor:
     """The bytes [C, bytes] of codes [R, N] uint8, each less than 2^bits of its group."""
     codes = F.pad(codes, (0, -codes.shape[1] % TILE))
     tiles = codes.shape[1] // TILE
-    packed = codes.new_empty(tiles, _num_bytes(rows))
-    for bits, begin, end, at in _runs(rows):
+    packed = codes.new_empty(tiles, tile_bytes(rows))
+    for bits, begin, end, at in runs_of(rows):
         blocks = codes[begin:end].view(-1, BLOCK_ROWS[bits], tiles * TILE)
         lines, shift = [], 0
         for width in PLANES[bits]:
@@ -199,7 +224,7 @@ def pack_slices(
 
     What is made on the way then stays in a processor's cache, and takes little room beside a large matrix.
     """
-    packed = torch.empty(-(-num_outputs // TILE), _num_bytes(rows), dtype=torch.uint8, device=device)
+    packed = torch.empty(-(-num_outputs // TILE), tile_bytes(rows), dtype=torch.uint8, device=device)
     width = SLICE if packed.is_cpu else SLICE_ON_CARD
     for begin in range(0, num_outputs, width):
         end = min(begin + width, num_outputs)
@@ -212,7 +237,7 @@ def unpack(matrix: QuantizedMatrix) -> Tensor:
     rows = Rows(matrix.source, matrix.group_starts, matrix.group_bits)
     tiles = len(matrix.codes)
     codes = matrix.codes.new_zeros(matrix.num_rows, tiles * TILE)
-    for bits, begin, end, at in _runs(rows):
+    for bits, begin, end, at in runs_of(rows):
         blocks = codes[begin:end].view(-1, BLOCK_ROWS[bits], tiles * TILE)
         num_lines = BLOCK_ROWS[bits] * TILE * bits // (8 * LINE)
         stored = matrix.codes[:, at : at + len(blocks) * num_lines * LINE].view(tiles, len(blocks), num_lines, TILE, 4)
@@ -237,6 +262,12 @@ def tiled(values: Tensor) -> Tensor:
 def untiled(values: Tensor, num_outputs: int) -> Tensor:
     """[G, N] of values [C, G, 16]."""
     return values.transpose(0, 1).flatten(1)[:, :num_outputs]
+
+
+def are_all(tile_values: Tensor, value: int, num_outputs: int) -> bool:
+    """Whether values [C, G, 16] of so many outputs are all this one."""
+    rest = num_outputs % TILE or TILE
+    return bool((tile_values[:-1] == value).all()) and bool((tile_values[-1:, :, :rest] == value).all())
 
 
 def pack_nf4(codes: Tensor, scales: Tensor, codebook: Tensor, blocksize: int) -> Nf4Matrix:
@@ -314,12 +345,12 @@ def _scaled(matrix: QuantizedMatrix, units: Tensor, codes: Tensor | None) -> Ten
     return own if codes is None else own * codes.float()
 
 
-def _num_bytes(rows: Rows) -> int:
+def tile_bytes(rows: Rows) -> int:
     """Bytes of a tile's codes."""
     return int((rows.group_starts.diff() * rows.group_bits).sum()) * TILE // 8
 
 
-def _runs(rows: Rows) -> Iterator[tuple[int, int, int, int]]:
+def runs_of(rows: Rows) -> Iterator[tuple[int, int, int, int]]:
     """(bits, first row, end row, first byte of a tile) of neighbouring groups of the same width."""
     starts, widths = rows.group_starts.tolist(), rows.group_bits.tolist()
     begin = at = 0

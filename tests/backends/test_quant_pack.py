@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rounded import Rounded
+from streams import unstream
 from torch import Tensor
 
-from tightrope.backends.quant.streams import unstream
 from tightrope.kernels import reference
 from tightrope.kernels.forms.quantized import (
     BLOCK_ROWS,

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from streams import unstream
 from torch import Tensor
 
 from bench.gpu.matrices import random_matrix
 from tightrope.backends.hf.modules.matrices import Columns, runs_exllama, side_by_side
-from tightrope.backends.quant.streams import unstream
 from tightrope.kernels import dispatch, exllama
 from tightrope.kernels.forms.quantized import QuantizedMatrix, dequantize
 

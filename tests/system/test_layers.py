@@ -104,15 +104,16 @@ def test_the_help_is_printed_without_the_web_framework():
     assert result.stdout.splitlines()[-1] == "[]"
 
 
-def test_only_the_dispatcher_imports_a_kernel_implementation():
-    # what chooses, what crosses, the specification, and what tries them out
-    free = ("dispatch", "forms", "reference", "trial")
+def test_only_what_chooses_imports_a_kernel_implementation():
+    # for steps and for loads; what crosses, the specification, and what tries them out
+    choosing = ("dispatch", "packing")
+    free = (*choosing, "forms", "reference", "trial")
     reached = [
         (path, name)
         for floor in FLOORS
         for path in sources(floor)
         for name in imported(path)
-        if floor_of(name) == 0 and path != ROOT / "kernels/dispatch.py"
+        if floor_of(name) == 0 and path not in [ROOT / f"kernels/{chooser}.py" for chooser in choosing]
         if (part := name.split(".")[2]) not in free and not path.is_relative_to(ROOT / "kernels" / part)
     ]
 

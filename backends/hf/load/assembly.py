@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -12,6 +13,8 @@ from tightrope.backends.files.tensor_names import FileNames
 from tightrope.backends.hf.load.weights import ExpertWeights, LinearWeights, WantedWeights, Weight
 from tightrope.backends.hf.modules.matrices import Matrix, Piece, side_by_side
 from tightrope.backends.quant.find import Quantization
+from tightrope.kernels.forms.quantized import TILE, Room, Take
+from tightrope.kernels.packing import new_tiles
 
 Hold = Callable[[Matrix], Matrix]
 SHARES_BYTES = 4096  # At most, for how a matrix is shared out and joined on a card, and for the book of its codes.
@@ -112,7 +115,11 @@ class _Assembler:
         rows = [part for row in wanted.rows for part in self._split(*row)]
         if not any(self._module(name) for name, _ in rows):
             return None
-        sources = tuple(self._source(name, count, wanted.width, wanted.has_bias) for name, count in rows)
+        places = self._places(rows)
+        sources = tuple(
+            self._source(name, count, wanted.width, wanted.has_bias, take)
+            for (name, count), take in zip(rows, places, strict=True)
+        )
 
         def deliver(built: Sequence[tuple[Piece, Tensor | None]], hold: Hold) -> None:
             wanted.deliver(hold(side_by_side([piece for piece, _ in built], self.device)))
@@ -132,11 +139,12 @@ class _Assembler:
             if self._module(wanted.module(0, parts[0])) is None:
                 continue
             step = len(parts)
-            sources = tuple(
-                self._source(wanted.module(expert, part), rows // step, width, False)
-                for expert in range(count)
-                for part in parts
-            )
+            found: list[Source] = []
+            for expert in range(count):
+                names = [(wanted.module(expert, part), rows // step) for part in parts]
+                for (name, outputs), take in zip(names, self._places(names), strict=True):
+                    found.append(self._source(name, outputs, width, False, take))
+            sources = tuple(found)
 
             return Assembly(sources, partial(self._deliver_experts, wanted, sources, step), are_experts=True)
         return None
@@ -176,12 +184,27 @@ class _Assembler:
                 return found[0].removesuffix(f".{part}")
         return None
 
-    def _source(self, name: str, outputs: int, inputs: int, has_bias: bool) -> Source:
+    def _places(self, rows: Sequence[tuple[str, int]]) -> list[Take]:
+        """Where the codes of linears go: side by side if they may become one matrix, as `side_by_side` makes it."""
+        form, modules = self.found.format, [self._module(name) for name, _ in rows]
+        apart: list[Take] = [new_tiles for _ in rows]
+        if not form.codes or None in modules or any(count % TILE for _, count in rows[:-1]):
+            return apart
+        packed = [self.found.packed(module) for module in modules if module is not None]
+        if any(not one.has(form.codes) for one in packed):
+            return apart  # What is missing is said by the format's own check.
+        if len({one.entry(form.codes).shape[:1] for one in packed}) > 1:
+            return apart
+        starts = [0, *accumulate(-(-count // TILE) for _, count in rows)]
+        room = Room(starts.pop())
+        return [partial(room.take, start) for start in starts]
+
+    def _source(self, name: str, outputs: int, inputs: int, has_bias: bool, take: Take) -> Source:
         """A linear of the files, checked as far as headers tell."""
         module = self._module(name)
         if module is None:
             return self._plain(name, outputs, inputs, has_bias)
-        format, packed = self.found.format, self.found.packed(module, self.device)
+        format, packed = self.found.format, replace(self.found.packed(module, self.device), take=take)
         format.check(packed, inputs, outputs)
         tensors = self.found.tensors(module)
         if has_bias or packed.has("bias"):

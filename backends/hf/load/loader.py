@@ -1,7 +1,7 @@
-"""From the files straight to their place: shard by shard, each tensor's values checked and copied once.
+"""From the files straight to their place: each tensor's values are checked and copied once, in the order of the files.
 
-Everything that headers can tell has been checked before (matching.py). At most the model and one mapped shard
-are in memory.
+Everything that headers can tell has been checked before (matching.py). In memory are the model, and of the files the
+tensors of one linear.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -11,12 +11,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from tightrope.backends.files.read_ahead import reading_ahead
 from tightrope.backends.files.safetensors import Checkpoint
 from tightrope.backends.files.tensor_names import FileNames
 from tightrope.backends.hf.load.arena import Arena
 from tightrope.backends.hf.load.assembly import Assembly, Hold
 from tightrope.backends.hf.load.matching import DTYPES, choose
 from tightrope.backends.hf.load.weights import Part, Weight
+from tightrope.kernels.packing import copy_finite
 
 Progress = Callable[[float], None]  # It is told the share loaded, 0 to 1.
 
@@ -27,6 +29,14 @@ class _Place:
 
     target: Tensor
     part: Part
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """A part of the work, and the tensors of the files that it reads."""
+
+    tensors: tuple[str, ...]
+    make: Callable[[], None]
 
 
 def load_weights(
@@ -48,7 +58,7 @@ def load_weights(
         for part in parts:
             places.setdefault(part.name, []).append(_Place(target, part))
     hold: Hold = (lambda matrix: matrix) if arena is None else arena.holding
-    _copy(places, _due(assemblies, checkpoint, hold), checkpoint, progress)
+    _work(_in_order(places, assemblies, checkpoint, hold), checkpoint, progress)
     for target, offset in shifted:
         target.add_(offset)
 
@@ -91,41 +101,46 @@ def _merged(weights: Sequence[Weight], head: str, table: str, *, with_both: bool
     return [shared if weight is first else weight for weight in weights if weight is not second]
 
 
-def _due(assemblies: Sequence[Assembly], checkpoint: Checkpoint, hold: Hold) -> dict[str, list[Callable[[], None]]]:
-    """What is to be built after each tensor: the linears of which it is the last."""
-    order = {name: i for i, name in enumerate(name for shard in checkpoint.shards() for name in shard.names)}
-    due: dict[str, list[Callable[[], None]]] = {}
+def _in_order(
+    places: Mapping[str, Sequence[_Place]], assemblies: Sequence[Assembly], checkpoint: Checkpoint, hold: Hold
+) -> list[_Piece]:
+    """What is to be done, as the largest tensors lie in the files: some writers put all scales behind all codes."""
+    pieces = [_Piece((name,), partial(_fill, own, name, checkpoint)) for name, own in places.items()]
     for assembly in assemblies:
         for i, source in enumerate(assembly.sources):
-            due.setdefault(max(source.tensors, key=order.__getitem__), []).append(partial(assembly.build, i, hold))
-    return due
+            pieces.append(_Piece(source.tensors, partial(assembly.build, i, hold)))
+    shards = {shard.path: i for i, shard in enumerate(checkpoint.shards())}
+
+    def place(piece: _Piece) -> tuple[int, int]:
+        largest = max((checkpoint.tensors[name] for name in piece.tensors), key=lambda tensor: tensor.num_bytes)
+        return shards[largest.file], largest.begin
+
+    return sorted(pieces, key=place)
 
 
-def _copy(
-    places: Mapping[str, Sequence[_Place]], due: Mapping[str, Sequence[Callable[[], None]]],
-    checkpoint: Checkpoint, progress: Progress,
-) -> None:  # fmt: skip
-    """Each tensor of the files to its places, in the order of the files."""
-    done = 0
+def _work(pieces: Sequence[_Piece], checkpoint: Checkpoint, progress: Progress) -> None:
+    """Make the pieces, giving back what was read for each."""
+    tensors = [[checkpoint.tensors[name] for name in piece.tensors] for piece in pieces]
+    done, whole = 0, sum(tensor.num_bytes for some in tensors for tensor in some)
+    with reading_ahead([(tensor.file, tensor.begin, tensor.end) for some in tensors for tensor in some]) as ahead:
+        for piece, some in zip(pieces, tensors, strict=True):
+            piece.make()
+            for tensor in some:
+                checkpoint.release_part(tensor.file, tensor.begin, tensor.end)
+                done += tensor.num_bytes
+            ahead.reached(done)
+            progress(done / whole)
     for shard in checkpoint.shards():
-        for name in shard.names:
-            if name in places:
-                _fill(places[name], name, checkpoint)
-            for build in due.get(name, ()):
-                build()
-            done += checkpoint.tensors[name].num_bytes
-            progress(done / checkpoint.weight_bytes)
-        for mapped in checkpoint.shards():  # A linear may have begun in another.
-            checkpoint.release(mapped)
+        checkpoint.release(shard)
 
 
 def _fill(places: Sequence[_Place], name: str, checkpoint: Checkpoint) -> None:
     if all(place.target.is_meta for place in places):
         return  # There is nothing to keep, so nothing is read.
     tensor = checkpoint.read(name)
-    checkpoint.check_finite(name, tensor)
     for place in places:
-        place.target[place.part.at].copy_(tensor)
+        if not copy_finite(place.target[place.part.at], tensor):
+            checkpoint.check_finite(name, tensor)  # It says what there is instead.
 
 
 def dtype_of(weight: Weight, parts: Iterable[Part], checkpoint: Checkpoint) -> torch.dtype:

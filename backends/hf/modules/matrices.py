@@ -16,7 +16,7 @@ from tightrope.kernels.forms.column_stack import ColumnStack, stack_columns
 from tightrope.kernels.forms.columns import ColumnMatrix, to_columns
 from tightrope.kernels.forms.layer import Projection
 from tightrope.kernels.forms.low_rank import LowRank
-from tightrope.kernels.forms.quantized import TILE, Nf4Matrix, QuantizedMatrix, dequantize
+from tightrope.kernels.forms.quantized import TILE, Nf4Matrix, QuantizedMatrix, dequantize, joined
 
 Piece = Tensor | QuantizedMatrix | Nf4Matrix  # A tensor is [N, K].
 
@@ -180,7 +180,7 @@ def _joined(matrices: tuple[QuantizedMatrix, ...]) -> tuple[QuantizedMatrix, ...
     if any(matrix.num_outputs % TILE for matrix in matrices[:-1]):
         return matrices
     num_outputs = sum(matrix.num_outputs for matrix in matrices)
-    parts: dict[str, Any] = {name: torch.cat([matrix.by_tile[name] for matrix in matrices]) for name in first.by_tile}
+    parts: dict[str, Any] = {name: joined([matrix.by_tile[name] for matrix in matrices]) for name in first.by_tile}
     return (replace(first, num_outputs=num_outputs, **parts),)
 
 
