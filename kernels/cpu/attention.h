@@ -1,16 +1,77 @@
 // Attention of a step's queries over everything cached of their sequences.
 //
-// A sequence with one query takes decode.h's way, one with more prefill.h's; both cut their work into tasks, which all
-// threads share, and neither needs memory that grows with the context.
+// A sequence with one query takes decode.h's way, one with more prefill.h's. Both give a query the same bits, whatever
+// runs beside it: keys are taken in tiles and tiles in parts, whose borders are multiples of a number of tokens from the
+// sequence's beginning; products of codes are whole numbers, whose sums have no order; and all else is done number by
+// number, by the same operations. Sources: Dao et al. 2022, arXiv 2205.14135; Dao et al. 2023, "Flash-Decoding for
+// long-context inference", where parts are merged in the end.
 #pragma once
 
 #include "cache.h"
+#include "words.h"
 
-constexpr float UNSEEN = -1e30f;  // A score whose exponential is 0, without the NaN that infinities make.
+constexpr int TILE_PAGES = 8;             // Between two corrections of the softmax
+constexpr int TILE = TILE_PAGES * PAGE;   // Keys
+constexpr int PART_TILES = 8;             // Parts have sums of their own, so that threads can share a context.
+constexpr int ROW = MOST_DIMS + 16;       // Numbers between rows of dimensions: no power of two, which would share cache sets
+constexpr float UNSEEN = -1e30f;          // A score of no weight, without the NaN that infinities make.
+constexpr float NOTHING = -3e38f;         // The largest exponent before the first part.
 constexpr float LN2 = 0.6931471806f;
+constexpr float COUNTS = 0x1p23f;         // So much counts a weight of 1 in a tile's total, a whole number.
 
-// A head's factor, with ones to the end of the last vector.
-INLINE void copy_factor(const Cache& c, int head, float* to) {
-    std::fill(to, to + MOST_DIMS, 1.0f);
-    std::copy_n(c.key_factor + head * c.dims, c.dims, to);
+// The keys that a query sees of a tile, as places in it.
+struct Seen {
+    int first, end;
+
+    Seen(const Attention& a, int position, int tile)
+        : first(std::max(0, a.first_seen(position) - tile * TILE)), end(std::min(TILE, position + 1 - tile * TILE)) {}
+    bool is_all() const { return first == 0 && end == TILE; }
+};
+
+// By what two softmaxes' sums are multiplied to join: those before, relative to their own largest score, and those now.
+struct Joint {
+    Floats largest, before, now;
+
+    Joint(Floats largest_before, Floats largest_now, Floats exponent)
+        : largest(larger(largest_before, largest_now)), before(power_of_two((largest_before - largest) * exponent)),
+          now(power_of_two((largest_now - largest) * exponent)) {}
+    INLINE Floats of(Floats sum, Floats more) const { return plus_product(more * now, sum, before); }
+};
+
+// How a query's numbers meet those of a key: of dims [dims] the first 2 * half are turned in pairs (i, i + half).
+//
+// Of codes they are words, in pairs as they are turned, then neighbours. Of floats first the former of each pair, then
+// those that aren't turned; then, with a sum of their own, the latter.
+template <int FORMAT> struct Order {
+    int dims, half;
+
+    int steps() const { return FORMAT == F16 ? dims : half + (dims - 2 * half + 1) / 2; }
+    int second_sum() const { return dims - half; }  // Of floats.
+
+    // query [dims], and of codes the factors [dims] that it takes from the keys, to `to`, `apart` numbers from one to the
+    // next. Returns the exponent of a score of 1.
+    float arrange(const float* query, const float* factors, float scale, int32_t* to, int apart) const {
+        if constexpr (FORMAT == F16) {
+            const auto put = [&](int step, float number) { memcpy(to + size_t(step) * apart, &number, 4); };
+            for (int i = 0; i < half; ++i) put(i, query[i]), put(second_sum() + i, query[half + i]);
+            for (int d = 2 * half; d < dims; ++d) put(d - half, query[d]);
+            return scale / LN2;
+        }
+        alignas(64) float numbers[MOST_DIMS] = {};
+        alignas(64) int16_t words[MOST_DIMS + 1] = {};
+        for (int d = 0; d < dims; ++d) numbers[d] = query[d] * factors[d];
+        const float unit = to_words<ANY>(numbers, (dims + LANES - 1) / LANES * LANES, LONG, words) * (scale / LN2);
+        const auto put = [&](int step, int first, int second) {
+            to[size_t(step) * apart] = (words[first] & 0xffff) | int32_t(uint32_t(words[second]) << 16);
+        };
+        for (int i = 0; i < half; ++i) put(i, i, half + i);
+        for (int step = half, d = 2 * half; d < dims; ++step, d += 2) put(step, d, d + 1);
+        return unit < LEAST_LENGTH ? LEAST_LENGTH : unit;  // Less would let the unseen count as much as others.
+    }
+};
+
+// A score as the softmax has it, and the factor that makes an exponent of two of it.
+INLINE Floats capped(const Attention& a, Floats score, Floats exponent) {
+    return hyperbolic_tangent(score * exponent * (LN2 / a.softcap)) * (a.softcap / LN2);
 }
+INLINE Floats final_exponent(const Attention& a, Floats exponent) { return a.softcap ? all(1.0f) : exponent; }

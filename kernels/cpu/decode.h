@@ -1,28 +1,17 @@
-// Attention of one query a sequence. Reading the cache is the limit: every page is read once for all heads of a group,
-// in the order in which it lies in memory.
-//
-// Source: Dao et al. 2023, "Flash-Decoding for long-context inference": the context is cut into parts, each with its
-// own softmax, which are merged in the end.
+// Attention of one query a sequence. Reading the cache is the limit: what is cached of a head is read once for all queries
+// of its group.
 #pragma once
 
 #include "values.h"
 
 struct DecodePart {
-    int b, first_page, last_page;
-    size_t partial;  // Where the scratch holds [H] maxima, [H] sums, [H][ROW] outputs
+    int b, first_head, last_head, first_tile, last_tile;  // The heads are those of keys.
+    size_t partial;  // Where the scratch holds, of all their queries, maxima, totals, and outputs [ROW]
 };
 
 constexpr int TOGETHER = LANES == 16 ? 8 : 4;  // So many heads' outputs are held in registers.
 
-INLINE size_t partial_floats(int heads) { return size_t(heads) * (2 + ROW); }
-
-// Starts the reading of one head of a page, to the second cache: pages lie anywhere in memory, and no processor guesses
-// where the next one is.
-INLINE void fetch(const Cache& c, const uint8_t* codes, const f16* scales, int page, int head) {
-    const size_t token = c.token(page, head), bytes = c.code_bytes();
-    for (size_t at = 0; at < PAGE * bytes; at += 64) __builtin_prefetch(codes + token * bytes + at, 0, 2);
-    for (int at = 0; at < PAGE * c.groups(); at += 32) __builtin_prefetch(scales + token * c.groups() + at, 0, 2);
-}
+INLINE size_t partial_floats(int queries) { return size_t(queries) * (2 + ROW); }
 
 // Calls work(first, HEADS) for as many heads of a group at a time as registers hold, HEADS as a constant.
 template <class F> INLINE void for_heads(int group, F&& work) {
@@ -40,127 +29,147 @@ template <class F> INLINE void for_heads(int group, F&& work) {
     }
 }
 
-// x [dims] rotated against the angles [2][half].
-INLINE void turn_back(const float* __restrict x, const float* __restrict angles, int half, int dims,
-                      float* __restrict out) {
-    int i = 0;
-    for (; i + LANES <= half; i += LANES) {
-        const Floats cosine = load(angles + i), sine = load(angles + half + i);
-        const Floats first = load(x + i), second = load(x + i + half);
-        store(out + i, first * cosine + second * sine);
-        store(out + i + half, second * cosine - first * sine);
-    }
-    for (; i < half; ++i) {
-        const float cosine = angles[i], sine = angles[half + i];
-        out[i] = x[i] * cosine + x[i + half] * sine;
-        out[i + half] = x[i + half] * cosine - x[i] * sine;
-    }
-    for (i = 2 * half; i < dims; ++i) out[i] = x[i];
-}
-
-// `count` scores to weights relative to the largest so far. Returns by what earlier sums are corrected.
-INLINE float soften(const Attention& a, float* scores, int count, float& maximum, float& total) {
-    for (int i = count; i % LANES; ++i) scores[i] = UNSEEN;
-    Floats most = all(maximum), sums = {};
-    for (int i = 0; i < count; i += LANES) {
-        Floats score = load(scores + i);
-        if (a.softcap) {
-            const Floats capped = hyperbolic_tangent(score * (1 / a.softcap)) * a.softcap;
-            score = score == UNSEEN ? score : capped;
-            store(scores + i, score);
-        }
+// One head's scores of a tile [TILE] to weights relative to their largest, which joins what was summed before.
+struct HeadSums { float maximum, total; };
+INLINE Joint soften(const Attention& a, const Seen& seen, Floats exponent, float* scores, HeadSums& sums) {
+    const int begin = seen.first / LANES * LANES;
+    Floats most = all(UNSEEN);
+    for (int k = begin; k < seen.end; k += LANES) {
+        Floats score = load(scores + k);
+        if (a.softcap) score = capped(a, score, exponent);
+        Ints place;
+        for (int i = 0; i < LANES; ++i) place[i] = k + i;
+        score = (place >= all(seen.first)) & (place < all(seen.end)) ? score : all(UNSEEN);
+        store(scores + k, score);
         most = larger(most, score);
     }
-    const float before = maximum;
-    maximum = largest(most);
-    for (int i = 0; i < count; i += LANES) {
-        const Floats weight = exponential_inside(larger(load(scores + i) - maximum, all(-87.3f)));
-        store(scores + i, weight);
-        sums += weight;
+    const Floats largest_of_tile = all(largest(most)), factor = final_exponent(a, exponent);
+    Ints total = {};
+    for (int k = begin; k < seen.end; k += LANES) {
+        const Floats weight = power_of_two((load(scores + k) - largest_of_tile) * factor);
+        store(scores + k, weight);
+        total += rounded(weight * COUNTS);
     }
-    const float correction = maximum == before ? 1.0f : exponential(all(before - maximum))[0];
-    total = total * correction + sum(sums);
-    return correction;
+    int32_t counted = 0;
+    for (int i = 0; i < LANES; ++i) counted += total[i];
+    const Joint joint(all(sums.maximum), largest_of_tile, factor);
+    sums = {joint.largest[0], joint.of(all(sums.total), all(float(counted)) * (1 / COUNTS))[0]};
+    return joint;
+}
+
+// One head of the keys for the queries of its group, from tile to tile.
+template <int FORMAT> struct DecodeHead {
+    KeyHead keys;
+    ValueScales scales;
+    ScaleUnit units[MOST_DIMS / GROUP];
+    float *scores, *exponents, *outputs;  // [group][TILE], [group], [group][ROW]
+    int32_t* queries;                     // [group][MOST_DIMS]
+    HeadSums* sums;                       // [group]
+};
+
+// A tile's scores to weights, and the outputs that take them and the values.
+template <int FORMAT>
+INLINE void add_tile(const Attention& a, const TilePages& tile, int head, DecodeHead<FORMAT>& of) {
+    const Cache& c = a.cache;
+    alignas(64) float coefficients[MOST_DIMS / GROUP][TILE];
+    for (int g = 0; FORMAT != F16 && g < c.groups(); ++g) {
+        of.units[g] = of.scales.unit(g, tile.seen);
+        for (int k = 0; k < TILE; k += LANES) store(coefficients[g] + k, load(of.scales.rows[g] + k) * of.units[g].steps);
+    }
+    for_heads(a.group(), [&](int first, auto heads) __attribute__((always_inline)) {
+        float before[heads.value], now[heads.value];
+        for (int g = 0; g < heads.value; ++g) {
+            float* const scores = of.scores + (first + g) * TILE;
+            const Joint joint = soften(a, tile.seen, all(of.exponents[first + g]), scores, of.sums[first + g]);
+            before[g] = joint.before[0], now[g] = joint.now[0];
+            for (int k = tile.first_page() * PAGE; k < tile.seen.first / LANES * LANES; ++k) scores[k] = 0;
+            for (int k = (tile.seen.end + LANES - 1) / LANES * LANES; k < tile.end_page() * PAGE; ++k) scores[k] = 0;
+        }
+        add_values<FORMAT, heads.value>(c, tile, head, of.scores + first * TILE, coefficients[0], of.units, before, now,
+                                        of.outputs + first * ROW);
+    });
 }
 
 template <int FORMAT> static void decode_part(const Attention& a, const DecodePart& part, float* partial) {
     const Cache& c = a.cache;
-    const int heads = a.heads, group = a.group(), half = a.rope.half, length = a.step.context_lens[part.b];
-    const int row = a.step.query_starts[part.b], seen = a.first_seen(length - 1);
-    float* const maxima = partial;
-    float* const totals = partial + heads;
-    float* const outputs = partial + 2 * heads;
-    std::fill(maxima, maxima + heads, UNSEEN);
-    std::fill(totals, totals + heads, 0.0f);
-    std::fill(outputs, outputs + heads * ROW, 0.0f);
+    const int group = a.group(), half = a.rope.half, position = a.step.context_lens[part.b] - 1;
+    const int count = part.last_head - part.first_head, num_queries = count * group;
+    const Order<FORMAT> order{c.dims, half};
+    float* const outputs = partial + 2 * num_queries;
+    std::fill_n(outputs, num_queries * ROW, 0.0f);
 
+    static thread_local std::vector<DecodeHead<FORMAT>> of_heads;
+    if (int(of_heads.size()) < count) of_heads.resize(count);
     static thread_local Scratch memory;
-    const size_t size = size_t(heads) * (ROW + SPAN + 1) + group * ROW + (PAGE + c.kv_heads) * MOST_DIMS;
-    float* const queries = memory.floats(size);
-    float* const turned = queries + heads * ROW;
-    float* const scores = turned + group * ROW;
-    float* const turns = scores + heads * SPAN;
-    float* const ratios = turns + PAGE * MOST_DIMS;
-    float* const corrections = ratios + c.kv_heads * MOST_DIMS;
-    if (half) transpose((const uint8_t*)a.place_angles(part.b), 8 * half, 8 * half, (uint32_t*)turns);
-    for (int head = 0; head < heads; ++head) {
-        // of a pair's two factors the first goes into the query, and so does the scale
-        const float* const from = a.queries + (size_t(row) * heads + head) * c.dims;
-        const float* const factor = c.key_factor + head / group * c.dims;
-        for (int d = 0; d < c.dims; ++d)
-            queries[head * ROW + d] = from[d] * (a.scale * factor[half <= d && d < 2 * half ? d - half : d]);
-    }
-    for (int head = 0; head < c.kv_heads; ++head) {
-        const float* const factor = c.key_factor + head * c.dims;
-        for (int i = 0; i < half; ++i) ratios[head * MOST_DIMS + i] = factor[i + half] / factor[i];
+    float* at = memory.floats(size_t(num_queries) * (MOST_DIMS + TILE + 3) + 3 * PAGE * MOST_DIMS);
+    const auto take = [&](size_t floats) { return at += floats, at - floats; };
+    int32_t* const keys = (int32_t*)take(PAGE * MOST_DIMS);
+    float *const places = take(PAGE * MOST_DIMS), *const turns = take(PAGE * MOST_DIMS);
+    float* const scores = take(size_t(num_queries) * TILE);
+    int32_t* const queries = (int32_t*)take(size_t(num_queries) * MOST_DIMS);
+    float* const exponents = take(num_queries);
+    HeadSums* const sums = (HeadSums*)take(2 * num_queries);
+    if (half) transpose((const uint8_t*)a.place_angles(part.b), 8 * half, 8 * half, (uint32_t*)places);
+    for (int i = 0; i < count; ++i) {
+        DecodeHead<FORMAT>& of = of_heads[i];
+        const int first = i * group, head = part.first_head + i;
+        of.keys = KeyHead(c, head, half);
+        of.scores = scores + first * TILE, of.exponents = exponents + first, of.outputs = outputs + first * ROW;
+        of.queries = queries + first * MOST_DIMS, of.sums = sums + first;
+        for (int g = 0; g < group; ++g) {
+            const size_t row = size_t(a.step.query_starts[part.b]) * a.heads + head * group + g;
+            of.exponents[g] =
+                order.arrange(a.queries + row * c.dims, of.keys.of_query, a.scale, of.queries + g * MOST_DIMS, 1);
+            of.sums[g] = {UNSEEN, 0};
+        }
     }
 
-    for (int start = part.first_page; start < part.last_page; start += SPAN_PAGES) {
-        const int count = std::min(SPAN_PAGES, part.last_page - start), end = start + count;
-        const int32_t* const pages = a.pages(part.b) + start;
-        const Span span{pages, pages + count, count, std::min(SPAN_PAGES, part.last_page - end),
-                        std::max(0, seen - start * PAGE), std::min(PAGE, length - (end - 1) * PAGE)};
-        for (int i = 0; i < count; ++i)
-            for (int head = 0; head < c.kv_heads; ++head) {
-                fetch(c, c.value_codes, c.value_scales, pages[i], head);
-                // instead of every key the query is turned by the page's angle, the other way
-                for (int g = 0; g < group; ++g)
-                    turn_back(queries + (head * group + g) * ROW, half ? a.page_angles(part.b, start + i) : nullptr,
-                              half, c.dims, turned + g * ROW);
-                const KeyPage<FORMAT> keys(c, pages[i], head);
-                float* const at = scores + head * group * SPAN + i * PAGE;
-                for_heads(group, [&](int g, auto count) __attribute__((always_inline)) {
-                    keys.template score<count.value>(turned + g * ROW, turns, ratios + head * MOST_DIMS, half, c.dims,
-                                                     at + g * SPAN);
+    for (int tile = part.first_tile; tile < part.last_tile; ++tile) {
+        const Seen seen(a, position, tile);
+        const int32_t* const pages = a.pages(part.b) + tile * TILE_PAGES;
+        const int later = tile + 1 == part.last_tile ? 0 : position / PAGE + 1 - (tile + 1) * TILE_PAGES;
+        const TilePages read{pages, pages + TILE_PAGES, std::min(TILE_PAGES, later), seen};
+        for (int i = 0; FORMAT != F16 && !seen.is_all() && i < count; ++i) of_heads[i].scales.clear(c.groups());
+        for (int page = read.first_page(); page < read.end_page(); ++page) {
+            if (half) turns_of_page(a.page_angles(part.b, tile * TILE_PAGES + page), places, half, turns);
+            for (int i = 0; i < count; ++i) {
+                DecodeHead<FORMAT>& of = of_heads[i];
+                alignas(64) float key_units[PAGE];
+                const int head = part.first_head + i;
+                fetch(c, c.value_codes, c.value_scales, pages[page], head);
+                KeyPage<FORMAT>(c, pages[page], head).prepare(order, of.keys, turns, keys, PAGE, key_units);
+                for_heads(group, [&](int g, auto heads) __attribute__((always_inline)) {
+                    score_page<FORMAT, heads.value>(order, keys, key_units, of.queries + g * MOST_DIMS, MOST_DIMS,
+                                                    of.scores + g * TILE + page * PAGE);
                 });
+                if constexpr (FORMAT != F16)
+                    of.scales.read(c, pages[page], head, page * PAGE, std::max(0, seen.first - page * PAGE),
+                                   std::min(PAGE, seen.end - page * PAGE), key_units);
             }
-        for (int head = 0; head < heads; ++head) {
-            float* const of_head = scores + head * SPAN;
-            std::fill_n(of_head, span.first, UNSEEN);
-            corrections[head] = soften(a, of_head, (count - 1) * PAGE + span.last, maxima[head], totals[head]);
         }
-        for (int head = 0; head < c.kv_heads; ++head)
-            for_heads(group, [&](int g, auto count) __attribute__((always_inline)) {
-                g += head * group;
-                add_values<FORMAT, count.value>(c, span, head, scores + g * SPAN, corrections + g, outputs + g * ROW);
-            });
+        for (int i = 0; i < count; ++i) add_tile(a, read, part.first_head + i, of_heads[i]);
+    }
+    for (int q = 0; q < num_queries; ++q) {
+        partial[q] = sums[q].maximum * final_exponent(a, all(exponents[q]))[0];
+        partial[num_queries + q] = sums[q].total;
     }
 }
 
-// Parts [first, last) are those of one sequence.
+// Parts [first, last) are those of one sequence's heads.
 static void merge_parts(const Attention& a, const DecodePart* first, const DecodePart* last, const float* scratch) {
-    for (int head = 0; head < a.heads; ++head) {
-        float maximum = UNSEEN, total = 0, weighted[MOST_DIMS] = {};
-        for (const DecodePart* part = first; part < last; ++part)
-            maximum = std::max(maximum, scratch[part->partial + head]);
+    const int dims = a.cache.dims, num_queries = (first->last_head - first->first_head) * a.group();
+    for (int q = 0; q < num_queries; ++q) {
+        alignas(64) float weighted[ROW] = {};
+        Floats maximum = all(NOTHING), total = {};
         for (const DecodePart* part = first; part < last; ++part) {
             const float* const partial = scratch + part->partial;
-            const float weight = expf(partial[head] - maximum);
-            const float* const output = partial + 2 * a.heads + head * ROW;
-            total += weight * partial[a.heads + head];
-            for (int d = 0; d < a.cache.dims; ++d) weighted[d] += weight * output[d];
+            const float* const output = partial + 2 * num_queries + q * ROW;
+            const Joint joint(maximum, all(partial[q]), all(1.0f));
+            total = joint.of(total, all(partial[num_queries + q]));
+            for (int d = 0; d < dims; d += LANES) store(weighted + d, joint.of(load(weighted + d), load(output + d)));
+            maximum = joint.largest;
         }
-        float* const out = a.out + (size_t(a.step.query_starts[first->b]) * a.heads + head) * a.cache.dims;
-        for (int d = 0; d < a.cache.dims; ++d) out[d] = weighted[d] / total;
+        const size_t head = size_t(a.step.query_starts[first->b]) * a.heads + first->first_head * a.group() + q;
+        for (int d = 0; d < dims; ++d) a.out[head * dims + d] = weighted[d] / total[0];
     }
 }

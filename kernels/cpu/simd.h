@@ -46,6 +46,44 @@ INLINE Floats larger(Floats a, Floats b) {
 #endif
 }
 
+// c + a * b, rounded once where the processor can: written out where two ways must give the same bits.
+INLINE Floats plus_product(Floats c, Floats a, Floats b) {
+#if defined(__AVX512F__)
+    return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+    return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__FP_FAST_FMAF)
+    for (int i = 0; i < LANES; ++i) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
+    return c;
+#else
+    return c + a * b;
+#endif
+}
+INLINE Floats root(Floats x) {
+#if defined(__AVX512F__)
+    return (Floats)_mm512_maskz_sqrt_ps(0xffff, (__m512)x);
+#elif defined(__AVX2__)
+    return (Floats)_mm256_sqrt_ps((__m256)x);
+#else
+    for (int i = 0; i < LANES; ++i) x[i] = __builtin_sqrtf(x[i]);
+    return x;
+#endif
+}
+// The nearest whole numbers, of which no magnitude is 2^31 or more; what isn't a number gives any.
+INLINE Ints rounded(Floats x) {
+#if defined(__AVX512F__)
+    return (Ints)_mm512_maskz_cvtps_epi32(0xffff, (__m512)x);
+#elif defined(__AVX2__)
+    return (Ints)_mm256_cvtps_epi32((__m256)x);
+#elif defined(__x86_64__)
+    return (Ints)_mm_cvtps_epi32((__m128)x);
+#else
+    Ints whole;
+    for (int i = 0; i < LANES; ++i) whole[i] = int32_t(__builtin_rintf(x[i]));
+    return whole;
+#endif
+}
+
 // v, in a register from here on: used often, it would else be loaded for every use.
 INLINE Floats held(Floats v) {
 #if defined(__AVX512F__)
@@ -78,15 +116,16 @@ INLINE Floats of_f16(Halves halves) {
 INLINE Floats load(const f16* from) { return of_f16(load_as<Halves>(from)); }
 
 // Signed bytes. In GCC 12 the widening of so many bytes has no instruction of its own, so it is named.
-INLINE Floats widen(Bytes bytes) {
+INLINE Ints whole(Bytes bytes) {
 #if defined(__AVX512F__)
-    return __builtin_convertvector((Ints)_mm512_maskz_cvtepi8_epi32(0xffff, (__m128i)bytes), Floats);
+    return (Ints)_mm512_maskz_cvtepi8_epi32(0xffff, (__m128i)bytes);
 #elif defined(__AVX2__)
-    return __builtin_convertvector((Ints)_mm256_cvtepi8_epi32(_mm_cvtsi64_si128((int64_t)bytes)), Floats);
+    return (Ints)_mm256_cvtepi8_epi32(_mm_cvtsi64_si128((int64_t)bytes));
 #else
-    return Floats{float(int8_t(bytes[0])), float(int8_t(bytes[1])), float(int8_t(bytes[2])), float(int8_t(bytes[3]))};
+    return Ints{int8_t(bytes[0]), int8_t(bytes[1]), int8_t(bytes[2]), int8_t(bytes[3])};
 #endif
 }
+INLINE Floats widen(Bytes bytes) { return __builtin_convertvector(whole(bytes), Floats); }
 
 INLINE float to_float(float x) { return x; }
 INLINE float to_float(bf16 x) {
@@ -190,3 +229,26 @@ INLINE Floats exponential(Floats x) {
     return x < -87.3f ? Floats{} : result;
 }
 INLINE Floats hyperbolic_tangent(Floats x) { return 1.0f - 2.0f / (exponential(x + x) + 1.0f); }
+
+// 2^x with a relative error under 2e-7, and 1 of 0, for every x up to 127; 0 below -126.
+// The polynomial is a minimax fit of 2^f for -1/2 <= f <= 1/2 that is 1 at 0.
+INLINE Floats power_of_two(Floats x) {
+#if defined(__AVX512F__)
+    const Floats n = (Floats)_mm512_maskz_roundscale_ps(0xffff, (__m512)x, 0x08);
+#else
+    const Floats shifted = larger(x, all(-126.0f)) + 12582912.0f;  // Its lowest bits are the nearest whole number.
+    const Floats n = shifted - 12582912.0f;
+#endif
+    const Floats f = x - n;
+    Floats p = plus_product(all(0.00967151299f), f, all(0.00132647273f));
+    p = plus_product(all(0.0555073358f), f, p);
+    p = plus_product(all(0.240222424f), f, p);
+    p = plus_product(all(0.693147004f), f, p);
+    p = plus_product(all(1.0f), f, p);
+#if defined(__AVX512F__)
+    return (Floats)_mm512_maskz_scalef_ps(0xffff, (__m512)p, (__m512)n);
+#else
+    const Floats power = (Floats)((Ints)p + ((Ints)shifted << 23));
+    return x < -126.0f ? Floats{} : power;
+#endif
+}

@@ -2,30 +2,40 @@
 #pragma once
 
 #include "decode.h"
-#include "prefill_words.h"
+#include "prefill.h"
 
-constexpr int PART_PAGES = 8;      // A decoding task is no smaller.
-constexpr int TASKS_A_THREAD = 6;  // So many let threads end at about the same time.
+constexpr int TASKS_A_THREAD = 3;  // So many let threads end at about the same time.
 
-INLINE void plan_decode(const Attention& a, std::vector<DecodePart>& parts, std::vector<size_t>& sequences) {
-    size_t pages = 0;
+// Parts of the same heads of a sequence follow each other; `runs` tells where the first of each are, and where the last end.
+// A task of several heads turns to a page's place once for all of them.
+INLINE void plan_decode(const Attention& a, std::vector<DecodePart>& parts, std::vector<size_t>& runs) {
     const auto is_decode = [&](int b) { return a.step.query_starts[b + 1] - a.step.query_starts[b] == 1; };
-    const auto first_page = [&](int b) { return a.first_seen(a.step.context_lens[b] - 1) / PAGE; };
-    const auto end_page = [&](int b) { return (a.step.context_lens[b] + PAGE - 1) / PAGE; };
+    const auto first_tile = [&](int b) { return a.first_seen(a.step.context_lens[b] - 1) / TILE; };
+    const auto end_tile = [&](int b) { return (a.step.context_lens[b] + TILE - 1) / TILE; };
+    int whole = 0;  // So many tasks are there of all heads.
     for (int b = 0; b < a.step.sequences; ++b)
-        if (is_decode(b)) pages += end_page(b) - first_page(b);
-    const int most = std::max<int>(PART_PAGES, int(pages / (pool().threads() * TASKS_A_THREAD)) + 1);
+        if (is_decode(b)) whole += (end_tile(b) + PART_TILES - 1) / PART_TILES - first_tile(b) / PART_TILES;
+    if (!whole) return;
+    const int kv_heads = a.cache.kv_heads, wanted = (pool().threads() * TASKS_A_THREAD + whole - 1) / whole;
+    const int heads = pool().threads() == 1 ? kv_heads : (kv_heads + wanted - 1) / wanted;
     for (int b = 0; b < a.step.sequences; ++b) {
         if (!is_decode(b)) continue;
-        sequences.push_back(parts.size());
-        for (int page = first_page(b); page < end_page(b); page += most)
-            parts.push_back({b, page, std::min(page + most, end_page(b)), parts.size() * partial_floats(a.heads)});
+        for (int head = 0; head < kv_heads; head += heads) {
+            const int last_head = std::min(kv_heads, head + heads);
+            runs.push_back(parts.size());
+            for (int tile = first_tile(b); tile < end_tile(b);) {
+                const int last = std::min(end_tile(b), (tile / PART_TILES + 1) * PART_TILES);
+                const size_t floats = partial_floats(a.group() * heads);
+                parts.push_back({b, head, last_head, tile, last, parts.size() * floats});
+                tile = last;
+            }
+        }
     }
-    sequences.push_back(parts.size());
+    runs.push_back(parts.size());
 }
 
-INLINE void plan_prefill(const Attention& a, int block_queries, std::vector<PrefillBlock>& blocks) {
-    const int rows = std::max(1, block_queries / a.group());
+INLINE void plan_prefill(const Attention& a, std::vector<PrefillBlock>& blocks) {
+    const int rows = std::max(1, BLOCK_QUERIES / a.group());
     for (int b = 0; b < a.step.sequences; ++b) {
         const int count = a.step.query_starts[b + 1] - a.step.query_starts[b];
         if (count < 2) continue;
@@ -36,34 +46,22 @@ INLINE void plan_prefill(const Attention& a, int block_queries, std::vector<Pref
     }
 }
 
-// How blocks of queries are attended.
-struct Prefill {
-    int block_queries;
-    void (*attend)(const Attention& a, const PrefillBlock& block);
-};
-template <int FORMAT> constexpr Prefill prefill() {
-#if defined(__AVX512VNNI__)
-    if constexpr (FORMAT != F16) return {WORD_QUERIES, prefill_words<FORMAT>};
-#endif
-    return {BLOCK_QUERIES, prefill_block<FORMAT>};
-}
-
 template <int FORMAT> static void attention(const Attention& a) {
     std::vector<DecodePart> parts;
     std::vector<PrefillBlock> blocks;
-    std::vector<size_t> sequences;  // Parts sequences[i] .. sequences[i + 1] are of one.
-    plan_decode(a, parts, sequences);
-    plan_prefill(a, prefill<FORMAT>().block_queries, blocks);
+    std::vector<size_t> runs;
+    plan_decode(a, parts, runs);
+    plan_prefill(a, blocks);
     static thread_local Scratch memory;
     float* const partials = memory.floats(parts.size() * partial_floats(a.heads));
     const int num_blocks = int(blocks.size());
     pool().run(num_blocks + int(parts.size()), [&](int task) {
-        if (task < num_blocks) return prefill<FORMAT>().attend(a, blocks[task]);
+        if (task < num_blocks) return prefill_block<FORMAT>(a, blocks[task]);
         const DecodePart& part = parts[task - num_blocks];
         decode_part<FORMAT>(a, part, partials + part.partial);
     });
-    for (size_t i = 0; i + 1 < sequences.size(); ++i)
-        merge_parts(a, parts.data() + sequences[i], parts.data() + sequences[i + 1], partials);
+    for (size_t i = 0; i + 1 < runs.size(); ++i)
+        merge_parts(a, parts.data() + runs[i], parts.data() + runs[i + 1], partials);
 }
 
 void attention(const Attention& a) {

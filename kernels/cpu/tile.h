@@ -16,8 +16,8 @@ INLINE void outer_products(Floats (&acc)[ROWS][WIDE], const float* a, const floa
 #pragma GCC unroll 16
         for (int i = 0; i < ROWS; ++i) {
             const Floats x = all(a[i * ROW]);
-            acc[i][0] += x * left;
-            acc[i][1] += x * right;
+            acc[i][0] = plus_product(acc[i][0], x, left);
+            acc[i][1] = plus_product(acc[i][1], x, right);
         }
     }
 }

@@ -1,5 +1,5 @@
-// Whole numbers of 16 bits with a shared unit, and dot products of them: processors with VNNI add twice as many products
-// a cycle as of floats.
+// Whole numbers of 16 bits with a shared unit, and dot products of them: exact, whatever their order, and on processors
+// with VNNI twice as many a cycle as of floats.
 //
 // A product's sum can't overflow: numbers are scaled so that the lengths (roots of summed squares) of the two sides, as
 // whole numbers, multiply to less than 2^31, which no dot product exceeds (Cauchy and Schwarz).
@@ -10,15 +10,21 @@
 
 #include "tile.h"
 
-#if defined(__AVX512VNNI__)
-
 constexpr float LONG = 65500, SHORTER = 32760;  // Lengths of the two sides, less what rounding adds.
 constexpr float MOST_WORD = 32767;
 constexpr float LEAST_LENGTH = 1e-18f, MOST_LENGTH = 1e18f;  // Only lengths between are scaled: squares stay in range.
 
 enum Unit { ANY, POWER_OF_TWO };  // The latter keeps numbers of few bits exact where they are large enough.
 
-INLINE Ints rounded(Floats x) { return (Ints)_mm512_maskz_cvtps_epi32(0xffff, (__m512)x); }
+INLINE void store_words(int16_t* to, Ints numbers) {
+#if defined(__AVX512F__)
+    const __m256i narrow = _mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)numbers);
+#else
+    typedef int16_t Narrow __attribute__((vector_size(2 * LANES)));
+    const Narrow narrow = __builtin_convertvector(numbers, Narrow);
+#endif
+    memcpy(to, &narrow, sizeof narrow);
+}
 
 // `count` numbers, a multiple of LANES, as multiples of the unit that is returned, `length` long together, or less. The
 // error of a number is half a unit. Less than LEAST_LENGTH counts as zero; with more than MOST_LENGTH, or what isn't a
@@ -42,30 +48,46 @@ template <Unit UNIT> INLINE float to_words(const float* x, int count, float leng
     }
     for (int i = 0; i < count; i += LANES) {
         const Floats scaled = is_usual ? load(x + i) * scale : Floats{};
-        const __m256i narrow = _mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)rounded(scaled));
-        memcpy(words + i, &narrow, sizeof narrow);
+        store_words(words + i, rounded(scaled));
     }
     return is_usual ? 1 / scale : squared < 1 ? 0.0f : NAN;
 }
 
-// acc[i][j] += sum over pairs k of a[i * row + k * step] * panel[j][k], a pair being two words in four bytes.
+// Lane by lane a pair of words, in four bytes, of two whole numbers.
+INLINE Ints paired_words(Ints first, Ints second) {
+#if defined(__AVX512F__)
+    return (Ints)_mm512_mask_blend_epi16(0xaaaaaaaa, (__m512i)first, (__m512i)(second << 16));
+#else
+    return (first & 0xffff) | (second << 16);
+#endif
+}
+
+// acc + a0 * b0 + a1 * b1, of pairs of words.
+INLINE Ints plus_pairs(Ints acc, Ints a, Ints b) {
+#if defined(__AVX512VNNI__)
+    return (Ints)_mm512_dpwssd_epi32((__m512i)acc, (__m512i)a, (__m512i)b);
+#elif defined(__AVX512BW__)
+    return acc + (Ints)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+    return acc + (Ints)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#elif defined(__x86_64__)
+    return acc + (Ints)_mm_madd_epi16((__m128i)a, (__m128i)b);
+#else
+    return acc + (a << 16 >> 16) * (b << 16 >> 16) + (a >> 16) * (b >> 16);
+#endif
+}
+
+// acc[i][j] += sum over pairs k of a[i * row + k * step] * panel[j][k].
 template <int ROWS>
 INLINE void word_products(Ints (&acc)[ROWS][WIDE], const int32_t* a, size_t row, size_t step, const int32_t* left,
                           const int32_t* right, int pairs) {
     for (int k = 0; k < pairs; ++k, a += step, left += LANES, right += LANES) {
-        const __m512i l = load_as<__m512i>(left), r = load_as<__m512i>(right);
+        const Ints l = load_as<Ints>(left), r = load_as<Ints>(right);
 #pragma GCC unroll 16
         for (int i = 0; i < ROWS; ++i) {
-            const __m512i x = _mm512_set1_epi32(a[i * row]);
-            acc[i][0] = (Ints)_mm512_dpwssd_epi32((__m512i)acc[i][0], x, l);
-            acc[i][1] = (Ints)_mm512_dpwssd_epi32((__m512i)acc[i][1], x, r);
+            const Ints x = all(a[i * row]);
+            acc[i][0] = plus_pairs(acc[i][0], x, l);
+            acc[i][1] = plus_pairs(acc[i][1], x, r);
         }
     }
 }
-
-// Lane by lane a pair of words of two whole numbers.
-INLINE Ints paired_words(Ints first, Ints second) {
-    return (Ints)_mm512_mask_blend_epi16(0xaaaaaaaa, (__m512i)first, (__m512i)(second << 16));
-}
-
-#endif

@@ -224,14 +224,9 @@ def test_attention_equals_float64(kernels: native.NativeKernels, case: Case, spe
 
     ours = kernels.attention(queries, case.cache, case.step, case.table, spec)
 
-    words = in_words(kernels, case.cache.format.dtype)
-    exact = attend_exactly(queries, case.cache, case.step, case.table, spec, in_words=words)
+    in_words = case.cache.format.dtype != "f16"
+    exact = attend_exactly(queries, case.cache, case.step, case.table, spec, in_words=in_words)
     within(ours, exact.output, exact.bound)
-
-
-def in_words(kernels: native.NativeKernels, dtype: CacheDtype) -> bool:
-    """Whether a cache is attended in words of 16 bits."""
-    return kernels.instruction_set == "avx512vnni" and dtype != "f16"
 
 
 @pytest.mark.parametrize("dtype", ["q8", "q4"])
@@ -257,8 +252,7 @@ def test_a_prompt_over_a_cache_of_codes_is_attended_finer_than_the_codes_are(
 @pytest.mark.parametrize("dtype", ["q8", "q4"])
 def test_a_cached_number_that_is_not_finite_spoils_what_sees_it_alone(kernels: native.NativeKernels, dtype: CacheDtype):
     step, spec = step_of([150, 40], [400, 40]), AttentionSpec(0.125)
-    # of keys, floats give such a one no weight
-    for name in ("key_scales", "value_scales") if in_words(kernels, dtype) else ("value_scales",):
+    for name in ("key_scales", "value_scales"):
         cache = LayerCache.allocate(CacheFormat(dtype, 2, 64), int(step.block_tables.max()) + 1)
         slots = torch.arange(len(cache.key_codes) * PAGE)
         reference.store_kv(cache, *torch.randn(2, len(slots), 2, 64), slots)
@@ -281,7 +275,7 @@ def test_a_long_context_is_cut_and_merged(kernels: native.NativeKernels, dtype: 
 
     ours = kernels.attention(queries, cache, step, None, spec)
 
-    exact = attend_exactly(queries, cache, step, None, spec, in_words=in_words(kernels, dtype))
+    exact = attend_exactly(queries, cache, step, None, spec, in_words=dtype != "f16")
     within(ours, exact.output, exact.bound)
 
 

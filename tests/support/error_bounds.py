@@ -9,7 +9,6 @@ them add up to LAMBDA sqrt(n) of one, and not to n, but with a chance of 2 exp(-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -64,12 +63,16 @@ class Attended:
 
 @dataclass(frozen=True, slots=True)
 class CachedHead:
-    """What one sequence has cached of one head, in float64: keys rotated, all [tokens, D]; value_steps: one code's."""
+    """What one sequence has cached of one head, in float64: keys rotated, all [tokens, D]; value_steps: one code's.
+
+    Of codes: `of_query` [D] are the factors that a query takes, `most_length` [tokens] bounds what is left of a key.
+    """
 
     keys: Tensor
     values: Tensor
     value_steps: Tensor
-    most_code: int
+    of_query: Tensor
+    most_length: Tensor
 
 
 def attend_exactly(
@@ -91,50 +94,47 @@ def attend_exactly(
         distance = step.positions[rows].long().unsqueeze(1) - torch.arange(length)
         is_seen = (distance >= 0) & (distance < (spec.window or length + 1))
         is_seen = is_seen.repeat_interleave(per_key, 0)
-        words = None if not in_words else "many" if len(distance) > 1 else "one"
         for h in range(cache.format.num_kv_heads):
             head, heads = (
                 cached_head(cache, step.block_tables[b], length, h, table, b),
                 slice(h * per_key, (h + 1) * per_key),
             )
             flat = queries[rows, heads].double().flatten(0, 1)
-            for to, made in zip((output, bound), _softmax(flat, head, is_seen, spec, words), strict=True):
+            for to, made in zip((output, bound), _softmax(flat, head, is_seen, spec, in_words=in_words), strict=True):
                 to[rows, heads] = made.unflatten(0, (-1, per_key))
     return Attended(output, bound)
 
 
 def _softmax(
-    queries: Tensor, head: CachedHead, is_seen: Tensor, spec: AttentionSpec, words: Literal["many", "one"] | None
+    queries: Tensor, head: CachedHead, is_seen: Tensor, spec: AttentionSpec, *, in_words: bool
 ) -> tuple[Tensor, Tensor]:
-    """Output and bound [n, D] of queries [n, D] float64, which see [n, tokens]; words: of how many tokens, if any."""
+    """Output and bound [n, D] of queries [n, D] float64, which see [n, tokens]."""
     keys, values = head.keys, head.values
     # the products of a score, and up to 16 roundings of its numbers: factors, angles of page and place, scales
     lengths = queries.norm(dim=1, keepdim=True) * keys.norm(dim=1) * spec.scale  # [n, tokens]
     off = lengths * roundings(keys.shape[1] + 16)
-    if words == "many":
-        off = off + spec.scale * _off_in_words(queries, keys)
+    if in_words:
+        off = off + spec.scale * _off_in_words(queries * head.of_query, keys / head.of_query, head.most_length)
     scores = queries @ keys.T * spec.scale
     if spec.softcap is not None:  # of a slope of at most 1; the tangent, 1 - 2 / (exp + 1), is off by some roundings
         scores = spec.softcap * torch.tanh(scores / spec.softcap)
         off = off + spec.softcap * 8 * UNIT
-    # an exponent is a score less the largest; the exponential is off by 3e-6 in words and by 2e-7 in floats
-    off = off + 8 * UNIT * (scores.abs() + scores.abs().amax(1, keepdim=True)) + (3e-6 if words else 2e-7)
+    # an exponent is a score less the largest; the exponential is off by 2e-7
+    off = off + 8 * UNIT * (scores.abs() + scores.abs().amax(1, keepdim=True)) + 2e-7
     off = off.masked_fill(~is_seen, 0).amax(1, keepdim=True)  # [n, 1]
     p = scores.masked_fill(~is_seen, -torch.inf).softmax(1)
     output = p @ values
     bound = torch.expm1(2 * off) * _most_aside(p, values, output)
     bound = bound + roundings(len(keys) + 16) * (p @ values.abs())
-    if words is None:
+    # of a tile of 128 tokens the largest weight counts 2^23 in the softmax's total
+    largest = _largest_near(p.unsqueeze(-1), 128)[..., 0]
+    bound = bound + _most_aside(largest, values, output) * 2.0**-24
+    if not in_words:
         return output, bound
-    if words == "many":
-        # weights count 8192 in the largest of their tile of 96 tokens, and all that a value's code can be counts 2729
-        largest = _largest_near(p.unsqueeze(-1), 96)[..., 0]
-        bound = bound + _most_aside(largest, values, output) / 16384
-        return output, bound + _largest_near(head.value_steps, 96).amax(0) * head.most_code / 2 / 2728
-    # weights times scales count 32767 in the largest of their span of 256 tokens, and then multiply codes
-    largest = _largest_near(p.unsqueeze(-1) * head.value_steps, 256)  # [n, tokens, D]
+    # weights times scales count 32767 in the largest of both in the tile, and then multiply codes
+    steps = _largest_near(head.value_steps, 128) * largest.unsqueeze(-1)  # [n, tokens, D]
     codes = torch.where(head.value_steps == 0, 0.0, values / head.value_steps).abs()
-    return output, bound + (largest * codes).sum(1) / 2 / WORD_MOST
+    return output, bound + (steps * codes).sum(1) / 2 / (WORD_MOST - 1)
 
 
 def _most_aside(weights: Tensor, values: Tensor, output: Tensor) -> Tensor:
@@ -144,9 +144,10 @@ def _most_aside(weights: Tensor, values: Tensor, output: Tensor) -> Tensor:
     return (total * squares.clamp(min=0)).sqrt()
 
 
-def _off_in_words(queries: Tensor, keys: Tensor) -> Tensor:
+def _off_in_words(queries: Tensor, keys: Tensor, most_length: Tensor) -> Tensor:
     """Of products [n, tokens] of rows that are whole numbers with one unit each."""
-    off_query, off_key = half_unit(queries, WORD_LONG), half_unit(keys, WORD_SHORTER).T
+    off_query = half_unit(queries, WORD_LONG)
+    off_key = most_length / WORD_SHORTER * (0.5 + WORD_MOST * 8 * UNIT)  # [tokens]
     mixed = off_query * keys.abs().sum(1) + queries.abs().sum(1, keepdim=True) * off_key
     return mixed + off_query * off_key * keys.shape[1]
 
@@ -167,15 +168,20 @@ def cached_head(
         dequantize(codes[at, head], scales[at, head], cache.format.dtype, dims).flatten(0, 1)[:length].double()
         for codes, scales in ((cache.key_codes, cache.key_scales), (cache.value_codes, cache.value_scales))
     )
-    keys = keys * cache.key_factor[head].double()
+    factor, half = cache.key_factor[head].double(), 0 if table is None else table.places.shape[-1]
+    keys = keys * factor
     if table is not None:
         keys = rotate_exactly(keys.unsqueeze(1), table, int(table.set_of[sequence]), torch.arange(length))[:, 0]
     if cache.format.dtype == "f16":
-        return CachedHead(keys, values, torch.zeros_like(values), 0)
-    steps = cache.value_scales[at, head].double().abs().flatten(0, 1)[:length]
-    return CachedHead(
-        keys, values, steps.repeat_interleave(GROUP, -1)[:, :dims], 127 if cache.format.dtype == "q8" else 8
+        return CachedHead(keys, values, torch.zeros_like(values), torch.ones(dims), torch.zeros(length))
+    pairs = torch.cat((factor[half : 2 * half], factor[:half], factor[2 * half :]))
+    of_query = torch.maximum(factor, pairs)
+    key_steps, value_steps = (
+        scales[at, head].double().abs().flatten(0, 1)[:length].repeat_interleave(GROUP, -1)[:, :dims]
+        for scales in (cache.key_scales, cache.value_scales)
     )
+    most_code = 127 if cache.format.dtype == "q8" else 8
+    return CachedHead(keys, values, value_steps, of_query, (key_steps * most_code * factor / of_query).norm(dim=1))
 
 
 def rotate_exactly(x: Tensor, table: RopeTable, number: int, positions: Tensor) -> Tensor:
