@@ -1,5 +1,6 @@
 // Few rows of x times the transpose of a weight: the weight is read once, as it is stored, and meets all rows of x as
-// it passes. With one row memory is the limit, with eight arithmetic is as much.
+// it passes. With one row memory is the limit, with eight arithmetic is as much. Each row's sums have the same order, which
+// is that of linear.h's many rows, too.
 #pragma once
 
 #include <algorithm>
@@ -10,8 +11,7 @@
 constexpr int FEW = 24;  // No more rows of x go this way.
 constexpr int REGISTERS = LANES == 16 ? 32 : 16;
 constexpr int MOST_COLUMNS = LANES == 16 ? 8 : 4;  // Rows of x are taken so many at a time.
-constexpr int NEAR = 6 * 1024;          // Floats of x that stay in a core's first cache beside the weight
-constexpr int MOST_DEPTH = 2048;        // Inputs are taken so many at a time.
+constexpr int MOST_DEPTH = 768;  // Inputs at a time, however many rows there are: they stay in a core's first cache.
 constexpr int TASK_BYTES = 96 * 1024;   // Bytes of weight that hide the taking of a task.
 
 // How many rows of the weight meet T rows of x at a time: beside their sums, registers hold two vectors of each row,
@@ -22,6 +22,13 @@ constexpr int dot_rows(int T) { return std::min(4, (REGISTERS - 2) / (T + 2)); }
 template <class W> constexpr int PARTS_OF = 1;
 template <> constexpr int PARTS_OF<bf16> = 2;
 template <class W> constexpr int STEP_OF = PARTS_OF<W> * LANES;
+
+// Of so many inputs the sums of lanes are taken together: whole steps, as even as can be.
+template <class W> INLINE int depth_of(int inputs) {
+    constexpr int STEP = STEP_OF<W>;
+    const int steps = (inputs + STEP - 1) / STEP, most = MOST_DEPTH / STEP, parts = (steps + most - 1) / most;
+    return parts ? (steps + parts - 1) / parts * STEP : STEP;
+}
 
 template <class W> INLINE void widen(const W* from, Floats (&to)[PARTS_OF<W>]) { to[0] = load(from); }
 INLINE void widen(const bf16* from, Floats (&to)[2]) {
@@ -66,7 +73,7 @@ INLINE void multiply_step(const W* weight, size_t width, const float* panel, Flo
         for (int t = 0; t < T; ++t) {
             const Floats x = held(load(panel + (part * T + t) * LANES));
 #pragma GCC unroll 8
-            for (int i = 0; i < N; ++i) acc[i * T + t] += w[i][part] * x;
+            for (int i = 0; i < N; ++i) acc[i * T + t] = plus_product(acc[i * T + t], w[i][part], x);
         }
 }
 
@@ -139,9 +146,7 @@ template <class W> void dots(const Linear& l) {
         interleave<W>(l.x + size_t(first) * l.inputs, l.inputs, first_of(pass + 1) - first,
                       panels + size_t(first) * steps * STEP);
     }
-    // steps at a time
-    const int most = std::max(1, std::min(MOST_DEPTH, NEAR / std::min(l.rows, MOST_COLUMNS)) / STEP);
-    const int parts = (steps + most - 1) / most, depth = (steps + parts - 1) / parts * STEP;
+    const int depth = depth_of<W>(l.inputs);
     const int wanted = std::max<int>(1, TASK_BYTES / (l.inputs * sizeof(W)));
     const int each = (wanted + 11) / 12 * 12;  // Every dot_rows divides it.
     pool().run((l.outputs + each - 1) / each, [&](int task) {

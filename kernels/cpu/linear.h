@@ -1,33 +1,73 @@
 // x [T, K] float32 times the transpose of a weight [N, K] of any float type.
 //
 // Few rows take dots.h's way. Many: columns of x are packed to panels, rows of the weight expanded to float32 a few at a
-// time; arithmetic is the limit.
+// time; arithmetic is the limit. There a vector's lanes have sums of their own, which a tree joins: here these are taken
+// one after the other, so that a row's result is the same, to the last bit.
 #pragma once
 
 #include "linear_words.h"
 
-constexpr int DEPTH = 2048;                 // K is taken so many at a time.
-constexpr int EXPANDED = DEPTH + 16;        // Floats between expanded rows: no power of two, which would share cache sets
+constexpr int EXPANDED = MOST_DEPTH + 16;   // Floats between expanded rows: no power of two, which would share cache sets
 constexpr size_t PACKED = 192 * 1024;       // Floats of x packed at a time: a core's cache holds them.
 
-// Columns `first` .. of x, transposed, in panels [panels][depth][PANEL]; rows past the last are zero.
-INLINE void pack(const Linear& l, int first_row, int k0, int depth, float* panel) {
-    const int count = std::min(PANEL, l.rows - first_row);
-    for (int k = 0; k < depth; ++k)
-        for (int t = count; t < PANEL; ++t) panel[size_t(k) * PANEL + t] = 0;
-    for (int t = 0; t < count; ++t) {
+// Lanes in the order in which the tree joins them, as `sums` in simd.h does: 0, then the one farthest from it, and so on.
+INLINE int lane_at(int place) {
+    int lane = 0;
+    for (int bit = 1; bit < LANES; bit *= 2) lane |= place & bit ? LANES / 2 / bit : 0;
+    return lane;
+}
+// Where input k of a part `depth` deep stands in a panel: by lane, and there in the order of `widen`.
+template <class W> INLINE int place_of(int k, int depth) {
+    constexpr int PARTS = PARTS_OF<W>;
+    const int lane = k % STEP_OF<W> / PARTS;
+    int place = 0;
+    while (lane_at(place) != lane) ++place;
+    return place * (depth / LANES) + k / STEP_OF<W> * PARTS + k % PARTS;
+}
+
+// The first `count` inputs of a part of a row of the weight, in steps as `widen` leaves them; zeros fill the last.
+template <class W> INLINE void expand(const W* row, int count, int depth, float* to) {
+    constexpr int STEP = STEP_OF<W>;
+    const auto step = [&](const W* from) {
+        Floats parts[PARTS_OF<W>];
+        widen(from, parts);
+        for (int i = 0; i < PARTS_OF<W>; ++i, to += LANES) store(to, parts[i]);
+    };
+    int k = 0;
+    for (; k + STEP <= count; k += STEP) step(row + k);
+    for (; k < depth; k += STEP) {
+        W rest[STEP] = {};
+        if (k < count) std::copy_n(row + k, count - k, rest);
+        step(rest);
+    }
+}
+
+// Rows `first` .. of x, inputs k0 .. k0 + count, in panels [panels][depth][PANEL]; what is past the last is zero.
+INLINE void pack(const Linear& l, const int* places, int first_row, int k0, int count, int depth, float* panel) {
+    const int rows = std::min(PANEL, l.rows - first_row);
+    std::fill_n(panel, size_t(depth) * PANEL, 0.0f);
+    for (int t = 0; t < rows; ++t) {
         const float* x = l.x + size_t(first_row + t) * l.inputs + k0;
-        for (int k = 0; k < depth; ++k) panel[size_t(k) * PANEL + t] = x[k];
+        for (int k = 0; k < count; ++k) panel[size_t(places[k]) * PANEL + t] = x[k];
     }
 }
 
 // Rows n .. n + TALL of the weight times one panel, into `out`, or added to it where k0 > 0.
 INLINE void block(const Linear& l, const float* expanded, const float* panel, int n, int first_row, int depth, int k0) {
-    Floats acc[TALL][WIDE] = {};
-    outer_products<TALL, EXPANDED, 1>(acc, expanded, panel, depth);
+    Floats joined[5][TALL][WIDE];  // Sums of 1, 2, 4 ... lanes that wait for as many more.
+    const int each = depth / LANES;
+    int level = 0;
+    for (int place = 0; place < LANES; ++place) {
+        Floats acc[TALL][WIDE] = {};
+        outer_products<TALL, EXPANDED, LANES>(acc, expanded + lane_at(place), panel + size_t(place) * each * PANEL, each);
+        for (level = 0; place >> level & 1; ++level)
+            for (int i = 0; i < TALL; ++i)
+                for (int j = 0; j < WIDE; ++j) acc[i][j] = joined[level][i][j] + acc[i][j];
+        memcpy(joined[level], acc, sizeof acc);
+    }
     const int columns = std::min(PANEL, l.rows - first_row), rows = std::min(TALL, l.outputs - n);
     float lanes[TALL][PANEL];
-    memcpy(lanes, acc, sizeof lanes);
+    memcpy(lanes, joined[level], sizeof lanes);
     for (int t = 0; t < columns; ++t) {
         float* out = l.out + size_t(first_row + t) * l.outputs + n;
         for (int i = 0; i < rows; ++i)
@@ -37,15 +77,20 @@ INLINE void block(const Linear& l, const float* expanded, const float* panel, in
 
 template <class W> void linear_many_rows(const Linear& l) {
     static thread_local Scratch of_caller, of_thread;
-    for (int k0 = 0; k0 < l.inputs; k0 += DEPTH) {
-        const int depth = std::min(DEPTH, l.inputs - k0);
+    static thread_local std::vector<int> place_list;
+    const int depth = depth_of<W>(l.inputs);
+    place_list.resize(depth);
+    int* const places = place_list.data();
+    for (int k = 0; k < depth; ++k) places[k] = place_of<W>(k, depth);
+    for (int k0 = 0; k0 < l.inputs; k0 += depth) {
+        const int inputs = std::min(depth, l.inputs - k0);
         const int panels = (l.rows + PANEL - 1) / PANEL;
         const int panels_at_a_time = std::max<int>(1, std::min<size_t>(panels, PACKED / (size_t(depth) * PANEL)));
         float* const packed = of_caller.floats(size_t(panels_at_a_time) * depth * PANEL);
         for (int p0 = 0; p0 < panels; p0 += panels_at_a_time) {
             const int count = std::min(panels_at_a_time, panels - p0);
             pool().run(count, [&](int p) {
-                pack(l, (p0 + p) * PANEL, k0, depth, packed + size_t(p) * depth * PANEL);
+                pack(l, places, (p0 + p) * PANEL, k0, inputs, depth, packed + size_t(p) * depth * PANEL);
             });
             const int blocks = (l.outputs + TALL - 1) / TALL;
             constexpr int BLOCKS = 4;  // A task takes so many.
@@ -54,10 +99,7 @@ template <class W> void linear_many_rows(const Linear& l) {
                 for (int b = task * BLOCKS; b < std::min(blocks, (task + 1) * BLOCKS); ++b) {
                     for (int i = 0; i < TALL; ++i) {
                         const int n = std::min(b * TALL + i, l.outputs - 1);  // The last row is repeated, and not stored.
-                        const W* row = (const W*)l.weight + size_t(n) * l.inputs + k0;
-                        int k = 0;
-                        for (; k + LANES <= depth; k += LANES) store(expanded + i * EXPANDED + k, load(row + k));
-                        for (; k < depth; ++k) expanded[i * EXPANDED + k] = to_float(row[k]);
+                        expand((const W*)l.weight + size_t(n) * l.inputs + k0, inputs, depth, expanded + i * EXPANDED);
                     }
                     for (int p = 0; p < count; ++p)
                         block(l, expanded, packed + size_t(p) * depth * PANEL, b * TALL, (p0 + p) * PANEL, depth, k0);

@@ -28,34 +28,44 @@ struct Codebook {
 #endif
 };
 
-// A tile times T rows of x.
-template <int T> __attribute__((noinline)) void multiply_tile(const Nf4Matrix& m, int tile, const float* x, Tile* totals) {
-    constexpr int SETS = T == 1 ? 4 : T == 2 ? 2 : 1;  // Sets of sums take turns.
+// TILES tiles times T rows of x: totals [TILES][T]. A row's sums have the same order however many rows there are; of few
+// rows several tiles take turns, as a product waits for the one before.
+template <int T> constexpr int TILES_OF = PARTS > 1 ? 1 : T == 1 ? 4 : T == 2 ? 2 : 1;
+template <int T, int TILES>
+__attribute__((noinline)) void multiply_tiles(const Nf4Matrix& m, int tile, const float* x, Tile* totals) {
     const Codebook book(m.codebook);
     const int blocks = m.inputs / m.blocksize;
-    const size_t width = m.inputs;
-    const int32_t* codes = m.codes + size_t(tile) * (m.inputs / 8) * OUTPUTS;
+    const size_t width = m.inputs, apart = width / 8 * OUTPUTS;
+    const int32_t* codes = m.codes + tile * apart;
     const float* scales = m.scales + size_t(tile) * blocks * OUTPUTS;
-    Tile total[T] = {};
+    Tile total[TILES * T] = {};
     for (int b = 0; b < blocks; ++b, scales += OUTPUTS) {
-        Tile sums[SETS * T] = {};
+        Tile sums[TILES * T] = {};
         for (int k = 0; k < m.blocksize; k += 8, x += 8, codes += OUTPUTS)
             for (int p = 0; p < PARTS; ++p) {
-                const Words lanes = load_as<Words>(codes + p * LANES);
+                Words lanes[TILES];
+                for (int i = 0; i < TILES; ++i) lanes[i] = load_as<Words>(codes + i * apart + p * LANES);
 #pragma GCC unroll 8
-                for (int j = 0; j < 8; ++j) {
-                    const Floats weight = book.at(lanes >> (4 * j));
+                for (int j = 0; j < 8; ++j)
+#pragma GCC unroll 4
+                    for (int i = 0; i < TILES; ++i) {
+                        const Floats weight = book.at(lanes[i] >> (4 * j));
 #pragma GCC unroll 8
-                    for (int t = 0; t < T; ++t) sums[j % SETS * T + t].part[p] += weight * x[t * width + j];
+                        for (int t = 0; t < T; ++t) {
+                            Floats& sum = sums[i * T + t].part[p];
+                            sum = plus_product(sum, weight, all(x[t * width + j]));
+                        }
+                    }
+            }
+        for (int i = 0; i < TILES; ++i)
+            for (int t = 0; t < T; ++t)
+                for (int p = 0; p < PARTS; ++p) {
+                    Floats& sum = total[i * T + t].part[p];
+                    const Floats scale = load(scales + size_t(i) * blocks * OUTPUTS + p * LANES);
+                    sum = plus_product(sum, sums[i * T + t].part[p], scale);
                 }
-            }
-        for (int t = 0; t < T; ++t)
-            for (int p = 0; p < PARTS; ++p) {
-                for (int s = 1; s < SETS; ++s) sums[t].part[p] += sums[s * T + t].part[p];
-                total[t].part[p] += sums[t].part[p] * load(scales + p * LANES);
-            }
     }
-    for (int t = 0; t < T; ++t) totals[t] = total[t];
+    for (int i = 0; i < TILES * T; ++i) totals[i] = total[i];
 }
 
 void linear(const Nf4Matrix* const* matrices, int count, const float* x, int rows, const float* bias, float* out) {
@@ -66,14 +76,19 @@ void linear(const Nf4Matrix* const* matrices, int count, const float* x, int row
         const int tiles = (m.outputs + OUTPUTS - 1) / OUTPUTS;
         for_tiles(tiles, size_t(tiles) * m.inputs * OUTPUTS / 2, rows, [&](int begin, int end) {
             for_lots(rows, [&](int first, auto together) {
-                for (int tile = begin; tile < end; ++tile) {
-                    const int n = column + tile * OUTPUTS;
-                    Tile totals[together.value];
-                    multiply_tile<together.value>(m, tile, x + size_t(first) * m.inputs, totals);
-                    for (int t = 0; t < together.value; ++t)
-                        store_tile(totals[t], bias ? bias + n : nullptr, out + size_t(first + t) * width + n,
-                                   std::min(OUTPUTS, m.outputs - tile * OUTPUTS));
-                }
+                constexpr int T = together.value, TILES = TILES_OF<T>;
+                const auto tiles_from = [&](int tile, auto number) {
+                    Tile totals[number.value * T];
+                    multiply_tiles<T, number.value>(m, tile, x + size_t(first) * m.inputs, totals);
+                    for (int i = 0; i < number.value * T; ++i) {
+                        const int n = column + (tile + i / T) * OUTPUTS;
+                        store_tile(totals[i], bias ? bias + n : nullptr, out + size_t(first + i % T) * width + n,
+                                   std::min(OUTPUTS, m.outputs - (tile + i / T) * OUTPUTS));
+                    }
+                };
+                int tile = begin;
+                for (; tile + TILES <= end; tile += TILES) tiles_from(tile, Number<TILES>());
+                for (; tile < end; ++tile) tiles_from(tile, Number<1>());
             });
         });
     }
