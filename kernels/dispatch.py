@@ -265,6 +265,15 @@ def set_threads(num_threads: int) -> None:
         built.set_threads(num_threads)
 
 
+def set_batch_invariant(*, is_wanted: bool) -> None:
+    """From now on give rows of products by plain bfloat16 weights on a CPU the same bits however many there are.
+
+    Products by quantized weights, and attention, are so in any case.
+    """
+    if (built := _native()) is not None:
+        built.set_batch_invariant(is_wanted)
+
+
 def describe(device: torch.device | str = "cpu", *, is_exllama: bool = False) -> str:
     """What runs the kernels on a device, for the start-up lines; with matrices among them that exllamav2 has."""
     if torch.device(device).type != "cpu":

@@ -2,6 +2,9 @@
 
 #include "low_rank.h"
 
+// Whether rows of bfloat16 products are to have the same bits however many there are: many run in floats then, too.
+EXPORT void tightrope_set_batch_invariant(int is_wanted) { is_batch_invariant = is_wanted != 0; }
+
 // dtype: 0 float32, 1 bfloat16, 2 float16
 EXPORT void tightrope_linear(const float* x, const void* weight, int dtype, const float* bias, float* out, int rows,
                              int inputs, int outputs) {

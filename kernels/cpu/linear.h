@@ -109,9 +109,11 @@ template <class W> void linear_many_rows(const Linear& l) {
     }
 }
 
+static bool is_batch_invariant = false;  // See linear.cpp.
+
 template <class W> void linear(const Linear& l) {
 #if defined(__AVX512VNNI__)
-    if (std::is_same<W, bf16>() && l.rows > FEW_FOR_WORDS) return linear_words(l);
+    if (std::is_same<W, bf16>() && l.rows > FEW_FOR_WORDS && !is_batch_invariant) return linear_words(l);
 #endif
     const int rest = l.rows % PANEL;  // Fewer than half a panel go faster the first way.
     const int few = l.rows <= FEW ? l.rows : 2 * rest <= PANEL ? rest : 0;

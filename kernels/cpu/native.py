@@ -28,7 +28,7 @@ from tightrope.kernels.forms.rows import SUMS, Ranked
 
 # numbered by the library; a machine that runs one runs those before
 INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512vnni")
-INTERFACE = 5  # The number in cpu/kernels.cpp; a build that gives none is of the first.
+INTERFACE = 6  # The number in cpu/kernels.cpp; a build that gives none is of the first.
 MOST_DIMS = 256  # Heads with more are left to the reference's attention.
 MOST_LAYER_TOKENS = 64  # More go operation by operation: memory is kept, and they hide the time between calls.
 
@@ -120,6 +120,7 @@ class NativeKernels:
             return typed_function(library, name, types)
 
         self.set_threads = function("set_threads", "i")
+        self.set_batch_invariant = function("set_batch_invariant", "i")
         self._linear = function("linear", "ppippiii")
         self._quantized_linear = function("quantized_linear", "ppippi")
         self._nf4_linear = function("nf4_linear", "ppippi")
