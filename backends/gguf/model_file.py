@@ -25,7 +25,10 @@ _POOLED = {1: "mean", 2: "cls", 3: "last", 4: "rank"}  # One vector is made of a
 
 def notes_on(settings: ModelSettings) -> tuple[str, ...]:
     """What the start says of settings that change nothing for a GGUF file."""
-    return tuple(f"{given} changes nothing: llama.cpp has types of its own" for given in settings.types_on_a_card)
+    idle = [f"{given} changes nothing: llama.cpp has types of its own" for given in settings.types_on_a_card]
+    if settings.batch_invariant:
+        idle.append("--batch-invariant changes nothing: llama.cpp has sums of its own")
+    return tuple(idle)
 
 
 def read_model(path: Path, settings: ModelSettings) -> Header:

@@ -83,6 +83,7 @@ class HFBackend:
         threads = compute_threads(settings.threads)
         torch.set_num_threads(1)  # A large step takes more: see ModelRunner.
         dispatch.set_threads(threads)
+        dispatch.set_batch_invariant(is_wanted=settings.batch_invariant)
         if settings.matmul_sums == "float16" and device.type == "cuda":
             dispatch.sum_in_float16()
         with failing_as("loading the model", device):

@@ -214,6 +214,14 @@ OPTIONS: Mapping[str, Option] = {
         "(default: float32)",
         "TYPE",
     ),
+    "batch-invariant": Option(
+        (*_MODEL, "batch_invariant"),
+        "speed",
+        "give the same text whatever else runs with bf16 weights on a CPU, too, whose prompts then take longer; "
+        "other formats do in any case",
+        "",
+        is_flag=True,
+    ),
     "device": Option(
         (*_MODEL, "device"),
         "speed",

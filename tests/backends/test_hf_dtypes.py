@@ -83,6 +83,17 @@ def test_what_only_a_card_has_changes_nothing_elsewhere_and_a_line_says_so(chang
         assert told in chosen.notes
 
 
+@pytest.mark.quick
+def test_sums_that_only_a_cpu_has_change_nothing_elsewhere_and_a_line_says_so():
+    settings = ModelSettings(batch_invariant=True)
+
+    assert not inspect(ADAPTERS / "llama-bf16", settings).notes
+    assert inspect(ADAPTERS / "llama-bf16", settings, "meta").notes == (
+        "--batch-invariant changes nothing: only a CPU has such sums",
+    )
+    assert notes_on(settings) == ("--batch-invariant changes nothing: llama.cpp has sums of its own",)
+
+
 @pytest.fixture(scope="module")
 def quantized() -> Iterator[ModuleType]:
     with interpreted("quantized") as module:

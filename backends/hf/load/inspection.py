@@ -71,8 +71,10 @@ def inspect(folder: Path, settings: ModelSettings, device: torch.device | str = 
 
 def idle_types(settings: ModelSettings, device: torch.device | str) -> tuple[str, ...]:
     """A line for each setting that changes nothing on this device."""
-    idle = settings.types_on_a_card if torch.device(device).type == "cpu" else ()
-    return tuple(f"{given} changes nothing: on a CPU hidden states and sums are float32" for given in idle)
+    if torch.device(device).type == "cpu":
+        idle = settings.types_on_a_card
+        return tuple(f"{given} changes nothing: on a CPU hidden states and sums are float32" for given in idle)
+    return ("--batch-invariant changes nothing: only a CPU has such sums",) if settings.batch_invariant else ()
 
 
 def model_id(folder: Path) -> str:
