@@ -1,4 +1,4 @@
-"""A row's numbers are the same bits whatever is computed beside it, for every instruction set that this machine runs."""
+"""A row's numbers are the same bits whatever runs beside it, for every instruction set that this machine runs."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
