@@ -1,16 +1,17 @@
 """What moved tokens cost in quality, turn by turn of a chat that fills its window: beside a cold prefill."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from bench.story import story
+from tightrope.backends.gguf.backend import GGUFBackend
 from tightrope.backends.hf.backend import HFBackend
-from tightrope.backends.protocol import Chunk
+from tightrope.backends.protocol import Backend, Chunk
 from tightrope.backends.reuse import Reuse, Wanted
 from tightrope.backends.settings import CacheSettings, KVCacheDtype, ModelSettings
 
@@ -33,13 +34,16 @@ class Row:
     perplexity: float  # of the probed tokens over that of the cold prefill
     first_kld: float
     first_kld_p99: float
+    step_kld: float | None = None  # of a cold prefill in steps of half as many tokens
 
 
 class Reader:
     """Runs prompts on one backend and returns the logits of their last tokens, [NUM_PROBED, V]."""
 
-    def __init__(self, backend: HFBackend) -> None:
+    def __init__(self, backend: Backend, step: int | None = None) -> None:
+        """step: tokens of a step at most; None: as many as the backend runs."""
         self._backend, self._number = backend, 0
+        self._step = step or backend.capabilities.max_step_tokens
 
     def read(self, tokens: Sequence[int], namespace: str, reuse: Wanted) -> tuple[Tensor, Reuse]:
         kv, self._number = self._backend.kv, self._number + 1
@@ -57,26 +61,31 @@ class Reader:
         return torch.cat(rows)[-NUM_PROBED:], found
 
     def _chunks(self, tokens: Sequence[int], missing: list[range], probed: int) -> Iterator[Chunk]:
-        most = self._backend.capabilities.max_step_tokens
         for places in missing:
-            edges = sorted({*range(places.start, places.stop, most), max(places.start, min(probed, places.stop))})
+            edges = sorted({*range(places.start, places.stop, self._step), max(places.start, min(probed, places.stop))})
             for start, stop in zip(edges, [*edges[1:], places.stop], strict=True):
                 if start < stop:
                     yield Chunk(self._number, tokens[start:stop], start, "all" if start >= probed else "none")
 
 
 def measure(
-    folder: Path, dtype: KVCacheDtype, window: int, num_turns: int, threads: int
+    model: Path, dtype: KVCacheDtype, window: int, num_turns: int, threads: int, num_compared: int = 0
 ) -> Iterator[dict[str, object]]:
-    """The rows of all turns but the first, of a model's folder."""
+    """The rows of all turns but the first, of a model's folder or of a GGUF file through llama.cpp.
+
+    num_compared: so many of them are also read cold in smaller steps, whose sums are in another order.
+    """
+    host_mib = 0 if model.is_dir() else 2048  # llama.cpp looks at all cells that are in the cache.
     settings = ModelSettings(
         max_model_len=window,
         max_num_seqs=2,
         threads=threads,
-        cache=CacheSettings(tokens=6 * window, dtype=dtype, host_mib=0),
+        cache=CacheSettings(tokens=6 * window, dtype=dtype, host_mib=host_mib),
     )
-    with closing(HFBackend(folder, settings, lambda _: None)) as backend:
-        reader = Reader(backend)
+    load: Callable[[Path, ModelSettings, Callable[[float], None]], Backend]
+    load = HFBackend if model.is_dir() else GGUFBackend
+    with closing(load(model, settings, lambda _: None)) as backend:
+        reader, half = Reader(backend), Reader(backend, backend.capabilities.max_step_tokens // 2)
 
         def encode(text: str) -> list[int]:
             return backend.tokenizer.encode(text, parse_special=True, is_start=True)
@@ -89,7 +98,16 @@ def measure(
             first, _ = reader.read(tokens, "healed", "moved")
             cold, _ = reader.read(tokens, "healed", "nothing")  # What it computes is what the next turn begins with.
             if number:
-                yield asdict(_row(turn.what, tokens, found, kept, first, cold))
+                row = _row(turn.what, tokens, found, kept, first, cold)
+                if number <= num_compared:
+                    again, _ = half.read(tokens, "in half steps", "nothing")
+                    row = replace(row, step_kld=float(_divergence(cold, again).mean()))
+                yield asdict(row)
+
+
+def _divergence(cold: Tensor, rows: Tensor) -> Tensor:
+    """Of each token's distribution [n, V], as logarithms, from that of a cold prefill, [n] in nats."""
+    return (cold.exp() * (cold - rows)).sum(-1)
 
 
 def _row(what: str, tokens: Sequence[int], found: Reuse, kept: Tensor, first: Tensor, cold: Tensor) -> Row:
@@ -98,10 +116,7 @@ def _row(what: str, tokens: Sequence[int], found: Reuse, kept: Tensor, first: Te
     def loss(rows: Tensor) -> float:
         return -float(rows[:-1].gather(-1, targets).mean())
 
-    def divergence(rows: Tensor) -> Tensor:
-        return (cold.exp() * (cold - rows)).sum(-1)
-
-    of_kept, of_first = divergence(kept), divergence(first)
+    of_kept, of_first = _divergence(cold, kept), _divergence(cold, first)
     return Row(
         what=what,
         num_tokens=len(tokens),

@@ -1,5 +1,6 @@
 """Runs of tokens that the paged cache finds at other places than they stood at, over a storage that remembers all."""
 
+from collections.abc import Sequence
 from itertools import chain
 
 import hypothesis.strategies as st
@@ -15,7 +16,7 @@ OLDEST, SECOND, THIRD = list(range(100, 207)), list(range(300, 451)), list(range
 NEW = list(range(900, 930))
 
 
-def driver_after(*parts: list[int], num_pages: int = 200, namespace: str = "") -> Driver:
+def driver_after(*parts: Sequence[int], num_pages: int = 200, namespace: str = "") -> Driver:
     """A cache in which a chat of these parts has ended."""
     driver = Driver(num_pages)
     driver.run(1, [*chain(*parts)], namespace)
@@ -23,7 +24,7 @@ def driver_after(*parts: list[int], num_pages: int = 200, namespace: str = "") -
     return driver
 
 
-def found(driver: Driver, *parts: list[int], seq_id: int = 2, namespace: str = "") -> tuple[Run, ...]:
+def found(driver: Driver, *parts: Sequence[int], seq_id: int = 2, namespace: str = "") -> tuple[Run, ...]:
     """What a prompt of these parts finds, all of which it then computes."""
     tokens = [*chain(*parts)]
     driver.open(seq_id, tokens, namespace, reuse="moved")
@@ -39,6 +40,16 @@ def test_what_follows_a_dropped_message_is_found_but_for_its_first_tokens():
     runs = found(driver, SYSTEM, SECOND, THIRD, NEW)
 
     assert runs == (Run(0, 0, 40), Run(40 + 107 + 64, 40 + 64, 151 + 110 - 64, is_exact=False))
+
+
+@pytest.mark.parametrize(("num_front", "num_again"), [(40, 64), (448, 64), (480, 32), (600, 16)])
+def test_fewer_tokens_behind_a_gap_are_computed_the_more_stands_in_front(num_front: int, num_again: int):
+    front = range(5000, 5000 + num_front)
+    driver = driver_after(front, OLDEST, SECOND)
+
+    runs = found(driver, front, SECOND, NEW)
+
+    assert runs[1:] == (Run(num_front + 107 + num_again, num_front + num_again, 151 - num_again, is_exact=False),)
 
 
 def test_several_removals_of_one_turn_are_found():
