@@ -62,6 +62,8 @@ class CpuKernels(Kernels, Protocol):
 
     def nf4_linear(self, x: Tensor, matrices: Sequence[Nf4Matrix], bias: Tensor | None) -> Tensor: ...
 
+    def quantized_rows(self, matrix: QuantizedMatrix, numbers: Tensor) -> Tensor: ...
+
 
 def store_kv(cache: LayerCache, keys: Tensor, values: Tensor, slots: Tensor) -> None:
     _kernels_for(keys).store_kv(cache, keys, values, slots)
@@ -87,6 +89,21 @@ def quantized_linear(x: Tensor, matrices: Sequence[QuantizedMatrix], bias: Tenso
 
 def nf4_linear(x: Tensor, matrices: Sequence[Nf4Matrix], bias: Tensor | None) -> Tensor:
     return _cpu().nf4_linear(x, matrices, bias)
+
+
+def quantized_rows(matrix: QuantizedMatrix, numbers: Tensor) -> Tensor:
+    return _cpu().quantized_rows(matrix, numbers)
+
+
+def pack_blocks(kind: int, raw: Tensor, into: QuantizedMatrix) -> bool:
+    """Fill a matrix's tensors from rows of blocks [N, bytes] uint8 of a type of GGUF, by its number in ggml.
+
+    False, and nothing written, where there is no kernel for it.
+    """
+    kernels = _native()
+    if kernels is not None:
+        kernels.pack_blocks(kind, raw, into)
+    return kernels is not None
 
 
 def reads_columns(device: torch.device) -> bool:

@@ -192,6 +192,11 @@ def nf4_linear(x: Tensor, matrices: Sequence[Nf4Matrix], bias: Tensor | None) ->
     return _times(x, matrices, bias)
 
 
+def quantized_rows(matrix: QuantizedMatrix, numbers: Tensor) -> Tensor:
+    """What outputs `numbers` [M] int64 multiply each input by, [M, K] float32; each value is rounded once."""
+    return dequantize_matrix(matrix.outputs(numbers)).t().contiguous()
+
+
 def _times(x: Tensor, matrices: Sequence[QuantizedMatrix | Nf4Matrix], bias: Tensor | None) -> Tensor:
     out = x.new_empty(len(x), sum(matrix.num_outputs for matrix in matrices))
     end = 0

@@ -15,7 +15,9 @@ from torch import Tensor
 from tightrope.backends.files.gguf.tensor_types import TENSOR_TYPES
 from tightrope.backends.files.safetensors import Checkpoint, TensorEntry
 from tightrope.backends.quant.format import Format, Packed
-from tightrope.kernels.forms.quantized import TILE, QuantizedMatrix, Rows, pack_slices, tiled
+from tightrope.kernels import dispatch
+from tightrope.kernels.forms.quantized import SLICE, TILE, QuantizedMatrix, Rows, Take, pack, tiled
+from tightrope.kernels.packing import new_tiles
 
 # The values of IQ4's codes.
 IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
@@ -26,7 +28,7 @@ class Blocks:
     """What the bytes of blocks [M, bytes] hold, M of them: `codes` [M, values], and for each group of a block a scale.
 
     `scales` float16 [M, 1], and `scale_codes` int8 [M, groups] where a block has several; `mins` and `min_codes` alike,
-    added to codes times scale. See QuantizedMatrix for scale codes that hold both.
+    added to codes times scale. See QuantizedMatrix for scale codes that hold both, and for those of six bits.
     """
 
     codes: Tensor
@@ -96,9 +98,7 @@ def _q2_k(raw: Tensor) -> Blocks:
 
 def _q3_k(raw: Tensor) -> Blocks:
     high = _fields(raw[:, :32], 1, 8).reshape(len(raw), 256)
-    low, upper = _fields(raw[:, 96:104], 4, 2), _fields(raw[:, 104:108], 2, 4)
-    scale_codes = (low.reshape(len(raw), 16) | (upper.reshape(len(raw), 16) << 4)).view(torch.int8) - 32
-    return Blocks(_runs(raw[:, 32:96], 32, 2) | (high << 2), _float16(raw, 108), scale_codes)
+    return Blocks(_runs(raw[:, 32:96], 32, 2) | (high << 2), _float16(raw, 108), raw[:, 96:108])
 
 
 def _scales_and_mins(raw: Tensor) -> tuple[Tensor, Tensor]:
@@ -158,6 +158,7 @@ BLOCK_TYPES: Mapping[str, BlockType] = {
     "IQ4_XS": BlockType(4, 32, _iq4_xs, has_book=True),
 }
 _LAYOUTS = {kind.name: kind for kind in TENSOR_TYPES.values()}
+_NUMBERS = {kind.name: number for number, kind in TENSOR_TYPES.items()}  # In ggml.
 
 
 class GgufBlocks(Format):
@@ -165,6 +166,7 @@ class GgufBlocks(Format):
 
     name = "GGUF"
     parts = ("weight",)
+    codes = "weight"
 
     @classmethod
     def tells(cls, checkpoint: Checkpoint, tensor: str) -> bool:
@@ -182,9 +184,8 @@ class GgufBlocks(Format):
         kind = packed.entry("weight").dtype
         form = BLOCK_TYPES[kind]
         one = form.take(torch.zeros(1, _LAYOUTS[kind].num_bytes, dtype=torch.uint8))
-        of_groups = (one.scales, one.scale_codes, one.mins, one.min_codes)
         blocks = -(-outputs // TILE) * TILE * inputs // _LAYOUTS[kind].values
-        in_block = (form.bits * _LAYOUTS[kind].values // 8, *(t.nbytes for t in of_groups if t is not None))
+        in_block = (form.bits * _LAYOUTS[kind].values // 8, *(part.nbytes for part in _parts(one).values()))
         return tuple(blocks * size for size in in_block)
 
     def check(self, packed: Packed, num_inputs: int, num_outputs: int) -> None:
@@ -193,44 +194,58 @@ class GgufBlocks(Format):
     def build(self, packed: Packed, num_inputs: int, num_outputs: int) -> QuantizedMatrix:
         kind = packed.entry("weight").dtype
         raw = packed.read("weight")  # [N, K / values * bytes] uint8
-        return to_matrix(kind, raw, num_inputs, lambda part: _check_finite(packed, part))
+        return to_matrix(kind, raw, num_inputs, lambda part: _check_finite(packed, part), packed.take)
 
 
 def to_matrix(
-    kind: str, raw: Tensor, num_inputs: int, check: Callable[[Tensor], None] = lambda numbers: None
-) -> QuantizedMatrix:
-    """The matrix of rows of blocks [N, bytes] uint8. `check` is called with all floats that there are in them."""
+    kind: str, raw: Tensor, num_inputs: int, check: Callable[[Tensor], None] = lambda numbers: None,
+    take: Take = new_tiles,
+) -> QuantizedMatrix:  # fmt: skip
+    """The matrix of rows of blocks [N, bytes] uint8, its codes where `take` says.
+
+    `check` is called with all floats that there are in the blocks.
+    """
+    matrix = _empty(kind, len(raw), num_inputs, take)
+    if not dispatch.pack_blocks(_NUMBERS[kind], raw, matrix):
+        _fill(matrix, kind, raw)
+    for numbers in (matrix.scales, matrix.mins):
+        if numbers is not None:
+            check(numbers)
+    return matrix
+
+
+def _empty(kind: str, outputs: int, num_inputs: int, take: Take) -> QuantizedMatrix:
+    """A matrix with tensors of the right sizes, not filled."""
     form, layout = BLOCK_TYPES[kind], _LAYOUTS[kind]
-    outputs = len(raw)
     rows = _rows(num_inputs, form.group, form.bits)
-    parts: dict[str, list[Tensor]] = {}
-
-    def codes(begin: int, end: int) -> Tensor:
-        some = form.take(raw[begin:end].reshape(-1, layout.num_bytes))
-        for name in ("scales", "scale_codes", "mins", "min_codes"):
-            found = getattr(some, name)
-            if found is not None:
-                parts.setdefault(name, []).append(tiled(found.reshape(end - begin, -1).t()))
-        return some.codes.view(end - begin, -1).t()
-
-    packed = pack_slices(codes, outputs, rows)
-    whole = {name: torch.cat(tensors) for name, tensors in parts.items()}
-    for name in ("scales", "mins"):
-        if name in whole:
-            check(whole[name])
+    tiles, blocks = -(-outputs // TILE), num_inputs // layout.values
+    parts = {
+        name: torch.empty(tiles, blocks * part.shape[1], TILE, dtype=part.dtype)
+        for name, part in _parts(form.take(torch.zeros(1, layout.num_bytes, dtype=torch.uint8))).items()
+    }
+    book = torch.tensor(IQ4_VALUES, dtype=torch.int8) if form.has_book else None
+    codes = take(tiles, num_inputs * form.bits * TILE // 8)
     return QuantizedMatrix(
-        num_inputs,
-        outputs,
-        rows.source,
-        rows.group_starts,
-        rows.group_bits,
-        packed,
-        scales=whole["scales"],
-        scale_codes=whole.get("scale_codes"),
-        mins=whole.get("mins"),
-        min_codes=whole.get("min_codes"),
-        codebook=torch.tensor(IQ4_VALUES, dtype=torch.int8) if form.has_book else None,
+        num_inputs, outputs, rows.source, rows.group_starts, rows.group_bits, codes, codebook=book, **parts
     )
+
+
+def _fill(matrix: QuantizedMatrix, kind: str, raw: Tensor) -> None:
+    """What dispatch.pack_blocks does, slice by slice."""
+    rows = Rows(matrix.source, matrix.group_starts, matrix.group_bits)
+    for begin in range(0, len(raw), SLICE):
+        some = raw[begin : begin + SLICE]
+        blocks = BLOCK_TYPES[kind].take(some.reshape(-1, _LAYOUTS[kind].num_bytes))
+        tiles = slice(begin // TILE, -(-(begin + len(some)) // TILE))
+        matrix.codes[tiles] = pack(blocks.codes.view(len(some), -1).t(), rows)
+        for name, part in _parts(blocks).items():
+            getattr(matrix, name)[tiles] = tiled(part.reshape(len(some), -1).t())
+
+
+def _parts(blocks: Blocks) -> dict[str, Tensor]:
+    """All but the codes that a type has, by the names of QuantizedMatrix."""
+    names = ("scales", "scale_codes", "mins", "min_codes")
+    return {name: part for name in names if (part := getattr(blocks, name)) is not None}
 
 
 @lru_cache(maxsize=256)

@@ -114,6 +114,7 @@ def _(matrix: QuantizedMatrix) -> tuple[structs.Matrix]:
             num_groups,
             _SCALES.get(scales.dtype, _SCALE_CODES),
             (num_groups // scales.shape[1]).bit_length() - 1,
+            codes is not None and codes.shape[1] < num_groups,
         ),
     )
 

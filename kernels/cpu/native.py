@@ -28,7 +28,7 @@ from tightrope.kernels.forms.rows import SUMS, Ranked
 
 # numbered by the library; a machine that runs one runs those before
 INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512vnni")
-INTERFACE = 6  # The number in cpu/kernels.cpp; a build that gives none is of the first.
+INTERFACE = 7  # The number in cpu/kernels.cpp; a build that gives none is of the first.
 MOST_DIMS = 256  # Heads with more are left to the reference's attention.
 MOST_LAYER_TOKENS = 64  # More go operation by operation: memory is kept, and they hide the time between calls.
 
@@ -124,12 +124,14 @@ class NativeKernels:
         self._linear = function("linear", "ppippiii")
         self._quantized_linear = function("quantized_linear", "ppippi")
         self._nf4_linear = function("nf4_linear", "ppippi")
+        self._quantized_rows = function("quantized_rows", "ppip")
         self._add_low_rank = function("add_low_rank", "ppppiii")
         self._store_kv = function("store_kv", "pplplpi")
         self._attention = function("attention", "ppipppfif")
         self._rotate = function("rotate", "plpppiii")
         self._rms_norm = function("rms_norm", "plppiif")
         self._gated = function("gated", "ppiii")
+        self._pack_blocks = function("pack_blocks", "ipiippppp")
         self._draw = function("draw", "plplpp")
         self._rank = function("rank", "plplplpppp")
         self._row_sums = function("row_sums", "plplpip")
@@ -179,6 +181,20 @@ class NativeKernels:
 
     def nf4_linear(self, x: Tensor, matrices: Sequence[Nf4Matrix], bias: Tensor | None) -> Tensor:
         return _times(self._nf4_linear, x, matrices, bias)
+
+    def quantized_rows(self, matrix: QuantizedMatrix, numbers: Tensor) -> Tensor:
+        numbers = numbers.contiguous()
+        out = torch.empty(len(numbers), matrix.num_inputs)
+        self._quantized_rows(address(matrix), numbers.data_ptr(), len(numbers), out.data_ptr())
+        return out
+
+    def pack_blocks(self, kind: int, raw: Tensor, into: QuantizedMatrix) -> None:
+        """See kernels.dispatch.pack_blocks."""
+        assert raw.is_contiguous()
+        tensors = (into.codes, into.scales, into.scale_codes, into.mins, into.min_codes)
+        assert all(tensor is None or tensor.is_contiguous() for tensor in tensors)
+        starts = (None if tensor is None else tensor.data_ptr() for tensor in tensors)
+        self._pack_blocks(kind, raw.data_ptr(), len(raw), into.num_inputs, *starts)
 
     def add_low_rank(self, out: Tensor, x: Tensor, adapters: Mapping[int, LowRank], rows: AdapterRows) -> None:
         assert out.is_contiguous()

@@ -27,6 +27,17 @@ INLINE int rows_together(int left) {
 // A group's scales, and its least values where the matrix has such.
 struct Scales { Tile scale, min; };
 
+// Codes of six bits, less 32: of 16 groups eight bytes hold the low four bits, and four the high two.
+INLINE Floats six_bit_codes(const Matrix& m, size_t tile, int g, int first) {
+    const int code = g % 16;
+    const int8_t* const unit = m.scale_codes + (tile * (m.groups / 16) + g / 16) * 12 * OUTPUTS + first;
+    const auto byte = [&](int i) __attribute__((always_inline)) {
+        return (Ints)__builtin_convertvector(widen(load_as<Bytes>(unit + i * OUTPUTS)), Ints);
+    };
+    const Ints low = byte(code % 8) >> (code / 8 * 4) & 15, high = byte(8 + code % 4) >> (code / 4 * 2) & 3;
+    return __builtin_convertvector((low | high << 4) - 32, Floats);
+}
+
 INLINE Scales scales_of(const Matrix& m, size_t tile, int g) {
     const size_t at = m.place(tile, g), unit = m.unit_place(tile, g);
     Scales of = {};
@@ -45,6 +56,8 @@ INLINE Scales scales_of(const Matrix& m, size_t tile, int g) {
             const Bytes both = load_as<Bytes>((const uint8_t*)m.scale_codes + at + p * LANES);
             scale *= widen(both & 15);
             min *= widen(both >> 4);
+        } else if (m.are_six_bits) {
+            scale *= six_bit_codes(m, tile, g, p * LANES);
         } else if (m.scale_codes) {
             scale *= widen(load_as<Bytes>(m.scale_codes + at + p * LANES));
             if (m.min_codes) min *= widen(load_as<Bytes>(m.min_codes + at + p * LANES));

@@ -68,13 +68,15 @@ struct Matrix {
     const float* group_max;  // null, or [groups]
     const int16_t* zeros;    // null, or like the scales
     const f16* mins;         // null, or like the scales
-    const int8_t *scale_codes, *min_codes;  // null, or of each group where 2^unit_shift of them share scales and mins
+    // null, or of each group where 2^unit_shift of them share scales and mins; scale codes are of eight bits, or of six,
+    // 16 in 12 bytes
+    const int8_t *scale_codes, *min_codes;
     const int8_t* codebook;  // null, or [16]
     const int32_t* source;   // null, or the input that each stored row multiplies
     const int32_t* group_starts;
     const uint8_t* group_bits;
     int64_t tile_bytes;
-    int32_t inputs, outputs, groups, scale_kind, unit_shift;
+    int32_t inputs, outputs, groups, scale_kind, unit_shift, are_six_bits;
 
     int rows() const { return group_starts[groups]; }
     // Of the codes, and of the scales and mins, of a tile's group: its place in tensors of each.

@@ -45,7 +45,9 @@ class QuantizedMatrix:
 
     As in GGUF's K-types, `scales` and `mins`, both float16, may be units [C, S, 16] of G / S groups each, a power of
     two, by which codes are multiplied: `scale_codes` and `min_codes` int8 [C, G, 16]. Where there are mins and no
-    min_codes, a scale code is uint8 and holds both, the min's in its high four bits.
+    min_codes, a scale code is uint8 and holds both, the min's in its high four bits. Units of 16 groups may have
+    `scale_codes` uint8 [C, 12 S, 16] of six bits, less 32: of a unit's code i the low four bits are in byte i % 8, from
+    bit i / 8 * 4 on, and the high two in byte 8 + i % 4, from bit i / 4 * 2 on.
 
     With `codebook` int8 [16], a code of 4 bits stands for codebook[code].
     """
@@ -320,6 +322,8 @@ def _zeros_of(matrix: QuantizedMatrix) -> Tensor:
 def scales_of(matrix: QuantizedMatrix) -> Tensor:
     """The scale [G, N] float32 of each group and output; exact."""
     codes = None if matrix.scale_codes is None else untiled(matrix.scale_codes, matrix.num_outputs)
+    if codes is not None and len(codes) < len(matrix.group_bits):
+        codes = _six_bits(codes)
     if matrix.scales is not None:
         holds_both = matrix.mins is not None and matrix.min_codes is None
         return _scaled(matrix, matrix.scales, codes & 15 if codes is not None and holds_both else codes)
@@ -343,6 +347,14 @@ def _scaled(matrix: QuantizedMatrix, units: Tensor, codes: Tensor | None) -> Ten
     """Units [C, S, 16], each for the same number of groups, times codes [G, N] if there are any: [G, N] float32."""
     own = untiled(units, matrix.num_outputs).float().repeat_interleave(len(matrix.group_bits) // units.shape[1], 0)
     return own if codes is None else own * codes.float()
+
+
+def _six_bits(packed: Tensor) -> Tensor:
+    """Codes [16 S, N] int8 of twelve bytes [12 S, N] uint8 for each sixteen."""
+    units = packed.unflatten(0, (-1, 12))
+    low = torch.cat((units[:, :8] & 15, units[:, :8] >> 4), 1)
+    high = torch.cat([(units[:, 8:] >> shift) & 3 for shift in (0, 2, 4, 6)], 1)
+    return (low | (high << 4)).view(torch.int8).flatten(0, 1) - 32
 
 
 def tile_bytes(rows: Rows) -> int:

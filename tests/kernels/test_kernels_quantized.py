@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from rounded import Rounded
 from torch import Tensor
 
+from tightrope.kernels import reference
 from tightrope.kernels.cpu import native
 from tightrope.kernels.forms.layer import Projection
 from tightrope.kernels.forms.quantized import (
@@ -110,6 +111,17 @@ def test_a_product_with_packed_codes_is_that_with_the_weights_they_stand_for(
     ours = kernels.quantized_linear(x, [matrix], bias)
 
     assert_is_product(ours, x, [matrix], bias)
+
+
+@given(shape=shapes(), rows=ROWS, seed=SEEDS)
+@SOME
+def test_single_outputs_are_those_of_the_weights_to_the_last_bit(
+    kernels: native.NativeKernels, shape: Shape, rows: int, seed: int
+):
+    torch.manual_seed(seed)
+    matrix, numbers = matrix_of(shape), torch.randint(shape.num_outputs, (rows,))
+
+    assert torch.equal(kernels.quantized_rows(matrix, numbers), reference.quantized_rows(matrix, numbers))
 
 
 def side_by_side(list_of_shapes: list[Shape], rows: int, seed: int) -> tuple[list[QuantizedMatrix], Tensor, Tensor]:

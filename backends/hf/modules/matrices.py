@@ -16,7 +16,7 @@ from tightrope.kernels.forms.column_stack import ColumnStack, stack_columns
 from tightrope.kernels.forms.columns import ColumnMatrix, to_columns
 from tightrope.kernels.forms.layer import Projection
 from tightrope.kernels.forms.low_rank import LowRank
-from tightrope.kernels.forms.quantized import TILE, Nf4Matrix, QuantizedMatrix, dequantize, joined
+from tightrope.kernels.forms.quantized import TILE, Nf4Matrix, QuantizedMatrix, joined
 
 Piece = Tensor | QuantizedMatrix | Nf4Matrix  # A tensor is [N, K].
 
@@ -88,7 +88,7 @@ def rows_of(weight: Matrix, numbers: Tensor) -> Tensor:
         return F.embedding(numbers, weight)
     assert isinstance(weight, Quantized), "on a CPU tables are of integers, or plain"
     (matrix,) = weight.matrices
-    return dequantize(matrix.outputs(numbers.flatten())).t().contiguous().view(*numbers.shape, -1)
+    return dispatch.quantized_rows(matrix, numbers.flatten()).view(*numbers.shape, -1)
 
 
 def runs_exllama(weight: Matrix) -> bool:
