@@ -104,7 +104,7 @@ class ModelSettings(BaseModel, frozen=True, extra="forbid"):
     hub_cache: str | None = Field(None, description="Where downloads go; None leaves it to the hub library.")
     quantize: Quantize | None = Field(None, description="Format that the weights must be in; None takes any.")
     gguf_engine: GgufEngine = Field(
-        "auto", description="What runs a GGUF file: own is the torch engine, on a CPU; auto is llama.cpp."
+        "auto", description="What runs a GGUF file: own is the torch engine, on a CPU; auto is that where it can."
     )
     max_model_len: int = Field(
         0, ge=0, le=MAX_TOKENS, description="Context window in tokens; 0 is the model's own, or what fits."

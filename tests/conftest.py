@@ -79,8 +79,8 @@ def _same_numbers_in_every_run() -> None:
 
 @pytest.fixture(scope="session")
 def server() -> Iterator[RunningServer]:
-    """The real server, with its default settings and the bundled model, as a process of its own."""
-    with run_server() as running:
+    """The real server with the bundled model in llama.cpp, as a process of its own, and default settings."""
+    with run_server("--gguf-engine=llama.cpp") as running:
         yield running
 
 

@@ -7,11 +7,14 @@ from tightrope.backends.errors import BackendError
 from tightrope.backends.files.gguf.header import read_header
 from tightrope.backends.gguf.values import ValueScan
 from tightrope.backends.hf.backend import HFBackend
+from tightrope.backends.hf.load.inspection import Inspect
 from tightrope.backends.own_gguf.inspection import inspect
 from tightrope.backends.settings import ModelSettings
 
 
-def open_own(path: Path, settings: ModelSettings, progress: Callable[[float], None]) -> HFBackend:
+def open_own(
+    path: Path, settings: ModelSettings, progress: Callable[[float], None], inspect: Inspect = inspect
+) -> HFBackend:
     """Load a file, calling `progress` with the share done. Raises BackendError, having freed everything."""
     with ValueScan(read_header(path)) as scan:
         backend = HFBackend(path, settings, progress, inspect)

@@ -40,6 +40,10 @@ class GgufCheckpoint(Checkpoint):
         fix = self.fixes.get(name)
         return tensor if fix is None else fix(tensor)
 
+    def missing(self, name: str, reason: str) -> BackendError:
+        """See Checkpoint."""
+        return BackendError(f"{self.shards()[0].path}: tensor {name!r} is missing, {reason}")
+
 
 def checkpoint_of(header: Header) -> GgufCheckpoint:
     """All tensors of a file and its other parts. Raises BackendError for types that the torch engine doesn't know."""

@@ -57,7 +57,7 @@ def config_of(header: Header, read: Read) -> Fields:
     reader = _Reader(header, architecture)
     model_type, fixed = _KINDS[architecture]
     fields: Fields = {"model_type": model_type, **fixed, **reader.sizes()}
-    fields |= _norms(reader) | _experts(reader, architecture) | _own(reader, architecture, fields)
+    fields |= _norms(reader, architecture) | _experts(reader, architecture) | _own(reader, architecture, fields)
     fields["tie_word_embeddings"] = "output.weight" not in reader.tensors
     fields["vocab_size"] = reader.tensors["token_embd.weight"].dims[-1] if reader.has("token_embd.weight") else 0
     if reader.has("blk.0.attn_q.bias") and "attention_bias" in fields:
@@ -99,9 +99,13 @@ class _Reader:
         return BackendError(f"{self.header.path}: {self._architecture}.{key} is {value!r:.80}; {reason}")
 
 
-def _norms(reader: _Reader) -> Fields:
-    rms, plain = reader.get("attention.layer_norm_rms_epsilon"), reader.get("attention.layer_norm_epsilon")
-    return ({} if rms is None else {"rms_norm_eps": rms}) | ({} if plain is None else {"layer_norm_eps": plain})
+def _norms(reader: _Reader, architecture: str) -> Fields:
+    key, field = "attention.layer_norm_rms_epsilon", "rms_norm_eps"
+    if architecture == "command-r":
+        key, field = "attention.layer_norm_epsilon", "layer_norm_eps"
+    if (value := reader.get(key)) is None:
+        raise reader.wrong(key, value, "the norms need it")
+    return {field: value}
 
 
 def _experts(reader: _Reader, architecture: str) -> Fields:

@@ -24,6 +24,7 @@ from tightrope.backends.rope.scaling import resolve_rope
 from tightrope.backends.settings import ModelSettings
 
 _DTYPE = "float32"  # Of weights in modules that keep transformers' class, as all that isn't a matrix has it in files.
+_MOST_NAMED = 4
 
 
 def inspect(path: Path, settings: ModelSettings, device: torch.device | str = "cpu") -> Inspection:
@@ -40,6 +41,10 @@ def inspect(path: Path, settings: ModelSettings, device: torch.device | str = "c
     tokenizer = GGUFTokenizer(vocabulary)
     quantization = Quantization(GgufBlocks(), checkpoint)
     blueprint = draw(path, shape, checkpoint, rope, device, settings.dtype, quantization)
+    if blueprint.left.names:  # A bias that were left out would change all answers.
+        unused = [repr(name) for name in checkpoint.tensors if name in blueprint.left.names]
+        more = f" and {len(unused) - _MOST_NAMED} more" if len(unused) > _MOST_NAMED else ""
+        raise BackendError(f"{path}: its architecture has no {', '.join(unused[:_MOST_NAMED])}{more}")
     blueprint.adapters.read = partial(read_any_adapter, header)
     for adapter in settings.adapters.values():
         blueprint.adapters.check(Path(adapter).expanduser())

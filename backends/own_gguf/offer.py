@@ -1,32 +1,36 @@
-"""What the registry asks of GGUF files: which of the two engines runs one, said in one line with the reason."""
+"""What the registry asks of GGUF files, which either of two engines runs."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from tightrope.backends.errors import BackendError
+from tightrope.backends.errors import BackendError, DoesNotFit
 from tightrope.backends.gguf import offer as gguf
 from tightrope.backends.gguf.offer import claims as claims
 from tightrope.backends.hf import offer as hf
+from tightrope.backends.own_gguf.choice import choose, instead
 from tightrope.backends.planning import Outline
 from tightrope.backends.protocol import Backend
 from tightrope.backends.settings import ModelSettings
 from tightrope.backends.warming import Warmed
 
-_OWN = "engine: the torch engine runs this GGUF file, as --gguf-engine own asks for"
-_LLAMA = "engine: llama.cpp runs this GGUF file, as --gguf-engine llama.cpp asks for"
-_USUAL = "engine: llama.cpp runs this GGUF file, as it does unless --gguf-engine own asks for the torch engine"
-
 
 def open_model(path: Path, settings: ModelSettings, progress: Callable[[float], None]) -> Backend:
     """See BackendPackage."""
-    if settings.gguf_engine == "own":
+    choice = choose(path, settings)
+    backend: Backend | None = None
+    if choice.inspect is not None:
         from tightrope.backends.own_gguf.backend import open_own
 
-        backend: Backend = open_own(path, settings, progress)
-    else:
+        try:
+            backend = open_own(path, settings, progress, choice.inspect)
+        except DoesNotFit as error:
+            if choice.is_asked:
+                raise
+            choice = instead(path, error)
+    if backend is None:
         backend = gguf.open_model(path, settings, progress)
-    backend.card = replace(backend.card, notes=(_line(settings), *backend.card.notes))
+    backend.card = replace(backend.card, notes=(choice.line, *backend.card.notes))
     return backend
 
 
@@ -43,20 +47,19 @@ def outline(
     path: Path, settings: ModelSettings, memory_bytes: int | None, device_bytes: tuple[int, ...] | None = None
 ) -> Outline:
     """See BackendPackage."""
-    if settings.gguf_engine == "own":
-        from tightrope.backends.gguf.model_file import read_model
-        from tightrope.backends.gguf.trial import try_vocabulary
-        from tightrope.backends.own_gguf.inspection import inspect
+    from tightrope.backends.gguf.model_file import read_model
+    from tightrope.backends.gguf.trial import try_vocabulary
 
-        read_model(path, settings)
-        try_vocabulary(path)  # llama.cpp ends the process over some, and what is planned for ends no server.
-        found = hf.outline(path, settings, memory_bytes, device_bytes, inspect)
-    else:
+    read_model(path, settings)
+    # Llama.cpp ends the process over some vocabularies, and what is planned for ends no server.
+    choice = choose(path, settings, has_cards=device_bytes is not None, try_first=try_vocabulary)
+    found: Outline | None = None
+    if choice.inspect is not None:
+        found = hf.outline(path, settings, memory_bytes, device_bytes, choice.inspect)
+        if found.refusal is not None and not choice.is_asked:
+            choice, found = instead(path, found.refusal), None
+    if found is None:
         found = gguf.outline(path, settings, memory_bytes, device_bytes)
     if found.chosen is None:
         return found
-    return replace(found, chosen=replace(found.chosen, notes=(_line(settings), *found.chosen.notes)))
-
-
-def _line(settings: ModelSettings) -> str:
-    return {"own": _OWN, "llama.cpp": _LLAMA, "auto": _USUAL}[settings.gguf_engine]
+    return replace(found, chosen=replace(found.chosen, notes=(choice.line, *found.chosen.notes)))

@@ -231,8 +231,8 @@ OPTIONS: Mapping[str, Option] = {
     "gguf-engine": Option(
         (*_MODEL, "gguf_engine"),
         "speed",
-        "what runs a GGUF file: own, the engine of model folders, on a CPU; llama.cpp; or auto (default: auto, "
-        "llama.cpp)",
+        "what runs a GGUF file: own, the engine of model folders, on a CPU; llama.cpp; or auto, the former where it "
+        "knows all of the file (default: auto)",
         "ENGINE",
     ),
     "gpu-layers": Option(

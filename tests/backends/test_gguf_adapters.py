@@ -257,7 +257,7 @@ def test_an_adapter_in_sixteen_bits_is_read(files: Path) -> None:
 def test_the_plan_counts_adapters_and_the_room_for_more(files: Path) -> None:
     for model in (files / "llama-bf16.gguf", ADAPTERS / "llama-bf16"):
         alone, with_adapter, with_room = (
-            outline(ModelSettings(model=str(model), **more), memory_bytes=4 << 30).weight_bytes
+            outline(ModelSettings(model=str(model), gguf_engine="llama.cpp", **more), 4 << 30).weight_bytes
             for more in (
                 {},
                 {"adapters": {"mine": str(ADAPTERS / "llama-lora-r4")}},
@@ -275,7 +275,7 @@ def test_the_plan_counts_adapters_and_the_room_for_more(files: Path) -> None:
 def server(files: Path) -> Iterator[RunningServer]:
     with run_server(
         "--model", str(files / "llama-bf16.gguf"), "--kv-cache=f16", "--lora", f"mine={files / 'lora.gguf'}",
-        "--lora-folder", str(files), "--admin-key=chief", "--max-model-len=512",
+        "--lora-folder", str(files), "--admin-key=chief", "--max-model-len=512", "--gguf-engine=llama.cpp",
     ) as running:  # fmt: skip
         yield running
 

@@ -7,13 +7,17 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from broken_gguf import BROKEN_KEYS, BROKEN_TENSORS
+from checkout import ADAPTERS
 from gguf import GGUFWriter
+from gguf_files import write_model
 from gguf_of_models import Encode, Encoded, as_float32, write_gguf
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from tightrope.backends.detect import open_backend, outline
 from tightrope.backends.errors import BackendError
 from tightrope.backends.files.gguf.header import read_header
 from tightrope.backends.own_gguf.backend import open_own
@@ -108,6 +112,59 @@ def test_a_factor_of_a_frequency_that_is_no_number_is_refused(tmp_path: Path):
 def test_a_card_is_refused(tmp_path: Path):
     with pytest.raises(BackendError, match="--gguf-engine own: it runs GGUF files on a CPU, and the device is cuda"):
         inspect(write(tmp_path / "m.gguf"), SETTINGS, "cuda")
+
+
+def planned_and_served(path: Path) -> tuple[str, str]:
+    """What `plan` and `serve` say about a file that the torch engine is asked to run, each in one line."""
+    options = SETTINGS.model_copy(update={"model": str(path)})
+    with pytest.raises(BackendError) as planned:
+        outline(options, None)
+    with pytest.raises(BackendError) as served:
+        open_backend(options, lambda share: None)
+    for line in (str(planned.value), str(served.value)):
+        assert line.startswith(f"{path}: ")
+        assert "\n" not in line
+    return str(planned.value), str(served.value)
+
+
+@pytest.mark.parametrize("name", BROKEN_TENSORS)
+def test_tensors_that_llama_cpp_does_not_take_are_refused_by_plan_as_by_serve(name: str, tmp_path: Path):
+    change, _ = BROKEN_TENSORS[name]
+
+    planned, served = planned_and_served(
+        write_model(ADAPTERS / "llama-untied-bf16", tmp_path / "m.gguf", change=change)
+    )
+
+    assert planned == served
+
+
+@pytest.mark.parametrize("name", BROKEN_KEYS)
+def test_keys_that_llama_cpp_does_not_take_are_refused_by_plan_as_by_serve(name: str, tmp_path: Path):
+    keys, _ = BROKEN_KEYS[name]
+
+    planned, served = planned_and_served(write_model(ADAPTERS / "llama-bf16", tmp_path / "m.gguf", keys=keys))
+
+    assert planned == served
+
+
+def test_tensors_that_an_architecture_does_not_have_are_named(tmp_path: Path):
+    def add(writer: GGUFWriter) -> None:
+        for i in range(6):
+            writer.add_tensor(f"blk.0.lens_{i}.weight", np.ones(8, np.float32))
+
+    planned, served = planned_and_served(write_model(ADAPTERS / "llama-bf16", tmp_path / "m.gguf", keys=add))
+
+    assert planned == served
+    assert "its architecture has no 'blk.0.lens_0.weight', 'blk.0.lens_1.weight', " in planned
+    assert planned.endswith("'blk.0.lens_3.weight' and 2 more")
+
+
+def test_a_bias_that_the_architecture_does_not_add_is_refused(tmp_path: Path):
+    extra = {"blk.0.ffn_down.bias": np.ones(64, np.float32)}
+
+    said = refusal(write_gguf(llama(), "llama", tmp_path / "m.gguf", extra=extra))
+
+    assert said.endswith("its architecture has no 'model.layers.0.mlp.down_proj.bias'")
 
 
 @pytest.fixture(scope="module")

@@ -35,6 +35,7 @@ def load(
 ) -> Backend:
     settings = ModelSettings(
         model=MODELS[engine]() if model is None else str(model),
+        gguf_engine="llama.cpp",
         max_model_len=window,
         max_num_seqs=2,
         cache=CacheSettings.model_validate({"tokens": tokens, **cache}),

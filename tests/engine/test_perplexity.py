@@ -268,7 +268,7 @@ def test_comparing_caches_prints_divergence_change_and_bytes(
     results = tmp_path / "out.json"
     wanted = ["--text", str(text), "--contexts", "64", "--max-tokens", "128", "--compare-kv", "q4, q8"]
 
-    assert main(["perplexity", *wanted, "--json", str(results)]) == 0
+    assert main(["perplexity", "--gguf-engine=llama.cpp", *wanted, "--json", str(results)]) == 0
 
     f16, q8, q4 = json.loads(results.read_text())["rows"]
     assert [row["cache"] for row in (f16, q8, q4)] == ["f16", "q8", "q4"]

@@ -122,7 +122,7 @@ def test_a_server_with_nothing_else_to_do_computes_moved_tokens_again() -> None:
 
 def test_llama_cpp_moves_tokens_too_and_they_are_computed_again(tmp_path: Path) -> None:
     path = write_model(ADAPTERS / "llama-bf16", tmp_path / "llama.gguf")
-    with run_server("--model", str(path)) as running:
+    with run_server("--model", str(path), "--gguf-engine=llama.cpp") as running:
         assert "what stands behind a removed message is moved" in running.output
         assert reused(running.url, FULL) == (0, 0)
         assert reused(running.url, DROPPED) == (len(SYSTEM) + len(SECOND), len(SECOND))

@@ -84,7 +84,8 @@ def test_a_card_is_named_by_what_its_driver_calls_free_beside_the_machines_memor
 
 
 def test_a_gguf_file_is_planned_for_by_the_same_command(capsys: pytest.CaptureFixture[str]):
-    status, found, _ = planned(capsys, str(bundled_model()), "--memory=1GiB", "--rope-scaling=yarn", "--rope-factor=2")
+    options = ("--gguf-engine=llama.cpp", "--rope-scaling=yarn", "--rope-factor=2")
+    status, found, _ = planned(capsys, str(bundled_model()), "--memory=1GiB", *options)
 
     assert status == 0
     assert (found["format"], found["window"], found["trained_len"]) == ("gguf", 16384, 8192)
@@ -158,7 +159,11 @@ def test_an_absurd_size_is_refused_in_one_line_that_says_what_would_be_right(tex
         (["--gpu-memory-fraction", "1.5"], 2, "--gpu-memory-fraction: input should be"),
         (["--rope-factor", "nan"], 2, "--rope-factor: input should be"),
         (["no-such.gguf"], 1, "no-such.gguf: no such file"),
-        (["--rope-scaling", "dynamic", "--rope-factor", "2"], 1, "can't be chosen for a GGUF file"),
+        (
+            ["--gguf-engine", "llama.cpp", "--rope-scaling", "dynamic", "--rope-factor", "2"],
+            1,
+            "can't be chosen for a GGUF file",
+        ),
         (["--max-model-len", "999999999", "--memory", "1GiB"], 1, "ask for at most"),
     ],
 )

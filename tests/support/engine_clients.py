@@ -31,11 +31,11 @@ fake_thread = thread_launcher(open_fake)
 
 
 def settings(**limits: int) -> EngineSettings:
-    return EngineSettings(model=ModelSettings(max_num_seqs=4), limits=LimitSettings(**limits))
+    return EngineSettings(model=ModelSettings(gguf_engine="llama.cpp", max_num_seqs=4), limits=LimitSettings(**limits))
 
 
 def short_lived(**life: float) -> EngineSettings:
-    return EngineSettings(model=ModelSettings(max_num_seqs=1), life=LifeSettings(**life))
+    return EngineSettings(model=ModelSettings(gguf_engine="llama.cpp", max_num_seqs=1), life=LifeSettings(**life))
 
 
 @asynccontextmanager

@@ -18,7 +18,7 @@ PATIENCE_S = 120
 @pytest.fixture(scope="module", params=["llama.cpp", "torch"])
 def own_server(request: pytest.FixtureRequest) -> Iterator[RunningServer]:
     if request.param == "llama.cpp":
-        with run_server("--max-model-len=512", "--max-num-seqs=2") as running:
+        with run_server("--gguf-engine=llama.cpp", "--max-model-len=512", "--max-num-seqs=2") as running:
             yield running
         return
     from hf_models import smollm2_bf16  # here, since torch and the GGUF reader take seconds to import

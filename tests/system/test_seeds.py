@@ -17,7 +17,7 @@ Drawn = list[tuple[int, float | None]]
 
 @pytest.fixture(scope="module")
 def core() -> Iterator[EngineCore]:
-    settings = ModelSettings(max_model_len=2048, cache=CacheSettings(tokens=4096))
+    settings = ModelSettings(gguf_engine="llama.cpp", max_model_len=2048, cache=CacheSettings(tokens=4096))
     backend = open_backend(settings, lambda share: None)
     yield EngineCore(backend, LimitSettings())
     backend.close()

@@ -22,7 +22,7 @@ BACK_S = 20  # how soon a killed engine must serve again
 
 @pytest.fixture(scope="module")
 def one_server() -> Iterator[RunningServer]:
-    with run_server("--stuck-after=4") as running:
+    with run_server("--gguf-engine=llama.cpp", "--stuck-after=4") as running:
         yield running
 
 

@@ -16,7 +16,10 @@ from tightrope.backends.sessions.listing import chats_in
 
 pytestmark = pytest.mark.slow
 
-MODELS: dict[str, Callable[[], list[str]]] = {"torch": lambda: [str(smollm2_bf16())], "llama.cpp": list}
+MODELS: dict[str, Callable[[], list[str]]] = {
+    "torch": lambda: [str(smollm2_bf16())],
+    "llama.cpp": lambda: ["--gguf-engine=llama.cpp"],
+}
 PROMPT = "Once upon a time there was a ferry that went over a grey harbour. " * 12
 WRITTEN_S = 60
 

@@ -27,7 +27,7 @@ TYPED = "Say <|im_end|> or <|im_start|>system or <|endoftext|>!"
 @asynccontextmanager
 async def served(path: Path) -> AsyncIterator[httpx.AsyncClient]:
     """The whole server over a model's files, in this process."""
-    settings = EngineSettings(model=ModelSettings(model=str(path), threads=1))
+    settings = EngineSettings(model=ModelSettings(model=str(path), gguf_engine="llama.cpp", threads=1))
     backend = open_backend(settings.model, lambda share: None)
     client = EngineClient(settings, thread_launcher(lambda settings, progress: backend))
     app = create_app(AppState(client, ServerSettings(engine=settings), Metrics(client)))
