@@ -57,6 +57,10 @@ def _tightrope(setup: Setup, port: int) -> list[str]:
     ]
 
 
+def _through_llama(setup: Setup, port: int) -> list[str]:
+    return [*_tightrope(setup, port), "--gguf-engine", "llama.cpp"]
+
+
 def _llama_server(setup: Setup, port: int) -> list[str]:
     return [
         *("-m", "bench.xllamacpp_server", str(setup.model), "--port", str(port), "--threads", str(setup.threads)),
@@ -77,6 +81,7 @@ PEERS = {
     peer.name: peer
     for peer in (
         Peer("tightrope", _tightrope),
+        Peer("tightrope through llama.cpp", _through_llama),
         Peer("llama.cpp server", _llama_server),
         Peer(
             "llama-cpp-python server",

@@ -65,10 +65,12 @@ def prose(salt: str, num_words: int) -> str:
     return ". ".join(sentences) + "."
 
 
-async def run_streams(target: Target, salt: str, num_streams: int, max_tokens: int = DECODE_TOKENS) -> dict[str, float]:
-    """`num_streams` answers of `max_tokens` tokens at the same time, to different short prompts."""
+async def run_streams(
+    target: Target, salt: str, num_streams: int, max_tokens: int = DECODE_TOKENS, num_words: int = 13
+) -> dict[str, float]:
+    """`num_streams` answers of `max_tokens` tokens at the same time, to different prompts of some `num_words` words."""
     prompts = [
-        f"{prose(f'{salt} {i}', 13)} Write a long story about a {subject} who reads this.\n\n"
+        f"{prose(f'{salt} {i}', num_words)} Write a long story about a {subject} who reads this.\n\n"
         for i, subject in enumerate(_SUBJECTS[:num_streams])
     ]
     answers = await target.complete_all(prompts, max_tokens)
