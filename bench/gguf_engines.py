@@ -17,12 +17,12 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
+from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
 from gguf.quants import dequantize, quantize
 
 from bench import report
 from bench.compare import bundled_model, compare
-from bench.large_gguf import MISTRAL_7B, q4_k_m, write_llama
+from bench.large_gguf import MISTRAL_7B, copy_keys, q4_k_m, write_llama
 from bench.peers import PEERS, Peer, Setup, StartFailed, end_servers_when_told, running
 from bench.sse import RequestFailed
 from bench.stats import Bar, Sample, judge, summarise
@@ -36,10 +36,7 @@ def write_q8_0(path: Path) -> Path:
     """The bundled model with all its matrices in Q8_0."""
     reader = GGUFReader(bundled_model())
     writer = GGUFWriter(path, "llama")
-    for name, field in reader.fields.items():
-        if not name.startswith("GGUF.") and name != "general.architecture":
-            inner = field.types[-1] if field.types[0] == GGUFValueType.ARRAY else None
-            writer.add_key_value(name, field.contents(), field.types[0], inner)
+    copy_keys(writer)
     for tensor in reader.tensors:
         values = dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
         if values.ndim == 1:

@@ -62,7 +62,8 @@ def q4_k_m(name: str, layer: int, num_layers: int) -> str:
 def write_llama(path: Path, sizes: Sizes, num_layers: int, type_of: TypeOf) -> Path:
     """A llama with the bundled model's vocabulary. Codes are random, floats are small; norms are F32."""
     writer = GGUFWriter(path, "llama")
-    vocab_size = _copy_vocabulary(writer)
+    vocab_size = _num_tokens()
+    copy_keys(writer, only="tokenizer.")
     writer.add_block_count(num_layers)
     writer.add_context_length(2048)
     writer.add_embedding_length(sizes.hidden)
@@ -95,14 +96,12 @@ def _num_tokens() -> int:
     return len(GGUFReader(bundled_model()).fields["tokenizer.ggml.tokens"].data)
 
 
-def _copy_vocabulary(writer: GGUFWriter) -> int:
-    """Returns how many tokens there are."""
-    fields = GGUFReader(bundled_model()).fields
-    for name, field in fields.items():
-        if name.startswith("tokenizer."):
+def copy_keys(writer: GGUFWriter, only: str = "") -> None:
+    """Give a file the bundled model's metadata, or what of it begins so."""
+    for name, field in GGUFReader(bundled_model()).fields.items():
+        if name.startswith(only) and not name.startswith("GGUF.") and name != "general.architecture":
             inner = field.types[-1] if field.types[0] == GGUFValueType.ARRAY else None
             writer.add_key_value(name, field.contents(), field.types[0], inner)
-    return len(fields["tokenizer.ggml.tokens"].data)
 
 
 def _blocks(kind: TensorType, rows: int, width: int) -> np.ndarray[tuple[int, int], np.dtype[np.uint8]]:

@@ -1,0 +1,220 @@
+"""What each GGUF type costs in exactness, in our own engine and in llama.cpp: python -m bench.gguf_types [--tokens N]
+
+Two models for each type. A small llama of random weights with rows of 512 and 1,536, which K- and IQ-types can hold, is
+compared with float64 products of the numbers that its blocks stand for. SmolLM2, whose rows of 576 have whole blocks of
+32, predicts English text. ggml's own quantizers write all files; both engines keep keys and values in 16 bits.
+"""
+
+import argparse
+import ctypes
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
+from gguf.quants import dequantize
+from llama_cpp import llama_cpp
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from bench import report
+from bench.english import NAME, english_text
+from bench.large_gguf import Sizes, copy_keys
+from tightrope.backends.detect import open_backend
+from tightrope.backends.locate import bundled_model
+from tightrope.backends.protocol import Backend, Chunk
+from tightrope.backends.quant.gguf import BLOCK_TYPES
+from tightrope.backends.settings import CacheSettings, GgufEngine, ModelSettings
+from tightrope.engine.perplexity import cut_windows, measure
+
+KINDS = (*BLOCK_TYPES, "F16", "BF16", "F32")
+ENGINES: tuple[GgufEngine, ...] = ("own", "llama.cpp")
+SMALL = Sizes(512, 1536, 8, 4, layers=4)
+MOST_RELATIVE, MOST_WORSE = 1e-3, 1e-3  # Of logits to float64's, by length; of perplexity to llama.cpp's.
+PROMPT, CONTEXT = 256, 512
+Array = NDArray[np.float32]
+
+
+def quantizer() -> Callable[[str, Array], tuple[NDArray[np.uint8], GGMLQuantizationType]]:
+    """ggml's own, of matrices [N, K] to the bytes of a type [N, bytes of a row]."""
+    library = ctypes.CDLL(str(Path(llama_cpp.__file__).parent / "lib" / "libggml-base.so"))
+    library.ggml_quantize_chunk.restype = ctypes.c_size_t
+    library.ggml_row_size.restype = ctypes.c_size_t
+
+    def quantize(kind: str, values: Array) -> tuple[NDArray[np.uint8], GGMLQuantizationType]:
+        code, (rows, width) = GGMLQuantizationType[kind], values.shape
+        values = np.ascontiguousarray(values)
+        size = library.ggml_row_size(ctypes.c_int(code), ctypes.c_int64(width))
+        out = np.empty((rows, size), np.uint8)
+        places = ctypes.c_void_p(values.ctypes.data), ctypes.c_void_p(out.ctypes.data)
+        library.ggml_quantize_chunk(
+            ctypes.c_int(code), *places, ctypes.c_int64(0), ctypes.c_int64(rows), ctypes.c_int64(width), None
+        )
+        return out, code
+
+    return quantize
+
+
+def write(path: Path, kind: str, tensors: dict[str, Array], keys: Callable[[GGUFWriter], None]) -> dict[str, Array]:
+    """A llama of these tensors, its matrices in one type; returns what the file stands for."""
+    quantize, writer = quantizer(), GGUFWriter(path, "llama")
+    keys(writer)
+    meant: dict[str, Array] = {}
+    for name, values in tensors.items():
+        if values.ndim == 1:
+            meant[name] = values
+            writer.add_tensor(name, values)
+            continue
+        encoded, code = (values.view(np.uint8), GGMLQuantizationType.F32) if kind == "F32" else quantize(kind, values)
+        meant[name] = values if kind == "F32" else dequantize(encoded, code)
+        writer.add_tensor(name, encoded, raw_dtype=code)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return meant
+
+
+def smollm2() -> dict[str, Array]:
+    """All tensors of the bundled file as the numbers that they stand for."""
+    reader = GGUFReader(bundled_model())
+    return {t.name: np.array(dequantize(t.data, t.tensor_type), np.float32) for t in reader.tensors}
+
+
+def small_llama(vocab_size: int) -> dict[str, Array]:
+    """Random weights by the names of the file, of a size that makes attention far from uniform; heads are tied."""
+    random = np.random.default_rng(11)
+    shapes = {"token_embd": (vocab_size, SMALL.hidden)}
+    for layer in range(SMALL.layers):
+        shapes |= {f"blk.{layer}.{name}": shape for name, shape in SMALL.matrices.items()}
+    tensors = {
+        f"{name}.weight": random.standard_normal(shape, np.float32) * (2 / shape[1]) ** 0.5
+        for name, shape in shapes.items()
+    }
+    norms = [f"blk.{layer}.{norm}" for layer in range(SMALL.layers) for norm in ("attn_norm", "ffn_norm")]
+    for name in (*norms, "output_norm"):
+        tensors[f"{name}.weight"] = 1 + 0.2 * random.standard_normal(SMALL.hidden).astype(np.float32)
+    return tensors
+
+
+def small_keys(writer: GGUFWriter) -> None:
+    copy_keys(writer, only="tokenizer.")
+    writer.add_block_count(SMALL.layers)
+    writer.add_context_length(CONTEXT)
+    writer.add_embedding_length(SMALL.hidden)
+    writer.add_feed_forward_length(SMALL.inner)
+    writer.add_head_count(SMALL.heads)
+    writer.add_head_count_kv(SMALL.kv_heads)
+    writer.add_rope_dimension_count(SMALL.hidden // SMALL.heads)
+    writer.add_layer_norm_rms_eps(1e-5)
+
+
+def exact_logits(meant: dict[str, Array], token_ids: list[int]) -> Tensor:
+    """[T, V] float64 of transformers' class with the numbers that a file of the small llama stands for."""
+    config = LlamaConfig(
+        hidden_size=SMALL.hidden, intermediate_size=SMALL.inner, num_hidden_layers=SMALL.layers,
+        num_attention_heads=SMALL.heads, num_key_value_heads=SMALL.kv_heads, rms_norm_eps=1e-5,
+        vocab_size=len(meant["token_embd.weight"]), max_position_embeddings=CONTEXT, tie_word_embeddings=True,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).double().eval()
+    heads = {"attn_q": SMALL.heads, "attn_k": SMALL.kv_heads}
+    parts = {
+        "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
+        "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
+        "ffn_down": "mlp.down_proj", "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
+    }  # fmt: skip
+    parameters = dict(model.named_parameters())
+    for name, values in meant.items():
+        part = name.split(".")[-2]
+        whole = {"token_embd": "model.embed_tokens", "output_norm": "model.norm"}.get(part)
+        module = whole or f"model.layers.{name.split('.')[1]}.{parts[part]}"
+        weight = torch.from_numpy(values).double()
+        if part in heads:  # Files of llamas have the rows of a head in pairs.
+            weight = weight.view(heads[part], -1, 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
+        parameters[f"{module}.weight"].data.copy_(weight)
+    with torch.no_grad():
+        logits: Tensor = model(torch.tensor([token_ids])).logits[0]
+    return logits
+
+
+def opened(path: Path, engine: GgufEngine, threads: int) -> Backend:
+    settings = ModelSettings(
+        model=str(path), gguf_engine=engine, device="cpu", threads=threads, max_model_len=CONTEXT, max_num_seqs=1,
+        cache=CacheSettings(tokens=CONTEXT, dtype="f16"),
+    )  # fmt: skip
+    return open_backend(settings, lambda share: None)
+
+
+def run(backend: Backend, token_ids: list[int]) -> Tensor:
+    """[T, V] float64, read in steps of what the backend takes at most."""
+    backend.kv.open(0, token_ids, "")
+    parts = []
+    for start in range(0, len(token_ids), backend.capabilities.max_step_tokens):
+        some = token_ids[start : start + backend.capabilities.max_step_tokens]
+        assert backend.kv.reserve(0, start + len(some))
+        parts.append(backend.forward([Chunk(0, some, start, "all")]).double())
+        backend.kv.commit(0, start, some)
+    return torch.cat(parts)
+
+
+def of_small(kind: str, tensors: dict[str, Array], folder: Path, threads: int) -> dict[str, Any]:
+    """By engine, relative error of logits to float64's, and the mean divergence of the next token in nats."""
+    path = folder / "small.gguf"
+    meant = write(path, kind, tensors, small_keys)
+    token_ids = [(i * i // 7 + 31 * i) % 40_000 + 100 for i in range(PROMPT)]
+    exact = exact_logits(meant, token_ids)
+    base = exact.log_softmax(-1)
+    found: dict[str, Any] = {}
+    for engine in ENGINES:
+        with closing(opened(path, engine, threads)) as backend:
+            logits = run(backend, token_ids)
+        divergence = (base.exp() * (base - logits.log_softmax(-1))).sum(-1).mean()
+        found[engine] = {
+            "relative_error": float(f"{(logits - exact).norm() / exact.norm():.2e}"),
+            "mean_kl": float(f"{divergence:.2e}"),
+        }
+    return found
+
+
+def of_smollm2(kind: str, tensors: dict[str, Array], folder: Path, tokens: int, threads: int) -> dict[str, Any]:
+    """By engine, perplexity of English; and how much worse ours is."""
+    path = folder / "smollm2.gguf"
+    write(path, kind, tensors, copy_keys)
+    found: dict[str, Any] = {}
+    for engine in ENGINES:
+        with closing(opened(path, engine, threads)) as backend:
+            ids = backend.tokenizer.encode(english_text(), parse_special=False, is_start=True)
+            score = measure(backend, cut_windows(ids, CONTEXT, None, tokens), lambda n: None)
+            found[engine] = round(score.perplexity, 4)
+    return {**found, "worse": round(found["own"] / found["llama.cpp"] - 1, 6)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kind", nargs="+", choices=KINDS, default=KINDS)
+    parser.add_argument("--tokens", type=int, default=4096, help="of English, that SmolLM2 predicts")
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    whole = smollm2()
+    small = small_llama(len(whole["token_embd.weight"]))
+    rows: list[dict[str, Any]] = []
+    for kind in options.kind:
+        with TemporaryDirectory() as folder:
+            row: dict[str, Any] = {"type": kind, "small": of_small(kind, small, Path(folder), options.threads)}
+            row["is_exact"] = row["small"]["own"]["relative_error"] <= MOST_RELATIVE
+            if kind not in BLOCK_TYPES or (BLOCK_TYPES[kind].group == 32 and not kind.endswith(("_K", "_XS"))):
+                row["smollm2"] = of_smollm2(kind, whole, Path(folder), options.tokens, options.threads)
+                row["is_no_worse"] = row["smollm2"]["worse"] <= MOST_WORSE
+        rows.append(row)
+        print(row, flush=True)
+        report.write("gguf_types", {"text": NAME, "tokens": options.tokens, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
