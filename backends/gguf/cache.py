@@ -97,6 +97,8 @@ class SharedKVCache:
         parted = self._longest_common(wanted, namespace) if self._rollback.saves else 0
         source, runs = self._find(wanted, namespace, reuse, accepts) if reuse != "nothing" else (None, ())
         found = runs[-1].stop if runs else 0
+        if source is None and not self._live:
+            self._swap_out_idle(0)  # So it has the numbers that it would have in another engine's empty cache.
         if source is not None and (self._can_take_over(source, found) or (is_alone and source in self._kept)):
             entry = source
             self._kept.remove(entry)

@@ -9,7 +9,7 @@ from tightrope.backends.settings import CacheSettings, ModelSettings
 from tightrope.engine.core import EngineCore
 from tightrope.engine.sampler.steps import SamplingParams
 from tightrope.engine.settings import LimitSettings
-from tightrope.engine.types import GenerateRequest, LogprobRequest, Span, StopRules, TextPrompt
+from tightrope.engine.types import GenerateRequest, LogprobRequest, Span, StopRules, TextPrompt, TokenPrompt
 
 QUESTION = "<|im_start|>user\nWhat would you pack for a week in the hills?<|im_end|>\n<|im_start|>assistant\n"
 Drawn = list[tuple[int, float | None]]
@@ -58,3 +58,22 @@ def test_the_next_turn_of_a_chat_is_reused_and_reproducible(core: EngineCore) ->
     ask(core, "Something else entirely. " * 50, seed=5)
     assert ask(core, turn, seed=4)[1] == second
     assert ask(core, opening, seed=3)[1] == first
+
+
+def test_a_greedy_answer_has_the_same_numbers_whatever_is_kept_of_other_chats(core: EngineCore) -> None:
+    prompt = TokenPrompt(tuple(range(1000, 1064)))  # It always runs in one step, and fills a tile of attention.
+    numbers = []
+    for place in range(3):
+        ask(core, f"Wind, snow, or {place} other things that stay in the cache. " * 2, seed=place, num_tokens=5 + place)
+        asked = GenerateRequest(
+            f"greedy {place}",
+            prompt,
+            SamplingParams(temperature=0.0),
+            StopRules(max_tokens=5, ignore_eos=True),
+            logprobs=LogprobRequest(False, 3),
+            namespace=str(place),
+        )
+        core.add(core.prepare(asked))
+        deltas = [delta for _ in range(50) if core.has_work for delta in core.step().deltas]
+        numbers.append([(token.token_id, token.logprob, token.top) for delta in deltas for token in delta.tokens])
+    assert numbers[0] == numbers[1] == numbers[2]
