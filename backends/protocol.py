@@ -70,6 +70,13 @@ class KVCache(Protocol):
         tokens over the same cached ones give the same logits to the last bit, whatever ran before.
         """
 
+    def fetch(self, seq_id: int, token_ids: Sequence[int], namespace: str, *, reuse: Wanted = "exact") -> bool:
+        """Bring closer some of what is kept of a prompt outside the cache, in no more time than a short step takes.
+
+        False: there is more, so ask again after the next step. `open` finds the same without this, and takes as long as
+        it takes.
+        """
+
     def reserve(self, seq_id: int, num_tokens: int) -> bool:
         """Make sure that `num_tokens` more tokens than are committed have room; evicts finished sequences if it must.
 

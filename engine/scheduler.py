@@ -32,6 +32,7 @@ OLDEST_SHARE = 0.25  # The prompt that came first has this share of a step's pro
 # A removal is at the front of a chat if so many turns have ended before it, the system message among them, and no more
 # than half of the prompt stands there. Exact tokens behind another removal are waited for if they take less than this.
 MOST_TURNS_IN_FRONT, MOST_WAIT_S = 1, 10.0
+MOST_FETCHES = 2  # So many prompts have a part of what is kept outside the cache brought back in one step.
 PATIENCE_S = 60.0  # Smaller prompts may be admitted for so long ahead of the first that doesn't fit the cache.
 
 
@@ -45,6 +46,7 @@ class Scheduler:
         self._max_prompt_rows = capabilities.max_prompt_rows
         self._busy_step_s = limits.busy_step_ms / 1e3
         self._turns = None if capabilities.mixes_adapters else AdapterTurns()
+        self._fetching: set[Sequence] = set()  # The cache was asked to fetch for these in this step, and has to go on.
         self._unfit: set[Sequence] = set()  # These wait, and didn't fit the cache since something was last freed.
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # The oldest stands first.
@@ -135,6 +137,7 @@ class Scheduler:
         that doesn't fit the cache is passed over by those that do, until it has waited for PATIENCE_S; then what gets
         free is kept for it.
         """
+        self._fetching.clear()
         if self._turns is None:
             return self._step_of(lambda sequence: True, now_s)
         for use in self._turns.order((*self.running, *self.waiting), now_s):
@@ -249,12 +252,25 @@ class Scheduler:
             return False
         if any(s.arrived_s < min(sequence.arrived_s, now_s - PATIENCE_S) for s in self._unfit):
             return False
+        if self.running and not self._is_fetched(sequence):
+            return False
         if not self._open(sequence):
             return False
         self.waiting.remove(sequence)
         self.running.append(sequence)
         if sequence.started_s is None:
             sequence.started_s = now_s
+        return True
+
+    def _is_fetched(self, sequence: Sequence) -> bool:
+        """Whether what is kept of a prompt outside the cache has come; others go on meanwhile."""
+        if sequence in self._fetching or len(self._fetching) == MOST_FETCHES:
+            return False
+        for track in sequence.tracks:
+            wanted = sequence.wanted(track)
+            if not self._kv.fetch(track.seq_id, track.token_ids, sequence.namespace, reuse=wanted):
+                self._fetching.add(sequence)
+                return False
         return True
 
     def _open(self, sequence: Sequence) -> bool:

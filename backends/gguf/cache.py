@@ -2,79 +2,30 @@
 
 llama.cpp stores keys and values in cells; a cell can belong to several sequence slots and is free when it belongs to
 none. This module mirrors that with logical cells (cells.py).
-
-Every cell in use makes attention slower for everybody, masked or not: with 8,000 cells of finished chats a decode step
-of eight streams took 50 ms instead of 34. So while others run, finished sequences are swapped out: copied to memory
-beside the cache (swap_space.py), and back when a prompt continues them.
 """
 
-from collections.abc import Callable, Collection, Iterable, Sequence
-from functools import partial
+from collections import deque
+from collections.abc import Iterable, Sequence
 from itertools import chain
 
 import numpy as np
 
 from tightrope.backends.errors import BackendError
-from tightrope.backends.gguf.cell_store import CellStore
-from tightrope.backends.gguf.cells import Cells, Ints
+from tightrope.backends.gguf.cells import Ints
 from tightrope.backends.gguf.entry import ALL, Entry, num_exact_of
+from tightrope.backends.gguf.entry_pool import EntryPool
 from tightrope.backends.gguf.integrity import faults
 from tightrope.backends.gguf.moves import MIN_MOVED, Move, best_move, splice, told
-from tightrope.backends.gguf.rollback import Rollback
-from tightrope.backends.gguf.swap_space import SwapSpace
 from tightrope.backends.protocol import KVUsage
 from tightrope.backends.reuse import Accepts, Reuse, Run, Wanted, always
-from tightrope.backends.sessions.piece import Piece, num_common
+from tightrope.backends.sessions.piece import num_common
 from tightrope.backends.sessions.store import RunStore
 
-MAX_IDLE_CELLS = 512  # Cells of so many finished sequences may stay in the cache while others run.
-MIN_RESTORE_GAIN = 32  # To run fewer tokens again costs less than the copy.
-
-INEXACT = "\0moved"  # Added to the namespace of copies that hold moved tokens, so that exact prompts don't find them.
+MOST_FETCHED = 8  # Prompts.
 
 
-class SharedKVCache:
+class SharedKVCache(EntryPool):
     """KVCache over llama.cpp's sequence slots. Finished sequences stay matchable until their room or slot is needed."""
-
-    def __init__(
-        self,
-        store: CellStore,
-        capacity: int,
-        num_slots: int,
-        *,
-        max_reusable: int | None = None,
-        swa_window: int = 0,
-        whole_only: bool = False,
-        checkpoint_bytes: int = 0,
-        turn_ends: Callable[[], Collection[int]] = tuple,
-        can_move: bool = False,
-        scratch: int | None = None,
-    ) -> None:
-        """capacity and max_reusable in tokens; max_reusable bounds what finished sequences may hold.
-
-        swa_window: tokens that sliding layers look back, 0 if there are none. whole_only: the model keeps a running
-        state, so that a kept sequence can be continued from its end and from checkpoints only. checkpoint_bytes: memory
-        for these, of either kind of layers. turn_ends: tokens that end a person's or the model's turn. can_move: keys
-        can be rotated to other positions. scratch: a slot that no sequence has, through which parts of sequences are
-        copied; without it, or where layers have windows or states, they are copied whole.
-        """
-        self._store = store
-        self._cells = Cells(capacity)
-        self._rollback = Rollback(
-            store, swa_window, whole_only=whole_only, num_bytes=checkpoint_bytes, turn_ends=turn_ends
-        )
-        self._scratch = None if whole_only or swa_window else scratch
-        self._whole_only = whole_only
-        self._swap = self._swap_space(RunStore(0))
-        self._max_reusable = capacity if max_reusable is None else max_reusable
-        self._swa_window = swa_window
-        self._can_move = can_move
-        self._is_moving = False  # Keys are yet to be rotated to where they stand, which the next step does.
-        self._num_slots = num_slots
-        self._free_slots = list(range(num_slots - 1, -1, -1))
-        self._live: dict[int, Entry] = {}
-        self._kept: list[Entry] = []  # They stand least recently used first.
-        self._reserved = 0  # It is the sum over the live.
 
     # --- the protocol -------------------------------------------------------------------------------------------
 
@@ -109,9 +60,25 @@ class SharedKVCache:
             if source is not None:
                 self._copy(source, entry, found)
         self._live[seq_id] = entry
+        self._fetched.pop(seq_id, None)
         self._rollback.begin(entry, wanted, parted)
         self._swap_out_idle()
         return told(runs if entry.length else (), entry.num_exact)
+
+    def fetch(self, seq_id: int, token_ids: Sequence[int], namespace: str, *, reuse: Wanted = "exact") -> bool:
+        """See KVCache."""
+        if reuse == "nothing":
+            return True
+        fetched = self._fetched.get(seq_id)
+        if fetched is None:
+            fetched = deque(self._swapped(np.asarray(token_ids, np.int32), namespace, reuse))
+            self._fetched = {**dict(list(self._fetched.items())[1 - MOST_FETCHED :]), seq_id: fetched}
+        while fetched:
+            _, rest = self._brought(fetched[0])
+            if rest and (not self._swap.fetch(rest) or self._swap_in(fetched[0])):
+                return False
+            fetched.popleft()
+        return True
 
     def reserve(self, seq_id: int, num_tokens: int) -> bool:
         """See KVCache. What was reserved before and not yet committed counts towards `num_tokens`."""
@@ -204,19 +171,6 @@ class SharedKVCache:
 
     # --- matching -----------------------------------------------------------------------------------------------
 
-    def _best_match(self, wanted: Ints, namespace: str, reuse: Wanted) -> tuple[Entry | None, int]:
-        """The sequence with the longest usable common prefix, the most recent among equals, and the prefix's length."""
-        best: Entry | None = None
-        longest = 0
-        for entry in (*self._live.values(), *self._kept):
-            if entry.namespace != namespace or min(entry.length, len(wanted) - 1) < max(longest, 1):
-                continue
-            tokens = entry.tokens if reuse == "moved" else entry.tokens[: entry.num_exact]
-            common = self._rollback.usable(entry, num_common(tokens, wanted[:-1]))
-            if common and common >= longest:
-                best, longest = entry, common
-        return best, longest
-
     def _find(
         self, wanted: Ints, namespace: str, reuse: Wanted, accepts: Accepts
     ) -> tuple[Entry | None, tuple[Run, ...]]:
@@ -288,8 +242,6 @@ class SharedKVCache:
                 self._drop(other)
         return False
 
-    # --- cells and slots ----------------------------------------------------------------------------------------
-
     def _copy(self, source: Entry, target: Entry, length: int) -> None:
         """Let a new, live entry begin with the first `length` tokens of another."""
         if source in self._kept:
@@ -301,116 +253,3 @@ class SharedKVCache:
         target.num_exact = source.num_exact
         self._cells.share(shared)
         self._shorten(target, length, pinned=True)
-
-    def _shorten(self, entry: Entry, length: int, *, pinned: bool) -> bool:
-        """Keep the first `length` tokens; False if that can't be, and then those are left after which it can go on."""
-        kept = self._rollback.usable(entry, length)
-        is_held = True
-        if self._swa_window and not self._rollback.reaches(entry.slot, kept):
-            window = entry.cells[max(0, kept - self._swa_window) : kept]  # A checkpoint brings it back in other cells.
-            is_held = self._cells.own(window, self._cells.num_free - self._reserved, pinned=pinned)
-        if not (is_held and self._rollback.go_back(entry.slot, entry.tokens[:kept], entry.namespace)):
-            self._store.remove_cells(entry.slot, 0)
-            kept = 0
-        dropped = entry.held(kept)
-        if pinned:
-            self._cells.unpin(dropped)
-        self._cells.release(dropped)
-        entry.length, entry.num_exact = kept, num_exact_of(entry, kept)
-        return kept == length
-
-    def _drop(self, entry: Entry) -> None:
-        self._cells.release(entry.held())
-        self._store.remove_cells(entry.slot, 0)
-        self._free_slots.append(entry.slot)
-
-    def _evict(self, num_cells: int) -> None:
-        """Free `num_cells` cells of kept sequences, least recently used first and each from its end."""
-        goal = self._cells.num_free + num_cells
-        while self._cells.num_free < goal and self._kept:
-            entry = self._kept[0]
-            if self._swap_out(entry):
-                continue
-            alone = self._cells.alone(entry.held())
-            missing = goal - self._cells.num_free
-            if self._whole_only or len(alone) <= missing or alone[-missing] == 0:
-                self._drop(self._kept.pop(0))
-            else:
-                self._shorten(entry, int(alone[-missing]), pinned=False)
-
-    # --- swapping ------------------------------------------------------------------------------------------------
-
-    def _swap_out_idle(self, most: int | None = None) -> None:
-        """Leave no more than MAX_IDLE_CELLS, or `most`, to finished sequences, as far as there is memory to swap to."""
-        most = MAX_IDLE_CELLS if most is None else most
-        for entry in list(self._kept):
-            if self._cells.num_reusable <= most:
-                return
-            self._swap_out(entry)
-
-    def _swap_out(self, entry: Entry) -> bool:
-        """Move a kept sequence out of the cache; False if it can't be."""
-        if not self._save(entry):
-            return False
-        self._kept.remove(entry)
-        self._drop(entry)
-        return True
-
-    def _save(self, entry: Entry) -> bool:
-        """Have a copy of a sequence outside the cache; False if there is no room for it, or for its end."""
-        namespace = entry.namespace if entry.num_exact == ALL else entry.namespace + INEXACT
-        first = self._rollback.first_in_copy(entry)
-        return self._swap.save(namespace, entry, first, may_copy=not self._is_moving)
-
-    def _swapped_match(
-        self, wanted: Ints, namespace: str, reuse: Wanted, source: Entry | None, found: int
-    ) -> tuple[Entry | None, int]:
-        """The best match, if need be a swapped-out sequence of which a copy is brought back for it."""
-        for mark in ("", INEXACT) if reuse == "moved" else ("",):
-            if pieces := self._swap.longest(wanted, namespace + mark, found + MIN_RESTORE_GAIN):
-                self._swap_in(pieces, namespace)
-                source, found = self._best_match(wanted, namespace, reuse)  # The one before may have made room.
-        if reuse == "moved" and self._can_move:
-            self._swap_in_source(wanted, namespace, found)
-            source, found = self._best_match(wanted, namespace, reuse)
-        return source, found
-
-    def _swap_in_source(self, wanted: Ints, namespace: str, found: int) -> None:
-        """Bring back a swapped-out sequence where more of a prompt can be moved from it than from those here."""
-        for mark in ("", INEXACT):
-            kept = (entry for entry in (*self._kept, *self._live.values()) if entry.namespace == namespace)
-            here = best_move(kept, wanted, found)
-            least = (found if here is None else here.length) + MIN_MOVED
-            if pieces := self._swap.source(wanted[:-1], namespace + mark, least):
-                self._swap_in(pieces, namespace)
-
-    def _swap_in(self, pieces: Sequence[Piece], namespace: str) -> None:
-        """Bring a swapped-out sequence back as the most recent kept one, as far as it can be had and has room."""
-        cells, length = self._cells, pieces[-1].stop
-        has_room = cells.num_pinned + self._reserved + length <= cells.capacity
-        if not has_room or not (self._free_slots or self._kept):
-            return
-        self._evict(self._reserved + length - cells.num_free)
-        entry = Entry.empty(self._take_slot(spare=None), namespace)
-        for piece in pieces:
-            if not self._swap.load(entry, piece, partial(cells.take, pinned=False)):
-                break
-        if not entry.length:
-            self._drop(entry)
-            return
-        self._swap.use(pieces)
-        self._kept.append(entry)
-
-    def _swap_space(self, runs: RunStore) -> SwapSpace:
-        usable = self._rollback.usable_copy
-        return SwapSpace(runs, self._store, usable, scratch=self._scratch, whole_only=self._whole_only)
-
-    def _take_slot(self, spare: Entry | None) -> int:
-        """A free slot, or that of the least recently used kept sequence other than `spare`."""
-        if not self._free_slots:
-            victim = next((entry for entry in self._kept if entry is not spare), None)
-            if victim is None:
-                raise BackendError("every sequence slot of the model is in use; close a sequence first")
-            self._kept.remove(victim)
-            self._drop(victim)
-        return self._free_slots.pop()

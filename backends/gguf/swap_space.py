@@ -6,7 +6,9 @@ copied anew and no more. States and windows of layers can't be cut, and then a s
 
 import struct
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+
+import numpy as np
 
 from tightrope.backends.gguf.cell_store import CellStore
 from tightrope.backends.gguf.entry import Entry, num_exact_of
@@ -14,10 +16,35 @@ from tightrope.backends.sessions.piece import Bytes, Ints, Piece
 from tightrope.backends.sessions.store import RunStore
 
 PIECE = 256  # Tokens.
+AHEAD = 4  # Pieces that are read ahead of the one that is needed next.
 
 # Of how many of so many first tokens of a copy, given with its tokens, namespace and first position, one can go on.
 Usable = Callable[[Ints, str, int, int], int]
 _ABOUT = struct.Struct("<qq")  # The first position that sliding layers have not left, and how many tokens are exact.
+
+
+@dataclass(slots=True)
+class Swapped:
+    """A sequence outside the cache that is to be brought back, piece by piece, by so many attempts at most."""
+
+    pieces: Sequence[Piece]
+    namespace: str
+    num_left: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.num_left = 2 * len(self.pieces)  # Others may need the room meanwhile.
+
+    def rest(self, entry: Entry) -> Sequence[Piece] | None:
+        """What an entry lacks that holds the first of the pieces alone; None where it is another one."""
+        number = next((i for i, piece in enumerate(self.pieces, 1) if piece.stop == entry.length), None)
+        if number is None or entry.namespace != self.namespace:
+            return None
+        if entry.num_exact != min(_ABOUT.unpack(piece.about)[1] for piece in self.pieces[:number]):
+            return None
+        held = all(
+            np.array_equal(entry.tokens[piece.start : piece.stop], piece.token_ids) for piece in self.pieces[:number]
+        )
+        return self.pieces[number:] if held else None
 
 
 class SwapSpace:
@@ -79,6 +106,10 @@ class SwapSpace:
             self._cells.copy_cells(self._scratch, slot, piece.stop, piece.start)
         self._cells.remove_cells(self._scratch, 0)
         return is_there
+
+    def fetch(self, pieces: Sequence[Piece]) -> bool:
+        """Have pieces read ahead; whether the first of them can be had at once, or not sooner by waiting."""
+        return self._store.fetch(pieces[:AHEAD])
 
     def use(self, pieces: Sequence[Piece]) -> None:
         """Have these go last."""

@@ -1,7 +1,8 @@
 """RunStore: what has left the cache, or is to outlive it, in the host's memory and in a folder.
 
-The loop puts pieces in and asks for them; a thread beside it writes them to the folder. What is not yet written stays
-in memory until it is, and what memory has no room for is not kept: it can be computed again.
+The loop puts pieces in and asks for them; a thread beside it writes them to the folder, and another reads them ahead.
+What is not yet written stays in memory until it is, and what memory has no room for is not kept: it can be computed
+again.
 """
 
 import logging
@@ -51,7 +52,11 @@ class RunStore:
         self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._disk_used = 0  # Bytes; what other servers write there is counted when the folder is trimmed.
         self._has_failed = False  # The last write has.
+        self._fetching: set[bytes] = set()  # These are being read, or wait for it.
+        self._unfetchable: set[bytes] = set()  # Memory had no room for these, or they couldn't be read.
+        self._to_read: queue.SimpleQueue[Piece | None] = queue.SimpleQueue()
         self._writer: threading.Thread | None = None
+        self._reader: threading.Thread | None = None
         if folder is not None:
             for stored in sorted(folder.scan(), key=lambda stored: stored.used_s):
                 if stored.header.fingerprint == fingerprint:
@@ -59,6 +64,8 @@ class RunStore:
                     self._written.add(stored.piece.name)
             self._writer = threading.Thread(target=self._write_all, name="sessions", daemon=True)
             self._writer.start()
+            self._reader = threading.Thread(target=self._read_all, name="sessions-read", daemon=True)
+            self._reader.start()
             _stores.add(self)
             self._queue.put(self._trim)
 
@@ -155,11 +162,26 @@ class RunStore:
             payload = self._host.get(piece.name)
         if payload is None and self._folder is not None:
             payload = self._folder.read(piece, self._fingerprint)
-        if payload is None:
-            with self._lock:
+        with self._lock:
+            self._unfetchable.discard(piece.name)
+            if payload is None:
                 self._written.discard(piece.name)
                 self._catalogue.remove(piece.name)
         return payload
+
+    def fetch(self, pieces: Sequence[Piece]) -> bool:
+        """Have pieces read beside the loop; whether the first of them can be had at once, or not sooner by waiting."""
+        if self._folder is None or not pieces:
+            return True
+        with self._lock:
+            for piece in pieces:
+                name = piece.name
+                if name in self._written and not (
+                    name in self._host or name in self._fetching or name in self._unfetchable
+                ):
+                    self._fetching.add(name)
+                    self._to_read.put(piece)
+            return pieces[0].name not in self._fetching
 
     def use(self, pieces: Sequence[Piece]) -> None:
         """Have these go last: the first of them, on which the others depend, at the very last."""
@@ -181,10 +203,12 @@ class RunStore:
 
     def close(self) -> None:
         """Write what rests, and end the thread."""
-        if self._writer is not None:
+        if self._writer is not None and self._reader is not None:
             self._queue.put(None)
+            self._to_read.put(None)
             self._writer.join()
-            self._writer = None
+            self._reader.join()
+            self._writer = self._reader = None
 
     # --- memory -------------------------------------------------------------------------------------------------------
 
@@ -200,7 +224,7 @@ class RunStore:
         payload = self._host.pop(name, None)
         self._host_used -= 0 if payload is None else payload.nbytes
 
-    # --- the thread that writes ---------------------------------------------------------------------------------------
+    # --- the threads ---------------------------------------------------------------------------------------
 
     def _write_all(self) -> None:
         while (job := self._queue.get()) is not None:
@@ -208,6 +232,20 @@ class RunStore:
                 job()
             except Exception:  # Whatever it is, chats are served without what is stored.
                 log.exception("a stored chat could not be written")
+
+    def _read_all(self) -> None:
+        assert self._folder is not None
+        while (piece := self._to_read.get()) is not None:
+            payload = self._folder.read(piece, self._fingerprint)
+            with self._lock:
+                self._fetching.discard(piece.name)
+                if payload is not None and piece.name in self._catalogue and piece.name not in self._host:
+                    self._make_room(payload.nbytes, self._unwritten)
+                    if self._host_used + payload.nbytes <= self.host_bytes:
+                        self._host[piece.name] = payload
+                        self._host_used += payload.nbytes
+                if piece.name not in self._host:
+                    self._unfetchable.add(piece.name)
 
     def _write(self, piece: Piece) -> None:
         assert self._folder is not None

@@ -9,7 +9,7 @@ from cells_driver import Driver
 from checkout import ADAPTERS
 from gguf_files import write_model
 
-import tightrope.backends.gguf.cache as cache_module
+import tightrope.backends.gguf.entry_pool as pool_module
 from tightrope.backends.errors import BackendError
 from tightrope.backends.gguf import swap_space
 from tightrope.backends.gguf.backend import GGUFBackend
@@ -186,7 +186,7 @@ def test_a_failed_step_leaves_no_trace() -> None:
 
 def chat_that_is_swapped_out(monkeypatch: pytest.MonkeyPatch, **options: object) -> Driver:
     """A finished sequence of 40 tokens, and another one at work; 8 idle cells are allowed."""
-    monkeypatch.setattr(cache_module, "MAX_IDLE_CELLS", 8)
+    monkeypatch.setattr(pool_module, "MAX_IDLE_CELLS", 8)
     driver = Driver(capacity=128, swap_bytes=100, **options)
     driver.run(1, range(40))
     driver.cache.close(1, keep=True)
@@ -212,7 +212,7 @@ def test_a_swapped_out_sequence_of_another_namespace_stays_where_it_is(monkeypat
 
 
 def test_a_finished_sequence_stays_in_the_cache_while_nothing_else_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache_module, "MAX_IDLE_CELLS", 8)
+    monkeypatch.setattr(pool_module, "MAX_IDLE_CELLS", 8)
     driver = Driver(capacity=128, swap_bytes=100)
     driver.run(1, range(40))
     driver.cache.close(1, keep=True)
@@ -222,7 +222,7 @@ def test_a_finished_sequence_stays_in_the_cache_while_nothing_else_runs(monkeypa
 def test_a_swapped_out_chat_stays_what_it_was_where_another_goes_on_from_its_middle(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(cache_module, "MIN_RESTORE_GAIN", 1)
+    monkeypatch.setattr(pool_module, "MIN_RESTORE_GAIN", 1)
     driver = Driver(capacity=128, swap_bytes=200)
     driver.run(1, range(40))
     driver.cache.close(1, keep=True)
@@ -244,7 +244,7 @@ def test_swapped_out_sequences_beyond_their_memory_go_oldest_first(monkeypatch: 
 
 
 def test_what_is_too_large_to_swap_out_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache_module, "MAX_IDLE_CELLS", 8)
+    monkeypatch.setattr(pool_module, "MAX_IDLE_CELLS", 8)
     driver = Driver(capacity=128, swap_bytes=30)
     driver.run(1, range(40))
     driver.cache.close(1, keep=True)
@@ -256,8 +256,8 @@ def test_what_is_too_large_to_swap_out_stays(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize("seed", range(12))
 def test_random_operations_keep_every_count_exact(seed: int, swap_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Counts against the store's own cells, contents against what was said, after every one of 300 operations."""
-    monkeypatch.setattr(cache_module, "MAX_IDLE_CELLS", 10)
-    monkeypatch.setattr(cache_module, "MIN_RESTORE_GAIN", 1)
+    monkeypatch.setattr(pool_module, "MAX_IDLE_CELLS", 10)
+    monkeypatch.setattr(pool_module, "MIN_RESTORE_GAIN", 1)
     rng = random.Random(SEED + seed)
     monkeypatch.setattr(swap_space, "PIECE", rng.choice((5, 256)))
     capacity, slots = rng.choice([(48, 4), (100, 6), (200, 16)])
@@ -344,7 +344,7 @@ def test_llama_cpp_finds_room_whenever_the_cache_said_so(small_backend: GGUFBack
 def test_a_chat_that_was_swapped_out_goes_on_as_if_it_had_stayed(
     small_backend: GGUFBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cache_module, "MAX_IDLE_CELLS", 0)
+    monkeypatch.setattr(pool_module, "MAX_IDLE_CELLS", 0)
     cache = small_backend.kv
     assert isinstance(cache, SharedKVCache)
 

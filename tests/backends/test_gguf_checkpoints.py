@@ -244,7 +244,7 @@ def test_random_operations_keep_states_where_the_tokens_end(
     """After each of 300 operations the books are right, and what a sequence needs of its layers is there."""
     monkeypatch.setattr(rollback, "MIN_PLACE", 3)
     monkeypatch.setattr("tightrope.backends.gguf.checkpoints.MIN_PLACE", 3)
-    monkeypatch.setattr("tightrope.backends.gguf.cache.MIN_RESTORE_GAIN", 1)
+    monkeypatch.setattr("tightrope.backends.gguf.entry_pool.MIN_RESTORE_GAIN", 1)
     rng = random.Random(SEED + seed)
     capacity, slots = rng.choice([(60, 4), (120, 6)])
     driver = Driver(capacity, slots, swap_bytes=swap_bytes, checkpoint_bytes=600, turn_ends=lambda: {1}, **kind)

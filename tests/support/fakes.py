@@ -112,6 +112,9 @@ class FakeKV:
         self.live[seq_id] = Held(namespace, list(token_ids[:length]), list(cells))
         return Reuse.prefix(length)
 
+    def fetch(self, seq_id: int, token_ids: Sequence[int], namespace: str, *, reuse: Wanted = "exact") -> bool:
+        return True
+
     def reserve(self, seq_id: int, num_tokens: int) -> bool:
         held = self.live[seq_id]
         missing = num_tokens - len(held.reserved)

@@ -63,10 +63,33 @@ class PagePool:
         self._bring_back(root, *source)
         return True
 
+    def _stored_texts(self, root: Hashable, wanted: Sequence[int], *, moved: bool) -> list[tuple[Sequence[int], Found]]:
+        """What the store has for a prompt: its beginning, and a text that most of it can be moved from, with tokens."""
+        assert self.stored is not None
+        source = self.stored.find_source(root, wanted) if moved else None
+        return [(wanted, self.stored.find(root, wanted)), *([source] if source is not None else [])]
+
+    def _bring_part(self, root: Hashable, wanted: Sequence[int], found: Found) -> bool | None:
+        """Bring back the next piece of what the store has `found` of a text, or have it read.
+
+        None where there is nothing more to be had. Otherwise whether something is there now that wasn't.
+        """
+        assert self.stored is not None
+        here = self._length_here(root, wanted, found)
+        if found.length < here + MIN_GAIN:
+            return None
+        place = here // PAGE
+        if not self.stored.fetch(found, place):
+            return False
+        self._bring_back(root, wanted, found.up_to(place))
+        return True if self._length_here(root, wanted, found) > here else None
+
+    def _length_here(self, root: Hashable, wanted: Sequence[int], found: Found) -> int:
+        return find_path(self._roots.get(root), wanted, exact_only=found.are_exact).length
+
     def _bring_back(self, root: Hashable, wanted: Sequence[int], found: Found) -> None:
         """Hang what the store has `found` of a text behind what is here of it, if that is worth it and has room."""
-        is_exact = all(found.is_exact(place) for place in range(-(-found.length // PAGE)))
-        path, here, _ = find_path(self._roots.get(root), wanted, exact_only=is_exact)
+        path, here, _ = find_path(self._roots.get(root), wanted, exact_only=found.are_exact)
         here_usable = self._windows.continuable(path, here)
         kept = path[: here // PAGE]
         room = len(self._free) + len(self._idle) - sum(page.refs == 0 for page in kept)

@@ -17,6 +17,7 @@ Nothing here knows of tensors; kernels.forms.layout says what a page is.
 """
 
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 from itertools import accumulate, takewhile, zip_longest
 
 import numpy as np
@@ -28,11 +29,21 @@ from tightrope.backends.hf.cache.moving import MIN_MOVED, Moved, by_last_use, co
 from tightrope.backends.hf.cache.page_pool import PagePool
 from tightrope.backends.hf.cache.page_tree import Page, hang
 from tightrope.backends.hf.cache.search import Match, find_path
+from tightrope.backends.hf.cache.stored_pages import Found
 from tightrope.backends.protocol import KVUsage
 from tightrope.backends.reuse import Accepts, Reuse, Wanted, always
 from tightrope.kernels.forms.layout import PAGE
 
+MOST_FETCHED = 8  # Prompts.
 MIN_OUTPUT = 32  # So many tokens behind its prompt find room, or a sequence doesn't start.
+
+
+@dataclass(slots=True)
+class Fetched:
+    """What is still to be brought back for a prompt, in so many pieces at most: others may need the room meanwhile."""
+
+    texts: Sequence[tuple[Sequence[int], Found]]
+    num_left: int
 
 
 class PagedKVCache(PagePool):
@@ -58,6 +69,7 @@ class PagedKVCache(PagePool):
         super().__init__(num_pages, num_window_pages, window)
         self._frequencies_at = frequencies_at
         self._live: dict[int, LiveSequence] = {}
+        self._fetched: dict[int, Fetched] = {}  # By sequence; those that were asked for last.
         self.has_windows = window is not None
         self._moves = moves and window is None
 
@@ -78,6 +90,7 @@ class PagedKVCache(PagePool):
         frequencies = self._frequencies_at(len(token_ids))
         sequence = LiveSequence((namespace, frequencies), len(token_ids), frequencies)
         self._live[seq_id] = sequence
+        self._fetched.pop(seq_id, None)
         wanted = token_ids[:-1]
         if reuse != "nothing":
             self._restore(sequence.root, wanted)
@@ -92,6 +105,28 @@ class PagedKVCache(PagePool):
             self._begin(sequence, path, self._windows.continuable(path, length))
             self._hold(sequence, self._windows.needed(sequence.length))
         return Reuse.prefix(sequence.length)
+
+    def fetch(self, seq_id: int, token_ids: Sequence[int], namespace: str, *, reuse: Wanted = "exact") -> bool:
+        """See KVCache. Where layers have windows, pieces are only read ahead."""
+        if self.stored is None or reuse == "nothing":
+            return True
+        root, wanted = (namespace, self._frequencies_at(len(token_ids))), token_ids[:-1]
+        fetched = self._fetched.get(seq_id)
+        if fetched is None:
+            texts = self._stored_texts(root, wanted, moved=reuse == "moved" and self._moves)
+            fetched = Fetched(texts, 2 * sum(len(found.matches) for _, found in texts))
+            self._fetched = {**dict(list(self._fetched.items())[1 - MOST_FETCHED :]), seq_id: fetched}
+        while fetched.texts and fetched.num_left > 0:
+            text, found = fetched.texts[0]
+            if self.has_windows:
+                is_there = None if self.stored.fetch(found, 0) else False
+            else:
+                is_there = self._bring_part(root, text, found)
+            if is_there is not None:
+                fetched.num_left -= is_there
+                return False
+            fetched.texts = fetched.texts[1:]
+        return True
 
     def reserve(self, seq_id: int, num_tokens: int) -> bool:
         """See KVCache. A borrowed page at the end is exchanged for one to write."""

@@ -21,6 +21,7 @@ from tightrope.kernels.forms.layout import PAGE
 
 PIECE = 16  # Pages; a chat that goes on writes its last piece anew each time.
 MIN_GAIN = 32  # To run fewer tokens again costs less than to bring them back.
+AHEAD = 4  # Pieces that are read ahead of the one that is needed next.
 WINDOW, INEXACT = 1, 2  # Bits of what is said about each page of a piece.
 
 
@@ -48,6 +49,16 @@ class Found:
 
     matches: tuple[Match, ...]
     length: int
+
+    @property
+    def are_exact(self) -> bool:
+        """Whether all of it is."""
+        return not any(about & INEXACT for match in self.matches for about in match.piece.about)
+
+    def up_to(self, place: int) -> "Found":
+        """What is found up to the end of the piece that holds the page in this place."""
+        matches = self.matches[: place // PIECE + 1]
+        return Found(matches, sum(match.length for match in matches))
 
     def tokens(self, place: int) -> tuple[int, ...]:
         """Those of the page in this place, also behind the last that is wanted."""
@@ -156,6 +167,10 @@ class StoredPages:
         self._store.use(best)
         matches = tuple(Match(piece, len(piece.token_ids)) for piece in best)
         return np.concatenate([piece.token_ids for piece in best]).tolist(), Found(matches, best[-1].stop)
+
+    def fetch(self, found: Found, place: int) -> bool:
+        """Have what is behind a place read ahead; whether it can be had at once, or not sooner by waiting."""
+        return self._store.fetch([match.piece for match in found.matches[place // PIECE :][:AHEAD]])
 
     def restore(self, found: Found, pages: Mapping[int, int], windows: Mapping[int, int]) -> int:
         """Bring back pages and window pages: numbers to write, by their places.

@@ -100,6 +100,9 @@ class _BaseBooks:
     ) -> Reuse:
         return Reuse()
 
+    def fetch(self, seq_id: int, token_ids: Sequence[int], namespace: str, *, reuse: Wanted = "exact") -> bool:
+        return True
+
     def reserve(self, seq_id: int, num_tokens: int) -> bool:
         return True
 
