@@ -26,6 +26,7 @@ WINDOW = 1024
 OPTIONS = ["--max-model-len", str(WINDOW), "--kv-cache-tokens", str(2 * WINDOW)]
 DISK_MIB = 64  # The folder is full after some lives, so that old chats go, too.
 MOST_ANSWERS, MOST_WAIT_S = 6, 0.06  # In one life; and so long after the last answer begins, everything is killed.
+PATIENCE_S = 900  # For an answer.
 TIE = 0.1  # Nats: where two tokens are as likely as that, the steps that a prompt is read in decide between them.
 
 
@@ -87,7 +88,7 @@ async def live(served: Served, asked: Sequence[tuple[int, int]], chance: random.
     """Ask for these turns, and then for others, until it is time to kill; returns what was answered."""
     said: list[tuple[int, int, Said]] = []
     most = chance.randint(1, MOST_ANSWERS)
-    async with httpx.AsyncClient(timeout=120) as client:
+    async with httpx.AsyncClient(timeout=PATIENCE_S) as client:
         for number in range(most + 1):
             chat, turn = asked[number] if number < len(asked) else (chance.randrange(NUM_CHATS), 0)
             if number >= len(asked) and said and chance.random() < 0.7:  # A chat goes on.
@@ -152,7 +153,7 @@ def _count(counts: Counts, answer: Said, expected: Said, prompt: str) -> None:
 
 
 async def _cold(url: str, prompt: str) -> Said:
-    async with httpx.AsyncClient(timeout=120) as client:
+    async with httpx.AsyncClient(timeout=PATIENCE_S) as client:
         return await ask(client, url, prompt)
 
 

@@ -4,7 +4,7 @@ For each model, with chats of about 3,500 tokens of English and greedy answers:
 
 - two chats alternate on a cache that holds one, and come back from the host's memory;
 - everything is killed with -9 once a chat is on disk, and started anew; the answer is held to the one that
-  was given before the kill.
+  was given before the kill. Another chat comes back from disk beside a stream, whose longest pause is told.
 
 Bars: the first token within 15 % of what it takes cold through memory, and within 10 % from disk; the same text; and a
 chat is on disk within five seconds of its answer. With --kills N everything is killed so often, shared among the
@@ -16,10 +16,12 @@ import asyncio
 import json
 import os
 import shutil
+import statistics
 import tempfile
 import time
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import psutil
@@ -37,6 +39,7 @@ WINDOW, CACHE = 4096, 4096  # tokens
 CHARS = 15_500  # about 3,500 tokens of this text
 HOST_MIB = 1024
 THROUGH_MEMORY, FROM_DISK, ON_DISK_S = 0.15, 0.10, 5.0  # the bars
+NEIGHBOUR, NEIGHBOUR_S = "Once upon a time", 2.0  # The other stream, and how long it has run when the chat comes back.
 MOST_WAIT_S, STILL_S, POLL_S = 60.0, 1.5, 0.02
 TURNS = ("\n\nSay it once more, in other words.\n\n", "\n\nAnd what follows from that?\n\n")
 
@@ -115,8 +118,9 @@ def from_disk(model: Path, folder: Path, bar: tqdm) -> dict[str, object]:
     """
     chats, then = folder / "chats", folder / "then"
     options = ["--max-model-len", str(WINDOW), "--kv-cache-tokens", str(CACHE), "--host-cache-mib", str(HOST_MIB)]
-    chat = Chat.of(0)
+    chat, other = Chat.of(0), Chat.of(1)
     with serving(model, folder, "sessions-killed", [*options, "--session-dir", str(chats)]) as served:
+        asyncio.run(ask(served.url, other.prompts[0]))
         cold = asyncio.run(ask(served.url, chat.prompts[0]))
         written_s, num_bytes = written_after_s(chats, time.time())
         bar.update()
@@ -129,13 +133,34 @@ def from_disk(model: Path, folder: Path, bar: tqdm) -> dict[str, object]:
     (folder / "temp").rename(folder / "temp-killed")
     with serving(model, folder, "sessions-restarted", [*options, "--session-dir", str(then)]) as served:
         back = asyncio.run(ask(served.url, chat.prompts[1]))
+        beside = asyncio.run(beside_a_stream(served.url, other.prompts[1]))
         bar.update()
     return {
+        "beside_a_stream": beside,
         "cold": row("cold", cold, cold),
         "after_kill": row("after kill -9 and restart", back, cold),
         "same_text": back.text == stayed.text,
         "written_s": round(written_s, 2),
         "disk_mib": round(num_bytes / (1 << 20), 1),
+    }
+
+
+async def beside_a_stream(url: str, prompt: str) -> dict[str, object]:
+    """How long a stream pauses while a chat comes back from disk."""
+    body = {"prompt": NEIGHBOUR, "max_tokens": 400, "temperature": 0, "ignore_eos": True}
+    enough = asyncio.Event()
+    neighbour = asyncio.create_task(stream(url, "/v1/completions", body, enough))
+    await asyncio.sleep(NEIGHBOUR_S)
+    answer = await ask(url, prompt)
+    enough.set()
+    arrivals = (await neighbour).arrivals_s
+    gaps = [late - early for early, late in pairwise(arrivals)]
+    beside = [late - early for early, late in pairwise(arrivals) if answer.sent_s < late <= answer.arrivals_s[0] + 0.1]
+    return {
+        "cached_tokens": answer.cached_tokens,
+        "ttft_s": round(answer.ttft_s, 3),
+        "longest_pause_s": round(max(beside), 3),
+        "median_s": round(statistics.median(gaps), 3),
     }
 
 

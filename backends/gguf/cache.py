@@ -123,6 +123,7 @@ class SharedKVCache(EntryPool):
         self._kept.append(entry)
         if self._swap.outlives and entry.num_exact == ALL:  # Others may yet be computed exactly: see `leave`.
             self._save(entry)
+            self._rollback.keep(entry)
         if self._live:
             self._swap_out_idle()
         self._evict(self._cells.num_reusable - self._max_reusable)
@@ -150,6 +151,7 @@ class SharedKVCache(EntryPool):
     def swap_to(self, runs: RunStore) -> None:
         """Say where finished sequences go outside the cache; none does before."""
         self._swap = self._swap_space(runs)
+        self._rollback.store_in(runs)
 
     def slot(self, seq_id: int) -> int:
         """The llama.cpp sequence that holds `seq_id`."""

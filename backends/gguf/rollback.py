@@ -12,6 +12,7 @@ from tightrope.backends.gguf.cell_store import CellStore
 from tightrope.backends.gguf.cells import Ints
 from tightrope.backends.gguf.checkpoints import MIN_PLACE, Checkpoint, Checkpoints, places_to_save
 from tightrope.backends.gguf.entry import Entry
+from tightrope.backends.sessions.store import RunStore
 
 
 class Rollback:
@@ -59,11 +60,19 @@ class Rollback:
     def go_back(self, slot: int, token_ids: Ints, namespace: str) -> bool:
         """Let a slot that begins with these tokens hold them alone; False if that fails, and it may then be spoilt."""
         if not self.reaches(slot, len(token_ids)):
-            checkpoint = self._checkpoints.at(token_ids, namespace)
+            checkpoint = self._checkpoints.get(token_ids, namespace)
             if checkpoint is None or not self._store.load_state(slot, checkpoint.saved):
                 return False
-            self._checkpoints.use(checkpoint)
         return self._store.remove_cells(slot, len(token_ids))
+
+    def store_in(self, runs: RunStore) -> None:
+        """Have checkpoints of finished sequences outlive the process, if what is in `runs` does."""
+        self._checkpoints.runs = runs
+
+    def keep(self, entry: Entry) -> None:
+        """Put the last checkpoints of a finished sequence there."""
+        if self.saves:
+            self._checkpoints.keep(entry.tokens, entry.namespace)
 
     # --- saving -------------------------------------------------------------------------------------------------
 
@@ -117,5 +126,4 @@ class Rollback:
         return MIN_PLACE if self._whole_only else max(MIN_PLACE, self._window + 1)
 
     def _place(self, token_ids: Ints, namespace: str) -> int:
-        checkpoint = self._checkpoints.longest(token_ids, namespace)
-        return checkpoint.place if checkpoint is not None else 0
+        return self._checkpoints.place(token_ids, namespace)

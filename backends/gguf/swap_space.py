@@ -16,6 +16,7 @@ from tightrope.backends.sessions.piece import Bytes, Ints, Piece
 from tightrope.backends.sessions.store import RunStore
 
 PIECE = 256  # Tokens.
+MOST_STORED = 2  # Whole copies from which a chat has gone on.
 AHEAD = 4  # Pieces that are read ahead of the one that is needed next.
 
 # Of how many of so many first tokens of a copy, given with its tokens, namespace and first position, one can go on.
@@ -82,6 +83,7 @@ class SwapSpace:
         self._store.use(pieces)
         if missing:
             self._store.retire(self._store.root(namespace), entry.tokens)
+            self._store.retire_beginnings(self._store.root(namespace), entry.tokens, MOST_STORED)
         return True
 
     def load(self, entry: Entry, piece: Piece, take: Callable[[int], Ints]) -> bool:

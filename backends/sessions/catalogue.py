@@ -48,6 +48,10 @@ class Catalogue:
         if not siblings:
             del self._below[piece.parent]
 
+    def roots(self, root: bytes) -> list[Piece]:
+        """Those with which texts begin."""
+        return list(self._below.get(root, {}).values())
+
     def goes_on(self, piece: Piece) -> bool:
         """Whether there is a piece behind this one."""
         return piece.name in self._below

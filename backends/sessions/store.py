@@ -20,7 +20,7 @@ import numpy as np
 from tightrope.backends.removals import kept_runs
 from tightrope.backends.sessions.catalogue import Catalogue, Match, Usable
 from tightrope.backends.sessions.folder import Folder
-from tightrope.backends.sessions.piece import Bytes, Ints, Piece, root_name
+from tightrope.backends.sessions.piece import Bytes, Ints, Piece, num_common, root_name
 
 log = logging.getLogger("tightrope.sessions")
 
@@ -43,7 +43,7 @@ class RunStore:
         self.host_bytes = host_bytes
         self._fingerprint, self._model = fingerprint, model
         self._folder, self._disk_bytes = folder, disk_bytes
-        self._lock = threading.Lock()  # Of all that follows.
+        self._lock = threading.RLock()  # Of all that follows; to tell what of a piece is usable may take another look.
         self._catalogue = Catalogue()
         self._host: OrderedDict[bytes, Bytes] = OrderedDict()  # They stand least recently used first.
         self._host_used = 0
@@ -150,11 +150,15 @@ class RunStore:
         with self._lock:
             for piece in (piece for text in older[MOST_WINDOWS:] for piece in reversed(text)):
                 if not self._catalogue.goes_on(piece):
-                    self._drop_host(piece.name)
-                    self._unwritten.discard(piece.name)
-                    self._catalogue.remove(piece.name)
-                    if self._folder is not None:
-                        self._queue.put(partial(self._remove, piece.name))
+                    self._delete(piece.name)
+
+    def retire_beginnings(self, root: bytes, token_ids: Ints, most: int) -> None:
+        """Forget states that a text has gone on from, but for so many of the latest."""
+        with self._lock:
+            states = [piece for piece in self._catalogue.roots(root) if piece.is_whole and piece.stop < len(token_ids)]
+            mine = [piece for piece in states if num_common(piece.token_ids, token_ids) == piece.stop]
+            for piece in sorted(mine, key=lambda piece: -piece.stop)[most:]:
+                self._delete(piece.name)
 
     def read(self, piece: Piece) -> Bytes | None:
         """The bytes of a piece; None where they can't be had any more."""
@@ -209,6 +213,14 @@ class RunStore:
             self._writer.join()
             self._reader.join()
             self._writer = self._reader = None
+
+    def _delete(self, name: bytes) -> None:
+        self._drop_host(name)
+        self._unwritten.discard(name)
+        self._catalogue.remove(name)
+        if name in self._written:
+            self._written.discard(name)
+            self._queue.put(partial(self._remove, name))
 
     # --- memory -------------------------------------------------------------------------------------------------------
 

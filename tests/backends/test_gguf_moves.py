@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Collection, Iterator, Sequence
-from itertools import count
+from itertools import count, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -182,6 +182,23 @@ def test_a_chat_outside_the_cache_that_lost_its_oldest_message_comes_back_to_be_
     assert chats.run(5, [*SYSTEM, *REST, 7, 8], "other", reuse="moved") == 0
 
 
+def test_a_chat_outside_the_cache_comes_back_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(swap_space, "PIECE", 16)
+    chats = driver(swap_bytes=2000)
+    chats.cache._swap_out_idle(0)
+    for prompt, num_pieces in (([*CHAT, 7], 12), ([*SYSTEM, *REST, 7], 0)):  # Then the second is moved from the first.
+        held = [chats.cache.usage().reusable]
+        while not chats.cache.fetch(2, prompt, "", reuse="moved"):
+            held.append(chats.cache.usage().reusable)
+            chats.cache.check_integrity()
+        assert len(held) == num_pieces + 1
+        assert all(after - before <= 16 for before, after in pairwise(held))
+        before = chats.store.num_cells()
+        assert chats.cache.open(2, prompt, "", reuse="moved").num_tokens == len(prompt) - 1
+        assert chats.store.num_cells() <= before
+        chats.cache.close(2, keep=True)
+
+
 def test_moved_tokens_outlive_the_process_once_nobody_computes_them_anew() -> None:
     store = EagerStore(4000)
     chats = driver()
@@ -273,6 +290,9 @@ def test_random_chats_that_lose_messages_keep_the_books_right(
             del chat[rng.randrange(1, len(chat) - 1)]
         prompt = [token_id for text in chat for token_id in text]
         reuse: Wanted = rng.choice(("exact", "moved", "moved"))
+        for _ in range(rng.randrange(4)):  # Not all of it is there yet, or it is.
+            chats.cache.fetch(seq_id, prompt, "", reuse=reuse)
+            chats.cache.check_integrity()
         found = chats.cache.open(seq_id, prompt, "", reuse=reuse)
         chats.cache.check_integrity()
         assert found.num_tokens < len(prompt)

@@ -350,6 +350,8 @@ def _operate(driver: Driver, operations: list[tuple], window: int | None) -> Non
         if kind in ("open", "run"):
             if window is not None and len(driver.live) == MOST_LIVE:
                 driver.close(min(driver.live))
+            for _ in range(seq_id % 4):  # Not all of it is there yet, or it is.
+                driver.cache.fetch(seq_id, first, second, reuse=flag)
             driver.open(seq_id, first, second, reuse=flag)
             if kind == "run" and not driver.extend(seq_id, first[len(driver.live[seq_id].cells) :]):
                 driver.close(seq_id)

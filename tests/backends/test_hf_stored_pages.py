@@ -211,6 +211,50 @@ def test_a_chat_of_moved_tokens_that_nobody_heals_comes_back_as_one() -> None:
     again.check()
 
 
+def test_a_stored_chat_comes_back_piece_by_piece_or_at_once() -> None:
+    after = after_a_chat(num_pages=60)
+    assert not after.cache.fetch(1, [*range(LONG), 7], "")
+    assert after.cache.usage().reusable == PIECE * PAGE
+    after.check()
+    assert after.open(1, [*range(LONG), 7]) == LONG
+    after.check()
+    again = after_a_chat(num_pages=60)
+    num_parts = 0
+    while not again.cache.fetch(1, [*range(LONG), 7], ""):
+        num_parts += 1
+    assert num_parts == 2
+    assert again.cache.fetch(2, [*range(LONG), 7], "of another key")
+    assert again.open(1, [*range(LONG), 7]) == LONG
+
+
+def test_a_stored_chat_to_be_moved_comes_back_piece_by_piece() -> None:
+    system, oldest, rest = [*range(40)], [*range(100, 300)], [*range(1000, 1000 + LONG)]
+    store = EagerStore(100_000)
+    driver = Driver(num_pages=100, store=store)
+    driver.run(1, [*system, *oldest, *rest])
+    driver.close(1)
+    after = successor(driver, store)
+    num_parts = 0
+    while not after.cache.fetch(2, [*system, *rest, 7], "", reuse="moved"):
+        num_parts += 1
+        after.check()
+    assert num_parts == 4  # The beginning that is exact, and what is left of three pieces.
+    before = after.cache.usage().reusable
+    assert after.open(2, [*system, *rest, 7], reuse="moved") == len(system) + LONG - COMPUTED_AGAIN
+    assert after.cache.usage().reusable <= before
+
+
+def test_what_others_need_the_room_of_is_not_fetched_for_ever() -> None:
+    after = after_a_chat(num_pages=40)
+    num_parts = 0
+    while not after.cache.fetch(1, [*range(LONG), 7], ""):
+        num_parts += 1
+        after.run(2, range(10_000, 10_000 + 39 * PAGE))
+        after.close(2, keep=False)
+    assert num_parts < 10
+    assert after.open(1, [*range(LONG), 7]) == LONG
+
+
 def test_of_a_chat_that_moves_on_the_latest_windows_are_kept() -> None:
     messages = [[*range(1000 * number, 1000 * number + 100)] for number in range(12)]
     store = EagerStore(100_000)

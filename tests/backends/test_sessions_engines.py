@@ -1,7 +1,7 @@
 """Both engines on the real SmolLM2: a chat goes on from disk and memory as if it had stayed in the cache."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -44,8 +44,10 @@ def load(
     return open_backend(settings, lambda _: None)
 
 
-def turn(backend: Backend, token_ids: list[int], namespace: str = "") -> tuple[int, torch.Tensor]:
-    """Run a prompt; returns how many of its tokens were found, and the logits behind it."""
+def turn(
+    backend: Backend, token_ids: list[int], namespace: str = "", answer: Sequence[int] = ()
+) -> tuple[int, torch.Tensor]:
+    """Run a prompt and an answer to it; returns how many of its tokens were found, and the logits behind it."""
     found = backend.kv.open(1, token_ids, namespace).num_tokens
     assert backend.kv.reserve(1, len(token_ids) - found)
     logits, most = torch.empty(0), backend.capabilities.max_step_tokens
@@ -53,6 +55,10 @@ def turn(backend: Backend, token_ids: list[int], namespace: str = "") -> tuple[i
         part = token_ids[start : start + most]
         logits = backend.forward([Chunk(1, part, start, "last")]).clone()
         backend.kv.commit(1, start, part)
+    for place, token_id in enumerate(answer, len(token_ids)):
+        assert backend.kv.reserve(1, 1)
+        backend.forward([Chunk(1, [token_id], place, "last")])
+        backend.kv.commit(1, place, [token_id])
     backend.kv.close(1, keep=True)
     backend.kv.check_integrity()
     return found, logits
@@ -100,6 +106,41 @@ def test_a_model_that_holds_a_state_goes_on_from_the_end_of_a_chat_or_reads_it_a
     again = load("llama.cpp", model=model, session_dir=str(tmp_path / "then"))
     assert turn(again, [*chat[:80], 7])[0] == 0
     again.close()
+
+
+def goes_back(model: Path, chat: list[int], window: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another answer is asked for to a chat's prompt, in the process that knows it and in the next one."""
+    monkeypatch.setattr(opening, "read_seconds", lambda folder: 0.0)  # So small a model is faster than a disk.
+    prompt, answer = chat[:-20], chat[-20:]
+    first = load("llama.cpp", model=model, window=window, tokens=window, session_dir=str(tmp_path / "chats"))
+    for length in (len(prompt) - 50, len(prompt)):  # Two turns.
+        turn(first, prompt[:length], answer=answer)
+    write_rest(60)
+    shutil.copytree(tmp_path / "chats", tmp_path / "then")
+    found, stayed = turn(first, prompt)
+    assert found == len(prompt) - 1
+    first.close()
+    after = load("llama.cpp", model=model, window=window, tokens=window, session_dir=str(tmp_path / "then"))
+    assert turn(after, [*prompt[:-1], 7], "another key")[0] == 0
+    found, came_back = turn(after, prompt)
+    assert found == len(prompt) - 1
+    assert torch.equal(stayed, came_back)
+    after.close()
+
+
+@pytest.mark.parametrize("write", STATES.values(), ids=STATES)
+def test_a_model_that_holds_a_state_goes_back_to_the_end_of_its_prompt_in_the_next_process(
+    write: Callable[[Path], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    goes_back(write(tmp_path / "model.gguf"), [token % 200 + 20 for token in CHAT], 256, tmp_path, monkeypatch)
+
+
+@pytest.mark.slow
+def test_sliding_layers_go_back_to_the_end_of_their_prompt_in_the_next_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chat = [(i * i // 7 + i) % 200_000 + 300 for i in range(900)]
+    goes_back(gemma(), [*chat, *chat[:660]], 2048, tmp_path, monkeypatch)
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ import errno
 import os
 import resource
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -134,6 +135,34 @@ def test_what_memory_has_no_room_for_any_more_is_found_on_disk(tmp_path: Path) -
             assert store.flush(WAIT_S)
         assert store.host_used <= 2500
         assert [found(store, [number]) for number in range(5)] == [1] * 5
+
+
+def test_what_is_on_disk_is_read_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pieces = [piece_of(range(256))]
+    pieces.append(piece_of(range(256, 300), after=pieces[0]))
+    with on_disk(tmp_path / "chats") as store:
+        put(store, *pieces)
+    with on_disk(tmp_path / "chats") as store:
+        deadline = time.monotonic() + WAIT_S
+        while not all(store.fetch([piece]) for piece in pieces):
+            assert time.monotonic() < deadline, "they were never read"
+        monkeypatch.setattr(Folder, "read", lambda *args: pytest.fail("it was read again"))
+        assert found(store, [*range(300)]) == 300
+        assert not [*store.faults()]
+
+
+def test_what_can_not_be_read_ahead_is_not_waited_for(tmp_path: Path) -> None:
+    piece = piece_of(range(256))
+    with on_disk(tmp_path / "chats") as store:
+        put(store, piece)
+    for host_bytes, name in ((10, ""), (1 << 20, piece.name.hex() + ".run")):  # There is no room, or no file.
+        with on_disk(tmp_path / "chats", host_bytes) as store:
+            if name:
+                (tmp_path / "chats" / name).unlink()
+            deadline = time.monotonic() + WAIT_S
+            while not store.fetch([piece]):
+                assert time.monotonic() < deadline, "it is waited for"
+            assert found(store, [*range(256)]) == (0 if name else 256)
 
 
 def test_the_disk_keeps_what_was_of_use_last(tmp_path: Path) -> None:

@@ -2,13 +2,14 @@
 
 import itertools
 import random
+from collections.abc import Sequence as Tokens
 from typing import TYPE_CHECKING, cast
 
 import pytest
 from fakes import ByteTokenizer, FakeKV
 
 from tightrope.backends.protocol import Capabilities, Chunk
-from tightrope.backends.reuse import Reuse
+from tightrope.backends.reuse import Reuse, Wanted
 from tightrope.backends.reuse import Run as Found
 from tightrope.engine.sampler.steps import SamplingParams
 from tightrope.engine.scheduler import OLDEST_SHARE, PATIENCE_S, QUIET_STEP_S, Scheduler
@@ -142,6 +143,55 @@ class Run:
             for work in step
             if work.sequence.request.request_id == name
         ]
+
+
+class FetchingKV(FakeKV):
+    """Some chats are to be fetched first, which takes so many steps."""
+
+    def __init__(self, capacity: int, steps: dict[int, int]) -> None:
+        super().__init__(capacity)
+        self.steps = steps
+
+    def fetch(self, seq_id: int, token_ids: Tokens, namespace: str, *, reuse: Wanted = "exact") -> bool:
+        self.steps[seq_id] = self.steps.get(seq_id, 0) - 1
+        return self.steps[seq_id] < 0
+
+
+def test_a_chat_that_is_fetched_keeps_nobody_waiting() -> None:
+    run = Run()
+    run.kv = run.scheduler._kv = kv = FetchingKV(20_000, {})
+    writer, chat = run.add("writer", 10, max_tokens=40), None
+    run.step()
+    chat = run.add("chat", 100)
+    kv.steps[chat.own.seq_id] = 10
+    run.step()
+    run.add("other", 100)
+    run.until("other")
+    assert "chat" not in run.first_s
+    run.until("chat")
+    assert sum(writer in {work.sequence for work in step} for step in run.steps) >= 12
+    assert all(step for step in run.steps)
+
+
+def test_a_chat_is_not_fetched_piece_by_piece_where_nobody_waits() -> None:
+    run = Run()
+    run.kv = run.scheduler._kv = FetchingKV(20_000, {0: 1000})
+    run.add("chat", 100)
+    run.until("chat")
+    assert len(run.steps) <= 2
+
+
+def test_a_chat_that_is_cancelled_while_it_is_fetched_leaves_nothing_behind() -> None:
+    run = Run()
+    run.kv = run.scheduler._kv = kv = FetchingKV(20_000, {})
+    run.add("writer", 10, max_tokens=40)
+    run.step()
+    chat = run.add("chat", 100)
+    kv.steps[chat.own.seq_id] = 1000
+    run.step()
+    run.scheduler.remove(chat)
+    run.until("writer")
+    assert not run.scheduler.has_work
 
 
 @pytest.mark.parametrize("steps", [1, 3, 10, 30, 45])
