@@ -87,14 +87,13 @@ def smollm2() -> dict[str, Array]:
 
 
 def small_llama(vocab_size: int) -> dict[str, Array]:
-    """Random weights by the names of the file, of a size that makes attention far from uniform; heads are tied."""
+    """Random weights by the names of the file, of a size that keeps that of hidden states; heads are tied."""
     random = np.random.default_rng(11)
     shapes = {"token_embd": (vocab_size, SMALL.hidden)}
     for layer in range(SMALL.layers):
         shapes |= {f"blk.{layer}.{name}": shape for name, shape in SMALL.matrices.items()}
     tensors = {
-        f"{name}.weight": random.standard_normal(shape, np.float32) * (2 / shape[1]) ** 0.5
-        for name, shape in shapes.items()
+        f"{name}.weight": random.standard_normal(shape, np.float32) * shape[1] ** -0.5 for name, shape in shapes.items()
     }
     norms = [f"blk.{layer}.{norm}" for layer in range(SMALL.layers) for norm in ("attn_norm", "ffn_norm")]
     for name in (*norms, "output_norm"):

@@ -9,7 +9,7 @@ import torch
 from checkout import ROOT
 
 from tightrope.backends.gguf.backend import GGUFBackend
-from tightrope.backends.protocol import Chunk
+from tightrope.backends.protocol import Backend, Chunk
 from tightrope.backends.reuse import Reuse
 
 CACHE = ROOT / ".cache"
@@ -24,7 +24,7 @@ def gemma() -> Path:
     return assemble(CACHE / MODEL_NAME)
 
 
-def lone_logits(backend: GGUFBackend, token_ids: Sequence[int]) -> torch.Tensor:
+def lone_logits(backend: Backend, token_ids: Sequence[int]) -> torch.Tensor:
     """[n, V] logits of a sequence that shares nothing, run in one piece."""
     seq_id = next(_fresh_ids)
     assert backend.kv.open(seq_id, token_ids, f"alone {seq_id}") == Reuse()
