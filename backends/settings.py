@@ -116,7 +116,11 @@ class ModelSettings(BaseModel, frozen=True, extra="forbid"):
         le=MAX_STEP_TOKENS,
         description="Most tokens in one step (the token budget); 0 is right for the device.",
     )
-    threads: int = Field(0, ge=0, description="CPU threads, four per usable CPU at most; 0 is one per physical core.")
+    threads: int = Field(
+        0,
+        ge=0,
+        description="Most CPU threads, four per usable CPU or less; 0: one per physical core.",
+    )
     device: str = Field("auto", description="Where the model runs: auto, cpu, cuda, or cuda:N for one card of several.")
     gpu_layers: int = Field(0, ge=-1, le=MAX_GPU_LAYERS, description="Layers on the GPU; -1 is all of them.")
     n_cpu_moe: int = Field(

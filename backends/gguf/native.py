@@ -20,6 +20,7 @@ from llama_cpp import llama_cpp as ll
 from tightrope.backends.errors import BackendError, OutOfMemory
 from tightrope.backends.files.gguf.header import read_header
 from tightrope.backends.gguf.threadpool import ThreadPool
+from tightrope.backends.sharing import Threads
 
 log = logging.getLogger("tightrope.gguf")
 
@@ -233,7 +234,8 @@ class NativeContext:
         self.pointer = ll.llama_init_from_model(model.pointer, _context_params(options))
         if not self.pointer:
             raise BackendError(f"llama.cpp can't set up a cache of {options.num_cells} tokens: {_complaints()}")
-        self._threads = ThreadPool(self.pointer, options.threads)
+        self._pool = ThreadPool(self.pointer, options.threads)
+        self._threads = Threads(options.threads, self.set_threads)
         self._memory = ll.llama_get_memory(self.pointer)
         self.can_move = bool(ll.llama_memory_can_shift(self._memory))
         self._vocab_size = model.vocab_size
@@ -267,6 +269,7 @@ class NativeContext:
             logits=_at(self.outputs, begin, ctypes.c_int8),
         )
         _recent_errors.clear()
+        self._threads.settle()
         status = ll.llama_decode(self.pointer, batch)
         if status == 1:
             raise BackendError(f"the cache has no room for {end - begin} more tokens")
@@ -274,6 +277,10 @@ class NativeContext:
             raise OutOfMemory(f"out of memory in a step of {end - begin} tokens: {_complaints()}")
         if status != 0:
             raise BackendError(f"llama.cpp failed to run {end - begin} tokens (status {status}): {_complaints()}")
+
+    def set_threads(self, count: int) -> None:
+        """Compute with so many threads from the next step on, of those that the context was made with."""
+        ll.llama_set_n_threads(self.pointer, count, count)
 
     def apply(self, adapter: NativeAdapter | None, scale: float) -> None:
         """Add `scale` times an adapter in all steps from now on, or none. A change makes the next step plan anew."""
@@ -347,7 +354,7 @@ class NativeContext:
         if self.pointer:
             ll.llama_free(self.pointer)
             self.pointer = None
-            self._threads.close()
+            self._pool.close()
 
 
 def _at(array: np.ndarray[Any, Any], index: int, kind: type[Any]) -> Any:  # noqa: ANN401 - ctypes has no name for it

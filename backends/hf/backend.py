@@ -41,6 +41,7 @@ from tightrope.backends.protocol import AdapterStore, Capabilities, Chunk, KVCac
 from tightrope.backends.sessions.opening import check_folder, open_store
 from tightrope.backends.sessions.piece import Bytes
 from tightrope.backends.settings import ModelSettings
+from tightrope.backends.sharing import Threads
 from tightrope.backends.threads import compute_threads
 from tightrope.kernels import dispatch
 from tightrope.kernels.forms.layout import PAGE, CacheFormat, LayerCache
@@ -80,9 +81,9 @@ class HFBackend:
         if plan.rope:
             fix_rotary(found.blueprint.tree, plan.rope)  # The window may be shorter than the model's own.
         tokenizer = found.tokenizer or HFTokenizer(path, found.shape)  # The latter says what the folder lacks.
-        threads = compute_threads(settings.threads)
+        threads = Threads(compute_threads(settings.threads), dispatch.set_threads)
         torch.set_num_threads(1)  # A large step takes more: see ModelRunner.
-        dispatch.set_threads(threads)
+        dispatch.set_threads(threads.most)
         dispatch.set_batch_invariant(is_wanted=settings.batch_invariant)
         if settings.matmul_sums == "float16" and device.type == "cuda":
             dispatch.sum_in_float16()
@@ -101,7 +102,7 @@ class HFBackend:
         if device.type == "cuda":
             steps = Steps.of(settings, model, rotary, plan.cache_dtype, plan.window)
             with failing_as("compiling kernels", device):
-                warm_up(steps, threads, lambda done: progress(WEIGHTS + KERNELS * done))
+                warm_up(steps, threads.most, lambda done: progress(WEIGHTS + KERNELS * done))
         factors: list[Tensor] = []
         with failing_as("setting up the cache", device):
             if plan.cache_dtype != "f16":  # Before the cache, beside which there may be no room for it.

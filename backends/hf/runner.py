@@ -13,6 +13,7 @@ from tightrope.backends.hf.run.device_errors import failing_as
 from tightrope.backends.hf.run.graphs import DecodeGraphs
 from tightrope.backends.hf.run.rotary import RotarySets
 from tightrope.backends.hf.run.steps import StepInputs
+from tightrope.backends.sharing import Threads
 from tightrope.kernels.forms.layout import LayerCache, RopeTable
 
 # A step of so many tokens gives torch all threads; in a smaller one waking them takes longer than the work.
@@ -30,10 +31,10 @@ class ModelRunner:
         model: LoadedModel,
         caches: Sequence[LayerCache],
         rotary: Mapping[str, RotarySets],
-        threads: int,
+        threads: Threads,
         scratch: Tensor | None = None,
     ) -> None:
-        """rotary: for each `rope` of the model's layers. threads: of torch's own kernels, in a large step.
+        """rotary: for each `rope` of the model's layers. threads: of steps, and of torch's own kernels in a large one.
 
         scratch: see StepLayout; without it steps of long prompts allocate some.
         """
@@ -66,6 +67,8 @@ class ModelRunner:
         OutOfMemory for want of memory, DeviceLost if no other can run.
         """
         num_tokens, device = len(inputs.token_ids), self.model.device
+        if device.type == "cpu":
+            self._threads.settle()
         with (
             failing_as(f"a step of {num_tokens} tokens", device),
             torch.inference_mode(),
@@ -156,7 +159,7 @@ class ModelRunner:
         if num_tokens < BLAS_TOKENS:
             yield
             return
-        torch.set_num_threads(self._threads)
+        torch.set_num_threads(self._threads.now)
         try:
             yield
         finally:

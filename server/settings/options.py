@@ -197,7 +197,7 @@ OPTIONS: Mapping[str, Option] = {
     "threads": Option(
         (*_MODEL, "threads"),
         "speed",
-        "CPU threads, at most four per CPU (default: one per physical core)",
+        "most CPU threads, four per CPU or less (default: one per physical core); a busy machine gets fewer",
         "N",
         ("-t",),
     ),

@@ -8,12 +8,14 @@ import torch
 from gguf_models import gemma, greedy, lone_logits
 from llama_cpp import llama_cpp as ll
 
+from tightrope.backends import sharing
 from tightrope.backends.errors import BackendError, OutOfMemory
 from tightrope.backends.gguf.backend import GGUFBackend
 from tightrope.backends.locate import bundled_model
 from tightrope.backends.protocol import Chunk
 from tightrope.backends.reuse import Reuse
 from tightrope.backends.settings import CacheSettings, KVCacheDtype, ModelSettings, RopeSettings
+from tightrope.backends.sharing import Counters, Threads
 
 # Mean Kullback-Leibler divergence, in nats, between two ways to compute the same. Batches of different shape run in
 # different kernels, which round activations to 8 bits and values to 16; SmolLM2's logits move by up to 1 for it, its
@@ -47,6 +49,27 @@ def text_ids(backend: GGUFBackend) -> list[int]:
     """160 tokens of sensible text."""
     words = "The Danube rises in the Black Forest and flows through ten countries before it meets the Black Sea. "
     return backend.tokenizer.encode(words * 12, parse_special=False, is_start=True)[:160]
+
+
+def test_steps_have_fewer_threads_while_others_keep_the_machine_busy(
+    backend: GGUFBackend, text_ids: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted = iter([Counters(0, 0, 0), Counters(1, 9, 0), Counters(1, 9, 100)])  # nine in ten seconds waited; then idle
+    monkeypatch.setattr(sharing, "read_counters", lambda: next(counted))
+    monkeypatch.setattr(sharing, "LOOK_EVERY_S", 0.0)
+    context = backend._context
+    used: list[int] = []
+
+    def give(count: int) -> None:
+        context.set_threads(count)
+        used.append(ll.llama_n_threads(context.pointer))
+
+    monkeypatch.setattr(context, "_threads", Threads(2, give))
+
+    fewer, all_again = (lone_logits(backend, text_ids[:20]) for _ in range(2))
+
+    assert used == [1, 2]
+    assert_same(fewer, all_again)
 
 
 def test_a_prompt_run_in_pieces_gives_the_logits_of_a_lone_run(backend: GGUFBackend, text_ids: list[int]) -> None:

@@ -15,6 +15,7 @@ from step_builder import step_of
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tightrope.backends import sharing
 from tightrope.backends.hf.backend import HFBackend
 from tightrope.backends.hf.run.rotary import RotarySets
 from tightrope.backends.hf.run.steps import StepInputs
@@ -22,6 +23,8 @@ from tightrope.backends.hf.runner import ModelRunner
 from tightrope.backends.protocol import Chunk
 from tightrope.backends.rope.scaling import RopeSpec
 from tightrope.backends.settings import CacheSettings, ModelSettings
+from tightrope.backends.sharing import Counters, Threads
+from tightrope.kernels import dispatch
 from tightrope.kernels.forms.layout import PAGE, CacheDtype, CacheFormat, LayerCache, StepLayout
 
 FOLDER, ADAPTER = ADAPTERS / "llama-bf16", ADAPTERS / "llama-lora-r4"
@@ -109,10 +112,25 @@ def test_runners_of_shared_weights_store_into_caches_of_their_own():
         assert second.model is first.model
 
 
+def test_steps_have_fewer_threads_while_others_keep_the_machine_busy(monkeypatch: pytest.MonkeyPatch):
+    counted = iter([Counters(0, 0, 0), Counters(1, 9, 0), Counters(1, 9, 100)])  # nine in ten seconds waited; then idle
+    monkeypatch.setattr(sharing, "read_counters", lambda: next(counted))
+    monkeypatch.setattr(sharing, "LOOK_EVERY_S", 0.0)
+    given: list[int] = []
+    monkeypatch.setattr(dispatch, "set_threads", given.append)
+    settings = SETTINGS.model_copy(update={"threads": 2, "cache": CacheSettings(tokens=256, dtype="f16")})
+
+    with closing(HFBackend(FOLDER, settings, lambda _: None)) as backend:
+        for seq_id in (1, 2):
+            backend.runner.run(backend.inputs([opened(backend, seq_id, PROMPT)]))
+
+    assert given == [2, 1, 2]
+
+
 def runner_of(caches: Sequence[LayerCache]) -> ModelRunner:
     """One whose model is never run."""
     model: Any = SimpleNamespace(layers=caches, forward=list, device=torch.device("cpu"))
-    return ModelRunner(model, caches, {}, threads=1)
+    return ModelRunner(model, caches, {}, threads=Threads(1))
 
 
 def test_every_step_brings_the_scratch_of_its_runner_along():
@@ -125,7 +143,7 @@ def test_every_step_brings_the_scratch_of_its_runner_along():
     model: Any = SimpleNamespace(
         layers=[], forward=forward, device=torch.device("cpu"), embedded=lambda token_ids: None
     )
-    runner = ModelRunner(model, [], {}, 1, scratch)
+    runner = ModelRunner(model, [], {}, Threads(1), scratch)
     inputs = StepInputs(torch.zeros(5, dtype=torch.int64), step_of([(0, 5)], 1), (5,), torch.tensor([4]), None)
 
     for one in (runner, runner.beside([])):
@@ -190,7 +208,7 @@ def test_pages_are_copied_in_the_layers_of_their_kind_alone():
 def test_kinds_of_layers_have_tables_of_their_own():
     plain, dynamic = (RopeSpec(kind, 4.0, 10_000.0, 16, 16, trained_len=64, window=512) for kind in ("none", "dynamic"))
     rotary = {name: RotarySets(spec, 512) for name, spec in {"full": dynamic, "sliding": plain}.items()}
-    runner = ModelRunner(runner_of([]).model, [], rotary, threads=1)
+    runner = ModelRunner(runner_of([]).model, [], rotary, threads=Threads(1))
     inputs: Any = SimpleNamespace(rope_lengths=(200,))
 
     tables = runner.tables(inputs)

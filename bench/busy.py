@@ -1,0 +1,134 @@
+"""Decoding beside busy processes, with each fixed number of threads and with the chosen one: python -m bench.busy
+
+Each busy process is a session of its own, as those of other people are: Linux shares a machine by sessions. An engine
+decodes in this process. A case is timed for SECONDS once the choice has had SETTLING_S to see that something changed;
+numbers of threads take turns, and the best of the rounds counts, as every other disturbance only makes them slower.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
+
+from bench import report
+from tightrope.backends.protocol import Backend, Chunk
+from tightrope.backends.settings import CacheSettings, ModelSettings
+from tightrope.backends.sharing import Threads
+
+BUSY, STREAMS = (0, 1, 2, 4, 8), (1, 8)
+SECONDS, SETTLING_S = 1.2, 0.5
+LEAST = 1 / 1.15  # of the best fixed number's speed
+DEPTH, MAX_STEPS = 30, 200  # tokens of a prompt, and of an answer
+
+
+def load_own(path: Path, threads: int) -> tuple[Backend, Threads]:
+    from tightrope.backends.hf.backend import HFBackend
+
+    settings = ModelSettings(model=str(path), max_model_len=1024, threads=threads, cache=CacheSettings(tokens=8192))
+    backend = HFBackend(path, settings, lambda share: None)
+    return backend, backend.runner._threads
+
+
+def load_llama(path: Path, threads: int) -> tuple[Backend, Threads]:
+    from tightrope.backends.gguf.backend import GGUFBackend
+
+    cache = CacheSettings(tokens=8192, dtype="f16")
+    settings = ModelSettings(model=str(path), max_model_len=1024, threads=threads, cache=cache)
+    backend = GGUFBackend(path, settings, lambda share: None)
+    return backend, backend._context._threads
+
+
+ENGINES: dict[str, Callable[[Path, int], tuple[Backend, Threads]]] = {"torch": load_own, "llama.cpp": load_llama}
+
+
+@contextmanager
+def busy(count: int) -> Iterator[None]:
+    """So many processes that compute meanwhile, each in a session of its own."""
+    command = [sys.executable, "-c", "while True: pass"]
+    processes = [subprocess.Popen(command, start_new_session=True) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+@contextmanager
+def fixed(threads: Threads, count: int | None) -> Iterator[None]:
+    """Meanwhile steps have that many threads; as many as are chosen for None."""
+    if count is None:
+        threads._apply(threads.now)
+        yield
+        return
+    threads._apply(count)
+    with patch.object(Threads, "settle", lambda self: count):
+        yield
+
+
+def tokens_per_s(backend: Backend, streams: int) -> float:
+    """Of all streams together."""
+    for seq_id in range(streams):
+        prompt = (np.arange(DEPTH) * 13 + seq_id * 77 + 500).tolist()
+        backend.kv.open(seq_id, prompt, "", reuse="nothing")
+        assert backend.kv.reserve(seq_id, DEPTH + MAX_STEPS)
+        backend.forward([Chunk(seq_id, prompt, 0, "none")])
+        backend.kv.commit(seq_id, 0, prompt)
+    began_s = time.perf_counter()
+    timed_s, timed = 0.0, 0
+    for step in range(MAX_STEPS):
+        stepped_s = time.perf_counter()
+        backend.forward([Chunk(seq_id, [100 + step], DEPTH + step, "last") for seq_id in range(streams)])
+        for seq_id in range(streams):
+            backend.kv.commit(seq_id, DEPTH + step, [100 + step])
+        if stepped_s - began_s >= SETTLING_S:
+            timed_s, timed = timed_s + time.perf_counter() - stepped_s, timed + 1
+            if timed_s >= SECONDS:
+                break
+    for seq_id in range(streams):
+        backend.kv.close(seq_id, keep=False)
+    return streams * timed / timed_s
+
+
+def measure(engine: str, path: Path, most: int, rounds: int) -> list[dict[str, object]]:
+    rows: list[dict[str, object]] = []
+    backend, threads = ENGINES[engine](path, most)
+    with closing(backend):
+        for num_busy in BUSY:
+            with busy(num_busy):
+                for streams in STREAMS:
+                    speeds: dict[int | None, float] = {}
+                    for _ in range(rounds):
+                        for count in (*range(1, most + 1), None):
+                            with fixed(threads, count):
+                                speeds[count] = max(speeds.get(count, 0.0), tokens_per_s(backend, streams))
+                    best = max(speed for count, speed in speeds.items() if count is not None)
+                    row = {"engine": engine, "busy": num_busy, "streams": streams, "chosen_threads": threads.now}
+                    row |= {f"{count}_threads_tokens_per_s": round(speeds[count], 1) for count in range(1, most + 1)}
+                    row |= {"chosen_tokens_per_s": round(speeds[None], 1), "of_the_best": round(speeds[None] / best, 3)}
+                    rows.append({**row, "met": speeds[None] >= LEAST * best})
+                    print(rows[-1], flush=True)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("engine", choices=ENGINES)
+    parser.add_argument("model", type=Path, help="a folder for the torch engine, a GGUF file for llama.cpp")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="the most")
+    parser.add_argument("--rounds", type=int, default=2)
+    args = parser.parse_args()
+    rows = measure(args.engine, args.model, args.threads, args.rounds)
+    results = {"model": args.model.name, "threads": args.threads, "seconds": SECONDS, "cases": rows}
+    print(report.write(f"busy_{args.engine.replace('.', '')}", results))
+
+
+if __name__ == "__main__":
+    main()
