@@ -168,11 +168,11 @@ class Intake:
         # The cells that were taken last, by each of the two, may be empty but for one token.
         room = self._cache.capacity - 2 * (self._cache.grain - 1)
         most = min(self._max_model_len - num_negative, (room - num_prompt - num_negative) // 2)
-        asked = request.stop.max_tokens if request.reserve_tokens is None else request.reserve_tokens
-        if most < (asked or 1):
+        asked = _new_tokens(request)
+        if most < asked:
             raise InvalidRequest(
                 f"{NEGATIVE}: beside its {num_negative} tokens and the prompt's {num_prompt} there is room for "
-                f"{max(0, most)} tokens of an answer; {asked or 1} were asked for",
+                f"{max(0, most)} tokens of an answer; {asked} must fit",
                 NEGATIVE,
             )
         return num_prompt + most
@@ -204,9 +204,10 @@ class Intake:
 
 
 def _new_tokens(request: GenerateRequest) -> int:
-    """How many new tokens must fit the window."""
-    max_tokens = 1 if request.stop.max_tokens is None else request.stop.max_tokens
-    return max_tokens if request.reserve_tokens is None else request.reserve_tokens
+    """How many new tokens must fit the window: an answer ends with it, so one is enough where nobody says more."""
+    if request.reserve_tokens is not None:
+        return request.reserve_tokens
+    return 0 if request.stop.max_tokens == 0 else 1
 
 
 def _sampling(params: SamplingParams, index: int, vocab_size: int) -> SamplingParams:

@@ -69,6 +69,7 @@ class Grammar(Struct, frozen=True):
     kind: GrammarKind
     text: str
     field: str
+    is_compact: bool = False  # JSON under a schema has no white space between its parts.
 
 
 class Guidance(Struct, frozen=True):
@@ -91,7 +92,7 @@ class GenerateRequest(Struct, frozen=True):
     logprobs: LogprobRequest | None = None
     prompt_logprobs: int | None = None  # The prompt's tokens get raw logprobs, with so many alternatives.
     truncate_to: int | None = None  # Only the last n tokens of the prompt are kept.
-    reserve_tokens: int | None = None  # So many new tokens must fit the window; None is stop.max_tokens, or 1.
+    reserve_tokens: int | None = None  # So many new tokens must fit the window; None is 1, if any are asked for.
     skip_special_tokens: bool = True
     cache_reuse: CacheReuse = "moved"  # Its prompt may be answered over cached tokens of this kind.
     namespace: str = ""  # Requests of different namespaces never share cached tokens.

@@ -18,7 +18,7 @@ from tightrope.server.deltas.choices import Choice, collect
 from tightrope.server.deltas.one_token import one_token_each
 from tightrope.server.deltas.side_by_side import Deltas, run
 from tightrope.server.fields.explain import Explanation, explain
-from tightrope.server.http.body import Body
+from tightrope.server.http.body import Body, JsonRequest
 from tightrope.server.http.errors import Column, error_event, error_line
 from tightrope.server.http.hangup import or_gone
 from tightrope.server.http.resuming import asks_to_resume, conversation_of, last_event, stream_reply
@@ -28,6 +28,7 @@ from tightrope.server.state import AppState
 B = TypeVar("B", bound=Body)
 
 FIRST_DELTA_S = 10.0  # A stream whose first delta takes longer begins with a comment.
+HALVES = "halves of characters became U+FFFD"
 COMMENT_S = 1.0  # At most one comment tells in this time how far a prompt has been read.
 
 
@@ -95,7 +96,8 @@ async def answer(front: AppState, dialect: type[Dialect[B]], body: B, request: R
     spoken = await dialect.read(front, body, request)
     asked, conversation = spoken.asked, conversation_of(request)
     is_kept = asks_to_resume(request, asked.is_resumable) or conversation is not None
-    explanation = await or_gone(request, explain(front, asked)) if asked.explain else None
+    halves = [("body", HALVES)] if isinstance(request, JsonRequest) and request.has_halves else []
+    explanation = await or_gone(request, explain(front, asked, halves)) if asked.explain else None
     deltas = run(front.generate_for(request), asked.requests)
     if spoken.abort_key is not None:
         deltas = front.aborts.until_aborted(deltas, spoken.abort_key)

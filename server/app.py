@@ -14,7 +14,7 @@ from tightrope import __version__
 from tightrope.server.dialects.adapters import adapter_router
 from tightrope.server.dialects.koboldcpp import koboldcpp_router
 from tightrope.server.dialects.llamacpp import llamacpp_router
-from tightrope.server.dialects.ollama import ollama_router
+from tightrope.server.dialects.ollama.routes import ollama_router
 from tightrope.server.dialects.ooba import ooba_router
 from tightrope.server.dialects.openai.routes import openai_router
 from tightrope.server.dialects.tabby import tabby_router
@@ -24,6 +24,8 @@ from tightrope.server.http.draining import Drain, DrainGuard
 from tightrope.server.http.error_docs import ErrorText
 from tightrope.server.http.errors import install_handlers
 from tightrope.server.http.guards import AdminGuard, BodyLimit, KeyGuard
+from tightrope.server.http.head_requests import HeadAsGet
+from tightrope.server.http.paths import PlainPaths
 from tightrope.server.http.queue_guard import QueueGuard
 from tightrope.server.http.resuming import STREAM_ID
 from tightrope.server.http.sites import HostGuard, OriginGuard
@@ -69,6 +71,7 @@ def create_app(front: AppState, drain: Drain | None = None) -> FastAPI:
     _add_probes(app, front)
     add_api_page(app)
     # The last one added stands first.
+    app.add_middleware(HeadAsGet)
     app.add_middleware(
         BodyLimit,
         max_bytes=settings.max_body_bytes,
@@ -85,7 +88,7 @@ def create_app(front: AppState, drain: Drain | None = None) -> FastAPI:
     app.add_middleware(
         CORSMiddleware,
         allow_origins=settings.cors_origins,
-        allow_methods=["GET", "POST", "DELETE"],
+        allow_methods=["GET", "HEAD", "POST", "DELETE"],
         expose_headers=[STREAM_ID],
         allow_headers=["*"],  # SDKs ask to send many headers of their own, and the answer names what is asked for.
         allow_credentials=False,
@@ -93,6 +96,7 @@ def create_app(front: AppState, drain: Drain | None = None) -> FastAPI:
     )
     app.add_middleware(OriginGuard, origins=settings.cors_origins)
     app.add_middleware(HostGuard, names=settings.host_names)
+    app.add_middleware(PlainPaths)
     return app
 
 
@@ -103,6 +107,7 @@ def _add_probes(app: FastAPI, front: AppState) -> None:
     }
 
     @app.get("/health", response_class=Response, responses=unhealthy, tags=["probes"])
+    @app.get("/v1/health", response_class=Response, include_in_schema=False)
     @app.get("/ping", response_class=Response, responses=unhealthy, tags=["probes"])
     @app.get("/", response_class=Response, responses=unhealthy, tags=["probes"])
     async def health() -> Response:

@@ -16,14 +16,14 @@ from tightrope.engine.errors import InvalidRequest
 from tightrope.engine.types import GenerateRequest, Grammar, LogprobRequest, Prompt
 from tightrope.server.fields import structured
 from tightrope.server.fields.lost_fields import idle_scale
-from tightrope.server.fields.names import KNOWN, Ignored
+from tightrope.server.fields.names import KNOWN, Bent, Ignored
 from tightrope.server.fields.numbers import MAX_INT
 from tightrope.server.fields.sampling import read_sampling
-from tightrope.server.fields.structured import overruled, read_grammar
-from tightrope.server.http.body import Body, log_ignored, unread_fields
+from tightrope.server.fields.structured import left_out, overruled, read_grammar
+from tightrope.server.http.body import Body, bent_fields, log_ignored, unread_fields
 from tightrope.server.http.token_ids import Ids
 from tightrope.server.prompts.raw_prompts import raw_prompt
-from tightrope.server.served import Served, check_model
+from tightrope.server.served import Served, check_model, is_named
 
 
 class SharedFields(Body):
@@ -36,7 +36,9 @@ class SharedFields(Body):
     cache_salt: str | None = Field(None, description="Requests with different salts share no cached tokens.")
     return_progress: bool = Field(False, description="A stream tells how far its prompt has been read.")
     resumable: bool = Field(False, description="A client may come back to this stream; as the header X-Resumable: 1.")
-    truncate_prompt_tokens: int | None = Field(None, ge=1, le=MAX_INT, description="Keep the last n of the prompt.")
+    truncate_prompt_tokens: int | None = Field(
+        None, ge=-1, le=MAX_INT, description="Keep the last n of the prompt; -1: as many as there is room for."
+    )
     skip_special_tokens: bool = True
 
     def given(self) -> dict[str, Any]:
@@ -83,13 +85,15 @@ class ReadBody:
     shape: Callable[[Grammar | None], Grammar | None] | None = None
     ignored: Sequence[Ignored] = ()  # The dialect itself passes over these.
     shows_progress: bool = True  # Its streams have a place for how far a prompt has been read.
+    bent: Sequence[Bent] = ()  # What the dialect itself has taken for what it plainly means.
     notes: tuple[str, ...] = ()  # They say how the prompt was made.
 
 
-def common(body: AnswerBody, served: Served) -> ReadBody:
+def common(body: AnswerBody, served: Served, *, is_openai: bool = False) -> ReadBody:
     """What is read of all bodies of this kind. Raises ModelNotFound."""
-    adapter = check_model(body.model, served)
-    return ReadBody(body=body, shared=body, given=body.given(), adapter=adapter, explain=body.explain)
+    adapter = check_model(body.model, served, is_openai=is_openai)
+    bent = [] if adapter or is_named(body.model, served) else [("model", f"answered by {served.model_id}")]
+    return ReadBody(body=body, shared=body, given=body.given(), adapter=adapter, explain=body.explain, bent=bent)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +104,7 @@ class Asked:
     model: str  # An answer names the adapter, or the served model.
     requests: Sequence[GenerateRequest]  # There is one for each prompt, and they differ in their prompts alone.
     ignored: Sequence[Ignored]
+    bent: Sequence[Bent]
     notes: tuple[str, ...]
     is_stream: bool
     explain: bool
@@ -144,7 +149,7 @@ def ask(prefix: str, prompts: Sequence[Prompt], read: ReadBody, served: Served) 
             n=read.n,
             logprobs=read.logprobs,
             prompt_logprobs=read.prompt_logprobs,
-            truncate_to=shared.truncate_prompt_tokens,
+            truncate_to=_last_tokens(shared.truncate_prompt_tokens, served),
             skip_special_tokens=shared.skip_special_tokens,
             cache_reuse=shared.cache_reuse,
             namespace=shared.cache_salt or "",
@@ -155,7 +160,15 @@ def ask(prefix: str, prompts: Sequence[Prompt], read: ReadBody, served: Served) 
         for position, prompt in enumerate(prompts)
     ]
     model = read.adapter or served.model_id
-    return Asked(made_id, model, requests, ignored, read.notes, read.is_stream, read.explain, shared.resumable)
+    bent = [*bent_fields(read.body), *sampling.bent, *left_out(read.given), *read.bent] if read.explain else []
+    return Asked(made_id, model, requests, ignored, bent, read.notes, read.is_stream, read.explain, shared.resumable)
+
+
+def _last_tokens(asked: int | None, served: Served) -> int | None:
+    """How much of a prompt is kept; one token of the window is left for the answer where that is not said."""
+    if asked is None or asked > 0:
+        return asked
+    return served.info.max_model_len - 1 if asked else None
 
 
 def _of_streams(read: ReadBody) -> list[Ignored]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from tightrope.engine.errors import InvalidRequest, ModelNotFound
 from tightrope.engine.settings import LimitSettings
 from tightrope.engine.types import ModelInfo
+from tightrope.server.http.body import log_ignored
 
 ANY_MODEL = frozenset({None, "", "tgi", "dummy"})  # Clients that don't know the name send these.
 LATEST = ":latest"  # Ollama's clients put this tag behind a name without one.
@@ -20,6 +21,7 @@ class Served:
     limits: LimitSettings
     max_prompts: int  # One completion request may have so many.
     adapters: Mapping[str, str] = field(default_factory=dict)  # They may be named as the model; each has its path.
+    any_name: bool | None = None  # Whether any name means the model; None: on all routes but OpenAI's.
 
 
 def means_the_model(name: str | None, model_id: str) -> bool:
@@ -27,17 +29,34 @@ def means_the_model(name: str | None, model_id: str) -> bool:
     return name in ANY_MODEL or name == model_id
 
 
-def check_model(name: str | None, served: Served) -> str | None:
-    """The adapter that `name` means; None for the served model and the names for "whatever is there".
+def is_named(name: str | None, served: Served) -> bool:
+    """Whether a request's `model` is the served one, an adapter, or a name for "whatever is there"."""
+    meant = None if name is None else name.removesuffix(LATEST)
+    return any(means_the_model(n, served.model_id) or n in served.adapters for n in (name, meant))
 
-    Raises ModelNotFound for any other name.
+
+def check_model(name: str | None, served: Served, *, is_openai: bool = False) -> str | None:
+    """The adapter that `name` means; None for the served model.
+
+    Raises ModelNotFound for a name of neither, where not all of them mean the model; see `takes_any_name`.
     """
-    for meant in (name, None if name is None else name.removesuffix(LATEST)):
+    if not is_named(name, served) and not takes_any_name(served, is_openai=is_openai):
+        raise ModelNotFound(f"The model `{name}` does not exist.", "model")
+    for meant in (name, (name or "").removesuffix(LATEST)):
         if means_the_model(meant, served.model_id):
             return None
         if meant in served.adapters:
             return meant
-    raise ModelNotFound(f"The model `{name}` does not exist.", "model")
+    log_ignored(f"model={name!r:.80}", lambda: ["model"])
+    return None
+
+
+def takes_any_name(served: Served, *, is_openai: bool) -> bool:
+    """Whether any name means the one model that is served: many clients send a name of their own.
+
+    is_openai: on the routes of OpenAI, whose clients choose among models by their names.
+    """
+    return not is_openai if served.any_name is None else served.any_name
 
 
 def check_most(name: str, value: int | None, most: int) -> None:

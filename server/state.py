@@ -58,7 +58,14 @@ class AppState:
         """What requests are checked against. Raises EngineUnavailable."""
         info, settings = self.info(), self.settings
         model_id = settings.served_model_name or info.model_id
-        return Served(model_id, info, settings.engine.limits, settings.max_client_batch_size, self.engine.adapters)
+        return Served(
+            model_id,
+            info,
+            settings.engine.limits,
+            settings.max_client_batch_size,
+            self.engine.adapters,
+            settings.any_model_name,
+        )
 
     async def turn_marks(self, info: ModelInfo) -> TurnMarks:
         """What the chat template in use makes special of the vocabulary of a model that was just loaded."""

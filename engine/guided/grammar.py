@@ -6,8 +6,8 @@ is measured by bench/grammar.py. Behind it is an Earley parser over derivatives 
 what a step may cost, so that no pattern backtracks; where a grammar forces a text, the masks follow the model's own way
 of tokenizing it.
 
-White space between the parts of JSON is at most a newline and an indentation: a model that is unsure would otherwise
-write blanks to the end of the window.
+White space between the parts of JSON is one blank, or a newline and an indentation: a model that is unsure would
+otherwise write blanks to the end of the window. The compact form has none.
 """
 
 import json
@@ -28,7 +28,7 @@ from tightrope.backends.protocol import Tokenizer
 from tightrope.engine.errors import EngineUnavailable, InvalidRequest
 from tightrope.engine.guided.grammar_text import lark_of, without_special
 from tightrope.engine.guided.grammar_trial import GrammarTrial, compiled
-from tightrope.engine.guided.json_schema import MAX_BYTES, WHITE_SPACE, schema_fault
+from tightrope.engine.guided.json_schema import ALLOWED, MAX_BYTES, layout, schema_fault, without_idle
 from tightrope.engine.guided.regex_limits import repeat_fault
 from tightrope.engine.types import Grammar
 
@@ -184,7 +184,7 @@ def native_grammar(grammar: Grammar, edited: Callable[[str], str] = str) -> str:
         case "json_schema":
             return LLMatcher.grammar_from_json_schema(
                 _checked_schema(grammar.text),
-                overrides={"whitespace_pattern": WHITE_SPACE, "lenient": False, "coerce_one_of": False},
+                overrides={**layout(is_compact=grammar.is_compact), "lenient": False, "coerce_one_of": False},  # type: ignore[arg-type]  # of a TypedDict
             )
         case "regex":
             if (fault := repeat_fault(grammar.text)) is not None:
@@ -207,13 +207,22 @@ def _checked_schema(text: str) -> str:
         raise ValueError(f"the schema is no JSON: {error}") from None
     if (fault := schema_fault(schema)) is not None:
         raise ValueError(fault)
-    return json.dumps({} if schema is True else schema)
+    return json.dumps({} if schema is True else without_idle(schema))
+
+
+_EXCERPT = re.compile(r"\s*(?:\d+ \|.*|\^+\s*)")  # The library shows the grammar, which is of our own making, so.
+_PLACE = re.compile(r"at \d+\(\d+\): (?:failed to compile JSON schema: )?")
 
 
 def _reason(error: str) -> str:
+    """The library's reason without its view of the grammar."""
     if error.startswith("NoExtension"):
         return "no text satisfies it"
-    return _one_line(error)
+    if "coerce_one_of" in error:
+        return f"the alternatives of a oneOf may overlap, which can't be enforced; {ALLOWED}"
+    lines = [line for line in error.splitlines() if not _EXCERPT.fullmatch(line)]
+    told = [line for line in lines if line.startswith("error: ")]  # Behind an excerpt of a regular expression.
+    return _one_line(_PLACE.sub("", (told or lines or [error])[0]))
 
 
 def _one_line(text: str) -> str:

@@ -14,7 +14,15 @@ from typing import Any
 from tightrope.engine.guided.regex_limits import repeat_fault
 
 MAX_NODES = 1000  # Compile time grows with the square of their number, 0.2 s here, and references nest as deep.
-WHITE_SPACE = r"\n?[ \t]{0,16}"  # This regular expression stands between the parts of JSON.
+WHITE_SPACE = r" |\n[ \t]{0,16}"  # This regular expression stands between the parts of JSON, or nothing.
+COMPACT = {"whitespace_flexible": False, "item_separator": ",", "key_separator": ":"}
+FORMATS = frozenset(  # What stands in texts of these is known to the library.
+    {
+        *("date-time", "date", "time", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri", "unknown"),
+    }
+)
+_PIECES = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\(\?<?[=!]|\(\?P=|.", re.DOTALL)  # Of a pattern.
+_IRREGULAR = re.compile(r"\(\?<?[=!]|\(\?P=|\\[1-9bBkG]")
 MAX_BYTES = 256 << 10  # A schema's text may be long: enumerations are, without having subschemas.
 
 TYPES = ("null", "boolean", "integer", "number", "string", "array", "object")
@@ -23,7 +31,7 @@ _LISTS = frozenset({"anyOf", "allOf", "oneOf", "prefixItems"})
 _NAMED = frozenset({"properties", "patternProperties", "$defs", "definitions"})
 _COUNTS = frozenset({"minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties"})
 _NUMBERS = frozenset({"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"})
-_PLAIN = frozenset({"type", "enum", "const", "pattern", "format", "required", "$ref"})
+_PLAIN = frozenset({"type", "enum", "const", "pattern", "format", "required", "$ref", "uniqueItems"})
 _NOTES = frozenset(  # These say something of a value, and nothing about which values there are.
     {
         *("$schema", "$id", "$anchor", "$comment", "$vocabulary", "id", "title", "description", "default", "examples"),
@@ -35,11 +43,30 @@ _NOTES = frozenset(  # These say something of a value, and nothing about which v
 _KNOWN = _ONE | _LISTS | _NAMED | _COUNTS | _NUMBERS | _PLAIN | _NOTES
 
 Json = Any  # It is a value of JSON.
+ALLOWED = 'with "lenient_schema": true it is left out'
 
 
-def lark_of_schema(schema: Mapping[str, Json]) -> str:
+def layout(*, is_compact: bool) -> dict[str, Json]:
+    """The library's options for what stands between the parts of JSON."""
+    return dict(COMPACT) if is_compact else {"whitespace_pattern": WHITE_SPACE}
+
+
+def lark_of_schema(schema: Mapping[str, Json], *, is_compact: bool) -> str:
     """A schema as a part of a Lark grammar."""
-    return "%json " + json.dumps({**schema, "x-guidance": {"whitespace_pattern": WHITE_SPACE}})
+    return "%json " + json.dumps({**without_idle(schema), "x-guidance": layout(is_compact=is_compact)})
+
+
+def without_idle(node: Json) -> Json:
+    """The schema without a uniqueItems of false, which asks for nothing and is no word of the library's."""
+    if isinstance(node, list):
+        return [without_idle(item) for item in node]
+    if not isinstance(node, dict):
+        return node
+    return {
+        key: value if key in ("enum", "const") else without_idle(value)
+        for key, value in node.items()
+        if not (key == "uniqueItems" and value is False)
+    }
 
 
 def malformed(schema: Json) -> str | None:
@@ -101,12 +128,32 @@ def _form_fault(node: Json) -> str | None:
 
 
 def _keyword_fault(node: Json) -> str | None:
-    for key in node if isinstance(node, dict) else ():
+    return next((fault for _, fault in node_faults(node)), None)
+
+
+def node_faults(node: Json) -> Iterator[tuple[str, str]]:
+    """The keywords of one schema that can't be enforced, each with the reason."""
+    for key, value in node.items() if isinstance(node, dict) else ():
         if key == "x-guidance":
-            return "'x-guidance' can't be set by a request"
-        if key not in _KNOWN and not key.startswith("x-"):
-            return f"the keyword {key!r:.60} can't be enforced"
-    return None
+            yield key, "'x-guidance' can't be set by a request"
+        elif (key not in _KNOWN and not key.startswith("x-")) or (key == "uniqueItems" and value is not False):
+            yield key, f"the keyword {key!r:.60} can't be enforced; {ALLOWED}"
+        elif key == "format" and isinstance(value, str) and value not in FORMATS and _may_be_text(node):
+            yield key, f"the format {value!r:.60} can't be enforced; {ALLOWED}"
+        elif key == "pattern" and isinstance(value, str) and _is_irregular(value):
+            yield key, f"the pattern {value!r:.60} looks around or back, which can't be enforced; {ALLOWED}"
+        elif key == "patternProperties" and isinstance(value, dict) and any(map(_is_irregular, value)):
+            yield key, f"a pattern of patternProperties looks around or back, which can't be enforced; {ALLOWED}"
+
+
+def _may_be_text(node: Mapping[str, Json]) -> bool:
+    kinds = node.get("type", "string")
+    return "string" in (kinds if isinstance(kinds, list) else [kinds])
+
+
+def _is_irregular(pattern: str) -> bool:
+    """Whether a pattern has more than regular expressions have in theory: lookarounds, backreferences, boundaries."""
+    return any(_IRREGULAR.fullmatch(piece) for piece in _PIECES.findall(pattern))
 
 
 def _value_fault(key: str, value: Json) -> str | None:

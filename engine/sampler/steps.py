@@ -29,9 +29,9 @@ class SamplingParams(Struct, frozen=True, omit_defaults=True):
 
     temperature: NotNegative = 1.0
     top_k: Count = 0
-    top_p: Share = 1.0
+    top_p: Probability = 1.0
     min_p: Probability = 0.0
-    typical_p: Share = 1.0
+    typical_p: Probability = 1.0
     repetition_penalty: Positive = 1.0
     frequency_penalty: Additive = 0.0
     presence_penalty: Additive = 0.0
@@ -45,7 +45,7 @@ class SamplingParams(Struct, frozen=True, omit_defaults=True):
     smoothing_factor: Annotated[float, Meta(ge=0, le=1000)] = 0.0
     smoothing_curve: Annotated[float, Meta(ge=1, le=100)] = 1.0
     top_n_sigma: NotNegative = 0.0
-    tfs: Share = 1.0
+    tfs: Probability = 1.0
     top_a: Probability = 0.0
     epsilon_cutoff: Cutoff = 0.0
     eta_cutoff: Cutoff = 0.0

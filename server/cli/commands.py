@@ -275,7 +275,7 @@ def _add_options(parser: argparse.ArgumentParser, names: Sequence[str], *, takes
             *spellings,
             dest="model_option" if name == "model" else name.replace("-", "_"),
             help=option.help,
-            **_taking(option.metavar, is_flag=option.is_flag, is_list=option.is_list),
+            **({"action": _Switch} if option.is_switch else _taking(option.metavar, option.is_flag, option.is_list)),
         )
 
 
@@ -284,10 +284,23 @@ def _add_launcher_words(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-V", "--version", action="version", version=_VERSION, help=argparse.SUPPRESS)
     for name, word in words_without_option():
         spellings = [word.short, f"--{name}"] if word.short else [f"--{name}"]
-        parser.add_argument(*spellings, help=argparse.SUPPRESS, **_taking("VALUE", is_flag=word.is_flag))
+        parser.add_argument(*spellings, help=argparse.SUPPRESS, **_taking("VALUE", word.is_flag))
 
 
-def _taking(metavar: str, *, is_flag: bool, is_list: bool = False) -> dict[str, Any]:
+class _Switch(argparse.BooleanOptionalAction):
+    """An option that stands alone, with --no- before its name or without."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: object,
+        option_string: str | None = None,
+    ) -> None:
+        setattr(namespace, self.dest, "false" if (option_string or "").startswith("--no-") else "true")
+
+
+def _taking(metavar: str, is_flag: bool, is_list: bool = False) -> dict[str, Any]:
     """How argparse is to take an option's value."""
     if is_flag:
         return {"action": "store_const", "const": "true"}

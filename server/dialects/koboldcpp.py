@@ -9,15 +9,17 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field
 
 from tightrope.engine.errors import InvalidRequest
-from tightrope.engine.types import Delta, Finish, PromptRead, Span, TextPrompt
+from tightrope.engine.types import Delta, Finish, GenerateRequest, Prompt, PromptRead, Span, TextPrompt, TokenPrompt
 from tightrope.server.answering import Dialect, Ending, answer, checked
 from tightrope.server.asking import TextBody, ask, common, refuse_log_probabilities
 from tightrope.server.deltas.choices import Choice
 from tightrope.server.fields.explain import Explained
 from tightrope.server.fields.progress import prompt_progress
-from tightrope.server.http.body import Body, JsonRequest, JsonRoute
+from tightrope.server.http.body import AnyTypeRoute, Body, JsonRequest
 from tightrope.server.http.error_docs import CALL_ERRORS, STATUS_ERRORS, written
+from tightrope.server.http.hangup import or_gone
 from tightrope.server.http.long_lists import json_answer, json_list
+from tightrope.server.served import Served
 from tightrope.server.state import AppState
 
 API_VERSION = "1.2.5"  # KoboldAI United's API has this version, and these routes are shaped after it.
@@ -40,9 +42,12 @@ class KoboldBody(TextBody):
     singleline: bool = Field(False, description="End with the line.")
     render_special: bool = Field(False, description="Show special tokens as text; so does skip_special_tokens: false.")
     genkey: str = Field("", description="What an abort names; without one it stops those that have none either.")
-    trim_stop: bool = Field(True, description="Stop strings are always cut; false changes nothing.")
+    trim_stop: bool = Field(True, description="Cut the stop string off; false leaves it at the end.")
+    memory: str = Field("", description="Text in front of the prompt, which is kept when the prompt is cut.")
+    max_context_length: int | None = Field(None, ge=1, description="A longer prompt loses its oldest text.")
 
-    without_effect = frozenset({"trim_stop"})
+    def given(self) -> dict[str, Any]:
+        return ({} if self.trim_stop else {"include_stop_str_in_output": True}) | super().given()
 
 
 class CountBody(Body):
@@ -85,6 +90,44 @@ class KoboldAnswer(BaseModel):
     explain: Explained = {}
 
 
+def _prompt(body: KoboldBody, served: Served, adapter: str | None) -> Prompt:
+    """Memory and prompt. Raises InvalidRequest where there is neither."""
+    if not body.memory or not isinstance(body.prompt, str):
+        return body.checked_prompt(served, adapter)
+    spans = (Span(body.memory), Span(body.prompt)) if body.prompt else (Span(body.memory),)
+    return TextPrompt(spans, body.add_bos_token and body.add_special_tokens)
+
+
+async def _fitted(front: AppState, body: KoboldBody, request: GenerateRequest) -> GenerateRequest:
+    """The request with so much of its prompt's end as there is room for, behind the memory, and the BOS if it has one.
+
+    The answer's tokens are kept free, but no more than half of the window for their sake.
+    """
+    window = front.info().max_model_len
+    window = min(window, body.max_context_length or window)
+    answer = window // 2 if request.stop.max_tokens is None else min(request.stop.max_tokens, window // 2)
+    room = max(1, window - answer)
+    is_text = isinstance(body.prompt, str)
+    if (
+        isinstance(body.prompt, str) and len((body.memory + body.prompt).encode()) < room
+    ):  # A token has a byte at least.
+        return request
+    adds_bos = body.add_bos_token and body.add_special_tokens and (is_text or bool(body.memory))
+    head = TextPrompt((Span(body.memory),), adds_bos)
+    memory = (await front.engine.tokenize(head, request.adapter, last=room)).ids
+    rest: Sequence[int]
+    if isinstance(body.prompt, str):
+        text = TextPrompt((Span(body.prompt),), add_bos=False)
+        rest = (await front.engine.tokenize(text, request.adapter, last=room + 1)).ids
+    else:
+        rest = body.prompt
+    fits = len(memory) + len(rest) <= room
+    if fits and (is_text or not body.memory):
+        return request
+    kept = room - len(memory)
+    return msgspec.structs.replace(request, prompt=TokenPrompt((*memory, *(rest[-kept:] if kept else ()))))
+
+
 class Kobold(Dialect[KoboldBody]):
     """POST /api/v1/generate. An aborted answer is what was written so far, and an aborted stream ends there."""
 
@@ -102,7 +145,13 @@ class Kobold(Dialect[KoboldBody]):
             max_tokens=DEFAULT_TOKENS,
             stops=("\n",) if body.singleline else (),
         )
-        spoken = cls(ask("kobold", [body.checked_prompt(served, read.adapter)], read, served))
+        asked = ask("kobold", [_prompt(body, served, read.adapter)], read, served)
+        fitted = await or_gone(request, _fitted(front, body, asked.requests[0]))
+        if fitted is not asked.requests[0]:
+            asked = replace(
+                asked, requests=[fitted], bent=[*asked.bent, ("prompt", "memory and as much of its end as fits")]
+            )
+        spoken = cls(asked)
         spoken.abort_key = body.genkey
         return spoken
 
@@ -141,7 +190,7 @@ def _reason(finish: Finish | None) -> str | None:
 
 def koboldcpp_router(front: AppState) -> APIRouter:
     """/api/v1 and /api/extra."""
-    router = APIRouter(prefix="/api", route_class=JsonRoute, tags=["KoboldCpp"])
+    router = APIRouter(prefix="/api", route_class=AnyTypeRoute, tags=["KoboldCpp"])
 
     @router.get("/v1/info/version", responses=STATUS_ERRORS)
     async def api_version() -> Result:
@@ -175,7 +224,7 @@ def koboldcpp_router(front: AppState) -> APIRouter:
         """Stop the generations under the body's `genkey`, or those without one. Closing a connection does the same."""
         headers = request.headers
         has_body = headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
-        data = (await JsonRequest.read(request)).data if has_body else None
+        data = (await JsonRequest.read(request, takes_any_type=True)).data if has_body else None
         genkey = data.get("genkey") or "" if isinstance(data, dict) else ""
         if not isinstance(genkey, str):
             raise InvalidRequest("genkey must be a string", "genkey")

@@ -11,6 +11,7 @@ from pydantic import Field
 from tightrope.engine.sampler.steps import ORDERED, SamplingParams, in_order
 from tightrope.engine.types import GenerateRequest, Prompt, PromptInfo, TextPrompt, Token
 from tightrope.server.asking import Asked
+from tightrope.server.fields.names import Bent
 from tightrope.server.state import AppState
 
 Explained = Annotated[dict[str, Any], Field(description="Absent unless asked for.")]
@@ -24,10 +25,8 @@ REASONS: Mapping[str, str] = {  # Clients send these without a meaning to any se
     "legacy_api": _OF_THE_CLIENT,
     "truncation_length": _WINDOW,
     "num_ctx": _WINDOW,
-    "max_context_length": _WINDOW,
     "n_probs": "logprobs decides here",
     "cache_prompt": "found tokens are always reused",
-    "trim_stop": "stop strings are always cut",
     "include_reasoning": "the text comes as the model writes it",
     "spaces_between_special_tokens": "tokens' texts are joined as they are",
     "reasoning_effort": _TEMPLATE,
@@ -63,6 +62,14 @@ class Explanation:
 
     prompts: list[dict[str, Any]]
     asked: Asked
+    window: int
+    bent: Sequence[Bent]
+
+    def _cut(self, infos: Sequence[PromptInfo]) -> list[Bent]:
+        """Whether more tokens were asked for than there is room for."""
+        room = max(1, self.window - max(info.num_tokens for info in infos))
+        wanted = self.asked.requests[0].stop.max_tokens
+        return [("max_tokens", f"up to the window's end: {room}")] if wanted is not None and wanted > room else []
 
     def told(self, infos: Sequence[PromptInfo]) -> dict[str, Any]:
         """The record, with what became of each prompt."""
@@ -84,14 +91,15 @@ class Explanation:
                 {"field": name, "why": REASONS.get(name.rpartition(".")[2], why)}
                 for name, why in sorted(self.asked.ignored)
             ],
+            "bent": [{"field": name, "how": how} for name, how in (*self.bent, *self.asked.bent, *self._cut(infos))],
             "notes": self.asked.notes,
         }
 
 
-async def explain(front: AppState, asked: Asked) -> Explanation:
-    """Begin the record of a request. Raises EngineError."""
+async def explain(front: AppState, asked: Asked, bent: Sequence[Bent] = ()) -> Explanation:
+    """Begin the record of a request; bent: what was made of its JSON as a whole. Raises EngineError."""
     prompts = await asyncio.gather(*(_prompt(front, request) for request in asked.requests))
-    return Explanation(list(prompts), asked)
+    return Explanation(list(prompts), asked, front.info().max_model_len, bent)
 
 
 async def _prompt(front: AppState, request: GenerateRequest) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from tightrope.engine.sampler.steps import NEUTRAL
 from tightrope.server.fields.numbers import MAX_INT, Interval, Number, number
 
 Ignored = tuple[str, str]  # It is a field's name, and why it changes nothing.
+Bent = tuple[str, str]  # It is a field's name, and for what it was taken.
 _MINUS_1 = frozenset({-1})
 _CUTOFF = 1e-4  # Clients send epsilon and eta cutoffs in ten-thousandths.
 NUMBERS = (
@@ -55,6 +56,7 @@ MAX_TOKENS = Number(
     Interval(0, MAX_INT, whole=True),
     off=frozenset({-1, -2}),  # In llama.cpp's and Ollama's words they mean as many as there is room for.
 )
+OLLAMA_MAX_TOKENS = "num_predict"  # There 0 is no bound either.
 TEMPERATURE = number("temperature")  # It is read for the ends of a dynamic one, too.
 DYNATEMP_LOW = ("dynatemp_low", "dynatemp_min", "min_temp")
 DYNATEMP_HIGH = ("dynatemp_high", "dynatemp_max", "max_temp")

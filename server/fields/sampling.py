@@ -34,6 +34,7 @@ class Sampling:
     stop: StopRules
     guidance: Guidance | None
     ignored: tuple[Ignored, ...]
+    bent: tuple[Ignored, ...]  # For what fields were taken that have a plain meaning and another form.
 
 
 def read_sampling(
@@ -56,9 +57,8 @@ def read_sampling(
         reading.breakers()
     reading.without_effect()
     guidance = reading.guidance()
-    return Sampling(
-        SamplingParams(**reading.targets), reading.stop_rules(max_tokens, more_stops), guidance, tuple(reading.ignored)
-    )
+    stop = reading.stop_rules(max_tokens, more_stops)
+    return Sampling(SamplingParams(**reading.targets), stop, guidance, tuple(reading.ignored), tuple(reading.bent))
 
 
 def draws(given: Fields) -> bool:
@@ -80,6 +80,7 @@ class _Reading:
     vocab_size: int
     targets: dict[str, Any] = field(default_factory=dict)  # These are fields of SamplingParams.
     ignored: list[Ignored] = field(default_factory=list)
+    bent: list[Ignored] = field(default_factory=list)
 
     def first(self, names: Iterable[str]) -> str | None:
         """The name that counts, of those that are there; the others are listed where they say something else."""
@@ -174,8 +175,11 @@ class _Reading:
 
     def bans(self) -> None:
         bias, banned = self._bias()
+        phrases: list[tuple[str, object]] = []
         for name, value in self.lists(names.BANNED_TOKENS):
-            banned += self._known_ids(name, _ids(name, value))
+            phrases.append((name, [item for item in value if _is_phrase(item)] if isinstance(value, list) else []))
+            ids = [item for item in value if not _is_phrase(item)] if isinstance(value, list) else value
+            banned += self._known_ids(name, _ids(name, ids))
         for name, value in self.lists(names.ALLOWED_TOKENS):
             allowed = set(self._known_ids(name, _ids(name, value)))
             if not allowed:
@@ -186,7 +190,7 @@ class _Reading:
         if banned:
             self.targets["banned_tokens"] = tuple(dict.fromkeys(banned))
         texts: list[str] = []
-        for name, value in self.lists(names.BANNED_STRINGS):
+        for name, value in (*phrases, *self.lists(names.BANNED_STRINGS)):
             texts += [text for text in _texts(name, value) if text]
             if len(texts) > MAX_BANNED_STRINGS:
                 raise InvalidRequest(f"{name}: at most {MAX_BANNED_STRINGS} strings, not {len(texts)}", name)
@@ -200,7 +204,7 @@ class _Reading:
         name = "logit_bias"
         pairs = self.given.get(name) or {}
         if isinstance(pairs, dict):
-            pairs = list(pairs.items())
+            pairs = [pair for pair in pairs.items() if pair[1] is not None]
         if not isinstance(pairs, list) or not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs):
             raise InvalidRequest(f"{name} must be an object or a list of pairs, not {shown(pairs)}", name)
         values: dict[int, float | bool] = {}
@@ -266,6 +270,31 @@ class _Reading:
         if self.given.get("repetition_decay") and not self.targets.get("penalty_range"):
             self.ignored.append(("repetition_decay", "the penalty's range is all there is, and has no end to fade at"))
 
+    def _max_tokens(self, default: int | None) -> int | None:
+        """The most tokens of an answer; what no window holds is no bound."""
+        name = self.first(names.MAX_TOKENS.names)
+        if self.flag((names.TO_THE_WINDOW,)):
+            return None
+        if name is None:
+            return default
+        value = self.given[name]
+        if is_number(value) and (value > MAX_INT or value in names.MAX_TOKENS.off):
+            return None
+        if value == 0 and name == names.OLLAMA_MAX_TOKENS:
+            return None
+        return int(names.MAX_TOKENS.read(name, value))
+
+    def _stops(self, name: str) -> list[str]:
+        """A text or several; none is what empty ones and nulls ask for."""
+        value = self.given[name]
+        strings = [value] if isinstance(value, str) else value
+        if not isinstance(strings, list) or not all(isinstance(text, str | None) for text in strings):
+            raise InvalidRequest(f"{name} must be a string or a list of strings, not {shown(value)}", name)
+        asking = [text for text in strings if text]
+        if len(asking) < len(strings):
+            self.bent.append((name, "empty texts are passed over"))
+        return asking
+
     def flag(self, names: Sequence[str], *, default: bool | None = None) -> bool | None:
         name = self.first(names)
         if name is None:
@@ -276,18 +305,14 @@ class _Reading:
         return value
 
     def stop_rules(self, max_tokens: int | None, more_stops: Sequence[str]) -> StopRules:
-        asked = self.number(names.MAX_TOKENS)
-        if self.flag((names.TO_THE_WINDOW,)):
-            max_tokens = None
-        elif self.first(names.MAX_TOKENS.names) is not None:
-            max_tokens = None if asked is None else int(asked)
+        max_tokens = self._max_tokens(max_tokens)
         min_tokens = int(self.number(names.MIN_TOKENS) or 0)
         if max_tokens is not None and min_tokens > max_tokens:
             raise InvalidRequest(f"min_tokens must not be above max_tokens ({max_tokens})", "min_tokens")
         strings: list[str] = []
         for name in names.STOPS:
             if name in self.given:
-                strings = list(dict.fromkeys((*strings, *_stops(name, self.given[name]))))
+                strings = list(dict.fromkeys((*strings, *self._stops(name))))
                 if len(strings) > MAX_STOPS:
                     raise InvalidRequest(f"{name}: at most {MAX_STOPS} stop strings, not {len(strings)}", name)
         token_ids = _ids("stop_token_ids", self.given.get("stop_token_ids", []))
@@ -301,20 +326,13 @@ class _Reading:
         )
 
 
-def _stops(name: str, value: object) -> list[str]:
-    strings = [value] if isinstance(value, str) else value
-    if not isinstance(strings, list) or not all(isinstance(text, str) for text in strings):
-        raise InvalidRequest(f"{name} must be a string or a list of strings, not {shown(value)}", name)
-    if "" in strings:
-        raise InvalidRequest(f"{name}: a stop string must not be empty", name)
-    return strings
-
-
 def _texts(name: str, value: object) -> list[str]:
     """A list of texts, as a list, as JSON in a string, or with commas between them."""
     texts = value
     if isinstance(value, str):
         texts = value.split(",") if not value.lstrip().startswith("[") else _from_json(name, value)
+    if isinstance(texts, list):
+        texts = [text for text in texts if text is not None]
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise InvalidRequest(f"{name} must be a list of strings, not {shown(value)}", name)
     return texts
@@ -327,6 +345,11 @@ def _ids(name: str, value: object) -> list[int]:
     if not isinstance(value, list):
         raise InvalidRequest(f"{name} must be a list of token ids, not {shown(value)}", name)
     return [_token_id(name, item) for item in value]
+
+
+def _is_phrase(item: object) -> bool:
+    """Whether an item among banned tokens is a text, as KoboldCpp has them, and no id."""
+    return isinstance(item, str) and not item.strip().removeprefix("-").isdecimal()
 
 
 def _token_id(name: str, value: object) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 
 from tightrope.engine.errors import InvalidRequest
+from tightrope.engine.guided.loosening import loosened
 from tightrope.engine.types import Grammar, GrammarKind
 
 ANY_OBJECT = {"type": "object"}
@@ -34,7 +35,9 @@ OUTPUTS: Mapping[str, GrammarKind] = {
     "grammar": "grammar",
 }
 OVERRULED = {"grammar_string": "json_schema"}  # TabbyAPI's clients have a box for each, and send both.
-NAMES = frozenset({*KINDS, "structured_outputs", "response_format"})
+COMPACT = "disable_any_whitespace"  # vLLM has it among its structured_outputs.
+LENIENT = "lenient_schema"  # It is this server's own.
+NAMES = frozenset({*KINDS, "structured_outputs", "response_format", COMPACT, LENIENT})
 PLACES: Mapping[str, tuple[str, ...]] = {  # By its type, an object may have its shape in these places.
     "text": (),
     "json_object": ("schema", "value"),  # The names are llama.cpp's and TGI's.
@@ -51,6 +54,46 @@ def read_grammar(given: Fields) -> Grammar | None:
 
     Raises InvalidRequest with the field's name for values of a wrong form, and for two grammars that differ.
     """
+    grammar = _one_grammar(given)
+    is_compact, is_lenient = _flag(given, COMPACT) or _of_outputs(given), _flag(given, LENIENT)
+    if grammar is None or grammar.kind != "json_schema":
+        return grammar
+    text = _loosened_text(grammar.text) if is_lenient else grammar.text
+    return Grammar(grammar.kind, text, grammar.field, is_compact)
+
+
+def left_out(given: Fields) -> list[tuple[str, str]]:
+    """What of a schema isn't enforced, as its client allows: to be told."""
+    grammar = _one_grammar(given, keeps_strict=True)
+    allows = _flag(given, LENIENT) or _is_loose(given.get("response_format"))
+    if grammar is None or grammar.kind != "json_schema" or not allows:
+        return []
+    return [(grammar.field, f"served without {place}") for place in loosened(msgspec.json.decode(grammar.text))[1]]
+
+
+def _flag(given: Fields, name: str) -> bool:
+    value = given.get(name)
+    if not isinstance(value, bool | None):
+        raise InvalidRequest(f"{name} must be true or false", name)
+    return bool(value)
+
+
+def _of_outputs(given: Fields) -> bool:
+    outputs = given.get("structured_outputs")
+    return isinstance(outputs, dict) and _flag(outputs, COMPACT)
+
+
+def _is_loose(response_format: object) -> bool:
+    """Whether OpenAI's form of a schema says that it needn't be kept to the letter."""
+    wrapped = response_format.get("json_schema") if isinstance(response_format, dict) else None
+    return isinstance(wrapped, dict) and wrapped.get("strict") is False
+
+
+def _loosened_text(text: str) -> str:
+    return msgspec.json.encode(loosened(msgspec.json.decode(text))[0]).decode()
+
+
+def _one_grammar(given: Fields, *, keeps_strict: bool = False) -> Grammar | None:
     found: Grammar | None = None
     for grammar in _grammars(given):
         if found is not None and (found.kind, found.text) != (grammar.kind, grammar.text):
@@ -59,11 +102,19 @@ def read_grammar(given: Fields) -> Grammar | None:
                 grammar.field,
             )
         found = found or grammar
+    if found is not None and found.field == "response_format" and not keeps_strict and _is_loose(given[found.field]):
+        return Grammar(found.kind, _loosened_text(found.text), found.field)
     return found
 
 
 def overruled(given: Fields) -> list[tuple[str, str]]:
     """Fields that ask for a shape of the answer while another that counts more does so, and why they change nothing."""
+    grammar = _one_grammar(given)
+    idle = [] if grammar is not None and grammar.kind == "json_schema" else [COMPACT, LENIENT]
+    return [*_named_twice(given), *((name, "no JSON schema came") for name in idle if given.get(name))]
+
+
+def _named_twice(given: Fields) -> list[tuple[str, str]]:
     return [
         (name, f"{other} came too, and counts")
         for name, other in OVERRULED.items()
@@ -77,7 +128,7 @@ def _grammars(given: Fields) -> Iterator[Grammar]:
             raise InvalidRequest("response_format must be an object with a type", "response_format")
         if (grammar := _typed("response_format", response_format)) is not None:
             yield grammar
-    passed_over = dict(overruled(given))
+    passed_over = dict(_named_twice(given))
     for name, kind in KINDS.items():
         value = given.get(name)
         if _is_empty(value) or name in passed_over:
@@ -96,7 +147,7 @@ def _grammars(given: Fields) -> Iterator[Grammar]:
         )
     for name, value in outputs.items():
         field = f"structured_outputs.{name}"
-        if _is_empty(value) or value is False:
+        if _is_empty(value) or value is False or name == COMPACT:
             continue
         if name == "json_object":
             yield _grammar(field, "json_schema", ANY_OBJECT)

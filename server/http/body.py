@@ -2,9 +2,10 @@
 
 import asyncio
 import logging
+import re
 from collections.abc import Callable, Container, Coroutine, Iterable, Iterator
-from functools import partial, wraps
-from typing import Any, ClassVar, Self
+from functools import cache, partial, wraps
+from typing import Any, ClassVar, Self, get_args
 
 import msgspec
 from fastapi import Request, Response
@@ -19,8 +20,10 @@ from pydantic import (
     model_validator,
 )
 from starlette.requests import ClientDisconnect
+from starlette.types import Scope
 
 from tightrope.server.fields.lost_fields import refuse_lost
+from tightrope.server.fields.names import Bent
 from tightrope.server.http.errors import SHARED_PATHS, BodyTimeout, ClientGone, MalformedBody, NotJson
 
 log = logging.getLogger("tightrope.server")
@@ -46,6 +49,30 @@ class _EveryName:
 EVERY_NAME: Container[str] = _EveryName()
 
 
+def _whole(value: object) -> object:
+    """16 for 16.0, in lists as well: JSON has one kind of number. Other values come back as they are."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, list) and any(isinstance(item, float | list) for item in value):
+        made = [_whole(item) for item in value]
+        return made if any(one is not other for one, other in zip(made, value, strict=True)) else value
+    return value
+
+
+def _types(annotation: object) -> Iterator[object]:
+    """The types that an annotation is made of."""
+    yield annotation
+    for part in get_args(annotation):
+        yield from _types(part)
+
+
+@cache
+def _whole_fields(body: type[BaseModel]) -> frozenset[str]:
+    """The fields of a body that hold whole numbers alone."""
+    types = {name: set(map(id, _types(field.annotation))) for name, field in body.model_fields.items()}
+    return frozenset(name for name, kinds in types.items() if id(int) in kinds and id(float) not in kinds)
+
+
 class Body(BaseModel):
     """Base of all request bodies. Types are strict; of duplicate keys the last counts."""
 
@@ -56,10 +83,19 @@ class Body(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 
-    @model_validator(mode="before")
+    _made_whole: tuple[str, ...] = PrivateAttr(())
+
+    @model_validator(mode="wrap")
     @classmethod
-    def _null_is_absent(cls, data: object) -> object:
-        return {k: v for k, v in data.items() if v is not None} if isinstance(data, dict) else data
+    def _as_meant(cls, data: object, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        """Null is absent, and 16.0 is 16 where a whole number is wanted."""
+        if not isinstance(data, dict):
+            return handler(data)
+        meant = {name: value for name, value in data.items() if value is not None}
+        whole = {name: _whole(meant[name]) for name in _whole_fields(cls) & meant.keys()}
+        body = handler(meant | whole)
+        body._made_whole = tuple(name for name, value in whole.items() if value is not meant[name])
+        return body
 
 
 class ShownBody(Body):
@@ -119,6 +155,11 @@ def unread_fields(body: Body) -> list[tuple[str, str]]:
     return [(name, "no field of this route") for name in ignored_fields(body)]
 
 
+def bent_fields(body: Body) -> list[Bent]:
+    """What in the body was taken for what it plainly means, and how."""
+    return [(prefix + name, "taken as a whole number") for prefix, part in _parts(body) for name in part._made_whole]
+
+
 def refuse_unread(body: Body) -> None:
     """Raises InvalidRequest for a field that means nothing here and would have changed the answer."""
     refuse_lost(
@@ -137,13 +178,35 @@ def log_ignored(where: str, ignored: Callable[[], Iterable[str]]) -> None:
             log.debug("fields ignored: %s fields=%r", where, names)
 
 
-def parse_json(raw: bytes) -> object:
-    """Parse strict UTF-8 JSON: no NaN, no Infinity, no number beyond a float, no byte order mark, no lone surrogate.
+_HALF = re.compile(
+    rb"(?<!\\)(?P<before>(?:\\\\)*)"  # An even number of backslashes stands for half as many.
+    rb"(?:\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}"  # a whole character
+    rb"|(?P<half>\\u[dD][89a-fA-F][0-9a-fA-F]{2}))"
+)
 
-    Raises MalformedBody with one line.
+
+def _whole_characters(raw: bytes) -> bytes:
+    """The JSON with U+FFFD in place of every escaped half of a character: clients cut texts in the middle of emojis."""
+    return _HALF.sub(lambda match: match["before"] + rb"\ufffd" if match["half"] else match[0], raw)
+
+
+def parse_json(raw: bytes) -> object:
+    """Parse strict UTF-8 JSON: no NaN, no Infinity, no number beyond a float, no byte order mark.
+
+    Halves of characters become U+FFFD. Raises MalformedBody with one line.
     """
+    return _parsed(raw)[0]
+
+
+def _parsed(raw: bytes) -> tuple[object, bool]:
+    """The same, and whether there were halves."""
     try:
-        return msgspec.json.decode(raw)
+        try:
+            return msgspec.json.decode(raw), False
+        except msgspec.DecodeError:
+            if (whole := _whole_characters(raw)) == raw:
+                raise
+            return msgspec.json.decode(whole), True
     except RecursionError:
         raise MalformedBody("JSON is nested too deeply") from None
     except (UnicodeDecodeError, msgspec.MsgspecError) as exc:
@@ -164,18 +227,28 @@ def _is_json(content_type: str) -> bool:
     return media == "application/json" or (media.startswith("application/") and media.endswith("+json"))
 
 
+def _declared_json(scope: Scope) -> Scope:
+    """The same with the Content-Type of JSON, for which FastAPI looks."""
+    others = [(name, value) for name, value in scope["headers"] if name != b"content-type"]
+    return {**scope, "headers": [*others, (b"content-type", b"application/json")]}
+
+
 class JsonRequest(Request):
     """A request whose body was read and parsed before FastAPI asks for it."""
 
     raw: bytes
     data: object
+    has_halves: bool  # Halves of characters were in its texts.
 
     @classmethod
-    async def read(cls, request: Request) -> "JsonRequest":
-        """Read and parse. Raises NotJson, BodyTimeout, ClientGone and MalformedBody."""
-        if not _is_json(request.headers.get("content-type", "")):
+    async def read(cls, request: Request, *, takes_any_type: bool = False) -> "JsonRequest":
+        """Read and parse; takes_any_type: whatever the header Content-Type says, or without one.
+
+        Raises NotJson, BodyTimeout, ClientGone and MalformedBody.
+        """
+        if not takes_any_type and not _is_json(request.headers.get("content-type", "")):
             raise NotJson("expected a request with the header Content-Type: application/json")
-        made = cls(request.scope, request.receive)
+        made = cls(_declared_json(request.scope) if takes_any_type else request.scope, request.receive)
         try:
             async with asyncio.timeout(READ_TIMEOUT_S):
                 made.raw = await request.body()
@@ -183,7 +256,7 @@ class JsonRequest(Request):
             raise ClientGone("the client hung up in the middle of its body") from None
         except TimeoutError:
             raise BodyTimeout(f"the body did not arrive within {READ_TIMEOUT_S:.0f} s") from None
-        made.data = parse_json(made.raw)
+        made.data, made.has_halves = _parsed(made.raw)
         if request.url.path in SHARED_PATHS and isinstance(made.data, dict) and made.data.get("inputs") is not None:
             request.state.column = "tgi"
         return made
@@ -198,6 +271,8 @@ class JsonRequest(Request):
 class JsonRoute(APIRoute):
     """A route that reads its body by our rules, and passes over no field in silence."""
 
+    takes_any_type: ClassVar[bool] = False  # Whether a body is JSON whatever its Content-Type.
+
     def __init__(self, path: str, endpoint: Endpoint, **settings: Any) -> None:  # noqa: ANN401  # FastAPI's own
         super().__init__(path, _accounting(path, endpoint), **settings)
 
@@ -206,9 +281,20 @@ class JsonRoute(APIRoute):
         has_body = self.body_field is not None
 
         async def read_then_handle(request: Request) -> Response:
-            return await handle(await JsonRequest.read(request) if has_body else request)
+            if has_body:
+                request = await JsonRequest.read(request, takes_any_type=self.takes_any_type)
+            return await handle(request)
 
         return read_then_handle
+
+
+class AnyTypeRoute(JsonRoute):
+    """The same in dialects whose servers never look at the Content-Type, so that their clients needn't send it.
+
+    Forms of foreign web pages are kept out by their Origin, as everywhere.
+    """
+
+    takes_any_type = True
 
 
 def _accounting(path: str, endpoint: Endpoint) -> Endpoint:

@@ -5,9 +5,12 @@ import resource
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
+from starlette.types import Message
 from uvicorn.config import Config
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
+
+from tightrope.server.http.plain_parser import PlainParser
 
 HEAD_TIMEOUT_S = 20.0  # It runs from a connection's begin, or a request's first byte, to the end of its headers.
 SEND_TIMEOUT_S = 30.0  # A client that takes nothing for so long, with its buffer full, is dropped.
@@ -44,6 +47,7 @@ class Connection(HttpToolsProtocol):
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
+        self.parser = PlainParser(self)  # type: ignore[assignment]  # It does what uvicorn asks of httptools' own.
         self._head_timer: asyncio.TimerHandle | None = None
         self._send_timer: asyncio.TimerHandle | None = None
         self._head_bytes: int | None = 0  # It counts the head that is coming in, and is None while a body does.
@@ -93,6 +97,8 @@ class Connection(HttpToolsProtocol):
             self._head_timer = self.loop.call_later(HEAD_TIMEOUT_S, self._abort)
 
     def on_headers_complete(self) -> None:
+        if self.parser.should_upgrade():  # The parser reads the head once more.
+            return
         self._head_bytes = None
         if self._head_timer is not None:
             self._head_timer.cancel()
@@ -102,8 +108,12 @@ class Connection(HttpToolsProtocol):
             raise _HeadTooLarge
         self._idle.pop(self, None)
         super().on_headers_complete()
+        if self.scope["http_version"] == "1.0":
+            _end_by_closing(self.cycle)
 
     def on_message_complete(self) -> None:
+        if self.parser.should_upgrade():
+            return
         self._head_bytes = 0
         super().on_message_complete()
 
@@ -128,3 +138,21 @@ class Connection(HttpToolsProtocol):
             self._send_timer.cancel()
             self._send_timer = None
         super().resume_writing()
+
+
+def _end_by_closing(cycle: RequestResponseCycle) -> None:
+    """Have an answer of unknown length end with its connection: HTTP/1.0 knows no chunks, which uvicorn would send."""
+    plain_send = cycle.send
+    ends_by_closing = False
+
+    async def send(message: Message) -> None:
+        nonlocal ends_by_closing
+        if message["type"] == "http.response.start":
+            ends_by_closing = all(name.lower() != b"content-length" for name, _ in message.get("headers", ()))
+            if ends_by_closing:
+                cycle.chunked_encoding = False
+        elif ends_by_closing:
+            cycle.expected_content_length = len(message.get("body", b""))  # So much is right, each time.
+        await plain_send(message)  # type: ignore[arg-type]  # uvicorn has types of its own for the same
+
+    cycle.send = send  # type: ignore[method-assign, assignment]

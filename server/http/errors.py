@@ -21,12 +21,15 @@ from tightrope.engine.errors import (
 
 log = logging.getLogger("tightrope.server")
 
-Column = Literal["openai", "tgi"]  # The table has these columns.
+Column = Literal["openai", "tgi", "ollama"]  # The table has these columns.
 
 # What is at any other path says errors as OpenAI does.
-PATHS: Mapping[str, Column] = dict.fromkeys(
-    ("/", "/generate", "/generate_stream", "/chat_tokenize", "/info", "/health", "/ping"), "tgi"
-)
+PATHS: Mapping[str, Column] = {
+    **dict.fromkeys(
+        ("/", "/generate", "/generate_stream", "/chat_tokenize", "/info", "/health", "/v1/health", "/ping"), "tgi"
+    ),
+    **dict.fromkeys(("/api/version", "/api/tags", "/api/ps", "/api/show", "/api/generate", "/api/chat"), "ollama"),
+}
 SHARED_PATHS = frozenset({"/tokenize", "/invocations"})  # There the key `inputs` makes a body TGI's.
 
 
@@ -193,7 +196,13 @@ def _tgi(exc: EngineError) -> Told:
     return row.status, text if row.kind is None else {"error": text, "error_type": row.kind}
 
 
-COLUMNS: Mapping[Column, Callable[[EngineError], Told]] = {"openai": _openai, "tgi": _tgi}
+def _ollama(exc: EngineError) -> Told:
+    """Its clients show the error as it is, so that it is text."""
+    status, _ = _row(exc)
+    return status, {"error": exc.message}
+
+
+COLUMNS: Mapping[Column, Callable[[EngineError], Told]] = {"openai": _openai, "tgi": _tgi, "ollama": _ollama}
 
 
 def error_reply(exc: EngineError, column: Column) -> Response:
@@ -258,6 +267,12 @@ def wrong_body(exc: RequestValidationError) -> WrongBody:
     return WrongBody(f"{field}: {text}" if field else f"body: {text}", field or None)
 
 
+def _allowed(methods: str) -> str:
+    """A route's methods as a header tells them, with those that are served wherever it is."""
+    names = {name.strip() for name in methods.split(",")} - {""}
+    return ", ".join(sorted(names | {"OPTIONS"} | ({"HEAD"} if "GET" in names else set())))
+
+
 def install_handlers(app: FastAPI, refused: Callable[[EngineError], None]) -> None:
     """Make every error of `app` leave through the table; `refused` hears of those that requests are answered with."""
 
@@ -277,7 +292,10 @@ def install_handlers(app: FastAPI, refused: Callable[[EngineError], None]) -> No
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, exc: HTTPException) -> Response:
         if exc.status_code == 405:
-            allowed = (exc.headers or {}).get("Allow", "")
+            allowed = _allowed((exc.headers or {}).get("Allow", ""))
+            exc.headers = {"Allow": allowed}
+            if request.method == "OPTIONS":
+                return Response(status_code=204, headers=exc.headers)
             error: EngineError = WrongMethod(f"{request.method} is not allowed on {request.url.path}; use {allowed}")
         elif exc.status_code == 404:
             error = NoSuchRoute(f"there is nothing at {request.url.path}")

@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from tightrope.engine.errors import EngineError, Overloaded
 from tightrope.server.http.errors import BodyTooLarge, SwitchedOff, Unauthorized, column_of, error_reply
 
-OPEN_ROUTES = frozenset({"/health", "/ping", "/info", "/metrics", "/version", "/docs"})
+OPEN_ROUTES = frozenset({"/health", "/v1/health", "/ping", "/info", "/metrics", "/version", "/docs"})
 OPEN_ROUTES |= {"/openapi.json", "/api-doc/openapi.json"}
 ADMIN_ROUTES = frozenset({"/v1/load_lora_adapter", "/v1/unload_lora_adapter"})
 LINGER_BYTES, LINGER_S = 1 << 20, 2.0  # So much of a refused body is read, and for so long.

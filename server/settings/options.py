@@ -15,7 +15,7 @@ class Option:
 
     `also` are further places in the tree that giving it decides; `implies` those that it fills where nothing else does.
     is_reciprocal: the setting is one over what is written. is_list: the command line may give it several times.
-    is_flag: there it stands alone, and means true.
+    is_flag: there it stands alone, and means true. is_switch: the same, and with --no- before its name it means false.
     """
 
     path: TreePath
@@ -28,6 +28,7 @@ class Option:
     is_reciprocal: bool = False
     is_list: bool = False
     is_flag: bool = False
+    is_switch: bool = False
 
 
 _MODEL: TreePath = ("engine", "model")
@@ -78,6 +79,13 @@ OPTIONS: Mapping[str, Option] = {
     ),
     "served-model-name": Option(
         ("served_model_name",), "model", "name that clients see (default: the model's)", "NAME"
+    ),
+    "any-model-name": Option(
+        ("any_model_name",),
+        "model",
+        "whether any name in a request means the served model (default: on all routes but OpenAI's)",
+        "",
+        is_switch=True,
     ),
     "chat-template": Option(
         ("chat_template",),

@@ -54,6 +54,9 @@ class ServerSettings(BaseModel, frozen=True, extra="forbid"):
         5, ge=0, le=MAX_ALTERNATIVES, description="Most alternatives that a TGI request may ask for."
     )
     served_model_name: str | None = Field(None, min_length=1, description="Name shown to clients; None is the model's.")
+    any_model_name: bool | None = Field(
+        None, description="Whether any name means the served model; None: on all routes but OpenAI's."
+    )
     chat_template: str | None = Field(
         None, description="Used instead of the model's own: the name of a built-in format, or Jinja source."
     )

@@ -8,9 +8,9 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field, Tag
 
 from tightrope.engine.types import ModelInfo, Span, TextPrompt, Token
+from tightrope.server.chats.tools import check_tools
 from tightrope.server.dialects.openai.reading import rendered_chat
 from tightrope.server.dialects.openai.requests import ChatRequest, SamplingBody
-from tightrope.server.dialects.openai.tools import check_tools
 from tightrope.server.dialects.tgi.requests import GenerateBody
 from tightrope.server.fields import structured
 from tightrope.server.fields.names import KNOWN
@@ -198,7 +198,7 @@ def tokenize_router(front: AppState) -> APIRouter:
         check_model(body.model, served)
         if isinstance(body, TokenizeChat):
             check_tools(body)
-            prompt = TextPrompt((await rendered_chat(front, body, request))[0].spans, body.add_special_tokens)
+            prompt = TextPrompt((await rendered_chat(front, body, request)).prompt.spans, body.add_special_tokens)
         else:
             prompt = TextPrompt((Span(body.prompt),), body.add_special_tokens)
         tokens = await front.engine.tokenize(prompt, last=body.truncate_prompt_tokens)
@@ -210,7 +210,7 @@ def tokenize_router(front: AppState) -> APIRouter:
     async def chat_tokenize(body: CountedChat, request: Request) -> Response:
         """The tokens of a chat's prompt, as TGI lists them, and the prompt."""
         check_tools(body)
-        spans = (await rendered_chat(front, body, request))[0].spans
+        spans = (await rendered_chat(front, body, request)).prompt.spans
         text = "".join(span.text for span in spans)
         tokens = await front.engine.tokenize(TextPrompt(spans, body.add_special_tokens))
         num_cut = 0 if (last := body.truncate_prompt_tokens) is None else max(0, len(tokens) - last)

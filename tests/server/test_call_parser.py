@@ -9,8 +9,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tightrope.engine.types import Grammar
-from tightrope.server.dialects.openai.call_format import HERMES, LLAMA, CallFormat, call_format, with_tool_text
-from tightrope.server.dialects.openai.call_parser import Arguments, CallOpened, CallParser, Piece
+from tightrope.server.chats.call_format import HERMES, LLAMA, CallFormat, call_format, with_tool_text
+from tightrope.server.chats.call_parser import Arguments, CallOpened, CallParser, Piece
 
 pytestmark = pytest.mark.quick
 

@@ -67,7 +67,10 @@ async def test_ooba_and_kobold_and_ollama_show_the_model() -> None:
         assert (await http.get("/api/tags")).json()["models"][0]["name"] == "Lantern"
         shown = (await http.post("/api/show", json={"name": "Lantern:latest"})).json()
         assert shown["model_info"]["rules.context_length"] == 1024
-        assert (await http.post("/api/show", json={"model": "Other"})).status_code == 404
+        assert (await http.post("/api/show", json={"model": "Other"})).status_code == 200
+    async with api(any_model_name=False) as http:
+        refused = await http.post("/api/show", json={"model": "Other"})
+        assert (refused.status_code, refused.json()) == (404, {"error": "The model `Other` does not exist."})
 
 
 async def test_llama_cpp_props_hold_the_window_and_the_template() -> None:
@@ -189,7 +192,7 @@ async def test_ollama_lists_log_probabilities_one_token_a_line() -> None:
     assert [len(entry["top_logprobs"]) for entry in whole["logprobs"]] == [2] * 6
     assert [entry for line in streamed for entry in line.get("logprobs", ())] == whole["logprobs"]
     assert all(line["logprobs"][0]["token"] == line["response"] for line in streamed[:5])
-    assert refused.json()["error"]["param"] == "top_logprobs"
+    assert refused.json()["error"].startswith("top_logprobs")
 
 
 async def test_ollama_names_the_model_as_loaded_when_nothing_is_asked() -> None:
@@ -209,15 +212,15 @@ async def test_ollama_names_the_model_as_loaded_when_nothing_is_asked() -> None:
         ("/api/v1/generate", {"prompt": "a", "rep_pen": 0}, "rep_pen"),
         ("/api/generate", {"prompt": "a", "options": {"top_p": 2}}, "top_p"),
         ("/api/generate", {"prompt": "a", "images": ["x"]}, "images"),
-        ("/api/generate", {"prompt": "a", "model": "other"}, "model"),
         ("/v1/token/encode", {"text": 1}, "text"),
     ],
 )
 async def test_what_cannot_be_had_is_refused_with_the_fields_name(path: str, body: dict[str, Any], param: str) -> None:
     async with api() as http:
         refused = await http.post(path, json=body)
-    assert refused.status_code == (404 if param == "model" else 400)
-    assert refused.json()["error"]["param"] == param
+    assert refused.status_code == 400
+    error = refused.json()["error"]  # Ollama's clients show it as it is.
+    assert error.startswith(param) if path == "/api/generate" else error["param"] == param
 
 
 @pytest.mark.parametrize("path", ["/completion", "/api/v1/generate", "/api/extra/generate/stream", "/api/generate"])
@@ -228,22 +231,20 @@ async def test_an_answer_that_fails_is_an_error_and_no_clean_end(path: str, stre
         body = {"prompt": "a", "stream": stream}
         reply = await http.post(path, json=body | ({"raw": True, "options": bans} if path == "/api/generate" else bans))
     last = reply.text.rstrip("\n").rsplit("\n", 1)[-1].removeprefix("data: ")
-    assert "no token can be drawn" in json.loads(last)["error"]["message"]
+    assert "no token can be drawn" in str(json.loads(last)["error"])
     assert reply.status_code == (200 if path.endswith("stream") or (stream and "v1" not in path) else 500)
 
 
 async def test_a_prompt_over_the_window_is_told_with_both_numbers() -> None:
     fields = {
         "/completion": {"n_predict": 8},
-        "/api/v1/generate": {"max_length": 8},
-        "/api/extra/generate/stream": {"max_length": 8},
         "/api/generate": {"raw": True, "options": {"num_predict": 8}},
     }
     async with api() as http:
         for path, own in fields.items():
             refused = await http.post(path, json={"prompt": "a" * 2000, "stream": True, **own})
             assert refused.status_code == 400
-            message = refused.json()["error"]["message"]
+            message = str(refused.json()["error"])
             assert "1024" in message
             assert "2001" in message
 

@@ -11,6 +11,7 @@ from fakes import BOS, ByteTokenizer
 from tightrope.engine.intake import encode_prompt
 from tightrope.engine.settings import LimitSettings
 from tightrope.engine.types import ModelInfo, Span, TextPrompt
+from tightrope.server.chats.rendering import RenderedChat
 from tightrope.server.dialects.openai.reading import chat_asked
 from tightrope.server.dialects.openai.requests import ChatRequest
 from tightrope.server.http.errors import TemplateFailed
@@ -211,7 +212,9 @@ def test_a_formats_stops_are_added_to_the_requests_own(name: str, stops: tuple[s
     template = ChatTemplate(INFO, name)
     body = ChatRequest.model_validate({"messages": [HELLO], "stop": ["#"]})
     served = Served("m", INFO, LimitSettings(), 4)
-    (request,) = chat_asked(body, RenderedPrompt((Span("prompt"),)), template.stops, served, None).requests
+    (request,) = chat_asked(
+        body, RenderedChat(RenderedPrompt((Span("prompt"),)), template.stops, None), served
+    ).requests
     assert request.stop.strings == ("#", *stops)
 
 

@@ -13,10 +13,11 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from tightrope.engine.types import ModelInfo
-from tightrope.server.dialects.openai.call_format import takes_tools
-from tightrope.server.dialects.openai.messages import template_messages, template_variables
+from tightrope.server.chats.call_format import takes_tools
+from tightrope.server.chats.messages import template_messages
+from tightrope.server.chats.tools import tool_use
+from tightrope.server.dialects.openai.reading import template_variables
 from tightrope.server.dialects.openai.requests import ChatRequest
-from tightrope.server.dialects.openai.tools import tool_use
 from tightrope.server.http.body import parse_json
 from tightrope.server.prompts.template_renderer import TemplateRenderer
 from tightrope.server.prompts.templates import ChatTemplate, RenderedPrompt

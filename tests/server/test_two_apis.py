@@ -142,21 +142,20 @@ DISAGREEMENTS = {
         [0.0, 0.0],
         [True, True],
     ),
-    "a request that is too long is refused in other words and with another status": Disagreement(
+    "more tokens than there is room for are refused there, and an upper bound here": Disagreement(
         {"max_new_tokens": 1024},
         {"max_tokens": 1024},
         tgi_error,
-        openai_error,
+        choice("text"),
         (
             422,
             "Input validation error: `inputs` tokens + `max_new_tokens` must be <= 1024. "
             "Given: 4 `inputs` tokens and 1024 `max_new_tokens`",
         ),
-        (
-            400,
-            "This model's maximum context length is 1024 tokens. However, you requested 1028 tokens "
-            "(4 in the prompt, 1024 to generate).",
-        ),
+        TEXT,
+    ),
+    "no share of tokens is refused there and the likeliest here": Disagreement(
+        {"top_p": 0.0}, {"top_p": 0.0}, status, choice("text"), 422, TEXT
     ),
 }
 

@@ -6,7 +6,7 @@ from typing import Any, get_args
 
 from tightrope.server.dialects.koboldcpp import KoboldBody
 from tightrope.server.dialects.llamacpp import CompletionBody
-from tightrope.server.dialects.ollama import OllamaChat, OllamaGenerate
+from tightrope.server.dialects.ollama.bodies import OllamaChat, OllamaGenerate
 from tightrope.server.dialects.openai.requests import ChatRequest, CompletionRequest
 from tightrope.server.dialects.tgi.requests import CompatBody, GenerateBody
 from tightrope.server.fields.names import NOT_BUILT, NUMBERS, ROPE, WITHOUT_EFFECT
@@ -129,6 +129,7 @@ MEANT: Mapping[str, Any] = {
     "grammar": {"type": "regex", "value": "[0-9]+"},
     "structured_outputs": {"regex": "[0-9]+"},
     "structural_tag": "x",
+    **dict.fromkeys(("disable_any_whitespace", "lenient_schema"), True),
     **dict.fromkeys(("grammar_lazy", "grammar_retain_state"), True),
     # which tokens may come, and where it ends
     "logit_bias": {"97": 5},
@@ -193,7 +194,8 @@ OTHER: Mapping[str, Any] = {
     **dict.fromkeys(("service_tier", "reasoning_effort", "verbosity", "guided_decoding_backend"), "low"),
     **dict.fromkeys(("api_type", "api_server", "name1", "name2", "user_name", "bot_name"), "tabby"),
     **dict.fromkeys(("priority", "num_thread", "num_gpu", "num_batch", "main_gpu", "id_slot", "n_probs"), 2),
-    **dict.fromkeys(("num_ctx", "truncation_length", "max_context_length", "num_keep", "n_keep", "n_discard"), 512),
+    **dict.fromkeys(("num_ctx", "truncation_length", "num_keep", "n_keep", "n_discard"), 512),
+    "max_context_length": 3,
     **dict.fromkeys(("prompt_logprobs", "top_logprobs", "top_n_tokens", "truncate_prompt_tokens", "truncate"), 2),
     **dict.fromkeys(("skip_special_tokens", "add_bos_token", "add_special_tokens", "cache_prompt"), False),
     **dict.fromkeys(("logprobs", "details", "decoder_input_details", "return_full_text", "with_pieces"), True),
@@ -235,7 +237,6 @@ REFUSED = {*ROPE, *NOT_BUILT, "watermark", "suffix", "documents"}
 LISTED = {
     *WITHOUT_EFFECT,
     "cache_prompt",
-    "trim_stop",
     "keep_alive",
     "return_progress",
     "resumable",
@@ -256,6 +257,8 @@ BESIDE: Mapping[str, Mapping[str, Any]] = {  # what a field needs beside it to m
     "dynamic_temperature": {"dynatemp_low": 0.5, "dynatemp_high": 1.5},
     **{key: {"dynatemp_high": 1.5} for key in ("dynatemp_low", "dynatemp_min", "min_temp")},
     **{key: {"dynatemp_low": 0.5} for key in ("dynatemp_high", "dynatemp_max", "max_temp")},
+    "disable_any_whitespace": {"guided_json": SCHEMA},
+    "lenient_schema": {"guided_json": {"oneOf": [SCHEMA, {"type": "integer"}]}},
     "tool_choice": {"tools": [TOOL]},
     "best_of": {"do_sample": True},
     "top_logprobs": {"logprobs": True},

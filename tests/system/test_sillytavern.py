@@ -19,7 +19,7 @@ from fake_api import api
 from tightrope.backends.errors import BackendError
 from tightrope.server.dialects.koboldcpp import KoboldBody
 from tightrope.server.dialects.llamacpp import CompletionBody
-from tightrope.server.dialects.ollama import OllamaGenerate
+from tightrope.server.dialects.ollama.bodies import OllamaGenerate
 from tightrope.server.dialects.openai.requests import ChatRequest, CompletionRequest
 from tightrope.server.fields.names import KNOWN
 from tightrope.server.fields.sampling import read_sampling

@@ -6,8 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field
 
 from tightrope.engine.types import Finish, PromptInfo, Token
-from tightrope.server.dialects.openai.call_parser import Arguments, CallOpened
-from tightrope.server.dialects.openai.tools import ToolUse
+from tightrope.server.chats.tools import ToolUse
 from tightrope.server.fields.explain import Explained
 from tightrope.server.fields.logprobs import finite, listed, token_name
 
@@ -238,21 +237,15 @@ def prompt_logprobs(tokens: Sequence[Token], top: int) -> list[dict[str, Any] | 
     return listed
 
 
-def chat_message(text: str, tools: ToolUse | None) -> dict[str, Any]:
-    """The assistant's message, with the calls that are in its text."""
+def chat_message(text: str, tools: ToolUse | None, *, is_cut: bool) -> dict[str, Any]:
+    """The assistant's message, with the calls that are in its text; is_cut: it ends where max_tokens did."""
     if tools is None:
         return {"role": "assistant", "content": text}
-    parser = tools.parser()
-    content = ""
-    calls: list[dict[str, Any]] = []
-    for piece in (*parser.feed(text), *parser.finish()):
-        match piece:
-            case str():
-                content += piece
-            case CallOpened(call_id=call_id, name=name):
-                calls.append({"id": call_id, "type": "function", "function": {"name": name, "arguments": ""}})
-            case Arguments(text=arguments):
-                calls[-1]["function"]["arguments"] += arguments
+    content, calls = tools.parser().whole(text, is_cut=is_cut)
     if not calls:
         return {"role": "assistant", "content": content}
-    return {"role": "assistant", "content": content or None, "tool_calls": calls}
+    listed = [
+        {"id": call.call_id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+        for call in calls
+    ]
+    return {"role": "assistant", "content": content or None, "tool_calls": listed}

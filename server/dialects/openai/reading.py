@@ -1,6 +1,5 @@
 """From OpenAI bodies to what is asked: what can't be honoured is refused here, with the field's name."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -10,14 +9,13 @@ from fastapi import Request
 from tightrope.engine.errors import InvalidRequest
 from tightrope.engine.types import Grammar, LogprobRequest, Prompt, TextPrompt
 from tightrope.server.asking import Asked, ask, common
-from tightrope.server.dialects.openai.call_format import takes_tools, with_tool_text
-from tightrope.server.dialects.openai.messages import template_messages, template_variables
+from tightrope.server.chats.messages import bent_messages
+from tightrope.server.chats.rendering import RenderedChat, render_chat
+from tightrope.server.chats.tools import ToolUse, check_tools
 from tightrope.server.dialects.openai.requests import ChatRequest, CompletionRequest, SamplingBody
-from tightrope.server.dialects.openai.tools import ToolUse, check_tools, may_call, tool_use
 from tightrope.server.fields.structured import read_grammar
-from tightrope.server.http.hangup import or_gone
+from tightrope.server.prompts.prompt_formats import FIXED_VARIABLES
 from tightrope.server.prompts.raw_prompts import raw_prompt
-from tightrope.server.prompts.templates import RenderedPrompt
 from tightrope.server.served import Served, check_model, check_most
 from tightrope.server.state import AppState
 
@@ -32,7 +30,7 @@ def _check_supported(body: SamplingBody) -> None:
 
 def check_chat(body: ChatRequest, served: Served) -> None:
     """All that can be refused before the template is rendered."""
-    check_model(body.model, served)
+    check_model(body.model, served, is_openai=True)
     _check_supported(body)
     check_tools(body)
     check_most("n", body.n, served.limits.max_best_of)
@@ -53,28 +51,42 @@ def _chat_grammar(tools: ToolUse, asked: Grammar | None) -> Grammar | None:
     return tools.grammar if tools.is_forced or asked is None else asked
 
 
-def chat_asked(
-    body: ChatRequest, prompt: RenderedPrompt, format_stops: Sequence[str], served: Served, tools: ToolUse | None
-) -> Asked:
+def chat_asked(body: ChatRequest, chat: RenderedChat, served: Served) -> Asked:
     """What a checked chat asks for, once its prompt is rendered."""
+    prompt, format_stops, tools = chat.prompt, chat.stops, chat.tools
     is_overruled = tools is not None and tools.is_forced and read_grammar(body.given()) is not None
     read = replace(
-        common(body, served),
+        common(body, served, is_openai=True),
         is_stream=body.stream,
         stops=[*format_stops, *(() if tools is None else tools.stops)],
         n=body.n,
         logprobs=LogprobRequest(processed=False, top=body.top_logprobs or 0) if body.logprobs else None,
         prompt_logprobs=body.prompt_logprobs,
         shape=None if tools is None else partial(_chat_grammar, tools),
-        ignored=[("response_format", "tool_choice forces a call, which goes before it")] if is_overruled else [],
+        ignored=[
+            *([("response_format", "tool_choice forces a call, which goes before it")] if is_overruled else []),
+            *([("tool_choice", "no tools came")] if body.tool_choice and not body.tools else []),
+        ],
         notes=prompt.notes,
     )
+    read = replace(read, bent=[*read.bent, *bent_messages(body.messages)] if body.explain else ())
     return ask("chatcmpl", [TextPrompt(prompt.spans, body.add_special_tokens)], read, served)
+
+
+def template_variables(body: ChatRequest) -> dict[str, Any]:
+    """The request's own variables for the template. Raises InvalidRequest for names that the server sets."""
+    variables: dict[str, Any] = {}
+    for name in ("template_vars", "chat_template_kwargs"):
+        given: dict[str, Any] = getattr(body, name) or {}
+        if taken := sorted(FIXED_VARIABLES & given.keys()):
+            raise InvalidRequest(f"{name} must not set {taken[0]}", name)
+        variables |= given
+    return variables
 
 
 def completion_asked(body: CompletionRequest, served: Served) -> Asked:
     """What one or several prompts ask for."""
-    check_model(body.model, served)
+    check_model(body.model, served, is_openai=True)
     _check_supported(body)
     best_of = body.n if body.best_of is None else body.best_of
     if best_of < body.n:
@@ -91,7 +103,7 @@ def completion_asked(body: CompletionRequest, served: Served) -> Asked:
     scored = [body.prompt_logprobs, body.logprobs if body.echo else None]
     wants_scores = body.logprobs is not None or best_of > body.n
     read = replace(
-        common(body, served),
+        common(body, served, is_openai=True),
         is_stream=body.stream,
         max_tokens=body.max_tokens,
         n=best_of,
@@ -112,29 +124,16 @@ def _prompts(body: CompletionRequest, served: Served, adapter: str | None) -> li
     return [raw_prompt(piece, served, adapter, add_bos=add_bos) for piece in pieces]
 
 
-async def rendered_chat(
-    front: AppState, body: ChatRequest, request: Request
-) -> tuple[RenderedPrompt, Sequence[str], ToolUse | None]:
-    """The prompt of a chat by the template in use, what its format ends an answer with, and the tools it may call.
-
-    Raises InvalidRequest, TemplateFailed and ClientGone.
-    """
+async def rendered_chat(front: AppState, body: ChatRequest, request: Request) -> RenderedChat:
+    """The chat's prompt by the template in use. Raises InvalidRequest, TemplateFailed and ClientGone."""
     opens_turn = not body.continue_final_message if body.add_generation_prompt is None else body.add_generation_prompt
-    template = front.template()
-    source = template.source_for(has_tools=may_call(body))
-    if body.documents and "documents" not in source:
-        raise InvalidRequest("documents: the chat template has no place for them", "documents")
-    messages, tools = template_messages(body.messages), tool_use(body, source)
-    shown = [] if tools is None else tools.shown
-    if not takes_tools(source):
-        messages, shown = with_tool_text(messages, shown), []
-    rendering = template.render(
-        front.renderer,
-        messages,
-        add_generation_prompt=opens_turn,
-        continue_final_message=body.continue_final_message,
+    return await render_chat(
+        front,
+        request,
+        body.messages,
+        body,
+        opens_turn=opens_turn,
+        continues=body.continue_final_message,
         variables=template_variables(body),
-        tools=shown,
         documents=body.documents or (),
     )
-    return await or_gone(request, rendering), template.stops, tools

@@ -9,13 +9,11 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from tightrope.server.asking import AnswerBody
+from tightrope.server.chats.requests import Message, Tool
 from tightrope.server.fields.names import api_field
 from tightrope.server.fields.numbers import MAX_INT
-from tightrope.server.http.body import EVERY_NAME, Body, FirstErrorOnly, ShownBody
+from tightrope.server.http.body import Body, FirstErrorOnly
 from tightrope.server.http.token_ids import Ids
-
-# An assistant's thoughts before its words come under these names.
-REASONING = ("reasoning_content", "thinking", "reasoning")
 
 Bias = dict[str, float | bool] | list[Annotated[list[float | bool], Field(min_length=2, max_length=2)]]
 
@@ -42,7 +40,7 @@ class SamplingBody(AnswerBody):
     n: int = Field(1, ge=1, description="Answers to each prompt.")
     stream: bool = False
     stream_options: StreamOptions | None = None
-    stop: str | Annotated[list[str], FirstErrorOnly()] | None = Field(
+    stop: str | Annotated[list[str | None], FirstErrorOnly()] | None = Field(
         None, description="Texts that end the answer and are cut from it."
     )
     temperature: float = api_field("temperature", "0 is greedy.")
@@ -69,65 +67,14 @@ class SamplingBody(AnswerBody):
         return super().given() | ({} if shape is None else {"response_format": shape.model_dump(exclude_unset=True)})
 
 
-class ContentPart(ShownBody):
-    """A piece of a message; text alone is understood."""
-
-    type: str
-    text: str | None = None
-
-
-class FunctionCall(Body):
-    """Which function the assistant called, and with what: a JSON object as text."""
-
-    name: str
-    arguments: str = "{}"
-
-
-class ToolCall(ShownBody):
-    """A call in an assistant's earlier turn."""
-
-    id: str | None = None
-    type: Literal["function"] = "function"
-    function: FunctionCall
-
-
-class Message(ShownBody):
-    """One turn of the chat. Whatever else is in it is for the chat template, which may read it or not."""
-
-    read_elsewhere = frozenset(REASONING)
-
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[ContentPart] | None = None
-    name: str | None = None
-    tool_calls: list[ToolCall] | None = None
-    tool_call_id: str | None = None
-
-
-class Function(Body):
-    """A function that the model may call; it is shown to the model as it came, with whatever else is in it."""
-
-    read_elsewhere = EVERY_NAME
-
-    name: str = Field(description="1 to 64 letters, digits, _ and -.")
-    parameters: dict[str, Any] | None = Field(None, description="A JSON schema; default: no parameters.")
-    strict: bool | None = Field(None, description="Calls that the model decides on are valid under the schema too.")
-
-
-class Tool(ShownBody):
-    """A kind of tool; there are no others than functions."""
-
-    read_elsewhere = EVERY_NAME
-
-    type: Literal["function"]
-    function: Function
-
-
 class ChatRequest(SamplingBody):
     """POST /v1/chat/completions."""
 
     messages: list[Message] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(None, ge=1, le=MAX_INT, description="Default: to the end of the window.")
-    max_tokens: int | None = Field(None, ge=1, le=MAX_INT, description="The older name of max_completion_tokens.")
+    max_completion_tokens: int | None = Field(
+        None, ge=-1, description="At most so many; -1, and the default: to the end of the window."
+    )
+    max_tokens: int | None = Field(None, ge=-1, description="The older name of max_completion_tokens.")
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, description="Alternatives at each token.")
     add_generation_prompt: bool | None = Field(None, description="Open a new turn of the assistant; default true.")
@@ -149,7 +96,7 @@ class CompletionRequest(SamplingBody):
     prompt: str | Annotated[list[str], FirstErrorOnly()] | Ids | Annotated[list[Ids], FirstErrorOnly()] = Field(
         description="Text, token ids, or a list of either."
     )
-    max_tokens: int = Field(16, ge=0, le=MAX_INT)
+    max_tokens: int = Field(16, ge=-1, description="At most so many; -1: to the end of the window.")
     best_of: int | None = Field(None, ge=1, description="Answers written, of which the n best are given.")
     echo: bool = Field(False, description="Put the prompt in front of the text.")
     logprobs: int | None = Field(None, ge=0, description="Alternatives at each token, besides the chosen one.")

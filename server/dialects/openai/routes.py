@@ -43,7 +43,7 @@ def openai_router(front: AppState) -> APIRouter:
     async def model(model: str) -> ModelCard:
         """One model; its name may contain slashes."""
         served = front.served()
-        return card(check_model(model, served))
+        return card(check_model(model, served, is_openai=True))
 
     @router.post(
         "/chat/completions", **written(model=ChatAnswer, content=EVENTS, description="The answer, whole or as events.")

@@ -16,6 +16,8 @@ from tightrope.engine.errors import ContextLengthExceeded, InvalidRequest
 from tightrope.engine.types import Delta, GenerateRequest, PromptRead, TextPrompt
 from tightrope.server.answering import Dialect, Ending
 from tightrope.server.asking import Asked
+from tightrope.server.chats.call_parser import Arguments, CallOpened, CallParser, Piece
+from tightrope.server.chats.tools import ToolUse
 from tightrope.server.deltas.choices import Choice
 from tightrope.server.dialects.openai.answers import (
     chat_logprobs,
@@ -27,10 +29,8 @@ from tightrope.server.dialects.openai.answers import (
     stop_reason,
     usage,
 )
-from tightrope.server.dialects.openai.call_parser import Arguments, CallOpened, CallParser, Piece
 from tightrope.server.dialects.openai.reading import chat_asked, check_chat, completion_asked, rendered_chat
 from tightrope.server.dialects.openai.requests import ChatRequest, CompletionRequest, SamplingBody
-from tightrope.server.dialects.openai.tools import ToolUse
 from tightrope.server.fields.progress import prompt_progress
 from tightrope.server.http.hangup import or_gone
 from tightrope.server.http.sse import DONE
@@ -120,8 +120,8 @@ class Chat(_OpenAI[ChatRequest]):
     async def read(cls, front: AppState, body: ChatRequest, request: Request) -> Self:
         served = front.served()
         check_chat(body, served)
-        prompt, stops, tools = await rendered_chat(front, body, request)
-        return cls(chat_asked(body, prompt, stops, served, tools), body, tools)
+        chat = await rendered_chat(front, body, request)
+        return cls(chat_asked(body, chat, served), body, chat.tools)
 
     def event(self, number: int, delta: Delta, ending: Ending | None) -> bytes:
         if self._is_plain and delta.finish is None and number in self._parsers:  # Nearly every event is such a one.
@@ -133,7 +133,9 @@ class Chat(_OpenAI[ChatRequest]):
         parser = self._parsers[number]
         pieces: list[Piece] = [delta.text] if delta.text else []
         if parser is not None:
-            pieces = parser.feed(delta.text) + (parser.finish() if delta.finish is not None else [])
+            pieces = parser.feed(delta.text)
+            if delta.finish is not None:
+                pieces += parser.finish(is_cut=delta.finish.reason == "length")
         logprobs = encode(chat_logprobs(delta.tokens)) if self._body.logprobs and delta.tokens else b"null"
         for piece in pieces or ([""] if logprobs != b"null" else []):
             event += self._chunk(
@@ -150,7 +152,7 @@ class Chat(_OpenAI[ChatRequest]):
         return self._whole([self._choice(index, choice) for index, choice in enumerate(choices)], ending)
 
     def _choice(self, index: int, choice: Choice) -> dict[str, Any]:
-        message = chat_message(choice.text, self._tools)
+        message = chat_message(choice.text, self._tools, is_cut=choice.finish.reason == "length")
         return {
             "index": index,
             "message": message,

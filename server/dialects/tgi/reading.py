@@ -145,12 +145,10 @@ def _check_ranges(p: Parameters, best_of: int, sampled: bool, limits: TGILimits)
             raise InvalidRequest(f"`{name}` must be > 0.0 and < 1.0", name)
     _check_positive("top_k", p.top_k)
     _check_positive("max_new_tokens", p.max_new_tokens)
-    stops = p.stop or []
+    stops = list(filter(None, p.stop or []))
     if len(stops) > limits.max_stop_sequences:
         most = limits.max_stop_sequences
         raise InvalidRequest(f"`stop` supports up to {most} stop sequences. Given: {len(stops)}", "stop")
-    if "" in stops:
-        raise InvalidRequest("`stop` sequences cannot be empty", "stop")
     if best_of > 1 and p.seed is not None:
         raise InvalidRequest("`seed` must not be set when `best_of` > 1", "seed")
     if p.top_n_tokens is not None and p.top_n_tokens > limits.max_top_n_tokens:

@@ -25,7 +25,7 @@ class Parameters(SharedFields):
     frequency_penalty: float | None = Field(None, description="-2 to 2; times the share of the id in the whole text.")
     best_of: int | None = Field(None, ge=0, lt=U32, description="Answers written, of which the likeliest is given.")
     seed: int | None = Field(None, ge=0, lt=U64)
-    stop: list[str] | None = Field(None, description="Texts that end the answer; they stay at its end.")
+    stop: list[str | None] | None = Field(None, description="Texts that end the answer; they stay at its end.")
     truncate: int | None = Field(None, ge=0, lt=U32, description="Keep the last n tokens of the input.")
     return_full_text: bool | None = Field(None, description="Put the input in front of the answer.")
     details: bool = False

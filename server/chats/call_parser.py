@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from uuid import uuid4
 
-from tightrope.server.dialects.openai.call_format import CallFormat
+from tightrope.server.chats.call_format import NAME_CHARACTER, CallFormat
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,12 +30,22 @@ class Arguments:
     text: str
 
 
+@dataclass(slots=True)
+class Call:
+    """A call as far as it was written."""
+
+    call_id: str
+    name: str
+    arguments: str  # It is the text of a JSON object.
+
+
 Piece = str | CallOpened | Arguments  # A str is text of the answer.
 
-_HEAD = (r"\s*", r"\{", r"\s*", '"name"', r"\s*", ":", r"\s*", r'"[\w-]*"', r"\s*", ",", r"\s*")
+_NAME = f"{NAME_CHARACTER}*"
+_HEAD = (r"\s*", r"\{", r"\s*", '"name"', r"\s*", ":", r"\s*", f'"{_NAME}"', r"\s*", ",", r"\s*")
 _KEYS = ('"arguments"', '"parameters"')
 _AFTER = (r"\s*", ":", r"\s*", r"\{")
-_WHOLE = re.compile(rf'{"".join(_HEAD[:7])}"([\w-]*)"{"".join(_HEAD[8:])}(?:{"|".join(_KEYS)}){"".join(_AFTER)}')
+_WHOLE = re.compile(rf'{"".join(_HEAD[:7])}"({_NAME})"{"".join(_HEAD[8:])}(?:{"|".join(_KEYS)}){"".join(_AFTER)}')
 
 
 def _beginnings(atoms: Iterator[str]) -> str:
@@ -47,8 +57,8 @@ def _beginnings(atoms: Iterator[str]) -> str:
 def _single(atoms: tuple[str, ...]) -> Iterator[str]:
     """The atoms with literals cut into characters."""
     for atom in atoms:
-        if atom == r'"[\w-]*"':
-            yield from ('"', r"[\w-]*", '"')
+        if atom == f'"{_NAME}"':
+            yield from ('"', _NAME, '"')
         elif atom.startswith('"'):
             yield from atom
         else:
@@ -61,9 +71,12 @@ _MAY_BECOME = [re.compile(_beginnings(_single((*_HEAD, key, *_AFTER)))) for key 
 class CallParser:
     """Reads one answer. `names` are the functions that may be called."""
 
-    def __init__(self, call_format: CallFormat, names: frozenset[str]) -> None:
+    def __init__(self, call_format: CallFormat, names: frozenset[str], *, is_forced: bool = False) -> None:
+        """is_forced: the answer is calls, and nothing besides."""
         self._format = call_format
         self._names = names
+        self._is_forced = is_forced
+        self._is_cut = False
         self._held = ""  # It has been read, and is not certain yet.
         self._read = self._text if call_format.opening else self._head
         self._depth = 0  # It counts the brackets that are open inside the arguments.
@@ -76,9 +89,27 @@ class CallParser:
         self._held += text
         return list(self._pieces(is_end=False))
 
-    def finish(self) -> list[Piece]:
-        """The rest, when no more text comes. A call that was cut short stays as far as it came."""
+    def finish(self, *, is_cut: bool = False) -> list[Piece]:
+        """The rest, when no more text comes. A call that was cut short stays as far as it came.
+
+        is_cut: the text ends in the middle of something, so that what may have become a call is no text.
+        """
+        self._is_cut = is_cut
         return list(self._pieces(is_end=True))
+
+    def whole(self, text: str, *, is_cut: bool) -> tuple[str, list[Call]]:
+        """The text and the calls of a whole answer."""
+        content = ""
+        calls: list[Call] = []
+        for piece in (*self.feed(text), *self.finish(is_cut=is_cut)):
+            match piece:
+                case str():
+                    content += piece
+                case CallOpened(call_id=call_id, name=name):
+                    calls.append(Call(call_id, name, ""))
+                case Arguments(text=arguments):
+                    calls[-1].arguments += arguments
+        return content, calls
 
     def _pieces(self, *, is_end: bool) -> Iterator[Piece]:
         """Run the state that reads now until it wants more text; each says whether it got any further."""
@@ -92,7 +123,9 @@ class CallParser:
         opening = self._format.opening
         before, found, after = self._held.partition(opening)
         if not found:
-            shown = len(self._held) if is_end else len(self._held) - _overlap(self._held, opening)
+            num_of_mark = _overlap(self._held, opening)
+            is_text = is_end and not (self._is_cut and (self._is_forced or num_of_mark > 1))
+            shown = len(self._held) if is_text else len(self._held) - num_of_mark
             shown_text, self._held = self._held[:shown], self._held[shown:]
             return self._shown(shown_text), False
         self._held, self._read = after, self._head
@@ -131,6 +164,8 @@ class CallParser:
             return [], False
         self._held, self._read = after, self._text if closing else self._plain
         call = self._whole_call(inside)
+        if not call and not found and self._is_cut and (opening or self._is_forced):
+            return [], False
         return (call or self._shown(opening + inside + found)), bool(after)
 
     def _whole_call(self, text: str) -> list[Piece]:

@@ -9,6 +9,7 @@ from typing import Any
 from tightrope.engine.guided.json_schema import lark_of_schema
 from tightrope.server.prompts.content import text_of, with_text
 
+NAME_CHARACTER = r"[a-zA-Z0-9_./:-]"  # Names of functions are made of these; gateways join them with dots and slashes.
 MAX_CALLS = 16  # One answer is forced to so many at most.
 
 Schema = Mapping[str, Any]  # It is a JSON schema.
@@ -26,9 +27,9 @@ class CallFormat:
     arguments: str  # The arguments stand under this key.
 
     def grammar(self, functions: Mapping[str, Schema], *, one_call: bool) -> str:
-        """Lark for one call of these functions, or several, and nothing besides."""
+        """Lark for one call of these functions, or several, and nothing besides; no token goes on white space."""
         more = "" if one_call else f' ("\\n" call){{0,{MAX_CALLS - 1}}}'
-        return "\n".join((f"start: call{more}", *self._rules(functions, self._text("\n"))))
+        return "\n".join((f"start: call{more}", *self._rules(functions, self._text("\n"), is_compact=True)))
 
     def free_grammar(self, functions: Mapping[str, Schema]) -> str:
         """Lark for any text, in which what begins like a call is one."""
@@ -46,13 +47,13 @@ class CallFormat:
     def _text(self, after: str) -> str:
         return f"{self.opening}{after}" if self.opening else ""
 
-    def _rules(self, functions: Mapping[str, Schema], before: str) -> Sequence[str]:
+    def _rules(self, functions: Mapping[str, Schema], before: str, *, is_compact: bool = False) -> Sequence[str]:
         """The rule `call`, and one for each function; `before` is what a call begins with."""
         end = json.dumps("}" + ("\n" + self.closing if self.closing else ""))
         rules = [f"call: {' | '.join(f'call{number}' for number in range(len(functions)))}"]
         for number, (name, schema) in enumerate(functions.items()):
             head = json.dumps(f'{before}{{"name": "{name}", "{self.arguments}": ')
-            rules.append(f"call{number}: {head} {lark_of_schema(_arguments(schema))} {end}")
+            rules.append(f"call{number}: {head} {lark_of_schema(_arguments(schema), is_compact=is_compact)} {end}")
         return rules
 
 

@@ -1,0 +1,89 @@
+"""Chat messages as clients send them to messages as chat templates expect them.
+
+They are the request's own JSON but for these things. A developer is the system; content that is null is empty; a part
+of text is of the type "text", whatever dialect's name it has; a call's arguments are the object that their text stands
+for, since templates write the JSON themselves; and reasoning has the names that templates know it by, as in
+transformers.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from tightrope.engine.errors import InvalidRequest
+from tightrope.server.chats.requests import REASONING, ContentPart, Message, ToolCall
+from tightrope.server.fields.names import Bent
+from tightrope.server.http.body import parse_json
+from tightrope.server.http.errors import MalformedBody
+
+TEXT_TYPES = frozenset({"text", "input_text", "output_text"})  # The last two are of OpenAI's Responses.
+
+
+def template_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """Messages with content of text or parts of text. Raises InvalidRequest with the place of what is neither."""
+    return [_message(message, f"messages[{place}]") for place, message in enumerate(messages)]
+
+
+def bent_messages(messages: Sequence[Message]) -> list[Bent]:
+    """What in messages was taken for what it plainly means, and how."""
+    bent: list[Bent] = []
+    for place, message in enumerate(messages):
+        name = f"messages[{place}]"
+        if message.content is None and not message.tool_calls:
+            bent.append((f"{name}.content", "null is an empty text"))
+        elif isinstance(message.content, list) and message.given.get("content") != [p.given for p in message.content]:
+            bent.append((f"{name}.content", "taken as a list of parts"))
+        for index, part in enumerate(message.content if isinstance(message.content, list) else ()):
+            if part.given.get("type") != "text":
+                bent.append((f"{name}.content[{index}]", "taken as a part of text"))
+        for index, call in enumerate(message.tool_calls or ()):
+            if isinstance(call.function.arguments, dict):
+                bent.append((f"{name}.tool_calls[{index}].function.arguments", "an object, as its JSON text"))
+    return bent
+
+
+def _message(message: Message, place: str) -> dict[str, Any]:
+    made = {name: value for name, value in message.given.items() if value is not None}
+    if message.role == "developer":
+        made["role"] = "system"
+    if message.content is None:
+        if not message.tool_calls:
+            made["content"] = ""
+    elif isinstance(message.content, list):
+        made["content"] = [_part(part, f"{place}.content[{i}]") for i, part in enumerate(message.content)]
+    if message.tool_calls:
+        made["tool_calls"] = [_tool_call(call) for call in message.tool_calls]
+    else:
+        made.pop("tool_calls", None)  # Some templates take an empty list for calls.
+    return _with_reasoning(made)
+
+
+def _part(part: ContentPart, place: str) -> dict[str, Any]:
+    if part.type == "refusal":
+        text = part.refusal or part.text or ""
+        return {"type": "text", "text": text}
+    if part.type not in TEXT_TYPES:
+        raise InvalidRequest(f"{place}: this model takes text alone, no part of type {part.type[:40]!r}", place)
+    if "text" not in part.given:
+        raise InvalidRequest(f"{place}.text: field required", f"{place}.text")
+    return {**part.given, "type": "text", "text": part.text or ""}
+
+
+def _tool_call(call: ToolCall) -> dict[str, Any]:
+    function: dict[str, Any] = call.given["function"]
+    made = {**call.given, "function": {**function, "arguments": _arguments(call.function.arguments)}}
+    return made if "type" in made else {"type": "function", **made}
+
+
+def _arguments(arguments: str | dict[str, Any]) -> object:
+    """The object; what is no JSON is shown as the model wrote it."""
+    if not isinstance(arguments, str):
+        return arguments
+    try:
+        return parse_json(arguments.encode("utf-8", "replace")) if arguments.strip() else {}
+    except MalformedBody:
+        return arguments
+
+
+def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
+    thought = next((message[name] for name in REASONING if name in message), None)
+    return message if thought is None else {"thinking": thought, **message, "reasoning_content": thought}

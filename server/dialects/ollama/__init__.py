@@ -1,0 +1,1 @@
+"""Ollama's API under /api: the model, and generation of prompts and chats as lines of JSON."""
