@@ -31,6 +31,12 @@ def kept_runs(source: Ints, wanted: Ints) -> list[Run]:
     return runs
 
 
+def num_left(source: Ints, wanted: Ints) -> int:
+    """How many of the first tokens of `wanted` removals leave of `source`; 0 where nothing need be removed."""
+    runs = kept_runs(source, wanted)
+    return runs[-1].stop if len(runs) > 1 else 0
+
+
 def num_common(a: Ints, b: Ints) -> int:
     """How many leading tokens are equal."""
     length = min(len(a), len(b))

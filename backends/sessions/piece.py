@@ -5,11 +5,14 @@ bytes depend on every token before them, on the model, on how it rotates and cac
 named by a hash of all that. Whoever finds a piece by its name has found the right bytes, whoever wrote them.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any
 
 import numpy as np
+
+from tightrope.backends.removals import num_left
 
 Ints = np.ndarray[Any, np.dtype[np.int32]]
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
@@ -58,6 +61,16 @@ class Piece:
         if self.parent != other.parent or self.is_whole or other.is_whole:
             return self.name == other.name
         return num_common(self.token_ids, other.token_ids) == len(self.token_ids)
+
+
+def tokens_of(text: Sequence[Piece]) -> Ints:
+    """Those of pieces that stand behind one another."""
+    return np.concatenate([piece.token_ids for piece in text])
+
+
+def has_moved_on(window: Ints, token_ids: Ints) -> bool:
+    """Whether `token_ids` is a later window of a chat, which has lost some of what this one has, but not most."""
+    return 2 * num_left(window, token_ids) >= len(window)
 
 
 def num_common(a: Ints, b: Ints) -> int:

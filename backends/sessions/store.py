@@ -15,12 +15,10 @@ from functools import partial
 from operator import itemgetter
 from weakref import WeakSet
 
-import numpy as np
-
-from tightrope.backends.removals import kept_runs
+from tightrope.backends.removals import num_left
 from tightrope.backends.sessions.catalogue import Catalogue, Match, Usable
 from tightrope.backends.sessions.folder import Folder
-from tightrope.backends.sessions.piece import Bytes, Ints, Piece, num_common, root_name
+from tightrope.backends.sessions.piece import Bytes, Ints, Piece, has_moved_on, num_common, root_name, tokens_of
 
 log = logging.getLogger("tightrope.sessions")
 
@@ -140,13 +138,14 @@ class RunStore:
         No text, and 0, where that is less than `num_least`.
         """
         texts = self.texts(root, wanted, MIN_SHARED)
-        length, text = max(((_num_left(text, wanted), text) for text in texts), key=itemgetter(0), default=(0, []))
+        lengths = ((num_left(tokens_of(text), wanted), text) for text in texts)
+        length, text = max(lengths, key=itemgetter(0), default=(0, []))
         return (text, length) if length >= num_least else ([], 0)
 
     def retire(self, root: bytes, token_ids: Ints) -> None:
         """Forget windows that a text has moved on from, but for the latest of them."""
         texts = self.texts(root, token_ids, MIN_SHARED)
-        older = [text for text in texts if 2 * _num_left(text, token_ids) >= text[-1].stop]
+        older = [text for text in texts if has_moved_on(tokens_of(text), token_ids)]
         with self._lock:
             for piece in (piece for text in older[MOST_WINDOWS:] for piece in reversed(text)):
                 if not self._catalogue.goes_on(piece):
@@ -325,12 +324,6 @@ class RunStore:
                 self._written.discard(name)
                 if name not in self._host:
                     self._catalogue.remove(name)
-
-
-def _num_left(text: Sequence[Piece], wanted: Ints) -> int:
-    """How many of the first tokens of `wanted` removals leave of a text; 0 where nothing need be removed."""
-    runs = kept_runs(np.concatenate([piece.token_ids for piece in text]), wanted)
-    return runs[-1].stop if len(runs) > 1 else 0
 
 
 _stores: "WeakSet[RunStore]" = WeakSet()  # Those with a folder.

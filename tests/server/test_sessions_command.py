@@ -58,6 +58,24 @@ def test_chats_that_were_of_no_use_for_some_days_are_deleted(folder: Folder) -> 
     assert left(folder) == names(FIRST, LONG, SHORT)
 
 
+def test_what_else_is_kept_of_a_chat_belongs_to_it(folder: Folder, capsys: pytest.CaptureFixture[str]) -> None:
+    text = [*range(1000, 1400)]
+    window = piece_of([*text[:40], *text[120:], *range(2000, 2050)])  # The chat, once its oldest message had gone.
+    state, older = piece_of(window.token_ids[:300], is_whole=True), piece_of(text)
+    for piece in (state, older, window):
+        folder.write(piece, bytes_of(piece), FINGERPRINT, "a model")
+    minute_ago_s = (folder.path / f"{window.name.hex()}.run").stat().st_mtime - 60
+    os.utime(folder.path / f"{older.name.hex()}.run", (minute_ago_s, minute_ago_s))
+    foreign = piece_of(window.token_ids[:200])
+    folder.write(foreign, bytes_of(foreign), b"other weights", "another model")
+    assert run(["sessions", str(folder.path)]) == 0
+    rows = {line.split()[0]: line.split()[1] for line in capsys.readouterr().out.splitlines()[1:]}
+    assert rows.keys() == {piece.name.hex()[:12] for piece in (LONG, SHORT, OTHER, window, foreign)}
+    assert rows[window.name.hex()[:12]] == "370"
+    assert run(["sessions", str(folder.path), "--delete", window.name.hex()[:12]]) == 0
+    assert left(folder) == names(FIRST, LONG, SHORT, OTHER, foreign)
+
+
 def test_all_is_deleted_also_what_can_not_be_read(folder: Folder) -> None:
     (folder.path / ("0" * 40 + ".run")).write_bytes(b"of an older format")
     assert run(["sessions", str(folder.path), "--delete", "all"]) == 0
