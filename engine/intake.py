@@ -108,7 +108,7 @@ class Intake:
                 request=request,
                 tracks=tuple(Track(next(self._seq_ids), list(ids)) for ids in (prompt, negative) if ids),
                 sampler=SamplerState(
-                    _sampling(request.sampling, index, tokenizer.vocab_size),
+                    _sampling(request.sampling, index, tokenizer),
                     prompt,
                     tokenizer.vocab_size,
                     request.logprobs,
@@ -210,8 +210,12 @@ def _new_tokens(request: GenerateRequest) -> int:
     return 0 if request.stop.max_tokens == 0 else 1
 
 
-def _sampling(params: SamplingParams, index: int, vocab_size: int) -> SamplingParams:
-    """The params of one choice: a seed of its own, and no bias or ban for ids that don't exist."""
+def _sampling(params: SamplingParams, index: int, tokenizer: Tokenizer) -> SamplingParams:
+    """The params of one choice: a seed of its own, ends that are spared, no bias or ban for ids that don't exist."""
+    vocab_size = tokenizer.vocab_size
+    if params.xtc_spares_ends:
+        spared = tuple({*params.xtc_ignore_tokens, *tokenizer.eos_ids})
+        params = msgspec.structs.replace(params, xtc_ignore_tokens=spared)
     if params.seed is not None and index > 0:
         params = msgspec.structs.replace(params, seed=(params.seed + index * SEED_STEP) & SEED_MASK)
     unknown = [i for i in params.logit_bias if not 0 <= i < vocab_size]

@@ -3,7 +3,7 @@
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Concatenate
+from typing import Any, Concatenate
 
 import msgspec
 import numpy as np
@@ -137,13 +137,19 @@ def _u(state: SamplerState) -> float:
     return skewed(uniform(state.seed, state.num_output), state.params.skew)
 
 
-def _values(step: str, name: str, states: Sequence[SamplerState]) -> Doubles:
-    """A column of a step [B, 1]; neutral in rows whose plan doesn't have the step."""
-    return _column([_value(step, name, state) for state in states])
+def _values(step: str, name: str, states: Sequence[SamplerState]) -> Doubles | Ids:
+    """A column of a step [B, 1], or token ids [B, any], filled up with -1; neutral where a plan lacks the step."""
+    values = [_value(step, name, state) for state in states]
+    if not isinstance(values[0], tuple):
+        return _column(values)
+    token_ids = np.full((len(values), max(map(len, values))), -1, np.int64)
+    for line, ids in enumerate(values):
+        token_ids[line, : len(ids)] = ids
+    return token_ids
 
 
-def _value(step: str, name: str, state: SamplerState) -> float:
-    value: float
+def _value(step: str, name: str, state: SamplerState) -> Any:  # noqa: ANN401  # a number, or token ids
+    value: Any
     if step in state.plan.steps:
         value = getattr(state.params if name in _NEUTRAL else state, name)
     else:

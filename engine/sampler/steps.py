@@ -51,6 +51,8 @@ class SamplingParams(Struct, frozen=True, omit_defaults=True):
     eta_cutoff: Cutoff = 0.0
     xtc_probability: Probability = 0.0
     xtc_threshold: Probability = 0.1
+    xtc_ignore_tokens: tuple[int, ...] = ()
+    xtc_spares_ends: bool = False  # The model's end tokens are among those that it ignores, too.
     mirostat_mode: Annotated[int, Meta(ge=0, le=2)] = 0
     mirostat_tau: Positive = 5.0
     mirostat_eta: Share = 0.1
@@ -112,7 +114,7 @@ class Step:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """What `run` takes, one number for each row."""
+        """What `run` takes, one number for each row, or token ids."""
         return self.reads or self.params
 
     def is_on(self, params: SamplingParams) -> bool:
@@ -219,11 +221,12 @@ STEPS = (
     Step(
         "xtc",
         ORDERED,
-        ("xtc_probability", "xtc_threshold"),
-        "With this probability, of the tokens of at least `xtc_threshold` all but the least likely are removed. The "
-        "dice have a stream of their own under the seed.",
+        ("xtc_probability", "xtc_threshold", "xtc_ignore_tokens", "xtc_spares_ends"),
+        "With this probability, of the tokens of at least `xtc_threshold` all but the least likely are removed. Those "
+        "of `xtc_ignore_tokens` neither count nor go, with `xtc_spares_ends` the model's end tokens as well. The dice "
+        "have a stream of their own under the seed.",
         run="truncation.xtc",
-        reads=("xtc_acts", "xtc_threshold"),
+        reads=("xtc_acts", "xtc_threshold", "xtc_ignore_tokens"),
         reads_total=True,
     ),
     Step(

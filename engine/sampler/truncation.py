@@ -119,15 +119,18 @@ def top_n_sigma(candidates: Candidates, n: Doubles) -> Candidates:
     return candidates.keep(logits >= top - n * sigma, active=n > 0, is_closed=np.zeros(n.shape, np.bool_))
 
 
-def xtc(candidates: Candidates, acts: Doubles, threshold: Doubles) -> Candidates:
+def xtc(candidates: Candidates, acts: Doubles, threshold: Doubles, ignored: Ids) -> Candidates:
     """Remove all tokens of at least the threshold's probability but the least likely of them. Neutral: acts 0.
 
-    acts: 1 where the row's own dice, thrown once a token, say so. Nothing is removed where less than `min_keep` tokens
+    acts: 1 where the row's own dice, thrown once a token, say so. ignored [B, K]: tokens that neither count nor go, so
+    that an end that is likely is not put off; -1 is none. Nothing is removed where less than `min_keep` tokens
     would be left.
     Source: Weidmann 2024, "Exclude Top Choices (XTC)", text-generation-webui pull request 6335.
     """
     weights, total = candidates.weights, candidates.total
     is_likely = (weights >= threshold * total) & (weights > 0)
+    for column in ignored.T:
+        is_likely &= candidates.token_ids != column[:, None]
     place = is_likely.cumsum(1)
     removed = is_likely & (place < place[:, -1:])
     active = (acts > 0) & removed.any(1, keepdims=True)

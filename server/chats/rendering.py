@@ -11,6 +11,7 @@ from tightrope.server.chats.call_format import takes_tools, with_tool_text
 from tightrope.server.chats.messages import template_messages
 from tightrope.server.chats.requests import Message
 from tightrope.server.chats.tools import OffersTools, ToolUse, may_call, tool_use
+from tightrope.server.fields.names import Ignored
 from tightrope.server.http.hangup import or_gone
 from tightrope.server.prompts.templates import RenderedPrompt
 from tightrope.server.state import AppState
@@ -23,6 +24,7 @@ class RenderedChat:
     prompt: RenderedPrompt
     stops: Sequence[str]
     tools: ToolUse | None
+    ignored: Sequence[Ignored] = ()  # Fields that change nothing in it.
 
 
 async def render_chat(

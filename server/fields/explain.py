@@ -18,7 +18,6 @@ Explained = Annotated[dict[str, Any], Field(description="Absent unless asked for
 
 _OF_THE_CLIENT = "the client's own note"
 _WINDOW = "the window is the server's; a prompt that does not fit is refused"
-_TEMPLATE = "a variable of the chat template comes in chat_template_kwargs"
 REASONS: Mapping[str, str] = {  # Clients send these without a meaning to any server, or as near misses.
     "api_type": _OF_THE_CLIENT,
     "api_server": _OF_THE_CLIENT,
@@ -29,8 +28,6 @@ REASONS: Mapping[str, str] = {  # Clients send these without a meaning to any se
     "cache_prompt": "found tokens are always reused",
     "include_reasoning": "the text comes as the model writes it",
     "spaces_between_special_tokens": "tokens' texts are joined as they are",
-    "reasoning_effort": _TEMPLATE,
-    "enable_thinking": _TEMPLATE,
     "prediction": "drafts come from the server itself",
     "num_keep": _WINDOW,
     "n_keep": _WINDOW,

@@ -74,6 +74,7 @@ KEEP_STOP = ("include_stop_str_in_output",)
 BANNED_STRINGS = ("banned_strings", "bad_words")
 BANNED_TOKENS = ("custom_token_bans", "banned_tokens")
 ALLOWED_TOKENS = ("allowed_token_ids", "allowed_tokens")
+XTC_IGNORED = "xtc_ignore_tokens"
 ORDERS = ("sampler_priority", "samplers", "sampler_order")  # What each means is in sampler_order.py.
 
 NOT_BUILT: Mapping[str, tuple[float, str]] = {  # By name it has the neutral value, and why others are refused.
@@ -103,7 +104,7 @@ KNOWN: frozenset[str] = frozenset(  # All names that are read here are in it.
     | {*STOPS, *IGNORE_EOS, *KEEP_STOP, *BANNED_STRINGS, *BANNED_TOKENS, *ALLOWED_TOKENS}
     | {*DYNATEMP_LOW, *DYNATEMP_HIGH}
     | {"dry_sequence_breakers", "dynamic_temperature", "do_sample", "temperature_last", "stop_token_ids", "logit_bias"}
-    | {NEGATIVE, TO_THE_WINDOW, *ORDERS}
+    | {NEGATIVE, TO_THE_WINDOW, XTC_IGNORED, *ORDERS}
     | NOT_BUILT.keys()
     | WITHOUT_EFFECT.keys()
     | ROPE

@@ -22,6 +22,7 @@ from tightrope.server.fields.sampler_order import READERS
 
 MAX_STOPS = 1024  # The engine looks for each of them after each token.
 MAX_BREAKERS = 16384
+MAX_XTC_IGNORED = 256  # All candidates are compared with each of them.
 
 Fields = Mapping[str, Any]  # A request's JSON may hold anything, and its types are checked here.
 
@@ -55,6 +56,7 @@ def read_sampling(
     reading.bans()
     if reading.targets.get("dry_multiplier"):
         reading.breakers()
+    reading.ignored_by_xtc()
     reading.without_effect()
     guidance = reading.guidance()
     stop = reading.stop_rules(max_tokens, more_stops)
@@ -227,6 +229,21 @@ class _Reading:
             some = ", ".join(map(str, unknown[:8])) + (", ..." if len(unknown) > 8 else "")
             self.ignored.append((name, f"no token ids below {self.vocab_size}: {some}"))
         return known
+
+    def ignored_by_xtc(self) -> None:
+        """Token ids, or true for the model's end tokens."""
+        value, most = self.given.get(names.XTC_IGNORED), MAX_XTC_IGNORED
+        if value in (None, False, "", []):
+            return
+        if not self.targets.get("xtc_probability"):
+            self.ignored.append((names.XTC_IGNORED, "XTC is off"))
+        elif value is True:
+            self.targets["xtc_spares_ends"] = True
+        else:
+            ids = self._known_ids(names.XTC_IGNORED, _ids(names.XTC_IGNORED, value))
+            if len(ids) > most:
+                raise InvalidRequest(f"{names.XTC_IGNORED}: at most {most} tokens, not {len(ids)}", names.XTC_IGNORED)
+            self.targets["xtc_ignore_tokens"] = tuple(dict.fromkeys(ids))
 
     def breakers(self) -> None:
         name = "dry_sequence_breakers"

@@ -56,6 +56,8 @@ VALUES: Mapping[str, st.SearchStrategy[object]] = {
     "eta_cutoff": maybe(st.floats(1e-4, 0.1), 0.0),
     "xtc_probability": maybe(st.sampled_from([0.5, 1.0]), 0.0),
     "xtc_threshold": st.floats(0.01, 0.5),
+    "xtc_spares_ends": st.booleans(),  # It comes to token ids before the steps see it.
+    "xtc_ignore_tokens": st.lists(st.integers(0, 9), max_size=3).map(tuple),
     "mirostat_mode": st.sampled_from([0, 0, 0, 1, 2]),
     "mirostat_tau": st.floats(0.5, 8.0),
     "adaptive_target": maybe(st.floats(0.0, 1.0), -1.0),
@@ -207,6 +209,8 @@ STEEP = torch.tensor([0.5, 0.2, 0.15, 0.08, 0.04, 0.02, 0.01]).log()
         ({"xtc_probability": 1.0, "xtc_threshold": 0.1}, {2, 3, 4, 5, 6}),
         ({"xtc_probability": 1.0, "xtc_threshold": 0.3}, {0, 1, 2, 3, 4, 5, 6}),  # the only one stays
         ({"xtc_probability": 1.0, "xtc_threshold": 0.1, "min_keep": 6}, {0, 1, 2, 3, 4, 5, 6}),
+        ({"xtc_probability": 1.0, "xtc_threshold": 0.1, "xtc_ignore_tokens": (0,)}, {0, 2, 3, 4, 5, 6}),
+        ({"xtc_probability": 1.0, "xtc_threshold": 0.1, "xtc_ignore_tokens": (2, 6)}, {1, 2, 3, 4, 5, 6}),
         ({"top_p": 0.4, "min_keep": 3}, {0, 1, 2}),
         ({"top_k": 2, "min_keep": 3}, {0, 1, 2}),
         ({"mirostat_mode": 2, "mirostat_tau": 1.5}, {0, 1, 2}),  # mu = 3 bits: at least an eighth

@@ -7,6 +7,7 @@ from typing import Any
 import httpx
 import pytest
 from fake_api import api, events
+from fakes import EOS
 
 TEMPLATE = (
     "{% for m in messages %}[{{ m.role }}]{% if m.content is string %}{{ m.content }}{% else %}"
@@ -315,3 +316,40 @@ async def test_a_call_that_is_cut_leaks_no_mark_whole_and_streamed(choice: str) 
             joined = "".join(piece["function"]["arguments"] for piece in pieces)
             calls = whole["message"].get("tool_calls", [])
             assert joined == "".join(call["function"]["arguments"] for call in calls)
+
+
+@pytest.mark.parametrize(
+    ("fields", "wanted"),
+    [
+        ({"reasoning_effort": "none"}, "none False"),
+        ({"reasoning_effort": "high"}, "high True"),
+        ({"enable_thinking": False}, " False"),
+        ({"reasoning_effort": "high", "enable_thinking": False}, "high False"),
+        ({"reasoning_effort": "high", "chat_template_kwargs": {"enable_thinking": False}}, "high False"),
+        ({}, " "),
+    ],
+    ids=str,
+)
+async def test_an_effort_to_think_reaches_a_template_that_reads_it(fields: dict[str, Any], wanted: str) -> None:
+    template = "{{ reasoning_effort }} {{ enable_thinking }}{{ messages[0].content }}?"
+    async with api(chat_template=template) as http:
+        reply = (await http.post("/v1/chat/completions", json={**CHAT, **fields, "explain": True})).json()["explain"]
+        assert reply["prompts"][0]["text"].removeprefix("<s>") == f"{wanted}Hi?"
+        assert reply["ignored"] == []
+    async with api(chat_template=TEMPLATE) as http:
+        reply = (await http.post("/v1/chat/completions", json={**CHAT, **fields, "explain": True})).json()["explain"]
+        assert {told["field"] for told in reply["ignored"]} == fields.keys() - {"chat_template_kwargs"}
+
+
+@pytest.mark.parametrize(("spared", "reason"), [(None, "length"), (True, "stop"), ([EOS], "stop"), (f"{EOS}", "stop")])
+async def test_xtc_spares_the_end_token_where_it_is_told_to(spared: object, reason: str) -> None:
+    """Two tokens are likely, the end a little more than the other: XTC takes it away."""
+    async with api(lambda token_ids: EOS) as http:
+        bias = {"logit_bias": {str(ord("x")): 50, str(EOS): 50.5}}
+        body = {"prompt": "a?", "max_tokens": 60, "seed": 1, "xtc_probability": 1.0, "xtc_threshold": 0.1, **bias}
+        bare = {"top_k": 2, "temperature": 60}
+        reply = await http.post("/v1/completions", json={**body, **bare, "xtc_ignore_tokens": spared})
+        assert reply.status_code == 200, reply.text
+        assert reply.json()["choices"][0]["finish_reason"] == reason
+        off = await http.post("/v1/completions", json={**GOOD, "xtc_ignore_tokens": [EOS], "explain": True})
+        assert [told["field"] for told in off.json()["explain"]["ignored"]] == ["xtc_ignore_tokens"]

@@ -200,8 +200,10 @@ def _at_least(distribution: Distribution, least: float) -> Distribution:
     return renormalize([entry for entry in distribution if entry[1] >= min(least, most)])
 
 
-def xtc(distribution: Distribution, acts: bool, threshold: float, min_keep: int) -> Distribution:
-    likely = [token for token, p in distribution if p >= threshold]
+def xtc(
+    distribution: Distribution, acts: bool, threshold: float, ignored: tuple[int, ...], min_keep: int
+) -> Distribution:
+    likely = [token for token, p in distribution if p >= threshold and token not in ignored]
     removed = set(likely[:-1])
     if not acts or len(distribution) - len(removed) < min_keep:
         return distribution
@@ -301,7 +303,7 @@ def run(step: str, distribution: Distribution, params: SamplingParams, acts: boo
         case "eta_cutoff":
             return eta_cutoff(distribution, params.eta_cutoff)
         case "xtc":
-            return xtc(distribution, acts, params.xtc_threshold, params.min_keep)
+            return xtc(distribution, acts, params.xtc_threshold, params.xtc_ignore_tokens, params.min_keep)
     raise AssertionError(step)
 
 

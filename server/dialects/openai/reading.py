@@ -11,7 +11,7 @@ from tightrope.engine.types import Grammar, LogprobRequest, Prompt, TextPrompt
 from tightrope.server.asking import Asked, ask, common
 from tightrope.server.chats.messages import bent_messages
 from tightrope.server.chats.rendering import RenderedChat, render_chat
-from tightrope.server.chats.tools import ToolUse, check_tools
+from tightrope.server.chats.tools import ToolUse, check_tools, may_call
 from tightrope.server.dialects.openai.requests import ChatRequest, CompletionRequest, SamplingBody
 from tightrope.server.fields.structured import read_grammar
 from tightrope.server.prompts.prompt_formats import FIXED_VARIABLES
@@ -65,6 +65,7 @@ def chat_asked(body: ChatRequest, chat: RenderedChat, served: Served) -> Asked:
         shape=None if tools is None else partial(_chat_grammar, tools),
         ignored=[
             *([("response_format", "tool_choice forces a call, which goes before it")] if is_overruled else []),
+            *chat.ignored,
             *([("tool_choice", "no tools came")] if body.tool_choice and not body.tools else []),
         ],
         notes=prompt.notes,
@@ -76,6 +77,10 @@ def chat_asked(body: ChatRequest, chat: RenderedChat, served: Served) -> Asked:
 def template_variables(body: ChatRequest) -> dict[str, Any]:
     """The request's own variables for the template. Raises InvalidRequest for names that the server sets."""
     variables: dict[str, Any] = {}
+    if (effort := body.reasoning_effort) is not None:
+        variables |= {"reasoning_effort": effort, "enable_thinking": effort != "none"}
+    if body.enable_thinking is not None:
+        variables["enable_thinking"] = body.enable_thinking
     for name in ("template_vars", "chat_template_kwargs"):
         given: dict[str, Any] = getattr(body, name) or {}
         if taken := sorted(FIXED_VARIABLES & given.keys()):
@@ -127,7 +132,7 @@ def _prompts(body: CompletionRequest, served: Served, adapter: str | None) -> li
 async def rendered_chat(front: AppState, body: ChatRequest, request: Request) -> RenderedChat:
     """The chat's prompt by the template in use. Raises InvalidRequest, TemplateFailed and ClientGone."""
     opens_turn = not body.continue_final_message if body.add_generation_prompt is None else body.add_generation_prompt
-    return await render_chat(
+    chat = await render_chat(
         front,
         request,
         body.messages,
@@ -137,3 +142,7 @@ async def rendered_chat(front: AppState, body: ChatRequest, request: Request) ->
         variables=template_variables(body),
         documents=body.documents or (),
     )
+    source = front.template().source_for(has_tools=may_call(body))
+    read = {"reasoning_effort": ("reasoning_effort", "enable_thinking"), "enable_thinking": ("enable_thinking",)}
+    unread = [name for name in read.keys() & body.model_fields_set if not any(word in source for word in read[name])]
+    return replace(chat, ignored=[(name, "the chat template doesn't read it") for name in sorted(unread)])

@@ -82,6 +82,8 @@ class ChatRequest(SamplingBody):
     add_special_tokens: bool = Field(True, description="BOS in front where the model wants one and none is there.")
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="Variables of the chat template.")
     template_vars: dict[str, Any] | None = Field(None, description="The same, beneath chat_template_kwargs.")
+    reasoning_effort: str | None = Field(None, description="For templates that read it, or enable_thinking.")
+    enable_thinking: bool | None = Field(None, description="For templates that read it.")
     documents: list[dict[str, Any]] | None = Field(None, description="For templates that write them into the prompt.")
     tools: list[Tool] | None = None
     tool_choice: str | dict[str, Any] | None = Field(
