@@ -86,6 +86,7 @@ class Format(ABC):
     parts: ClassVar[tuple[str, ...]]  # These tensors tell that a linear is quantized; each must be there.
     optional: ClassVar[tuple[str, ...]] = ()  # A linear may have these, too.
     codes: ClassVar[str] = ""  # This tensor's rows are those of the matrix, where linears may be joined to one.
+    inputs_dim: ClassVar[int] = 0  # That dimension of it is of the inputs.
     methods: ClassVar[tuple[str, ...]] = ()  # By a quant_method of these nothing but the storing of weights changes.
 
     @classmethod

@@ -167,6 +167,7 @@ class GgufBlocks(Format):
     name = "GGUF"
     parts = ("weight",)
     codes = "weight"
+    inputs_dim = 1
 
     @classmethod
     def tells(cls, checkpoint: Checkpoint, tensor: str) -> bool:

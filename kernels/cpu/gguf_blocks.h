@@ -4,6 +4,7 @@
 
 #include <algorithm>
 
+#include "large_pages.h"
 #include "pool.h"
 #include "quantized_lines.h"
 
@@ -187,7 +188,11 @@ template <class Type> static void pack_tile(const uint8_t* raw, int outputs, int
 
 template <class Type> static void pack_as(const uint8_t* raw, int outputs, int inputs, const Packed& to) {
     const int columns = inputs / Type::VALUES;
-    pool().run((outputs + OUTPUTS - 1) / OUTPUTS, [&](int tile) { pack_tile<Type>(raw, outputs, columns, tile, to); });
+    const int64_t tiles = (outputs + OUTPUTS - 1) / OUTPUTS, blocks = tiles * OUTPUTS * columns;
+    large_pages(to.codes, blocks * Type::VALUES * Type::BITS / 8);
+    if (Type::SCALES) large_pages(to.scale_codes, blocks * Type::SCALES);
+    if (Type::MIN) large_pages(to.min_codes, blocks * Type::MIN);
+    pool().run(int(tiles), [&](int tile) { pack_tile<Type>(raw, outputs, columns, tile, to); });
 }
 
 // Rows of blocks of a type, by its number in ggml: [outputs][inputs / values] blocks. False for types not known here.

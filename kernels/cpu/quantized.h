@@ -11,6 +11,7 @@ constexpr int MOST_ROWS = LANES == 16 ? 8 : 2;  // Rows of x at a time, as many 
 constexpr int TASK = 96 * 1024;                 // Bytes of codes that hide the taking of a task.
 constexpr int KEPT = 256 * 1024;                // Bytes of codes that a core's cache keeps while many rows of x pass.
 constexpr int PASS = 512;                       // Rows of x that are held in fixed point at a time.
+constexpr int AHEAD = 2048;                     // Bytes of codes that are fetched before they are read.
 constexpr int MOST_MATRICES = 8;                // No more matrices share a call.
 
 enum ScaleKind { FLOAT16, FLOAT32, CODES };
@@ -143,7 +144,9 @@ __attribute__((noinline)) void add_groups(const Matrix& m, int tile, int first, 
         const Sums zero = zero_of<BITS, CODING>(m, tile, g);
         for (int rows = m.group_starts[g + 1] - m.group_starts[g]; rows > 0; rows -= SHARED) {
             Sums upper[SETS * T] = {}, lower[SETS * T] = {};
-            for (int left = std::min(rows, SHARED); left > 0; left -= STEP<BITS, CODING>)
+            for (int left = std::min(rows, SHARED); left > 0; left -= STEP<BITS, CODING>) {
+                if (T <= 2)  // With few rows memory is what takes the time, and its own streams end with a page of 4 KiB.
+                    for (int i = 0; i < BLOCK_LINES<BITS>; ++i) __builtin_prefetch(codes + AHEAD + i * LINE);
                 read_step<BITS, CODING>(book, codes, g % 2, [&](int quad, const Line& four) __attribute__((always_inline)) {
 #pragma GCC unroll 8
                     for (int t = 0; t < T; ++t, x += 8) {
@@ -151,6 +154,7 @@ __attribute__((noinline)) void add_groups(const Matrix& m, int tile, int first, 
                         add_products<PRODUCT_BITS>(lower[quad % SETS * T + t], four, x + 4);
                     }
                 });
+            }
 #pragma GCC unroll 8
             for (int t = 0; t < T; ++t, ++share)
                 for (int p = 0; p < PARTS; ++p) {

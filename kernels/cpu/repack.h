@@ -3,10 +3,9 @@
 // all tiles of a panel at once, so that what it reads of a row is in one piece.
 #pragma once
 
-#include <sys/mman.h>
-
 #include <algorithm>
 
+#include "large_pages.h"
 #include "pool.h"
 #include "structs.h"
 
@@ -44,15 +43,6 @@ struct Columns {
         return v;
     }
 };
-
-// Memory of that size is wanted in large pages: it is written, and read at each step, from end to end.
-inline void advise(void* memory, int64_t bytes) {
-#if defined(MADV_HUGEPAGE)
-    constexpr uintptr_t LARGE = 2 << 20;
-    const uintptr_t begin = ((uintptr_t)memory + LARGE - 1) / LARGE * LARGE, end = ((uintptr_t)memory + bytes) / LARGE * LARGE;
-    if (begin < end) madvise((void*)begin, end - begin, MADV_HUGEPAGE);  // Where it can't be, pages are small.
-#endif
-}
 
 template <int BITS> struct Form;  // Rows of a block, and the widths of its planes from the low bits up.
 template <> struct Form<2> { static constexpr int rows = 16, low = 2, high = 0; };
@@ -100,7 +90,7 @@ template <class Source> bool pack(const Source& source, const Runs& runs, uint8_
     const int tiles = (source.outputs + TILE - 1) / TILE;
     const int panel = std::max(1, std::min(PANEL, tiles / (2 * pool().threads())));
     std::atomic<bool> is_known{true};
-    advise(out, tiles * tile_bytes);
+    large_pages(out, tiles * tile_bytes);
     pool().run((tiles + panel - 1) / panel, [&](int task) {
         const int first = task * panel, last = std::min(tiles, first + panel);
         uint8_t* at = out;
@@ -144,7 +134,7 @@ inline void pack_nibbles(const uint32_t* words, int64_t stride, const int32_t* s
     static constexpr int row_of[ROWS] = {0, 4, 1, 5, 2, 6, 3, 7};
     const int count = outputs / 8, tiles = (outputs + TILE - 1) / TILE;
     const int64_t tile_bytes = int64_t(stored) * TILE / 2;
-    advise(out, tiles * tile_bytes);
+    large_pages(out, tiles * tile_bytes);
     pool().run((count + WORDS - 1) / WORDS, [&](int task) {
         const int first = task * WORDS, some = std::min(WORDS, count - first);
         uint8_t* to = out + int64_t(task) * (WORDS / 2) * tile_bytes;
@@ -196,7 +186,7 @@ void unpack_rows(const uint32_t* words, int64_t stride, const int32_t* starts, i
 inline void nf4(const uint8_t* bytes, const float* block_scales, int64_t blocksize, int64_t run, int inputs, int outputs,
                 uint32_t* codes, float* scales) {
     const int tiles = (outputs + TILE - 1) / TILE, eights = inputs / 8, runs = inputs / run;
-    advise(codes, 4l * tiles * eights * TILE);
+    large_pages(codes, 4l * tiles * eights * TILE);
     pool().run(tiles, [&](int tile) {
         uint32_t* to = codes + int64_t(tile) * eights * TILE;
         float* scale_to = scales + int64_t(tile) * runs * TILE;
@@ -222,7 +212,7 @@ template <class Bits> bool copy_finite(const Bits* from, int64_t count, Bits inf
     constexpr int64_t PIECE = (1 << 20) / sizeof(Bits);
     constexpr Bits magnitude = Bits(~Bits(0)) >> 1;
     std::atomic<bool> are_finite{true};
-    advise(to, count * sizeof(Bits));
+    large_pages(to, count * sizeof(Bits));
     pool().run(int((count + PIECE - 1) / PIECE), [&](int task) {
         const int64_t begin = task * PIECE, end = std::min(count, begin + PIECE);
         Bits largest = 0;

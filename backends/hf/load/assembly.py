@@ -190,10 +190,10 @@ class _Assembler:
         apart: list[Take] = [new_tiles for _ in rows]
         if not form.codes or None in modules or any(count % TILE for _, count in rows[:-1]):
             return apart
-        packed = [self.found.packed(module) for module in modules if module is not None]
+        dim, packed = form.inputs_dim, [self.found.packed(module) for module in modules if module is not None]
         if any(not one.has(form.codes) for one in packed):
             return apart  # What is missing is said by the format's own check.
-        if len({one.entry(form.codes).shape[:1] for one in packed}) > 1:
+        if len({one.entry(form.codes).shape[dim : dim + 1] for one in packed}) > 1:
             return apart
         starts = [0, *accumulate(-(-count // TILE) for _, count in rows)]
         room = Room(starts.pop())
