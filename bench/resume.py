@@ -1,12 +1,13 @@
 """Kill a server's engine with -9 in the middle of answers, or cut its clients off, and look whether each goes on.
 
-    python -m bench.resume [--kills 200 | --cuts 200] [--model MODEL | --tiny] [--together 4]
+    python -m bench.resume [--kills 200 | --cuts 200] [--model MODEL | --tiny] [--gguf-engine llama.cpp] [--together 4]
 
 The answers, every second one greedy and the others with a seed, are asked of one server that is left alone, and then of
 another whose engine is killed at a random token of each, or whose sockets are cut at a random byte, several times an
 answer. Several together are asked as often, all of which one kill hits: of these no token that was given out may be
 lost, doubled or changed, and how many texts are equal is told. Prompts fit one step, since how many tokens longer ones
-have in each depends on the time that steps take, and so do the last bits. Writes bench/results/resume.json.
+have in each depends on the time that steps take, and so do the last bits. Puts its row into bench/results/resume.json,
+in place of one of the same kind.
 """
 
 import argparse
@@ -16,9 +17,10 @@ import random
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
+from typing import Any, get_args
 
 import httpx
 from tqdm import tqdm
@@ -28,6 +30,7 @@ from bench.peers import StartFailed, end_servers_when_told
 from bench.served import Served, add_model_options, chosen_model, last_lines_of_tracebacks, serving
 from bench.stats import spread
 from bench.watch import engine_process, held, line, verdict
+from tightrope.backends.settings import GgufEngine
 
 ANSWER_TOKENS, PATIENCE_S = 48, 180.0
 WARM = 8  # so many kills come before memory is looked at
@@ -200,20 +203,31 @@ def parts_at(expected: Answer, answer: Answer) -> int | None:
     return None if answer.token_ids == expected.token_ids else same
 
 
-def results(found: Found, bars: list[dict[str, object]], setup: dict[str, object]) -> dict[str, object]:
-    """All of it as JSON."""
-    pairs = list(zip(found.expected, found.answers, strict=True))
-    rows = [
-        {**asdict(answer), "parts_at": parts_at(expected, answer), "text": None, "token_ids": None}
-        for expected, answer in pairs
-    ]
+def row(found: Found, bars: list[dict[str, object]], setup: dict[str, object]) -> dict[str, object]:
+    """What came of one run, as JSON."""
+    places = [parts_at(expected, answer) for expected, answer in zip(found.expected, found.answers, strict=True)]
+    answers = found.answers
     return {
         "setup": setup,
+        "date": report.environment()["date"],
         "bars": bars,
-        "equal": sum(row["parts_at"] is None for row in rows),
-        "pause_s": spread([round(answer.pause_s, 2) for answer in found.answers]),
-        "answers": [{key: value for key, value in row.items() if value is not None} for row in rows],
+        "answers": len(answers),
+        "equal": places.count(None),
+        "parted": [
+            {"number": number, "at_kill": answers[number].at_kill, "parts_at": place}
+            for number, place in enumerate(places)
+            if place is not None
+        ],
+        "num_cuts": sum(answer.num_cuts for answer in answers),
+        "at_kill": spread([answer.at_kill for answer in answers]),
+        "pause_s": spread([round(answer.pause_s, 2) for answer in answers]),
     }
+
+
+def with_row(path: Path, new: dict[str, object]) -> list[object]:
+    """The rows of a file of results, with this one in place of an earlier one of its setup."""
+    rows: list[Any] = json.loads(path.read_text())["results"]["rows"] if path.exists() else []
+    return [*(row for row in rows if row["setup"] != new["setup"]), new]
 
 
 NUM_CUT = 16  # so many answers are read in turn while sockets are cut
@@ -226,6 +240,7 @@ def main() -> None:
     what.add_argument("--cuts", type=int, default=0, help="cut so many sockets instead")
     parser.add_argument("--together", type=int, default=1, help="answers that one kill hits")
     parser.add_argument("--threads", type=int, default=0, help="of the engine; 0 is one per physical core")
+    parser.add_argument("--gguf-engine", default="auto", choices=get_args(GgufEngine), help="what runs a .gguf file")
     add_model_options(parser)
     parser.add_argument("--seed", type=int, default=0, help="of the tokens at which engines are killed")
     parser.add_argument("--name", default="resume", help="results go to bench/results/NAME.json")
@@ -235,6 +250,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         model = chosen_model(options, Path(place))
         flags = ["--max-num-seqs", "4", "--max-model-len", "2048", "--threads", str(options.threads)]
+        flags += ["--gguf-engine", options.gguf_engine]
         try:
             (Path(place) / "a").mkdir()
             with serving(model, Path(place) / "a", f"{options.name}-undisturbed", flags) as served:
@@ -251,8 +267,15 @@ def main() -> None:
     found = Found(matching, answers, grown_mib, tracebacks)
     bars = verdicts(found, options.together)
     kind = {"cuts": options.cuts} if options.cuts else {"kills": options.kills, "together": options.together}
-    setup: dict[str, object] = {"model": model.name, **kind, "threads": options.threads, "seed": options.seed}
-    print(report.write(options.name, results(found, bars, setup)))
+    setup: dict[str, object] = {
+        "model": model.name,
+        "gguf_engine": options.gguf_engine,
+        **kind,
+        "threads": options.threads,
+        "seed": options.seed,
+    }
+    path = report.RESULTS / f"{options.name}.json"
+    print(report.write(options.name, {"rows": with_row(path, row(found, bars, setup))}))
     print("\n".join(map(line, bars)))
 
 

@@ -1,8 +1,11 @@
 """What the measurement of killed engines and cut sockets makes of what it has seen."""
 
+import json
+from pathlib import Path
+
 import pytest
 
-from bench.resume import ANSWER_TOKENS, Answer, Found, verdicts, whole_events
+from bench.resume import ANSWER_TOKENS, Answer, Found, row, verdicts, whole_events, with_row
 
 pytestmark = pytest.mark.quick
 
@@ -34,3 +37,14 @@ def test_of_a_stream_that_was_cut_only_whole_events_count():
         b"id: a.1\ndata: {}",
         b"id: a.2\ndata: {}",
     ]
+
+
+def test_a_run_takes_the_place_of_the_one_of_its_setup_and_tells_where_a_text_parted(tmp_path: Path):
+    path = tmp_path / "resume.json"
+    other = Answer((*range(40), 0, *range(41, ANSWER_TOKENS)), "next", True, at_kill=30)
+    for name, answer in (("a", WHOLE), ("b", WHOLE), ("a", other)):
+        new = row(Found([WHOLE, WHOLE], [WHOLE, answer], 0.0, []), [], {"model": name})
+        path.write_text(json.dumps({"results": {"rows": with_row(path, new)}}))
+    rows = json.loads(path.read_text())["results"]["rows"]
+    assert [(one["setup"]["model"], one["equal"]) for one in rows] == [("b", 2), ("a", 1)]
+    assert rows[1]["parted"] == [{"number": 1, "at_kill": 30, "parts_at": 40}]
