@@ -6,6 +6,7 @@ States that it can go back to, and windows that it has moved on from, belong to 
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from tightrope.backends.removals import num_left
 from tightrope.backends.sessions.folder import Folder, Stored
 from tightrope.backends.sessions.piece import Ints, has_moved_on, num_common, tokens_of
 
@@ -53,7 +54,8 @@ def _belong_together(tokens: Ints, path: list[Stored], others: Ints, paths: list
     """Whether two texts are of one chat: the second isn't shorter than the first."""
     if path[-1].header.fingerprint != paths[0][-1].header.fingerprint:
         return False
-    return num_common(tokens, others) == len(tokens) or has_moved_on(tokens, others) or has_moved_on(others, tokens)
+    is_beginning = num_common(tokens, others) == len(tokens)
+    return is_beginning or has_moved_on(tokens, others) or 2 * num_left(others, tokens) >= len(tokens)
 
 
 def _chat(paths: list[list[Stored]]) -> Chat:

@@ -112,7 +112,7 @@ def goes_back(model: Path, chat: list[int], window: int, tmp_path: Path, monkeyp
     """Another answer is asked for to a chat's prompt, in the process that knows it and in the next one."""
     monkeypatch.setattr(opening, "read_seconds", lambda folder: 0.0)  # So small a model is faster than a disk.
     prompt, answer = chat[:-20], chat[-20:]
-    first = load("llama.cpp", model=model, window=window, tokens=window, session_dir=str(tmp_path / "chats"))
+    first = load("llama.cpp", model=model, window=window, tokens=2 * window, session_dir=str(tmp_path / "chats"))
     for length in (len(prompt) - 50, len(prompt)):  # Two turns.
         turn(first, prompt[:length], answer=answer)
     write_rest(60)
@@ -120,7 +120,7 @@ def goes_back(model: Path, chat: list[int], window: int, tmp_path: Path, monkeyp
     found, stayed = turn(first, prompt)
     assert found == len(prompt) - 1
     first.close()
-    after = load("llama.cpp", model=model, window=window, tokens=window, session_dir=str(tmp_path / "then"))
+    after = load("llama.cpp", model=model, window=window, tokens=2 * window, session_dir=str(tmp_path / "then"))
     assert turn(after, [*prompt[:-1], 7], "another key")[0] == 0
     found, came_back = turn(after, prompt)
     assert found == len(prompt) - 1

@@ -62,7 +62,8 @@ def test_what_else_is_kept_of_a_chat_belongs_to_it(folder: Folder, capsys: pytes
     text = [*range(1000, 1400)]
     window = piece_of([*text[:40], *text[120:], *range(2000, 2050)])  # The chat, once its oldest message had gone.
     state, older = piece_of(window.token_ids[:300], is_whole=True), piece_of(text)
-    for piece in (state, older, window):
+    begun = piece_of([*text[:40], *text[130:200]])  # A window that is being computed again.
+    for piece in (state, older, window, begun):
         folder.write(piece, bytes_of(piece), FINGERPRINT, "a model")
     minute_ago_s = (folder.path / f"{window.name.hex()}.run").stat().st_mtime - 60
     os.utime(folder.path / f"{older.name.hex()}.run", (minute_ago_s, minute_ago_s))
