@@ -12,6 +12,7 @@ from recurrent_gguf import write_lfm2, write_mamba
 
 from tightrope.backends.detect import open_backend
 from tightrope.backends.errors import BackendError
+from tightrope.backends.gguf.cache import SharedKVCache
 from tightrope.backends.protocol import Backend, Chunk
 from tightrope.backends.sessions import opening
 from tightrope.backends.sessions.store import write_rest
@@ -117,14 +118,16 @@ def goes_back(model: Path, chat: list[int], window: int, tmp_path: Path, monkeyp
         turn(first, prompt[:length], answer=answer)
     write_rest(60)
     shutil.copytree(tmp_path / "chats", tmp_path / "then")
+    assert isinstance(first.kv, SharedKVCache)
+    first.kv._swap_out_idle(0)  # What comes back lies in other cells, whose order decides how sums are rounded.
     found, stayed = turn(first, prompt)
     assert found == len(prompt) - 1
     first.close()
     after = load("llama.cpp", model=model, window=window, tokens=2 * window, session_dir=str(tmp_path / "then"))
-    assert turn(after, [*prompt[:-1], 7], "another key")[0] == 0
     found, came_back = turn(after, prompt)
     assert found == len(prompt) - 1
     assert torch.equal(stayed, came_back)
+    assert turn(after, [*prompt[:-1], 7], "another key")[0] == 0
     after.close()
 
 
