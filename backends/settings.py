@@ -129,7 +129,7 @@ class ModelSettings(BaseModel, frozen=True, extra="forbid"):
     dtype: Dtype = Field("auto", description="Of hidden states on a GPU; auto is the files' if it has 16 bits.")
     matmul_sums: SumsDtype = Field("float32", description="Of products of float16 numbers on a GPU.")
     batch_invariant: bool = Field(
-        False, description="Whether bf16 weights on a CPU give prompts the same bits however they are cut, too."
+        False, description="Whether plain weights on a CPU give the same bits in every batch, too."
     )
     gpu_memory_fraction: float = Field(1.0, gt=0, le=1, description="Most of a card's whole memory that is taken.")
     cache: CacheSettings = CacheSettings()

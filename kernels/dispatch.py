@@ -283,7 +283,7 @@ def set_threads(num_threads: int) -> None:
 
 
 def set_batch_invariant(*, is_wanted: bool) -> None:
-    """From now on give rows of products by plain bfloat16 weights on a CPU the same bits however many there are.
+    """From now on give rows of products by plain weights on a CPU the same bits however many there are.
 
     Products by quantized weights, and attention, are so in any case.
     """

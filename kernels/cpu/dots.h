@@ -8,7 +8,7 @@
 #include "pool.h"
 #include "units.h"
 
-constexpr int FEW = 24;  // No more rows of x go this way.
+constexpr int FEW = 64;  // No more rows of x go this way; those that are decoded together are seldom more.
 constexpr int REGISTERS = LANES == 16 ? 32 : 16;
 constexpr int MOST_COLUMNS = LANES == 16 ? 8 : 4;  // Rows of x are taken so many at a time.
 constexpr int MOST_DEPTH = 768;  // Inputs at a time, however many rows there are: they stay in a core's first cache.

@@ -2,7 +2,7 @@
 
 #include "low_rank.h"
 
-// Whether rows of bfloat16 products are to have the same bits however many there are: many run in floats then, too.
+// Whether rows of products are to have the same bits however many there are. Many take more time then.
 EXPORT void tightrope_set_batch_invariant(int is_wanted) { is_batch_invariant = is_wanted != 0; }
 
 // dtype: 0 float32, 1 bfloat16, 2 float16

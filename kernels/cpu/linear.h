@@ -1,8 +1,9 @@
 // x [T, K] float32 times the transpose of a weight [N, K] of any float type.
 //
 // Few rows take dots.h's way. Many: columns of x are packed to panels, rows of the weight expanded to float32 a few at a
-// time; arithmetic is the limit. There a vector's lanes have sums of their own, which a tree joins: here these are taken
-// one after the other, so that a row's result is the same, to the last bit.
+// time; arithmetic is the limit. There a vector's lanes have sums of their own, which a tree joins. Where rows are to be
+// batch invariant these are taken one after the other here, so that a row's result is the same, to the last bit; else a
+// product has one sum, which takes less time.
 #pragma once
 
 #include "linear_words.h"
@@ -16,10 +17,13 @@ INLINE int lane_at(int place) {
     for (int bit = 1; bit < LANES; bit *= 2) lane |= place & bit ? LANES / 2 / bit : 0;
     return lane;
 }
-// Where input k of a part `depth` deep stands in a panel: by lane, and there in the order of `widen`.
+static bool is_batch_invariant = false;  // See linear.cpp.
+
+// Where input k of a part `depth` deep stands in a panel: as `widen` leaves it, by lane where these have their own sums.
 template <class W> INLINE int place_of(int k, int depth) {
     constexpr int PARTS = PARTS_OF<W>;
     const int lane = k % STEP_OF<W> / PARTS;
+    if (!is_batch_invariant) return k / STEP_OF<W> * STEP_OF<W> + k % PARTS * LANES + lane;
     int place = 0;
     while (lane_at(place) != lane) ++place;
     return place * (depth / LANES) + k / STEP_OF<W> * PARTS + k % PARTS;
@@ -57,13 +61,21 @@ INLINE void block(const Linear& l, const float* expanded, const float* panel, in
     Floats joined[5][TALL][WIDE];  // Sums of 1, 2, 4 ... lanes that wait for as many more.
     const int each = depth / LANES;
     int level = 0;
-    for (int place = 0; place < LANES; ++place) {
+    for (int place = 0; place < (is_batch_invariant ? LANES : 1); ++place) {
         Floats acc[TALL][WIDE] = {};
-        outer_products<TALL, EXPANDED, LANES>(acc, expanded + lane_at(place), panel + size_t(place) * each * PANEL, each);
+        if (is_batch_invariant)
+            outer_products<TALL, EXPANDED, LANES>(acc, expanded + lane_at(place), panel + size_t(place) * each * PANEL, each);
+        else
+            outer_products<TALL, EXPANDED, 1>(acc, expanded, panel, depth);
         for (level = 0; place >> level & 1; ++level)
+#pragma GCC unroll 16
             for (int i = 0; i < TALL; ++i)
-                for (int j = 0; j < WIDE; ++j) acc[i][j] = joined[level][i][j] + acc[i][j];
-        memcpy(joined[level], acc, sizeof acc);
+#pragma GCC unroll 2
+                for (int j = 0; j < WIDE; ++j) acc[i][j] += joined[level][i][j];
+#pragma GCC unroll 16
+        for (int i = 0; i < TALL; ++i)
+#pragma GCC unroll 2
+            for (int j = 0; j < WIDE; ++j) joined[level][i][j] = acc[i][j];
     }
     const int columns = std::min(PANEL, l.rows - first_row), rows = std::min(TALL, l.outputs - n);
     float lanes[TALL][PANEL];
@@ -108,8 +120,6 @@ template <class W> void linear_many_rows(const Linear& l) {
         }
     }
 }
-
-static bool is_batch_invariant = false;  // See linear.cpp.
 
 template <class W> void linear(const Linear& l) {
 #if defined(__AVX512VNNI__)

@@ -33,7 +33,15 @@ template <class V> INLINE V load_as(const void* from) {
 }
 INLINE Floats load(const float* from) { return load_as<Floats>(from); }
 INLINE void store(float* to, Floats v) { memcpy(to, &v, sizeof v); }
-INLINE Floats all(float x) { return Floats{} + x; }
+INLINE Floats all(float x) {  // Not as a sum with zeros, which keeps an addition: it turns -0 to 0.
+#if defined(__AVX512F__)
+    return (Floats)_mm512_set1_ps(x);
+#elif defined(__AVX2__)
+    return (Floats)_mm256_set1_ps(x);
+#else
+    return Floats{x, x, x, x};
+#endif
+}
 INLINE Ints all(int x) { return Ints{} + x; }
 
 INLINE Floats larger(Floats a, Floats b) {
@@ -46,19 +54,8 @@ INLINE Floats larger(Floats a, Floats b) {
 #endif
 }
 
-// c + a * b, rounded once where the processor can: written out where two ways must give the same bits.
-INLINE Floats plus_product(Floats c, Floats a, Floats b) {
-#if defined(__AVX512F__)
-    return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-#elif defined(__FMA__)
-    return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
-#elif defined(__FP_FAST_FMAF)
-    for (int i = 0; i < LANES; ++i) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
-    return c;
-#else
-    return c + a * b;
-#endif
-}
+// c + a * b, rounded once where the processor can: compilers fuse what stands in one expression, and do so everywhere.
+INLINE Floats plus_product(Floats c, Floats a, Floats b) { return c + a * b; }
 INLINE Floats root(Floats x) {
 #if defined(__AVX512F__)
     return (Floats)_mm512_maskz_sqrt_ps(0xffff, (__m512)x);

@@ -225,8 +225,8 @@ OPTIONS: Mapping[str, Option] = {
     "batch-invariant": Option(
         (*_MODEL, "batch_invariant"),
         "speed",
-        "give the same text whatever else runs with bf16 weights on a CPU, too, whose prompts then take longer; "
-        "other formats do in any case",
+        "give the same text whatever else runs with weights of 16 or 32 bits on a CPU, too, whose prompts then take "
+        "longer; quantized ones do in any case",
         "",
         is_flag=True,
     ),
