@@ -63,13 +63,15 @@ class Grammar(Struct, frozen=True):
     """What the answer may look like; `field` is the request's name for it.
 
     `text` by kind: a JSON schema as JSON; a regular expression that the whole answer matches; a JSON list of texts; a
-    grammar of the client's, in GBNF or Lark; a Lark grammar of the front's own making.
+    grammar of the client's, in GBNF or Lark; a Lark grammar of the front's own making. A `frame` is a Lark grammar
+    around it, in which `@answer` stands for it; the empty one is none.
     """
 
     kind: GrammarKind
     text: str
     field: str
     is_compact: bool = False  # JSON under a schema has no white space between its parts.
+    frame: str = ""
 
 
 class Guidance(Struct, frozen=True):
@@ -94,6 +96,7 @@ class GenerateRequest(Struct, frozen=True):
     truncate_to: int | None = None  # Only the last n tokens of the prompt are kept.
     reserve_tokens: int | None = None  # So many new tokens must fit the window; None is 1, if any are asked for.
     skip_special_tokens: bool = True
+    shown_tokens: tuple[str, ...] = ()  # Special tokens of these texts are shown even so.
     cache_reuse: CacheReuse = "moved"  # Its prompt may be answered over cached tokens of this kind.
     namespace: str = ""  # Requests of different namespaces never share cached tokens.
     adapter: str | None = None  # It names one that is loaded; its cached tokens are shared with nobody else's.

@@ -30,6 +30,7 @@ class Writer:
         self._request_id, self.index = request.request_id, index
         self._stop = request.stop
         self._skips_special = request.skip_special_tokens
+        self._shown = frozenset(text.encode() for text in request.shown_tokens)
         self._max_tokens = max_tokens
         self._detokenizer = Detokenizer(request.stop.strings, keep_stop_text=request.stop.keep_stop_text)
         banned = request.sampling.banned_strings
@@ -59,7 +60,7 @@ class Writer:
         is_end = token_id in tokenizer.eos_ids or token_id in stop.token_ids
         before = self._detokenizer if self._banned is None else self._detokenizer.copy()
         shown = text = ""
-        if not is_end and not (is_special and self._skips_special):
+        if not is_end and not (is_special and self._skips_special and raw not in self._shown):
             shown, text = self._detokenizer.feed(raw, watch=self.num_tokens > stop.min_tokens)
         alternatives = top_tokens(top, tokenizer) if top else ()
         given = [PendingToken(Token(token_id, raw, text, logprob, is_special, alternatives), shown, before)]

@@ -84,6 +84,7 @@ class ReadBody:
     # It is told the grammar that `given` asks for, and returns the one to be used.
     shape: Callable[[Grammar | None], Grammar | None] | None = None
     ignored: Sequence[Ignored] = ()  # The dialect itself passes over these.
+    shown_tokens: tuple[str, ...] = ()  # The dialect tells parts of an answer apart by these special tokens.
     shows_progress: bool = True  # Its streams have a place for how far a prompt has been read.
     bent: Sequence[Bent] = ()  # What the dialect itself has taken for what it plainly means.
     notes: tuple[str, ...] = ()  # They say how the prompt was made.
@@ -151,6 +152,7 @@ def ask(prefix: str, prompts: Sequence[Prompt], read: ReadBody, served: Served) 
             prompt_logprobs=read.prompt_logprobs,
             truncate_to=_last_tokens(shared.truncate_prompt_tokens, served),
             skip_special_tokens=shared.skip_special_tokens,
+            shown_tokens=read.shown_tokens,
             cache_reuse=shared.cache_reuse,
             namespace=shared.cache_salt or "",
             adapter=read.adapter,

@@ -178,6 +178,15 @@ class _Vocabulary:
 
 def native_grammar(grammar: Grammar, edited: Callable[[str], str] = str) -> str:
     """A request's grammar in llguidance's form, its Lark `edited`. Raises ValueError with what is wrong with it."""
+    source = _native_text(grammar, edited)
+    if not grammar.frame:
+        return source
+    is_lark = grammar.kind in ("grammar", "lark")
+    answer = {"lark_grammar": source} if is_lark else json.loads(source)["grammars"][0]
+    return json.dumps({"grammars": [{"lark_grammar": edited(grammar.frame)}, {**answer, "name": "answer"}]})
+
+
+def _native_text(grammar: Grammar, edited: Callable[[str], str]) -> str:
     if len(grammar.text) > MAX_BYTES:
         raise ValueError(f"it is longer than {MAX_BYTES} bytes")
     match grammar.kind:

@@ -86,4 +86,7 @@ def _arguments(arguments: str | dict[str, Any]) -> object:
 
 def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
     thought = next((message[name] for name in REASONING if name in message), None)
-    return message if thought is None else {"thinking": thought, **message, "reasoning_content": thought}
+    if thought is None:
+        return message
+    made = {"thinking": thought, **message, "reasoning_content": thought}
+    return made if "reasoning" in made else {**made, "reasoning": thought}

@@ -1,9 +1,8 @@
 """What a chat's tools come to: what the template is shown, how calls are written, and whether one is forced.
 
-A call is written as the model was trained to: as ChatML models do, `<tool_call>` around a JSON object of name and
-arguments, or as Llama 3 does, a bare JSON object of name and parameters. Which, the chat template tells. A forced call
-is written by a grammar made of the function's JSON schema; with tool_choice "auto" the model writes freely, and what
-it writes is looked through for calls.
+A call is written as the model was trained to, which its chat template tells. A forced call is written by a grammar made
+of the function's JSON schema; with tool_choice "auto" the model writes freely, and what it writes is looked through for
+calls.
 """
 
 import re
@@ -14,12 +13,12 @@ from tightrope.engine.errors import InvalidRequest
 from tightrope.engine.guided.json_schema import malformed, schema_fault
 from tightrope.engine.guided.loosening import loosened
 from tightrope.engine.types import Grammar
-from tightrope.server.chats.call_format import NAME_CHARACTER, CallFormat, call_format
-from tightrope.server.chats.call_parser import CallParser
 from tightrope.server.chats.requests import Function, Tool
+from tightrope.server.replies.calls.form import ANY, CallForm, Functions
+from tightrope.server.replies.lark import Spelling
 
 MAX_TOOLS = 128
-_NAME = re.compile(rf"{NAME_CHARACTER}{{1,128}}")
+_NAME = re.compile(r"[a-zA-Z0-9_./:-]{1,128}")  # Gateways join names with dots and slashes.
 
 
 class OffersTools(Protocol):
@@ -38,15 +37,34 @@ class ToolUse:
     """The tools that a chat may call."""
 
     shown: list[dict[str, Any]]  # The template gets the request's own JSON.
-    names: frozenset[str]
-    call_format: CallFormat
-    grammar: Grammar | None  # A forced call has one, and so has free text in which calls of strict functions are valid.
-    is_forced: bool
-    stops: tuple[str, ...]  # They end an answer that may hold one call.
+    functions: Functions
+    forced: Functions  # One of these must be called; where there are none, the model is free.
+    strict: frozenset[str]  # Calls of these that the model decides on are valid.
+    one_call: bool  # An answer holds one call at most.
 
-    def parser(self) -> CallParser:
-        """Reads the calls of one answer."""
-        return CallParser(self.call_format, self.names, is_forced=self.is_forced)
+    @property
+    def is_forced(self) -> bool:
+        return bool(self.forced)
+
+    @property
+    def needs_grammar(self) -> bool:
+        return bool(self.forced or self.strict)
+
+    def grammar(self, form: CallForm, spelling: Spelling) -> Grammar | None:
+        """That of a forced call, or of free text in which calls of strict functions are valid.
+
+        Raises InvalidRequest for a schema that can't be enforced in this form.
+        """
+        if self.is_forced:
+            return Grammar("lark", form.forced(self.forced, spelling, one_call=self.one_call), "tools")
+        if self.strict:
+            held = {name: schema if name in self.strict else ANY for name, schema in self.functions.items()}
+            return Grammar("lark", form.free(held, spelling, one_call=self.one_call), "tools")
+        return None
+
+    def stops(self, form: CallForm) -> tuple[str, ...]:
+        """What ends an answer that may hold one call."""
+        return (form.stop,) if self.one_call and form.stop and not self.is_forced else ()
 
 
 def check_tools(body: OffersTools) -> None:
@@ -115,24 +133,16 @@ def may_call(body: OffersTools) -> bool:
     return bool(body.tools) and body.tool_choice != "none"
 
 
-def tool_use(body: OffersTools, template: str) -> ToolUse | None:
-    """The tools of a checked request, for a model with this template; None where none may be called."""
+def tool_use(body: OffersTools) -> ToolUse | None:
+    """The tools of a checked request; None where none may be called."""
     if not body.tools or not may_call(body):
         return None
-    written = call_format(template)
     functions = [tool.function for tool in body.tools]
-    forced = _forced(body)
-    one_call = _chosen(body) is not None or not body.parallel_tool_calls or not written.opening
-    text: str | None = None
-    if forced:
-        text = written.grammar({f.name: enforced_schema(f) for f in forced}, one_call=one_call)
-    elif any(f.strict for f in functions):
-        text = written.free_grammar({f.name: (f.parameters or {}) if f.strict else {} for f in functions})
+    forced = {function.name: enforced_schema(function) for function in _forced(body)}
     return ToolUse(
         shown=[{"type": tool.type, **tool.given} if "type" not in tool.given else tool.given for tool in body.tools],
-        names=frozenset(f.name for f in functions),
-        call_format=written,
-        grammar=None if text is None else Grammar("lark", text, "tools"),
-        is_forced=bool(forced),
-        stops=(written.closing,) if one_call and written.closing and not forced else (),
+        functions={function.name: function.parameters or {} for function in functions},
+        forced=forced,
+        strict=frozenset(function.name for function in functions if function.strict and not forced),
+        one_call=_chosen(body) is not None or not body.parallel_tool_calls,
     )

@@ -26,7 +26,6 @@ REASONS: Mapping[str, str] = {  # Clients send these without a meaning to any se
     "num_ctx": _WINDOW,
     "n_probs": "logprobs decides here",
     "cache_prompt": "found tokens are always reused",
-    "include_reasoning": "the text comes as the model writes it",
     "spaces_between_special_tokens": "tokens' texts are joined as they are",
     "prediction": "drafts come from the server itself",
     "num_keep": _WINDOW,

@@ -67,7 +67,7 @@ LOST: Mapping[str, Lost] = {
     **{name: Lost(why, (neutral,)) for name, (neutral, why) in NOT_BUILT.items()},
     "use_beam_search": Lost(_NOT_BUILT),
     **dict.fromkeys(("watermark", "watermarking", "documents", "prompt_embeds"), Lost(_NOT_BUILT)),
-    **dict.fromkeys(("web_search_options", "think", "thinking_token_budget"), Lost(_NOT_BUILT)),
+    **dict.fromkeys(("web_search_options", "think", "thinking_token_budget", "thinking_budget"), Lost(_NOT_BUILT)),
     **dict.fromkeys(("logprob_token_ids", "post_sampling_probs"), Lost(_NOT_BUILT)),
     "truncation_side": Lost("a prompt that is cut keeps its end", ("left",)),
 }

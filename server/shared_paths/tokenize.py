@@ -38,6 +38,7 @@ class CountedChat(ChatRequest):
 
     without_effect = frozenset(
         {*KNOWN, *structured.NAMES, *SamplingBody.model_fields, "logprobs", "top_logprobs", "parallel_tool_calls"}
+        | {"include_reasoning", "reasoning_format", "thinking_token_budget", "thinking_budget"}
         - {"truncate_prompt_tokens"}
     )
 

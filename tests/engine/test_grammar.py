@@ -7,7 +7,7 @@ import re
 import jsonschema
 import numpy as np
 import pytest
-from fakes import EOS, VOCAB_SIZE, ByteTokenizer
+from fakes import EOS, ByteTokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -31,7 +31,9 @@ def schema(value: object) -> Matcher:
 
 
 def allowed(matcher: Matcher) -> set[int]:
-    return set(np.flatnonzero(np.unpackbits(masks([matcher])[0], count=VOCAB_SIZE, bitorder="little")).tolist())
+    return set(
+        np.flatnonzero(np.unpackbits(masks([matcher])[0], count=matcher.num_words * 32, bitorder="little")).tolist()
+    )
 
 
 def say(matcher: Matcher, text: str) -> bool:

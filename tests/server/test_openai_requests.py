@@ -49,7 +49,7 @@ def chat(**fields: object) -> GenerateRequest:
     body = ChatRequest.model_validate({"messages": USER, **fields})
     refuse_unread(body)  # as the route does
     check_chat(body, SERVED)
-    (request,) = without_id(chat_asked(body, RenderedChat(RenderedPrompt((Span("prompt"),)), (), None), SERVED))
+    (request,) = without_id(chat_asked(body, RenderedChat(RenderedPrompt((Span("prompt"),))), SERVED))
     return request
 
 
@@ -363,7 +363,7 @@ def test_templates_are_shown_the_requests_own_json() -> None:
         }
     )
     body = ChatRequest.model_validate(parse_json(raw.encode()))
-    tools = tool_use(body, "tools")
+    tools = tool_use(body)
     assert tools is not None
     assert json.dumps(tools.shown) == json.dumps([tool])
     function = {"arguments": {"b": 1.0, "a": [None, 1e23]}, "name": "f"}

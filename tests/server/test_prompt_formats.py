@@ -212,9 +212,7 @@ def test_a_formats_stops_are_added_to_the_requests_own(name: str, stops: tuple[s
     template = ChatTemplate(INFO, name)
     body = ChatRequest.model_validate({"messages": [HELLO], "stop": ["#"]})
     served = Served("m", INFO, LimitSettings(), 4)
-    (request,) = chat_asked(
-        body, RenderedChat(RenderedPrompt((Span("prompt"),)), template.stops, None), served
-    ).requests
+    (request,) = chat_asked(body, RenderedChat(RenderedPrompt((Span("prompt"),)), template.stops), served).requests
     assert request.stop.strings == ("#", *stops)
 
 

@@ -13,7 +13,6 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from tightrope.engine.types import ModelInfo
-from tightrope.server.chats.call_format import takes_tools
 from tightrope.server.chats.messages import template_messages
 from tightrope.server.chats.tools import tool_use
 from tightrope.server.dialects.openai.reading import template_variables
@@ -21,6 +20,7 @@ from tightrope.server.dialects.openai.requests import ChatRequest
 from tightrope.server.http.body import parse_json
 from tightrope.server.prompts.template_renderer import TemplateRenderer
 from tightrope.server.prompts.templates import ChatTemplate, RenderedPrompt
+from tightrope.server.replies.tools_in_words import takes_tools
 
 SOURCES = {path.stem: path.read_text() for path in sorted((DATA / "templates").glob("*.jinja"))}
 SPECIALS = ("<s>", "</s>", "<|im_end|>", "<think>", "</think>")
@@ -161,7 +161,7 @@ def chat_template(source: str) -> ChatTemplate:
 async def ours(renderer: TemplateRenderer, template: ChatTemplate, raw: bytes, *, opens: bool) -> RenderedPrompt:
     """The prompt of a request, which begins as bytes."""
     request = ChatRequest.model_validate(parse_json(raw))
-    tools = tool_use(request, template.source)
+    tools = tool_use(request)
     return await template.render(
         renderer,
         template_messages(request.messages),

@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 import msgspec
-from fakes import FakeBackend, script
+from fakes import ByteTokenizer, FakeBackend, script
 from fastapi import FastAPI
 
 from tightrope.engine.process.client import EngineClient
@@ -35,13 +35,16 @@ async def application(
     drain: Drain | None = None,
     max_model_len: int = 1024,
     added: Sequence[str] = (),
+    special: Sequence[str] = (),
     **settings: object,
 ) -> AsyncGenerator[FastAPI, None]:
     """The server's application, started, with a model that answers prompts that end in "?" with `answer`."""
     engine = EngineSettings(limits=LimitSettings.model_validate(limits))
     chosen = ServerSettings.model_validate({"engine": engine, **settings})
-    next_token = script(answer) if isinstance(answer, str) else answer
-    backend = FakeBackend(next_token, max_model_len=max_model_len, added=added)
+    tokenizer = ByteTokenizer(added, special)
+    said = tokenizer.encode(answer, parse_special=True, is_start=False) if isinstance(answer, str) else ()
+    next_token = script(said) if isinstance(answer, str) else answer
+    backend = FakeBackend(next_token, max_model_len=max_model_len, added=added, special=special)
     backend.card = replace(backend.card, chat_template=chat_template, chat_templates=tuple(chat_templates.items()))
     client = EngineClient(chosen.engine, thread_launcher(lambda settings, progress: backend), clock)
     app = create_app(AppState(client, chosen, Metrics(client)), drain)

@@ -23,16 +23,16 @@ VOCAB_SIZE = 259
 
 
 class ByteTokenizer:
-    """One token a byte, three special ones, and `added` ones behind them, which no flag makes special."""
+    """One token a byte, three special ones, `added` ones that no flag makes special, and more `special` ones."""
 
     bos_id = BOS
     adds_bos = True
 
-    def __init__(self, added: Sequence[str] = ()) -> None:
-        self.vocab_size = VOCAB_SIZE + len(added)
+    def __init__(self, added: Sequence[str] = (), special: Sequence[str] = ()) -> None:
+        self.vocab_size = VOCAB_SIZE + len(added) + len(special)
         self.eos_ids = frozenset({EOS, END_OF_TURN})
-        self._texts = SPECIAL | dict(enumerate(added, VOCAB_SIZE))
-        self._special = set(SPECIAL)
+        self._texts = SPECIAL | dict(enumerate((*added, *special), VOCAB_SIZE))
+        self._special = {*SPECIAL, *range(VOCAB_SIZE + len(added), self.vocab_size)}
         self.lost_bytes = b""
         self.max_token_bytes = max(len(text.encode()) for text in self._texts.values())
 
@@ -177,9 +177,9 @@ def letters(token_ids: Sequence[int]) -> int:
     return ord("a") + digest % 26
 
 
-def script(text: str | bytes, *, end: int | None = EOS) -> Callable[[Sequence[int]], int]:
+def script(text: str | bytes | Sequence[int], *, end: int | None = EOS) -> Callable[[Sequence[int]], int]:
     """A model that answers any prompt which ends in "?" with `text` and its end token (or the text again)."""
-    answer = list(text.encode() if isinstance(text, str) else text) + ([end] if end is not None else [])
+    answer = [*(text.encode() if isinstance(text, str) else text), *([end] if end is not None else [])]
 
     def next_token(token_ids: Sequence[int]) -> int:
         asked = max((i for i, token_id in enumerate(token_ids) if token_id == ord("?")), default=-1)
@@ -224,11 +224,12 @@ class FakeBackend:
         max_step_tokens: int = 64,
         max_prompt_rows: int = 0,
         added: Sequence[str] = (),
+        special: Sequence[str] = (),
     ) -> None:
         self.card = ModelCard("fake", "rules", "fake", max_model_len, max_model_len, "f16", None, ())
         self.capabilities = Capabilities(max_num_seqs, max_step_tokens, max_prompt_rows or max_step_tokens)
         self.kv = FakeKV(capacity)
-        self.tokenizer = ByteTokenizer(added)
+        self.tokenizer = ByteTokenizer(added, special)
         self.adapters = FakeAdapters()
         self.steps: list[list[Chunk]] = []
         self.broken: str | None = None

@@ -15,7 +15,7 @@ from tightrope.server.http.body import Body
 
 TEMPLATE = (
     "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{{ length }}"
-    "{{ '?' if add_generation_prompt else '' }}"
+    "{{ reasoning_effort }}{{ enable_thinking }}{{ '?' if add_generation_prompt else '' }}{# <think> </think> #}"
 )
 USER = [{"role": "user", "content": "Well"}]
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
@@ -68,7 +68,7 @@ DIALECTS: Mapping[str, Dialect] = {
         "/api/generate",
         {"prompt": "Well?", "stream": False, "raw": True},
         reads=OllamaGenerate,
-        otherwise={"system": "refused"},
+        otherwise={"system": "refused", "think": "ignored"},
     ),
     "ollama chat": Dialect("/api/chat", {"messages": USER, "stream": False}, reads=OllamaChat),
     "ollama chat, options": Dialect("/api/chat", {"messages": USER, "stream": False}, "options", reads=OllamaChat),
@@ -152,7 +152,7 @@ MEANT: Mapping[str, Any] = {
     "vllm_xargs": {"a": 1},
     **dict.fromkeys(("think", "post_sampling_probs"), True),
     "web_search_options": {"search_context_size": "low"},
-    "thinking_token_budget": 9,
+    **dict.fromkeys(("thinking_token_budget", "thinking_budget"), 9),
     "truncation_side": "right",
 }
 
@@ -207,6 +207,7 @@ OTHER: Mapping[str, Any] = {
     "cache_salt": "pepper",
     "cache_reuse": "exact",
     "adapter_scale": 0.5,
+    "reasoning_format": "none",
     "stream_options": {"include_usage": True, "include_obfuscation": True},
     "parallel_tool_calls": False,
     "add_generation_prompt": False,
@@ -233,7 +234,14 @@ ALIASES: Mapping[str, Any] = {
 VALUES: Mapping[str, Any] = MEANT | SAMPLING | OTHER | LENGTHS | SPOKEN | ALIASES
 
 # What becomes of a field that a reader knows: the engine's request has it, unless it stands here.
-ANSWERED = {"stream", "stream_options", "echo", "return_full_text"}  # seen in the answer alone
+ANSWERED = {
+    "stream",
+    "stream_options",
+    "echo",
+    "return_full_text",
+    "include_reasoning",
+    "reasoning_format",
+}  # seen in the answer alone
 REFUSED = {*ROPE, *NOT_BUILT, "watermark", "suffix", "documents"}
 LISTED = {
     *WITHOUT_EFFECT,

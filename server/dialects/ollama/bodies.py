@@ -27,6 +27,7 @@ class OllamaBody(AnswerBody):
     format: str | dict[str, Any] | None = Field(None, description="json or a JSON schema.")
     logprobs: bool = Field(False, description="List the log probabilities of the answer's tokens.")
     top_logprobs: int | None = Field(None, ge=0, description="Alternatives at each token.")
+    think: bool | str | None = Field(None, description='Whether to think, or how much: "low", "medium" or "high".')
 
     without_effect = frozenset({"keep_alive"})
 
@@ -111,7 +112,7 @@ class Shown(BaseModel):
     template: str
     details: ModelDetails
     model_info: dict[str, str | int]
-    capabilities: list[str] = Field(description="completion, and tools where the chat template takes them.")
+    capabilities: list[str] = Field(description="completion, and what the chat template knows of tools and thinking.")
     modified_at: str
 
 
@@ -130,6 +131,7 @@ class OllamaAnswer(_Answer):
     """The answer to /api/generate, or one of its lines."""
 
     response: str
+    thinking: str = Field("", description="Absent without thoughts.")
 
 
 class CalledFunction(BaseModel):
@@ -144,6 +146,7 @@ class OllamaCall(BaseModel):
 
 class OllamaSaid(BaseModel):
     role: str
+    thinking: str = Field("", description="Absent without thoughts.")
     content: str
     tool_calls: list[OllamaCall] = Field([], description="Absent where nothing is called.")
 

@@ -10,7 +10,6 @@ from fastapi import APIRouter, Request, Response
 from tightrope import __version__
 from tightrope.engine.types import ModelInfo
 from tightrope.server.answering import answer
-from tightrope.server.chats.call_format import takes_tools
 from tightrope.server.dialects.ollama.bodies import (
     ModelDetails,
     OllamaAnswer,
@@ -29,6 +28,8 @@ from tightrope.server.dialects.ollama.bodies import (
 from tightrope.server.dialects.ollama.writing import Chat, Generate, now
 from tightrope.server.http.body import AnyTypeRoute
 from tightrope.server.http.error_docs import ERRORS, Documented, written
+from tightrope.server.replies.form import reply_form
+from tightrope.server.replies.tools_in_words import takes_tools
 from tightrope.server.served import Served, check_model
 from tightrope.server.state import AppState
 
@@ -108,6 +109,7 @@ def ollama_router(front: AppState) -> APIRouter:
         check_model(body.model or body.name, served)
         info, template = served.info, front.template()
         has_tools = takes_tools(template.source_for(has_tools=True))
+        thinks = reply_form(template.source).has_thoughts
         return Shown(
             template=template.source,
             details=_details(info),
@@ -115,7 +117,9 @@ def ollama_router(front: AppState) -> APIRouter:
                 "general.architecture": info.architecture,
                 f"{info.architecture}.context_length": info.max_model_len,
             },
-            capabilities=["completion", "tools"] if has_tools else ["completion"],
+            capabilities=[
+                name for name, has in (("completion", True), ("tools", has_tools), ("thinking", thinks)) if has
+            ],
             modified_at=since,
         )
 
@@ -123,14 +127,14 @@ def ollama_router(front: AppState) -> APIRouter:
     async def generate(body: OllamaGenerate, request: Request) -> Response:
         """Continue a prompt, or answer it by the chat template unless it is raw."""
         if not body.prompt:
-            return _loaded(body, front.served(), Generate.wrap(""))
+            return _loaded(body, front.served(), Generate.wrap("", {}))
         return await answer(front, Generate, body, request)
 
     @router.post("/chat", **written(ERROR_LINES, model=OllamaChatAnswer, content=LINES, description="The answer."))
     async def chat(body: OllamaChat, request: Request) -> Response:
         """Answer a chat; calls of tools come as objects."""
         if not body.messages:
-            return _loaded(body, front.served(), Chat.wrap(""))
+            return _loaded(body, front.served(), Chat.wrap("", {}))
         return await answer(front, Chat, body, request)
 
     return router

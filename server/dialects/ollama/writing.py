@@ -13,7 +13,6 @@ from tightrope.engine.errors import InvalidRequest
 from tightrope.engine.types import (
     Delta,
     Finish,
-    Grammar,
     LogprobRequest,
     PromptInfo,
     PromptRead,
@@ -22,19 +21,22 @@ from tightrope.engine.types import (
     Token,
 )
 from tightrope.server.answering import Dialect, Ending, checked
-from tightrope.server.asking import ask, common, refuse_log_probabilities
-from tightrope.server.chats.call_parser import Call, CallParser
+from tightrope.server.asking import Asked, ask, common, refuse_log_probabilities
 from tightrope.server.chats.messages import bent_messages
 from tightrope.server.chats.rendering import RenderedChat, render_chat
 from tightrope.server.chats.requests import Message, Tool
-from tightrope.server.chats.tools import ToolUse, check_tools
+from tightrope.server.chats.tools import check_tools
 from tightrope.server.deltas.choices import Choice
 from tightrope.server.dialects.ollama.bodies import OllamaBody, OllamaChat, OllamaGenerate
 from tightrope.server.fields.logprobs import listed
 from tightrope.server.fields.names import Bent
 from tightrope.server.fields.progress import prompt_progress
+from tightrope.server.fields.structured import read_grammar
 from tightrope.server.prompts.templates import RenderedPrompt
-from tightrope.server.served import check_most
+from tightrope.server.replies.events import Call, Content, Event, Reply, Thought
+from tightrope.server.replies.form import ReplyPlan, ReplyReader
+from tightrope.server.replies.planning import Wishes
+from tightrope.server.served import check_model, check_most
 from tightrope.server.state import AppState
 
 encode = msgspec.json.Encoder().encode
@@ -75,12 +77,17 @@ class _Ollama(Dialect[T]):
 
     column = "ollama"
     is_lines = True
-    tools: ToolUse | None = None
+    _plan: ReplyPlan
+    _reader: ReplyReader | None
+
+    def __init__(self, asked: Asked) -> None:
+        super().__init__(asked)
+        self._calls: list[Event] = []
 
     @staticmethod
     @abstractmethod
-    def wrap(text: str) -> dict[str, Any]:
-        """A piece of text in the place that the route has for it."""
+    def wrap(text: str, more: dict[str, Any]) -> dict[str, Any]:
+        """A piece of text in the place that the route has for it, with what else the message has."""
 
     @classmethod
     def _read(cls, front: AppState, body: OllamaBody, chat: RenderedChat, bent: Sequence[Bent] = ()) -> Self:
@@ -89,43 +96,60 @@ class _Ollama(Dialect[T]):
         if body.top_logprobs and not body.logprobs:
             raise InvalidRequest("top_logprobs is only allowed when logprobs is true", "top_logprobs")
         refuse_log_probabilities(body.options.model_extra or {})
-        tools, read = chat.tools, common(body, served)
-
-        def shape(asked: Grammar | None) -> Grammar | None:
-            return asked if asked is not None or tools is None else tools.grammar
-
+        read = common(body, served)
         read = replace(
             read,
             is_stream=body.stream,
-            stops=[*chat.stops, *(() if tools is None else tools.stops)],
+            stops=chat.all_stops,
             logprobs=LogprobRequest(processed=False, top=body.top_logprobs or 0) if body.logprobs else None,
-            shape=shape,
-            ignored=body.overruled(),
+            shape=chat.grammar,
+            shown_tokens=chat.plan.marks,
+            ignored=[*body.overruled(), *(("think", why) for _, why in chat.ignored[:1])],
             bent=[*read.bent, *bent],
             notes=chat.prompt.notes,
         )
         spoken = cls(ask("ollama", [TextPrompt(chat.prompt.spans)], read, served))
         spoken.wants_single_tokens = body.logprobs
-        spoken.tools = tools
+        spoken._plan, spoken._reader = chat.plan, chat.plan.reader()
         return spoken
 
-    def _line(self, text: str, more: dict[str, Any]) -> dict[str, Any]:
-        return {"model": self.asked.model, "created_at": now(), **self.wrap(text), **more}
+    @classmethod
+    async def _render(
+        cls, front: AppState, body: OllamaChat | OllamaGenerate, messages: Sequence[Message], request: Request
+    ) -> RenderedChat:
+        effort = body.think if isinstance(body.think, str) else None
+        return await render_chat(
+            front,
+            request,
+            messages,
+            _Offer(body.tools if isinstance(body, OllamaChat) else None),
+            wishes=Wishes(effort=effort, enabled=None if isinstance(body.think, str) else body.think),
+            has_grammar=read_grammar(body.given()) is not None,
+            adapter=check_model(body.model, front.served()),
+        )
+
+    def _line(self, text: str, more: dict[str, Any], message: dict[str, Any] | None = None) -> dict[str, Any]:
+        return {"model": self.asked.model, "created_at": now(), **self.wrap(text, message or {}), **more}
 
     def _listed(self, tokens: Sequence[Token]) -> dict[str, Any]:
         return {"logprobs": listed(tokens)} if self.wants_single_tokens and tokens else {}
 
     def event(self, number: int, delta: Delta, ending: Ending | None) -> bytes:
-        line, logprobs = b"", self._listed(delta.tokens)
-        if delta.text or logprobs:
-            line = encode(self._line(delta.text, {"done": False, **logprobs})) + b"\n"
-        return line + self._last(delta, ending)
-
-    def _last(self, delta: Delta, ending: Ending | None) -> bytes:
+        logprobs, reply, line = self._listed(delta.tokens), Reply(content=delta.text), b""
+        if self._reader is not None:
+            events = self._reader.feed(delta.text)
+            events += self._reader.finish(is_cut=delta.finish.reason == "length") if delta.finish else []
+            reply = Reply.of(event for event in events if isinstance(event, Content | Thought))
+            self._calls += [event for event in events if not isinstance(event, Content | Thought)]
+        thinking = {"thinking": reply.thought} if reply.thought else {}
+        if reply.content or thinking or logprobs:
+            line = encode(self._line(reply.content, {"done": False, **logprobs}, thinking)) + b"\n"
+        if delta.finish is not None and (made := _made(Reply.of(self._calls).calls)):
+            line += encode(self._line("", {"done": False}, {"tool_calls": made})) + b"\n"
         if ending is None or delta.finish is None:
-            return b""
+            return line
         told = _ending(ending.prompts[0], checked(delta.finish)) | ending.explained
-        return bytes(encode(self._line("", told)) + b"\n")
+        return line + bytes(encode(self._line("", told)) + b"\n")
 
     def progress(self, number: int, read: PromptRead) -> bytes:
         return encode(self._line("", {"done": False, "prompt_progress": prompt_progress(read)})) + b"\n"
@@ -133,7 +157,10 @@ class _Ollama(Dialect[T]):
     def whole(self, choices: Sequence[Choice], ending: Ending) -> object:
         (choice,) = choices
         told = _ending(choice.prompt, checked(choice.finish)) | self._listed(choice.tokens)
-        return self._line(choice.text, told | ending.explained)
+        reply = self._plan.whole(choice.text, is_cut=choice.finish.reason == "length")
+        message: dict[str, Any] = {"thinking": reply.thought} if reply.thought else {}
+        message |= {"tool_calls": made} if (made := _made(reply.calls)) else {}
+        return self._line(reply.content, told | ending.explained, message)
 
 
 class Generate(_Ollama[OllamaGenerate]):
@@ -144,58 +171,29 @@ class Generate(_Ollama[OllamaGenerate]):
         if body.raw:
             if body.system:
                 raise InvalidRequest("system: a raw prompt is run as it is, so write it into the prompt", "system")
-            return cls._read(front, body, RenderedChat(RenderedPrompt((Span(body.prompt),)), (), None))
+            ignored = [] if body.think is None else [("think", "a raw prompt is run as it is")]
+            return cls._read(front, body, RenderedChat(RenderedPrompt((Span(body.prompt),)), ignored=ignored))
         turns = [("system", body.system), ("user", body.prompt)]
         messages = [Message.model_validate({"role": role, "content": text}) for role, text in turns if text]
-        return cls._read(front, body, await render_chat(front, request, messages, _Offer(None)))
+        return cls._read(front, body, await cls._render(front, body, messages, request))
 
     @staticmethod
-    def wrap(text: str) -> dict[str, Any]:
-        return {"response": text}
+    def wrap(text: str, more: dict[str, Any]) -> dict[str, Any]:
+        return {"response": text, **more}
 
 
 class Chat(_Ollama[OllamaChat]):
     """POST /api/chat with messages. Calls come whole, in a line of their own behind the text."""
 
-    _parser: CallParser | None = None
-    _text = ""  # What came so far of an answer with tools.
-
     @classmethod
     async def read(cls, front: AppState, body: OllamaChat, request: Request) -> Self:
-        offer = _Offer(body.tools)
-        check_tools(offer)
-        messages = _told(body.messages)
+        check_tools(_Offer(body.tools))
         bent = bent_messages(body.messages) if body.explain else ()
-        return cls._read(front, body, await render_chat(front, request, messages, offer), bent)
+        return cls._read(front, body, await cls._render(front, body, _told(body.messages), request), bent)
 
     @staticmethod
-    def wrap(text: str) -> dict[str, Any]:
-        return {"message": {"role": "assistant", "content": text}}
-
-    def event(self, number: int, delta: Delta, ending: Ending | None) -> bytes:
-        if self.tools is None:
-            return super().event(number, delta, ending)
-        self._parser = self._parser or self.tools.parser()
-        self._text += delta.text
-        is_cut = delta.finish is not None and delta.finish.reason == "length"
-        pieces = self._parser.feed(delta.text) + (self._parser.finish(is_cut=is_cut) if delta.finish else [])
-        text, logprobs = "".join(piece for piece in pieces if isinstance(piece, str)), self._listed(delta.tokens)
-        line = encode(self._line(text, {"done": False, **logprobs})) + b"\n" if text or logprobs else b""
-        if delta.finish is not None:
-            _, calls = self.tools.parser().whole(self._text, is_cut=is_cut)
-            if made := _made(calls):
-                message = {"role": "assistant", "content": "", "tool_calls": made}
-                line += encode(self._line("", {"message": message, "done": False})) + b"\n"
-        return line + self._last(delta, ending)
-
-    def whole(self, choices: Sequence[Choice], ending: Ending) -> object:
-        (choice,) = choices
-        if self.tools is None:
-            return super().whole(choices, ending)
-        text, calls = self.tools.parser().whole(choice.text, is_cut=choice.finish.reason == "length")
-        message = {"role": "assistant", "content": text} | ({"tool_calls": made} if (made := _made(calls)) else {})
-        told = _ending(choice.prompt, checked(choice.finish)) | self._listed(choice.tokens)
-        return self._line("", {"message": message} | told | ending.explained)
+    def wrap(text: str, more: dict[str, Any]) -> dict[str, Any]:
+        return {"message": {"role": "assistant", "content": text, **more}}
 
 
 def _made(calls: Sequence[Call]) -> list[dict[str, Any]]:

@@ -6,9 +6,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field
 
 from tightrope.engine.types import Finish, PromptInfo, Token
-from tightrope.server.chats.tools import ToolUse
 from tightrope.server.fields.explain import Explained
 from tightrope.server.fields.logprobs import finite, listed, token_name
+from tightrope.server.replies.form import ReplyPlan
 
 FinishReason = Literal["stop", "length", "tool_calls", "error"]
 
@@ -82,9 +82,10 @@ class MadeCall(BaseModel):
 
 
 class ChatMessage(BaseModel):
-    """content: null beside calls without text. tool_calls: absent without calls."""
+    """content: null beside calls without text. The others are absent where there are none."""
 
     role: Literal["assistant"]
+    reasoning_content: str = Field("", description="What the model has thought before.")
     content: str | None
     tool_calls: list[MadeCall] = []
 
@@ -237,15 +238,21 @@ def prompt_logprobs(tokens: Sequence[Token], top: int) -> list[dict[str, Any] | 
     return listed
 
 
-def chat_message(text: str, tools: ToolUse | None, *, is_cut: bool) -> dict[str, Any]:
-    """The assistant's message, with the calls that are in its text; is_cut: it ends where max_tokens did."""
-    if tools is None:
-        return {"role": "assistant", "content": text}
-    content, calls = tools.parser().whole(text, is_cut=is_cut)
-    if not calls:
-        return {"role": "assistant", "content": content}
-    listed = [
+def chat_message(text: str, plan: ReplyPlan, *, is_cut: bool) -> dict[str, Any]:
+    """The assistant's message, with the thoughts and calls that are in its text; is_cut: it had more to say."""
+    reply = plan.whole(text, is_cut=is_cut)
+    message: dict[str, Any] = {"role": "assistant"}
+    if reply.thought:
+        message["reasoning_content"] = reply.thought
+    if not reply.calls:
+        return {**message, "content": reply.content}
+    calls = [
         {"id": call.call_id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
-        for call in calls
+        for call in reply.calls
     ]
-    return {"role": "assistant", "content": content or None, "tool_calls": listed}
+    return {**message, "content": reply.content or None, "tool_calls": calls}
+
+
+def is_cut(finish: Finish) -> bool:
+    """Whether the model had more to say."""
+    return finish.reason in ("length", "error")

@@ -1,21 +1,22 @@
 """From OpenAI bodies to what is asked: what can't be honoured is refused here, with the field's name."""
 
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 from fastapi import Request
 
 from tightrope.engine.errors import InvalidRequest
-from tightrope.engine.types import Grammar, LogprobRequest, Prompt, TextPrompt
+from tightrope.engine.types import LogprobRequest, Prompt, TextPrompt
 from tightrope.server.asking import Asked, ask, common
 from tightrope.server.chats.messages import bent_messages
 from tightrope.server.chats.rendering import RenderedChat, render_chat
-from tightrope.server.chats.tools import ToolUse, check_tools, may_call
+from tightrope.server.chats.tools import check_tools
 from tightrope.server.dialects.openai.requests import ChatRequest, CompletionRequest, SamplingBody
 from tightrope.server.fields.structured import read_grammar
 from tightrope.server.prompts.prompt_formats import FIXED_VARIABLES
 from tightrope.server.prompts.raw_prompts import raw_prompt
+from tightrope.server.replies.form import Thoughts
+from tightrope.server.replies.planning import Wishes
 from tightrope.server.served import Served, check_model, check_most
 from tightrope.server.state import AppState
 
@@ -44,29 +45,23 @@ def check_chat(body: ChatRequest, served: Served) -> None:
         )
 
 
-def _chat_grammar(tools: ToolUse, asked: Grammar | None) -> Grammar | None:
-    """The grammar of a chat's answer. A response_format speaks of text, so a forced call goes before it."""
-    if tools.is_forced and asked is not None and asked.field != "response_format":
-        raise InvalidRequest(f"{asked.field} and a tool_choice that forces a call exclude each other", asked.field)
-    return tools.grammar if tools.is_forced or asked is None else asked
-
-
 def chat_asked(body: ChatRequest, chat: RenderedChat, served: Served) -> Asked:
     """What a checked chat asks for, once its prompt is rendered."""
-    prompt, format_stops, tools = chat.prompt, chat.stops, chat.tools
+    prompt, tools = chat.prompt, chat.tools
     is_overruled = tools is not None and tools.is_forced and read_grammar(body.given()) is not None
     read = replace(
         common(body, served, is_openai=True),
         is_stream=body.stream,
-        stops=[*format_stops, *(() if tools is None else tools.stops)],
+        stops=chat.all_stops,
         n=body.n,
         logprobs=LogprobRequest(processed=False, top=body.top_logprobs or 0) if body.logprobs else None,
         prompt_logprobs=body.prompt_logprobs,
-        shape=None if tools is None else partial(_chat_grammar, tools),
+        shape=chat.grammar,
+        shown_tokens=chat.plan.marks,
         ignored=[
             *([("response_format", "tool_choice forces a call, which goes before it")] if is_overruled else []),
-            *chat.ignored,
             *([("tool_choice", "no tools came")] if body.tool_choice and not body.tools else []),
+            *chat.ignored,
         ],
         notes=prompt.notes,
     )
@@ -77,10 +72,6 @@ def chat_asked(body: ChatRequest, chat: RenderedChat, served: Served) -> Asked:
 def template_variables(body: ChatRequest) -> dict[str, Any]:
     """The request's own variables for the template. Raises InvalidRequest for names that the server sets."""
     variables: dict[str, Any] = {}
-    if (effort := body.reasoning_effort) is not None:
-        variables |= {"reasoning_effort": effort, "enable_thinking": effort != "none"}
-    if body.enable_thinking is not None:
-        variables["enable_thinking"] = body.enable_thinking
     for name in ("template_vars", "chat_template_kwargs"):
         given: dict[str, Any] = getattr(body, name) or {}
         if taken := sorted(FIXED_VARIABLES & given.keys()):
@@ -132,7 +123,7 @@ def _prompts(body: CompletionRequest, served: Served, adapter: str | None) -> li
 async def rendered_chat(front: AppState, body: ChatRequest, request: Request) -> RenderedChat:
     """The chat's prompt by the template in use. Raises InvalidRequest, TemplateFailed and ClientGone."""
     opens_turn = not body.continue_final_message if body.add_generation_prompt is None else body.add_generation_prompt
-    chat = await render_chat(
+    return await render_chat(
         front,
         request,
         body.messages,
@@ -141,8 +132,19 @@ async def rendered_chat(front: AppState, body: ChatRequest, request: Request) ->
         continues=body.continue_final_message,
         variables=template_variables(body),
         documents=body.documents or (),
+        wishes=_wishes(body),
+        has_grammar=read_grammar(body.given()) is not None,
+        adapter=check_model(body.model, front.served(), is_openai=True),
     )
-    source = front.template().source_for(has_tools=may_call(body))
-    read = {"reasoning_effort": ("reasoning_effort", "enable_thinking"), "enable_thinking": ("enable_thinking",)}
-    unread = [name for name in read.keys() & body.model_fields_set if not any(word in source for word in read[name])]
-    return replace(chat, ignored=[(name, "the chat template doesn't read it") for name in sorted(unread)])
+
+
+def _wishes(body: ChatRequest) -> Wishes:
+    """What a chat says of thoughts."""
+    budget = body.thinking_budget if body.thinking_token_budget is None else body.thinking_token_budget
+    shown: Thoughts = "apart" if body.include_reasoning else "dropped"
+    return Wishes(
+        "in the text" if body.reasoning_format == "none" else shown,
+        body.reasoning_effort,
+        body.enable_thinking,
+        None if budget == -1 else budget,
+    )

@@ -82,8 +82,19 @@ class ChatRequest(SamplingBody):
     add_special_tokens: bool = Field(True, description="BOS in front where the model wants one and none is there.")
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="Variables of the chat template.")
     template_vars: dict[str, Any] | None = Field(None, description="The same, beneath chat_template_kwargs.")
-    reasoning_effort: str | None = Field(None, description="For templates that read it, or enable_thinking.")
-    enable_thinking: bool | None = Field(None, description="For templates that read it.")
+    reasoning_effort: str | None = Field(
+        None,
+        description='How much to think, as the template knows it: "low", "high" and the like; "none" is not at all.',
+    )
+    enable_thinking: bool | None = Field(None, description="Whether to think; it counts more than reasoning_effort.")
+    thinking_token_budget: int | None = Field(
+        None, ge=-1, le=MAX_INT, description="Thoughts end after so many tokens; -1 is no limit, and 0 no thoughts."
+    )
+    thinking_budget: int | None = Field(None, ge=-1, le=MAX_INT, description="The same, beneath thinking_token_budget.")
+    include_reasoning: bool = Field(True, description="Whether the answer tells its thoughts.")
+    reasoning_format: Literal["auto", "deepseek", "none"] = Field(
+        "auto", description='"none" leaves thoughts in the content, as the model writes them.'
+    )
     documents: list[dict[str, Any]] | None = Field(None, description="For templates that write them into the prompt.")
     tools: list[Tool] | None = None
     tool_choice: str | dict[str, Any] | None = Field(

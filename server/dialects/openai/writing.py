@@ -16,8 +16,6 @@ from tightrope.engine.errors import ContextLengthExceeded, InvalidRequest
 from tightrope.engine.types import Delta, GenerateRequest, PromptRead, TextPrompt
 from tightrope.server.answering import Dialect, Ending
 from tightrope.server.asking import Asked
-from tightrope.server.chats.call_parser import Arguments, CallOpened, CallParser, Piece
-from tightrope.server.chats.tools import ToolUse
 from tightrope.server.deltas.choices import Choice
 from tightrope.server.dialects.openai.answers import (
     chat_logprobs,
@@ -25,6 +23,7 @@ from tightrope.server.dialects.openai.answers import (
     completion_logprobs,
     echo_offset,
     finish_reason,
+    is_cut,
     prompt_logprobs,
     stop_reason,
     usage,
@@ -34,6 +33,8 @@ from tightrope.server.dialects.openai.requests import ChatRequest, CompletionReq
 from tightrope.server.fields.progress import prompt_progress
 from tightrope.server.http.hangup import or_gone
 from tightrope.server.http.sse import DONE
+from tightrope.server.replies.events import CallArguments, CallBegin, Content, Event, Thought
+from tightrope.server.replies.form import ReplyPlan, ReplyReader
 from tightrope.server.state import AppState
 
 S = TypeVar("S", bound=SamplingBody)
@@ -93,15 +94,19 @@ class _OpenAI(Dialect[S]):
         return {} if top is None else {"prompt_logprobs": prompt_logprobs(choice.prompt.tokens or (), top)}
 
 
-def _message_delta(piece: Piece) -> bytes:
+def _message_delta(event: Event) -> bytes | None:
     """What a piece of an answer adds to its message."""
-    match piece:
-        case CallOpened(index=index, call_id=call_id, name=name):
+    match event:
+        case Content(text):
+            return b'{"content":%b}' % encode(text)
+        case Thought(text):
+            return b'{"reasoning_content":%b}' % encode(text)
+        case CallBegin(index=index, call_id=call_id, name=name):
             function = {"name": name, "arguments": ""}
             return encode({"tool_calls": [{"index": index, "id": call_id, "type": "function", "function": function}]})
-        case Arguments(index=index, text=text):
+        case CallArguments(index=index, text=text):
             return encode({"tool_calls": [{"index": index, "function": {"arguments": text}}]})
-    return b'{"content":%b}' % encode(piece)
+    return None
 
 
 class Chat(_OpenAI[ChatRequest]):
@@ -110,40 +115,38 @@ class Chat(_OpenAI[ChatRequest]):
     kind, chunk_kind = "chat.completion", "chat.completion.chunk"
     empty = PLAIN % b'""'
 
-    def __init__(self, asked: Asked, body: ChatRequest, tools: ToolUse | None) -> None:
+    def __init__(self, asked: Asked, body: ChatRequest, plan: ReplyPlan) -> None:
         super().__init__(asked, body)
-        self._tools = tools
-        self._is_plain = tools is None and not body.logprobs
-        self._parsers: dict[int, CallParser | None] = {}  # A choice is here once it has begun.
+        self._plan = plan
+        self._is_plain = plan.reader() is None and not body.logprobs
+        self._readers: dict[int, ReplyReader | None] = {}  # A choice is here once it has begun.
 
     @classmethod
     async def read(cls, front: AppState, body: ChatRequest, request: Request) -> Self:
         served = front.served()
         check_chat(body, served)
         chat = await rendered_chat(front, body, request)
-        return cls(chat_asked(body, chat, served), body, chat.tools)
+        return cls(chat_asked(body, chat, served), body, chat.plan)
 
     def event(self, number: int, delta: Delta, ending: Ending | None) -> bytes:
-        if self._is_plain and delta.finish is None and number in self._parsers:  # Nearly every event is such a one.
+        if self._is_plain and delta.finish is None and number in self._readers:  # Nearly every event is such a one.
             return self._chunk(number, PLAIN % encode(delta.text)) if delta.text else b""
         event = b""
-        if number not in self._parsers:
-            self._parsers[number] = None if self._tools is None else self._tools.parser()
+        if number not in self._readers:
+            self._readers[number] = self._plan.reader()
             event = self._chunk(number, OPENED)
-        parser = self._parsers[number]
-        pieces: list[Piece] = [delta.text] if delta.text else []
-        if parser is not None:
-            pieces = parser.feed(delta.text)
-            if delta.finish is not None:
-                pieces += parser.finish(is_cut=delta.finish.reason == "length")
+        reader = self._readers[number]
+        events: list[Event] = [Content(delta.text)] if delta.text else []
+        if reader is not None:
+            events = reader.feed(delta.text)
+            events += [] if delta.finish is None else reader.finish(is_cut=is_cut(delta.finish))
+        pieces = [piece for piece in map(_message_delta, events) if piece is not None]
         logprobs = encode(chat_logprobs(delta.tokens)) if self._body.logprobs and delta.tokens else b"null"
-        for piece in pieces or ([""] if logprobs != b"null" else []):
-            event += self._chunk(
-                number, b'"delta":%b,"logprobs":%b,"finish_reason":null' % (_message_delta(piece), logprobs)
-            )
+        for piece in pieces or ([b'{"content":""}'] if logprobs != b"null" else []):
+            event += self._chunk(number, b'"delta":%b,"logprobs":%b,"finish_reason":null' % (piece, logprobs))
             logprobs = b"null"  # They come once.
         if delta.finish is not None:
-            num_calls = 0 if parser is None else parser.num_calls
+            num_calls = 0 if reader is None else reader.num_calls
             reasons = encode(finish_reason(delta.finish, num_calls)), encode(stop_reason(delta.finish))
             event += self._chunk(number, CLOSED + b'%b,"stop_reason":%b' % reasons)
         return event if ending is None else event + self._last_chunks(ending)
@@ -152,7 +155,7 @@ class Chat(_OpenAI[ChatRequest]):
         return self._whole([self._choice(index, choice) for index, choice in enumerate(choices)], ending)
 
     def _choice(self, index: int, choice: Choice) -> dict[str, Any]:
-        message = chat_message(choice.text, self._tools, is_cut=choice.finish.reason == "length")
+        message = chat_message(choice.text, self._plan, is_cut=is_cut(choice.finish))
         return {
             "index": index,
             "message": message,

@@ -1,0 +1,1 @@
+"""How models write calls of functions: one family a file, each a reader and a grammar."""
