@@ -14,7 +14,7 @@ from tightrope.engine.guided.json_schema import lark_of_schema
 from tightrope.server.replies.call_ids import CallId, long_id
 from tightrope.server.replies.calls.form import CallForm, Functions, alternatives, arguments_schema
 from tightrope.server.replies.events import CallArguments, CallBegin, CallEnd, Content, Thought
-from tightrope.server.replies.lark import REST, Spelling, literal, without
+from tightrope.server.replies.lark import REST, Spelling, literal, quoted
 from tightrope.server.replies.reader import Reader, Steps
 
 START, CHANNEL, CONSTRAIN, MESSAGE = "<|start|>", "<|channel|>", "<|constrain|>", "<|message|>"
@@ -45,11 +45,7 @@ class HarmonyReader(Reader):
 
     def read(self) -> Steps[None]:
         mark: str | None = None
-        if self._goes_on:
-            mark = yield from self.give_until(_ENDS)
-        elif (mark := (yield from self.take_if(CHANNEL, START, " to=", MESSAGE))) is None:
-            if self.is_half(CHANNEL, START, " to="):
-                return
+        if self._goes_on or (mark := (yield from self.take_if(CHANNEL, START, " to=", MESSAGE))) is None:
             mark = yield from self.give_until(_ENDS)
         while mark is not None:
             if mark in (CHANNEL, " to=", MESSAGE, START):
@@ -102,13 +98,18 @@ class HarmonyCalls(CallForm):
     def free(self, functions: Functions, spelling: Spelling, *, one_call: bool) -> str:
         channel, message = spelling.of(CHANNEL), spelling.of(MESSAGE)
         again = spelling.of(f"{END}{START}assistant")
-        body = REST if spelling.is_token(END) else without(END)
+        rules = self.rules(functions, spelling, one_call=one_call, is_compact=False)
+        if spelling.is_token(END):
+            before = f"BODY {again}"
+        else:
+            before = "ended"
+            rules += f"\nended[lazy]: /(?s:.*){quoted(f'{END}{START}assistant')}/"
         return "\n".join(
             (
-                f"start: ({channel} HEADER {message} BODY {again})* {channel} (calls | HEADER {message} BODY)",
+                f"start: ({channel} HEADER {message} {before})* {channel} (calls | HEADER {message} BODY)",
                 r"HEADER: /[^<]*/ & ~/[^<]*to=functions[^<]*/",
-                f"BODY: {body}",
-                self.rules(functions, spelling, one_call=one_call, is_compact=False),
+                f"BODY: {REST}",
+                rules,
             )
         )
 

@@ -48,8 +48,3 @@ def quoted(text: str) -> str:
 def beginning_with(text: str) -> str:
     """The regular expression of all texts that begin with this one, perhaps behind blanks."""
     return rf"/\s*{quoted(text)}(?s:.*)/"
-
-
-def without(text: str) -> str:
-    """The regular expression of all texts in which this one isn't."""
-    return f"{REST} & ~/(?s:.*){quoted(text)}(?s:.*)/"

@@ -41,10 +41,6 @@ class Reader(ABC):
     def _go(self) -> list[Event]:
         return list(iter(partial(next, self._steps, None), None))
 
-    def is_half(self, *marks: str) -> bool:
-        """Whether the text was cut within one of the marks, of which the beginning is all that is left."""
-        return self.is_cut and self.held != "" and any(mark.startswith(self.held) for mark in marks)
-
     # ---- steps ----
 
     def give_until(self, marks: Sequence[str], made: Callable[[str], Event | None] = Content) -> Steps[str | None]:
@@ -92,13 +88,16 @@ class Reader(ABC):
         return blanks
 
     def take_if(self, *marks: str) -> Steps[str | None]:
-        """Take the one of the marks that comes next; None where none does."""
+        """Take the one of the marks that comes next; None where none does. Half of one, where it was cut, is gone."""
         while True:
             mark = next((mark for mark in marks if self.held.startswith(mark)), None)
             if mark is not None:
                 self.held = self.held[len(mark) :]
                 return mark
-            if self.is_end or not any(mark.startswith(self.held) for mark in marks):
+            may_become = any(mark.startswith(self.held) for mark in marks)
+            if self.is_end and self.is_cut and may_become:
+                self.held = ""
+            if self.is_end or not may_become:
                 return None
             yield None
 

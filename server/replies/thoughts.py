@@ -80,8 +80,6 @@ class ThoughtReader(Reader):
             if (yield from self.give_until([self._marks.closing], Trimmed(Thought, keeps_start=keeps_start))) is None:
                 return
             is_inside = keeps_blanks = keeps_start = False
-        if self.is_half(opening):
-            return
         if blanks and keeps_blanks and (self.held or not self.is_cut):
             yield Content(blanks)
         yield from self.give_until(())

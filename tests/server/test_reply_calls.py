@@ -4,14 +4,16 @@ import json
 import re
 
 import pytest
+from fakes import ByteTokenizer
 from hypothesis import given
 from hypothesis import strategies as st
-from replies import Calls, read
-from test_grammar import GRAMMARS, say
+from replies import Calls, events_of, read
+from test_grammar import allowed, may_end
 
+from tightrope.engine.guided.grammar import Grammars
 from tightrope.engine.types import Grammar
+from tightrope.server.replies.call_ids import with_short_ids
 from tightrope.server.replies.calls.find import HERMES, LLAMA, call_form
-from tightrope.server.replies.calls.form import CallForm
 from tightrope.server.replies.events import CallArguments, CallBegin, CallEnd, Content
 from tightrope.server.replies.form import ReplyPlan, reply_form
 from tightrope.server.replies.lark import Spelling
@@ -19,15 +21,39 @@ from tightrope.server.replies.tools_in_words import with_tool_text
 
 pytestmark = pytest.mark.quick
 
-FUNCTIONS = {"add": {}, "get_weather": {}}
+FUNCTIONS: dict[str, dict[str, object]] = {
+    "add": {"properties": {"a": {"type": "integer"}, "b": {"type": "string"}, "c": {"anyOf": [{"type": "boolean"}]}}},
+    "get_weather": {},
+}
 TEMPLATES = {
     "hermes": "{{ tools }}<tool_call></tool_call>",
     "llama": '{{ tools }} {"name": function name, "parameters": dictionary}',
+    "pythonic": "{{ tools }} [func_name1(params_name1=params_value1), func_name2(params)]",
+    "qwen coder": "{{ tools }}<tool_call>\n<function=NAME>\n<parameter=KEY>\n",
+    "bare functions": "{{ tools }}<function=NAME>\n<parameter=KEY>\n",
+    "glm": "{{ tools }}<tool_call>NAME\n<arg_key>KEY</arg_key>",
+    "mistral list": "{{ tools }}[TOOL_CALLS] [",
+    "mistral names": "{{ tools }}[TOOL_CALLS]NAME[ARGS]",
+    "deepseek v3": "{{ tools }}<｜tool▁calls▁begin｜>function<｜tool▁sep｜>NAME\n```json",
+    "deepseek": "{{ tools }}<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>NAME<｜tool▁sep｜>",
+    "kimi": "{{ tools }}<|tool_calls_section_begin|><|tool_call_begin|>",
+    "functools": "{{ tools }}functools[",
+    "phi": "{{ tools }}<|tool_call|><|/tool_call|>",
+    "granite": "{{ tools }}<|tool_call|>",
+    "command": "{{ tools }}<|START_ACTION|><|END_ACTION|>",
+    "function gemma": "{{ tools }}<start_function_call>",
+    "gemma 4": "{{ tools }}<|tool_call>call",
+    "harmony": "{{ tools }}<|channel|>commentary<|message|>",
 }
 PLANS = {name: ReplyPlan(reply_form(template), "outside", functions=FUNCTIONS) for name, template in TEMPLATES.items()}
 
 ADD = '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": [2, {"c": "}\\"]"}]}}\n</tool_call>'
 ADDED = ("add", '{"a": 1, "b": [2, {"c": "}\\"]"}]}')
+CODER = (
+    "<function=add>\n<parameter=a>\n1\n</parameter>\n<parameter=b>\nx)'\n</parameter>\n"
+    "<parameter=c>\nTrue\n</parameter>\n</function>"
+)
+TYPED = ("add", '{"a": 1, "b": "x)\'", "c": true}')
 CASES: list[tuple[str, str, str, Calls]] = [
     ("hermes", "Hello <there> & <tool", "Hello <there> & <tool", []),
     ("hermes", ADD, "", [ADDED]),
@@ -53,6 +79,53 @@ CASES: list[tuple[str, str, str, Calls]] = [
     ("llama", '{"name": "rm", "parameters": {}}', '{"name": "rm", "parameters": {}}', []),
     ("llama", '{"answer": 42}', '{"answer": 42}', []),
     ("llama", "{not json", "{not json", []),
+    ("pythonic", "[add(a=1, b='x)\\'', c=True), get_weather()] ok", "ok", [TYPED, ("get_weather", "{}")]),
+    ("pythonic", '<|python_start|>[add(a=1, b="x)\'", c=true)]<|python_end|>', "", [TYPED]),
+    ("pythonic", "[Scene: a harbour] Hello", "[Scene: a harbour] Hello", []),
+    ("pythonic", "[add(1)]", "[add(1)]", []),
+    ("qwen coder", f"So.\n<tool_call>\n{CODER}\n</tool_call>\n<tool_call>{CODER}</tool_call>", "So.\n", [TYPED] * 2),
+    ("qwen coder", f"{CODER} and", "and", [TYPED]),
+    ("qwen coder", "<tool_call>\n<function=get_weather>\n</function>\n</tool_call>", "", [("get_weather", "{}")]),
+    ("qwen coder", "<tool_call>\n<function=rm>\n</function>\n</tool_call>",
+     "<tool_call>\n<function=rm>\n</function>\n</tool_call>", []),
+    ("qwen coder", "<tool_call>what</tool_call> no", "<tool_call>what</tool_call> no", []),
+    ("bare functions", CODER, "", [TYPED]),
+    ("glm", "<tool_call>add\n<arg_key>a</arg_key>\n<arg_value>1</arg_value>\n<arg_key>b</arg_key>\n<arg_value>x)'"
+     "</arg_value>\n<arg_key>c</arg_key><arg_value>true</arg_value>\n</tool_call>", "", [TYPED]),
+    ("glm", "<tool_call>get_weather\n</tool_call>ok", "ok", [("get_weather", "{}")]),
+    ("glm", "<tool_call>rm</tool_call>", "<tool_call>rm</tool_call>", []),
+    ("mistral list", '[TOOL_CALLS] [{"name": "add", "arguments": {"a": 1}, "id": "abcdefghi"}, '
+     '{"name": "get_weather", "arguments": {}}]', "", [("add", '{"a": 1}'), ("get_weather", "{}")]),
+    ("mistral list", '[TOOL_CALLS]add[ARGS]{"a": 1}', "", [("add", '{"a": 1}')]),
+    ("mistral names", 'So.[TOOL_CALLS]add[ARGS]{"a": 1}[TOOL_CALLS]get_weather[CALL_ID]abcdefghi[ARGS]{}', "So.",
+     [("add", '{"a": 1}'), ("get_weather", "{}")]),
+    ("mistral names", '[TOOL_CALLS]add{"a": 1}', "", [("add", '{"a": 1}')]),
+    ("mistral names", '[TOOL_CALLS] [{"name": "add", "arguments": {"a": 1}}]', "", [("add", '{"a": 1}')]),
+    ("mistral names", "[TOOL_CALLS]rm[ARGS]{}", "[TOOL_CALLS]rm[ARGS]{}", []),
+    ("deepseek v3", "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>add\n```json\n{\"a\": 1}\n```"
+     "<｜tool▁call▁end｜>\n<｜tool▁call▁begin｜>function<｜tool▁sep｜>get_weather\n```json\n{}\n```<｜tool▁call▁end｜>"
+     "<｜tool▁calls▁end｜>", "", [("add", '{"a": 1}'), ("get_weather", "{}")]),
+    ("deepseek", "So.<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>add<｜tool▁sep｜>{\"a\": 1}<｜tool▁call▁end｜>"
+     "<｜tool▁calls▁end｜>", "So.", [("add", '{"a": 1}')]),
+    ("deepseek", "<｜tool▁call▁begin｜>rm<｜tool▁sep｜>{}<｜tool▁call▁end｜>",
+     "<｜tool▁call▁begin｜>rm<｜tool▁sep｜>{}<｜tool▁call▁end｜>", []),
+    ("kimi", "<|tool_calls_section_begin|><|tool_call_begin|>functions.add:0<|tool_call_argument_begin|>{\"a\": 1}"
+     "<|tool_call_end|><|tool_calls_section_end|>", "", [("add", '{"a": 1}')]),
+    ("functools", 'functools[{"name": "add", "arguments": {"a": 1}}]', "", [("add", '{"a": 1}')]),
+    ("phi", '<|tool_call|>[{"name": "add", "arguments": {"a": 1}}]<|/tool_call|>', "", [("add", '{"a": 1}')]),
+    ("granite", '<|tool_call|>[{"name": "add", "arguments": {"a": 1}}]', "", [("add", '{"a": 1}')]),
+    ("command", '<|START_ACTION|>[{"tool_call_id": "0", "tool_name": "add", "parameters": {"a": 1}}]<|END_ACTION|>', "",
+     [("add", '{"a": 1}')]),
+    ("function gemma", "<start_function_call>call:add{a:1,b:<escape>x)'<escape>,c:true}<end_function_call>", "",
+     [TYPED]),
+    ("gemma 4", "<|tool_call>call:add{a:1,b:<|\"|>x)'<|\"|>,c:true}<tool_call|>"
+     "<|tool_call>call:get_weather{}<tool_call|>", "", [TYPED, ("get_weather", "{}")]),
+    ("gemma 4", "<|tool_call>call:add{a:[1,{b:<|\"|>}<|\"|>}],c:null}<tool_call|>", "",
+     [("add", '{"a": [1, {"b": "}"}], "c": null}')]),
+    ("gemma 4", "<|tool_call>call:rm{}<tool_call|>", "<|tool_call>call:rm{}<tool_call|>", []),
+    ("harmony", '<|channel|>commentary to=functions.add <|constrain|>json<|message|>{"a": 1}<|call|>', "",
+     [("add", '{"a": 1}')]),
+    ("harmony", ' to=functions.add<|channel|>commentary json<|message|>{"a": 1}', "", [("add", '{"a": 1}')]),
 ]  # fmt: skip
 IDS = [f"{family}-{number}" for number, (family, *_) in enumerate(CASES)]
 
@@ -143,26 +216,95 @@ def test_a_template_without_tools_gets_them_in_words():
     assert with_tool_text(chat[:2], []) == chat[:2]
 
 
-SCHEMA = {"properties": {"a": {"type": "integer"}}, "required": ["a"], "additionalProperties": False}
+SCHEMA = {
+    "properties": {"a": {"type": "integer"}, "b": {"enum": ["x", "y"]}, "t": {"type": "string"}},
+    "required": ["a", "b"],
+    "additionalProperties": False,
+}
+JSON = '{"a":12,"b":"x","t":"z"}'
 FORCED = {
-    "hermes": '<tool_call>\n{"name": "add", "arguments": {"a": 12}}\n</tool_call>',
-    "llama": '{"name": "add", "parameters": {"a": 12}}',
+    "hermes": f'<tool_call>\n{{"name": "add", "arguments": {JSON}}}\n</tool_call>',
+    "llama": f'{{"name": "add", "parameters": {JSON}}}',
+    "pythonic": '[add(a=12, b="x", t="z")]',
+    "qwen coder": "<tool_call>\n<function=add>\n<parameter=a>\n12\n</parameter>\n<parameter=b>\nx\n</parameter>\n"
+    "<parameter=t>\nz\n</parameter>\n</function>\n</tool_call>",
+    "bare functions": "<function=add>\n<parameter=a>\n12\n</parameter>\n<parameter=b>\nx\n</parameter>\n"
+    "<parameter=t>\nz\n</parameter>\n</function>",
+    "glm": "<tool_call>add\n<arg_key>a</arg_key>\n<arg_value>12</arg_value>\n<arg_key>b</arg_key>\n"
+    "<arg_value>x</arg_value>\n<arg_key>t</arg_key>\n<arg_value>z</arg_value>\n</tool_call>",
+    "mistral list": f'[TOOL_CALLS][{{"name": "add", "arguments": {JSON}}}]',
+    "mistral names": f"[TOOL_CALLS]add[ARGS]{JSON}",
+    "deepseek v3": "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>add\n```json\n"
+    f"{JSON}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+    "deepseek": f"<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>add<｜tool▁sep｜>{JSON}<｜tool▁call▁end｜>"
+    "<｜tool▁calls▁end｜>",
+    "kimi": "<|tool_calls_section_begin|><|tool_call_begin|>functions.add:0<|tool_call_argument_begin|>"
+    f"{JSON}<|tool_call_end|><|tool_calls_section_end|>",
+    "functools": f'functools[{{"name": "add", "arguments": {JSON}}}]',
+    "phi": f'<|tool_call|>[{{"name": "add", "arguments": {JSON}}}]<|/tool_call|>',
+    "granite": f'<|tool_call|>[{{"name": "add", "arguments": {JSON}}}]',
+    "command": f'<|START_ACTION|>[{{"tool_name": "add", "parameters": {JSON}}}]<|END_ACTION|>',
+    "function gemma": "<start_function_call>call:add{a:12,b:<escape>x<escape>,t:<escape>z<escape>}<end_function_call>",
+    "gemma 4": '<|tool_call>call:add{a:12,b:<|"|>x<|"|>,t:<|"|>z<|"|>}<tool_call|>',
+    "harmony": f"<|channel|>commentary to=functions.add <|constrain|>json<|message|>{JSON}",
 }
 
 
-def forms(family: str) -> CallForm:
-    return reply_form(TEMPLATES[family]).calls
+def test_every_family_is_here():
+    assert FORCED.keys() == TEMPLATES.keys() == {family for family, *_ in CASES}
 
 
 @pytest.mark.parametrize("family", FORCED)
+@pytest.mark.parametrize("is_special", [True, False])
 @pytest.mark.parametrize("one_call", [True, False])
-def test_a_forced_call_and_a_free_one_are_what_the_reader_reads(family: str, one_call: bool):
-    form, call, functions = forms(family), FORCED[family], {"add": SCHEMA, "get_weather": {}}
-    assert read(PLANS[family], call) == ("", "", [("add", '{"a": 12}')])
-    texts = (form.forced(functions, Spelling(), one_call=one_call), form.free(functions, Spelling(), one_call=one_call))
-    for text in texts:
-        assert say(GRAMMARS.matcher(Grammar("lark", text, "tools")), call)
-        wrong = call.replace("12", "true")
-        assert not say(GRAMMARS.matcher(Grammar("lark", text, "tools")), wrong)
-    assert not say(GRAMMARS.matcher(Grammar("lark", texts[0], "tools")), "Hello")
-    assert say(GRAMMARS.matcher(Grammar("lark", texts[1], "tools")), "Hello, 1 < 2 {")
+def test_a_forced_call_is_written_in_the_familys_own_form_and_valid(family: str, is_special: bool, one_call: bool):
+    """A free model's strict call is, too. Marks may be special tokens, or texts."""
+    form, call, functions = PLANS[family].form.calls, FORCED[family], {"add": SCHEMA, "get_weather": {}}
+    (made,) = read(PLANS[family], call)[2]
+    assert (made[0], json.loads(made[1])) == ("add", {"a": 12, "b": "x", "t": "z"})
+    tokenizer = ByteTokenizer(special=form.marks if is_special else ())
+    ids = {mark: tokenizer.encode(mark, parse_special=True, is_start=False)[0] for mark in form.marks}
+    grammars, spelling = Grammars(tokenizer), Spelling(ids if is_special else {})
+
+    def says(lark: str, text: str) -> bool:
+        matcher = grammars.matcher(Grammar("lark", lark, "tools"))
+        for token_id in tokenizer.encode(text, parse_special=True, is_start=False):
+            if token_id not in allowed(matcher):
+                return False
+            matcher.append(token_id)
+        return may_end(matcher)
+
+    forced = form.forced(functions, spelling, one_call=one_call)
+    free = form.free(functions, spelling, one_call=one_call)
+    for lark in (forced, free):
+        assert says(lark, call)
+        assert not says(lark, call.replace("12", "true"))
+        head, _, tail = call.rpartition("x")
+        assert not says(lark, f"{head}w{tail}")
+        assert not says(lark, call.replace("add", "rm"))
+    assert not says(forced, "Hello")
+    if family != "harmony":
+        assert says(free, "Hello, 1 < 2 {")
+
+
+def test_ids_are_those_that_the_template_takes():
+    ids = {}
+    for family, call in FORCED.items():
+        begin = next(event for event in events_of(PLANS[family], [call]) if isinstance(event, CallBegin))
+        ids[family] = begin.call_id
+    assert re.fullmatch("[a-zA-Z0-9]{9}", ids["mistral list"])
+    assert re.fullmatch("[a-zA-Z0-9]{9}", ids["mistral names"])
+    assert ids["kimi"] == "functions.add:0"
+    assert re.fullmatch("call_[0-9a-f]{24}", ids["hermes"])
+    short = reply_form("{% if call.id | length != 9 %}<tool_call>")
+    assert len(short.made_id("add", 0)) == 9
+
+
+def test_ids_in_the_history_become_those_that_the_template_takes():
+    call = {"id": "call_0123456789", "type": "function", "function": {"name": "add", "arguments": {}}}
+    chat = [{"role": "assistant", "tool_calls": [call]}, {"role": "tool", "tool_call_id": "call_0123456789"}]
+    assistant, result = with_short_ids(chat)
+    assert re.fullmatch("[a-zA-Z0-9]{9}", result["tool_call_id"])
+    assert assistant["tool_calls"][0]["id"] == result["tool_call_id"]
+    kept = [{"role": "tool", "tool_call_id": "abcdefghi"}]
+    assert with_short_ids(kept) == kept

@@ -76,11 +76,11 @@ class JsonCallReader(JsonReader):
     def read(self) -> Steps[None]:
         while (opening := (yield from self.give_until([self._form.opening]))) is not None:
             num_before = self.num_calls
-            yield from self._calls(opening)
+            yield from self.calls(opening)
             if self.num_calls > num_before:
                 yield from self.take_blanks()
 
-    def _calls(self, read: str) -> Steps[None]:
+    def calls(self, read: str) -> Steps[None]:
         """Read what stands behind an opening; what is no call is content, with the mark."""
         read += yield from self.take_blanks()
         is_list = (yield from self.take_if("[")) is not None
@@ -119,8 +119,6 @@ class BareReader(JsonReader):
         read = yield from self.take_blanks()
         if self._form.also_opening:
             read += (yield from self.take_if(self._form.also_opening)) or ""
-            if self.is_half(self._form.also_opening):
-                return
             read += yield from self.take_blanks()
         while (text := (yield from self.call_of_object())) is None:
             yield from self.take_blanks()
