@@ -40,12 +40,12 @@ _FORMS: Sequence[tuple[tuple[str, ...], CallForm]] = (  # All texts of a row sta
 
 
 def call_form(template: str) -> CallForm:
-    """The form that a chat template speaks of; that of Hermes if it speaks of none."""
+    """The form that a chat template speaks of; that of Hermes if it speaks of none, or knows no tools."""
+    if _TOOLS.search(template) is None:
+        return HERMES
     found = next((form for marks, form in _FORMS if all(mark in template for mark in marks)), None)
     if found is not None:
         return found
-    if _TOOLS.search(template) is None:
-        return HERMES
     if _PYTHON_CALL.search(template) is not None:
         return PYTHONIC
     return LLAMA if '"parameters"' in template else HERMES
