@@ -3,22 +3,23 @@
 In a frame, `@answer` stands for the grammar that the answer itself has.
 """
 
+from tightrope.engine.errors import InvalidRequest
 from tightrope.server.replies import harmony
-from tightrope.server.replies.lark import REST, Spelling, beginning_with, literal
+from tightrope.server.replies.lark import REST, Spelling, beginning_with, quoted
 from tightrope.server.replies.thoughts import Place, ThoughtMarks
 
+BUDGET = "thinking_token_budget"  # The field that bounds thoughts.
 _GAP = r"/\n{0,2}/"  # It stands between thoughts and an answer that has a grammar.
 
 
 def thought_frame(marks: ThoughtMarks, place: Place, spelling: Spelling, budget: int | None) -> str:
     """Around an answer that may begin with thoughts, of `budget` tokens at most; None is no limit, 0 is none at all."""
-    closing = f"{spelling.of(marks.closing)} {_GAP}"
-    thought = _thought(marks.closing, spelling, budget)
+    inside, rules = _thought(marks.closing, spelling, budget)
     if place == "inside":
-        return f"start: {'thought' if thought else ''} {closing} @answer\n{thought}"
-    if not thought or place == "behind":
+        return f"start: {inside} {_GAP} @answer\n{rules}"
+    if budget == 0 or place == "behind":
         return ""
-    return f"start: ({spelling.of(marks.opening)} thought {closing})? @answer\n{thought}"
+    return f"start: ({spelling.of(marks.opening)} {inside} {_GAP})? @answer\n{rules}"
 
 
 def harmony_frame(spelling: Spelling, budget: int | None, *, goes_on: bool, is_final: bool) -> str:
@@ -26,12 +27,12 @@ def harmony_frame(spelling: Spelling, budget: int | None, *, goes_on: bool, is_f
     if goes_on:
         return ""
     final = spelling.of(f"{harmony.CHANNEL}final{harmony.MESSAGE}") if is_final else ""
-    thought = _thought(harmony.END, spelling, budget)
-    if not thought:
+    if budget == 0:
         return f"start: {final} @answer" if final else ""
+    inside, rules = _thought(harmony.END, spelling, budget)
     before = spelling.of(f"{harmony.CHANNEL}analysis{harmony.MESSAGE}")
-    behind = spelling.of(f"{harmony.END}{harmony.START}assistant")
-    return f"start: ({before} thought {behind})? {final} @answer\n{thought}"
+    behind = spelling.of(f"{harmony.START}assistant")
+    return f"start: ({before} {inside} {behind})? {final} @answer\n{rules}"
 
 
 def free_answer(marks: ThoughtMarks | None, spelling: Spelling) -> str:
@@ -45,12 +46,21 @@ def free_answer(marks: ThoughtMarks | None, spelling: Spelling) -> str:
     return spelling.free(besides=marks.tokens[0])
 
 
-def _thought(closing: str, spelling: Spelling, budget: int | None) -> str:
-    """The rule for thoughts up to the mark; none where there may be none."""
+def _thought(closing: str, spelling: Spelling, budget: int | None) -> tuple[str, str]:
+    """Lark for thoughts up to the mark and the mark itself, and the rules for it. Raises InvalidRequest.
+
+    The library's own `stop` isn't used: it breaks down at marks of several tokens.
+    """
     if budget == 0:
-        return ""
-    limits = [] if budget is None else [f"max_tokens={budget}"]
-    if not spelling.is_token(closing):
-        limits.append(f"stop={literal(closing)}")
-    attributes = f"[{', '.join(limits)}]" if limits else ""
-    return f"thought{attributes}: {REST}"
+        return spelling.of(closing), ""
+    limit = "" if budget is None else f"[max_tokens={budget}]"
+    if spelling.is_token(closing):
+        return f"thought {spelling.of(closing)}", f"thought{limit}: {REST}"
+    if closing in spelling.others:
+        return (
+            f"thought <[{spelling.others[closing]}]>",
+            f"thought{limit}: THOUGHT\nTHOUGHT: {REST} & ~/(?s:.*){quoted(closing)}(?s:.*)/",
+        )
+    if budget is not None:
+        raise InvalidRequest(f"{BUDGET}: {closing} is not one token of this model", BUDGET)
+    return "thought", f"thought[lazy]: /(?s:.*){quoted(closing)}/"

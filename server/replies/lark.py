@@ -10,9 +10,14 @@ REST = r"/(?s:.*)/"  # Any text; a special token ends it.
 
 @dataclass(frozen=True, slots=True)
 class Spelling:
-    """How a served model spells marks. `ids` are those of the marks that are one special token each."""
+    """How a served model spells marks.
+
+    `ids` are those of the marks that are one special token each, `others` of those that are one token of another kind,
+    whose text may be written in other tokens as well.
+    """
 
     ids: Mapping[str, int] = field(default_factory=dict)
+    others: Mapping[str, int] = field(default_factory=dict)
 
     def of(self, text: str) -> str:
         """The text as a sequence of Lark, not empty."""

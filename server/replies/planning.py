@@ -9,13 +9,11 @@ from msgspec.structs import replace as with_fields
 
 from tightrope.engine.errors import InvalidRequest
 from tightrope.engine.protocol import Engine
-from tightrope.engine.types import Grammar, Span, TextPrompt
+from tightrope.engine.types import Grammar, Span, TextPrompt, Token
 from tightrope.server.replies.form import ReplyForm, ReplyPlan, Thoughts
-from tightrope.server.replies.frames import free_answer, harmony_frame, thought_frame
+from tightrope.server.replies.frames import BUDGET, free_answer, harmony_frame, thought_frame
 from tightrope.server.replies.lark import Spelling
 from tightrope.server.replies.thoughts import place_in
-
-BUDGET = "thinking_token_budget"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,14 +58,17 @@ def plan_reply(form: ReplyForm, wishes: Wishes, prompt: str, continued: str | No
 
 
 async def find_spelling(engine: Engine, marks: Sequence[str], adapter: str | None) -> Spelling:
-    """Which of the marks are one special token of the vocabulary."""
+    """Which of the marks are one token of the vocabulary."""
 
-    async def token_id(mark: str) -> int | None:
-        tokens = list(await engine.tokenize(TextPrompt((Span(mark),), add_bos=False), adapter))
-        return tokens[0].token_id if len(tokens) == 1 and tokens[0].is_special else None
+    async def tokens_of(mark: str) -> list[Token]:
+        return list(await engine.tokenize(TextPrompt((Span(mark),), add_bos=False), adapter))
 
-    found = zip(marks, await asyncio.gather(*map(token_id, marks)), strict=True)
-    return Spelling({mark: found_id for mark, found_id in found if found_id is not None})
+    found = zip(marks, await asyncio.gather(*map(tokens_of, marks)), strict=True)
+    single = [(mark, tokens[0]) for mark, tokens in found if len(tokens) == 1]
+    return Spelling(
+        {mark: token.token_id for mark, token in single if token.is_special},
+        {mark: token.token_id for mark, token in single if not token.is_special},
+    )
 
 
 def framed(

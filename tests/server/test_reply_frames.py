@@ -4,6 +4,7 @@ import pytest
 from fakes import BOS, ByteTokenizer
 from test_grammar import allowed, may_end
 
+from tightrope.engine.errors import InvalidRequest
 from tightrope.engine.guided.grammar import Grammars, Matcher
 from tightrope.engine.types import Grammar
 from tightrope.server.replies.form import ReplyPlan, reply_form
@@ -18,7 +19,12 @@ THINKS = reply_form("<think></think>")
 HARMONY = reply_form("<|channel|><|message|>")
 SPECIAL = ByteTokenizer(special=["<think>", "</think>", *MARKS])
 PLAIN = ByteTokenizer(added=["<think>", "</think>", *MARKS])
-VOCABULARIES = {"special": (SPECIAL, Grammars(SPECIAL)), "plain": (PLAIN, Grammars(PLAIN))}
+LETTERS = ByteTokenizer()
+VOCABULARIES = {
+    "special": (SPECIAL, Grammars(SPECIAL)),
+    "plain": (PLAIN, Grammars(PLAIN)),
+    "letters": (LETTERS, Grammars(LETTERS)),
+}
 YES = Grammar("choice", '["yes", "no"]', "guided_choice")
 OBJECT = Grammar("json_schema", '{"type": "object"}', "response_format")
 
@@ -26,8 +32,10 @@ OBJECT = Grammar("json_schema", '{"type": "object"}', "response_format")
 def spelling(kind: str) -> Spelling:
     tokenizer, _ = VOCABULARIES[kind]
     marks = ("<think>", "</think>", *MARKS)
-    ids = {mark: tokenizer.encode(mark, parse_special=True, is_start=False)[0] for mark in marks}
-    return Spelling({mark: token_id for mark, token_id in ids.items() if tokenizer.is_special(token_id)})
+    found = {mark: tokenizer.encode(mark, parse_special=True, is_start=False) for mark in marks}
+    ids = {mark: token_ids[0] for mark, token_ids in found.items() if len(token_ids) == 1}
+    special = {mark: token_id for mark, token_id in ids.items() if tokenizer.is_special(token_id)}
+    return Spelling(special, {mark: token_id for mark, token_id in ids.items() if mark not in special})
 
 
 def matcher(kind: str, plan: ReplyPlan, grammar: Grammar | None, wishes: Wishes | None = None) -> Matcher:
@@ -84,7 +92,7 @@ def test_a_template_that_was_told_not_to_think_leaves_the_shape_alone(kind: str)
     assert says(kind, matcher(kind, ReplyPlan(THINKS, "outside"), YES, off), "yes") == "yes"
 
 
-@pytest.mark.parametrize("kind", VOCABULARIES)
+@pytest.mark.parametrize("kind", ["special", "plain"])
 @pytest.mark.parametrize("place", ["outside", "inside"])
 @pytest.mark.parametrize("grammar", [YES, None])
 def test_thoughts_end_after_so_many_tokens(kind: str, place: Place, grammar: Grammar | None):
@@ -118,6 +126,10 @@ def test_in_harmony_the_shape_is_the_final_messages(kind: str):
         assert says(kind, made, text) == text
         assert may_end(made)
     assert says(kind, matcher(kind, plan, YES), f"{final}maybe") == final
+    if kind == "letters":
+        with pytest.raises(InvalidRequest, match="is not one token"):
+            matcher(kind, plan, None, Wishes(budget=2))
+        return
     bounded = matcher(kind, plan, None, Wishes(budget=2))
     assert says(kind, bounded, analysis) == "<|channel|>analysis<|message|>Hm"
     assert says(kind, bounded, f"<|end|><|start|>assistant{final}Yes.").endswith("Yes.")
