@@ -131,7 +131,9 @@ async def watched(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixt
     monkeypatch.setattr(EngineCore, "prepare", recorded)
     caplog.set_level(logging.DEBUG, "tightrope.server")
     engine = EngineSettings.model_validate({"model": {"adapters": {"limarp": "limarp"}}})
-    async with api("<think>a</think>fine", chat_template=TEMPLATE, added=("<think>", "</think>"), engine=engine) as http:
+    async with api(
+        "<think>a</think>fine", chat_template=TEMPLATE, added=("<think>", "</think>"), engine=engine
+    ) as http:
         yield Watched(http, requests, caplog)
 
 

@@ -247,8 +247,6 @@ LISTED = {
     *WITHOUT_EFFECT,
     "cache_prompt",
     "keep_alive",
-    "reasoning_effort",
-    "enable_thinking",
     "return_progress",
     "resumable",
 }  # of whole answers
