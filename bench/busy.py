@@ -2,17 +2,21 @@
 
 Each busy process is a session of its own, as those of other people are: Linux shares a machine by sessions. An engine
 decodes in this process. A case is timed for SECONDS once the choice has had SETTLING_S to see that something changed;
-numbers of threads take turns, and the best of the rounds counts, as every other disturbance only makes them slower.
+numbers of threads take turns, and the best of the rounds counts. On which CPU, and beside how many others, the system
+lets a thread run is a matter of luck that lasts for seconds: where `chosen_threads` is the best fixed number, so is
+what remains between the two.
 """
 
 import argparse
+import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -97,11 +101,14 @@ def tokens_per_s(backend: Backend, streams: int) -> float:
     return streams * timed / timed_s
 
 
-def measure(engine: str, path: Path, most: int, rounds: int) -> list[dict[str, object]]:
-    rows: list[dict[str, object]] = []
+Row = dict[str, object]
+
+
+def measure(engine: str, path: Path, most: int, rounds: int, counts: Sequence[int]) -> Iterator[Row]:
+    """A row for each number of busy processes and of streams."""
     backend, threads = ENGINES[engine](path, most)
     with closing(backend):
-        for num_busy in BUSY:
+        for num_busy in counts:
             with busy(num_busy):
                 for streams in STREAMS:
                     speeds: dict[int | None, float] = {}
@@ -110,12 +117,17 @@ def measure(engine: str, path: Path, most: int, rounds: int) -> list[dict[str, o
                             with fixed(threads, count):
                                 speeds[count] = max(speeds.get(count, 0.0), tokens_per_s(backend, streams))
                     best = max(speed for count, speed in speeds.items() if count is not None)
-                    row = {"engine": engine, "busy": num_busy, "streams": streams, "chosen_threads": threads.now}
+                    row: Row = {"engine": engine, "busy": num_busy, "streams": streams, "chosen_threads": threads.now}
                     row |= {f"{count}_threads_tokens_per_s": round(speeds[count], 1) for count in range(1, most + 1)}
                     row |= {"chosen_tokens_per_s": round(speeds[None], 1), "of_the_best": round(speeds[None] / best, 3)}
-                    rows.append({**row, "met": speeds[None] >= LEAST * best})
-                    print(rows[-1], flush=True)
-    return rows
+                    yield {**row, "met": speeds[None] >= LEAST * best}
+
+
+def _known(name: str, setup: Row) -> list[Row]:
+    """The rows of earlier runs with the same setup."""
+    path = report.RESULTS / f"{name}.json"
+    known: dict[str, Any] = json.loads(path.read_text())["results"] if path.exists() else {}
+    return list(known["cases"]) if known and setup.items() <= known.items() else []
 
 
 def main() -> None:
@@ -124,10 +136,16 @@ def main() -> None:
     parser.add_argument("model", type=Path, help="a folder for the torch engine, a GGUF file for llama.cpp")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="the most")
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--busy", type=int, action="append", help="measure beside so many alone; may be repeated")
     args = parser.parse_args()
-    rows = measure(args.engine, args.model, args.threads, args.rounds)
-    results = {"model": args.model.name, "threads": args.threads, "seconds": SECONDS, "cases": rows}
-    print(report.write(f"busy_{args.engine.replace('.', '')}", results))
+    name = f"busy_{args.engine.replace('.', '')}"
+    setup: Row = {"model": args.model.name, "threads": args.threads, "seconds": SECONDS}
+    rows = {(row["busy"], row["streams"]): row for row in _known(name, setup)}
+    for row in measure(args.engine, args.model, args.threads, args.rounds, args.busy or BUSY):
+        rows[row["busy"], row["streams"]] = row
+        print(row, flush=True)
+        cases = sorted(rows.values(), key=lambda row: (row["busy"], row["streams"]))
+        report.write(name, {**setup, "cases": cases})  # each, so that a run that is cut short loses one at most
 
 
 if __name__ == "__main__":
