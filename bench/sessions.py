@@ -23,6 +23,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import psutil
 from tqdm import tqdm
@@ -190,12 +191,14 @@ def main() -> None:
     options = parser.parse_args()
     end_servers_when_told()
     before = report.RESULTS / f"{options.name}.json"
-    parts = json.loads(before.read_text())["results"] if before.exists() else {}
+    written: dict[str, Any] = json.loads(before.read_text()) if before.exists() else report.environment()
+    parts = written.get("results", {})
     if options.kills:
         models = [model.resolve() for model in options.models]
 
         def write(found: dict[str, object]) -> None:
-            report.write(options.name, {**parts, "kills": found})
+            whole = {**written, "results": {**parts, "kills": found}}  # What it was measured on is told with it.
+            before.write_text(json.dumps(whole, indent=2, ensure_ascii=False) + "\n")
 
         measure_kills(models, options.kills, write)
         return
