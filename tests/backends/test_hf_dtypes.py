@@ -78,7 +78,8 @@ def test_what_only_a_card_has_changes_nothing_elsewhere_and_a_line_says_so(chang
     assert notes_on(settings) == (f"{option} changes nothing: llama.cpp has types of its own",)
     assert read_model(bundled_model(), settings).tensors
     for path, told in ((ADAPTERS / "llama-bf16", line), (bundled_model(), notes_on(settings)[0])):
-        chosen = outline(ModelSettings(model=str(path), device="cpu", **changed), None).chosen
+        settings = ModelSettings(model=str(path), device="cpu", gguf_engine="llama.cpp", **changed)
+        chosen = outline(settings, None).chosen
         assert chosen is not None
         assert told in chosen.notes
 
