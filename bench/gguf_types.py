@@ -2,11 +2,13 @@
 
 Two models for each type. A small llama of random weights with rows of 512 and 1,536, which K- and IQ-types can hold, is
 compared with float64 products of the numbers that its blocks stand for. SmolLM2, whose rows of 576 have whole blocks of
-32, predicts English text. ggml's own quantizers write all files; both engines keep keys and values in 16 bits.
+32, predicts English text. ggml's own quantizers write all files; both engines keep keys and values in 16 bits. What the
+results have of other types stays.
 """
 
 import argparse
 import ctypes
+import json
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -26,6 +28,7 @@ from bench import report
 from bench.english import NAME, english_text
 from bench.large_gguf import Sizes, copy_keys
 from tightrope.backends.detect import open_backend
+from tightrope.backends.files.gguf.tensor_types import TENSOR_TYPES
 from tightrope.backends.locate import bundled_model
 from tightrope.backends.protocol import Backend, Chunk
 from tightrope.backends.quant.gguf import BLOCK_TYPES
@@ -36,7 +39,7 @@ KINDS = (*BLOCK_TYPES, "F16", "BF16", "F32")
 ENGINES: tuple[GgufEngine, ...] = ("own", "llama.cpp")
 SMALL = Sizes(512, 1536, 8, 4, layers=4)
 MOST_RELATIVE, MOST_WORSE = 1e-3, 1e-3  # Of logits to float64's, by length; of perplexity to llama.cpp's.
-PROMPT, CONTEXT = 256, 512
+PROMPT, CONTEXT = 128, 512
 Array = NDArray[np.float32]
 
 
@@ -190,29 +193,32 @@ def of_smollm2(kind: str, tensors: dict[str, Array], folder: Path, tokens: int, 
             ids = backend.tokenizer.encode(english_text(), parse_special=False, is_start=True)
             score = measure(backend, cut_windows(ids, CONTEXT, None, tokens), lambda n: None)
             found[engine] = round(score.perplexity, 4)
-    return {**found, "worse": round(found["own"] / found["llama.cpp"] - 1, 6)}
+    return {**found, "tokens": score.num_tokens, "worse": round(found["own"] / found["llama.cpp"] - 1, 6)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kind", nargs="+", choices=KINDS, default=KINDS)
-    parser.add_argument("--tokens", type=int, default=4096, help="of English, that SmolLM2 predicts")
+    parser.add_argument("--tokens", type=int, default=4096, help="of English, that SmolLM2 predicts; 0: none")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     whole = smollm2()
     small = small_llama(len(whole["token_embd.weight"]))
-    rows: list[dict[str, Any]] = []
+    path = report.RESULTS / "gguf_types.json"
+    known = json.loads(path.read_text())["results"]["rows"] if path.exists() else []
+    rows: dict[str, dict[str, Any]] = {row["type"]: row for row in known}
     for kind in options.kind:
+        row: dict[str, Any] = rows.setdefault(kind, {"type": kind})
         with TemporaryDirectory() as folder:
-            row: dict[str, Any] = {"type": kind, "small": of_small(kind, small, Path(folder), options.threads)}
+            row["small"] = of_small(kind, small, Path(folder), options.threads)
             row["is_exact"] = row["small"]["own"]["relative_error"] <= MOST_RELATIVE
-            if kind not in BLOCK_TYPES or (BLOCK_TYPES[kind].group == 32 and not kind.endswith(("_K", "_XS"))):
+            if options.tokens and (kind not in BLOCK_TYPES or TENSOR_TYPES[GGMLQuantizationType[kind]].values == 32):
                 row["smollm2"] = of_smollm2(kind, whole, Path(folder), options.tokens, options.threads)
                 row["is_no_worse"] = row["smollm2"]["worse"] <= MOST_WORSE
-        rows.append(row)
         print(row, flush=True)
-        report.write("gguf_types", {"text": NAME, "tokens": options.tokens, "rows": rows})
+        ordered = [rows[kind] for kind in KINDS if kind in rows]
+        report.write("gguf_types", {"text": NAME, "rows": ordered})
 
 
 if __name__ == "__main__":
