@@ -1,7 +1,8 @@
-"""How many threads to compute with beside others: fewer while the machine is busy, all again once processors idle.
+"""How many threads to compute with beside others: fewer while other programs keep the machine busy, all again after.
 
 Threads of a step wait for each other at each of its operations. Where the system lets one of them wait for a processor,
-as others run on it, all wait, hundreds of times a step.
+as others run on it, all wait, hundreds of times a step. Our own threads and the server in front of them get in each
+other's way as well, for moments; that is no reason to compute with fewer.
 """
 
 import os
@@ -13,40 +14,39 @@ from pathlib import Path
 from tightrope.backends.threads import usable_cpus
 
 LOOK_EVERY_S = 0.1  # The system counts idle time in hundredths of a second.
-WAITING, IDLE = (
-    0.5,
-    0.6,
-)  # threads that wait on average, of which one is too many; idle processors that make room for one
+WAITING = 0.5  # threads that wait on average, of which one is too many
+FREE = 0.6  # of a processor without others: room for a thread more
 LEAST_ACTIVE = 0.2  # threads that run or wait on average, below which there was too little work to judge by
 
 
 @dataclass(frozen=True, slots=True)
 class Counters:
-    """What the system has counted so far, in seconds: of this process' threads together, and of the usable CPUs."""
+    """What the system has counted so far, in seconds."""
 
-    running: float
-    waiting: float  # they could have run, and others did
-    idle: float
+    running: float  # this process' threads together and its parent, the server
+    waiting: float  # this process' threads together: they could have run, and others did, or threads of our own
+    idle: float  # the CPUs that we may use, together
+    others: float  # All else that runs there. The count begins anywhere, and grows.
+
+    def since(self, before: "Counters") -> "Counters":
+        """What was counted between the two; threads that have ended take their waiting along."""
+        return Counters(
+            max(0.0, self.running - before.running),
+            max(0.0, self.waiting - before.waiting),
+            max(0.0, self.idle - before.idle),
+            max(0.0, self.others - before.others),
+        )
 
 
-@dataclass(frozen=True, slots=True)
-class Interval:
-    """The same, of an interval of `seconds`."""
-
-    seconds: float
-    running: float
-    waiting: float
-    idle: float
-
-
-def threads_after(now: int, most: int, seen: Interval) -> int:
+def threads_after(now: int, most: int, seconds: float, seen: Counters) -> int:
     """How many threads to go on with, of 1 to `most`, after an interval with `now` of them."""
-    active = seen.running + seen.waiting
-    if active >= LEAST_ACTIVE * seen.seconds:
-        waiting = now * seen.waiting / active
-        if waiting >= WAITING:
-            return max(1, now - int(waiting + 1 - WAITING))
-    return min(most, now + int(seen.idle / seen.seconds + 1 - IDLE))
+    free = seen.running + seen.idle
+    # Threads wait for others no longer than these ran; with more threads than processors they wait for each other.
+    waiting = min(seen.waiting, max(seen.others, now * seconds - free))
+    active = seen.running + waiting
+    if active >= LEAST_ACTIVE * seconds and (mean := now * waiting / active) >= WAITING:
+        return max(1, now - int(mean + 1 - WAITING))
+    return min(most, max(now, int(free / seconds + 1 - FREE)))
 
 
 class Threads:
@@ -76,10 +76,7 @@ class Threads:
         self._seen_s += seconds
         if after is None:
             return
-        # Threads that have ended take their counts along.
-        running, waiting = max(0.0, after.running - before.running), max(0.0, after.waiting - before.waiting)
-        interval = Interval(seconds, running, waiting, max(0.0, after.idle - before.idle))
-        count = threads_after(self.now, self.most, interval)
+        count = threads_after(self.now, self.most, seconds, after.since(before))
         if count != self.now:
             self.now = count
             self._apply(count)
@@ -87,19 +84,33 @@ class Threads:
 
 def read_counters() -> Counters | None:
     """See Counters; None where the system has none."""
-    running = waiting = 0
+    waiting_ns = 0
     try:
         for task in os.scandir("/proc/self/task"):
             try:
-                ran_ns, waited_ns, _ = Path(task.path, "schedstat").read_text().split()
+                waiting_ns += int(Path(task.path, "schedstat").read_text().split()[1])
             except (FileNotFoundError, ProcessLookupError):
                 continue  # It has just ended.
-            running, waiting = running + int(ran_ns), waiting + int(waited_ns)
-        if not running:
+        if not int(Path("/proc/self/schedstat").read_text().split()[0]):
             return None  # The file is there, and the kernel was built without what fills it.
-        names = {f"cpu{number}" for number in usable_cpus()}
+        cpus = usable_cpus()
+        names = {f"cpu{number}" for number in cpus}
         rows = [line.split() for line in Path("/proc/stat").read_text().splitlines() if line.startswith("cpu")]
-        ticks = sum(int(row[4]) + int(row[5]) for row in rows if row[0] in names)  # idle, and waiting for a disk
-        return Counters(running / 1e9, waiting / 1e9, ticks / os.sysconf("SC_CLK_TCK"))
+        counted = [[int(ticks) for ticks in row[1:]] for row in rows if row[0] in names]
+        ticks_per_s = os.sysconf("SC_CLK_TCK")
+        idle = sum(row[3] + row[4] for row in counted) / ticks_per_s  # idle, and waiting for a disk
+        stolen = sum(row[7] for row in counted) / ticks_per_s  # by the host of a virtual machine
+        running = time.process_time() + _parent_s()
+        others = len(cpus) * time.perf_counter() - idle - stolen - running
+        return Counters(running, waiting_ns / 1e9, idle, others)
     except (OSError, ValueError, IndexError):
         return None
+
+
+def _parent_s() -> float:
+    """CPU seconds of the process that has started this one; 0 for one outside a container."""
+    parent = os.getppid()
+    try:
+        return time.clock_gettime((~parent << 3) | 2) if parent else 0.0  # clock_getcpuclockid(3), which Python lacks
+    except OSError:
+        return 0.0  # It has just ended.

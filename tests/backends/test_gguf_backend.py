@@ -54,7 +54,8 @@ def text_ids(backend: GGUFBackend) -> list[int]:
 def test_steps_have_fewer_threads_while_others_keep_the_machine_busy(
     backend: GGUFBackend, text_ids: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    counted = iter([Counters(0, 0, 0), Counters(1, 9, 0), Counters(1, 9, 100)])  # nine in ten seconds waited; then idle
+    # For nine of ten seconds others ran and we waited; then the machine idled.
+    counted = iter([Counters(0, 0, 0, 0), Counters(1, 9, 0, 9), Counters(1, 9, 100, 9)])
     monkeypatch.setattr(sharing, "read_counters", lambda: next(counted))
     monkeypatch.setattr(sharing, "LOOK_EVERY_S", 0.0)
     context = backend._context

@@ -113,7 +113,8 @@ def test_runners_of_shared_weights_store_into_caches_of_their_own():
 
 
 def test_steps_have_fewer_threads_while_others_keep_the_machine_busy(monkeypatch: pytest.MonkeyPatch):
-    counted = iter([Counters(0, 0, 0), Counters(1, 9, 0), Counters(1, 9, 100)])  # nine in ten seconds waited; then idle
+    # For nine of ten seconds others ran and we waited; then the machine idled.
+    counted = iter([Counters(0, 0, 0, 0), Counters(1, 9, 0, 9), Counters(1, 9, 100, 9)])
     monkeypatch.setattr(sharing, "read_counters", lambda: next(counted))
     monkeypatch.setattr(sharing, "LOOK_EVERY_S", 0.0)
     given: list[int] = []

@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tightrope.backends.sharing import (
+    FREE,
     LOOK_EVERY_S,
     WAITING,
     Counters,
-    Interval,
     Threads,
     read_counters,
     threads_after,
@@ -23,22 +23,26 @@ COUNTS = st.integers(1, 64).flatmap(lambda most: st.tuples(st.integers(1, most),
 SECONDS = st.floats(0, 200)
 
 
-@given(COUNTS, st.floats(0.01, 100), SECONDS, SECONDS, SECONDS)
+@given(COUNTS, st.floats(0.01, 100), SECONDS, SECONDS, SECONDS, SECONDS)
 def test_there_is_one_thread_at_least_and_never_more_than_allowed(
-    counts: tuple[int, int], seconds: float, running: float, waiting: float, idle: float
+    counts: tuple[int, int], seconds: float, running: float, waiting: float, idle: float, others: float
 ):
     now, most = counts
 
-    assert 1 <= threads_after(now, most, Interval(seconds, running, waiting, idle)) <= most
+    assert 1 <= threads_after(now, most, seconds, Counters(running, waiting, idle, others)) <= most
 
 
-@given(COUNTS, SECONDS, SECONDS, SECONDS)
-def test_more_waiting_never_leads_to_more_threads(counts: tuple[int, int], running: float, waiting: float, more: float):
+@given(COUNTS, SECONDS, SECONDS, SECONDS, SECONDS)
+def test_more_waiting_never_leads_to_more_threads(
+    counts: tuple[int, int], running: float, waiting: float, others: float, more: float
+):
     now, most = counts
 
-    less, greater = (threads_after(now, most, Interval(1, running, wait, 0)) for wait in (waiting, waiting + more))
+    less, greater = (
+        threads_after(now, most, 1, Counters(running, wait, 0, others)) for wait in (waiting, waiting + more)
+    )
 
-    assert greater <= less <= now  # No processor idles.
+    assert greater <= less
 
 
 @given(COUNTS, SECONDS, SECONDS, SECONDS, SECONDS)
@@ -47,9 +51,31 @@ def test_more_idle_processors_never_lead_to_fewer_threads(
 ):
     now, most = counts
 
-    less, greater = (threads_after(now, most, Interval(1, running, waiting, free)) for free in (idle, idle + more))
+    less, greater = (threads_after(now, most, 1, Counters(running, waiting, free, 0)) for free in (idle, idle + more))
 
     assert greater >= less
+
+
+@given(st.integers(1, 64), st.floats(0.01, 100), SECONDS, st.floats(0, 1), st.data())
+def test_threads_that_wait_while_no_other_program_runs_all_stay(
+    cpus: int, seconds: float, waiting: float, idle_share: float, data: st.DataObject
+):
+    threads = data.draw(st.integers(1, cpus))
+    idle = idle_share * cpus * seconds
+    seen = Counters(cpus * seconds - idle, waiting, idle, 0)  # Other threads of ours, and the server in front, compute.
+
+    assert threads_after(threads, threads, seconds, seen) == threads
+
+
+@given(st.integers(1, 64), st.floats(0, 0.99 - FREE), st.floats(0, 1), st.data())
+def test_all_threads_come_back_and_stay_beside_others_that_do_little(
+    cpus: int, others: float, delayed: float, data: st.DataObject
+):
+    now = data.draw(st.integers(1, cpus))
+    waiting = others * delayed
+    running = min(now - waiting, cpus - others)
+
+    assert threads_after(now, cpus, 1, Counters(running, waiting, cpus - others - running, others)) == cpus
 
 
 @pytest.mark.parametrize(
@@ -62,13 +88,18 @@ def test_more_idle_processors_never_lead_to_fewer_threads(
         (2, 0.01, 0.05, 2),  # an answer has just begun: too little to judge by
     ],
 )
-def test_as_many_threads_go_as_wait_on_average(now: int, running: float, waiting: float, wanted: int):
-    assert threads_after(now, 8, Interval(1, running, waiting, 0)) == wanted
+def test_as_many_threads_go_as_wait_on_average_for_others(now: int, running: float, waiting: float, wanted: int):
+    assert threads_after(now, 8, 1, Counters(running, waiting, 0, waiting)) == wanted
 
 
-@pytest.mark.parametrize(("idle", "wanted"), [(0, 1), (0.5, 1), (0.7, 2), (1.7, 3), (9, 4)])
-def test_as_many_threads_come_as_processors_idle(idle: float, wanted: int):
-    assert threads_after(1, 4, Interval(1, 1, 0, idle)) == wanted
+@pytest.mark.parametrize(
+    ("others", "wanted"), [(4, 1), (3, 1), (2.5, 1), (2.3, 2), (1.4, 3), (1.3, 3), (0.3, 4), (0, 4)]
+)
+@pytest.mark.parametrize("idle_share", [0, 0.5, 1])
+def test_as_many_threads_come_as_processors_are_free_of_others(others: float, wanted: int, idle_share: float):
+    free = 4 - others  # Our one thread, other threads of ours and the server in front run there, or nothing.
+
+    assert threads_after(1, 4, 1, Counters(free * (1 - idle_share), 0, free * idle_share, others)) == wanted
 
 
 STEP_S = 2 * LOOK_EVERY_S
@@ -81,7 +112,7 @@ class Machine:
     cpus: int
     busy: int = 0
     now_s: float = 0.0
-    counted: Counters = field(default_factory=lambda: Counters(0, 0, 0))
+    counted: Counters = field(default_factory=lambda: Counters(0, 0, 0, 0))
 
     def read(self) -> Counters:
         return self.counted
@@ -94,9 +125,14 @@ class Machine:
         """A step that is longer than the time between two looks."""
         waiting, before = self.waiting(threads), self.counted
         idle = max(0, self.cpus - self.busy - threads)
+        running = threads - waiting
         self.now_s += STEP_S
-        running = before.running + (threads - waiting) * STEP_S
-        self.counted = Counters(running, before.waiting + waiting * STEP_S, before.idle + idle * STEP_S)
+        self.counted = Counters(
+            before.running + running * STEP_S,
+            before.waiting + waiting * STEP_S,
+            before.idle + idle * STEP_S,
+            before.others + (self.cpus - running - idle) * STEP_S,
+        )
 
 
 @given(st.integers(1, 32), st.integers(0, 40), st.integers(1, 32))
@@ -118,7 +154,7 @@ def test_threads_leave_others_their_processors_and_come_back_when_these_are_gone
 def test_nothing_is_looked_at_between_two_looks():
     machine = Machine(2)
     threads = Threads(2, read=machine.read, clock=lambda: machine.now_s)
-    machine.counted = Counters(0, 10, 0)
+    machine.counted = Counters(0, 10, 0, 10)
 
     machine.now_s = LOOK_EVERY_S / 2
     assert threads.settle() == 2
