@@ -16,7 +16,7 @@ from tightrope.kernels.forms.layer import DecoderLayer, GatedExperts, Norm, Proj
 from tightrope.kernels.forms.layout import AttentionSpec, CacheDtype, CacheFormat
 from tightrope.kernels.forms.low_rank import AdapterRows, make_low_rank
 from tightrope.kernels.forms.masks import ROOM, Masks
-from tightrope.kernels.forms.quantized import Nf4Matrix, QuantizedMatrix, dequantize
+from tightrope.kernels.forms.quantized import TILE, Nf4Matrix, QuantizedMatrix, arrange, dequantize
 from tightrope.kernels.forms.rows import DIVIDE, MAX_TRANSFORMS
 from tightrope.kernels.trial.samples import Packed, Samples, angles, step_of
 
@@ -53,6 +53,8 @@ def cases(*, on_card: bool) -> Iterator[tuple[str, Case]]:
         yield "mass of logits", partial(_row_sums, "row_mass")
         yield "draw", _draw
         yield "search for numbers that are not finite", _search
+        yield "single rows of a quantized table", _rows
+        yield "GGUF blocks", _blocks
 
 
 def gated(samples: Samples) -> Found:
@@ -250,3 +252,27 @@ def _search(samples: Samples) -> Found:
         masks = Masks.of(np.array([0x7C00], np.uint16), 0x7C00)
         found = dispatch.search_file(file.fileno(), 0, numbers.nbytes, masks, np.empty(ROOM, np.uint8))
     return torch.tensor([-1 if found is None else found]), torch.tensor([3000 * numbers.element_size()])
+
+
+def _rows(samples: Samples) -> Found:
+    matrix, numbers = samples.exl2(80), torch.tensor([79, 0, 17])
+    return dispatch.quantized_rows(matrix, numbers), dequantize(matrix).t()[numbers]
+
+
+def _blocks(samples: Samples) -> Found:
+    """Of GGUF's Q8_0: a float16 scale, and 32 signed bytes."""
+    scales, codes = samples.uniform(80, 2).half(), samples.codes(256, 80, 2, 32)
+    raw = torch.cat((scales.unsqueeze(2).view(torch.uint8), codes), 2).flatten(1)
+    rows = arrange(torch.arange(64), [32, 32], [8, 8])
+    matrix = QuantizedMatrix(
+        64,
+        80,
+        None,
+        rows.group_starts,
+        rows.group_bits,
+        torch.empty(80 // TILE, 64 * TILE, dtype=torch.uint8),
+        scales=torch.empty(80 // TILE, 2, TILE, dtype=torch.float16),
+    )
+    if not dispatch.pack_blocks(8, raw, matrix):
+        return None
+    return dequantize(matrix), (scales.float().unsqueeze(2) * codes.view(torch.int8)).flatten(1).t()
