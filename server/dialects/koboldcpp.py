@@ -188,6 +188,9 @@ def _reason(finish: Finish | None) -> str | None:
     return None if finish is None else "length" if checked(finish).reason == "length" else "stop"
 
 
+EVENTS = {"text/event-stream": {"example": 'event: message\ndata: {"token": "...", "finish_reason": null}\n\n'}}
+
+
 def koboldcpp_router(front: AppState) -> APIRouter:
     """/api/v1 and /api/extra."""
     router = APIRouter(prefix="/api", route_class=AnyTypeRoute, tags=["KoboldCpp"])
@@ -235,7 +238,7 @@ def koboldcpp_router(front: AppState) -> APIRouter:
         """Continue a prompt; an abort gives what was written so far."""
         return await answer(front, Kobold, body, request)
 
-    @router.post("/extra/generate/stream", **written(content={"text/event-stream": {"schema": {"type": "string"}}}))
+    @router.post("/extra/generate/stream", **written(content=EVENTS, description="One event for each piece of text."))
     async def generate_stream(body: KoboldBody, request: Request) -> Response:
         """Continue a prompt, one event for each piece of text."""
         return await answer(front, KoboldStream, body, request)

@@ -166,11 +166,16 @@ class LlamaCpp(Dialect[CompletionBody]):
         return answer | ending.explained
 
 
+EVENTS = {"text/event-stream": {"example": 'data: {"content": "...", "stop": false, ...}\n\n'}}
+
+
 def llamacpp_router(front: AppState) -> APIRouter:
     """/completion, /props and /slots."""
     router = APIRouter(route_class=JsonRoute, tags=["llama.cpp"])
 
-    @router.post("/completion", **written(model=Completion, description="The text, whole or as events."))
+    @router.post(
+        "/completion", **written(model=Completion, content=EVENTS, description="The text, whole or as events.")
+    )
     async def completion(body: CompletionBody, request: Request) -> Response:
         """Continue a prompt."""
         return await answer(front, LlamaCpp, body, request)
