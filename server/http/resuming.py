@@ -6,7 +6,7 @@ from fastapi import Request, Response
 
 from tightrope.engine.errors import InvalidRequest
 from tightrope.server.http.kept_streams import KeptStream, KeptStreams
-from tightrope.server.http.sse import NEVER_S, event_stream, line_stream
+from tightrope.server.http.sse import event_stream, line_stream
 
 RESUMABLE, STREAM_ID, LAST_EVENT_ID = "x-resumable", "x-stream-id", "last-event-id"
 CONVERSATION = "x-conversation-id"  # In llama.cpp's server it asks for the same, and names the stream.
@@ -58,5 +58,5 @@ def stream_reply(streams: KeptStreams, stream: KeptStream, place: int, headers: 
     return (
         line_stream(pieces, stream.column, told)
         if stream.is_lines
-        else event_stream(pieces, stream.column, told, ping_s=NEVER_S)
+        else event_stream(pieces, stream.column, told, has_pings=True)
     )

@@ -26,16 +26,16 @@ def _ping() -> ServerSentEvent:
 
 
 def event_stream(
-    events: AsyncGenerator[bytes, None], column: Column, headers: Mapping[str, str], *, ping_s: int = PING_S
+    events: AsyncGenerator[bytes, None], column: Column, headers: Mapping[str, str], *, has_pings: bool = False
 ) -> EventSourceResponse:
     """The reply that writes `events` as they come and closes the iterator when the client hangs up.
 
-    ping_s: a stream that is silent for so long gets a comment.
+    It gets a comment after every PING_S of silence, unless `has_pings` says that such are among the events already.
     """
     return EventSourceResponse(
         with_errors(events, partial(error_event, column=column)),
         headers={"cache-control": "no-cache", **headers},
-        ping=ping_s,
+        ping=NEVER_S if has_pings else PING_S,
         sep="\n",
         ping_message_factory=_ping,
     )

@@ -196,7 +196,11 @@ async def test_a_long_prefill_is_bridged_by_comments(monkeypatch: pytest.MonkeyP
         url = f"http://127.0.0.1:{port}/v1/completions"
         asked = {"prompt": "a", "max_tokens": 2, "stream": True}
         lines: list[str] = []
-        async with httpx.AsyncClient(timeout=PATIENCE_S) as http, http.stream("POST", url, json=asked) as reply:
+        async with (
+            asyncio.timeout(PATIENCE_S),  # An engine that has failed is bridged without an end.
+            httpx.AsyncClient(timeout=PATIENCE_S) as http,
+            http.stream("POST", url, json=asked) as reply,
+        ):
             assert reply.status_code == 200
             async for line in reply.aiter_lines():
                 lines.append(line)
