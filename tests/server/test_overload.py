@@ -9,6 +9,7 @@ import httpx
 import msgspec
 import pytest
 from fake_api import api, application
+from fastapi import Request
 from served_app import PATIENCE_S, reply_to, request, serving
 from test_waiting import Gate, metric
 
@@ -18,6 +19,7 @@ from tightrope.server.http.queue_guard import QUEUEING_ROUTES
 PLACES = 8  # of the model made of rules
 ASKED = {"prompt": "a", "max_tokens": 1}
 TGI_ROUTES = {"/", "/generate", "/generate_stream"}
+OLLAMA_ROUTES = {"/api/generate", "/api/chat"}
 OVERLOADED = {"error": "Model is overloaded", "error_type": "overloaded"}
 
 
@@ -75,6 +77,10 @@ async def test_a_request_that_finds_no_place_is_refused_before_its_body_is_sent(
             assert b"\r\nconnection: close\r\n" in head
             if path in TGI_ROUTES:
                 assert said == OVERLOADED
+            elif path in OLLAMA_ROUTES:
+                assert isinstance(said, dict)
+                assert list(said) == ["error"]
+                assert "are waiting already" in said["error"], path
             else:
                 assert isinstance(said, dict)
                 assert said["error"]["code"] == "rate_limit_exceeded", path
@@ -111,8 +117,14 @@ async def test_a_request_can_be_cancelled_while_bodies_have_all_the_room_there_i
 
 async def test_of_many_that_come_at_once_no_more_are_read_than_find_a_place(monkeypatch: pytest.MonkeyPatch) -> None:
     parsed: list[bytes] = []
-    parse = body.parse_json
-    monkeypatch.setattr(body, "parse_json", lambda raw: (parsed.append(raw), parse(raw))[1])
+    read = body.JsonRequest.read
+
+    async def parse(request: Request, *, takes_any_type: bool) -> body.JsonRequest:
+        made = await read(request, takes_any_type=takes_any_type)
+        parsed.append(made.raw)
+        return made
+
+    monkeypatch.setattr(body.JsonRequest, "read", parse)
     gate = Gate()
     async with api(gate, limits={"max_waiting": 2}) as http:
         asked = [asyncio.create_task(http.post("/v1/completions", json=ASKED)) for _ in range(50)]
@@ -143,7 +155,7 @@ async def test_bodies_that_are_still_being_sent_take_nobodys_place() -> None:
 async def test_requests_that_are_wrong_leave_no_place_taken() -> None:
     async with api(limits={"max_waiting": 0}) as http:
         for _ in range(PLACES + 1):
-            assert (await http.post("/v1/completions", json={"prompt": "a", "max_tokens": -1})).status_code == 400
+            assert (await http.post("/v1/completions", json={"prompt": "a", "max_tokens": -2})).status_code == 400
         assert (await http.post("/v1/completions", json=ASKED)).status_code == 200
 
 
