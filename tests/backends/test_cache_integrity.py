@@ -100,9 +100,9 @@ def test_damage_to_the_books_of_pages_is_noticed(
 def cells() -> Cells:
     """Two live sequences that share their beginning, and a finished one."""
     driver = Cells(capacity=64, slots=5, swap_bytes=100)
-    driver.run(1, range(100, 110))
-    driver.cache.close(1, keep=True)
     driver.run(2, range(20))
+    driver.run(1, range(100, 110))
+    driver.cache.close(1, keep=True)  # It stays in its cells beside a live one.
     driver.run(3, [*range(15), 99])
     assert driver.cache.reserve(2, 3)
     driver.cache.check_integrity()

@@ -267,7 +267,14 @@ def test_no_new_tokens_means_the_prompt_alone_is_scored():
 def test_a_prompt_over_the_window_is_refused_with_both_counts():
     core = make_core(FakeBackend(max_model_len=64))
     with pytest.raises(ContextLengthExceeded) as caught:
-        core.prepare(request(prompt="x" * 60, max_tokens=10))
+        core.prepare(request(prompt="x" * 64, max_tokens=10))
+    assert caught.value.details() == {"prompt_tokens": 65, "new_tokens": 1, "max_model_len": 64}
+
+
+def test_a_prompt_that_leaves_too_little_of_what_is_reserved_is_refused_with_both_counts():
+    core = make_core(FakeBackend(max_model_len=64))
+    with pytest.raises(ContextLengthExceeded) as caught:
+        core.prepare(request(prompt="x" * 60, max_tokens=10, reserve_tokens=10))
     assert caught.value.details() == {"prompt_tokens": 61, "new_tokens": 10, "max_model_len": 64}
 
 
@@ -280,14 +287,17 @@ def test_a_prompt_over_the_bound_of_prompts_is_refused_though_the_window_has_roo
     assert (again.message, again.max_input_tokens) == (caught.value.message, 10)
 
 
-def test_a_prompt_of_exactly_the_window_gets_its_one_token():
+@pytest.mark.parametrize("max_tokens", [1, 10, None])
+def test_a_prompt_of_exactly_the_window_gets_its_one_token(max_tokens: int | None):
     backend = FakeBackend(max_model_len=64, capacity=64)
-    deltas = run(make_core(backend), request(prompt="x" * 63, max_tokens=1))["r"]
+    deltas = run(make_core(backend), request(prompt="x" * 63, max_tokens=max_tokens))["r"]
     assert text_of(deltas) == expected("x" * 63, 1)
 
 
-def test_without_a_limit_the_answer_ends_with_the_window():
-    deltas = run(make_core(FakeBackend(max_model_len=64, capacity=64)), request(prompt="x" * 50, max_tokens=None))["r"]
+@pytest.mark.parametrize("max_tokens", [14, 10**9, None])
+def test_without_a_limit_or_with_one_above_the_room_the_answer_ends_with_the_window(max_tokens: int | None):
+    core = make_core(FakeBackend(max_model_len=64, capacity=64))
+    deltas = run(core, request(prompt="x" * 50, max_tokens=max_tokens))["r"]
     assert deltas[-1].finish is not None
     assert deltas[-1].finish.reason == "length"
     assert deltas[-1].finish.num_tokens == 64 - 51

@@ -169,9 +169,11 @@ def test_raw_log_probabilities_are_of_the_model_and_processed_ones_of_the_gramma
 
 
 def test_a_grammar_is_refused_after_the_prompts_length_was_checked():
-    core = EngineCore(FakeBackend(), LimitSettings())
+    backend = FakeBackend()
+    core = EngineCore(backend, LimitSettings())
+    too_long = "?" * backend.card.max_model_len  # A BOS stands in front.
     with pytest.raises(InvalidRequest, match="context length"):
-        core.prepare(request("r", Grammar("regex", "(", "regex"), max_tokens=10_000))
+        core.prepare(engine_runs.request("r", too_long, grammar=Grammar("regex", "(", "regex")))
     with pytest.raises(InvalidRequest, match="regex: "):
         core.prepare(request("r", Grammar("regex", "(", "regex")))
 

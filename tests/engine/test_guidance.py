@@ -148,8 +148,8 @@ def test_random_traffic_with_and_without_guides_is_answered_exactly() -> None:
     ("backend", "negative"),
     [
         (FakeBackend(max_num_seqs=1), "x"),
-        (FakeBackend(max_model_len=128), "x" * 120),
-        (FakeBackend(capacity=96, max_model_len=128), "x" * 40),
+        (FakeBackend(max_model_len=128), "x" * 127),
+        (FakeBackend(capacity=96, max_model_len=128), "x" * 74),
     ],
     ids=["one place", "window", "cache"],
 )
@@ -159,9 +159,10 @@ def test_a_guide_that_can_not_run_is_refused_by_name(backend: FakeBackend, negat
     assert caught.value.param == "negative_prompt"
 
 
-def test_an_answer_without_a_limit_ends_where_the_guides_room_does() -> None:
+@pytest.mark.parametrize("max_tokens", [29, 10**9, None])
+def test_an_answer_without_a_limit_or_with_one_above_the_guides_room_ends_with_that(max_tokens: int | None) -> None:
     core = make_core(FakeBackend(max_model_len=128))
-    deltas = run(core, ask("r", "a", "b" * 99, AWAY, max_tokens=None))["r"]
+    deltas = run(core, ask("r", "a", "b" * 99, AWAY, max_tokens=max_tokens))["r"]
     assert deltas[-1].finish is not None
     assert (deltas[-1].finish.reason, deltas[-1].finish.num_tokens) == ("length", 128 - 100)
 

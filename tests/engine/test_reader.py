@@ -175,7 +175,7 @@ async def test_a_text_that_cannot_fit_is_refused_before_it_is_read() -> None:
     assert longest is not None
     too_long = "é" * (((1 << 17) * longest) // 2 + 1)
     async with engine(tokenizer) as client:
-        with pytest.raises(ContextLengthExceeded, match=r"requested at least 131081 tokens \(at least 131073 in"):
+        with pytest.raises(ContextLengthExceeded, match=r"requested at least 131074 tokens \(at least 131073 in"):
             await answer(client, "one", too_long)
         with pytest.raises(ContextLengthExceeded, match="at least 131073"):
             await answer(client, "two", "Well?", guidance=Guidance(too_long, 2.0))
