@@ -66,7 +66,7 @@ def streams_router(front: AppState) -> APIRouter:
         except StreamNotFound:
             return  # Who stops it twice gets what was wanted.
 
-    @router.post("/streams/lookup", responses=only(400, 401, "default"))
+    @router.post("/streams/lookup", responses=only(400, 401, 413, 415, "default"))
     async def look_up(body: StreamsAsked, request: Request) -> list[StreamFound]:
         """Which of these conversations have a stream, and how far it is."""
         return [

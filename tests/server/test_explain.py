@@ -137,7 +137,7 @@ async def test_without_the_field_nothing_is_explained() -> None:
             SamplingParams(dynatemp_range=0.5, xtc_probability=0.5, mirostat_mode=2, min_keep=2),
             [
                 {"temperature": 1, "dynatemp_range": 0.5, "dynatemp_exponent": 1},
-                {"xtc_probability": 0.5, "xtc_threshold": 0.1},
+                {"xtc_probability": 0.5, "xtc_threshold": 0.1, "xtc_ignore_tokens": (), "xtc_spares_ends": False},
                 {"min_keep": 2},
                 {"mirostat_mode": 2, "mirostat_tau": 5, "mirostat_eta": 0.1},
             ],

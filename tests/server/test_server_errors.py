@@ -252,7 +252,7 @@ async def test_the_api_page_documents_every_route_in_its_own_dialect() -> None:
             assert operation.get("description") or operation.get("summary"), path
             if path.startswith("/v1"):
                 assert "422" not in replies, "the OpenAI API has no such status"
-                for status in replies.keys() - {"200"}:
+                for status in replies.keys() - {"200", "204"}:
                     schema = replies[status]["content"]["application/json"]["schema"]
                     assert schema == {"$ref": "#/components/schemas/ErrorAnswer"}
             if method == "post":

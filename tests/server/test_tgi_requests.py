@@ -54,7 +54,6 @@ def asked_of(body: GenerateBody, limits: TGILimits = LIMITS, is_stream: bool = F
         ({"top_k": -1}, "`top_k` must be strictly positive"),
         ({"max_new_tokens": 0}, "`max_new_tokens` must be strictly positive"),
         ({"stop": list("abcde")}, "`stop` supports up to 4 stop sequences. Given: 5"),
-        ({"stop": [""]}, "`stop` sequences cannot be empty"),
         ({"best_of": 3, "do_sample": True}, "`best_of` must be > 0 and <= 2. Given: 3"),
         ({"best_of": 0}, "`best_of` must be > 0 and <= 2. Given: 0"),
         ({"best_of": 2}, "you must use sampling when `best_of` is > 1"),
@@ -93,6 +92,11 @@ def test_what_cannot_be_streamed_is_refused_in_tgis_words(parameters: dict[str, 
     with pytest.raises(InvalidRequest) as caught:
         ask(is_stream=True, **parameters)
     assert caught.value.message == text
+
+
+def test_empty_stop_sequences_and_nulls_neither_count_nor_stop() -> None:
+    assert ask(stop=["", None]).stop.strings == ask().stop.strings
+    assert [*ask(stop=["a", "", "b", None, "c", "", "d"]).stop.strings] == [*"abcd"]
 
 
 def test_a_server_with_one_answer_says_so() -> None:

@@ -87,10 +87,10 @@ def test_nonsense_leaves_the_streams_of_others_alone(server_url: str) -> None:
         ("/v1/completions", b'{"prompt": ""}'),
         ("/v1/completions", b'{"prompt": [99999999]}'),
         ("/v1/completions", b'{"prompt": "a", "logit_bias": {"1": 1000}}'),
-        ("/v1/completions", b'{"prompt": "a", "max_tokens": 9223372036854775807}'),
+        ("/v1/completions", b'{"prompt": "a", "max_tokens": -9223372036854775807}'),
         ("/generate", b'{"inputs": "", "parameters": {}}'),
         ("/generate", b'{"inputs": "a", "parameters": {"temperature": 0}}'),
-        ("/v1/chat/completions", b'{"messages": [{"role": "user"}]}'),
+        ("/v1/chat/completions", b'{"messages": [{"content": "a"}]}'),
         ("/v1/completions", msgspec.json.encode({"prompt": "a" * 100_000})),
     ]
     with httpx.stream("POST", f"{server_url}/v1/completions", json={**asked, "stream": True}, timeout=60) as stream:
