@@ -38,15 +38,29 @@ struct Joint {
     INLINE Floats of(Floats sum, Floats more) const { return plus_product(more * now, sum, before); }
 };
 
+constexpr int BETWEEN = 16384;   // As words: a scale's share of a token's largest, and a factor's of the larger of its pair.
+constexpr float TURN = 32752;    // So much counts a cosine of 1 as a word; two multiply to a little less than 2^15.
+constexpr float TURNED = TURN * TURN * 0x1p-30f;  // By what turned words have become smaller, for cosines of page and place.
+constexpr float MOST_KEY = 8200;  // Words of keys are no larger, roundings among it.
+
 // How a query's numbers meet those of a key: of dims [dims] the first 2 * half are turned in pairs (i, i + half).
 //
-// Of codes they are words, in pairs as they are turned, then neighbours. Of floats first the former of each pair, then
-// those that aren't turned; then, with a sum of their own, the latter.
+// Of codes they are words, two neighbours a step: those of the former halves of pairs, of the latter, and those that aren't
+// turned. Of floats first the former of each pair, then those that aren't turned; then, with a sum of their own, the latter.
 template <int FORMAT> struct Order {
     int dims, half;
 
-    int steps() const { return FORMAT == F16 ? dims : half + (dims - 2 * half + 1) / 2; }
+    int pairs() const { return (half + 1) / 2; }  // Of neighbours.
+    int steps() const { return FORMAT == F16 ? dims : 2 * pairs() + (dims - 2 * half + 1) / 2; }
     int second_sum() const { return dims - half; }  // Of floats.
+
+    // Of a step of codes the first dimension; and the end of those that its second may be of.
+    struct Dims { int first, end; };
+    Dims of_step(int step) const {
+        if (step < pairs()) return {2 * step, half};
+        if (step < 2 * pairs()) return {half + 2 * (step - pairs()), 2 * half};
+        return {2 * half + 2 * (step - 2 * pairs()), dims};
+    }
 
     // query [dims], and of codes the factors [dims] that it takes from the keys, to `to`, `apart` numbers from one to the
     // next. Returns the exponent of a score of 1.
@@ -59,13 +73,14 @@ template <int FORMAT> struct Order {
         }
         alignas(64) float numbers[MOST_DIMS] = {};
         alignas(64) int16_t words[MOST_DIMS + 1] = {};
-        for (int d = 0; d < dims; ++d) numbers[d] = query[d] * factors[d];
-        const float unit = to_words<ANY>(numbers, (dims + LANES - 1) / LANES * LANES, LONG, words) * (scale / LN2);
-        const auto put = [&](int step, int first, int second) {
-            to[size_t(step) * apart] = (words[first] & 0xffff) | int32_t(uint32_t(words[second]) << 16);
-        };
-        for (int i = 0; i < half; ++i) put(i, i, half + i);
-        for (int step = half, d = 2 * half; d < dims; ++step, d += 2) put(step, d, d + 1);
+        for (int d = 0; d < dims; ++d) numbers[d] = query[d] * factors[d] * (d < 2 * half ? 1 / TURNED : 1.0f);
+        const float root = sqrtf(float(dims)), length = 0x1p31f / (MOST_KEY * root) - root;
+        const float unit = to_words<ANY>(numbers, (dims + LANES - 1) / LANES * LANES, length, words) * (scale / LN2);
+        for (int step = 0; step < steps(); ++step) {
+            const Dims d = of_step(step);
+            const int second = d.first + 1 < d.end ? words[d.first + 1] : 0;
+            to[size_t(step) * apart] = (words[d.first] & 0xffff) | int32_t(uint32_t(second) << 16);
+        }
         return unit < LEAST_LENGTH ? LEAST_LENGTH : unit;  // Less would let the unseen count as much as others.
     }
 };

@@ -31,29 +31,30 @@ template <class F> INLINE void for_heads(int group, F&& work) {
 
 // One head's scores of a tile [TILE] to weights relative to their largest, which joins what was summed before.
 struct HeadSums { float maximum, total; };
+template <bool ALL_SEEN>
 INLINE Joint soften(const Attention& a, const Seen& seen, Floats exponent, float* scores, HeadSums& sums) {
-    const int begin = seen.first / LANES * LANES;
+    const int begin = ALL_SEEN ? 0 : seen.first / LANES * LANES, end = ALL_SEEN ? TILE : seen.end;
     Floats most = all(UNSEEN);
-    for (int k = begin; k < seen.end; k += LANES) {
+    for (int k = begin; k < end && (a.softcap || !ALL_SEEN); k += LANES) {
         Floats score = load(scores + k);
         if (a.softcap) score = capped(a, score, exponent);
         Ints place;
         for (int i = 0; i < LANES; ++i) place[i] = k + i;
-        score = (place >= all(seen.first)) & (place < all(seen.end)) ? score : all(UNSEEN);
+        if (!ALL_SEEN) score = (place >= all(seen.first)) & (place < all(seen.end)) ? score : all(UNSEEN);
         store(scores + k, score);
-        most = larger(most, score);
     }
+#pragma GCC unroll 8
+    for (int k = begin; k < end; k += LANES) most = larger(most, load(scores + k));
     const Floats largest_of_tile = all(largest(most)), factor = final_exponent(a, exponent);
     Ints total = {};
-    for (int k = begin; k < seen.end; k += LANES) {
+#pragma GCC unroll 8
+    for (int k = begin; k < end; k += LANES) {
         const Floats weight = power_of_two((load(scores + k) - largest_of_tile) * factor);
         store(scores + k, weight);
         total += rounded(weight * COUNTS);
     }
-    int32_t counted = 0;
-    for (int i = 0; i < LANES; ++i) counted += total[i];
     const Joint joint(all(sums.maximum), largest_of_tile, factor);
-    sums = {joint.largest[0], joint.of(all(sums.total), all(float(counted)) * (1 / COUNTS))[0]};
+    sums = {joint.largest[0], joint.of(all(sums.total), all(float(sum(total))) * (1 / COUNTS))[0]};
     return joint;
 }
 
@@ -73,14 +74,16 @@ INLINE void add_tile(const Attention& a, const TilePages& tile, int head, Decode
     const Cache& c = a.cache;
     alignas(64) float coefficients[MOST_DIMS / GROUP][TILE];
     for (int g = 0; FORMAT != F16 && g < c.groups(); ++g) {
-        of.units[g] = of.scales.unit(g, tile.seen);
+        of.units[g] = of.scales.unit(g);  // What isn't seen is 0.
         for (int k = 0; k < TILE; k += LANES) store(coefficients[g] + k, load(of.scales.rows[g] + k) * of.units[g].steps);
     }
     for_heads(a.group(), [&](int first, auto heads) __attribute__((always_inline)) {
         float before[heads.value], now[heads.value];
         for (int g = 0; g < heads.value; ++g) {
             float* const scores = of.scores + (first + g) * TILE;
-            const Joint joint = soften(a, tile.seen, all(of.exponents[first + g]), scores, of.sums[first + g]);
+            const Floats exponent = all(of.exponents[first + g]);
+            const Joint joint = tile.seen.is_all() ? soften<true>(a, tile.seen, exponent, scores, of.sums[first + g])
+                                                   : soften<false>(a, tile.seen, exponent, scores, of.sums[first + g]);
             before[g] = joint.before[0], now[g] = joint.now[0];
             for (int k = tile.first_page() * PAGE; k < tile.seen.first / LANES * LANES; ++k) scores[k] = 0;
             for (int k = (tile.seen.end + LANES - 1) / LANES * LANES; k < tile.end_page() * PAGE; ++k) scores[k] = 0;
@@ -101,15 +104,15 @@ template <int FORMAT> static void decode_part(const Attention& a, const DecodePa
     static thread_local std::vector<DecodeHead<FORMAT>> of_heads;
     if (int(of_heads.size()) < count) of_heads.resize(count);
     static thread_local Scratch memory;
-    float* at = memory.floats(size_t(num_queries) * (MOST_DIMS + TILE + 3) + 3 * PAGE * MOST_DIMS);
+    float* at = memory.floats(size_t(num_queries) * (MOST_DIMS + TILE + 3));
     const auto take = [&](size_t floats) { return at += floats, at - floats; };
-    int32_t* const keys = (int32_t*)take(PAGE * MOST_DIMS);
-    float *const places = take(PAGE * MOST_DIMS), *const turns = take(PAGE * MOST_DIMS);
     float* const scores = take(size_t(num_queries) * TILE);
     int32_t* const queries = (int32_t*)take(size_t(num_queries) * MOST_DIMS);
     float* const exponents = take(num_queries);
     HeadSums* const sums = (HeadSums*)take(2 * num_queries);
-    if (half) transpose((const uint8_t*)a.place_angles(part.b), 8 * half, 8 * half, (uint32_t*)places);
+    static thread_local Turns<FORMAT> turns;
+    turns.order = order;
+    if (half) turns.start(a.place_angles(part.b));
     for (int i = 0; i < count; ++i) {
         DecodeHead<FORMAT>& of = of_heads[i];
         const int first = i * group, head = part.first_head + i;
@@ -131,15 +134,15 @@ template <int FORMAT> static void decode_part(const Attention& a, const DecodePa
         const TilePages read{pages, pages + TILE_PAGES, std::min(TILE_PAGES, later), seen};
         for (int i = 0; FORMAT != F16 && !seen.is_all() && i < count; ++i) of_heads[i].scales.clear(c.groups());
         for (int page = read.first_page(); page < read.end_page(); ++page) {
-            if (half) turns_of_page(a.page_angles(part.b, tile * TILE_PAGES + page), places, half, turns);
+            if (half) turns.turn(a.page_angles(part.b, tile * TILE_PAGES + page));
             for (int i = 0; i < count; ++i) {
                 DecodeHead<FORMAT>& of = of_heads[i];
                 alignas(64) float key_units[PAGE];
                 const int head = part.first_head + i;
                 fetch(c, c.value_codes, c.value_scales, pages[page], head);
-                KeyPage<FORMAT>(c, pages[page], head).prepare(order, of.keys, turns, keys, PAGE, key_units);
+                const KeyPage<FORMAT> keys(c, pages[page], head);
                 for_heads(group, [&](int g, auto heads) __attribute__((always_inline)) {
-                    score_page<FORMAT, heads.value>(order, keys, key_units, of.queries + g * MOST_DIMS, MOST_DIMS,
+                    score_page<FORMAT, heads.value>(keys, order, of.keys, turns, of.queries + g * MOST_DIMS, MOST_DIMS, key_units,
                                                     of.scores + g * TILE + page * PAGE);
                 });
                 if constexpr (FORMAT != F16)

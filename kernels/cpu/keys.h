@@ -5,33 +5,72 @@
 #include "attention.h"
 #include "transpose.h"
 
-// Cosines and sines [2][half][PAGE] of a page's places, from the page's own [2][half] and the places' [2][half][PAGE].
-INLINE void turns_of_page(const float* page, const float* places, int half, float* turns) {
-    for (int i = 0; i < half; ++i)
-        for (int part = 0; part < PAGE; part += LANES) {
-            const Floats cosine = load(places + i * PAGE + part), sine = load(places + (half + i) * PAGE + part);
-            store(turns + i * PAGE + part, plus_product(cosine * page[i], sine, all(-page[half + i])));
-            store(turns + (half + i) * PAGE + part, plus_product(sine * page[i], cosine, all(page[half + i])));
+// Cosines and sines of a page's places: of floats [2][half][PAGE], of codes pairs of words [2][pairs][PAGE].
+template <int FORMAT> struct Turns {
+    Order<FORMAT> order;
+    alignas(64) int32_t places[MOST_DIMS][PAGE], of_page[MOST_DIMS][PAGE];
+
+    // angles [2][half] to words [2][2 * pairs].
+    void to_words(const float* angles, int16_t* words) const {
+        const int half = order.half, row = 2 * order.pairs();
+        for (int part = 0; part < 2; ++part)
+            for (int i = 0; i < half; ++i) words[part * row + i] = int16_t(nearest(angles[part * half + i] * TURN));
+    }
+    // angles [PAGE][2][half], of the places of any page.
+    void start(const float* angles) {
+        const int bytes = (FORMAT == F16 ? 8 * order.half : 8 * order.pairs());
+        if constexpr (FORMAT == F16) return transpose((const uint8_t*)angles, bytes, bytes, (uint32_t*)places[0]);
+        int16_t words[PAGE * (MOST_DIMS + 4)] = {};
+        for (int place = 0; place < PAGE; ++place)
+            to_words(angles + place * 2 * order.half, words + place * bytes / 2);
+        transpose((const uint8_t*)words, bytes, bytes, (uint32_t*)places[0]);
+    }
+    // angles [2][half] of a page, for its places.
+    INLINE void turn(const float* angles) {
+        if constexpr (FORMAT == F16) {
+            const int half = order.half;
+            for (int i = 0; i < half; ++i)
+                for (int part = 0; part < PAGE; part += LANES) {
+                    const Floats cosine = load_as<Floats>(places[i] + part), sine = load_as<Floats>(places[half + i] + part);
+                    store((float*)of_page[i] + part, plus_product(cosine * angles[i], sine, all(-angles[half + i])));
+                    store((float*)of_page[half + i] + part, plus_product(sine * angles[i], cosine, all(angles[half + i])));
+                }
+        } else {
+            const int pairs = order.pairs();
+            alignas(64) int16_t words[MOST_DIMS + 4];
+            if (order.half % LANES) {
+                memset(words, 0, sizeof words);
+                to_words(angles, words);
+            } else {
+                for (int i = 0; i < 2 * order.half; i += LANES) store_words(words + i, rounded(load(angles + i) * TURN));
+            }
+            for (int i = 0; i < pairs; ++i) {
+                const Ints c = all(load_as<int32_t>(words + 2 * i)), s = all(load_as<int32_t>(words + 2 * (pairs + i)));
+                for (int part = 0; part < PAGE; part += LANES) {
+                    const Ints cosine = load_as<Ints>(places[i] + part), sine = load_as<Ints>(places[pairs + i] + part);
+                    const Ints both[2] = {word_difference(upper_products(cosine, c), upper_products(sine, s)),
+                                          word_sum(upper_products(sine, c), upper_products(cosine, s))};
+                    memcpy(of_page[i] + part, &both[0], sizeof both[0]);
+                    memcpy(of_page[pairs + i] + part, &both[1], sizeof both[1]);
+                }
+            }
         }
-}
+    }
+};
 
 // What the keys of one head have in common. A pair that is turned takes the larger of its factors from the query, and
 // shares of it from here: so codes of all pairs count alike.
 struct KeyHead {
-    alignas(64) float shares[MOST_DIMS];
     alignas(64) float of_query[MOST_DIMS];
-    float bounds[MOST_DIMS / GROUP];  // The squared length of a group of codes, times its shares, is no larger.
+    alignas(64) int16_t shares[MOST_DIMS + 4] = {};  // BETWEEN is all of it.
 
     KeyHead() = default;
     KeyHead(const Cache& c, int head, int half) {
         const float* const factor = c.key_factor + head * c.dims;
-        const float most = c.format == Q8 ? 127 : 8;
-        std::fill_n(bounds, MOST_DIMS / GROUP, 0.0f);
         for (int d = 0; d < c.dims; ++d) {
             const int other = d < half ? d + half : d < 2 * half ? d - half : d;
             of_query[d] = std::max(factor[d], factor[other]);
-            shares[d] = factor[d] / of_query[d];
-            bounds[d / GROUP] += most * most * shares[d] * shares[d];
+            shares[d] = int16_t(nearest(factor[d] / of_query[d] * BETWEEN));
         }
     }
 };
@@ -83,112 +122,124 @@ template <int FORMAT> struct KeyPage {
             read_scales(c.key_scales + c.token(page, head) * c.groups(), c.groups(), scales[0], PAGE);
     }
 
-    // Codes of dimensions d .. d + 3, not scaled yet; d is a multiple of four.
-    struct Four {
-        Words words[FORMAT == F16 ? 2 : 1];
-        INLINE Floats operator[](int i) const {
-            if constexpr (FORMAT == F16)
-                return of_f16(__builtin_convertvector(words[i / 2] >> (16 * (i % 2)), Halves));
-            const int bits = FORMAT == Q8 ? 8 : 4;
-            return __builtin_convertvector((Ints)(words[0] << (32 - bits - 8 * i)) >> (32 - bits), Floats);
-        }
-    };
-    INLINE Four four(int d, int part) const {
-        const auto column = [&](int i) { return load_as<Words>(columns[i] + part); };
-        if constexpr (FORMAT == F16) return {{column(d / 2), column(d / 2 + 1)}};
-        if constexpr (FORMAT == Q8) return {{column(d / 4)}};
-        const Words packed = column(d / GROUP * 4 + d % 16 / 4) ^ 0x88888888;  // This makes signed numbers of four bits.
-        return {{packed >> (d % GROUP < 16 ? 0 : 4)}};
+    INLINE Words column(int i, int part) const { return load_as<Words>(columns[i] + part); }
+    // Of float16: number d, a multiple of two or the one after it.
+    INLINE Floats half_at(int d, int part) const {
+        return of_f16(__builtin_convertvector(column(d / 2, part) >> (16 * (d % 2)), Halves));
     }
-    INLINE Floats scale(int d, int part) const {
-        return FORMAT == F16 ? all(1.0f) : load(scales[d / GROUP] + part);
+    // Codes of dimensions d .. d + 3 as the upper bits of bytes; d is a multiple of four.
+    INLINE Ints four(int d, int part) const {
+        if constexpr (FORMAT == Q8) return (Ints)column(d / 4, part);
+        const Words packed = column(d / GROUP * 4 + d % 16 / 4, part) ^ 0x88888888;  // This makes signed numbers of four bits.
+        return (Ints)((d % GROUP < 16 ? packed << 4 : packed) & 0xf0f0f0f0);
     }
 
-    // Steps of `order`, each of PAGE tokens, `apart` numbers from one to the next. Of codes they are words with a unit for
-    // each token [PAGE], which is what its scales allow: how long a key is would take another look.
-    INLINE void prepare(const Order<FORMAT>& order, const KeyHead& of, const float* turns, int32_t* out, int apart,
+    // Calls put(sum, step, numbers) for each step of `order`: of LANES tokens from `part`, where sum is a constant: which of two
+    // sums it belongs to. Returns their units: of codes, that of words of which the largest code may be 2^13.
+    template <class Put>
+    INLINE Floats walk(const Order<FORMAT>& order, const KeyHead& of, const Turns<FORMAT>& turns, int part, Put&& put) const {
+        if constexpr (FORMAT == F16) return walk_floats(order, turns, part, put), all(1.0f);
+        else return walk_words(order, of, turns, part, put);
+    }
+    // The same written down: `apart` numbers from one step to the next, and units [PAGE].
+    INLINE void prepare(const Order<FORMAT>& order, const KeyHead& of, const Turns<FORMAT>& turns, int32_t* out, int apart,
                         float* units) const {
-        const int half = order.half, dims = order.dims;
-        for (int part = 0; part < PAGE; part += LANES) {
-            Floats inverse = {};
-            if constexpr (FORMAT != F16) {
-                Floats squared = {};
-                for (int g = 0; g * GROUP < dims; ++g) {
-                    const Floats own = load(scales[g] + part);
-                    squared = plus_product(squared, own * own, all(of.bounds[g]));
-                }
-                const Floats length = root(squared);
-                const Ints is_usual = (length >= LEAST_LENGTH) & (length <= MOST_LENGTH);
-                inverse = is_usual ? SHORTER / length : Floats{};
-                store(units + part, is_usual ? length * (1 / SHORTER) : length < 1.0f ? Floats{} : all(NAN));
-            }
-            Floats scaled[MOST_DIMS / GROUP];
-            for (int g = 0; FORMAT != F16 && g * GROUP < dims; ++g) scaled[g] = load(scales[g] + part) * inverse;
-            const auto number = [&](Floats code, int d) __attribute__((always_inline)) {
-                return FORMAT == F16 ? code : code * of.shares[d] * scaled[d / GROUP];
-            };
-            const auto put = [&](int step, auto value) __attribute__((always_inline)) {
-                memcpy(out + size_t(step) * apart + part, &value, sizeof value);
-            };
-            const auto pair = [&](Floats x, Floats y, int i) __attribute__((always_inline)) {
-                const Floats cosine = load(turns + i * PAGE + part), sine = load(turns + (half + i) * PAGE + part);
-                const Floats first = plus_product(x * cosine, y, -sine), second = plus_product(y * cosine, x, sine);
-                if constexpr (FORMAT == F16) put(i, first), put(order.second_sum() + i, second);
-                else put(i, paired_words(rounded(first), rounded(second)));
-            };
-            const auto one = [&](int d) __attribute__((always_inline)) {
-                return number(four(d & ~3, part)[d % 4], d);
-            };
-            int i = 0;
-            for (; half % 4 == 0 && i < half; i += 4) {
-                const Four x = four(i, part), y = four(i + half, part);
-#pragma GCC unroll 4
-                for (int j = 0; j < 4; ++j) pair(number(x[j], i + j), number(y[j], i + half + j), i + j);
-            }
-            for (; i < half; ++i) pair(one(i), one(i + half), i);
-            for (int d = 2 * half, step = half; d < dims; ++step) {
-                if constexpr (FORMAT == F16) {
-                    put(step, one(d++));
-                } else {
-                    const Floats first = one(d), second = d + 1 < dims ? one(d + 1) : Floats{};
-                    put(step, paired_words(rounded(first), rounded(second)));
-                    d += 2;
-                }
-            }
+        for (int part = 0; part < PAGE; part += LANES)
+            store(units + part, walk(order, of, turns, part, [&](auto, int step, auto numbers) __attribute__((always_inline)) {
+                memcpy(out + size_t(step) * apart + part, &numbers, sizeof numbers);
+            }));
+    }
+
+  private:
+    static constexpr std::integral_constant<int, 0> former = {};
+    static constexpr std::integral_constant<int, 1> latter = {};
+
+    template <class Put>
+    INLINE void walk_floats(const Order<FORMAT>& order, const Turns<FORMAT>& turns, int part, Put&& put) const {
+        for (int i = 0; i < order.half; ++i) {
+            const Floats x = half_at(i, part), y = half_at(i + order.half, part);
+            const Floats cosine = load_as<Floats>(turns.of_page[i] + part);
+            const Floats sine = load_as<Floats>(turns.of_page[order.half + i] + part);
+            put(former, i, plus_product(x * cosine, y, -sine));
+            put(latter, order.second_sum() + i, plus_product(y * cosine, x, sine));
         }
+        for (int d = 2 * order.half; d < order.dims; ++d) put(former, d - order.half, half_at(d, part));
+    }
+
+    template <class Put>
+    INLINE Floats walk_words(const Order<FORMAT>& order, const KeyHead& of, const Turns<FORMAT>& turns, int part,
+                             Put&& put) const {
+        const int half = order.half, dims = order.dims, pairs = order.pairs();
+        Ints most = {}, scaled[MOST_DIMS / GROUP];  // Magnitudes are ordered as floats are, infinity and NaN last.
+        for (int g = 0; g * GROUP < dims; ++g) {
+            const Ints magnitude = load_as<Ints>(scales[g] + part) & 0x7fffffff;
+            most = magnitude > most ? magnitude : most;
+        }
+        const Ints is_usual = (most > 0) & (most < 0x7f800000);
+        const Floats inverse = is_usual ? BETWEEN / (Floats)most : Floats{};
+        for (int g = 0; g * GROUP < dims; ++g) {
+            const Ints share = rounded(load(scales[g] + part) * inverse);
+            scaled[g] = paired_words(share, share);
+        }
+        const auto turn = [&](Ints x, Ints y, int i) __attribute__((always_inline)) {
+            const Ints cosine = load_as<Ints>(turns.of_page[i] + part), sine = load_as<Ints>(turns.of_page[pairs + i] + part);
+            put(former, i, word_difference(upper_products(x, cosine), upper_products(y, sine)));
+            put(latter, pairs + i, word_sum(upper_products(y, cosine), upper_products(x, sine)));
+        };
+        const auto two = [&](Ints bytes, int d, auto which) __attribute__((always_inline)) {
+            const Ints codes = upper_products(upper_bytes<which.value>(bytes), scaled[d / GROUP]);
+            return upper_products(codes, all(load_as<int32_t>(of.shares + d + 2 * which.value)));
+        };
+        if (half % 4 == 0) {
+            for (int i = 0; i < half; i += 4) {
+                const Ints x = four(i, part), y = four(i + half, part);
+                turn(two(x, i, former), two(y, i + half, former), i / 2);
+                turn(two(x, i, latter), two(y, i + half, latter), i / 2 + 1);
+            }
+            for (int d = 2 * half; d < dims; d += 4) {
+                const Ints x = four(d, part);
+                put(former, d / 2, two(x, d, former));
+                if (d + 2 < dims) put(latter, d / 2 + 1, two(x, d, latter));
+            }
+        } else {
+            const auto one = [&](int d) __attribute__((always_inline)) {  // As the upper word.
+                const Ints code = four(d & ~3, part) << (24 - 8 * (d % 4)) & int32_t(0xff000000);
+                return upper_products(upper_products(code, scaled[d / GROUP]), all(int(of.shares[d]) << 16));
+            };
+            const auto of_step = [&](int step) __attribute__((always_inline)) {
+                const auto d = order.of_step(step);
+                const Ints first = (Ints)((Words)one(d.first) >> 16);
+                return d.first + 1 < d.end ? first | one(d.first + 1) & int32_t(0xffff0000) : first;
+            };
+            for (int i = 0; i < pairs; ++i) turn(of_step(i), of_step(pairs + i), i);
+            for (int step = 2 * pairs; step < order.steps(); ++step) put(former, step, of_step(step));
+        }
+        return most < 0x7f800000 ? (Floats)most * (FORMAT == Q8 ? 0x1p-6f : 0x1p-10f) : all(NAN);
     }
 };
 
-// Scores of HEADS queries, `steps` numbers each, with a page's keys [steps][PAGE]: [HEADS][TILE].
+// Scores of HEADS queries, whose numbers `stride` apart are those of the keys' steps: [HEADS][TILE].
 template <int FORMAT, int HEADS>
-INLINE void score_page(const Order<FORMAT>& order, const int32_t* keys, const float* units, const int32_t* queries,
-                       int query_stride, float* scores) {
-    const int steps = order.steps();
+INLINE void score_page(const KeyPage<FORMAT>& page, const Order<FORMAT>& order, const KeyHead& of, const Turns<FORMAT>& turns,
+                       const int32_t* queries, int stride, float* units, float* scores) {
     for (int part = 0; part < PAGE; part += LANES) {
-        Floats found[HEADS];
-        if constexpr (FORMAT == F16) {
-            const auto sums = [&](int begin, int end, Floats(&acc)[HEADS]) __attribute__((always_inline)) {
-                for (int step = begin; step < end; ++step) {
-                    const Floats key = load_as<Floats>(keys + step * PAGE + part);
+        std::conditional_t<FORMAT == F16, Floats, Ints> acc[2][HEADS] = {};
+        const auto add = [&](auto sum, int step, auto key) __attribute__((always_inline)) {
 #pragma GCC unroll 8
-                    for (int g = 0; g < HEADS; ++g)
-                        acc[g] = plus_product(acc[g], key, all(load_as<float>(queries + g * query_stride + step)));
-                }
-            };
-            Floats first[HEADS] = {}, second[HEADS] = {};
-            sums(0, order.second_sum(), first);
-            sums(order.second_sum(), steps, second);
-            for (int g = 0; g < HEADS; ++g) found[g] = first[g] + second[g];
-        } else {
-            Ints acc[HEADS] = {};
-            for (int step = 0; step < steps; ++step) {
-                const Ints key = load_as<Ints>(keys + step * PAGE + part);
-#pragma GCC unroll 8
-                for (int g = 0; g < HEADS; ++g)
-                    acc[g] = plus_pairs(acc[g], key, all(queries[g * query_stride + step]));
+            for (int g = 0; g < HEADS; ++g) {
+                const int32_t* const number = queries + g * stride + step;
+                if constexpr (FORMAT == F16)
+                    acc[sum.value][g] = plus_product(acc[sum.value][g], key, all(load_as<float>(number)));
+                else acc[sum.value][g] = plus_pairs(acc[sum.value][g], key, all(*number));
             }
-            for (int g = 0; g < HEADS; ++g) found[g] = __builtin_convertvector(acc[g], Floats) * load(units + part);
+        };
+        const Floats unit = page.walk(order, of, turns, part, add);
+        store(units + part, unit);
+#pragma GCC unroll 8
+        for (int g = 0; g < HEADS; ++g) {
+            const auto sum = acc[0][g] + acc[1][g];
+            if constexpr (FORMAT == F16) store(scores + g * TILE + part, sum);
+            else store(scores + g * TILE + part, __builtin_convertvector(sum, Floats) * unit);
         }
-        for (int g = 0; g < HEADS; ++g) store(scores + g * TILE + part, found[g]);
     }
 }

@@ -29,9 +29,10 @@ struct LaneSums {
 template <int FORMAT> struct PrefillState {
     const Attention& a;
     const Order<FORMAT> order;
+    Turns<FORMAT>& turns;
     int group, dims, lanes, panels, position;  // The dims of outputs, in whole groups; that of the first row.
     int32_t *queries, *keys, *values, *weights;  // [panels][WIDE][steps][LANES], [steps][KEY_STEP], [TILE / 2][VALUE_PAIRS], ...
-    float *halves, *key_units, *exponents, *scores, *places, *turns, *coefficients, *steps, *units;
+    float *halves, *key_units, *exponents, *scores, *coefficients, *steps, *units;
     int32_t* positions;
     LaneSums part, whole;
     ValueScales scales;
@@ -174,7 +175,7 @@ template <int FORMAT> static void read_tile(PrefillState<FORMAT>& s, const Prefi
         if (i < last_page) fetch(c, c.key_codes, c.key_scales, pages[i + 1], block.head);
         fetch(c, c.value_codes, c.value_scales, pages[i], block.head);
         if (s.order.half)
-            turns_of_page(a.page_angles(block.b, tile * TILE_PAGES + i), s.places, s.order.half, s.turns);
+            s.turns.turn(a.page_angles(block.b, tile * TILE_PAGES + i));
         KeyPage<FORMAT>(c, pages[i], block.head)
             .prepare(s.order, of_head, s.turns, s.keys + i * PAGE, KEY_STEP, s.key_units + i * PAGE);
         const size_t code_bytes = c.code_bytes();
@@ -244,10 +245,12 @@ template <int FORMAT> static void prefill_block(const Attention& a, const Prefil
     const int position = a.step.context_lens[block.b] - (a.step.query_starts[block.b + 1] - row);  // The first row is there.
     const int count_lanes = (block.last_row - block.first_row) * group, panels = (count_lanes + PANEL - 1) / PANEL;
     const size_t lanes = size_t(panels) * PANEL;
-    PrefillState<FORMAT> s{a, {dims, a.rope.half}, group, a.cache.padded(), count_lanes, panels, position};
+    static thread_local Turns<FORMAT> turns;
+    turns.order = {dims, a.rope.half};
+    PrefillState<FORMAT> s{a, turns.order, turns, group, a.cache.padded(), count_lanes, panels, position};
     static thread_local Scratch memory;
     const size_t groups = MOST_DIMS / GROUP, steps = s.order.steps();
-    float* at = memory.floats(KEY_STEP * steps + TILE * (groups + VALUE_PAIRS / 2 + ROW + PANEL / 2 + PANEL + 1) + 2 * PAGE * MOST_DIMS +
+    float* at = memory.floats(KEY_STEP * steps + TILE * (groups + VALUE_PAIRS / 2 + ROW + PANEL / 2 + PANEL + 1) +
                               2 * groups * PANEL + lanes * (steps + 2 * s.dims + 6) + 64);
     const auto take = [&](size_t count) { return at += count, at - count; };
     s.keys = (int32_t*)take(KEY_STEP * steps);
@@ -256,8 +259,6 @@ template <int FORMAT> static void prefill_block(const Attention& a, const Prefil
     s.weights = (int32_t*)take(TILE / 2 * PANEL);
     s.scores = take(TILE * PANEL);
     s.key_units = take(TILE);
-    s.places = take(PAGE * MOST_DIMS);
-    s.turns = take(PAGE * MOST_DIMS);
     s.coefficients = take(groups * TILE);
     s.steps = take(groups * PANEL);
     s.units = take(groups * PANEL);
@@ -269,7 +270,7 @@ template <int FORMAT> static void prefill_block(const Attention& a, const Prefil
     s.whole.clear(lanes, s.dims, NOTHING);
     const KeyHead of_head(a.cache, block.head, a.rope.half);
     const int half = a.rope.half;
-    if (half) transpose((const uint8_t*)a.place_angles(block.b), 8 * half, 8 * half, (uint32_t*)s.places);
+    if (half) s.turns.start(a.place_angles(block.b));
 
     const auto head_of = [&](size_t lane) {  // A lane's query is there, its output will be; heads vary fastest.
         return ((row + lane / group) * a.heads + block.head * group + lane % group) * dims;

@@ -177,6 +177,24 @@ INLINE float largest(Floats v) {
     for (int distance = LANES / 2; distance; distance /= 2) v = larger(v, swapped(v, distance));
     return v[0];
 }
+INLINE int32_t largest(Ints v) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_epi32((__m512i)v);
+#else
+    int32_t most = v[0];
+    for (int i = 1; i < LANES; ++i) most = v[i] > most ? v[i] : most;
+    return most;
+#endif
+}
+INLINE int32_t sum(Ints v) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_epi32((__m512i)v);
+#else
+    int32_t total = 0;
+    for (int i = 0; i < LANES; ++i) total += v[i];
+    return total;
+#endif
+}
 
 // Lanes with the bit `distance` clear are a's, with it set b's, each plus the lane of the same vector that far away.
 INLINE Floats paired(Floats a, Floats b, int distance) {

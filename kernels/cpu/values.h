@@ -35,21 +35,35 @@ struct ValueScales {
             }
         }
     }
-    // The unit of those that are seen: magnitudes are ordered as floats are, infinity and NaN last.
-    ScaleUnit unit(int g, const Seen& seen) const {
+    // The unit of those that are seen, or of all: magnitudes are ordered as floats are, infinity and NaN last.
+    INLINE ScaleUnit unit(int g, const Seen& seen) const {
+        if (seen.is_all()) return unit(g);
         Ints most = {};
         for (int k = seen.first / LANES * LANES; k < seen.end; k += LANES) {
             Ints place;
             for (int i = 0; i < LANES; ++i) place[i] = k + i;
             const Ints is_seen = (place >= all(seen.first)) & (place < all(seen.end));
-            const Ints magnitude = load_as<Ints>(rows[g] + k) & is_seen & 0x7fffffff;
-            most = magnitude > most ? magnitude : most;
+            most = more(most, load_as<Ints>(rows[g] + k) & is_seen);
         }
-        int32_t bits = 0;
-        for (int i = 0; i < LANES; ++i) bits = std::max<int32_t>(bits, most[i]);
-        float largest;
-        memcpy(&largest, &bits, 4);
-        return ScaleUnit(largest);
+        return of(most);
+    }
+    INLINE ScaleUnit unit(int g) const {
+        Ints most = {};
+#pragma GCC unroll 8
+        for (int k = 0; k < TILE; k += LANES) most = more(most, load_as<Ints>(rows[g] + k));
+        return of(most);
+    }
+
+  private:
+    static INLINE Ints more(Ints most, Ints scale) {
+        const Ints magnitude = scale & 0x7fffffff;
+        return magnitude > most ? magnitude : most;
+    }
+    static INLINE ScaleUnit of(Ints most) {
+        const int32_t bits = largest(most);
+        float magnitude;
+        memcpy(&magnitude, &bits, 4);
+        return ScaleUnit(magnitude);
     }
 };
 

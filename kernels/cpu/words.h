@@ -62,6 +62,39 @@ INLINE Ints paired_words(Ints first, Ints second) {
 #endif
 }
 
+// Word by word the product's upper half: a * b / 2^15, rounded to the nearest.
+INLINE Ints upper_products(Ints a, Ints b) {
+#if defined(__AVX512BW__)
+    return (Ints)_mm512_maskz_mulhrs_epi16(~0u, (__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+    return (Ints)_mm256_mulhrs_epi16((__m256i)a, (__m256i)b);
+#elif defined(__x86_64__)
+    const __m128i upper = _mm_mulhi_epi16((__m128i)a, (__m128i)b), lower = _mm_mullo_epi16((__m128i)a, (__m128i)b);
+    const __m128i next = _mm_and_si128(_mm_srli_epi16(lower, 14), _mm_set1_epi16(1));
+    const __m128i whole = _mm_or_si128(_mm_add_epi16(upper, upper), _mm_srli_epi16(lower, 15));
+    return (Ints)_mm_add_epi16(whole, next);
+#else
+    const Ints first = (a << 16 >> 16) * (b << 16 >> 16), second = (a >> 16) * (b >> 16);
+    return paired_words((first + 0x4000) >> 15, (second + 0x4000) >> 15);
+#endif
+}
+// Sums and differences of words.
+typedef int16_t Shorts __attribute__((vector_size(4 * LANES)));
+INLINE Ints word_sum(Ints a, Ints b) { return (Ints)((Shorts)a + (Shorts)b); }
+INLINE Ints word_difference(Ints a, Ints b) { return (Ints)((Shorts)a - (Shorts)b); }
+// The first two or the last two bytes of every lane as the upper bytes of words whose lower bytes are 0.
+template <int HALF> INLINE Ints upper_bytes(Ints bytes) {
+#if defined(__AVX512BW__)
+    typedef int8_t Places __attribute__((vector_size(64)));
+    Places places;
+    for (int i = 0; i < 64; ++i) places[i] = i % 2 ? i % 16 / 4 * 4 + i % 4 / 2 + 2 * HALF : -1;
+    return (Ints)_mm512_maskz_shuffle_epi8(~0ull, (__m512i)bytes, (__m512i)places);
+#else
+    if constexpr (HALF) return (Ints)(((Words)bytes >> 8 & 0xff00) | ((Words)bytes & 0xff000000));
+    return (Ints)(((Words)bytes << 8 & 0xff00) | ((Words)bytes << 16 & 0xff000000));
+#endif
+}
+
 // acc + a0 * b0 + a1 * b1, of pairs of words.
 INLINE Ints plus_pairs(Ints acc, Ints a, Ints b) {
 #if defined(__AVX512VNNI__)
