@@ -101,8 +101,9 @@ template <int FORMAT> static void decode_part(const Attention& a, const DecodePa
     float* const outputs = partial + 2 * num_queries;
     std::fill_n(outputs, num_queries * ROW, 0.0f);
 
-    static thread_local std::vector<DecodeHead<FORMAT>> of_heads;
-    if (int(of_heads.size()) < count) of_heads.resize(count);
+    static thread_local std::vector<DecodeHead<FORMAT>> kept;
+    if (int(kept.size()) < count) kept.resize(count);
+    DecodeHead<FORMAT>* const of_heads = kept.data();
     static thread_local Scratch memory;
     float* at = memory.floats(size_t(num_queries) * (MOST_DIMS + TILE + 3));
     const auto take = [&](size_t floats) { return at += floats, at - floats; };
@@ -110,7 +111,7 @@ template <int FORMAT> static void decode_part(const Attention& a, const DecodePa
     int32_t* const queries = (int32_t*)take(size_t(num_queries) * MOST_DIMS);
     float* const exponents = take(num_queries);
     HeadSums* const sums = (HeadSums*)take(2 * num_queries);
-    static thread_local Turns<FORMAT> turns;
+    Turns<FORMAT>& turns = kept_turns<FORMAT>();
     turns.order = order;
     if (half) turns.start(a.place_angles(part.b));
     for (int i = 0; i < count; ++i) {
@@ -142,7 +143,7 @@ template <int FORMAT> static void decode_part(const Attention& a, const DecodePa
                 fetch(c, c.value_codes, c.value_scales, pages[page], head);
                 const KeyPage<FORMAT> keys(c, pages[page], head);
                 for_heads(group, [&](int g, auto heads) __attribute__((always_inline)) {
-                    score_page<FORMAT, heads.value>(keys, order, of.keys, turns, of.queries + g * MOST_DIMS, MOST_DIMS, key_units,
+                    score_page<FORMAT, heads.value>(keys, order, of.keys, turns, of.queries + g * MOST_DIMS, key_units,
                                                     of.scores + g * TILE + page * PAGE);
                 });
                 if constexpr (FORMAT != F16)

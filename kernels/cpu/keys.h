@@ -2,6 +2,8 @@
 // across lanes.
 #pragma once
 
+#include <memory>
+
 #include "attention.h"
 #include "transpose.h"
 
@@ -57,6 +59,12 @@ template <int FORMAT> struct Turns {
         }
     }
 };
+
+// One a thread. Not in a thread's own memory itself, whose place is asked for again and again.
+template <int FORMAT> INLINE Turns<FORMAT>& kept_turns() {
+    static thread_local const auto turns = std::make_unique<Turns<FORMAT>>();
+    return *turns;
+}
 
 // What the keys of one head have in common. A pair that is turned takes the larger of its factors from the query, and
 // shares of it from here: so codes of all pairs count alike.
@@ -122,13 +130,13 @@ template <int FORMAT> struct KeyPage {
             read_scales(c.key_scales + c.token(page, head) * c.groups(), c.groups(), scales[0], PAGE);
     }
 
-    INLINE Words column(int i, int part) const { return load_as<Words>(columns[i] + part); }
+    INLINE Words column(size_t i, int part) const { return load_as<Words>(columns[i] + part); }
     // Of float16: number d, a multiple of two or the one after it.
     INLINE Floats half_at(int d, int part) const {
         return of_f16(__builtin_convertvector(column(d / 2, part) >> (16 * (d % 2)), Halves));
     }
     // Codes of dimensions d .. d + 3 as the upper bits of bytes; d is a multiple of four.
-    INLINE Ints four(int d, int part) const {
+    INLINE Ints four(size_t d, int part) const {
         if constexpr (FORMAT == Q8) return (Ints)column(d / 4, part);
         const Words packed = column(d / GROUP * 4 + d % 16 / 4, part) ^ 0x88888888;  // This makes signed numbers of four bits.
         return (Ints)((d % GROUP < 16 ? packed << 4 : packed) & 0xf0f0f0f0);
@@ -145,8 +153,8 @@ template <int FORMAT> struct KeyPage {
     INLINE void prepare(const Order<FORMAT>& order, const KeyHead& of, const Turns<FORMAT>& turns, int32_t* out, int apart,
                         float* units) const {
         for (int part = 0; part < PAGE; part += LANES)
-            store(units + part, walk(order, of, turns, part, [&](auto, int step, auto numbers) __attribute__((always_inline)) {
-                memcpy(out + size_t(step) * apart + part, &numbers, sizeof numbers);
+            store(units + part, walk(order, of, turns, part, [&](auto, size_t step, auto numbers) __attribute__((always_inline)) {
+                memcpy(out + step * apart + part, &numbers, sizeof numbers);
             }));
     }
 
@@ -169,34 +177,34 @@ template <int FORMAT> struct KeyPage {
     template <class Put>
     INLINE Floats walk_words(const Order<FORMAT>& order, const KeyHead& of, const Turns<FORMAT>& turns, int part,
                              Put&& put) const {
-        const int half = order.half, dims = order.dims, pairs = order.pairs();
+        const size_t half = order.half, dims = order.dims, pairs = order.pairs();
         Ints most = {}, scaled[MOST_DIMS / GROUP];  // Magnitudes are ordered as floats are, infinity and NaN last.
-        for (int g = 0; g * GROUP < dims; ++g) {
+        for (size_t g = 0; g * GROUP < dims; ++g) {
             const Ints magnitude = load_as<Ints>(scales[g] + part) & 0x7fffffff;
             most = magnitude > most ? magnitude : most;
         }
         const Ints is_usual = (most > 0) & (most < 0x7f800000);
         const Floats inverse = is_usual ? BETWEEN / (Floats)most : Floats{};
-        for (int g = 0; g * GROUP < dims; ++g) {
+        for (size_t g = 0; g * GROUP < dims; ++g) {
             const Ints share = rounded(load(scales[g] + part) * inverse);
             scaled[g] = paired_words(share, share);
         }
-        const auto turn = [&](Ints x, Ints y, int i) __attribute__((always_inline)) {
+        const auto turn = [&](Ints x, Ints y, size_t i) __attribute__((always_inline)) {
             const Ints cosine = load_as<Ints>(turns.of_page[i] + part), sine = load_as<Ints>(turns.of_page[pairs + i] + part);
             put(former, i, word_difference(upper_products(x, cosine), upper_products(y, sine)));
             put(latter, pairs + i, word_sum(upper_products(y, cosine), upper_products(x, sine)));
         };
-        const auto two = [&](Ints bytes, int d, auto which) __attribute__((always_inline)) {
+        const auto two = [&](Ints bytes, size_t d, auto which) __attribute__((always_inline)) {
             const Ints codes = upper_products(upper_bytes<which.value>(bytes), scaled[d / GROUP]);
             return upper_products(codes, all(load_as<int32_t>(of.shares + d + 2 * which.value)));
         };
         if (half % 4 == 0) {
-            for (int i = 0; i < half; i += 4) {
+            for (size_t i = 0; i < half; i += 4) {
                 const Ints x = four(i, part), y = four(i + half, part);
                 turn(two(x, i, former), two(y, i + half, former), i / 2);
                 turn(two(x, i, latter), two(y, i + half, latter), i / 2 + 1);
             }
-            for (int d = 2 * half; d < dims; d += 4) {
+            for (size_t d = 2 * half; d < dims; d += 4) {
                 const Ints x = four(d, part);
                 put(former, d / 2, two(x, d, former));
                 if (d + 2 < dims) put(latter, d / 2 + 1, two(x, d, latter));
@@ -218,20 +226,19 @@ template <int FORMAT> struct KeyPage {
     }
 };
 
-// Scores of HEADS queries, whose numbers `stride` apart are those of the keys' steps: [HEADS][TILE].
+// Scores of HEADS queries [HEADS][MOST_DIMS], ordered as the keys' steps are: [HEADS][TILE].
 template <int FORMAT, int HEADS>
 INLINE void score_page(const KeyPage<FORMAT>& page, const Order<FORMAT>& order, const KeyHead& of, const Turns<FORMAT>& turns,
-                       const int32_t* queries, int stride, float* units, float* scores) {
+                       const int32_t* queries, float* units, float* scores) {
     for (int part = 0; part < PAGE; part += LANES) {
         std::conditional_t<FORMAT == F16, Floats, Ints> acc[2][HEADS] = {};
-        const auto add = [&](auto sum, int step, auto key) __attribute__((always_inline)) {
+        const auto add = [&](auto sum, size_t step, auto key) __attribute__((always_inline)) {
+            const int32_t* const numbers = queries + step;
 #pragma GCC unroll 8
-            for (int g = 0; g < HEADS; ++g) {
-                const int32_t* const number = queries + g * stride + step;
+            for (int g = 0; g < HEADS; ++g)
                 if constexpr (FORMAT == F16)
-                    acc[sum.value][g] = plus_product(acc[sum.value][g], key, all(load_as<float>(number)));
-                else acc[sum.value][g] = plus_pairs(acc[sum.value][g], key, all(*number));
-            }
+                    acc[sum.value][g] = plus_product(acc[sum.value][g], key, all(load_as<float>(numbers + g * MOST_DIMS)));
+                else acc[sum.value][g] = plus_pairs(acc[sum.value][g], key, all(numbers[g * MOST_DIMS]));
         };
         const Floats unit = page.walk(order, of, turns, part, add);
         store(units + part, unit);

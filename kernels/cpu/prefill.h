@@ -245,7 +245,7 @@ template <int FORMAT> static void prefill_block(const Attention& a, const Prefil
     const int position = a.step.context_lens[block.b] - (a.step.query_starts[block.b + 1] - row);  // The first row is there.
     const int count_lanes = (block.last_row - block.first_row) * group, panels = (count_lanes + PANEL - 1) / PANEL;
     const size_t lanes = size_t(panels) * PANEL;
-    static thread_local Turns<FORMAT> turns;
+    Turns<FORMAT>& turns = kept_turns<FORMAT>();
     turns.order = {dims, a.rope.half};
     PrefillState<FORMAT> s{a, turns.order, turns, group, a.cache.padded(), count_lanes, panels, position};
     static thread_local Scratch memory;
