@@ -77,10 +77,15 @@ INLINE Floats halves_at(const uint8_t* token, int d, int dims) {
     return load((const f16*)last);
 }
 
-// Starts the reading of one head of a page, to the second cache: pages lie anywhere in memory, and no processor guesses
-// where the next one is.
+// Starts the reading of scales, or of codes, of one head of a page, to the second cache: pages lie anywhere in memory, and
+// no processor guesses where the next one is. Codes are asked for little by little, as others are used: a core can wait for a
+// few lines only.
+INLINE void fetch_scales(const Cache& c, const f16* scales, int page, int head) {
+    for (int at = 0; at < PAGE * c.groups(); at += 32)
+        __builtin_prefetch(scales + c.token(page, head) * c.groups() + at, 0, 2);
+}
 INLINE void fetch(const Cache& c, const uint8_t* codes, const f16* scales, int page, int head) {
     const size_t token = c.token(page, head), bytes = c.code_bytes();
     for (size_t at = 0; at < PAGE * bytes; at += 64) __builtin_prefetch(codes + token * bytes + at, 0, 2);
-    for (int at = 0; at < PAGE * c.groups(); at += 32) __builtin_prefetch(scales + token * c.groups() + at, 0, 2);
+    fetch_scales(c, scales, page, head);
 }

@@ -140,10 +140,11 @@ template <int FORMAT> static void decode_part(const Attention& a, const DecodePa
                 DecodeHead<FORMAT>& of = of_heads[i];
                 alignas(64) float key_units[PAGE];
                 const int head = part.first_head + i;
-                fetch(c, c.value_codes, c.value_scales, pages[page], head);
+                fetch_scales(c, c.value_scales, pages[page], head);
+                const uint8_t* const values = c.value_codes + c.token(pages[page], head) * c.code_bytes();
                 const KeyPage<FORMAT> keys(c, pages[page], head);
                 for_heads(group, [&](int g, auto heads) __attribute__((always_inline)) {
-                    score_page<FORMAT, heads.value>(keys, order, of.keys, turns, of.queries + g * MOST_DIMS, key_units,
+                    score_page<FORMAT, heads.value>(keys, order, of.keys, turns, of.queries + g * MOST_DIMS, values, key_units,
                                                     of.scores + g * TILE + page * PAGE);
                 });
                 if constexpr (FORMAT != F16)

@@ -226,13 +226,16 @@ template <int FORMAT> struct KeyPage {
     }
 };
 
-// Scores of HEADS queries [HEADS][MOST_DIMS], ordered as the keys' steps are: [HEADS][TILE].
+// Scores of HEADS queries [HEADS][MOST_DIMS], ordered as the keys' steps are: [HEADS][TILE]. Starts the reading of what is
+// `ahead` meanwhile, as many bytes as the page's keys have.
 template <int FORMAT, int HEADS>
 INLINE void score_page(const KeyPage<FORMAT>& page, const Order<FORMAT>& order, const KeyHead& of, const Turns<FORMAT>& turns,
-                       const int32_t* queries, float* units, float* scores) {
+                       const int32_t* queries, const uint8_t* ahead, float* units, float* scores) {
+    const uint8_t* const end = ahead + PAGE * order.dims * (FORMAT == F16 ? 4 : FORMAT == Q8 ? 2 : 1) / 2;
     for (int part = 0; part < PAGE; part += LANES) {
         std::conditional_t<FORMAT == F16, Floats, Ints> acc[2][HEADS] = {};
         const auto add = [&](auto sum, size_t step, auto key) __attribute__((always_inline)) {
+            if (sum.value == 0 && ahead < end) __builtin_prefetch(ahead, 0, 2), ahead += FORMAT == Q4 ? 32 : 64;
             const int32_t* const numbers = queries + step;
 #pragma GCC unroll 8
             for (int g = 0; g < HEADS; ++g)

@@ -75,9 +75,11 @@ struct TilePages {
 
     int first_page() const { return seen.first / PAGE; }
     int end_page() const { return (seen.end + PAGE - 1) / PAGE; }
-    // Starts the reading of what comes next while a page's values are used: the next page's, and the next tile's keys.
-    INLINE void fetch_ahead(const Cache& c, int i, int head) const {
-        if (i < num_later) fetch(c, c.key_codes, c.key_scales, later[i], head);
+    // What comes next while a page's values are used: the keys of the next tile's page, whose scales' reading is started.
+    INLINE const uint8_t* ahead(const Cache& c, int i, int head) const {
+        if (i >= num_later) return c.value_codes + c.token(pages[i], head) * c.code_bytes();
+        fetch_scales(c, c.key_scales, later[i], head);
+        return c.key_codes + c.token(later[i], head) * c.code_bytes();
     }
 };
 
@@ -145,14 +147,16 @@ INLINE void add_codes(const Cache& c, const TilePages& tile, int head, const flo
     CodeSums<FORMAT> sums[GROUPS][HEADS];
     for (int i = tile.first_page(); i < tile.end_page(); ++i) {
         const uint8_t* token = c.value_codes + c.token(tile.pages[i], head) * code_bytes;
-        if (!d) tile.fetch_ahead(c, i, head);
-        for (int k = i * PAGE; k < (i + 1) * PAGE; k += 2, token += 2 * code_bytes)
+        const uint8_t* ahead = tile.ahead(c, i, head) + d * code_bytes / c.padded();
+        for (int k = i * PAGE; k < (i + 1) * PAGE; k += 2, token += 2 * code_bytes, ahead += 2 * code_bytes) {
+            __builtin_prefetch(ahead, 0, 2), __builtin_prefetch(ahead + code_bytes, 0, 2);
 #pragma GCC unroll 2
             for (int j = 0; j < GROUPS; ++j) {
                 const auto pair = CodeSums<FORMAT>::pair(token, code_bytes, d + j * GROUP);
 #pragma GCC unroll 8
                 for (int g = 0; g < HEADS; ++g) sums[j][g].add(pair, all(load_as<int32_t>(words[j][g] + k)));
             }
+        }
     }
     for (int j = 0; j < GROUPS; ++j)
         for (int g = 0; g < HEADS; ++g)
@@ -170,8 +174,9 @@ INLINE void add_halves(const Cache& c, const TilePages& tile, int head, const fl
     const size_t code_bytes = c.code_bytes();
     for (int i = tile.first_page(); i < tile.end_page(); ++i) {
         const uint8_t* const page = c.value_codes + c.token(tile.pages[i], head) * code_bytes;
-        if (!d) tile.fetch_ahead(c, i, head);
+        const uint8_t* ahead = tile.ahead(c, i, head) + 2 * d;
         for (int k = std::max(tile.seen.first, i * PAGE); k < std::min(tile.seen.end, (i + 1) * PAGE); ++k) {
+            for (int at = 0; at < 2 * VECTORS * LANES; at += 64) __builtin_prefetch(ahead + (k - i * PAGE) * code_bytes + at, 0, 2);
             Floats v[VECTORS];
 #pragma GCC unroll 4
             for (int j = 0; j < VECTORS; ++j) v[j] = halves_at(page + (k - i * PAGE) * code_bytes, d + j * LANES, c.dims);
