@@ -24,6 +24,12 @@ LAMBDA = 9.0  # a chance of 5e-18 for each sum; ten thousand examples make some 
 
 # as in kernels/cpu: lengths that two sides of a product have as whole numbers, and the largest of those numbers
 WORD_LONG, WORD_SHORTER, WORD_MOST = 65500, 32760, 32767
+# Of keys: the words that the largest code counts, and more than any word; and what is left of 1 when it is turned twice.
+KEY_WORDS, KEY_MOST, KEY_TURNED = {"q8": 127 * 64, "q4": 8 * 1024}, 8200, (32752 / 32768) ** 2
+# Words that a turned key's number is off by at most: before it is turned 1.25 (its share of the largest scale and of the
+# larger factor, and two products), which the turn makes 1.25 sqrt(2); two products more are off by 1, and the cosine and
+# sine by 2.5 / 2^15 of KEY_MOST each.
+KEY_OFF = 1.25 * math.sqrt(2) + 1 + 2 * 2.5 / 2**15 * KEY_MOST
 
 
 def check_stored_alike(one: Store, other: Store, like: LayerCache, *step: Tensor) -> None:
@@ -65,14 +71,14 @@ class Attended:
 class CachedHead:
     """What one sequence has cached of one head, in float64: keys rotated, all [tokens, D]; value_steps: one code's.
 
-    Of codes: `of_query` [D] are the factors that a query takes, `most_length` [tokens] bounds what is left of a key.
+    Of codes: `of_query` [D] are the factors that a query takes, `key_unit` [tokens] is what is left of a key in words of 1.
     """
 
     keys: Tensor
     values: Tensor
     value_steps: Tensor
     of_query: Tensor
-    most_length: Tensor
+    key_unit: Tensor
 
 
 def attend_exactly(
@@ -114,7 +120,7 @@ def _softmax(
     lengths = queries.norm(dim=1, keepdim=True) * keys.norm(dim=1) * spec.scale  # [n, tokens]
     off = lengths * roundings(keys.shape[1] + 16)
     if in_words:
-        off = off + spec.scale * _off_in_words(queries * head.of_query, keys / head.of_query, head.most_length)
+        off = off + spec.scale * _off_in_words(queries * head.of_query, keys / head.of_query, head.key_unit)
     scores = queries @ keys.T * spec.scale
     if spec.softcap is not None:  # of a slope of at most 1; the tangent, 1 - 2 / (exp + 1), is off by some roundings
         scores = spec.softcap * torch.tanh(scores / spec.softcap)
@@ -144,10 +150,11 @@ def _most_aside(weights: Tensor, values: Tensor, output: Tensor) -> Tensor:
     return (total * squares.clamp(min=0)).sqrt()
 
 
-def _off_in_words(queries: Tensor, keys: Tensor, most_length: Tensor) -> Tensor:
+def _off_in_words(queries: Tensor, keys: Tensor, key_unit: Tensor) -> Tensor:
     """Of products [n, tokens] of rows that are whole numbers with one unit each."""
-    off_query = half_unit(queries, WORD_LONG)
-    off_key = most_length / WORD_SHORTER * (0.5 + WORD_MOST * 8 * UNIT)  # [tokens]
+    root = math.sqrt(queries.shape[1])
+    off_query = half_unit(queries / KEY_TURNED, 2**31 / (KEY_MOST * root) - root)
+    off_key = key_unit / KEY_TURNED * KEY_OFF * (1 + 8 * UNIT)  # [tokens]
     mixed = off_query * keys.abs().sum(1) + queries.abs().sum(1, keepdim=True) * off_key
     return mixed + off_query * off_key * keys.shape[1]
 
@@ -181,7 +188,8 @@ def cached_head(
         for scales in (cache.key_scales, cache.value_scales)
     )
     most_code = 127 if cache.format.dtype == "q8" else 8
-    return CachedHead(keys, values, value_steps, of_query, (key_steps * most_code * factor / of_query).norm(dim=1))
+    key_unit = key_steps.amax(1) * most_code / KEY_WORDS[cache.format.dtype]
+    return CachedHead(keys, values, value_steps, of_query, key_unit)
 
 
 def rotate_exactly(x: Tensor, table: RopeTable, number: int, positions: Tensor) -> Tensor:
