@@ -72,11 +72,13 @@ template <int FORMAT> struct Order {
             return scale / LN2;
         }
         alignas(64) float numbers[MOST_DIMS] = {};
-        alignas(64) int16_t words[MOST_DIMS + 1] = {};
-        for (int d = 0; d < dims; ++d) numbers[d] = query[d] * factors[d] * (d < 2 * half ? 1 / TURNED : 1.0f);
+        alignas(64) int16_t words[MOST_DIMS + 2] = {};
+        for (int d = 0; d < 2 * half; ++d) numbers[d] = query[d] * (factors[d] * (1 / TURNED));
+        for (int d = 2 * half; d < dims; ++d) numbers[d] = query[d] * factors[d];
         const float root = sqrtf(float(dims)), length = 0x1p31f / (MOST_KEY * root) - root;
         const float unit = to_words<ANY>(numbers, (dims + LANES - 1) / LANES * LANES, length, words) * (scale / LN2);
-        for (int step = 0; step < steps(); ++step) {
+        if (half % 2 == 0 && apart == 1) memcpy(to, words, 4 * steps());
+        for (int step = 0; step < steps() && (half % 2 || apart > 1); ++step) {
             const Dims d = of_step(step);
             const int second = d.first + 1 < d.end ? words[d.first + 1] : 0;
             to[size_t(step) * apart] = (words[d.first] & 0xffff) | int32_t(uint32_t(second) << 16);

@@ -29,33 +29,44 @@ template <class F> INLINE void for_heads(int group, F&& work) {
     }
 }
 
-// One head's scores of a tile [TILE] to weights relative to their largest, which joins what was summed before.
+// Scores of HEADS queries with a tile [HEADS][TILE] to weights relative to their largest, which join what was summed before:
+// by what that is multiplied, and by what sums of these weights are.
 struct HeadSums { float maximum, total; };
-template <bool ALL_SEEN>
-INLINE Joint soften(const Attention& a, const Seen& seen, Floats exponent, float* scores, HeadSums& sums) {
+template <int HEADS, bool ALL_SEEN>
+INLINE void soften(const Attention& a, const Seen& seen, const float* exponents, float* scores, HeadSums* sums, float* before,
+                   float* now) {
     const int begin = ALL_SEEN ? 0 : seen.first / LANES * LANES, end = ALL_SEEN ? TILE : seen.end;
-    Floats most = all(UNSEEN);
-    for (int k = begin; k < end && (a.softcap || !ALL_SEEN); k += LANES) {
-        Floats score = load(scores + k);
-        if (a.softcap) score = capped(a, score, exponent);
-        Ints place;
-        for (int i = 0; i < LANES; ++i) place[i] = k + i;
-        if (!ALL_SEEN) score = (place >= all(seen.first)) & (place < all(seen.end)) ? score : all(UNSEEN);
-        store(scores + k, score);
+    Floats most[HEADS];
+    for (int g = 0; g < HEADS; ++g) {
+        most[g] = all(UNSEEN);
+        for (int k = begin; k < end; k += LANES) {
+            Floats score = load(scores + g * TILE + k);
+            if (a.softcap) score = capped(a, score, all(exponents[g]));
+            if (!ALL_SEEN) {
+                Ints place;
+                for (int i = 0; i < LANES; ++i) place[i] = k + i;
+                score = (place >= all(seen.first)) & (place < all(seen.end)) ? score : all(UNSEEN);
+            }
+            if (a.softcap || !ALL_SEEN) store(scores + g * TILE + k, score);
+            most[g] = larger(most[g], score);
+        }
     }
-#pragma GCC unroll 8
-    for (int k = begin; k < end; k += LANES) most = larger(most, load(scores + k));
-    const Floats largest_of_tile = all(largest(most)), factor = final_exponent(a, exponent);
-    Ints total = {};
-#pragma GCC unroll 8
-    for (int k = begin; k < end; k += LANES) {
-        const Floats weight = power_of_two((load(scores + k) - largest_of_tile) * factor);
-        store(scores + k, weight);
-        total += rounded(weight * COUNTS);
+    for (int g = 0; g < HEADS; ++g) most[g] = all(largest(most[g]));
+    Ints total[HEADS];
+    for (int g = 0; g < HEADS; ++g) {
+        const Floats factor = final_exponent(a, all(exponents[g]));
+        total[g] = Ints{};
+        for (int k = begin; k < end; k += LANES) {
+            const Floats weight = power_of_two((load(scores + g * TILE + k) - most[g]) * factor);
+            store(scores + g * TILE + k, weight);
+            total[g] += rounded(weight * COUNTS);
+        }
     }
-    const Joint joint(all(sums.maximum), largest_of_tile, factor);
-    sums = {joint.largest[0], joint.of(all(sums.total), all(float(sum(total))) * (1 / COUNTS))[0]};
-    return joint;
+    for (int g = 0; g < HEADS; ++g) {
+        const Joint joint(all(sums[g].maximum), most[g], final_exponent(a, all(exponents[g])));
+        sums[g] = {joint.largest[0], joint.of(all(sums[g].total), all(float(sum(total[g]))) * (1 / COUNTS))[0]};
+        before[g] = joint.before[0], now[g] = joint.now[0];
+    }
 }
 
 // One head of the keys for the queries of its group, from tile to tile.
@@ -79,14 +90,19 @@ INLINE void add_tile(const Attention& a, const TilePages& tile, int head, Decode
     }
     for_heads(a.group(), [&](int first, auto heads) __attribute__((always_inline)) {
         float before[heads.value], now[heads.value];
-        for (int g = 0; g < heads.value; ++g) {
-            float* const scores = of.scores + (first + g) * TILE;
-            const Floats exponent = all(of.exponents[first + g]);
-            const Joint joint = tile.seen.is_all() ? soften<true>(a, tile.seen, exponent, scores, of.sums[first + g])
-                                                   : soften<false>(a, tile.seen, exponent, scores, of.sums[first + g]);
-            before[g] = joint.before[0], now[g] = joint.now[0];
-            for (int k = tile.first_page() * PAGE; k < tile.seen.first / LANES * LANES; ++k) scores[k] = 0;
-            for (int k = (tile.seen.end + LANES - 1) / LANES * LANES; k < tile.end_page() * PAGE; ++k) scores[k] = 0;
+        float* const scores = of.scores + first * TILE;
+        const auto run = [&](auto are_all_seen) __attribute__((always_inline)) {
+            soften<heads.value, are_all_seen.value>(a, tile.seen, of.exponents + first, scores, of.sums + first, before, now);
+        };
+        if (tile.seen.is_all()) {
+            run(std::true_type());
+        } else {
+            run(std::false_type());
+            const int begin = tile.seen.first / LANES * LANES, end = (tile.seen.end + LANES - 1) / LANES * LANES;
+            for (int g = 0; g < heads.value; ++g) {
+                std::fill(scores + g * TILE + tile.first_page() * PAGE, scores + g * TILE + begin, 0.0f);
+                std::fill(scores + g * TILE + end, scores + g * TILE + tile.end_page() * PAGE, 0.0f);
+            }
         }
         add_values<FORMAT, heads.value>(c, tile, head, of.scores + first * TILE, coefficients[0], of.units, before, now,
                                         of.outputs + first * ROW);

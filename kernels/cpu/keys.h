@@ -13,10 +13,13 @@ template <int FORMAT> struct Turns {
     alignas(64) int32_t places[MOST_DIMS][PAGE], of_page[MOST_DIMS][PAGE];
 
     // angles [2][half] to words [2][2 * pairs].
-    void to_words(const float* angles, int16_t* words) const {
+    INLINE void to_words(const float* angles, int16_t* words) const {
         const int half = order.half, row = 2 * order.pairs();
-        for (int part = 0; part < 2; ++part)
-            for (int i = 0; i < half; ++i) words[part * row + i] = int16_t(nearest(angles[part * half + i] * TURN));
+        for (int part = 0; part < 2; ++part, angles += half, words += row) {
+            int i = 0;
+            for (; i + LANES <= half; i += LANES) store_words(words + i, rounded(load(angles + i) * TURN));
+            for (; i < half; ++i) words[i] = int16_t(nearest(angles[i] * TURN));
+        }
     }
     // angles [PAGE][2][half], of the places of any page.
     void start(const float* angles) {
@@ -39,13 +42,9 @@ template <int FORMAT> struct Turns {
                 }
         } else {
             const int pairs = order.pairs();
-            alignas(64) int16_t words[MOST_DIMS + 4];
-            if (order.half % LANES) {
-                memset(words, 0, sizeof words);
-                to_words(angles, words);
-            } else {
-                for (int i = 0; i < 2 * order.half; i += LANES) store_words(words + i, rounded(load(angles + i) * TURN));
-            }
+            int16_t words[MOST_DIMS + 4];
+            words[order.half] = words[2 * pairs + order.half] = 0;  // What makes up a last pair.
+            to_words(angles, words);
             for (int i = 0; i < pairs; ++i) {
                 const Ints c = all(load_as<int32_t>(words + 2 * i)), s = all(load_as<int32_t>(words + 2 * (pairs + i)));
                 for (int part = 0; part < PAGE; part += LANES) {
@@ -75,10 +74,15 @@ struct KeyHead {
     KeyHead() = default;
     KeyHead(const Cache& c, int head, int half) {
         const float* const factor = c.key_factor + head * c.dims;
-        for (int d = 0; d < c.dims; ++d) {
-            const int other = d < half ? d + half : d < 2 * half ? d - half : d;
-            of_query[d] = std::max(factor[d], factor[other]);
-            shares[d] = int16_t(nearest(factor[d] / of_query[d] * BETWEEN));
+        alignas(64) float own[MOST_DIMS], other[MOST_DIMS];
+        std::fill(std::copy_n(factor, c.dims, own), own + MOST_DIMS, 1.0f);
+        std::copy_n(own + half, half, other);
+        std::copy_n(own, half, other + half);
+        std::copy(own + 2 * half, own + MOST_DIMS, other + 2 * half);
+        for (int d = 0; d < c.dims; d += LANES) {
+            const Floats most = larger(load(own + d), load(other + d));
+            store(of_query + d, most);
+            store_words(shares + d, rounded(load(own + d) / most * float(BETWEEN)));
         }
     }
 };
