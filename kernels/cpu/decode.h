@@ -117,6 +117,9 @@ template <int FORMAT> static void decode_part(const Attention& a, const DecodePa
     float* const outputs = partial + 2 * num_queries;
     std::fill_n(outputs, num_queries * ROW, 0.0f);
 
+    const int first_page = Seen(a, position, part.first_tile).first / PAGE + part.first_tile * TILE_PAGES;
+    for (int i = 0; i < count; ++i) fetch(c, c.key_codes, c.key_scales, a.pages(part.b)[first_page], part.first_head + i);
+
     static thread_local std::vector<DecodeHead<FORMAT>> kept;
     if (int(kept.size()) < count) kept.resize(count);
     DecodeHead<FORMAT>* const of_heads = kept.data();
@@ -156,6 +159,7 @@ template <int FORMAT> static void decode_part(const Attention& a, const DecodePa
                 DecodeHead<FORMAT>& of = of_heads[i];
                 alignas(64) float key_units[PAGE];
                 const int head = part.first_head + i;
+                if (tile == part.first_tile && page + 1 < read.end_page()) fetch(c, c.key_codes, c.key_scales, pages[page + 1], head);
                 fetch_scales(c, c.value_scales, pages[page], head);
                 const uint8_t* const values = c.value_codes + c.token(pages[page], head) * c.code_bytes();
                 const KeyPage<FORMAT> keys(c, pages[page], head);
