@@ -109,6 +109,36 @@ INLINE void add_tile(const Attention& a, const TilePages& tile, int head, Decode
     });
 }
 
+// Scores of a tile, and the scales of its values. A page's turns are made once for all heads.
+template <int FORMAT>
+INLINE void score_tile(const Attention& a, const DecodePart& part, int tile, const TilePages& read, Turns<FORMAT>& turns,
+                       DecodeHead<FORMAT>* of_heads) {
+    const Cache& c = a.cache;
+    const Order<FORMAT> order = turns.order;
+    const int count = part.last_head - part.first_head;
+    for (int i = 0; FORMAT != F16 && !read.seen.is_all() && i < count; ++i) of_heads[i].scales.clear(c.groups());
+    for (int page = read.first_page(); page < read.end_page(); ++page) {
+        if (order.half) turns.turn(a.page_angles(part.b, tile * TILE_PAGES + page));
+        for (int i = 0; i < count; ++i) {
+            DecodeHead<FORMAT>& of = of_heads[i];
+            alignas(64) float key_units[PAGE];
+            const int head = part.first_head + i, place = page * PAGE;
+            if (tile == part.first_tile && page + 1 < read.end_page())  // Of later tiles values.h has asked for the keys.
+                fetch(c, c.key_codes, c.key_scales, read.pages[page + 1], head);
+            fetch_scales(c, c.value_scales, read.pages[page], head);
+            const uint8_t* const values = c.value_codes + c.token(read.pages[page], head) * c.code_bytes();
+            const KeyPage<FORMAT> keys(c, read.pages[page], head);
+            for_heads(a.group(), [&](int g, auto heads) __attribute__((always_inline)) {
+                score_page<FORMAT, heads.value>(keys, order, of.keys, turns, of.queries + g * MOST_DIMS, values, key_units,
+                                                of.scores + g * TILE + place);
+            });
+            if constexpr (FORMAT != F16)
+                of.scales.read(c, read.pages[page], head, place, std::max(0, read.seen.first - place),
+                               std::min(PAGE, read.seen.end - place), key_units);
+        }
+    }
+}
+
 template <int FORMAT> static void decode_part(const Attention& a, const DecodePart& part, float* partial) {
     const Cache& c = a.cache;
     const int group = a.group(), half = a.rope.half, position = a.step.context_lens[part.b] - 1;
@@ -117,7 +147,8 @@ template <int FORMAT> static void decode_part(const Attention& a, const DecodePa
     float* const outputs = partial + 2 * num_queries;
     std::fill_n(outputs, num_queries * ROW, 0.0f);
 
-    const int first_page = Seen(a, position, part.first_tile).first / PAGE + part.first_tile * TILE_PAGES;
+    // The first keys are on their way while the queries are prepared.
+    const int first_page = part.first_tile * TILE_PAGES + Seen(a, position, part.first_tile).first / PAGE;
     for (int i = 0; i < count; ++i) fetch(c, c.key_codes, c.key_scales, a.pages(part.b)[first_page], part.first_head + i);
 
     static thread_local std::vector<DecodeHead<FORMAT>> kept;
@@ -152,26 +183,7 @@ template <int FORMAT> static void decode_part(const Attention& a, const DecodePa
         const int32_t* const pages = a.pages(part.b) + tile * TILE_PAGES;
         const int later = tile + 1 == part.last_tile ? 0 : position / PAGE + 1 - (tile + 1) * TILE_PAGES;
         const TilePages read{pages, pages + TILE_PAGES, std::min(TILE_PAGES, later), seen};
-        for (int i = 0; FORMAT != F16 && !seen.is_all() && i < count; ++i) of_heads[i].scales.clear(c.groups());
-        for (int page = read.first_page(); page < read.end_page(); ++page) {
-            if (half) turns.turn(a.page_angles(part.b, tile * TILE_PAGES + page));
-            for (int i = 0; i < count; ++i) {
-                DecodeHead<FORMAT>& of = of_heads[i];
-                alignas(64) float key_units[PAGE];
-                const int head = part.first_head + i;
-                if (tile == part.first_tile && page + 1 < read.end_page()) fetch(c, c.key_codes, c.key_scales, pages[page + 1], head);
-                fetch_scales(c, c.value_scales, pages[page], head);
-                const uint8_t* const values = c.value_codes + c.token(pages[page], head) * c.code_bytes();
-                const KeyPage<FORMAT> keys(c, pages[page], head);
-                for_heads(group, [&](int g, auto heads) __attribute__((always_inline)) {
-                    score_page<FORMAT, heads.value>(keys, order, of.keys, turns, of.queries + g * MOST_DIMS, values, key_units,
-                                                    of.scores + g * TILE + page * PAGE);
-                });
-                if constexpr (FORMAT != F16)
-                    of.scales.read(c, pages[page], head, page * PAGE, std::max(0, seen.first - page * PAGE),
-                                   std::min(PAGE, seen.end - page * PAGE), key_units);
-            }
-        }
+        score_tile(a, part, tile, read, turns, of_heads);
         for (int i = 0; i < count; ++i) add_tile(a, read, part.first_head + i, of_heads[i]);
     }
     for (int q = 0; q < num_queries; ++q) {

@@ -23,11 +23,10 @@ template <int FORMAT> struct Turns {
     }
     // angles [PAGE][2][half], of the places of any page.
     void start(const float* angles) {
-        const int bytes = (FORMAT == F16 ? 8 * order.half : 8 * order.pairs());
+        const int bytes = 8 * (FORMAT == F16 ? order.half : order.pairs());
         if constexpr (FORMAT == F16) return transpose((const uint8_t*)angles, bytes, bytes, (uint32_t*)places[0]);
         int16_t words[PAGE * (MOST_DIMS + 4)] = {};
-        for (int place = 0; place < PAGE; ++place)
-            to_words(angles + place * 2 * order.half, words + place * bytes / 2);
+        for (int place = 0; place < PAGE; ++place) to_words(angles + place * 2 * order.half, words + place * bytes / 2);
         transpose((const uint8_t*)words, bytes, bytes, (uint32_t*)places[0]);
     }
     // angles [2][half] of a page, for its places.
@@ -146,8 +145,8 @@ template <int FORMAT> struct KeyPage {
         return (Ints)((d % GROUP < 16 ? packed << 4 : packed) & 0xf0f0f0f0);
     }
 
-    // Calls put(sum, step, numbers) for each step of `order`: of LANES tokens from `part`, where sum is a constant: which of two
-    // sums it belongs to. Returns their units: of codes, that of words of which the largest code may be 2^13.
+    // Calls put(sum, step, numbers) for each step of `order`, of LANES tokens from `part`; sum, a constant, is which of two
+    // sums it belongs to. Returns the tokens' units: of codes as words, the largest of which may be 2^13.
     template <class Put>
     INLINE Floats walk(const Order<FORMAT>& order, const KeyHead& of, const Turns<FORMAT>& turns, int part, Put&& put) const {
         if constexpr (FORMAT == F16) return walk_floats(order, turns, part, put), all(1.0f);
@@ -156,10 +155,12 @@ template <int FORMAT> struct KeyPage {
     // The same written down: `apart` numbers from one step to the next, and units [PAGE].
     INLINE void prepare(const Order<FORMAT>& order, const KeyHead& of, const Turns<FORMAT>& turns, int32_t* out, int apart,
                         float* units) const {
-        for (int part = 0; part < PAGE; part += LANES)
-            store(units + part, walk(order, of, turns, part, [&](auto, size_t step, auto numbers) __attribute__((always_inline)) {
+        for (int part = 0; part < PAGE; part += LANES) {
+            const auto put = [&](auto, size_t step, auto numbers) __attribute__((always_inline)) {
                 memcpy(out + step * apart + part, &numbers, sizeof numbers);
-            }));
+            };
+            store(units + part, walk(order, of, turns, part, put));
+        }
     }
 
   private:
@@ -239,7 +240,10 @@ INLINE void score_page(const KeyPage<FORMAT>& page, const Order<FORMAT>& order, 
     for (int part = 0; part < PAGE; part += LANES) {
         std::conditional_t<FORMAT == F16, Floats, Ints> acc[2][HEADS] = {};
         const auto add = [&](auto sum, size_t step, auto key) __attribute__((always_inline)) {
-            if (sum.value == 0 && ahead < end) __builtin_prefetch(ahead, 0, 2), ahead += FORMAT == Q4 ? 32 : 64;
+            if (sum.value == 0 && ahead < end) {
+                __builtin_prefetch(ahead, 0, 2);
+                ahead += FORMAT == Q4 ? 32 : 64;
+            }
             const int32_t* const numbers = queries + step;
 #pragma GCC unroll 8
             for (int g = 0; g < HEADS; ++g)

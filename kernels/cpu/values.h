@@ -176,7 +176,8 @@ INLINE void add_halves(const Cache& c, const TilePages& tile, int head, const fl
         const uint8_t* const page = c.value_codes + c.token(tile.pages[i], head) * code_bytes;
         const uint8_t* ahead = tile.ahead(c, i, head) + 2 * d;
         for (int k = std::max(tile.seen.first, i * PAGE); k < std::min(tile.seen.end, (i + 1) * PAGE); ++k) {
-            for (int at = 0; at < 2 * VECTORS * LANES; at += 64) __builtin_prefetch(ahead + (k - i * PAGE) * code_bytes + at, 0, 2);
+            for (int at = 0; at < 2 * VECTORS * LANES; at += 64)
+                __builtin_prefetch(ahead + (k - i * PAGE) * code_bytes + at, 0, 2);
             Floats v[VECTORS];
 #pragma GCC unroll 4
             for (int j = 0; j < VECTORS; ++j) v[j] = halves_at(page + (k - i * PAGE) * code_bytes, d + j * LANES, c.dims);
