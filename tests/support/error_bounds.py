@@ -24,11 +24,11 @@ LAMBDA = 9.0  # a chance of 5e-18 for each sum; ten thousand examples make some 
 
 # as in kernels/cpu: lengths that two sides of a product have as whole numbers, and the largest of those numbers
 WORD_LONG, WORD_SHORTER, WORD_MOST = 65500, 32760, 32767
-# Of keys: the words that the largest code counts, and more than any word; and what is left of 1 when it is turned twice.
+# Of keys: the words that the largest code counts, and more than any word; what is left of 1 when it is turned twice.
 KEY_WORDS, KEY_MOST, KEY_TURNED = {"q8": 127 * 64, "q4": 8 * 1024}, 8200, (32752 / 32768) ** 2
-# Words that a turned key's number is off by at most: before it is turned 1.25 (its share of the largest scale and of the
-# larger factor, and two products), which the turn makes 1.25 sqrt(2); two products more are off by 1, and the cosine and
-# sine by 2.5 / 2^15 of KEY_MOST each.
+# Words that a turned key's number is off by at most: before it is turned 1.25 (its share of the largest scale and of
+# the larger factor, and two products), which the turn makes 1.25 sqrt(2); two products more are off by 1, and the
+# cosine and sine by 2.5 / 2^15 of KEY_MOST each.
 KEY_OFF = 1.25 * math.sqrt(2) + 1 + 2 * 2.5 / 2**15 * KEY_MOST
 
 
@@ -71,7 +71,7 @@ class Attended:
 class CachedHead:
     """What one sequence has cached of one head, in float64: keys rotated, all [tokens, D]; value_steps: one code's.
 
-    Of codes: `of_query` [D] are the factors that a query takes, `key_unit` [tokens] is what is left of a key in words of 1.
+    Of codes: `of_query` [D] are the factors that a query takes, `key_unit` [tokens] is what a word of a key counts.
     """
 
     keys: Tensor
