@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench import report
-from bench.kernels import BEYOND_CACHES, Row, seconds, shown, stream_bandwidth
+from bench.kernels import BEYOND_CACHES, Row, seconds, share_of_stream, shown
 from tightrope.backends.threads import compute_threads
 from tightrope.kernels import dispatch
 from tightrope.kernels.forms.quantized import Nf4Matrix, QuantizedMatrix, arrange, pack, pack_nf4, tiled
@@ -33,9 +33,8 @@ def main() -> None:
     threads = compute_threads(parser.parse_args().threads)
     torch.set_num_threads(threads)
     dispatch.set_threads(threads)
-    stream = stream_bandwidth()
     widths = [
-        measured(f"{bits} bits", quantized(*LARGE, [bits]), rows, stream)
+        measured(f"{bits} bits", quantized(*LARGE, [bits]), rows)
         for bits in (2, 3, 4, 5, 6, 8)
         for rows in (1, 4, 8, 64, 512)
         if rows == 1 or bits == 4
@@ -51,11 +50,10 @@ def main() -> None:
     results: dict[str, object] = {
         "kernels": dispatch.describe(),
         "threads": threads,
-        "stream_gb_per_s": round(stream, 1),
         "matrices": widths
-        + [measured(name, matrix, 1, stream) for name, matrix in kinds.items()]
-        + [measured("nf4", nf4(*LARGE), rows, stream) for rows in (1, 4, 8, 64, 512)]
-        + [measured("4 bits", quantized(n, k, [4], group_rows=64), 1, stream) for n, k in SMALL],
+        + [measured(name, matrix, 1) for name, matrix in kinds.items()]
+        + [measured("nf4", nf4(*LARGE), rows) for rows in (1, 4, 8, 64, 512)]
+        + [measured("4 bits", quantized(n, k, [4], group_rows=64), 1) for n, k in SMALL],
         "peers": [torch_float32(rows) for rows in (1, 8, 64, 512)] + [torch_int4(rows) for rows in (1, 8)],
     }
     print(report.write("quantized", results))
@@ -97,12 +95,13 @@ def nf4(outputs: int, inputs: int, blocksize: int = 64) -> Nf4Matrix:
     return pack_nf4(codes, torch.rand(outputs, inputs // blocksize), torch.linspace(-1, 1, 16), blocksize)
 
 
-def measured(name: str, matrix: Matrix, rows: int, stream: float) -> Row:
+def measured(name: str, matrix: Matrix, rows: int) -> Row:
     """`rows` rows of x times copies of a matrix that together are larger than the caches."""
     copies = [replace(matrix, codes=matrix.codes.clone()) for _ in range(max(1, int(BEYOND_CACHES / matrix.num_bytes)))]
     x = torch.randn(rows, matrix.num_inputs)
-    spent = seconds(lambda: [product(x, copy) for copy in copies], 3) / len(copies)
-    gb_per_s = matrix.num_bytes / spent / 1e9
+    num_bytes = matrix.num_bytes * len(copies)
+    took, limit = share_of_stream(lambda: [product(x, copy) for copy in copies], num_bytes)
+    spent = took / len(copies)
     return shown(
         "matrix",
         {
@@ -112,8 +111,7 @@ def measured(name: str, matrix: Matrix, rows: int, stream: float) -> Row:
             "rows": rows,
             "bits_per_weight": round(8 * matrix.num_bytes / matrix.num_inputs / matrix.num_outputs, 2),
             "us": round(spent * 1e6, 1),
-            "gb_per_s": round(gb_per_s, 1),
-            "share_of_stream": round(gb_per_s / stream, 3),
+            **limit,
             "gflop_per_s": round(2 * rows * matrix.num_inputs * matrix.num_outputs / spent / 1e9, 1),
         },
     )
