@@ -40,7 +40,7 @@ WINDOW, CACHE = 4096, 4096  # tokens
 CHARS = 15_500  # about 3,500 tokens of this text
 HOST_MIB = 1024
 THROUGH_MEMORY, FROM_DISK, ON_DISK_S = 0.15, 0.10, 5.0  # the bars
-NEIGHBOUR, NEIGHBOUR_S = "Once upon a time", 2.0  # The other stream, and how long it has run when the chat comes back.
+NEIGHBOUR, NEIGHBOUR_S = "Once upon a time", 0.5  # The other stream, and how long it has run when the chat comes back.
 MOST_WAIT_S, STILL_S, POLL_S = 60.0, 1.5, 0.02
 TURNS = ("\n\nSay it once more, in other words.\n\n", "\n\nAnd what follows from that?\n\n")
 
