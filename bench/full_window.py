@@ -5,17 +5,18 @@ A role-play chat that has filled its window goes on, turn by turn, each time wit
 - quality, in both engines: the divergence of what is predicted over moved tokens from a cold prefill, with moved
   tokens upon moved tokens for all turns, and with a chat that was exact the turn before, as it is when healed;
 - needle: whether a message that was taken out is still known;
-- speed: the time to the first token of each turn, from both engines and llama.cpp's own server with its reuse of
-  shifted chunks (--cache-reuse), side by side in turns, with what a cold prefill of the same prompt takes.
+- speed: the time to the first token of each turn, from the torch engine with either, llama.cpp as tightrope drives it,
+  and llama.cpp's own server with its reuse of shifted chunks (--cache-reuse), side by side in turns, with what a cold
+  prefill of the same prompt takes.
 
-Each row is written as soon as it is known (build/full_window.jsonl), and a run that was cut goes on from there. Writes
-bench/results/full_window.json and .png.
+Each row is written as soon as it is known (build/full_window.jsonl), where those of a part that is measured again are
+replaced. Writes bench/results/full_window.json and .png.
 """
 
 import argparse
 import asyncio
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -43,10 +44,11 @@ MOST_COMPUTED, LEAST_SPEEDUP = 0.04, 12.0
 FIRST_KLD, FIRST_P99, MEAN_KLD, WORST_KLD, PERPLEXITY = 0.001, 0.01, 0.002, 0.008, 0.005
 
 CACHES: Mapping[str, KVCacheDtype] = {"quality": "q8", "q4": "q4", "gguf": "f16"}
+QUALITY_NAMES = {"quality": "torch engine, q8", "q4": "torch engine, q4", "gguf": "GGUF file through llama.cpp, f16"}
 NUM_COMPARED = 4  # Turns of the GGUF file that are also read in smaller steps.
 OURS = 2  # Chats that our servers have room for: those that are asked cold have their own.
 COLD_EVERY = 4  # So often a turn is asked once more from a cold start, since the machine is not always the same.
-NAMES = ("torch engine", "GGUF engine", "llama.cpp server")
+NAMES = ("torch engine", "torch engine, GGUF", "llama.cpp, driven by tightrope", "llama.cpp server")
 Rows = list[dict[str, Any]]
 
 
@@ -62,13 +64,14 @@ def _reusing_llama(setup: Setup, port: int) -> list[str]:
 
 
 def servers(folder: Path, gguf: Path) -> list[tuple[Peer, Setup]]:
-    """The torch engine with the folder; tightrope and llama.cpp's server with the GGUF file."""
+    """The torch engine with the folder; both of our engines and llama.cpp's server with the GGUF file."""
     setup = Setup(gguf, THREADS, WINDOW + 512, 1, "f16")
     ours = replace(setup, slots=OURS)
     return [
         (Peer(NAMES[0], partial(_options, ("--kv-cache=q8",))), replace(ours, model=folder)),
-        (Peer(NAMES[1], partial(_options, ("--kv-cache=f16",))), ours),
-        (replace(PEERS[NAMES[2]], arguments=_reusing_llama), setup),
+        (Peer(NAMES[1], partial(_options, ("--kv-cache=f16", "--gguf-engine=own"))), ours),
+        (Peer(NAMES[2], partial(_options, ("--kv-cache=f16", "--gguf-engine=llama.cpp"))), ours),
+        (replace(PEERS[NAMES[3]], arguments=_reusing_llama), setup),
     ]
 
 
@@ -84,8 +87,22 @@ def speed(targets: Sequence[Target], turns: Sequence[Turn], count: Callable[[str
         for target in targets:
             told = {"part": "speed", "server": target.name, "turn": number, "new_tokens": count(turn.messages[-1][1])}
             yield {**told, "what": turn.what, **asyncio.run(ask(target, turn.text))}
-            if number % COLD_EVERY == 1 and target.name != NAMES[2]:  # There it would take the place of the chat.
+            if number % COLD_EVERY == 1 and target.name != NAMES[-1]:  # There it would take the place of the chat.
                 yield {**told, "what": "cold", **asyncio.run(ask(target, turn.text, cache_salt=f"cold {number}"))}
+
+
+def make_room(path: Path, parts: Collection[str], asked: Collection[str]) -> None:
+    """Take the rows of these parts out of the file, and of those of speed the rows of the servers that are asked."""
+    caches = {CACHES[part] for part in parts if part in CACHES}
+    lines = path.read_text("utf-8").splitlines() if path.exists() else []
+    rows = [json.loads(line) for line in lines]
+
+    def is_old(row: dict[str, Any]) -> bool:
+        if row["part"] == "quality":
+            return row["cache"] in caches
+        return row["part"] in parts and (row["part"] != "speed" or row["server"] in asked)
+
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows if not is_old(row)), "utf-8")
 
 
 def written(path: Path, parts: Iterator[dict[str, Any]], bar: tqdm) -> None:
@@ -115,8 +132,8 @@ def judge(rows: Rows) -> dict[str, Any]:
     bars: dict[str, bool] = {}
     for part in CACHES:
         if quality := [row for row in dropped if row["part"] == "quality" and row["cache"] == CACHES[part]]:
-            result[part] = _quality_of(quality)
-    if found := result.get("quality"):
+            result[QUALITY_NAMES[part]] = _quality_of(quality)
+    if found := result.get(QUALITY_NAMES["quality"]):
         bars["first drop"] = found["first drop, mean"] <= FIRST_KLD
         bars["first drop, 99th percentile"] = found["first drop, 99th percentile, mean"] <= FIRST_P99
         bars["healed between turns"] = found["healed between turns, worst"] <= FIRST_KLD
@@ -125,9 +142,13 @@ def judge(rows: Rows) -> dict[str, Any]:
         bars["perplexity"] = abs(found["perplexity over cold"] - 1) <= PERPLEXITY
     for name in dict.fromkeys(row["server"] for row in dropped if row["part"] == "speed"):
         found = result[name] = _speed_of([row for row in rows if row.get("server") == name])
-        if name != NAMES[2]:
+        if name != NAMES[-1]:
             bars[f"{name}, times sooner"] = found["times sooner"] >= LEAST_SPEEDUP
             bars[f"{name}, computed of the rest"] = found["computed of the rest"] <= MOST_COMPUTED
+    if theirs := result.get(NAMES[-1]):
+        for name in NAMES[:-1]:
+            if name in result:
+                bars[f"{name}, no later than llama.cpp's server"] = result[name]["ttft_s"] <= theirs["ttft_s"]
     return {**result, "bars": bars}
 
 
@@ -182,6 +203,8 @@ def main() -> None:
 
     path = ROOT / "build" / "full_window.jsonl"
     path.parent.mkdir(exist_ok=True)
+    asked = options.server or NAMES
+    make_room(path, parts, asked)
     with tqdm(desc="rows", disable=None) as bar:
         for part, cache in CACHES.items():
             if part in parts:
@@ -193,8 +216,8 @@ def main() -> None:
             written(path, ({"part": "needle", "what": "a message is taken out", **row} for row in needles), bar)
         if "speed" in parts:
             with ExitStack() as stack:
-                asked = [s for s in servers(options.folder, options.gguf) if s[0].name in (options.server or NAMES)]
-                targets = [stack.enter_context(running(*server)) for server in asked]
+                started = [s for s in servers(options.folder, options.gguf) if s[0].name in asked]
+                targets = [stack.enter_context(running(*server)) for server in started]
                 written(path, speed(targets, list(story(WINDOW, options.turns, count)), count), bar)
     rows = counted([json.loads(line) for line in path.read_text("utf-8").splitlines()])
     found = judge(rows)

@@ -12,7 +12,12 @@ import matplotlib.pyplot as plt
 
 from bench.plot import GREY, STYLE
 
-_COLOURS = {"torch engine": "#c8442d", "GGUF engine": "#e0a08f", "llama.cpp server": "#33475b"}
+_COLOURS = {
+    "torch engine": "#c8442d",
+    "torch engine, GGUF": "#e0a08f",
+    "llama.cpp, driven by tightrope": "#8fa5bd",
+    "llama.cpp server": "#33475b",
+}
 
 
 def draw(rows: Sequence[Mapping[str, Any]], found: Mapping[str, Any], path: Path) -> None:

@@ -82,7 +82,8 @@ class HFBackend:
             fix_rotary(found.blueprint.tree, plan.rope)  # The window may be shorter than the model's own.
         tokenizer = found.tokenizer or HFTokenizer(path, found.shape)  # The latter says what the folder lacks.
         threads = Threads(compute_threads(settings.threads), dispatch.set_threads)
-        torch.set_num_threads(1)  # A large step takes more: see ModelRunner.
+        # Its threads wait for their next work by spinning for milliseconds, where ours are to compute.
+        torch.set_num_threads(1)
         dispatch.set_threads(threads.most)
         dispatch.set_batch_invariant(is_wanted=settings.batch_invariant)
         if settings.matmul_sums == "float16" and device.type == "cuda":

@@ -1,7 +1,6 @@
 """ModelRunner: weights, caches and graphs on one device."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -15,9 +14,6 @@ from tightrope.backends.hf.run.rotary import RotarySets
 from tightrope.backends.hf.run.steps import StepInputs
 from tightrope.backends.sharing import Threads
 from tightrope.kernels.forms.layout import LayerCache, RopeTable
-
-# A step of so many tokens gives torch all threads; in a smaller one waking them takes longer than the work.
-BLAS_TOKENS = 17
 
 
 class ModelRunner:
@@ -34,7 +30,7 @@ class ModelRunner:
         threads: Threads,
         scratch: Tensor | None = None,
     ) -> None:
-        """rotary: for each `rope` of the model's layers. threads: of steps, and of torch's own kernels in a large one.
+        """rotary: for each `rope` of the model's layers. threads: of steps.
 
         scratch: see StepLayout; without it steps of long prompts allocate some.
         """
@@ -69,11 +65,7 @@ class ModelRunner:
         num_tokens, device = len(inputs.token_ids), self.model.device
         if device.type == "cpu":
             self._threads.settle()
-        with (
-            failing_as(f"a step of {num_tokens} tokens", device),
-            torch.inference_mode(),
-            self._blas_threads(num_tokens),
-        ):
+        with failing_as(f"a step of {num_tokens} tokens", device), torch.inference_mode():
             embedded = self.model.embedded(inputs.token_ids)
             token_ids, rows = inputs.token_ids.to(device), inputs.rows.to(device)
             layout, tables = inputs.layout.to(device), self.tables(inputs)
@@ -152,15 +144,3 @@ class ModelRunner:
             for cache in self.caches:
                 if not cache.is_windowed:
                     cache.copy_slots(sources, targets)
-
-    @contextmanager
-    def _blas_threads(self, num_tokens: int) -> Iterator[None]:
-        """Let torch compute a large step with all threads; the kernels have threads of their own."""
-        if num_tokens < BLAS_TOKENS:
-            yield
-            return
-        torch.set_num_threads(self._threads.now)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(1)

@@ -5,6 +5,7 @@ from pages_driver import MOST_TOKENS, Driver, EagerStore, PretendMover
 
 from tightrope.backends.errors import BackendError
 from tightrope.backends.hf.cache.moving import COMPUTED_AGAIN
+from tightrope.backends.hf.cache.page_pool import MOST_BESIDE
 from tightrope.backends.hf.cache.page_tree import Page
 from tightrope.backends.hf.cache.stored_pages import PIECE, StoredPages
 from tightrope.backends.hf.cache.window_pages import most_needed
@@ -59,6 +60,18 @@ def test_a_chat_that_leaves_the_cache_page_by_page_is_looked_at_once(monkeypatch
     driver = Driver(20, store=RunStore(1 << 20))
     driver.run(1, range(300))
     driver.close(1)
+    evicted = counted_evictions(monkeypatch)
+
+    driver.run(2, range(1000, 1300))
+    driver.close(2)
+
+    assert len(evicted) == 1
+    assert driver.open(3, [*range(300), 7]) == 300
+    driver.check()
+
+
+def counted_evictions(monkeypatch: pytest.MonkeyPatch) -> list[Page]:
+    """The pages that the store is asked to keep as they leave the cache, with those before them."""
     evicted: list[Page] = []
     evicting = StoredPages.evicting
 
@@ -67,12 +80,88 @@ def test_a_chat_that_leaves_the_cache_page_by_page_is_looked_at_once(monkeypatch
         evicting(stored, page)
 
     monkeypatch.setattr(StoredPages, "evicting", told)
+    return evicted
 
-    driver.run(2, range(1000, 1300))
+
+SYSTEM, OLDEST, REST = [*range(40)], [*range(100, 300)], [*range(1000, 1320)]  # 35 pages, and 23 without OLDEST.
+
+
+def test_a_chat_of_moved_tokens_is_looked_at_once_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = Driver(60, store=RunStore(1 << 20))
+    driver.run(1, [*SYSTEM, *OLDEST, *REST])
+    driver.close(1)
+    driver.run(2, [*SYSTEM, *REST, 7], reuse="moved")
     driver.close(2)
+    evicted = counted_evictions(monkeypatch)
+
+    driver.run(3, range(5000, 5000 + 58 * PAGE))
+    driver.close(3)
 
     assert len(evicted) == 1
-    assert driver.open(3, [*range(300), 7]) == 300
+    assert driver.open(4, [*SYSTEM, *REST, 7, 8], reuse="moved") == 361
+    driver.check()
+
+
+def test_what_a_chat_has_gone_on_from_leaves_first_and_for_good(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = Driver(80, store=RunStore(1 << 20))
+    other = [*range(9000, 9000 + 20 * PAGE)]
+    for seq_id, tokens in enumerate((other, [*SYSTEM, *OLDEST, *REST], [*SYSTEM, *REST, 7])):
+        driver.run(seq_id, tokens, reuse="moved")
+        driver.close(seq_id)
+    evicted = counted_evictions(monkeypatch)
+
+    driver.run(3, range(5000, 5000 + 32 * PAGE))
+    driver.close(3)
+
+    assert evicted == []
+    assert driver.open(4, [*other, 7]) == len(other), "which was used longer ago"
+    assert driver.open(5, [*SYSTEM, *REST, 7, 8], reuse="moved") == 361
+    driver.check()
+
+
+def test_what_a_chat_goes_back_to_is_kept_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = Driver(80, store=RunStore(1 << 20))
+    turns = [*SYSTEM, *OLDEST, *REST], [*SYSTEM, *REST, 7], [*SYSTEM, *OLDEST, *REST, 8]
+    for seq_id, tokens in enumerate(turns):
+        driver.run(seq_id, tokens, reuse="moved")
+        driver.close(seq_id)
+
+    driver.run(3, range(5000, 5000 + 80 * PAGE))
+    driver.close(3)
+
+    assert driver.open(4, [*turns[2], 9]) == len(turns[2])
+
+
+def test_what_another_chat_goes_on_from_stays_where_it_is() -> None:
+    driver = Driver(130, store=RunStore(1 << 20))
+    branch = [*SYSTEM, *OLDEST, *REST[:50], *range(3000, 3000 + (MOST_BESIDE + 1) * PAGE)]
+    for seq_id, tokens in enumerate(([*SYSTEM, *OLDEST, *REST], branch, [*SYSTEM, *REST, 7])):
+        driver.run(seq_id, tokens, reuse="moved")
+        driver.close(seq_id)
+
+    driver.run(3, range(5000, 5000 + 60 * PAGE))
+    driver.close(3)
+
+    assert driver.open(4, [*branch, 9]) == len(branch)
+    driver.check()
+
+
+def test_an_answer_that_was_swiped_away_goes_with_what_its_chat_has_gone_on_from(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    driver = Driver(130, store=RunStore(1 << 20))
+    swiped = [*SYSTEM, *OLDEST, *REST[:300], *range(3000, 3000 + 10 * PAGE)]
+    other = [*range(9000, 9000 + 20 * PAGE)]
+    for seq_id, tokens in enumerate((other, swiped, [*SYSTEM, *OLDEST, *REST], [*SYSTEM, *REST, 7])):
+        driver.run(seq_id, tokens, reuse="moved")
+        driver.close(seq_id)
+    evicted = counted_evictions(monkeypatch)
+
+    driver.run(4, range(5000, 5000 + 71 * PAGE))
+    driver.close(4)
+
+    assert evicted == []
+    assert driver.open(5, [*other, 9]) == len(other)
     driver.check()
 
 

@@ -1,11 +1,12 @@
 """The replay of a chat that has filled its window: what its turns are, and what is made of the numbers."""
 
+import json
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
-from bench.full_window import judge
+from bench.full_window import NAMES, judge, make_room
 from bench.full_window_plot import draw
 from bench.story import LORE, NOTE, OTHERS, Turn, story
 
@@ -64,3 +65,19 @@ def test_what_was_found_is_told_beside_the_bars(tmp_path: Path) -> None:
 
     draw(rows(0.5, 0.001), good, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 1000
+
+
+def test_rows_of_what_is_measured_again_are_replaced_and_no_others(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    kinds = [("quality", {"cache": "q8"}), ("quality", {"cache": "q4"}), ("needle", {})]
+    kinds += [("speed", {"server": name}) for name in NAMES]
+    path.write_text("".join(json.dumps({"part": part, **more}) + "\n" for part, more in kinds))
+
+    make_room(path, ["q4", "speed"], NAMES[1:])
+
+    rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    assert rows == [
+        {"part": "quality", "cache": "q8"},
+        {"part": "needle"},
+        {"part": "speed", "server": NAMES[0]},
+    ]

@@ -1,6 +1,6 @@
 """A live sequence of the paged cache."""
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -30,6 +30,7 @@ class LiveSequence:
     table: Ints = field(default_factory=lambda: np.zeros(64, np.int32))  # [>= len(pages)] their numbers
     length: int = 0  # So many tokens are stored, from the first without a gap.
     ahead: list[Ahead] = field(default_factory=list)
+    moved_from: Sequence[Page] = ()  # The path that runs of it were copied from.
     num_exact: int | None = None  # So many are what computing them here gives; None: all.
     num_findable: int = 0  # So many of them, from the first, may be found by others.
     held: range = range(0)  # Places in `pages` of those whose window number it holds.

@@ -83,20 +83,25 @@ def copy_into(copies: Copies, number: int, slots: Slots) -> None:
         copies.add_slots(slots[are_given], number * PAGE + np.flatnonzero(are_given))
 
 
-def spendable(path: Sequence[Page], kept: Container[Page]) -> tuple[list[Page], list[Page]]:
+def spendable(
+    path: Sequence[Page], kept: Container[Page] = (), most_beside: int | None = None
+) -> tuple[list[Page], list[Page]]:
     """The pages at the end of a path that no live sequence holds, but for those kept, and all that hangs below them.
 
-    Either begins with the ends, so that each page can go when those before it in both have gone.
+    most_beside: up to where so many pages at most hang below one of them, beside the path. Either begins with the ends,
+    so that each page can go when those before it in both have gone.
     """
     pages: list[Page] = []
     beside: list[Page] = []
     for page in reversed(path):
         branches = [child for child in (*page.children, *page.inexact) if child not in pages[-1:]]
-        others = [other for child in branches for other in _all(child)]
-        if page in kept or page.refs or any(other.refs for other in others):
+        each = [_all(child) for child in branches]
+        if page in kept or page.refs or any(other.refs for others in each for other in others):
+            break
+        if most_beside is not None and any(len(others) > most_beside for others in each):
             break
         pages.append(page)
-        beside += others
+        beside += chain.from_iterable(each)
     return pages, beside
 
 

@@ -6,11 +6,14 @@ from collections.abc import Hashable, Sequence
 from tightrope.backends.errors import BackendError
 from tightrope.backends.hf.cache.copies import Copies
 from tightrope.backends.hf.cache.live import LiveSequence
+from tightrope.backends.hf.cache.moving import spendable
 from tightrope.backends.hf.cache.page_tree import Page, Root, hand_over, hang, twin_of
 from tightrope.backends.hf.cache.search import find_path
 from tightrope.backends.hf.cache.stored_pages import MIN_GAIN, Found, StoredPages
 from tightrope.backends.hf.cache.window_pages import WindowPages
 from tightrope.kernels.forms.layout import PAGE
+
+MOST_BESIDE = 32  # Pages of an answer that was swiped away.
 
 
 class PagePool:
@@ -45,10 +48,23 @@ class PagePool:
 
     def _evict(self, page: Page) -> None:
         """Take a page out of the cache to where it may come back from."""
-        if self.stored is not None and page is not self._stored_up_to:  # Ends go first, page by page.
+        is_stored = page is self._stored_up_to  # Ends go first, page by page.
+        if self.stored is not None and not is_stored and not page.is_left:
             self.stored.evicting(page)
-        self._stored_up_to = page.parent if page.is_exact else None
+            is_stored = True
+        self._stored_up_to = page.parent if is_stored else None
         self._discard(page)
+
+    def _leave(self, path: Sequence[Page]) -> None:
+        """Have the end of a path go before all others, and not come back: its chat has gone on with copies of it.
+
+        So do other answers that hang beside; where more does, another chat goes on from there.
+        """
+        pages, beside = spendable(path, most_beside=MOST_BESIDE)
+        for page in reversed([*beside, *pages]):  # Ends first.
+            if page in self._idle:
+                page.is_left = True
+                self._idle.move_to_end(page, last=False)
 
     def _restore(self, root: Hashable, wanted: Sequence[int]) -> None:
         """Bring back what the store has of `wanted` beyond what is here, as if it had never been evicted."""
@@ -145,6 +161,7 @@ class PagePool:
     def _pin(self, page: Page) -> None:
         """Add a reference."""
         self._idle.pop(page, None)
+        page.is_left = False
         page.refs += 1
 
     def _own_tail(self, sequence: LiveSequence) -> None:

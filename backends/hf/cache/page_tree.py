@@ -34,6 +34,7 @@ class Page:
     children: list["Page"] = field(default_factory=list)  # They are sorted by their tokens, and as exact as it is.
     inexact: list["Page"] = field(default_factory=list)  # So are those below an exact page that are not.
     is_exact: bool = True
+    is_left: bool = False  # Its chat has gone on with copies of what is still of use.
     refs: int = 0  # So many live sequences hold it.
     writer: object | None = None  # The sequence that may store into it.
     window_number: int | None = None  # The page of sliding-window layers with the same tokens, if any.

@@ -185,6 +185,8 @@ class PagedKVCache(PagePool):
         """See KVCache. What is kept twice is merged."""
         sequence = self._live.pop(seq_id)
         self._hold(sequence, range(0))
+        if keep and not sequence.ahead:
+            self._leave(sequence.moved_from)
         if keep:
             sequence.pages = self._merge(sequence)
             if self.stored is not None and self.stored.outlives:
@@ -293,9 +295,12 @@ class PagedKVCache(PagePool):
             self._pin(page)
         self._begin(sequence, match.path, first * PAGE)
         sequence.length = sequence.num_findable = match.length
+        sequence.moved_from = moved.path
         sequence.ahead += [Ahead(run.start, tuple(wanted[run.start : run.stop])) for run in moved.runs]
         for page in spent:
             self._unhang(page)
+        while len(self._free) < len(slots) and self._idle:  # To store pages has the copies before them made.
+            self._evict(next(iter(self._idle)))
         for part, pages in zip_longest(slots, given_up):
             # What is given up is taken again last, so that many copies can be made at once.
             self._free[:0] = [page.number for page in pages]
