@@ -62,8 +62,11 @@ def does_not_fit(
     return DoesNotFit(f"{need}, and {left}: {other}ask for at most {fitting} tokens")
 
 
-def free_memory() -> int:
-    """Bytes that this process may still take: what the machine has free, or its control group grants, if less."""
+def free_memory(kept_mib: int = 0) -> int:
+    """Bytes that this process may still take: what the machine has free, or its control group grants, if less.
+
+    kept_mib: of these so many are for others, in MiB.
+    """
     free = _meminfo_available()
     group = Path("/sys/fs/cgroup")
     for folder, limit, used, idle in (
@@ -76,7 +79,16 @@ def free_memory() -> int:
             free = min(free, granted - taken)
         except (OSError, ValueError):
             continue  # There is no such control group, or no limit in it ("max").
-    return max(0, free)
+    return max(0, free - (kept_mib << 20))
+
+
+def private_memory(pid: int) -> int:
+    """Bytes that a process has to itself; files that it has mapped are none. 0 where that can't be known."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        return sum(int(line.split()[1]) << 10 for line in lines if line.startswith(("RssAnon:", "RssShmem:")))
+    except (OSError, ValueError):
+        return 0  # It has ended, or this is not Linux.
 
 
 def _stat(path: Path, name: str) -> int:

@@ -131,6 +131,9 @@ class ModelSettings(BaseModel, frozen=True, extra="forbid"):
     batch_invariant: bool = Field(
         False, description="Whether plain weights on a CPU give the same bits in every batch, too."
     )
+    keep_free_mib: int = Field(
+        0, ge=0, le=MAX_HOST_MIB, description="The machine's memory that is free now, and will be others', in MiB."
+    )
     gpu_memory_fraction: float = Field(1.0, gt=0, le=1, description="Most of a card's whole memory that is taken.")
     cache: CacheSettings = CacheSettings()
     rope: RopeSettings = RopeSettings()

@@ -42,6 +42,10 @@ class Engine(Protocol):
         """The loaded model; None before its first start."""
 
     @property
+    def load_share(self) -> float:
+        """How much of the model is loaded, from 0 to 1, as far as is known."""
+
+    @property
     def adapters(self) -> Mapping[str, str]:
         """Paths of the adapters that requests may use, by name."""
 
@@ -52,6 +56,10 @@ class Engine(Protocol):
     @property
     def is_healthy(self) -> bool:
         """Whether the model answers: it is loaded, and no step has been under way for too long."""
+
+    @property
+    def private_bytes(self) -> int:
+        """The machine's memory that it has to itself now, and that is free when it has ended."""
 
     @property
     def restarts(self) -> int:

@@ -23,6 +23,7 @@ from tightrope.server.http.errors import Column, error_event, error_line
 from tightrope.server.http.hangup import or_gone
 from tightrope.server.http.resuming import asks_to_resume, conversation_of, last_event, stream_reply
 from tightrope.server.http.sse import event_stream, line_stream, with_errors
+from tightrope.server.models.model import Model
 from tightrope.server.state import AppState
 
 B = TypeVar("B", bound=Body)
@@ -47,6 +48,7 @@ class Dialect(ABC, Generic[B]):
 
     column: ClassVar[Column] = "openai"  # The table of errors has such columns.
     is_lines: ClassVar[bool] = False  # A stream is lines of JSON then, and no server-sent events.
+    is_stream: ClassVar[bool] = False  # Its route alone says that the answer is a stream.
     wants_single_tokens: bool = False  # Each event shows one token then, with the text that is its own.
     abort_key: str | None = None  # An abort under this key stops the answer.
 
@@ -57,6 +59,11 @@ class Dialect(ABC, Generic[B]):
     @abstractmethod
     async def read(cls, front: AppState, body: B, request: Request) -> Self:
         """What the body asks for. Raises EngineError."""
+
+    @classmethod
+    def asks_for_events(cls, body: B) -> bool:
+        """Whether a body asks for a stream that may have comments."""
+        return not cls.is_lines and (cls.is_stream or dict(body).get("stream") is True)
 
     @abstractmethod
     def event(self, number: int, delta: Delta, ending: Ending | None) -> bytes:
@@ -93,14 +100,15 @@ async def answer(front: AppState, dialect: type[Dialect[B]], body: B, request: R
     if (last := last_event(request)) is not None:  # The client was cut off, and has asked the same again.
         kept = front.streams.find(last[0], front.owner(request))
         return stream_reply(front.streams, kept, kept.behind(last[1]), {})
-    spoken = await dialect.read(front, body, request)
-    asked, conversation = spoken.asked, conversation_of(request)
+    conversation = conversation_of(request)
+    is_kept = asks_to_resume(request, dict(body).get("resumable") is True) or conversation is not None
+    has_comments = dialect.asks_for_events(body) and not is_kept
+    if has_comments and (loading := await _still_loading(front, body.named_model, request)) is not None:
+        return event_stream(_behind(loading, front, dialect, body, request), dialect.column, {})
+    front = await front.at(request, body.named_model)
+    spoken, deltas, explanation = await _asked(front, dialect, body, request)
+    asked = spoken.asked
     is_kept = asks_to_resume(request, asked.is_resumable) or conversation is not None
-    halves = [("body", HALVES)] if isinstance(request, JsonRequest) and request.has_halves else []
-    explanation = await or_gone(request, explain(front, asked, halves)) if asked.explain else None
-    deltas = run(front.generate_for(request), asked.requests)
-    if spoken.abort_key is not None:
-        deltas = front.aborts.until_aborted(deltas, spoken.abort_key)
     try:
         if not asked.is_stream:
             choices = await or_gone(request, collect(deltas, asked.n * len(asked.requests)))
@@ -117,6 +125,61 @@ async def answer(front: AppState, dialect: type[Dialect[B]], body: B, request: R
         raise
     stream = line_stream if spoken.is_lines else event_stream
     return stream(_pieces(first, deltas, spoken, explanation), spoken.column, spoken.headers(()))
+
+
+Running = tuple[Dialect[B], Deltas, Explanation | None]
+
+
+async def _asked(front: AppState, dialect: type[Dialect[B]], body: B, request: Request) -> Running[B]:
+    """What a body asks for, of a model that is loaded, and its deltas, which run when they are read."""
+    spoken = await dialect.read(front, body, request)
+    halves = [("body", HALVES)] if isinstance(request, JsonRequest) and request.has_halves else []
+    explanation = await or_gone(request, explain(front, spoken.asked, halves)) if spoken.asked.explain else None
+    deltas = run(front.generate_for(request), spoken.asked.requests)
+    if spoken.abort_key is not None:
+        deltas = front.aborts.until_aborted(deltas, spoken.abort_key)
+    return spoken, deltas, explanation
+
+
+async def _still_loading(front: AppState, name: str | None, request: Request) -> asyncio.Future[Model] | None:
+    """The load of a model that isn't done after FIRST_DELTA_S; None for one that is loaded. Raises as Models.load."""
+    if front.models.is_ready(front.models.find(name)):
+        return None
+    loading = asyncio.ensure_future(front.models.load(name))
+    try:
+        await or_gone(request, asyncio.wait((loading,), timeout=FIRST_DELTA_S))
+    except BaseException:
+        loading.cancel()
+        raise
+    if not loading.done():
+        return loading
+    loading.result()
+    return None
+
+
+async def _behind(
+    loading: asyncio.Future[Model], front: AppState, dialect: type[Dialect[B]], body: B, request: Request
+) -> AsyncGenerator[bytes, None]:
+    """A stream that begins while its model is loaded, of which comments tell how far it is. Raises EngineError."""
+    model = front.models.find(body.named_model)
+    try:
+        while not loading.done():
+            yield b": loading %s, %d %%\n\n" % (model.name.encode(), 100 * model.engine.load_share)
+            await asyncio.wait((loading,), timeout=COMMENT_S)
+        loading.result()
+    finally:
+        loading.cancel()
+    spoken, deltas, explanation = await _asked(await front.at(request, model.name), dialect, body, request)
+    if spoken.wants_single_tokens:
+        deltas = one_token_each(deltas)
+    first = asyncio.ensure_future(anext(deltas, None))
+    try:
+        async with aclosing(_pieces(first, deltas, spoken, explanation)) as pieces:
+            async for piece in pieces:
+                yield piece
+    except InvalidRequest as error:
+        spoken.reword(error)
+        raise
 
 
 async def _kept(

@@ -25,6 +25,7 @@ from tightrope.server.http.error_docs import ErrorText
 from tightrope.server.http.errors import install_handlers
 from tightrope.server.http.guards import AdminGuard, BodyLimit, KeyGuard
 from tightrope.server.http.head_requests import HeadAsGet
+from tightrope.server.http.holds import HoldGuard
 from tightrope.server.http.paths import PlainPaths
 from tightrope.server.http.queue_guard import QueueGuard
 from tightrope.server.http.resuming import STREAM_ID
@@ -38,21 +39,21 @@ UNHEALTHY = {"error": "unhealthy", "error_type": "healthcheck"}
 
 
 def create_app(front: AppState, drain: Drain | None = None) -> FastAPI:
-    """The server's whole HTTP face. Its lifespan starts the engine, and closes it and the renderer.
+    """The server's whole HTTP face. Its lifespan starts the models, and closes them and the renderer.
 
     drain: counts the requests under way, and refuses new ones once it has begun.
     """
-    engine, settings = front.engine, front.settings
+    models, settings = front.models, front.settings
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncGenerator[None, None]:
-        await engine.start(front.turn_marks)
+        await models.start(lambda model: front.of(model).turn_marks)
         try:
             yield
         finally:
             await front.streams.close()
             await front.renderer.close()
-            await engine.close()
+            await models.close()
 
     app = FastAPI(title="tightrope", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     install_handlers(app, front.metrics.refused)
@@ -72,14 +73,15 @@ def create_app(front: AppState, drain: Drain | None = None) -> FastAPI:
     add_api_page(app)
     # The last one added stands first.
     app.add_middleware(HeadAsGet)
+    app.add_middleware(HoldGuard)
     app.add_middleware(
         BodyLimit,
         max_bytes=settings.max_body_bytes,
         max_held_bytes=settings.max_held_bytes,
-        retry_after_s=lambda: engine.retry_after_s,
+        retry_after_s=lambda: models.retry_after_s,
         refused=front.metrics.refused,
     )
-    app.add_middleware(QueueGuard, check_room=engine.check_room, refused=front.metrics.refused)
+    app.add_middleware(QueueGuard, check_room=models.check_room, refused=front.metrics.refused)
     app.add_middleware(AdminGuard, admin_key=settings.admin_key)
     if settings.api_key is not None:
         app.add_middleware(KeyGuard, api_key=settings.api_key, admin_key=settings.admin_key)
@@ -112,9 +114,9 @@ def _add_probes(app: FastAPI, front: AppState) -> None:
     @app.get("/", response_class=Response, responses=unhealthy, tags=["probes"])
     async def health() -> Response:
         """Whether requests can be served now."""
-        if front.engine.is_healthy:
+        if front.models.is_healthy:
             return Response()
-        headers = {"retry-after": str(front.engine.retry_after_s)}
+        headers = {"retry-after": str(front.models.retry_after_s)}
         return Response(msgspec.json.encode(UNHEALTHY), 503, headers, "application/json")
 
     @app.get(

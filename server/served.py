@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from tightrope.engine.errors import InvalidRequest, ModelNotFound
 from tightrope.engine.settings import LimitSettings
@@ -10,6 +11,28 @@ from tightrope.server.http.body import log_ignored
 
 ANY_MODEL = frozenset({None, "", "tgi", "dummy"})  # Clients that don't know the name send these.
 LATEST = ":latest"  # Ollama's clients put this tag behind a name without one.
+
+
+class Named(Protocol):
+    """What a request's `model` is checked against."""
+
+    @property
+    def model_id(self) -> str: ...
+
+    @property
+    def adapters(self) -> Mapping[str, str]: ...
+
+    @property
+    def any_name(self) -> bool | None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Names:
+    """The same of a model that need not be loaded."""
+
+    model_id: str
+    adapters: Mapping[str, str]
+    any_name: bool | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,13 +52,13 @@ def means_the_model(name: str | None, model_id: str) -> bool:
     return name in ANY_MODEL or name == model_id
 
 
-def is_named(name: str | None, served: Served) -> bool:
+def is_named(name: str | None, served: Named) -> bool:
     """Whether a request's `model` is the served one, an adapter, or a name for "whatever is there"."""
     meant = None if name is None else name.removesuffix(LATEST)
     return any(means_the_model(n, served.model_id) or n in served.adapters for n in (name, meant))
 
 
-def check_model(name: str | None, served: Served, *, is_openai: bool = False) -> str | None:
+def check_model(name: str | None, served: Named, *, is_openai: bool = False) -> str | None:
     """The adapter that `name` means; None for the served model.
 
     Raises ModelNotFound for a name of neither, where not all of them mean the model; see `takes_any_name`.
@@ -51,7 +74,7 @@ def check_model(name: str | None, served: Served, *, is_openai: bool = False) ->
     return None
 
 
-def takes_any_name(served: Served, *, is_openai: bool) -> bool:
+def takes_any_name(served: Named, *, is_openai: bool) -> bool:
     """Whether any name means the one model that is served: many clients send a name of their own.
 
     is_openai: on the routes of OpenAI, whose clients choose among models by their names.

@@ -1,9 +1,12 @@
 """What every route works with."""
 
+import dataclasses
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import sha256
+from typing import Self
 
 from fastapi import Request
 from msgspec.structs import replace
@@ -15,51 +18,76 @@ from tightrope.server.deltas.aborts import Aborts
 from tightrope.server.deltas.side_by_side import Generate
 from tightrope.server.http.errors import TemplateFailed
 from tightrope.server.http.guards import owner_of
+from tightrope.server.http.hangup import or_gone
+from tightrope.server.http.holds import release_at_end
 from tightrope.server.http.kept_streams import KeptStreams
 from tightrope.server.http.metrics import Metrics
 from tightrope.server.http.queue_guard import hand_over
+from tightrope.server.models.model import Model
+from tightrope.server.models.models import Models
 from tightrope.server.prompts.template_renderer import TemplateRenderer
 from tightrope.server.prompts.templates import ChatTemplate, Probed
 from tightrope.server.prompts.turn_marks import find_turn_marks
-from tightrope.server.served import Served
+from tightrope.server.served import Names, Served
 from tightrope.server.settings.settings import ServerSettings
 
 
 @dataclass(frozen=True, slots=True)
 class AppState:
-    """The engine and the settings, and what is made of them once."""
+    """The models and the settings, and what is made of them once."""
 
-    engine: Engine
-    settings: ServerSettings
+    models: Models
+    settings: ServerSettings  # The server's; where it speaks of one model, with that one's own.
     metrics: Metrics
+    streams: KeptStreams  # Clients may come back to these.
     renderer: TemplateRenderer = field(default_factory=TemplateRenderer)
-    probed: Probed = field(default_factory=dict)  # The templates of every start of the engine share it.
+    probed: Probed = field(default_factory=dict)  # The templates of every start of an engine share it.
     aborts: Aborts = field(default_factory=Aborts)
-    streams: KeptStreams = field(init=False)  # Clients may come back to these.
     started: int = field(default_factory=lambda: int(time.time()))  # It is in seconds since 1970.
+    chosen: Model | None = None  # It speaks of this one; None: whichever is the current one.
 
-    def __post_init__(self) -> None:
-        settings = self.settings
-        streams = KeptStreams(settings.kept_streams_mib << 20, settings.keep_streams_s)
-        object.__setattr__(self, "streams", streams)  # The only way in a frozen dataclass.
+    @property
+    def model(self) -> Model:
+        """The one that it speaks of."""
+        return self.chosen or self.models.current
+
+    @property
+    def engine(self) -> Engine:
+        return self.model.engine
+
+    def of(self, model: Model) -> Self:
+        """The same, speaking of this model."""
+        return dataclasses.replace(self, chosen=model, settings=model.settings)
+
+    async def at(self, request: Request, name: str | None) -> Self:
+        """The same, speaking of the model of this name, which is loaded and stays so until the request has ended.
+
+        It may be long in coming. Raises what Models.hold raises, and ClientGone.
+        """
+        model = self.models.find(name)
+        if self.models.is_ready(model):
+            model.take()
+        else:
+            model = await or_gone(request, self.models.hold(name))
+        release_at_end(request.scope, model.release)
+        return self.of(model)
 
     def owner(self, request: Request) -> bytes:
         """The key that a request was let in by, or brought where none is asked for."""
         return owner_of(request.scope, self.settings.api_key, self.settings.admin_key)
 
     def info(self) -> ModelInfo:
-        """The loaded model. Raises EngineUnavailable before its first start, and while there is none."""
-        info = self.engine.info
-        if info is None:
-            raise EngineUnavailable("the model is still loading")
+        """What is known of the model since it was loaded last. Raises EngineUnavailable before that."""
+        if (info := self.model.info) is None:
+            what = "the model is still loading" if self.models.is_alone else "no model is loaded; name one in a request"
+            raise EngineUnavailable(what)
         return info
 
     def served(self) -> Served:
         """What requests are checked against. Raises EngineUnavailable."""
-        info, settings = self.info(), self.settings
-        model_id = settings.served_model_name or info.model_id
+        info, settings = self.info(), self.model.settings
         return Served(
-            model_id,
+            self.model.name,
             info,
             settings.engine.limits,
             settings.max_client_batch_size,
@@ -67,19 +95,25 @@ class AppState:
             settings.any_model_name,
         )
 
-    async def turn_marks(self, info: ModelInfo) -> TurnMarks:
-        """What the chat template in use makes special of the vocabulary of a model that was just loaded."""
-        return await find_turn_marks(self.renderer, self._template_of(info), info)
+    def names(self) -> Names:
+        """What requests may call the model, whether it is loaded or not."""
+        return Names(self.model.name, self.model.adapters, self.settings.any_model_name)
 
-    async def template_notes(self) -> tuple[str, ...]:
-        """What to say of the template. Raises TemplateFailed if it, which may come from anywhere, reaches too far."""
-        template = self.template()
-        try:
+    async def turn_marks(self, info: ModelInfo) -> TurnMarks:
+        """What the chat template in use makes special of the vocabulary of a model that was just loaded.
+
+        Raises TemplateFailed if the template, which may come from anywhere, reaches too far.
+        """
+        template = self.template_of(info)
+        with _choosable():
             for source in template.sources:
                 await self.renderer.check(source)
-            return await template.notes(self.renderer)
-        except TemplateFailed as error:
-            raise TemplateFailed(f"{error.message}; choose another with --chat-template") from None
+        return await find_turn_marks(self.renderer, template, info)
+
+    async def template_notes(self) -> tuple[str, ...]:
+        """What to say of the template. Raises TemplateFailed if it had to be stopped."""
+        with _choosable():
+            return await self.template().notes(self.renderer)
 
     def generate_for(self, request: Request) -> Generate:
         """What runs the engine's requests that one HTTP request asks for.
@@ -91,16 +125,33 @@ class AppState:
 
         def generate(asked: GenerateRequest) -> AsyncGenerator[Delta, None]:
             hand_over(request.scope)
-            return self.metrics.generate(replace(asked, namespace=_namespace(owner, asked.namespace)))
+            return self.metrics.generate(self.engine, replace(asked, namespace=_namespace(owner, asked.namespace)))
 
         return generate
 
     def template(self) -> ChatTemplate:
         """The chat template in use. Raises EngineUnavailable."""
-        return self._template_of(self.info())
+        return self.template_of(self.info())
 
-    def _template_of(self, info: ModelInfo) -> ChatTemplate:
-        return ChatTemplate(info, self.settings.chat_template, self.settings.chat_template_args, self.probed)
+    def template_of(self, info: ModelInfo) -> ChatTemplate:
+        """The same of a model that need not be loaded any more."""
+        settings = self.model.settings
+        return ChatTemplate(info, settings.chat_template, settings.chat_template_args, self.probed)
+
+
+@contextmanager
+def _choosable() -> Iterator[None]:
+    """Tell what can be done about a template that fails."""
+    try:
+        yield
+    except TemplateFailed as error:
+        raise TemplateFailed(f"{error.message}; choose another with --chat-template") from None
+
+
+def front_of(models: Models, settings: ServerSettings, renderer: TemplateRenderer | None = None) -> AppState:
+    """That of a server before its start."""
+    streams = KeptStreams(settings.kept_streams_mib << 20, settings.keep_streams_s)
+    return AppState(models, settings, Metrics(models), streams, renderer or TemplateRenderer())
 
 
 def _namespace(owner: bytes, salt: str) -> str:

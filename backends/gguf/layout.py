@@ -293,7 +293,7 @@ def _half_bytes(header: Header, cards: Sequence[Card]) -> int:
 def memory_of(settings: ModelSettings, memory_bytes: int | None, device_bytes: tuple[int, ...] | None) -> Memory:
     """What is free here, or what is named instead: bytes of the host's memory, all of which may be filled, and bytes
     that a driver would call free on each card. Raises BackendError."""
-    host = free_memory() if memory_bytes is None else grossed_up(memory_bytes)
+    host = free_memory(settings.keep_free_mib) if memory_bytes is None else grossed_up(memory_bytes)
     if device_bytes is None:
         return Memory(host, cards_for(settings), unused(settings, look()) if memory_bytes is None else "")
     if settings.gpu_layers == 0:

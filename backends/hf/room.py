@@ -109,7 +109,7 @@ def room_on(
     says, with our context open there.
     """
     if device.type == "cpu":
-        free_bytes = free_memory() if host_bytes is None else grossed_up(host_bytes)
+        free_bytes = free_memory(settings.keep_free_mib) if host_bytes is None else grossed_up(host_bytes)
         return host_room(settings, blueprint.shape, blueprint.weight_bytes + adapter_bytes, free_bytes)
     return card_room(settings, blueprint, adapter_bytes, card or CardMemory(*torch.cuda.mem_get_info(device)))
 
@@ -141,7 +141,7 @@ def card_room(settings: ModelSettings, blueprint: Blueprint, adapter_bytes: int,
     )
     weights = held_bytes([arena_bytes(blueprint.block_sizes)]) + held_bytes(blueprint.other_sizes) + adapter_bytes
     usable = memory.usable_bytes(settings.gpu_memory_fraction)
-    host_bytes = spare_bytes(blueprint.host_bytes, free_memory())
+    host_bytes = spare_bytes(blueprint.host_bytes, free_memory(settings.keep_free_mib))
     return Room(usable, weights, workspace, tuple(steps), settings.cache.host_reserve_bytes, host_bytes)
 
 

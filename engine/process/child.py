@@ -10,6 +10,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable
 
 from tqdm import tqdm
@@ -31,6 +32,7 @@ from tightrope.engine.process.wire import (
     ErrorFrame,
     Loaded,
     LoadFailed,
+    Loading,
     Progress,
     Ready,
     Refused,
@@ -45,6 +47,7 @@ from tightrope.engine.work import Work
 
 log = logging.getLogger("tightrope.engine")
 
+TELL_S = 0.5  # At least so much time is between two words on how far a load is.
 REST_S = 8.0  # Writing chats may take so long when the process is to end: less than the front waits for that.
 
 OpenBackend = Callable[[ModelSettings, Callable[[float], None]], Backend]
@@ -105,12 +108,23 @@ def _add(core: EngineCore, sequences: list[Sequence], end: EngineEnd) -> None:
         end.send(Refused(sequences[0].request.request_id, ErrorFrame.of(error)))
 
 
-def load(settings: ModelSettings, open_backend: OpenBackend) -> Backend:
-    """Open the model with a progress bar on a terminal."""
+def load(
+    settings: ModelSettings, open_backend: OpenBackend, tell: Callable[[float], None] = lambda share: None
+) -> Backend:
+    """Open the model with a progress bar on a terminal; `tell` is called with the share loaded, now and then."""
+    told_s = 0.0
+
+    def progress(share: float) -> None:
+        nonlocal told_s
+        bar.update(max(0.0, 100 * share - bar.n))
+        if time.monotonic() - told_s > TELL_S:
+            told_s = time.monotonic()
+            tell(share)
+
     with tqdm(
         total=100, desc="loading", unit="%", leave=False, disable=None, bar_format="{desc} {bar} {n:.0f} %"
     ) as bar:
-        return open_backend(settings, lambda share: bar.update(max(0.0, 100 * share - bar.n)) and None)
+        return open_backend(settings, progress)
 
 
 def serve(
@@ -146,7 +160,7 @@ def _serve(
     open_backend: OpenBackend,
 ) -> int:
     try:
-        backend = load(settings.model, open_backend)
+        backend = load(settings.model, open_backend, lambda share: end.send(Loading(share)))
     except BackendError as error:
         end.send(LoadFailed(str(error)))
         return 1

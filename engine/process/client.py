@@ -6,7 +6,7 @@ Imports neither torch nor transformers nor llama_cpp.
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from itertools import count
 
 from tightrope.engine.errors import BackendFailed, EngineError, EngineUnavailable, InvalidRequest, Overloaded
@@ -75,7 +75,10 @@ class EngineClient:
         settings: EngineSettings,
         launch: Launcher = spawn_process,
         clock: Callable[[], float] = time.monotonic,
+        *,
+        adapters: Mapping[str, str] | None = None,
     ) -> None:
+        """adapters: paths, by name, of those that an earlier engine of the model served at last; None: as set."""
         self._settings = settings
         self._clock = clock
         # By the clock the last step ended then, or the first request came to an idle engine, or a compile went on.
@@ -86,8 +89,10 @@ class EngineClient:
         self._times = QueueTimes()
         self._find_marks: FindMarks | None = None
         self._supervisor = Supervisor(settings.life, launch, self)
+        self.load_share = 0.0
         self.info: ModelInfo | None = None
         self.adapters: dict[str, str] = {}  # Requests may use these, by name; each has its path.
+        self._first_adapters = None if adapters is None else dict(adapters)
         self.stats = Stats()
 
     # ---- life ----
@@ -117,6 +122,10 @@ class EngineClient:
         return self._supervisor.restarts
 
     @property
+    def private_bytes(self) -> int:
+        return 0 if self.engine is None else self.engine.private_bytes()
+
+    @property
     def engine(self) -> EngineHandle | None:
         """The one that was started last."""
         return self._supervisor.handle
@@ -134,7 +143,8 @@ class EngineClient:
     # ---- what the supervisor tells ----
 
     def first_message(self) -> Start:
-        return Start(self._settings.model_dump_json(), None if self.info is None else self.adapters)
+        adapters = self._first_adapters if self.info is None else self.adapters
+        return Start(self._settings.model_dump_json(), adapters)
 
     async def on_loaded(self, info: ModelInfo) -> SetMarks:
         """Find out what the chat template makes special. Raises EngineUnavailable if that can't be."""
@@ -153,6 +163,9 @@ class EngineClient:
                 self._send(stream.submit())
         for call in self._calls.values():
             self._send(call.message)
+
+    def on_loading(self, share: float) -> None:
+        self.load_share = share
 
     def on_compiling(self) -> None:
         """Such a step is long and not stuck: its time counts from the end of it."""

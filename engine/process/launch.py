@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
+from tightrope.backends.memory import private_memory
 from tightrope.processes import child_command, child_environment
 
 if TYPE_CHECKING:
@@ -21,6 +22,9 @@ class EngineHandle(Protocol):
 
     def poll(self) -> str | None:
         """How it has ended, in words; None while it runs."""
+
+    def private_bytes(self) -> int:
+        """Memory that it has to itself, and that is free when it has ended."""
 
 
 Launcher = Callable[[socket.socket], EngineHandle]
@@ -39,6 +43,9 @@ class ProcessHandle:
     def kill(self) -> None:
         if self._process.poll() is None:
             self._process.kill()
+
+    def private_bytes(self) -> int:
+        return private_memory(self.pid)
 
     def poll(self) -> str | None:
         status = self._process.poll()
@@ -69,6 +76,9 @@ class ThreadHandle:
 
     def kill(self) -> None:
         """Nothing: the closed socket ends it."""
+
+    def private_bytes(self) -> int:
+        return 0
 
     def poll(self) -> str | None:
         return None if self._thread.is_alive() else "thread ended"

@@ -20,6 +20,7 @@ from tightrope.engine.process.wire import (
     Alive,
     Loaded,
     LoadFailed,
+    Loading,
     Progress,
     Ready,
     SetMarks,
@@ -58,6 +59,9 @@ class Listener(Protocol):
 
     def on_message(self, message: ToFront) -> None:
         """It has said something else."""
+
+    def on_loading(self, share: float) -> None:
+        """So much of the model is loaded, from 0 to 1."""
 
     def on_compiling(self) -> None:
         """The step that runs waits for a kernel to be compiled."""
@@ -252,6 +256,8 @@ class Supervisor:
             message = decode_to_front(await receive_frame(reader, MAX_FRAME_BYTES))
             self._num_silent = 0
             match message:
+                case Loading(share=share):
+                    self._listener.on_loading(share)
                 case Loaded(info=info):
                     self.send(await self._listener.on_loaded(info))
                 case Ready():

@@ -88,6 +88,12 @@ class UnloadAdapter(Struct, frozen=True, tag="unload_adapter"):
 ToEngine = Start | SetMarks | Submit | Cancel | Tokenize | Detokenize | LoadAdapter | UnloadAdapter
 
 
+class Loading(Struct, frozen=True, tag="loading"):
+    """How much of the model is loaded, from 0 to 1; told now and then."""
+
+    share: float
+
+
 class Loaded(Struct, frozen=True, tag="loaded"):
     """The model is in memory; the engine waits for SetMarks before it takes requests."""
 
@@ -159,6 +165,7 @@ class CallFailed(Struct, frozen=True, tag="call_failed"):
 
 ToFront = (
     Alive
+    | Loading
     | Loaded
     | LoadFailed
     | Ready

@@ -1,13 +1,14 @@
 """`tightrope serve`: the front process, from the bound socket to the last drained answer."""
 
 import asyncio
+import json
 import logging
 import os
 import shlex
 import signal
 import socket
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import uvicorn
@@ -17,22 +18,26 @@ from tightrope import __version__
 from tightrope.engine.console import log_to_stderr, printable
 from tightrope.engine.errors import BackendFailed, EngineError
 from tightrope.engine.process.client import EngineClient
+from tightrope.engine.protocol import Engine
+from tightrope.engine.settings import EngineSettings
 from tightrope.engine.types import ModelInfo
 from tightrope.server.app import create_app
-from tightrope.server.cli.failures import CommandFailed
+from tightrope.server.cli.failures import CommandFailed, UsageError
 from tightrope.server.cli.freed_memory import give_back_freed_memory
 from tightrope.server.http.connections import Connection
 from tightrope.server.http.draining import Drain
 from tightrope.server.http.guards import is_loopback
-from tightrope.server.http.metrics import Metrics
+from tightrope.server.models.catalog import read_catalog
+from tightrope.server.models.models import Models
 from tightrope.server.served import means_the_model
-from tightrope.server.settings.settings import ServerSettings
-from tightrope.server.state import AppState
+from tightrope.server.settings.settings import ServerSettings, SettingsError
+from tightrope.server.state import AppState, front_of
 
 log = logging.getLogger("tightrope.serve")
 
 DRAIN_S = 60  # After SIGTERM answers may go on for so long.
 CLOSE_S = 5  # Connections may then take so long to close.
+SHOWN_NAMES = 10  # So many models are named at the start.
 
 
 def serve(settings: ServerSettings, notes: Sequence[str] = ()) -> int:
@@ -80,8 +85,8 @@ class _Server(uvicorn.Server):
 
 async def _serve(settings: ServerSettings, listener: socket.socket, notes: Sequence[str]) -> None:
     url = base_url(settings.host, listener.getsockname()[1])
-    engine = EngineClient(settings.engine)
-    front = AppState(engine, settings, Metrics(engine))
+    models, more_notes = _models(settings)
+    front, notes = front_of(models, settings), (*notes, *more_notes)
     drain = Drain(DRAIN_S)
     config = uvicorn.Config(
         create_app(front, drain),
@@ -96,8 +101,10 @@ async def _serve(settings: ServerSettings, listener: socket.socket, notes: Seque
     server = _Server(config)
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, _stop, drain)
-    _say(f"tightrope {__version__} at {url} is loading the model")
-    announcing = asyncio.create_task(_announce(front, server, drain, url, notes))
+    if models.is_alone:
+        _say(f"tightrope {__version__} at {url} is loading the model")
+    announce = _announce if models.is_alone else _announce_several
+    announcing = asyncio.create_task(announce(front, server, drain, url, notes))
     ending = asyncio.create_task(_end(drain, server))
     try:
         await server.serve([listener])
@@ -106,6 +113,22 @@ async def _serve(settings: ServerSettings, listener: socket.socket, notes: Seque
     finally:
         announcing.cancel()
         ending.cancel()
+
+
+def _models(settings: ServerSettings) -> tuple[Models, Sequence[str]]:
+    """What is served, and lines on what is left out. Raises UsageError."""
+    if settings.models is None:
+        return Models.alone(_engine(settings.engine), settings, _engine), ()
+    try:
+        catalog = read_catalog(settings)
+    except SettingsError as error:
+        raise UsageError(str(error)) from None
+    return Models.of(catalog.settings, settings, _engine), catalog.notes
+
+
+def _engine(settings: EngineSettings, adapters: Mapping[str, str] | None = None) -> Engine:
+    """One that will be in a process of its own."""
+    return EngineClient(settings, adapters=adapters)
 
 
 def _stop(drain: Drain) -> None:
@@ -140,11 +163,23 @@ async def _announce(
             return
         raise CommandFailed(error.message) from None
     _say("\n".join(map(printable, ready_lines(info, settings, url, notes))))
-    if settings.api_key is None and not is_loopback(settings.host):
-        log.warning("anyone who can reach %s can use this server; --api-key asks for a key", settings.host)
+    _warn_of_everybody(settings)
     reason = await engine.wait_failed()
     server.should_exit = True
     raise CommandFailed(reason)
+
+
+async def _announce_several(
+    front: AppState, server: uvicorn.Server, drain: Drain, url: str, notes: Sequence[str]
+) -> None:
+    """Print what there is to be served: a model that can't be is told of to those who ask for it."""
+    _say("\n".join(map(printable, several_lines(front.models, front.settings, url, notes))))
+    _warn_of_everybody(front.settings)
+
+
+def _warn_of_everybody(settings: ServerSettings) -> None:
+    if settings.api_key is None and not is_loopback(settings.host):
+        log.warning("anyone who can reach %s can use this server; --api-key asks for a key", settings.host)
 
 
 def _say(text: str) -> None:
@@ -161,15 +196,35 @@ def _say(text: str) -> None:
 def ready_lines(info: ModelInfo, settings: ServerSettings, url: str, more_notes: Sequence[str] = ()) -> list[str]:
     """What a person wants to know once the model is there, and one line to try."""
     name = settings.served_model_name or info.model_id
-    key = "" if settings.api_key is None else " -H 'Authorization: Bearer YOUR_KEY'"
-    body = '{"messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 100}'
     return [
         f"ready     {name} ({info.architecture}, {info.format})",
         f"context   {info.max_model_len} tokens",
         f"cache     {info.cache_tokens} tokens, {info.cache_dtype}, for up to {info.max_num_seqs} answers at a time",
         *(f"note      {note}" for note in (*info.notes, *more_notes)),
+        *_last_lines(settings, url, {}),
+    ]
+
+
+def several_lines(models: Models, settings: ServerSettings, url: str, notes: Sequence[str]) -> list[str]:
+    """The same of several models, none of which needs to be loaded."""
+    names = [model.name for model in models.all]
+    more = f", and {len(names) - SHOWN_NAMES} more" if len(names) > SHOWN_NAMES else ""
+    sleep = "" if settings.sleep_idle_s is None else f"; one that idles for {settings.sleep_idle_s:g} s is unloaded"
+    return [
+        f"models    {len(names)} in {settings.models}, up to {settings.models_max} loaded at a time{sleep}",
+        f"names     {', '.join(names[:SHOWN_NAMES])}{more}",
+        *(f"note      {note}" for note in notes),
+        *_last_lines(settings, url, {"model": names[0]}),
+    ]
+
+
+def _last_lines(settings: ServerSettings, url: str, named: Mapping[str, str]) -> list[str]:
+    key = "" if settings.api_key is None else " -H 'Authorization: Bearer YOUR_KEY'"
+    messages = [{"role": "user", "content": "Hello!"}]
+    body = shlex.quote(json.dumps({**named, "messages": messages, "max_tokens": 100}))
+    return [
         f"url       {url} (API pages at {url}/docs)",
-        f"try       curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d {shlex.quote(body)}",
+        f"try       curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d {body}",
     ]
 
 

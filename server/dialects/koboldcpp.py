@@ -16,7 +16,7 @@ from tightrope.server.deltas.choices import Choice
 from tightrope.server.fields.explain import Explained
 from tightrope.server.fields.progress import prompt_progress
 from tightrope.server.http.body import AnyTypeRoute, Body, JsonRequest
-from tightrope.server.http.error_docs import CALL_ERRORS, STATUS_ERRORS, written
+from tightrope.server.http.error_docs import CALL_ERRORS, STATUS_ERRORS, only, written
 from tightrope.server.http.hangup import or_gone
 from tightrope.server.http.long_lists import json_answer, json_list
 from tightrope.server.served import Served
@@ -25,6 +25,8 @@ from tightrope.server.state import AppState
 API_VERSION = "1.2.5"  # KoboldAI United's API has this version, and these routes are shaped after it.
 KOBOLDCPP_VERSION = "1.75"  # These are its routes; clients stream from 1.30 and count tokens from 1.41 on.
 DEFAULT_TOKENS = 100
+UNLOAD = "unload_model"  # Among the names of models it stands for none.
+LOAD_ERRORS = only(400, 401, 404, 413, 429, 500, 503, "default")
 
 ABORT_BODY = {  # It may be left out, and the media type with it.
     "requestBody": {
@@ -55,6 +57,12 @@ class CountBody(Body):
 
     prompt: str
     special: bool = Field(False, description="Whether a BOS is put in front, as it is before a prompt that is run.")
+
+
+class ReloadBody(Body):
+    """POST /api/admin/reload_config."""
+
+    filename: str = Field(description="One of /api/admin/list_options.")
 
 
 class Counted(BaseModel):
@@ -130,8 +138,6 @@ async def _fitted(front: AppState, body: KoboldBody, request: GenerateRequest) -
 
 class Kobold(Dialect[KoboldBody]):
     """POST /api/v1/generate. An aborted answer is what was written so far, and an aborted stream ends there."""
-
-    is_stream = False
 
     @classmethod
     async def read(cls, front: AppState, body: KoboldBody, request: Request) -> Self:
@@ -216,10 +222,26 @@ def koboldcpp_router(front: AppState) -> APIRouter:
         """The window in tokens."""
         return Value(value=front.info().max_model_len)
 
+    @router.get("/admin/list_options", responses=STATUS_ERRORS)
+    async def list_options() -> list[str]:
+        """The models that may be loaded, and the word that unloads."""
+        front.models.check_known()
+        return [*(model.name for model in front.models.all), UNLOAD]
+
+    @router.post("/admin/reload_config", responses=LOAD_ERRORS)
+    async def reload_config(body: ReloadBody, request: Request) -> Success:
+        """Load a model; answered when it is loaded."""
+        if body.filename == UNLOAD:
+            await or_gone(request, front.models.unload(front.model.name))
+        else:
+            await or_gone(request, front.models.load(body.filename))
+        return Success(success=True)
+
     @router.post("/extra/tokencount", responses=CALL_ERRORS, response_model=Counted)
-    async def tokencount(body: CountBody) -> Response:
+    async def tokencount(body: CountBody, request: Request) -> Response:
         """The token ids of a text. The counts of a prompt's pieces add up unless `special` is set."""
-        tokens = await front.engine.tokenize(TextPrompt((Span(body.prompt),), body.special))
+        chosen = await front.at(request, body.named_model)
+        tokens = await chosen.engine.tokenize(TextPrompt((Span(body.prompt),), body.special))
         return json_answer({"value": len(tokens), "ids": await json_list(tokens.ids)})
 
     @router.post("/extra/abort", responses=CALL_ERRORS, openapi_extra=ABORT_BODY)

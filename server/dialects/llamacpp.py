@@ -1,4 +1,4 @@
-"""llama.cpp's server: POST /completion, GET /props and /slots. Its /tokenize and /detokenize are shared with others."""
+"""llama.cpp's server: /completion, /props, /slots, loading of models. Others share its /tokenize and /detokenize."""
 
 import math
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any, Self
 
 import msgspec
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Query, Request, Response
 from pydantic import BaseModel, Field
 
 from tightrope.engine.types import Delta, Finish, LogprobRequest, PromptInfo, PromptRead, Token
@@ -16,8 +16,9 @@ from tightrope.server.deltas.choices import Choice
 from tightrope.server.fields.explain import Explained
 from tightrope.server.fields.logprobs import finite, token_name
 from tightrope.server.fields.progress import prompt_progress
-from tightrope.server.http.body import JsonRoute
-from tightrope.server.http.error_docs import STATUS_ERRORS, written
+from tightrope.server.http.body import Body, JsonRoute
+from tightrope.server.http.error_docs import STATUS_ERRORS, only, written
+from tightrope.server.http.hangup import or_gone
 from tightrope.server.served import check_most
 from tightrope.server.state import AppState
 
@@ -76,6 +77,20 @@ class Slot(BaseModel):
     id: int
     n_ctx: int
     is_processing: bool
+
+
+class ModelBody(Body):
+    """POST /models/load and /models/unload."""
+
+    model: str
+
+
+class Success(BaseModel):
+    success: bool = True
+
+
+MODEL = Query(None, description="Which model; the one that was used last without it.")
+LOAD_ERRORS = only(400, 401, 404, 413, 415, 429, 500, 503, "default")
 
 
 def probabilities(tokens: Sequence[Token]) -> list[dict[str, Any]]:
@@ -170,7 +185,7 @@ EVENTS = {"text/event-stream": {"example": 'data: {"content": "...", "stop": fal
 
 
 def llamacpp_router(front: AppState) -> APIRouter:
-    """/completion, /props and /slots."""
+    """/completion, /props and /slots, and the two of models; /models itself is OpenAI's."""
     router = APIRouter(route_class=JsonRoute, tags=["llama.cpp"])
 
     @router.post(
@@ -180,24 +195,40 @@ def llamacpp_router(front: AppState) -> APIRouter:
         """Continue a prompt."""
         return await answer(front, LlamaCpp, body, request)
 
+    @router.post("/models/load", responses=LOAD_ERRORS)
+    @router.post("/v1/models/load", responses=LOAD_ERRORS)
+    async def load(body: ModelBody, request: Request) -> Success:
+        """Load a model; answered when it is loaded."""
+        await or_gone(request, front.models.load(body.model))
+        return Success()
+
+    @router.post("/models/unload", responses=LOAD_ERRORS)
+    @router.post("/v1/models/unload", responses=LOAD_ERRORS)
+    async def unload(body: ModelBody, request: Request) -> Success:
+        """Unload a model once the answers under way have finished; who asks for it loads it again."""
+        await or_gone(request, front.models.unload(body.model))
+        return Success()
+
     @router.get("/props", responses=STATUS_ERRORS)
-    async def props() -> Props:
+    async def props(request: Request, model: str | None = MODEL) -> Props:
         """The window and the chat template, from which clients set themselves up."""
-        served = front.served()
+        chosen = front if model is None else await front.at(request, model)
+        served = chosen.served()
         info = served.info
         return Props(
             default_generation_settings=Generation(n_ctx=info.max_model_len, model=served.model_id),
             total_slots=info.max_num_seqs,
             model_path=served.model_id,
-            chat_template=front.template().source,
+            chat_template=chosen.template().source,
             bos_token=info.bos_token or "",
             eos_token=info.eos_token or "",
         )
 
     @router.get("/slots", responses=STATUS_ERRORS)
-    async def slots() -> list[Slot]:
+    async def slots(request: Request, model: str | None = MODEL) -> list[Slot]:
         """How many of the answers that can be written at the same time are being written."""
-        info, stats = front.info(), front.engine.stats
+        chosen = front if model is None else await front.at(request, model)
+        info, stats = chosen.info(), chosen.engine.stats
         return [
             Slot(id=number, n_ctx=info.max_model_len, is_processing=number < stats.num_running)
             for number in range(info.max_num_seqs)

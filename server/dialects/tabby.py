@@ -1,18 +1,28 @@
 """TabbyAPI's routes beside /v1/completions: the connection that gives SillyTavern everything.
 
-Models are not loaded, unloaded or downloaded over HTTP; the admin key loads adapters, by the routes of
+Models of the list are loaded and unloaded; none is downloaded. The admin key loads adapters, by the routes of
 server/dialects/adapters.py.
 """
 
+import asyncio
+from collections.abc import AsyncGenerator
+
+import msgspec
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field
 
-from tightrope.engine.types import Span, TextPrompt
+from tightrope.engine.types import ModelInfo, Span, TextPrompt
 from tightrope.server.http.body import Body, JsonRoute
-from tightrope.server.http.error_docs import CALL_ERRORS, STATUS_ERRORS
+from tightrope.server.http.error_docs import CALL_ERRORS, STATUS_ERRORS, only, written
 from tightrope.server.http.guards import has_key
+from tightrope.server.http.hangup import or_gone
+from tightrope.server.http.sse import event_stream
 from tightrope.server.http.token_ids import DecodeBody, Decoded, Encoded, encoded
+from tightrope.server.models.model import Model
+from tightrope.server.models.models import Models
 from tightrope.server.state import AppState
+
+LOOK_S = 0.5  # An event tells so often how far a load is.
 
 
 class EncodeBody(Body):
@@ -23,6 +33,13 @@ class EncodeBody(Body):
     encode_special_tokens: bool = Field(True, description="Whether the text of special tokens becomes those tokens.")
 
 
+class LoadBody(Body):
+    """POST /v1/model/load. The model is loaded with the settings that the server's list has for it."""
+
+    model_name: str = Field("", description="One of /v1/model/list.")
+    name: str = Field("", description="The older name of model_name.")
+
+
 class CardParameters(BaseModel):
     max_seq_len: int
     cache_size: int = Field(description="In tokens, over all sequences.")
@@ -31,13 +48,13 @@ class CardParameters(BaseModel):
 
 
 class TabbyCard(BaseModel):
-    """The served model."""
+    """A model."""
 
     id: str
     object: str = "model"
     created: int
     owned_by: str = "tightrope"
-    parameters: CardParameters
+    parameters: CardParameters | None = Field(description="Null where it has not been loaded yet.")
 
 
 class TabbyCards(BaseModel):
@@ -68,30 +85,67 @@ class Templates(BaseModel):
     data: list[str] = []
 
 
+LOAD_EVENTS = {"text/event-stream": {"example": 'data: {"model_type": "model", "module": 1, "modules": 1, ...}\n\n'}}
+LOAD_ERRORS = only(400, 401, 404, 413, 415, "default")
+
+
+async def _loading(models: Models, model: Model) -> AsyncGenerator[bytes, None]:
+    """TabbyAPI's events of a load, of which a module is a hundredth here. Raises what Models.load raises."""
+    loading = asyncio.ensure_future(models.load(model.name))
+    try:
+        while not loading.done():
+            yield _loaded(min(99, int(100 * model.engine.load_share)), "processing")
+            await asyncio.wait((loading,), timeout=LOOK_S)
+        await loading
+        yield _loaded(100, "finished")
+    finally:
+        loading.cancel()
+
+
+def _loaded(percent: int, status: str) -> bytes:
+    event = {"model_type": "model", "module": percent, "modules": 100, "status": status}
+    return b"data: %b\n\n" % msgspec.json.encode(event)
+
+
 def tabby_router(front: AppState) -> APIRouter:
     """/v1/model, /v1/token, /v1/auth, /v1/lora and /v1/template."""
     router = APIRouter(prefix="/v1", route_class=JsonRoute, tags=["TabbyAPI"])
 
-    def card() -> TabbyCard:
-        served = front.served()
-        info = served.info
-        parameters = CardParameters(
-            max_seq_len=info.max_model_len,
-            cache_size=info.cache_tokens,
-            cache_mode=info.cache_dtype,
-            max_batch_size=info.max_num_seqs,
+    def card(name: str, info: ModelInfo | None) -> TabbyCard:
+        parameters = (
+            None
+            if info is None
+            else CardParameters(
+                max_seq_len=info.max_model_len,
+                cache_size=info.cache_tokens,
+                cache_mode=info.cache_dtype,
+                max_batch_size=info.max_num_seqs,
+            )
         )
-        return TabbyCard(id=served.model_id, created=front.started, parameters=parameters)
+        return TabbyCard(id=name, created=front.started, parameters=parameters)
 
     @router.get("/model/list", responses=STATUS_ERRORS)
     async def model_list() -> TabbyCards:
-        """The models: the one that is served."""
-        return TabbyCards(data=[card()])
+        """The models, loaded or not."""
+        front.models.check_known()
+        return TabbyCards(data=[card(model.name, model.info) for model in front.models.all])
 
     @router.get("/model", responses=STATUS_ERRORS)
     async def model() -> TabbyCard:
-        """The served model."""
-        return card()
+        """The loaded model, or of several the one that was used last."""
+        served = front.served()
+        return card(served.model_id, served.info)
+
+    @router.post("/model/load", **written(LOAD_ERRORS, content=LOAD_EVENTS, description="How far it is."))
+    async def load(body: LoadBody) -> Response:
+        """Load a model of the list; events tell how far it is, and what keeps it from being loaded."""
+        found = front.models.find(body.model_name or body.name)
+        return event_stream(_loading(front.models, found), "openai", {})
+
+    @router.post("/model/unload", response_class=Response, responses=only(401, 503))
+    async def unload(request: Request) -> None:
+        """Unload the model that was used last, once the answers under way have finished."""
+        await or_gone(request, front.models.unload(front.model.name))
 
     @router.get("/auth/permission", responses=STATUS_ERRORS)
     async def permission(request: Request) -> Permission:
@@ -113,14 +167,16 @@ def tabby_router(front: AppState) -> APIRouter:
         return Templates()
 
     @router.post("/token/encode", responses=CALL_ERRORS, response_model=Encoded)
-    async def encode(body: EncodeBody) -> Response:
+    async def encode(body: EncodeBody, request: Request) -> Response:
         """The token ids of a text."""
         span = Span(body.text, body.encode_special_tokens)
-        return await encoded(await front.engine.tokenize(TextPrompt((span,), body.add_bos_token)))
+        chosen = await front.at(request, body.named_model)
+        return await encoded(await chosen.engine.tokenize(TextPrompt((span,), body.add_bos_token)))
 
     @router.post("/token/decode", responses=CALL_ERRORS)
-    async def decode(body: DecodeBody) -> Decoded:
+    async def decode(body: DecodeBody, request: Request) -> Decoded:
         """The text of token ids, special ones included."""
-        return Decoded(text=await front.engine.detokenize(body.tokens))
+        chosen = await front.at(request, body.named_model)
+        return Decoded(text=await chosen.engine.detokenize(body.tokens))
 
     return router

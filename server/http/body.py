@@ -85,6 +85,12 @@ class Body(BaseModel):
 
     _made_whole: tuple[str, ...] = PrivateAttr(())
 
+    @property
+    def named_model(self) -> str | None:
+        """The model that the body names, where it has a place for that."""
+        name = dict(self).get("model")
+        return name if isinstance(name, str) else None
+
     @model_validator(mode="wrap")
     @classmethod
     def _as_meant(cls, data: object, handler: ModelWrapValidatorHandler[Self]) -> Self:

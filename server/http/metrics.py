@@ -5,11 +5,12 @@ behind every counter; they are exposed as untyped, which `rate()` takes as well.
 """
 
 import time
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import aclosing
 from typing import Literal
 from weakref import WeakSet
 
+import msgspec
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.core import (
     CounterMetricFamily,
@@ -22,8 +23,10 @@ from prometheus_client.registry import Collector
 
 from tightrope.engine.errors import EngineError, InvalidRequest, Overloaded
 from tightrope.engine.protocol import Engine
-from tightrope.engine.types import Delta, Finish, GenerateRequest
+from tightrope.engine.types import Delta, Finish, GenerateRequest, Stats
 from tightrope.server.http.errors import TemplateFailed
+from tightrope.server.models.model import Model
+from tightrope.server.models.models import Models
 
 Failure = Literal["validation", "template", "overloaded", "generation", "dropped"]
 
@@ -37,16 +40,15 @@ TOKENS = (1, 4, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 655
 
 
 class Metrics:
-    """Counts one app's requests; everything else is read from the engine's latest Stats when somebody asks."""
+    """Counts one app's requests; everything else is read from the engines' latest Stats when somebody asks."""
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    def __init__(self, models: Models) -> None:
         self._failures: dict[Failure, int] = {}
         self._counted: WeakSet[EngineError] = WeakSet()
         self.num_requests = 0
         self.num_succeeded = 0
         self._registry = CollectorRegistry()
-        self._registry.register(_Snapshot(self, engine))
+        self._registry.register(_Snapshot(self, models))
         self._duration = self._histogram("tgi_request_duration", "Seconds from arrival to the last token", SECONDS)
         self._queue = self._histogram("tgi_request_queue_duration", "Seconds waiting for a turn", SECONDS)
         self._inference = self._histogram("tgi_request_inference_duration", "Seconds in prefill and decode", SECONDS)
@@ -61,14 +63,14 @@ class Metrics:
     def _histogram(self, name: str, text: str, bounds: tuple[float, ...]) -> Histogram:
         return Histogram(name, text, buckets=bounds, registry=self._registry)
 
-    async def generate(self, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
-        """The engine's `generate`, counted and timed. Raises what it raises."""
+    async def generate(self, engine: Engine, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
+        """An engine's `generate`, counted and timed. Raises what it raises."""
         began, num_open, has_failed = time.perf_counter(), request.n, False
         self.num_requests += 1
         if request.stop.max_tokens is not None:
             self._max_new.observe(request.stop.max_tokens)
         try:
-            async with aclosing(self._engine.generate(request)) as deltas:
+            async with aclosing(engine.generate(request)) as deltas:
                 async for delta in deltas:
                     if delta.prompt is not None and delta.index == 0:
                         self._input.observe(delta.prompt.num_tokens)
@@ -124,11 +126,11 @@ class Metrics:
 
 
 class _Snapshot(Collector):
-    """Reads counters and the engine's Stats when they are asked for."""
+    """Reads counters and the engines' Stats when they are asked for."""
 
-    def __init__(self, metrics: Metrics, engine: Engine) -> None:
+    def __init__(self, metrics: Metrics, models: Models) -> None:
         self._metrics = metrics
-        self._engine = engine
+        self._models = models
 
     def describe(self) -> Iterable[Metric]:
         return ()  # Otherwise registering would collect once, before there is anything to read.
@@ -137,6 +139,15 @@ class _Snapshot(Collector):
         yield from self._requests()
         yield from self._tgi_batches()
         yield from self._own()
+        yield from self._of_models()
+
+    def _engines(self) -> list[Engine]:
+        return [model.engine for model in self._models.loaded]
+
+    def _stats(self) -> Stats:
+        """Those of all loaded models together."""
+        every = [msgspec.structs.astuple(engine.stats) for engine in self._engines()]
+        return Stats(*map(sum, zip(*every, strict=True)))
 
     def _requests(self) -> Iterable[Metric]:
         yield UnknownMetricFamily("tgi_request_count", "Requests to generate", self._metrics.num_requests)
@@ -147,9 +158,11 @@ class _Snapshot(Collector):
         yield failures
 
     def _tgi_batches(self) -> Iterable[Metric]:
-        stats = self._engine.stats
-        yield GaugeMetricFamily("tgi_queue_size", "Sequences waiting for a turn", self._engine.num_waiting)
-        yield GaugeMetricFamily("tgi_batch_current_size", "Sequences running", self._engine.num_running)
+        stats, engines = self._stats(), self._engines()
+        num_waiting = sum(engine.num_waiting for engine in engines)
+        num_running = sum(engine.num_running for engine in engines)
+        yield GaugeMetricFamily("tgi_queue_size", "Sequences waiting for a turn", num_waiting)
+        yield GaugeMetricFamily("tgi_batch_current_size", "Sequences running", num_running)
         yield GaugeMetricFamily("tgi_batch_current_max_tokens", "Cached tokens of running sequences", stats.cache_used)
         yield GaugeMetricFamily("tgi_batch_total_tokens", "Tokens the cache can hold", stats.cache_capacity)
         yield UnknownMetricFamily("tgi_batch_inference_count", "Steps begun", stats.steps)
@@ -161,12 +174,33 @@ class _Snapshot(Collector):
         ):
             yield SummaryMetricFamily(name, text, count_value=stats.steps, sum_value=seconds)
 
+    def _of_models(self) -> Iterable[Metric]:
+        """Of each model that is loaded, or was; of others there may be thousands, with nothing to tell."""
+        states = GaugeMetricFamily("tightrope_model_state", "1 for the state of a model", labels=["model", "state"])
+        loads = CounterMetricFamily("tightrope_model_loads", "Times a model was loaded", labels=["model"])
+        numbers: dict[str, tuple[str, Callable[[Model], int]]] = {
+            "running": ("Sequences running", lambda model: model.engine.num_running),
+            "waiting": ("Requests and sequences waiting", lambda m: m.engine.num_waiting + len(m.waiting)),
+            "generated_tokens": ("Tokens since it was loaded", lambda model: model.engine.stats.generated_tokens),
+            "memory_bytes": ("Memory of its process alone", lambda model: model.engine.private_bytes),
+        }
+        gauges = {
+            name: GaugeMetricFamily(f"tightrope_model_{name}", text, labels=["model"])
+            for name, (text, _) in numbers.items()
+        }
+        for model in self._models.all:
+            if model.state != "unloaded" or model.num_loads or model.waiting:
+                states.add_metric([model.name, model.state], 1)
+                loads.add_metric([model.name], model.num_loads)
+                for name, (_, read) in numbers.items():
+                    gauges[name].add_metric([model.name], read(model))
+        yield from (states, loads, *gauges.values())
+
     def _own(self) -> Iterable[Metric]:
-        stats = self._engine.stats
-        yield GaugeMetricFamily("tightrope_ready", "1 while the model answers", float(self._engine.is_healthy))
-        yield CounterMetricFamily(
-            "tightrope_engine_restarts", "Times the engine was started again", self._engine.restarts
-        )
+        stats = self._stats()
+        restarts = sum(engine.restarts for engine in self._engines())
+        yield GaugeMetricFamily("tightrope_ready", "1 while a model answers", float(self._models.is_healthy))
+        yield CounterMetricFamily("tightrope_engine_restarts", "Times an engine was started again", restarts)
         cache = GaugeMetricFamily("tightrope_cache_tokens", "Tokens in the cache, by what holds them", labels=["state"])
         cache.add_metric(["used"], stats.cache_used)
         cache.add_metric(["reusable"], stats.cache_reusable)

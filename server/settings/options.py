@@ -99,6 +99,26 @@ OPTIONS: Mapping[str, Option] = {
         "variables of the chat template, such as length=medium, with commas between",
         "NAME=VALUE",
     ),
+    "models": Option(
+        ("models",),
+        "several models",
+        "folder of models, or a TOML or JSON list of them with settings for each; a request's model loads it, and "
+        "MODEL is the name of one to begin with (default: the one MODEL is served)",
+        "DIR|FILE",
+        ("--models-dir", "--models-preset"),
+    ),
+    "models-max": Option(
+        ("models_max",),
+        "several models",
+        "models that may be loaded side by side, if memory has room; else the least recently used goes (default: 4)",
+        "N",
+    ),
+    "sleep-idle-seconds": Option(
+        ("sleep_idle_s",),
+        "several models",
+        "seconds after which a model that nobody uses is unloaded until somebody asks for it again (default: never)",
+        "S",
+    ),
     "max-model-len": Option(
         (*_MODEL, "max_model_len"),
         "context and memory",
@@ -151,6 +171,12 @@ OPTIONS: Mapping[str, Option] = {
         "moved tokens are computed again while nothing runs: auto, where that takes under a minute; off or always "
         "(default: auto)",
         "WHEN",
+    ),
+    "keep-free-mib": Option(
+        (*_MODEL, "keep_free_mib"),
+        "context and memory",
+        "of the machine's memory that is free at the start, what others will need, in MiB, beside a tenth (default: 0)",
+        "N",
     ),
     "gpu-memory-fraction": Option(
         (*_MODEL, "gpu_memory_fraction"),

@@ -22,7 +22,8 @@ MAX_BODY_BYTES = 1 << 30  # A body is held in memory, as bytes and as objects of
 MAX_TEMPLATE_BYTES = 4 << 20
 MAX_STOPS = 1 << 10  # Each is looked for behind every token.
 MAX_STREAMS_MIB = 1 << 16  # All of it is in the front's memory.
-MAX_KEEP_S = 86_400.0  # An answer that nobody reads is written meanwhile.
+MAX_KEEP_S = 86_400.0  # An answer that nobody reads is written meanwhile; a model idles no longer than for a day.
+MAX_MODELS = 64  # Each has a process with threads, and memory, of its own.
 
 
 class SettingsError(Exception):
@@ -56,6 +57,13 @@ class ServerSettings(BaseModel, frozen=True, extra="forbid"):
     served_model_name: str | None = Field(None, min_length=1, description="Name shown to clients; None is the model's.")
     any_model_name: bool | None = Field(
         None, description="Whether any name means the served model; None: on all routes but OpenAI's."
+    )
+    models: str | None = Field(
+        None, min_length=1, description="Folder of models, or a list of them with settings; None: one is served."
+    )
+    models_max: int = Field(4, ge=1, le=MAX_MODELS, description="Models that may be loaded side by side.")
+    sleep_idle_s: float | None = Field(
+        None, gt=0, le=MAX_KEEP_S, description="A model that nobody has used for so long is unloaded; None: never."
     )
     chat_template: str | None = Field(
         None, description="Used instead of the model's own: the name of a built-in format, or Jinja source."
@@ -181,6 +189,25 @@ def _merged(sources: Iterable[_Source]) -> ServerSettings:
         return ServerSettings.model_validate(tree)
     except ValidationError as failure:
         raise SettingsError(_one_line(failure, merged)) from None
+
+
+def overlaid(base: ServerSettings, values: Mapping[str, Any], label: Callable[[str], str]) -> ServerSettings:
+    """`base` with these values of options, by their names, in the place of its own. Raises SettingsError.
+
+    label: what to call an option there, in an error.
+    """
+    placed = _place(values, label)
+    tree = base.model_dump()
+    for path, (value, _) in (_implied(values, label) | placed).items():
+        branch = tree
+        for step in path[:-1]:
+            branch = branch[step]
+        if path in placed or branch[path[-1]] is None:
+            branch[path[-1]] = value
+    try:
+        return ServerSettings.model_validate(tree)
+    except ValidationError as failure:
+        raise SettingsError(_one_line(failure, placed)) from None
 
 
 def _flag(option: str) -> str:

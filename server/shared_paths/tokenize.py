@@ -186,23 +186,24 @@ def tokenize_router(front: AppState) -> APIRouter:
     @router.post("/v1/tokenize", responses=documented, response_model=answers)
     async def tokenize(body: TokenizeBody, request: Request) -> Tokenized | list[TokenPlace] | TokenIds | Response:
         """The token ids of a text or a chat."""
+        chosen = await front.at(request, body.named_model)
         if isinstance(body, TokenizeInputs):
-            tokens = await front.engine.tokenize(TextPrompt((Span(body.inputs),)))
+            tokens = await chosen.engine.tokenize(TextPrompt((Span(body.inputs),)))
             return json_answer(await json_list(places(tokens, body.inputs)))
         if isinstance(body, TokenizeContent):
             span = Span(body.content, body.parse_special)
-            tokens = await front.engine.tokenize(TextPrompt((span,), body.add_special))
+            tokens = await chosen.engine.tokenize(TextPrompt((span,), body.add_special))
             if body.with_pieces:
                 return json_answer({"tokens": await json_list(map(_piece, tokens))})
             return json_answer({"tokens": await json_list(tokens.ids)})
-        served = front.served()
+        served = chosen.served()
         check_model(body.model, served)
         if isinstance(body, TokenizeChat):
             check_tools(body)
-            prompt = TextPrompt((await rendered_chat(front, body, request)).prompt.spans, body.add_special_tokens)
+            prompt = TextPrompt((await rendered_chat(chosen, body, request)).prompt.spans, body.add_special_tokens)
         else:
             prompt = TextPrompt((Span(body.prompt),), body.add_special_tokens)
-        tokens = await front.engine.tokenize(prompt, last=body.truncate_prompt_tokens)
+        tokens = await chosen.engine.tokenize(prompt, last=body.truncate_prompt_tokens)
         texts = await json_list(token.text for token in tokens) if body.return_token_strs else None
         counted = {"count": len(tokens), "max_model_len": served.info.max_model_len}
         return json_answer(counted | {"tokens": await json_list(tokens.ids), "token_strs": texts})
@@ -211,9 +212,10 @@ def tokenize_router(front: AppState) -> APIRouter:
     async def chat_tokenize(body: CountedChat, request: Request) -> Response:
         """The tokens of a chat's prompt, as TGI lists them, and the prompt."""
         check_tools(body)
-        spans = (await rendered_chat(front, body, request)).prompt.spans
+        chosen = await front.at(request, body.named_model)
+        spans = (await rendered_chat(chosen, body, request)).prompt.spans
         text = "".join(span.text for span in spans)
-        tokens = await front.engine.tokenize(TextPrompt(spans, body.add_special_tokens))
+        tokens = await chosen.engine.tokenize(TextPrompt(spans, body.add_special_tokens))
         num_cut = 0 if (last := body.truncate_prompt_tokens) is None else max(0, len(tokens) - last)
         found = await json_list(islice(places(tokens, text), num_cut, None))
         return json_answer({"tokenize_response": found, "templated_text": text})
@@ -225,10 +227,11 @@ def tokenize_router(front: AppState) -> APIRouter:
 
     @router.post("/detokenize", responses=documented)
     @router.post("/v1/detokenize", responses=documented)
-    async def detokenize(body: DetokenizeBody) -> Detokenized:
+    async def detokenize(body: DetokenizeBody, request: Request) -> Detokenized:
         """The text of token ids."""
-        check_model(body.model, front.served())
-        text = await front.engine.detokenize(body.tokens)
+        chosen = await front.at(request, body.named_model)
+        check_model(body.model, chosen.served())
+        text = await chosen.engine.detokenize(body.tokens)
         return Detokenized(prompt=text, content=text)
 
     return router

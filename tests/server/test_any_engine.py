@@ -5,6 +5,7 @@ from types import MappingProxyType
 
 import httpx
 import pytest
+from one_model import front_of_one
 
 from tightrope.engine.errors import InvalidRequest
 from tightrope.engine.protocol import Engine, FindMarks
@@ -22,9 +23,7 @@ from tightrope.engine.types import (
     TokenRun,
 )
 from tightrope.server.app import create_app
-from tightrope.server.http.metrics import Metrics
 from tightrope.server.settings.settings import ServerSettings
-from tightrope.server.state import AppState
 
 pytestmark = pytest.mark.quick
 
@@ -38,7 +37,8 @@ class Echo:
     adapters: Mapping[str, str] = MappingProxyType({})
     stats = Stats(steps=7)
     is_healthy = True
-    restarts = num_running = num_waiting = retry_after_s = 0
+    restarts = num_running = num_waiting = retry_after_s = private_bytes = 0
+    load_share = 0.0
     is_closed = False
 
     async def start(self, find_marks: FindMarks | None = None) -> None:
@@ -82,7 +82,7 @@ class Echo:
 async def test_an_engine_is_whatever_keeps_the_protocol() -> None:
     echo = Echo()
     engine: Engine = echo
-    app = create_app(AppState(engine, ServerSettings(), Metrics(engine)))
+    app = create_app(front_of_one(engine, ServerSettings()))
     transport = httpx.ASGITransport(app)
     async with (
         app.router.lifespan_context(app),

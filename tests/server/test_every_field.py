@@ -18,6 +18,7 @@ import msgspec
 import pytest
 import pytest_asyncio
 from fake_api import api
+from one_model import front_of_one
 from request_fields import (
     BESIDE,
     DIALECTS,
@@ -42,9 +43,7 @@ from tightrope.engine.settings import EngineSettings
 from tightrope.engine.types import GenerateRequest, Written
 from tightrope.server.app import create_app
 from tightrope.server.dialects.openai.requests import ChatRequest, CompletionRequest
-from tightrope.server.http.metrics import Metrics
 from tightrope.server.settings.settings import ServerSettings
-from tightrope.server.state import AppState
 
 VOLATILE = {"id", "created", "created_at", "timings", "seed", "explain", "stream"}
 
@@ -143,7 +142,7 @@ COUNTED = {"TokenizeInputs", "CountedChat", "TokenizeChat"}  # bodies of which o
 def bodies() -> set[str]:
     """The types of the bodies of all routes that have an answer written, which the API page says can be explained."""
     client = EngineClient(EngineSettings())
-    page = create_app(AppState(client, ServerSettings(), Metrics(client))).openapi()
+    page = create_app(front_of_one(client, ServerSettings())).openapi()
     posted = [ways["post"].get("requestBody") for path, ways in page["paths"].items() if "post" in ways]
     names = set(re.findall(r"schemas/(\w+)", json.dumps(posted)))
     return {name for name in names if "explain" in page["components"]["schemas"][name]["properties"]}

@@ -4,6 +4,7 @@ from collections.abc import AsyncGenerator
 
 import httpx
 import pytest
+from one_model import no_other
 from prometheus_client.parser import text_string_to_metric_families
 from real_server import RunningServer
 
@@ -21,6 +22,8 @@ from tightrope.engine.types import (
 )
 from tightrope.server.http.errors import TemplateFailed
 from tightrope.server.http.metrics import Metrics
+from tightrope.server.models.models import Models
+from tightrope.server.settings.settings import ServerSettings
 
 pytestmark = pytest.mark.quick
 
@@ -35,8 +38,9 @@ def delta(reason: FinishReason | None = None, index: int = 0) -> Delta:
 class ScriptedClient:
     """Answers every request with the same deltas, then raises `error` if there is one."""
 
+    info = None
     is_healthy = True
-    restarts = 0
+    restarts = private_bytes = 0
 
     def __init__(self, *deltas: Delta, error: EngineError | None = None, stats: Stats | None = None) -> None:
         self._deltas = deltas
@@ -49,6 +53,13 @@ class ScriptedClient:
             yield item
         if self._error is not None:
             raise self._error
+
+
+def metrics_of(client: ScriptedClient) -> Metrics:
+    """Those of a server whose only model is loaded."""
+    models = Models.alone(client, ServerSettings(), no_other)
+    models.current.state = "loaded"
+    return Metrics(models)
 
 
 def values(metrics: Metrics) -> dict[str, float]:
@@ -66,8 +77,9 @@ def parse(text: str) -> dict[str, float]:
 
 
 async def test_a_whole_answer_is_a_success_with_its_lengths_and_times():
-    metrics = Metrics(ScriptedClient(delta(), delta("eos")))
-    [_ async for _ in metrics.generate(REQUEST)]
+    client = ScriptedClient(delta(), delta("eos"))
+    metrics = metrics_of(client)
+    [_ async for _ in metrics.generate(client, REQUEST)]
 
     found = values(metrics)
 
@@ -90,9 +102,10 @@ async def test_a_whole_answer_is_a_success_with_its_lengths_and_times():
     ],
 )
 async def test_a_refused_request_is_one_failure_although_it_is_reported_twice(error: EngineError, label: str):
-    metrics = Metrics(ScriptedClient(error=error))
+    client = ScriptedClient(error=error)
+    metrics = metrics_of(client)
     with pytest.raises(type(error)):
-        [_ async for _ in metrics.generate(REQUEST)]
+        [_ async for _ in metrics.generate(client, REQUEST)]
     metrics.refused(error)  # the handler that writes the reply sees the same error
 
     found = values(metrics)
@@ -102,7 +115,8 @@ async def test_a_refused_request_is_one_failure_although_it_is_reported_twice(er
 
 
 async def test_a_request_that_never_reached_the_engine_is_counted_too():
-    metrics = Metrics(ScriptedClient())
+    client = ScriptedClient()
+    metrics = metrics_of(client)
     metrics.refused(InvalidRequest("temperature", "temperature"))
 
     found = values(metrics)
@@ -111,8 +125,9 @@ async def test_a_request_that_never_reached_the_engine_is_counted_too():
 
 
 async def test_a_client_that_hangs_up_is_dropped():
-    metrics = Metrics(ScriptedClient(delta(), delta(), delta("eos")))
-    stream = metrics.generate(REQUEST)
+    client = ScriptedClient(delta(), delta(), delta("eos"))
+    metrics = metrics_of(client)
+    stream = metrics.generate(client, REQUEST)
     await anext(stream)
     await stream.aclose()
 
@@ -123,8 +138,9 @@ async def test_a_client_that_hangs_up_is_dropped():
 
 
 async def test_a_choice_that_fails_makes_its_request_a_failure():
-    metrics = Metrics(ScriptedClient(delta("error")))
-    [_ async for _ in metrics.generate(REQUEST)]
+    client = ScriptedClient(delta("error"))
+    metrics = metrics_of(client)
+    [_ async for _ in metrics.generate(client, REQUEST)]
 
     found = values(metrics)
 
@@ -136,7 +152,7 @@ async def test_the_gauges_show_the_engines_latest_numbers():
         num_running=2, num_waiting=3, cache_used=100, cache_reusable=40, cache_capacity=200, steps=7, step_s=1.5
     )
 
-    found = values(Metrics(ScriptedClient(stats=stats)))
+    found = values(metrics_of(ScriptedClient(stats=stats)))
 
     assert (found["tgi_batch_current_size"], found["tgi_queue_size"]) == (2, 3)
     assert [found[f"tightrope_cache_tokens{{state={s}}}"] for s in ("used", "reusable", "free")] == [100, 40, 60]
@@ -153,12 +169,13 @@ NAMES_OF_TGI = """
 
 
 def test_the_names_that_users_of_tgi_chart_are_there():
-    assert set(NAMES_OF_TGI.split()) <= values(Metrics(ScriptedClient())).keys()
+    assert set(NAMES_OF_TGI.split()) <= values(metrics_of(ScriptedClient())).keys()
 
 
 async def test_two_apps_count_apart():
-    one, other = Metrics(ScriptedClient(delta("eos"))), Metrics(ScriptedClient())
-    [_ async for _ in one.generate(REQUEST)]
+    client = ScriptedClient(delta("eos"))
+    one, other = metrics_of(client), metrics_of(ScriptedClient())
+    [_ async for _ in one.generate(client, REQUEST)]
 
     assert values(other)["tgi_request_count"] == 0
 

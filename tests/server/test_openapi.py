@@ -11,6 +11,7 @@ import schemathesis
 import uvicorn
 from fake_api import application
 from hypothesis import HealthCheck, Phase, given, settings
+from one_model import front_of_one
 from schemathesis.checks import not_a_server_error
 from schemathesis.schemas import APIOperation
 from schemathesis.specs.openapi.checks import (
@@ -23,9 +24,7 @@ from tightrope.engine.process.client import EngineClient
 from tightrope.engine.settings import EngineSettings
 from tightrope.server.app import create_app
 from tightrope.server.http.connections import Connection
-from tightrope.server.http.metrics import Metrics
 from tightrope.server.settings.settings import ServerSettings
-from tightrope.server.state import AppState
 
 EXAMPLES = 8  # for each route
 CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
@@ -67,7 +66,7 @@ def url() -> Iterator[str]:
 def operations() -> list[APIOperation]:
     """Every route of the API page, which is made without a model."""
     client = EngineClient(EngineSettings())
-    app = create_app(AppState(client, ServerSettings(), Metrics(client)))
+    app = create_app(front_of_one(client, ServerSettings()))
     return [result.ok() for result in schemathesis.openapi.from_dict(app.openapi()).get_all_operations()]
 
 

@@ -7,17 +7,16 @@ import msgspec
 import pytest
 from fake_api import api
 from fakes import VOCAB_SIZE, script
+from one_model import front_of_one
 
 from tightrope.engine.process.client import EngineClient
 from tightrope.engine.settings import EngineSettings
 from tightrope.engine.types import ModelInfo, TurnMarks
-from tightrope.server.http.metrics import Metrics
 from tightrope.server.prompts.prompt_formats import PROMPT_FORMATS
 from tightrope.server.prompts.template_renderer import TemplateRenderer
 from tightrope.server.prompts.templates import ChatTemplate
 from tightrope.server.prompts.turn_marks import find_turn_marks
 from tightrope.server.settings.settings import ServerSettings
-from tightrope.server.state import AppState
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
@@ -179,7 +178,7 @@ async def test_nothing_is_rendered_where_every_token_is_known():
 @pytest.mark.parametrize("chosen", [TURNS, "chatml"])
 async def test_the_template_that_is_chosen_counts_and_not_the_files_own(chosen: str):
     client = EngineClient(EngineSettings())
-    front = AppState(client, ServerSettings(chat_template=chosen), Metrics(client))
+    front = front_of_one(client, ServerSettings(chat_template=chosen))
     model = msgspec.structs.replace(info(("<|turn|>", "<|im_end|>")), chat_template=ECHO)
     marks = await front.turn_marks(model)
     await front.renderer.close()
@@ -200,7 +199,7 @@ class CountingRenderer(TemplateRenderer):
 async def test_one_process_probes_a_template_once_for_marks_notes_and_chats():
     renderer, model = CountingRenderer(), msgspec.structs.replace(info(CHATML_MARKS), chat_template=CHATML)
     client = EngineClient(EngineSettings())
-    front = AppState(client, ServerSettings(), Metrics(client), renderer)
+    front = front_of_one(client, ServerSettings(), renderer)
     marks = await front.turn_marks(model)
     num_probes = renderer.num_probes
     assert num_probes > 0
@@ -218,7 +217,7 @@ async def test_a_model_without_a_template_is_told_of_at_the_start():
     client = EngineClient(EngineSettings())
     client.info = info()
     for chosen, notes in ((None, 1), ("chatml", 0)):
-        front = AppState(client, ServerSettings(chat_template=chosen), Metrics(client))
+        front = front_of_one(client, ServerSettings(chat_template=chosen))
         assert [note.partition(":")[0] for note in await front.template_notes()] == [
             "the model's file has no chat template"
         ] * notes

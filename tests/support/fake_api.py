@@ -17,9 +17,9 @@ from tightrope.engine.process.launch import thread_launcher
 from tightrope.engine.settings import EngineSettings, LimitSettings
 from tightrope.server.app import create_app
 from tightrope.server.http.draining import Drain
-from tightrope.server.http.metrics import Metrics
+from tightrope.server.models.models import Models
 from tightrope.server.settings.settings import ServerSettings
-from tightrope.server.state import AppState
+from tightrope.server.state import front_of
 
 NextToken = Callable[[Sequence[int]], int]
 
@@ -46,8 +46,13 @@ async def application(
     next_token = script(said) if isinstance(answer, str) else answer
     backend = FakeBackend(next_token, max_model_len=max_model_len, added=added, special=special)
     backend.card = replace(backend.card, chat_template=chat_template, chat_templates=tuple(chat_templates.items()))
-    client = EngineClient(chosen.engine, thread_launcher(lambda settings, progress: backend), clock)
-    app = create_app(AppState(client, chosen, Metrics(client)), drain)
+    launch = thread_launcher(lambda settings, progress: backend)
+
+    def next_client(settings: EngineSettings, adapters: Mapping[str, str] | None) -> EngineClient:
+        return EngineClient(settings, launch, clock, adapters=adapters)
+
+    client = next_client(chosen.engine, None)
+    app = create_app(front_of(Models.alone(client, chosen, next_client), chosen), drain)
     async with app.router.lifespan_context(app):
         await client.wait_ready()
         yield app

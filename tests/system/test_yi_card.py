@@ -7,6 +7,7 @@ from typing import Any
 
 import httpx
 import pytest
+from one_model import front_of_one
 from yi_card import ANSWER, END_OF_TEXT, FORMS, IM_END, IM_START, WINDOW
 
 from tightrope.backends.detect import open_backend
@@ -15,9 +16,7 @@ from tightrope.engine.process.client import EngineClient
 from tightrope.engine.process.launch import thread_launcher
 from tightrope.engine.settings import EngineSettings
 from tightrope.server.app import create_app
-from tightrope.server.http.metrics import Metrics
 from tightrope.server.settings.settings import ServerSettings
-from tightrope.server.state import AppState
 
 CARD = {"temperature": 1.2, "repetition_penalty": 1.05}
 HELLO = [{"role": "system", "content": "Answer briefly."}, {"role": "user", "content": "When does it leave?"}]
@@ -30,7 +29,7 @@ async def served(path: Path) -> AsyncIterator[httpx.AsyncClient]:
     settings = EngineSettings(model=ModelSettings(model=str(path), gguf_engine="llama.cpp", threads=1))
     backend = open_backend(settings.model, lambda share: None)
     client = EngineClient(settings, thread_launcher(lambda settings, progress: backend))
-    app = create_app(AppState(client, ServerSettings(engine=settings), Metrics(client)))
+    app = create_app(front_of_one(client, ServerSettings(engine=settings)))
     async with app.router.lifespan_context(app):
         await client.wait_ready()
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)

@@ -23,13 +23,13 @@ class OllamaBody(AnswerBody):
 
     stream: bool = Field(True, description="Lines of JSON as they come; false gives one object.")
     options: OllamaOptions = OllamaOptions()
-    keep_alive: int | float | str | None = Field(None, description="The model stays loaded: changes nothing.")
+    keep_alive: int | float | str | None = Field(
+        None, description="Where there are several models: how long this one stays loaded behind the last request."
+    )
     format: str | dict[str, Any] | None = Field(None, description="json or a JSON schema.")
     logprobs: bool = Field(False, description="List the log probabilities of the answer's tokens.")
     top_logprobs: int | None = Field(None, ge=0, description="Alternatives at each token.")
     think: bool | str | None = Field(None, description='Whether to think, or how much: "low", "medium" or "high".')
-
-    without_effect = frozenset({"keep_alive"})
 
     def given(self) -> dict[str, Any]:
         shape = {} if self.format is None else {"format": self.format}

@@ -1,5 +1,6 @@
 """Ollama's routes."""
 
+import time
 from datetime import UTC, datetime
 from hashlib import sha256
 from typing import Any
@@ -25,16 +26,17 @@ from tightrope.server.dialects.ollama.bodies import (
     ShowBody,
     Shown,
 )
-from tightrope.server.dialects.ollama.writing import Chat, Generate, now
+from tightrope.server.dialects.ollama.keep_alive import expiry, keep_alive_s
+from tightrope.server.dialects.ollama.writing import Chat, Generate, keep, now
 from tightrope.server.http.body import AnyTypeRoute
 from tightrope.server.http.error_docs import ERRORS, Documented, written
+from tightrope.server.http.hangup import or_gone
 from tightrope.server.replies.form import reply_form
 from tightrope.server.replies.tools_in_words import takes_tools
-from tightrope.server.served import Served, check_model
+from tightrope.server.served import check_model
 from tightrope.server.state import AppState
 
 LINES = {"application/x-ndjson": {"schema": {"type": "string"}}}
-FOR_EVER = "2318-12-31T00:00:00Z"  # The model is not unloaded.
 ERROR_LINES: Documented = {status: row | {"model": OllamaError} for status, row in ERRORS.items() if status != 415}
 
 
@@ -42,7 +44,10 @@ def _only(*statuses: int | str) -> Documented:
     return {status: ERROR_LINES[status] for status in statuses}
 
 
-def _details(info: ModelInfo) -> ModelDetails:
+def _details(info: ModelInfo | None) -> ModelDetails:
+    """What is known of a model; None: it has not been loaded yet."""
+    if info is None:
+        return ModelDetails(format="", family="", families=[], quantization_level="")
     return ModelDetails(
         format=info.format,
         family=info.architecture,
@@ -55,9 +60,15 @@ def _digest(name: str) -> str:
     return sha256(name.encode()).hexdigest()
 
 
-def _loaded(body: OllamaBody, served: Served, empty: dict[str, Any]) -> Response:
-    name = check_model(body.model, served) or served.model_id
-    reason = "unload" if body.keep_alive in (0, "0") else "load"
+async def _loaded(front: AppState, body: OllamaBody, request: Request, empty: dict[str, Any]) -> Response:
+    """The answer to nothing: the model is loaded, or with a keep_alive of 0 unloaded where there are others."""
+    reason = "load" if body.keep_alive is None or keep_alive_s(body.keep_alive) else "unload"
+    if reason == "load" or front.models.is_alone:
+        front = await front.at(request, body.model)
+    else:
+        front = front.of(await or_gone(request, front.models.unload(body.model)))
+    name = check_model(body.model, front.names()) or front.model.name
+    keep(front, body)
     made = {"model": name, "created_at": now(), **empty, "done": True, "done_reason": reason}
     media_type = "application/x-ndjson" if body.stream else "application/json"
     return Response(msgspec.json.encode(made) + b"\n", media_type=media_type)
@@ -75,39 +86,53 @@ def ollama_router(front: AppState) -> APIRouter:
 
     @router.get("/tags", responses=_only(401, 503))
     async def tags() -> OllamaModels:
-        """The models: the one that is served, and its adapters."""
-        served = front.served()
-        details = _details(served.info)
+        """The models, loaded or not, each with its adapters."""
+        front.models.check_known()
+        named = [(name, model.info) for model in front.models.all for name in (model.name, *model.adapters)]
         return OllamaModels(
             models=[
-                OllamaModel(name=name, model=name, modified_at=since, size=0, digest=_digest(name), details=details)
-                for name in (served.model_id, *served.adapters)
+                OllamaModel(
+                    name=name, model=name, modified_at=since, size=0, digest=_digest(name), details=_details(info)
+                )
+                for name, info in named
             ]
         )
 
     @router.get("/ps", responses=_only(401, 503))
     async def running() -> RunningModels:
-        """The loaded model."""
-        served = front.served()
-        name, info = served.model_id, served.info
-        model = RunningModel(
-            name=name,
-            model=name,
-            size=0,
-            digest=_digest(name),
-            details=_details(info),
-            expires_at=FOR_EVER,
-            size_vram=0,
-            context_length=info.max_model_len,
+        """The models that are loaded."""
+        front.models.check_known()
+        now_s = time.monotonic()
+        return RunningModels(
+            models=[
+                RunningModel(
+                    name=model.name,
+                    model=model.name,
+                    size=0,
+                    digest=_digest(model.name),
+                    details=_details(info),
+                    expires_at=expiry(model, front.models.idle_s_of(model), now_s),
+                    size_vram=0,
+                    context_length=info.max_model_len,
+                )
+                for model in front.models.loaded
+                if (info := model.info) is not None
+            ]
         )
-        return RunningModels(models=[model])
 
     @router.post("/show", responses=_only(400, 401, 404, 413, 503, "default"))
     async def show(body: ShowBody) -> Shown:
-        """The served model, or one of its adapters: its template, its window, and what it can do."""
-        served = front.served()
-        check_model(body.model or body.name, served)
-        info, template = served.info, front.template()
+        """A model, or an adapter of one: its template, its window, and what it can do.
+
+        Of one that has never been loaded only its name is known, and it isn't loaded to tell more.
+        """
+        front.models.check_known()
+        chosen = front.of(front.models.find(body.model or body.name))
+        check_model(body.model or body.name, chosen.names())
+        if (info := chosen.model.info) is None:
+            details = _details(None)
+            return Shown(template="", details=details, model_info={}, capabilities=["completion"], modified_at=since)
+        template = chosen.template_of(info)
         has_tools = takes_tools(template.source_for(has_tools=True))
         thinks = reply_form(template.source).has_thoughts
         return Shown(
@@ -127,14 +152,14 @@ def ollama_router(front: AppState) -> APIRouter:
     async def generate(body: OllamaGenerate, request: Request) -> Response:
         """Continue a prompt, or answer it by the chat template unless it is raw."""
         if not body.prompt:
-            return _loaded(body, front.served(), Generate.wrap("", {}))
+            return await _loaded(front, body, request, Generate.wrap("", {}))
         return await answer(front, Generate, body, request)
 
     @router.post("/chat", **written(ERROR_LINES, model=OllamaChatAnswer, content=LINES, description="The answer."))
     async def chat(body: OllamaChat, request: Request) -> Response:
         """Answer a chat; calls of tools come as objects."""
         if not body.messages:
-            return _loaded(body, front.served(), Chat.wrap("", {}))
+            return await _loaded(front, body, request, Chat.wrap("", {}))
         return await answer(front, Chat, body, request)
 
     return router

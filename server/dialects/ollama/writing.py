@@ -28,8 +28,9 @@ from tightrope.server.chats.requests import Message, Tool
 from tightrope.server.chats.tools import check_tools
 from tightrope.server.deltas.choices import Choice
 from tightrope.server.dialects.ollama.bodies import OllamaBody, OllamaChat, OllamaGenerate
+from tightrope.server.dialects.ollama.keep_alive import keep_alive_s
 from tightrope.server.fields.logprobs import listed
-from tightrope.server.fields.names import Bent
+from tightrope.server.fields.names import Bent, Ignored
 from tightrope.server.fields.progress import prompt_progress
 from tightrope.server.fields.structured import read_grammar
 from tightrope.server.prompts.templates import RenderedPrompt
@@ -72,6 +73,16 @@ def _ending(prompt: PromptInfo, finish: Finish) -> dict[str, Any]:
     }
 
 
+def keep(front: AppState, body: OllamaBody) -> list[Ignored]:
+    """Keep the model loaded for as long as the body says; what of that changes nothing. Raises InvalidRequest."""
+    if body.keep_alive is None:
+        return []
+    if front.models.is_alone:
+        return [("keep_alive", "the only model stays loaded")]
+    front.model.idle_s = keep_alive_s(body.keep_alive)
+    return []
+
+
 class _Ollama(Dialect[T]):
     """Lines of JSON, the last of which tells how it ended."""
 
@@ -104,7 +115,7 @@ class _Ollama(Dialect[T]):
             logprobs=LogprobRequest(processed=False, top=body.top_logprobs or 0) if body.logprobs else None,
             shape=chat.grammar,
             shown_tokens=chat.plan.marks,
-            ignored=[*body.overruled(), *(("think", why) for _, why in chat.ignored[:1])],
+            ignored=[*body.overruled(), *(("think", why) for _, why in chat.ignored[:1]), *keep(front, body)],
             bent=[*read.bent, *bent],
             notes=chat.prompt.notes,
         )

@@ -134,6 +134,14 @@ class CompletionAnswer(BaseModel):
     explain: Explained = {}
 
 
+class ModelStatus(BaseModel):
+    """Whether the model is in memory; llama.cpp's server has it, too."""
+
+    value: Literal["unloaded", "loading", "loaded", "failed"]
+    failed: bool = False
+    message: str = Field("", description="Why it could not be loaded.")
+
+
 class ModelCard(BaseModel):
     id: str
     object: Literal["model"]
@@ -141,7 +149,8 @@ class ModelCard(BaseModel):
     owned_by: str
     root: str
     parent: str | None
-    max_model_len: int
+    max_model_len: int | None = Field(description="In tokens; null where it has not been loaded yet.")
+    status: ModelStatus
 
 
 class ModelList(BaseModel):

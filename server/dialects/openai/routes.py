@@ -3,11 +3,12 @@
 from fastapi import APIRouter, Request, Response
 
 from tightrope.server.answering import answer
-from tightrope.server.dialects.openai.answers import ChatAnswer, CompletionAnswer, ModelCard, ModelList
+from tightrope.server.dialects.openai.answers import ChatAnswer, CompletionAnswer, ModelCard, ModelList, ModelStatus
 from tightrope.server.dialects.openai.requests import ChatRequest, CompletionRequest
 from tightrope.server.dialects.openai.writing import Chat, Completions
 from tightrope.server.http.body import JsonRoute
 from tightrope.server.http.error_docs import only, written
+from tightrope.server.models.model import Model
 from tightrope.server.served import check_model
 from tightrope.server.state import AppState
 
@@ -18,32 +19,43 @@ EVENTS = {
 }
 
 
+def _status(model: Model) -> ModelStatus:
+    if model.failure is not None:
+        return ModelStatus(value="failed", failed=True, message=model.failure.message)
+    is_coming = model.loading is not None and model.state != "loaded"
+    return ModelStatus(value="loading" if is_coming else model.state)
+
+
 def openai_router(front: AppState) -> APIRouter:
     """All routes, relative to /v1."""
     router = APIRouter(route_class=JsonRoute, tags=["OpenAI"])
 
-    def card(adapter: str | None = None) -> ModelCard:
-        served = front.served()
+    def card(model: Model, adapter: str | None = None) -> ModelCard:
+        info = model.info
         return ModelCard(
-            id=served.model_id if adapter is None else adapter,
+            id=model.name if adapter is None else adapter,
             object="model",
             created=front.started,
             owned_by="tightrope",
-            root=served.info.model_id if adapter is None else served.adapters[adapter],
-            parent=None if adapter is None else served.model_id,
-            max_model_len=served.info.max_model_len,
+            root=(model.name if info is None else info.model_id) if adapter is None else model.adapters[adapter],
+            parent=None if adapter is None else model.name,
+            max_model_len=None if info is None else info.max_model_len,
+            status=_status(model),
         )
 
     @router.get("/models", responses=only(401, 503))
     async def models() -> ModelList:
-        """The served model and its adapters."""
-        return ModelList(object="list", data=[card(), *map(card, front.served().adapters)])
+        """The models, each with its adapters behind it, and which of them are loaded."""
+        front.models.check_known()
+        cards = [card(model, adapter) for model in front.models.all for adapter in (None, *model.adapters)]
+        return ModelList(object="list", data=cards)
 
     @router.get("/models/{model:path}", responses=only(401, 404, 503, "default"))
     async def model(model: str) -> ModelCard:
         """One model; its name may contain slashes."""
-        served = front.served()
-        return card(check_model(model, served, is_openai=True))
+        front.models.check_known()
+        found = front.models.find(model)
+        return card(found, check_model(model, front.of(found).names(), is_openai=True))
 
     @router.post(
         "/chat/completions", **written(model=ChatAnswer, content=EVENTS, description="The answer, whole or as events.")

@@ -44,6 +44,11 @@ class GenerateBody(Body):
     model: str | None = Field(None, description="An adapter's name counts as adapter_id; others change nothing.")
     explain: bool = Field(False, description="Say in the answer what was done: prompt, samplers, ignored fields.")
 
+    @property
+    def named_model(self) -> str | None:
+        adapter = None if self.parameters is None else self.parameters.adapter_id
+        return self.model or adapter
+
 
 class CompatBody(GenerateBody):
     """POST /."""

@@ -58,7 +58,6 @@ class _TGI(Dialect[G]):
 
     column: ClassVar[Column] = "tgi"
 
-    is_stream: ClassVar[bool] = False
     # It decides whether the inputs come in front of the answer where nothing else is said.
     is_full: ClassVar[bool] = False
 
