@@ -87,7 +87,7 @@ class Supervisor:
         self._task: asyncio.Task[None] | None = None
         self._writer: StreamWriter | None = None
         self._outbox: Outbox | None = None
-        self._expiry: asyncio.TimerHandle | None = None
+        self._expiry: asyncio.Task[None] | None = None
         self._num_silent = 0  # It counts ticks of the watch since the engine was heard.
         self._has_answered = False  # The present engine has answered somebody.
         self._began_s = time.monotonic()  # The present engine was started then, or the next one will be.
@@ -223,7 +223,7 @@ class Supervisor:
         if was_ready:
             self._lost_s = self._began_s = time.monotonic()
             await self._set_state("restarting")
-            self._expiry = asyncio.get_running_loop().call_later(self._waiting_s, self._listener.on_given_up)
+            self._expiry = asyncio.create_task(self._give_up_in_time(), name="engine expiry")
         self._listener.on_lost()
         how = "it was never there" if self.handle is None else await _end_of(self.handle)
         if not reason and not was_ready:
@@ -274,6 +274,13 @@ class Supervisor:
                 case _:
                     self._has_answered = self._has_answered or not isinstance(message, Progress)
                     self._listener.on_message(message)
+
+    async def _give_up_in_time(self) -> None:
+        """Have requests wait no longer. Ticks are counted: while all processes are stopped no engine loads."""
+        tick_s = self._waiting_s / BEATS
+        for _ in range(BEATS):
+            await asyncio.sleep(tick_s)
+        self._listener.on_given_up()
 
     async def _watch(self, handle: EngineHandle | None) -> None:
         """Kill an engine that gives no sign of life. Ticks are counted: a stop of all processes is no silence."""

@@ -200,6 +200,18 @@ async def test_a_load_that_fails_at_a_restart_is_tried_again_and_ends_who_waits(
         await busy.aclose()
 
 
+async def test_a_stop_of_all_processes_is_no_time_that_requests_wait(monkeypatch: pytest.MonkeyPatch):
+    async with running(settings()) as client:
+        busy = client.generate(ask("busy", "busy", 900))
+        first = await anext(busy)
+        send_to_engine(client, signal.SIGKILL)
+        await until(lambda: client.state == "restarting")
+        loop = asyncio.get_running_loop()
+        now = loop.time
+        monkeypatch.setattr(loop, "time", lambda: now() + 3600)
+        assert first.text + "".join([delta.text async for delta in busy]) == expected("busy", 900)
+
+
 async def test_loads_that_keep_failing_are_given_up_in_the_end(tmp_path: Path):
     away = tmp_path / "away"
     model = EngineSettings(model=ModelSettings(model=str(away)), life=LifeSettings(restart_limit_s=1.0))
