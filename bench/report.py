@@ -40,8 +40,15 @@ def write(name: str, results: dict[str, object]) -> Path:
     """Write bench/results/`name`.json: the environment, and `results` under that key. Returns the file's path."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps({**environment(), "results": results}, indent=2, ensure_ascii=False) + "\n")
+    replace(path, {**environment(), "results": results})
     return path
+
+
+def replace(path: Path, written: Mapping[str, object]) -> None:
+    """Write JSON into a file at once, as runs beside each other may add to one."""
+    unfinished = path.with_suffix(f".{os.getpid()}")
+    unfinished.write_text(json.dumps(written, indent=2, ensure_ascii=False) + "\n")
+    unfinished.replace(path)
 
 
 class RowFile:

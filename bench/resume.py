@@ -3,11 +3,11 @@
     python -m bench.resume [--kills 200 | --cuts 200] [--model MODEL | --tiny] [--gguf-engine llama.cpp] [--together 4]
 
 The answers, every second one greedy and the others with a seed, are asked of one server that is left alone, and then of
-another whose engine is killed at a random token of each, or whose sockets are cut at a random byte, several times an
-answer. Several together are asked as often, all of which one kill hits: of these no token that was given out may be
-lost, doubled or changed, and how many texts are equal is told. Prompts fit one step, since how many tokens longer ones
-have in each depends on the time that steps take, and so do the last bits. Puts its row into bench/results/resume.json,
-in place of one of the same kind.
+another, again and again, whose engine is killed at a random token of each, or whose sockets are cut at a random byte,
+several times an answer. Several together are asked as often, all of which one kill hits: of these no token that was
+given out may be lost, doubled or changed, and how many texts are equal is told. Prompts fit one step, since how many
+tokens longer ones have in each depends on the time that steps take, and so do the last bits. Puts its row into
+bench/results/resume.json, in place of one of the same kind, after each answer: what ends a run takes one along at most.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import json
 import random
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -32,9 +32,11 @@ from bench.stats import spread
 from bench.watch import engine_process, held, line, verdict
 from tightrope.backends.settings import GgufEngine
 
-ANSWER_TOKENS, PATIENCE_S = 48, 180.0
+ANSWER_TOKENS = 48
+PATIENCE_S = 900.0  # for an answer, over the start of an engine on a machine that does other things, too
 WARM = 8  # so many kills come before memory is looked at
 FRONT_MIB = 4.0  # bar: growth of the front over all kills
+MOST_READINGS = 20  # of its memory are told
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,12 +135,26 @@ async def killed(served: Served, client: httpx.AsyncClient, numbers: Sequence[in
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What came of all answers, undisturbed and killed, and how much the front grew."""
+    """What came of all answers so far; the undisturbed ones were asked for in turn, and the front had so many MiB."""
 
     expected: Sequence[Answer]
     answers: Sequence[Answer]
-    grown_mib: float
+    front_mib: Sequence[float]
     tracebacks: Sequence[str]
+    num_missing: int = 0  # so many kills or cuts are still to come
+
+    @property
+    def pairs(self) -> list[tuple[Answer, Answer]]:
+        """Each answer behind the undisturbed one."""
+        return [(self.expected[n % len(self.expected)], answer) for n, answer in enumerate(self.answers)]
+
+    @property
+    def grown_mib(self) -> float:
+        """Growth of the front since it is warm."""
+        return self.front_mib[-1] - self.front_mib[min(WARM, len(self.front_mib)) - 1]
+
+
+Tell = Callable[[Sequence[Answer], Sequence[float], int], None]  # answers, MiB of the front, kills or cuts so far
 
 
 async def undisturbed(served: Served, number: int) -> list[Answer]:
@@ -146,35 +162,32 @@ async def undisturbed(served: Served, number: int) -> list[Answer]:
         return [await read(client, n, []) for n in tqdm(range(number), desc="undisturbed", disable=None)]
 
 
-async def interrupted(served: Served, cuts: int, expected: Sequence[Answer], seed: int) -> tuple[list[Answer], float]:
+async def interrupted(served: Served, cuts: int, num_texts: int, seed: int, tell: Tell) -> None:
     """Cut sockets so often, while these answers are read again and again."""
     rng = random.Random(seed)
-    answers: list[Answer] = []
-    before, num_cuts = 0.0, 0
+    answers, mib, num_cuts = list[Answer](), list[float](), 0
     async with httpx.AsyncClient(base_url=served.url, timeout=None) as client:
         with tqdm(total=cuts, desc="cut", disable=None) as bar:
             while num_cuts < cuts:
-                answers.append(await cut(client, len(answers) % len(expected), rng))
+                answers.append(await cut(client, len(answers) % num_texts, rng))
                 num_cuts += answers[-1].num_cuts
                 bar.update(answers[-1].num_cuts)
-                if len(answers) <= WARM:
-                    before = _mib(served)
-    return answers, _mib(served) - before
+                mib.append(_mib(served))
+                tell(answers, mib, num_cuts)
 
 
-async def disturbed(served: Served, number: int, together: int, seed: int) -> tuple[list[Answer], float]:
+async def disturbed(served: Served, kills: int, together: int, num_texts: int, seed: int, tell: Tell) -> None:
+    """Kill the engine so often, each time in the middle of so many answers."""
     rng = random.Random(seed)
-    answers: list[Answer] = []
-    before = 0.0
+    answers, mib = list[Answer](), list[float]()
     async with httpx.AsyncClient(base_url=served.url, timeout=None) as client:
-        for first in tqdm(range(0, number, together), desc=f"killed, {together} at a time", disable=None):
+        for number in tqdm(range(kills), desc=f"killed, {together} at a time", disable=None):
             while (await client.get("/health")).status_code != 200:
                 await asyncio.sleep(0.02)
-            numbers = range(first, min(first + together, number))
+            numbers = [n % num_texts for n in range(number * together, (number + 1) * together)]
             answers += await killed(served, client, numbers, rng.randrange(1, ANSWER_TOKENS - 4))
-            if first <= WARM * together:
-                before = _mib(served)
-        return answers, _mib(served) - before
+            mib.append(_mib(served))
+            tell(answers, mib, number + 1)
 
 
 def _mib(served: Served) -> float:
@@ -185,13 +198,14 @@ def _mib(served: Served) -> float:
 
 def verdicts(found: Found, together: int) -> list[dict[str, object]]:
     """Each bar with its value, all of them the most that may be."""
-    pairs = list(zip(found.expected, found.answers, strict=True))
-    differ = sum(answer.token_ids != expected.token_ids for expected, answer in pairs)
+    differ = sum(answer.token_ids != expected.token_ids for expected, answer in found.pairs)
+    num_odd = sum(len(answer.token_ids) != ANSWER_TOKENS for answer in found.answers)
     bars = [
         verdict("answers that did not end whole", sum(not answer.is_whole for answer in found.answers), 0),
-        verdict("answers with tokens lost or doubled", sum(len(a.token_ids) != ANSWER_TOKENS for _, a in pairs), 0),
+        verdict("answers with tokens lost or doubled", num_odd, 0),
         verdict("growth of the front in MiB", found.grown_mib, FRONT_MIB),
         verdict("tracebacks in the log", len(found.tracebacks), 0),
+        verdict("kills or cuts that are missing", found.num_missing, 0),
     ]
     return [verdict("answers that differ from the undisturbed", differ, 0), *bars] if together == 1 else bars
 
@@ -205,8 +219,8 @@ def parts_at(expected: Answer, answer: Answer) -> int | None:
 
 def row(found: Found, bars: list[dict[str, object]], setup: dict[str, object]) -> dict[str, object]:
     """What came of one run, as JSON."""
-    places = [parts_at(expected, answer) for expected, answer in zip(found.expected, found.answers, strict=True)]
-    answers = found.answers
+    pairs, answers = found.pairs, found.answers
+    places = [parts_at(expected, answer) for expected, answer in pairs]
     return {
         "setup": setup,
         "date": report.environment()["date"],
@@ -214,13 +228,19 @@ def row(found: Found, bars: list[dict[str, object]], setup: dict[str, object]) -
         "answers": len(answers),
         "equal": places.count(None),
         "parted": [
-            {"number": number, "at_kill": answers[number].at_kill, "parts_at": place}
+            {
+                "number": number,
+                "at_kill": answers[number].at_kill,
+                "parts_at": place,
+                "token_ids": [one.token_ids[place : place + 1] for one in pairs[number]],
+            }
             for number, place in enumerate(places)
             if place is not None
         ],
         "num_cuts": sum(answer.num_cuts for answer in answers),
         "at_kill": spread([answer.at_kill for answer in answers]),
         "pause_s": spread([round(answer.pause_s, 2) for answer in answers]),
+        "front_mib": [round(mib, 2) for mib in found.front_mib[:: -(-len(found.front_mib) // MOST_READINGS)]],
     }
 
 
@@ -230,53 +250,61 @@ def with_row(path: Path, new: dict[str, object]) -> list[object]:
     return [*(row for row in rows if row["setup"] != new["setup"]), new]
 
 
-NUM_CUT = 16  # so many answers are read in turn while sockets are cut
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--kills", type=int, default=200)
     what.add_argument("--cuts", type=int, default=0, help="cut so many sockets instead")
     parser.add_argument("--together", type=int, default=1, help="answers that one kill hits")
+    parser.add_argument("--texts", type=int, default=40, help="answers that are asked for in turn")
     parser.add_argument("--threads", type=int, default=0, help="of the engine; 0 is one per physical core")
     parser.add_argument("--gguf-engine", default="auto", choices=get_args(GgufEngine), help="what runs a .gguf file")
     add_model_options(parser)
     parser.add_argument("--seed", type=int, default=0, help="of the tokens at which engines are killed")
     parser.add_argument("--name", default="resume", help="results go to bench/results/NAME.json")
     options = parser.parse_args()
-    number = NUM_CUT if options.cuts else options.kills * options.together
     end_servers_when_told()
     with tempfile.TemporaryDirectory() as place:
         model = chosen_model(options, Path(place))
-        flags = ["--max-num-seqs", "4", "--max-model-len", "2048", "--threads", str(options.threads)]
-        flags += ["--gguf-engine", options.gguf_engine]
         try:
-            (Path(place) / "a").mkdir()
-            with serving(model, Path(place) / "a", f"{options.name}-undisturbed", flags) as served:
-                expected = asyncio.run(undisturbed(served, number))
-            with serving(model, Path(place), options.name, flags) as served:
-                if options.cuts:
-                    answers, grown_mib = asyncio.run(interrupted(served, options.cuts, expected, options.seed))
-                else:
-                    answers, grown_mib = asyncio.run(disturbed(served, number, options.together, options.seed))
-                tracebacks = last_lines_of_tracebacks(served.log.read_text(errors="replace"))
+            bars = measure(model, Path(place), options)
         except StartFailed as error:
             raise SystemExit(f"{error}; the server's log is build/{options.name}.log") from None
-    matching = [expected[place % len(expected)] for place in range(len(answers))]
-    found = Found(matching, answers, grown_mib, tracebacks)
-    bars = verdicts(found, options.together)
-    kind = {"cuts": options.cuts} if options.cuts else {"kills": options.kills, "together": options.together}
+    print(report.RESULTS / f"{options.name}.json")
+    print("\n".join(map(line, bars)))
+
+
+def measure(model: Path, folder: Path, options: argparse.Namespace) -> list[dict[str, object]]:
+    """Ask all of both servers, and write the row as it grows; returns its bars. Raises StartFailed."""
+    flags = ["--max-num-seqs", "4", "--max-model-len", "512", "--threads", str(options.threads)]
+    flags += ["--gguf-engine", options.gguf_engine]
+    num = options.cuts or options.kills
     setup: dict[str, object] = {
         "model": model.name,
         "gguf_engine": options.gguf_engine,
-        **kind,
+        **({"cuts": num} if options.cuts else {"kills": num, "together": options.together}),
+        "texts": options.texts,
         "threads": options.threads,
         "seed": options.seed,
     }
+    (folder / "a").mkdir()
+    with serving(model, folder / "a", f"{options.name}-undisturbed", flags) as served:
+        expected = asyncio.run(undisturbed(served, options.texts))
+    bars: list[dict[str, object]] = []
     path = report.RESULTS / f"{options.name}.json"
-    print(report.write(options.name, {"rows": with_row(path, row(found, bars, setup))}))
-    print("\n".join(map(line, bars)))
+    with serving(model, folder, options.name, flags) as served:
+
+        def tell(answers: Sequence[Answer], mib: Sequence[float], num_so_far: int) -> None:
+            tracebacks = last_lines_of_tracebacks(served.log.read_text(errors="replace"))
+            found = Found(expected, answers, mib, tracebacks, max(0, num - num_so_far))
+            bars[:] = verdicts(found, options.together)
+            report.write(options.name, {"rows": with_row(path, row(found, bars, setup))})
+
+        if options.cuts:
+            asyncio.run(interrupted(served, num, options.texts, options.seed, tell))
+        else:
+            asyncio.run(disturbed(served, num, options.together, options.texts, options.seed, tell))
+    return bars
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from bench.meter import process_tree
 from bench.peers import ROOT, finding_ours, free_port, started
 from bench.small_models import write_model
 
+START_S = 600.0  # for a server to be ready, on a machine that does other things, too
 STOP_S = 90.0  # the server lets answers finish for a minute
 LEFT_S = 10.0  # what is still there so long after the server is left behind
 
@@ -49,7 +50,7 @@ def serving(model: Path, folder: Path, name: str, options: Sequence[str]) -> Ite
     url = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "tightrope", "serve", str(model), "--port", str(port), *options]
     environment = {"TMPDIR": str(temp), **finding_ours()}
-    with log.open("w+") as output, started(command, f"{url}/health", output, environment) as process:
+    with log.open("w+") as output, started(command, f"{url}/health", output, environment, START_S) as process:
         yield Served(url, process, log, temp)
 
 

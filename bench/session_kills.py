@@ -1,31 +1,33 @@
-"""Everything is killed with -9 while chats are written, again and again: no answer may be another than without."""
+"""The engine is killed with -9 while it writes chats, again and again: no answer may be another than without.
+
+The next one goes on with the answer that is under way, and with the folder as it finds it.
+"""
 
 import asyncio
 import os
 import random
-import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import httpx
-import psutil
 from tqdm import tqdm
 
 from bench import report
 from bench.english import english_text
-from bench.meter import process_tree
-from bench.served import Served, serving
+from bench.served import Served, last_lines_of_tracebacks, serving
+from bench.watch import engine_process
 
-NUM_CHATS, NUM_TURNS = 24, 4
+NUM_CHATS, NUM_TURNS = 12, 4
 FIRST_CHARS, TURN_CHARS, ANSWER_TOKENS = 1200, 500, 12
 WINDOW = 1024
 OPTIONS = ["--max-model-len", str(WINDOW), "--kv-cache-tokens", str(2 * WINDOW)]
 DISK_MIB = 64  # The folder is full after some lives, so that old chats go, too.
-MOST_ANSWERS, MOST_WAIT_S = 6, 0.06  # In one life; and so long after the last answer begins, everything is killed.
+MOST_ANSWERS = 3  # In one life, and one that is killed.
+MOST_WAIT_S, MOST_FILE_WAIT_S = 0.06, 2.0  # The kill comes so long after the last answer begins, or as a file does.
 PATIENCE_S = 900  # For an answer.
 TIE = 0.1  # Nats: where two tokens are as likely as that, the steps that a prompt is read in decide between them.
 
@@ -48,7 +50,7 @@ class Said:
 
 @dataclass(slots=True)
 class Counts:
-    """What was seen in all lives of a server."""
+    """What was seen in all lives of an engine."""
 
     kills: int = 0
     kills_within_a_file: int = 0  # A file that was begun and not finished was left behind.
@@ -77,68 +79,83 @@ async def ask(client: httpx.AsyncClient, url: str, prompt: str) -> Said:
     return Said(tuple(logprobs["tokens"]), tuple(logprobs["top_logprobs"]), cached)
 
 
-def kill_all(served: Served) -> None:
-    for process in process_tree(served.process.pid):
-        with suppress(psutil.NoSuchProcess):
-            process.kill()
-    served.process.wait()
+def unfinished(folder: Path) -> list[str]:
+    """The files that are being written, or were when their process was killed."""
+    return [name for name in os.listdir(folder) if name.startswith(".")]
 
 
-async def live(served: Served, asked: Sequence[tuple[int, int]], chance: random.Random) -> list[tuple[int, int, Said]]:
-    """Ask for these turns, and then for others, until it is time to kill; returns what was answered."""
-    said: list[tuple[int, int, Said]] = []
-    most = chance.randint(1, MOST_ANSWERS)
-    async with httpx.AsyncClient(timeout=PATIENCE_S) as client:
-        for number in range(most + 1):
-            chat, turn = asked[number] if number < len(asked) else (chance.randrange(NUM_CHATS), 0)
-            if number >= len(asked) and said and chance.random() < 0.7:  # A chat goes on.
-                chat, turn = said[-1][0], (said[-1][1] + 1) % NUM_TURNS
-            task = asyncio.create_task(ask(client, served.url, prompt_of(chat, turn)))
-            if number == most:
-                await asyncio.wait([task], timeout=MOST_WAIT_S * chance.random() ** 3)
-                kill_all(served)
-                task.cancel()
-                await asyncio.gather(task, return_exceptions=True)
-            else:
-                said.append((chat, turn, await task))
-    return said
+def wait_for_file(folder: Path) -> None:
+    """Wait until a file is being written, but not for long."""
+    end_s = time.monotonic() + MOST_FILE_WAIT_S
+    while not unfinished(folder) and time.monotonic() < end_s:
+        pass
 
 
 class Lives:
-    """The lives of a server over one folder of chats, each ended by a kill, beside one without that is left alone."""
+    """The lives of an engine over one folder of chats, each ended by a kill, beside one without that is left alone."""
 
-    def __init__(self, model: Path, folder: Path, plain: Served, seed: int) -> None:
-        self.model, self.counts, self._seed = model, Counts(), seed
-        self._folder, self._chats, self._plain = folder, folder / "chats", plain
+    def __init__(self, setup: Mapping[str, str], served: Served, chats: Path, plain: Served, seed: int) -> None:
+        self.counts, self._setup, self._seed = Counts(), setup, seed
+        self._served, self._chats, self._plain = served, chats, plain
         self._chance = random.Random(seed)
         self._last: list[tuple[int, int]] = []  # The next turns of what was written last.
         self._expected: dict[tuple[int, int], Said] = {}
 
-    def next(self) -> None:
-        """Live once more."""
-        counts, temp = self.counts, self._folder / str(self.counts.kills)
-        temp.mkdir()
-        kept = ["--session-dir", str(self._chats), "--session-disk-mib", str(DISK_MIB)]
-        with serving(self.model, temp, "session-kills", [*OPTIONS, *kept]) as served:
-            said = asyncio.run(live(served, self._last, self._chance))
-        shutil.rmtree(temp)
-        counts.kills += 1
-        unfinished = [file for file in os.listdir(self._chats) if file.startswith(".")]
-        counts.kills_within_a_file += bool(unfinished)
-        for file in unfinished:
+    async def next(self) -> None:
+        """Live once more: ask for the turns after the last ones, and then for others, until it is time to kill."""
+        counts, seen = self.counts, set[int]()
+        said: list[tuple[int, int]] = []
+        most = self._chance.randint(1, MOST_ANSWERS)
+        async with httpx.AsyncClient(timeout=PATIENCE_S) as client:
+            await until_well(client, self._served.url)
+            for number in range(most + 1):
+                chat, turn = self._choose(number, said)
+                asked = asyncio.create_task(ask(client, self._served.url, prompt_of(chat, turn)))
+                if number == most:
+                    await self._kill()
+                answer = await asked
+                counts.answers_from_disk += number < most and chat not in seen and answer.num_cached > 0
+                seen.add(chat)
+                said.append((chat, turn))
+                _count(counts, answer, await self._undisturbed(client, chat, turn), f"{chat}, {turn}")
+        counts.tracebacks = len(last_lines_of_tracebacks(self._served.log.read_text()))
+        self._last = [(chat, min(turn + 1, NUM_TURNS - 1)) for chat, turn in said[-2:]]
+
+    def _choose(self, number: int, said: Sequence[tuple[int, int]]) -> tuple[int, int]:
+        if number < len(self._last):
+            return self._last[number]
+        if said and self._chance.random() < 0.7:  # A chat goes on.
+            return said[-1][0], (said[-1][1] + 1) % NUM_TURNS
+        return self._chance.randrange(NUM_CHATS), 0
+
+    async def _kill(self) -> None:
+        """Kill the engine at a random moment, or in the middle of a file."""
+        if self._chance.random() < 0.5:
+            await asyncio.to_thread(wait_for_file, self._chats)
+        else:
+            await asyncio.sleep(MOST_WAIT_S * self._chance.random() ** 3)
+        engine = engine_process(self._served.process.pid)
+        assert engine is not None
+        engine.kill()
+        engine.wait()
+        left = unfinished(self._chats)
+        for file in left:
             (self._chats / file).unlink()
-        counts.tracebacks += "Traceback" in served.log.read_text()
-        seen = set[int]()
-        for chat, turn, answer in said:
-            if (chat, turn) not in self._expected:
-                self._expected[chat, turn] = asyncio.run(_cold(self._plain.url, prompt_of(chat, turn)))
-            counts.answers_from_disk += chat not in seen and answer.num_cached > 0
-            seen.add(chat)
-            _count(counts, answer, self._expected[chat, turn], f"{chat}, {turn}")
-        self._last = [(chat, min(turn + 1, NUM_TURNS - 1)) for chat, turn, _ in said[-2:]]
+        self.counts.kills += 1
+        self.counts.kills_within_a_file += bool(left)
+
+    async def _undisturbed(self, client: httpx.AsyncClient, chat: int, turn: int) -> Said:
+        if (chat, turn) not in self._expected:
+            self._expected[chat, turn] = await ask(client, self._plain.url, prompt_of(chat, turn))
+        return self._expected[chat, turn]
 
     def told(self) -> dict[str, object]:
-        return {"model": self.model.name, "seed": self._seed, **asdict(self.counts)}
+        return {**self._setup, "seed": self._seed, **asdict(self.counts)}
+
+
+async def until_well(client: httpx.AsyncClient, url: str) -> None:
+    while (await client.get(f"{url}/health")).status_code != 200:
+        await asyncio.sleep(0.02)
 
 
 def _count(counts: Counts, answer: Said, expected: Said, prompt: str) -> None:
@@ -152,22 +169,26 @@ def _count(counts: Counts, answer: Said, expected: Said, prompt: str) -> None:
         counts.ties += 1
 
 
-async def _cold(url: str, prompt: str) -> Said:
-    async with httpx.AsyncClient(timeout=PATIENCE_S) as client:
-        return await ask(client, url, prompt)
+def measure_kills(
+    models: Sequence[Path], engine: str, num_kills: int, write: Callable[[dict[str, object]], None]
+) -> None:
+    """Kill so often, one model after the other; `write` is given what was counted after each.
 
-
-def measure_kills(models: Sequence[Path], num_kills: int, write: Callable[[dict[str, object]], None]) -> None:
-    """Kill so often, one model after the other; `write` is given what was counted after each."""
+    engine: what runs GGUF files.
+    """
     seed = int(time.time())
     with ExitStack() as stack:
         lives = []
         for number, model in enumerate(models):
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             (folder / "plain").mkdir()
-            plain = stack.enter_context(serving(model, folder / "plain", f"session-kills-plain-{number}", OPTIONS))
-            lives.append(Lives(model, folder, plain, seed + number))
+            name = f"session-kills-{model.stem}-{engine}"
+            options = [*OPTIONS, "--gguf-engine", engine]
+            kept = ["--session-dir", str(folder / "chats"), "--session-disk-mib", str(DISK_MIB)]
+            plain = stack.enter_context(serving(model, folder / "plain", f"{name}-plain", options))
+            served = stack.enter_context(serving(model, folder, name, [*options, *kept]))
+            setup = {"model": model.name, "gguf_engine": engine}
+            lives.append(Lives(setup, served, folder / "chats", plain, seed + number))
         for number in tqdm(range(num_kills), desc="kills", disable=None):
-            lives[number % len(lives)].next()
-            rows = [each.told() for each in lives]
-            write({**report.environment(), "models": rows, "bar": not any(each.counts.wrong for each in lives)})
+            asyncio.run(lives[number % len(lives)].next())
+            write({**report.environment(), "models": [each.told() for each in lives]})

@@ -7,8 +7,9 @@ For each model, with chats of about 3,500 tokens of English and greedy answers:
   was given before the kill. Another chat comes back from disk beside a stream, whose longest pause is told.
 
 Bars: the first token within 15 % of what it takes cold through memory, and within 10 % from disk; the same text; and a
-chat is on disk within five seconds of its answer. With --kills N everything is killed so often, shared among the
-models, while chats are written (bench/session_kills.py): no token may be wrong. Writes bench/results/sessions.json.
+chat is on disk within five seconds of its answer. With --kills N the engine is killed so often, shared among the
+models, while chats are written (bench/session_kills.py): no token may be wrong. Writes bench/results/sessions.json, in
+place of what is there of the same models and engine.
 """
 
 import argparse
@@ -19,11 +20,12 @@ import shutil
 import statistics
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import psutil
 from tqdm import tqdm
@@ -35,10 +37,12 @@ from bench.peers import end_servers_when_told
 from bench.served import serving
 from bench.session_kills import measure_kills
 from bench.sse import Answer, stream
+from tightrope.backends.settings import GgufEngine
 
 WINDOW, CACHE = 4096, 4096  # tokens
 CHARS = 15_500  # about 3,500 tokens of this text
 HOST_MIB = 1024
+OPTIONS = ("--max-model-len", str(WINDOW), "--kv-cache-tokens", str(CACHE), "--host-cache-mib", str(HOST_MIB))
 THROUGH_MEMORY, FROM_DISK, ON_DISK_S = 0.15, 0.10, 5.0  # the bars
 NEIGHBOUR, NEIGHBOUR_S = "Once upon a time", 0.5  # The other stream, and how long it has run when the chat comes back.
 MOST_WAIT_S, STILL_S, POLL_S = 60.0, 1.5, 0.02
@@ -88,9 +92,9 @@ def written_after_s(folder: Path, done_s: float) -> tuple[float, int]:
     return last[0] - done_s, last[1]
 
 
-def through_memory(model: Path, folder: Path, bar: tqdm) -> list[dict[str, object]]:
+def through_memory(model: Path, engine: str, folder: Path, bar: tqdm) -> list[dict[str, object]]:
     """Two chats in turns on a cache that holds one."""
-    options = ["--max-model-len", str(WINDOW), "--kv-cache-tokens", str(CACHE), "--host-cache-mib", str(HOST_MIB)]
+    options = [*OPTIONS, "--gguf-engine", engine]
     first, second = Chat.of(0), Chat.of(1)
 
     async def turns(url: str) -> list[dict[str, object]]:
@@ -111,14 +115,14 @@ def through_memory(model: Path, folder: Path, bar: tqdm) -> list[dict[str, objec
         return asyncio.run(turns(served.url))
 
 
-def from_disk(model: Path, folder: Path, bar: tqdm) -> dict[str, object]:
+def from_disk(model: Path, engine: str, folder: Path, bar: tqdm) -> dict[str, object]:
     """A chat over a kill of everything, which finds what was on disk when its first turn had ended.
 
     Its second turn is asked for before the kill as well: prompts are read in pieces by the clock, which round
     differently, so that only what follows on the same cached tokens has to be the same text.
     """
     chats, then = folder / "chats", folder / "then"
-    options = ["--max-model-len", str(WINDOW), "--kv-cache-tokens", str(CACHE), "--host-cache-mib", str(HOST_MIB)]
+    options = [*OPTIONS, "--gguf-engine", engine]
     chat, other = Chat.of(0), Chat.of(1)
     with serving(model, folder, "sessions-killed", [*options, "--session-dir", str(chats)]) as served:
         asyncio.run(ask(served.url, other.prompts[0]))
@@ -155,22 +159,22 @@ async def beside_a_stream(url: str, prompt: str) -> dict[str, object]:
     answer = await ask(url, prompt)
     enough.set()
     arrivals = (await neighbour).arrivals_s
-    gaps = [late - early for early, late in pairwise(arrivals)]
-    beside = [late - early for early, late in pairwise(arrivals) if answer.sent_s < late <= answer.arrivals_s[0] + 0.1]
+    gaps = list(pairwise(arrivals))
+    beside = [late - early for early, late in gaps if late > answer.sent_s and early < answer.arrivals_s[0]]
     return {
         "cached_tokens": answer.cached_tokens,
         "ttft_s": round(answer.ttft_s, 3),
         "longest_pause_s": round(max(beside), 3),
-        "median_s": round(statistics.median(gaps), 3),
+        "median_s": round(statistics.median(late - early for early, late in gaps), 3),
     }
 
 
-def measure(model: Path, bar: tqdm) -> dict[str, object]:
+def measure(model: Path, engine: str, bar: tqdm) -> dict[str, object]:
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "memory").mkdir()
         (Path(folder) / "disk").mkdir()
-        rows = through_memory(model, Path(folder) / "memory", bar)
-        disk = from_disk(model, Path(folder) / "disk", bar)
+        rows = through_memory(model, engine, Path(folder) / "memory", bar)
+        disk = from_disk(model, engine, Path(folder) / "disk", bar)
     after_kill = disk["after_kill"]
     assert isinstance(after_kill, dict)
     shares = [float(str(found["of_cold"])) for found in rows if "through memory" in str(found["turn"])]
@@ -180,37 +184,54 @@ def measure(model: Path, bar: tqdm) -> dict[str, object]:
         "same text": disk["same_text"],
         "written in time": float(str(disk["written_s"])) <= ON_DISK_S,
     }
-    return {"model": model.name, "memory": rows, "disk": disk, "bars": bars}
+    return {"model": model.name, "gguf_engine": engine, "memory": rows, "disk": disk, "bars": bars}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", type=Path, nargs="+", metavar="MODEL", help="path of a .gguf file or model folder")
     parser.add_argument("--name", default="sessions", help="of the file in bench/results (default: sessions)")
+    parser.add_argument("--gguf-engine", default="auto", choices=get_args(GgufEngine), help="what runs .gguf files")
     parser.add_argument("--kills", type=int, metavar="N", help="kill N times while chats are written, and no more")
     options = parser.parse_args()
     end_servers_when_told()
-    before = report.RESULTS / f"{options.name}.json"
-    written: dict[str, Any] = json.loads(before.read_text()) if before.exists() else report.environment()
-    parts = written.get("results", {})
+    path = report.RESULTS / f"{options.name}.json"
+    models = [model.resolve() for model in options.models]
     if options.kills:
-        models = [model.resolve() for model in options.models]
-
-        def write(found: dict[str, object]) -> None:
-            whole = {**written, "results": {**parts, "kills": found}}  # What it was measured on is told with it.
-            before.write_text(json.dumps(whole, indent=2, ensure_ascii=False) + "\n")
-
-        measure_kills(models, options.kills, write)
+        measure_kills(models, options.gguf_engine, options.kills, lambda found: write_kills(path, found))
         return
-    results = []
-    with tqdm(total=7 * len(options.models), desc="turns", disable=None) as bar:
-        for model in options.models:
-            results.append(measure(model.resolve(), bar))
-            path = report.write(
-                options.name, {**parts, "chats": results}
-            )  # What ends a run takes one model along at most.
-            bar.write(f"{model.name}: {results[-1]['bars']}")
+    with tqdm(total=7 * len(models), desc="turns", disable=None) as bar:
+        for model in models:  # What ends a run takes one model along at most.
+            row = measure(model, options.gguf_engine, bar)
+            parts = results_of(path)
+            report.write(options.name, {**parts, "chats": merged(parts.get("chats", []), [row])})
+            bar.write(f"{model.name}: {row['bars']}")
     print(path)
+
+
+def results_of(path: Path) -> dict[str, Any]:
+    """What is there already."""
+    found: dict[str, Any] = json.loads(path.read_text())["results"] if path.exists() else {}
+    return found
+
+
+def merged(rows: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The rows with new ones in place of those of the same models and engines."""
+    names = {(row["model"], row["gguf_engine"]) for row in new}
+    return [*(row for row in rows if (row["model"], row["gguf_engine"]) not in names), *new]
+
+
+def write_kills(path: Path, found: Mapping[str, Any]) -> None:
+    """Put what came of kills beside the rest, which keeps the machine and the date that it was measured on."""
+    written: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {**report.environment(), "results": {}}
+    models = merged(written["results"].get("kills", {}).get("models", []), found["models"])
+    written["results"]["kills"] = {
+        **found,
+        "models": models,
+        "num_kills": sum(row["kills"] for row in models),
+        "bar": not any(row["wrong"] or row["tracebacks"] for row in models),
+    }
+    report.replace(path, written)
 
 
 if __name__ == "__main__":

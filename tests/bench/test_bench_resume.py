@@ -13,7 +13,8 @@ WHOLE = Answer(tuple(range(ANSWER_TOKENS)), "text", True)
 
 
 def missed(answer: Answer, together: int = 1, grown_mib: float = 0.0) -> list[object]:
-    return [bar["name"] for bar in verdicts(Found([WHOLE], [answer], grown_mib, []), together) if not bar["met"]]
+    found = Found([WHOLE], [answer] * 9, [40.0] * 8 + [40.0 + grown_mib], [])
+    return [bar["name"] for bar in verdicts(found, together) if not bar["met"]]
 
 
 def test_an_answer_that_is_the_same_meets_all_bars():
@@ -32,6 +33,11 @@ def test_a_lost_token_and_an_end_with_an_error_miss_theirs():
     assert missed(short, together=4) == ["answers that did not end whole", "answers with tokens lost or doubled"]
 
 
+def test_a_run_that_was_cut_misses_what_it_has_not_done():
+    bars = verdicts(Found([WHOLE], [WHOLE], [40.0], [], num_missing=3), 1)
+    assert [bar["name"] for bar in bars if not bar["met"]] == ["kills or cuts that are missing"]
+
+
 def test_of_a_stream_that_was_cut_only_whole_events_count():
     assert whole_events(b"id: a.1\ndata: {}\n\n: ping\n\nid: a.2\ndata: {}\n\nid: a.3\nda") == [
         b"id: a.1\ndata: {}",
@@ -43,8 +49,9 @@ def test_a_run_takes_the_place_of_the_one_of_its_setup_and_tells_where_a_text_pa
     path = tmp_path / "resume.json"
     other = Answer((*range(40), 0, *range(41, ANSWER_TOKENS)), "next", True, at_kill=30)
     for name, answer in (("a", WHOLE), ("b", WHOLE), ("a", other)):
-        new = row(Found([WHOLE, WHOLE], [WHOLE, answer], 0.0, []), [], {"model": name})
+        new = row(Found([WHOLE], [WHOLE, answer], [40.0, 41.0], []), [], {"model": name})
         path.write_text(json.dumps({"results": {"rows": with_row(path, new)}}))
     rows = json.loads(path.read_text())["results"]["rows"]
     assert [(one["setup"]["model"], one["equal"]) for one in rows] == [("b", 2), ("a", 1)]
-    assert rows[1]["parted"] == [{"number": 1, "at_kill": 30, "parts_at": 40}]
+    assert rows[1]["parted"] == [{"number": 1, "at_kill": 30, "parts_at": 40, "token_ids": [[40], [0]]}]
+    assert rows[1]["front_mib"] == [40.0, 41.0]
