@@ -19,6 +19,7 @@ pytestmark = pytest.mark.slow
 MODELS: dict[str, Callable[[], list[str]]] = {
     "torch": lambda: [str(smollm2_bf16())],
     "llama.cpp": lambda: ["--gguf-engine=llama.cpp"],
+    "torch, of a GGUF file": lambda: ["--gguf-engine=own"],
 }
 PROMPT = "Once upon a time there was a ferry that went over a grey harbour. " * 12
 WRITTEN_S = 60
