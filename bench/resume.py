@@ -32,7 +32,7 @@ from bench.stats import spread
 from bench.watch import engine_process, held, line, verdict
 from tightrope.backends.settings import GgufEngine
 
-ANSWER_TOKENS = 48
+ANSWER_TOKENS = 32
 PATIENCE_S = 900.0  # for an answer, over the start of an engine on a machine that does other things, too
 WARM = 8  # so many kills come before memory is looked at
 FRONT_MIB = 4.0  # bar: growth of the front over all kills
@@ -257,6 +257,7 @@ def main() -> None:
     what.add_argument("--cuts", type=int, default=0, help="cut so many sockets instead")
     parser.add_argument("--together", type=int, default=1, help="answers that one kill hits")
     parser.add_argument("--texts", type=int, default=40, help="answers that are asked for in turn")
+    parser.add_argument("--forked", action="store_true", help="engines that need no imports: bench/forked_engines.py")
     parser.add_argument("--threads", type=int, default=0, help="of the engine; 0 is one per physical core")
     parser.add_argument("--gguf-engine", default="auto", choices=get_args(GgufEngine), help="what runs a .gguf file")
     add_model_options(parser)
@@ -269,7 +270,7 @@ def main() -> None:
         try:
             bars = measure(model, Path(place), options)
         except StartFailed as error:
-            raise SystemExit(f"{error}; the server's log is build/{options.name}.log") from None
+            raise SystemExit(f"{error}; the server's log is in build/") from None
     print(report.RESULTS / f"{options.name}.json")
     print("\n".join(map(line, bars)))
 
@@ -284,15 +285,17 @@ def measure(model: Path, folder: Path, options: argparse.Namespace) -> list[dict
         "gguf_engine": options.gguf_engine,
         **({"cuts": num} if options.cuts else {"kills": num, "together": options.together}),
         "texts": options.texts,
+        "forked": options.forked,
         "threads": options.threads,
         "seed": options.seed,
     }
     (folder / "a").mkdir()
-    with serving(model, folder / "a", f"{options.name}-undisturbed", flags) as served:
+    log = f"{options.name}-{model.stem}-{options.gguf_engine}"  # Runs may be beside each other.
+    with serving(model, folder / "a", f"{log}-undisturbed", flags) as served:
         expected = asyncio.run(undisturbed(served, options.texts))
     bars: list[dict[str, object]] = []
     path = report.RESULTS / f"{options.name}.json"
-    with serving(model, folder, options.name, flags) as served:
+    with serving(model, folder, log, flags, are_forked=options.forked) as served:
 
         def tell(answers: Sequence[Answer], mib: Sequence[float], num_so_far: int) -> None:
             tracebacks = last_lines_of_tracebacks(served.log.read_text(errors="replace"))

@@ -41,14 +41,20 @@ class Stopped:
 
 
 @contextmanager
-def serving(model: Path, folder: Path, name: str, options: Sequence[str]) -> Iterator[Served]:
-    """Serve a model, with temporary files in `folder` and the log as build/`name`.log. Raises StartFailed."""
+def serving(
+    model: Path, folder: Path, name: str, options: Sequence[str], *, are_forked: bool = False
+) -> Iterator[Served]:
+    """Serve a model, with temporary files in `folder` and the log as build/`name`.log. Raises StartFailed.
+
+    are_forked: engines start without their imports; see bench/forked_engines.py.
+    """
     temp, log = folder / "temp", ROOT / "build" / f"{name}.log"
     temp.mkdir()
     log.parent.mkdir(exist_ok=True)
     port = free_port()
     url = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "tightrope", "serve", str(model), "--port", str(port), *options]
+    module = "bench.forked_engines" if are_forked else "tightrope"
+    command = [sys.executable, "-m", module, "serve", str(model), "--port", str(port), *options]
     environment = {"TMPDIR": str(temp), **finding_ours()}
     with log.open("w+") as output, started(command, f"{url}/health", output, environment, START_S) as process:
         yield Served(url, process, log, temp)

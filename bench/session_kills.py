@@ -94,7 +94,7 @@ def wait_for_file(folder: Path) -> None:
 class Lives:
     """The lives of an engine over one folder of chats, each ended by a kill, beside one without that is left alone."""
 
-    def __init__(self, setup: Mapping[str, str], served: Served, chats: Path, plain: Served, seed: int) -> None:
+    def __init__(self, setup: Mapping[str, object], served: Served, chats: Path, plain: Served, seed: int) -> None:
         self.counts, self._setup, self._seed = Counts(), setup, seed
         self._served, self._chats, self._plain = served, chats, plain
         self._chance = random.Random(seed)
@@ -170,11 +170,11 @@ def _count(counts: Counts, answer: Said, expected: Said, prompt: str) -> None:
 
 
 def measure_kills(
-    models: Sequence[Path], engine: str, num_kills: int, write: Callable[[dict[str, object]], None]
+    models: Sequence[Path], engine: str, num_kills: int, *, are_forked: bool, write: Callable[[dict[str, object]], None]
 ) -> None:
     """Kill so often, one model after the other; `write` is given what was counted after each.
 
-    engine: what runs GGUF files.
+    engine: what runs GGUF files. are_forked: see bench/forked_engines.py.
     """
     seed = int(time.time())
     with ExitStack() as stack:
@@ -186,8 +186,8 @@ def measure_kills(
             options = [*OPTIONS, "--gguf-engine", engine]
             kept = ["--session-dir", str(folder / "chats"), "--session-disk-mib", str(DISK_MIB)]
             plain = stack.enter_context(serving(model, folder / "plain", f"{name}-plain", options))
-            served = stack.enter_context(serving(model, folder, name, [*options, *kept]))
-            setup = {"model": model.name, "gguf_engine": engine}
+            served = stack.enter_context(serving(model, folder, name, [*options, *kept], are_forked=are_forked))
+            setup = {"model": model.name, "gguf_engine": engine, "forked": are_forked}
             lives.append(Lives(setup, served, folder / "chats", plain, seed + number))
         for number in tqdm(range(num_kills), desc="kills", disable=None):
             asyncio.run(lives[number % len(lives)].next())

@@ -193,12 +193,19 @@ def main() -> None:
     parser.add_argument("--name", default="sessions", help="of the file in bench/results (default: sessions)")
     parser.add_argument("--gguf-engine", default="auto", choices=get_args(GgufEngine), help="what runs .gguf files")
     parser.add_argument("--kills", type=int, metavar="N", help="kill N times while chats are written, and no more")
+    parser.add_argument("--forked", action="store_true", help="engines that need no imports: bench/forked_engines.py")
     options = parser.parse_args()
     end_servers_when_told()
     path = report.RESULTS / f"{options.name}.json"
     models = [model.resolve() for model in options.models]
     if options.kills:
-        measure_kills(models, options.gguf_engine, options.kills, lambda found: write_kills(path, found))
+        measure_kills(
+            models,
+            options.gguf_engine,
+            options.kills,
+            are_forked=options.forked,
+            write=lambda found: write_kills(path, found),
+        )
         return
     with tqdm(total=7 * len(models), desc="turns", disable=None) as bar:
         for model in models:  # What ends a run takes one model along at most.

@@ -18,6 +18,7 @@ import psutil
 from bench.meter import process_tree
 
 ENGINE = "tightrope.engine.process.child"  # in the command line of the engine's process
+FORKED = "forked-engine"  # the name of one that bench/forked_engines.py has started
 LEAST_READINGS = 9  # three for each third
 LEAST_REQUESTS = 100  # between the thirds: memory comes in pages and pools, and of a few requests says nothing
 
@@ -51,7 +52,7 @@ def engine_process(front: int) -> psutil.Process | None:
 def _engine_among(children: Sequence[psutil.Process]) -> psutil.Process | None:
     for process in children:
         with suppress(psutil.NoSuchProcess):
-            if ENGINE in " ".join(process.cmdline()):
+            if ENGINE in " ".join(process.cmdline()) or process.name() == FORKED:
                 return process
     return None
 

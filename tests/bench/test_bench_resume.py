@@ -47,11 +47,11 @@ def test_of_a_stream_that_was_cut_only_whole_events_count():
 
 def test_a_run_takes_the_place_of_the_one_of_its_setup_and_tells_where_a_text_parted(tmp_path: Path):
     path = tmp_path / "resume.json"
-    other = Answer((*range(40), 0, *range(41, ANSWER_TOKENS)), "next", True, at_kill=30)
+    other = Answer((*range(20), 0, *range(21, ANSWER_TOKENS)), "next", True, at_kill=10)
     for name, answer in (("a", WHOLE), ("b", WHOLE), ("a", other)):
         new = row(Found([WHOLE], [WHOLE, answer], [40.0, 41.0], []), [], {"model": name})
         path.write_text(json.dumps({"results": {"rows": with_row(path, new)}}))
     rows = json.loads(path.read_text())["results"]["rows"]
     assert [(one["setup"]["model"], one["equal"]) for one in rows] == [("b", 2), ("a", 1)]
-    assert rows[1]["parted"] == [{"number": 1, "at_kill": 30, "parts_at": 40, "token_ids": [[40], [0]]}]
+    assert rows[1]["parted"] == [{"number": 1, "at_kill": 10, "parts_at": 20, "token_ids": [[20], [0]]}]
     assert rows[1]["front_mib"] == [40.0, 41.0]
