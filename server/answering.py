@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Generic, Self, TypeVar
 import msgspec
 from fastapi import Request, Response
 
-from tightrope.engine.errors import BackendFailed, InvalidRequest
+from tightrope.engine.errors import BackendFailed, EngineError, InvalidRequest
 from tightrope.engine.types import Delta, Finish, PromptInfo, PromptRead
 from tightrope.server.asking import Asked
 from tightrope.server.deltas.choices import Choice, collect
@@ -84,6 +84,10 @@ class Dialect(ABC, Generic[B]):
         """Headers of an answer; a stream begins without choices."""
         return {}
 
+    def failed(self, error: EngineError) -> bytes:
+        """The last event of a stream that failed, as finished bytes."""
+        return (error_line if self.is_lines else error_event)(error, self.column)
+
     def reword(self, error: InvalidRequest) -> None:
         """Tell the engine's refusal in the dialect's own words and names."""
 
@@ -124,7 +128,8 @@ async def answer(front: AppState, dialect: type[Dialect[B]], body: B, request: R
         spoken.reword(error)
         raise
     stream = line_stream if spoken.is_lines else event_stream
-    return stream(_pieces(first, deltas, spoken, explanation), spoken.column, spoken.headers(()))
+    pieces = with_errors(_pieces(first, deltas, spoken, explanation), spoken.failed)
+    return stream(pieces, spoken.column, spoken.headers(()))
 
 
 Running = tuple[Dialect[B], Deltas, Explanation | None]
@@ -202,8 +207,7 @@ async def _kept(
     except BaseException:
         streams.end(stream)
         raise
-    told = partial(error_line if spoken.is_lines else error_event, column=spoken.column)
-    streams.write(stream, with_errors(_pieces(first, deltas, spoken, explanation), told))
+    streams.write(stream, with_errors(_pieces(first, deltas, spoken, explanation), spoken.failed))
     return stream_reply(streams, stream, 0, spoken.headers(()))
 
 

@@ -12,11 +12,13 @@ from starlette.middleware.cors import CORSMiddleware
 
 from tightrope import __version__
 from tightrope.server.dialects.adapters import adapter_router
+from tightrope.server.dialects.anthropic.routes import anthropic_router
 from tightrope.server.dialects.koboldcpp import koboldcpp_router
 from tightrope.server.dialects.llamacpp import llamacpp_router
 from tightrope.server.dialects.ollama.routes import ollama_router
 from tightrope.server.dialects.ooba import ooba_router
 from tightrope.server.dialects.openai.routes import openai_router
+from tightrope.server.dialects.responses.routes import responses_router
 from tightrope.server.dialects.tabby import tabby_router
 from tightrope.server.dialects.tgi.routes import tgi_router
 from tightrope.server.http.api_page import add_api_page
@@ -59,9 +61,9 @@ def create_app(front: AppState, drain: Drain | None = None) -> FastAPI:
     install_handlers(app, front.metrics.refused)
     # Only documents that a key is asked for; KeyGuard asks, before a byte of the body is read.
     keyed = [Security(HTTPBearer(auto_error=False))] if settings.api_key is not None else []
-    app.include_router(openai_router(front), prefix="/v1", dependencies=keyed)
-    # Some clients leave /v1 out of their URL.
-    app.include_router(openai_router(front), dependencies=keyed, include_in_schema=False)
+    for router in (openai_router(front), responses_router(front), anthropic_router(front)):
+        app.include_router(router, prefix="/v1", dependencies=keyed)
+        app.include_router(router, dependencies=keyed, include_in_schema=False)  # Some clients leave /v1 out.
     app.include_router(adapter_router(front), prefix="/v1", dependencies=[Security(HTTPBearer(auto_error=False))])
     app.include_router(tgi_router(front), dependencies=keyed)
     app.include_router(tokenize_router(front), dependencies=keyed)

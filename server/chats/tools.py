@@ -33,6 +33,15 @@ class OffersTools(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Offer:
+    """The same for dialects whose bodies have tools in another form."""
+
+    tools: list[Tool] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool = True
+
+
+@dataclass(frozen=True, slots=True)
 class ToolUse:
     """The tools that a chat may call."""
 

@@ -1,5 +1,6 @@
 """Whole answers, put together from their deltas."""
 
+from collections.abc import Iterator
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
@@ -17,6 +18,14 @@ class Choice:
     text: str
     tokens: list[Token]
     finish: Finish
+
+    def pieces(self) -> Iterator[tuple[str, list[Token]]]:
+        """The text token by token, and what no token has; a stop string has cut the texts of the last ones."""
+        rest = self.text
+        for token in self.tokens:
+            piece, rest = rest[: len(token.text)], rest[len(token.text) :]
+            yield piece, [token]
+        yield rest, []
 
     def mean_logprob(self) -> float:
         """By which the best of several answers is found."""

@@ -27,7 +27,7 @@ _TEMPLATE = "a chat template is taken from the model or the server's settings, n
 _VARIABLE = "variables of the chat template are given in chat_template_kwargs, on /v1/chat/completions"
 _MIDDLE = "it needs a model that fills in the middle, which this one does not"
 _TEXT_ALONE = "it needs another kind of model than this one, which takes and writes text alone"
-_TOOLS = "tools are served on /v1/chat/completions, under the names tools and tool_choice"
+_TOOLS = "tools are served by the routes of chats, under the names tools and tool_choice"
 _ADAPTER = "an adapter is named as the request's model, or on /generate as adapter_id"
 _KEPT_THERE = "presets, characters and chat modes are files of text-generation-webui, which this server does not have"
 _LAST_TURN = "a turn is gone on with by continue_final_message, on /v1/chat/completions"
@@ -67,6 +67,7 @@ LOST: Mapping[str, Lost] = {
     **{name: Lost(why, (neutral,)) for name, (neutral, why) in NOT_BUILT.items()},
     "use_beam_search": Lost(_NOT_BUILT),
     **dict.fromkeys(("watermark", "watermarking", "documents", "prompt_embeds"), Lost(_NOT_BUILT)),
+    "mcp_servers": Lost(_NOT_BUILT),
     **dict.fromkeys(("web_search_options", "think", "thinking_token_budget", "thinking_budget"), Lost(_NOT_BUILT)),
     **dict.fromkeys(("logprob_token_ids", "post_sampling_probs"), Lost(_NOT_BUILT)),
     "truncation_side": Lost("a prompt that is cut keeps its end", ("left",)),

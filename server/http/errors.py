@@ -21,7 +21,7 @@ from tightrope.engine.errors import (
 
 log = logging.getLogger("tightrope.server")
 
-Column = Literal["openai", "tgi", "ollama"]  # The table has these columns.
+Column = Literal["openai", "tgi", "ollama", "anthropic"]  # The table has these columns.
 
 # What is at any other path says errors as OpenAI does.
 PATHS: Mapping[str, Column] = {
@@ -29,6 +29,7 @@ PATHS: Mapping[str, Column] = {
         ("/", "/generate", "/generate_stream", "/chat_tokenize", "/info", "/health", "/v1/health", "/ping"), "tgi"
     ),
     **dict.fromkeys(("/api/version", "/api/tags", "/api/ps", "/api/show", "/api/generate", "/api/chat"), "ollama"),
+    **dict.fromkeys(("/v1/messages", "/messages", "/v1/messages/count_tokens", "/messages/count_tokens"), "anthropic"),
 }
 SHARED_PATHS = frozenset({"/tokenize", "/invocations"})  # There the key `inputs` makes a body TGI's.
 
@@ -202,7 +203,29 @@ def _ollama(exc: EngineError) -> Told:
     return status, {"error": exc.message}
 
 
-COLUMNS: Mapping[Column, Callable[[EngineError], Told]] = {"openai": _openai, "tgi": _tgi, "ollama": _ollama}
+_KINDS = {  # Anthropic's types of errors by status; others are the client's fault, or from 500 on ours.
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+}
+
+
+def _anthropic(exc: EngineError) -> Told:
+    status, _ = _row(exc)
+    kind = _KINDS.get(status, "invalid_request_error" if status < 500 else "api_error")
+    return status, {"type": "error", "error": {"type": kind, "message": exc.message}}
+
+
+COLUMNS: Mapping[Column, Callable[[EngineError], Told]] = {
+    "openai": _openai,
+    "tgi": _tgi,
+    "ollama": _ollama,
+    "anthropic": _anthropic,
+}
+NAMED_EVENTS: frozenset[Column] = frozenset({"anthropic"})  # Their events have names in a line of their own.
 
 
 def error_reply(exc: EngineError, column: Column) -> Response:
@@ -220,7 +243,8 @@ def error_reply(exc: EngineError, column: Column) -> Response:
 
 def error_event(exc: EngineError, column: Column) -> bytes:
     """The last event of a stream that failed."""
-    return b"data: " + msgspec.json.encode(COLUMNS[column](exc)[1]) + b"\n\n"
+    name = b"event: error\n" if column in NAMED_EVENTS else b""
+    return name + b"data: " + msgspec.json.encode(COLUMNS[column](exc)[1]) + b"\n\n"
 
 
 def error_line(exc: EngineError, column: Column) -> bytes:

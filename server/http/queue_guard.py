@@ -12,6 +12,7 @@ from tightrope.engine.errors import EngineError, Overloaded
 from tightrope.server.http.guards import refuse
 
 QUEUEING_ROUTES = frozenset({"/v1/chat/completions", "/chat/completions", "/v1/completions", "/completions"})
+QUEUEING_ROUTES |= {"/v1/responses", "/responses", "/v1/messages", "/messages"}
 QUEUEING_ROUTES |= {"/", "/generate", "/generate_stream", "/completion", "/api/generate", "/api/chat"}
 QUEUEING_ROUTES |= {"/api/v1/generate", "/api/extra/generate/stream"}
 # /invocations queues as well, but only its body tells in which dialect it is to be refused.

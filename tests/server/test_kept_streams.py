@@ -29,10 +29,12 @@ PATHS: Mapping[str, dict[str, Any]] = {
     "/completion": {"prompt": "Well", **LENGTH, "stream": True},
     "/api/extra/generate/stream": {"prompt": "Well", **LENGTH},
     "/api/generate": {"prompt": "Well", "raw": True, **LENGTH},
+    "/v1/responses": {"input": "Well", **LENGTH, "stream": True},
+    "/v1/messages": {"messages": [{"role": "user", "content": "Well"}], **LENGTH, "stream": True},
 }
 TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
 VOLATILE = re.compile(
-    r'"(id|created|created_at|\w+_duration|\w+_ms|cached_tokens|tokens_cached|prompt_n)":("[^"]*"|[\d.]+)'
+    r'"(id|item_id|created|created_at|completed_at|input_tokens|cache_\w+_tokens|cache_\w+_input_tokens|\w+_duration|\w+_ms|cached_tokens|tokens_cached|prompt_n)":("[^"]*"|[\d.]+)'
 )
 
 

@@ -20,6 +20,7 @@ PLACES = 8  # of the model made of rules
 ASKED = {"prompt": "a", "max_tokens": 1}
 TGI_ROUTES = {"/", "/generate", "/generate_stream"}
 OLLAMA_ROUTES = {"/api/generate", "/api/chat"}
+ANTHROPIC_ROUTES = {"/v1/messages", "/messages"}
 OVERLOADED = {"error": "Model is overloaded", "error_type": "overloaded"}
 
 
@@ -81,6 +82,9 @@ async def test_a_request_that_finds_no_place_is_refused_before_its_body_is_sent(
                 assert isinstance(said, dict)
                 assert list(said) == ["error"]
                 assert "are waiting already" in said["error"], path
+            elif path in ANTHROPIC_ROUTES:
+                assert isinstance(said, dict)
+                assert said["error"]["type"] == "rate_limit_error", path
             else:
                 assert isinstance(said, dict)
                 assert said["error"]["code"] == "rate_limit_exceeded", path

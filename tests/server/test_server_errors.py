@@ -113,7 +113,7 @@ def test_a_wrong_key_is_an_empty_401_on_tgi_routes() -> None:
         ("GET", "/nothing", 404, ["error"]),
         ("GET", "/v1/nothing", 404, ["error"]),
         ("POST", "/v1/embeddings", 404, ["error"]),
-        ("POST", "/v1/responses", 404, ["error"]),
+        ("POST", "/v1/responses/a/cancel", 405, ["error"]),
         ("GET", "/v1/chat/completions", 405, ["error"]),
         ("DELETE", "/generate", 405, ["error", "error_type"]),
         ("PUT", "/", 405, ["error", "error_type"]),
@@ -254,7 +254,8 @@ async def test_the_api_page_documents_every_route_in_its_own_dialect() -> None:
                 assert "422" not in replies, "the OpenAI API has no such status"
                 for status in replies.keys() - {"200", "204"}:
                     schema = replies[status]["content"]["application/json"]["schema"]
-                    assert schema == {"$ref": "#/components/schemas/ErrorAnswer"}
+                    shape = "AnthropicError" if path.startswith("/v1/messages") else "ErrorAnswer"
+                    assert schema == {"$ref": f"#/components/schemas/{shape}"}
             if method == "post":
                 assert "requestBody" in operation
                 assert {"200", "401", "413"} <= replies.keys(), path

@@ -4,10 +4,12 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
+from tightrope.server.dialects.anthropic.bodies import MessagesRequest
 from tightrope.server.dialects.koboldcpp import KoboldBody
 from tightrope.server.dialects.llamacpp import CompletionBody
 from tightrope.server.dialects.ollama.bodies import OllamaChat, OllamaGenerate
 from tightrope.server.dialects.openai.requests import ChatRequest, CompletionRequest
+from tightrope.server.dialects.responses.requests import ResponsesRequest
 from tightrope.server.dialects.tgi.requests import CompatBody, GenerateBody
 from tightrope.server.fields.names import NOT_BUILT, NUMBERS, ROPE, WITHOUT_EFFECT
 from tightrope.server.fields.numbers import Number
@@ -31,6 +33,8 @@ class Dialect:
     place: str = ""
     reads: type[Body] = Body  # the type of the whole body
     otherwise: Mapping[str, str] = field(default_factory=dict)  # what becomes of fields on this route alone
+    values: Mapping[str, Any] = field(default_factory=dict)  # of fields that mean something else on this route
+    beside: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # the same
 
     def with_fields(self, fields: Mapping[str, Any]) -> dict[str, Any]:
         """The body with more fields."""
@@ -49,7 +53,46 @@ class Dialect:
         return frozenset({*known.model_fields, *known.read_elsewhere})
 
 
+FLAT_TOOL = {"type": "function", **TOOL["function"]}
+RESPONSES = Dialect(
+    "/v1/responses",
+    {"input": "Well", "max_output_tokens": 8},
+    reads=ResponsesRequest,
+    otherwise={
+        **dict.fromkeys(("metadata", "truncation"), "answered"),
+        **dict.fromkeys(("store", "stream_options"), "ignored"),
+        **dict.fromkeys(("previous_response_id", "conversation", "background"), "refused"),
+    },
+    values={
+        "input": [{"role": "user", "content": "Other"}],
+        "tools": [FLAT_TOOL],
+        "text": {"format": {"type": "json_object"}},
+        "reasoning": {"effort": "high"},
+        "truncation": "auto",
+        "include": ["message.output_text.logprobs"],
+        **dict.fromkeys(("previous_response_id", "conversation"), "resp_1"),
+        "background": True,
+    },
+    beside={key: {"tools": [FLAT_TOOL]} for key in ("tool_choice", "parallel_tool_calls")},
+)
+ANTHROPIC_TOOL = {"name": "f", "input_schema": {"type": "object"}}
+MESSAGES = Dialect(
+    "/v1/messages",
+    {"messages": USER, "max_tokens": 8},
+    reads=MessagesRequest,
+    otherwise={"metadata": "ignored"},
+    values={
+        "tools": [ANTHROPIC_TOOL],
+        "tool_choice": {"type": "any"},
+        "thinking": {"type": "adaptive"},
+        "output_config": {"effort": "high"},
+        "output_format": {"type": "json_schema", "schema": SCHEMA},
+    },
+    beside={"tool_choice": {"tools": [ANTHROPIC_TOOL]}},
+)
 DIALECTS: Mapping[str, Dialect] = {
+    "responses": RESPONSES,
+    "anthropic": MESSAGES,
     "openai chat": Dialect("/v1/chat/completions", {"messages": USER, "max_tokens": 8}, reads=ChatRequest),
     "openai completions": Dialect("/v1/completions", {"prompt": "Well?", "max_tokens": 8}, reads=CompletionRequest),
     "tgi generate": Dialect("/generate", {"inputs": "Well?"}, "parameters", reads=GenerateBody),
@@ -74,6 +117,8 @@ DIALECTS: Mapping[str, Dialect] = {
     "ollama chat, options": Dialect("/api/chat", {"messages": USER, "stream": False}, "options", reads=OllamaChat),
 }
 TOKENIZERS: Mapping[str, Dialect] = {
+    "responses count": Dialect("/v1/responses/input_tokens", {"input": "Well"}),
+    "anthropic count": Dialect("/v1/messages/count_tokens", {"messages": USER}),
     "tokenize, vllm": Dialect("/tokenize", {"prompt": "Well?"}),
     "tokenize, vllm chat": Dialect("/v1/tokenize", {"messages": USER}),
     "tokenize, llama.cpp": Dialect("/tokenize", {"content": "Well?</s>"}),
@@ -216,7 +261,16 @@ OTHER: Mapping[str, Any] = {
 }
 
 LENGTHS: Mapping[str, Any] = dict.fromkeys(
-    ("max_tokens", "max_completion_tokens", "max_new_tokens", "max_length", "n_predict", "num_predict"), 9
+    (
+        "max_tokens",
+        "max_completion_tokens",
+        "max_output_tokens",
+        "max_new_tokens",
+        "max_length",
+        "n_predict",
+        "num_predict",
+    ),
+    9,
 )
 SPOKEN: Mapping[str, Any] = {  # what is asked, and how it is to be answered
     **dict.fromkeys(("prompt", "inputs"), "Other?"),

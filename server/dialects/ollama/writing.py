@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any, Self, TypeVar
 
@@ -24,8 +24,8 @@ from tightrope.server.answering import Dialect, Ending, checked
 from tightrope.server.asking import Asked, ask, common, refuse_log_probabilities
 from tightrope.server.chats.messages import bent_messages
 from tightrope.server.chats.rendering import RenderedChat, render_chat
-from tightrope.server.chats.requests import Message, Tool
-from tightrope.server.chats.tools import check_tools
+from tightrope.server.chats.requests import Message
+from tightrope.server.chats.tools import Offer, check_tools
 from tightrope.server.deltas.choices import Choice
 from tightrope.server.dialects.ollama.bodies import OllamaBody, OllamaChat, OllamaGenerate
 from tightrope.server.dialects.ollama.keep_alive import keep_alive_s
@@ -47,15 +47,6 @@ T = TypeVar("T", bound=OllamaBody)
 
 def now() -> str:
     return datetime.now(UTC).isoformat().replace("+00:00", "Z")
-
-
-@dataclass(frozen=True, slots=True)
-class _Offer:
-    """Tools among which the model chooses: Ollama has no other choice."""
-
-    tools: list[Tool] | None
-    tool_choice: None = None
-    parallel_tool_calls: bool = True
 
 
 def _ending(prompt: PromptInfo, finish: Finish) -> dict[str, Any]:
@@ -133,7 +124,7 @@ class _Ollama(Dialect[T]):
             front,
             request,
             messages,
-            _Offer(body.tools if isinstance(body, OllamaChat) else None),
+            Offer(body.tools if isinstance(body, OllamaChat) else None),
             wishes=Wishes(effort=effort, enabled=None if isinstance(body.think, str) else body.think),
             has_grammar=read_grammar(body.given()) is not None,
             adapter=check_model(body.model, front.served()),
@@ -198,7 +189,7 @@ class Chat(_Ollama[OllamaChat]):
 
     @classmethod
     async def read(cls, front: AppState, body: OllamaChat, request: Request) -> Self:
-        check_tools(_Offer(body.tools))
+        check_tools(Offer(body.tools))
         bent = bent_messages(body.messages) if body.explain else ()
         return cls._read(front, body, await cls._render(front, body, _told(body.messages), request), bent)
 

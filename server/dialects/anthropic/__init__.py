@@ -1,0 +1,1 @@
+"""Anthropic's Messages API under /v1/messages, and its counting of tokens."""
