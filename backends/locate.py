@@ -13,6 +13,9 @@ HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+?)(?::(?P<file>[^:]+))?")
 # What a Hugging Face model is made of; never pickles (.bin, .pt) nor code (.py).
 WEIGHTS = ".safetensors"
 FOLDER_FILES = (WEIGHTS, ".json", ".jinja", "tokenizer.model")
+MODULE_FILES = re.compile(
+    r"\d+_\w+/(config\.json|model\.safetensors)"
+)  # Those of what stands behind an embedding model.
 
 # Which of several GGUF files in a hub repository is taken when none is named: good quality for its size first.
 PREFERRED = ("Q4_K_M", "Q4_K_S", "Q5_K_M", "Q4_1", "Q4_0", "IQ4_XS", "Q6_K", "Q8_0", "F16", "BF16")
@@ -75,8 +78,8 @@ def pick_files(files: list[str], wanted: str | None, repo: str) -> list[str]:
     """
     if wanted is not None or model_files(files):
         return _parts(pick_file(files, wanted, repo), files)
-    top = [f for f in files if "/" not in f and f.endswith(FOLDER_FILES)]
-    weights = [f for f in top if f.endswith(WEIGHTS) and not f.startswith("adapter_")]
+    top = [f for f in files if ("/" not in f and f.endswith(FOLDER_FILES)) or MODULE_FILES.fullmatch(f)]
+    weights = [f for f in top if "/" not in f and f.endswith(WEIGHTS) and not f.startswith("adapter_")]
     if all(f.startswith(CONSOLIDATED) for f in weights):
         if (what := what_it_is({f.partition("/")[0] for f in files})) is not None:
             raise BackendError(f"{repo}: {what}")

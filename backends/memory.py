@@ -62,6 +62,11 @@ def does_not_fit(
     return DoesNotFit(f"{need}, and {left}: {other}ask for at most {fitting} tokens")
 
 
+def usable_memory() -> int:
+    """What a process takes of the machine's free memory in bytes, where nobody says."""
+    return int(free_memory() * MEMORY_SHARE)
+
+
 def free_memory(kept_mib: int = 0) -> int:
     """Bytes that this process may still take: what the machine has free, or its control group grants, if less.
 

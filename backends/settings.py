@@ -28,6 +28,8 @@ MAX_ADAPTER_MIB = 1 << 20  # Large machines have about a TiB in all.
 MAX_HOST_MIB = 1 << 22  # So has what is beside the cache; 4 TiB are more than any has.
 MAX_DISK_MIB = 1 << 28  # No file system that is in use is larger than 256 TiB.
 WRITE_MIB = 64  # Runs that wait to be written to a folder take this at least.
+MAX_EMBEDDING_MODELS = 4  # Each is in memory all the time.
+MIN_EMBEDDED_TOKENS, MAX_EMBEDDED_TOKENS = 16, 1 << 15  # Memory for attention grows with the square of a text.
 _DEVICE = re.compile(r"auto|cpu|cuda(:[0-9]{1,2})?")  # No machine has a hundred cards.
 _ADAPTER_NAME = re.compile(r"[A-Za-z0-9][\w.:-]*(/[A-Za-z0-9][\w.:-]*)*", re.ASCII)
 
@@ -94,6 +96,23 @@ class RopeSettings(BaseModel, frozen=True, extra="forbid"):
     )
 
 
+class EmbeddingSettings(BaseModel, frozen=True, extra="forbid"):
+    """Models that make vectors of texts or rank them, in a process of their own beside the chat model's."""
+
+    models: tuple[str, ...] = Field(
+        (), max_length=MAX_EMBEDDING_MODELS, description="Their paths or hub ids; what each does its files say."
+    )
+    max_tokens: int = Field(
+        2048, ge=MIN_EMBEDDED_TOKENS, le=MAX_EMBEDDED_TOKENS, description="Most tokens of a text; the model's if less."
+    )
+
+    @field_validator("models", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        """The environment and the command line give the list as one text, with commas."""
+        return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+
 class ModelSettings(BaseModel, frozen=True, extra="forbid"):
     """Which model to load and how."""
 
@@ -137,6 +156,7 @@ class ModelSettings(BaseModel, frozen=True, extra="forbid"):
     gpu_memory_fraction: float = Field(1.0, gt=0, le=1, description="Most of a card's whole memory that is taken.")
     cache: CacheSettings = CacheSettings()
     rope: RopeSettings = RopeSettings()
+    embedding: EmbeddingSettings = EmbeddingSettings()
     adapters: dict[str, str] = Field({}, description="LoRA adapters: paths by the names that requests use.")
     adapter_folder: str | None = Field(None, description="Where adapters may be loaded from while the model runs.")
     adapter_memory_mib: int = Field(512, ge=1, le=MAX_ADAPTER_MIB, description="Memory kept for these, in MiB.")

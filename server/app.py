@@ -1,5 +1,6 @@
 """The application: all routes, and what stands before them."""
 
+import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -15,11 +16,15 @@ from tightrope.server.dialects.adapters import adapter_router
 from tightrope.server.dialects.anthropic.routes import anthropic_router
 from tightrope.server.dialects.koboldcpp import koboldcpp_router
 from tightrope.server.dialects.llamacpp import llamacpp_router
+from tightrope.server.dialects.llamacpp_vectors import llamacpp_vectors_router
 from tightrope.server.dialects.ollama.routes import ollama_router
+from tightrope.server.dialects.ollama.vectors import ollama_vectors_router
 from tightrope.server.dialects.ooba import ooba_router
+from tightrope.server.dialects.openai.embeddings import embeddings_router
 from tightrope.server.dialects.openai.routes import openai_router
 from tightrope.server.dialects.responses.routes import responses_router
 from tightrope.server.dialects.tabby import tabby_router
+from tightrope.server.dialects.tei import tei_router
 from tightrope.server.dialects.tgi.routes import tgi_router
 from tightrope.server.http.api_page import add_api_page
 from tightrope.server.http.draining import Drain, DrainGuard
@@ -32,7 +37,9 @@ from tightrope.server.http.paths import PlainPaths
 from tightrope.server.http.queue_guard import QueueGuard
 from tightrope.server.http.resuming import STREAM_ID
 from tightrope.server.http.sites import HostGuard, OriginGuard
+from tightrope.server.shared_paths.embeddings import shared_embeddings_router
 from tightrope.server.shared_paths.invocations import invocations_router
+from tightrope.server.shared_paths.rerank import rerank_router
 from tightrope.server.shared_paths.streams import streams_router
 from tightrope.server.shared_paths.tokenize import tokenize_router
 from tightrope.server.state import AppState
@@ -49,10 +56,13 @@ def create_app(front: AppState, drain: Drain | None = None) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncGenerator[None, None]:
-        await models.start(lambda model: front.of(model).turn_marks)
+        starting = asyncio.create_task(front.start_engines(), name="start of the engines")
+        await asyncio.sleep(0)  # Without embedding models the chat model's engine is started at once.
         try:
             yield
         finally:
+            starting.cancel()
+            await front.embedder.close()
             await front.streams.close()
             await front.renderer.close()
             await models.close()
@@ -71,6 +81,15 @@ def create_app(front: AppState, drain: Drain | None = None) -> FastAPI:
     app.include_router(streams_router(front), prefix="/v1", dependencies=keyed)
     for family in (tabby_router, ooba_router, llamacpp_router, koboldcpp_router, ollama_router):
         app.include_router(family(front), dependencies=keyed)
+    app.include_router(embeddings_router(front), prefix="/v1", dependencies=keyed)
+    for vectors in (
+        shared_embeddings_router,
+        rerank_router,
+        tei_router,
+        llamacpp_vectors_router,
+        ollama_vectors_router,
+    ):
+        app.include_router(vectors(front), dependencies=keyed)
     _add_probes(app, front)
     add_api_page(app)
     # The last one added stands first.

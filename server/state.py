@@ -3,7 +3,7 @@
 import dataclasses
 import time
 from collections.abc import AsyncGenerator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Self
@@ -11,7 +11,9 @@ from typing import Self
 from fastapi import Request
 from msgspec.structs import replace
 
-from tightrope.engine.errors import EngineUnavailable
+from tightrope.engine.embedding.client import EmbeddingClient, spawn_embedder
+from tightrope.engine.errors import BackendFailed, EngineUnavailable
+from tightrope.engine.process.launch import Launcher
 from tightrope.engine.protocol import Engine
 from tightrope.engine.types import Delta, GenerateRequest, ModelInfo, TurnMarks
 from tightrope.server.deltas.aborts import Aborts
@@ -40,6 +42,7 @@ class AppState:
     settings: ServerSettings  # The server's; where it speaks of one model, with that one's own.
     metrics: Metrics
     streams: KeptStreams  # Clients may come back to these.
+    embedder: EmbeddingClient
     renderer: TemplateRenderer = field(default_factory=TemplateRenderer)
     probed: Probed = field(default_factory=dict)  # The templates of every start of an engine share it.
     aborts: Aborts = field(default_factory=Aborts)
@@ -71,6 +74,17 @@ class AppState:
             model = await or_gone(request, self.models.hold(name))
         release_at_end(request.scope, model.release)
         return self.of(model)
+
+    async def start_engines(self) -> None:
+        """Load the embedding models, and then the chat model, which is planned for with those in place.
+
+        Several are loaded when they are asked for.
+        """
+        await self.embedder.start()
+        if self.models.is_alone:
+            with suppress(BackendFailed):  # Who announces the server tells of it, and ends it.
+                await self.embedder.wait_ready()
+        await self.models.start(lambda model: self.of(model).turn_marks)
 
     def owner(self, request: Request) -> bytes:
         """The key that a request was let in by, or brought where none is asked for."""
@@ -148,10 +162,17 @@ def _choosable() -> Iterator[None]:
         raise TemplateFailed(f"{error.message}; choose another with --chat-template") from None
 
 
-def front_of(models: Models, settings: ServerSettings, renderer: TemplateRenderer | None = None) -> AppState:
+def front_of(
+    models: Models,
+    settings: ServerSettings,
+    renderer: TemplateRenderer | None = None,
+    *,
+    launch_embedder: Launcher = spawn_embedder,
+) -> AppState:
     """That of a server before its start."""
     streams = KeptStreams(settings.kept_streams_mib << 20, settings.keep_streams_s)
-    return AppState(models, settings, Metrics(models), streams, renderer or TemplateRenderer())
+    embedder = EmbeddingClient(settings.engine, lambda: models.is_writing, launch_embedder)
+    return AppState(models, settings, Metrics(models), streams, embedder, renderer or TemplateRenderer())
 
 
 def _namespace(owner: bytes, salt: str) -> str:

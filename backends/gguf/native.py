@@ -98,6 +98,7 @@ class ModelOptions:
     use_mmap: bool = False
     is_vocabulary: bool = False  # Nothing is loaded but the vocabulary, and no tensor is looked at.
     has_weights: bool = True  # Without them a model only says whether, and how, it could be loaded.
+    is_for_chats: bool = True  # A model that doesn't write text from left to right is refused.
     progress: Callable[[float], None] = field(default=lambda _: None)
 
 
@@ -134,7 +135,7 @@ class NativeModel:
     """Weights and vocabulary."""
 
     def __init__(self, path: Path, options: ModelOptions) -> None:
-        """Raises BackendError when llama.cpp refuses the file, or its model doesn't write text from left to right."""
+        """Raises BackendError when llama.cpp refuses the file, or its model isn't made for chats and has to be."""
         ll.llama_backend_init()
         ll.llama_log_set(_on_log, ctypes.c_void_p(0))  # Llama_cpp set its own when it was imported.
         _recent_errors.clear()
@@ -151,7 +152,7 @@ class NativeModel:
         del kept
         if not self.pointer:
             raise BackendError(f"{path}: llama.cpp can't load it: {_why_not_loaded(path)}")
-        if not self._writes_text():
+        if options.is_for_chats and not self._writes_text():
             self.close()
             raise BackendError(f"{path}: no model to chat with: its architecture doesn't write text from left to right")
         self.notes = _warnings()  # llama.cpp finds these odd about the file.

@@ -3,13 +3,12 @@
 Imports neither torch nor transformers nor llama_cpp.
 """
 
-import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from itertools import count
 
 from tightrope.engine.errors import BackendFailed, EngineError, EngineUnavailable, InvalidRequest, Overloaded
+from tightrope.engine.process.calls import Calls
 from tightrope.engine.process.launch import EngineHandle, Launcher, spawn_process
 from tightrope.engine.process.stream import MAX_TRIES, Stream
 from tightrope.engine.process.supervisor import State, Supervisor
@@ -19,6 +18,7 @@ from tightrope.engine.process.wire import (
     Cancel,
     Detokenize,
     Detokenized,
+    EmbedderReady,
     LoadAdapter,
     Progress,
     Ready,
@@ -54,19 +54,6 @@ Answer = TokenRun | str | dict[str, str]  # A call has such an answer.
 STUCK_S = 30.0  # While a step takes longer than this, health says no.
 
 
-class _Call:
-    """A question to the engine that has no answer yet. Belongs to the running event loop."""
-
-    def __init__(self, message: ToEngine) -> None:
-        self.message = message
-        self.answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-        self.num_lost = 0  # So many engines have ended meanwhile.
-
-    def fail(self, error: EngineError) -> None:
-        if not self.answer.done():
-            self.answer.set_exception(error)
-
-
 class EngineClient:
     """One engine, supervised. What an `Engine` offers is described there."""
 
@@ -84,12 +71,11 @@ class EngineClient:
         # By the clock the last step ended then, or the first request came to an idle engine, or a compile went on.
         self._step_began_s = 0.0
         self._streams: dict[str, Stream] = {}
-        self._calls: dict[int, _Call] = {}
-        self._call_ids = count()
         self._times = QueueTimes()
         self._find_marks: FindMarks | None = None
         self._supervisor = Supervisor(settings.life, launch, self)
         self.load_share = 0.0
+        self._calls: Calls[Answer] = Calls(self._send, self._take_back)
         self.info: ModelInfo | None = None
         self.adapters: dict[str, str] = {}  # Requests may use these, by name; each has its path.
         self._first_adapters = None if adapters is None else dict(adapters)
@@ -154,15 +140,15 @@ class EngineClient:
             words = str(error) or "it did not answer in time"
             raise EngineUnavailable(f"the chat template can't be asked what ends a turn: {words}") from None
 
-    def on_ready(self, ready: Ready) -> None:
+    def on_ready(self, ready: Ready | EmbedderReady) -> None:
+        assert isinstance(ready, Ready)
         self.info, self.adapters = ready.info, ready.adapters
         self.stats = Stats()
         self._step_began_s = self._clock()
         for stream in self._streams.values():  # They were kept while the engine was away.
             if not stream.is_over:
                 self._send(stream.submit())
-        for call in self._calls.values():
-            self._send(call.message)
+        self._calls.send_again()
 
     def on_loading(self, share: float) -> None:
         self.load_share = share
@@ -181,11 +167,7 @@ class EngineClient:
                 stream.fail(error)
                 del self._streams[request_id]
         gone = EngineUnavailable("the engine has ended meanwhile", retry_after_s=self.retry_after_s)
-        for call_id, call in list(self._calls.items()):
-            call.num_lost += 1
-            if not isinstance(call.message, Tokenize | Detokenize) or call.num_lost >= MAX_TRIES:
-                call.fail(gone)
-                del self._calls[call_id]
+        self._calls.lose_engine(lambda m, num_lost: isinstance(m, Tokenize | Detokenize) and num_lost < MAX_TRIES, gone)
 
     def on_given_up(self) -> None:
         self._end_streams(
@@ -199,9 +181,7 @@ class EngineClient:
             if not stream.is_over:
                 stream.fail(error)
         self._streams.clear()
-        for call in self._calls.values():
-            call.fail(error)
-        self._calls.clear()
+        self._calls.fail_all(error)
 
     # ---- messages ----
 
@@ -217,7 +197,7 @@ class EngineClient:
         if isinstance(message, Submit) and message.request.request_id in self._streams:
             self._streams[message.request.request_id].fail(error)
         elif isinstance(message, Tokenize | Detokenize | LoadAdapter | UnloadAdapter):
-            self._fail(message.call_id, error)
+            self._calls.fail(message.call_id, error)
 
     def on_message(self, message: ToFront) -> None:
         match message:
@@ -241,26 +221,16 @@ class EngineClient:
                         refusal.retry_after_s = self.retry_after_s
                     stream.fail(refusal)
             case Tokenized(call_id=call_id, tokens=tokens):
-                self._answer(call_id, tokens)
+                self._calls.answer(call_id, tokens)
             case Detokenized(call_id=call_id, text=text):
-                self._answer(call_id, text)
+                self._calls.answer(call_id, text)
             case AdapterList(call_id=call_id, adapters=adapters, special_texts=texts):
                 self.adapters = adapters
                 if self.info is not None:
                     self.info = with_adapter_texts(self.info, texts)
-                self._answer(call_id, adapters)
+                self._calls.answer(call_id, adapters)
             case CallFailed(call_id=call_id, error=error):
-                self._fail(call_id, error.rebuild())
-
-    def _answer(self, call_id: int, value: Answer) -> None:
-        call = self._calls.pop(call_id, None)
-        if call is not None and not call.answer.done():
-            call.answer.set_result(value)
-
-    def _fail(self, call_id: int, error: EngineError) -> None:
-        call = self._calls.pop(call_id, None)
-        if call is not None:
-            call.fail(error)
+                self._calls.fail(call_id, error.rebuild())
 
     # ---- requests ----
 
@@ -348,14 +318,7 @@ class EngineClient:
 
     async def _call(self, make: Callable[[int], ToEngine]) -> Answer:
         self._check_ready()
-        call_id = next(self._call_ids)
-        call = self._calls[call_id] = _Call(make(call_id))
-        self._send(call.message)
-        try:
-            return await call.answer
-        finally:
-            self._calls.pop(call_id, None)
-            self._take_back(call_id)
+        return await self._calls.ask(make)
 
     def _take_back(self, key: str | int) -> bool:
         return self._supervisor.take_back(key)

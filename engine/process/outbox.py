@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Callable
 from contextlib import suppress
 
-from tightrope.engine.process.wire import Submit, ToEngine, Tokenize, encode_frame
+from tightrope.engine.process.wire import Embed, Submit, ToEngine, Tokenize, encode_frame
 
 Unsent = Callable[[ToEngine, Exception], None]
 
@@ -23,7 +23,7 @@ class Outbox:
         match message:
             case Submit(request=request):
                 key: object = request.request_id
-            case Tokenize(call_id=call_id):
+            case Tokenize(call_id=call_id) | Embed(call_id=call_id):
                 key = call_id
             case _:
                 key = object()

@@ -16,6 +16,7 @@ from tightrope.engine.process.wire import (
     Cancel,
     Detokenize,
     Detokenized,
+    Embed,
     EngineEnd,
     ErrorFrame,
     LoadAdapter,
@@ -110,8 +111,8 @@ class Reader:
                 self._adapters.load(message)
             case UnloadAdapter():
                 self._adapters.unload(message)
-            case Start() | SetMarks():
-                raise AssertionError(f"a second {type(message).__name__}")
+            case Start() | SetMarks() | Embed():
+                raise AssertionError(f"a {type(message).__name__} out of place")
 
     def _call(self, call_id: int, num_bytes: int, answer: Callable[[], ToFront]) -> None:
         def job() -> None:

@@ -18,6 +18,7 @@ from tightrope.engine.process.outbox import Outbox
 from tightrope.engine.process.wire import (
     MAX_FRAME_BYTES,
     Alive,
+    EmbedderReady,
     Loaded,
     LoadFailed,
     Loading,
@@ -54,8 +55,8 @@ class Listener(Protocol):
     async def on_loaded(self, info: ModelInfo) -> SetMarks:
         """What it is told of the model that it has loaded. An EngineError says why it can't be used."""
 
-    def on_ready(self, ready: Ready) -> None:
-        """It takes requests."""
+    def on_ready(self, ready: Ready | EmbedderReady) -> None:
+        """It takes requests; an engine that embeds has no Loaded before."""
 
     def on_message(self, message: ToFront) -> None:
         """It has said something else."""
@@ -260,7 +261,7 @@ class Supervisor:
                     self._listener.on_loading(share)
                 case Loaded(info=info):
                     self.send(await self._listener.on_loaded(info))
-                case Ready():
+                case Ready() | EmbedderReady():
                     if self._expiry is not None:
                         self._expiry.cancel()
                     self._load_s = time.monotonic() - self._began_s

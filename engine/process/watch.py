@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 from tightrope.engine.process.wire import Alive, EngineEnd
 from tightrope.engine.settings import BEATS, PATIENCE, LifeSettings
-from tightrope.kernels import dispatch
+from tightrope.kernels.forms.compiling import compiling
 
 log = logging.getLogger("tightrope.engine")
 
@@ -99,4 +99,4 @@ class Watch:
                     )
                     self._on_end(1)
                     return
-            self._end.send(Alive(dispatch.compiling.is_under_way))
+            self._end.send(Alive(compiling.is_under_way))

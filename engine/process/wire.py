@@ -8,6 +8,7 @@ from typing import Literal
 import msgspec
 from msgspec import Struct
 
+from tightrope.backends.embedding.card import Cut, EmbedderCard
 from tightrope.engine.errors import EngineError, rebuild_error
 from tightrope.engine.process.frames import pack, read_frame
 from tightrope.engine.types import Delta, GenerateRequest, ModelInfo, Prompt, Stats, TokenRun, TurnMarks, Written
@@ -85,7 +86,26 @@ class UnloadAdapter(Struct, frozen=True, tag="unload_adapter"):
     name: str
 
 
-ToEngine = Start | SetMarks | Submit | Cancel | Tokenize | Detokenize | LoadAdapter | UnloadAdapter
+class Embed(Struct, frozen=True, tag="embed"):
+    """Vectors of some texts, or their scores against the query. A text may be token ids, which are run as they are.
+
+    model: the number of one that EmbedderReady names. first: the first text's number in its request. dimensions:
+    vectors are cut to so many numbers, None for all. norm: they are scaled by this norm then, see `scaled` of
+    engine.embedding.texts. is_busy: answers are being written meanwhile.
+    """
+
+    call_id: int
+    model: int
+    texts: tuple[str | tuple[int, ...], ...]
+    first: int
+    query: str | None = None
+    cut: Cut = "no"
+    dimensions: int | None = None
+    norm: int = 2
+    is_busy: bool = False
+
+
+ToEngine = Start | SetMarks | Submit | Cancel | Tokenize | Detokenize | LoadAdapter | UnloadAdapter | Embed
 
 
 class Loading(Struct, frozen=True, tag="loading"):
@@ -158,6 +178,20 @@ class AdapterList(Struct, frozen=True, tag="adapter_list"):
     special_texts: tuple[str, ...] = ()
 
 
+class EmbedderReady(Struct, frozen=True, tag="embedder_ready"):
+    """The embedding models are in memory, and texts are taken."""
+
+    cards: tuple[EmbedderCard, ...]
+
+
+class Embedded(Struct, frozen=True, tag="embedded"):
+    """values: float32, little-endian, a row for each text; of a reranker one logit. num_tokens: of each text."""
+
+    call_id: int
+    values: bytes
+    num_tokens: tuple[int, ...]
+
+
 class CallFailed(Struct, frozen=True, tag="call_failed"):
     call_id: int
     error: ErrorFrame
@@ -175,6 +209,8 @@ ToFront = (
     | Tokenized
     | Detokenized
     | AdapterList
+    | EmbedderReady
+    | Embedded
     | CallFailed
 )
 

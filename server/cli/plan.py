@@ -39,20 +39,30 @@ def plan(
     settings: ModelSettings, memory_bytes: int | None, device_bytes: tuple[int, ...] | None, *, as_json: bool
 ) -> int:
     """Print the plan; return the exit status. Raises CommandFailed, after printing, if it does not fit."""
-    from tightrope.backends.detect import outline  # Its reads load the libraries that the model's format needs.
+    # Their reads load the libraries that a model's format needs.
+    from tightrope.backends.detect import outline
+    from tightrope.backends.embedding.opening import footprints, taken_bytes
+    from tightrope.backends.memory import usable_memory
 
     try:
-        found = outline(settings, memory_bytes, device_bytes)
+        beside = footprints(settings)
+        left = memory_bytes
+        if beside:
+            left = max(0, (usable_memory() if memory_bytes is None else memory_bytes) - taken_bytes(beside))
+        found = outline(settings, left, device_bytes)
     except BackendError as error:
         raise CommandFailed(str(error)) from None
-    print(json.dumps(to_json(found), indent=2) if as_json else _as_text(found, memory_bytes, device_bytes))
+    taken = taken_bytes(beside)
+    if as_json:
+        print(json.dumps(to_json(found) | {"embedding_bytes": taken}, indent=2))
+    else:
+        lines = to_lines(found, memory_bytes is not None, device_bytes is not None)
+        names = ", ".join(f"{one.path.name} ({one.kind})" for one in beside)
+        more = [f"beside     {_size(taken)} of the machine's memory for {names}"] if beside else []
+        print("\n".join(map(printable, [*lines[:2], *more, *lines[2:]])))
     if found.refusal is not None:
         raise CommandFailed(found.refusal)
     return 0
-
-
-def _as_text(found: "Outline", memory_bytes: int | None, device_bytes: tuple[int, ...] | None) -> str:
-    return "\n".join(map(printable, to_lines(found, memory_bytes is not None, device_bytes is not None)))
 
 
 def to_lines(found: "Outline", is_host_given: bool, is_card_given: bool) -> list[str]:

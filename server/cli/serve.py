@@ -15,6 +15,7 @@ import uvicorn
 import uvloop
 
 from tightrope import __version__
+from tightrope.backends.embedding.card import EmbedderCard
 from tightrope.engine.console import log_to_stderr, printable
 from tightrope.engine.errors import BackendFailed, EngineError
 from tightrope.engine.process.client import EngineClient
@@ -152,6 +153,7 @@ async def _announce(
     """Print what is served once it is. Raises CommandFailed, after ending the server, when it can't be, or no more."""
     engine, settings = front.engine, front.settings
     try:
+        await front.embedder.wait_ready()
         info = await engine.wait_ready()
         for name in engine.adapters:
             if means_the_model(name, settings.served_model_name or info.model_id):
@@ -162,7 +164,7 @@ async def _announce(
         if drain.is_on:
             return
         raise CommandFailed(error.message) from None
-    _say("\n".join(map(printable, ready_lines(info, settings, url, notes))))
+    _say("\n".join(map(printable, ready_lines(info, settings, url, notes, front.embedder.cards))))
     _warn_of_everybody(settings)
     reason = await engine.wait_failed()
     server.should_exit = True
@@ -172,8 +174,18 @@ async def _announce(
 async def _announce_several(
     front: AppState, server: uvicorn.Server, drain: Drain, url: str, notes: Sequence[str]
 ) -> None:
-    """Print what there is to be served: a model that can't be is told of to those who ask for it."""
-    _say("\n".join(map(printable, several_lines(front.models, front.settings, url, notes))))
+    """Print what there is to be served: a model that can't be is told of to those who ask for it.
+
+    Raises CommandFailed, after ending the server, for an embedding model that can't be.
+    """
+    try:
+        await front.embedder.wait_ready()
+    except EngineError as error:
+        server.should_exit = True
+        if drain.is_on:
+            return
+        raise CommandFailed(error.message) from None
+    _say("\n".join(map(printable, several_lines(front.models, front.settings, url, notes, front.embedder.cards))))
     _warn_of_everybody(front.settings)
 
 
@@ -193,19 +205,28 @@ def _say(text: str) -> None:
             os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
-def ready_lines(info: ModelInfo, settings: ServerSettings, url: str, more_notes: Sequence[str] = ()) -> list[str]:
+def ready_lines(
+    info: ModelInfo,
+    settings: ServerSettings,
+    url: str,
+    more_notes: Sequence[str] = (),
+    embedders: Sequence[EmbedderCard] = (),
+) -> list[str]:
     """What a person wants to know once the model is there, and one line to try."""
     name = settings.served_model_name or info.model_id
     return [
         f"ready     {name} ({info.architecture}, {info.format})",
         f"context   {info.max_model_len} tokens",
         f"cache     {info.cache_tokens} tokens, {info.cache_dtype}, for up to {info.max_num_seqs} answers at a time",
-        *(f"note      {note}" for note in (*info.notes, *more_notes)),
+        *(f"beside    {_of_embedder(card)}" for card in embedders),
+        *(f"note      {note}" for note in (*info.notes, *more_notes, *(n for card in embedders for n in card.notes))),
         *_last_lines(settings, url, {}),
     ]
 
 
-def several_lines(models: Models, settings: ServerSettings, url: str, notes: Sequence[str]) -> list[str]:
+def several_lines(
+    models: Models, settings: ServerSettings, url: str, notes: Sequence[str], embedders: Sequence[EmbedderCard] = ()
+) -> list[str]:
     """The same of several models, none of which needs to be loaded."""
     names = [model.name for model in models.all]
     more = f", and {len(names) - SHOWN_NAMES} more" if len(names) > SHOWN_NAMES else ""
@@ -213,6 +234,7 @@ def several_lines(models: Models, settings: ServerSettings, url: str, notes: Seq
     return [
         f"models    {len(names)} in {settings.models}, up to {settings.models_max} loaded at a time{sleep}",
         f"names     {', '.join(names[:SHOWN_NAMES])}{more}",
+        *(f"beside    {_of_embedder(card)}" for card in embedders),
         *(f"note      {note}" for note in notes),
         *_last_lines(settings, url, {"model": names[0]}),
     ]
@@ -226,6 +248,11 @@ def _last_lines(settings: ServerSettings, url: str, named: Mapping[str, str]) ->
         f"url       {url} (API pages at {url}/docs)",
         f"try       curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d {body}",
     ]
+
+
+def _of_embedder(card: EmbedderCard) -> str:
+    what = f"vectors of {card.dimensions} numbers" if card.kind == "embedding" else "ranks texts"
+    return f"{card.model_id} ({card.architecture}, {card.format}): {what}, texts of up to {card.max_tokens} tokens"
 
 
 def base_url(host: str, port: int) -> str:

@@ -14,6 +14,7 @@ from tightrope.server.answering import Dialect, Ending, answer, checked
 from tightrope.server.asking import TextBody, ask, common, refuse_log_probabilities
 from tightrope.server.deltas.choices import Choice
 from tightrope.server.fields.explain import Explained
+from tightrope.server.fields.numbers import MAX_INT
 from tightrope.server.fields.progress import prompt_progress
 from tightrope.server.http.body import AnyTypeRoute, Body, JsonRequest
 from tightrope.server.http.error_docs import CALL_ERRORS, STATUS_ERRORS, only, written
@@ -21,6 +22,8 @@ from tightrope.server.http.hangup import or_gone
 from tightrope.server.http.long_lists import json_answer, json_list
 from tightrope.server.served import Served
 from tightrope.server.state import AppState
+from tightrope.server.vectors.asking import CUT, Inputs, embed, texts_of
+from tightrope.server.vectors.writing import EmbeddingList, openai_list
 
 API_VERSION = "1.2.5"  # KoboldAI United's API has this version, and these routes are shaped after it.
 KOBOLDCPP_VERSION = "1.75"  # These are its routes; clients stream from 1.30 and count tokens from 1.41 on.
@@ -50,6 +53,15 @@ class KoboldBody(TextBody):
 
     def given(self) -> dict[str, Any]:
         return ({} if self.trim_stop else {"include_stop_str_in_output": True}) | super().given()
+
+
+class KoboldEmbeddings(Body):
+    """POST /api/extra/embeddings."""
+
+    input: Inputs = Field(description="A text, its token ids, or a list of either.")
+    model: str | None = None
+    truncate: bool = Field(True, description="Cut texts that are too long; false refuses them.")
+    dimensions: int | None = Field(None, ge=1, le=MAX_INT, description="Cut vectors to so many numbers.")
 
 
 class CountBody(Body):
@@ -243,6 +255,13 @@ def koboldcpp_router(front: AppState) -> APIRouter:
         chosen = await front.at(request, body.named_model)
         tokens = await chosen.engine.tokenize(TextPrompt((Span(body.prompt),), body.special))
         return json_answer({"value": len(tokens), "ids": await json_list(tokens.ids)})
+
+    @router.post("/extra/embeddings", **written(model=EmbeddingList, description="A vector for each text."))
+    async def embeddings(body: KoboldEmbeddings, request: Request) -> Response:
+        """Vectors of texts, of length 1."""
+        texts, cut = texts_of(body.input, "input"), CUT[body.truncate]
+        card, vectors = await embed(front, request, texts, model=body.model, cut=cut, dimensions=body.dimensions)
+        return await openai_list(card, vectors, "float")
 
     @router.post("/extra/abort", responses=CALL_ERRORS, openapi_extra=ABORT_BODY)
     async def abort(request: Request) -> Success:

@@ -144,9 +144,10 @@ def _parts(body: Body, prefix: str = "") -> Iterator[tuple[str, Body]]:
         value: object = getattr(body, name)
         if isinstance(value, Body):
             yield from _parts(value, f"{prefix}{name}.")
-        elif isinstance(value, list) and value and isinstance(value[0], Body):
+        elif isinstance(value, list) and not (value and isinstance(value[0], int)):  # Token ids may be millions.
             for index, item in enumerate(value):
-                yield from _parts(item, f"{prefix}{name}[{index}].")
+                if isinstance(item, Body):
+                    yield from _parts(item, f"{prefix}{name}[{index}].")
 
 
 def ignored_fields(body: Body) -> Iterator[str]:
@@ -263,8 +264,9 @@ class JsonRequest(Request):
         except TimeoutError:
             raise BodyTimeout(f"the body did not arrive within {READ_TIMEOUT_S:.0f} s") from None
         made.data, made.has_halves = _parsed(made.raw)
-        if request.url.path in SHARED_PATHS and isinstance(made.data, dict) and made.data.get("inputs") is not None:
-            request.state.column = "tgi"
+        key, column = SHARED_PATHS.get(request.url.path, ("", None))
+        if column is not None and isinstance(made.data, dict) and made.data.get(key) is not None:
+            request.state.column = column
         return made
 
     async def body(self) -> bytes:

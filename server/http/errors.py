@@ -12,6 +12,7 @@ from starlette.exceptions import HTTPException
 
 from tightrope.engine.errors import (
     BackendFailed,
+    ContextLengthExceeded,
     EngineError,
     EngineUnavailable,
     InvalidRequest,
@@ -21,17 +22,23 @@ from tightrope.engine.errors import (
 
 log = logging.getLogger("tightrope.server")
 
-Column = Literal["openai", "tgi", "ollama", "anthropic"]  # The table has these columns.
+Column = Literal["openai", "tgi", "tei", "ollama", "anthropic"]  # The table has these columns.
 
 # What is at any other path says errors as OpenAI does.
 PATHS: Mapping[str, Column] = {
     **dict.fromkeys(
         ("/", "/generate", "/generate_stream", "/chat_tokenize", "/info", "/health", "/v1/health", "/ping"), "tgi"
     ),
+    "/embed": "tei",
+    **dict.fromkeys(("/api/embed", "/api/embeddings"), "ollama"),
     **dict.fromkeys(("/api/version", "/api/tags", "/api/ps", "/api/show", "/api/generate", "/api/chat"), "ollama"),
     **dict.fromkeys(("/v1/messages", "/messages", "/v1/messages/count_tokens", "/messages/count_tokens"), "anthropic"),
 }
-SHARED_PATHS = frozenset({"/tokenize", "/invocations"})  # There the key `inputs` makes a body TGI's.
+# By path it has the key of a body that another dialect than OpenAI's has there, and that dialect's column.
+SHARED_PATHS: Mapping[str, tuple[str, Column]] = {
+    **dict.fromkeys(("/tokenize", "/invocations"), ("inputs", "tgi")),
+    "/rerank": ("texts", "tei"),
+}
 
 
 class MalformedBody(InvalidRequest):
@@ -82,6 +89,12 @@ class SwitchedOff(EngineError):
     """The route changes what is served, and the settings don't allow that."""
 
     code: ClassVar[str] = "switched_off"
+
+
+class NotServed(EngineError):
+    """The route wants a model of another kind than those that are loaded."""
+
+    code: ClassVar[str] = "not_served"
 
 
 class NoSuchRoute(EngineError):
@@ -164,6 +177,7 @@ TABLE: Mapping[type[EngineError], tuple[int, TGIRow]] = {  # The status goes fir
     NotJson: (415, TGIRow(415, None, fixed="Expected request with `Content-Type: application/json`")),
     Overloaded: (429, TGIRow(429, "overloaded", fixed="Model is overloaded")),
     ClientGone: (499, TGIRow(499, None)),
+    NotServed: (501, TGIRow(501, "not_served")),
     BackendFailed: (500, FAILED),
     ShuttingDown: (503, TGIRow(503, "shutting_down")),
     EngineUnavailable: (503, FAILED),
@@ -219,9 +233,29 @@ def _anthropic(exc: EngineError) -> Told:
     return status, {"type": "error", "error": {"type": kind, "message": exc.message}}
 
 
+# Text Embeddings Inference's statuses, and its words for kinds of errors. Source: its router/src/http/server.rs.
+_TEI: Mapping[type[EngineError], tuple[int, str]] = {
+    InvalidRequest: (413, "Validation"),
+    MalformedBody: (400, "Validation"),
+    WrongBody: (422, "Validation"),
+    Overloaded: (429, "Overloaded"),
+    BackendFailed: (424, "Backend"),
+    EngineUnavailable: (503, "Unhealthy"),
+}
+
+
+def _tei(exc: EngineError) -> Told:
+    status, kind = next((_TEI[cls] for cls in type(exc).__mro__ if cls in _TEI), (_row(exc)[0], exc.code))
+    message = exc.message
+    if isinstance(exc, ContextLengthExceeded):
+        message = f"`inputs` must have less than {exc.max_model_len} tokens. Given: {exc.prompt_tokens}"
+    return status, {"error": message, "error_type": kind}
+
+
 COLUMNS: Mapping[Column, Callable[[EngineError], Told]] = {
     "openai": _openai,
     "tgi": _tgi,
+    "tei": _tei,
     "ollama": _ollama,
     "anthropic": _anthropic,
 }

@@ -10,11 +10,11 @@ from fastapi import Response
 SLICE = 2000  # So many items take some milliseconds.
 
 
-async def json_list(items: Iterable[object]) -> bytes:
-    """The list as JSON, made slice by slice, between which other requests are answered."""
+async def json_list(items: Iterable[object], slice_size: int = SLICE) -> bytes:
+    """The list as JSON, made slice by slice of so many items, between which other requests are answered."""
     slices: list[bytes] = []
     rest = iter(items)
-    while part := list(islice(rest, SLICE)):
+    while part := list(islice(rest, slice_size)):
         slices.append(msgspec.json.encode(part)[1:-1])
         await asyncio.sleep(0)
     return b"[" + b",".join(slices) + b"]"

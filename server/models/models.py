@@ -194,6 +194,11 @@ class Models:
     # ---- what they say together ----
 
     @property
+    def is_writing(self) -> bool:
+        """Whether any of them writes an answer now."""
+        return any(model.engine.num_running for model in self.loaded)
+
+    @property
     def is_healthy(self) -> bool:
         """Whether requests are answered: by any that is loaded, or by one that would be loaded for them."""
         engines = [model.engine for model in self.loaded]

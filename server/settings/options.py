@@ -77,6 +77,20 @@ OPTIONS: Mapping[str, Option] = {
         "memory kept for adapters from that folder, in MiB (default: 512)",
         "N",
     ),
+    "embedding-model": Option(
+        (*_MODEL, "embedding", "models"),
+        "model",
+        "models that embed or rank texts, as their files say, beside the chat model; with commas between, or given "
+        "again",
+        "MODEL",
+        is_list=True,
+    ),
+    "embedding-max-tokens": Option(
+        (*_MODEL, "embedding", "max_tokens"),
+        "context and memory",
+        "most tokens of a text that these read; the model's own window if that is less (default: 2048)",
+        "N",
+    ),
     "served-model-name": Option(
         ("served_model_name",), "model", "name that clients see (default: the model's)", "NAME"
     ),

@@ -19,6 +19,7 @@ from schemathesis.specs.openapi.checks import (
     response_schema_conformance,
     status_code_conformance,
 )
+from vector_api import embedding, in_a_thread
 
 from tightrope.engine.process.client import EngineClient
 from tightrope.engine.settings import EngineSettings
@@ -39,7 +40,8 @@ class Server(uvicorn.Server):
 
 
 async def serve(listener: socket.socket, servers: list[Server], is_up: threading.Event) -> None:
-    async with application(max_model_len=48, chat_template="{{ messages[0].content }}?") as app:
+    beside = {"embedding": embedding("folder", "ranker", max_tokens=32), "launch_embedder": in_a_thread()}
+    async with application(max_model_len=48, chat_template="{{ messages[0].content }}?", **beside) as app:
         config = uvicorn.Config(app, http=Connection, ws="none", lifespan="off", log_config=None)
         servers.append(Server(config))
         is_up.set()

@@ -12,8 +12,10 @@ import msgspec
 from fakes import ByteTokenizer, FakeBackend, script
 from fastapi import FastAPI
 
+from tightrope.backends.settings import EmbeddingSettings, ModelSettings
+from tightrope.engine.embedding.client import spawn_embedder
 from tightrope.engine.process.client import EngineClient
-from tightrope.engine.process.launch import thread_launcher
+from tightrope.engine.process.launch import Launcher, thread_launcher
 from tightrope.engine.settings import EngineSettings, LimitSettings
 from tightrope.server.app import create_app
 from tightrope.server.http.draining import Drain
@@ -36,10 +38,13 @@ async def application(
     max_model_len: int = 1024,
     added: Sequence[str] = (),
     special: Sequence[str] = (),
+    embedding: EmbeddingSettings = EmbeddingSettings(),  # noqa: B008  # It never changes.
+    launch_embedder: Launcher = spawn_embedder,
     **settings: object,
 ) -> AsyncGenerator[FastAPI, None]:
     """The server's application, started, with a model that answers prompts that end in "?" with `answer`."""
-    engine = EngineSettings(limits=LimitSettings.model_validate(limits))
+    model = ModelSettings(embedding=embedding, threads=1)
+    engine = EngineSettings(model=model, limits=LimitSettings.model_validate(limits))
     chosen = ServerSettings.model_validate({"engine": engine, **settings})
     tokenizer = ByteTokenizer(added, special)
     said = tokenizer.encode(answer, parse_special=True, is_start=False) if isinstance(answer, str) else ()
@@ -52,8 +57,10 @@ async def application(
         return EngineClient(settings, launch, clock, adapters=adapters)
 
     client = next_client(chosen.engine, None)
-    app = create_app(front_of(Models.alone(client, chosen, next_client), chosen), drain)
+    front = front_of(Models.alone(client, chosen, next_client), chosen, launch_embedder=launch_embedder)
+    app = create_app(front, drain)
     async with app.router.lifespan_context(app):
+        await front.embedder.wait_ready()
         await client.wait_ready()
         yield app
 

@@ -1,0 +1,115 @@
+"""What vectors of texts cost the chats beside them: python -m bench.embedding EMBEDDING_MODEL [--model MODEL]
+
+A server with both models writes an answer alone, and then while 100 texts of some 200 words are embedded by requests
+one after another. Bar: no token of the answer comes more than 0.3 s later than the one before. Told besides: the
+answer's speed, how long the texts take with and without it, and the memory of the second process beside what `plan`
+says. Writes bench/results/embedding.json.
+"""
+
+import argparse
+import asyncio
+import json
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+
+from bench import report
+from bench.compare import bundled_model
+from bench.english import english_text
+from bench.load import exclusive
+from bench.meter import process_tree
+from bench.peers import end_servers_when_told
+from bench.served import serving
+from bench.sse import Answer, exchange, stream
+from bench.stats import spread
+from tightrope.backends.embedding.opening import footprints, taken_bytes
+from tightrope.backends.settings import EmbeddingSettings, ModelSettings
+
+NUM_TEXTS, CHARS, NUM_TOKENS = 100, 1000, 400
+BAR_S = 0.3
+CHILD = "tightrope.engine.embedding.child"
+
+
+def texts() -> list[str]:
+    whole = english_text()
+    return [whole[number * CHARS :][:CHARS] for number in range(NUM_TEXTS)]
+
+
+async def embed(url: str) -> float:
+    """Seconds for all texts in one request."""
+    reply = await exchange(url, "/v1/embeddings", json.dumps({"input": texts()}).encode())
+    assert reply.status == 200, reply.body[:200]
+    return reply.done_s - reply.sent_s
+
+
+async def write(url: str, until: asyncio.Event | None = None) -> Answer:
+    body: dict[str, object] = {"prompt": "Once upon a time", "max_tokens": NUM_TOKENS, "ignore_eos": True}
+    return await stream(url, "/v1/completions", body, until)
+
+
+def gaps(answer: Answer) -> dict[str, float]:
+    waits = [late - early for early, late in zip(answer.arrivals_s, answer.arrivals_s[1:], strict=False)]
+    return {
+        "tokens_per_s": round(1 / answer.tpot_s, 1),
+        "median_gap_s": round(spread(waits)["median"], 4),
+        "largest_gap_s": round(max(waits), 4),
+    }
+
+
+async def measure(url: str) -> dict[str, object]:
+    await write(url)  # Everything is warm behind this.
+    alone = await write(url)
+    alone_s = await embed(url)
+    is_over = asyncio.Event()
+    writing = asyncio.ensure_future(write(url, is_over))
+    await asyncio.sleep(0.5)
+    busy_s = []
+    while not writing.done():
+        busy_s.append(await embed(url))
+    beside = await writing
+    return {
+        "alone": gaps(alone),
+        "beside": gaps(beside),
+        "texts_alone_s": round(alone_s, 2),
+        "texts_beside_s": [round(one, 2) for one in busy_s],
+        "bar_s": BAR_S,
+        "met": gaps(beside)["largest_gap_s"] <= BAR_S,
+    }
+
+
+def private_bytes(pid: int) -> int:
+    """Of the process that embeds."""
+    (child,) = (process for process in process_tree(pid) if CHILD in process.cmdline())
+    found: int = psutil.Process(child.pid).memory_full_info().uss
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("embedding_model", type=Path)
+    parser.add_argument("--model", type=Path, help="the chat model; default: the bundled one")
+    parser.add_argument("--lock", type=Path, help="lock file to hold while measuring")
+    args = parser.parse_args()
+    end_servers_when_told()
+    model = args.model or bundled_model()
+    settings = ModelSettings(embedding=EmbeddingSettings(models=(str(args.embedding_model),)))
+    options = ("--embedding-model", str(args.embedding_model))
+    began_s = time.perf_counter()
+    with (
+        exclusive(args.lock),
+        tempfile.TemporaryDirectory() as folder,
+        serving(model, Path(folder), "embedding", options) as served,
+    ):
+        found = asyncio.run(measure(served.url))
+        found["private_mib"] = private_bytes(served.process.pid) >> 20
+    found["planned_mib"] = taken_bytes(footprints(settings)) >> 20
+    print(json.dumps(found, indent=1), f"{time.perf_counter() - began_s:.0f} s")
+    path = report.RESULTS / "embedding.json"
+    known = json.loads(path.read_text())["results"] if path.exists() else {}
+    print(report.write("embedding", {**known, args.embedding_model.name: found}))
+
+
+if __name__ == "__main__":
+    main()

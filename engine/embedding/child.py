@@ -1,0 +1,90 @@
+"""The process that embeds: takes texts from the socket, one message after another, and sends their vectors.
+
+It gives way to the chat model: it has the least priority that there is, and one thread while answers are being written.
+The front starts it by `python -m tightrope.engine.embedding.child FD`.
+"""
+
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable, Sequence
+
+from tightrope.backends.embedding.opening import open_embedders
+from tightrope.backends.embedding.protocol import Embedder
+from tightrope.backends.errors import BackendError
+from tightrope.backends.settings import ModelSettings
+from tightrope.backends.threads import compute_threads
+from tightrope.engine.console import log_to_stderr
+from tightrope.engine.embedding.texts import embedded
+from tightrope.engine.errors import BackendFailed, EngineError
+from tightrope.engine.process.watch import Watch
+from tightrope.engine.process.wire import CallFailed, Embed, EmbedderReady, EngineEnd, ErrorFrame, LoadFailed, Start
+from tightrope.engine.settings import EngineSettings
+
+log = logging.getLogger("tightrope.embedding")
+
+LEAST_PRIORITY = 19  # Of Unix' niceness: beside a thread of the chat model one of ours gets a seventieth of the time.
+
+OpenEmbedders = Callable[[ModelSettings], Sequence[Embedder]]
+
+
+def serve(
+    sock: socket.socket,
+    on_end: Callable[[int], None] = lambda status: None,
+    open_embedders: OpenEmbedders = open_embedders,
+) -> int:
+    """Embed what comes over the socket until the front closes it; return the exit status. on_end: see Watch."""
+    end = EngineEnd(sock)
+    try:
+        start = end.receive()
+        if not isinstance(start, Start):
+            return 0
+        settings = EngineSettings.model_validate_json(start.settings)
+        watch = Watch(end, settings.life, on_end)
+        watch.start()
+        try:
+            opened = open_embedders(settings.model)
+        except BackendError as error:
+            end.send(LoadFailed(str(error)))
+            return 1
+        try:
+            end.send(EmbedderReady(tuple(embedder.card for embedder in opened)))
+            _run(end, opened, compute_threads(settings.model.threads), watch)
+        finally:
+            watch.stop()
+            for embedder in opened:
+                embedder.close()
+        return 0
+    finally:
+        end.close()
+
+
+def _run(end: EngineEnd, opened: Sequence[Embedder], threads: int, watch: Watch) -> None:
+    activity = watch.activity()
+    while (message := end.receive()) is not None:
+        assert isinstance(message, Embed), f"a {type(message).__name__} out of place"
+        activity.begin("texts", num_tokens=sum(map(len, message.texts)))  # A text has no more tokens than characters.
+        try:
+            end.send(embedded(message, opened[message.model], threads))
+        except EngineError as error:
+            end.send(CallFailed(message.call_id, ErrorFrame.of(error)))
+        except Exception as error:
+            log.error("texts failed: call_id=%s", message.call_id, exc_info=error)
+            reason = " ".join(str(error).split()) or type(error).__name__
+            failure = BackendFailed(f"the embedding model failed: {reason:.200}")
+            end.send(CallFailed(message.call_id, ErrorFrame.of(failure)))
+        activity.end()
+
+
+def main() -> None:
+    """Entry point of the process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the front, which closes the socket when it is done.
+    os.nice(LEAST_PRIORITY)
+    log_to_stderr("info")
+    sys.exit(serve(socket.socket(fileno=int(sys.argv[1])), on_end=os._exit))
+
+
+if __name__ == "__main__":
+    main()
