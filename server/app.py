@@ -57,7 +57,8 @@ def create_app(front: AppState, drain: Drain | None = None) -> FastAPI:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncGenerator[None, None]:
         starting = asyncio.create_task(front.start_engines(), name="start of the engines")
-        await asyncio.sleep(0)  # Without embedding models the chat model's engine is started at once.
+        if not front.embedder.is_there:
+            await starting  # It takes a moment, and embedding models some seconds.
         try:
             yield
         finally:

@@ -11,9 +11,8 @@ from typing import Self
 from fastapi import Request
 from msgspec.structs import replace
 
-from tightrope.engine.embedding.client import EmbeddingClient, spawn_embedder
+from tightrope.engine.embedding.protocol import EmbeddingEngine
 from tightrope.engine.errors import BackendFailed, EngineUnavailable
-from tightrope.engine.process.launch import Launcher
 from tightrope.engine.protocol import Engine
 from tightrope.engine.types import Delta, GenerateRequest, ModelInfo, TurnMarks
 from tightrope.server.deltas.aborts import Aborts
@@ -42,7 +41,7 @@ class AppState:
     settings: ServerSettings  # The server's; where it speaks of one model, with that one's own.
     metrics: Metrics
     streams: KeptStreams  # Clients may come back to these.
-    embedder: EmbeddingClient
+    embedder: EmbeddingEngine
     renderer: TemplateRenderer = field(default_factory=TemplateRenderer)
     probed: Probed = field(default_factory=dict)  # The templates of every start of an engine share it.
     aborts: Aborts = field(default_factory=Aborts)
@@ -163,15 +162,10 @@ def _choosable() -> Iterator[None]:
 
 
 def front_of(
-    models: Models,
-    settings: ServerSettings,
-    renderer: TemplateRenderer | None = None,
-    *,
-    launch_embedder: Launcher = spawn_embedder,
+    models: Models, settings: ServerSettings, embedder: EmbeddingEngine, renderer: TemplateRenderer | None = None
 ) -> AppState:
     """That of a server before its start."""
     streams = KeptStreams(settings.kept_streams_mib << 20, settings.keep_streams_s)
-    embedder = EmbeddingClient(settings.engine, lambda: models.is_writing, launch_embedder)
     return AppState(models, settings, Metrics(models), streams, embedder, renderer or TemplateRenderer())
 
 

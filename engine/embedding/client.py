@@ -5,11 +5,10 @@ Imports neither torch nor transformers nor llama_cpp.
 
 import logging
 import socket
-from array import array
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
-from tightrope.backends.embedding.card import Cut, EmbedderCard
+from tightrope.backends.embedding.card import EmbedderCard
+from tightrope.engine.embedding.protocol import Text, Vectors, Wanted
 from tightrope.engine.errors import BackendFailed, EngineError, EngineUnavailable, InvalidRequest, Overloaded
 from tightrope.engine.process.calls import Calls
 from tightrope.engine.process.launch import EngineHandle, Launcher, ProcessHandle, run_process
@@ -32,32 +31,8 @@ from tightrope.processes import child_command
 
 log = logging.getLogger("tightrope.client")
 
-Text = str | tuple[int, ...]
-
 # A message holds so little that another request's texts come in between, and that nobody waits long for one given up.
 PORTION_TEXTS, PORTION_SIZE = 16, 1 << 13
-
-
-@dataclass(frozen=True, slots=True)
-class Wanted:
-    """What is wanted of texts; see Embed. model: the place of its card."""
-
-    model: int
-    query: str | None = None
-    cut: Cut = "no"
-    dimensions: int | None = None
-    norm: int = 2
-
-
-@dataclass(frozen=True, slots=True)
-class Vectors:
-    """A row of float32 for each text, little-endian, and the number of its tokens."""
-
-    rows: tuple[bytes, ...]
-    num_tokens: tuple[int, ...]
-
-    def floats(self, place: int) -> list[float]:
-        return array("f", self.rows[place]).tolist()
 
 
 def spawn_embedder(sock: socket.socket) -> ProcessHandle:
@@ -66,7 +41,7 @@ def spawn_embedder(sock: socket.socket) -> ProcessHandle:
 
 
 class EmbeddingClient:
-    """The embedding and reranking models of one server; none where the settings name none."""
+    """The embedding and reranking models of one server, supervised. What it offers is described in EmbeddingEngine."""
 
     def __init__(
         self, settings: EngineSettings, is_busy: Callable[[], bool] = lambda: False, launch: Launcher = spawn_embedder
@@ -81,16 +56,13 @@ class EmbeddingClient:
 
     @property
     def is_there(self) -> bool:
-        """Whether the settings name any model."""
         return bool(self._settings.model.embedding.models)
 
     async def start(self) -> None:
-        """Begin to load the models; returns at once."""
         if self.is_there:
             await self._supervisor.start()
 
     async def wait_ready(self) -> None:
-        """Wait until texts are taken. Raises BackendFailed with one line if they won't be."""
         if self.is_there:
             await self._supervisor.wait_ready()
 
@@ -112,7 +84,6 @@ class EmbeddingClient:
         return self._supervisor.restarts
 
     async def embed(self, texts: Sequence[Text], wanted: Wanted) -> Vectors:
-        """Vectors of texts, or their scores. Raises EngineError; to be cancelled when nobody wants them any more."""
         self.check_ready()
         most = self._settings.limits.max_waiting
         if self._num_open > most:
@@ -144,7 +115,6 @@ class EmbeddingClient:
         )
 
     def check_ready(self) -> None:
-        """Raises EngineUnavailable while no texts are taken."""
         if self.state != "ready":
             reasons: dict[State, str] = {
                 "loading": "the embedding model is still loading",
@@ -173,6 +143,9 @@ class EmbeddingClient:
                 self._calls.answer(call_id, message)
             case CallFailed(call_id=call_id, error=error):
                 self._calls.fail(call_id, error.rebuild())
+
+    def on_loading(self, share: float) -> None:
+        """Nobody is told."""
 
     def on_compiling(self) -> None:
         """Nothing is compiled there."""

@@ -11,6 +11,7 @@ from tightrope.engine.errors import InvalidRequest
 from tightrope.engine.guided.grammar import Packed
 from tightrope.engine.sampler.repeats import Repeats
 from tightrope.engine.sampler.steps import SamplingParams
+from tightrope.engine.sampler.watermark import Watermark
 
 Floats = NDArray[np.float32]
 
@@ -39,6 +40,8 @@ class TokenEdits:
                     )
         self._params = params
         self._biases = params.logit_bias | dict.fromkeys(params.banned_tokens, -np.inf)
+        gamma, delta = params.watermark_gamma, params.watermark_delta
+        self.watermark = Watermark(gamma, delta, prompt_token_ids, vocab_size) if delta else None
         self.repeats = Repeats(params, prompt_token_ids, token_bytes) if Repeats.are_looked_for(params) else None
         self._counts_tokens = (
             params.repetition_penalty != 1.0
@@ -53,11 +56,13 @@ class TokenEdits:
 
     @property
     def is_neutral(self) -> bool:
-        """Whether no logit ever changes, but for repeats."""
+        """Whether no logit ever changes, but for repeats and the watermark."""
         return not self._counts_tokens and not self._biases
 
     def append(self, token_id: int) -> None:
         """A token was generated."""
+        if self.watermark is not None:
+            self.watermark.append(token_id)
         if self.repeats is not None:
             self.repeats.append(token_id)
         if not self._counts_tokens:
@@ -76,6 +81,8 @@ class TokenEdits:
 
     def truncate(self, num_output: int) -> None:
         """Forget the output after its first `num_output` tokens."""
+        if self.watermark is not None:
+            self.watermark.truncate(num_output)
         if self.repeats is not None:
             self.repeats.truncate(self._num_prompt + num_output)
         if self._counts_tokens:
@@ -175,18 +182,21 @@ def edit_logits(
 ) -> Tensor:
     """Apply each row's edits, then set its suppressed tokens, and those that its mask excludes if it has one, to -inf.
 
-    Penalties and biases come first, DRY's penalties after them.
+    The watermark comes first, then penalties and biases, and DRY's penalties after them.
 
     logits [B, V] float32; comes back as it is when no row changes anything, else as a changed copy, or changed itself.
     """
     rows = [row for row, edit in enumerate(edits) if not edit.is_neutral]
     banned = [row * logits.shape[1] + token_id for row, ids in enumerate(suppressed) for token_id in ids]
     repeats = [(row, edit.repeats) for row, edit in enumerate(edits) if edit.repeats is not None]
-    if not rows and not banned and not masks and not repeats:
+    marks = [(row, edit.watermark) for row, edit in enumerate(edits) if edit.watermark is not None]
+    if not rows and not banned and not masks and not repeats and not marks:
         return logits
     is_own = in_place and logits.is_contiguous()
     edited = logits if is_own else logits.clone(memory_format=torch.contiguous_format)
     flat = edited.view(-1)
+    for row, mark in marks:
+        mark.add_to(edited[row])
     if rows:
         entries = [edits[row].entries() for row in rows]
         offsets = np.repeat(np.asarray(rows, np.int64) * logits.shape[1], [len(ids) for ids, _, _ in entries])

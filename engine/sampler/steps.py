@@ -14,6 +14,7 @@ from typing import Annotated, Any
 from msgspec import Meta, Struct, field
 
 LONGEST_RUN = 256  # DRY and no_repeat_ngram_size take any longer repetition for one of this many tokens.
+MAX_DELTA = 100.0  # A higher one draws of the likelier half alone, too.
 
 Probability = Annotated[float, Meta(ge=0, le=1)]
 Share = Annotated[float, Meta(gt=0, le=1)]
@@ -66,13 +67,15 @@ class SamplingParams(Struct, frozen=True, omit_defaults=True):
     dry_sequence_breakers: tuple[str, ...] = ("\n", ":", '"', "*")
     no_repeat_ngram_size: Annotated[int, Meta(ge=0, le=LONGEST_RUN)] = 0
     min_keep: Count = 0
+    watermark_delta: Annotated[float, Meta(ge=0, le=MAX_DELTA)] = 0.0
+    watermark_gamma: Annotated[float, Meta(gt=0, lt=1)] = 0.5
     banned_tokens: tuple[int, ...] = ()
     banned_strings: tuple[str, ...] = ()
     order: tuple[str, ...] = ()  # It holds names of SAMPLER_ORDER; those left out follow as they stand there.
 
 
 NEUTRAL = SamplingParams()
-BIAS, ORDERED, STEERING, DRAW = 4, 5, 6, 7  # Stages run in this order; 1 to 3 are the penalties.
+BIAS, ORDERED, STEERING, DRAW = 4, 5, 6, 7  # Stages run in this order; 0 is the watermark, 1 to 3 the penalties.
 
 
 def _always(_: SamplingParams) -> bool:
@@ -131,6 +134,13 @@ def _truncation(name: str, meaning: str, reads_total: bool = False, whole_row: W
 
 
 STEPS = (
+    Step(
+        "watermark",
+        0,
+        ("watermark_delta", "watermark_gamma"),
+        "Added to the logits of a share of the vocabulary, `watermark_gamma`, which each token chooses for the next "
+        "one. TGI's `watermark`; both are the server's settings.",
+    ),
     Step(
         "repetition_penalty",
         1,

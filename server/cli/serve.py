@@ -17,6 +17,7 @@ import uvloop
 from tightrope import __version__
 from tightrope.backends.embedding.card import EmbedderCard
 from tightrope.engine.console import log_to_stderr, printable
+from tightrope.engine.embedding.client import EmbeddingClient
 from tightrope.engine.errors import BackendFailed, EngineError
 from tightrope.engine.process.client import EngineClient
 from tightrope.engine.protocol import Engine
@@ -87,7 +88,8 @@ class _Server(uvicorn.Server):
 async def _serve(settings: ServerSettings, listener: socket.socket, notes: Sequence[str]) -> None:
     url = base_url(settings.host, listener.getsockname()[1])
     models, more_notes = _models(settings)
-    front, notes = front_of(models, settings), (*notes, *more_notes)
+    embedder = EmbeddingClient(settings.engine, lambda: models.is_writing)
+    front, notes = front_of(models, settings, embedder), (*notes, *more_notes)
     drain = Drain(DRAIN_S)
     config = uvicorn.Config(
         create_app(front, drain),

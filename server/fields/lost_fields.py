@@ -32,6 +32,7 @@ _ADAPTER = "an adapter is named as the request's model, or on /generate as adapt
 _KEPT_THERE = "presets, characters and chat modes are files of text-generation-webui, which this server does not have"
 _LAST_TURN = "a turn is gone on with by continue_final_message, on /v1/chat/completions"
 _ONE_ANSWER = "this route gives one answer"
+_MARKED = "texts are marked on /generate, by its parameter watermark"
 _NOT_BUILT = "it is not supported by this server"
 
 LOST: Mapping[str, Lost] = {
@@ -66,8 +67,8 @@ LOST: Mapping[str, Lost] = {
     **dict.fromkeys(("t_max_predict_ms", "repetition_detection", "vllm_xargs"), Lost(_NOT_BUILT)),
     **{name: Lost(why, (neutral,)) for name, (neutral, why) in NOT_BUILT.items()},
     "use_beam_search": Lost(_NOT_BUILT),
-    **dict.fromkeys(("watermark", "watermarking", "documents", "prompt_embeds"), Lost(_NOT_BUILT)),
-    "mcp_servers": Lost(_NOT_BUILT),
+    **dict.fromkeys(("watermark", "watermarking"), Lost(_MARKED)),
+    **dict.fromkeys(("documents", "prompt_embeds", "mcp_servers"), Lost(_NOT_BUILT)),
     **dict.fromkeys(("web_search_options", "think", "thinking_token_budget", "thinking_budget"), Lost(_NOT_BUILT)),
     **dict.fromkeys(("logprob_token_ids", "post_sampling_probs"), Lost(_NOT_BUILT)),
     "truncation_side": Lost("a prompt that is cut keeps its end", ("left",)),

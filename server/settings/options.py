@@ -336,6 +336,13 @@ OPTIONS: Mapping[str, Option] = {
     "max-top-n-tokens": Option(
         ("max_top_n_tokens",), "limits", "the same for TGI requests: top_n_tokens (default: 5)", "N"
     ),
+    "watermark-gamma": Option(
+        ("watermark_gamma",),
+        "limits",
+        "share of the vocabulary that `watermark` of TGI requests makes likelier (default: 0.5)",
+        "X",
+    ),
+    "watermark-delta": Option(("watermark_delta",), "limits", "what it adds to their logits (default: 2)", "X"),
     "max-stop-sequences": Option(("max_stop_sequences",), "limits", "stop strings in one request (default: 4)", "N"),
     "max-client-batch-size": Option(
         ("max_client_batch_size",), "limits", "prompts in one completion request (default: 128)", "N"

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_validator
 
 from tightrope.backends.settings import split_pairs
+from tightrope.engine.sampler.steps import MAX_DELTA
 from tightrope.engine.settings import MAX_ALTERNATIVES, MAX_WAITING, EngineSettings
 from tightrope.server.prompts.prompt_formats import FIXED_VARIABLES, PROMPT_FORMATS
 from tightrope.server.settings import launcher_words, service_variables
@@ -54,6 +55,10 @@ class ServerSettings(BaseModel, frozen=True, extra="forbid"):
     max_top_n_tokens: int = Field(
         5, ge=0, le=MAX_ALTERNATIVES, description="Most alternatives that a TGI request may ask for."
     )
+    watermark_gamma: float = Field(
+        0.5, gt=0, lt=1, description="Share of the vocabulary that a watermark makes likelier."
+    )
+    watermark_delta: float = Field(2.0, ge=0, le=MAX_DELTA, description="What it adds to their logits.")
     served_model_name: str | None = Field(None, min_length=1, description="Name shown to clients; None is the model's.")
     any_model_name: bool | None = Field(
         None, description="Whether any name means the served model; None: on all routes but OpenAI's."

@@ -8,7 +8,7 @@ from typing import Annotated
 from fastapi import Request
 
 from tightrope.backends.embedding.card import Cut, EmbedderCard, Kind
-from tightrope.engine.embedding.client import Text, Vectors, Wanted
+from tightrope.engine.embedding.protocol import Text, Vectors, Wanted
 from tightrope.engine.errors import InvalidRequest, ModelNotFound
 from tightrope.server.http.body import FirstErrorOnly
 from tightrope.server.http.errors import NotServed

@@ -8,7 +8,7 @@ from fastapi import Response
 from pydantic import BaseModel, Field
 
 from tightrope.backends.embedding.card import EmbedderCard
-from tightrope.engine.embedding.client import Vectors
+from tightrope.engine.embedding.protocol import Vectors
 from tightrope.server.http.long_lists import json_answer, json_list
 
 Encoding = Literal["float", "base64"]

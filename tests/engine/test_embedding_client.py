@@ -14,7 +14,8 @@ from tightrope.backends.embedding.card import Cut, EmbedderCard
 from tightrope.backends.embedding.protocol import Rows, Tokens
 from tightrope.backends.errors import BackendError
 from tightrope.backends.settings import EmbeddingSettings, ModelSettings
-from tightrope.engine.embedding.client import PORTION_TEXTS, EmbeddingClient, Wanted
+from tightrope.engine.embedding.client import PORTION_TEXTS, EmbeddingClient
+from tightrope.engine.embedding.protocol import Wanted
 from tightrope.engine.embedding.texts import scaled
 from tightrope.engine.errors import BackendFailed, EngineUnavailable, Overloaded
 from tightrope.engine.process.launch import ProcessHandle

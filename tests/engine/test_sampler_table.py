@@ -38,7 +38,7 @@ def test_the_stages_stand_in_the_order_in_which_they_run():
     assert [step.stage for step in STEPS] == sorted(step.stage for step in STEPS)
     assert in_order(NEUTRAL) == STEPS
     reordered = in_order(SamplingParams(order=("min_p", "temperature")))
-    assert [step.name for step in reordered[9:12]] == ["min_p", "temperature", "smoothing"]
+    assert [step.name for step in reordered[10:13]] == ["min_p", "temperature", "smoothing"]
     assert {step.name for step in reordered} == {*BY_NAME}
 
 

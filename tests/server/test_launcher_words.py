@@ -57,6 +57,8 @@ VALUES: dict[str, tuple[str, object]] = {
     "lora-adapters": ("one=/adapters/one,two=/adapters/two", {"one": "/adapters/one", "two": "/adapters/two"}),
     "payload-limit": ("4000000", 4000000),
     "log-level": ("debug", "debug"),
+    "watermark-gamma": ("0.25", 0.25),
+    "watermark-delta": ("3.5", 3.5),
 }
 IDLE = [name for name, word in WORDS.items() if word.kind == "idle"]
 REFUSED = [name for name, word in WORDS.items() if word.kind == "refused"]

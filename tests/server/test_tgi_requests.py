@@ -1,5 +1,7 @@
 """What the TGI routes take, what they refuse and in which words, and what the engine is asked for."""
 
+from dataclasses import replace
+
 import pytest
 from fake_api import api
 
@@ -39,6 +41,15 @@ def asked_of(body: GenerateBody, limits: TGILimits = LIMITS, is_stream: bool = F
     return request
 
 
+def test_a_watermark_is_as_strong_as_the_server_is_told():
+    told = replace(LIMITS, watermark_gamma=0.25, watermark_delta=3.5)
+
+    assert ask(watermark=True).sampling.watermark_delta == 2.0
+    assert ask().sampling.watermark_delta == 0.0
+    marked = ask(watermark=True, limits=told).sampling
+    assert (marked.watermark_gamma, marked.watermark_delta) == (0.25, 3.5)
+
+
 @pytest.mark.parametrize(
     ("parameters", "text"),
     [
@@ -71,7 +82,6 @@ def asked_of(body: GenerateBody, limits: TGILimits = LIMITS, is_stream: bool = F
             {"grammar": {"type": "xml", "value": "a"}},
             "grammar is not valid: its type must be json, json_object, json_schema or regex, not 'xml'",
         ),
-        ({"watermark": True}, "`watermark` is not supported: this server doesn't mark its texts"),
         ({"adapter_id": "x"}, "adapter_id: no adapter 'x' is loaded"),
     ],
 )

@@ -13,7 +13,7 @@ from fakes import ByteTokenizer, FakeBackend, script
 from fastapi import FastAPI
 
 from tightrope.backends.settings import EmbeddingSettings, ModelSettings
-from tightrope.engine.embedding.client import spawn_embedder
+from tightrope.engine.embedding.client import EmbeddingClient, spawn_embedder
 from tightrope.engine.process.client import EngineClient
 from tightrope.engine.process.launch import Launcher, thread_launcher
 from tightrope.engine.settings import EngineSettings, LimitSettings
@@ -57,7 +57,9 @@ async def application(
         return EngineClient(settings, launch, clock, adapters=adapters)
 
     client = next_client(chosen.engine, None)
-    front = front_of(Models.alone(client, chosen, next_client), chosen, launch_embedder=launch_embedder)
+    models = Models.alone(client, chosen, next_client)
+    embedder = EmbeddingClient(chosen.engine, lambda: models.is_writing, launch_embedder)
+    front = front_of(models, chosen, embedder)
     app = create_app(front, drain)
     async with app.router.lifespan_context(app):
         await front.embedder.wait_ready()

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from tightrope.engine.embedding.client import EmbeddingClient
 from tightrope.engine.protocol import Engine
 from tightrope.engine.settings import EngineSettings
 from tightrope.server.models.models import Models
@@ -11,7 +12,7 @@ from tightrope.server.state import AppState, front_of
 
 
 def front_of_one(engine: Engine, settings: ServerSettings, renderer: TemplateRenderer | None = None) -> AppState:
-    return front_of(Models.alone(engine, settings, no_other), settings, renderer)
+    return front_of(Models.alone(engine, settings, no_other), settings, EmbeddingClient(settings.engine), renderer)
 
 
 def no_other(settings: EngineSettings, adapters: Mapping[str, str] | None) -> Engine:

@@ -296,7 +296,7 @@ ANSWERED = {
     "include_reasoning",
     "reasoning_format",
 }  # seen in the answer alone
-REFUSED = {*ROPE, *NOT_BUILT, "watermark", "suffix", "documents"}
+REFUSED = {*ROPE, *NOT_BUILT, "suffix", "documents"}
 LISTED = {
     *WITHOUT_EFFECT,
     "cache_prompt",

@@ -27,6 +27,8 @@ def penalise(
     whole = [*prompt, *output]
     strengths = {place: strength(len(whole) - 1 - place, params) for place in range(len(whole))}
     logits = logits.copy()
+    if params.watermark_delta and whole:
+        logits[green(whole[-1], len(logits), params.watermark_gamma)] += params.watermark_delta
     for token in set(whole):
         seen = [strengths[i] for i, other in enumerate(whole) if other == token]
         generated = [strengths[i] for i, other in enumerate(whole) if other == token and i >= len(prompt)]
@@ -41,6 +43,17 @@ def penalise(
     for token in suppressed:
         logits[token] = -math.inf
     return logits
+
+
+def green(previous: int, size: int, gamma: float) -> list[int]:
+    """The first ids of a shuffle by Fisher and Yates, whose dice are a Mersenne twister's, seeded as in 2002."""
+    twister = np.random.MT19937()
+    twister._legacy_seeding(15_485_863 * previous & 0xFFFFFFFF)
+    ids = list(range(size))
+    for place, die in enumerate(twister.random_raw(size - 1).tolist()):
+        other = place + die % (size - place)
+        ids[place], ids[other] = ids[other], ids[place]
+    return ids[: int(size * gamma)]
 
 
 def strength(distance: int, params: SamplingParams) -> float:

@@ -15,10 +15,11 @@ FLOORS = ("kernels", "backends", "engine", "server")  # from the ground up
 HEAVY = {"torch", "transformers", "llama_cpp"}
 FRONT = (
     *("engine/protocol.py", "engine/types.py", "engine/errors.py"),
-    *("engine/sampler/steps.py", "engine/process/client.py"),
+    *("engine/sampler/steps.py", "engine/process/client.py", "engine/embedding/client.py"),
 )
 # imported by the front, so as light as the front
 SHARED_BY_FRONT = ("engine/settings.py", "engine/process/wire.py", "engine/process/launch.py", "backends/settings.py")
+SHARED_BY_FRONT += ("backends/embedding/card.py",)
 
 
 def sources(folder: str) -> list[Path]:
@@ -208,7 +209,7 @@ def test_a_folder_whose_name_others_use_is_no_regular_package(folder: str):
 
 
 def test_the_front_names_a_way_to_run_an_engine_only_where_it_starts_one():
-    ways = {"engine/process/client", "engine/process/launch"}
+    ways = {"engine/process/client", "engine/process/launch", "engine/embedding/client"}
     graph = modules()
 
     assert {name for name in graph if name.startswith("server/") and graph[name] & ways} == {"server/cli/serve"}

@@ -31,6 +31,8 @@ class TGILimits:
     max_input_tokens: int
     max_total_tokens: int
     adapters: Collection[str] = ()
+    watermark_gamma: float = 0.5
+    watermark_delta: float = 2.0
 
     @classmethod
     def of(cls, info: ModelInfo, settings: ServerSettings, adapters: Collection[str]) -> "TGILimits":
@@ -42,6 +44,8 @@ class TGILimits:
             max_input_tokens=min(settings.engine.limits.max_input_tokens or longest, longest),
             max_total_tokens=info.max_model_len,
             adapters=adapters,
+            watermark_gamma=settings.watermark_gamma,
+            watermark_delta=settings.watermark_delta,
         )
 
 
@@ -85,17 +89,23 @@ def generate_asked(body: GenerateBody, limits: TGILimits, served: Served, *, is_
         ignored=_overruled(body, p, adapter, served),
     )
     asked = ask("tgi", [TextPrompt((Span(body.inputs),))], read, served)
-    return replace(asked, requests=[_as_tgi_means(r, p, sampled) for r in asked.requests])
+    return replace(asked, requests=[_as_tgi_means(r, p, sampled, limits) for r in asked.requests])
 
 
-def _as_tgi_means(request: GenerateRequest, p: Parameters, sampled: bool) -> GenerateRequest:
+def _as_tgi_means(request: GenerateRequest, p: Parameters, sampled: bool, limits: TGILimits) -> GenerateRequest:
     """The request with what only TGI has, or means otherwise than all others."""
     sampling, stop = request.sampling, request.stop
     is_told = request.logprobs is not None  # The answer names its seed, which must give the text again.
     seed = secrets.randbits(64) if sampling.seed is None and sampled and is_told else sampling.seed
     return structs.replace(
         request,
-        sampling=structs.replace(sampling, seed=seed, relative_frequency_penalty=p.frequency_penalty or 0.0),
+        sampling=structs.replace(
+            sampling,
+            seed=seed,
+            relative_frequency_penalty=p.frequency_penalty or 0.0,
+            watermark_delta=limits.watermark_delta if p.watermark else 0.0,
+            watermark_gamma=limits.watermark_gamma,
+        ),
         stop=structs.replace(stop, length_first=True),
         truncate_to=request.truncate_to if p.truncate is None else p.truncate,
         reserve_tokens=None if stop.max_tokens is None else min(stop.max_tokens, COUNTED_NEW_TOKENS),
@@ -168,8 +178,6 @@ def _check_rest(p: Parameters, limits: TGILimits) -> None:
         raise InvalidRequest(
             f"`truncate` must be strictly positive and less than {most}. Given: {p.truncate}", "truncate"
         )
-    if p.watermark:
-        raise InvalidRequest("`watermark` is not supported: this server doesn't mark its texts", "watermark")
     if p.adapter_id is not None and p.adapter_id not in limits.adapters:
         raise InvalidRequest(f"adapter_id: no adapter {p.adapter_id[:100]!r} is loaded", "adapter_id")
 

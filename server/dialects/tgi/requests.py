@@ -31,7 +31,9 @@ class Parameters(SharedFields):
     details: bool = False
     decoder_input_details: bool = Field(False, description="The input's tokens with their logprobs, in the details.")
     top_n_tokens: int | None = Field(None, ge=0, lt=U32, description="Alternatives at each token.")
-    watermark: bool = Field(False, description="Not supported: true is refused.")
+    watermark: bool = Field(
+        False, description="Make half of the tokens a little likelier, which can be found in the text."
+    )
     grammar: dict[str, Any] | None = Field(None, description='{"type": "json" or "regex", "value": ...}')
     adapter_id: str | None = Field(None, description="The name of a loaded adapter.")
 
