@@ -57,6 +57,7 @@ class KVCache(Protocol):
         reuse: Wanted = "exact",
         accepts: Accepts = always,
         reproducible: bool = False,
+        steady: bool = False,
     ) -> Reuse:
         """Begin a sequence and return what was found cached of `token_ids`, which is pinned until `close`.
 
@@ -68,6 +69,8 @@ class KVCache(Protocol):
         tokens it may be used; where these hold too little of it, "exact" counts.
         `reproducible`: if no other sequence is live, the new one is laid out as in an empty cache, so that the same
         tokens over the same cached ones give the same logits to the last bit, whatever ran before.
+        `steady`: then they give what they would over none, too, if they run in steps of `Capabilities.steady_tokens` at
+        least: of a prefix only what ran in such steps alone is found, and enough is left for another one.
         """
 
     def fetch(self, seq_id: int, token_ids: Sequence[int], namespace: str, *, reuse: Wanted = "exact") -> bool:
@@ -177,6 +180,8 @@ class Capabilities:
     max_step_tokens: int  # One forward call takes so many over all chunks.
     max_prompt_rows: int  # Chunks that want the logits of all their rows may have so many in one forward call.
     mixes_adapters: bool = True  # Chunks of one forward call may differ in adapter and scale then.
+    # Alone, a prompt gives the same logits however it is cut into steps of so many tokens; 0: nothing is gained so.
+    steady_tokens: int = 0
 
 
 class AdapterStore(Protocol):

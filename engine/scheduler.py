@@ -44,6 +44,7 @@ class Scheduler:
         self._max_num_seqs = capabilities.max_num_seqs
         self._max_step_tokens = capabilities.max_step_tokens
         self._max_prompt_rows = capabilities.max_prompt_rows
+        self._steady_tokens = capabilities.steady_tokens
         self._busy_step_s = limits.busy_step_ms / 1e3
         self._turns = None if capabilities.mixes_adapters else AdapterTurns()
         self._fetching: set[Sequence] = set()  # The cache was asked to fetch for these in this step, and has to go on.
@@ -192,6 +193,8 @@ class Scheduler:
         is_crumb = not has_minimum and num_tokens < min(MIN_CHUNK, sequence.num_pending)
         if num_tokens <= 0 or is_crumb or not self._start(sequence, now_s):
             return
+        if sequence.is_greedy and self._is_alone and len(sequence.tracks) == 1:
+            num_tokens = _steady(num_tokens, sequence.num_pending, self._steady_tokens)
         work = self._replayed(sequence, budget, num_tokens)
         if work is None:
             work = _part(sequence, num_tokens, budget.prompt_rows if is_scored else num_tokens)
@@ -211,12 +214,17 @@ class Scheduler:
         """
         if sequence.replay is None:
             return None
-        if len(self.running) + len(self.waiting) > 1:
+        if not self._is_alone:
             sequence.replay = None
             return None
         shares = sequence.replay.next(sequence.tracks, num_tokens, budget.tokens) or sequence.one_each
         num_run = sum(share for _, share in shares)
         return Work(sequence, shares, num_run, num_run == sequence.num_pending, is_scored=False)
+
+    @property
+    def _is_alone(self) -> bool:
+        """Whether there is one sequence at most."""
+        return len(self.running) + len(self.waiting) <= 1
 
     def _decodes(self, may_run: Callable[[Sequence], bool]) -> list[Work]:
         """One token for every sequence that is writing; preempts from the young end until all have room."""
@@ -287,6 +295,7 @@ class Scheduler:
                 reuse=sequence.wanted(track),
                 accepts=partial(self._num_accepted, sequence, track),
                 reproducible=sequence.is_reproducible,
+                steady=sequence.is_greedy,
             )
             track.begin(found)
             if not self._kv.reserve(track.seq_id, track.pending.count + headroom):
@@ -338,6 +347,16 @@ def _part(sequence: Sequence, num_tokens: int, num_own: int) -> Work:
     if is_last:
         shares, num_run = [(track, share + 1) for track, share in shares], sequence.num_pending
     return Work(sequence, shares, num_run, is_last, sequence.needs_own_prompt)
+
+
+def _steady(num_tokens: int, num_pending: int, least: int) -> int:
+    """About so many of the tokens that are left, or all, so that neither this step nor the rest has fewer than `least`.
+
+    A greedy answer then comes out the same whatever of its prompt was cached.
+    """
+    if num_tokens >= num_pending:
+        return num_tokens
+    return num_pending if num_pending < 2 * least else min(max(num_tokens, least), num_pending - least)
 
 
 def _uses(use: AdapterUse, sequence: Sequence) -> bool:

@@ -140,9 +140,13 @@ class Sequence:
         self.replay = Replay(written.layout) if written.layout.is_exact else None
 
     @property
+    def is_greedy(self) -> bool:
+        return self.request.sampling.temperature == 0
+
+    @property
     def is_same_each_time(self) -> bool:
         """Whether the request alone decides the text: it is greedy, or has a seed."""
-        return self.request.sampling.temperature == 0 or self.request.sampling.seed is not None
+        return self.is_greedy or self.request.sampling.seed is not None
 
     @property
     def is_reproducible(self) -> bool:
@@ -151,7 +155,7 @@ class Sequence:
         Logits of a token that runs in another batch are rounded otherwise in their last bits. So the last token of the
         prompt runs by itself, as it does when all before it is found cached the next time.
         """
-        return self.is_same_each_time and self.request.sampling.temperature > 0
+        return self.is_same_each_time and not self.is_greedy
 
     def timings(self, now_s: float) -> Timings:
         started = self.started_s if self.started_s is not None else now_s

@@ -19,6 +19,7 @@ from tightrope.backends.gguf.model_file import notes_on, read_model
 from tightrope.backends.gguf.native import ModelOptions, NativeContext, NativeModel
 from tightrope.backends.gguf.plan import GGUFPlan, context_options, make_plan, without_moves
 from tightrope.backends.gguf.shape import ModelShape
+from tightrope.backends.gguf.swap_space import ABOUT
 from tightrope.backends.gguf.tokenizer import GGUFTokenizer
 from tightrope.backends.gguf.values import ValueScan
 from tightrope.backends.memory import prompt_rows
@@ -26,6 +27,10 @@ from tightrope.backends.protocol import AdapterStore, Capabilities, Chunk, KVCac
 from tightrope.backends.sessions.opening import check_folder, open_store
 from tightrope.backends.sessions.store import RunStore
 from tightrope.backends.settings import ModelSettings
+
+# llama.cpp's attention has tiles of so many queries on a CPU. In steps of fewer tokens, and of one, it adds up in
+# another order. States are cut where checkpoints are made of them, and cards have kernels of their own.
+STEADY_TOKENS = 64
 
 
 class GGUFBackend:
@@ -64,6 +69,8 @@ class GGUFBackend:
         tokenizer = GGUFTokenizer(self._model)
         is_cut = not (self._model.has_state or self._model.swa_window)
         scratch = self._context.max_seqs - 1 if is_cut else None
+        can_be_steady = not self._model.has_state and not plan.layout.num_on_cards
+        steady_tokens = STEADY_TOKENS if can_be_steady and plan.step_tokens >= 2 * STEADY_TOKENS else 0
         self.tokenizer: Tokenizer = tokenizer
         self.kv: KVCache
         self.kv = self._cache = SharedKVCache(
@@ -76,12 +83,14 @@ class GGUFBackend:
             turn_ends=lambda: tokenizer.eos_ids,
             can_move=plan.can_move,
             scratch=scratch,
+            steady_tokens=steady_tokens,
         )
         self.capabilities = Capabilities(
             settings.max_num_seqs,
             plan.step_tokens,
             prompt_rows(ModelShape.of(header).vocab_size, plan.step_tokens),
             mixes_adapters=False,
+            steady_tokens=steady_tokens,
         )
         self.card = _card(path, header, self._model, plan, tokenizer, notes_on(settings))
         try:
@@ -181,7 +190,7 @@ def _form(settings: ModelSettings, plan: GGUFPlan) -> tuple[str, ...]:
     cache = (options.type_k, options.type_v, options.flash_attention)
     rope = (options.rope_scaling_type, options.rope_freq_base, options.rope_freq_scale)
     yarn = (options.yarn_orig_ctx, options.yarn_ext_factor)
-    return "llama.cpp", llama_cpp.__version__, repr((cache, rope, yarn))
+    return "llama.cpp", llama_cpp.__version__, repr((cache, rope, yarn, ABOUT.format))
 
 
 def _card(

@@ -38,15 +38,18 @@ class SharedKVCache(EntryPool):
         reuse: Wanted = "exact",
         accepts: Accepts = always,
         reproducible: bool = False,
+        steady: bool = False,
     ) -> Reuse:
         """See KVCache. Raises BackendError when more sequences are open than the model has slots."""
         assert seq_id not in self._live, f"sequence {seq_id} is open already"
         wanted = np.asarray(token_ids, np.int32)
-        is_alone = reproducible and not self._live
+        is_alone = (reproducible or steady) and not self._live
         if is_alone:
             self._swap_out_idle(0)  # Attention adds up in the order of the cells.
         parted = self._longest_common(wanted, namespace) if self._rollback.saves else 0
         source, runs = self._find(wanted, namespace, reuse, accepts) if reuse != "nothing" else (None, ())
+        if steady and is_alone and self._steady_tokens and source and not told(runs, source.num_exact).num_inexact:
+            source, runs = self._find_steady(wanted, namespace)
         found = runs[-1].stop if runs else 0
         if source is None and not self._live:
             self._swap_out_idle(0)  # So it has the numbers that it would have in another engine's empty cache.
@@ -96,6 +99,8 @@ class SharedKVCache(EntryPool):
         entry, count = self._live[seq_id], len(token_ids)
         assert start == entry.length, f"sequence {seq_id} holds {entry.length} tokens, and stores from {start} on"
         assert count <= entry.reserved, f"sequence {seq_id} commits {count} tokens, and reserved {entry.reserved}"
+        if start == entry.num_steady and len(self._live) == 1 and 0 < self._steady_tokens <= count:
+            entry.num_steady += count
         entry.append(token_ids, self._cells.take(count, pinned=True))
         entry.reserved -= count
         self._reserved -= count
@@ -194,6 +199,14 @@ class SharedKVCache(EntryPool):
         self._is_moving = True
         return movable, move.runs
 
+    def _find_steady(self, wanted: Ints, namespace: str) -> tuple[Entry | None, tuple[Run, ...]]:
+        """The same of what is steady, with nothing else in the cache: attention is shared out by the cells in use."""
+        if len(self._kept) > 1:
+            self._swap_out_idle(0)
+            self._swapped_match(wanted, namespace, "exact", None, 0)
+        source, found = self._steady_match(wanted, namespace)
+        return source, Reuse.prefix(found).runs
+
     def _apart(self, move: Move) -> Entry | None:
         """The entry of a move, or a copy of it, that is kept and shares nothing that moves; None without room."""
         moving = move.entry.held(move.num_kept)
@@ -215,7 +228,7 @@ class SharedKVCache(EntryPool):
             self._drop(twin)
             return None
         twin.append(entry.tokens, self._cells.take(length, pinned=False))
-        twin.num_exact = entry.num_exact
+        twin.num_exact, twin.num_steady = entry.num_exact, entry.num_steady
         self._kept.append(twin)
         return twin
 
@@ -252,6 +265,6 @@ class SharedKVCache(EntryPool):
         self._store.copy_cells(source.slot, target.slot, length)
         shared = source.cells[:length]
         target.append(source.token_ids[:length], shared)
-        target.num_exact = source.num_exact
+        target.num_exact, target.num_steady = source.num_exact, min(source.num_steady, length)
         self._cells.share(shared)
         self._shorten(target, length, pinned=True)

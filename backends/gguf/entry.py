@@ -21,6 +21,7 @@ class Entry:
     length: int = 0
     reserved: int = 0  # So many tokens beyond `length` have room.
     num_exact: int = ALL  # The tokens behind these were computed at other places, or over such ones.
+    num_steady: int = 0  # So many of the first ran in large steps while nothing else did: see KVCache.open.
     to_save: list[int] = field(default_factory=list)  # Checkpoints are made at these places, which rise.
 
     @classmethod

@@ -42,6 +42,7 @@ class EntryPool:
         turn_ends: Callable[[], Collection[int]] = tuple,
         can_move: bool = False,
         scratch: int | None = None,
+        steady_tokens: int = 0,
     ) -> None:
         """capacity and max_reusable in tokens; max_reusable bounds what finished sequences may hold.
 
@@ -49,7 +50,8 @@ class EntryPool:
         state, so that a kept sequence can be continued from its end and from checkpoints only. checkpoint_bytes: memory
         for these, of either kind of layers. turn_ends: tokens that end a person's or the model's turn. can_move: keys
         can be rotated to other positions. scratch: a slot that no sequence has, through which parts of sequences are
-        copied; without it, or where layers have windows or states, they are copied whole.
+        copied; without it, or where layers have windows or states, they are copied whole. steady_tokens: see
+        Capabilities.
         """
         self._store = store
         self._cells = Cells(capacity)
@@ -62,6 +64,7 @@ class EntryPool:
         self._max_reusable = capacity if max_reusable is None else max_reusable
         self._swa_window = swa_window
         self._can_move = can_move
+        self._steady_tokens = steady_tokens
         self._is_moving = False  # Keys are yet to be rotated to where they stand, which the next step does.
         self._num_slots = num_slots
         self._free_slots = list(range(num_slots - 1, -1, -1))
@@ -83,6 +86,18 @@ class EntryPool:
                 best, longest = entry, common
         return best, longest
 
+    def _steady_match(self, wanted: Ints, namespace: str) -> tuple[Entry | None, int]:
+        """The kept sequence with most steady tokens of a prompt, and how many, where enough of it is left to run."""
+        beginning = wanted[: max(0, len(wanted) - self._steady_tokens)]
+        best: Entry | None = None
+        longest = 0
+        for entry in self._kept:
+            if entry.namespace == namespace:
+                common = num_common(entry.tokens[: min(entry.num_exact, entry.num_steady)], beginning)
+                if (usable := self._rollback.usable(entry, common)) > longest:
+                    best, longest = entry, usable
+        return best, longest
+
     # --- cells and slots ----------------------------------------------------------------------------------------
 
     def _shorten(self, entry: Entry, length: int, *, pinned: bool) -> bool:
@@ -100,6 +115,7 @@ class EntryPool:
             self._cells.unpin(dropped)
         self._cells.release(dropped)
         entry.length, entry.num_exact = kept, num_exact_of(entry, kept)
+        entry.num_steady = min(entry.num_steady, kept)
         return kept == length
 
     def _drop(self, entry: Entry) -> None:

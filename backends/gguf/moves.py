@@ -62,6 +62,7 @@ def splice(store: CellStore, cells: Cells, move: Move) -> None:
     cells.release(np.delete(entry.held(), places))
     entry.token_ids[: move.length], entry.cells[: move.length] = token_ids, kept
     entry.length, entry.num_exact = move.length, min(entry.num_exact, move.num_kept)
+    entry.num_steady = min(entry.num_steady, move.num_kept)
 
 
 def told(runs: Sequence[Run], num_exact: int) -> Reuse:

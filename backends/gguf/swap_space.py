@@ -21,7 +21,9 @@ AHEAD = 4  # Pieces that are read ahead of the one that is needed next.
 
 # Of how many of so many first tokens of a copy, given with its tokens, namespace and first position, one can go on.
 Usable = Callable[[Ints, str, int, int], int]
-_ABOUT = struct.Struct("<qq")  # The first position that sliding layers have not left, and how many tokens are exact.
+# Of a sequence up to the piece's end: the first position that sliding layers have not left, and how many tokens are
+# exact, and steady.
+ABOUT = struct.Struct("<qqq")
 
 
 @dataclass(slots=True)
@@ -40,7 +42,7 @@ class Swapped:
         number = next((i for i, piece in enumerate(self.pieces, 1) if piece.stop == entry.length), None)
         if number is None or entry.namespace != self.namespace:
             return None
-        if entry.num_exact != min(_ABOUT.unpack(piece.about)[1] for piece in self.pieces[:number]):
+        if entry.num_exact != min(ABOUT.unpack(piece.about)[1] for piece in self.pieces[:number]):
             return None
         held = all(
             np.array_equal(entry.tokens[piece.start : piece.stop], piece.token_ids) for piece in self.pieces[:number]
@@ -72,7 +74,7 @@ class SwapSpace:
         False if there is no room for it, or for its end, or if there is none and it may not be copied now.
         """
         pieces = self._pieces(namespace, entry, first_position)
-        missing = [number for number, piece in enumerate(pieces) if not self._store.covers(piece)]
+        missing = [number for number, piece in enumerate(pieces) if not self._has(piece)]
         for number in missing:
             piece = pieces[number]
             saved = self._copy(entry.slot, piece) if may_copy else None
@@ -94,8 +96,19 @@ class SwapSpace:
         if not self._load(entry.slot, piece):
             return False
         entry.append(piece.token_ids, take(len(piece.token_ids)))
-        entry.num_exact = min(entry.num_exact, _ABOUT.unpack(piece.about)[1])
+        _, num_exact, num_steady = ABOUT.unpack(piece.about)
+        entry.num_exact = min(entry.num_exact, num_exact)
+        if entry.num_steady == piece.start:
+            entry.num_steady = max(piece.start, num_steady)
         return True
+
+    def _has(self, piece: Piece) -> bool:
+        """Whether a piece need not be put in. One of the same tokens that has fewer steady ones goes."""
+        stored = self._store.covering(piece)
+        if stored is None or stored.name != piece.name or ABOUT.unpack(stored.about)[2] >= ABOUT.unpack(piece.about)[2]:
+            return stored is not None
+        self._store.forget(stored)
+        return False
 
     def _load(self, slot: int, piece: Piece) -> bool:
         saved = self._store.read(piece)
@@ -124,7 +137,7 @@ class SwapSpace:
         """
 
         def usable(piece: Piece, length: int) -> int:
-            first_position, _ = _ABOUT.unpack(piece.about)
+            first_position = ABOUT.unpack(piece.about)[0]
             return self._usable(piece.token_ids, namespace, first_position, length)
 
         matches = self._store.longest(self._store.root(namespace), wanted[:-1], usable)
@@ -151,7 +164,8 @@ class SwapSpace:
         pieces: list[Piece] = []
         for start in range(0, entry.length, size):
             part = entry.tokens[start : start + size].copy()
-            about = _ABOUT.pack(first_position, num_exact_of(entry, start + len(part)))
+            stop = start + len(part)
+            about = ABOUT.pack(first_position, num_exact_of(entry, stop), min(entry.num_steady, stop))
             pieces.append(Piece(root, parent, start, part, 0, is_whole, about))
             parent = pieces[-1].name
         return pieces

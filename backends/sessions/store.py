@@ -94,10 +94,19 @@ class RunStore:
         """The name under which texts of this model begin that may share pieces: see root_name."""
         return root_name(self._fingerprint, *parts)
 
+    def covering(self, piece: Piece) -> Piece | None:
+        """What is there and makes a piece needless."""
+        with self._lock:
+            return self._catalogue.covering(piece)
+
     def covers(self, piece: Piece) -> bool:
         """Whether there is nothing to be gained by putting a piece in."""
+        return self.covering(piece) is not None
+
+    def forget(self, piece: Piece) -> None:
+        """Let one go, so that another can be put in under its name."""
         with self._lock:
-            return self._catalogue.covering(piece) is not None
+            self._delete(piece.name)
 
     def put(self, piece: Piece, payload: Bytes, behind: Collection[Piece] = ()) -> bool:
         """Keep a piece, in place of its own beginnings; False where it has no room beside those it is behind."""

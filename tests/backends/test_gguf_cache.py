@@ -234,6 +234,47 @@ def test_a_swapped_out_chat_stays_what_it_was_where_another_goes_on_from_its_mid
     assert driver.cache.open(3, range(41), "", reproducible=True) == Reuse.prefix(40)
 
 
+def test_a_steady_prompt_finds_what_ran_in_large_steps_alone_and_leaves_one_to_run() -> None:
+    driver = Driver(capacity=256, swap_bytes=1000, steady_tokens=8)
+    driver.run(1, range(40))
+    driver.extend(1, range(40, 45))
+    driver.extend(1, range(45, 60))
+    driver.cache.close(1, keep=True)
+
+    for length, found in ((100, 40), (48, 40), (47, 39), (41, 33), (8, 0)):
+        assert driver.cache.open(2, range(length), "", steady=True) == Reuse.prefix(found)
+        driver.cache.close(2, keep=False)
+        driver.run(1, range(40))
+        driver.extend(1, range(40, 45))
+        driver.cache.close(1, keep=True)
+
+
+def test_what_ran_beside_others_is_not_steady() -> None:
+    driver = Driver(capacity=256, swap_bytes=1000, steady_tokens=8)
+    driver.run(1, range(20))
+    driver.run(2, range(500, 520))
+    driver.extend(1, range(20, 40))
+    assert driver.cache.open(3, range(60), "", steady=True) == Reuse.prefix(40), "beside others all is found"
+    for seq_id in (1, 2, 3):
+        driver.cache.close(seq_id, keep=True)
+
+    assert driver.cache.open(4, range(60), "", steady=True) == Reuse.prefix(20)
+
+
+def test_steady_tokens_take_the_place_of_others_outside_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool_module, "MIN_RESTORE_GAIN", 1)
+    driver = Driver(capacity=2000, swap_bytes=5000, steady_tokens=8)
+    driver.run(1, range(20))
+    for place in range(20, 600, 5):
+        driver.extend(1, range(place, place + 5))
+    driver.cache.close(1, keep=True)
+
+    for found, end in ((20, 600), (600, 700), (692, 700)):
+        assert driver.cache.open(2, range(700), "", steady=True) == Reuse.prefix(found)
+        driver.extend(2, range(found, end))
+        driver.cache.close(2, keep=True)
+
+
 def test_swapped_out_sequences_beyond_their_memory_go_oldest_first(monkeypatch: pytest.MonkeyPatch) -> None:
     driver = chat_that_is_swapped_out(monkeypatch)  # 40 bytes of 100
     for seq_id, start in ((3, 200), (4, 300)):

@@ -45,9 +45,10 @@ class Run:
         max_prompt_rows: int = 512,
         mixes_adapters: bool = True,
         busy_step_ms: float = BUSY_S * 1e3,
+        steady_tokens: int = 0,
     ) -> None:
         self.kv = FakeKV(capacity)
-        self.options = Capabilities(max_num_seqs, max_step_tokens, max_prompt_rows, mixes_adapters)
+        self.options = Capabilities(max_num_seqs, max_step_tokens, max_prompt_rows, mixes_adapters, steady_tokens)
         self.scheduler = Scheduler(self.kv, self.options, LimitSettings(busy_step_ms=busy_step_ms))
         self.now_s = 0.0
         self.steps: list[list[Work]] = []
@@ -65,11 +66,13 @@ class Run:
         prompt_logprobs: int | None = None,
         num_others: int = 0,
         seed: int | None = None,
+        temperature: float = 1.0,
         adapter: str | None = None,
     ) -> Sequence:
         """Queue a request; num_others: tokens of a second track, if it has one."""
+        sampling = SamplingParams(temperature=temperature, seed=seed)
         request = GenerateRequest(
-            name, TextPrompt(()), SamplingParams(seed=seed), StopRules(max_tokens), prompt_logprobs=prompt_logprobs
+            name, TextPrompt(()), sampling, StopRules(max_tokens), prompt_logprobs=prompt_logprobs
         )
         prompts = [num_tokens, num_others] if num_others else [num_tokens]
         tracks = tuple(Track(number := next(self._numbers), [number] * size) for size in prompts)
@@ -207,6 +210,18 @@ def test_a_short_prompt_does_not_wait_behind_a_long_one(steps: int, prompt_logpr
 
     assert "long" not in run.ended_s
     assert run.waited_s("short") <= 2 * BUSY_S
+
+
+@pytest.mark.parametrize("num_tokens", [1, 63, 64, 65, 127, 128, 129, 190, 193, 400, 575, 577, 1000])
+def test_a_greedy_prompt_that_is_alone_runs_in_steps_that_are_large_enough(num_tokens: int):
+    run = Run(steady_tokens=64, max_step_tokens=200)
+    run.add("greedy", num_tokens, temperature=0)
+    run.until("greedy")
+
+    steps = [share for (share,) in run.ran("greedy")]
+
+    assert sum(steps) == num_tokens
+    assert all(share >= min(64, num_tokens) for share in steps)
 
 
 def test_the_long_prompt_loses_little_to_a_short_one():

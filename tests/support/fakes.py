@@ -92,6 +92,7 @@ class FakeKV:
         reuse: Wanted = "exact",
         accepts: Accepts = always,
         reproducible: bool = False,
+        steady: bool = False,
     ) -> Reuse:
         assert seq_id not in self.live
         best: Held | None = None

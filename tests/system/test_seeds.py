@@ -9,7 +9,7 @@ from tightrope.backends.settings import CacheSettings, ModelSettings
 from tightrope.engine.core import EngineCore
 from tightrope.engine.sampler.steps import SamplingParams
 from tightrope.engine.settings import LimitSettings
-from tightrope.engine.types import GenerateRequest, LogprobRequest, Span, StopRules, TextPrompt, TokenPrompt
+from tightrope.engine.types import Delta, GenerateRequest, LogprobRequest, Span, StopRules, TextPrompt, TokenPrompt
 
 QUESTION = "<|im_start|>user\nWhat would you pack for a week in the hills?<|im_end|>\n<|im_start|>assistant\n"
 Drawn = list[tuple[int, float | None]]
@@ -23,6 +23,29 @@ def core() -> Iterator[EngineCore]:
     backend.close()
 
 
+def ask_greedily(core: EngineCore, prompt: str, namespace: str, num_tokens: int = 40) -> tuple[str, Drawn, int]:
+    """The same of a greedy answer, over what is cached under that name."""
+    request = GenerateRequest(
+        f"{namespace} {prompt}",
+        TextPrompt((Span(prompt),)),
+        SamplingParams(temperature=0.0),
+        StopRules(max_tokens=num_tokens, ignore_eos=True),
+        logprobs=LogprobRequest(False, 0),
+        namespace=namespace,
+    )
+    return run(core, request)
+
+
+def run(core: EngineCore, request: GenerateRequest) -> tuple[str, Drawn, int]:
+    core.add(core.prepare(request))
+    deltas: list[Delta] = []
+    while not deltas or deltas[-1].finish is None:
+        deltas += core.step().deltas
+    assert deltas[0].prompt is not None
+    drawn = [(token.token_id, token.logprob) for delta in deltas for token in delta.tokens]
+    return "".join(delta.text for delta in deltas), drawn, deltas[0].prompt.num_cached
+
+
 def ask(core: EngineCore, prompt: str, seed: int, num_tokens: int = 12) -> tuple[str, Drawn, int]:
     """The text, each token with its log probability, and how much of the prompt was cached."""
     request = GenerateRequest(
@@ -32,11 +55,7 @@ def ask(core: EngineCore, prompt: str, seed: int, num_tokens: int = 12) -> tuple
         StopRules(max_tokens=num_tokens, ignore_eos=True),
         logprobs=LogprobRequest(False, 0),
     )
-    core.add(core.prepare(request))
-    deltas = [delta for _ in range(10 * num_tokens) if core.has_work for delta in core.step().deltas]
-    assert deltas[0].prompt is not None
-    drawn = [(token.token_id, token.logprob) for delta in deltas for token in delta.tokens]
-    return "".join(delta.text for delta in deltas), drawn, deltas[0].prompt.num_cached
+    return run(core, request)
 
 
 def test_a_seed_gives_the_same_numbers_again_over_its_own_cached_prompt(core: EngineCore) -> None:
@@ -58,6 +77,20 @@ def test_the_next_turn_of_a_chat_is_reused_and_reproducible(core: EngineCore) ->
     ask(core, "Something else entirely. " * 50, seed=5)
     assert ask(core, turn, seed=4)[1] == second
     assert ask(core, opening, seed=3)[1] == first
+
+
+def test_a_greedy_chat_has_the_same_numbers_with_and_without_what_is_cached(core: EngineCore) -> None:
+    prompt, caches = "The mountain hut. " * 30 + QUESTION, []
+    for turn in range(4):
+        answer, numbers, num_cached = ask_greedily(core, prompt, "one chat")
+        again = ask_greedily(core, prompt, "one chat")[1]
+        cold = ask_greedily(core, prompt, f"nothing cached {turn}")
+        assert numbers == again == cold[1]
+        assert cold[2] == 0
+        caches.append(num_cached)
+        prompt += f"{answer}<|im_end|>\n<|im_start|>user\nAnd for {turn + 2} weeks?<|im_end|>\n<|im_start|>assistant\n"
+    assert caches[0] == 0
+    assert caches == sorted(set(caches)), "each turn finds the one before"
 
 
 def test_a_greedy_answer_has_the_same_numbers_whatever_is_kept_of_other_chats(core: EngineCore) -> None:

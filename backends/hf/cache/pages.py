@@ -84,6 +84,7 @@ class PagedKVCache(PagePool):
         reuse: Wanted = "exact",
         accepts: Accepts = always,
         reproducible: bool = False,
+        steady: bool = False,
     ) -> Reuse:
         """See KVCache. len(token_ids) is remembered: see `effective_len`."""
         assert seq_id not in self._live, f"sequence {seq_id} is open already"

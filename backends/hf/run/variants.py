@@ -97,6 +97,7 @@ class _BaseBooks:
         reuse: Wanted = "exact",
         accepts: Accepts = always,
         reproducible: bool = False,
+        steady: bool = False,
     ) -> Reuse:
         return Reuse()
 
