@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -22,6 +23,7 @@ from unittest.mock import patch
 import numpy as np
 
 from bench import report
+from tightrope.backends import sharing
 from tightrope.backends.protocol import Backend, Chunk
 from tightrope.backends.settings import CacheSettings, ModelSettings
 from tightrope.backends.sharing import Threads
@@ -54,8 +56,9 @@ ENGINES: dict[str, Callable[[Path, int], tuple[Backend, Threads]]] = {"torch": l
 
 @contextmanager
 def busy(count: int) -> Iterator[None]:
-    """So many processes that compute meanwhile, each in a session of its own."""
-    command = [sys.executable, "-c", "while True: pass"]
+    """So many processes that compute meanwhile, each in a session of its own; none outlives this one."""
+    spin = f"import os\nwhile os.getppid() == {os.getpid()}:\n    for _ in range(100_000): pass"
+    command = [sys.executable, "-c", spin]
     processes = [subprocess.Popen(command, start_new_session=True) for _ in range(count)]
     try:
         yield
@@ -124,7 +127,7 @@ def measure(engine: str, path: Path, most: int, rounds: int, counts: Sequence[in
 
 
 def _known(name: str, setup: Row) -> list[Row]:
-    """The rows of earlier runs with the same setup."""
+    """The rows of earlier runs with the same setup; numbers chosen by another rule tell nothing of this one."""
     path = report.RESULTS / f"{name}.json"
     known: dict[str, Any] = json.loads(path.read_text())["results"] if path.exists() else {}
     return list(known["cases"]) if known and setup.items() <= known.items() else []
@@ -139,7 +142,8 @@ def main() -> None:
     parser.add_argument("--busy", type=int, action="append", help="measure beside so many alone; may be repeated")
     args = parser.parse_args()
     name = f"busy_{args.engine.replace('.', '')}"
-    setup: Row = {"model": args.model.name, "threads": args.threads, "seconds": SECONDS}
+    rule = blake2b(Path(sharing.__file__).read_bytes(), digest_size=8).hexdigest()
+    setup: Row = {"model": args.model.name, "threads": args.threads, "seconds": SECONDS, "rule": rule}
     rows = {(row["busy"], row["streams"]): row for row in _known(name, setup)}
     for row in measure(args.engine, args.model, args.threads, args.rounds, args.busy or BUSY):
         rows[row["busy"], row["streams"]] = row
