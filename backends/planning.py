@@ -32,6 +32,22 @@ class Chosen:
 
 
 @dataclass(frozen=True, slots=True)
+class MemoryShares:
+    """What a loaded model takes, as it was planned, in bytes; all are 0 where nobody knows."""
+
+    device: str = "cpu"  # Whose memory it is, as in Outline.
+    memory_bytes: int = 0  # For all that lies there.
+    weight_bytes: int = 0
+    host_bytes: int = 0  # Of weights that stay in the machine's own memory beside a card.
+    workspace_bytes: int = 0
+    cache_bytes: int = 0
+    run_bytes: int = 0  # Of the machine's memory, for chats that have left the cache.
+
+
+UNKNOWN = MemoryShares()
+
+
+@dataclass(frozen=True, slots=True)
 class Outline:
     """A model in a memory. Sizes in bytes and tokens."""
 

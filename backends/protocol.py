@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
+from tightrope.backends.planning import UNKNOWN, MemoryShares
 from tightrope.backends.reuse import Accepts, Reuse, Wanted, always
 
 if TYPE_CHECKING:  # Torch takes seconds to import, and who only schedules or writes needs none of it.
@@ -170,6 +171,7 @@ class ModelCard:
     # bos_token, pad_token, additional_special_tokens and the like: texts that chat templates use by these names
     named_tokens: tuple[tuple[str, str | tuple[str, ...]], ...] = ()
     chat_templates: tuple[tuple[str, str], ...] = ()  # Names stand beside Jinja sources, where the files hold several.
+    memory: MemoryShares = UNKNOWN
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,4 +40,5 @@ def model_info(backend: Backend) -> ModelInfo:
         named_tokens=card.named_tokens,
         added_texts=tuple(tokenizer.added_texts()),
         end_texts=ends,
+        memory=card.memory,
     )

@@ -10,6 +10,7 @@ from typing import Literal
 from msgspec import Struct
 from msgspec.structs import replace
 
+from tightrope.backends.planning import UNKNOWN, MemoryShares
 from tightrope.backends.reuse import CacheReuse
 from tightrope.engine.sampler.steps import SamplingParams
 
@@ -278,6 +279,7 @@ class ModelInfo(Struct, frozen=True):
     chat_templates: tuple[tuple[str, str], ...] = ()  # Names stand beside Jinja sources, where the files hold several.
     added_texts: tuple[str, ...] = ()  # They are of added and user-defined tokens that are not special.
     end_texts: tuple[str, ...] = ()  # Tokens of these texts end a turn.
+    memory: MemoryShares = UNKNOWN
     adapter_texts: tuple[str, ...] = ()  # Only the adapters that requests may use have these special tokens.
 
 

@@ -37,6 +37,8 @@ from tightrope.server.http.paths import PlainPaths
 from tightrope.server.http.queue_guard import QueueGuard
 from tightrope.server.http.resuming import STREAM_ID
 from tightrope.server.http.sites import HostGuard, OriginGuard
+from tightrope.server.page.files import PAGE, PREFIX, page_files, wants_page
+from tightrope.server.page.routes import add_page_files, plan_router
 from tightrope.server.shared_paths.embeddings import shared_embeddings_router
 from tightrope.server.shared_paths.invocations import invocations_router
 from tightrope.server.shared_paths.rerank import rerank_router
@@ -91,8 +93,10 @@ def create_app(front: AppState, drain: Drain | None = None) -> FastAPI:
         ollama_vectors_router,
     ):
         app.include_router(vectors(front), dependencies=keyed)
+    app.include_router(plan_router(front), dependencies=keyed)
     _add_probes(app, front)
     add_api_page(app)
+    add_page_files(app)
     # The last one added stands first.
     app.add_middleware(HeadAsGet)
     app.add_middleware(HoldGuard)
@@ -106,7 +110,8 @@ def create_app(front: AppState, drain: Drain | None = None) -> FastAPI:
     app.add_middleware(QueueGuard, check_room=models.check_room, refused=front.metrics.refused)
     app.add_middleware(AdminGuard, admin_key=settings.admin_key)
     if settings.api_key is not None:
-        app.add_middleware(KeyGuard, api_key=settings.api_key, admin_key=settings.admin_key)
+        page = [PREFIX + name for name in page_files()]  # A visitor has to see where to type the key.
+        app.add_middleware(KeyGuard, api_key=settings.api_key, admin_key=settings.admin_key, also_open=page)
     if drain is not None:
         app.add_middleware(DrainGuard, drain=drain)
     app.add_middleware(
@@ -133,13 +138,22 @@ def _add_probes(app: FastAPI, front: AppState) -> None:
     @app.get("/health", response_class=Response, responses=unhealthy, tags=["probes"])
     @app.get("/v1/health", response_class=Response, include_in_schema=False)
     @app.get("/ping", response_class=Response, responses=unhealthy, tags=["probes"])
-    @app.get("/", response_class=Response, responses=unhealthy, tags=["probes"])
     async def health() -> Response:
         """Whether requests can be served now."""
         if front.models.is_healthy:
             return Response()
         headers = {"retry-after": str(front.models.retry_after_s)}
         return Response(msgspec.json.encode(UNHEALTHY), 503, headers, "application/json")
+
+    @app.get("/", response_class=Response, responses=unhealthy, tags=["probes"])
+    async def root(request: Request) -> Response:
+        """The page, for browsers, which ask for HTML by name; for all others the same as /health."""
+        told = {"vary": "accept"}
+        if wants_page(request):
+            return page_files()[PAGE].reply(request, told)
+        reply = await health()
+        reply.headers.update(told)
+        return reply
 
     @app.get(
         "/metrics",

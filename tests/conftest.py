@@ -6,10 +6,14 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import HealthCheck, is_hypothesis_test, settings
 from real_server import RunningServer, run_server
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
 # how long an example takes tells how busy the machine is
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -97,3 +101,12 @@ def torch_server_url() -> Iterator[str]:
 
     with run_server(str(smollm2_bf16()), "--kv-cache=f16", "--max-model-len=2048") as running:
         yield running.url
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator["Browser"]:
+    """Chromium; see tests/support/browser.py."""
+    from browser import running_browser  # here, since few tests need it
+
+    with running_browser() as running:
+        yield running

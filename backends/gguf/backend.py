@@ -17,7 +17,7 @@ from tightrope.backends.gguf.cache import SharedKVCache
 from tightrope.backends.gguf.layout import memory_of
 from tightrope.backends.gguf.model_file import notes_on, read_model
 from tightrope.backends.gguf.native import ModelOptions, NativeContext, NativeModel
-from tightrope.backends.gguf.plan import GGUFPlan, context_options, make_plan, without_moves
+from tightrope.backends.gguf.plan import GGUFPlan, context_options, make_plan, memory_shares, without_moves
 from tightrope.backends.gguf.shape import ModelShape
 from tightrope.backends.gguf.swap_space import ABOUT
 from tightrope.backends.gguf.tokenizer import GGUFTokenizer
@@ -215,4 +215,5 @@ def _card(
         notes=plan.notes + setting_notes + header.notes + model.notes,
         named_tokens=tokenizer.named_tokens,
         cache_token_bytes=shape.cache_bytes(plan.cache_type.key_type, plan.cache_type.value_type),
+        memory=memory_shares(plan),
     )

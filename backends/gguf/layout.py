@@ -100,6 +100,18 @@ class Layout:
         )
 
     @property
+    def device(self) -> str:
+        """Whose memory the layers take: "cpu", or a library of llama.cpp's for cards."""
+        return self.memory.cards[0].name.rstrip("0123456789").lower() if self.num_on_cards else "cpu"
+
+    @property
+    def usable_bytes(self) -> int:
+        """What may be taken there, of all cards together."""
+        if not self.num_on_cards:
+            return self.memory.host_room
+        return sum(card.memory.usable_bytes(self.card_fraction) for card in self.memory.cards)
+
+    @property
     def _first(self) -> int:
         """The first slot that is on a card."""
         return len(self.slots) - self.num_on_cards

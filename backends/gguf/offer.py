@@ -69,14 +69,13 @@ def outline(
         try_load(path, gguf.least_options())
         refusal = str(error)
     kinds = [CACHE_TYPES[name] for name in CACHE_NAMES]
-    cards, is_on_cards = memory.cards, layout.num_on_cards > 0
+    is_on_cards = layout.num_on_cards > 0
     workspace = layout.card_workspace_bytes(window, kinds[0]) if is_on_cards else layout.workspace_bytes(window)
-    usable = sum(card.memory.usable_bytes(settings.gpu_memory_fraction) for card in cards)
     return Outline(
         path=path,
         architecture=layout.shape.architecture,
         format="gguf",
-        memory_bytes=usable if is_on_cards else memory.host_room,
+        memory_bytes=layout.usable_bytes,
         weight_bytes=layout.card_weight_bytes if is_on_cards else header.weight_bytes + adapter_bytes,
         workspace_bytes=workspace,
         trained_len=layout.shape.trained_len,
@@ -89,6 +88,6 @@ def outline(
         ),
         chosen=chosen,
         refusal=refusal,
-        device=cards[0].name.rstrip("0123456789").lower() if is_on_cards else "cpu",
+        device=layout.device,
         host_bytes=layout.host_weight_bytes if is_on_cards else 0,
     )

@@ -11,6 +11,7 @@ from tightrope.backends.gguf.native import ContextOptions
 from tightrope.backends.gguf.rope import RopePlan, plan_rope
 from tightrope.backends.gguf.shape import ModelShape
 from tightrope.backends.memory import GIB, MIB, default_tokens, does_not_fit
+from tightrope.backends.planning import MemoryShares
 from tightrope.backends.settings import ModelSettings
 from tightrope.backends.threads import compute_threads
 
@@ -83,6 +84,23 @@ def make_plan(settings: ModelSettings, header: Header, memory: Memory, adapter_b
         on_cards=on_cards,
         rope=rope,
         notes=tuple(notes),
+    )
+
+
+def memory_shares(plan: GGUFPlan) -> MemoryShares:
+    """What a plan takes."""
+    layout, num_cells, kind = plan.layout, plan.num_cells, plan.cache_type
+    is_on_cards = layout.num_on_cards > 0
+    return MemoryShares(
+        device=layout.device,
+        memory_bytes=layout.usable_bytes,
+        weight_bytes=layout.card_weight_bytes if is_on_cards else layout.host_weight_bytes,
+        host_bytes=layout.host_weight_bytes if is_on_cards else 0,
+        workspace_bytes=(
+            layout.card_workspace_bytes(num_cells, kind) if is_on_cards else layout.workspace_bytes(num_cells)
+        ),
+        cache_bytes=int(num_cells * layout.token_bytes(kind)),
+        run_bytes=plan.run_bytes,
     )
 
 

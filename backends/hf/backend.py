@@ -25,7 +25,7 @@ from tightrope.backends.hf.load.model import LoadedModel, build
 from tightrope.backends.hf.modules.rotary import fix_rotary
 from tightrope.backends.hf.modules.step import scratch_bytes
 from tightrope.backends.hf.movable import reuse_note, why_unmovable
-from tightrope.backends.hf.plan import HFPlan, check_layers, make_plan
+from tightrope.backends.hf.plan import HFPlan, check_layers, make_plan, memory_shares
 from tightrope.backends.hf.room import check_host, room_on
 from tightrope.backends.hf.run.calibrate import key_factors
 from tightrope.backends.hf.run.device_errors import failing_as
@@ -74,7 +74,8 @@ class HFBackend:
         notes += found.notes
         adapter_bytes = room_for_adapters(settings, found.blueprint.adapters.read)
         check_host(found.blueprint)
-        plan = make_plan(settings, found.shape, room_on(device, settings, found.blueprint, adapter_bytes))
+        room = room_on(device, settings, found.blueprint, adapter_bytes)
+        plan = make_plan(settings, found.shape, room)
         check_layers(plan, found.blueprint.layers)
         if device.type == "cuda":
             torch.cuda.set_per_process_memory_fraction(settings.gpu_memory_fraction, device)
@@ -130,7 +131,8 @@ class HFBackend:
             self.runner.record_decode(
                 settings.max_num_seqs, plan.window, lambda done: progress(begun + (1 - begun) * done)
             )
-        self.card = _card(found, model, plan, tokenizer, notes)
+        shares = memory_shares(plan, room, device.type, found.blueprint.host_bytes)
+        self.card = replace(_card(found, model, plan, tokenizer, notes), memory=shares)
         self.runs, said = open_store(settings.cache, plan.run_bytes, self, found.files, self._form(plan))
         self._pages.stored = StoredPages(self.runs, self) if self.runs.host_bytes else None
         self.card = replace(self.card, notes=(*self.card.notes, *said))

@@ -9,6 +9,7 @@ from tightrope.backends.hf.modules.step import LayerInfo
 from tightrope.backends.hf.room import CacheSizes, Room
 from tightrope.backends.hf.workspace import token_bytes
 from tightrope.backends.memory import GIB, default_tokens, does_not_fit
+from tightrope.backends.planning import MemoryShares
 from tightrope.backends.rope.scaling import RopeSpec, resolve_rope
 from tightrope.backends.settings import STEP_TOKENS, ModelSettings
 from tightrope.kernels.forms.layout import PAGE, CacheDtype
@@ -115,6 +116,19 @@ def _refusal(settings: ModelSettings, shape: ModelShape, room: Room, dtype: Cach
     need = CacheSizes.of(settings, shape, dtype, step).bytes_of(-(-least // PAGE))
     taken = room.weight_bytes + room.workspace.num_bytes(step, window)
     return does_not_fit(least, dtype, need, room.usable_bytes - taken, taken, smaller, most)
+
+
+def memory_shares(plan: HFPlan, room: Room, device: str, host_bytes: int) -> MemoryShares:
+    """What a plan takes. host_bytes: of weights in the machine's own memory beside a card."""
+    return MemoryShares(
+        device=device,
+        memory_bytes=room.usable_bytes + (room.run_reserve_bytes if room.host_bytes is None else 0),
+        weight_bytes=room.weight_bytes,
+        host_bytes=host_bytes,
+        workspace_bytes=plan.workspace_bytes,
+        cache_bytes=plan.cache_bytes,
+        run_bytes=plan.run_bytes,
+    )
 
 
 def check_layers(plan: HFPlan, layers: Sequence[LayerInfo]) -> None:

@@ -2,7 +2,7 @@
 
 import asyncio
 import hmac
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from ipaddress import ip_address
 
@@ -88,10 +88,11 @@ def owner_of(scope: Scope, *keys: str | None) -> bytes:
 class KeyGuard:
     """Ask for the key on every route but the open ones; a route that is added later is closed until listed."""
 
-    def __init__(self, app: ASGIApp, api_key: str, admin_key: str | None) -> None:
-        """admin_key: which opens what the other one does, too."""
+    def __init__(self, app: ASGIApp, api_key: str, admin_key: str | None, also_open: Collection[str] = ()) -> None:
+        """admin_key: which opens what the other one does, too. also_open: paths of what is the same for everybody."""
         self._app = app
         self._keys = (api_key, admin_key)
+        self._open = OPEN_ROUTES.union(also_open)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or self._is_open(scope) or has_key(scope, *self._keys):
@@ -104,7 +105,7 @@ class KeyGuard:
         )
 
     def _is_open(self, scope: Scope) -> bool:
-        return scope["path"] in OPEN_ROUTES or (scope["path"] == "/" and scope["method"] in ("GET", "HEAD"))
+        return scope["path"] in self._open or (scope["path"] == "/" and scope["method"] in ("GET", "HEAD"))
 
 
 class AdminGuard:
