@@ -171,20 +171,22 @@ async def _behind(
         while not loading.done():
             yield b": loading %s, %d %%\n\n" % (model.name.encode(), 100 * model.engine.load_share)
             await asyncio.wait((loading,), timeout=COMMENT_S)
-        loading.result()
+        model = loading.result()
     finally:
         loading.cancel()
     spoken, deltas, explanation = await _asked(await front.at(request, model.name), dialect, body, request)
     if spoken.wants_single_tokens:
         deltas = one_token_each(deltas)
+
+    def told(error: EngineError) -> bytes:
+        if isinstance(error, InvalidRequest):
+            spoken.reword(error)
+        return spoken.failed(error)
+
     first = asyncio.ensure_future(anext(deltas, None))
-    try:
-        async with aclosing(_pieces(first, deltas, spoken, explanation)) as pieces:
-            async for piece in pieces:
-                yield piece
-    except InvalidRequest as error:
-        spoken.reword(error)
-        raise
+    async with aclosing(with_errors(_pieces(first, deltas, spoken, explanation), told)) as pieces:
+        async for piece in pieces:
+            yield piece
 
 
 async def _kept(

@@ -31,6 +31,7 @@ from tightrope.server.http.draining import Drain
 from tightrope.server.http.guards import is_loopback
 from tightrope.server.models.catalog import read_catalog
 from tightrope.server.models.models import Models
+from tightrope.server.models.room import Room
 from tightrope.server.served import means_the_model
 from tightrope.server.settings.settings import ServerSettings, SettingsError
 from tightrope.server.state import AppState, front_of
@@ -126,7 +127,7 @@ def _models(settings: ServerSettings) -> tuple[Models, Sequence[str]]:
         catalog = read_catalog(settings)
     except SettingsError as error:
         raise UsageError(str(error)) from None
-    return Models.of(catalog.settings, settings, _engine), catalog.notes
+    return Models.of(catalog.settings, settings, _engine, Room()), catalog.notes
 
 
 def _engine(settings: EngineSettings, adapters: Mapping[str, str] | None = None) -> Engine:

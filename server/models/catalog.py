@@ -1,5 +1,6 @@
 """Which models there are: those of a folder, or of a list with settings for each."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,7 @@ def read_catalog(settings: ServerSettings) -> Catalog:
     place = Path(settings.models).expanduser()
     general = settings.model_copy(update={"engine": _with_model(settings, None)})
     notes: list[str] = []
-    if place.is_dir():
+    if os.path.isdir(place):  # It says no to what can't be a path, too.
         found = {name: _of_path(general, path) for name, path in models_in(place, _is_name, notes.append).items()}
     else:
         found = read_list(place, general, _is_name)

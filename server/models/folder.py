@@ -21,9 +21,12 @@ def models_in(folder: Path, is_name: Callable[[str], bool], note: Callable[[str]
     can't be, and of links that lead out of the folder. Raises SettingsError.
     """
     root = folder.resolve()
-    names = _names(folder)
-    folders = {name for name in names if (folder / name).is_dir()}
-    files = {name for name in model_files(names) if (folder / name).is_file()}
+    try:
+        names = _names(folder)
+    except SettingsError as error:
+        raise SettingsError(f"--models: {error}") from None
+    folders = {name for name in names if os.path.isdir(folder / name)}
+    files = {name for name in model_files(names) if os.path.isfile(folder / name)}
     found: dict[str, Path] = {}
     for name in sorted(folders | files):
         path = folder / name
@@ -31,7 +34,11 @@ def models_in(folder: Path, is_name: Callable[[str], bool], note: Callable[[str]
             note(f"models: {name!r:.200} is left out: it is a link out of the folder; a list may name what it leads to")
             continue
         if name in folders:
-            models = _in_subfolder(path)
+            try:
+                models = _in_subfolder(path)
+            except SettingsError as error:
+                note(f"models: {name!r:.200} is left out: {error}")
+                continue
         else:
             short = _stem(name)
             models = {name if short in folders or short in found else short: path}
@@ -49,7 +56,7 @@ def _in_subfolder(folder: Path) -> dict[str, Path]:
     weights = [name for name in names if name.endswith(".safetensors")]
     if any(not name.startswith(("adapter_", CONSOLIDATED)) for name in weights):
         return {folder.name: folder}
-    files = [name for name in model_files(names) if (folder / name).is_file()]
+    files = [name for name in model_files(names) if os.path.isfile(folder / name)]
     if len(files) == 1:
         return {folder.name: folder}
     return {f"{folder.name}/{_stem(name)}": folder / name for name in files}
@@ -61,9 +68,9 @@ def _names(folder: Path) -> list[str]:
         with os.scandir(folder) as entries:
             names = [entry.name for entry in islice(entries, MAX_ENTRIES + 1) if not entry.name.startswith(".")]
     except OSError as error:
-        raise SettingsError(f"--models: {folder} can't be read: {error.strerror}") from None
+        raise SettingsError(f"{folder} can't be read: {error.strerror}") from None
     if len(names) > MAX_ENTRIES:
-        raise SettingsError(f"--models: {folder} has more than {MAX_ENTRIES} entries; name a list of models instead")
+        raise SettingsError(f"{folder} has more than {MAX_ENTRIES} entries; name a list of models instead")
     return names
 
 

@@ -58,10 +58,12 @@ class Models:
         return cls([model], settings, Room(), sleep_idle_s=settings.sleep_idle_s, is_alone=True)
 
     @classmethod
-    def of(cls, catalog: Mapping[str, ServerSettings], settings: ServerSettings, make_engine: MakeEngine) -> Self:
+    def of(
+        cls, catalog: Mapping[str, ServerSettings], settings: ServerSettings, make_engine: MakeEngine, room: Room
+    ) -> Self:
         """Several, each with settings of its own. settings: the server's."""
         models = [Model(name, own, make_engine) for name, own in catalog.items()]
-        return cls(models, settings, Room(), most_loaded=settings.models_max, sleep_idle_s=settings.sleep_idle_s)
+        return cls(models, settings, room, most_loaded=settings.models_max, sleep_idle_s=settings.sleep_idle_s)
 
     # ---- life ----
 
