@@ -11,8 +11,9 @@ from typing import Self
 from fastapi import Request
 from msgspec.structs import replace
 
+from tightrope.backends.embedding.card import EmbedderCard
 from tightrope.engine.embedding.protocol import EmbeddingEngine
-from tightrope.engine.errors import BackendFailed, EngineUnavailable
+from tightrope.engine.errors import BackendFailed, EngineUnavailable, InvalidRequest
 from tightrope.engine.protocol import Engine
 from tightrope.engine.types import Delta, GenerateRequest, ModelInfo, TurnMarks
 from tightrope.server.deltas.aborts import Aborts
@@ -29,7 +30,7 @@ from tightrope.server.models.models import Models
 from tightrope.server.prompts.template_renderer import TemplateRenderer
 from tightrope.server.prompts.templates import ChatTemplate, Probed
 from tightrope.server.prompts.turn_marks import find_turn_marks
-from tightrope.server.served import Names, Served
+from tightrope.server.served import LATEST, Names, Served
 from tightrope.server.settings.settings import ServerSettings
 
 
@@ -64,8 +65,12 @@ class AppState:
     async def at(self, request: Request, name: str | None) -> Self:
         """The same, speaking of the model of this name, which is loaded and stays so until the request has ended.
 
-        It may be long in coming. Raises what Models.hold raises, and ClientGone.
+        It may be long in coming. Raises what Models.hold raises, ClientGone, and InvalidRequest for one that writes no
+        text.
         """
+        if (beside := self.embedder_of(name)) is not None:
+            does = "makes vectors of texts, on /v1/embeddings" if beside.kind == "embedding" else "ranks, on /v1/rerank"
+            raise InvalidRequest(f"{beside.model_id} writes no text: it {does}", "model")
         model = self.models.find(name)
         if self.models.is_ready(model):
             model.take()
@@ -73,6 +78,13 @@ class AppState:
             model = await or_gone(request, self.models.hold(name))
         release_at_end(request.scope, model.release)
         return self.of(model)
+
+    def embedder_of(self, name: str | None) -> EmbedderCard | None:
+        """The embedding or reranking model of this name, where no chat model has it."""
+        meant = {name, (name or "").removesuffix(LATEST)}
+        if meant & {model.name for model in self.models.all}:
+            return None
+        return next((card for card in self.embedder.cards if card.model_id in meant), None)
 
     async def start_engines(self) -> None:
         """Load the embedding models, and then the chat model, which is planned for with those in place.

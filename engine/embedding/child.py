@@ -1,6 +1,7 @@
 """The process that embeds: takes texts from the socket, one message after another, and sends their vectors.
 
-It gives way to the chat model: it has the least priority that there is, and one thread while answers are being written.
+It gives way to the chat model: once it is loaded, for which the chat model waits, it has the least priority that there
+is, and one thread while answers are being written.
 The front starts it by `python -m tightrope.engine.embedding.child FD`.
 """
 
@@ -10,6 +11,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 from tightrope.backends.embedding.opening import open_embedders
 from tightrope.backends.embedding.protocol import Embedder
@@ -34,8 +36,12 @@ def serve(
     sock: socket.socket,
     on_end: Callable[[int], None] = lambda status: None,
     open_embedders: OpenEmbedders = open_embedders,
+    on_loaded: Callable[[], None] = lambda: None,
 ) -> int:
-    """Embed what comes over the socket until the front closes it; return the exit status. on_end: see Watch."""
+    """Embed what comes over the socket until the front closes it; return the exit status.
+
+    on_end: see Watch. on_loaded: is called before the front is told that texts are taken.
+    """
     end = EngineEnd(sock)
     try:
         start = end.receive()
@@ -50,6 +56,7 @@ def serve(
             end.send(LoadFailed(str(error)))
             return 1
         try:
+            on_loaded()
             end.send(EmbedderReady(tuple(embedder.card for embedder in opened)))
             _run(end, opened, compute_threads(settings.model.threads), watch)
         finally:
@@ -78,12 +85,19 @@ def _run(end: EngineEnd, opened: Sequence[Embedder], threads: int, watch: Watch)
         activity.end()
 
 
+def give_way() -> None:
+    """Give all threads of this process the least priority; those that they start have it, too."""
+    os.setpriority(os.PRIO_PROCESS, 0, LEAST_PRIORITY)
+    with suppress(OSError):  # Linux alone tells of those that libraries have started.
+        for task in os.scandir("/proc/self/task"):
+            os.setpriority(os.PRIO_PROCESS, int(task.name), LEAST_PRIORITY)
+
+
 def main() -> None:
     """Entry point of the process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the front, which closes the socket when it is done.
-    os.nice(LEAST_PRIORITY)
     log_to_stderr("info")
-    sys.exit(serve(socket.socket(fileno=int(sys.argv[1])), on_end=os._exit))
+    sys.exit(serve(socket.socket(fileno=int(sys.argv[1])), on_end=os._exit, on_loaded=give_way))
 
 
 if __name__ == "__main__":

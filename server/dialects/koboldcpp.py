@@ -88,6 +88,7 @@ class Result(BaseModel):
 
 class Version(Result):
     version: str
+    embeddings: bool = Field(description="Whether /api/extra/embeddings has a model.")
 
 
 class Value(BaseModel):
@@ -221,7 +222,11 @@ def koboldcpp_router(front: AppState) -> APIRouter:
     @router.get("/extra/version", responses=STATUS_ERRORS)
     async def version() -> Version:
         """The KoboldCpp whose routes these are."""
-        return Version(result="KoboldCpp", version=KOBOLDCPP_VERSION)
+        return Version(
+            result="KoboldCpp",
+            version=KOBOLDCPP_VERSION,
+            embeddings=any(card.kind == "embedding" for card in front.embedder.cards),
+        )
 
     @router.get("/v1/model", responses=STATUS_ERRORS)
     async def model() -> Result:

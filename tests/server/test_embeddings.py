@@ -253,6 +253,27 @@ async def test_a_field_that_would_change_the_vectors_and_is_not_read_is_refused(
         assert (reply.status_code, reply.json()["error"]["param"]) == (400, "instructions")
 
 
+async def test_the_lists_of_models_have_those_beside_and_chats_refuse_them():
+    async with vector_api("folder", "ranker") as http:
+        listed = [one["id"] for one in (await http.get("/v1/models")).json()["data"]]
+        assert listed[1:] == ["folder", "ranker"]
+        assert (await http.get("/v1/models/folder")).json()["max_model_len"] == MAX_TOKENS
+        assert [one["name"] for one in (await http.get("/api/tags")).json()["models"]] == listed
+        shown = await post(http, "/api/show", model="folder:latest")
+        assert shown["capabilities"] == ["embedding"]
+        assert shown["model_info"]["BertModel.embedding_length"] == 32
+        assert (await post(http, "/api/show", model="ranker"))["capabilities"] == ["reranking"]
+        assert (await http.get("/api/extra/version")).json()["embeddings"] is True
+        for path, body in (
+            ("/v1/completions", {"prompt": "what?"}),
+            ("/v1/chat/completions", {"messages": [{"role": "user", "content": "what?"}]}),
+            ("/api/generate", {"prompt": "what?"}),
+        ):
+            reply = await http.post(path, json=body | {"model": "folder"})
+            assert reply.status_code == 400
+            assert "folder writes no text: it makes vectors of texts, on /v1/embeddings" in reply.text
+
+
 async def test_a_chat_goes_on_beside():
     async with vector_api("folder") as http:
         found = await post(http, "/v1/completions", prompt="what?", max_tokens=4)

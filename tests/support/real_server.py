@@ -87,15 +87,15 @@ def started(
             process.stdout.close()
 
 
-def engine_pid(front: int) -> int:
-    """The front's child that runs the engine."""
+def engine_pid(front: int, module: str = "tightrope.engine.process.child") -> int:
+    """The front's child that runs the engine, or another module."""
     for status in Path("/proc").glob("[0-9]*/status"):
         try:
             parent = next(line for line in status.read_text().splitlines() if line.startswith("PPid:"))
             command = status.with_name("cmdline").read_bytes()
         except (OSError, StopIteration):
             continue  # it ended meanwhile
-        if int(parent.split()[1]) == front and b"tightrope.engine.process.child" in command:
+        if int(parent.split()[1]) == front and module.encode() in command:
             return int(status.parent.name)
     raise AssertionError("the engine process isn't there")
 

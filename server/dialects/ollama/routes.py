@@ -9,6 +9,7 @@ import msgspec
 from fastapi import APIRouter, Request, Response
 
 from tightrope import __version__
+from tightrope.backends.embedding.card import EmbedderCard
 from tightrope.engine.types import ModelInfo
 from tightrope.server.answering import answer
 from tightrope.server.dialects.ollama.bodies import (
@@ -56,6 +57,27 @@ def _details(info: ModelInfo | None) -> ModelDetails:
     )
 
 
+def _details_beside(card: EmbedderCard) -> ModelDetails:
+    """The same of one that embeds or ranks."""
+    return ModelDetails(
+        format=card.format, family=card.architecture, families=[card.architecture], quantization_level=card.format
+    )
+
+
+def _shown_beside(card: EmbedderCard, since: str) -> Shown:
+    return Shown(
+        template="",
+        details=_details_beside(card),
+        model_info={
+            "general.architecture": card.architecture,
+            f"{card.architecture}.context_length": card.max_tokens,
+            f"{card.architecture}.embedding_length": card.dimensions,
+        },
+        capabilities=["embedding" if card.kind == "embedding" else "reranking"],
+        modified_at=since,
+    )
+
+
 def _digest(name: str) -> str:
     return sha256(name.encode()).hexdigest()
 
@@ -88,13 +110,12 @@ def ollama_router(front: AppState) -> APIRouter:
     async def tags() -> OllamaModels:
         """The models, loaded or not, each with its adapters."""
         front.models.check_known()
-        named = [(name, model.info) for model in front.models.all for name in (model.name, *model.adapters)]
+        named = [(name, _details(model.info)) for model in front.models.all for name in (model.name, *model.adapters)]
+        named += [(card.model_id, _details_beside(card)) for card in front.embedder.cards]
         return OllamaModels(
             models=[
-                OllamaModel(
-                    name=name, model=name, modified_at=since, size=0, digest=_digest(name), details=_details(info)
-                )
-                for name, info in named
+                OllamaModel(name=name, model=name, modified_at=since, size=0, digest=_digest(name), details=details)
+                for name, details in named
             ]
         )
 
@@ -127,6 +148,8 @@ def ollama_router(front: AppState) -> APIRouter:
         Of one that has never been loaded only its name is known, and it isn't loaded to tell more.
         """
         front.models.check_known()
+        if (beside := front.embedder_of(body.model or body.name)) is not None:
+            return _shown_beside(beside, since)
         chosen = front.of(front.models.find(body.model or body.name))
         check_model(body.model or body.name, chosen.names())
         if (info := chosen.model.info) is None:

@@ -2,6 +2,7 @@
 
 from fastapi import APIRouter, Request, Response
 
+from tightrope.backends.embedding.card import EmbedderCard
 from tightrope.server.answering import answer
 from tightrope.server.dialects.openai.answers import ChatAnswer, CompletionAnswer, ModelCard, ModelList, ModelStatus
 from tightrope.server.dialects.openai.requests import ChatRequest, CompletionRequest
@@ -43,17 +44,31 @@ def openai_router(front: AppState) -> APIRouter:
             status=_status(model),
         )
 
+    def card_beside(embedder: EmbedderCard) -> ModelCard:
+        return ModelCard(
+            id=embedder.model_id,
+            object="model",
+            created=front.started,
+            owned_by="tightrope",
+            root=embedder.model_id,
+            parent=None,
+            max_model_len=embedder.max_tokens,
+            status=ModelStatus(value="loaded"),
+        )
+
     @router.get("/models", responses=only(401, 503))
     async def models() -> ModelList:
-        """The models, each with its adapters behind it, and which of them are loaded."""
+        """The models, each with its adapters behind it, and which of them are loaded; those that embed or rank last."""
         front.models.check_known()
         cards = [card(model, adapter) for model in front.models.all for adapter in (None, *model.adapters)]
-        return ModelList(object="list", data=cards)
+        return ModelList(object="list", data=[*cards, *map(card_beside, front.embedder.cards)])
 
     @router.get("/models/{model:path}", responses=only(401, 404, 503, "default"))
     async def model(model: str) -> ModelCard:
         """One model; its name may contain slashes."""
         front.models.check_known()
+        if (beside := front.embedder_of(model)) is not None:
+            return card_beside(beside)
         found = front.models.find(model)
         return card(found, check_model(model, front.of(found).names(), is_openai=True))
 
