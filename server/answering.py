@@ -19,7 +19,7 @@ from tightrope.server.deltas.one_token import one_token_each
 from tightrope.server.deltas.side_by_side import Deltas, run
 from tightrope.server.fields.explain import Explanation, explain
 from tightrope.server.http.body import Body, JsonRequest
-from tightrope.server.http.errors import Column, error_event, error_line
+from tightrope.server.http.errors import ClientGone, Column, error_event, error_line
 from tightrope.server.http.hangup import or_gone
 from tightrope.server.http.resuming import asks_to_resume, conversation_of, last_event, stream_reply
 from tightrope.server.http.sse import event_stream, line_stream, with_errors
@@ -49,6 +49,7 @@ class Dialect(ABC, Generic[B]):
     column: ClassVar[Column] = "openai"  # The table of errors has such columns.
     is_lines: ClassVar[bool] = False  # A stream is lines of JSON then, and no server-sent events.
     is_stream: ClassVar[bool] = False  # Its route alone says that the answer is a stream.
+    refuses_by_events: ClassVar[bool] = False  # What is asked for as a stream is refused by an event, under status 200.
     wants_single_tokens: bool = False  # Each event shows one token then, with the text that is its own.
     abort_key: str | None = None  # An abort under this key stops the answer.
 
@@ -100,7 +101,24 @@ def checked(finish: Finish) -> Finish:
 
 
 async def answer(front: AppState, dialect: type[Dialect[B]], body: B, request: Request) -> Response:
-    """The reply, whole or as a stream. Raises EngineError while a status can still be chosen."""
+    """The reply, whole or as a stream. Raises EngineError while a status can still be chosen, and the dialect does."""
+    try:
+        return await _answer(front, dialect, body, request)
+    except ClientGone:
+        raise
+    except EngineError as error:
+        if not (dialect.refuses_by_events and dialect.asks_for_events(body)):
+            raise
+        front.metrics.refused(error)
+        return event_stream(_one(error_event(error, dialect.column)), dialect.column, {})
+
+
+async def _one(event: bytes) -> AsyncGenerator[bytes, None]:
+    yield event
+
+
+async def _answer(front: AppState, dialect: type[Dialect[B]], body: B, request: Request) -> Response:
+    """The same. Raises EngineError while a status can still be chosen."""
     if (last := last_event(request)) is not None:  # The client was cut off, and has asked the same again.
         kept = front.streams.find(last[0], front.owner(request))
         return stream_reply(front.streams, kept, kept.behind(last[1]), {})

@@ -284,3 +284,37 @@ async def test_models_are_listed_and_found_by_name() -> None:
         reply = await http.get("/v1/models/other/name")
         assert reply.status_code == 404
         assert reply.json()["error"]["code"] == "model_not_found"
+
+
+@pytest.mark.parametrize("more", [{}, {"logprobs": 1}, {"echo": True}, {"n": 2}])
+async def test_a_completions_token_ids_come_beside_its_text_whole_and_in_pieces(more: dict[str, object]) -> None:
+    body = {"prompt": ["hi?", "so?"], "return_token_ids": True, **more}
+    async with api("fine") as http:
+        whole = (await http.post("/v1/completions", json=body)).json()["choices"]
+        pieces = events((await http.post("/v1/completions", json=body | {"stream": True})).text)
+        prompts = [(await http.post("/tokenize", json={"prompt": text})).json()["tokens"] for text in body["prompt"]]
+
+    for choice in whole:
+        number, per_prompt = choice["index"], len(whole) // 2
+        own = [c for piece in pieces if piece != "[DONE]" for c in piece["choices"] if c["index"] == number]
+        assert choice["prompt_token_ids"] == prompts[number // per_prompt] == own[0]["prompt_token_ids"]
+        assert all("prompt_token_ids" not in c for c in own[1:])
+        assert choice["token_ids"][:4] == list(b"fine")
+        assert [i for c in own for i in c["token_ids"]] == choice["token_ids"]
+
+
+@pytest.mark.parametrize("more", [{}, {"logprobs": True}])
+async def test_a_chats_token_ids_come_beside_its_message_whole_and_in_pieces(more: dict[str, object]) -> None:
+    body = {"messages": [{"role": "user", "content": "hi?"}], "return_token_ids": True, **more}
+    async with api("fine", chat_template="{{ messages[0].content }}") as http:
+        whole = (await http.post("/v1/chat/completions", json=body)).json()
+        pieces = events((await http.post("/v1/chat/completions", json=body | {"stream": True})).text)[:-1]
+        plain = (await http.post("/v1/chat/completions", json=body | {"return_token_ids": False})).json()
+
+    assert whole["prompt_token_ids"][-3:] == list(b"hi?") == pieces[0]["prompt_token_ids"][-3:]
+    assert whole["choices"][0]["token_ids"][:4] == list(b"fine")
+    told = [i for piece in pieces for choice in piece["choices"] for i in choice.get("token_ids", ())]
+    assert told == whole["choices"][0]["token_ids"]
+    assert "".join(piece["choices"][0]["delta"].get("content") or "" for piece in pieces) == "fine"
+    assert "prompt_token_ids" not in plain
+    assert "token_ids" not in plain["choices"][0]

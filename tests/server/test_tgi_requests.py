@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from fake_api import api
+from fake_api import api, events
 
 from tightrope.engine.errors import ContextLengthExceeded, InvalidRequest
 from tightrope.engine.sampler.steps import SamplingParams
@@ -299,21 +299,30 @@ async def test_bodies_of_another_shape_are_told_in_plain_text(
     assert reply.text.startswith(text)
 
 
-@pytest.mark.parametrize("path", ["/generate", "/generate_stream", "/"])
-async def test_refusals_are_422_with_their_kind_before_any_event(path: str) -> None:
+REFUSED = {
+    "top_p": "Input validation error: `top_p` must be > 0.0 and < 1.0",
+    "length": "Input validation error: `inputs` tokens + `max_new_tokens` must be <= 1024. "
+    "Given: 2001 `inputs` tokens and 9 `max_new_tokens`",
+}
+BODIES = {
+    "top_p": {"inputs": "a", "parameters": {"top_p": 1.0}},
+    "length": {"inputs": "x" * 2000, "parameters": {"max_new_tokens": 9}},
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+async def test_refusals_are_422_with_their_kind_and_of_a_stream_an_event_under_200(name: str) -> None:
+    told = {"error": REFUSED[name], "error_type": "validation"}
     async with api() as http:
-        reply = await http.post(path, json={"inputs": "a", "parameters": {"top_p": 1.0}, "stream": True})
-        assert reply.status_code == 422
-        assert reply.json() == {
-            "error": "Input validation error: `top_p` must be > 0.0 and < 1.0",
-            "error_type": "validation",
-        }
-        reply = await http.post(path, json={"inputs": "x" * 2000, "parameters": {"max_new_tokens": 9}})
-        assert reply.status_code == 422
-        assert reply.json()["error"] == (
-            "Input validation error: `inputs` tokens + `max_new_tokens` must be <= 1024. "
-            "Given: 2001 `inputs` tokens and 9 `max_new_tokens`"
-        )
+        for path in ("/generate", "/"):
+            reply = await http.post(path, json=BODIES[name])
+            assert (reply.status_code, reply.json()) == (422, told)
+        for path in ("/generate_stream", "/"):
+            reply = await http.post(path, json=BODIES[name] | {"stream": True})
+            assert reply.status_code == 200
+            assert reply.headers["content-type"].startswith("text/event-stream")
+            assert events(reply.text) == [told]
+        assert 'tgi_request_failure{err="validation"} 4' in (await http.get("/metrics")).text
 
 
 async def test_the_number_counted_against_the_window_is_at_most_1024() -> None:

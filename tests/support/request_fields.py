@@ -295,6 +295,7 @@ ANSWERED = {
     "return_full_text",
     "include_reasoning",
     "reasoning_format",
+    "return_token_ids",
 }  # seen in the answer alone
 REFUSED = {*ROPE, *NOT_BUILT, "suffix", "documents"}
 LISTED = {

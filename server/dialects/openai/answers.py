@@ -90,6 +90,9 @@ class ChatMessage(BaseModel):
     tool_calls: list[MadeCall] = []
 
 
+TokenIds = Annotated[list[int], Field(description="Absent unless return_token_ids asks for it.")]
+
+
 class ChatChoice(BaseModel):
     index: int
     message: ChatMessage
@@ -97,6 +100,7 @@ class ChatChoice(BaseModel):
     finish_reason: FinishReason
     stop_reason: str | int | None
     prompt_logprobs: PromptLogprobs = []
+    token_ids: TokenIds = []
 
 
 class ChatAnswer(BaseModel):
@@ -109,6 +113,7 @@ class ChatAnswer(BaseModel):
     system_fingerprint: str
     choices: list[ChatChoice]
     usage: Usage
+    prompt_token_ids: TokenIds = []
     explain: Explained = {}
 
 
@@ -119,6 +124,8 @@ class CompletionChoice(BaseModel):
     finish_reason: FinishReason
     stop_reason: str | int | None
     prompt_logprobs: PromptLogprobs = []
+    prompt_token_ids: TokenIds = []
+    token_ids: TokenIds = []
 
 
 class CompletionAnswer(BaseModel):

@@ -62,6 +62,8 @@ class SamplingBody(AnswerBody):
         None, ge=0, description="Score the prompt's tokens too, with that many alternatives; not in streams."
     )
 
+    return_token_ids: bool = Field(False, description="List the token ids of the prompt and of each answer.")
+
     def given(self) -> dict[str, Any]:
         shape = self.response_format
         return super().given() | ({} if shape is None else {"response_format": shape.model_dump(exclude_unset=True)})

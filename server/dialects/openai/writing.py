@@ -5,7 +5,7 @@ Events are made for every token: what is the same in all chunks is encoded once.
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Self, TypeVar
 
 import msgspec
@@ -13,7 +13,7 @@ from fastapi import Request
 
 from tightrope import __version__
 from tightrope.engine.errors import ContextLengthExceeded, InvalidRequest
-from tightrope.engine.types import Delta, GenerateRequest, PromptRead, TextPrompt
+from tightrope.engine.types import Delta, GenerateRequest, PromptRead, TextPrompt, Token
 from tightrope.server.answering import Dialect, Ending
 from tightrope.server.asking import Asked
 from tightrope.server.deltas.choices import Choice
@@ -55,6 +55,8 @@ class _OpenAI(Dialect[S]):
     def __init__(self, asked: Asked, body: S) -> None:
         super().__init__(asked)
         self._body = body
+        self._shows_ids = body.return_token_ids
+        self._prompt_ids: Sequence[Sequence[int]] = ()  # Those of each prompt, where they are asked for.
         self._head: dict[str, Any] = {
             "id": asked.id,
             "object": self.chunk_kind if asked.is_stream else self.kind,
@@ -84,6 +86,15 @@ class _OpenAI(Dialect[S]):
         if self._has_usage:
             last += b'%b],"usage":%b}\n\n' % (self._opening, encode(usage(ending.prompts, ending.num_tokens)))
         return last + DONE
+
+    async def list_prompts(self, front: AppState, request: Request) -> Self:
+        """Have the token ids of the prompts, as they will be run, if they are asked for. Raises as `tokenize`."""
+        if self._shows_ids:
+            self._prompt_ids = await or_gone(request, _prompt_ids(front, self.asked.requests))
+        return self
+
+    def _ids(self, tokens: Iterable[Token]) -> dict[str, Any]:
+        return {"token_ids": [token.token_id for token in tokens]} if self._shows_ids else {}
 
     def _whole(self, choices: list[dict[str, Any]], ending: Ending) -> dict[str, Any]:
         totals = usage(ending.prompts, ending.num_tokens)
@@ -118,7 +129,7 @@ class Chat(_OpenAI[ChatRequest]):
     def __init__(self, asked: Asked, body: ChatRequest, plan: ReplyPlan) -> None:
         super().__init__(asked, body)
         self._plan = plan
-        self._is_plain = plan.reader() is None and not body.logprobs
+        self._is_plain = plan.reader() is None and not body.logprobs and not self._shows_ids
         self._readers: dict[int, ReplyReader | None] = {}  # A choice is here once it has begun.
 
     @classmethod
@@ -126,7 +137,7 @@ class Chat(_OpenAI[ChatRequest]):
         served = front.served()
         check_chat(body, served)
         chat = await rendered_chat(front, body, request)
-        return cls(chat_asked(body, chat, served), body, chat.plan)
+        return await cls(chat_asked(body, chat, served), body, chat.plan).list_prompts(front, request)
 
     def event(self, number: int, delta: Delta, ending: Ending | None) -> bytes:
         if self._is_plain and delta.finish is None and number in self._readers:  # Nearly every event is such a one.
@@ -135,6 +146,8 @@ class Chat(_OpenAI[ChatRequest]):
         if number not in self._readers:
             self._readers[number] = self._plan.reader()
             event = self._chunk(number, OPENED)
+            if self._shows_ids:
+                event = b'%b,"prompt_token_ids":%b%b' % self._parted(event, encode(self._prompt_ids[0]))
         reader = self._readers[number]
         events: list[Event] = [Content(delta.text)] if delta.text else []
         if reader is not None:
@@ -142,9 +155,11 @@ class Chat(_OpenAI[ChatRequest]):
             events += [] if delta.finish is None else reader.finish(is_cut=is_cut(delta.finish))
         pieces = [piece for piece in map(_message_delta, events) if piece is not None]
         logprobs = encode(chat_logprobs(delta.tokens)) if self._body.logprobs and delta.tokens else b"null"
-        for piece in pieces or ([b'{"content":""}'] if logprobs != b"null" else []):
-            event += self._chunk(number, b'"delta":%b,"logprobs":%b,"finish_reason":null' % (piece, logprobs))
-            logprobs = b"null"  # They come once.
+        ids = b',"token_ids":' + encode(self._ids(delta.tokens)["token_ids"]) if self._shows_ids else b""
+        for piece in pieces or ([b'{"content":""}'] if logprobs != b"null" or (ids and delta.tokens) else []):
+            inner = b'"delta":%b,"logprobs":%b,"finish_reason":null%b' % (piece, logprobs, ids)
+            event += self._chunk(number, inner)
+            logprobs, ids = b"null", b""  # They come once.
         if delta.finish is not None:
             num_calls = 0 if reader is None else reader.num_calls
             reasons = encode(finish_reason(delta.finish, num_calls)), encode(stop_reason(delta.finish))
@@ -152,7 +167,12 @@ class Chat(_OpenAI[ChatRequest]):
         return event if ending is None else event + self._last_chunks(ending)
 
     def whole(self, choices: Sequence[Choice], ending: Ending) -> object:
-        return self._whole([self._choice(index, choice) for index, choice in enumerate(choices)], ending)
+        made = self._whole([self._choice(index, choice) for index, choice in enumerate(choices)], ending)
+        return made | ({"prompt_token_ids": self._prompt_ids[0]} if self._shows_ids else {})
+
+    def _parted(self, chunk: bytes, told: bytes) -> tuple[bytes, bytes, bytes]:
+        """A chunk up to the end of its choices, what is told there, and its rest."""
+        return chunk.removesuffix(self._suffix) + b"}]", told, self._suffix.removeprefix(b"}]")
 
     def _choice(self, index: int, choice: Choice) -> dict[str, Any]:
         message = chat_message(choice.text, self._plan, is_cut=is_cut(choice.finish))
@@ -163,6 +183,7 @@ class Chat(_OpenAI[ChatRequest]):
             "finish_reason": finish_reason(choice.finish, len(message.get("tool_calls", ()))),
             "stop_reason": stop_reason(choice.finish),
             **self._scored_prompt(choice),
+            **self._ids(choice.tokens),
         }
 
     def reword(self, error: InvalidRequest) -> None:
@@ -186,7 +207,8 @@ class Completions(_OpenAI[CompletionRequest]):
     @classmethod
     async def read(cls, front: AppState, body: CompletionRequest, request: Request) -> Self:
         asked = completion_asked(body, front.served())
-        return cls(asked, body, await or_gone(request, _prompt_texts(front, asked.requests)) if body.echo else ())
+        echoes = await or_gone(request, _prompt_texts(front, asked.requests)) if body.echo else ()
+        return await cls(asked, body, echoes).list_prompts(front, request)
 
     def event(self, number: int, delta: Delta, ending: Ending | None) -> bytes:
         text, tokens = delta.text, delta.tokens
@@ -202,11 +224,16 @@ class Completions(_OpenAI[CompletionRequest]):
         if delta.finish is not None:
             ends = encode(finish_reason(delta.finish)), encode(stop_reason(delta.finish))
             end = b'%b,"stop_reason":%b' % ends
-        elif text or logprobs != b"null":
+        elif text or logprobs != b"null" or (self._shows_ids and delta.tokens):
             end = b"null"
         else:
             return b""
         inner = b'"text":%b,"logprobs":%b,"finish_reason":%b' % (encode(text), logprobs, end)
+        if self._shows_ids:
+            ids = self._ids(delta.tokens)
+            if delta.prompt is not None:
+                ids["prompt_token_ids"] = self._prompt_ids[number // self.asked.n]
+            inner += b"," + encode(ids)[1:-1]
         event = self._chunk(number, inner)
         return event if ending is None else event + self._last_chunks(ending)
 
@@ -235,7 +262,14 @@ class Completions(_OpenAI[CompletionRequest]):
             "finish_reason": finish_reason(choice.finish),
             "stop_reason": stop_reason(choice.finish),
             **self._scored_prompt(choice),
+            **({"prompt_token_ids": self._prompt_ids[position]} if self._shows_ids else {}),
+            **self._ids(choice.tokens),
         }
+
+
+async def _prompt_ids(front: AppState, requests: Sequence[GenerateRequest]) -> list[list[int]]:
+    asked = [front.engine.tokenize(one.prompt, one.adapter, last=one.truncate_to) for one in requests]
+    return [list(tokens.ids) for tokens in await asyncio.gather(*asked)]
 
 
 async def _prompt_texts(front: AppState, requests: Sequence[GenerateRequest]) -> list[str]:

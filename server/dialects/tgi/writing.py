@@ -57,6 +57,7 @@ class _TGI(Dialect[G]):
     """An answer, of which the last event has the whole text."""
 
     column: ClassVar[Column] = "tgi"
+    refuses_by_events: ClassVar[bool] = True
 
     # It decides whether the inputs come in front of the answer where nothing else is said.
     is_full: ClassVar[bool] = False
