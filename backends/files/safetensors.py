@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
+from threading import Lock
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -79,6 +80,7 @@ class Checkpoint:
     index: Path | None = None
     absent: Mapping[str, str] = field(default_factory=dict)  # tensors that only the index knows, and its file for each
     _maps: dict[Path, mmap.mmap] = field(default_factory=dict)
+    _lock: Lock = field(default_factory=Lock)  # Several threads read.
 
     @classmethod
     def open(cls, folder: Path) -> "Checkpoint":
@@ -185,16 +187,17 @@ class Checkpoint:
             raise BackendError(f"{self.tensors[name].file}: tensor {name!r} holds {what}; weights must be finite")
 
     def _map(self, path: Path) -> mmap.mmap:
-        if path not in self._maps:
-            try:
-                with open_file(path) as file:
-                    # private and copied on write: torch wants writable memory, and the file must never change
-                    self._maps[path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-            except ValueError:
-                raise BackendError(f"{path}: became empty since its header was read") from None
-            if (need := max(t.end for t in self.tensors.values() if t.file == path)) > len(self._maps[path]):
-                raise BackendError(f"{path}: became shorter than its {need} bytes since its header was read")
-        return self._maps[path]
+        with self._lock:
+            if path not in self._maps:
+                try:
+                    with open_file(path) as file:
+                        # private and copied on write: torch wants writable memory, and the file must never change
+                        self._maps[path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+                except ValueError:
+                    raise BackendError(f"{path}: became empty since its header was read") from None
+                if (need := max(t.end for t in self.tensors.values() if t.file == path)) > len(self._maps[path]):
+                    raise BackendError(f"{path}: became shorter than its {need} bytes since its header was read")
+            return self._maps[path]
 
 
 def _the_one(entry: TensorEntry, other: TensorEntry, shards: Shards) -> TensorEntry:

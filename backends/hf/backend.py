@@ -90,7 +90,7 @@ class HFBackend:
         if settings.matmul_sums == "float16" and device.type == "cuda":
             dispatch.sum_in_float16()
         with failing_as("loading the model", device):
-            model = build(found.blueprint, lambda done: progress(WEIGHTS * done))
+            model = build(found.blueprint, lambda done: progress(WEIGHTS * done), threads.most)
             model.adapters.room = AdapterRoom(adapter_bytes)
             model.adapters.tokenizer_at = lambda folder, num_tokens: tokenizer_at(
                 folder, num_tokens, path, found.shape, tokenizer

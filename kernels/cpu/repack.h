@@ -8,11 +8,13 @@
 #include "large_pages.h"
 #include "pool.h"
 #include "structs.h"
+#include "transpose.h"
 
 namespace repack {
 
 constexpr int TILE = 16, LINE = 64, MOST_ROWS = 32;  // outputs of a tile, bytes of a line, rows of a block
 constexpr int PANEL = 16;                            // tiles
+static_assert(TILE == PAGE, "what is transposed has as many rows");
 
 typedef uint32_t Lanes __attribute__((vector_size(LINE)));  // one number for each output of a tile
 
@@ -180,6 +182,9 @@ void unpack_rows(const uint32_t* words, int64_t stride, const int32_t* starts, i
     });
 }
 
+// The halves of each byte swapped.
+INLINE uint32_t swapped_pairs(uint32_t word) { return ((word >> 4) & 0x0f0f0f0f) | ((word & 0x0f0f0f0f) << 4); }
+
 // Codes of four bits along rows of K, two in a byte, the first in the high half, as they are in bytes [N * K / 2]; and
 // the scale of each run of `run` of them, which is that of its block of `blocksize`: to an Nf4Matrix's [C, K / 8, 16] and
 // [C, K / run, 16]. K and run are multiples of 8.
@@ -187,9 +192,21 @@ inline void nf4(const uint8_t* bytes, const float* block_scales, int64_t blocksi
                 uint32_t* codes, float* scales) {
     const int tiles = (outputs + TILE - 1) / TILE, eights = inputs / 8, runs = inputs / run;
     large_pages(codes, 4l * tiles * eights * TILE);
+    large_pages(scales, 4l * tiles * runs * TILE);
     pool().run(tiles, [&](int tile) {
         uint32_t* to = codes + int64_t(tile) * eights * TILE;
         float* scale_to = scales + int64_t(tile) * runs * TILE;
+        const int64_t row = int64_t(tile) * TILE;
+        if (run == blocksize && row + TILE <= outputs) {
+            constexpr int PIECE = 16;  // words of a row; what was transposed is then still at hand
+            for (int e = 0; e < eights; e += PIECE) {
+                const int some = std::min(PIECE, eights - e);
+                transpose(bytes + row * inputs / 2 + 4 * e, inputs / 2, 4 * some, to + e * TILE);
+                for (int i = e * TILE; i < (e + some) * TILE; ++i) to[i] = swapped_pairs(to[i]);
+            }
+            transpose((const uint8_t*)(block_scales + row * runs), 4 * runs, 4 * runs, (uint32_t*)scale_to);
+            return;
+        }
         for (int lane = 0; lane < TILE; ++lane) {
             const int64_t n = int64_t(tile) * TILE + lane, first = n * inputs;
             if (n >= outputs) {
@@ -200,7 +217,7 @@ inline void nf4(const uint8_t* bytes, const float* block_scales, int64_t blocksi
             for (int e = 0; e < eights; ++e) {
                 uint32_t word;
                 memcpy(&word, bytes + first / 2 + 4 * e, 4);
-                to[e * TILE + lane] = ((word >> 4) & 0x0f0f0f0f) | ((word & 0x0f0f0f0f) << 4);
+                to[e * TILE + lane] = swapped_pairs(word);
             }
             for (int r = 0; r < runs; ++r) scale_to[r * TILE + lane] = block_scales[(first + r * run) / blocksize];
         }

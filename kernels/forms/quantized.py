@@ -6,6 +6,7 @@ Fixed letters: K inputs, N outputs, R stored rows, G groups of stored rows, C ti
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from threading import Lock
 from typing import Any
 
 import torch
@@ -157,13 +158,14 @@ class Room:
     """Memory for the codes of matrices that belong together, each in its place, so that they can be one matrix."""
 
     def __init__(self, num_tiles: int) -> None:
-        """It is taken when the first of them is packed."""
-        self._num_tiles, self._whole = num_tiles, torch.empty(0, 0, dtype=torch.uint8)
+        """It is taken when the first of them is packed, in any thread."""
+        self._num_tiles, self._whole, self._lock = num_tiles, torch.empty(0, 0, dtype=torch.uint8), Lock()
 
     def take(self, first_tile: int, num_tiles: int, tile_bytes: int) -> Tensor:
         """[num_tiles, tile_bytes] uint8, not filled; elsewhere for tiles of another size than the first ones."""
-        if not self._whole.numel():
-            self._whole = torch.empty(self._num_tiles, tile_bytes, dtype=torch.uint8)
+        with self._lock:
+            if not self._whole.numel():
+                self._whole = torch.empty(self._num_tiles, tile_bytes, dtype=torch.uint8)
         if self._whole.shape[1] != tile_bytes:
             return torch.empty(num_tiles, tile_bytes, dtype=torch.uint8)
         return self._whole[first_tile : first_tile + num_tiles]

@@ -12,6 +12,7 @@ from checkout import TINY
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from tightrope.backends.errors import BackendError
 from tightrope.backends.files.hf_config import read_config
 from tightrope.backends.files.safetensors import Checkpoint
 from tightrope.backends.hf.load.blueprint import draw
@@ -78,6 +79,29 @@ def all_weights(model: LoadedModel) -> list[Tensor]:
 
 def are_equal(first: LoadedModel, second: LoadedModel) -> bool:
     return all(torch.equal(a, b) for a, b in zip(all_weights(first), all_weights(second), strict=True))
+
+
+@pytest.mark.parametrize("name", [EXL2, GPTQ, AWQ, NF4, MIXTRAL])
+def test_several_threads_load_what_one_does(name: str):
+    folder = TINY / name
+    shape = read_config(folder)
+    shares: list[float] = []
+
+    several = build(draw(folder, shape, Checkpoint.open(folder)), shares.append, num_threads=4)
+
+    assert are_equal(several, load(folder))
+    assert shares == sorted(shares)
+    assert shares[-1] == 1
+
+
+def test_what_is_wrong_with_a_tensor_is_told_from_any_thread(tmp_path: Path):
+    def spoil(tensors: Tensors) -> None:
+        tensors[f"{DOWN}.scales"][0, 0] = torch.nan
+
+    folder = changed(GPTQ, tmp_path, spoil)
+
+    with pytest.raises(BackendError, match=f"tensor '{DOWN}.scales' holds NaN"):
+        build(draw(folder, read_config(folder), Checkpoint.open(folder)), num_threads=4)
 
 
 @pytest.mark.parametrize("name", [EXL2, GPTQ, AWQ])

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import accumulate
+from threading import Lock
 
 import torch
 from torch import Tensor
@@ -43,13 +44,17 @@ class Assembly:
     deliver: Callable[[Sequence[tuple[Piece, Tensor | None]], Hold], None]
     are_experts: bool = False
     _built: dict[int, tuple[Piece, Tensor | None]] = field(default_factory=dict)
+    _lock: Lock = field(default_factory=Lock)
 
     def build(self, index: int, hold: Hold) -> None:
-        """Make one of the sources."""
-        self._built[index] = self.sources[index].build()
-        if len(self._built) == len(self.sources):
-            self.deliver([self._built[i] for i in range(len(self.sources))], hold)
-            self._built.clear()
+        """Make one of the sources; another thread may make another one meanwhile."""
+        built = self.sources[index].build()
+        with self._lock:
+            self._built[index] = built
+            if len(self._built) < len(self.sources):
+                return
+        self.deliver([self._built[i] for i in range(len(self.sources))], hold)
+        self._built.clear()
 
 
 def assemble(

@@ -1,10 +1,11 @@
 """From the files straight to their place: each tensor's values are checked and copied once, in the order of the files.
 
 Everything that headers can tell has been checked before (matching.py). In memory are the model, and of the files the
-tensors of one linear.
+tensors of one linear for each thread.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -41,9 +42,12 @@ class _Piece:
 
 def load_weights(
     weights: Iterable[Weight], assemblies: Sequence[Assembly], checkpoint: Checkpoint, names: FileNames,
-    device: torch.device, progress: Progress, arena: Arena | None = None,
+    device: torch.device, progress: Progress, arena: Arena | None = None, num_threads: int = 1,
 ) -> None:  # fmt: skip
     """Fill `weights`, and build `assemblies`, from the checkpoint. arena: for what is large, on the device.
+
+    num_threads: so many linears are made at a time. A library's own threads share the work on a large tensor, but not
+    what comes between two of them.
 
     Raises BackendError naming the tensor that is not finite, or can't be what its format says.
     """
@@ -58,7 +62,7 @@ def load_weights(
         for part in parts:
             places.setdefault(part.name, []).append(_Place(target, part))
     hold: Hold = (lambda matrix: matrix) if arena is None else arena.holding
-    _work(_in_order(places, assemblies, checkpoint, hold), checkpoint, progress)
+    _work(_in_order(places, assemblies, checkpoint, hold), checkpoint, progress, num_threads)
     for target, offset in shifted:
         target.add_(offset)
 
@@ -118,13 +122,15 @@ def _in_order(
     return sorted(pieces, key=place)
 
 
-def _work(pieces: Sequence[_Piece], checkpoint: Checkpoint, progress: Progress) -> None:
+def _work(pieces: Sequence[_Piece], checkpoint: Checkpoint, progress: Progress, num_threads: int) -> None:
     """Make the pieces, giving back what was read for each."""
     tensors = [[checkpoint.tensors[name] for name in piece.tensors] for piece in pieces]
     done, whole = 0, sum(tensor.num_bytes for some in tensors for tensor in some)
-    with reading_ahead([(tensor.file, tensor.begin, tensor.end) for some in tensors for tensor in some]) as ahead:
-        for piece, some in zip(pieces, tensors, strict=True):
-            piece.make()
+    ranges = [(tensor.file, tensor.begin, tensor.end) for some in tensors for tensor in some]
+    with reading_ahead(ranges) as ahead, ThreadPoolExecutor(num_threads, "loading") as threads:
+        # One alone is this thread, which knows the card.
+        each_of = map if num_threads == 1 else threads.map
+        for some, _ in zip(tensors, each_of(lambda piece: piece.make(), pieces), strict=True):
             for tensor in some:
                 checkpoint.release_part(tensor.file, tensor.begin, tensor.end)
                 done += tensor.num_bytes

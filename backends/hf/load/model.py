@@ -99,8 +99,10 @@ def _share_kernels(tree: nn.Module) -> None:
         )
 
 
-def build(blueprint: Blueprint, progress: Callable[[float], None] = lambda share: None) -> LoadedModel:
-    """Fill the model, once. Raises BackendError for weights that can't be."""
+def build(
+    blueprint: Blueprint, progress: Callable[[float], None] = lambda share: None, num_threads: int = 1
+) -> LoadedModel:
+    """Fill the model, once. Raises BackendError for weights that can't be. num_threads: of a CPU."""
     model, checkpoint, names, device = blueprint.tree, blueprint.checkpoint, blueprint.names, blueprint.device
     notes = list(blueprint.notes)
     quantization = blueprint.quantization
@@ -109,7 +111,8 @@ def build(blueprint: Blueprint, progress: Callable[[float], None] = lambda share
         weights, note = share(weights, *blueprint.tied, checkpoint, names)
         notes += [] if note is None else [note]
     arena = None if device.type == "cpu" else Arena(arena_bytes(blueprint.block_sizes), device)
-    load_weights(weights, blueprint.assemblies, checkpoint, names, device, progress, arena)
+    at_a_time = num_threads if device.type == "cpu" else 1
+    load_weights(weights, blueprint.assemblies, checkpoint, names, device, progress, arena, at_a_time)
     if quantization is not None:
         linears = [module for module in model.modules() if isinstance(module, Linear)]
         kernels = dispatch.describe(device, is_exllama=any(runs_exllama(linear.weight) for linear in linears))
