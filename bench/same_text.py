@@ -1,25 +1,25 @@
 """Whether an answer is the same bytes whatever else runs: the torch engine on a CPU, format by format.
 
-    python -m bench.same_text [--prompts N] [--forms FORM ...]
+    python -m bench.same_text [--prompts N] [--threads N] [--forms FORM ...] [--missing]
 
 SmolLM2 in the formats of bench.quant_models, the bf16 one with --batch-invariant, and its GGUF file in our own engine.
-Each prompt is answered alone in an empty cache, every other one greedily, the rest with a seed; then over what is
-cached already, in other company, in other pieces, in a cache so small that answers are preempted, with numbers of
-threads that change from step to step, and over moved tokens once these are healed. Token ids, texts and log
-probabilities are compared to the last bit. A form's rows are written when all of it is known; those of others stay.
+Each prompt is answered alone in an empty cache, every other one greedily, the rest with a seed; then once more, behind
+a beginning that is cached already, in other company, in other pieces, with numbers of threads that change from step to
+step, in a cache so small that answers are preempted, and over moved tokens once these are healed. Token ids, texts and
+log probabilities are compared to the last bit. Answers that are to be preempted are long, and are compared with those
+that are written side by side where there is room for all. Each row is written as soon as it is known, and rows of other
+forms stay.
 """
 
 import argparse
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from itertools import count, cycle
 from pathlib import Path
 from random import Random
 from unittest.mock import patch
-
-from tqdm import tqdm
 
 from bench import report
 from bench.english import english_text
@@ -35,13 +35,24 @@ from tightrope.engine.settings import LimitSettings
 from tightrope.engine.types import GenerateRequest, LogprobRequest, StopRules, TokenPrompt
 
 NUM_PROMPTS = 200
-PROMPT_TOKENS = 4, 100  # the shortest and the longest, of which there are the fewest
+PROMPT_TOKENS = 6, 120  # the shortest and the longest, of which there are the fewest
 ANSWER_TOKENS, LONG_ANSWER = 6, 40  # the latter where answers are preempted while they are written
 SHORT_PROMPT = 60  # tokens of their prompts at most
 WINDOW, CACHE = 1024, 40 * 1024
 SMALL_CACHE = 960  # tokens: about as many as sixteen of these answers begin with
+SMALL_STEP = 48
 GGUF = "gguf-own"
 _ids = map(str, count())
+
+AGAIN, BEHIND, BATCHES, MOVED, PREEMPTED, PIECES, THREADS = COMPANIES = (
+    "the same prompt again",
+    "behind a cached prefix",
+    "batches of 2 to 16",
+    "moved and healed",
+    "preempted",
+    f"steps of {SMALL_STEP} tokens",
+    "1 to 3 threads",
+)
 
 Answer = tuple[tuple[int, ...], str, tuple[float | None, ...]]  # Token ids, text, log probabilities.
 Row = dict[str, object]
@@ -65,9 +76,10 @@ class Asked:
             namespace=namespace,
         )
 
-    def followed(self, answer: Answer) -> "Asked":
-        """The prompt that a chat sends next: this one, its answer and something more."""
-        return replace(self, token_ids=(*self.token_ids, *answer[0], *self.token_ids[:7]))
+    @property
+    def beginning(self) -> "Asked":
+        """Two thirds of the prompt, for a token."""
+        return replace(self, token_ids=self.token_ids[: -(-2 * len(self.token_ids) // 3)], num_tokens=1)
 
 
 class Engine:
@@ -81,6 +93,28 @@ class Engine:
 
     def close(self) -> None:
         self.backend.close()
+
+    @contextmanager
+    def steps_of(self, num_tokens: int) -> Iterator[None]:
+        """Meanwhile a step has so many tokens at most."""
+        core, capabilities = self.core, self.backend.capabilities
+        self.backend.capabilities = replace(capabilities, max_step_tokens=num_tokens, max_prompt_rows=num_tokens)
+        self.core = EngineCore(self.backend, LimitSettings())
+        try:
+            yield
+        finally:
+            self.core, self.backend.capabilities = core, capabilities
+
+    @contextmanager
+    def room_for(self, num_tokens: int) -> Iterator[None]:
+        """Meanwhile another sequence has the rest of the cache."""
+        kv, other = self.backend.kv, -2
+        kv.open(other, [0], "", reuse="nothing")
+        assert kv.reserve(other, CACHE - num_tokens), "nothing runs"
+        try:
+            yield
+        finally:
+            kv.close(other, keep=False)
 
     def answers(self, asked: Sequence[Asked], names: Iterable[str], sizes: Iterable[int]) -> list[Answer]:
         """Answers to prompts, so many at a time, each in the namespace of that name."""
@@ -157,38 +191,55 @@ def changing_threads(most: int) -> Iterator[None]:
         yield
 
 
-def measure(form: str, path: Path, num_prompts: int) -> Iterator[Row]:
-    """Rows: in which company, how many answers, and how many of them differ from those to the prompt alone."""
-    usual = ModelSettings(max_model_len=WINDOW, threads=2, cache=CacheSettings(tokens=CACHE, host_mib=0))
-    with closing(Engine(form, path, usual)) as engine:
+def measure(form: str, path: Path, num_prompts: int, threads: int, wanted: Collection[str]) -> Iterator[Row]:
+    """Rows of these companies: how many answers, and how many of them differ from those to the prompt alone."""
+    cache = CacheSettings(tokens=CACHE, host_mib=0)
+    settings = ModelSettings(max_model_len=WINDOW, threads=threads, cache=cache)
+    with closing(Engine(form, path, settings)) as engine:
         asked = prompts_of(engine, num_prompts)
-        short = [replace(one, token_ids=one.token_ids[:SHORT_PROMPT], num_tokens=LONG_ANSWER) for one in asked]
-        names = [next(_ids) for _ in asked]
-        alone = engine.answers(asked, names, cycle([1]))
-        yield from over_cached(engine, asked, names, alone)
-        yield row_of("batches of 2 to 16", engine.answers(asked, fresh(), cycle(range(2, 17))), alone)
-        yield from moved(engine)
-        long = engine.answers(short, fresh(), cycle([1]))
-    small = CacheSettings(tokens=SMALL_CACHE, host_mib=0)
-    with closing(Engine(form, path, usual.model_copy(update={"cache": small}))) as engine:
-        found = engine.answers(short, fresh(), cycle([16]))
-        yield row_of("preempted", found, long, preemptions=engine.core.stats().preemptions)
-    with closing(Engine(form, path, usual.model_copy(update={"step_tokens": 48}))) as engine:
-        yield row_of("steps of 48 tokens", engine.answers(asked, fresh(), cycle([5])), alone)
-    with closing(Engine(form, path, usual.model_copy(update={"threads": 3}))) as engine, changing_threads(3):
-        yield row_of("1 to 3 threads", engine.answers(asked, fresh(), cycle([6])), alone)
+        if set(wanted) - {MOVED, PREEMPTED}:
+            names = [next(_ids) for _ in asked]
+            alone = engine.answers(asked, names, cycle([1]))
+            for company, run in beside_alone(engine, asked, names).items():
+                if company in wanted:
+                    before, found = engine.num_cached, run()
+                    yield row_of(company, found, alone, cached_tokens=engine.num_cached - before)
+        if MOVED in wanted:
+            yield from moved(engine)
+        if PREEMPTED in wanted:
+            short = [replace(one, token_ids=one.token_ids[:SHORT_PROMPT], num_tokens=LONG_ANSWER) for one in asked]
+            long = engine.answers(short, fresh(), cycle([16]))
+            before = engine.core.stats().preemptions
+            with engine.room_for(SMALL_CACHE):
+                found = engine.answers(short, fresh(), cycle([16]))
+            yield row_of(PREEMPTED, found, long, preemptions=engine.core.stats().preemptions - before)
 
 
-def over_cached(engine: Engine, asked: Sequence[Asked], names: Sequence[str], alone: Sequence[Answer]) -> Iterator[Row]:
-    """The same prompts once more, and the next turns of their chats."""
-    before = engine.num_cached
-    again = engine.answers(asked, names, cycle([1, 4]))
-    yield row_of("the same prompt again", again, alone, cached_tokens=engine.num_cached - before)
-    followed = [one.followed(answer) for one, answer in zip(asked, alone, strict=True)]
-    before = engine.num_cached
-    found = engine.answers(followed, names, cycle([1, 5]))
-    cached = engine.num_cached - before
-    yield row_of("behind a cached prefix", found, engine.answers(followed, fresh(), cycle([1])), cached_tokens=cached)
+def beside_alone(
+    engine: Engine, asked: Sequence[Asked], names: Sequence[str]
+) -> Mapping[str, Callable[[], list[Answer]]]:
+    """How the same prompts are answered in other companies; under these names they are cached."""
+
+    def behind() -> list[Answer]:
+        others = [next(_ids) for _ in asked]
+        engine.answers([one.beginning for one in asked], others, cycle([8]))
+        return engine.answers(asked, others, cycle([1, 5]))
+
+    def in_pieces() -> list[Answer]:
+        with engine.steps_of(SMALL_STEP):
+            return engine.answers(asked, fresh(), cycle([5]))
+
+    def with_threads() -> list[Answer]:
+        with changing_threads(3):
+            return engine.answers(asked, fresh(), cycle([6]))
+
+    return {
+        AGAIN: lambda: engine.answers(asked, names, cycle([4])),
+        BEHIND: behind,
+        BATCHES: lambda: engine.answers(asked, fresh(), cycle(range(2, 17))),
+        PIECES: in_pieces,
+        THREADS: with_threads,
+    }
 
 
 def moved(engine: Engine) -> Iterator[Row]:
@@ -212,30 +263,35 @@ def moved(engine: Engine) -> Iterator[Row]:
         found += engine.answers(both, [name] * 2, cycle([1]))
         cached += engine.num_cached - before
         cold += engine.answers(both, fresh(), cycle([1]))
-    yield row_of("moved and healed", found, cold, healed_tokens=healed, cached_tokens=cached)
+    yield row_of(MOVED, found, cold, healed_tokens=healed, cached_tokens=cached)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=NUM_PROMPTS)
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--forms", nargs="+", help="measure these alone")
+    parser.add_argument("--missing", action="store_true", help="leave what the results have already")
     given = parser.parse_args()
     models = {**write_models(), GGUF: bundled_model()}
-    path = report.RESULTS / "same_text.json"
-    forms: dict[str, object] = dict(json.loads(path.read_text())["results"]["forms"]) if path.exists() else {}
-    differing = False
+    sizes: Row = {"prompts": given.prompts, "answer_tokens": ANSWER_TOKENS, "preempted_answer_tokens": LONG_ANSWER}
     for form in given.forms or models:
-        rows = []
-        for row in tqdm(measure(form, models[form], given.prompts), form, disable=None):
+        rows = _known(sizes).get(form, {})
+        wanted = [company for company in COMPANIES if not given.missing or company not in rows]
+        for row in measure(form, models[form], given.prompts, given.threads, wanted):
             print(form, row, flush=True)
-            rows.append(row)
-            differing |= bool(row["differ"])
-        forms[form] = rows
-        report.write(
-            "same_text", {"answer_tokens": ANSWER_TOKENS, "preempted_answer_tokens": LONG_ANSWER, "forms": forms}
-        )
-    if differing:
+            forms = _known(sizes)  # Another process may have written meanwhile.
+            forms.setdefault(form, {})[str(row.pop("company"))] = row
+            report.write("same_text", {**sizes, "forms": forms})
+    if any(row["differ"] for rows in _known(sizes).values() for row in rows.values()):
         raise SystemExit("answers differ")
+
+
+def _known(sizes: Row) -> dict[str, dict[str, Row]]:
+    """The rows of earlier runs with the same sizes, by form and company."""
+    path = report.RESULTS / "same_text.json"
+    known = dict(json.loads(path.read_text())["results"]) if path.exists() else {}
+    return dict(known["forms"]) if sizes.items() <= known.items() else {}
 
 
 if __name__ == "__main__":
