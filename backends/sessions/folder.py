@@ -115,14 +115,18 @@ class Folder:
             self._unlink(name)
         return payload
 
-    def remove(self, name: bytes) -> bool:
-        """Delete a piece; False where there is none."""
-        return self._unlink(_file_of(name))
+    def remove(self, name: bytes) -> None:
+        """Delete a piece, if there is one and it can be deleted."""
+        self._unlink(_file_of(name))
+
+    def delete(self, name: bytes) -> None:
+        """Delete a piece, if there is one. Raises OSError."""
+        self._delete(_file_of(name))
 
     def clear(self) -> None:
-        """Delete all pieces, also those that can't be read."""
+        """Delete all pieces, also those that can't be read. Raises OSError."""
         for name in self._names(unfinished=True):
-            self._unlink(name)
+            self._delete(name)
 
     def touch(self, name: bytes) -> None:
         """Say that a piece is of use now."""
@@ -224,12 +228,13 @@ class Folder:
         is_ours = stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid()
         return file, status if is_ours else None
 
-    def _unlink(self, name: str) -> bool:
-        try:
+    def _delete(self, name: str) -> None:
+        with suppress(FileNotFoundError):
             os.unlink(name, dir_fd=self._fd)
-        except OSError:
-            return False
-        return True
+
+    def _unlink(self, name: str) -> None:
+        with suppress(OSError):
+            self._delete(name)
 
 
 def _unfinished(name: str) -> str:

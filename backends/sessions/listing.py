@@ -68,9 +68,9 @@ def _chat(paths: list[list[Stored]]) -> Chat:
 
 
 def delete(folder: Folder, chats: Collection[Chat], leaving: Collection[Chat]) -> None:
-    """Delete chats, but for what those share that are left."""
+    """Delete chats, but for what those share that are left. Raises OSError."""
     shared = {name for chat in leaving for name in chat.pieces}
     for chat in chats:
         for name in chat.pieces:
             if name not in shared:
-                folder.remove(name)
+                folder.delete(name)

@@ -36,6 +36,8 @@ def open_store(
     folder = _open(settings.session_dir)
     reading_s, computing_s = backend.card.cache_token_bytes * read_seconds(folder), compute_seconds(backend)
     times = f"a token takes {1e3 * reading_s:.3f} ms to be read, and {1e3 * computing_s:.3f} to be computed"
+    if not reading_s:
+        times = "how long reading takes can't be measured, as nothing can be written there"
     if reading_s > LARGEST_SHARE * computing_s:
         folder.close()
         return RunStore(run_bytes), [f"sessions: chats are not kept in {folder.path}, as {times}"]

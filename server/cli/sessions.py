@@ -36,10 +36,13 @@ def sessions(folder: str, delete: str | None, older_than: str | None) -> int:
     chosen = _named(chats, delete) if delete is not None else chats
     if days is not None:
         chosen = [chat for chat in chosen if time.time() - chat.used_s > days * DAY_S]
-    if delete == "all" and days is None:
-        opened.clear()
-    else:
-        listing.delete(opened, chosen, [chat for chat in chats if chat not in chosen])
+    try:
+        if delete == "all" and days is None:
+            opened.clear()
+        else:
+            listing.delete(opened, chosen, [chat for chat in chats if chat not in chosen])
+    except OSError as error:
+        raise CommandFailed(f"{folder}: chats can't be deleted: {error.strerror}") from None
     print(f"deleted {len(chosen)} of {len(chats)} chats")
     return 0
 

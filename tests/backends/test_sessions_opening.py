@@ -50,7 +50,7 @@ def test_what_the_folder_remembers_is_forgotten_where_it_makes_no_sense(model: l
     assert files_identity(model, Folder(tmp_path / "chats")) == before
 
 
-@pytest.mark.parametrize(("disk_s", "is_used"), [(1e-12, True), (1.0, False)])
+@pytest.mark.parametrize(("disk_s", "is_used"), [(1e-12, True), (1.0, False), (0.0, True)])
 def test_a_disk_is_used_where_it_is_faster_than_the_model(
     disk_s: float, is_used: bool, model: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -62,6 +62,7 @@ def test_a_disk_is_used_where_it_is_faster_than_the_model(
     store, (note,) = open_store(settings, 1 << 20, backend, model, [])
     assert store.outlives is is_used
     assert f"chats are {'' if is_used else 'not '}kept in {tmp_path / 'chats'}" in note
+    assert ("can't be measured, as nothing can be written there" in note) is (disk_s == 0)
     store.close()
 
 

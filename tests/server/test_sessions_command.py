@@ -1,5 +1,6 @@
 """`tightrope sessions`: what is in a folder of chats, and how it is deleted."""
 
+import errno
 import os
 from pathlib import Path
 
@@ -100,6 +101,20 @@ def test_what_can_not_be_meant_is_told_in_one_line(
     assert len(lines) == 1
     assert said in lines[0]
     assert left(folder) == names(FIRST, LONG, SHORT, OTHER)
+
+
+@pytest.mark.parametrize("chosen", [("--delete", "all"), ("--older-than", "1.5")])
+def test_what_can_not_be_deleted_is_told_in_one_line(
+    chosen: tuple[str, str], folder: Folder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(name: str, dir_fd: int) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(os, "unlink", refuse)
+    assert run(["sessions", str(folder.path), *chosen]) == 1
+    told = capsys.readouterr()
+    assert told.err == f"tightrope: {folder.path}: chats can't be deleted: Read-only file system\n"
+    assert told.out == ""
 
 
 def test_a_folder_that_is_none_of_chats_is_told_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
