@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import msgspec
-from fastapi import FastAPI, Request, Response, Security
+from fastapi import FastAPI, Query, Request, Response, Security
 from fastapi.responses import JSONResponse
 from fastapi.security import HTTPBearer
 from starlette.middleware.cors import CORSMiddleware
@@ -46,6 +46,7 @@ from tightrope.server.shared_paths.streams import streams_router
 from tightrope.server.shared_paths.tokenize import tokenize_router
 from tightrope.server.state import AppState
 
+MODEL = Query(None, description="Which of several models; all of them without it.")
 UNHEALTHY = {"error": "unhealthy", "error_type": "healthcheck"}
 
 
@@ -138,9 +139,9 @@ def _add_probes(app: FastAPI, front: AppState) -> None:
     @app.get("/health", response_class=Response, responses=unhealthy, tags=["probes"])
     @app.get("/v1/health", response_class=Response, include_in_schema=False)
     @app.get("/ping", response_class=Response, responses=unhealthy, tags=["probes"])
-    async def health() -> Response:
-        """Whether requests can be served now."""
-        if front.models.is_healthy:
+    async def health(model: str | None = MODEL) -> Response:
+        """Whether requests can be served now; of a model, whether it is loaded and answers."""
+        if front.models.is_healthy if model is None else front.models.answers(model):
             return Response()
         headers = {"retry-after": str(front.models.retry_after_s)}
         return Response(msgspec.json.encode(UNHEALTHY), 503, headers, "application/json")
@@ -151,7 +152,7 @@ def _add_probes(app: FastAPI, front: AppState) -> None:
         told = {"vary": "accept"}
         if wants_page(request):
             return page_files()[PAGE].reply(request, told)
-        reply = await health()
+        reply = await health(None)
         reply.headers.update(told)
         return reply
 

@@ -28,7 +28,7 @@ def read_catalog(settings: ServerSettings) -> Catalog:
     """What `--models` names. Raises SettingsError in one line."""
     assert settings.models is not None
     _check_general(settings)
-    place = Path(settings.models).expanduser()
+    place = Path(os.path.expanduser(settings.models))
     general = settings.model_copy(update={"engine": _with_model(settings, None)})
     notes: list[str] = []
     if os.path.isdir(place):  # It says no to what can't be a path, too.

@@ -1,6 +1,7 @@
 """A list of models with settings for each: a table for each name, in TOML or JSON."""
 
 import json
+import os
 import tomllib
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -38,18 +39,20 @@ def _of_table(path: Path, name: str, table: dict[str, Any], general: ServerSetti
             raise SettingsError(f"{path}: {name}: {option}: no such setting; a line is an option's name = value")
         if OPTIONS[option].path[0] != "engine" and OPTIONS[option].path[0] not in _OWN:
             raise SettingsError(f"{path}: {name}: {option}: this is a setting of the server, and not of one model")
-    model = values.get("model", name)
-    if isinstance(model, str):
-        beside = path.parent / Path(model).expanduser()  # It is what it was if it is absolute.
-        values["model"] = str(beside) if _exists(beside) else model
-    return overlaid(general, values, lambda option: f"{path}: {name}: {option}")
+    for option, value in {"model": name, **values}.items():
+        if option in ("model", "chat-template") and isinstance(value, str):
+            values[option] = _from(path.parent, value)
+    settings = overlaid(general, values, lambda option: f"{path}: {name}: {option}")
+    engine, model = settings.engine, settings.engine.model
+    adapters = {adapter: _from(path.parent, place) for adapter, place in model.adapters.items()}
+    model = model.model_copy(update={"adapters": adapters})
+    return settings.model_copy(update={"engine": engine.model_copy(update={"model": model})})
 
 
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except (OSError, ValueError):  # The name is too long, or has a NUL.
-        return False
+def _from(folder: Path, place: str) -> str:
+    """What is meant from a folder, where there is such a thing; else what it was, which may be no path at all."""
+    beside = folder / os.path.expanduser(place)  # It is what it was if it is absolute.
+    return str(beside) if os.path.exists(beside) else place
 
 
 def _tables(path: Path) -> dict[str, Any]:

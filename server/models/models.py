@@ -206,6 +206,13 @@ class Models:
         engines = [model.engine for model in self.loaded]
         return not engines or any(engine.is_healthy for engine in engines)
 
+    def answers(self, name: str) -> bool:
+        """Whether the model of this name is loaded and answers; False where there is none."""
+        try:
+            return self.find(name).engine.is_healthy
+        except ModelNotFound:
+            return False
+
     @property
     def retry_after_s(self) -> int:
         return self.current.engine.retry_after_s

@@ -1,8 +1,8 @@
 """Whether a model fits beside those that are loaded, by the plans of all of them."""
 
 import logging
+import os
 from collections.abc import Awaitable, Callable, Sequence
-from pathlib import Path
 
 from tightrope.backends.memory import GIB, MEMORY_SHARE, free_memory
 from tightrope.backends.settings import ModelSettings
@@ -34,7 +34,7 @@ class Room:
         if need.card_bytes > need.card_free_bytes:
             return False
         promised = await self.promised_bytes(others)
-        free = self._free()
+        free = self._free() - (model.settings.engine.model.keep_free_mib << 20)
         if need.host_bytes <= _usable(free - promised):
             return True
         alone = free + sum(other.engine.private_bytes for other in others)
@@ -80,6 +80,6 @@ def _usable(free_bytes: int) -> int:
 
 def _changed_s(path: str | None) -> float:
     try:
-        return 0.0 if path is None else Path(path).expanduser().stat().st_mtime
+        return 0.0 if path is None else os.stat(os.path.expanduser(path)).st_mtime
     except (OSError, ValueError):
         return 0.0

@@ -119,6 +119,16 @@ def test_a_list_has_settings_for_each_that_win_over_the_general_ones(tmp_path: P
     assert {settings.port for settings in found.values()} == {9000}
 
 
+def test_paths_in_a_list_count_from_its_folder(tmp_path: Path) -> None:
+    files(tmp_path, "small.gguf", "loras/limarp.gguf")
+    (tmp_path / "chat.jinja").write_text("{{ messages }}")
+    own = {"model": "small.gguf", "chat-template": "chat.jinja", "lora": {"limarp": "loras/limarp.gguf", "other": "no"}}
+    settings = catalog(listed(tmp_path / "models.json", {"a": own})).settings["a"]
+    assert settings.engine.model.model == str(tmp_path / "small.gguf")
+    assert settings.engine.model.adapters == {"limarp": str(tmp_path / "loras/limarp.gguf"), "other": "no"}
+    assert settings.chat_template == "{{ messages }}"
+
+
 def test_what_a_list_implies_gives_way_to_what_was_said_in_general(tmp_path: Path) -> None:
     path = listed(tmp_path / "models.json", {"a": {"rope-factor": 4}})
     found = catalog(path, **{"rope-scaling": "yarn"}).settings
@@ -180,10 +190,10 @@ def test_a_file_that_is_no_list_is_refused_in_one_line(tmp_path: Path, name: str
     assert line in str(refused.value)
 
 
-@pytest.mark.parametrize("name", ["absent", "absent.toml", "a\0b", "x" * 5000])
+@pytest.mark.parametrize("name", ["absent", "absent.toml", "a\0b", "x" * 5000, "~nobody-here"])
 def test_a_place_that_is_not_there_is_refused_in_one_line(tmp_path: Path, name: str) -> None:
     with pytest.raises(SettingsError, match="--models"):
-        read_catalog(ServerSettings(models=f"{tmp_path}/{name}"))
+        read_catalog(ServerSettings(models=name if name.startswith("~") else f"{tmp_path}/{name}"))
 
 
 def test_an_empty_folder_is_refused_in_one_line(tmp_path: Path) -> None:

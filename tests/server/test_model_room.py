@@ -65,6 +65,15 @@ async def test_what_others_have_taken_is_not_free_and_what_they_may_still_take_i
         assert not await lacks.has_room(model("new"), [other])
 
 
+async def test_what_is_to_be_left_free_is_not_free() -> None:
+    need = Need(2 * GIB, 0)
+    for kept_mib, fits in ((0, True), (1, False)):
+        settings = ServerSettings.model_validate({"engine": {"model": {"model": "new", "keep_free_mib": kept_mib}}})
+        new = Model("new", settings, no_other, Taken())
+        machine, _ = room(needed(2 * GIB), other=need, new=need)
+        assert await machine.has_room(new, [model("other", 9 * GIB)]) is fits
+
+
 async def test_a_model_that_fits_into_nothing_is_refused_before_others_go() -> None:
     needs = {"other": Need(GIB, 0), "new": Need(100 * GIB, 0)}
     lacks, asked = room(8 * GIB, refused=50 * GIB, **needs)

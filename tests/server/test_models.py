@@ -378,11 +378,13 @@ async def test_a_request_that_is_refused_behind_a_load_is_told_in_the_routes_wor
         assert "prompt is too long: 9042 tokens > 1024 maximum" in reply.text
 
 
-async def test_metrics_tell_models_apart() -> None:
+async def test_health_and_metrics_tell_models_apart() -> None:
     async with several("a", "b", "c") as running:
         for name in ("a", "b"):
             await running.said(name)
         await running.models.unload("a")
+        health = {name: (await running.http.get("/health", params={"model": name})).status_code for name in "abcd"}
+        assert health == {"a": 503, "b": 200, "c": 503, "d": 503}
         told = (await running.http.get("/metrics")).text
         assert 'tightrope_model_state{model="a",state="unloaded"} 1.0' in told
         assert 'tightrope_model_loads_total{model="b"} 1.0' in told

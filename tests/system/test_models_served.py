@@ -1,6 +1,7 @@
 """Several real models behind one real server: each in a process of its own, by turns or side by side."""
 
 import json
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,7 +14,7 @@ import psutil
 import pytest
 from gguf_models import gemma
 from hf_models import smollm2_bf16
-from real_server import RunningServer, run_server
+from real_server import MODULE, RunningServer, clean_environment, run_server
 
 from tightrope.backends.locate import bundled_model
 from tightrope.backends.memory import private_memory
@@ -183,15 +184,19 @@ def test_the_only_model_sleeps_when_it_idles_and_comes_back() -> None:
         assert len(engines(server)) == 1
 
 
-@pytest.mark.slow
-def test_memory_decides_who_is_loaded_side_by_side(tmp_path: Path) -> None:
-    """All but two gigabytes are kept for others, so that there is no room for two caches of half a gigabyte or more."""
-    kept_mib = (psutil.virtual_memory().available >> 20) - 2600
-    own = {"max-model-len": 8192, "kv-cache": "f16", "kv-cache-tokens": 32768, "gguf-engine": "llama.cpp"}
-    tables = {name: {"model": str(bundled_model()), **own} for name in ("a", "b")}
-    path = tmp_path / "models.json"
-    path.write_text(json.dumps(tables))
-    with run_server("--models", str(path), "--keep-free-mib", str(kept_mib)) as server:
-        for name in ("a", "b", "a"):
-            assert said(server, name)
-            assert sorted(states(server).values()) == ["loaded", "unloaded"]
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ((), "holds no model: neither a .gguf file nor a folder of a model"),
+        (("--lora", "a=b"), "--lora: an adapter belongs to its model"),
+        (("--models-max", "0"), "--models-max: input should be greater than or equal to 1, not '0'"),
+    ],
+)
+def test_models_that_cannot_be_end_the_start_with_one_line(tmp_path: Path, options: tuple[str, ...], line: str) -> None:
+    command = [*MODULE, "serve", "--port", "0", "--models", str(tmp_path), *options]
+    ended = subprocess.run(command, capture_output=True, text=True, env=clean_environment(), timeout=PATIENCE_S)
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("tightrope: --")
+    assert line in ended.stderr
+    assert ended.stderr.count("\n") == 1
+    assert ended.stdout == ""
