@@ -160,7 +160,7 @@ async def _asked(front: AppState, dialect: type[Dialect[B]], body: B, request: R
     explanation = await or_gone(request, explain(front, spoken.asked, halves)) if spoken.asked.explain else None
     deltas = run(front.generate_for(request), spoken.asked.requests)
     if spoken.abort_key is not None:
-        deltas = front.aborts.until_aborted(deltas, spoken.abort_key)
+        deltas = front.aborts.until_aborted(deltas, spoken.abort_key, front.owner(request))
     return spoken, deltas, explanation
 
 

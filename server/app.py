@@ -15,6 +15,7 @@ from tightrope import __version__
 from tightrope.server.dialects.adapters import adapter_router
 from tightrope.server.dialects.anthropic.routes import anthropic_router
 from tightrope.server.dialects.koboldcpp import koboldcpp_router
+from tightrope.server.dialects.koboldcpp_page import koboldcpp_page_router
 from tightrope.server.dialects.llamacpp import llamacpp_router
 from tightrope.server.dialects.llamacpp_vectors import llamacpp_vectors_router
 from tightrope.server.dialects.ollama.routes import ollama_router
@@ -85,6 +86,7 @@ def create_app(front: AppState, drain: Drain | None = None) -> FastAPI:
     app.include_router(streams_router(front), prefix="/v1", dependencies=keyed)
     for family in (tabby_router, ooba_router, llamacpp_router, koboldcpp_router, ollama_router):
         app.include_router(family(front), dependencies=keyed)
+    app.include_router(koboldcpp_page_router(front), dependencies=keyed)
     app.include_router(embeddings_router(front), prefix="/v1", dependencies=keyed)
     for vectors in (
         shared_embeddings_router,

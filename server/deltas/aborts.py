@@ -1,8 +1,8 @@
-"""Stopping an answer by a request of its own."""
+"""Stopping an answer, or asking how far it is, by a request of its own."""
 
 import asyncio
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from tightrope.server.deltas.side_by_side import Deltas
 
@@ -11,7 +11,9 @@ from tightrope.server.deltas.side_by_side import Deltas
 class _Watched:
     """One answer under way."""
 
+    owner: bytes  # The key that has asked for it.
     is_aborted: bool = False
+    texts: list[str] = field(default_factory=list)  # What has been written.
     waiting: asyncio.Task[object] | None = None  # This task waits for the next delta.
 
     def abort(self) -> None:
@@ -24,19 +26,24 @@ class Aborts:
     """Which answers an abort stops: those under the same key."""
 
     def __init__(self) -> None:
-        self._running: dict[str, set[_Watched]] = {}
+        self._running: dict[str, dict[_Watched, None]] = {}  # They stand in the order in which they began.
 
     def abort(self, key: str) -> bool:
         """Stop what runs under the key; return whether anything did."""
-        running = self._running.get(key, set())
+        running = list(self._running.get(key, ()))
         for watched in running:
             watched.abort()
         return bool(running)
 
-    async def until_aborted(self, deltas: Deltas, key: str) -> Deltas:
+    def written(self, key: str, owner: bytes) -> str:
+        """What there is of the answer that began last under the key, of those that this owner has asked for."""
+        running = [watched for watched in self._running.get(key, ()) if watched.owner == owner]
+        return "".join(running[-1].texts) if running else ""
+
+    async def until_aborted(self, deltas: Deltas, key: str, owner: bytes = b"") -> Deltas:
         """The deltas, up to an abort, at which the work is cancelled."""
-        watched = _Watched()
-        self._running.setdefault(key, set()).add(watched)
+        watched = _Watched(owner)
+        self._running.setdefault(key, {})[watched] = None
         try:
             async with aclosing(deltas):
                 while not watched.is_aborted:
@@ -52,8 +59,9 @@ class Aborts:
                         watched.waiting = None
                     if item is None:
                         return
+                    watched.texts.append(item[1].text)
                     yield item
         finally:
-            self._running[key].discard(watched)
+            del self._running[key][watched]
             if not self._running[key]:
                 del self._running[key]

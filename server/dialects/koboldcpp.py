@@ -8,7 +8,6 @@ import msgspec
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field
 
-from tightrope.engine.errors import InvalidRequest
 from tightrope.engine.types import Delta, Finish, GenerateRequest, Prompt, PromptRead, Span, TextPrompt, TokenPrompt
 from tightrope.server.answering import Dialect, Ending, answer, checked
 from tightrope.server.asking import TextBody, ask, common, refuse_log_probabilities
@@ -16,7 +15,7 @@ from tightrope.server.deltas.choices import Choice
 from tightrope.server.fields.explain import Explained
 from tightrope.server.fields.numbers import MAX_INT
 from tightrope.server.fields.progress import prompt_progress
-from tightrope.server.http.body import AnyTypeRoute, Body, JsonRequest
+from tightrope.server.http.body import AnyTypeRoute, Body
 from tightrope.server.http.error_docs import CALL_ERRORS, STATUS_ERRORS, only, written
 from tightrope.server.http.hangup import or_gone
 from tightrope.server.http.long_lists import json_answer, json_list
@@ -30,13 +29,6 @@ KOBOLDCPP_VERSION = "1.75"  # These are its routes; clients stream from 1.30 and
 DEFAULT_TOKENS = 100
 UNLOAD = "unload_model"  # Among the names of models it stands for none.
 LOAD_ERRORS = only(400, 401, 404, 413, 429, 500, 503, "default")
-
-ABORT_BODY = {  # It may be left out, and the media type with it.
-    "requestBody": {
-        "required": False,
-        "content": {"application/json": {"schema": {"properties": {"genkey": {"type": "string"}}, "type": "object"}}},
-    }
-}
 
 encode = msgspec.json.Encoder().encode
 
@@ -267,17 +259,6 @@ def koboldcpp_router(front: AppState) -> APIRouter:
         texts, cut = texts_of(body.input, "input"), CUT[body.truncate]
         card, vectors = await embed(front, request, texts, model=body.model, cut=cut, dimensions=body.dimensions)
         return await openai_list(card, vectors, "float")
-
-    @router.post("/extra/abort", responses=CALL_ERRORS, openapi_extra=ABORT_BODY)
-    async def abort(request: Request) -> Success:
-        """Stop the generations under the body's `genkey`, or those without one. Closing a connection does the same."""
-        headers = request.headers
-        has_body = headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
-        data = (await JsonRequest.read(request, takes_any_type=True)).data if has_body else None
-        genkey = data.get("genkey") or "" if isinstance(data, dict) else ""
-        if not isinstance(genkey, str):
-            raise InvalidRequest("genkey must be a string", "genkey")
-        return Success(success=front.aborts.abort(genkey))
 
     @router.post("/v1/generate", **written(model=KoboldAnswer, description="The text."))
     async def generate(body: KoboldBody, request: Request) -> Response:

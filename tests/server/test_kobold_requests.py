@@ -1,5 +1,6 @@
 """KoboldCpp's own: memory in front, a prompt that loses its oldest text, bans by text, stop strings that stay."""
 
+import asyncio
 from typing import Any
 
 import httpx
@@ -83,3 +84,28 @@ async def test_a_body_is_read_whatever_its_content_type() -> None:
             for path in ("/api/v1/generate", "/api/extra/tokencount", "/api/extra/abort"):
                 reply = await http.post(path, content=b'{"prompt": "a?"}', headers=headers)
                 assert reply.status_code == 200, path
+
+
+async def test_its_own_page_asks_how_far_an_answer_is_and_what_the_server_is_at() -> None:
+    """What was written so far is told to the key that has asked for it."""
+    check = "/api/extra/generate/check"
+    body = {"prompt": "go on?", "max_length": 400, "genkey": "KCPP1", "temperature": 0}
+    async with api("ab" * 400) as http:
+        assert (await http.get(check)).json() == {"results": [{"text": ""}]}
+        assert (await http.get("/api/extra/perf")).json()["idle"] == 1
+        assert (await http.get("/api/v1/config/max_length")).json() == {"value": 512}
+        assert (await http.get("/api/extra/preloadstory")).json() == {}
+        asked = asyncio.ensure_future(http.post("/api/v1/generate", json=body))
+        texts = [""]
+        while not asked.done():
+            await asyncio.sleep(0)  # Without a socket nothing here waits, and the answer would never get its turn.
+            mine = await http.post(check, json={"genkey": "KCPP1"})
+            texts.append(mine.json()["results"][0]["text"])
+            others = await http.post(check, json={"genkey": "KCPP1"}, headers={"authorization": "Bearer other"})
+            assert others.json() == (await http.post(check)).json() == {"results": [{"text": ""}]}
+        whole = (await asked).json()["results"][0]["text"]
+        assert (await http.post(check, json={"genkey": "KCPP1"})).json() == {"results": [{"text": ""}]}
+        assert (await http.post(check, json={"genkey": 3})).status_code == 400
+
+    assert all(whole.startswith(text) for text in texts)
+    assert any(texts)
