@@ -13,7 +13,8 @@ from typing import BinaryIO
 from tightrope.backends.errors import BackendError
 from tightrope.backends.files.opened import open_file
 
-WINDOW, PIECE = 256 << 20, 8 << 20  # bytes: how far ahead of the reader, and how much is asked for at a time
+WINDOW = 256 << 20  # bytes: how far ahead of the reader
+PIECE = 128 << 10  # Asked for at a time: of a larger piece Linux reads no more than a disk's read_ahead_kb, often that.
 
 
 Range = tuple[Path, int, int]  # bytes begin .. end of a file
