@@ -61,6 +61,16 @@ def test_the_meter_tells_what_was_kept_and_what_was_new(browser: Browser, server
     assert sum(numbers.values()) == total < window
 
 
+def test_a_chat_that_has_filled_the_window_goes_without_its_oldest_turns(browser: Browser):
+    with run_server("--max-model-len=512") as server, chat_page(browser, server.url) as visit:
+        page = visit.page
+        for number in range(6):
+            ask(page, f"This is letter {number}. " + "The sea is wide, and the ships are small. " * 9)
+            expect(answers(page).last.locator(".problem")).to_be_hidden()
+        expect(page.locator(".cut:visible")).to_have_count(1)
+        expect(page.locator("#legend")).to_contain_text("moved")
+
+
 def test_a_stop_ends_the_answer_on_the_server_too(browser: Browser, server_url: str):
     before = counter(server_url, "tightrope_cancelled")
     with chat_page(browser, server_url, values=LONG) as visit:

@@ -47,6 +47,13 @@ def test_the_wheel_holds_every_python_file_of_every_floor(wheel: zipfile.ZipFile
     assert expected - set(wheel.namelist()) == set()
 
 
+def test_the_wheel_holds_every_file_of_the_page(wheel: zipfile.ZipFile):
+    files = [path for path in (ROOT / "server/page/static").rglob("*") if path.is_file()]
+    expected = {f"tightrope/{path.relative_to(ROOT).as_posix()}" for path in files}
+
+    assert expected - set(wheel.namelist()) == set()
+
+
 def test_the_wheel_holds_nothing_outside_its_own_package(wheel: zipfile.ZipFile):
     assert {name.split("/")[0] for name in wheel.namelist()} == {
         "tightrope",

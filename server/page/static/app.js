@@ -12,6 +12,7 @@ import { ChatStore } from "./store.js";
 
 const SAVE_MS = 1000; // While an answer comes, it is kept this often.
 const RETRY_MS = 2000;
+const LATEST_MS = 250; // A page that isn't seen has no frames.
 const LEAST_ROOM = 64; // So many tokens at least are left for an answer.
 
 export class App {
@@ -38,10 +39,13 @@ export class App {
   changed = () => {
     if (this.#isDue) return;
     this.#isDue = true;
-    requestAnimationFrame(() => {
+    const show = () => {
+      if (!this.#isDue) return;
       this.#isDue = false;
       for (const listener of this.#listeners) listener();
-    });
+    };
+    requestAnimationFrame(show);
+    setTimeout(show, LATEST_MS);
   };
 
   /** @param {string} text @param {boolean} [isBad] */

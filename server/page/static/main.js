@@ -2,7 +2,6 @@
 
 import { key } from "./api.js";
 import { App } from "./app.js";
-import { newChat } from "./chat.js";
 import { Composer } from "./composer.js";
 import { byId, h, icon } from "./dom.js";
 import { listenToKeys } from "./keys.js";
@@ -131,9 +130,11 @@ listenToKeys(app, thread, { newChat: () => sidebar.begin(), closeDrawers, toggle
 // ---- begin ----
 
 await app.store.open();
-await app.connect(askKey);
 const [latest] = await app.store.titles();
-app.show((latest && (await app.store.get(latest.id))) ?? newChat(app.preferences.system));
+app.chat = (latest && (await app.store.get(latest.id))) ?? app.chat; // It is there to read, whatever the server does.
+app.changed();
+await app.connect(askKey);
+app.show(app.chat); // An answer that was under way is read on.
 byId("say").focus({ preventScroll: true });
 document.body.dataset.ready = "true";
 if (byId("settings").inert === false) void settings.memory.update(app.model);

@@ -16,16 +16,22 @@ export class Thread {
   #scroller = byId("scroller");
   #wasWriting = false;
   #sticks = true;
+  #width = 0;
 
   /** @param {App} app */
   constructor(app) {
     this.app = app;
     app.listen(() => this.update());
     this.#scroller.addEventListener("scroll", () => {
-      const { scrollTop, clientHeight, scrollHeight } = this.#scroller;
+      const { scrollTop, clientHeight, clientWidth, scrollHeight } = this.#scroller;
+      if (clientWidth !== this.#width) return; // It isn't the visitor who scrolls, but a drawer that opens.
       this.#sticks = scrollHeight - scrollTop - clientHeight < NEAR;
       byId("to-end").hidden = this.#sticks;
     });
+    new ResizeObserver(() => {
+      this.#width = this.#scroller.clientWidth;
+      if (this.#sticks) this.toEnd();
+    }).observe(this.#scroller);
     byId("to-end").addEventListener("click", () => this.toEnd());
     this.#list.addEventListener("click", (event) => void copyCode(/** @type {HTMLElement} */ (event.target)));
   }

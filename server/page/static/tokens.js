@@ -32,9 +32,9 @@ export class Gatherer {
    * @returns {TokenRun | null} null where they can't be told apart
    */
   run(thought, shown, at) {
-    const behind = thought ? this.#text.indexOf(thought) : 0;
-    if (!shown || behind < 0) return null;
-    const begin = this.#text.indexOf(shown.slice(0, ANCHOR), behind + thought.length);
+    if (!shown) return null;
+    const behind = thought ? this.#text.indexOf(thought) : -1;
+    const begin = this.#text.indexOf(shown.slice(0, ANCHOR), behind < 0 ? 0 : behind + thought.length);
     if (begin < 0) return null;
     const tokens = [];
     let place = 0;

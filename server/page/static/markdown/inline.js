@@ -61,24 +61,25 @@ export function inline(source, budget) {
     }
     let end = place;
     while (chars[end] === letter) end += 1;
-    const run = { letter, length: end - place, ...sides(chars, place, end, letter) };
-    if (run.length > 3 || (letter === "~" && run.length !== 2)) {
-      place = end;
-      continue;
-    }
-    flush(place);
-    plain = place;
-    place += run.closes ? close(open, run.letter, run.length, source, budget) : 0;
-    plain = place;
-    if (place < end && run.opens && open.length < DEEPEST) {
-      open.push({ mark: chars.slice(place, end), begin: place, nodes: [] });
-      plain = end;
+    if (end - place < 4 && (letter !== "~" || end - place === 2)) {
+      flush(place);
+      plain = emphasis(open, source, place, end, budget);
     }
     place = end;
   }
   flush(chars.length);
   while (open.length > 1) unopen(open, source);
   return open[0].nodes;
+}
+
+/** What a run of marks closes and opens. Returns from where on it is text. */
+function emphasis(open, source, begin, end, budget) {
+  const { chars } = source;
+  const { opens, closes } = sides(chars, begin, end, chars[begin]);
+  const rest = begin + (closes ? close(open, chars[begin], end - begin, source, budget) : 0);
+  if (rest === end || !opens || open.length >= DEEPEST) return rest;
+  open.push({ mark: chars.slice(rest, end), begin: rest, nodes: [] });
+  return end;
 }
 
 /** Close as many open marks as a run of `length` letters ends. Returns how many of the letters that took. */
