@@ -33,7 +33,8 @@ def test_every_file_that_a_page_names_exists(page: Path):
     linked = re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text("utf-8"))
 
     assert named
-    missing = [path for path in [*named, *linked] if not (ROOT / path).exists()]
+    places = [*(ROOT / path for path in named), *(page.parent / path for path in linked)]  # links go from their page
+    missing = [str(place) for place in places if not place.exists()]
     assert [path for path in missing if "/NAME" not in path] == []  # which a recipe leaves to its reader
 
 
