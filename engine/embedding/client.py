@@ -52,6 +52,7 @@ class EmbeddingClient:
         self._supervisor = Supervisor(settings.life, launch, self)
         self._calls: Calls[Embedded] = Calls(self._supervisor.send, self._supervisor.take_back)
         self._num_open = 0  # So many requests have not been answered.
+        self._is_given_up = False  # Nobody waits for another process any more.
         self.cards: tuple[EmbedderCard, ...] = ()
 
     @property
@@ -115,7 +116,7 @@ class EmbeddingClient:
         )
 
     def check_ready(self) -> None:
-        if self.state != "ready":
+        if self.state != "ready" and (self.state != "restarting" or self._is_given_up):
             reasons: dict[State, str] = {
                 "loading": "the embedding model is still loading",
                 "restarting": "the embedding model is being loaded again",
@@ -135,6 +136,7 @@ class EmbeddingClient:
     def on_ready(self, ready: Ready | EmbedderReady) -> None:
         assert isinstance(ready, EmbedderReady)
         self.cards = ready.cards
+        self._is_given_up = False
         self._calls.send_again()
 
     def on_message(self, message: ToFront) -> None:
@@ -164,6 +166,7 @@ class EmbeddingClient:
         self._calls.lose_engine(lambda _, num_lost: num_lost < MAX_TRIES, gone)
 
     def on_given_up(self) -> None:
+        self._is_given_up = True
         self._calls.fail_all(EngineUnavailable("the embedding model has ended, and could not be loaded again in time"))
 
 

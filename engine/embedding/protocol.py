@@ -56,7 +56,7 @@ class EmbeddingEngine(Protocol):
         """End the engine. What is still under way ends with EngineUnavailable."""
 
     def check_ready(self) -> None:
-        """Raises EngineUnavailable while no texts are taken."""
+        """Raises EngineUnavailable while no texts are taken; those that come during a restart wait for its end."""
 
     async def embed(self, texts: Sequence[Text], wanted: Wanted) -> Vectors:
         """Vectors of texts, or their scores. Raises EngineError; to be cancelled when nobody wants them any more."""

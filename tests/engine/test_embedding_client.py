@@ -126,7 +126,9 @@ async def test_a_process_that_is_killed_is_started_again_and_texts_under_way_are
 
     assert after == before
     assert client.restarts == 1
-    await until(lambda: client.state == "ready")
+    os.kill(client.engine.pid, signal.SIGKILL)
+    await until(lambda: client.state == "restarting")
+    assert await client.embed(["the cat"], Wanted(0)) == before  # What comes meanwhile waits.
     await client.close()
 
 
