@@ -159,7 +159,8 @@ class Models:
         if model.failure is not None and time.monotonic() - model.changed_s < AGAIN_S:
             raise model.failure
         self.check_room()
-        assert self._marks_of is not None, "it has been started"
+        if self._marks_of is None:  # Embedding models are loaded before.
+            raise EngineUnavailable("the model is still loading", retry_after_s=self.retry_after_s)
         place: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         model.waiting.append(place)
         self._loader.want(model, self._marks_of)
@@ -204,7 +205,8 @@ class Models:
     def is_healthy(self) -> bool:
         """Whether requests are answered: by any that is loaded, or by one that would be loaded for them."""
         engines = [model.engine for model in self.loaded]
-        return not engines or any(engine.is_healthy for engine in engines)
+        is_started = self._marks_of is not None
+        return is_started and (not engines or any(engine.is_healthy for engine in engines))
 
     def answers(self, name: str) -> bool:
         """Whether the model of this name is loaded and answers; False where there is none."""

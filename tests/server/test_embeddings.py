@@ -1,15 +1,20 @@
 """Vectors and scores by each dialect's contract, from real models in a thread."""
 
+import asyncio
 import base64
+import threading
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
-from fake_api import api
-from vector_api import PROMPTS, model, vector_api
+from fake_api import api, application
+from vector_api import PROMPTS, embedding, http_of, in_a_thread, model, vector_api
 from vector_models import MAX_TOKENS, PIECES, TEXTS, bert, cosine, states, tokenizer
 
+from tightrope.backends.embedding.opening import open_embedders
+from tightrope.backends.embedding.protocol import Embedder
+from tightrope.backends.settings import ModelSettings
 from tightrope.server.vectors.asking import MAX_TEXTS
 
 LONG = "the cat " * MAX_TOKENS
@@ -279,3 +284,26 @@ async def test_a_chat_goes_on_beside():
         found = await post(http, "/v1/completions", prompt="what?", max_tokens=4)
         assert found["choices"][0]["text"] == "fine"
         assert model("folder")
+
+
+async def test_the_server_is_not_ready_before_its_embedding_models_are():
+    """The chat model's memory is planned for with these in place."""
+    goes_on = threading.Event()
+
+    def late(settings: ModelSettings) -> list[Embedder]:
+        assert goes_on.wait(60)
+        return open_embedders(settings)
+
+    loading = {"embedding": embedding("folder"), "launch_embedder": in_a_thread(late)}
+    async with application(is_awaited=False, **loading) as app, http_of(app) as http:
+        assert (await http.get("/health")).status_code == 503
+        for path, body in (("/v1/completions", {"prompt": "a?"}), ("/v1/embeddings", {"input": "a"})):
+            for stream in (False, True):
+                reply = await http.post(path, json=body | ({"stream": True} if stream else {}))
+                assert reply.status_code == 503, path
+                assert "still loading" in reply.json()["error"]["message"]
+        goes_on.set()
+        async with asyncio.timeout(60):
+            while (await http.get("/health")).status_code != 200:
+                await asyncio.sleep(0)  # Without a socket nothing here waits.
+        await post(http, "/v1/embeddings", input="a")

@@ -40,9 +40,13 @@ async def application(
     special: Sequence[str] = (),
     embedding: EmbeddingSettings = EmbeddingSettings(),  # noqa: B008  # It never changes.
     launch_embedder: Launcher = spawn_embedder,
+    is_awaited: bool = True,
     **settings: object,
 ) -> AsyncGenerator[FastAPI, None]:
-    """The server's application, started, with a model that answers prompts that end in "?" with `answer`."""
+    """The server's application, started, with a model that answers prompts that end in "?" with `answer`.
+
+    is_awaited: the models are loaded.
+    """
     model = ModelSettings(embedding=embedding, threads=1)
     engine = EngineSettings(model=model, limits=LimitSettings.model_validate(limits))
     chosen = ServerSettings.model_validate({"engine": engine, **settings})
@@ -62,8 +66,9 @@ async def application(
     front = front_of(models, chosen, embedder)
     app = create_app(front, drain)
     async with app.router.lifespan_context(app):
-        await front.embedder.wait_ready()
-        await client.wait_ready()
+        if is_awaited:
+            await front.embedder.wait_ready()
+            await client.wait_ready()
         yield app
 
 

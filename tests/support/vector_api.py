@@ -11,6 +11,7 @@ from tempfile import mkdtemp
 import gguf
 import httpx
 from fake_api import application
+from fastapi import FastAPI
 from vector_models import bert, write_folder, write_gguf
 
 from tightrope.backends.embedding.opening import open_embedders
@@ -58,7 +59,11 @@ async def vector_api(
 ) -> AsyncGenerator[httpx.AsyncClient, None]:
     """An HTTP client of a server with these models beside a chat model made of rules."""
     beside = {"embedding": embedding(*names, max_tokens=max_tokens), "launch_embedder": in_a_thread()}
-    async with application(**beside, **settings) as app:
-        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-        async with httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=60) as http:
-            yield http
+    async with application(**beside, **settings) as app, http_of(app) as http:
+        yield http
+
+
+def http_of(app: FastAPI) -> httpx.AsyncClient:
+    """Without a socket between them."""
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    return httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=60)
