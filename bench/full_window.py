@@ -69,7 +69,7 @@ def servers(folder: Path, gguf: Path) -> list[tuple[Peer, Setup]]:
     ours = replace(setup, slots=OURS)
     return [
         (Peer(NAMES[0], partial(_options, ("--kv-cache=q8",))), replace(ours, model=folder)),
-        (Peer(NAMES[1], partial(_options, ("--kv-cache=f16", "--gguf-engine=own"))), ours),
+        (Peer(NAMES[1], partial(_options, ("--kv-cache=q8", "--gguf-engine=own"))), ours),
         (Peer(NAMES[2], partial(_options, ("--kv-cache=f16", "--gguf-engine=llama.cpp"))), ours),
         (replace(PEERS[NAMES[3]], arguments=_reusing_llama), setup),
     ]

@@ -69,6 +69,15 @@ def store_kv(cache: LayerCache, keys: Tensor, values: Tensor, slots: Tensor) -> 
     _kernels_for(keys).store_kv(cache, keys, values, slots)
 
 
+def copy_slots(cache: LayerCache, sources: Tensor, targets: Tensor) -> None:
+    """Copy tokens of a layer from slots [n] int64 to slots [n], bit for bit; none is both, or a target twice."""
+    kernels = _kernels_for(cache.key_codes)
+    if isinstance(kernels, native.NativeKernels):
+        kernels.copy_slots(cache, sources.contiguous(), targets.contiguous())
+    else:
+        cache.copy_slots(sources, targets)
+
+
 def attention(
     queries: Tensor, cache: LayerCache, step: StepLayout, table: RopeTable | None, spec: AttentionSpec
 ) -> Tensor:

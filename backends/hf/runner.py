@@ -13,6 +13,7 @@ from tightrope.backends.hf.run.graphs import DecodeGraphs
 from tightrope.backends.hf.run.rotary import RotarySets
 from tightrope.backends.hf.run.steps import StepInputs
 from tightrope.backends.sharing import Threads
+from tightrope.kernels import dispatch
 from tightrope.kernels.forms.layout import LayerCache, RopeTable
 
 
@@ -143,4 +144,4 @@ class ModelRunner:
             sources, targets = sources.to(device), targets.to(device)
             for cache in self.caches:
                 if not cache.is_windowed:
-                    cache.copy_slots(sources, targets)
+                    dispatch.copy_slots(cache, sources, targets)

@@ -62,6 +62,23 @@ void store_kv(const Cache& c, const float* keys, size_t key_stride, const float*
     });
 }
 
+// Tokens from slots [count] to slots [count], none of which is both, bit for bit.
+static void copy_slots(const Cache& c, const int64_t* sources, const int64_t* targets, int count) {
+    constexpr int TOKENS = 64;  // A task takes so many.
+    const size_t code_bytes = c.code_bytes(), scales = c.format == F16 ? 0 : c.groups();
+    const auto place = [&](int64_t slot, int head) { return c.token(int(slot / PAGE), head) + slot % PAGE; };
+    pool().run((count + TOKENS - 1) / TOKENS, [&](int task) {
+        for (int t = task * TOKENS; t < std::min(count, (task + 1) * TOKENS); ++t)
+            for (int h = 0; h < c.kv_heads; ++h) {
+                const size_t from = place(sources[t], h), to = place(targets[t], h);
+                memcpy(c.key_codes + to * code_bytes, c.key_codes + from * code_bytes, code_bytes);
+                memcpy(c.value_codes + to * code_bytes, c.value_codes + from * code_bytes, code_bytes);
+                std::copy_n(c.key_scales + from * scales, scales, c.key_scales + to * scales);
+                std::copy_n(c.value_scales + from * scales, scales, c.value_scales + to * scales);
+            }
+    });
+}
+
 // Codes of dimensions d .. d + LANES of one token.
 template <int FORMAT> INLINE Ints codes_at(const uint8_t* token, int d) {
     if constexpr (FORMAT == Q8) return whole(load_as<Bytes>(token + d));

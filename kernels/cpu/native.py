@@ -127,6 +127,7 @@ class NativeKernels:
         self._quantized_rows = function("quantized_rows", "ppip")
         self._add_low_rank = function("add_low_rank", "ppppiii")
         self._store_kv = function("store_kv", "pplplpi")
+        self._copy_slots = function("copy_slots", "pppi")
         self._attention = function("attention", "ppipppfif")
         self._rotate = function("rotate", "plpppiii")
         self._rms_norm = function("rms_norm", "plppiif")
@@ -146,6 +147,10 @@ class NativeKernels:
         values, value_stride = _tokens(values)
         starts = keys.data_ptr(), key_stride, values.data_ptr(), value_stride
         self._store_kv(address(cache), *starts, slots.data_ptr(), slots.shape[0])
+
+    def copy_slots(self, cache: LayerCache, sources: Tensor, targets: Tensor) -> None:
+        """See kernels.dispatch.copy_slots; slots are int64."""
+        self._copy_slots(address(cache), sources.data_ptr(), targets.data_ptr(), len(sources))
 
     def attention(
         self, queries: Tensor, cache: LayerCache, step: StepLayout, table: RopeTable | None, spec: AttentionSpec

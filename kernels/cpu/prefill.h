@@ -11,7 +11,7 @@ struct PrefillBlock {
     int b, head, first_row, last_row;  // Rows count from the sequence's first in the step.
 };
 
-constexpr int BLOCK_QUERIES = LANES == 16 ? 192 : 128;
+constexpr int BLOCK_QUERIES = LANES == 16 ? 256 : 128;
 // Numbers between pairs of values, and between steps of keys: no powers of two, which would share cache sets
 constexpr int VALUE_PAIRS = MOST_DIMS + 16, KEY_STEP = TILE + 16;
 

@@ -34,11 +34,16 @@ INLINE void plan_decode(const Attention& a, std::vector<DecodePart>& parts, std:
     runs.push_back(parts.size());
 }
 
+// Blocks are so many that all threads have the same to do, where that leaves a panel or more to each.
 INLINE void plan_prefill(const Attention& a, std::vector<PrefillBlock>& blocks) {
-    const int rows = std::max(1, BLOCK_QUERIES / a.group());
+    const int most = std::max(1, BLOCK_QUERIES / a.group()), threads = pool().threads();
     for (int b = 0; b < a.step.sequences; ++b) {
         const int count = a.step.query_starts[b + 1] - a.step.query_starts[b];
         if (count < 2) continue;
+        const int least = (count + most - 1) / most;
+        int even = least;
+        while (even * a.cache.kv_heads % threads) ++even;
+        const int wanted = count * a.group() >= even * PANEL ? even : least, rows = (count + wanted - 1) / wanted;
         // the last rows see the most: first, so that the short ones fill the gaps in the end
         for (int row = (count - 1) / rows * rows; row >= 0; row -= rows)
             for (int head = 0; head < a.cache.kv_heads; ++head)

@@ -25,6 +25,7 @@ from tightrope.backends.hf.movable import why_unmovable
 from tightrope.backends.protocol import Chunk
 from tightrope.backends.reuse import Reuse, Run, Wanted
 from tightrope.backends.settings import CacheSettings, ModelSettings, RopeSettings
+from tightrope.kernels import dispatch
 from tightrope.kernels.forms.layout import AttentionSpec, CacheDtype, LayerCache
 
 TINY = ADAPTERS / "llama-bf16"  # Two layers, and two heads of keys for four of queries.
@@ -174,7 +175,7 @@ def test_dynamic_ntk_moves_among_equal_frequencies_alone(one_layer: Path) -> Non
 def test_a_step_that_fails_leaves_copies_to_be_made_by_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     with closing(load(dtype="q8")) as backend:
         _, _, first = run(backend, chat(SYSTEM, OLDEST, SECOND), "moved")
-        copy, num_failed = LayerCache.copy_slots, 0
+        copy, num_failed = dispatch.copy_slots, 0
 
         def fails_at_first(cache: LayerCache, sources: Tensor, targets: Tensor) -> None:
             nonlocal num_failed
@@ -183,7 +184,7 @@ def test_a_step_that_fails_leaves_copies_to_be_made_by_the_next(monkeypatch: pyt
                 num_failed += 1
                 raise RuntimeError("out of memory")
 
-        monkeypatch.setattr(LayerCache, "copy_slots", fails_at_first)
+        monkeypatch.setattr(dispatch, "copy_slots", fails_at_first)
         with pytest.raises(Exception, match="out of memory"):
             run(backend, chat(SYSTEM, SECOND, NEW), "moved")
         _, found, second = run(backend, chat(SYSTEM, SECOND, NEW), "moved")

@@ -279,6 +279,25 @@ def test_a_long_context_is_cut_and_merged(kernels: native.NativeKernels, dtype: 
     within(ours, exact.output, exact.bound)
 
 
+@pytest.mark.parametrize("dtype", ["q8", "q4", "f16"])
+@pytest.mark.parametrize("head_dim", [64, 80])
+@pytest.mark.parametrize("count", [0, 1, 150])
+def test_copied_slots_are_those_of_the_layout_to_the_bit(
+    kernels: native.NativeKernels, dtype: CacheDtype, head_dim: int, count: int
+):
+    caches = [LayerCache.allocate(CacheFormat(dtype, 3, head_dim), 30) for _ in range(2)]
+    every_slot = torch.arange(30 * PAGE)
+    keys, values = torch.randn(2, len(every_slot), 3, head_dim)
+    for cache in caches:
+        reference.store_kv(cache, keys, values, every_slot)
+    sources, targets = torch.randperm(len(every_slot))[: 2 * count].view(2, count)
+
+    kernels.copy_slots(caches[0], sources, targets)
+    caches[1].copy_slots(sources, targets)
+
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*(cache.stored for cache in caches), strict=True))
+
+
 @given(case=cases(), scale=st.sampled_from((1e-9, 1.0, 1e4)))
 @SOME
 def test_stored_codes_equal_the_reference_to_the_bit(kernels: native.NativeKernels, case: Case, scale: float):
