@@ -1,9 +1,9 @@
 """What each GGUF type costs in exactness, in our own engine and in llama.cpp: python -m bench.gguf_types [--tokens N]
 
-Two models for each type. A small llama of random weights with rows of 512 and 1,536, which K- and IQ-types can hold, is
-compared with float64 products of the numbers that its blocks stand for. SmolLM2, whose rows of 576 have whole blocks of
-32, predicts English text. ggml's own quantizers write all files; both engines keep keys and values in 16 bits. What the
-results have of other types stays.
+Three models for each type. Two llamas of random weights, whose rows K- and IQ-types can hold, are compared with float64
+products of the numbers that their blocks stand for: a small one with rows of 512 and 1,536, and a layer of Mistral-7B's
+shape, under a table in F16. SmolLM2, whose rows of 576 have whole blocks of 32, predicts English text. ggml's own
+quantizers write all files; both engines keep keys and values in 16 bits. What the results have of others stays.
 """
 
 import argparse
@@ -11,6 +11,8 @@ import ctypes
 import json
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -23,10 +25,11 @@ from llama_cpp import llama_cpp
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.initialization import no_init_weights
 
 from bench import report
 from bench.english import NAME, english_text
-from bench.large_gguf import Sizes, copy_keys
+from bench.large_gguf import MISTRAL_7B, Sizes, copy_keys
 from tightrope.backends.detect import open_backend
 from tightrope.backends.files.gguf.tensor_types import TENSOR_TYPES
 from tightrope.backends.locate import bundled_model
@@ -37,9 +40,10 @@ from tightrope.engine.perplexity import cut_windows, measure
 
 KINDS = (*BLOCK_TYPES, "F16", "BF16", "F32")
 ENGINES: tuple[GgufEngine, ...] = ("own", "llama.cpp")
-SMALL = Sizes(512, 1536, 8, 4, layers=4)
+SMALL, LARGE = Sizes(512, 1536, 8, 4, layers=4), replace(MISTRAL_7B, layers=1)
 MOST_RELATIVE, MOST_WORSE = 1e-3, 1e-3  # Of logits to float64's, by length; of perplexity to llama.cpp's.
 PROMPT, CONTEXT = 128, 512
+TABLE = "token_embd.weight"
 Array = NDArray[np.float32]
 
 
@@ -63,8 +67,10 @@ def quantizer() -> Callable[[str, Array], tuple[NDArray[np.uint8], GGMLQuantizat
     return quantize
 
 
-def write(path: Path, kind: str, tensors: dict[str, Array], keys: Callable[[GGUFWriter], None]) -> dict[str, Array]:
-    """A llama of these tensors, its matrices in one type; returns what the file stands for."""
+def write(
+    path: Path, kind: str, tensors: dict[str, Array], keys: Callable[[GGUFWriter], None], table: str | None = None
+) -> dict[str, Array]:
+    """A llama of these tensors, its matrices in one type, or its table in another; returns what the file stands for."""
     quantize, writer = quantizer(), GGUFWriter(path, "llama")
     keys(writer)
     meant: dict[str, Array] = {}
@@ -73,8 +79,9 @@ def write(path: Path, kind: str, tensors: dict[str, Array], keys: Callable[[GGUF
             meant[name] = values
             writer.add_tensor(name, values)
             continue
-        encoded, code = (values.view(np.uint8), GGMLQuantizationType.F32) if kind == "F32" else quantize(kind, values)
-        meant[name] = values if kind == "F32" else dequantize(encoded, code)
+        own = table if table is not None and name == TABLE else kind
+        encoded, code = (values.view(np.uint8), GGMLQuantizationType.F32) if own == "F32" else quantize(own, values)
+        meant[name] = values if own == "F32" else dequantize(encoded, code)
         writer.add_tensor(name, encoded, raw_dtype=code)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -89,42 +96,43 @@ def smollm2() -> dict[str, Array]:
     return {t.name: np.array(dequantize(t.data, t.tensor_type), np.float32) for t in reader.tensors}
 
 
-def small_llama(vocab_size: int) -> dict[str, Array]:
+def random_llama(sizes: Sizes, vocab_size: int) -> dict[str, Array]:
     """Random weights by the names of the file, of a size that keeps that of hidden states; heads are tied."""
     random = np.random.default_rng(11)
-    shapes = {"token_embd": (vocab_size, SMALL.hidden)}
-    for layer in range(SMALL.layers):
-        shapes |= {f"blk.{layer}.{name}": shape for name, shape in SMALL.matrices.items()}
+    norms = [f"blk.{layer}.{norm}" for layer in range(sizes.layers) for norm in ("attn_norm", "ffn_norm")]
     tensors = {
-        f"{name}.weight": random.standard_normal(shape, np.float32) * shape[1] ** -0.5 for name, shape in shapes.items()
+        f"{name}.weight": 1 + 0.2 * random.standard_normal(sizes.hidden).astype(np.float32)
+        for name in (*norms, "output_norm")
     }
-    norms = [f"blk.{layer}.{norm}" for layer in range(SMALL.layers) for norm in ("attn_norm", "ffn_norm")]
-    for name in (*norms, "output_norm"):
-        tensors[f"{name}.weight"] = 1 + 0.2 * random.standard_normal(SMALL.hidden).astype(np.float32)
+    tensors[TABLE] = random.standard_normal((vocab_size, sizes.hidden), np.float32) * sizes.hidden**-0.5
+    for layer in range(sizes.layers):
+        for name, shape in sizes.matrices.items():
+            tensors[f"blk.{layer}.{name}.weight"] = random.standard_normal(shape, np.float32) * shape[1] ** -0.5
     return tensors
 
 
-def small_keys(writer: GGUFWriter) -> None:
+def random_keys(sizes: Sizes, writer: GGUFWriter) -> None:
     copy_keys(writer, only="tokenizer.")
-    writer.add_block_count(SMALL.layers)
+    writer.add_block_count(sizes.layers)
     writer.add_context_length(CONTEXT)
-    writer.add_embedding_length(SMALL.hidden)
-    writer.add_feed_forward_length(SMALL.inner)
-    writer.add_head_count(SMALL.heads)
-    writer.add_head_count_kv(SMALL.kv_heads)
-    writer.add_rope_dimension_count(SMALL.hidden // SMALL.heads)
+    writer.add_embedding_length(sizes.hidden)
+    writer.add_feed_forward_length(sizes.inner)
+    writer.add_head_count(sizes.heads)
+    writer.add_head_count_kv(sizes.kv_heads)
+    writer.add_rope_dimension_count(sizes.hidden // sizes.heads)
     writer.add_layer_norm_rms_eps(1e-5)
 
 
-def exact_logits(meant: dict[str, Array], token_ids: list[int]) -> Tensor:
-    """[T, V] float64 of transformers' class with the numbers that a file of the small llama stands for."""
+def exact_logits(sizes: Sizes, meant: dict[str, Array], token_ids: list[int]) -> Tensor:
+    """[T, V] float64 of transformers' class with the numbers that a file of a random llama stands for."""
     config = LlamaConfig(
-        hidden_size=SMALL.hidden, intermediate_size=SMALL.inner, num_hidden_layers=SMALL.layers,
-        num_attention_heads=SMALL.heads, num_key_value_heads=SMALL.kv_heads, rms_norm_eps=1e-5,
-        vocab_size=len(meant["token_embd.weight"]), max_position_embeddings=CONTEXT, tie_word_embeddings=True,
+        hidden_size=sizes.hidden, intermediate_size=sizes.inner, num_hidden_layers=sizes.layers,
+        num_attention_heads=sizes.heads, num_key_value_heads=sizes.kv_heads, rms_norm_eps=1e-5,
+        vocab_size=len(meant[TABLE]), max_position_embeddings=CONTEXT, tie_word_embeddings=True,
     )  # fmt: skip
-    model = LlamaForCausalLM(config).double().eval()
-    heads = {"attn_q": SMALL.heads, "attn_k": SMALL.kv_heads}
+    with no_init_weights():
+        model = LlamaForCausalLM(config).double().eval()
+    heads = {"attn_q": sizes.heads, "attn_k": sizes.kv_heads}
     parts = {
         "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
         "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
@@ -164,12 +172,12 @@ def run(backend: Backend, token_ids: list[int]) -> Tensor:
     return torch.cat(parts)
 
 
-def of_small(kind: str, tensors: dict[str, Array], folder: Path, threads: int) -> dict[str, Any]:
+def of_random(sizes: Sizes, kind: str, tensors: dict[str, Array], folder: Path, threads: int) -> dict[str, Any]:
     """By engine, relative error of logits to float64's, and the mean divergence of the next token in nats."""
-    path = folder / "small.gguf"
-    meant = write(path, kind, tensors, small_keys)
+    path = folder / "random.gguf"
+    meant = write(path, kind, tensors, partial(random_keys, sizes), None if sizes is SMALL else "F16")
     token_ids = [(i * i // 7 + 31 * i) % 40_000 + 100 for i in range(PROMPT)]
-    exact = exact_logits(meant, token_ids)
+    exact = exact_logits(sizes, meant, token_ids)
     base = exact.log_softmax(-1)
     found: dict[str, Any] = {}
     for engine in ENGINES:
@@ -204,15 +212,16 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     whole = smollm2()
-    small = small_llama(len(whole["token_embd.weight"]))
+    small, large = (random_llama(sizes, len(whole[TABLE])) for sizes in (SMALL, LARGE))
     path = report.RESULTS / "gguf_types.json"
     known = json.loads(path.read_text())["results"]["rows"] if path.exists() else []
     rows: dict[str, dict[str, Any]] = {row["type"]: row for row in known}
     for kind in options.kind:
         row: dict[str, Any] = rows.setdefault(kind, {"type": kind})
         with TemporaryDirectory() as folder:
-            row["small"] = of_small(kind, small, Path(folder), options.threads)
-            row["is_exact"] = row["small"]["own"]["relative_error"] <= MOST_RELATIVE
+            row["small"] = of_random(SMALL, kind, small, Path(folder), options.threads)
+            row["7b"] = of_random(LARGE, kind, large, Path(folder), options.threads)
+            row["is_exact"] = max(row[name]["own"]["relative_error"] for name in ("small", "7b")) <= MOST_RELATIVE
             if options.tokens and (kind not in BLOCK_TYPES or TENSOR_TYPES[GGMLQuantizationType[kind]].values == 32):
                 row["smollm2"] = of_smollm2(kind, whole, Path(folder), options.tokens, options.threads)
                 row["is_no_worse"] = row["smollm2"]["worse"] <= MOST_WORSE

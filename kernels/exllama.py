@@ -92,8 +92,12 @@ def is_exllama(matrix: QuantizedMatrix) -> bool:
     """Whether the extension is there and can run a matrix: one of whole words, as EXL2 or GPTQ of 4 bits has them."""
     if matrix.num_rows != matrix.num_inputs or matrix.num_inputs > MOST_INPUTS or matrix.codes.is_meta:
         return False
+    if matrix.codebook is not None or matrix.mins is not None:
+        return False
     if matrix.scale_codes is None:
         return _is_gptq(matrix) and extension() is not None
+    if matrix.scales is not None:  # Units that their codes multiply.
+        return False
     is_sorted = not bool((matrix.group_bits.int().diff() > 0).any())  # The extension wants the widest groups first.
     return is_sorted and not bool((matrix.group_starts % 32).any()) and extension() is not None
 

@@ -27,15 +27,14 @@ IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 8
 class Blocks:
     """What the bytes of blocks [M, bytes] hold, M of them: `codes` [M, values], and for each group of a block a scale.
 
-    `scales` float16 [M, 1], and `scale_codes` int8 [M, groups] where a block has several; `mins` and `min_codes` alike,
-    added to codes times scale. See QuantizedMatrix for scale codes that hold both, and for those of six bits.
+    `scales` float16 [M, 1], and `mins` alike, added to codes times scale; where a block has several groups, both are
+    multiplied by `scale_codes` int8 or uint8 [M, bytes], as QuantizedMatrix has them.
     """
 
     codes: Tensor
     scales: Tensor
     scale_codes: Tensor | None = None
     mins: Tensor | None = None
-    min_codes: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,25 +100,15 @@ def _q3_k(raw: Tensor) -> Blocks:
     return Blocks(_runs(raw[:, 32:96], 32, 2) | (high << 2), _float16(raw, 108), raw[:, 96:108])
 
 
-def _scales_and_mins(raw: Tensor) -> tuple[Tensor, Tensor]:
-    """The eight scales and eight mins [M, 8] int8, of six bits each, in twelve bytes [M, 12]."""
-    scales, mins, rest = raw[:, :4], raw[:, 4:8], raw[:, 8:]
-    upper = (rest & 15) | ((scales >> 6) << 4), (rest >> 4) | ((mins >> 6) << 4)
-    both = torch.cat((scales & 63, upper[0]), 1), torch.cat((mins & 63, upper[1]), 1)
-    return both[0].view(torch.int8), both[1].view(torch.int8)
-
-
 def _q4_k(raw: Tensor) -> Blocks:
-    scale_codes, min_codes = _scales_and_mins(raw[:, 4:16])
     scales, mins = _float16(raw, 0), _negative(_float16(raw, 2))
-    return Blocks(_runs(raw[:, 16:], 32, 4), scales, scale_codes, mins, min_codes)
+    return Blocks(_runs(raw[:, 16:], 32, 4), scales, raw[:, 4:16], mins)
 
 
 def _q5_k(raw: Tensor) -> Blocks:
-    scale_codes, min_codes = _scales_and_mins(raw[:, 4:16])
     high = _fields(raw[:, 16:48], 1, 8).reshape(len(raw), 256)
     scales, mins = _float16(raw, 0), _negative(_float16(raw, 2))
-    return Blocks(_runs(raw[:, 48:], 32, 4) | (high << 4), scales, scale_codes, mins, min_codes)
+    return Blocks(_runs(raw[:, 48:], 32, 4) | (high << 4), scales, raw[:, 4:16], mins)
 
 
 def _q6_k(raw: Tensor) -> Blocks:
@@ -245,7 +234,7 @@ def _fill(matrix: QuantizedMatrix, kind: str, raw: Tensor) -> None:
 
 def _parts(blocks: Blocks) -> dict[str, Tensor]:
     """All but the codes that a type has, by the names of QuantizedMatrix."""
-    names = ("scales", "scale_codes", "mins", "min_codes")
+    names = ("scales", "scale_codes", "mins")
     return {name: part for name in names if (part := getattr(blocks, name)) is not None}
 
 

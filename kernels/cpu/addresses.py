@@ -12,7 +12,7 @@ from tightrope.kernels.cpu import structs
 from tightrope.kernels.forms.layer import DecoderLayer, GatedExperts, Norm, Projection
 from tightrope.kernels.forms.layout import LayerCache, RopeTable, StepLayout
 from tightrope.kernels.forms.low_rank import AdapterRows, LowRank
-from tightrope.kernels.forms.quantized import Nf4Matrix, QuantizedMatrix
+from tightrope.kernels.forms.quantized import Nf4Matrix, QuantizedMatrix, are_six_bits
 
 MOST_MATRICES = 8  # No more share a call, as in cpu/quantized.h.
 WEIGHTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -102,7 +102,7 @@ def _(matrix: QuantizedMatrix) -> tuple[structs.Matrix]:
     scales = matrix.scale_codes if matrix.scales is None else matrix.scales
     assert scales is not None
     codes = None if matrix.scales is None else matrix.scale_codes
-    of_groups = (matrix.group_max, matrix.zeros, matrix.mins, codes, matrix.min_codes, matrix.codebook)
+    of_groups = (matrix.group_max, matrix.zeros, matrix.mins, codes, matrix.codebook)
     of_rows = (matrix.source, matrix.group_starts, matrix.group_bits)
     num_groups = len(matrix.group_bits)
     return (
@@ -114,7 +114,7 @@ def _(matrix: QuantizedMatrix) -> tuple[structs.Matrix]:
             num_groups,
             _SCALES.get(scales.dtype, _SCALE_CODES),
             (num_groups // scales.shape[1]).bit_length() - 1,
-            codes is not None and codes.shape[1] < num_groups,
+            are_six_bits(matrix),
         ),
     )
 

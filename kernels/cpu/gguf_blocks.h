@@ -15,12 +15,12 @@ using quantized::OUTPUTS;
 
 // Where a matrix's tensors are; null where its type has none. See QuantizedMatrix.
 struct Packed {
-    uint8_t *codes, *scales, *scale_codes, *mins, *min_codes;
+    uint8_t *codes, *scales, *scale_codes, *mins;
 };
 
 // One output's block: codes, and bytes of what its groups share.
 struct Block {
-    uint8_t codes[256], scale[2], min[2], scale_codes[16], min_codes[8];
+    uint8_t codes[256], scale[2], min[2], scale_codes[16];
 };
 
 // Each `run` bytes hold the lowest WIDTH bits of as many codes, then the next ones: to code |= these << SHIFT.
@@ -38,9 +38,9 @@ INLINE void negative(const uint8_t* raw, uint8_t* number) {
     number[1] = raw[1] ^ 0x80;
 }
 
-// Values and bytes of a block, bits of a code, bytes of scale codes and of mins' codes, and whether there are mins.
-template <int V, int B, int CODE, int SCALE_CODES = 0, int MIN_CODES = 0, bool MINS = false> struct Form {
-    static constexpr int VALUES = V, BYTES = B, BITS = CODE, SCALES = SCALE_CODES, MIN = MIN_CODES;
+// Values and bytes of a block, bits of a code, bytes of scale codes, and whether there are mins.
+template <int V, int B, int CODE, int SCALE_CODES = 0, bool MINS = false> struct Form {
+    static constexpr int VALUES = V, BYTES = B, BITS = CODE, SCALES = SCALE_CODES;
     static constexpr bool HAS_MINS = MINS;
 };
 
@@ -50,7 +50,7 @@ struct Q4_0 : Form<32, 18, 4> {
         runs<4>(raw + 2, 16, 16, b.codes);
     }
 };
-struct Q4_1 : Form<32, 20, 4, 0, 0, true> {
+struct Q4_1 : Form<32, 20, 4, 0, true> {
     INLINE static void take(const uint8_t* raw, Block& b) {
         memcpy(b.scale, raw, 2);
         memcpy(b.min, raw + 2, 2);
@@ -64,7 +64,7 @@ struct Q5_0 : Form<32, 22, 5> {
         bits32<4>(raw + 2, b.codes);
     }
 };
-struct Q5_1 : Form<32, 24, 5, 0, 0, true> {
+struct Q5_1 : Form<32, 24, 5, 0, true> {
     INLINE static void take(const uint8_t* raw, Block& b) {
         memcpy(b.scale, raw, 2);
         memcpy(b.min, raw + 2, 2);
@@ -78,7 +78,7 @@ struct Q8_0 : Form<32, 34, 8> {
         for (int i = 0; i < 32; ++i) b.codes[i] = raw[2 + i] ^ 128;
     }
 };
-struct Q2_K : Form<256, 84, 2, 16, 0, true> {
+struct Q2_K : Form<256, 84, 2, 16, true> {
     INLINE static void take(const uint8_t* raw, Block& b) {
         memcpy(b.scale_codes, raw, 16);
         runs<2>(raw + 16, 64, 32, b.codes);
@@ -94,28 +94,19 @@ struct Q3_K : Form<256, 110, 3, 12> {
         memcpy(b.scale, raw + 108, 2);
     }
 };
-// The eight scales and eight mins, of six bits each, in twelve bytes.
-INLINE void six_bits(const uint8_t* raw, Block& b) {
-    for (int i = 0; i < 4; ++i) {
-        b.scale_codes[i] = raw[i] & 63;
-        b.min_codes[i] = raw[4 + i] & 63;
-        b.scale_codes[4 + i] = (raw[8 + i] & 15) | (raw[i] >> 6) << 4;
-        b.min_codes[4 + i] = raw[8 + i] >> 4 | (raw[4 + i] >> 6) << 4;
-    }
-}
-struct Q4_K : Form<256, 144, 4, 8, 8, true> {
+struct Q4_K : Form<256, 144, 4, 12, true> {
     INLINE static void take(const uint8_t* raw, Block& b) {
         memcpy(b.scale, raw, 2);
         negative(raw + 2, b.min);
-        six_bits(raw + 4, b);
+        memcpy(b.scale_codes, raw + 4, 12);
         runs<4>(raw + 16, 128, 32, b.codes);
     }
 };
-struct Q5_K : Form<256, 176, 5, 8, 8, true> {
+struct Q5_K : Form<256, 176, 5, 12, true> {
     INLINE static void take(const uint8_t* raw, Block& b) {
         memcpy(b.scale, raw, 2);
         negative(raw + 2, b.min);
-        six_bits(raw + 4, b);
+        memcpy(b.scale_codes, raw + 4, 12);
         runs<4>(raw + 48, 128, 32, b.codes);
         runs<1, 4>(raw + 16, 32, 32, b.codes);
     }
@@ -182,7 +173,6 @@ template <class Type> static void pack_tile(const uint8_t* raw, int outputs, int
         spread(blocks, blocks->scale, 1, 2, to.scales + place * 2 * OUTPUTS);
         spread(blocks, blocks->scale_codes, Type::SCALES, 1, to.scale_codes + place * Type::SCALES * OUTPUTS);
         if (Type::HAS_MINS) spread(blocks, blocks->min, 1, 2, to.mins + place * 2 * OUTPUTS);
-        spread(blocks, blocks->min_codes, Type::MIN, 1, to.min_codes + place * Type::MIN * OUTPUTS);
     }
 }
 
@@ -191,7 +181,6 @@ template <class Type> static void pack_as(const uint8_t* raw, int outputs, int i
     const int64_t tiles = (outputs + OUTPUTS - 1) / OUTPUTS, blocks = tiles * OUTPUTS * columns;
     large_pages(to.codes, blocks * Type::VALUES * Type::BITS / 8);
     if (Type::SCALES) large_pages(to.scale_codes, blocks * Type::SCALES);
-    if (Type::MIN) large_pages(to.min_codes, blocks * Type::MIN);
     pool().run(int(tiles), [&](int tile) { pack_tile<Type>(raw, outputs, columns, tile, to); });
 }
 

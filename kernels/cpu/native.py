@@ -28,7 +28,7 @@ from tightrope.kernels.forms.rows import SUMS, Ranked
 
 # numbered by the library; a machine that runs one runs those before
 INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512vnni")
-INTERFACE = 7  # The number in cpu/kernels.cpp; a build that gives none is of the first.
+INTERFACE = 8  # The number in cpu/kernels.cpp; a build that gives none is of the first.
 MOST_DIMS = 256  # Heads with more are left to the reference's attention.
 MOST_LAYER_TOKENS = 64  # More go operation by operation: memory is kept, and they hide the time between calls.
 
@@ -132,7 +132,7 @@ class NativeKernels:
         self._rotate = function("rotate", "plpppiii")
         self._rms_norm = function("rms_norm", "plppiif")
         self._gated = function("gated", "ppiii")
-        self._pack_blocks = function("pack_blocks", "ipiippppp")
+        self._pack_blocks = function("pack_blocks", "ipiipppp")
         self._draw = function("draw", "plplpp")
         self._rank = function("rank", "plplplpppp")
         self._row_sums = function("row_sums", "plplpip")
@@ -196,7 +196,7 @@ class NativeKernels:
     def pack_blocks(self, kind: int, raw: Tensor, into: QuantizedMatrix) -> None:
         """See kernels.dispatch.pack_blocks."""
         assert raw.is_contiguous()
-        tensors = (into.codes, into.scales, into.scale_codes, into.mins, into.min_codes)
+        tensors = (into.codes, into.scales, into.scale_codes, into.mins)
         assert all(tensor is None or tensor.is_contiguous() for tensor in tensors)
         starts = (None if tensor is None else tensor.data_ptr() for tensor in tensors)
         self._pack_blocks(kind, raw.data_ptr(), len(raw), into.num_inputs, *starts)

@@ -239,15 +239,8 @@ template <int FORMAT> static void end_part(const PrefillState<FORMAT>& s) {
     }
 }
 
-template <int FORMAT> static void prefill_block(const Attention& a, const PrefillBlock& block) {
-    const int group = a.group(), dims = a.cache.dims;
-    const int row = a.step.query_starts[block.b] + block.first_row;
-    const int position = a.step.context_lens[block.b] - (a.step.query_starts[block.b + 1] - row);  // The first row is there.
-    const int count_lanes = (block.last_row - block.first_row) * group, panels = (count_lanes + PANEL - 1) / PANEL;
-    const size_t lanes = size_t(panels) * PANEL;
-    Turns<FORMAT>& turns = kept_turns<FORMAT>();
-    turns.order = {dims, a.rope.half};
-    PrefillState<FORMAT> s{a, turns.order, turns, group, a.cache.padded(), count_lanes, panels, position};
+// Where a block's sums and what it reads are kept, of so many lanes.
+template <int FORMAT> static void take_memory(PrefillState<FORMAT>& s, size_t lanes) {
     static thread_local Scratch memory;
     const size_t groups = MOST_DIMS / GROUP, steps = s.order.steps();
     float* at = memory.floats(KEY_STEP * steps + TILE * (groups + VALUE_PAIRS / 2 + ROW + PANEL / 2 + PANEL + 1) +
@@ -266,6 +259,18 @@ template <int FORMAT> static void prefill_block(const Attention& a, const Prefil
     for (LaneSums* sums : {&s.part, &s.whole}) *sums = {take(lanes * s.dims), take(lanes), take(lanes)};
     s.exponents = take(lanes);
     s.positions = (int32_t*)take(lanes);
+}
+
+template <int FORMAT> static void prefill_block(const Attention& a, const PrefillBlock& block) {
+    const int group = a.group(), dims = a.cache.dims;
+    const int row = a.step.query_starts[block.b] + block.first_row;
+    const int position = a.step.context_lens[block.b] - (a.step.query_starts[block.b + 1] - row);  // The first row is there.
+    const int count_lanes = (block.last_row - block.first_row) * group, panels = (count_lanes + PANEL - 1) / PANEL;
+    const size_t lanes = size_t(panels) * PANEL;
+    Turns<FORMAT>& turns = kept_turns<FORMAT>();
+    turns.order = {dims, a.rope.half};
+    PrefillState<FORMAT> s{a, turns.order, turns, group, a.cache.padded(), count_lanes, panels, position};
+    take_memory(s, lanes);
     s.part.clear(lanes, s.dims, UNSEEN);
     s.whole.clear(lanes, s.dims, NOTHING);
     const KeyHead of_head(a.cache, block.head, a.rope.half);

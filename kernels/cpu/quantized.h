@@ -28,15 +28,25 @@ INLINE int rows_together(int left) {
 // A group's scales, and its least values where the matrix has such.
 struct Scales { Tile scale, min; };
 
-// Codes of six bits, less 32: of 16 groups eight bytes hold the low four bits, and four the high two.
-INLINE Floats six_bit_codes(const Matrix& m, size_t tile, int g, int first) {
-    const int code = g % 16;
-    const int8_t* const unit = m.scale_codes + (tile * (m.groups / 16) + g / 16) * 12 * OUTPUTS + first;
-    const auto byte = [&](int i) __attribute__((always_inline)) {
-        return (Ints)__builtin_convertvector(widen(load_as<Bytes>(unit + i * OUTPUTS)), Ints);
-    };
-    const Ints low = byte(code % 8) >> (code / 8 * 4) & 15, high = byte(8 + code % 4) >> (code / 4 * 2) & 3;
-    return __builtin_convertvector((low | high << 4) - 32, Floats);
+// By codes of six bits, 16 in 12 bytes: those of 16 groups' scales, or of eight groups' scales and mins.
+INLINE void times_six_bits(const Matrix& m, size_t tile, int g, int first, Floats& scale, Floats& min) {
+    const int8_t* const unit = m.scale_codes + m.unit_place(tile, g) * 12 + first;
+    const auto byte = [&](int i) __attribute__((always_inline)) { return whole(load_as<Bytes>(unit + i * OUTPUTS)); };
+    const int code = g & ((1 << m.unit_shift) - 1), i = code % 4;
+    if (!m.mins) {
+        const Ints low = byte(code % 8) >> (code / 8 * 4) & 15, high = byte(8 + i) >> (code / 4 * 2) & 3;
+        scale *= __builtin_convertvector((low | high << 4) - 32, Floats);
+        return;
+    }
+    Ints of_scale = byte(i), of_min = byte(4 + i);
+    if (code < 4) {
+        of_scale &= 63, of_min &= 63;
+    } else {
+        const Ints rest = byte(8 + i);
+        of_scale = (of_scale >> 2 & 48) | (rest & 15), of_min = (of_min >> 2 & 48) | (rest >> 4 & 15);
+    }
+    scale *= __builtin_convertvector(of_scale, Floats);
+    min *= __builtin_convertvector(of_min, Floats);
 }
 
 INLINE Scales scales_of(const Matrix& m, size_t tile, int g) {
@@ -58,10 +68,9 @@ INLINE Scales scales_of(const Matrix& m, size_t tile, int g) {
             scale *= widen(both & 15);
             min *= widen(both >> 4);
         } else if (m.are_six_bits) {
-            scale *= six_bit_codes(m, tile, g, p * LANES);
+            times_six_bits(m, tile, g, p * LANES, scale, min);
         } else if (m.scale_codes) {
             scale *= widen(load_as<Bytes>(m.scale_codes + at + p * LANES));
-            if (m.min_codes) min *= widen(load_as<Bytes>(m.min_codes + at + p * LANES));
         }
     }
     return of;
@@ -190,9 +199,9 @@ template <class F> void for_tiles(int tiles, size_t bytes, int rows, F&& work) {
     const bool is_one_pass = rows <= MOST_ROWS;
     const size_t threads = pool().threads(), least = is_one_pass ? 1 : 4 * threads;
     const size_t wanted = std::max(least, bytes / (is_one_pass ? TASK : KEPT) + 1);
-    const size_t tasks = (wanted + threads - 1) / threads * threads;  // All threads have the same to do.
-    const int each = (tiles + tasks - 1) / tasks;
-    pool().run((tiles + each - 1) / each, [&](int task) { work(task * each, std::min(tiles, (task + 1) * each)); });
+    const size_t tasks = std::min(size_t(tiles), (wanted + threads - 1) / threads * threads);  // Shares are equal.
+    const auto border = [&](size_t task) { return int(task * tiles / tasks); };
+    pool().run(int(tasks), [&](int task) { work(border(task), border(task + 1)); });
 }
 
 // Calls work(first, T) for the lots of rows, T their number as a constant.

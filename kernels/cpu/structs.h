@@ -68,9 +68,7 @@ struct Matrix {
     const float* group_max;  // null, or [groups]
     const int16_t* zeros;    // null, or like the scales
     const f16* mins;         // null, or like the scales
-    // null, or of each group where 2^unit_shift of them share scales and mins; scale codes are of eight bits, or of six,
-    // 16 in 12 bytes
-    const int8_t *scale_codes, *min_codes;
+    const int8_t* scale_codes;  // null, or, where 2^unit_shift groups share scales and mins, what they are times
     const int8_t* codebook;  // null, or [16]
     const int32_t* source;   // null, or the input that each stored row multiplies
     const int32_t* group_starts;
@@ -82,7 +80,7 @@ struct Matrix {
     // Of the codes, and of the scales and mins, of a tile's group: its place in tensors of each.
     size_t place(size_t tile, int g) const { return (tile * groups + g) * 16; }
     size_t unit_place(size_t tile, int g) const { return (tile * (groups >> unit_shift) + (g >> unit_shift)) * 16; }
-    bool holds_both() const { return scale_codes && mins && !min_codes; }  // Scale codes of four bits, and those of mins.
+    bool holds_both() const { return scale_codes && mins && !are_six_bits; }  // Codes of scales and mins, of four bits each.
     // Whether another matrix takes the same x in the same order.
     bool reads_as(const Matrix& other) const { return source == other.source && group_starts == other.group_starts; }
 };

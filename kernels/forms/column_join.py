@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tightrope.kernels.forms.column_stack import have_one_book, joined, kinds_of_tensors, num_groups, source_of
-from tightrope.kernels.forms.columns import BLOCK, MEMBER_FIELDS, ColumnMatrix
+from tightrope.kernels.forms.columns import BLOCK, MEMBER_FIELDS, NUMBERS, ColumnMatrix
 from tightrope.kernels.forms.quantized import TILE
 
 FOUR = 4  # Numbers of 32 bits that kernels read together, as they find them aligned.
@@ -28,7 +28,7 @@ def join_columns(matrices: Sequence[ColumnMatrix]) -> tuple[ColumnMatrix, ...]:
     first = matrices[0]
     are_alike = all(kinds_of_tensors(matrix) == kinds_of_tensors(first) for matrix in matrices)
     are_whole = all(matrix.num_outputs == matrix.num_tiles * TILE for matrix in matrices[:-1])
-    if len(matrices) == 1 or not are_alike or not are_whole or not have_one_book(matrices):
+    if len(matrices) == 1 or not are_alike or not are_whole or not have_one_book(matrices) or first.scaling != NUMBERS:
         return tuple(matrices)
     most = max(len(matrix.shares) for matrix in matrices)
     has_source = any(matrix.source is not None for matrix in matrices)
@@ -45,6 +45,7 @@ def join_columns(matrices: Sequence[ColumnMatrix]) -> tuple[ColumnMatrix, ...]:
         scale_codes=_flat([matrix.scale_codes for matrix in matrices]),
         group_max=joined([None if m.group_max is None else _filled(m.group_max, FOUR) for m in matrices]),
         zeros=_flat([matrix.zeros for matrix in matrices]),
+        mins=_flat([matrix.mins for matrix in matrices]),
         codebook=first.codebook,
     )
     return (replace(whole, parts=_parts(whole, matrices)),)
@@ -90,6 +91,7 @@ def _parts(whole: ColumnMatrix, matrices: Sequence[ColumnMatrix]) -> tuple[Colum
                 scales=_like(whole.scales, matrix.scales, *numbers),
                 scale_codes=_like(whole.scale_codes, matrix.scale_codes, *numbers),
                 zeros=_like(whole.zeros, matrix.zeros, *numbers),
+                mins=_like(whole.mins, matrix.mins, *numbers),
             )
         )
         word, number, share = words[1], numbers[1], share + most

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tightrope.kernels.forms.columns import BLOCK, ColumnMatrix
+from tightrope.kernels.forms.columns import BLOCK, NUMBERS, ColumnMatrix
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,10 +27,12 @@ class ColumnStack:
 def stack_columns(matrices: Sequence[ColumnMatrix]) -> tuple[ColumnStack, tuple[ColumnMatrix, ...]] | None:
     """The stack of matrices, and each of them again as a part of it, so that nothing is in memory twice.
 
-    None where they can't be stacked: their sizes, or kinds of scales, zero points or books differ.
+    None where they can't be stacked: sizes, or kinds of scales, zero points or books differ, or scales have units.
     """
     first = matrices[0]
     if any(_kind(matrix) != _kind(first) for matrix in matrices) or not have_one_book(matrices):
+        return None
+    if first.scaling != NUMBERS:
         return None
     most = max(len(matrix.shares) for matrix in matrices)
     shares, groups = [], []
@@ -51,6 +53,7 @@ def stack_columns(matrices: Sequence[ColumnMatrix]) -> tuple[ColumnStack, tuple[
         scale_codes=joined([matrix.scale_codes for matrix in matrices]),
         group_max=joined([matrix.group_max for matrix in matrices]),
         zeros=joined([matrix.zeros for matrix in matrices]),
+        mins=joined([matrix.mins for matrix in matrices]),
     )
     return ColumnStack(whole, len(matrices)), tuple(_parts(whole, matrices))
 
@@ -61,7 +64,7 @@ def _kind(matrix: ColumnMatrix) -> tuple[object, ...]:
 
 def kinds_of_tensors(matrix: ColumnMatrix) -> tuple[torch.dtype | None, ...]:
     """What must be the same, beside the inputs and the book, for a kernel to read two matrices alike."""
-    tensors = (matrix.scales, matrix.scale_codes, matrix.group_max, matrix.zeros)
+    tensors = (matrix.scales, matrix.scale_codes, matrix.group_max, matrix.zeros, matrix.mins)
     return tuple(None if tensor is None else tensor.dtype for tensor in tensors)
 
 
@@ -106,4 +109,5 @@ def _parts(whole: ColumnMatrix, matrices: Sequence[ColumnMatrix]) -> Iterator[Co
             scale_codes=None if whole.scale_codes is None else whole.scale_codes[groups],
             group_max=None if whole.group_max is None else whole.group_max[groups],
             zeros=None if whole.zeros is None else whole.zeros[groups],
+            mins=None if whole.mins is None else whole.mins[groups],
         )

@@ -11,13 +11,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tightrope.kernels.forms.quantized import PLANES, TILE, Nf4Matrix, QuantizedMatrix, unpack, unpack_nf4, untiled
+from tightrope.kernels.forms.quantized import (
+    PLANES,
+    TILE,
+    Nf4Matrix,
+    QuantizedMatrix,
+    are_six_bits,
+    unpack,
+    unpack_nf4,
+    untiled,
+)
 
 BLOCK = 32  # Rows; a block of w bits is w words a column.
 SLICE_TILES = 256  # Tiles of a matrix that are laid out anew at a time.
 TILE_OUTPUTS = 256  # A program that multiplies one row takes so many.
 
 MEMBER_FIELDS = 6  # Of a row of ColumnMatrix.members.
+
+# What scales and mins of groups are: numbers, or units times codes, see QuantizedMatrix. Units are of 256 rows: eight
+# groups of a block each, or sixteen, two of which are the halves of a block.
+NUMBERS, OF_EIGHT, OF_SIXTEEN, BOTH_OF_SIXTEEN, SIX_BITS_OF_SIXTEEN, SIX_BITS_OF_EIGHT = range(6)
+HALVED = (OF_SIXTEEN, BOTH_OF_SIXTEEN, SIX_BITS_OF_SIXTEEN)
 
 PROGRAMS = 1024  # A matrix is shared out to so many: several for each multiprocessor of the largest cards.
 FEWEST_BLOCKS = 4  # A program takes one for each of its warps, at least.
@@ -29,7 +43,7 @@ class ColumnMatrix:
     """Codes with a scale, and perhaps a zero point, for each output and group of rows; see QuantizedMatrix.
 
     Stored rows are in blocks of 32 of one group: `source` int32 [R] is the input of each row, -1 where a row only fills
-    up its group, None where row r is input r; `group_of` int32 [R / 32] the group of each block.
+    up its group, None where row r is input r; `group_of` int32 [R / 32] the group of each block, or of its first half.
 
     `words` int32 [W, N]: the words of a column, block after block. A block has for each plane of w bits, in the order
     of PLANES, w words. Those of the first plane: bits w * f .. w * f + w of word j are those of the block's row
@@ -38,8 +52,11 @@ class ColumnMatrix:
     j * v // w, v the second plane's width and p = j % (w / v) * 16 / w + i.
 
     scale: `scales` float16 or float32 [G, N], or `scale_codes` uint8 [G, N] and `group_max` float32 [G]:
-    (code / 16)^2 * group_max. zero: `zeros` int16 [G, N], None: 2^(bits - 1). With `codebook` float32 [16], a code of 4
-    bits stands for codebook[code] * scale.
+    (code / 16)^2 * group_max. zero: `zeros` int16 [G, N], None: 2^(bits - 1), or 0 where there are mins. min: `mins`
+    float16 [G, N], None: 0. With `codebook` float32 [16], a code of 4 bits stands for codebook[code] * scale.
+
+    `scaling` is not NUMBERS where `scales` and `mins` are units [S, N], which `scale_codes` [., N] multiply as those of
+    QuantizedMatrix do. Matrices that have such are not joined.
 
     `shares` int32 [S, 4]: what is shared out to programs: width in bits, first block, end block and first word row of
     blocks of one width. `widths` has bit w set when there are blocks of w bits, and where other matrices of the model,
@@ -64,7 +81,9 @@ class ColumnMatrix:
     scale_codes: Tensor | None = None
     group_max: Tensor | None = None
     zeros: Tensor | None = None
+    mins: Tensor | None = None
     codebook: Tensor | None = None
+    scaling: int = NUMBERS
     parts: tuple["ColumnMatrix", ...] = ()
 
     @property
@@ -85,7 +104,8 @@ class ColumnMatrix:
     def num_bytes(self) -> int:
         """Bytes of all its tensors."""
         parts = (self.words, self.source, self.group_of, self.shares, self.members, self.scales, self.scale_codes)
-        return sum(t.nbytes for t in (*parts, self.group_max, self.zeros, self.codebook) if t is not None)
+        others = (self.group_max, self.zeros, self.mins, self.codebook)
+        return sum(t.nbytes for t in (*parts, *others) if t is not None)
 
 
 def to_columns(
@@ -105,14 +125,35 @@ def to_columns(
         groups = matrix.num_inputs // matrix.blocksize
         plain = _columns(matrix, None, [matrix.blocksize] * groups, [4] * groups, target, beside)
         return replace(plain, scales=across(matrix.scales), codebook=matrix.codebook.to(target))
-    counts = matrix.group_starts.diff().tolist()
+    counts, bits = matrix.group_starts.diff().tolist(), matrix.group_bits.tolist()
+    scaling = _scaling_of(matrix)
+    groups = 2 if scaling in HALVED else 1  # So many are in a block.
+    plain = _columns(
+        matrix, matrix.source, [groups * count for count in counts[::groups]], bits[::groups], target, beside
+    )
     return replace(
-        _columns(matrix, matrix.source, counts, matrix.group_bits.tolist(), target, beside),
+        plain,
+        group_of=plain.group_of * groups,
         scales=across(matrix.scales),
         scale_codes=across(matrix.scale_codes),
         group_max=None if matrix.group_max is None else matrix.group_max.to(target),
         zeros=across(matrix.zeros),
+        mins=across(matrix.mins),
+        codebook=None if matrix.codebook is None else matrix.codebook.float().to(target),
+        scaling=scaling,
     )
+
+
+def _scaling_of(matrix: QuantizedMatrix) -> int:
+    """ColumnMatrix.scaling."""
+    if matrix.scales is None or matrix.scale_codes is None:
+        return NUMBERS
+    are_eight = len(matrix.group_bits) == 8 * matrix.scales.shape[1]
+    if are_six_bits(matrix):
+        return SIX_BITS_OF_EIGHT if are_eight else SIX_BITS_OF_SIXTEEN
+    if matrix.mins is not None:
+        return BOTH_OF_SIXTEEN
+    return OF_EIGHT if are_eight else OF_SIXTEEN
 
 
 def _columns(

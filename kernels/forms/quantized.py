@@ -45,10 +45,11 @@ class QuantizedMatrix:
     there are mins or a codebook. min: `mins` float16 [C, G, 16]; None: 0.
 
     As in GGUF's K-types, `scales` and `mins`, both float16, may be units [C, S, 16] of G / S groups each, a power of
-    two, by which codes are multiplied: `scale_codes` and `min_codes` int8 [C, G, 16]. Where there are mins and no
-    min_codes, a scale code is uint8 and holds both, the min's in its high four bits. Units of 16 groups may have
-    `scale_codes` uint8 [C, 12 S, 16] of six bits, less 32: of a unit's code i the low four bits are in byte i % 8, from
-    bit i / 8 * 4 on, and the high two in byte 8 + i % 4, from bit i / 4 * 2 on.
+    two, which `scale_codes` multiply: int8 [C, G, 16]; or, with mins, uint8 of both, the min's in the high four bits.
+    Or they are uint8 [C, 12 S, 16] of six bits. Of 16 groups, without mins, they are less 32: of a unit's code i the
+    low four bits are in byte i % 8, from bit i / 8 * 4 on, and the high two in byte 8 + i % 4, from bit i / 4 * 2 on.
+    Of 8 groups' scales and mins the first four are the low bits of bytes i and 4 + i; of the last four the low four
+    bits are the halves of byte 8 + i % 4, the scale's below, and the high two those of bytes i % 4 and 4 + i % 4.
 
     With `codebook` int8 [16], a code of 4 bits stands for codebook[code].
     """
@@ -64,13 +65,12 @@ class QuantizedMatrix:
     group_max: Tensor | None = None
     zeros: Tensor | None = None
     mins: Tensor | None = None
-    min_codes: Tensor | None = None
     codebook: Tensor | None = None
 
     @property
     def by_tile(self) -> dict[str, Tensor]:
         """The tensors whose first dimension is tiles, by the names of their fields."""
-        names = ("codes", "scales", "scale_codes", "zeros", "mins", "min_codes")
+        names = ("codes", "scales", "scale_codes", "zeros", "mins")
         return {name: tensor for name in names if (tensor := getattr(self, name)) is not None}
 
     def tiles(self, begin: int, end: int) -> "QuantizedMatrix":
@@ -323,12 +323,9 @@ def _zeros_of(matrix: QuantizedMatrix) -> Tensor:
 
 def scales_of(matrix: QuantizedMatrix) -> Tensor:
     """The scale [G, N] float32 of each group and output; exact."""
-    codes = None if matrix.scale_codes is None else untiled(matrix.scale_codes, matrix.num_outputs)
-    if codes is not None and len(codes) < len(matrix.group_bits):
-        codes = _six_bits(codes)
+    codes, _ = _codes_of(matrix)
     if matrix.scales is not None:
-        holds_both = matrix.mins is not None and matrix.min_codes is None
-        return _scaled(matrix, matrix.scales, codes & 15 if codes is not None and holds_both else codes)
+        return _scaled(matrix, matrix.scales, codes)
     assert codes is not None
     assert matrix.group_max is not None
     return (codes.float() / 16).square() * matrix.group_max.unsqueeze(1)
@@ -336,13 +333,23 @@ def scales_of(matrix: QuantizedMatrix) -> Tensor:
 
 def mins_of(matrix: QuantizedMatrix) -> Tensor | None:
     """The least value [G, N] float32 of each group and output; exact. None where all are zero."""
-    if matrix.mins is None:
-        return None
-    codes = matrix.scale_codes if matrix.min_codes is None else matrix.min_codes
-    if codes is not None:
-        codes = untiled(codes, matrix.num_outputs)
-        codes = codes >> 4 if matrix.min_codes is None else codes
-    return _scaled(matrix, matrix.mins, codes)
+    return None if matrix.mins is None else _scaled(matrix, matrix.mins, _codes_of(matrix)[1])
+
+
+def _codes_of(matrix: QuantizedMatrix) -> tuple[Tensor | None, Tensor | None]:
+    """The codes [G, N] of scales and of mins, where there are such."""
+    if matrix.scale_codes is None:
+        return None, None
+    codes = untiled(matrix.scale_codes, matrix.num_outputs)
+    if are_six_bits(matrix):
+        return (_six_bits(codes), None) if matrix.mins is None else _pairs_of_six_bits(codes)
+    return (codes, None) if matrix.mins is None else (codes & 15, codes >> 4)
+
+
+def are_six_bits(matrix: QuantizedMatrix) -> bool:
+    """Whether codes of scales have six bits."""
+    units, codes = matrix.scales, matrix.scale_codes
+    return units is not None and codes is not None and codes.shape[1] == 12 * units.shape[1]
 
 
 def _scaled(matrix: QuantizedMatrix, units: Tensor, codes: Tensor | None) -> Tensor:
@@ -357,6 +364,13 @@ def _six_bits(packed: Tensor) -> Tensor:
     low = torch.cat((units[:, :8] & 15, units[:, :8] >> 4), 1)
     high = torch.cat([(units[:, 8:] >> shift) & 3 for shift in (0, 2, 4, 6)], 1)
     return (low | (high << 4)).view(torch.int8).flatten(0, 1) - 32
+
+
+def _pairs_of_six_bits(packed: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes of scales and of mins, [8 S, N] uint8 each, of twelve bytes [12 S, N] uint8 for each eight groups."""
+    scales, mins, rest = packed.unflatten(0, (-1, 12)).split(4, 1)
+    of_scales = torch.cat((scales & 63, (rest & 15) | (scales >> 6 << 4)), 1)
+    return of_scales.flatten(0, 1), torch.cat((mins & 63, (rest >> 4) | (mins >> 6 << 4)), 1).flatten(0, 1)
 
 
 def tile_bytes(rows: Rows) -> int:

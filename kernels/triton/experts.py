@@ -107,6 +107,7 @@ def _times_stack(x: Tensor, stack: ColumnStack, tiles: Tensor, out: Tensor, each
         stride // TILE,
         each,
         WIDTHS=matrix.widths,
+        SCALING=matrix.scaling,
         ROWS=ROWS,
         OUTPUTS=BATCH_OUTPUTS,
         DTYPE=operands(x),
@@ -127,8 +128,10 @@ def grouped_parts(
     group_of: tl.tensor,
     shares: tl.tensor,
     scales: tl.tensor,
+    scale_codes: tl.tensor,
     group_max: tl.tensor,
     zeros: tl.tensor,
+    mins: tl.tensor,
     codebook: tl.tensor,
     num_places: int,
     num_rows: int,
@@ -136,6 +139,7 @@ def grouped_parts(
     num_tiles: int,
     each: int,
     WIDTHS: constexpr,
+    SCALING: constexpr,
     ROWS: constexpr,
     OUTPUTS: constexpr,
     DTYPE: constexpr,
@@ -156,8 +160,8 @@ def grouped_parts(
             if (WIDTHS >> BITS) & 1:  # noqa: SIM102  decided when it is compiled, and the next one when it runs
                 if bits == BITS:
                     total = multiply_blocks(
-                        x, words, source, group_of, scales, group_max, zeros, codebook, first, end, word,
-                        first_column, tokens, num_rows, num_inputs, stride, BITS, OUTPUTS, DTYPE,
+                        x, words, source, group_of, scales, scale_codes, group_max, zeros, mins, codebook, first, end,
+                        word, first_column, tokens, num_rows, num_inputs, stride, BITS, SCALING, OUTPUTS, DTYPE,
                     )  # fmt: skip
         at = parts + (share * num_places + places)[None, :].to(tl.int64) * stride + columns[:, None]
         tl.store(at, total, mask=is_place[None, :] & (columns < stride)[:, None])

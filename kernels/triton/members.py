@@ -32,6 +32,7 @@ def enter_member(
     scales: tl.tensor,
     group_max: tl.tensor,
     zeros: tl.tensor,
+    mins: tl.tensor,
     members: tl.tensor,
     member: tl.tensor,
 ) -> tl.tuple:
@@ -48,7 +49,9 @@ def enter_member(
         group_max += group
     if zeros is not None:
         zeros += scale
-    return words, source, group_of, scales, group_max, zeros, num_outputs
+    if mins is not None:
+        mins += scale
+    return words, source, group_of, scales, group_max, zeros, mins, num_outputs
 
 
 @triton.jit

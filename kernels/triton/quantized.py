@@ -56,6 +56,7 @@ def _multiply(x: Tensor, matrix: ColumnMatrix, bias: Tensor | None, out: Tensor)
             len(matrix.members),
             num_tiles,
             WIDTHS=matrix.widths,
+            SCALING=matrix.scaling,
             BLOCKS=4,
             OUTPUTS=TILE_OUTPUTS,
             num_warps=4,
@@ -73,6 +74,7 @@ def _multiply(x: Tensor, matrix: ColumnMatrix, bias: Tensor | None, out: Tensor)
             matrix.num_inputs,
             num_tiles,
             WIDTHS=matrix.widths,
+            SCALING=matrix.scaling,
             ROWS=rows,
             OUTPUTS=BATCH_OUTPUTS,
             DTYPE=operands(x),
@@ -143,6 +145,7 @@ def expand(matrix: ColumnMatrix, dtype: torch.dtype, first: int = 0, count: int 
         tiles,
         matrix.words.shape[1] // TILE,
         WIDTHS=matrix.widths,
+        SCALING=matrix.scaling,
         BLOCKS=4,
         OUTPUTS=BATCH_OUTPUTS,
         num_warps=4,
@@ -158,14 +161,16 @@ def operands(x: Tensor) -> tl.dtype:
 
 def columns_of(matrix: ColumnMatrix) -> tuple[Tensor | None, ...]:
     """A matrix's tensors in the order in which the kernels take them."""
-    scales = matrix.scales if matrix.scales is not None else matrix.scale_codes
+    scales, codes = matrix.scales, matrix.scale_codes
     return (
         matrix.words,
         matrix.source,
         matrix.group_of,
         matrix.shares,
-        scales,
+        codes if scales is None else scales,
+        None if scales is None else codes,
         matrix.group_max,
         matrix.zeros,
+        matrix.mins,
         matrix.codebook,
     )

@@ -10,7 +10,19 @@ import triton
 import triton.language as tl
 from triton.language import constexpr
 
+from tightrope.kernels.forms.columns import (
+    BOTH_OF_SIXTEEN,
+    HALVED,
+    NUMBERS,
+    OF_EIGHT,
+    OF_SIXTEEN,
+    SIX_BITS_OF_EIGHT,
+    SIX_BITS_OF_SIXTEEN,
+)
 from tightrope.kernels.triton.target import IS_COMPILED
+
+_BOTH_OF_SIXTEEN = constexpr(BOTH_OF_SIXTEEN)
+_SIX_BITS_OF_SIXTEEN, _SIX_BITS_OF_EIGHT = constexpr(SIX_BITS_OF_SIXTEEN), constexpr(SIX_BITS_OF_EIGHT)
 
 
 @triton.jit
@@ -108,24 +120,78 @@ def book_number(words: tl.tensor, book: tl.tensor, FIELD: constexpr) -> tl.tenso
     return number
 
 
+@triton.constexpr_function
+def groups_in_block(scaling: int) -> int:
+    """Two where a group is half a block."""
+    return 2 if scaling in HALVED else 1
+
+
+@triton.constexpr_function
+def _groups_of_unit(scaling: int) -> int:
+    """How many share a scale by which their codes are multiplied."""
+    return 1 if scaling == NUMBERS else 16 if scaling in HALVED else 8
+
+
+@triton.constexpr_function
+def _are_bytes(scaling: int) -> bool:
+    return scaling in (OF_EIGHT, OF_SIXTEEN)
+
+
 @triton.jit
 def load_scale(
-    scales: tl.tensor, group_max: tl.tensor, group: tl.tensor, columns: tl.tensor, mask: tl.tensor, stride: tl.tensor
-) -> tl.tensor:
-    """Scales float32 of groups and columns, which are broadcast; zero where the mask is not."""
-    scale = tl.load(scales + group.to(tl.int64) * stride + columns, mask=mask, other=0).to(tl.float32)
+    scales: tl.tensor,
+    codes: tl.tensor,
+    group_max: tl.tensor,
+    mins: tl.tensor,
+    group: tl.tensor,
+    columns: tl.tensor,
+    mask: tl.tensor,
+    stride: tl.tensor,
+    SCALING: constexpr,
+) -> tuple[tl.tensor, tl.tensor]:
+    """Scales float32 of groups and columns, which are broadcast; zero where the mask is not. And mins, if there are."""
+    GROUPS: constexpr = _groups_of_unit(SCALING)
+    at = (group // GROUPS).to(tl.int64) * stride + columns
+    scale = tl.load(scales + at, mask=mask, other=0).to(tl.float32)
+    least = scale
+    if mins is not None:
+        least = tl.load(mins + at, mask=mask, other=0).to(tl.float32)
     if group_max is not None:
         scale = scale * scale * (tl.load(group_max + group) * (1 / 256))
-    return scale
+    if _are_bytes(SCALING):
+        scale *= tl.load(codes + group.to(tl.int64) * stride + columns, mask=mask, other=0).to(tl.float32)
+    if SCALING == _BOTH_OF_SIXTEEN:
+        both = tl.load(codes + group.to(tl.int64) * stride + columns, mask=mask, other=0).to(tl.int32)
+        scale *= (both & 15).to(tl.float32)
+        least *= (both >> 4).to(tl.float32)
+    if SCALING == _SIX_BITS_OF_SIXTEEN:
+        unit, code = codes + (group // 16).to(tl.int64) * 12 * stride + columns, group % 16
+        low = tl.load(unit + code % 8 * stride, mask=mask, other=0).to(tl.int32)
+        high = tl.load(unit + (8 + code % 4) * stride, mask=mask, other=0).to(tl.int32)
+        scale *= (((low >> (code // 8 * 4)) & 15 | ((high >> (code // 4 * 2)) & 3) << 4) - 32).to(tl.float32)
+    if SCALING == _SIX_BITS_OF_EIGHT:
+        unit, code = codes + (group // 8).to(tl.int64) * 12 * stride + columns, group % 8
+        first = tl.load(unit + code % 4 * stride, mask=mask, other=0).to(tl.int32)
+        second = tl.load(unit + (4 + code % 4) * stride, mask=mask, other=0).to(tl.int32)
+        rest = tl.load(unit + (8 + code % 4) * stride, mask=mask, other=0).to(tl.int32)
+        scale *= tl.where(code < 4, first & 63, rest & 15 | (first >> 6) << 4).to(tl.float32)
+        least *= tl.where(code < 4, second & 63, rest >> 4 | (second >> 6) << 4).to(tl.float32)
+    return scale, least
 
 
 @triton.jit
 def load_zero(
-    zeros: tl.tensor, group: tl.tensor, columns: tl.tensor, mask: tl.tensor, stride: tl.tensor, BITS: constexpr
+    zeros: tl.tensor,
+    group: tl.tensor,
+    columns: tl.tensor,
+    mask: tl.tensor,
+    stride: tl.tensor,
+    BITS: constexpr,
+    HAS_MINS: constexpr,
 ) -> tl.tensor:
     """Zero points float32 of groups and columns, which are broadcast; [1, 1] where one is for all."""
     if zeros is None:
-        zero = tl.full((1, 1), 1 << (BITS - 1), tl.float32)
+        zero = tl.full((1, 1), 0 if HAS_MINS else 1 << (BITS - 1), tl.float32)
     else:
         zero = tl.load(zeros + group.to(tl.int64) * stride + columns, mask=mask, other=0).to(tl.float32)
     return zero

@@ -8,13 +8,14 @@ import triton
 import triton.language as tl
 from triton.language import constexpr
 
-from tightrope.kernels.forms.columns import BLOCK
+from tightrope.kernels.forms.columns import BLOCK, NUMBERS
 from tightrope.kernels.forms.quantized import TILE
 from tightrope.kernels.triton.jit import kernel
 from tightrope.kernels.triton.members import enter_member, find_member, first_output
 from tightrope.kernels.triton.quantized_tile import (
     book_lanes,
     book_number,
+    groups_in_block,
     high_bit,
     load_scale,
     load_share,
@@ -24,6 +25,7 @@ from tightrope.kernels.triton.quantized_tile import (
 
 _BLOCK = constexpr(BLOCK)
 _TILE = constexpr(TILE)
+_NUMBERS = constexpr(NUMBERS)
 
 
 @kernel
@@ -35,13 +37,16 @@ def vector_parts(
     group_of: tl.tensor,
     shares: tl.tensor,
     scales: tl.tensor,
+    scale_codes: tl.tensor,
     group_max: tl.tensor,
     zeros: tl.tensor,
+    mins: tl.tensor,
     codebook: tl.tensor,
     members: tl.tensor,
     num_members: int,
     num_tiles: int,
     WIDTHS: constexpr,
+    SCALING: constexpr,
     BLOCKS: constexpr,
     OUTPUTS: constexpr,
 ) -> None:
@@ -49,13 +54,17 @@ def vector_parts(
     member, first_column = find_member(members, num_members, OUTPUTS)
     share, columns = tl.program_id(1), tl.arange(0, OUTPUTS)
     bits, first, end, word = load_share(shares, member * tl.num_programs(1) + share)
-    words, source, group_of, scales, group_max, zeros, stride = enter_member(
-        words, source, group_of, scales, group_max, zeros, members, member
+    words, source, group_of, scales, group_max, zeros, mins, stride = enter_member(
+        words, source, group_of, scales, group_max, zeros, mins, members, member
     )
     words += first_column
     scales += first_column
+    if SCALING != _NUMBERS:
+        scale_codes += first_column
     if zeros is not None:
         zeros += first_column
+    if mins is not None:
+        mins += first_column
     num_columns = stride - first_column  # From the first on, there are so many.
     total = tl.zeros((BLOCKS, OUTPUTS), tl.float32)
     book = book_lanes(codebook)
@@ -67,24 +76,34 @@ def vector_parts(
                     at = words + (word + (blocks - first) * BITS)[:, None].to(tl.int64) * stride + columns[None, :]
                     mask = (blocks < end)[:, None] & (columns < num_columns)[None, :]
                     group = tl.load(group_of + blocks, mask=blocks < end, other=0)
-                    summed = _block_sums(
-                        x,
-                        at,
-                        source,
-                        zeros,
-                        book,
-                        blocks,
-                        end,
-                        group,
-                        columns,
-                        mask,
-                        stride,
-                        BLOCKS,
-                        OUTPUTS,
-                        BITS,
-                        codebook is not None,
-                    )
-                    total += summed * load_scale(scales, group_max, group[:, None], columns[None, :], mask, stride)
+                    for part in tl.static_range(groups_in_block(SCALING)):
+                        summed, plain = _block_sums(
+                            x,
+                            at,
+                            source,
+                            zeros,
+                            book,
+                            blocks,
+                            end,
+                            group,
+                            columns,
+                            mask,
+                            stride,
+                            BLOCKS,
+                            OUTPUTS,
+                            BITS,
+                            part,
+                            groups_in_block(SCALING),
+                            codebook is not None,
+                            mins is not None,
+                        )
+                        scale, least = load_scale(
+                            scales, scale_codes, group_max, mins, group[:, None] + part, columns[None, :], mask, stride,
+                            SCALING,
+                        )  # fmt: skip
+                        total += summed * scale
+                        if mins is not None:
+                            total += least * plain[:, None]
     tl.store(  # What is read of a matrix before the loop, and not here, takes a register of it.
         parts + share * (num_tiles * _TILE) + first_output(members, member) + first_column + columns,
         tl.sum(total, 0),
@@ -108,16 +127,22 @@ def _block_sums(
     BLOCKS: constexpr,
     OUTPUTS: constexpr,
     BITS: constexpr,
+    PART: constexpr,
+    PARTS: constexpr,
     HAS_BOOK: constexpr,
-) -> tl.tensor:
-    """Sums [BLOCKS, OUTPUTS] of (code - zero) * x over each block's rows."""
+    HAS_MINS: constexpr,
+) -> tuple[tl.tensor, tl.tensor]:
+    """Over part PART of PARTS of each block's rows the sums [BLOCKS, OUTPUTS] of (code - zero) * x, and [BLOCKS] of x.
+
+    The latter is there with mins or zero points.
+    """
     LOW: constexpr = 8 if BITS == 8 else 4 if BITS >= 4 else 2
     HIGH: constexpr = BITS - LOW
     FIELDS: constexpr = 32 // LOW  # A low word has so many.
     summed = tl.zeros((BLOCKS, OUTPUTS), tl.float32)
     added = tl.zeros((BLOCKS,), tl.float32)
     plain = tl.zeros((BLOCKS,), tl.float32)
-    for word in tl.static_range(LOW):
+    for word in tl.static_range(PART * LOW // PARTS, (PART + 1) * LOW // PARTS):
         low = tl.load(at + word * stride, mask=mask)  # What is not read meets an x of zero.
         if HIGH > 0:
             high = tl.load(at + (LOW + word * HIGH // LOW) * stride, mask=mask)
@@ -129,8 +154,8 @@ def _block_sums(
             else:
                 number_low = number * (1 << (8 - field * LOW % 8))
                 summed += spread(low, field * LOW, LOW) * number_low[:, None]
-                added += number * _taken_away(word * FIELDS + field, LOW, HIGH, zeros is None)
-                if zeros is not None:
+                added += number * _taken_away(word * FIELDS + field, LOW, HIGH, zeros is None and not HAS_MINS)
+                if zeros is not None or HAS_MINS:
                     plain += number
                 if HIGH > 0:
                     number_high = number * (1 << (8 + LOW - high_bit(word * FIELDS + field, LOW, HIGH) % 8))
@@ -138,8 +163,9 @@ def _block_sums(
     if not HAS_BOOK:
         summed -= added[:, None]
         if zeros is not None:
-            summed -= load_zero(zeros, group[:, None], columns[None, :], mask, stride, BITS) * plain[:, None]
-    return summed
+            zero = load_zero(zeros, group[:, None], columns[None, :], mask, stride, BITS, HAS_MINS)
+            summed -= zero * plain[:, None]
+    return summed, plain
 
 
 @triton.constexpr_function

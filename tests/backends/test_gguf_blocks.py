@@ -1,15 +1,15 @@
 """GGUF's blocks in the layout of our kernels: the numbers they stand for, their products, and the memory they take."""
 
-import gguf
 import numpy as np
 import pytest
 import torch
+from gguf_rows import LAYOUTS, meant, random_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tightrope.backends.files.gguf.tensor_types import TENSOR_TYPES, TensorType
+from tightrope.backends.files.gguf.tensor_types import TensorType
 from tightrope.backends.quant.gguf import BLOCK_TYPES, to_matrix
 from tightrope.kernels import dispatch, reference
 from tightrope.kernels.cpu import native
@@ -17,7 +17,6 @@ from tightrope.kernels.forms.quantized import dequantize
 
 pytestmark = pytest.mark.quick
 
-LAYOUTS = {kind.name: kind for kind in TENSOR_TYPES.values()}
 SEEDS = st.integers(0, 2**32 - 1)
 ROWS = st.sampled_from((1, 2, 3, 7, 8, 9, 29, 40))
 EXACT = 1e-4  # Of a product's length; inputs are in 16 bits, whose rounding is a fifth of this.
@@ -28,21 +27,6 @@ def kernels(request: pytest.FixtureRequest) -> native.NativeKernels:
     built = native.NativeKernels(request.param)
     built.set_threads(2)
     return built
-
-
-def random_rows(kind: str, outputs: int, inputs: int, seed: int) -> NDArray[np.uint8]:
-    """Rows of blocks [N, bytes] of which every byte is random, but for floats, which are of usual sizes."""
-    form, random = LAYOUTS[kind], np.random.default_rng(seed)
-    blocks = random.integers(0, 256, (outputs, inputs // form.values, form.num_bytes), dtype=np.uint8)
-    for floats in form.floats:
-        numbers = random.standard_normal((*blocks.shape[:2], 1)).astype(np.float16)
-        blocks[..., floats.start : floats.start + 2] = numbers.view(np.uint8)
-    return blocks.reshape(outputs, -1)
-
-
-def meant(kind: str, rows: NDArray[np.uint8]) -> Tensor:
-    """The weight [N, K] float32 by the `gguf` package."""
-    return torch.from_numpy(gguf.quants.dequantize(rows, gguf.GGMLQuantizationType[kind]))
 
 
 @pytest.mark.parametrize("kind", BLOCK_TYPES)
