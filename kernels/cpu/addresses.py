@@ -115,8 +115,16 @@ def _(matrix: QuantizedMatrix) -> tuple[structs.Matrix]:
             _SCALES.get(scales.dtype, _SCALE_CODES),
             (num_groups // scales.shape[1]).bit_length() - 1,
             are_six_bits(matrix),
+            _group_rows(matrix),
         ),
     )
+
+
+def _group_rows(matrix: QuantizedMatrix) -> int:
+    """Rows of each group, where all have as many, and codes of as many bits; else 0."""
+    sizes, bits = matrix.group_starts.diff(), matrix.group_bits
+    are_alike = bool((sizes == sizes[:1]).all()) and bool((bits == bits[:1]).all())
+    return int(sizes[0]) if are_alike else 0
 
 
 @_describe.register

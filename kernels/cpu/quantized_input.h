@@ -19,6 +19,7 @@ constexpr float LEAST = 1e-30f;    // What is smaller throughout counts as zero:
 struct Share {
     float scale;
     int32_t sum;  // The sum of its whole numbers.
+    float total;  // The same times the scale.
 };
 
 INLINE int count_shares(const Matrix& m) {
@@ -59,7 +60,8 @@ template <class Put> INLINE Share to_whole(const float* x, int count, Put&& put)
     }
     int32_t total = 0;
     for (int i = 0; i < LANES; ++i) total += sum[i];
-    return {largest / LARGEST, total};
+    const float scale = largest / LARGEST;
+    return {scale, total, float(total) * scale};
 }
 
 // The same to quads of 8 bytes, `stride` bytes apart: four numbers' upper bytes, then their lower ones, all signed.

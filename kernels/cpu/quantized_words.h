@@ -108,7 +108,7 @@ INLINE void multiply_panel(const Matrix& m, const Chunk& chunk, const FixedRows&
             for (int i = 0; i < TALL; ++i) {
                 const Share& mine = share[i * x.segments];
                 totals[i][j] += __builtin_convertvector(acc[i][j], Floats) * (of[j].scale.part[0] * mine.scale);
-                if (m.mins) totals[i][j] += of[j].min.part[0] * (float(mine.sum) * mine.scale);
+                if (m.mins) totals[i][j] += of[j].min.part[0] * mine.total;
             }
         ++share;
     }
@@ -128,7 +128,7 @@ static void multiply_many(const Matrix& m, const float* x, int rows, const float
     for (next_chunk(m, chunk); chunk.first < m.groups; next_chunk(m, chunk)) {
         const int depth = chunk.depth(m), segments = int(chunk.segments.size());
         const size_t stride = size_t(depth) + 32;
-        float* const memory = of_caller.floats(tall_rows * (stride / 2 + 2 * segments) + 32);
+        float* const memory = of_caller.floats(tall_rows * (stride / 2 + sizeof(Share) / 4 * segments) + 32);
         const FixedRows fixed{(int16_t*)memory, (Share*)(memory + tall_rows * stride / 2), stride, segments};
         pool().run(tall_rows, [&](int t) {
             int16_t* const words = fixed.words + t * stride;

@@ -75,6 +75,7 @@ struct Matrix {
     const uint8_t* group_bits;
     int64_t tile_bytes;
     int32_t inputs, outputs, groups, scale_kind, unit_shift, are_six_bits;
+    int32_t group_rows;  // 0 where groups have different numbers of rows, or of bits.
 
     int rows() const { return group_starts[groups]; }
     // Of the codes, and of the scales and mins, of a tile's group: its place in tensors of each.

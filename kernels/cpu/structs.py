@@ -49,7 +49,7 @@ class Matrix(Struct):
         *_each(_ADDRESS, "codes scales group_max zeros mins scale_codes codebook"),
         *_each(_ADDRESS, "source group_starts group_bits"),
         *_each(_LONG, "tile_bytes"),
-        *_each(_INT, "inputs outputs groups scale_kind unit_shift are_six_bits"),
+        *_each(_INT, "inputs outputs groups scale_kind unit_shift are_six_bits group_rows"),
     )
 
 
