@@ -27,7 +27,9 @@ export class ChatStore {
 
   /** All chats, the one that was changed last first. @returns {Promise<Title[]>} */
   async titles() {
-    const found = this.#database === null ? [...this.#held.values()] : await this.#run("titles", "readonly", (s) => s.getAll());
+    const isKept = this.#database !== null;
+    /** @type {Title[]} */
+    const found = isKept ? await this.#run("titles", "readonly", (store) => store.getAll()) : [...this.#held.values()];
     return found.map(({ id, title, changed }) => ({ id, title, changed })).sort((a, b) => b.changed - a.changed);
   }
 

@@ -31,6 +31,7 @@ export function imported(text) {
 
 /** @param {any} given @returns {Chat} */
 function chat(given) {
+  /** @type {Turn[]} */
   const turns = Array.isArray(given?.turns) ? given.turns.map(turn) : [];
   const ids = new Set([0]);
   for (const { id, parent } of turns) {

@@ -86,7 +86,7 @@ export class TurnView {
       { class: "actions", role: "group", "aria-label": "Actions" },
       isAnswer && turn.error !== undefined && isFree && h("button", { type: "button", class: "word", onclick: () => app.goOn(turn) }, "Try again"),
       isAnswer && where.isLast && isFree && turn.error === undefined && iconButton("go", "Go on", () => app.goOn(turn)),
-      isAnswer && turn.odds?.length && iconButton("odds", "Probabilities", () => {}, { "data-odds": turn.id, "aria-pressed": "false" }),
+      isAnswer && this.tokens.length > 0 && iconButton("odds", "Probabilities", () => {}, { "data-odds": turn.id, "aria-pressed": "false" }),
       iconButton("copy", "Copy", () => navigator.clipboard?.writeText(turn.text)),
       isFree && iconButton("edit", "Edit", () => this.edit()),
       isFree && iconButton("remove", "Delete", () => this.#remove()),

@@ -6,6 +6,13 @@ import { inline } from "./inline.js";
 /** @typedef {import("./inline.js").Budget} Budget */
 /** @typedef {{tag: string, children: (Block | Node)[], begin: number, end: number, info?: string, start?: number, align?: string}} Block */
 /** @typedef {{text: string, from: number}} Line its letters, and where the first of them stands in the source */
+/** @typedef {{tag: string, children: any[], info?: string, start?: number, align?: string}} Part a block without its place */
+/**
+ * @typedef {object} Kind of blocks
+ * @property {(lines: Line[], place: number, depth: number) => boolean} begins
+ * @property {(lines: Line[], place: number) => number} end
+ * @property {(lines: Line[], budget: Budget, depth: number) => Part} block
+ */
 
 const DEEPEST = 6; // Lists and quotes within each other.
 const MOST_ELEMENTS = 20_000; // What a text asks for beyond stays text.
@@ -63,17 +70,17 @@ function parse(lines, budget, depth) {
   return found;
 }
 
-/** Whether a line ends the paragraph before it. */
+/** Whether a line ends the paragraph before it. @param {Line[]} lines @param {number} place @param {number} depth */
 function interrupts(lines, place, depth) {
   return KINDS.some((kind) => kind.begins(lines, place, depth));
 }
 
-/** @param {Line[]} lines */
+/** @param {Line[]} lines @param {Budget} budget @returns {Part} */
 function paragraph(lines, budget) {
   return { tag: "p", children: inline(joined(lines), budget) };
 }
 
-/** Lines as one text, with the place of each letter. */
+/** Lines as one text, with the place of each letter. @param {Line[]} lines */
 function joined(lines) {
   const at = [];
   for (const { text, from } of lines) for (let i = 0; i <= text.length; i += 1) at.push(from + i);
@@ -88,18 +95,21 @@ function cut({ text, from }, count) {
 const isFence = (/** @type {string} */ text) => text.length <= LONGEST_FENCE && FENCE.test(text);
 const indent = (/** @type {string} */ text) => text.length - text.trimStart().length;
 
-/** How each kind of block begins, where it ends, and what it is; the first that fits counts. */
+/** What a pattern finds in a text that it is known to fit. @param {RegExp} pattern @param {string} text */
+const parts = (pattern, text) => /** @type {RegExpExecArray} */ (pattern.exec(text));
+
+/** How each kind of block begins, where it ends, and what it is; the first that fits counts. @type {Kind[]} */
 const KINDS = [
   {
     begins: (lines, place) => isFence(lines[place].text),
     end(lines, place) {
-      const [, fence] = FENCE.exec(lines[place].text);
+      const [, fence] = parts(FENCE, lines[place].text);
       const close = new RegExp(`^ {0,3}${fence[0]}{${fence.length},}\\s*$`);
       for (let end = place + 1; end < lines.length; end += 1) if (close.test(lines[end].text)) return end + 1;
       return lines.length; // It is still being written.
     },
     block(lines) {
-      const [, fence, info] = FENCE.exec(lines[0].text);
+      const [, fence, info] = parts(FENCE, lines[0].text);
       const isClosed = lines.length > 1 && lines[lines.length - 1].text.trim().startsWith(fence);
       const inner = lines.slice(1, isClosed ? -1 : undefined);
       return { tag: "pre", info, children: inner.map(({ text, from }) => ({ text: `${text}\n`, from })) };
@@ -109,7 +119,7 @@ const KINDS = [
     begins: (lines, place) => HEADING.test(lines[place].text),
     end: (_, place) => place + 1,
     block([line], budget) {
-      const [, marks] = HEADING.exec(line.text);
+      const [, marks] = parts(HEADING, line.text);
       const behind = cut(line, line.text.indexOf(marks) + marks.length);
       const children = inline(joined([cut({ ...behind, text: behind.text.trimEnd() }, indent(behind.text))]), budget);
       return { tag: `h${Math.min(6, marks.length + 1)}`, children }; // The page's own heading is the first.
@@ -128,7 +138,7 @@ const KINDS = [
       return end;
     },
     block(lines, budget, depth) {
-      const inner = lines.map((line) => cut(line, QUOTE.exec(line.text)[0].length));
+      const inner = lines.map((line) => cut(line, parts(QUOTE, line.text)[0].length));
       return { tag: "blockquote", children: parse(inner, budget, depth + 1) };
     },
   },
@@ -136,7 +146,7 @@ const KINDS = [
     begins: (lines, place, depth) => depth < DEEPEST && ITEM.test(lines[place].text),
     end(lines, place) {
       const outer = indent(lines[place].text);
-      const isNumbered = /\d/.test(ITEM.exec(lines[place].text)[2]);
+      const isNumbered = /\d/.test(parts(ITEM, lines[place].text)[2]);
       let end = place + 1;
       for (; end < lines.length; end += 1) {
         const { text } = lines[end];
@@ -163,9 +173,9 @@ const KINDS = [
   },
 ];
 
-/** @param {Line[]} lines @param {Budget} budget @param {number} depth */
+/** @param {Line[]} lines @param {Budget} budget @param {number} depth @returns {Part} */
 function list(lines, budget, depth) {
-  const [, , first] = ITEM.exec(lines[0].text);
+  const [, , first] = parts(ITEM, lines[0].text);
   const outer = indent(lines[0].text);
   /** @type {Line[][]} */
   const items = [];
@@ -187,7 +197,7 @@ function list(lines, budget, depth) {
   return /\d/.test(first) ? { tag: "ol", start: Number.parseInt(first, 10), children } : { tag: "ul", children };
 }
 
-/** @param {Line[]} lines @param {Budget} budget */
+/** @param {Line[]} lines @param {Budget} budget @returns {Part} */
 function table(lines, budget) {
   const aligns = cells(lines[1]).map(({ text }) => (text.endsWith(":") ? (text.startsWith(":") ? "center" : "right") : ""));
   const row = (/** @type {Line[][]} */ found, /** @type {string} */ tag) => {

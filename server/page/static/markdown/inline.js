@@ -6,6 +6,8 @@
  * @typedef {Leaf | Branch} Node
  * @typedef {{chars: string, at: number[]}} Source letters, and where each of them stands in the whole
  * @typedef {{left: number}} Budget how many more elements may be made
+ * @typedef {{mark: string, begin: number, nodes: Node[]}[]} Open marks that wait for their end, each with what is in it
+ * @typedef {{node: Node, end: number} | null} Found what begins at a place, and where it ends
  */
 
 const DEEPEST = 12; // Marks that are open at a time.
@@ -23,7 +25,7 @@ const SPECIAL = /[\\`*_~[h!]/;
  */
 export function inline(source, budget) {
   const { chars } = source;
-  /** @type {{mark: string, begin: number, nodes: Node[]}[]} */
+  /** @type {Open} */
   const open = [{ mark: "", begin: 0, nodes: [] }];
   const ticks = runsOfTicks(chars);
   let plain = 0; // What stands from here on is not yet in any node.
@@ -72,7 +74,11 @@ export function inline(source, budget) {
   return open[0].nodes;
 }
 
-/** What a run of marks closes and opens. Returns from where on it is text. */
+/**
+ * What a run of marks closes and opens. Returns from where on it is text.
+ *
+ * @param {Open} open @param {Source} source @param {number} begin @param {number} end @param {Budget} budget
+ */
 function emphasis(open, source, begin, end, budget) {
   const { chars } = source;
   const { opens, closes } = sides(chars, begin, end, chars[begin]);
@@ -82,14 +88,18 @@ function emphasis(open, source, begin, end, budget) {
   return end;
 }
 
-/** Close as many open marks as a run of `length` letters ends. Returns how many of the letters that took. */
+/**
+ * Close as many open marks as a run of `length` letters ends. Returns how many of the letters that took.
+ *
+ * @param {Open} open @param {string} letter @param {number} length @param {Source} source @param {Budget} budget
+ */
 function close(open, letter, length, source, budget) {
   let left = length;
   while (left > 0) {
     const depth = open.findLastIndex(({ mark }) => mark[0] === letter && mark.length <= left);
     if (depth < 1) break;
     while (open.length > depth + 1) unopen(open, source);
-    const { mark, nodes } = /** @type {{mark: string, nodes: Node[]}} */ (open.pop());
+    const { mark, nodes } = /** @type {Open[number]} */ (open.pop());
     const parent = open[open.length - 1].nodes;
     parent.push(marked(mark, nodes));
     budget.left -= 2;
@@ -98,9 +108,9 @@ function close(open, letter, length, source, budget) {
   return length - left;
 }
 
-/** What opened, and was never closed, is the text that it was. */
+/** What opened, and was never closed, is the text that it was. @param {Open} open @param {Source} source */
 function unopen(open, source) {
-  const { mark, begin, nodes } = open.pop();
+  const { mark, begin, nodes } = /** @type {Open[number]} */ (open.pop());
   const parent = open[open.length - 1].nodes;
   leaves(source, begin, begin + mark.length, parent);
   for (const node of nodes) parent.push(node);
@@ -113,14 +123,22 @@ function marked(mark, children) {
   return { tag: mark.length === 2 ? "strong" : "em", children };
 }
 
-/** Whether a run of marks may open or close: it clings to a word on that side. */
+/**
+ * Whether a run of marks may open or close: it clings to a word on that side.
+ *
+ * @param {string} chars @param {number} begin @param {number} end @param {string} letter
+ */
 function sides(chars, begin, end, letter) {
   const [before, after] = [chars[begin - 1] ?? " ", chars[end] ?? " "];
   const inWord = letter === "_" && WORD.test(before) && WORD.test(after);
   return { opens: /\S/.test(after) && !inWord, closes: /\S/.test(before) && !inWord };
 }
 
-/** A link, or an address by itself. Images are links to them: nothing is ever loaded. */
+/**
+ * A link, or an address by itself. Images are links to them: nothing is ever loaded.
+ *
+ * @param {Source} source @param {number} place @returns {Found}
+ */
 function link(source, place) {
   const { chars } = source;
   const start = chars[place] === "!" ? place + 1 : place;
@@ -138,7 +156,11 @@ function link(source, place) {
   return { node: { tag: "a", href, children: leaves(source, place, end, []) }, end };
 }
 
-/** Code between as many ticks as open it. */
+/**
+ * Code between as many ticks as open it.
+ *
+ * @param {Source} source @param {number} place @param {Map<number, number[]>} ticks @returns {Found}
+ */
 function code(source, place, ticks) {
   const { chars } = source;
   let begin = place;
@@ -152,7 +174,7 @@ function code(source, place, ticks) {
   return { node: { tag: "code", children: leaves(source, begin + pads, close - pads, []) }, end };
 }
 
-/** Where runs of ticks begin, by their length, the last one first. */
+/** Where runs of ticks begin, by their length, the last one first. @param {string} chars */
 function runsOfTicks(chars) {
   /** @type {Map<number, number[]>} */
   const found = new Map();
@@ -165,7 +187,11 @@ function runsOfTicks(chars) {
   return found;
 }
 
-/** Put letters begin .. end into leaves, one for each stretch that is one in the source as well. */
+/**
+ * Put letters begin .. end into leaves, one for each stretch that is one in the source as well.
+ *
+ * @param {Source} source @param {number} begin @param {number} end @param {Node[]} nodes @returns {Node[]}
+ */
 function leaves(source, begin, end, nodes) {
   const { chars, at } = source;
   for (let start = begin, next = begin + 1; start < end; next += 1) {
