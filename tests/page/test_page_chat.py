@@ -48,17 +48,21 @@ def test_the_answer_is_the_one_that_the_api_gives(browser: Browser, server_url: 
     assert re.findall(r"\w+", shown) == re.findall(r"\w+", plain)
 
 
-def test_the_meter_tells_what_was_kept_and_what_was_new(browser: Browser, server_url: str):
+def test_the_meter_tells_what_the_server_has_kept_moved_and_read(browser: Browser, server_url: str):
     with chat_page(browser, server_url) as visit:
-        ask(visit.page, "Tell me of the sea, and of the ships on it.")
-        ask(visit.page, "Go on.")
-        legend = visit.page.locator("#legend").inner_text()
+        page = visit.page
+        ask(page, "Tell me of the sea, and of the ships on it.")
+        with page.expect_response("**/v1/chat/completions") as reply:
+            ask(page, "Go on.")
+        (usage,) = [json.loads(found) for found in re.findall(r'"usage":({.*})}', reply.value.text())]
+        legend = page.locator("#legend").inner_text()
 
-    numbers = {name: int(n.replace(",", "")) for n, name in re.findall(r"([\d,]+) (kept|new|answered|moved)", legend)}
-    total, window = (int(n.replace(",", "")) for n in re.findall(r"([\d,]+) of ([\d,]+) tokens", legend)[0])
-    assert 0 < numbers["answered"] <= 12
-    assert numbers["kept"] > numbers["new"] > 0
-    assert sum(numbers.values()) == total < window
+    found = {name: int(n.replace(",", "")) for n, name in re.findall(r"([\d,]+) (kept|moved|new|answered)", legend)}
+    cached, moved = usage["prompt_tokens_details"]["cached_tokens"], usage["prompt_tokens_details"]["moved_tokens"]
+    sizes = {"kept": cached - moved, "moved": moved, "new": usage["prompt_tokens"] - cached}
+    sizes["answered"] = usage["completion_tokens"]
+    assert found == {name: size for name, size in sizes.items() if size}
+    assert f"{usage['total_tokens']} of 8,192 tokens" in legend
 
 
 def test_a_chat_that_has_filled_the_window_goes_without_its_oldest_turns(browser: Browser):
