@@ -40,12 +40,17 @@ class Said:
     likeliest: tuple[dict[str, float], ...]
     num_cached: int
 
-    def is_other_than(self, other: "Said") -> bool:
-        """Whether they part at a token that isn't about as likely as the other's."""
-        for mine, theirs, likely in zip(self.tokens, other.tokens, other.likeliest, strict=False):
+    def parts_from(self, other: "Said") -> tuple[int, float | None] | None:
+        """Where they part, and by how many nats the token there is less likely than the other's; None where nowhere.
+
+        No number of nats where it isn't among the likeliest, or one of the answers ends there.
+        """
+        for place, (mine, theirs) in enumerate(zip(self.tokens, other.tokens, strict=False)):
             if mine != theirs:
-                return mine not in likely or likely[theirs] - likely[mine] > TIE
-        return len(self.tokens) != len(other.tokens)
+                likely = other.likeliest[place]
+                return place, likely[theirs] - likely[mine] if mine in likely else None
+        num_common = min(len(self.tokens), len(other.tokens))
+        return (num_common, None) if len(self.tokens) != len(other.tokens) else None
 
 
 @dataclass(slots=True)
@@ -60,7 +65,7 @@ class Counts:
     ties: int = 0
     wrong: int = 0
     tracebacks: int = 0
-    wrong_prompts: list[str] = field(default_factory=list)
+    parted: list[dict[str, object]] = field(default_factory=list)
 
 
 def prompt_of(chat: int, turn: int) -> str:
@@ -71,7 +76,8 @@ def prompt_of(chat: int, turn: int) -> str:
 
 async def ask(client: httpx.AsyncClient, url: str, prompt: str) -> Said:
     body = {"prompt": prompt, "max_tokens": ANSWER_TOKENS, "temperature": 0, "logprobs": 5, "ignore_eos": True}
-    reply = await client.post(f"{url}/v1/completions", json=body)
+    while (reply := await client.post(f"{url}/v1/completions", json=body)).status_code == 503:
+        await until_well(client, url)  # The kill came before it.
     reply.raise_for_status()
     answer = reply.json()
     logprobs = answer["choices"][0]["logprobs"]
@@ -117,7 +123,8 @@ class Lives:
                 counts.answers_from_disk += number < most and chat not in seen and answer.num_cached > 0
                 seen.add(chat)
                 said.append((chat, turn))
-                _count(counts, answer, await self._undisturbed(client, chat, turn), f"{chat}, {turn}")
+                what = {"chat": chat, "turn": turn, "is_killed": number == most, "num_cached": answer.num_cached}
+                count(counts, answer, await self._undisturbed(client, chat, turn), what)
         counts.tracebacks = len(last_lines_of_tracebacks(self._served.log.read_text()))
         self._last = [(chat, min(turn + 1, NUM_TURNS - 1)) for chat, turn in said[-2:]]
 
@@ -158,15 +165,17 @@ async def until_well(client: httpx.AsyncClient, url: str) -> None:
         await asyncio.sleep(0.02)
 
 
-def _count(counts: Counts, answer: Said, expected: Said, prompt: str) -> None:
+def count(counts: Counts, answer: Said, expected: Said, what: Mapping[str, object]) -> None:
+    """what: tells one that parts from the expected."""
     counts.answers += 1
-    if answer.tokens == expected.tokens:
+    if (parts := answer.parts_from(expected)) is None:
         counts.equal += 1
-    elif answer.is_other_than(expected):
-        counts.wrong += 1
-        counts.wrong_prompts.append(prompt)
-    else:
-        counts.ties += 1
+        return
+    place, nats = parts
+    is_tie = nats is not None and nats <= TIE
+    counts.ties += is_tie
+    counts.wrong += not is_tie
+    counts.parted.append({**what, "place": place, "nats": None if nats is None else round(nats, 4)})
 
 
 def measure_kills(

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.session_kills import Said
+from bench.session_kills import Counts, Said, count
 from bench.sessions import merged, write_kills
 
 pytestmark = pytest.mark.quick
@@ -18,11 +18,13 @@ def said(*tokens: str) -> Said:
 
 
 def test_another_token_is_wrong_unless_it_was_about_as_likely():
-    expected = said("a", "a", "a")
-    assert not said("a", "b", "c").is_other_than(expected)
-    assert said("a", "c", "a").is_other_than(expected)
-    assert said("a", "d", "a").is_other_than(expected)
-    assert said("a", "a").is_other_than(expected)
+    counts, expected = Counts(), said("a", "a", "a")
+    for tokens in (["a", "a", "a"], ["a", "b", "c"], ["a", "c", "a"], ["a", "d", "a"], ["a", "a"]):
+        count(counts, said(*tokens), expected, {"chat": 1})
+    assert (counts.answers, counts.equal, counts.ties, counts.wrong) == (5, 1, 1, 3)
+    nats = [0.05, 2.5, None, None]
+    places = [1, 1, 1, 2]
+    assert counts.parted == [{"chat": 1, "place": p, "nats": n} for p, n in zip(places, nats, strict=True)]
 
 
 def test_rows_take_the_place_of_those_of_their_model_and_engine():
