@@ -137,12 +137,12 @@ class Lives:
 
     async def _kill(self) -> None:
         """Kill the engine at a random moment, or in the middle of a file."""
+        engine = engine_process(self._served.process.pid)
+        assert engine is not None
         if self._chance.random() < 0.5:
             await asyncio.to_thread(wait_for_file, self._chats)
         else:
             await asyncio.sleep(MOST_WAIT_S * self._chance.random() ** 3)
-        engine = engine_process(self._served.process.pid)
-        assert engine is not None
         engine.kill()
         engine.wait()
         left = unfinished(self._chats)
