@@ -1,6 +1,6 @@
 """What vectors of texts cost the chats beside them: python -m bench.embedding EMBEDDING_MODEL [--model MODEL]
 
-A server with both models writes an answer alone, and then while 100 texts of some 200 words are embedded by requests
+A server with both models writes an answer alone, and then while 100 texts of some 120 words are embedded by requests
 one after another. Bar: no token of the answer comes more than 0.3 s later than the one before. Told besides: the
 answer's speed, how long the texts take with and without it, and the memory of the second process beside what `plan`
 says. Writes bench/results/embedding.json.
@@ -27,7 +27,7 @@ from bench.stats import spread
 from tightrope.backends.embedding.opening import footprints, taken_bytes
 from tightrope.backends.settings import EmbeddingSettings, ModelSettings
 
-NUM_TEXTS, CHARS, NUM_TOKENS = 100, 1000, 400
+NUM_TEXTS, CHARS, NUM_TOKENS = 100, 700, 200
 BAR_S = 0.3
 CHILD = "tightrope.engine.embedding.child"
 
