@@ -278,7 +278,7 @@ def test_every_end_has_openais_word_and_vllms_detail(
 async def test_models_are_listed_and_found_by_name() -> None:
     async with api(served_model_name="org/name") as http:
         (card,) = (await http.get("/v1/models")).json()["data"]
-        assert list(card) == ["id", "object", "created", "owned_by", "root", "parent", "max_model_len"]
+        assert list(card) == ["id", "object", "created", "owned_by", "root", "parent", "max_model_len", "status"]
         assert (card["id"], card["object"], card["root"], card["max_model_len"]) == ("org/name", "model", "fake", 1024)
         assert (await http.get("/v1/models/org/name")).json() == card
         reply = await http.get("/v1/models/other/name")
