@@ -76,7 +76,7 @@ BAD_BODIES: Mapping[str, Bad] = {
     "no inputs": _json(GENERATE, {"parameters": {}}),
     "no new tokens": _json(GENERATE, _told(max_new_tokens=0)),
     "a temperature of zero": _json(GENERATE, _told(temperature=0)),
-    "a watermark": _json(GENERATE, _told(watermark=True)),
+    "a watermark that is no yes or no": _json(GENERATE, _told(watermark="twice")),
     "an unknown adapter": _json(GENERATE, _told(adapter_id="no-such-adapter")),
     "more answers than may be": _json(GENERATE, _told(best_of=1000, do_sample=True)),
 }

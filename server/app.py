@@ -136,6 +136,7 @@ def _add_probes(app: FastAPI, front: AppState) -> None:
     unhealthy: dict[int | str, dict[str, Any]] = {
         200: {"description": "Ready; the body is empty.", "content": {}},
         503: {"model": ErrorText, "description": "The model is loading, or the engine is restarting or stuck."},
+        "default": {"model": ErrorText, "description": "Any other error."},
     }
 
     @app.get("/health", response_class=Response, responses=unhealthy, tags=["probes"])

@@ -13,7 +13,7 @@ from tightrope.kernels import dispatch, reference
 from tightrope.kernels.forms.column_stack import stack_columns
 from tightrope.kernels.forms.columns import to_columns
 from tightrope.kernels.forms.layer import DecoderLayer, GatedExperts, Norm, Projection, StackedExperts
-from tightrope.kernels.forms.layout import AttentionSpec, CacheDtype, CacheFormat
+from tightrope.kernels.forms.layout import PAGE, AttentionSpec, CacheDtype, CacheFormat
 from tightrope.kernels.forms.low_rank import AdapterRows, make_low_rank
 from tightrope.kernels.forms.masks import ROOM, Masks
 from tightrope.kernels.forms.quantized import TILE, Nf4Matrix, QuantizedMatrix, arrange, dequantize
@@ -37,6 +37,7 @@ def cases(*, on_card: bool) -> Iterator[tuple[str, Case]]:
         for name, lengths in (("decode", DECODE), ("prefill", PREFILL)):
             yield f"attention, {name}, {dtype} cache", partial(_attention, dtype, lengths, None)
     yield "attention in a window, prefill, q8 cache", partial(_attention, "q8", PREFILL, 16)
+    yield "moved tokens, q8 cache", partial(_copies, "q8")
     yield "plain product", _plain
     for format, matrix in (("EXL2", _exl2), ("GPTQ and AWQ", _gptq), ("nf4", _nf4)):
         for name, num_rows in (("one row", 1), ("8 rows", 8), ("80 rows", 80)):
@@ -92,6 +93,19 @@ def _attention(dtype: CacheDtype, lengths: Sequence[tuple[int, int]], window: in
     table = angles(pages, half, seqs, samples.device)
     found = dispatch.attention(queries, mine, step.to(samples.device), table, spec)
     return found, reference.attention(_exact(queries), plain, step, angles(pages, half, seqs), spec)
+
+
+def _copies(dtype: CacheDtype, samples: Samples) -> Found:
+    """A page's tokens that are copied to places elsewhere, in another page."""
+    mine, plain = samples.cache(CacheFormat(dtype, KV_HEADS, DIMS), 2)
+    slots, sources = torch.arange(2 * PAGE), torch.arange(PAGE)
+    keys, values = (samples.normal(2 * PAGE, KV_HEADS, DIMS) for _ in range(2))
+    dispatch.store_kv(mine, keys, values, slots.to(samples.device))
+    reference.store_kv(plain, _exact(keys), _exact(values), slots)
+    targets = sources.flip(0) + PAGE
+    dispatch.copy_slots(mine, sources.to(samples.device), targets.to(samples.device))
+    plain.copy_slots(sources, targets)
+    return mine.value_codes.float(), plain.value_codes.float()
 
 
 def _plain(samples: Samples) -> Found:

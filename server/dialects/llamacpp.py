@@ -17,7 +17,7 @@ from tightrope.server.fields.explain import Explained
 from tightrope.server.fields.logprobs import finite, token_name
 from tightrope.server.fields.progress import prompt_progress
 from tightrope.server.http.body import Body, JsonRoute
-from tightrope.server.http.error_docs import STATUS_ERRORS, only, written
+from tightrope.server.http.error_docs import MODEL_ERRORS, only, written
 from tightrope.server.http.hangup import or_gone
 from tightrope.server.served import check_most
 from tightrope.server.state import AppState
@@ -209,7 +209,7 @@ def llamacpp_router(front: AppState) -> APIRouter:
         await or_gone(request, front.models.unload(body.model))
         return Success()
 
-    @router.get("/props", responses=STATUS_ERRORS)
+    @router.get("/props", responses=MODEL_ERRORS)
     async def props(request: Request, model: str | None = MODEL) -> Props:
         """The window and the chat template, from which clients set themselves up."""
         chosen = front if model is None else await front.at(request, model)
@@ -224,7 +224,7 @@ def llamacpp_router(front: AppState) -> APIRouter:
             eos_token=info.eos_token or "",
         )
 
-    @router.get("/slots", responses=STATUS_ERRORS)
+    @router.get("/slots", responses=MODEL_ERRORS)
     async def slots(request: Request, model: str | None = MODEL) -> list[Slot]:
         """How many of the answers that can be written at the same time are being written."""
         chosen = front if model is None else await front.at(request, model)

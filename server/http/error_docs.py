@@ -66,4 +66,5 @@ def written(errors: Documented = ERRORS, **reply: object) -> dict[str, Any]:
 
 
 STATUS_ERRORS = only(401, 503)  # Routes that tell of the model have these.
+MODEL_ERRORS = only(401, 404, 503, "default")  # Those that tell of a model that may be named have these.
 CALL_ERRORS = only(400, 401, 413, 415, 503, "default")  # Routes that take a body and write no answer have these.

@@ -4,7 +4,7 @@ from fastapi import APIRouter, FastAPI, Request, Response
 from pydantic import BaseModel, Field
 
 from tightrope.server.http.body import JsonRoute
-from tightrope.server.http.error_docs import STATUS_ERRORS
+from tightrope.server.http.error_docs import MODEL_ERRORS
 from tightrope.server.page.files import PREFIX, page_files
 from tightrope.server.state import AppState
 
@@ -44,7 +44,7 @@ def plan_router(front: AppState) -> APIRouter:
     """GET /plan."""
     router = APIRouter(route_class=JsonRoute, tags=["page"])
 
-    @router.get("/plan", responses=STATUS_ERRORS)
+    @router.get("/plan", responses=MODEL_ERRORS)
     async def plan(model: str | None = None) -> MemoryPlan:
         """Where the memory goes of the model of this name: weights, cache, workspace, and what is free of it."""
         chosen = front if model is None else front.of(front.models.find(model))

@@ -7,7 +7,7 @@ from pathlib import Path
 import httpx
 import pytest
 from browser import PHONE
-from chat_page import LONG, SHORT, answers, ask, chat_page, is_done, say, words
+from chat_page import LONG, SHORT, answers, ask, chat_page, is_done, reload, say, words
 from playwright.sync_api import Browser, Page, expect
 from real_server import run_server
 
@@ -143,7 +143,7 @@ def test_chats_are_there_after_a_reload(browser: Browser, server_url: str):
         page.get_by_role("button", name="New chat").click()
         expect(answers(page)).to_have_count(0)
         ask(page, "What is a bridge?")
-        page.reload()
+        reload(page)
         expect(page.locator("article.user .words")).to_have_text("What is a bridge?")
         page.get_by_role("button", name="What is a harbour?").click()
         expect(page.locator("article.user .words")).to_have_text("What is a harbour?")
@@ -157,7 +157,7 @@ def test_an_answer_that_is_being_written_goes_on_after_a_reload(browser: Browser
         page = visit.page
         say(page, "Tell me a long story.")
         begun(page)
-        page.reload()
+        reload(page)
         expect(answers(page)).to_have_count(1)
         expect(page.get_by_role("button", name="Stop")).to_be_visible()
         is_done(page)
@@ -190,7 +190,7 @@ def test_a_refusal_is_told_in_the_servers_words(browser: Browser, server_url: st
         page.evaluate(
             "localStorage['tightrope.preferences'] = JSON.stringify({values: {dynatemp_range: 1, mirostat_mode: 7}})"
         )
-        page.reload()
+        reload(page)
         say(page, "Hello?")
         expect(answers(page).last.locator(".problem")).to_contain_text("mirostat")
         assert all("400" in problem for problem in visit.problems)
@@ -211,8 +211,7 @@ def test_the_key_is_asked_for_and_kept_in_the_tab_alone(browser: Browser):
         kept = page.evaluate("[{...sessionStorage}, {...localStorage}].map(place => JSON.stringify(place))")
         assert "open sesame" in kept[0]
         assert "open sesame" not in kept[1]
-        page.reload()
-        expect(page.locator("body[data-ready]")).to_be_attached()
+        reload(page)
         other = page.context.new_page()
         other.goto(server.url)
         expect(other.get_by_label("Key", exact=True)).to_be_visible()
@@ -292,7 +291,7 @@ def test_the_system_message_and_the_fields_reach_the_request(browser: Browser, s
         with page.expect_request("**/v1/chat/completions") as sent:
             ask(page, "Hello.")
         body = json.loads(sent.value.post_data)
-        page.reload()
+        reload(page)
         expect(page.locator("#system")).to_have_value("You speak of boats alone.")
 
     assert body["messages"][0] == {"role": "system", "content": "You speak of boats alone."}

@@ -13,6 +13,8 @@ from tightrope.engine.types import Delta, GenerateRequest
 USER = [{"role": "user", "content": "Well"}]
 ROUTES: Mapping[str, Mapping[str, Any]] = {  # all that write answers
     "/v1/chat/completions": {"messages": USER, "max_tokens": 4},
+    "/v1/responses": {"input": "Well?", "max_output_tokens": 16},
+    "/v1/messages": {"messages": USER, "max_tokens": 4},
     "/v1/completions": {"prompt": ["Well?", "Well??"], "max_tokens": 4},
     "/generate": {"inputs": "Well?"},
     "/generate_stream": {"inputs": "Well?"},
@@ -111,5 +113,5 @@ async def test_all_routes_that_write_answers_are_among_these() -> None:
     async with api() as http:
         page = (await http.get("/openapi.json")).json()
     posts = {path for path, operations in page["paths"].items() if "post" in operations}
-    others = ("token", "internal", "show", "abort", "lora", "lookup")
+    others = ("token", "internal", "show", "abort", "lora", "lookup", "embed", "rerank", "load", "check")
     assert {path for path in posts if not any(word in path for word in others)} == {*ROUTES}

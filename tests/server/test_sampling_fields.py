@@ -101,7 +101,7 @@ def test_null_is_absent_and_unknown_names_are_left_alone() -> None:
 
 
 def test_every_number_of_the_sampler_has_names_under_which_clients_send_it() -> None:
-    of_tgi = {"relative_frequency_penalty"}
+    of_tgi = {"relative_frequency_penalty", "watermark_gamma", "watermark_delta"}
     assert {number.target for number in (*NUMBERS, *OTHER_NUMBERS)} >= INTERVALS.keys() - of_tgi
 
 

@@ -67,6 +67,12 @@ def stream(text: str, *, thought: str = "", usage: Mapping[str, Any] | None = No
     return "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks) + "data: [DONE]\n\n"
 
 
+def reload(page: Page) -> None:
+    """Load the page again, and wait until it listens."""
+    page.reload()
+    expect(page.locator("body[data-ready]")).to_be_attached()
+
+
 def say(page: Page, text: str) -> None:
     """Write and send, by keyboard."""
     page.get_by_label("Message", exact=True).fill(text)
