@@ -193,7 +193,7 @@ class Scheduler:
         is_crumb = not has_minimum and num_tokens < min(MIN_CHUNK, sequence.num_pending)
         if num_tokens <= 0 or is_crumb or not self._start(sequence, now_s):
             return
-        if sequence.is_greedy and self._is_alone and len(sequence.tracks) == 1:
+        if sequence.is_same_each_time and self._is_alone and len(sequence.tracks) == 1:
             num_tokens = _steady(num_tokens, sequence.num_pending, self._steady_tokens)
         work = self._replayed(sequence, budget, num_tokens)
         if work is None:
@@ -352,7 +352,8 @@ def _part(sequence: Sequence, num_tokens: int, num_own: int) -> Work:
 def _steady(num_tokens: int, num_pending: int, least: int) -> int:
     """About so many of the tokens that are left, or all, so that neither this step nor the rest has fewer than `least`.
 
-    A greedy answer then comes out the same whatever of its prompt was cached.
+    A greedy answer then comes out the same whatever of its prompt was cached, and a seeded one however fast the
+    machine was.
     """
     if num_tokens >= num_pending:
         return num_tokens

@@ -23,6 +23,7 @@ MODELS: dict[str, Callable[[], list[str]]] = {
 }
 PROMPT = "Once upon a time there was a ferry that went over a grey harbour. " * 12
 WRITTEN_S = 60
+FOUND = 120  # Of some 195; llama.cpp reads as many as fit in a step of 64 again for a greedy answer.
 
 
 def ask(server: RunningServer, prompt: str) -> tuple[str, int]:
@@ -62,7 +63,7 @@ def test_a_chat_goes_on_after_everything_was_killed(engine: str, tmp_path: Path)
     with run_server(*options(engine, tmp_path / "then")) as server:
         assert f"sessions: chats are kept in {tmp_path / 'then'}" in server.output
         came_back, cached = ask(server, PROMPT + first)
-        assert cached > 150
+        assert cached > FOUND
         assert came_back == stayed
 
 
@@ -72,7 +73,7 @@ def test_the_end_by_sigterm_writes_what_rests(engine: str, tmp_path: Path) -> No
     with run_server(*options(engine, folder)) as server:
         first, _ = ask(server, PROMPT)
     with run_server(*options(engine, folder)) as server:
-        assert ask(server, PROMPT + first)[1] > 150
+        assert ask(server, PROMPT + first)[1] > FOUND
 
 
 def test_a_disk_that_takes_nothing_costs_one_line(tmp_path: Path) -> None:
@@ -81,7 +82,7 @@ def test_a_disk_that_takes_nothing_costs_one_line(tmp_path: Path) -> None:
     program = [*limited, *MODULE]
     with run_server(*options("llama.cpp", folder), program=program) as server:
         first, _ = ask(server, PROMPT)
-        assert ask(server, PROMPT + first)[1] > 150
+        assert ask(server, PROMPT + first)[1] > FOUND
         assert ask(server, PROMPT)[0] == first
         lines = [line for line in server.errors().splitlines() if "chats are not kept on disk" in line]
     assert len(lines) == 1
