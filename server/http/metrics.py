@@ -1,4 +1,4 @@
-"""What /metrics tells: TGI's names, which dashboards chart, and tightrope's own.
+"""What /metrics tells: TGI's names, which dashboards chart, vLLM's, which routers read, and tightrope's own.
 
 Each app has its own registry, so that nothing is global. TGI's counters lack the `_total` that prometheus-client puts
 behind every counter; they are exposed as untyped, which `rate()` takes as well.
@@ -25,6 +25,7 @@ from tightrope.engine.errors import EngineError, InvalidRequest, Overloaded
 from tightrope.engine.protocol import Engine
 from tightrope.engine.types import Delta, Finish, GenerateRequest, Stats
 from tightrope.server.http.errors import TemplateFailed
+from tightrope.server.http.vllm_metrics import VllmHistograms, vllm_snapshot
 from tightrope.server.models.model import Model
 from tightrope.server.models.models import Models
 
@@ -47,6 +48,7 @@ class Metrics:
         self._counted: WeakSet[EngineError] = WeakSet()
         self.num_requests = 0
         self.num_succeeded = 0
+        self._models = models
         self._registry = CollectorRegistry()
         self._registry.register(_Snapshot(self, models))
         self._duration = self._histogram("tgi_request_duration", "Seconds from arrival to the last token", SECONDS)
@@ -59,6 +61,7 @@ class Metrics:
         self._generated = self._histogram("tgi_request_generated_tokens", "Tokens generated", TOKENS)
         self._input = self._histogram("tgi_request_input_length", "Tokens of the prompt", TOKENS)
         self._max_new = self._histogram("tgi_request_max_new_tokens", "Tokens asked for", TOKENS)
+        self._vllm = VllmHistograms(self._registry)
 
     def _histogram(self, name: str, text: str, bounds: tuple[float, ...]) -> Histogram:
         return Histogram(name, text, buckets=bounds, registry=self._registry)
@@ -66,6 +69,7 @@ class Metrics:
     async def generate(self, engine: Engine, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
         """An engine's `generate`, counted and timed. Raises what it raises."""
         began, num_open, has_failed = time.perf_counter(), request.n, False
+        name, prompt_tokens = self._name_of(engine), None
         self.num_requests += 1
         if request.stop.max_tokens is not None:
             self._max_new.observe(request.stop.max_tokens)
@@ -73,11 +77,13 @@ class Metrics:
             async with aclosing(engine.generate(request)) as deltas:
                 async for delta in deltas:
                     if delta.prompt is not None and delta.index == 0:
-                        self._input.observe(delta.prompt.num_tokens)
+                        prompt_tokens = delta.prompt.num_tokens
+                        self._input.observe(prompt_tokens)
                     if delta.finish is not None:
                         num_open -= 1
                         has_failed |= delta.finish.reason == "error"
                         self._observe(delta.finish)
+                        self._vllm.finished(name, delta.finish, prompt_tokens, time.perf_counter() - began)
                     yield delta
         except EngineError as error:
             self._count_failure(error)
@@ -87,9 +93,14 @@ class Metrics:
         finally:
             if num_open:  # It was closed before its end, since the client hung up.
                 self._fail("dropped")
+                self._vllm.aborted(name, num_open)
             elif not has_failed:
                 self.num_succeeded += 1
                 self._duration.observe(time.perf_counter() - began)
+
+    def _name_of(self, engine: Engine) -> str:
+        """What requests call the model of an engine; empty before it was loaded for the first time."""
+        return next((model.name for model in self._models.all if model.engine is engine), "")
 
     def _observe(self, finish: Finish) -> None:
         if finish.reason == "error":
@@ -140,6 +151,7 @@ class _Snapshot(Collector):
         yield from self._tgi_batches()
         yield from self._own()
         yield from self._of_models()
+        yield from vllm_snapshot(self._models)
 
     def _engines(self) -> list[Engine]:
         return [model.engine for model in self._models.loaded]
