@@ -66,7 +66,7 @@ class Tavern:
     def connect(self, kind: str, url: str) -> str:
         """Connect to a server as "tabby" or "custom"; what the page says of its model."""
         page = self.page
-        self._toggle("#sys-settings-button")
+        self._open("#sys-settings-button")
         if kind == "tabby":
             page.locator("#main_api").select_option("textgenerationwebui")
             page.locator("#textgen_type").select_option("tabby")
@@ -81,25 +81,26 @@ class Tavern:
             status = page.locator("#openai_api .online_status_text")
         expect(status).not_to_have_text(re.compile("No connection"))
         said = status.inner_text()
-        self._toggle("#sys-settings-button")
+        self._open("#sys-settings-button", is_open=False)
         return said
 
     def answer_with(self, num_tokens: int, *, kind: str) -> None:
         """Stream answers of so many tokens."""
         page = self.page
-        self._toggle("#ai-config-button")
+        self._open("#ai-config-button")
         is_text = kind == "tabby"
         page.locator("#streaming_textgenerationwebui" if is_text else "#stream_toggle").check()
         length = page.locator("#amount_gen_counter" if is_text else "#openai_max_tokens")
         length.fill(str(num_tokens))
         length.press("Tab")
-        self._toggle("#ai-config-button")
+        self._open("#ai-config-button", is_open=False)
 
     def open_chat(self) -> None:
         """With the first of the characters, who greets."""
-        self._toggle("#rightNavHolder")
+        self._open("#rightNavHolder")
         self.page.locator(".character_select").first.click()
         expect(self.messages).to_have_count(1)
+        self._open("#rightNavHolder", is_open=False)
 
     def say(self, text: str) -> list[str]:
         """Send a message; what the answer has been while it grew, to the whole."""
@@ -140,5 +141,10 @@ class Tavern:
             self.page.wait_for_timeout(LOOK_MS)
         return seen
 
-    def _toggle(self, drawer: str) -> None:
-        self.page.locator(f"{drawer} .drawer-toggle").click()
+    def _open(self, drawer: str, *, is_open: bool = True) -> None:
+        """Open or close one of the drawers at the top, whatever it is now."""
+        icon = self.page.locator(f"{drawer} .drawer-icon")
+        wanted = re.compile(r"\bopenIcon\b" if is_open else r"\bclosedIcon\b")
+        if not wanted.search(icon.get_attribute("class") or ""):
+            self.page.locator(f"{drawer} .drawer-toggle").click()
+        expect(icon).to_have_class(wanted)
