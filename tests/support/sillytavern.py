@@ -98,6 +98,7 @@ class Tavern:
     def open_chat(self) -> None:
         """With the first of the characters, who greets."""
         self._open("#rightNavHolder")
+        self.page.locator("#rm_button_characters").click()
         self.page.locator(".character_select").first.click()
         expect(self.messages).to_have_count(1)
         self._open("#rightNavHolder", is_open=False)

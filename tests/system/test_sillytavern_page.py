@@ -17,9 +17,9 @@ def test_sillytavern_connects_streams_and_swipes(
     url: str = request.getfixturevalue(engine)
     with sillytavern(tmp_path) as page_url, running_browser() as browser, visit(browser) as visitor:
         tavern = Tavern(visitor.page, page_url)
-        tavern.open_chat()
         assert status.lower() in tavern.connect(kind, url).lower()
         tavern.answer_with(40, kind=kind)
+        tavern.open_chat()
         answers = [tavern.say("Hello there. How are you?"), tavern.swipe()]
     for seen in answers:
         assert len(seen) > 1, "it grows while it is written"
