@@ -5,6 +5,10 @@ what a page asks it to, and names the page's site in the header Origin; a reques
 A page can get around that by pointing its own name at this machine (DNS rebinding): then it is of the same site as this
 server. What it can't change is the header Host, which still says that name. An address in it is safe, since a browser
 looks up names alone.
+
+Behind a proxy that ends TLS, or gives requests another Host, this server can't know its own address. The browser does, and
+says so: "Sec-Fetch-Site: same-origin" (https://www.w3.org/TR/fetch-metadata/), which no page can set. It sends that only to
+https and to localhost, so that a name which was pointed elsewhere would need a certificate, or is no longer localhost.
 """
 
 import logging
@@ -22,6 +26,7 @@ from tightrope.server.settings.site_names import ANY, NAME, parse_origin
 
 log = logging.getLogger("tightrope.server")
 
+SAME_ORIGIN = "same-origin"
 LONGEST_SHOWN = 200  # A message quotes so many characters of a header at most.
 _HOST_HEADER = re.compile(rf"(?:\[(?P<v6>[0-9a-f:.]+(?:%[\w.-]+)?)\]|(?P<name>{NAME})\.?)(?::\d{{1,5}})?", re.ASCII)
 
@@ -79,6 +84,8 @@ class OriginGuard:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         headers = Headers(scope=scope)
+        if headers.getlist("sec-fetch-site") == [SAME_ORIGIN]:
+            return await self._app(scope, receive, send)
         foreign = [origin for origin in headers.getlist("origin") if not self._is_known(origin, scope, headers)]
         if not foreign:
             return await self._app(scope, receive, send)

@@ -58,6 +58,22 @@ def test_a_file_that_is_called_as_a_folder_keeps_its_ending(tmp_path: Path) -> N
     assert list(catalog(tmp_path).settings) == ["a", "a.gguf", "b", "b.gguf"]
 
 
+def test_models_of_publishers_are_found_two_folders_deep(tmp_path: Path) -> None:
+    files(tmp_path, "bartowski/smol-GGUF/smol-Q4.gguf", "bartowski/smol-GGUF/mmproj-smol.gguf", "bartowski/loose.gguf")
+    files(tmp_path, "unsloth/large/large-00001-of-00002.gguf", "unsloth/large/large-00002-of-00002.gguf")
+    files(tmp_path, "unsloth/pair/Q4.gguf", "unsloth/pair/Q8.gguf", "unsloth/pair/deeper/Q2.gguf", "unsloth/notes.md")
+    files(tmp_path, "org/story/config.json", "org/story/model.safetensors", "org/story/1_Dense/model.safetensors")
+    (tmp_path / "unsloth" / "again").symlink_to("..")
+    assert paths(catalog(tmp_path)) == {
+        "bartowski": str(tmp_path / "bartowski"),
+        "bartowski/smol-GGUF": str(tmp_path / "bartowski/smol-GGUF"),
+        "org/story": str(tmp_path / "org/story"),
+        "unsloth/large": str(tmp_path / "unsloth/large"),
+        "unsloth/pair/Q4": str(tmp_path / "unsloth/pair/Q4.gguf"),
+        "unsloth/pair/Q8": str(tmp_path / "unsloth/pair/Q8.gguf"),
+    }
+
+
 def test_what_leads_out_of_the_folder_is_left_out_with_a_line(tmp_path: Path) -> None:
     outside, folder = tmp_path / "outside", tmp_path / "models"
     files(outside, "secret.gguf", "story/model.safetensors")
@@ -67,9 +83,11 @@ def test_what_leads_out_of_the_folder_is_left_out_with_a_line(tmp_path: Path) ->
     (folder / "up").symlink_to("..")
     (folder / "loop.gguf").symlink_to("loop.gguf")
     (folder / "inside.gguf").symlink_to("a.gguf")
+    (folder / "one").mkdir()
+    (folder / "one" / "link.gguf").symlink_to(outside / "secret.gguf")
     found = catalog(folder)
     assert list(found.settings) == ["a", "inside"]
-    assert [note.split("'")[1] for note in found.notes] == ["link.gguf", "story", "up"]
+    assert [note.split("'")[1] for note in found.notes] == ["link.gguf", "one/link.gguf", "story", "up"]
     assert all("out of the folder" in note for note in found.notes)
 
 

@@ -241,6 +241,25 @@ async def test_a_page_behind_a_proxy_that_ends_tls_is_this_servers_own() -> None
     assert "--cors-origins https://box.example" in silent.json()["error"]["message"]
 
 
+@pytest.mark.parametrize("host", ["box.example", "127.0.0.1:8080"])
+async def test_a_browser_may_say_that_a_page_behind_a_silent_proxy_is_this_servers_own(host: str) -> None:
+    """Such a proxy tells neither the scheme, nor always the name, that the browser has asked for."""
+    behind = {"host": host, "origin": "https://box.example"}
+    async with api(allowed_hosts="box.example") as http:
+        for told, status in (("same-origin", 200), ("same-site", 403), ("cross-site", 403), ("none", 403), ("", 403)):
+            reply = await http.post("/v1/completions", json=ASKED, headers={**behind, "sec-fetch-site": told})
+            assert reply.status_code == status, told
+        twice = [*behind.items(), ("sec-fetch-site", "same-origin"), ("sec-fetch-site", "cross-site")]
+        assert (await http.post("/v1/completions", json=ASKED, headers=twice)).status_code == 403
+
+
+async def test_a_page_whose_name_was_pointed_here_is_foreign_whatever_its_browser_says_of_it() -> None:
+    rebound = {"host": "evil.example", "origin": "http://evil.example", "sec-fetch-site": "same-origin"}
+    async with api() as http:
+        reply = await http.post("/v1/completions", json=ASKED, headers=rebound)
+    assert (reply.status_code, reply.json()["error"]["code"]) == (403, "foreign_host")
+
+
 @pytest.mark.parametrize("value", ["a.example", "https://a.example/page", "https://*.example", "https://", "//a"])
 def test_what_is_no_origin_stops_the_start(value: str) -> None:
     with pytest.raises(SettingsError, match="--cors-origins: expected an origin such as "):

@@ -75,6 +75,14 @@ def test_the_type_checkers_links_lead_to_the_floors():
         assert link.resolve() == ROOT / floor
 
 
+@pytest.mark.quick
+def test_every_folder_with_code_is_a_package_that_is_installed():
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    files = [path.relative_to(ROOT) for floor in FLOORS for path in (ROOT / floor).rglob("*.py")]
+
+    assert {".".join(("tightrope", *file.parent.parts)) for file in files} - set(listed) == set()
+
+
 @pytest.mark.plain
 def test_the_tests_run_on_the_releases_that_are_pinned():
     by_torch = [line for line in requires("torch") or () if line.startswith("triton==")]  # where it is built for CUDA
