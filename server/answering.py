@@ -22,7 +22,7 @@ from tightrope.server.http.body import Body, JsonRequest
 from tightrope.server.http.errors import ClientGone, Column, error_event, error_line
 from tightrope.server.http.hangup import or_gone
 from tightrope.server.http.resuming import asks_to_resume, conversation_of, last_event, stream_reply
-from tightrope.server.http.sse import event_stream, line_stream, with_errors
+from tightrope.server.http.sse import event_stream, kept_alive, line_stream, with_errors
 from tightrope.server.models.model import Model
 from tightrope.server.state import AppState
 
@@ -62,9 +62,13 @@ class Dialect(ABC, Generic[B]):
         """What the body asks for. Raises EngineError."""
 
     @classmethod
-    def asks_for_events(cls, body: B) -> bool:
-        """Whether a body asks for a stream that may have comments."""
-        return not cls.is_lines and (cls.is_stream or dict(body).get("stream") is True)
+    def asks_for_stream(cls, body: B) -> bool:
+        return cls.is_stream or dict(body).get("stream") is True
+
+    @classmethod
+    def silence(cls, body: B) -> bytes:
+        """A line that says nothing, where a stream is lines: it has no comments that could keep it alive."""
+        return b""
 
     @abstractmethod
     def event(self, number: int, delta: Delta, ending: Ending | None) -> bytes:
@@ -107,7 +111,7 @@ async def answer(front: AppState, dialect: type[Dialect[B]], body: B, request: R
     except ClientGone:
         raise
     except EngineError as error:
-        if not (dialect.refuses_by_events and dialect.asks_for_events(body)):
+        if not (dialect.refuses_by_events and dialect.asks_for_stream(body)):
             raise
         front.metrics.refused(error)
         return event_stream(_one(error_event(error, dialect.column)), dialect.column, {})
@@ -124,9 +128,9 @@ async def _answer(front: AppState, dialect: type[Dialect[B]], body: B, request: 
         return stream_reply(front.streams, kept, kept.behind(last[1]), {})
     conversation = conversation_of(request)
     is_kept = asks_to_resume(request, dict(body).get("resumable") is True) or conversation is not None
-    has_comments = dialect.asks_for_events(body) and not is_kept
-    if has_comments and (loading := await _still_loading(front, body.named_model, request)) is not None:
-        return event_stream(_behind(loading, front, dialect, body, request), dialect.column, {})
+    may_begin = dialect.asks_for_stream(body) and not is_kept
+    if may_begin and (loading := await _still_loading(front, body.named_model, request)) is not None:
+        return _stream(_behind(loading, front, dialect, body, request), dialect, body, {})
     front = await front.at(request, body.named_model)
     spoken, deltas, explanation = await _asked(front, dialect, body, request)
     asked = spoken.asked
@@ -145,9 +149,16 @@ async def _answer(front: AppState, dialect: type[Dialect[B]], body: B, request: 
     except InvalidRequest as error:
         spoken.reword(error)
         raise
-    stream = line_stream if spoken.is_lines else event_stream
     pieces = with_errors(_pieces(first, deltas, spoken, explanation), spoken.failed)
-    return stream(pieces, spoken.column, spoken.headers(()))
+    return _stream(pieces, dialect, body, spoken.headers(()))
+
+
+def _stream(
+    pieces: AsyncGenerator[bytes, None], dialect: type[Dialect[B]], body: B, headers: Mapping[str, str]
+) -> Response:
+    if dialect.is_lines:
+        return line_stream(kept_alive(pieces, partial(dialect.silence, body)), dialect.column, headers)
+    return event_stream(pieces, dialect.column, headers)
 
 
 Running = tuple[Dialect[B], Deltas, Explanation | None]
@@ -183,11 +194,12 @@ async def _still_loading(front: AppState, name: str | None, request: Request) ->
 async def _behind(
     loading: asyncio.Future[Model], front: AppState, dialect: type[Dialect[B]], body: B, request: Request
 ) -> AsyncGenerator[bytes, None]:
-    """A stream that begins while its model is loaded, of which comments tell how far it is. Raises EngineError."""
+    """A stream that begins while its model is loaded; comments, if it has any, tell how far. Raises EngineError."""
     model = front.models.find(body.named_model)
     try:
         while not loading.done():
-            yield b": loading %s, %d %%\n\n" % (model.name.encode(), 100 * model.engine.load_share)
+            if not dialect.is_lines:
+                yield b": loading %s, %d %%\n\n" % (model.name.encode(), 100 * model.engine.load_share)
             await asyncio.wait((loading,), timeout=COMMENT_S)
         model = loading.result()
     finally:

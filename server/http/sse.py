@@ -1,5 +1,6 @@
 """Streams over sse-starlette: events come in as finished bytes, comments keep silent connections alive."""
 
+import asyncio
 import logging
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
@@ -42,7 +43,7 @@ def event_stream(
 
 
 def line_stream(lines: AsyncGenerator[bytes, None], column: Column, headers: Mapping[str, str]) -> EventSourceResponse:
-    """The same for lines of JSON, which have no comments: a silent connection stays silent."""
+    """The same for lines of JSON, which have no comments; see `kept_alive`."""
     return EventSourceResponse(
         with_errors(lines, partial(error_line, column=column)),
         headers={"cache-control": "no-cache", **headers},
@@ -50,6 +51,25 @@ def line_stream(lines: AsyncGenerator[bytes, None], column: Column, headers: Map
         ping=NEVER_S,
         sep="\n",
     )
+
+
+async def kept_alive(
+    lines: AsyncGenerator[bytes, None], silence: Callable[[], bytes]
+) -> AsyncGenerator[bytes, None]:
+    """The lines, and one of `silence` after every PING_S without any: clients give up what says nothing for minutes."""
+    async with aclosing(lines):
+        while True:
+            coming = asyncio.ensure_future(anext(lines, None))
+            try:
+                while not (await asyncio.wait((coming,), timeout=PING_S))[0]:
+                    yield silence()
+            finally:
+                if not coming.done():
+                    coming.cancel()
+                    await asyncio.wait((coming,))
+            if (line := coming.result()) is None:
+                return
+            yield line
 
 
 async def with_errors(

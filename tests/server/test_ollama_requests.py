@@ -1,11 +1,20 @@
 """Ollama's contract: bodies of any type, errors as text, tools and their turns, what is loaded and what it can do."""
 
+import asyncio
 import json
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from typing import Any
 
 import httpx
 import pytest
+from engine_clients import until
 from fake_api import api
+from fake_models import Gate, several
+from vector_api import vector_api
+
+from tightrope.server import answering
+from tightrope.server.http import sse
 
 TEMPLATE = (
     "{% for t in tools or [] %}<{{ t.type }} {{ t.function.name }}>{% endfor %}"
@@ -121,3 +130,68 @@ async def test_what_is_loaded_and_what_it_can_do_is_told() -> None:
         assert (loaded["done_reason"], unloaded["done_reason"]) == ("load", "unload")
     async with api(chat_template="{{ messages[0].content }}") as http:
         assert (await http.post("/api/show", json={})).json()["capabilities"] == ["completion"]
+
+
+async def test_a_stream_that_waits_for_a_load_says_nothing_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clients give up what is silent for minutes; a line without words adds nothing to any answer."""
+    monkeypatch.setattr(answering, "FIRST_DELTA_S", 0.0)
+    monkeypatch.setattr(sse, "PING_S", 0.01)
+    body = {"messages": [{"role": "user", "content": "Well?"}], "options": {"num_predict": 8}}
+    async with several("a", "b", "bad") as running:
+        for name in ("b", "bad"):
+            gate = running.loads[name] = Gate()
+            running.broken.add("bad")
+            stream = asyncio.create_task(running.http.post("/api/chat", json={"model": name, **body}))
+            await until(gate.reached.is_set)
+            gate.opened.set()
+            reply = await stream
+            assert (reply.status_code, reply.headers["content-type"]) == (200, "application/x-ndjson")
+            first, *_, last = lines(reply)
+            assert (first["model"], first["message"]["content"], first["done"]) == (name, "", False)
+            if name == "b":
+                assert "".join(line["message"]["content"] for line in lines(reply)).endswith("b")
+                assert last["done"]
+            else:
+                assert last["error"] == "the model `bad` can't be loaded: /models/bad.gguf: not a GGUF file"
+
+
+async def test_a_silent_stream_is_kept_alive_until_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sse, "PING_S", 0.01)
+    going = asyncio.Event()
+
+    async def words() -> AsyncGenerator[bytes, None]:
+        yield b"1"
+        await going.wait()
+        yield b"2"
+
+    told = list[bytes]()
+    async for line in sse.kept_alive(words(), lambda: b"-"):
+        told.append(line)
+        if told.count(b"-") == 2:
+            going.set()
+    assert told[:3] == [b"1", b"-", b"-"]
+    assert [line for line in told if line != b"-"] == [b"1", b"2"]
+    assert told[-1] == b"2"
+
+
+async def test_a_stream_that_nobody_reads_any_more_is_closed_in_its_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sse, "PING_S", 0.01)
+    is_closed = asyncio.Event()
+
+    async def silent() -> AsyncGenerator[bytes, None]:
+        try:
+            await asyncio.Event().wait()
+            yield b""
+        finally:
+            is_closed.set()
+
+    async with aclosing(sse.kept_alive(silent(), lambda: b"-")) as stream:
+        assert await anext(stream) == b"-"
+    assert is_closed.is_set()
+
+
+async def test_models_that_embed_are_listed_as_loaded() -> None:
+    async with vector_api("file.gguf") as http:
+        chat, beside = (await http.get("/api/ps")).json()["models"]
+        assert (chat["name"], beside["name"], beside["context_length"]) == ("fake", "file", 64)
+        assert [model["name"] for model in (await http.get("/api/tags")).json()["models"]] == ["fake", "file"]

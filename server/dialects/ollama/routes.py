@@ -27,7 +27,7 @@ from tightrope.server.dialects.ollama.bodies import (
     ShowBody,
     Shown,
 )
-from tightrope.server.dialects.ollama.keep_alive import expiry, keep_alive_s
+from tightrope.server.dialects.ollama.keep_alive import FOR_EVER, expiry, keep_alive_s
 from tightrope.server.dialects.ollama.writing import Chat, Generate, keep, now
 from tightrope.server.http.body import AnyTypeRoute
 from tightrope.server.http.error_docs import ERRORS, Documented, written
@@ -82,6 +82,19 @@ def _digest(name: str) -> str:
     return sha256(name.encode()).hexdigest()
 
 
+def _running(name: str, details: ModelDetails, expires_at: str, num_tokens: int) -> RunningModel:
+    return RunningModel(
+        name=name,
+        model=name,
+        size=0,
+        digest=_digest(name),
+        details=details,
+        expires_at=expires_at,
+        size_vram=0,
+        context_length=num_tokens,
+    )
+
+
 async def _loaded(front: AppState, body: OllamaBody, request: Request, empty: dict[str, Any]) -> Response:
     """The answer to nothing: the model is loaded, or with a keep_alive of 0 unloaded where there are others."""
     reason = "load" if body.keep_alive is None or keep_alive_s(body.keep_alive) else "unload"
@@ -121,25 +134,20 @@ def ollama_router(front: AppState) -> APIRouter:
 
     @router.get("/ps", responses=_only(401, 503))
     async def running() -> RunningModels:
-        """The models that are loaded."""
+        """The models that are loaded, and those that embed or rank beside them."""
         front.models.check_known()
         now_s = time.monotonic()
-        return RunningModels(
-            models=[
-                RunningModel(
-                    name=model.name,
-                    model=model.name,
-                    size=0,
-                    digest=_digest(model.name),
-                    details=_details(info),
-                    expires_at=expiry(model, front.models.idle_s_of(model), now_s),
-                    size_vram=0,
-                    context_length=info.max_model_len,
-                )
-                for model in front.models.loaded
-                if (info := model.info) is not None
-            ]
-        )
+        found = [
+            _running(
+                model.name, _details(info), expiry(model, front.models.idle_s_of(model), now_s), info.max_model_len
+            )
+            for model in front.models.loaded
+            if (info := model.info) is not None
+        ]
+        found += [
+            _running(card.model_id, _details_beside(card), FOR_EVER, card.max_tokens) for card in front.embedder.cards
+        ]
+        return RunningModels(models=found)
 
     @router.post("/show", responses=_only(400, 401, 404, 413, 503, "default"))
     async def show(body: ShowBody) -> Shown:

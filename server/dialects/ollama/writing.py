@@ -92,6 +92,10 @@ class _Ollama(Dialect[T]):
         """A piece of text in the place that the route has for it, with what else the message has."""
 
     @classmethod
+    def silence(cls, body: T) -> bytes:
+        return encode({"model": body.model or "", "created_at": now(), **cls.wrap("", {}), "done": False}) + b"\n"
+
+    @classmethod
     def _read(cls, front: AppState, body: OllamaBody, chat: RenderedChat, bent: Sequence[Bent] = ()) -> Self:
         served = front.served()
         check_most("top_logprobs", body.top_logprobs, served.limits.max_logprobs)
