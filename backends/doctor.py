@@ -2,39 +2,47 @@
 
 import platform
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from tightrope.backends.devices import toolchain
 from tightrope.backends.devices.choice import describe_card, find_device
 from tightrope.backends.devices.host import Host, look
+from tightrope.backends.embedding.opening import footprints, open_embedders
+from tightrope.backends.embedding.protocol import Embedder
+from tightrope.backends.errors import BackendError
 from tightrope.backends.gguf import cards as gguf
 from tightrope.backends.memory import GIB, free_memory
-from tightrope.backends.threads import physical_cores, usable_cpus
+from tightrope.backends.settings import ModelSettings
+from tightrope.backends.threads import compute_threads, physical_cores, usable_cpus
 from tightrope.kernels import dispatch
 from tightrope.kernels.trial.run import run_all
 
 Line = tuple[str, str]  # What it is about, and what there is.
 
+MIB = 1 << 20
 COMPILERS = ("gcc", "g++", "clang", "nvcc", "cmake")
 
 
 class Examination:
     """One look at the machine for the device that is asked for. `faults` grows with the lines: each in one line."""
 
-    def __init__(self, asked: str, host: Host | None = None) -> None:
+    def __init__(self, settings: ModelSettings, host: Host | None = None) -> None:
         self.faults: list[str] = []
         self._host = look() if host is None else host
-        self._asked = asked
+        self._settings = settings
 
     def lines(self) -> Iterator[Line]:
         """All lines, each as soon as it is known: what there is first, then each kernel."""
         yield from self._machine()
         yield from self._libraries()
-        device, fault = find_device(self._asked, self._host)
-        if fault is not None and (self._asked != "auto" or self._host.has_card):
+        asked = self._settings.device
+        device, fault = find_device(asked, self._host)
+        if fault is not None and (asked != "auto" or self._host.has_card):
             self.faults.append(f"{device} can't be used: {fault}")
         if fault is not None:
             device = torch.device("cpu")
@@ -42,6 +50,7 @@ class Examination:
         yield "device", "; ".join([what, *self.faults])
         for one in dict.fromkeys((torch.device("cpu"), device)):
             yield from self._kernels(one)
+        yield from self._embedders()
 
     def _machine(self) -> Iterator[Line]:
         cores, cpus = physical_cores(), len(usable_cpus())
@@ -79,6 +88,33 @@ class Examination:
                 self.faults.append(f"{device}: {trial.describe()}")
             state = "works" if trial.holds else "FAILS"
             yield state, f"{trial.describe()}; {trial.seconds * 1e3:.0f} ms at first"
+
+
+    def _embedders(self) -> Iterator[Line]:
+        """The models that embed or rank, where the settings name any, each run once."""
+        threads, opened = compute_threads(self._settings.threads), list[Embedder]()
+        try:
+            taken = [one.weight_bytes + one.workspace_bytes for one in footprints(self._settings)]
+            opened += open_embedders(self._settings)
+            for embedder, num_bytes in zip(opened, taken, strict=True):
+                card, began_s = embedder.card, time.perf_counter()
+                is_ranking = card.kind == "reranking"
+                rows = embedder.run([embedder.encode("fish", "sea" if is_ranking else None, "end")], threads)
+                what = "ranks texts" if is_ranking else f"vectors of {card.dimensions} numbers"
+                seconds = time.perf_counter() - began_s
+                if not np.isfinite(rows).all():
+                    raise BackendError(f"{card.model_id}: its numbers are none; the file may be damaged")
+                yield (
+                    "works",
+                    f"{card.model_id}: {what}, texts of up to {card.max_tokens} tokens ({card.architecture}, "
+                    f"{card.format}), {num_bytes / MIB:.0f} MiB; {seconds * 1e3:.0f} ms at first",
+                )
+        except BackendError as error:
+            self.faults.append(str(error))
+            yield "FAILS", str(error)
+        finally:
+            for embedder in opened:
+                embedder.close()
 
 
 def _memory() -> str:

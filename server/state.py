@@ -178,7 +178,7 @@ def front_of(
 ) -> AppState:
     """That of a server before its start."""
     streams = KeptStreams(settings.kept_streams_mib << 20, settings.keep_streams_s)
-    return AppState(models, settings, Metrics(models), streams, embedder, renderer or TemplateRenderer())
+    return AppState(models, settings, Metrics(models, embedder), streams, embedder, renderer or TemplateRenderer())
 
 
 def _namespace(owner: bytes, salt: str) -> str:

@@ -51,7 +51,8 @@ class EmbeddingClient:
         self._is_busy = is_busy
         self._supervisor = Supervisor(settings.life, launch, self)
         self._calls: Calls[Embedded] = Calls(self._supervisor.send, self._supervisor.take_back)
-        self._num_open = 0  # So many requests have not been answered.
+        self.num_open = 0  # So many requests have not been answered.
+        self.num_requests = self.num_texts = self.num_tokens = 0  # So many were answered, of texts and tokens.
         self._is_given_up = False  # Nobody waits for another process any more.
         self.cards: tuple[EmbedderCard, ...] = ()
 
@@ -84,12 +85,20 @@ class EmbeddingClient:
     def restarts(self) -> int:
         return self._supervisor.restarts
 
+    @property
+    def is_ready(self) -> bool:
+        return self.state == "ready"
+
+    @property
+    def private_bytes(self) -> int:
+        return 0 if self.engine is None else self.engine.private_bytes()
+
     async def embed(self, texts: Sequence[Text], wanted: Wanted) -> Vectors:
         self.check_ready()
         most = self._settings.limits.max_waiting
-        if self._num_open > most:
-            raise Overloaded(f"{self._num_open} requests for vectors are waiting already; the limit is {most}")
-        self._num_open += 1
+        if self.num_open > most:
+            raise Overloaded(f"{self.num_open} requests for vectors are waiting already; the limit is {most}")
+        self.num_open += 1
         try:
             rows: list[bytes] = []
             num_tokens: list[int] = []
@@ -98,9 +107,12 @@ class EmbeddingClient:
                 width = len(found.values) // len(portion)
                 rows += (found.values[at : at + width] for at in range(0, len(found.values), width))
                 num_tokens += found.num_tokens
+            self.num_requests += 1
+            self.num_texts += len(texts)
+            self.num_tokens += sum(num_tokens)
             return Vectors(tuple(rows), tuple(num_tokens))
         finally:
-            self._num_open -= 1
+            self.num_open -= 1
 
     def _message(self, call_id: int, first: int, texts: tuple[Text, ...], wanted: Wanted) -> Embed:
         return Embed(

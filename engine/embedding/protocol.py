@@ -43,6 +43,31 @@ class EmbeddingEngine(Protocol):
     def cards(self) -> Sequence[EmbedderCard]:
         """The models, once they are loaded."""
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether texts are taken now."""
+
+    @property
+    def num_open(self) -> int:
+        """Requests that have not been answered."""
+
+    @property
+    def num_requests(self) -> int:
+        """Requests that were answered; `num_texts` and `num_tokens` are those of them."""
+
+    @property
+    def num_texts(self) -> int: ...
+
+    @property
+    def num_tokens(self) -> int: ...
+
+    @property
+    def restarts(self) -> int: ...
+
+    @property
+    def private_bytes(self) -> int:
+        """Memory that its process has to itself."""
+
     async def start(self) -> None:
         """Begin to load the models; returns at once."""
 

@@ -99,7 +99,7 @@ async def render_chat(
     plan = plan_reply(form, wishes, text, text_of(made[-1]) if continues else None)
     spelling = Spelling()
     if tools is not None:
-        plan = replace(plan, functions=tools.functions, one_call=tools.one_call)
+        plan = replace(plan, functions=tools.functions, one_call=tools.one_call, custom=tools.custom)
     if has_grammar or wishes.budget is not None or (tools is not None and tools.needs_grammar):
         spelling = await find_spelling(front.engine, form.marks(has_calls=tools is not None), adapter)
     ignored = [] if form.switches else [(name, "the chat template has no variable for it") for name in wishes.named]

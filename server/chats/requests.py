@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
+from tightrope.server.chats.custom_tools import call_in_chats
 from tightrope.server.http.body import EVERY_NAME, Body, ShownBody
 
 # An assistant's thoughts before its words come under these names.
@@ -41,7 +42,7 @@ class FunctionCall(Body):
 
 
 class ToolCall(ShownBody):
-    """A call in an assistant's earlier turn."""
+    """A call in an assistant's earlier turn; one of a custom tool is read as one of its function."""
 
     id: str | None = None
     type: Literal["function"] = "function"
@@ -56,7 +57,7 @@ class Message(ShownBody):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Content = None
     name: str | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: list[Annotated[ToolCall, BeforeValidator(call_in_chats)]] | None = None
     tool_call_id: str | None = None
 
 
@@ -71,9 +72,9 @@ class Function(Body):
 
 
 class Tool(ShownBody):
-    """A kind of tool; there are no others than functions."""
+    """A function, or a custom tool with the function that it is shown as."""
 
     read_elsewhere = EVERY_NAME
 
-    type: Literal["function"] = "function"
+    type: Literal["function", "custom"] = "function"
     function: Function

@@ -50,6 +50,7 @@ class ToolUse:
     forced: Functions  # One of these must be called; where there are none, the model is free.
     strict: frozenset[str]  # Calls of these that the model decides on are valid.
     one_call: bool  # An answer holds one call at most.
+    custom: frozenset[str] = frozenset()  # These are called with a text.
 
     @property
     def is_forced(self) -> bool:
@@ -119,9 +120,10 @@ def _chosen(body: OffersTools) -> str | None:
     """The name of the function that tool_choice asks for. Raises InvalidRequest for choices that there aren't."""
     choice = body.tool_choice
     if isinstance(choice, dict):
-        function = choice.get("function")
+        kind = choice.get("type")
+        function = choice.get("custom" if kind == "custom" else "function")
         name = function.get("name") if isinstance(function, dict) else None
-        if choice.get("type") != "function" or not isinstance(name, str):
+        if kind not in ("function", "custom") or not isinstance(name, str):
             raise InvalidRequest('tool_choice should be {"type": "function", "function": {"name": ...}}', "tool_choice")
         return name
     if choice not in (None, "none", "auto", "required"):
@@ -149,9 +151,15 @@ def tool_use(body: OffersTools) -> ToolUse | None:
     functions = [tool.function for tool in body.tools]
     forced = {function.name: enforced_schema(function) for function in _forced(body)}
     return ToolUse(
-        shown=[{"type": tool.type, **tool.given} if "type" not in tool.given else tool.given for tool in body.tools],
+        shown=[_shown(tool) for tool in body.tools],
         functions={function.name: function.parameters or {} for function in functions},
         forced=forced,
         strict=frozenset(function.name for function in functions if function.strict and not forced),
         one_call=_chosen(body) is not None or not body.parallel_tool_calls,
+        custom=frozenset(tool.function.name for tool in body.tools if tool.type == "custom"),
     )
+
+
+def _shown(tool: Tool) -> dict[str, Any]:
+    """As it came, with the type that templates know."""
+    return {"type": "function", **tool.given, **({"type": "function"} if tool.type == "custom" else {})}

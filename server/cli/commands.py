@@ -236,7 +236,7 @@ def _add_perplexity(commands: "argparse._SubParsersAction[_Parser]") -> None:
 
 def _add_doctor(commands: "argparse._SubParsersAction[_Parser]") -> None:
     parser = _add_command(commands, "doctor", "say what this machine is, and try all kernels on it", "")
-    _add_options(parser, ["device"], takes_model=False)
+    _add_options(parser, ["device", "embedding-model", "embedding-max-tokens"], takes_model=False)
 
 
 def _count(text: str) -> int:

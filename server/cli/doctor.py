@@ -9,7 +9,7 @@ def doctor(settings: ModelSettings) -> int:
     """Print a line for each thing looked at; return the exit status. Raises CommandFailed if something is wrong."""
     from tightrope.backends.doctor import Examination  # Its libraries take seconds to import.
 
-    examination = Examination(settings.device)
+    examination = Examination(settings)
     for about, what in examination.lines():
         print(printable(f"{about:10} {what}"), flush=True)
     if examination.faults:

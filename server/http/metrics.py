@@ -21,9 +21,11 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
+from tightrope.engine.embedding.protocol import EmbeddingEngine
 from tightrope.engine.errors import EngineError, InvalidRequest, Overloaded
 from tightrope.engine.protocol import Engine
 from tightrope.engine.types import Delta, Finish, GenerateRequest, Stats
+from tightrope.server.http.embedding_metrics import EmbeddingMetrics
 from tightrope.server.http.errors import TemplateFailed
 from tightrope.server.http.vllm_metrics import VllmHistograms, vllm_snapshot
 from tightrope.server.models.model import Model
@@ -43,7 +45,7 @@ TOKENS = (1, 4, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 655
 class Metrics:
     """Counts one app's requests; everything else is read from the engines' latest Stats when somebody asks."""
 
-    def __init__(self, models: Models) -> None:
+    def __init__(self, models: Models, embedder: EmbeddingEngine | None = None) -> None:
         self._failures: dict[Failure, int] = {}
         self._counted: WeakSet[EngineError] = WeakSet()
         self.num_requests = 0
@@ -51,6 +53,8 @@ class Metrics:
         self._models = models
         self._registry = CollectorRegistry()
         self._registry.register(_Snapshot(self, models))
+        if embedder is not None:
+            self._registry.register(EmbeddingMetrics(embedder))
         self._duration = self._histogram("tgi_request_duration", "Seconds from arrival to the last token", SECONDS)
         self._queue = self._histogram("tgi_request_queue_duration", "Seconds waiting for a turn", SECONDS)
         self._inference = self._histogram("tgi_request_inference_duration", "Seconds in prefill and decode", SECONDS)

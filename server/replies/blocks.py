@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from tightrope.engine.types import Token
-from tightrope.server.replies.events import CallArguments, CallBegin, CallEnd, Content, Event, Thought
+from tightrope.server.replies.events import CallArguments, CallBegin, CallEnd, CallInput, Content, Event, Thought
 from tightrope.server.replies.form import ReplyPlan
 
 Kind = Literal["thought", "text", "call"]
@@ -17,13 +17,14 @@ Kind = Literal["thought", "text", "call"]
 
 @dataclass(slots=True)
 class Block:
-    """One part of an answer, as far as it has come: `text` is that of a call's arguments, too."""
+    """One part of an answer, as far as it has come: `text` is that of a call's arguments or input, too."""
 
     index: int
     kind: Kind
     text: str = ""
     call_id: str = ""
     name: str = ""
+    is_custom: bool = False  # The call has an input.
     tokens: list[Token] = field(default_factory=list)  # Those of a text.
 
 
@@ -93,10 +94,10 @@ class BlockReader:
                     yield from self._grow("thought", text)
                 case Content(text):
                     yield from self._add_content(text)
-                case CallBegin(_, call_id, name):
+                case CallBegin(_, call_id, name, is_custom):
                     self._blanks = ""
-                    yield from self._begin(Block(len(self.blocks), "call", "", call_id, name))
-                case CallArguments(_, text):
+                    yield from self._begin(Block(len(self.blocks), "call", "", call_id, name, is_custom))
+                case CallArguments(_, text) | CallInput(_, text):
                     yield from self._grow("call", text)
                 case CallEnd():
                     pass

@@ -29,6 +29,15 @@ class CallBegin:
     index: int
     call_id: str
     name: str
+    is_custom: bool = False  # It is called with a text, which comes as CallInput.
+
+
+@dataclass(frozen=True, slots=True)
+class CallInput:
+    """A piece of the text that a custom tool is called with."""
+
+    index: int
+    text: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,16 +55,17 @@ class CallEnd:
     index: int
 
 
-Event = Content | Thought | CallBegin | CallArguments | CallEnd
+Event = Content | Thought | CallBegin | CallArguments | CallInput | CallEnd
 
 
 @dataclass(slots=True)
 class Call:
-    """One call, as far as it came."""
+    """One call, as far as it came. arguments: JSON text, or the input of a custom tool."""
 
     call_id: str
     name: str
     arguments: str = ""
+    is_custom: bool = False
 
 
 @dataclass(slots=True)
@@ -76,9 +86,9 @@ class Reply:
                     made.content += text
                 case Thought(text):
                     made.thought += text
-                case CallBegin(_, call_id, name):
-                    made.calls.append(Call(call_id, name))
-                case CallArguments(index, text):
+                case CallBegin(_, call_id, name, is_custom):
+                    made.calls.append(Call(call_id, name, is_custom=is_custom))
+                case CallArguments(index, text) | CallInput(index, text):
                     made.calls[index].arguments += text
                 case CallEnd():
                     pass

@@ -8,8 +8,9 @@ from tightrope.server.replies import harmony
 from tightrope.server.replies.call_ids import CallId, short_id, wants_short_ids
 from tightrope.server.replies.calls.find import call_form
 from tightrope.server.replies.calls.form import CallForm, Functions
-from tightrope.server.replies.events import CallArguments, CallBegin, CallEnd, Content, Event, Reply, Thought
+from tightrope.server.replies.events import CallArguments, CallBegin, CallEnd, CallInput, Content, Event, Reply, Thought
 from tightrope.server.replies.harmony import HarmonyReader, speaks_harmony
+from tightrope.server.replies.input_text import InputText
 from tightrope.server.replies.reader import Reader
 from tightrope.server.replies.thoughts import Place, ThoughtMarks, ThoughtReader, switches, thought_marks
 
@@ -62,6 +63,7 @@ class ReplyPlan:
     goes_on: bool = False  # The prompt ends inside a message.
     functions: Functions | None = None  # These may be called; None where none are looked for.
     one_call: bool = False
+    custom: frozenset[str] = frozenset()  # These of the functions are called with a text.
 
     @property
     def marks(self) -> tuple[str, ...]:
@@ -100,6 +102,7 @@ class ReplyReader:
                 self._thoughts = ThoughtReader(form.thoughts, plan.place, goes_on=plan.goes_on)
             if functions is not None:
                 self._calls = form.calls.reader(functions, form.made_id)
+        self._input: InputText | None = None  # Of a custom tool's call that has begun.
         self.num_calls = 0
 
     def feed(self, text: str) -> list[Event]:
@@ -131,7 +134,20 @@ class ReplyReader:
                 case CallBegin(index=index) | CallArguments(index=index) | CallEnd(index=index):
                     if index == 0 or not plan.one_call:
                         self.num_calls = index + 1
-                        told.append(event)
+                        told += self._with_input(event)
                 case _:
                     told.append(event)
         return told
+
+    def _with_input(self, event: CallBegin | CallArguments | CallEnd) -> list[Event]:
+        """The same event, or of a custom tool's call what it is instead."""
+        match event:
+            case CallBegin(index, call_id, name) if name in self._plan.custom:
+                self._input = InputText()
+                return [CallBegin(index, call_id, name, is_custom=True)]
+            case CallArguments(index, text) if self._input is not None:
+                return [CallInput(index, piece)] if (piece := self._input.feed(text)) else []
+            case CallEnd(index) if self._input is not None:
+                rest, self._input = self._input.finish(), None
+                return [*([CallInput(index, rest)] if rest else []), event]
+        return [event]

@@ -13,7 +13,7 @@ from real_server import clean_environment
 from tightrope.backends import doctor
 from tightrope.backends.devices.host import Host
 from tightrope.backends.doctor import Examination
-from tightrope.backends.settings import ModelSettings
+from tightrope.backends.settings import EmbeddingSettings, ModelSettings
 from tightrope.kernels import dispatch
 from tightrope.server.cli import doctor as command
 from tightrope.server.cli.failures import CommandFailed
@@ -64,7 +64,7 @@ def test_a_card_that_cannot_be_used_is_told_and_the_cpus_kernels_are_tried(monke
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
 
-    examination = Examination("auto", BROKEN)
+    examination = Examination(ModelSettings(), BROKEN)
     lines = list(examination.lines())
 
     assert ("card", "NVIDIA GeForce RTX 4090; 1 device files") in lines
@@ -82,7 +82,7 @@ def test_a_missing_card_is_a_fault_where_it_is_asked_for(asked: str, num_faults:
     monkeypatch.setattr(doctor, "run_all", lambda device: [])
     nothing = replace(BROKEN, has_card=False, driver=None, names=(), nodes=())
 
-    examination = Examination(asked, nothing)
+    examination = Examination(ModelSettings(device=asked), nothing)
 
     lines = list(examination.lines())
 
@@ -106,3 +106,23 @@ def test_a_kernel_that_fails_ends_the_command_with_one_line(
 
     assert str(caught.value) == ("cpu: gated activation: RuntimeError: illegal instruction; and 1 more, see above")
     assert capsys.readouterr().out.count("FAILS") == 2
+
+
+def test_models_that_embed_are_run_once_where_they_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    from vector_api import embedding  # here, since the models' libraries take seconds to import
+
+    monkeypatch.setattr(doctor, "run_all", lambda device: [])
+    settings = ModelSettings(device="cpu", embedding=embedding("file.gguf", "ranker"))
+
+    examination = Examination(settings)
+    works = [what for about, what in examination.lines() if about == "works"]
+
+    assert [line.split(",")[0] for line in works] == ["file: vectors of 32 numbers", "ranker: ranks texts"]
+    assert examination.faults == []
+    (tmp_path / "broken.gguf").write_text("no model")
+    models = EmbeddingSettings(models=(str(tmp_path / "broken.gguf"),))
+    examination = Examination(ModelSettings(device="cpu", embedding=models))
+    assert "FAILS" in dict(examination.lines())
+    (fault,) = examination.faults
+    assert fault.startswith("--embedding-model: ")
+    assert "broken.gguf: not a GGUF file" in fault

@@ -307,3 +307,16 @@ async def test_the_server_is_not_ready_before_its_embedding_models_are():
             while (await http.get("/health")).status_code != 200:
                 await asyncio.sleep(0)  # Without a socket nothing here waits.
         await post(http, "/v1/embeddings", input="a")
+
+
+async def test_metrics_tell_of_the_texts_where_there_is_such_a_model():
+    async with vector_api("file.gguf") as http:
+        await post(http, "/v1/embeddings", input=TEXTS)
+        await post(http, "/v1/embeddings", input=TEXTS[0])
+        told = dict(line.rsplit(" ", 1) for line in (await http.get("/metrics")).text.splitlines() if line[0] != "#")
+    names = ("ready", "waiting", "requests_total", "texts_total", "restarts_total")
+    assert [float(told[f"tightrope_embedding_{name}"]) for name in names] == [1, 0, 2, len(TEXTS) + 1, 0]
+    count = sum(len(tokenizer()(text)["input_ids"]) for text in (*TEXTS, TEXTS[0]))
+    assert float(told["tightrope_embedding_tokens_total"]) == count
+    async with api() as http:
+        assert "tightrope_embedding" not in (await http.get("/metrics")).text

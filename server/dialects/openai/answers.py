@@ -8,6 +8,7 @@ from pydantic import BaseModel, Field
 from tightrope.engine.types import Finish, PromptInfo, Token
 from tightrope.server.fields.explain import Explained
 from tightrope.server.fields.logprobs import finite, listed, token_name
+from tightrope.server.replies.events import Call
 from tightrope.server.replies.form import ReplyPlan
 
 FinishReason = Literal["stop", "length", "tool_calls", "error"]
@@ -81,13 +82,28 @@ class MadeCall(BaseModel):
     function: CalledFunction
 
 
+class CalledTool(BaseModel):
+    """input: a text, cut short where the answer is."""
+
+    name: str
+    input: str
+
+
+class MadeCustomCall(BaseModel):
+    """A custom tool is called."""
+
+    id: str
+    type: Literal["custom"]
+    custom: CalledTool
+
+
 class ChatMessage(BaseModel):
     """content: null beside calls without text. The others are absent where there are none."""
 
     role: Literal["assistant"]
     reasoning_content: str = Field("", description="What the model has thought before.")
     content: str | None
-    tool_calls: list[MadeCall] = []
+    tool_calls: list[MadeCall | MadeCustomCall] = []
 
 
 TokenIds = Annotated[list[int], Field(description="Absent unless return_token_ids asks for it.")]
@@ -262,11 +278,13 @@ def chat_message(text: str, plan: ReplyPlan, *, is_cut: bool) -> dict[str, Any]:
         message["reasoning_content"] = reply.thought
     if not reply.calls:
         return {**message, "content": reply.content}
-    calls = [
-        {"id": call.call_id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
-        for call in reply.calls
-    ]
-    return {**message, "content": reply.content or None, "tool_calls": calls}
+    return {**message, "content": reply.content or None, "tool_calls": [_made(call) for call in reply.calls]}
+
+
+def _made(call: Call) -> dict[str, Any]:
+    if call.is_custom:
+        return {"id": call.call_id, "type": "custom", "custom": {"name": call.name, "input": call.arguments}}
+    return {"id": call.call_id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
 
 
 def is_cut(finish: Finish) -> bool:

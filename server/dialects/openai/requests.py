@@ -6,9 +6,10 @@ siblings. Other fields are refused, or ignored and listed.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from tightrope.server.asking import AnswerBody
+from tightrope.server.chats.custom_tools import tool_in_chats
 from tightrope.server.chats.requests import Message, Tool
 from tightrope.server.fields.names import api_field
 from tightrope.server.fields.numbers import MAX_INT
@@ -98,7 +99,7 @@ class ChatRequest(SamplingBody):
         "auto", description='"none" leaves thoughts in the content, as the model writes them.'
     )
     documents: list[dict[str, Any]] | None = Field(None, description="For templates that write them into the prompt.")
-    tools: list[Tool] | None = None
+    tools: list[Annotated[Tool, BeforeValidator(tool_in_chats)]] | None = None
     tool_choice: str | dict[str, Any] | None = Field(
         None, description='"none", "auto", "required" or {"type": "function", "function": {"name": ...}}.'
     )

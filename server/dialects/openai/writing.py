@@ -33,7 +33,7 @@ from tightrope.server.dialects.openai.requests import ChatRequest, CompletionReq
 from tightrope.server.fields.progress import prompt_progress
 from tightrope.server.http.hangup import or_gone
 from tightrope.server.http.sse import DONE
-from tightrope.server.replies.events import CallArguments, CallBegin, Content, Event, Thought
+from tightrope.server.replies.events import CallArguments, CallBegin, CallInput, Content, Event, Thought
 from tightrope.server.replies.form import ReplyPlan, ReplyReader
 from tightrope.server.state import AppState
 
@@ -112,6 +112,11 @@ def _message_delta(event: Event) -> bytes | None:
             return b'{"content":%b}' % encode(text)
         case Thought(text):
             return b'{"reasoning_content":%b}' % encode(text)
+        case CallBegin(index=index, call_id=call_id, name=name, is_custom=True):
+            custom = {"name": name, "input": ""}
+            return encode({"tool_calls": [{"index": index, "id": call_id, "type": "custom", "custom": custom}]})
+        case CallInput(index=index, text=text):
+            return encode({"tool_calls": [{"index": index, "custom": {"input": text}}]})
         case CallBegin(index=index, call_id=call_id, name=name):
             function = {"name": name, "arguments": ""}
             return encode({"tool_calls": [{"index": index, "id": call_id, "type": "function", "function": function}]})

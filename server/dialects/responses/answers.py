@@ -37,6 +37,17 @@ class OutputCall(BaseModel):
     arguments: str
 
 
+class OutputCustomCall(BaseModel):
+    """A custom tool is called. input: a text, cut short where the answer is."""
+
+    id: str
+    type: Literal["custom_tool_call"]
+    status: Status
+    call_id: str
+    name: str
+    input: str
+
+
 class SummaryText(BaseModel):
     type: Literal["summary_text"]
     text: str
@@ -98,7 +109,7 @@ class ResponsesAnswer(BaseModel):
     error: ResponseFault | None
     incomplete_details: IncompleteDetails | None
     model: str
-    output: list[OutputReasoning | OutputMessage | OutputCall]
+    output: list[OutputReasoning | OutputMessage | OutputCall | OutputCustomCall]
     usage: ResponseUsage | None
     instructions: str | None
     max_output_tokens: int | None

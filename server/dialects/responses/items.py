@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tightrope.engine.errors import InvalidRequest
+from tightrope.server.chats.custom_tools import arguments_of
 from tightrope.server.chats.messages import TEXT_TYPES
 from tightrope.server.chats.requests import ContentPart, Message
 from tightrope.server.chats.sealed_thoughts import unsealed
@@ -34,15 +35,17 @@ class _Chat:
             case "message":
                 self._message(item, place)
             case "function_call":
-                self._call(item, place)
-            case "function_call_output":
+                self._call(item, place, item.arguments or "{}")
+            case "custom_tool_call":
+                self._call(item, place, arguments_of(_required(item.input, f"{place}.input")))
+            case "function_call_output" | "custom_tool_call_output":
                 self._output(item, place)
             case "reasoning":
                 self._reasoning(item, place)
             case "item_reference":
                 raise InvalidRequest(f"{place}: {NOT_STORED}", place)
             case other:
-                known = "message, function_call, function_call_output and reasoning"
+                known = "message, reasoning, function_call and custom_tool_call, their _output"
                 raise InvalidRequest(f"{place}: there are items of type {known}, not {other!r:.40}", place)
 
     def end(self) -> list[dict[str, Any]]:
@@ -75,10 +78,10 @@ class _Chat:
             self._close()
             self.made.append({"role": item.role, "content": content})
 
-    def _call(self, item: InputItem, place: str) -> None:
+    def _call(self, item: InputItem, place: str, arguments: str | dict[str, Any]) -> None:
         name, call_id = _required(item.name, f"{place}.name"), _required(item.call_id, f"{place}.call_id")
         self._names[call_id] = name
-        function = {"name": name, "arguments": item.arguments or "{}"}
+        function = {"name": name, "arguments": arguments}
         calls = self._said.setdefault("tool_calls", [])
         calls.append({"id": call_id, "type": "function", "function": function})
 

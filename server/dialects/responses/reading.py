@@ -9,6 +9,7 @@ from fastapi import Request
 from tightrope.engine.errors import InvalidRequest
 from tightrope.engine.types import LogprobRequest, TextPrompt
 from tightrope.server.asking import Asked, ask, common
+from tightrope.server.chats.custom_tools import function_of
 from tightrope.server.chats.fitting import render_fitting, room_for_prompt
 from tightrope.server.chats.rendering import RenderedChat, render_chat
 from tightrope.server.chats.requests import Message, Tool
@@ -60,8 +61,13 @@ def offer(body: ResponsesRequest) -> Offer:
 
 
 def _tool(tool: ResponsesTool, place: str) -> Tool:
+    if tool.type == "custom":
+        try:
+            return Tool.model_validate({"type": "custom", "function": function_of(tool.given)})
+        except ValueError as error:
+            raise InvalidRequest(f"{place}: {error}", place) from None
     if tool.type != "function":
-        what = f"{tool.type[:40]} is no tool of this server: it runs none of its own, and offers functions alone"
+        what = f"{tool.type[:40]} is no tool of this server: it runs none of its own, and offers functions and custom tools"
         raise InvalidRequest(f"{place}.type: {what}", f"{place}.type")
     if tool.name is None:
         raise InvalidRequest(f"{place}.name: field required", f"{place}.name")
@@ -72,7 +78,7 @@ def _tool(tool: ResponsesTool, place: str) -> Tool:
 def _named(choice: dict[str, Any]) -> str:
     """The function that a choice names."""
     name = choice.get("name")
-    if choice.get("type") != "function" or not isinstance(name, str):
+    if choice.get("type") not in ("function", "custom") or not isinstance(name, str):
         forms = '"none", "auto", "required", {"type": "function", "name": ...} or {"type": "allowed_tools", ...}'
         raise InvalidRequest(f"tool_choice should be {forms}", "tool_choice")
     return name

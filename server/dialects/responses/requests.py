@@ -26,26 +26,30 @@ class InputItem(Body):
     read_elsewhere = frozenset({"id", "status"})
 
     type: str = Field(
-        "message", description="message, function_call, function_call_output or reasoning; others are refused."
+        "message",
+        description="message, function_call, function_call_output, custom_tool_call, custom_tool_call_output or "
+        "reasoning; others are refused.",
     )
     role: Literal["system", "developer", "user", "assistant"] | None = Field(None, description="Of a message.")
     content: Content = Field(None, description="Of a message: text or parts of text; of reasoning: its text.")
     call_id: str | None = Field(None, description="Of a call, and of its output.")
     name: str | None = Field(None, description="Of the function that is called.")
     arguments: str | dict[str, Any] | None = Field(None, description="A JSON object, or its text.")
+    input: str | None = Field(None, description="Of a custom tool's call: a text.")
     output: Content = Field(None, description="Text or parts of text.")
     summary: list[ReasoningText] | None = Field(None, description="Of reasoning, where its text is not there.")
     encrypted_content: str | None = Field(None, description="Of reasoning, as this server has given it.")
 
 
 class ResponsesTool(ShownBody):
-    """A function that the model may call; it is shown to the model as it came. There are no other tools."""
+    """A function that the model may call, shown to it as it came, or a custom tool. There are no others."""
 
     read_elsewhere = EVERY_NAME
 
     type: str = "function"
     name: str | None = Field(None, description="1 to 128 letters, digits and characters of _-./:")
     parameters: dict[str, Any] | None = Field(None, description="A JSON schema; default: no parameters.")
+    format: dict[str, Any] | None = Field(None, description='Of a custom tool: {"type": "text"}, or a regex grammar.')
     strict: bool | None = Field(None, description="Calls that the model decides on are valid under the schema too.")
 
 

@@ -100,11 +100,12 @@ class Responses(Dialect[ResponsesRequest]):
         """A block as an item; one in progress is empty yet."""
         is_empty = status == "in_progress"
         if block.index not in self._ids:
-            self._ids[block.index] = f"{_PREFIXES[block.kind]}_{uuid4().hex}"
+            self._ids[block.index] = f"{'ctc' if block.is_custom else _PREFIXES[block.kind]}_{uuid4().hex}"
         item: Json = {"id": self._ids[block.index], "status": status}
         text = "" if is_empty else block.text
         if block.kind == "call":
-            return item | {"type": "function_call", "call_id": block.call_id, "name": block.name, "arguments": text}
+            kind = {"type": "custom_tool_call" if block.is_custom else "function_call"}
+            return item | kind | {"call_id": block.call_id, "name": block.name, _text_key(block): text}
         parts = [] if is_empty else [self._part(block)]
         if block.kind == "text":
             return item | {"type": "message", "role": "assistant", "content": parts}
@@ -190,7 +191,9 @@ class Responses(Dialect[ResponsesRequest]):
         """What the events are called that tell how a block grows."""
         if block.kind == "thought":
             return SUMMARY if self._body.reasoning.wants_summary else THOUGHT
-        return "response.output_text" if block.kind == "text" else "response.function_call_arguments"
+        if block.kind == "text":
+            return "response.output_text"
+        return f"response.{'custom_tool_call_input' if block.is_custom else 'function_call_arguments'}"
 
     def _delta(self, block: Block, step: Grown) -> bytes:
         more = {"logprobs": self._listed(step.tokens)} if block.kind == "text" else {}
@@ -198,10 +201,16 @@ class Responses(Dialect[ResponsesRequest]):
 
     def _done(self, block: Block) -> bytes:
         if block.kind == "call":
-            more: Json = {"name": block.name, "arguments": block.text}
+            more: Json = {} if block.is_custom else {"name": block.name}
+            more[_text_key(block)] = block.text
         else:
             more = {"text": block.text} | ({"logprobs": self._listed(block.tokens)} if block.kind == "text" else {})
         return self._event(f"{self._kind(block)}.done", **self._place(block), **more)
+
+
+def _text_key(call: Block) -> str:
+    """What the text of a call is called."""
+    return "input" if call.is_custom else "arguments"
 
 
 def _is_cut(finish: Finish) -> bool:
