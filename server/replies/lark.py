@@ -30,6 +30,11 @@ class Spelling:
         """Whether the text is one special token, which no plain text holds."""
         return text in self.ids
 
+    def parted(self, text: str) -> tuple[str, str]:
+        """The text before the first special token in it, and the text from there on; without one that is empty."""
+        place = min((place for mark in self.ids if (place := text.find(mark)) >= 0), default=len(text))
+        return text[:place], text[place:]
+
     def free(self, *, besides: str = "") -> str:
         """Lark for any text with any of the marks in it; `besides` isn't in its beginning."""
         text = REST

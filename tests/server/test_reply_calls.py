@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from replies import Calls, events_of, read
 from test_grammar import allowed, may_end
 
+from tightrope.engine.errors import InvalidRequest
 from tightrope.engine.guided.grammar import Grammars
 from tightrope.engine.types import Grammar
 from tightrope.server.replies.call_ids import with_short_ids
@@ -36,6 +37,9 @@ TEMPLATES = {
     "mistral names": "{{ tools }}[TOOL_CALLS]NAME[ARGS]",
     "deepseek v3": "{{ tools }}<｜tool▁calls▁begin｜>function<｜tool▁sep｜>NAME\n```json",
     "deepseek": "{{ tools }}<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>NAME<｜tool▁sep｜>",
+    "deepseek v3.2": "{{ tools }}<｜DSML｜function_calls>",
+    "deepseek v4": "{{ tools }}<｜DSML｜tool_calls>",
+    "minimax": '{{ tools }}<minimax:tool_call><invoke name="',
     "kimi": "{{ tools }}<|tool_calls_section_begin|><|tool_call_begin|>",
     "functools": "{{ tools }}functools[",
     "phi": "{{ tools }}<|tool_call|><|/tool_call|>",
@@ -116,6 +120,20 @@ CASES: list[tuple[str, str, str, Calls]] = [
     ("granite", '<|tool_call|>[{"name": "add", "arguments": {"a": 1}}]', "", [("add", '{"a": 1}')]),
     ("command", '<|START_ACTION|>[{"tool_call_id": "0", "tool_name": "add", "parameters": {"a": 1}}]<|END_ACTION|>', "",
      [("add", '{"a": 1}')]),
+    ("minimax", 'So.<minimax:tool_call>\n<invoke name="add">\n<parameter name="a">1</parameter>\n'
+     '<parameter name="b">x)\'</parameter>\n<parameter name="c">true</parameter>\n</invoke>\n'
+     '<invoke name="get_weather">\n</invoke>\n</minimax:tool_call>', "So.", [TYPED, ("get_weather", "{}")]),
+    ("minimax", '<minimax:tool_call>\n<invoke name="rm">\n</invoke>\n</minimax:tool_call>',
+     '<minimax:tool_call>\n<invoke name="rm">\n</invoke>\n</minimax:tool_call>', []),
+    ("deepseek v3.2", 'So.<｜DSML｜function_calls>\n<｜DSML｜invoke name="add">\n'
+     '<｜DSML｜parameter name="a" string="false">1</｜DSML｜parameter>\n'
+     '<｜DSML｜parameter name="b" string="true">x)\'</｜DSML｜parameter>\n'
+     '<｜DSML｜parameter name="c" string="false">true</｜DSML｜parameter>\n</｜DSML｜invoke>\n'
+     '<｜DSML｜invoke name="get_weather">\n</｜DSML｜invoke>\n</｜DSML｜function_calls>', "So.",
+     [TYPED, ("get_weather", "{}")]),
+    ("deepseek v4", '<｜DSML｜tool_calls><｜DSML｜invoke name="add">'
+     '<｜DSML｜parameter name="b" string="true">7</｜DSML｜parameter></｜DSML｜invoke></｜DSML｜tool_calls>', "",
+     [("add", '{"b": "7"}')]),
     ("function gemma", "<start_function_call>call:add{a:1,b:<escape>x)'<escape>,c:true}<end_function_call>", "",
      [TYPED]),
     ("gemma 4", "<|tool_call>call:add{a:1,b:<|\"|>x)'<|\"|>,c:true}<tool_call|>"
@@ -240,6 +258,16 @@ FORCED = {
     "<｜tool▁calls▁end｜>",
     "kimi": "<|tool_calls_section_begin|><|tool_call_begin|>functions.add:0<|tool_call_argument_begin|>"
     f"{JSON}<|tool_call_end|><|tool_calls_section_end|>",
+    "deepseek v3.2": '<｜DSML｜function_calls>\n<｜DSML｜invoke name="add">\n'
+    '<｜DSML｜parameter name="a" string="false">12</｜DSML｜parameter>\n'
+    '<｜DSML｜parameter name="b" string="true">x</｜DSML｜parameter>\n'
+    '<｜DSML｜parameter name="t" string="true">z</｜DSML｜parameter>\n</｜DSML｜invoke>\n</｜DSML｜function_calls>',
+    "deepseek v4": '<｜DSML｜tool_calls>\n<｜DSML｜invoke name="add">\n'
+    '<｜DSML｜parameter name="a" string="false">12</｜DSML｜parameter>\n'
+    '<｜DSML｜parameter name="b" string="true">x</｜DSML｜parameter>\n'
+    '<｜DSML｜parameter name="t" string="true">z</｜DSML｜parameter>\n</｜DSML｜invoke>\n</｜DSML｜tool_calls>',
+    "minimax": '<minimax:tool_call>\n<invoke name="add">\n<parameter name="a">12</parameter>\n'
+    '<parameter name="b">x</parameter>\n<parameter name="t">z</parameter>\n</invoke>\n</minimax:tool_call>',
     "functools": f'functools[{{"name": "add", "arguments": {JSON}}}]',
     "phi": f'<|tool_call|>[{{"name": "add", "arguments": {JSON}}}]<|/tool_call|>',
     "granite": f'<|tool_call|>[{{"name": "add", "arguments": {JSON}}}]',
@@ -274,6 +302,21 @@ def test_a_forced_call_is_written_in_the_familys_own_form_and_valid(family: str,
             matcher.append(token_id)
         return may_end(matcher)
 
+    def with_texts(**bounds: object) -> str:
+        """The grammar in which the text `t` has these."""
+        text = {"t": {"type": "string", **bounds}}
+        schema = SCHEMA | {"properties": SCHEMA["properties"] | text}
+        return form.forced({"add": schema}, spelling, one_call=one_call)
+
+    head, _, tail = call.rpartition("z")
+    for bounds, right, wrong in (
+        ({"maxLength": 2}, ("z", "zz"), ("zzz",)),
+        ({"minLength": 2, "maxLength": 3}, ("zz",), ("z", "zzzz")),
+        ({"pattern": "^[a-y]+$"}, ("ab",), ("z", "")),
+    ):
+        for text in (*right, *wrong):
+            assert says(with_texts(**bounds), head + text + tail) is (text in right), (bounds, text)
+
     forced = form.forced(functions, spelling, one_call=one_call)
     free = form.free(functions, spelling, one_call=one_call)
     for lark in (forced, free):
@@ -285,6 +328,26 @@ def test_a_forced_call_is_written_in_the_familys_own_form_and_valid(family: str,
     assert not says(forced, "Hello")
     if family != "harmony":
         assert says(free, "Hello, 1 < 2 {")
+
+
+@pytest.mark.parametrize("family", ["function gemma", "gemma 4"])
+def test_gemmas_lists_have_as_many_items_as_the_schema_says(family: str):
+    form = PLANS[family].form.calls
+    tokenizer = ByteTokenizer()
+    grammars = Grammars(tokenizer)
+    for bounds, right in (({"minItems": 2, "maxItems": 3}, (2, 3)), ({"maxItems": 1}, (0, 1)), ({"minItems": 1}, (1, 4))):
+        items = {"type": "array", "items": {"type": "integer"}, **bounds}
+        functions = {"add": {"properties": {"a": items}, "required": ["a"]}}
+        matcher = grammars.matcher(Grammar("lark", form.forced(functions, Spelling(), one_call=True), "tools"))
+        for number in range(5):
+            numbers = ",".join("1" * number)
+            text = f"{form.opening}call:add{{a:[{numbers}]}}{form.closing}"
+            one = matcher.fork()
+            for token_id in tokenizer.encode(text, parse_special=False, is_start=False):
+                one.append(token_id)
+            assert (one.error is None) is (right[0] <= number and (number <= right[1] or right[1] == 4)), (bounds, number)
+    with pytest.raises(InvalidRequest, match="tools: prefixItems of a can't be enforced"):
+        form.forced({"add": {"properties": {"a": {"type": "array", "prefixItems": []}}}}, Spelling(), one_call=True)
 
 
 def test_ids_are_those_that_the_template_takes():

@@ -9,7 +9,7 @@ from tightrope.server.replies.calls.json_calls import JsonCalls
 from tightrope.server.replies.calls.mistral import LISTED, NAMED
 from tightrope.server.replies.calls.pythonic import PYTHONIC
 from tightrope.server.replies.calls.sections import DEEPSEEK, DEEPSEEK_V3, KIMI
-from tightrope.server.replies.calls.tagged import BARE_FUNCTIONS, GLM, QWEN_CODER
+from tightrope.server.replies.calls.tagged import BARE_FUNCTIONS, DEEPSEEK_V4, DEEPSEEK_V32, GLM, MINIMAX, QWEN_CODER
 
 HERMES = JsonCalls("<tool_call>", "</tool_call>")
 LLAMA = JsonCalls("", arguments_key="parameters", also_opening="<|python_tag|>")
@@ -25,6 +25,9 @@ _FORMS: Sequence[tuple[tuple[str, ...], CallForm]] = (  # All texts of a row sta
     ((FUNCTION_GEMMA.opening,), FUNCTION_GEMMA),
     ((DEEPSEEK.opening, "```json"), DEEPSEEK_V3),
     ((DEEPSEEK.opening,), DEEPSEEK),
+    (("｜DSML｜", "function_calls"), DEEPSEEK_V32),
+    (("｜DSML｜",), DEEPSEEK_V4),
+    ((MINIMAX.opening,), MINIMAX),
     ((KIMI.opening,), KIMI),
     ((LISTED.opening, "[ARGS]"), NAMED),
     ((LISTED.opening,), LISTED),

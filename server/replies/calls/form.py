@@ -89,6 +89,10 @@ class CallForm(ABC):
             return rf"start: calls | FREE{chr(10)}FREE: /([^\s{{\[](?s:.*))?/{chr(10)}{rules}"
         if spelling.is_token(self.opening):
             return f"start: TEXT ({spelling.of(self.opening)} calls TEXT)*\nTEXT: {REST}\n{rules}"
+        before, mark = spelling.parted(self.opening)
+        if mark:
+            start = f"start: (OPENED {spelling.of(mark)} calls)* FREE"
+            return f"{start}\nOPENED: /(?s:.*){quoted(before)}/\nFREE: {REST}\n{rules}"
         opening = quoted(self.opening)
         free = f"FREE: {REST} & ~/(?s:.*){opening}(?s:.*)/"
         return f"start: (opened calls)* FREE\nopened[lazy]: /(?s:.*){opening}/\n{free}\n{rules}"

@@ -11,13 +11,22 @@ from typing import Any
 from tightrope.engine.guided.json_schema import lark_of_schema
 from tightrope.server.replies.call_ids import CallId
 from tightrope.server.replies.calls.form import CallForm, CallReader, Functions, Schema, alternatives
-from tightrope.server.replies.calls.values import as_json, named_properties, resolved, rooted
+from tightrope.server.replies.calls.values import (
+    BOUNDS_OF_TEXT,
+    as_json,
+    cannot,
+    named_properties,
+    resolved,
+    rooted,
+    text_rule,
+)
 from tightrope.server.replies.events import Content
 from tightrope.server.replies.lark import REST, Spelling, literal, quoted
 from tightrope.server.replies.reader import Steps
 
 _MAX_DEPTH = 32
 _SCALAR = re.compile(r"[^,{}\[\]]*")
+_OF_LISTS = frozenset({"contains", "prefixItems", "minContains", "maxContains"})
 _ANY: Schema = {"type": ["number", "boolean", "null"]}
 
 
@@ -60,6 +69,7 @@ class _Rules:
     def __init__(self, quote: str, spelling: Spelling, *, is_compact: bool) -> None:
         self.lines: list[str] = []
         self._is_compact = is_compact
+        self._mark, self._spelling = quote, spelling
         self._quote = spelling.of(quote)
         if spelling.is_token(quote):
             self.lines += [f"text: {self._quote} QUOTED {self._quote}", f"QUOTED: {REST}"]
@@ -80,12 +90,13 @@ class _Rules:
         parts = sorted(parts, key=lambda part: not part[2])
         made = ""
         for number, (name, one, is_required) in enumerate(reversed(parts)):
-            value = f"{literal(name + ':')} {self._of(one, root, depth + 1)}"
+            value = f"{literal(name + ':')} {self._of(name, one, root, depth + 1)}"
             value = value if number == len(parts) - 1 else f'"," {value}'
             made = f"{value} {made}" if is_required else f"({value} {made})?"
         return self._rule(f'"{{" {made} "}}"')
 
-    def _of(self, schema: Schema, root: Schema, depth: int) -> str:
+    def _of(self, name: str, schema: Schema, root: Schema, depth: int) -> str:
+        """Lark for a value of the argument `name`, or in it. Raises InvalidRequest."""
         schema = resolved(schema, root)
         values = schema.get("enum", [schema["const"]] if "const" in schema else None)
         if values is not None:
@@ -98,25 +109,42 @@ class _Rules:
         if depth > _MAX_DEPTH:
             return "any"
         if several:
-            return f"({' | '.join(self._of(one, root, depth + 1) for one in several)})"
+            return f"({' | '.join(self._of(name, one, root, depth + 1) for one in several)})"
         match kinds:
             case "string":
-                return "text"
+                return self._of_text(name, schema, root)
             case "array":
-                item = self._of(schema["items"], root, depth + 1) if isinstance(schema.get("items"), dict) else "any"
-                return self._rule(f'"[" ({item} ("," {item})*)? "]"')
+                return self._of_list(name, schema, root, depth)
             case "object":
                 return self.of_object(schema, root, depth)
             case "integer" | "number" | "boolean" | "null":
                 return lark_of_schema(rooted(schema, root), is_compact=self._is_compact)
         return "any"
 
+    def _of_text(self, name: str, schema: Schema, root: Schema) -> str:
+        if not schema.keys() & BOUNDS_OF_TEXT:
+            return "text"
+        attributes, body = text_rule(name, schema, self._mark, root, self._spelling, is_compact=self._is_compact)
+        return f"{self._quote} {self._rule(body, attributes)}"
+
+    def _of_list(self, name: str, schema: Schema, root: Schema, depth: int) -> str:
+        if held := sorted(schema.keys() & _OF_LISTS):
+            raise cannot(f"{held[0]} of {name}")
+        item = "any"
+        if isinstance(schema.get("items"), dict):
+            item = self._of(name, schema["items"], root, depth + 1)
+        least, most = schema.get("minItems", 0), schema.get("maxItems")
+        if most == 0:
+            return '"[]"'
+        more = "" if most == 1 else f'("," {item}){{{max(0, least - 1)},{"" if most is None else most - 1}}}'
+        return self._rule(f'"[" ({item} {more}){"?" if least == 0 else ""} "]"')
+
     def _text(self, value: str) -> str:
         return f"({self._quote} {literal(value)} {self._quote})"
 
-    def _rule(self, body: str) -> str:
+    def _rule(self, body: str, attributes: str = "") -> str:
         name = f"part{len(self.lines)}"
-        self.lines.append(f"{name}: {body}")
+        self.lines.append(f"{name}{attributes}: {body}")
         return name
 
 

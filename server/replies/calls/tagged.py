@@ -1,16 +1,21 @@
-"""Calls whose arguments stand one by one between tags, as text: Qwen3-Coder's and GLM's.
+"""Calls whose arguments stand one by one between tags, as text: Qwen3-Coder's, GLM's, MiniMax' and DeepSeek's newer.
 
-Sources: the model cards of Qwen3-Coder (`<function=NAME>`, `<parameter=KEY>`) and GLM-4.5 (`<arg_key>`, `<arg_value>`).
+Sources: the model cards of Qwen3-Coder (`<function=NAME>`, `<parameter=KEY>`) and GLM-4.5 (`<arg_key>`, `<arg_value>`);
+the tool calling guide of MiniMax-M2 (`<invoke name="NAME">`); the encoding of DeepSeek-V3.2 (`<｜DSML｜invoke`), which V4
+has under another opening.
 """
 
 from dataclasses import dataclass
 
 from tightrope.server.replies.call_ids import CallId
 from tightrope.server.replies.calls.form import MAX_CALLS, CallForm, CallReader, Functions, Schema, alternatives
-from tightrope.server.replies.calls.values import as_json, named_properties, text_rule, value_of
+from tightrope.server.replies.calls.values import as_json, may_be_text, named_properties, text_rule, value_of
 from tightrope.server.replies.events import Content
 from tightrope.server.replies.lark import Spelling
 from tightrope.server.replies.reader import Steps
+
+
+_DSML = "｜DSML｜"
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,10 +30,15 @@ class TaggedCalls(CallForm):
     behind_value: str
     end: str  # It ends the arguments, and stands before the closing.
     closing: str
-    has_lines: bool  # Names and values stand in lines of their own.
+    has_lines: bool  # Names stand in lines of their own.
+    has_value_lines: bool  # So do values.
+    is_joined: bool = False  # Several calls stand between one opening and one closing.
+    has_kinds: bool = False  # Behind a key stands whether its value is a text, or JSON.
 
     @property
     def marks(self) -> tuple[str, ...]:
+        if self.has_kinds:
+            return (_DSML,)  # Of each tag this alone is a token.
         tags = (self.opening, self.closing, self.before_key, self.behind_key, self.before_value, self.behind_value)
         return tuple(dict.fromkeys(tag for tag in tags if tag.startswith("<") and tag.endswith(">")))
 
@@ -41,13 +51,19 @@ class TaggedCalls(CallForm):
 
     def rules(self, functions: Functions, spelling: Spelling, *, one_call: bool, is_compact: bool) -> str:
         line = "\n" if self.has_lines else ""
-        closing = spelling.of(self.end + (line + self.closing if self.end and self.closing else self.closing))
+        end = self.end + (line + self.closing if self.end and self.closing else self.closing)
+        closing = spelling.of(self.end if self.is_joined else end)
         rules: list[str] = []
         bodies = []
         for number, (name, schema) in enumerate(functions.items()):
             start = f"{line if self.before_name else ''}{self.before_name}{name}{self.behind_name}\n"
             arguments = self._arguments(f"f{number}", schema, spelling, rules, is_compact=is_compact)
             bodies.append(f"{spelling.of(start)} {arguments} {closing}")
+        if self.is_joined:
+            more = "" if one_call else f" call{{0,{MAX_CALLS - 1}}}"
+            return "\n".join(
+                (f"calls: call{more} {spelling.of(line + self.closing)}", alternatives("call", bodies), *rules)
+            )
         again = spelling.of("\n" + self.opening) if self.opening != self.before_name else ""
         more = "" if one_call or not again else f" ({again} call){{0,{MAX_CALLS - 1}}}"
         return "\n".join((f"calls: call{more}", alternatives("call", bodies), *rules))
@@ -55,9 +71,13 @@ class TaggedCalls(CallForm):
     def _arguments(self, prefix: str, schema: Schema, spelling: Spelling, rules: list[str], *, is_compact: bool) -> str:
         """Lark for the arguments in the order of the schema; adds a rule for each."""
         parts = []
-        line = "\n" if self.has_lines else ""
+        line = "\n" if self.has_value_lines else ""
         for number, (name, one, is_required) in enumerate(named_properties(schema)):
-            head = spelling.of(f"{self.before_key}{name}{self.behind_key}\n{self.before_value}".rstrip("\n") + line)
+            kind = f'{str(may_be_text(one, schema)).lower()}">' if self.has_kinds else ""
+            before = "" if self.has_kinds else "\n"
+            head = spelling.of(
+                f"{self.before_key}{name}{self.behind_key}{kind}{before}{self.before_value}".rstrip("\n") + line
+            )
             closing = f"{line}{self.behind_value}"
             attributes, body = text_rule(name, one, closing, schema, spelling, is_compact=is_compact)
             rules.append(f"{prefix}v{number}{attributes}: {body}")
@@ -68,13 +88,27 @@ class TaggedCalls(CallForm):
         return " ".join(parts)
 
 
-QWEN_CODER = TaggedCalls(
-    *("<tool_call>", "<function=", ">", "<parameter=", ">", "", "</parameter>", "</function>", "</tool_call>"), True
-)
-BARE_FUNCTIONS = TaggedCalls(*("<function=", "", ">", "<parameter=", ">", "", "</parameter>", "</function>", ""), True)
-GLM = TaggedCalls(
-    *("<tool_call>", "", "", "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>", "", "</tool_call>"), False
-)
+_CODER = (">", "<parameter=", ">", "", "</parameter>", "</function>")
+QWEN_CODER = TaggedCalls("<tool_call>", "<function=", *_CODER, "</tool_call>", True, True)
+BARE_FUNCTIONS = TaggedCalls("<function=", "", *_CODER, "", True, True)
+_GLM = ("<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>", "", "</tool_call>")
+GLM = TaggedCalls("<tool_call>", "", "", *_GLM, False, False)
+_MINIMAX = ('">', '<parameter name="', '">', "", "</parameter>", "</invoke>", "</minimax:tool_call>")
+MINIMAX = TaggedCalls("<minimax:tool_call>", '<invoke name="', *_MINIMAX, True, False, is_joined=True)
+
+
+def _deepseek(name: str) -> TaggedCalls:
+    tags = (f'<{_DSML}parameter name="', '" string="', "", f"</{_DSML}parameter>", f"</{_DSML}invoke>")
+    return TaggedCalls(
+        *(f"<{_DSML}{name}>", f'<{_DSML}invoke name="', '">', *tags, f"</{_DSML}{name}>"),
+        has_lines=True,
+        has_value_lines=False,
+        is_joined=True,
+        has_kinds=True,
+    )
+
+
+DEEPSEEK_V32, DEEPSEEK_V4 = _deepseek("function_calls"), _deepseek("tool_calls")
 
 
 class TaggedReader(CallReader):
@@ -120,13 +154,14 @@ class TaggedReader(CallReader):
             mark = yield from self.take_if(form.before_key)
         while mark == form.before_key:
             key, _ = yield from self.take_until(form.behind_key)
+            kind, _ = (yield from self.take_until('">')) if form.has_kinds else ("", None)
             if form.before_value:
                 yield from self.take_blanks()
                 yield from self.take_if(form.before_value)
             text, end = yield from self.take_until(form.behind_value)
             if is_whole := end is not None:
-                text = text.removeprefix("\n").removesuffix("\n") if form.has_lines else text
-                value = value_of(text, key.strip(), self.functions[name])
+                text = text.removeprefix("\n").removesuffix("\n") if form.has_value_lines else text
+                value = text if kind == "true" else value_of(text, key.strip(), self.functions[name])
                 yield self.argue(f"{before}{as_json(key.strip())}: {as_json(value)}")
                 before = ", "
             yield from self.take_blanks()

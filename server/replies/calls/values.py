@@ -12,7 +12,9 @@ from tightrope.engine.guided.json_schema import lark_of_schema
 from tightrope.server.replies.calls.form import Schema
 from tightrope.server.replies.lark import Spelling, literal, quoted
 
-_IN_TEXT = frozenset({"enum", "const", "minLength", "maxLength", "pattern"})  # These can be enforced of a plain text.
+# What a schema may say of a text: of these, the last two can't be enforced of a plain one.
+BOUNDS_OF_TEXT = frozenset({"minLength", "maxLength", "pattern", "format", "contentEncoding"})
+_OF_JSON = ("contentEncoding", "format")
 _WHOLE = frozenset({"allOf", "anyOf", "oneOf", "patternProperties", "minProperties", "maxProperties"})
 _MAX_DEPTH = 16
 
@@ -36,15 +38,18 @@ def as_json(value: object) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
+def may_be_text(schema: Schema, root: Schema) -> bool:
+    """Whether a value under the schema is written as a text, and not as JSON."""
+    return "string" in _kinds(schema, root)
+
+
 def named_properties(schema: Schema) -> list[tuple[str, Schema, bool]]:
     """The arguments by name, each with its schema and whether it has to be there.
 
     Raises InvalidRequest for a schema of all arguments together that can't be enforced one by one.
     """
     if whole := sorted(_WHOLE & schema.keys()):
-        raise InvalidRequest(
-            f"tools: {whole[0]} can't be enforced in the form in which this model writes calls", "tools"
-        )
+        raise cannot(whole[0])
     properties: Mapping[str, Any] = schema.get("properties") or {}
     required = schema.get("required") or ()
     names = [*properties, *(name for name in required if name not in properties)]
@@ -62,21 +67,23 @@ def text_rule(
     if values is not None:
         texts = (value if isinstance(value, str) else as_json(value) for value in values)
         return "", f"({' | '.join(map(literal, texts))}) {spelling.of(closing)}"
-    held = sorted(schema.keys() & {"format", "contentEncoding"} - _IN_TEXT)
-    if held:
-        raise InvalidRequest(
-            f"tools: {held[0]} of {name} can't be enforced in the form in which this model writes calls", "tools"
-        )
+    if held := [key for key in _OF_JSON if key in schema]:
+        raise cannot(f"{held[0]} of {name}")
     least, most = schema.get("minLength", 0), schema.get("maxLength", "")
     text = f"(?s:.{{{least},{most}}})" if least or most != "" else "(?s:.*)"
     if "pattern" in schema:
         pattern = re.sub(r"(?<!\\)/", r"\\/", schema["pattern"])
         head, tail = ("" if pattern.startswith("^") else "(?s:.*)"), ("" if pattern.endswith("$") else "(?s:.*)")
         text = f"{head}(?:{pattern.removeprefix('^').removesuffix('$')}){tail}"
-    line, mark = ("\n", closing[1:]) if closing.startswith("\n") else ("", closing)
-    if spelling.is_token(mark):
-        return "", f"/{text}{quoted(line)}/ {spelling.of(mark)}"
+    before, mark = spelling.parted(closing)
+    if mark:
+        return "", f"/{text}{quoted(before)}/ {spelling.of(mark)}"
     return "[lazy]", f"/{text}{quoted(closing)}/"
+
+
+def cannot(what: str) -> InvalidRequest:
+    """The refusal of a rule of the schema that calls in plain text can't be held to."""
+    return InvalidRequest(f"tools: {what} can't be enforced in the form in which this model writes calls", "tools")
 
 
 def rooted(schema: Schema, root: Schema) -> Schema:
