@@ -89,7 +89,6 @@ class Examination:
             state = "works" if trial.holds else "FAILS"
             yield state, f"{trial.describe()}; {trial.seconds * 1e3:.0f} ms at first"
 
-
     def _embedders(self) -> Iterator[Line]:
         """The models that embed or rank, where the settings name any, each run once."""
         threads, opened = compute_threads(self._settings.threads), list[Embedder]()

@@ -21,7 +21,7 @@ from tightrope.backends.threads import compute_threads
 from tightrope.engine.console import log_to_stderr
 from tightrope.engine.embedding.texts import embedded
 from tightrope.engine.errors import BackendFailed, EngineError
-from tightrope.engine.process.watch import Watch
+from tightrope.engine.process.watch import Watch, run_watched
 from tightrope.engine.process.wire import CallFailed, Embed, EmbedderReady, EngineEnd, ErrorFrame, LoadFailed, Start
 from tightrope.engine.settings import EngineSettings
 
@@ -42,14 +42,8 @@ def serve(
 
     on_end: see Watch. on_loaded: is called before the front is told that texts are taken.
     """
-    end = EngineEnd(sock)
-    try:
-        start = end.receive()
-        if not isinstance(start, Start):
-            return 0
-        settings = EngineSettings.model_validate_json(start.settings)
-        watch = Watch(end, settings.life, on_end)
-        watch.start()
+
+    def run(end: EngineEnd, start: Start, settings: EngineSettings, watch: Watch) -> int:
         try:
             opened = open_embedders(settings.model)
         except BackendError as error:
@@ -60,12 +54,11 @@ def serve(
             end.send(EmbedderReady(tuple(embedder.card for embedder in opened)))
             _run(end, opened, compute_threads(settings.model.threads), watch)
         finally:
-            watch.stop()
             for embedder in opened:
                 embedder.close()
         return 0
-    finally:
-        end.close()
+
+    return run_watched(sock, on_end, run)
 
 
 def _run(end: EngineEnd, opened: Sequence[Embedder], threads: int, watch: Watch) -> None:

@@ -25,7 +25,7 @@ from tightrope.engine.core import EngineCore
 from tightrope.engine.errors import EngineError
 from tightrope.engine.info import model_info
 from tightrope.engine.process.reader import FrontGone, Reader
-from tightrope.engine.process.watch import Activity, Watch
+from tightrope.engine.process.watch import Activity, Watch, run_watched
 from tightrope.engine.process.wire import (
     Cancel,
     EngineEnd,
@@ -135,20 +135,7 @@ def serve(
     `on_end` is called with it at once where nothing is to be tidied up: from another thread, possibly while a step
     runs, or from this one when the device is lost.
     """
-    end = EngineEnd(sock)
-    try:
-        start = end.receive()
-        if not isinstance(start, Start):
-            return 0
-        settings = EngineSettings.model_validate_json(start.settings)
-        watch = Watch(end, settings.life, on_end)
-        watch.start()
-        try:
-            return _serve(end, start, settings, watch, on_end, open_backend)
-        finally:
-            watch.stop()
-    finally:
-        end.close()
+    return run_watched(sock, on_end, lambda *begun: _serve(*begun, on_end, open_backend))
 
 
 def _serve(

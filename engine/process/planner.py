@@ -20,15 +20,17 @@ ANY_BYTES = 1 << 50  # All models fit in it.
 
 def planned(settings: ModelSettings, host_bytes: int | None) -> Planned:
     """What it takes in any memory, and whether it may be served in a machine's of `host_bytes`."""
+    reserve = settings.cache.host_reserve_bytes  # An engine doesn't start, or gets a smaller window, without these.
     try:
         found = outline(settings, ANY_BYTES)
         if found.device != "cpu":
             whole = outline(settings, ANY_BYTES, (ANY_BYTES,))
             runs = settings.cache.host_run_bytes(_cache_bytes(whole), ANY_BYTES)
-            return Planned(Need(found.host_bytes, runs, _taken(whole), found.memory_bytes))
+            host_bytes = found.host_bytes + reserve
+            return Planned(Need(host_bytes, runs - reserve, _taken(whole), found.memory_bytes))
         refusal = None if host_bytes is None else outline(settings, host_bytes).refusal
         runs = settings.cache.host_run_bytes(_cache_bytes(found), ANY_BYTES)
-        return Planned(Need(_taken(found), runs), refusal or found.refusal)
+        return Planned(Need(_taken(found) + reserve, runs - reserve), refusal or found.refusal)
     except BackendError as error:
         return Planned(error=str(error))
 

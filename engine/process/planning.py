@@ -19,8 +19,9 @@ PLAN_S = 1800.0  # Libraries and headers may come from a slow disk, and a model 
 class Need(Struct, frozen=True):
     """Memory that a model takes with its whole window, in bytes.
 
-    run_bytes: of the machine's memory, what chats that have left the cache may take beside the rest. card_free_bytes:
-    what the cards that it would lie on had left when that was asked.
+    host_bytes: of the machine's memory, with what chats that have left the cache are to have in any case. run_bytes:
+    what they may take of it beside that. card_free_bytes: what the cards that it would lie on had left when that was
+    asked.
     """
 
     host_bytes: int

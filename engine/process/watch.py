@@ -4,13 +4,14 @@ Time is counted in beats of the watch, so that a stop of the whole process (Ctrl
 """
 
 import logging
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from tightrope.engine.process.wire import Alive, EngineEnd
-from tightrope.engine.settings import BEATS, PATIENCE, LifeSettings
+from tightrope.engine.process.wire import Alive, EngineEnd, Start
+from tightrope.engine.settings import BEATS, PATIENCE, EngineSettings, LifeSettings
 from tightrope.kernels.forms.compiling import compiling
 
 log = logging.getLogger("tightrope.engine")
@@ -100,3 +101,28 @@ class Watch:
                     self._on_end(1)
                     return
             self._end.send(Alive(compiling.is_under_way))
+
+
+def run_watched(
+    sock: socket.socket,
+    on_end: Callable[[int], None],
+    run: Callable[[EngineEnd, Start, EngineSettings, Watch], int],
+) -> int:
+    """What a process of an engine does from its first message on, watched; return the exit status.
+
+    It is 0 where the front has gone before it said anything. on_end: see Watch.
+    """
+    end = EngineEnd(sock)
+    try:
+        start = end.receive()
+        if not isinstance(start, Start):
+            return 0
+        settings = EngineSettings.model_validate_json(start.settings)
+        watch = Watch(end, settings.life, on_end)
+        watch.start()
+        try:
+            return run(end, start, settings, watch)
+        finally:
+            watch.stop()
+    finally:
+        end.close()

@@ -61,7 +61,11 @@ def call_in_chats(call: object) -> object:
     if not isinstance(custom, dict) or not isinstance(custom.get("input"), str):
         raise ValueError("custom should be an object with the tool's name and its input, a text")
     function = {"name": custom.get("name"), "arguments": arguments_of(custom["input"])}
-    return {**{name: value for name, value in call.items() if name != "custom"}, "type": "function", "function": function}
+    return {
+        **{name: value for name, value in call.items() if name != "custom"},
+        "type": "function",
+        "function": function,
+    }
 
 
 def arguments_of(text: str) -> str:

@@ -6,9 +6,9 @@ A page can get around that by pointing its own name at this machine (DNS rebindi
 server. What it can't change is the header Host, which still says that name. An address in it is safe, since a browser
 looks up names alone.
 
-Behind a proxy that ends TLS, or gives requests another Host, this server can't know its own address. The browser does, and
-says so: "Sec-Fetch-Site: same-origin" (https://www.w3.org/TR/fetch-metadata/), which no page can set. It sends that only to
-https and to localhost, so that a name which was pointed elsewhere would need a certificate, or is no longer localhost.
+Behind a proxy that ends TLS, or gives requests another Host, this server can't know its own address. The browser does,
+and says so: "Sec-Fetch-Site: same-origin" (https://www.w3.org/TR/fetch-metadata/), which no page can set. It sends that
+only to https and to localhost, so that a name which was pointed elsewhere would need a certificate, or is no localhost.
 """
 
 import logging

@@ -53,9 +53,7 @@ def line_stream(lines: AsyncGenerator[bytes, None], column: Column, headers: Map
     )
 
 
-async def kept_alive(
-    lines: AsyncGenerator[bytes, None], silence: Callable[[], bytes]
-) -> AsyncGenerator[bytes, None]:
+async def kept_alive(lines: AsyncGenerator[bytes, None], silence: Callable[[], bytes]) -> AsyncGenerator[bytes, None]:
     """The lines, and one of `silence` after every PING_S without any: clients give up what says nothing for minutes."""
     async with aclosing(lines):
         while True:

@@ -1,4 +1,4 @@
-"""Custom tools, which are called with a text: shown as functions, told as OpenAI tells them, and back in the history."""
+"""Custom tools, which are called with a text: shown as functions, told in OpenAI's form, and back in the history."""
 
 import json
 from typing import Any
@@ -127,7 +127,9 @@ async def test_what_a_custom_tool_cannot_be_is_refused_by_name() -> None:
             assert "tools[0]" in told
         lark_tool = IN_RESPONSES | {"format": {"type": "grammar", **lark}}
         assert "tools[0]: format: a Lark" in await refused(http, "/v1/responses", RESPONSE | {"tools": [lark_tool]})
-        assert "name" in await refused(http, "/v1/chat/completions", CHAT | {"tools": [{"type": "custom", "custom": {}}]})
+        assert "name" in await refused(
+            http, "/v1/chat/completions", CHAT | {"tools": [{"type": "custom", "custom": {}}]}
+        )
         assert "custom" in await refused(http, "/v1/chat/completions", CHAT | {"tools": [{"type": "custom"}]})
         other = {"type": "namespace", "name": "crm", "tools": []}
         assert "namespace is no tool" in await refused(http, "/v1/responses", RESPONSE | {"tools": [other]})

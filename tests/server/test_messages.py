@@ -1,51 +1,22 @@
 """Anthropic's Messages API: blocks in and out, the order of a stream's events, tools, thinking, and its errors."""
 
 import json
-from typing import Any
 
 import httpx
 import jsonschema
 import pytest
 from fake_api import api
+from turns_api import CALL, PLAIN, PORT, THINK, TURNS, Json, named_events
 
-Json = dict[str, Any]
 ROUTE = "/v1/messages"
-THINK = ("<think>", "</think>")
-TEMPLATE = (
-    "{% for t in tools or [] %}<{{ t.function.name }}>{% endfor %}{% for m in messages %}[{{ m.role }}"
-    "{{ ' ' ~ m.name if m.name }}{{ ' ' ~ m.tool_call_id if m.tool_call_id }}]"
-    "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}"
-    "{% if m.content is string %}{{ m.content }}{% else %}{% for p in m.content %}({{ p.text }}){% endfor %}{% endif %}"
-    "{% for c in m.tool_calls or [] %}({{ c.id }} {{ c.function.name }} {{ c.function.arguments.port }}){% endfor %}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '[thinks]' if enable_thinking }}"
+TEMPLATE = TURNS + (
+    "{% if add_generation_prompt %}{{ '[thinks]' if enable_thinking }}"
     "{{ '[' ~ reasoning_effort ~ ']' if reasoning_effort and reasoning_effort != 'none' }}?{% endif %}"
 )
-TIDE: Json = {
-    "name": "tide",
-    "input_schema": {
-        "type": "object",
-        "properties": {"port": {"enum": ["Hull", "Rome"]}},
-        "required": ["port"],
-        "additionalProperties": False,
-    },
-}
-PLAIN = "{{ messages[-1].content }}?"
-CALL = '<tool_call>\n{"name": "tide", "arguments": {"port": "Hull"}}\n</tool_call>'
+TIDE: Json = {"name": "tide", "input_schema": PORT}
 USER: Json = {"role": "user", "content": "Tide in Hull"}
 ASK: Json = {"model": "claude-x", "messages": [USER], "max_tokens": 200, "temperature": 0}
 ON: Json = {"thinking": {"type": "adaptive"}}
-
-
-def events(reply: httpx.Response) -> list[Json]:
-    """The events of a stream, whose lines of names have to say the same."""
-    assert reply.status_code == 200, reply.text
-    told = []
-    for block in reply.text.split("\n\n"):
-        if block and not block.startswith(":"):
-            name, data = block.split("\n")
-            told.append(json.loads(data.removeprefix("data: ")))
-            assert name == f"event: {told[-1]['type']}"
-    return told
 
 
 def joined(told: list[Json]) -> tuple[list[Json], Json]:
@@ -77,7 +48,7 @@ async def both(http: httpx.AsyncClient, body: Json) -> tuple[Json, list[Json]]:
     reply = await http.post(ROUTE, json=body)
     assert reply.status_code == 200, reply.text
     whole = reply.json()
-    told = events(await http.post(ROUTE, json=body | {"stream": True}))
+    told = named_events(await http.post(ROUTE, json=body | {"stream": True}))
     blocks, end = joined(told)
     for block, other in zip(whole["content"], blocks, strict=True):
         assert block | {"id": ""} == other | {"id": ""}
@@ -326,6 +297,6 @@ async def test_an_answer_that_fails_in_a_stream_ends_with_an_event_of_that_name(
     async with api("fine", chat_template=TEMPLATE) as http:
         body = ASK | {"custom_token_bans": list(range(259))}
         whole = await http.post(ROUTE, json=body)
-        told = events(await http.post(ROUTE, json=body | {"stream": True}))
+        told = named_events(await http.post(ROUTE, json=body | {"stream": True}))
     assert (whole.status_code, whole.json()["error"]["type"]) == (500, "api_error")
     assert (told[-1]["type"], told[-1]["error"]["type"]) == ("error", "api_error")

@@ -335,7 +335,11 @@ def test_gemmas_lists_have_as_many_items_as_the_schema_says(family: str):
     form = PLANS[family].form.calls
     tokenizer = ByteTokenizer()
     grammars = Grammars(tokenizer)
-    for bounds, right in (({"minItems": 2, "maxItems": 3}, (2, 3)), ({"maxItems": 1}, (0, 1)), ({"minItems": 1}, (1, 4))):
+    for bounds, right in (
+        ({"minItems": 2, "maxItems": 3}, (2, 3)),
+        ({"maxItems": 1}, (0, 1)),
+        ({"minItems": 1}, (1, 4)),
+    ):
         items = {"type": "array", "items": {"type": "integer"}, **bounds}
         functions = {"add": {"properties": {"a": items}, "required": ["a"]}}
         matcher = grammars.matcher(Grammar("lark", form.forced(functions, Spelling(), one_call=True), "tools"))
@@ -345,7 +349,10 @@ def test_gemmas_lists_have_as_many_items_as_the_schema_says(family: str):
             one = matcher.fork()
             for token_id in tokenizer.encode(text, parse_special=False, is_start=False):
                 one.append(token_id)
-            assert (one.error is None) is (right[0] <= number and (number <= right[1] or right[1] == 4)), (bounds, number)
+            assert (one.error is None) is (right[0] <= number and (number <= right[1] or right[1] == 4)), (
+                bounds,
+                number,
+            )
     with pytest.raises(InvalidRequest, match="tools: prefixItems of a can't be enforced"):
         form.forced({"add": {"properties": {"a": {"type": "array", "prefixItems": []}}}}, Spelling(), one_call=True)
 

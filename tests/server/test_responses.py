@@ -9,44 +9,19 @@ import jsonschema
 import pytest
 from fake_api import api
 from fakes import VOCAB_SIZE
+from turns_api import CALL, PLAIN, PORT, THINK, TURNS, Json, named_events
 
-Json = dict[str, Any]
 ROUTE = "/v1/responses"
-THINK = ("<think>", "</think>")
-TEMPLATE = (
-    "{% for t in tools or [] %}<{{ t.function.name }}>{% endfor %}{% for m in messages %}[{{ m.role }}"
-    "{{ ' ' ~ m.name if m.name }}{{ ' ' ~ m.tool_call_id if m.tool_call_id }}]"
-    "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}"
-    "{% if m.content is string %}{{ m.content }}{% else %}{% for p in m.content %}({{ p.text }}){% endfor %}{% endif %}"
-    "{% for c in m.tool_calls or [] %}({{ c.id }} {{ c.function.name }} {{ c.function.arguments.port }}){% endfor %}"
-    "{% endfor %}{{ '[' ~ reasoning_effort ~ ']' if reasoning_effort }}?"
-)
+TEMPLATE = f"{TURNS}{{{{ '[' ~ reasoning_effort ~ ']' if reasoning_effort }}}}?"
 VOLATILE = ("id", "created_at", "completed_at", "usage", "explain")
-TIDE: Json = {
-    "type": "function",
-    "name": "tide",
-    "parameters": {
-        "type": "object",
-        "properties": {"port": {"enum": ["Hull", "Rome"]}},
-        "required": ["port"],
-        "additionalProperties": False,
-    },
-}
+TIDE: Json = {"type": "function", "name": "tide", "parameters": PORT}
 LAMP: Json = {"type": "function", "name": "lamp", "description": "Puts it out."}
-PLAIN = "{{ messages[-1].content }}?"
-CALL = '<tool_call>\n{"name": "tide", "arguments": {"port": "Hull"}}\n</tool_call>'
 ASK: Json = {"input": "Tide in Hull", "max_output_tokens": 200, "temperature": 0}
 
 
 def events(reply: httpx.Response) -> list[Json]:
-    """The events of a stream, whose lines of names have to say the same, numbered from 0."""
-    assert reply.status_code == 200, reply.text
-    told = []
-    for block in reply.text.split("\n\n"):
-        if block and not block.startswith(":"):
-            name, data = block.split("\n")
-            told.append(json.loads(data.removeprefix("data: ")))
-            assert name == f"event: {told[-1]['type']}"
+    """The events of a stream, numbered from 0."""
+    told = named_events(reply)
     assert [event["sequence_number"] for event in told] == list(range(len(told)))
     return told
 

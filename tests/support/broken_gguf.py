@@ -26,6 +26,11 @@ def drop(key: str) -> Keys:
     return lambda writer: writer.kv_data[0].pop(key) and None
 
 
+def _lenses(writer: GGUFWriter) -> None:
+    for number in range(6):
+        writer.add_tensor(f"blk.0.lens_{number}.weight", np.ones(8, np.float32))
+
+
 # What makes a file that must be refused of a good one, and a part of what llama.cpp, or the header's reader, says.
 BROKEN_TENSORS: dict[str, tuple[Change, str]] = {
     "no embeddings": (without("token_embd.weight"), "tensor 'token_embd.weight' not found"),
@@ -45,6 +50,11 @@ BROKEN_TENSORS: dict[str, tuple[Change, str]] = {
 }
 U32, F32, STRING, ARRAY = GGUFValueType.UINT32, GGUFValueType.FLOAT32, GGUFValueType.STRING, GGUFValueType.ARRAY
 BROKEN_KEYS: dict[str, tuple[Keys, str]] = {
+    "tensors that no llama has": (
+        _lenses,
+        "its architecture has no 'blk.0.lens_0.weight', 'blk.0.lens_1.weight', 'blk.0.lens_2.weight', "
+        "'blk.0.lens_3.weight' and 2 more",
+    ),
     "no epsilon": (drop("llama.attention.layer_norm_rms_epsilon"), "layer_norm_rms_epsilon"),
     "an epsilon below zero": (put("llama.attention.layer_norm_rms_epsilon", -1e-5, F32), "more than 0 and at most 1"),
     "an epsilon of NaN": (

@@ -17,7 +17,7 @@ from hf_models import smollm2_bf16
 from real_server import MODULE, RunningServer, clean_environment, run_server
 
 from tightrope.backends.locate import bundled_model
-from tightrope.backends.memory import private_memory
+from tightrope.backends.memory import free_memory, private_memory
 
 PROMPT = "Once upon a time there was a ferry that went over a grey harbour. " * 12
 PATIENCE_S = 400.0  # A busy machine, that stands still now and then, needs some seconds.
@@ -134,6 +134,20 @@ def test_fifty_requests_by_turns_leave_the_memory_of_one_model(tmp_path: Path) -
             assert states(server)[name] == "loaded"
         assert taken() < 1.1 * alone["gemma"]
         assert len(front.children()) <= 2  # The engine, and what writes chats by templates.
+
+
+@pytest.mark.slow
+def test_a_model_gives_way_by_plan_where_memory_has_no_room_for_both(tmp_path: Path) -> None:
+    """Each is to have 3 GiB for chats beside its cache: one fits into 6 GiB, and two need 8."""
+    kept_mib = max(0, (free_memory() - (6 << 30)) >> 20)
+    room = ("--host-cache-mib", "3072", "--keep-free-mib", str(kept_mib))
+    with run_server("--models", str(model_list(tmp_path)), *room) as server:
+        first = said(server, "smol")
+        assert said(server, "gemma")
+        assert states(server) == {"smol": "unloaded", "gemma": "loaded"}
+        assert said(server, "smol") == first
+        assert states(server) == {"smol": "loaded", "gemma": "unloaded"}
+        assert len(engines(server)) == 1
 
 
 @pytest.mark.slow

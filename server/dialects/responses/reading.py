@@ -67,7 +67,7 @@ def _tool(tool: ResponsesTool, place: str) -> Tool:
         except ValueError as error:
             raise InvalidRequest(f"{place}: {error}", place) from None
     if tool.type != "function":
-        what = f"{tool.type[:40]} is no tool of this server: it runs none of its own, and offers functions and custom tools"
+        what = f"{tool.type[:40]} is no tool of this server: it runs none itself, and offers functions and custom ones"
         raise InvalidRequest(f"{place}.type: {what}", f"{place}.type")
     if tool.name is None:
         raise InvalidRequest(f"{place}.name: field required", f"{place}.name")

@@ -1,8 +1,8 @@
 """Calls whose arguments stand one by one between tags, as text: Qwen3-Coder's, GLM's, MiniMax' and DeepSeek's newer.
 
 Sources: the model cards of Qwen3-Coder (`<function=NAME>`, `<parameter=KEY>`) and GLM-4.5 (`<arg_key>`, `<arg_value>`);
-the tool calling guide of MiniMax-M2 (`<invoke name="NAME">`); the encoding of DeepSeek-V3.2 (`<｜DSML｜invoke`), which V4
-has under another opening.
+the tool calling guide of MiniMax-M2 (`<invoke name="NAME">`); the encoding of DeepSeek-V3.2 (`<｜DSML｜invoke`), which
+V4 has under another opening.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,6 @@ from tightrope.server.replies.calls.values import as_json, may_be_text, named_pr
 from tightrope.server.replies.events import Content
 from tightrope.server.replies.lark import Spelling
 from tightrope.server.replies.reader import Steps
-
 
 _DSML = "｜DSML｜"
 
