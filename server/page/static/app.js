@@ -208,6 +208,8 @@ export class App {
     });
     this.answer = answer;
     const { chat } = this;
+    const isLoaded = this.model?.status.value === "loaded";
+    const listing = isLoaded ? undefined : setInterval(() => void this.relist(), RETRY_MS); // It tells that it loads.
     this.changed();
     try {
       await this.save();
@@ -217,6 +219,7 @@ export class App {
       turn.end = "error";
       if (error instanceof api.Refused && error.status === 401) this.onlocked();
     } finally {
+      clearInterval(listing);
       if (this.answer === answer) this.answer = null;
       if (this.models.some(({ status }) => status.value !== "loaded")) await this.relist();
       chat.changed = Date.now();
