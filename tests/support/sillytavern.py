@@ -79,7 +79,7 @@ class Tavern:
             page.locator("#custom_api_url_text").fill(f"{url}/v1")
             page.locator("#api_button_openai").click()
             status = page.locator("#openai_api .online_status_text")
-        expect(status).not_to_have_text(re.compile("No connection"))
+        expect(status).not_to_have_text(re.compile("No connection|Not connected"))
         said = status.inner_text()
         self._open("#sys-settings-button", is_open=False)
         return said
