@@ -135,7 +135,11 @@ def serve(
     `on_end` is called with it at once where nothing is to be tidied up: from another thread, possibly while a step
     runs, or from this one when the device is lost.
     """
-    return run_watched(sock, on_end, lambda *begun: _serve(*begun, on_end, open_backend))
+
+    def run(end: EngineEnd, start: Start, settings: EngineSettings, watch: Watch) -> int:
+        return _serve(end, start, settings, watch, on_end, open_backend)
+
+    return run_watched(sock, on_end, run)
 
 
 def _serve(
