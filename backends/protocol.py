@@ -11,6 +11,7 @@ from tightrope.backends.reuse import Accepts, Reuse, Wanted, always
 if TYPE_CHECKING:  # Torch takes seconds to import, and who only schedules or writes needs none of it.
     from torch import Tensor
 
+    from tightrope.backends.holdings import Holdings
     from tightrope.kernels.forms.layout import CacheDtype
 
 WantLogits = Literal["none", "last", "all"]
@@ -104,6 +105,9 @@ class KVCache(Protocol):
 
     def leave(self, token_ids: Sequence[int], namespace: str) -> None:
         """Say that nobody will compute anew what is stored of these tokens and isn't exact: it is kept as it is."""
+
+    def report_to(self, holdings: "Holdings") -> None:
+        """Tell from now on which exact tokens can be found, in the cache and outside it."""
 
     def usage(self) -> KVUsage: ...
 

@@ -60,6 +60,11 @@ class Adapters:
         """The adapters that requests may name."""
         return {name: served.path for name, served in self._served.items()}
 
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """Those of the adapters that requests may name."""
+        return {name: self._store.fingerprint(served.key) for name, served in self._served.items()}
+
     def served(self, name: str) -> tuple[str, str]:
         """What chunks call the adapter, and its fingerprint. Raises ModelNotFound."""
         key = self._get(name, "model").key

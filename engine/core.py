@@ -11,6 +11,7 @@ from msgspec import Struct
 from msgspec.structs import asdict, replace
 
 from tightrope.backends.errors import BackendError, DeviceLost, OutOfMemory
+from tightrope.backends.holdings import Holdings
 from tightrope.backends.protocol import Backend
 from tightrope.engine.adapters import Adapters
 from tightrope.engine.errors import BackendFailed, EngineError, InvalidRequest
@@ -111,10 +112,17 @@ class EngineCore:
         """
         return self._intake.sequences(request, self._clock(), written)
 
-    def tokenize(self, prompt: Prompt, adapter: str | None = None, last: int | None = None) -> TokenRun:
-        """The tokens of a prompt, as it would be run, or the last few. Raises InvalidRequest and ModelNotFound."""
+    def tokenize(
+        self, prompt: Prompt, adapter: str | None = None, last: int | None = None, *, is_bare: bool = False
+    ) -> TokenRun:
+        """The tokens of a prompt, as it would be run, or the last few; without their pieces, if `is_bare`.
+
+        Raises InvalidRequest and ModelNotFound.
+        """
         tokenizer = self._intake.tokenizer(adapter)
         token_ids = encode_prompt(prompt, tokenizer, last)
+        if is_bare:
+            return TokenRun.bare(token_ids)
         return TokenRun.of(token_ids, lambda i: TokenPiece(tokenizer.token_bytes(i), tokenizer.is_special(i)))
 
     def detokenize(self, token_ids: tuple[int, ...], adapter: str | None = None) -> str:
@@ -145,6 +153,10 @@ class EngineCore:
         self._requests[sequences[0].request.request_id] = list(sequences)
         for sequence in sequences:
             self._scheduler.add(sequence)
+
+    def report_to(self, holdings: Holdings) -> None:
+        """Tell from now on which exact tokens are kept."""
+        self._backend.kv.report_to(holdings)
 
     def cancel(self, request_id: str) -> None:
         """Stop a request, wherever it is. Unknown ids are requests that have just ended."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from tightrope.backends.reuse import Wanted
 from tightrope.engine.layout import Replay, Steps
 from tightrope.engine.track import Shares, Track
-from tightrope.engine.types import Delta, GenerateRequest, PromptRead, Timings, Token, Written
+from tightrope.engine.types import Delta, GenerateRequest, PromptRead, Timings, Token, Written, cache_namespace
 from tightrope.engine.writer import Writer
 
 if TYPE_CHECKING:  # Its module imports torch, which takes seconds, and the scheduler needs none.
@@ -57,14 +57,9 @@ class Sequence:
 
     @property
     def namespace(self) -> str:
-        """Whose cached tokens may be shared: keys and values depend on the adapter, and how much of it is used.
-
-        The same in every process, whatever was loaded before.
-        """
+        """See cache_namespace."""
         request = self.request
-        if self.adapter is None:
-            return request.namespace
-        return f"{request.namespace}\0{request.adapter}\0{self.adapter_fingerprint}\0{request.adapter_scale!r}"
+        return cache_namespace(request.namespace, request.adapter, self.adapter_fingerprint, request.adapter_scale)
 
     @property
     def adapter_use(self) -> AdapterUse:

@@ -105,6 +105,14 @@ class GenerateRequest(Struct, frozen=True):
     wants_progress: bool = False  # A delta tells when the prompt has been read to its end, too.
 
 
+def cache_namespace(namespace: str, adapter: str | None, fingerprint: str, adapter_scale: float) -> str:
+    """Whose cached tokens may be shared: keys and values depend on the adapter, and how much of it is used.
+
+    The same in every process, whatever was loaded before. fingerprint: see AdapterStore.
+    """
+    return namespace if adapter is None else f"{namespace}\0{adapter}\0{fingerprint}\0{adapter_scale!r}"
+
+
 class TopToken(Struct, frozen=True, array_like=True):
     """One of the likeliest tokens at a place."""
 
@@ -146,6 +154,11 @@ class TokenRun(Struct, frozen=True):
     def of(cls, token_ids: Sequence[int], piece: Callable[[int], TokenPiece]) -> "TokenRun":
         """The run of these ids; `piece` is asked once for each."""
         return cls(array("i", token_ids).tobytes(), {i: piece(i) for i in set(token_ids)})
+
+    @classmethod
+    def bare(cls, token_ids: Sequence[int]) -> "TokenRun":
+        """The ids alone."""
+        return cls(array("i", token_ids).tobytes(), {})
 
     @property
     def ids(self) -> list[int]:

@@ -14,8 +14,10 @@ from tightrope.backends.errors import BackendError
 from tightrope.backends.gguf.cells import Ints
 from tightrope.backends.gguf.entry import ALL, Entry, num_exact_of
 from tightrope.backends.gguf.entry_pool import EntryPool
+from tightrope.backends.gguf.held_entries import HeldEntries
 from tightrope.backends.gguf.integrity import faults
 from tightrope.backends.gguf.moves import MIN_MOVED, Move, best_move, splice, told
+from tightrope.backends.holdings import Holdings
 from tightrope.backends.protocol import KVUsage
 from tightrope.backends.reuse import Accepts, Reuse, Run, Wanted, always
 from tightrope.backends.sessions.piece import num_common
@@ -105,6 +107,7 @@ class SharedKVCache(EntryPool):
         entry.reserved -= count
         self._reserved -= count
         self._is_moving = False
+        self._see(entry)
         self._rollback.save_passed(entry, self._free_slots[-1] if self._free_slots else None)
 
     def truncate(self, seq_id: int, num_tokens: int) -> None:
@@ -140,6 +143,11 @@ class SharedKVCache(EntryPool):
             is_inexact = entry.namespace == namespace and entry.num_exact != ALL
             if self._swap.outlives and is_inexact and num_common(entry.tokens, wanted) == len(wanted):
                 self._save(entry)
+
+    def report_to(self, holdings: Holdings) -> None:
+        """See KVCache. Of a model that can't go back, what is told can be found to its end and at checkpoints alone."""
+        self._swap.report_to(holdings)
+        self._held = HeldEntries(holdings, self._swap.root, (*self._live.values(), *self._kept))
 
     def usage(self) -> KVUsage:
         return KVUsage(self._cells.capacity, self._cells.num_pinned, self._cells.num_reusable)
@@ -196,6 +204,7 @@ class SharedKVCache(EntryPool):
         if move is None or (movable := self._apart(move)) is None:
             return source, runs
         splice(self._store, self._cells, Move(movable, move.runs))
+        self._see(movable)
         self._is_moving = True
         return movable, move.runs
 
@@ -230,6 +239,7 @@ class SharedKVCache(EntryPool):
         twin.append(entry.tokens, self._cells.take(length, pinned=False))
         twin.num_exact, twin.num_steady = entry.num_exact, entry.num_steady
         self._kept.append(twin)
+        self._see(twin)
         return twin
 
     def _longest_common(self, wanted: Ints, namespace: str) -> int:

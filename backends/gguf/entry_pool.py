@@ -13,6 +13,7 @@ from tightrope.backends.errors import BackendError
 from tightrope.backends.gguf.cell_store import CellStore
 from tightrope.backends.gguf.cells import Cells, Ints
 from tightrope.backends.gguf.entry import ALL, Entry, num_exact_of
+from tightrope.backends.gguf.held_entries import HeldEntries
 from tightrope.backends.gguf.moves import MIN_MOVED, best_move
 from tightrope.backends.gguf.rollback import Rollback
 from tightrope.backends.gguf.swap_space import Swapped, SwapSpace
@@ -72,6 +73,7 @@ class EntryPool:
         self._live: dict[int, Entry] = {}
         self._kept: list[Entry] = []  # They stand least recently used first.
         self._reserved = 0  # It is the sum over the live.
+        self._held: HeldEntries | None = None  # Somebody wants to know which tokens can be found.
 
     def _best_match(self, wanted: Ints, namespace: str, reuse: Wanted) -> tuple[Entry | None, int]:
         """The sequence with the longest usable common prefix, the most recent among equals, and the prefix's length."""
@@ -116,9 +118,16 @@ class EntryPool:
         self._cells.release(dropped)
         entry.length, entry.num_exact = kept, num_exact_of(entry, kept)
         entry.num_steady = min(entry.num_steady, kept)
+        self._see(entry)
         return kept == length
 
+    def _see(self, entry: Entry, *, is_gone: bool = False) -> None:
+        """Tell what has become of an entry, to whom it matters."""
+        if self._held is not None:
+            self._held.see(entry, is_gone=is_gone)
+
     def _drop(self, entry: Entry) -> None:
+        self._see(entry, is_gone=True)
         self._cells.release(entry.held())
         self._store.remove_cells(entry.slot, 0)
         self._free_slots.append(entry.slot)
@@ -220,6 +229,7 @@ class EntryPool:
             return False
         if entry not in self._kept:
             self._kept.append(entry)
+        self._see(entry)
         self._swap.use(swapped.pieces)
         return True
 

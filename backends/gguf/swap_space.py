@@ -12,6 +12,7 @@ import numpy as np
 
 from tightrope.backends.gguf.cell_store import CellStore
 from tightrope.backends.gguf.entry import Entry, num_exact_of
+from tightrope.backends.holdings import Holdings
 from tightrope.backends.sessions.piece import Bytes, Ints, Piece
 from tightrope.backends.sessions.store import RunStore
 
@@ -63,6 +64,14 @@ class SwapSpace:
         self._store, self._cells = store, cells
         self._usable, self._scratch, self._whole_only = usable, scratch, whole_only
 
+    def root(self, namespace: str) -> bytes:
+        """The name under which texts of this namespace begin."""
+        return self._store.root(namespace)
+
+    def report_to(self, holdings: Holdings) -> None:
+        """See RunStore."""
+        self._store.report_to(holdings)
+
     @property
     def outlives(self) -> bool:
         """Whether what is put in is there in the next process, too."""
@@ -84,8 +93,8 @@ class SwapSpace:
                 return False
         self._store.use(pieces)
         if missing:
-            self._store.retire(self._store.root(namespace), entry.tokens)
-            self._store.retire_beginnings(self._store.root(namespace), entry.tokens, MOST_STORED)
+            self._store.retire(self.root(namespace), entry.tokens)
+            self._store.retire_beginnings(self.root(namespace), entry.tokens, MOST_STORED)
         return True
 
     def load(self, entry: Entry, piece: Piece, take: Callable[[int], Ints]) -> bool:
@@ -140,16 +149,16 @@ class SwapSpace:
             first_position = ABOUT.unpack(piece.about)[0]
             return self._usable(piece.token_ids, namespace, first_position, length)
 
-        matches = self._store.longest(self._store.root(namespace), wanted[:-1], usable)
+        matches = self._store.longest(self.root(namespace), wanted[:-1], usable)
         return [match.piece for match in matches] if sum(match.length for match in matches) >= num_least else []
 
     def source(self, wanted: Ints, namespace: str, num_least: int) -> list[Piece]:
         """The pieces of the text of which removals leave most of `wanted`, and no fewer of its first tokens."""
-        return self._store.source(self._store.root(namespace), wanted, num_least)[0]
+        return self._store.source(self.root(namespace), wanted, num_least)[0]
 
     def longest_common(self, wanted: Ints, namespace: str) -> int:
         """How many tokens the sequence that begins most like `wanted` has in common with it."""
-        return sum(match.length for match in self._store.longest(self._store.root(namespace), wanted))
+        return sum(match.length for match in self._store.longest(self.root(namespace), wanted))
 
     def faults(self) -> Iterator[str]:
         """What contradicts itself, a line each."""
@@ -157,7 +166,7 @@ class SwapSpace:
 
     def _pieces(self, namespace: str, entry: Entry, first_position: int) -> list[Piece]:
         """Those that an entry is stored as, without their sizes."""
-        root = parent = self._store.root(namespace)
+        root = parent = self.root(namespace)
         is_cut = self._scratch is not None
         is_whole = not is_cut and (self._whole_only or first_position > 0)  # A window can't be cut.
         size = PIECE if is_cut else max(1, entry.length)

@@ -3,6 +3,8 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from tightrope.backends.holdings import Holdings
+from tightrope.backends.sessions.held_pieces import HeldPieces
 from tightrope.backends.sessions.piece import Ints, Piece, num_common
 
 Usable = Callable[[Piece, int], int]  # Of so many first tokens of a piece, those behind which a model can go on.
@@ -24,6 +26,7 @@ class Catalogue:
     def __init__(self) -> None:
         self._pieces: dict[bytes, Piece] = {}
         self._below: dict[bytes, dict[bytes, Piece]] = {}  # By the parent's name, and then by their own.
+        self._held: HeldPieces | None = None
 
     def __contains__(self, name: bytes) -> bool:
         return name in self._pieces
@@ -37,6 +40,8 @@ class Catalogue:
     def add(self, piece: Piece) -> None:
         self._pieces[piece.name] = piece
         self._below.setdefault(piece.parent, {})[piece.name] = piece
+        if self._held is not None:
+            self._held.added(piece)
 
     def remove(self, name: bytes) -> None:
         """Forget a piece. Those below it can be found again once it has come back."""
@@ -47,10 +52,22 @@ class Catalogue:
         del siblings[name]
         if not siblings:
             del self._below[piece.parent]
+        if self._held is not None:
+            self._held.removed(piece)
+
+    def report_to(self, holdings: Holdings) -> None:
+        """Tell from now on what is here."""
+        self._held = HeldPieces(holdings, self.below)
+        for piece in self._pieces.values():
+            self._held.added(piece)
+
+    def below(self, name: bytes) -> list[Piece]:
+        """Those that begin where this one ends."""
+        return list(self._below.get(name, {}).values())
 
     def roots(self, root: bytes) -> list[Piece]:
         """Those with which texts begin."""
-        return list(self._below.get(root, {}).values())
+        return self.below(root)
 
     def goes_on(self, piece: Piece) -> bool:
         """Whether there is a piece behind this one."""

@@ -43,6 +43,7 @@ def open_store(
         return RunStore(run_bytes), [f"sessions: chats are not kept in {folder.path}, as {times}"]
     fingerprint = root_name(__version__, files_identity(files, folder), *form)
     store = RunStore(run_bytes, fingerprint, backend.card.model_id, folder, settings.session_disk_mib * MIB)
+    store.read_share += reading_s / computing_s
     kept = f"sessions: chats are kept in {folder.path}, up to {settings.session_disk_mib} MiB"
     return store, [f"{kept}, and {run_bytes // MIB} MiB of memory; {times}"]
 

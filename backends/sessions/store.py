@@ -15,6 +15,7 @@ from functools import partial
 from operator import itemgetter
 from weakref import WeakSet
 
+from tightrope.backends.holdings import COPY_SHARE, Holdings
 from tightrope.backends.removals import num_left
 from tightrope.backends.sessions.catalogue import Catalogue, Match, Usable
 from tightrope.backends.sessions.folder import Folder
@@ -39,6 +40,7 @@ class RunStore:
     ) -> None:
         """host_bytes, disk_bytes: bounds. fingerprint, model: see Header. Without a folder all is in memory alone."""
         self.host_bytes = host_bytes
+        self.read_share = COPY_SHARE
         self._fingerprint, self._model = fingerprint, model
         self._folder, self._disk_bytes = folder, disk_bytes
         self._lock = threading.RLock()  # Of all that follows; to tell what of a piece is usable may take another look.
@@ -89,6 +91,12 @@ class RunStore:
                 yield f"{used} bytes are kept beside the cache, {self._host_used} are counted, of {self.host_bytes}"
             if any(name not in self._catalogue for name in (*self._host, *self._written)):
                 yield "a piece is kept beside the cache, and can't be found"
+
+    def report_to(self, holdings: Holdings) -> None:
+        """Tell from now on what is here, in memory or on disk."""
+        holdings.fingerprint, holdings.read_share = self._fingerprint, self.read_share
+        with self._lock:
+            self._catalogue.report_to(holdings)
 
     def root(self, *parts: str | bytes) -> bytes:
         """The name under which texts of this model begin that may share pieces: see root_name."""

@@ -61,6 +61,7 @@ def run_loop(core: EngineCore, reader: Reader, end: EngineEnd, activity: Activit
     def tell(deltas: tuple[Delta, ...] = ()) -> None:
         nonlocal told
         told = core.stats()
+        reader.held.send()
         end.send(StepDone(deltas, told))
 
     def tell_of_begin(works: list[Work]) -> None:
@@ -90,6 +91,7 @@ def run_loop(core: EngineCore, reader: Reader, end: EngineEnd, activity: Activit
             else:
                 item()
             core.free_adapters()
+            reader.held.send()
             activity.end()
         activity.begin("step")
         result = core.step(tell_of_begin)

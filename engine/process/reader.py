@@ -9,6 +9,7 @@ from tightrope.backends.errors import BackendError
 from tightrope.engine.adapters import Action, AdapterCalls
 from tightrope.engine.core import EngineCore
 from tightrope.engine.errors import BackendFailed, EngineError, Overloaded
+from tightrope.engine.process.held import HeldTeller
 from tightrope.engine.process.lanes import SHORT_BYTES, Lanes
 from tightrope.engine.process.watch import Watch
 from tightrope.engine.process.wire import (
@@ -25,6 +26,7 @@ from tightrope.engine.process.wire import (
     SetMarks,
     Start,
     Submit,
+    TellHeld,
     ToEngine,
     ToFront,
     Tokenize,
@@ -72,6 +74,7 @@ class Reader:
         self._preparing: dict[str, int] = {}  # It counts answers, by request.
         self.inbox: Inbox = queue.SimpleQueue()
         self._adapters = AdapterCalls(core.adapters, settings.model.adapter_folder, end, self.inbox.put)
+        self.held = HeldTeller(core, end, wake=lambda: self.inbox.put(lambda: None))
         self.num_taken = 0  # The loop alone writes it.
         self.status = 0
 
@@ -101,9 +104,8 @@ class Reader:
                 with self._lock:
                     if self._preparing.pop(request_id, None) is None:
                         self.inbox.put(message)
-            case Tokenize(call_id=call_id, prompt=prompt, adapter=adapter, last=last):
-                size = prompt_bytes(prompt)
-                self._call(call_id, size, lambda: Tokenized(call_id, self._core.tokenize(prompt, adapter, last)))
+            case Tokenize(call_id=call_id):
+                self._call(call_id, prompt_bytes(message.prompt), lambda: self._tokenized(message))
             case Detokenize(call_id=call_id, token_ids=token_ids, adapter=adapter):
                 size = len(token_ids)
                 self._call(call_id, size, lambda: Detokenized(call_id, self._core.detokenize(token_ids, adapter)))
@@ -111,6 +113,8 @@ class Reader:
                 self._adapters.load(message)
             case UnloadAdapter():
                 self._adapters.unload(message)
+            case TellHeld():
+                self.inbox.put(self.held.begin)
             case Start() | SetMarks() | Embed():
                 raise AssertionError(f"a {type(message).__name__} out of place")
 
@@ -122,6 +126,10 @@ class Reader:
                 self._end.send(CallFailed(call_id, ErrorFrame.of(_as_engine_error(error, f"call_id={call_id}"))))
 
         self._read(num_bytes, job)
+
+    def _tokenized(self, message: Tokenize) -> Tokenized:
+        tokens = self._core.tokenize(message.prompt, message.adapter, message.last, is_bare=message.is_bare)
+        return Tokenized(message.call_id, tokens)
 
     def _read(self, num_bytes: int, job: Callable[[], None]) -> None:
         """Run what reads a text of so many bytes, beside this thread."""

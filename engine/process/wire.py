@@ -64,6 +64,7 @@ class Tokenize(Struct, frozen=True, tag="tokenize"):
     prompt: Prompt
     adapter: str | None = None  # The tokens are those of this one.
     last: int | None = None  # So many of them are wanted, from the end; None is all.
+    is_bare: bool = False  # Their ids alone are wanted.
 
 
 class Detokenize(Struct, frozen=True, tag="detokenize"):
@@ -105,7 +106,11 @@ class Embed(Struct, frozen=True, tag="embed"):
     is_busy: bool = False
 
 
-ToEngine = Start | SetMarks | Submit | Cancel | Tokenize | Detokenize | LoadAdapter | UnloadAdapter | Embed
+class TellHeld(Struct, frozen=True, tag="tell_held"):
+    """From now on the engine is to tell which tokens it holds, all of them first. Nobody asks within one machine."""
+
+
+ToEngine = Start | SetMarks | Submit | Cancel | Tokenize | Detokenize | LoadAdapter | UnloadAdapter | Embed | TellHeld
 
 
 class Loading(Struct, frozen=True, tag="loading"):
@@ -151,6 +156,30 @@ class StepDone(Struct, frozen=True, tag="step"):
 
     deltas: tuple[Delta, ...]
     stats: Stats
+
+
+class HeldBlocks(Struct, frozen=True, array_like=True):
+    """Hashes of blocks one behind another, that came and went since the last time: see News in backends/holdings.py."""
+
+    is_whole: bool
+    stride: int
+    added: bytes
+    removed: bytes
+
+
+class Held(Struct, frozen=True, tag="held"):
+    """What has changed in which tokens can be found, sent before the StepDone of the step that changed it.
+
+    number: one more than that of the one before; a gap means that something was lost. fingerprint, read_share: see
+    Holdings. adapters: their fingerprints by name; None: as told before.
+    """
+
+    number: int
+    cached: HeldBlocks
+    stored: HeldBlocks
+    fingerprint: bytes
+    read_share: float
+    adapters: dict[str, str] | None
 
 
 class Refused(Struct, frozen=True, tag="refused"):
@@ -205,6 +234,7 @@ ToFront = (
     | Ready
     | Progress
     | StepDone
+    | Held
     | Refused
     | Tokenized
     | Detokenized

@@ -5,6 +5,7 @@ from collections.abc import Hashable, Sequence
 
 from tightrope.backends.errors import BackendError
 from tightrope.backends.hf.cache.copies import Copies
+from tightrope.backends.hf.cache.held_pages import HeldPages
 from tightrope.backends.hf.cache.live import LiveSequence
 from tightrope.backends.hf.cache.moving import spendable
 from tightrope.backends.hf.cache.page_tree import Page, Root, hand_over, hang, twin_of
@@ -29,6 +30,7 @@ class PagePool:
         self.copies, self.window_copies = Copies(), Copies()  # Those of pages, and of window pages.
         self.stored: StoredPages | None = None  # Where evicted pages go, and come back from.
         self._stored_up_to: Page | Root | None = None  # It went there with the page that was evicted last.
+        self._held: HeldPages | None = None  # Somebody wants to know which pages can be found.
 
     def _parent(self, sequence: LiveSequence, place: int) -> Page | Root:
         """What the page in this place of a sequence hangs below."""
@@ -148,7 +150,7 @@ class PagePool:
                 continue
             parent = pages[place - 1] if place else self._roots.setdefault(root, Root(root))
             page.is_exact = parent.is_exact and found.is_exact(place)
-            hang(page, parent, found.tokens(place))
+            self._hang(page, parent, found.tokens(place))
         self._use_last([page for page in pages if page.parent is not None])
 
     def _use_last(self, path: Sequence[Page]) -> None:
@@ -182,7 +184,7 @@ class PagePool:
         target = self._take(sequence)
         if target.number != source.number:
             self.copies.add(source.number, target.number)
-        hang(target, self._parent(sequence, len(sequence.pages)), tokens)
+        self._hang(target, self._parent(sequence, len(sequence.pages)), tokens)
         sequence.append(target)
         self._hold(sequence, held)
         if held and window_source != target.window_number:
@@ -231,6 +233,12 @@ class PagePool:
             path.append(twin)
         return path
 
+    def _hang(self, page: Page, parent: Page | Root | None, tokens: tuple[int, ...]) -> None:
+        """See page_tree.hang."""
+        hang(page, parent, tokens)
+        if self._held is not None:
+            self._held.see(page)
+
     def _discard(self, page: Page) -> None:
         """Take a page out of the tree and give its number back."""
         self._unhang(page)
@@ -242,7 +250,7 @@ class PagePool:
         parent = page.parent
         self._idle.pop(page, None)
         self._windows.forget(page)
-        hang(page, None, ())
+        self._hang(page, None, ())
         if isinstance(parent, Root) and not parent.children and not parent.inexact:
             del self._roots[parent.key]
 

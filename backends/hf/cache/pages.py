@@ -18,20 +18,24 @@ Nothing here knows of tensors; kernels.forms.layout says what a page is.
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate, takewhile, zip_longest
 
 import numpy as np
 
 from tightrope.backends.errors import BackendError
+from tightrope.backends.hf.cache.held_pages import HeldPages
 from tightrope.backends.hf.cache.integrity import faults
 from tightrope.backends.hf.cache.live import Ahead, Ints, LiveSequence
 from tightrope.backends.hf.cache.moving import MIN_MOVED, Moved, by_last_use, copy_into, find_moved, spendable
 from tightrope.backends.hf.cache.page_pool import PagePool
-from tightrope.backends.hf.cache.page_tree import Page, hang
+from tightrope.backends.hf.cache.page_tree import Page
 from tightrope.backends.hf.cache.search import Match, find_path
-from tightrope.backends.hf.cache.stored_pages import Found
+from tightrope.backends.hf.cache.stored_pages import Found, root_parts
+from tightrope.backends.holdings import Holdings
 from tightrope.backends.protocol import KVUsage
 from tightrope.backends.reuse import Accepts, Reuse, Wanted, always
+from tightrope.backends.sessions.piece import root_name
 from tightrope.kernels.forms.layout import PAGE
 
 MOST_FETCHED = 8  # Prompts.
@@ -67,7 +71,8 @@ class PagedKVCache(PagePool):
         compute with the same frequencies.
         """
         super().__init__(num_pages, num_window_pages, window)
-        self._frequencies_at = frequencies_at
+        usual = frequencies_at(1)
+        self._frequencies_at = lambda length: None if (found := frequencies_at(length)) == usual else found
         self._live: dict[int, LiveSequence] = {}
         self._fetched: dict[int, Fetched] = {}  # By sequence; those that were asked for last.
         self.has_windows = window is not None
@@ -178,7 +183,7 @@ class PagedKVCache(PagePool):
         page, used = sequence.pages[-1], length % PAGE
         if page.writer is sequence and len(page.tokens) > used:
             if page.refs == 1 and page.is_leaf:
-                hang(page, page.parent, page.tokens[:used])
+                self._hang(page, page.parent, page.tokens[:used])
             else:
                 page.writer = None  # Others read what would be overwritten.
 
@@ -200,6 +205,13 @@ class PagedKVCache(PagePool):
         if self.stored is not None and self.stored.outlives:
             root = namespace, self._frequencies_at(len(token_ids))
             self.stored.keep(root, find_path(self._roots.get(root), token_ids, exact_only=False).path)
+
+    def report_to(self, holdings: Holdings) -> None:
+        """See KVCache. Windows of layers aren't looked at: what is told may have lost them."""
+        if self.stored is not None:
+            self.stored.report_to(holdings)
+        root_of = partial(root_name, holdings.fingerprint)
+        self._held = HeldPages(holdings, lambda key: root_of(*root_parts(key)), self._roots.values())
 
     def usage(self) -> KVUsage:
         used = self._num_pages - len(self._free) - len(self._idle)
@@ -309,7 +321,8 @@ class PagedKVCache(PagePool):
                 sequence.append(self._take(sequence))
                 copy_into(self.copies, sequence.pages[-1].number, part)
         if rest:
-            hang(sequence.pages[first], self._parent(sequence, first), tuple(wanted[first * PAGE : match.length]))
+            beginning = tuple(wanted[first * PAGE : match.length])
+            self._hang(sequence.pages[first], self._parent(sequence, first), beginning)
         self._make_findable(sequence, match.length, sequence.join())
         for page in reversed(sources):  # Ends first.
             self._let_go(sequence, page, keep=True)
@@ -325,7 +338,7 @@ class PagedKVCache(PagePool):
         for place in range(start // PAGE, -(-end // PAGE)):
             page = sequence.pages[place]
             new = token_ids[max(start, place * PAGE) - start : (place + 1) * PAGE - start]
-            hang(page, self._parent(sequence, place), page.tokens + new)
+            self._hang(page, self._parent(sequence, place), page.tokens + new)
             if page.is_exact:
                 self._replace_inexact(page)
 

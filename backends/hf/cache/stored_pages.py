@@ -14,6 +14,7 @@ import numpy as np
 from tightrope.backends.errors import BackendError
 from tightrope.backends.hf.cache.moving import COMPUTED_AGAIN, MIN_MOVED
 from tightrope.backends.hf.cache.page_tree import Page, Root
+from tightrope.backends.holdings import Holdings
 from tightrope.backends.sessions.catalogue import Match
 from tightrope.backends.sessions.piece import Bytes, Piece
 from tightrope.backends.sessions.store import RunStore
@@ -79,6 +80,16 @@ class Found:
         return match.piece.about[place % PIECE] if match and place % PIECE < len(match.piece.about) else 0
 
 
+def root_parts(key: Hashable) -> tuple[str, ...]:
+    """What names a root of the tree: its namespace alone, which the front knows, unless a text's length tells more."""
+    match key:
+        case (str() as namespace, None):
+            return (namespace,)
+        case (str() as namespace, frequencies):
+            return namespace, repr(frequencies)
+    return (repr(key),)
+
+
 class StoredPages:
     """A store as the books of a paged cache use it."""
 
@@ -104,8 +115,12 @@ class StoredPages:
         if len(exact) < len(path):
             self._keep(self._root(key, are_exact=False), path)
 
+    def report_to(self, holdings: Holdings) -> None:
+        """See RunStore."""
+        self._store.report_to(holdings)
+
     def _root(self, key: Hashable, *, are_exact: bool = True) -> bytes:
-        return self._store.root(repr(key), *(() if are_exact else ("moved",)))
+        return self._store.root(*root_parts(key), *(() if are_exact else ("moved",)))
 
     def _keep(self, root: bytes, path: Sequence[Page]) -> None:
         parent, pieces, num_new = root, list[Piece](), 0

@@ -1,0 +1,58 @@
+"""Which replica runs a prompt: the one where its first token comes soonest, as far as can be told beforehand.
+
+All is counted in tokens of a prompt that are to be computed: what a replica would have to compute of this prompt
+itself, what others wait for there, and what answers that are being written take from it meanwhile. Where nobody holds
+anything that is the least loaded one. No clock is looked at.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from random import Random
+
+from tightrope.backends.holdings import BLOCK, COPY_SHARE
+
+# While one more answer is being written, a prompt takes as much longer as if it had so many tokens more.
+RUNNING_TOKENS = 32
+# Where no place is free, a newcomer waits for the end of an answer, for which prompts of so many tokens could be read.
+FULL_TOKENS = 2048
+# A chat that fills its window loses what stands in front. Its replica moves what stands behind that, which no hash of
+# a beginning tells: the half of what is not known to be there counts as there, where at least the beginning is.
+MOVED_SHARE = 0.5
+# Among replicas that are about equal a session stays on its own.
+SESSION_TOKENS = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A replica that may run a prompt.
+
+    cached, stored, read_share: see Found in digests.py. queued_tokens: of prompts that wait or are being read there, to
+    be computed. num_running: answers that are being written. is_full: no place is free. is_session: the session's last
+    prompt ran here.
+    """
+
+    replica: str
+    cached: int = 0
+    stored: int = 0
+    read_share: float = COPY_SHARE
+    queued_tokens: int = 0
+    num_running: int = 0
+    is_full: bool = False
+    is_session: bool = False
+
+
+def cost(prompt_tokens: int, candidate: Candidate) -> float:
+    """What a prompt waits for there until its first token, in tokens to be computed."""
+    unknown = max(0, prompt_tokens - candidate.cached - candidate.stored)
+    if candidate.is_session and candidate.cached + candidate.stored >= BLOCK:
+        unknown *= MOVED_SHARE
+    own = unknown + candidate.read_share * candidate.stored
+    load = candidate.queued_tokens + RUNNING_TOKENS * candidate.num_running + FULL_TOKENS * candidate.is_full
+    return own + load - SESSION_TOKENS * candidate.is_session
+
+
+def choose(prompt_tokens: int, candidates: Sequence[Candidate], rng: Random) -> str:
+    """The replica for a prompt of so many tokens; equal ones take turns by chance. There is one candidate at least."""
+    costs = [cost(prompt_tokens, candidate) for candidate in candidates]
+    least = min(costs)
+    return rng.choice([c.replica for c, its in zip(candidates, costs, strict=True) if its == least])
