@@ -3,23 +3,31 @@
 Everything is done relative to the open folder, and no link is followed: not the folder itself, nor a file in it.
 """
 
+import fcntl
 import os
 import re
 import stat
 import time
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from tightrope.backends.errors import BackendError
 from tightrope.backends.sessions.piece import NAME_BYTES, Bytes, Piece
-from tightrope.backends.sessions.piece_file import Header, read_header, read_payload, write_piece
+from tightrope.backends.sessions.piece_file import (
+    Header,
+    is_stored_otherwise,
+    read_header,
+    read_payload,
+    write_piece,
+)
 
 MARK = "tightrope-sessions"  # A file of this name says that the folder is one of chats.
 MEMORY, MAX_MEMORY = "tightrope-hashes", 1 << 20
 SUFFIX = ".run"
 TRIMMED = 0.95  # A full folder is emptied to this share of what it may hold.
+ALONE_S = 5.0  # To make room for a piece and give it its name takes milliseconds.
 OLD_S = 600.0  # A file that was begun so long ago will not be finished any more.
 _PIECE = re.compile(rf"[0-9a-f]{{{2 * NAME_BYTES}}}\{SUFFIX}")
 _UNFINISHED = re.compile(rf"\.([0-9a-f]{{{2 * NAME_BYTES}}}|{MEMORY})\.[0-9]+")
@@ -80,8 +88,18 @@ class Folder:
     def close(self) -> None:
         os.close(self._fd)
 
-    def write(self, piece: Piece, payload: Bytes, fingerprint: bytes, model: str) -> int:
-        """Store a piece, and return the size of its file; it is whole now, and was absent before. Raises OSError."""
+    def write(
+        self,
+        piece: Piece,
+        payload: Bytes,
+        fingerprint: bytes,
+        model: str,
+        make_room: Callable[[int], None] = lambda size: None,
+    ) -> int:
+        """Store a piece, and return the size of its file; it is whole now, and was absent before. Raises OSError.
+
+        make_room: called with the size before that, while no other process stores one.
+        """
         unfinished = _unfinished(piece.name.hex())
         file = os.open(unfinished, _WRITE, 0o600, dir_fd=self._fd)
         try:
@@ -91,7 +109,9 @@ class Folder:
                 os.fsync(file)
             finally:
                 os.close(file)
-            os.rename(unfinished, _file_of(piece.name), src_dir_fd=self._fd, dst_dir_fd=self._fd)
+            with self._alone():
+                make_room(size)
+                os.rename(unfinished, _file_of(piece.name), src_dir_fd=self._fd, dst_dir_fd=self._fd)
             os.fsync(self._fd)
         except BaseException:
             self._unlink(unfinished)
@@ -99,13 +119,18 @@ class Folder:
         return size
 
     def read(self, piece: Piece, fingerprint: bytes) -> Bytes | None:
-        """The bytes of a piece; None where its file is gone, or isn't what it should be, which is then removed."""
+        """The bytes of a piece; None where its file is gone, or isn't what it should be, which is then removed.
+
+        None, too, where another process has stored the same tokens in its own way meanwhile.
+        """
         name = _file_of(piece.name)
         try:
             file, status = self._open(name)
         except OSError:
             return None
         try:
+            if status is not None and is_stored_otherwise(file, status.st_size, piece, fingerprint):
+                return None
             payload = None if status is None else read_payload(file, status.st_size, piece, fingerprint)
         except (OSError, MemoryError):
             return None
@@ -168,24 +193,38 @@ class Folder:
 
     def scan(self) -> Iterator[Stored]:
         """All files that say they are pieces, in no order. What can't be read is left out."""
-        for name in self._names():
-            try:
-                file, status = self._open(name)
-            except OSError:
-                continue
-            try:
-                found = None if status is None else read_header(file, status.st_size)
-            except OSError:
-                continue
-            finally:
-                os.close(file)
-            if found is not None and status is not None and _file_of(found[1].name) == name:
-                yield Stored(*found, status.st_mtime, status.st_size)
+        return (stored for name in self.names() if (stored := self.look_at(name)) is not None)
 
-    def trim(self, max_bytes: int) -> tuple[int, list[bytes]]:
-        """Delete what was of no use for longest, where all files take more than so many bytes.
+    def names(self) -> Iterator[bytes]:
+        """Those of all files that may be pieces."""
+        return (bytes.fromhex(name.removesuffix(SUFFIX)) for name in self._names())
 
-        Returns how many they take now, and the names of those that are gone.
+    def look_at(self, name: bytes) -> Stored | None:
+        """What the file of this name says that it is; None where it can't be read."""
+        try:
+            file, status = self._open(_file_of(name))
+        except OSError:
+            return None
+        try:
+            found = None if status is None else read_header(file, status.st_size)
+        except OSError:
+            return None
+        finally:
+            os.close(file)
+        is_it = found is not None and status is not None and found[1].name == name
+        return Stored(*found, status.st_mtime, status.st_size) if is_it else None
+
+    def changed_ns(self) -> int:
+        """When a file has come or gone last, by the clock of whoever keeps the folder; in nanoseconds."""
+        try:
+            return os.fstat(self._fd).st_mtime_ns
+        except OSError:
+            return 0
+
+    def trim(self, max_bytes: int) -> list[bytes]:
+        """Delete what was of no use for longest, where all files take more than so many bytes; names of what is gone.
+
+        What others have begun to write and will not finish goes, too.
         """
         files: list[tuple[int, str, int]] = []
         for name in self._names(unfinished=True):
@@ -206,7 +245,26 @@ class Folder:
             self._unlink(name)
             used -= size
             gone.append(bytes.fromhex(name.removesuffix(SUFFIX)))
-        return used, gone
+        return gone
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """While no other process is here, or after ALONE_S: then one was stopped in it, or there are no locks here."""
+        file = -1
+        with suppress(OSError):
+            file = os.open(MARK, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._fd)
+            end_s = time.monotonic() + ALONE_S
+            while time.monotonic() < end_s:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    time.sleep(ALONE_S / 500)
+        try:
+            yield
+        finally:
+            if file >= 0:
+                os.close(file)
 
     def _names(self, *, unfinished: bool = False) -> Iterator[str]:
         try:

@@ -92,6 +92,14 @@ def read_header(file: int, size: int) -> tuple[Header, Piece] | None:
     )
 
 
+def is_stored_otherwise(file: int, size: int, piece: Piece, fingerprint: bytes) -> bool:
+    """Whether a file holds the tokens of a piece, with other bytes of the model's: who wrote them had cached more."""
+    found = read_header(file, size)
+    if found is None or found[1].name != piece.name or found[0].fingerprint != fingerprint:
+        return False
+    return (found[1].num_bytes, found[1].about) != (piece.num_bytes, piece.about)
+
+
 def read_payload(file: int, size: int, piece: Piece, fingerprint: bytes) -> Bytes | None:
     """The bytes of `piece` from an open file of `size` bytes; None unless it holds that piece, and every bit is right.
 
@@ -99,6 +107,8 @@ def read_payload(file: int, size: int, piece: Piece, fingerprint: bytes) -> Byte
     """
     found = read_header(file, size)
     if found is None or found[1].name != piece.name or found[0].fingerprint != fingerprint:
+        return None
+    if found[1].num_bytes != piece.num_bytes:  # The checksum would be right, and its bytes begin elsewhere.
         return None
     head = os.pread(file, size - DIGEST_BYTES - piece.num_bytes, 0)
     payload = np.empty(piece.num_bytes, np.uint8)

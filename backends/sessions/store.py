@@ -5,6 +5,7 @@ What is not yet written stays in memory until it is, and what memory has no room
 again.
 """
 
+import errno
 import logging
 import queue
 import threading
@@ -20,9 +21,11 @@ from tightrope.backends.removals import num_left
 from tightrope.backends.sessions.catalogue import Catalogue, Match, Usable
 from tightrope.backends.sessions.folder import Folder
 from tightrope.backends.sessions.piece import Bytes, Ints, Piece, has_moved_on, num_common, root_name, tokens_of
+from tightrope.backends.sessions.shared_folder import SharedFolder
 
 log = logging.getLogger("tightrope.sessions")
 
+LOOK_S = 0.25  # So often the folder is looked at for what other servers have written.
 MIN_SHARED = 16  # So many tokens at the front have two windows of one chat in common: a system message at least.
 MOST_WINDOWS = 2  # Windows that a chat has moved on from; of more the disk would be full before other chats had room.
 
@@ -50,7 +53,6 @@ class RunStore:
         self._written: set[bytes] = set()
         self._unwritten: set[bytes] = set()
         self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._disk_used = 0  # Bytes; what other servers write there is counted when the folder is trimmed.
         self._has_failed = False  # The last write has.
         self._fetching: set[bytes] = set()  # These are being read, or wait for it.
         self._unfetchable: set[bytes] = set()  # Memory had no room for these, or they couldn't be read.
@@ -58,16 +60,14 @@ class RunStore:
         self._writer: threading.Thread | None = None
         self._reader: threading.Thread | None = None
         if folder is not None:
-            for stored in sorted(folder.scan(), key=lambda stored: stored.used_s):
-                if stored.header.fingerprint == fingerprint:
-                    self._catalogue.add(stored.piece)
-                    self._written.add(stored.piece.name)
+            self._shared = SharedFolder(folder)
+            self._look()
             self._writer = threading.Thread(target=self._write_all, name="sessions", daemon=True)
             self._writer.start()
             self._reader = threading.Thread(target=self._read_all, name="sessions-read", daemon=True)
             self._reader.start()
             _stores.add(self)
-            self._queue.put(self._trim)
+            self._queue.put(lambda: self._make_disk_room(0))
 
     @property
     def outlives(self) -> bool:
@@ -187,6 +187,7 @@ class RunStore:
             if payload is None:
                 self._written.discard(piece.name)
                 self._catalogue.remove(piece.name)
+                self._queue.put(partial(self._look_anew, piece.name))
         return payload
 
     def fetch(self, pieces: Sequence[Piece]) -> bool:
@@ -255,7 +256,13 @@ class RunStore:
     # --- the threads ---------------------------------------------------------------------------------------
 
     def _write_all(self) -> None:
-        while (job := self._queue.get()) is not None:
+        while True:
+            try:
+                job = self._queue.get(timeout=LOOK_S)
+            except queue.Empty:
+                job = self._look
+            if job is None:
+                return
             try:
                 job()
             except Exception:  # Whatever it is, chats are served without what is stored.
@@ -280,9 +287,9 @@ class RunStore:
         with self._lock:
             payload = self._host.get(piece.name) if piece.name in self._unwritten else None
         if payload is None:
-            return  # A longer piece has taken its place.
+            return  # A longer piece has taken its place, or another server has written it.
         try:
-            self._disk_used += self._folder.write(piece, payload, self._fingerprint, self._model)
+            size = self._folder.write(piece, payload, self._fingerprint, self._model, self._make_disk_room)
         except OSError as error:
             if not self._has_failed:
                 log.warning("chats are not kept on disk: %s: %s", self._folder.path, error.strerror or error)
@@ -290,6 +297,7 @@ class RunStore:
             with self._lock:
                 self._unwritten.discard(piece.name)  # It stays in memory as long as there is room.
             return
+        self._shared.add(piece.name, size)
         if self._has_failed:
             log.warning("chats are kept on disk again: %s", self._folder.path)
             self._has_failed = False
@@ -304,8 +312,6 @@ class RunStore:
         for name in needless:
             self._folder.remove(name)
         self._forget(needless)
-        if self._disk_used > self._disk_bytes:
-            self._trim()
 
     def _remove(self, name: bytes) -> None:
         assert self._folder is not None
@@ -329,10 +335,34 @@ class RunStore:
         for name in names:
             self._folder.touch(name)
 
-    def _trim(self) -> None:
+    def _make_disk_room(self, num_bytes: int) -> None:
+        """Trim the folder, which others write into as well, if it would hold too much with so many bytes more.
+
+        Raises OSError where it would even then.
+        """
         assert self._folder is not None
-        self._disk_used, gone = self._folder.trim(self._disk_bytes)
+        if num_bytes > self._disk_bytes:
+            raise OSError(errno.EFBIG, "a chat is larger than all of them may be")
+        self._look()
+        if not num_bytes or self._shared.used + num_bytes > self._disk_bytes:
+            self._forget(self._folder.trim(self._disk_bytes - num_bytes))
+
+    def _look(self) -> None:
+        """Take in what other servers have written into the folder, and deleted from it."""
+        new, gone = self._shared.look()
         self._forget(gone)
+        with self._lock:
+            for stored in new:
+                name = stored.piece.name
+                if stored.header.fingerprint == self._fingerprint:
+                    self._unwritten.discard(name)
+                    self._written.add(name)
+                    if name not in self._catalogue:
+                        self._catalogue.add(stored.piece)
+
+    def _look_anew(self, name: bytes) -> None:
+        self._shared.forget(name)
+        self._look()
 
     def _forget(self, names: list[bytes]) -> None:
         """These are not in the folder any more."""

@@ -331,6 +331,7 @@ def test_random_operations_keep_every_count_exact(seed: int, swap_bytes: int, mo
                 driver.cache.close(chosen, keep=rng.random() < 0.7)
                 del live[chosen]
         driver.cache.check_integrity()
+        driver.check_told()
         usage = driver.cache.usage()
         assert usage.used + usage.reusable == driver.store.num_cells() <= capacity
         mine = [driver.store.slots.get(driver.cache.slot(seq_id), []) for seq_id in live]

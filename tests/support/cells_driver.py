@@ -4,9 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from told_blocks import Told, blocks_of
 
 from tightrope.backends.gguf import swap_space
 from tightrope.backends.gguf.cache import SharedKVCache
+from tightrope.backends.holdings import root_of
 from tightrope.backends.reuse import Wanted
 from tightrope.backends.sessions.store import RunStore
 
@@ -107,6 +109,8 @@ class Driver:
         scratch = None if self.store.keeps_state or self.store.window else slots
         self.cache = SharedKVCache(self.store, capacity, slots, scratch=scratch, **options)  # type: ignore[arg-type]
         self.cache.swap_to(RunStore(swap_bytes))
+        self.told = Told()
+        self.cache.report_to(self.told.holdings)
 
     def run(self, seq_id: int, token_ids: Sequence[int], namespace: str = "", reuse: Wanted = "exact") -> int:
         """Open a sequence and run all its tokens; returns how many were cached."""
@@ -127,4 +131,13 @@ class Driver:
         self.store.append(slot, len(token_ids) - done)
         self.cache.commit(seq_id, start, token_ids)
         self.cache.check_integrity()
+        self.check_told()
         return True
+
+    def check_told(self) -> None:
+        """What was told are the whole blocks of exact tokens that sequences hold."""
+        self.told.update()
+        entries = (*self.cache._live.values(), *self.cache._kept)
+        assert self.told.cached == blocks_of(
+            (root_of(b"", entry.namespace), entry.tokens[: entry.num_exact].tolist()) for entry in entries
+        )

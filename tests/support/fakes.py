@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from tightrope.backends.adapters import fingerprint
 from tightrope.backends.errors import BackendError
+from tightrope.backends.holdings import Holdings, chain, root_of
 from tightrope.backends.protocol import Capabilities, Chunk, KVUsage, ModelCard
 from tightrope.backends.reuse import Accepts, Reuse, Wanted, always
 
@@ -79,6 +80,26 @@ class FakeKV:
         self.grain = 1
         self.live: dict[int, Held] = {}
         self.kept: list[Held] = []  # least recently used first
+        self._holdings: Holdings | None = None
+        self._told: dict[bytes, int] = {}  # Blocks, and their places.
+
+    def report_to(self, holdings: Holdings) -> None:
+        self._holdings = holdings
+        self._report()
+
+    def _report(self) -> None:
+        """Tell what has changed, by looking at everything."""
+        if self._holdings is None:
+            return
+        held = {
+            block: place
+            for holder in (*self.live.values(), *self.kept)
+            for place, block in enumerate(chain(root_of(b"", holder.namespace), holder.token_ids))
+        }
+        self._holdings.remove("cached", self._told.keys() - held.keys())
+        for block in held.keys() - self._told.keys():
+            self._holdings.add("cached", [block], held[block])
+        self._told = held
 
     def _used(self, holders: Sequence[Held]) -> set[int]:
         return {cell for held in holders for cell in (*held.cells, *held.reserved)}
@@ -128,6 +149,7 @@ class FakeKV:
             if self.capacity - len(self._used(list(self.live.values()))) < missing:
                 return False
             self.kept.pop(0)
+            self._report()
         return True
 
     def commit(self, seq_id: int, start: int, token_ids: Sequence[int]) -> None:
@@ -137,16 +159,19 @@ class FakeKV:
         held.cells += held.reserved[: len(token_ids)]
         held.reserved = held.reserved[len(token_ids) :]
         held.token_ids += token_ids
+        self._report()
 
     def truncate(self, seq_id: int, num_tokens: int) -> None:
         held = self.live[seq_id]
         del held.token_ids[num_tokens:], held.cells[num_tokens:]
+        self._report()
 
     def close(self, seq_id: int, *, keep: bool) -> None:
         held = self.live.pop(seq_id)
         held.reserved = []
         if keep and held.token_ids:
             self.kept.append(held)
+        self._report()
 
     def leave(self, token_ids: Sequence[int], namespace: str) -> None:
         pass

@@ -6,15 +6,17 @@ from dataclasses import dataclass
 from unittest.mock import patch
 
 import numpy as np
+from told_blocks import Told
 
 from tightrope.backends import removals
 from tightrope.backends.errors import BackendError
 from tightrope.backends.hf.cache import moving, pages, stored_pages
 from tightrope.backends.hf.cache.pages import PagedKVCache
-from tightrope.backends.hf.cache.stored_pages import Placed, StoredPages
+from tightrope.backends.hf.cache.stored_pages import Placed, StoredPages, root_parts
+from tightrope.backends.holdings import chain
 from tightrope.backends.reuse import Reuse, Wanted
 from tightrope.backends.sessions import store as store_module
-from tightrope.backends.sessions.piece import Bytes
+from tightrope.backends.sessions.piece import Bytes, root_name
 from tightrope.backends.sessions.store import RunStore
 from tightrope.kernels.forms.layout import PAGE
 
@@ -111,6 +113,8 @@ class Driver:
         self.live: dict[int, Held] = {}
         if store is not None:
             self.cache.stored = StoredPages(store, PretendMover(self))
+        self.told = Told()
+        self.cache.report_to(self.told.holdings)
         self.reused = Reuse()  # what was found by the last that was opened
 
     def frequencies(self, length: int) -> Hashable:
@@ -243,6 +247,22 @@ class Driver:
         if leave:
             self.cache.leave(held.tokens[: held.length], held.namespace)
 
+    def check_told(self) -> None:
+        """What was told are the full pages with exact tokens, each behind all that its text begins with."""
+        self.told.update()
+        held: set[bytes] = set()
+        waiting = [
+            (root_name(b"", *root_parts(root.key)), page)
+            for root in self.cache._roots.values()
+            for page in root.children
+        ]
+        while waiting:
+            before, page = waiting.pop()
+            for block in chain(before, page.tokens):
+                held.add(block)
+                waiting += [(block, child) for child in page.children]
+        assert self.told.cached == held
+
     def pages(self, seq_id: int) -> list[int]:
         held = self.live[seq_id]
         num_tokens = max(len(held.cells), len(held.cells) - held.num_missing + held.reserved)
@@ -262,6 +282,7 @@ class Driver:
             if self.window:
                 window_pages = self.cache.window_table(seq_id, len(held.cells)).tolist()
                 self.check_window(held, window_pages, len(held.cells))
+        self.check_told()
         usage = self.cache.usage()
         assert usage.capacity == self.num_pages * PAGE
         assert usage.used == len(used) * PAGE
