@@ -23,8 +23,9 @@ from tightrope.backends.protocol import Capabilities, Chunk, ModelCard
 from tightrope.engine.core import EngineCore
 from tightrope.engine.process.held import HeldTeller
 from tightrope.engine.process.wire import Held, ToFront
+from tightrope.engine.sampler.steps import SamplingParams
 from tightrope.engine.settings import LimitSettings
-from tightrope.engine.types import GenerateRequest, SamplingParams, StopRules, TokenPrompt
+from tightrope.engine.types import GenerateRequest, StopRules, TokenPrompt
 from tightrope.kernels.forms.layout import PAGE
 from tightrope.server.cluster.choosing import Candidate, choose
 from tightrope.server.cluster.digests import DigestIndex, ReplicaHoldings

@@ -211,8 +211,9 @@ class Folder:
             return None
         finally:
             os.close(file)
-        is_it = found is not None and status is not None and found[1].name == name
-        return Stored(*found, status.st_mtime, status.st_size) if is_it else None
+        if found is None or status is None or found[1].name != name:
+            return None
+        return Stored(*found, status.st_mtime, status.st_size)
 
     def changed_ns(self) -> int:
         """When a file has come or gone last, by the clock of whoever keeps the folder; in nanoseconds."""

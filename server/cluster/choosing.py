@@ -43,7 +43,7 @@ class Candidate:
 
 def cost(prompt_tokens: int, candidate: Candidate) -> float:
     """What a prompt waits for there until its first token, in tokens to be computed."""
-    unknown = max(0, prompt_tokens - candidate.cached - candidate.stored)
+    unknown: float = max(0, prompt_tokens - candidate.cached - candidate.stored)
     if candidate.is_session and candidate.cached + candidate.stored >= BLOCK:
         unknown *= MOVED_SHARE
     own = unknown + candidate.read_share * candidate.stored

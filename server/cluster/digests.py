@@ -75,12 +75,13 @@ class ReplicaHoldings:
         """All of it, for an ingress that has just come; None before the engine has told anything."""
         if self._last is None:
             return None
-        wholes = [
+        cached, stored = (
             HeldBlocks(True, stride, b"".join(blocks), b"")
             for blocks, stride in zip(self._blocks, self._strides, strict=True)
-        ]
+        )
         last = self._last
-        return _digest(Held(last.number, *wholes, last.fingerprint, last.read_share, self._adapters), Keyed(key))
+        held = Held(last.number, cached, stored, last.fingerprint, last.read_share, self._adapters)
+        return _digest(held, Keyed(key))
 
     def changes(self, held: Held, key: bytes) -> Digest:
         """The same that was applied, for an ingress that has all before it."""

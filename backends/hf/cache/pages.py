@@ -71,8 +71,7 @@ class PagedKVCache(PagePool):
         compute with the same frequencies.
         """
         super().__init__(num_pages, num_window_pages, window)
-        usual = frequencies_at(1)
-        self._frequencies_at = lambda length: None if (found := frequencies_at(length)) == usual else found
+        self._frequencies_of, self._usual = frequencies_at, frequencies_at(1)
         self._live: dict[int, LiveSequence] = {}
         self._fetched: dict[int, Fetched] = {}  # By sequence; those that were asked for last.
         self.has_windows = window is not None
@@ -246,6 +245,11 @@ class PagedKVCache(PagePool):
         All chunks of a prompt compute with those of the whole, as if it were run in one piece.
         """
         return max(self._live[seq_id].opened_len, num_tokens)
+
+    def _frequencies_at(self, length: int) -> Hashable:
+        """What tells them apart; None for the usual ones, those of short texts."""
+        found = self._frequencies_of(length)
+        return None if found == self._usual else found
 
     # --- beginning -------------------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from tightrope.backends.hf.run.calibrate import key_factors
 from tightrope.backends.hf.run.steps import StepBuilder, StepInputs
 from tightrope.backends.hf.runner import ModelRunner
+from tightrope.backends.holdings import Holdings
 from tightrope.backends.protocol import Backend, Chunk, KVCache, KVUsage
 from tightrope.backends.reuse import Accepts, Reuse, Wanted, always
 from tightrope.kernels.forms.layout import CacheDtype, LayerCache
@@ -117,6 +118,9 @@ class _BaseBooks:
         return
 
     def leave(self, token_ids: Sequence[int], namespace: str) -> None:
+        return
+
+    def report_to(self, holdings: Holdings) -> None:
         return
 
     def usage(self) -> KVUsage:
