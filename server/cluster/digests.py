@@ -198,10 +198,11 @@ class DigestIndex:
                 break
             keyed, num_blocks = self._keyed(block), place + 1
             for kind in range(2):
-                asked = reduce(or_, (those for stride, those in strides[kind].items() if is_told(place, stride)), 0)
-                gone = left[kind] & asked & ~self._holders[kind].get(keyed, 0)
-                left[kind] &= ~gone
-                self._note(lengths[kind], kind, gone, place)
+                gone = left[kind] & ~self._holders[kind].get(keyed, 0)
+                if gone:
+                    gone &= reduce(or_, (those for stride, those in strides[kind].items() if is_told(place, stride)), 0)
+                    left[kind] &= ~gone
+                    self._note(lengths[kind], kind, gone, place)
         for kind in range(2):
             self._note(lengths[kind], kind, left[kind], num_blocks)
         return lengths
