@@ -81,7 +81,7 @@ class _Books:
         if not count and is_told(place, self.stride):
             self._num_told += 1
             self._note(block, has_come=True)
-            if self._num_told > MOST_BLOCKS:
+            while self._num_told > MOST_BLOCKS:
                 self._tell_one_of(2 * self.stride)
 
     def remove(self, block: bytes) -> None:
@@ -91,7 +91,7 @@ class _Books:
         elif is_told(place, self.stride):
             self._num_told -= 1
             self._note(block, has_come=False)
-            if self.stride > 1 and self._num_told < MOST_BLOCKS // 4:
+            while self.stride > 1 and self._num_told < MOST_BLOCKS // 4:
                 self._tell_one_of(self.stride // 2)
 
     def _note(self, block: bytes, *, has_come: bool) -> None:

@@ -46,7 +46,11 @@ class SharedFolder:
         """This process has written a file."""
         self._sizes[name] = size
 
+    def remove(self, name: bytes) -> None:
+        """This process has deleted a file, which another may write again."""
+        self._sizes.pop(name, None)
+
     def forget(self, name: bytes) -> None:
         """A file isn't what it was when looked at: it is to be looked at again."""
-        self._sizes.pop(name, None)
+        self.remove(name)
         self._changed_ns = -1

@@ -256,13 +256,17 @@ class RunStore:
     # --- the threads ---------------------------------------------------------------------------------------
 
     def _write_all(self) -> None:
+        look_s = 0.0
         while True:
+            wait_s = look_s - time.monotonic()
             try:
-                job = self._queue.get(timeout=LOOK_S)
+                job = self._queue.get(timeout=wait_s) if wait_s > 0 else self._look
             except queue.Empty:
-                job = self._look
+                continue
             if job is None:
                 return
+            if wait_s <= 0:
+                look_s = time.monotonic() + LOOK_S
             try:
                 job()
             except Exception:  # Whatever it is, chats are served without what is stored.
@@ -368,6 +372,7 @@ class RunStore:
         """These are not in the folder any more."""
         with self._lock:
             for name in names:
+                self._shared.remove(name)
                 self._written.discard(name)
                 if name not in self._host:
                     self._catalogue.remove(name)
