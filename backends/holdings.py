@@ -72,6 +72,7 @@ class _Books:
         self.stride = 1
         self._counts: dict[bytes, tuple[int, int]] = {}  # How many hold a block, and its place in the text.
         self._num_told = 0
+        self._num_then = 0  # There were so many when the stride was set.
         self._news: dict[bytes, bool] = {}  # Whether it has come or gone.
         self._is_whole = True  # The next news are.
 
@@ -81,8 +82,8 @@ class _Books:
         if not count and is_told(place, self.stride):
             self._num_told += 1
             self._note(block, has_come=True)
-            while self._num_told > MOST_BLOCKS:
-                self._tell_one_of(2 * self.stride)
+            if self._num_told > MOST_BLOCKS:
+                self._set_stride()
 
     def remove(self, block: bytes) -> None:
         count, place = self._counts.pop(block)
@@ -91,8 +92,8 @@ class _Books:
         elif is_told(place, self.stride):
             self._num_told -= 1
             self._note(block, has_come=False)
-            while self.stride > 1 and self._num_told < MOST_BLOCKS // 4:
-                self._tell_one_of(self.stride // 2)
+        if self.stride > 1 and len(self._counts) <= self._num_then // 2:
+            self._set_stride()
 
     def _note(self, block: bytes, *, has_come: bool) -> None:
         if self._news.get(block, has_come) is has_come:
@@ -100,9 +101,14 @@ class _Books:
         else:
             del self._news[block]  # Nobody has heard of it.
 
-    def _tell_one_of(self, stride: int) -> None:
-        self.stride, self._is_whole = stride, True
-        self._num_told = sum(is_told(place, stride) for _, place in self._counts.values())
+    def _set_stride(self) -> None:
+        """Tell as many blocks of each text as may be told."""
+        self.stride, self._is_whole, self._num_then = 1, True, len(self._counts)
+        while True:
+            self._num_told = sum(is_told(place, self.stride) for _, place in self._counts.values())
+            if self._num_told <= MOST_BLOCKS:
+                return
+            self.stride *= 2
 
     def begin(self) -> None:
         self._is_whole = True
