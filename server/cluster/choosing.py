@@ -16,7 +16,8 @@ RUNNING_TOKENS = 32
 # Where no place is free, a newcomer waits for the end of an answer, for which prompts of so many tokens could be read.
 FULL_TOKENS = 2048
 # A chat that fills its window loses what stands in front. Its replica moves what stands behind that, which no hash of
-# a beginning tells: the half of what is not known to be there counts as there, where at least the beginning is.
+# a beginning tells. Where the session's last prompt is known to be there still, so much of this one is there, too, as
+# long as its beginning is; where that isn't known, the half of the rest counts as there.
 MOVED_SHARE = 0.5
 # Among replicas that are about equal a session stays on its own.
 SESSION_TOKENS = 128
@@ -27,8 +28,9 @@ class Candidate:
     """A replica that may run a prompt.
 
     cached, stored, read_share: see Found in digests.py. queued_tokens: of prompts that wait or are being read there, to
-    be computed. num_running: answers that are being written. is_full: no place is free. is_session: the session's last
-    prompt ran here.
+    be computed; num_queued: how many these are, 0 where nobody knows. num_running: answers that are being written.
+    is_full: no place is free. is_session: the session's last prompt ran here; session_tokens: so many it had, if all of
+    it is still cached here.
     """
 
     replica: str
@@ -39,16 +41,27 @@ class Candidate:
     num_running: int = 0
     is_full: bool = False
     is_session: bool = False
+    session_tokens: int = 0
+    num_queued: int = 0
 
 
 def cost(prompt_tokens: int, candidate: Candidate) -> float:
     """What a prompt waits for there until its first token, in tokens to be computed."""
-    unknown: float = max(0, prompt_tokens - candidate.cached - candidate.stored)
-    if candidate.is_session and candidate.cached + candidate.stored >= BLOCK:
-        unknown *= MOVED_SHARE
+    held = candidate.cached + candidate.stored
+    unknown: float = max(0, prompt_tokens - held)
+    if candidate.is_session and held >= BLOCK:
+        is_known = candidate.session_tokens > 0
+        unknown = max(0, min(unknown, prompt_tokens - candidate.session_tokens)) if is_known else unknown * MOVED_SHARE
     own = unknown + candidate.read_share * candidate.stored
-    load = candidate.queued_tokens + RUNNING_TOKENS * candidate.num_running + FULL_TOKENS * candidate.is_full
+    load = _queued(own, candidate) + RUNNING_TOKENS * candidate.num_running + FULL_TOKENS * candidate.is_full
     return own + load - SESSION_TOKENS * candidate.is_session
+
+
+def _queued(own: float, candidate: Candidate) -> float:
+    """What others take before a prompt of `own` tokens: an engine reads the shortest first, so none more than that."""
+    if candidate.num_queued:
+        return min(candidate.queued_tokens, candidate.num_queued * max(own, BLOCK))
+    return candidate.queued_tokens
 
 
 def choose(prompt_tokens: int, candidates: Sequence[Candidate], rng: Random) -> str:

@@ -82,6 +82,27 @@ def test_a_chat_in_a_full_window_stays_where_it_can_be_moved() -> None:
     assert choose(3000, [Candidate("idle", cached=512), session], random.Random(1)) == "session"
 
 
+def test_a_chat_whose_last_prompt_is_still_there_stays_though_others_wait_there() -> None:
+    """All of a full window but the new message is moved, which takes little of what reading it elsewhere would."""
+    session = Candidate("session", cached=512, is_session=True, session_tokens=2900, queued_tokens=1500)
+    assert choose(3000, [Candidate("idle", cached=512), session], random.Random(1)) == "session"
+    assert cost(3000, session) < cost(3000, Candidate("session", cached=512, is_session=True, queued_tokens=1500))
+
+
+def test_a_session_whose_beginning_is_gone_has_nothing_to_be_moved() -> None:
+    gone = Candidate("session", is_session=True, session_tokens=2900)
+    assert cost(3000, gone) == cost(3000, Candidate("session", is_session=True))
+
+
+def test_a_short_prompt_waits_for_no_more_of_long_ones_than_it_has_itself() -> None:
+    """An engine reads the shortest first."""
+    short = Candidate("holder", cached=2900, queued_tokens=6000, num_queued=2)
+    assert cost(3000, short) == 100 + 2 * 100
+    assert choose(3000, [short, Candidate("idle")], random.Random(1)) == "holder"
+    long = Candidate("idle", queued_tokens=6000, num_queued=60)
+    assert cost(3000, long) == 3000 + 6000
+
+
 def test_equal_replicas_take_turns() -> None:
     rng = random.Random(1)
     assert {choose(10, [Candidate("a"), Candidate("b"), Candidate("c")], rng) for _ in range(50)} == {"a", "b", "c"}
