@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from tightrope.backends.hf.modules.gather import Gather
 from tightrope.kernels.forms.expanded import expanded_cache_bytes, expands_cache
 from tightrope.kernels.forms.layout import AttentionSpec, LayerCache, RopeTable, StepLayout
 from tightrope.kernels.forms.low_rank import AdapterRows
@@ -12,12 +13,17 @@ from tightrope.kernels.forms.low_rank import AdapterRows
 
 @dataclass(frozen=True, slots=True)
 class LayerInfo:
-    """One attention layer. `rope` is its key in a step's tables; None: nothing is rotated when keys are read."""
+    """One attention layer. `rope` is its key in a step's tables; None: nothing is rotated when keys are read.
+
+    A rank keeps `num_kv_heads` of all the layer's, from `first_kv_head` on; ranks may keep the same ones.
+    """
 
     num_kv_heads: int
     head_dim: int
     spec: AttentionSpec
     rope: str | None
+    first_kv_head: int = 0
+    all_kv_heads: int = 0  # 0: no more than this rank's.
 
 
 def scratch_bytes(layers: Sequence[LayerInfo], num_tokens: int) -> int:
@@ -36,6 +42,7 @@ class CurrentStep:
     embedded: Tensor | None = None  # [T, hidden]: rows of a table in the machine's own memory.
     adapters: AdapterRows | None = None  # None when no row of the step uses any.
     head_adapters: AdapterRows | None = None  # Those of the rows whose logits are wanted.
+    gather: Gather | None = None  # None where one rank holds all of the model. Steps leave it as it is.
 
     def layer(self, index: int) -> tuple[StepLayout, LayerCache]:
         """The step as a layer has it, and the layer's cache."""

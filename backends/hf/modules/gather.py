@@ -1,0 +1,30 @@
+"""Which part of a model a rank holds, and how its modules get the whole of what all ranks compute."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """Rank `rank` of `count` ranks."""
+
+    rank: int = 0
+    count: int = 1
+
+
+ALONE = Share()  # All of a model.
+
+
+class Gather(Protocol):
+    """All ranks' columns, side by side in the order of the ranks: what one rank would have computed, to the bit."""
+
+    share: Share
+
+    def __call__(self, local: Tensor, sizes: Sequence[int]) -> Tensor:
+        """local [T, sizes[rank]] of this rank to [T, sum(sizes)] of all.
+
+        Every rank calls it in the same order, with as many rows, the same sizes and dtype. No rows need no meeting.
+        """
