@@ -219,11 +219,13 @@ MOST_STACKED = 256  # The experts of so many tokens run together on a card; thos
 
 
 def experts(
-    x: Tensor, layer: GatedExperts | StackedExperts, picked: Tensor, shares: Tensor, adapters: AdapterRows | None
-) -> Tensor | None:
-    """What the experts `picked` [T, k] int64 make of x [T, K], by their shares [T, k] float32: [T, K].
+    x: Tensor, layer: GatedExperts | StackedExperts, picked: Tensor, shares: Tensor, adapters: AdapterRows | None,
+    gather: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor | None:  # fmt: skip
+    """What the experts `picked` [T, k] int64 make of x [T, K], by their shares [T, k] float32: [T, outputs of down].
 
-    None where no kernel runs them at once. On a card nothing is read from it.
+    gather: makes, of the columns that an expert's first product gives here for each pick [T * k, own], those that its
+    second one takes. None where no kernel runs them at once. On a card nothing is read from it.
     """
     if isinstance(layer, StackedExperts):
         if adapters is not None or (len(x) > MOST_STACKED and isinstance(layer.gate_up, Tensor)):
@@ -231,10 +233,12 @@ def experts(
         from tightrope.kernels.triton.experts import experts as stacked  # Triton is there only where CUDA is.
 
         turns = zip(*(rows.split(MOST_STACKED) for rows in (x, picked, shares)), strict=True)
-        done = [stacked(some, layer, theirs, parts) for some, theirs, parts in turns]
+        done = [stacked(some, layer, theirs, parts, gather) for some, theirs, parts in turns]
         return done[0] if len(done) == 1 else torch.cat(done)
     kernels = _kernels_for(x)
-    return kernels.experts(x, layer, picked, shares, adapters) if isinstance(kernels, native.NativeKernels) else None
+    if not isinstance(kernels, native.NativeKernels):
+        return None
+    return kernels.experts(x, layer, picked, shares, adapters, gather)
 
 
 def draw(logits: Tensor, rows: NDArray[np.int64], params: NDArray[np.float64]) -> NDArray[np.int64] | None:

@@ -61,6 +61,12 @@ class TensorEntry:
     def num_bytes(self) -> int:
         return self.end - self.begin
 
+    def ranges(self, rows: Sequence[tuple[int, int]], count: int, outer: int = 1) -> list[tuple[Path, int, int]]:
+        """Bytes begin .. end of the file with these rows, of `count` that share each of `outer` equal parts."""
+        size = self.num_bytes // outer
+        starts = [self.begin + i * size for i in range(outer)]
+        return [(self.file, at + size * a // count, at - -size * b // count) for at in starts for a, b in rows]
+
 
 @dataclass(frozen=True, slots=True)
 class Shard:
@@ -135,11 +141,17 @@ class Checkpoint:
         """The files in the order of their names. Loading one after the other and releasing each maps one at a time."""
         return self._shards
 
-    def read(self, name: str) -> "Tensor":
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> "Tensor":
         """The tensor, in the file's dtype, without a copy: its memory is the file's pages, read as they are touched.
 
-        Writing to it changes neither the file nor what the next `read` gives. Raises KeyError for an unknown name.
+        rows: begin .. end of its first dimension alone. Writing to it changes neither the file nor what the next `read`
+        gives. Raises KeyError for an unknown name.
         """
+        whole = self.whole(name)
+        return whole if rows is None else whole[slice(*rows)]
+
+    def whole(self, name: str) -> "Tensor":
+        """All of a tensor: what `read` gives rows of."""
         import torch
 
         entry = self.tensors[name]

@@ -26,15 +26,16 @@ class AdapterCheckpoint(Checkpoint):
     fixes: dict[str, Fix] = field(default_factory=dict)
     blocks: dict[str, str] = field(default_factory=dict)  # The types of those that `tensors` call F32.
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
         """See Checkpoint."""
         entry, fix = self.tensors[name], self.fixes.get(name)
+        wanted = slice(None) if rows is None else slice(*rows)
         if (kind := self.blocks.get(name)) is None:
             tensor = Checkpoint.read(self, name)
         else:
             raw = torch.frombuffer(self._map(entry.file), dtype=torch.uint8, count=entry.num_bytes, offset=entry.begin)
             tensor = dequantize(to_matrix(kind, raw.view(entry.shape[0], -1), entry.shape[1])).t().contiguous()
-        return tensor if fix is None else fix(tensor)
+        return tensor[wanted] if fix is None else fix(tensor, wanted)
 
 
 def read_any_adapter(base: Header, path: Path) -> PeftAdapter:
@@ -72,8 +73,8 @@ def _modules(architecture: str, name: str, down: TensorInfo) -> dict[int, str]:
     return {0: (module_name(architecture, name) or name).removesuffix(".weight")}
 
 
-def _in_order(order: Tensor, rows: Tensor) -> Tensor:
-    return rows[order]
+def _in_order(order: Tensor, tensor: Tensor, rows: slice) -> Tensor:
+    return tensor[order[rows]]
 
 
 class _Reading:

@@ -20,7 +20,7 @@ SHIFTED = ("gemma", "gemma2", "gemma3")  # Their norms' weights are one more in 
 _ROTATED = {"attn_q": "attention.head_count", "attn_k": "attention.head_count_kv"}
 _MOST_FACTORS = 1 << 12  # A head has half as many pairs.
 
-Fix = Callable[[Tensor], Tensor]
+Fix = Callable[[Tensor, slice], Tensor]  # It is given a tensor of the file, and which rows of the result to make.
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,16 +29,16 @@ class GgufCheckpoint(Checkpoint):
 
     fixes: Mapping[str, Fix] = field(default_factory=dict)
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
         """See Checkpoint."""
-        entry = self.tensors[name]
+        entry, wanted = self.tensors[name], slice(None) if rows is None else slice(*rows)
         if entry.dtype in BLOCK_TYPES:
             raw = torch.frombuffer(self._map(entry.file), dtype=torch.uint8, count=entry.num_bytes, offset=entry.begin)
             tensor = raw.view(prod(entry.shape[:-1]), -1)
         else:
             tensor = Checkpoint.read(self, name)
         fix = self.fixes.get(name)
-        return tensor if fix is None else fix(tensor)
+        return tensor[wanted] if fix is None else fix(tensor, wanted)
 
     def missing(self, name: str, reason: str) -> BackendError:
         """See Checkpoint."""
@@ -118,6 +118,6 @@ def order_of_rows(header: Header, architecture: str, name: str, rows: int) -> Te
 def _fix(header: Header, architecture: str, tensor: TensorInfo) -> Fix | None:
     """What makes of a tensor of the file transformers' own."""
     if architecture in SHIFTED and tensor.name.endswith("norm.weight"):
-        return lambda weight: weight.float() - 1
+        return lambda weight, rows: weight[rows].float() - 1
     order = order_of_rows(header, architecture, tensor.name, tensor.dims[-1])
-    return None if order is None else lambda weight: weight[order]
+    return None if order is None else lambda weight, rows: weight[order[rows]]

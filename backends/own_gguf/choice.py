@@ -8,9 +8,12 @@ from typing import TYPE_CHECKING
 
 from tightrope.backends.errors import BackendError
 from tightrope.backends.settings import ModelSettings
+from tightrope.backends.tensor_parallel import ALONE, Share
 
 if TYPE_CHECKING:
-    from tightrope.backends.hf.load.inspection import Inspect
+    import torch
+
+    from tightrope.backends.hf.load.inspection import Inspect, Inspection
 
 _ON_A_CPU = "the torch engine runs such files on a CPU alone"
 
@@ -62,7 +65,13 @@ def choose(
     except BackendError as error:
         return Choice.llama(f"the torch engine does not: {_said(path, error)}")
     reason = "it knows the architecture and all tensor types, and the device is a CPU"
-    return Choice.own(reason, lambda *_: found)
+
+    def once_more(
+        path: Path, settings: ModelSettings, device: "torch.device | str" = "cpu", share: Share = ALONE, /
+    ) -> "Inspection":
+        return found if share == ALONE else inspect(path, settings, device, share)
+
+    return Choice.own(reason, once_more)
 
 
 def instead(path: Path, error: BackendError | str) -> Choice:

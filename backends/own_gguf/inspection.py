@@ -22,12 +22,15 @@ from tightrope.backends.quant.find import Quantization
 from tightrope.backends.quant.gguf import GgufBlocks
 from tightrope.backends.rope.scaling import resolve_rope
 from tightrope.backends.settings import ModelSettings
+from tightrope.backends.tensor_parallel import ALONE, Share
 
 _DTYPE = "float32"  # Of weights in modules that keep transformers' class, as all that isn't a matrix has it in files.
 _MOST_NAMED = 4
 
 
-def inspect(path: Path, settings: ModelSettings, device: torch.device | str = "cpu") -> Inspection:
+def inspect(
+    path: Path, settings: ModelSettings, device: torch.device | str = "cpu", share: Share = ALONE
+) -> Inspection:
     """Read all of a file but its weights. Raises BackendError in one line for whatever can't be served."""
     if torch.device(device).type != "cpu":
         raise BackendError(
@@ -40,7 +43,7 @@ def inspect(path: Path, settings: ModelSettings, device: torch.device | str = "c
     vocabulary = NativeModel(path, ModelOptions(is_vocabulary=True))
     tokenizer = GGUFTokenizer(vocabulary)
     quantization = Quantization(GgufBlocks(), checkpoint)
-    blueprint = draw(path, shape, checkpoint, rope, device, settings.dtype, quantization)
+    blueprint = draw(path, shape, checkpoint, rope, device, settings.dtype, quantization, share)
     if blueprint.left.names:  # A bias that were left out would change all answers.
         unused = [repr(name) for name in checkpoint.tensors if name in blueprint.left.names]
         more = f" and {len(unused) - _MOST_NAMED} more" if len(unused) > _MOST_NAMED else ""

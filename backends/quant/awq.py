@@ -12,8 +12,9 @@ from tightrope.backends.files.safetensors import Checkpoint
 from tightrope.backends.quant.format import FLOATS, Format, Packed, Settings
 from tightrope.backends.quant.stated import check_meaning, layout_of, whole_number
 from tightrope.kernels.forms.quantized import QuantizedMatrix, are_all, arrange, tiled
-from tightrope.kernels.packing import nibble_starts, pack_nibbles, unpack_rows
+from tightrope.kernels.packing import pack_nibbles, unpack_rows
 
+WORD = 8  # Outputs.
 NIBBLE_OF_OUTPUT = (0, 4, 1, 5, 2, 6, 3, 7)  # They are the eight in a word.
 
 
@@ -24,6 +25,7 @@ class Awq(Format):
     methods = ("awq",)
     codes = "qweight"
     parts = ("qweight", "qzeros", "scales")
+    by_column = parts
 
     @classmethod
     def tells(cls, checkpoint: Checkpoint, tensor: str) -> bool:
@@ -53,7 +55,8 @@ class Awq(Format):
     def tensor_bytes(self, packed: Packed) -> tuple[int, ...]:
         scales = packed.entry("scales")
         groups, outputs = packed.shape("scales", 2)
-        return packed.entry("qweight").num_bytes, scales.num_bytes, 2 * groups * outputs
+        sizes = packed.entry("qweight").num_bytes, scales.num_bytes, 2 * groups * outputs
+        return tuple(packed.share_of(size, outputs) for size in sizes)
 
     def check(self, packed: Packed, num_inputs: int, num_outputs: int) -> None:
         packed.expect("qweight", (num_inputs, num_outputs // 8), "I32")
@@ -66,11 +69,12 @@ class Awq(Format):
             raise packed.wrong("scales", f"has {groups[0]} groups, which don't divide {num_inputs} inputs")
 
     def build(self, packed: Packed, num_inputs: int, num_outputs: int) -> QuantizedMatrix:
-        scales = packed.read("scales")
+        scales = packed.columns("scales")
         groups = len(scales)
         rows = arrange(torch.arange(num_inputs), [num_inputs // groups] * groups, [4] * groups)
         nibble_of = torch.tensor(NIBBLE_OF_OUTPUT, dtype=torch.int32)
-        starts = nibble_starts(nibble_of, num_outputs // 8)
+        own = packed.outputs(num_outputs)
+        starts = 32 * (own // WORD) + 4 * nibble_of[own % WORD]
         zeros = unpack_rows(packed.contents("qzeros"), starts, 4, 0, torch.int16)
         return QuantizedMatrix(
             num_inputs,
@@ -78,7 +82,7 @@ class Awq(Format):
             rows.source,
             rows.group_starts,
             rows.group_bits,
-            pack_nibbles(packed.read("qweight"), nibble_of, rows, num_outputs, packed.take),
+            pack_nibbles(packed.columns("qweight", WORD), nibble_of, rows, num_outputs, packed.take),
             scales=tiled(scales if scales.dtype == torch.float16 else scales.float()),
             zeros=None if are_all(zeros, 8, num_outputs) else zeros.to(packed.device),
         )

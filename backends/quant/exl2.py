@@ -21,6 +21,7 @@ class Exl2(Format):
     methods = ("exl2",)
     codes = "q_weight"
     parts = ("q_weight", "q_scale", "q_scale_max", "q_groups", "q_invperm")
+    by_column = ("q_weight", "q_scale")
     optional = ("q_perm", "q_group_map")  # Both follow from the others.
 
     @classmethod
@@ -33,7 +34,8 @@ class Exl2(Format):
     def tensor_bytes(self, packed: Packed) -> tuple[int, ...]:
         inputs, outputs = self.size(packed)
         groups = packed.shape("q_scale_max", 1)[0]
-        return packed.entry("q_weight").num_bytes, groups * outputs, 9 * groups, 4 * inputs
+        codes, scales = packed.entry("q_weight").num_bytes, groups * outputs
+        return packed.share_of(codes, outputs), packed.share_of(scales, outputs), 9 * groups, 4 * inputs
 
     def check(self, packed: Packed, num_inputs: int, num_outputs: int) -> None:
         stored = -(-num_outputs // 32) * 32
@@ -45,13 +47,13 @@ class Exl2(Format):
         packed.expect("q_invperm", (num_inputs,), "I32")
 
     def build(self, packed: Packed, num_inputs: int, num_outputs: int) -> QuantizedMatrix:
-        words = packed.read("q_weight")
+        words = packed.columns("q_weight")
         bits, starts = _groups(packed, len(words))
         counts = [(end - begin) * 32 // width for width, begin, end in zip(bits, starts, starts[1:], strict=False)]
         if sum(counts) != num_inputs:
             raise packed.wrong("q_groups", f"describes {sum(counts)} rows; the linear has {num_inputs} inputs")
         rows = arrange(_permutation(packed), counts, bits)
-        nibbles = 4 * torch.arange(num_outputs, dtype=torch.int32)
+        nibbles = 4 * packed.outputs(num_outputs)
         return QuantizedMatrix(
             num_inputs,
             num_outputs,

@@ -10,26 +10,31 @@ import torch
 from torch import Tensor
 
 from tightrope.backends.errors import BackendError
+from tightrope.backends.files.read_ahead import Range
 from tightrope.backends.files.safetensors import Checkpoint, TensorEntry
+from tightrope.backends.tensor_parallel import Span
 from tightrope.kernels.forms.quantized import Nf4Matrix, QuantizedMatrix, Take
 from tightrope.kernels.packing import new_tiles
 
 Settings = Mapping[str, Any]  # They are a model's own words on its quantization, as JSON has them.
 FLOATS = ("F16", "BF16", "F32")
 CPU = torch.device("cpu")
+LEAST_ROW = 16 << 10  # Bytes: of shorter rows a part is no fewer pages of the file.
 
 
 @dataclass(frozen=True, slots=True)
 class Packed:
     """The tensors of one quantized linear, `module` in the files' words; they are read onto `device`.
 
-    take: memory for its codes on a CPU, beside those of linears that may become one matrix with it.
+    take: memory for its codes on a CPU, beside those of linears that may become one matrix with it. own: the outputs
+    that a rank has, of which alone a matrix is built; None: all.
     """
 
     checkpoint: Checkpoint
     module: str
     device: torch.device = CPU
     take: Take = new_tiles
+    own: Span | None = None
 
     def name(self, part: str) -> str:
         return f"{self.module}.{part}"
@@ -50,21 +55,56 @@ class Packed:
             raise self.wrong(part, f"has shape {list(shape)}; it must have {num_dims} dimensions")
         return shape
 
-    def raw(self, part: str) -> Tensor:
-        """The tensor, on a CPU of the file's pages; for the meta device nothing is read but the file's header."""
-        name = self.entry(part).name
-        return (
-            self.checkpoint.outline(name) if self.device.type == "meta" else self.checkpoint.read(name).to(self.device)
-        )
-
     def read(self, part: str) -> Tensor:
-        """The same; raises BackendError when what is read isn't finite."""
-        return self.raw(part) if self.device.type == "meta" else self.contents(part).to(self.device)
+        """The tensor, on a CPU of the file's pages; for the meta device nothing is read but the file's header.
+
+        Raises BackendError when what is read isn't finite.
+        """
+        return self._finite(part, self._raw(part)).to(self.device)
+
+    def columns(self, part: str, each: int = 1) -> Tensor:
+        """The same of the columns of own outputs alone, of which a column has `each`."""
+        tensor = self._raw(part)
+        if self.own is not None:
+            begin, end = self.own
+            if begin % each or end % each:
+                raise self.wrong(part, f"has words of {each} outputs, which ranks can't share: take fewer ranks")
+            tensor = tensor[:, begin // each : end // each]
+        return self._finite(part, tensor).to(self.device)
+
+    def rows(self, part: str) -> Tensor:
+        """The same of the rows of own outputs alone."""
+        return self._finite(part, self._raw(part, self.own)).to(self.device)
+
+    def numbers(self, part: str, begin: int, end: int) -> Tensor:
+        """Numbers begin .. end of the tensor, counted row after row; else as `read`."""
+        return self._finite(part, self._raw(part).flatten()[begin:end]).to(self.device)
+
+    def outputs(self, num_outputs: int) -> Tensor:
+        """Which outputs of the files the matrix has, [num_outputs] int32."""
+        return torch.arange(*(self.own or (0, num_outputs)), dtype=torch.int32)
 
     def contents(self, part: str) -> Tensor:
-        """The same on a CPU always, and read always: numbers that decide what a matrix is made of."""
-        tensor = self.checkpoint.read(self.entry(part).name)
-        self.checkpoint.check_finite(self.name(part), tensor)
+        """All of it on a CPU always, and read always: numbers that decide what a matrix is made of."""
+        return self._finite(part, self.checkpoint.read(self.entry(part).name))
+
+    def share_of(self, num_bytes: int, num_outputs: int) -> int:
+        """Bytes for own outputs, where all `num_outputs` take so many."""
+        if self.own is None:
+            return num_bytes
+        begin, end = self.own
+        return num_bytes * (end - begin) // max(1, num_outputs)
+
+    def _raw(self, part: str, rows: Span | None = None) -> Tensor:
+        name = self.entry(part).name
+        if self.device.type != "meta":
+            return self.checkpoint.read(name, rows)
+        tensor = self.checkpoint.outline(name)
+        return tensor if rows is None else tensor[slice(*rows)]
+
+    def _finite(self, part: str, tensor: Tensor) -> Tensor:
+        if not tensor.is_meta:
+            self.checkpoint.check_finite(self.name(part), tensor)
         return tensor
 
     def expect(self, part: str, shape: tuple[int, ...], *dtypes: str) -> None:
@@ -87,6 +127,8 @@ class Format(ABC):
     optional: ClassVar[tuple[str, ...]] = ()  # A linear may have these, too.
     codes: ClassVar[str] = ""  # This tensor's rows are those of the matrix, where linears may be joined to one.
     inputs_dim: ClassVar[int] = 0  # That dimension of it is of the inputs.
+    by_row: ClassVar[tuple[str, ...]] = ()  # In these tensors an output's bytes lie together, output after output.
+    by_column: ClassVar[tuple[str, ...]] = ()  # Rows of these are of all outputs.
     methods: ClassVar[tuple[str, ...]] = ()  # By a quant_method of these nothing but the storing of weights changes.
 
     @classmethod
@@ -109,15 +151,28 @@ class Format(ABC):
 
     @abstractmethod
     def tensor_bytes(self, packed: Packed) -> tuple[int, ...]:
-        """Bytes of each tensor that the matrix has in memory, by headers."""
+        """Bytes of each tensor that the matrix of own outputs has in memory, by headers."""
+
+    def reads(self, packed: Packed) -> list[Range]:
+        """Where in the files lies what `build` reads, but for a bias."""
+        found: list[Range] = []
+        for part in (part for part in (*self.parts, *self.optional) if packed.has(part)):
+            entry, spans, outer = packed.entry(part), [(0, 1)], 1
+            count = 1
+            if packed.own is not None and part in self.by_row:
+                spans, count = [packed.own], self.size(packed)[1]
+            elif packed.own is not None and part in self.by_column and entry.num_bytes >= LEAST_ROW * entry.shape[0]:
+                spans, count, outer = [packed.own], self.size(packed)[1], entry.shape[0]
+            found += entry.ranges(spans, count, outer)
+        return found
 
     @abstractmethod
     def check(self, packed: Packed, num_inputs: int, num_outputs: int) -> None:
-        """Raise BackendError for what headers tell is wrong with a linear of that size."""
+        """Raise BackendError for what headers tell is wrong with a linear of that size, own outputs or not."""
 
     @abstractmethod
     def build(self, packed: Packed, num_inputs: int, num_outputs: int) -> QuantizedMatrix | Nf4Matrix | Tensor:
-        """The matrix, made on the device of `packed`; a tensor [N, K] where there is no other form for it.
+        """The matrix of N own outputs, made on the device of `packed`; a tensor [N, K] where no other form has it.
 
         Raises BackendError for contents that can't be right.
         """

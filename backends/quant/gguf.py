@@ -157,6 +157,7 @@ class GgufBlocks(Format):
     parts = ("weight",)
     codes = "weight"
     inputs_dim = 1
+    by_row = ("weight",)
 
     @classmethod
     def tells(cls, checkpoint: Checkpoint, tensor: str) -> bool:
@@ -171,6 +172,7 @@ class GgufBlocks(Format):
 
     def tensor_bytes(self, packed: Packed) -> tuple[int, ...]:
         inputs, outputs = self.size(packed)
+        outputs = packed.share_of(outputs, outputs)
         kind = packed.entry("weight").dtype
         form = BLOCK_TYPES[kind]
         one = form.take(torch.zeros(1, _LAYOUTS[kind].num_bytes, dtype=torch.uint8))
@@ -183,7 +185,7 @@ class GgufBlocks(Format):
 
     def build(self, packed: Packed, num_inputs: int, num_outputs: int) -> QuantizedMatrix:
         kind = packed.entry("weight").dtype
-        raw = packed.read("weight")  # [N, K / values * bytes] uint8
+        raw = packed.rows("weight")  # [N, K / values * bytes] uint8
         return to_matrix(kind, raw, num_inputs, lambda part: _check_finite(packed, part), packed.take)
 
 

@@ -41,6 +41,7 @@ class Gptq(Format):
     methods = ("gptq", "auto-round")
     codes = "qweight"
     parts = ("qweight", "qzeros", "scales")
+    by_column = parts
     optional = ("g_idx",)
 
     @classmethod
@@ -78,10 +79,11 @@ class Gptq(Format):
         return round(packed.shape("qweight", 2)[0] * 32 / max(1, bits)), outputs
 
     def tensor_bytes(self, packed: Packed) -> tuple[int, ...]:
-        inputs, _ = self.size(packed)
+        inputs, outputs = self.size(packed)
         zeros = 0 if self.is_symmetric else 2 * prod(packed.shape("scales", 2))
         order = 4 * inputs if packed.has("g_idx") and self.is_reordered else 0
-        return packed.entry("qweight").num_bytes, packed.entry("scales").num_bytes, zeros, order
+        sizes = packed.entry("qweight").num_bytes, packed.entry("scales").num_bytes, zeros
+        return *(packed.share_of(size, outputs) for size in sizes), order
 
     def check(self, packed: Packed, num_inputs: int, num_outputs: int) -> None:
         bits = _bits(packed, num_inputs)
@@ -98,14 +100,14 @@ class Gptq(Format):
 
     def build(self, packed: Packed, num_inputs: int, num_outputs: int) -> QuantizedMatrix:
         bits = _bits(packed, num_inputs)
-        scales = packed.read("scales")
+        scales = packed.columns("scales")
         group_of = self._group_of(packed, num_inputs, len(scales))
         counts = torch.bincount(group_of, minlength=len(scales))
         used = counts.nonzero()[:, 0]
         inputs = group_of.argsort(stable=True)
         rows = arrange(inputs, counts[used].tolist(), [bits] * len(used))
         more = 0 if self.is_v2 else 1  # There is no carry: 2^bits is a zero point, too.
-        zero_starts = bits * torch.arange(num_outputs, dtype=torch.int32)
+        zero_starts = bits * packed.outputs(num_outputs)
         zeros = unpack_rows(packed.contents("qzeros"), zero_starts, bits, more, torch.int16)
         if len(used) < len(scales):
             scales, zeros = scales[used.to(scales.device)], zeros[:, used]
@@ -117,7 +119,7 @@ class Gptq(Format):
             rows.source,
             rows.group_starts,
             rows.group_bits,
-            pack_columns(packed.read("qweight"), starts, rows, num_outputs, packed.take),
+            pack_columns(packed.columns("qweight"), starts, rows, num_outputs, packed.take),
             scales=tiled(scales if scales.dtype == torch.float16 else scales.float()),
             zeros=None if are_all(zeros, 1 << (bits - 1), num_outputs) else zeros.to(packed.device),
         )

@@ -42,6 +42,7 @@ class Nf4(Format):
     name = "bitsandbytes 4-bit"
     parts = ("weight.absmax", "weight.quant_map")
     optional = ("weight", *STATES, "weight.nested_absmax", "weight.nested_quant_map")
+    by_row = ("weight", "weight.absmax")
 
     @classmethod
     def tells(cls, checkpoint: Checkpoint, tensor: str) -> bool:
@@ -54,6 +55,7 @@ class Nf4(Format):
     def tensor_bytes(self, packed: Packed) -> tuple[int, ...]:
         state = _read_state(packed)
         outputs, inputs = state.shape
+        outputs = packed.share_of(outputs, outputs)
         if state.run % 8:
             return (4 * outputs * inputs,)
         return outputs * inputs // 2, 4 * outputs * inputs // state.run
@@ -77,25 +79,34 @@ class Nf4(Format):
 
     def build(self, packed: Packed, num_inputs: int, num_outputs: int) -> Nf4Matrix | Tensor:
         state = _read_state(packed)
-        raw = packed.raw("weight").flatten().view(torch.uint8)
-        book, scales = packed.read("weight.quant_map"), _scales(packed, state)
+        begin, end = packed.own or (0, num_outputs)
+        first, last = begin * num_inputs, end * num_inputs  # Weights, counted row after row.
+        if first % 2:
+            raise packed.wrong("weight", "has a byte in two rows, which ranks can't share: take fewer ranks")
+        raw = packed.numbers("weight", first // 2, -(-last // 2)).view(torch.uint8)
+        book, size = packed.read("weight.quant_map"), state.blocksize
+        scales = _scales(packed, state, first // size, -(-last // size))
+        if before := first % size:  # The first block goes on from the row before: from here on each run has its own.
+            starts = before + torch.arange(0, last - first, state.run)
+            scales, size = scales[(starts // size).to(scales.device)], state.run
         if state.run % 8:  # No kernel's form has such blocks.
-            codes = torch.stack((raw >> 4, raw & 15), 1).flatten()[: num_inputs * num_outputs].view(state.shape)
-            spread = scales.repeat_interleave(state.blocksize)[: codes.numel()]
-            return book[codes.long()] * spread.view(state.shape)
-        return pack_pairs(raw, scales, state.shape, state.blocksize, state.run, book)
+            codes = torch.stack((raw >> 4, raw & 15), 1).flatten()[: last - first]
+            spread = scales.repeat_interleave(size)[: len(codes)]
+            return (book[codes.long()] * spread).view(num_outputs, num_inputs)
+        return pack_pairs(raw, scales, (num_outputs, num_inputs), size, state.run, book)
 
 
-def _scales(packed: Packed, state: _State) -> Tensor:
-    """The scale of each block of weights, float32."""
-    absmax = packed.read("weight.absmax")
+def _scales(packed: Packed, state: _State, begin: int, end: int) -> Tensor:
+    """The scales of blocks begin .. end of weights, float32."""
+    absmax = packed.numbers("weight.absmax", begin, end)
     if not state.nested_blocksize:
         return absmax
-    count = len(absmax)
-    size = min(state.nested_blocksize, max(count, 1))
-    codes = F.pad(absmax, (0, -count % size)).int()
+    size = min(state.nested_blocksize, max(packed.shape("weight.absmax", 1)[0], 1))
+    before = begin % size  # So many blocks before the first have its scale.
+    codes = F.pad(absmax, (before, -(before + len(absmax)) % size)).int()
+    nested = packed.numbers("weight.nested_absmax", begin // size, -(-end // size))
     scales = packed.read("weight.nested_quant_map").index_select(0, codes).view(-1, size)
-    return scales.mul_(packed.read("weight.nested_absmax").unsqueeze(1)).add_(state.nested_offset).flatten()[:count]
+    return scales.mul_(nested.unsqueeze(1)).add_(state.nested_offset).flatten()[before : before + end - begin]
 
 
 def _state_part(packed: Packed) -> str:

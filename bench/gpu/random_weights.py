@@ -49,7 +49,7 @@ class RandomWeights(Checkpoint):
 
     __slots__ = ()
 
-    def read(self, name: str) -> Tensor:
+    def whole(self, name: str) -> Tensor:
         entry = self.tensors[name]
         device = "cuda" if torch.cuda.is_available() else "cpu"
         generator = torch.Generator(device).manual_seed(zlib.crc32(name.encode()))

@@ -48,11 +48,12 @@ static Adapted adapted(const low_rank::Adapter* const* adapters, const low_rank:
     return {adapters, rows ? *rows : low_rank::Rows{}};
 }
 
-// out [T, hidden]: what the picked experts of each of x [T, hidden] make of it. Adapters and rows may be null.
+// out [T, hidden]: what the picked experts of each of x [T, hidden] make of it; see experts.h for `between`. Adapters and
+// rows may be null, and one of x, `between` and out.
 EXPORT void tightrope_experts(const Experts* layer, const float* x, const int64_t* picked, const float* shares,
-                              float* out, int tokens, int each, const low_rank::Adapter* const* adapters,
-                              const low_rank::Rows* rows) {
-    experts(*layer, {picked, shares, tokens, each}, adapted(adapters, rows), x, out);
+                              float* between, float* out, int tokens, int each,
+                              const low_rank::Adapter* const* adapters, const low_rank::Rows* rows) {
+    experts(*layer, {picked, shares, tokens, each}, adapted(adapters, rows), x, between, out);
 }
 
 // x [T, hidden] to what the layer makes of it, in place; keys and values are stored. Without rotation `rope` is null;

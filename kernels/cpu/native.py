@@ -137,7 +137,7 @@ class NativeKernels:
         self._rank = function("rank", "plplplpppp")
         self._row_sums = function("row_sums", "plplpip")
         self._decoder_layer = function("decoder_layer", "ppippppp")
-        self._experts = function("experts", "pppppiipp")
+        self._experts = function("experts", "ppppppiipp")
 
     def describe(self) -> str:
         return f"C++ ({self.instruction_set})"
@@ -222,14 +222,22 @@ class NativeKernels:
         return out
 
     def experts(
-        self, x: Tensor, layer: GatedExperts, picked: Tensor, shares: Tensor, adapters: AdapterRows | None
-    ) -> Tensor:
+        self, x: Tensor, layer: GatedExperts, picked: Tensor, shares: Tensor, adapters: AdapterRows | None,
+        gather: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:  # fmt: skip
         """See kernels.dispatch.experts."""
         x, picked, shares = x.contiguous(), picked.contiguous(), shares.contiguous()
         assert (picked.dtype, shares.dtype) == (torch.int64, torch.float32)
-        out = torch.empty_like(x)
-        starts = x.data_ptr(), picked.data_ptr(), shares.data_ptr(), out.data_ptr()
-        self._experts(address(layer), *starts, *picked.shape, *_adapted(layer.projections, adapters))
+        out = x.new_empty(len(x), layer.down[0].num_outputs)
+        more = *picked.shape, *_adapted(layer.projections, adapters)
+        picks = picked.data_ptr(), shares.data_ptr()
+        if gather is None:
+            self._experts(address(layer), x.data_ptr(), *picks, None, out.data_ptr(), *more)
+            return out
+        between = x.new_empty(picked.numel(), layer.gate_up[0].num_outputs // 2)
+        self._experts(address(layer), x.data_ptr(), *picks, between.data_ptr(), None, *more)
+        between = gather(between).contiguous()
+        self._experts(address(layer), None, *picks, between.data_ptr(), out.data_ptr(), *more)
         return out
 
     def decoder_layer(

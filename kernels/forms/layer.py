@@ -22,6 +22,12 @@ class Projection:
     bias: Tensor | None
     adapters: Mapping[int, LowRank] = field(default_factory=dict)
 
+    @property
+    def num_outputs(self) -> int:
+        if isinstance(self.weight, Tensor):
+            return len(self.weight)
+        return sum(matrix.num_outputs for matrix in self.weight)
+
 
 @dataclass(frozen=True, slots=True)
 class Norm:

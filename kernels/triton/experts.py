@@ -4,6 +4,8 @@ Places are the picks of all tokens, token after token. The table shares them out
 one expert; there are as many tiles as any picks could need, and those that are left over end at once.
 """
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -26,11 +28,14 @@ PLACES = 64  # A program of the table looks at so many places together.
 PLAIN_OUTPUTS, PLAIN_INPUTS = 32, 128  # A program of plain weights takes so many, and so many at a time.
 
 
-def experts(x: Tensor, layer: StackedExperts, picked: Tensor, shares: Tensor) -> Tensor:
+def experts(
+    x: Tensor, layer: StackedExperts, picked: Tensor, shares: Tensor, gather: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
     """See kernels.dispatch.experts; x [T, K] and the result are of any float dtype."""
     tokens, each = picked.shape
     tiles = share_out(picked, layer.num_experts)
     gates = gated(_times(x.contiguous(), layer.gate_up, tiles, tokens * each, each), layer.activation)
+    gates = gates if gather is None else gather(gates)
     mixed = _times(gates, layer.down, tiles, tokens * each, 1)
     return torch.bmm(shares.to(x.dtype).unsqueeze(1), mixed.view(tokens, each, -1)).squeeze(1)
 

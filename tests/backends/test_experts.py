@@ -108,7 +108,7 @@ def test_only_the_experts_that_a_token_picked_are_multiplied(monkeypatch: pytest
         mixtures = [module for module in backend.runner.model.tree.modules() if isinstance(module, Experts)]
         run: Callable[..., Any] = dispatch.experts
 
-        def watched(x: Tensor, layer: GatedExperts, picked: Tensor, shares: Tensor, rows: object) -> Tensor:
+        def watched(x: Tensor, layer: GatedExperts, picked: Tensor, *more: Any) -> Tensor:  # noqa: ANN401
             """Whatever was not picked is no number now."""
             nonlocal poisoned
             module = next(module for module in mixtures if module.whole is layer)
@@ -116,7 +116,7 @@ def test_only_the_experts_that_a_token_picked_are_multiplied(monkeypatch: pytest
             poisoned += len(unused)
             kept = module.down[unused].clone()
             module.down[unused] = float("nan")
-            out: Tensor = run(x, layer, picked, shares, rows)
+            out: Tensor = run(x, layer, picked, *more)
             module.down[unused] = kept
             return out
 

@@ -61,7 +61,7 @@ class Headers(Checkpoint):
 
     __slots__ = ()
 
-    def read(self, name: str) -> Tensor:
+    def whole(self, name: str) -> Tensor:
         entry = self.tensors[name]
         if name.endswith(_STATE):
             return torch.frombuffer(bytearray(_state(*_SHAPES[name])), dtype=torch.uint8)

@@ -24,7 +24,10 @@ Read = Callable[[TensorEntry], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Tables:
-    """A model's embedding and head, where they are ours, by name; `num_tokens` is its vocabulary's size."""
+    """A model's embedding and head, where they are ours, by name; `num_tokens` is its vocabulary's size.
+
+    `read` gives a tensor of theirs as the files have it, without keeping it: a rank holds but some of its rows.
+    """
 
     embedding: Embedding | None
     head: Linear | None
@@ -32,6 +35,19 @@ class Tables:
     is_tied: bool
     num_tokens: int
     width: int
+    read: Callable[[str], Tensor]
+
+    def whole(self, table: Embedding | Linear) -> Tensor | None:
+        """All rows of a plain table; None where it is quantized."""
+        weight = table.weight if isinstance(table.weight, Tensor) else None
+        return self._whole(table, weight, "weight")
+
+    def whole_bias(self, head: Linear) -> Tensor | None:
+        """All of a head's bias; None where it has none."""
+        return self._whole(head, head.bias, "bias")
+
+    def _whole(self, table: Embedding | Linear, own: Tensor | None, kind: str) -> Tensor | None:
+        return own if table.sizes is None or own is None else self.read(f"{self.names[table is self.head]}.{kind}")
 
     def find(self, module: str) -> Embedding | Linear | None:
         """The table that a file calls so."""
@@ -99,8 +115,7 @@ class PlannedTables:
         built: list[tuple[Embedding | Linear, TableChange]] = []
         embedding, head = self.ours.embedding, self.ours.head
         if embedding is not None:
-            table = embedding.weight if isinstance(embedding.weight, Tensor) else None
-            change = _change(self.embedding, table, None, read, embedding.shape[0])
+            change = _change(self.embedding, self.ours.whole(embedding), None, read, embedding.shape[0])
             if (delta := self.embedding.delta) is not None:
                 down, up = balanced(read(delta.down).float(), read(delta.up).float(), delta.scaling)
                 down, up = down.T.to(dtype).contiguous(), (up.T * delta.scaling).to(dtype).contiguous()
@@ -108,8 +123,7 @@ class PlannedTables:
             if _does_something(change, embedding.shape[0]):
                 built.append((embedding, change))
         if head is not None:
-            weight = head.weight if isinstance(head.weight, Tensor) else None
-            change = _change(self.head, weight, head.bias, read, head.num_outputs)
+            change = _change(self.head, self.ours.whole(head), self.ours.whole_bias(head), read, head.num_outputs)
             if _does_something(change, head.num_outputs):
                 built.append((head, change))
         return built

@@ -22,23 +22,27 @@ from tightrope.backends.hf.modules.linear import Linear
 from tightrope.backends.hf.modules.norm import RMSNorm
 from tightrope.backends.hf.modules.step import CurrentStep
 from tightrope.backends.protocol import Chunk, Tokenizer
+from tightrope.backends.tensor_parallel import Spans, size_of
 from tightrope.kernels.forms.low_rank import NONE, AdapterRows, LowRank, LowRankSlots, balanced, make_low_rank
-
-_Pieces = list[tuple[int, TensorEntry, TensorEntry, float]]
 
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Where a module of the files lies in ours: outputs first .. first + outputs of what `adapters` belongs to.
+    """Where a module of the files lies in ours: from output `first` on of what `adapters` belongs to.
 
-    Which experts run, and so which of their additions, is known on the host alone.
+    It has so many outputs, of which this rank computes `own`, one span after the other. Which experts run, and so which
+    of their additions, is known on the host alone.
     """
 
     adapters: LowRankSlots
     first: int
     outputs: int
     inputs: int
+    own: Spans
     is_expert: bool = False
+
+
+_Pieces = list[tuple[_Place, TensorEntry, TensorEntry, float]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,8 +107,8 @@ class Adapters:
             built = [(place.adapters, self._build(pieces, read)) for place, pieces in deltas]
             tied = tables.tied_delta
             if tied is not None and self._tables.head is not None:
-                pieces = [(0, read(tied.up).float().T, read(tied.down).float().T, tied.scaling)]
-                built.append((self._tables.head.adapters, self._low_rank(pieces)))
+                parts = [(0, *balanced(read(tied.up).float().T, read(tied.down).float().T, tied.scaling), tied.scaling)]
+                built.append((self._tables.head.adapters, make_low_rank(parts, self._dtype)))
             changes = [(module, change.to(self._device)) for module, change in tables.build(read, self._dtype)]
             replaced = [(norm, {part: read(entry) for part, entry in own.items()}) for norm, own in norms]
             self.room.settle(
@@ -215,9 +219,9 @@ class Adapters:
                         f"{wanted} {'inputs' if side else 'outputs'}: an adapter for another base"
                     )
             pieces = found.setdefault(id(place.adapters), (place, []))[1]
-            if any(first == place.first for first, *_ in pieces):
+            if any(other.first == place.first for other, *_ in pieces):
                 raise BackendError(f"{delta.down.file}: {module!r} is there twice, by two names")
-            pieces.append((place.first, delta.down, delta.up, delta.scaling))
+            pieces.append((place, delta.down, delta.up, delta.scaling))
         return list(found.values())
 
     def _own_norms(
@@ -243,13 +247,11 @@ class Adapters:
         return list(found.values())
 
     def _build(self, pieces: _Pieces, read: Callable[[TensorEntry], Tensor]) -> LowRank:
-        return self._low_rank([(first, read(down), read(up), scaling) for first, down, up, scaling in pieces])
-
-    def _low_rank(self, pieces: Sequence[tuple[int, Tensor, Tensor, float]]) -> LowRank:
         parts = []
-        for first, down, up, scaling in pieces:
-            a, b = balanced(down.float(), up.float(), scaling)
-            parts.append((first, a, b, scaling))
+        for place, down, up, scaling in pieces:
+            a, b = balanced(read(down).float(), read(up).float(), scaling)
+            own = torch.cat([b[begin:end] for begin, end in place.own]) if size_of(place.own) < place.outputs else b
+            parts.append((place.first, a, own, scaling))
         return make_low_rank(parts, self._dtype)
 
     def _reader(self, adapter: PeftAdapter) -> Callable[[TensorEntry], Tensor]:
@@ -265,12 +267,12 @@ def _places(tree: nn.Module) -> Iterator[tuple[str, _Place]]:
     for module in tree.modules():
         if isinstance(module, Linear):
             first = 0
-            for name, outputs in module.rows:
-                yield name, _Place(module.adapters, first, outputs, module.num_inputs)
-                first += outputs
+            for name, outputs, own in module.parts:
+                yield name, _Place(module.adapters, first, outputs, module.num_inputs, own)
+                first += size_of(own)
         elif isinstance(module, Experts):
-            for name, adapters, first, outputs, inputs in module.places():
-                yield name, _Place(adapters, first, outputs, inputs, is_expert=True)
+            for name, adapters, first, (outputs, inputs), span in module.places():
+                yield name, _Place(adapters, first, outputs, inputs, (span,), is_expert=True)
 
 
 def _norms(tree: nn.Module, hidden_size: int, current: CurrentStep) -> Iterator[tuple[str, RMSNorm | KeptNorm]]:

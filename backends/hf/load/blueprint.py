@@ -1,12 +1,13 @@
 """A model before its weights are read: the module tree, and which tensor goes where, checked as far as headers tell."""
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from math import prod
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tightrope.backends.devices.choice import has_bfloat16
@@ -38,6 +39,7 @@ from tightrope.backends.quant.find import (
 from tightrope.backends.quant.packings import check_packing
 from tightrope.backends.rope.scaling import RopeSpec
 from tightrope.backends.settings import Dtype
+from tightrope.backends.tensor_parallel import ALONE, Share, local_shape
 from tightrope.kernels import dispatch
 
 DTYPES_BY_NAME = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -45,7 +47,10 @@ DTYPES_BY_NAME = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32
 
 @dataclass(frozen=True, slots=True)
 class Blueprint:
-    """Everything that loading needs; `tree` has our modules in place, and no weights yet."""
+    """Everything that loading needs; `tree` has our modules in place, and no weights yet.
+
+    Weights, their bytes and `layers` are those of `share`, a rank's of the model, and so are the sizes in `local`.
+    """
 
     shape: ModelShape
     checkpoint: Checkpoint
@@ -64,10 +69,18 @@ class Blueprint:
     activation_dtype: torch.dtype
     adapters: Adapters  # None is loaded yet.
     notes: tuple[str, ...]
+    share: Share
+
+    @property
+    def local(self) -> ModelShape:
+        """The sizes of what this rank computes; see local_shape."""
+        return local_shape(self.shape, self.share, attends_by_heads=any(layer.all_kv_heads for layer in self.layers))
 
     @property
     def weight_bytes(self) -> int:
         """Bytes of all weights once loaded."""
+        if self.share != ALONE:
+            return sum(self.block_sizes) + sum(self.other_sizes) + self.host_bytes
         tensors = self.checkpoint.tensors
         size = weight_bytes(self.checkpoint, self.quantization, is_tied=self.shape.tie_embeddings)
         return size - sum(tensors[name].num_bytes for name in self.left.names)
@@ -112,20 +125,22 @@ def _sizes(assemblies: Iterable[Assembly]) -> list[int]:
 def draw(
     folder: Path, shape: ModelShape, checkpoint: Checkpoint, rope: Mapping[str, RopeSpec] | None = None,
     device: torch.device | str = "cpu", asked: Dtype = "auto", quantization: Quantization | None = None,
+    share: Share = ALONE,
 ) -> Blueprint:  # fmt: skip
     """The blueprint of the model that `folder`/config.json describes. Some milliseconds a layer; reads no weights.
 
     `rope` are the resolved rotations by the keys of a step's tables; without them the model's own are used, and the
     keys are its layer types if these rotate differently, else "default". `asked`: see activation_dtype. quantization:
-    that of other files than a folder's, which is looked for. Raises BackendError for a model that can't be served, and
-    for tensors that are missing, that don't fit it, or of a format that isn't read.
+    that of other files than a folder's, which is looked for. share: the rank whose part of the model it is. Raises
+    BackendError for a model that can't be served, and for tensors that are missing, that don't fit it, or of a format
+    that isn't read.
     """
     device = torch.device(device)
     dtype = activation_dtype(asked, shape.dtype, device)
     model = build_skeleton(folder, shape, rope)
     head, table = (_name_of(model, part) for part in (model.get_output_embeddings(), model.get_input_embeddings()))
     current = CurrentStep()
-    specialised = specialise(model, trace_model(model), _rope_keys(model, rope), current, dtype)
+    specialised = specialise(model, trace_model(model), _rope_keys(model, rope), current, dtype, share)
     if isinstance(ours := model.get_submodule(head), Linear):
         ours.is_head = True
     if rope is not None:
@@ -166,12 +181,15 @@ def draw(
         tied=tied,
         device=device,
         activation_dtype=dtype,
-        adapters=_adapters(model, current, (table, head), shape, device, dtype),
+        adapters=_adapters(
+            model, current, (table, head), shape, device, dtype, partial(_read, checkpoint, names, ends)
+        ),
         notes=(
             *(f"{name} runs as transformers has it" for name in specialised.kept),
             *notes_on(left, checkpoint),
             *([] if plain is None else [plain]),
         ),
+        share=share,
     )
 
 
@@ -208,14 +226,21 @@ def embedding_of(model: nn.Module, name: str) -> Embedding | None:
 
 def _adapters(
     model: nn.Module, current: CurrentStep, names: tuple[str, str], shape: ModelShape, device: torch.device,
-    dtype: torch.dtype,
+    dtype: torch.dtype, read: Callable[[str], Tensor],
 ) -> Adapters:  # fmt: skip
-    """The room for adapters; names: of embedding and head."""
+    """The room for adapters; names: of embedding and head. read: see Tables."""
     embedding = embedding_of(model, names[0])
     head = next((m for m in model.modules() if isinstance(m, Linear) and m.is_head), None)
-    tables = Tables(embedding, head, names, shape.tie_embeddings, shape.vocab_size, shape.hidden_size)
+    tables = Tables(embedding, head, names, shape.tie_embeddings, shape.vocab_size, shape.hidden_size, read)
     # On a CPU what each step reads is in sixteen bits; what it adds is small.
     return Adapters(model, current, tables, device, torch.float16 if device.type == "cpu" else dtype)
+
+
+def _read(checkpoint: Checkpoint, names: FileNames, tied: tuple[str, str] | None, name: str) -> Tensor:
+    """A tensor of the files, or that of a table which is tied to it."""
+    kind = name.rpartition(".")[2]
+    found = names.find([name]) or next(filter(None, (names.find([f"{table}.{kind}"]) for table in tied or ())))
+    return checkpoint.read(found[0])
 
 
 def _name_of(model: nn.Module, part: nn.Module) -> str:

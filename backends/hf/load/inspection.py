@@ -1,6 +1,6 @@
 """A model folder, checked as far as that takes no weights: `serve` goes on from here, and `plan` ends here."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -18,6 +18,7 @@ from tightrope.backends.protocol import Tokenizer
 from tightrope.backends.quant.find import check_asked
 from tightrope.backends.rope.scaling import RopeSpec, resolve_rope
 from tightrope.backends.settings import ModelSettings
+from tightrope.backends.tensor_parallel import ALONE, Share
 
 
 class NamedTokenizer(Tokenizer, Protocol):
@@ -45,11 +46,17 @@ class Inspection:
     files: Sequence[Path]
 
 
-# What takes a model's path, the settings and the device, and finds all of it but the weights.
-Inspect = Callable[[Path, ModelSettings, torch.device | str], Inspection]
+class Inspect(Protocol):
+    """What finds all of a model but the weights, as a rank has it."""
+
+    def __call__(
+        self, path: Path, settings: ModelSettings, device: torch.device | str = "cpu", share: Share = ALONE, /
+    ) -> Inspection: ...
 
 
-def inspect(folder: Path, settings: ModelSettings, device: torch.device | str = "cpu") -> Inspection:
+def inspect(
+    folder: Path, settings: ModelSettings, device: torch.device | str = "cpu", share: Share = ALONE
+) -> Inspection:
     """Read all of a folder but its weights. Raises BackendError in one line for whatever can't be served."""
     _check_options(settings)
     shape = read_config(folder)
@@ -57,7 +64,7 @@ def inspect(folder: Path, settings: ModelSettings, device: torch.device | str = 
     checkpoint = Checkpoint.open(folder)
     tokenizer = HFTokenizer(folder, shape) if has_tokenizer(folder) else None
     templates = chat_templates(folder)
-    blueprint = draw(folder, shape, checkpoint, rope, device, settings.dtype)
+    blueprint = draw(folder, shape, checkpoint, rope, device, settings.dtype, share=share)
     check_asked(folder, settings.quantize, blueprint.quantization)
     for path in settings.adapters.values():
         blueprint.adapters.check(Path(path).expanduser())

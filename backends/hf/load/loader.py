@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 
 import torch
 from torch import Tensor
 
-from tightrope.backends.files.read_ahead import reading_ahead
+from tightrope.backends.files.read_ahead import Range, reading_ahead
 from tightrope.backends.files.safetensors import Checkpoint
 from tightrope.backends.files.tensor_names import FileNames
 from tightrope.backends.hf.load.arena import Arena
@@ -34,9 +35,10 @@ class _Place:
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """A part of the work, and the tensors of the files that it reads."""
+    """A part of the work, the tensors of the files that it needs, and what of them it reads."""
 
     tensors: tuple[str, ...]
+    reads: tuple[Range, ...]
     make: Callable[[], None]
 
 
@@ -86,7 +88,9 @@ def share(
     found = names.find([table, head])
     if found is None:
         return list(weights), None
-    first, second = map(checkpoint.read, found)
+    head_weight = next(w for w in weights if w.sources[0][0].name == head)
+    own = head_weight.sources[0][0].span
+    first, second = (checkpoint.read(name, own) for name in found)
     if first.dtype != second.dtype or not torch.equal(first, second):
         return list(weights), f"{head} differs from {table}, though config.json ties them: each is used as it is"
     return _merged(weights, head, table, with_both=True), None
@@ -109,31 +113,33 @@ def _in_order(
     places: Mapping[str, Sequence[_Place]], assemblies: Sequence[Assembly], checkpoint: Checkpoint, hold: Hold
 ) -> list[_Piece]:
     """What is to be done, as the largest tensors lie in the files: some writers put all scales behind all codes."""
-    pieces = [_Piece((name,), partial(_fill, own, name, checkpoint)) for name, own in places.items()]
+    pieces = []
+    for name, own in places.items():
+        reads = chain.from_iterable(place.part.ranges(checkpoint) for place in own)
+        pieces.append(_Piece((name,), tuple(reads), partial(_fill, own, name, checkpoint)))
     for assembly in assemblies:
         for i, source in enumerate(assembly.sources):
-            pieces.append(_Piece(source.tensors, partial(assembly.build, i, hold)))
+            pieces.append(_Piece(source.tensors, source.reads, partial(assembly.build, i, hold)))
     shards = {shard.path: i for i, shard in enumerate(checkpoint.shards())}
 
     def place(piece: _Piece) -> tuple[int, int]:
-        largest = max((checkpoint.tensors[name] for name in piece.tensors), key=lambda tensor: tensor.num_bytes)
-        return shards[largest.file], largest.begin
+        file, begin, _ = max(piece.reads, key=lambda read: read[2] - read[1])
+        return shards[file], begin
 
     return sorted(pieces, key=place)
 
 
 def _work(pieces: Sequence[_Piece], checkpoint: Checkpoint, progress: Progress, num_threads: int) -> None:
     """Make the pieces, giving back what was read for each."""
-    tensors = [[checkpoint.tensors[name] for name in piece.tensors] for piece in pieces]
-    done, whole = 0, sum(tensor.num_bytes for some in tensors for tensor in some)
-    ranges = [(tensor.file, tensor.begin, tensor.end) for some in tensors for tensor in some]
+    ranges = [read for piece in pieces for read in piece.reads]
+    done, whole = 0, sum(end - begin for _, begin, end in ranges)
     with reading_ahead(ranges) as ahead, ThreadPoolExecutor(num_threads, "loading") as threads:
         # One alone is this thread, which knows the card.
         each_of = map if num_threads == 1 else threads.map
-        for some, _ in zip(tensors, each_of(lambda piece: piece.make(), pieces), strict=True):
-            for tensor in some:
+        for piece, _ in zip(pieces, each_of(lambda piece: piece.make(), pieces), strict=True):
+            for tensor in map(checkpoint.tensors.__getitem__, piece.tensors):  # Pages of others' parts are mapped, too.
                 checkpoint.release_part(tensor.file, tensor.begin, tensor.end)
-                done += tensor.num_bytes
+            done += sum(end - begin for _, begin, end in piece.reads)
             ahead.reached(done)
             progress(done / whole)
     for shard in checkpoint.shards():
@@ -143,8 +149,8 @@ def _work(pieces: Sequence[_Piece], checkpoint: Checkpoint, progress: Progress, 
 def _fill(places: Sequence[_Place], name: str, checkpoint: Checkpoint) -> None:
     if all(place.target.is_meta for place in places):
         return  # There is nothing to keep, so nothing is read.
-    tensor = checkpoint.read(name)
     for place in places:
+        tensor = place.part.read(checkpoint)
         if not copy_finite(place.target[place.part.at], tensor):
             checkpoint.check_finite(name, tensor)  # It says what there is instead.
 

@@ -53,6 +53,7 @@ def check_all(
     """Check all of a model's tensors, and return the others. Raises BackendError as `choose`, and for many others."""
     used = {part.name for weight in weights for part in choose(weight, checkpoint, names)}
     used |= {name for assembly in assemblies for source in assembly.sources for name in source.tensors}
+    used |= {name for assembly in assemblies for name in assembly.others}
     unused = frozenset(checkpoint.tensors.keys() - used)
     noted = tuple(name for name in checkpoint.tensors if name in unused and not names.may_be_left(name))
     strange = [name for name in noted if not names.is_of_other_use(name)]

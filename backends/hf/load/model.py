@@ -15,6 +15,7 @@ from tightrope.backends.hf.modules.experts import Experts
 from tightrope.backends.hf.modules.linear import Linear
 from tightrope.backends.hf.modules.matrices import read_by, runs_exllama, widths_of
 from tightrope.backends.hf.modules.step import CurrentStep, LayerInfo
+from tightrope.backends.tensor_parallel import Share
 from tightrope.kernels import dispatch
 from tightrope.kernels.forms.layer import StackedExperts
 from tightrope.kernels.forms.layout import LayerCache, RopeTable, StepLayout
@@ -25,14 +26,15 @@ class LoadedModel:
     """A causal language model over a cache that each step brings along. One step at a time.
 
     `tree` is its module tree, `layers` are its attention layers in order, `activation_dtype` is that of hidden states
-    (float32 on a CPU), and `notes` say what of transformers' own code runs.
+    (float32 on a CPU), and `notes` say what of transformers' own code runs. `share` is the rank's that it is, which
+    gathers by `current`, as its modules know a step.
     """
 
     def __init__(
         self, model: PreTrainedModel, current: CurrentStep, layers: tuple[LayerInfo, ...], notes: tuple[str, ...],
-        device: torch.device, activation_dtype: torch.dtype, adapters: Adapters,
+        device: torch.device, activation_dtype: torch.dtype, adapters: Adapters, share: Share,
     ) -> None:  # fmt: skip
-        self.tree, self._current = model, current
+        self.tree, self.current, self.share = model, current, share
         self.layers, self.notes, self.device, self.activation_dtype = layers, notes, device, activation_dtype
         self.vocab_size: int = model.config.get_text_config().vocab_size
         self.adapters = adapters
@@ -67,7 +69,7 @@ class LoadedModel:
         which, and `embedded` is what `embedded` gives for them. All is on the model's device.
         """
         embedded = self.embedded(token_ids) if embedded is None else embedded
-        current, head_adapters = self._current, None if adapters is None else adapters.at(rows)
+        current, head_adapters = self.current, None if adapters is None else adapters.at(rows)
         current.caches, current.layout, current.tables = caches, step, tables
         current.adapters, current.head_adapters, current.embedded = adapters, head_adapters, embedded
         output = self.tree(
@@ -124,5 +126,6 @@ def build(
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = buffer.to(device)
     return LoadedModel(
-        model, blueprint.current, blueprint.layers, tuple(notes), device, blueprint.activation_dtype, blueprint.adapters
-    )
+        model, blueprint.current, blueprint.layers, tuple(notes), device, blueprint.activation_dtype,
+        blueprint.adapters, blueprint.share,
+    )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from tightrope.backends.hf.modules.linear import Linear
 from tightrope.backends.hf.modules.mlp import MLP, GatedMLP, Unbatched
 from tightrope.backends.hf.modules.norm import RMSNorm
 from tightrope.backends.hf.modules.step import CurrentStep, LayerInfo
+from tightrope.backends.tensor_parallel import ALONE, Heads, Share, Spans, columns, heads, joined, within
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,14 +34,16 @@ class Specialised:
 
 
 def specialise(
-    model: PreTrainedModel, seen: Trace, ropes: Collection[str], current: CurrentStep, dtype: torch.dtype
-) -> Specialised:
+    model: PreTrainedModel, seen: Trace, ropes: Collection[str], current: CurrentStep, dtype: torch.dtype,
+    share: Share = ALONE,
+) -> Specialised:  # fmt: skip
     """Replace what we know of `model`'s modules. `ropes` are the keys of the tables that steps will have.
 
-    Raises BackendError when the model keeps more than keys and values, or attends in a way that our cache can't.
+    Linears, tables and heads are those of `share`. Attention that keeps transformers' class has all heads on every
+    rank. Raises BackendError when the model keeps more than keys and values, or attends in a way that our cache can't.
     """
     layers = _layers(model, seen)
-    specialiser = _Specialiser(model, seen, layers, ropes, current, dtype)
+    specialiser = _Specialiser(model, seen, layers, ropes, current, dtype, share)
     specialiser.run()
     return Specialised(tuple(specialiser.layers), specialiser.wants, tuple(dict.fromkeys(specialiser.kept)))
 
@@ -68,11 +72,12 @@ class _Specialiser:
         ropes: Collection[str],
         current: CurrentStep,
         dtype: torch.dtype,
+        share: Share,
     ) -> None:
         self.model, self.seen, self.asked, self.ropes, self.current = model, seen, asked, ropes, current
         self.names = {module: name for name, module in model.named_modules()}
         self.index = {module: i for i, module in enumerate(asked)}
-        self.dtype = dtype
+        self.dtype, self.share = dtype, share
         self.wants = WantedWeights(dtype)
         self.kept: list[str] = []
         self.layers = [self._layer(i, attended) for i, attended in enumerate(asked.values())]
@@ -86,9 +91,16 @@ class _Specialiser:
         except ValueError as reason:
             kind = self.model.config.model_type
             raise BackendError(f"config.json: a model of model_type {kind!r} can't be served: {reason}") from None
-        heads = patterns.heads(asked, self.seen)
-        rope = self._rope(index) if heads is not None and heads.is_rotated else None
-        return LayerInfo(asked.key.shape[1], asked.key.shape[3], spec, rope)
+        found, num_kv_heads, head_dim = patterns.heads(asked, self.seen), asked.key.shape[1], asked.key.shape[3]
+        if found is None:
+            return LayerInfo(num_kv_heads, head_dim, spec, None)
+        rope = self._rope(index) if found.is_rotated else None
+        own = self._heads(asked)[self.share.rank]
+        return LayerInfo(own.num_keys, head_dim, spec, rope, own.keys[0], num_kv_heads)
+
+    def _heads(self, asked: Attended) -> tuple[Heads, ...]:
+        """Each rank's."""
+        return heads(asked.query.shape[1], asked.key.shape[1], self.share.count)
 
     def _rope(self, index: int) -> str:
         """The key of a layer's rotary table: its type where types rotate differently."""
@@ -118,14 +130,22 @@ class _Specialiser:
         return module
 
     def _linear(self, module: nn.Module) -> Linear | None:
-        return self._fused((module,)) if is_linear(module) else None
+        return self._gathered(module) if is_linear(module) else None
 
-    def _fused(self, modules: tuple[nn.Linear, ...]) -> Linear:
+    def _gathered(self, module: nn.Linear) -> Linear:
+        """A linear whose outputs are whole on every rank, each of which computes some of them."""
+        sizes = columns(module.out_features, self.share.count)
+        return self._fused((module,), (self.share.columns(module.out_features),), sizes)
+
+    def _fused(self, modules: tuple[nn.Linear, ...], own: Spans, sizes: tuple[int, ...] | None = None) -> Linear:
+        """own: this rank's of all outputs, one module's after another's. sizes: see Linear."""
+        ends = accumulate(module.out_features for module in modules)
+        of_each = tuple(within(own, end - module.out_features, end) for module, end in zip(modules, ends, strict=True))
         rows = tuple((self.names[module], module.out_features) for module in modules)
-        linear = Linear(rows, modules[0].in_features, self.current)
+        linear = Linear(rows, modules[0].in_features, self.current, of_each, sizes)
         has_bias = modules[0].bias is not None
         setters = _set(linear, "weight"), _set(linear, "bias")
-        self.wants.linears.append(LinearWeights(rows, modules[0].in_features, has_bias, *setters))
+        self.wants.linears.append(LinearWeights(rows, modules[0].in_features, has_bias, *setters, of_each))
         return linear
 
     def _embedding(self, module: nn.Module) -> Embedding | None:
@@ -133,9 +153,9 @@ class _Specialiser:
         if scale is None or not isinstance(module, nn.Embedding):
             return None
         shape = module.num_embeddings, module.embedding_dim
-        ours = Embedding(self.names[module], shape, scale, self.dtype, self.current)
+        ours = Embedding(self.names[module], shape, scale, self.dtype, self.current, self.share)
         rows, setters = ((ours.name, module.num_embeddings),), (_set(ours, "weight"), _set(ours, "bias"))
-        self.wants.tables.append(LinearWeights(rows, module.embedding_dim, False, *setters))
+        self.wants.tables.append(LinearWeights(rows, module.embedding_dim, False, *setters, ((ours.own,),)))
         return ours
 
     def _norm(self, module: nn.Module) -> RMSNorm | None:
@@ -152,7 +172,14 @@ class _Specialiser:
         found = patterns.gated(module, self.seen)
         if found is None:
             return None
-        return GatedMLP(self._fused(found.gate_up), self._fused((found.down,)), found.activation)
+        middle = found.down.in_features
+        gate_up = self._fused(found.gate_up, self._twice(middle))
+        return GatedMLP(gate_up, self._gathered(found.down), found.activation, columns(middle, self.share.count))
+
+    def _twice(self, middle: int) -> Spans:
+        """This rank's of `middle` outputs of a gate, and of as many that stand behind them."""
+        begin, end = self.share.columns(middle)
+        return joined(((begin, end), (middle + begin, middle + end)))
 
     def _experts(self, module: nn.Module) -> Experts | None:
         found = patterns.experts(module)
@@ -160,11 +187,12 @@ class _Specialiser:
             return None
         count, hidden, middle = found.num_experts, found.hidden_size, found.intermediate_size
         name = self.names[module]
-        ours = Experts(name, (count, hidden, middle), found.activation, self.current)
+        ours = Experts(name, (count, hidden, middle), found.activation, self.current, self.share)
+        own = self._twice(middle), (self.share.columns(hidden),)
         gate_up, down = (("gate_proj", "up_proj"), ("w1", "w3")), (("down_proj",), ("w2",))
         self.wants.experts += [
-            ExpertWeights(name, "gate_up_proj", gate_up, (count, 2 * middle, hidden), _set(ours, "gate_up")),
-            ExpertWeights(name, "down_proj", down, (count, hidden, middle), _set(ours, "down")),
+            ExpertWeights(name, "gate_up_proj", gate_up, (count, 2 * middle, hidden), _set(ours, "gate_up"), own[0]),
+            ExpertWeights(name, "down_proj", down, (count, hidden, middle), _set(ours, "down"), own[1]),
         ]
         return ours
 
@@ -181,8 +209,14 @@ class _Specialiser:
         for ours in (q_norm, k_norm):
             if ours is not None:
                 ours.runs_by_row = True
-        qkv, out = self._fused(found.qkv), self._fused((found.out,))
-        return Attention(qkv, out, (q_norm, k_norm), asked.query.shape[1], layer, index, self.current)
+        by_rank, (_, num_heads, _, dim) = self._heads(asked), asked.query.shape
+        own, starts = by_rank[self.share.rank], (0, num_heads, num_heads + asked.key.shape[1])
+        spans = ((own.queries, starts[0]), (own.keys, starts[1]), (own.keys, starts[2]))
+        qkv = self._fused(found.qkv, joined(((start + a) * dim, (start + b) * dim) for (a, b), start in spans))
+        sizes = None if self.share == ALONE else tuple(one.num_queries * dim for one in by_rank)
+        norms = q_norm, k_norm
+        out = self._gathered(found.out)
+        return Attention(qkv, out, norms, own.num_queries, layer, index, self.current, sizes)
 
     def _as_block(self, module: nn.Module) -> patterns.Block | None:
         """What a decoder layer is made of, if our layer can take its place."""

@@ -11,7 +11,10 @@ from tightrope.kernels.forms.layout import LayerCache, RopeTable, StepLayout
 
 
 class Attention(nn.Module):
-    """Queries, keys and values by one linear, perhaps normed by head; keys go into the cache before rotation."""
+    """Queries, keys and values by one linear, perhaps normed by head; keys go into the cache before rotation.
+
+    `num_heads` are those of this rank, and `sizes` the ranks' numbers of columns between heads and the last linear.
+    """
 
     def __init__(
         self,
@@ -22,8 +25,10 @@ class Attention(nn.Module):
         layer: LayerInfo,
         index: int,
         current: CurrentStep,
+        sizes: tuple[int, ...] | None,
     ) -> None:
         super().__init__()
+        self.sizes = sizes
         self.qkv, self.out = qkv, out
         self.q_norm, self.k_norm = norms
         self.num_heads, self.layer, self.index, self.current = num_heads, layer, index, current
@@ -55,7 +60,7 @@ class Attention(nn.Module):
         if table is not None:
             q = dispatch.rotate(q, step, table)
         attended = dispatch.attention(q, cache, step, table, layer.spec)  # [T, H, D]
-        return self._run_out(attended.view(len(x), -1))
+        return self._run_out(self.current.gathered(attended.view(len(x), -1), self.sizes))
 
 
 class InterfaceAttention(AttentionCall):

@@ -1,21 +1,11 @@
-"""Which part of a model a rank holds, and how its modules get the whole of what all ranks compute."""
+"""How a rank's modules get the whole of what all ranks compute."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
-
-@dataclass(frozen=True, slots=True)
-class Share:
-    """Rank `rank` of `count` ranks."""
-
-    rank: int = 0
-    count: int = 1
-
-
-ALONE = Share()  # All of a model.
+from tightrope.backends.tensor_parallel import Share
 
 
 class Gather(Protocol):

@@ -51,7 +51,7 @@ class Layer(nn.Module):
     def _whole(self) -> DecoderLayer | None:
         """The layer as one kernel runs it, where its parts have the forms for that; read once weights are there."""
         attention, mlp = self.attention, self.mlp
-        if not isinstance(mlp, GatedMLP):
+        if not isinstance(mlp, GatedMLP) or attention.current.gather is not None:
             return None
         linears = (attention.qkv, attention.out, mlp.gate_up, mlp.down)
         qkv, out, gate_up, down = (projection(linear.weight, linear.bias, linear.adapters) for linear in linears)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tightrope.backends.hf.modules.matrices import Matrix, times
 from tightrope.backends.hf.modules.step import CurrentStep
 from tightrope.backends.hf.modules.token_tables import TableChange
+from tightrope.backends.tensor_parallel import Spans
 from tightrope.kernels import dispatch
 from tightrope.kernels.forms.low_rank import AdapterRows, LowRankSlots
 
@@ -19,20 +20,34 @@ from tightrope.kernels.forms.low_rank import AdapterRows, LowRankSlots
 class Linear(nn.Module):
     """One linear, or several on the same input with their rows one below the other.
 
-    `rows` are their names and numbers of outputs. Rows of a step may use adapters: `adapters` add to the outputs of
-    those in their slot. A head may have rows of its own in an adapter, `changes`, and more outputs then.
+    `rows` are their names and numbers of outputs, and `own` are the outputs of each that this rank computes. Where
+    `sizes` says how many each rank has of a linear's, they are gathered. Rows of a step may use adapters: `adapters`
+    add to the outputs of those in their slot. A head may have rows of its own in an adapter, `changes`, and more
+    outputs then; both are whole on every rank, and added to what is gathered.
     """
 
     weight: Matrix
     bias: Tensor | None = None  # [N] float32
 
-    def __init__(self, rows: Sequence[tuple[str, int]], num_inputs: int, current: CurrentStep) -> None:
+    def __init__(
+        self, rows: Sequence[tuple[str, int]], num_inputs: int, current: CurrentStep, own: Sequence[Spans],
+        sizes: tuple[int, ...] | None,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.rows, self.num_inputs, self.num_outputs = tuple(rows), num_inputs, sum(size for _, size in rows)
+        self.own, self.sizes = tuple(own), sizes
         self.current = current
         self.adapters = LowRankSlots()
         self.changes: dict[int, TableChange] = {}  # By slot.
         self.is_head = False  # Whether only rows whose logits are wanted come here.
+
+    @property
+    def parts(self) -> list[tuple[str, int, Spans]]:
+        """Names and numbers of outputs, and which of them adapters add to on this rank."""
+        return [
+            (name, size, ((0, size),) if self.is_head else own)
+            for (name, size), own in zip(self.rows, self.own, strict=True)
+        ]
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -43,14 +58,18 @@ class Linear(nn.Module):
         return out.view(*x.shape[:-1], out.shape[-1])
 
     def run(self, x: Tensor) -> Tensor:
-        """x [T, K] to [T, N]."""
+        """x [T, K] to [T, N], of own outputs alone where nothing is gathered."""
         out = times(x, self.weight, self.bias)
-        rows = self.current.head_adapters if self.is_head else self.current.adapters
-        if rows is not None and (self.adapters or self.changes):
-            return self._adapted(out, x, rows)
-        return out
+        if self.is_head:
+            out, rows = self.current.gathered(out, self.sizes), self.current.head_adapters
+            return self._adapted(out, x, rows) if rows is not None and (self.adapters or self.changes) else out
+        if self.current.adapters is not None and self.adapters:
+            self.current.adapters.check(len(x), self.rows[0][0])
+            dispatch.add_low_rank(out, x, self.adapters, self.current.adapters)
+        return self.current.gathered(out, self.sizes)
 
     def _adapted(self, out: Tensor, x: Tensor, rows: AdapterRows) -> Tensor:
+        """What rows with adapters make of the logits of a head."""
         rows.check(len(x), self.rows[0][0])
         present = sorted(self.changes.keys() & set(rows.present))
         num_outputs = max([self.num_outputs, *(self.changes[slot].num_rows for slot in present)])

@@ -147,10 +147,13 @@ def _columns(weight: Matrix) -> Iterator[ColumnMatrix]:
             yield from _columns(part)
 
 
-def side_by_side(pieces: Sequence[Piece], device: torch.device, *, is_expert: bool = False) -> Matrix:
+def side_by_side(
+    pieces: Sequence[Piece], device: torch.device, *, is_expert: bool = False, all_outputs: int = 0
+) -> Matrix:
     """One matrix, on `device`, of pieces that have the same inputs, their outputs one after the other.
 
-    Those of experts stay with our kernels, one of which runs all experts at once.
+    Those of experts stay with our kernels, one of which runs all experts at once. all_outputs: of all ranks, where the
+    pieces are one's: on a card it decides by how many sums the inputs are shared out, which are the same on each.
     """
     tensors = [piece for piece in pieces if isinstance(piece, Tensor)]
     if len(tensors) == len(pieces):
@@ -164,10 +167,14 @@ def side_by_side(pieces: Sequence[Piece], device: torch.device, *, is_expert: bo
         if integers and not is_expert and all(dispatch.is_exllama(matrix) for matrix in integers):
             return Exllama(tuple(dispatch.to_exllama(matrix, device) for matrix in integers))
         matrices: tuple[QuantizedMatrix | Nf4Matrix, ...] = (*integers, *codes)
-        if is_expert:
-            return Columns(tuple(to_columns(matrix, device) for matrix in matrices))
         num_outputs = sum(matrix.num_outputs for matrix in matrices)
-        columns = [to_columns(matrix, device, num_outputs - matrix.num_outputs) for matrix in matrices]
+        whole = all_outputs or num_outputs
+        if is_expert:  # Each is as much of its whole as all are of theirs.
+            sizes = [matrix.num_outputs * whole // num_outputs for matrix in matrices]
+            return Columns(
+                tuple(to_columns(m, device, size - m.num_outputs) for m, size in zip(matrices, sizes, strict=True))
+            )
+        columns = [to_columns(matrix, device, whole - matrix.num_outputs) for matrix in matrices]
         return Columns(join_columns(columns))
     return Quantized(integers) if integers else Nf4(codes)
 

@@ -18,14 +18,15 @@ class MLP(nn.Module):
 
 
 class GatedMLP(MLP):
-    """down(activation(gate(x)) * up(x)), gate and up as one linear."""
+    """down(activation(gate(x)) * up(x)), gate and up as one linear. sizes: the ranks' columns between the two."""
 
-    def __init__(self, gate_up: Linear, down: Linear, activation: str) -> None:
+    def __init__(self, gate_up: Linear, down: Linear, activation: str, sizes: tuple[int, ...] | None) -> None:
         super().__init__()
-        self.gate_up, self.down, self.activation = gate_up, down, activation
+        self.gate_up, self.down, self.activation, self.sizes = gate_up, down, activation, sizes
 
     def run(self, x: Tensor) -> Tensor:
-        return self.down.run(dispatch.gated(self.gate_up.run(x), self.activation))
+        middle = dispatch.gated(self.gate_up.run(x), self.activation)
+        return self.down.run(self.gate_up.current.gathered(middle, self.sizes))
 
 
 class Unbatched(MLP):

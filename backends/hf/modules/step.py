@@ -44,6 +44,13 @@ class CurrentStep:
     head_adapters: AdapterRows | None = None  # Those of the rows whose logits are wanted.
     gather: Gather | None = None  # None where one rank holds all of the model. Steps leave it as it is.
 
+    def gathered(self, local: Tensor, sizes: tuple[int, ...] | None) -> Tensor:
+        """Columns [T, sum(sizes)] of all ranks where this one has `local`; itself where every rank has all (None)."""
+        if sizes is None:
+            return local
+        assert self.gather is not None, "a rank is told how to gather before its first step"
+        return self.gather(local, sizes)
+
     def layer(self, index: int) -> tuple[StepLayout, LayerCache]:
         """The step as a layer has it, and the layer's cache."""
         cache = self.caches[index]

@@ -19,6 +19,7 @@ from tightrope.backends.hf.modules.experts import Experts
 from tightrope.backends.hf.modules.linear import Linear
 from tightrope.backends.hf.run.rotary import RotarySets
 from tightrope.backends.settings import ModelSettings
+from tightrope.backends.tensor_parallel import size_of
 from tightrope.kernels import dispatch
 from tightrope.kernels.forms.layout import PAGE, CacheDtype, CacheFormat, LayerCache, StepLayout
 from tightrope.kernels.forms.low_rank import AdapterRows, LowRank, LowRankPart
@@ -108,7 +109,8 @@ class Steps:
             if isinstance(module, Experts):
                 for expert in range(len(module.down)):
                     for count in dispatch.fewest_rows():
-                        module.one(expert, self._rows(count, module.hidden), None)
+                        module.first(expert, self._rows(count, module.hidden), None)
+                        module.second(expert, self._rows(count, module.middle), None)
 
     def _run_adapters(self) -> None:
         """An adapter on each linear, of a rank that makes no difference."""
@@ -118,11 +120,12 @@ class Steps:
         for module in self.model.tree.modules():
             if isinstance(module, Linear):
                 parts, first = [], 0
-                for _, num_outputs in module.rows:
-                    down, up = (torch.zeros(1, n, dtype=dtype, device=device) for n in (module.num_inputs, num_outputs))
+                for _, _, own in module.parts:
+                    sizes = module.num_inputs, size_of(own)
+                    down, up = (torch.zeros(1, n, dtype=dtype, device=device) for n in sizes)
                     parts.append(LowRankPart(first, down, up))
-                    first += num_outputs
-                out = self._rows(1, module.num_outputs)
+                    first += size_of(own)
+                out = self._rows(1, first)
                 dispatch.add_low_rank(out, self._rows(1, module.num_inputs), {0: LowRank(tuple(parts))}, rows)
 
     def _rows(self, count: int, width: int) -> Tensor:
