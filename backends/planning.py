@@ -48,6 +48,18 @@ UNKNOWN = MemoryShares()
 
 
 @dataclass(frozen=True, slots=True)
+class DeviceShare:
+    """What one of several devices holds of a model, in bytes. layers: how many; None where each has a part of all."""
+
+    device: str  # "cuda:0", "cpu"
+    memory_bytes: int  # For all of it.
+    weight_bytes: int
+    cache_bytes: int
+    workspace_bytes: int
+    layers: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Outline:
     """A model in a memory. Sizes in bytes and tokens."""
 
@@ -64,6 +76,7 @@ class Outline:
     refusal: str | None  # Where nothing is chosen: one line with what would fit.
     device: str = "cpu"  # Whose memory it is: "cpu", "cuda".
     host_bytes: int = 0  # Of weights that stay in the machine's own memory beside a card.
+    shares: tuple[DeviceShare, ...] = ()  # Of several devices, as `serve` would fill them.
 
 
 def grossed_up(memory_bytes: int) -> int:

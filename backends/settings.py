@@ -1,8 +1,9 @@
 """What a person may choose about a model: where it is, how it is cached, how its positions are scaled."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field, field_validator
 
@@ -14,6 +15,7 @@ Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 SumsDtype = Literal["float32", "float16"]
 Quantize = Literal["awq", "exl2", "gptq", "bitsandbytes-nf4"]  # TGI's launcher calls them so.
 GgufEngine = Literal["auto", "own", "llama.cpp"]
+SplitMode = Literal["none", "layer", "row"]  # llama.cpp calls them so.
 RopeKind = Literal["none", "linear", "dynamic", "ntk", "yarn", "llama3", "longrope"]
 
 MAX_ADAPTER_NAME = 128  # It is in characters.
@@ -24,6 +26,8 @@ MAX_STEP_TOKENS = 1 << 16  # The workspace grows by each, and no kernel gains by
 MIN_STEP_TOKENS = 16
 STEP_TOKENS, STEP_TOKENS_ON_CARD = 512, 2048  # Where nobody says: a card has to expand its weights for each step.
 MAX_GPU_LAYERS = 1 << 16  # No model has so many; people write 999 or 9999 for all of them.
+MAX_CARDS = 16  # A machine has no more.
+MAX_PROPORTION = 1e6  # People write layers or GiB.
 MAX_ADAPTER_MIB = 1 << 20  # Large machines have about a TiB in all.
 MAX_HOST_MIB = 1 << 22  # So has what is beside the cache; 4 TiB are more than any has.
 MAX_DISK_MIB = 1 << 28  # No file system that is in use is larger than 256 TiB.
@@ -38,6 +42,11 @@ def split_pairs(text: str) -> list[tuple[str, str | None]]:
     """NAME=VALUE, with commas between several; None is the value where there is no =."""
     pairs = [part.partition("=") for part in text.split(",") if part.strip()]
     return [(name.strip(), value.strip() if equals else None) for name, equals, value in pairs]
+
+
+def written(numbers: str | Sequence[float]) -> str:
+    """Numbers with commas between, as people write them; a word as it is."""
+    return numbers if isinstance(numbers, str) else ",".join(f"{number:g}" for number in numbers)
 
 
 def check_adapter_name(name: str) -> None:
@@ -145,6 +154,10 @@ class ModelSettings(BaseModel, frozen=True, extra="forbid"):
     n_cpu_moe: int = Field(
         0, ge=0, le=MAX_GPU_LAYERS, description="Layers, from the first on, whose experts stay in the host's memory."
     )
+    split_mode: SplitMode = Field("layer", description="How llama.cpp shares a GGUF file out among several cards.")
+    tensor_split: tuple[Annotated[float, Field(ge=0, le=MAX_PROPORTION, allow_inf_nan=False)], ...] = Field(
+        (), max_length=MAX_CARDS, description="In which proportions it does; none: by what each has free."
+    )
     dtype: Dtype = Field("auto", description="Of hidden states on a GPU; auto is the files' if it has 16 bits.")
     matmul_sums: SumsDtype = Field("float32", description="Of products of float16 numbers on a GPU.")
     batch_invariant: bool = Field(
@@ -175,6 +188,21 @@ class ModelSettings(BaseModel, frozen=True, extra="forbid"):
     def step_tokens_on(self, device_type: str) -> int:
         """Most tokens in one step on a "cpu" or "cuda" device: as asked, else what is right if memory has room."""
         return self.step_tokens or (STEP_TOKENS_ON_CARD if device_type == "cuda" else STEP_TOKENS)
+
+    @field_validator("tensor_split", mode="before")
+    @classmethod
+    def _split_numbers(cls, value: object) -> object:
+        """The environment and the command line give numbers as one text, with commas; a file may give one alone."""
+        if isinstance(value, str):
+            return tuple(part.strip() for part in value.split(","))
+        return (value,) if isinstance(value, int | float) else value
+
+    @field_validator("tensor_split")
+    @classmethod
+    def _check_proportions(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if value and not any(value):
+            raise ValueError("a card must get something: at least one number above 0")
+        return value
 
     @field_validator("device")
     @classmethod

@@ -174,11 +174,15 @@ class GGUFBackend:
 def _model_options(plan: GGUFPlan, progress: Callable[[float], None]) -> ModelOptions:
     """A mapped file that is overwritten or cut takes the process down, so it is read instead where memory allows."""
     layout = plan.layout
-    used = [(card.pointer, count) for card, count in zip(layout.memory.cards, plan.on_cards, strict=True) if count]
+    # Rows are split by the numbers of cards, so that those without any keep their places among them.
+    splits_rows = layout.has_split_rows and len(layout.memory.cards) > 1
+    pairs = zip(layout.memory.cards, plan.on_cards, strict=True) if plan.on_cards else ()
+    used = [(card.pointer, count) for card, count in pairs if count or splits_rows]
     return ModelOptions(
         devices=tuple(pointer for pointer, _ in used if pointer is not None),
         layers_on=tuple(count for _, count in used),
         host_tensors=layout.host_tensors,
+        splits_rows=splits_rows,
         use_mmap=layout.host_weight_bytes > layout.memory.host_bytes // 2,
         progress=progress,
     )

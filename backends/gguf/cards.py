@@ -2,7 +2,7 @@
 
 import ctypes
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from tightrope.backends.files.gguf.tensor_types import TENSOR_TYPES
 from tightrope.backends.gguf.cache_types import CacheType
 from tightrope.backends.gguf.shape import ModelShape
 from tightrope.backends.memory import CardMemory
-from tightrope.backends.settings import ModelSettings
+from tightrope.backends.settings import ModelSettings, written
 
 _FOR_CPU, _REINSTALL = "this llama-cpp-python was built for the CPU", "reinstall it with CMAKE_ARGS=-DGGML_CUDA=on"
 _WITHOUT_CARDS = {"CPU", "BLAS"}  # ggml's libraries for these know no cards.
@@ -69,6 +69,17 @@ class Card:
             return True
         return type_name not in _UNPACKED and _BY_CUBLAS.search(self.description) is None
 
+    @property
+    def splits_rows(self) -> bool:
+        """Whether its library of ggml has buffers that several cards share by rows of matrices."""
+        if self.pointer is None:
+            return self.name.startswith("CUDA")
+        library: Any = ll._lib
+        library.ggml_backend_dev_backend_reg.restype = ctypes.c_void_p
+        library.ggml_backend_reg_get_proc_address.restype = ctypes.c_void_p
+        kind = ctypes.c_void_p(library.ggml_backend_dev_backend_reg(ctypes.c_void_p(self.pointer)))
+        return bool(library.ggml_backend_reg_get_proc_address(kind, b"ggml_backend_split_buffer_type"))
+
     def attends(self, shape: ModelShape, kind: CacheType) -> bool:
         """Whether it has a kernel for the attention of a model, over keys and values stored so.
 
@@ -98,7 +109,29 @@ def cards_for(settings: ModelSettings) -> tuple[Card, ...]:
     meant = [card for card in chosen if device == "auto" or re.fullmatch(name + (number or r"\d+"), card.name)]
     if not meant:
         raise BackendError(f"--device {device}: llama.cpp sees {', '.join(map(str, chosen))}")
-    return tuple(meant)
+    return chosen_of(meant, settings)
+
+
+def chosen_of(cards: Sequence[Card], settings: ModelSettings) -> tuple[Card, ...]:
+    """Those that --split-mode and --tensor-split leave of the cards that there are. Raises BackendError."""
+    count, shares = len(cards), settings.tensor_split
+    if len(shares) > count:
+        there = "1 card" if count == 1 else f"{count} cards"
+        raise BackendError(
+            f"--tensor-split {written(shares)}: a number for each of {len(shares)} cards, and there "
+            f"{_are(count)} {there}; give {count} at most"
+        )
+    if settings.split_mode == "row" and count > 1:
+        for card in cards:
+            if not card.splits_rows:
+                raise BackendError(
+                    f"--split-mode row: llama.cpp can't split rows on {card}; take layer, or leave it out"
+                )
+    return tuple(cards[:1] if settings.split_mode == "none" else cards)
+
+
+def _are(count: int) -> str:
+    return "is" if count == 1 else "are"
 
 
 def unused(settings: ModelSettings, host: Host) -> str:

@@ -7,16 +7,16 @@ the table of the tokens' embeddings always in the host's memory.
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
 from math import prod
 
 from tightrope.backends.devices.host import look
 from tightrope.backends.errors import BackendError
 from tightrope.backends.files.gguf.header import Header
 from tightrope.backends.gguf.cache_types import CACHE_TYPES, CacheType
-from tightrope.backends.gguf.cards import Card, cards_for, unused
+from tightrope.backends.gguf.cards import Card, cards_for, chosen_of, unused
 from tightrope.backends.gguf.native import MAX_SEQS
 from tightrope.backends.gguf.shape import ModelShape
+from tightrope.backends.gguf.split import ROUNDED_ROWS, by_proportion, pieces, spread
 from tightrope.backends.memory import CARD_RESERVE, MEMORY_SHARE, CardMemory, free_memory
 from tightrope.backends.planning import grossed_up
 from tightrope.backends.settings import MAX_TOKENS, ModelSettings
@@ -30,7 +30,6 @@ EXPERTS = r"\.ffn_(up|down|gate|gate_up)_(ch|)exps"
 FIXED_BYTES = 64 << 20
 MASK_BYTES = 2  # Flash attention's mask has 16 bits for each token of a step and each cell.
 _INPUTS = ("token_embd", "per_layer_token_embd", "position_embd", "token_types")
-_SHARES = 12  # Halvings of the share of each card that is filled.
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +40,8 @@ class Slot:
     expert_bytes: int = 0  # They are a part of `weight_bytes`.
     copied_bytes: int = 0  # On a card it takes these more: a copy of the embedding, where that is the output's matrix.
     largest_bytes: int = 0  # That of the largest tensor.
+    matrix_bytes: int = 0  # A part of these: matrices whose rows several cards may share.
+    row_bytes: int = 0  # One row of each of these.
     kv_heads: int = 0
     state_bytes: int = 0  # A recurrent layer keeps these for all sequences, whatever the length of the cache.
 
@@ -75,6 +76,8 @@ class Layout:
     max_seqs: int  # Of the context: those that run, and finished ones.
     run_bytes: int  # Of the host's memory these are kept for finished sequences outside the cache.
     half_bytes: int = 0  # That of the largest matrix that a card unpacks to 16 bits for a prompt.
+    proportions: tuple[float, ...] = ()  # What cards get of the slots there; none: what has room.
+    has_split_rows: bool = False  # All cards share each matrix, its rows by these; else each has slots of its own.
 
     @classmethod
     def of(cls, settings: ModelSettings, header: Header, memory: Memory, adapter_bytes: int = 0) -> "Layout":
@@ -97,6 +100,8 @@ class Layout:
             max_seqs=max_seqs,
             run_bytes=settings.cache.host_reserve_bytes,
             half_bytes=_half_bytes(header, memory.cards),
+            proportions=settings.tensor_split,
+            has_split_rows=settings.split_mode == "row",
         )
 
     @property
@@ -151,7 +156,9 @@ class Layout:
         heads = max(self.shape.kv_heads) * (self.shape.key_dim + self.shape.value_dim)
         unpacked = 2 * num_cells * heads if kind.is_quantized else 0
         left = [slot.largest_bytes for slot in (*self.slots[: self._first], *self.slots[: self.num_cpu_experts])]
-        return self._step_bytes(num_cells) + unpacked + max(left, default=0) + self.half_bytes
+        # Each card is sent a step's activations, and what it makes of them is put together on one.
+        gathered = 4 * self.step_tokens * self.shape.step_width if self.has_split_rows else 0
+        return self._step_bytes(num_cells) + unpacked + max(left, default=0) + self.half_bytes + gathered
 
     @property
     def _logit_bytes(self) -> int:
@@ -178,17 +185,41 @@ class Layout:
         """Whether all has room with a cache of so many cells."""
         if self.host_need(num_cells, kind) > self.memory.host_room:
             return False
-        return not self.num_on_cards or bool(filled(self._costs(num_cells, kind), self.card_rooms(num_cells, kind)))
+        return not self.num_on_cards or bool(self.counts(num_cells, kind))
 
     def counts(self, num_cells: int, kind: CacheType) -> tuple[int, ...]:
-        """How many slots each card takes, in order, where all has room."""
-        return spread(self._costs(num_cells, kind), self.card_rooms(num_cells, kind)) if self.num_on_cards else ()
+        """How many slots each card takes, in order; () where there are none, or they have no room."""
+        if not self.num_on_cards:
+            return ()
+        rooms = self.card_rooms(num_cells, kind)
+        if not (self.proportions or self.has_split_rows):
+            return spread(self._costs(num_cells, kind), rooms)
+        counts = self.fixed_counts(num_cells, kind)
+        taken = self.taken(counts, num_cells, kind)
+        return counts if all(size <= room for size, room in zip(taken, rooms, strict=True) if size) else ()
+
+    def fixed_counts(self, num_cells: int, kind: CacheType) -> tuple[int, ...]:
+        """Those that the proportions give, or what cards have free where rows are split, whether they fit or not."""
+        rooms = [float(max(0, room)) for room in self.card_rooms(num_cells, kind)]
+        given = self.proportions or (rooms if any(rooms) else [1.0] * len(rooms))
+        return by_proportion(given, self.num_on_cards, len(rooms))
 
     def card_fillings(self, counts: Sequence[int], num_cells: int, kind: CacheType) -> list[int]:
         """Bytes of each card that are planned for, with so many slots on each."""
-        costs, ends = self._costs(num_cells, kind), list(accumulate(counts))
         workspace = self.card_workspace_bytes(num_cells, kind) + CARD_RESERVE
-        return [sum(costs[end - count : end]) + workspace for count, end in zip(counts, ends, strict=True)]
+        return [size + workspace for size in self.taken(counts, num_cells, kind)]
+
+    def taken(self, counts: Sequence[int], num_cells: int, kind: CacheType) -> list[int]:
+        """Bytes of weights and cache on each card."""
+        costs = self._costs(num_cells, kind)
+        if not self.has_split_rows:
+            return pieces(costs, counts)
+        on_cards = self.slots[self._first :]
+        own = [cost - slot.matrix_bytes for cost, slot in zip(costs, on_cards, strict=True)]
+        shared = sum(slot.matrix_bytes for slot in on_cards)
+        rounded = ROUNDED_ROWS * sum(slot.row_bytes for slot in on_cards)
+        parts = [-(-shared * count // self.num_on_cards) + (rounded if count else 0) for count in counts]
+        return [one + part for one, part in zip(pieces(own, counts), parts, strict=True)]
 
     def card_rooms(self, num_cells: int, kind: CacheType) -> list[int]:
         """Bytes of each card that weights and cache may fill."""
@@ -235,43 +266,10 @@ class Layout:
         return slot.state_bytes + int(num_cells * slot.kv_heads * self.shape.head_bytes(kind.key_type, kind.value_type))
 
 
-def spread(costs: Sequence[int], rooms: Sequence[int]) -> tuple[int, ...]:
-    """How many slots in a row, taking `costs` bytes each, go to each card with `rooms` bytes, all of which hold them.
-
-    As few cards as hold them are used, in order, and each is filled to about the same share.
-    """
-    used = next(n for n in range(1, len(rooms) + 1) if filled(costs, rooms[:n]))
-    counts = filled(costs, rooms[:used])
-    low, high = 0.0, 1.0
-    for _ in range(_SHARES):
-        share = (low + high) / 2
-        if fewer := filled(costs, [share * room for room in rooms[:used]]):
-            counts, high = fewer, share
-        else:
-            low = share
-    return (*counts, *[0] * (len(rooms) - used))
-
-
-def filled(costs: Sequence[int], rooms: Sequence[float]) -> tuple[int, ...]:
-    """Slots on each card, when each in its turn takes as many as it holds; () where some are left over.
-
-    No other cut of the row into pieces leaves fewer over.
-    """
-    counts: list[int] = []
-    start = 0
-    for room in rooms:
-        end, left = start, room
-        while end < len(costs) and costs[end] <= left:
-            left -= costs[end]
-            end += 1
-        counts.append(end - start)
-        start = end
-    return tuple(counts) if start == len(costs) else ()
-
-
 def _slots(header: Header, shape: ModelShape, adapter_bytes: int, max_seqs: int) -> tuple[Slot, ...]:
     layers = len(shape.kv_heads)
-    weights, experts, largest = [0] * (layers + 1), [0] * (layers + 1), [0] * (layers + 1)
+    weights, experts, largest, matrices, rows = ([0] * (layers + 1) for _ in range(5))
+    shapes = {tensor.name: tensor.dims for tensor in header.tensors}
     sizes = {tensor.name: tensor.num_bytes for tensor in header.tensors}
     for name, size in sizes.items():
         if name.startswith(_INPUTS):
@@ -281,6 +279,9 @@ def _slots(header: Header, shape: ModelShape, adapter_bytes: int, max_seqs: int)
         weights[slot] += size
         experts[slot] += size if re.search(EXPERTS, name) else 0
         largest[slot] = max(largest[slot], size)
+        if len(shapes[name]) == 2 and shapes[name][1] > 1:  # Experts have three dimensions, and stay whole.
+            matrices[slot] += size
+            rows[slot] += size // shapes[name][1]
     copied = 0 if "output.weight" in sizes else sizes.get("token_embd.weight", 0)
     blocks = [
         Slot(
@@ -289,10 +290,22 @@ def _slots(header: Header, shape: ModelShape, adapter_bytes: int, max_seqs: int)
             largest_bytes=largest[number],
             kv_heads=shape.kv_heads[number],
             state_bytes=4 * max_seqs * shape.state_values[number],
+            matrix_bytes=matrices[number],
+            row_bytes=rows[number],
         )
         for number in range(layers)
     ]
-    return (*blocks, Slot(weights[layers], copied_bytes=copied, largest_bytes=max(largest[layers], copied)))
+    if copied:
+        matrices[layers] += copied
+        rows[layers] += copied // shapes["token_embd.weight"][-1]
+    output = Slot(
+        weights[layers],
+        copied_bytes=copied,
+        largest_bytes=max(largest[layers], copied),
+        matrix_bytes=matrices[layers],
+        row_bytes=rows[layers],
+    )
+    return (*blocks, output)
 
 
 def _half_bytes(header: Header, cards: Sequence[Card]) -> int:
@@ -310,4 +323,5 @@ def memory_of(settings: ModelSettings, memory_bytes: int | None, device_bytes: t
         return Memory(host, cards_for(settings), unused(settings, look()) if memory_bytes is None else "")
     if settings.gpu_layers == 0:
         raise BackendError("no layer is put on a card unless --gpu-layers says how many; add --gpu-layers -1 for all")
-    return Memory(host, tuple(Card(f"CUDA{n}", CardMemory(size, size)) for n, size in enumerate(device_bytes)))
+    cards = [Card(f"CUDA{n}", CardMemory(size, size)) for n, size in enumerate(device_bytes)]
+    return Memory(host, chosen_of(cards, settings))

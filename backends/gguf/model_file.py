@@ -8,7 +8,7 @@ from tightrope.backends.files.gguf.header import Header, read_header
 from tightrope.backends.files.gguf.vocabulary import TOKENS
 from tightrope.backends.gguf.layout import EXPERTS
 from tightrope.backends.gguf.shape import ModelShape
-from tightrope.backends.settings import ModelSettings
+from tightrope.backends.settings import ModelSettings, written
 
 # general.type -> what such a file is; older files are told by their architecture
 _OTHER_TYPES = {
@@ -57,6 +57,7 @@ def read_model(path: Path, settings: ModelSettings) -> Header:
     if TOKENS not in header.metadata or header.metadata.get("tokenizer.ggml.model") in ("none", "no_vocab"):
         raise BackendError(f"{path}: it holds no vocabulary ({TOKENS}); convert the model anew")
     ModelShape.of(header)
+    _check_cards(settings)
     if settings.n_cpu_moe and not settings.gpu_layers:
         raise BackendError(
             f"n_cpu_moe is {settings.n_cpu_moe}, but no layer is on a card; add --gpu-layers, or leave it out"
@@ -64,3 +65,14 @@ def read_model(path: Path, settings: ModelSettings) -> Header:
     if settings.n_cpu_moe and not any(re.search(EXPERTS, tensor.name) for tensor in header.tensors):
         raise BackendError(f"{path}: n_cpu_moe is {settings.n_cpu_moe}, but the model has no experts; leave it out")
     return header
+
+
+def _check_cards(settings: ModelSettings) -> None:
+    """Raise BackendError for options about several cards that say nothing together with the others."""
+    shares = written(settings.tensor_split)
+    given = [f"--tensor-split {shares}"] if shares else []
+    given += [] if settings.split_mode == "layer" else [f"--split-mode {settings.split_mode}"]
+    if given and not settings.gpu_layers:
+        raise BackendError(f"{given[0]}, but no layer is on a card; add --gpu-layers -1 for all, or leave it out")
+    if shares and settings.split_mode == "none":
+        raise BackendError(f"--tensor-split {shares} shares out among cards, and --split-mode none takes one; give one")

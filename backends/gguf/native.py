@@ -95,6 +95,7 @@ class ModelOptions:
     devices: tuple[int, ...] = ()
     layers_on: tuple[int, ...] = ()
     host_tensors: str | None = None
+    splits_rows: bool = False  # The devices share each matrix by rows, in the proportions of `layers_on`.
     use_mmap: bool = False
     is_vocabulary: bool = False  # Nothing is loaded but the vocabulary, and no tensor is looked at.
     has_weights: bool = True  # Without them a model only says whether, and how, it could be loaded.
@@ -197,6 +198,7 @@ def _place(params: Any, options: ModelOptions) -> tuple[object, ...]:  # noqa: A
     overrides = (_HostTensors * 2)(_HostTensors(pattern, ll._lib.ggml_backend_cpu_buffer_type()), _HostTensors())
     params.devices = ctypes.cast(devices, ctypes.c_void_p)
     params.n_gpu_layers = sum(options.layers_on)
+    params.split_mode = ll.LLAMA_SPLIT_MODE_ROW if options.splits_rows else ll.LLAMA_SPLIT_MODE_LAYER
     params.tensor_split = ctypes.cast(split, ctypes.POINTER(ctypes.c_float))
     if pattern is not None:
         params.tensor_buft_overrides = ctypes.cast(overrides, ctypes.c_void_p)

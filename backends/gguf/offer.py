@@ -5,7 +5,7 @@ from pathlib import Path
 
 from tightrope.backends.errors import BackendError, DoesNotFit
 from tightrope.backends.files.foreign import PICKLES, check_is_no_ggml, model_files, names_in
-from tightrope.backends.planning import CACHE_NAMES, CacheChoice, Chosen, Outline
+from tightrope.backends.planning import CACHE_NAMES, CacheChoice, Chosen, DeviceShare, Outline
 from tightrope.backends.protocol import Backend
 from tightrope.backends.settings import ModelSettings
 from tightrope.backends.warming import Warmed
@@ -59,12 +59,14 @@ def outline(
     layout = Layout.of(settings, header, memory, adapter_bytes)
     window = settings.max_model_len or plan_rope(settings.rope, layout.shape).window
     chosen, refusal = None, None
+    shares: tuple[DeviceShare, ...] = ()
     try:
         plan = gguf.make_plan(settings, header, memory, adapter_bytes)
         size = int(plan.num_cells * layout.token_bytes(plan.cache_type))
         notes = plan.notes + notes_on(settings) + header.notes + try_load(path, gguf.context_options(settings, plan))
         chosen = Chosen(plan.cache_type.name, plan.num_cells, size, notes, plan.step_tokens)
         window = plan.window
+        shares = gguf.device_shares(plan)
     except DoesNotFit as error:
         try_load(path, gguf.least_options())
         refusal = str(error)
@@ -90,4 +92,5 @@ def outline(
         refusal=refusal,
         device=layout.device,
         host_bytes=layout.host_weight_bytes if is_on_cards else 0,
+        shares=shares,
     )

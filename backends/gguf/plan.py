@@ -11,8 +11,8 @@ from tightrope.backends.gguf.native import ContextOptions
 from tightrope.backends.gguf.rope import RopePlan, plan_rope
 from tightrope.backends.gguf.shape import ModelShape
 from tightrope.backends.memory import GIB, MIB, default_tokens, does_not_fit
-from tightrope.backends.planning import MemoryShares
-from tightrope.backends.settings import ModelSettings
+from tightrope.backends.planning import DeviceShare, MemoryShares
+from tightrope.backends.settings import ModelSettings, written
 from tightrope.backends.threads import compute_threads
 
 # What the start says of cached tokens.
@@ -104,6 +104,20 @@ def memory_shares(plan: GGUFPlan) -> MemoryShares:
     )
 
 
+def device_shares(plan: GGUFPlan) -> tuple[DeviceShare, ...]:
+    """What each card has of a plan, where it has anything; none for a model in the host's memory alone."""
+    layout, kind = plan.layout, plan.cache_type
+    if not plan.on_cards:
+        return ()
+    weights, taken = (layout.taken(plan.on_cards, cells, kind) for cells in (0, plan.num_cells))
+    workspace = layout.card_workspace_bytes(plan.num_cells, kind)
+    return tuple(
+        DeviceShare(card.name, card.memory.usable_bytes(layout.card_fraction), size, all_of_it - size, workspace, count)
+        for card, count, size, all_of_it in zip(layout.memory.cards, plan.on_cards, weights, taken, strict=True)
+        if count
+    )
+
+
 def _checkpoint_bytes(layout: Layout, kind: CacheType, window: int) -> int:
     """A bound on a checkpoint: recurrent states, or what sliding layers see, and the tokens up to there."""
     shape = layout.shape
@@ -164,7 +178,8 @@ def _on_cards(layout: Layout, on_cards: tuple[int, ...], num_cells: int, kind: C
         if count
     ]
     slots, left = len(layout.slots), layout.host_weight_bytes / GIB
-    yield f"layers: {'; '.join(used)}; of {slots} with the output; {left:.2f} GiB of weights in the host's memory"
+    rows = ", and each matrix's rows are shared so" if layout.has_split_rows and len(used) > 1 else ""
+    yield f"layers: {'; '.join(used)}; of {slots} with the output{rows}; {left:.2f} GiB of weights in the host's memory"
     for card in layout.memory.cards:
         if not card.attends(layout.shape, kind):
             yield (
@@ -222,6 +237,8 @@ def _refusal(layout: Layout, tokens: int, kind: CacheType, fitting: int) -> Does
         ways.append(f"put at most {layers} layers there (--gpu-layers {layers})")
     if layers := layout.least_cpu_experts(tokens, kind):
         ways.append(f"leave the experts of {layers} layers in the host's memory (--n-cpu-moe {layers})")
+    if layout.proportions and replace(layout, proportions=()).fits(tokens, kind):
+        ways.append("leave out --tensor-split")
     if fitting:
         ways.append(f"ask for at most {fitting} tokens")
     what = f"{layout.num_on_cards} layers and a cache of {tokens} tokens as {kind.name}"
@@ -230,11 +247,30 @@ def _refusal(layout: Layout, tokens: int, kind: CacheType, fitting: int) -> Does
         short = (
             f"{what} leave {need:.2f} GiB for the host's memory, and {layout.memory.host_room / GIB:.2f} GiB is free"
         )
+    elif layout.proportions and (over := _fullest(layout, tokens, kind)) is not None:
+        short = f"{what} {over}"
     else:
         need, free = layout.card_need(tokens, kind), sum(max(0, room) for room in layout.card_rooms(tokens, kind))
         names = " and ".join(card.name for card in layout.memory.cards) + (", in pieces" if need <= free else "")
         short = f"{what} need {need / GIB:.2f} GiB beside the workspace, and {free / GIB:.2f} GiB is free on {names}"
     return DoesNotFit(f"{short}: {', or '.join(ways) or 'take a smaller model'}")
+
+
+def _fullest(layout: Layout, tokens: int, kind: CacheType) -> str | None:
+    """The card that gets most above what it has room for, by the proportions that were given."""
+    taken = layout.taken(layout.fixed_counts(tokens, kind), tokens, kind)
+    rooms = layout.card_rooms(tokens, kind)
+    over, card, need = max(
+        (need - room, card.name, need) for card, need, room in zip(layout.memory.cards, taken, rooms, strict=True)
+    )
+    if over <= 0:
+        return None
+    free = max(0, need - over) / GIB
+    given = written(layout.proportions)
+    return (
+        f"need {need / GIB:.2f} GiB on {card} by --tensor-split {given}, beside the workspace, and {free:.2f} GiB is "
+        "free there"
+    )
 
 
 def context_options(settings: ModelSettings, plan: GGUFPlan) -> ContextOptions:

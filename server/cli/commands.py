@@ -23,7 +23,7 @@ text-generation-launcher are understood as well."""
 OWN_ARGUMENTS: Mapping[str, Sequence[str]] = {  # These stand beside the options that settings are made of.
     "serve": (),
     "chat": ("url", "system", "max_tokens"),
-    "plan": ("memory", "device_memory", "json"),
+    "plan": ("memory", "devices", "device_memory", "json"),
     "warm": ("arch",),
     "sessions": ("folder", "delete", "older_than"),
     "perplexity": ("text", "contexts", "max_tokens", "compare_kv", "json", "plot"),
@@ -53,7 +53,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
             case "chat":
                 return _chat(values, **own)
             case "plan":
-                return _plan(values, own["memory"], own["device_memory"], as_json=own["json"] is True)
+                return _plan(values, own)
             case "doctor":
                 return _doctor(values)
             case "warm":
@@ -97,13 +97,13 @@ def _chat(values: Mapping[str, str], url: str | None, system: str | None, max_to
         return chat(own_url, settings.api_key, system, max_tokens)
 
 
-def _plan(values: Mapping[str, str], memory: str | None, device_memory: str | None, *, as_json: bool) -> int:
-    from tightrope.server.cli.plan import parse_size, parse_sizes, plan
+def _plan(values: Mapping[str, str], own: Mapping[str, Any]) -> int:
+    from tightrope.server.cli.plan import device_sizes, parse_size, plan
 
     settings = _settings(values)
-    memory_bytes = None if memory is None else parse_size(memory)
-    device_bytes = None if device_memory is None else parse_sizes(device_memory, "--device-memory")
-    return plan(settings.engine.model, memory_bytes, device_bytes, as_json=as_json)
+    memory_bytes = None if own["memory"] is None else parse_size(own["memory"])
+    device_bytes = device_sizes(own["devices"], own["device_memory"])
+    return plan(settings.engine.model, memory_bytes, device_bytes, as_json=own["json"] is True)
 
 
 def _warm(values: Mapping[str, str], arch: str | None) -> int:
@@ -189,11 +189,12 @@ def _add_plan(commands: "argparse._SubParsersAction[_Parser]") -> None:
     own = parser.add_argument_group("plan")
     own.add_argument("--memory", metavar="SIZE", help="the machine's memory, such as 24GiB (default: what is free)")
     own.add_argument(
-        "--device-memory",
-        metavar="SIZE",
-        help="what a GPU's driver calls free while a process uses it, such as 22.8GiB; with commas between for several "
-        "(default: what is free on those that are here)",
+        "--devices",
+        metavar="SIZE,...",
+        help="cards, here or elsewhere: what the driver of each calls free while a process uses it, such as "
+        "22.8GiB,22.8GiB (default: what is free on those that are here)",
     )
+    own.add_argument("--device-memory", metavar="SIZE", help="the same")
     own.add_argument("--json", action="store_true", help="print one JSON object")
     _add_options(parser, _MODEL_OPTIONS)
 

@@ -5,16 +5,18 @@ import re
 from typing import TYPE_CHECKING
 
 from tightrope.backends.errors import BackendError
-from tightrope.backends.settings import ModelSettings
+from tightrope.backends.settings import MAX_CARDS, ModelSettings
 from tightrope.engine.console import printable
 from tightrope.server.cli.failures import CommandFailed, UsageError
 
 if TYPE_CHECKING:
-    from tightrope.backends.planning import Outline
+    from collections.abc import Sequence
+
+    from tightrope.backends.planning import DeviceShare, Outline
 
 SIZE = re.compile(r"(?P<number>[0-9]+(?:\.[0-9]+)?)\s*(?P<unit>[KMGT]?)i?B?", re.IGNORECASE)
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-MOST_CARDS = 16  # A machine has no more.
+BAR = 40  # Characters of a device's bar.
 LEAST_MEMORY, MOST_MEMORY = 1 << 20, 1 << 50  # Anything below a megabyte or above a petabyte is a slip.
 
 
@@ -30,9 +32,18 @@ def parse_size(text: str, option: str = "--memory") -> int:
 def parse_sizes(text: str, option: str) -> tuple[int, ...]:
     """Sizes with commas between: one for each card. Raises UsageError."""
     parts = text.split(",")
-    if len(parts) > MOST_CARDS:
-        raise UsageError(f"{option}: at most {MOST_CARDS} cards can be planned for, not {len(parts)}")
+    if len(parts) > MAX_CARDS:
+        raise UsageError(f"{option}: at most {MAX_CARDS} cards can be planned for, not {len(parts)}")
     return tuple(parse_size(part, option) for part in parts)
+
+
+def device_sizes(devices: str | None, device_memory: str | None) -> tuple[int, ...] | None:
+    """Sizes of the cards that one of the two options names; None where neither does. Raises UsageError."""
+    if devices is not None and device_memory is not None:
+        raise UsageError("--devices and --device-memory mean the same; give only one of them")
+    if devices is not None:
+        return parse_sizes(devices, "--devices")
+    return None if device_memory is None else parse_sizes(device_memory, "--device-memory")
 
 
 def plan(
@@ -70,7 +81,8 @@ def to_lines(found: "Outline", is_host_given: bool, is_card_given: bool) -> list
     if found.device == "cpu":
         memory = "" if is_host_given else ", nine tenths of what is free"
     else:
-        memory = f" on the card, all that is {'named' if is_card_given else 'free'} but for a reserve"
+        where = "the cards" if len(found.shares) > 1 else "the card"
+        memory = f" on {where}, all that is {'named' if is_card_given else 'free'} but for a reserve"
     beside = f", and {_size(found.host_bytes)} in the machine's own memory" if found.host_bytes else ""
     lines = [
         f"model      {found.path.name} ({found.architecture}, {found.format})",
@@ -84,10 +96,30 @@ def to_lines(found: "Outline", is_host_given: bool, is_card_given: bool) -> list
         size = _size(cache.window_bytes)
         verdict = f"fit in {size}" if cache.fitting >= found.window else f"would take {size}"
         lines.append(f"{cache.name:5} {cache.token_bytes / 1024:7.1f} KiB  {cache.fitting:>15}   {verdict}")
+    if found.shares:
+        lines += ["", *_device_lines(found.shares)]
     if found.chosen is not None:
         lines += ["", f"serve would keep {found.chosen.cache_tokens} tokens as {found.chosen.cache}:"]
         lines += [f"  {note}" for note in found.chosen.notes]
     return lines
+
+
+def _device_lines(shares: "Sequence[DeviceShare]") -> list[str]:
+    """A line for each device, with what it holds, and a bar of its memory: w for weights, c for cache, s for steps."""
+    width = max(len("device"), *(len(share.device) for share in shares))
+    lines = [f"{'device':{width}}   weights     cache  workspace  of memory"]
+    for share in shares:
+        sizes = share.weight_bytes, share.cache_bytes, share.workspace_bytes
+        ends = [round(BAR * min(1.0, sum(sizes[: n + 1]) / max(1, share.memory_bytes))) for n in range(3)]
+        bar = "w" * ends[0] + "c" * (ends[1] - ends[0]) + "s" * (ends[2] - ends[1])
+        layers = "" if share.layers is None else f"  {share.layers} layers"
+        held = "  ".join((_gib(sizes[0]), _gib(sizes[1]), f" {_gib(sizes[2])}", f"{_gib(share.memory_bytes)} GiB"))
+        lines.append(f"{share.device:{width}}  {held}  |{bar:.<{BAR}}|{layers}")
+    return lines
+
+
+def _gib(num_bytes: float) -> str:
+    return f"{num_bytes / (1 << 30):8.2f}"
 
 
 def _steps(found: "Outline") -> str:
@@ -116,6 +148,9 @@ def to_json(found: "Outline") -> dict[str, object]:
         "serve_step_tokens": chosen and chosen.step_tokens,
         "serve_notes": list(chosen.notes) if chosen else [],
     }
+    for name in ("device", "memory_bytes", "weight_bytes", "cache_bytes", "workspace_bytes", "layers"):
+        key = "devices" if name == "device" else f"device_{name}"
+        flat[key] = [getattr(share, name) for share in found.shares]
     for cache in found.caches:
         flat[f"{cache.name}_bytes_per_token"] = cache.token_bytes
         flat[f"{cache.name}_bytes_for_window"] = cache.window_bytes

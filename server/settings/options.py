@@ -297,6 +297,20 @@ OPTIONS: Mapping[str, Option] = {
         "N",
         ("-ncmoe",),
     ),
+    "split-mode": Option(
+        (*_MODEL, "split_mode"),
+        "speed",
+        "how llama.cpp shares a GGUF file out among several cards: layer, row, or none for one card (default: layer)",
+        "MODE",
+        ("-sm",),
+    ),
+    "tensor-split": Option(
+        (*_MODEL, "tensor_split"),
+        "speed",
+        "in which proportions it does, such as 3,1 (default: by what each card has free)",
+        "N,N,...",
+        ("-ts",),
+    ),
     "max-num-seqs": Option(
         (*_MODEL, "max_num_seqs"),
         "speed",

@@ -18,9 +18,10 @@ from tightrope.backends.files.gguf.tensor_types import TENSOR_TYPES
 from tightrope.backends.gguf import cards
 from tightrope.backends.gguf.cache_types import CACHE_TYPES
 from tightrope.backends.gguf.cards import Card
-from tightrope.backends.gguf.layout import Layout, Memory, filled, spread
+from tightrope.backends.gguf.layout import Layout, Memory
 from tightrope.backends.gguf.plan import GGUFPlan, make_plan
 from tightrope.backends.gguf.shape import ModelShape
+from tightrope.backends.gguf.split import filled, spread
 from tightrope.backends.memory import CARD_RESERVE, CardMemory
 from tightrope.backends.settings import ModelSettings
 

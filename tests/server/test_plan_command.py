@@ -1,7 +1,9 @@
 """`tightrope plan`: from headers alone, what a model needs, what fits, and one line where it doesn't."""
 
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hf_folders import mixtral_8x7b, mixtral_lora, yi_34b
@@ -19,7 +21,7 @@ def yi(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(yi_34b(tmp_path_factory.mktemp("models") / "yi-34b"))
 
 
-def planned(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, dict[str, object], str]:
+def planned(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, dict[str, Any], str]:
     """(exit status, the JSON printed, what went to stderr)."""
     status = main(["plan", *arguments, "--json"])
     captured = capsys.readouterr()
@@ -114,6 +116,26 @@ def test_a_gguf_file_on_cards_that_are_not_here_is_planned_by_their_sizes(capsys
     assert "is free on CUDA0: " in stderr
 
 
+def test_a_gguf_file_on_two_cards_has_a_line_for_each(capsys: pytest.CaptureFixture[str]):
+    more = ("--gpu-layers=-1", "--memory=1GiB", "--max-model-len=4096", "--devices=2GiB,2GiB")
+    _, even, _ = planned(capsys, str(bundled_model()), *more, "--tensor-split=1,1")
+    _, uneven, _ = planned(capsys, str(bundled_model()), *more, "--tensor-split=3,1")
+    _, rows, _ = planned(capsys, str(bundled_model()), *more, "--split-mode=row")
+    _, none, _ = planned(capsys, str(bundled_model()), *more, "--split-mode=none")
+
+    assert even["devices"] == rows["devices"] == ["CUDA0", "CUDA1"]
+    assert none["devices"] == ["CUDA0"]
+    assert even["device_layers"] == [16, 15]
+    assert uneven["device_layers"] == [24, 7]
+    for found in (even, uneven):
+        assert sum(found["device_weight_bytes"]) == found["weight_bytes"]
+        sizes = [found[f"device_{name}_bytes"] for name in ("weight", "cache", "workspace", "memory")]
+        assert all(sum(taken) <= memory for *taken, memory in zip(*sizes, strict=True))
+    assert main(["plan", str(bundled_model()), *more, "--tensor-split=3,1"]) == 0
+    bars = [line for line in capsys.readouterr().out.splitlines() if line.startswith("CUDA")]
+    assert [re.search(r"\|(w+c*s*\.*)\|  (\d+) layers$", line)[2] for line in bars] == ["24", "7"]  # type: ignore[index]
+
+
 def test_a_card_that_no_layer_is_put_on_is_refused(capsys: pytest.CaptureFixture[str]):
     assert main(["plan", str(bundled_model()), "--device-memory=24GiB"]) == 1
     assert "add --gpu-layers -1 for all" in capsys.readouterr().err
@@ -151,6 +173,9 @@ def test_an_absurd_size_is_refused_in_one_line_that_says_what_would_be_right(tex
     [
         (["--memory", "much"], 2, "--memory: should be a size"),
         (["--device-memory", "22.8GiB,much"], 2, "--device-memory: should be a size"),
+        (["--devices", "much"], 2, "--devices: should be a size"),
+        (["--devices", "1GiB", "--device-memory", "1GiB"], 2, "--devices and --device-memory mean the same"),
+        (["--tensor-split", "0,0"], 2, "--tensor-split: a card must get something"),
         (
             ["--device-memory", ",".join(["1GiB"] * 17)],
             2,
@@ -193,6 +218,12 @@ def test_a_broken_scaling_in_a_folder_is_one_line_with_file_and_field(
     assert main(["plan", str(folder), "--memory=24GiB"]) == 1
 
     assert capsys.readouterr().err.startswith("tightrope: config.json: rope_scaling.rope_type is 'spiral'; known are")
+
+
+@pytest.mark.parametrize("option", ["--tensor-split=3,1", "--split-mode=row"])
+def test_options_of_llama_cpp_are_refused_with_a_folder(option: str, yi: str, capsys: pytest.CaptureFixture[str]):
+    assert main(["plan", yi, "--memory=24GiB", option]) == 1
+    assert "is of GGUF files" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("option", ["--gpu-layers=-1", "--gpu-layers=20", "--n-cpu-moe=4"])

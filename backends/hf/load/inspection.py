@@ -94,6 +94,9 @@ def model_id(folder: Path) -> str:
 
 
 def _check_options(settings: ModelSettings) -> None:
+    if settings.tensor_split or settings.split_mode != "layer":
+        option = "--tensor-split" if settings.tensor_split else f"--split-mode {settings.split_mode}"
+        raise BackendError(f"{option} is of GGUF files, which llama.cpp shares out among cards; leave it out")
     for option, value in (("--gpu-layers", settings.gpu_layers), ("--n-cpu-moe", settings.n_cpu_moe)):
         if value:
             raise BackendError(
