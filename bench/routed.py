@@ -2,8 +2,8 @@
 
 The engines, their schedulers, caches, digests and the choice are the server's own; the model is made up, one token a
 character, so that nothing is measured but where prompts go. All replicas step at the same time. Two hundred short chats
-begin one after another, some dozens at a time; each has one of the cards, and each turn follows after a pause. Each
-setting is run with every router on the same chats. Writes bench/results/routed.json.
+begin one after another, some dozens at a time, all with the same text or each with one of twelve; each turn follows
+after a pause. Every router has the same chats. Writes bench/results/routed.json.
 """
 
 import argparse
@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import product
 from statistics import mean
 
 import torch
@@ -30,7 +31,8 @@ from tightrope.kernels.forms.layout import PAGE
 from tightrope.server.cluster.choosing import Candidate, choose
 from tightrope.server.cluster.digests import DigestIndex, ReplicaHoldings
 
-NUM_REPLICAS, NUM_CHATS, NUM_CARDS = 4, 200, 12
+NUM_REPLICAS, NUM_CHATS = 4, 200
+CARDS = {"one assistant": 1, "twelve characters": 12}  # So many texts of 200 to 500 characters do chats begin with.
 SEED, KEY = 20261130, b"k" * 32
 VOCABULARY = 128
 MAX_SEQS, STEP_TOKENS, WINDOW = 16, 256, 4096
@@ -213,14 +215,14 @@ class Fleet:
         }
 
 
-def chats_of(seed: int) -> list[Chat]:
+def chats_of(num_cards: int, seed: int) -> list[Chat]:
     """Two hundred short chats: a card of 200 to 500 characters, three to six messages of 20 to 80."""
     rng = random.Random(seed)
 
     def words(length: int) -> str:
         return "".join(rng.choice("abcdefghijklmnopqrstuvwxyz     ") for _ in range(length))
 
-    cards = [words(rng.randrange(200, 500)) for _ in range(NUM_CARDS)]
+    cards = [words(rng.randrange(200, 500)) for _ in range(num_cards)]
     chats = []
     for _ in range(NUM_CHATS):
         turns = rng.randrange(3, 7)
@@ -234,12 +236,13 @@ def chats_of(seed: int) -> list[Chat]:
 
 def exact(text: str, fleet: Fleet) -> str:
     """By digests."""
-    found, loads = fleet.index.find(text.encode()), fleet.queue_lengths()
+    found, loads = fleet.index.find(list(text.encode())), fleet.queue_lengths()
     candidates = [
         Candidate(
             name,
             cached=found[name].cached if name in found else 0,
             queued_tokens=sum(tokens for _, tokens in replica.waiting.values()),
+            num_queued=len(replica.waiting),
             num_running=loads[name],
             is_full=loads[name] >= MAX_SEQS,
         )
@@ -274,21 +277,22 @@ def routers(seed: int) -> dict[str, Route]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cache-tokens", type=int, nargs="+", default=[4096, 8192, 16384], help="of each replica")
+    parser.add_argument("--cache-tokens", type=int, nargs="+", default=[4096, 8192], help="of each replica")
     parser.add_argument("--at-once", type=int, default=48, help="chats that are under way at the same time")
     arguments = parser.parse_args()
     settings = []
-    for cache_tokens in arguments.cache_tokens:
+    for (chats, num_cards), cache_tokens in product(CARDS.items(), arguments.cache_tokens):
         results = {
-            name: Fleet(cache_tokens, route, SEED).run(chats_of(SEED), arguments.at_once)
+            name: Fleet(cache_tokens, route, SEED).run(chats_of(num_cards, SEED), arguments.at_once)
             for name, route in routers(SEED).items()
         }
         reused = {name: int(str(result["reused_tokens"])) for name, result in results.items()}
-        guesses = [count for name, count in reused.items() if name.startswith("character guess")]
-        ratio = round(reused["exact digest"] / max(guesses), 3)
-        settings.append({"cache_tokens": cache_tokens, "routers": results, "exact_to_better_guess": ratio})
-        print(cache_tokens, ratio, *(f"\n  {name}: {result}" for name, result in results.items()))
-    sizes = {"replicas": NUM_REPLICAS, "chats": NUM_CHATS, "cards": NUM_CARDS, "at_once": arguments.at_once}
+        ratios = {
+            name: round(reused["exact digest"] / count, 3) for name, count in reused.items() if name != "exact digest"
+        }
+        settings.append({"chats": chats, "cache_tokens": cache_tokens, "routers": results, "exact_to": ratios})
+        print(chats, cache_tokens, ratios, *(f"\n  {name}: {result}" for name, result in results.items()), flush=True)
+    sizes = {"replicas": NUM_REPLICAS, "chats": NUM_CHATS, "at_once": arguments.at_once}
     print(report.write("routed", {**sizes, "settings": settings}))
 
 

@@ -2,7 +2,7 @@
 
 All is counted in tokens of a prompt that are to be computed: what a replica would have to compute of this prompt
 itself, what others wait for there, and what answers that are being written take from it meanwhile. Where nobody holds
-anything that is the least loaded one. No clock is looked at.
+anything that is the least loaded one. No clock is looked at. `python -m bench.routed` shows what the weights do.
 """
 
 from collections.abc import Sequence
@@ -11,6 +11,8 @@ from random import Random
 
 from tightrope.backends.holdings import BLOCK, COPY_SHARE
 
+# A token that is computed takes the place of a cached one, which somebody will have to compute again.
+COMPUTED_WEIGHT = 2.0
 # While one more answer is being written, a prompt takes as much longer as if it had so many tokens more.
 RUNNING_TOKENS = 32
 # Where no place is free, a newcomer waits for the end of an answer, for which prompts of so many tokens could be read.
@@ -46,7 +48,7 @@ class Candidate:
 
 
 def cost(prompt_tokens: int, candidate: Candidate) -> float:
-    """What a prompt waits for there until its first token, in tokens to be computed."""
+    """What running a prompt there costs until its first token, it and others, in tokens to be computed."""
     held = candidate.cached + candidate.stored
     unknown: float = max(0, prompt_tokens - held)
     if candidate.is_session and held >= BLOCK:
@@ -54,7 +56,7 @@ def cost(prompt_tokens: int, candidate: Candidate) -> float:
         unknown = max(0, min(unknown, prompt_tokens - candidate.session_tokens)) if is_known else unknown * MOVED_SHARE
     own = unknown + candidate.read_share * candidate.stored
     load = _queued(own, candidate) + RUNNING_TOKENS * candidate.num_running + FULL_TOKENS * candidate.is_full
-    return own + load - SESSION_TOKENS * candidate.is_session
+    return COMPUTED_WEIGHT * own + load - SESSION_TOKENS * candidate.is_session
 
 
 def _queued(own: float, candidate: Candidate) -> float:
