@@ -3,6 +3,8 @@
 Token ids are counted in blocks. A block's hash covers the model, the namespace and all tokens before it, so that one
 who knows a prompt walks along it for as long as the hashes are there. Nothing is computed until somebody asks for it.
 
+Tokens that were moved are told like all others, though a prompt that wants exact ones finds less of its chat then.
+
 What is told is bounded: of more than MOST_BLOCKS every second one is told, then every fourth, of each text alike. So
 a longer text is known to so many tokens less, and none is forgotten.
 """

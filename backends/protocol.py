@@ -107,7 +107,7 @@ class KVCache(Protocol):
         """Say that nobody will compute anew what is stored of these tokens and isn't exact: it is kept as it is."""
 
     def report_to(self, holdings: "Holdings") -> None:
-        """Tell from now on which exact tokens can be found, in the cache and outside it."""
+        """Tell from now on which tokens can be found, in the cache and outside it."""
 
     def usage(self) -> KVUsage: ...
 

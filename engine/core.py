@@ -155,7 +155,7 @@ class EngineCore:
             self._scheduler.add(sequence)
 
     def report_to(self, holdings: Holdings) -> None:
-        """Tell from now on which exact tokens are kept."""
+        """Tell from now on which tokens are kept."""
         self._backend.kv.report_to(holdings)
 
     def cancel(self, request_id: str) -> None:

@@ -203,6 +203,7 @@ class SharedKVCache(EntryPool):
             return self._find(wanted, namespace, "exact", accepts)
         if move is None or (movable := self._apart(move)) is None:
             return source, runs
+        self._see(movable, is_gone=True)
         splice(self._store, self._cells, Move(movable, move.runs))
         self._see(movable)
         self._is_moving = True

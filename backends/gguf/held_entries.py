@@ -7,7 +7,7 @@ from tightrope.backends.holdings import BLOCK, Holdings, chain
 
 
 class HeldEntries:
-    """Tells of the whole blocks of exact tokens that entries hold."""
+    """Tells of the whole blocks of tokens that entries hold."""
 
     def __init__(self, holdings: Holdings, root_of: Callable[[str], bytes], entries: Iterable[Entry]) -> None:
         """root_of: what stands before the first block of a namespace. entries: those that there are now."""
@@ -17,9 +17,9 @@ class HeldEntries:
             self.see(entry)
 
     def see(self, entry: Entry, *, is_gone: bool = False) -> None:
-        """Tell of an entry to which tokens were added, or taken from its end; nothing else may have happened to it."""
+        """Tell of an entry to which tokens were added, or taken from its end; before any other change, `is_gone`."""
         told = self._told.setdefault(entry, [])
-        num_blocks = 0 if is_gone else min(entry.length, entry.num_exact) // BLOCK
+        num_blocks = 0 if is_gone else entry.length // BLOCK
         if num_blocks < len(told):
             self._holdings.remove("cached", told[num_blocks:])
             del told[num_blocks:]

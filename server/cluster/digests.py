@@ -5,10 +5,12 @@ reads them without it can't tell whether a text that he guesses is there. A dige
 prompt run where more of it must be computed, and changes nothing else: only a replica's own cache says what it reuses.
 """
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from hashlib import blake2b
+from itertools import islice
 from operator import or_
 
 from msgspec import Struct
@@ -188,6 +190,24 @@ class DigestIndex:
                 num_more = max(0, BLOCK * stored.get(bit, 0) - num_cached)
                 found[name] = Found(num_cached, num_more, self._replicas[name].read_share)
         return found
+
+    def end_of(
+        self, name: str, token_ids: Sequence[int], namespace: str = "", adapter: str | None = None, scale: float = 1.0
+    ) -> bytes | None:
+        """What a replica will tell last of a prompt that it has run: see `holds`. None where it tells nothing of it."""
+        replica = self._replicas.get(name)
+        if replica is None:
+            return None
+        told = "" if adapter is None else replica.adapters.get(adapter, "")
+        root = root_of(replica.fingerprint, cache_namespace(namespace, adapter, told, scale))
+        num_blocks = len(token_ids) // BLOCK // replica.strides[0] * replica.strides[0]
+        last = deque(islice(chain(root, token_ids), num_blocks), maxlen=1)
+        return self._keyed(last[0]) if last else None
+
+    def holds(self, name: str, block: bytes) -> bool:
+        """Whether a replica has this block cached, and so all that stands before it."""
+        replica = self._replicas.get(name)
+        return replica is not None and block in replica.blocks[0]
 
     def _walk(self, blocks: Iterable[bytes], bits: int) -> tuple[dict[int, int], dict[int, int]]:
         """How many of a text's first blocks each of these replicas has cached, and how many stored, by its bit."""

@@ -93,6 +93,24 @@ def test_without_the_key_no_guess_of_a_prompt_can_be_tested() -> None:
     assert len(digest.cached.added) == len(held.cached.added)
 
 
+def test_a_replica_holds_a_prompt_to_its_end_or_not_any_more() -> None:
+    index, engine = DigestIndex(KEY), Engine(adapters={"tuned": "1f"})
+    assert index.end_of("a", TEXT) is None
+    assert tell(index, "a", engine)
+    ends = index.end_of("a", TEXT, "mine"), index.end_of("a", TEXT, "mine", "tuned")
+    assert None not in ends
+    assert not any(end and index.holds("a", end) for end in ends)
+    engine.hold(TEXT, "mine")
+    engine.hold(TEXT, "mine\0tuned\x001f\x001.0")
+    assert tell(index, "a", engine)
+    assert all(end and index.holds("a", end) for end in ends)
+    engine.drop(TEXT, "mine", first=5)
+    assert tell(index, "a", engine)
+    assert [bool(end and index.holds("a", end)) for end in ends] == [False, True]
+    assert not any(end and index.holds("b", end) for end in ends)
+    assert index.end_of("a", TEXT[:15]) is None
+
+
 def test_after_a_lost_update_a_snapshot_is_asked_for_and_makes_all_right() -> None:
     index, engine = DigestIndex(KEY), Engine()
     engine.hold(TEXT[:50])

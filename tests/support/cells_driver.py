@@ -135,9 +135,9 @@ class Driver:
         return True
 
     def check_told(self) -> None:
-        """What was told are the whole blocks of exact tokens that sequences hold."""
+        """What was told are the whole blocks that sequences hold."""
         self.told.update()
         entries = (*self.cache._live.values(), *self.cache._kept)
         assert self.told.cached == blocks_of(
-            (root_of(b"", entry.namespace), entry.tokens[: entry.num_exact].tolist()) for entry in entries
+            (root_of(b"", entry.namespace), entry.tokens.tolist()) for entry in entries
         )

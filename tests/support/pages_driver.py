@@ -248,19 +248,19 @@ class Driver:
             self.cache.leave(held.tokens[: held.length], held.namespace)
 
     def check_told(self) -> None:
-        """What was told are the full pages with exact tokens, each behind all that its text begins with."""
+        """What was told are the full pages, each behind all that its text begins with."""
         self.told.update()
         held: set[bytes] = set()
         waiting = [
             (root_name(b"", *root_parts(root.key)), page)
             for root in self.cache._roots.values()
-            for page in root.children
+            for page in (*root.children, *root.inexact)
         ]
         while waiting:
             before, page = waiting.pop()
             for block in chain(before, page.tokens):
                 held.add(block)
-                waiting += [(block, child) for child in page.children]
+                waiting += [(block, child) for child in (*page.children, *page.inexact)]
         assert self.told.cached == held
 
     def pages(self, seq_id: int) -> list[int]:

@@ -16,21 +16,22 @@ class _Link(NamedTuple):
 
 
 class HeldPages:
-    """Tells of full pages with exact tokens. Those of a text are told up to the first that isn't in the tree."""
+    """Tells of full pages, of a text those up to the first that isn't in the tree."""
 
     def __init__(self, holdings: Holdings, root_of: Callable[[Hashable], bytes], roots: Iterable[Root]) -> None:
         """root_of: what stands before the first block below the root of this key. roots: those that there are now."""
         self._holdings, self._root_of = holdings, root_of
         self._links: dict[Page, _Link] = {}
-        waiting = [page for root in roots for page in root.children]
+        waiting: list[Page | Root] = list(roots)
         while waiting:
-            page = waiting.pop()
-            self.see(page)
-            waiting += page.children
+            place = waiting.pop()
+            if isinstance(place, Page):
+                self.see(place)
+            waiting += [*place.children, *place.inexact]
 
     def see(self, page: Page) -> None:
         """Tell of a page that has just been hung somewhere, or nowhere."""
-        is_held = page.parent is not None and page.is_exact and len(page.tokens) == PAGE
+        is_held = page.parent is not None and len(page.tokens) == PAGE
         link = self._links.get(page)
         if link is not None and not is_held:
             del self._links[page]
