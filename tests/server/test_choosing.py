@@ -5,7 +5,7 @@ import random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tightrope.server.cluster.choosing import SESSION_TOKENS, Candidate, choose, cost
+from tightrope.server.cluster.choosing import COMPUTED_WEIGHT, SESSION_TOKENS, Candidate, choose, cost
 
 COUNTS = st.integers(0, 5000)
 CANDIDATES = st.builds(
@@ -97,10 +97,10 @@ def test_a_session_whose_beginning_is_gone_has_nothing_to_be_moved() -> None:
 def test_a_short_prompt_waits_for_no_more_of_long_ones_than_it_has_itself() -> None:
     """An engine reads the shortest first."""
     short = Candidate("holder", cached=2900, queued_tokens=6000, num_queued=2)
-    assert cost(3000, short) == 100 + 2 * 100
+    assert cost(3000, short) == COMPUTED_WEIGHT * 100 + 2 * 100
     assert choose(3000, [short, Candidate("idle")], random.Random(1)) == "holder"
     long = Candidate("idle", queued_tokens=6000, num_queued=60)
-    assert cost(3000, long) == 3000 + 6000
+    assert cost(3000, long) == COMPUTED_WEIGHT * 3000 + 6000
 
 
 def test_equal_replicas_take_turns() -> None:
