@@ -32,6 +32,7 @@ from tightrope.backends.quant.exl2 import Exl2
 from tightrope.backends.quant.format import Packed
 from tightrope.backends.quant.gptq import Gptq
 from tightrope.backends.quant.nf4 import Nf4
+from tightrope.backends.tensor_parallel import ALONE, Share
 from tightrope.kernels import dispatch
 from tightrope.kernels.forms.expanded import expanded_cache_bytes
 from tightrope.kernels.forms.layout import CacheFormat, LayerCache, RopeTable, StepLayout
@@ -211,8 +212,8 @@ def pretending() -> Iterator[Launches]:
 
 
 @cache
-def meta_model(name: str, num_layers: int) -> tuple[LoadedModel, Blueprint]:
-    """The model of a kind, and what it was drawn from; to be made and used while pretending."""
+def meta_model(name: str, num_layers: int, share: Share = ALONE) -> tuple[LoadedModel, Blueprint]:
+    """The model of a kind, as a rank has it, and what it was drawn from; to be made and used while pretending."""
     kind = KINDS[name]
     sizes = {**kind.sizes, "num_hidden_layers": num_layers}
     entries = {entry.name: entry for entry in kind.entries(sizes)}
@@ -229,7 +230,7 @@ def meta_model(name: str, num_layers: int) -> tuple[LoadedModel, Blueprint]:
         folder = Path(path)
         (folder / "config.json").write_text(json.dumps(config))
         headers = Headers(folder, entries, (Shard(FILE, tuple(entries)),))
-        blueprint = draw(folder, read_config(folder), headers, device=META)
+        blueprint = draw(folder, read_config(folder), headers, device=META, share=share)
         return build(blueprint), blueprint
 
 
