@@ -100,6 +100,7 @@ class GenerateRequest(Struct, frozen=True):
     shown_tokens: tuple[str, ...] = ()  # Special tokens of these texts are shown even so.
     cache_reuse: CacheReuse = "moved"  # Its prompt may be answered over cached tokens of this kind.
     namespace: str = ""  # Requests of different namespaces never share cached tokens.
+    session: str = ""  # Requests of one session had better go to one replica, where there are several.
     adapter: str | None = None  # It names one that is loaded; its cached tokens are shared with nobody else's.
     adapter_scale: float = 1.0
     wants_progress: bool = False  # A delta tells when the prompt has been read to its end, too.

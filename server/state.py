@@ -2,8 +2,8 @@
 
 import dataclasses
 import time
-from collections.abc import AsyncGenerator, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncGenerator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Self
@@ -18,18 +18,18 @@ from tightrope.engine.protocol import Engine
 from tightrope.engine.types import Delta, GenerateRequest, ModelInfo, TurnMarks
 from tightrope.server.deltas.aborts import Aborts
 from tightrope.server.deltas.side_by_side import Generate
-from tightrope.server.http.errors import TemplateFailed
 from tightrope.server.http.guards import owner_of
 from tightrope.server.http.hangup import or_gone
 from tightrope.server.http.holds import release_at_end
 from tightrope.server.http.kept_streams import KeptStreams
 from tightrope.server.http.metrics import Metrics
 from tightrope.server.http.queue_guard import hand_over
+from tightrope.server.http.resuming import session_of
 from tightrope.server.models.model import Model
 from tightrope.server.models.models import Models
 from tightrope.server.prompts.template_renderer import TemplateRenderer
 from tightrope.server.prompts.templates import ChatTemplate, Probed
-from tightrope.server.prompts.turn_marks import find_turn_marks
+from tightrope.server.prompts.turn_marks import checked_turn_marks, choosable
 from tightrope.server.served import LATEST, Names, Served
 from tightrope.server.settings.settings import ServerSettings
 
@@ -129,28 +129,25 @@ class AppState:
 
         Raises TemplateFailed if the template, which may come from anywhere, reaches too far.
         """
-        template = self.template_of(info)
-        with _choosable():
-            for source in template.sources:
-                await self.renderer.check(source)
-        return await find_turn_marks(self.renderer, template, info)
+        return await checked_turn_marks(self.renderer, self.template_of(info), info)
 
     async def template_notes(self) -> tuple[str, ...]:
         """What to say of the template. Raises TemplateFailed if it had to be stopped."""
-        with _choosable():
+        with choosable():
             return await self.template().notes(self.renderer)
 
     def generate_for(self, request: Request) -> Generate:
         """What runs the engine's requests that one HTTP request asks for.
 
         They share cached tokens with those that came with the same key and salt alone: an answer tells how many were
-        found, and so whether somebody has sent the same text before.
+        found, and so whether somebody has sent the same text before. Raises InvalidRequest.
         """
-        owner = self.owner(request)
+        owner, session = self.owner(request), session_of(request)
 
         def generate(asked: GenerateRequest) -> AsyncGenerator[Delta, None]:
             hand_over(request.scope)
-            return self.metrics.generate(self.engine, replace(asked, namespace=_namespace(owner, asked.namespace)))
+            namespace = _namespace(owner, asked.namespace)
+            return self.metrics.generate(self.engine, replace(asked, namespace=namespace, session=session))
 
         return generate
 
@@ -162,15 +159,6 @@ class AppState:
         """The same of a model that need not be loaded any more."""
         settings = self.model.settings
         return ChatTemplate(info, settings.chat_template, settings.chat_template_args, self.probed)
-
-
-@contextmanager
-def _choosable() -> Iterator[None]:
-    """Tell what can be done about a template that fails."""
-    try:
-        yield
-    except TemplateFailed as error:
-        raise TemplateFailed(f"{error.message}; choose another with --chat-template") from None
 
 
 def front_of(

@@ -8,50 +8,29 @@ import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 
 from tightrope.engine.errors import BackendFailed, EngineError, EngineUnavailable, InvalidRequest, Overloaded
-from tightrope.engine.process.calls import Calls
+from tightrope.engine.process.exchange import Answer, Exchange, marks_of
 from tightrope.engine.process.launch import EngineHandle, Launcher, spawn_process
 from tightrope.engine.process.stream import MAX_TRIES, Stream
 from tightrope.engine.process.supervisor import State, Supervisor
 from tightrope.engine.process.wire import (
-    AdapterList,
-    CallFailed,
     Cancel,
     Detokenize,
-    Detokenized,
     EmbedderReady,
     LoadAdapter,
-    Progress,
     Ready,
-    Refused,
     SetMarks,
     Start,
-    StepDone,
     Submit,
     ToEngine,
     ToFront,
     Tokenize,
-    Tokenized,
     UnloadAdapter,
 )
 from tightrope.engine.protocol import FindMarks
-from tightrope.engine.queueing import QueueTimes
 from tightrope.engine.settings import EngineSettings
-from tightrope.engine.types import (
-    Delta,
-    GenerateRequest,
-    ModelInfo,
-    Prompt,
-    Stats,
-    TokenRun,
-    TurnMarks,
-    with_adapter_texts,
-)
+from tightrope.engine.types import Delta, GenerateRequest, ModelInfo, Prompt, Stats, TokenRun
 
 log = logging.getLogger("tightrope.client")
-
-Answer = TokenRun | str | dict[str, str]  # A call has such an answer.
-
-STUCK_S = 30.0  # While a step takes longer than this, health says no.
 
 
 class EngineClient:
@@ -68,18 +47,11 @@ class EngineClient:
         """adapters: paths, by name, of those that an earlier engine of the model served at last; None: as set."""
         self._settings = settings
         self._clock = clock
-        # By the clock the last step ended then, or the first request came to an idle engine, or a compile went on.
-        self._step_began_s = 0.0
-        self._streams: dict[str, Stream] = {}
-        self._times = QueueTimes()
+        self._exchange = Exchange(self._send, self._take_back, clock)
         self._find_marks: FindMarks | None = None
         self._supervisor = Supervisor(settings.life, launch, self)
-        self.load_share = 0.0
-        self._calls: Calls[Answer] = Calls(self._send, self._take_back)
-        self.info: ModelInfo | None = None
-        self.adapters: dict[str, str] = {}  # Requests may use these, by name; each has its path.
         self._first_adapters = None if adapters is None else dict(adapters)
-        self.stats = Stats()
+        self.load_share = 0.0
 
     # ---- life ----
 
@@ -118,56 +90,60 @@ class EngineClient:
 
     @property
     def is_healthy(self) -> bool:
-        return self.state == "ready" and not (self._has_work and self._clock() - self._step_began_s > STUCK_S)
+        return self.state == "ready" and not self._exchange.is_stuck
+
+    # ---- what the engine has said ----
 
     @property
-    def _has_work(self) -> bool:
-        """Whether the engine owes a step, as far as can be told from here."""
-        is_busy = self.stats.num_running + self.stats.num_waiting > 0
-        return is_busy or any(stream.is_owed for stream in self._streams.values())
+    def info(self) -> ModelInfo | None:
+        return self._exchange.info
+
+    @property
+    def adapters(self) -> Mapping[str, str]:
+        return self._exchange.adapters
+
+    @property
+    def stats(self) -> Stats:
+        return self._exchange.stats
 
     # ---- what the supervisor tells ----
 
     def first_message(self) -> Start:
-        adapters = self._first_adapters if self.info is None else self.adapters
+        adapters = self._first_adapters if self.info is None else self._exchange.adapters
         return Start(self._settings.model_dump_json(), adapters)
 
     async def on_loaded(self, info: ModelInfo) -> SetMarks:
-        """Find out what the chat template makes special. Raises EngineUnavailable if that can't be."""
-        try:
-            return SetMarks(TurnMarks() if self._find_marks is None else await self._find_marks(info))
-        except OSError as error:
-            words = str(error) or "it did not answer in time"
-            raise EngineUnavailable(f"the chat template can't be asked what ends a turn: {words}") from None
+        return await marks_of(self._find_marks, info)
 
     def on_ready(self, ready: Ready | EmbedderReady) -> None:
         assert isinstance(ready, Ready)
-        self.info, self.adapters = ready.info, ready.adapters
-        self.stats = Stats()
-        self._step_began_s = self._clock()
-        for stream in self._streams.values():  # They were kept while the engine was away.
+        self._exchange.begin(ready)
+        for stream in self._exchange.streams.values():  # They were kept while the engine was away.
             if not stream.is_over:
                 self._send(stream.submit())
-        self._calls.send_again()
+        self._exchange.calls.send_again()
 
     def on_loading(self, share: float) -> None:
         self.load_share = share
 
     def on_compiling(self) -> None:
         """Such a step is long and not stuck: its time counts from the end of it."""
-        self._step_began_s = self._clock()
+        self._exchange.step_begins()
 
     def on_lost(self) -> None:
         """Answers wait for the next engine, which goes on with them, and so do texts to be read."""
         error = BackendFailed(
             f"the engine process died {MAX_TRIES} times while this answer was being written; it is being restarted"
         )
-        for request_id, stream in list(self._streams.items()):
+        streams = self._exchange.streams
+        for request_id, stream in list(streams.items()):
             if not stream.is_over and not stream.lose_engine():
                 stream.fail(error)
-                del self._streams[request_id]
+                del streams[request_id]
         gone = EngineUnavailable("the engine has ended meanwhile", retry_after_s=self.retry_after_s)
-        self._calls.lose_engine(lambda m, num_lost: isinstance(m, Tokenize | Detokenize) and num_lost < MAX_TRIES, gone)
+        self._exchange.calls.lose_engine(
+            lambda m, num_lost: isinstance(m, Tokenize | Detokenize) and num_lost < MAX_TRIES, gone
+        )
 
     def on_given_up(self) -> None:
         self._end_streams(
@@ -177,11 +153,8 @@ class EngineClient:
         )
 
     def _end_streams(self, error: EngineError) -> None:
-        for stream in self._streams.values():
-            if not stream.is_over:
-                stream.fail(error)
-        self._streams.clear()
-        self._calls.fail_all(error)
+        self._exchange.end_streams(error)
+        self._exchange.calls.fail_all(error)
 
     # ---- messages ----
 
@@ -194,43 +167,13 @@ class EngineClient:
         if not isinstance(reason, ValueError):  # A ValueError tells of a frame that is too long.
             log.error("a message can't be sent: type=%s error=%r", type(message).__name__, reason)
             error = BackendFailed("the request can't be sent to the engine")
-        if isinstance(message, Submit) and message.request.request_id in self._streams:
-            self._streams[message.request.request_id].fail(error)
+        if isinstance(message, Submit) and message.request.request_id in self._exchange.streams:
+            self._exchange.streams[message.request.request_id].fail(error)
         elif isinstance(message, Tokenize | Detokenize | LoadAdapter | UnloadAdapter):
-            self._calls.fail(message.call_id, error)
+            self._exchange.calls.fail(message.call_id, error)
 
     def on_message(self, message: ToFront) -> None:
-        match message:
-            case Progress(request_id=request_id, stage=stage):
-                if (stream := self._streams.get(request_id)) is not None:
-                    stream.has_begun = stage != "waiting"
-            case StepDone(deltas=deltas, stats=stats):
-                self.stats = stats
-                self._step_began_s = self._clock()
-                for delta in deltas:
-                    stream = self._streams.get(delta.request_id)
-                    if delta.finish is not None:
-                        self._times.observe(delta.finish)
-                    if stream is not None:
-                        stream.take(delta, self._step_began_s)
-            case Refused(request_id=request_id, error=error):
-                stream = self._streams.get(request_id)
-                if stream is not None:
-                    refusal = error.rebuild()
-                    if isinstance(refusal, Overloaded):
-                        refusal.retry_after_s = self.retry_after_s
-                    stream.fail(refusal)
-            case Tokenized(call_id=call_id, tokens=tokens):
-                self._calls.answer(call_id, tokens)
-            case Detokenized(call_id=call_id, text=text):
-                self._calls.answer(call_id, text)
-            case AdapterList(call_id=call_id, adapters=adapters, special_texts=texts):
-                self.adapters = adapters
-                if self.info is not None:
-                    self.info = with_adapter_texts(self.info, texts)
-                self._calls.answer(call_id, adapters)
-            case CallFailed(call_id=call_id, error=error):
-                self._calls.fail(call_id, error.rebuild())
+        self._exchange.hear(message)
 
     # ---- requests ----
 
@@ -246,32 +189,19 @@ class EngineClient:
         raise EngineUnavailable(reasons.get(self.state, self.state), retry_after_s=self.retry_after_s)
 
     @property
-    def num_open(self) -> int:
-        """Answers that have been asked for and have not finished."""
-        return sum(stream.num_open for stream in self._streams.values())
-
-    @property
     def num_running(self) -> int:
-        return min(self.stats.num_running, self.num_open)  # The engine said so when its step began.
+        return self._exchange.num_running
 
     @property
     def num_waiting(self) -> int:
-        return self.num_open - self.num_running  # Some of these the engine has not even read.
+        return self._exchange.num_waiting
 
     @property
     def retry_after_s(self) -> int:
-        if self.state != "ready":
-            return self._supervisor.back_in_s
-        now = self._clock()
-        oldest_s = max((now - stream.arrived_s for stream in self._streams.values() if stream.is_owed), default=0.0)
-        return self._times.wait_s(max(0, self.num_open - self._num_places), self._num_places, oldest_s)
-
-    @property
-    def _num_places(self) -> int:
-        return 1 if self.info is None else self.info.max_num_seqs
+        return self._exchange.retry_after_s if self.state == "ready" else self._supervisor.back_in_s
 
     def check_room(self, num_coming: int = 0) -> None:
-        num_waiting = self.num_open + num_coming - self._num_places
+        num_waiting = self._exchange.num_open + num_coming - self._exchange.num_places
         most = self._settings.limits.max_waiting
         if num_waiting >= most:
             message = f"{num_waiting} requests are waiting already; the limit is {most}"
@@ -280,10 +210,8 @@ class EngineClient:
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
         self._check_ready()
         self.check_room()
-        assert request.request_id not in self._streams, "request ids are unique"
-        if not self._has_work:
-            self._step_began_s = self._clock()
-        stream = self._streams[request.request_id] = Stream(request, self._clock())
+        stream = Stream(request, self._clock())
+        self._exchange.add(stream, request.request_id)
         self._send(stream.submit())
         num_open = request.n
         try:
@@ -296,7 +224,7 @@ class EngineClient:
                     num_open -= 1
                 yield item
         finally:
-            self._streams.pop(request.request_id, None)
+            self._exchange.streams.pop(request.request_id, None)
             if num_open and not self._take_back(request.request_id):
                 self._send(Cancel(request.request_id))
 
@@ -318,7 +246,7 @@ class EngineClient:
 
     async def _call(self, make: Callable[[int], ToEngine]) -> Answer:
         self._check_ready()
-        return await self._calls.ask(make)
+        return await self._exchange.calls.ask(make)
 
     def _take_back(self, key: str | int) -> bool:
         return self._supervisor.take_back(key)

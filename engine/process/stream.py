@@ -39,7 +39,7 @@ class Stream:
         self.has_begun = False  # The present engine may end because of it.
         self.num_open = request.n  # So many choices have not finished.
         self.arrived_s = arrived_s
-        self._request = request
+        self.request = request
         self._num_tries = 0  # So many engines have ended while it had begun.
         self._is_over = False
         self._has_output = False  # The present engine has written some of it.
@@ -64,8 +64,8 @@ class Stream:
     def submit(self) -> Submit:
         """What the present engine is to be asked."""
         if not self.has_tokens:
-            return Submit(self._request)
-        return Submit(self._request, tuple(None if one is None else one.written() for one in self._choices))
+            return Submit(self.request)
+        return Submit(self.request, tuple(None if one is None else one.written() for one in self._choices))
 
     def take(self, delta: Delta, now_s: float) -> None:
         """Give a delta out, and keep what another engine would need of it."""
@@ -100,13 +100,13 @@ class Stream:
         self._is_over = True
         self.items.put_nowait(error)
 
-    def lose_engine(self) -> bool:
-        """The engine has ended; whether the next one is to go on with this.
+    def lose_engine(self, *, may_be_guilty: bool = True) -> bool:
+        """The engine has ended, or has to; whether another one is to go on with this.
 
-        An engine that ends while a request runs may have ended because of it. One that only waits for its turn is kept
-        for any number of them.
+        An engine that ends while a request runs may have ended because of it, unless that is known to be otherwise.
+        One that only waits for its turn is kept for any number of them.
         """
-        self._num_tries += self.has_begun
+        self._num_tries += self.has_begun and may_be_guilty
         self.has_begun = self._has_output = False
         for choice in self._choices:
             if choice is not None:

@@ -1,4 +1,4 @@
-"""The commands: `tightrope serve`, `chat`, `plan`, `warm`, `sessions`, `perplexity` and `doctor`.
+"""The commands: `tightrope serve`, `cluster`, `chat`, `plan`, `warm`, `sessions`, `perplexity` and `doctor`.
 
 Up front only the table of options is imported, so that `--help` answers at once.
 """
@@ -12,7 +12,7 @@ from tightrope import __version__
 from tightrope.engine.console import printable
 from tightrope.server.cli.failures import CommandFailed, UsageError
 from tightrope.server.settings.launcher_words import words_without_option
-from tightrope.server.settings.options import OPTIONS
+from tightrope.server.settings.options import CLUSTER_GROUP, OPTIONS, SEVERAL_MODELS_GROUP
 
 if TYPE_CHECKING:
     from tightrope.server.settings.settings import ServerSettings  # Its libraries take half a second to import.
@@ -22,6 +22,7 @@ EPILOG = """Each option can also stand in the file of --config (max-model-len = 
 text-generation-launcher are understood as well."""
 OWN_ARGUMENTS: Mapping[str, Sequence[str]] = {  # These stand beside the options that settings are made of.
     "serve": (),
+    "cluster": (),
     "chat": ("url", "system", "max_tokens"),
     "plan": ("memory", "devices", "device_memory", "json"),
     "warm": ("arch",),
@@ -50,6 +51,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
         match command:
             case "serve":
                 return _serve(values)
+            case "cluster":
+                return _cluster(values)
             case "chat":
                 return _chat(values, **own)
             case "plan":
@@ -82,6 +85,14 @@ def _serve(values: Mapping[str, str]) -> int:
     from tightrope.server.settings.settings import notes_on_sources
 
     return serve(settings, notes_on_sources(values, settings))
+
+
+def _cluster(values: Mapping[str, str]) -> int:
+    settings = _settings(values)
+    from tightrope.server.cli.cluster import cluster
+    from tightrope.server.settings.settings import notes_on_sources
+
+    return cluster(settings, notes_on_sources(values, settings))
 
 
 def _chat(values: Mapping[str, str], url: str | None, system: str | None, max_tokens: int | None) -> int:
@@ -161,8 +172,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=_VERSION)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
     serve = _add_command(commands, "serve", "serve a model over HTTP")
-    _add_options(serve, list(OPTIONS))
+    _add_options(serve, [name for name, option in OPTIONS.items() if option.group != CLUSTER_GROUP])
     _add_launcher_words(serve)
+    cluster = _add_command(commands, "cluster", "serve several replicas of a model, by Ray, on this machine")
+    _add_options(cluster, [name for name, option in OPTIONS.items() if option.group != SEVERAL_MODELS_GROUP])
     chat = _add_command(
         commands, "chat", "chat in the terminal, with a running server or with a model served meanwhile"
     )

@@ -8,11 +8,10 @@ import shlex
 import signal
 import socket
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 
-import uvicorn
 import uvloop
+from prometheus_client.registry import Collector
 
 from tightrope import __version__
 from tightrope.backends.embedding.card import EmbedderCard
@@ -26,10 +25,11 @@ from tightrope.engine.types import ModelInfo
 from tightrope.server.app import create_app
 from tightrope.server.cli.failures import CommandFailed, UsageError
 from tightrope.server.cli.freed_memory import give_back_freed_memory
-from tightrope.server.http.connections import Connection
 from tightrope.server.http.draining import Drain
 from tightrope.server.http.guards import is_loopback
+from tightrope.server.http.listening import CantListen, HttpServer, bind, http_server
 from tightrope.server.models.catalog import read_catalog
+from tightrope.server.models.model import MakeEngine
 from tightrope.server.models.models import Models
 from tightrope.server.models.room import Room
 from tightrope.server.served import means_the_model
@@ -39,7 +39,6 @@ from tightrope.server.state import AppState, front_of
 log = logging.getLogger("tightrope.serve")
 
 DRAIN_S = 60  # After SIGTERM answers may go on for so long.
-CLOSE_S = 5  # Connections may then take so long to close.
 SHOWN_NAMES = 10  # So many models are named at the start.
 
 
@@ -48,65 +47,55 @@ def serve(settings: ServerSettings, notes: Sequence[str] = ()) -> int:
 
     notes: lines on the settings, to be told with those on the model.
     """
-    _log_to_stderr(settings.log_level)
-    give_back_freed_memory()
-    listener = bind(settings.host, settings.port)
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_serve(settings, listener, notes))
+    listener = begin(settings)
+    run_front(settings, listener, notes, _engine)
     return 0
 
 
-def bind(host: str, port: int) -> socket.socket:
-    """A listening socket; port 0 takes a free one. Raises CommandFailed in one line."""
+def begin(settings: ServerSettings) -> socket.socket:
+    """The socket to listen on, once logging is set up. Raises CommandFailed if the address can't be had."""
+    _log_to_stderr(settings.log_level)
+    give_back_freed_memory()
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    except (socket.gaierror, UnicodeError):
-        raise CommandFailed(f"--host: {host!r} is no address of this machine") from None
-    listener = socket.socket(family, kind, protocol)
-    # Otherwise a restart waits for old connections to time out.
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind(address)
-        listener.listen(1024)
-    except OSError as error:
-        listener.close()
-        hint = "choose another with --port, or 0 for a free one"
-        raise CommandFailed(
-            f"can't listen on {host} port {port}: {(error.strerror or 'refused').lower()}; {hint}"
-        ) from None
-    listener.setblocking(False)
-    return listener
+        return bind(settings.host, settings.port)
+    except CantListen as error:
+        raise CommandFailed(str(error)) from None
 
 
-class _Server(uvicorn.Server):
-    """uvicorn, with the signals left to us: it would end with the signal's own status after a clean drain."""
+def run_front(
+    settings: ServerSettings,
+    listener: socket.socket,
+    notes: Sequence[str],
+    make_engine: MakeEngine,
+    collect: Callable[[Models], Collector] | None = None,
+) -> None:
+    """Serve on this socket until SIGTERM or Ctrl-C. Raises CommandFailed if the model can't be had.
 
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
+    collect: what makes more metrics of the models.
+    """
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(_serve(settings, listener, notes, make_engine, collect))
 
 
-async def _serve(settings: ServerSettings, listener: socket.socket, notes: Sequence[str]) -> None:
+async def _serve(
+    settings: ServerSettings,
+    listener: socket.socket,
+    notes: Sequence[str],
+    make_engine: MakeEngine,
+    collect: Callable[[Models], Collector] | None,
+) -> None:
     url = base_url(settings.host, listener.getsockname()[1])
-    models, more_notes = _models(settings)
+    models, more_notes = _models(settings, make_engine)
     embedder = EmbeddingClient(settings.engine, lambda: models.is_writing)
     front, notes = front_of(models, settings, embedder), (*notes, *more_notes)
+    if collect is not None:
+        front.metrics.add(collect(models))
     drain = Drain(DRAIN_S)
-    config = uvicorn.Config(
-        create_app(front, drain),
-        http=Connection,
-        ws="none",
-        log_config=None,
-        access_log=settings.log_level == "debug",
-        lifespan="on",  # The app starts the engine and closes it.
-        timeout_graceful_shutdown=CLOSE_S,
-        server_header=False,
-    )
-    server = _Server(config)
+    server = http_server(create_app(front, drain), access_log=settings.log_level == "debug")
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, _stop, drain)
     if models.is_alone:
-        _say(f"tightrope {__version__} at {url} is loading the model")
+        say(f"tightrope {__version__} at {url} is loading the model")
     announce = _announce if models.is_alone else _announce_several
     announcing = asyncio.create_task(announce(front, server, drain, url, notes))
     ending = asyncio.create_task(_end(drain, server))
@@ -119,15 +108,15 @@ async def _serve(settings: ServerSettings, listener: socket.socket, notes: Seque
         ending.cancel()
 
 
-def _models(settings: ServerSettings) -> tuple[Models, Sequence[str]]:
+def _models(settings: ServerSettings, make_engine: MakeEngine) -> tuple[Models, Sequence[str]]:
     """What is served, and lines on what is left out. Raises UsageError."""
     if settings.models is None:
-        return Models.alone(_engine(settings.engine), settings, _engine), ()
+        return Models.alone(make_engine(settings.engine, None), settings, make_engine), ()
     try:
         catalog = read_catalog(settings)
     except SettingsError as error:
         raise UsageError(str(error)) from None
-    return Models.of(catalog.settings, settings, _engine, Room()), catalog.notes
+    return Models.of(catalog.settings, settings, make_engine, Room()), catalog.notes
 
 
 def _engine(settings: EngineSettings, adapters: Mapping[str, str] | None = None) -> Engine:
@@ -144,15 +133,13 @@ def _stop(drain: Drain) -> None:
     drain.begin()
 
 
-async def _end(drain: Drain, server: uvicorn.Server) -> None:
+async def _end(drain: Drain, server: HttpServer) -> None:
     """End the server once it has been told to, and owes nobody an answer; until then it listens, and refuses."""
     await drain.over()
     server.should_exit = True
 
 
-async def _announce(
-    front: AppState, server: uvicorn.Server, drain: Drain, url: str, setting_notes: Sequence[str]
-) -> None:
+async def _announce(front: AppState, server: HttpServer, drain: Drain, url: str, setting_notes: Sequence[str]) -> None:
     """Print what is served once it is. Raises CommandFailed, after ending the server, when it can't be, or no more."""
     engine, settings = front.engine, front.settings
     try:
@@ -167,16 +154,14 @@ async def _announce(
         if drain.is_on:
             return
         raise CommandFailed(error.message) from None
-    _say("\n".join(map(printable, ready_lines(info, settings, url, notes, front.embedder.cards))))
+    say("\n".join(map(printable, ready_lines(info, settings, url, notes, front.embedder.cards))))
     _warn_of_everybody(settings)
     reason = await engine.wait_failed()
     server.should_exit = True
     raise CommandFailed(reason)
 
 
-async def _announce_several(
-    front: AppState, server: uvicorn.Server, drain: Drain, url: str, notes: Sequence[str]
-) -> None:
+async def _announce_several(front: AppState, server: HttpServer, drain: Drain, url: str, notes: Sequence[str]) -> None:
     """Print what there is to be served: a model that can't be is told of to those who ask for it.
 
     Raises CommandFailed, after ending the server, for an embedding model that can't be.
@@ -188,7 +173,7 @@ async def _announce_several(
         if drain.is_on:
             return
         raise CommandFailed(error.message) from None
-    _say("\n".join(map(printable, several_lines(front.models, front.settings, url, notes, front.embedder.cards))))
+    say("\n".join(map(printable, several_lines(front.models, front.settings, url, notes, front.embedder.cards))))
     _warn_of_everybody(front.settings)
 
 
@@ -197,7 +182,7 @@ def _warn_of_everybody(settings: ServerSettings) -> None:
         log.warning("anyone who can reach %s can use this server; --api-key asks for a key", settings.host)
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
     """Print what people may want to read; a full disk or a reader that left is no reason not to serve."""
     try:
         print(text, flush=True)

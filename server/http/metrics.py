@@ -67,6 +67,10 @@ class Metrics:
         self._max_new = self._histogram("tgi_request_max_new_tokens", "Tokens asked for", TOKENS)
         self._vllm = VllmHistograms(self._registry)
 
+    def add(self, collector: Collector) -> None:
+        """Tell what this collects, too."""
+        self._registry.register(collector)
+
     def _histogram(self, name: str, text: str, bounds: tuple[float, ...]) -> Histogram:
         return Histogram(name, text, buckets=bounds, registry=self._registry)
 

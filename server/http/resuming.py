@@ -9,6 +9,7 @@ from tightrope.server.http.kept_streams import KeptStream, KeptStreams
 from tightrope.server.http.sse import event_stream, line_stream
 
 RESUMABLE, STREAM_ID, LAST_EVENT_ID = "x-resumable", "x-stream-id", "last-event-id"
+SESSION = "x-session-id"  # Routers of many engines know it.
 CONVERSATION = "x-conversation-id"  # In llama.cpp's server it asks for the same, and names the stream.
 _MOST_DIGITS = 15  # A number of more is none that was given to anybody.
 _MOST_LETTERS = 256
@@ -28,6 +29,14 @@ def conversation_of(request: Request) -> str | None:
     if len(name) > _MOST_LETTERS:
         raise InvalidRequest(f"X-Conversation-Id has {len(name)} letters; it may have {_MOST_LETTERS}", CONVERSATION)
     return name or None
+
+
+def session_of(request: Request) -> str:
+    """The name that the client gives its session; empty where it gives none. Raises InvalidRequest for a long one."""
+    name = request.headers.get(SESSION, "")
+    if len(name) > _MOST_LETTERS:
+        raise InvalidRequest(f"X-Session-Id has {len(name)} letters; it may have {_MOST_LETTERS}", SESSION)
+    return name
 
 
 def last_event(request: Request) -> tuple[str, int] | None:

@@ -5,7 +5,8 @@ it without saying that it is special. The template does: what stands behind the 
 """
 
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -52,6 +53,23 @@ def gaps(rendered: str, words: Sequence[tuple[Role, str]]) -> list[Gap]:
         found.append(Gap(before, rendered[start:place], role))
         before, start = role, place + len(text)
     return [*found, Gap(before, rendered[start:], None)]
+
+
+@contextmanager
+def choosable() -> Iterator[None]:
+    """Tell what can be done about a template that fails."""
+    try:
+        yield
+    except TemplateFailed as error:
+        raise TemplateFailed(f"{error.message}; choose another with --chat-template") from None
+
+
+async def checked_turn_marks(renderer: TemplateRenderer, template: ChatTemplate, info: ModelInfo) -> TurnMarks:
+    """The same as `find_turn_marks`. Raises TemplateFailed if the template, which may be anybody's, reaches too far."""
+    with choosable():
+        for source in template.sources:
+            await renderer.check(source)
+    return await find_turn_marks(renderer, template, info)
 
 
 async def find_turn_marks(renderer: TemplateRenderer, template: ChatTemplate, info: ModelInfo) -> TurnMarks:

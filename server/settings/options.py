@@ -31,6 +31,8 @@ class Option:
     is_switch: bool = False
 
 
+CLUSTER_GROUP = "replicas"  # Only a cluster has these,
+SEVERAL_MODELS_GROUP = "several models"  # and no cluster these.
 _MODEL: TreePath = ("engine", "model")
 _ROPE: TreePath = (*_MODEL, "rope")
 _LIMITS: TreePath = ("engine", "limits")
@@ -115,7 +117,7 @@ OPTIONS: Mapping[str, Option] = {
     ),
     "models": Option(
         ("models",),
-        "several models",
+        SEVERAL_MODELS_GROUP,
         "folder of models, or a TOML or JSON list of them with settings for each; a request's model loads it, and "
         "MODEL is the name of one to begin with (default: the one MODEL is served)",
         "DIR|FILE",
@@ -123,15 +125,30 @@ OPTIONS: Mapping[str, Option] = {
     ),
     "models-max": Option(
         ("models_max",),
-        "several models",
+        SEVERAL_MODELS_GROUP,
         "models that may be loaded side by side, if memory has room; else the least recently used goes (default: 4)",
         "N",
     ),
     "sleep-idle-seconds": Option(
         ("sleep_idle_s",),
-        "several models",
+        SEVERAL_MODELS_GROUP,
         "seconds after which a model that nobody uses is unloaded until somebody asks for it again (default: never)",
         "S",
+    ),
+    "replicas": Option(
+        ("cluster", "replicas"), CLUSTER_GROUP, "replicas of the model, each an engine of its own (default: 2)", "N"
+    ),
+    "max-replicas": Option(
+        ("cluster", "max_replicas"),
+        CLUSTER_GROUP,
+        "replicas that there may be while many requests, or long prompts, wait (default: as many as always)",
+        "N",
+    ),
+    "replica-gpus": Option(
+        ("cluster", "replica_gpus"),
+        CLUSTER_GROUP,
+        "GPUs of each replica (default: 1 where there are any, unless --device is cpu)",
+        "X",
     ),
     "max-model-len": Option(
         (*_MODEL, "max_model_len"),

@@ -24,11 +24,32 @@ MAX_TEMPLATE_BYTES = 4 << 20
 MAX_STOPS = 1 << 10  # Each is looked for behind every token.
 MAX_STREAMS_MIB = 1 << 16  # All of it is in the front's memory.
 MAX_KEEP_S = 86_400.0  # An answer that nobody reads is written meanwhile; a model idles no longer than for a day.
+MAX_REPLICAS = 1 << 10  # The front has a connection to each, and as many descriptors to spare.
+MAX_GPUS = 16.0  # A machine has no more, and a replica runs on one machine.
 MAX_MODELS = 64  # Each has a process with threads, and memory, of its own.
 
 
 class SettingsError(Exception):
     """A setting is unknown or can't be used; the message is one line that names it and where it came from."""
+
+
+class ClusterSettings(BaseModel, frozen=True, extra="forbid"):
+    """How many engines answer, where Ray runs them."""
+
+    replicas: int = Field(2, ge=1, le=MAX_REPLICAS, description="Replicas of the model.")
+    max_replicas: int | None = Field(
+        None, ge=1, le=MAX_REPLICAS, description="Replicas that there may be under load; None: no more than always."
+    )
+    replica_gpus: float | None = Field(
+        None, ge=0, le=MAX_GPUS, description="GPUs of each; None: one where Ray knows any, unless it runs on the CPU."
+    )
+
+    @field_validator("max_replicas")
+    @classmethod
+    def _is_no_less(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value is not None and value < info.data.get("replicas", 1):
+            raise ValueError(f"it must not be less than the {info.data['replicas']} replicas that there are always")
+        return value
 
 
 class ServerSettings(BaseModel, frozen=True, extra="forbid"):
@@ -77,6 +98,7 @@ class ServerSettings(BaseModel, frozen=True, extra="forbid"):
     log_level: LogLevel = "info"
     tgi_environment: bool = Field(False, description="Whether the variables of TGI's launcher are read.")
     engine: EngineSettings = EngineSettings()
+    cluster: ClusterSettings = ClusterSettings()
 
     @field_validator("admin_key")
     @classmethod
@@ -224,6 +246,8 @@ def _options_alone(arguments: Mapping[str, str]) -> dict[str, str]:
     for name, value in arguments.items():
         if name in WORDS:
             _check_word(name, value, f"--{name}")
+        elif name not in OPTIONS and name != CONFIG:
+            raise SettingsError(f"{name}: no such setting")
     return {name: value for name, value in arguments.items() if name not in WORDS or WORDS[name].option}
 
 

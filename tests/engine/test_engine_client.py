@@ -30,7 +30,8 @@ from tightrope.engine.errors import (
     EngineUnavailable,
     Overloaded,
 )
-from tightrope.engine.process.client import STUCK_S, EngineClient
+from tightrope.engine.process.client import EngineClient
+from tightrope.engine.process.exchange import STUCK_S
 from tightrope.engine.process.launch import EngineHandle, Launcher, ProcessHandle, thread_launcher
 from tightrope.engine.settings import EngineSettings
 from tightrope.engine.types import ModelInfo, Span, TextPrompt, TokenPrompt, TurnMarks

@@ -287,7 +287,7 @@ async def test_a_text_over_which_two_engines_end_is_tried_no_more(process_client
 
 
 def has_begun(client: EngineClient, name: str) -> bool:
-    return name in client._streams and client._streams[name].has_begun
+    return name in client._exchange.streams and client._exchange.streams[name].has_begun
 
 
 @pytest.mark.slow

@@ -39,7 +39,7 @@ def bundled_model() -> Path:
 
 
 def test_the_help_lists_every_option_in_groups():
-    text = tightrope_command("serve", "--help").stdout
+    text = tightrope_command("serve", "--help").stdout + tightrope_command("cluster", "--help").stdout
 
     assert all(f"--{name}" in text for name in OPTIONS)
     assert all(f"\n{option.group}:\n" in text for option in OPTIONS.values())

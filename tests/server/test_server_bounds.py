@@ -14,7 +14,7 @@ import pytest
 from fake_api import api, events
 from served_app import PATIENCE_S, reply_to, request, serving
 
-from tightrope.engine.process.client import STUCK_S
+from tightrope.engine.process.exchange import STUCK_S
 from tightrope.server import answering
 from tightrope.server.http import body, connections, sse
 

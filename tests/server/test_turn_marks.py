@@ -204,7 +204,9 @@ async def test_one_process_probes_a_template_once_for_marks_notes_and_chats():
     num_probes = renderer.num_probes
     assert num_probes > 0
 
-    client.info = msgspec.structs.replace(model, special_texts=(*model.special_texts, *marks.texts), added_texts=())
+    client._exchange.info = msgspec.structs.replace(
+        model, special_texts=(*model.special_texts, *marks.texts), added_texts=()
+    )
     assert await front.template_notes() == ()
     messages = [{"role": "user", "content": "fine?"}]
     await front.template().render(renderer, messages, add_generation_prompt=True, continue_final_message=False)
@@ -215,7 +217,7 @@ async def test_one_process_probes_a_template_once_for_marks_notes_and_chats():
 
 async def test_a_model_without_a_template_is_told_of_at_the_start():
     client = EngineClient(EngineSettings())
-    client.info = info()
+    client._exchange.info = info()
     for chosen, notes in ((None, 1), ("chatml", 0)):
         front = front_of_one(client, ServerSettings(chat_template=chosen))
         assert [note.partition(":")[0] for note in await front.template_notes()] == [

@@ -143,7 +143,7 @@ async def test_what_waits_for_an_engine_that_stands_still_is_counted_and_goes_wh
         assert client.num_open == 0
         assert client._supervisor._outbox is not None
         assert len(client._supervisor._outbox._messages) <= 1, "at most the cancel of the one that was on its way"
-        assert len(client._calls) == 0
+        assert len(client._exchange.calls) == 0
         waits = asyncio.create_task(answer(client, ask("last", "patient")))
         os.kill(pid, signal.SIGCONT)
         assert await waits == expected("patient")

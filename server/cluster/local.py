@@ -1,0 +1,145 @@
+"""Ray on this machine alone, for as long as this process runs, and one model's replicas in it.
+
+To be imported behind `keep_ray_at_home`.
+"""
+
+import asyncio
+import logging
+import signal
+import time
+from collections.abc import Callable
+from typing import Any
+
+import ray
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from tightrope.backends.memory import free_memory
+from tightrope.engine.process.launch import Launcher, spawn_process
+from tightrope.server.cluster.application import replica_application
+from tightrope.server.cluster.ray_router import Changed, RayWatch
+from tightrope.server.settings.settings import ServerSettings
+
+Handle = DeploymentHandle[Any]
+
+log = logging.getLogger("tightrope.cluster")
+
+NAME = "tightrope"
+STORE_BYTES = 80 << 20  # Ray's shared memory, which nothing of ours goes through; it takes no less than 75 MiB.
+POLL_S = 0.5
+FAILED = "LoadFailed: "  # Behind it stands, in what Ray says of a failed replica, our own line.
+
+
+class LocalCluster:
+    """Its replicas are deployed once, whatever asks for them first."""
+
+    def __init__(self, settings: ServerSettings, say: Callable[[str], None], launch: Launcher = spawn_process) -> None:
+        """Begin Ray; takes some seconds. say: is told of each replica that is ready."""
+        self._settings = settings
+        self._say = say
+        self._launch = launch
+        self._handle: Handle | None = None
+        self._most = max(settings.cluster.replicas, settings.cluster.max_replicas or 0)
+        self._share = free_memory() // self._most
+        self._restarts: set[asyncio.Task[Handle]] = set()
+        self._deployed: asyncio.Task[Handle] | None = None
+        for name in ("ray", "ray.serve"):
+            logging.getLogger(name).setLevel(logging.WARNING)
+        ray.init(
+            address="local",
+            num_cpus=self._most * (settings.engine.model.threads or 1) + 1,
+            include_dashboard=False,
+            object_store_memory=STORE_BYTES,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            configure_logging=False,
+            namespace=NAME,
+        )
+        serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING"})
+
+    def close(self) -> None:
+        """End all replicas, which write what rests of chats, and Ray."""
+        serve.shutdown()
+        ray.shutdown()
+
+    async def deploy(self) -> Handle:
+        """Have Ray begin the replicas, if that was not asked for; returns before they are ready."""
+        if self._deployed is None:
+            self._deployed = asyncio.create_task(asyncio.to_thread(self._deploy))
+        return await asyncio.shield(self._deployed)
+
+    def _deploy(self) -> Handle:
+        target = serve.RunTarget(replica_application(self._settings, self._share, self._launch), NAME, None)
+        (handle,) = serve.run_many([target], wait_for_applications_running=False)
+        return handle
+
+    def restart(self) -> None:
+        """Put a new replica in the place of each, one after the other, as Ray does with a new version of them."""
+        log.warning("all replicas are started anew, one after the other")
+        self._restarts.add(task := asyncio.create_task(asyncio.to_thread(self._deploy)))
+        task.add_done_callback(self._restarts.discard)
+
+    async def settle(self) -> int:
+        """Wait until all replicas are ready, or some are and others can't be; returns how many are.
+
+        Raises RuntimeError in one line where none can be.
+        """
+        began_s, told = time.monotonic(), 0
+        while True:
+            number, failure, is_over = await asyncio.to_thread(self._status)
+            if number > told:
+                told = number
+                self._say(f"replica   {number} of {self._settings.cluster.replicas} is ready")
+            if number >= self._settings.cluster.replicas:
+                return number
+            if failure is not None and (number or is_over):
+                if not number:
+                    raise RuntimeError(failure)
+                log.error("a replica can't be started, the others serve: reason=%s", failure)
+                return number
+            await asyncio.sleep(POLL_S if time.monotonic() - began_s < 60 else 4 * POLL_S)
+
+    @staticmethod
+    def _status() -> tuple[int, str | None, bool]:
+        """How many replicas are ready, what was said of one that can't be, and whether no other will be tried."""
+        application = serve.status().applications.get(NAME)
+        if application is None:
+            return 0, None, False
+        number, failure = 0, None
+        for deployment in application.deployments.values():
+            number += sum(count for state, count in deployment.replica_states.items() if state == "RUNNING")
+            if "\n" in deployment.message:  # It quotes what an exception's traceback ends with.
+                failure = deployment.message.strip().splitlines()[-1].rpartition(FAILED)[2]
+        is_over = application.status in ("DEPLOY_FAILED", "UNHEALTHY")
+        if is_over and failure is None:
+            failure = application.message or "Ray can't start the replicas"
+        return number, failure, is_over
+
+
+class LocalWatch:
+    """The `Watch` of its replicas."""
+
+    def __init__(self, cluster: LocalCluster) -> None:
+        self._cluster = cluster
+        self._inner: RayWatch | None = None
+        self._begin: asyncio.Task[None] | None = None
+
+    def start(self, changed: Changed) -> None:
+        async def begin() -> None:
+            self._inner = RayWatch(await self._cluster.deploy())
+            self._inner.start(changed)
+
+        self._begin = asyncio.create_task(begin())
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._cluster.restart)
+
+    async def settle(self) -> int:
+        assert self._begin is not None
+        await self._begin
+        return await self._cluster.settle()
+
+    def close(self) -> None:
+        asyncio.get_running_loop().remove_signal_handler(signal.SIGHUP)
+        if self._begin is not None:
+            self._begin.cancel()
+        if self._inner is not None:
+            self._inner.close()
