@@ -62,7 +62,7 @@ class AfterRotation(CacheVariant):
 
         with (
             patch.object(dispatch, "store_kv", store_rounded),
-            patch.object(dispatch, "decoder_layer", lambda *inputs: None),  # it would store by itself
+            patch.object(dispatch, "decoder_layers", lambda *inputs: None),  # it would store by itself
         ):
             return super().forward(chunks)
 

@@ -25,7 +25,7 @@ from tightrope.kernels.exllama import is_exllama as is_exllama
 from tightrope.kernels.exllama import to_exllama as to_exllama
 from tightrope.kernels.forms.columns import ColumnMatrix
 from tightrope.kernels.forms.compiling import compiling as compiling
-from tightrope.kernels.forms.layer import DecoderLayer, GatedExperts, StackedExperts
+from tightrope.kernels.forms.layer import GatedExperts, LayerRun, StackedExperts
 from tightrope.kernels.forms.layout import AttentionSpec, LayerCache, RopeTable, StepLayout
 from tightrope.kernels.forms.low_rank import AdapterRows, LowRank
 from tightrope.kernels.forms.masks import Masks
@@ -147,21 +147,15 @@ def gated(gate_up: Tensor, activation: str) -> Tensor:
     return _kernels_for(gate_up).gated(gate_up, activation)
 
 
-def decoder_layer(
-    x: Tensor,
-    layer: DecoderLayer,
-    cache: LayerCache,
-    step: StepLayout,
-    table: RopeTable | None,
-    adapters: AdapterRows | None,
-) -> Tensor | None:
-    """A layer's output for x [T, hidden] float32; stores the step's keys and values, as its operations do one by one.
+def decoder_layers(x: Tensor, runs: Sequence[LayerRun], adapters: AdapterRows | None) -> Tensor | None:
+    """The last of these layers' output for x [T, hidden] float32; each has the output of the one before.
 
-    None, and nothing stored, where no kernel runs a layer of so many tokens at once.
+    Stores the step's keys and values, as the layers' operations do one by one. None, and nothing stored, where no
+    kernel runs layers of so many tokens at once.
     """
     kernels = _kernels_for(x)
     if isinstance(kernels, native.NativeKernels):
-        return kernels.decoder_layer(x, layer, cache, step, table, adapters)
+        return kernels.decoder_layers(x, runs, adapters)
     return None
 
 

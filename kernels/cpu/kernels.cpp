@@ -56,10 +56,13 @@ EXPORT void tightrope_experts(const Experts* layer, const float* x, const int64_
     experts(*layer, {picked, shares, tokens, each}, adapted(adapters, rows), x, between, out);
 }
 
-// x [T, hidden] to what the layer makes of it, in place; keys and values are stored. Without rotation `rope` is null;
-// adapters and rows may be.
-EXPORT void tightrope_decoder_layer(const DecoderLayer* layer, float* x, int tokens, const Cache* cache,
-                                    const Rope* rope, const Step* step, const low_rank::Adapter* const* adapters,
-                                    const low_rank::Rows* rows) {
-    decoder_layer(*layer, *cache, rope ? *rope : Rope{}, *step, adapted(adapters, rows), x, tokens);
+// x [T, hidden] to what `count` layers make of it, one after the other, in place; keys and values are stored. Ropes are null
+// without rotation; adapters and rows may be.
+EXPORT void tightrope_decoder_layers(const DecoderLayer* const* layers, int count, float* x, int tokens,
+                                     const Cache* const* caches, const Rope* const* ropes, const Step* const* steps,
+                                     const low_rank::Adapter* const* adapters, const low_rank::Rows* rows) {
+    for (int i = 0; i < count; ++i) {
+        decoder_layer(*layers[i], *caches[i], ropes[i] ? *ropes[i] : Rope{}, *steps[i], adapted(adapters, rows), x, tokens);
+        if (adapters) adapters += size_t(ADAPTED) * rows->count;
+    }
 }

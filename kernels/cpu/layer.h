@@ -1,4 +1,4 @@
-// A whole decoder layer in one call: for a few tokens the time between two operations is as long as the shorter ones.
+// A whole decoder layer at once: for a few tokens the time between two calls is as long as the shorter operations.
 #pragma once
 
 #include "pointwise.h"
@@ -12,6 +12,8 @@ static void project(const Projection& p, const float* x, float* out, int rows) {
     linear({x, p.weight, p.bias, out, rows, p.inputs, p.outputs}, p.kind);
 }
 
+constexpr int ADAPTED = 4;  // A layer has so many linears that adapters add to: qkv, out, gate_up and down.
+
 // What adapters add to several linears: the addresses for one linear [uses.count] follow those for the one before.
 struct Adapted {
     const low_rank::Adapter* const* adapters;
@@ -24,7 +26,7 @@ static void project(const Projection& p, const Adapted& adapted, int place, cons
                   adapted.adapters + size_t(place) * adapted.uses.count);
 }
 
-// x [T, hidden] is what the layer adds to; `count` is T. `adapted` tells of qkv, out, gate_up and down.
+// x [T, hidden] is what the layer adds to; `count` is T.
 static void decoder_layer(const DecoderLayer& layer, const Cache& cache, const Rope& rope, const Step& step,
                           const Adapted& adapted, float* x, int count) {
     const int hidden = layer.qkv.inputs, middle = layer.down.inputs;

@@ -19,7 +19,7 @@ from torch import Tensor
 from tightrope.kernels import reference
 from tightrope.kernels.cpu import structs
 from tightrope.kernels.cpu.addresses import ACTIVATIONS, MOST_MATRICES, WEIGHTS, address
-from tightrope.kernels.forms.layer import DecoderLayer, GatedExperts, Projection
+from tightrope.kernels.forms.layer import GatedExperts, LayerRun, Projection
 from tightrope.kernels.forms.layout import AttentionSpec, LayerCache, RopeTable, StepLayout
 from tightrope.kernels.forms.low_rank import AdapterRows, LowRank
 from tightrope.kernels.forms.masks import Masks
@@ -136,7 +136,7 @@ class NativeKernels:
         self._draw = function("draw", "plplpp")
         self._rank = function("rank", "plplplpppp")
         self._row_sums = function("row_sums", "plplpip")
-        self._decoder_layer = function("decoder_layer", "ppippppp")
+        self._decoder_layers = function("decoder_layers", "pipippppp")
         self._experts = function("experts", "ppppppiipp")
 
     def describe(self) -> str:
@@ -240,22 +240,19 @@ class NativeKernels:
         self._experts(address(layer), None, *picks, between.data_ptr(), out.data_ptr(), *more)
         return out
 
-    def decoder_layer(
-        self,
-        x: Tensor,
-        layer: DecoderLayer,
-        cache: LayerCache,
-        step: StepLayout,
-        table: RopeTable | None,
-        adapters: AdapterRows | None,
-    ) -> Tensor | None:
-        """See kernels.dispatch.decoder_layer."""
-        if len(x) > MOST_LAYER_TOKENS or cache.format.head_dim > MOST_DIMS:
+    def decoder_layers(self, x: Tensor, runs: Sequence[LayerRun], adapters: AdapterRows | None) -> Tensor | None:
+        """See kernels.dispatch.decoder_layers."""
+        if len(x) > MOST_LAYER_TOKENS or any(run.cache.format.head_dim > MOST_DIMS for run in runs):
             return None
-        out = x.clone()
-        cached = address(cache), None if table is None else address(table), address(step)
-        adapted = _adapted(layer.projections, adapters)
-        self._decoder_layer(address(layer), out.data_ptr(), len(x), *cached, *adapted)
+        out, count = x.clone(), len(runs)
+        layers = _pointers([address(run.layer) for run in runs])
+        caches = _pointers([address(run.cache) for run in runs])
+        ropes = _pointers([None if run.table is None else address(run.table) for run in runs])
+        steps = _pointers([address(run.step) for run in runs])
+        adapted: tuple[object, int | None] = (None, None)
+        if adapters is not None:
+            adapted = _adapted([part for run in runs for part in run.layer.projections], adapters)
+        self._decoder_layers(layers, count, out.data_ptr(), len(x), caches, ropes, steps, *adapted)
         return out
 
     def draw(self, logits: Tensor, rows: NDArray[np.int64], params: NDArray[np.float64]) -> NDArray[np.int64]:
@@ -292,7 +289,10 @@ def _adapted(projections: Sequence[Projection], rows: AdapterRows | None) -> tup
 
 def _adapters_of(adapters: Sequence[Mapping[int, LowRank]], rows: AdapterRows) -> object:
     """For each linear the addresses of the adapters in use."""
-    addresses = [address(of[slot]) if slot in of else None for of in adapters for slot in rows.present]
+    return _pointers([address(of[slot]) if slot in of else None for of in adapters for slot in rows.present])
+
+
+def _pointers(addresses: Sequence[int | None]) -> object:
     return (ctypes.c_void_p * len(addresses))(*addresses)
 
 

@@ -7,7 +7,8 @@
 
 namespace quantized {
 
-constexpr int TASK = 96 * 1024;   // Bytes of codes that hide the taking of a task.
+constexpr size_t LEAST_TASK = 48 * 1024;       // Bytes of codes that hide the taking of a task.
+constexpr size_t MOST_TASK = 2 * 1024 * 1024;  // A thread that waits for a processor holds the others up by so many.
 constexpr int KEPT = 256 * 1024;  // Bytes of codes that a core's cache keeps while many rows of x pass.
 constexpr int PASS = 512;         // Rows of x that are held in fixed point at a time.
 constexpr int MOST_MATRICES = 8;  // No more matrices share a call.
@@ -34,12 +35,28 @@ INLINE void store_tile(const Tile& tile, const float* bias, float* out, int coun
     for (int i = 0; i < count; ++i) out[i] = numbers[i] + (bias ? bias[i] : 0.0f);
 }
 
+// Where the tasks of one pass over 0 .. tiles end, behind a 0. Memory delivers a task's first bytes late, so they are large;
+// and ever smaller towards the end, where each thread has one of the last ones, so that all end at about the same time.
+inline std::vector<int> shrinking_tasks(int tiles, size_t bytes, int threads) {
+    std::vector<int> borders{0};
+    const size_t each = bytes / tiles + 1, last = 2 * LEAST_TASK / each * threads;
+    for (int begin = 0; begin < tiles; borders.push_back(begin)) {
+        const int left = tiles - begin;
+        const size_t wanted = std::min(MOST_TASK / each, size_t(left) / (2 * threads));
+        begin += size_t(left) > last ? std::max(1, int(wanted)) : (left + threads - 1) / threads;
+    }
+    return borders;
+}
+
 // Calls work(begin, end) for ranges of 0 .. tiles, of `bytes` altogether, on all threads.
 template <class F> void for_tiles(int tiles, size_t bytes, int rows, F&& work) {
     if (!tiles || !rows) return;
-    const bool is_one_pass = rows <= MOST_ROWS;
-    const size_t threads = pool().threads(), least = is_one_pass ? 1 : 4 * threads;
-    const size_t wanted = std::max(least, bytes / (is_one_pass ? TASK : KEPT) + 1);
+    const int threads = pool().threads();
+    if (rows <= MOST_ROWS) {
+        const std::vector<int> borders = shrinking_tasks(tiles, bytes, threads);
+        return pool().run(int(borders.size()) - 1, [&](int task) { work(borders[task], borders[task + 1]); });
+    }
+    const size_t wanted = std::max(size_t(4 * threads), bytes / KEPT + 1);
     const size_t tasks = std::min(size_t(tiles), (wanted + threads - 1) / threads * threads);  // Shares are equal.
     const auto border = [&](size_t task) { return int(task * tiles / tasks); };
     pool().run(int(tasks), [&](int task) { work(border(task), border(task + 1)); });

@@ -6,7 +6,7 @@
 namespace quantized {
 
 constexpr int MOST_ROWS = LANES == 16 ? 8 : 2;  // Rows of x at a time, as many as the registers allow.
-constexpr int AHEAD = 2048;                     // Bytes of codes that are fetched before they are read.
+constexpr int AHEAD = 6144;                     // Bytes of codes that are fetched before they are read.
 
 enum ScaleKind { FLOAT16, FLOAT32, CODES };
 

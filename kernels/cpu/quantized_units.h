@@ -64,6 +64,16 @@ INLINE void read_scales(const Matrix& m, size_t unit, Tile (&scales)[COUNT], Til
     }
 }
 
+// Asks for the scales, and mins, of COUNT groups that have one unit, before they are read.
+template <Scaling SCALING, int COUNT> INLINE void fetch_scales(const Matrix& m, size_t unit) {
+    constexpr int BYTES_OF_UNIT = SCALING == SIX_BITS || SCALING == SIX_BIT_PAIRS ? 12 : COUNT;
+    __builtin_prefetch((const f16*)m.scales + unit * OUTPUTS);
+    if (HAS_MINS<SCALING>) __builtin_prefetch(m.mins + unit * OUTPUTS);
+    if (SCALING == PLAIN || SCALING == WITH_MINS) return;
+    for (int i = 0; i < BYTES_OF_UNIT * OUTPUTS; i += LINE)
+        __builtin_prefetch(m.scale_codes + unit * BYTES_OF_UNIT * OUTPUTS + i);
+}
+
 // A tile times T rows of x, added to `totals`.
 template <int BITS, int T, Coding CODING, Scaling SCALING, int ROWS>
 __attribute__((noinline)) void add_units(const Matrix& m, int tile, Place place, Tile* totals) {
@@ -71,6 +81,7 @@ __attribute__((noinline)) void add_units(const Matrix& m, int tile, Place place,
     constexpr int PRODUCT_BITS = CODING == BOOK ? 8 : BITS, ZERO = CODING == BOOK ? 128 : 1 << (BITS - 1);
     constexpr int GROUPS = SCALING == PLAIN || SCALING == WITH_MINS ? 1 : UNIT_ROWS / ROWS;
     constexpr int TOGETHER = CODING == HALVES ? 2 : 1;
+    constexpr int UNIT_BYTES = GROUPS * ROWS * OUTPUTS * BITS / 8;
     const Book book(m.codebook);
     Tile total[T];
     for (int t = 0; t < T; ++t) total[t] = totals[t];
@@ -78,16 +89,20 @@ __attribute__((noinline)) void add_units(const Matrix& m, int tile, Place place,
     const int8_t* x = place.quads;
     const Share* share = place.shares;
     const int units = m.groups / GROUPS;
+    // With few rows memory is what takes the time, and its own streams end with a page of 4 KiB.
+    constexpr bool FETCHES = T <= 2;
     for (int unit = 0; unit < units; ++unit) {
         Tile scales[GROUPS], mins[GROUPS];
-        read_scales<SCALING>(m, size_t(tile) * units + unit, scales, mins);
+        const size_t place = size_t(tile) * units + unit;
+        read_scales<SCALING>(m, place, scales, mins);
+        if (FETCHES) fetch_scales<SCALING, GROUPS>(m, place + std::max(1, AHEAD / UNIT_BYTES));
         for (int first = 0; first < GROUPS; first += TOGETHER) {
 #pragma GCC unroll 2
             for (int g = first; g < first + TOGETHER; ++g) {
                 Sums upper[SETS * T] = {}, lower[SETS * T] = {};
 #pragma GCC unroll 4
                 for (int row = 0; row < ROWS; row += STEP<BITS, CODING>) {
-                    if (T <= 2)  // With few rows memory is what takes the time, and its own streams end with a page of 4 KiB.
+                    if (FETCHES)
                         for (int i = 0; i < BLOCK_LINES<BITS>; ++i) __builtin_prefetch(codes + AHEAD + i * LINE);
                     const auto use = [&](int quad, const Line& four) __attribute__((always_inline)) {
 #pragma GCC unroll 8

@@ -2,11 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from torch import Tensor
 
 from tightrope.kernels.forms.column_stack import ColumnStack
-from tightrope.kernels.forms.layout import AttentionSpec
+from tightrope.kernels.forms.layout import AttentionSpec, LayerCache, RopeTable, StepLayout
 from tightrope.kernels.forms.low_rank import LowRank
 from tightrope.kernels.forms.quantized import Nf4Matrix, QuantizedMatrix
 
@@ -59,6 +60,15 @@ class DecoderLayer:
     def projections(self) -> tuple[Projection, ...]:
         """In the order in which kernels are told of their adapters."""
         return self.qkv, self.out, self.gate_up, self.down
+
+
+class LayerRun(NamedTuple):
+    """A layer in a step: where that stores keys and values, and by what they are rotated, None for nothing."""
+
+    layer: DecoderLayer
+    cache: LayerCache
+    step: StepLayout
+    table: RopeTable | None
 
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)

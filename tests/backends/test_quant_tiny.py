@@ -46,7 +46,7 @@ def reference_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     """Attention and cache in torch, which can hold float32."""
     for name in ("attention", "store_kv"):
         monkeypatch.setattr(dispatch, name, getattr(reference, name))
-    monkeypatch.setattr(dispatch, "decoder_layer", lambda *inputs: None)
+    monkeypatch.setattr(dispatch, "decoder_layers", lambda *inputs: None)
 
 
 def load(folder: Path) -> LoadedModel:

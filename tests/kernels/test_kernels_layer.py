@@ -3,6 +3,7 @@ instruction set that this machine runs."""
 
 import math
 from collections.abc import Callable
+from copy import deepcopy
 
 import pytest
 import rounded
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from tightrope.backends.rope.scaling import RopeSpec
 from tightrope.kernels.cpu import native
-from tightrope.kernels.forms.layer import DecoderLayer, GatedExperts, Norm, Projection
+from tightrope.kernels.forms.layer import DecoderLayer, GatedExperts, LayerRun, Norm, Projection
 from tightrope.kernels.forms.layout import AttentionSpec, CacheFormat, LayerCache, RopeTable, StepLayout
 from tightrope.kernels.forms.low_rank import NONE, AdapterRows, LowRank, make_low_rank
 from tightrope.kernels.forms.quantized import Nf4Matrix, QuantizedMatrix, arrange, pack, pack_nf4, tiled
@@ -158,11 +159,49 @@ def test_a_layer_at_once_equals_its_operations_one_by_one(
     x, cache = torch.randn(len(step.slots), HIDDEN), noise()
     given_x = x.clone()
 
-    ours = kernels.decoder_layer(x, layer, cache, step, table, rows)
+    ours = kernels.decoder_layers(x, [LayerRun(layer, cache, step, table)], rows)
 
     assert ours is not None
     one_by_one(x, layer, cache, step, table, rows).check(ours)
     assert torch.equal(x, given_x)
+
+
+@given(
+    parts=st.lists(layers(), min_size=2, max_size=3),
+    chunks=st.lists(st.tuples(st.integers(0, 40), st.sampled_from((1, 1, 5))), min_size=1, max_size=3),
+    are_rotated=st.lists(st.booleans(), min_size=3, max_size=3),
+    data=st.data(),
+)
+@settings(max_examples=10)
+def test_layers_in_one_call_give_the_bits_of_one_after_the_other(
+    kernels: native.NativeKernels,
+    parts: list[DecoderLayer],
+    chunks: list[tuple[int, int]],
+    are_rotated: list[bool],
+    data: st.DataObject,
+):
+    step = step_of(chunks, PAGES)
+    rows = data.draw(adapter_rows(len(step.slots)))
+    table = rope_tables(ROPE, [before + now for before, now in chunks], PAGES)["default"]
+    x, cache = torch.randn(len(step.slots), HIDDEN), noise()
+    runs, twins = (
+        [
+            LayerRun(layer, deepcopy(cache), step, table if is_rotated else None)
+            for layer, is_rotated in zip(parts, are_rotated, strict=False)
+        ]
+        for _ in range(2)
+    )
+
+    together = kernels.decoder_layers(x, runs, rows)
+
+    y: Tensor | None = x
+    for twin in twins:
+        assert y is not None
+        y = kernels.decoder_layers(y, [twin], rows)
+    assert together is not None
+    assert y is not None
+    assert torch.equal(together, y)
+    assert all(torch.equal(one.cache.key_codes, two.cache.key_codes) for one, two in zip(runs, twins, strict=True))
 
 
 def test_a_long_prompt_is_left_to_the_operations_one_by_one(kernels: native.NativeKernels):
@@ -174,7 +213,7 @@ def test_a_long_prompt_is_left_to_the_operations_one_by_one(kernels: native.Nati
     )
     before = cache.key_codes.clone()
 
-    assert kernels.decoder_layer(torch.randn(tokens, HIDDEN), layer, cache, step, None, None) is None
+    assert kernels.decoder_layers(torch.randn(tokens, HIDDEN), [LayerRun(layer, cache, step, None)], None) is None
     assert torch.equal(cache.key_codes, before)
 
 

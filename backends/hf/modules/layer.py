@@ -1,6 +1,8 @@
 """A decoder layer of our own, and the stack of them."""
 
+from collections.abc import Sequence
 from functools import cached_property
+from itertools import groupby
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,7 +14,7 @@ from tightrope.backends.hf.modules.matrices import projection
 from tightrope.backends.hf.modules.mlp import MLP, GatedMLP
 from tightrope.backends.hf.modules.norm import RMSNorm
 from tightrope.kernels import dispatch
-from tightrope.kernels.forms.layer import DecoderLayer, Norm
+from tightrope.kernels.forms.layer import DecoderLayer, LayerRun, Norm
 
 
 class Layer(nn.Module):
@@ -34,13 +36,20 @@ class Layer(nn.Module):
     def forward(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
         return self.run(hidden_states.reshape(-1, hidden_states.shape[-1])).view(hidden_states.shape)
 
+    def now(self) -> LayerRun | None:
+        """The layer in the current step, as a kernel runs all of it; None where its operations run one by one."""
+        whole = self._whole
+        if whole is None or any(norm.is_replaced for norm in self._all_norms):
+            return None
+        step, cache, table = self.attention.now()
+        return LayerRun(whole, cache, step, table)
+
     def run(self, x: Tensor) -> Tensor:
         """x [T, hidden] to [T, hidden]."""
-        if (whole := self._whole) is not None and not any(norm.is_replaced for norm in self._all_norms):
-            step, cache, table = self.attention.now()
-            rows = self.attention.current.adapters
-            if (done := dispatch.decoder_layer(x, whole, cache, step, table, rows)) is not None:
-                return done
+        return _through((self,), x)
+
+    def operate(self, x: Tensor) -> Tensor:
+        """The same, operation by operation."""
         before, after, before_mlp, after_mlp = self._norms
         y = self._run_attention(x if before is None else before(x))
         x = x + (y if after is None else after(y))
@@ -74,16 +83,31 @@ def _of(norm: RMSNorm | None) -> Norm | None:
     return None if norm is None else Norm(norm.weight, norm.eps)
 
 
+def _through(layers: Sequence[Layer], x: Tensor) -> Tensor:
+    """x [T, hidden] through layers in their order; neighbours that a kernel runs whole are one call of it.
+
+    Between two calls memory would rest for as long as a small layer takes.
+    """
+    for _, group in groupby([(layer, layer.now()) for layer in layers], lambda part: part[1] is None):
+        some = tuple(group)
+        runs = [run for _, run in some if run is not None]
+        done = dispatch.decoder_layers(x, runs, some[0][0].attention.current.adapters) if runs else None
+        if done is None:
+            for layer, _ in some:
+                x = layer.operate(x)
+        else:
+            x = done
+    return x
+
+
 class Stack(nn.Module):
     """The base model: embedding, layers, last norm."""
 
     def __init__(self, embedding: Embedding, layers: tuple[Layer, ...], norm: RMSNorm) -> None:
         super().__init__()
         self.embedding, self.layers, self.norm = embedding, nn.ModuleList(layers), norm
-        self._layers = tuple(layer.run for layer in layers)
+        self._layers = layers
 
     def forward(self, input_ids: Tensor, **kwargs: Any) -> MoeModelOutputWithPast:  # noqa: ANN401 - transformers' own
-        x = self.embedding.run(input_ids[0])
-        for layer in self._layers:
-            x = layer(x)
+        x = _through(self._layers, self.embedding.run(input_ids[0]))
         return MoeModelOutputWithPast(last_hidden_state=self.norm.run(x).unsqueeze(0))
