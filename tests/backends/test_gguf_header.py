@@ -141,6 +141,7 @@ HOSTILE = {
         "inf as number 5000",
     ),
     "a text twice": (vocabulary("gpt2", b"a", b"b", b"", b"", b"b"), "tokens 1 and 4 have the same text, 'b'"),
+    "a text up to a zero": (vocabulary("gpt2", b"ab", b"c", b"ab\0c"), "tokens 0 and 2 have the same text, 'ab'"),
     "a text that is not UTF-8": (
         vocabulary("gpt2", b"a", b"\xc3", b"\xa9"),
         "the text of token 1, b'\\xc3', is not UTF-8",

@@ -30,6 +30,8 @@ def check_vocabulary(
     texts: by token id. arrays: the others of PER_TOKEN that the file has. Raises BadVocabulary for what llama.cpp ends
     the process over.
     """
+    if any(b"\0" in text for text in texts):  # Llama.cpp reads each up to there.
+        texts = [text.partition(b"\0")[0] for text in texts]
     for key, array in arrays.items():
         if len(array) < len(texts):
             raise BadVocabulary(f"{key} has {len(array)} elements; it must have one for each of {len(texts)} tokens")
