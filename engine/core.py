@@ -138,9 +138,14 @@ class EngineCore:
         return self._scheduler.has_work
 
     @property
+    def num_sequences(self) -> tuple[int, int]:
+        """How many run, and how many wait."""
+        return len(self._scheduler.running), len(self._scheduler.waiting)
+
+    @property
     def num_unplaced(self) -> int:
         """Answers beyond those that can run at the same time; negative: free places. May be read from any thread."""
-        return len(self._scheduler.waiting) + len(self._scheduler.running) - self._max_num_seqs
+        return sum(self.num_sequences) - self._max_num_seqs
 
     def add(self, sequences: list[Sequence]) -> None:
         """Queue a prepared request. Raises ModelNotFound when its adapter isn't there any more."""
@@ -346,10 +351,10 @@ class EngineCore:
 
     def stats(self) -> Stats:
         """Gauges and counters now."""
-        usage = self._backend.kv.usage()
+        usage, (num_running, num_waiting) = self._backend.kv.usage(), self.num_sequences
         return Stats(
-            num_running=len(self._scheduler.running),
-            num_waiting=len(self._scheduler.waiting),
+            num_running=num_running,
+            num_waiting=num_waiting,
             cache_used=usage.used,
             cache_reusable=usage.reusable,
             cache_capacity=usage.capacity,

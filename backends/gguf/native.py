@@ -246,6 +246,7 @@ class NativeContext:
         self.max_seqs: int = ll.llama_n_seq_max(self.pointer)
         self.batch_tokens: int = ll.llama_n_batch(self.pointer)
         self.max_outputs = options.max_outputs
+        self._logits, self._logits_place = np.empty((0, 0), np.float32), (0, 0)
         self._make_batch(self.batch_tokens)
 
     def _make_batch(self, size: int) -> None:
@@ -256,14 +257,10 @@ class NativeContext:
         self.outputs = np.zeros(size, np.int8)
         self._slot_counts = np.ones(size, np.int32)
         self._slot_pointers = self.slots.ctypes.data + 4 * np.arange(size, dtype=np.uint64)
+        self._whole_batch = self._batch_from(0)  # Nearly all steps begin there.
 
-    def decode(self, begin: int, end: int) -> None:
-        """Run tokens begin .. end of the batch arrays. Releases the GIL.
-
-        Raises BackendError, naming the reason: OutOfMemory where the step needs more than there is.
-        """
-        batch = ll.llama_batch(
-            n_tokens=end - begin,
+    def _batch_from(self, begin: int) -> Any:  # noqa: ANN401 - a structure of an untyped package
+        return ll.llama_batch(
             token=_at(self.token_ids, begin, ctypes.c_int32),
             embd=None,
             pos=_at(self.positions, begin, ctypes.c_int32),
@@ -271,6 +268,14 @@ class NativeContext:
             seq_id=_at(self._slot_pointers, begin, ctypes.POINTER(ctypes.c_int32)),
             logits=_at(self.outputs, begin, ctypes.c_int8),
         )
+
+    def decode(self, begin: int, end: int) -> None:
+        """Run tokens begin .. end of the batch arrays. Releases the GIL.
+
+        Raises BackendError, naming the reason: OutOfMemory where the step needs more than there is.
+        """
+        batch = self._batch_from(begin) if begin else self._whole_batch
+        batch.n_tokens = end - begin
         _recent_errors.clear()
         self._threads.settle()
         status = ll.llama_decode(self.pointer, batch)
@@ -293,7 +298,12 @@ class NativeContext:
 
     def logits(self, num_rows: int) -> np.ndarray[Any, np.dtype[np.float32]]:
         """[num_rows, V] float32 of the last `decode`, in batch order; a view that the next one overwrites."""
-        return np.ctypeslib.as_array(ll.llama_get_logits(self.pointer), shape=(num_rows, self._vocab_size))
+        first = ll.llama_get_logits(self.pointer)
+        place = ctypes.addressof(first.contents), num_rows
+        if place != self._logits_place:  # To describe memory to numpy takes longer than to draw a token from it.
+            self._logits_place = place
+            self._logits = np.ctypeslib.as_array(first, shape=(num_rows, self._vocab_size))
+        return self._logits
 
     def copy_cells(self, source: int, target: int, num_tokens: int, start: int = 0) -> None:
         """Let sequence slot `target` share tokens start .. num_tokens of slot `source`; moves no data."""

@@ -71,8 +71,7 @@ def run_loop(core: EngineCore, reader: Reader, end: EngineEnd, activity: Activit
                 sequence.has_begun = True
                 end.send(Progress(sequence.request.request_id, "running"))
         activity.begin("step", sum(work.num_run for work in works))
-        now = core.stats()
-        if (now.num_running, now.num_waiting) != (told.num_running, told.num_waiting):
+        if core.num_sequences != (told.num_running, told.num_waiting):
             tell()
 
     while True:
