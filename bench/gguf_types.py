@@ -132,6 +132,7 @@ def exact_logits(sizes: Sizes, meant: dict[str, Array], token_ids: list[int]) ->
     )  # fmt: skip
     with no_init_weights():
         model = LlamaForCausalLM(config).double().eval()
+    model.tie_weights()  # Without initial weights the class leaves its head alone.
     heads = {"attn_q": sizes.heads, "attn_k": sizes.kv_heads}
     parts = {
         "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
@@ -146,7 +147,8 @@ def exact_logits(sizes: Sizes, meant: dict[str, Array], token_ids: list[int]) ->
         weight = torch.from_numpy(values).double()
         if part in heads:  # Files of llamas have the rows of a head in pairs.
             weight = weight.view(heads[part], -1, 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
-        parameters[f"{module}.weight"].data.copy_(weight)
+        parameters.pop(f"{module}.weight").data.copy_(weight)
+    assert not parameters, "all weights are the file's"
     with torch.no_grad():
         logits: Tensor = model(torch.tensor([token_ids])).logits[0]
     return logits
