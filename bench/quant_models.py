@@ -13,7 +13,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, replace
 from functools import partial
@@ -46,10 +46,10 @@ LEAST = {LLAMA: 0.7, BF16: 1.5}  # of their decode speeds
 BARRED = ("exl2-4.0bpw", "gptq-4bit")  # the forms that are held to them, by how their names begin
 
 
-def write_models() -> dict[str, Path]:
-    """The folders of SmolLM2 by form; bf16 comes first."""
+def write_models(forms: Iterable[str] | None = None) -> dict[str, Path]:
+    """The folders of SmolLM2 by form: bf16 first, and beside it these, or all."""
     found = subprocess.run(
-        [sys.executable, str(WRITER)],
+        [sys.executable, str(WRITER), *([] if forms is None else [",".join(forms)])],
         stdout=subprocess.PIPE,
         check=True,
         text=True,

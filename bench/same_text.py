@@ -273,7 +273,8 @@ def main() -> None:
     parser.add_argument("--forms", nargs="+", help="measure these alone")
     parser.add_argument("--missing", action="store_true", help="leave what the results have already")
     given = parser.parse_args()
-    models = {**write_models(), GGUF: bundled_model()}
+    written = None if given.forms is None else {*given.forms} - {BF16, GGUF}
+    models = {**write_models(written), GGUF: bundled_model()}
     sizes: Row = {"prompts": given.prompts, "answer_tokens": ANSWER_TOKENS, "preempted_answer_tokens": LONG_ANSWER}
     for form in given.forms or models:
         rows = _known(sizes).get(form, {})

@@ -1,10 +1,12 @@
 """SmolLM2 in the quantized formats that people have, written once and kept under build/test-models.
 
-`python tests/support/quant_models.py` with PYTHONPATH=. writes them and prints their paths, the bf16 model first.
+`python tests/support/quant_models.py [FORM,...]` with PYTHONPATH=. writes them, or some
+of them, and prints their paths, the bf16 model first.
 """
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
@@ -71,5 +73,8 @@ def _finish(model: Calibrated, folder: Path, file: str, tensors: dict[str, Tenso
 
 
 if __name__ == "__main__":
-    for path in (smollm2_bf16(), *map(smollm2, WRITERS)):
+    for path in (
+        smollm2_bf16(),
+        *map(smollm2, WRITERS if len(sys.argv) == 1 else filter(None, sys.argv[1].split(","))),
+    ):
         print(path, flush=True)
