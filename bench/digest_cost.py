@@ -46,9 +46,9 @@ def counted(spent_s: list[float]) -> Iterator[None]:
 
     def timed(call: Callable[..., object]) -> Callable[..., object]:
         def run(*args: object, **named: object) -> object:
-            began = time.perf_counter()
+            began = time.thread_time()  # Not what others take of a busy machine meanwhile.
             result = call(*args, **named)
-            spent_s[0] += time.perf_counter() - began
+            spent_s[0] += time.thread_time() - began
             return result
 
         return run
