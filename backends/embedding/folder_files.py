@@ -18,6 +18,7 @@ _SIZES = {"hidden_size": 1 << 20, "num_hidden_layers": 1 << 12, "num_attention_h
 # Their positions count from behind the number of the padding token.
 _SHIFTED = frozenset({"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet"})
 _FLOAT = 4
+_ENTRY_BYTES = 500  # A token of the vocabulary takes so much, measured with 30,522 of them.
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,11 +81,15 @@ class VectorFolder:
 
     @property
     def workspace_bytes(self) -> int:
-        """Of a text: values of one layer, and one layer's weights of attention, before and after the softmax."""
+        """Of a text: values of one layer, and one layer's weights of attention, before and after the softmax.
+
+        Beside them is the tokenizer's vocabulary.
+        """
         width = int(self.config.get("hidden_size", 1024))
         inner = int(self.config.get("intermediate_size") or 4 * width)
         heads = int(self.config.get("num_attention_heads", 16))
-        return _FLOAT * self.max_tokens * (8 * width + 3 * inner + 2 * heads * self.max_tokens)
+        values = _FLOAT * self.max_tokens * (8 * width + 3 * inner + 2 * heads * self.max_tokens)
+        return values + _ENTRY_BYTES * int(self.config.get("vocab_size", 0))
 
 
 def _architecture(where: Path, config: Mapping[str, Any]) -> str:

@@ -14,6 +14,7 @@ MEAN, RANK = 1, 4
 # Families of which all published models were trained so that the first numbers of a vector are one by themselves.
 # Sources: the model cards of EmbeddingGemma and Qwen3-Embedding.
 NESTED = frozenset({"gemma-embedding", "qwen3"})
+_ENTRY_BYTES = 180  # A token of the vocabulary takes so much, measured with 30,522 and 120,078 of them.
 _TYPES = "token_types.weight"
 
 
@@ -59,10 +60,15 @@ class VectorFile:
 
     @property
     def workspace_bytes(self) -> int:
-        """What llama.cpp holds for a text: values of a layer, one layer's weights of attention, and its cache."""
+        """What llama.cpp holds for a text: values of a layer, one layer's weights of attention, and its cache.
+
+        Beside them are logits of all tokens, which nobody asks for, and the vocabulary.
+        """
         attention = 4 * self.shape.num_heads * self.max_tokens
         cached = self.shape.cache_bytes(1, 1) if self.header.metadata.get(self._causal, True) else 0
-        return int(self.max_tokens * (4 * self.shape.step_width + attention + cached))
+        logits = 4 * self.shape.vocab_size
+        per_token = 4 * self.shape.step_width + attention + cached + logits
+        return int(self.max_tokens * per_token) + _ENTRY_BYTES * self.shape.vocab_size
 
     @property
     def _causal(self) -> str:
