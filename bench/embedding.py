@@ -20,7 +20,7 @@ from bench import report
 from bench.compare import bundled_model
 from bench.english import english_text
 from bench.load import exclusive
-from bench.meter import process_tree
+from bench.meter import measured_cores, process_tree
 from bench.peers import end_servers_when_told
 from bench.served import serving
 from bench.sse import Answer, exchange, stream
@@ -71,14 +71,15 @@ def gaps(answer: Answer) -> dict[str, float]:
     }
 
 
-async def measure(url: str) -> dict[str, object]:
+async def measure(url: str, pid: int) -> dict[str, object]:
     await write(url, NUM_TOKENS)  # Everything is warm behind this.
     alone = await write(url, NUM_TOKENS)
     alone_s = await embed(url)
     is_over = asyncio.Event()
     writing = asyncio.create_task(write(url, MOST_TOKENS, is_over))
     await asyncio.sleep(0.5)
-    busy_s = await embed_again(url)
+    with measured_cores(pid) as cores:
+        busy_s = await embed_again(url)
     is_over.set()
     beside = gaps(await writing)
     return {
@@ -86,6 +87,7 @@ async def measure(url: str) -> dict[str, object]:
         "beside": beside,
         "texts_alone_s": round(alone_s, 2),
         "texts_beside_s": [round(one, 2) for one in busy_s] or f"more than {BESIDE_S:.0f}",
+        "cores_beside": {name: round(value, 2) for name, value in cores.items()},
         "bar_s": BAR_S,
         "met": beside["largest_gap_s"] <= BAR_S,
     }
@@ -115,7 +117,7 @@ def main() -> None:
         serving(model, Path(folder), "embedding", options) as served,
     ):
         loaded_mib = private_bytes(served.process.pid) >> 20
-        found = asyncio.run(measure(served.url))
+        found = asyncio.run(measure(served.url, served.process.pid))
         found |= {"loaded_mib": loaded_mib, "private_mib": private_bytes(served.process.pid) >> 20}
     found["planned_mib"] = taken_bytes(footprints(settings)) >> 20
     print(json.dumps(found, indent=1), f"{time.perf_counter() - began_s:.0f} s")

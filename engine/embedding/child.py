@@ -1,7 +1,7 @@
 """The process that embeds: takes texts from the socket, one message after another, and sends their vectors.
 
 It gives way to the chat model: once it is loaded, for which the chat model waits, it has the least priority that there
-is, and one thread while answers are being written.
+is, and while answers are being written one thread, which runs where nobody else does.
 The front starts it by `python -m tightrope.engine.embedding.child FD`.
 """
 
@@ -11,6 +11,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 from tightrope.backends.embedding.opening import open_embedders
@@ -37,10 +38,12 @@ def serve(
     on_end: Callable[[int], None] = lambda status: None,
     open_embedders: OpenEmbedders = open_embedders,
     on_loaded: Callable[[], None] = lambda: None,
+    on_thread: Callable[[], None] = lambda: None,
 ) -> int:
     """Embed what comes over the socket until the front closes it; return the exit status.
 
-    on_end: see Watch. on_loaded: is called before the front is told that texts are taken.
+    on_end: see Watch. on_loaded: is called before the front is told that texts are taken. on_thread: is called by the
+    thread that computes while answers are written.
     """
 
     def run(end: EngineEnd, start: Start, settings: EngineSettings, watch: Watch) -> int:
@@ -52,7 +55,8 @@ def serve(
         try:
             on_loaded()
             end.send(EmbedderReady(tuple(embedder.card for embedder in opened)))
-            _run(end, opened, compute_threads(settings.model.threads), watch)
+            with ThreadPoolExecutor(1, "beside chats", on_thread) as beside:
+                _run(end, opened, compute_threads(settings.model.threads), watch, beside)
         finally:
             for embedder in opened:
                 embedder.close()
@@ -61,13 +65,17 @@ def serve(
     return run_watched(sock, on_end, run)
 
 
-def _run(end: EngineEnd, opened: Sequence[Embedder], threads: int, watch: Watch) -> None:
+def _run(end: EngineEnd, opened: Sequence[Embedder], threads: int, watch: Watch, beside: ThreadPoolExecutor) -> None:
     activity = watch.activity()
     while (message := end.receive()) is not None:
         assert isinstance(message, Embed), f"a {type(message).__name__} out of place"
         activity.begin("texts", num_tokens=sum(map(len, message.texts)))  # A text has no more tokens than characters.
         try:
-            end.send(embedded(message, opened[message.model], threads))
+            model = opened[message.model]
+            if message.is_busy:
+                end.send(beside.submit(embedded, message, model, 1).result())
+            else:
+                end.send(embedded(message, model, threads))
         except EngineError as error:
             end.send(CallFailed(message.call_id, ErrorFrame.of(error)))
         except Exception as error:
@@ -86,11 +94,22 @@ def give_way() -> None:
             os.setpriority(os.PRIO_PROCESS, int(task.name), LEAST_PRIORITY)
 
 
+def run_where_nobody_does() -> None:
+    """Make the calling thread one that leaves the processor at once to whoever wakes up; it can't be undone.
+
+    A thread of the least priority may go on to the end of its slice, which is milliseconds: as long as a whole step of
+    a small chat model, whose threads sleep and wake up with each. On systems without such threads it does nothing.
+    """
+    with suppress(OSError, AttributeError):
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+
+
 def main() -> None:
     """Entry point of the process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the front, which closes the socket when it is done.
     log_to_stderr("info")
-    sys.exit(serve(socket.socket(fileno=int(sys.argv[1])), on_end=os._exit, on_loaded=give_way))
+    front = socket.socket(fileno=int(sys.argv[1]))
+    sys.exit(serve(front, on_end=os._exit, on_loaded=give_way, on_thread=run_where_nobody_does))
 
 
 if __name__ == "__main__":

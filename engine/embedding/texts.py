@@ -18,7 +18,7 @@ def embedded(message: Embed, embedder: Embedder, threads: int) -> Embedded:
     a backend raises besides.
     """
     texts = [_tokens(message, embedder, place) for place in range(len(message.texts))]
-    rows = embedder.run(texts, 1 if message.is_busy else threads)
+    rows = embedder.run(texts, threads)
     if not np.isfinite(rows).all():
         raise BackendFailed("the embedding model gave numbers that are none; its file may be damaged")
     if message.query is None:

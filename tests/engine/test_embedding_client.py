@@ -4,6 +4,7 @@ import asyncio
 import os
 import signal
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -77,6 +78,24 @@ async def test_while_answers_are_written_one_thread_computes():
     await client.embed(["a"], Wanted(0))
 
     assert model.threads == [2, 1]
+    await client.close()
+
+
+async def test_that_thread_leaves_the_processor_to_whoever_wakes_up():
+    is_busy = False
+    settings = EngineSettings(model=ModelSettings(embedding=embedding("file.gguf"), threads=2))
+    client = await started(EmbeddingClient(settings, lambda: is_busy))
+    assert isinstance(client.engine, ProcessHandle)
+    tasks = Path(f"/proc/{client.engine.pid}/task")
+
+    def is_there() -> bool:
+        return os.SCHED_IDLE in {os.sched_getscheduler(int(task.name)) for task in tasks.iterdir()}
+
+    before = await client.embed(["the cat"], Wanted(0))
+    assert not is_there()
+    is_busy = True
+    assert await client.embed(["the cat"], Wanted(0)) == before
+    assert is_there()
     await client.close()
 
 
