@@ -15,6 +15,7 @@ from real_server import RunningServer, run_server
 
 from tightrope.backends.locate import bundled_model
 
+LOAD_MS = 300_000  # A busy machine takes a minute to load a model.
 # It opens thoughts itself, as templates of models that always think do.
 THINKS = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -49,7 +50,7 @@ def listed(page: Page) -> list[str]:
 
 def said(server: RunningServer, model: str, text: str) -> str:
     body = {"model": model, "messages": [{"role": "user", "content": text}], **SHORT}
-    reply = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=120)
+    reply = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=LOAD_MS / 1000)
     assert reply.status_code == 200, reply.text
     return str(reply.json()["choices"][0]["message"]["content"])
 
@@ -69,7 +70,7 @@ def test_models_and_adapters_are_chosen_and_loaded_for_an_answer(
         found: dict[str, str] = {}
         for name, label in (("smol", "smol"), ("tiny", "tiny"), ("limarp", "+ limarp")):
             page.get_by_label("Model or adapter").select_option(name)
-            found[name] = ask(page, "What is a tightrope?")
+            found[name] = ask(page, "What is a tightrope?", LOAD_MS)
             expect(page.locator(f"#model option[value={name}]")).to_have_text(label)
             page.evaluate("document.getElementById('new-chat').click()")  # On a phone the list lies under the chat.
     assert found["tiny"] != found["limarp"]
@@ -84,11 +85,11 @@ def test_a_model_that_cannot_be_loaded_is_told_and_another_answers(browser: Brow
         page.get_by_label("Model or adapter").select_option("broken")
         say(page, "Hello?")
         problem = answers(page).last.get_by_role("alert")
-        expect(problem).to_contain_text("the model `broken` can't be loaded")
+        expect(problem).to_contain_text("the model `broken` can't be loaded", timeout=LOAD_MS)
         expect(page.locator("#model option[value=broken]")).to_have_text("broken (failed)")
         page.get_by_label("Model or adapter").select_option("smol")
         page.get_by_role("button", name="Try again").click()
-        is_done(page)
+        is_done(page, LOAD_MS)
         expect(problem).to_be_hidden()
         assert words(page).inner_text()
         assert [line for line in visit.problems if "500" not in line] == []
@@ -100,7 +101,7 @@ def test_thoughts_are_folded_above_the_answer(browser: Browser, tmp_path: Path):
     values = {**SHORT, "max_tokens": 40, "thinking_token_budget": 8, "ignore_eos": True}
     with run_server("--max-model-len=512", "--chat-template", str(template)) as server:
         body = {"messages": [{"role": "user", "content": "What is a tightrope?"}], **values}
-        reply = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=120)
+        reply = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=LOAD_MS / 1000)
         message = reply.json()["choices"][0]["message"]
         with chat_page(browser, server.url, values=values) as visit:
             page = visit.page

@@ -88,15 +88,15 @@ def words(page: Page) -> Locator:
     return answers(page).last.locator(".words")
 
 
-def is_done(page: Page) -> None:
+def is_done(page: Page, wait_ms: float = WAIT_MS) -> None:
     """Wait until nothing is being written."""
-    expect(page.get_by_role("button", name="Send")).to_be_visible()
+    expect(page.get_by_role("button", name="Send")).to_be_visible(timeout=wait_ms)
 
 
-def ask(page: Page, text: str) -> str:
+def ask(page: Page, text: str, wait_ms: float = WAIT_MS) -> str:
     """Say something, and wait for the whole answer."""
     count = answers(page).count()
     say(page, text)
     expect(answers(page)).to_have_count(count + 1)
-    is_done(page)
+    is_done(page, wait_ms)
     return words(page).inner_text()
