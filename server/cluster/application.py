@@ -9,13 +9,14 @@ from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
 
 from tightrope.engine.process.launch import Launcher, spawn_process
+from tightrope.server.cluster.arguments import settings_of
 from tightrope.server.cluster.front import Front
 from tightrope.server.cluster.load import POLICY
 from tightrope.server.cluster.ray_router import ROUTER
 from tightrope.server.cluster.replica import DRAIN_S, END_S, Replica
-from tightrope.server.settings.settings import ServerSettings, load_settings
+from tightrope.server.settings.settings import ServerSettings
 
-MAX_TRIES = 3  # So often a first replica that can't be loaded is tried; where others run, it is tried again and again.
+MAX_TRIES = 3  # While none has run yet so many may fail to start; where others run, it is tried again and again.
 HEALTH_S = 5.0  # Ray asks so often how a replica is; of one that dies it hears at once.
 HEAD = {"node:__internal_head__": 0.001}  # Ray's name of the node that began the cluster.
 
@@ -26,7 +27,7 @@ def build(arguments: Mapping[str, Any]) -> Application:
     arguments: options as a configuration file of ours has them, such as {"model": "...", "replicas": 4}. Raises
     SettingsError.
     """
-    settings = load_settings({name: _text(value) for name, value in arguments.items()})
+    settings = settings_of(arguments)
     front = serve.deployment(
         name="Front",
         num_replicas=1,
@@ -39,9 +40,15 @@ def build(arguments: Mapping[str, Any]) -> Application:
 
 
 def replica_application(
-    settings: ServerSettings, memory_bytes: int | None = None, launch: Launcher = spawn_process
+    settings: ServerSettings,
+    memory_bytes: int | None = None,
+    launch: Launcher = spawn_process,
+    max_tries: int = MAX_TRIES,
 ) -> Application:
-    """The replicas alone; keys stay with the front. memory_bytes: of each; None: what is free on its machine."""
+    """The replicas alone; keys stay with the front.
+
+    memory_bytes: of each; None: what is free on its machine. max_tries: see MAX_TRIES.
+    """
     cluster = settings.cluster
     most = cluster.max_replicas
     scaling: dict[str, Any] = {"num_replicas": cluster.replicas}
@@ -63,16 +70,7 @@ def replica_application(
         request_router_config=RequestRouterConfig(request_router_class=ROUTER),  # type: ignore[arg-type]  # Its keywords are of all types.
         health_check_period_s=HEALTH_S,
         graceful_shutdown_timeout_s=DRAIN_S + END_S,
-        max_constructor_retry_count=MAX_TRIES,
+        max_constructor_retry_count=max_tries,
         **scaling,
     )(Replica)
     return replica.bind(settings.model_dump_json(exclude={"api_key", "admin_key"}), memory_bytes, launch)
-
-
-def _text(value: object) -> str:
-    """A value as the command line would have it."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, list):
-        return ",".join(map(str, value))
-    return str(value)

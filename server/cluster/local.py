@@ -43,24 +43,12 @@ class LocalCluster:
         self._share = free_memory() // self._most
         self._restarts: set[asyncio.Task[Handle]] = set()
         self._deployed: asyncio.Task[Handle] | None = None
-        for name in ("ray", "ray.serve"):
-            logging.getLogger(name).setLevel(logging.WARNING)
-        ray.init(
-            address="local",
-            num_cpus=self._most * (settings.engine.model.threads or 1) + 1,
-            include_dashboard=False,
-            object_store_memory=STORE_BYTES,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            configure_logging=False,
-            namespace=NAME,
-        )
-        serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING"})
+        start_ray(self._most * (settings.engine.model.threads or 1) + 1)
 
     def close(self) -> None:
         """End all replicas, which write what rests of chats, and Ray."""
-        serve.shutdown()
-        ray.shutdown()
+        serve.delete(NAME)
+        ray.shutdown()  # Serve's own end would tell of calls that it has cut off.
 
     async def deploy(self) -> Handle:
         """Have Ray begin the replicas, if that was not asked for; returns before they are ready."""
@@ -69,7 +57,9 @@ class LocalCluster:
         return await asyncio.shield(self._deployed)
 
     def _deploy(self) -> Handle:
-        target = serve.RunTarget(replica_application(self._settings, self._share, self._launch), NAME, None)
+        each_once = self._settings.cluster.replicas
+        replicas = replica_application(self._settings, self._share, self._launch, max_tries=each_once)
+        target = serve.RunTarget(replicas, NAME, None)
         (handle,) = serve.run_many([target], wait_for_applications_running=False)
         return handle
 
@@ -114,6 +104,23 @@ class LocalCluster:
         if is_over and failure is None:
             failure = application.message or "Ray can't start the replicas"
         return number, failure, is_over
+
+
+def start_ray(num_cpus: int) -> None:
+    """Ray and Serve, as small as they can be. num_cpus: as many as the replicas ask for; Ray holds nobody to them."""
+    for name in ("ray", "ray.serve"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    ray.init(
+        address="local",
+        num_cpus=num_cpus,
+        include_dashboard=False,
+        object_store_memory=STORE_BYTES,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        configure_logging=False,
+        namespace=NAME,
+    )
+    serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING"})
 
 
 class LocalWatch:

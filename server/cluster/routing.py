@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from random import Random
 
 from tightrope.engine.errors import EngineError
@@ -13,9 +14,18 @@ from tightrope.server.cluster.digests import DigestIndex, Found
 from tightrope.server.cluster.link import Link
 from tightrope.server.cluster.load import BYTES_PER_TOKEN
 
-MAX_SESSIONS = 1 << 16  # Whose replica is remembered; each takes some 300 bytes.
+MAX_SESSIONS = 1 << 16  # Whose replica is remembered; each takes some 400 bytes.
 
 Session = tuple[str, str]  # A namespace, since names are its own, and a name.
+
+
+@dataclass(frozen=True, slots=True)
+class _Last:
+    """A session's last prompt: where it ran, the last block of it that is told, and how many tokens it had."""
+
+    replica: str
+    end: bytes | None
+    num_tokens: int
 
 
 class Router:
@@ -25,63 +35,65 @@ class Router:
         """max_waiting: requests that a replica lets wait."""
         self._index = index
         self._max_waiting = max_waiting
-        self._sessions: OrderedDict[Session, str] = OrderedDict()
+        self._sessions: OrderedDict[Session, _Last] = OrderedDict()
         self._random = Random()
 
     async def choose(self, request: GenerateRequest, links: Sequence[Link]) -> tuple[Link, int]:
         """One of these, of which there is at least one, and how many tokens it would have to read."""
         session = (request.namespace, request.session) if request.session else None
-        num_tokens, found = await self._found(request, links)
-        with_room = [link for link in links if self._has_room(link)] or links
         last = None if session is None else self._sessions.get(session)
-        name = choose(num_tokens, [_candidate(link, found, last) for link in with_room], self._random)
+        token_ids = await self._token_ids(request, links)
+        num_tokens = len(token_ids) or prompt_bytes(request.prompt) // BYTES_PER_TOKEN
+        parts = request.namespace, request.adapter, request.adapter_scale
+        found = self._index.find(token_ids, *parts)
+        candidates = [self._candidate(link, found, last) for link in links if self._has_room(link)]
+        candidates = candidates or [self._candidate(link, found, last) for link in links]
+        name = choose(num_tokens, candidates, self._random)
         if session is not None:
-            self._remember(session, name)
-        chosen = next(link for link in with_room if link.name == name)
-        return chosen, num_tokens - (found[name].cached if name in found else 0)
+            end = self._index.end_of(name, token_ids, *parts)
+            self._remember(session, _Last(name, end, len(token_ids)))
+        held = next(max(one.cached, one.session_tokens) for one in candidates if one.replica == name)
+        return next(link for link in links if link.name == name), max(0, num_tokens - held)
 
-    async def _found(self, request: GenerateRequest, links: Sequence[Link]) -> tuple[int, Mapping[str, Found]]:
-        """How many tokens the prompt has, and what of them each replica holds.
-
-        Where that can't matter its tokens are guessed, and none looked for; what can't be tokenized is for the replica
-        to refuse.
-        """
-        guessed = prompt_bytes(request.prompt) // BYTES_PER_TOKEN
-        if len(links) == 1 or self._index.is_empty:
-            return guessed, {}
+    async def _token_ids(self, request: GenerateRequest, links: Sequence[Link]) -> Sequence[int]:
+        """The prompt's tokens; none where they can't matter. What can't be tokenized is for the replica to refuse."""
+        if len(links) == 1 or (self._index.is_empty and not request.session):
+            return ()
         try:
             run = await least_busy(links).ask(
                 lambda call_id: Tokenize(call_id, request.prompt, request.adapter, request.truncate_to, is_bare=True)
             )
         except EngineError:
-            return guessed, {}
+            return ()
         assert isinstance(run, TokenRun)
-        return len(run), self._index.find(run.ids, request.namespace, request.adapter, request.adapter_scale)
+        return run.ids
+
+    def _candidate(self, link: Link, found: Mapping[str, Found], last: _Last | None) -> Candidate:
+        """last: what is known of its session."""
+        num_open, held, queued = _num_open(link), found.get(link.name, Found(0, 0)), link.queued_tokens
+        is_session = last is not None and last.replica == link.name
+        is_there = last is not None and is_session and last.end is not None and self._index.holds(link.name, last.end)
+        return Candidate(
+            link.name,
+            cached=held.cached,
+            stored=held.stored,
+            read_share=held.read_share,
+            queued_tokens=sum(queued),
+            num_queued=len(queued),
+            num_running=num_open,
+            is_full=num_open >= link.exchange.num_places,
+            is_session=is_session,
+            session_tokens=last.num_tokens if last is not None and is_there else 0,
+        )
 
     def _has_room(self, link: Link) -> bool:
         return link.exchange.num_open < link.exchange.num_places + self._max_waiting
 
-    def _remember(self, session: Session, name: str) -> None:
-        self._sessions[session] = name
+    def _remember(self, session: Session, last: _Last) -> None:
+        self._sessions[session] = last
         self._sessions.move_to_end(session)
         if len(self._sessions) > MAX_SESSIONS:
             self._sessions.popitem(last=False)
-
-
-def _candidate(link: Link, found: Mapping[str, Found], last: str | None) -> Candidate:
-    """last: where its session was."""
-    num_open, held = _num_open(link), found.get(link.name, Found(0, 0))
-    return Candidate(
-        link.name,
-        cached=held.cached,
-        stored=held.stored,
-        read_share=held.read_share,
-        queued_tokens=sum(queued := link.queued_tokens),
-        num_queued=len(queued),
-        num_running=num_open,
-        is_full=num_open >= link.exchange.num_places,
-        is_session=link.name == last,
-    )
 
 
 def _num_open(link: Link) -> int:

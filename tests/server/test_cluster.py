@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from ipaddress import ip_address
 from pathlib import Path
 
 import httpx
@@ -74,12 +75,13 @@ def test_it_says_what_it_serves_and_answers_in_all_dialects(cluster: RunningServ
 def test_nothing_listens_beyond_this_machine(cluster: RunningServer):
     processes = [psutil.Process(cluster.process.pid), *psutil.Process(cluster.process.pid).children(recursive=True)]
     listening = {
-        connection.laddr.ip
+        ip_address(connection.laddr.ip.removeprefix("::ffff:"))
         for process in processes
         for connection in process.net_connections("inet")
         if connection.status == psutil.CONN_LISTEN
     }
-    assert listening <= {"127.0.0.1", "::1"}
+    assert listening
+    assert all(address.is_loopback for address in listening)
 
 
 def test_a_chat_goes_on_where_its_tokens_are(cluster: RunningServer):
@@ -110,7 +112,6 @@ def test_a_replica_that_is_killed_in_mid_answer_changes_no_text(cluster: Running
             os.kill(process.pid, signal.SIGKILL)
         texts = ["".join(text_of(line) for line in [first, *rest]) for first, rest in zip(begun, lines, strict=True)]
     assert texts == [reply["choices"][0]["text"] for reply in undisturbed]
-    until(lambda: are_up(cluster.url))
 
 
 def text_of(line: str) -> str:
