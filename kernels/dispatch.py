@@ -30,6 +30,7 @@ from tightrope.kernels.forms.layout import AttentionSpec, LayerCache, RopeTable,
 from tightrope.kernels.forms.low_rank import AdapterRows, LowRank
 from tightrope.kernels.forms.masks import Masks
 from tightrope.kernels.forms.quantized import Nf4Matrix, QuantizedMatrix
+from tightrope.kernels.forms.ranks import SharedRanks
 from tightrope.kernels.forms.rows import Ranked
 
 log = logging.getLogger(__name__)
@@ -157,6 +158,22 @@ def decoder_layers(x: Tensor, runs: Sequence[LayerRun], adapters: AdapterRows | 
     if isinstance(kernels, native.NativeKernels):
         return kernels.decoder_layers(x, runs, adapters)
     return None
+
+
+def can_gather() -> bool:
+    """Whether ranks of this machine's CPU can gather by shared memory: see `gather`."""
+    return _native() is not None
+
+
+def gather(local: Tensor, sizes: Sequence[int], ranks: SharedRanks) -> Tensor:
+    """The columns of all ranks, local [T, sizes[rank]] each, side by side in their order: [T, sum of sizes].
+
+    On a CPU, where can_gather says so. It waits for all ranks, which must call it in the same order with the same T,
+    sizes and dtype.
+    """
+    kernels = _native()
+    assert kernels is not None
+    return kernels.gather(local, sizes, ranks)
 
 
 def can_compile() -> bool:

@@ -13,6 +13,7 @@ from tightrope.kernels.forms.layer import DecoderLayer, GatedExperts, Norm, Proj
 from tightrope.kernels.forms.layout import LayerCache, RopeTable, StepLayout
 from tightrope.kernels.forms.low_rank import AdapterRows, LowRank
 from tightrope.kernels.forms.quantized import Nf4Matrix, QuantizedMatrix, are_six_bits
+from tightrope.kernels.forms.ranks import BUFFER_BYTES, LayerSplit, SharedRanks
 
 MOST_MATRICES = 8  # No more share a call, as in cpu/quantized.h.
 WEIGHTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -31,6 +32,7 @@ Described = (
     | Nf4Matrix
     | QuantizedMatrix
     | RopeTable
+    | SharedRanks
     | StepLayout
 )
 _kept: dict[int, tuple[int, *tuple[object, ...]]] = {}  # By the id of what is described, as long as it lives.
@@ -136,7 +138,9 @@ def _(matrix: Nf4Matrix) -> tuple[structs.Nf4Matrix]:
 @_describe.register
 def _(layer: DecoderLayer) -> tuple[structs.Struct, *tuple[object, ...]]:
     kept: list[object] = []
+    split = None if layer.split is None else _split(layer.split, kept)
     struct = structs.DecoderLayer(
+        split,
         *(_projection(part, kept) for part in layer.projections),
         *map(_norm, (*layer.norms, *layer.head_norms)),
         layer.num_heads,
@@ -159,6 +163,25 @@ def _(layer: GatedExperts) -> tuple[structs.Struct, *tuple[object, ...]]:
 
     starts = described(layer.gate_up), described(layer.down)
     return structs.Experts(*starts, len(layer.down), ACTIVATIONS[layer.activation]), *kept
+
+
+@_describe.register
+def _(ranks: SharedRanks) -> tuple[structs.Ranks]:
+    return (structs.Ranks(_start(ranks.memory), BUFFER_BYTES, ranks.rank, ranks.count, ranks.spins, 0),)
+
+
+def _split(split: LayerSplit, kept: list[object]) -> int:
+    parts = (split.attended, split.out, split.middle, split.down)
+    sizes = [None if part is None else row_bytes(part, 4) for part in parts]
+    starts = (None if part is None else ctypes.addressof(part) for part in sizes)
+    struct = structs.Split(address(split.ranks), *starts)
+    kept += [*sizes, struct]
+    return ctypes.addressof(struct)
+
+
+def row_bytes(sizes: Sequence[int], itemsize: int) -> ctypes.Array[ctypes.c_int32]:
+    """The bytes that each rank has of a row, whose columns they have so many of."""
+    return (ctypes.c_int32 * len(sizes))(*(size * itemsize for size in sizes))
 
 
 def _projection(projection: Projection, kept: list[object]) -> structs.Projection:

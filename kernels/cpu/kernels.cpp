@@ -3,7 +3,7 @@
 #include "experts.h"
 
 // Raised, here and in kernels/cpu/native.py, whenever what a function takes or reads changes its meaning.
-EXPORT int tightrope_interface() { return 8; }
+EXPORT int tightrope_interface() { return 9; }
 
 // Bytes of the struct of this name; -1 if there is none.
 EXPORT int64_t tightrope_sizeof(const char* name) {
@@ -42,6 +42,11 @@ EXPORT void tightrope_rms_norm(const float* x, int64_t stride, const float* weig
 // activation: 0 silu, 1 gelu, 2 gelu_tanh
 EXPORT void tightrope_gated(const float* gate_up, float* out, int rows, int width, int activation) {
     gated(activation, gate_up, out, rows, width);
+}
+
+// local [rows, sizes[rank]] to out [rows, sum of sizes]; sizes are bytes by rank. All ranks must call it alike.
+EXPORT void tightrope_gather(Ranks* ranks, const void* local, const int32_t* sizes, int rows, void* out) {
+    meet::gather(*ranks, (const uint8_t*)local, sizes, rows, (uint8_t*)out);
 }
 
 static Adapted adapted(const low_rank::Adapter* const* adapters, const low_rank::Rows* rows) {

@@ -18,17 +18,18 @@ from torch import Tensor
 
 from tightrope.kernels import reference
 from tightrope.kernels.cpu import structs
-from tightrope.kernels.cpu.addresses import ACTIVATIONS, MOST_MATRICES, WEIGHTS, address
+from tightrope.kernels.cpu.addresses import ACTIVATIONS, MOST_MATRICES, WEIGHTS, address, row_bytes
 from tightrope.kernels.forms.layer import GatedExperts, LayerRun, Projection
 from tightrope.kernels.forms.layout import AttentionSpec, LayerCache, RopeTable, StepLayout
 from tightrope.kernels.forms.low_rank import AdapterRows, LowRank
 from tightrope.kernels.forms.masks import Masks
 from tightrope.kernels.forms.quantized import Nf4Matrix, QuantizedMatrix
+from tightrope.kernels.forms.ranks import BUFFER_BYTES, SharedRanks
 from tightrope.kernels.forms.rows import SUMS, Ranked
 
 # numbered by the library; a machine that runs one runs those before
 INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512vnni")
-INTERFACE = 8  # The number in cpu/kernels.cpp; a build that gives none is of the first.
+INTERFACE = 9  # The number in cpu/kernels.cpp; a build that gives none is of the first.
 MOST_DIMS = 256  # Heads with more are left to the reference's attention.
 MOST_LAYER_TOKENS = 64  # More go operation by operation: memory is kept, and they hide the time between calls.
 
@@ -137,6 +138,7 @@ class NativeKernels:
         self._rank = function("rank", "plplplpppp")
         self._row_sums = function("row_sums", "plplpip")
         self._decoder_layers = function("decoder_layers", "pipippppp")
+        self._gather = function("gather", "pppip")
         self._experts = function("experts", "ppppppiipp")
 
     def describe(self) -> str:
@@ -219,6 +221,17 @@ class NativeKernels:
         rows, both = gate_up.shape
         out = gate_up.new_empty(rows, both // 2)
         self._gated(gate_up.data_ptr(), out.data_ptr(), rows, both // 2, ACTIVATIONS[activation])
+        return out
+
+    def gather(self, local: Tensor, sizes: Sequence[int], ranks: SharedRanks) -> Tensor:
+        """See kernels.dispatch.gather."""
+        local = local.contiguous()
+        assert local.shape[1] == sizes[ranks.rank]
+        out = local.new_empty(len(local), sum(sizes))
+        assert out.shape[1] * out.element_size() <= BUFFER_BYTES
+        if out.numel():
+            held = row_bytes(sizes, out.element_size())
+            self._gather(address(ranks), local.data_ptr(), held, len(local), out.data_ptr())
         return out
 
     def experts(

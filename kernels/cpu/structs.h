@@ -110,7 +110,22 @@ struct Norm {
     float eps;
 };
 
+// This process among the `count` of one machine that have a part of a model each: SharedRanks in kernels/forms/ranks.py.
+struct Ranks {
+    uint8_t* memory;  // It is shared by all: an arrival of each rank, and two buffers.
+    int64_t buffer_bytes;
+    int32_t rank, count, spins;
+    uint32_t turn;  // So many meetings this rank has come to.
+};
+
+// How a layer's columns are split over ranks: the bytes that each rank has of a row [count]; null where each has all.
+struct Split {
+    Ranks* ranks;
+    const int32_t *attended, *out, *middle, *down;
+};
+
 struct DecoderLayer {
+    const Split* split;  // Null where one rank has all of the layer.
     Projection qkv, out, gate_up, down;
     Norm before_attention, after_attention, before_mlp, after_mlp, of_queries, of_keys;
     int32_t heads, window, activation;
@@ -142,6 +157,7 @@ struct Result {
 
 #define STRUCTS(each)                                                                                            \
     each(Cache, Cache) each(Rope, Rope) each(Step, Step) each(Projection, Projection) each(Norm, Norm)           \
+    each(Ranks, Ranks) each(Split, Split)                                                                        \
     each(DecoderLayer, DecoderLayer) each(Experts, Experts) each(LowRankPart, low_rank::Part)                    \
     each(LowRankAdapter, low_rank::Adapter) each(LowRankRows, low_rank::Rows) each(Matrix, quantized::Matrix)    \
     each(Nf4Matrix, quantized::Nf4Matrix) each(Masks, search::Masks) each(SearchResult, search::Result)

@@ -65,8 +65,22 @@ class Norm(Struct):
     _fields_ = (*_each(_ADDRESS, "weight"), *_each(_FLOAT, "eps"))
 
 
+class Ranks(Struct):
+    _fields_ = (
+        *_each(_ADDRESS, "memory"),
+        *_each(_LONG, "buffer_bytes"),
+        *_each(_INT, "rank count spins"),
+        ("turn", ctypes.c_uint32),
+    )
+
+
+class Split(Struct):
+    _fields_ = _each(_ADDRESS, "ranks attended out middle down")
+
+
 class DecoderLayer(Struct):
     _fields_ = (
+        *_each(_ADDRESS, "split"),
         *_each(Projection, "qkv out gate_up down"),
         *_each(Norm, "before_attention after_attention before_mlp after_mlp of_queries of_keys"),
         *_each(_INT, "heads window activation"),

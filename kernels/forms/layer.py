@@ -10,6 +10,7 @@ from tightrope.kernels.forms.column_stack import ColumnStack
 from tightrope.kernels.forms.layout import AttentionSpec, LayerCache, RopeTable, StepLayout
 from tightrope.kernels.forms.low_rank import LowRank
 from tightrope.kernels.forms.quantized import Nf4Matrix, QuantizedMatrix
+from tightrope.kernels.forms.ranks import LayerSplit
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +44,7 @@ class DecoderLayer:
     """Attention and a gated MLP on the residual stream; see `Layer` of the torch engine for the order.
 
     qkv: queries, keys and values one below the other. norms: before and after attention, before and after the MLP.
-    head_norms: of each head's queries and keys.
+    head_norms: of each head's queries and keys. num_heads: those of this rank.
     """
 
     qkv: Projection
@@ -55,6 +56,7 @@ class DecoderLayer:
     num_heads: int
     activation: str
     attention: AttentionSpec
+    split: LayerSplit | None = None  # Over ranks; None: this process has all of the layer.
 
     @property
     def projections(self) -> tuple[Projection, ...]:

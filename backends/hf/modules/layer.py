@@ -15,6 +15,7 @@ from tightrope.backends.hf.modules.mlp import MLP, GatedMLP
 from tightrope.backends.hf.modules.norm import RMSNorm
 from tightrope.kernels import dispatch
 from tightrope.kernels.forms.layer import DecoderLayer, LayerRun, Norm
+from tightrope.kernels.forms.ranks import LayerSplit
 
 
 class Layer(nn.Module):
@@ -60,8 +61,13 @@ class Layer(nn.Module):
     def _whole(self) -> DecoderLayer | None:
         """The layer as one kernel runs it, where its parts have the forms for that; read once weights are there."""
         attention, mlp = self.attention, self.mlp
-        if not isinstance(mlp, GatedMLP) or attention.current.gather is not None:
+        if not isinstance(mlp, GatedMLP):
             return None
+        split, gather = None, attention.current.gather
+        if gather is not None:
+            if gather.shared is None:
+                return None
+            split = LayerSplit(gather.shared, attention.sizes, attention.out.sizes, mlp.sizes, mlp.down.sizes)
         linears = (attention.qkv, attention.out, mlp.gate_up, mlp.down)
         qkv, out, gate_up, down = (projection(linear.weight, linear.bias, linear.adapters) for linear in linears)
         if qkv is None or out is None or gate_up is None or down is None:
@@ -76,6 +82,7 @@ class Layer(nn.Module):
             attention.num_heads,
             mlp.activation,
             attention.layer.spec,
+            split,
         )
 
 
