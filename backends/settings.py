@@ -25,6 +25,7 @@ MAX_SEQS = 128  # All of them are rows of each decoding step, and their logits a
 MAX_STEP_TOKENS = 1 << 16  # The workspace grows by each, and no kernel gains by more than some thousands.
 MIN_STEP_TOKENS = 16
 STEP_TOKENS, STEP_TOKENS_ON_CARD = 512, 2048  # Where nobody says: a card has to expand its weights for each step.
+MAX_RANKS = 8  # Of a machine's cards; each waits for the slowest of all others, hundreds of times a step.
 MAX_GPU_LAYERS = 1 << 16  # No model has so many; people write 999 or 9999 for all of them.
 MAX_CARDS = 16  # A machine has no more.
 MAX_PROPORTION = 1e6  # People write layers or GiB.
@@ -150,6 +151,12 @@ class ModelSettings(BaseModel, frozen=True, extra="forbid"):
         description="Most CPU threads, four per usable CPU or less; 0: one per physical core.",
     )
     device: str = Field("auto", description="Where the model runs: auto, cpu, cuda, or cuda:N for one card of several.")
+    tensor_parallel: int = Field(
+        0,
+        ge=-1,
+        le=MAX_RANKS,
+        description="Ranks that a model is split over, one a card; -1: all cards; 0: all where it does not fit one.",
+    )
     gpu_layers: int = Field(0, ge=-1, le=MAX_GPU_LAYERS, description="Layers on the GPU; -1 is all of them.")
     n_cpu_moe: int = Field(
         0, ge=0, le=MAX_GPU_LAYERS, description="Layers, from the first on, whose experts stay in the host's memory."
@@ -188,6 +195,13 @@ class ModelSettings(BaseModel, frozen=True, extra="forbid"):
     def step_tokens_on(self, device_type: str) -> int:
         """Most tokens in one step on a "cpu" or "cuda" device: as asked, else what is right if memory has room."""
         return self.step_tokens or (STEP_TOKENS_ON_CARD if device_type == "cuda" else STEP_TOKENS)
+
+    @field_validator("tensor_parallel", mode="before")
+    @classmethod
+    def _count_cards(cls, value: object) -> object:
+        """TGI's launcher says whether a model is split, beside into how many parts."""
+        words = {"all": -1, "true": -1, "false": 1}
+        return words.get(value.lower(), value) if isinstance(value, str) else value
 
     @field_validator("tensor_split", mode="before")
     @classmethod

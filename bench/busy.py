@@ -39,7 +39,7 @@ def load_own(path: Path, threads: int) -> tuple[Backend, Threads]:
 
     settings = ModelSettings(model=str(path), max_model_len=1024, threads=threads, cache=CacheSettings(tokens=8192))
     backend = HFBackend(path, settings, lambda share: None)
-    return backend, backend.runner._threads
+    return backend, backend._part.own.threads
 
 
 def load_llama(path: Path, threads: int) -> tuple[Backend, Threads]:

@@ -26,6 +26,7 @@ from bench import report
 from bench.english import NAME, english_text
 from tightrope.backends.hf.backend import HFBackend
 from tightrope.backends.hf.run.variants import CacheVariant
+from tightrope.backends.hf.runner import ModelRunner
 from tightrope.backends.protocol import Chunk
 from tightrope.backends.settings import CacheSettings, ModelSettings
 from tightrope.engine.perplexity import Score, compare, cut_windows, window_bos
@@ -48,6 +49,7 @@ class AfterRotation(CacheVariant):
     def forward(self, chunks: Sequence[Chunk]) -> Tensor:
         """See Backend."""
         inputs, runner = self.inputs(chunks), self.runner
+        assert isinstance(runner, ModelRunner), "one rank has all of the model"
         step, tables = inputs.layout.to(runner.model.device), runner.tables(inputs)
         back = {name: _reversed(table) for name, table in tables.items()}
         rope_of = {id(c): layer.rope for c, layer in zip(runner.caches, runner.model.layers, strict=True)}

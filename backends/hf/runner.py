@@ -3,18 +3,58 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from tightrope.backends.hf.load.model import LoadedModel
 from tightrope.backends.hf.run.device_errors import failing_as
+from tightrope.backends.hf.run.factors import factors_of
 from tightrope.backends.hf.run.graphs import DecodeGraphs
 from tightrope.backends.hf.run.rotary import RotarySets
 from tightrope.backends.hf.run.steps import StepInputs
 from tightrope.backends.sharing import Threads
 from tightrope.kernels import dispatch
-from tightrope.kernels.forms.layout import LayerCache, RopeTable
+from tightrope.kernels.forms.layout import CacheFormat, LayerCache, RopeTable
+
+
+class Runner(Protocol):
+    """Runs a model's steps over caches: on one device, or on several at once. See ModelRunner."""
+
+    @property
+    def model(self) -> LoadedModel: ...
+
+    @property
+    def caches(self) -> Sequence[LayerCache]: ...
+
+    @property
+    def key_factors(self) -> list[Tensor]: ...
+
+    @property
+    def formats(self) -> list[CacheFormat]: ...
+
+    def beside(self, caches: Sequence[LayerCache]) -> "Runner": ...
+
+    def found_factors(self) -> list[Tensor]: ...
+
+    def record_decode(self, max_num_seqs: int, max_model_len: int, progress: Callable[[float], None]) -> None: ...
+
+    def run(self, inputs: StepInputs) -> Tensor: ...
+
+    def copy_pages(self, copies: Sequence[tuple[int, int]], *, are_windowed: bool) -> None: ...
+
+    def copy_slots(self, sources: Tensor, targets: Tensor) -> None: ...
+
+    def read_pages(self, numbers: Sequence[int], window_numbers: Sequence[int]) -> Tensor: ...
+
+    def write_pages(
+        self,
+        stored: Tensor,
+        shape: tuple[int, int],
+        pages: Sequence[tuple[int, int]],
+        windows: Sequence[tuple[int, int]],
+    ) -> None: ...
 
 
 class ModelRunner:
@@ -44,6 +84,20 @@ class ModelRunner:
     def beside(self, caches: Sequence[LayerCache]) -> "ModelRunner":
         """Another runner of the same weights, with other caches; it records no graphs."""
         return ModelRunner(self.model, caches, self.rotary, self._threads, self._scratch)
+
+    def found_factors(self) -> list[Tensor]:
+        """Each layer's key factors [Hkv, D] by what its f16 cache holds: see factors_of."""
+        return factors_of(self.model.layers, self.caches)
+
+    @property
+    def key_factors(self) -> list[Tensor]:
+        """By what the keys of each cache are divided, of all of a layer's KV heads, [Hkv, D] float32 on the CPU."""
+        return [cache.key_factor.cpu() for cache in self.caches]
+
+    @property
+    def formats(self) -> list[CacheFormat]:
+        """Those of the caches, of all of a layer's KV heads."""
+        return [cache.format for cache in self.caches]
 
     def record_decode(self, max_num_seqs: int, max_model_len: int, progress: Callable[[float], None]) -> None:
         """Record steps of one token a sequence as CUDA graphs, to be played back from now on: see DecodeGraphs."""

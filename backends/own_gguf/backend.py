@@ -11,13 +11,15 @@ from tightrope.backends.hf.load.inspection import Inspect
 from tightrope.backends.own_gguf.inspection import inspect
 from tightrope.backends.settings import ModelSettings
 
+SOURCE = inspect.__module__  # Where other ranks find a file, too.
+
 
 def open_own(
     path: Path, settings: ModelSettings, progress: Callable[[float], None], inspect: Inspect = inspect
 ) -> HFBackend:
     """Load a file, calling `progress` with the share done. Raises BackendError, having freed everything."""
     with ValueScan(read_header(path)) as scan:
-        backend = HFBackend(path, settings, progress, inspect)
+        backend = HFBackend(path, settings, progress, inspect, SOURCE)
         try:
             scan.finish()
         except BackendError:

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from bench.gpu.run import Row, Run, tried
 from bench.small_models import write_model
-from tightrope.backends.hf import backend as hf
 from tightrope.backends.hf.backend import HFBackend
+from tightrope.backends.hf.part import Part
 from tightrope.backends.hf.run import graphs
 from tightrope.backends.hf.run.graphs import CudaCapture
 from tightrope.backends.protocol import Chunk
@@ -92,7 +92,7 @@ def opened(folder: Path, device: str, *, is_recorded: bool, by_triton: bool = Tr
     )
     Capture.num_made = 0
     with ExitStack() as stack:
-        stack.enter_context(patch.object(hf, "_can_be_recorded", lambda *_: is_recorded))
+        stack.enter_context(patch.object(Part, "can_be_recorded", is_recorded))
         stack.enter_context(patch.object(graphs, "CudaCapture", Capture))
         if by_triton and device == "cpu":
             stack.enter_context(patch.object(dispatch, "_kernels_for", lambda x: ops))

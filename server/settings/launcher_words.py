@@ -47,16 +47,15 @@ def refused(remark: str, *harmless: str, is_flag: bool = False) -> Word:
     return Word("refused", remark, harmless=harmless, is_flag=is_flag)
 
 
-_ONE_CARD = "a model's folder runs on one card, and a GGUF file's layers are spread over several without it"
-_ONE_PROCESS = "one process runs the model, and nothing of it listens on a port or socket"
+_ONE_PROCESS = "ranks of a model are processes of one engine, and nothing of them listens on a port or socket"
 _CONTINUOUS = "a prompt is taken in beside the answers under way, so that batches don't wait to be filled"
 
 WORDS: Mapping[str, Word] = {  # They stand in the order of the launcher's own page.
     "model-id": taken("model", "without it the bundled demo model is served"),
     "revision": taken("revision"),
     "validation-workers": idle("texts are read by as many threads as are of use"),
-    "sharded": refused(f"{_ONE_CARD}; leave it out, or give false", "false"),
-    "num-shard": refused(f"{_ONE_CARD}; leave it out, or give 1", "1"),
+    "sharded": taken("tensor-parallel", "true is all cards, false is one; a number by num-shard counts instead"),
+    "num-shard": taken("tensor-parallel", "llama.cpp spreads the layers of its GGUF files over cards without it"),
     "quantize": taken("quantize", "a model in another format is refused: nothing is quantized while loading"),
     "speculate": idle("there is no speculation, which would change the speed alone"),
     "dtype": taken("dtype", "for folders on a card: elsewhere it changes nothing, which a line at the start tells"),
@@ -120,6 +119,9 @@ def variable(word: str) -> str:
 def from_environment(environ: Mapping[str, str]) -> dict[str, str]:
     """What the launcher's variables say, by their words. An empty one isn't set, but for the key, which protects."""
     values = {word: environ[variable(word)] for word in WORDS if variable(word) in environ and word != "env"}
+    number = values.get("num-shard")
+    if number and (values.get("sharded", "").lower() in OFF) == (number == "1"):
+        values.pop("sharded", None)  # Both say the same, and the number says it better.
     return {word: value for word, value in values.items() if _is_given(word, value)}
 
 

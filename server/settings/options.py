@@ -266,6 +266,14 @@ OPTIONS: Mapping[str, Option] = {
         "N",
         ("-t",),
     ),
+    "tensor-parallel": Option(
+        (*_MODEL, "tensor_parallel"),
+        "speed",
+        "cards, or ranks on a CPU, that each layer of a model is split over, or all (default: one card, or all where "
+        "the model does not fit one)",
+        "N",
+        ("-tp", "--tensor-parallel-size", "--num-shard", "--sharded"),
+    ),
     "dtype": Option(
         (*_MODEL, "dtype"),
         "speed",

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from types import ModuleType
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from tightrope.backends.errors import DeviceLost, OutOfMemory
 from tightrope.backends.hf import backend as hf
+from tightrope.backends.hf import part
 from tightrope.backends.hf.backend import HFBackend
 from tightrope.backends.hf.run import device_errors
 from tightrope.backends.settings import CacheSettings, ModelSettings
@@ -87,12 +89,18 @@ def test_a_device_that_is_lost_in_a_step_ends_the_loop(backend: HFBackend, monke
         written(make_core(backend), "old")
 
 
-@pytest.mark.parametrize(("part", "work"), [("build", "loading the model"), ("key_factors", "setting up the cache")])
-def test_a_load_that_finds_no_memory_is_refused_in_one_line(part: str, work: str, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(
+    ("module", "name", "work"),
+    [(part, "build", "loading the model"), (hf, "key_factors", "setting up the cache")],
+    ids=["weights", "cache"],
+)
+def test_a_load_that_finds_no_memory_is_refused_in_one_line(
+    module: ModuleType, name: str, work: str, monkeypatch: pytest.MonkeyPatch
+):
     def fails(*given: object) -> None:
         raise NO_MEMORY
 
-    monkeypatch.setattr(hf, part, fails)
+    monkeypatch.setattr(module, name, fails)
 
     with pytest.raises(OutOfMemory) as caught:
         HFBackend(ADAPTERS / "llama-bf16", SETTINGS, lambda share: None)

@@ -33,6 +33,8 @@ VALUES: dict[str, tuple[str, object]] = {
     "model-id": ("org/name", "org/name"),
     "revision": ("refs/pr/2", "refs/pr/2"),
     "quantize": ("gptq", "gptq"),
+    "sharded": ("true", -1),
+    "num-shard": ("4", 4),
     "dtype": ("float16", "float16"),
     "max-concurrent-requests": ("7", 7),
     "max-best-of": ("3", 3),
@@ -202,8 +204,8 @@ def test_the_file_may_ask_for_the_variables(tmp_path: Path):
 @pytest.mark.parametrize(
     "flags",
     [
-        ["--num-shard", "2"],
-        ["--num-shard=1", "--port", "0", "--sharded=true"],
+        ["--num-shard", "9"],
+        ["--num-shard=1", "--port", "0", "--ngrok"],
         ["--ngrok"],
         ["-e", "-g", "90", "--json-output", "--kv-cache-dtype", "fp8_e5m2"],
     ],
@@ -212,7 +214,7 @@ def test_flags_are_refused_before_anything_starts(flags: list[str], capsys: pyte
     assert run(["serve", *flags]) == 2
 
     line = capsys.readouterr().err
-    assert re.fullmatch(r"tightrope: --(num-shard|sharded|ngrok|kv-cache-dtype): [^\n]+\n", line)
+    assert re.fullmatch(r"tightrope: --(tensor-parallel|ngrok|kv-cache-dtype): [^\n]+\n", line)
 
 
 def test_an_origin_may_be_named_once_for_each_page():

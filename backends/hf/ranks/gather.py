@@ -14,8 +14,11 @@ from tightrope.backends.tensor_parallel import Share
 from tightrope.backends.threads import usable_cpus
 from tightrope.kernels import dispatch
 from tightrope.kernels.forms.ranks import SharedRanks, shared_bytes
+from tightrope.processes import set_variables
 
 Way = Literal["shared", "gloo", "nccl"]
+# Ranks of one machine have no business on its network.
+LOCAL = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
 SPINS, FEW_SPINS = 5000, 50  # Some 100 microseconds, as long as an operation of another rank; with too few CPUs one.
 # Longer than a step may take: who watches steps ends an engine that stands still long before.
 PATIENCE = timedelta(days=1)
@@ -71,8 +74,7 @@ class GroupGather:
     shared: SharedRanks | None = None
 
     def __init__(self, share: Share, way: Way, store: str, device: torch.device) -> None:
-        for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-            os.environ.setdefault(name, "lo")  # Ranks of one machine have no business on its network.
+        set_variables(LOCAL)
         self.share = share
         card = device if device.type == "cuda" else None
         dist.init_process_group(

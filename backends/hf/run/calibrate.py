@@ -6,20 +6,17 @@ share it. Divided so, all channels are of one size, and the attention kernels mu
 
 from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor
 
 from tightrope.backends.hf.cache.pages import PagedKVCache
 from tightrope.backends.hf.load.model import LoadedModel
 from tightrope.backends.hf.run.steps import StepBuilder
-from tightrope.backends.hf.runner import ModelRunner
+from tightrope.backends.hf.runner import Runner
 from tightrope.backends.hf.workspace import CALIBRATION_TOKENS
 from tightrope.backends.protocol import Chunk, Tokenizer
 from tightrope.kernels.forms.layout import PAGE, CacheFormat, LayerCache
 
-RunnerOver = Callable[[Sequence[LayerCache]], ModelRunner]
-# No factor is smaller than this share of its head's largest, as a channel may lie still in this text alone.
-SMALLEST = 1e-3
+RunnerOver = Callable[[Sequence[LayerCache]], Runner]
 
 TEXT = """\
 The ferry left at seven, when the harbour was still grey and the gulls sat in a row along the wall. Marta had brought \
@@ -65,15 +62,13 @@ def key_factors(
     num_pages = -(-len(token_ids) // PAGE)  # None for a vocabulary without these letters.
     formats = [CacheFormat("f16", layer.num_kv_heads, layer.head_dim) for layer in layers]
     caches = [LayerCache.allocate(format, num_pages, device) for format in formats]
+    runner = runner_over(caches)
     if token_ids:
-        _run(runner_over(caches), token_ids, PagedKVCache(num_pages), steps, step_tokens)
-    return [
-        cache.key_factor if layer.rope is None or not token_ids else _factors(cache.key_codes)
-        for layer, cache in zip(layers, caches, strict=True)
-    ]
+        _run(runner, token_ids, PagedKVCache(num_pages), steps, step_tokens)
+    return runner.found_factors()
 
 
-def _run(runner: ModelRunner, token_ids: Sequence[int], kv: PagedKVCache, steps: StepBuilder, step_tokens: int) -> None:
+def _run(runner: Runner, token_ids: Sequence[int], kv: PagedKVCache, steps: StepBuilder, step_tokens: int) -> None:
     """Store the keys and values of all tokens; no logits are computed."""
     kv.open(0, token_ids, "")
     kv.reserve(0, len(token_ids))
@@ -81,10 +76,3 @@ def _run(runner: ModelRunner, token_ids: Sequence[int], kv: PagedKVCache, steps:
         part = token_ids[start : start + step_tokens]
         runner.run(steps.build([Chunk(0, part, start, "none")], kv))
         kv.commit(0, start, part)
-
-
-def _factors(keys: Tensor) -> Tensor:
-    """Factors [Hkv, D] float32 of cached keys [P, Hkv, PAGE, D]; places that hold nothing are zero."""
-    largest = keys.float().abs().amax((0, 2))
-    floor = SMALLEST * largest.amax(-1, keepdim=True)
-    return torch.where(floor > 0, largest.maximum(floor), 1.0)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tightrope.backends.hf.run.calibrate import key_factors
 from tightrope.backends.hf.run.steps import StepBuilder, StepInputs
-from tightrope.backends.hf.runner import ModelRunner
+from tightrope.backends.hf.runner import Runner
 from tightrope.backends.holdings import Holdings
 from tightrope.backends.protocol import Backend, Chunk, KVCache, KVUsage
 from tightrope.backends.reuse import Accepts, Reuse, Wanted, always
@@ -20,7 +20,7 @@ Inputs = Callable[[Sequence[Chunk]], StepInputs]
 class CacheVariants:
     """Backends that share the weights and the books of one, each with a runner of its own."""
 
-    def __init__(self, base: Backend, runner: ModelRunner, steps: StepBuilder, inputs: Inputs) -> None:
+    def __init__(self, base: Backend, runner: Runner, steps: StepBuilder, inputs: Inputs) -> None:
         """runner, steps: those of `base`. inputs: its books' view of a step that it has just run."""
         self._base, self._runner, self._steps, self._inputs = base, runner, steps, inputs
 
@@ -32,7 +32,7 @@ class CacheVariants:
         """A backend whose layers are cached so, [num_layers]. Without factors keys are quantized as they are."""
         return CacheVariant(self._base, self.runner(dtypes, has_factors=has_factors), self._inputs)
 
-    def runner(self, dtypes: Sequence[CacheDtype], *, has_factors: bool = True) -> ModelRunner:
+    def runner(self, dtypes: Sequence[CacheDtype], *, has_factors: bool = True) -> Runner:
         """The runner of such a backend."""
         first = self._runner
         caches = [
@@ -64,7 +64,7 @@ class CacheVariant:
     The base must have opened the sequences, without reuse, and not yet have committed the step.
     """
 
-    def __init__(self, base: Backend, runner: ModelRunner, inputs: Inputs) -> None:
+    def __init__(self, base: Backend, runner: Runner, inputs: Inputs) -> None:
         self.runner, self.inputs = runner, inputs
         self.tokenizer, self.capabilities, self.adapters = base.tokenizer, base.capabilities, base.adapters
         self.kv: KVCache = _BaseBooks(base.kv)

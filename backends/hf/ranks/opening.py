@@ -1,0 +1,81 @@
+"""How many ranks a model has, and which devices: as asked, and else one where it fits, or all cards that there are."""
+
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from tightrope.backends.devices import faults
+from tightrope.backends.errors import BackendError, DoesNotFit
+from tightrope.backends.hf.load.inspection import Inspect
+from tightrope.backends.hf.part import Part
+from tightrope.backends.hf.ranks.team import Team
+from tightrope.backends.settings import MAX_RANKS, ModelSettings
+from tightrope.backends.threads import usable_cpus
+
+Opened = TypeVar("Opened", Part, Team)
+
+
+def open_part(
+    path: Path, settings: ModelSettings, device: torch.device, inspect: Inspect, source: str
+) -> tuple[Part | Team, list[str]]:
+    """The model found and planned, in one rank or several, and lines for the start.
+
+    source: the module whose `inspect` finds the same in other ranks. Raises BackendError, and DoesNotFit where no
+    way of holding it fits.
+    """
+    if (asked := num_asked(settings, device)) > 1:
+        devices = asked_devices(settings, device, asked)
+        return _planned(Team(path, settings, devices, source), settings), [_asked_line(device, asked)]
+    num_cards = faults.num_cards() if device.type == "cuda" and not settings.device.startswith("cuda:") else 1
+    try:
+        part = _planned(Part(path, settings, device, inspect), settings)
+    except DoesNotFit as error:
+        if asked or num_cards < 2:
+            raise
+        count = min(num_cards, MAX_RANKS)
+        why = f"devices: {count} cards, a rank of the model on each, as one does not hold it: {error}"
+        return _planned(Team(path, settings, _cards(count), source), settings), [why]
+    return part, [f"devices: {device} of {num_cards} cards, as it holds the model"] if num_cards > 1 else []
+
+
+def _planned(part: Opened, settings: ModelSettings) -> Opened:
+    """The same with its plan made, or closed where there is none."""
+    try:
+        part.make_plan(settings)
+    except BaseException:
+        part.close()
+        raise
+    return part
+
+
+def num_asked(settings: ModelSettings, device: torch.device) -> int:
+    """How many ranks --tensor-parallel asks for; 0 where it doesn't say."""
+    if settings.tensor_parallel >= 0:
+        return settings.tensor_parallel
+    return min(faults.num_cards(), MAX_RANKS) if device.type == "cuda" else 1
+
+
+def asked_devices(settings: ModelSettings, device: torch.device, count: int) -> list[torch.device]:
+    """A device for each of `count` ranks. Raises BackendError where there are too few."""
+    if device.type == "cpu":
+        return [device] * count
+    if settings.device.startswith("cuda:"):
+        raise BackendError(
+            f"--tensor-parallel {count} takes cards from cuda:0 on, and --device {settings.device} is one card; leave "
+            "it out, and name the cards that may be used by CUDA_VISIBLE_DEVICES"
+        )
+    if (num_cards := faults.num_cards()) < count:
+        raise BackendError(f"--tensor-parallel {count}: torch finds {num_cards} card{'s' * (num_cards > 1)}")
+    return _cards(count)
+
+
+def _cards(count: int) -> list[torch.device]:
+    return [torch.device("cuda", number) for number in range(count)]
+
+
+def _asked_line(device: torch.device, count: int) -> str:
+    if device.type != "cpu":
+        return f"devices: {count} cards, a rank of the model on each, as asked"
+    crowded = f", more than the {len(usable_cpus())} CPUs" if count > len(usable_cpus()) else ""
+    return f"devices: {count} ranks of the model on this CPU, as asked{crowded}"
