@@ -1,12 +1,13 @@
 """Ranks of a model give the bits of one: every format, family, cache and adapter, in prompts, pieces and batches."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from checkout import ADAPTERS, FORMATS
 from gguf_of_models import write_gguf
-from hf_models import smollm2_bf16
+from hf_models import gemma3_bf16, smollm2_bf16
 from ranks_in_threads import Ranks, build_ranks, rows_of, stored
 from safetensors.torch import load_file
 from test_adapter_tables import CONFIGS, adapted
@@ -15,6 +16,7 @@ from test_hf_families import FAMILIES, write
 from test_own_gguf import FAMILIES as GGUF_FAMILIES
 from test_own_gguf import MIXTURES, WIDE, random_blocks, random_model
 from test_own_gguf import Family as GgufFamily
+from test_quant_loading import EXL2_5, GPTQ_V2, changed
 from torch import Tensor
 
 from tightrope.backends.adapters import AdapterRoom
@@ -26,6 +28,7 @@ from tightrope.backends.own_gguf.inspection import inspect
 from tightrope.backends.rope.scaling import resolve_rope
 from tightrope.backends.settings import ModelSettings, RopeSettings
 from tightrope.backends.tensor_parallel import Share
+from tightrope.kernels import dispatch
 from tightrope.kernels.forms.layout import CacheDtype
 
 PLAIN = ("llama-bf16", "llama-untied-bf16", "mixtral-bf16")
@@ -81,6 +84,36 @@ def test_ranks_give_the_bits_of_one_in_every_format(name: str, count: int):
 @pytest.mark.parametrize("dtype", ["q8", "q4", "f16"])
 def test_ranks_that_share_a_head_of_keys_cache_the_same(dtype: CacheDtype):
     assert_same(of_folder(folder_of("llama-bf16"), 1), of_folder(folder_of("llama-bf16"), 4), dtype)
+
+
+@pytest.mark.parametrize("is_wanted", [True, False])
+def test_ranks_give_the_bits_of_one_whatever_order_batches_have(is_wanted: bool):
+    dispatch.set_batch_invariant(is_wanted=is_wanted)
+    try:
+        assert_same(of_folder(folder_of("llama-bf16"), 1), of_folder(folder_of("llama-bf16"), 3))
+    finally:
+        dispatch.set_batch_invariant(is_wanted=False)
+
+
+@pytest.mark.parametrize("name", [EXL2_5, GPTQ_V2])
+def test_ranks_cut_what_a_model_fuses_where_files_have_its_parts_and_where_they_do_not(name: str, tmp_path: Path):
+    """Phi-3 fuses qkv_proj and gate_up_proj, which EXL2's converter splits."""
+    config = {"model_type": "phi3", "architectures": ["Phi3ForCausalLM"], "pad_token_id": 0}
+    folder = changed(name, tmp_path, fuse if name == GPTQ_V2 else lambda tensors: None, **config)
+
+    assert_same(of_folder(folder, 1), of_folder(folder, 3))
+
+
+def fuse(tensors: dict[str, Tensor]) -> None:
+    """Projections side by side, with the order of inputs of the first."""
+    fused = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+    for whole, parts in fused.items():
+        for module in sorted({name.rpartition(".")[0] for name in tensors if name.endswith(f".{parts[0]}.qweight")}):
+            prefix = module.removesuffix(parts[0])
+            for kind in ("qweight", "qzeros", "scales"):
+                tensors[f"{prefix}{whole}.{kind}"] = torch.cat([tensors.pop(f"{prefix}{p}.{kind}") for p in parts], 1)
+            order, *_ = [tensors.pop(f"{prefix}{part}.g_idx") for part in parts]
+            tensors[f"{prefix}{whole}.g_idx"] = order
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -162,9 +195,8 @@ def test_ranks_give_the_bits_of_one_for_each_type_of_blocks(name: str, is_tied: 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 3, 4])
-@pytest.mark.parametrize("form", ["folder", "file"])
-def test_ranks_of_the_real_smollm2_give_the_bits_of_one(form: str, count: int):
-    if form == "folder":
-        assert_same(of_folder(smollm2_bf16(), 1), of_folder(smollm2_bf16(), count))
-    else:
-        assert_same(of_file(bundled_model(), 1), of_file(bundled_model(), count))
+@pytest.mark.parametrize("model", [smollm2_bf16, bundled_model, gemma3_bf16])
+def test_ranks_of_real_models_give_the_bits_of_one(model: Callable[[], Path], count: int):
+    of = of_folder if model().is_dir() else of_file
+
+    assert_same(of(model(), 1), of(model(), count))
