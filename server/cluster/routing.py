@@ -13,10 +13,11 @@ from tightrope.server.cluster.choosing import Candidate, choose
 from tightrope.server.cluster.digests import DigestIndex, Found
 from tightrope.server.cluster.link import Link
 from tightrope.server.cluster.load import BYTES_PER_TOKEN
+from tightrope.server.cluster.text_ends import ends_of
 
 MAX_SESSIONS = 1 << 16  # Whose replica is remembered; each takes some 400 bytes.
 
-Session = tuple[str, str]  # A namespace, since names are its own, and a name.
+Session = tuple[str, str | int]  # A namespace, and in it a name that a client gives, or the end of a text.
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,18 +41,18 @@ class Router:
 
     async def choose(self, request: GenerateRequest, links: Sequence[Link]) -> tuple[Link, int]:
         """One of these, of which there is at least one, and how many tokens it would have to read."""
-        session = (request.namespace, request.session) if request.session else None
-        last = None if session is None else self._sessions.get(session)
         token_ids = await self._token_ids(request, links)
+        sessions = _sessions(request, token_ids)
+        last = next((last for session in reversed(sessions) if (last := self._sessions.get(session))), None)
         num_tokens = len(token_ids) or prompt_bytes(request.prompt) // BYTES_PER_TOKEN
         parts = request.namespace, request.adapter, request.adapter_scale
         found = self._index.find(token_ids, *parts)
         candidates = [self._candidate(link, found, last) for link in links if self._has_room(link)]
         candidates = candidates or [self._candidate(link, found, last) for link in links]
         name = choose(num_tokens, candidates, self._random)
-        if session is not None:
+        if sessions:
             end = self._index.end_of(name, token_ids, *parts)
-            self._remember(session, _Last(name, end, len(token_ids)))
+            self._remember(sessions[-1], _Last(name, end, len(token_ids)))
         held = next(max(one.cached, one.session_tokens) for one in candidates if one.replica == name)
         return next(link for link in links if link.name == name), max(0, num_tokens - held)
 
@@ -94,6 +95,13 @@ class Router:
         self._sessions.move_to_end(session)
         if len(self._sessions) > MAX_SESSIONS:
             self._sessions.popitem(last=False)
+
+
+def _sessions(request: GenerateRequest, token_ids: Sequence[int]) -> list[Session]:
+    """What a request's session may be remembered as, the latest at the end, as which it is to be remembered."""
+    if request.session:
+        return [(request.namespace, request.session)]
+    return [(request.namespace, end) for end in ends_of(token_ids)]
 
 
 def _num_open(link: Link) -> int:

@@ -85,6 +85,17 @@ async def test_a_session_stays_on_its_replica():
         assert len(places) == 1
 
 
+async def test_a_chat_without_a_name_stays_where_it_was_though_it_loses_its_beginning():
+    async with cluster("a", "b", "c", launch=fake_thread) as running:
+        await answer(running.pool, ask("first", "Something is told of, so that tokens are asked for.", 4))
+        places, chat = set(), "The chat so far, which fills its window, and of which the oldest is left out. " * 3
+        for turn in range(6):
+            deltas, first, place = await begun(running, ask(f"r{turn}", chat, 20))
+            chat = chat[30:] + await rest(deltas, first) + f" And then, for the {turn}. time?"
+            places.add(place)
+        assert len(places) == 1
+
+
 async def test_a_prompt_goes_where_its_beginning_is_cached():
     async with cluster("a", "b", "c", launch=fake_thread) as running:
         chat = "The chat so far, which is long enough to be told of. " * 4
