@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, Field, field_validator
+from pydantic import BaseModel, Field, ValidatorFunctionWrapHandler, field_validator
 
 from tightrope.backends.reuse import CacheReuse
 from tightrope.backends.threads import most_threads, usable_cpus
@@ -28,6 +28,7 @@ STEP_TOKENS, STEP_TOKENS_ON_CARD = 512, 2048  # Where nobody says: a card has to
 MAX_RANKS = 8  # Of a machine's cards; each waits for the slowest of all others, hundreds of times a step.
 MAX_GPU_LAYERS = 1 << 16  # No model has so many; people write 999 or 9999 for all of them.
 MAX_CARDS = 16  # A machine has no more.
+MAX_CARD_GIB = 1024.0  # A card with a TiB is yet to be built.
 MAX_PROPORTION = 1e6  # People write layers or GiB.
 MAX_ADAPTER_MIB = 1 << 20  # Large machines have about a TiB in all.
 MAX_HOST_MIB = 1 << 22  # So has what is beside the cache; 4 TiB are more than any has.
@@ -162,6 +163,11 @@ class ModelSettings(BaseModel, frozen=True, extra="forbid"):
         0, ge=0, le=MAX_GPU_LAYERS, description="Layers, from the first on, whose experts stay in the host's memory."
     )
     split_mode: SplitMode = Field("layer", description="How llama.cpp shares a GGUF file out among several cards.")
+    gpu_split: (
+        Literal["auto"] | tuple[Annotated[float, Field(ge=0, le=MAX_CARD_GIB, allow_inf_nan=False)], ...] | None
+    ) = Field(
+        None, description="How much of each card the layers of a folder's model take, in GiB; auto: what is free."
+    )
     tensor_split: tuple[Annotated[float, Field(ge=0, le=MAX_PROPORTION, allow_inf_nan=False)], ...] = Field(
         (), max_length=MAX_CARDS, description="In which proportions it does; none: by what each has free."
     )
@@ -203,11 +209,11 @@ class ModelSettings(BaseModel, frozen=True, extra="forbid"):
         words = {"all": -1, "true": -1, "false": 1}
         return words.get(value.lower(), value) if isinstance(value, str) else value
 
-    @field_validator("tensor_split", mode="before")
+    @field_validator("tensor_split", "gpu_split", mode="before")
     @classmethod
     def _split_numbers(cls, value: object) -> object:
         """The environment and the command line give numbers as one text, with commas; a file may give one alone."""
-        if isinstance(value, str):
+        if isinstance(value, str) and value != "auto":
             return tuple(part.strip() for part in value.split(","))
         return (value,) if isinstance(value, int | float) else value
 
@@ -217,6 +223,19 @@ class ModelSettings(BaseModel, frozen=True, extra="forbid"):
         if value and not any(value):
             raise ValueError("a card must get something: at least one number above 0")
         return value
+
+    @field_validator("gpu_split", mode="wrap")
+    @classmethod
+    def _check_split(cls, value: object, read: ValidatorFunctionWrapHandler) -> object:
+        try:
+            found = read(value)
+        except ValueError:
+            found = ()
+        if found is not None and found != "auto" and not (0 < len(found) <= MAX_CARDS and any(found)):
+            raise ValueError(
+                f"should be auto, or GiB for each card with commas between, such as 20,24, each up to {MAX_CARD_GIB:g}"
+            )
+        return found
 
     @field_validator("device")
     @classmethod

@@ -318,6 +318,12 @@ def _half_bytes(header: Header, cards: Sequence[Card]) -> int:
 def memory_of(settings: ModelSettings, memory_bytes: int | None, device_bytes: tuple[int, ...] | None) -> Memory:
     """What is free here, or what is named instead: bytes of the host's memory, all of which may be filled, and bytes
     that a driver would call free on each card. Raises BackendError."""
+    count = settings.tensor_parallel
+    if count > 1 or (count < 0 and settings.gpu_layers):
+        raise BackendError(
+            f"--tensor-parallel {count if count > 0 else 'all'}: llama.cpp, which runs this GGUF file, has no ranks; "
+            "--gpu-layers -1 --split-mode row shares each matrix out among cards"
+        )
     host = free_memory(settings.keep_free_mib) if memory_bytes is None else grossed_up(memory_bytes)
     if device_bytes is None:
         return Memory(host, cards_for(settings), unused(settings, look()) if memory_bytes is None else "")

@@ -69,6 +69,11 @@ def read_model(path: Path, settings: ModelSettings) -> Header:
 
 def _check_cards(settings: ModelSettings) -> None:
     """Raise BackendError for options about several cards that say nothing together with the others."""
+    if settings.gpu_split is not None:
+        raise BackendError(
+            f"--gpu-split {written(settings.gpu_split)}: it lays out a folder's model; a GGUF file's layers go to "
+            "cards by --gpu-layers -1, and are shared out among them by --tensor-split"
+        )
     shares = written(settings.tensor_split)
     given = [f"--tensor-split {shares}"] if shares else []
     given += [] if settings.split_mode == "layer" else [f"--split-mode {settings.split_mode}"]

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,12 +16,12 @@ from tightrope.backends.hf.load.inspection import Inspect
 from tightrope.backends.hf.load.model import LoadedModel, build
 from tightrope.backends.hf.modules.gather import Gather
 from tightrope.backends.hf.modules.rotary import fix_rotary
-from tightrope.backends.hf.modules.step import scratch_bytes
+from tightrope.backends.hf.modules.step import CurrentStep, scratch_bytes
 from tightrope.backends.hf.plan import HFPlan, cache_dtype, check_layers, make_plan, memory_shares
-from tightrope.backends.hf.room import Room, check_host, room_on
+from tightrope.backends.hf.room import Space, check_host, room_on
 from tightrope.backends.hf.run.device_errors import failing_as
 from tightrope.backends.hf.run.graphs import batch_size
-from tightrope.backends.hf.run.rotary import RotarySets
+from tightrope.backends.hf.run.later import StageInputs
 from tightrope.backends.hf.run.warmup import Steps, warm_up
 from tightrope.backends.hf.runner import ModelRunner
 from tightrope.backends.hf.workspace import token_bytes
@@ -42,7 +43,7 @@ class Part:
     """
 
     plan: HFPlan
-    room: Room
+    room: Space
     model: LoadedModel
     threads: Threads
 
@@ -89,8 +90,10 @@ class Part:
     def load(self, progress: Callable[[float], None], gather: Gather | None = None) -> None:
         """Read the weights, and set up what computes. gather: by which ranks meet. Raises BackendError."""
         settings, plan, blueprint, num_threads = self.settings, self.plan, self.found.blueprint, self.num_threads
-        if self.device.type == "cuda":
-            torch.cuda.set_per_process_memory_fraction(settings.gpu_memory_fraction, self.device)
+        devices = [part.current.device for part in blueprint.parts]
+        cards = [device for device in devices if device.type == "cuda"]
+        for card in cards:
+            torch.cuda.set_per_process_memory_fraction(settings.gpu_memory_fraction, card)
         if plan.rope:
             fix_rotary(blueprint.tree, plan.rope)  # The window may be shorter than the model's own.
         self.threads = Threads(num_threads, dispatch.set_threads)
@@ -98,13 +101,14 @@ class Part:
         torch.set_num_threads(1)
         dispatch.set_threads(num_threads)
         dispatch.set_batch_invariant(is_wanted=settings.batch_invariant)
-        if settings.matmul_sums == "float16" and self.device.type == "cuda":
+        if settings.matmul_sums == "float16" and cards:
             dispatch.sum_in_float16()
-        with failing_as("loading the model", self.device):
+        with failing_as("loading the model", *devices):
             self.model = build(blueprint, progress, num_threads)
             self.model.current.gather = gather
             self.model.adapters.room = AdapterRoom(self.adapter_bytes)
-            self.rotary = {name: RotarySets(spec, plan.window, self.device) for name, spec in plan.rope.items()}
+            first, *self.later = [StageInputs.of(plan.rope, plan.window, device) for device in devices]
+            self.rotary = first.rotary
 
     def load_adapters(self) -> list[str]:
         """Put those of the settings in place; returns what a person should know of them. Raises BackendError."""
@@ -118,10 +122,11 @@ class Part:
 
     def warm_up(self, progress: Callable[[float], None]) -> None:
         """Compile what steps launch on a card. Raises BackendError."""
-        if self.device.type == "cuda":
+        devices = [current.device for current in self.model.currents]
+        if any(device.type == "cuda" for device in devices):
             plan = self.plan
-            steps = Steps.of(self.settings, self.model, self.rotary, plan.cache_dtype, plan.window)
-            with failing_as("compiling kernels", self.device):
+            steps = Steps.of(self.settings, self.model, self.rotary, plan.cache_dtype, plan.window, self.later)
+            with failing_as("compiling kernels", *devices):
                 warm_up(steps, self.threads.most, progress)
 
     @property
@@ -139,41 +144,48 @@ class Part:
 
     def runner_over(self, caches: Sequence[LayerCache]) -> ModelRunner:
         """A runner of the model, without memory of its own for long prompts."""
-        return ModelRunner(self.model, caches, self.rotary, self.threads)
+        return ModelRunner(self.model, caches, self.rotary, self.threads, later=self.later)
 
     def cached_runner(self, factors: Sequence[Tensor]) -> ModelRunner:
         """A runner over the caches of the plan, whose keys are divided by `factors` where there are any.
 
         Raises BackendError.
         """
-        caches, scratch = _allocate(self.plan, self.model), _scratch(self.plan, self.model)
+        caches = _allocate(self.plan, self.model)
+        scratch, *others = (_scratch(self.plan, self.model, current) for current in self.model.currents)
+        later = [replace(stage, scratch=other) for stage, other in zip(self.later, others, strict=True)]
         for cache, factor in zip(caches, factors, strict=bool(factors)):
             cache.key_factor.copy_(factor)
-        return ModelRunner(self.model, caches, self.rotary, self.threads, scratch)
+        return ModelRunner(self.model, caches, self.rotary, self.threads, scratch, later)
 
     @property
     def can_be_recorded(self) -> bool:
         """Whether steps can be CUDA graphs: on a GPU, and where no step waits to learn which experts were picked."""
         are_few = batch_size(self.settings.max_num_seqs) <= dispatch.MOST_STACKED
         picks_freely = not self.found.shape.num_experts or (are_few and self.model.picks_experts_on_card)
-        return self.device.type == "cuda" and picks_freely
+        return self.device.type == "cuda" and picks_freely and not self.later
 
 
 def _allocate(plan: HFPlan, model: LoadedModel) -> list[LayerCache]:
-    """All pages of all layers: on a card within one tensor, as each takes whole megabytes. Raises BackendError."""
+    """All pages of all layers: on each card within one tensor, as one takes whole megabytes. Raises BackendError."""
     caches: list[LayerCache] = []
     formats = [CacheFormat(plan.cache_dtype, layer.num_kv_heads, layer.head_dim) for layer in model.layers]
     counts = [plan.num_window_pages if is_windowed else plan.num_pages for is_windowed in plan.windowed]
     try:
-        memory = None
-        if model.device.type == "cuda":
-            torch.cuda.empty_cache()  # What loading took beside the weights.
-            size = sum(count * format.page_bytes for count, format in zip(counts, formats, strict=True))
-            memory = torch.empty(size, dtype=torch.uint8, device=model.device)
-        for format, num_pages, is_windowed in zip(formats, counts, plan.windowed, strict=True):
-            own = None if memory is None else memory[: num_pages * format.page_bytes]
-            memory = None if memory is None else memory[num_pages * format.page_bytes :]
-            caches.append(LayerCache.allocate(format, num_pages, model.device, is_windowed=is_windowed, memory=own))
+        sizes = [count * format.page_bytes for count, format in zip(counts, formats, strict=True)]
+        memory: dict[torch.device, Tensor] = {}
+        for device in dict.fromkeys(model.layer_devices):
+            if device.type == "cuda":
+                torch.cuda.empty_cache()  # What loading took beside the weights.
+                own = [size for size, where in zip(sizes, model.layer_devices, strict=True) if where == device]
+                memory[device] = torch.empty(sum(own), dtype=torch.uint8, device=device)
+        for format, num_pages, size, is_windowed, device in zip(
+            formats, counts, sizes, plan.windowed, model.layer_devices, strict=True
+        ):
+            place = None
+            if device in memory:
+                place, memory[device] = memory[device][:size], memory[device][size:]
+            caches.append(LayerCache.allocate(format, num_pages, device, is_windowed=is_windowed, memory=place))
     except (RuntimeError, OSError) as error:
         raise BackendError(f"no memory for a cache of {plan.num_pages * PAGE} tokens: {error}") from error
     for cache in caches:
@@ -181,9 +193,9 @@ def _allocate(plan: HFPlan, model: LoadedModel) -> list[LayerCache]:
     return caches
 
 
-def _scratch(plan: HFPlan, model: LoadedModel) -> Tensor | None:
-    """Where prompts expand a sequence's keys and values; None where nothing is expanded."""
+def _scratch(plan: HFPlan, model: LoadedModel, current: CurrentStep) -> Tensor | None:
+    """Where prompts expand a sequence's keys and values on a device; None where nothing is expanded."""
     size = scratch_bytes(model.layers, plan.window)
-    if model.device.type != "cuda" or model.activation_dtype == torch.float32 or not size:
+    if current.device.type != "cuda" or current.dtype == torch.float32 or not size:
         return None
-    return torch.empty(size, dtype=torch.uint8, device=model.device)
+    return torch.empty(size, dtype=torch.uint8, device=current.device)

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from tightrope.backends.errors import BackendError, DoesNotFit
 from tightrope.backends.files.hf_config import ModelShape
 from tightrope.backends.hf.modules.step import LayerInfo
-from tightrope.backends.hf.room import CacheSizes, Room
+from tightrope.backends.hf.room import Asked, CacheSizes, Space
 from tightrope.backends.hf.workspace import token_bytes
-from tightrope.backends.memory import GIB, default_tokens, does_not_fit
+from tightrope.backends.memory import GIB, default_tokens
 from tightrope.backends.planning import MemoryShares
 from tightrope.backends.rope.scaling import RopeSpec, resolve_rope
 from tightrope.backends.settings import STEP_TOKENS, ModelSettings
@@ -37,7 +37,7 @@ class HFPlan:
     notes: tuple[str, ...]
 
 
-def make_plan(settings: ModelSettings, shape: ModelShape, room: Room) -> HFPlan:
+def make_plan(settings: ModelSettings, shape: ModelShape, room: Space) -> HFPlan:
     """Decide what to allocate, where there is `room` beside the weights.
 
     Where no window is asked for, it is what the model is made for, or what fits. Raises DoesNotFit, with what would
@@ -89,7 +89,7 @@ def make_plan(settings: ModelSettings, shape: ModelShape, room: Room) -> HFPlan:
 
 
 def _choose_step(
-    settings: ModelSettings, shape: ModelShape, room: Room, dtype: CacheDtype
+    settings: ModelSettings, shape: ModelShape, room: Space, dtype: CacheDtype
 ) -> tuple[int, ModelSettings]:
     """Most tokens of a step, and the settings with the window that fits where none is asked for. Raises DoesNotFit."""
     window = served_window(settings, shape, rope_of(settings, shape))
@@ -105,7 +105,7 @@ def _choose_step(
     raise _refusal(settings, shape, room, dtype, window)
 
 
-def _refusal(settings: ModelSettings, shape: ModelShape, room: Room, dtype: CacheDtype, window: int) -> DoesNotFit:
+def _refusal(settings: ModelSettings, shape: ModelShape, room: Space, dtype: CacheDtype, window: int) -> DoesNotFit:
     step, least = room.step_tokens[-1], settings.cache.tokens or window
     cheaper = CACHE_DTYPES[CACHE_DTYPES.index(dtype) + 1 :]
     smaller = [kind for kind in cheaper if least <= room.fitting(settings, shape, kind, step, window) * PAGE]
@@ -113,12 +113,10 @@ def _refusal(settings: ModelSettings, shape: ModelShape, room: Room, dtype: Cach
         most = room.fitting(settings, shape, dtype, step, window) * PAGE
     else:
         most = room.largest_window(settings, shape, dtype)
-    need = CacheSizes.of(settings, shape, dtype, step).bytes_of(-(-least // PAGE))
-    taken = room.weight_bytes + room.workspace.num_bytes(step, window)
-    return does_not_fit(least, dtype, need, room.usable_bytes - taken, taken, smaller, most)
+    return room.refusal(Asked(settings, shape, dtype, least, step, window), smaller, most)
 
 
-def memory_shares(plan: HFPlan, room: Room, device: str, host_bytes: int) -> MemoryShares:
+def memory_shares(plan: HFPlan, room: Space, device: str, host_bytes: int) -> MemoryShares:
     """What a plan takes. host_bytes: of weights in the machine's own memory beside a card."""
     return MemoryShares(
         device=device,

@@ -1,5 +1,6 @@
 """What memory there is for cache and workspace beside a model's weights, and how many tokens it holds."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,7 +13,7 @@ from tightrope.backends.hf.cache.window_pages import KEPT_WINDOWS, most_needed
 from tightrope.backends.hf.load.arena import arena_bytes
 from tightrope.backends.hf.load.blueprint import Blueprint
 from tightrope.backends.hf.workspace import CardWorkspace, HostWorkspace
-from tightrope.backends.memory import GIB, CardMemory, free_memory, spare_bytes
+from tightrope.backends.memory import GIB, CardMemory, does_not_fit, free_memory, spare_bytes
 from tightrope.backends.planning import grossed_up
 from tightrope.backends.settings import ModelSettings
 from tightrope.kernels.forms.layout import PAGE, CacheDtype, CacheFormat
@@ -56,6 +57,50 @@ class Workspace(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Asked:
+    """A cache of so many tokens, for steps of `step` tokens in sequences of up to `window`."""
+
+    settings: ModelSettings
+    shape: ModelShape
+    dtype: CacheDtype
+    tokens: int
+    step: int
+    window: int
+
+
+class Space(Protocol):
+    """Memory beside a model's weights, of one device or of several; see Room."""
+
+    @property
+    def usable_bytes(self) -> int: ...
+
+    @property
+    def weight_bytes(self) -> int: ...
+
+    @property
+    def workspace(self) -> Workspace: ...
+
+    @property
+    def step_tokens(self) -> tuple[int, ...]: ...
+
+    @property
+    def run_reserve_bytes(self) -> int: ...
+
+    @property
+    def host_bytes(self) -> int | None: ...
+
+    def fitting(
+        self, settings: ModelSettings, shape: ModelShape, dtype: CacheDtype, step: int, window: int = 0
+    ) -> int: ...
+
+    def largest_window(self, settings: ModelSettings, shape: ModelShape, dtype: CacheDtype) -> int: ...
+
+    def host_left(self, device_bytes: int) -> int: ...
+
+    def refusal(self, asked: Asked, smaller: Sequence[str], most_tokens: int) -> DoesNotFit: ...
+
+
+@dataclass(frozen=True, slots=True)
 class Room:
     """Memory of a device, what takes of it, and how many tokens a step may have, the fastest first."""
 
@@ -75,13 +120,14 @@ class Room:
     def fitting(self, settings: ModelSettings, shape: ModelShape, dtype: CacheDtype, step: int, window: int = 0) -> int:
         """The most pages beside steps of `step` tokens and sequences of up to `window`; 0: of as many as all pages."""
         sizes = CacheSizes.of(settings, shape, dtype, step)
-        has_load_room = self.workspace.load_bytes(step) <= self.spare_bytes
-        low, high = 0, MOST_TOKENS // PAGE if has_load_room else 0
-        while low < high:
-            pages = (low + high + 1) // 2
-            need = sizes.bytes_of(pages) + self.workspace.num_bytes(step, window or pages * PAGE)
-            low, high = (pages, high) if need <= self.spare_bytes else (low, pages - 1)
-        return low
+        if self.workspace.load_bytes(step) > self.spare_bytes:
+            return 0
+
+        def fits(pages: int) -> bool:
+            workspace_bytes = self.workspace.num_bytes(step, window or pages * PAGE)
+            return sizes.bytes_of(pages) + workspace_bytes <= self.spare_bytes
+
+        return most_pages(fits)
 
     def host_left(self, device_bytes: int) -> int:
         """Bytes of the machine's memory for runs, where cache and workspace take `device_bytes` of the device's."""
@@ -92,6 +138,21 @@ class Room:
     def largest_window(self, settings: ModelSettings, shape: ModelShape, dtype: CacheDtype) -> int:
         """The largest window, in tokens, that there is room for; whole pages."""
         return self.fitting(settings, shape, dtype, self.step_tokens[-1]) * PAGE
+
+    def refusal(self, asked: Asked, smaller: Sequence[str], most_tokens: int) -> DoesNotFit:
+        """The line for a cache that has no room. smaller: types that would hold it; this one holds most_tokens."""
+        taken = self.weight_bytes + self.workspace.num_bytes(asked.step, asked.window)
+        need = CacheSizes.of(asked.settings, asked.shape, asked.dtype, asked.step).bytes_of(-(-asked.tokens // PAGE))
+        return does_not_fit(asked.tokens, asked.dtype, need, self.usable_bytes - taken, taken, smaller, most_tokens)
+
+
+def most_pages(fits: Callable[[int], bool]) -> int:
+    """The most pages that fit, where fewer always do as well; 0 where one doesn't."""
+    low, high = 0, MOST_TOKENS // PAGE
+    while low < high:
+        pages = (low + high + 1) // 2
+        low, high = (pages, high) if fits(pages) else (low, pages - 1)
+    return low
 
 
 def room_on(
@@ -123,11 +184,25 @@ def host_room(settings: ModelSettings, shape: ModelShape, weight_bytes: int, fre
 
 def card_room(settings: ModelSettings, blueprint: Blueprint, adapter_bytes: int, memory: CardMemory) -> Room:
     """That of a card. The weights are counted as torch's allocator takes them from it."""
+    workspace = card_workspace(settings, blueprint)
+    weights = held_bytes([arena_bytes(blueprint.block_sizes)]) + held_bytes(blueprint.other_sizes) + adapter_bytes
+    usable = memory.usable_bytes(settings.gpu_memory_fraction)
+    host_bytes = spare_bytes(blueprint.host_bytes, free_memory(settings.keep_free_mib))
+    return Room(usable, weights, workspace, card_steps(settings), settings.cache.host_reserve_bytes, host_bytes)
+
+
+def card_steps(settings: ModelSettings) -> tuple[int, ...]:
+    """How many tokens a card's steps may have, the fastest first."""
     steps = [settings.step_tokens_on("cuda")]
     while steps[-1] > LEAST_STEP:
         steps.append(max(LEAST_STEP, steps[-1] // 2))
+    return tuple(steps)
+
+
+def card_workspace(settings: ModelSettings, blueprint: Blueprint) -> CardWorkspace:
+    """What steps of a model take on a card that holds all of it."""
     quantization = blueprint.quantization
-    workspace = CardWorkspace(
+    return CardWorkspace(
         settings,
         blueprint.shape,
         itemsize=blueprint.activation_dtype.itemsize,
@@ -139,10 +214,6 @@ def card_room(settings: ModelSettings, blueprint: Blueprint, adapter_bytes: int,
         has_adapters=bool(settings.adapters or settings.adapter_folder),
         is_kept=bool(blueprint.kept),
     )
-    weights = held_bytes([arena_bytes(blueprint.block_sizes)]) + held_bytes(blueprint.other_sizes) + adapter_bytes
-    usable = memory.usable_bytes(settings.gpu_memory_fraction)
-    host_bytes = spare_bytes(blueprint.host_bytes, free_memory(settings.keep_free_mib))
-    return Room(usable, weights, workspace, tuple(steps), settings.cache.host_reserve_bytes, host_bytes)
 
 
 def check_host(blueprint: Blueprint, host_bytes: int | None = None) -> None:

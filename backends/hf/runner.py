@@ -1,4 +1,4 @@
-"""ModelRunner: weights, caches and graphs on one device."""
+"""ModelRunner: weights, caches and graphs on one device, or on several that layers lie on one after the other."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -12,6 +12,7 @@ from tightrope.backends.hf.load.model import LoadedModel
 from tightrope.backends.hf.run.device_errors import failing_as
 from tightrope.backends.hf.run.factors import factors_of
 from tightrope.backends.hf.run.graphs import DecodeGraphs
+from tightrope.backends.hf.run.later import StageInputs
 from tightrope.backends.hf.run.rotary import RotarySets
 from tightrope.backends.hf.run.steps import StepInputs
 from tightrope.backends.sharing import Threads
@@ -70,20 +71,23 @@ class ModelRunner:
         rotary: Mapping[str, RotarySets],
         threads: Threads,
         scratch: Tensor | None = None,
+        later: Sequence[StageInputs] = (),
     ) -> None:
         """rotary: for each `rope` of the model's layers. threads: of steps.
 
-        scratch: see StepLayout; without it steps of long prompts allocate some.
+        scratch: see StepLayout; without it steps of long prompts allocate some. later: what those of the model's
+        devices have that follow the first.
         """
         assert len(caches) == len(model.layers)
         self.model, self.caches, self.rotary = model, tuple(caches), rotary
-        self._threads, self._scratch = threads, scratch
+        self._threads, self._scratch, self._later = threads, scratch, tuple(later)
+        assert len(later) == len(model.currents) - 1
         self._forward = partial(model.forward, self.caches)
         self._graphs: DecodeGraphs | None = None
 
     def beside(self, caches: Sequence[LayerCache]) -> "ModelRunner":
         """Another runner of the same weights, with other caches; it records no graphs."""
-        return ModelRunner(self.model, caches, self.rotary, self._threads, self._scratch)
+        return ModelRunner(self.model, caches, self.rotary, self._threads, self._scratch, self._later)
 
     def found_factors(self) -> list[Tensor]:
         """Each layer's key factors [Hkv, D] by what its f16 cache holds: see factors_of."""
@@ -118,18 +122,25 @@ class ModelRunner:
         OutOfMemory for want of memory, DeviceLost if no other can run.
         """
         num_tokens, device = len(inputs.token_ids), self.model.device
-        if device.type == "cpu":
+        if any(current.device.type == "cpu" for current in self.model.currents):
             self._threads.settle()
-        with failing_as(f"a step of {num_tokens} tokens", device), torch.inference_mode():
+        with failing_as(f"a step of {num_tokens} tokens", *self._devices), torch.inference_mode():
             embedded = self.model.embedded(inputs.token_ids)
-            token_ids, rows = inputs.token_ids.to(device), inputs.rows.to(device)
+            token_ids, rows = inputs.token_ids.to(device), inputs.rows.to(self.model.currents[-1].device)
             layout, tables = inputs.layout.to(device), self.tables(inputs)
             if self._scratch is not None:
                 layout = replace(layout, scratch=self._scratch)
             adapters = None if inputs.adapters is None else inputs.adapters.to(device)
-            forward = self._forward if self._graphs is None else self._graphs.forward
-            logits = forward(token_ids, layout, tables, rows, adapters, embedded).cpu()
+            later = [stage.step(inputs.layout, inputs.rope_lengths, inputs.adapters) for stage in self._later]
+            if self._graphs is None:
+                logits = self._forward(token_ids, layout, tables, rows, adapters, embedded, later).cpu()
+            else:
+                logits = self._graphs.forward(token_ids, layout, tables, rows, adapters, embedded).cpu()
         return torch.from_numpy(logits.numpy())  # A tensor of inference mode couldn't be changed by the sampler.
+
+    @property
+    def _devices(self) -> list[torch.device]:
+        return [current.device for current in self.model.currents]
 
     def tables(self, inputs: StepInputs) -> dict[str, RopeTable]:
         """By what each kind of layer rotates in this step."""
@@ -140,26 +151,24 @@ class ModelRunner:
 
         Raises BackendError; the same copies may then be made again.
         """
-        device = self.model.device
-        with failing_as(f"copying {len(copies)} pages", device), torch.inference_mode():
-            sources, targets = torch.tensor(copies).t().contiguous().to(device)
+        with failing_as(f"copying {len(copies)} pages", *self._devices), torch.inference_mode():
+            numbers = self._on_each(*torch.tensor(copies).t().contiguous())
             for cache in self.caches:
                 if cache.is_windowed is are_windowed:
-                    cache.copy_pages(sources, targets)
+                    cache.copy_pages(*numbers[cache.key_codes.device])
 
     def read_pages(self, numbers: Sequence[int], window_numbers: Sequence[int]) -> Tensor:
         """A copy of pages in the host's memory, uint8: layer by layer, of windowed layers that of window pages.
 
         Raises BackendError.
         """
-        device = self.model.device
-        with failing_as(f"reading {len(numbers)} pages", device), torch.inference_mode():
-            rows = {False: torch.tensor(numbers, device=device), True: torch.tensor(window_numbers, device=device)}
+        with failing_as(f"reading {len(numbers)} pages", *self._devices), torch.inference_mode():
+            rows = self._on_each(torch.tensor(numbers), torch.tensor(window_numbers))
             parts = [
-                tensor[rows[cache.is_windowed]].reshape(-1).view(torch.uint8).cpu()
+                tensor[rows[tensor.device][cache.is_windowed]].reshape(-1).view(torch.uint8).cpu()
                 for cache in self.caches
                 for tensor in cache.stored
-                if len(rows[cache.is_windowed])
+                if len(rows[tensor.device][cache.is_windowed])
             ]
             return torch.cat(parts)
 
@@ -174,8 +183,7 @@ class ModelRunner:
 
         shape: so many pages and window pages were read. Raises BackendError.
         """
-        device = self.model.device
-        with failing_as(f"writing {len(pages)} pages", device), torch.inference_mode():
+        with failing_as(f"writing {len(pages)} pages", *self._devices), torch.inference_mode():
             begin = 0
             for cache in self.caches:
                 count, placed = (shape[1], windows) if cache.is_windowed else (shape[0], pages)
@@ -185,7 +193,7 @@ class ModelRunner:
                     begin += size
                     if placed and size:
                         rows, numbers = torch.tensor(placed).t()
-                        tensor[numbers.to(device)] = block[rows].to(device)
+                        tensor[numbers.to(tensor.device)] = block[rows].to(tensor.device)
             assert begin == len(stored), "pages of another cache"
 
     def copy_slots(self, sources: Tensor, targets: Tensor) -> None:
@@ -193,9 +201,13 @@ class ModelRunner:
 
         Raises BackendError; the same copies may then be made again.
         """
-        device = self.model.device
-        with failing_as(f"copying {len(sources)} tokens", device), torch.inference_mode():
-            sources, targets = sources.to(device), targets.to(device)
+        with failing_as(f"copying {len(sources)} tokens", *self._devices), torch.inference_mode():
+            slots = self._on_each(sources, targets)
             for cache in self.caches:
                 if not cache.is_windowed:
-                    dispatch.copy_slots(cache, sources, targets)
+                    dispatch.copy_slots(cache, *slots[cache.key_codes.device])
+
+    def _on_each(self, *numbers: Tensor) -> dict[torch.device, tuple[Tensor, ...]]:
+        """The same on each device that has caches."""
+        devices = {cache.key_codes.device for cache in self.caches}
+        return {device: tuple(some.to(device) for some in numbers) for device in devices}

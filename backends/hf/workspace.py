@@ -37,10 +37,11 @@ def logits_rows(settings: ModelSettings, shape: ModelShape, step_tokens: int) ->
 
 @dataclass(frozen=True, slots=True)
 class HostWorkspace:
-    """On a CPU, with activations in float32."""
+    """On a CPU, with activations in float32. has_head: logits are computed there, too."""
 
     settings: ModelSettings
     shape: ModelShape
+    has_head: bool = True
 
     def num_bytes(self, tokens: int, window: int) -> int:
         """A bound for steps of up to `tokens`, whatever the window."""
@@ -48,7 +49,7 @@ class HostWorkspace:
         hidden, ffn = shape.hidden_size, shape.intermediate_size
         qkv = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
         # All rows are copied once, and the sampler's steps copy theirs.
-        rows = 2 * prompt_rows(shape.vocab_size, tokens) + 4 * self.settings.max_num_seqs
+        rows = 2 * prompt_rows(shape.vocab_size, tokens) + 4 * self.settings.max_num_seqs if self.has_head else 0
         # Hidden states, residual and norm with copies; heads before and after rotation, and their output; the MLP.
         activations = 4 * tokens * (6 * hidden + 3 * qkv + 3 * ffn)
         # Rows of a weight are expanded to float32 so many at a time, where no kernel reads them as they are.
@@ -70,7 +71,7 @@ class CardWorkspace:
     is_quantized, is_head_quantized: whether linears, and the head, are multiplied from codes; is_whole: by kernels of
     exllamav2, which expand whole matrices; is_joined: gate and up are one matrix; num_runs: of neighbouring groups of
     one width. has_adapters: whether steps may add low-rank products. is_kept: layers are of transformers' own classes,
-    whose norms go through float32.
+    whose norms go through float32. has_head: logits are computed there, too. is_recorded: decode steps are.
     """
 
     settings: ModelSettings
@@ -83,6 +84,8 @@ class CardWorkspace:
     num_runs: int
     has_adapters: bool
     is_kept: bool
+    has_head: bool = True
+    is_recorded: bool = True
 
     def num_bytes(self, tokens: int, window: int) -> int:
         """For steps of up to `tokens`, in sequences of up to `window`."""
@@ -111,6 +114,8 @@ class CardWorkspace:
 
     def graph_bytes(self, window: int) -> int:
         """All recordings of decode steps: their nodes, and one pool for what such a step makes and gives out."""
+        if not self.is_recorded:
+            return 0
         sizes = recordings(self.settings.max_num_seqs, window)
         count = len(sizes) * (2 if self.has_adapters else 1)
         nodes = count * self.shape.num_layers * MOST_LAUNCHES * NODE_BYTES
@@ -141,6 +146,8 @@ class CardWorkspace:
         yield [*attending, row * heads, row * heads, hidden, *out]
         stream += [hidden, hidden, hidden]  # What attention gave, its sum with the input, and that normed.
         yield from self._mlp(stream, tokens) if not shape.num_experts else self._experts(stream, tokens)
+        if not self.has_head:
+            return
         wanted, logits = rows * self.itemsize * shape.hidden_size, rows * self.itemsize * shape.vocab_size
         head = self._product(rows, shape.hidden_size, shape.vocab_size, self.is_head_quantized)
         yield [hidden, hidden, wanted, logits, *head]

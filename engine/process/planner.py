@@ -24,7 +24,7 @@ def planned(settings: ModelSettings, host_bytes: int | None) -> Planned:
     try:
         found = outline(settings, ANY_BYTES)
         if found.device != "cpu":
-            whole = outline(settings, ANY_BYTES, (ANY_BYTES,))
+            whole = outline(settings, ANY_BYTES, (ANY_BYTES,) * max(1, len(found.shares)))
             runs = settings.cache.host_run_bytes(_cache_bytes(whole), ANY_BYTES)
             host_bytes = found.host_bytes + reserve
             return Planned(Need(host_bytes, runs - reserve, _taken(whole), found.memory_bytes))

@@ -322,6 +322,13 @@ OPTIONS: Mapping[str, Option] = {
         "N",
         ("-ncmoe",),
     ),
+    "gpu-split": Option(
+        (*_MODEL, "gpu_split"),
+        "speed",
+        "lay a folder's model out on several cards layer by layer, with so many GiB of each, such as 20,24, or auto",
+        "GIB,GIB,...",
+        ("-gs", "--gpu_split"),
+    ),
     "split-mode": Option(
         (*_MODEL, "split_mode"),
         "speed",

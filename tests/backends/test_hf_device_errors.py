@@ -82,7 +82,9 @@ def test_a_device_that_is_lost_in_a_step_ends_the_loop(backend: HFBackend, monke
 
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
     named = device_errors._named
-    monkeypatch.setattr(device_errors, "_named", lambda error, work, device: named(error, work, torch.device("cuda:0")))
+    monkeypatch.setattr(
+        device_errors, "_named", lambda error, work, devices: named(error, work, [torch.device("cuda:0")])
+    )
     failing_for(1, illegal, backend, monkeypatch)
 
     with pytest.raises(DeviceLost, match=r"^cuda:0 is lost after a step of \d+ tokens: CUDA error: an illegal memory"):

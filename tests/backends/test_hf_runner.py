@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tightrope.backends import sharing
 from tightrope.backends.hf.backend import HFBackend
+from tightrope.backends.hf.modules.step import CurrentStep
 from tightrope.backends.hf.run.rotary import RotarySets
 from tightrope.backends.hf.run.steps import StepInputs
 from tightrope.backends.hf.runner import ModelRunner
@@ -130,7 +131,7 @@ def test_steps_have_fewer_threads_while_others_keep_the_machine_busy(monkeypatch
 
 def runner_of(caches: Sequence[LayerCache]) -> ModelRunner:
     """One whose model is never run."""
-    model: Any = SimpleNamespace(layers=caches, forward=list, device=torch.device("cpu"))
+    model: Any = SimpleNamespace(layers=caches, forward=list, device=torch.device("cpu"), currents=[CurrentStep()])
     return ModelRunner(model, caches, {}, threads=Threads(1))
 
 
@@ -142,7 +143,11 @@ def test_every_step_brings_the_scratch_of_its_runner_along():
         return torch.zeros(1, 3)
 
     model: Any = SimpleNamespace(
-        layers=[], forward=forward, device=torch.device("cpu"), embedded=lambda token_ids: None
+        layers=[],
+        forward=forward,
+        device=torch.device("cpu"),
+        currents=[CurrentStep()],
+        embedded=lambda token_ids: None,
     )
     runner = ModelRunner(model, [], {}, Threads(1), scratch)
     inputs = StepInputs(torch.zeros(5, dtype=torch.int64), step_of([(0, 5)], 1), (5,), torch.tensor([4]), None)

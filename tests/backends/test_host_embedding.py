@@ -74,7 +74,7 @@ def test_the_loader_leaves_it_there():
     blueprint = drawn(UNTIED, "cpu")
     weights = table_on_host(list(blueprint.weights), embedding_of(blueprint.tree, TABLE))
 
-    model = build(replace(blueprint, weights=tuple(weights)))
+    model = build(replace(blueprint, parts=(replace(blueprint.parts[0], weights=tuple(weights)),)))
 
     token_ids = torch.tensor([3, 511, 3])
     rows = model.embedded(token_ids)

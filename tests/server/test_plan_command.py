@@ -202,12 +202,6 @@ def test_whatever_is_wrong_is_one_line(
     assert part in stderr
 
 
-def test_a_folder_is_planned_for_one_card(yi: str, capsys: pytest.CaptureFixture[str]):
-    assert main(["plan", yi, "--device-memory=24GiB,24GiB"]) == 1
-
-    assert "--device-memory names 2 cards; the model of a folder runs on one" in capsys.readouterr().err
-
-
 def test_a_broken_scaling_in_a_folder_is_one_line_with_file_and_field(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

@@ -16,6 +16,7 @@ from tightrope.backends.files.safetensors import TensorEntry
 from tightrope.backends.files.tensor_names import spellings
 from tightrope.backends.hf.modules.embedding import Embedding
 from tightrope.backends.hf.modules.linear import Linear
+from tightrope.backends.hf.modules.step import CurrentStep
 from tightrope.backends.hf.modules.token_tables import TableChange, table_change
 from tightrope.kernels.forms.low_rank import balanced
 
@@ -110,13 +111,14 @@ class PlannedTables:
         """Whether the adapter's folder may know tokens that the model's doesn't."""
         return self.embedding.whole is not None or self.embedding.tokens is not None
 
-    def build(self, read: Read, dtype: torch.dtype) -> list[tuple[Embedding | Linear, TableChange]]:
-        """The changes, on the CPU. dtype: of low-rank matrices."""
+    def build(self, read: Read) -> list[tuple[Embedding | Linear, TableChange]]:
+        """The changes, on the CPU."""
         built: list[tuple[Embedding | Linear, TableChange]] = []
         embedding, head = self.ours.embedding, self.ours.head
         if embedding is not None:
             change = _change(self.embedding, self.ours.whole(embedding), None, read, embedding.shape[0])
             if (delta := self.embedding.delta) is not None:
+                dtype = low_rank_dtype(embedding.current)
                 down, up = balanced(read(delta.down).float(), read(delta.up).float(), delta.scaling)
                 down, up = down.T.to(dtype).contiguous(), (up.T * delta.scaling).to(dtype).contiguous()
                 change = replace(change, down=down, up=up)
@@ -127,6 +129,11 @@ class PlannedTables:
             if _does_something(change, head.num_outputs):
                 built.append((head, change))
         return built
+
+
+def low_rank_dtype(current: CurrentStep) -> torch.dtype:
+    """Of low-rank matrices there. On a CPU, too, what each step reads has sixteen bits: what it adds is small."""
+    return torch.float16 if current.device.type == "cpu" else current.dtype
 
 
 def planned_tables(adapter: PeftAdapter, ours: Tables) -> PlannedTables:

@@ -15,7 +15,7 @@ from tightrope.backends.errors import BackendError
 from tightrope.backends.files.peft import USED, PeftAdapter, adapter_bytes, check_float, read_adapter
 from tightrope.backends.files.safetensors import TensorEntry
 from tightrope.backends.files.tensor_names import spellings
-from tightrope.backends.hf.adapters.file_tables import PlannedTables, Tables, planned_tables
+from tightrope.backends.hf.adapters.file_tables import PlannedTables, Tables, low_rank_dtype, planned_tables
 from tightrope.backends.hf.modules.experts import Experts
 from tightrope.backends.hf.modules.kept_norms import KeptNorm, is_kept_norm
 from tightrope.backends.hf.modules.linear import Linear
@@ -38,6 +38,7 @@ class _Place:
     first: int
     outputs: int
     inputs: int
+    current: CurrentStep
     own: Spans
     is_expert: bool = False
 
@@ -77,13 +78,11 @@ class Adapters:
     none of its own.
     """
 
-    def __init__(
-        self, tree: nn.Module, current: CurrentStep, tables: Tables, device: torch.device, dtype: torch.dtype
-    ) -> None:
-        """dtype: of the low-rank matrices; sixteen bits halve what each step reads."""
-        self._device, self._dtype, self._tables = device, dtype, tables
+    def __init__(self, tree: nn.Module, current_of: Callable[[str], CurrentStep], tables: Tables) -> None:
+        """current_of: the step as the module of a name has it, and where that is."""
+        self._tables = tables
         self._places = dict(_places(tree))
-        self._norms = dict(_norms(tree, tables.width, current))
+        self._norms = dict(_norms(tree, tables.width, current_of))
         self._loaded: dict[str, _Loaded] = {}
         self._launches = 0  # So many times kernels of adapters have changed; see AdapterRows.
         self.room = AdapterRoom(0)
@@ -104,16 +103,16 @@ class Adapters:
         adapter, tables, deltas, norms = checked.adapter, checked.tables, checked.deltas, checked.norms
         with self.room.taken(name, adapter_bytes(adapter)):
             read = self._reader(adapter)
-            built = [(place.adapters, self._build(pieces, read)) for place, pieces in deltas]
-            tied = tables.tied_delta
-            if tied is not None and self._tables.head is not None:
+            built = [(place.adapters, _build(pieces, read), place.current) for place, pieces in deltas]
+            tied, head = tables.tied_delta, self._tables.head
+            if tied is not None and head is not None:
                 parts = [(0, *balanced(read(tied.up).float().T, read(tied.down).float().T, tied.scaling), tied.scaling)]
-                built.append((self._tables.head.adapters, make_low_rank(parts, self._dtype)))
-            changes = [(module, change.to(self._device)) for module, change in tables.build(read, self._dtype)]
+                built.append((head.adapters, make_low_rank(parts, low_rank_dtype(head.current)), head.current))
+            changes = [(module, change.to(module.current.device)) for module, change in tables.build(read)]
             replaced = [(norm, {part: read(entry) for part, entry in own.items()}) for norm, own in norms]
             self.room.settle(
                 name,
-                sum(low_rank.num_bytes for _, low_rank in built)
+                sum(low_rank.num_bytes for _, low_rank, _ in built)
                 + sum(change.num_bytes for _, change in changes)
                 + sum(tensor.nbytes for _, own in replaced for tensor in own.values()),
             )
@@ -130,8 +129,8 @@ class Adapters:
                 if isinstance(norm, KeptNorm):
                     norm.replaced[slot] = norm.with_weights(own)
                 else:
-                    norm.replaced[slot] = (own["weight"].float() + norm.offset).to(self._device)
-            are_launched_anew = [adapters.put(slot, low_rank.to(self._device)) for adapters, low_rank in built]
+                    norm.replaced[slot] = (own["weight"].float() + norm.offset).to(norm.current.device)
+            are_launched_anew = [adapters.put(slot, added.to(current.device)) for adapters, added, current in built]
             self._launches += any(are_launched_anew)
             is_low_rank = not changes and not replaced and not any(place.is_expert for place, _ in deltas)
             self._loaded[name] = _Loaded(mark, slot, is_low_rank, tables.num_tokens, own_tokenizer)
@@ -246,14 +245,6 @@ class Adapters:
             found.setdefault(name, (norm, {}))[1][part] = entry
         return list(found.values())
 
-    def _build(self, pieces: _Pieces, read: Callable[[TensorEntry], Tensor]) -> LowRank:
-        parts = []
-        for place, down, up, scaling in pieces:
-            a, b = balanced(read(down).float(), read(up).float(), scaling)
-            own = torch.cat([b[begin:end] for begin, end in place.own]) if size_of(place.own) < place.outputs else b
-            parts.append((place.first, a, own, scaling))
-        return make_low_rank(parts, self._dtype)
-
     def _reader(self, adapter: PeftAdapter) -> Callable[[TensorEntry], Tensor]:
         def read(entry: TensorEntry) -> Tensor:
             tensor = adapter.checkpoint.read(entry.name)
@@ -263,22 +254,33 @@ class Adapters:
         return read
 
 
+def _build(pieces: _Pieces, read: Callable[[TensorEntry], Tensor]) -> LowRank:
+    parts = []
+    for place, down, up, scaling in pieces:
+        a, b = balanced(read(down).float(), read(up).float(), scaling)
+        own = torch.cat([b[begin:end] for begin, end in place.own]) if size_of(place.own) < place.outputs else b
+        parts.append((place.first, a, own, scaling))
+    return make_low_rank(parts, low_rank_dtype(pieces[0][0].current))
+
+
 def _places(tree: nn.Module) -> Iterator[tuple[str, _Place]]:
     for module in tree.modules():
         if isinstance(module, Linear):
             first = 0
             for name, outputs, own in module.parts:
-                yield name, _Place(module.adapters, first, outputs, module.num_inputs, own)
+                yield name, _Place(module.adapters, first, outputs, module.num_inputs, module.current, own)
                 first += size_of(own)
         elif isinstance(module, Experts):
             for name, adapters, first, (outputs, inputs), span in module.places():
-                yield name, _Place(adapters, first, outputs, inputs, (span,), is_expert=True)
+                yield name, _Place(adapters, first, outputs, inputs, module.current, (span,), is_expert=True)
 
 
-def _norms(tree: nn.Module, hidden_size: int, current: CurrentStep) -> Iterator[tuple[str, RMSNorm | KeptNorm]]:
+def _norms(
+    tree: nn.Module, hidden_size: int, current_of: Callable[[str], CurrentStep]
+) -> Iterator[tuple[str, RMSNorm | KeptNorm]]:
     for name, module in tree.named_modules():
         if isinstance(module, RMSNorm):
             if module.runs_by_row:
                 yield module.name, module
         elif is_kept_norm(module, hidden_size):
-            yield name, KeptNorm(name, module, current)
+            yield name, KeptNorm(name, module, current_of(name))

@@ -18,10 +18,11 @@ from tightrope.backends.files.tensor_names import FileNames
 from tightrope.backends.hf.adapters.file_tables import Tables
 from tightrope.backends.hf.adapters.rows import Adapters
 from tightrope.backends.hf.load.assembly import Assembly, assemble
-from tightrope.backends.hf.load.loader import dtype_of, tie
+from tightrope.backends.hf.load.loader import apart, dtype_of, tie
 from tightrope.backends.hf.load.matching import LeftOver, check_all, choose, notes_on
 from tightrope.backends.hf.load.skeleton import build_skeleton
 from tightrope.backends.hf.load.specialise import specialise
+from tightrope.backends.hf.load.stages import LayOut, Stages
 from tightrope.backends.hf.load.trace import trace_model
 from tightrope.backends.hf.load.weights import Weight
 from tightrope.backends.hf.modules.embedding import Embedding
@@ -46,27 +47,35 @@ DTYPES_BY_NAME = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32
 
 
 @dataclass(frozen=True, slots=True)
+class StagePart:
+    """What is loaded onto the device of one stage; `current` is the step as its modules have it."""
+
+    current: CurrentStep
+    num_layers: int
+    weights: tuple[Weight, ...]
+    assemblies: tuple[Assembly, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Blueprint:
     """Everything that loading needs; `tree` has our modules in place, and no weights yet.
 
     Weights, their bytes and `layers` are those of `share`, a rank's of the model, and so are the sizes in `local`.
+    `parts` are the stages of a model that lies on several devices, else one.
     """
 
     shape: ModelShape
     checkpoint: Checkpoint
     tree: PreTrainedModel
-    current: CurrentStep
+    stages: Stages
+    parts: tuple[StagePart, ...]
     layers: tuple[LayerInfo, ...]
     kept: tuple[str, ...]  # Classes of transformers that attend, or stack layers, in their own way.
     names: FileNames
     quantization: Quantization | None
-    weights: tuple[Weight, ...]
-    assemblies: tuple[Assembly, ...]
     left: LeftOver
     has_plain_head: bool
     tied: tuple[str, str] | None  # Names of head and embedding, one weight if the files' are equal.
-    device: torch.device
-    activation_dtype: torch.dtype
     adapters: Adapters  # None is loaded yet.
     notes: tuple[str, ...]
     share: Share
@@ -75,6 +84,24 @@ class Blueprint:
     def local(self) -> ModelShape:
         """The sizes of what this rank computes; see local_shape."""
         return local_shape(self.shape, self.share, attends_by_heads=any(layer.all_kv_heads for layer in self.layers))
+
+    @property
+    def device(self) -> torch.device:
+        """That of the first layers."""
+        return self.parts[0].current.device
+
+    @property
+    def activation_dtype(self) -> torch.dtype:
+        """That of hidden states there."""
+        return self.parts[0].current.dtype
+
+    @property
+    def weights(self) -> tuple[Weight, ...]:
+        return tuple(weight for part in self.parts for weight in part.weights)
+
+    @property
+    def assemblies(self) -> tuple[Assembly, ...]:
+        return tuple(assembly for part in self.parts for assembly in part.assemblies)
 
     @property
     def weight_bytes(self) -> int:
@@ -88,15 +115,29 @@ class Blueprint:
     @property
     def block_sizes(self) -> list[int]:
         """Bytes of each tensor that loading puts onto a card, in one block."""
+        return [size for part in self.parts for size in self.block_sizes_of(part)]
+
+    def block_sizes_of(self, part: StagePart) -> list[int]:
+        """The same for one stage."""
         head = None if self.tied is None else self.tied[0]  # It is one tensor with the embedding.
-        kept = [w for w in self.weights if not w.stays_on_host and w.sources[0][0].name != head]
-        linears = [] if self.is_exllama else [a for a in self.assemblies if not a.are_experts]
+        kept = [w for w in part.weights if not w.stays_on_host and w.sources[0][0].name != head]
+        linears = [] if self.is_exllama else [a for a in part.assemblies if not a.are_experts]
         return [*map(self._num_bytes, kept), *_sizes(linears)]
 
     @property
     def other_sizes(self) -> list[int]:
         """Those of tensors outside of the block: of experts, and what exllamav2 has taken over."""
-        return _sizes(a for a in self.assemblies if a.are_experts or self.is_exllama)
+        return [size for part in self.parts for size in self.other_sizes_of(part)]
+
+    def other_sizes_of(self, part: StagePart) -> list[int]:
+        """The same for one stage."""
+        return _sizes(a for a in part.assemblies if a.are_experts or self.is_exllama)
+
+    def file_bytes_of(self, part: StagePart) -> int:
+        """Bytes of a stage's tensors in the files, which are about what they take in the machine's memory."""
+        names = {one.name for weight in part.weights for one in choose(weight, self.checkpoint, self.names)}
+        names |= {name for assembly in part.assemblies for source in assembly.sources for name in source.tensors}
+        return sum(self.checkpoint.tensors[name].num_bytes for name in names)
 
     @property
     def is_exllama(self) -> bool:
@@ -125,22 +166,24 @@ def _sizes(assemblies: Iterable[Assembly]) -> list[int]:
 def draw(
     folder: Path, shape: ModelShape, checkpoint: Checkpoint, rope: Mapping[str, RopeSpec] | None = None,
     device: torch.device | str = "cpu", asked: Dtype = "auto", quantization: Quantization | None = None,
-    share: Share = ALONE,
+    share: Share = ALONE, lay_out: LayOut | None = None,
 ) -> Blueprint:  # fmt: skip
     """The blueprint of the model that `folder`/config.json describes. Some milliseconds a layer; reads no weights.
 
     `rope` are the resolved rotations by the keys of a step's tables; without them the model's own are used, and the
     keys are its layer types if these rotate differently, else "default". `asked`: see activation_dtype. quantization:
-    that of other files than a folder's, which is looked for. share: the rank whose part of the model it is. Raises
-    BackendError for a model that can't be served, and for tensors that are missing, that don't fit it, or of a format
-    that isn't read.
+    that of other files than a folder's, which is looked for. share: the rank whose part of the model it is. lay_out:
+    where the layers go; None is all to `device`. Raises BackendError for a model that can't be served, and for tensors
+    that are missing, that don't fit it, or of a format that isn't read.
     """
-    device = torch.device(device)
-    dtype = activation_dtype(asked, shape.dtype, device)
+    placement = [(torch.device(device), shape.num_layers)] if lay_out is None else lay_out(shape.num_layers)
+    currents = [CurrentStep(where, activation_dtype(asked, shape.dtype, where)) for where, _ in placement]
     model = build_skeleton(folder, shape, rope)
     head, table = (_name_of(model, part) for part in (model.get_output_embeddings(), model.get_input_embeddings()))
-    current = CurrentStep()
-    specialised = specialise(model, trace_model(model), _rope_keys(model, rope), current, dtype, share)
+    seen = trace_model(model)
+    stages = Stages(model, seen, currents, [count for _, count in placement])
+    specialised = specialise(model, seen, _rope_keys(model, rope), stages, share)
+    stages.connect(model)
     if isinstance(ours := model.get_submodule(head), Linear):
         ours.is_head = True
     if rope is not None:
@@ -151,16 +194,32 @@ def draw(
     check_packing(checkpoint, [name for name in checkpoint.tensors if not names.may_be_left(name)], shape.raw)
     quantization = quantization or find_quantization(folder, shape.raw, checkpoint)
     ends = (head, table) if shape.tie_embeddings else None
-    weights, assemblies = assemble(specialised.wants, quantization, names, device, ends)
+    found = [
+        assemble(wants, quantization, names, current.device, ends if len(currents) == 1 else None)
+        for current, wants in zip(currents, stages.share(specialised.wants), strict=True)
+    ]
     # A quantized head stands for itself, whatever config.json says: EXL2 stores one for tied models, too.
-    has_plain_head = any(weight.sources[0][0].name == f"{head}.weight" for weight in weights)
+    has_plain_head = any(weight.sources[0][0].name == f"{head}.weight" for weight in found[-1][0])
     tied = (f"{head}.weight", f"{table}.weight") if shape.tie_embeddings and has_plain_head else None
+    shares = [weights for weights, _ in found]
+    if tied is not None and len(currents) > 1:  # Either end has its own.
+        shares[0], shares[-1] = apart(shares[0], shares[-1], *tied)
+        tied = None
     if tied is not None:
-        weights = tie(weights, *tied, names)
-    elif device.type != "cpu":
-        weights = table_on_host(weights, embedding_of(model, table))
+        shares[0] = tie(shares[0], *tied, names)
+    elif currents[0].device.type != "cpu":
+        shares[0] = table_on_host(shares[0], embedding_of(model, table))
+    parts = tuple(
+        StagePart(current, count, tuple(weights), tuple(assemblies))
+        for current, (_, count), weights, (_, assemblies) in zip(currents, placement, shares, found, strict=True)
+    )
     try:
-        left = check_all(weights, assemblies, checkpoint, names)
+        left = check_all(
+            [weight for part in parts for weight in part.weights],
+            [assembly for part in parts for assembly in part.assemblies],
+            checkpoint,
+            names,
+        )
     except BackendError as error:
         stated = stated_and_not_found(folder, shape.raw) if quantization is None else None
         raise stated or error from None
@@ -169,21 +228,16 @@ def draw(
         shape=shape,
         checkpoint=checkpoint,
         tree=model,
-        current=current,
+        stages=stages,
+        parts=parts,
         layers=specialised.layers,
         kept=specialised.kept,
         names=names,
         quantization=quantization,
-        weights=tuple(weights),
-        assemblies=tuple(assemblies),
         left=left,
         has_plain_head=has_plain_head,
         tied=tied,
-        device=device,
-        activation_dtype=dtype,
-        adapters=_adapters(
-            model, current, (table, head), shape, device, dtype, partial(_read, checkpoint, names, ends)
-        ),
+        adapters=_adapters(model, stages, (table, head), shape, partial(_read, checkpoint, names, ends)),
         notes=(
             *(f"{name} runs as transformers has it" for name in specialised.kept),
             *notes_on(left, checkpoint),
@@ -225,15 +279,13 @@ def embedding_of(model: nn.Module, name: str) -> Embedding | None:
 
 
 def _adapters(
-    model: nn.Module, current: CurrentStep, names: tuple[str, str], shape: ModelShape, device: torch.device,
-    dtype: torch.dtype, read: Callable[[str], Tensor],
-) -> Adapters:  # fmt: skip
+    model: nn.Module, stages: Stages, names: tuple[str, str], shape: ModelShape, read: Callable[[str], Tensor]
+) -> Adapters:
     """The room for adapters; names: of embedding and head. read: see Tables."""
     embedding = embedding_of(model, names[0])
     head = next((m for m in model.modules() if isinstance(m, Linear) and m.is_head), None)
     tables = Tables(embedding, head, names, shape.tie_embeddings, shape.vocab_size, shape.hidden_size, read)
-    # On a CPU what each step reads is in sixteen bits; what it adds is small.
-    return Adapters(model, current, tables, device, torch.float16 if device.type == "cpu" else dtype)
+    return Adapters(model, stages.of, tables)
 
 
 def _read(checkpoint: Checkpoint, names: FileNames, tied: tuple[str, str] | None, name: str) -> Tensor:

@@ -12,12 +12,13 @@ from tightrope.backends.files.chat_templates import chat_templates
 from tightrope.backends.files.hf_config import ModelShape, read_config
 from tightrope.backends.files.safetensors import Checkpoint
 from tightrope.backends.hf.load.blueprint import Blueprint, draw
+from tightrope.backends.hf.load.stages import LayOut
 from tightrope.backends.hf.text.tokenizer import HFTokenizer
 from tightrope.backends.hf.text.vocabulary import has_tokenizer
 from tightrope.backends.protocol import Tokenizer
 from tightrope.backends.quant.find import check_asked
 from tightrope.backends.rope.scaling import RopeSpec, resolve_rope
-from tightrope.backends.settings import ModelSettings
+from tightrope.backends.settings import ModelSettings, written
 from tightrope.backends.tensor_parallel import ALONE, Share
 
 
@@ -55,16 +56,20 @@ class Inspect(Protocol):
 
 
 def inspect(
-    folder: Path, settings: ModelSettings, device: torch.device | str = "cpu", share: Share = ALONE
-) -> Inspection:
-    """Read all of a folder but its weights. Raises BackendError in one line for whatever can't be served."""
+    folder: Path, settings: ModelSettings, device: torch.device | str = "cpu", share: Share = ALONE,
+    lay_out: LayOut | None = None,
+) -> Inspection:  # fmt: skip
+    """Read all of a folder but its weights. Raises BackendError in one line for whatever can't be served.
+
+    lay_out: see draw.
+    """
     _check_options(settings)
     shape = read_config(folder)
     rope = resolve_rope(shape.raw, settings.rope, settings.max_model_len)
     checkpoint = Checkpoint.open(folder)
     tokenizer = HFTokenizer(folder, shape) if has_tokenizer(folder) else None
     templates = chat_templates(folder)
-    blueprint = draw(folder, shape, checkpoint, rope, device, settings.dtype, share=share)
+    blueprint = draw(folder, shape, checkpoint, rope, device, settings.dtype, share=share, lay_out=lay_out)
     check_asked(folder, settings.quantize, blueprint.quantization)
     for path in settings.adapters.values():
         blueprint.adapters.check(Path(path).expanduser())
@@ -94,9 +99,16 @@ def model_id(folder: Path) -> str:
 
 
 def _check_options(settings: ModelSettings) -> None:
+    if settings.gpu_split is not None and settings.tensor_parallel not in (0, 1):
+        raise BackendError(
+            f"--gpu-split {written(settings.gpu_split)} lays layers out one after the other, and --tensor-parallel "
+            "splits each of them; give only one of the two"
+        )
     if settings.tensor_split or settings.split_mode != "layer":
         option = "--tensor-split" if settings.tensor_split else f"--split-mode {settings.split_mode}"
-        raise BackendError(f"{option} is of GGUF files, which llama.cpp shares out among cards; leave it out")
+        raise BackendError(
+            f"{option} is of GGUF files; --gpu-split says how many GiB of each card a folder's model takes"
+        )
     for option, value in (("--gpu-layers", settings.gpu_layers), ("--n-cpu-moe", settings.n_cpu_moe)):
         if value:
             raise BackendError(

@@ -81,6 +81,21 @@ def tie(weights: Sequence[Weight], head: str, table: str, names: FileNames) -> l
     return list(weights) if names.find([head, table]) else _merged(weights, head, table, with_both=False)
 
 
+def apart(first: Sequence[Weight], last: Sequence[Weight], head: str, table: str) -> tuple[list[Weight], list[Weight]]:
+    """The weights of two devices, with the embedding among the first and the head among the last: two tensors.
+
+    The files may hold one of them alone.
+    """
+    ends = {weight.sources[0][0].name: weight for weight in (*first, *last)}
+    both = [source for name in (head, table) for source in ends[name].sources]
+
+    def with_either(weight: Weight) -> Weight:
+        name = weight.sources[0][0].name
+        return replace(weight, sources=(*weight.sources, *both)) if name in (head, table) else weight
+
+    return [*map(with_either, first)], [*map(with_either, last)]
+
+
 def share(
     weights: Sequence[Weight], head: str, table: str, checkpoint: Checkpoint, names: FileNames
 ) -> tuple[list[Weight], str | None]:

@@ -4,12 +4,12 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from itertools import accumulate
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tightrope.backends.errors import BackendError
 from tightrope.backends.hf.load import patterns
+from tightrope.backends.hf.load.stages import Stages
 from tightrope.backends.hf.load.trace import Attended, Trace, is_linear
 from tightrope.backends.hf.load.weights import ExpertWeights, LinearWeights, WantedWeights
 from tightrope.backends.hf.modules.attention import Attention, InterfaceAttention
@@ -34,16 +34,15 @@ class Specialised:
 
 
 def specialise(
-    model: PreTrainedModel, seen: Trace, ropes: Collection[str], current: CurrentStep, dtype: torch.dtype,
-    share: Share = ALONE,
-) -> Specialised:  # fmt: skip
+    model: PreTrainedModel, seen: Trace, ropes: Collection[str], stages: Stages, share: Share = ALONE
+) -> Specialised:
     """Replace what we know of `model`'s modules. `ropes` are the keys of the tables that steps will have.
 
     Linears, tables and heads are those of `share`. Attention that keeps transformers' class has all heads on every
     rank. Raises BackendError when the model keeps more than keys and values, or attends in a way that our cache can't.
     """
     layers = _layers(model, seen)
-    specialiser = _Specialiser(model, seen, layers, ropes, current, dtype, share)
+    specialiser = _Specialiser(model, seen, layers, ropes, stages, share)
     specialiser.run()
     return Specialised(tuple(specialiser.layers), specialiser.wants, tuple(dict.fromkeys(specialiser.kept)))
 
@@ -70,15 +69,14 @@ class _Specialiser:
         seen: Trace,
         asked: dict[nn.Module, Attended],
         ropes: Collection[str],
-        current: CurrentStep,
-        dtype: torch.dtype,
+        stages: Stages,
         share: Share,
     ) -> None:
-        self.model, self.seen, self.asked, self.ropes, self.current = model, seen, asked, ropes, current
+        self.model, self.seen, self.asked, self.ropes, self.stages = model, seen, asked, ropes, stages
         self.names = {module: name for name, module in model.named_modules()}
         self.index = {module: i for i, module in enumerate(asked)}
-        self.dtype, self.share = dtype, share
-        self.wants = WantedWeights(dtype)
+        self.share = share
+        self.wants = WantedWeights()
         self.kept: list[str] = []
         self.layers = [self._layer(i, attended) for i, attended in enumerate(asked.values())]
 
@@ -115,10 +113,13 @@ class _Specialiser:
             module._modules[name] = self._specialised(child)
         prefix = f"{self.names[module]}." if self.names[module] else ""
         for name, parameter in module.named_parameters(recurse=False):
-            self.wants.as_it_is(prefix + name, parameter, _set_parameter(module, name))
+            self._as_it_is(prefix + name, parameter, _set_parameter(module, name))
         for name, buffer in module.named_buffers(recurse=False):
             if name not in module._non_persistent_buffers_set:
-                self.wants.as_it_is(prefix + name, buffer, _set(module, name))
+                self._as_it_is(prefix + name, buffer, _set(module, name))
+
+    def _as_it_is(self, name: str, tensor: Tensor, deliver: Callable[[Tensor], None]) -> None:
+        self.wants.as_it_is(name, tensor, deliver, self.stages.of(name).dtype)
 
     def _specialised(self, module: nn.Module) -> nn.Module:
         """Our module in place of one of the skeleton; itself where we know none, specialised below."""
@@ -128,6 +129,9 @@ class _Specialiser:
                 return ours
         self._children(module)
         return module
+
+    def _current(self, module: nn.Module) -> CurrentStep:
+        return self.stages.of(self.names[module])
 
     def _linear(self, module: nn.Module) -> Linear | None:
         return self._gathered(module) if is_linear(module) else None
@@ -142,7 +146,7 @@ class _Specialiser:
         ends = accumulate(module.out_features for module in modules)
         of_each = tuple(within(own, end - module.out_features, end) for module, end in zip(modules, ends, strict=True))
         rows = tuple((self.names[module], module.out_features) for module in modules)
-        linear = Linear(rows, modules[0].in_features, self.current, of_each, sizes)
+        linear = Linear(rows, modules[0].in_features, self.stages.of(rows[0][0]), of_each, sizes)
         has_bias = modules[0].bias is not None
         setters = _set(linear, "weight"), _set(linear, "bias")
         self.wants.linears.append(LinearWeights(rows, modules[0].in_features, has_bias, *setters, of_each))
@@ -153,7 +157,7 @@ class _Specialiser:
         if scale is None or not isinstance(module, nn.Embedding):
             return None
         shape = module.num_embeddings, module.embedding_dim
-        ours = Embedding(self.names[module], shape, scale, self.dtype, self.current, self.share)
+        ours = Embedding(self.names[module], shape, scale, self._current(module), self.share)
         rows, setters = ((ours.name, module.num_embeddings),), (_set(ours, "weight"), _set(ours, "bias"))
         self.wants.tables.append(LinearWeights(rows, module.embedding_dim, False, *setters, ((ours.own,),)))
         return ours
@@ -162,7 +166,7 @@ class _Specialiser:
         found = patterns.norm(module, self.seen)
         if found is None:
             return None
-        ours = RMSNorm(self.names[module], found.size, found.eps, found.offset, self.current)
+        ours = RMSNorm(self.names[module], found.size, found.eps, found.offset, self._current(module))
         ours.runs_by_row = self.seen.calls[module].hidden_states.dim() == 3
         rows = [(f"{ours.name}.weight", found.size)]
         self.wants.vector(rows, _set(ours, "weight"), found.offset)
@@ -187,7 +191,7 @@ class _Specialiser:
             return None
         count, hidden, middle = found.num_experts, found.hidden_size, found.intermediate_size
         name = self.names[module]
-        ours = Experts(name, (count, hidden, middle), found.activation, self.current, self.share)
+        ours = Experts(name, (count, hidden, middle), found.activation, self._current(module), self.share)
         own = self._twice(middle), (self.share.columns(hidden),)
         gate_up, down = (("gate_proj", "up_proj"), ("w1", "w3")), (("down_proj",), ("w2",))
         self.wants.experts += [
@@ -202,7 +206,7 @@ class _Specialiser:
         asked, index = self.asked[module], self.index[module]
         found, layer = patterns.heads(asked, self.seen), self.layers[index]
         if found is None:
-            answer_with(module, InterfaceAttention(layer, index, self.current))
+            answer_with(module, InterfaceAttention(layer, index, self._current(module)))
             self.kept.append(type(module).__name__)
             return None
         q_norm, k_norm = (None if norm is None else self._norm(norm) for norm in (found.q_norm, found.k_norm))
@@ -216,7 +220,7 @@ class _Specialiser:
         sizes = None if self.share == ALONE else tuple(one.num_queries * dim for one in by_rank)
         norms = q_norm, k_norm
         out = self._gathered(found.out)
-        return Attention(qkv, out, norms, own.num_queries, layer, index, self.current, sizes)
+        return Attention(qkv, out, norms, own.num_queries, layer, index, self._current(module), sizes)
 
     def _as_block(self, module: nn.Module) -> patterns.Block | None:
         """What a decoder layer is made of, if our layer can take its place."""

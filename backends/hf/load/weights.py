@@ -136,12 +136,11 @@ class ExpertWeights:
 
 @dataclass(slots=True)
 class WantedWeights:
-    """Everything that the modules of a model ask for. `activation_dtype` is that of weights in untouched modules.
+    """Everything that the modules of a model ask for.
 
     `tables` have a row for each token; where these are quantized, they are matrices of which single outputs are read.
     """
 
-    activation_dtype: torch.dtype
     weights: list[Weight] = field(default_factory=list)
     linears: list[LinearWeights] = field(default_factory=list)
     tables: list[LinearWeights] = field(default_factory=list)
@@ -154,11 +153,11 @@ class WantedWeights:
             parts.append(Part(name, (count,), (slice(end, end := end + count),)))
         self.weights.append(Weight((end,), (tuple(parts),), deliver, torch.float32, offset))
 
-    def as_it_is(self, name: str, tensor: Tensor, deliver: Callable[[Tensor], None]) -> None:
-        """A weight or buffer of an untouched module, in the dtype that the module computes in."""
-        dtype = self.activation_dtype if tensor.is_floating_point() else tensor.dtype
+    def as_it_is(self, name: str, tensor: Tensor, deliver: Callable[[Tensor], None], dtype: torch.dtype) -> None:
+        """A weight or buffer of an untouched module; `dtype` is what the module computes in."""
         shape = tuple(tensor.shape)
-        self.weights.append(Weight(shape, ((Part(name, shape),),), deliver, dtype))
+        own = dtype if tensor.is_floating_point() else tensor.dtype
+        self.weights.append(Weight(shape, ((Part(name, shape),),), deliver, own))
 
 
 def _placed(spans: Spans, end: int = 0) -> Iterator[tuple[Span, slice]]:

@@ -21,13 +21,12 @@ class Embedding(nn.Module):
     is_on_host = False
     _ends: Tensor  # The first tokens of all ranks but the first.
 
-    def __init__(
-        self, name: str, shape: tuple[int, int], scale: float, dtype: torch.dtype, current: CurrentStep, share: Share
-    ) -> None:
+    def __init__(self, name: str, shape: tuple[int, int], scale: float, current: CurrentStep, share: Share) -> None:
         super().__init__()
         self.sizes, self.own = columns(shape[0], share.count), share.columns(shape[0])
         self.register_buffer("_ends", torch.tensor(self.sizes or shape[:1]).cumsum(0)[:-1], persistent=False)
-        self.name, self.shape, self.scale, self.dtype, self.current = name, shape, scale, dtype, current
+        self.name, self.shape, self.scale, self.current = name, shape, scale, current
+        self.dtype = current.dtype
         self.changes: dict[int, TableChange] = {}
 
     def gathered(self, token_ids: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from tightrope.backends.hf.modules.attention import Attention
+from tightrope.backends.hf.modules.carry import Carry
 from tightrope.backends.hf.modules.embedding import Embedding
 from tightrope.backends.hf.modules.matrices import projection
 from tightrope.backends.hf.modules.mlp import MLP, GatedMLP
@@ -108,13 +109,22 @@ def _through(layers: Sequence[Layer], x: Tensor) -> Tensor:
 
 
 class Stack(nn.Module):
-    """The base model: embedding, layers, last norm."""
+    """The base model: embedding, layers, last norm.
+
+    `carries` bring hidden states to where the layer of that number is, or what follows the last of them.
+    """
 
     def __init__(self, embedding: Embedding, layers: tuple[Layer, ...], norm: RMSNorm) -> None:
         super().__init__()
         self.embedding, self.layers, self.norm = embedding, nn.ModuleList(layers), norm
         self._layers = layers
+        self.carries: dict[int, Carry] = {}
 
     def forward(self, input_ids: Tensor, **kwargs: Any) -> MoeModelOutputWithPast:  # noqa: ANN401 - transformers' own
-        x = _through(self._layers, self.embedding.run(input_ids[0]))
+        x = self.embedding.run(input_ids[0])
+        begin = 0
+        for number, carry in sorted(self.carries.items()):
+            x = carry.run(_through(self._layers[begin:number], x))
+            begin = number
+        x = _through(self._layers[begin:], x)
         return MoeModelOutputWithPast(last_hidden_state=self.norm.run(x).unsqueeze(0))

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from tightrope.backends.hf.modules.gather import Gather
@@ -32,9 +33,24 @@ def scratch_bytes(layers: Sequence[LayerInfo], num_tokens: int) -> int:
     return max((expanded_cache_bytes(num_tokens, layer.num_kv_heads, layer.head_dim) for layer in expanded), default=0)
 
 
+@dataclass(frozen=True, slots=True)
+class StepOn:
+    """A step as one device has it."""
+
+    layout: StepLayout
+    tables: Mapping[str, RopeTable]  # For each `rope` of the model's layers.
+    adapters: AdapterRows | None = None  # None when no row of the step uses any.
+
+
 @dataclass(slots=True)
 class CurrentStep:
-    """The step that a model runs, and the caches that it stores into, one a layer; shared by the model's modules."""
+    """The step that a model runs, and the caches that it stores into, one a layer; shared by the model's modules.
+
+    Modules on a device share one: a model whose layers lie on several has as many. `dtype` is that of hidden states.
+    """
+
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    dtype: torch.dtype = torch.float32
 
     layout: StepLayout | None = None
     tables: Mapping[str, RopeTable] = field(default_factory=dict)
@@ -43,6 +59,11 @@ class CurrentStep:
     adapters: AdapterRows | None = None  # None when no row of the step uses any.
     head_adapters: AdapterRows | None = None  # Those of the rows whose logits are wanted.
     gather: Gather | None = None  # None where one rank holds all of the model. Steps leave it as it is.
+
+    def begin(self, caches: Sequence[LayerCache], step: StepOn) -> None:
+        """Have the modules run this step, which stores into `caches`."""
+        self.caches, self.layout, self.tables, self.adapters = caches, step.layout, step.tables, step.adapters
+        self.embedded = self.head_adapters = None
 
     def gathered(self, local: Tensor, sizes: tuple[int, ...] | None) -> Tensor:
         """Columns [T, sum(sizes)] of all ranks where this one has `local`; itself where every rank has all (None)."""

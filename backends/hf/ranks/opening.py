@@ -6,14 +6,16 @@ from typing import TypeVar
 import torch
 
 from tightrope.backends.devices import faults
+from tightrope.backends.devices.spread import are_alike
 from tightrope.backends.errors import BackendError, DoesNotFit
+from tightrope.backends.hf.layered import Layered, open_layered
 from tightrope.backends.hf.load.inspection import Inspect
 from tightrope.backends.hf.part import Part
 from tightrope.backends.hf.ranks.team import Team
 from tightrope.backends.settings import MAX_RANKS, ModelSettings
 from tightrope.backends.threads import usable_cpus
 
-Opened = TypeVar("Opened", Part, Team)
+Opened = TypeVar("Opened", Part, Layered, Team)
 
 
 def open_part(
@@ -24,6 +26,9 @@ def open_part(
     source: the module whose `inspect` finds the same in other ranks. Raises BackendError, and DoesNotFit where no
     way of holding it fits.
     """
+    if settings.gpu_split is not None:
+        layered = _planned(open_layered(path, settings, device), settings)
+        return layered, list(layered.laid.notes)
     if (asked := num_asked(settings, device)) > 1:
         devices = asked_devices(settings, device, asked)
         return _planned(Team(path, settings, devices, source), settings), [_asked_line(device, asked)]
@@ -33,10 +38,29 @@ def open_part(
     except DoesNotFit as error:
         if asked or num_cards < 2:
             raise
-        count = min(num_cards, MAX_RANKS)
-        why = f"devices: {count} cards, a rank of the model on each, as one does not hold it: {error}"
-        return _planned(Team(path, settings, _cards(count), source), settings), [why]
+        return _over_all(path, settings, device, source, num_cards, str(error))
     return part, [f"devices: {device} of {num_cards} cards, as it holds the model"] if num_cards > 1 else []
+
+
+def _over_all(
+    path: Path, settings: ModelSettings, device: torch.device, source: str, num_cards: int, reason: str
+) -> tuple[Part | Team, list[str]]:
+    """A model that one card doesn't hold: a rank on each where they are alike and hold it so, or its layers over all.
+
+    reason: why one does not. Raises BackendError, and DoesNotFit.
+    """
+    count = min(num_cards, MAX_RANKS)
+    why = f"as one does not hold it: {reason}"
+    are_of_a_size = are_alike([torch.cuda.mem_get_info(number)[0] for number in range(num_cards)])
+    if are_of_a_size:
+        try:
+            team = _planned(Team(path, settings, _cards(count), source), settings)
+            return team, [f"devices: {count} cards, a rank of the model on each, {why}"]
+        except DoesNotFit as error:
+            why = f"{why}; nor a rank on each of {count}: {error}"
+    layered = _planned(open_layered(path, settings, device), settings)
+    sizes = "" if are_of_a_size else " of different sizes"
+    return layered, [f"devices: layers of the model over {num_cards} cards{sizes}, {why}", *layered.laid.notes]
 
 
 def _planned(part: Opened, settings: ModelSettings) -> Opened:

@@ -54,14 +54,17 @@ def key_factors(
     runner_over: makes a runner of the model over caches. steps: the model's rotation. step_tokens: tokens to run at a
     time.
     """
-    layers, device = model.layers, model.device
+    layers = model.layers
     token_ids = tokenizer.encode(TEXT, parse_special=False, is_start=True)
     if tokenizer.adds_bos and tokenizer.bos_id is not None:
         token_ids = [tokenizer.bos_id, *token_ids]
     token_ids = token_ids[: min(CALIBRATION_TOKENS, steps.window)]
     num_pages = -(-len(token_ids) // PAGE)  # None for a vocabulary without these letters.
     formats = [CacheFormat("f16", layer.num_kv_heads, layer.head_dim) for layer in layers]
-    caches = [LayerCache.allocate(format, num_pages, device) for format in formats]
+    caches = [
+        LayerCache.allocate(format, num_pages, device)
+        for format, device in zip(formats, model.layer_devices, strict=True)
+    ]
     runner = runner_over(caches)
     if token_ids:
         _run(runner, token_ids, PagedKVCache(num_pages), steps, step_tokens)

@@ -1,7 +1,7 @@
 """What an error of a device means: no memory for this step, a step that failed, or a device that is gone."""
 
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -20,12 +20,12 @@ _OUT_OF_MEMORY = (
 
 
 @contextmanager
-def failing_as(work: str, device: torch.device) -> Iterator[None]:
-    """Raise BackendError where work on a device fails: OutOfMemory, or DeviceLost where the device is gone with it."""
+def failing_as(work: str, *devices: torch.device) -> Iterator[None]:
+    """Raise BackendError where work on devices fails: OutOfMemory, or DeviceLost where one of them is gone with it."""
     try:
         yield
-    except errors_of(device) as error:
-        raise _named(error, work, device) from error
+    except tuple({kind for device in devices for kind in errors_of(device)}) as error:
+        raise _named(error, work, devices) from error
     finally:
         dispatch.compiling.end()  # A compile that has failed doesn't say so.
 
@@ -44,12 +44,13 @@ def first_line(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
-def _named(error: Exception, work: str, device: torch.device) -> BackendError:
+def _named(error: Exception, work: str, devices: Sequence[torch.device]) -> BackendError:
     if _is_out_of_memory(error):
         return OutOfMemory(f"out of memory in {work}: {first_line(error)}")
-    if device.type == "cuda":
+    for device in devices:
         try:
-            torch.cuda.synchronize(device)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
         except RuntimeError as lasting:  # An error that is still there belongs to the context, and stays with it.
             return DeviceLost(f"{device} is lost after {work}: {first_line(lasting)}")
     return BackendError(f"the model failed in {work}: {first_line(error)}")

@@ -39,7 +39,7 @@ class CacheVariants:
             LayerCache.allocate(
                 replace(cache.format, dtype=dtype),
                 len(cache.key_codes),
-                first.model.device,
+                cache.key_codes.device,
                 is_windowed=cache.is_windowed,
             )
             for dtype, cache in zip(dtypes, first.caches, strict=True)

@@ -15,8 +15,11 @@ from torch import Tensor
 
 from tightrope.backends.errors import BackendError
 from tightrope.backends.hf.load.model import LoadedModel
+from tightrope.backends.hf.modules.carry import launching_on
 from tightrope.backends.hf.modules.experts import Experts
 from tightrope.backends.hf.modules.linear import Linear
+from tightrope.backends.hf.modules.step import CurrentStep
+from tightrope.backends.hf.run.later import StageInputs
 from tightrope.backends.hf.run.rotary import RotarySets
 from tightrope.backends.settings import ModelSettings
 from tightrope.backends.tensor_parallel import size_of
@@ -37,6 +40,7 @@ class Steps:
     window: int  # Tokens of the longest sequence.
     step_tokens: int
     has_adapters: bool  # Rows may use adapters, be they loaded already or later.
+    later: tuple[StageInputs, ...] = ()  # Of the model's devices behind the first.
 
     @classmethod
     def of(
@@ -46,30 +50,34 @@ class Steps:
         rotary: Mapping[str, RotarySets],
         dtype: CacheDtype,
         window: int,
+        later: Sequence[StageInputs] = (),
     ) -> "Steps":
         has_adapters = bool(settings.adapters) or settings.adapter_folder is not None
-        return cls(model, rotary, dtype, window, settings.step_tokens_on("cuda"), has_adapters)
+        return cls(model, rotary, dtype, window, settings.step_tokens_on("cuda"), has_adapters, tuple(later))
 
     def run(self) -> None:
         """Run a step of each kind. Nothing is stored, and what comes out means nothing."""
         with torch.inference_mode():
             caches = self._caches(self.cache_dtype)
             for context in sorted({1, self.window}):  # A short one is read at once, a long one in stretches.
-                self._run(caches, replace(self._layout(1), max_context_len=context))
+                self._run(caches, 1, context)
             counts = self._row_counts()
             for num_tokens in counts:
-                self._run(caches, self._layout(num_tokens))
+                self._run(caches, num_tokens, num_tokens)
             if self.cache_dtype != "f16":
-                self._run(self._caches("f16"), self._layout(counts[-1]))  # As the calibration does.
+                self._run(self._caches("f16"), counts[-1], counts[-1])  # As the calibration does.
             if self.has_adapters:
                 self._run_experts()
                 self._run_adapters()
 
     def _caches(self, dtype: CacheDtype) -> list[LayerCache]:
-        """A page for each layer, in which nothing is stored."""
-        device = self.model.device
+        """A page for each layer, in which nothing is stored; those of layers on the CPU hold a step."""
         formats = [CacheFormat(dtype, layer.num_kv_heads, layer.head_dim) for layer in self.model.layers]
-        return [LayerCache.allocate(format, 1, device) for format in formats]
+        most = -(-max(self._row_counts()) // PAGE)
+        return [
+            LayerCache.allocate(format, most if device.type == "cpu" else 1, device)
+            for format, device in zip(formats, self.model.layer_devices, strict=True)
+        ]
 
     def _row_counts(self) -> list[int]:
         """Tokens of prompts that take all ways of multiplying them."""
@@ -78,58 +86,67 @@ class Steps:
             most = min(most, dispatch.MOST_STACKED)  # A longer step would read from the card which experts it needs.
         return [count for count in dispatch.fewest_rows() if 1 < count <= most]
 
-    def _run(self, caches: Sequence[LayerCache], layout: StepLayout) -> None:
-        device, num_tokens = self.model.device, len(layout.slots)
-        token_ids = torch.zeros(num_tokens, dtype=torch.int64, device=device)
+    def _run(self, caches: Sequence[LayerCache], num_tokens: int, context: int) -> None:
+        """A step of so many tokens, launched as one for a context of so many."""
+        model = self.model
+        token_ids = torch.zeros(num_tokens, dtype=torch.int64, device=model.device)
         tables = {name: rotary.table([1]) for name, rotary in self.rotary.items()}
-        self.model.forward(caches, token_ids, layout, tables, torch.arange(num_tokens, device=device))
-
-    def _layout(self, num_tokens: int) -> StepLayout:
-        """A sequence with so many tokens, none of which has a place in the cache, nor any token before them."""
-        device = self.model.device
-
-        def zeros(*shape: int) -> Tensor:
-            return torch.zeros(*shape, dtype=torch.int32, device=device)
-
-        return StepLayout(
-            query_starts=torch.tensor([0, num_tokens], dtype=torch.int32).to(device),
-            context_lens=zeros(1),
-            block_tables=zeros(1, -(-num_tokens // PAGE)),
-            slots=torch.full((num_tokens,), -1, dtype=torch.int64, device=device),
-            positions=zeros(num_tokens),
-            sequence_of=zeros(num_tokens),
-            max_query_len=num_tokens,
-            max_context_len=num_tokens,
-            lengths=((num_tokens, num_tokens),),
+        layout, *others = (
+            replace(_layout(num_tokens, current.device), max_context_len=context) for current in model.currents
         )
+        later = [stage.step(other, [1], None) for stage, other in zip(self.later, others, strict=True)]
+        rows = torch.arange(num_tokens, device=model.currents[-1].device)
+        model.forward(caches, token_ids, layout, tables, rows, later=later)
 
     def _run_experts(self) -> None:
         """Each expert by itself, as in steps with adapters."""
         for module in self.model.tree.modules():
-            if isinstance(module, Experts):
+            if isinstance(module, Experts) and module.current.device.type != "cpu":
                 for expert in range(len(module.down)):
                     for count in dispatch.fewest_rows():
-                        module.first(expert, self._rows(count, module.hidden), None)
-                        module.second(expert, self._rows(count, module.middle), None)
+                        with launching_on(module.current.device):
+                            module.first(expert, _rows(count, module.hidden, module.current), None)
+                            module.second(expert, _rows(count, module.middle, module.current), None)
 
     def _run_adapters(self) -> None:
         """An adapter on each linear, of a rank that makes no difference."""
-        device, dtype = self.model.device, self.model.activation_dtype
-        slots = torch.zeros(1, dtype=torch.int32, device=device)
-        rows = AdapterRows(slots, torch.zeros(1, device=device), (0,))
         for module in self.model.tree.modules():
-            if isinstance(module, Linear):
+            if isinstance(module, Linear) and module.current.device.type != "cpu":
+                device, dtype = module.current.device, module.current.dtype
+                slots = torch.zeros(1, dtype=torch.int32, device=device)
+                rows = AdapterRows(slots, torch.zeros(1, device=device), (0,))
                 parts, first = [], 0
                 for _, _, own in module.parts:
                     sizes = module.num_inputs, size_of(own)
                     down, up = (torch.zeros(1, n, dtype=dtype, device=device) for n in sizes)
                     parts.append(LowRankPart(first, down, up))
                     first += size_of(own)
-                out = self._rows(1, first)
-                dispatch.add_low_rank(out, self._rows(1, module.num_inputs), {0: LowRank(tuple(parts))}, rows)
+                x, out = _rows(1, module.num_inputs, module.current), _rows(1, first, module.current)
+                with launching_on(device):
+                    dispatch.add_low_rank(out, x, {0: LowRank(tuple(parts))}, rows)
 
-    def _rows(self, count: int, width: int) -> Tensor:
-        return torch.zeros(count, width, dtype=self.model.activation_dtype, device=self.model.device)
+
+def _layout(num_tokens: int, device: torch.device) -> StepLayout:
+    """A sequence with so many tokens; on a card none of them has a place in the cache, nor any token before them."""
+    numbers = torch.arange(num_tokens, dtype=torch.int32)
+    is_stored = device.type == "cpu"
+    none = torch.zeros_like(numbers)
+    layout = StepLayout(
+        query_starts=torch.tensor([0, num_tokens], dtype=torch.int32),
+        context_lens=torch.tensor([num_tokens if is_stored else 0], dtype=torch.int32),
+        block_tables=numbers[: -(-num_tokens // PAGE)].unsqueeze(0) * is_stored,
+        slots=numbers.long() if is_stored else torch.full((num_tokens,), -1),
+        positions=numbers if is_stored else none,
+        sequence_of=none,
+        max_query_len=num_tokens,
+        max_context_len=num_tokens,
+        lengths=((num_tokens, num_tokens),),
+    )
+    return layout.to(device)
+
+
+def _rows(count: int, width: int, current: CurrentStep) -> Tensor:
+    return torch.zeros(count, width, dtype=current.dtype, device=current.device)
 
 
 def warm_up(steps: Steps, num_threads: int, progress: Callable[[float], None]) -> None:
