@@ -15,6 +15,7 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from tightrope.backends.memory import free_memory
+from tightrope.backends.threads import compute_threads
 from tightrope.engine.process.launch import Launcher, spawn_process
 from tightrope.server.cluster.application import replica_application
 from tightrope.server.cluster.ray_router import Changed, RayWatch
@@ -35,15 +36,14 @@ class LocalCluster:
 
     def __init__(self, settings: ServerSettings, say: Callable[[str], None], launch: Launcher = spawn_process) -> None:
         """Begin Ray; takes some seconds. say: is told of each replica that is ready."""
-        self._settings = settings
+        most = max(settings.cluster.replicas, settings.cluster.max_replicas or 0)
+        self._settings = with_threads(settings, settings.engine.model.threads or max(1, compute_threads(0) // most))
         self._say = say
         self._launch = launch
-        self._handle: Handle | None = None
-        self._most = max(settings.cluster.replicas, settings.cluster.max_replicas or 0)
-        self._share = free_memory() // self._most
+        self._share = free_memory() // most
         self._restarts: set[asyncio.Task[Handle]] = set()
         self._deployed: asyncio.Task[Handle] | None = None
-        start_ray(self._most * (settings.engine.model.threads or 1) + 1)
+        start_ray(most * self._settings.engine.model.threads + 1)
 
     def close(self) -> None:
         """End all replicas, which write what rests of chats, and Ray."""
@@ -104,6 +104,12 @@ class LocalCluster:
         if is_over and failure is None:
             failure = application.message or "Ray can't start the replicas"
         return number, failure, is_over
+
+
+def with_threads(settings: ServerSettings, number: int) -> ServerSettings:
+    """The same, with so many threads for each engine."""
+    model = settings.engine.model.model_copy(update={"threads": number})
+    return settings.model_copy(update={"engine": settings.engine.model_copy(update={"model": model})})
 
 
 def start_ray(num_cpus: int) -> None:
