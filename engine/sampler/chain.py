@@ -128,7 +128,9 @@ def native_params(logits: Tensor, rows: Ids, states: Sequence[SamplerState]) -> 
         else:
             numbers.append([_u(state), params.top_k, params.top_p, params.min_p, params.typical_p])
     transforms = transforms_of(logits, rows, states).reshape(len(rows), -1)
-    return np.hstack([np.array(numbers, np.float64), transforms])
+    found = np.empty((len(rows), len(numbers[0]) + transforms.shape[1]))
+    found[:, : len(numbers[0])], found[:, len(numbers[0]) :] = numbers, transforms
+    return found
 
 
 def _u(state: SamplerState) -> float:

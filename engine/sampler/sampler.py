@@ -43,7 +43,7 @@ def sample(logits: Tensor, states: Sequence[SamplerState], *, may_overwrite: boo
         return []
     in_place = may_overwrite and not any(s.wants_raw for s in states)
     held = {row: state.grammar for row, state in enumerate(states) if state.grammar is not None}
-    allowed = dict(zip(held, masks(list(held.values())), strict=True))
+    allowed = dict(zip(held, masks(list(held.values())), strict=True)) if held else {}
     edited = edit_logits(logits, [s.edits for s in states], [s.suppressed for s in states], allowed, in_place=in_place)
     edited = edited.contiguous()
     drawn, rows = _draw_natively(edited, states)
@@ -72,16 +72,16 @@ def prompt_logprobs(logits: Tensor, token_ids: Sequence[int], top: int) -> list[
 def _draw_natively(logits: Tensor, states: Sequence[SamplerState]) -> tuple[list[Sampled | None], Ids]:
     """What one native pass over the rows decides, and the rows that are left to the chain."""
     drawn: list[Sampled | None] = [None] * len(states)
-    is_native = np.array([state.plan.is_native and not state.wants_processed for state in states])
-    rows = np.flatnonzero(is_native)
-    if len(rows):
-        params = native_params(logits, rows, [states[row] for row in rows.tolist()])
-        token_ids = dispatch.draw(logits, rows, params)
+    is_native = [state.plan.is_native and not state.wants_processed for state in states]
+    native = [row for row, is_one in enumerate(is_native) if is_one]
+    if native:
+        rows = np.array(native, np.int64)
+        token_ids = dispatch.draw(logits, rows, native_params(logits, rows, [states[row] for row in native]))
         if token_ids is None:
             return drawn, np.arange(len(states))
-        for row, token_id in zip(rows.tolist(), token_ids.tolist(), strict=True):
+        for row, token_id in zip(native, token_ids.tolist(), strict=True):
             drawn[row] = Sampled(token_id, None) if token_id >= 0 else None
-    return drawn, np.flatnonzero(~is_native)
+    return drawn, np.array([row for row, is_one in enumerate(is_native) if not is_one], np.int64)
 
 
 def _draw(drawn: list[Sampled | None], rows: Ids, logits: Tensor, states: Sequence[SamplerState]) -> None:

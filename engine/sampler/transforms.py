@@ -26,8 +26,9 @@ _WHOLE_ROWS: Mapping[str, tuple[WholeRow, Callable[[SamplerState, Sums], Transfo
 def transforms_of(logits: Tensor, rows: Ids, states: Sequence[SamplerState]) -> Doubles:
     """What the first steps of these rows [B] of logits [any, V] float32 come to: [B, MAX_TRANSFORMS, 4]."""
     transforms = np.zeros((len(rows), MAX_TRANSFORMS, 4))
-    with np.errstate(all="ignore"):  # Rows from which nothing can be drawn are full of NaN.
-        _fill(transforms, logits, rows, states)
+    if any(state.plan.head for state in states):
+        with np.errstate(all="ignore"):  # Rows from which nothing can be drawn are full of NaN.
+            _fill(transforms, logits, rows, states)
     return transforms
 
 
