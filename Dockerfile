@@ -10,13 +10,13 @@ FROM ubuntu:24.04 AS build-cpu
 ENV CMAKE_ARGS="-DGGML_NATIVE=OFF"
 # the build of torch without CUDA libraries
 ENV PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
-ENV EXTRAS=demo
+ENV EXTRAS=demo,cluster
 
 # The toolkit is the one that torch is built with, as exllamav2's kernels are linked to both.
 FROM nvidia/cuda:13.0.2-devel-ubuntu24.04 AS build-cuda
 ENV CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_CUDA=ON -DCMAKE_CUDA_ARCHITECTURES=86;89;90"
 ENV PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cu130
-ENV EXTRAS=demo,exl2
+ENV EXTRAS=demo,exl2,cluster
 
 FROM build-${DEVICE} AS build
 RUN apt-get update \
@@ -58,7 +58,8 @@ RUN apt-get update \
     && apt-get install --yes --no-install-recommends python3 libgomp1 ca-certificates \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --uid 10001 --no-create-home tightrope \
-    && install --directory --owner tightrope --group tightrope /data
+    && install --directory --owner tightrope --group tightrope /data /chats \
+    && ln -s /opt/tightrope/.venv/bin/ray /opt/tightrope/.venv/bin/serve /usr/local/bin/
 # the same path as where it was built, which the environment's scripts have written in them
 COPY --from=installed /opt/tightrope/.venv /opt/tightrope/.venv
 COPY docker-entrypoint.sh /opt/tightrope/

@@ -118,7 +118,7 @@ def test_each_device_has_its_own_build_of_torch():
     assert {"torch", "triton"} <= CONSTRAINTS.keys()
 
 
-@pytest.mark.parametrize(("device", "wanted"), [("cpu", {"demo"}), ("cuda", {"demo", "exl2"})])
+@pytest.mark.parametrize(("device", "wanted"), [("cpu", {"demo", "cluster"}), ("cuda", {"demo", "exl2", "cluster"})])
 def test_the_extras_that_are_installed_exist(device: str, wanted: set[str]):
     extras = environment(named("build", device), device)["EXTRAS"].split(",")
 
