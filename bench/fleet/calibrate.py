@@ -1,0 +1,64 @@
+"""The simulation held to two real replicas: the same clients, the same routers, the same seed."""
+
+import asyncio
+import tempfile
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from bench.compare import bundled_model
+from bench.fleet.costs import Costs, Shape
+from bench.fleet.measure import measure
+from bench.fleet.plan import Plan
+from bench.fleet.real import play, servers
+from bench.fleet.simulate import simulate
+from bench.fleet.traces import Scale
+
+WITHIN = 0.15  # the bar: so far from the real value may the simulated one be, as a share of it, for each of HELD
+HELD = ("hit_rate", "ttft_mean_s", "ttft_p50_s")
+SHAPE = Shape(cache_tokens=16 * 1024, host_tokens=0)
+SCALE = Scale(window=1400, lengths=0.33, pauses=0.25)  # so that a few minutes have hundreds of requests
+WINDOW = 4096
+CASES: Mapping[str, Plan] = {
+    f"{crowd}, {router}": Plan(crowd, router, 2, 150.0, 30.0, places=places, scale=SCALE)
+    for crowd, places in (("role-play", 14), ("agents", 5), ("leaderboards", 4))
+    for router in ("random", "session")
+    if (crowd, router) != ("leaderboards", "session")  # They have none.
+}
+
+
+@contextmanager
+def _pair() -> Iterator[list[str]]:
+    """Two real replicas with empty caches."""
+    with tempfile.TemporaryDirectory() as folder, servers(bundled_model(), Path(folder), 2, SHAPE, WINDOW) as urls:
+        yield urls
+
+
+def measured_costs() -> dict[str, Any]:
+    with _pair() as urls:
+        costs, together, samples = asyncio.run(measure(urls))
+    found = {"model": bundled_model().name, "threads": 1, **asdict(costs)}
+    return {**found, "together": round(together, 3), "samples": samples}
+
+
+def calibrated(costs: Costs, together: float, names: Collection[str], seconds: float) -> Iterator[dict[str, Any]]:
+    """A row for each of these cases: what real servers did, what the simulation says, and how far they are apart.
+
+    together: how many times as long work takes while both are at it, as they share a machine.
+    """
+    for name in names:
+        plan = replace(CASES[name], seconds=seconds, warm_s=seconds / 5, together=together)
+        with _pair() as urls:
+            real = asyncio.run(play(plan, urls, SHAPE)).summary()
+        simulated = simulate(plan, costs, SHAPE)
+        apart = {held: round(simulated[held] / real[held] - 1, 4) if real[held] else 0.0 for held in HELD}
+        yield {
+            "case": name,
+            "seconds": seconds,
+            "real": real,
+            "simulated": {metric: simulated[metric] for metric in real},
+            "apart": apart,
+            "met": all(abs(value) <= WITHIN for value in apart.values()),
+        }
