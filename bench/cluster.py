@@ -297,12 +297,11 @@ def main() -> None:
     options = parser.parse_args()
     end_servers_when_told()
     path = report.RESULTS / "cluster.json"
-    results: dict[str, object] = json.loads(path.read_text())["results"] if path.exists() else {}
     for name, result in measure(options.only, options.kills, options.short):
         print(name, json.dumps(result, indent=2), flush=True)
-        results[name] = result
         if not options.short:
-            report.write("cluster", results)
+            before: dict[str, object] = json.loads(path.read_text())["results"] if path.exists() else {}
+            report.write("cluster", {**before, name: result})
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from tightrope.backends.settings import ModelSettings
 from tightrope.engine.process.client import EngineClient
 from tightrope.engine.process.launch import ProcessHandle, run_process
 from tightrope.processes import child_command, set_variables
+from tightrope.server.cluster.ray_variables import keep_ray_at_home
 
 sys.path.append(str(ROOT / "tests" / "support"))
 
@@ -65,6 +66,7 @@ def main() -> int:
     if sys.argv[1] == "serve":
         with patch.object(serving, "EngineClient", partial(EngineClient, launch=launch)):
             return run(sys.argv[1:])
+    keep_ray_at_home()
     from bench import fake_model
     from tightrope.server.cluster import local
 
