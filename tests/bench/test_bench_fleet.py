@@ -217,9 +217,7 @@ def test_no_cost_is_below_nothing():
 def test_the_tables_of_the_page_are_those_of_the_results():
     page = (ROOT / "docs/replicas.md").read_text("utf-8")
 
-    told = {
-        name: f"<!-- fleet: {name} -->\n" + "\n".join(rows(results.read())) + "\n\n" for name, rows in TABLES.items()
-    }
+    told = {name: f"<!-- fleet: {name} -->\n" + "\n".join(rows(results.read())) + "\n" for name, rows in TABLES.items()}
     assert [name for name, table in told.items() if table not in page] == []
 
 
