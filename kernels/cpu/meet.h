@@ -5,13 +5,12 @@
 #include <atomic>
 #include <climits>
 #include <ctime>
+#include <thread>
 
 #ifdef __linux__
 #include <linux/futex.h>
 #include <sys/syscall.h>
 #include <unistd.h>
-#else
-#include <thread>
 #endif
 
 #include "structs.h"
@@ -25,6 +24,7 @@ struct alignas(128) Arrival {
 };
 static_assert(sizeof(Arrival) == 128 && std::atomic<uint32_t>::is_always_lock_free, "kernels/forms/ranks.py has this size");
 
+constexpr int YIELDS = 5000;  // They take some milliseconds where nobody else wants to run.
 constexpr int SECONDS = 1;  // A sleep, after which it is looked again; a wake can't be lost, and this costs nothing.
 
 INLINE void pause() {
@@ -48,12 +48,17 @@ INLINE void wake_all(std::atomic<uint32_t>& turn) {
 #endif
 }
 
-// Waits until another has come to meeting `turn`, awake at first. Counted turns wrap around, so that their difference tells.
+// Waits until another has come to meeting `turn`, awake at first, then letting others run: a virtual processor that rests
+// takes as long to wake as several operations. Counted turns wrap around, so that their difference tells.
 INLINE void wait_for(Arrival& other, uint32_t turn, int spins) {
     const auto is_there = [&](uint32_t seen) { return int32_t(seen - turn) >= 0; };
     for (int spin = 0; spin < spins; ++spin) {
         if (is_there(other.turn.load(std::memory_order_acquire))) return;
         pause();
+    }
+    for (int yield = 0; yield < YIELDS; ++yield) {
+        if (is_there(other.turn.load(std::memory_order_acquire))) return;
+        std::this_thread::yield();
     }
     other.sleepers.fetch_add(1);  // Either the other sees this, or we see its turn: both sides write, then read.
     for (uint32_t seen; !is_there(seen = other.turn.load());) sleep_while(other.turn, seen);
