@@ -39,12 +39,14 @@ Place = Literal["outside", "inside", "behind"]  # Behind: the prompt itself has 
 
 
 def thought_marks(template: str) -> ThoughtMarks | None:
-    """The marks that a template speaks of; one that only cuts thoughts from the history names the closing one alone.
+    """The marks that a template speaks of: the first pair that it names both of, else the first that it names one of.
 
-    A template writes a line's end in Jinja's way, so it isn't looked for.
+    A template that only cuts thoughts from the history names the closing one alone, and one that only begins them the
+    opening one. A template writes a line's end in Jinja's way, so it isn't looked for.
     """
-    there = [marks for marks in MARKS if marks.closing in template]
-    return next((marks for marks in there if marks.opening.rstrip() in template), there[0] if there else None)
+    named = {marks: (marks.closing in template) + (marks.opening.rstrip() in template) for marks in MARKS}
+    best = max(MARKS, key=named.__getitem__)
+    return best if named[best] else None
 
 
 def place_in(prompt: str, marks: ThoughtMarks, continued: str | None = None) -> Place:

@@ -98,7 +98,12 @@ def test_the_template_tells_the_marks(marks: object):
 def test_a_template_without_marks_has_no_thoughts():
     assert thought_marks("{{ messages }} We think, <thinking> aloud.") is None
     assert ReplyPlan(reply_form("{{ messages }}"), "outside").reader() is None
+
+
+def test_a_template_may_name_one_mark_alone():
     assert thought_marks("{{ content.split('</think>')[-1] }}") == MARKS[0], "the history is cut behind thoughts"
+    assert thought_marks("{{ content }}<|assistant|>[THINK]") == MARKS[1], "thoughts are begun, and stay in the history"
+    assert thought_marks("<think>{{ content.split('[/THINK]')[-1] }}[THINK]") == MARKS[1], "a pair goes before a part"
 
 
 @pytest.mark.parametrize(
