@@ -32,7 +32,8 @@ def outline(settings: ModelSettings, memory_bytes: int | None, device_bytes: tup
     those that are here. Raises BackendError for a model or setting that can't be; a plan that doesn't fit is no error.
     """
     if device_bytes is not None and settings.device == "cpu":
-        raise BackendError("--device cpu and cards that --devices names contradict each other; give only one of them")
+        cards = "cards that --devices or --device-memory names"
+        raise BackendError(f"--device cpu and {cards} contradict each other; give only one of them")
     package, path = find_claim(locate(settings.model, settings.revision, settings.hub_cache))
     return package.outline(path, settings, memory_bytes, device_bytes)
 

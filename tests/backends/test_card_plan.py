@@ -85,7 +85,10 @@ def test_the_page_on_plans_tells_what_is_left_of_a_card():
 
 
 def test_the_memory_of_a_card_is_none_for_a_model_on_the_cpu(folders: dict[str, Path]):
-    with pytest.raises(BackendError, match=r"^--device cpu and --device-memory contradict each other; give only one"):
+    with pytest.raises(
+        BackendError,
+        match=r"^--device cpu and cards that --devices or --device-memory names contradict each other; give only one",
+    ):
         on_card(folders["exl2"], WHOLE, device="cpu")
 
 

@@ -21,6 +21,7 @@ from tightrope.backends.hf.ranks.runner import RankedRunner
 from tightrope.backends.hf.ranks.team import Team, shared_out
 from tightrope.backends.protocol import Chunk
 from tightrope.backends.settings import CacheSettings, ModelSettings, RopeSettings
+from tightrope.kernels import dispatch
 from tightrope.kernels.forms.layout import PAGE, CacheDtype
 
 FOLDER, ADAPTER = ADAPTERS / "llama-bf16", ADAPTERS / "llama-lora-r4"
@@ -151,10 +152,17 @@ def test_stored_pages_are_the_same_bytes_for_any_number_of_ranks_and_are_read_by
     assert torch.equal(torch.from_numpy(two.read_pages([120, 0, 121], [])), read[0])
 
 
-def test_a_chat_that_two_ranks_have_stored_is_found_on_disk_by_one(tmp_path: Path):
+@pytest.fixture
+def batch_invariant() -> Iterator[ModelSettings]:
+    """Settings whose kernels are so, in this process until the test has ended."""
+    yield SETTINGS.model_copy(update={"batch_invariant": True})
+    dispatch.set_batch_invariant(is_wanted=SETTINGS.batch_invariant)
+
+
+def test_a_chat_that_two_ranks_have_stored_is_found_on_disk_by_one(tmp_path: Path, batch_invariant: ModelSettings):
     cache = CacheSettings(tokens=512, dtype="q8", session_dir=str(tmp_path))
     chat = (*PROMPT, *OTHER)
-    settings = SETTINGS.model_copy(update={"cache": cache, "batch_invariant": True})
+    settings = batch_invariant.model_copy(update={"cache": cache})
     with closing(in_ranks(2, settings)) as two:
         logits = run(two, chat)
         two.kv.leave(chat, " None")

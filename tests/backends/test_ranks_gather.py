@@ -14,10 +14,7 @@ from tightrope.backends.hf.modules.gather import Gather
 from tightrope.backends.hf.ranks.gather import SharedGather, new_memory
 from tightrope.backends.hf.ranks.heads import LayerHeads, joined, split
 from tightrope.backends.tensor_parallel import Share
-from tightrope.kernels import dispatch
 from tightrope.kernels.forms.ranks import BUFFER_BYTES
-
-pytestmark = pytest.mark.skipif(not dispatch.can_gather(), reason="the C++ kernels are not built")
 
 Result = TypeVar("Result")
 

@@ -32,7 +32,8 @@ def test_all_kernels_of_every_build_hold(build: str, monkeypatch: pytest.MonkeyP
 @pytest.mark.quick
 def test_no_kernel_of_a_cpu_is_left_out(monkeypatch: pytest.MonkeyPatch):
     called = set()
-    kernels = {name for name in vars(native.NativeKernels) if not name.startswith("_")} - {"describe"}
+    kernels = {name for name in vars(native.NativeKernels) if not name.startswith("_")}
+    kernels -= {"describe", "gather"}  # Ranks meet in the latter, which copies and computes nothing.
 
     def counting(name: str, kernel: Callable[..., object]) -> Callable[..., object]:
         def call(*given: object) -> object:

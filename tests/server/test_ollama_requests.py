@@ -2,8 +2,9 @@
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 import httpx
@@ -136,13 +137,25 @@ async def test_a_stream_that_waits_for_a_load_says_nothing_now_and_then(monkeypa
     """Clients give up what is silent for minutes; a line without words adds nothing to any answer."""
     monkeypatch.setattr(answering, "FIRST_DELTA_S", 0.0)
     monkeypatch.setattr(sse, "PING_S", 0.01)
+    told, kept_alive = asyncio.Event(), sse.kept_alive
+
+    def silence_that_is_noticed(silence: Callable[[], bytes]) -> bytes:
+        told.set()
+        return silence()
+
+    def watched(lines: AsyncGenerator[bytes, None], silence: Callable[[], bytes]) -> AsyncGenerator[bytes, None]:
+        return kept_alive(lines, partial(silence_that_is_noticed, silence))
+
+    monkeypatch.setattr(answering, "kept_alive", watched)
     body = {"messages": [{"role": "user", "content": "Well?"}], "options": {"num_predict": 8}}
     async with several("a", "b", "bad") as running:
         for name in ("b", "bad"):
+            told.clear()
             gate = running.loads[name] = Gate()
             running.broken.add("bad")
             stream = asyncio.create_task(running.http.post("/api/chat", json={"model": name, **body}))
             await until(gate.reached.is_set)
+            await told.wait()
             gate.opened.set()
             reply = await stream
             assert (reply.status_code, reply.headers["content-type"]) == (200, "application/x-ndjson")

@@ -202,7 +202,10 @@ def test_a_gguf_file_in_the_torch_engine_is_planned_in_ranks_of_the_cpu(capsys: 
         (["--devices=24GiB", "--gpu-split=lots"], "--gpu-split: should be auto, or GiB for each card"),
         (["--devices=24GiB", "--gpu-split=0,0"], "--gpu-split: should be auto, or GiB for each card"),
         (["--devices=24GiB", "--tensor-split=1,1"], "--tensor-split is of GGUF files; --gpu-split says how many GiB"),
-        (["--device=cpu", "--devices=24GiB"], "--device cpu and cards that --devices names contradict each other"),
+        (
+            ["--device=cpu", "--devices=24GiB"],
+            "--device cpu and cards that --devices or --device-memory names contradict each other",
+        ),
         (["--device=cpu", "--gpu-split=auto"], "--gpu-split lays layers out on cards, and there is none here"),
     ],
 )

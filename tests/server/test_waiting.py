@@ -136,11 +136,11 @@ async def test_what_waits_for_an_engine_that_stands_still_is_counted_and_goes_wh
         await wait_until(lambda: sum(task.done() for task in tasks) == 30)
         refused = [task.exception() for task in tasks if task.done()]
         assert all(isinstance(error, Overloaded) for error in refused)
-        assert (client.num_open, client.num_waiting) == (10, 10), "four places, and six that may wait"
+        assert (client._exchange.num_open, client.num_waiting) == (10, 10), "four places, and six that may wait"
         for task in (*tasks, *calls):
             task.cancel()
         await asyncio.gather(*tasks, *calls, return_exceptions=True)
-        assert client.num_open == 0
+        assert client._exchange.num_open == 0
         assert client._supervisor._outbox is not None
         assert len(client._supervisor._outbox._messages) <= 1, "at most the cancel of the one that was on its way"
         assert len(client._exchange.calls) == 0
