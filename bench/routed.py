@@ -85,7 +85,7 @@ class MadeUp:
 
 class NoAdapters:
     def prepare(self, name: str, path: object) -> Callable[[], None]:
-        raise NotImplementedError
+        raise NotImplementedError("the made-up model takes no adapters, and no prompt here names one")
 
     def tokenizer(self, name: str) -> None:
         return None
