@@ -34,19 +34,23 @@ READ_S = 0.0002  # A token of a prompt takes so long.
 
 
 class Steady(FakeBackend):  # type: ignore[misc]  # The folder of the tests' fakes is no package.
-    """Its step takes the same time for one stream and for many."""
+    """Its step takes the same time for one stream and for many, and ends that long after the step before it."""
+
+    ended_s = 0.0
 
     def forward(self, chunks: Sequence[Chunk]) -> "Tensor":
-        began_s = time.perf_counter()
+        now_s = time.perf_counter()
+        began_s = self.ended_s if now_s < self.ended_s + STEP_S else now_s
         logits: Tensor = super().forward(chunks)
         num_read = sum(len(chunk.token_ids) for chunk in chunks) - len(chunks)
         time.sleep(max(0.0, began_s + STEP_S + READ_S * num_read - time.perf_counter()))
+        self.ended_s = time.perf_counter()
         return logits
 
 
 def open_model(settings: ModelSettings, progress: Callable[[float], None]) -> Steady:
     progress(1.0)
-    return Steady(capacity=1 << 16, max_model_len=4096, max_num_seqs=settings.max_num_seqs, max_step_tokens=256)
+    return Steady(capacity=1 << 12, max_model_len=4096, max_num_seqs=settings.max_num_seqs, max_step_tokens=256)
 
 
 def launch(sock: socket.socket) -> ProcessHandle:

@@ -6,6 +6,7 @@ loses, mixes or repeats cached tokens writes other text.
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -142,9 +143,8 @@ class FakeKV:
         missing = num_tokens - len(held.reserved)
         while missing > 0:
             taken = self._used([*self.live.values(), *self.kept])
-            free = [cell for cell in range(self.capacity) if cell not in taken]
-            if len(free) >= missing:
-                held.reserved += free[:missing]
+            if len(taken) + missing <= self.capacity:
+                held.reserved += islice((cell for cell in range(self.capacity) if cell not in taken), missing)
                 return True
             if self.capacity - len(self._used(list(self.live.values()))) < missing:
                 return False
