@@ -96,6 +96,7 @@ class EngineCore:
         )
         self._scheduler = Scheduler(backend.kv, backend.capabilities, limits)
         self._requests: dict[str, list[Sequence]] = {}
+        self._is_deciding = False  # Who is to run; what raises meanwhile doesn't tell of whom.
         self._counters = Counters()
         self.adapters = Adapters(backend.adapters, adapter_paths)
 
@@ -143,12 +144,18 @@ class EngineCore:
         return len(self._scheduler.running), len(self._scheduler.waiting)
 
     @property
+    def suspects(self) -> list[str]:
+        """Requests that may be why a call has just raised, beside those of its step: all, until it was decided upon."""
+        return list(self._requests) if self._is_deciding else []
+
+    @property
     def num_unplaced(self) -> int:
         """Answers beyond those that can run at the same time; negative: free places. May be read from any thread."""
         return sum(self.num_sequences) - self._max_num_seqs
 
     def add(self, sequences: list[Sequence]) -> None:
         """Queue a prepared request. Raises ModelNotFound when its adapter isn't there any more."""
+        self._is_deciding = True
         adapter = sequences[0].request.adapter
         key, fingerprint = (None, "") if adapter is None else self.adapters.served(adapter)
         if sequences[0].writer.tokenizer is not self._intake.tokenizer(adapter):
@@ -190,8 +197,9 @@ class EngineCore:
         begun: called with what is to run once that is decided, before the model runs it. Raises DeviceLost, after which
         no step will run.
         """
-        began = self._clock()
+        began, self._is_deciding = self._clock(), True
         works = self._scheduler.schedule(began)
+        self._is_deciding = False
         begun(works)
         if not works and not self._scheduler.waiting:
             return self._heal()

@@ -176,6 +176,11 @@ def _serve(
             log.error("engine ends: %s", error)
             on_end(1)  # At once: libraries that tidy up a lost device may wait for it for ever.
             return 1
+        except Exception:
+            log.critical("the engine can't go on, and ends", exc_info=True)
+            reader.status = 1
+            for request_id in core.suspects:  # Each is tried as often as one that had begun, and no more.
+                end.send(Progress(request_id, "running"))
         finally:
             reader.close()
         return reader.status

@@ -311,3 +311,13 @@ async def test_a_request_that_ends_every_engine_is_tried_twice():
             await answer(client, ask("r", "crash"))
         await client.wait_ready()
         assert client.restarts == 2
+
+
+async def test_a_fault_of_ours_before_a_step_is_told_and_its_request_is_tried_twice(capfd: pytest.CaptureFixture[str]):
+    async with running(settings()) as client:
+        with pytest.raises(BackendFailed, match="died"):
+            await asyncio.wait_for(answer(client, ask("r", "fault")), PATIENCE_S)
+        await client.wait_ready()
+        assert client.restarts == 2
+        assert await answer(client, ask("s", "hello")) == expected("hello")
+    assert capfd.readouterr().err.count("ZeroDivisionError: a fault of ours") == 2

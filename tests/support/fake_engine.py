@@ -1,7 +1,7 @@
 """The engine process with a model made of rules: `python fake_engine.py FD`.
 
 Prompts steer it: "crash" in a prompt kills the process when it would write its third token, "hang" makes that step
-last for ever, and "lose" loses the device in it. While the file named by `settings.model.model` exists, loading fails.
+last for ever, and "lose" loses the device in it; "fault" is a fault of ours while it is placed. While the file named by `settings.model.model` exists, loading fails.
 """
 
 import os
@@ -10,10 +10,12 @@ import socket
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-from fakes import FakeBackend, letters
+from fakes import FakeBackend, FakeKV, letters
 
 from tightrope.backends.errors import BackendError, DeviceLost
+from tightrope.backends.reuse import Reuse
 from tightrope.backends.settings import ModelSettings
 from tightrope.engine.process.child import serve
 
@@ -31,11 +33,22 @@ def next_token(token_ids: Sequence[int]) -> int:
     return letters(token_ids)
 
 
+class Faulty(FakeKV):
+    """Raises what nobody expects where a prompt says so."""
+
+    def open(self, seq_id: int, token_ids: Sequence[int], namespace: str, **how: Any) -> Reuse:
+        if b"fault" in bytes(i for i in token_ids if i < 256):
+            raise ZeroDivisionError("a fault of ours")
+        return super().open(seq_id, token_ids, namespace, **how)
+
+
 def open_fake(settings: ModelSettings, progress: Callable[[float], None]) -> FakeBackend:
     progress(1.0)
     if settings.model is not None and Path(settings.model).exists():
         raise BackendError(f"{settings.model}: not a model")
-    return FakeBackend(next_token, max_num_seqs=settings.max_num_seqs, added=[TURN])
+    backend = FakeBackend(next_token, max_num_seqs=settings.max_num_seqs, added=[TURN])
+    backend.kv = Faulty(backend.kv.capacity)
+    return backend
 
 
 if __name__ == "__main__":
