@@ -1,7 +1,8 @@
 """The engine process with a model made of rules: `python fake_engine.py FD`.
 
 Prompts steer it: "crash" in a prompt kills the process when it would write its third token, "hang" makes that step
-last for ever, and "lose" loses the device in it; "fault" is a fault of ours while it is placed. While the file named by `settings.model.model` exists, loading fails.
+last for ever, and "lose" loses the device in it; "fault" is a fault of ours while it is placed. While the file named by
+`settings.model.model` exists, loading fails.
 """
 
 import os
@@ -10,7 +11,6 @@ import socket
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from fakes import FakeBackend, FakeKV, letters
 
@@ -36,7 +36,7 @@ def next_token(token_ids: Sequence[int]) -> int:
 class Faulty(FakeKV):
     """Raises what nobody expects where a prompt says so."""
 
-    def open(self, seq_id: int, token_ids: Sequence[int], namespace: str, **how: Any) -> Reuse:
+    def open(self, seq_id: int, token_ids: Sequence[int], namespace: str, **how: object) -> Reuse:
         if b"fault" in bytes(i for i in token_ids if i < 256):
             raise ZeroDivisionError("a fault of ours")
         return super().open(seq_id, token_ids, namespace, **how)
