@@ -89,7 +89,7 @@ def test_the_tests_run_on_the_releases_that_are_pinned():
 
     assert {name: version(name).partition("+")[0] for name in PINNED} == PINNED
     assert all(line.startswith(f"triton=={PINNED['triton']}") for line in by_torch)
-    assert f"Triton {PINNED['triton']}, which it pins" in (ROOT / "README.md").read_text("utf-8")
+    assert f"Triton {PINNED['triton']}, which it pins" in (ROOT / "docs/installing.md").read_text("utf-8")
 
 
 @pytest.mark.plain

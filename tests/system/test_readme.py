@@ -16,7 +16,8 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 
 
 def test_the_table_of_options_is_the_one_of_the_code():
-    rows = re.findall(r"^\| (`--.*) \| (.*) \|$", README, re.MULTILINE)
+    page = (ROOT / "docs/options.md").read_text("utf-8")
+    rows = re.findall(r"^\| (`--.*) \| (.*) \|$", page, re.MULTILINE)
     expected = [
         (", ".join(f"`{spelling}`" for spelling in (f"--{name}", *option.aliases)), option.help)
         for name, option in OPTIONS.items()
@@ -32,10 +33,23 @@ def test_every_file_that_a_page_names_exists(page: Path):
     )
     linked = re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text("utf-8"))
 
-    assert named
     places = [*(ROOT / path for path in named), *(page.parent / path for path in linked)]  # links go from their page
     missing = [str(place) for place in places if not place.exists()]
     assert [path for path in missing if "/NAME" not in path] == []  # which a recipe leaves to its reader
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_heading_that_a_page_links_to_exists(page: Path):
+    linked = re.findall(r"\]\((?!http)([^)#]*)#([^)]+)\)", page.read_text("utf-8"))
+
+    missing = [(file, anchor) for file, anchor in linked if anchor not in anchors(page.parent / file if file else page)]
+    assert missing == []
+
+
+def anchors(page: Path) -> set[str]:
+    """What headings of a page are called in links, as GitHub makes it of them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text("utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def test_the_targets_of_make_that_the_readme_names_exist():
