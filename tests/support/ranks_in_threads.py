@@ -50,6 +50,9 @@ class Gathering:
         self.calls += 1
         return whole
 
+    def close(self) -> None:
+        """See Gather."""
+
 
 class Ranks:
     """Models of all ranks over caches of their own. One rank gathers nothing."""

@@ -20,3 +20,6 @@ class Gather(Protocol):
 
         Every rank calls it in the same order, with as many rows, the same sizes and dtype. No rows need no meeting.
         """
+
+    def close(self) -> None:
+        """Leave the others, who have perhaps gone."""

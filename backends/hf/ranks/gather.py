@@ -67,6 +67,9 @@ class SharedGather:
         assert self.shared is not None
         return dispatch.gather(local, sizes, self.shared)
 
+    def close(self) -> None:
+        """See Gather: the memory goes with its last user."""
+
 
 class GroupGather:
     """By a group of torch.distributed: NCCL between cards, gloo between CPUs."""
@@ -75,7 +78,7 @@ class GroupGather:
 
     def __init__(self, share: Share, way: Way, store: str, device: torch.device) -> None:
         set_variables(LOCAL)
-        self.share = share
+        self.share, self._way = share, way
         card = device if device.type == "cuda" else None
         dist.init_process_group(
             way, f"file://{store}", PATIENCE, world_size=share.count, rank=share.rank, device_id=card
@@ -89,9 +92,11 @@ class GroupGather:
         sent = local.contiguous()
         if local.shape[1] < widest:
             sent = torch.nn.functional.pad(sent, (0, widest - local.shape[1]))
-        received = local.new_empty(self.share.count, rows, widest)
-        dist.all_gather_into_tensor(received.view(-1, widest), sent)
+        received = [torch.empty_like(sent) for _ in range(self.share.count)]
+        dist.all_gather(received, sent)
         return torch.cat([part[:, :size] for part, size in zip(received, sizes, strict=True)], 1)
 
     def close(self) -> None:
-        dist.destroy_process_group()
+        """See Gather. NCCL would wait for the others; its group ends with the process."""
+        if self._way == "gloo":
+            dist.destroy_process_group()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tightrope.backends.hf.load.inspection import Inspect
+from tightrope.backends.hf.modules.gather import Gather
 from tightrope.backends.hf.part import Part
 from tightrope.backends.hf.plan import HFPlan
 from tightrope.backends.hf.ranks.adapters import RankedAdapters
@@ -54,6 +55,7 @@ class Team:
         self._way, self._memory = way_on(devices[0]), new_memory(count)
         self._folder = tempfile.TemporaryDirectory(prefix="tightrope-") if self._way != "shared" else None
         self._store = "" if self._folder is None else str(Path(self._folder.name, STORE))
+        self._gather: Gather | None = None
         self.ranks = Ranks.start(count, self._memory, on_lost)
         try:
             text = _without_host_cache(settings).model_dump_json()
@@ -121,6 +123,7 @@ class Team:
         """See Part; with the adapters of the settings in the other ranks. Raises BackendError."""
         asked = self.ranks.ask(Load())
         gather = open_gather(self._way, self.own.share, self._threads[0], self._memory, self._store, self.own.device)
+        self._gather = gather
         self.own.load(progress, gather)
         kept = [found.kept for found in answers_of(Loaded, asked)]
         layers = [(layer.first_kv_head, layer.num_kv_heads) for layer in self.own.model.layers]
@@ -150,6 +153,9 @@ class Team:
     def close(self) -> None:
         """End the other ranks."""
         self.ranks.close()
+        if self._gather is not None:
+            self._gather.close()
+            self._gather = None
         self._release()
 
     def _release(self) -> None:
