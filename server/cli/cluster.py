@@ -9,8 +9,9 @@ from tightrope.engine.protocol import Engine
 from tightrope.engine.settings import EngineSettings
 from tightrope.server.cli.failures import CommandFailed, UsageError
 from tightrope.server.cli.serve import begin, run_front, say
+from tightrope.server.cluster.arguments import check_serves_one_model
 from tightrope.server.cluster.ray_variables import keep_ray_at_home
-from tightrope.server.settings.settings import ServerSettings
+from tightrope.server.settings.settings import ServerSettings, SettingsError
 
 EXTRA = "tightrope cluster needs Ray Serve: pip install 'tightrope[cluster]'"
 
@@ -20,21 +21,26 @@ def cluster(settings: ServerSettings, notes: Sequence[str] = ()) -> int:
 
     notes: lines on the settings, to be told with those on the model.
     """
-    if settings.models is not None:
-        raise UsageError("--models: a cluster serves one model; name it, or use `tightrope serve`")
+    try:
+        check_serves_one_model(settings)
+    except SettingsError as error:
+        raise UsageError(str(error)) from None
     if importlib.util.find_spec("ray") is None:
         raise CommandFailed(EXTRA)
     listener = begin(settings)
     keep_ray_at_home()
     try:  # Ray takes seconds to import, and may be there without Serve.
         from tightrope.server.cluster.handshake import KEY_BYTES
-        from tightrope.server.cluster.local import LocalCluster, LocalWatch
+        from tightrope.server.cluster.local import LocalCluster, LocalWatch, RayFailed
         from tightrope.server.cluster.metrics import PoolMetrics
         from tightrope.server.cluster.pool import Pool
     except ImportError as error:
         raise CommandFailed(f"{EXTRA} ({printable(str(error))})") from None
     say("Ray is starting on this machine")
-    replicas = LocalCluster(settings, say)
+    try:
+        replicas = LocalCluster(settings, say)
+    except RayFailed as error:
+        raise CommandFailed(str(error)) from None
 
     def make_engine(engine: EngineSettings, adapters: Mapping[str, str] | None = None) -> Engine:
         return Pool(engine, LocalWatch(replicas), secrets.token_bytes(KEY_BYTES))

@@ -58,6 +58,8 @@ def replica_application(
                 min_replicas=cluster.replicas,
                 max_replicas=most,
                 initial_replicas=cluster.replicas,
+                upscale_delay_s=cluster.scale_up_s,
+                downscale_delay_s=cluster.scale_down_s,
                 policy=AutoscalingPolicy(policy_function=POLICY),
             )
         }

@@ -28,14 +28,15 @@ log = logging.getLogger("tightrope.cluster")
 NAME = "tightrope"
 STORE_BYTES = 80 << 20  # Ray's shared memory, which nothing of ours goes through; it takes no less than 75 MiB.
 POLL_S = 0.5
-FAILED = "LoadFailed: "  # Behind it stands, in what Ray says of a failed replica, our own line.
+QUOTED = "Error:\n"  # Behind it Ray quotes, of a replica that has failed, how the exception's traceback ends,
+FAILED = "LoadFailed: "  # and behind this stands our own line.
 
 
 class LocalCluster:
     """Its replicas are deployed once, whatever asks for them first."""
 
     def __init__(self, settings: ServerSettings, say: Callable[[str], None], launch: Launcher = spawn_process) -> None:
-        """Begin Ray; takes some seconds. say: is told of each replica that is ready."""
+        """Begin Ray; takes some seconds. say: is told of each replica that is ready. Raises RayFailed."""
         most = max(settings.cluster.replicas, settings.cluster.max_replicas or 0)
         self._settings = with_threads(settings, settings.engine.model.threads or max(1, compute_threads(0) // most))
         self._say = say
@@ -98,7 +99,7 @@ class LocalCluster:
         number, failure = 0, None
         for deployment in application.deployments.values():
             number += sum(count for state, count in deployment.replica_states.items() if state == "RUNNING")
-            if "\n" in deployment.message:  # It quotes what an exception's traceback ends with.
+            if QUOTED in deployment.message:  # It may as well say that some take their time.
                 failure = deployment.message.strip().splitlines()[-1].rpartition(FAILED)[2]
         is_over = application.status in ("DEPLOY_FAILED", "UNHEALTHY")
         if is_over and failure is None:
@@ -112,21 +113,32 @@ def with_threads(settings: ServerSettings, number: int) -> ServerSettings:
     return settings.model_copy(update={"engine": settings.engine.model_copy(update={"model": model})})
 
 
+class RayFailed(Exception):
+    """Ray can't be started on this machine; the message is one line."""
+
+
 def start_ray(num_cpus: int) -> None:
-    """Ray and Serve, as small as they can be. num_cpus: as many as the replicas ask for; Ray holds nobody to them."""
+    """Ray and Serve, as small as they can be. Raises RayFailed.
+
+    num_cpus: as many as the replicas ask for; Ray holds nobody to them.
+    """
     for name in ("ray", "ray.serve"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    ray.init(
-        address="local",
-        num_cpus=num_cpus,
-        include_dashboard=False,
-        object_store_memory=STORE_BYTES,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        configure_logging=False,
-        namespace=NAME,
-    )
-    serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING"})
+    try:
+        ray.init(
+            address="local",
+            num_cpus=num_cpus,
+            include_dashboard=False,
+            object_store_memory=STORE_BYTES,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            configure_logging=False,
+            namespace=NAME,
+        )
+        serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING"})
+    except Exception as error:  # Ray raises that class itself where it waits in vain for its own processes.
+        ray.shutdown()
+        raise RayFailed(f"Ray can't be started on this machine: {error}") from error
 
 
 class LocalWatch:

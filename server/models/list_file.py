@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from tightrope.server.settings.misspelt import no_such
 from tightrope.server.settings.options import OPTIONS
 from tightrope.server.settings.settings import ServerSettings, SettingsError, overlaid
 
@@ -36,7 +37,7 @@ def _of_table(path: Path, name: str, table: dict[str, Any], general: ServerSetti
     values = {option.replace("_", "-"): value for option, value in table.items()}
     for option in values:
         if option not in OPTIONS:
-            raise SettingsError(f"{path}: {name}: {option}: no such setting; a line is an option's name = value")
+            raise SettingsError(f"{path}: {name}: {option}: {no_such(option)}")
         if OPTIONS[option].path[0] != "engine" and OPTIONS[option].path[0] not in _OWN:
             raise SettingsError(f"{path}: {name}: {option}: this is a setting of the server, and not of one model")
     for option, value in {"model": name, **values}.items():

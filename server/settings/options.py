@@ -144,6 +144,18 @@ OPTIONS: Mapping[str, Option] = {
         "replicas that there may be while many requests, or long prompts, wait (default: as many as always)",
         "N",
     ),
+    "scale-up-seconds": Option(
+        ("cluster", "scale_up_s"),
+        CLUSTER_GROUP,
+        "seconds for which more replicas must be wanted before they are started (default: 30)",
+        "S",
+    ),
+    "scale-down-seconds": Option(
+        ("cluster", "scale_down_s"),
+        CLUSTER_GROUP,
+        "seconds for which fewer replicas must be enough before any is ended (default: 600)",
+        "S",
+    ),
     "replica-gpus": Option(
         ("cluster", "replica_gpus"),
         CLUSTER_GROUP,

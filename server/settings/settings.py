@@ -14,6 +14,7 @@ from tightrope.engine.settings import MAX_ALTERNATIVES, MAX_WAITING, EngineSetti
 from tightrope.server.prompts.prompt_formats import FIXED_VARIABLES, PROMPT_FORMATS
 from tightrope.server.settings import launcher_words, service_variables
 from tightrope.server.settings.launcher_words import WORDS
+from tightrope.server.settings.misspelt import no_such
 from tightrope.server.settings.options import CONFIG, OPTIONS, Option, TreePath
 from tightrope.server.settings.site_names import parse_host_pattern, parse_origin
 
@@ -40,6 +41,8 @@ class ClusterSettings(BaseModel, frozen=True, extra="forbid"):
     max_replicas: int | None = Field(
         None, ge=1, le=MAX_REPLICAS, description="Replicas that there may be under load; None: no more than always."
     )
+    scale_up_s: float = Field(30.0, ge=0, le=MAX_KEEP_S, description="More replicas must be wanted for so long.")
+    scale_down_s: float = Field(600.0, ge=0, le=MAX_KEEP_S, description="Fewer replicas must be enough for so long.")
     replica_gpus: float | None = Field(
         None, ge=0, le=MAX_GPUS, description="GPUs of each; None: one where Ray knows any, unless it runs on the CPU."
     )
@@ -166,18 +169,27 @@ class ServerSettings(BaseModel, frozen=True, extra="forbid"):
         return dict(pairs)
 
 
-def load_settings(arguments: Mapping[str, str], environ: Mapping[str, str] | None = None) -> ServerSettings:
+def _flag(option: str) -> str:
+    return "MODEL" if option == "model" else f"--{option}"
+
+
+def load_settings(
+    arguments: Mapping[str, str],
+    environ: Mapping[str, str] | None = None,
+    label: Callable[[str], str] = _flag,
+) -> ServerSettings:
     """Merge the configuration file, the environment and the command line, the later winning, into one tree.
 
     `arguments` maps option names ("max-model-len"), and words of TGI's launcher that are none, to what was written
-    behind them. The launcher's variables count where `tgi-environment` is set; they win over our own, in which an image
-    has its defaults. Raises SettingsError for an unknown option, a value that can't be used, an unreadable file, a word
-    that is refused, and two options of one source that contradict each other.
+    behind them; label: what to call one of them in an error. The launcher's variables count where `tgi-environment` is
+    set; they win over our own, in which an image has its defaults. Raises SettingsError for an unknown option, a value
+    that can't be used, an unreadable file, a word that is refused, and two options of one source that contradict each
+    other.
     """
     environ = os.environ if environ is None else environ
     variables = _from_environment(environ)
     config = arguments.get(CONFIG, variables.get(CONFIG))
-    sources = [_Source(variables, env_name), _Source(_options_alone(arguments), _flag)]
+    sources = [_Source(variables, env_name), _Source(_options_alone(arguments, label), label)]
     if config is not None:
         sources.insert(0, _Source(_from_file(Path(config).expanduser()), lambda option: f"{config}: {option}"))
     settings = _merged(sources)
@@ -237,18 +249,17 @@ def overlaid(base: ServerSettings, values: Mapping[str, Any], label: Callable[[s
         raise SettingsError(_one_line(failure, placed)) from None
 
 
-def _flag(option: str) -> str:
-    return "MODEL" if option == "model" else f"--{option}"
-
-
-def _options_alone(arguments: Mapping[str, str]) -> dict[str, str]:
-    """The options on the command line, without the launcher's words that change nothing. Raises SettingsError."""
+def _options_alone(arguments: Mapping[str, str], label: Callable[[str], str]) -> dict[str, str]:
+    """The options among them, without the launcher's words that change nothing. Raises SettingsError."""
+    options: dict[str, str] = {}
     for name, value in arguments.items():
-        if name in WORDS:
-            _check_word(name, value, f"--{name}")
-        elif name not in OPTIONS and name != CONFIG:
-            raise SettingsError(f"{name}: no such setting")
-    return {name: value for name, value in arguments.items() if name not in WORDS or WORDS[name].option}
+        if name in OPTIONS or name == CONFIG:
+            options[name] = value
+        elif name in WORDS and not WORDS[name].option:
+            _check_word(name, value, label(name))
+        else:  # Whoever takes other spellings has found the option of each before.
+            raise SettingsError(f"{label(name)}: {no_such(name, label)}")
+    return options
 
 
 def _from_launcher(environ: Mapping[str, str]) -> _Source:
@@ -284,7 +295,7 @@ def _from_environment(environ: Mapping[str, str]) -> dict[str, str]:
     }
     for name in ours:
         if name not in known:
-            raise SettingsError(f"{name}: no such setting; the environment may hold {ENV_PREFIX} and an option's name")
+            raise SettingsError(f"{name}: {no_such(name.removeprefix(ENV_PREFIX), env_name)}")
     return {known[name]: value for name, value in ours.items()}
 
 
@@ -301,7 +312,7 @@ def _from_file(path: Path) -> dict[str, Any]:
     values = {name.replace("_", "-"): value for name, value in values.items()}
     for name in values:
         if name not in OPTIONS:
-            raise SettingsError(f"{path}: {name}: no such setting; a line is an option's name = value")
+            raise SettingsError(f"{path}: {name}: {no_such(name)}")
     return values
 
 

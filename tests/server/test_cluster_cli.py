@@ -14,10 +14,9 @@ from tightrope.server.cluster.load import FULL_TOKENS, load_of, wanted_replicas
 from tightrope.server.settings.settings import SettingsError, load_settings
 
 
-def command(*arguments: str, without_ray: bool = False) -> tuple[int, str]:
-    """Its status, and what it said on standard error."""
-    hide = "sys.modules['ray'] = None; " if without_ray else ""
-    script = f"import sys; {hide}from tightrope.server.cli.main import main; sys.exit(main({list(arguments)!r}))"
+def command(*arguments: str, before: str = "pass") -> tuple[int, str]:
+    """Its status, and what it said on standard error. before: Python that runs first in its process."""
+    script = f"import sys; {before}; from tightrope.server.cli.main import main; sys.exit(main({list(arguments)!r}))"
     told = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, env=clean_environment(), cwd=ROOT, check=False
     )
@@ -25,7 +24,7 @@ def command(*arguments: str, without_ray: bool = False) -> tuple[int, str]:
 
 
 def test_without_ray_one_line_names_the_extra():
-    status, said = command("cluster", without_ray=True)
+    status, said = command("cluster", before="sys.modules['ray'] = None")
     assert status == 1
     assert said == "tightrope: tightrope cluster needs Ray Serve: pip install 'tightrope[cluster]'\n"
 
@@ -36,6 +35,12 @@ def test_a_port_in_use_is_told_before_ray_starts():
         status, said = command("cluster", "--port", str(port))
     assert status == 1
     assert said.splitlines()[-1].startswith(f"tightrope: can't listen on 127.0.0.1 port {port}: address already in use")
+
+
+def test_a_ray_that_can_not_be_started_is_told_in_one_line():
+    late = "import ray; ray.init = lambda **options: exec('raise Exception(\"the node\\\\n timed out\")')"
+    status, said = command("cluster", "--port", "0", before=late)
+    assert (status, said) == (1, "tightrope: Ray can't be started on this machine: the node timed out\n")
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,10 @@ from dockerfile import environment, stages
 
 from tightrope.server.cli.commands import run
 from tightrope.server.cli.serve import DRAIN_S
+from tightrope.server.cluster.arguments import settings_of as settings_of_arguments
 from tightrope.server.http.guards import OPEN_ROUTES
 from tightrope.server.http.listening import CLOSE_S
-from tightrope.server.settings.settings import ServerSettings, load_settings
+from tightrope.server.settings.settings import ServerSettings, SettingsError
 
 pytestmark = pytest.mark.quick
 
@@ -146,20 +147,42 @@ def test_probes_ask_routes_that_need_no_key():
 # ---- Ray ----
 
 
+def arguments_of(config: Mapping[str, Any], keys: Path) -> dict[str, Any]:
+    """What our application is given, with the keys of a test in the place of the file that is mounted there."""
+    (application,) = config["applications"]
+    arguments: dict[str, Any] = application["args"]
+    return arguments | ({"config": str(keys)} if "config" in arguments else {})
+
+
+def variables_of(where: str) -> dict[str, str]:
+    """What the application finds in its environment: the image's, and those of the Ray containers of its file."""
+    found = environment(stages("cpu")[-1], "cpu")
+    for container in RAYS:
+        found |= container.environment if container.name.startswith(f"{where} ") else {}
+    return found
+
+
 @pytest.mark.parametrize(("where", "config"), CONFIGS, ids=[where for where, _ in CONFIGS])
 def test_our_settings_take_the_arguments_of_every_serve_configuration(
     where: str, config: Mapping[str, Any], keys: Path
 ):
-    (application,) = config["applications"]
-    arguments = {name: str(value) for name, value in application["args"].items()}
-    if "config" in arguments:
-        arguments["config"] = str(keys)
+    arguments = arguments_of(config, keys)
 
-    settings = load_settings(arguments, {})
+    settings = settings_of_arguments(arguments, variables_of(where))
 
     assert config["proxy_location"] == "Disabled"
     assert (settings.host, settings.port) == ("0.0.0.0", 8080)
     assert settings.api_key == (KEY if "config" in arguments else None)
+
+
+@pytest.mark.parametrize(("where", "config"), CONFIGS, ids=[where for where, _ in CONFIGS])
+def test_an_argument_that_is_none_would_be_found(where: str, config: Mapping[str, Any], keys: Path):
+    arguments = arguments_of(config, keys)
+
+    with pytest.raises(SettingsError, match=r"^replica: no such setting; did you mean "):
+        settings_of_arguments({**arguments, "replica": 2}, variables_of(where))
+    with pytest.raises(SettingsError, match=r"^TIGHTROPE_NO_SUCH: no such setting"):
+        settings_of_arguments(arguments, {**variables_of(where), "TIGHTROPE_NO_SUCH": "1"})
 
 
 def test_every_serve_configuration_starts_the_same_application():
