@@ -26,7 +26,7 @@ from tightrope.server.app import create_app
 from tightrope.server.cli.failures import CommandFailed, UsageError
 from tightrope.server.cli.freed_memory import give_back_freed_memory
 from tightrope.server.http.draining import Drain
-from tightrope.server.http.guards import is_loopback
+from tightrope.server.http.guards import warn_of_everybody
 from tightrope.server.http.listening import CantListen, HttpServer, bind, http_server
 from tightrope.server.models.catalog import read_catalog
 from tightrope.server.models.model import MakeEngine
@@ -155,7 +155,7 @@ async def _announce(front: AppState, server: HttpServer, drain: Drain, url: str,
             return
         raise CommandFailed(error.message) from None
     say("\n".join(map(printable, ready_lines(info, settings, url, notes, front.embedder.cards))))
-    _warn_of_everybody(settings)
+    warn_of_everybody(settings.host, settings.api_key)
     reason = await engine.wait_failed()
     server.should_exit = True
     raise CommandFailed(reason)
@@ -174,12 +174,7 @@ async def _announce_several(front: AppState, server: HttpServer, drain: Drain, u
             return
         raise CommandFailed(error.message) from None
     say("\n".join(map(printable, several_lines(front.models, front.settings, url, notes, front.embedder.cards))))
-    _warn_of_everybody(front.settings)
-
-
-def _warn_of_everybody(settings: ServerSettings) -> None:
-    if settings.api_key is None and not is_loopback(settings.host):
-        log.warning("anyone who can reach %s can use this server; --api-key asks for a key", settings.host)
+    warn_of_everybody(front.settings.host, front.settings.api_key)
 
 
 def say(text: str) -> None:

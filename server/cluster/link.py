@@ -79,6 +79,7 @@ class Link:
         self._clock = clock
         self._writer: StreamWriter | None = None
         self._num_silent = 0
+        self._is_missed = False  # It is away, and that was told.
         self._to_read: dict[str, int] = {}
         self.exchange = Exchange(self.send, lambda call_id: False, clock)
         self._task = asyncio.create_task(self._run(), name=f"link to {place.name}")
@@ -149,11 +150,17 @@ class Link:
             try:
                 await self._connect()
             except (OSError, TimeoutError, asyncio.IncompleteReadError) as error:
-                log.info("replica is away: name=%s reason=%r", self.name, error)
+                self._tell_missed(logging.INFO, "is away", repr(error))
             except (FrameTooLong, MsgspecError) as error:
-                log.error("replica speaks otherwise: name=%s reason=%s", self.name, error)
+                self._tell_missed(logging.ERROR, "speaks otherwise", str(error))
             pause_s = 0.0 if time.monotonic() - began_s > MAX_PAUSE_S else min(MAX_PAUSE_S, 2 * pause_s + 0.1)
             await asyncio.sleep(pause_s)
+
+    def _tell_missed(self, level: int, what: str, reason: str) -> None:
+        """Once until it is back: it is tried again every few seconds. Of one that is to end nobody wants to know."""
+        if not (self._is_missed or self.is_draining):
+            log.log(level, "replica %s: name=%s reason=%s", what, self.name, reason)
+            self._is_missed = True
 
     async def _connect(self) -> None:
         reader, writer = await asyncio.open_connection(self.place.host, self.place.port, limit=1 << 20)
@@ -165,6 +172,9 @@ class Link:
                 raise ConnectionError(f"a {type(ready).__name__} out of place")
             self.exchange.begin(ready)
             self.is_draining, self._num_silent, self._writer = False, 0, writer
+            if self._is_missed:
+                log.info("replica is back: name=%s", self.name)
+                self._is_missed = False
             watch = asyncio.create_task(self._watch(writer), name=f"watch of {self.name}")
             self._owner.on_up(self)
             await self._hear(reader)

@@ -160,6 +160,11 @@ class Pool:
     # ---- state ----
 
     @property
+    def failure(self) -> str | None:
+        """Why it waits for no replica any more; None while it does, or serves."""
+        return self._failure
+
+    @property
     def info(self) -> ModelInfo | None:
         return self.replicas.info
 

@@ -20,6 +20,7 @@ ROUTER = f"{__name__}:PlacesRouter"  # Deployments name it so.
 Changed = Callable[[Sequence[Place]], None]
 
 _watches: "list[RayWatch]" = []  # Ray makes the router itself, in the process that holds a handle.
+_latest: list[Place] = []  # What it told last, for a watch that begins later: it tells of changes alone.
 
 
 class PlacesRouter(RequestRouter):
@@ -43,9 +44,9 @@ class PlacesRouter(RequestRouter):
 
 def tell(replicas: Sequence[RunningReplica]) -> None:
     """These run, and no others."""
-    places = [place_of(replica) for replica in replicas if replica.replica_metadata]
+    _latest[:] = [place_of(replica) for replica in replicas if replica.replica_metadata]
     for watch in list(_watches):
-        watch.tell(places)
+        watch.tell(list(_latest))
 
 
 def place_of(replica: RunningReplica) -> Place:
@@ -65,6 +66,7 @@ class RayWatch:
     def start(self, changed: Changed) -> None:
         self._changed, self._loop = changed, asyncio.get_running_loop()
         _watches.append(self)
+        self.tell(list(_latest))
         self._handle.options()  # This makes the router, which hears of the replicas from then on.
 
     def tell(self, places: Sequence[Place]) -> None:

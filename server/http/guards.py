@@ -2,6 +2,7 @@
 
 import asyncio
 import hmac
+import logging
 from collections.abc import Callable, Collection
 from contextlib import suppress
 from ipaddress import ip_address
@@ -12,6 +13,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tightrope.engine.errors import EngineError, Overloaded
 from tightrope.server.http.errors import BodyTooLarge, SwitchedOff, Unauthorized, column_of, error_reply
+
+log = logging.getLogger("tightrope.serve")
 
 OPEN_ROUTES = frozenset({"/health", "/v1/health", "/ping", "/info", "/metrics", "/version", "/docs"})
 OPEN_ROUTES |= {"/openapi.json", "/api-doc/openapi.json"}
@@ -62,6 +65,12 @@ def is_loopback(host: str) -> bool:
         return ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def warn_of_everybody(host: str, api_key: str | None) -> None:
+    """Have the log say so where a server that asks for no key is there for others than this machine."""
+    if api_key is None and not is_loopback(host):
+        log.warning("anyone who can reach %s can use this server; --api-key asks for a key", host)
 
 
 def sent_keys(scope: Scope) -> list[bytes]:

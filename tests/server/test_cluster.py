@@ -96,6 +96,15 @@ def test_a_chat_goes_on_where_its_tokens_are(cluster: RunningServer):
                 before = reply["usage"]["total_tokens"]
 
 
+def test_a_model_that_was_unloaded_by_a_route_is_there_again_for_the_next_request(cluster: RunningServer):
+    until(lambda: are_up(cluster.url))
+    with httpx.Client(base_url=cluster.url, timeout=PATIENCE_S) as client:
+        assert client.post("/v1/model/unload").status_code == 200
+        reply = client.post("/v1/completions", json=body("Are you there?", 8))
+        assert (reply.status_code, reply.json()["usage"]["completion_tokens"]) == (200, 8)
+    until(lambda: are_up(cluster.url))
+
+
 def test_a_replica_that_is_killed_in_mid_answer_changes_no_text(cluster: RunningServer):
     prompts = [f"A story about the number {number}, which nobody had counted to:" for number in range(2)]
     with httpx.Client(base_url=cluster.url, timeout=PATIENCE_S) as client:

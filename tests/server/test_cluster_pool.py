@@ -1,6 +1,7 @@
 """Replicas behind one front, without Ray: streams that go on elsewhere, drains, adapters, versions, and strangers."""
 
 import asyncio
+import logging
 import os
 import socket
 import time
@@ -246,6 +247,31 @@ async def test_a_replica_that_says_nothing_any_more_is_left(monkeypatch: pytest.
         monkeypatch.setattr(links, "BEAT_S", 2.0)
         running.watch.set([one for one in running.watch.places if one.name == "b"])
         assert await request == expected("hello")
+        server.close()
+
+
+async def test_a_replica_that_is_away_is_told_of_once_and_again_when_it_is_back(caplog: pytest.LogCaptureFixture):
+    caplog.set_level(logging.INFO, "tightrope.ingress")
+    async with cluster("a", launch=fake_thread) as running:
+        info, tries = running.pool.info, 0
+        assert info is not None
+
+        async def shy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            nonlocal tries
+            tries += 1
+            if tries > 3:
+                await greet_ingress(reader, writer, b"secret")
+                writer.write(encode(Ready(info, {})))
+                await reader.read()
+            writer.close()
+
+        server = await asyncio.start_server(shy, LOOPBACK, 0)
+        running.watch.set(
+            [*running.watch.places, Place("shy", LOOPBACK, server.sockets[0].getsockname()[1], b"secret")]
+        )
+        await running.usable("a", "shy")
+        told = [record.getMessage() for record in caplog.records if "name=shy" in record.getMessage()]
+        assert [line.partition(":")[0] for line in told] == ["replica is away", "replica is back"]
         server.close()
 
 
