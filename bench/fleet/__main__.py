@@ -2,7 +2,8 @@
 
 costs: what prompts and answers take on real replicas of one thread with the bundled model, alone and beside another.
 calibrate: the same clients before two real replicas and before two simulated ones; hit rate and time to the first
-    token must be within 15 %. A case takes two and a half minutes; --case names some of them.
+    token must be within 15 %. With exact digests the real ones are behind `tightrope cluster`, otherwise the router is
+    the simulation's. A case takes two and a half minutes; --case names some of them.
 simulate (the default): role-play, agents and leaderboards before 2 to 1,000 replicas that take what was measured, with
     requests sent at random, to the least loaded, by session, by what was sent where, and by what is held; with
     replicas that die, digests that are late, and chats on disk; and how many replicas a crowd needs.

@@ -1,9 +1,9 @@
-"""The simulation held to two real replicas: the same clients, the same routers, the same seed."""
+"""The simulation held to two real replicas: the same clients, the same ways to send, the same seed."""
 
 import asyncio
 import tempfile
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from bench.compare import bundled_model
 from bench.fleet.costs import Costs, Shape
 from bench.fleet.measure import measure
 from bench.fleet.plan import Plan
-from bench.fleet.real import play, servers
+from bench.fleet.real import clustered, play, servers
 from bench.fleet.simulate import simulate
 from bench.fleet.traces import Scale
 
@@ -21,19 +21,25 @@ HELD = ("hit_rate", "ttft_mean_s", "ttft_p50_s")
 SHAPE = Shape(cache_tokens=16 * 1024, host_tokens=0)
 SCALE = Scale(window=1400, lengths=0.33, pauses=0.25)  # so that a few minutes have hundreds of requests
 WINDOW = 4096
+DIGEST_LAG_S = 0.1  # a replica tells with its next step
 CASES: Mapping[str, Plan] = {
-    f"{crowd}, {router}": Plan(crowd, router, 2, 150.0, 30.0, places=places, scale=SCALE)
+    f"{crowd}, {router}": Plan(crowd, router, 2, 150.0, 30.0, places=places, lag_s=DIGEST_LAG_S, scale=SCALE)
     for crowd, places in (("role-play", 14), ("agents", 5), ("leaderboards", 4))
-    for router in ("random", "session")
+    for router in ("random", "session", "exact digest")
     if (crowd, router) != ("leaderboards", "session")  # They have none.
 }
 
 
 @contextmanager
 def _pair() -> Iterator[list[str]]:
-    """Two real replicas with empty caches."""
+    """Two real servers with empty caches."""
     with tempfile.TemporaryDirectory() as folder, servers(bundled_model(), Path(folder), 2, SHAPE, WINDOW) as urls:
         yield urls
+
+
+def _replicas(router: str) -> AbstractContextManager[list[str]]:
+    """Two real replicas for requests that are sent so: only our own front hears what each holds."""
+    return clustered(bundled_model(), 2, SHAPE, WINDOW) if router == "exact digest" else _pair()
 
 
 def measured_costs() -> dict[str, Any]:
@@ -50,7 +56,7 @@ def calibrated(costs: Costs, together: float, names: Collection[str], seconds: f
     """
     for name in names:
         plan = replace(CASES[name], seconds=seconds, warm_s=seconds / 5, together=together)
-        with _pair() as urls:
+        with _replicas(plan.router) as urls:
             real = asyncio.run(play(plan, urls, SHAPE)).summary()
         simulated = simulate(plan, costs, SHAPE)
         apart = {held: round(simulated[held] / real[held] - 1, 4) if real[held] else 0.0 for held in HELD}

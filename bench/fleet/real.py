@@ -1,4 +1,4 @@
-"""Real servers behind the same routers and clients as in the simulation, one process each with one thread."""
+"""Real servers of one thread each, before the same clients as in the simulation, and behind its routers or our own."""
 
 import asyncio
 import json
@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from bench.cluster import server
 from bench.fleet.clients import Clients
 from bench.fleet.costs import Shape
 from bench.fleet.held import Found
@@ -23,11 +24,24 @@ from bench.sse import exchange
 PLAIN_TOKENS = range(1000, 40000)  # of SmolLM2's vocabulary, without its special ones
 
 
+def _options(shape: Shape, window: int) -> list[str]:
+    """A cache of the simulated size, and none behind it."""
+    sizes = ["--max-model-len", str(window), "--kv-cache-tokens", str(shape.cache_tokens), "--host-cache-mib", "0"]
+    return ["--threads", "1", *sizes]
+
+
+@contextmanager
+def clustered(model: Path, number: int, shape: Shape, window: int) -> Iterator[list[str]]:
+    """So many replicas behind the front that knows what each holds; yields its address alone."""
+    options = _options(shape, window)
+    with server("cluster", "--replicas", str(number), *options, model=[str(model)]) as url:
+        yield [url]
+
+
 @contextmanager
 def servers(model: Path, folder: Path, number: int, shape: Shape, window: int) -> Iterator[list[str]]:
-    """So many servers of one thread, with a cache of the simulated size and none behind it; yields their addresses."""
-    options = ["--threads", "1", "--max-model-len", str(window), "--kv-cache-tokens", str(shape.cache_tokens)]
-    options += ["--host-cache-mib", "0"]
+    """So many servers that know nothing of each other; yields their addresses."""
+    options = _options(shape, window)
     with ExitStack() as stack:
         urls = []
         for place in range(number):
@@ -55,11 +69,14 @@ class Texts:
         return random.Random(message.key).choices(PLAIN_TOKENS, k=message.tokens)
 
 
-async def ask(url: str, token_ids: Sequence[int], num_tokens: int) -> tuple[float, float, list[int], Found]:
+async def ask(
+    url: str, token_ids: Sequence[int], num_tokens: int, session: str = ""
+) -> tuple[float, float, list[int], Found]:
     """Seconds to the first event of an answer of so many tokens and to its end, its ids, and what was found."""
     body = {"prompt": list(token_ids), "max_tokens": num_tokens, "ignore_eos": True, "temperature": 1.0, "seed": None}
     body |= {"stream": True, "stream_options": {"include_usage": True}, "return_token_ids": True}
-    reply = await exchange(url, "/v1/completions", json.dumps(body).encode())
+    headers = {"X-Session-Id": session} if session else {}
+    reply = await exchange(url, "/v1/completions", json.dumps(body).encode(), headers)
     if reply.status != 200:
         raise SystemExit(f"{url} answered {reply.status}: {reply.body[:300]!r}")
     written: list[int] = []
@@ -78,7 +95,7 @@ async def ask(url: str, token_ids: Sequence[int], num_tokens: int) -> tuple[floa
 
 
 async def play(plan: Plan, urls: Sequence[str], shape: Shape) -> Tally:
-    """The plan's clients before real servers, in real time."""
+    """The plan's clients before real servers, in real time; where there is but one address, that chooses."""
     loads = Loads(len(urls), random.Random(f"{plan.seed} routes"), shape.max_num_seqs)
     router, tally, texts = router_of(plan.router, loads, plan.lag_s), Tally(), Texts()
     began_s = time.monotonic()
@@ -90,7 +107,7 @@ async def play(plan: Plan, urls: Sequence[str], shape: Shape) -> Tally:
         request = Request(turn.prompt, turn.answer, session, now_s(), expected=turn.prompt.num_tokens)
         number = router.choose(request, now_s())
         loads.sent(number, request)
-        first_s, _, written, request.found = await ask(urls[number], texts.of(turn.prompt), turn.answer.tokens)
+        first_s, _, written, request.found = await ask(urls[number], texts.of(turn.prompt), turn.answer.tokens, session)
         loads.wrote(number, request)
         loads.ended(number)
         texts.answered(turn.answer, written)
