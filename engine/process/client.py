@@ -213,19 +213,12 @@ class EngineClient:
         stream = Stream(request, self._clock())
         self._exchange.add(stream, request.request_id)
         self._send(stream.submit())
-        num_open = request.n
         try:
-            while num_open:
-                item = await stream.items.get()
-                if isinstance(item, EngineError):
-                    num_open = 0
-                    raise item
-                if item.finish is not None:
-                    num_open -= 1
-                yield item
+            while (delta := await stream.next()) is not None:
+                yield delta
         finally:
             self._exchange.streams.pop(request.request_id, None)
-            if num_open and not self._take_back(request.request_id):
+            if not stream.is_over and not self._take_back(request.request_id):
                 self._send(Cancel(request.request_id))
 
     async def tokenize(self, prompt: Prompt, adapter: str | None = None, *, last: int | None = None) -> TokenRun:

@@ -35,11 +35,12 @@ class Stream:
     """What one request asks for and what came of it. Tokens count as given out once they are here."""
 
     def __init__(self, request: GenerateRequest, arrived_s: float) -> None:
-        self.items: asyncio.Queue[Delta | EngineError] = asyncio.Queue()
         self.has_begun = False  # The present engine may end because of it.
         self.num_open = request.n  # So many choices have not finished.
         self.arrived_s = arrived_s
         self.request = request
+        self.items: asyncio.Queue[Delta | EngineError] = asyncio.Queue()
+        self._num_unread = request.n  # So many choices have not been read to their end.
         self._num_tries = 0  # So many engines have ended while it had begun.
         self._is_over = False
         self._has_output = False  # The present engine has written some of it.
@@ -75,6 +76,16 @@ class Stream:
                 self._first_s = now_s
             delta = self._kept(delta, now_s)
         self.items.put_nowait(delta)
+
+    async def next(self) -> Delta | None:
+        """What is given out next; None behind the end of the last choice. Raises what the stream has failed with."""
+        if not self._num_unread:
+            return None
+        item = await self.items.get()
+        if isinstance(item, EngineError):
+            raise item
+        self._num_unread -= item.finish is not None
+        return item
 
     def _kept(self, delta: Delta, now_s: float) -> Delta:
         choice = self._choices[delta.index]

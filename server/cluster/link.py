@@ -112,10 +112,10 @@ class Link:
         streams = self.exchange.streams.items()
         return [self._to_read.get(name, 0) for name, stream in streams if stream.is_owed]
 
-    def leave(self, stream: Stream, *, is_unfinished: bool) -> None:
+    def leave(self, stream: Stream) -> None:
         """Nobody wants more of it from here."""
         self._to_read.pop(stream.request.request_id, None)
-        if self.exchange.streams.pop(stream.request.request_id, None) is not None and is_unfinished:
+        if self.exchange.streams.pop(stream.request.request_id, None) is not None and not stream.is_over:
             self.send(Cancel(stream.request.request_id))
 
     async def ask(self, make: Callable[[int], ToEngine]) -> Answer:

@@ -232,23 +232,16 @@ class Pool:
         self.check_room()
         assert request.request_id not in self._asked, "request ids are unique"
         asked = self._asked[request.request_id] = _Asked(Stream(request, self._clock()))
-        num_open = request.n
         try:
             await self._place(asked)
-            while num_open:
-                item = await asked.stream.items.get()
-                if isinstance(item, EngineError):
-                    num_open = 0
-                    raise item
-                if item.finish is not None:
-                    num_open -= 1
-                yield item
+            while (delta := await asked.stream.next()) is not None:
+                yield delta
         finally:
             del self._asked[request.request_id]
             if asked.moving is not None:
                 asked.moving.cancel()
             if asked.link is not None:
-                asked.link.leave(asked.stream, is_unfinished=num_open > 0)
+                asked.link.leave(asked.stream)
                 self.replicas.drop_if_done(asked.link)
 
     async def _place(self, asked: _Asked) -> None:
