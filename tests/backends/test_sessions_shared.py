@@ -2,13 +2,13 @@
 
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from checkout import SUPPORT
-from pieces import FINGERPRINT, ROOT, bytes_of, piece_of
+from pieces import FINGERPRINT, ROOT, bytes_of, found, piece_of
 from told_blocks import Told, blocks_of
 
 from tightrope.backends.sessions.folder import Folder
@@ -42,18 +42,6 @@ def look(store: RunStore) -> None:
     """Have it look at the folder now, as it does every quarter of a second."""
     store._queue.put(store._look)
     assert store.flush(WAIT_S)
-
-
-def found(store: RunStore, token_ids: Sequence[int]) -> int:
-    """How many tokens are found, all of whose bytes are right."""
-    length = 0
-    for match in store.longest(ROOT, np.asarray(token_ids, np.int32)):
-        payload = store.read(match.piece)
-        if payload is None:
-            break
-        assert np.array_equal(payload, bytes_of(match.piece))
-        length += match.length
-    return length
 
 
 def size_of(path: Path) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pieces import FINGERPRINT, ROOT, bytes_of, piece_of
+from pieces import FINGERPRINT, ROOT, bytes_of, found, piece_of
 
 from tightrope.backends.sessions.folder import Folder
 from tightrope.backends.sessions.piece import Piece, root_name
@@ -25,18 +25,6 @@ WAIT_S = 60
 def put(store: RunStore, *pieces: Piece) -> None:
     for piece in pieces:
         store.put(piece, bytes_of(piece))
-
-
-def found(store: RunStore, token_ids: list[int], root: bytes = ROOT) -> int:
-    """How many tokens are found, all of whose bytes are right."""
-    length = 0
-    for match in store.longest(root, np.asarray(token_ids, np.int32)):
-        payload = store.read(match.piece)
-        if payload is None:
-            break
-        assert np.array_equal(payload, bytes_of(match.piece))
-        length += match.length
-    return length
 
 
 @contextmanager
