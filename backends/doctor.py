@@ -79,10 +79,12 @@ class Examination:
 
     def _kernels(self, device: torch.device) -> Iterator[Line]:
         """Which run on a device, and each of them run once beside the reference."""
-        yield (
-            "kernels",
-            f"{device}: {dispatch.describe(device, is_exllama=device.type == 'cuda' and dispatch.has_exllama())}",
-        )
+        is_exllama = device.type == "cuda" and dispatch.has_exllama()
+        fault = dispatch.fault(device)
+        kernels = dispatch.describe(device, is_exllama=is_exllama)
+        yield "kernels", f"{device}: {kernels}" if fault is None else f"{device}: {kernels}; {fault}"
+        if fault is not None:
+            self.faults.append(f"{device}: {fault}")
         for trial in run_all(device):
             if not trial.holds:
                 self.faults.append(f"{device}: {trial.describe()}")

@@ -176,6 +176,7 @@ class ModelCard:
     named_tokens: tuple[tuple[str, str | tuple[str, ...]], ...] = ()
     chat_templates: tuple[tuple[str, str], ...] = ()  # Names stand beside Jinja sources, where the files hold several.
     memory: MemoryShares = UNKNOWN
+    fault: str | None = None  # It is one line on what makes the model slow here, and what mends that.
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,4 +41,5 @@ def model_info(backend: Backend) -> ModelInfo:
         added_texts=tuple(tokenizer.added_texts()),
         end_texts=ends,
         memory=card.memory,
+        fault=card.fault,
     )

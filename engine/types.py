@@ -295,6 +295,7 @@ class ModelInfo(Struct, frozen=True):
     end_texts: tuple[str, ...] = ()  # Tokens of these texts end a turn.
     memory: MemoryShares = UNKNOWN
     adapter_texts: tuple[str, ...] = ()  # Only the adapters that requests may use have these special tokens.
+    fault: str | None = None  # It is one line on what makes the model slow here, and what mends that.
 
 
 def with_adapter_texts(info: ModelInfo, texts: Iterable[str]) -> ModelInfo:

@@ -323,6 +323,14 @@ def describe(device: torch.device | str = "cpu", *, is_exllama: bool = False) ->
     return "torch reference" if built is None else built.describe()
 
 
+def fault(device: torch.device | str = "cpu") -> str | None:
+    """Why the C++ kernels don't run on a CPU, and what mends it, in one line; None where they do."""
+    if torch.device(device).type != "cpu":
+        return None
+    built = _fastest()
+    return built if isinstance(built, str) else None
+
+
 def _kernels_for(x: Tensor) -> Kernels:
     return _cpu() if x.is_cpu else _triton()
 
@@ -341,15 +349,22 @@ def _cpu() -> CpuKernels:
 
 @cache
 def _native() -> native.NativeKernels | None:
-    """The fastest build that this machine runs; None where there is none, which is logged once."""
+    built = _fastest()
+    return None if isinstance(built, str) else built
+
+
+@cache
+def _fastest() -> native.NativeKernels | str:
+    """The fastest build that this machine runs, or the line on why there is none, which is logged once."""
     try:
         usable = native.usable()
-        built = native.NativeKernels(usable[0]) if usable else None
+        if usable:
+            built = native.NativeKernels(usable[0])
+            built.set_threads(torch.get_num_threads())
+            return built
+        why = "the C++ kernels are not built"
     except native.UnusableBuild as error:
-        log.warning("kernels=reference: %s; install tightrope anew", error)
-        return None
-    if built is None:
-        log.warning("kernels=reference: the C++ kernels are not built; install a C++ compiler, then tightrope anew")
-        return None
-    built.set_threads(torch.get_num_threads())
-    return built
+        why = str(error)
+    line = f"{why}; to mend it: {native.remedy()}"
+    log.warning("kernels=reference: %s", line)
+    return line

@@ -27,6 +27,7 @@ from tightrope.backends.protocol import AdapterStore, Capabilities, Chunk, KVCac
 from tightrope.backends.sessions.opening import check_folder, open_store
 from tightrope.backends.sessions.store import RunStore
 from tightrope.backends.settings import ModelSettings
+from tightrope.kernels import dispatch
 
 # llama.cpp's attention has tiles of so many queries on a CPU. In steps of fewer tokens, and of one, it adds up in
 # another order. States are cut where checkpoints are made of them, and cards have kernels of their own.
@@ -207,6 +208,8 @@ def _card(
 ) -> ModelCard:
     shape = ModelShape.of(header)
     default, templates = model.chat_template(), header.chat_templates
+    if (fault := dispatch.fault()) is not None:
+        fault = f"neither the sampler nor the torch engine has its C++ kernels: {fault}"
     return ModelCard(
         model_id=path.stem,
         architecture=shape.architecture,
@@ -220,4 +223,5 @@ def _card(
         named_tokens=tokenizer.named_tokens,
         cache_token_bytes=shape.cache_bytes(plan.cache_type.key_type, plan.cache_type.value_type),
         memory=memory_shares(plan),
+        fault=fault,
     )

@@ -187,7 +187,9 @@ def _card(
     tokenizer: NamedTokenizer,
     notes: Sequence[str],
 ) -> ModelCard:
-    shape, templates = found.shape, found.chat_templates
+    shape, templates, fault = found.shape, found.chat_templates, dispatch.fault(model.device)
+    if fault is not None:
+        fault = f"torch computes what C++ would, which takes many times as long: {fault}"
     return ModelCard(
         model_id=found.model_id,
         architecture=shape.model_type,
@@ -205,4 +207,5 @@ def _card(
         ),
         cache_token_bytes=plan.token_bytes,
         named_tokens=tokenizer.named_tokens,
+        fault=fault,
     )

@@ -51,9 +51,12 @@ def choose(
         if (unknown := _unknown(path, settings)) is not None:
             return Choice.llama(f"the torch engine does not: {unknown}")
         from tightrope.backends.devices.choice import choose_device
+        from tightrope.kernels import dispatch
 
         if choose_device(settings.device).type != "cpu":
             return Choice.llama(f"there is a card, and {_ON_A_CPU}; --device cpu asks for it")
+        if dispatch.fault() is not None:
+            return Choice.llama("the torch engine is slow without C++ kernels; tightrope doctor says why none run")
     if try_first is not None:
         try_first(path)
     from tightrope.backends.own_gguf.inspection import inspect

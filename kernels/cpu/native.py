@@ -6,9 +6,11 @@ So tensors must be what kernels.reference and kernels.layout say: float32 activa
 
 import ctypes
 import os
+import sys
 import sysconfig
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from shutil import which
 from typing import Any  # ctypes keeps the type of its types to itself.
 
 import numpy as np
@@ -76,6 +78,15 @@ def open_build(instruction_set: str) -> ctypes.CDLL:
         if size != expected:
             raise UnusableBuild(f"{path} is of another version: its {struct.__name__} has {size} bytes, not {expected}")
     return library
+
+
+def remedy() -> str:
+    """The command that builds what this machine lacks, for the Python that runs."""
+    home, python = Path(__file__).resolve().parents[2], Path(sys.executable)
+    if not (home / "kernels" / "cpu" / "build.mk").exists():
+        return "pip install --force-reinstall --no-deps, and the folder that tightrope was installed from"
+    command = "make kernels" if python.parents[1] == home / ".venv" else f"make -f kernels/cpu/build.mk PYTHON={python}"
+    return f"{command} in {home}" + ("" if which("c++") or which("g++") else ", once g++ is installed")
 
 
 class NativeSearch:

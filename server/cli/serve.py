@@ -199,6 +199,7 @@ def ready_lines(
     name = settings.served_model_name or info.model_id
     return [
         f"ready     {name} ({info.architecture}, {info.format})",
+        *([] if info.fault is None else [f"slow      {info.fault}"]),
         f"context   {info.max_model_len} tokens",
         f"cache     {info.cache_tokens} tokens, {info.cache_dtype}, for up to {info.max_num_seqs} answers at a time",
         *(f"beside    {_of_embedder(card)}" for card in embedders),

@@ -2,6 +2,7 @@
 
 import _ctypes
 import ctypes
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,10 +19,10 @@ pytestmark = pytest.mark.quick
 @pytest.fixture
 def dispatched_anew() -> Iterator[None]:
     """Whatever the test changes, kernels are looked for in it and after it."""
-    for remembered in (dispatch._native, dispatch._cpu):
+    for remembered in (dispatch._fastest, dispatch._native, dispatch._cpu):
         remembered.cache_clear()
     yield
-    for remembered in (dispatch._native, dispatch._cpu):
+    for remembered in (dispatch._fastest, dispatch._native, dispatch._cpu):
         remembered.cache_clear()
 
 
@@ -32,6 +33,8 @@ def reference_serves(caplog: pytest.LogCaptureFixture) -> str:
     assert dispatch.describe() == "torch reference"
     (record,) = [record for record in caplog.records if "kernels=reference" in record.message]
     assert "\n" not in record.message
+    assert record.message == f"kernels=reference: {dispatch.fault()}"
+    assert dispatch.fault("cuda") is None
     return record.message
 
 
@@ -41,7 +44,7 @@ def test_a_machine_without_a_build_runs_the_reference_and_says_so(
 ):
     monkeypatch.setattr(native, "usable", lambda: ())
 
-    assert "install a C++ compiler" in reference_serves(caplog)
+    assert "the C++ kernels are not built; to mend it: make " in reference_serves(caplog)
 
 
 @pytest.mark.usefixtures("dispatched_anew")
@@ -53,7 +56,7 @@ def test_a_build_of_another_version_is_left_alone_and_the_reference_serves(
     line = reference_serves(caplog)
 
     assert f"{native.build_path('portable')} is of another version: its interface is " in line
-    assert line.endswith(", not 10000; install tightrope anew")
+    assert line.endswith(f", not 10000; to mend it: {native.remedy()}")
 
 
 @pytest.mark.usefixtures("dispatched_anew")
@@ -98,8 +101,41 @@ def test_a_file_that_is_no_build_of_ours_is_named_and_the_reference_serves(
     line = reference_serves(caplog)
 
     assert f"{foreign} {reason}" in line
-    assert line.endswith("; install tightrope anew")
+    assert line.endswith(f"; to mend it: {native.remedy()}")
 
 
 def test_the_fastest_build_is_what_runs():
     assert dispatch.describe() == f"C++ ({native.usable()[0]})"
+    assert dispatch.fault() is None
+
+
+@pytest.mark.parametrize("compiler", ["/usr/bin/g++", None])
+@pytest.mark.parametrize(
+    ("python", "sources", "command"),
+    [
+        (".venv/bin/python", "build.mk", "make kernels in {home}"),
+        ("other/bin/python", "build.mk", "make -f kernels/cpu/build.mk PYTHON={home}/other/bin/python in {home}"),
+        (
+            "bin/python",
+            None,
+            "pip install --force-reinstall --no-deps, and the folder that tightrope was installed from",
+        ),
+    ],
+)
+def test_what_mends_it_is_the_command_for_the_python_that_runs(
+    python: str,
+    sources: str | None,
+    command: str,
+    compiler: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    (folder := tmp_path / "kernels" / "cpu").mkdir(parents=True)
+    if sources is not None:
+        (folder / sources).touch()
+    monkeypatch.setattr(native, "__file__", str(folder / "native.py"))
+    monkeypatch.setattr(sys, "executable", str(tmp_path / python))
+    monkeypatch.setattr(native, "which", lambda name: compiler)
+
+    more = "" if compiler or sources is None else ", once g++ is installed"
+    assert native.remedy() == command.format(home=tmp_path) + more

@@ -59,6 +59,7 @@ class Report:
         card = self.card
         return [
             f"model     {card.model_id} ({card.architecture}, {card.format})",
+            *([] if card.fault is None else [f"slow      {card.fault}"]),
             f"context   {card.max_model_len} tokens served, trained for {card.trained_len}",
             f"cache     {', '.join(('f16', *self.compare_kv)) if self.compare_kv else card.cache_dtype}",
             *(f"note      {note}" for note in card.notes),
