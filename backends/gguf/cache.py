@@ -46,7 +46,7 @@ class SharedKVCache(EntryPool):
         assert seq_id not in self._live, f"sequence {seq_id} is open already"
         wanted = np.asarray(token_ids, np.int32)
         is_alone = (reproducible or steady) and not self._live
-        if is_alone:
+        if is_alone and not self._stands_as_alone(wanted, namespace):
             self._swap_out_idle(0)  # Attention adds up in the order of the cells.
         parted = self._longest_common(wanted, namespace) if self._rollback.saves else 0
         source, runs = self._find(wanted, namespace, reuse, accepts) if reuse != "nothing" else (None, ())
@@ -103,6 +103,7 @@ class SharedKVCache(EntryPool):
         assert count <= entry.reserved, f"sequence {seq_id} commits {count} tokens, and reserved {entry.reserved}"
         if start == entry.num_steady and len(self._live) == 1 and 0 < self._steady_tokens <= count:
             entry.num_steady += count
+        entry.is_in_order = self._takes_in_order(entry)
         entry.append(token_ids, self._cells.take(count, pinned=True))
         entry.reserved -= count
         self._reserved -= count
@@ -238,7 +239,7 @@ class SharedKVCache(EntryPool):
             self._drop(twin)
             return None
         twin.append(entry.tokens, self._cells.take(length, pinned=False))
-        twin.num_exact, twin.num_steady = entry.num_exact, entry.num_steady
+        twin.num_exact, twin.num_steady, twin.is_in_order = entry.num_exact, entry.num_steady, False
         self._kept.append(twin)
         self._see(twin)
         return twin
@@ -277,5 +278,6 @@ class SharedKVCache(EntryPool):
         shared = source.cells[:length]
         target.append(source.token_ids[:length], shared)
         target.num_exact, target.num_steady = source.num_exact, min(source.num_steady, length)
+        target.is_in_order = source.is_in_order
         self._cells.share(shared)
         self._shorten(target, length, pinned=True)

@@ -22,6 +22,7 @@ class Entry:
     reserved: int = 0  # So many tokens beyond `length` have room.
     num_exact: int = ALL  # The tokens behind these were computed at other places, or over such ones.
     num_steady: int = 0  # So many of the first ran in large steps while nothing else did: see KVCache.open.
+    is_in_order: bool = True  # Its cells are llama.cpp's first ones, in the order of its tokens.
     to_save: list[int] = field(default_factory=list)  # Checkpoints are made at these places, which rise.
 
     @classmethod

@@ -146,6 +146,18 @@ class EntryPool:
             else:
                 self._shorten(entry, int(alone[-missing]), pinned=False)
 
+    def _takes_in_order(self, entry: Entry) -> bool:
+        """Whether its cells are llama.cpp's first ones in order, with those that it takes next: the first free ones."""
+        return entry.is_in_order and self._cells.num_free + entry.length == self._cells.capacity
+
+    def _stands_as_alone(self, wanted: Ints, namespace: str) -> bool:
+        """Whether the cache holds a beginning of a prompt and nothing else, where it would be in an empty cache."""
+        if len(self._kept) != 1 or self._scratch is None:  # Of windows and states there is more than the cells.
+            return False
+        [entry] = self._kept
+        is_beginning = entry.namespace == namespace and num_common(entry.tokens, wanted[:-1]) == entry.length
+        return is_beginning and entry.num_exact == ALL and self._takes_in_order(entry)
+
     # --- swapping ------------------------------------------------------------------------------------------------
 
     def _swap_out_idle(self, most: int | None = None) -> None:
@@ -223,10 +235,12 @@ class EntryPool:
             entry = Entry.empty(self._take_slot(spare=None), swapped.namespace)
         elif entry not in self._kept or swapped.rest(entry) != rest:
             return False  # It had to make room for itself.
+        is_in_order = self._takes_in_order(entry)
         if not self._swap.load(entry, rest[0], partial(cells.take, pinned=False)):
             if not entry.length:
                 self._drop(entry)
             return False
+        entry.is_in_order = is_in_order
         if entry not in self._kept:
             self._kept.append(entry)
         self._see(entry)

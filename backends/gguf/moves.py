@@ -62,7 +62,7 @@ def splice(store: CellStore, cells: Cells, move: Move) -> None:
     cells.release(np.delete(entry.held(), places))
     entry.token_ids[: move.length], entry.cells[: move.length] = token_ids, kept
     entry.length, entry.num_exact = move.length, min(entry.num_exact, move.num_kept)
-    entry.num_steady = min(entry.num_steady, move.num_kept)
+    entry.num_steady, entry.is_in_order = min(entry.num_steady, move.num_kept), False
 
 
 def told(runs: Sequence[Run], num_exact: int) -> Reuse:

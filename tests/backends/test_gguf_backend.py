@@ -136,6 +136,33 @@ def test_a_reused_prefix_gives_the_logits_of_a_lone_run(backend: GGUFBackend, te
     backend.kv.close(2, keep=False)
 
 
+def test_a_chat_goes_on_in_its_own_cells_with_the_bits_of_one_that_was_laid_out_anew(
+    backend: GGUFBackend, text_ids: list[int]
+) -> None:
+    def second_turn(seq_id: int, *, is_parted: bool) -> torch.Tensor:
+        """The logits behind a prompt whose beginning ran before, and then something else, if `is_parted`."""
+        others = [(seq_id + 1, text_ids[80:])] if is_parted else []
+        for number, token_ids in [(seq_id, text_ids[:70]), *others]:
+            backend.kv.open(number, token_ids, f"chat {seq_id}", reproducible=True)
+            run(backend, number, token_ids, 0)
+            backend.kv.close(number, keep=True)
+        found = backend.kv.open(seq_id + 2, text_ids[:100], f"chat {seq_id}", reproducible=True)
+        assert found == Reuse.prefix(70)
+        logits = run(backend, seq_id + 2, text_ids[:100], 70)
+        backend.kv.close(seq_id + 2, keep=False)
+        return logits
+
+    assert torch.equal(second_turn(700, is_parted=False), second_turn(710, is_parted=True))
+
+
+def run(backend: GGUFBackend, seq_id: int, token_ids: list[int], start: int) -> torch.Tensor:
+    """The last logits of an open sequence that holds the first `start` of its tokens."""
+    assert backend.kv.reserve(seq_id, len(token_ids) - start)
+    logits = backend.forward([Chunk(seq_id, token_ids[start:], start, "last")]).clone()
+    backend.kv.commit(seq_id, start, token_ids[start:])
+    return logits
+
+
 def test_a_sequence_that_lost_its_place_continues_as_if_it_had_not(backend: GGUFBackend) -> None:
     prompt = backend.tokenizer.encode(PROMPT, parse_special=True, is_start=True)
     said = prompt + greedy(backend, 1, prompt, 24, "preempted")

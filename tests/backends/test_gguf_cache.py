@@ -234,6 +234,32 @@ def test_a_swapped_out_chat_stays_what_it_was_where_another_goes_on_from_its_mid
     assert driver.cache.open(3, range(41), "", reproducible=True) == Reuse.prefix(40)
 
 
+def test_a_chat_that_has_the_cache_to_itself_goes_on_in_its_own_cells() -> None:
+    driver = Driver(capacity=128, swap_bytes=200)
+    driver.run(1, range(40))
+    cells = list(driver.store.slots[driver.cache.slot(1)])
+    driver.cache.close(1, keep=True)
+
+    assert driver.cache.open(2, range(50), "", reproducible=True) == Reuse.prefix(40)
+
+    assert driver.store.slots[driver.cache.slot(2)] == cells
+
+
+@pytest.mark.parametrize("others_end_first", [True, False])
+def test_a_chat_that_others_ran_beside_is_laid_out_anew(others_end_first: bool) -> None:
+    driver = Driver(capacity=128, swap_bytes=200)
+    driver.run(1, range(20))
+    driver.run(2, range(500, 510))
+    driver.extend(1, range(20, 40))  # behind the other one's cells
+    cells = list(driver.store.slots[driver.cache.slot(1)])
+    for seq_id in (2, 1) if others_end_first else (1, 2):
+        driver.cache.close(seq_id, keep=seq_id == 1)
+
+    assert driver.cache.open(3, range(50), "", reproducible=True) == Reuse.prefix(40)
+
+    assert driver.store.slots[driver.cache.slot(3)] != cells
+
+
 def test_a_steady_prompt_finds_what_ran_in_large_steps_alone_and_leaves_one_to_run() -> None:
     driver = Driver(capacity=256, swap_bytes=1000, steady_tokens=8)
     driver.run(1, range(40))
