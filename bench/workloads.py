@@ -80,6 +80,7 @@ async def run_streams(
         "decode_tokens_per_s": 1 / median(answer.tpot_s for answer in answers),
         "ttft_ms": 1e3 * median(answer.ttft_s for answer in answers),
         "tpot_ms": 1e3 * median(answer.tpot_s for answer in answers),
+        "largest_gap_ms": 1e3 * max(answer.largest_gap_s(0.0) for answer in answers),
         "tokens": sum(answer.num_tokens for answer in answers),
         "prompt_tokens": sum(answer.prompt_tokens for answer in answers),
     }

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import report
+from bench import driving, report
 from bench.compare_earlier import EARLIER, METRICS, NOW, judged
 from bench.sse import ChunkedDecoder, EventParser, RequestFailed, read_events, stream
 from bench.stats import BARS, Bar, Sample, judge, paired_ratios, summarise
@@ -211,6 +211,23 @@ def test_a_bar_without_a_peer_is_judged_by_its_own_value() -> None:
     samples = [Sample("tightrope", "growing chat", i, {"speedup": value}) for i, value in enumerate([9.0, 11.0, 12.0])]
     [verdict] = judge(samples, [bar])
     assert (verdict["value"], verdict["min"], verdict["max"], verdict["met"]) == (11.0, 9.0, 12.0, True)
+
+
+def test_driving_llama_cpp_is_held_to_its_server_round_by_round_and_to_gaps_that_somebody_minds() -> None:
+    def row(server: str, number: int, tokens_per_s: float, gap_ms: float) -> Sample:
+        return Sample(server, "8 streams", number, {"tokens_per_s": tokens_per_s, "largest_gap_ms": gap_ms})
+
+    rounds = [(100.0, 250.0, 80.0, 60.0), (90.0, 600.0, 100.0, 500.0), (99.0, 150.0, 100.0, 500.0)]
+    samples = [
+        row(server, number, *values)
+        for number, (ours, our_gap, theirs, their_gap) in enumerate(rounds)
+        for server, values in ((driving.OURS, (ours, our_gap)), (driving.THEIRS, (theirs, their_gap)))
+    ]
+    speed, gap = driving.verdicts(samples)
+    assert (speed["value"], speed["min"], speed["max"], speed["met"]) == (0.99, 0.9, 1.25, False)
+    assert gap["value"] == pytest.approx(250 / 300)
+    assert gap["max"] == pytest.approx(600 / 500)
+    assert gap["met"]
 
 
 def _runs(server: str, *values: float) -> list[list[Sample]]:
