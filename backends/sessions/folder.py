@@ -75,7 +75,8 @@ class Folder:
         names = os.listdir(self._fd)
         if MARK not in names:
             if {*names} - {*self._names(unfinished=True), MEMORY} or not create:
-                raise BackendError(f"{self.path}: no folder of chats, which would hold {MARK}; name an empty one")
+                right = "name an empty one" if create else "name the one that --session-dir named"
+                raise BackendError(f"{self.path}: no folder of chats, which would hold {MARK}; {right}")
             with suppress(OSError):  # Another server has just done so, or it is said when a chat can't be written.
                 os.close(os.open(MARK, _WRITE, 0o600, dir_fd=self._fd))
         if status.st_mode & 0o077:

@@ -119,7 +119,11 @@ def test_what_can_not_be_deleted_is_told_in_one_line(
 
 def test_a_folder_that_is_none_of_chats_is_told_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "mine").mkdir()
-    for path in (tmp_path / "none", tmp_path / "mine"):
-        assert run(["sessions", str(path)]) == 1
-        assert len(capsys.readouterr().err.splitlines()) == 1
+    told = {
+        "none": "no such folder",
+        "mine": "no folder of chats, which would hold tightrope-sessions; name the one that --session-dir named",
+    }
+    for name, said in told.items():
+        assert run(["sessions", str(tmp_path / name)]) == 1
+        assert capsys.readouterr().err == f"tightrope: {tmp_path / name}: {said}\n"
     assert not [*(tmp_path / "mine").iterdir()]
