@@ -44,8 +44,9 @@ class QuantizedMatrix:
     `group_max` float32 [G]: (code / 16)^2 * group_max. zero: `zeros` int16 [C, G, 16]; None: 2^(bits - 1), or 0 where
     there are mins or a codebook. min: `mins` float16 [C, G, 16]; None: 0.
 
-    As in GGUF's K-types, `scales` and `mins`, both float16, may be units [C, S, 16] of G / S groups each, a power of
-    two, which `scale_codes` multiply: int8 [C, G, 16]; or, with mins, uint8 of both, the min's in the high four bits.
+    As in GGUF's K-types, `scales` and `mins`, both float16, may be units [C, S, 16] of 256 rows, of groups of 16 or 32,
+    which `scale_codes` multiply: int8 [C, G, 16], with a codebook -32 .. 31; or, with mins, uint8 of both, the min's in
+    the high four bits.
     Or they are uint8 [C, 12 S, 16] of six bits. Of 16 groups, without mins, they are less 32: of a unit's code i the
     low four bits are in byte i % 8, from bit i / 8 * 4 on, and the high two in byte 8 + i % 4, from bit i / 4 * 2 on.
     Of 8 groups' scales and mins the first four are the low bits of bytes i and 4 + i; of the last four the low four
