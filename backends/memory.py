@@ -96,8 +96,16 @@ def private_memory(pid: int) -> int:
         return 0  # It has ended, or this is not Linux.
 
 
+def num_ended_for_memory() -> int:
+    """How many processes the system has ended for want of memory since it began; 0 where that can't be known."""
+    try:
+        return _stat(Path("/proc/vmstat"), "oom_kill")
+    except OSError:
+        return 0  # This is not Linux.
+
+
 def _stat(path: Path, name: str) -> int:
-    """A number of memory.stat; `name` counts cached files, which the kernel gives back when memory is asked for."""
+    """A number of a file with a line for each, such as that of cached files, which the kernel gives back when asked."""
     return next((int(line.split()[1]) for line in path.read_text().splitlines() if line.split()[0] == name), 0)
 
 

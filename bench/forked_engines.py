@@ -35,7 +35,7 @@ class ForkedHandle:
     def __del__(self) -> None:
         os.close(self._file)
 
-    def kill(self) -> None:
+    def kill(self, why: str) -> None:
         with suppress(ProcessLookupError):
             signal.pidfd_send_signal(self._file, signal.SIGKILL)
 

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
-from tightrope.backends.memory import private_memory
+from tightrope.backends.memory import num_ended_for_memory, private_memory
 from tightrope.processes import child_command, child_environment
 
 if TYPE_CHECKING:
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 class EngineHandle(Protocol):
     """A started engine."""
 
-    def kill(self) -> None:
-        """End it at once, if it still runs."""
+    def kill(self, why: str) -> None:
+        """End it at once, if it still runs; `why` goes into the words on how it has ended."""
 
     def poll(self) -> str | None:
         """How it has ended, in words; None while it runs."""
@@ -35,13 +35,16 @@ class ProcessHandle:
 
     def __init__(self, process: subprocess.Popen[bytes]) -> None:
         self._process = process
+        self._killed_as: str | None = None  # Why this server has killed it.
+        self._num_ended_before = num_ended_for_memory()
 
     @property
     def pid(self) -> int:
         return self._process.pid
 
-    def kill(self) -> None:
+    def kill(self, why: str) -> None:
         if self._process.poll() is None:
+            self._killed_as = why
             self._process.kill()
 
     def private_bytes(self) -> int:
@@ -51,9 +54,19 @@ class ProcessHandle:
         status = self._process.poll()
         if status is None:
             return None
+        if status == -signal.SIGKILL:
+            return f"killed by SIGKILL, {self._killer()}"
         if status < 0:
             return f"killed by {signal.Signals(-status).name}"
         return f"exit status {status}"
+
+    def _killer(self) -> str:
+        """Who has killed it, as far as that can be known: a process gets no word of SIGKILL, and leaves none."""
+        if self._killed_as is not None:
+            return f"by this server: {self._killed_as}"
+        if num_ended_for_memory() > self._num_ended_before:
+            return "as the machine's memory ran out"
+        return "from outside"
 
 
 def spawn_process(sock: socket.socket) -> ProcessHandle:
@@ -74,7 +87,7 @@ class ThreadHandle:
     def __init__(self, thread: threading.Thread) -> None:
         self._thread = thread
 
-    def kill(self) -> None:
+    def kill(self, why: str) -> None:
         """Nothing: the closed socket ends it."""
 
     def private_bytes(self) -> int:

@@ -140,7 +140,7 @@ class Supervisor:
                 await self._task
         if self.handle is not None:
             if not was_ready:
-                self.handle.kill()
+                self.handle.kill("it was not to be loaded any more")
             await _end_of(self.handle)
 
     def send(self, message: ToEngine) -> None:
@@ -293,7 +293,7 @@ class Supervisor:
             loading_s = max(LOADING_S, PATIENCE * self._settings.stuck_s)
             if silent_s > (self._settings.stuck_s if self.state == "ready" else loading_s):
                 log.error("engine is stuck: no sign of life for_s=%.1f", silent_s)
-                handle.kill()
+                handle.kill(f"it gave no sign of life for {silent_s:.0f} s")
                 return
 
 
@@ -306,5 +306,6 @@ async def _end_of(handle: EngineHandle) -> str:
                 return how
             await asyncio.sleep(_POLL_S)
         if not is_killed:
-            handle.kill()
+            log.warning("engine has not ended by itself, and is killed: after_s=%.0f", END_GRACE_S)
+            handle.kill(f"it had not ended within {END_GRACE_S:.0f} s")
     return "killed, but it has not ended yet"

@@ -239,11 +239,12 @@ async def test_the_pause_starts_anew_once_an_engine_has_answered(caplog: pytest.
 # ---- engines that stand still ----
 
 
-async def test_a_stopped_engine_is_killed_and_what_waited_is_answered():
+async def test_a_stopped_engine_is_killed_and_what_waited_is_answered(caplog: pytest.LogCaptureFixture):
     async with running(short_lived(stuck_s=0.5)) as client:
         send_to_engine(client, signal.SIGSTOP)
         assert await asyncio.wait_for(answer(client, ask("r", "hello")), PATIENCE_S) == expected("hello")
         assert client.restarts == 1
+    assert "how=killed by SIGKILL, by this server: it gave no sign of life for " in caplog.text
 
 
 async def test_a_step_that_never_ends_is_ended():
