@@ -63,6 +63,10 @@ CASES: list[tuple[str, str, str, Calls]] = [
     ("hermes", ADD, "", [ADDED]),
     ("hermes", f"Let me see.\n{ADD}\n{ADD}\n", "Let me see.\n", [ADDED, ADDED]),
     ("hermes", f"{ADD} and so on", "and so on", [ADDED]),
+    ("hermes", f"{ADD.removesuffix('</tool_call>')}{ADD}", "", [ADDED, ADDED]),
+    ("hermes", f"{ADD.removesuffix(chr(10) + '</tool_call>')}}}\n</tool_call>{ADD}", "", [ADDED, ADDED]),
+    ("hermes", '<tool_call>{"name": "add", "arguments": {"b": "naïve 😀 \\u00e9 \\n", "a": {"x": [[], {}]}}}'
+     "</tool_call>", "", [("add", '{"b": "naïve 😀 \\u00e9 \\n", "a": {"x": [[], {}]}}')]),
     ("hermes", '<tool_call>{"name":"get_weather","arguments":{}}</tool_call>', "", [("get_weather", "{}")]),
     ("hermes", '<tool_call>\n{"arguments": {"a": 1}, "name": "add"}\n</tool_call>', "", [("add", '{"a": 1}')]),
     ("hermes", '<tool_call>{"name": "add", "arguments": "{\\"a\\": 1}"}</tool_call>', "", [("add", '{"a": 1}')]),

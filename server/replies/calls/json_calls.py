@@ -91,7 +91,11 @@ class JsonCallReader(JsonReader):
             read, text = "", (yield from self.call_of_object())
         if not self._form.closing:
             rest, mark = "", None
-        elif text is None or not is_list:
+        elif text is None:  # The next call begins another one where this one isn't closed.
+            rest, mark = yield from self.take_until(self._form.closing, self._form.opening)
+            if mark == self._form.opening:
+                self.held = mark + self.held
+        elif not is_list:
             rest, mark = yield from self.take_until(self._form.closing)
         else:
             rest, mark = "", None
