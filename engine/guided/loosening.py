@@ -1,4 +1,4 @@
-"""JSON schemas without what can't be enforced of them, where a client allows that."""
+"""JSON schemas without what can't be enforced of them, where a client allows that, and without what says nothing."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,6 +6,25 @@ from typing import Any
 from tightrope.engine.guided.json_schema import node_faults
 
 Json = Any  # It is a value of JSON.
+_VALUES = frozenset({"enum", "const", "default", "example", "examples", "required"})  # No schemas are in these.
+_NAMED = frozenset({"properties", "patternProperties", "$defs", "definitions"})
+
+
+def without_nulls(schema: Json) -> Json:
+    """The schema without keywords that are null, as programs write what they leave out. The given one isn't changed."""
+    if isinstance(schema, list):
+        return [without_nulls(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    made: dict[str, Json] = {}
+    for key, value in schema.items():
+        if value is None and key not in ("const", "default", "example"):
+            continue
+        if key in _NAMED and isinstance(value, dict):
+            made[key] = {name: without_nulls(item) for name, item in value.items()}
+        else:
+            made[key] = value if key in _VALUES else without_nulls(value)
+    return made
 
 
 def loosened(schema: Json) -> tuple[Json, list[str]]:
@@ -26,9 +45,9 @@ def _copied(node: Json, place: str, left_out: Callable[[str], None]) -> Json:
     made: dict[str, Json] = {}
     for key, value in node.items():
         where = f"{place}/{key}"
-        if key in ("enum", "const", "default", "examples", "required"):
+        if key in _VALUES:
             made[key] = value
-        elif key in ("properties", "patternProperties", "$defs", "definitions") and isinstance(value, dict):
+        elif key in _NAMED and isinstance(value, dict):
             if key in faulty:
                 left_out(where)
             else:

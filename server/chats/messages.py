@@ -16,6 +16,7 @@ from tightrope.server.http.body import parse_json
 from tightrope.server.http.errors import MalformedBody
 
 TEXT_TYPES = frozenset({"text", "input_text", "output_text"})  # The last two are of OpenAI's Responses.
+THOUGHT_TYPES = frozenset({"thinking", "reasoning", "reasoning_text"})  # Mistral's and Anthropic's is the first.
 
 
 def template_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
@@ -33,7 +34,9 @@ def bent_messages(messages: Sequence[Message]) -> list[Bent]:
         elif isinstance(message.content, list) and message.given.get("content") != [p.given for p in message.content]:
             bent.append((f"{name}.content", "taken as a list of parts"))
         for index, part in enumerate(message.content if isinstance(message.content, list) else ()):
-            if part.given.get("type") != "text":
+            if _is_thought(part, message):
+                bent.append((f"{name}.content[{index}]", "taken as reasoning_content"))
+            elif part.given.get("type") != "text":
                 bent.append((f"{name}.content[{index}]", "taken as a part of text"))
         for index, call in enumerate(message.tool_calls or ()):
             if isinstance(call.function.arguments, dict):
@@ -49,12 +52,28 @@ def _message(message: Message, place: str) -> dict[str, Any]:
         if not message.tool_calls:
             made["content"] = ""
     elif isinstance(message.content, list):
-        made["content"] = [_part(part, f"{place}.content[{i}]") for i, part in enumerate(message.content)]
+        parts = [(f"{place}.content[{i}]", part) for i, part in enumerate(message.content)]
+        made["content"] = [_part(part, where) for where, part in parts if not _is_thought(part, message)]
+        thoughts = [_thought(part) for _, part in parts if _is_thought(part, message)]
+        if thoughts and not made.keys() & set(REASONING):
+            made["reasoning_content"] = "\n\n".join(filter(None, thoughts))
     if message.tool_calls:
         made["tool_calls"] = [_tool_call(call) for call in message.tool_calls]
     else:
         made.pop("tool_calls", None)  # Some templates take an empty list for calls.
     return _with_reasoning(made)
+
+
+def _is_thought(part: ContentPart, message: Message) -> bool:
+    return part.type in THOUGHT_TYPES and message.role == "assistant"
+
+
+def _thought(part: ContentPart) -> str:
+    """The text of a part of thoughts, which may be parts of text again."""
+    told = next((part.given[name] for name in (*REASONING, "text") if part.given.get(name) is not None), "")
+    pieces = told if isinstance(told, list) else [told]
+    texts = [piece.get("text") if isinstance(piece, dict) else piece for piece in pieces]
+    return "".join(text for text in texts if isinstance(text, str))
 
 
 def _part(part: ContentPart, place: str) -> dict[str, Any]:

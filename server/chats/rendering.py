@@ -9,8 +9,9 @@ from fastapi import Request
 from tightrope.engine.errors import InvalidRequest
 from tightrope.engine.types import Grammar
 from tightrope.server.chats.messages import template_messages
+from tightrope.server.chats.offers import Offer
 from tightrope.server.chats.requests import Message
-from tightrope.server.chats.tools import OffersTools, ToolUse, may_call, tool_use
+from tightrope.server.chats.tools import ToolUse, tool_use
 from tightrope.server.fields.names import Ignored
 from tightrope.server.http.hangup import or_gone
 from tightrope.server.prompts.content import text_of
@@ -59,7 +60,7 @@ async def render_chat(
     front: AppState,
     request: Request,
     messages: Sequence[Message],
-    offer: OffersTools,
+    offer: Offer,
     *,
     opens_turn: bool = True,
     continues: bool = False,
@@ -75,7 +76,7 @@ async def render_chat(
     InvalidRequest, TemplateFailed and ClientGone.
     """
     template, wishes = front.template(), wishes or Wishes()
-    source = template.source_for(has_tools=may_call(offer))
+    source = template.source_for(has_tools=offer.may_call)
     if documents and "documents" not in source:
         raise InvalidRequest("documents: the chat template has no place for them", "documents")
     form, tools = reply_form(source), tool_use(offer)

@@ -1,8 +1,8 @@
 """The parts of a chat in a request's body, and what clients make of them."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, ModelWrapValidatorHandler, PrivateAttr, model_validator
 
 from tightrope.server.chats.custom_tools import call_in_chats
 from tightrope.server.http.body import EVERY_NAME, Body, ShownBody
@@ -14,7 +14,7 @@ REASONING = ("reasoning_content", "thinking", "reasoning")
 class ContentPart(ShownBody):
     """A piece of a message; text alone is understood."""
 
-    read_elsewhere = frozenset({"refusal", "annotations", "logprobs", "cache_control"})
+    read_elsewhere = frozenset({"refusal", "annotations", "logprobs", "cache_control", "signature", *REASONING})
 
     type: str = "text"
     text: str | None = None
@@ -34,11 +34,16 @@ def _parts(content: object) -> object:
 Content = Annotated[str | list[ContentPart] | None, BeforeValidator(_parts)]
 
 
+def _object(arguments: object) -> object:
+    """PHP's programs write an empty object as an empty list."""
+    return {} if arguments == [] else arguments
+
+
 class FunctionCall(Body):
     """Which function the assistant called, and with what: a JSON object, or its text."""
 
     name: str
-    arguments: str | dict[str, Any] = "{}"
+    arguments: Annotated[str | dict[str, Any], BeforeValidator(_object)] = "{}"
 
 
 class ToolCall(ShownBody):
@@ -78,3 +83,27 @@ class Tool(ShownBody):
 
     type: Literal["function", "custom"] = "function"
     function: Function
+
+    _is_bent: bool = PrivateAttr(default=False)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _in_place(cls, data: object, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        placed = _with_function(data)
+        made = handler(placed)
+        made._is_bent = placed is not data
+        return made
+
+    @property
+    def is_bent(self) -> bool:
+        """Whether its function came beside the type, as in other dialects, and not in an object of its own."""
+        return self._is_bent
+
+
+def _with_function(tool: object) -> object:
+    """OpenAI's Responses have a function's fields beside its type, and Anthropic its parameters as `input_schema`."""
+    if not isinstance(tool, dict) or tool.get("function") is not None or not isinstance(tool.get("name"), str):
+        return tool
+    renamed = {"input_schema": "parameters"}
+    function = {renamed.get(name, name): value for name, value in tool.items() if name != "type"}
+    return {"type": tool.get("type") or "function", "function": function}

@@ -6,39 +6,22 @@ calls.
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from tightrope.engine.errors import InvalidRequest
 from tightrope.engine.guided.json_schema import malformed, schema_fault
-from tightrope.engine.guided.loosening import loosened
+from tightrope.engine.guided.loosening import loosened, without_nulls
 from tightrope.engine.types import Grammar
+from tightrope.server.chats.offers import Offer
 from tightrope.server.chats.requests import Function, Tool
+from tightrope.server.fields.names import Bent
 from tightrope.server.replies.calls.form import ANY, CallForm, Functions
 from tightrope.server.replies.lark import Spelling
 
 MAX_TOOLS = 128
 _NAME = re.compile(r"[a-zA-Z0-9_./:-]{1,128}")  # Gateways join names with dots and slashes.
-
-
-class OffersTools(Protocol):
-    """What is read of a body with tools."""
-
-    @property
-    def tools(self) -> list[Tool] | None: ...
-    @property
-    def tool_choice(self) -> str | dict[str, Any] | None: ...
-    @property
-    def parallel_tool_calls(self) -> bool: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Offer:
-    """The same for dialects whose bodies have tools in another form."""
-
-    tools: list[Tool] | None = None
-    tool_choice: str | dict[str, Any] | None = None
-    parallel_tool_calls: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,23 +60,23 @@ class ToolUse:
         return (form.stop,) if self.one_call and form.stop and not self.is_forced else ()
 
 
-def check_tools(body: OffersTools) -> None:
-    """Raises InvalidRequest with the place of what is wrong with the tools, or with the choice among them."""
-    functions = [tool.function for tool in body.tools or []]
+def check_tools(offer: Offer) -> None:
+    """Raises InvalidRequest with the place of what is wrong with the tools."""
+    functions = [tool.function for tool in offer.tools]
     if len(functions) > MAX_TOOLS:
         raise InvalidRequest(f"tools: at most {MAX_TOOLS} tools, not {len(functions)}", "tools")
     names = [function.name for function in functions]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise InvalidRequest(f"tools: the name {twice!r} stands for two functions", "tools")
-    if body.tool_choice not in (None, "none", "auto") and not functions:
-        raise InvalidRequest("tool_choice is only allowed when tools are given", "tool_choice")
-    chosen = _chosen(body)
-    if chosen is not None and chosen not in names:
-        raise InvalidRequest(f"tool_choice: there is no function {chosen!r:.80} among the tools", "tool_choice")
-    forced = _forced(body)
+    forced = _forced(offer)
     for index, function in enumerate(functions):
         _check_function(function, f"tools[{index}].function", is_enforced=function in forced or function.strict is True)
+
+
+def bent_tools(tools: Sequence[Tool]) -> list[Bent]:
+    """What of tools was taken for what it plainly means."""
+    return [(f"tools[{index}]", "taken as a function") for index, tool in enumerate(tools) if tool.is_bent]
 
 
 def _check_function(function: Function, place: str, *, is_enforced: bool) -> None:
@@ -102,7 +85,7 @@ def _check_function(function: Function, place: str, *, is_enforced: bool) -> Non
             f"{place}.name must be 1 to 128 letters, digits and characters of _-./:, not {function.name!r:.80}",
             f"{place}.name",
         )
-    schema = enforced_schema(function) if is_enforced else function.parameters or {}
+    schema = enforced_schema(function) if is_enforced else _schema(function)
     fault = schema_fault(schema) if is_enforced else malformed(schema)
     if fault is None and schema.get("type", "object") != "object":
         fault = f'the type of all parameters together is "object", not {schema["type"]!r:.40}'
@@ -110,53 +93,38 @@ def _check_function(function: Function, place: str, *, is_enforced: bool) -> Non
         raise InvalidRequest(f"{place}.parameters: {fault}", f"{place}.parameters")
 
 
+def _schema(function: Function) -> dict[str, Any]:
+    """The schema of a function's parameters; what is null in it is absent."""
+    schema: dict[str, Any] = without_nulls(function.parameters or {})
+    return schema
+
+
 def enforced_schema(function: Function) -> dict[str, Any]:
     """The schema of a function's parameters, without what can't be enforced of it where its `strict` is false."""
-    schema: dict[str, Any] = function.parameters or {}
+    schema = _schema(function)
     return loosened(schema)[0] if function.strict is False and malformed(schema) is None else schema
 
 
-def _chosen(body: OffersTools) -> str | None:
-    """The name of the function that tool_choice asks for. Raises InvalidRequest for choices that there aren't."""
-    choice = body.tool_choice
-    if isinstance(choice, dict):
-        kind = choice.get("type")
-        function = choice.get("custom" if kind == "custom" else "function")
-        name = function.get("name") if isinstance(function, dict) else None
-        if kind not in ("function", "custom") or not isinstance(name, str):
-            raise InvalidRequest('tool_choice should be {"type": "function", "function": {"name": ...}}', "tool_choice")
-        return name
-    if choice not in (None, "none", "auto", "required"):
-        raise InvalidRequest('tool_choice should be "none", "auto", "required" or a named function', "tool_choice")
-    return None
-
-
-def _forced(body: OffersTools) -> list[Function]:
+def _forced(offer: Offer) -> list[Function]:
     """The functions of which one must be called."""
-    chosen = _chosen(body)
-    if chosen is None and body.tool_choice != "required":
+    if offer.choice != "required":
         return []
-    return [tool.function for tool in body.tools or [] if chosen in (None, tool.function.name)]
+    return [tool.function for tool in offer.tools if offer.named in (None, tool.function.name)]
 
 
-def may_call(body: OffersTools) -> bool:
-    """Whether tools are given, and are to be shown."""
-    return bool(body.tools) and body.tool_choice != "none"
-
-
-def tool_use(body: OffersTools) -> ToolUse | None:
+def tool_use(offer: Offer) -> ToolUse | None:
     """The tools of a checked request; None where none may be called."""
-    if not body.tools or not may_call(body):
+    if not offer.may_call:
         return None
-    functions = [tool.function for tool in body.tools]
-    forced = {function.name: enforced_schema(function) for function in _forced(body)}
+    functions = [tool.function for tool in offer.tools]
+    forced = {function.name: enforced_schema(function) for function in _forced(offer)}
     return ToolUse(
-        shown=[_shown(tool) for tool in body.tools],
-        functions={function.name: function.parameters or {} for function in functions},
+        shown=[_shown(tool) for tool in offer.tools],
+        functions={function.name: _schema(function) for function in functions},
         forced=forced,
         strict=frozenset(function.name for function in functions if function.strict and not forced),
-        one_call=_chosen(body) is not None or not body.parallel_tool_calls,
-        custom=frozenset(tool.function.name for tool in body.tools if tool.type == "custom"),
+        one_call=offer.named is not None or not offer.parallel_calls,
+        custom=frozenset(tool.function.name for tool in offer.tools if tool.type == "custom"),
     )
 
 

@@ -93,6 +93,11 @@ def koboldcpp_page_router(front: AppState) -> APIRouter:
         """The longest answer that the page offers, in tokens; a request may ask for more."""
         return MaxLength(value=min(MOST_TOKENS, front.info().max_model_len // 2))
 
+    @router.get("/v1/config/soft_prompts_list", responses=STATUS_ERRORS)
+    async def soft_prompts() -> dict[str, list[str]]:
+        """KoboldAI's soft prompts: none."""
+        return {"values": []}
+
     @router.get("/extra/preloadstory", responses=STATUS_ERRORS)
     async def preloadstory() -> dict[str, str]:
         """The story that the server was started with: none."""

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from tightrope.engine.errors import InvalidRequest
-from tightrope.engine.guided.loosening import loosened
+from tightrope.engine.guided.loosening import loosened, without_nulls
 from tightrope.engine.types import Grammar, GrammarKind
 
 ANY_OBJECT = {"type": "object"}
@@ -214,6 +214,7 @@ def _schema_text(field: str, value: object) -> str:
             raise InvalidRequest(f"{field}: the schema is no JSON: {error}", field) from None
     if not isinstance(value, dict | bool):
         raise InvalidRequest(f"{field}: a schema is an object, true or false", field)
+    value = without_nulls(value)
     if isinstance(value, dict) and "properties" in value and "type" not in value:
         value = ANY_OBJECT | value
     return msgspec.json.encode(value).decode()

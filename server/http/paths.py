@@ -6,11 +6,12 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 _SLASHES = re.compile("//+")
 _DOUBLED = re.compile(r"(/v1|/api)(?:\1)+(?=/|$)")
+_LATEST = re.compile("^/api/latest(?=/)")  # KoboldAI has its newest version under this name, too.
 
 
 def plain_path(path: str) -> str:
     """The path without doubled slashes, without a doubled /v1 or /api, and without a slash at its end."""
-    path = _DOUBLED.sub(r"\1", _SLASHES.sub("/", path))
+    path = _LATEST.sub("/api/v1", _DOUBLED.sub(r"\1", _SLASHES.sub("/", path)))
     return path if path == "/" else path.removesuffix("/")
 
 

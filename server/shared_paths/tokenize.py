@@ -8,6 +8,7 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field, Tag
 
 from tightrope.engine.types import ModelInfo, Span, TextPrompt, Token
+from tightrope.server.chats.offers import offer_of
 from tightrope.server.chats.tools import check_tools
 from tightrope.server.dialects.openai.reading import rendered_chat
 from tightrope.server.dialects.openai.requests import ChatRequest, SamplingBody
@@ -199,7 +200,7 @@ def tokenize_router(front: AppState) -> APIRouter:
         served = chosen.served()
         check_model(body.model, served)
         if isinstance(body, TokenizeChat):
-            check_tools(body)
+            check_tools(offer_of(body))
             prompt = TextPrompt((await rendered_chat(chosen, body, request)).prompt.spans, body.add_special_tokens)
         else:
             prompt = TextPrompt((Span(body.prompt),), body.add_special_tokens)
@@ -211,7 +212,7 @@ def tokenize_router(front: AppState) -> APIRouter:
     @router.post("/chat_tokenize", responses=TGI_ERRORS, response_model=ChatTokenized)
     async def chat_tokenize(body: CountedChat, request: Request) -> Response:
         """The tokens of a chat's prompt, as TGI lists them, and the prompt."""
-        check_tools(body)
+        check_tools(offer_of(body))
         chosen = await front.at(request, body.named_model)
         spans = (await rendered_chat(chosen, body, request)).prompt.spans
         text = "".join(span.text for span in spans)

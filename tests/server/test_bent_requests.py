@@ -232,7 +232,7 @@ async def test_a_part_that_is_no_text_is_refused_by_its_place(http: httpx.AsyncC
 
 @pytest.mark.parametrize(
     "arguments",
-    [{"port": "Hull"}, '{"port": "Hull"}', '{"port": "Hull\\ud83d"}', "", None, {}],
+    [{"port": "Hull"}, '{"port": "Hull"}', '{"port": "Hull\\ud83d"}', "", None, {}, []],
     ids=str,
 )
 async def test_arguments_of_an_earlier_call_are_an_object_or_its_text(
@@ -244,7 +244,7 @@ async def test_arguments_of_an_earlier_call_are_an_object_or_its_text(
     text, bent = await chat_prompt(http, USER, turn, reply)
     assert ("Hull" in text) == ("Hull" in json.dumps(arguments))
     place = ["messages[1].tool_calls[0].function.arguments"]
-    assert bent == (place if isinstance(arguments, dict) else [])
+    assert bent == (place if isinstance(arguments, dict | list) else [])
 
 
 @pytest.mark.parametrize("tools", [{}, {"tools": []}, {"tools": None}], ids=str)
@@ -259,9 +259,118 @@ async def test_a_choice_among_no_tools_changes_nothing_unless_one_is_to_be_calle
         assert (reply.status_code, reply.json()["error"]["param"]) == (400, "tool_choice")
 
 
+def tool(name: str) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, "parameters": {"type": "object", "properties": {}}}}
+
+
+@pytest.mark.parametrize(
+    ("choice", "called", "bent"),
+    [
+        ("any", {"tide", "lamp"}, ["tool_choice"]),
+        ({"type": "any"}, {"tide", "lamp"}, ["tool_choice"]),
+        ({"type": "required"}, {"tide", "lamp"}, ["tool_choice"]),
+        ({"type": "function", "name": "lamp"}, {"lamp"}, []),
+        ({"function": {"name": "lamp"}}, {"lamp"}, []),
+        ({"type": "allowed_tools", "mode": "required", "tools": [{"name": "lamp"}]}, {"lamp"}, []),
+        ({"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [tool("lamp")]}}, {"lamp"}, []),
+        ({"type": "auto"}, set(), ["tool_choice"]),
+        ({"type": "none"}, set(), ["tool_choice"]),
+        ({"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [tool("lamp")]}}, set(), []),
+    ],
+    ids=str,
+)
+async def test_a_choice_among_tools_is_taken_in_every_form(choice: object, called: set[str], bent: list[str]) -> None:
+    body = {**CHAT, "tools": [tool("tide"), tool("lamp")], "tool_choice": choice, "max_tokens": 500, "explain": True}
+    async with api(chat_template=TEMPLATE) as http:
+        reply = await http.post("/v1/chat/completions", json={**body, "temperature": 1, "seed": 4})
+    assert reply.status_code == 200, reply.text
+    names = {call["function"]["name"] for call in reply.json()["choices"][0]["message"].get("tool_calls", ())}
+    assert names <= called
+    assert bool(names) == bool(called)
+    assert [told["field"] for told in reply.json()["explain"]["bent"]] == bent
+
+
+async def test_what_is_null_in_a_schema_is_absent(http: httpx.AsyncClient) -> None:
+    port = {"type": "string", "enum": None, "pattern": None, "maxLength": 3, "title": None}
+    schema = {"type": "object", "properties": {"port": port, "enum": {"const": None}}, "required": ["port", "enum"]}
+    schema |= {"$defs": None, "additionalProperties": False}
+    format_ = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    reply = await http.post("/v1/chat/completions", json={**CHAT, "response_format": format_, "max_tokens": 300})
+    assert reply.status_code == 200, reply.text
+    made = json.loads(reply.json()["choices"][0]["message"]["content"])
+    assert made["enum"] is None
+    assert len(made["port"]) <= 3
+    function = {"name": "tide", "parameters": {**schema, "required": None}, "strict": None}
+    for choice in ("auto", "required"):
+        body = {**CHAT, "tools": [{"type": "function", "function": function}], "tool_choice": choice}
+        reply = await http.post("/v1/chat/completions", json=body)
+        assert reply.status_code == 200, reply.text
+    empty = {"name": "f", "parameters": {"type": "object", "properties": None, "required": None}}
+    body = {**CHAT, "tools": [{"type": "function", "function": empty}], "tool_choice": "required"}
+    assert (await http.post("/v1/chat/completions", json=body)).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {"type": "function", "function": {"name": "other"}},
+        {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [tool("other")]}},
+        {"type": "allowed_tools", "allowed_tools": {"mode": "some", "tools": []}},
+        {"type": "allowed_tools"},
+        {"type": "function"},
+        {"type": "web_search"},
+        {},
+        "some",
+    ],
+    ids=str,
+)
+async def test_a_choice_that_there_is_not_is_refused_by_its_name(http: httpx.AsyncClient, choice: object) -> None:
+    reply = await http.post("/v1/chat/completions", json={**CHAT, "tools": [tool("tide")], "tool_choice": choice})
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, "tool_choice")
+
+
+@pytest.mark.parametrize(
+    "form", [{"type": "function", "parameters": {}}, {"parameters": {}}, {"input_schema": {}}], ids=str
+)
+async def test_a_function_may_stand_beside_its_type_as_in_other_dialects(form: dict[str, Any]) -> None:
+    template = "{% for t in tools %}{{ t.type }} {{ t.function | tojson }}{% endfor %}{{ messages[0].content }}?"
+    async with api(chat_template=template) as http:
+        body = {**CHAT, "tools": [{"name": "tide", "description": "Tells tides.", **form}], "explain": True}
+        reply = await http.post("/v1/chat/completions", json=body)
+    assert reply.status_code == 200, reply.text
+    told = reply.json()["explain"]
+    shown = 'function {"name": "tide", "description": "Tells tides.", "parameters": {}}Hi?'
+    assert told["prompts"][0]["text"].removeprefix("<s>") == shown
+    assert [bent["field"] for bent in told["bent"]] == ["tools[0]"]
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "thinking", "thinking": "Hm."},
+        {"type": "thinking", "thinking": "Hm.", "signature": "x"},
+        {"type": "thinking", "thinking": [{"type": "text", "text": "Hm."}]},
+        {"type": "reasoning", "text": "Hm."},
+        {"type": "reasoning", "reasoning": "Hm."},
+    ],
+    ids=str,
+)
+async def test_a_part_of_thoughts_is_what_the_assistant_thought(part: dict[str, Any]) -> None:
+    template = "{% for m in messages %}[{{ m.role }}]({{ m.reasoning_content }}){{ m.content }}{% endfor %}?"
+    async with api(chat_template=template) as http:
+        turn = {"role": "assistant", "content": [part, {"type": "text", "text": "Yes"}]}
+        text, bent = await chat_prompt(http, USER, turn, USER)
+        assert text == "[user]()Hi[assistant](Hm.)Yes[user]()Hi?"
+        assert bent == ["messages[1].content[0]"]
+        of_user = await http.post(
+            "/v1/chat/completions", json={**CHAT, "messages": [{"role": "user", "content": [part]}]}
+        )
+        assert (of_user.status_code, of_user.json()["error"]["param"]) == (400, "messages[0].content[0]")
+
+
 @pytest.mark.parametrize("name", ["a.b/c-d_e", "server:tool", "x" * 128])
 async def test_functions_may_have_the_names_that_gateways_give_them(name: str) -> None:
-    tools = [{"type": "function", "function": {"name": name, "parameters": {"type": "object", "properties": {}}}}]
+    tools = [tool(name)]
     call = f'<tool_call>\n{{"name": "{name}", "arguments": {{}}}}\n</tool_call>'
     async with api(call, chat_template=TEMPLATE) as http:
         body = {**CHAT, "max_tokens": 400, "tools": tools}
@@ -301,8 +410,8 @@ async def test_a_name_that_is_no_models_is_taken_where_the_settings_say_so(setti
 @pytest.mark.parametrize("choice", ["auto", "required"])
 async def test_a_call_that_is_cut_leaks_no_mark_whole_and_streamed(choice: str) -> None:
     call = '<tool_call>\n{"name": "tide", "arguments": {"port":"Hull"}}\n</tool_call>'
-    tool = {"name": "tide", "parameters": {"type": "object", "properties": {"port": {"const": "Hull"}}}}
-    tools = {"tools": [{"type": "function", "function": tool}], "tool_choice": choice}
+    tide = {"name": "tide", "parameters": {"type": "object", "properties": {"port": {"const": "Hull"}}}}
+    tools = {"tools": [{"type": "function", "function": tide}], "tool_choice": choice}
     async with api(call, chat_template=TEMPLATE) as http:
         for num_tokens in range(2, len(call) - 1, 5):
             body = {**CHAT, **tools, "max_tokens": num_tokens}

@@ -95,6 +95,7 @@ async def test_its_own_page_asks_how_far_an_answer_is_and_what_the_server_is_at(
         assert (await http.get("/api/extra/perf")).json()["idle"] == 1
         assert (await http.get("/api/v1/config/max_length")).json() == {"value": 512}
         assert (await http.get("/api/extra/preloadstory")).json() == {}
+        assert (await http.get("/api/latest/config/soft_prompts_list")).json() == {"values": []}
         asked = asyncio.ensure_future(http.post("/api/v1/generate", json=body))
         texts = [""]
         while not asked.done():

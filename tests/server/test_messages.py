@@ -200,6 +200,34 @@ async def test_an_answer_goes_on_with_what_the_client_has_begun() -> None:
     assert whole["content"] == [{"type": "text", "text": "fine"}]
 
 
+@pytest.mark.parametrize(
+    ("source", "text"),
+    [
+        ({"type": "text", "media_type": "text/plain", "data": "High at 9."}, "High at 9."),
+        ({"type": "content", "content": "High at 9."}, "High at 9."),
+        (
+            {"type": "content", "content": [{"type": "text", "text": "High"}, {"type": "text", "text": "at 9."}]},
+            "High\nat 9.",
+        ),
+        ({"type": "base64", "media_type": "application/pdf", "data": "aGk="}, None),
+        ({"type": "content", "content": [{"type": "image"}]}, None),
+        ({"type": "url", "url": "http://127.0.0.1/x"}, None),
+        (None, None),
+    ],
+    ids=str,
+)
+async def test_a_document_of_text_is_its_text_behind_its_title(source: object, text: str | None) -> None:
+    document = {"type": "document", "source": source, "title": "Tides", "citations": {"enabled": True}}
+    body = ASK | {"messages": [{"role": "user", "content": [document, None, {"type": "text", "text": "When"}]}]}
+    async with api(chat_template=TEMPLATE) as http:
+        if text is not None:
+            assert f"Tides\n\n{text}" in await prompt_of(http, body)
+            return
+        reply = await http.post(ROUTE, json=body)
+    assert reply.status_code == 400
+    assert "messages[0].content[0]: this model takes text alone" in reply.json()["error"]["message"]
+
+
 async def test_the_end_of_an_answer_is_told_by_its_reason() -> None:
     async with api("one two three", chat_template=TEMPLATE) as http:
         stopped, _ = await both(http, ASK | {"stop_sequences": ["", " three"]})

@@ -22,6 +22,7 @@ from tightrope.engine.types import (
 )
 from tightrope.server.asking import Asked
 from tightrope.server.chats.messages import template_messages
+from tightrope.server.chats.offers import offer_of
 from tightrope.server.chats.rendering import RenderedChat
 from tightrope.server.chats.requests import Message
 from tightrope.server.chats.tools import tool_use
@@ -363,7 +364,7 @@ def test_templates_are_shown_the_requests_own_json() -> None:
         }
     )
     body = ChatRequest.model_validate(parse_json(raw.encode()))
-    tools = tool_use(body)
+    tools = tool_use(offer_of(body))
     assert tools is not None
     assert json.dumps(tools.shown) == json.dumps([tool])
     function = {"arguments": {"b": 1.0, "a": [None, 1e23]}, "name": "f"}

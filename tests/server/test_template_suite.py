@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from tightrope.engine.types import ModelInfo
 from tightrope.server.chats.messages import template_messages
+from tightrope.server.chats.offers import offer_of
 from tightrope.server.chats.tools import tool_use
 from tightrope.server.dialects.openai.reading import template_variables
 from tightrope.server.dialects.openai.requests import ChatRequest
@@ -161,7 +162,7 @@ def chat_template(source: str) -> ChatTemplate:
 async def ours(renderer: TemplateRenderer, template: ChatTemplate, raw: bytes, *, opens: bool) -> RenderedPrompt:
     """The prompt of a request, which begins as bytes."""
     request = ChatRequest.model_validate(parse_json(raw))
-    tools = tool_use(request)
+    tools = tool_use(offer_of(request))
     return await template.render(
         renderer,
         template_messages(request.messages),

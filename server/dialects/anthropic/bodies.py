@@ -12,13 +12,14 @@ from tightrope.server.http.body import EVERY_NAME, Body, FirstErrorOnly, ShownBo
 
 
 def _blocks(content: object) -> object:
-    """A text is a block of text, and so is one among blocks; one block alone is a list of one."""
+    """A text is a block of text, and so is one among blocks; one block alone is a list of one; a null is none."""
     if isinstance(content, str):
         return [{"type": "text", "text": content}] if content else []
     if isinstance(content, dict):
         return [content]
     if isinstance(content, list):
-        return [{"type": "text", "text": block} if isinstance(block, str) else block for block in content]
+        whole = [block for block in content if block is not None]
+        return [{"type": "text", "text": block} if isinstance(block, str) else block for block in whole]
     return content
 
 
@@ -47,6 +48,9 @@ class ContentBlock(TextBlock):
     input: dict[str, Any] | None = Field(None, description="Its arguments.")
     tool_use_id: str | None = Field(None, description="Of a tool's result.")
     content: Texts | None = Field(None, description="A tool's result, text or blocks of text.")
+    source: dict[str, Any] | None = Field(None, description="Of a document: plain text, or blocks of text.")
+    title: str | None = Field(None, description="Of a document.")
+    context: str | None = Field(None, description="Of a document: what else is to be known of it.")
     is_error: bool = Field(False, description="Whether the result is the tool's failure.")
 
 

@@ -8,10 +8,11 @@ from fastapi import Request
 from tightrope.engine.errors import InvalidRequest
 from tightrope.engine.types import TextPrompt
 from tightrope.server.asking import Asked, ask, common, refuse_log_probabilities
+from tightrope.server.chats.offers import Offer, chosen
 from tightrope.server.chats.rendering import RenderedChat, render_chat
 from tightrope.server.chats.requests import Tool
-from tightrope.server.chats.tools import Offer, check_tools
-from tightrope.server.dialects.anthropic.bodies import AnthropicTool, MessagesRequest
+from tightrope.server.chats.tools import check_tools
+from tightrope.server.dialects.anthropic.bodies import AnthropicTool, MessagesRequest, ToolChoice
 from tightrope.server.dialects.anthropic.turns import chat_of, goes_on
 from tightrope.server.fields.names import Bent, Ignored
 from tightrope.server.fields.structured import read_grammar
@@ -34,15 +35,11 @@ NAMES = {
 def offer(body: MessagesRequest) -> Offer:
     """The tools and the choice among them as chats have them. Raises InvalidRequest for tools of another kind."""
     tools = [_tool(tool, f"tools[{index}]") for index, tool in enumerate(body.tools or ())]
-    choice = body.tool_choice
-    made = Offer(tools)
-    if choice is not None:
-        if choice.type == "tool" and choice.name is None:
-            raise InvalidRequest("tool_choice.name: field required", "tool_choice.name")
-        chosen: str | Json = "required" if choice.type == "any" else choice.type
-        if choice.type == "tool":
-            chosen = {"type": "function", "function": {"name": choice.name}}
-        made = Offer(tools, chosen, not choice.disable_parallel_tool_use)
+    choice = body.tool_choice or ToolChoice()
+    if choice.type == "tool" and choice.name is None:
+        raise InvalidRequest("tool_choice.name: field required", "tool_choice.name")
+    wanted: str | Json = {"name": choice.name} if choice.type == "tool" else choice.type
+    made = chosen(tools, wanted, parallel_calls=not choice.disable_parallel_tool_use)
     check_tools(made)
     return made
 

@@ -42,6 +42,8 @@ class _Chat:
                 self._said(turn.role, texts)
                 texts = []
                 self._result(block, f"{place}.content[{index}]")
+            elif block.type == "document":
+                texts.append(_document(block, f"{place}.content[{index}]"))
             else:
                 texts.append(_text(block, f"{place}.content[{index}]"))
         self._said(turn.role, texts, is_whole=not any(block.type == "tool_result" for block in turn.content))
@@ -92,6 +94,21 @@ def _text(block: TextBlock, place: str) -> str:
     if block.type != "text":
         raise InvalidRequest(f"{place}: this model takes text alone, no block of type {block.type[:40]!r}", place)
     return _required(block.text, f"{place}.text")
+
+
+def _document(block: ContentBlock, place: str) -> str:
+    """What a document of text says, behind its title. Raises InvalidRequest for one that is no text."""
+    source = block.source or {}
+    kind, told = source.get("type"), source.get("data")
+    if kind == "content":
+        pieces = source.get("content")
+        pieces = pieces if isinstance(pieces, list) else [pieces]
+        texts = [piece.get("text") if isinstance(piece, dict) else piece for piece in pieces]
+        known = [text for text in texts if isinstance(text, str)]
+        told = "\n".join(known) if len(known) == len(texts) else None
+    if kind not in ("text", "content") or not isinstance(told, str):
+        raise InvalidRequest(f"{place}: this model takes text alone, no document whose source is {kind!r:.40}", place)
+    return "\n\n".join(filter(None, (block.title, block.context, told)))
 
 
 def _required(value: str | None, place: str) -> str:

@@ -23,9 +23,10 @@ from tightrope.engine.types import (
 from tightrope.server.answering import Dialect, Ending, checked
 from tightrope.server.asking import Asked, ask, common, refuse_log_probabilities
 from tightrope.server.chats.messages import bent_messages
+from tightrope.server.chats.offers import Offer
 from tightrope.server.chats.rendering import RenderedChat, render_chat
 from tightrope.server.chats.requests import Message
-from tightrope.server.chats.tools import Offer, check_tools
+from tightrope.server.chats.tools import check_tools
 from tightrope.server.deltas.choices import Choice
 from tightrope.server.dialects.ollama.bodies import OllamaBody, OllamaChat, OllamaGenerate
 from tightrope.server.dialects.ollama.keep_alive import keep_alive_s
@@ -128,7 +129,7 @@ class _Ollama(Dialect[T]):
             front,
             request,
             messages,
-            Offer(body.tools if isinstance(body, OllamaChat) else None),
+            Offer(body.tools or () if isinstance(body, OllamaChat) else ()),
             wishes=Wishes(effort=effort, enabled=None if isinstance(body.think, str) else body.think),
             has_grammar=read_grammar(body.given()) is not None,
             adapter=check_model(body.model, front.served()),
@@ -193,7 +194,7 @@ class Chat(_Ollama[OllamaChat]):
 
     @classmethod
     async def read(cls, front: AppState, body: OllamaChat, request: Request) -> Self:
-        check_tools(Offer(body.tools))
+        check_tools(Offer(body.tools or ()))
         bent = bent_messages(body.messages) if body.explain else ()
         return cls._read(front, body, await cls._render(front, body, _told(body.messages), request), bent)
 

@@ -9,8 +9,9 @@ from tightrope.engine.errors import InvalidRequest
 from tightrope.engine.types import LogprobRequest, Prompt, TextPrompt
 from tightrope.server.asking import Asked, ask, common
 from tightrope.server.chats.messages import bent_messages
+from tightrope.server.chats.offers import bent_choice, offer_of
 from tightrope.server.chats.rendering import RenderedChat, render_chat
-from tightrope.server.chats.tools import check_tools
+from tightrope.server.chats.tools import bent_tools, check_tools
 from tightrope.server.dialects.openai.requests import ChatRequest, CompletionRequest, SamplingBody
 from tightrope.server.fields.structured import read_grammar
 from tightrope.server.prompts.prompt_formats import FIXED_VARIABLES
@@ -33,7 +34,7 @@ def check_chat(body: ChatRequest, served: Served) -> None:
     """All that can be refused before the template is rendered."""
     check_model(body.model, served, is_openai=True)
     _check_supported(body)
-    check_tools(body)
+    check_tools(offer_of(body))
     check_most("n", body.n, served.limits.max_best_of)
     check_most("prompt_logprobs", body.prompt_logprobs, served.limits.max_logprobs)
     check_most("top_logprobs", body.top_logprobs, served.limits.max_logprobs)
@@ -65,7 +66,8 @@ def chat_asked(body: ChatRequest, chat: RenderedChat, served: Served) -> Asked:
         ],
         notes=prompt.notes,
     )
-    read = replace(read, bent=[*read.bent, *bent_messages(body.messages)] if body.explain else ())
+    bent = [*read.bent, *bent_messages(body.messages), *bent_tools(body.tools or ()), *bent_choice(body.tool_choice)]
+    read = replace(read, bent=bent if body.explain else ())
     return ask("chatcmpl", [TextPrompt(prompt.spans, body.add_special_tokens)], read, served)
 
 
@@ -127,7 +129,7 @@ async def rendered_chat(front: AppState, body: ChatRequest, request: Request) ->
         front,
         request,
         body.messages,
-        body,
+        offer_of(body),
         opens_turn=opens_turn,
         continues=body.continue_final_message,
         variables=template_variables(body),

@@ -16,7 +16,7 @@ from tightrope.server.fields.numbers import MAX_INT
 from tightrope.server.http.body import Body, FirstErrorOnly
 from tightrope.server.http.token_ids import Ids
 
-Bias = dict[str, float | bool] | list[Annotated[list[float | bool], Field(min_length=2, max_length=2)]]
+Bias = dict[str, float | bool | None] | list[Annotated[list[float | bool], Field(min_length=2, max_length=2)]]
 
 
 class StreamOptions(Body):

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 from fastapi import Request
 
@@ -11,9 +10,10 @@ from tightrope.engine.types import LogprobRequest, TextPrompt
 from tightrope.server.asking import Asked, ask, common
 from tightrope.server.chats.custom_tools import function_of
 from tightrope.server.chats.fitting import render_fitting, room_for_prompt
+from tightrope.server.chats.offers import Offer, bent_choice, chosen
 from tightrope.server.chats.rendering import RenderedChat, render_chat
 from tightrope.server.chats.requests import Message, Tool
-from tightrope.server.chats.tools import Offer, check_tools
+from tightrope.server.chats.tools import check_tools
 from tightrope.server.dialects.responses.items import NOT_STORED, chat_of
 from tightrope.server.dialects.responses.requests import MAX_KEY, MAX_VALUE, ResponsesRequest, ResponsesTool
 from tightrope.server.fields.names import Bent, Ignored
@@ -50,12 +50,7 @@ def check(body: ResponsesRequest, front: AppState) -> None:
 def offer(body: ResponsesRequest) -> Offer:
     """The tools and the choice among them as chats have them. Raises InvalidRequest for tools that are no functions."""
     tools = [_tool(tool, f"tools[{index}]") for index, tool in enumerate(body.tools or ())]
-    choice = body.tool_choice
-    if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
-        tools, choice = _allowed(tools, choice)
-    elif isinstance(choice, dict):
-        choice = {"type": "function", "function": {"name": _named(choice)}}
-    made = Offer(tools, choice, body.parallel_tool_calls)
+    made = chosen(tools, body.tool_choice, parallel_calls=body.parallel_tool_calls)
     check_tools(made)
     return made
 
@@ -73,28 +68,6 @@ def _tool(tool: ResponsesTool, place: str) -> Tool:
         raise InvalidRequest(f"{place}.name: field required", f"{place}.name")
     function = {name: value for name, value in tool.given.items() if name != "type"}
     return Tool.model_validate({"type": "function", "function": function})
-
-
-def _named(choice: dict[str, Any]) -> str:
-    """The function that a choice names."""
-    name = choice.get("name")
-    if choice.get("type") not in ("function", "custom") or not isinstance(name, str):
-        forms = '"none", "auto", "required", {"type": "function", "name": ...} or {"type": "allowed_tools", ...}'
-        raise InvalidRequest(f"tool_choice should be {forms}", "tool_choice")
-    return name
-
-
-def _allowed(tools: list[Tool], choice: dict[str, Any]) -> tuple[list[Tool], str]:
-    """Those of the tools that a choice leaves, and whether one of them has to be called."""
-    mode, listed = choice.get("mode", "auto"), choice.get("tools")
-    if mode not in ("auto", "required") or not isinstance(listed, list):
-        raise InvalidRequest('tool_choice: allowed_tools has a mode, "auto" or "required", and tools', "tool_choice")
-    names = [_named(one if isinstance(one, dict) else {}) for one in listed]
-    known = {tool.function.name for tool in tools}
-    if unknown := [name for name in names if name not in known]:
-        what = f"there is no function {unknown[0]!r:.80} among the tools"
-        raise InvalidRequest(f"tool_choice.tools: {what}", "tool_choice")
-    return [tool for tool in tools if tool.function.name in names], mode
 
 
 async def rendered(
@@ -126,7 +99,7 @@ def asked(front: AppState, body: ResponsesRequest, offered: Offer, chat: Rendere
     """What the engine is asked, once the prompt is rendered. Raises InvalidRequest."""
     read = common(body, front.served())
     top = body.top_logprobs if LOGPROBS not in body.include else body.top_logprobs or 0
-    bent = [*read.bent, *chat_bent]
+    bent = [*read.bent, *chat_bent, *bent_choice(body.tool_choice)]
     if body.reasoning.wants_summary:
         bent.append(("reasoning.summary", "the thoughts, as they are"))
     read = replace(

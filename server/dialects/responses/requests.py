@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from tightrope.server.asking import AnswerBody
 from tightrope.server.chats.requests import Content
@@ -82,12 +82,19 @@ class Reasoning(Body):
         return (self.summary or self.generate_summary) is not None
 
 
+def _items(given: object) -> object:
+    """One item alone is a list of one."""
+    return [given] if isinstance(given, dict) else given
+
+
 class ResponsesRequest(AnswerBody):
     """POST /v1/responses."""
 
     without_effect = frozenset({"stream_options"})
 
-    input: str | Annotated[list[InputItem], FirstErrorOnly()] = Field(description="The conversation, or one question.")
+    input: Annotated[str | Annotated[list[InputItem], FirstErrorOnly()], BeforeValidator(_items)] = Field(
+        description="The conversation, or one question."
+    )
     instructions: str | None = Field(None, description="A system message in front.")
     stream: bool = False
     stream_options: dict[str, Any] | None = None
