@@ -56,6 +56,15 @@ async def test_decoder_input_details_list_the_prompt_and_turn_details_on() -> No
     assert all(token["logprob"] <= 0 for token in details["prefill"][1:])
 
 
+async def test_token_ids_are_listed_for_who_asks() -> None:
+    async with api("abc") as http:
+        answer = (await ask(http, return_token_ids=True)).json()
+        streamed = events((await ask(http, "/generate_stream", return_token_ids=True)).text)
+    assert answer == {"generated_text": "abc", "prompt_token_ids": [BOS, *b"hi?"], "token_ids": [*b"abc", EOS]}
+    assert [event.get("prompt_token_ids") for event in streamed] == [[BOS, *b"hi?"], None, None, None]
+    assert [event["token"]["id"] for event in streamed] == [*b"abc", EOS]
+
+
 async def test_best_of_gives_one_answer_and_keeps_the_others_in_the_details() -> None:
     async with api("abc") as http:
         parameters = {"best_of": 3, "do_sample": True, "top_n_tokens": 1, "max_new_tokens": 2}

@@ -17,6 +17,7 @@ from tightrope.engine.types import Delta, GenerateRequest, PromptRead, TextPromp
 from tightrope.server.answering import Dialect, Ending
 from tightrope.server.asking import Asked
 from tightrope.server.deltas.choices import Choice
+from tightrope.server.deltas.prompt_ids import prompt_ids
 from tightrope.server.dialects.openai.answers import (
     chat_logprobs,
     chat_message,
@@ -90,7 +91,7 @@ class _OpenAI(Dialect[S]):
     async def list_prompts(self, front: AppState, request: Request) -> Self:
         """Have the token ids of the prompts, as they will be run, if they are asked for. Raises as `tokenize`."""
         if self._shows_ids:
-            self._prompt_ids = await or_gone(request, _prompt_ids(front, self.asked.requests))
+            self._prompt_ids = await or_gone(request, prompt_ids(front, self.asked.requests))
         return self
 
     def _ids(self, tokens: Iterable[Token]) -> dict[str, Any]:
@@ -270,11 +271,6 @@ class Completions(_OpenAI[CompletionRequest]):
             **({"prompt_token_ids": self._prompt_ids[position]} if self._shows_ids else {}),
             **self._ids(choice.tokens),
         }
-
-
-async def _prompt_ids(front: AppState, requests: Sequence[GenerateRequest]) -> list[list[int]]:
-    asked = [front.engine.tokenize(one.prompt, one.adapter, last=one.truncate_to) for one in requests]
-    return [list(tokens.ids) for tokens in await asyncio.gather(*asked)]
 
 
 async def _prompt_texts(front: AppState, requests: Sequence[GenerateRequest]) -> list[str]:

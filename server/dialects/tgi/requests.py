@@ -36,6 +36,7 @@ class Parameters(SharedFields):
     )
     grammar: dict[str, Any] | None = Field(None, description='{"type": "json" or "regex", "value": ...}')
     adapter_id: str | None = Field(None, description="The name of a loaded adapter.")
+    return_token_ids: bool = Field(False, description="List the token ids of the input and of the answer.")
 
 
 class GenerateBody(Body):
@@ -103,6 +104,8 @@ class GenerateAnswer(BaseModel):
 
     generated_text: str
     details: Details | None = None
+    prompt_token_ids: list[int] = Field([], description="Absent unless return_token_ids asks for it.")
+    token_ids: list[int] = Field([], description="Absent unless return_token_ids asks for it.")
     explain: Explained = {}
 
 

@@ -12,9 +12,11 @@ from tightrope.engine.types import Delta, PromptInfo, Token
 from tightrope.server.answering import Dialect, Ending, checked
 from tightrope.server.asking import Asked
 from tightrope.server.deltas.choices import Choice
+from tightrope.server.deltas.prompt_ids import prompt_ids
 from tightrope.server.dialects.tgi.reading import TGILimits, generate_asked, reword
 from tightrope.server.dialects.tgi.requests import CompatBody, GenerateBody
 from tightrope.server.http.errors import Column
+from tightrope.server.http.hangup import or_gone
 from tightrope.server.state import AppState
 
 G = TypeVar("G", bound=GenerateBody)
@@ -73,6 +75,8 @@ class _TGI(Dialect[G]):
         self._full_text = body.inputs if is_full else ""  # It is put in front.
         self._texts = [self._full_text]
         self._num_events = 0
+        self._shows_ids = p is not None and p.return_token_ids
+        self._prompt_ids: Sequence[int] = ()  # They are here where they are asked for.
         self._arrived_s = time.monotonic()
         self._first_headers = {"x-compute-type": compute, "x-compute-characters": str(len(body.inputs))}
 
@@ -81,7 +85,10 @@ class _TGI(Dialect[G]):
         served = front.served()
         limits = TGILimits.of(served.info, front.settings, served.adapters)
         is_stream = body.stream if isinstance(body, CompatBody) else cls.is_stream
-        return cls(generate_asked(body, limits, served, is_stream=is_stream), body, compute_type(front))
+        spoken = cls(generate_asked(body, limits, served, is_stream=is_stream), body, compute_type(front))
+        if spoken._shows_ids:
+            (spoken._prompt_ids,) = await or_gone(request, prompt_ids(front, spoken.asked.requests))
+        return spoken
 
     def event(self, number: int, delta: Delta, ending: Ending | None) -> bytes:
         self._texts.append(delta.text)
@@ -93,6 +100,8 @@ class _TGI(Dialect[G]):
             event: dict[str, Any] = {"index": self._num_events, "token": token_json(token)}
             if self._has_top:
                 event["top_tokens"] = top_json(token)
+            if self._shows_ids and self._num_events == 1:
+                event["prompt_token_ids"] = self._prompt_ids
             event["generated_text"] = event["details"] = None
             if ending is not None and delta.finish is not None and position == len(delta.tokens):
                 event["generated_text"] = "".join(self._texts)
@@ -119,6 +128,11 @@ class _TGI(Dialect[G]):
                     for other in others
                 ]
             answer["details"] = details | self._top(best)
+        if self._shows_ids:
+            answer |= {
+                "prompt_token_ids": self._prompt_ids,
+                "token_ids": [token.token_id for token in best.tokens],
+            }
         return answer | ending.explained
 
     def _sequence(self, choice: Choice) -> dict[str, Any]:
