@@ -1,6 +1,7 @@
 """How much memory there is, and what is done with it where nobody says."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ MEMORY_SHARE = 0.9  # The rest of the machine's free memory is left to everyone 
 # of cuBLAS (two of 8 MiB, on Hopper of 32), and for what lies between tensors of changing sizes.
 CARD_RESERVE = 320 << 20
 PROMPT_LOGITS = 1 << 24  # A step's prompts whose every row is wanted take 64 MiB of float32.
+RANK_BYTES = 320 << 20  # Python and libraries take so much in the process of a rank, the first one's apart.
 MIN_DEFAULT_TOKENS = 32768  # Several shorter chats have room in the cache side by side with a window's worth of one.
 
 
@@ -94,6 +96,20 @@ def private_memory(pid: int) -> int:
         return sum(int(line.split()[1]) << 10 for line in lines if line.startswith(("RssAnon:", "RssShmem:")))
     except (OSError, ValueError):
         return 0  # It has ended, or this is not Linux.
+
+
+def tree_memory(pid: int) -> int:
+    """The same of a process and of all that it has started, as an engine its ranks."""
+    return private_memory(pid) + sum(map(tree_memory, _children(pid)))
+
+
+def _children(pid: int) -> list[int]:
+    """Processes that threads of this one have started; none where the system doesn't tell."""
+    found: list[int] = []
+    for path in Path(f"/proc/{pid}/task").glob("*/children"):
+        with suppress(OSError):  # The thread has ended.
+            found += map(int, path.read_text().split())
+    return found
 
 
 def num_ended_for_memory() -> int:

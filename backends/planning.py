@@ -32,22 +32,6 @@ class Chosen:
 
 
 @dataclass(frozen=True, slots=True)
-class MemoryShares:
-    """What a loaded model takes, as it was planned, in bytes; all are 0 where nobody knows."""
-
-    device: str = "cpu"  # Whose memory it is, as in Outline.
-    memory_bytes: int = 0  # For all that lies there.
-    weight_bytes: int = 0
-    host_bytes: int = 0  # Of weights that stay in the machine's own memory beside a card.
-    workspace_bytes: int = 0
-    cache_bytes: int = 0
-    run_bytes: int = 0  # Of the machine's memory, for chats that have left the cache.
-
-
-UNKNOWN = MemoryShares()
-
-
-@dataclass(frozen=True, slots=True)
 class DeviceShare:
     """What one of several devices holds of a model, in bytes. layers: how many; None where each has a part of all."""
 
@@ -57,6 +41,23 @@ class DeviceShare:
     cache_bytes: int
     workspace_bytes: int
     layers: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryShares:
+    """What a loaded model takes of all its devices, as it was planned, in bytes; all are 0 where nobody knows."""
+
+    device: str = "cpu"  # Whose memory it is, as in Outline.
+    memory_bytes: int = 0  # For all that lies there.
+    weight_bytes: int = 0
+    host_bytes: int = 0  # Of weights that stay in the machine's own memory beside a card.
+    workspace_bytes: int = 0
+    cache_bytes: int = 0
+    run_bytes: int = 0  # Of the machine's memory, for chats that have left the cache.
+    shares: tuple[DeviceShare, ...] = ()  # Of each device, or rank, where there are several.
+
+
+UNKNOWN = MemoryShares()
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +78,12 @@ class Outline:
     device: str = "cpu"  # Whose memory it is: "cpu", "cuda".
     host_bytes: int = 0  # Of weights that stay in the machine's own memory beside a card.
     shares: tuple[DeviceShare, ...] = ()  # Of several devices, as `serve` would fill them.
+    process_bytes: int = 0  # Of the machine's memory, for the processes of all ranks but the first, without the model.
+
+
+def rank_name(rank: int, device_type: str) -> str:
+    """The DeviceShare.device of one of several ranks, on a "cpu" or "cuda"."""
+    return f"rank {rank} on the CPU" if device_type == "cpu" else f"cuda:{rank}"
 
 
 def grossed_up(memory_bytes: int) -> int:

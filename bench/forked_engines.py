@@ -18,7 +18,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 from bench.watch import FORKED
-from tightrope.backends.memory import private_memory
+from tightrope.backends.memory import tree_memory
 from tightrope.engine.process.client import EngineClient
 from tightrope.engine.process.launch import EngineHandle
 from tightrope.processes import child_command, child_environment
@@ -43,7 +43,7 @@ class ForkedHandle:
         return "it has ended" if select.select([self._file], [], [], 0)[0] else None
 
     def private_bytes(self) -> int:
-        return private_memory(self._pid)
+        return tree_memory(self._pid)
 
 
 def launch(forks: socket.socket, sock: socket.socket) -> EngineHandle:

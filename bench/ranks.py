@@ -5,7 +5,8 @@
 Models: SmolLM2, as its GGUF file and as a folder in bf16, and a few layers of Yi-34B's shape in EXL2 of 4.65 bits and
 GPTQ of 4, whose codes are all zero: they take as long whatever they are. Each setting runs in processes of its own,
 the two by turns; a time is the median of a run's steps, and a ratio that of the medians over all rounds. Also told are
-the most memory that each rank has held, and what a gather takes by itself. Writes bench/results/ranks.json.
+what each rank takes of the memory, beside its plan (bench/rank_memory.py), and what a gather takes by itself. Writes
+bench/results/ranks.json.
 """
 
 import argparse
@@ -16,16 +17,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any  # JSON
 
 import torch
 
-from bench import report
+from bench import rank_memory, report
 from bench.gpu.random_weights import YI_34B, exl2_entries, gptq_entries, write_sparse
 from bench.small_models import write_tokenizer
 from bench.watch import line, verdict
@@ -33,25 +33,15 @@ from bench.watch import line, verdict
 PROMPT, STEPS = 64, 64  # Tokens, and decode steps behind them.
 WAYS = {"one rank of two threads": (1, 2), "two ranks of one thread": (2, 2)}  # Ranks, and threads together.
 SMOLLM2, LARGE = 2.0, 1.11  # bars: of a step of one rank, so that two have half of its speed, or nine tenths
+APART = 0.03  # bar: a rank takes so much more or less than it is planned with, at most
 SMALL_VOCABULARY = 320  # What is measured of the large ones are their layers.
 GATHERS, WIDTH = 5000, 576
 SUPPORT = Path(__file__).parents[1] / "tests" / "support"
 
 
-@dataclass(frozen=True, slots=True)
-class Measured:
-    """One run: the median of its steps, and the most that each rank has held, in MiB."""
-
-    step_ms: float
-    peak_mib: Sequence[float]
-
-
-def run(path: Path, ranks: int, threads: int, steps: int) -> Measured:
-    """Decode a sequence; in a process of its own, as it may load but one model at its best."""
+def step_ms(path: Path, ranks: int, threads: int, steps: int) -> float:
+    """The median of a sequence's decode steps."""
     from tightrope.backends.detect import open_backend
-    from tightrope.backends.hf.backend import HFBackend
-    from tightrope.backends.hf.ranks.memory import peak_bytes
-    from tightrope.backends.hf.ranks.runner import RankedRunner
     from tightrope.backends.protocol import Chunk
     from tightrope.backends.settings import CacheSettings, ModelSettings
 
@@ -72,33 +62,61 @@ def run(path: Path, ranks: int, threads: int, steps: int) -> Measured:
             times.append(time.perf_counter() - began_s)
             backend.kv.commit(0, place, [token_id])
             token_id = int(logits[0].argmax())
-        peaks = [peak_bytes(torch.device("cpu"))]
-        if isinstance(backend, HFBackend) and isinstance(backend.runner, RankedRunner):
-            peaks += backend.runner.peak_bytes()
-    return Measured(1000 * statistics.median(times), [round(peak / 2**20, 1) for peak in peaks])
+    return 1000 * statistics.median(times)
 
 
-def in_process(path: Path, ranks: int, threads: int, steps: int) -> Measured:
-    """The same, asked of a process of its own."""
-    worker = ["--worker", str(path), str(ranks), str(threads), str(steps)]
-    done = subprocess.run([sys.executable, "-m", "bench.ranks", *worker], capture_output=True, text=True, check=True)
-    return Measured(**json.loads(done.stdout.splitlines()[-1]))
+def memory(path: Path, ranks: int, threads: int) -> list[dict[str, object]]:
+    """What each rank takes, in MiB, and of its plan."""
+    return [
+        {
+            "rank": one.rank,
+            "weights_mib": _mib(one.weights),
+            "cache_mib": _mib(one.cache),
+            "workspace_mib": _mib(one.workspace),
+            "taken_mib": _mib(one.taken),
+            "of_plan": round(one.share, 4),
+            "held_before_mib": _mib(one.before),
+        }
+        for one in rank_memory.measured(path, ranks, threads)
+    ]
+
+
+def _mib(num_bytes: int) -> float:
+    return round(num_bytes / 2**20, 1)
+
+
+MEASURES: dict[str, Callable[..., Any]] = {"step_ms": step_ms, "memory": memory}
+
+
+def in_process(measure: str, path: Path, *numbers: int) -> Any:  # noqa: ANN401 - JSON
+    """One of MEASURES, in a process of its own: it may load but one model at its best."""
+    worker = ["--worker", measure, str(path), *map(str, numbers)]
+    done = subprocess.run([sys.executable, "-m", "bench.ranks", *worker], stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def compared(path: Path, rounds: int, steps: int, bar: float) -> dict[str, Any]:
     """Both ways by turns."""
-    runs: dict[str, list[Measured]] = {way: [] for way in WAYS}
+    runs: dict[str, list[float]] = {way: [] for way in WAYS}
     for _ in range(rounds):
         for way, (ranks, threads) in WAYS.items():
-            runs[way].append(in_process(path, ranks, threads, steps))
-            print(f"{path.name}: {way}: {runs[way][-1].step_ms:.2f} ms", flush=True)
-    medians = {way: statistics.median(one.step_ms for one in found) for way, found in runs.items()}
-    one, two = medians.values()
+            runs[way].append(in_process("step_ms", path, ranks, threads, steps))
+            print(f"{path.name}: {way}: {runs[way][-1]:.2f} ms", flush=True)
+    one, two = (statistics.median(found) for found in runs.values())
     return {
-        "step_ms": {way: [round(one.step_ms, 3) for one in found] for way, found in runs.items()},
-        "peak_mib": {way: found[-1].peak_mib for way, found in runs.items()},
+        "step_ms": {way: [round(one, 3) for one in found] for way, found in runs.items()},
         "bar": verdict(f"{path.stem}: a step of two ranks, in steps of one", round(two / one, 3), bar),
     }
+
+
+def beside_plan(path: Path) -> dict[str, Any]:
+    """What ranks take, and by how much of its plan the one takes more or less that is farthest from it."""
+    taken = {way: in_process("memory", path, *numbers) for way, numbers in WAYS.items()}
+    of_two = list(taken.values())[-1]
+    apart = max(abs(one["of_plan"] - 1) for one in of_two)
+    bar = verdict(f"{path.stem}: memory of two ranks, apart from the plan", round(apart, 4), APART)
+    print(f"{path.name}: {[one['of_plan'] for one in of_two]} of the plan", flush=True)
+    return {"memory": taken, "memory_bar": bar}
 
 
 def gather_us(count: int = 2) -> float:
@@ -156,24 +174,26 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--layers", type=int, default=4, help="of Yi-34B's shape")
     parser.add_argument("--models", nargs="+", default=["smollm2-gguf", "smollm2-bf16", "exl2", "gptq"])
-    parser.add_argument("--worker", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--memory-layers", type=int, default=8, help="of Yi-34B's shape where memory is measured")
+    parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        path, *numbers = options.worker
-        found = run(Path(path), *map(int, numbers))
-        print(json.dumps({"step_ms": found.step_ms, "peak_mib": list(found.peak_mib)}))
+        measure, path, *numbers = options.worker
+        print(json.dumps(MEASURES[measure](Path(path), *map(int, numbers))))
         return
     results: dict[str, dict[str, Any]] = {}
-    with tempfile.TemporaryDirectory() as name:
-        paths: dict[str, Callable[[], Path]] = {"smollm2-gguf": bundled, "smollm2-bf16": smollm2_folder}
-        for model in options.models:
-            if model in paths:
-                results[model] = compared(paths[model](), options.rounds, STEPS, SMOLLM2)
+    small: dict[str, Callable[[], Path]] = {"smollm2-gguf": bundled, "smollm2-bf16": smollm2_folder}
+    for model in options.models:
+        with tempfile.TemporaryDirectory() as name:
+            if model in small:
+                path = deep = small[model]()
+                steps, bar = STEPS, SMOLLM2
             else:
-                path = large(model, options.layers, Path(name))
-                results[model] = compared(path, options.rounds, STEPS // 4, LARGE)
+                path, deep = (large(model, count, Path(name)) for count in (options.layers, options.memory_layers))
+                steps, bar = STEPS // 4, LARGE
+            results[model] = compared(path, options.rounds, steps, bar) | beside_plan(deep)
     print(report.write("ranks", {"models": results, "gather_us": gather_us()}))
-    print("\n".join(line(found["bar"]) for found in results.values()))
+    print("\n".join(line(found[bar]) for found in results.values() for bar in ("bar", "memory_bar")))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tightrope.kernels import reference
-from tightrope.kernels.cpu import native
+from tightrope.kernels.cpu import left_steps, native
+from tightrope.kernels.cpu.native import MOST_DIMS as MOST_DIMS
+from tightrope.kernels.cpu.native import MOST_LAYER_TOKENS as MOST_LAYER_TOKENS
 from tightrope.kernels.exllama import ExllamaMatrix as ExllamaMatrix
 from tightrope.kernels.exllama import exllama_linear as exllama_linear
 from tightrope.kernels.exllama import has_exllama as has_exllama
@@ -160,9 +162,14 @@ def decoder_layers(x: Tensor, runs: Sequence[LayerRun], adapters: AdapterRows | 
     return None
 
 
+def has_native() -> bool:
+    """Whether the C++ kernels run on this CPU."""
+    return _native() is not None
+
+
 def can_gather() -> bool:
     """Whether ranks of this machine's CPU can gather by shared memory: see `gather`."""
-    return _native() is not None
+    return has_native()
 
 
 def gather(local: Tensor, sizes: Sequence[int], ranks: SharedRanks) -> Tensor:
@@ -174,6 +181,29 @@ def gather(local: Tensor, sizes: Sequence[int], ranks: SharedRanks) -> Tensor:
     kernels = _native()
     assert kernels is not None
     return kernels.gather(local, sizes, ranks)
+
+
+def leave_step(ranks: SharedRanks) -> None:
+    """Have the other ranks end a step that this one can't, though with numbers that mean nothing.
+
+    Until it meets them again nobody waits for it.
+    """
+    left_steps.leave_step(ranks)
+
+
+def has_any_left(ranks: SharedRanks) -> bool:
+    """Whether a rank has left a step since all last met again, so that what others computed since means nothing."""
+    return left_steps.has_any_left(ranks)
+
+
+def num_meetings(ranks: SharedRanks) -> int:
+    """How many meetings this rank has come to."""
+    return left_steps.num_meetings(ranks)
+
+
+def meet_again(ranks: SharedRanks, num_meetings: int) -> None:
+    """Count meetings from there on, as all ranks do before one of them begins another step; none is in one."""
+    left_steps.meet_again(ranks, num_meetings)
 
 
 def can_compile() -> bool:

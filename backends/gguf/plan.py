@@ -101,6 +101,7 @@ def memory_shares(plan: GGUFPlan) -> MemoryShares:
         ),
         cache_bytes=int(num_cells * layout.token_bytes(kind)),
         run_bytes=plan.run_bytes,
+        shares=device_shares(plan),
     )
 
 

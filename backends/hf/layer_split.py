@@ -10,12 +10,13 @@ from tightrope.backends.allocator import LARGE_ROUND, held_bytes
 from tightrope.backends.errors import DoesNotFit
 from tightrope.backends.files.hf_config import ModelShape
 from tightrope.backends.hf.cache.window_pages import KEPT_WINDOWS, most_needed
+from tightrope.backends.hf.host_workspace import HostWorkspace
 from tightrope.backends.hf.load.arena import arena_bytes
 from tightrope.backends.hf.load.blueprint import Blueprint
 from tightrope.backends.hf.load.stages import Placement
 from tightrope.backends.hf.placement import left_over, place
-from tightrope.backends.hf.room import Asked, Workspace, card_steps, card_workspace, most_pages
-from tightrope.backends.hf.workspace import CardWorkspace, HostWorkspace
+from tightrope.backends.hf.room import Asked, Workspace, card_steps, card_workspace, host_workspace, most_pages
+from tightrope.backends.hf.workspace import CardWorkspace
 from tightrope.backends.memory import GIB
 from tightrope.backends.planning import DeviceShare
 from tightrope.backends.settings import ModelSettings
@@ -83,6 +84,7 @@ class SplitRoom:
     shape: ModelShape
     places: tuple[Place, ...]
     sizes: LayerSizes
+    host: HostWorkspace
     card: CardWorkspace
     step_tokens: tuple[int, ...]
     run_reserve_bytes: int
@@ -99,7 +101,8 @@ class SplitRoom:
         card = replace(card_workspace(settings, blueprint), is_recorded=len(places) == 1)
         sizes = LayerSizes.of(blueprint, adapter_bytes)
         reserve = settings.cache.host_reserve_bytes
-        return cls(settings, blueprint.shape, tuple(places), sizes, card, steps, reserve, host_bytes)
+        host = host_workspace(settings, blueprint)
+        return cls(settings, blueprint.shape, tuple(places), sizes, host, card, steps, reserve, host_bytes)
 
     @property
     def usable_bytes(self) -> int:
@@ -119,7 +122,7 @@ class SplitRoom:
         shape = replace(self.shape, num_layers=num_layers, windows=self.shape.windows[:num_layers])
         has_head = number == len(self.places) - 1
         if self.places[number].device.type == "cpu":
-            return HostWorkspace(self.settings, shape, has_head)
+            return replace(self.host, shape=shape, has_head=has_head)
         windows = self.shape.windows  # A card with windowed layers alone needs less, and is planned with as much.
         return replace(self.card, shape=replace(shape, windows=windows), has_head=has_head)
 

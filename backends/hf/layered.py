@@ -1,6 +1,6 @@
 """A model whose layers lie on several devices of one process: found, planned, and laid out."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -66,10 +66,11 @@ class Layered(Part):
             workspace_bytes=sum(share.workspace_bytes for share in self.laid.shares),
             cache_bytes=self.plan.cache_bytes,
             run_bytes=self.plan.run_bytes,
+            shares=self.laid.shares if len(self.laid.shares) > 1 else (),
         )
 
 
-def cards_of(settings: ModelSettings, memories: Sequence[CardMemory]) -> list[Place]:
+def cards_of(settings: ModelSettings, memories: Mapping[torch.device, CardMemory]) -> list[Place]:
     """What --gpu-split leaves of cards with these memories, in order. Raises BackendError."""
     split = settings.gpu_split
     given = () if split is None or split == "auto" else split
@@ -77,12 +78,12 @@ def cards_of(settings: ModelSettings, memories: Sequence[CardMemory]) -> list[Pl
         there = "1 card" if len(memories) == 1 else f"{len(memories)} cards"
         raise BackendError(f"--gpu-split {written(given)}: GiB for each of {len(given)} cards, and there is {there}")
     places = []
-    for number, memory in enumerate(memories):
+    for number, (card, memory) in enumerate(memories.items()):
         usable = memory.usable_bytes(settings.gpu_memory_fraction)
         if given:
             usable = min(usable, int(given[number] * GIB) if number < len(given) else 0)
         if usable:
-            places.append(Place(torch.device("cuda", number), usable))
+            places.append(Place(card, usable))
     return places
 
 
@@ -106,9 +107,7 @@ def open_layered(path: Path, settings: ModelSettings, device: torch.device) -> L
         if (fault := faults.of_card(other)) is not None:
             raise BackendError(f"--gpu-split: {fault}")
     torch.cuda.set_device(device)  # Looking at the others has moved the thread there.
-    places = cards_of(settings, [CardMemory(*torch.cuda.mem_get_info(one)) for one in devices])
-    if len(devices) == 1:
-        places = [Place(device, place.usable_bytes) for place in places]
+    places = cards_of(settings, {one: CardMemory(*torch.cuda.mem_get_info(one)) for one in devices})
     if not places:
         raise BackendError("--gpu-split: no card has room for anything; free some of their memory")
     free_bytes = free_memory(settings.keep_free_mib)

@@ -1,6 +1,6 @@
 """What `plan` tells of a folder's model: on one device, in ranks over several, or layer by layer over several."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,10 +17,12 @@ from tightrope.backends.hf.layered import cards_of, host_of
 from tightrope.backends.hf.laying_out import LaidOut, lay_out
 from tightrope.backends.hf.load.inspection import Inspect, Inspection
 from tightrope.backends.hf.load.inspection import inspect as inspect_folder
-from tightrope.backends.hf.room import CacheSizes, Space, check_host, room_on
+from tightrope.backends.hf.ranks.opening import check_no_card_is_named
+from tightrope.backends.hf.ranks.rooms import host_rooms
+from tightrope.backends.hf.room import CacheSizes, Space, check_host, host_workspace, room_on
 from tightrope.backends.hf.workspace import token_bytes
-from tightrope.backends.memory import GIB, CardMemory, free_memory, spare_bytes
-from tightrope.backends.planning import CACHE_NAMES, CacheChoice, Chosen, DeviceShare, Outline, grossed_up
+from tightrope.backends.memory import GIB, RANK_BYTES, CardMemory, free_memory, spare_bytes
+from tightrope.backends.planning import CACHE_NAMES, CacheChoice, Chosen, DeviceShare, Outline, grossed_up, rank_name
 from tightrope.backends.settings import MAX_CARDS, MAX_RANKS, ModelSettings
 from tightrope.backends.tensor_parallel import ALONE, Share, heads
 from tightrope.kernels.forms.layout import PAGE
@@ -30,13 +32,15 @@ NO_TOKENIZER = "tokenizer: the folder holds none, and serve refuses it without; 
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What is to be planned, as the command names it. Bytes: of the machine's memory, and of each card; None: see
-    detect.outline."""
+    """What is to be planned, as the command names it. Bytes: of the machine's memory; None: see detect.outline.
+
+    cards: those that there are, in order; None: the model goes to the CPU.
+    """
 
     folder: Path
     settings: ModelSettings
     memory_bytes: int | None
-    cards: tuple[CardMemory, ...] | None
+    cards: Mapping[torch.device, CardMemory] | None
     inspect: Inspect
 
     @property
@@ -50,10 +54,8 @@ def outline_folder(
     inspect: Inspect | None = None,
 ) -> Outline:  # fmt: skip
     """See BackendPackage. inspect: of what isn't a folder, but runs as one."""
-    cards = None if device_bytes is None else tuple(CardMemory(size, size) for size in device_bytes)
-    device = choose_device(settings.device) if cards is None else torch.device("cuda", 0)
-    if cards is None and device.type == "cuda":
-        cards = _cards_here(settings, device)
+    cards = _cards_here(settings) if device_bytes is None else _cards_named(settings, device_bytes)
+    device = torch.device("cpu") if cards is None else next(iter(cards))
     asked = Asked(folder, settings, memory_bytes, cards, inspect or inspect_folder)
     if settings.gpu_split is not None:
         return _in_layers(asked)
@@ -63,16 +65,36 @@ def outline_folder(
     alone = _alone(asked, device)
     if alone.refusal is None or ranks or cards is None or len(cards) == 1:
         return alone
-    if are_alike([card.free_bytes for card in cards]):
+    if are_alike([card.free_bytes for card in cards.values()]):
         found = _in_ranks(asked, min(len(cards), MAX_RANKS))
         if found.refusal is None:
             return found
     return _in_layers(asked)
 
 
-def _cards_here(settings: ModelSettings, device: torch.device) -> tuple[CardMemory, ...]:
-    numbers = [device.index] if settings.device.startswith("cuda:") else range(torch.cuda.device_count())
-    return tuple(CardMemory(*torch.cuda.mem_get_info(number)) for number in numbers)
+def _cards_here(settings: ModelSettings) -> dict[torch.device, CardMemory] | None:
+    """Those of this machine that --device leaves, with what is free there; None where it is the CPU."""
+    device = choose_device(settings.device)
+    if device.type == "cpu":
+        return None
+    count = 1 if settings.device.startswith("cuda:") else torch.cuda.device_count()
+    cards = [device] if count == 1 else [torch.device("cuda", number) for number in range(count)]
+    return {card: CardMemory(*torch.cuda.mem_get_info(card)) for card in cards}
+
+
+def _cards_named(settings: ModelSettings, sizes: Sequence[int]) -> dict[torch.device, CardMemory]:
+    """Cards of these sizes; with --device cuda:N that one of them, or the only one. Raises BackendError."""
+    cards = {torch.device("cuda", number): CardMemory(size, size) for number, size in enumerate(sizes)}
+    if not settings.device.startswith("cuda:"):
+        return cards
+    one = torch.device(settings.device)
+    if len(sizes) == 1:
+        return {one: CardMemory(sizes[0], sizes[0])}
+    if one not in cards:
+        raise BackendError(
+            f"--device {settings.device}: sizes of {len(sizes)} cards are named, cuda:0 to cuda:{len(sizes) - 1}"
+        )
+    return {one: cards[one]}
 
 
 def _alone(asked: Asked, device: torch.device) -> Outline:
@@ -80,7 +102,7 @@ def _alone(asked: Asked, device: torch.device) -> Outline:
     settings = asked.settings
     found = asked.inspect(asked.folder, settings, device)
     blueprint = found.blueprint
-    card = asked.cards[0] if asked.cards else None
+    card = None if asked.cards is None else asked.cards[device]
     adapter_bytes = room_for_adapters(settings, blueprint.adapters.read)
     room = room_on(device, settings, blueprint, adapter_bytes, host_bytes=asked.memory_bytes, card=card)
 
@@ -98,13 +120,14 @@ def _in_ranks(asked: Asked, count: int) -> Outline:
     settings, cards = asked.settings, asked.cards
     if cards is not None and len(cards) < count:
         there = f"{len(cards)} device" + ("s" if len(cards) > 1 else "")
-        sizes = ",".join([f"{cards[-1].free_bytes / GIB:.4g}GiB"] * count)
+        check_no_card_is_named(settings, count)
+        sizes = ",".join([f"{list(cards.values())[-1].free_bytes / GIB:.4g}GiB"] * count)
         raise BackendError(f"--tensor-parallel {count} wants {count} devices, and there is {there}: --devices {sizes}")
-    device = torch.device("cpu") if cards is None else torch.device("cuda", 0)
+    device = torch.device("cpu") if cards is None else next(iter(cards))
     ranks = _parts(asked, device, count)
     added = room_for_adapters(settings, ranks[0].blueprint.adapters.read)
     rooms = _rank_rooms(asked, ranks, added)
-    names = [f"rank {rank} on the CPU" if cards is None else f"cuda:{rank}" for rank in range(count)]
+    names = [rank_name(rank, device.type) for rank in range(count)]
 
     def plans(settings: ModelSettings) -> list[hf.HFPlan]:
         made = []
@@ -140,7 +163,7 @@ def _in_ranks(asked: Asked, count: int) -> Outline:
         kept = CacheSizes.of(settings, found.blueprint.local, hf.cache_dtype(settings), step)
         cache = of_all[number].cache_bytes if of_all else kept.bytes_of(-(-window // PAGE))
         shares.append(DeviceShare(name, room.usable_bytes, room.weight_bytes, cache, workspace))
-    return replace(told, shares=tuple(shares), device=device.type)
+    return replace(told, shares=tuple(shares), device=device.type, process_bytes=RANK_BYTES * (count - 1))
 
 
 def _parts(asked: Asked, device: torch.device, count: int) -> list[Inspection]:
@@ -167,24 +190,24 @@ def _rank_rooms(asked: Asked, ranks: Sequence[Inspection], adapter_bytes: int) -
     if asked.cards is not None:
         return [
             room_on(device, settings, found.blueprint, adapter_bytes, host_bytes=asked.memory_bytes, card=card)
-            for found, card in zip(ranks, asked.cards, strict=False)
+            for found, card in zip(ranks, asked.cards.values(), strict=False)
         ]
-    dtype, reserve = hf.cache_dtype(settings), settings.cache.host_reserve_bytes
+    dtype, first = hf.cache_dtype(settings), ranks[0].blueprint
     weights = [found.blueprint.weight_bytes + adapter_bytes for found in ranks]
     tokens = [token_bytes(found.blueprint.local, dtype) for found in ranks]
-    left = spare_bytes(sum(weights) + reserve, asked.host_bytes)
-    rooms: list[Space] = []
-    for rank, (found, size, mine) in enumerate(zip(ranks, weights, tokens, strict=True)):
-        room = max(1, size + left * mine // sum(tokens) + (0 if rank else reserve))
-        rooms.append(room_on(device, settings, found.blueprint, adapter_bytes, host_bytes=room))
-    return rooms
+    free_bytes = asked.host_bytes - RANK_BYTES * (len(ranks) - 1)
+    rooms = host_rooms(settings, host_workspace(settings, first), weights, tokens, free_bytes)
+    return [
+        room_on(device, settings, found.blueprint, adapter_bytes, host_bytes=max(1, room))
+        for found, room in zip(ranks, rooms, strict=True)
+    ]
 
 
 def _more_ranks(asked: Asked, count: int) -> str:
     """How many devices like the last one would hold the model in ranks, as the end of a line; empty: none would."""
     if asked.cards is None:
         return ""
-    card, settings, device = asked.cards[-1], asked.settings, torch.device("cuda", 0)
+    card, settings, device = list(asked.cards.values())[-1], asked.settings, next(iter(asked.cards))
     for more in range(count + 1, MAX_RANKS + 1):
         try:
             found = asked.inspect(asked.folder, settings, device, Share(0, more))
@@ -207,7 +230,7 @@ def _in_layers(asked: Asked) -> Outline:
     places = cards_of(settings, asked.cards)
     if not places:
         raise BackendError("--gpu-split: no card has room for anything beside what stays free there")
-    free_bytes, device = asked.host_bytes, torch.device("cuda", 0)
+    free_bytes, device = asked.host_bytes, next(iter(asked.cards))
     found = inspect_folder(asked.folder, settings, device, ALONE, partial(each_apart, device))
     adapter_bytes = room_for_adapters(settings, found.blueprint.adapters.read)
     host = host_of(settings, free_bytes)
@@ -245,7 +268,7 @@ def _in_layers(asked: Asked) -> Outline:
 def _more_cards(asked: Asked, found: Inspection, places: Sequence[Place], adapter_bytes: int) -> str:
     """How many cards like the last one would hold all layers, as the end of a line; empty: none would."""
     last = places[-1]
-    for count in range(len(places) + 1, MAX_CARDS + 1):
+    for count in range(len(places) + 1, 1 if asked.settings.device.startswith("cuda:") else MAX_CARDS + 1):
         others = [replace(last, device=torch.device("cuda", number)) for number in range(len(places), count)]
         try:
             lay_out(asked.settings, found.blueprint, [*places, *others], None, adapter_bytes, asked.host_bytes)

@@ -10,9 +10,10 @@ from tightrope.backends.allocator import held_bytes
 from tightrope.backends.errors import DoesNotFit
 from tightrope.backends.files.hf_config import ModelShape
 from tightrope.backends.hf.cache.window_pages import KEPT_WINDOWS, most_needed
+from tightrope.backends.hf.host_workspace import HostWorkspace
 from tightrope.backends.hf.load.arena import arena_bytes
 from tightrope.backends.hf.load.blueprint import Blueprint
-from tightrope.backends.hf.workspace import CardWorkspace, HostWorkspace
+from tightrope.backends.hf.workspace import CardWorkspace
 from tightrope.backends.memory import GIB, CardMemory, does_not_fit, free_memory, spare_bytes
 from tightrope.backends.planning import grossed_up
 from tightrope.backends.settings import ModelSettings
@@ -171,15 +172,28 @@ def room_on(
     """
     if device.type == "cpu":
         free_bytes = free_memory(settings.keep_free_mib) if host_bytes is None else grossed_up(host_bytes)
-        return host_room(settings, blueprint.shape, blueprint.weight_bytes + adapter_bytes, free_bytes)
+        return host_room(
+            settings, host_workspace(settings, blueprint), blueprint.weight_bytes + adapter_bytes, free_bytes
+        )
     return card_room(settings, blueprint, adapter_bytes, card or CardMemory(*torch.cuda.mem_get_info(device)))
 
 
-def host_room(settings: ModelSettings, shape: ModelShape, weight_bytes: int, free_bytes: int) -> Room:
+def host_room(settings: ModelSettings, workspace: HostWorkspace, weight_bytes: int, free_bytes: int) -> Room:
     """That of the machine's own memory, of which `free_bytes` are free."""
     reserve = settings.cache.host_reserve_bytes
     usable = spare_bytes(reserve, free_bytes)
-    return Room(usable, weight_bytes, HostWorkspace(settings, shape), (settings.step_tokens_on("cpu"),), reserve)
+    return Room(usable, weight_bytes, workspace, (settings.step_tokens_on("cpu"),), reserve)
+
+
+def host_workspace(settings: ModelSettings, blueprint: Blueprint) -> HostWorkspace:
+    """What steps of a model, or of a rank's part of it, take on a CPU."""
+    return HostWorkspace(
+        settings,
+        blueprint.shape,
+        blueprint.share,
+        attends_by_heads=blueprint.attends_by_heads,
+        is_kept=bool(blueprint.kept),
+    )
 
 
 def card_room(settings: ModelSettings, blueprint: Blueprint, adapter_bytes: int, memory: CardMemory) -> Room:
@@ -200,7 +214,7 @@ def card_steps(settings: ModelSettings) -> tuple[int, ...]:
 
 
 def card_workspace(settings: ModelSettings, blueprint: Blueprint) -> CardWorkspace:
-    """What steps of a model take on a card that holds all of it."""
+    """What steps of a model take on a card; a rank is planned with as much as one that holds all of it."""
     quantization = blueprint.quantization
     return CardWorkspace(
         settings,

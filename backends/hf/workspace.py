@@ -1,4 +1,4 @@
-"""What a step of the torch engine takes beside weights and cache: a bound on a CPU, what is live by moments on a card.
+"""What a step of the torch engine takes on a card beside weights and cache.
 
 The tensors of a card's step are those that Layer, Stack and the kernels hold at a time, in the order in which they were
 made; tests/backends/test_card_workspace.py holds them to what a whole model's step allocates.
@@ -16,10 +16,8 @@ from tightrope.kernels import dispatch
 from tightrope.kernels.forms.columns import MOST_ROWS, most_shares
 from tightrope.kernels.forms.expanded import expanded_cache_bytes, slice_bytes
 from tightrope.kernels.forms.layout import PAGE, CacheDtype, CacheFormat
-from tightrope.kernels.reference import TILE_ROWS, attention_bytes
 
 CALIBRATION_TOKENS = 512  # backends/hf/run/calibrate.py runs so many at load, in an f16 cache.
-FIXED_BYTES = 128 << 20  # Libraries take this on a CPU once they run, and rotary tables.
 # A recording holds a node for each launch. What the driver keeps for one isn't documented: this is an upper estimate.
 MOST_LAUNCHES = 32  # Of a layer in a decode step.
 NODE_BYTES = 16 << 10
@@ -33,35 +31,6 @@ def token_bytes(shape: ModelShape, dtype: CacheDtype) -> int:
 def logits_rows(settings: ModelSettings, shape: ModelShape, step_tokens: int) -> int:
     """Most rows of logits of a step: a prompt whose logprobs are wanted yields one for each token, others one each."""
     return prompt_rows(shape.vocab_size, step_tokens) + settings.max_num_seqs
-
-
-@dataclass(frozen=True, slots=True)
-class HostWorkspace:
-    """On a CPU, with activations in float32. has_head: logits are computed there, too."""
-
-    settings: ModelSettings
-    shape: ModelShape
-    has_head: bool = True
-
-    def num_bytes(self, tokens: int, window: int) -> int:
-        """A bound for steps of up to `tokens`, whatever the window."""
-        shape = self.shape
-        hidden, ffn = shape.hidden_size, shape.intermediate_size
-        qkv = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
-        # All rows are copied once, and the sampler's steps copy theirs.
-        rows = 2 * prompt_rows(shape.vocab_size, tokens) + 4 * self.settings.max_num_seqs if self.has_head else 0
-        # Hidden states, residual and norm with copies; heads before and after rotation, and their output; the MLP.
-        activations = 4 * tokens * (6 * hidden + 3 * qkv + 3 * ffn)
-        # Rows of a weight are expanded to float32 so many at a time, where no kernel reads them as they are.
-        tile = 4 * TILE_ROWS * max(hidden, ffn, qkv)
-        # The other kernels need less than the reference.
-        attention = attention_bytes(tokens, shape.num_heads, shape.num_kv_heads, shape.head_dim)
-        return 4 * shape.vocab_size * rows + activations + tile + attention + FIXED_BYTES
-
-    def load_bytes(self, tokens: int) -> int:
-        """While keys are calibrated, before there is a cache."""
-        calibrating = CALIBRATION_TOKENS * token_bytes(self.shape, "f16")
-        return calibrating + self.num_bytes(min(tokens, CALIBRATION_TOKENS), 0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
-from tightrope.backends.memory import num_ended_for_memory, private_memory
+from tightrope.backends.memory import num_ended_for_memory, tree_memory
 from tightrope.processes import child_command, child_environment
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class ProcessHandle:
             self._process.kill()
 
     def private_bytes(self) -> int:
-        return private_memory(self.pid)
+        return tree_memory(self.pid)
 
     def poll(self) -> str | None:
         status = self._process.poll()

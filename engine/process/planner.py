@@ -26,11 +26,11 @@ def planned(settings: ModelSettings, host_bytes: int | None) -> Planned:
         if found.device != "cpu":
             whole = outline(settings, ANY_BYTES, (ANY_BYTES,) * max(1, len(found.shares)))
             runs = settings.cache.host_run_bytes(_cache_bytes(whole), ANY_BYTES)
-            host_bytes = found.host_bytes + reserve
+            host_bytes = found.host_bytes + found.process_bytes + reserve
             return Planned(Need(host_bytes, runs - reserve, _taken(whole), found.memory_bytes))
         refusal = None if host_bytes is None else outline(settings, host_bytes).refusal
         runs = settings.cache.host_run_bytes(_cache_bytes(found), ANY_BYTES)
-        return Planned(Need(_taken(found) + reserve, runs - reserve), refusal or found.refusal)
+        return Planned(Need(_taken(found) + found.process_bytes + reserve, runs - reserve), refusal or found.refusal)
     except BackendError as error:
         return Planned(error=str(error))
 

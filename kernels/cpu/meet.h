@@ -18,7 +18,7 @@
 namespace meet {
 
 // How many times a rank has come to a meeting, and how many others sleep until it comes again. It lies in shared memory,
-// apart from the next one's, which another processor writes.
+// apart from the next one's, which another processor writes. What follows there is of kernels/cpu/left_steps.py.
 struct alignas(128) Arrival {
     std::atomic<uint32_t> turn, sleepers;
 };

@@ -89,6 +89,7 @@ def to_lines(found: "Outline", is_host_given: bool, is_card_given: bool) -> list
         f"memory     {_size(found.memory_bytes)}{memory}",
         f"weights    {_size(found.weight_bytes)}{beside}",
         f"workspace  {_size(found.workspace_bytes)} at most{_steps(found)}",
+        *_process_lines(found),
         "",
         f"cache   a token     largest context   {found.window} tokens",
     ]
@@ -102,6 +103,14 @@ def to_lines(found: "Outline", is_host_given: bool, is_card_given: bool) -> list
         lines += ["", f"serve would keep {found.chosen.cache_tokens} tokens as {found.chosen.cache}:"]
         lines += [f"  {note}" for note in found.chosen.notes]
     return lines
+
+
+def _process_lines(found: "Outline") -> list[str]:
+    """What ranks take beside the first one, whose process everyone has."""
+    if not found.process_bytes:
+        return []
+    which = f"of ranks 1 to {len(found.shares) - 1}, without the model"
+    return [f"processes  {_size(found.process_bytes)} of the machine's own memory, {which}"]
 
 
 def _device_lines(shares: "Sequence[DeviceShare]") -> list[str]:
@@ -138,6 +147,7 @@ def to_json(found: "Outline") -> dict[str, object]:
         "weight_bytes": found.weight_bytes,
         "host_bytes": found.host_bytes,
         "workspace_bytes": found.workspace_bytes,
+        "process_bytes": found.process_bytes,
         "trained_len": found.trained_len,
         "window": found.window,
         "fits": chosen is not None,

@@ -22,6 +22,12 @@ class MemoryPlan(BaseModel):
     workspace_bytes: int
     cache_bytes: int
     run_bytes: int = Field(description="Of the machine's memory, for chats that have left the cache.")
+    devices: list[str] = Field(description="Names, where several hold the model; the lists below follow their order.")
+    device_memory_bytes: list[int]
+    device_weight_bytes: list[int]
+    device_cache_bytes: list[int]
+    device_workspace_bytes: list[int]
+    device_layers: list[int | None] = Field(description="How many of the layers; null where each has a part of all.")
     cache: str = Field(description="How keys and values are stored.")
     cache_tokens: int
     used_tokens: int = Field(description="Of the cache, by answers that are being written.")
@@ -61,6 +67,12 @@ def plan_router(front: AppState) -> APIRouter:
             workspace_bytes=memory.workspace_bytes,
             cache_bytes=memory.cache_bytes,
             run_bytes=memory.run_bytes,
+            devices=[share.device for share in memory.shares],
+            device_memory_bytes=[share.memory_bytes for share in memory.shares],
+            device_weight_bytes=[share.weight_bytes for share in memory.shares],
+            device_cache_bytes=[share.cache_bytes for share in memory.shares],
+            device_workspace_bytes=[share.workspace_bytes for share in memory.shares],
+            device_layers=[share.layers for share in memory.shares],
             cache=info.cache_dtype,
             cache_tokens=info.cache_tokens,
             used_tokens=stats.cache_used,

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from tightrope.backends.errors import BackendError, DeviceLost
 from tightrope.backends.hf.backend import SOURCE, HFBackend
-from tightrope.backends.hf.ranks.runner import RankedRunner
 from tightrope.backends.hf.ranks.team import Team, shared_out
 from tightrope.backends.protocol import Chunk
 from tightrope.backends.settings import CacheSettings, ModelSettings, RopeSettings
@@ -36,7 +35,6 @@ SETTINGS = ModelSettings(
 )
 PROMPT, OTHER = tuple(range(5, 45)), tuple(range(60, 20, -1))
 PATIENCE_S = 60
-MIB = 1 << 20
 
 _fresh_ids = itertools.count()
 
@@ -207,17 +205,6 @@ def test_caches_of_every_type_beside_the_weights_give_the_logits_of_one_rank(bot
         backend.kv.close(seq_id, keep=False)
 
     assert torch.equal(*found)
-
-
-def test_each_rank_says_what_it_has_held(both: Both):
-    _, two = both
-    assert isinstance(two.runner, RankedRunner)
-    assert isinstance(two._part, Team)
-
-    (peak,) = two.runner.peak_bytes()
-
-    resident = psutil.Process(two._part.ranks.processes[0].pid).memory_info().rss
-    assert resident - MIB < peak < 2 * resident  # The system counts pages by the dozen.
 
 
 def test_threads_are_shared_out_and_none_has_none():

@@ -2,6 +2,7 @@
 
 import os
 import random
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -10,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from tightrope.backends.hf.modules.gather import Gather
 from tightrope.backends.hf.ranks.gather import SharedGather, new_memory
 from tightrope.backends.hf.ranks.heads import LayerHeads, joined, split
 from tightrope.backends.tensor_parallel import Share
@@ -19,7 +19,7 @@ from tightrope.kernels.forms.ranks import BUFFER_BYTES
 Result = TypeVar("Result")
 
 
-def on_ranks(count: int, run: Callable[[Gather], Result]) -> list[Result]:
+def on_ranks(count: int, run: Callable[[SharedGather], Result]) -> list[Result]:
     """What `run` returns on each rank, all of them at the same time, each in a thread."""
     memory = new_memory(count)
     try:
@@ -68,7 +68,7 @@ def test_thousands_of_meetings_in_a_row_lose_nothing():
     shapes = random.Random(0)
     meetings = [(shapes.randrange(1, 4), [shapes.randrange(1, 40) for _ in range(3)]) for _ in range(3000)]
 
-    def meet(gather: Gather) -> int:
+    def meet(gather: SharedGather) -> int:
         pace = random.Random(gather.share.rank)
         for number, (num_rows, sizes) in enumerate(meetings):
             own = torch.full((num_rows, sizes[gather.share.rank]), 10.0 * number + gather.share.rank)
@@ -80,6 +80,45 @@ def test_thousands_of_meetings_in_a_row_lose_nothing():
         return len(meetings)
 
     assert on_ranks(3, meet) == [len(meetings)] * 3
+
+
+SIZES = (8, 8, 8)
+PATIENCE_S = 60
+
+
+def own_of(gather: SharedGather, number: int) -> Tensor:
+    return torch.full((1, SIZES[gather.share.rank]), 10.0 * number + gather.share.rank)
+
+
+def is_whole(whole: Tensor, number: int) -> bool:
+    return whole[0].tolist() == [10.0 * number + rank for rank, size in enumerate(SIZES) for _ in range(size)]
+
+
+def test_a_rank_that_leaves_a_step_keeps_nobody_waiting_and_all_meet_again():
+    """The others come to more meetings than it, and end none of them with its numbers."""
+    are_out = threading.Barrier(len(SIZES))
+
+    def meet(gather: SharedGather) -> int:
+        met = 0
+        for number in range(1, 41):
+            met += is_whole(gather(own_of(gather, number), SIZES), number)
+            if number % 4:
+                continue
+            are_out.wait(PATIENCE_S)
+            assert not gather.has_any_left
+            are_out.wait(PATIENCE_S)
+            if gather.share.rank == number // 4 % len(SIZES):
+                gather.leave_step()
+            else:
+                for _ in range(5):
+                    gather(own_of(gather, number), SIZES)
+                assert gather.has_any_left
+            are_out.wait(PATIENCE_S)
+            gather.meet_again(1000 * number)
+            are_out.wait(PATIENCE_S)
+        return met
+
+    assert on_ranks(len(SIZES), meet) == [40] * len(SIZES)
 
 
 def test_what_ranks_have_read_of_pages_is_what_one_would_have_and_is_split_likewise():

@@ -16,6 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 
 from tightrope.backends.files.hf_config import read_config
+from tightrope.backends.hf.host_workspace import HostWorkspace
 from tightrope.backends.hf.plan import make_plan
 from tightrope.backends.hf.room import host_room
 from tightrope.backends.rope.scaling import resolve_rope
@@ -138,7 +139,7 @@ def folder_of(folder: Path, files: dict[str, dict[str, object]], **fields: objec
 def planned(folder: Path, max_model_len: int = 0) -> tuple[int, tuple[str, ...]]:
     """The window that is served, and what is said about windows at the start."""
     settings, shape = ModelSettings(max_model_len=max_model_len), read_config(folder)
-    plan = make_plan(settings, shape, host_room(settings, shape, 0, 1 << 44))
+    plan = make_plan(settings, shape, host_room(settings, HostWorkspace(settings, shape), 0, 1 << 44))
     return plan.window, tuple(note for note in plan.notes if note.startswith("window:"))
 
 

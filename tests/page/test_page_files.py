@@ -116,6 +116,7 @@ async def test_the_plan_tells_where_the_memory_goes():
     assert plan["cache_tokens"] == 4096
     assert plan["used_tokens"] == plan["reusable_tokens"] == 0
     assert plan["device"] == "cpu"
+    assert [plan[name] for name in plan if name.startswith("device")] == ["cpu", [], [], [], [], [], []]
 
 
 async def test_the_plan_asks_for_the_key():

@@ -146,6 +146,21 @@ def test_without_a_flag_a_model_that_one_card_does_not_hold_goes_over_all_that_a
     assert sum(layers["device_layers"]) == 6
 
 
+@pytest.mark.parametrize(
+    ("devices", "memory"), [("12GiB", 12 * GIB), ("3GiB,4GiB,12GiB,5GiB", 12 * GIB), ("3GiB,4GiB,2.4GiB", 2.4 * GIB)]
+)
+def test_the_card_that_is_asked_for_is_named_and_its_size_counts(
+    devices: str, memory: float, folders: dict[str, str], capsys: pytest.CaptureFixture[str]
+):
+    more = ("--memory=64GiB", f"--devices={devices}", "--device=cuda:2", "--max-model-len=4096")
+    alone = planned(capsys, folders["GPTQ"], *more, "--tensor-parallel=1")[1]
+    layers = planned(capsys, folders["GPTQ"], *more, "--gpu-split=auto")[1]
+
+    assert alone["memory_bytes"] == int(memory) - CARD_RESERVE
+    assert alone["devices"] == []
+    assert [name for name in layers["devices"] if name != "cpu"] == ["cuda:2"]
+
+
 def test_the_text_has_a_bar_for_each_device(folders: dict[str, str], capsys: pytest.CaptureFixture[str]):
     assert main(["plan", folders["bf16"], "--memory=64GiB", "--devices=12GiB,12GiB", "--tensor-parallel=2"]) == 0
 
@@ -205,6 +220,14 @@ def test_a_gguf_file_in_the_torch_engine_is_planned_in_ranks_of_the_cpu(capsys: 
         (
             ["--device=cpu", "--devices=24GiB"],
             "--device cpu and cards that --devices or --device-memory names contradict each other",
+        ),
+        (
+            ["--device=cuda:2", "--devices=24GiB,24GiB"],
+            "--device cuda:2: sizes of 2 cards are named, cuda:0 to cuda:1",
+        ),
+        (
+            ["--device=cuda:1", "--devices=24GiB,24GiB", "--tensor-parallel=2"],
+            "--tensor-parallel 2 takes cards from cuda:0 on, and --device cuda:1 is one card",
         ),
         (["--device=cpu", "--gpu-split=auto"], "--gpu-split lays layers out on cards, and there is none here"),
     ],

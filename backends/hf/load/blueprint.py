@@ -83,7 +83,12 @@ class Blueprint:
     @property
     def local(self) -> ModelShape:
         """The sizes of what this rank computes; see local_shape."""
-        return local_shape(self.shape, self.share, attends_by_heads=any(layer.all_kv_heads for layer in self.layers))
+        return local_shape(self.shape, self.share, attends_by_heads=self.attends_by_heads)
+
+    @property
+    def attends_by_heads(self) -> bool:
+        """Whether ranks share out the heads of some layers, and not each attends all."""
+        return any(layer.all_kv_heads for layer in self.layers)
 
     @property
     def device(self) -> torch.device:

@@ -20,12 +20,11 @@ import torch
 from torch import Tensor
 
 from tightrope.backends.devices.choice import choose_device
-from tightrope.backends.errors import BackendError, DoesNotFit
+from tightrope.backends.errors import BackendError, DoesNotFit, OutOfMemory
 from tightrope.backends.hf.modules.gather import Gather
 from tightrope.backends.hf.part import Part
-from tightrope.backends.hf.ranks.gather import Way, open_gather
+from tightrope.backends.hf.ranks.gather import SharedGather, Way, open_gather
 from tightrope.backends.hf.ranks.link import Link
-from tightrope.backends.hf.ranks.memory import peak_bytes
 from tightrope.backends.hf.ranks.messages import (
     Adapter,
     AllocateCache,
@@ -36,15 +35,16 @@ from tightrope.backends.hf.ranks.messages import (
     CopyPages,
     CopySlots,
     Drop,
+    Ended,
+    EndStep,
     Failed,
     Found,
     Load,
     Loaded,
     MakePlan,
+    MeetAgain,
     Ok,
     Open,
-    Peak,
-    PeakBytes,
     Planned,
     PrepareAdapter,
     PutAdapter,
@@ -82,6 +82,7 @@ class Rank:
         self._runners: dict[int, ModelRunner] = {}
         self._factors: list[Tensor] = []
         self._prepared: dict[str, Callable[[], None]] = {}
+        self._left_for: BackendError | None = None  # Why a step was left, until all meet again.
 
     def serve(self) -> None:
         """Do what is told until the first rank is gone, or a step has failed."""
@@ -113,7 +114,14 @@ class Rank:
 
     def _do(self, command: Command, payload: bytearray) -> Done:
         if isinstance(command, Step):
-            self._runners[command.runner].run(inputs_of(command))
+            self._step(command)
+        elif isinstance(command, EndStep):
+            error = self._left_for
+            return Ended(None if error is None else str(error), isinstance(error, OutOfMemory)), b""
+        elif isinstance(command, MeetAgain):
+            assert isinstance(self._gather, SharedGather)
+            self._gather.meet_again(command.num_meetings)
+            self._left_for = None
         elif isinstance(command, CopyPages):
             self._runners[0].copy_pages(command.copies, are_windowed=command.are_windowed)
         elif isinstance(command, CopySlots):
@@ -129,13 +137,23 @@ class Rank:
         elif isinstance(command, Drop):
             for runner in command.runners:
                 del self._runners[runner]
-        elif isinstance(command, Peak):
-            return PeakBytes(peak_bytes(self.part.device)), b""
         elif isinstance(command, PrepareAdapter | PutAdapter | RemoveAdapter):
             self._adapt(command)
         else:
             return self._set_up(command)
         return OK
+
+    def _step(self, command: Step) -> None:
+        """Run it; where it fails, leave it, and those that follow until all meet again. Else what fails is raised."""
+        if self._left_for is not None:
+            return
+        try:
+            self._runners[command.runner].run(inputs_of(command))
+        except BackendError as error:
+            if not isinstance(self._gather, SharedGather):
+                raise
+            self._left_for = error
+            self._gather.leave_step()
 
     def _set_up(self, command: Setup) -> Done:
         if isinstance(command, Open):

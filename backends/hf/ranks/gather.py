@@ -70,9 +70,28 @@ class SharedGather:
     def close(self) -> None:
         """See Gather: the memory goes with its last user."""
 
+    def leave_step(self) -> None:
+        """See dispatch, and so below."""
+        assert self.shared is not None
+        dispatch.leave_step(self.shared)
+
+    @property
+    def has_any_left(self) -> bool:
+        assert self.shared is not None
+        return dispatch.has_any_left(self.shared)
+
+    @property
+    def num_meetings(self) -> int:
+        assert self.shared is not None
+        return dispatch.num_meetings(self.shared)
+
+    def meet_again(self, num_meetings: int) -> None:
+        assert self.shared is not None
+        dispatch.meet_again(self.shared, num_meetings)
+
 
 class GroupGather:
-    """By a group of torch.distributed: NCCL between cards, gloo between CPUs."""
+    """By a group of torch.distributed: NCCL between cards, gloo between CPUs. Nobody can leave who waits in it."""
 
     shared: SharedRanks | None = None
 

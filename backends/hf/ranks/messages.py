@@ -134,6 +134,23 @@ class Step(Struct, frozen=True, tag=True):
     adapters: UsedAdapters | None
 
 
+class EndStep(Struct, frozen=True, tag=True):
+    """Tell what became of the last steps, of which one was left. Answered by Ended."""
+
+
+class Ended(Struct, frozen=True, tag=True):
+    """`error`: why this rank has left a step; None where it hasn't."""
+
+    error: str | None
+    is_out_of_memory: bool
+
+
+class MeetAgain(Struct, frozen=True, tag=True):
+    """Count meetings from here on, as all ranks do. Answered by Ok."""
+
+    num_meetings: int
+
+
 class CopyPages(Struct, frozen=True, tag=True):
     """See ModelRunner.copy_pages, of runner 0 as all below."""
 
@@ -180,16 +197,6 @@ class RemoveAdapter(Struct, frozen=True, tag=True):
     name: str
 
 
-class Peak(Struct, frozen=True, tag=True):
-    """Answered by PeakBytes."""
-
-
-class PeakBytes(Struct, frozen=True, tag=True):
-    """The most that a rank has held so far of its device's memory: see peak_bytes."""
-
-    num_bytes: int
-
-
 class Ok(Struct, frozen=True, tag=True):
     pass
 
@@ -203,8 +210,9 @@ class Failed(Struct, frozen=True, tag=True):
 
 Setup = Open | MakePlan | Load | WarmUp | Calibrate | AllocateCache | Record
 Adapter = PrepareAdapter | PutAdapter | RemoveAdapter
-Command = Setup | Adapter | Beside | Drop | Step | CopyPages | CopySlots | ReadPages | WritePages | Peak
-Answer = Found | Planned | Loaded | PeakBytes | Ok | Failed
+Pages = CopyPages | CopySlots | ReadPages | WritePages
+Command = Setup | Adapter | Beside | Drop | Step | EndStep | MeetAgain | Pages
+Answer = Found | Planned | Loaded | Ended | Ok | Failed
 
 
 def step_message(runner: int, inputs: StepInputs) -> Step:

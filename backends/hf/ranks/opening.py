@@ -84,14 +84,19 @@ def asked_devices(settings: ModelSettings, device: torch.device, count: int) -> 
     """A device for each of `count` ranks. Raises BackendError where there are too few."""
     if device.type == "cpu":
         return [device] * count
+    check_no_card_is_named(settings, count)
+    if (num_cards := faults.num_cards()) < count:
+        raise BackendError(f"--tensor-parallel {count}: torch finds {num_cards} card{'s' * (num_cards > 1)}")
+    return _cards(count)
+
+
+def check_no_card_is_named(settings: ModelSettings, count: int) -> None:
+    """Raise BackendError where --device names one card, and there are to be several ranks."""
     if settings.device.startswith("cuda:"):
         raise BackendError(
             f"--tensor-parallel {count} takes cards from cuda:0 on, and --device {settings.device} is one card; leave "
             "it out, and name the cards that may be used by CUDA_VISIBLE_DEVICES"
         )
-    if (num_cards := faults.num_cards()) < count:
-        raise BackendError(f"--tensor-parallel {count}: torch finds {num_cards} card{'s' * (num_cards > 1)}")
-    return _cards(count)
 
 
 def _cards(count: int) -> list[torch.device]:

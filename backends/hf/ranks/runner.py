@@ -1,7 +1,6 @@
 """A Runner over all ranks: each step, and each change of the cache, goes to every one of them, in one order."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import count
 from weakref import finalize
@@ -9,7 +8,6 @@ from weakref import finalize
 import torch
 from torch import Tensor
 
-from tightrope.backends.errors import BackendError, DeviceLost
 from tightrope.backends.hf.load.model import LoadedModel
 from tightrope.backends.hf.modules.step import LayerInfo
 from tightrope.backends.hf.ranks.heads import LayerHeads, Span, joined, split
@@ -19,15 +17,14 @@ from tightrope.backends.hf.ranks.messages import (
     Calibrate,
     CopyPages,
     Drop,
-    Peak,
-    PeakBytes,
     ReadPages,
     Record,
     WritePages,
     slots_message,
     step_message,
 )
-from tightrope.backends.hf.ranks.processes import Ranks, answers, answers_of
+from tightrope.backends.hf.ranks.processes import Ranks, answers
+from tightrope.backends.hf.ranks.steps import Steps, among_others
 from tightrope.backends.hf.run.steps import StepInputs
 from tightrope.backends.hf.runner import ModelRunner, Runner
 from tightrope.kernels.forms.layout import CacheFormat, LayerCache
@@ -38,9 +35,9 @@ MAIN = 0  # The number of the runner over the cache of the plan.
 class RunnersOfAll:
     """Makes runners over all ranks, and has the others forget theirs once nobody uses them."""
 
-    def __init__(self, ranks: Ranks, kept: Sequence[Sequence[Span]]) -> None:
+    def __init__(self, ranks: Ranks, steps: Steps, kept: Sequence[Sequence[Span]]) -> None:
         """kept: which KV heads each rank keeps, [ranks][layers]."""
-        self.ranks = ranks
+        self.ranks, self.steps = ranks, steps
         self.kept = [tuple(of_layer) for of_layer in zip(*kept, strict=True)]
         self._numbers = count(MAIN + 1)
         self._unused: list[int] = []
@@ -83,7 +80,8 @@ class RunnersOfAll:
 class RankedRunner:
     """The first rank's runner, and by messages those of the others, whose caches have other heads.
 
-    What fails on a rank in the middle of a step leaves the others waiting, so that it is the end of the device.
+    A step that one of them can't end fails as it does with one rank, where ranks meet in memory that they share. What
+    else fails on one alone leaves their caches different, so that it is the end of the device.
     """
 
     def __init__(self, own: ModelRunner, of_all: RunnersOfAll, number: int, factors: Sequence[Tensor]) -> None:
@@ -127,26 +125,26 @@ class RankedRunner:
     def record_decode(self, max_num_seqs: int, max_model_len: int, progress: Callable[[float], None]) -> None:
         """See ModelRunner; a recording holds what ranks exchange."""
         asked = self._ranks.ask(Record(max_num_seqs, max_model_len), do_meet=True)
-        with self._together():
+        with among_others():
             self._own.record_decode(max_num_seqs, max_model_len, progress)
         answers(asked)
 
     def run(self, inputs: StepInputs) -> Tensor:
-        """See ModelRunner; what fails raises DeviceLost."""
+        """See ModelRunner."""
         self._ranks.tell(step_message(self._number, inputs))
-        with self._together():
+        with self._of_all.steps.step():
             return self._own.run(inputs)
 
     def copy_pages(self, copies: Sequence[tuple[int, int]], *, are_windowed: bool) -> None:
         """See ModelRunner."""
         self._ranks.tell(CopyPages(copies, are_windowed))
-        with self._together():
+        with among_others():
             self._own.copy_pages(copies, are_windowed=are_windowed)
 
     def copy_slots(self, sources: Tensor, targets: Tensor) -> None:
         """See ModelRunner."""
         self._ranks.tell(slots_message(sources, targets))
-        with self._together():
+        with among_others():
             self._own.copy_slots(sources, targets)
 
     def read_pages(self, numbers: Sequence[int], window_numbers: Sequence[int]) -> Tensor:
@@ -169,24 +167,12 @@ class RankedRunner:
         command = WritePages(shape, list(pages), list(windows))
         for process, part in zip(self._ranks.processes, others, strict=True):
             process.tell(command, part.numpy().tobytes())
-        with self._together():
+        with among_others():
             self._own.write_pages(own, shape, pages, windows)
-
-    def peak_bytes(self) -> list[int]:
-        """The most that each of the other ranks has held so far of its device's memory."""
-        return [found.num_bytes for found in answers_of(PeakBytes, self._ranks.ask(Peak()))]
 
     def _counts(self, shape: tuple[int, int]) -> list[int]:
         """Pages of each layer, where so many and so many window pages are read."""
         return [shape[1] if cache.is_windowed else shape[0] for cache in self.caches]
-
-    @contextmanager
-    def _together(self) -> Iterator[None]:
-        """Work that the others do, too: where this rank fails, they have gone on, or wait for it."""
-        try:
-            yield
-        except BackendError as error:
-            raise DeviceLost(f"the first of several ranks has failed: {error}") from error
 
 
 def total_heads(layer: LayerInfo) -> int:

@@ -19,16 +19,19 @@ from tightrope.backends.hf.ranks.adapters import RankedAdapters
 from tightrope.backends.hf.ranks.gather import new_memory, open_gather, way_on
 from tightrope.backends.hf.ranks.messages import Found, Load, Loaded, MakePlan, Open, Planned, WarmUp
 from tightrope.backends.hf.ranks.processes import OnLost, Ranks, answers, answers_of, end_with_rank
+from tightrope.backends.hf.ranks.rooms import host_rooms
 from tightrope.backends.hf.ranks.runner import RunnersOfAll
+from tightrope.backends.hf.ranks.steps import Steps
+from tightrope.backends.hf.room import host_workspace
 from tightrope.backends.hf.runner import Runner
-from tightrope.backends.memory import free_memory, spare_bytes
-from tightrope.backends.planning import MemoryShares
+from tightrope.backends.memory import free_memory
+from tightrope.backends.planning import DeviceShare, MemoryShares, rank_name
 from tightrope.backends.settings import ModelSettings
 from tightrope.backends.tensor_parallel import Share
 from tightrope.backends.threads import compute_threads
 from tightrope.kernels.forms.layout import PAGE, LayerCache
 
-SUMMED = ("memory_bytes", "weight_bytes", "workspace_bytes", "cache_bytes", "run_bytes")
+SUMMED = ("memory_bytes", "weight_bytes", "host_bytes", "workspace_bytes", "cache_bytes", "run_bytes")
 STORE = "ranks"  # The name of the file by which a group finds itself.
 
 
@@ -98,26 +101,23 @@ class Team:
         return plan, self._planned
 
     def _host_rooms(self, settings: ModelSettings) -> list[int | None]:
-        """How much of the machine's memory is for each rank on its CPU; None where each asks its own card.
-
-        All have room for as many tokens. What is for chats beside the cache is the first one's.
-        """
+        """How much of the machine's memory is for each rank on its CPU; None where each asks its own card."""
         if self.own.device.type != "cpu":
             return [None] * len(self._found)
-        reserve = settings.cache.host_reserve_bytes
-        weights, tokens = sum(f.weight_bytes for f in self._found), sum(f.cache_bytes for f in self._found)
-        left = spare_bytes(weights + reserve, free_memory(settings.keep_free_mib))
-        rooms = [max(0, f.weight_bytes + left * f.cache_bytes // tokens) for f in self._found]
-        return [rooms[0] + reserve, *rooms[1:]]
+        first = host_workspace(settings, self.own.found.blueprint)
+        weights, tokens = [f.weight_bytes for f in self._found], [f.cache_bytes for f in self._found]
+        return [*host_rooms(settings, first, weights, tokens, free_memory(settings.keep_free_mib))]
 
     @property
     def memory(self) -> MemoryShares:
-        """What all ranks take of the machine's memory; of cards, what the first one takes of its own."""
-        own = self.own.memory
-        if self.own.device.type != "cpu":
-            return own
-        sums = {name: sum(getattr(p.memory, name) for p in self._planned) for name in SUMMED}
-        return replace(own, **sums)
+        """What all ranks take together, of the machine's memory or of their cards, and each of them."""
+        kind, planned = self.own.device.type, [p.memory for p in self._planned]
+        shares = [
+            DeviceShare(rank_name(rank, kind), m.memory_bytes, m.weight_bytes, m.cache_bytes, m.workspace_bytes)
+            for rank, m in enumerate(planned)
+        ]
+        sums = {name: sum(getattr(m, name) for m in planned) for name in SUMMED}
+        return replace(self.own.memory, **sums, shares=tuple(shares))
 
     def load(self, progress: Callable[[float], None]) -> None:
         """See Part; with the adapters of the settings in the other ranks. Raises BackendError."""
@@ -127,7 +127,7 @@ class Team:
         self.own.load(progress, gather)
         kept = [found.kept for found in answers_of(Loaded, asked)]
         layers = [(layer.first_kv_head, layer.num_kv_heads) for layer in self.own.model.layers]
-        self._runners = RunnersOfAll(self.ranks, [layers, *kept])
+        self._runners = RunnersOfAll(self.ranks, Steps(self.ranks, gather), [layers, *kept])
         self._release()
         self.ranks.begin()
 
