@@ -79,6 +79,7 @@ class Found:
     host: int = 0
     disk: int = 0
     moved: int = 0
+    again: int = 0  # of the moved ones; these are computed all the same
     from_places: list[int] = field(default_factory=list)  # where the moved ones stood in the cache
 
     @property

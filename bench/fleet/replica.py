@@ -189,7 +189,8 @@ class Replica:
         running.place = min(found.total, running.num_tokens - 1)
         running.left = running.num_tokens - running.place
         if found.moved:
-            running.left = min(running.num_tokens, running.left + self._shape.recomputed(found.total - found.moved))
+            found.again = min(found.moved, self._shape.recomputed(found.total - found.moved))
+            running.left += found.again
             self._to_heal.pop(request.session, None)
             self._to_heal[request.session] = (found.total - found.moved, found.moved)
             if len(self._to_heal) > MOST_CHATS:

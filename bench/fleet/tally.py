@@ -24,8 +24,8 @@ class Tally:
         found = request.found
         self.ttft_s.append(request.first_s - request.arrived_s)
         self.prompt += request.prompt.num_tokens
-        self.cached += min(found.total, request.prompt.num_tokens - 1)
-        self.moved += found.moved
+        self.cached += min(found.total - found.again, request.prompt.num_tokens - 1)
+        self.moved += found.moved - found.again
         self.disk += found.disk
         self.moves += request.num_moves
 
