@@ -16,8 +16,8 @@ from tightrope.kernels import dispatch
 from tightrope.kernels.forms.ranks import shared_bytes
 from tightrope.kernels.reference import TILE_ROWS, attention_bytes
 
-# Of small things: libraries' once they run, Python's of modules, rotary tables. The first rank has the engine, too.
-FIRST_BYTES, OTHER_BYTES = 32 << 20, 8 << 20
+# Of small things: libraries' once they run, Python's of modules, rotary tables, and what lies between tensors.
+FIXED_BYTES = 32 << 20
 SAMPLED = 3  # So often the sampler's steps copy the row that a sequence draws from.
 
 
@@ -43,9 +43,8 @@ class HostWorkspace:
     def num_bytes(self, tokens: int, window: int) -> int:
         """A bound for steps of up to `tokens`, whatever the window."""
         widths = self.widths
-        fixed = OTHER_BYTES if self.share.rank else FIRST_BYTES
         shared = shared_bytes(self.share.count) if self.share.count > 1 else 0
-        return 4 * max(self._moments(widths, tokens)) + self._by_kernels(widths, tokens) + shared + fixed
+        return 4 * max(self._moments(widths, tokens)) + self._by_kernels(widths, tokens) + shared + FIXED_BYTES
 
     def load_bytes(self, tokens: int) -> int:
         """While keys are calibrated, before there is a cache."""
