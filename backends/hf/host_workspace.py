@@ -16,8 +16,7 @@ from tightrope.kernels import dispatch
 from tightrope.kernels.forms.ranks import shared_bytes
 from tightrope.kernels.reference import TILE_ROWS, attention_bytes
 
-# Of small things: libraries' once they run, Python's of modules, rotary tables, and what lies between tensors.
-FIXED_BYTES = 32 << 20
+FIXED_BYTES = 16 << 20  # Of small things: libraries' once they run, Python's of modules, rotary tables.
 SAMPLED = 3  # So often the sampler's steps copy the row that a sequence draws from.
 
 
@@ -44,7 +43,10 @@ class HostWorkspace:
         """A bound for steps of up to `tokens`, whatever the window."""
         widths = self.widths
         shared = shared_bytes(self.share.count) if self.share.count > 1 else 0
-        return 4 * max(self._moments(widths, tokens)) + self._by_kernels(widths, tokens) + shared + FIXED_BYTES
+        layers = max(self._in_layers(widths, tokens))
+        # The C library's heap keeps what it has given for tensors of layers, and doesn't always find it again.
+        tensors = layers + max(layers, self._in_head(widths, tokens))
+        return 4 * tensors + self._by_kernels(widths, tokens) + shared + FIXED_BYTES
 
     def load_bytes(self, tokens: int) -> int:
         """While keys are calibrated, before there is a cache."""
@@ -52,8 +54,8 @@ class HostWorkspace:
         calibrating = CALIBRATION_TOKENS * token_bytes(own, "f16")
         return calibrating + self.num_bytes(min(tokens, CALIBRATION_TOKENS), 0)
 
-    def _moments(self, widths: Widths, tokens: int) -> Iterator[int]:
-        """Floats in all tensors that are live at the moments at which most of them are."""
+    def _in_layers(self, widths: Widths, tokens: int) -> Iterator[int]:
+        """Floats in all tensors that are live at the moments at which most of them are, up to the last layer."""
         hidden = self.shape.hidden_size
         if widths.logits.is_split:  # Each rank gives a row of the table for each token.
             yield tokens * (widths.num_ranks + 2) * hidden
@@ -68,11 +70,16 @@ class HostWorkspace:
         if self.shape.num_experts:
             picks = self.shape.experts_per_token * (widths.expert.own + widths.expert.whole)
             yield tokens * (stream + kept + picks + out)
-        if self.has_head:
-            rows, vocab = logits_rows(self.settings, self.shape, tokens), widths.logits
-            logits = vocab.whole + (vocab.own if vocab.is_split else 0)
-            sampled = 0 if self.share.rank else SAMPLED * self.settings.max_num_seqs * vocab.whole
-            yield tokens * hidden + rows * (hidden + logits) + sampled
+
+    def _in_head(self, widths: Widths, tokens: int) -> int:
+        """The same where logits are computed."""
+        if not self.has_head:
+            return 0
+        hidden, vocab = self.shape.hidden_size, widths.logits
+        rows = logits_rows(self.settings, self.shape, tokens)
+        logits = vocab.whole + (vocab.own if vocab.is_split else 0)
+        sampled = 0 if self.share.rank else SAMPLED * self.settings.max_num_seqs * vocab.whole
+        return tokens * hidden + rows * (hidden + logits) + sampled
 
     def _by_kernels(self, widths: Widths, tokens: int) -> int:
         """Bytes that kernels take beside their results, and keep for the next step."""

@@ -21,7 +21,7 @@ from tightrope.backends.settings import CacheSettings, ModelSettings
 from tightrope.backends.tensor_parallel import Share
 
 FOLDER = ADAPTERS / "llama-bf16"
-MORE, LESS = 1.03, 0.8  # of the plan, at most and at least: what small things take differs from run to run
+MORE, LESS = 1.03, 0.85  # of the plan, at most and at least: what small things take differs from run to run
 
 
 def test_each_of_two_ranks_takes_no_more_than_it_is_planned_with_and_little_less():
