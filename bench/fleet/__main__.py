@@ -55,8 +55,8 @@ def calibrate(names: list[str], seconds: float) -> None:
     found = results.read()["costs"]
     costs, together = Costs.read(found), float(found["together"])
     for row in tqdm(calibrated(costs, together, names, seconds), total=len(names), desc="cases", disable=None):
-        rows = [old for old in results.read().get("calibration", []) if old["case"] != row["case"]]
-        results.put("calibration", [*rows, row])
+        rows = {old["case"]: old for old in results.read().get("calibration", [])} | {row["case"]: row}
+        results.put("calibration", [rows[name] for name in CASES if name in rows])
         tqdm.write(f"{row['case']}: {row['apart']}")
 
 

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import random
+import time
 from collections.abc import Iterable, Sequence
 from statistics import median
 from typing import Any
@@ -17,6 +18,7 @@ PROMPTS = (64, 256, 1024, 3000)  # tokens
 BATCHES = ((1, 64), (4, 64), (8, 64), (1, 1500), (4, 500))  # answers at the same time, tokens before each
 WRITTEN = 48
 ROUNDS = 2
+PACE_PROMPT, PACE_ROUNDS = 700, 3  # tokens
 CROWD = 4  # Events are written and read on the same processors.
 
 
@@ -50,6 +52,18 @@ async def _together(urls: Sequence[str]) -> list[tuple[float, float]]:
         alone = [await crowd(url) for url in urls]
         samples += list(zip(alone, await asyncio.gather(*map(crowd, urls)), strict=True))
     return samples
+
+
+async def pace(urls: Sequence[str], costs: Costs) -> float:
+    """How many times as long as by these costs a prompt with an answer takes now, at all replicas at once."""
+    draw = random.Random(f"pace {time.monotonic_ns()}")  # never one that is cached
+    expected_s = costs.overhead_s + costs.prefill_s(0, PACE_PROMPT)
+    expected_s += sum(costs.decode_s(1, PACE_PROMPT + number) for number in range(WRITTEN))
+    took = []
+    for _ in range(PACE_ROUNDS):
+        asked = [ask(url, draw.choices(PLAIN_TOKENS, k=PACE_PROMPT), WRITTEN) for url in urls]
+        took += [done_s for _, done_s, *_ in await asyncio.gather(*asked)]
+    return median(took) / expected_s
 
 
 async def _one(url: str, salt: str) -> tuple[list[tuple[int, float]], list[tuple[int, int, float]]]:
