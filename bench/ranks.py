@@ -37,6 +37,7 @@ APART = 0.03  # bar: a rank takes so much more or less than it is planned with, 
 SMALL_VOCABULARY = 320  # What is measured of the large ones are their layers.
 GATHERS, WIDTH = 5000, 576
 SUPPORT = Path(__file__).parents[1] / "tests" / "support"
+RESULT = report.RESULTS / "ranks.json"  # Rows of models that a run leaves out stay as they are.
 
 
 def step_ms(path: Path, ranks: int, threads: int, steps: int) -> float:
@@ -192,7 +193,8 @@ def main() -> None:
                 path, deep = (large(model, count, Path(name)) for count in (options.layers, options.memory_layers))
                 steps, bar = STEPS // 4, LARGE
             results[model] = compared(path, options.rounds, steps, bar) | beside_plan(deep)
-    print(report.write("ranks", {"models": results, "gather_us": gather_us()}))
+    before = json.loads(RESULT.read_text("utf-8"))["results"]["models"] if RESULT.exists() else {}
+    print(report.write("ranks", {"models": before | results, "gather_us": gather_us()}))
     print("\n".join(line(found[bar]) for found in results.values() for bar in ("bar", "memory_bar")))
 
 
