@@ -6,19 +6,16 @@ that of two speeds of one round: how many times as long the same takes with the 
 
 import argparse
 import asyncio
-from contextlib import ExitStack
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from bench import report
-from bench.compare import compare
-from bench.peers import PEERS, Peer, Setup, StartFailed, end_servers_when_told, running
+from bench.compare import compared, results_of
+from bench.peers import PEERS, Peer, Setup, StartFailed, end_servers_when_told
 from bench.quant_models import BF16, write_models
 from bench.sse import RequestFailed
-from bench.stats import Sample, paired_ratios, spread, summarise
-from bench.workloads import Scenario, Target, run_prompt, run_streams
+from bench.stats import Sample, paired_ratios, spread
+from bench.workloads import Scenario, run_prompt, run_streams
 
 WITHOUT = PEERS["tightrope"]
 WITH = Peer("--batch-invariant", lambda setup, port: [*WITHOUT.arguments(setup, port), "--batch-invariant"])
@@ -28,18 +25,6 @@ SCENARIOS = (
     Scenario("prompt", partial(run_prompt, num_words=1920), rounds=3),
 )
 SPEEDS = {"1 stream": "decode_tokens_per_s", "8 streams": "tokens_per_s", "prompt": "prompt_tokens_per_s"}
-
-
-async def measured(setup: Setup, rounds: int | None) -> list[Sample]:
-    samples: list[Sample] = []
-    with ExitStack() as stack:
-        targets: list[tuple[Peer, Target]] = []
-        for peer in (WITHOUT, WITH):
-            print(f"starting {peer.name}", flush=True)
-            targets.append((peer, stack.enter_context(running(peer, setup))))
-        async for found in compare(targets, list(SCENARIOS), rounds, None):
-            samples = found
-    return samples
 
 
 def costs(samples: list[Sample]) -> dict[str, dict[str, float]]:
@@ -57,18 +42,12 @@ def main() -> None:
     end_servers_when_told()
     setup = Setup(options.model or write_models()[BF16], threads=options.threads, cache="q8")
     try:
-        samples = asyncio.run(measured(setup, options.rounds))
+        samples = asyncio.run(compared((WITHOUT, WITH), setup, SCENARIOS, options.rounds))
     except (StartFailed, RequestFailed) as error:
         raise SystemExit(str(error)) from None
     found = costs(samples)
     print({name: round(cost["median"], 2) for name, cost in found.items()})
-    results: dict[str, Any] = {
-        "setup": {**asdict(setup), "model": setup.model.name},
-        "times_as_long": found,
-        "summary": summarise(samples),
-        "rounds": [asdict(sample) for sample in samples],
-    }
-    print(report.write("batch_invariant", results))
+    print(report.write("batch_invariant", results_of(setup, samples, times_as_long=found)))
 
 
 if __name__ == "__main__":

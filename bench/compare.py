@@ -6,19 +6,22 @@ whole run and take turns at each scenario, A B C, then C B A, so that a change o
 
 import argparse
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import ExitStack
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from bench import report
 from bench.load import add_common_options, chosen, exclusive, measure, table
-from bench.peers import PEERS, Peer, Setup, StartFailed, end_servers_when_told, running
+from bench.peers import PEERS, START_S, Peer, Setup, StartFailed, end_servers_when_told, running
 from bench.plot import draw
 from bench.sse import RequestFailed
 from bench.stats import BARS, Sample, judge, summarise
 from bench.workloads import Scenario, Target
+
+SALT = "compare"
 
 
 def bundled_model() -> Path:
@@ -34,12 +37,29 @@ def takes_part(peer: Peer, scenario: Scenario) -> bool:
     return (peer.is_parallel or not scenario.needs_parallel) and (peer.only is None or scenario.name in peer.only)
 
 
+@contextmanager
+def serving(
+    peers: Iterable[Peer], setup: Setup, timeout_s: float = START_S, lock: Path | None = None
+) -> Iterator[list[tuple[Peer, Target]]]:
+    """The peers' servers, started one after the other, all up until the block ends.
+
+    timeout_s: for the start of each, in seconds. lock: a file that is held meanwhile. Raises StartFailed.
+    """
+    with ExitStack() as stack:
+        targets: list[tuple[Peer, Target]] = []
+        for peer in peers:
+            print(f"starting {peer.name}", flush=True)
+            with exclusive(lock):
+                targets.append((peer, stack.enter_context(running(peer, setup, timeout_s))))
+        yield targets
+
+
 async def compare(
-    targets: list[tuple[Peer, Target]],
-    scenarios: list[Scenario],
+    targets: Sequence[tuple[Peer, Target]],
+    scenarios: Sequence[Scenario],
     rounds: int | None,
     lock: Path | None,
-    salt: str = "compare",
+    salt: str = SALT,
 ) -> AsyncIterator[list[Sample]]:
     """Run the scenarios and yield all samples so far after each: a run that is cut short loses one scenario at most.
 
@@ -59,29 +79,46 @@ async def compare(
         yield samples
 
 
-def keep(samples: list[Sample], setup: Setup, name: str) -> list[dict[str, object]]:
-    """Write what was measured so far as JSON and picture, and return the verdicts on the bars."""
-    summary, verdicts = summarise(samples), judge(samples, BARS)
-    results: dict[str, object] = {
+async def compared(
+    peers: Iterable[Peer],
+    setup: Setup,
+    scenarios: Sequence[Scenario],
+    rounds: int | None,
+    timeout_s: float = START_S,
+    lock: Path | None = None,
+    salt: str = SALT,
+) -> list[Sample]:
+    """All samples of the peers' servers; see `serving` and `compare`. Raises StartFailed and RequestFailed."""
+    samples: list[Sample] = []
+    with serving(peers, setup, timeout_s, lock) as targets:
+        async for found in compare(targets, scenarios, rounds, lock, salt):
+            samples = found
+    return samples
+
+
+def results_of(setup: Setup, samples: Sequence[Sample], **judged: object) -> dict[str, Any]:
+    """What is written of a comparison, with what it says of the bars. Any: ready for JSON."""
+    return {
         "setup": {**asdict(setup), "model": setup.model.name},
-        "bars": verdicts,
-        "summary": summary,
+        **judged,
+        "summary": summarise(samples),
         "rounds": [asdict(sample) for sample in samples],
     }
-    report.write(name, results)
+
+
+def keep(samples: list[Sample], setup: Setup, name: str) -> list[dict[str, object]]:
+    """Write what was measured so far as JSON and picture, and return the verdicts on the bars."""
+    verdicts = judge(samples, BARS)
+    report.write(name, results_of(setup, samples, bars=verdicts))
     caption = f"{setup.model.name}, {setup.threads} threads, {setup.cache} cache; medians, whiskers span all rounds"
-    draw(summary, verdicts, caption, report.RESULTS / f"{name}.png")
+    draw(summarise(samples), verdicts, caption, report.RESULTS / f"{name}.png")
     return verdicts
 
 
 async def _run(options: argparse.Namespace, setup: Setup) -> list[dict[str, object]]:
     peers = [peer for name, peer in PEERS.items() if not options.server or name in options.server]
     verdicts: list[dict[str, object]] = []
-    with ExitStack() as stack:
-        targets = []
-        for peer in peers:
-            print(f"starting {peer.name}", flush=True)
-            targets.append((peer, stack.enter_context(running(peer, setup))))
+    with serving(peers, setup) as targets:
         async for samples in compare(targets, chosen(options.scenario), options.rounds, options.lock):
             verdicts = keep(samples, setup, options.name)
     return verdicts

@@ -10,15 +10,14 @@ import argparse
 import asyncio
 import subprocess
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
 
 from bench import report
-from bench.compare import compare
+from bench.compare import compared
 from bench.load import chosen
-from bench.peers import PEERS, Setup, StartFailed, end_servers_when_told, running
+from bench.peers import PEERS, Setup, StartFailed, end_servers_when_told
 from bench.sse import RequestFailed
 from bench.stats import Sample
 
@@ -36,15 +35,10 @@ METRICS = {
 
 async def run_once(setup: Setup, checkout: Path, scenarios: list[str], run: int) -> list[Sample]:
     """Start both servers, let them take turns at everything, and end them. Raises StartFailed and RequestFailed."""
-    samples: list[Sample] = []
     sides = [PEERS[NOW], replace(PEERS[NOW], name=EARLIER, checkout=checkout)]
-    with ExitStack() as stack:
-        targets = []
-        for peer in sides if run % 2 == 0 else reversed(sides):
-            targets.append((peer, stack.enter_context(running(peer, setup))))
-        async for so_far in compare(targets, chosen(scenarios), ROUNDS, None, salt=f"earlier {run}"):
-            samples = so_far
-    return samples
+    if run % 2:
+        sides.reverse()
+    return await compared(sides, setup, chosen(scenarios), ROUNDS, salt=f"earlier {run}")
 
 
 def medians(runs: Sequence[Sequence[Sample]], server: str, scenario: str, metric: str) -> list[float]:

@@ -8,14 +8,13 @@ Answers are greedy and run to their last token; prompts are new each time, so th
 import argparse
 import asyncio
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
 from bench import report
-from bench.compare import compare
-from bench.peers import Peer, Setup, StartFailed, end_servers_when_told, running
+from bench.compare import compare, results_of, serving
+from bench.peers import Peer, Setup, StartFailed, end_servers_when_told
 from bench.peers_hf import OURS, VARIANTS, family
 from bench.plot import Panel, draw
 from bench.sse import RequestFailed
@@ -83,11 +82,7 @@ def entrants(variants: Iterable[tuple[Peer, Target]], won: Mapping[str, list[str
 
 async def _run(options: argparse.Namespace, setup: Setup) -> list[dict[str, object]]:
     verdicts: list[dict[str, object]] = []
-    with ExitStack() as stack:
-        targets = []
-        for peer in (OURS, *VARIANTS):
-            print(f"starting {peer.name}", flush=True)
-            targets.append((peer, stack.enter_context(running(peer, setup))))
+    with serving((OURS, *VARIANTS), setup) as targets:
         ours, *variants = targets
         *_, trials = [s async for s in compare(variants, scenarios(_TRIAL_TOKENS), 1, options.lock, salt="trial")]
         targets = [ours, *entrants(variants, winners(trials))]
@@ -98,21 +93,14 @@ async def _run(options: argparse.Namespace, setup: Setup) -> list[dict[str, obje
 
 def keep(samples: Sequence[Sample], trials: Sequence[Sample], setup: Setup, name: str) -> list[dict[str, object]]:
     """Write what was measured so far as JSON and picture, and return the verdicts on the bars."""
-    summary, verdicts, won = summarise(samples), judge(samples, BARS), winners(trials)
-    results: dict[str, object] = {
-        "setup": {**asdict(setup), "model": setup.model.name},
-        "variants": won,
-        "bars": verdicts,
-        "summary": summary,
-        "trials": [asdict(trial) for trial in trials],
-        "rounds": [asdict(sample) for sample in samples],
-    }
-    report.write(name, results)
+    verdicts, won = judge(samples, BARS), winners(trials)
+    tried = [asdict(trial) for trial in trials]
+    report.write(name, results_of(setup, samples, variants=won, bars=verdicts, trials=tried))
     caption = [
         f"{setup.model.name}, {setup.threads} threads, {setup.cache} cache; medians, whiskers span all rounds",
         *(f"{variant}: {' and '.join(scenarios)}" for variant, scenarios in won.items()),
     ]
-    draw(summary, verdicts, "\n".join(caption), report.RESULTS / f"{name}.png", PANELS)
+    draw(summarise(samples), verdicts, "\n".join(caption), report.RESULTS / f"{name}.png", PANELS)
     return verdicts
 
 

@@ -8,17 +8,16 @@ bundled model.
 import argparse
 import asyncio
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from bench import report
-from bench.compare import bundled_model, compare
-from bench.peers import PEERS, Peer, Setup, StartFailed, end_servers_when_told, running
+from bench.compare import bundled_model, compared, results_of
+from bench.peers import PEERS, Setup, StartFailed, end_servers_when_told
 from bench.sse import RequestFailed
-from bench.stats import Sample, spread, summarise
-from bench.workloads import Scenario, Target, run_chat, run_streams
+from bench.stats import Sample, spread
+from bench.workloads import Scenario, run_chat, run_streams
 
 OURS, THEIRS = "tightrope through llama.cpp", "llama.cpp server"
 SHORT_GAP_MS = 300.0  # Nobody minds a shorter pause.
@@ -74,23 +73,10 @@ def verdicts(samples: Sequence[Sample]) -> Iterator[dict[str, object]]:
 
 async def _run(options: argparse.Namespace, setup: Setup) -> list[dict[str, object]]:
     scenarios = [one for one in SCENARIOS if options.scenario in (None, one.name)]
-    samples: list[Sample] = []
-    with ExitStack() as stack:
-        targets: list[tuple[Peer, Target]] = []
-        for peer in (PEERS[OURS], PEERS[THEIRS]):
-            print(f"starting {peer.name}", flush=True)
-            targets.append((peer, stack.enter_context(running(peer, setup, 600))))
-        async for found in compare(targets, scenarios, options.rounds, None):
-            samples = found
+    samples = await compared((PEERS[OURS], PEERS[THEIRS]), setup, scenarios, options.rounds, timeout_s=600)
     bars = list(verdicts(samples))
     if options.scenario is None:
-        results: dict[str, object] = {
-            "setup": {**asdict(setup), "model": setup.model.name},
-            "bars": bars,
-            "summary": summarise(samples),
-            "rounds": [asdict(sample) for sample in samples],
-        }
-        print(report.write("driving", results))
+        print(report.write("driving", results_of(setup, samples, bars=bars)))
     return bars
 
 

@@ -9,8 +9,7 @@ import argparse
 import asyncio
 import json
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,12 +20,12 @@ from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
 from gguf.quants import dequantize, quantize
 
 from bench import report
-from bench.compare import bundled_model, compare
+from bench.compare import bundled_model, compared, results_of
 from bench.large_gguf import MISTRAL_7B, copy_keys, q4_k_m, write_llama
-from bench.peers import PEERS, Peer, Setup, StartFailed, end_servers_when_told, running
+from bench.peers import PEERS, Setup, StartFailed, end_servers_when_told
 from bench.sse import RequestFailed
-from bench.stats import Bar, Sample, judge, summarise
-from bench.workloads import Scenario, Target, run_prompt, run_streams
+from bench.stats import Bar, judge
+from bench.workloads import Scenario, run_prompt, run_streams
 
 OURS, THEIRS = "tightrope", "llama.cpp server"
 NAME = "gguf_engines"
@@ -98,21 +97,9 @@ CASES = {
 async def measured(case: Case, model: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Medians and verdicts for one file. Any: ready for JSON."""
     setup = Setup(model, threads=options.threads, context=4096)
-    samples: list[Sample] = []
     scenarios = [scenario for scenario in case.scenarios if options.scenario in (None, scenario.name)]
-    with ExitStack() as stack:
-        targets: list[tuple[Peer, Target]] = []
-        for peer in (PEERS[OURS], PEERS[THEIRS]):
-            print(f"starting {peer.name}", flush=True)
-            targets.append((peer, stack.enter_context(running(peer, setup, 600))))
-        async for found in compare(targets, scenarios, options.rounds, None):
-            samples = found
-    return {
-        "setup": {**asdict(setup), "model": model.name},
-        "bars": judge(samples, case.bars, ours=OURS),
-        "summary": summarise(samples),
-        "rounds": [asdict(sample) for sample in samples],
-    }
+    samples = await compared((PEERS[OURS], PEERS[THEIRS]), setup, scenarios, options.rounds, timeout_s=600)
+    return results_of(setup, samples, bars=judge(samples, case.bars, ours=OURS))
 
 
 def main() -> None:

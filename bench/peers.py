@@ -21,6 +21,7 @@ from bench.meter import process_tree
 from bench.workloads import Target
 
 ROOT = Path(__file__).resolve().parent.parent
+START_S = 120.0
 _GGML_TYPES = {"f16": "1", "q8": "8"}
 
 
@@ -99,7 +100,7 @@ class StartFailed(Exception):
 
 
 @contextmanager
-def running(peer: Peer, setup: Setup, timeout_s: float = 120.0) -> Iterator[Target]:
+def running(peer: Peer, setup: Setup, timeout_s: float = START_S) -> Iterator[Target]:
     """Start the server, wait until it is ready, and end it with all its children after the block.
 
     Raises StartFailed.
@@ -120,7 +121,7 @@ def started(
     ready_url: str,
     log: IO[str],
     environment: Mapping[str, str],
-    timeout_s: float = 120.0,
+    timeout_s: float = START_S,
     folder: Path = ROOT,
 ) -> Iterator[subprocess.Popen[bytes]]:
     """Run a command until `ready_url` answers, and end it with all its children after the block.

@@ -14,8 +14,8 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, closing
-from dataclasses import asdict, replace
+from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,13 @@ from typing import Any
 from tqdm import tqdm
 
 from bench import report
-from bench.compare import compare
+from bench.compare import compared, results_of
 from bench.english import NAME, english_text
 from bench.load import exclusive
-from bench.peers import PEERS, ROOT, Peer, Setup, StartFailed, end_servers_when_told, running
+from bench.peers import PEERS, ROOT, Peer, Setup, StartFailed, end_servers_when_told
 from bench.sse import RequestFailed
-from bench.stats import Bar, Sample, judge, summarise
-from bench.workloads import Scenario, Target, run_streams
+from bench.stats import Bar, Sample, judge
+from bench.workloads import Scenario, run_streams
 from tightrope.backends.gguf.backend import GGUFBackend
 from tightrope.backends.hf.backend import HFBackend
 from tightrope.backends.locate import bundled_model
@@ -108,16 +108,7 @@ def contestants(models: dict[str, Path]) -> list[Peer]:
 async def speeds(peers: Sequence[Peer], setup: Setup, tokens: int, rounds: int, lock: Path | None) -> list[Sample]:
     """One stream of `tokens` tokens from each server, round after round."""
     scenario = Scenario("1 stream", partial(run_streams, num_streams=1, max_tokens=tokens), rounds)
-    samples: list[Sample] = []
-    with ExitStack() as stack:
-        targets: list[tuple[Peer, Target]] = []
-        for peer in peers:
-            print(f"starting {peer.name}", flush=True)
-            with exclusive(lock):
-                targets.append((peer, stack.enter_context(running(peer, setup))))
-        async for found in compare(targets, [scenario], rounds, lock):
-            samples = found
-    return samples
+    return await compared(peers, setup, [scenario], rounds, lock=lock)
 
 
 def verdicts_of(samples: Sequence[Sample]) -> list[dict[str, object]]:
@@ -169,12 +160,7 @@ def main() -> None:
             samples = asyncio.run(speeds(contestants(models), setup, args.tokens, args.rounds, args.lock))
         except (StartFailed, RequestFailed) as error:
             raise SystemExit(str(error)) from None
-        speed: dict[str, Any] = {
-            "setup": {**asdict(setup), "model": setup.model.name},
-            "ratios": verdicts_of(samples),
-            "summary": summarise(samples),
-            "rounds": [asdict(sample) for sample in samples],
-        }
+        speed = results_of(setup, samples, ratios=verdicts_of(samples))
         for ratio in speed["ratios"]:
             bar = f", bar {ratio['bar']} {'met' if ratio['met'] else 'MISSED'}" if "bar" in ratio else ""
             print(f"{ratio['name']}: {ratio['value']:.2f} times {ratio['over']}{bar}")
