@@ -1,5 +1,6 @@
 """How much memory there is, and what is done with it where nobody says."""
 
+import os
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -106,9 +107,10 @@ def tree_memory(pid: int) -> int:
 def _children(pid: int) -> list[int]:
     """Processes that threads of this one have started; none where the system doesn't tell."""
     found: list[int] = []
-    for path in Path(f"/proc/{pid}/task").glob("*/children"):
-        with suppress(OSError):  # The thread has ended.
-            found += map(int, path.read_text().split())
+    with suppress(OSError):  # It has ended.
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            with suppress(OSError):  # The thread has ended.
+                found += map(int, Path(f"/proc/{pid}/task/{thread}/children").read_text().split())
     return found
 
 

@@ -7,6 +7,7 @@ import sys
 from contextlib import closing
 from pathlib import Path
 
+import pytest
 from checkout import ADAPTERS
 from test_hf_families import FAMILIES, write
 
@@ -49,6 +50,19 @@ def test_what_all_ranks_take_is_told_with_each_of_them_and_counted_with_the_engi
         assert 0 < other.cache_bytes < memory.cache_bytes
         alone, together = private_memory(os.getpid()), tree_memory(os.getpid())
         assert together - alone > 0.95 * private_memory(rank)  # Servers of other tests may be there as well.
+
+
+def test_a_process_that_ends_while_it_is_looked_at_has_no_others(monkeypatch: pytest.MonkeyPatch):
+    listed = os.listdir
+    with subprocess.Popen(["sleep", "60"]) as process:
+
+        def ended(path: str) -> list[str]:
+            process.kill()
+            process.wait()
+            return listed(path)
+
+        monkeypatch.setattr(os, "listdir", ended)
+        assert tree_memory(process.pid) < 1 << 20
 
 
 def test_attention_of_transformers_own_class_caches_all_heads_on_every_rank_and_is_planned_so(tmp_path: Path):
