@@ -51,7 +51,7 @@ def servers() -> Iterator[dict[str, RunningServer]]:
 @pytest.mark.parametrize("base", BASES)
 def test_what_an_adapter_learned_shows_in_the_replies_and_nowhere_else(servers: dict[str, RunningServer], base: str):
     url = f"{servers[base].url}/v1"
-    models = [model["id"] for model in httpx.get(f"{url}/models").json()["data"]]
+    models = [model["id"] for model in httpx.get(f"{url}/models", timeout=60).json()["data"]]
 
     def reply(model: str, question: str) -> str:
         body: dict[str, Any] = {"model": model, "messages": [{"role": "user", "content": question}]}

@@ -301,8 +301,10 @@ def test_answers_with_different_adapters_take_turns_and_are_those_of_each_alone(
     wanted = [("llama-bf16", 1.0), ("mine", 1.0), ("mine", 0.5), ("late", 1.0)]
     alone = [say(client, *one) for one in wanted]
     together = [""] * len(wanted)
+    all_are_here = threading.Barrier(len(wanted))
 
     def answer(place: int) -> None:
+        all_are_here.wait()
         together[place] = say(client, *wanted[place])
 
     threads = [threading.Thread(target=answer, args=(place,)) for place in range(len(wanted))]

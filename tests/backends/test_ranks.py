@@ -219,7 +219,7 @@ def test_a_model_with_too_little_memory_in_two_ranks_is_refused_in_one_line_and_
         in_ranks(2, settings)
 
     assert "\n" not in str(raised.value)
-    assert psutil.Process().children() == before
+    assert not set(psutil.Process().children()) - set(before)
 
 
 def test_a_rank_that_ends_tells_the_first_one_whose_next_step_finds_the_device_lost():

@@ -2,7 +2,9 @@
 
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
+from contextlib import closing, suppress
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +47,12 @@ def look(store: RunStore) -> None:
 
 
 def size_of(path: Path) -> int:
-    return sum(file.stat().st_size for file in path.glob("*.run"))
+    """Bytes of all pieces, some of which others may be deleting."""
+    total = 0
+    for file in path.glob("*.run"):
+        with suppress(FileNotFoundError):
+            total += file.stat().st_size
+    return total
 
 
 def test_what_one_writes_another_finds_without_a_new_start_and_tells_of(opened: Open) -> None:
@@ -62,8 +69,10 @@ def test_what_one_writes_another_finds_without_a_new_start_and_tells_of(opened: 
 def test_what_is_found_is_looked_for_without_being_asked_to(opened: Open) -> None:
     one, other = opened(), opened()
     write(one, piece_of(range(256)))
-    while not found(other, range(256)):  # The suite's limit ends this where it never is.
+    deadline_s = time.monotonic() + WAIT_S
+    while not found(other, range(256)):
         assert other.flush(WAIT_S)
+        assert time.monotonic() < deadline_s, "it is never found"
 
 
 def test_what_one_deletes_another_misses_and_computes_anew(opened: Open) -> None:
@@ -172,7 +181,9 @@ def test_processes_that_write_and_are_killed_leave_a_sound_folder_within_its_bud
         writer.kill()
         writer.communicate()
     store = opened(budget)
-    assert store.num_pieces > 0
-    assert sum(found(store, [number]) for first in (0, 1_000_000) for number in range(first, first + 2000)) > 4
+    with closing(Folder(tmp_path / "chats")) as folder:
+        left = [stored.piece for stored in folder.scan()]
+    assert len(left) > 4
+    assert all(found(store, piece.token_ids) == 1 for piece in left)
     write(store, piece_of([5_000_000], num_bytes=100_000))
     assert size_of(tmp_path / "chats") <= budget

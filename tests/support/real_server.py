@@ -13,7 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 START_S = 120  # a busy two-core machine needs some ten seconds
-STOP_S = 30
+STOP_S = 60
 
 
 @dataclass(frozen=True, slots=True)
