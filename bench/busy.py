@@ -8,7 +8,6 @@ what remains between the two.
 """
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -17,7 +16,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -128,8 +126,7 @@ def measure(engine: str, path: Path, most: int, rounds: int, counts: Sequence[in
 
 def _known(name: str, setup: Row) -> list[Row]:
     """The rows of earlier runs with the same setup; numbers chosen by another rule tell nothing of this one."""
-    path = report.RESULTS / f"{name}.json"
-    known: dict[str, Any] = json.loads(path.read_text())["results"] if path.exists() else {}
+    known = report.known(name)
     return list(known["cases"]) if known and setup.items() <= known.items() else []
 
 

@@ -296,12 +296,10 @@ def main() -> None:
     )
     options = parser.parse_args()
     end_servers_when_told()
-    path = report.RESULTS / "cluster.json"
     for name, result in measure(options.only, options.kills, options.short):
         print(name, json.dumps(result, indent=2), flush=True)
         if not options.short:
-            before: dict[str, object] = json.loads(path.read_text())["results"] if path.exists() else {}
-            report.write("cluster", {**before, name: result})
+            report.write("cluster", {**report.known("cluster"), name: result})
 
 
 if __name__ == "__main__":

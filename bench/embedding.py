@@ -121,9 +121,7 @@ def main() -> None:
         found |= {"loaded_mib": loaded_mib, "private_mib": private_bytes(served.process.pid) >> 20}
     found["planned_mib"] = taken_bytes(footprints(settings)) >> 20
     print(json.dumps(found, indent=1), f"{time.perf_counter() - began_s:.0f} s")
-    path = report.RESULTS / "embedding.json"
-    known = json.loads(path.read_text())["results"] if path.exists() else {}
-    print(report.write("embedding", {**known, args.embedding_model.name: found}))
+    print(report.write("embedding", {**report.known("embedding"), args.embedding_model.name: found}))
 
 
 if __name__ == "__main__":

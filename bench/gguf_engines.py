@@ -7,7 +7,6 @@ cache. Only the files that are named are measured; what the results have of othe
 
 import argparse
 import asyncio
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -111,8 +110,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where files are made and kept; default: one that is deleted")
     options = parser.parse_args()
     end_servers_when_told()
-    path = report.RESULTS / f"{NAME}.json"
-    results: dict[str, Any] = dict(json.loads(path.read_text())["results"]) if path.exists() else {}
+    results = report.known(NAME)
     with TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
         for name in options.model:

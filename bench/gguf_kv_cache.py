@@ -9,7 +9,6 @@ keeps what it has of the others.
 """
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -134,8 +133,7 @@ def main() -> None:
 
 
 def _known_rows() -> dict[Setting, dict[str, object]]:
-    path = report.RESULTS / "gguf_kv_cache.json"
-    rows = json.loads(path.read_text())["results"]["settings"] if path.exists() else []
+    rows = report.known("gguf_kv_cache").get("settings", [])
     return {(row["keys"], row["values"], row["flash_attention"], row["micro_batch"]): row for row in rows}
 
 

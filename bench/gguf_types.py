@@ -8,7 +8,6 @@ quantizers write all files; both engines keep keys and values in 16 bits. What t
 
 import argparse
 import ctypes
-import json
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
@@ -215,9 +214,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     whole = smollm2()
     small, large = (random_llama(sizes, len(whole[TABLE])) for sizes in (SMALL, LARGE))
-    path = report.RESULTS / "gguf_types.json"
-    known = json.loads(path.read_text())["results"]["rows"] if path.exists() else []
-    rows: dict[str, dict[str, Any]] = {row["type"]: row for row in known}
+    rows: dict[str, dict[str, Any]] = {row["type"]: row for row in report.known("gguf_types").get("rows", [])}
     for kind in options.kind:
         row: dict[str, Any] = rows.setdefault(kind, {"type": kind})
         with TemporaryDirectory() as folder:

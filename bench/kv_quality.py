@@ -10,7 +10,6 @@ own rounding is a tenth of that of 8 bits or less. Memory per token is counted i
 """
 
 import argparse
-import json
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -177,8 +176,7 @@ def table(found: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _known(context: int, tokens: int) -> list[dict[str, Any]]:
-    path = report.RESULTS / "kv_quality.json"
-    results = json.loads(path.read_text())["results"] if path.exists() else {}
+    results = report.known("kv_quality")
     same = (results.get("context"), results.get("max_tokens")) == (context, tokens)
     return list(results["models"]) if same else []
 

@@ -277,8 +277,7 @@ def measure(path: Path, threads: int, rounds: int, *, is_cold: bool) -> dict[str
 
 def _known(setup: dict[str, object]) -> dict[str, object]:
     """What was measured of other forms with the same setup."""
-    path = report.RESULTS / "loading.json"
-    known = dict(json.loads(path.read_text())["results"]) if path.exists() else {}
+    known = report.known("loading")
     return known if setup.items() <= known.items() else setup
 
 

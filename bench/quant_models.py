@@ -9,7 +9,6 @@ up at the same time and take turns. With --part only that part is measured, and 
 
 import argparse
 import asyncio
-import json
 import os
 import subprocess
 import sys
@@ -128,11 +127,6 @@ def verdicts_of(samples: Sequence[Sample]) -> list[dict[str, object]]:
     return found
 
 
-def _known() -> dict[str, Any]:
-    path = report.RESULTS / "quant_models.json"
-    return dict(json.loads(path.read_text())["results"]) if path.exists() else {}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--part", choices=["perplexity", "speed"], help="measure only this")
@@ -145,7 +139,7 @@ def main() -> None:
     end_servers_when_told()
     with exclusive(args.lock):
         models = write_models()
-    results = _known()
+    results = report.known("quant_models")
     if args.part != "speed":
         with exclusive(args.lock):
             rows: list[dict[str, Any]] = []

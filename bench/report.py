@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 RESULTS = Path(__file__).resolve().parent / "results"
 _PACKAGES = (
@@ -42,6 +43,13 @@ def write(name: str, results: dict[str, object]) -> Path:
     path = RESULTS / f"{name}.json"
     replace(path, {**environment(), "results": results})
     return path
+
+
+def known(name: str) -> dict[str, Any]:
+    """The results that bench/results/`name`.json has of earlier runs; none where there is no such file. Any: JSON."""
+    path = RESULTS / f"{name}.json"
+    found: dict[str, Any] = json.loads(path.read_text("utf-8"))["results"] if path.exists() else {}
+    return found
 
 
 def replace(path: Path, written: Mapping[str, object]) -> None:

@@ -9,7 +9,6 @@ model of 135M parameters takes about a quarter of an hour for each scaling, most
 """
 
 import argparse
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -129,11 +128,8 @@ def picture(rows: Rows, model: str, trained_len: int, tokens: int) -> None:
 
 
 def _known_rows(model: str, tokens: int) -> Rows:
-    path = report.RESULTS / "rope.json"
-    if not path.exists():
-        return {}
-    results = json.loads(path.read_text())["results"]
-    if (results["model"], results["max_tokens"]) != (model, tokens):
+    results = report.known("rope")
+    if (results.get("model"), results.get("max_tokens")) != (model, tokens):
         return {}
     return {(row["scaling"], row["context"]): row for row in results["rows"]}
 

@@ -12,7 +12,6 @@ forms stay.
 """
 
 import argparse
-import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
@@ -290,8 +289,7 @@ def main() -> None:
 
 def _known(sizes: Row) -> dict[str, dict[str, Row]]:
     """The rows of earlier runs with the same sizes, by form and company."""
-    path = report.RESULTS / "same_text.json"
-    known = dict(json.loads(path.read_text())["results"]) if path.exists() else {}
+    known = report.known("same_text")
     return dict(known["forms"]) if sizes.items() <= known.items() else {}
 
 

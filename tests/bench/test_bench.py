@@ -271,6 +271,7 @@ def test_results_are_written_with_command_versions_machine_and_no_paths(
     assert {"command", "date", "versions", "machine", "results"} == set(written)
     assert {"cpu", "cores", "memory_gib"} <= set(written["machine"])
     assert "someone" not in json.dumps(written)
+    assert (report.known("try"), report.known("another")) == ({"speed": 1.5}, {})
 
 
 @pytest.mark.parametrize(
