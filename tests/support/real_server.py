@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-START_S = 120  # a busy two-core machine needs some ten seconds
-STOP_S = 60
+START_S = 300  # a busy two-core machine needs some ten seconds, and a minute for a cluster
+STOP_S = 120  # Ray's processes end with a cluster
 
 
 @dataclass(frozen=True, slots=True)
