@@ -156,6 +156,7 @@ def test_no_process_but_the_front_knows_the_keys():
             f"{server.url}/v1/chat/completions",
             json={"messages": [{"role": "user", "content": "a"}], "max_tokens": 1},
             headers={"authorization": f"Bearer {key}"},
+            timeout=PATIENCE_S,
         ).raise_for_status()
         (worker,) = descendants(server.process, running="tightrope.server.prompts.template_worker")
         (engine,) = descendants(server.process, running="tightrope.engine.process.child")

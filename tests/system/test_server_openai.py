@@ -231,7 +231,7 @@ def test_a_prompt_over_the_window_names_both_counts(client: openai.OpenAI) -> No
 
 def test_a_stream_over_http_is_data_lines_and_one_done(server_url: str) -> None:
     body = {"prompt": "Hello", "max_tokens": 3, "stream": True}
-    reply = httpx.post(f"{server_url}/v1/completions", json=body)
+    reply = httpx.post(f"{server_url}/v1/completions", json=body, timeout=60)
     assert reply.headers["content-type"].startswith("text/event-stream")
     assert all(line == "" or line.startswith("data: ") for line in reply.text.split("\n"))
     assert events(reply.text)[-1] == "[DONE]"
