@@ -64,7 +64,7 @@ async def test_a_server_that_does_not_start_is_told_with_what_it_printed_and_the
     log = tmp_path / "log"
     peers = [peer("A", log), peer("B", log, "raise SystemExit('no such model')")]
 
-    with pytest.raises(StartFailed, match="did not start: no such model$"):
+    with pytest.raises(StartFailed, match=r"did not start: no such model$"):
         await compared(peers, Setup(tmp_path / "m.gguf"), [], None)
 
     [begun] = log.read_text().splitlines()
