@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import takewhile
 
 from tightrope.backends.threads import usable_cpus
 
@@ -84,27 +84,36 @@ class Threads:
 
 def read_counters() -> Counters | None:
     """See Counters; None where the system has none."""
-    waiting_ns = 0
     try:
-        for task in os.scandir("/proc/self/task"):
-            try:
-                waiting_ns += int(Path(task.path, "schedstat").read_text().split()[1])
-            except (FileNotFoundError, ProcessLookupError):
-                continue  # It has just ended.
-        if not int(Path("/proc/self/schedstat").read_text().split()[0]):
-            return None  # The file is there, and the kernel was built without what fills it.
+        ran, waited = zip(*map(_times_ns, os.listdir("/proc/self/task")), strict=True)
+        if not any(ran):
+            return None  # The files are there, and the kernel was built without what fills them.
         cpus = usable_cpus()
-        names = {f"cpu{number}" for number in cpus}
-        rows = [line.split() for line in Path("/proc/stat").read_text().splitlines() if line.startswith("cpu")]
+        names = {b"cpu%d" % number for number in cpus}
+        with open("/proc/stat", "rb") as file:  # Its first lines are those of the CPUs.
+            rows = [line.split() for line in takewhile(lambda line: line.startswith(b"cpu"), file)]
         counted = [[int(ticks) for ticks in row[1:]] for row in rows if row[0] in names]
         ticks_per_s = os.sysconf("SC_CLK_TCK")
         idle = sum(row[3] + row[4] for row in counted) / ticks_per_s  # idle, and waiting for a disk
         stolen = sum(row[7] for row in counted) / ticks_per_s  # by the host of a virtual machine
         running = time.process_time() + _parent_s()
         others = len(cpus) * time.perf_counter() - idle - stolen - running
-        return Counters(running, waiting_ns / 1e9, idle, others)
+        return Counters(running, sum(waited) / 1e9, idle, others)
     except (OSError, ValueError, IndexError):
         return None
+
+
+def _times_ns(thread: str) -> tuple[int, int]:
+    """How long one of our threads has run, and waited for a processor; nothing of one that has just ended."""
+    try:
+        file = os.open(f"/proc/self/task/{thread}/schedstat", os.O_RDONLY)
+        try:
+            ran, waited, _ = os.read(file, 128).split()
+        finally:
+            os.close(file)
+    except (FileNotFoundError, ProcessLookupError):
+        return 0, 0
+    return int(ran), int(waited)
 
 
 def _parent_s() -> float:
