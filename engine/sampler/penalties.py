@@ -59,6 +59,11 @@ class TokenEdits:
         """Whether no logit ever changes, but for repeats and the watermark."""
         return not self._counts_tokens and not self._biases
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether no logit ever changes."""
+        return self.is_neutral and self.repeats is None and self.watermark is None
+
     def append(self, token_id: int) -> None:
         """A token was generated."""
         if self.watermark is not None:
@@ -186,12 +191,12 @@ def edit_logits(
 
     logits [B, V] float32; comes back as it is when no row changes anything, else as a changed copy, or changed itself.
     """
+    if not masks and not any(suppressed) and all(edit.is_idle for edit in edits):
+        return logits
     rows = [row for row, edit in enumerate(edits) if not edit.is_neutral]
     banned = [row * logits.shape[1] + token_id for row, ids in enumerate(suppressed) for token_id in ids]
     repeats = [(row, edit.repeats) for row, edit in enumerate(edits) if edit.repeats is not None]
     marks = [(row, edit.watermark) for row, edit in enumerate(edits) if edit.watermark is not None]
-    if not rows and not banned and not masks and not repeats and not marks:
-        return logits
     is_own = in_place and logits.is_contiguous()
     edited = logits if is_own else logits.clone(memory_format=torch.contiguous_format)
     flat = edited.view(-1)

@@ -41,15 +41,16 @@ def sample(logits: Tensor, states: Sequence[SamplerState], *, may_overwrite: boo
     """
     if not states:
         return []
-    in_place = may_overwrite and not any(s.wants_raw for s in states)
+    wants_raw = any(s.wants_raw for s in states)
+    in_place = may_overwrite and not wants_raw
     held = {row: state.grammar for row, state in enumerate(states) if state.grammar is not None}
     allowed = dict(zip(held, masks(list(held.values())), strict=True)) if held else {}
     edited = edit_logits(logits, [s.edits for s in states], [s.suppressed for s in states], allowed, in_place=in_place)
     edited = edited.contiguous()
-    drawn, rows = _draw_natively(edited, states)
-    if len(rows):
-        _draw(drawn, rows, edited, states)
-    return _with_raw_logprobs(drawn, logits, states)
+    drawn, others = _draw_natively(edited, states)
+    if others:
+        _draw(drawn, np.array(others), edited, states)
+    return _with_raw_logprobs(drawn, logits, states) if wants_raw else drawn
 
 
 def prompt_logprobs(logits: Tensor, token_ids: Sequence[int], top: int) -> list[Sampled]:
@@ -69,19 +70,18 @@ def prompt_logprobs(logits: Tensor, token_ids: Sequence[int], top: int) -> list[
     return sampled
 
 
-def _draw_natively(logits: Tensor, states: Sequence[SamplerState]) -> tuple[list[Sampled | None], Ids]:
+def _draw_natively(logits: Tensor, states: Sequence[SamplerState]) -> tuple[list[Sampled | None], list[int]]:
     """What one native pass over the rows decides, and the rows that are left to the chain."""
     drawn: list[Sampled | None] = [None] * len(states)
-    is_native = [state.plan.is_native and not state.wants_processed for state in states]
-    native = [row for row, is_one in enumerate(is_native) if is_one]
+    native = [row for row, state in enumerate(states) if state.is_native]
     if native:
         rows = np.array(native, np.int64)
         token_ids = dispatch.draw(logits, rows, native_params(logits, rows, [states[row] for row in native]))
         if token_ids is None:
-            return drawn, np.arange(len(states))
+            return drawn, list(range(len(states)))
         for row, token_id in zip(native, token_ids.tolist(), strict=True):
             drawn[row] = Sampled(token_id, None) if token_id >= 0 else None
-    return drawn, np.array([row for row, is_one in enumerate(is_native) if not is_one], np.int64)
+    return drawn, [row for row, state in enumerate(states) if not state.is_native]
 
 
 def _draw(drawn: list[Sampled | None], rows: Ids, logits: Tensor, states: Sequence[SamplerState]) -> None:

@@ -44,6 +44,7 @@ class SamplerState:
         self.wants_processed = logprobs is not None and logprobs.processed
         self.wants_raw = logprobs is not None and not logprobs.processed
         self.processed_top = logprobs.top if logprobs is not None and logprobs.processed else 0
+        self.is_native = self.plan.is_native and not self.wants_processed  # The native draw decides alone.
 
     @property
     def has_complete_text(self) -> bool:

@@ -21,7 +21,7 @@ class StepLogits:
 
     def draw(self, rows: Sequence[int], states: Sequence[SamplerState]) -> list[Sampled | None]:
         """The next token of each of these rows, see `sample`."""
-        logits = self._logits if len(rows) == len(self._logits) else self._logits[rows]
+        logits = self._logits if len(rows) == self._logits.shape[0] else self._logits[rows]
         return sample(logits, states, may_overwrite=True)
 
     def scores(self, rows: slice, token_ids: Sequence[int], top: int) -> list[Sampled]:
