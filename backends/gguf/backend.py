@@ -153,15 +153,17 @@ class GGUFBackend:
     def _run(self, begin: int, end: int) -> Tensor:
         """Logits of tokens begin .. end of the batch; the next call may overwrite them."""
         native = self._context
-        rows = begin + np.flatnonzero(native.outputs[begin:end])
+        outputs = native.outputs[begin:end]
+        num_rows = int(np.count_nonzero(outputs))
         if begin == end:
             return self._no_rows()
-        if len(rows) <= native.max_outputs:
+        if num_rows <= native.max_outputs:
             native.decode(begin, end)
-            return torch.from_numpy(native.logits(len(rows))) if len(rows) else self._no_rows()
+            return torch.from_numpy(native.logits(num_rows)) if num_rows else self._no_rows()
+        rows = begin + np.flatnonzero(outputs)
         parts: list[Tensor] = []
-        for group in range(0, len(rows), native.max_outputs):
-            is_last = group + native.max_outputs >= len(rows)
+        for group in range(0, num_rows, native.max_outputs):
+            is_last = group + native.max_outputs >= num_rows
             stop = end if is_last else int(rows[group + native.max_outputs])
             native.decode(begin, stop)
             parts.append(torch.from_numpy(native.logits(len(rows[group : group + native.max_outputs])).copy()))
