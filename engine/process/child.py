@@ -48,6 +48,7 @@ from tightrope.engine.work import Work
 log = logging.getLogger("tightrope.engine")
 
 TELL_S = 0.5  # At least so much time is between two words on how far a load is.
+STATS_S = 0.1  # While nobody comes or goes, the front hears the counters so often.
 REST_S = 8.0  # Writing chats may take so long when the process is to end: less than the front waits for that.
 
 OpenBackend = Callable[[ModelSettings, Callable[[float], None]], Backend]
@@ -56,13 +57,21 @@ OpenBackend = Callable[[ModelSettings, Callable[[float], None]], Backend]
 def run_loop(core: EngineCore, reader: Reader, end: EngineEnd, activity: Activity) -> None:
     """Step while there is work, wait while there is none, end when the front is gone. `activity` is told what."""
     inbox = reader.inbox
-    told = core.stats()  # The front knows this.
+    told, told_s = core.stats(), time.monotonic()  # The front knows this.
+
+    def has_come_or_gone() -> bool:
+        return core.num_sequences != (told.num_running, told.num_waiting)
 
     def tell(deltas: tuple[Delta, ...] = ()) -> None:
-        nonlocal told
-        told = core.stats()
+        """Say what a step brought. The counters come along where they are news: they'd cost each token some time."""
+        nonlocal told, told_s
         reader.held.send()
-        end.send(StepDone(deltas, told))
+        is_end = not core.has_work or any(delta.finish is not None for delta in deltas)
+        if is_end or has_come_or_gone() or time.monotonic() - told_s >= STATS_S:
+            told, told_s = core.stats(), time.monotonic()
+            end.send(StepDone(deltas, told))
+        else:
+            end.send(StepDone(deltas))
 
     def tell_of_begin(works: list[Work]) -> None:
         """A step may take long; meanwhile the front is to know whom it has taken in, and the watch how many tokens."""
@@ -71,7 +80,7 @@ def run_loop(core: EngineCore, reader: Reader, end: EngineEnd, activity: Activit
                 sequence.has_begun = True
                 end.send(Progress(sequence.request.request_id, "running"))
         activity.begin("step", sum(work.num_run for work in works))
-        if core.num_sequences != (told.num_running, told.num_waiting):
+        if has_come_or_gone():
             tell()
 
     while True:

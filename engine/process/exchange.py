@@ -89,7 +89,7 @@ class Exchange:
                 self.calls.fail(call_id, error.rebuild())
 
     def _take(self, step: StepDone) -> None:
-        self.stats = step.stats
+        self.stats = self.stats if step.stats is None else step.stats
         self.step_begins()
         for delta in step.deltas:
             if delta.finish is not None:

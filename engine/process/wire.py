@@ -152,10 +152,10 @@ class Progress(Struct, frozen=True, tag="progress"):
 
 
 class StepDone(Struct, frozen=True, tag="step"):
-    """All that one step brought, for all requests."""
+    """All that one step brought, for all requests. stats: None where they were told a moment ago."""
 
     deltas: tuple[Delta, ...]
-    stats: Stats
+    stats: Stats | None = None
 
 
 class HeldBlocks(Struct, frozen=True, array_like=True):

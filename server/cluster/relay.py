@@ -101,7 +101,6 @@ class Relay:
         self._unread: dict[str, int] = {}  # The bytes of their prompts, until they have begun.
         self._holdings = ReplicaHoldings()
         self._draining: Draining | None = None
-        self._stats = Stats()
 
     # ---- life ----
 
@@ -231,9 +230,8 @@ class Relay:
                     guest, own_id = self._calls.pop(call_id)
                     guest.tell(replace(message, call_id=own_id))
 
-    def _pass_on(self, deltas: Iterable[Delta], stats: Stats) -> None:
+    def _pass_on(self, deltas: Iterable[Delta], stats: Stats | None) -> None:
         """What one step brought, to those whose requests it ran; to all others that there was one."""
-        self._stats = stats
         theirs: dict[Guest, list[Delta]] = {guest: [] for guest in self._guests}
         for delta in deltas:
             if delta.request_id not in self._requests:
