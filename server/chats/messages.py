@@ -1,15 +1,16 @@
 """Chat messages as clients send them to messages as chat templates expect them.
 
 They are the request's own JSON but for these things. A developer is the system; content that is null is empty; a part
-of text is of the type "text", whatever dialect's name it has; a call's arguments are the object that their text stands
-for, since templates write the JSON themselves; and reasoning has the names that templates know it by, as in
-transformers.
+of text is of the type "text", whatever dialect's name it has; a tool's result is a text; a call is one of a tool, and
+its arguments are the object that their text stands for, since templates write the JSON themselves; and reasoning has
+the names that templates know it by, as in transformers.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
 from tightrope.engine.errors import InvalidRequest
+from tightrope.server.chats.older_calls import bent_calls, with_tool_calls
 from tightrope.server.chats.requests import REASONING, ContentPart, Message, ToolCall
 from tightrope.server.fields.names import Bent
 from tightrope.server.http.body import parse_json
@@ -21,7 +22,7 @@ THOUGHT_TYPES = frozenset({"thinking", "reasoning", "reasoning_text"})  # Mistra
 
 def template_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
     """Messages with content of text or parts of text. Raises InvalidRequest with the place of what is neither."""
-    return [_message(message, f"messages[{place}]") for place, message in enumerate(messages)]
+    return [_message(message, f"messages[{place}]") for place, message in enumerate(with_tool_calls(messages))]
 
 
 def bent_messages(messages: Sequence[Message]) -> list[Bent]:
@@ -29,8 +30,11 @@ def bent_messages(messages: Sequence[Message]) -> list[Bent]:
     bent: list[Bent] = []
     for place, message in enumerate(messages):
         name = f"messages[{place}]"
-        if message.content is None and not message.tool_calls:
+        bent += bent_calls(message, name)
+        if message.content is None and not _calls(message):
             bent.append((f"{name}.content", "null is an empty text"))
+        elif isinstance(message.content, str) and message.given.get("content") != message.content:
+            bent.append((f"{name}.content", "taken as its JSON text"))
         elif isinstance(message.content, list) and message.given.get("content") != [p.given for p in message.content]:
             bent.append((f"{name}.content", "taken as a list of parts"))
         for index, part in enumerate(message.content if isinstance(message.content, list) else ()):
@@ -39,9 +43,15 @@ def bent_messages(messages: Sequence[Message]) -> list[Bent]:
             elif part.given.get("type") != "text":
                 bent.append((f"{name}.content[{index}]", "taken as a part of text"))
         for index, call in enumerate(message.tool_calls or ()):
+            if call.given.get("type") == "":
+                bent.append((f"{name}.tool_calls[{index}].type", "taken as function"))
             if isinstance(call.function.arguments, dict):
                 bent.append((f"{name}.tool_calls[{index}].function.arguments", "an object, as its JSON text"))
     return bent
+
+
+def _calls(message: Message) -> bool:
+    return bool(message.tool_calls) or message.function_call is not None
 
 
 def _message(message: Message, place: str) -> dict[str, Any]:
@@ -57,6 +67,8 @@ def _message(message: Message, place: str) -> dict[str, Any]:
         thoughts = [_thought(part) for _, part in parts if _is_thought(part, message)]
         if thoughts and not made.keys() & set(REASONING):
             made["reasoning_content"] = "\n\n".join(filter(None, thoughts))
+    else:
+        made["content"] = message.content
     if message.tool_calls:
         made["tool_calls"] = [_tool_call(call) for call in message.tool_calls]
     else:
@@ -90,7 +102,7 @@ def _part(part: ContentPart, place: str) -> dict[str, Any]:
 def _tool_call(call: ToolCall) -> dict[str, Any]:
     function: dict[str, Any] = call.given["function"]
     made = {**call.given, "function": {**function, "arguments": _arguments(call.function.arguments)}}
-    return made if "type" in made else {"type": "function", **made}
+    return {"type": "function", **made} | {"type": call.type}
 
 
 def _arguments(arguments: str | dict[str, Any]) -> object:

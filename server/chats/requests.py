@@ -2,9 +2,10 @@
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, ModelWrapValidatorHandler, PrivateAttr, model_validator
+from pydantic import BeforeValidator, Field, ModelWrapValidatorHandler, PrivateAttr, ValidationInfo, model_validator
 
 from tightrope.server.chats.custom_tools import call_in_chats
+from tightrope.server.chats.results import result_text
 from tightrope.server.http.body import EVERY_NAME, Body, ShownBody
 
 # An assistant's thoughts before its words come under these names.
@@ -34,6 +35,16 @@ def _parts(content: object) -> object:
 Content = Annotated[str | list[ContentPart] | None, BeforeValidator(_parts)]
 
 
+def _told(content: object, info: ValidationInfo) -> object:
+    """The content of a message; a tool's result may be any JSON."""
+    return result_text(content) if info.data.get("role") in ("tool", "function") else content
+
+
+def _kind(kind: object) -> object:
+    """Programs write an empty text where they leave the type of a tool out."""
+    return "function" if kind == "" else kind
+
+
 def _object(arguments: object) -> object:
     """PHP's programs write an empty object as an empty list."""
     return {} if arguments == [] else arguments
@@ -50,7 +61,7 @@ class ToolCall(ShownBody):
     """A call in an assistant's earlier turn; one of a custom tool is read as one of its function."""
 
     id: str | None = None
-    type: Literal["function"] = "function"
+    type: Annotated[Literal["function"], BeforeValidator(_kind)] = "function"
     function: FunctionCall
 
 
@@ -59,11 +70,12 @@ class Message(ShownBody):
 
     read_elsewhere = frozenset(REASONING)
 
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Content = None
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: Annotated[Content, BeforeValidator(_told)] = None
     name: str | None = None
     tool_calls: list[Annotated[ToolCall, BeforeValidator(call_in_chats)]] | None = None
     tool_call_id: str | None = None
+    function_call: FunctionCall | None = Field(None, description="The older form of tool_calls: one call alone.")
 
 
 class Function(Body):
@@ -81,7 +93,7 @@ class Tool(ShownBody):
 
     read_elsewhere = EVERY_NAME
 
-    type: Literal["function", "custom"] = "function"
+    type: Annotated[Literal["function", "custom"], BeforeValidator(_kind)] = "function"
     function: Function
 
     _is_bent: bool = PrivateAttr(default=False)
@@ -96,8 +108,8 @@ class Tool(ShownBody):
 
     @property
     def is_bent(self) -> bool:
-        """Whether its function came beside the type, as in other dialects, and not in an object of its own."""
-        return self._is_bent
+        """Whether its type was empty, or its function stood beside it, as in other dialects."""
+        return self._is_bent or self.given.get("type") == ""
 
 
 def _with_function(tool: object) -> object:

@@ -130,4 +130,4 @@ def tool_use(offer: Offer) -> ToolUse | None:
 
 def _shown(tool: Tool) -> dict[str, Any]:
     """As it came, with the type that templates know."""
-    return {"type": "function", **tool.given, **({"type": "function"} if tool.type == "custom" else {})}
+    return {"type": "function", **tool.given} | {"type": "function"}

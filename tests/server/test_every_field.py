@@ -87,10 +87,10 @@ class Watched:
         if not reply.is_success:
             is_told = reply.is_client_error and name in reply.text
             return "refused" if is_told else f"lost: {reply.status_code} {reply.text}"
-        if self.is_listed(reply, name):
-            return "ignored"
         if before and after[0] != before[0]:
             return "asked"
+        if self.is_listed(reply, name):
+            return "ignored"
         return "answered" if after != before else f"lost: {reply.text}"
 
     def is_listed(self, reply: httpx.Response, name: str) -> bool:

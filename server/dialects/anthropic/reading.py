@@ -11,7 +11,7 @@ from tightrope.server.asking import Asked, ask, common, refuse_log_probabilities
 from tightrope.server.chats.offers import Offer, chosen
 from tightrope.server.chats.rendering import RenderedChat, render_chat
 from tightrope.server.chats.requests import Tool
-from tightrope.server.chats.tools import check_tools
+from tightrope.server.chats.tools import bent_tools, check_tools
 from tightrope.server.dialects.anthropic.bodies import AnthropicTool, MessagesRequest, ToolChoice
 from tightrope.server.dialects.anthropic.turns import chat_of, goes_on
 from tightrope.server.fields.names import Bent, Ignored
@@ -45,7 +45,7 @@ def offer(body: MessagesRequest) -> Offer:
 
 
 def _tool(tool: AnthropicTool, place: str) -> Tool:
-    if tool.type not in ("custom", "function"):
+    if tool.type not in ("", "custom", "function"):
         what = f"{tool.type[:40]} is no tool of this server: it runs none of its own, and offers those of clients alone"
         raise InvalidRequest(f"{place}.type: {what}", f"{place}.type")
     for name in ("name", "input_schema"):
@@ -53,7 +53,7 @@ def _tool(tool: AnthropicTool, place: str) -> Tool:
             raise InvalidRequest(f"{place}.{name}: field required", f"{place}.{name}")
     shown = {"name": tool.name, "description": tool.description, "parameters": tool.input_schema, "strict": tool.strict}
     function = {name: value for name, value in shown.items() if value is not None}
-    return Tool.model_validate({"type": "function", "function": function})
+    return Tool.model_validate({"type": tool.type and "function", "function": function})
 
 
 def _wishes(body: MessagesRequest, *, has_thoughts: bool) -> Wishes:
@@ -99,7 +99,7 @@ def asked(front: AppState, body: MessagesRequest, offered: Offer, chat: Rendered
         shown_tokens=chat.plan.marks,
         shows_progress=False,
         ignored=_ignored(body, offered, chat),
-        bent=[*read.bent, *bent],
+        bent=[*read.bent, *bent, *bent_tools(offered.tools)],
         notes=chat.prompt.notes,
     )
     return ask("msg", [TextPrompt(chat.prompt.spans)], read, front.served())

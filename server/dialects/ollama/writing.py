@@ -26,7 +26,7 @@ from tightrope.server.chats.messages import bent_messages
 from tightrope.server.chats.offers import Offer
 from tightrope.server.chats.rendering import RenderedChat, render_chat
 from tightrope.server.chats.requests import Message
-from tightrope.server.chats.tools import check_tools
+from tightrope.server.chats.tools import bent_tools, check_tools
 from tightrope.server.deltas.choices import Choice
 from tightrope.server.dialects.ollama.bodies import OllamaBody, OllamaChat, OllamaGenerate
 from tightrope.server.dialects.ollama.keep_alive import keep_alive_s
@@ -195,7 +195,7 @@ class Chat(_Ollama[OllamaChat]):
     @classmethod
     async def read(cls, front: AppState, body: OllamaChat, request: Request) -> Self:
         check_tools(Offer(body.tools or ()))
-        bent = bent_messages(body.messages) if body.explain else ()
+        bent = [*bent_messages(body.messages), *bent_tools(body.tools or ())] if body.explain else ()
         return cls._read(front, body, await cls._render(front, body, _told(body.messages), request), bent)
 
     @staticmethod

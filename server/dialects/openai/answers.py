@@ -11,7 +11,7 @@ from tightrope.server.fields.logprobs import finite, listed, token_name
 from tightrope.server.replies.events import Call
 from tightrope.server.replies.form import ReplyPlan
 
-FinishReason = Literal["stop", "length", "tool_calls", "error"]
+FinishReason = Literal["stop", "length", "tool_calls", "function_call", "error"]
 
 
 class PromptTokensDetails(BaseModel):
@@ -104,6 +104,7 @@ class ChatMessage(BaseModel):
     reasoning_content: str = Field("", description="What the model has thought before.")
     content: str | None
     tool_calls: list[MadeCall | MadeCustomCall] = []
+    function_call: CalledFunction | None = Field(None, description="The call, where `functions` were asked for.")
 
 
 TokenIds = Annotated[list[int], Field(description="Absent unless return_token_ids asks for it.")]
@@ -183,11 +184,13 @@ class ModelList(BaseModel):
     data: list[ModelCard]
 
 
-def finish_reason(finish: Finish, num_calls: int = 0) -> FinishReason:
-    """OpenAI's word for an end."""
+def finish_reason(finish: Finish, num_calls: int = 0, *, is_older: bool = False) -> FinishReason:
+    """OpenAI's word for an end. is_older: calls are told as those of functions."""
     if finish.reason in ("length", "error"):
         return "length" if finish.reason == "length" else "error"
-    return "tool_calls" if num_calls else "stop"
+    if not num_calls:
+        return "stop"
+    return "function_call" if is_older else "tool_calls"
 
 
 def stop_reason(finish: Finish) -> str | int | None:
@@ -270,15 +273,20 @@ def prompt_logprobs(tokens: Sequence[Token], top: int) -> list[dict[str, Any] | 
     return listed
 
 
-def chat_message(text: str, plan: ReplyPlan, *, is_cut: bool) -> dict[str, Any]:
-    """The assistant's message, with the thoughts and calls that are in its text; is_cut: it had more to say."""
+def chat_message(text: str, plan: ReplyPlan, *, is_cut: bool, is_older: bool) -> dict[str, Any]:
+    """The assistant's message, with the thoughts and calls that are in its text.
+
+    is_cut: it had more to say; is_older: its one call is told as that of a function.
+    """
     reply = plan.whole(text, is_cut=is_cut)
     message: dict[str, Any] = {"role": "assistant"}
     if reply.thought:
         message["reasoning_content"] = reply.thought
     if not reply.calls:
         return {**message, "content": reply.content}
-    return {**message, "content": reply.content or None, "tool_calls": [_made(call) for call in reply.calls]}
+    made = [_made(call) for call in reply.calls]
+    calls = {"function_call": made[0]["function"]} if is_older else {"tool_calls": made}
+    return {**message, "content": reply.content or None, **calls}
 
 
 def _made(call: Call) -> dict[str, Any]:

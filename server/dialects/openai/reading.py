@@ -66,8 +66,8 @@ def chat_asked(body: ChatRequest, chat: RenderedChat, served: Served) -> Asked:
         ],
         notes=prompt.notes,
     )
-    bent = [*read.bent, *bent_messages(body.messages), *bent_tools(body.tools or ()), *bent_choice(body.tool_choice)]
-    read = replace(read, bent=bent if body.explain else ())
+    bent = [*bent_messages(body.messages), *body.older, *bent_tools(body.tools or ()), *bent_choice(body.tool_choice)]
+    read = replace(read, bent=[*read.bent, *bent] if body.explain else ())
     return ask("chatcmpl", [TextPrompt(prompt.spans, body.add_special_tokens)], read, served)
 
 

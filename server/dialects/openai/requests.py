@@ -4,14 +4,16 @@ The sampling fields here are those that our API page shows; server/fields/sampli
 siblings. Other fields are refused, or ignored and listed.
 """
 
-from typing import Annotated, Any, Literal
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, ModelWrapValidatorHandler, PrivateAttr, model_validator
 
 from tightrope.server.asking import AnswerBody
 from tightrope.server.chats.custom_tools import tool_in_chats
+from tightrope.server.chats.older_calls import with_tools
 from tightrope.server.chats.requests import Message, Tool
-from tightrope.server.fields.names import api_field
+from tightrope.server.fields.names import Bent, api_field
 from tightrope.server.fields.numbers import MAX_INT
 from tightrope.server.http.body import Body, FirstErrorOnly
 from tightrope.server.http.token_ids import Ids
@@ -104,6 +106,21 @@ class ChatRequest(SamplingBody):
         None, description='"none", "auto", "required" or {"type": "function", "function": {"name": ...}}.'
     )
     parallel_tool_calls: bool = Field(True, description="Whether one answer may hold several calls.")
+
+    _older: Sequence[Bent] = PrivateAttr(())
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _with_tools(cls, data: object, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        placed, older = with_tools(data)
+        made = handler(placed)
+        made._older = older
+        return made
+
+    @property
+    def older(self) -> Sequence[Bent]:
+        """The fields of functions that came for those of tools; where there are any, a call is told as theirs."""
+        return self._older
 
 
 class CompletionRequest(SamplingBody):

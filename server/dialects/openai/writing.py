@@ -106,8 +106,8 @@ class _OpenAI(Dialect[S]):
         return {} if top is None else {"prompt_logprobs": prompt_logprobs(choice.prompt.tokens or (), top)}
 
 
-def _message_delta(event: Event) -> bytes | None:
-    """What a piece of an answer adds to its message."""
+def _message_delta(event: Event, *, is_older: bool) -> bytes | None:
+    """What a piece of an answer adds to its message. is_older: its one call is told as that of a function."""
     match event:
         case Content(text):
             return b'{"content":%b}' % encode(text)
@@ -118,6 +118,10 @@ def _message_delta(event: Event) -> bytes | None:
             return encode({"tool_calls": [{"index": index, "id": call_id, "type": "custom", "custom": custom}]})
         case CallInput(index=index, text=text):
             return encode({"tool_calls": [{"index": index, "custom": {"input": text}}]})
+        case CallBegin(name=name) if is_older:
+            return encode({"function_call": {"name": name, "arguments": ""}})
+        case CallArguments(text=text) if is_older:
+            return encode({"function_call": {"arguments": text}})
         case CallBegin(index=index, call_id=call_id, name=name):
             function = {"name": name, "arguments": ""}
             return encode({"tool_calls": [{"index": index, "id": call_id, "type": "function", "function": function}]})
@@ -135,6 +139,7 @@ class Chat(_OpenAI[ChatRequest]):
     def __init__(self, asked: Asked, body: ChatRequest, plan: ReplyPlan) -> None:
         super().__init__(asked, body)
         self._plan = plan
+        self._is_older = bool(body.older)
         self._is_plain = plan.reader() is None and not body.logprobs and not self._shows_ids
         self._readers: dict[int, ReplyReader | None] = {}  # A choice is here once it has begun.
 
@@ -159,7 +164,8 @@ class Chat(_OpenAI[ChatRequest]):
         if reader is not None:
             events = reader.feed(delta.text)
             events += [] if delta.finish is None else reader.finish(is_cut=is_cut(delta.finish))
-        pieces = [piece for piece in map(_message_delta, events) if piece is not None]
+        made = [_message_delta(event, is_older=self._is_older) for event in events]
+        pieces = [piece for piece in made if piece is not None]
         logprobs = encode(chat_logprobs(delta.tokens)) if self._body.logprobs and delta.tokens else b"null"
         ids = b',"token_ids":' + encode(self._ids(delta.tokens)["token_ids"]) if self._shows_ids else b""
         for piece in pieces or ([b'{"content":""}'] if logprobs != b"null" or (ids and delta.tokens) else []):
@@ -168,8 +174,9 @@ class Chat(_OpenAI[ChatRequest]):
             logprobs, ids = b"null", b""  # They come once.
         if delta.finish is not None:
             num_calls = 0 if reader is None else reader.num_calls
-            reasons = encode(finish_reason(delta.finish, num_calls)), encode(stop_reason(delta.finish))
-            event += self._chunk(number, CLOSED + b'%b,"stop_reason":%b' % reasons)
+            reason = finish_reason(delta.finish, num_calls, is_older=self._is_older)
+            ends = encode(reason), encode(stop_reason(delta.finish))
+            event += self._chunk(number, CLOSED + b'%b,"stop_reason":%b' % ends)
         return event if ending is None else event + self._last_chunks(ending)
 
     def whole(self, choices: Sequence[Choice], ending: Ending) -> object:
@@ -181,12 +188,13 @@ class Chat(_OpenAI[ChatRequest]):
         return chunk.removesuffix(self._suffix) + b"}]", told, self._suffix.removeprefix(b"}]")
 
     def _choice(self, index: int, choice: Choice) -> dict[str, Any]:
-        message = chat_message(choice.text, self._plan, is_cut=is_cut(choice.finish))
+        message = chat_message(choice.text, self._plan, is_cut=is_cut(choice.finish), is_older=self._is_older)
+        num_calls = len(message.keys() & {"tool_calls", "function_call"})
         return {
             "index": index,
             "message": message,
             "logprobs": chat_logprobs(choice.tokens) if self._body.logprobs else None,
-            "finish_reason": finish_reason(choice.finish, len(message.get("tool_calls", ()))),
+            "finish_reason": finish_reason(choice.finish, num_calls, is_older=self._is_older),
             "stop_reason": stop_reason(choice.finish),
             **self._scored_prompt(choice),
             **self._ids(choice.tokens),

@@ -88,6 +88,8 @@ class _Chat:
     def _output(self, item: InputItem, place: str) -> None:
         self._close()
         call_id = _required(item.call_id, f"{place}.call_id")
+        if isinstance(item.output, str) and item.output != item.given["output"]:
+            self.bent.append((f"{place}.output", "taken as its JSON text"))
         made = {"role": "tool", "tool_call_id": call_id, "content": self._content(item.output, f"{place}.output")}
         if (name := item.name or self._names.get(call_id)) is not None:
             made["name"] = name

@@ -13,7 +13,7 @@ from tightrope.server.chats.fitting import render_fitting, room_for_prompt
 from tightrope.server.chats.offers import Offer, bent_choice, chosen
 from tightrope.server.chats.rendering import RenderedChat, render_chat
 from tightrope.server.chats.requests import Message, Tool
-from tightrope.server.chats.tools import check_tools
+from tightrope.server.chats.tools import bent_tools, check_tools
 from tightrope.server.dialects.responses.items import NOT_STORED, chat_of
 from tightrope.server.dialects.responses.requests import MAX_KEY, MAX_VALUE, ResponsesRequest, ResponsesTool
 from tightrope.server.fields.names import Bent, Ignored
@@ -49,10 +49,13 @@ def check(body: ResponsesRequest, front: AppState) -> None:
 
 def offer(body: ResponsesRequest) -> Offer:
     """The tools and the choice among them as chats have them. Raises InvalidRequest for tools that are no functions."""
-    tools = [_tool(tool, f"tools[{index}]") for index, tool in enumerate(body.tools or ())]
-    made = chosen(tools, body.tool_choice, parallel_calls=body.parallel_tool_calls)
+    made = chosen(_tools(body), body.tool_choice, parallel_calls=body.parallel_tool_calls)
     check_tools(made)
     return made
+
+
+def _tools(body: ResponsesRequest) -> list[Tool]:
+    return [_tool(tool, f"tools[{index}]") for index, tool in enumerate(body.tools or ())]
 
 
 def _tool(tool: ResponsesTool, place: str) -> Tool:
@@ -61,13 +64,13 @@ def _tool(tool: ResponsesTool, place: str) -> Tool:
             return Tool.model_validate({"type": "custom", "function": function_of(tool.given)})
         except ValueError as error:
             raise InvalidRequest(f"{place}: {error}", place) from None
-    if tool.type != "function":
+    if tool.type not in ("", "function"):
         what = f"{tool.type[:40]} is no tool of this server: it runs none itself, and offers functions and custom ones"
         raise InvalidRequest(f"{place}.type: {what}", f"{place}.type")
     if tool.name is None:
         raise InvalidRequest(f"{place}.name: field required", f"{place}.name")
     function = {name: value for name, value in tool.given.items() if name != "type"}
-    return Tool.model_validate({"type": "function", "function": function})
+    return Tool.model_validate({"type": tool.type, "function": function})
 
 
 async def rendered(
@@ -99,7 +102,7 @@ def asked(front: AppState, body: ResponsesRequest, offered: Offer, chat: Rendere
     """What the engine is asked, once the prompt is rendered. Raises InvalidRequest."""
     read = common(body, front.served())
     top = body.top_logprobs if LOGPROBS not in body.include else body.top_logprobs or 0
-    bent = [*read.bent, *chat_bent, *bent_choice(body.tool_choice)]
+    bent = [*read.bent, *chat_bent, *bent_tools(_tools(body)), *bent_choice(body.tool_choice)]
     if body.reasoning.wants_summary:
         bent.append(("reasoning.summary", "the thoughts, as they are"))
     read = replace(

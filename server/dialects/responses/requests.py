@@ -6,6 +6,7 @@ from pydantic import BeforeValidator, Field
 
 from tightrope.server.asking import AnswerBody
 from tightrope.server.chats.requests import Content
+from tightrope.server.chats.results import result_text
 from tightrope.server.fields.names import api_field
 from tightrope.server.fields.numbers import MAX_INT
 from tightrope.server.http.body import EVERY_NAME, Body, FirstErrorOnly, ShownBody
@@ -20,7 +21,7 @@ class ReasoningText(Body):
     text: str = ""
 
 
-class InputItem(Body):
+class InputItem(ShownBody):
     """A message, a call, a call's output, or what the model has thought."""
 
     read_elsewhere = frozenset({"id", "status"})
@@ -36,7 +37,9 @@ class InputItem(Body):
     name: str | None = Field(None, description="Of the function that is called.")
     arguments: str | dict[str, Any] | None = Field(None, description="A JSON object, or its text.")
     input: str | None = Field(None, description="Of a custom tool's call: a text.")
-    output: Content = Field(None, description="Text or parts of text.")
+    output: Annotated[Content, BeforeValidator(result_text)] = Field(
+        None, description="Text or parts of text; of any other JSON its text."
+    )
     summary: list[ReasoningText] | None = Field(None, description="Of reasoning, where its text is not there.")
     encrypted_content: str | None = Field(None, description="Of reasoning, as this server has given it.")
 

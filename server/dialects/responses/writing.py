@@ -242,7 +242,7 @@ def _head(asked: Asked, body: ResponsesRequest) -> Json:
         "temperature": asked.requests[0].sampling.temperature,
         "text": {"format": shape},
         "tool_choice": body.tool_choice or "auto",
-        "tools": [{"type": "function", **tool.given} for tool in body.tools or ()],
+        "tools": [{**tool.given, "type": tool.type or "function"} for tool in body.tools or ()],
         "top_logprobs": body.top_logprobs or 0,
         "top_p": asked.requests[0].sampling.top_p,
         "truncation": body.truncation,
