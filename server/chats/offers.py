@@ -51,14 +51,14 @@ def offer_of(body: OffersTools) -> Offer:
 
 def chosen(tools: Sequence[Tool], tool_choice: str | Mapping[str, Any] | None, *, parallel_calls: bool = True) -> Offer:
     """The tools with the choice among them. Raises InvalidRequest for one that there isn't, or that nothing fits."""
+    word, named = _word(tool_choice), None
     if isinstance(tool_choice, Mapping) and tool_choice.get("type") == "allowed_tools":
-        tools, choice = _allowed(tools, tool_choice)
-        return Offer(tools, choice, None, parallel_calls)
-    if (word := _word(tool_choice)) is None:
-        return Offer(tools, "required", _known(_name(tool_choice), tools, "tool_choice"), parallel_calls)
+        tools, word = _allowed(tools, tool_choice)
+    elif word is None:
+        word, named = "required", _known(_name(tool_choice), tools, "tool_choice")
     if word == "required" and not tools:
         raise InvalidRequest("tool_choice is only allowed when tools are given", "tool_choice")
-    return Offer(tools, word, None, parallel_calls)
+    return Offer(tools, word, named, parallel_calls)
 
 
 def bent_choice(tool_choice: str | Mapping[str, Any] | None) -> list[Bent]:

@@ -484,6 +484,7 @@ async def test_what_is_null_in_a_schema_is_absent(http: httpx.AsyncClient) -> No
         {"type": "function", "function": {"name": "other"}},
         {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [tool("other")]}},
         {"type": "allowed_tools", "allowed_tools": {"mode": "some", "tools": []}},
+        {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": []}},
         {"type": "allowed_tools"},
         {"type": "function"},
         {"type": "web_search"},
