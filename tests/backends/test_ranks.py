@@ -34,7 +34,7 @@ SETTINGS = ModelSettings(
     adapter_folder=str(ADAPTERS),
 )
 PROMPT, OTHER = tuple(range(5, 45)), tuple(range(60, 20, -1))
-PATIENCE_S = 60
+PATIENCE_S = 240
 
 _fresh_ids = itertools.count()
 

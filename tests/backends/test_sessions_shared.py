@@ -17,7 +17,7 @@ from tightrope.backends.sessions.folder import Folder
 from tightrope.backends.sessions.piece import Piece
 from tightrope.backends.sessions.store import RunStore
 
-WAIT_S = 60
+WAIT_S = 240
 Open = Callable[..., RunStore]
 
 

@@ -19,7 +19,7 @@ from tightrope.backends.sessions.store import RunStore
 
 pytestmark = pytest.mark.quick
 
-WAIT_S = 60
+WAIT_S = 240
 
 
 def put(store: RunStore, *pieces: Piece) -> None:

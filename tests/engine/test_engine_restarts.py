@@ -240,7 +240,7 @@ async def test_the_pause_starts_anew_once_an_engine_has_answered(caplog: pytest.
 
 
 async def test_a_stopped_engine_is_killed_and_what_waited_is_answered(caplog: pytest.LogCaptureFixture):
-    async with running(short_lived(stuck_s=0.5)) as client:
+    async with running(short_lived(stuck_s=2.0)) as client:
         send_to_engine(client, signal.SIGSTOP)
         assert await asyncio.wait_for(answer(client, ask("r", "hello")), PATIENCE_S) == expected("hello")
         assert client.restarts == 1

@@ -14,7 +14,7 @@ from real_server import run_server
 
 def counter(url: str, name: str) -> float:
     """A counter of /metrics."""
-    (value,) = re.findall(rf"^{name}(?:_total)? (\S+)$", httpx.get(f"{url}/metrics").text, re.MULTILINE)
+    (value,) = re.findall(rf"^{name}(?:_total)? (\S+)$", httpx.get(f"{url}/metrics", timeout=60).text, re.MULTILINE)
     return float(value)
 
 
@@ -329,7 +329,7 @@ def test_every_field_of_the_page_is_one_that_the_server_honours(browser: Browser
 
 
 def test_the_memory_is_shown_as_a_bar(browser: Browser, server_url: str):
-    plan = httpx.get(f"{server_url}/plan").json()
+    plan = httpx.get(f"{server_url}/plan", timeout=60).json()
     with chat_page(browser, server_url) as visit:
         visit.page.get_by_role("button", name="Settings", exact=True).click()
         pieces = visit.page.locator(".plan span")

@@ -268,7 +268,7 @@ def test_an_adapter_with_the_name_of_the_model_stops_the_start() -> None:
     base = str(ADAPTERS / "llama-bf16")
     options = ["--model", base, "--port=0", "--lora", f"llama-bf16={ADAPTERS / 'llama-lora-r4'}"]
     command = [sys.executable, "-m", "tightrope", "serve", *options]
-    result = subprocess.run(command, capture_output=True, text=True, env=clean_environment(), timeout=120)
+    result = subprocess.run(command, capture_output=True, text=True, env=clean_environment(), timeout=600)
 
     reason = "--lora: 'llama-bf16' means the model itself; give the adapter another name"
     assert (result.returncode, result.stderr) == (1, f"tightrope: {reason}\n")

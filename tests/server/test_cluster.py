@@ -15,7 +15,7 @@ import psutil
 import pytest
 from real_server import RunningServer, clean_environment, started
 
-PATIENCE_S = 120.0
+PATIENCE_S = 300.0
 OPTIONS = ("--port", "0", "--replicas", "2", "--threads", "1", "--max-model-len", "1024", "--kv-cache-tokens", "4096")
 
 
@@ -39,7 +39,7 @@ def until(holds: Callable[[], bool]) -> None:
 
 def of_replicas(url: str, name: str) -> Mapping[str, float]:
     """What /metrics tells of each replica."""
-    text = httpx.get(f"{url}/metrics").text
+    text = httpx.get(f"{url}/metrics", timeout=60).text
     found = re.findall(rf'^tightrope_replica_{name}{{replica="([^"]+)"}} (\S+)$', text, re.MULTILINE)
     return {replica: float(value) for replica, value in found}
 

@@ -25,7 +25,7 @@ BROKEN = Host(
 
 def run_command(*arguments: str) -> subprocess.CompletedProcess[str]:
     line = [sys.executable, "-m", "tightrope", "doctor", *arguments]
-    return subprocess.run(line, capture_output=True, text=True, env=clean_environment(), timeout=120)
+    return subprocess.run(line, capture_output=True, text=True, env=clean_environment(), timeout=600)
 
 
 def test_it_tells_what_there_is_and_tries_every_kernel():

@@ -303,7 +303,7 @@ async def test_the_server_is_not_ready_before_its_embedding_models_are():
                 assert reply.status_code == 503, path
                 assert "still loading" in reply.json()["error"]["message"]
         goes_on.set()
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(240):
             while (await http.get("/health")).status_code != 200:
                 await asyncio.sleep(0)  # Without a socket nothing here waits.
         await post(http, "/v1/embeddings", input="a")

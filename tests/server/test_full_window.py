@@ -47,7 +47,7 @@ def reused(url: str, prompt: list[int], **fields: Any) -> tuple[int, int]:  # no
 
 
 def metric(url: str, name: str) -> float:
-    (value,) = re.findall(rf"^{name} (\S+)$", httpx.get(f"{url}/metrics").text, re.MULTILINE)
+    (value,) = re.findall(rf"^{name} (\S+)$", httpx.get(f"{url}/metrics", timeout=60).text, re.MULTILINE)
     return float(value)
 
 
@@ -94,7 +94,7 @@ def test_greedy_text_over_exact_tokens_is_that_of_a_server_that_never_saw_the_ch
 
 
 def test_another_kind_of_reuse_is_refused_by_name(url: str) -> None:
-    reply = httpx.post(f"{url}/v1/completions", json={"prompt": DROPPED, "cache_reuse": "approximate"})
+    reply = httpx.post(f"{url}/v1/completions", json={"prompt": DROPPED, "cache_reuse": "approximate"}, timeout=60)
 
     assert reply.status_code == 400
     assert "cache_reuse" in reply.json()["error"]["message"]
@@ -111,13 +111,13 @@ def test_a_server_with_nothing_else_to_do_computes_moved_tokens_again() -> None:
     with run_server("--model", FOLDER) as running:
         reused(running.url, FULL)
         assert reused(running.url, DROPPED)[1] == NUM_MOVED
-        patience = time.monotonic() + 60
+        patience = time.monotonic() + 240
         while reused(running.url, DROPPED)[1]:
             assert time.monotonic() < patience
 
         assert reused(running.url, [*DROPPED, 7], cache_reuse="exact") == (len(DROPPED), 0)
         assert metric(running.url, "tightrope_healed_tokens_total") > 0
-        assert httpx.get(f"{running.url}/health").status_code == 200
+        assert httpx.get(f"{running.url}/health", timeout=60).status_code == 200
 
 
 def test_llama_cpp_moves_tokens_too_and_they_are_computed_again(tmp_path: Path) -> None:
@@ -126,7 +126,7 @@ def test_llama_cpp_moves_tokens_too_and_they_are_computed_again(tmp_path: Path) 
         assert "what stands behind a removed message is moved" in running.output
         assert reused(running.url, FULL) == (0, 0)
         assert reused(running.url, DROPPED) == (len(SYSTEM) + len(SECOND), len(SECOND))
-        patience = time.monotonic() + 60
+        patience = time.monotonic() + 240
         while reused(running.url, DROPPED)[1]:
             assert time.monotonic() < patience
 

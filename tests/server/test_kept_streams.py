@@ -100,7 +100,7 @@ async def cut(port: int, raw: bytes, num_bytes: int) -> str:
 async def test_of_streams_cut_anywhere_and_several_times_nothing_is_lost_or_doubled() -> None:
     rng = random.Random(1)
     body = {**PATHS["/v1/completions"], "max_tokens": 200}
-    async with serving(letters) as port, httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as http:
+    async with serving(letters) as port, httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60) as http:
         whole = (await http.post("/v1/completions", json=body)).text
         for _ in range(20):
             raw = request("/v1/completions", body, "x-resumable: 1")
@@ -123,7 +123,7 @@ async def test_who_counts_bytes_goes_on_in_the_middle_of_an_event() -> None:
     body = {**PATHS["/v1/completions"], "max_tokens": 200}
     asked = request("/v1/completions", body, "x-conversation-id: a chat::some/model")
     conversation = {"conv_id": "a chat::some/model"}
-    async with serving(letters) as port, httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as http:
+    async with serving(letters) as port, httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60) as http:
         whole = (await http.post("/v1/completions", json=body)).text
         for _ in range(5):
             had = (await cut(port, asked, rng.randrange(700, 20_000))).partition("\n\n")[2]
@@ -249,7 +249,7 @@ async def test_a_named_stream_is_written_for_a_client_that_left_before_its_first
         return letters(token_ids)
 
     body = PATHS["/v1/completions"]
-    async with serving(waits) as port, httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as http:
+    async with serving(waits) as port, httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60) as http:
         for name in ("read", "stopped"):
             _, writer = await asyncio.open_connection("127.0.0.1", port)
             writer.write(request("/v1/completions", body, f"x-conversation-id: {name}"))
@@ -276,7 +276,7 @@ LONG = {**PATHS["/v1/completions"], "max_tokens": 900}
 
 
 async def test_a_stream_is_written_on_without_its_client_until_it_is_stopped() -> None:
-    async with serving(letters) as port, httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as http:
+    async with serving(letters) as port, httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60) as http:
         head = (await cut(port, request("/v1/completions", LONG, "x-resumable: 1"), 800)).lower()
         found = re.search(r"x-stream-id: (\S+)", head)
         assert found
@@ -293,7 +293,7 @@ async def test_a_stream_is_written_on_without_its_client_until_it_is_stopped() -
 async def test_a_stream_that_nobody_reads_is_given_up_in_time() -> None:
     async with (
         serving(letters, keep_streams_s=0.001) as port,
-        httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as http,
+        httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60) as http,
     ):
         text = await cut(port, request("/v1/completions", LONG, "x-resumable: 1"), 800)
         stream_id = re.findall(r"x-stream-id: (\S+)", text)[0]

@@ -183,7 +183,7 @@ async def test_two_apps_count_apart():
 @pytest.mark.plain
 def test_the_real_server_counts_a_request_and_what_it_found_in_the_cache(server: RunningServer):
     def counts() -> dict[str, float]:
-        return parse(httpx.get(f"{server.url}/metrics").text)
+        return parse(httpx.get(f"{server.url}/metrics", timeout=60).text)
 
     before = counts()
     for _ in range(2):

@@ -31,7 +31,7 @@ def serve(folder: Path, *options: str) -> tuple[int, int, str]:
     """(exit status, most memory in MiB, what went to stderr)."""
     tightrope = [sys.executable, "-m", "tightrope", "serve", str(folder), "--port=0", *options]
     command = [sys.executable, "-c", MEASURED, *tightrope]
-    result = subprocess.run(command, capture_output=True, text=True, env=clean_environment(), timeout=120)
+    result = subprocess.run(command, capture_output=True, text=True, env=clean_environment(), timeout=600)
     status, most = map(int, result.stdout.split())
     return status, most, result.stderr
 

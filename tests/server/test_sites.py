@@ -231,7 +231,7 @@ async def test_a_page_behind_a_proxy_that_ends_tls_is_this_servers_own() -> None
     behind = {"host": "box.example", "origin": "https://box.example"}
     async with (
         serving(allowed_hosts="box.example") as port,
-        httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as http,
+        httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60) as http,
     ):
         told, silent = await asyncio.gather(
             http.post("/v1/completions", json=ASKED, headers={**behind, "x-forwarded-proto": "https"}),

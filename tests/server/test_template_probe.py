@@ -3,6 +3,7 @@
 from collections.abc import AsyncIterator
 
 import pytest
+from served_app import PATIENCE_S
 
 from tightrope.engine.types import ModelInfo, Span
 from tightrope.server.http.errors import TemplateFailed
@@ -32,7 +33,7 @@ def info(source: str) -> ModelInfo:
 
 @pytest.fixture
 async def renderer() -> AsyncIterator[TemplateRenderer]:
-    renderer = TemplateRenderer(timeout_s=2.0)
+    renderer = TemplateRenderer(timeout_s=PATIENCE_S)
     yield renderer
     await renderer.close()
 
@@ -213,7 +214,9 @@ async def test_a_broken_template_is_told_of_and_an_endless_one_is_not_waited_for
 ) -> None:
     (note,) = await ChatTemplate(info("{% if %}")).notes(renderer)
     assert "can't write even a word" in note
-    assert await facts(renderer, ENDLESS) == UNKNOWN
+    hasty = TemplateRenderer(timeout_s=2.0)
+    assert await facts(hasty, ENDLESS) == UNKNOWN
+    await hasty.close()
 
 
 CALL = {"id": "1", "type": "function", "function": {"name": "ring", "arguments": {"times": 3}}}

@@ -170,7 +170,7 @@ def test_a_model_that_is_still_loading_has_no_numbers_yet():
 @pytest.mark.plain
 def test_the_real_server_tells_a_router_what_it_found_in_its_cache(server: RunningServer):
     def counts() -> dict[str, float]:
-        found = parse(httpx.get(f"{server.url}/metrics").text)
+        found = parse(httpx.get(f"{server.url}/metrics", timeout=60).text)
         return {name.partition("{")[0]: value for name, value in found.items() if name.startswith("vllm:")}
 
     body = {"prompt": "Six seven eight nine ten eleven", "max_tokens": 2, "ignore_eos": True}

@@ -19,7 +19,7 @@ from tightrope.engine.sampler.steps import SamplingParams
 from tightrope.engine.settings import EngineSettings, LifeSettings, LimitSettings
 from tightrope.engine.types import GenerateRequest, Span, StopRules, TextPrompt
 
-PATIENCE_S = 60.0  # a busy machine starts a process in some seconds
+PATIENCE_S = 240.0  # a busy machine starts a process in some seconds
 FAKE_ENGINE = SUPPORT / "fake_engine.py"
 
 

@@ -23,7 +23,7 @@ from tightrope.server.settings.settings import ServerSettings
 from tightrope.server.state import front_of
 
 GIB = 1 << 30
-PATIENCE_S = 60.0
+PATIENCE_S = 240.0
 
 
 @dataclass(slots=True)

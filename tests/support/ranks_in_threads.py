@@ -18,7 +18,7 @@ from tightrope.kernels.forms.layout import CacheDtype, CacheFormat, LayerCache
 from tightrope.kernels.forms.low_rank import AdapterRows
 
 PAGES_EACH = 4
-WAIT_S = 60.0
+WAIT_S = 240.0
 
 
 class Meeting:

@@ -17,7 +17,7 @@ from tightrope.server.cluster.pool import Pool
 from tightrope.server.cluster.relay import Relay
 
 LOOPBACK = "127.0.0.1"
-START_S = 120.0
+START_S = 300.0
 
 
 @dataclass

@@ -11,7 +11,7 @@ from fake_api import NextToken, application
 
 from tightrope.server.http.connections import Connection
 
-PATIENCE_S = 30
+PATIENCE_S = 120
 
 
 class Server(uvicorn.Server):

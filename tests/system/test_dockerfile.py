@@ -333,7 +333,7 @@ def test_the_start_line_serves_the_bundled_model_under_tgis_words(served: Runnin
         long = client.post("/generate", json={"inputs": "word " * 120, "parameters": {"max_new_tokens": 1}})
         assert long.status_code == 422
         assert "`inputs` must have less than 100 tokens. Given: 12" in long.json()["error"]
-    assert httpx.post(f"{served.url}/generate", json=body).status_code == 401
+    assert httpx.post(f"{served.url}/generate", json=body, timeout=60).status_code == 401
 
 
 @pytest.mark.plain

@@ -110,17 +110,17 @@ def test_a_whole_answer_over_http_1_0_tells_its_length(url: str) -> None:
 
 
 def test_head_answers_as_get_does_wherever_get_is(url: str) -> None:
-    paths = [path for path, item in httpx.get(f"{url}/openapi.json").json()["paths"].items() if "get" in item]
+    paths = [path for path, item in httpx.get(f"{url}/openapi.json", timeout=60).json()["paths"].items() if "get" in item]
     assert len(paths) > 25
     for path in (*paths, "/docs", "/openapi.json", "/nothing"):
         asked = path.replace("{model}", "nothing").replace("{stream_id}", "nothing")
-        whole, head = httpx.get(url + asked), httpx.head(url + asked)
+        whole, head = httpx.get(url + asked, timeout=60), httpx.head(url + asked, timeout=60)
         assert (head.status_code, head.content) == (whole.status_code, b""), path
         assert head.headers["content-type"] == whole.headers["content-type"] if whole.content else True
-    reply = httpx.head(f"{url}/v1/completions")
+    reply = httpx.head(f"{url}/v1/completions", timeout=60)
     assert (reply.status_code, reply.headers["allow"]) == (405, "OPTIONS, POST")
-    assert httpx.options(f"{url}/v1/models").headers["allow"] == "GET, HEAD, OPTIONS"
-    assert httpx.get(f"{url}/v1/health").status_code == 200
+    assert httpx.options(f"{url}/v1/models", timeout=60).headers["allow"] == "GET, HEAD, OPTIONS"
+    assert httpx.get(f"{url}/v1/health", timeout=60).status_code == 200
 
 
 def test_a_stream_that_only_its_head_is_asked_of_is_not_read(url: str) -> None:
@@ -129,7 +129,7 @@ def test_a_stream_that_only_its_head_is_asked_of_is_not_read(url: str) -> None:
         f"{url}/v1/completions", json={"prompt": "a", "max_tokens": 3, "stream": True}, headers=headers, timeout=60
     )
     stream = f"{url}/v1/stream/{began.headers['x-stream-id']}"
-    assert httpx.head(stream).status_code == 200
+    assert httpx.head(stream, timeout=60).status_code == 200
     assert httpx.get(stream, timeout=60).text.endswith("data: [DONE]\n\n")
 
 
@@ -137,7 +137,7 @@ def test_a_stream_that_only_its_head_is_asked_of_is_not_read(url: str) -> None:
     "path", ["/v1//models", "//v1/models", "/v1/v1/models", "/v1/models/", "//v1//v1//models//", "/v1/v1/v1/models"]
 )
 def test_doubled_slashes_and_a_doubled_v1_reach_their_route(url: str, path: str) -> None:
-    assert httpx.get(url + path).json()["data"]
+    assert httpx.get(url + path, timeout=60).json()["data"]
 
 
 @pytest.mark.parametrize(
@@ -176,6 +176,6 @@ def test_a_preflight_of_a_named_origin_is_let_in_with_what_sdks_send(url: str, h
         ("/v1/models", "HEAD"),
         ("/v1/stream/x", "DELETE"),
     ):
-        reply = httpx.options(url + path, headers={**asked, "access-control-request-method": method})
+        reply = httpx.options(url + path, headers={**asked, "access-control-request-method": method}, timeout=60)
         assert (reply.status_code, reply.headers["access-control-allow-origin"]) == (200, PAGE)
         assert reply.headers["access-control-allow-headers"] == headers

@@ -62,5 +62,5 @@ def test_answers_go_on_as_the_text_that_they_would_have_been(own_server: Running
         assert found == expected
 
     assert own_server.errors().count("killed by SIGKILL") == NUM_KILLS
-    metrics = httpx.get(f"{own_server.url}/metrics").text
+    metrics = httpx.get(f"{own_server.url}/metrics", timeout=60).text
     assert f"tightrope_engine_restarts_total {NUM_KILLS}.0" in metrics.splitlines()

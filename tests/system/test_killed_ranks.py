@@ -54,7 +54,7 @@ def answer(server: RunningServer, number: int, at: int = 0, do: Callable[[], obj
 
 def wait_until_healthy(server: RunningServer) -> None:
     deadline = time.monotonic() + PATIENCE_S
-    while httpx.get(f"{server.url}/health").status_code != 200:
+    while httpx.get(f"{server.url}/health", timeout=60).status_code != 200:
         assert time.monotonic() < deadline, "no engine came back"
 
 

@@ -112,7 +112,7 @@ def test_the_crash_of_one_engine_does_not_touch_the_other(both: RunningServer) -
     assert youngest.is_running()
     until(lambda: ask(both, "smol").status_code == 200)
     assert said(both, "smol") == first["smol"]
-    assert httpx.get(f"{both.url}/health").status_code == 200
+    assert httpx.get(f"{both.url}/health", timeout=60).status_code == 200
 
 
 @pytest.mark.slow
@@ -193,7 +193,7 @@ def test_the_only_model_sleeps_when_it_idles_and_comes_back() -> None:
     with run_server("--max-model-len", "1024", "--sleep-idle-seconds", "1") as server:
         first = said(server, "")
         until(lambda: not engines(server))
-        assert httpx.get(f"{server.url}/health").status_code == 200
+        assert httpx.get(f"{server.url}/health", timeout=60).status_code == 200
         assert said(server, "") == first
         assert len(engines(server)) == 1
 

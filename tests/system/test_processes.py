@@ -24,7 +24,7 @@ from tightrope.server.prompts.template_worker import RenderJob
 
 TINY = DATA / "adapters" / "llama-bf16"
 SCRIPT = (str(Path(sys.executable).with_name("tightrope")),)
-PATIENCE_S = 60  # two busy cores need some ten seconds to start a server
+PATIENCE_S = 240  # two busy cores need some ten seconds to start a server
 # Modules of Python, of ours and of what we use, that some process of a server imports after its start.
 HOSTILE = ("queue", "json", "socket", "asyncio", "logging", "ctypes", "runpy", "jinja2", "torch", "uvicorn", "msgspec")
 ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
@@ -244,7 +244,7 @@ def test_a_server_serves_without_its_streams(streams: str):
         process = psutil.Process(front.pid)
         wait_for(lambda: listening(process), "the port")
         url = f"http://127.0.0.1:{listening(process)[0]}"
-        wait_for(lambda: httpx.get(f"{url}/health").status_code == 200, "the model")
+        wait_for(lambda: httpx.get(f"{url}/health", timeout=60).status_code == 200, "the model")
         answer = httpx.post(f"{url}/v1/completions", json={"prompt": "a", "max_tokens": 1}, timeout=PATIENCE_S)
         assert json.loads(answer.text)["usage"]["completion_tokens"] == 1
 
