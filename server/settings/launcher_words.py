@@ -20,19 +20,14 @@ OFF = frozenset({"", "0", "false", "f", "no", "n", "off"})  # In a flag's variab
 class Word:
     """One word. `remark` says how a taken one differs, why an idle one changes nothing, what to do about a refused one.
 
-    option: ours that a taken word means, among whose spellings it is. harmless: values of a refused word that ask for
-    what is so anyway. short: its spelling with one hyphen.
+    option: ours that a taken word means, among whose spellings it is. short: its spelling with one hyphen.
     """
 
     kind: Literal["taken", "idle", "refused"]
     remark: str = ""
     option: str = ""
-    harmless: tuple[str, ...] = ()
     is_flag: bool = False
     short: str = ""
-
-    def refuses(self, value: str) -> bool:
-        return self.kind == "refused" and value.lower() not in self.harmless
 
 
 def taken(option: str, remark: str = "") -> Word:
@@ -43,8 +38,8 @@ def idle(remark: str, *, is_flag: bool = False, short: str = "") -> Word:
     return Word("idle", remark, is_flag=is_flag, short=short)
 
 
-def refused(remark: str, *harmless: str, is_flag: bool = False) -> Word:
-    return Word("refused", remark, harmless=harmless, is_flag=is_flag)
+def refused(remark: str, *, is_flag: bool = False) -> Word:
+    return Word("refused", remark, is_flag=is_flag)
 
 
 _ONE_PROCESS = "ranks of a model are processes of one engine, and nothing of them listens on a port or socket"

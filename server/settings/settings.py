@@ -256,7 +256,7 @@ def _options_alone(arguments: Mapping[str, str], label: Callable[[str], str]) ->
         if name in OPTIONS or name == CONFIG:
             options[name] = value
         elif name in WORDS and not WORDS[name].option:
-            _check_word(name, value, label(name))
+            _check_word(name, label(name))
         else:  # Whoever takes other spellings has found the option of each before.
             raise SettingsError(f"{label(name)}: {no_such(name, label)}")
     return options
@@ -268,7 +268,7 @@ def _from_launcher(environ: Mapping[str, str]) -> _Source:
     labels: dict[str, str] = {}
     for word, value in launcher_words.from_environment(environ).items():
         name = launcher_words.variable(word)
-        _check_word(word, value, name)
+        _check_word(word, name)
         if option := WORDS[word].option:
             if values.get(option, value) != value:
                 raise _contradiction(labels[option], name)
@@ -276,8 +276,8 @@ def _from_launcher(environ: Mapping[str, str]) -> _Source:
     return _Source(values, labels.__getitem__)
 
 
-def _check_word(word: str, value: str, label: str) -> None:
-    if WORDS[word].refuses(value):
+def _check_word(word: str, label: str) -> None:
+    if WORDS[word].kind == "refused":
         raise SettingsError(f"{label}: {WORDS[word].remark}")
 
 

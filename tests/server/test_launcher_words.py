@@ -109,8 +109,7 @@ def told(name: str, word: Word) -> tuple[str, str, str]:
     elif word.kind == "idle":
         done = f"changes nothing: {word.remark}"
     else:
-        but = f", but for {', '.join(f'`{value}`' for value in word.harmless)}" if word.harmless else ""
-        done = f"refused{but}: {word.remark}"
+        done = f"refused: {word.remark}"
     flag = f"`--{name}`" + (f", `{word.short}`" if word.short else "")
     return flag, "" if name == "env" else f"`{variable(name)}`", done
 
@@ -144,12 +143,6 @@ def test_a_refused_word_is_one_line_that_says_what_would_be_right(name: str):
 
     assert str(flag.value) == f"--{name}: {WORDS[name].remark}"
     assert str(found.value) == f"{variable(name)}: {WORDS[name].remark}"
-
-
-@pytest.mark.parametrize(("name", "value"), [(n, v) for n in REFUSED for v in WORDS[n].harmless])
-def test_a_refused_word_may_ask_for_what_is_so_anyway(name: str, value: str):
-    assert load_settings({name: value}, {}) == ServerSettings()
-    assert load_settings({}, {variable(name): value.upper()} | ASKED).tgi_environment
 
 
 def test_a_flags_variable_that_is_off_is_not_given():
