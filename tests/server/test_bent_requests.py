@@ -288,7 +288,6 @@ async def test_a_tools_result_of_any_json_is_its_text(http: httpx.AsyncClient, r
     [
         ({"type": "input_image", "image_url": "x"}, "[0]"),
         ([{"at": 9}, {"type": "file", "file": {}}], "[0].text"),
-        ({"type": "text", "text": 5}, "[0].text"),
     ],
     ids=str,
 )
@@ -358,7 +357,8 @@ async def test_functions_are_tools_whose_one_call_is_told_in_their_form(
     choice: dict[str, Any], called: str | None, bent: list[str]
 ) -> None:
     call = '<tool_call>\n{"name": "tide", "arguments": {"port": "Hull"}}\n</tool_call>'
-    body = {"messages": [USER], "functions": [{"name": "tide"}, {"name": "lamp"}], "max_tokens": 300, **choice}
+    lamp = {"name": "lamp", "parameters": {"type": "object", "properties": {}, "additionalProperties": False}}
+    body = {**CHAT, "functions": [{"name": "tide"}, lamp], "max_tokens": 300, **choice}
     async with api(call * 2, chat_template=SHOWS_CALLS) as http:
         whole = (await http.post("/v1/chat/completions", json={**body, "explain": True})).json()
         streamed = events((await http.post("/v1/chat/completions", json={**body, "stream": True})).text)
@@ -399,7 +399,7 @@ async def test_functions_of_which_no_sense_can_be_made_are_refused(
 
 @pytest.mark.parametrize("kind", ["", None])
 async def test_a_tool_without_a_type_is_a_function(kind: str | None) -> None:
-    template = "{% for t in tools %}{{ t.type }} {{ t.function.name }}{% endfor %}{{ messages[0].content }}?"
+    template = "{% for t in tools or [] %}{{ t.type }} {{ t.function.name }}{% endfor %}" + TEMPLATE
     bare = {"type": kind, "name": "tide"}
     asks: list[tuple[str, dict[str, Any]]] = [
         ("/v1/chat/completions", {**CHAT, "tools": [{**tool("tide"), "type": kind}]}),
@@ -412,7 +412,7 @@ async def test_a_tool_without_a_type_is_a_function(kind: str | None) -> None:
             reply = await http.post(path, json={**body, "explain": True})
             assert reply.status_code == 200, (path, reply.text)
             told = reply.json()["explain"]
-            assert told["prompts"][0]["text"].removeprefix("<s>") == "function tideHi?"
+            assert told["prompts"][0]["text"].removeprefix("<s>") == "function tide[user]Hi?"
             assert [bent["field"] for bent in told["bent"]] == ["tools[0]"] * (kind == "")
         call = {"id": "c1", "type": kind, "function": {"name": "tide", "arguments": "{}"}}
         _, bent = await chat_prompt(http, USER, {"role": "assistant", "tool_calls": [call]})

@@ -110,7 +110,9 @@ def test_a_whole_answer_over_http_1_0_tells_its_length(url: str) -> None:
 
 
 def test_head_answers_as_get_does_wherever_get_is(url: str) -> None:
-    paths = [path for path, item in httpx.get(f"{url}/openapi.json", timeout=60).json()["paths"].items() if "get" in item]
+    paths = [
+        path for path, item in httpx.get(f"{url}/openapi.json", timeout=60).json()["paths"].items() if "get" in item
+    ]
     assert len(paths) > 25
     for path in (*paths, "/docs", "/openapi.json", "/nothing"):
         asked = path.replace("{model}", "nothing").replace("{stream_id}", "nothing")

@@ -155,7 +155,9 @@ def test_logprobs_of_a_chat_are_those_of_a_softmax(client: openai.OpenAI) -> Non
 def test_scores_of_a_prompt_have_one_entry_per_id_and_one_for_the_written_token(
     client: openai.OpenAI, server_url: str
 ) -> None:
-    ids = httpx.post(f"{server_url}/tokenize", json={"prompt": "The capital of France is Paris"}, timeout=60).json()["tokens"]
+    ids = httpx.post(f"{server_url}/tokenize", json={"prompt": "The capital of France is Paris"}, timeout=60).json()[
+        "tokens"
+    ]
     answer = client.completions.create(
         model=MODEL, prompt=[ids, ids[:3]], temperature=0, max_tokens=1, logprobs=1, echo=True
     )

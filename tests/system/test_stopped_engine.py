@@ -56,7 +56,7 @@ async def three_hundred(url: str) -> list[bytes]:
 
 
 def test_bodies_for_a_stopped_engine_are_refused_in_time_and_their_memory_comes_back() -> None:
-    with run_server("--gguf-engine=llama.cpp", "--max-model-len", "512") as server:
+    with run_server("--gguf-engine=llama.cpp", "--max-model-len=512", "--stuck-after=600") as server:
         engine, front = engine_of(server), server.process.pid
         before_mib = memory_mib(front)
         os.kill(engine, signal.SIGSTOP)
