@@ -5,7 +5,10 @@ To be imported behind `keep_ray_at_home`.
 
 import asyncio
 import logging
+import os
 import signal
+import socket
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -47,7 +50,14 @@ class LocalCluster:
         start_ray(most * self._settings.engine.model.threads + 1)
 
     def close(self) -> None:
-        """End all replicas, which write what rests of chats, and Ray."""
+        """End all replicas, which write what rests of chats, and Ray.
+
+        Who ends a service may end all its processes at once, as systemd does: then Ray is gone, and its own ways to end
+        would look for it for a minute.
+        """
+        if not _answers(ray.get_runtime_context().gcs_address):
+            log.warning("Ray has ended before this process, and the replicas with it")
+            os._exit(0 if sys.exc_info()[0] is None else 1)  # Its threads crash a process that ends in another way.
         serve.delete(NAME)
         ray.shutdown()  # Serve's own end would tell of calls that it has cut off.
 
@@ -105,6 +115,16 @@ class LocalCluster:
         if is_over and failure is None:
             failure = application.message or "Ray can't start the replicas"
         return number, failure, is_over
+
+
+def _answers(address: str) -> bool:
+    """Whether anybody listens at a HOST:PORT of this machine."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=1).close()
+    except OSError:
+        return False
+    return True
 
 
 def with_threads(settings: ServerSettings, number: int) -> ServerSettings:

@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from ipaddress import ip_address
 from pathlib import Path
 
@@ -155,3 +156,13 @@ def test_a_model_that_can_not_be_loaded_ends_the_command_with_its_reason(tmp_pat
     last = str(told.value).strip().splitlines()[-1]
     assert last.startswith("tightrope: ")
     assert "broken.gguf" in last
+
+
+def test_all_its_processes_may_be_told_to_end_at_once():
+    """As systemd does by itself."""
+    with started(cluster_command("--replicas", "1"), clean_environment()) as running:
+        whole = psutil.Process(running.process.pid)
+        for process in [whole, *whole.children(recursive=True)]:
+            with suppress(psutil.NoSuchProcess):
+                process.terminate()
+        assert running.process.wait(PATIENCE_S) == 0, running.error_log.read_text("utf-8")
