@@ -16,6 +16,7 @@ from tightrope.backends.embedding.gguf_file import VectorFile
 from tightrope.backends.embedding.protocol import Rows, Tokens, checked_length
 from tightrope.backends.errors import BackendError
 from tightrope.backends.gguf.native import ModelOptions, NativeModel
+from tightrope.backends.sharing import Threads
 
 _QUERY, _DOCUMENT = "{query}", "{document}"  # The template of a reranker that was made of a chat model has these.
 _LEAST_PROBABILITY = 1e-7  # Where llama.cpp gives a probability, its logit is wanted, which has to be finite.
@@ -30,6 +31,7 @@ class GGUFEmbedder:
         self._model = NativeModel(path, ModelOptions(is_for_chats=False))
         try:
             self._context = _Context(self._model, file, threads)
+            self._threads = Threads(threads)
             self._around = _Around(self._model, file)
         except BackendError:
             self._model.close()
@@ -58,9 +60,8 @@ class GGUFEmbedder:
         return Tokens([*before, *body, *after])
 
     def run(self, texts: Sequence[Tokens], threads: int) -> Rows:
-        """See Embedder."""
-        ll.llama_set_n_threads(self._context.pointer, threads, threads)
-        rows = np.stack([self._context.run(text.ids) for text in texts])
+        """See Embedder. Fewer threads run where others need the machine: they would wait for each other."""
+        rows = np.stack([self._context.run(text.ids, min(threads, self._threads.settle())) for text in texts])
         if not self._is_probability:
             return rows
         yes = np.clip(rows[:, :1].astype(np.float64), _LEAST_PROBABILITY, 1 - _LEAST_PROBABILITY)
@@ -91,8 +92,9 @@ class _Context:
         self._memory = ll.llama_get_memory(self.pointer)
         self._batch = ll.llama_batch_init(file.max_tokens, 0, 1)
 
-    def run(self, token_ids: Sequence[int]) -> Rows:
+    def run(self, token_ids: Sequence[int], threads: int) -> Rows:
         """[D] float32, a copy. Raises BackendError."""
+        ll.llama_set_n_threads(self.pointer, threads, threads)
         batch = self._batch
         batch.n_tokens = len(token_ids)
         for place, token_id in enumerate(token_ids):
