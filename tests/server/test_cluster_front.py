@@ -40,7 +40,12 @@ def test_the_front_serves_as_a_deployment_with_keys_and_metrics(free_port: int):
         started([sys.executable, "-c", driver], clean_environment()) as running,
         httpx.Client(base_url=running.url, timeout=120) as client,
     ):
-        body = {"messages": [{"role": "user", "content": "Hello?"}], "max_tokens": 8, "model": "any"}
+        body = {
+            "messages": [{"role": "user", "content": "Hello?"}],
+            "max_tokens": 8,
+            "ignore_eos": True,
+            "model": "any",
+        }
         assert client.post("/v1/chat/completions", json=body).status_code == 401
         client.headers["Authorization"] = "Bearer the key"
         reply = client.post("/v1/chat/completions", json=body)
