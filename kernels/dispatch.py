@@ -27,7 +27,7 @@ from tightrope.kernels.exllama import is_exllama as is_exllama
 from tightrope.kernels.exllama import to_exllama as to_exllama
 from tightrope.kernels.forms.columns import ColumnMatrix
 from tightrope.kernels.forms.compiling import compiling as compiling
-from tightrope.kernels.forms.layer import GatedExperts, LayerRun, StackedExperts
+from tightrope.kernels.forms.layer import GatedExperts, LayerStack, LayerStep, StackedExperts
 from tightrope.kernels.forms.layout import AttentionSpec, LayerCache, RopeTable, StepLayout
 from tightrope.kernels.forms.low_rank import AdapterRows, LowRank
 from tightrope.kernels.forms.masks import Masks
@@ -150,7 +150,9 @@ def gated(gate_up: Tensor, activation: str) -> Tensor:
     return _kernels_for(gate_up).gated(gate_up, activation)
 
 
-def decoder_layers(x: Tensor, runs: Sequence[LayerRun], adapters: AdapterRows | None) -> Tensor | None:
+def decoder_layers(
+    x: Tensor, stack: LayerStack, steps: Sequence[LayerStep], adapters: AdapterRows | None
+) -> Tensor | None:
     """The last of these layers' output for x [T, hidden] float32; each has the output of the one before.
 
     Stores the step's keys and values, as the layers' operations do one by one. None, and nothing stored, where no
@@ -158,7 +160,7 @@ def decoder_layers(x: Tensor, runs: Sequence[LayerRun], adapters: AdapterRows | 
     """
     kernels = _kernels_for(x)
     if isinstance(kernels, native.NativeKernels):
-        return kernels.decoder_layers(x, runs, adapters)
+        return kernels.decoder_layers(x, stack, steps, adapters)
     return None
 
 

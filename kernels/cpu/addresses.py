@@ -3,13 +3,13 @@
 import ctypes
 from collections.abc import Sequence
 from functools import singledispatch
-from weakref import ref
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor
 
 from tightrope.kernels.cpu import structs
-from tightrope.kernels.forms.layer import DecoderLayer, GatedExperts, Norm, Projection
+from tightrope.kernels.forms.layer import DecoderLayer, GatedExperts, LayerStack, Norm, Projection
 from tightrope.kernels.forms.layout import LayerCache, RopeTable, StepLayout
 from tightrope.kernels.forms.low_rank import AdapterRows, LowRank
 from tightrope.kernels.forms.quantized import Nf4Matrix, QuantizedMatrix, are_six_bits
@@ -36,6 +36,7 @@ Described = (
     | StepLayout
 )
 _kept: dict[int, tuple[int, *tuple[object, ...]]] = {}  # By the id of what is described, as long as it lives.
+_stacks: WeakKeyDictionary[LayerStack, tuple[object, object, int]] = WeakKeyDictionary()
 
 
 def address(thing: Described) -> int:
@@ -52,6 +53,20 @@ def _keep(thing: Described) -> int:
 
     # Of two threads that describe it at once, both take the first one's.
     return _kept.setdefault(place, (ctypes.addressof(described[0]), ref(thing, forget), *described))[0]
+
+
+def stack_addresses(stack: LayerStack) -> tuple[object, object, int]:
+    """Of its layers, of their caches, and how many dimensions the widest heads of these have."""
+    known = _stacks.get(stack)
+    if known is None:
+        of_layers, of_caches = (pointers([*map(address, things)]) for things in (stack.layers, stack.caches))
+        known = _stacks[stack] = of_layers, of_caches, max(cache.format.head_dim for cache in stack.caches)
+    return known
+
+
+def pointers(addresses: Sequence[int | None]) -> object:
+    """An array of them, as the library reads it."""
+    return (ctypes.c_void_p * len(addresses))(*addresses)
 
 
 @singledispatch

@@ -20,8 +20,16 @@ from torch import Tensor
 
 from tightrope.kernels import reference
 from tightrope.kernels.cpu import structs
-from tightrope.kernels.cpu.addresses import ACTIVATIONS, MOST_MATRICES, WEIGHTS, address, row_bytes
-from tightrope.kernels.forms.layer import GatedExperts, LayerRun, Projection
+from tightrope.kernels.cpu.addresses import (
+    ACTIVATIONS,
+    MOST_MATRICES,
+    WEIGHTS,
+    address,
+    pointers,
+    row_bytes,
+    stack_addresses,
+)
+from tightrope.kernels.forms.layer import GatedExperts, LayerStack, LayerStep, Projection
 from tightrope.kernels.forms.layout import AttentionSpec, LayerCache, RopeTable, StepLayout
 from tightrope.kernels.forms.low_rank import AdapterRows, LowRank
 from tightrope.kernels.forms.masks import Masks
@@ -264,19 +272,21 @@ class NativeKernels:
         self._experts(address(layer), None, *picks, between.data_ptr(), out.data_ptr(), *more)
         return out
 
-    def decoder_layers(self, x: Tensor, runs: Sequence[LayerRun], adapters: AdapterRows | None) -> Tensor | None:
+    def decoder_layers(
+        self, x: Tensor, stack: LayerStack, steps: Sequence[LayerStep], adapters: AdapterRows | None
+    ) -> Tensor | None:
         """See kernels.dispatch.decoder_layers."""
-        if len(x) > MOST_LAYER_TOKENS or any(run.cache.format.head_dim > MOST_DIMS for run in runs):
+        layers, caches, most_dims = stack_addresses(stack)
+        if len(x) > MOST_LAYER_TOKENS or most_dims > MOST_DIMS:
             return None
-        out, count = x.clone(), len(runs)
-        layers = _pointers([address(run.layer) for run in runs])
-        caches = _pointers([address(run.cache) for run in runs])
-        ropes = _pointers([None if run.table is None else address(run.table) for run in runs])
-        steps = _pointers([address(run.step) for run in runs])
+        out, count = x.clone(), len(stack.layers)
+        layouts = [address(step.layout) for step in steps]
+        tables = [None if step.table is None else address(step.table) for step in steps]
+        of_layers = [pointers([kind[number] for number in stack.kinds]) for kind in (tables, layouts)]
         adapted: tuple[object, int | None] = (None, None)
         if adapters is not None:
-            adapted = _adapted([part for run in runs for part in run.layer.projections], adapters)
-        self._decoder_layers(layers, count, out.data_ptr(), len(x), caches, ropes, steps, *adapted)
+            adapted = _adapted([part for layer in stack.layers for part in layer.projections], adapters)
+        self._decoder_layers(layers, count, out.data_ptr(), len(x), caches, *of_layers, *adapted)
         return out
 
     def draw(self, logits: Tensor, rows: NDArray[np.int64], params: NDArray[np.float64]) -> NDArray[np.int64]:
@@ -313,11 +323,7 @@ def _adapted(projections: Sequence[Projection], rows: AdapterRows | None) -> tup
 
 def _adapters_of(adapters: Sequence[Mapping[int, LowRank]], rows: AdapterRows) -> object:
     """For each linear the addresses of the adapters in use."""
-    return _pointers([address(of[slot]) if slot in of else None for of in adapters for slot in rows.present])
-
-
-def _pointers(addresses: Sequence[int | None]) -> object:
-    return (ctypes.c_void_p * len(addresses))(*addresses)
+    return pointers([address(of[slot]) if slot in of else None for of in adapters for slot in rows.present])
 
 
 def _times(

@@ -64,12 +64,22 @@ class DecoderLayer:
         return self.qkv, self.out, self.gate_up, self.down
 
 
-class LayerRun(NamedTuple):
-    """A layer in a step: where that stores keys and values, and by what they are rotated, None for nothing."""
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
+class LayerStack:
+    """Layers one after the other, each over its cache, the same in many steps.
 
-    layer: DecoderLayer
-    cache: LayerCache
-    step: StepLayout
+    kinds: the number of each layer's among the steps that a kernel is given with them.
+    """
+
+    layers: tuple[DecoderLayer, ...]
+    caches: tuple[LayerCache, ...]
+    kinds: tuple[int, ...]
+
+
+class LayerStep(NamedTuple):
+    """A step for layers of a kind: where they store keys and values, and by what they rotate, None for nothing."""
+
+    layout: StepLayout
     table: RopeTable | None
 
 

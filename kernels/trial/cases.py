@@ -12,7 +12,15 @@ from torch import Tensor
 from tightrope.kernels import dispatch, reference
 from tightrope.kernels.forms.column_stack import stack_columns
 from tightrope.kernels.forms.columns import to_columns
-from tightrope.kernels.forms.layer import DecoderLayer, GatedExperts, LayerRun, Norm, Projection, StackedExperts
+from tightrope.kernels.forms.layer import (
+    DecoderLayer,
+    GatedExperts,
+    LayerStack,
+    LayerStep,
+    Norm,
+    Projection,
+    StackedExperts,
+)
 from tightrope.kernels.forms.layout import PAGE, AttentionSpec, CacheDtype, CacheFormat
 from tightrope.kernels.forms.low_rank import AdapterRows, make_low_rank
 from tightrope.kernels.forms.masks import ROOM, Masks
@@ -223,7 +231,8 @@ def _layer(samples: Samples) -> Found:
     )
     mine, plain = samples.cache(CacheFormat("q8", KV_HEADS, DIMS), step.block_tables.numel())
     x, table = samples.plain(2, HIDDEN), angles(step.block_tables.shape[1], DIMS // 2, 2)
-    found = dispatch.decoder_layers(x, [LayerRun(layer, mine, step, table)], None)
+    stack = LayerStack((layer,), (mine,), (0,))
+    found = dispatch.decoder_layers(x, stack, [LayerStep(step, table)], None)
     if found is None:
         return None
     heads = reference.linear(reference.rms_norm(x, norm.weight, norm.eps), qkv, None).view(2, -1, DIMS)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tightrope.backends.rope.scaling import RopeSpec
 from tightrope.kernels.cpu import native
-from tightrope.kernels.forms.layer import DecoderLayer, GatedExperts, LayerRun, Norm, Projection
+from tightrope.kernels.forms.layer import DecoderLayer, GatedExperts, LayerStack, LayerStep, Norm, Projection
 from tightrope.kernels.forms.layout import AttentionSpec, CacheFormat, LayerCache, RopeTable, StepLayout
 from tightrope.kernels.forms.low_rank import NONE, AdapterRows, LowRank, make_low_rank
 from tightrope.kernels.forms.quantized import Nf4Matrix, QuantizedMatrix, arrange, pack, pack_nf4, tiled
@@ -159,7 +159,7 @@ def test_a_layer_at_once_equals_its_operations_one_by_one(
     x, cache = torch.randn(len(step.slots), HIDDEN), noise()
     given_x = x.clone()
 
-    ours = kernels.decoder_layers(x, [LayerRun(layer, cache, step, table)], rows)
+    ours = kernels.decoder_layers(x, LayerStack((layer,), (cache,), (0,)), [LayerStep(step, table)], rows)
 
     assert ours is not None
     one_by_one(x, layer, cache, step, table, rows).check(ours)
@@ -184,24 +184,20 @@ def test_layers_in_one_call_give_the_bits_of_one_after_the_other(
     rows = data.draw(adapter_rows(len(step.slots)))
     table = rope_tables(ROPE, [before + now for before, now in chunks], PAGES)["default"]
     x, cache = torch.randn(len(step.slots), HIDDEN), noise()
-    runs, twins = (
-        [
-            LayerRun(layer, deepcopy(cache), step, table if is_rotated else None)
-            for layer, is_rotated in zip(parts, are_rotated, strict=False)
-        ]
-        for _ in range(2)
-    )
+    steps = [LayerStep(step, table), LayerStep(step, None)]
+    kinds = [0 if is_rotated else 1 for is_rotated in are_rotated[: len(parts)]]
+    caches, twins = ([deepcopy(cache) for _ in parts] for _ in range(2))
 
-    together = kernels.decoder_layers(x, runs, rows)
+    together = kernels.decoder_layers(x, LayerStack(tuple(parts), tuple(caches), tuple(kinds)), steps, rows)
 
     y: Tensor | None = x
-    for twin in twins:
+    for layer, twin, kind in zip(parts, twins, kinds, strict=True):
         assert y is not None
-        y = kernels.decoder_layers(y, [twin], rows)
+        y = kernels.decoder_layers(y, LayerStack((layer,), (twin,), (0,)), [steps[kind]], rows)
     assert together is not None
     assert y is not None
     assert torch.equal(together, y)
-    assert all(torch.equal(one.cache.key_codes, two.cache.key_codes) for one, two in zip(runs, twins, strict=True))
+    assert all(torch.equal(one.key_codes, two.key_codes) for one, two in zip(caches, twins, strict=True))
 
 
 def test_a_long_prompt_is_left_to_the_operations_one_by_one(kernels: native.NativeKernels):
@@ -213,7 +209,9 @@ def test_a_long_prompt_is_left_to_the_operations_one_by_one(kernels: native.Nati
     )
     before = cache.key_codes.clone()
 
-    assert kernels.decoder_layers(torch.randn(tokens, HIDDEN), [LayerRun(layer, cache, step, None)], None) is None
+    stack, x = LayerStack((layer,), (cache,), (0,)), torch.randn(tokens, HIDDEN)
+
+    assert kernels.decoder_layers(x, stack, [LayerStep(step, None)], None) is None
     assert torch.equal(cache.key_codes, before)
 
 

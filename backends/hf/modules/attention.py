@@ -7,7 +7,6 @@ from tightrope.backends.hf.modules.linear import Linear
 from tightrope.backends.hf.modules.norm import RMSNorm
 from tightrope.backends.hf.modules.step import CurrentStep, LayerInfo
 from tightrope.kernels import dispatch
-from tightrope.kernels.forms.layout import LayerCache, RopeTable, StepLayout
 
 
 class Attention(nn.Module):
@@ -38,16 +37,11 @@ class Attention(nn.Module):
     def forward(self, hidden_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, None]:
         return self.run(hidden_states.reshape(-1, hidden_states.shape[-1])).view(hidden_states.shape), None
 
-    def now(self) -> tuple[StepLayout, LayerCache, RopeTable | None]:
-        """The current step, the layer's cache, and by what its queries and keys are rotated."""
-        step, cache = self.current.layer(self.index)
-        rope = self.layer.rope
-        return step, cache, None if rope is None else self.current.tables[rope]
-
     def run(self, x: Tensor) -> Tensor:
         """x [T, hidden] to [T, hidden]; stores the step's keys and values."""
         layer = self.layer
-        step, cache, table = self.now()
+        step, cache = self.current.layer(self.index)
+        table = self.current.table(layer.rope)
         h, hkv = self.num_heads, layer.num_kv_heads
         qkv = self._run_qkv(x).view(len(x), h + 2 * hkv, layer.head_dim)
         q, k, v = qkv.split((h, hkv, hkv), 1)

@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 from functools import cached_property
-from itertools import groupby
-from typing import Any
+from itertools import groupby, pairwise
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from transformers.modeling_outputs import MoeModelOutputWithPast
@@ -14,8 +14,10 @@ from tightrope.backends.hf.modules.embedding import Embedding
 from tightrope.backends.hf.modules.matrices import projection
 from tightrope.backends.hf.modules.mlp import MLP, GatedMLP
 from tightrope.backends.hf.modules.norm import RMSNorm
+from tightrope.backends.hf.modules.step import CurrentStep
 from tightrope.kernels import dispatch
-from tightrope.kernels.forms.layer import DecoderLayer, LayerRun, Norm
+from tightrope.kernels.forms.layer import DecoderLayer, LayerStack, LayerStep, Norm
+from tightrope.kernels.forms.layout import LayerCache
 from tightrope.kernels.forms.ranks import LayerSplit
 
 
@@ -38,17 +40,18 @@ class Layer(nn.Module):
     def forward(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
         return self.run(hidden_states.reshape(-1, hidden_states.shape[-1])).view(hidden_states.shape)
 
-    def now(self) -> LayerRun | None:
-        """The layer in the current step, as a kernel runs all of it; None where its operations run one by one."""
-        whole = self._whole
-        if whole is None or any(norm.is_replaced for norm in self._all_norms):
-            return None
-        step, cache, table = self.attention.now()
-        return LayerRun(whole, cache, step, table)
-
     def run(self, x: Tensor) -> Tensor:
         """x [T, hidden] to [T, hidden]."""
-        return _through((self,), x)
+        return self._alone.run(x)
+
+    @cached_property
+    def _alone(self) -> "Layers":
+        return Layers((self,))
+
+    @property
+    def has_replaced_norm(self) -> bool:
+        """Whether rows of the current step have another norm than ours, which no kernel of whole layers knows."""
+        return any(norm.is_replaced for norm in self._all_norms)
 
     def operate(self, x: Tensor) -> Tensor:
         """The same, operation by operation."""
@@ -59,7 +62,7 @@ class Layer(nn.Module):
         return x + (y if after_mlp is None else after_mlp(y))
 
     @cached_property
-    def _whole(self) -> DecoderLayer | None:
+    def whole(self) -> DecoderLayer | None:
         """The layer as one kernel runs it, where its parts have the forms for that; read once weights are there."""
         attention, mlp = self.attention, self.mlp
         if not isinstance(mlp, GatedMLP):
@@ -91,21 +94,60 @@ def _of(norm: RMSNorm | None) -> Norm | None:
     return None if norm is None else Norm(norm.weight, norm.eps)
 
 
-def _through(layers: Sequence[Layer], x: Tensor) -> Tensor:
-    """x [T, hidden] through layers in their order; neighbours that a kernel runs whole are one call of it.
+class _Part(NamedTuple):
+    """Neighbours that run alike, and what a kernel runs in their place."""
 
-    Between two calls memory would rest for as long as a small layer takes.
+    layers: tuple[Layer, ...]
+    stack: LayerStack | None
+
+
+class Layers:
+    """Layers on one device, one after the other; neighbours that a kernel runs whole are one call of it.
+
+    Between two calls memory would rest for as long as a small layer takes. What a call is told is kept for the next
+    step: put together anew for each, it would take as long as one of the layers.
     """
-    for _, group in groupby([(layer, layer.now()) for layer in layers], lambda part: part[1] is None):
-        some = tuple(group)
-        runs = [run for _, run in some if run is not None]
-        done = dispatch.decoder_layers(x, runs, some[0][0].attention.current.adapters) if runs else None
-        if done is None:
-            for layer, _ in some:
-                x = layer.operate(x)
-        else:
-            x = done
-    return x
+
+    def __init__(self, layers: tuple[Layer, ...]) -> None:
+        self._layers = layers
+        self._caches: Sequence[LayerCache] = ()
+        self._apart: tuple[Layer, ...] = ()
+        self._parts: tuple[_Part, ...] = ()  # Of steps over these caches in which these are run one by one.
+        self._kinds: tuple[tuple[bool, str | None], ...] = ()  # Whether theirs is a window's step, and their rotation.
+
+    def run(self, x: Tensor) -> Tensor:
+        """x [T, hidden] to [T, hidden]."""
+        if not self._layers:
+            return x
+        current = self._layers[0].attention.current
+        self._cut(current)
+        steps = [LayerStep(current.layout_of(is_windowed), current.table(rope)) for is_windowed, rope in self._kinds]
+        for layers, stack in self._parts:
+            done = None if stack is None else dispatch.decoder_layers(x, stack, steps, current.adapters)
+            if done is None:
+                for layer in layers:
+                    x = layer.operate(x)
+            else:
+                x = done
+        return x
+
+    def _cut(self, current: CurrentStep) -> None:
+        """Into parts, where those of the step before were others."""
+        layers, caches = self._layers, current.caches
+        apart = () if current.adapters is None else tuple(layer for layer in layers if layer.has_replaced_norm)
+        if caches is self._caches and apart == self._apart:
+            return
+        self._caches, self._apart = caches, apart
+        kinds = {layer: (caches[layer.attention.index].is_windowed, layer.attention.layer.rope) for layer in layers}
+        self._kinds = tuple(dict.fromkeys(kinds.values()))
+        parts = []
+        for is_one_by_one, group in groupby(layers, lambda layer: layer.whole is None or layer in apart):
+            some = tuple(group)
+            wholes = tuple(layer.whole for layer in some if layer.whole is not None)
+            mine = tuple(caches[layer.attention.index] for layer in some)
+            numbers = tuple(self._kinds.index(kinds[layer]) for layer in some)
+            parts.append(_Part(some, None if is_one_by_one else LayerStack(wholes, mine, numbers)))
+        self._parts = tuple(parts)
 
 
 class Stack(nn.Module):
@@ -122,9 +164,15 @@ class Stack(nn.Module):
 
     def forward(self, input_ids: Tensor, **kwargs: Any) -> MoeModelOutputWithPast:  # noqa: ANN401 - transformers' own
         x = self.embedding.run(input_ids[0])
-        begin = 0
-        for number, carry in sorted(self.carries.items()):
-            x = carry.run(_through(self._layers[begin:number], x))
-            begin = number
-        x = _through(self._layers[begin:], x)
+        for carry, layers in self._stages:
+            x = layers.run(x if carry is None else carry.run(x))
         return MoeModelOutputWithPast(last_hidden_state=self.norm.run(x).unsqueeze(0))
+
+    @cached_property
+    def _stages(self) -> list[tuple[Carry | None, Layers]]:
+        """Layers on one device each, behind what brings hidden states there."""
+        borders = [0, *sorted(self.carries), len(self._layers)]
+        return [
+            (self.carries.get(begin) if number else None, Layers(self._layers[begin:end]))
+            for number, (begin, end) in enumerate(pairwise(borders))
+        ]

@@ -75,6 +75,14 @@ class CurrentStep:
     def layer(self, index: int) -> tuple[StepLayout, LayerCache]:
         """The step as a layer has it, and the layer's cache."""
         cache = self.caches[index]
-        layout = None if self.layout is None else self.layout.windowed if cache.is_windowed else self.layout
+        return self.layout_of(cache.is_windowed), cache
+
+    def layout_of(self, is_windowed: bool) -> StepLayout:
+        """The step as layers with a window have it, or those without."""
+        layout = None if self.layout is None else self.layout.windowed if is_windowed else self.layout
         assert layout is not None
-        return layout, cache
+        return layout
+
+    def table(self, rope: str | None) -> RopeTable | None:
+        """By what layers of this rotation rotate; None for nothing."""
+        return None if rope is None else self.tables[rope]
