@@ -3,12 +3,14 @@
 import ctypes
 import re
 from collections.abc import Collection, Sequence
+from functools import partial
 from typing import Any
 
 from llama_cpp import llama_cpp as ll
 
 from tightrope.backends.gguf.named_tokens import bos_id, end_ids, named_ids
 from tightrope.backends.gguf.native import NativeModel
+from tightrope.backends.gguf.read_texts import ReadTexts
 from tightrope.backends.gguf.special_tokens import SpecialToken, SpecialTokens
 from tightrope.backends.plain_text import WORDS, MarkCutter, place_to_cut
 from tightrope.backends.protocol import MAX_ADDED_TEXTS
@@ -58,8 +60,10 @@ class GGUFTokenizer:
             key = part, is_prefixed
             found = known.get(key)
             if found is None:
-                found = self._encode_part(part, parse_special=parse_special, is_prefixed=is_prefixed)
-                if len(part) <= _SHORT and len(known) < _MOST_KNOWN:
+                read = partial(self._encode_part, part, parse_special=parse_special, is_prefixed=is_prefixed)
+                is_short = len(part) <= _SHORT
+                found = read() if is_short else self._read_texts.token_ids(part, (parse_special, is_prefixed), read)
+                if is_short and len(known) < _MOST_KNOWN:
                     known[key] = found
             token_ids += found
             is_prefixed = False
@@ -112,6 +116,7 @@ class GGUFTokenizer:
 
     def _cut(self) -> None:
         """Set what is cut out of texts, and what keeps plain text from being read as special tokens."""
+        self._read_texts = ReadTexts()  # What was read before may be read otherwise now.
         tokens = {token.text: token for token in map(self._special_token, range(self.vocab_size)) if token is not None}
         plain = [token for token in tokens.values() if not self._attr(token.token_id) & _CONTROL]
         # They are found in any text or in none.

@@ -11,6 +11,7 @@ from gguf_files import write_model
 from gguf_models import gemma
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from llama_cpp import llama_cpp as ll
 
 from tightrope.backends.gguf.native import ModelOptions, NativeModel
 from tightrope.backends.gguf.tokenizer import GGUFTokenizer
@@ -85,6 +86,22 @@ def test_what_ends_a_turn_and_what_opens_a_prompt_come_from_the_file(tokenizer: 
 
 def test_an_unpaired_surrogate_is_replaced(smollm: GGUFTokenizer) -> None:
     assert joined(smollm, smollm.encode("a\ud800b", parse_special=False, is_start=True)) == b"a?b"
+
+
+def test_a_text_that_comes_again_is_not_read_again(smollm: GGUFTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    message = "Once upon a time there was a fox by a river. " * 4
+    first = smollm.encode(f"<|im_start|>{message}<|im_end|>", parse_special=True, is_start=True)
+    monkeypatch.setattr(ll, "llama_tokenize", None)
+    again = smollm.encode(f"<|im_end|>{message}<|im_start|>", parse_special=True, is_start=True)
+    assert first[1:-1] == again[1:-1]
+
+
+def test_a_text_is_read_again_where_it_would_be_read_otherwise(smollm: GGUFTokenizer) -> None:
+    text = "<|im_start|> is the mark of a turn that begins, and this is a long line of text about it."
+    plain, marked = (smollm.encode(text, parse_special=parse, is_start=True) for parse in (False, True))
+    assert plain != marked
+    assert smollm.encode(text, parse_special=False, is_start=True) == plain
+    assert smollm.encode(text, parse_special=True, is_start=True) == marked
 
 
 def test_threads_may_share_a_tokenizer(tokenizer: GGUFTokenizer) -> None:
