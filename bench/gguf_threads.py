@@ -40,7 +40,7 @@ def decode_ms() -> dict[str, float]:
     from tightrope.backends.locate import bundled_model
     from tightrope.backends.settings import CacheSettings, ModelSettings
 
-    threadpool.NO_POLLING = int(os.environ.get("TIGHTROPE_BENCH_POLL", "0"))
+    threadpool.POLL = int(os.environ.get("TIGHTROPE_BENCH_POLL", threadpool.POLL))
     settings = ModelSettings(max_model_len=1024, cache=CacheSettings(tokens=4096, dtype="f16"))
     backend = GGUFBackend(bundled_model(), settings, lambda _: None)
     medians = {f"{n}_streams_ms": min(_median_ms(backend, n) for _ in range(2)) for n in STREAMS}

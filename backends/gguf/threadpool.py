@@ -2,8 +2,9 @@
 
 OpenMP's threads spin at every barrier and between steps. On two cores beside one busy process a decode step then took
 up to 52 ms instead of 8, and threads that sleep at barriers halve the speed of a quiet machine. ggml's own pool spins
-at the barriers inside a step, which are microseconds apart, and sleeps between steps: as fast as spinning on a quiet
-machine, and 16 ms beside a neighbour, which is the half of the machine that is left.
+at the barriers inside a step, which are microseconds apart. Between steps it spins for the time in which the next token
+is drawn, as a thread that sleeps is a while in waking, and then sleeps: as fast as spinning on a quiet machine, and
+16 ms beside a neighbour, which is the half of the machine that is left.
 """
 
 import ctypes
@@ -15,7 +16,7 @@ from llama_cpp import llama_cpp as ll
 log = logging.getLogger("tightrope.gguf")
 
 _MAX_THREADS = 512  # It is ggml's GGML_MAX_N_THREADS.
-NO_POLLING = 0  # Of 100, it is how long a thread spins for the next step before it sleeps.
+POLL = 1  # Of 100, it is how long a thread spins for the next step before it sleeps: some 6 ms.
 
 
 class _Params(ctypes.Structure):
@@ -43,7 +44,7 @@ class ThreadPool:
         if params.n_threads != threads:
             log.info("llama.cpp's default threads are used: ggml_threadpool_params has another layout")
             return
-        params.poll = NO_POLLING
+        params.poll = POLL
         self._library.ggml_threadpool_new.restype = ctypes.c_void_p
         self._pointer = ctypes.c_void_p(self._library.ggml_threadpool_new(ctypes.byref(params)))
         self._library.llama_attach_threadpool(ctypes.c_void_p(context), self._pointer, self._pointer)
