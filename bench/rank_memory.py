@@ -5,8 +5,9 @@ ranks (RssAnon and RssShmem of /proc), but no pages of mapped files, such as wei
 libraries. Of each process its own share is taken off that it held when the plan was made: Python, torch, and a model
 read but for its weights. The plan starts there as well, since it looks at what is free then.
 
-The most is what a thread has seen, looking every millisecond while the model loads, and while it runs a step as large
-as is planned for: of as many tokens, and with as many log probabilities of prompts.
+The most is what a thread has seen, looking every millisecond while the model loads, and while it runs what is planned
+for: a step of as many tokens as a kernel takes through whole layers, which keeps its memory, and then the largest step,
+of as many tokens and with as many log probabilities of prompts.
 """
 
 import os
@@ -26,6 +27,7 @@ from tightrope.backends.planning import DeviceShare, rank_name
 from tightrope.backends.protocol import Backend, Chunk, WantLogits
 from tightrope.backends.settings import CacheSettings, ModelSettings
 from tightrope.engine.sampler.step_logits import StepLogits
+from tightrope.kernels import dispatch
 
 LOOK_S = 0.001
 SEQUENCES, ANSWER = 2, 8  # At a time, and steps behind their prompts.
@@ -123,8 +125,13 @@ def _watched_from_the_plan_on(watch: Watch) -> Iterator[None]:
 
 
 def run_largest_steps(backend: Backend) -> None:
-    """A step of as many tokens as there may be, of which as many are scored, and then short ones side by side."""
+    """One step through whole layers, one as large as may be, and short ones of two sequences side by side."""
     most, scored = backend.capabilities.max_step_tokens, backend.capabilities.max_prompt_rows
+    few = [FIRST_ID] * min(most, dispatch.MOST_LAYER_TOKENS)
+    backend.kv.open(SEQUENCES, few, "", reuse="nothing")
+    assert backend.kv.reserve(SEQUENCES, len(few))
+    backend.forward([Chunk(SEQUENCES, few, 0, "last")])
+    backend.kv.close(SEQUENCES, keep=False)
     lengths = [length for length in (scored, most - scored) if length]
     prompts = [[FIRST_ID + (number + 7 * i) % IDS for i in range(length)] for number, length in enumerate(lengths)]
     for number, prompt in enumerate(prompts):

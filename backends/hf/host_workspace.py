@@ -16,7 +16,7 @@ from tightrope.kernels import dispatch
 from tightrope.kernels.forms.ranks import shared_bytes
 from tightrope.kernels.reference import TILE_ROWS, attention_bytes
 
-FIXED_BYTES = 16 << 20  # Of small things: libraries' once they run, Python's of modules, rotary tables.
+FIXED_BYTES = 10 << 20  # Of small things: libraries' once they run, Python's of modules, rotary tables.
 SAMPLED = 3  # So often the sampler's steps copy the row that a sequence draws from.
 
 
@@ -43,9 +43,7 @@ class HostWorkspace:
         """A bound for steps of up to `tokens`, whatever the window."""
         widths = self.widths
         shared = shared_bytes(self.share.count) if self.share.count > 1 else 0
-        layers = max(self._in_layers(widths, tokens))
-        # The C library's heap keeps what it has given for tensors of layers, and doesn't always find it again.
-        tensors = layers + max(layers, self._in_head(widths, tokens))
+        tensors = max(self._in_head(widths, tokens), *self._in_layers(widths, tokens))
         return 4 * tensors + self._by_kernels(widths, tokens) + shared + FIXED_BYTES
 
     def load_bytes(self, tokens: int) -> int:

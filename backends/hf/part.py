@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from tightrope.backends import heap
 from tightrope.backends.adapters import AdapterRoom
 from tightrope.backends.errors import BackendError
 from tightrope.backends.files.peft import room_for_adapters
@@ -35,6 +36,8 @@ from tightrope.kernels.forms.layout import PAGE, CacheFormat, LayerCache
 
 log = logging.getLogger("tightrope.hf")
 
+LARGE_BYTES = 1 << 20  # Weights, and a step's tensors for many tokens; below it what the heap keeps is little.
+
 
 class Part:
     """A rank's part of a model, made step by step: found, planned, loaded, and given caches.
@@ -59,7 +62,9 @@ class Part:
         """Read all but the weights by `inspect`. num_threads: 0 is what the settings say. Raises BackendError."""
         self.settings, self.device, self.share = settings, device, share
         self.num_threads = num_threads or compute_threads(settings.threads)
+        heap.map_from(LARGE_BYTES)
         self.found = inspect(path, settings, device, share)
+        heap.trim()  # The plan begins with what headers and a tree without weights take.
         self.adapter_bytes = room_for_adapters(settings, self.found.blueprint.adapters.read)
         check_host(self.found.blueprint)
 
@@ -109,6 +114,7 @@ class Part:
             self.model.adapters.room = AdapterRoom(self.adapter_bytes)
             first, *self.later = [StageInputs.of(plan.rope, plan.window, device) for device in devices]
             self.rotary = first.rotary
+        heap.trim()
 
     def load_adapters(self) -> list[str]:
         """Put those of the settings in place; returns what a person should know of them. Raises BackendError."""

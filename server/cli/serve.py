@@ -14,6 +14,7 @@ import uvloop
 from prometheus_client.registry import Collector
 
 from tightrope import __version__
+from tightrope.backends import heap
 from tightrope.backends.embedding.card import EmbedderCard
 from tightrope.engine.console import log_to_stderr, printable
 from tightrope.engine.embedding.client import EmbeddingClient
@@ -24,7 +25,6 @@ from tightrope.engine.settings import EngineSettings
 from tightrope.engine.types import ModelInfo
 from tightrope.server.app import create_app
 from tightrope.server.cli.failures import CommandFailed, UsageError
-from tightrope.server.cli.freed_memory import give_back_freed_memory
 from tightrope.server.http.draining import Drain
 from tightrope.server.http.guards import warn_of_everybody
 from tightrope.server.http.listening import CantListen, HttpServer, bind, http_server
@@ -39,6 +39,7 @@ from tightrope.server.state import AppState, front_of
 log = logging.getLogger("tightrope.serve")
 
 DRAIN_S = 60  # After SIGTERM answers may go on for so long.
+LARGE_BYTES = 64 << 10  # Bodies of a megabyte would leave the heap full of holes, tens of MiB for each hundred of them.
 SHOWN_NAMES = 10  # So many models are named at the start.
 
 
@@ -55,7 +56,7 @@ def serve(settings: ServerSettings, notes: Sequence[str] = ()) -> int:
 def begin(settings: ServerSettings) -> socket.socket:
     """The socket to listen on, once logging is set up. Raises CommandFailed if the address can't be had."""
     _log_to_stderr(settings.log_level)
-    give_back_freed_memory()
+    heap.map_from(LARGE_BYTES)
     try:
         return bind(settings.host, settings.port)
     except CantListen as error:
