@@ -20,7 +20,6 @@ settings.register_profile("any machine", deadline=None, suppress_health_check=[H
 settings.load_profile("any machine")
 
 KINDS = ("quick", "plain", "slow")  # an unmarked test is plain
-LONGEST = "test_compiled_set.py"  # This file begins first; a process runs all of it.
 # What stands in every file that holds a test with the mark: only such files are worth their import.
 SPELLINGS = {"quick": "mark.quick", "slow": "mark.slow", "vulkan": "mark.vulkan", "hypothesis": "@given("}
 
@@ -56,8 +55,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if "vulkan" not in (config.option.markexpr or ""):  # they need a build of llama.cpp of their own
         config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("vulkan")])
         items[:] = [item for item in items if not item.get_closest_marker("vulkan")]
-
-    items.sort(key=lambda item: item.path.name != LONGEST)  # While it runs alone at the end, a core has no work.
 
     number = config.getoption("--examples")
     for item in items if number else ():
