@@ -130,8 +130,9 @@ async def watched(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixt
     monkeypatch.setattr(EngineCore, "prepare", recorded)
     caplog.set_level(logging.DEBUG, "tightrope.server")
     engine = EngineSettings.model_validate({"model": {"adapters": {"limarp": "limarp"}}})
+    # some fields leave an answer no other end than the model's length: a short one
     async with api(
-        "<think>a</think>fine", chat_template=TEMPLATE, added=("<think>", "</think>"), engine=engine
+        "<think>a</think>fine", chat_template=TEMPLATE, added=("<think>", "</think>"), engine=engine, max_model_len=512
     ) as http:
         yield Watched(http, requests, caplog)
 

@@ -3,14 +3,18 @@
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from copy import copy
 from dataclasses import replace
+from functools import cache
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
+import fastapi.routing
 import httpx
 import msgspec
 from fakes import ByteTokenizer, FakeBackend, script
 from fastapi import FastAPI
+from fastapi._compat import ModelField
 
 from tightrope.backends.settings import EmbeddingSettings, ModelSettings
 from tightrope.engine.embedding.client import EmbeddingClient, spawn_embedder
@@ -24,6 +28,23 @@ from tightrope.server.settings.settings import ServerSettings
 from tightrope.server.state import front_of
 
 NextToken = Callable[[Sequence[int]], int]
+_create_field = fastapi.routing.create_model_field
+
+
+@cache
+def _field(type_: object, mode: Literal["validation", "serialization"]) -> ModelField:
+    return _create_field("", type_, mode=mode)
+
+
+def _named_field(name: str, type_: object, mode: Literal["validation", "serialization"] = "validation") -> ModelField:
+    """A field of what a route answers; what pydantic makes of its type is made once."""
+    field = copy(_field(type_, mode))
+    field.name = name
+    return field
+
+
+# An application has 600 such fields of 40 types, four fifths of its start, and hundreds of tests have one each.
+fastapi.routing.create_model_field = _named_field
 
 
 @asynccontextmanager
