@@ -314,5 +314,5 @@ class Chats(RuleBasedStateMachine):
             assert self.driver.run(-1, range(10_000, 10_000 + total)) == 0, "all pages are there to be taken"
 
 
-Chats.TestCase.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
+Chats.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 TestChats = pytest.mark.plain(Chats.TestCase)

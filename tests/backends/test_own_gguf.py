@@ -193,6 +193,7 @@ def test_llama_cpp_reads_the_same_model_from_the_file(name: str, tmp_path: Path)
     assert deviation(ours, logits) < 2e-2  # llama.cpp rounds keys, values, and what it multiplies, to 11 bits
 
 
+@pytest.mark.slow
 def test_gemma_3_says_what_llama_cpp_makes_of_its_file_beyond_its_window():
     sizes = ModelSettings(cache=F16, max_model_len=640, max_num_seqs=1, step_tokens=640)
     with closing(GGUFBackend(gemma(), sizes, lambda share: None)) as theirs:

@@ -218,7 +218,7 @@ specs = st.builds(
 
 
 @given(case=cases(), spec=specs)
-@SOME
+@settings(SOME, max_examples=6)
 def test_attention_equals_float64(kernels: native.NativeKernels, case: Case, spec: AttentionSpec):
     queries = case.noise(case.num_heads)
 

@@ -158,6 +158,7 @@ def test_a_model_that_can_not_be_loaded_ends_the_command_with_its_reason(tmp_pat
     assert "broken.gguf" in last
 
 
+@pytest.mark.slow
 def test_all_its_processes_may_be_told_to_end_at_once():
     """As systemd does by itself."""
     with started(cluster_command("--replicas", "1"), clean_environment()) as running:

@@ -155,6 +155,7 @@ async def test_when_a_replica_dies_in_mid_answer_another_goes_on_with_it():
         assert running.pool.restarts == 2
 
 
+@pytest.mark.slow
 async def test_a_request_that_kills_replicas_kills_two_at_most():
     async with cluster("a", "b", "c") as running:
         with pytest.raises(BackendFailed, match="2 replicas died"):

@@ -50,9 +50,10 @@ def assert_refused(folder: Path, line: str) -> None:
     ("fields", "line"),
     [
         ({"num_key_value_heads": 9}, "num_attention_heads is 56, not a multiple of num_key_value_heads 9"),
-        (
+        pytest.param(
             {"rope_scaling": {"type": "linear", "factor": float("nan")}},
             "rope_scaling.factor is nan; it must be",
+            marks=pytest.mark.slow,
         ),
     ],
 )
@@ -101,9 +102,17 @@ def overlapping(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "line"),
     [
-        (small_vocabulary, "tokenizer.json: token 'ectable' has id 49151, but vocab_size in config.json is 100"),
+        pytest.param(
+            small_vocabulary,
+            "tokenizer.json: token 'ectable' has id 49151, but vocab_size in config.json is 100",
+            marks=pytest.mark.slow,
+        ),
         (not_a_number, "model.safetensors: tensor 'model.norm.weight' holds NaN; weights must be finite"),
-        (overlapping, "model.safetensors: tensor 'model.norm.weight' overlaps the one before it"),
+        pytest.param(
+            overlapping,
+            "model.safetensors: tensor 'model.norm.weight' overlaps the one before it",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_weights_and_tokenizers_that_can_not_be_are_refused(

@@ -39,7 +39,7 @@ def remedy(checkout: Path) -> str:
     return f"to mend it: make -f kernels/cpu/build.mk PYTHON={sys.executable} in {checkout}"
 
 
-@pytest.mark.parametrize("checkout", ["none", "stale"], indirect=True)
+@pytest.mark.parametrize("checkout", ["none", pytest.param("stale", marks=pytest.mark.slow)], indirect=True)
 def test_a_folder_is_served_and_a_line_at_the_start_says_what_is_slow_and_how_to_mend_it(checkout: Path):
     options = (str(ADAPTERS / "llama-bf16"), "--device=cpu", "--max-model-len=64")
     with run_server(*options, cwd=checkout, environment={"PYTHONPATH": str(checkout)}) as running:
