@@ -19,6 +19,7 @@ from llama_cpp import llama_cpp as ll
 
 from tightrope.backends.errors import BackendError, OutOfMemory
 from tightrope.backends.files.gguf.header import read_header
+from tightrope.backends.gguf.large_pages import want_large_pages
 from tightrope.backends.gguf.threadpool import ThreadPool
 from tightrope.backends.sharing import Threads
 
@@ -221,7 +222,13 @@ class NativeAdapter:
 
 
 def _progress_callback(progress: Callable[[float], None]) -> Callable[[float, Any], bool]:
+    has_begun = False
+
     def on_progress(share: float, _: Any) -> bool:  # noqa: ANN401 - a native pointer that nobody looks at
+        nonlocal has_begun
+        if not has_begun:  # The weights have their place now, and none has been read.
+            has_begun = True
+            want_large_pages()
         progress(min(1.0, max(0.0, share)))
         return True
 
