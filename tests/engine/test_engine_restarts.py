@@ -178,6 +178,7 @@ async def test_whatever_goes_wrong_at_a_restart_is_tried_again(fault: Launcher):
     assert (launches, client.restarts) == ([], 3)
 
 
+@pytest.mark.slow
 async def test_a_load_that_fails_at_a_restart_is_tried_again_and_ends_who_waits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -306,6 +307,7 @@ async def test_requests_that_only_waited_outlive_any_number_of_engines():
         assert client.restarts == 4
 
 
+@pytest.mark.slow
 async def test_a_request_that_ends_every_engine_is_tried_twice():
     async with running(settings()) as client:
         with pytest.raises(BackendFailed, match="died"):

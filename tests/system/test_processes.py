@@ -82,7 +82,7 @@ def ran(folder: Path) -> list[str]:
     return [name for name in HOSTILE if (folder.parent / name).exists()]
 
 
-@pytest.mark.parametrize("program", [SCRIPT, MODULE], ids=["script", "module"])
+@pytest.mark.parametrize("program", [pytest.param(SCRIPT, marks=pytest.mark.slow), MODULE], ids=["script", "module"])
 def test_no_code_of_the_current_folder_runs(hostile_model: Path, program: Sequence[str]):
     environment = {"PYTHONPATH": f"{os.pathsep}/no/such/folder"}  # the part before the colon means the current folder
     template = "{{ messages[0].content }}"
