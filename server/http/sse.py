@@ -8,6 +8,7 @@ from functools import partial
 
 from sse_starlette import EventSourceResponse, ServerSentEvent
 from sse_starlette.sse import AppStatus
+from starlette.types import Message, Send
 
 from tightrope.engine.errors import EngineError
 from tightrope.server.http.errors import Column, error_event, error_line, unexpected
@@ -26,6 +27,13 @@ def _ping() -> ServerSentEvent:
     return ServerSentEvent(comment="ping", sep="\n")
 
 
+class _Stream(EventSourceResponse):
+    """No time is set for one event: who takes nothing is dropped by its `Connection`."""
+
+    async def _send_with_timeout(self, send: Send, message: Message) -> None:
+        await send(message)
+
+
 def event_stream(
     events: AsyncGenerator[bytes, None], column: Column, headers: Mapping[str, str], *, has_pings: bool = False
 ) -> EventSourceResponse:
@@ -33,7 +41,7 @@ def event_stream(
 
     It gets a comment after every PING_S of silence, unless `has_pings` says that such are among the events already.
     """
-    return EventSourceResponse(
+    return _Stream(
         with_errors(events, partial(error_event, column=column)),
         headers={"cache-control": "no-cache", **headers},
         ping=NEVER_S if has_pings else PING_S,
@@ -44,7 +52,7 @@ def event_stream(
 
 def line_stream(lines: AsyncGenerator[bytes, None], column: Column, headers: Mapping[str, str]) -> EventSourceResponse:
     """The same for lines of JSON, which have no comments; see `kept_alive`."""
-    return EventSourceResponse(
+    return _Stream(
         with_errors(lines, partial(error_line, column=column)),
         headers={"cache-control": "no-cache", **headers},
         media_type="application/x-ndjson",
