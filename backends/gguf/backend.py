@@ -59,6 +59,8 @@ class GGUFBackend:
                 raise
         if plan.can_move and not self._context.can_move:
             plan = without_moves(plan)
+        self._last_logits = np.empty((0, 0), np.float32)
+        self._last_rows = torch.from_numpy(self._last_logits)
         self.adapters: AdapterStore
         self.adapters = self._adapters = GGUFAdapters(self._model, self._context, header, AdapterRoom(adapter_bytes))
         try:
@@ -159,16 +161,23 @@ class GGUFBackend:
             return self._no_rows()
         if num_rows <= native.max_outputs:
             native.decode(begin, end)
-            return torch.from_numpy(native.logits(num_rows)) if num_rows else self._no_rows()
+            return self._rows(num_rows) if num_rows else self._no_rows()
         rows = begin + np.flatnonzero(outputs)
         parts: list[Tensor] = []
         for group in range(0, num_rows, native.max_outputs):
             is_last = group + native.max_outputs >= num_rows
             stop = end if is_last else int(rows[group + native.max_outputs])
             native.decode(begin, stop)
-            parts.append(torch.from_numpy(native.logits(len(rows[group : group + native.max_outputs])).copy()))
+            parts.append(self._rows(len(rows[group : group + native.max_outputs])).clone())
             begin = stop
         return torch.cat(parts)
+
+    def _rows(self, num_rows: int) -> Tensor:
+        """The logits of the last native call [num_rows, V], which the next one overwrites."""
+        found = self._context.logits(num_rows)
+        if found is not self._last_logits:  # They lie at the same place in most steps.
+            self._last_logits, self._last_rows = found, torch.from_numpy(found)
+        return self._last_rows
 
     def _no_rows(self) -> Tensor:
         return torch.empty(0, self._model.vocab_size)

@@ -116,8 +116,13 @@ def chains(logits: Tensor, rows: Ids, states: Sequence[SamplerState]) -> list[tu
 def native_params(logits: Tensor, rows: Ids, states: Sequence[SamplerState]) -> Doubles:
     """[B, 5 + 4 * MAX_TRANSFORMS]: u, the truncation parameters and the transforms, as the chain in C++ takes them.
 
-    Greedy is there the one likeliest token.
+    Greedy is there the one likeliest token. All but u is the same for each token where no transform measures the row.
     """
+    known = [state.native_params for state in states if state.native_params is not None]
+    if len(known) == len(states):
+        found = np.array(known)
+        found[:, 0] = [_u(state) for state in states]
+        return found
     numbers = []
     for state in states:
         params, steps = state.params, state.plan.steps
@@ -130,6 +135,8 @@ def native_params(logits: Tensor, rows: Ids, states: Sequence[SamplerState]) -> 
     transforms = transforms_of(logits, rows, states).reshape(len(rows), -1)
     found = np.empty((len(rows), len(numbers[0]) + transforms.shape[1]))
     found[:, : len(numbers[0])], found[:, len(numbers[0]) :] = numbers, transforms
+    for state, row in zip(states, found, strict=True):
+        state.native_params = None if state.plan.measures else row
     return found
 
 

@@ -49,20 +49,12 @@ class TokenEdits:
             or params.presence_penalty != 0.0
             or params.relative_frequency_penalty != 0.0
         )
+        self.is_neutral = not self._counts_tokens and not self._biases  # But for repeats and the watermark.
+        self.is_idle = self.is_neutral and self.repeats is None and self.watermark is None  # No logit ever changes.
         self._decay = params.repetition_decay if params.penalty_range > 0 else 0
         self._num_prompt = len(prompt_token_ids)
         self._history = list(prompt_token_ids) if self._counts_tokens else []
         self._rebuild()
-
-    @property
-    def is_neutral(self) -> bool:
-        """Whether no logit ever changes, but for repeats and the watermark."""
-        return not self._counts_tokens and not self._biases
-
-    @property
-    def is_idle(self) -> bool:
-        """Whether no logit ever changes."""
-        return self.is_neutral and self.repeats is None and self.watermark is None
 
     def append(self, token_id: int) -> None:
         """A token was generated."""
@@ -191,20 +183,30 @@ def edit_logits(
 
     logits [B, V] float32; comes back as it is when no row changes anything, else as a changed copy, or changed itself.
     """
-    if not masks and not any(suppressed) and all(edit.is_idle for edit in edits):
+    is_idle, suppresses = all(edit.is_idle for edit in edits), any(suppressed)
+    if is_idle and not suppresses and not masks:
         return logits
-    rows = [row for row, edit in enumerate(edits) if not edit.is_neutral]
-    banned = [row * logits.shape[1] + token_id for row, ids in enumerate(suppressed) for token_id in ids]
-    repeats = [(row, edit.repeats) for row, edit in enumerate(edits) if edit.repeats is not None]
-    marks = [(row, edit.watermark) for row, edit in enumerate(edits) if edit.watermark is not None]
     is_own = in_place and logits.is_contiguous()
     edited = logits if is_own else logits.clone(memory_format=torch.contiguous_format)
+    if not is_idle:
+        _edit(edited, edits)
+    if suppresses:
+        _suppress(edited, suppressed)
+    if masks:
+        _exclude(edited, list(masks), np.stack(list(masks.values())))
+    return edited
+
+
+def _edit(edited: Tensor, edits: Sequence[TokenEdits]) -> None:
+    rows = [row for row, edit in enumerate(edits) if not edit.is_neutral]
+    repeats = [(row, edit.repeats) for row, edit in enumerate(edits) if edit.repeats is not None]
+    marks = [(row, edit.watermark) for row, edit in enumerate(edits) if edit.watermark is not None]
     flat = edited.view(-1)
     for row, mark in marks:
         mark.add_to(edited[row])
     if rows:
         entries = [edits[row].entries() for row in rows]
-        offsets = np.repeat(np.asarray(rows, np.int64) * logits.shape[1], [len(ids) for ids, _, _ in entries])
+        offsets = np.repeat(np.asarray(rows, np.int64) * edited.shape[1], [len(ids) for ids, _, _ in entries])
         places = _to(np.concatenate([ids for ids, _, _ in entries]) + offsets, flat)
         divide = _to(np.concatenate([d for _, d, _ in entries]), flat)
         subtract = _to(np.concatenate([s for _, _, s in entries]), flat)
@@ -214,13 +216,18 @@ def edit_logits(
         repeated, penalties = repeat.penalties()
         if len(repeated):
             edited[row].index_add_(0, _to(repeated, flat), _to(penalties, flat), alpha=-1)
-    if banned and flat.is_cpu:
-        flat.numpy()[banned] = -np.inf  # For a few places, this takes a fifth of torch's time.
-    elif banned:
-        flat[torch.tensor(banned, device=flat.device)] = -torch.inf
-    if masks:
-        _exclude(edited, list(masks), np.stack(list(masks.values())))
-    return edited
+
+
+def _suppress(logits: Tensor, suppressed: Sequence[tuple[int, ...]]) -> None:
+    """Set these tokens of each row [B, V] to -inf."""
+    if logits.is_cpu:
+        array = logits.numpy()  # For a few places, numpy takes a fifth of torch's time.
+        for row, ids in enumerate(suppressed):
+            if ids:
+                array[row, ids] = -np.inf
+        return
+    places = [row * logits.shape[1] + token_id for row, ids in enumerate(suppressed) for token_id in ids]
+    logits.view(-1)[torch.tensor(places, device=logits.device)] = -torch.inf
 
 
 def _exclude(logits: Tensor, rows: Sequence[int], allowed: Packed) -> None:

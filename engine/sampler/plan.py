@@ -16,6 +16,7 @@ class Plan:
     order: tuple[str, ...]  # All steps of the chain stand here, those that are off too.
     is_native: bool  # The native draw can run all of `steps`.
     steering: Step | None  # Its mu follows what was drawn.
+    measures: bool  # A step of the head depends on the whole row.
 
 
 def plan(params: SamplingParams) -> Plan:
@@ -23,7 +24,7 @@ def plan(params: SamplingParams) -> Plan:
     chain = [step for step in in_order(params) if step.run]
     order = tuple(step.name for step in chain)
     if params.temperature == 0:
-        return Plan((), (), order, True, None)
+        return Plan((), (), order, True, None, False)
     active = [step for step in chain if step.stage == ORDERED and step.is_on(params)]
     steering = next((step for step in chain if step.stage == STEERING and step.is_on(params)), None)
     if steering is not None:
@@ -34,7 +35,9 @@ def plan(params: SamplingParams) -> Plan:
     keeps_likeliest = "typical_p" not in steps  # Others leave the likeliest token whatever else they remove.
     is_native = params.min_keep <= keeps_likeliest and steps == tuple(s for s in NATIVE if s in steps)
     is_native = is_native and steering is None
-    return Plan(head, steps, order, is_native, steering)
+    rows = (step.whole_row for step in active[:num_head])
+    measures = any(row is not None and row.measures(params) for row in rows)
+    return Plan(head, steps, order, is_native, steering, measures)
 
 
 def _fits_whole_row(step: Step, params: SamplingParams) -> bool:

@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Sequence
 
 from tightrope.engine.guided.grammar import Matcher
+from tightrope.engine.sampler.arrays import Doubles
 from tightrope.engine.sampler.draw import dice
 from tightrope.engine.sampler.penalties import TokenEdits
 from tightrope.engine.sampler.plan import plan
@@ -45,6 +46,7 @@ class SamplerState:
         self.wants_raw = logprobs is not None and not logprobs.processed
         self.processed_top = logprobs.top if logprobs is not None and logprobs.processed else 0
         self.is_native = self.plan.is_native and not self.wants_processed  # The native draw decides alone.
+        self.native_params: Doubles | None = None  # Of all its tokens, but for the number that is drawn by.
 
     @property
     def has_complete_text(self) -> bool:
