@@ -7,6 +7,7 @@ from typing import Literal
 
 from tightrope.backends.memory import MEMORY_SHARE
 
+LEAST_WINDOW = 1024  # Nobody is served fewer tokens unasked: a chat's first messages may be as long.
 CACHE_NAMES: tuple[Literal["q8", "q4", "f16"], ...] = ("q8", "q4", "f16")  # They are shown side by side in this order.
 
 

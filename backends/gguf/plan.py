@@ -11,7 +11,7 @@ from tightrope.backends.gguf.native import ContextOptions
 from tightrope.backends.gguf.rope import RopePlan, plan_rope
 from tightrope.backends.gguf.shape import ModelShape
 from tightrope.backends.memory import GIB, MIB, default_tokens, does_not_fit
-from tightrope.backends.planning import DeviceShare, MemoryShares
+from tightrope.backends.planning import LEAST_WINDOW, DeviceShare, MemoryShares
 from tightrope.backends.settings import ModelSettings, written
 from tightrope.backends.threads import compute_threads
 
@@ -20,7 +20,6 @@ MOVED = "cached tokens: what stands behind a removed message is moved, and compu
 EXACT, COMPUTED = "cached tokens: exact ones alone", "behind a removed message all is computed"
 MAX_CHECKPOINTS = 32  # A chat leaves two to four for each turn, and the latest few are of use.
 CHECKPOINT_EXTRA = 64 << 10  # llama.cpp writes positions, types and sizes of each layer, too.
-LEAST_WINDOW = 1024  # Nobody is served fewer tokens unasked: a chat's first messages may be as long.
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,13 +9,12 @@ from tightrope.backends.hf.modules.step import LayerInfo
 from tightrope.backends.hf.room import Asked, CacheSizes, Space
 from tightrope.backends.hf.workspace import token_bytes
 from tightrope.backends.memory import GIB, default_tokens
-from tightrope.backends.planning import MemoryShares
+from tightrope.backends.planning import LEAST_WINDOW, MemoryShares
 from tightrope.backends.rope.scaling import RopeSpec, resolve_rope
 from tightrope.backends.settings import STEP_TOKENS, ModelSettings
 from tightrope.kernels.forms.layout import PAGE, CacheDtype
 
 CACHE_DTYPES: tuple[CacheDtype, ...] = ("f16", "q8", "q4")  # They stand largest first.
-LEAST_WINDOW = 1024  # Nobody is served fewer tokens unasked: a chat's first messages may be as long.
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,13 +21,14 @@ class Need(Struct, frozen=True):
 
     host_bytes: of the machine's memory, with what chats that have left the cache are to have in any case. run_bytes:
     what they may take of it beside that. card_free_bytes: what the cards that it would lie on had left when that was
-    asked.
+    asked. least_host_bytes: like host_bytes, with the smallest window that is served.
     """
 
     host_bytes: int
     run_bytes: int
     card_bytes: int = 0
     card_free_bytes: int = 0
+    least_host_bytes: int = 0
 
 
 class PlanAsked(Struct, frozen=True):
@@ -38,11 +39,15 @@ class PlanAsked(Struct, frozen=True):
 
 
 class Planned(Struct, frozen=True):
-    """error: why it can't be served at all; refusal: why not in the memory that was named."""
+    """error: why it can't be served at all; refusal: why not in the memory that was named.
+
+    embedding_bytes: what the models take that embed or rank texts beside it.
+    """
 
     need: Need | None = None
     refusal: str | None = None
     error: str | None = None
+    embedding_bytes: int = 0
 
 
 async def plan(settings: ModelSettings, host_bytes: int | None = None) -> Planned:

@@ -1,5 +1,6 @@
 """`tightrope cluster`: several replicas of one model on this machine, which Ray runs and watches."""
 
+import asyncio
 import importlib.util
 import secrets
 from collections.abc import Mapping, Sequence
@@ -10,6 +11,7 @@ from tightrope.engine.settings import EngineSettings
 from tightrope.server.cli.failures import CommandFailed, UsageError
 from tightrope.server.cli.serve import begin, run_front, say
 from tightrope.server.cluster.arguments import check_serves_one_model
+from tightrope.server.cluster.fitting import NotHeld, check_fits
 from tightrope.server.cluster.ray_variables import keep_ray_at_home
 from tightrope.server.settings.settings import ServerSettings, SettingsError
 
@@ -28,6 +30,10 @@ def cluster(settings: ServerSettings, notes: Sequence[str] = ()) -> int:
     if importlib.util.find_spec("ray") is None:
         raise CommandFailed(EXTRA)
     listener = begin(settings)
+    try:
+        asyncio.run(check_fits(settings))
+    except NotHeld as error:
+        raise CommandFailed(str(error)) from None
     keep_ray_at_home()
     try:  # Ray takes seconds to import, and may be there without Serve.
         from tightrope.server.cluster.handshake import KEY_BYTES

@@ -63,12 +63,9 @@ def replica_application(
                 policy=AutoscalingPolicy(policy_function=POLICY),
             )
         }
-    gpus = cluster.replica_gpus
-    if gpus is None:
-        gpus = float(settings.engine.model.device != "cpu" and "GPU" in ray.cluster_resources())
     replica = serve.deployment(
         name="Replica",
-        ray_actor_options={"num_cpus": settings.engine.model.threads or 1, "num_gpus": gpus},
+        ray_actor_options={"num_cpus": settings.engine.model.threads or 1, "num_gpus": gpus_of(settings)},
         request_router_config=RequestRouterConfig(request_router_class=ROUTER),  # type: ignore[arg-type]  # Its keywords are of all types.
         health_check_period_s=HEALTH_S,
         graceful_shutdown_timeout_s=DRAIN_S + END_S,
@@ -76,3 +73,12 @@ def replica_application(
         **scaling,
     )(Replica)
     return replica.bind(settings.model_dump_json(exclude={"api_key", "admin_key"}), memory_bytes, launch)
+
+
+def gpus_of(settings: ServerSettings) -> float:
+    """So many GPUs a replica asks Ray for: where nobody says, one for each rank, if there are any."""
+    model = settings.engine.model
+    if settings.cluster.replica_gpus is not None:
+        return settings.cluster.replica_gpus
+    has_any = model.device != "cpu" and "GPU" in ray.cluster_resources()
+    return float(max(1, model.tensor_parallel)) if has_any else 0.0

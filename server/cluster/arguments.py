@@ -23,6 +23,8 @@ def check_serves_one_model(settings: ServerSettings) -> None:
     """Raises SettingsError for what is set, wherever that is, and no cluster does."""
     if settings.models is not None:
         raise SettingsError("models: a cluster serves one model; name it, or use `tightrope serve`")
+    if "models_max" in settings.model_fields_set:
+        raise SettingsError("models-max: a cluster serves one model; leave it out, or use `tightrope serve`")
     if settings.sleep_idle_s is not None:
         raise SettingsError("sleep-idle-seconds: a cluster never unloads its model; --max-replicas has it scale")
 

@@ -20,7 +20,8 @@ from ray.serve.handle import DeploymentHandle
 from tightrope.backends.memory import free_memory
 from tightrope.backends.threads import compute_threads
 from tightrope.engine.process.launch import Launcher, spawn_process
-from tightrope.server.cluster.application import replica_application
+from tightrope.server.cluster.application import gpus_of, replica_application
+from tightrope.server.cluster.fitting import most_replicas
 from tightrope.server.cluster.ray_router import Changed, RayWatch
 from tightrope.server.settings.settings import ServerSettings
 
@@ -40,14 +41,16 @@ class LocalCluster:
 
     def __init__(self, settings: ServerSettings, say: Callable[[str], None], launch: Launcher = spawn_process) -> None:
         """Begin Ray; takes some seconds. say: is told of each replica that is ready. Raises RayFailed."""
-        most = max(settings.cluster.replicas, settings.cluster.max_replicas or 0)
-        self._settings = with_threads(settings, settings.engine.model.threads or max(1, compute_threads(0) // most))
+        self._most = most_replicas(settings.cluster)
+        threads = settings.engine.model.threads or max(1, compute_threads(0) // self._most)
+        self._settings = with_threads(settings, threads)
         self._say = say
         self._launch = launch
-        self._share = free_memory() // most
+        self._share: int | None = None  # Of the memory, for each; those that come later have as much.
         self._restarts: set[asyncio.Task[Handle]] = set()
         self._deployed: asyncio.Task[Handle] | None = None
-        start_ray(most * self._settings.engine.model.threads + 1)
+        start_ray(self._most * threads + 1)
+        check_gpus(self._most, gpus_of(settings))
 
     def close(self) -> None:
         """End all replicas, which write what rests of chats, and Ray.
@@ -68,6 +71,8 @@ class LocalCluster:
         return await asyncio.shield(self._deployed)
 
     def _deploy(self) -> Handle:
+        if self._share is None:  # By now Ray has taken what it needs, and embedding models are in place.
+            self._share = free_memory(self._settings.engine.model.keep_free_mib) // self._most
         each_once = self._settings.cluster.replicas
         replicas = replica_application(self._settings, self._share, self._launch, max_tries=each_once)
         target = serve.RunTarget(replicas, NAME, None)
@@ -144,6 +149,8 @@ def start_ray(num_cpus: int) -> None:
     """
     for name in ("ray", "ray.serve"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # It warns of a /dev/shm that is smaller than its store, as docker's is, and takes a file in place of that.
+    logging.getLogger("ray._private.services").setLevel(logging.ERROR)
     try:
         ray.init(
             address="local",
@@ -159,6 +166,17 @@ def start_ray(num_cpus: int) -> None:
     except Exception as error:  # Ray raises that class itself where it waits in vain for its own processes.
         ray.shutdown()
         raise RayFailed(f"Ray can't be started on this machine: {error}") from error
+
+
+def check_gpus(replicas: int, each: float) -> None:
+    """Raise RayFailed, with Ray ended, where replicas want more GPUs than it finds: it would wait for them for ever."""
+    found = ray.cluster_resources().get("GPU", 0.0)
+    if round(replicas * each, 4) > found:
+        ray.shutdown()
+        raise RayFailed(
+            f"{replicas} replicas with {each:g} GPUs each are more than the {found:g} that Ray finds on this machine: "
+            "ask for fewer --replicas, or have several of them share one by --replica-gpus"
+        )
 
 
 class LocalWatch:

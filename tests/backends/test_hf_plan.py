@@ -14,10 +14,11 @@ from tightrope.backends.files.hf_config import ModelShape, read_config
 from tightrope.backends.files.safetensors import Checkpoint
 from tightrope.backends.hf.cache.window_pages import KEPT_WINDOWS, most_needed
 from tightrope.backends.hf.host_workspace import HostWorkspace
-from tightrope.backends.hf.plan import LEAST_WINDOW, HFPlan, make_plan
+from tightrope.backends.hf.plan import HFPlan, make_plan
 from tightrope.backends.hf.room import CacheSizes, Room, host_room
 from tightrope.backends.hf.workspace import token_bytes
 from tightrope.backends.memory import MEMORY_SHARE, prompt_rows
+from tightrope.backends.planning import LEAST_WINDOW
 from tightrope.backends.settings import STEP_TOKENS, CacheSettings, ModelSettings
 from tightrope.kernels.forms.layout import PAGE, CacheDtype, CacheFormat, LayerCache
 

@@ -11,10 +11,12 @@ from contextlib import suppress
 from ipaddress import ip_address
 from pathlib import Path
 
+import gguf
 import httpx
 import psutil
 import pytest
 from real_server import RunningServer, clean_environment, started
+from vector_models import bert, write_gguf
 
 PATIENCE_S = 300.0
 OPTIONS = ("--port", "0", "--replicas", "2", "--threads", "1", "--max-model-len", "1024", "--kv-cache-tokens", "4096")
@@ -25,8 +27,9 @@ def cluster_command(*options: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[RunningServer]:
-    with started(cluster_command(), clean_environment()) as running:
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    beside = write_gguf(tmp_path_factory.mktemp("cluster") / "vectors.gguf", bert(), gguf.PoolingType.MEAN)
+    with started(cluster_command("--embedding-model", str(beside)), clean_environment()) as running:
         yield running
         tree = psutil.Process(running.process.pid).children(recursive=True)
     assert not psutil.wait_procs(tree, timeout=PATIENCE_S)[1], "Ray's processes end with the command"
@@ -71,6 +74,11 @@ def test_it_says_what_it_serves_and_answers_in_all_dialects(cluster: RunningServ
         assert client.post("/generate", json={"inputs": "Hello", "parameters": {"max_new_tokens": 4}}).json()
         assert client.post("/tokenize", json={"prompt": "Hello there"}).json()["count"] == 2
         assert client.get("/health").status_code == 200
+
+
+def test_the_front_has_the_embedding_models(cluster: RunningServer):
+    answer = httpx.post(f"{cluster.url}/v1/embeddings", json={"model": "vectors", "input": ["a cat", "the sea"]})
+    assert [len(row["embedding"]) for row in answer.json()["data"]] == [32, 32]
 
 
 def test_nothing_listens_beyond_this_machine(cluster: RunningServer):
@@ -153,9 +161,8 @@ def test_a_model_that_can_not_be_loaded_ends_the_command_with_its_reason(tmp_pat
         started([*cluster_command(), str(model)], clean_environment()),
     ):
         pass
-    last = str(told.value).strip().splitlines()[-1]
-    assert last.startswith("tightrope: ")
-    assert "broken.gguf" in last
+    (line,) = str(told.value).strip().splitlines()
+    assert line.startswith(f"the server did not start: tightrope: {model}: ")
 
 
 @pytest.mark.slow

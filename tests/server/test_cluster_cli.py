@@ -10,6 +10,7 @@ import pytest
 from checkout import ROOT
 from real_server import clean_environment
 
+from tightrope.server.cluster.arguments import settings_of
 from tightrope.server.cluster.load import FULL_TOKENS, load_of, wanted_replicas
 from tightrope.server.settings.settings import SettingsError, load_settings
 
@@ -43,6 +44,22 @@ def test_a_ray_that_can_not_be_started_is_told_in_one_line():
     assert (status, said) == (1, "tightrope: Ray can't be started on this machine: the node timed out\n")
 
 
+def test_more_replicas_than_memory_holds_are_refused_in_one_line_before_ray_starts():
+    late = "import sys; sys.modules['ray.serve'] = None"  # Whoever imports it is told of another reason.
+    status, said = command("cluster", "--port", "0", "--replicas", "1000", before=late)
+    assert (status, said.count("\n")) == (1, 1)
+    assert said.startswith("tightrope: --replicas: 1000 replicas don't fit here: each takes ")
+    assert "ask for at most" in said or "free some memory" in said
+
+
+def test_more_gpus_than_ray_finds_are_refused_in_one_line():
+    found = "import ray; from ray import serve; ray.init = serve.start = lambda **options: None"
+    found += "; ray.cluster_resources = lambda: {'GPU': 1.0}"
+    status, said = command("cluster", "--port", "0", "--replicas", "2", "--replica-gpus", "0.75", before=found)
+    assert (status, said.count("\n")) == (1, 1)
+    assert "2 replicas with 0.75 GPUs each are more than the 1 that Ray finds on this machine" in said
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -62,6 +79,14 @@ def test_several_models_are_refused_in_one_line():
     status, said = command("cluster", "--models", "/tmp")
     assert (status, said.count("\n")) == (2, 1)
     assert "--models" in said
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("option", ["models", "models-max", "sleep-idle-seconds"])
+def test_what_only_a_server_of_several_models_does_is_refused_wherever_it_is_set(option: str):
+    variable = "TIGHTROPE_" + option.replace("-", "_").upper()
+    with pytest.raises(SettingsError, match=f"^{option}: "):
+        settings_of({}, {variable: "3"})
 
 
 @pytest.mark.quick

@@ -122,7 +122,8 @@ async def test_the_process_that_plans_says_what_the_model_takes_and_where_it_is_
     assert 0 < told.need.run_bytes < told.need.host_bytes
     assert (told.need.card_bytes, told.need.card_free_bytes) == (0, 0)
     kept = await plan(settings.model_copy(update={"cache": CacheSettings(tokens=2048, host_mib=1024)}))
-    assert kept.need == Need(told.need.host_bytes + GIB, 0), "it is not loaded without what chats were promised"
+    whole = told.need.host_bytes + GIB
+    assert kept.need == Need(whole, 0, least_host_bytes=whole), "it is not loaded without what chats were promised"
     broken = await plan(ModelSettings(model=str(ROOT / "README.md")))
     assert broken.need is None
     assert "README.md: not a GGUF file" in (broken.error or "")
