@@ -1,5 +1,6 @@
 """What is made of the errors that torch, a driver and Triton raise; a card's are raised by stand-ins."""
 
+import re
 import subprocess
 
 import pytest
@@ -118,3 +119,12 @@ def test_a_refusal_of_ours_stays_what_it_is(card: Card):
     with pytest.raises(BackendError, match=r"^an invalid token$"), failing_as("a step", CARD):
         raise BackendError("an invalid token")
     assert card.waits == 0
+
+
+def test_a_small_shared_memory_is_told_with_what_to_do(card: Card):
+    """In NCCL's words of a container with docker's 64 MiB."""
+    last = "Last error:\nError while creating shared memory segment /dev/shm/nccl-x1 (size 9637888), error: No space"
+    error = named(RuntimeError(f"NCCL error in: ../NCCLUtils.cpp:94, unhandled system error\n{last}"))
+    assert re.fullmatch(
+        r".* failed: NCCL wants tens of MiB in /dev/shm, which has \d+ MiB left: give docker --shm-size 1g", str(error)
+    )

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tightrope.backends.hf.modules.gather import Gather
+from tightrope.backends.hf.run.device_errors import failing_as
 from tightrope.backends.tensor_parallel import Share
 from tightrope.backends.threads import usable_cpus
 from tightrope.kernels import dispatch
@@ -96,12 +97,14 @@ class GroupGather:
     shared: SharedRanks | None = None
 
     def __init__(self, share: Share, way: Way, store: str, device: torch.device) -> None:
+        """See open_gather. Raises BackendError."""
         set_variables(LOCAL)
         self.share, self._way = share, way
         card = device if device.type == "cuda" else None
-        dist.init_process_group(
-            way, f"file://{store}", PATIENCE, world_size=share.count, rank=share.rank, device_id=card
-        )
+        with failing_as("meeting the other ranks", device):
+            dist.init_process_group(
+                way, f"file://{store}", PATIENCE, world_size=share.count, rank=share.rank, device_id=card
+            )
 
     def __call__(self, local: Tensor, sizes: Sequence[int]) -> Tensor:
         """See Gather. Ranks send as many columns as the one with the most, in one piece, as a recorded step must."""

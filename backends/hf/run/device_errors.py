@@ -1,5 +1,6 @@
 """What an error of a device means: no memory for this step, a step that failed, or a device that is gone."""
 
+import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,8 @@ _OUT_OF_MEMORY = (
     "Triton Error [CUDA]: out of memory",
     "DefaultCPUAllocator: can't allocate memory",
 )
+
+SHARED_MEMORY = "/dev/shm"  # Ranks on cards that don't reach each other meet there.
 
 
 @contextmanager
@@ -47,6 +50,8 @@ def first_line(error: BaseException) -> str:
 def _named(error: Exception, work: str, devices: Sequence[torch.device]) -> BackendError:
     if _is_out_of_memory(error):
         return OutOfMemory(f"out of memory in {work}: {first_line(error)}")
+    if SHARED_MEMORY in str(error):
+        return BackendError(_shared_memory_line(work))
     for device in devices:
         try:
             if device.type == "cuda":
@@ -54,6 +59,15 @@ def _named(error: Exception, work: str, devices: Sequence[torch.device]) -> Back
         except RuntimeError as lasting:  # An error that is still there belongs to the context, and stays with it.
             return DeviceLost(f"{device} is lost after {work}: {first_line(lasting)}")
     return BackendError(f"the model failed in {work}: {first_line(error)}")
+
+
+def _shared_memory_line(work: str) -> str:
+    """NCCL names its file, and in another line than its first."""
+    try:
+        left = f"has {shutil.disk_usage(SHARED_MEMORY).free >> 20} MiB left"
+    except OSError:
+        left = "isn't there"
+    return f"{work} failed: NCCL wants tens of MiB in {SHARED_MEMORY}, which {left}: give docker --shm-size 1g"
 
 
 def _is_out_of_memory(error: Exception) -> bool:
