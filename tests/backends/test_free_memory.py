@@ -5,8 +5,6 @@ import pytest
 from tightrope.backends import memory
 from tightrope.backends.memory import GIB, MIB, free_for
 from tightrope.backends.settings import ModelSettings
-from tightrope.engine.settings import EngineSettings
-from tightrope.server.cluster.replica import within
 
 pytestmark = pytest.mark.quick
 
@@ -15,13 +13,13 @@ pytestmark = pytest.mark.quick
 def test_one_of_several_engines_has_its_share_whatever_the_others_have_taken(
     monkeypatch: pytest.MonkeyPatch, taken_by_others: int
 ) -> None:
-    settings = within(EngineSettings(model=ModelSettings(model="m")), 4 * GIB).model
+    settings = ModelSettings(model="m", most_host_mib=4096)
     monkeypatch.setattr(memory, "_meminfo_available", lambda: 12 * GIB - taken_by_others)
     assert free_for(settings) == 4 * GIB
 
 
 def test_a_share_is_no_more_than_is_free_and_may_be_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "_meminfo_available", lambda: 3 * GIB)
-    settings = within(EngineSettings(model=ModelSettings(model="m", keep_free_mib=512)), 4 * GIB).model
+    settings = ModelSettings(model="m", keep_free_mib=512, most_host_mib=4096)
     assert free_for(settings) == 3 * GIB - 512 * MIB
     assert free_for(ModelSettings(model="m")) == 3 * GIB
