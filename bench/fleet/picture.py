@@ -10,6 +10,7 @@ matplotlib.use("Agg")  # no display needed
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator
 
 from bench.fleet.routing import ROUTERS
 from bench.fleet.traces import CROWDS
@@ -34,7 +35,7 @@ def draw(results: Mapping[str, Any], path: Path) -> Path:
                 _panel(axes[line][column], mine, metric, is_log=is_log)
                 axes[line][column].set_title(f"{crowd}: {title[0].lower()}{title[1:]}")
                 axes[line][column].text(0, 1.04, unit, transform=axes[line][column].transAxes, color=GREY, fontsize=8.5)
-        axes[0][0].legend(frameon=False)
+        axes[0][-1].legend(frameon=False, loc="center right", bbox_to_anchor=(1, 0.62))
         figure.supxlabel("replicas", color=GREY, fontsize=9)
         figure.savefig(path, dpi=150, facecolor="white")
         plt.close(figure)
@@ -48,11 +49,12 @@ def _panel(axis: Axes, rows: list[dict[str, Any]], metric: str, *, is_log: bool)
     axis.set_xscale("log")
     sizes = sorted({row["replicas"] for row in rows})
     axis.set_xticks(sizes, [f"{size:,}" for size in sizes])
-    axis.minorticks_off()
     axis.grid(axis="y", color="#e3e7ea")
     axis.tick_params(axis="y", colors=GREY)
     if is_log:
         axis.set_yscale("log")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     else:
         axis.set_ylim(0, 1.02)
+    axis.minorticks_off()
