@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tightrope.backends.errors import DoesNotFit
-from tightrope.backends.settings import ModelSettings
 
 GIB, MIB = 1 << 30, 1 << 20
 MEMORY_SHARE = 0.9  # The rest of the machine's free memory is left to everyone else.
@@ -89,12 +88,6 @@ def free_memory(kept_mib: int = 0) -> int:
         except (OSError, ValueError):
             continue  # There is no such control group, or no limit in it ("max").
     return max(0, free - (kept_mib << 20))
-
-
-def free_for(settings: ModelSettings) -> int:
-    """The same for an engine, which may be one of several that share the machine's."""
-    free, most_mib = free_memory(settings.keep_free_mib), settings.most_host_mib
-    return free if most_mib is None else min(free, most_mib << 20)
 
 
 def private_memory(pid: int) -> int:

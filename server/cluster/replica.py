@@ -4,6 +4,7 @@ import logging
 import secrets
 from typing import Any
 
+from tightrope.backends.memory import free_memory
 from tightrope.engine.console import log_to_stderr
 from tightrope.engine.errors import EngineError
 from tightrope.engine.process.launch import Launcher, spawn_process
@@ -79,6 +80,7 @@ class Replica:
 
 
 def within(settings: EngineSettings, memory_bytes: int) -> EngineSettings:
-    """The same, for one of several engines on a machine: it takes its share, whatever the others have taken yet."""
-    model = settings.model.model_copy(update={"most_host_mib": memory_bytes >> 20})
-    return settings.model_copy(update={"model": model})
+    """The same, for one of several engines on a machine: what is free beyond its share is kept free."""
+    spare_mib = max(0, free_memory() - memory_bytes) >> 20
+    kept_mib = max(settings.model.keep_free_mib, spare_mib)
+    return settings.model_copy(update={"model": settings.model.model_copy(update={"keep_free_mib": kept_mib})})
