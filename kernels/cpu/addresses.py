@@ -36,7 +36,7 @@ Described = (
     | StepLayout
 )
 _kept: dict[int, tuple[int, *tuple[object, ...]]] = {}  # By the id of what is described, as long as it lives.
-_stacks: WeakKeyDictionary[LayerStack, tuple[object, object, int]] = WeakKeyDictionary()
+_stacks: WeakKeyDictionary[LayerStack, tuple[object, object, int]] = WeakKeyDictionary()  # Those of stacks, likewise.
 
 
 def address(thing: Described) -> int:
