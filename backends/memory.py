@@ -1,5 +1,6 @@
 """How much memory there is, and what is done with it where nobody says."""
 
+import math
 import os
 from collections.abc import Sequence
 from contextlib import suppress
@@ -7,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tightrope.backends.errors import DoesNotFit
+from tightrope.backends.settings import ModelSettings
 
 GIB, MIB = 1 << 30, 1 << 20
 MEMORY_SHARE = 0.9  # The rest of the machine's free memory is left to everyone else.
@@ -65,11 +67,6 @@ def does_not_fit(
     return DoesNotFit(f"{need}, and {left}: {other}ask for at most {fitting} tokens")
 
 
-def usable_memory() -> int:
-    """What a process takes of the machine's free memory in bytes, where nobody says."""
-    return int(free_memory() * MEMORY_SHARE)
-
-
 def free_memory(kept_mib: int = 0) -> int:
     """Bytes that this process may still take: what the machine has free, or its control group grants, if less.
 
@@ -88,6 +85,27 @@ def free_memory(kept_mib: int = 0) -> int:
         except (OSError, ValueError):
             continue  # There is no such control group, or no limit in it ("max").
     return max(0, free - (kept_mib << 20))
+
+
+def free_for(settings: ModelSettings) -> int:
+    """The same for one engine, which takes MEMORY_SHARE of it."""
+    return at_most(settings, free_memory(settings.keep_free_mib))
+
+
+def at_most(settings: ModelSettings, free_bytes: int) -> int:
+    """So much of `free_bytes` that MEMORY_SHARE of it is no more than the engine may take."""
+    most_mib = settings.max_memory_mib
+    return free_bytes if most_mib is None else min(free_bytes, grossed_up(most_mib << 20))
+
+
+def usable_memory(settings: ModelSettings) -> int:
+    """What it takes of it in bytes."""
+    return int(free_for(settings) * MEMORY_SHARE)
+
+
+def grossed_up(memory_bytes: int) -> int:
+    """Free memory of which the share that `serve` takes is `memory_bytes`: a size that is given may be used up."""
+    return math.ceil(memory_bytes / MEMORY_SHARE)
 
 
 def private_memory(pid: int) -> int:

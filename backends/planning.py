@@ -1,11 +1,8 @@
 """What a model needs and what fits, of any format, from headers alone: the numbers that `serve` decides by."""
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
-
-from tightrope.backends.memory import MEMORY_SHARE
 
 LEAST_WINDOW = 1024  # Nobody is served fewer tokens unasked: a chat's first messages may be as long.
 CACHE_NAMES: tuple[Literal["q8", "q4", "f16"], ...] = ("q8", "q4", "f16")  # They are shown side by side in this order.
@@ -85,8 +82,3 @@ class Outline:
 def rank_name(rank: int, device_type: str) -> str:
     """The DeviceShare.device of one of several ranks, on a "cpu" or "cuda"."""
     return f"rank {rank} on the CPU" if device_type == "cpu" else f"cuda:{rank}"
-
-
-def grossed_up(memory_bytes: int) -> int:
-    """Free memory of which the share that `serve` takes is `memory_bytes`: a size that is given may be used up."""
-    return math.ceil(memory_bytes / MEMORY_SHARE)

@@ -179,6 +179,12 @@ class ModelSettings(BaseModel, frozen=True, extra="forbid"):
     keep_free_mib: int = Field(
         0, ge=0, le=MAX_HOST_MIB, description="The machine's memory that is free now, and will be others', in MiB."
     )
+    max_memory_mib: int | None = Field(
+        None,
+        ge=1,
+        le=MAX_HOST_MIB,
+        description="Most of the machine's memory that is taken, in MiB; None: any.",
+    )
     gpu_memory_fraction: float = Field(1.0, gt=0, le=1, description="Most of a card's whole memory that is taken.")
     cache: CacheSettings = CacheSettings()
     rope: RopeSettings = RopeSettings()

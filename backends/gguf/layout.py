@@ -17,8 +17,7 @@ from tightrope.backends.gguf.cards import Card, cards_for, chosen_of, unused
 from tightrope.backends.gguf.native import MAX_SEQS
 from tightrope.backends.gguf.shape import ModelShape
 from tightrope.backends.gguf.split import ROUNDED_ROWS, by_proportion, pieces, spread
-from tightrope.backends.memory import CARD_RESERVE, MEMORY_SHARE, CardMemory, free_memory
-from tightrope.backends.planning import grossed_up
+from tightrope.backends.memory import CARD_RESERVE, MEMORY_SHARE, CardMemory, free_for, grossed_up
 from tightrope.backends.settings import MAX_TOKENS, ModelSettings
 
 CELL_GRAIN = 256  # Llama.cpp rounds the number of cells up to this.
@@ -324,7 +323,7 @@ def memory_of(settings: ModelSettings, memory_bytes: int | None, device_bytes: t
             f"--tensor-parallel {count if count > 0 else 'all'}: llama.cpp, which runs this GGUF file, has no ranks; "
             "--gpu-layers -1 --split-mode row shares each matrix out among cards"
         )
-    host = free_memory(settings.keep_free_mib) if memory_bytes is None else grossed_up(memory_bytes)
+    host = free_for(settings) if memory_bytes is None else grossed_up(memory_bytes)
     if device_bytes is None:
         return Memory(host, cards_for(settings), unused(settings, look()) if memory_bytes is None else "")
     if settings.gpu_layers == 0:

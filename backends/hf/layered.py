@@ -15,7 +15,7 @@ from tightrope.backends.hf.load.inspection import inspect
 from tightrope.backends.hf.part import Part
 from tightrope.backends.hf.plan import HFPlan, check_layers
 from tightrope.backends.hf.room import check_host
-from tightrope.backends.memory import GIB, CardMemory, free_memory, spare_bytes
+from tightrope.backends.memory import GIB, CardMemory, free_for, spare_bytes
 from tightrope.backends.planning import MemoryShares
 from tightrope.backends.settings import ModelSettings, written
 from tightrope.backends.tensor_parallel import ALONE
@@ -110,5 +110,5 @@ def open_layered(path: Path, settings: ModelSettings, device: torch.device) -> L
     places = cards_of(settings, {one: CardMemory(*torch.cuda.mem_get_info(one)) for one in devices})
     if not places:
         raise BackendError("--gpu-split: no card has room for anything; free some of their memory")
-    free_bytes = free_memory(settings.keep_free_mib)
+    free_bytes = free_for(settings)
     return Layered(path, settings, places, host_of(settings, free_bytes), free_bytes)

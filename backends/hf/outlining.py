@@ -21,8 +21,8 @@ from tightrope.backends.hf.ranks.opening import check_no_card_is_named
 from tightrope.backends.hf.ranks.rooms import host_rooms
 from tightrope.backends.hf.room import CacheSizes, Space, check_host, host_workspace, room_on
 from tightrope.backends.hf.workspace import token_bytes
-from tightrope.backends.memory import GIB, RANK_BYTES, CardMemory, free_memory, spare_bytes
-from tightrope.backends.planning import CACHE_NAMES, CacheChoice, Chosen, DeviceShare, Outline, grossed_up, rank_name
+from tightrope.backends.memory import GIB, RANK_BYTES, CardMemory, free_for, grossed_up, spare_bytes
+from tightrope.backends.planning import CACHE_NAMES, CacheChoice, Chosen, DeviceShare, Outline, rank_name
 from tightrope.backends.settings import MAX_CARDS, MAX_RANKS, ModelSettings
 from tightrope.backends.tensor_parallel import ALONE, Share, heads
 from tightrope.kernels.forms.layout import PAGE
@@ -46,7 +46,7 @@ class Asked:
     @property
     def host_bytes(self) -> int:
         """Of the machine's memory, as what is free there."""
-        return free_memory(self.settings.keep_free_mib) if self.memory_bytes is None else grossed_up(self.memory_bytes)
+        return free_for(self.settings) if self.memory_bytes is None else grossed_up(self.memory_bytes)
 
 
 def outline_folder(

@@ -14,8 +14,7 @@ from tightrope.backends.hf.host_workspace import HostWorkspace
 from tightrope.backends.hf.load.arena import arena_bytes
 from tightrope.backends.hf.load.blueprint import Blueprint
 from tightrope.backends.hf.workspace import CardWorkspace
-from tightrope.backends.memory import GIB, CardMemory, does_not_fit, free_memory, spare_bytes
-from tightrope.backends.planning import grossed_up
+from tightrope.backends.memory import GIB, CardMemory, does_not_fit, free_for, free_memory, grossed_up, spare_bytes
 from tightrope.backends.settings import ModelSettings
 from tightrope.kernels.forms.layout import PAGE, CacheDtype, CacheFormat
 
@@ -171,7 +170,7 @@ def room_on(
     says, with our context open there.
     """
     if device.type == "cpu":
-        free_bytes = free_memory(settings.keep_free_mib) if host_bytes is None else grossed_up(host_bytes)
+        free_bytes = free_for(settings) if host_bytes is None else grossed_up(host_bytes)
         return host_room(
             settings, host_workspace(settings, blueprint), blueprint.weight_bytes + adapter_bytes, free_bytes
         )
@@ -201,7 +200,7 @@ def card_room(settings: ModelSettings, blueprint: Blueprint, adapter_bytes: int,
     workspace = card_workspace(settings, blueprint)
     weights = held_bytes([arena_bytes(blueprint.block_sizes)]) + held_bytes(blueprint.other_sizes) + adapter_bytes
     usable = memory.usable_bytes(settings.gpu_memory_fraction)
-    host_bytes = spare_bytes(blueprint.host_bytes, free_memory(settings.keep_free_mib))
+    host_bytes = spare_bytes(blueprint.host_bytes, free_for(settings))
     return Room(usable, weights, workspace, card_steps(settings), settings.cache.host_reserve_bytes, host_bytes)
 
 

@@ -59,15 +59,16 @@ def plan(
         beside = footprints(settings)
         left = memory_bytes
         if beside:
-            left = max(0, (usable_memory() if memory_bytes is None else memory_bytes) - taken_bytes(beside))
+            left = max(0, (usable_memory(settings) if memory_bytes is None else memory_bytes) - taken_bytes(beside))
         found = outline(settings, left, device_bytes)
     except BackendError as error:
         raise CommandFailed(str(error)) from None
     taken = taken_bytes(beside)
+    is_given = memory_bytes is not None or settings.max_memory_mib is not None
     if as_json:
         print(json.dumps(to_json(found) | {"embedding_bytes": taken}, indent=2))
     else:
-        lines = to_lines(found, memory_bytes is not None, device_bytes is not None)
+        lines = to_lines(found, is_given, device_bytes is not None)
         names = ", ".join(f"{one.path.name} ({one.kind})" for one in beside)
         more = [f"beside     {_size(taken)} of the machine's memory for {names}"] if beside else []
         print("\n".join(map(printable, [*lines[:2], *more, *lines[2:]])))

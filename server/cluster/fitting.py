@@ -10,6 +10,7 @@ from tightrope.backends.memory import GIB, MEMORY_SHARE, free_memory
 from tightrope.engine.errors import BackendFailed
 from tightrope.engine.process.planning import Planned
 from tightrope.engine.process.planning import plan as ask_planner
+from tightrope.engine.settings import EngineSettings
 from tightrope.server.models.room import ENGINE_BYTES, Plan
 from tightrope.server.settings.settings import ClusterSettings, ServerSettings
 
@@ -17,6 +18,15 @@ from tightrope.server.settings.settings import ClusterSettings, ServerSettings
 REPLICA_BYTES, RAY_BYTES = 160 << 20, 640 << 20
 REPLICA_THREADS, RAY_THREADS = 64, 256  # Those of its engine are counted with a replica's.
 ANY_NUMBER = 1 << 30
+
+
+def within(settings: EngineSettings, memory_bytes: int) -> EngineSettings:
+    """The same for an engine whose replica has a share of the memory that is free before any of them loads."""
+    most_mib = max(1, int(memory_bytes * MEMORY_SHARE) >> 20)
+    if settings.model.max_memory_mib is not None:
+        most_mib = min(most_mib, settings.model.max_memory_mib)
+    model = settings.model.model_copy(update={"max_memory_mib": most_mib})
+    return settings.model_copy(update={"model": model})
 
 
 class NotHeld(Exception):

@@ -4,12 +4,11 @@ import logging
 import secrets
 from typing import Any
 
-from tightrope.backends.memory import free_memory
 from tightrope.engine.console import log_to_stderr
 from tightrope.engine.errors import EngineError
 from tightrope.engine.process.launch import Launcher, spawn_process
-from tightrope.engine.settings import EngineSettings
 from tightrope.engine.types import ModelInfo, TurnMarks
+from tightrope.server.cluster.fitting import within
 from tightrope.server.cluster.load import load_of
 from tightrope.server.cluster.ray_address import listen_at_home_only
 from tightrope.server.cluster.relay import Relay
@@ -77,10 +76,3 @@ class Replica:
         """The end, once no router may ask this replica any more."""
         await self._relay.drain(DRAIN_S)
         await self._end()
-
-
-def within(settings: EngineSettings, memory_bytes: int) -> EngineSettings:
-    """The same, for one of several engines on a machine: what is free beyond its share is kept free."""
-    spare_mib = max(0, free_memory() - memory_bytes) >> 20
-    kept_mib = max(settings.model.keep_free_mib, spare_mib)
-    return settings.model_copy(update={"model": settings.model.model_copy(update={"keep_free_mib": kept_mib})})

@@ -4,7 +4,7 @@ import logging
 import os
 from collections.abc import Awaitable, Callable, Sequence
 
-from tightrope.backends.memory import GIB, MEMORY_SHARE, free_memory
+from tightrope.backends.memory import GIB, MEMORY_SHARE, at_most, free_memory
 from tightrope.backends.settings import ModelSettings
 from tightrope.engine.errors import BackendFailed
 from tightrope.engine.process.planning import Need, Planned, plan
@@ -34,12 +34,13 @@ class Room:
         if need.card_bytes > need.card_free_bytes:
             return False
         promised = await self.promised_bytes(others)
-        free = self._free() - (model.settings.engine.model.keep_free_mib << 20)
-        if need.host_bytes <= _usable(free - promised):
+        settings = model.settings.engine.model
+        free = self._free() - (settings.keep_free_mib << 20)
+        if need.host_bytes <= _usable(settings, free - promised):
             return True
-        alone = free + sum(other.engine.private_bytes for other in others)
-        if need.host_bytes > _usable(alone):  # It will be smaller, if it can be served at all.
-            told = await self._plan(model.settings.engine.model, max(1, _usable(alone)))
+        alone = _usable(settings, free + sum(other.engine.private_bytes for other in others))
+        if need.host_bytes > alone:  # It will be smaller, if it can be served at all.
+            told = await self._plan(settings, max(1, alone))
             if told.refusal is not None:
                 raise _failed(model, told.refusal)
         return False
@@ -73,9 +74,9 @@ def _failed(model: Model, reason: str) -> BackendFailed:
     return BackendFailed(f"the model `{model.name}` can't be loaded: {reason}")
 
 
-def _usable(free_bytes: int) -> int:
+def _usable(settings: ModelSettings, free_bytes: int) -> int:
     """What of so much free memory an engine that is started now plans with."""
-    return int((free_bytes - ENGINE_BYTES) * MEMORY_SHARE)
+    return int(at_most(settings, free_bytes - ENGINE_BYTES) * MEMORY_SHARE)
 
 
 def _changed_s(path: str | None) -> float:

@@ -221,6 +221,13 @@ OPTIONS: Mapping[str, Option] = {
         "of the machine's memory that is free at the start, what others will need, in MiB, beside a tenth (default: 0)",
         "N",
     ),
+    "max-memory-mib": Option(
+        (*_MODEL, "max_memory_mib"),
+        "context and memory",
+        "most of the machine's memory that the model takes with its cache, in MiB (default: nine tenths of what is "
+        "free)",
+        "N",
+    ),
     "gpu-memory-fraction": Option(
         (*_MODEL, "gpu_memory_fraction"),
         "context and memory",

@@ -56,7 +56,7 @@ def test_a_file_that_the_machine_has_no_room_for_is_refused_with_the_card_that_m
     monkeypatch: pytest.MonkeyPatch,
 ):
     monkeypatch.setattr(layout, "look", lambda: HOST)
-    monkeypatch.setattr(layout, "free_memory", lambda keep_free_mib: 16 * GIB)
+    monkeypatch.setattr(layout, "free_for", lambda settings: 16 * GIB)
     monkeypatch.setattr(cards, "_kinds", lambda: ["CUDA"])
     settings = ModelSettings()
     here, named = (layout.memory_of(settings, size, None) for size in (None, 16 * GIB))

@@ -5,6 +5,7 @@ import pytest
 from tightrope.backends.memory import MEMORY_SHARE
 from tightrope.backends.settings import ModelSettings
 from tightrope.engine.process.planning import Need, Planned
+from tightrope.engine.settings import EngineSettings
 from tightrope.server.cluster.fitting import (
     ANY_NUMBER,
     RAY_BYTES,
@@ -14,6 +15,7 @@ from tightrope.server.cluster.fitting import (
     NotHeld,
     check_fits,
     threads_left,
+    within,
 )
 from tightrope.server.models.room import ENGINE_BYTES
 from tightrope.server.settings.settings import ServerSettings, load_settings
@@ -72,3 +74,9 @@ async def test_a_model_that_can_not_be_served_is_told_as_its_plan_does():
 @pytest.mark.quick
 def test_some_threads_may_be_started_here():
     assert 0 < threads_left() <= ANY_NUMBER
+
+
+@pytest.mark.parametrize(("asked_mib", "most_mib"), [(None, 3686), (1000, 1000), (9000, 3686)])
+def test_a_replica_takes_its_share_whatever_others_have_taken_when_it_loads(asked_mib: int | None, most_mib: int):
+    engine = EngineSettings(model=ModelSettings(model="m", max_memory_mib=asked_mib))
+    assert within(engine, 4 * GIB).model.max_memory_mib == most_mib

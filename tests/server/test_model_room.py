@@ -74,6 +74,15 @@ async def test_what_is_to_be_left_free_is_not_free() -> None:
         assert await machine.has_room(new, [model("other", 9 * GIB)]) is fits
 
 
+@pytest.mark.parametrize("max_mib", [2048, 2047])
+async def test_a_model_that_needs_more_than_it_may_take_has_no_room_in_any_machine(max_mib: int) -> None:
+    settings = ServerSettings.model_validate({"engine": {"model": {"model": "new", "max_memory_mib": max_mib}}})
+    new = Model("new", settings, no_other, Taken())
+    machine, asked = room(100 * GIB, other=Need(0, 0), new=Need(2 * GIB, 0))
+    assert await machine.has_room(new, [model("other", 0)]) is (max_mib == 2048)
+    assert max_mib == 2048 or asked[-1] == ("new", max_mib << 20)
+
+
 async def test_a_model_that_fits_into_nothing_is_refused_before_others_go() -> None:
     needs = {"other": Need(GIB, 0), "new": Need(100 * GIB, 0)}
     lacks, asked = room(8 * GIB, refused=50 * GIB, **needs)

@@ -24,7 +24,7 @@ from tightrope.backends.hf.ranks.runner import RunnersOfAll
 from tightrope.backends.hf.ranks.steps import Steps
 from tightrope.backends.hf.room import host_workspace
 from tightrope.backends.hf.runner import Runner
-from tightrope.backends.memory import free_memory
+from tightrope.backends.memory import free_for
 from tightrope.backends.planning import DeviceShare, MemoryShares, rank_name
 from tightrope.backends.settings import ModelSettings
 from tightrope.backends.tensor_parallel import Share
@@ -106,7 +106,7 @@ class Team:
             return [None] * len(self._found)
         first = host_workspace(settings, self.own.found.blueprint)
         weights, tokens = [f.weight_bytes for f in self._found], [f.cache_bytes for f in self._found]
-        return [*host_rooms(settings, first, weights, tokens, free_memory(settings.keep_free_mib))]
+        return [*host_rooms(settings, first, weights, tokens, free_for(settings))]
 
     @property
     def memory(self) -> MemoryShares:
