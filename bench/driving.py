@@ -26,6 +26,7 @@ SCENARIOS = [
     Scenario("1 stream", partial(run_streams, num_streams=1), rounds=5),
     Scenario("8 streams", partial(run_streams, num_streams=8, num_words=140), rounds=4),
     Scenario("growing chat", run_chat, rounds=3),
+    Scenario("growing chat, seeded", partial(run_chat, is_seeded=True), rounds=1),
 ]
 
 
@@ -54,6 +55,7 @@ BARS = (
     Bar("eight streams, total tokens/s", "8 streams", "tokens_per_s", 1.0, is_least=True),
     Bar("eight streams, largest gap, of 300 ms or theirs", "8 streams", "largest_gap_ms", 1.0, False, _gap),
     Bar("second turn of a long chat, time", "growing chat", "second_ttft_ms", 0.8, is_least=False),
+    Bar("the same with a seed", "growing chat, seeded", "second_ttft_ms", 0.8, is_least=False),
 )
 
 
