@@ -25,7 +25,7 @@ class HostWorkspace:
     """With activations in float32. share: of the rank whose step it is.
 
     attends_by_heads: see local_shape. is_kept: layers are of transformers' own classes, which hold more at a time.
-    has_head: logits are computed there, too.
+    has_head: logits are computed there, too, of the wanted rows alone from the last norm on if `is_ours`.
     """
 
     settings: ModelSettings
@@ -33,6 +33,7 @@ class HostWorkspace:
     share: Share = ALONE
     attends_by_heads: bool = True
     is_kept: bool = False
+    is_ours: bool = True
     has_head: bool = True
 
     @property
@@ -77,7 +78,8 @@ class HostWorkspace:
         rows = logits_rows(self.settings, self.shape, tokens)
         logits = vocab.whole + (vocab.own if vocab.is_split else 0)
         sampled = 0 if self.share.rank else SAMPLED * self.settings.max_num_seqs * vocab.whole
-        return tokens * hidden + rows * (hidden + logits) + sampled
+        normed = 0 if self.is_ours else tokens * hidden
+        return normed + rows * (hidden + logits) + sampled
 
     def _by_kernels(self, widths: Widths, tokens: int) -> int:
         """Bytes that kernels take beside their results, and keep for the next step."""

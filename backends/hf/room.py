@@ -192,6 +192,7 @@ def host_workspace(settings: ModelSettings, blueprint: Blueprint) -> HostWorkspa
         blueprint.share,
         attends_by_heads=blueprint.attends_by_heads,
         is_kept=bool(blueprint.kept),
+        is_ours=blueprint.whole is not None,
     )
 
 
@@ -226,6 +227,7 @@ def card_workspace(settings: ModelSettings, blueprint: Blueprint) -> CardWorkspa
         num_runs=MOST_RUNS if quantization is not None and quantization.format.name == "EXL2" else 1,
         has_adapters=bool(settings.adapters or settings.adapter_folder),
         is_kept=bool(blueprint.kept),
+        is_ours=blueprint.whole is not None,
     )
 
 

@@ -40,7 +40,8 @@ class CardWorkspace:
     is_quantized, is_head_quantized: whether linears, and the head, are multiplied from codes; is_whole: by kernels of
     exllamav2, which expand whole matrices; is_joined: gate and up are one matrix; num_runs: of neighbouring groups of
     one width. has_adapters: whether steps may add low-rank products. is_kept: layers are of transformers' own classes,
-    whose norms go through float32. has_head: logits are computed there, too. is_recorded: decode steps are.
+    whose norms go through float32. has_head: logits are computed there, too, of the wanted rows alone from the last
+    norm on if `is_ours`, as in a WholeModel. is_recorded: decode steps are.
     """
 
     settings: ModelSettings
@@ -53,6 +54,7 @@ class CardWorkspace:
     num_runs: int
     has_adapters: bool
     is_kept: bool
+    is_ours: bool
     has_head: bool = True
     is_recorded: bool = True
 
@@ -119,7 +121,8 @@ class CardWorkspace:
             return
         wanted, logits = rows * self.itemsize * shape.hidden_size, rows * self.itemsize * shape.vocab_size
         head = self._product(rows, shape.hidden_size, shape.vocab_size, self.is_head_quantized)
-        yield [hidden, hidden, wanted, logits, *head]
+        normed = [] if self.is_ours else [hidden]
+        yield [hidden, *normed, wanted, logits, *head]
         yield [hidden, logits, *([rows * 4 * shape.vocab_size] if self.itemsize < 4 else [])]
 
     def _mlp(self, stream: list[int], tokens: int) -> Iterator[list[int]]:

@@ -235,3 +235,15 @@ def test_our_modules_take_the_place_of_all_that_they_know(pair: Pair, request: p
     attention = [name for name in family.kept if name.endswith("Attention")]
     assert [note.split()[0] for note in pair.ours.notes] == attention
     assert {layer.rope for layer in pair.ours.layers} == (frozenset({None}) if attention else family.ropes)
+
+
+def test_a_model_of_our_modules_alone_runs_without_transformers_own_code(pair: Pair, request: pytest.FixtureRequest):
+    caches = caches_of(pair.ours, 1, torch.float16)
+    layout, tables = step_of([(0, 12)], PAGES_EACH), rope_tables(pair.rope, [12], PAGES_EACH)
+    calls: list[object] = []
+    hook = pair.ours.tree.register_forward_pre_hook(lambda *call: calls.append(call))
+    pair.ours.forward(caches, prompt(12), layout, tables, torch.arange(12))
+    hook.remove()
+
+    does_more = request.node.callspec.id in ("gemma2", "granite, multipliers")  # With the logits.
+    assert bool(calls) is (does_more or bool(FAMILIES[request.node.callspec.id].kept))

@@ -17,6 +17,7 @@ from tightrope.backends.files.safetensors import Checkpoint
 from tightrope.backends.files.tensor_names import FileNames
 from tightrope.backends.hf.adapters.file_tables import Tables
 from tightrope.backends.hf.adapters.rows import Adapters
+from tightrope.backends.hf.load import patterns
 from tightrope.backends.hf.load.assembly import Assembly, assemble
 from tightrope.backends.hf.load.loader import apart, dtype_of, tie
 from tightrope.backends.hf.load.matching import LeftOver, check_all, choose, notes_on
@@ -26,9 +27,11 @@ from tightrope.backends.hf.load.stages import LayOut, Stages
 from tightrope.backends.hf.load.trace import trace_model
 from tightrope.backends.hf.load.weights import Weight
 from tightrope.backends.hf.modules.embedding import Embedding
+from tightrope.backends.hf.modules.layer import Stack
 from tightrope.backends.hf.modules.linear import Linear
 from tightrope.backends.hf.modules.rotary import fix_rotary
 from tightrope.backends.hf.modules.step import CurrentStep, LayerInfo
+from tightrope.backends.hf.modules.whole import WholeModel
 from tightrope.backends.quant.find import (
     Quantization,
     describe_format,
@@ -70,6 +73,7 @@ class Blueprint:
     stages: Stages
     parts: tuple[StagePart, ...]
     layers: tuple[LayerInfo, ...]
+    whole: WholeModel | None  # The tree, where it is of our modules from end to end.
     kept: tuple[str, ...]  # Classes of transformers that attend, or stack layers, in their own way.
     names: FileNames
     quantization: Quantization | None
@@ -186,11 +190,15 @@ def draw(
     model = build_skeleton(folder, shape, rope)
     head, table = (_name_of(model, part) for part in (model.get_output_embeddings(), model.get_input_embeddings()))
     seen = trace_model(model)
+    is_plain = patterns.is_scored_plainly(model, seen)
     stages = Stages(model, seen, currents, [count for _, count in placement])
     specialised = specialise(model, seen, _rope_keys(model, rope), stages, share)
     stages.connect(model)
+    whole, base = None, model.base_model
     if isinstance(ours := model.get_submodule(head), Linear):
         ours.is_head = True
+        if is_plain and isinstance(base, Stack):
+            whole = WholeModel(base, ours)
     if rope is not None:
         fix_rotary(model, rope)
     names = FileNames(
@@ -236,6 +244,7 @@ def draw(
         stages=stages,
         parts=parts,
         layers=specialised.layers,
+        whole=whole,
         kept=specialised.kept,
         names=names,
         quantization=quantization,

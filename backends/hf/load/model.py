@@ -17,6 +17,7 @@ from tightrope.backends.hf.modules.experts import Experts
 from tightrope.backends.hf.modules.linear import Linear
 from tightrope.backends.hf.modules.matrices import read_by, runs_exllama, widths_of
 from tightrope.backends.hf.modules.step import CurrentStep, LayerInfo, StepOn
+from tightrope.backends.hf.modules.whole import WholeModel
 from tightrope.backends.tensor_parallel import Share
 from tightrope.kernels import dispatch
 from tightrope.kernels.forms.layer import StackedExperts
@@ -35,9 +36,13 @@ class LoadedModel:
 
     def __init__(
         self, model: PreTrainedModel, stages: Sequence[tuple[CurrentStep, int]], layers: tuple[LayerInfo, ...],
-        notes: tuple[str, ...], adapters: Adapters, share: Share,
+        notes: tuple[str, ...], adapters: Adapters, share: Share, whole: WholeModel | None,
     ) -> None:  # fmt: skip
-        """stages: the step as the modules on each device have it, and how many of the layers these are."""
+        """stages: the step as the modules on each device have it, and how many of the layers these are.
+
+        whole: the tree, where it is of our modules from end to end.
+        """
+        self._whole = whole
         self.tree, self.layers, self.notes, self.share = model, layers, notes, share
         self.currents = tuple(current for current, _ in stages)
         self.current = self.currents[0]
@@ -86,13 +91,12 @@ class LoadedModel:
         head_adapters = None if (last := steps[-1].adapters) is None else last.at(rows)
         self.currents[-1].head_adapters = head_adapters
         with launching_on(self._card):
-            output = self.tree(
-                input_ids=token_ids.unsqueeze(0),
-                position_ids=step.positions.unsqueeze(0),
-                use_cache=False,
-                logits_to_keep=rows,
-            )
-        logits: Tensor = output.logits[0].float()
+            if self._whole is not None:
+                logits = self._whole.run(token_ids, rows).float()
+            else:
+                positions = step.positions.unsqueeze(0)
+                asked = {"position_ids": positions, "use_cache": False, "logits_to_keep": rows}
+                logits = self.tree(input_ids=token_ids.unsqueeze(0), **asked).logits[0].float()
         return logits if head_adapters is None else self.adapters.ruled_out(logits, head_adapters)
 
 
@@ -149,7 +153,9 @@ def build(
             where = module.current if isinstance(module, Embedding) else blueprint.stages.of_module(module)
             module._buffers[name] = buffer.to(where.device)
     stages = [(part.current, part.num_layers) for part in blueprint.parts]
-    return LoadedModel(model, stages, blueprint.layers, tuple(notes), blueprint.adapters, blueprint.share)
+    return LoadedModel(
+        model, stages, blueprint.layers, tuple(notes), blueprint.adapters, blueprint.share, blueprint.whole
+    )
 
 
 def _tell(progress: Callable[[float], None], done: float, size: float, share: float) -> None:

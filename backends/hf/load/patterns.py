@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from tightrope.backends.hf.load.trace import Attended, Call, Trace, is_linear
 from tightrope.backends.hf.modules.interface import Mask
@@ -290,6 +291,15 @@ def stack(module: nn.Module, seen: Trace) -> Stack | None:
         return None  # It does more than we know.
     is_last = _given(seen, last) is x and call.output.last_hidden_state is seen.calls[last].output
     return Stack(table, tuple(layers), last) if is_last else None
+
+
+def is_scored_plainly(model: PreTrainedModel, seen: Trace) -> bool:
+    """Whether a model's logits are what its head makes of each hidden state of its base model, and nothing else."""
+    head, base = model.get_output_embeddings(), model.base_model
+    if head is None or not _all_called(seen, (model, base, head)):
+        return False
+    hidden, logits = seen.calls[base].output.last_hidden_state, seen.calls[head].output
+    return is_same(_given(seen, head), hidden) and is_same(seen.calls[model].output.logits, logits)
 
 
 def embedding_scale(module: nn.Module, seen: Trace) -> float | None:

@@ -163,10 +163,20 @@ class Stack(nn.Module):
         self.carries: dict[int, Carry] = {}
 
     def forward(self, input_ids: Tensor, **kwargs: Any) -> MoeModelOutputWithPast:  # noqa: ANN401 - transformers' own
-        x = self.embedding.run(input_ids[0])
+        return MoeModelOutputWithPast(last_hidden_state=self.norm.run(self._run(input_ids[0])).unsqueeze(0))
+
+    def run(self, token_ids: Tensor, rows: Tensor) -> Tensor:
+        """Hidden states [n, hidden] of these rows [n] of token_ids [T], rising."""
+        x = self._run(token_ids)
+        if len(rows) == len(x):
+            return self.norm.run(x)
+        return self.norm.run(x)[rows] if self.norm.is_replaced else self.norm.run(x[rows])
+
+    def _run(self, token_ids: Tensor) -> Tensor:
+        x = self.embedding.run(token_ids)
         for carry, layers in self._stages:
             x = layers.run(x if carry is None else carry.run(x))
-        return MoeModelOutputWithPast(last_hidden_state=self.norm.run(x).unsqueeze(0))
+        return x
 
     @cached_property
     def _stages(self) -> list[tuple[Carry | None, Layers]]:

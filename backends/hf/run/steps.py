@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -43,16 +44,18 @@ class StepBuilder:
 
     def build(self, chunks: Sequence[Chunk], kv: PagedKVCache, adapters: AdapterRows | None = None) -> StepInputs:
         """The inputs of a step; the chunks' room is reserved. adapters: which of them each row of the step uses."""
-        counts = np.array([len(chunk.token_ids) for chunk in chunks], np.int32)
-        starts = np.array([chunk.start for chunk in chunks], np.int32)
-        query_starts = np.zeros(len(chunks) + 1, np.int32)
-        np.cumsum(counts, out=query_starts[1:])
-        context_lens = starts + counts
-        longest = int(context_lens.max())
+        counts, starts = [len(chunk.token_ids) for chunk in chunks], [chunk.start for chunk in chunks]
+        lengths, query_starts = [start + n for start, n in zip(starts, counts, strict=True)], [0, *accumulate(counts)]
+        longest, num_tokens = max(lengths), query_starts[-1]
         assert longest <= self.window, f"a sequence of {longest} tokens in a window of {self.window}"
-        sequence_of = np.repeat(np.arange(len(chunks), dtype=np.int32), counts)
-        positions = np.arange(query_starts[-1], dtype=np.int32) + np.repeat(starts - query_starts[:-1], counts)
-        lengths = context_lens.tolist()
+        # In a step of few numbers each call of numpy takes longer than they do.
+        has_one_each = num_tokens == len(chunks)
+        if has_one_each:
+            positions, sequence_of = np.array(starts, np.int32), np.arange(num_tokens, dtype=np.int32)
+        else:
+            sequence_of = np.repeat(np.arange(len(chunks), dtype=np.int32), counts)
+            first_of = np.array(starts, np.int32) - np.array(query_starts[:-1], np.int32)
+            positions = np.arange(num_tokens, dtype=np.int32) + np.repeat(first_of, counts)
 
         def places(table_of: Callable[[int, int], Ints]) -> tuple[Tensor, Tensor]:
             """Block tables and slots of the pages that `table_of` names."""
@@ -60,20 +63,25 @@ class StepBuilder:
             for row, chunk, length in zip(block_tables, chunks, lengths, strict=True):
                 pages = table_of(chunk.seq_id, length)
                 row[: len(pages)] = pages
-            slots = block_tables[sequence_of, positions // PAGE].astype(np.int64) * PAGE + positions % PAGE
+            if has_one_each:
+                last_pages = [int(block_tables[b, start // PAGE]) for b, start in enumerate(starts)]
+                at = [page * PAGE + start % PAGE for page, start in zip(last_pages, starts, strict=True)]
+                slots = np.array(at, np.int64)
+            else:
+                slots = block_tables[sequence_of, positions // PAGE].astype(np.int64) * PAGE + positions % PAGE
             return torch.from_numpy(block_tables), torch.from_numpy(slots)
 
         block_tables, slots = places(kv.block_table)
         layout = StepLayout(
-            query_starts=torch.from_numpy(query_starts),
-            context_lens=torch.from_numpy(context_lens),
+            query_starts=torch.from_numpy(np.array(query_starts, np.int32)),
+            context_lens=torch.from_numpy(np.array(lengths, np.int32)),
             block_tables=block_tables,
             slots=slots,
             positions=torch.from_numpy(positions),
             sequence_of=torch.from_numpy(sequence_of),
-            max_query_len=int(counts.max()),
+            max_query_len=max(counts),
             max_context_len=longest,
-            lengths=tuple(zip(counts.tolist(), lengths, strict=True)),
+            lengths=tuple(zip(counts, lengths, strict=True)),
         )
         if kv.has_windows:
             block_tables, slots = places(kv.window_table)
@@ -91,6 +99,8 @@ class StepBuilder:
 
 def _wanted_rows(chunks: Sequence[Chunk]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
     """Rows of the step whose logits are wanted."""
+    if all(chunk.want_logits == "last" and len(chunk.token_ids) == 1 for chunk in chunks):
+        return np.arange(len(chunks))
     parts: list[range] = []
     end = 0
     for chunk in chunks:
