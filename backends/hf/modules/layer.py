@@ -168,7 +168,7 @@ class Stack(nn.Module):
     def run(self, token_ids: Tensor, rows: Tensor) -> Tensor:
         """Hidden states [n, hidden] of these rows [n] of token_ids [T], rising."""
         x = self._run(token_ids)
-        if len(rows) == len(x):
+        if rows.shape == x.shape[:1]:  # All of them.
             return self.norm.run(x)
         return self.norm.run(x)[rows] if self.norm.is_replaced else self.norm.run(x[rows])
 
