@@ -170,7 +170,7 @@ class Stack(nn.Module):
         x = self._run(token_ids)
         if rows.shape == x.shape[:1]:  # All of them.
             return self.norm.run(x)
-        return self.norm.run(x)[rows] if self.norm.is_replaced else self.norm.run(x[rows])
+        return self.norm.run(x)[rows] if self.norm.replaced else self.norm.run(x[rows])
 
     def _run(self, token_ids: Tensor) -> Tensor:
         x = self.embedding.run(token_ids)
