@@ -20,7 +20,7 @@ from llama_cpp import llama_cpp as ll
 from tightrope.backends.errors import BackendError, OutOfMemory
 from tightrope.backends.files.gguf.header import read_header
 from tightrope.backends.gguf.large_pages import want_large_pages
-from tightrope.backends.gguf.threadpool import ThreadPool
+from tightrope.backends.gguf.threadpool import ThreadPools
 from tightrope.backends.sharing import Threads
 
 log = logging.getLogger("tightrope.gguf")
@@ -244,7 +244,7 @@ class NativeContext:
         self.pointer = ll.llama_init_from_model(model.pointer, _context_params(options))
         if not self.pointer:
             raise BackendError(f"llama.cpp can't set up a cache of {options.num_cells} tokens: {_complaints()}")
-        self._pool = ThreadPool(self.pointer, options.threads)
+        self._pools = ThreadPools(self.pointer, options.threads)
         self._threads = Threads(options.threads, self.set_threads)
         self._memory = ll.llama_get_memory(self.pointer)
         self.can_move = bool(ll.llama_memory_can_shift(self._memory))
@@ -296,6 +296,7 @@ class NativeContext:
     def set_threads(self, count: int) -> None:
         """Compute with so many threads from the next step on, of those that the context was made with."""
         ll.llama_set_n_threads(self.pointer, count, count)
+        self._pools.use(count)
 
     def apply(self, adapter: NativeAdapter | None, scale: float) -> None:
         """Add `scale` times an adapter in all steps from now on, or none. A change makes the next step plan anew."""
@@ -374,7 +375,7 @@ class NativeContext:
         if self.pointer:
             ll.llama_free(self.pointer)
             self.pointer = None
-            self._pool.close()
+            self._pools.close()
 
 
 def _at(array: np.ndarray[Any, Any], index: int, kind: type[Any]) -> Any:  # noqa: ANN401 - ctypes has no name for it

@@ -32,25 +32,35 @@ class _Params(ctypes.Structure):
     )
 
 
-class ThreadPool:
-    """Threads for one context. In a build of llama.cpp with OpenMP they exist, but OpenMP's do the work."""
+class ThreadPools:
+    """The threads of one context. In a build of llama.cpp with OpenMP they exist, but OpenMP's do the work.
+
+    Each number of threads has a pool of its own, made when it is first asked for: threads of a pool that a step leaves
+    out would wake for it, and spin in time that the others are short of. ggml has those of the pool before sleep.
+    """
 
     def __init__(self, context: Any, threads: int) -> None:  # noqa: ANN401 - a native pointer
         """Attach `threads` threads, the caller's own among them, to a llama_context."""
         self._library: Any = ll._lib  # Llama_cpp wraps none of these functions.
-        self._pointer: ctypes.c_void_p | None = None
-        params = _Params()
-        self._library.ggml_threadpool_params_init(ctypes.byref(params), ctypes.c_int(threads))
-        if params.n_threads != threads:
-            log.info("llama.cpp's default threads are used: ggml_threadpool_params has another layout")
-            return
-        params.poll = POLL
-        self._library.ggml_threadpool_new.restype = ctypes.c_void_p
-        self._pointer = ctypes.c_void_p(self._library.ggml_threadpool_new(ctypes.byref(params)))
-        self._library.llama_attach_threadpool(ctypes.c_void_p(context), self._pointer, self._pointer)
+        self._context = ctypes.c_void_p(context)
+        self._pools: dict[int, ctypes.c_void_p] = {}
+        self.use(threads)
+
+    def use(self, threads: int) -> None:
+        """Have the next steps run on so many."""
+        if threads not in self._pools:
+            params = _Params()
+            self._library.ggml_threadpool_params_init(ctypes.byref(params), ctypes.c_int(threads))
+            if params.n_threads != threads:
+                log.info("llama.cpp's default threads are used: ggml_threadpool_params has another layout")
+                return
+            params.poll = POLL
+            self._library.ggml_threadpool_new.restype = ctypes.c_void_p
+            self._pools[threads] = ctypes.c_void_p(self._library.ggml_threadpool_new(ctypes.byref(params)))
+        self._library.llama_attach_threadpool(self._context, self._pools[threads], self._pools[threads])
 
     def close(self) -> None:
         """End the threads. The context must be freed before."""
-        if self._pointer is not None:
-            self._library.ggml_threadpool_free(self._pointer)
-            self._pointer = None
+        for pool in self._pools.values():
+            self._library.ggml_threadpool_free(pool)
+        self._pools.clear()
