@@ -49,7 +49,7 @@ class StepBuilder:
         longest, num_tokens = max(lengths), query_starts[-1]
         assert longest <= self.window, f"a sequence of {longest} tokens in a window of {self.window}"
         # In a step of few numbers each call of numpy takes longer than they do.
-        has_one_each = num_tokens == len(chunks)
+        has_one_each = max(counts) == 1
         if has_one_each:
             positions, sequence_of = np.array(starts, np.int32), np.arange(num_tokens, dtype=np.int32)
         else:
@@ -64,8 +64,8 @@ class StepBuilder:
                 pages = table_of(chunk.seq_id, length)
                 row[: len(pages)] = pages
             if has_one_each:
-                last_pages = [int(block_tables[b, start // PAGE]) for b, start in enumerate(starts)]
-                at = [page * PAGE + start % PAGE for page, start in zip(last_pages, starts, strict=True)]
+                pages_of = zip(block_tables, starts, strict=True)
+                at = [int(row[start // PAGE]) * PAGE + start % PAGE for row, start in pages_of]
                 slots = np.array(at, np.int64)
             else:
                 slots = block_tables[sequence_of, positions // PAGE].astype(np.int64) * PAGE + positions % PAGE
