@@ -98,7 +98,7 @@ class GGUFBackend:
         self.card = _card(path, header, self._model, plan, tokenizer, notes_on(settings))
         try:
             files = [file.path for file in header.files]
-            self._runs, notes = open_store(settings.cache, plan.run_bytes, self, files, _form(settings, plan))
+            self._runs, notes = open_store(settings.cache, plan.run_bytes, self, files, self._form(settings, plan))
         except BackendError:
             self.close()
             raise
@@ -120,6 +120,14 @@ class GGUFBackend:
             self._runs.close()
         self._context.close()
         self._model.close()
+
+    def _form(self, settings: ModelSettings, plan: GGUFPlan) -> tuple[str, ...]:
+        """What tells copies of cells from those of the same model under other settings, or of another llama.cpp."""
+        options = context_options(settings, plan)
+        cache = (options.type_k, options.type_v, options.flash_attention, self._context.has_own_attention)
+        rope = (options.rope_scaling_type, options.rope_freq_base, options.rope_freq_scale)
+        yarn = (options.yarn_orig_ctx, options.yarn_ext_factor)
+        return "llama.cpp", llama_cpp.__version__, repr((cache, rope, yarn, ABOUT.format))
 
     def _fill_batch(self, chunks: Sequence[Chunk]) -> list[int]:
         """Write the chunks one after another into the native batch; returns where each ends."""
@@ -198,15 +206,6 @@ def _model_options(plan: GGUFPlan, progress: Callable[[float], None]) -> ModelOp
         use_mmap=layout.host_weight_bytes > layout.memory.host_bytes // 2,
         progress=progress,
     )
-
-
-def _form(settings: ModelSettings, plan: GGUFPlan) -> tuple[str, ...]:
-    """What tells copies of cells from those of the same model under other settings, or of another llama.cpp."""
-    options = context_options(settings, plan)
-    cache = (options.type_k, options.type_v, options.flash_attention)
-    rope = (options.rope_scaling_type, options.rope_freq_base, options.rope_freq_scale)
-    yarn = (options.yarn_orig_ctx, options.yarn_ext_factor)
-    return "llama.cpp", llama_cpp.__version__, repr((cache, rope, yarn, ABOUT.format))
 
 
 def _card(

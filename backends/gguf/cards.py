@@ -12,6 +12,7 @@ from tightrope.backends.devices.host import Host
 from tightrope.backends.errors import BackendError
 from tightrope.backends.files.gguf.tensor_types import TENSOR_TYPES
 from tightrope.backends.gguf.cache_types import CacheType
+from tightrope.backends.gguf.ggml import Tensors, tensor_bytes
 from tightrope.backends.gguf.shape import ModelShape
 from tightrope.backends.memory import CardMemory
 from tightrope.backends.settings import ModelSettings, written
@@ -39,12 +40,6 @@ class _Props(ctypes.Structure):
         ("device_id", ctypes.c_char_p),
         ("later", ctypes.c_uint8 * 256),
     )
-
-
-class _InitParams(ctypes.Structure):
-    """ggml_init_params of ggml.h."""
-
-    _fields_ = (("mem_size", ctypes.c_size_t), ("mem_buffer", ctypes.c_void_p), ("no_alloc", ctypes.c_bool))
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,25 +194,13 @@ def has_attention(device: int, shape: ModelShape, kind: CacheType) -> bool:
         return True
     if shape.key_dim % TENSOR_TYPES[kind.key_type].values or shape.value_dim % TENSOR_TYPES[kind.value_type].values:
         return False
-    for function in (library.ggml_init, library.ggml_new_tensor_4d, library.ggml_flash_attn_ext):
-        function.restype = ctypes.c_void_p
-    library.ggml_tensor_overhead.restype = ctypes.c_size_t
     library.ggml_backend_dev_supports_op.restype = ctypes.c_bool
-    context = ctypes.c_void_p(library.ggml_init(_InitParams(8 * library.ggml_tensor_overhead(), None, True)))
-
-    def tensor(type_id: int, *sizes: int) -> ctypes.c_void_p:
-        dims = (ctypes.c_int64(size) for size in (*sizes, 1))
-        return ctypes.c_void_p(library.ggml_new_tensor_4d(context, ctypes.c_int(type_id), *dims))
-
-    try:
-        attention = library.ggml_flash_attn_ext(
-            context,
-            tensor(ll.GGML_TYPE_F32, shape.key_dim, _ROWS, shape.num_heads),
-            tensor(kind.key_type, shape.key_dim, _CELLS, kv_heads),
-            tensor(kind.value_type, shape.value_dim, _CELLS, kv_heads),
-            tensor(ll.GGML_TYPE_F16, _CELLS, _ROWS, 1),
-            *(ctypes.c_float(number) for number in (1.0, 0.0, 0.0)),  # These are scale, ALiBi's bias and soft cap.
+    with Tensors(tensor_bytes(8), have_data=False) as tensors:
+        sources = (
+            tensors.new(ll.GGML_TYPE_F32, shape.key_dim, _ROWS, shape.num_heads),
+            tensors.new(kind.key_type, shape.key_dim, _CELLS, kv_heads),
+            tensors.new(kind.value_type, shape.value_dim, _CELLS, kv_heads),
+            tensors.new(ll.GGML_TYPE_F16, _CELLS, _ROWS, 1),
         )
+        attention = tensors.attention(sources, scale=1.0, max_bias=0.0, softcap=0.0)
         return bool(library.ggml_backend_dev_supports_op(ctypes.c_void_p(device), ctypes.c_void_p(attention)))
-    finally:
-        library.ggml_free(context)

@@ -20,6 +20,7 @@ from llama_cpp import llama_cpp as ll
 from tightrope.backends.errors import BackendError, OutOfMemory
 from tightrope.backends.files.gguf.header import read_header
 from tightrope.backends.gguf.large_pages import want_large_pages
+from tightrope.backends.gguf.own_attention import open_own_attention
 from tightrope.backends.gguf.threadpool import ThreadPools
 from tightrope.backends.sharing import Threads
 
@@ -77,6 +78,7 @@ class ContextOptions:
     type_k: int
     type_v: int
     flash_attention: bool
+    own_attention: bool = False  # where this machine has a kernel for it
     offload_cache: bool = False
     rope_scaling_type: int | None = None
     rope_freq_base: float = 0.0
@@ -241,8 +243,14 @@ class NativeContext:
     def __init__(self, model: NativeModel, options: ContextOptions) -> None:
         """Raises BackendError when llama.cpp can't make it, mostly for want of memory."""
         _recent_errors.clear()
-        self.pointer = ll.llama_init_from_model(model.pointer, _context_params(options))
+        params = _context_params(options)
+        self._attention = open_own_attention(has_windows=model.swa_window > 0) if options.own_attention else None
+        if self._attention is not None:
+            self._attention.take_part(params)
+        self.pointer = ll.llama_init_from_model(model.pointer, params)
         if not self.pointer:
+            if self._attention is not None:
+                self._attention.close()
             raise BackendError(f"llama.cpp can't set up a cache of {options.num_cells} tokens: {_complaints()}")
         self._pools = ThreadPools(self.pointer, options.threads)
         self._threads = Threads(options.threads, self.set_threads)
@@ -255,6 +263,11 @@ class NativeContext:
         self.max_outputs = options.max_outputs
         self._logits, self._logits_place = np.empty((0, 0), np.float32), (0, 0)
         self._make_batch(self.batch_tokens)
+
+    @property
+    def has_own_attention(self) -> bool:
+        """Whether what a token gets depends on the tokens before it alone, where these are all that it sees."""
+        return self._attention is not None
 
     def _make_batch(self, size: int) -> None:
         """Arrays that numpy writes and llama.cpp reads; each token belongs to exactly one sequence."""
@@ -376,6 +389,8 @@ class NativeContext:
             ll.llama_free(self.pointer)
             self.pointer = None
             self._pools.close()
+            if self._attention is not None:
+                self._attention.close()
 
 
 def _at(array: np.ndarray[Any, Any], index: int, kind: type[Any]) -> Any:  # noqa: ANN401 - ctypes has no name for it

@@ -285,6 +285,7 @@ def context_options(settings: ModelSettings, plan: GGUFPlan) -> ContextOptions:
         type_k=plan.cache_type.key_type,
         type_v=plan.cache_type.value_type,
         flash_attention=plan.cache_type.flash_attention,
+        own_attention=plan.cache_type.flash_attention and not plan.layout.num_on_cards,
         offload_cache=plan.layout.num_on_cards > 0,
         rope_scaling_type=plan.rope.scaling_type,
         rope_freq_base=plan.rope.freq_base,

@@ -39,7 +39,7 @@ from tightrope.kernels.forms.rows import SUMS, Ranked
 
 # numbered by the library; a machine that runs one runs those before
 INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512vnni")
-INTERFACE = 9  # The number in cpu/kernels.cpp; a build that gives none is of the first.
+INTERFACE = 10  # The number in cpu/kernels.cpp; a build that gives none is of the first.
 MOST_DIMS = 256  # Heads with more are left to the reference's attention.
 MOST_LAYER_TOKENS = 64  # More go operation by operation: memory is kept, and they hide the time between calls.
 

@@ -2,6 +2,7 @@
 // the twin's name, so that native.py compares the sizes of all when it loads a library.
 #pragma once
 
+#include "ggml.h"
 #include "simd.h"
 
 constexpr int PAGE = 16;   // tokens in a page of the cache
@@ -160,4 +161,5 @@ struct Result {
     each(Ranks, Ranks) each(Split, Split)                                                                        \
     each(DecoderLayer, DecoderLayer) each(Experts, Experts) each(LowRankPart, low_rank::Part)                    \
     each(LowRankAdapter, low_rank::Adapter) each(LowRankRows, low_rank::Rows) each(Matrix, quantized::Matrix)    \
-    each(Nf4Matrix, quantized::Nf4Matrix) each(Masks, search::Masks) each(SearchResult, search::Result)
+    each(Nf4Matrix, quantized::Nf4Matrix) each(Masks, search::Masks) each(SearchResult, search::Result)     \
+    each(Samples, ggml::Samples)

@@ -100,5 +100,12 @@ class SearchResult(Struct):
     _fields_ = _each(_LONG, "read found error")
 
 
+class Samples(Struct):
+    _fields_ = (
+        *_each(_ADDRESS * 4, "sources data"),
+        *_each(_ADDRESS, "attention custom work what"),
+    )
+
+
 # A library is asked for the sizes of all of them when it is loaded.
 STRUCTS: tuple[type[ctypes.Structure], ...] = tuple(Struct.__subclasses__())
