@@ -59,7 +59,7 @@ def open_own_attention(*, has_windows: bool) -> OwnAttention | None:
 
 
 def new_attender(kernels: ctypes.CDLL, has_windows: bool) -> int | None:
-    """One of this build's, which is shown ggml::Samples of kernels/cpu/ggml.h; None where these are laid out otherwise."""
+    """It is shown ggml::Samples of kernels/cpu/ggml.h; None where these are laid out in another way."""
     work = _address(kernels.tightrope_attend)
     shapes = (ll.GGML_TYPE_F32, 64, 5, 6), (ll.GGML_TYPE_F16, 64, 32, 3), (ll.GGML_TYPE_F16, 96, 32, 3)
     with Tensors(_SAMPLE_BYTES, have_data=True) as tensors:

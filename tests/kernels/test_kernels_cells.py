@@ -81,7 +81,7 @@ class Attender:
     def attend(self, case: Case, threads: int = 2, *, is_taken: bool = True) -> Floats:
         """[T, H, E] of a graph of one node. is_taken: it has to become ours, or else has to stay ggml's."""
         library: Any = ll._lib
-        (num_tokens, num_heads, _), (num_cells, _, value_dims) = case.queries.shape, case.values.shape
+        num_tokens, num_heads, _ = case.queries.shape
         with Tensors(MEMORY, have_data=True) as tensors:
             sources = [
                 put(tensors, case.queries.transpose(1, 0, 2), Kind.F32),
@@ -102,7 +102,7 @@ class Attender:
                 assert not shown_again & 0xFF
                 assert operation(node) == (b"CUSTOM" if is_taken else b"FLASH_ATTN_EXT")
                 library.ggml_graph_compute_with_ctx(ctypes.c_void_p(tensors._context), graph, threads)
-            out = np.empty((num_tokens, num_heads, value_dims), np.float32)
+            out = np.empty((num_tokens, num_heads, case.values.shape[2]), np.float32)
             ctypes.memmove(out.ctypes.data, tensors.data(node), out.nbytes)
         return out
 
@@ -129,7 +129,7 @@ def attender(instruction_set: str) -> Iterator[Attender]:
 
 
 def causal(lengths: list[int], num_new: int, seed: int, *, window: int = 0) -> Floats:
-    """[T, N] of sequences of so many tokens, of which the last `num_new` are the step's, in cells in between each other."""
+    """[T, N] of sequences of so many tokens, whose cells are mixed; the last `num_new` of each are the step's."""
     random = np.random.default_rng(seed)
     owner = np.concatenate([np.full(length, i) for i, length in enumerate(lengths)])
     random.shuffle(owner)
