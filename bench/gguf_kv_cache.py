@@ -1,11 +1,11 @@
-"""What the cache's storage costs: prefill and decode by types of keys and values, flash attention and micro-batch.
+"""What the cache's storage costs: prefill and decode by types of keys and values, kind of attention and micro-batch.
 
     python -m bench.gguf_kv_cache [--part 1/4]
 
 Runs the bundled model through llama.cpp without a server: a prompt of 3,500 tokens, then decode behind it with one
-stream, with eight that share the prompt ("shared"), and with eight that hold an eighth of it each ("apart"). Decode
-times are medians; nothing else should run meanwhile. With --part 1/4 every fourth setting is measured, and the file
-keeps what it has of the others.
+stream, with eight that share the prompt ("shared"), and with eight that hold an eighth of it each ("apart"). Attention
+is our own, ggml's flash attention, or ggml's plain one. Decode times are medians; nothing else should run meanwhile.
+With --part 1/4 every fourth setting is measured, and the file keeps what it has of the others.
 """
 
 import argparse
@@ -25,22 +25,22 @@ from tightrope.backends.threads import compute_threads
 TYPES = {"f16": ll.GGML_TYPE_F16, "q8_0": ll.GGML_TYPE_Q8_0, "q4_0": ll.GGML_TYPE_Q4_0}
 STREAMS = 8
 
-Setting = tuple[str, str, bool, int]  # keys, values, flash attention, tokens a micro-batch
+OURS, FLASH, PLAIN = "ours", "ggml, flash", "ggml, plain"
+
+Setting = tuple[str, str, str, int]  # keys, values, attention, tokens a micro-batch
 
 
 def grid() -> list[Setting]:
     """All pairs of types that llama.cpp accepts at 512 tokens a micro-batch, and other sizes for the plain ones."""
     pairs = [("f16", "f16"), ("q8_0", "q8_0"), ("q8_0", "f16"), ("f16", "q8_0"), ("q4_0", "q4_0")]
-    settings: list[Setting] = [(k, v, True, 512) for k, v in pairs]
-    settings += [(k, v, False, 512) for k, v in pairs if v == "f16"]  # quantized values need flash attention
-    for micro_batch in (64, 128, 256):
-        settings += [("f16", "f16", True, micro_batch), ("q8_0", "q8_0", True, micro_batch)]
-    return settings
+    settings: list[Setting] = [(k, v, attention, 512) for k, v in pairs for attention in (OURS, FLASH)]
+    settings += [(k, v, PLAIN, 512) for k, v in pairs if v == "f16"]  # quantized values need flash attention
+    return settings + [("f16", "f16", OURS, micro_batch) for micro_batch in (64, 128, 256)]
 
 
 def measure(model: NativeModel, setting: Setting, prompt: int, steps: int) -> dict[str, object]:
     """Prefill seconds and decode milliseconds a step for one setting."""
-    keys, values, flash, micro_batch = setting
+    keys, values, attention, micro_batch = setting
     options = ContextOptions(
         num_cells=prompt + STREAMS * (steps + 2) + 256,
         max_seqs=STREAMS,
@@ -50,7 +50,8 @@ def measure(model: NativeModel, setting: Setting, prompt: int, steps: int) -> di
         threads=compute_threads(0),
         type_k=TYPES[keys],
         type_v=TYPES[values],
-        flash_attention=flash,
+        flash_attention=attention != PLAIN,
+        own_attention=attention == OURS,
     )
     context = NativeContext(model, options)
     prefill_s = _prefill(context, prompt)
@@ -69,7 +70,7 @@ def measure(model: NativeModel, setting: Setting, prompt: int, steps: int) -> di
     return {
         "keys": keys,
         "values": values,
-        "flash_attention": flash,
+        "attention": attention,
         "micro_batch": micro_batch,
         "prefill_s": round(prefill_s, 2),
         "prefill_tokens_per_s": round(prompt / prefill_s, 1),
@@ -134,7 +135,8 @@ def main() -> None:
 
 def _known_rows() -> dict[Setting, dict[str, object]]:
     rows = report.known("gguf_kv_cache").get("settings", [])
-    return {(row["keys"], row["values"], row["flash_attention"], row["micro_batch"]): row for row in rows}
+    known = ((tuple(row.get(name) for name in ("keys", "values", "attention", "micro_batch")), row) for row in rows)
+    return {setting: row for setting, row in known if setting in grid()}
 
 
 if __name__ == "__main__":

@@ -9,12 +9,13 @@ quantizers write all files; both engines keep keys and values in 16 bits. What t
 import argparse
 import ctypes
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -36,6 +37,7 @@ from tightrope.backends.protocol import Backend, Chunk
 from tightrope.backends.quant.gguf import BLOCK_TYPES
 from tightrope.backends.settings import CacheSettings, GgufEngine, ModelSettings
 from tightrope.engine.perplexity import cut_windows, measure
+from tightrope.kernels.cpu import native
 
 KINDS = (*BLOCK_TYPES, "F16", "BF16", "F32")
 ENGINES: tuple[GgufEngine, ...] = ("own", "llama.cpp")
@@ -154,11 +156,13 @@ def exact_logits(sizes: Sizes, meant: dict[str, Array], token_ids: list[int]) ->
 
 
 def opened(path: Path, engine: GgufEngine, threads: int) -> Backend:
+    """llama.cpp as it is, without our attention in its steps."""
     settings = ModelSettings(
         model=str(path), gguf_engine=engine, device="cpu", threads=threads, max_model_len=CONTEXT, max_num_seqs=1,
         cache=CacheSettings(tokens=CONTEXT, dtype="f16"),
     )  # fmt: skip
-    return open_backend(settings, lambda share: None)
+    with patch.object(native, "usable", return_value=()) if engine == "llama.cpp" else nullcontext():
+        return open_backend(settings, lambda share: None)
 
 
 def run(backend: Backend, token_ids: list[int]) -> Tensor:

@@ -29,8 +29,8 @@ from tightrope.backends.sessions.store import RunStore
 from tightrope.backends.settings import ModelSettings
 from tightrope.kernels import dispatch
 
-# llama.cpp's attention has tiles of so many queries on a CPU. In steps of fewer tokens, and of one, it adds up in
-# another order. States are cut where checkpoints are made of them, and cards have kernels of their own.
+# In steps of fewer tokens, and of one, ggml's products with some types add up in another order, and its own attention
+# does with all. States are cut where checkpoints are made of them, and cards have kernels of their own.
 STEADY_TOKENS = 64
 
 

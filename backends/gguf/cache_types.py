@@ -25,17 +25,16 @@ CACHE_TYPES = {
     "q4": CacheType("q4", ll.GGML_TYPE_Q4_0, ll.GGML_TYPE_Q4_0, True),
 }
 
-# What auto tries, best first, and why it is taken. ggml's flash attention on a CPU works in tiles only when keys and
-# values are both f16; quantized ones are unpacked row by row for every query. bench/results/gguf_kv_cache.json has the
-# times. Without flash attention 8-bit keys read a prompt as fast as f16, but each stream then pays for the cells of all
-# others, and the scores of a step need memory that is short here.
+# What auto tries, best first, and why it is taken. With our own attention all are about as fast. With ggml's on a CPU
+# quantized ones take up to three times as long for a prompt: bench/results/gguf_kv_cache.json has the times. Without
+# flash attention each stream pays for the cells of all others, and the scores of a step need memory that is short here.
 AUTO = (
-    (CACHE_TYPES["f16"], "the fastest on a CPU, and it fits"),
+    (CACHE_TYPES["f16"], "nothing is rounded, and it fits"),
     (
         CacheType("q8 keys, f16 values", ll.GGML_TYPE_Q8_0, ll.GGML_TYPE_F16, True),
-        "f16 does not fit; this takes 3/4 of its room, reads prompts a third slower and writes as fast",
+        "f16 does not fit; this takes 3/4 of its room",
     ),
-    (CACHE_TYPES["q8"], "nothing larger fits; it takes half the room of f16 and twice its time for a prompt"),
+    (CACHE_TYPES["q8"], "nothing larger fits; it takes half the room of f16"),
 )
 
 # The same with layers on a card. ggml's usual build for CUDA has kernels for keys and values of one type only: of two,

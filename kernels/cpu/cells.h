@@ -1,7 +1,7 @@
 // Attention of llama.cpp's steps over the cells of its cache, in the place of ggml's own.
 //
 // ggml gives each query of a step a pass of its own over keys and values, until there are 64 of them. Here the queries of
-// a block (tokens that see nearly the same cells, times the heads of a group) are the lanes of vectors, and share each tile
+// a block (tokens that follow one another in a sequence, times the heads of a group) are the lanes of vectors, and share each tile
 // of cells. All numbers are float32. A block lists the cells that it sees, in order, and takes them in tiles and tiles in
 // parts; so what a token of a sequence gets does not depend on who else has cells in between, how many tokens of it run in
 // a step, or how many threads. Where layers look back through windows, the borders of tiles stand at fixed cells, as the
@@ -28,7 +28,7 @@ constexpr int PART = 16 * TILE;     // Cells whose sums are their own.
 constexpr int SHORT = LANES == 4 ? 4 : 8;  // Cells, or dimensions, whose sums are in registers at a time
 constexpr int MOST_LANES = 8 * LANES;      // of a block
 constexpr int MOST_DIMS = 1024;
-constexpr int MOST_APART = 64;      // Cells of which one of two tokens in a block sees so many more, or fewer.
+constexpr int MOST_LISTED = 64;     // Tokens that have a list of cells in common: blocks of few tokens have one together.
 constexpr int SHARED_TOKENS = 32;   // In steps of so many, or fewer, threads share the parts of a block.
 constexpr size_t MOST_SHARED = size_t(64) << 20;  // Bytes of their sums; where there are more, they don't.
 constexpr int PAD = 16;             // Numbers between rows beside their dimensions: no power of two in all.
@@ -140,11 +140,11 @@ inline bool can_take(const Tensor& node) {
            mask.ne[1] >= q.ne[1] && (!sinks || sinks->type == ggml::TYPE_F32);
 }
 
-// Which cells two tokens don't both see, or both not.
-inline int num_apart(const uint16_t* a, const uint16_t* b, int count) {
-    int apart = 0;
-    for (int i = 0; i < count; ++i) apart += (a[i] == HIDDEN) != (b[i] == HIDDEN);
-    return apart;
+// Whether a token of mask b sees what one of mask a does and itself; a window moves on by one.
+inline bool follows(const uint16_t* a, const uint16_t* b, int num_cells, bool has_windows) {
+    int lost = 0, gained = 0;
+    for (int i = 0; i < num_cells; ++i) lost += a[i] != HIDDEN && b[i] == HIDDEN, gained += a[i] == HIDDEN && b[i] != HIDDEN;
+    return lost <= has_windows && gained <= 1;
 }
 
 inline void make_plan(Plan& plan, const Tensor& node, bool has_windows) {
@@ -153,10 +153,10 @@ inline void make_plan(Plan& plan, const Tensor& node, bool has_windows) {
     const auto mask_of = [&](int token) { return (const uint16_t*)mask.at(token, 0); };
     plan.blocks.clear(), plan.cells.clear(), plan.items.clear();
     std::vector<uint16_t> hidden(num_cells);
-    const int most = std::max(1, MOST_LANES / plan.group);
+    const int in_block = std::max(1, MOST_LANES / plan.group), listed = std::max(in_block, MOST_LISTED);
     for (int first = 0, last; first < tokens; first = last) {
-        for (last = first + 1; last < tokens && last - first < most; ++last)
-            if (num_apart(mask_of(last - 1), mask_of(last), num_cells) > MOST_APART) break;
+        for (last = first + 1; last < tokens && last - first < listed; ++last)
+            if (!follows(mask_of(last - 1), mask_of(last), num_cells, has_windows)) break;
         std::fill(hidden.begin(), hidden.end(), 0xffff);
         for (int token = first; token < last; ++token) {
             const uint16_t* const row = mask_of(token);
@@ -165,8 +165,9 @@ inline void make_plan(Plan& plan, const Tensor& node, bool has_windows) {
         const int begin = int(plan.cells.size());
         for (int i = 0; i < num_cells; ++i)
             if (!hidden[i]) plan.cells.push_back(i);
-        const int count = int(plan.cells.size()) - begin;
-        plan.blocks.push_back({first, last, begin, count, has_windows && count ? plan.cells[begin] % PART : 0, 0, 0});
+        const int count = int(plan.cells.size()) - begin, shift = has_windows && count ? plan.cells[begin] % PART : 0;
+        for (int token = first; token < last; token += in_block)
+            plan.blocks.push_back({token, std::min(last, token + in_block), begin, count, shift, 0, 0});
     }
     size_t sums = 0;
     int finished = 0;

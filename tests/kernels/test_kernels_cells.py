@@ -164,7 +164,7 @@ def test_a_step_is_attention_in_float64(instruction_set: str, data: st.DataObjec
     mask = causal(lengths, data.draw(st.sampled_from((1, 3, 20, 70))), seed, window=window)
     if data.draw(st.booleans()):
         mask += np.float16(np.random.default_rng(seed).standard_normal(mask.shape)).astype(np.float32)
-    kv_heads, group = data.draw(st.sampled_from(((1, 1), (3, 3), (2, 8), (1, 20))))
+    kv_heads, group = data.draw(st.sampled_from(((1, 1), (3, 3), (2, 8), (1, 20), (1, 32))))
     case = random_case(seed, mask, kv_heads, group, *data.draw(st.sampled_from(((64, 64), (96, 32), (128, 128)))))
     case = replace(
         case,
@@ -200,6 +200,19 @@ def test_a_token_gets_the_same_bits_whoever_has_cells_in_between(attender: Atten
     queries = np.concatenate([alone.queries, random.standard_normal((10, 6, 64), np.float32)])
     beside = attender.attend(Case(queries, keys, values, crowd))
     assert (beside[:5] == attender.attend(alone)).all()
+
+
+def test_short_sequences_get_the_same_bits_in_company(attender: Attender) -> None:
+    mask = causal([70, 20, 66, 5], 1, 1)
+    together = random_case(7, mask, 2, 3, 64, 64)
+    out = attender.attend(together)
+    for i in range(len(mask)):
+        own = np.flatnonzero(np.isfinite(mask[i]))
+        alone = replace(
+            together, queries=together.queries[i : i + 1], keys=together.keys[own], values=together.values[own],
+            mask=mask[i : i + 1, own],
+        )  # fmt: skip
+        assert (attender.attend(alone)[0] == out[i]).all()
 
 
 def test_windows_are_cut_at_fixed_cells(instruction_set: str) -> None:
