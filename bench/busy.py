@@ -49,6 +49,10 @@ def load_llama(path: Path, threads: int) -> tuple[Backend, Threads]:
     return backend, backend._context._threads
 
 
+# What says how many threads compute, and how those wait that don't.
+RULES = {"torch": [Path(sharing.__file__)]}
+RULES["llama.cpp"] = [*RULES["torch"], Path(sharing.__file__).parent / "gguf" / "threadpool.py"]
+
 ENGINES: dict[str, Callable[[Path, int], tuple[Backend, Threads]]] = {"torch": load_own, "llama.cpp": load_llama}
 
 
@@ -139,7 +143,7 @@ def main() -> None:
     parser.add_argument("--busy", type=int, action="append", help="measure beside so many alone; may be repeated")
     args = parser.parse_args()
     name = f"busy_{args.engine.replace('.', '')}"
-    rule = blake2b(Path(sharing.__file__).read_bytes(), digest_size=8).hexdigest()
+    rule = blake2b(b"".join(path.read_bytes() for path in RULES[args.engine]), digest_size=8).hexdigest()
     setup: Row = {"model": args.model.name, "threads": args.threads, "seconds": SECONDS, "rule": rule}
     rows = {(row["busy"], row["streams"]): row for row in _known(name, setup)}
     for row in measure(args.engine, args.model, args.threads, args.rounds, args.busy or BUSY):

@@ -1,96 +1,32 @@
 // Attention of llama.cpp's steps over the cells of its cache, in the place of ggml's own.
 //
 // ggml gives each query of a step a pass of its own over keys and values, until there are 64 of them. Here the queries of
-// a block (tokens that follow one another in a sequence, times the heads of a group) are the lanes of vectors, and share each tile
-// of cells. All numbers are float32. A block lists the cells that it sees, in order, and takes them in tiles and tiles in
-// parts; so what a token of a sequence gets does not depend on who else has cells in between, how many tokens of it run in
-// a step, or how many threads. Where layers look back through windows, the borders of tiles stand at fixed cells, as the
-// first that a block sees is no beginning; elsewhere it doesn't matter either where the sequence's cells lie. Sources:
-// those of attention.h.
+// a block (tokens that follow one another in a sequence, or begin alike, times the heads of a group) are the lanes of
+// vectors, and share each tile of cells. All numbers are float32. The cells that a token sees are taken in their order, in
+// tiles and tiles in parts; so what it gets does not depend on who else has cells in between, how many tokens of its
+// sequence run in a step, or how many threads. Where layers look back through windows, the borders of tiles stand at fixed
+// cells, as the first that is seen is no beginning; elsewhere it doesn't matter either where a sequence's cells lie.
+// Sources: those of attention.h.
 #pragma once
 
-#include <algorithm>
-#include <atomic>
 #include <cmath>
-#include <mutex>
-#include <vector>
 
-#include "ggml.h"
+#include "cells_plan.h"
 #include "pool.h"
-#include "simd.h"
 
 namespace cells {
 
-using ggml::Tensor;
-
-constexpr int TILE = 64;            // Cells between two corrections of the softmax.
-constexpr int PART = 16 * TILE;     // Cells whose sums are their own.
 constexpr int SHORT = LANES == 4 ? 4 : 8;  // Cells, or dimensions, whose sums are in registers at a time
-constexpr int MOST_LANES = 8 * LANES;      // of a block
 constexpr int MOST_DIMS = 1024;
-constexpr int MOST_LISTED = 64;     // Tokens that have a list of cells in common: blocks of few tokens have one together.
-constexpr int SHARED_TOKENS = 32;   // In steps of so many, or fewer, threads share the parts of a block.
-constexpr size_t MOST_SHARED = size_t(64) << 20;  // Bytes of their sums; where there are more, they don't.
 constexpr int PAD = 16;             // Numbers between rows beside their dimensions: no power of two in all.
 constexpr float UNSEEN = -1e30f, NOTHING = -3e38f;  // As in attention.h.
 constexpr float LN2 = 0.6931471806f;
-constexpr uint16_t HIDDEN = 0xfc00;  // -infinity, as float16
 
-// Tokens first .. last of a step, and the cells that they see.
-struct Block {
-    int first, last, cells, count;  // Of Plan::cells.
-    int shift;                      // The first cell's place in the first part.
-    int finished;                   // Of Plan::finished, for its first head.
-    size_t sums;                    // Where its first head's parts have theirs.
-
-    int tokens() const { return last - first; }
-    int parts() const { return std::max(1, (shift + count + PART - 1) / PART); }
+// How rows of keys or values become floats: blocks of so many dimensions and bytes, and what reads a row of them.
+struct Reader {
+    int dims, bytes;
+    void (*read)(const uint8_t* row, int dims, float* to);
 };
-
-struct Item { int block, head, part; };  // part: -1 for all of them.
-
-// What a step's nodes with the same mask, and heads alike, have in common.
-struct Plan {
-    uint64_t step = 0;
-    const Tensor* mask = nullptr;
-    int group = 0, kv_heads = 0, value_dims = 0;
-    std::vector<Block> blocks;
-    std::vector<int32_t> cells;
-    std::vector<Item> items;
-    std::vector<std::atomic<int>> finished;
-    std::vector<float> sums;
-};
-
-class Attender;
-
-// What is kept of a node of ggml's while its graph lives.
-struct Node {
-    Attender* attender = nullptr;
-    ggml::AttentionParams params{};
-    std::atomic<int> next{0};  // Of the plan's items.
-};
-
-// What belongs to one context of llama.cpp.
-class Attender {
-  public:
-    ggml::Operations operations;
-    const bool has_windows;
-
-    explicit Attender(bool has_windows) : has_windows(has_windows) {}
-    void take(Tensor& node);         // Before a graph is computed, by its nodes.
-    Plan& plan(const Tensor& node);  // While it is, by any thread.
-
-  private:
-    static constexpr size_t NODES = 8192, PLANS = 4;  // More than two graphs have; kinds of layers in a model, or they plan anew.
-    std::vector<Node> nodes_ = std::vector<Node>(NODES);
-    size_t num_nodes_ = 0, num_plans_ = 0;
-    uint64_t step_ = 0;
-    std::mutex planning_;
-    Plan plans_[PLANS];
-};
-
-// How rows of keys or values become floats.
-typedef void (*Reader)(const uint8_t* row, int dims, float* to);
 
 template <class T> void read_numbers(const uint8_t* row, int dims, float* to) {
     for (int d = 0; d < dims; d += LANES) store(to + d, load((const T*)row + d));
@@ -113,12 +49,12 @@ inline void read_q4(const uint8_t* row, int dims, float* to) {
 }
 inline Reader reader_of(int type) {
     switch (type) {
-        case ggml::TYPE_F32: return read_numbers<float>;
-        case ggml::TYPE_F16: return read_numbers<f16>;
-        case ggml::TYPE_BF16: return read_numbers<bf16>;
-        case ggml::TYPE_Q8_0: return read_q8;
-        case ggml::TYPE_Q4_0: return read_q4;
-        default: return nullptr;
+        case ggml::TYPE_F32: return {1, 4, read_numbers<float>};
+        case ggml::TYPE_F16: return {1, 2, read_numbers<f16>};
+        case ggml::TYPE_BF16: return {1, 2, read_numbers<bf16>};
+        case ggml::TYPE_Q8_0: return {32, 34, read_q8};
+        case ggml::TYPE_Q4_0: return {32, 18, read_q4};
+        default: return {1, 0, nullptr};
     }
 }
 
@@ -130,80 +66,14 @@ inline bool can_take(const Tensor& node) {
                  &mask = *node.src[ggml::MASK];
     const Tensor* const sinks = node.src[ggml::SINKS];
     const auto fits = [](const Tensor& t) {
-        const int step = t.type == ggml::TYPE_Q8_0 || t.type == ggml::TYPE_Q4_0 ? 32 : 16;
-        return reader_of(t.type) && t.ne[0] % step == 0 && t.ne[0] <= MOST_DIMS;
+        const Reader reader = reader_of(t.type);  // A row that isn't in one piece has a larger first step.
+        return reader.read && t.ne[0] % std::max(16, reader.dims) == 0 && t.ne[0] <= MOST_DIMS && int(t.nb[0]) == reader.bytes;
     };
     return ggml::params_of<ggml::AttentionParams>(node).max_bias == 0 && node.type == ggml::TYPE_F32 && node.nb[0] == 4 &&
            q.type == ggml::TYPE_F32 && q.nb[0] == 4 && q.ne[0] == k.ne[0] && fits(k) && fits(v) && k.ne[1] == v.ne[1] &&
            k.ne[2] == v.ne[2] && k.ne[2] > 0 && q.ne[2] % k.ne[2] == 0 && q.ne[2] / k.ne[2] <= MOST_LANES &&
            mask.type == ggml::TYPE_F16 && mask.nb[0] == 2 && mask.ne[2] == 1 && mask.ne[0] >= k.ne[1] &&
            mask.ne[1] >= q.ne[1] && (!sinks || sinks->type == ggml::TYPE_F32);
-}
-
-// Whether a token of mask b sees what one of mask a does and itself; a window moves on by one.
-inline bool follows(const uint16_t* a, const uint16_t* b, int num_cells, bool has_windows) {
-    int lost = 0, gained = 0;
-    for (int i = 0; i < num_cells; ++i) lost += a[i] != HIDDEN && b[i] == HIDDEN, gained += a[i] == HIDDEN && b[i] != HIDDEN;
-    return lost <= has_windows && gained <= 1;
-}
-
-inline void make_plan(Plan& plan, const Tensor& node, bool has_windows) {
-    const Tensor &q = *node.src[ggml::QUERIES], &k = *node.src[ggml::KEYS], &mask = *node.src[ggml::MASK];
-    const int tokens = int(q.ne[1]), num_cells = int(k.ne[1]);
-    const auto mask_of = [&](int token) { return (const uint16_t*)mask.at(token, 0); };
-    plan.blocks.clear(), plan.cells.clear(), plan.items.clear();
-    std::vector<uint16_t> hidden(num_cells);
-    const int in_block = std::max(1, MOST_LANES / plan.group), listed = std::max(in_block, MOST_LISTED);
-    for (int first = 0, last; first < tokens; first = last) {
-        for (last = first + 1; last < tokens && last - first < listed; ++last)
-            if (!follows(mask_of(last - 1), mask_of(last), num_cells, has_windows)) break;
-        std::fill(hidden.begin(), hidden.end(), 0xffff);
-        for (int token = first; token < last; ++token) {
-            const uint16_t* const row = mask_of(token);
-            for (int i = 0; i < num_cells; ++i) hidden[i] &= row[i] == HIDDEN ? 0xffff : 0;
-        }
-        const int begin = int(plan.cells.size());
-        for (int i = 0; i < num_cells; ++i)
-            if (!hidden[i]) plan.cells.push_back(i);
-        const int count = int(plan.cells.size()) - begin, shift = has_windows && count ? plan.cells[begin] % PART : 0;
-        for (int token = first; token < last; token += in_block)
-            plan.blocks.push_back({token, std::min(last, token + in_block), begin, count, shift, 0, 0});
-    }
-    size_t sums = 0;
-    int finished = 0;
-    for (Block& block : plan.blocks) {
-        block.sums = sums, block.finished = finished;
-        const size_t lanes = (size_t(block.tokens()) * plan.group + 2 * LANES - 1) / (2 * LANES) * 2 * LANES;
-        sums += size_t(plan.kv_heads) * block.parts() * lanes * (plan.value_dims + 2);
-        finished += plan.kv_heads;
-    }
-    const bool are_shared = tokens <= SHARED_TOKENS && 4 * sums <= MOST_SHARED;
-    for (int b = int(plan.blocks.size()) - 1; b >= 0; --b)  // The last tokens of a prompt see most.
-        for (int head = 0; head < plan.kv_heads; ++head) {
-            const int parts = plan.blocks[b].parts();
-            if (!are_shared || parts == 1) plan.items.push_back({b, head, -1});
-            else
-                for (int part = 0; part < parts; ++part) plan.items.push_back({b, head, part});
-        }
-    if (are_shared && plan.sums.size() < sums) plan.sums.resize(sums);
-    if (plan.finished.size() < size_t(finished)) plan.finished = std::vector<std::atomic<int>>(finished);
-    for (std::atomic<int>& count : plan.finished) count.store(0);
-}
-
-// A thread that comes first plans for all.
-inline Plan& Attender::plan(const Tensor& node) {
-    const int kv_heads = int(node.src[ggml::KEYS]->ne[2]), group = int(node.src[ggml::QUERIES]->ne[2]) / kv_heads;
-    const int value_dims = int(node.src[ggml::VALUES]->ne[0]);
-    const Tensor* const mask = node.src[ggml::MASK];
-    std::lock_guard<std::mutex> alone(planning_);
-    for (Plan& plan : plans_)
-        if (plan.step == step_ && plan.mask == mask && plan.group == group && plan.kv_heads == kv_heads &&
-            plan.value_dims == value_dims)
-            return plan;
-    Plan& plan = plans_[num_plans_++ % PLANS];
-    plan.step = step_, plan.mask = mask, plan.group = group, plan.kv_heads = kv_heads, plan.value_dims = value_dims;
-    make_plan(plan, node, has_windows);
-    return plan;
 }
 
 // Sums of a softmax: outputs in panels [panels][dims][panel], maxima and totals [lanes].
@@ -287,8 +157,8 @@ template <int WIDE> struct Attention {
         const Tensor &k = source(ggml::KEYS), &v = source(ggml::VALUES);
         const int key_row = dims + PAD, value_row = value_dims + PAD;
         for (int i = 0; i < count; ++i) {
-            read_keys(k.at(tile[i], head), dims, keys + i * key_row);
-            read_values(v.at(tile[i], head), value_dims, values + i * value_row);
+            read_keys.read(k.at(tile[i], head), dims, keys + i * key_row);
+            read_values.read(v.at(tile[i], head), value_dims, values + i * value_row);
         }
         for (int i = count; i < (count + SHORT - 1) / SHORT * SHORT; ++i) {
             std::fill_n(keys + i * key_row, dims, 0.0f);
@@ -310,11 +180,11 @@ template <int WIDE> struct Attention {
         return hidden == count ? SEES_NONE : any ? SEES_SOME : SEES_ALL;
     }
 
-    // What a panel's lanes see of a tile; where that is a part of it, `bias` is what is added to their scores.
-    Sight look(int panel, const int32_t* tile, int count) {
-        const int first = panel * PANEL, last = std::min(lanes, first + PANEL) - 1;
-        bool is_any = false, is_all = count % SHORT == 0;
-        for (int token = token_of(first); token <= token_of(last); ++token) {
+    // What a panel's lanes see of a list's tile; where that is a part of it, `bias` is what is added to their scores.
+    Sight look(int panel, const List& list, const int32_t* tile, int count) {
+        const int first = token_of(panel * PANEL), last = token_of(panel * PANEL + PANEL - 1) + 1;
+        bool is_any = false, is_all = count % SHORT == 0 && list.first <= first && last <= list.last;
+        for (int token = std::max(first, list.first); token < std::min(last, list.last); ++token) {
             const Sight sight = sight_of(token, tile, count);
             is_any |= sight != SEES_NONE, is_all &= sight == SEES_ALL;
         }
@@ -322,13 +192,15 @@ template <int WIDE> struct Attention {
         if (is_all) return SEES_ALL;
         for (int lane = 0; lane < PANEL; ++lane) {
             float* const to = bias + lane;
-            if (lane && token_of(first + lane) == token_of(first + lane - 1)) {
+            const int token = token_of(panel * PANEL + lane);
+            if (lane && token == token_of(panel * PANEL + lane - 1)) {
                 for (int i = 0; i < TILE; ++i) to[i * PANEL] = to[i * PANEL - 1];
                 continue;
             }
-            const uint16_t* const mask = mask_of(token_of(first + lane));
+            const uint16_t* const mask = mask_of(token);
+            const int listed = list.first <= token && token < list.last ? count : 0;
             for (int i = 0; i < TILE; ++i) {
-                const uint16_t bits = i < count ? mask[tile[i]] : HIDDEN;
+                const uint16_t bits = i < listed ? mask[tile[i]] : HIDDEN;
                 to[i * PANEL] = bits == HIDDEN ? UNSEEN : to_float(f16{bits}) / LN2;
             }
         }
@@ -388,14 +260,18 @@ template <int WIDE> struct Attention {
 
     void add_part(Sums sums, int part) {
         sums.clear(all_lanes(), value_dims, UNSEEN);
-        const int begin = std::max(block.shift, part * PART), end = std::min(block.shift + block.count, (part + 1) * PART);
+        for (int i = 0; i < block.num_lists; ++i) add_list(sums, plan.lists[block.lists + i], part);
+    }
+
+    void add_list(const Sums& sums, const List& list, int part) {
+        const int begin = std::max(list.place, part * PART), end = std::min(list.place + list.count, (part + 1) * PART);
         for (int at = begin, next; at < end; at = next) {
             next = std::min(end, (at / TILE + 1) * TILE);
-            const int32_t* const tile = plan.cells.data() + block.cells + at - block.shift;
+            const int32_t* const tile = plan.cells.data() + list.cells + at - list.place;
             const int count = next - at;
             bool is_read = false;
             for (int panel = 0; panel < panels; ++panel) {
-                const Sight sight = look(panel, tile, count);
+                const Sight sight = look(panel, list, tile, count);
                 if (sight == SEES_NONE) continue;
                 if (!is_read) read_tile(tile, count);
                 is_read = true;

@@ -128,17 +128,20 @@ def attender(instruction_set: str) -> Iterator[Attender]:
     made.close()
 
 
-def causal(lengths: list[int], num_new: int, seed: int, *, window: int = 0) -> Floats:
-    """[T, N] of sequences of so many tokens, whose cells are mixed; the last `num_new` of each are the step's."""
+def causal(lengths: list[int], num_new: int, seed: int, *, window: int = 0, shared: int = 0) -> Floats:
+    """[T, N] of sequences of so many tokens, whose cells are mixed; the last `num_new` of each are the step's.
+
+    shared: cells in front that all begin with.
+    """
     random = np.random.default_rng(seed)
     owner = np.concatenate([np.full(length, i) for i, length in enumerate(lengths)])
     random.shuffle(owner)
     spare = -np.ones(7, owner.dtype)
-    owner = np.concatenate([spare, owner, spare])
+    owner = np.concatenate([spare, np.full(shared, -2), owner, spare])
     rows = []
     for i, length in enumerate(lengths):
-        cells = np.flatnonzero(owner == i)
-        for place in range(max(0, length - num_new), length):
+        cells = np.flatnonzero((owner == i) | (owner == -2))
+        for place in range(shared + max(0, length - num_new), shared + length):
             row = np.full(len(owner), -np.inf, np.float32)
             row[cells[max(0, place + 1 - window) if window else 0 : place + 1]] = 0
             rows.append(row)
@@ -161,7 +164,8 @@ def test_a_step_is_attention_in_float64(instruction_set: str, data: st.DataObjec
     if data.draw(st.booleans()):
         lengths.append(data.draw(st.integers(1000, 2500)))  # Several parts, which threads share.
     window = data.draw(st.sampled_from((0, 0, 40)))
-    mask = causal(lengths, data.draw(st.sampled_from((1, 3, 20, 70))), seed, window=window)
+    shared = data.draw(st.sampled_from((0, 0, 300, 1100)))
+    mask = causal(lengths, data.draw(st.sampled_from((1, 3, 20, 70))), seed, window=window, shared=shared)
     if data.draw(st.booleans()):
         mask += np.float16(np.random.default_rng(seed).standard_normal(mask.shape)).astype(np.float32)
     kv_heads, group = data.draw(st.sampled_from(((1, 1), (3, 3), (2, 8), (1, 20), (1, 32))))
@@ -202,8 +206,10 @@ def test_a_token_gets_the_same_bits_whoever_has_cells_in_between(attender: Atten
     assert (beside[:5] == attender.attend(alone)).all()
 
 
-def test_short_sequences_get_the_same_bits_in_company(attender: Attender) -> None:
-    mask = causal([70, 20, 66, 5], 1, 1)
+@pytest.mark.parametrize("shared", [0, 300, 1500])
+@pytest.mark.parametrize("num_new", [1, 3])
+def test_sequences_get_the_same_bits_in_company(attender: Attender, shared: int, num_new: int) -> None:
+    mask = causal([70, 20, 66, 5, 700], num_new, 1, shared=shared)
     together = random_case(7, mask, 2, 3, 64, 64)
     out = attender.attend(together)
     for i in range(len(mask)):
