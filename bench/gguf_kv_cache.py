@@ -1,4 +1,4 @@
-"""What the cache's storage costs: prefill and decode by types of keys and values, kind of attention and micro-batch.
+"""What the cache's storage costs: prefill and decode by types of keys and values and kind of attention.
 
     python -m bench.gguf_kv_cache [--part 1/4]
 
@@ -27,25 +27,24 @@ STREAMS = 8
 
 OURS, FLASH, PLAIN = "ours", "ggml, flash", "ggml, plain"
 
-Setting = tuple[str, str, str, int]  # keys, values, attention, tokens a micro-batch
+Setting = tuple[str, str, str]  # keys, values, attention
 
 
 def grid() -> list[Setting]:
-    """All pairs of types that llama.cpp accepts at 512 tokens a micro-batch, and other sizes for the plain ones."""
+    """Pairs of types that llama.cpp accepts, with each kind of attention that reads them."""
     pairs = [("f16", "f16"), ("q8_0", "q8_0"), ("q8_0", "f16"), ("f16", "q8_0"), ("q4_0", "q4_0")]
-    settings: list[Setting] = [(k, v, attention, 512) for k, v in pairs for attention in (OURS, FLASH)]
-    settings += [(k, v, PLAIN, 512) for k, v in pairs if v == "f16"]  # quantized values need flash attention
-    return settings + [("f16", "f16", OURS, micro_batch) for micro_batch in (64, 128, 256)]
+    settings: list[Setting] = [(k, v, attention) for k, v in pairs for attention in (OURS, FLASH)]
+    return settings + [(k, v, PLAIN) for k, v in pairs if v == "f16"]  # quantized values need flash attention
 
 
 def measure(model: NativeModel, setting: Setting, prompt: int, steps: int) -> dict[str, object]:
     """Prefill seconds and decode milliseconds a step for one setting."""
-    keys, values, attention, micro_batch = setting
+    keys, values, attention = setting
     options = ContextOptions(
         num_cells=prompt + STREAMS * (steps + 2) + 256,
         max_seqs=STREAMS,
         batch_tokens=512,
-        ubatch_tokens=micro_batch,
+        ubatch_tokens=512,
         max_outputs=STREAMS,
         threads=compute_threads(0),
         type_k=TYPES[keys],
@@ -71,7 +70,6 @@ def measure(model: NativeModel, setting: Setting, prompt: int, steps: int) -> di
         "keys": keys,
         "values": values,
         "attention": attention,
-        "micro_batch": micro_batch,
         "prefill_s": round(prefill_s, 2),
         "prefill_tokens_per_s": round(prompt / prefill_s, 1),
         "decode_1_stream_ms": round(one_ms, 2),
@@ -135,7 +133,7 @@ def main() -> None:
 
 def _known_rows() -> dict[Setting, dict[str, object]]:
     rows = report.known("gguf_kv_cache").get("settings", [])
-    known = ((tuple(row.get(name) for name in ("keys", "values", "attention", "micro_batch")), row) for row in rows)
+    known = ((tuple(row.get(name) for name in ("keys", "values", "attention")), row) for row in rows)
     return {setting: row for setting, row in known if setting in grid()}
 
 
