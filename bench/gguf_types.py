@@ -37,7 +37,7 @@ from tightrope.backends.protocol import Backend, Chunk
 from tightrope.backends.quant.gguf import BLOCK_TYPES
 from tightrope.backends.settings import CacheSettings, GgufEngine, ModelSettings
 from tightrope.engine.perplexity import cut_windows, measure
-from tightrope.kernels.cpu import native
+from tightrope.kernels import dispatch
 
 KINDS = (*BLOCK_TYPES, "F16", "BF16", "F32")
 ENGINES: tuple[GgufEngine, ...] = ("own", "llama.cpp")
@@ -161,7 +161,7 @@ def opened(path: Path, engine: GgufEngine, threads: int) -> Backend:
         model=str(path), gguf_engine=engine, device="cpu", threads=threads, max_model_len=CONTEXT, max_num_seqs=1,
         cache=CacheSettings(tokens=CONTEXT, dtype="f16"),
     )  # fmt: skip
-    with patch.object(native, "usable", return_value=()) if engine == "llama.cpp" else nullcontext():
+    with patch.object(dispatch, "cell_attention", return_value=None) if engine == "llama.cpp" else nullcontext():
         return open_backend(settings, lambda share: None)
 
 

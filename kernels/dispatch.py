@@ -18,6 +18,7 @@ from torch import Tensor
 
 from tightrope.kernels import reference
 from tightrope.kernels.cpu import left_steps, native
+from tightrope.kernels.cpu.cells import CellAttention as CellAttention
 from tightrope.kernels.cpu.native import MOST_DIMS as MOST_DIMS
 from tightrope.kernels.cpu.native import MOST_LAYER_TOKENS as MOST_LAYER_TOKENS
 from tightrope.kernels.exllama import ExllamaMatrix as ExllamaMatrix
@@ -327,6 +328,12 @@ def _search() -> native.NativeSearch | None:
 
 def _native_for(logits: Tensor) -> native.NativeKernels | None:
     return _native() if logits.is_cpu and logits.is_contiguous() else None
+
+
+def cell_attention() -> CellAttention | None:
+    """That over llama.cpp's cells, for one of its contexts; None where ggml's has wider vectors than ours would."""
+    built = _native()
+    return None if built is None or built.instruction_set == "portable" else CellAttention(built.instruction_set)
 
 
 def set_threads(num_threads: int) -> None:

@@ -20,7 +20,7 @@ from llama_cpp import llama_cpp as ll
 from tightrope.backends.errors import BackendError, OutOfMemory
 from tightrope.backends.files.gguf.header import read_header
 from tightrope.backends.gguf.large_pages import want_large_pages
-from tightrope.backends.gguf.own_attention import open_own_attention
+from tightrope.backends.gguf.own_attention import open_own_attention, show_graphs
 from tightrope.backends.gguf.threadpool import ThreadPools
 from tightrope.backends.sharing import Threads
 
@@ -246,7 +246,7 @@ class NativeContext:
         params = _context_params(options)
         self._attention = open_own_attention(has_windows=model.swa_window > 0) if options.own_attention else None
         if self._attention is not None:
-            self._attention.take_part(params)
+            show_graphs(params, self._attention)
         self.pointer = ll.llama_init_from_model(model.pointer, params)
         if not self.pointer:
             if self._attention is not None:

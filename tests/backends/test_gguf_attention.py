@@ -10,6 +10,7 @@ from tightrope.backends.gguf.backend import GGUFBackend
 from tightrope.backends.locate import bundled_model
 from tightrope.backends.protocol import Chunk
 from tightrope.backends.settings import CacheSettings, KVCacheDtype, ModelSettings
+from tightrope.kernels import dispatch
 from tightrope.kernels.cpu import native
 
 # KL of our logits to ggml's: it rounds queries to the type of the keys, and the tokens are noise.
@@ -37,7 +38,7 @@ def logits_of(cache: KVCacheDtype, steps: list[int]) -> tuple[Tensor, bool]:
 def test_both_give_the_same_logits(monkeypatch: pytest.MonkeyPatch, cache: KVCacheDtype, steps: list[int]) -> None:
     ours, is_own = logits_of(cache, steps)
     assert is_own == bool(set(native.usable()) - {"portable"})
-    monkeypatch.setattr(native, "usable", lambda: ())
+    monkeypatch.setattr(dispatch, "cell_attention", lambda: None)
     theirs, is_own = logits_of(cache, steps)
     assert not is_own
     shares = torch.log_softmax(torch.stack([ours, theirs]), -1)
@@ -45,10 +46,7 @@ def test_both_give_the_same_logits(monkeypatch: pytest.MonkeyPatch, cache: KVCac
     assert apart.max() < MOST_APART[cache]
 
 
-def test_a_library_that_is_no_build_leaves_llama_cpps_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    def unusable(instruction_set: str) -> None:
-        raise native.UnusableBuild(f"{instruction_set} is no build of these kernels")
-
-    monkeypatch.setattr("tightrope.backends.gguf.own_attention.native.open_build", unusable)
+def test_a_ggml_of_another_layout_keeps_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch.CellAttention, "recognize", lambda self, samples, has_windows: False)
     _, is_own = logits_of("f16", [400, 300])
     assert not is_own

@@ -15,8 +15,10 @@ from llama_cpp import llama_cpp as ll
 from numpy.typing import NDArray
 
 from tightrope.backends.gguf.ggml import ADDRESS, Tensors
-from tightrope.backends.gguf.own_attention import new_attender
-from tightrope.kernels.cpu import native, structs
+from tightrope.backends.gguf.own_attention import show_samples
+from tightrope.kernels.cpu import native
+from tightrope.kernels.cpu.cells import CellAttention
+from tightrope.kernels.forms.cells import GgmlSamples
 
 pytestmark = pytest.mark.quick
 
@@ -70,13 +72,9 @@ class Attender:
     """One build's, and ggml's threads to run it."""
 
     def __init__(self, instruction_set: str, *, has_windows: bool = False) -> None:
-        self.kernels = native.open_build(instruction_set)
-        found = new_attender(self.kernels, has_windows)
-        assert found is not None
-        self._attender = ctypes.c_void_p(found)
-
-    def close(self) -> None:
-        self.kernels.tightrope_free_attender(self._attender)
+        self._attention = CellAttention(instruction_set)
+        assert show_samples(self._attention, has_windows=has_windows)
+        self.close = self._attention.close
 
     def attend(self, case: Case, threads: int = 2, *, is_taken: bool = True) -> Floats:
         """[T, H, E] of a graph of one node. is_taken: it has to become ours, or else has to stay ggml's."""
@@ -96,10 +94,10 @@ class Attender:
             new_graph = ctypes.CFUNCTYPE(ADDRESS, ADDRESS)(("ggml_new_graph", library))
             graph = ctypes.c_void_p(new_graph(tensors._context))
             library.ggml_build_forward_expand(graph, ctypes.c_void_p(node))
+            take = ctypes.CFUNCTYPE(ctypes.c_bool, ADDRESS, ctypes.c_bool, ADDRESS)(self._attention.callback)
             operation = ctypes.CFUNCTYPE(ctypes.c_char_p, ADDRESS)(("ggml_op_desc", library))
             for _ in range(2):  # A graph that is kept is shown again.
-                shown_again = self.kernels.tightrope_take_attention(ctypes.c_void_p(node), True, self._attender)
-                assert not shown_again & 0xFF
+                assert not take(node, True, self._attention.attender)
                 assert operation(node) == (b"CUSTOM" if is_taken else b"FLASH_ATTN_EXT")
                 library.ggml_graph_compute_with_ctx(ctypes.c_void_p(tensors._context), graph, threads)
             out = np.empty((num_tokens, num_heads, case.values.shape[2]), np.float32)
@@ -245,25 +243,23 @@ def test_other_types_stay_ggmls(attender: Attender, kind: Kind) -> None:
     np.testing.assert_allclose(attender.attend(case, is_taken=False), exactly(case), atol=0.05)
 
 
-@pytest.mark.parametrize("field", [name for name, _ in structs.Samples._fields_])
-def test_a_ggml_of_another_layout_is_left_alone(
+@pytest.mark.parametrize("field", GgmlSamples.__dataclass_fields__)
+def test_a_ggml_of_another_layout_is_not_recognized(
     monkeypatch: pytest.MonkeyPatch, instruction_set: str, field: str
 ) -> None:
-    build = native.open_build(instruction_set)
-    seen: list[structs.Samples] = []
+    """One of its tensors, or of their parts, is elsewhere."""
+    recognize = CellAttention.recognize
 
-    class Changed(structs.Samples):
-        """Of which ggml's part of one field is another than it should be."""
+    def elsewhere(self: CellAttention, samples: GgmlSamples, *, has_windows: bool) -> bool:
+        assert recognize(self, samples, has_windows=has_windows)
+        self.close()
+        found = getattr(samples, field)
+        other = samples.custom if field == "attention" else samples.attention
+        return recognize(
+            self,
+            replace(samples, **{field: other if isinstance(found, int) else [found[1], *found[1:]]}),
+            has_windows=has_windows,
+        )
 
-        def __init__(self, **fields: object) -> None:
-            super().__init__(**fields)
-            of_field = getattr(self, field)
-            if isinstance(of_field, int):
-                setattr(self, field, self.custom if field == "attention" else self.attention)
-            else:
-                of_field[1] = of_field[2]
-            seen.append(self)
-
-    monkeypatch.setattr(structs, "Samples", Changed)
-    assert new_attender(build, has_windows=False) is None
-    assert seen
+    monkeypatch.setattr(CellAttention, "recognize", elsewhere)
+    assert not show_samples(CellAttention(instruction_set), has_windows=False)
