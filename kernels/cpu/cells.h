@@ -18,7 +18,7 @@ namespace cells {
 
 constexpr int SHORT = LANES == 4 ? 4 : 8;  // Cells, or dimensions, whose sums are in registers at a time
 constexpr int MOST_DIMS = 1024;
-constexpr int PAD = 16;             // Numbers between rows beside their dimensions: no power of two in all.
+constexpr int PAD = 16;  // Numbers between rows beside their dimensions: no power of two in all.
 constexpr float UNSEEN = -1e30f, NOTHING = -3e38f;  // As in attention.h.
 constexpr float LN2 = 0.6931471806f;
 

@@ -16,20 +16,18 @@ namespace cells {
 
 using ggml::Tensor;
 
-constexpr int TILE = 64;            // Cells between two corrections of the softmax.
-constexpr int PART = 16 * TILE;     // Cells whose sums are their own.
-constexpr int MOST_LANES = 8 * LANES;  // Queries of a block.
-constexpr int MOST_LISTED = 64;        // Tokens that have a list of cells in common: blocks of few tokens have one together.
+constexpr int TILE = 64;                // Cells between two corrections of the softmax.
+constexpr int PART = 16 * TILE;         // Cells whose sums are their own.
+constexpr int MOST_LANES = 8 * LANES;   // Queries of a block.
+constexpr int MOST_LISTED = 64;         // Tokens of a list; blocks of fewer have one together.
 constexpr int LEAST_COMMON = 4 * TILE;  // Cells that sequences begin with alike, to have a block together.
-constexpr int SHARED_TOKENS = 32;   // In steps of so many, or fewer, threads share the parts of a block.
-constexpr size_t MOST_SHARED = size_t(64) << 20;  // Bytes of their sums; where there are more, they don't.
-constexpr uint16_t HIDDEN = 0xfc00;  // -infinity, as float16
+constexpr int SHARED_TOKENS = 32;       // In steps of so many, or fewer, threads share the parts of a block,
+constexpr size_t MOST_SHARED = size_t(64) << 20;  // unless their sums have more bytes.
+constexpr uint16_t HIDDEN = 0xfc00;               // -infinity, as float16
 
 // Tokens first .. last, and cells that they see, perhaps not all of them; `place` is where these stand in their order.
 struct List {
     int first, last, cells, count, place;  // `cells` of Plan::cells.
-
-    int tokens() const { return last - first; }
 };
 
 // Tokens whose queries are computed together: those of lists that are the plan's, which end at place `end`.
