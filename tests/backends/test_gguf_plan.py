@@ -45,14 +45,14 @@ def plan(gib: float, **settings: object) -> GGUFPlan:
 def test_plenty_of_memory_gives_sixteen_bits_and_room_for_several_chats() -> None:
     made = plan(64)
     assert (made.window, made.num_cells, made.cache_type.name) == (8192, 32768, "f16")
-    assert any("fastest" in note for note in made.notes)
+    assert any("nothing is rounded" in note for note in made.notes)
 
 
 @pytest.mark.parametrize(
     ("gib", "chosen"),
     [(6.0, "f16"), (5.55, "q8 keys, f16 values"), (5.3, "q8")],  # a window takes 1 GiB, 0.77 GiB or 0.53 GiB
 )
-def test_auto_takes_the_fastest_type_that_holds_a_window(gib: float, chosen: str) -> None:
+def test_auto_takes_the_most_exact_type_that_holds_a_window(gib: float, chosen: str) -> None:
     made = plan(gib, step_tokens=64)
     assert made.cache_type.name == chosen
     assert made.num_cells >= 8192
