@@ -266,7 +266,7 @@ class NativeContext:
 
     @property
     def has_own_attention(self) -> bool:
-        """Whether what a token gets depends on the tokens before it alone, where these are all that it sees."""
+        """Whether steps use our attention, whose bits are not those of ggml's."""
         return self._attention is not None
 
     def _make_batch(self, size: int) -> None:

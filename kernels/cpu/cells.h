@@ -11,6 +11,7 @@
 
 #include <cmath>
 
+#include "attention.h"
 #include "cells_plan.h"
 #include "pool.h"
 
@@ -19,8 +20,6 @@ namespace cells {
 constexpr int SHORT = LANES == 4 ? 4 : 8;  // Cells, or dimensions, whose sums are in registers at a time
 constexpr int MOST_DIMS = 1024;
 constexpr int PAD = 16;  // Numbers between rows beside their dimensions: no power of two in all.
-constexpr float UNSEEN = -1e30f, NOTHING = -3e38f;  // As in attention.h.
-constexpr float LN2 = 0.6931471806f;
 
 // How rows of keys or values become floats: blocks of so many dimensions and bytes, and what reads a row of them.
 struct Reader {
@@ -239,10 +238,10 @@ template <int WIDE> struct Attention {
                 store(score, weight);
                 total += weight;
             }
-            const Floats largest = larger(load(sums.maxima + lane), maxima[j]);
-            before[j] = power_of_two(load(sums.maxima + lane) - largest), now[j] = power_of_two(maxima[j] - largest);
-            store(sums.maxima + lane, largest);
-            store(sums.totals + lane, plus_product(total * now[j], load(sums.totals + lane), before[j]));
+            const Joint joint(load(sums.maxima + lane), maxima[j], all(1.0f));
+            before[j] = joint.before, now[j] = joint.now;
+            store(sums.maxima + lane, joint.largest);
+            store(sums.totals + lane, joint.of(load(sums.totals + lane), total));
         }
         float* output = sums.outputs + size_t(panel) * PANEL * value_dims;
         for (int d = 0; d < value_dims; d += SHORT) {
@@ -283,15 +282,13 @@ template <int WIDE> struct Attention {
     // What a part has summed joins the parts before.
     void join(const Sums& whole, const Sums& part) {
         for (int lane = 0; lane < int(all_lanes()); lane += LANES) {
-            const Floats largest = larger(load(whole.maxima + lane), load(part.maxima + lane));
-            const Floats before = power_of_two(load(whole.maxima + lane) - largest);
-            const Floats now = power_of_two(load(part.maxima + lane) - largest);
-            store(whole.maxima + lane, largest);
-            store(whole.totals + lane, plus_product(load(part.totals + lane) * now, load(whole.totals + lane), before));
+            const Joint joint(load(whole.maxima + lane), load(part.maxima + lane), all(1.0f));
+            store(whole.maxima + lane, joint.largest);
+            store(whole.totals + lane, joint.of(load(whole.totals + lane), load(part.totals + lane)));
             const size_t first = size_t(lane / PANEL) * PANEL * value_dims + lane % PANEL;
             for (int d = 0; d < value_dims; ++d) {
                 float* const to = whole.outputs + first + size_t(d) * PANEL;
-                store(to, plus_product(load(part.outputs + first + size_t(d) * PANEL) * now, load(to), before));
+                store(to, joint.of(load(to), load(part.outputs + first + size_t(d) * PANEL)));
             }
         }
     }

@@ -161,5 +161,5 @@ struct Result {
     each(Ranks, Ranks) each(Split, Split)                                                                        \
     each(DecoderLayer, DecoderLayer) each(Experts, Experts) each(LowRankPart, low_rank::Part)                    \
     each(LowRankAdapter, low_rank::Adapter) each(LowRankRows, low_rank::Rows) each(Matrix, quantized::Matrix)    \
-    each(Nf4Matrix, quantized::Nf4Matrix) each(Masks, search::Masks) each(SearchResult, search::Result)     \
+    each(Nf4Matrix, quantized::Nf4Matrix) each(Masks, search::Masks) each(SearchResult, search::Result)          \
     each(Samples, ggml::Samples)
