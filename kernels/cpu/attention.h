@@ -8,15 +8,13 @@
 #pragma once
 
 #include "cache.h"
+#include "softmax.h"
 #include "words.h"
 
 constexpr int TILE_PAGES = 8;             // Between two corrections of the softmax
 constexpr int TILE = TILE_PAGES * PAGE;   // Keys
 constexpr int PART_TILES = 8;             // Parts have sums of their own, so that threads can share a context.
 constexpr int ROW = MOST_DIMS + 16;       // Numbers between rows of dimensions: no power of two, which would share cache sets
-constexpr float UNSEEN = -1e30f;          // A score of no weight, without the NaN that infinities make.
-constexpr float NOTHING = -3e38f;         // The largest exponent before the first part.
-constexpr float LN2 = 0.6931471806f;
 constexpr float COUNTS = 0x1p23f;         // So much counts a weight of 1 in a tile's total, a whole number.
 
 // The keys that a query sees of a tile, as places in it.
@@ -26,16 +24,6 @@ struct Seen {
     Seen(const Attention& a, int position, int tile)
         : first(std::max(0, a.first_seen(position) - tile * TILE)), end(std::min(TILE, position + 1 - tile * TILE)) {}
     bool is_all() const { return first == 0 && end == TILE; }
-};
-
-// By what two softmaxes' sums are multiplied to join: those before, relative to their own largest score, and those now.
-struct Joint {
-    Floats largest, before, now;
-
-    Joint(Floats largest_before, Floats largest_now, Floats exponent)
-        : largest(larger(largest_before, largest_now)), before(power_of_two((largest_before - largest) * exponent)),
-          now(power_of_two((largest_now - largest) * exponent)) {}
-    INLINE Floats of(Floats sum, Floats more) const { return plus_product(more * now, sum, before); }
 };
 
 constexpr int BETWEEN = 16384;   // As words: a scale's share of a token's largest, and a factor's of the larger of its pair.

@@ -11,9 +11,9 @@
 
 #include <cmath>
 
-#include "attention.h"
 #include "cells_plan.h"
 #include "pool.h"
+#include "softmax.h"
 
 namespace cells {
 
